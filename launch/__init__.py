@@ -1,0 +1,1 @@
+"""Components that torchx launches. They name modules as strings and import nothing of ours."""

@@ -1,0 +1,1 @@
+"""How it learns: loop, optimizers, checkpoints, metrics, progress."""
