@@ -7,7 +7,6 @@ place in its file is still known.
 import hashlib
 from dataclasses import dataclass
 
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -70,24 +69,46 @@ def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str) -> None:
     names = set(arrow_schema.names)
     for column in schema.columns:
         if column not in names:
-            users = [feature.name for feature in schema.features if column in (feature.source_column, feature.weights)]
+            users = [
+                feature.name
+                for feature in schema.features
+                if column in (feature.source_column, feature.weights)
+            ]
             role = "label" if column == schema.label else f"field {users[0]!r}" if users else "group_column"
             raise InputError(
                 f"{file}: column {column!r} is missing, which is the schema's {role}; "
                 "add the column to the file, or mend the schema"
             )
-    _check_type(arrow_schema, schema.label, _is_number, "0 and 1 as integers, floats or booleans", file, "the label")
+    _check_type(
+        arrow_schema, schema.label, _is_number, "0 and 1 as integers, floats or booleans", file, "the label"
+    )
     for feature in schema.features:
         accepts, wanted = _accepted(feature)
-        _check_type(arrow_schema, feature.source_column, accepts, wanted, file, f"{feature.kind} field {feature.name!r}")
+        _check_type(
+            arrow_schema,
+            feature.source_column,
+            accepts,
+            wanted,
+            file,
+            f"{feature.kind} field {feature.name!r}",
+        )
         if feature.weights:
-            _check_type(arrow_schema, feature.weights, _is_number_list, "lists of numbers", file, f"weights of {feature.name!r}")
+            _check_type(
+                arrow_schema,
+                feature.weights,
+                _is_number_list,
+                "lists of numbers",
+                file,
+                f"weights of {feature.name!r}",
+            )
 
 
 def _check_type(arrow_schema: pa.Schema, column: str, accepts, wanted: str, file: str, role: str) -> None:  # noqa: ANN001
     found = arrow_schema.field(column).type
     if not accepts(found):
-        raise InputError(f"{file}: column {column!r} is {found}: {role} wants {wanted}; mend the file or the schema")
+        raise InputError(
+            f"{file}: column {column!r} is {found}: {role} wants {wanted}; mend the file or the schema"
+        )
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -113,7 +134,9 @@ def _accepted(feature: Feature):  # noqa: ANN202
         return _is_number, "numbers"
     if feature.kind == "vector":
         return _is_number_list, "lists of numbers"
-    item, words = (pt.is_integer, "integers") if feature.encoding == "ids" else (_is_key, "integers or strings")
+    item, words = (
+        (pt.is_integer, "integers") if feature.encoding == "ids" else (_is_key, "integers or strings")
+    )
     mend = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary' or 'hash')"
     if feature.kind == "categorical":
         return item, words + mend
@@ -156,11 +179,15 @@ class Encoder:
             start += feature.dense_width
         return Columns(
             single_ids=single_ids,
-            lists=tuple(self._list(rows, feature, place) for feature in schema.sparse if not feature.is_single),
+            lists=tuple(
+                self._list(rows, feature, place) for feature in schema.sparse if not feature.is_single
+            ),
             weighted_lists=tuple(self._list(rows, feature, place) for feature in schema.weighted),
             dense=dense,
             labels=_labels(rows.column(schema.label), schema.label, place),
-            group_ids=hash_values(rows.column(schema.group_column)).view(np.int64) if schema.group_column else None,
+            group_ids=hash_values(rows.column(schema.group_column)).view(np.int64)
+            if schema.group_column
+            else None,
         )
 
     def _single(self, column: pa.Array, feature: Feature, place: Place) -> np.ndarray:
@@ -180,7 +207,9 @@ class Encoder:
         owners = np.repeat(np.arange(len(column)), lengths)  # the row of each value
         items = column.flatten()
         ids = self._ids(items, feature, place, owners)
-        weights = self._weights(rows.column(feature.weights), lengths, feature, place) if feature.weights else None
+        weights = (
+            self._weights(rows.column(feature.weights), lengths, feature, place) if feature.weights else None
+        )
         keep = ids >= 0
         if items.null_count:  # a null inside a list is no value
             keep &= np.asarray(items.is_valid())
@@ -200,7 +229,9 @@ class Encoder:
                 f"{place.row(row)}, field {feature.name!r}: {lengths[row]} values but {found[row]} weights in column "
                 f"{feature.weights!r}; the lists must be equally long: mend the writer of this file"
             )
-        weights, valid = _numbers(column.flatten(), feature, place, np.repeat(np.arange(len(column)), lengths))
+        weights, valid = _numbers(
+            column.flatten(), feature, place, np.repeat(np.arange(len(column)), lengths)
+        )
         return np.where(valid, weights, 0.0).astype(np.float32)
 
     def _ids(self, column: pa.Array, feature: Feature, place: Place, owners: np.ndarray) -> np.ndarray:
@@ -214,9 +245,9 @@ class Encoder:
             if column.type != values.type:
                 column = _cast(column, values.type, feature, place)
             found = pc.index_in(column, value_set=values)
-            return pc.fill_null(found, OUT_OF_VOCABULARY_ROW - FIRST_VOCABULARY_ROW).to_numpy(False).astype(np.int64) + (
-                FIRST_VOCABULARY_ROW
-            )
+            return pc.fill_null(found, OUT_OF_VOCABULARY_ROW - FIRST_VOCABULARY_ROW).to_numpy(False).astype(
+                np.int64
+            ) + (FIRST_VOCABULARY_ROW)
         ids = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
         if ids.size == 0:
             return ids.astype(np.int64)
@@ -229,7 +260,11 @@ class Encoder:
                     "mend the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
                 )
             # Python's modulo: -1 becomes the last row
-            ids = np.where(bad, ABSENT, ids.astype(np.int64)) if feature.on_invalid == "null" else ids % num_embeddings
+            ids = (
+                np.where(bad, ABSENT, ids.astype(np.int64))
+                if feature.on_invalid == "null"
+                else ids % num_embeddings
+            )
         return ids.astype(np.int64, copy=False)
 
 
@@ -326,16 +361,18 @@ def _vector(column: pa.Array, feature: Feature, place: Place) -> np.ndarray:
 def _labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
     if column.null_count:
         row = int(np.flatnonzero(~np.asarray(column.is_valid()))[0])
-        raise InputError(f"{place.row(row)}, label {name!r} is null: wanted 0 or 1; drop the row or mend the file")
+        raise InputError(
+            f"{place.row(row)}, label {name!r} is null: wanted 0 or 1; drop the row or mend the file"
+        )
     labels = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
     bad = (labels != 0) & (labels != 1)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise InputError(f"{place.row(row)}, label {name!r} = {labels[row]:g}: wanted 0 or 1; mend the file or choose another label")
+        raise InputError(
+            f"{place.row(row)}, label {name!r} = {labels[row]:g}: wanted 0 or 1; mend the file or choose another label"
+        )
     return labels.astype(np.float32)
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-

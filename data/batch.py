@@ -4,19 +4,16 @@ Shapes: B rows of this rank, F sparse features, D dense columns.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-
-@dataclass(frozen=True)
-class Cursor:
-    """A position in a stream: batches of this epoch that come before it. The next batch to read, or to train."""
-
-    epoch: int = 0
-    step: int = 0
+from data.columns import Columns, Ragged, pad
+from data.order import Cursor
 
 
 @dataclass
@@ -79,5 +76,75 @@ class Batch(Pipelineable):
         )
 
     def _parts(self) -> list[Tensor | KeyedJaggedTensor]:
-        parts = [self.dense_features, self.sparse_features, self.weighted_features, self.labels, self.weights, self.group_ids]
+        parts = [
+            self.dense_features,
+            self.sparse_features,
+            self.weighted_features,
+            self.labels,
+            self.weights,
+            self.group_ids,
+        ]
         return [part for part in parts if part is not None]
+
+
+class Keys(NamedTuple):
+    """Names of the sparse features in the order that Columns holds them."""
+
+    sparse: list[str]
+    weighted: list[str]
+
+
+def to_batch(columns: Columns, keys: Keys, *, num_rows: int, weight: float, cursor: Cursor) -> Batch:
+    """Pad to `num_rows` and wrap as tensors, without copying where nothing was padded.
+
+    Args:
+        columns: decoded rows.
+        keys: names of the sparse features.
+        num_rows: B, rows of this rank's batch with padding.
+        weight: of each real row, see `Batch.weights`.
+        cursor: the stream's position after this batch.
+    """
+    real_rows = columns.num_rows
+    columns = pad(columns, num_rows)
+    weights = np.zeros(num_rows, np.float32)
+    weights[:real_rows] = weight
+    ids = columns.single_ids
+    present = ids >= 0
+    if present.all():
+        values, lengths = ids.reshape(-1), np.ones(ids.size, np.int32)
+    else:
+        values, lengths = ids[present], present.reshape(-1).astype(np.int32)
+    values = (
+        np.concatenate([values] + [ragged.values for ragged in columns.lists]) if columns.lists else values
+    )
+    lengths = (
+        np.concatenate([lengths] + [_lengths(ragged) for ragged in columns.lists])
+        if columns.lists
+        else lengths
+    )
+    return Batch(
+        dense_features=torch.from_numpy(columns.dense),
+        sparse_features=KeyedJaggedTensor(
+            keys.sparse, torch.from_numpy(values), lengths=torch.from_numpy(lengths)
+        ),
+        weighted_features=_weighted_kjt(columns.weighted_lists, keys.weighted),
+        labels=torch.from_numpy(columns.labels),
+        weights=torch.from_numpy(weights),
+        group_ids=None if columns.group_ids is None else torch.from_numpy(columns.group_ids),
+        cursor=cursor,
+    )
+
+
+def _weighted_kjt(lists: tuple[Ragged, ...], keys: list[str]) -> KeyedJaggedTensor | None:
+    if not lists:
+        return None
+    values = np.concatenate([ragged.values for ragged in lists])
+    weights = np.concatenate([ragged.weights for ragged in lists])  # type: ignore[misc]
+    lengths = np.concatenate([_lengths(ragged) for ragged in lists])
+    return KeyedJaggedTensor(
+        keys, torch.from_numpy(values), torch.from_numpy(weights), torch.from_numpy(lengths)
+    )
+
+
+def _lengths(ragged: Ragged) -> np.ndarray:
+    return np.diff(ragged.offsets).astype(np.int32)

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-from data.batch import Batch, Cursor
 
 ABSENT = -1  # in Columns.single_ids: no id, an empty bag
 
@@ -72,7 +68,9 @@ def concatenate(parts: list[Columns]) -> Columns:
     return Columns(
         single_ids=np.concatenate([part.single_ids for part in parts], axis=1),
         lists=tuple(_join([part.lists[i] for part in parts]) for i in range(len(first.lists))),
-        weighted_lists=tuple(_join([part.weighted_lists[i] for part in parts]) for i in range(len(first.weighted_lists))),
+        weighted_lists=tuple(
+            _join([part.weighted_lists[i] for part in parts]) for i in range(len(first.weighted_lists))
+        ),
         dense=np.concatenate([part.dense for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
         group_ids=None if first.group_ids is None else np.concatenate([part.group_ids for part in parts]),  # type: ignore[misc]
@@ -83,7 +81,11 @@ def _join(parts: list[Ragged]) -> Ragged:
     starts = np.cumsum([0] + [part.offsets[-1] for part in parts])
     offsets = [part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
     weights = None if parts[0].weights is None else np.concatenate([part.weights for part in parts])  # type: ignore[misc]
-    return Ragged(np.concatenate([part.values for part in parts]), np.concatenate([np.zeros(1, np.int64), *offsets]), weights)
+    return Ragged(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([np.zeros(1, np.int64), *offsets]),
+        weights,
+    )
 
 
 def pad(columns: Columns, num_rows: int) -> Columns:
@@ -103,55 +105,3 @@ def pad(columns: Columns, num_rows: int) -> Columns:
         labels=np.pad(columns.labels, (0, extra)),
         group_ids=None if columns.group_ids is None else np.pad(columns.group_ids, (0, extra)),
     )
-
-
-class Keys(NamedTuple):
-    """Names of the sparse features in the order that Columns holds them."""
-
-    sparse: list[str]
-    weighted: list[str]
-
-
-def to_batch(columns: Columns, keys: Keys, *, num_rows: int, weight: float, cursor: Cursor) -> Batch:
-    """Pad to `num_rows` and wrap as tensors, without copying where nothing was padded.
-
-    Args:
-        keys: names of the sparse features.
-        num_rows: B, rows of this rank's batch with padding.
-        weight: of each real row, see `Batch.weights`.
-        cursor: the stream's position after this batch.
-    """
-    real_rows = columns.num_rows
-    columns = pad(columns, num_rows)
-    weights = np.zeros(num_rows, np.float32)
-    weights[:real_rows] = weight
-    ids = columns.single_ids
-    present = ids >= 0
-    if present.all():
-        values, lengths = ids.reshape(-1), np.ones(ids.size, np.int32)
-    else:
-        values, lengths = ids[present], present.reshape(-1).astype(np.int32)
-    values = np.concatenate([values] + [ragged.values for ragged in columns.lists]) if columns.lists else values
-    lengths = np.concatenate([lengths] + [_lengths(ragged) for ragged in columns.lists]) if columns.lists else lengths
-    return Batch(
-        dense_features=torch.from_numpy(columns.dense),
-        sparse_features=KeyedJaggedTensor(keys.sparse, torch.from_numpy(values), lengths=torch.from_numpy(lengths)),
-        weighted_features=_weighted_kjt(columns.weighted_lists, keys.weighted),
-        labels=torch.from_numpy(columns.labels),
-        weights=torch.from_numpy(weights),
-        group_ids=None if columns.group_ids is None else torch.from_numpy(columns.group_ids),
-        cursor=cursor,
-    )
-
-
-def _weighted_kjt(lists: tuple[Ragged, ...], keys: list[str]) -> KeyedJaggedTensor | None:
-    if not lists:
-        return None
-    values = np.concatenate([ragged.values for ragged in lists])
-    weights = np.concatenate([ragged.weights for ragged in lists])  # type: ignore[misc]
-    lengths = np.concatenate([_lengths(ragged) for ragged in lists])
-    return KeyedJaggedTensor(keys, torch.from_numpy(values), torch.from_numpy(weights), torch.from_numpy(lengths))
-
-
-def _lengths(ragged: Ragged) -> np.ndarray:
-    return np.diff(ragged.offsets).astype(np.int32)

@@ -1,19 +1,20 @@
-"""The Pailitao-like schema: 192 fields whose dims sum to 2,780 and the seven EFGC groups of the paper's Table 1. Imports no torch.
+"""The Pailitao-like schema: 192 fields, 2,780 dims, the seven EFGC groups of the paper's Table 1.
 
-The paper names some fields and gives the totals (Tables 1 and 2); the rest is what an image-to-product search would log, chosen so that
-the totals hold: 416 for the grouped fields, 44 numbers, 75 fields of 16 and 35 of 32.
+The paper names some fields and gives the totals (Tables 1 and 2); the rest is what an image-to-product
+search would log, chosen so that the totals hold: 416 for the grouped fields, 44 numbers, 75 fields of 16
+and 35 of 32.
 """
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data.schema import Schema, format_schema, parse_schema
-from pathlib import Path
 
 Scale = Literal["paper", "paper_24month", "demo"]
 
 NAMES: dict[Scale, str] = {"paper": "pailitao", "paper_24month": "pailitao_24month", "demo": "pailitao_demo"}
 
-# (users, items) of the paper's Table 2; the demo's are small enough for a laptop to see each of the popular ones often.
+# (users, items) of the paper's Table 2; in the demo so few that a laptop sees each popular one often.
 USERS_AND_ITEMS: dict[Scale, tuple[int, int]] = {
     "paper": (480_028_940, 974_333_635),
     "paper_24month": (528_665_908, 1_355_865_204),
@@ -167,7 +168,10 @@ HIGH_LISTS: dict[str, tuple[int, int, str]] = {
     "item_title_words": (3_000_000, 1_000, "mean"),
     "query_object_words": (500_000, 200, "mean"),
 }
-HIGH_WEIGHTED: Rows = {"user_brand_preferences": (4_000_000, 500), "user_shop_preferences": (12_000_000, 2_000)}
+HIGH_WEIGHTED: Rows = {
+    "user_brand_preferences": (4_000_000, 500),
+    "user_shop_preferences": (12_000_000, 2_000),
+}
 HIGH_CROSSES: Rows = {
     **{
         f"user_id_x_{item}": (400_000_000, 20_000)
@@ -192,17 +196,16 @@ HIGH_CROSSES: Rows = {
     },
 }
 
+# The plain numbers, counts most of them: log1p
 NUMBERS = (
-    *(f"user_{name}" for name in (
-        "impressions_7d", "clicks_7d", "clicks_30d", "carts_7d", "carts_30d", "favourites_30d", "orders_30d", "orders_90d",
-        "spend_30d", "spend_90d", "searches_7d", "image_searches_30d", "days_since_last_visit", "days_since_registration",
-        "dwell_seconds_7d", "refunds_90d",
-    )),
-    *(f"item_{name}" for name in (
-        "impressions_1d", "impressions_7d", "clicks_1d", "clicks_7d", "clicks_30d", "carts_7d", "favourites_7d", "orders_7d",
-        "orders_30d", "sales_value_30d", "reviews", "refunds_30d", "days_since_listing", "stock", "discount_percent",
-        "image_search_views_7d", "questions_30d", "shop_followers",
-    )),
+    "user_impressions_7d", "user_clicks_7d", "user_clicks_30d", "user_carts_7d", "user_carts_30d",
+    "user_favourites_30d", "user_orders_30d", "user_orders_90d", "user_spend_30d", "user_spend_90d",
+    "user_searches_7d", "user_image_searches_30d", "user_days_since_last_visit",
+    "user_days_since_registration", "user_dwell_seconds_7d", "user_refunds_90d",
+    "item_impressions_1d", "item_impressions_7d", "item_clicks_1d", "item_clicks_7d", "item_clicks_30d",
+    "item_carts_7d", "item_favourites_7d", "item_orders_7d", "item_orders_30d", "item_sales_value_30d",
+    "item_reviews", "item_refunds_30d", "item_days_since_listing", "item_stock", "item_discount_percent",
+    "item_image_search_views_7d", "item_questions_30d", "item_shop_followers",
     "query_cluster_searches_7d", "query_cluster_clicks_7d", "query_cluster_orders_7d",
     "doc_cluster_impressions_7d", "doc_cluster_clicks_7d", "doc_cluster_orders_7d", "doc_cluster_items",
     "query_candidates", "query_object_area", "query_image_sharpness",
@@ -213,8 +216,8 @@ def pailitao_schema(scale: Scale) -> Schema:
     """Build the 192-field schema.
 
     Args:
-        scale: "paper" (12 months) and "paper_24month" have the paper's dims and true numbers of users and items;
-            "demo" has the same fields and groups, narrow, with small tables.
+        scale: "paper" (12 months) and "paper_24month" have the paper's dims and true numbers of users and
+            items; "demo" has the same fields and groups, narrow, with small tables.
     """
     table = {
         "name": NAMES[scale],
@@ -222,7 +225,9 @@ def pailitao_schema(scale: Scale) -> Schema:
         "group_column": "user_id",
         "time_column": "timestamp",
         "fields": _fields(scale),
-        "tables": {"item": {"num_embeddings": USERS_AND_ITEMS[scale][1], "embedding_dim": DIMS[scale].identity}},
+        "tables": {
+            "item": {"num_embeddings": USERS_AND_ITEMS[scale][1], "embedding_dim": DIMS[scale].identity}
+        },
         "groups": _groups(),
     }
     return parse_schema(table, f"pailitao_schema({scale!r})", Path())
@@ -231,10 +236,14 @@ def pailitao_schema(scale: Scale) -> Schema:
 def pailitao_text(scale: Scale) -> str:
     """The text of data/schemas/<name>.toml."""
     schema = pailitao_schema(scale)
-    sizes = "the paper's true numbers of users and items" if scale != "demo" else "tables and dims that a laptop trains"
+    sizes = (
+        "the paper's true numbers of users and items"
+        if scale != "demo"
+        else "tables and dims that a laptop trains"
+    )
     header = (
         f"Pailitao-like image-to-product search: 192 fields, {schema.width:,} dims, {sizes}.\n"
-        "The groups are those of the paper's Table 1. Generated by data/pailitao.py: change that, not this file."
+        "The groups are those of the paper's Table 1. Written by data/pailitao.py: change that instead."
     )
     return format_schema(schema, header)
 
@@ -243,7 +252,9 @@ def _groups() -> dict[str, list[str]]:
     """Table 1 of the paper: which fields cross, and why."""
     profile = ["user_id", *USER_PROFILE]
     attributes = ["item_id", "item_price", "item_sales_volume", *ITEM_ATTRIBUTES]
-    clusters = [[f"{side}_cluster_{name}" for name in _cluster_attribute_names()] for side in ("query", "doc")]
+    clusters = [
+        [f"{side}_cluster_{name}" for name in _cluster_attribute_names()] for side in ("query", "doc")
+    ]
     return {
         "visual_relevance": ["query_image", "item_image"],
         "query_image_item_attributes": ["query_image", *attributes],
@@ -274,7 +285,12 @@ def _fields(scale: Scale) -> dict[str, dict[str, Any]]:
 
     def lists(rows: dict[str, tuple[int, int, str]], dim: int) -> dict[str, dict[str, Any]]:
         return {
-            name: {"kind": "multi_valued", "num_embeddings": sizes[column], "embedding_dim": dim, "pooling": sizes[2]}
+            name: {
+                "kind": "multi_valued",
+                "num_embeddings": sizes[column],
+                "embedding_dim": dim,
+                "pooling": sizes[2],
+            }
             for name, sizes in rows.items()
         }
 
@@ -289,7 +305,9 @@ def _fields(scale: Scale) -> dict[str, dict[str, Any]]:
             for name, sizes in rows.items()
         }
 
-    clusters: dict[str, dict[str, Any]] = categorical({"query_cluster_id": CLUSTERS, "doc_cluster_id": CLUSTERS}, dims.cluster)
+    clusters: dict[str, dict[str, Any]] = categorical(
+        {"query_cluster_id": CLUSTERS, "doc_cluster_id": CLUSTERS}, dims.cluster
+    )
     for side in ("query", "doc"):
         names = {f"{side}_cluster_{name}": rows for name, rows in CLUSTER_ATTRIBUTES.items()}
         clusters |= categorical(names, dims.cluster_attribute)

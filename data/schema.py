@@ -244,12 +244,16 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     """Turn a parsed schema file into a checked Schema. `source` names it in messages."""
     raw_fields = table.get("fields")
     if not isinstance(raw_fields, dict) or not raw_fields:
-        raise InputError(f"{source}: [fields] is missing or empty; list each column, e.g. age = {{ kind = \"numeric\" }}")
+        raise InputError(
+            f'{source}: [fields] is missing or empty; list each column, e.g. age = {{ kind = "numeric" }}'
+        )
     top = parse_dataclass(_SchemaTop, {key: value for key, value in table.items() if key != "fields"}, source)
     features = []
     for name, entry in raw_fields.items():
         if not isinstance(entry, dict):
-            raise InputError(f"{source}: fields.{name} = {entry!r}: wanted a table such as {{ kind = \"categorical\" }}")
+            raise InputError(
+                f'{source}: fields.{name} = {entry!r}: wanted a table such as {{ kind = "categorical" }}'
+            )
         feature = parse_dataclass(Feature, {"name": name, **entry}, source, f"fields.{name}")
         problem = _feature_problem(feature, top)
         if problem:
@@ -309,11 +313,17 @@ def _dense_problem(feature: Feature) -> str:
 
 def _boundaries_problem(feature: Feature) -> str:
     if feature.boundaries == FIT:
-        return f"num_buckets = {feature.num_buckets}: wanted 2 or more; raise it" if feature.num_buckets < 2 else ""
+        return (
+            f"num_buckets = {feature.num_buckets}: wanted 2 or more; raise it"
+            if feature.num_buckets < 2
+            else ""
+        )
     if not feature.boundaries:
         return "boundaries is missing: wanted 'fit' or ascending numbers; add boundaries = \"fit\""
     if any(low >= high for low, high in zip(feature.boundaries, feature.boundaries[1:], strict=False)):  # type: ignore[operator]
-        return f"boundaries = {list(feature.boundaries)}: wanted ascending numbers; sort them and remove repeats"
+        return (
+            f"boundaries = {list(feature.boundaries)}: wanted ascending numbers; sort them and remove repeats"
+        )
     rows = len(feature.boundaries) + FIRST_VOCABULARY_ROW
     if feature.num_embeddings != rows:
         return f"num_embeddings = {feature.num_embeddings}: {len(feature.boundaries)} boundaries need {rows} rows; set {rows}"
@@ -338,14 +348,20 @@ def _check_groups(groups: dict[str, tuple[str, ...]], features: list[Feature], s
     known = {feature.name for feature in features}
     for group, members in groups.items():
         if group == "all":
-            raise InputError(f"{source}: groups.all: the name 'all' means every field already; choose another name")
+            raise InputError(
+                f"{source}: groups.all: the name 'all' means every field already; choose another name"
+            )
         if not members:
-            raise InputError(f"{source}: groups.{group} = []: wanted names of fields; add some or remove the group")
+            raise InputError(
+                f"{source}: groups.{group} = []: wanted names of fields; add some or remove the group"
+            )
         if len(set(members)) < len(members):
             raise InputError(f"{source}: groups.{group}: a field is listed twice; remove the repeat")
         for member in members:
             if member not in known:
-                raise InputError(f"{source}: groups.{group}: {member!r} is not a field; add it to [fields] or remove it here")
+                raise InputError(
+                    f"{source}: groups.{group}: {member!r} is not a field; add it to [fields] or remove it here"
+                )
 
 
 def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], source: str) -> tuple[Table, ...]:
@@ -360,13 +376,17 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
             members.setdefault(feature.table_name, []).append(feature)
     for name in shared:
         if name not in members:
-            raise InputError(f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r} in a field")
+            raise InputError(
+                f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r} in a field"
+            )
     tables = []
     for name, users in members.items():
         first = users[0]
         for other in users[1:]:
             if name not in shared:
-                raise InputError(f"{source}: fields.{other.name}: table {name!r} belongs to a field; share it through [tables]")
+                raise InputError(
+                    f"{source}: fields.{other.name}: table {name!r} belongs to a field; share it through [tables]"
+                )
             if other.pooling != first.pooling or other.is_weighted != first.is_weighted:
                 raise InputError(
                     f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but pools otherwise; "
@@ -374,7 +394,9 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
                 )
         sizes = shared.get(name, first)
         names = tuple(user.name for user in users)
-        tables.append(Table(name, sizes.num_embeddings, sizes.embedding_dim, first.pooling, names, first.is_weighted))
+        tables.append(
+            Table(name, sizes.num_embeddings, sizes.embedding_dim, first.pooling, names, first.is_weighted)
+        )
     return tuple(tables)
 
 
@@ -408,6 +430,7 @@ def format_schema(schema: Schema, header: str = "") -> str:
     """Schema file text, one line a field, as a person would write it.
 
     Args:
+        schema: what to write.
         header: comment lines for the top, without the leading `#`.
     """
     top = schema_to_toml(schema)
@@ -420,7 +443,9 @@ def format_schema(schema: Schema, header: str = "") -> str:
         pad = max((len(_key(name)) for name in entries), default=0)
         lines += [f"{_key(name):<{pad}} = {_inline(entry)}" for name, entry in entries.items()]
     if top["groups"]:
-        lines += ["", "[groups]"] + [f"{_key(name)} = {json.dumps(members)}" for name, members in top["groups"].items()]
+        lines += ["", "[groups]"] + [
+            f"{_key(name)} = {json.dumps(members)}" for name, members in top["groups"].items()
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,176 +1,24 @@
-"""ParquetStream: which rank reads which rows in which order, and the batches that follow. The order is a pure function.
+"""ParquetStream: row groups -> batches of one rank, in the order that data/order.py fixes, from a cursor on."""
 
-All rows of a list of files form one sequence of row groups. `lanes` cuts an epoch into that many equal streams; a global batch takes
-batch_size / lanes rows of each lane, and a rank owns lanes / world_size neighbouring lanes. So every world size that divides `lanes` sees
-the same global batches, and a position is two integers: epoch and step.
-
-    shuffled       row groups permuted by (seed, epoch), cut into lanes; each lane's rows permuted in windows of `window_rows`
-    partitioned    file order, cut into lanes: each row is decoded once; for evaluation, where order does not matter
-    chronological  global batch t is rows [t * B, (t + 1) * B) of the files in order; each rank decodes every row group it touches
-"""
-
-import glob
 import hashlib
 import queue
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.arrow import Encoder, Place, check_columns
-from data.batch import Batch, Cursor
-from data.columns import Columns, Keys, concatenate, take, to_batch
+from data.arrow import Encoder, Place
+from data.batch import Batch, Keys, to_batch
+from data.columns import Columns, concatenate, take
 from data.errors import InputError
+from data.files import read_footers
+from data.order import Cursor, Segment, StreamOptions, Window, plan_windows, rows_of_step
 from data.schema import Schema
-
-Order = Literal["shuffled", "partitioned", "chronological"]
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How files become batches.
-
-    Attributes:
-        batch_size: rows of a global batch, over all ranks.
-        lanes: independent streams that a global batch is made of; a multiple of every world size that shall see the same batches.
-        order: shuffled, partitioned or chronological.
-        window_rows: rows that are permuted together, and kept decoded, in each lane.
-        seed: of the permutations.
-        prefetch: batches decoded ahead by a thread; 0 decodes in the caller.
-    """
-
-    batch_size: int = 1024
-    lanes: int = 4
-    order: Order = "shuffled"
-    window_rows: int = 65_536
-    seed: int = 0
-    prefetch: int = 2
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that cannot be dealt out evenly."""
-        for name in ("batch_size", "lanes", "window_rows"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}: wanted 1 or more; raise it")
-        if self.batch_size % self.lanes:
-            near = max(self.lanes, self.batch_size - self.batch_size % self.lanes)
-            raise InputError(f"batch_size = {self.batch_size}: wanted a multiple of lanes = {self.lanes}; use {near}")
-
-
-class RowGroup(NamedTuple):
-    """One row group of one file."""
-
-    file: int
-    index: int
-    num_rows: int
-
-
-class Segment(NamedTuple):
-    """Rows [start, stop) of a row group."""
-
-    row_group: RowGroup
-    start: int
-    stop: int
-
-
-class Window(NamedTuple):
-    """Neighbouring rows that are decoded, and in shuffled order permuted, together. `first_row`: place in the epoch's sequence."""
-
-    first_row: int
-    num_rows: int
-    segments: tuple[Segment, ...]
-
-
-def resolve_files(paths: Sequence[str]) -> list[Path]:
-    """Turn folders, globs and files into a sorted list of Parquet files.
-
-    Raises:
-        InputError: a path leads to no Parquet file.
-    """
-    files: set[Path] = set()
-    for text in paths:
-        path = Path(text)
-        found = [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else []
-        found = found or [Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()]
-        if not found and not path.is_dir():
-            for folder in sorted(glob.glob(text)):
-                found += sorted(Path(folder).rglob("*.parquet"))
-        if not found:
-            raise InputError(
-                f"{text}: no Parquet file there; check the path, or write the data first (`mbcnet data synth`, `mbcnet data prepare`)"
-            )
-        files |= set(found)
-    return sorted(files)
-
-
-def read_footers(files: Sequence[Path], schema: Schema) -> list[RowGroup]:
-    """List the row groups of all files and check each file's columns, from footers alone.
-
-    Raises:
-        InputError: a file is no Parquet file, or a column is missing or of a wrong type; or there is no row at all.
-    """
-    row_groups = []
-    for number, file in enumerate(files):
-        try:
-            with pq.ParquetFile(file) as parquet:
-                check_columns(parquet.schema_arrow, schema, str(file))
-                metadata = parquet.metadata
-                rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        except (OSError, pa.ArrowException) as error:
-            reason = (str(error).splitlines() or ["unreadable"])[0]
-            raise InputError(f"{file}: not a readable Parquet file ({reason}); write it again or remove it") from None
-        row_groups += [RowGroup(number, index, num_rows) for index, num_rows in enumerate(rows) if num_rows]
-    if not row_groups:
-        raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows; check the paths of this split")
-    return row_groups
-
-
-def plan_windows(row_groups: Sequence[RowGroup], bounds: Sequence[int], window_rows: int) -> list[Window]:
-    """Cut a sequence of row groups at `bounds` (ascending rows, from 0 to the total) and into windows of about `window_rows`.
-
-    A window ends where a lane ends, or where a row group ends once it holds `window_rows`.
-    """
-    windows: list[Window] = []
-    segments: list[Segment] = []
-    position = first = 0
-    cuts = list(bounds[1:])
-
-    def close() -> None:
-        nonlocal segments, first
-        if segments:
-            windows.append(Window(first, position - first, tuple(segments)))
-        segments, first = [], position
-
-    for row_group in row_groups:
-        start = 0
-        while start < row_group.num_rows:
-            while cuts and cuts[0] <= position:
-                cuts.pop(0)
-            stop = min(row_group.num_rows, start + (cuts[0] - position), start + max(1, window_rows - (position - first)))
-            segments.append(Segment(row_group, start, stop))
-            position += stop - start
-            start = stop
-            if (cuts and position == cuts[0]) or position - first >= window_rows:
-                close()
-    close()
-    return windows
-
-
-def rows_of_step(options: StreamOptions, total: int, step: int, lane: int) -> tuple[int, int]:
-    """Return rows [start, stop) of the epoch's sequence that `lane` adds to global batch `step`."""
-    lanes, share = options.lanes, options.batch_size // options.lanes
-    if options.order == "chronological":
-        first = step * options.batch_size
-        rows = max(0, min(options.batch_size, total - first))
-        return first + rows * lane // lanes, first + rows * (lane + 1) // lanes
-    start, stop = total * lane // lanes, total * (lane + 1) // lanes
-    return min(start + step * share, stop), min(start + (step + 1) * share, stop)
 
 
 class ParquetStream:
@@ -180,7 +28,14 @@ class ParquetStream:
     padded with rows of weight 0 (see `Batch.weights`), so nothing is dropped and no collective waits for a missing rank.
     """
 
-    def __init__(self, files: Sequence[Path], schema: Schema, options: StreamOptions, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        schema: Schema,
+        options: StreamOptions,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         """Read all footers.
 
         Raises:
@@ -198,7 +53,9 @@ class ParquetStream:
         self.schema = schema
         self.row_groups = read_footers(self.files, schema)
         self.num_rows = sum(row_group.num_rows for row_group in self.row_groups)
-        self.keys = Keys([feature.name for feature in schema.sparse], [feature.name for feature in schema.weighted])
+        self.keys = Keys(
+            [feature.name for feature in schema.sparse], [feature.name for feature in schema.weighted]
+        )
         self.cursor = Cursor()
 
     @property
@@ -213,7 +70,13 @@ class ParquetStream:
     def fingerprint(self) -> str:
         """Twelve hex digits of what fixes the order: options, file names and rows. World size is not part of it."""
         groups = [(self.files[group.file].name, group.index, group.num_rows) for group in self.row_groups]
-        options = (self.options.batch_size, self.options.lanes, self.options.order, self.options.window_rows, self.options.seed)
+        options = (
+            self.options.batch_size,
+            self.options.lanes,
+            self.options.order,
+            self.options.window_rows,
+            self.options.seed,
+        )
         return hashlib.sha256(repr((groups, options)).encode()).hexdigest()[:12]
 
     def state_dict(self, cursor: Cursor | None = None) -> dict[str, int | str]:
@@ -251,14 +114,21 @@ class ParquetStream:
         lane_bounds = [self.num_rows * lane // options.lanes for lane in range(options.lanes + 1)]
         bounds = [0, self.num_rows] if options.order == "chronological" else lane_bounds
         own = options.lanes // self.world_size
-        reader = _WindowReader(self, plan_windows(row_groups, bounds, options.window_rows), cursor.epoch, capacity=own + 1)
+        reader = _WindowReader(
+            self, plan_windows(row_groups, bounds, options.window_rows), cursor.epoch, capacity=own + 1
+        )
         for step in range(cursor.step, self.steps_per_epoch):
             spans = [rows_of_step(options, self.num_rows, step, lane) for lane in range(options.lanes)]
             per_rank = [
-                sum(stop - start for start, stop in spans[rank * own : (rank + 1) * own]) for rank in range(self.world_size)
+                sum(stop - start for start, stop in spans[rank * own : (rank + 1) * own])
+                for rank in range(self.world_size)
             ]
             num_rows = max(per_rank)
-            parts = [part for start, stop in spans[self.rank * own : (self.rank + 1) * own] for part in reader.rows(start, stop)]
+            parts = [
+                part
+                for start, stop in spans[self.rank * own : (self.rank + 1) * own]
+                for part in reader.rows(start, stop)
+            ]
             columns = concatenate(parts) if parts else reader.no_rows(spans)
             weight = self.world_size * num_rows / sum(per_rank)
             next_cursor = Cursor(cursor.epoch, step + 1)
@@ -297,7 +167,9 @@ class _WindowReader:
         columns = concatenate([self._decode(segment) for segment in window.segments])
         permutation = np.arange(window.num_rows)
         if self.stream.options.order == "shuffled":
-            permutation = np.random.default_rng([self.stream.options.seed, self.epoch, window.first_row]).permutation(window.num_rows)
+            permutation = np.random.default_rng(
+                [self.stream.options.seed, self.epoch, window.first_row]
+            ).permutation(window.num_rows)
         self.decoded[index] = (columns, permutation)
         while len(self.decoded) > self.capacity:
             self.decoded.popitem(last=False)
@@ -307,7 +179,9 @@ class _WindowReader:
         file = self.stream.files[segment.row_group.file]
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                table = parquet.read_row_group(segment.row_group.index, columns=list(self.stream.schema.columns), use_threads=False)
+                table = parquet.read_row_group(
+                    segment.row_group.index, columns=list(self.stream.schema.columns), use_threads=False
+                )
         except (OSError, pa.ArrowException) as error:
             reason = (str(error).splitlines() or ["unreadable"])[0]
             raise InputError(
@@ -338,7 +212,7 @@ def _prefetched(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
                 if not put(batch):
                     return
             put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again in the consumer
+        except BaseException as error:
             put(error)
 
     threading.Thread(target=produce, daemon=True, name="parquet-prefetch").start()

@@ -7,12 +7,15 @@ from data.schema import Schema
 POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 
 
-def embedding_bag_configs(schema: Schema, *, weighted: bool, data_type: DataType = DataType.FP32) -> list[EmbeddingBagConfig]:
+def embedding_bag_configs(
+    schema: Schema, *, weighted: bool, data_type: DataType = DataType.FP32
+) -> list[EmbeddingBagConfig]:
     """List the tables of one EmbeddingBagCollection.
 
     A weighted collection applies weights to every bag, so weighted fields have a collection of their own.
 
     Args:
+        schema: names the tables.
         weighted: whether to list the tables of weighted fields or those of all others.
         data_type: of the rows.
     """

@@ -25,11 +25,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path (it is taken relative to {Path.cwd()})") from None
+        raise InputError(
+            f"{path}: no such file; check the path (it is taken relative to {Path.cwd()})"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}; mend that line") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from None
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
+        ) from None
 
 
 def parse_dataclass(cls: type[T], table: Any, source: str, path: str = "") -> T:
@@ -133,7 +137,9 @@ def parse_value(hint: Any, value: Any, source: str, path: str) -> Any:
 def to_toml_value(value: Any) -> Any:
     """Turn a dataclass tree into what a TOML writer takes; None means "not set" and is left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init)
+        pairs = (
+            (field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
+        )
         return {name: to_toml_value(each) for name, each in pairs if each is not None}
     if isinstance(value, Mapping):
         return {key: to_toml_value(each) for key, each in value.items() if each is not None}

@@ -34,7 +34,11 @@ def describe(rank: int, exitcode: int) -> str:
     if exitcode >= 0:
         return f"rank {rank} ended with exit code {exitcode}; its own message stands above"
     name = signal.Signals(-exitcode).name
-    hint = "; most often the machine ran out of memory: a smaller batch, smaller tables or fewer workers need less" if name == "SIGKILL" else ""
+    hint = (
+        "; most often the machine ran out of memory: a smaller batch, smaller tables or fewer workers need less"
+        if name == "SIGKILL"
+        else ""
+    )
     return f"rank {rank} was ended by {name}{hint}"
 
 

@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import sys
-from typing import Dict, List, Optional  # noqa: UP035  torchx reads annotations from the text and knows these spellings only
+from typing import Dict, List, Optional
 
 import torchx.specs as specs
 from torchx.components import dist
@@ -26,7 +26,12 @@ class _LocalChatter(logging.Filter):
         if isinstance(record.msg, specs.AppStatus):
             return not (record.msg.ui_url or "").startswith("file:")
         local = record.name.endswith("local_scheduler") or str(record.msg).startswith(
-            ("Waiting for the app to finish", "Tracker configurations", "Job finished: SUCCEEDED", "Job finished: FAILED")
+            (
+                "Waiting for the app to finish",
+                "Tracker configurations",
+                "Job finished: SUCCEEDED",
+                "Job finished: FAILED",
+            )
         )
         return record.levelno >= logging.WARNING or not local
 
@@ -40,7 +45,7 @@ def _quieten_torchx() -> None:
             handler.addFilter(_LocalChatter())
 
 
-def _environment(role_name: str, extra: Optional[Dict[str, str]]) -> Dict[str, str]:  # noqa: UP006, UP045
+def _environment(role_name: str, extra: Optional[Dict[str, str]]) -> Dict[str, str]:
     """Variables of every worker; what the user gives wins."""
     env = {
         # The working directory stays off sys.path: a user's own data/ or launch/ there must not shadow ours.
@@ -56,7 +61,7 @@ def _environment(role_name: str, extra: Optional[Dict[str, str]]) -> Dict[str, s
     return {**env, **(extra or {})}
 
 
-def _job(module: str, args: List[str], env: Optional[Dict[str, str]], **options: object) -> specs.AppDef:  # noqa: UP006, UP045
+def _job(module: str, args: List[str], env: Optional[Dict[str, str]], **options: object) -> specs.AppDef:
     """The `dist.ddp` job of torchx for one of our modules.
 
     Three things differ from plain ddp: workers write straight to the terminal (ddp's tee=3 turns each carriage return of a
@@ -70,7 +75,9 @@ def _job(module: str, args: List[str], env: Optional[Dict[str, str]], **options:
     # Schedulers look programs up on PATH, which holds .venv/bin only in an activated shell. On a cluster with a shared
     # file system the folder is right too; inside a container it does not exist and does no harm. $$ is torchx's spelling of $.
     bin_folder = shlex.quote(os.path.dirname(sys.executable))
-    role.args[1] = role.args[1].replace("torchrun ", f"export PATH={bin_folder}:$$PATH; exec python -m launch.agent ", 1)
+    role.args[1] = role.args[1].replace(
+        "torchrun ", f"export PATH={bin_folder}:$$PATH; exec python -m launch.agent ", 1
+    )
     return app
 
 
@@ -81,10 +88,10 @@ def train(
     name: str = "/",
     cpu: int = 2,
     gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803  torchx's spelling
-    h: Optional[str] = None,  # noqa: UP045
+    memMB: int = 8192,
+    h: Optional[str] = None,
     image: str = "mbcnet-rec",
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
 ) -> specs.AppDef:
     """Train a model: one process for each device, tables sharded over all of them.
@@ -115,10 +122,10 @@ def evaluate(
     name: str = "/",
     cpu: int = 2,
     gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803  torchx's spelling
-    h: Optional[str] = None,  # noqa: UP045
+    memMB: int = 8192,
+    h: Optional[str] = None,
     image: str = "mbcnet-rec",
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    env: Optional[Dict[str, str]] = None,
 ) -> specs.AppDef:
     """Evaluate a run's checkpoint on its test split.
 

@@ -10,7 +10,9 @@ from torch import Tensor
 CHUNK_ROWS = 65_536
 
 
-def table_rows(seed: int, table: str, start: int, stop: int, dim: int, std: float) -> Iterator[tuple[int, Tensor]]:
+def table_rows(
+    seed: int, table: str, start: int, stop: int, dim: int, std: float
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, (rows, dim) float32 normal values) that cover rows [start, stop) of a table.
 
     Each chunk of 65,536 rows has a generator of its own, so a shard draws only the chunks it holds.
@@ -45,4 +47,6 @@ def initialise_tables(state: dict[str, Any], tables: dict[str, str], *, seed: in
                 row, column = shard.metadata.shard_offsets
                 height, width = shard.metadata.shard_sizes
                 for first, rows in table_rows(seed, table, row, row + height, value.size(1), std):
-                    shard.tensor[first - row : first - row + len(rows)].copy_(rows[:, column : column + width])
+                    shard.tensor[first - row : first - row + len(rows)].copy_(
+                        rows[:, column : column + width]
+                    )

@@ -16,7 +16,7 @@ from torchrec.distributed.sharding_plan import (
     table_row_wise,
     table_wise,
 )
-from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from data.errors import InputError
 from data.schema import Schema
@@ -96,7 +96,9 @@ def read_plan(path: Path) -> Plan:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); let `mbcnet train` write a new plan by leaving sharding.plan empty") from None
+        raise InputError(
+            f"{path}: not JSON ({error}); let `mbcnet train` write a new plan by leaving sharding.plan empty"
+        ) from None
     return parse_dataclass(Plan, table, str(path))
 
 
@@ -108,15 +110,21 @@ def check_plan(plan: Plan, schema: Schema, *, world_size: int, device: str, sour
     """
     mend = "plan again by leaving sharding.plan empty"
     if plan.world_size != world_size:
-        raise InputError(f"{source}: world_size = {plan.world_size}, but this run has {world_size} ranks; use -j 1x{plan.world_size}, or {mend}")
+        raise InputError(
+            f"{source}: world_size = {plan.world_size}, but this run has {world_size} ranks; use -j 1x{plan.world_size}, or {mend}"
+        )
     if plan.device != device:
         raise InputError(f"{source}: device = {plan.device!r}, but this run computes on {device!r}; {mend}")
     names = {table.name for table in schema.tables}
     missing, extra = sorted(names - set(plan.tables)), sorted(set(plan.tables) - names)
     if missing or extra:
-        raise InputError(f"{source}: tables not planned: {missing or 'none'}; tables not in the schema: {extra or 'none'}; {mend}")
+        raise InputError(
+            f"{source}: tables not planned: {missing or 'none'}; tables not in the schema: {extra or 'none'}; {mend}"
+        )
     if plan.schema != schema.fingerprint():
-        raise InputError(f"{source}: made for schema {plan.schema}, this one is {schema.fingerprint()} (sizes or fields differ); {mend}")
+        raise InputError(
+            f"{source}: made for schema {plan.schema}, this one is {schema.fingerprint()} (sizes or fields differ); {mend}"
+        )
     for name, table in plan.tables.items():
         _check_table(table, name, plan, source)
 
@@ -124,22 +132,31 @@ def check_plan(plan: Plan, schema: Schema, *, world_size: int, device: str, sour
 def _check_table(table: TablePlan, name: str, plan: Plan, source: str) -> None:
     where = f"{source}: tables.{name}"
     if table.sharding_type == ShardingType.GRID_SHARD.value:
-        raise InputError(f"{where}: grid_shard with mean pooling is computed wrongly by TorchRec; use table_row_wise or column_wise")
+        raise InputError(
+            f"{where}: grid_shard with mean pooling is computed wrongly by TorchRec; use table_row_wise or column_wise"
+        )
     if table.sharding_type not in SHARDING_TYPES:
-        raise InputError(f"{where}.sharding_type = {table.sharding_type!r}: wanted one of {', '.join(SHARDING_TYPES)}")
+        raise InputError(
+            f"{where}.sharding_type = {table.sharding_type!r}: wanted one of {', '.join(SHARDING_TYPES)}"
+        )
     replicated = table.sharding_type == ShardingType.DATA_PARALLEL.value
     if replicated != (table.compute_kernel == "dense"):
         wanted = "dense" if replicated else "fused"
-        raise InputError(f"{where}.compute_kernel = {table.compute_kernel!r}: {table.sharding_type} wants {wanted!r}; change it")
+        raise InputError(
+            f"{where}.compute_kernel = {table.compute_kernel!r}: {table.sharding_type} wants {wanted!r}; change it"
+        )
     bad = [rank for rank in table.ranks if not 0 <= rank < plan.world_size]
     if bad or (not replicated and not table.ranks):
-        raise InputError(f"{where}.ranks = {list(table.ranks)}: wanted ranks in [0, {plan.world_size}); change them")
+        raise InputError(
+            f"{where}.ranks = {list(table.ranks)}: wanted ranks in [0, {plan.world_size}); change them"
+        )
 
 
 def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> ShardingPlan:
     """Build TorchRec's plan for the EmbeddingBagCollections at the given module paths.
 
     Args:
+        plan: where each table lives.
         collections: module path inside the model -> EmbeddingBagCollection.
     """
     result = {}
@@ -148,7 +165,7 @@ def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> Shardi
             config.name: _generator(plan.tables[config.name], plan)
             for config in collection.embedding_bag_configs()  # type: ignore[operator]
         }
-        sharder: ModuleSharder[Any] = AnyTypeSharder()
+        sharder: Any = AnyTypeSharder()
         result[path] = construct_module_sharding_plan(
             collection,
             generators,
@@ -169,5 +186,5 @@ def _generator(table: TablePlan, plan: Plan) -> Any:
     if table.sharding_type == "row_wise":
         return row_wise(compute_kernel=kernel)
     if table.sharding_type == "table_row_wise":
-        return table_row_wise(host_index=table.ranks[0] // plan.local_world_size, compute_kernel=kernel)
+        return table_row_wise(host_index=table.ranks[0] // plan.local_world_size)
     return column_wise(ranks=list(table.ranks), compute_kernel=kernel)

@@ -2,8 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner
@@ -13,37 +11,10 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from data.errors import InputError
 from data.schema import Schema
 from data.typed import unknown_key
+from sharding.constraints import ShardingConfig, TableConstraint
 from sharding.plan import AnyTypeSharder, Plan, TablePlan
 
-ShardingTypeName = Literal["data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise"]
 GIB = 1024**3
-
-
-@dataclass(frozen=True)
-class TableConstraint:
-    """What the planner may do with one table. sharding_types: those allowed; empty: the run's default."""
-
-    sharding_types: tuple[ShardingTypeName, ...] = ()
-
-
-@dataclass(frozen=True)
-class ShardingConfig:
-    """How tables are placed.
-
-    Attributes:
-        plan: a plan file to run to the letter; empty: plan now and save what was used.
-        sharding_types: types the planner may choose. column_wise is not among the defaults: rowwise Adagrad keeps one state for each row
-            of each column shard, so a column-wise table is trained by another optimizer than any other plan of it. Under SGD and
-            Adagrad it is the same; ask for it there.
-        tables: constraints by table.
-        hbm_gib, ddr_gib: memory of one rank that the planner may fill, in GiB.
-    """
-
-    plan: str = ""
-    sharding_types: tuple[ShardingTypeName, ...] = ("table_wise", "row_wise")
-    tables: dict[str, TableConstraint] = field(default_factory=dict)
-    hbm_gib: float = 64.0
-    ddr_gib: float = 16.0
 
 
 def make_plan(
@@ -72,7 +43,9 @@ def make_plan(
             raise InputError(unknown_key(f"sharding.tables.{name}", name, names))
     constraints = {
         name: ParameterConstraints(
-            sharding_types=list(config.tables.get(name, TableConstraint()).sharding_types or config.sharding_types)
+            sharding_types=list(
+                config.tables.get(name, TableConstraint()).sharding_types or config.sharding_types
+            )
         )
         for name in names
     }
@@ -113,4 +86,6 @@ class _Holder(nn.Module):
 
     def __init__(self, collections: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.collections = nn.ModuleDict({path.replace(".", "/"): module for path, module in collections.items()})
+        self.collections = nn.ModuleDict(
+            {path.replace(".", "/"): module for path, module in collections.items()}
+        )

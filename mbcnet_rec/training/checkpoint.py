@@ -65,7 +65,8 @@ def save(folder: Path, pieces: list[Piece], extra: dict[str, Any], rank: int, wo
         folder: final place; it must not exist.
         pieces: this rank's.
         extra: JSON values: step, cursor, fingerprints.
-        rank, world_size: of this process.
+        rank: of this process.
+        world_size: number of processes.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     if rank == 0:
@@ -74,7 +75,9 @@ def save(folder: Path, pieces: list[Piece], extra: dict[str, Any], rank: int, wo
     _barrier(world_size)
     own = [piece for piece in pieces if rank == 0 or piece.global_shape != tuple(piece.tensor.shape)]
     file = partial / f"rank_{rank:05d}.safetensors"
-    tensors = {str(index): piece.tensor.detach().cpu().contiguous().clone() for index, piece in enumerate(own)}
+    tensors = {
+        str(index): piece.tensor.detach().cpu().contiguous().clone() for index, piece in enumerate(own)
+    }
     save_file(tensors, file)
     with open(file, "rb+") as written:
         os.fsync(written.fileno())
@@ -98,14 +101,19 @@ def save(folder: Path, pieces: list[Piece], extra: dict[str, Any], rank: int, wo
     _barrier(world_size)
 
 
-def _gather_entries(entry: dict[str, Any], whole: list[Piece], partial: Path, rank: int, world_size: int) -> list[Any]:
+def _gather_entries(
+    entry: dict[str, Any], whole: list[Piece], partial: Path, rank: int, world_size: int
+) -> list[Any]:
     """Collect every rank's entry; a rank adds whole tensors that rank 0 does not hold (table-wise shards)."""
     names = [{piece["name"] for piece in entry["pieces"]}]
     dist.broadcast_object_list(names, src=0)
     missing = [piece for piece in whole if piece.name not in names[0]]
     if missing:
         file = partial / f"rank_{rank:05d}_whole.safetensors"
-        save_file({str(i): piece.tensor.detach().cpu().contiguous().clone() for i, piece in enumerate(missing)}, file)
+        save_file(
+            {str(i): piece.tensor.detach().cpu().contiguous().clone() for i, piece in enumerate(missing)},
+            file,
+        )
         with open(file, "rb+") as written:
             os.fsync(written.fileno())
         listing = [{"name": p.name, "offsets": p.offsets, "global_shape": p.global_shape} for p in missing]
@@ -127,11 +135,15 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = {entry["file"]: entry["sha256"] for entry in manifest["files"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: not a checkpoint ({error}); choose a folder that `mbcnet train` wrote") from None
+        raise InputError(
+            f"{folder}: not a checkpoint ({error}); choose a folder that `mbcnet train` wrote"
+        ) from None
     for name, sha256 in files.items():
         path = folder / name
         if Path(name).name != name or path.is_symlink() or not path.is_file() or _sha256(path) != sha256:
-            raise InputError(f"{path}: missing or changed since it was written (SHA-256 differs); use another checkpoint")
+            raise InputError(
+                f"{path}: missing or changed since it was written (SHA-256 differs); use another checkpoint"
+            )
     return manifest
 
 
@@ -148,13 +160,19 @@ def load(folder: Path, pieces: list[Piece]) -> dict[str, Any]:
     saved: dict[str, list[tuple[str, str, list[int], list[int]]]] = {}
     for entry in manifest["files"]:
         for index, piece in enumerate(entry["pieces"]):
-            saved.setdefault(piece["name"], []).append((entry["file"], str(index), piece["offsets"], piece["global_shape"]))
-    handles = {entry["file"]: safe_open(folder / entry["file"], framework="pt") for entry in manifest["files"]}
+            saved.setdefault(piece["name"], []).append(
+                (entry["file"], str(index), piece["offsets"], piece["global_shape"])
+            )
+    handles = {
+        entry["file"]: safe_open(folder / entry["file"], framework="pt") for entry in manifest["files"]
+    }
     with torch.no_grad():
         for piece in pieces:
             sources = saved.get(piece.name)
             if sources is None:
-                raise InputError(f"{folder}: holds no {piece.name!r}; it belongs to another model or optimizer: use that run's config")
+                raise InputError(
+                    f"{folder}: holds no {piece.name!r}; it belongs to another model or optimizer: use that run's config"
+                )
             if tuple(sources[0][3]) != piece.global_shape:
                 raise InputError(
                     f"{folder}: {piece.name!r} has shape {tuple(sources[0][3])}, this run wants {piece.global_shape}; use the "
@@ -162,7 +180,9 @@ def load(folder: Path, pieces: list[Piece]) -> dict[str, Any]:
                 )
             covered = sum(_copy(handles[file], key, offsets, piece) for file, key, offsets, _ in sources)
             if covered < piece.tensor.numel():
-                raise InputError(f"{folder}: {piece.name!r} is covered only in part ({covered} of {piece.tensor.numel()} values)")
+                raise InputError(
+                    f"{folder}: {piece.name!r} is covered only in part ({covered} of {piece.tensor.numel()} values)"
+                )
     return manifest["extra"]
 
 
@@ -173,7 +193,9 @@ def _copy(handle: Any, key: str, offsets: list[int], piece: Piece) -> int:
         return 1
     block = handle.get_slice(key)
     source, target, count = [], [], 1
-    for begin, size, own_begin, own_size in zip(offsets, block.get_shape(), piece.offsets, piece.tensor.shape, strict=True):
+    for begin, size, own_begin, own_size in zip(
+        offsets, block.get_shape(), piece.offsets, piece.tensor.shape, strict=True
+    ):
         low, high = max(begin, own_begin), min(begin + size, own_begin + own_size)
         if low >= high:
             return 0

@@ -15,7 +15,9 @@ def auc(logits: np.ndarray, labels: np.ndarray) -> float:
     _, inverse, counts = np.unique(logits, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     mid_ranks = last - (counts - 1) / 2.0
-    return float((mid_ranks[inverse][labels > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    return float(
+        (mid_ranks[inverse][labels > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives)
+    )
 
 
 def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -1,8 +1,7 @@
 """Optimizers: tables learn inside backward, the dense part by Adam, and a table's optimizer does not depend on its plan."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,39 +10,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from data.errors import InputError
-
-
-@dataclass(frozen=True)
-class EmbeddingOptimConfig:
-    """Optimizer of the tables: w -= lr * g / (sqrt(state) + eps).
-
-    Attributes:
-        name: rowwise_adagrad (one state a row: the mean of squared gradients over the row), adagrad (one an element), or sgd.
-        lr: learning rate.
-        eps: of adagrad and rowwise_adagrad.
-        init_std: standard deviation of the initial rows.
-    """
-
-    name: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    lr: float = 0.02
-    eps: float = 1e-8
-    init_std: float = 0.02
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Optimizers of a run. dense_lr, weight_decay: of Adam on the dense part (decoupled decay where it is above 0)."""
-
-    dense_lr: float = 1e-3
-    weight_decay: float = 0.0
-    embedding: EmbeddingOptimConfig = EmbeddingOptimConfig()
-
-    def __post_init__(self) -> None:
-        """Refuse rates that cannot train."""
-        if self.dense_lr <= 0 or self.embedding.lr <= 0:
-            raise InputError(f"dense_lr = {self.dense_lr}, embedding.lr = {self.embedding.lr}: wanted numbers above 0")
-
+from mbcnet_rec.training.optim_config import EmbeddingOptimConfig, OptimConfig
 
 TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -58,7 +25,9 @@ def fuse_table_optimizer(parameters: Iterable[nn.Parameter], config: EmbeddingOp
     apply_optimizer_in_backward(TABLE_OPTIMIZERS[config.name], parameters, dict(_options(config)))
 
 
-def build_optimizer(model: DistributedModelParallel, replicated: set[str], config: OptimConfig) -> CombinedOptimizer:
+def build_optimizer(
+    model: DistributedModelParallel, replicated: set[str], config: OptimConfig
+) -> CombinedOptimizer:
     """Join the fused table optimizer, the same optimizer for replicated tables, and Adam for the dense part.
 
     TorchRec leaves data-parallel tables to the dense optimizer; here they keep the tables' own.
@@ -69,9 +38,13 @@ def build_optimizer(model: DistributedModelParallel, replicated: set[str], confi
         config: rates.
     """
     sharded = {name for name, _ in model.fused_optimizer.params.items()}
-    dense = {name: param for name, param in model.named_parameters() if name not in sharded and name not in replicated}
+    dense = {
+        name: param
+        for name, param in model.named_parameters()
+        if name not in sharded and name not in replicated
+    }
     adam = torch.optim.AdamW if config.weight_decay > 0 else torch.optim.Adam
-    extra = {"weight_decay": config.weight_decay} if config.weight_decay > 0 else {}
+    extra: dict[str, Any] = {"weight_decay": config.weight_decay} if config.weight_decay > 0 else {}
     optimizers: list[Any] = [
         ("fused", model.fused_optimizer),
         ("dense", KeyedOptimizerWrapper(dense, lambda params: adam(params, lr=config.dense_lr, **extra))),
@@ -79,8 +52,10 @@ def build_optimizer(model: DistributedModelParallel, replicated: set[str], confi
     tables = {name: param for name, param in model.named_parameters() if name in replicated}
     if tables:
         chosen = TABLE_OPTIMIZERS[config.embedding.name]
-        options = _options(config.embedding)
-        optimizers.append(("replicated", KeyedOptimizerWrapper(tables, lambda params: chosen(params, **options))))
+        options: dict[str, Any] = _options(config.embedding)
+        optimizers.append(
+            ("replicated", KeyedOptimizerWrapper(tables, lambda params: chosen(params, **options)))
+        )
     return CombinedOptimizer(optimizers)
 
 

@@ -1,0 +1,190 @@
+"""RunConfig: the owners' configs together, read from TOML, overridden by `--set`, checked across parts. Imports no torchrec."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from data.errors import InputError
+from data.order import Order, StreamOptions
+from data.typed import parse_dataclass, read_toml, to_toml_value
+from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.training.optim_config import OptimConfig
+from sharding.constraints import ShardingConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows, in which order.
+
+    Attributes:
+        train, valid, test: Parquet files, folders or globs, relative to the working directory. valid and test
+            may be empty.
+        batch_size: rows of a global training batch, over all ranks.
+        eval_batch_size: rows of a global evaluation batch; 0: batch_size.
+        lanes: see StreamOptions; every world size that divides it sees the same global batches.
+        order: of training rows.
+        window_rows: rows permuted together in each lane.
+        prefetch: batches decoded ahead by a thread.
+    """
+
+    train: tuple[str, ...]
+    valid: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    batch_size: int = 1024
+    eval_batch_size: int = 0
+    lanes: int = 4
+    order: Order = "shuffled"
+    window_rows: int = 65_536
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be dealt out."""
+        if not self.train:
+            raise InputError("train = []: wanted at least one Parquet file or folder; add it")
+        self.train_options(0)
+        self.eval_options()
+
+    def train_options(self, seed: int) -> StreamOptions:
+        """Options of the training stream."""
+        return StreamOptions(
+            self.batch_size, self.lanes, self.order, self.window_rows, seed, prefetch=self.prefetch
+        )
+
+    def eval_options(self) -> StreamOptions:
+        """Options of an evaluation stream: every row once, in file order."""
+        size = self.eval_batch_size or self.batch_size
+        return StreamOptions(size, self.lanes, "partitioned", self.window_rows, prefetch=self.prefetch)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, where, and what to write.
+
+    Attributes:
+        out: the run folder; empty: runs/NAME.
+        seed: of weights, tables and the order of rows.
+        device: auto (cuda where there is one), cpu or cuda.
+        autocast: dtype of matrix products; none is float32.
+        epochs: passes over the training rows.
+        max_steps: stop after that many steps; 0: no limit.
+        log_every: steps between lines of metrics.jsonl.
+        eval_every: steps between evaluations on the validation rows; 0: at the end of each epoch.
+        patience: evaluations without a better validation AUC before training stops; 0: never.
+        schedule: constant, or plateau: dense and table rates x 0.1 at every evaluation that does not improve.
+        checkpoint_every: steps between checkpoints besides those at evaluations; 0: none.
+        keep_last: checkpoints kept besides the best one.
+        max_grad_norm: of the dense part, over all its parameters; 0: not clipped.
+    """
+
+    out: str = ""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    autocast: Literal["none", "bf16"] = "none"
+    epochs: int = 1
+    max_steps: int = 0
+    log_every: int = 20
+    eval_every: int = 0
+    patience: int = 0
+    schedule: Literal["constant", "plateau"] = "constant"
+    checkpoint_every: int = 0
+    keep_last: int = 2
+    max_grad_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse counts that train nothing."""
+        for key, least in (("epochs", 1), ("log_every", 1), ("keep_last", 1), ("seed", 0)):
+            if getattr(self, key) < least:
+                raise InputError(f"{key} = {getattr(self, key)}: wanted {least} or more; raise it")
+        for key in ("max_steps", "eval_every", "patience", "checkpoint_every", "max_grad_norm"):
+            if getattr(self, key) < 0:
+                raise InputError(f"{key} = {getattr(self, key)}: wanted 0 (off) or more; raise it")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what it reads, what it learns with, where tables live, how long.
+
+    Attributes:
+        name: of the run; names its folder.
+        schema: the schema file, fitted, relative to the working directory.
+    """
+
+    name: str
+    schema: str
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        """Check what no part can check alone."""
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise InputError(f"name = {self.name!r}: wanted a plain word, since it names a folder; change it")
+        if self.train.patience and not self.data.valid:
+            raise InputError(
+                f"train.patience = {self.train.patience}: early stop reads the validation AUC, but data.valid is "
+                "empty; name the validation files or set train.patience = 0"
+            )
+        if self.train.schedule == "plateau" and not self.data.valid:
+            raise InputError(
+                "train.schedule = 'plateau': it reads the validation AUC, but data.valid is empty; name the "
+                "validation files or use 'constant'"
+            )
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.train.out or f"runs/{self.name}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's TOML file and apply `key.path=value` overrides.
+
+    Args:
+        path: the file.
+        overrides: each `a.b=v`; v is a TOML value, or a bare string.
+
+    Raises:
+        InputError: naming the file or override, the key's path, the value, what was wanted and the mend.
+    """
+    table = read_toml(Path(path))
+    for override in overrides:
+        apply_override(table, override)
+    return parse_dataclass(RunConfig, table, str(path))
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set one dotted key of a parsed TOML table in place.
+
+    Raises:
+        InputError: the override is not `key.path=value`, or its path leads through a value.
+    """
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise InputError(
+            f"--set {override!r}: wanted key.path=value, for example train.epochs=2; write it so"
+        )
+    for name in names[:-1]:
+        child = table.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise InputError(f"--set {override}: {name!r} is {child!r}, not a table of keys; check the path")
+        table = child
+    table[names[-1]] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved config as TOML: every key with the value that the run uses."""
+    return tomli_w.dumps(to_toml_value(config))

@@ -1,0 +1,257 @@
+"""The losses of MBCnet as pure functions of logits, latents and labels, and the two configs that choose among their readings.
+
+Shapes: B batch, K branches, d latent width, P = K (K - 1) / 2 unordered pairs in lexicographic order (0,1),
+(0,2), .., (K-2,K-1). Half precision is promoted to float32; float64 stays float64. Rows are selected by
+multiplying with masks, never by boolean indexing: shapes stay static and nothing waits for the device.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.errors import InputError
+
+Scheme = Literal["strong_to_weak", "weak_to_strong", "no_discrimination"]
+Norm = Literal["l2", "squared"]
+MeanOverRanks = Callable[[Tensor], Tensor]
+
+THRESHOLD = -math.log(0.5)  # the BCE of a prediction of one half (Eq. 10)
+
+
+@dataclass(frozen=True)
+class CoteachingConfig:
+    """Branch co-teaching.
+
+    Attributes:
+        weight: alpha of Eq. 17; 0 takes the term out of the objective.
+        scheme: who teaches whom: strong_to_weak (the paper), weak_to_strong, no_discrimination (Table 5).
+        threshold: BCE in nats below which a branch is strong on a sample and above which it is weak.
+        warmup_steps: training steps over which alpha grows linearly from 0; 0 is no warm-up.
+    """
+
+    weight: float = 0.1
+    scheme: Scheme = "strong_to_weak"
+    threshold: float = THRESHOLD
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        check_choice("scheme", self.scheme, ("strong_to_weak", "weak_to_strong", "no_discrimination"))
+        check_at_least_zero(weight=self.weight, threshold=self.threshold, warmup_steps=self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class DifferentiationConfig:
+    """Moderate differentiation.
+
+    Attributes:
+        weight: beta of Eq. 17; 0 takes the term and its transforms out of the objective.
+        norm: l2 (Listing 1) or squared (Eq. 14).
+        init: of each transform W: a random orthogonal matrix or the identity.
+        parametrization: soft (W is free, the loss pulls it towards orthogonal) or orthogonal (W is orthogonal
+            by construction).
+        warmup_steps: training steps over which beta grows linearly from 0; 0 is no warm-up.
+    """
+
+    weight: float = 0.1
+    norm: Norm = "l2"
+    init: Literal["orthogonal", "identity"] = "orthogonal"
+    parametrization: Literal["soft", "orthogonal"] = "soft"
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        check_choice("norm", self.norm, ("l2", "squared"))
+        check_choice("init", self.init, ("orthogonal", "identity"))
+        check_choice("parametrization", self.parametrization, ("soft", "orthogonal"))
+        check_at_least_zero(weight=self.weight, warmup_steps=self.warmup_steps)
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """Return the tensor: the mean over ranks of a single process."""
+    return tensor
+
+
+def branch_coteaching_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    scheme: Scheme = "strong_to_weak",
+    threshold: float = THRESHOLD,
+    weights: Tensor | None = None,
+    mean_over_ranks: MeanOverRanks = identity,
+) -> Tensor:
+    """Let a branch that is right on a sample teach one that is wrong on it (Eq. 12 as Listing 1 writes it).
+
+        L = 1/C sum_{i != j} sum_b I^{ij}_b (-SG(p^i_b) log p^j_b - (1 - SG(p^i_b)) log(1 - p^j_b)),   C = sum
+        I
+
+    the full BCE of student j against the soft label p^i = sigmoid(z^i) of teacher i; SG stops the gradient.
+    Eq. 12 prints only the positive term -p^i log p^j. On a negative sample, where the strong teacher says p^i
+    < 1/2 < p^j, that term's gradient in z^j, -p^i (1 - p^j), is negative: descent would raise z^j, away from
+    the label. Listing 1's gradient p^j - p^i is positive and lowers it; that is what we compute. Each
+    directed pair counts once.
+
+    I^{ij} = 1 where BCE_i < threshold < BCE_j, strictly (strong_to_weak); where BCE_i > threshold > BCE_j
+    (weak_to_strong); always, for i != j (no_discrimination). Without any such sample the loss and its
+    gradient are exactly 0.
+
+    Args:
+        logits: (K, B) of the branches, without the fused one.
+        labels: (B,) of 0 and 1.
+        scheme: who teaches whom.
+        threshold: in nats.
+        weights: (B,); rows of weight 0 neither teach, learn nor count. Other values count as 1.
+        mean_over_ranks: averages a scalar over data-parallel ranks. The local sum is divided by the mean of C
+            over ranks, so that the average of the ranks' losses, and of their gradients, is that of one
+            process with the whole batch.
+
+    Returns:
+        () loss.
+
+    Raises:
+        InputError: an unknown scheme.
+    """
+    z = at_least_float32(logits)
+    teaches = teaching_mask(z, labels, scheme, threshold, weights)  # (K teacher, K student, B)
+    teacher = z.detach().unsqueeze(1)
+    # sigmoid(-z) is 1 - p, and softplus(-z) is -log p, without the rounding of 1 - p near 1.
+    guidance = torch.sigmoid(teacher) * F.softplus(-z) + torch.sigmoid(-teacher) * F.softplus(z)  # (K, K, B)
+    count = mean_over_ranks(teaches.sum())
+    return (teaches * guidance).sum() / torch.where(count > 0, count, 1.0)
+
+
+def teaching_mask(
+    logits: Tensor, labels: Tensor, scheme: Scheme, threshold: float, weights: Tensor | None
+) -> Tensor:
+    """Say where branch i teaches branch j: I^{ij} of Eq. 10 and 11 as a (K, K, B) tensor of 0 and 1, without gradient."""
+    with torch.no_grad():
+        losses = bce_with_logits(logits, labels)  # (K, B)
+        strong, weak = (losses < threshold).to(losses.dtype), (losses > threshold).to(losses.dtype)
+        if scheme == "strong_to_weak":
+            mask = strong.unsqueeze(1) * weak.unsqueeze(0)
+        elif scheme == "weak_to_strong":
+            mask = weak.unsqueeze(1) * strong.unsqueeze(0)
+        elif scheme == "no_discrimination":
+            itself = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+            mask = (1.0 - itself).unsqueeze(2).expand(-1, -1, losses.shape[1])
+        else:
+            raise InputError(
+                f"scheme = {scheme!r}: wanted strong_to_weak, weak_to_strong or no_discrimination"
+            )
+        return mask if weights is None else mask * (weights > 0).to(mask.dtype)
+
+
+def moderate_differentiation_loss(
+    latents: Tensor, transforms: Tensor, *, norm: Norm = "l2", weights: Tensor | None = None
+) -> Tensor:
+    """Keep the latents of two branches within a (soft) rotation of each other (Eq. 14; Listing 1).
+
+        L = mean_{(i,j), i != j} mean_b  || z^i W^ij - z^j || + || z^i W^ij (W^ij)^T - z^i ||,    W^ji =
+        (W^ij)^T
+
+    The second term pulls W towards orthogonal. Listing 1 takes the L2 norm of each row (l2), Eq. 14 its
+    square (squared). Where a norm is exactly 0 its gradient is taken as 0.
+
+    Args:
+        latents: (K, B, d).
+        transforms: (P, d, d): W^ij for each i < j in lexicographic order.
+        norm: l2 or squared.
+        weights: (B,) row weights; the mean is of weights * term.
+
+    Returns:
+        () loss; 0 for a single branch.
+
+    Raises:
+        InputError: an unknown norm, or not one transform for each pair.
+    """
+    check_choice("norm", norm, ("l2", "squared"))
+    pairs = branch_pairs(len(latents))
+    if len(transforms) != len(pairs):
+        raise InputError(
+            f"transforms: {len(transforms)} matrices; wanted {len(pairs)}, one for each pair of {len(latents)} branches"
+        )
+    if not pairs:
+        return at_least_float32(latents).sum() * 0.0
+    with torch.autocast(
+        latents.device.type, enabled=False
+    ):  # the products below are part of the loss: full precision
+        z, w = at_least_float32(latents), at_least_float32(transforms)
+        z_i, z_j = (torch.stack([z[k] for k in side]) for side in zip(*pairs, strict=True))  # (P, B, d) each
+        w_t = w.transpose(1, 2)
+        i_to_j, j_to_i = z_i @ w, z_j @ w_t
+        errors = torch.stack(
+            [i_to_j - z_j, i_to_j @ w_t - z_i, j_to_i - z_i, j_to_i @ w - z_j]
+        )  # (4, P, B, d)
+        # vector_norm defines the gradient at 0 as 0; sqrt of a sum of squares would give NaN there.
+        distances = errors.square().sum(-1) if norm == "squared" else torch.linalg.vector_norm(errors, dim=-1)
+        per_row = distances.sum(dim=(0, 1)) / (2 * len(pairs))  # (B,): mean over the K (K - 1) ordered pairs
+        return (per_row if weights is None else per_row * weights).mean()
+
+
+def bce_with_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute -y log p - (1 - y) log(1 - p), p = sigmoid(z), as a sum of two terms >= 0: stable and exact for any z. Shape of `logits`."""
+    z = at_least_float32(logits)
+    y = labels.to(z.dtype)
+    return y * F.softplus(-z) + (1.0 - y) * F.softplus(z)
+
+
+def weighted_bce(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Average the BCE over the batch: mean_b weights_b BCE_b.
+
+    Args:
+        logits: (..., B).
+        labels: (B,).
+        weights: (B,), or None for 1 everywhere.
+
+    Returns:
+        (...) float32 or float64: one mean per leading index.
+    """
+    losses = bce_with_logits(logits, labels)
+    return (losses if weights is None else losses * weights).mean(-1)
+
+
+def disagreement_rates(
+    logits: Tensor, labels: Tensor, threshold: float = THRESHOLD, weights: Tensor | None = None
+) -> Tensor:
+    """Share of rows on which branch i is strong and branch j weak: (K, K), diagonal 0, no gradient; rows of weight 0 do not count."""
+    mask = teaching_mask(at_least_float32(logits), labels, "strong_to_weak", threshold, weights)
+    rows = torch.full_like(mask[0, 0], 1.0) if weights is None else (weights > 0).to(mask.dtype)
+    return mask.sum(-1) / rows.sum().clamp(min=1.0)
+
+
+def branch_pairs(num_branches: int) -> list[tuple[int, int]]:
+    """List the unordered pairs i < j in lexicographic order: (0, 1), (0, 2), (1, 2) for three branches."""
+    return list(itertools.combinations(range(num_branches), 2))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Promote half precision: BCE around the threshold and sums over a batch need more than 8 or 11 bits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def check_choice(key: str, value: str, wanted: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of `wanted`.
+
+    Raises:
+        InputError: naming the key, the value and what was wanted.
+    """
+    if value not in wanted:
+        raise InputError(f"{key} = {value!r}: wanted one of {', '.join(wanted)}; change the value")
+
+
+def check_at_least_zero(**values: float) -> None:
+    """Refuse negative numbers and NaN.
+
+    Raises:
+        InputError: naming the key and the value.
+    """
+    for key, value in values.items():
+        if not value >= 0:
+            raise InputError(f"{key} = {value}: wanted a number of at least 0; change the value")

@@ -1,0 +1,233 @@
+"""Model and losses as one module: what the train pipeline calls.
+
+Shapes: B batch, K branches, d latent width, P = K (K - 1) / 2 unordered pairs of branches.
+
+Objective is traced with torch.fx (it contains the tables): its forward only reads attributes of the batch and
+calls its two sub-modules. LossArch is a leaf of that trace.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from mbcnet_rec.model.losses import (
+    CoteachingConfig,
+    DifferentiationConfig,
+    MeanOverRanks,
+    at_least_float32,
+    branch_coteaching_loss,
+    branch_pairs,
+    disagreement_rates,
+    identity,
+    moderate_differentiation_loss,
+    weighted_bce,
+)
+from mbcnet_rec.model.mbcnet import ModelOutput
+
+if TYPE_CHECKING:
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+
+class Rows(Protocol):
+    """What the objective reads of a batch."""
+
+    dense_features: Tensor  # (B, D) float32
+    sparse_features: "KeyedJaggedTensor"
+    weighted_features: "KeyedJaggedTensor | None"
+    labels: Tensor  # (B,) float32 of 0 and 1
+    weights: Tensor  # (B,) float32, 0 for padding rows
+
+
+class Model(Protocol):
+    """What the objective asks of a model: forward(dense_features, sparse_features, weighted_features) -> ModelOutput."""
+
+    branch_names: tuple[str, ...]
+    latent_dim: int
+
+    def __call__(
+        self,
+        dense_features: Tensor,
+        sparse_features: "KeyedJaggedTensor",
+        weighted_features: "KeyedJaggedTensor | None" = None,
+    ) -> ModelOutput:
+        """Compute the outputs of one batch."""
+        ...
+
+
+class Outputs(NamedTuple):
+    """What a step tells the loop, all without gradient."""
+
+    logits: Tensor  # (B, 1 + K), the fused one first
+    labels: Tensor  # (B,)
+    weights: Tensor  # (B,)
+    terms: dict[
+        str, Tensor
+    ]  # loss, bce, coteaching_loss, differentiation_loss: scalars, the last two before alpha and beta
+    disagreement: Tensor  # (K, K): share of rows on which branch i is strong and branch j weak
+    transform_distance: Tensor  # (P,): ||W^ij - I||_F (Figure 5 c); (0,) without transforms
+
+
+class Objective(nn.Module):
+    """Batch -> (loss, Outputs).
+
+    Args:
+        model: with forward(dense_features, sparse_features, weighted_features) -> ModelOutput, branch_names
+            and latent_dim.
+        coteaching, differentiation: of the cooperation losses, which take two branches or more.
+        mean_over_ranks: averages a scalar over data-parallel ranks; see branch_coteaching_loss.
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        coteaching: CoteachingConfig = CoteachingConfig(),  # noqa: B008 (frozen)
+        differentiation: DifferentiationConfig = DifferentiationConfig(),  # noqa: B008 (frozen)
+        mean_over_ranks: MeanOverRanks = identity,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        transforms = build_transforms(len(model.branch_names), model.latent_dim, differentiation)
+        self.losses = LossArch(coteaching, differentiation, transforms, mean_over_ranks)
+
+    def forward(self, batch: Rows) -> tuple[Tensor, Outputs]:
+        """Compute the loss of one batch."""
+        output = self.model(batch.dense_features, batch.sparse_features, batch.weighted_features)
+        return self.losses(output, batch.labels, batch.weights)
+
+
+class LossArch(nn.Module):
+    """L = BCE(fused) + sum_k BCE(branch k) + alpha L_BCT + beta L_MDR (Eq. 16 and 17), in float32 also under autocast.
+
+    Args:
+        coteaching: alpha and the readings of L_BCT.
+        differentiation: beta and the readings of L_MDR.
+        transforms: W of each pair of branches, or None for no L_MDR.
+        mean_over_ranks: averages a scalar over data-parallel ranks.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        coteaching: CoteachingConfig,
+        differentiation: DifferentiationConfig,
+        transforms: "Transforms | None",
+        mean_over_ranks: MeanOverRanks = identity,
+    ) -> None:
+        super().__init__()
+        self.coteaching = coteaching
+        self.differentiation = differentiation
+        self.transforms = transforms
+        self._mean_over_ranks = (
+            mean_over_ranks,
+        )  # in a tuple, or a callable nn.Module would become a sub-module
+        self.register_buffer(
+            "step", torch.zeros((), dtype=torch.int64)
+        )  # forward passes in training mode so far
+
+    def forward(self, output: ModelOutput, labels: Tensor, weights: Tensor) -> tuple[Tensor, Outputs]:
+        """Add up the objective.
+
+        Args:
+            output: of a model.
+            labels: (B,).
+            weights: (B,) row weights of every mean; rows of weight 0 do not exist for the co-teaching.
+
+        Returns:
+            () loss, and what to log. A cooperation loss that is not part of the objective is logged as 0.
+        """
+        with torch.autocast(labels.device.type, enabled=False):
+            logits = at_least_float32(
+                torch.cat([output.fused_logits.unsqueeze(0), output.branch_logits])
+            )  # (1 + K, B)
+            bce = weighted_bce(logits, labels, weights).sum()
+            coteaching = self._coteaching_loss(logits[1:], labels, weights)
+            matrices = None if self.transforms is None else self.transforms()
+            differentiation = self._differentiation_loss(output.latents, matrices, weights)
+            loss = (
+                bce
+                + warm(self.coteaching, self.step) * coteaching
+                + warm(self.differentiation, self.step) * differentiation
+            )
+        if self.training:
+            self.step += 1
+        terms = {
+            "loss": loss,
+            "bce": bce,
+            "coteaching_loss": coteaching,
+            "differentiation_loss": differentiation,
+        }
+        return loss, Outputs(
+            logits=logits.detach().t(),
+            labels=labels.detach(),
+            weights=weights.detach(),
+            terms={name: term.detach() for name, term in terms.items()},
+            disagreement=disagreement_rates(logits[1:], labels, self.coteaching.threshold, weights),
+            transform_distance=bce.new_empty(0) if matrices is None else distance_from_identity(matrices),
+        )
+
+    def _coteaching_loss(self, branch_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        if len(branch_logits) < 2 or self.coteaching.weight == 0:
+            return branch_logits.new_zeros(())
+        return branch_coteaching_loss(
+            branch_logits,
+            labels,
+            scheme=self.coteaching.scheme,
+            threshold=self.coteaching.threshold,
+            weights=weights,
+            mean_over_ranks=self._mean_over_ranks[0],
+        )
+
+    def _differentiation_loss(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> Tensor:
+        if matrices is None:
+            return weights.new_zeros(())
+        return moderate_differentiation_loss(
+            latents, matrices, norm=self.differentiation.norm, weights=weights
+        )
+
+
+class Transforms(nn.Module):
+    """The matrix W^ij of each pair i < j of branches; W^ji is its transpose (Eq. 13).
+
+    Args:
+        num_pairs: P.
+        latent_dim: d.
+        config: initial values, and whether W is free or orthogonal by construction.
+    """
+
+    def __init__(self, num_pairs: int, latent_dim: int, config: DifferentiationConfig) -> None:
+        super().__init__()
+        matrices = torch.eye(latent_dim).repeat(num_pairs, 1, 1)
+        if config.init == "orthogonal":
+            for matrix in (
+                matrices
+            ):  # orthogonal_ of the whole tensor would make its P rows of d * d orthogonal instead
+                nn.init.orthogonal_(matrix)
+        self.weight = nn.Parameter(matrices)
+        if config.parametrization == "orthogonal":
+            orthogonal(self, "weight")
+
+    def forward(self) -> Tensor:
+        """Return (P, d, d)."""
+        return self.weight
+
+
+def build_transforms(num_branches: int, latent_dim: int, config: DifferentiationConfig) -> Transforms | None:
+    """Build the transforms, or None where nothing would train them: DistributedDataParallel waits for every gradient."""
+    num_pairs = len(branch_pairs(num_branches))
+    return Transforms(num_pairs, latent_dim, config) if num_pairs and config.weight > 0 else None
+
+
+def warm(config: CoteachingConfig | DifferentiationConfig, step: Tensor) -> Tensor | float:
+    """Grow a loss weight linearly from 0 at step 0 to its full value at step `warmup_steps`: () on the step's device, or a number."""
+    if config.warmup_steps == 0:
+        return config.weight
+    return config.weight * (step / config.warmup_steps).clamp(max=1.0)
+
+
+def distance_from_identity(matrices: Tensor) -> Tensor:
+    """||W - I||_F of each of (P, d, d), without gradient (Figure 5 c)."""
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return torch.linalg.matrix_norm(matrices.detach() - eye)

@@ -1,0 +1,1 @@
+"""The paper's tables and figures on a user's own data."""

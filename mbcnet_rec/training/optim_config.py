@@ -1,0 +1,39 @@
+"""Which optimizers a run uses, and their rates. Apart from optim.py because that imports torchrec."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data.errors import InputError
+
+
+@dataclass(frozen=True)
+class EmbeddingOptimConfig:
+    """Optimizer of the tables: w -= lr * g / (sqrt(state) + eps).
+
+    Attributes:
+        name: rowwise_adagrad (one state a row: the mean of squared gradients over the row), adagrad (one an element), or sgd.
+        lr: learning rate.
+        eps: of adagrad and rowwise_adagrad.
+        init_std: standard deviation of the initial rows.
+    """
+
+    name: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    lr: float = 0.02
+    eps: float = 1e-8
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizers of a run. dense_lr, weight_decay: of Adam on the dense part (decoupled decay where it is above 0)."""
+
+    dense_lr: float = 1e-3
+    weight_decay: float = 0.0
+    embedding: EmbeddingOptimConfig = EmbeddingOptimConfig()
+
+    def __post_init__(self) -> None:
+        """Refuse rates that cannot train."""
+        if self.dense_lr <= 0 or self.embedding.lr <= 0:
+            raise InputError(
+                f"dense_lr = {self.dense_lr}, embedding.lr = {self.embedding.lr}: wanted numbers above 0"
+            )

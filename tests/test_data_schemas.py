@@ -1,0 +1,92 @@
+"""Proves that the shipped schemas load, have the sizes they claim, and feed no target to a model."""
+
+from pathlib import Path
+
+import pytest
+
+from data.pailitao import NAMES, USERS_AND_ITEMS, pailitao_schema, pailitao_text
+from data.schema import Schema, load_schema
+
+SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
+REAL = ("adult", "ali_ccp", "aliexpress", "criteo", "movielens", "slots", "taobao_ad")
+TARGETS = {"label", "click", "conversion", "purchase", "rating"}
+
+
+def group_widths(schema: Schema) -> list[int]:
+    dense = {feature.name: feature.dense_width for feature in schema.dense}
+    return [
+        sum(dense[name] if name in dense else schema.table_of[name].embedding_dim for name in members)
+        for members in schema.groups.values()
+    ]
+
+
+@pytest.mark.parametrize("scale", ["paper", "paper_24month"])
+def test_paper_scale_has_the_papers_sizes(scale):
+    schema = pailitao_schema(scale)
+    assert len(schema.features) == 192
+    assert schema.width == 2780
+    # Table 1 of the paper, in its order
+    assert group_widths(schema) == [128, 160, 160, 192, 64, 32, 64]
+    assert sum(group_widths(schema)) == 800
+    users, items = USERS_AND_ITEMS[scale]
+    assert schema.table_of["user_id"].num_embeddings == users
+    assert schema.table_of["item_id"].num_embeddings == items
+
+
+def test_true_sizes_are_those_of_table_2():
+    assert USERS_AND_ITEMS["paper"] == (480_028_940, 974_333_635)
+    assert USERS_AND_ITEMS["paper_24month"] == (528_665_908, 1_355_865_204)
+
+
+def test_demo_is_the_same_schema_but_small():
+    demo, paper = pailitao_schema("demo"), pailitao_schema("paper")
+    assert [feature.name for feature in demo.features] == [feature.name for feature in paper.features]
+    assert [feature.kind for feature in demo.features] == [feature.kind for feature in paper.features]
+    assert demo.groups == paper.groups
+    assert demo.width < 720
+    assert sum(table.num_embeddings * table.embedding_dim for table in demo.tables) < 2_000_000
+
+
+def test_every_kind_of_field_and_a_shared_table_occur():
+    schema = pailitao_schema("demo")
+    kinds = [feature.kind for feature in schema.features]
+    assert set(kinds) == {"categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector"}
+    assert kinds.count("weighted_multi_valued") >= 2
+    assert {feature.pooling for feature in schema.features if feature.kind == "multi_valued"} == {
+        "sum",
+        "mean",
+    }
+    assert any(len(table.feature_names) > 1 for table in schema.tables)
+    assert "item_category" in schema.table_of
+
+
+@pytest.mark.parametrize("scale", list(NAMES))
+def test_shipped_file_is_what_the_generator_writes(scale):
+    path = SCHEMAS / f"{NAMES[scale]}.toml"
+    assert path.read_text(encoding="utf-8") == pailitao_text(scale), (
+        "run pailitao_text and write it to the file"
+    )
+    assert load_schema(path).fingerprint() == pailitao_schema(scale).fingerprint()
+
+
+def test_no_other_schema_is_shipped():
+    assert {path.stem for path in SCHEMAS.glob("*.toml")} == {*REAL, *NAMES.values()}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_schema_is_complete(name):
+    schema = load_schema(SCHEMAS / f"{name}.toml")
+    assert schema.name == name
+    grouped = {field for members in schema.groups.values() for field in members}
+    assert grouped == {feature.name for feature in schema.features}, "every field is in a group"
+    assert len(schema.groups) >= 4
+    assert not TARGETS & {feature.source_column for feature in schema.features}, (
+        "a model must not see a target"
+    )
+    assert max(table.embedding_dim for table in schema.tables) <= 16
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_schema_says_why_its_groups(name):
+    text = (SCHEMAS / f"{name}.toml").read_text(encoding="utf-8")
+    assert "#" in text.split("[groups]")[1]

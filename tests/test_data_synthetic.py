@@ -1,0 +1,296 @@
+"""Proves that the synthetic log is reproducible, in range, made of interactions, and as good as it says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import InputError
+from data.pailitao import pailitao_schema
+from data.planted import (
+    CLICK_RATE,
+    SHARES,
+    draw_facts,
+    draw_labels,
+    make_world,
+    raw_terms,
+    taste_of_day,
+    true_probability,
+)
+from data.schema import load_schema, parse_schema, schema_to_toml
+from data.synthetic import METADATA_KEY, Tally, make_block, write_synthetic
+
+ROWS, DAYS = 6_000, 6
+
+
+@pytest.fixture(scope="module")
+def schema():
+    return pailitao_schema("demo")
+
+
+@pytest.fixture(scope="module")
+def world(schema):
+    return make_world(schema, 0, DAYS)
+
+
+@pytest.fixture(scope="module")
+def log(schema, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("synthetic") / "log"
+    write_synthetic(schema, out, rows=ROWS, days=DAYS, rows_per_file=700)
+    return out
+
+
+def pairwise_auc(scores, labels) -> float:
+    """The share of (click, no click) pairs in the right order, ties counting half: the definition itself."""
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    gaps = positive[:, None] - negative[None, :]
+    return float(((gaps > 0) + 0.5 * (gaps == 0)).mean())
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("ds=*/*.parquet"))
+
+
+def rows_of(folder: Path) -> pa.Table:
+    return pa.concat_tables([pq.ParquetFile(file).read() for file in files_of(folder)])
+
+
+def test_same_seed_same_values_whatever_the_threads(schema, log, tmp_path):
+    write_synthetic(schema, tmp_path / "again", rows=ROWS, days=DAYS, rows_per_file=700, threads=1)
+    assert [file.relative_to(log) for file in files_of(log)] == [
+        file.relative_to(tmp_path / "again") for file in files_of(tmp_path / "again")
+    ]
+    for first, second in zip(files_of(log), files_of(tmp_path / "again"), strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_block_size_does_not_matter(world):
+    whole, whole_probability = make_block(world, 3, 0, 1000)
+    parts = [make_block(world, 3, first, rows) for first, rows in ((0, 1), (1, 332), (333, 667))]
+    assert pa.Table.from_batches([whole]).equals(
+        pa.Table.from_batches([part for part, _ in parts]).combine_chunks()
+    )
+    assert np.array_equal(whole_probability, np.concatenate([probability for _, probability in parts]))
+
+
+def test_another_seed_gives_other_rows(schema, world):
+    other, _ = make_block(make_world(schema, 1, DAYS), 0, 0, 500)
+    mine, _ = make_block(world, 0, 0, 500)
+    assert other.schema == mine.schema
+    assert not other.column("user_id").equals(mine.column("user_id"))
+
+
+def test_layout_and_summary(schema, log):
+    assert [folder.name for folder in sorted(log.glob("ds=*"))] == [
+        f"ds=2024-05-0{day}" for day in range(1, DAYS + 1)
+    ]
+    assert load_schema(log / "schema.toml").fingerprint() == schema.fingerprint()
+    summary = json.loads((log / "synthetic.json").read_text())
+    assert {split: part["rows"] for split, part in summary["splits"].items()} == {
+        "train": 4000,
+        "valid": 1000,
+        "test": 1000,
+        "all": 6000,
+    }
+    assert summary["logit_variance_shares"] == SHARES
+    assert sum(SHARES.values()) == pytest.approx(1.0)
+
+
+def test_recorded_best_scores_are_those_of_the_true_probability(world, log):
+    """The oracle is recomputed from the generator, the labels are read from the files."""
+    rows = ROWS // DAYS
+    facts = draw_facts(world, np.full(rows, DAYS - 1), np.arange(rows))
+    probability = true_probability(world, facts) / 65_536
+    labels = np.concatenate(
+        [
+            pq.ParquetFile(file).read()["click"].to_numpy()
+            for file in files_of(log)
+            if file.parent.name == "ds=2024-05-06"
+        ]
+    )
+    said = json.loads((log / "synthetic.json").read_text())["splits"]["test"]
+    assert said["best_auc"] == pytest.approx(pairwise_auc(probability, labels), rel=1e-12)
+    loss = -np.where(labels == 1, np.log(probability), np.log1p(-probability)).mean()
+    assert said["best_log_loss"] == pytest.approx(loss, rel=1e-12)
+    rate = labels.mean()
+    assert said["prior_log_loss"] == pytest.approx(
+        -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate)), rel=1e-12
+    )
+
+
+def test_click_rate_and_best_auc_are_plausible(world):
+    index = np.arange(40_000)
+    facts = draw_facts(world, index % DAYS, index)
+    probability = true_probability(world, facts)
+    tally = Tally()
+    tally.add(probability, draw_labels(world, facts, probability))
+    summary = tally.summary()
+    assert abs(summary["label_rate"] - CLICK_RATE) < 0.02
+    assert 0.80 < summary["best_auc"] < 0.87
+    assert summary["best_log_loss"] < summary["prior_log_loss"] - 0.05
+
+
+@pytest.mark.parametrize("group", [name for name in SHARES if name != "main_effects"])
+def test_each_group_matters_through_its_interaction(world, group):
+    """Pair a group's query side with other rows' items: each side alone stays, the oracle gets worse."""
+    index = np.arange(20_000)
+    facts = draw_facts(world, index % DAYS, index)
+    labels = draw_labels(world, facts, true_probability(world, facts))
+    terms = {name: world.scales[name] * term for name, term in raw_terms(world, facts).items()}
+    order = np.random.default_rng(0).permutation(len(index))
+    item_side = ("item", "doc", "category_latent", "brand_latent", "style_latent")
+    torn = {name: value[order] if name.startswith(item_side) else value for name, value in facts.items()}
+    without = terms | {group: world.scales[group] * raw_terms(world, torn)[group]}
+    best, worse = (pairwise_auc(sum(parts.values())[:4000], labels[:4000]) for parts in (terms, without))
+    assert worse < best - 0.01
+
+
+def test_interactions_hide_from_additive_models(world):
+    """No single attribute explains much of the preference term: its latents are centred."""
+    index = np.arange(40_000)
+    facts = draw_facts(world, index % DAYS, index)
+    term = raw_terms(world, facts)["user_attribute_preference"]
+    for name in ("user_age", "user_gender", "user_life_stage", "item_category", "item_style"):
+        ids = facts[name]
+        means = np.bincount(ids, term) / np.maximum(np.bincount(ids), 1)
+        assert means[ids].var() < 0.1 * term.var(), name
+
+
+def test_taste_drifts(world):
+    user = np.arange(2000)
+    days = [taste_of_day(world, user, np.full(len(user), day)) for day in (0, 1, 13)]
+    near, far = (np.corrcoef(days[0].ravel(), other.ravel())[0, 1] for other in days[1:])
+    assert near > 0.98
+    assert 0.6 < far < 0.9
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper", "paper_24month"])
+def test_ids_lists_and_vectors_fit_the_schema(scale):
+    schema = pailitao_schema(scale)
+    rows, _ = make_block(make_world(schema, 0, DAYS), 1, 0, 400)
+    assert set(rows.schema.names) == {*schema.columns, "timestamp"}
+    for feature in schema.features:
+        column = rows.column(feature.source_column)
+        if feature.kind == "vector":
+            assert column.type == pa.list_(pa.float32(), feature.width)
+        elif feature.kind == "numeric":
+            numbers = column.drop_null().to_numpy()
+            assert np.isfinite(numbers).all() and (numbers >= 0).all(), feature.name
+        else:
+            ids = column if feature.is_single else column.flatten()
+            span = pc.min_max(ids).as_py()
+            assert 0 <= span["min"] <= span["max"] < schema.table_of[feature.name].num_embeddings, (
+                feature.name
+            )
+        if feature.weights:
+            weights = rows.column(feature.weights)
+            assert pc.list_value_length(weights).equals(pc.list_value_length(column))
+            assert pc.min(weights.flatten()).as_py() > 0
+
+
+def test_users_follow_a_power_law(world):
+    index = np.arange(40_000)
+    users = draw_facts(world, index % DAYS, index)["user_id"]
+    counts = np.sort(np.bincount(users, minlength=20_000))[::-1]
+    assert counts[:2000].sum() > 0.25 * counts.sum(), (
+        "the busiest tenth of the users has a quarter of the rows"
+    )
+    assert counts[0] < 0.02 * counts.sum(), "but none of them all"
+
+
+def test_nulls_and_empty_lists_occur(log):
+    table = rows_of(log)
+    assert 0.02 < table["user_job"].null_count / ROWS < 0.1
+    assert pc.min(pc.list_value_length(table["user_clicked_categories"])).as_py() == 0
+    for name in ("user_id", "item_id", "click", "timestamp", "query_image"):
+        assert table[name].null_count == 0
+
+
+def test_files_carry_checksums_and_their_own_scores(log):
+    file = files_of(log)[0]
+    metadata = pq.read_metadata(file)
+    said = json.loads(metadata.metadata[METADATA_KEY.encode()])
+    assert said["rows"] == metadata.num_rows == 700
+    assert 0.7 < said["best_auc"] <= 1.0
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 4] ^= 1
+    with pytest.raises(OSError):
+        pq.read_table(pa.BufferReader(bytes(damaged)), page_checksum_verification=True)
+
+
+def test_a_second_call_does_nothing(schema, log):
+    before = {file: file.stat().st_mtime_ns for file in files_of(log)}
+    summary = write_synthetic(schema, log, rows=ROWS, days=DAYS, rows_per_file=700)
+    assert summary["already_there"]
+    assert before == {file: file.stat().st_mtime_ns for file in files_of(log)}
+
+
+def test_another_log_is_replaced_only_with_force(schema, tmp_path):
+    out = tmp_path / "log"
+    write_synthetic(schema, out, rows=30, days=3)
+    with pytest.raises(InputError, match=r"rows = 30 there, 60 wanted.*--force"):
+        write_synthetic(schema, out, rows=60, days=3)
+    write_synthetic(schema, out, rows=60, days=3, force=True)
+    assert rows_of(out).num_rows == 60
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_folder_of_something_else_is_never_touched(schema, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds no synthetic log"):
+        write_synthetic(schema, tmp_path, rows=30, days=3, force=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_failure_leaves_nothing_behind(schema, tmp_path):
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_synthetic(schema, tmp_path / "log", rows=300, days=3, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_counts_rows(schema, tmp_path):
+    seen: list[int] = []
+    write_synthetic(schema, tmp_path / "log", rows=301, days=3, progress=seen.append)
+    assert seen == [101, 201, 301]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [({"rows": 2, "days": 3}, "rows = 2: wanted 3"), ({"rows": 9, "days": 2}, "days = 2: wanted 3")],
+)
+def test_numbers_out_of_range_are_refused(schema, tmp_path, numbers, message):
+    with pytest.raises(InputError, match=message):
+        write_synthetic(schema, tmp_path / "log", **numbers)
+
+
+def test_another_schema_is_refused(schema, tmp_path):
+    top = schema_to_toml(schema)
+    del top["fields"]["query_hour"]
+    with pytest.raises(InputError, match=r"query_hour.*is missing"):
+        write_synthetic(parse_schema(top, "test", tmp_path), tmp_path / "log", rows=30, days=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 65_535), st.integers(0, 1)), min_size=2, max_size=60))
+def test_tally_agrees_with_the_definition(rows):
+    probability, labels = (np.asarray(column) for column in zip(*rows, strict=True))
+    tally = Tally()
+    half = len(rows) // 2
+    tally.add(probability[:half], labels[:half])
+    tally.add(probability[half:], labels[half:])
+    summary = tally.summary()
+    assert summary["rows"] == len(rows)
+    if 0 < labels.sum() < len(labels):
+        assert summary["best_auc"] == pytest.approx(pairwise_auc(probability, labels), rel=1e-12)
+    else:
+        assert summary["best_auc"] is None
