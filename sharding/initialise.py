@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 65_536
+CHUNK_ROWS = 4_096
 
 
 def table_rows(
@@ -15,15 +15,17 @@ def table_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, (rows, dim) float32 normal values) that cover rows [start, stop) of a table.
 
-    Each chunk of 65,536 rows has a generator of its own, so a shard draws only the chunks it holds.
+    Each chunk of 4,096 rows has a generator of its own, so a shard draws only the chunks it holds. A chunk is
+    always drawn whole: how torch fills a tensor with normal values depends on its size, so a part of a chunk
+    would have other values than the same rows of the whole.
     """
     for chunk in range(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS)):
         digest = hashlib.sha256(f"{seed}/{table}/{chunk}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         first = chunk * CHUNK_ROWS
         low, high = max(start, first), min(stop, first + CHUNK_ROWS)
-        values = torch.empty(high - first, dim).normal_(0.0, std, generator=generator)
-        yield low, values[low - first :]
+        values = torch.empty(CHUNK_ROWS, dim).normal_(0.0, std, generator=generator)
+        yield low, values[low - first : high - first]
 
 
 def initialise_tables(state: dict[str, Any], tables: dict[str, str], *, seed: int, std: float) -> None:
