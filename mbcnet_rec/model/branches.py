@@ -13,7 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
-from mbcnet_rec.model.layers import ALL, MLP, FullRankCross, GroupedMLP, InputLayout, LowRankMixtureCross
+from mbcnet_rec.model.layers import (
+    ALL,
+    MLP,
+    PLAIN,
+    WIDE,
+    Cross,
+    FieldVectors,
+    FullRankCross,
+    GroupedMLP,
+    InputLayout,
+    LowRankMixtureCross,
+    Regularisation,
+    bi_interaction,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,23 @@ class DeepConfig:
         check_widths("hidden", self.hidden)
 
 
+@dataclass(frozen=True)
+class FMConfig:
+    """The factorisation machine.
+
+    Attributes:
+        dim: k, width of the vectors that are multiplied; 0: the most common width of the sparse fields. A
+            sparse field of another width, and every dense field, is projected to k (see FieldVectors).
+    """
+
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative width."""
+        if self.dim < 0:
+            raise InputError(f"dim = {self.dim}: wanted 0 (the fields' own width) or more; raise it")
+
+
 class EFGCBranch(nn.Module):
     """h = FC(h_1 + ... + h_G), h_g = MLP_g(e_g), where + concatenates (Eq. 2 to 4).
 
@@ -72,7 +102,7 @@ class EFGCBranch(nn.Module):
         layout: names the groups; every group is used.
         config: widths of the group MLPs.
         branch_dim: H.
-        batch_norm, dropout: of every layer.
+        regularisation: of every layer.
 
     Raises:
         InputError: the layout has no group.
@@ -83,8 +113,7 @@ class EFGCBranch(nn.Module):
         layout: InputLayout,
         config: EFGCConfig,
         branch_dim: int,
-        batch_norm: bool = False,
-        dropout: float = 0.0,
+        regularisation: Regularisation = PLAIN,
     ) -> None:
         super().__init__()
         if not layout.groups:
@@ -93,8 +122,8 @@ class EFGCBranch(nn.Module):
             )
         self.groups = tuple(layout.groups)
         widths = [layout.width(group) for group in self.groups]
-        self.crossing = GroupedMLP(widths, config.hidden, batch_norm, dropout)
-        self.reduction = MLP(len(widths) * config.hidden[-1], (branch_dim,), batch_norm, dropout)
+        self.crossing = GroupedMLP(widths, config.hidden, regularisation)
+        self.reduction = MLP(len(widths) * config.hidden[-1], (branch_dim,), regularisation)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Map each group g's (B, n_g) to (B, H)."""
@@ -109,7 +138,7 @@ class CrossBranch(nn.Module):
         layout: gives N.
         config: kind and size of the cross network.
         branch_dim: H.
-        batch_norm, dropout: of the reduction layer.
+        regularisation: of the reduction layer.
     """
 
     def __init__(
@@ -117,16 +146,11 @@ class CrossBranch(nn.Module):
         layout: InputLayout,
         config: CrossConfig,
         branch_dim: int,
-        batch_norm: bool = False,
-        dropout: float = 0.0,
+        regularisation: Regularisation = PLAIN,
     ) -> None:
         super().__init__()
-        width = layout.width()
-        if config.kind == "low_rank_mixture":
-            self.crossing = LowRankMixtureCross(width, config.num_layers, config.num_experts, config.low_rank)
-        else:
-            self.crossing = FullRankCross(width, config.num_layers)
-        self.reduction = MLP(width, (branch_dim,), batch_norm, dropout)
+        self.crossing = build_cross(config, layout.width())
+        self.reduction = MLP(layout.width(), (branch_dim,), regularisation)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Map "all" (B, N) to (B, H)."""
@@ -139,18 +163,75 @@ class DeepBranch(nn.Module):
     Args:
         layout: gives N.
         config: widths.
-        batch_norm, dropout: of every layer.
+        regularisation: of every layer.
     """
 
     def __init__(
-        self, layout: InputLayout, config: DeepConfig, batch_norm: bool = False, dropout: float = 0.0
+        self, layout: InputLayout, config: DeepConfig, regularisation: Regularisation = PLAIN
     ) -> None:
         super().__init__()
-        self.mlp = MLP(layout.width(), config.hidden, batch_norm, dropout)
+        self.mlp = MLP(layout.width(), config.hidden, regularisation)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Map "all" (B, N) to (B, H)."""
         return self.mlp(features[ALL])
+
+
+class FMBranch(nn.Module):
+    """h = FC(sum_{f < g} v_f * v_g): the products of all pairs of fields, not yet summed over their k entries.
+
+    Figure 8 adds "the factorisation machine of DeepFM"; its scalar carries no latent, so we keep the vector of
+    products (bi-interaction pooling; He and Chua, Neural Factorization Machines, 2017, Eq. 3).
+
+    Args:
+        layout: gives the fields.
+        config: width of the vectors.
+        branch_dim: H.
+        regularisation: of the last layer.
+    """
+
+    def __init__(
+        self,
+        layout: InputLayout,
+        config: FMConfig,
+        branch_dim: int,
+        regularisation: Regularisation = PLAIN,
+    ) -> None:
+        super().__init__()
+        self.vectors = FieldVectors(layout, config.dim)
+        self.reduction = MLP(self.vectors.dim, (branch_dim,), regularisation)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Map "all" (B, N) to (B, H)."""
+        return self.reduction(bi_interaction(self.vectors(features[ALL])))
+
+
+class WideBranch(nn.Module):
+    """h = FC(w_1[x_1] + ... + w_F[x_F] + x_dense), where + concatenates: one weight per id and field.
+
+    The linear part of Wide & Deep (Cheng et al., 2016), with its sum left to the layer that leads to H.
+
+    Args:
+        layout: with wide weights.
+        branch_dim: H.
+        regularisation: of the last layer.
+    """
+
+    def __init__(self, layout: InputLayout, branch_dim: int, regularisation: Regularisation = PLAIN) -> None:
+        super().__init__()
+        layout.require_wide()
+        self.reduction = MLP(layout.width(WIDE), (branch_dim,), regularisation)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Map the wide weights (B, F + D) to (B, H)."""
+        return self.reduction(features[WIDE])
+
+
+def build_cross(config: CrossConfig, width: int) -> Cross:
+    """Build the cross network of that kind: (B, width) -> (B, width)."""
+    if config.kind == "low_rank_mixture":
+        return LowRankMixtureCross(width, config.num_layers, config.num_experts, config.low_rank)
+    return FullRankCross(width, config.num_layers)
 
 
 def check_widths(key: str, widths: tuple[int, ...]) -> None:
@@ -163,3 +244,13 @@ def check_widths(key: str, widths: tuple[int, ...]) -> None:
         raise InputError(
             f"{key} = {list(widths)}: wanted at least one width, each 1 or more; change the list"
         )
+
+
+def check_optional_widths(key: str, widths: tuple[int, ...]) -> None:
+    """Refuse widths below 1; no layer at all is fine.
+
+    Raises:
+        InputError: naming the key and its value.
+    """
+    if widths:
+        check_widths(key, widths)

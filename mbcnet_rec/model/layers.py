@@ -1,12 +1,15 @@
 """The layers that branches are made of, and the layout of their input. Imports no torchrec.
 
-Shapes: B batch, N flattened width of all fields, G groups, n_g width of group g, E experts, r low rank, D
-dense columns. Activations are float32 (bfloat16 inside matrix products under autocast); parameters are
+Shapes: B batch, N flattened width of all fields, F fields, n_f width of field f, G groups, n_g width of group
+g, E experts, r low rank, D dense columns, k width of an FM vector. Activations are float32 (bfloat16 inside matrix products under autocast); parameters are
 float32.
 """
 
+import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,30 @@ from torch import Tensor, nn
 from data.errors import InputError
 
 ALL = "all"  # the name of the group of every field
+WIDE = "@wide"  # the name of the group of wide weights; no TOML author would hit upon it
+WIDE_DIM = 4  # FBGEMM wants widths in multiples of 4, so one weight is the mean of 4 columns
+
+
+@dataclass(frozen=True)
+class Regularisation:
+    """What every dense layer carries besides its ReLU. The configs of networks inherit these two keys.
+
+    Attributes:
+        batch_norm: in every dense layer. Padding rows of a last, partial batch enter its statistics, and
+            those of a shared top are taken over all branches together.
+        dropout: in every dense layer, a probability.
+    """
+
+    batch_norm: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no probability below 1."""
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout = {self.dropout}: wanted a probability in [0, 1); change the value")
+
+
+PLAIN = Regularisation()
 
 
 @dataclass(frozen=True)
@@ -25,11 +52,13 @@ class InputLayout:
         embedding_dims: key of a KeyedJaggedTensor -> width; its order is the order inside "all".
         dense_slices: dense field -> (first column, width) in `dense_features`.
         groups: EFGC group -> keys of either kind.
+        wide: whether each sparse field also looks up one weight per id, in a table of its own (`wide_tables`).
     """
 
     embedding_dims: Mapping[str, int]
     dense_slices: Mapping[str, tuple[int, int]]
     groups: Mapping[str, tuple[str, ...]]
+    wide: bool = False
 
     def __post_init__(self) -> None:
         """Refuse groups that cannot be cut out of the fields."""
@@ -37,12 +66,15 @@ class InputLayout:
             raise InputError(
                 f"field {min(both)!r} is both sparse and dense; wanted one kind; rename one of the two"
             )
+        if self.wide and (odd := [key for key in self.embedding_dims if "@" in key]):
+            raise InputError(
+                f"field {odd[0]!r}: a model with wide weights wants names without '@'; name the field otherwise and "
+                "give its column by `column`"
+            )
         for name, keys in self.groups.items():
             where = f"groups.{name} = {list(keys)}"
-            if name == ALL:
-                raise InputError(
-                    f"{where}: the name {ALL!r} is taken by the group of every field; rename the group"
-                )
+            if name in (ALL, WIDE):
+                raise InputError(f"{where}: the name {name!r} is taken; rename the group")
             if not keys or len(set(keys)) != len(keys):
                 raise InputError(f"{where}: wanted at least one field and none twice; change the list")
             for key in keys:
@@ -53,15 +85,77 @@ class InputLayout:
 
     def keys(self, group: str) -> tuple[str, ...]:
         """List the keys of a group, sparse ones first, in the order in which their columns stand."""
-        members = (*self.embedding_dims, *self.dense_slices) if group == ALL else self.groups[group]
+        members = (*self.embedding_dims, *self.dense_slices) if group in (ALL, WIDE) else self.groups[group]
         return tuple(sorted(members, key=lambda key: key in self.dense_slices))  # a stable sort
 
     def width(self, group: str = ALL) -> int:
-        """Columns of a group: N for "all", n_g for group g."""
-        return sum(
-            self.embedding_dims[key] if key in self.embedding_dims else self.dense_slices[key][1]
-            for key in self.keys(group)
+        """Columns of a group: N for "all", n_g for group g, F + D for the wide one."""
+        if group == WIDE:
+            return len(self.embedding_dims) + sum(width for _, width in self.dense_slices.values())
+        return sum(self.field_width(key) for key in self.keys(group))
+
+    def field_width(self, key: str) -> int:
+        """Columns of a field."""
+        return self.embedding_dims[key] if key in self.embedding_dims else self.dense_slices[key][1]
+
+    def common_width(self) -> int:
+        """The most common width of the sparse fields."""
+        return Counter(self.embedding_dims.values()).most_common(1)[0][0]
+
+    def columns(self, key: str) -> tuple[int, int]:
+        """(first column, width) of a field inside "all"."""
+        keys = self.keys(ALL)
+        return sum(self.field_width(each) for each in keys[: keys.index(key)]), self.field_width(key)
+
+    def require_wide(self) -> None:
+        """Refuse a layout without wide weights: a fault of the composition, not of the user.
+
+        Raises:
+            ValueError: `wide` is not set.
+        """
+        if not self.wide:
+            raise ValueError("this model reads wide weights; build its layout and tables with wide=True")
+
+
+class HasTable(Protocol):
+    """What `wide_tables` reads of a table: data.schema.Table or torchrec's EmbeddingBagConfig."""
+
+    name: str
+    embedding_dim: int
+    feature_names: Sequence[str]
+
+
+Table = TypeVar("Table", bound=HasTable)
+
+
+def wide_tables(tables: Sequence[Table]) -> list[Table]:
+    """List the extra tables of a model with wide weights: one weight per id and field.
+
+    Each field gets a table "wide_FIELD" with the rows and pooling of its own table, also where fields share one.
+
+    Args:
+        tables: data.schema.Table or torchrec's EmbeddingBagConfig; the result is of the same kind.
+
+    Raises:
+        InputError: a table already has such a name.
+    """
+    taken = {table.name for table in tables}
+    wide = [
+        dataclasses.replace(
+            table,  # type: ignore[type-var]
+            name=f"wide_{field}",
+            embedding_dim=WIDE_DIM,
+            feature_names=type(table.feature_names)([field]),  # type: ignore[call-arg]
         )
+        for table in tables
+        for field in table.feature_names
+    ]
+    for table in wide:
+        if table.name in taken:
+            raise InputError(
+                f"tables.{table.name}: the model keeps wide weights under this name; rename the field or table"
+            )
+    return wide
 
 
 class MLP(nn.Sequential):
@@ -69,22 +163,21 @@ class MLP(nn.Sequential):
 
     Args:
         in_features: width of the input.
-        hidden: width of each layer.
-        batch_norm: normalise each layer before its ReLU.
-        dropout: probability of zeroing an activation in training.
+        hidden: width of each layer; none is the identity.
+        regularisation: batch norm before each ReLU, dropout after it.
     """
 
     def __init__(
-        self, in_features: int, hidden: Sequence[int], batch_norm: bool = False, dropout: float = 0.0
+        self, in_features: int, hidden: Sequence[int], regularisation: Regularisation = PLAIN
     ) -> None:
         layers: list[nn.Module] = []
         for wide, narrow in zip((in_features, *hidden), hidden, strict=False):
             layers.append(nn.Linear(wide, narrow))
-            if batch_norm:
+            if regularisation.batch_norm:
                 layers.append(nn.BatchNorm1d(narrow))
             layers.append(nn.ReLU())
-            if dropout > 0:
-                layers.append(nn.Dropout(dropout))
+            if regularisation.dropout > 0:
+                layers.append(nn.Dropout(regularisation.dropout))
         super().__init__(*layers)
 
 
@@ -93,18 +186,17 @@ class GroupedMLP(nn.Module):
 
     Args:
         in_features: n_g of each group.
-        hidden, batch_norm, dropout: of every MLP.
+        hidden, regularisation: of every MLP.
     """
 
     def __init__(
         self,
         in_features: Sequence[int],
         hidden: Sequence[int],
-        batch_norm: bool = False,
-        dropout: float = 0.0,
+        regularisation: Regularisation = PLAIN,
     ) -> None:
         super().__init__()
-        self.mlps = nn.ModuleList(MLP(width, hidden, batch_norm, dropout) for width in in_features)
+        self.mlps = nn.ModuleList(MLP(width, hidden, regularisation) for width in in_features)
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Map G tensors (B, n_g) to G tensors (B, hidden[-1])."""
@@ -180,3 +272,50 @@ class LowRankMixture(nn.Module):
         low = torch.tanh(torch.einsum("bes,ers->ber", low, self.c))
         gated = low * torch.softmax(scores, dim=1).unsqueeze(2)
         return F.linear(gated.flatten(1), self.u.transpose(0, 1).flatten(1), self.bias)
+
+
+class FieldVectors(nn.Module):
+    """(B, N) -> (B, F, k): one vector of the same width for every field, as a factorisation machine wants.
+
+    A sparse field whose table is k wide enters as it is, so fields of equal width give the plain FM. The
+    others, and all dense fields, enter through a matrix of their own: v_f = e_f P_f with P_f (n_f, k). For a
+    number x that is x * v with a learned v (Rendle, 2010).
+
+    Args:
+        layout: gives the fields.
+        dim: k; 0: the most common width of the sparse fields.
+    """
+
+    def __init__(self, layout: InputLayout, dim: int = 0) -> None:
+        super().__init__()
+        self.dim = dim or layout.common_width()
+        alike: dict[tuple[int, bool], list[int]] = {}  # (width, whether sparse) -> first columns
+        for key in layout.keys(ALL):
+            start, width = layout.columns(key)
+            alike.setdefault((width, key in layout.embedding_dims), []).append(start)
+        self.projections = nn.ParameterDict()
+        self._num_kinds = len(alike)
+        for kind, ((width, sparse), starts) in enumerate(alike.items()):
+            columns = torch.tensor(starts).unsqueeze(1) + torch.arange(width)  # (F_kind, width)
+            self.register_buffer(f"columns_{kind}", columns, persistent=False)
+            if not sparse or width != self.dim:
+                # A projection keeps the length of an embedding; the vector of a number starts as small as one.
+                std = width**-0.5 if sparse else 0.01
+                matrices = torch.randn(len(starts), width, self.dim) * std
+                self.projections[str(kind)] = nn.Parameter(matrices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N) to (B, F, k); fields of one kind and width stand together."""
+        vectors = []
+        for kind in range(self._num_kinds):
+            columns = self.get_buffer(f"columns_{kind}")
+            fields = x.index_select(1, columns.flatten()).unflatten(1, columns.shape)  # (B, F_kind, width)
+            if str(kind) in self.projections:
+                fields = torch.einsum("bfn,fnk->bfk", fields, self.projections[str(kind)])
+            vectors.append(fields)
+        return torch.cat(vectors, dim=1)
+
+
+def bi_interaction(vectors: Tensor) -> Tensor:
+    """sum_{f < g} v_f * v_g, element by element, in O(F k): ((sum_f v_f)^2 - sum_f v_f^2) / 2. (B, F, k) -> (B, k)."""
+    return 0.5 * (vectors.sum(1).square() - vectors.square().sum(1))

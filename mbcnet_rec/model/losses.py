@@ -19,6 +19,7 @@ from data.errors import InputError
 
 Scheme = Literal["strong_to_weak", "weak_to_strong", "no_discrimination"]
 Norm = Literal["l2", "squared"]
+DifferentiationKind = Literal["moderate", "max_difference", "min_difference"]
 MeanOverRanks = Callable[[Tensor], Tensor]
 
 THRESHOLD = -math.log(0.5)  # the BCE of a prediction of one half (Eq. 10)
@@ -33,12 +34,15 @@ class CoteachingConfig:
         scheme: who teaches whom: strong_to_weak (the paper), weak_to_strong, no_discrimination (Table 5).
         threshold: BCE in nats below which a branch is strong on a sample and above which it is weak.
         warmup_steps: training steps over which alpha grows linearly from 0; 0 is no warm-up.
+        confidence: weigh each lesson by the teacher's margin 2 |p - 1/2|. Ours, after the paper's remark that
+            losses are unreliable early in training.
     """
 
     weight: float = 0.1
     scheme: Scheme = "strong_to_weak"
     threshold: float = THRESHOLD
     warmup_steps: int = 0
+    confidence: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -48,10 +52,13 @@ class CoteachingConfig:
 
 @dataclass(frozen=True)
 class DifferentiationConfig:
-    """Moderate differentiation.
+    """Moderate differentiation, and the two extremes of Table 5.
 
     Attributes:
         weight: beta of Eq. 17; 0 takes the term and its transforms out of the objective.
+        kind: moderate (the paper), min_difference (pull latents together: the distance without W) or
+            max_difference (push them apart: minus that distance, without a bound). init and parametrization
+            are of the first only.
         norm: l2 (Listing 1) or squared (Eq. 14).
         init: of each transform W: a random orthogonal matrix or the identity.
         parametrization: soft (W is free, the loss pulls it towards orthogonal) or orthogonal (W is orthogonal
@@ -60,6 +67,7 @@ class DifferentiationConfig:
     """
 
     weight: float = 0.1
+    kind: DifferentiationKind = "moderate"
     norm: Norm = "l2"
     init: Literal["orthogonal", "identity"] = "orthogonal"
     parametrization: Literal["soft", "orthogonal"] = "soft"
@@ -67,6 +75,7 @@ class DifferentiationConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        check_choice("kind", self.kind, ("moderate", "max_difference", "min_difference"))
         check_choice("norm", self.norm, ("l2", "squared"))
         check_choice("init", self.init, ("orthogonal", "identity"))
         check_choice("parametrization", self.parametrization, ("soft", "orthogonal"))
@@ -84,6 +93,7 @@ def branch_coteaching_loss(
     *,
     scheme: Scheme = "strong_to_weak",
     threshold: float = THRESHOLD,
+    confidence: bool = False,
     weights: Tensor | None = None,
     mean_over_ranks: MeanOverRanks = identity,
 ) -> Tensor:
@@ -107,6 +117,8 @@ def branch_coteaching_loss(
         labels: (B,) of 0 and 1.
         scheme: who teaches whom.
         threshold: in nats.
+        confidence: multiply each term of the sum by the teacher's margin 2 |p^i - 1/2|, which is stopped too. C
+            stays the number of terms, so a hesitant teacher teaches less, not merely less than others.
         weights: (B,); rows of weight 0 neither teach, learn nor count. Other values count as 1.
         mean_over_ranks: averages a scalar over data-parallel ranks. The local sum is divided by the mean of C
             over ranks, so that the average of the ranks' losses, and of their gradients, is that of one
@@ -124,6 +136,8 @@ def branch_coteaching_loss(
     # sigmoid(-z) is 1 - p, and softplus(-z) is -log p, without the rounding of 1 - p near 1.
     guidance = torch.sigmoid(teacher) * F.softplus(-z) + torch.sigmoid(-teacher) * F.softplus(z)  # (K, K, B)
     count = mean_over_ranks(teaches.sum())
+    if confidence:
+        teaches = teaches * torch.tanh(teacher / 2).abs()  # 2 |sigmoid(z) - 1/2| = |tanh(z / 2)|
     return (teaches * guidance).sum() / torch.where(count > 0, count, 1.0)
 
 
@@ -189,10 +203,40 @@ def moderate_differentiation_loss(
         errors = torch.stack(
             [i_to_j - z_j, i_to_j @ w_t - z_i, j_to_i - z_i, j_to_i @ w - z_j]
         )  # (4, P, B, d)
-        # vector_norm defines the gradient at 0 as 0; sqrt of a sum of squares would give NaN there.
-        distances = errors.square().sum(-1) if norm == "squared" else torch.linalg.vector_norm(errors, dim=-1)
-        per_row = distances.sum(dim=(0, 1)) / (2 * len(pairs))  # (B,): mean over the K (K - 1) ordered pairs
+        per_row = row_norms(errors, norm).sum(dim=(0, 1)) / (
+            2 * len(pairs)
+        )  # (B,): mean over the K (K - 1) ordered pairs
         return (per_row if weights is None else per_row * weights).mean()
+
+
+def latent_distance(latents: Tensor, *, norm: Norm = "l2", weights: Tensor | None = None) -> Tensor:
+    """Mean over pairs and rows of || z^i - z^j ||: "min difference" of Table 5, and "max difference" with a minus sign.
+
+    Args:
+        latents: (K, B, d).
+        norm: l2 or squared.
+        weights: (B,) row weights; the mean is of weights * term.
+
+    Returns:
+        () distance; 0 for a single branch.
+
+    Raises:
+        InputError: an unknown norm.
+    """
+    check_choice("norm", norm, ("l2", "squared"))
+    pairs = branch_pairs(len(latents))
+    if not pairs:
+        return at_least_float32(latents).sum() * 0.0
+    z = at_least_float32(latents)
+    z_i, z_j = (z[list(side)] for side in zip(*pairs, strict=True))  # (P, B, d) each
+    per_row = row_norms(z_i - z_j, norm).mean(0)  # (B,)
+    return (per_row if weights is None else per_row * weights).mean()
+
+
+def row_norms(errors: Tensor, norm: Norm) -> Tensor:
+    """Norm of each row, or its square: (..., d) -> (...)."""
+    # vector_norm defines the gradient at 0 as 0; sqrt of a sum of squares would give NaN there.
+    return errors.square().sum(-1) if norm == "squared" else torch.linalg.vector_norm(errors, dim=-1)
 
 
 def bce_with_logits(logits: Tensor, labels: Tensor) -> Tensor:

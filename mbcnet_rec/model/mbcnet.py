@@ -23,9 +23,12 @@ from mbcnet_rec.model.branches import (
     DeepConfig,
     EFGCBranch,
     EFGCConfig,
+    FMBranch,
+    FMConfig,
+    WideBranch,
     check_widths,
 )
-from mbcnet_rec.model.layers import MLP, InputLayout
+from mbcnet_rec.model.layers import MLP, InputLayout, Regularisation
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig, check_choice
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and reading a config needs none of it
@@ -33,46 +36,42 @@ if TYPE_CHECKING:  # torchrec takes seconds to import, and reading a config need
 
     from mbcnet_rec.model.sparse_arch import SparseArch
 
-BRANCHES = ("efgc", "cross", "deep")
+BRANCHES = ("efgc", "cross", "deep", "fm", "wide")
 
 
 @dataclass(frozen=True)
-class MBCNetConfig:
+class MBCNetConfig(Regularisation):
     """The paper's network and objective (section 4.1.3) by default.
 
     Attributes:
-        branches: any of efgc, cross, deep, each once, in the order of the outputs. A single branch has no
-            cooperation losses.
-        efgc, cross, deep: of the branches.
+        branches: any of efgc, cross, deep, fm, wide, each once, in the order of the outputs. A single branch
+            has no cooperation losses.
+        efgc, cross, deep, fm: of the branches; wide has no choices.
         branch_dim: H, the width in which every branch ends.
         top: widths of the shared top.
-        batch_norm: in every dense layer. Padding rows of a last, partial batch enter its statistics, and
-            those of the shared top are taken over all branches together.
-        dropout: in every dense layer, a probability.
         fusion: of the latents: their mean (Eq. 15), or gated: a softmax weight per branch and sample.
         coteaching, differentiation: of the objective.
     """
 
-    branches: tuple[str, ...] = BRANCHES
+    branches: tuple[str, ...] = ("efgc", "cross", "deep")
     efgc: EFGCConfig = EFGCConfig()
     cross: CrossConfig = CrossConfig()
     deep: DeepConfig = DeepConfig()
+    fm: FMConfig = FMConfig()
     branch_dim: int = 512
     top: tuple[int, ...] = (512, 256, 128)
-    batch_norm: bool = False
-    dropout: float = 0.0
     fusion: Literal["mean", "gated"] = "mean"
     coteaching: CoteachingConfig = CoteachingConfig()
     differentiation: DifferentiationConfig = DifferentiationConfig()
 
     def __post_init__(self) -> None:
         """Refuse values that contradict each other or build no network."""
+        super().__post_init__()
         branches = list(self.branches)
         if not branches or len(set(branches)) != len(branches) or not set(branches) <= set(BRANCHES):
             raise InputError(f"branches = {branches}: wanted one or more of {', '.join(BRANCHES)}, each once")
         check_widths("top", self.top)
         check_choice("fusion", self.fusion, ("mean", "gated"))
-        check_dropout(self.dropout)
         if self.branch_dim < 1:
             raise InputError(f"branch_dim = {self.branch_dim}: wanted a width of 1 or more; raise it")
         if "deep" in branches and self.deep.hidden[-1] != self.branch_dim:
@@ -131,7 +130,7 @@ class BranchArch(nn.Module):
         super().__init__()
         num_branches, latent_dim = len(config.branches), config.top[-1]
         self.branches = nn.ModuleDict({name: build_branch(name, config, layout) for name in config.branches})
-        self.top = MLP(config.branch_dim, config.top, config.batch_norm, config.dropout)
+        self.top = MLP(config.branch_dim, config.top, config)
         self.branch_logits = nn.ModuleList(nn.Linear(latent_dim, 1) for _ in range(num_branches))
         self.fusion = GatedFusion(num_branches, latent_dim) if config.fusion == "gated" else MeanFusion()
         self.fused_logit = nn.Linear(latent_dim, 1)
@@ -169,18 +168,16 @@ class GatedFusion(nn.Module):
 
 def build_branch(name: str, config: MBCNetConfig, layout: InputLayout) -> nn.Module:
     """Build the branch of that name: features -> (B, H)."""
-    if name == "efgc":
-        return EFGCBranch(layout, config.efgc, config.branch_dim, config.batch_norm, config.dropout)
-    if name == "cross":
-        return CrossBranch(layout, config.cross, config.branch_dim, config.batch_norm, config.dropout)
-    return DeepBranch(layout, config.deep, config.batch_norm, config.dropout)
-
-
-def check_dropout(dropout: float) -> None:
-    """Refuse what is no probability below 1.
-
-    Raises:
-        InputError: naming the value.
-    """
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout = {dropout}: wanted a probability in [0, 1); change the value")
+    match name:
+        case "efgc":
+            return EFGCBranch(layout, config.efgc, config.branch_dim, config)
+        case "cross":
+            return CrossBranch(layout, config.cross, config.branch_dim, config)
+        case "deep":
+            return DeepBranch(layout, config.deep, config)
+        case "fm":
+            return FMBranch(layout, config.fm, config.branch_dim, config)
+        case "wide":
+            return WideBranch(layout, config.branch_dim, config)
+        case _:
+            raise ValueError(f"branch {name!r} is not one of {BRANCHES}")

@@ -1,16 +1,39 @@
 """Which model: one config that holds them all, and the one place that turns it into modules."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, assert_never
 
 from torch import nn
 
-from mbcnet_rec.model.baselines import DNN, DNNConfig
+from mbcnet_rec.model.baselines import (
+    Baseline,
+    CrossNetArch,
+    CrossNetConfig,
+    DCNv2Arch,
+    DCNv2Config,
+    DeepFMArch,
+    DeepFMConfig,
+    DNNArch,
+    DNNConfig,
+    EFGCArch,
+    EFGCNetConfig,
+    FMArch,
+    MMoEArch,
+    MMoEConfig,
+    WideDeepArch,
+)
+from mbcnet_rec.model.branches import FMConfig
+from mbcnet_rec.model.distillation import EnKDConfig
+from mbcnet_rec.model.finalmlp import FinalMLPArch, FinalMLPConfig
 from mbcnet_rec.model.layers import InputLayout
 from mbcnet_rec.model.mbcnet import MBCNet, MBCNetConfig
 
 if TYPE_CHECKING:
     from mbcnet_rec.model.sparse_arch import SparseArch
+
+ModelKind = Literal[
+    "mbcnet", "dnn", "crossnet", "wide_deep", "dcnv2", "mmoe", "enkd", "finalmlp", "deepfm", "fm", "efgc"
+]
 
 
 @dataclass(frozen=True)
@@ -21,15 +44,69 @@ class ModelConfig:
         kind: which of the models below is built; the others' tables are ignored.
         mbcnet: branches, shared top, fusion and cooperation losses.
         dnn: a plain deep network.
+        crossnet: a cross network: the paper's CrossNetV2.
+        wide_deep: one weight per id and field, plus a deep network.
+        dcnv2: cross and deep network in parallel.
+        mmoe: gated experts with one tower: the paper's MMOE+.
+        enkd: the student of EnKD, a deep network, and its distillation.
+        finalmlp: two MLP streams with field gates and bilinear fusion.
+        deepfm: factorisation machine plus deep network.
+        fm: factorisation machine.
+        efgc: MBCnet's EFGC branch alone.
     """
 
-    kind: Literal["mbcnet", "dnn"] = "mbcnet"
+    kind: ModelKind = "mbcnet"
     mbcnet: MBCNetConfig = MBCNetConfig()
     dnn: DNNConfig = DNNConfig()
+    crossnet: CrossNetConfig = CrossNetConfig()
+    wide_deep: DNNConfig = DNNConfig()
+    dcnv2: DCNv2Config = DCNv2Config()
+    mmoe: MMoEConfig = MMoEConfig()
+    enkd: EnKDConfig = EnKDConfig()
+    finalmlp: FinalMLPConfig = FinalMLPConfig()
+    deepfm: DeepFMConfig = DeepFMConfig()
+    fm: FMConfig = FMConfig()
+    efgc: EFGCNetConfig = EFGCNetConfig()
+
+
+def needs_wide(config: ModelConfig) -> bool:
+    """Whether the model reads wide weights: then its layout says wide=True and its tables include `wide_tables`."""
+    if config.kind == "mbcnet":
+        return "wide" in config.mbcnet.branches
+    return config.kind in ("wide_deep", "fm", "deepfm")
 
 
 def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLayout) -> nn.Module:
     """Build the model that `config.kind` names, on the given tables."""
-    if config.kind == "dnn":
-        return DNN(config.dnn, sparse_arch, layout)
-    return MBCNet(config.mbcnet, sparse_arch, layout)
+    if config.kind == "mbcnet":
+        return MBCNet(config.mbcnet, sparse_arch, layout)
+    return Baseline(sparse_arch, build_arch(config, layout))
+
+
+def build_arch(config: ModelConfig, layout: InputLayout) -> nn.Module:
+    """Build what stands on the tables of a baseline: features -> ModelOutput."""
+    match config.kind:
+        case "dnn":
+            return DNNArch(config.dnn, layout)
+        case "crossnet":
+            return CrossNetArch(config.crossnet, layout)
+        case "wide_deep":
+            return WideDeepArch(config.wide_deep, layout)
+        case "dcnv2":
+            return DCNv2Arch(config.dcnv2, layout)
+        case "mmoe":
+            return MMoEArch(config.mmoe, layout)
+        case "enkd":
+            return DNNArch(config.enkd, layout)
+        case "finalmlp":
+            return FinalMLPArch(config.finalmlp, layout)
+        case "deepfm":
+            return DeepFMArch(config.deepfm, layout)
+        case "fm":
+            return FMArch(config.fm, layout)
+        case "efgc":
+            return EFGCArch(config.efgc, layout)
+        case "mbcnet":
+            raise ValueError("MBCNet stands on its tables by itself: build_model")
+        case unknown:
+            assert_never(unknown)

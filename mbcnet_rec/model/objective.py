@@ -21,6 +21,7 @@ from mbcnet_rec.model.losses import (
     branch_pairs,
     disagreement_rates,
     identity,
+    latent_distance,
     moderate_differentiation_loss,
     weighted_bce,
 )
@@ -103,7 +104,7 @@ class LossArch(nn.Module):
     Args:
         coteaching: alpha and the readings of L_BCT.
         differentiation: beta and the readings of L_MDR.
-        transforms: W of each pair of branches, or None for no L_MDR.
+        transforms: W of each pair of branches, or None: no differentiation, or one of the kinds without W.
         mean_over_ranks: averages a scalar over data-parallel ranks.
     """
 
@@ -176,16 +177,19 @@ class LossArch(nn.Module):
             labels,
             scheme=self.coteaching.scheme,
             threshold=self.coteaching.threshold,
+            confidence=self.coteaching.confidence,
             weights=weights,
             mean_over_ranks=self._mean_over_ranks[0],
         )
 
     def _differentiation_loss(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> Tensor:
-        if matrices is None:
+        config = self.differentiation
+        if len(latents) < 2 or config.weight == 0:
             return weights.new_zeros(())
-        return moderate_differentiation_loss(
-            latents, matrices, norm=self.differentiation.norm, weights=weights
-        )
+        if matrices is not None:
+            return moderate_differentiation_loss(latents, matrices, norm=config.norm, weights=weights)
+        sign = -1.0 if config.kind == "max_difference" else 1.0
+        return sign * latent_distance(latents, norm=config.norm, weights=weights)
 
 
 class Transforms(nn.Module):
@@ -217,7 +221,8 @@ class Transforms(nn.Module):
 def build_transforms(num_branches: int, latent_dim: int, config: DifferentiationConfig) -> Transforms | None:
     """Build the transforms, or None where nothing would train them: DistributedDataParallel waits for every gradient."""
     num_pairs = len(branch_pairs(num_branches))
-    return Transforms(num_pairs, latent_dim, config) if num_pairs and config.weight > 0 else None
+    trained = num_pairs and config.weight > 0 and config.kind == "moderate"
+    return Transforms(num_pairs, latent_dim, config) if trained else None
 
 
 def warm(config: CoteachingConfig | DifferentiationConfig, step: Tensor) -> Tensor | float:

@@ -1,6 +1,7 @@
 """Tables and the one regroup of their output into groups: the part that TorchRec shards.
 
-Shapes: B batch, N flattened width of all fields, G groups, n_g width of group g, D dense columns.
+Shapes: B batch, F sparse fields, N flattened width of all fields, G groups, n_g width of group g, D dense
+columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torchrec.modules.regroup import KTRegroupAsDict
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from mbcnet_rec.model.layers import ALL, InputLayout
+from mbcnet_rec.model.layers import ALL, WIDE, WIDE_DIM, InputLayout
 
 
 class SparseArch(nn.Module):
@@ -35,7 +36,7 @@ class SparseArch(nn.Module):
         sparse_features: KeyedJaggedTensor,
         weighted_features: KeyedJaggedTensor | None = None,
     ) -> dict[str, Tensor]:
-        """Look up every field once: "all" -> (B, N), group g -> (B, n_g)."""
+        """Look up every field once: "all" -> (B, N), group g -> (B, n_g), and wide weights if there are any."""
         pooled: list[KeyedTensor] = [self.ebc(sparse_features)]
         if self.weighted_ebc is not None:
             pooled.append(self.weighted_ebc(weighted_features))
@@ -59,40 +60,62 @@ class FeatureRegroup(nn.Module):
             name: join_slices([layout.dense_slices[key] for key in keys if key in layout.dense_slices])
             for name, keys in members.items()
         }
-        named = {name: keys for name, keys in self._sparse.items() if keys}
-        self._permute = KTRegroupAsDict(list(named.values()), list(named))
-        self._permuted_keys: list[list[str]] = []
+        if layout.wide:
+            self._sparse[WIDE] = [wide_key(field) for field in layout.embedding_dims]
+            self._dense[WIDE] = self._dense[ALL]
+        self._has_wide = layout.wide
+        self._keys: list[list[str]] = []  # of the collections' outputs at the last call
+        self._named = self._sparse  # the same groups by those keys
+        self._permute: KTRegroupAsDict | None = None
 
     def forward(self, keyed_tensors: Sequence[KeyedTensor], dense_features: Tensor) -> dict[str, Tensor]:
         """Regroup the outputs of one or more embedding collections.
 
         Args:
-            keyed_tensors: that together hold every key of `embedding_dims`.
+            keyed_tensors: that together hold every key of `embedding_dims`, and of their wide weights if the
+                layout has some.
             dense_features: (B, D).
 
         Returns:
-            "all" -> (B, N), and each group g -> (B, n_g).
+            "all" -> (B, N), each group g -> (B, n_g), and WIDE -> (B, F + D) if the layout has wide weights.
         """
+        self._follow_plan([list(tensor.keys()) for tensor in keyed_tensors])
         if regroup_op(dense_features.device) == "permute":
-            sparse = self._permute_by_plan(keyed_tensors)
+            assert self._permute is not None
+            sparse = {name: [tensor] for name, tensor in self._permute(list(keyed_tensors)).items()}
         else:
-            sparse = split_by_key(keyed_tensors, self._sparse)
+            sparse = split_by_key(keyed_tensors, self._named)
         groups = {}
         for name, slices in self._dense.items():
-            pieces = [
-                *sparse.get(name, []),
-                *(dense_features.narrow(1, start, width) for start, width in slices),
-            ]
+            pieces = sparse.get(name, [])
+            if name == WIDE:
+                # The mean of 4 equal columns learns like one weight under any adaptive optimizer.
+                columns = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+                pieces = [columns.unflatten(1, (-1, WIDE_DIM)).mean(2)]
+            pieces = [*pieces, *(dense_features.narrow(1, start, width) for start, width in slices)]
             groups[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return groups
 
-    def _permute_by_plan(self, keyed_tensors: Sequence[KeyedTensor]) -> dict[str, list[Tensor]]:
-        # The module caches its permutation at the first call; a change of plan would turn it silently wrong.
-        keys = [list(tensor.keys()) for tensor in keyed_tensors]
-        if keys != self._permuted_keys:
-            self._permute.clear_cache()
-            self._permuted_keys = keys
-        return {name: [tensor] for name, tensor in self._permute(list(keyed_tensors)).items()}
+    def _follow_plan(self, keys: list[list[str]]) -> None:
+        # The permutation caches its columns at the first call; a change of plan would turn it silently wrong.
+        if keys == self._keys:
+            return
+        self._keys = keys
+        outputs = {field_of(key) if self._has_wide else key: key for each in keys for key in each}
+        self._named = {name: [outputs[key] for key in fields] for name, fields in self._sparse.items()}
+        named = {name: fields for name, fields in self._named.items() if fields}
+        self._permute = KTRegroupAsDict(list(named.values()), list(named))
+
+
+def wide_key(field: str) -> str:
+    """Key of a field's wide weight in the output of a collection: two tables serve the field, so TorchRec adds the table's name."""
+    return f"{field}@wide_{field}"
+
+
+def field_of(key: str) -> str:
+    """Key of the output of a collection with wide weights -> the field, or `wide_key(field)`."""
+    field = key.partition("@")[0]
+    return key if key == wide_key(field) else field
 
 
 def regroup_op(device: torch.device) -> Literal["permute", "split"]:
