@@ -22,7 +22,7 @@ WIDE = "@wide"  # the name of the group of wide weights; no TOML author would hi
 WIDE_DIM = 4  # FBGEMM wants widths in multiples of 4, so one weight is the mean of 4 columns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)  # so that the inheriting config's own keys come first
 class Regularisation:
     """What every dense layer carries besides its ReLU. The configs of networks inherit these two keys.
 

@@ -1,0 +1,332 @@
+"""Every model of Table 3, and FM and DeepFM, computes its paper's formula, written here row by row in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from data.errors import InputError
+from mbcnet_rec.model.baselines import (
+    CrossNetConfig,
+    DCNv2Config,
+    DeepFMConfig,
+    DNNConfig,
+    EFGCNetConfig,
+    MMoEConfig,
+)
+from mbcnet_rec.model.branches import CrossConfig, EFGCConfig, FMConfig
+from mbcnet_rec.model.distillation import EnKDConfig, TeacherGate, distillation_loss
+from mbcnet_rec.model.finalmlp import FinalMLPConfig, StreamConfig
+from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
+from mbcnet_rec.model.models import ModelConfig, build_arch, build_model, needs_wide
+
+B = 9
+LAYOUT = InputLayout(
+    {"user": 4, "item": 4, "tags": 4},
+    {"price": (0, 1), "age": (1, 1)},
+    {"match": ("user", "item"), "cost": ("price", "item")},
+    wide=True,
+)
+SMALL = DNNConfig(hidden=(6, 5))
+LOW_RANK = CrossConfig(num_layers=2, num_experts=3, low_rank=2)
+FULL_RANK = CrossConfig(kind="full_rank", num_layers=2)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def array(tensor):
+    return tensor.detach().numpy()
+
+
+def affine(x, layer):
+    return array(layer.weight) @ x + (0 if layer.bias is None else array(layer.bias))
+
+
+def mlp(x, module):
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            x = relu(affine(x, layer))
+    return x
+
+
+def cross(x_0, module):
+    x = x_0
+    for layer in module.layers:
+        if isinstance(layer, nn.Linear):
+            x = x + x_0 * affine(x, layer)
+        else:
+            v, c, u, gate, bias = (array(p) for p in (layer.v, layer.c, layer.u, layer.gate, layer.bias))
+            g = softmax(gate @ x)
+            experts = [x_0 * (u[e] @ np.tanh(c[e] @ np.tanh(v[e] @ x)) + bias) for e in range(len(v))]
+            x = x + sum(g[e] * experts[e] for e in range(len(v)))
+    return x
+
+
+def wide(w, module):
+    linear = sum(w[:3])  # one weight a sparse field
+    return (
+        linear
+        + w[3] * array(module.dense_weight)[0]
+        + w[4] * array(module.dense_weight)[1]
+        + array(module.bias)[0]
+    )
+
+
+def fm(x, w, arch):
+    vectors = [x[0:4], x[4:8], x[8:12]]  # three fields of width k, as they are
+    matrices = array(next(iter(arch.vectors.projections.values())))  # (2, 1, k)
+    vectors += [x[12] * matrices[0, 0], x[13] * matrices[1, 0]]
+    pairs = sum(vectors[f] @ vectors[g] for f in range(5) for g in range(f + 1, 5))
+    return wide(w, arch.wide) + pairs
+
+
+def efgc(row, arch):
+    groups = [mlp(row["match"], arch.branch.crossing.mlps[0]), mlp(row["cost"], arch.branch.crossing.mlps[1])]
+    return affine(mlp(mlp(np.concatenate(groups), arch.branch.reduction), arch.top), arch.logit)[0]
+
+
+def mmoe(x, arch):
+    g = softmax(affine(mlp(x, arch.gate[0]), arch.gate[1]))
+    mixed = sum(g[e] * mlp(x, expert) for e, expert in enumerate(arch.experts))
+    return affine(mlp(mixed, arch.tower), arch.logit)[0]
+
+
+def finalmlp(x, arch, contexts):
+    streams = []
+    for stream, columns in zip((arch.first, arch.second), contexts, strict=True):
+        gate, body = stream[0], stream[1]
+        context = array(gate.vector)[0] if columns is None else x[columns]
+        g = 2 * sigmoid(affine(mlp(context, gate.gate[0]), gate.gate[1]))
+        streams.append(mlp(g * x, body))
+    h_1, h_2 = streams
+    fusion = arch.fusion
+    heads = array(fusion.heads)
+    total = affine(h_1, fusion.first)[0] + affine(h_2, fusion.second)[0]
+    for j, (p_1, p_2) in enumerate(zip(np.split(h_1, len(heads)), np.split(h_2, len(heads)), strict=True)):
+        total += p_1 @ heads[j] @ p_2
+    return total
+
+
+def deep(x, arch):
+    return affine(mlp(x, arch.mlp), arch.logit)[0]
+
+
+FINAL = FinalMLPConfig(
+    first=StreamConfig((8, 6), gate=(5,), context=("item", "age")),
+    second=StreamConfig((4,), gate=(3,)),
+    num_heads=2,
+)
+CASES = {
+    "dnn": (ModelConfig("dnn", dnn=SMALL), lambda row, arch: deep(row[ALL], arch)),
+    "enkd": (
+        ModelConfig("enkd", enkd=EnKDConfig(hidden=(6, 5))),
+        lambda row, arch: deep(row[ALL], arch),
+    ),
+    "crossnet low rank": (
+        ModelConfig("crossnet", crossnet=CrossNetConfig(cross=LOW_RANK)),
+        lambda row, arch: affine(cross(row[ALL], arch.cross), arch.logit)[0],
+    ),
+    "crossnet full rank": (
+        ModelConfig("crossnet", crossnet=CrossNetConfig(cross=FULL_RANK, hidden=(5,))),
+        lambda row, arch: affine(mlp(cross(row[ALL], arch.cross), arch.mlp), arch.logit)[0],
+    ),
+    "wide_deep": (
+        ModelConfig("wide_deep", wide_deep=SMALL),
+        lambda row, arch: wide(row[WIDE], arch.wide) + deep(row[ALL], arch),
+    ),
+    "dcnv2 low rank": (
+        ModelConfig("dcnv2", dcnv2=DCNv2Config(hidden=(6, 5), cross=LOW_RANK)),
+        lambda row, arch: affine(
+            np.concatenate([cross(row[ALL], arch.cross), mlp(row[ALL], arch.mlp)]), arch.logit
+        )[0],
+    ),
+    "dcnv2 full rank": (
+        ModelConfig("dcnv2", dcnv2=DCNv2Config(hidden=(6,), cross=FULL_RANK)),
+        lambda row, arch: affine(
+            np.concatenate([cross(row[ALL], arch.cross), mlp(row[ALL], arch.mlp)]), arch.logit
+        )[0],
+    ),
+    "mmoe": (
+        ModelConfig("mmoe", mmoe=MMoEConfig(num_experts=3, expert=(6, 4), gate=(5, 3), tower=(3, 2))),
+        lambda row, arch: mmoe(row[ALL], arch),
+    ),
+    "finalmlp": (
+        ModelConfig("finalmlp", finalmlp=FINAL),
+        lambda row, arch: finalmlp(row[ALL], arch, ([4, 5, 6, 7, 13], None)),
+    ),
+    "fm": (ModelConfig("fm"), lambda row, arch: fm(row[ALL], row[WIDE], arch)),
+    "deepfm": (
+        ModelConfig("deepfm", deepfm=DeepFMConfig(hidden=(6, 5))),
+        lambda row, arch: fm(row[ALL], row[WIDE], arch.fm) + deep(row[ALL], arch),
+    ),
+    "efgc": (
+        ModelConfig("efgc", efgc=EFGCNetConfig(efgc=EFGCConfig((6, 4)), branch_dim=5, top=(4, 3))),
+        efgc,
+    ),
+}
+
+
+def features(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, LAYOUT.width(), generator=generator, dtype=torch.float64)
+    return {
+        ALL: x,
+        WIDE: torch.randn(B, LAYOUT.width(WIDE), generator=generator, dtype=torch.float64),
+        "match": x[:, :8],
+        "cost": torch.cat([x[:, 4:8], x[:, 12:13]], 1),
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_its_formula(name):
+    config, naive = CASES[name]
+    torch.manual_seed(1)
+    arch = build_arch(config, LAYOUT).double()
+    for parameter in arch.parameters():  # no bias or gate may hide at zero
+        parameter.data.normal_(std=0.7)
+    inputs = features()
+    output = arch(inputs)
+    rows = [{key: array(value[b]) for key, value in inputs.items()} for b in range(B)]
+    expected = np.array([naive(row, arch) for row in rows])
+    assert np.std(expected) > 0.01
+    np.testing.assert_allclose(array(output.fused_logits), expected, rtol=1e-9, atol=1e-12)
+    assert output.branch_logits.shape == (0, B) and output.latents.shape == (0, B, 0)
+    output.fused_logits.square().sum().backward()
+    idle = [key for key, parameter in arch.named_parameters() if parameter.grad is None]
+    assert not idle  # DistributedDataParallel waits for every gradient
+
+
+def test_every_kind_is_tested_and_says_whether_it_is_wide():
+    kinds = set(ModelConfig.__annotations__) - {"kind"}
+    assert kinds == {config.kind for config, _ in CASES.values()} | {"mbcnet"}
+    plain = InputLayout(LAYOUT.embedding_dims, LAYOUT.dense_slices, LAYOUT.groups)
+    for config, _ in CASES.values():
+        if needs_wide(config):
+            with pytest.raises(ValueError, match="wide=True"):
+                build_arch(config, plain)
+        else:
+            build_arch(config, plain)
+    assert not needs_wide(ModelConfig())
+
+
+def test_baseline_around_an_arch():
+    model = build_model(ModelConfig("dnn", dnn=SMALL), nn.Identity(), LAYOUT)
+    assert model.branch_names == () and model.latent_dim == 0 and isinstance(model.sparse_arch, nn.Identity)
+
+
+def test_dual_mlp_is_finalmlp_without_gates():
+    stream = StreamConfig((4,), gate=())
+    arch = build_arch(ModelConfig("finalmlp", finalmlp=FinalMLPConfig(stream, stream)), LAYOUT)
+    assert not any("gate" in name for name, _ in arch.named_parameters())
+
+
+def test_finalmlp_gates_start_near_one():
+    arch = build_arch(ModelConfig("finalmlp", finalmlp=FINAL), LAYOUT)
+    x = torch.ones(1, LAYOUT.width())
+    assert (arch.second[0](x) - 1).abs().max() < 0.6
+
+
+def naive_distillation(student, teachers, labels, gates, tau, soft_weight):
+    def ce(p, z):
+        return -p * np.log(sigmoid(z)) - (1 - p) * np.log(1 - sigmoid(z))
+
+    total = 0.0
+    for b, y in enumerate(labels):
+        total += ce(y, student[b]) + ce(y, sum(gates[:, b] * teachers[:, b]))
+        for t in range(len(teachers)):
+            total += soft_weight * gates[t, b] * ce(sigmoid(teachers[t, b] / tau), student[b] / tau)
+    return total / len(labels)
+
+
+def test_distillation_equals_its_formula():
+    rng = np.random.default_rng(0)
+    student, teachers = rng.normal(size=B), rng.normal(size=(3, B)) * 2
+    labels = rng.integers(0, 2, B).astype(float)
+    gates = np.stack([softmax(column) for column in rng.normal(size=(B, 3))]).T
+    s, t, g = (torch.tensor(x, requires_grad=True) for x in (student, teachers, gates))
+    loss = distillation_loss(s, t, torch.tensor(labels), temperature=3.0, gates=g, soft_weight=0.7)
+    loss.backward()
+    assert loss.item() == pytest.approx(
+        naive_distillation(student, teachers, labels, gates, 3.0, 0.7), rel=1e-12
+    )
+    soft = sum(gates[i] * sigmoid(teachers[i] / 3) for i in range(3))
+    gradient = (sigmoid(student) - labels + 0.7 / 3 * (sigmoid(student / 3) - soft)) / B
+    np.testing.assert_allclose(s.grad.numpy(), gradient, rtol=1e-10)
+    mixture = sigmoid((gates * teachers).sum(0)) - labels
+    np.testing.assert_allclose(g.grad.numpy(), teachers * mixture / B, rtol=1e-10)  # the labels' term alone
+    assert t.grad is None
+
+
+def test_distillation_ignores_padding_rows():
+    s, t, y = torch.randn(6), torch.randn(2, 6), torch.tensor([1.0, 0, 1, 1, 0, 0])
+    gates = TeacherGate(2)(t)
+    weights = torch.tensor([1.5, 1.5, 1.5, 1.5, 0.0, 0.0])
+    torch.testing.assert_close(
+        distillation_loss(s, t, y, temperature=2.0, gates=gates, weights=weights),
+        distillation_loss(s[:4], t[:, :4], y[:4], temperature=2.0, gates=gates[:, :4]),
+    )
+
+
+def test_teacher_gate():
+    gate = TeacherGate(3)
+    teachers = torch.randn(3, 5)
+    torch.testing.assert_close(gate(teachers), torch.full((3, 5), 1 / 3))
+    nn.init.normal_(gate.scores.weight)
+    expected = np.stack([softmax(affine(array(teachers[:, b]), gate.scores)) for b in range(5)], 1)
+    np.testing.assert_allclose(array(gate(teachers)), expected, rtol=1e-5)
+
+
+def test_gate_learns_the_better_teacher():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (512,)).float()
+    good, bad = (2 * labels - 1) * 2 + torch.randn(512), torch.randn(512) * 2
+    teachers, gate = torch.stack([good, bad]), TeacherGate(2)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        distillation_loss(bad, teachers, labels, temperature=2.0, gates=gate(teachers)).backward()
+        optimizer.step()
+    assert gate(teachers)[0].mean() > 0.8  # although the student equals the bad one
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: DNNConfig(hidden=()), r"hidden = \[\]"),
+        (lambda: DNNConfig(dropout=-0.1), "dropout = -0.1"),
+        (lambda: CrossNetConfig(hidden=(0,)), r"hidden = \[0\]"),
+        (lambda: DCNv2Config(hidden=(5, 0)), r"hidden = \[5, 0\]"),
+        (lambda: MMoEConfig(num_experts=0), "num_experts = 0"),
+        (lambda: MMoEConfig(tower=(0,)), "tower"),
+        (lambda: EFGCNetConfig(branch_dim=0), "branch_dim = 0"),
+        (lambda: FMConfig(dim=-1), "dim = -1"),
+        (lambda: EnKDConfig(temperature=0.0), "temperature = 0.0"),
+        (lambda: EnKDConfig(soft_weight=-1.0), "soft_weight = -1.0"),
+        (lambda: FinalMLPConfig(num_heads=3), "num_heads = 3"),
+        (lambda: StreamConfig(gate=(), context=("user",)), "builds no gate"),
+        (
+            lambda: build_arch(
+                ModelConfig("finalmlp", finalmlp=FinalMLPConfig(StreamConfig(context=("shop",)))), LAYOUT
+            ),
+            "model.finalmlp.first.context = .*'shop' is not a field",
+        ),
+        (
+            lambda: build_arch(ModelConfig("efgc"), InputLayout({"a": 4}, {}, {})),
+            "schema has no groups",
+        ),
+    ],
+)
+def test_refuses(call, words):
+    with pytest.raises(InputError, match=words):
+        call()

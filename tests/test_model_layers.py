@@ -1,0 +1,238 @@
+"""The layers compute their formulas, written here as loops; the cross layers also agree with TorchRec's own."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torchrec.modules.crossnet import CrossNet, LowRankMixtureCrossNet
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from data.errors import InputError
+from data.schema import Table
+from mbcnet_rec.model.layers import (
+    ALL,
+    MLP,
+    WIDE,
+    FieldVectors,
+    FullRankCross,
+    GroupedMLP,
+    InputLayout,
+    LowRankMixtureCross,
+    Regularisation,
+    bi_interaction,
+    wide_tables,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def randomise(module):
+    """Fill every parameter with noise, so that no bias hides at zero."""
+    for parameter in module.parameters():
+        parameter.data.normal_(std=0.5)
+    return module
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def naive_low_rank_mixture(x_0, layers):
+    """DCN-V2, Eq. 4 (with its C_e): x_{l+1} = sum_e g_e(x_l) E_e(x_l) + x_l, E_e = x_0 * (U_e g(C_e g(V_e^T x_l)) + b)."""
+    out = np.empty_like(x_0)
+    for b, row_0 in enumerate(x_0):
+        row = row_0
+        for layer in layers:
+            v, c, u, gate, bias = (
+                getattr(layer, name).detach().numpy() for name in ("v", "c", "u", "gate", "bias")
+            )
+            weights = softmax(np.array([gate[e] @ row for e in range(len(v))]))
+            new = row.copy()
+            for e in range(len(v)):
+                inner = np.tanh(c[e] @ np.tanh(v[e] @ row))
+                new = new + weights[e] * (row_0 * (u[e] @ inner + bias))
+            row = new
+        out[b] = row
+    return out
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 4])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_low_rank_mixture_equals_its_formula(num_experts, num_layers):
+    cross = randomise(LowRankMixtureCross(7, num_layers, num_experts, 3).double())
+    x = torch.randn(6, 7).double()
+    np.testing.assert_allclose(
+        cross(x).detach().numpy(), naive_low_rank_mixture(x.numpy(), cross.layers), rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 4])
+def test_low_rank_mixture_equals_torchrec(num_experts):
+    ours = randomise(LowRankMixtureCross(9, 2, num_experts, 4).double())
+    theirs = LowRankMixtureCrossNet(9, 2, num_experts, 4, activation=torch.tanh).double()
+    for number, layer in enumerate(ours.layers):
+        if num_experts > 1:
+            layer.gate.data.copy_(ours.layers[0].gate)  # theirs shares the gates of all layers
+            for e in range(num_experts):
+                theirs.gates[e].weight.data.copy_(layer.gate[e : e + 1])
+        theirs.V_kernels[number].data.copy_(layer.v)
+        theirs.U_kernels[number].data.copy_(layer.u)
+        theirs.C_kernels[number].data.copy_(layer.c)
+        theirs.bias[number].data.copy_(layer.bias.unsqueeze(1))
+    x = torch.randn(5, 9).double()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_full_rank_cross_equals_its_formula_and_torchrec():
+    ours, theirs = randomise(FullRankCross(6, 3).double()), CrossNet(6, 3).double()
+    x_0 = torch.randn(4, 6).double()
+    expected = x_0.numpy()
+    for number, layer in enumerate(ours.layers):
+        w, b = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+        expected = np.stack([x + z * (w @ x + b) for x, z in zip(expected, x_0.numpy(), strict=True)])
+        theirs.kernels[number].data.copy_(layer.weight)
+        theirs.bias[number].data.copy_(layer.bias.unsqueeze(1))
+    np.testing.assert_allclose(ours(x_0).detach().numpy(), expected, rtol=1e-12)
+    torch.testing.assert_close(ours(x_0), theirs(x_0), rtol=1e-12, atol=1e-12)
+
+
+def test_cross_degree_grows_by_one_a_layer():
+    # With biases 0, layer weights fixed and x scaled by t, L layers give a polynomial of degree L + 1 in t.
+    cross = randomise(FullRankCross(3, 2).double())
+    for layer in cross.layers:
+        layer.bias.data.zero_()
+    x = torch.randn(1, 3).double()
+    values = np.array([cross(t * x)[0, 0].item() for t in range(6)])
+    assert np.abs(np.diff(values, 4)).max() < 1e-9 * np.abs(values).max()  # fourth differences of a cubic
+    assert np.abs(np.diff(values, 3)).max() > 1e-6
+
+
+def naive_mlp(x, mlp):
+    for layer in mlp:
+        if isinstance(layer, torch.nn.Linear):
+            x = np.maximum(x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy(), 0.0)
+    return x
+
+
+def test_mlp_has_relu_on_every_layer():
+    mlp = randomise(MLP(5, (4, 3)).double())
+    x = torch.randn(50, 5).double()
+    np.testing.assert_allclose(mlp(x).detach().numpy(), naive_mlp(x.numpy(), mlp), rtol=1e-12)
+    assert (mlp(x) >= 0).all() and (mlp(x) == 0).any()
+
+
+def test_mlp_regularisation():
+    x = torch.randn(64, 5)
+    normal = MLP(5, (8,), Regularisation(batch_norm=True))
+    assert [type(layer).__name__ for layer in normal] == ["Linear", "BatchNorm1d", "ReLU"]
+    dropping = MLP(5, (400,), Regularisation(dropout=0.5))
+    kept = (dropping(x) > 0).float().mean() / (dropping.eval()(x) > 0).float().mean()
+    assert 0.45 < kept < 0.55
+    assert torch.equal(dropping(x), dropping(x))  # none in evaluation
+    with pytest.raises(InputError, match="dropout = 1.0"):
+        Regularisation(dropout=1.0)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_grouped_mlp_is_one_mlp_a_group(batch_norm):
+    widths = (3, 7, 5)
+    grouped = GroupedMLP(widths, (6, 4), Regularisation(batch_norm=batch_norm)).eval()
+    inputs = [torch.randn(8, width) for width in widths]
+    for output, mlp, x in zip(grouped(inputs), grouped.mlps, inputs, strict=True):
+        torch.testing.assert_close(output, mlp(x))
+    alone = grouped([inputs[0] + 1, *inputs[1:]])
+    torch.testing.assert_close(alone[1:], grouped(inputs)[1:])  # groups do not touch each other
+    assert not torch.allclose(alone[0], grouped(inputs)[0])
+
+
+def test_bi_interaction_is_the_sum_over_pairs():
+    vectors = torch.randn(4, 6, 3).double()
+    expected = sum(vectors[:, f] * vectors[:, g] for f in range(6) for g in range(f + 1, 6))
+    torch.testing.assert_close(bi_interaction(vectors), expected)
+
+
+def layout(**kwargs):
+    return InputLayout(
+        {"a": 4, "b": 8, "c": 4, "d": 12},
+        {"price": (0, 1), "image": (1, 4)},
+        {"g": ("image", "c", "a"), "h": ("price",)},
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("dim", [0, 4, 5])
+def test_field_vectors(dim):
+    module = FieldVectors(layout(), dim)
+    k = dim or 4
+    assert module.dim == k
+    x = torch.randn(3, 33)
+    vectors = module(x)
+    assert vectors.shape == (3, 6, k)
+    # Fields of width k stand as they are, the others are linear in their own columns alone.
+    own = {"a": (0, 4), "b": (4, 12), "c": (12, 16), "d": (16, 28), "price": (28, 29), "image": (29, 33)}
+    moved = {}
+    for name, (start, stop) in own.items():
+        y = x.clone()
+        y[:, start:stop] = 0
+        changed = (module(y) != vectors).any(dim=2).all(dim=0).nonzero().flatten().tolist()
+        assert len(changed) == 1, name
+        moved[name] = changed[0]
+        assert not module(y)[:, changed[0]].any()
+    assert sorted(moved.values()) == list(range(6))
+    as_is = {
+        name for name, (start, stop) in own.items() if torch.equal(vectors[:, moved[name]], x[:, start:stop])
+    }
+    assert as_is == ({"a", "c"} if k == 4 else set())
+    if k == 4:  # all fields of one width: no parameter at all, the plain FM
+        assert not list(FieldVectors(InputLayout({"a": 4, "b": 4}, {}, {})).parameters())
+
+
+def test_layout_widths_and_order():
+    fields = layout(wide=True)
+    assert fields.keys(ALL) == ("a", "b", "c", "d", "price", "image")
+    assert fields.keys("g") == ("c", "a", "image")  # the group's own order, sparse ones first
+    assert (fields.width(), fields.width("g"), fields.width("h"), fields.width(WIDE)) == (33, 12, 1, 9)
+    assert fields.columns("d") == (16, 12) and fields.columns("image") == (29, 4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"groups": {ALL: ("a",)}}, "'all' is taken"),
+        ({"groups": {"g": ("x",)}}, "'x' is not a field"),
+        ({"groups": {"g": ()}}, "at least one field"),
+        ({"groups": {"g": ("a", "a")}}, "none twice"),
+        ({"dense_slices": {"a": (0, 1)}}, "'a' is both"),
+        ({"embedding_dims": {"a@b": 4}, "wide": True}, "without '@'"),
+    ],
+)
+def test_layout_refuses(kwargs, words):
+    with pytest.raises(InputError, match=words):
+        InputLayout(**({"embedding_dims": {"a": 4}, "dense_slices": {}, "groups": {}} | kwargs))
+
+
+def test_wide_tables_of_both_kinds_of_table():
+    shared = EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=16, feature_names=["x", "y"])
+    wide = wide_tables([shared])
+    assert [(t.name, t.num_embeddings, t.embedding_dim, t.feature_names) for t in wide] == [
+        ("wide_x", 9, 4, ["x"]),
+        ("wide_y", 9, 4, ["y"]),
+    ]
+    assert wide[0].pooling == shared.pooling and shared.embedding_dim == 16
+    assert wide_tables([Table("t", 9, 16, "mean", ("x",), False)]) == [
+        Table("wide_x", 9, 4, "mean", ("x",), False)
+    ]
+
+    @dataclass
+    class Fake:
+        name: str
+        embedding_dim: int
+        feature_names: list
+
+    with pytest.raises(InputError, match="tables.wide_x"):
+        wide_tables([Fake("wide_x", 4, ["z"]), Fake("t", 4, ["x"])])

@@ -1,0 +1,308 @@
+"""The losses agree with loops over Listing 1 in float64, values and gradients, and keep the promises that training relies on."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data.errors import InputError
+from mbcnet_rec.model.losses import (
+    CoteachingConfig,
+    DifferentiationConfig,
+    branch_coteaching_loss,
+    branch_pairs,
+    disagreement_rates,
+    latent_distance,
+    moderate_differentiation_loss,
+    weighted_bce,
+)
+
+SCHEMES = ("strong_to_weak", "weak_to_strong", "no_discrimination")
+NORMS = ("l2", "squared")
+
+
+def sigmoid(z):
+    return 1.0 / (1.0 + math.exp(-z))
+
+
+def naive_bce(z, y):
+    p = sigmoid(z)
+    return -(y * math.log(p) + (1 - y) * math.log(1 - p))
+
+
+def naive_coteaching(logits, labels, scheme, threshold=-math.log(0.5), confidence=False):
+    """Listing 1 row by row; the gradient by hand: d/dz_j of CE(p_i, sigmoid(z_j)) is p_j - p_i, teachers get none."""
+    num_branches, num_rows = logits.shape
+    loss, count, gradient = 0.0, 0, np.zeros_like(logits)
+    for i in range(num_branches):  # teacher
+        for j in range(num_branches):  # student
+            for b in range(num_rows):
+                if i == j:
+                    continue
+                teacher, student = naive_bce(logits[i, b], labels[b]), naive_bce(logits[j, b], labels[b])
+                strong_weak = teacher < threshold and student > threshold
+                weak_strong = teacher > threshold and student < threshold
+                if {
+                    "strong_to_weak": strong_weak,
+                    "weak_to_strong": weak_strong,
+                    "no_discrimination": True,
+                }[scheme]:
+                    p_i, p_j = sigmoid(logits[i, b]), sigmoid(logits[j, b])
+                    margin = 2 * abs(p_i - 0.5) if confidence else 1.0
+                    loss += margin * (-p_i * math.log(p_j) - (1 - p_i) * math.log(1 - p_j))
+                    gradient[j, b] += margin * (p_j - p_i)
+                    count += 1
+    return (loss / count, gradient / count) if count else (0.0, gradient)
+
+
+def naive_differentiation(latents, transforms, norm):
+    """Listing 1 with its loops over ordered pairs; the mean over pairs and rows at the end."""
+    num_branches = len(latents)
+    matrix = {}
+    for (i, j), w in zip(branch_pairs(num_branches), transforms, strict=True):
+        matrix[i, j], matrix[j, i] = w, w.T
+    terms = []
+    for i in range(num_branches):
+        for j in range(num_branches):
+            if i != j:
+                mapped = latents[i] @ matrix[i, j]
+                back = mapped @ matrix[j, i]
+                for b in range(latents.shape[1]):
+                    a = np.sum((mapped[b] - latents[j][b]) ** 2)
+                    c = np.sum((back[b] - latents[i][b]) ** 2)
+                    terms.append(a + c if norm == "squared" else math.sqrt(a) + math.sqrt(c))
+    return float(np.mean(terms))
+
+
+def numeric_gradient(function, x, eps=1e-6):
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(*x.shape):
+        up, down = x.copy(), x.copy()
+        up[index] += eps
+        down[index] -= eps
+        gradient[index] = (function(up) - function(down)) / (2 * eps)
+    return gradient
+
+
+def random_batch(num_branches=3, num_rows=40, seed=0, scale=2.0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(num_branches, num_rows)) * scale, rng.integers(0, 2, num_rows).astype(np.float64)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("confidence", [False, True])
+@pytest.mark.parametrize("num_branches", [2, 3, 5])
+@pytest.mark.parametrize("threshold", [-math.log(0.5), 0.4])
+def test_coteaching_equals_listing_1(scheme, confidence, num_branches, threshold):
+    logits, labels = random_batch(num_branches, seed=num_branches)
+    expected, expected_gradient = naive_coteaching(logits, labels, scheme, threshold, confidence)
+    z = torch.tensor(logits, requires_grad=True)
+    loss = branch_coteaching_loss(
+        z, torch.tensor(labels), scheme=scheme, threshold=threshold, confidence=confidence
+    )
+    loss.backward()
+    assert expected > 0
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    np.testing.assert_allclose(z.grad.numpy(), expected_gradient, rtol=1e-9, atol=1e-15)
+    # float32 inputs: the contract's 1e-6 relative
+    z32 = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
+    loss32 = branch_coteaching_loss(
+        z32, torch.tensor(labels).float(), scheme=scheme, threshold=threshold, confidence=confidence
+    )
+    loss32.backward()
+    reference, reference_gradient = naive_coteaching(
+        z32.detach().double().numpy(), labels, scheme, threshold, confidence
+    )
+    assert loss32.item() == pytest.approx(reference, rel=1e-6)
+    assert np.linalg.norm(z32.grad.numpy() - reference_gradient) < 1e-6 * np.linalg.norm(reference_gradient)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("num_branches", [2, 3, 4])
+def test_differentiation_equals_listing_1(norm, num_branches):
+    rng = np.random.default_rng(num_branches)
+    latents = rng.normal(size=(num_branches, 5, 4))
+    transforms = rng.normal(size=(num_branches * (num_branches - 1) // 2, 4, 4))
+    z, w = torch.tensor(latents, requires_grad=True), torch.tensor(transforms, requires_grad=True)
+    loss = moderate_differentiation_loss(z, w, norm=norm)
+    loss.backward()
+    assert loss.item() == pytest.approx(naive_differentiation(latents, transforms, norm), rel=1e-12)
+    for tensor, expected in (
+        (z, numeric_gradient(lambda x: naive_differentiation(x, transforms, norm), latents)),
+        (w, numeric_gradient(lambda x: naive_differentiation(latents, x, norm), transforms)),
+    ):
+        assert np.linalg.norm(tensor.grad.numpy() - expected) < 1e-7 * np.linalg.norm(expected)
+    z32, w32 = (torch.tensor(x, dtype=torch.float32, requires_grad=True) for x in (latents, transforms))
+    loss32 = moderate_differentiation_loss(z32, w32, norm=norm)
+    loss32.backward()
+    assert loss32.item() == pytest.approx(loss.item(), rel=1e-6)
+    for single, double in ((z32, z), (w32, w)):
+        assert (single.grad - double.grad).norm() < 2e-6 * double.grad.norm()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_distance_without_transforms(norm):
+    latents = np.random.default_rng(1).normal(size=(3, 6, 4))
+    terms = []
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        for b in range(6):
+            square = np.sum((latents[i, b] - latents[j, b]) ** 2)
+            terms.append(square if norm == "squared" else math.sqrt(square))
+    assert latent_distance(torch.tensor(latents), norm=norm).item() == pytest.approx(
+        np.mean(terms), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("scheme", ["strong_to_weak", "weak_to_strong"])
+@pytest.mark.parametrize("confidence", [False, True])
+def test_without_disagreement_exactly_zero(scheme, confidence):
+    labels = torch.tensor([1.0, 0.0, 1.0])
+    logits = torch.tensor(
+        [[2.0, -1.0, -3.0], [1.0, -4.0, -1.0]], requires_grad=True
+    )  # both right or both wrong
+    loss = branch_coteaching_loss(logits, labels, scheme=scheme, confidence=confidence)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_a_prediction_of_one_half_is_neither_strong_nor_weak():
+    logits = torch.tensor([[0.0, 0.0], [3.0, -3.0]], requires_grad=True)
+    branch_coteaching_loss(logits, torch.tensor([1.0, 1.0])).backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_weak_branch_moves_towards_the_label_on_negatives():
+    # Eq. 12's positive term alone would raise the weak branch's logit here (see the docstring).
+    logits = torch.tensor([[-1.0], [2.0]], requires_grad=True)
+    branch_coteaching_loss(logits, torch.zeros(1)).backward()
+    assert logits.grad[1, 0] > 0 and logits.grad[0, 0] == 0
+
+
+def test_extreme_logits_stay_finite():
+    logits = torch.tensor([[200.0, -200.0, 1e4], [-200.0, 200.0, -1e4]], requires_grad=True)
+    for scheme in SCHEMES:
+        loss = branch_coteaching_loss(logits, torch.tensor([1.0, 1.0, 0.0]), scheme=scheme)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norm_of_exactly_zero_has_gradient_zero(norm):
+    same = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1).requires_grad_()
+    eye = torch.eye(4).repeat(3, 1, 1).requires_grad_()
+    loss = moderate_differentiation_loss(same, eye, norm=norm) + latent_distance(same, norm=norm)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(same.grad, torch.zeros_like(same)) and torch.equal(eye.grad, torch.zeros_like(eye))
+
+
+def padded(tensor, dim, rows):
+    noise = torch.randn(*tensor.shape[:dim], rows, *tensor.shape[dim + 1 :], dtype=tensor.dtype) * 3
+    return torch.cat([tensor, noise], dim=dim)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_padding_rows_do_not_exist(scheme):
+    torch.manual_seed(0)
+    logits, labels = (torch.tensor(x) for x in random_batch())
+    real, padding = len(labels), 17
+    z, y = padded(logits, 1, padding).requires_grad_(), torch.cat([labels, torch.ones(padding)])
+    # what data.batch gives a padded batch: 0, and B / (real rows), so that plain means come out right
+    weights = torch.cat([torch.full((real,), (real + padding) / real), torch.zeros(padding)])
+    loss = branch_coteaching_loss(z, y, scheme=scheme, weights=weights)
+    loss.backward()
+    dropped = logits.clone().requires_grad_()
+    expected = branch_coteaching_loss(dropped, labels, scheme=scheme)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(z.grad[:, :real], dropped.grad, rtol=1e-12, atol=0)
+    assert torch.equal(z.grad[:, real:], torch.zeros(3, padding))
+    torch.testing.assert_close(weighted_bce(z, y, weights), weighted_bce(logits, labels))
+    torch.testing.assert_close(disagreement_rates(z, y, weights=weights), disagreement_rates(logits, labels))
+    latents, transforms = torch.randn(3, real, 4).double(), torch.randn(3, 4, 4).double()
+    for norm in NORMS:
+        more = padded(latents, 1, padding)
+        torch.testing.assert_close(
+            moderate_differentiation_loss(more, transforms, norm=norm, weights=weights.double()),
+            moderate_differentiation_loss(latents, transforms, norm=norm),
+        )
+        torch.testing.assert_close(
+            latent_distance(more, norm=norm, weights=weights.double()), latent_distance(latents, norm=norm)
+        )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_average_to_one_process(scheme, num_ranks):
+    logits, labels = (torch.tensor(x) for x in random_batch(num_rows=40))
+    # the last rank sees no disagreement at all: its own count is 0, the global one is not
+    logits[:, -40 // num_ranks :] = logits[:1, -40 // num_ranks :]
+    whole = logits.clone().requires_grad_()
+    expected = branch_coteaching_loss(whole, labels, scheme=scheme)
+    expected.backward()
+    shards = list(zip(logits.chunk(num_ranks, 1), labels.chunk(num_ranks), strict=True))
+    counts: list[torch.Tensor] = []
+
+    def record(count):
+        counts.append(count)
+        return count
+
+    for z, y in shards:
+        branch_coteaching_loss(z, y, scheme=scheme, mean_over_ranks=record)
+    losses, gradients = [], []
+    for z, y in shards:
+        z = z.clone().requires_grad_()
+        loss = branch_coteaching_loss(
+            z, y, scheme=scheme, mean_over_ranks=lambda _: torch.stack(counts).mean()
+        )
+        loss.backward()
+        losses.append(loss)
+        gradients.append(z.grad / num_ranks)  # DistributedDataParallel averages
+    torch.testing.assert_close(torch.stack(losses).mean(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat(gradients, 1), whole.grad, rtol=1e-12, atol=1e-18)
+
+
+def test_disagreement_rates_by_hand():
+    labels = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    logits = torch.tensor([[1.0, 1.0, 1.0, -1.0], [-1.0, 1.0, -1.0, -1.0]])
+    # row 0: branch 0 right, 1 wrong; row 2: branch 1 right, 0 wrong; rows 1 and 3: both right
+    assert disagreement_rates(logits, labels).tolist() == [[0.0, 0.25], [0.25, 0.0]]
+
+
+def test_half_precision_is_promoted():
+    logits, labels = (torch.tensor(x) for x in random_batch())
+    for dtype in (torch.bfloat16, torch.float16):
+        low = logits.to(dtype)
+        loss = branch_coteaching_loss(low, labels)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(branch_coteaching_loss(low.double(), labels).item(), rel=1e-6)
+        assert (
+            moderate_differentiation_loss(torch.randn(2, 3, 4).to(dtype), torch.randn(1, 4, 4)).dtype
+            == torch.float32
+        )
+    assert branch_coteaching_loss(logits, labels).dtype == torch.float64
+
+
+def test_a_single_branch_has_no_differentiation():
+    assert moderate_differentiation_loss(torch.randn(1, 5, 4), torch.empty(0, 4, 4)).item() == 0.0
+    assert latent_distance(torch.randn(1, 5, 4)).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: CoteachingConfig(scheme="strong"), "scheme = 'strong': wanted one of strong_to_weak"),
+        (lambda: CoteachingConfig(weight=-0.1), "weight = -0.1"),
+        (lambda: CoteachingConfig(threshold=math.nan), "threshold = nan"),
+        (lambda: DifferentiationConfig(kind="max"), "kind = 'max': wanted one of moderate"),
+        (lambda: DifferentiationConfig(norm="l1"), "norm = 'l1'"),
+        (lambda: branch_coteaching_loss(torch.zeros(2, 1), torch.zeros(1), scheme="all"), "scheme = 'all'"),
+        (lambda: moderate_differentiation_loss(torch.zeros(3, 1, 2), torch.zeros(2, 2, 2)), "wanted 3"),
+        (lambda: latent_distance(torch.zeros(2, 1, 2), norm="l3"), "norm = 'l3'"),
+    ],
+)
+def test_refuses(call, words):
+    with pytest.raises(InputError, match=words):
+        call()
