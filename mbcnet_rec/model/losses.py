@@ -199,9 +199,13 @@ def moderate_differentiation_loss(
         z, w = at_least_float32(latents), at_least_float32(transforms)
         z_i, z_j = (torch.stack([z[k] for k in side]) for side in zip(*pairs, strict=True))  # (P, B, d) each
         w_t = w.transpose(1, 2)
-        i_to_j, j_to_i = z_i @ w, z_j @ w_t
+        # z W W^T - z as z (W W^T - I), the small factor in float64: W starts orthogonal, so in float32 the
+        # difference would be rounding noise, and the gradient of its norm the direction of that noise.
+        exact, eye = w.double(), torch.eye(w.shape[-1], dtype=torch.float64, device=w.device)
+        there_and_back = (exact @ exact.transpose(1, 2) - eye).to(w.dtype)
+        back_and_there = (exact.transpose(1, 2) @ exact - eye).to(w.dtype)
         errors = torch.stack(
-            [i_to_j - z_j, i_to_j @ w_t - z_i, j_to_i - z_i, j_to_i @ w - z_j]
+            [z_i @ w - z_j, z_i @ there_and_back, z_j @ w_t - z_i, z_j @ back_and_there]
         )  # (4, P, B, d)
         per_row = row_norms(errors, norm).sum(dim=(0, 1)) / (
             2 * len(pairs)
