@@ -61,16 +61,15 @@ def _environment(role_name: str, extra: Optional[Dict[str, str]]) -> Dict[str, s
     return {**env, **(extra or {})}
 
 
-def _job(module: str, args: List[str], env: Optional[Dict[str, str]], **options: object) -> specs.AppDef:
-    """The `dist.ddp` job of torchx for one of our modules.
+def _job(command: str, args: List[str], env: Optional[Dict[str, str]], **options: object) -> specs.AppDef:
+    """The `dist.ddp` job of torchx for one command of `mbcnet`.
 
     Three things differ from plain ddp: workers write straight to the terminal (ddp's tee=3 turns each carriage return of a
     progress bar into a line), our agent stands in for torchrun (same arguments, see agent.py), and this environment's
     programs come first on PATH.
     """
     _quieten_torchx()
-    name = module.rpartition(".")[2]
-    app = dist.ddp(*args, m=module, tee=0, env=_environment(name, env), **options)  # pyright: ignore[reportArgumentType]
+    app = dist.ddp(command, *args, m="mbcnet_rec.cli", tee=0, env=_environment("cli", env), **options)  # pyright: ignore[reportArgumentType]
     role = app.roles[0]
     # Schedulers look programs up on PATH, which holds .venv/bin only in an activated shell. On a cluster with a shared
     # file system the folder is right too; inside a container it does not exist and does no harm. $$ is torchx's spelling of $.
@@ -110,7 +109,7 @@ def train(
         max_retries: how often the scheduler starts a failed job again
     """
     return _job(
-        "mbcnet_rec.train", ["--config", config, *args], env,
+        "train", ["--config", config, *args], env,
         j=j, name=name, cpu=cpu, gpu=gpu, memMB=memMB, h=h, image=image, max_retries=max_retries,
     )  # fmt: skip
 
@@ -142,6 +141,6 @@ def evaluate(
         env: further environment variables, K1=V1,K2=V2
     """
     return _job(
-        "mbcnet_rec.evaluate", [run, *args], env,
+        "evaluate", [run, *args], env,
         j=j, name=name, cpu=cpu, gpu=gpu, memMB=memMB, h=h, image=image,
     )  # fmt: skip

@@ -22,28 +22,45 @@ from torchrec.optim.keyed import CombinedOptimizer
 from data.errors import InputError
 
 MANIFEST = "manifest.json"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a logical tensor that this rank holds. `tensor` is the live storage, so a load copies into it."""
+    """A block of a logical tensor that this rank holds.
+
+    Attributes:
+        name: of the logical tensor, equal on every world size and under every plan.
+        tensor: the live storage, so a load copies into it.
+        offsets: of the block inside the logical tensor.
+        global_shape: of the logical tensor.
+        replicated: whether every rank holds the same values; then rank 0 alone writes them.
+    """
 
     name: str
     tensor: Tensor
     offsets: tuple[int, ...]
     global_shape: tuple[int, ...]
+    replicated: bool
 
 
 def pieces_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> list[Piece]:
-    """List what this rank holds: parameters, buffers and optimizer state. Replicated tensors are listed by every rank."""
+    """List what this rank holds: parameters, buffers and optimizer state."""
     pieces = [piece for name, value in model.state_dict().items() for piece in _split(f"model/{name}", value)]
     for part, keyed in optimizer.optimizers:
         for parameter, state in keyed.state_dict()["state"].items():
             for key, value in state.items():
                 # TorchRec calls a fused state TABLE.momentum1; torch calls the same thing sum
                 short = {"momentum1": "sum"}.get(key.rsplit(".", 1)[-1], key.rsplit(".", 1)[-1])
-                if part == "replicated" and short == "step":
-                    continue
+                if part == "replicated":
+                    if (
+                        short == "step"
+                    ):  # torch's Adagrad counts steps for a decay that is off; fused ones do not
+                        continue
+                    if (
+                        value.dim() == 2 and value.shape[1] == 1
+                    ):  # rowwise: (rows, 1) here, (rows,) when fused
+                        value = value.view(-1)
                 pieces += _split(f"optim/{parameter}/{short}", value)
     return pieces
 
@@ -52,9 +69,12 @@ def _split(name: str, value: Any) -> list[Piece]:
     shards = getattr(value, "local_shards", None)
     if shards is not None:
         shape = tuple(value.size())
-        return [Piece(name, shard.tensor, tuple(shard.metadata.shard_offsets), shape) for shard in shards()]
+        return [
+            Piece(name, shard.tensor, tuple(shard.metadata.shard_offsets), shape, replicated=False)
+            for shard in shards()
+        ]
     if isinstance(value, Tensor):
-        return [Piece(name, value, (0,) * value.dim(), tuple(value.shape))]
+        return [Piece(name, value, (0,) * value.dim(), tuple(value.shape), replicated=True)]
     return []
 
 
@@ -73,24 +93,23 @@ def save(folder: Path, pieces: list[Piece], extra: dict[str, Any], rank: int, wo
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier(world_size)
-    own = [piece for piece in pieces if rank == 0 or piece.global_shape != tuple(piece.tensor.shape)]
+    own = [piece for piece in pieces if rank == 0 or not piece.replicated]
     file = partial / f"rank_{rank:05d}.safetensors"
-    tensors = {
-        str(index): piece.tensor.detach().cpu().contiguous().clone() for index, piece in enumerate(own)
-    }
-    save_file(tensors, file)
-    with open(file, "rb+") as written:
+    save_file(
+        {str(index): piece.tensor.detach().cpu().contiguous().clone() for index, piece in enumerate(own)},
+        file,
+    )
+    with file.open("rb+") as written:
         os.fsync(written.fileno())
     listing = [{"name": p.name, "offsets": p.offsets, "global_shape": p.global_shape} for p in own]
-    entry = {"file": file.name, "sha256": _sha256(file), "pieces": listing}
-    # A whole-table shard of another rank looks replicated by shape; keep the owner's copy as well.
-    entries: list[Any] = [entry]
+    entries: list[Any] = [{"file": file.name, "sha256": _sha256(file), "pieces": listing}]
     if world_size > 1:
-        whole = [p for p in pieces if rank != 0 and p.name.startswith(("model/", "optim/")) and p not in own]
-        entries = _gather_entries(entry, whole, partial, rank, world_size)
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, entries[0])
+        entries = gathered
     if rank == 0:
-        manifest = {"format": 1, "world_size": world_size, "extra": extra, "files": entries}
-        with open(partial / MANIFEST, "w") as out:
+        manifest = {"format": FORMAT, "world_size": world_size, "extra": extra, "files": entries}
+        with (partial / MANIFEST).open("w") as out:
             json.dump(manifest, out)
             out.flush()
             os.fsync(out.fileno())
@@ -101,28 +120,26 @@ def save(folder: Path, pieces: list[Piece], extra: dict[str, Any], rank: int, wo
     _barrier(world_size)
 
 
-def _gather_entries(
-    entry: dict[str, Any], whole: list[Piece], partial: Path, rank: int, world_size: int
-) -> list[Any]:
-    """Collect every rank's entry; a rank adds whole tensors that rank 0 does not hold (table-wise shards)."""
-    names = [{piece["name"] for piece in entry["pieces"]}]
-    dist.broadcast_object_list(names, src=0)
-    missing = [piece for piece in whole if piece.name not in names[0]]
-    if missing:
-        file = partial / f"rank_{rank:05d}_whole.safetensors"
-        save_file(
-            {str(i): piece.tensor.detach().cpu().contiguous().clone() for i, piece in enumerate(missing)},
-            file,
-        )
-        with open(file, "rb+") as written:
-            os.fsync(written.fileno())
-        listing = [{"name": p.name, "offsets": p.offsets, "global_shape": p.global_shape} for p in missing]
-        mine = [entry, {"file": file.name, "sha256": _sha256(file), "pieces": listing}]
-    else:
-        mine = [entry]
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, mine)
-    return [each for entries in gathered for each in entries]
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return checkpoints / f"step_{step}"
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps that have a checkpoint folder, ascending; whether they verify is not asked."""
+    names = [path.name for path in checkpoints.glob("step_*") if (path / MANIFEST).is_file()]
+    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+
+def latest_step(checkpoints: Path) -> int | None:
+    """The newest step whose checkpoint verifies; None if there is none."""
+    for step in reversed(saved_steps(checkpoints)):
+        try:
+            verify(step_folder(checkpoints, step))
+        except InputError:
+            continue
+        return step
+    return None
 
 
 def verify(folder: Path) -> dict[str, Any]:

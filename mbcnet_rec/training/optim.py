@@ -47,7 +47,12 @@ def build_optimizer(
     extra: dict[str, Any] = {"weight_decay": config.weight_decay} if config.weight_decay > 0 else {}
     optimizers: list[Any] = [
         ("fused", model.fused_optimizer),
-        ("dense", KeyedOptimizerWrapper(dense, lambda params: adam(params, lr=config.dense_lr, **extra))),
+        (
+            "dense",
+            KeyedOptimizerWrapper(
+                dense, lambda params: adam(params, lr=config.dense_lr, eps=config.dense_eps, **extra)
+            ),
+        ),
     ]
     tables = {name: param for name, param in model.named_parameters() if name in replicated}
     if tables:

@@ -25,9 +25,18 @@ class EmbeddingOptimConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizers of a run. dense_lr, weight_decay: of Adam on the dense part (decoupled decay where it is above 0)."""
+    """Optimizers of a run.
+
+    Attributes:
+        dense_lr: learning rate of Adam on the dense part.
+        dense_eps: of that Adam. 1e-8 is torch's default; with it parameters whose gradient is mostly rounding
+            noise move as fast as any other, and runs on other world sizes drift apart.
+        weight_decay: decoupled decay of the dense part, where it is above 0.
+        embedding: of the tables.
+    """
 
     dense_lr: float = 1e-3
+    dense_eps: float = 1e-6
     weight_decay: float = 0.0
     embedding: EmbeddingOptimConfig = EmbeddingOptimConfig()
 

@@ -1,0 +1,223 @@
+"""The composition root of training: config -> streams, model, loop, run folder, report.
+
+RUN/config.toml  metrics.jsonl  plan.json  schema.toml  checkpoints/step_N/  tb/  DONE
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+from data.files import resolve_files
+from data.schema import Schema, load_schema
+from data.stream import ParquetStream
+from mbcnet_rec.build import Built, build, quieten_libraries
+from mbcnet_rec.config import DataConfig, RunConfig, config_text
+from mbcnet_rec.training import checkpoint
+from mbcnet_rec.training.loop import BEST, CHECKPOINTS, Trainer, evaluate_stream, load_model
+from mbcnet_rec.training.process import Process, broadcast_value, joined_process
+from mbcnet_rec.training.records import METRICS, Records
+from sharding.plan import write_plan
+
+CONFIG, PLAN, DONE = "config.toml", "plan.json", "DONE"
+
+
+def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> int:
+    """Train, evaluate the best checkpoint on the test rows, and write it all down. One call per rank.
+
+    Args:
+        config: of the run.
+        resume: go on from the latest whole checkpoint of the run folder, if there is one.
+        overwrite: remove an earlier run of the same folder first.
+
+    Raises:
+        InputError: the config, the schema, a row or the run folder is at fault.
+    """
+    quieten_libraries()
+    schema = load_schema(config.schema)
+    schema.require_fitted()
+    # torchelastic starts the workers again after a fault: they go on where the last checkpoint stands
+    resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    with joined_process(config.train.device) as process:
+        refuse_together(_folder_problem(config.run_folder, resume, overwrite), process)
+        streams = open_streams(config.data, config.train.seed, schema, process)
+        built = build(config, schema, process)
+        trainer = Trainer(config, process, built, streams["train"](), streams.get("valid"))
+        start = broadcast_value(_resume_step(config.run_folder, resume, process), process)
+        if start is not None:
+            trainer.restore(checkpoint.step_folder(config.run_folder / CHECKPOINTS, start))
+        if process.is_first:
+            _open_folder(config, built, fresh=start is None)
+            print(opening_line(config, schema, process, trainer.total_steps, start), flush=True)
+        trainer.train()
+        metrics = _test(config, trainer, streams.get("test"), process)
+        if process.is_first:
+            (config.run_folder / DONE).write_text(json.dumps({"step": trainer.state.step, **metrics}) + "\n")
+            print(closing_lines(config, schema, trainer, metrics), flush=True)
+    return 0
+
+
+def refuse_together(problem: str, process: Process) -> None:
+    """Raise rank 0's problem on every rank, so that none waits for another.
+
+    Raises:
+        InputError: if there is a problem.
+    """
+    problem = broadcast_value(problem, process)
+    if problem:
+        raise InputError(problem)
+
+
+def open_streams(
+    config: DataConfig, seed: int, schema: Schema, process: Process
+) -> dict[str, Callable[[], ParquetStream]]:
+    """Check the files of each split that the config names: split -> a function that opens a fresh stream.
+
+    Raises:
+        InputError: a path leads nowhere, or a file does not fit the schema.
+    """
+    options = {
+        "train": config.train_options(seed),
+        "valid": config.eval_options(),
+        "test": config.eval_options(),
+    }
+    streams = {}
+    for split, paths in (("train", config.train), ("valid", config.valid), ("test", config.test)):
+        if paths:
+            files = resolve_files(paths)
+            streams[split] = _opener(files, schema, options[split], process)
+            streams[split]()  # reads footers only: faults show before anything is built
+    return streams
+
+
+def _opener(files: list[Path], schema: Schema, options: Any, process: Process) -> Callable[[], ParquetStream]:
+    return lambda: ParquetStream(files, schema, options, process.rank, process.world_size)
+
+
+def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
+    """Say why the run folder cannot be used, or an empty string. With `overwrite` an earlier run is removed.
+
+    Rank 0's answer counts; the others' is never read.
+    """
+    if int(os.environ.get("RANK", "0")) != 0 or not folder.exists() or not any(folder.iterdir()):
+        return ""
+    if not (folder / CONFIG).is_file() or not (folder / METRICS).is_file():
+        return f"{folder}: exists and holds no run; choose another folder with --set train.out=FOLDER"
+    if overwrite:
+        shutil.rmtree(folder)
+        return ""
+    if resume:
+        return ""
+    return (
+        f"{folder}: holds a run already; go on with --resume, replace it with --overwrite, or choose another "
+        "folder with --set train.out=FOLDER"
+    )
+
+
+def _resume_step(folder: Path, resume: bool, process: Process) -> int | None:
+    """The step to go on from, as rank 0 finds it; None to start afresh."""
+    if not resume or not process.is_first:
+        return None
+    return checkpoint.latest_step(folder / CHECKPOINTS)
+
+
+def _open_folder(config: RunConfig, built: Built, *, fresh: bool) -> None:
+    """Write what fixes the run: config, schema and plan. What a dead start has left is removed."""
+    folder = config.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(folder / "tb", ignore_errors=True)
+        (folder / METRICS).write_text("")
+    (folder / DONE).unlink(missing_ok=True)
+    (folder / CONFIG).write_text(config_text(config))
+    write_plan(built.plan, folder / PLAN)
+
+
+def _test(
+    config: RunConfig,
+    trainer: Trainer,
+    open_test: Callable[[], ParquetStream] | None,
+    process: Process,
+) -> dict[str, Any]:
+    """Score the best checkpoint, or the last weights without validation, on the test rows; log it."""
+    if open_test is None:
+        return {}
+    state = trainer.state
+    if state.best_step >= 0 and state.best_step != state.step:
+        load_model(checkpoint.step_folder(config.run_folder / CHECKPOINTS, state.best_step), trainer.built)
+    metrics = evaluate_stream(trainer.built, open_test(), process, trainer.autocast)
+    if process.is_first:
+        records = Records(config.run_folder, state.step)
+        records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
+        records.close()
+    return metrics
+
+
+def best_step(folder: Path) -> int | None:
+    """The step of a run's best checkpoint, else of its latest whole one; None if it has none."""
+    checkpoints = folder / CHECKPOINTS
+    try:
+        step = int(json.loads((checkpoints / BEST).read_text())["step"])
+        checkpoint.verify(checkpoint.step_folder(checkpoints, step))
+        return step
+    except (OSError, ValueError, KeyError, TypeError, InputError):
+        return checkpoint.latest_step(checkpoints)
+
+
+def opening_line(
+    config: RunConfig, schema: Schema, process: Process, total_steps: int, start: int | None
+) -> str:
+    """What is about to be trained, on one line."""
+    rows = sum(table.num_embeddings for table in schema.tables)
+    begin = "from the start" if start is None else f"from step {start}"
+    return (
+        f"{config.name}: {config.model.kind} on {len(schema.features)} fields of {schema.name}, "
+        f"{len(schema.tables)} tables of {rows:,} rows, {process.world_size} processes on "
+        f"{process.device.type}, {total_steps} steps of {config.data.batch_size} rows, {begin}"
+    )
+
+
+def known_best(schema: Schema, split: str, rows: int) -> tuple[float, float] | None:
+    """The best reachable AUC and log-loss of a synthetic split, as its generator wrote them; None elsewhere."""
+    try:
+        summary = json.loads((schema.folder / "synthetic.json").read_text())["splits"][split]
+        if summary["rows"] == rows:
+            return summary["best_auc"], summary["best_log_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def metrics_table(metrics: dict[str, Any], best: tuple[float, float] | None) -> list[str]:
+    """Lines of a table: AUC and log-loss of the fused output, of each branch and, if known, the best reachable."""
+    rows = [("fused", metrics["auc"], metrics["log_loss"])]
+    branches = [key.partition("/")[2] for key in metrics if key.startswith("auc/")]
+    rows += [(name, metrics[f"auc/{name}"], metrics[f"log_loss/{name}"]) for name in branches]
+    if best:
+        rows.append(("best reachable", *best))
+    lines = [f"  {'output':<16}{'AUC':>8}{'log-loss':>10}"]
+    return lines + [f"  {name:<16}{auc:>8.4f}{loss:>10.4f}" for name, auc, loss in rows]
+
+
+def closing_lines(config: RunConfig, schema: Schema, trainer: Trainer, metrics: dict[str, Any]) -> str:
+    """What a run ends with: test scores, where everything is, and what to try next."""
+    state, folder = trainer.state, config.run_folder
+    lines = []
+    if metrics:
+        where = f"step {state.best_step}, the best on validation" if state.best_step >= 0 else "the last step"
+        lines += [f"test: {metrics['rows']:,} rows, weights of {where}"]
+        lines += metrics_table(metrics, known_best(schema, "test", metrics["rows"]))
+        lines += [f"  normalised entropy {metrics['ne']:.4f} (1: no better than the label rate)"]
+    if state.stopped:
+        lines.append(f"stopped early: {state.bad_evaluations} evaluations without a better validation AUC")
+    lines += [
+        f"run folder: {folder} (config.toml, plan.json, metrics.jsonl, tb/, checkpoints/)",
+        f"next: mbcnet evaluate {folder}",
+        f"      tensorboard --logdir {folder}/tb",
+        "      the same data without branches: add --set model.kind=dnn --set train.out=runs/dnn",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""TorchRec's train and evaluation pipelines, with a verdict of all ranks between forward and backward.
+
+The tables' optimizers run inside backward: once it starts, rows are written. So a loss that is not finite must
+stop every rank before it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineSparseDist
+
+from data.batch import Batch
+from mbcnet_rec.model.objective import Outputs
+
+
+class CheckedPipeline(TrainPipelineSparseDist[Batch, Outputs]):
+    """TrainPipelineSparseDist with a check before backward and a dense gradient clip after it.
+
+    Args:
+        model: the sharded objective.
+        optimizer: of all parts.
+        autocast: context of the forward pass.
+        verdict: called with the loss of every step before backward; raises to stop.
+        after_backward: called between backward and the optimizers' step.
+    """
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        optimizer: Any,
+        autocast: Callable[[], Any],
+        verdict: Callable[[Tensor], None],
+        after_backward: Callable[[], None],
+    ) -> None:
+        def forward(batch: Batch | None) -> tuple[Tensor, Outputs]:
+            with autocast():
+                return model(batch)
+
+        super().__init__(model, optimizer, model.device, execute_all_batches=True, custom_model_fwd=forward)
+        self._verdict = verdict
+        self._after_backward = after_backward
+
+    def _backward(self, losses: Tensor) -> None:
+        self._verdict(losses)
+        super()._backward(losses)
+        self._after_backward()
+
+
+class _Guarded:
+    """An iterator that ends instead of raising, and keeps the error: TorchRec's loading thread would swallow it."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> "_Guarded":
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise StopIteration from None
+
+
+def evaluate_batches(
+    model: DistributedModelParallel, optimizer: Any, batches: Iterator[Batch], autocast: Callable[[], Any]
+) -> Iterator[Outputs]:
+    """Run a sharded model over batches without gradients; the model is in evaluation mode meanwhile.
+
+    Raises:
+        InputError: as `batches` raises it.
+    """
+    was_training = model.training
+    model.eval()
+    pipeline = EvalPipelineSparseDist(model, optimizer, model.device)
+    guarded = _Guarded(batches)
+    try:
+        with torch.no_grad(), autocast():
+            while True:
+                try:
+                    outputs = pipeline.progress(guarded)
+                except StopIteration:
+                    break
+                yield outputs
+        if guarded.error is not None:
+            raise guarded.error
+    finally:
+        pipeline.detach()
+        pipeline.reset()
+        model.train(was_training)
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients so that their joint L2 norm is at most `max_norm` (infinite: leave them); return the norm before."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm < float("inf"):
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

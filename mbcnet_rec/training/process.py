@@ -1,0 +1,144 @@
+"""This process among the ranks of a run: who it is, which device it has, and what crosses between ranks."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.errors import InputError
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank.
+
+    Attributes:
+        rank, world_size: over all hosts.
+        local_rank, local_world_size: on this host.
+        device: what it computes on.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """Turn `auto`, `cpu` or `cuda` into this rank's device.
+
+    Raises:
+        InputError: cuda is wanted and none is usable, or there are fewer GPUs than ranks on this host.
+    """
+    usable = torch.cuda.is_available()
+    if wanted == "cuda" and not usable:
+        reason = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no NVIDIA GPU"
+        raise InputError(
+            f"train.device = 'cuda': {reason}; use --set train.device=cpu, or install requirements/gpu.txt on a "
+            "machine with a GPU (`mbcnet doctor` shows what is there)"
+        )
+    if wanted == "cpu" or not usable:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs; start at most that many "
+            f"processes on it (-j HOSTSx{torch.cuda.device_count()})"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iterator[Process]:
+    """Join the other ranks that torchrun started, or be the only one; leave on exit.
+
+    Args:
+        device: auto, cpu or cuda.
+        timeout_seconds: after which a collective that a rank does not join fails on the others.
+    """
+    alone = "RANK" not in os.environ
+    rank, world_size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    local_rank = 0 if alone else int(os.environ["LOCAL_RANK"])
+    local_world_size = 1 if alone else int(os.environ["LOCAL_WORLD_SIZE"])
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    # On a CPU plain "gloo", not "cpu:gloo": with the latter a rank without local shards asks for CUDA when loading.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+    if alone:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **options)
+    try:
+        yield Process(rank, world_size, local_rank, local_world_size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Average a tensor over ranks; no gradient flows through it. In place for more than one rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; every rank calls it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    votes = torch.tensor([float(flag)])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def gather_rows(rows: np.ndarray, process: Process) -> np.ndarray | None:
+    """Join every rank's rows on rank 0, in rank order.
+
+    Args:
+        rows: (n_r, C) of one dtype and C everywhere; n_r may differ.
+        process: this rank.
+
+    Returns:
+        (sum of n_r, C) on rank 0; None elsewhere.
+    """
+    if process.world_size == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(process.world_size)]
+    dist.all_gather(counts, torch.tensor([len(rows)]))
+    longest = int(max(count.item() for count in counts))
+    padded = torch.zeros(longest, rows.shape[1], dtype=torch.from_numpy(rows).dtype)
+    padded[: len(rows)] = torch.from_numpy(rows)
+    parts = [torch.empty_like(padded) for _ in counts] if process.is_first else None
+    dist.gather(padded, parts, dst=0)
+    if parts is None:
+        return None
+    return np.concatenate([part[: int(n)].numpy() for part, n in zip(parts, counts, strict=True)])
+
+
+def broadcast_value(value: Any, process: Process) -> Any:
+    """Return rank 0's value on every rank. It travels as this project's own bytes between its own ranks."""
+    if process.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def average_buffers(model: torch.nn.Module) -> None:
+    """Give every rank the mean of the ranks' floating-point buffers (running statistics of batch norm)."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            mean_over_ranks(buffer)

@@ -1,0 +1,52 @@
+"""The progress bar of rank 0: rate, loss, AUC and time left on one line of the terminal."""
+
+import sys
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar over steps that counts samples; where output is no terminal, a line now and then.
+
+    Args:
+        total_steps: at which training ends at the latest.
+        start_step: where it begins.
+        batch_size: samples of a step.
+        shown: False for all ranks but the first.
+        interactive: draw over the line; None: as stderr is a terminal or the launcher says that it passes one on.
+    """
+
+    def __init__(
+        self, total_steps: int, start_step: int, batch_size: int, shown: bool, interactive: bool | None = None
+    ) -> None:
+        stream: TextIO = sys.stderr
+        self._shown = shown
+        self._batch_size = batch_size
+        self._bar = tqdm(
+            total=total_steps * batch_size,
+            initial=start_step * batch_size,
+            unit="sample",
+            unit_scale=True,
+            desc="train",
+            file=stream,
+            dynamic_ncols=True,
+            mininterval=0.3 if interactive or (interactive is None and stream.isatty()) else 10.0,
+            disable=not shown,
+            leave=True,
+        )
+
+    def step(self, **shown: float) -> None:
+        """One step done; `shown` replaces the numbers behind the bar."""
+        if shown:
+            self._bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
+        self._bar.update(self._batch_size)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self._shown:
+            self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar where it is."""
+        self._bar.close()
