@@ -134,7 +134,7 @@ def test_mlp_regularisation():
     kept = (dropping(x) > 0).float().mean() / (dropping.eval()(x) > 0).float().mean()
     assert 0.45 < kept < 0.55
     assert torch.equal(dropping(x), dropping(x))  # none in evaluation
-    with pytest.raises(InputError, match="dropout = 1.0"):
+    with pytest.raises(InputError, match=r"dropout = 1\.0"):
         Regularisation(dropout=1.0)
 
 
@@ -234,5 +234,5 @@ def test_wide_tables_of_both_kinds_of_table():
         embedding_dim: int
         feature_names: list
 
-    with pytest.raises(InputError, match="tables.wide_x"):
+    with pytest.raises(InputError, match=r"tables\.wide_x"):
         wide_tables([Fake("wide_x", 4, ["z"]), Fake("t", 4, ["x"])])
