@@ -7,3 +7,6 @@ class InputError(ValueError):
     Its text is one line that names the thing, the value found, what was wanted and the mend. The command line prints
     that line and exits with code 2; a traceback is for our own mistakes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a value in it may hold line breaks

@@ -13,7 +13,8 @@ A schema is one TOML file, one line a field:
     taste = ["user_id", "tags", "image"]
 
 What a missing value (null) means, by kind: categorical "ids" -> an empty bag, which looks up the zero vector; "vocabulary", "hash"
-and bucketised numerics -> row 0, which is learned; multi-valued -> an empty list; numeric -> 0 after the transform; vector -> zeros.
+and bucketised numerics -> row 0, which is learned; multi-valued -> an empty list, and a null inside a list is no value; a null weight -> 0;
+numeric -> 0 after the transform, which is the mean of a standardised one; vector -> zeros. A null label is an error.
 A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary, row 2 + i the i-th value.
 """
 
@@ -26,101 +27,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import InputError
-from data.typed import parse_dataclass, read_toml, to_toml_value
+from data.feature import (
+    FIRST_VOCABULARY_ROW,
+    FIT,
+    MISSING_ROW,
+    OUT_OF_VOCABULARY_ROW,
+    Feature,
+    feature_problem,
+    size_problem,
+)
+from data.typed import parse_dataclass, read_toml, to_toml_value, unknown_key
 
-Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector"]
-Encoding = Literal["ids", "vocabulary", "hash"]
-Transform = Literal["identity", "log1p", "standardise", "bucketise"]
+__all__ = [
+    "FIRST_VOCABULARY_ROW",
+    "FIT",
+    "MISSING_ROW",
+    "OUT_OF_VOCABULARY_ROW",
+    "Feature",
+    "Schema",
+    "Table",
+    "format_schema",
+    "load_schema",
+    "parse_schema",
+    "schema_to_toml",
+    "toml_key",
+    "toml_text",
+]
 
-FIT = "fit"  # the value that `mbcnet data prepare` replaces by what it measured on the training split
-MISSING_ROW = 0
-OUT_OF_VOCABULARY_ROW = 1
-FIRST_VOCABULARY_ROW = 2
-MAX_EMBEDDING_DIM = 1024  # above it FBGEMM returns zeros without a word (torchrec issue 3673)
-MAX_NUM_EMBEDDINGS = 2**40
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One field of the log.
-
-    Attributes:
-        kind: categorical (one id), multi_valued (a list of ids), weighted_multi_valued (a list of ids and a list of weights), numeric
-            (one number), vector (a fixed-size list of numbers).
-        column: the Parquet column, if it is not named like the field.
-        encoding: how a categorical value becomes a row: ids (integers in [0, num_embeddings)), vocabulary (a fitted list of values),
-            hash (64-bit hash, modulo num_embeddings - 1, plus 1).
-        num_embeddings: rows of the field's table; 0 where a table or a fit says it.
-        embedding_dim: width of the field's table, a multiple of 4, at most 1024; 0 where a table says it.
-        table: name of the table, if fields share one; default: the field's own name.
-        pooling: how a list's rows become one vector.
-        vocabulary: "fit", or a Parquet file (relative to the schema) with one column `value`, in row order.
-        min_count: values seen fewer times in training become out-of-vocabulary at fit.
-        on_invalid: what an id outside [0, num_embeddings) does: error, null (as if missing) or modulo.
-        weights: the column of weights of a weighted_multi_valued field.
-        transform: of a numeric field. log1p is sign(x) * log(1 + |x|); standardise is (x - mean) / std; bucketise turns
-            the number into a row: 0 missing, 1 + the number of boundaries <= x.
-        mean, std: of standardise, "fit" or numbers.
-        boundaries: of bucketise, "fit" (quantiles of the training split) or ascending numbers.
-        num_buckets: how many buckets a fit of the boundaries makes at most.
-        width: length of a vector.
-    """
-
-    name: str
-    kind: Kind
-    column: str = ""
-    encoding: Encoding = "ids"
-    num_embeddings: int = 0
-    embedding_dim: int = 0
-    table: str = ""
-    pooling: Literal["sum", "mean"] = "sum"
-    vocabulary: str = ""
-    min_count: int = 1
-    on_invalid: Literal["error", "null", "modulo"] = "error"
-    weights: str = ""
-    transform: Transform = "identity"
-    mean: float | Literal["fit"] = 0.0
-    std: float | Literal["fit"] = 1.0
-    boundaries: tuple[float, ...] | Literal["fit"] = ()
-    num_buckets: int = 16
-    width: int = 0
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether the field looks up rows of an embedding table."""
-        return self.kind not in ("numeric", "vector") or self.transform == "bucketise"
-
-    @property
-    def is_single(self) -> bool:
-        """Whether the field has at most one id per row."""
-        return self.kind in ("categorical", "numeric")
-
-    @property
-    def is_weighted(self) -> bool:
-        """Whether the field's ids carry weights."""
-        return self.kind == "weighted_multi_valued"
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether nothing is left for `mbcnet data prepare` to measure."""
-        return FIT not in (self.vocabulary, self.mean, self.std, self.boundaries)
-
-    @property
-    def source_column(self) -> str:
-        """The Parquet column the field reads."""
-        return self.column or self.name
-
-    @property
-    def table_name(self) -> str:
-        """The table the field looks up."""
-        return self.table or self.name
-
-    @property
-    def dense_width(self) -> int:
-        """Columns of `dense_features` the field takes; 0 for a sparse field."""
-        if self.is_sparse:
-            return 0
-        return self.width if self.kind == "vector" else 1
+HINTS = ("pooling_factor", "cardinality")  # keys for the planner, which change no result
 
 
 @dataclass(frozen=True)
@@ -182,9 +116,9 @@ class Schema:
 
     @property
     def width(self) -> int:
-        """N, the width of all fields together: sum of embedding dims plus dense columns."""
+        """N, the width of all fields together: sum of embedding dims plus dense columns, projected where the schema says so."""
         return sum(table.embedding_dim * len(table.feature_names) for table in self.tables) + sum(
-            feature.dense_width for feature in self.dense
+            feature.model_width for feature in self.dense
         )
 
     @property
@@ -196,26 +130,30 @@ class Schema:
         return tuple(dict.fromkeys(names + ([self.group_column] if self.group_column else [])))
 
     def require_fitted(self) -> None:
-        """Raise InputError if a field still waits for `mbcnet data prepare`."""
+        """Raise InputError if a field still waits for a fit."""
         for feature in self.features:
             if not feature.is_fitted:
                 raise InputError(
-                    f"schema {self.name!r}: field {feature.name!r} still says 'fit'; run `mbcnet data prepare`, "
-                    "which writes a fitted schema.toml beside the data, and train with that one"
+                    f"schema {self.name!r}: field {feature.name!r} still says 'fit'; run `mbcnet schema fit` on the training "
+                    "files (or `mbcnet data prepare`), which writes a fitted schema.toml, and train with that one"
                 )
 
     def fingerprint(self) -> str:
-        """Twelve hex digits that change whenever fields, tables or groups change."""
-        text = json.dumps(schema_to_toml(self), sort_keys=True)
+        """Twelve hex digits that change whenever fields, tables or groups change. Hints for the planner are no part of it."""
+        top = schema_to_toml(self)
+        for entry in top["fields"].values():
+            for key in HINTS:
+                entry.pop(key, None)
+        text = json.dumps(top, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class _SharedTable:
-    """The [tables] entry of a schema file: a table that several fields share."""
+    """The [tables] entry of a schema file: a table that several fields share. A fit sets 0 rows."""
 
-    num_embeddings: int
     embedding_dim: int
+    num_embeddings: int = 0
 
 
 @dataclass(frozen=True)
@@ -248,17 +186,12 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
             f'{source}: [fields] is missing or empty; list each column, e.g. age = {{ kind = "numeric" }}'
         )
     top = parse_dataclass(_SchemaTop, {key: value for key, value in table.items() if key != "fields"}, source)
+    if not top.label:
+        raise InputError(f"{source}: label = '': wanted the column of 0 and 1; name it")
     features = []
     for name, entry in raw_fields.items():
-        if not isinstance(entry, dict):
-            raise InputError(
-                f'{source}: fields.{name} = {entry!r}: wanted a table such as {{ kind = "categorical" }}'
-            )
-        feature = parse_dataclass(Feature, {"name": name, **entry}, source, f"fields.{name}")
-        problem = _feature_problem(feature, top)
-        if problem:
-            raise InputError(f"{source}: fields.{name}.{problem}")
-        features.append(feature)
+        features.append(_parse_feature(name, entry, top, source))
+    _check_names([*raw_fields, *top.tables], top, source)
     _check_groups(top.groups, features, source)
     return Schema(
         name=top.name,
@@ -272,76 +205,35 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     )
 
 
-def _feature_problem(feature: Feature, top: _SchemaTop) -> str:
-    """What is wrong with one field, as `key = value: wanted ...; mend`, or an empty string."""
-    if feature.source_column == top.label:
-        return f"column = {feature.source_column!r}: this column is the label; a model must not see it; remove the field"
-    if not feature.is_sparse:
-        return _dense_problem(feature)
-    if feature.weights and not feature.is_weighted:
-        return f"weights = {feature.weights!r}: only kind = 'weighted_multi_valued' has weights; change the kind or remove it"
-    if feature.is_weighted and not feature.weights:
-        return "weights is missing: wanted the column that holds the list of weights; add it"
-    if feature.is_weighted and feature.pooling == "mean":
-        return "pooling = 'mean': FBGEMM computes weighted bags as sums only; use pooling = 'sum'"
-    if feature.kind == "numeric":
-        return _boundaries_problem(feature)
-    if feature.encoding == "vocabulary" and not feature.vocabulary:
-        return "vocabulary is missing: wanted 'fit' or a Parquet file of values; add vocabulary = \"fit\""
-    if feature.vocabulary and feature.encoding != "vocabulary":
-        return f"vocabulary = {feature.vocabulary!r}: only encoding = 'vocabulary' reads it; add encoding = \"vocabulary\""
-    if feature.min_count < 1:
-        return f"min_count = {feature.min_count}: wanted 1 or more; use 1 to keep every value"
-    if feature.table and feature.table not in top.tables:
-        return f"table = {feature.table!r}: no such table; add [tables] {feature.table} = {{ num_embeddings, embedding_dim }}"
-    if feature.table and (feature.num_embeddings or feature.embedding_dim):
-        return f"table = {feature.table!r}: the table has its own sizes; remove num_embeddings and embedding_dim here"
-    return "" if feature.table else _size_problem(feature)
-
-
-def _dense_problem(feature: Feature) -> str:
-    if feature.embedding_dim or feature.num_embeddings or feature.table:
-        return "embedding_dim: a dense field has no table; remove it, or use transform = 'bucketise' on a numeric field"
-    if feature.kind == "vector" and feature.width < 1:
-        return f"width = {feature.width}: wanted the length of the vector, 1 or more; set it"
-    if feature.kind == "vector" and feature.transform != "identity":
-        return f"transform = {feature.transform!r}: vectors enter as they are; remove it"
-    if isinstance(feature.std, float) and feature.std <= 0:
-        return f"std = {feature.std}: wanted a number above 0; a constant column carries nothing: remove the field"
-    return ""
-
-
-def _boundaries_problem(feature: Feature) -> str:
-    if feature.boundaries == FIT:
-        return (
-            f"num_buckets = {feature.num_buckets}: wanted 2 or more; raise it"
-            if feature.num_buckets < 2
-            else ""
+def _parse_feature(name: str, entry: Any, top: _SchemaTop, source: str) -> Feature:
+    where = f"{source}: fields.{name}"
+    if not isinstance(entry, dict):
+        raise InputError(f'{where} = {entry!r}: wanted a table such as {{ kind = "categorical" }}')
+    if "name" in entry:  # the dataclass has it, the file says it by the key
+        raise InputError(unknown_key(f"{where}.name", "name", ["column"]))
+    if entry.get("encoding") in ("zch", "managed_collision"):
+        raise InputError(
+            f"{where}.encoding = {entry['encoding']!r}: managed collision is not offered, since its row of an id depends on the "
+            'number of ranks, so neither plans nor world sizes could change; use encoding = "hash" with ample num_embeddings'
         )
-    if not feature.boundaries:
-        return "boundaries is missing: wanted 'fit' or ascending numbers; add boundaries = \"fit\""
-    if any(low >= high for low, high in zip(feature.boundaries, feature.boundaries[1:], strict=False)):  # type: ignore[operator]
-        return (
-            f"boundaries = {list(feature.boundaries)}: wanted ascending numbers; sort them and remove repeats"
-        )
-    rows = len(feature.boundaries) + FIRST_VOCABULARY_ROW
-    if feature.num_embeddings != rows:
-        return f"num_embeddings = {feature.num_embeddings}: {len(feature.boundaries)} boundaries need {rows} rows; set {rows}"
-    return _size_problem(feature)
+    feature = parse_dataclass(Feature, {"name": name, **entry}, source, f"fields.{name}")
+    problem = feature_problem(feature, top.label, top.tables)
+    if problem:
+        raise InputError(f"{where}.{problem}")
+    return feature
 
 
-def _size_problem(sized: "Feature | _SharedTable") -> str:
-    """What is wrong with a table's sizes, or an empty string. FBGEMM needs dims that are multiples of 4."""
-    dim, rows = sized.embedding_dim, sized.num_embeddings
-    fitted = not isinstance(sized, Feature) or sized.is_fitted
-    if dim < 4 or dim % 4 or dim > MAX_EMBEDDING_DIM:
-        mend = min(max(4, dim + 3 - (dim + 3) % 4), MAX_EMBEDDING_DIM)
-        return f"embedding_dim = {dim}: wanted a multiple of 4 in [4, {MAX_EMBEDDING_DIM}]; use {mend}"
-    if fitted and not 1 <= rows <= MAX_NUM_EMBEDDINGS:
-        return f"num_embeddings = {rows}: wanted a number of rows in [1, 2**40]; set it to the field's number of ids"
-    if isinstance(sized, Feature) and sized.encoding == "hash" and rows < 2:
-        return f"num_embeddings = {rows}: a hashed field needs at least 2 rows, row 0 being the missing one; raise it"
-    return ""
+def _check_names(names: list[str], top: _SchemaTop, source: str) -> None:
+    for name in names:
+        # names become names of files, of modules and of checkpoint entries
+        if not name or name.startswith(".") or set(name) & set("/\\") or not name.isprintable():
+            raise InputError(
+                f"{source}: {name!r}: wanted a name without '/', '\\' or control characters, not starting with '.'; "
+                "rename the field and give its column by `column`"
+            )
+    for key in ("group_column", "time_column"):
+        if getattr(top, key) == top.label:
+            raise InputError(f"{source}: {key} = {top.label!r}: this is the label; name another column")
 
 
 def _check_groups(groups: dict[str, tuple[str, ...]], features: list[Feature], source: str) -> None:
@@ -366,19 +258,27 @@ def _check_groups(groups: dict[str, tuple[str, ...]], features: list[Feature], s
 
 def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], source: str) -> tuple[Table, ...]:
     """Collect the embedding tables; fields of one table must agree on what FBGEMM decides per table."""
-    for name, table in shared.items():
-        problem = _size_problem(table)
-        if problem:
-            raise InputError(f"{source}: tables.{name}.{problem}")
     members: dict[str, list[Feature]] = {}
     for feature in features:
         if feature.is_sparse:
             members.setdefault(feature.table_name, []).append(feature)
-    for name in shared:
+            if feature.name in shared and feature.table != feature.name:
+                raise InputError(
+                    f"{source}: fields.{feature.name}: [tables] has an entry of this name; set table = {feature.name!r} here, "
+                    "or rename one of the two"
+                )
+    for name, table in shared.items():
         if name not in members:
             raise InputError(
                 f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r} in a field"
             )
+        least = 2 if any(user.encoding == "hash" for user in members[name]) else 1
+        fitted = all(user.is_fitted for user in members[name])
+        problem = size_problem(table.num_embeddings, table.embedding_dim, fitted=fitted)
+        if not problem and fitted and table.num_embeddings < least:
+            problem = f"num_embeddings = {table.num_embeddings}: a hashed table needs at least 2 rows, row 0 being the missing one; raise it"
+        if problem:
+            raise InputError(f"{source}: tables.{name}.{problem}")
     tables = []
     for name, users in members.items():
         first = users[0]
@@ -391,6 +291,11 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
                 raise InputError(
                     f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but pools otherwise; "
                     "pooling and weights belong to the table: make them equal, or use two tables"
+                )
+            if (other.encoding, other.vocabulary) != (first.encoding, first.vocabulary):
+                raise InputError(
+                    f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but encodes otherwise, so one "
+                    "value would have two rows; make encoding and vocabulary equal, or use two tables"
                 )
         sizes = shared.get(name, first)
         names = tuple(user.name for user in users)
@@ -426,34 +331,44 @@ def schema_to_toml(schema: Schema) -> dict[str, Any]:
     return top
 
 
-def format_schema(schema: Schema, header: str = "") -> str:
+def format_schema(schema: Schema, header: str = "", comments: dict[str, str] | None = None) -> str:
     """Schema file text, one line a field, as a person would write it.
 
     Args:
         schema: what to write.
         header: comment lines for the top, without the leading `#`.
+        comments: field name -> comment that follows it, of one line.
     """
     top = schema_to_toml(schema)
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in top.items() if not isinstance(value, dict)]
+    lines += [f"{key} = {toml_text(value)}" for key, value in top.items() if not isinstance(value, dict)]
     for section in ("tables", "fields"):
         entries = top.get(section, {})
         if entries:
             lines += ["", f"[{section}]"]
-        pad = max((len(_key(name)) for name in entries), default=0)
-        lines += [f"{_key(name):<{pad}} = {_inline(entry)}" for name, entry in entries.items()]
+        pad = max((len(toml_key(name)) for name in entries), default=0)
+        for name, entry in entries.items():
+            comment = (comments or {}).get(name, "") if section == "fields" else ""
+            lines.append(
+                f"{toml_key(name):<{pad}} = {_inline(entry)}" + (f"  # {comment}" if comment else "")
+            )
     if top["groups"]:
         lines += ["", "[groups]"] + [
-            f"{_key(name)} = {json.dumps(members)}" for name, members in top["groups"].items()
+            f"{toml_key(name)} = {toml_text(members)}" for name, members in top["groups"].items()
         ]
     return "\n".join(lines) + "\n"
 
 
-def _key(name: str) -> str:
+def toml_key(name: str) -> str:
+    """A TOML key, quoted where it must be."""
     bare = name.replace("_", "").replace("-", "")
-    return name if bare.isascii() and bare.isalnum() else json.dumps(name, ensure_ascii=False)
+    return name if bare.isascii() and bare.isalnum() else toml_text(name)
+
+
+def toml_text(value: Any) -> str:
+    """A string, number, boolean or list as TOML, which takes JSON's but for a raw DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _inline(entry: dict[str, Any]) -> str:
-    # JSON's strings, numbers and lists are valid TOML; booleans too.
-    return "{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in entry.items()) + " }"
+    return "{ " + ", ".join(f"{toml_key(key)} = {toml_text(value)}" for key, value in entry.items()) + " }"

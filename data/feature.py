@@ -1,0 +1,238 @@
+"""Feature: what one column of the log means, and what can be wrong with saying so. Imports no torch."""
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector"]
+Encoding = Literal["ids", "vocabulary", "hash"]
+Transform = Literal["identity", "log1p", "standardise", "bucketise"]
+
+FIT = "fit"  # the value that `mbcnet schema fit` and `mbcnet data prepare` replace by what they measure
+MISSING_ROW = 0
+OUT_OF_VOCABULARY_ROW = 1
+FIRST_VOCABULARY_ROW = 2
+MAX_EMBEDDING_DIM = 1024  # above it FBGEMM returns zeros without a word (torchrec issue 3673)
+MAX_NUM_EMBEDDINGS = 2**40
+MAX_WIDTH = 65_536  # of vectors and projections, and of buckets
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One field of the log.
+
+    Attributes:
+        kind: categorical (one id), multi_valued (a list of ids), weighted_multi_valued (a list of ids and a list of weights), numeric
+            (one number), vector (a fixed-size list of numbers).
+        column: the Parquet column, if it is not named like the field.
+        encoding: how a categorical value becomes a row: ids (integers in [0, num_embeddings)), vocabulary (a fitted list of values),
+            hash (64-bit hash, modulo num_embeddings - 1, plus 1). For plain modulo, use ids with on_invalid = "modulo".
+        num_embeddings: rows of the field's table; 0 where a table or a fit says it.
+        embedding_dim: width of the field's table, a multiple of 4, at most 1024; 0 where a table says it.
+        table: name of the table, if fields share one; default: the field's own name.
+        pooling: how a list's rows become one vector.
+        vocabulary: "fit", or a Parquet file (relative to the schema) with one column `value`, in row order.
+        min_count: values seen fewer times in training become out-of-vocabulary at fit.
+        on_invalid: what an id outside [0, num_embeddings) does: error, null (as if missing) or modulo.
+        weights: the column of weights of a weighted_multi_valued field.
+        transform: of a numeric field. log1p is sign(x) * log(1 + |x|); standardise is (x - mean) / std; bucketise turns
+            the number into a row: 0 missing, 1 + the number of boundaries <= x.
+        mean, std: of standardise, "fit" or numbers.
+        boundaries: of bucketise, "fit" (quantiles of the training split) or ascending numbers.
+        num_buckets: how many buckets a fit of the boundaries makes at most.
+        width: length of a vector.
+        projection: columns that a learned linear map makes of a vector before it enters the branches; 0: it enters as it is.
+        pooling_factor: ids per row on average, for the planner; 0: not known. It changes no result.
+        cardinality: distinct values, for the planner; 0: not known. It changes no result.
+    """
+
+    name: str
+    kind: Kind
+    column: str = ""
+    encoding: Encoding = "ids"
+    num_embeddings: int = 0
+    embedding_dim: int = 0
+    table: str = ""
+    pooling: Literal["sum", "mean"] = "sum"
+    vocabulary: str = ""
+    min_count: int = 1
+    on_invalid: Literal["error", "null", "modulo"] = "error"
+    weights: str = ""
+    transform: Transform = "identity"
+    mean: float | Literal["fit"] = 0.0
+    std: float | Literal["fit"] = 1.0
+    boundaries: tuple[float, ...] | Literal["fit"] = ()
+    num_buckets: int = 16
+    width: int = 0
+    projection: int = 0
+    pooling_factor: float = 0.0
+    cardinality: int = 0
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the field looks up rows of an embedding table."""
+        return self.kind not in ("numeric", "vector") or self.is_bucketised
+
+    @property
+    def is_bucketised(self) -> bool:
+        """Whether the field is a number that becomes a row."""
+        return self.kind == "numeric" and self.transform == "bucketise"
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether the column holds ids."""
+        return self.kind not in ("numeric", "vector")
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the field has at most one id per row."""
+        return self.kind in ("categorical", "numeric")
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the field's ids carry weights."""
+        return self.kind == "weighted_multi_valued"
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether nothing is left for a fit to measure."""
+        return FIT not in (self.vocabulary, self.mean, self.std, self.boundaries)
+
+    @property
+    def source_column(self) -> str:
+        """The Parquet column the field reads."""
+        return self.column or self.name
+
+    @property
+    def table_name(self) -> str:
+        """The table the field looks up."""
+        return self.table or self.name
+
+    @property
+    def dense_width(self) -> int:
+        """Columns of `dense_features` the field takes; 0 for a sparse field."""
+        if self.is_sparse:
+            return 0
+        return self.width if self.kind == "vector" else 1
+
+    @property
+    def model_width(self) -> int:
+        """Columns that a dense field brings to the branches: its projection's, if it has one; 0 for a sparse field."""
+        return self.projection or self.dense_width
+
+
+# Who reads a key; on any other field it would be ignored without a word, so it is refused there.
+_READERS: dict[str, tuple[Callable[[Feature], bool], str]] = {
+    "encoding": (lambda feature: feature.is_keyed, "fields of ids"),
+    "vocabulary": (lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
+    "min_count": (lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
+    "num_embeddings": (lambda feature: feature.is_sparse, "fields with a table"),
+    "embedding_dim": (lambda feature: feature.is_sparse, "fields with a table"),
+    "table": (lambda feature: feature.is_sparse, "fields with a table"),
+    "pooling": (lambda feature: feature.is_sparse, "fields with a table"),
+    "weights": (lambda feature: feature.is_weighted, 'kind = "weighted_multi_valued"'),
+    "transform": (lambda feature: feature.kind == "numeric", 'kind = "numeric"'),
+    "mean": (lambda feature: feature.transform == "standardise", 'transform = "standardise"'),
+    "std": (lambda feature: feature.transform == "standardise", 'transform = "standardise"'),
+    "boundaries": (lambda feature: feature.is_bucketised, 'transform = "bucketise"'),
+    "num_buckets": (lambda feature: feature.is_bucketised, 'transform = "bucketise"'),
+    "width": (lambda feature: feature.kind == "vector", 'kind = "vector"'),
+    "projection": (lambda feature: feature.kind == "vector", 'kind = "vector"'),
+    "pooling_factor": (lambda feature: feature.is_sparse, "fields with a table"),
+}
+_DEFAULTS = {field.name: field.default for field in fields(Feature)}
+
+
+def feature_problem(feature: Feature, label: str, shared_tables: Container[str]) -> str:
+    """What is wrong with one field, as `key = value: wanted ...; mend`, or an empty string.
+
+    Args:
+        feature: the field.
+        label: the schema's label column.
+        shared_tables: names in the schema's [tables].
+    """
+    for role, column in (("column", feature.source_column), ("weights", feature.weights)):
+        if column == label:
+            return f"{role} = {column!r}: this column is the label; a model must not see it; remove the field"
+    for key, (reads, where) in _READERS.items():
+        value = getattr(feature, key)
+        if value != _DEFAULTS[key] and not reads(feature):
+            return f"{key} = {value!r}: only {where} reads it; remove it, or change the field's kind"
+    if feature.cardinality < 0 or feature.pooling_factor < 0:
+        return "cardinality, pooling_factor: wanted 0 or more; remove the negative one"
+    if feature.on_invalid == "modulo" and not (feature.is_keyed and feature.encoding == "ids"):
+        return "on_invalid = 'modulo': only encoding = 'ids' has ids to take modulo num_embeddings; remove it"
+    if not feature.is_sparse:
+        return _dense_problem(feature)
+    if feature.table and feature.table not in shared_tables:
+        return f"table = {feature.table!r}: no such table; add [tables] {feature.table} = {{ num_embeddings, embedding_dim }}"
+    if feature.table and (feature.num_embeddings or feature.embedding_dim):
+        return f"table = {feature.table!r}: the table has its own sizes; remove num_embeddings and embedding_dim here"
+    if feature.is_bucketised:
+        return _boundaries_problem(feature)
+    if feature.is_weighted and not feature.weights:
+        return "weights is missing: wanted the column that holds the list of weights; add it"
+    if feature.is_weighted and feature.pooling == "mean":
+        return "pooling = 'mean': FBGEMM computes weighted bags as sums only; use pooling = 'sum'"
+    if feature.encoding == "vocabulary" and not feature.vocabulary:
+        return "vocabulary is missing: wanted 'fit' or a Parquet file of values; add vocabulary = \"fit\""
+    if feature.min_count < 1:
+        return f"min_count = {feature.min_count}: wanted 1 or more; use 1 to keep every value"
+    return "" if feature.table else _size_problem(feature)
+
+
+def _dense_problem(feature: Feature) -> str:
+    if feature.kind == "vector" and not 1 <= feature.width <= MAX_WIDTH:
+        return f"width = {feature.width}: wanted the length of the vector, 1 to {MAX_WIDTH}; set it"
+    if not 0 <= feature.projection <= MAX_WIDTH:
+        return f"projection = {feature.projection}: wanted a number of columns, 1 to {MAX_WIDTH}; set it, or remove it"
+    if isinstance(feature.std, float) and feature.std <= 0:
+        return f"std = {feature.std}: wanted a number above 0; a constant column carries nothing: remove the field"
+    return ""
+
+
+def _boundaries_problem(feature: Feature) -> str:
+    if feature.table:
+        return f"table = {feature.table!r}: a bucketised number has a table of its own; remove it"
+    if feature.boundaries == FIT:
+        if not 2 <= feature.num_buckets <= MAX_WIDTH:
+            return f"num_buckets = {feature.num_buckets}: wanted 2 to {MAX_WIDTH}; change it"
+        return _size_problem(feature)
+    if not feature.boundaries:
+        return "boundaries is missing: wanted 'fit' or ascending numbers; add boundaries = \"fit\""
+    if any(low >= high for low, high in zip(feature.boundaries, feature.boundaries[1:], strict=False)):  # type: ignore[operator]
+        return (
+            f"boundaries = {list(feature.boundaries)}: wanted ascending numbers; sort them and remove repeats"
+        )
+    rows = len(feature.boundaries) + FIRST_VOCABULARY_ROW
+    if feature.num_embeddings != rows:
+        return f"num_embeddings = {feature.num_embeddings}: {len(feature.boundaries)} boundaries need {rows} rows; set {rows}"
+    return _size_problem(feature)
+
+
+def _size_problem(feature: Feature) -> str:
+    problem = size_problem(feature.num_embeddings, feature.embedding_dim, fitted=feature.is_fitted)
+    if not problem and feature.is_fitted and feature.encoding == "hash" and feature.num_embeddings < 2:
+        return f"num_embeddings = {feature.num_embeddings}: a hashed field needs at least 2 rows, row 0 being the missing one; raise it"
+    return problem
+
+
+def size_problem(num_embeddings: int, embedding_dim: int, *, fitted: bool) -> str:
+    """What is wrong with a table's sizes, or an empty string. FBGEMM needs dims that are multiples of 4.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: width.
+        fitted: whether the number of rows is final; before a fit it may be 0.
+    """
+    if embedding_dim < 4 or embedding_dim % 4 or embedding_dim > MAX_EMBEDDING_DIM:
+        mend = min(max(4, embedding_dim + 3 - (embedding_dim + 3) % 4), MAX_EMBEDDING_DIM)
+        return (
+            f"embedding_dim = {embedding_dim}: wanted a multiple of 4 in [4, {MAX_EMBEDDING_DIM}]; use {mend}"
+        )
+    if not (1 if fitted else 0) <= num_embeddings <= MAX_NUM_EMBEDDINGS:
+        return (
+            f"num_embeddings = {num_embeddings}: wanted a number of rows in [1, 2**40]; "
+            "set it to the field's number of ids"
+        )
+    return ""

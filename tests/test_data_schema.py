@@ -1,0 +1,317 @@
+"""Proves that a schema file either becomes a checked Schema or is refused in one line that names key, value and mend."""
+
+import copy
+import random
+import string
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import InputError
+from data.feature import MAX_WIDTH, Feature
+from data.pailitao import pailitao_schema
+from data.schema import Schema, format_schema, load_schema, parse_schema, schema_to_toml
+
+BASE = {
+    "name": "shop",
+    "label": "click",
+    "group_column": "user",
+    "time_column": "ts",
+    "tables": {"item": {"num_embeddings": 50, "embedding_dim": 8}},
+    "fields": {
+        "user": {"kind": "categorical", "num_embeddings": 100, "embedding_dim": 8, "on_invalid": "modulo"},
+        "city": {
+            "kind": "categorical",
+            "encoding": "vocabulary",
+            "vocabulary": "fit",
+            "min_count": 2,
+            "embedding_dim": 4,
+        },
+        "device": {"kind": "categorical", "encoding": "hash", "num_embeddings": 1000, "embedding_dim": 4},
+        "item": {"kind": "categorical", "table": "item", "pooling": "mean"},
+        "history": {
+            "kind": "multi_valued",
+            "table": "item",
+            "pooling": "mean",
+            "pooling_factor": 2.5,
+            "cardinality": 40,
+        },
+        "brands": {
+            "kind": "weighted_multi_valued",
+            "weights": "brand_w",
+            "num_embeddings": 9,
+            "embedding_dim": 4,
+        },
+        "price": {"kind": "numeric", "transform": "log1p"},
+        "age": {
+            "kind": "numeric",
+            "transform": "bucketise",
+            "boundaries": [18.0, 30.0],
+            "num_embeddings": 4,
+            "embedding_dim": 4,
+        },
+        "score": {"kind": "numeric", "transform": "standardise", "mean": "fit", "std": 2.0},
+        "image": {"kind": "vector", "width": 16, "projection": 8},
+    },
+    "groups": {"taste": ["user", "item", "image"], "money": ["price", "age"]},
+}
+
+
+def parse(change=None) -> Schema:
+    table = copy.deepcopy(BASE)
+    if change:
+        change(table)
+    return parse_schema(table, "shop.toml", Path())
+
+
+def field(name, /, **entry):
+    """A change that sets keys of one field; None removes a key."""
+
+    def change(table):
+        table["fields"].setdefault(name, {}).update(entry)
+        table["fields"][name] = {
+            key: value for key, value in table["fields"][name].items() if value is not None
+        }
+
+    return change
+
+
+def top(**entry):
+    return lambda table: table.update(entry)
+
+
+def test_every_kind_is_read():
+    schema = parse()
+    assert [feature.name for feature in schema.sparse] == [
+        "user", "city", "device", "item", "age", "history",
+    ]  # fmt: skip
+    assert [feature.name for feature in schema.weighted] == ["brands"]
+    assert [feature.name for feature in schema.dense] == ["price", "score", "image"]
+    assert schema.table_of["item"] == schema.table_of["history"]
+    assert schema.table_of["history"].feature_names == ("item", "history")
+    assert schema.columns == (
+        "click", "user", "city", "device", "item", "history", "brands", "brand_w", "price", "age", "score", "image",
+    )  # fmt: skip
+    # 8 + 4 + 4 + 2 * 8 + 4 + 4 of tables, 1 + 1 numbers, and the image's projection instead of its 16 columns
+    assert schema.width == 40 + 2 + 8
+    assert [feature.dense_width for feature in schema.dense] == [1, 1, 16]
+
+
+REFUSED = {
+    "no fields": (top(fields={}), r"\[fields\] is missing or empty"),
+    "field is no table": (lambda t: t["fields"].update(user=3), r"fields\.user = 3: wanted a table"),
+    "unknown key at the top": (top(labels="y"), r"labels is not a known key; did you mean 'label'"),
+    "unknown key of a field": (field("user", embeding_dim=8), r"fields\.user\.embeding_dim is not.*did you mean 'embedding_dim'"),
+    "name inside a field": (field("user", name="x"), r"fields\.user\.name is not a known key"),
+    "no label": (lambda t: t.pop("label"), "label is missing; wanted a string; add it"),
+    "empty label": (top(label=""), "label = '': wanted the column"),
+    "kind missing": (field("user", kind=None), r"fields\.user\.kind is missing; wanted one of 'categorical'"),
+    "kind unknown": (field("user", kind="cat"), r"fields\.user\.kind = 'cat': wanted one of"),
+    "wrong type": (field("user", num_embeddings="10"), r"fields\.user\.num_embeddings = '10': wanted an integer"),
+    "bool is no integer": (field("user", num_embeddings=True), "num_embeddings = True: wanted an integer"),
+    "float is no integer": (field("user", num_embeddings=10.0), "num_embeddings = 10.0: wanted an integer"),
+    "dim 30": (field("user", embedding_dim=30), "embedding_dim = 30: wanted a multiple of 4 .*; use 32"),
+    "dim 0": (field("user", embedding_dim=0), "embedding_dim = 0: wanted a multiple of 4 .*; use 4"),
+    "dim negative": (field("user", embedding_dim=-8), "embedding_dim = -8: .*; use 4"),
+    "dim 2048": (field("user", embedding_dim=2048), "embedding_dim = 2048: .*; use 1024"),
+    "no rows": (field("user", num_embeddings=None), r"num_embeddings = 0: wanted a number of rows"),
+    "too many rows": (field("user", num_embeddings=2**41), r"num_embeddings = 2199023255552: wanted"),
+    "negative rows": (field("city", num_embeddings=-1), "num_embeddings = -1: wanted"),
+    "one hashed row": (field("device", num_embeddings=1), "num_embeddings = 1: a hashed field needs at least 2"),
+    "label as a field": (field("click", kind="numeric"), r"fields\.click\.column = 'click': this column is the label"),
+    "label as a field's column": (field("price", column="click"), "column = 'click': this column is the label"),
+    "label as weights": (field("brands", weights="click"), "weights = 'click': this column is the label"),
+    "label as time": (top(time_column="click"), "time_column = 'click': this is the label"),
+    "label as group": (top(group_column="click"), "group_column = 'click': this is the label"),
+    "weighted mean": (field("brands", pooling="mean"), "pooling = 'mean': FBGEMM computes weighted bags as sums"),
+    "weights missing": (field("brands", weights=None), "weights is missing"),
+    "weights of others": (field("history", weights="w"), "weights = 'w': only kind = \"weighted_multi_valued\" reads it"),
+    "vocabulary missing": (field("city", vocabulary=None), "vocabulary is missing"),
+    "vocabulary of ids": (field("user", vocabulary="fit"), 'vocabulary = \'fit\': only encoding = "vocabulary"'),
+    "min_count 0": (field("city", min_count=0), "min_count = 0: wanted 1 or more"),
+    "min_count of ids": (field("user", min_count=2), "min_count = 2: only encoding"),
+    "encoding of a number": (field("price", encoding="hash"), "encoding = 'hash': only fields of ids"),
+    "managed collision": (field("device", encoding="zch"), "managed collision is not offered.*use encoding = \"hash\""),
+    "modulo of a hash": (field("device", on_invalid="modulo"), "on_invalid = 'modulo': only encoding = 'ids'"),
+    "unknown table": (field("item", table="items"), "table = 'items': no such table"),
+    "size beside a table": (field("item", embedding_dim=8), "table = 'item': the table has its own sizes"),
+    "table without a user": (
+        lambda t: t["tables"].update(spare={"num_embeddings": 4, "embedding_dim": 4}),
+        r"tables\.spare: no field uses this table",
+    ),
+    "table of dim 6": (lambda t: t["tables"]["item"].update(embedding_dim=6), r"tables\.item\.embedding_dim = 6"),
+    "table of no rows": (lambda t: t["tables"]["item"].pop("num_embeddings"), r"tables\.item\.num_embeddings = 0"),
+    "pools otherwise": (field("item", pooling="sum"), "shares table 'item' with 'item' but pools otherwise"),
+    "encodes otherwise": (field("history", encoding="hash"), "shares table 'item' with 'item' but encodes otherwise"),
+    "field named like a table": (
+        field("item", table=None, num_embeddings=9, embedding_dim=4),
+        r"fields\.item: \[tables\] has an entry of this name",
+    ),
+    "table of a number": (field("age", table="item", num_embeddings=None, embedding_dim=None), "a table of its own"),
+    "dim of a number": (field("price", embedding_dim=4), "embedding_dim = 4: only fields with a table"),
+    "transform of an id": (field("user", transform="log1p"), "transform = 'log1p': only kind = \"numeric\""),
+    "transform of a vector": (field("image", transform="log1p"), "transform = 'log1p': only kind"),
+    "mean without standardise": (field("price", mean="fit"), "mean = 'fit': only transform = \"standardise\""),
+    "std 0": (field("score", std=0.0), "std = 0.0: wanted a number above 0"),
+    "std nan": (field("score", std=float("nan")), "std = nan: wanted a number"),
+    "width 0": (field("image", width=0), "width = 0: wanted the length"),
+    "width huge": (field("image", width=MAX_WIDTH + 1), "width = 65537: wanted the length"),
+    "width of an id": (field("user", width=4), 'width = 4: only kind = "vector"'),
+    "projection of a number": (field("price", projection=4), 'projection = 4: only kind = "vector"'),
+    "projection negative": (field("image", projection=-1), "projection = -1: wanted a number of columns"),
+    "no boundaries": (field("age", boundaries=[]), "boundaries is missing"),
+    "boundaries descend": (field("age", boundaries=[3.0, 1.0]), r"boundaries = \[3.0, 1.0\]: wanted ascending"),
+    "boundaries repeat": (field("age", boundaries=[3.0, 3.0]), "wanted ascending"),
+    "boundaries of text": (field("age", boundaries=["a"]), "boundaries = .*: wanted a list of a number or"),
+    "rows of boundaries": (field("age", num_embeddings=3), "2 boundaries need 4 rows; set 4"),
+    "one bucket": (field("age", boundaries="fit", num_buckets=1), "num_buckets = 1: wanted 2"),
+    "boundaries unread": (field("price", boundaries=[1.0]), "only transform = \"bucketise\" reads it"),
+    "cardinality negative": (field("user", cardinality=-1), "cardinality, pooling_factor: wanted 0 or more"),
+    "unknown member": (top(groups={"g": ["user", "usr"]}), r"groups\.g: 'usr' is not a field"),
+    "empty group": (top(groups={"g": []}), r"groups\.g = \[\]: wanted names"),
+    "member twice": (top(groups={"g": ["user", "user"]}), r"groups\.g: a field is listed twice"),
+    "group all": (top(groups={"all": ["user"]}), "the name 'all' means every field already"),
+    "group of numbers": (top(groups={"g": [1]}), r"groups\.g\[0\] = 1: wanted a string"),
+    "name with a slash": (lambda t: t["fields"].update({"../x": t["fields"].pop("price")}), r"'\.\./x': wanted a name without"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_refused(case):
+    change, message = REFUSED[case]
+    with pytest.raises(InputError, match=message) as caught:
+        parse(change)
+    assert str(caught.value).startswith("shop.toml: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "data" / "schemas").glob("*.toml")),
+    ids=lambda path: path.stem,
+)
+def test_text_form_gives_the_same_schema_back(path):
+    schema = load_schema(path)
+    again = parse_schema(tomllib.loads(format_schema(schema, "a header")), "again", path.parent)
+    assert again == schema
+    assert again.fingerprint() == schema.fingerprint()
+
+
+def test_comments_follow_their_fields():
+    text = format_schema(parse(), comments={"user": "100 values # and more"})
+    assert any(
+        line.startswith("user ") and line.endswith("  # 100 values # and more") for line in text.splitlines()
+    )
+    assert parse_schema(tomllib.loads(text), "again", Path()) == parse()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(min_size=1, max_size=8), st.text(max_size=8))
+def test_any_name_is_written_so_that_it_reads_back(name, label):
+    table = {
+        "name": name,
+        "label": label,
+        "fields": {name: {"kind": "numeric"}},
+        "groups": {"g\x7f\U0001f600": [name]},
+    }
+    try:
+        schema = parse_schema(table, "t", Path())
+        text = format_schema(schema).encode()
+    except (InputError, UnicodeEncodeError):  # lone surrogates are no text
+        return
+    assert parse_schema(tomllib.loads(text.decode()), "t", Path()) == schema
+
+
+def test_fingerprint_follows_meaning_and_not_hints():
+    base = parse().fingerprint()
+    assert parse(field("history", pooling_factor=9.0, cardinality=7)).fingerprint() == base
+    assert parse(field("user", num_embeddings=101)).fingerprint() != base
+    assert parse(top(groups={"taste": ["user"]})).fingerprint() != base
+    assert parse(top(label="buy")).fingerprint() != base
+
+
+def test_unfitted_schema_names_the_field_and_the_command():
+    with pytest.raises(InputError, match="field 'city' still says 'fit'; run `mbcnet schema fit`"):
+        parse().require_fitted()
+
+
+def test_missing_and_broken_files_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_schema(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("name = \n")
+    with pytest.raises(InputError, match=r"not valid TOML: .*line 1"):
+        load_schema(tmp_path / "bad.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not valid TOML"):
+        load_schema(tmp_path / "bytes.toml")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_schema(tmp_path)
+
+
+VALUES = [0, 1, -1, 4, 6, 2**63, 1.5, float("nan"), float("inf"), True, "", "fit", "x", "../x", "hash", "ids", "vocabulary",
+          "click", "item", "numeric", "vector", "bucketise", "mean", [], [1], [2.0, 1.0], ["user"], ["fit"], {}, {"a": 1}, None]  # fmt: skip
+
+
+def mutate(node, chooser: random.Random) -> None:
+    """Change one random place of a nested table or list."""
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = chooser.choice(keys) if keys else None
+        if key is not None and isinstance(node[key], dict | list) and chooser.random() < 0.8:
+            node = node[key]
+            continue
+        break
+    action = chooser.random()
+    known = [*Feature.__dataclass_fields__, *BASE, "".join(chooser.choices(string.printable, k=3))]
+    if key is None or action < 0.3:
+        if isinstance(node, dict):
+            node[chooser.choice(known)] = copy.deepcopy(chooser.choice(VALUES))
+        else:
+            node.append(copy.deepcopy(chooser.choice(VALUES)))
+    elif action < 0.5:
+        del node[key]
+    else:
+        node[key] = copy.deepcopy(chooser.choice(VALUES))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_schemas_are_valid_or_refused(seed):
+    """150 mutated schemas a seed: never another exception, and what passes can be written and read back."""
+    chooser = random.Random(seed)
+    passed = refused = 0
+    for _ in range(150):
+        table = copy.deepcopy(BASE)
+        for _ in range(chooser.choice((1, 1, 1, 2, 5))):
+            mutate(table, chooser)
+        try:
+            schema = parse_schema(table, "fuzz", Path())
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        passed += 1
+        assert parse_schema(tomllib.loads(format_schema(schema)), "again", Path()) == schema
+        assert schema.width > 0 and schema.columns[0] == schema.label
+    assert passed > 5 and refused > 50
+
+
+def test_mutated_text_is_valid_or_refused(tmp_path):
+    """400 byte-wise mutations of a shipped file's text."""
+    chooser = random.Random(0)
+    text = bytearray(format_schema(parse()).encode())
+    for _ in range(400):
+        mutated = bytearray(text)
+        for _ in range(chooser.choice((1, 3))):
+            mutated[chooser.randrange(len(mutated))] = chooser.randrange(256)
+        (tmp_path / "s.toml").write_bytes(mutated)
+        try:
+            load_schema(tmp_path / "s.toml")
+        except InputError as error:
+            assert str(error).startswith(str(tmp_path / "s.toml"))
+
+
+def test_toml_form_holds_only_what_differs_from_the_defaults():
+    entry = schema_to_toml(pailitao_schema("demo"))["fields"]["user_id"]
+    assert entry == {"kind": "categorical", "num_embeddings": 20_000, "embedding_dim": 8}

@@ -1,0 +1,94 @@
+"""Proves that TOML tables become the dataclasses they name, or one line that says where, what, and what was wanted."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from data.errors import InputError
+from data.typed import parse_dataclass, read_toml, to_toml_value
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+
+    def __post_init__(self):
+        if self.rate > 1:
+            raise InputError(f"rate = {self.rate}: wanted at most 1; lower it")
+
+
+@dataclass(frozen=True)
+class Outer:
+    steps: int
+    mode: Literal["a", "b"] = "a"
+    flag: bool = False
+    sizes: tuple[int, ...] = ()
+    parts: dict[str, Inner] = field(default_factory=dict)
+    inner: Inner = Inner()
+    either: float | Literal["fit"] = 0.0
+    maybe: int | None = None
+
+
+def parse(**table):
+    return parse_dataclass(Outer, table, "run.toml")
+
+
+def test_every_type_is_read_and_written_back():
+    table = {
+        "steps": 3,
+        "mode": "b",
+        "flag": True,
+        "sizes": [1, 2],
+        "parts": {"x": {"rate": 1}},
+        "inner": {"rate": 0.25},
+        "either": "fit",
+        "maybe": 4,
+    }
+    outer = parse(**table)
+    assert outer == Outer(3, "b", True, (1, 2), {"x": Inner(1.0)}, Inner(0.25), "fit", 4)
+    assert isinstance(outer.parts["x"].rate, float)
+    assert parse(**to_toml_value(outer)) == outer
+    assert "maybe" not in to_toml_value(Outer(1))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, "run.toml: steps is missing; wanted an integer; add it"),
+        ({"steps": 1.0}, "run.toml: steps = 1.0: wanted an integer"),
+        ({"steps": True}, "steps = True: wanted an integer"),
+        ({"steps": 1, "flag": 1}, "flag = 1: wanted true or false"),
+        ({"steps": 1, "mode": "c"}, "mode = 'c': wanted one of 'a', 'b'"),
+        ({"steps": 1, "mode": True}, "mode = True: wanted one of"),
+        ({"steps": 1, "sizes": 3}, "sizes = 3: wanted a list of an integer"),
+        ({"steps": 1, "sizes": [1, "x"]}, r"sizes\[1\] = 'x': wanted an integer"),
+        ({"steps": 1, "parts": []}, r"parts = \[\]: wanted a table of a table"),
+        ({"steps": 1, "parts": {"x": {"rat": 1}}}, r"parts\.x\.rat is not a known key; did you mean 'rate'"),
+        ({"steps": 1, "inner": {"rate": 2.0}}, r"run.toml: inner\.rate = 2.0: wanted at most 1; lower it"),
+        ({"steps": 1, "inner": {"rate": float("nan")}}, "inner.rate = nan: wanted a number"),
+        ({"steps": 1, "inner": {"rate": float("inf")}}, "inner.rate = inf: wanted a number"),
+        ({"steps": 1, "inner": 4}, r"inner = 4: wanted a table of keys; write \[inner\]"),
+        ({"steps": 1, "either": "fits"}, "either = 'fits': wanted a number or one of 'fit'"),
+        ({"steps": 1, "setps": 1}, "setps is not a known key; did you mean 'steps'"),
+        ({"steps": 1, "zzz": 1}, "zzz is not a known key; remove it, or use one of: either"),
+    ],
+)
+def test_refused(table, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse(**table)
+    assert "\n" not in str(caught.value)
+
+
+def test_line_breaks_of_a_value_do_not_reach_the_message():
+    with pytest.raises(InputError) as caught:
+        parse(**{"steps": 1, "two\nlines": 3})
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(InputError, match="no such file; check the path"):
+        read_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text('a = 1\nb = "\n')
+    with pytest.raises(InputError, match="not valid TOML: .*line 2"):
+        read_toml(tmp_path / "bad.toml")
