@@ -1,150 +1,49 @@
-"""Arrow record batch + Schema -> Columns: types checked, values checked and encoded, faults named by file, row, field and value.
+"""Arrow record batches + Schema -> Columns: values checked and encoded, faults named by file, row group, row, field and value.
 
 FBGEMM on a CPU maps an id that is out of range to row 0 and trains row 0 without a word, so every id is checked here, while the row's
-place in its file is still known.
+place in its file is still known. Imports no torch.
 """
 
-import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pyarrow import types as pt
 
-from data.columns import ABSENT, Columns, Ragged
+from data.columns import ABSENT, Columns, Ragged, join_ragged
 from data.errors import InputError
-from data.schema import FIRST_VOCABULARY_ROW, MISSING_ROW, OUT_OF_VOCABULARY_ROW, Feature, Schema
+from data.keys import Vocabulary, hash_values, load_vocabularies, remainder
+from data.schema import MISSING_ROW, Feature, Schema
 
-SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+MAX_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a record batch comes from, for messages."""
+    """Where a record batch comes from, for messages.
+
+    Attributes:
+        file, row_group: as the user knows them.
+        first_row: of the record batch, in its row group.
+        rows: where only some rows were kept, each one's row in its row group, instead of `first_row`.
+    """
 
     file: str
     row_group: int
     first_row: int = 0
+    rows: np.ndarray | None = None
 
     def row(self, row: int) -> str:
         """Name one row of the record batch."""
-        return f"{self.file}: row group {self.row_group}, row {self.first_row + row}"
-
-
-def load_vocabularies(schema: Schema) -> dict[str, pa.Array]:
-    """Read the value list of every vocabulary field: field name -> values in row order.
-
-    Raises:
-        InputError: a file is missing, or its length does not fit the table.
-    """
-    vocabularies = {}
-    for feature in schema.features:
-        if feature.encoding == "vocabulary" and feature.is_sparse and feature.kind != "numeric":
-            path = schema.folder / feature.vocabulary
-            try:
-                values = pq.read_table(path, columns=["value"])["value"].combine_chunks()
-            except (OSError, pa.ArrowException, KeyError) as error:
-                raise InputError(
-                    f"{path}: the vocabulary of field {feature.name!r} cannot be read ({_first_line(error)}); "
-                    "run `mbcnet data prepare` again"
-                ) from None
-            wanted = schema.table_of[feature.name].num_embeddings
-            if len(values) + FIRST_VOCABULARY_ROW > wanted:
-                raise InputError(
-                    f"{path}: {len(values)} values need {len(values) + FIRST_VOCABULARY_ROW} rows, but the table of field "
-                    f"{feature.name!r} has num_embeddings = {wanted}; set it to {len(values) + FIRST_VOCABULARY_ROW}"
-                )
-            vocabularies[feature.name] = values
-    return vocabularies
-
-
-def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str) -> None:
-    """Check from a file's footer alone that every column is there with a type its field can take.
-
-    Raises:
-        InputError: naming the file, the column, its type and the type wanted.
-    """
-    names = set(arrow_schema.names)
-    for column in schema.columns:
-        if column not in names:
-            users = [
-                feature.name
-                for feature in schema.features
-                if column in (feature.source_column, feature.weights)
-            ]
-            role = "label" if column == schema.label else f"field {users[0]!r}" if users else "group_column"
-            raise InputError(
-                f"{file}: column {column!r} is missing, which is the schema's {role}; "
-                "add the column to the file, or mend the schema"
-            )
-    _check_type(
-        arrow_schema, schema.label, _is_number, "0 and 1 as integers, floats or booleans", file, "the label"
-    )
-    for feature in schema.features:
-        accepts, wanted = _accepted(feature)
-        _check_type(
-            arrow_schema,
-            feature.source_column,
-            accepts,
-            wanted,
-            file,
-            f"{feature.kind} field {feature.name!r}",
-        )
-        if feature.weights:
-            _check_type(
-                arrow_schema,
-                feature.weights,
-                _is_number_list,
-                "lists of numbers",
-                file,
-                f"weights of {feature.name!r}",
-            )
-
-
-def _check_type(arrow_schema: pa.Schema, column: str, accepts, wanted: str, file: str, role: str) -> None:  # noqa: ANN001
-    found = arrow_schema.field(column).type
-    if not accepts(found):
-        raise InputError(
-            f"{file}: column {column!r} is {found}: {role} wants {wanted}; mend the file or the schema"
-        )
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind) or pt.is_decimal(kind)
-
-
-def _is_key(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pt.is_dictionary(kind) else kind
-    return pt.is_integer(kind) or pt.is_string(kind) or pt.is_large_string(kind)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
-
-
-def _is_number_list(kind: pa.DataType) -> bool:
-    return _is_list(kind) and _is_number(kind.value_type)
-
-
-def _accepted(feature: Feature):  # noqa: ANN202
-    """The type test of a field's column, and its description."""
-    if feature.kind == "numeric":
-        return _is_number, "numbers"
-    if feature.kind == "vector":
-        return _is_number_list, "lists of numbers"
-    item, words = (
-        (pt.is_integer, "integers") if feature.encoding == "ids" else (_is_key, "integers or strings")
-    )
-    mend = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary' or 'hash')"
-    if feature.kind == "categorical":
-        return item, words + mend
-    return lambda kind: _is_list(kind) and item(kind.value_type), f"lists of {words}{mend}"
+        number = self.first_row + row if self.rows is None else int(self.rows[row])
+        return f"{self.file}: row group {self.row_group}, row {number}"
 
 
 class Encoder:
-    """Encodes record batches by one schema. Holds the vocabularies, which are read once."""
+    """Encodes record batches by one schema. Holds the vocabularies, which are read once. Safe to use from many threads."""
 
     def __init__(self, schema: Schema) -> None:
         """Read the vocabularies.
@@ -154,225 +53,250 @@ class Encoder:
         """
         schema.require_fitted()
         self.schema = schema
-        self.vocabularies = load_vocabularies(schema)
+        self.vocabularies: dict[str, Vocabulary] = load_vocabularies(schema)
+        self.single = [feature for feature in schema.sparse if feature.is_single]
+        self.lists = [feature for feature in schema.sparse if not feature.is_single]
+        self.dense_width = sum(feature.dense_width for feature in schema.dense)
+        self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
+        largest = max((self.num_embeddings[feature.name] for feature in self.single), default=0)
+        self.id_dtype = np.int32 if largest <= MAX_INT32 else np.int64
 
-    def encode(self, rows: pa.RecordBatch, place: Place) -> Columns:
-        """Check and encode rows.
+    def encode(self, rows: pa.RecordBatch, place: Place, mended: Counter[str] | None = None) -> Columns:
+        """Check and encode rows; see `encode_all`."""
+        return self.encode_all([(rows, place)], mended)
+
+    def encode_all(
+        self, parts: Sequence[tuple[pa.RecordBatch, Place]], mended: Counter[str] | None = None
+    ) -> Columns:
+        """Check and encode the rows of several record batches, in order.
+
+        Args:
+            parts: record batches and where they come from; none gives no rows.
+            mended: counts, by field, the values that `on_invalid` = "null" or "modulo" changed.
 
         Raises:
             InputError: naming file, row group, row, field, the value, what was wanted and the mend.
         """
-        schema = self.schema
-        n = rows.num_rows
-        single = [feature for feature in schema.sparse if feature.is_single]
-        single_ids = np.empty((len(single), n), np.int64)
-        for index, feature in enumerate(single):
-            single_ids[index] = self._single(rows.column(feature.source_column), feature, place)
-        dense = np.zeros((n, sum(feature.dense_width for feature in schema.dense)), np.float32)
+        mended = Counter() if mended is None else mended
+        total = sum(rows.num_rows for rows, _ in parts)
+        single_ids = np.empty((len(self.single), total), self.id_dtype)
+        dense = np.zeros((total, self.dense_width), np.float32)
+        lists: list[list[Ragged]] = [[] for _ in self.lists]
+        weighted: list[list[Ragged]] = [[] for _ in self.schema.weighted]
+        labels, groups = np.empty(total, np.float32), []
         start = 0
-        for feature in schema.dense:
-            column = rows.column(feature.source_column)
-            if feature.kind == "vector":
-                dense[:, start : start + feature.width] = _vector(column, feature, place)
-            else:
-                dense[:, start] = _numeric(column, feature, place)
-            start += feature.dense_width
+        for rows, place in parts:
+            stop = start + rows.num_rows
+            columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
+            reader = _Reader(self, columns, place, mended)
+            for index, feature in enumerate(self.single):
+                reader.single(feature, single_ids[index, start:stop])
+            reader.dense(dense[start:stop])
+            for index, feature in enumerate(self.lists):
+                lists[index].append(reader.list(feature))
+            for index, feature in enumerate(self.schema.weighted):
+                weighted[index].append(reader.list(feature))
+            labels[start:stop] = read_labels(columns[self.schema.label], self.schema.label, place)
+            if self.schema.group_column:
+                groups.append(hash_values(columns[self.schema.group_column]).view(np.int64))
+            start = stop
         return Columns(
             single_ids=single_ids,
-            lists=tuple(
-                self._list(rows, feature, place) for feature in schema.sparse if not feature.is_single
-            ),
-            weighted_lists=tuple(self._list(rows, feature, place) for feature in schema.weighted),
+            lists=tuple(join_ragged(parts, False) for parts in lists),
+            weighted_lists=tuple(join_ragged(parts, True) for parts in weighted),
             dense=dense,
-            labels=_labels(rows.column(schema.label), schema.label, place),
-            group_ids=hash_values(rows.column(schema.group_column)).view(np.int64)
-            if schema.group_column
-            else None,
+            labels=labels,
+            group_ids=np.concatenate([np.zeros(0, np.int64), *groups]) if self.schema.group_column else None,
         )
 
-    def _single(self, column: pa.Array, feature: Feature, place: Place) -> np.ndarray:
+
+class _Reader:
+    """The columns of one record batch, read field by field."""
+
+    def __init__(
+        self, encoder: Encoder, columns: dict[str, pa.Array], place: Place, mended: Counter[str]
+    ) -> None:
+        self.encoder, self.columns, self.place, self.mended = encoder, columns, place, mended
+
+    def single(self, feature: Feature, out: np.ndarray) -> None:
+        """Write one row of the table, or ABSENT, for each row of the log."""
+        column = self.columns[feature.source_column]
         if feature.kind == "numeric":
-            numbers, valid = _numbers(column, feature, place)
-            rows = np.searchsorted(np.asarray(feature.boundaries), numbers, side="right") + 1
-            return np.where(valid, rows, MISSING_ROW)
-        valid = None if column.null_count == 0 else np.asarray(column.is_valid())
-        ids = self._ids(column, feature, place, np.arange(len(column)))
-        if valid is not None:
-            ids = np.where(valid, ids, ABSENT if feature.encoding == "ids" else MISSING_ROW)
-        return ids
+            numbers, valid = self._numbers(column, feature)
+            out[:] = np.searchsorted(np.asarray(feature.boundaries), numbers, side="right") + 1
+            if valid is not None:
+                out[~valid] = MISSING_ROW
+            return
+        out[:] = self._ids(column, feature, None)
+        if column.null_count:
+            out[~_valid(column)] = ABSENT if feature.encoding == "ids" else MISSING_ROW
 
-    def _list(self, rows: pa.RecordBatch, feature: Feature, place: Place) -> Ragged:
-        column = rows.column(feature.source_column)
-        lengths = _list_lengths(column)
-        owners = np.repeat(np.arange(len(column)), lengths)  # the row of each value
+    def list(self, feature: Feature) -> Ragged:
+        """Read a list column; a null list is an empty one, a null inside a list is no value."""
+        column = self.columns[feature.source_column]
+        offsets = _list_offsets(column)
         items = column.flatten()
-        ids = self._ids(items, feature, place, owners)
-        weights = (
-            self._weights(rows.column(feature.weights), lengths, feature, place) if feature.weights else None
-        )
-        keep = ids >= 0
-        if items.null_count:  # a null inside a list is no value
-            keep &= np.asarray(items.is_valid())
-        if not keep.all():
+        ids = self._ids(items, feature, offsets).astype(np.int64, copy=False)
+        weights = self._weights(feature, offsets) if feature.weights else None
+        absent = items.null_count > 0 or (feature.on_invalid == "null" and ids.size > 0 and ids.min() < 0)
+        if absent:
+            keep = ids >= 0
+            if items.null_count:
+                keep &= _valid(items)
             ids = ids[keep]
-            lengths = np.bincount(owners[keep], minlength=len(column))
             weights = None if weights is None else weights[keep]
-        offsets = np.zeros(len(column) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
+            kept_before = np.zeros(len(keep) + 1, np.int64)
+            np.cumsum(keep, out=kept_before[1:])
+            offsets = kept_before[offsets]
         return Ragged(ids, offsets, weights)
 
-    def _weights(self, column: pa.Array, lengths: np.ndarray, feature: Feature, place: Place) -> np.ndarray:
-        found = _list_lengths(column)
-        if not np.array_equal(found, lengths):
-            row = int(np.flatnonzero(found != lengths)[0])
+    def _weights(self, feature: Feature, offsets: np.ndarray) -> np.ndarray:
+        column = self.columns[feature.weights]
+        found, wanted = np.diff(_list_offsets(column)), np.diff(offsets)
+        if not np.array_equal(found, wanted):
+            row = int(np.flatnonzero(found != wanted)[0])
             raise InputError(
-                f"{place.row(row)}, field {feature.name!r}: {lengths[row]} values but {found[row]} weights in column "
+                f"{self.place.row(row)}, field {feature.name!r}: {wanted[row]} values but {found[row]} weights in column "
                 f"{feature.weights!r}; the lists must be equally long: mend the writer of this file"
             )
-        weights, valid = _numbers(
-            column.flatten(), feature, place, np.repeat(np.arange(len(column)), lengths)
-        )
-        return np.where(valid, weights, 0.0).astype(np.float32)
+        weights, valid = self._numbers(column.flatten(), feature, offsets)
+        if valid is not None:
+            weights = np.where(valid, weights, 0.0)
+        return weights.astype(np.float32)
 
-    def _ids(self, column: pa.Array, feature: Feature, place: Place, owners: np.ndarray) -> np.ndarray:
-        """Rows of the table for each value, int64; what stands at nulls means nothing. `owners`: the row of each value."""
-        num_embeddings = self.schema.table_of[feature.name].num_embeddings
+    def _ids(self, column: pa.Array, feature: Feature, offsets: np.ndarray | None) -> np.ndarray:
+        """Rows of the table for each value; what stands at nulls means nothing. `offsets`: of the lists that hold the values."""
+        num_embeddings = self.encoder.num_embeddings[feature.name]
         if feature.encoding == "hash":
-            hashed = hash_values(column) % np.uint64(num_embeddings - 1)
-            return hashed.astype(np.int64) + 1
+            return remainder(hash_values(column), num_embeddings - 1).view(np.int64) + 1
         if feature.encoding == "vocabulary":
-            values = self.vocabularies[feature.name]
-            if column.type != values.type:
-                column = _cast(column, values.type, feature, place)
-            found = pc.index_in(column, value_set=values)
-            return pc.fill_null(found, OUT_OF_VOCABULARY_ROW - FIRST_VOCABULARY_ROW).to_numpy(False).astype(
-                np.int64
-            ) + (FIRST_VOCABULARY_ROW)
-        ids = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
-        if ids.size == 0:
-            return ids.astype(np.int64)
-        if ids.min() < 0 or ids.max() >= num_embeddings:
-            bad = (ids < 0) | (ids >= num_embeddings)
-            if feature.on_invalid == "error":
-                first = int(np.flatnonzero(bad)[0])
-                raise InputError(
-                    f"{place.row(int(owners[first]))}, field {feature.name!r} = {ids[first]}: wanted an id in [0, {num_embeddings}); "
-                    "mend the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
-                )
-            # Python's modulo: -1 becomes the last row
-            ids = (
-                np.where(bad, ABSENT, ids.astype(np.int64))
-                if feature.on_invalid == "null"
-                else ids % num_embeddings
+            return self.encoder.vocabularies[feature.name].rows_of(
+                column, f"{self.place.file}: row group {self.place.row_group}, field {feature.name!r}"
             )
-        return ids.astype(np.int64, copy=False)
+        ids = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+        # Seen as unsigned, a negative id is a huge one: one pass checks both ends of the range.
+        limit = num_embeddings - 1
+        if ids.size == 0 or ids.view(f"u{ids.itemsize}").max() <= min(limit, np.iinfo(ids.dtype).max):
+            return ids
+        bad = (ids < 0) | (ids > limit)
+        if feature.on_invalid == "error":
+            first = int(np.flatnonzero(bad)[0])
+            raise InputError(
+                f"{self.place.row(_owner(first, offsets))}, field {feature.name!r} = {ids[first]}: wanted an id in "
+                f"[0, {num_embeddings}); mend the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
+            )
+        self.mended[feature.name] += int(bad.sum())
+        if feature.on_invalid == "null":
+            return np.where(bad, ABSENT, ids.astype(np.int64))
+        # Python's modulo: -1 becomes the last row. Small types cannot hold the divisor.
+        wide = ids if ids.dtype == np.uint64 else ids.astype(np.int64)
+        return (wide % num_embeddings).astype(np.int64)
 
+    def dense(self, out: np.ndarray) -> None:
+        """Fill (n, D) with numbers and vectors; missing ones are left 0."""
+        start = 0
+        for feature in self.encoder.schema.dense:
+            column = self.columns[feature.source_column]
+            if feature.kind == "vector":
+                self._vector(column, feature, out[:, start : start + feature.width])
+            else:
+                self._numeric(column, feature, out[:, start])
+            start += feature.dense_width
 
-def hash_values(column: pa.Array) -> np.ndarray:
-    """64-bit hashes, uint64, equal on every machine: splitmix64 of integers, BLAKE2b of strings; of null, 0."""
-    if pt.is_integer(column.type):
-        numbers = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
-        if numbers.dtype != np.uint64:
-            numbers = numbers.astype(np.int64).view(np.uint64)
-        hashed = splitmix64(numbers)
-    else:
-        encoded = column if pt.is_dictionary(column.type) else column.dictionary_encode()
-        unique = [
-            int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=8).digest(), "little")
-            for value in encoded.dictionary.to_pylist()
-        ]
-        codes = pc.fill_null(encoded.indices, 0).to_numpy(zero_copy_only=False)
-        hashed = np.asarray(unique or [0], np.uint64)[codes]
-    if column.null_count:
-        hashed = np.where(np.asarray(column.is_valid()), hashed, np.uint64(0))
-    return hashed
+    def _numeric(self, column: pa.Array, feature: Feature, out: np.ndarray) -> None:
+        numbers, valid = self._numbers(column, feature)
+        if feature.transform == "log1p":
+            numbers = np.copysign(np.log1p(np.abs(numbers)), numbers)
+        elif feature.transform == "standardise":
+            numbers = (numbers - float(feature.mean)) / float(feature.std)
+        out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
 
+    def _vector(self, column: pa.Array, feature: Feature, out: np.ndarray) -> None:
+        present = _valid(column) if column.null_count else None
+        lengths = np.diff(_list_offsets(column))
+        wrong = lengths != feature.width if present is None else present & (lengths != feature.width)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise InputError(
+                f"{self.place.row(row)}, field {feature.name!r}: a vector of length {lengths[row]}: wanted width = {feature.width}; "
+                "mend the file or the schema's width"
+            )
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        numbers, valid = self._numbers(column.flatten(), feature, offsets)
+        if valid is not None:
+            numbers = np.where(valid, numbers, 0.0)
+        if present is None:
+            out[:] = numbers.reshape(-1, feature.width)
+        else:
+            out[present] = numbers.reshape(-1, feature.width)
 
-def splitmix64(numbers: np.ndarray) -> np.ndarray:
-    """Mix uint64 numbers so that each input bit changes half of the output bits (Steele, Lea and Flood, 2014)."""
-    with np.errstate(over="ignore"):
-        mixed = numbers + SPLITMIX_GAMMA
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def _list_lengths(column: pa.Array) -> np.ndarray:
-    return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _cast(column: pa.Array, kind: pa.DataType, feature: Feature, place: Place) -> pa.Array:
-    try:
-        return column.cast(kind)
-    except pa.ArrowException as error:
-        raise InputError(
-            f"{place.file}: row group {place.row_group}, field {feature.name!r}: column is {column.type}, the vocabulary is {kind} "
-            f"({_first_line(error)}); write the column with the type it had when the vocabulary was fitted"
-        ) from None
-
-
-def _numbers(
-    column: pa.Array, feature: Feature, place: Place, owners: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Float64 numbers and their validity. NaN and infinity are errors, or missing if on_invalid = 'null'."""
-    valid = np.ones(len(column), bool) if column.null_count == 0 else np.asarray(column.is_valid())
-    numbers = np.array(pc.fill_null(column.cast(pa.float64()), 0.0).to_numpy(zero_copy_only=False))
-    finite = np.isfinite(numbers)
-    if not finite.all():
+    def _numbers(
+        self, column: pa.Array, feature: Feature, offsets: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Numbers, 0 where invalid, and their validity (None: all). NaN and infinity are errors, or missing if on_invalid = 'null'."""
+        valid = None
+        if column.null_count:
+            valid = _valid(column)
+            column = pc.fill_null(column, False if pt.is_boolean(column.type) else pa.scalar(0, column.type))
+        if not (pt.is_floating(column.type) or pt.is_integer(column.type)) or pt.is_float16(column.type):
+            column = column.cast(pa.float64())
+        numbers = column.to_numpy(zero_copy_only=False)
+        if (
+            numbers.dtype.kind in "iu"
+        ):  # as float32, integers beyond 2^24 would lose digits before the transform
+            numbers = numbers.astype(np.float64)
+        finite = np.isfinite(numbers)
+        if finite.all():
+            return numbers, valid
         if feature.on_invalid != "null":
             first = int(np.flatnonzero(~finite)[0])
-            row = first if owners is None else int(owners[first])
             raise InputError(
-                f"{place.row(row)}, field {feature.name!r} = {numbers[first]}: wanted a finite number or null; "
+                f"{self.place.row(_owner(first, offsets))}, field {feature.name!r} = {numbers[first]}: wanted a finite number or null; "
                 "mend the file, or set on_invalid = 'null' to read it as missing"
             )
-        numbers = np.where(finite, numbers, 0.0)
-        valid = valid & finite
-    return numbers, valid
+        self.mended[feature.name] += int((~finite).sum())
+        return np.where(finite, numbers, 0.0), finite if valid is None else valid & finite
 
 
-def _numeric(column: pa.Array, feature: Feature, place: Place) -> np.ndarray:
-    numbers, valid = _numbers(column, feature, place)
-    if feature.transform == "log1p":
-        numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
-    elif feature.transform == "standardise":
-        numbers = (numbers - float(feature.mean)) / float(feature.std)
-    return np.where(valid, numbers, 0.0)
+def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
+    """Labels as a NumPy array of 0 and 1.
 
-
-def _vector(column: pa.Array, feature: Feature, place: Place) -> np.ndarray:
-    present = np.asarray(column.is_valid())
-    lengths = _list_lengths(column)
-    wrong = present & (lengths != feature.width)
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise InputError(
-            f"{place.row(row)}, field {feature.name!r}: a vector of length {lengths[row]}: wanted width = {feature.width}; "
-            "mend the file or the schema's width"
-        )
-    items = column.filter(column.is_valid()).flatten() if column.null_count else column.flatten()
-    owners = np.repeat(np.flatnonzero(present), feature.width)
-    numbers, _ = _numbers(items, feature, place, owners)
-    out = np.zeros((len(column), feature.width), np.float32)
-    out[present] = numbers.reshape(-1, feature.width)
-    return out
-
-
-def _labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
+    Raises:
+        InputError: a label is null or another number.
+    """
     if column.null_count:
-        row = int(np.flatnonzero(~np.asarray(column.is_valid()))[0])
+        row = int(np.flatnonzero(~_valid(column))[0])
         raise InputError(
             f"{place.row(row)}, label {name!r} is null: wanted 0 or 1; drop the row or mend the file"
         )
-    labels = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    if not pt.is_integer(column.type):
+        column = column.cast(pa.float64())
+    labels = column.to_numpy(zero_copy_only=False)
     bad = (labels != 0) & (labels != 1)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise InputError(
             f"{place.row(row)}, label {name!r} = {labels[row]:g}: wanted 0 or 1; mend the file or choose another label"
         )
-    return labels.astype(np.float32)
+    return labels
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _valid(column: pa.Array) -> np.ndarray:
+    return column.is_valid().to_numpy(zero_copy_only=False)
+
+
+def _list_offsets(column: pa.Array) -> np.ndarray:
+    """(n + 1,) int64, from 0: where each row's values lie in `column.flatten()`."""
+    if column.null_count == 0 and not pt.is_fixed_size_list(column.type):
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        return offsets - offsets[0]
+    offsets = np.zeros(len(column) + 1, np.int64)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _owner(value: int, offsets: np.ndarray | None) -> int:
+    """The row that holds a value of a list column."""
+    return value if offsets is None else int(np.searchsorted(offsets, value, side="right")) - 1

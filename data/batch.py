@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from data.columns import Columns, Ragged, pad
+from data.columns import Columns, Ragged
 from data.order import Cursor
 
 
@@ -27,7 +27,7 @@ class Batch(Pipelineable):
         labels: (B,) float32 of 0 and 1.
         weights: (B,) float32. 1 in a full batch. A global batch that does not fill all ranks alike is padded: padding rows have
             weight 0, and real rows carry world_size * B / (real rows of all ranks), so that mean(weights * loss), averaged over
-            ranks, is the exact mean over real rows.
+            ranks, is the exact mean over real rows. With negative_weights = "importance" real rows are weighed by label too.
         group_ids: (B,) int64, equal for rows of one GAUC group; None if the schema names no group column.
         cursor: the stream's position after this batch. It rides here because a pipeline reads two batches ahead of the one it trains:
             what a checkpoint must keep is the position of the trained batch, not the reader's.
@@ -94,34 +94,24 @@ class Keys(NamedTuple):
     weighted: list[str]
 
 
-def to_batch(columns: Columns, keys: Keys, *, num_rows: int, weight: float, cursor: Cursor) -> Batch:
-    """Pad to `num_rows` and wrap as tensors, without copying where nothing was padded.
+def to_batch(columns: Columns, keys: Keys, *, weights: np.ndarray, cursor: Cursor) -> Batch:
+    """Wrap as tensors, without copying where no single-valued field misses an id and there are no lists.
 
     Args:
-        columns: decoded rows.
+        columns: gathered rows with padding.
         keys: names of the sparse features.
-        num_rows: B, rows of this rank's batch with padding.
-        weight: of each real row, see `Batch.weights`.
+        weights: (B,) float32, see `Batch.weights`.
         cursor: the stream's position after this batch.
     """
-    real_rows = columns.num_rows
-    columns = pad(columns, num_rows)
-    weights = np.zeros(num_rows, np.float32)
-    weights[:real_rows] = weight
     ids = columns.single_ids
-    present = ids >= 0
-    if present.all():
+    if ids.size == 0 or ids.min() >= 0:
         values, lengths = ids.reshape(-1), np.ones(ids.size, np.int32)
     else:
+        present = ids >= 0
         values, lengths = ids[present], present.reshape(-1).astype(np.int32)
-    values = (
-        np.concatenate([values] + [ragged.values for ragged in columns.lists]) if columns.lists else values
-    )
-    lengths = (
-        np.concatenate([lengths] + [_lengths(ragged) for ragged in columns.lists])
-        if columns.lists
-        else lengths
-    )
+    if columns.lists:
+        values = np.concatenate([values] + [ragged.values for ragged in columns.lists])
+        lengths = np.concatenate([lengths] + [_lengths(ragged) for ragged in columns.lists])
     return Batch(
         dense_features=torch.from_numpy(columns.dense),
         sparse_features=KeyedJaggedTensor(

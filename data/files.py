@@ -1,63 +1,198 @@
-"""Paths -> Parquet files and their row groups, checked from footers alone. Imports no torch."""
+"""Paths -> Parquet files and their row groups: columns checked and kept rows counted, before the first batch. Imports no torch."""
 
 import glob
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.arrow import check_columns
+from data.arrow import Place, read_labels
+from data.checksums import column_without_checksum
+from data.column_types import check_columns
 from data.errors import InputError
+from data.keys import first_line
 from data.order import RowGroup
 from data.schema import Schema
+from data.selection import Footer, Selection, read_footer
+from data.storage import DataFile, RemoteFile, is_uri, list_remote, open_parquet, retried
+
+T = TypeVar("T")
+THREADS = 8  # that read footers: small reads, which mostly wait
 
 
-def resolve_files(paths: Sequence[str]) -> list[Path]:
-    """Turn folders, globs and files into a sorted list of Parquet files.
+class ChecksumWarning(UserWarning):
+    """A file's damage could go unseen."""
+
+
+class Contents(NamedTuple):
+    """What the files hold: row groups with at least one kept row, and kept rows by label (0, 1) where rows are sampled."""
+
+    row_groups: list[RowGroup]
+    label_counts: tuple[int, int]
+
+
+def resolve_files(paths: Sequence[str]) -> list[DataFile]:
+    """Turn folders, globs, files and URIs into a sorted list of Parquet files.
 
     Raises:
         InputError: a path leads to no Parquet file.
     """
-    files: set[Path] = set()
+    local: set[Path] = set()
+    remote: set[RemoteFile] = set()
     for text in paths:
-        path = Path(text)
-        found = [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else []
-        found = found or [
-            Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()
-        ]
-        if not found and not path.is_dir():
-            for folder in sorted(glob.glob(text)):
-                found += sorted(Path(folder).rglob("*.parquet"))
+        if is_uri(text):
+            found = list_remote(text)
+            remote.update(found)
+        else:
+            found = _find_local(text)
+            local.update(found)
         if not found:
             raise InputError(
                 f"{text}: no Parquet file there; check the path, or write the data first (`mbcnet data synth`, `mbcnet data prepare`)"
             )
-        files |= set(found)
-    return sorted(files)
+    return [*sorted(local), *sorted(remote)]
 
 
-def read_footers(files: Sequence[Path], schema: Schema) -> list[RowGroup]:
-    """List the row groups of all files and check each file's columns, from footers alone.
+def _find_local(text: str) -> set[Path]:
+    found: set[Path] = set()
+    for name in [text] if Path(text).exists() else glob.glob(text, recursive=True):
+        path = Path(name)
+        found |= set(path.rglob("*.parquet")) if path.is_dir() else {path}
+    return found
+
+
+def read_contents(
+    files: Sequence[DataFile], schema: Schema, selection: Selection, *, warn: bool = False
+) -> Contents:
+    """List the row groups of all files, check each file's columns from its footer, and count the rows that the selection keeps.
+
+    Without sampling and conditions on time only footers are read; else also, once, the label or the time column.
+
+    Args:
+        files: at least one.
+        schema: what the columns must be.
+        selection: which rows to keep.
+        warn: whether to warn once of pages without checksums.
 
     Raises:
-        InputError: a file is no Parquet file, or a column is missing or of a wrong type; or there is no row at all.
+        InputError: a file is no Parquet file, a column is missing or of a wrong type, or no row is left.
     """
-    row_groups = []
-    for number, file in enumerate(files):
-        try:
-            with pq.ParquetFile(file) as parquet:
+    attempts = selection.options.attempts
+    time_column = schema.time_column if selection.conditions else ""
+    read = frozenset(schema.columns)
+
+    def inspect(file: DataFile) -> tuple[Footer, str]:
+        def action() -> tuple[Footer, str]:
+            with open_parquet(file) as parquet:
                 check_columns(parquet.schema_arrow, schema, str(file))
-                metadata = parquet.metadata
-                rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        except (OSError, pa.ArrowException) as error:
-            reason = (str(error).splitlines() or ["unreadable"])[0]
-            raise InputError(
-                f"{file}: not a readable Parquet file ({reason}); write it again or remove it"
-            ) from None
-        row_groups += [RowGroup(number, index, num_rows) for index, num_rows in enumerate(rows) if num_rows]
-    if not row_groups:
-        raise InputError(
-            f"{files[0]} and {len(files) - 1} more files hold no rows; check the paths of this split"
+                if time_column and time_column not in parquet.schema_arrow.names:
+                    raise InputError(
+                        f"{file}: column {time_column!r} is missing, which is the schema's time_column and named by where; "
+                        "add the column to the file, or mend the conditions"
+                    )
+                checked = read if selection.options.require_checksum else frozenset({schema.label})
+                bare = column_without_checksum(file, parquet.metadata, checked)
+                return read_footer(parquet.metadata, time_column), bare
+
+        return _read(file, action, "not a readable Parquet file", attempts)
+
+    inspected = _in_threads(inspect, files)
+    _judge_checksums(
+        [(file, bare) for file, (_, bare) in zip(files, inspected, strict=True) if bare], selection, warn
+    )
+    footers = [footer for footer, _ in inspected]
+    selection.fix_span(footers)
+
+    def count(number: int) -> tuple[list[RowGroup], np.ndarray]:
+        return _read(
+            files[number],
+            lambda: _count_rows(files[number], number, footers[number], selection),
+            "cannot be read while counting rows",
+            attempts,
         )
-    return row_groups
+
+    counted = _in_threads(count, range(len(files)))
+    row_groups = [row_group for groups, _ in counted for row_group in groups]
+    if not row_groups:
+        kept = f" that where = {list(selection.options.where)} and sampling keep" if selection.filters else ""
+        raise InputError(
+            f"{files[0]} and {len(files) - 1} more files hold no rows{kept}; check the paths of this split"
+        )
+    negatives, positives = np.sum([counts for _, counts in counted], axis=0)
+    return Contents(row_groups, (int(negatives), int(positives)))
+
+
+def _in_threads(action: Callable[..., T], items: Sequence) -> list[T]:
+    if len(items) == 1:
+        return [action(items[0])]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(action, items))
+
+
+def _read(file: DataFile, action: Callable[[], T], what: str, attempts: int) -> T:
+    if isinstance(file, RemoteFile):
+        return retried(action, str(file), attempts)
+    try:
+        return action()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{file}: {what} ({first_line(error)}); write it again or remove it") from None
+
+
+def _judge_checksums(bare: list[tuple[DataFile, str]], selection: Selection, warn: bool) -> None:
+    if not bare:
+        return
+    file, column = bare[0]
+    found = f"{file}: the pages of column {column!r} carry no checksum (so in {len(bare)} of {len(selection.files)} files)"
+    if selection.options.require_checksum:
+        raise InputError(
+            f"{found}: require_checksum = true wants them; write the files with page checksums "
+            "(pyarrow: write_page_checksum=True), or set require_checksum = false"
+        )
+    if warn:
+        warnings.warn(f"{found}: damage to them can go unseen", ChecksumWarning, stacklevel=4)
+
+
+def _count_rows(
+    file: DataFile, number: int, footer: Footer, selection: Selection
+) -> tuple[list[RowGroup], np.ndarray]:
+    """Kept rows of each row group of a file, and of each label."""
+    row_groups, label_counts = [], np.zeros(2, np.int64)
+    parquet: pq.ParquetFile | None = None
+    try:
+        for index, stored_rows in enumerate(footer.num_rows):
+            columns = selection.columns_to_count(footer.spans[index]) if stored_rows else None
+            if columns is None:
+                continue
+            num_rows = stored_rows
+            if columns:
+                parquet = parquet or open_parquet(file)
+                rows = one_batch(parquet.read_row_group(index, columns=list(columns), use_threads=False))
+                place = Place(str(file), index)
+                kept = selection.mask(rows, file, place)
+                num_rows = int(kept.sum())
+                if selection.samples:
+                    label = selection.schema.label
+                    labels = read_labels(rows.column(rows.schema.names.index(label)), label, place)
+                    label_counts += np.bincount(labels[kept].astype(np.int64), minlength=2)
+            if num_rows:
+                row_groups.append(RowGroup(number, index, num_rows, stored_rows))
+    finally:
+        if parquet is not None:
+            parquet.close()
+    return row_groups, label_counts
+
+
+def one_batch(table: pa.Table) -> pa.RecordBatch:
+    """A table as one record batch, without a copy where each column is in one piece already."""
+    if any(column.num_chunks != 1 for column in table.columns):
+        table = table.combine_chunks()
+    if table.num_rows == 0:
+        return pa.RecordBatch.from_arrays(
+            [pa.array([], column.type) for column in table.columns], names=table.column_names
+        )
+    return pa.RecordBatch.from_arrays([column.chunk(0) for column in table.columns], names=table.column_names)

@@ -1,24 +1,31 @@
 """ParquetStream: row groups -> batches of one rank, in the order that data/order.py fixes, from a cursor on."""
 
 import hashlib
-import queue
-import threading
-from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from data.arrow import Encoder, Place
+from data.ahead import Ahead, Patience, prefetched
+from data.arrow import Encoder
 from data.batch import Batch, Keys, to_batch
-from data.columns import Columns, concatenate, take
+from data.columns import Columns, Rows, gather
+from data.decode import Decoded, Decoder
 from data.errors import InputError
-from data.files import read_footers
-from data.order import Cursor, Segment, StreamOptions, Window, plan_windows, rows_of_step
+from data.files import read_contents
+from data.order import (
+    Cursor,
+    StreamOptions,
+    Window,
+    lane_bounds,
+    plan_windows,
+    spans_of_rank,
+    steps_per_epoch,
+    windows_of_spans,
+)
 from data.schema import Schema
+from data.selection import Selection, select_files
+from data.storage import DataFile
 
 
 class ParquetStream:
@@ -26,58 +33,56 @@ class ParquetStream:
 
     Every rank yields the same number of batches. The last global batch holds what is left: each rank gets the same number of rows,
     padded with rows of weight 0 (see `Batch.weights`), so nothing is dropped and no collective waits for a missing rank.
+
+    Attributes:
+        num_rows: kept rows of all files.
+        counters: field -> values that its `on_invalid` mended, in the windows that this rank has decoded for its batches.
     """
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[DataFile],
         schema: Schema,
         options: StreamOptions,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Read all footers.
+        """Read all footers; with sampling or conditions on time, also the label or the time column, once.
 
         Raises:
-            InputError: a file or the schema is faulty, or world_size does not divide `options.lanes`.
+            InputError: a file or the schema is faulty, no row is kept, or world_size does not divide `options.lanes`.
         """
         if options.lanes % world_size:
             raise InputError(
                 f"data.lanes = {options.lanes}: wanted a multiple of world_size = {world_size}; set data.lanes to "
                 f"{world_size * max(1, round(options.lanes / world_size))}"
             )
-        self.files = list(files)
-        self.options = options
+        self.files = select_files(files, options.where, schema)
+        self.schema, self.options = schema, options
         self.rank, self.world_size = rank, world_size
         self.encoder = Encoder(schema)
-        self.schema = schema
-        self.row_groups = read_footers(self.files, schema)
+        self.selection = Selection(options, schema, self.files)
+        self.row_groups, label_counts = read_contents(self.files, schema, self.selection, warn=rank == 0)
         self.num_rows = sum(row_group.num_rows for row_group in self.row_groups)
+        self.label_weights = _label_weights(options, *label_counts)
         self.keys = Keys(
             [feature.name for feature in schema.sparse], [feature.name for feature in schema.weighted]
         )
         self.cursor = Cursor()
+        self.counters: Counter[str] = Counter()
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch, equal for all ranks."""
-        lane_rows = -(-self.num_rows // self.options.lanes)
-        share = self.options.batch_size // self.options.lanes
-        if self.options.order == "chronological":
-            return -(-self.num_rows // self.options.batch_size)
-        return -(-lane_rows // share)
+        return steps_per_epoch(self.options, self.num_rows)
 
     def fingerprint(self) -> str:
-        """Twelve hex digits of what fixes the order: options, file names and rows. World size is not part of it."""
+        """Twelve hex digits of what fixes the order: options, file names and kept rows. World size and workers are not part of it."""
         groups = [(self.files[group.file].name, group.index, group.num_rows) for group in self.row_groups]
-        options = (
-            self.options.batch_size,
-            self.options.lanes,
-            self.options.order,
-            self.options.window_rows,
-            self.options.seed,
-        )
-        return hashlib.sha256(repr((groups, options)).encode()).hexdigest()[:12]
+        options = self.options
+        fixed = (options.batch_size, options.lanes, options.order, options.window_rows, options.seed)
+        chosen = (options.where, options.keep_negatives, options.drop_positives)
+        return hashlib.sha256(repr((groups, fixed, chosen)).encode()).hexdigest()[:12]
 
     def state_dict(self, cursor: Cursor | None = None) -> dict[str, int | str]:
         """The position as two integers and a fingerprint. Pass the cursor of the last trained batch where a pipeline reads ahead."""
@@ -93,133 +98,139 @@ class ParquetStream:
         if state["fingerprint"] != self.fingerprint():
             raise InputError(
                 f"stream state {state['fingerprint']}: this run's files or data options give {self.fingerprint()}; "
-                "resume with the same files, batch_size, lanes, window_rows and seed"
+                "resume with the same files, batch_size, lanes, order, window_rows, seed, where and sampling"
             )
         self.cursor = Cursor(int(state["epoch"]), int(state["step"]))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the rest of the current epoch; afterwards the cursor stands at the next epoch's start."""
-        batches = self._batches(self.cursor)
-        for batch in _prefetched(batches, self.options.prefetch) if self.options.prefetch else batches:
+        """Yield the rest of the current epoch; afterwards the cursor stands at the next epoch's start.
+
+        With prefetch or workers no batch is waited for longer than `timeout_seconds`; without both, the caller reads and waits itself.
+
+        Raises:
+            InputError: a file is damaged, a value is faulty, or no rows came in time; named by file and row group.
+        """
+        decoder = Decoder(self.files, self.encoder, self.selection)
+        patience = Patience(
+            self.options.timeout_seconds, lambda: sorted(set(decoder.reading.copy().values()))
+        )
+        batches = self._batches(self.cursor, decoder, patience)
+        depth = self.options.prefetch
+        for batch in prefetched(batches, depth, patience) if depth else batches:
             self.cursor = batch.cursor
             yield batch
         self.cursor = Cursor(self.cursor.epoch + 1, 0)
 
-    def _batches(self, cursor: Cursor) -> Iterator[Batch]:
+    def _batches(self, cursor: Cursor, decoder: Decoder, patience: Patience) -> Iterator[Batch]:
         options = self.options
         row_groups = self.row_groups
         if options.order == "shuffled":
             order = np.random.default_rng([options.seed, cursor.epoch]).permutation(len(row_groups))
             row_groups = [row_groups[index] for index in order]
-        lane_bounds = [self.num_rows * lane // options.lanes for lane in range(options.lanes + 1)]
-        bounds = [0, self.num_rows] if options.order == "chronological" else lane_bounds
-        own = options.lanes // self.world_size
-        reader = _WindowReader(
-            self, plan_windows(row_groups, bounds, options.window_rows), cursor.epoch, capacity=own + 1
+        windows = plan_windows(row_groups, lane_bounds(options, self.num_rows), options.window_rows)
+        feed = _WindowFeed(self, windows, cursor, decoder, Ahead(options.workers, patience))
+        try:
+            for step in range(cursor.step, self.steps_per_epoch):
+                parts = feed.parts(step)
+                per_rank = [
+                    sum(stop - start for start, stop in self._spans(step, rank))
+                    for rank in range(self.world_size)
+                ]
+                num_rows = max(per_rank)
+                weight = self.world_size * num_rows / sum(per_rank)
+                columns = gather(parts or [(self.encoder.encode_all([]), slice(0, 0))], num_rows)
+                weights = np.zeros(num_rows, np.float32)
+                real = per_rank[self.rank]
+                negative, positive = self.label_weights
+                weights[:real] = np.where(columns.labels[:real] == 1, weight * positive, weight * negative)
+                yield to_batch(columns, self.keys, weights=weights, cursor=Cursor(cursor.epoch, step + 1))
+        finally:
+            feed.ahead.close()
+
+    def _spans(self, step: int, rank: int) -> list[tuple[int, int]]:
+        return spans_of_rank(self.options, self.num_rows, step, rank, self.world_size)
+
+
+def _label_weights(options: StreamOptions, negatives: int, positives: int) -> tuple[float, float]:
+    """Weights of a negative and of a positive row: 1 / keep_negatives and 1, scaled to average 1 over the kept rows."""
+    if options.negative_weights == "none":
+        return 1.0, 1.0
+    scale = (negatives + positives) / (negatives / options.keep_negatives + positives)
+    return scale / options.keep_negatives, scale
+
+
+class _WindowFeed:
+    """The decoded windows that a rank's batches are gathered from: those in use, and a few that workers decode ahead."""
+
+    def __init__(
+        self,
+        stream: ParquetStream,
+        windows: list[Window],
+        cursor: Cursor,
+        decoder: Decoder,
+        ahead: Ahead[Decoded],
+    ) -> None:
+        self.stream, self.windows, self.epoch, self.decoder, self.ahead = (
+            stream,
+            windows,
+            cursor.epoch,
+            decoder,
+            ahead,
         )
-        for step in range(cursor.step, self.steps_per_epoch):
-            spans = [rows_of_step(options, self.num_rows, step, lane) for lane in range(options.lanes)]
-            per_rank = [
-                sum(stop - start for start, stop in spans[rank * own : (rank + 1) * own])
-                for rank in range(self.world_size)
-            ]
-            num_rows = max(per_rank)
-            parts = [
-                part
-                for start, stop in spans[self.rank * own : (self.rank + 1) * own]
-                for part in reader.rows(start, stop)
-            ]
-            columns = concatenate(parts) if parts else reader.no_rows(spans)
-            weight = self.world_size * num_rows / sum(per_rank)
-            next_cursor = Cursor(cursor.epoch, step + 1)
-            yield to_batch(columns, self.keys, num_rows=num_rows, weight=weight, cursor=next_cursor)
-
-
-class _WindowReader:
-    """Decodes windows on demand and keeps the last few, one for each lane."""
-
-    def __init__(self, stream: ParquetStream, windows: list[Window], epoch: int, capacity: int) -> None:
-        self.stream, self.windows, self.epoch, self.capacity = stream, windows, epoch, capacity
         self.starts = [window.first_row for window in windows]
-        self.decoded: OrderedDict[int, tuple[Columns, np.ndarray]] = OrderedDict()
+        self.upcoming = self._first_uses(cursor.step)
+        self.given: set[int] = set()  # to be decoded, and not yet used
+        self.decoded: dict[int, Decoded] = {}  # in use
 
-    def rows(self, start: int, stop: int) -> Iterator[Columns]:
-        """Yield rows [start, stop) of the epoch's sequence."""
-        while start < stop:
-            index = bisect_right(self.starts, start) - 1
-            window = self.windows[index]
-            columns, permutation = self._window(index)
-            last = min(stop, window.first_row + window.num_rows)
-            yield take(columns, permutation[start - window.first_row : last - window.first_row])
-            start = last
+    def parts(self, step: int) -> list[tuple[Columns, Rows]]:
+        """Return the rows that this rank trains at `step`."""
+        cuts = list(self._cuts(step))
+        used = list(dict.fromkeys(index for index, _, _ in cuts))
+        for index in used:
+            while index not in self.given and index not in self.decoded:
+                self._give(next(self.upcoming))
+        while self.ahead.threads and len(self.given.difference(used)) <= self.ahead.threads:
+            following = next(self.upcoming, None)
+            if following is None:
+                break
+            self._give(following)
+        kept = {}
+        for index in used:
+            if index not in self.decoded:
+                self.decoded[index] = self.ahead.take(index)
+                self.given.discard(index)
+                self.stream.counters.update(self.decoded[index].mended)
+            kept[index] = self.decoded[index]
+        parts = [
+            (kept[index].columns, self._rows(index, start, stop, kept[index])) for index, start, stop in cuts
+        ]
+        # A lane moves on and never back: what the next step does not use is never used again.
+        following = {index for index, _, _ in self._cuts(step + 1)}
+        self.decoded = {index: decoded for index, decoded in self.decoded.items() if index in following}
+        return parts
 
-    def no_rows(self, spans: list[tuple[int, int]]) -> Columns:
-        """Return zero rows with the right fields, for a rank that the last global batch leaves without any."""
-        start = next(start for start, stop in spans if stop > start)
-        columns, _ = self._window(bisect_right(self.starts, start) - 1)
-        return take(columns, np.zeros(0, np.int64))
+    def _rows(self, index: int, start: int, stop: int, decoded: Decoded) -> Rows:
+        first = self.windows[index].first_row
+        if decoded.permutation is None:
+            return slice(start - first, stop - first)
+        return decoded.permutation[start - first : stop - first]
 
-    def _window(self, index: int) -> tuple[Columns, np.ndarray]:
-        if index in self.decoded:
-            self.decoded.move_to_end(index)
-            return self.decoded[index]
-        window = self.windows[index]
-        columns = concatenate([self._decode(segment) for segment in window.segments])
-        permutation = np.arange(window.num_rows)
-        if self.stream.options.order == "shuffled":
-            permutation = np.random.default_rng(
-                [self.stream.options.seed, self.epoch, window.first_row]
-            ).permutation(window.num_rows)
-        self.decoded[index] = (columns, permutation)
-        while len(self.decoded) > self.capacity:
-            self.decoded.popitem(last=False)
-        return columns, permutation
+    def _give(self, index: int) -> None:
+        window, options = self.windows[index], self.stream.options
+        seed = [options.seed, self.epoch, window.first_row] if options.order == "shuffled" else None
+        self.decoder.expect(window)
+        self.given.add(index)
+        self.ahead.give(index, lambda: self.decoder.decode(window, seed))
 
-    def _decode(self, segment: Segment) -> Columns:
-        file = self.stream.files[segment.row_group.file]
-        try:
-            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                table = parquet.read_row_group(
-                    segment.row_group.index, columns=list(self.stream.schema.columns), use_threads=False
-                )
-        except (OSError, pa.ArrowException) as error:
-            reason = (str(error).splitlines() or ["unreadable"])[0]
-            raise InputError(
-                f"{file}: row group {segment.row_group.index} cannot be decoded ({reason}); the file is damaged: write it again"
-            ) from None
-        rows = table.slice(segment.start, segment.stop - segment.start).combine_chunks()
-        batch = rows.to_batches()[0]
-        return self.stream.encoder.encode(batch, Place(str(file), segment.row_group.index, segment.start))
+    def _cuts(self, step: int) -> Iterator[tuple[int, int, int]]:
+        if step >= self.stream.steps_per_epoch:
+            return iter(())
+        return windows_of_spans(self.starts, self.stream._spans(step, self.stream.rank))
 
-
-def _prefetched(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """Decode ahead in a thread; Arrow and NumPy release the interpreter's lock while they work. Errors are raised in the caller."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-    abandoned = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> bool:
-        while not abandoned.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for batch in batches:
-                if not put(batch):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    threading.Thread(target=produce, daemon=True, name="parquet-prefetch").start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        abandoned.set()
+    def _first_uses(self, step: int) -> Iterator[int]:
+        """Windows in the order in which this rank's batches first need them."""
+        before: set[int] = set()
+        for later in range(step, self.stream.steps_per_epoch):
+            used = {index: None for index, _, _ in self._cuts(later)}
+            yield from (index for index in used if index not in before)
+            before = set(used)

@@ -13,6 +13,7 @@ from typing import Any
 from data.errors import InputError
 from data.files import resolve_files
 from data.schema import Schema, load_schema
+from data.storage import DataFile
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
@@ -93,7 +94,9 @@ def open_streams(
     return streams
 
 
-def _opener(files: list[Path], schema: Schema, options: Any, process: Process) -> Callable[[], ParquetStream]:
+def _opener(
+    files: list[DataFile], schema: Schema, options: Any, process: Process
+) -> Callable[[], ParquetStream]:
     return lambda: ParquetStream(files, schema, options, process.rank, process.world_size)
 
 

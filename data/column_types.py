@@ -1,0 +1,90 @@
+"""Which Arrow types a field's column may have: what a footer alone can tell. Imports no torch."""
+
+import pyarrow as pa
+from pyarrow import types as pt
+
+from data.errors import InputError
+from data.schema import Feature, Schema
+
+
+def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str) -> None:
+    """Check from a file's footer alone that every column is there with a type its field can take.
+
+    Raises:
+        InputError: naming the file, the column, its type and the type wanted.
+    """
+    names = set(arrow_schema.names)
+    for column in schema.columns:
+        if column not in names:
+            users = [
+                feature.name
+                for feature in schema.features
+                if column in (feature.source_column, feature.weights)
+            ]
+            role = "label" if column == schema.label else f"field {users[0]!r}" if users else "group_column"
+            raise InputError(
+                f"{file}: column {column!r} is missing, which is the schema's {role}; "
+                "add the column to the file, or mend the schema"
+            )
+    _check_type(
+        arrow_schema, schema.label, _is_number, "0 and 1 as integers, floats or booleans", file, "the label"
+    )
+    for feature in schema.features:
+        accepts, wanted = _accepted(feature)
+        _check_type(
+            arrow_schema,
+            feature.source_column,
+            accepts,
+            wanted,
+            file,
+            f"{feature.kind} field {feature.name!r}",
+        )
+        if feature.weights:
+            _check_type(
+                arrow_schema,
+                feature.weights,
+                _is_number_list,
+                "lists of numbers",
+                file,
+                f"weights of {feature.name!r}",
+            )
+
+
+def _check_type(arrow_schema: pa.Schema, column: str, accepts, wanted: str, file: str, role: str) -> None:  # noqa: ANN001
+    found = arrow_schema.field(column).type
+    if not accepts(found):
+        raise InputError(
+            f"{file}: column {column!r} is {found}: {role} wants {wanted}; mend the file or the schema"
+        )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind) or pt.is_decimal(kind)
+
+
+def _is_key(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    return pt.is_integer(kind) or pt.is_string(kind) or pt.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+
+
+def _is_number_list(kind: pa.DataType) -> bool:
+    return _is_list(kind) and _is_number(kind.value_type)
+
+
+def _accepted(feature: Feature):  # noqa: ANN202
+    """The type test of a field's column, and its description."""
+    if feature.kind == "numeric":
+        return _is_number, "numbers"
+    if feature.kind == "vector":
+        return _is_number_list, "lists of numbers"
+    item, words = (
+        (pt.is_integer, "integers") if feature.encoding == "ids" else (_is_key, "integers or strings")
+    )
+    mend = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary' or 'hash')"
+    if feature.kind == "categorical":
+        return item, words + mend
+    return lambda kind: _is_list(kind) and item(kind.value_type), f"lists of {words}{mend}"

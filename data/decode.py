@@ -1,0 +1,236 @@
+"""Windows -> decoded, checked and permuted rows. Imports no torch; one decoder serves many threads.
+
+A row group is read whole and its rows are gone through once, except one that a lane ends in, which each of the two lanes reads, and
+one longer than a window, which is read as a stream: memory stays near the windows that are in use, whatever the writer's row groups.
+"""
+
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.arrow import Encoder, Place
+from data.columns import Columns
+from data.errors import InputError
+from data.files import one_batch
+from data.keys import first_line
+from data.order import RowGroup, Segment, Window
+from data.selection import Selection
+from data.storage import DataFile, RemoteFile, open_parquet, retried
+
+T = TypeVar("T")
+CACHED_COLUMN_CHUNKS = 200_000  # of parsed footers kept: about 60 MB
+Part = tuple[pa.RecordBatch, Place]
+
+
+class Decoded(NamedTuple):
+    """A window's rows; row i of the window is row permutation[i] of columns (None: row i)."""
+
+    columns: Columns
+    permutation: np.ndarray | None
+    mended: Counter[str]
+
+
+class Decoder:
+    """Reads windows of one epoch of one stream."""
+
+    def __init__(self, files: Sequence[DataFile], encoder: Encoder, selection: Selection) -> None:
+        self.files, self.encoder, self.selection = files, encoder, selection
+        schema = encoder.schema
+        self.columns = list(schema.columns)
+        if selection.conditions and schema.time_column not in self.columns:
+            self.columns.append(schema.time_column)
+        # Strings come as dictionary codes: then a value is hashed or looked up once for each row group.
+        self.dictionaries = [
+            feature.source_column
+            for feature in schema.features
+            if feature.kind == "categorical" and feature.encoding != "ids"
+        ] + ([schema.group_column] if schema.group_column else [])
+        self.footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
+        self.long: dict[tuple[RowGroup, int], _LongRowGroup] = {}
+        self.lock = threading.Lock()
+        self.reading: dict[int, str] = {}  # thread -> what it reads, for messages about stuck ones
+
+    def expect(self, window: Window) -> None:
+        """Say that `window` will be decoded. The windows of a lane must be announced in their order, before they are decoded."""
+        for segment in window.segments:
+            if segment.row_group.num_rows <= self.selection.options.window_rows:
+                continue
+            key = (segment.row_group, window.lane)
+            with self.lock:
+                if key not in self.long:
+                    # the lane has moved on: what it leaves behind goes when its last expected rows are taken
+                    for other, long in list(self.long.items()):
+                        if other[1] == window.lane:
+                            long.is_last = True
+                            if long.is_idle():
+                                del self.long[other]
+                    self.long[key] = _LongRowGroup(self, segment.row_group)
+                self.long[key].expected.append(segment)
+
+    def decode(self, window: Window, seed: list[int] | None) -> Decoded:
+        """Read and encode a window's rows, permuted if there is a seed.
+
+        Raises:
+            InputError: a file is damaged or has changed, or a value is faulty.
+        """
+        thread = threading.get_ident()
+        try:
+            parts: list[Part] = []
+            for segment in window.segments:
+                self.reading[thread] = self.name(segment.row_group)
+                parts += self._read(segment, window.lane)
+        finally:
+            self.reading.pop(thread, None)
+        mended: Counter[str] = Counter()
+        columns = self.encoder.encode_all(parts, mended)
+        permutation = None if seed is None else np.random.default_rng(seed).permutation(window.num_rows)
+        return Decoded(columns, permutation, mended)
+
+    def name(self, row_group: RowGroup) -> str:
+        """File and row group, for messages."""
+        return f"{self.files[row_group.file]}: row group {row_group.index}"
+
+    def _read(self, segment: Segment, lane: int) -> list[Part]:
+        row_group = segment.row_group
+        key = (row_group, lane)
+        with self.lock:
+            long = self.long.get(key)
+        if long is not None:
+            parts = long.take(segment)
+            with self.lock:
+                if long.is_last and long.is_idle():
+                    self.long.pop(key, None)
+            return parts
+
+        def read() -> pa.Table:
+            with self.open(row_group) as parquet:
+                return parquet.read_row_group(row_group.index, columns=self.columns, use_threads=False)
+
+        rows, place = self.keep(one_batch(self.guarded(row_group, read)), row_group, 0)
+        if rows.num_rows != row_group.num_rows:
+            raise self.changed(row_group, rows.num_rows)
+        return [_cut(rows, place, segment.start, segment.stop)]
+
+    def open(self, row_group: RowGroup) -> pq.ParquetFile:
+        """Open the file of a row group, with its footer parsed already if it was open lately."""
+        with self.lock:
+            footer = self.footers.get(row_group.file)
+            if footer is not None:
+                self.footers.move_to_end(row_group.file)
+        file = self.files[row_group.file]
+        parquet = open_parquet(file, metadata=footer, read_dictionary=self.dictionaries)
+        if footer is None:
+            with self.lock:
+                self.footers[row_group.file] = parquet.metadata
+                held = sum(known.num_row_groups * known.num_columns for known in self.footers.values())
+                while held > CACHED_COLUMN_CHUNKS and len(self.footers) > 1:
+                    _, known = self.footers.popitem(last=False)
+                    held -= known.num_row_groups * known.num_columns
+        return parquet
+
+    def guarded(self, row_group: RowGroup, read: Callable[[], T]) -> T:
+        """Run a read, a remote one again if it fails. Failures become one line that names file and row group."""
+        name = self.name(row_group)
+        if isinstance(self.files[row_group.file], RemoteFile):
+            return retried(read, name, self.selection.options.attempts)
+        try:
+            return read()
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(
+                f"{name} cannot be decoded ({first_line(error)}); the file is damaged: write it again"
+            ) from None
+
+    def keep(self, rows: pa.RecordBatch, row_group: RowGroup, first_row: int) -> Part:
+        """Leave out the rows that the selection does not keep."""
+        file = self.files[row_group.file]
+        place = Place(str(file), row_group.index, first_row)
+        if not self.selection.filters:
+            return rows, place
+        kept = self.selection.mask(rows, file, place)
+        if kept.all():
+            return rows, place
+        return rows.filter(pa.array(kept)), replace(place, rows=first_row + np.flatnonzero(kept))
+
+    def changed(self, row_group: RowGroup, found: int) -> InputError:
+        """A row group that does not hold what was counted at the start."""
+        return InputError(
+            f"{self.name(row_group)} has {found} rows to read, but had {row_group.num_rows} when the stream was opened; "
+            "the file was changed or is damaged: write it again, and start again"
+        )
+
+
+class _LongRowGroup:
+    """A row group that is read as a stream, because one lane's windows cut it. Rows that are not expected are passed over."""
+
+    def __init__(self, decoder: Decoder, row_group: RowGroup) -> None:
+        self.decoder, self.row_group = decoder, row_group
+        self.expected: deque[Segment] = deque()
+        self.ready: dict[Segment, list[Part]] = {}
+        self.is_last = False  # nothing more will be expected
+        self.lock = threading.Lock()
+        self.batches: Iterator[pa.RecordBatch] | None = None
+        self.stored = 0  # rows read from the file so far
+        self.position = 0  # kept rows passed so far
+        self.rest: Part | None = None  # read, and not yet passed
+
+    def is_idle(self) -> bool:
+        """Whether all that was expected has been taken."""
+        return not self.expected and not self.ready
+
+    def take(self, segment: Segment) -> list[Part]:
+        """Return the rows of an expected segment. Whoever comes first reads for those before it too."""
+        with self.lock:
+            while segment not in self.ready:
+                following = self.expected[0]
+                self.ready[following] = self._pull(following.start, following.stop)
+                self.expected.popleft()
+            return self.ready.pop(segment)
+
+    def _pull(self, start: int, stop: int) -> list[Part]:
+        parts: list[Part] = []
+        while self.position < stop:
+            if self.rest is None:
+                batch = self.decoder.guarded(self.row_group, self._next)
+                if batch is None:
+                    raise self.decoder.changed(self.row_group, self.position)
+                self.rest = self.decoder.keep(batch, self.row_group, self.stored)
+                self.stored += batch.num_rows
+            rows, place = self.rest
+            skipped = min(max(0, start - self.position), rows.num_rows)
+            taken = min(stop - self.position - skipped, rows.num_rows - skipped)
+            if taken:
+                parts.append(_cut(rows, place, skipped, skipped + taken))
+            passed = skipped + taken
+            self.position += passed
+            self.rest = None if passed == rows.num_rows else _cut(rows, place, passed, rows.num_rows)
+        return parts
+
+    def _next(self) -> pa.RecordBatch | None:
+        batches, self.batches = self.batches, None  # so that a read that fails begins anew
+        if batches is None:
+            parquet = self.decoder.open(self.row_group)
+            batches = parquet.iter_batches(
+                self.decoder.selection.options.window_rows,
+                row_groups=[self.row_group.index],
+                columns=self.decoder.columns,
+                use_threads=False,
+            )
+            passed = 0
+            while passed < self.stored:
+                passed += next(batches).num_rows
+        batch = next(batches, None)
+        self.batches = batches
+        return batch
+
+
+def _cut(rows: pa.RecordBatch, place: Place, start: int, stop: int) -> Part:
+    if start == 0 and stop == rows.num_rows:
+        return rows, place
+    numbers = None if place.rows is None else place.rows[start:stop]
+    return rows.slice(start, stop - start), replace(place, first_row=place.first_row + start, rows=numbers)

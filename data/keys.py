@@ -1,0 +1,193 @@
+"""Keys -> table rows: hashes that are equal on every machine, and vocabularies. Imports no torch.
+
+A hash of an integer is splitmix64 of its 64 bits. A hash of a string starts from its length in bytes and mixes in its
+UTF-8 bytes, eight at a time (little-endian, zero-padded): h <- splitmix64(h xor word). Both are written for whole columns at once:
+a digest per value in Python is 50 times slower and holds the interpreter's lock.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import types as pt
+
+from data.errors import InputError
+from data.schema import FIRST_VOCABULARY_ROW, OUT_OF_VOCABULARY_ROW, Schema
+
+SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+DIRECT_LOOKUP_SPAN = 2**22  # integer vocabularies up to this span of values are looked up in an array of it
+
+
+class Vocabulary:
+    """A fitted list of values: value i is row FIRST_VOCABULARY_ROW + i, all others are row OUT_OF_VOCABULARY_ROW."""
+
+    def __init__(self, values: pa.Array) -> None:
+        self.type = values.type
+        if pt.is_integer(values.type):
+            numbers = values.to_numpy(zero_copy_only=False)
+            order = np.argsort(numbers, kind="stable")
+            self._sorted, self._rows = numbers[order], order + FIRST_VOCABULARY_ROW
+            self._low = int(self._sorted[0]) if len(numbers) else 0
+            span = int(self._sorted[-1]) - self._low + 1 if len(numbers) else 0
+            self._direct: np.ndarray | None = None
+            if 0 < span <= max(DIRECT_LOOKUP_SPAN, 4 * len(numbers)):
+                self._direct = np.full(span, OUT_OF_VOCABULARY_ROW, np.int64)
+                self._direct[(self._sorted - self._sorted[0]).astype(np.int64)] = self._rows
+        else:
+            texts = values.to_pylist()
+            self._row_of: Mapping[str, int] = {
+                text: row for row, text in enumerate(texts, start=FIRST_VOCABULARY_ROW)
+            }
+
+    def rows_of(self, column: pa.Array, where: str) -> np.ndarray:
+        """Return int64 rows; what stands at nulls means nothing. `where` names the column in messages.
+
+        Raises:
+            InputError: the column's type cannot become the vocabulary's.
+        """
+        if pt.is_integer(self.type):
+            if pt.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            if not pt.is_integer(column.type):
+                column = self._cast(column, where)
+            numbers = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(
+                zero_copy_only=False
+            )
+            return self._integer_rows(numbers)
+        encoded = column if pt.is_dictionary(column.type) else column.dictionary_encode()
+        unique = encoded.dictionary
+        if not (pt.is_string(unique.type) or pt.is_large_string(unique.type)):
+            unique = self._cast(unique, where)
+        rows = [self._row_of.get(text, OUT_OF_VOCABULARY_ROW) for text in unique.to_pylist()]
+        return np.asarray(rows or [0], np.int64)[_codes(encoded)]
+
+    def _integer_rows(self, numbers: np.ndarray) -> np.ndarray:
+        rows = np.full(len(numbers), OUT_OF_VOCABULARY_ROW, np.int64)
+        if not len(self._sorted):
+            return rows
+        # Compared with Python's integers: a pair of int64 and uint64 arrays would be compared as floats.
+        inside = (numbers >= self._low) & (numbers <= int(self._sorted[-1]))
+        wanted = numbers[inside].astype(self._sorted.dtype)
+        if self._direct is not None:
+            rows[inside] = self._direct[(wanted - self._sorted[0]).astype(np.int64)]
+        else:
+            places = np.searchsorted(self._sorted, wanted)
+            found = self._sorted[places] == wanted
+            rows[inside] = np.where(found, self._rows[places], OUT_OF_VOCABULARY_ROW)
+        return rows
+
+    def _cast(self, column: pa.Array, where: str) -> pa.Array:
+        try:
+            return column.cast(self.type)
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{where}: column is {column.type}, the vocabulary is {self.type} ({first_line(error)}); "
+                "write the column with the type it had when the vocabulary was fitted"
+            ) from None
+
+
+def load_vocabularies(schema: Schema) -> dict[str, Vocabulary]:
+    """Read the value list of every vocabulary field: field name -> vocabulary.
+
+    Raises:
+        InputError: a file is missing, or its length does not fit the table.
+    """
+    vocabularies = {}
+    for feature in schema.features:
+        if feature.encoding == "vocabulary" and feature.is_sparse and feature.kind != "numeric":
+            path = schema.folder / feature.vocabulary
+            try:
+                with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+                    values = parquet.read(columns=["value"])["value"].combine_chunks()
+            except (OSError, pa.ArrowException, KeyError) as error:
+                raise InputError(
+                    f"{path}: the vocabulary of field {feature.name!r} cannot be read ({first_line(error)}); "
+                    "run `mbcnet data prepare` again"
+                ) from None
+            wanted = schema.table_of[feature.name].num_embeddings
+            if len(values) + FIRST_VOCABULARY_ROW > wanted:
+                raise InputError(
+                    f"{path}: {len(values)} values need {len(values) + FIRST_VOCABULARY_ROW} rows, but the table of field "
+                    f"{feature.name!r} has num_embeddings = {wanted}; set it to {len(values) + FIRST_VOCABULARY_ROW}"
+                )
+            vocabularies[feature.name] = Vocabulary(values)
+    return vocabularies
+
+
+def hash_values(column: pa.Array) -> np.ndarray:
+    """64-bit hashes, uint64, equal on every machine; of null, 0."""
+    if pt.is_dictionary(column.type):
+        hashes = hash_values(column.dictionary)
+        hashed = (hashes if len(hashes) else np.zeros(1, np.uint64))[_codes(column)]
+    elif pt.is_integer(column.type):
+        numbers = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+        if numbers.dtype != np.uint64:
+            numbers = numbers.astype(np.int64).view(np.uint64)
+        hashed = splitmix64(numbers)
+    elif pt.is_string(column.type) or pt.is_large_string(column.type):
+        hashed = _hash_strings(column)
+    else:
+        hashed = _hash_strings(column.cast(pa.string()))
+    if column.null_count:
+        hashed = np.where(column.is_valid().to_numpy(zero_copy_only=False), hashed, np.uint64(0))
+    return hashed
+
+
+def _hash_strings(column: pa.Array) -> np.ndarray:
+    width = np.int64 if pt.is_large_string(column.type) else np.int32
+    _, offset_buffer, data = column.buffers()
+    if len(column) == 0 or offset_buffer is None:
+        return np.zeros(len(column), np.uint64)
+    offsets = np.frombuffer(offset_buffer, width, len(column) + 1, column.offset * np.dtype(width).itemsize)
+    offsets = offsets.astype(np.int64)
+    first, last = int(offsets[0]), int(offsets[-1])
+    # eight bytes more, so that the last word can be read whole
+    data_bytes = np.zeros(last - first + 8, np.uint8)
+    if data is not None and last > first:
+        data_bytes[:-8] = np.frombuffer(data, np.uint8, last - first, first)
+    words = np.lib.stride_tricks.as_strided(data_bytes[:8].view("<u8"), (last - first + 1,), (1,))
+    starts, lengths = offsets[:-1] - first, np.diff(offsets)
+    hashed = splitmix64(lengths.view(np.uint64))
+    active = np.flatnonzero(lengths > 0)
+    word = 0
+    while len(active):
+        left = lengths[active] - 8 * word
+        bits = 8 * np.minimum(left, 8).astype(np.uint64)
+        mask = np.where(
+            left >= 8, np.uint64(2**64 - 1), (np.uint64(1) << (bits % np.uint64(64))) - np.uint64(1)
+        )
+        hashed[active] = splitmix64(hashed[active] ^ (words[starts[active] + 8 * word] & mask))
+        active = active[left > 8]
+        word += 1
+    return hashed
+
+
+def _codes(encoded: pa.DictionaryArray) -> np.ndarray:
+    indices = encoded.indices
+    return (pc.fill_null(indices, 0) if indices.null_count else indices).to_numpy(zero_copy_only=False)
+
+
+def splitmix64(numbers: np.ndarray) -> np.ndarray:
+    """Mix uint64 numbers so that each input bit changes half of the output bits (Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        mixed = numbers + SPLITMIX_GAMMA
+        mixed ^= mixed >> np.uint64(30)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(27)
+        mixed *= np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def remainder(numbers: np.ndarray, divisor: int) -> np.ndarray:
+    """uint64 numbers modulo `divisor`. NumPy divides by a constant without a division, but takes remainders with one."""
+    quotients = numbers // np.uint64(divisor)
+    quotients *= np.uint64(divisor)
+    return np.subtract(numbers, quotients, out=quotients)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for one-line messages."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
