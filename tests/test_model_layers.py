@@ -14,6 +14,7 @@ from mbcnet_rec.model.layers import (
     ALL,
     MLP,
     WIDE,
+    AlignedLinear,
     FieldVectors,
     FullRankCross,
     GroupedMLP,
@@ -112,6 +113,32 @@ def test_cross_degree_grows_by_one_a_layer():
     assert np.abs(np.diff(values, 3)).max() > 1e-6
 
 
+@pytest.mark.parametrize(("wide", "narrow"), [(300, 256), (256, 301), (270, 270), (300, 5), (320, 256)])
+def test_aligned_linear_is_a_linear(wide, narrow, monkeypatch):
+    padded, plain = AlignedLinear(wide, narrow).double(), torch.nn.Linear(wide, narrow).double()
+    plain.load_state_dict(padded.state_dict())  # parameters keep their true sizes
+    x, y = (
+        torch.randn(6, wide, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        for _ in "xy"
+    )
+    seen = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda a, w, b=None: seen.append(tuple(w.shape)) or linear(a, w, b)
+    )
+    weight = torch.randn(6, narrow).double()
+    (padded(x) * weight).sum().backward()
+    small = min(wide, narrow) < 256
+    assert small or all(side % 16 == 0 for side in seen[0])
+    (plain(y) * weight).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    for a, b in zip(padded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+        assert a.grad.is_contiguous()
+    with torch.no_grad():
+        assert torch.equal(padded(x), plain(x)) and seen[-1] == (narrow, wide)
+
+
 def naive_mlp(x, mlp):
     for layer in mlp:
         if isinstance(layer, torch.nn.Linear):
@@ -129,7 +156,7 @@ def test_mlp_has_relu_on_every_layer():
 def test_mlp_regularisation():
     x = torch.randn(64, 5)
     normal = MLP(5, (8,), Regularisation(batch_norm=True))
-    assert [type(layer).__name__ for layer in normal] == ["Linear", "BatchNorm1d", "ReLU"]
+    assert [type(layer).__name__ for layer in normal] == ["AlignedLinear", "BatchNorm1d", "ReLU"]
     dropping = MLP(5, (400,), Regularisation(dropout=0.5))
     kept = (dropping(x) > 0).float().mean() / (dropping.eval()(x) > 0).float().mean()
     assert 0.45 < kept < 0.55

@@ -157,7 +157,8 @@ class Baseline(nn.Module):
 
 def logits_only(logits: Tensor) -> ModelOutput:
     """Wrap (B,) logits as the output of a model with K = 0 branches."""
-    return ModelOutput(logits.new_empty(0, len(logits), 0), logits.new_empty(0, len(logits)), logits)
+    rows = logits.shape[0]  # len() would fix the batch size of an exported graph
+    return ModelOutput(logits.new_empty(0, rows, 0), logits.new_empty(0, rows), logits)
 
 
 class DNNArch(nn.Module):
