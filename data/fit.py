@@ -6,7 +6,9 @@ vocabulary, counted over all of them. With min_count = 1 every training value ha
 where new values are to be expected.
 """
 
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.errors import InputError
-from data.schema import FIRST_VOCABULARY_ROW, FIT, Feature, Schema, parse_schema, schema_to_toml
+from data.schema import (
+    FIRST_VOCABULARY_ROW,
+    FIT,
+    Feature,
+    Schema,
+    format_schema,
+    load_schema,
+    parse_schema,
+    schema_to_toml,
+)
+from data.storage import DataFile, open_parquet
 
 VOCABULARY_FOLDER = "vocabulary"
 BATCH_ROWS = 65_536
@@ -30,12 +42,17 @@ class _Counts:
     """How often each value occurs."""
 
     pending: list[pa.Table] = field(default_factory=list)
+    pending_rows: int = 0
+    merged_rows: int = 0
 
     def add(self, values: pa.Array) -> None:
         counted = values.drop_null().value_counts()
         self.pending.append(pa.table({"value": counted.field(0), "count": counted.field(1)}))
-        if len(self.pending) > 1 and sum(table.num_rows for table in self.pending) > MAX_PENDING:
+        self.pending_rows += len(counted)
+        # As much new as old: the work then grows with the values and not with the values times the number of merges.
+        if self.pending_rows > max(MAX_PENDING, self.merged_rows):
             self.pending = [self.merged()]
+            self.pending_rows, self.merged_rows = 0, self.pending[0].num_rows
 
     def merged(self) -> pa.Table:
         total = (
@@ -104,9 +121,10 @@ class _Sample:
 
 def fit_schema(
     schema: Schema,
-    files: Iterable[str | Path],
+    files: Iterable[DataFile | str],
     out_folder: str | Path,
     report: Callable[[str], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Schema:
     """Replace every "fit" of a schema by what the files say.
 
@@ -117,28 +135,33 @@ def fit_schema(
         files: Parquet files of the training split.
         out_folder: where schema.toml will stand; vocabulary paths are relative to it.
         report: called with one line for each field whose fit says little (a constant, an empty column).
+        progress: called with the number of rows read so far.
 
     Raises:
         InputError: no file, or a column is missing.
     """
     out_folder = Path(out_folder)
     waiting = [feature for feature in schema.features if not feature.is_fitted]
-    files = [Path(file) for file in files]
-    if waiting and not files:
+    sources = [Path(file) if isinstance(file, str) else file for file in files]
+    if waiting and not sources:
         raise InputError(
             f"schema {schema.name!r}: no training file to fit {waiting[0].name!r} on; name at least one"
         )
     counts = {feature.table_name: _Counts() for feature in waiting if feature.vocabulary == FIT}
     moments = {feature.name: _Moments() for feature in waiting if FIT in (feature.mean, feature.std)}
     samples = {feature.name: _Sample() for feature in waiting if feature.boundaries == FIT}
-    for file in files:
+    done = 0
+    for file in sources if waiting else ():
         for rows in _record_batches(file, waiting):
+            done += rows.num_rows
             for feature in waiting:
                 column = rows.column(feature.source_column)
                 if feature.vocabulary == FIT:
                     counts[feature.table_name].add(_plain(column, feature))
                 else:
                     (samples if feature.boundaries == FIT else moments)[feature.name].add(_finite(column))
+            if progress:
+                progress(done)
     say = report or (lambda line: None)
     top = schema_to_toml(schema)
     for feature in waiting:
@@ -158,9 +181,74 @@ def fit_schema(
     return parse_schema(top, f"fit of schema {schema.name!r}", out_folder)
 
 
-def _record_batches(file: Path, features: list[Feature]) -> Iterable[pa.RecordBatch]:
+def write_fitted(
+    schema: Schema,
+    files: Sequence[DataFile],
+    out: str | Path,
+    *,
+    force: bool = False,
+    report: Callable[[str], None] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Schema:
+    """Fit a schema and write OUT/schema.toml and OUT/vocabulary, whole or not at all.
+
+    Vocabularies that the schema names already are copied, so that OUT stands alone.
+
+    Args:
+        schema: with any number of "fit".
+        files: Parquet files of the training split.
+        out: a folder that is absent or empty, or holds an earlier fit.
+        force: replace an earlier fit.
+        report: see `fit_schema`.
+        progress: see `fit_schema`.
+
+    Raises:
+        InputError: see `fit_schema`; or `out` holds something.
+    """
+    out = Path(out)
+    held = {path.name for path in out.iterdir()} if out.is_dir() else {""} if out.exists() else set()
+    if held and not (force and held <= {"schema.toml", VOCABULARY_FOLDER}):
+        mend = (
+            "pass --force to replace it"
+            if held <= {"schema.toml", VOCABULARY_FOLDER}
+            else "choose another folder"
+        )
+        raise InputError(f"{out}: exists already; {mend}")
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
-        parquet = pq.ParquetFile(file)
+        partial.mkdir(parents=True)
+        fitted = fit_schema(_with_own_vocabularies(schema, partial), files, partial, report, progress)
+        header = f"Fitted on {len(files)} training file(s) by mbcnet schema fit."
+        (partial / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return load_schema(out / "schema.toml")
+
+
+def _with_own_vocabularies(schema: Schema, folder: Path) -> Schema:
+    """Copy the vocabulary files that a schema names into `folder`, and name them there."""
+    top = schema_to_toml(schema)
+    for feature in schema.features:
+        if feature.vocabulary not in ("", FIT):
+            relative = f"{VOCABULARY_FOLDER}/{feature.table_name}.parquet"
+            (folder / VOCABULARY_FOLDER).mkdir(exist_ok=True)
+            try:
+                shutil.copyfile(schema.folder / feature.vocabulary, folder / relative)
+            except OSError as error:
+                raise InputError(
+                    f"{schema.folder / feature.vocabulary}: the vocabulary of field {feature.name!r} cannot be copied "
+                    f"({error.strerror}); mend the path in the schema"
+                ) from None
+            top["fields"][feature.name]["vocabulary"] = relative
+    return parse_schema(top, f"schema {schema.name!r}", folder)
+
+
+def _record_batches(file: DataFile, features: list[Feature]) -> Iterable[pa.RecordBatch]:
+    try:
+        parquet = open_parquet(file)
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]}); mend or remove the file"

@@ -1,30 +1,90 @@
-"""`mbcnet schema`: look at a schema."""
+"""`mbcnet schema`: infer a schema from files, fit it on training files, look at it."""
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 
 def register(subparsers: Any) -> None:
     """Add the commands."""
-    parser = subparsers.add_parser("schema", help="look at a schema, or infer one", description=__doc__)
+    parser = subparsers.add_parser("schema", help="infer, fit or show a schema", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser))
+    infer = actions.add_parser("infer", help="write a schema from Parquet files", description=_infer.__doc__)
+    infer.add_argument("paths", nargs="+", metavar="PATH", help="Parquet files, folders, globs or URIs")
+    infer.add_argument("-o", "--out", required=True, metavar="FILE", help="the schema to write")
+    infer.add_argument(
+        "--rows",
+        type=int,
+        default=1_000_000,
+        help="about how many rows to read, spread over the files; 0: all",
+    )
+    infer.add_argument("--label", default="", metavar="COLUMN", help="default: guessed by name and values")
+    infer.add_argument("--name", default="", help="of the schema; default: the file's name")
+    infer.add_argument("--force", action="store_true", help="replace FILE")
+    infer.set_defaults(run=_infer)
+    fit = actions.add_parser("fit", help='measure every "fit" on training files', description=_fit.__doc__)
+    fit.add_argument("schema", metavar="SCHEMA")
+    fit.add_argument("paths", nargs="+", metavar="PATH", help="Parquet files of the training split only")
+    fit.add_argument("-o", "--out", required=True, metavar="FOLDER")
+    fit.add_argument("--force", action="store_true", help="replace an earlier fit in FOLDER")
+    fit.set_defaults(run=_fit)
     show = actions.add_parser("show", help="print a schema as a table", description=_show.__doc__)
     show.add_argument("path", metavar="FILE")
     show.set_defaults(run=_show)
 
 
-def _show(args: argparse.Namespace) -> int:
-    """Print fields, tables and groups."""
+def _infer(args: argparse.Namespace) -> int:
+    """Profile Parquet files in bounded memory and write a commented schema to look through."""
+    from tqdm import tqdm
+
+    from data.errors import InputError
+    from data.files import resolve_files
+    from data.infer import infer_schema
+
+    out = Path(args.out)
+    if args.rows < 0:
+        raise InputError(f"--rows {args.rows}: wanted 0 (all) or more; change it")
+    if out.exists() and not args.force:
+        raise InputError(f"{out}: exists already; choose another file, or pass --force to replace it")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent}: no such folder; make it first")
+    with tqdm(unit="row", unit_scale=True, desc="infer", disable=None) as bar:
+        text, suspicious = infer_schema(
+            resolve_files(args.paths), name=args.name or out.stem, label=args.label, rows=args.rows,
+            progress=lambda done: bar.update(done - bar.n),
+        )  # fmt: skip
+    out.write_text(text, encoding="utf-8")
+    for line in suspicious:
+        print(f"left out: {line}", file=sys.stderr)
+    print(f"{out}: written; {len(suspicious)} suspicious column(s) are left out as comments")
+    print(f"next: look through it, then mbcnet schema fit {out} TRAINING_FILES -o FOLDER")
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    """Replace every "fit" of a schema (vocabularies, means, boundaries) by what the training files say."""
+    from tqdm import tqdm
+
+    from data.files import resolve_files
+    from data.fit import write_fitted
     from data.schema import load_schema
 
-    schema = load_schema(args.path)
-    print(f"{schema.name}: {len(schema.features)} fields, {schema.width} dims, label {schema.label}")
-    for feature in schema.features:
-        table = schema.table_of.get(feature.name)
-        sizes = (
-            f"{table.num_embeddings:>14,} x {table.embedding_dim}"
-            if table
-            else f"{feature.dense_width:>14} dense"
-        )
-        print(f"  {feature.name:<40} {feature.kind:<22} {sizes}")
+    schema = load_schema(args.schema)
+    with tqdm(unit="row", unit_scale=True, desc="fit", disable=None) as bar:
+        write_fitted(
+            schema, resolve_files(args.paths), args.out, force=args.force,
+            report=lambda line: tqdm.write(line, file=sys.stderr), progress=lambda done: bar.update(done - bar.n),
+        )  # fmt: skip
+    print(f"{args.out}: schema.toml and vocabularies")
+    print(f"next: mbcnet data check FILES --schema {Path(args.out) / 'schema.toml'}, then train with it")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    """Print tables, fields and groups with their sizes."""
+    from data.schema import load_schema
+    from data.show import print_schema
+
+    print_schema(load_schema(args.path))
     return 0

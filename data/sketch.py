@@ -1,0 +1,39 @@
+"""How many distinct values a column has, in bounded memory. Imports no torch."""
+
+import numpy as np
+
+HASH_SPAN = 2.0**64
+
+
+class Distinct:
+    """The k smallest hashes seen (k minimum values; Bar-Yossef et al., 2002).
+
+    Below k distinct values the count is exact. Above, with U_(k) the k-th smallest hash as a share of the hash range,
+    the estimate is (k - 1) / U_(k), whose standard error is about 1 / sqrt(k - 2): 1.6 % for k = 4096. The order and the
+    grouping of the input change nothing.
+
+    Args:
+        size: k, hashes kept: 8 bytes each.
+    """
+
+    def __init__(self, size: int = 4096) -> None:
+        self.size = size
+        self.smallest = np.zeros(0, np.uint64)  # ascending, no repeats
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Take in 64-bit hashes, uint64, of any number of values, with repeats."""
+        if not self.is_exact:
+            hashes = hashes[hashes < self.smallest[-1]]  # most of a long column leaves here
+        if len(hashes):
+            self.smallest = np.union1d(self.smallest, hashes)[: self.size]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every distinct hash is kept."""
+        return len(self.smallest) < self.size
+
+    def estimate(self) -> int:
+        """Number of distinct values."""
+        if self.is_exact:
+            return len(self.smallest)
+        return round((self.size - 1) / ((float(self.smallest[-1]) + 1.0) / HASH_SPAN))

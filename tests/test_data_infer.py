@@ -1,0 +1,299 @@
+"""Proves that an inferred schema says what the files hold, hides what leaks, loads, and can be fitted and encoded."""
+
+import re
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import profile
+from data.arrow import Encoder, Place
+from data.errors import InputError
+from data.fit import write_fitted
+from data.infer import infer_schema
+from data.keys import splitmix64
+from data.leaks import always_positive, auc, column_auc
+from data.pailitao import pailitao_schema
+from data.profile import ColumnProfile, RowSample, profile_files
+from data.schema import load_schema
+from data.sketch import Distinct
+from data.synthetic import write_synthetic
+
+ROWS = 6_000
+SHARED = Path(__file__).parents[2] / "shared" / "datasets"
+
+
+@pytest.mark.parametrize("true", [0, 1, 500, 4_095, 4_096, 30_000, 1_000_000])
+def test_sketch_counts_distinct_values(true):
+    sketch = Distinct()
+    hashes = splitmix64(np.arange(true, dtype=np.uint64))
+    for part in np.array_split(np.concatenate([hashes, hashes[: true // 3]]), 7):
+        sketch.add(part)
+    assert sketch.is_exact == (true < 4_096)
+    # four standard errors of 1 / sqrt(4094)
+    assert abs(sketch.estimate() - true) <= (0 if sketch.is_exact else 0.0625 * true)
+    assert len(sketch.smallest) <= 4_096
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 400), max_size=300), st.integers(1, 9))
+def test_sketch_does_not_depend_on_pieces(values, pieces):
+    hashes = splitmix64(np.asarray(values, np.uint64))
+    whole, parts = Distinct(64), Distinct(64)
+    whole.add(hashes)
+    for part in np.array_split(hashes, pieces):
+        parts.add(part)
+    assert np.array_equal(whole.smallest, parts.smallest)
+    assert np.array_equal(whole.smallest, np.unique(hashes)[:64])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1)), min_size=1, max_size=60))
+def test_auc_agrees_with_the_definition(rows):
+    scores, labels = (np.asarray(column) for column in zip(*rows, strict=True))
+    gaps = scores[labels == 1][:, None] - scores[labels == 0][None, :]
+    wanted = float(((gaps > 0) + 0.5 * (gaps == 0)).mean()) if gaps.size else 0.5
+    assert auc(scores, labels) == pytest.approx(wanted)
+
+
+def profiled(column: pa.Array) -> ColumnProfile:
+    found = ColumnProfile("x", column.type)
+    found.add(column)
+    return found
+
+
+def test_leaks_are_seen_and_row_numbers_are_not_taken_for_one():
+    generator = np.random.default_rng(0)
+    labels = (generator.random(4_000) < 0.1).astype(float)
+    noise, unique = pa.array(generator.random(4_000)), pa.array(np.arange(4_000))
+    shuffled = pa.array([f"row {number}" for number in generator.permutation(4_000)])
+    words = pa.array(
+        [("bought" if label else "left") if generator.random() < 0.99 else None for label in labels]
+    )
+    lists = pa.array([[7] if label else [] for label in labels], pa.list_(pa.int64()))
+    dwell = pa.array(np.where(labels == 1, generator.random(4_000), np.nan))
+    for column, leaks in (
+        (words, True),
+        (lists, True),
+        (dwell, True),
+        (noise, False),
+        (unique, False),
+        (shuffled, False),
+    ):
+        found = column_auc(profiled(column), column, labels)
+        assert (found > 0.95) == leaks and (leaks or found < 0.57), (column.type, found)
+    bought = pa.array(((labels == 1) & (generator.random(4_000) < 0.3)).astype(int))
+    assert column_auc(profiled(bought), bought, labels) < 0.95, (
+        "an AUC does not see a rare consequence of a click"
+    )
+    assert always_positive(bought, labels) == ("1", int(np.sum(bought.to_numpy())))
+    assert always_positive(pa.array(generator.integers(0, 2, 4_000)), labels) is None
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    """Every kind of column, in three files of several row groups."""
+    folder = tmp_path_factory.mktemp("log")
+    generator = np.random.default_rng(1)
+    click = (generator.random(ROWS) < 0.2).astype(np.int8)
+    lengths = generator.integers(0, 6, ROWS)
+    tags = [generator.integers(0, 90, length).tolist() for length in lengths]
+    table = pa.table(
+        {
+            "user_id": generator.integers(0, 500, ROWS),
+            "item_id": generator.integers(0, 3_000, ROWS) * 1_000_003,
+            "city": pa.array([None if n == 0 else f"c{n}" for n in generator.integers(0, 40, ROWS)]),
+            "tags": tags,
+            "tags_weights": [np.linspace(0.1, 1, length).tolist() for length in lengths],
+            "words": [[f"w{n}" for n in each] for each in tags],
+            "image": pa.FixedSizeListArray.from_arrays(pa.array(generator.random(ROWS * 8), pa.float32()), 8),
+            "clicks_7d": generator.geometric(0.02, ROWS),
+            "price": np.exp(generator.normal(4, 0.3, ROWS)),
+            "stock": pa.array([None if n < 30 else n for n in generator.integers(0, 300, ROWS)], pa.int32()),
+            "ratio": [float("nan") if n == 0 else n / 50 for n in generator.integers(0, 51, ROWS)],
+            "is_new": generator.random(ROWS) < 0.5,
+            "constant": np.full(ROWS, 7),
+            "empty": pa.nulls(ROWS, pa.int64()),
+            "request_id": [f"r{n}" for n in range(ROWS)],
+            "dwell": np.where(click == 1, generator.random(ROWS) * 60, 0.0),
+            "purchase": (click & (generator.random(ROWS) < 0.1)).astype(np.int8),
+            "when": pa.array(np.full(ROWS, 19_000, np.int32)).cast(pa.date32()),
+            "timestamp": 1_714_521_600 + np.arange(ROWS) * 10,
+            "click": click,
+        }
+    )  # fmt: skip
+    for number in range(3):
+        pq.write_table(table.slice(number * 2_000, 2_000), folder / f"{number}.parquet", row_group_size=500)
+    return folder
+
+
+def inferred(files, tmp_path: Path, **options):
+    text, suspicious = infer_schema(files, **options)
+    (tmp_path / "schema.toml").write_text(text)
+    return load_schema(tmp_path / "schema.toml"), text, suspicious
+
+
+def test_every_kind_is_recognised(log, tmp_path):
+    schema, text, suspicious = inferred(sorted(log.glob("*.parquet")), tmp_path)
+    fields = {feature.name: feature for feature in schema.features}
+    assert {name: feature.kind for name, feature in fields.items()} == {
+        "user_id": "categorical",
+        "item_id": "categorical",
+        "city": "categorical",
+        "tags": "weighted_multi_valued",
+        "words": "multi_valued",
+        "image": "vector",
+        "clicks_7d": "numeric",
+        "price": "numeric",
+        "stock": "numeric",
+        "ratio": "numeric",
+        "is_new": "numeric",
+    }
+    assert (schema.label, schema.group_column, schema.time_column) == ("click", "user_id", "timestamp")
+    assert fields["user_id"].encoding == "ids" and fields["user_id"].num_embeddings == 500
+    assert fields["item_id"].encoding == fields["city"].encoding == "vocabulary"
+    assert fields["user_id"].cardinality == 500 and fields["city"].cardinality == 39
+    assert fields["tags"].weights == "tags_weights" and fields["tags"].pooling_factor == pytest.approx(
+        2.5, abs=0.1
+    )
+    assert fields["image"].width == 8
+    assert fields["clicks_7d"].transform == "log1p" and fields["price"].transform == "standardise"
+    assert fields["stock"].transform == "bucketise", "many nulls get a row of their own"
+    assert fields["ratio"].on_invalid == "null"
+    assert all(table.embedding_dim % 4 == 0 for table in schema.tables)
+    assert "# Label click: 2" in text and "% ones" in text
+    assert "2024-05-01 00:00:00 to 2024-05-01 16:39:50 UTC" in text
+    assert re.search(r"^stock .*null (9|10|11)\.\d%", text, re.M)
+    reasons = dict(line.split(": ", 1) for line in suspicious)
+    assert reasons.keys() == {"constant", "empty", "request_id", "dwell", "purchase"}
+    assert "constant" in reasons["constant"] and "unique per row" in reasons["request_id"]
+    assert "leaks the label: AUC 1.000" in reasons["dwell"] and "outcome" in reasons["purchase"]
+    assert re.search(r"^# dwell .*LEFT OUT", text, re.M) and re.search(r"^# when .*date32", text, re.M)
+
+
+def test_inferred_schema_is_fitted_and_encodes_its_files(log, tmp_path):
+    files = sorted(log.glob("*.parquet"))
+    schema, _, _ = inferred(files, tmp_path)
+    with pytest.raises(InputError, match="mbcnet schema fit"):
+        schema.require_fitted()
+    fitted = write_fitted(schema, files[:2], tmp_path / "fit")
+    again = load_schema(tmp_path / "fit" / "schema.toml")
+    assert again == fitted
+    encoder = Encoder(again)
+    for file in files:
+        rows = pq.read_table(file, columns=list(again.columns)).combine_chunks().to_batches()[0]
+        assert encoder.encode(rows, Place(str(file), 0)).num_rows == 2_000
+    assert again.table_of["words"].num_embeddings == 90 + 2
+
+
+def test_a_sample_is_spread_over_all_files_and_says_so(log, tmp_path):
+    seen: list[int] = []
+    found = profile_files(sorted(log.glob("*.parquet")), rows=1_200, progress=seen.append)
+    assert found.rows == 1_200 and found.total_rows == ROWS and seen[-1] == 1_200
+    moments = (found.sample["timestamp"].to_numpy() - 1_714_521_600) // 10
+    assert {int(moment) // 500 for moment in moments} == set(range(12)), "every row group gives rows"
+    _, text, _ = inferred(sorted(log.glob("*.parquet")), tmp_path, rows=1_200)
+    assert "1,200 of 6,000 rows" in text and "other rows may hold more" in text
+
+
+def test_memory_stays_flat_over_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "PIECE_CELLS", 20_000)
+    monkeypatch.setattr(profile, "SAMPLE_CELLS", 20_000)
+    peaks = []
+    for rows in (50_000, 500_000):
+        file = tmp_path / f"{rows}.parquet"
+        pq.write_table(
+            pa.table({"x": np.arange(rows), "y": np.arange(rows) % 2}), file, row_group_size=10_000
+        )
+        tracemalloc.start()
+        profile_files([file])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_row_sample_is_bounded_and_even(monkeypatch):
+    monkeypatch.setattr(profile, "SAMPLE_CELLS", 0)
+    table = pa.table({"x": np.arange(70_000)})
+    sample = RowSample(table.schema)
+    for start in range(0, 70_000, 777):
+        sample.add(table.slice(start, 777))
+    assert sample.table["x"].to_pylist() == list(range(0, 70_000, sample.stride))
+    assert 500 <= sample.table.num_rows <= 1_000
+
+
+def test_label_is_named_checked_or_asked_for(log, tmp_path):
+    files = sorted(log.glob("*.parquet"))
+    schema, _, _ = inferred(files, tmp_path, label="purchase")
+    assert schema.label == "purchase" and "click" not in {feature.name for feature in schema.features}
+    with pytest.raises(InputError, match="label 'buy' is no column"):
+        infer_schema(files, label="buy")
+    with pytest.raises(InputError, match=r"label 'price' is double with values from .*: wanted 0 and 1"):
+        infer_schema(files, label="price")
+    pq.write_table(pa.table({"a": [1, 2], "seen": [0, 1]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=r"name it with --label \(columns of 0 and 1: seen\)"):
+        infer_schema([tmp_path / "x.parquet"])
+
+
+def test_files_that_differ(tmp_path):
+    pq.write_table(pa.table({"a": pa.array([1, 2], pa.int32()), "click": [0, 1]}), tmp_path / "0.parquet")
+    pq.write_table(
+        pa.table({"a": pa.array([3, 9], pa.int64()), "b": ["x", "y"], "click": [0, 1]}),
+        tmp_path / "1.parquet",
+    )
+    files = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
+    _, text, _ = inferred(files, tmp_path)
+    assert re.search(r"^b .*null 50.0%; missing in 1 of 2 files", text, re.M)
+    assert re.search(r"^a .*4 values; ids 0 to 9", text, re.M)
+    pq.write_table(pa.table({"a": ["text"], "click": [1]}), tmp_path / "2.parquet")
+    with pytest.raises(InputError, match=r"2\.parquet: its columns do not fit those of .*0\.parquet"):
+        infer_schema([*files, tmp_path / "2.parquet"])
+    (tmp_path / "3.parquet").write_bytes(b"no parquet")
+    with pytest.raises(InputError, match=r"3\.parquet: cannot be read as Parquet"):
+        infer_schema([tmp_path / "3.parquet"])
+    pq.write_table(pa.table({"a": pa.array([], pa.int64())}), tmp_path / "4.parquet")
+    with pytest.raises(InputError, match="hold no rows"):
+        infer_schema([tmp_path / "4.parquet"])
+
+
+def test_odd_names_survive(tmp_path):
+    names = ["a.b", 'quo"te', "tab\there", "é", "1", "#x"]
+    columns = {name: ["u", "v", "w", "u"] for name in names if name.isprintable()}
+    pq.write_table(pa.table(columns | {"click": [0, 1, 0, 1]}), tmp_path / "x.parquet")
+    schema, _, _ = inferred([tmp_path / "x.parquet"], tmp_path)
+    assert {feature.name for feature in schema.features} == columns.keys()
+
+
+def test_synthetic_log_is_inferred_as_it_was_made(tmp_path):
+    made = pailitao_schema("demo")
+    write_synthetic(made, tmp_path / "log", rows=3_000, days=3)
+    schema, _, suspicious = inferred(sorted(tmp_path.glob("log/*/*.parquet")), tmp_path)
+    assert suspicious == []
+    kinds = {feature.name: feature.kind for feature in made.features}
+    found = {feature.name: feature.kind for feature in schema.features}
+    assert found.keys() == kinds.keys()
+    wrong = [name for name in kinds if found[name] != kinds[name]]
+    assert len(wrong) <= 8, wrong
+    assert {each.name: each.weights for each in schema.weighted} == {
+        each.name: each.weights for each in made.weighted
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "left_out"),
+    [
+        ("movielens_latest_small/train.parquet", {"rating"}),
+        ("adult/train.parquet", set()),
+        ("criteo_sample/train.parquet", set()),
+    ],
+)
+def test_real_files(path, left_out, tmp_path):
+    if not (SHARED / path).is_file():
+        pytest.skip(f"the real files are not here ({path})")
+    _, _, suspicious = inferred([SHARED / path], tmp_path)
+    assert {line.split(":")[0] for line in suspicious} == left_out
