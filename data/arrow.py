@@ -15,7 +15,7 @@ from pyarrow import types as pt
 
 from data.columns import ABSENT, Columns, Ragged, join_ragged
 from data.errors import InputError
-from data.keys import Vocabulary, hash_values, load_vocabularies, remainder
+from data.keys import Vocabulary, first_line, hash_values, load_vocabularies, remainder
 from data.schema import MISSING_ROW, Feature, Schema
 
 MAX_INT32 = 2**31 - 1
@@ -89,16 +89,22 @@ class Encoder:
             stop = start + rows.num_rows
             columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
             reader = _Reader(self, columns, place, mended)
-            for index, feature in enumerate(self.single):
-                reader.single(feature, single_ids[index, start:stop])
-            reader.dense(dense[start:stop])
-            for index, feature in enumerate(self.lists):
-                lists[index].append(reader.list(feature))
-            for index, feature in enumerate(self.schema.weighted):
-                weighted[index].append(reader.list(feature))
-            labels[start:stop] = read_labels(columns[self.schema.label], self.schema.label, place)
-            if self.schema.group_column:
-                groups.append(hash_values(columns[self.schema.group_column]).view(np.int64))
+            try:
+                for index, feature in enumerate(self.single):
+                    reader.single(feature, single_ids[index, start:stop])
+                reader.dense(dense[start:stop])
+                for index, feature in enumerate(self.lists):
+                    lists[index].append(reader.list(feature))
+                for index, feature in enumerate(self.schema.weighted):
+                    weighted[index].append(reader.list(feature))
+                labels[start:stop] = read_labels(columns[self.schema.label], self.schema.label, place)
+                if self.schema.group_column:
+                    groups.append(hash_values(columns[self.schema.group_column]).view(np.int64))
+            except (pa.ArrowException, UnicodeError) as error:
+                raise InputError(
+                    f"{place.file}: row group {place.row_group} cannot be encoded ({first_line(error)}); "
+                    "the file is damaged: write it again"
+                ) from None
             start = stop
         return Columns(
             single_ids=single_ids,

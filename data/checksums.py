@@ -14,20 +14,31 @@ HEADER_BYTES = 64
 
 
 def column_without_checksum(file: DataFile, metadata: pq.FileMetaData, columns: frozenset[str]) -> str:
-    """Name the first of the columns whose first page, in the file's first row group with rows, has no checksum; or an empty string."""
-    for index in range(metadata.num_row_groups):
-        row_group = metadata.row_group(index)
-        if row_group.num_rows == 0:
-            continue
-        for number in range(row_group.num_columns):
-            column = row_group.column(number)
-            name = column.path_in_schema.split(".")[0]
-            if name in columns:
-                start = column.dictionary_page_offset or column.data_page_offset
-                if not has_checksum(read_bytes(file, start, HEADER_BYTES)):
-                    return name
+    """Name the first of the columns whose first page, in the file's first row group with rows, has no checksum; or an empty string.
+
+    The footer must have been proved for these columns (see `data.files.prove`).
+    """
+    index = first_row_group(metadata)
+    if index < 0:
         return ""
+    for number in leaves_of(metadata, columns):
+        chunk = metadata.row_group(index).column(number)
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        if not has_checksum(read_bytes(file, start, HEADER_BYTES)):
+            return chunk.path_in_schema.split(".")[0]
     return ""
+
+
+def first_row_group(metadata: pq.FileMetaData) -> int:
+    """The first row group with rows, or -1."""
+    groups = range(metadata.num_row_groups)
+    return next((index for index in groups if metadata.row_group(index).num_rows), -1)
+
+
+def leaves_of(metadata: pq.FileMetaData, columns: frozenset[str]) -> list[int]:
+    """The numbers of the leaf columns that the given columns consist of."""
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    return [number for number, path in enumerate(paths) if path.split(".")[0] in columns]
 
 
 def has_checksum(header: bytes) -> bool:

@@ -21,7 +21,7 @@ from data.files import one_batch
 from data.keys import first_line
 from data.order import RowGroup, Segment, Window
 from data.selection import Selection
-from data.storage import DataFile, RemoteFile, open_parquet, retried
+from data.storage import DAMAGE, DataFile, RemoteFile, open_parquet, retried
 
 T = TypeVar("T")
 CACHED_COLUMN_CHUNKS = 200_000  # of parsed footers kept: about 60 MB
@@ -141,7 +141,7 @@ class Decoder:
             return retried(read, name, self.selection.options.attempts)
         try:
             return read()
-        except (OSError, pa.ArrowException) as error:
+        except DAMAGE as error:
             raise InputError(
                 f"{name} cannot be decoded ({first_line(error)}); the file is damaged: write it again"
             ) from None

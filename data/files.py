@@ -2,7 +2,7 @@
 
 import glob
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.arrow import Place, read_labels
-from data.checksums import column_without_checksum
+from data.checksums import column_without_checksum, first_row_group
 from data.column_types import check_columns
 from data.errors import InputError
 from data.keys import first_line
 from data.order import RowGroup
 from data.schema import Schema
 from data.selection import Footer, Selection, read_footer
-from data.storage import DataFile, RemoteFile, is_uri, list_remote, open_parquet, retried
+from data.storage import DAMAGE, DataFile, RemoteFile, is_uri, list_remote, open_parquet, retried
 
 T = TypeVar("T")
 THREADS = 8  # that read footers: small reads, which mostly wait
@@ -84,22 +84,15 @@ def read_contents(
     """
     attempts = selection.options.attempts
     time_column = schema.time_column if selection.conditions else ""
-    read = frozenset(schema.columns)
+    checked = frozenset(schema.columns if selection.options.require_checksum else [schema.label])
 
     def inspect(file: DataFile) -> tuple[Footer, str]:
-        def action() -> tuple[Footer, str]:
-            with open_parquet(file) as parquet:
-                check_columns(parquet.schema_arrow, schema, str(file))
-                if time_column and time_column not in parquet.schema_arrow.names:
-                    raise InputError(
-                        f"{file}: column {time_column!r} is missing, which is the schema's time_column and named by where; "
-                        "add the column to the file, or mend the conditions"
-                    )
-                checked = read if selection.options.require_checksum else frozenset({schema.label})
-                bare = column_without_checksum(file, parquet.metadata, checked)
-                return read_footer(parquet.metadata, time_column), bare
-
-        return _read(file, action, "not a readable Parquet file", attempts)
+        return _read(
+            file,
+            lambda: _inspect(file, schema, time_column, checked),
+            "not a readable Parquet file",
+            attempts,
+        )
 
     inspected = _in_threads(inspect, files)
     _judge_checksums(
@@ -127,6 +120,36 @@ def read_contents(
     return Contents(row_groups, (int(negatives), int(positives)))
 
 
+def _inspect(file: DataFile, schema: Schema, time_column: str, checked: frozenset[str]) -> tuple[Footer, str]:
+    """Check one file's footer; return what planning needs of it, and a column without checksums."""
+    with open_parquet(file, pre_buffer=True) as parquet:
+        check_columns(parquet.schema_arrow, schema, str(file))
+        if time_column and time_column not in parquet.schema_arrow.names:
+            raise InputError(
+                f"{file}: column {time_column!r} is missing, which is the schema's time_column and named by where; "
+                "add the column to the file, or mend the conditions"
+            )
+        metadata = parquet.metadata
+        groups = range(metadata.num_row_groups)
+        if sum(metadata.row_group(index).num_rows for index in groups) != metadata.num_rows:
+            raise pa.ArrowInvalid("the row groups of the footer do not add up to its number of rows")
+        prove(parquet, [first_row_group(metadata)], checked)
+        if time_column:
+            prove(parquet, groups, {time_column})
+        return read_footer(metadata, time_column), column_without_checksum(file, metadata, checked)
+
+
+def prove(parquet: pq.ParquetFile, row_groups: Iterable[int], columns: Iterable[str]) -> None:
+    """Raise an ordinary error if a damaged footer does not describe these column chunks, by planning to read them.
+
+    `row_group(i).column(j)` may be called only after this: on a footer that Arrow finds inconsistent it does not raise but ends the
+    process (seen in pyarrow 26 with flipped bits). The file must have been opened with pre_buffer, which looks at all chunks at once.
+    """
+    if parquet.metadata.num_rows:
+        chosen = [index for index in row_groups if index >= 0]
+        next(parquet.iter_batches(1, row_groups=chosen, columns=list(columns), use_threads=False), None)
+
+
 def _in_threads(action: Callable[..., T], items: Sequence) -> list[T]:
     if len(items) == 1:
         return [action(items[0])]
@@ -139,7 +162,7 @@ def _read(file: DataFile, action: Callable[[], T], what: str, attempts: int) -> 
         return retried(action, str(file), attempts)
     try:
         return action()
-    except (OSError, pa.ArrowException) as error:
+    except DAMAGE as error:
         raise InputError(f"{file}: {what} ({first_line(error)}); write it again or remove it") from None
 
 

@@ -166,7 +166,11 @@ def _hash_strings(column: pa.Array) -> np.ndarray:
 
 def _codes(encoded: pa.DictionaryArray) -> np.ndarray:
     indices = encoded.indices
-    return (pc.fill_null(indices, 0) if indices.null_count else indices).to_numpy(zero_copy_only=False)
+    codes = (pc.fill_null(indices, 0) if indices.null_count else indices).to_numpy(zero_copy_only=False)
+    # Arrow does not check the codes that it reads: in a damaged file they can point behind the dictionary.
+    if codes.size and not 0 <= codes.min() <= codes.max() < max(1, len(encoded.dictionary)):
+        raise pa.ArrowInvalid("a dictionary code without a value")
+    return codes
 
 
 def splitmix64(numbers: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.arrow import Place, read_labels
+from data.checksums import leaves_of
 from data.errors import InputError
 from data.hashed import keys, uniforms
 from data.order import StreamOptions
@@ -134,27 +135,29 @@ class Footer(NamedTuple):
 
 
 def read_footer(metadata: pq.FileMetaData, time_column: str) -> Footer:
-    """Take what planning needs out of a footer. `time_column`: empty if no condition names it."""
+    """Take what planning needs out of a footer, which must have been proved for the time column (see `data.files.prove`).
+
+    Args:
+        metadata: the footer.
+        time_column: empty if no condition names it.
+    """
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     num_rows = [group.num_rows for group in groups]
     if not time_column:
         return Footer(num_rows, [None] * len(groups), None)
     kind = metadata.schema.to_arrow_schema().field(time_column).type
-    return Footer(num_rows, [_stored_span(group, time_column, kind) for group in groups], kind)
+    (leaf,) = leaves_of(metadata, frozenset({time_column}))
+    return Footer(num_rows, [_stored_span(group.column(leaf), kind) for group in groups], kind)
 
 
-def _stored_span(group: pq.RowGroupMetaData, time_column: str, kind: pa.DataType) -> Span | None:
+def _stored_span(column: pq.ColumnChunkMetaData, kind: pa.DataType) -> Span | None:
     """The instants of one row group from its statistics, a little too wide at most; None where it has none."""
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if column.path_in_schema == time_column:
-            statistics = column.statistics
-            if statistics is None or not statistics.has_min_max:
-                return None
-            low, high = (_instant(value, kind) for value in (statistics.min, statistics.max))
-            slack = 1000 if pt.is_timestamp(kind) and kind.unit == "ns" else 1  # Python drops nanoseconds
-            return Span(low, high + slack)
-    return None
+    statistics = column.statistics
+    if statistics is None or not statistics.has_min_max:
+        return None
+    low, high = (_instant(value, kind) for value in (statistics.min, statistics.max))
+    slack = 1000 if pt.is_timestamp(kind) and kind.unit == "ns" else 1  # Python drops nanoseconds
+    return Span(low, high + slack)
 
 
 class Selection:

@@ -23,6 +23,8 @@ T = TypeVar("T")
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 30.0
+# What Arrow's Python side raises on damaged files: undecodable names in a footer and inconsistent counts are not always ArrowExceptions.
+DAMAGE = (OSError, pa.ArrowException, UnicodeError, IndexError, OverflowError)
 log = logging.getLogger(__name__)
 
 
@@ -79,19 +81,29 @@ def list_remote(uri: str, attempts: int = 5) -> list[RemoteFile]:
 
 
 def open_parquet(
-    file: DataFile, *, metadata: pq.FileMetaData | None = None, read_dictionary: Sequence[str] = ()
+    file: DataFile,
+    *,
+    metadata: pq.FileMetaData | None = None,
+    read_dictionary: Sequence[str] = (),
+    pre_buffer: bool = False,
 ) -> pq.ParquetFile:
-    """Open a Parquet file with page checksums verified. `metadata`: its footer, where it is known, which is then not read again."""
+    """Open a Parquet file with page checksums verified.
+
+    Args:
+        file: what to open.
+        metadata: its footer, where it is known, which is then not read again.
+        read_dictionary: string columns to read as dictionary codes.
+        pre_buffer: join the reads of neighbouring columns; always so for remote files, where each read is a request.
+    """
     options: dict[str, Any] = {
         "metadata": metadata,
         "page_checksum_verification": True,
         "read_dictionary": list(read_dictionary),
     }
     if isinstance(file, Path):
-        return pq.ParquetFile(file, **options)
+        return pq.ParquetFile(file, pre_buffer=pre_buffer, **options)
     scheme, _, rest = file.uri.partition("://")
     system, path = _file_system(scheme, rest)
-    # pre_buffer joins the reads of neighbouring columns: few large requests instead of one for each column
     return pq.ParquetFile(system.open_input_file(path), pre_buffer=True, **options)
 
 
@@ -117,9 +129,9 @@ def retried(action: Callable[[], T], what: str, attempts: int) -> T:
     for attempt in range(1, attempts + 1):
         try:
             return action()
-        except (FileNotFoundError, PermissionError, pa.ArrowInvalid) as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise InputError(f"{what}: {first_line(error)}; check the path and the permissions") from None
-        except (OSError, pa.ArrowException) as error:
+        except DAMAGE as error:
             if attempt == attempts:
                 raise InputError(
                     f"{what}: gave up after {attempts} attempts ({first_line(error)}); check the storage service and the network, "

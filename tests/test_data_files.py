@@ -1,0 +1,174 @@
+"""Proves that files are found, that damage is refused and never read as other data, and that missing checksums are told."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data.checksums import has_checksum
+from data.errors import InputError
+from data.files import ChecksumWarning, read_contents, resolve_files
+from data.order import StreamOptions
+from data.schema import parse_schema
+from data.selection import Selection
+
+FIELDS = {
+    "row": {"kind": "categorical", "num_embeddings": 1000, "embedding_dim": 4},
+    "word": {"kind": "categorical", "encoding": "hash", "num_embeddings": 50, "embedding_dim": 4},
+    "tags": {"kind": "multi_valued", "num_embeddings": 9, "embedding_dim": 4},
+    "price": {"kind": "numeric"},
+}
+SCHEMA = parse_schema({"name": "t", "label": "click", "fields": FIELDS}, "schema.toml", Path())
+
+
+def write_file(path: Path, rows: int = 200, **options) -> Path:
+    table = pa.table(
+        {
+            "click": pa.array([row * row % 7 % 2 for row in range(rows)], pa.int8()),
+            "row": list(range(rows)),
+            "word": [f"w{row % 17}" for row in range(rows)],
+            "tags": [[(row * k) % 9 for k in range(row % 4)] for row in range(rows)],
+            "price": [row * 0.37 for row in range(rows)],
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, **{"row_group_size": 100, "write_page_checksum": True} | options)
+    return path
+
+
+def contents(files, **options):
+    options = StreamOptions(**options)
+    return read_contents(files, SCHEMA, Selection(options, SCHEMA, files), warn=True)
+
+
+def test_folders_globs_and_files_become_one_sorted_list(tmp_path):
+    names = ["ds=2/b.parquet", "ds=1/a.parquet", "ds=1/c.parquet", "other.parquet"]
+    for name in names:
+        write_file(tmp_path / name, 3)
+    (tmp_path / "ds=1" / "notes.txt").write_text("no data")
+    every = sorted(tmp_path / name for name in names)
+    assert resolve_files([str(tmp_path)]) == every
+    assert resolve_files([str(tmp_path / "ds=*"), str(tmp_path / "ds=1" / "a.parquet")]) == every[:3]
+    assert resolve_files([str(tmp_path / "**" / "*.parquet")]) == every
+    for nothing in (tmp_path / "absent", tmp_path / "ds=9*"):
+        with pytest.raises(InputError, match="no Parquet file there; check the path"):
+            resolve_files([str(nothing)])
+
+
+def test_row_groups_are_listed_and_files_without_rows_passed_over(tmp_path):
+    files = [write_file(tmp_path / f"{rows}.parquet", rows) for rows in (0, 1, 250)]
+    listed = contents(files).row_groups
+    assert [(group.file, group.index, group.num_rows) for group in listed] == [
+        (1, 0, 1),
+        (2, 0, 100),
+        (2, 1, 100),
+        (2, 2, 50),
+    ]
+    with pytest.raises(InputError, match=r"0.parquet and 0 more files hold no rows"):
+        contents(files[:1])
+
+
+def test_what_is_no_parquet_file_is_named(tmp_path):
+    bad = tmp_path / "bad.parquet"
+    for text in (b"", b"PAR1", b"click,row\n1,2\n" * 10):
+        bad.write_bytes(text)
+        with pytest.raises(
+            InputError, match=r"bad.parquet: not a readable Parquet file \(.+\); write it again or remove it"
+        ):
+            contents([bad])
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_checksums_are_seen_in_the_pages_themselves(tmp_path, compression, version, use_dictionary):
+    options = {"compression": compression, "data_page_version": version, "use_dictionary": use_dictionary}
+    good = write_file(tmp_path / "good.parquet", **options)
+    bare = write_file(tmp_path / "bare.parquet", write_page_checksum=False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        contents([good], require_checksum=True)
+    with pytest.warns(ChecksumWarning) as seen:
+        contents([good, bare, bare])
+    assert len(seen) == 1
+    assert "bare.parquet: the pages of column 'click' carry no checksum (so in 2 of 3 files)" in str(
+        seen[0].message
+    )
+    with pytest.raises(
+        InputError,
+        match=r"bare.parquet: .* no checksum .*: require_checksum = true wants them; write the files",
+    ):
+        contents([good, bare], require_checksum=True)
+
+
+def test_a_header_that_ends_early_has_no_checksum():
+    assert not any(has_checksum(header) for header in (b"", b"\x15", b"\x15\x04\x15\x80\x80", b"\x2c\x00"))
+
+
+DAMAGE = """
+import random, sys, time
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[2])))
+from test_data_files import SCHEMA
+from data.errors import InputError
+from data.order import StreamOptions
+from data.stream import ParquetStream
+
+def content(file):
+    options = StreamOptions(64, order="chronological", prefetch=0, require_checksum=True)
+    return [
+        [part.tolist() for part in (b.sparse_features.values(), b.sparse_features.lengths(), b.dense_features, b.labels)]
+        for b in ParquetStream([file], SCHEMA, options)
+    ]
+
+good_file = Path(sys.argv[1])
+good, want, file = good_file.read_bytes(), content(good_file), good_file.with_name("damaged.parquet")
+draw = random.Random(0)
+
+def outcome(damaged):
+    file.write_bytes(damaged)
+    start = time.monotonic()
+    try:
+        result = "same" if content(file) == want else "SILENTLY WRONG"
+    except InputError as error:
+        result = "refused" if str(file) in str(error) and "\\n" not in str(error) else f"BADLY NAMED {error}"
+    return result if time.monotonic() - start < 5 else "SLOW"
+
+def flipped():
+    damaged = bytearray(good)
+    for bit in draw.sample(range(8 * len(good)), draw.randint(1, 8)):
+        damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+for kind, cases in (
+    ("truncated", [good[: len(good) * cut // 300] for cut in range(300)]),
+    ("flipped", [flipped() for _ in range(1200)]),
+):
+    results = [outcome(case) for case in cases]
+    print(kind, len(results), results.count("refused"), results.count("same"), set(results) - {"refused", "same"})
+"""
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy"])
+def test_truncated_and_flipped_files_are_refused_or_read_right(tmp_path, compression):
+    """300 truncations, 1,200 files with 1 to 8 flipped bits: in a process of its own, because a crash would end this one."""
+    good = write_file(tmp_path / "good.parquet", compression=compression)
+    script = tmp_path / "damage.py"
+    script.write_text(DAMAGE)
+    ran = subprocess.run(
+        [sys.executable, str(script), str(good), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+    )
+    assert ran.returncode == 0, ran.stderr
+    truncated, flipped = ran.stdout.splitlines()
+    assert truncated == "truncated 300 300 0 set()"
+    kind, cases, refused, same, others = flipped.split(maxsplit=4)
+    assert (kind, cases, others) == ("flipped", "1200", "set()")
+    assert int(refused) > 1100  # the rest hit bytes that say nothing about the rows

@@ -1,0 +1,465 @@
+"""Proves that the stream gives every row once, in an order that neither world size, workers nor a stop change, and names what is wrong."""
+
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data.decode
+from data.errors import InputError
+from data.order import Cursor, StreamOptions
+from data.schema import parse_schema
+from data.stream import ParquetStream
+
+LANES = 12  # every world size from 1 to 4 divides it
+IDS = 10_000
+FIELDS = {
+    "row": {"kind": "categorical", "num_embeddings": IDS, "embedding_dim": 4},
+    "tags": {"kind": "multi_valued", "num_embeddings": IDS, "embedding_dim": 4},
+    "liked": {
+        "kind": "weighted_multi_valued",
+        "weights": "liked_weights",
+        "num_embeddings": IDS,
+        "embedding_dim": 4,
+    },
+    "price": {"kind": "numeric"},
+}
+
+
+def make_schema(**fields):
+    table = {"name": "t", "label": "click", "group_column": "row", "fields": FIELDS | fields}
+    return parse_schema(table, "schema.toml", Path())
+
+
+def rows_table(first: int, count: int) -> pa.Table:
+    """Rows whose every value follows from their number, so that a row put together wrongly shows."""
+    numbers = range(first, first + count)
+    return pa.table(
+        {
+            "click": pa.array([int(number % 3 == 0) for number in numbers], pa.int8()),
+            "row": pa.array(numbers, pa.int64()),
+            "tags": pa.array(
+                [list(range(number, number + number % 4)) for number in numbers], pa.list_(pa.int32())
+            ),
+            "liked": pa.array([[number] * (number % 3) for number in numbers], pa.list_(pa.int64())),
+            "liked_weights": pa.array(
+                [[0.5 * number] * (number % 3) for number in numbers], pa.list_(pa.float32())
+            ),
+            "price": pa.array([0.25 * number for number in numbers], pa.float64()),
+        }
+    )
+
+
+def write_log(folder: Path, file_rows, row_group_rows: int = 7) -> list[Path]:
+    files, first = [], 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate(file_rows):
+        files.append(folder / f"part-{number}.parquet")
+        pq.write_table(
+            rows_table(first, rows), files[-1], row_group_size=row_group_rows, write_page_checksum=True
+        )
+        first += rows
+    return files
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> list[Path]:
+    return write_log(tmp_path_factory.mktemp("log"), [40, 1, 0, 63, 29])  # an empty file among them
+
+
+def rows_of(batch) -> list[int]:
+    """The numbers of a batch's real rows, once all of their values have been checked against the number."""
+    real = int((batch.weights > 0).sum())
+    assert (batch.weights[:real] > 0).all() and (batch.weights[real:] == 0).all()
+    sparse, weighted = batch.sparse_features, batch.weighted_features
+    rows = sparse["row"].values().tolist()
+    assert len(rows) == real and sparse["row"].lengths().tolist() == [1] * real + [0] * (
+        len(batch.labels) - real
+    )
+    tags = [tag for row in rows for tag in range(row, row + row % 4)]
+    assert sparse["tags"].values().tolist() == tags
+    assert sparse["tags"].lengths()[:real].tolist() == [row % 4 for row in rows]
+    liked = [row for row in rows for _ in range(row % 3)]
+    assert weighted["liked"].values().tolist() == liked
+    assert weighted["liked"].weights().tolist() == [0.5 * row for row in liked]
+    assert batch.dense_features[:real, 0].tolist() == [0.25 * row for row in rows]
+    assert batch.labels[:real].tolist() == [float(row % 3 == 0) for row in rows]
+    assert len(batch.group_ids) == len(batch.labels) and len(set(batch.group_ids[:real].tolist())) == len(
+        set(rows)
+    )
+    return rows
+
+
+def global_batches(files, options, world_size, cursor=Cursor(), schema=None):
+    """What all ranks read together, step by step, and the cursors."""
+    ranks = []
+    for rank in range(world_size):
+        stream = ParquetStream(files, schema or make_schema(), options, rank, world_size)
+        stream.load_state_dict(
+            {"epoch": cursor.epoch, "step": cursor.step, "fingerprint": stream.fingerprint()}
+        )
+        batches = list(stream)
+        assert len(batches) == stream.steps_per_epoch - cursor.step
+        assert stream.cursor == Cursor(cursor.epoch + 1, 0)
+        ranks.append(batches)
+    assert len({len(batches) for batches in ranks}) == 1
+    steps = list(zip(*ranks, strict=True))
+    for step in steps:
+        assert len({len(batch.labels) for batch in step}) == 1  # every rank trains equally many rows
+    return [[row for batch in step for row in rows_of(batch)] for step in steps], [
+        step[0].cursor for step in steps
+    ]
+
+
+ORDERS = st.sampled_from(["shuffled", "partitioned", "chronological"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    order=ORDERS,
+    share=st.integers(1, 4),
+    window_rows=st.sampled_from([1, 5, 16, 1000]),
+    seed=st.integers(0, 3),
+    epoch=st.integers(0, 2),
+    stop=st.integers(0, 20),
+    worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    workers=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    prefetch=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+)
+def test_same_rows_in_the_same_order_after_any_stop_in_any_world(
+    log, order, share, window_rows, seed, epoch, stop, worlds, workers, prefetch
+):
+    def options(which):
+        return StreamOptions(
+            share * LANES, LANES, order, window_rows, seed, prefetch=prefetch[which], workers=workers[which]
+        )
+
+    whole, cursors = global_batches(log, options(0), worlds[0], Cursor(epoch))
+    assert sorted(row for batch in whole for row in batch) == list(range(133))  # each row once
+    step = min(stop, len(whole))
+    cursor = cursors[step - 1] if step else Cursor(epoch)
+    assert cursor == Cursor(epoch, step)
+    resumed, _ = global_batches(log, options(1), worlds[1], cursor)
+    assert resumed == whole[step:]
+
+
+def test_order_follows_seed_and_epoch(log):
+    def order(seed, epoch):
+        return global_batches(log, StreamOptions(24, LANES, "shuffled", 32, seed), 1, Cursor(epoch))[0]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({str(order(seed, epoch)) for seed in range(2) for epoch in range(2)}) == 4
+
+
+def test_shuffled_mixes_row_groups_and_chronological_keeps_the_files_order(log):
+    shuffled, _ = global_batches(log, StreamOptions(24, LANES, "shuffled", 32), 1)
+    chronological, _ = global_batches(log, StreamOptions(24, LANES, "chronological", 32), 1)
+    assert [row for batch in chronological for row in batch] == list(range(133))
+    assert max(shuffled[0]) - min(shuffled[0]) > 66  # the first batch draws on the whole log
+
+
+@pytest.mark.parametrize("rows", [[48], [49], [71], [1], [5, 0, 1], [2] * 30], ids=str)
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("order", ["shuffled", "chronological"])
+def test_uneven_data_gives_each_rank_equally_many_batches(tmp_path, rows, world_size, order):
+    """Rows modulo the batch 0, 1 and B - 1; fewer rows, files and row groups than ranks; an empty file; row groups of one row."""
+    files = write_log(tmp_path, rows, row_group_rows=1)
+    batches, _ = global_batches(files, StreamOptions(24, LANES, order, 8), world_size)
+    assert sorted(row for batch in batches for row in batch) == list(range(sum(rows)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("order", ["shuffled", "partitioned", "chronological"])
+def test_row_groups_longer_than_a_window_are_read_as_a_stream(tmp_path, monkeypatch, workers, order):
+    files = write_log(tmp_path, [500, 300], row_group_rows=250)
+    reads = Counter()
+    open_parquet = data.decode.open_parquet
+
+    def counted(file, **options):
+        reads[file] += 1
+        return open_parquet(file, **options)
+
+    monkeypatch.setattr(data.decode, "open_parquet", counted)
+    options = StreamOptions(40, 4, order, 32, workers=workers)
+    batches, _ = global_batches(files, options, 1)
+    assert sorted(row for batch in batches for row in batch) == list(range(800))
+    # five row groups in four lanes: at most eight pieces, each of which is opened once, not once a window
+    assert sum(reads.values()) <= 8
+    for world_size in (2, 4):
+        assert global_batches(files, options, world_size)[0] == batches
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_weighted_mean_over_ranks_is_the_exact_mean_over_rows(log, world_size):
+    options = StreamOptions(24, LANES)
+    streams = [ParquetStream(log, make_schema(), options, rank, world_size) for rank in range(world_size)]
+    for step in zip(*streams, strict=True):
+        prices = torch.cat([batch.dense_features[batch.weights > 0, 0] for batch in step])
+        over_ranks = sum((batch.weights * batch.dense_features[:, 0]).mean() for batch in step) / world_size
+        assert over_ranks.item() == pytest.approx(prices.mean().item(), rel=1e-5)
+
+
+def test_a_padded_rank_without_any_row_has_an_empty_batch(tmp_path):
+    files = write_log(tmp_path, [1])
+    batches = [
+        list(ParquetStream(files, make_schema(), StreamOptions(24, LANES), rank, 4)) for rank in range(4)
+    ]
+    rows = [[rows_of(batch) for batch in rank] for rank in batches]
+    assert sorted(rows) == [[[]], [[]], [[]], [[0]]]
+
+
+def test_state_is_refused_by_other_files_or_options(log):
+    stream = ParquetStream(log, make_schema(), StreamOptions(24, LANES))
+    state = stream.state_dict(Cursor(1, 2))
+    assert set(state) == {"epoch", "step", "fingerprint"}
+    stream.load_state_dict(state)
+    assert stream.cursor == Cursor(1, 2)
+    for other in (
+        ParquetStream(log[:-1], make_schema(), StreamOptions(24, LANES)),
+        ParquetStream(log, make_schema(), StreamOptions(24, LANES, seed=1)),
+        ParquetStream(log, make_schema(), StreamOptions(24, LANES, keep_negatives=0.5)),
+    ):
+        with pytest.raises(InputError, match="resume with the same files"):
+            other.load_state_dict(state)
+    # neither workers nor prefetch nor the world size are part of the order
+    ParquetStream(log, make_schema(), StreamOptions(24, LANES, prefetch=0, workers=2), 1, 2).load_state_dict(
+        state
+    )
+
+
+def test_lanes_must_be_a_multiple_of_the_world_size(log):
+    with pytest.raises(
+        InputError, match=r"data.lanes = 12: wanted a multiple of world_size = 5; set data.lanes to 10"
+    ):
+        ParquetStream(log, make_schema(), StreamOptions(24, LANES), 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "found"),
+    [
+        ("row", pa.array([3, -1, 5, 6], pa.int64()), "field 'row' = -1: wanted an id in [0, 10000)"),
+        ("row", pa.array([3, IDS, 5, 6], pa.int32()), "field 'row' = 10000: wanted an id in [0, 10000)"),
+        (
+            "row",
+            pa.array([3, 2**31 + 5, 5, 6], pa.int64()),
+            "field 'row' = 2147483653: wanted an id in [0, 10000)",
+        ),
+        (
+            "row",
+            pa.array([3, 2**63 + 5, 5, 6], pa.uint64()),
+            "field 'row' = 9223372036854775813: wanted an id",
+        ),
+        (
+            "price",
+            pa.array([3, float("nan"), 5, 6], pa.float32()),
+            "field 'price' = nan: wanted a finite number or null",
+        ),
+        ("click", pa.array([0, 2, 1, 0], pa.int8()), "label 'click' = 2: wanted 0 or 1"),
+        ("click", pa.array([0, None, 1, 0], pa.int8()), "label 'click' is null: wanted 0 or 1"),
+        ("click", pa.array([0, 0.5, 1, 0], pa.float64()), "label 'click' = 0.5: wanted 0 or 1"),
+    ],
+    ids=[
+        "negative",
+        "too large",
+        "beyond int32",
+        "beyond int64",
+        "NaN",
+        "label 2",
+        "label null",
+        "label a half",
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_value_in_one_file_of_many_is_named(tmp_path, column, values, found, workers):
+    files = write_log(tmp_path, [20, 20, 20])
+    table = rows_table(0, 4)
+    table = table.set_column(table.schema.names.index(column), column, values)
+    files.insert(2, tmp_path / "part-1-bad.parquet")
+    with pq.ParquetWriter(files[2], table.schema, write_page_checksum=True) as writer:
+        writer.write_table(rows_table(0, 4).cast(table.schema))
+        writer.write_table(table)
+    for order in ("shuffled", "chronological"):
+        stream = ParquetStream(files, make_schema(), StreamOptions(24, LANES, order, workers=workers))
+        with pytest.raises(InputError) as error:
+            list(stream)
+        assert f"{files[2]}: row group 1, row 1, {found}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda t: t.drop_columns("price"), "column 'price' is missing, which is the schema's field 'price'"),
+        (lambda t: t.drop_columns("click"), "column 'click' is missing, which is the schema's label"),
+        (
+            lambda t: t.rename_columns({"tags": "tag"}),
+            "column 'tags' is missing, which is the schema's field 'tags'",
+        ),
+        (
+            lambda t: t.set_column(1, "row", t["row"].cast(pa.string())),
+            "column 'row' is string: categorical field 'row' wants integers",
+        ),
+        (
+            lambda t: t.set_column(1, "row", t["row"].cast(pa.float64())),
+            "column 'row' is double: categorical field 'row' wants integers",
+        ),
+        (
+            lambda t: t.set_column(2, "tags", t["row"]),
+            "column 'tags' is int64: multi_valued field 'tags' wants lists of integers",
+        ),
+        (lambda t: t.drop_columns("liked_weights"), "column 'liked_weights' is missing"),
+    ],
+    ids=["missing", "no label", "renamed", "string", "float", "no list", "no weights"],
+)
+def test_a_wrong_column_in_one_file_of_many_is_named_before_any_batch(tmp_path, change, found):
+    files = write_log(tmp_path, [20] * 5)
+    pq.write_table(change(rows_table(60, 20)), files[3])
+    with pytest.raises(InputError) as error:
+        ParquetStream(files, make_schema(), StreamOptions(24, LANES))
+    assert f"{files[3]}: {found}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mended_values_are_counted_by_field(tmp_path):
+    files = write_log(tmp_path, [20, 20])
+    table = rows_table(0, 20)
+    bad_rows = pa.array([-1, IDS] + [7] * 18, pa.int64())
+    bad_price = pa.array([float("nan")] + [1.0] * 19)
+    pq.write_table(table.set_column(1, "row", bad_rows).set_column(5, "price", bad_price), files[1])
+    for world_size, workers in ((1, 0), (1, 2), (4, 1)):
+        total = Counter()
+        for rank in range(world_size):
+            schema = make_schema(
+                row=FIELDS["row"] | {"on_invalid": "modulo"}, price={"kind": "numeric", "on_invalid": "null"}
+            )
+            stream = ParquetStream(files, schema, StreamOptions(24, LANES, workers=workers), rank, world_size)
+            assert not stream.counters
+            for _ in stream:
+                pass
+            total += stream.counters
+        assert total == {"row": 2, "price": 1}
+
+
+def test_a_reader_that_is_stuck_is_named_in_time(log, monkeypatch):
+    release = threading.Event()
+
+    def stuck(*_, **__):
+        release.wait(20)
+        raise OSError("released")
+
+    monkeypatch.setattr(data.decode, "open_parquet", stuck)
+    for workers, prefetch in ((1, 0), (0, 1), (2, 2)):
+        options = StreamOptions(24, LANES, workers=workers, prefetch=prefetch, timeout_seconds=0.3)
+        stream = ParquetStream(log, make_schema(), options)
+        start = time.monotonic()
+        with pytest.raises(InputError, match=r"part-\d.parquet: row group \d+.*: no rows for 0.3 s"):
+            next(iter(stream))
+        assert time.monotonic() - start < 3
+    release.set()
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (1, 0), (0, 1), (2, 2)])
+def test_an_error_in_a_worker_reaches_the_caller(log, monkeypatch, workers, prefetch):
+    def broken(*_, **__):
+        raise SystemError("a defect of ours")
+
+    monkeypatch.setattr(data.decode.Decoder, "decode", broken)
+    stream = ParquetStream(log, make_schema(), StreamOptions(24, LANES, workers=workers, prefetch=prefetch))
+    with pytest.raises(SystemError, match="a defect of ours"):
+        list(stream)
+
+
+def test_threads_end_when_the_reader_stops_early(log):
+    stream = ParquetStream(log, make_schema(), StreamOptions(24, LANES, window_rows=8, workers=2, prefetch=2))
+    for _ in range(3):
+        iterator = iter(stream)
+        next(iterator)
+        iterator.close()
+    deadline = time.monotonic() + 5
+    while any(thread.name.startswith("data-") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_file_that_shrinks_after_opening_is_named(log, tmp_path):
+    files = write_log(tmp_path, [40, 40])
+    stream = ParquetStream(files, make_schema(), StreamOptions(24, LANES, "chronological"))
+    pq.write_table(rows_table(0, 30), files[1], row_group_size=6)
+    with pytest.raises(InputError, match=r"part-1.parquet: row group 0 has 6 rows to read, but had 7"):
+        list(stream)
+
+
+def test_windows_in_memory_stay_few(tmp_path):
+    files = write_log(tmp_path, [2000], row_group_rows=20)
+    stream = ParquetStream(files, make_schema(), StreamOptions(16, 4, "shuffled", 40, workers=2, prefetch=0))
+    held = []
+    original = data.decode.Decoder.decode
+    alive: set[int] = set()
+    import gc
+    import weakref
+
+    def watched(self, window, seed):
+        decoded = original(self, window, seed)
+        alive.add(id(decoded.columns))
+        weakref.finalize(decoded.columns, alive.discard, id(decoded.columns))
+        return decoded
+
+    data.decode.Decoder.decode = watched
+    try:
+        for _ in stream:
+            gc.collect(0)
+            held.append(len(alive))
+    finally:
+        data.decode.Decoder.decode = original
+    assert (
+        len(held) == 125 and max(held) <= 4 + 3 + 2
+    )  # four lanes, three ahead, and two in the hands of threads
+
+
+def test_importance_weights_make_up_for_dropped_negatives(tmp_path):
+    files = write_log(tmp_path, [600, 600])
+    options = StreamOptions(60, LANES, keep_negatives=0.25, negative_weights="importance")
+    batches = [batch for rank in range(2) for batch in ParquetStream(files, make_schema(), options, rank, 2)]
+    labels = torch.cat([batch.labels[batch.weights > 0] for batch in batches])
+    full = [batch for batch in batches if len(batch.labels) == 30 and (batch.weights > 0).all()]
+    weights = torch.cat([batch.weights for batch in full])
+    positive = torch.cat([batch.labels for batch in full]) == 1
+    assert 150 < (labels == 0).sum() < 250 and (labels == 1).sum() == 400  # of 800 and 400
+    ratio = weights[~positive].unique() / weights[positive].unique()
+    assert ratio.tolist() == pytest.approx([4.0])
+    kept_negatives, kept_positives = int((labels == 0).sum()), int((labels == 1).sum())
+    mean = (weights[~positive][0] * kept_negatives + weights[positive][0] * kept_positives) / len(labels)
+    assert mean.item() == pytest.approx(1.0, rel=1e-5)
+    assert options.logit_correction == 0
+    assert StreamOptions(keep_negatives=0.25).logit_correction == pytest.approx(np.log(0.25))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"keep_negatives": 0.4}, {"drop_positives": 0.5}, {"keep_negatives": 0.3, "drop_positives": 0.2}],
+)
+def test_sampled_rows_do_not_depend_on_world_workers_or_other_files(log, sampling):
+    def kept(files, world_size, workers, order="shuffled", epoch=0):
+        options = StreamOptions(24, LANES, order, 16, 0, workers=workers, **sampling)
+        batches, _ = global_batches(files, options, world_size, Cursor(epoch))
+        return batches
+
+    reference = kept(log, 1, 0)
+    rows = sorted(row for batch in reference for row in batch)
+    assert kept(log, 3, 1) == reference and kept(log, 4, 2) == reference
+    assert sorted(row for batch in kept(log, 2, 0, "chronological", 3) for row in batch) == rows
+    assert [row for batch in kept(log[3:], 1, 0, "chronological") for row in batch] == [
+        row for row in rows if row >= 41
+    ]
+    positives, negatives = sum(row % 3 == 0 for row in rows), sum(row % 3 != 0 for row in rows)
+    assert (positives == 45) == ("drop_positives" not in sampling)
+    assert (negatives == 88) == ("keep_negatives" not in sampling)
+    assert abs(negatives - 88 * sampling.get("keep_negatives", 1)) < 15
+    assert abs(positives - 45 * (1 - sampling.get("drop_positives", 0))) < 12
