@@ -264,8 +264,12 @@ def test_transforms_start_orthogonal(init, parametrization):
         assert not torch.allclose(moved, matrices)
 
 
-def test_autocast_keeps_the_losses_in_float32():
-    model, whole = objective()
+@pytest.mark.parametrize("parametrization", ["soft", "orthogonal"])
+def test_autocast_keeps_the_losses_in_float32(parametrization):
+    differentiation = DifferentiationConfig(parametrization=parametrization)
+    model, whole = objective(differentiation=differentiation)
+    if parametrization == "orthogonal":  # away from where it starts, so that W is computed by products
+        whole.losses.transforms.parametrizations.weight.original.data.normal_()
     labels, weights = labels_and_weights()
     with torch.autocast("cpu", torch.bfloat16):
         output = model.dense_arch(features())
