@@ -29,10 +29,12 @@ def write_file(path: Path, rows: int = 200, **options) -> Path:
     table = pa.table(
         {
             "click": pa.array([row * row % 7 % 2 for row in range(rows)], pa.int8()),
-            "row": list(range(rows)),
-            "word": [f"w{row % 17}" for row in range(rows)],
-            "tags": [[(row * k) % 9 for k in range(row % 4)] for row in range(rows)],
-            "price": [row * 0.37 for row in range(rows)],
+            "row": pa.array(range(rows), pa.int64()),
+            "word": pa.array([f"w{row % 17}" for row in range(rows)], pa.string()),
+            "tags": pa.array(
+                [[(row * k) % 9 for k in range(row % 4)] for row in range(rows)], pa.list_(pa.int64())
+            ),
+            "price": pa.array([row * 0.37 for row in range(rows)], pa.float64()),
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,10 +155,9 @@ for kind, cases in (
 """
 
 
-@pytest.mark.parametrize("compression", ["zstd", "snappy"])
-def test_truncated_and_flipped_files_are_refused_or_read_right(tmp_path, compression):
+def test_truncated_and_flipped_files_are_refused_or_read_right(tmp_path):
     """300 truncations, 1,200 files with 1 to 8 flipped bits: in a process of its own, because a crash would end this one."""
-    good = write_file(tmp_path / "good.parquet", compression=compression)
+    good = write_file(tmp_path / "good.parquet", compression="zstd")
     script = tmp_path / "damage.py"
     script.write_text(DAMAGE)
     ran = subprocess.run(
@@ -169,6 +170,6 @@ def test_truncated_and_flipped_files_are_refused_or_read_right(tmp_path, compres
     assert ran.returncode == 0, ran.stderr
     truncated, flipped = ran.stdout.splitlines()
     assert truncated == "truncated 300 300 0 set()"
-    kind, cases, refused, same, others = flipped.split(maxsplit=4)
+    kind, cases, refused, _, others = flipped.split(maxsplit=4)
     assert (kind, cases, others) == ("flipped", "1200", "set()")
     assert int(refused) > 1100  # the rest hit bytes that say nothing about the rows
