@@ -1,0 +1,163 @@
+"""What a job is, whichever scheduler runs it: a command of `mbcnet`, hosts x processes, resources. Imports no torch.
+
+components.py makes torchx's description of it, scripts.py a torchrun line, an sbatch script or a Kubernetes Job.
+"""
+
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+
+# Where the workers begin; torchrun starts it once for each process.
+WORKER = "launch.worker"
+AGENT = "launch.agent"
+PORT = 29500
+# torchelastic's own restarts of the workers of a job of several hosts: one host lost, the others go on from the checkpoint
+RESTARTS = 3
+
+
+class JobError(ValueError):
+    """A job that cannot run as described; one line with the mend."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Hosts x processes, the `-j` of torchx.
+
+    Attributes:
+        min_hosts: hosts with which an elastic job starts; equal to hosts otherwise.
+        hosts: hosts at most.
+        processes: on each host, one a device.
+    """
+
+    min_hosts: int
+    hosts: int
+    processes: int
+
+    @property
+    def elastic(self) -> bool:
+        """Whether hosts may come and go."""
+        return self.min_hosts < self.hosts
+
+    @property
+    def nodes(self) -> str:
+        """Hosts, as --nnodes of torchrun takes them."""
+        return f"{self.min_hosts}:{self.hosts}" if self.elastic else str(self.hosts)
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """How many ranks the job may have."""
+        return tuple(hosts * self.processes for hosts in range(self.min_hosts, self.hosts + 1))
+
+    def __str__(self) -> str:
+        """As -j takes it."""
+        return f"{self.nodes}x{self.processes}"
+
+
+def parse_shape(text: str) -> Shape:
+    """Read `[MIN:]HOSTSxPROCESSES` or `PROCESSES`.
+
+    Raises:
+        JobError: it is not of that form, or a number is 0, or MIN is more than HOSTS.
+    """
+    match = re.fullmatch(r"(?:(?:(\d+):)?(\d+)x)?(\d+)", text.strip())
+    if match is None:
+        raise JobError(
+            f"-j {text}: wanted HOSTSxPROCESSES, or MIN:MAXxPROCESSES where hosts may come and go; write 1x2, 16x8 or 2:4x8"
+        )
+    hosts = int(match[2] or 1)
+    shape = Shape(int(match[1] or hosts), hosts, int(match[3]))
+    if min(shape.min_hosts, shape.processes) < 1 or shape.min_hosts > shape.hosts:
+        raise JobError(
+            f"-j {text}: wanted 1 or more hosts and processes, and MIN no more than MAX; write 1x2, 16x8 or 2:4x8"
+        )
+    return shape
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job.
+
+    Attributes:
+        command: of `mbcnet`: train, evaluate, ...
+        args: of the command.
+        shape: hosts x processes.
+        name: of the job.
+        image: of the container, for schedulers that use one.
+        cpu, gpu, memory_mb: of each host.
+        env: further variables of every worker.
+        retries: how often the scheduler starts the job again.
+        port: of the rendezvous on the first host.
+    """
+
+    command: str
+    args: tuple[str, ...] = ()
+    shape: Shape = Shape(1, 1, 2)
+    name: str = ""
+    image: str = "mbcnet-rec"
+    cpu: int = 2
+    gpu: int = 0
+    memory_mb: int = 8192
+    env: dict[str, str] = field(default_factory=dict)
+    retries: int = 0
+    port: int = PORT
+
+    def __post_init__(self) -> None:
+        """Refuse what would lose a run.
+
+        Raises:
+            JobError: a job that starts again would remove its own checkpoints.
+        """
+        if self.starts_again and "--overwrite" in self.args:
+            why = f"-j {self.shape}" if self.shape.elastic else f"max_retries = {self.retries}"
+            raise JobError(
+                f"--overwrite with {why}: each new start would remove what the last one has trained; leave it out and choose a new folder"
+            )
+        if 0 < self.gpu < self.shape.processes:
+            raise JobError(
+                f"gpu = {self.gpu}: -j {self.shape} starts {self.shape.processes} processes on each host, one a GPU; ask for {self.shape.processes} GPUs"
+            )
+
+    @property
+    def starts_again(self) -> bool:
+        """Whether workers may be started anew in a folder that they have filled."""
+        return bool(self.retries) or self.shape.elastic
+
+    @property
+    def worker_args(self) -> tuple[str, ...]:
+        """Arguments of the worker: the command and its own, and --resume where a second start is to be expected."""
+        resume = self.command == "train" and self.starts_again and "--resume" not in self.args
+        return (self.command, *self.args, *(("--resume",) if resume else ()))
+
+    @property
+    def restarts(self) -> int:
+        """Restarts by torchelastic of the workers. One host alone gains nothing: a fault there comes again."""
+        return RESTARTS if self.shape.hosts > 1 else 0
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Variables of every worker; what the user gives wins."""
+    return {
+        # The working directory stays off sys.path: a user's own data/ or launch/ there must not shadow ours.
+        "PYTHONSAFEPATH": "1",
+        # Of the launcher's log lines only the worker's own message matters on a terminal; LOGLEVEL=INFO shows them all.
+        "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),
+        **job.env,
+    }
+
+
+def rendezvous(job: Job, run_id: str, endpoint: str) -> list[str]:
+    """Arguments with which torchrun, or our agent, finds the other hosts."""
+    return [
+        "--nnodes", job.shape.nodes,
+        "--nproc-per-node", str(job.shape.processes),
+        "--max-restarts", str(job.restarts),
+        "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", endpoint,
+        "--rdzv-id", run_id,
+    ]  # fmt: skip
+
+
+def environment_folder() -> str:
+    """The folder of this environment's programs. On a cluster with a shared file system it is right on every host."""
+    return os.path.dirname(sys.executable)

@@ -1,0 +1,84 @@
+"""`torchx run` for a local job: its exit code is the command's, Ctrl-C ends in one line, logs are kept.
+
+torchx's own ends with 1 whatever the job's code was, answers Ctrl-C with a traceback, and writes logs to a folder that it
+removes. Registered in the entry point group `torchx.cli.cmds`, in which torchx looks for its sub-commands. Jobs of other
+components, and jobs of other schedulers, pass through untouched.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from torchx import specs
+from torchx.cli.cmd_run import CmdRun
+from torchx.runner import Runner, config
+from torchx.schedulers.local_scheduler import LocalScheduler, SignalException
+
+from launch.agent import LOGS
+
+LOCAL = "local_cwd"
+INTERRUPTED = 130
+
+
+class _LocalChatter(logging.Filter):
+    """Drops torchx's lines about local runs: where its folder is, that it waits, and a failed run's status object.
+
+    What the workers print passes through untouched, and so do torchx's own errors.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for a line that tells a user of a local run nothing."""
+        return not isinstance(record.msg, specs.AppStatus) and record.levelno >= logging.WARNING
+
+
+def is_ours(component_and_args: list[str]) -> bool:
+    """Whether the component named on the command line is one of components.py."""
+    name = next((word for word in component_and_args if not word.startswith("-")), "")
+    return name.startswith("mbcnet.") or name.partition(":")[0].endswith("launch/components.py")
+
+
+def exit_code(runner: Runner, app_handle: str) -> int:
+    """The code of a local job's first host that failed, 1 where none is known."""
+    scheduler = runner._scheduler(LOCAL)
+    assert isinstance(scheduler, LocalScheduler)
+    apps = [app for app in scheduler._apps.values() if app_handle.endswith(app.id)]
+    codes = [
+        replica.proc.returncode
+        for app in apps
+        for replicas in app.role_replicas.values()
+        for replica in replicas
+    ]
+    # a host that stopped because of another ends by a signal, or with 1
+    return max((code for code in codes if code and code > 0), default=1, key=lambda code: (code < 128, code))
+
+
+class Run(CmdRun):
+    """`torchx run`."""
+
+    def run(self, args: argparse.Namespace) -> None:
+        """Run a component."""
+        self.ours = args.scheduler == LOCAL and is_ours(args.component_name_and_args)
+        if not self.ours:
+            super().run(args)
+            return
+        if "LOGLEVEL" not in os.environ:
+            for handler in logging.getLogger().handlers:
+                handler.addFilter(_LocalChatter())
+        settings = {}
+        config.apply(LOCAL, settings)  # what a .torchxconfig says
+        if not settings.get("log_dir") and "log_dir=" not in (args.scheduler_args or ""):
+            args.scheduler_args = ",".join(filter(None, [args.scheduler_args, f"log_dir={LOGS}"]))
+        try:
+            super().run(args)
+        except SignalException as error:
+            print(f"mbcnet: stopped by {error.sigval.name}; no process is left", file=sys.stderr)
+            sys.exit(128 + error.sigval)
+
+    def _wait_and_exit(self, runner: Runner, app_handle: str, log: bool) -> None:
+        try:
+            super()._wait_and_exit(runner, app_handle, log)
+        except SystemExit:
+            if self.ours:
+                sys.exit(exit_code(runner, app_handle))
+            raise
