@@ -195,7 +195,7 @@ def objective(config):
 
 
 def test_one_weight_per_id_and_field():
-    """A table's wide weight follows the id, and learns under SGD, Adagrad-like rows apart."""
+    """A table's wide weight follows the id and pools like its field; its four columns get one gradient."""
     arch = SparseArch(*collections(wide=True), layout(wide=True))
     one = batch(0)
     rows = arch.ebc.embedding_bags["wide_user"].weight
@@ -212,6 +212,18 @@ def test_one_weight_per_id_and_field():
     torch.testing.assert_close(groups[WIDE][:, 3], torch.stack(pooled))
     groups[WIDE].sum().backward()
     assert rows.grad.std(1).max() == 0 and rows.grad.abs().sum() > 0  # four columns move as one
+
+
+def test_rowwise_adagrad_moves_a_wide_weight_like_one_number():
+    rows = torch.randn(6, 4, dtype=torch.float64)
+    single, states = rows.mean(1), (torch.zeros(6), torch.zeros(6))
+    for _ in range(5):
+        gradient = torch.randn(6, dtype=torch.float64)  # in the weight
+        columns = (gradient / 4).unsqueeze(1).expand(6, 4)
+        states = (states[0] + columns.square().mean(1), states[1] + gradient.square())
+        rows = rows - 0.1 * columns / states[0].sqrt().unsqueeze(1)
+        single = single - 0.1 * gradient / states[1].sqrt()
+    torch.testing.assert_close(rows.mean(1), single)
 
 
 @pytest.fixture

@@ -134,6 +134,8 @@ def wide_tables(tables: Sequence[Table]) -> list[Table]:
     """List the extra tables of a model with wide weights: one weight per id and field.
 
     Each field gets a table "wide_FIELD" with the rows and pooling of its own table, also where fields share one.
+    The weight is the mean of its four columns: their gradients are equal, so Adam, Adagrad and rowwise Adagrad
+    move it as they would move one number; plain SGD moves it at a quarter of its rate.
 
     Args:
         tables: data.schema.Table or torchrec's EmbeddingBagConfig; the result is of the same kind.
