@@ -1,0 +1,406 @@
+"""Proves that every kind of field is encoded as its definition says, and that every faulty value is named or mended as asked."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.arrow import Encoder, Place
+from data.columns import ABSENT
+from data.errors import InputError
+from data.keys import Vocabulary, hash_values, remainder, splitmix64
+from data.schema import FIRST_VOCABULARY_ROW, MISSING_ROW, OUT_OF_VOCABULARY_ROW, load_schema, parse_schema
+
+SHARED = Path(__file__).parents[2] / "shared" / "datasets"
+PLACE = Place("log.parquet", 3, 100)
+
+
+def encode(field, values, mended=None, place=PLACE, folder=Path(), **columns):
+    schema = parse_schema({"name": "t", "label": "y", "fields": {"f": field}}, "s", folder)
+    count = len(values)
+    batch = pa.RecordBatch.from_pydict({"y": pa.array([0] * count), "f": values, **columns})
+    return Encoder(schema).encode(batch, place, mended)
+
+
+def ids(num_embeddings=10, **keys):
+    return {"kind": "categorical", "num_embeddings": num_embeddings, "embedding_dim": 4} | keys
+
+
+def bag(num_embeddings=10, **keys):
+    return ids(num_embeddings) | {"kind": "multi_valued"} | keys
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()],
+    ids=str,
+)
+@pytest.mark.parametrize("policy", ["error", "null", "modulo"])
+def test_ids_of_every_integer_type_and_policy(kind, policy):
+    """Against a loop over Python's own integers, with the type's least and largest value among them."""
+    info = np.iinfo(kind.to_pandas_dtype())
+    for num_embeddings in (10, 300, 2**33):
+        values = [3, None, 0, min(num_embeddings - 1, info.max), info.max, info.min, 9]
+        bad = [value is not None and not 0 <= value < num_embeddings for value in values]
+        column, mended = pa.array(values, kind), Counter()
+        if policy == "error" and any(bad):
+            row = bad.index(True)
+            with pytest.raises(InputError) as error:
+                encode(ids(num_embeddings), column)
+            assert str(error.value) == (
+                f"log.parquet: row group 3, row {100 + row}, field 'f' = {values[row]}: wanted an id in [0, {num_embeddings}); "
+                "mend the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
+            )
+            continue
+        mend = (lambda value: ABSENT) if policy == "null" else (lambda value: value % num_embeddings)
+        wanted = [
+            ABSENT if v is None else mend(v) if is_bad else v for v, is_bad in zip(values, bad, strict=True)
+        ]
+        got = encode(ids(num_embeddings, on_invalid=policy), column, mended)
+        assert got.single_ids.tolist() == [wanted]
+        assert got.single_ids.dtype == (np.int64 if num_embeddings > 2**31 else np.int32)
+        assert mended == Counter({"f": sum(bad)} if any(bad) else {})
+
+
+@pytest.mark.parametrize("policy", ["error", "null", "modulo"])
+def test_lists_of_ids_drop_nulls_and_follow_the_policy(policy):
+    lists = [[1, 2], None, [], [None, 3], [12, 4, -1], [5]]
+    column = pa.array([[9], *lists], pa.list_(pa.int64())).slice(1)  # offsets that do not start at 0
+    if policy == "error":
+        with pytest.raises(
+            InputError, match=r"row group 3, row 104, field 'f' = 12: wanted an id in \[0, 10\)"
+        ):
+            encode(bag(), column)
+        return
+    mended = Counter()
+    (got,) = encode(bag(on_invalid=policy), column, mended).lists
+    wanted = [[1, 2], [], [], [3], [2, 4, 9] if policy == "modulo" else [4], [5]]
+    assert [got.values[a:b].tolist() for a, b in zip(got.offsets, got.offsets[1:], strict=False)] == wanted
+    assert mended == {"f": 2}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_(pa.int64(), 2)], ids=str
+)
+def test_every_list_type(kind):
+    (got,) = encode(bag(), pa.array([[1, 2], [3, 4]], kind)).lists
+    assert got.values.tolist() == [1, 2, 3, 4] and got.offsets.tolist() == [0, 2, 4]
+
+
+def test_weights_follow_their_ids():
+    field = bag(kind="weighted_multi_valued", weights="w", on_invalid="null")
+    values = pa.array([[1, None, 3], None, [-5, 4]])
+    (got,) = encode(field, values, w=pa.array([[0.5, 9.0, None], [], [9.0, 2.0]])).weighted_lists
+    assert got.values.tolist() == [1, 3, 4] and got.weights.tolist() == [0.5, 0.0, 2.0]
+    assert got.offsets.tolist() == [0, 2, 2, 3]
+    with pytest.raises(
+        InputError,
+        match=r"row 101, field 'f': 1 values but 2 weights in column 'w'; the lists must be equally long",
+    ):
+        encode(field, pa.array([[1], [2]]), w=pa.array([[1.0], [1.0, 2.0]]))
+    with pytest.raises(InputError, match=r"row 101, field 'f' = nan: wanted a finite number"):
+        encode(
+            field | {"on_invalid": "error"}, pa.array([[1], [2, 3]]), w=pa.array([[1.0], [1.0, float("nan")]])
+        )
+
+
+@pytest.mark.parametrize("transform", ["identity", "log1p", "standardise"])
+@pytest.mark.parametrize(
+    "kind",
+    [pa.int8(), pa.int64(), pa.float32(), pa.float64(), pa.float16(), pa.decimal128(9, 2), pa.bool_()],
+    ids=str,
+)
+def test_numbers(transform, kind):
+    raw = [True, None, False] if pa.types.is_boolean(kind) else [-3, None, 5]
+    column = (
+        pa.array(raw, pa.bool_()) if pa.types.is_boolean(kind) else pa.array(raw, pa.float64()).cast(kind)
+    )
+    definition = {
+        "identity": float,
+        "log1p": lambda x: np.sign(float(x)) * np.log1p(abs(float(x))),
+        "standardise": lambda x: (float(x) - 2.0) / 4.0,
+    }[transform]
+    statistics = {"mean": 2.0, "std": 4.0} if transform == "standardise" else {}
+    got = encode({"kind": "numeric", "transform": transform, **statistics}, column)
+    wanted = [0.0 if value is None else definition(value) for value in raw]
+    assert got.dense[:, 0].tolist() == pytest.approx(wanted, rel=1e-6)
+    assert got.dense.dtype == np.float32
+
+
+def test_large_integers_keep_their_digits_until_after_the_transform():
+    """2^53 + small differences vanish in float32, and must not before the mean is taken off."""
+    field = {"kind": "numeric", "transform": "standardise", "mean": 1e9, "std": 1.0}
+    assert encode(field, pa.array([10**9 + 1, 10**9 + 7])).dense[:, 0].tolist() == [1.0, 7.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite(bad):
+    with pytest.raises(InputError, match=rf"row 101, field 'f' = {bad}: wanted a finite number or null"):
+        encode({"kind": "numeric"}, pa.array([1.0, bad]))
+    mended = Counter()
+    got = encode({"kind": "numeric", "on_invalid": "null"}, pa.array([1.0, bad, None]), mended)
+    assert got.dense[:, 0].tolist() == [1.0, 0.0, 0.0] and mended == {"f": 1}
+
+
+def test_buckets_count_the_boundaries_not_above():
+    field = {
+        "kind": "numeric",
+        "transform": "bucketise",
+        "boundaries": [0.0, 1.0, 5.0],
+        "num_embeddings": 5,
+        "embedding_dim": 4,
+    }
+    got = encode(field, pa.array([-1.0, 0.0, 0.5, 1.0, 99.0, None]))
+    assert got.single_ids.tolist() == [[1, 2, 2, 3, 4, MISSING_ROW]]
+
+
+def test_vectors():
+    field = {"kind": "vector", "width": 2}
+    for kind in (pa.list_(pa.float32()), pa.list_(pa.float32(), 2)):
+        got = encode(field, pa.array([[1, 2], None, [3, 4]], kind))
+        assert got.dense.tolist() == [[1, 2], [0, 0], [3, 4]]
+    with pytest.raises(InputError, match=r"row 101, field 'f': a vector of length 3: wanted width = 2"):
+        encode(field, pa.array([[1.0, 2.0], [1.0, 2.0, 3.0]]))
+    with pytest.raises(InputError, match=r"row 102, field 'f' = nan"):
+        encode(field, pa.array([[1.0, 2.0], None, [float("nan"), 3.0]]))
+
+
+def test_vector_rows_beside_other_dense_fields_keep_their_columns():
+    schema = parse_schema(
+        {
+            "name": "t",
+            "label": "y",
+            "fields": {
+                "a": {"kind": "numeric"},
+                "v": {"kind": "vector", "width": 2},
+                "b": {"kind": "numeric"},
+            },
+        },
+        "s",
+        Path(),
+    )
+    batch = pa.RecordBatch.from_pydict(
+        {"y": [0, 1], "a": [1.0, 2.0], "v": [[3.0, 4.0], [5.0, 6.0]], "b": [7.0, 8.0]}
+    )
+    got = Encoder(schema).encode(batch, PLACE)
+    assert got.dense.tolist() == [[1, 3, 4, 7], [2, 5, 6, 8]] and got.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([0, 2], "= 2"),
+        ([0, -1], "= -1"),
+        ([0.0, float("nan")], "= nan"),
+        ([0, None], "is null"),
+        ([0.0, 0.5], "= 0.5"),
+    ],
+)
+def test_labels_are_0_or_1(labels, found):
+    schema = parse_schema({"name": "t", "label": "y", "fields": {"f": {"kind": "numeric"}}}, "s", Path())
+    batch = pa.RecordBatch.from_pydict({"y": labels, "f": [1.0, 2.0]})
+    with pytest.raises(
+        InputError, match=rf"log.parquet: row group 3, row 101, label 'y' {found}: wanted 0 or 1"
+    ):
+        Encoder(schema).encode(batch, PLACE)
+    good = pa.RecordBatch.from_pydict({"y": [True, False], "f": [1.0, 2.0]})
+    assert Encoder(schema).encode(good, PLACE).labels.tolist() == [1.0, 0.0]
+
+
+def test_rows_that_were_filtered_are_named_by_their_place_in_the_file():
+    place = Place("log.parquet", 3, rows=np.asarray([5, 90, 91]))
+    with pytest.raises(InputError, match=r"row group 3, row 90, field 'f' = 10"):
+        encode(ids(), pa.array([1, 10, 2]), place=place)
+
+
+def vocabulary(tmp_path, values):
+    pq.write_table(pa.table({"value": values}), tmp_path / "v.parquet", write_page_checksum=True)
+    return ids(len(values) + 2, encoding="vocabulary", vocabulary="v.parquet")
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize(
+    ("values", "column"),
+    [
+        (["b", "a", ""], ["a", None, "", "c", "b"]),
+        ([7, -2, 10**15], [-2, None, 10**15, 8, 7]),
+        ([7, -2, 3], [-2, None, 3, 2**62, 7]),
+    ],
+    ids=["strings", "far apart", "near"],
+)
+def test_vocabulary_rows(tmp_path, values, column, dictionary):
+    wanted = [
+        MISSING_ROW
+        if v is None
+        else values.index(v) + FIRST_VOCABULARY_ROW
+        if v in values
+        else OUT_OF_VOCABULARY_ROW
+        for v in column
+    ]
+    array = pa.array(column)
+    got = encode(
+        vocabulary(tmp_path, values), array.dictionary_encode() if dictionary else array, folder=tmp_path
+    )
+    assert got.single_ids.tolist() == [wanted]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=20),
+    column=st.lists(st.integers(0, 2**64 - 1), max_size=20),
+    signed=st.booleans(),
+)
+def test_integer_vocabularies_hold_at_both_ends_of_both_types(values, column, signed):
+    column = [value - 2**63 for value in column] if signed else column
+    known = Vocabulary(pa.array(values, pa.int64()))
+    asked = [*column, *(value for value in values if signed or value >= 0)]
+    rows = known.rows_of(pa.array(asked, pa.int64() if signed else pa.uint64()), "here")
+    place = {value: row for row, value in enumerate(values, start=FIRST_VOCABULARY_ROW)}
+    assert rows.tolist() == [place.get(value, OUT_OF_VOCABULARY_ROW) for value in asked]
+
+
+def test_vocabulary_faults_are_named(tmp_path):
+    field = vocabulary(tmp_path, [1, 2, 3])
+    with pytest.raises(
+        InputError, match=r"log.parquet: row group 3, field 'f': column is string, the vocabulary is int64"
+    ):
+        encode(field, pa.array(["x"]), folder=tmp_path)
+    with pytest.raises(
+        InputError,
+        match=r"3 values need 5 rows, but the table of field 'f' has num_embeddings = 4; set it to 5",
+    ):
+        encode(field | {"num_embeddings": 4}, pa.array([1]), folder=tmp_path)
+    (tmp_path / "v.parquet").unlink()
+    with pytest.raises(InputError, match=r"v.parquet: the vocabulary of field 'f' cannot be read"):
+        encode(field, pa.array([1]), folder=tmp_path)
+
+
+def reference_string_hash(text: str) -> int:
+    """The definition, one value at a time in Python's own integers."""
+
+    def mix(x):
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    data = text.encode()
+    hashed = mix(len(data))
+    for start in range(0, len(data), 8):
+        hashed = mix(hashed ^ int.from_bytes(data[start : start + 8], "little"))
+    return hashed
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(st.none() | st.text(max_size=30), max_size=20), skip=st.integers(0, 3), large=st.booleans()
+)
+def test_string_hashes_are_their_definition(texts, skip, large):
+    array = pa.array(texts, pa.large_string() if large else pa.string()).slice(min(skip, len(texts)))
+    wanted = [0 if text is None else reference_string_hash(text) for text in array.to_pylist()]
+    assert hash_values(array).tolist() == wanted
+    assert hash_values(array.dictionary_encode()).tolist() == wanted
+
+
+def test_hashes_are_fixed_for_ever_and_spread():
+    """Known values: a trained table is worthless once the hash of its ids changes."""
+    assert splitmix64(np.asarray([0, 1], np.uint64)).tolist() == [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1]
+    assert hash_values(pa.array([0, 1], pa.int32())).tolist() == [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1]
+    assert hash_values(pa.array(["user_1"])).tolist() == [reference_string_hash("user_1")]
+    numbers = hash_values(pa.array([f"item_{i}" for i in range(100_000)]))
+    assert len(set(numbers.tolist())) == 100_000
+    counts = np.bincount(remainder(numbers, 100).astype(np.int64), minlength=100)
+    assert (
+        (counts - 1000) ** 2 / 1000
+    ).sum() < 160  # chi-square of 99 degrees of freedom: above 160 once in 10,000
+    flipped = hash_values(pa.array([f"item_{i}" for i in range(1, 100_000, 2)])) ^ hash_values(
+        pa.array([f"item_{i}" for i in range(0, 100_000, 2)])
+    )
+    bits = np.unpackbits(flipped.view(np.uint8)).mean()
+    assert abs(bits - 0.5) < 0.002
+
+
+def test_hashed_rows_leave_row_0_to_missing_values():
+    values = [f"w{i}" for i in range(500)]
+    got = encode(ids(7, encoding="hash"), pa.array([*values, None])).single_ids[0].tolist()
+    assert got == [reference_string_hash(value) % 6 + 1 for value in values] + [MISSING_ROW]
+    assert set(got[:-1]) == set(range(1, 7))
+    numbers = encode(ids(7, encoding="hash"), pa.array([5, -5, None])).single_ids[0].tolist()
+    assert numbers == [int(splitmix64(np.asarray([v % 2**64], np.uint64))[0]) % 6 + 1 for v in (5, -5)] + [
+        MISSING_ROW
+    ]
+
+
+def test_several_parts_give_the_rows_of_all():
+    schema = parse_schema(
+        {"name": "t", "label": "y", "group_column": "f", "fields": {"f": ids(), "g": bag(column="l")}},
+        "s",
+        Path(),
+    )
+    batches = [
+        pa.RecordBatch.from_pydict(
+            {"y": pa.array([0, 1]), "f": pa.array([1, None]), "l": pa.array([[1], []])}
+        ),
+        pa.RecordBatch.from_pydict({"y": pa.array([1]), "f": pa.array([4]), "l": pa.array([[2, 3]])}),
+    ]
+    encoder = Encoder(schema)
+    whole = encoder.encode_all([(batch, PLACE) for batch in batches])
+    assert whole.single_ids.tolist() == [[1, ABSENT, 4]] and whole.labels.tolist() == [0, 1, 1]
+    assert whole.lists[0].values.tolist() == [1, 2, 3] and whole.lists[0].offsets.tolist() == [0, 1, 1, 3]
+    assert len(set(whole.group_ids.tolist())) == 3
+    none = encoder.encode_all([])
+    assert none.num_rows == 0 and none.single_ids.shape == (1, 0) and none.lists[0].offsets.tolist() == [0]
+
+
+def test_damaged_dictionary_codes_are_refused():
+    """Arrow hands on codes that point behind the dictionary; NumPy would raise, or wrap around, without naming the file."""
+    codes = pa.Array.from_buffers(pa.int32(), 2, [None, pa.array([0, 9], pa.int32()).buffers()[1]])
+    column = pa.DictionaryArray.from_arrays(codes, pa.array(["a", "b"]), safe=False)
+    with pytest.raises(
+        InputError, match=r"log.parquet: row group 3 cannot be encoded \(a dictionary code without a value\)"
+    ):
+        encode(ids(encoding="hash"), column)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/datasets")
+@pytest.mark.parametrize("policy", ["error", "modulo", "hash"])
+def test_real_signatures_above_2_to_the_63(policy):
+    file = SHARED / "slots_demo" / "all.parquet"
+    table = pq.read_table(file)
+    names = [name for name in table.schema.names if name != "label"]
+    large = [
+        (row, name, value)
+        for name in names
+        for row, values in enumerate(table[name].to_pylist())
+        for value in values
+        if value >= 2**63
+    ]
+    assert large
+    field = bag(1000, encoding="hash") if policy == "hash" else bag(1000, on_invalid=policy)
+    schema = parse_schema({"name": "t", "label": "label", "fields": dict.fromkeys(names, field)}, "s", Path())
+    batch = table.combine_chunks().to_batches()[0]
+    if policy == "error":
+        with pytest.raises(
+            InputError, match=r"row group 0, row \d+, field '\w+' = \d{15,20}: wanted an id in \[0, 1000\)"
+        ):
+            Encoder(schema).encode(batch, Place(str(file), 0))
+        return
+    columns = Encoder(schema).encode(batch, Place(str(file), 0))
+    for name, ragged in zip([feature.name for feature in schema.sparse], columns.lists, strict=True):
+        values = table[name].combine_chunks().flatten().to_pylist()
+        if policy == "modulo":
+            assert ragged.values.tolist() == [value % 1000 for value in values]
+        else:
+            mixed = splitmix64(np.asarray(values, np.uint64)) if values else []
+            assert ragged.values.tolist() == [int(value) % 999 + 1 for value in mixed]
+
+
+def test_a_schema_that_still_waits_for_its_fit_is_refused():
+    schema = load_schema(Path(__file__).parents[1] / "data" / "schemas" / "adult.toml")
+    with pytest.raises(InputError, match="field 'age' still says 'fit'; run `mbcnet"):
+        Encoder(schema)
