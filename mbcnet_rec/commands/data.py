@@ -25,6 +25,12 @@ def register(subparsers: Any) -> None:
     )
     prepare.add_argument("--out", required=True, metavar="FOLDER")
     prepare.set_defaults(run=_prepare)
+    check = actions.add_parser("check", help="check files against a schema", description=_check.__doc__)
+    check.add_argument("paths", nargs="+", metavar="PATH", help="Parquet files, folders, globs or URIs")
+    check.add_argument("--schema", required=True, metavar="FILE")
+    check.add_argument("--full", action="store_true", help="every value; default: footers only")
+    check.add_argument("--max-faults", type=int, default=100, help="how many to list; all are counted")
+    check.set_defaults(run=_check)
 
 
 def _synth(args: argparse.Namespace) -> int:
@@ -62,3 +68,38 @@ def _prepare(args: argparse.Namespace) -> int:
     print(f"{out}: train, valid, test and schema.toml")
     print(f"next: mbcnet train --config mbcnet_rec/configs/{args.name}.toml", file=sys.stdout)
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Check Parquet files against a schema and list faults by file, row group and column; exit code 1 if there are any."""
+    import os
+
+    from tqdm import tqdm
+
+    from data.check import WHOLE_FILE, check_files
+    from data.files import resolve_files
+    from data.schema import load_schema
+
+    schema = load_schema(args.schema)
+    files = resolve_files(args.paths)
+    with tqdm(unit="row", unit_scale=True, desc="check", disable=None if args.full else True) as bar:
+        report = check_files(
+            files, schema, full=args.full, max_faults=args.max_faults, threads=len(os.sched_getaffinity(0)),
+            progress=lambda done: bar.update(done - bar.n),
+        )  # fmt: skip
+    file = None
+    for fault in report.faults:
+        if fault.file != file:
+            file = fault.file
+            print(file)
+        place = "" if fault.row_group == WHOLE_FILE else f"row group {fault.row_group}, "
+        print(f"  {place}{f'column {fault.column}' if fault.column else 'file'}: {fault.message}")
+    if report.num_faults > len(report.faults):
+        print(f"... and {report.num_faults - len(report.faults)} more (--max-faults)")
+    empty = f", {report.empty_files} empty file(s)" if report.empty_files else ""
+    what = "every value" if args.full else "footers only; --full checks every value"
+    verdict = f"{report.num_faults} fault(s)" if report.num_faults else "no fault"
+    print(
+        f"{verdict} in {report.num_files} file(s), {report.num_row_groups} row groups, {report.num_rows:,} rows{empty} ({what})"
+    )
+    return 1 if report.num_faults else 0

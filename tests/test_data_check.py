@@ -1,0 +1,236 @@
+"""Proves that a check finds every fault by file, row group and column, from footers alone or in every value, and nothing else."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data.check import WHOLE_FILE, check_files
+from data.errors import InputError
+from data.pailitao import pailitao_schema
+from data.schema import parse_schema
+from data.synthetic import write_synthetic
+
+FIELDS = {
+    "user": {"kind": "categorical", "num_embeddings": 10, "embedding_dim": 4},
+    "word": {"kind": "categorical", "encoding": "hash", "num_embeddings": 50, "embedding_dim": 4},
+    "tags": {"kind": "weighted_multi_valued", "weights": "w", "num_embeddings": 5, "embedding_dim": 4},
+    "price": {"kind": "numeric"},
+    "image": {"kind": "vector", "width": 2},
+}
+ROWS = 40
+
+
+def schema_of(**changes):
+    fields = {name: entry | changes.get(name, {}) for name, entry in FIELDS.items()}
+    table = {"name": "s", "label": "click", "group_column": "user", "fields": fields, "groups": {}}
+    return parse_schema(table, "s.toml", Path())
+
+
+def good() -> dict:
+    return {
+        "user": np.arange(ROWS) % 10,
+        "word": [f"w{n}" for n in range(ROWS)],
+        "tags": [[n % 5] * (n % 3) for n in range(ROWS)],
+        "w": [[0.5] * (n % 3) for n in range(ROWS)],
+        "price": np.linspace(0, 1, ROWS),
+        "image": [[0.0, 1.0]] * ROWS,
+        "click": np.arange(ROWS) % 2,
+    }
+
+
+def write(folder: Path, name: str, statistics: bool = False, **columns) -> Path:
+    """Write a file of 4 row groups of 10 rows with page checksums; None drops a column."""
+    table = {name: column for name, column in (good() | columns).items() if column is not None}
+    path = folder / f"{name}.parquet"
+    pq.write_table(
+        pa.table(table),
+        path,
+        row_group_size=10,
+        write_page_checksum=True,
+        write_statistics=statistics,
+        use_dictionary=False,
+    )
+    return path
+
+
+def changed(name: str, row: int, value) -> dict:
+    column = list(good()[name])
+    column[row] = value
+    return {name: column}
+
+
+def found(files, full=True, **options):
+    report = check_files(files, schema_of(), full=full, **options)
+    return [(Path(fault.file).stem, fault.row_group, fault.column) for fault in report.faults]
+
+
+def test_good_files_have_no_fault(tmp_path):
+    files = [write(tmp_path, "a", True), write(tmp_path, "b", **{name: column[:0] for name, column in good().items() if name not in ("image", "tags", "w", "word")},
+                                                 image=pa.array([], pa.list_(pa.float32())), tags=pa.array([], pa.list_(pa.int64())), w=pa.array([], pa.list_(pa.float32())), word=pa.array([], pa.string()))]  # fmt: skip
+    seen: list[int] = []
+    report = check_files(files, schema_of(), full=True, progress=seen.append)
+    assert report.faults == [] and report.num_faults == 0
+    assert (report.num_files, report.num_rows, report.empty_files) == (2, ROWS, 1)
+    assert seen[-1] == ROWS
+
+
+BAD_VALUES = {
+    "id too large": (
+        changed("user", 25, 10),
+        2,
+        "user",
+        r"row 5, field 'user' = 10: wanted an id in \[0, 10\)",
+    ),
+    "id negative": (changed("user", 31, -1), 3, "user", "row 1, field 'user' = -1"),
+    "id in a list": (changed("tags", 14, [0, 5]), 1, "tags", "row 4, field 'tags' = 5"),
+    "nan": (changed("price", 9, float("nan")), 0, "price", "row 9, field 'price' = nan"),
+    "length of a vector": (
+        changed("image", 20, [1.0]),
+        2,
+        "image",
+        "row 0, field 'image'.*length 1: wanted width = 2",
+    ),
+    "weights too few": (changed("w", 11, [0.5]), 1, "tags", "row 1, field 'tags': 2 values but 1 weights"),
+    "label 2": (changed("click", 39, 2), 3, "click", "row 9, label 'click' = 2"),
+    "label null": (changed("click", 0, None), 0, "click", "row 0, label 'click' is null"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_VALUES))
+def test_every_bad_value_is_found_in_full(case, tmp_path):
+    columns, row_group, column, message = BAD_VALUES[case]
+    files = [write(tmp_path, "a"), write(tmp_path, "b", **columns)]
+    report = check_files(files, schema_of(), full=True)
+    assert [(Path(f.file).stem, f.row_group, f.column) for f in report.faults] == [("b", row_group, column)]
+    import re
+
+    assert re.search(message, report.faults[0].message), report.faults[0].message
+    assert found(files, full=False) == []
+
+
+def test_all_faults_are_listed_and_capped(tmp_path):
+    files = [
+        write(
+            tmp_path,
+            "a",
+            **changed("user", 3, 99),
+            **changed("price", 3, float("inf")),
+            **changed("click", 33, 3),
+        ),
+        write(tmp_path, "b", **changed("user", 3, 99)),
+    ]
+    every = [("a", 0, "user"), ("a", 0, "price"), ("a", 3, "click"), ("b", 0, "user")]
+    assert sorted(found(files)) == sorted(every)
+    report = check_files(files, schema_of(), full=True, max_faults=2)
+    assert len(report.faults) == 2 and report.num_faults == 4
+
+
+def test_footers_tell_missing_columns_and_wrong_types(tmp_path):
+    files = [
+        write(tmp_path, "a", user=None, price=["x"] * ROWS),
+        write(tmp_path, "b", click=None, w=None),
+        write(tmp_path, "c", tags=[["text"]] * ROWS),
+    ]
+    report = check_files(files, schema_of(), full=False)
+    assert [(Path(f.file).stem, f.row_group, f.column) for f in report.faults] == [
+        ("a", WHOLE_FILE, "user"),
+        ("a", WHOLE_FILE, "price"),
+        ("b", WHOLE_FILE, "click"),
+        ("b", WHOLE_FILE, "tags"),
+        ("c", WHOLE_FILE, "tags"),
+    ]
+    assert "column 'user' is missing, which is the schema's field 'user'" in report.faults[0].message
+    assert "column 'price' is string: numeric field 'price' wants numbers" in report.faults[1].message
+    # the full check looks at what is left of such files, and says nothing twice
+    write(tmp_path, "a", user=None, price=["x"] * ROWS, **changed("click", 0, 5))
+    assert found(files)[-1] == ("a", 0, "click") and len(found(files)) == 6
+
+
+def test_statistics_tell_of_bad_ids_without_reading_them(tmp_path):
+    files = [
+        write(
+            tmp_path,
+            "a",
+            True,
+            **changed("user", 25, 77),
+            **changed("click", 1, 2),
+            **changed("tags", 14, [-3]),
+        )
+    ]
+    report = check_files(files, schema_of(), full=False)
+    assert {(f.row_group, f.column) for f in report.faults} == {(2, "user"), (0, "click"), (1, "tags")}
+    assert "the value 77: wanted 0 to 9" in next(f.message for f in report.faults if f.column == "user")
+    assert len(found(files)) == 3, "the full check does not repeat them"
+    lenient = schema_of(user={"on_invalid": "modulo"})
+    assert {f.column for f in check_files(files, lenient, full=False).faults} == {"click", "tags"}
+
+
+def test_damage_is_named_by_column(tmp_path):
+    path = write(tmp_path, "a")
+    chunk = pq.read_metadata(path).row_group(2).column(4)
+    assert chunk.path_in_schema == "price"
+    damaged = bytearray(path.read_bytes())
+    damaged[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 16
+    path.write_bytes(damaged)
+    report = check_files([path], schema_of(), full=True)
+    assert [(f.row_group, f.column) for f in report.faults] == [(2, "price")]
+    assert "cannot be decoded" in report.faults[0].message
+    path.write_bytes(damaged[: len(damaged) // 2])
+    assert found([path], full=False) == [("a", WHOLE_FILE, "")]
+
+
+def test_an_unfitted_schema_is_enough_for_footers(tmp_path):
+    schema = schema_of(price={"transform": "standardise", "mean": "fit", "std": "fit"})
+    assert check_files([write(tmp_path, "a")], schema).faults == []
+    with pytest.raises(InputError, match="still says 'fit'"):
+        check_files([write(tmp_path, "a")], schema, full=True)
+
+
+def test_a_hundred_footers_take_less_than_a_second(tmp_path):
+    schema = pailitao_schema("demo")
+    write_synthetic(schema, tmp_path / "log", rows=6, days=3)
+    one = next(tmp_path.glob("log/*/*.parquet"))
+    files = [tmp_path / f"{number}.parquet" for number in range(100)]
+    for file in files:
+        file.write_bytes(one.read_bytes())
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        assert check_files(files, schema).num_faults == 0
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1.0
+
+
+def test_the_command_imports_no_torch_and_exits_1_on_a_fault(tmp_path):
+    (tmp_path / "s.toml").write_text(
+        'name = "s"\nlabel = "click"\n[fields]\nuser = { kind = "categorical", num_embeddings = 10, embedding_dim = 4 }\n'
+    )
+    write(tmp_path, "a", **changed("user", 25, 10))
+    code = (
+        "import sys; from mbcnet_rec.cli import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "data",
+        "check",
+        str(tmp_path / "a.parquet"),
+        "--schema",
+        str(tmp_path / "s.toml"),
+    ]
+    quick = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (
+        quick.returncode == 0 and "no fault in 1 file(s), 4 row groups, 40 rows (footers only" in quick.stdout
+    )
+    full = subprocess.run([*command, "--full"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert full.returncode == 1, full.stderr
+    assert "row group 2, column user: row 5, field 'user' = 10: wanted an id" in full.stdout
+    assert "1 fault(s) in 1 file(s)" in full.stdout
