@@ -1,0 +1,117 @@
+"""Proves that the order of rows is a pure function: windows and lanes cover each row once, whoever reads them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.errors import InputError
+from data.order import (
+    RowGroup,
+    StreamOptions,
+    lane_bounds,
+    plan_windows,
+    rows_of_step,
+    spans_of_rank,
+    steps_per_epoch,
+    windows_of_spans,
+)
+
+ROW_GROUPS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+ORDERS = st.sampled_from(["shuffled", "partitioned", "chronological"])
+
+
+def groups_of(sizes):
+    return [RowGroup(0, index, rows, rows) for index, rows in enumerate(sizes)]
+
+
+@given(sizes=ROW_GROUPS, lanes=st.integers(1, 8), window_rows=st.integers(1, 100), order=ORDERS)
+def test_windows_cover_every_row_once_and_keep_to_their_lane(sizes, lanes, window_rows, order):
+    options, total = StreamOptions(lanes, lanes, order), sum(sizes)
+    bounds = lane_bounds(options, total)
+    windows = plan_windows(groups_of(sizes), bounds, window_rows)
+    rows = [
+        (segment.row_group.index, row)
+        for window in windows
+        for segment in window.segments
+        for row in range(segment.start, segment.stop)
+    ]
+    assert rows == [(index, row) for index, size in enumerate(sizes) for row in range(size)]
+    position = 0
+    for window in windows:
+        assert window.first_row == position
+        assert window.num_rows == sum(stop - start for _, start, stop in window.segments) > 0
+        position += window.num_rows
+        assert bounds[window.lane] <= window.first_row < position <= bounds[window.lane + 1]
+        assert window.num_rows < window_rows + max(
+            size for size in [1, *sizes] if size <= window_rows or size == 1
+        )
+        # row groups that fit a window are cut by lanes only
+        for segment in window.segments:
+            if segment.row_group.num_rows <= window_rows and segment.stop < segment.row_group.num_rows:
+                assert position in bounds
+
+
+def test_lanes_need_new_windows_at_different_steps():
+    options = StreamOptions(64, 4)
+    windows = plan_windows(groups_of([10] * 400), lane_bounds(options, 4000), 200)
+    seconds = [[w.first_row - 1000 * lane for w in windows if w.lane == lane][1] for lane in range(4)]
+    assert sorted(seconds) == [50, 100, 150, 200]
+
+
+@given(sizes=ROW_GROUPS, lanes=st.sampled_from([1, 2, 4, 12]), share=st.integers(1, 9), order=ORDERS)
+def test_every_world_reads_each_row_once_in_the_same_global_batch(sizes, lanes, share, order):
+    options, total = StreamOptions(share * lanes, lanes, order), sum(sizes)
+    steps = steps_per_epoch(options, total)
+    windows = plan_windows(groups_of(sizes), lane_bounds(options, total), 16)
+    starts = [window.first_row for window in windows]
+    seen = []
+    for step in range(steps):
+        batch = [rows_of_step(options, total, step, lane) for lane in range(lanes)]
+        rows = [row for start, stop in batch for row in range(start, stop)]
+        assert 0 < len(rows) <= share * lanes
+        for world_size in (world for world in (1, 2, 3, 4) if lanes % world == 0):
+            ranks = [spans_of_rank(options, total, step, rank, world_size) for rank in range(world_size)]
+            assert [span for spans in ranks for span in spans] == batch
+        cuts = list(windows_of_spans(starts, batch))
+        assert [row for _, start, stop in cuts for row in range(start, stop)] == rows
+        for index, start, stop in cuts:
+            assert starts[index] <= start < stop <= starts[index] + windows[index].num_rows
+        seen += rows
+    assert sorted(seen) == list(range(total))
+    if order == "chronological":
+        assert seen == list(range(total))
+    assert all(
+        start == stop for start, stop in (rows_of_step(options, total, steps, lane) for lane in range(lanes))
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size = 0: wanted 1 or more"),
+        ({"lanes": 0}, "lanes = 0: wanted 1 or more"),
+        ({"window_rows": -1}, "window_rows = -1: wanted 1 or more"),
+        ({"batch_size": 10, "lanes": 4}, "batch_size = 10: wanted a multiple of lanes = 4; use 8"),
+        ({"workers": -1}, "workers = -1: wanted 0 or more"),
+        ({"keep_negatives": 0.0}, r"keep_negatives = 0.0: wanted a share in \(0, 1\]"),
+        ({"keep_negatives": float("nan")}, "keep_negatives = nan: wanted a share"),
+        ({"drop_positives": 1.0}, r"drop_positives = 1.0: wanted a share in \[0, 1\)"),
+        (
+            {"negative_weights": "importance"},
+            "negative_weights = 'importance': keep_negatives = 1 drops no negative",
+        ),
+        ({"timeout_seconds": 0.0}, "timeout_seconds = 0.0: wanted more than 0"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        StreamOptions(**options)
+
+
+def test_what_decodes_imports_no_torch():
+    code = "import sys, data.decode, data.ahead; sys.exit(any(name in sys.modules for name in ('torch', 'torchrec')))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
