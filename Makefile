@@ -1,0 +1,41 @@
+# The whole project is four commands: demo, test, check, bench. Each makes .venv first if it is not there.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The CUDA set where the driver lists a GPU, else the CPU set
+SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+BIN := .venv/bin
+READY := .venv/ready-$(SET)
+# One thread for each process: two ranks on two cores do not fight
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check bench help
+
+help:
+	@echo "make demo   environment, synthetic data, a sharded two-process training run, its report"
+	@echo "make test   environment and the whole test suite"
+	@echo "make check  ruff, pyright, import-linter, README and configs"
+	@echo "make bench  every benchmark, short"
+
+demo: $(READY)
+	$(BIN)/mbcnet data synth --out prepared/demo --rows 400000
+	$(BIN)/torchx run -s local_cwd launch/components.py:train --config mbcnet_rec/configs/demo.toml -j 1x2 -- --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_readme.py tests/test_configs.py
+
+bench: $(READY)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+
+$(READY): requirements/$(SET).txt pyproject.toml
+	@echo "installing the $(SET) set into .venv: a minute or two, more where torch must be fetched"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --progress-bar off -r requirements/$(SET).txt
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,94 @@
+"""One rank of tests/test_training_parity.py: trains 50 steps under each kind of plan, and rank 0 writes what came out."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from data.schema import load_schema
+from data.stream import ParquetStream
+from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.config import load_config
+from mbcnet_rec.training.checkpoint import pieces_of
+from mbcnet_rec.training.loop import average_terms, seed_step
+from mbcnet_rec.training.pipeline import CheckedPipeline
+from mbcnet_rec.training.process import joined_process
+from sharding.plan import Plan, TablePlan
+
+STEPS = 50
+# kind of plan -> the tables' optimizer under which it is compared
+KINDS = {
+    "table_wise": "rowwise_adagrad",
+    "row_wise": "rowwise_adagrad",
+    "table_row_wise": "rowwise_adagrad",
+    "data_parallel": "rowwise_adagrad",
+    "column_wise": "sgd",
+}
+
+
+def plan_of(kind, schema, process):
+    """Every table under one kind of plan; table-wise ones dealt out in turn."""
+    world = process.world_size
+    ranks = {
+        "table_wise": lambda index: (index % world,),
+        "row_wise": lambda index: tuple(range(world)),
+        "table_row_wise": lambda index: tuple(range(world)),
+        "data_parallel": lambda index: (),
+        "column_wise": lambda index: tuple(range(world)),
+    }[kind]
+    kernel = "dense" if kind == "data_parallel" else "fused"
+    tables = {table.name: TablePlan(kind, kernel, ranks(index)) for index, table in enumerate(schema.tables)}
+    return Plan(world, process.local_world_size, "cpu", schema.fingerprint(), tables)
+
+
+def logical_tensors(built, process):
+    """Every tensor of model and optimizers, put together from all ranks, on rank 0."""
+    own = [
+        (p.name, p.offsets, p.global_shape, p.tensor.detach().numpy().copy())
+        for p in pieces_of(built.model, built.optimizer)
+        if process.rank == 0 or not p.replicated
+    ]
+    parts = [None] * process.world_size
+    dist.all_gather_object(parts, own)
+    whole = {}
+    for name, offsets, shape, values in (piece for part in parts for piece in part):
+        target = whole.setdefault(name, np.full(shape, np.nan, np.float64))
+        target[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = values
+    return whole
+
+
+def main(config_file, out):
+    quieten_libraries()
+    with joined_process("cpu") as process:
+        for kind, optimizer in KINDS.items():
+            config = load_config(config_file, [f"optim.embedding.name={optimizer}"])
+            schema = load_schema(config.schema)
+            built = build(config, schema, process, plan_of(kind, schema, process))
+            files = [Path(path) for path in config.data.train]
+            stream = ParquetStream(
+                files, schema, config.data.train_options(0), process.rank, process.world_size
+            )
+            pipeline = CheckedPipeline(
+                built.model, built.optimizer, nullcontext, lambda losses: None, lambda: None
+            )
+            built.model.train()
+            batches, losses, disagreements = iter(stream), [], 0.0
+            for step in range(STEPS):
+                seed_step(0, step, process.rank)
+                terms = average_terms([pipeline.progress(batches)])
+                losses.append(terms["loss"])
+                disagreements += terms["coteaching_loss"]
+            tensors = logical_tensors(built, process)
+            if process.is_first:
+                np.savez(
+                    Path(out) / f"{kind}-{process.world_size}.npz",
+                    losses=losses,
+                    coteaching=disagreements,
+                    **{name.replace("/", "|"): value for name, value in tensors.items()},
+                )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

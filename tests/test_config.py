@@ -1,0 +1,93 @@
+"""Proves that run configs are read strictly: every key typed, overrides by path, contradictions named, round trip exact."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_data import CONFIG
+
+from data.errors import InputError
+from mbcnet_rec.config import config_text, load_config
+
+SHIPPED = sorted((Path(__file__).parents[1] / "mbcnet_rec" / "configs").glob("*.toml"))
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    file = tmp_path / "run.toml"
+    file.write_text(CONFIG.format(folder=tmp_path))
+    return file
+
+
+def test_resolved_text_gives_the_same_config(path, tmp_path):
+    config = load_config(
+        path, ["optim.dense_lr=0.5", "train.schedule=plateau", "model.mbcnet.branches=['deep']"]
+    )
+    assert config.optim.dense_lr == 0.5 and config.train.schedule == "plateau"
+    assert config.model.mbcnet.branches == ("deep",)
+    (tmp_path / "resolved.toml").write_text(config_text(config))
+    assert load_config(tmp_path / "resolved.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epochs", "wanted key.path=value"),
+        (".x=1", "wanted key.path=value"),
+        ("name.first=1", "'name' is 'small', not a table"),
+        ("train.patience=3.5", "wanted an integer"),
+        ("data.valid=[]", ""),
+        ("optim.dense_lr=nan", "wanted a number"),
+        ("train.schedule=slow", "'constant', 'plateau'"),
+        ("name=a/b", "plain word"),
+    ],
+)
+def test_overrides(path, override, words):
+    if not words:
+        assert load_config(path, [override]).data.valid == ()
+        return
+    with pytest.raises(InputError) as caught:
+        load_config(path, [override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keys", [["train.patience=2"], ["train.schedule=plateau"]])
+def test_what_reads_validation_needs_it(path, keys):
+    with pytest.raises(InputError, match=r"data\.valid is empty"):
+        load_config(path, ["data.valid=[]", *keys])
+
+
+def test_mutated_files_are_refused_or_read_but_never_crash(path):
+    rng = random.Random(0)
+    text = path.read_text()
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(500):
+        place, kind = rng.randrange(len(text)), rng.randrange(4)
+        piece = "".join(rng.choice(" \n=\"[]{}.#-0a1'é\0") for _ in range(rng.randint(1, 3)))
+        mutated = {
+            0: text[:place] + piece + text[place:],
+            1: text[:place] + text[place + rng.randint(1, 9) :],
+            2: text[:place] + piece + text[place + len(piece) :],
+            3: "\n".join(sorted(text.splitlines(), key=lambda line: rng.random())),
+        }[kind]
+        path.write_text(mutated, encoding="utf-8")
+        try:
+            load_config(path)
+            outcomes["read"] += 1
+        except InputError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 100 and outcomes["read"] > 20
+
+
+def test_reading_a_config_imports_no_torchrec():
+    code = "import sys, mbcnet_rec.config; assert not {'torchrec', 'fbgemm_gpu'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys, mbcnet_rec.cli; mbcnet_rec.cli.build_parser(); assert not {'torch', 'pyarrow', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

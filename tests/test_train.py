@@ -1,0 +1,252 @@
+"""Proves that one command trains, writes the run folder by its names, stops early, resumes, and answers wrong input in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from small_data import write_small
+
+from mbcnet_rec.cli import main
+from mbcnet_rec.config import load_config
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+COOPERATION = {
+    "coteaching_loss",
+    "differentiation_loss",
+    "disagreement/efgc>deep",
+    "transform_distance/efgc-deep",
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_small(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def run(config) -> Path:
+    """A run of two processes, as the README starts it but without torchx."""
+    done = torchrun("train", "--config", str(config))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return config.parent / "run"
+
+
+def torchrun(*args: str) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "launch.agent", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    launch += ["--rdzv_endpoint=localhost:0", "-m", "mbcnet_rec.cli", *args]
+    return subprocess.run(launch, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_folder_has_the_names_of_the_design(run):
+    for name in ("config.toml", "metrics.jsonl", "plan.json", "checkpoints", "tb", "DONE"):
+        assert (run / name).exists(), name
+    assert list((run / "tb").iterdir()), "TensorBoard has events"
+    assert load_config(run / "config.toml").name == "small", "the resolved config loads"
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["world_size"] == 2 and set(plan["tables"]) == {"thing", "user", "tags", "likes", "hour"}
+
+
+def test_metrics_have_the_names_of_the_design(run):
+    lines = lines_of(run)
+    train = [line for line in lines if line["split"] == "train"]
+    assert [line["step"] for line in train] == list(range(5, 51, 5))
+    assert COOPERATION | {
+        "auc",
+        "loss",
+        "bce",
+        "samples_per_second",
+        "input_wait_share",
+        "step_seconds",
+    } <= set(train[0])
+    valid = [line for line in lines if line["split"] == "valid"]
+    assert [line["step"] for line in valid] == [20, 40, 51], "the last partial batch of the epoch is a step"
+    names = {"auc", "log_loss", "ne", "calibration", "gauc", "auc/efgc", "log_loss/cross", "auc/deep", "rows"}
+    assert names <= set(valid[0])
+    assert all(line["rows"] == 500 for line in valid), "each row is scored once, on however many ranks"
+    test = lines[-1]
+    assert test["split"] == "test" and test["ne"] < 1.0 and test["auc"] > 0.6, "it learned"
+    best = max(valid, key=lambda line: line["auc"])
+    assert test["step"] == best["step"], "the best weights are tested, not the last"
+
+
+def test_done_holds_the_test_metrics(run):
+    done = json.loads((run / "DONE").read_text())
+    assert done["step"] == 51 and done["auc"] == lines_of(run)[-1]["auc"]
+
+
+def test_evaluate_reproduces_the_logged_metrics_in_one_process_and_two(run, capfd):
+    logged = lines_of(run)[-1]
+    assert main(["evaluate", str(run)]) == 0
+    outputs = [capfd.readouterr().out, torchrun("evaluate", str(run)).stdout]
+    for output in outputs:
+        found = json.loads(output.strip().splitlines()[-1])
+        shared = [key for key in found if isinstance(logged.get(key), float)]
+        assert len(shared) > 8
+        for key in shared:
+            assert found[key] == pytest.approx(logged[key], abs=1e-6), key
+
+
+def test_the_branches_beat_the_prior_and_the_same_config_trains_a_dnn(config, run, capfd):
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(config),
+                "--set",
+                "model.kind=dnn",
+                "--set",
+                f"train.out={config.parent}/dnn",
+            ]
+        )
+        == 0
+    )
+    test = lines_of(config.parent / "dnn")[-1]
+    assert test["ne"] < 1.0
+    assert not any("/" in key and key.startswith("auc") for key in test), "a DNN has no branches"
+    capfd.readouterr()
+
+
+def test_early_stop_restores_the_best_step(config, capfd):
+    out = config.parent / "stopped"
+    arguments = ["train", "--config", str(config), "--set", f"train.out={out}", "--set", "train.epochs=40"]
+    # steps so long that validation gets worse soon
+    arguments += ["--set", "train.patience=2", "--set", "optim.dense_lr=0.05", "--set", "train.eval_every=10"]
+    assert main(arguments) == 0
+    valid = [line for line in lines_of(out) if line["split"] == "valid"]
+    best = max(range(len(valid)), key=lambda index: valid[index]["auc"])
+    assert len(valid) == best + 3, "two evaluations without a better one, then the end"
+    assert "stopped early" in capfd.readouterr().out
+    assert lines_of(out)[-1]["step"] == valid[best]["step"]
+
+
+def test_resume_goes_on_and_ends_like_an_uninterrupted_run(config, capfd):
+    whole, parts = config.parent / "whole", config.parent / "parts"
+    common = ["train", "--config", str(config), "--set", "train.eval_every=10"]
+    assert main([*common, "--set", f"train.out={whole}"]) == 0
+    assert main([*common, "--set", f"train.out={parts}", "--set", "train.max_steps=20"]) == 0
+    assert main([*common, "--set", f"train.out={parts}", "--resume"]) == 0
+    timing = {"samples_per_second", "step_seconds", "input_wait_share"}
+    last = [
+        [{k: v for k, v in line.items() if k not in timing} for line in lines_of(out) if line["step"] > 20]
+        for out in (whole, parts)
+    ]
+    final = [[line for line in lines if line["split"] != "test"] for lines in last]
+    assert final[0] == final[1], "the same numbers to the last digit"
+    capfd.readouterr()
+
+
+def faulty(config: Path, tmp_path: Path, change) -> Path:
+    """The training file of the config with one change, under a config of its own."""
+    table = change(pq.read_table(config.parent / "train.parquet"))
+    pq.write_table(table, tmp_path / "bad.parquet", row_group_size=700)
+    return tmp_path / "bad.parquet"
+
+
+def with_value(table: pa.Table, column: str, row: int, value) -> pa.Table:
+    values = table[column].to_pylist()
+    values[row] = value
+    return table.set_column(table.column_names.index(column), column, pa.array(values, table[column].type))
+
+
+DATA_FAULTS = {
+    "missing column": (lambda t: t.drop_columns(["hour"]), ["bad.parquet", "'hour'", "missing"]),
+    "wrong type": (
+        lambda t: t.set_column(0, "user", pc.cast(t["user"], pa.string())),
+        ["bad.parquet", "'user'", "string", "integers"],
+    ),
+    "id out of range": (
+        lambda t: with_value(t, "user", 1500, 120),
+        ["bad.parquet", "row group 2", "row 100", "'user'", "120", "on_invalid"],
+    ),
+    "negative id in a list": (
+        lambda t: with_value(t, "tags", 3, [1, -7]),
+        ["bad.parquet", "row 3", "'tags'", "-7"],
+    ),
+    "label 2": (lambda t: with_value(t, "click", 10, 2), ["bad.parquet", "row 10", "'click'", "0 or 1"]),
+}
+
+
+@pytest.mark.parametrize("name", DATA_FAULTS)
+def test_faulty_data_is_named(config, tmp_path, capfd, name):
+    change, words = DATA_FAULTS[name]
+    bad = faulty(config, tmp_path, change)
+    arguments = [
+        "train",
+        "--config",
+        str(config),
+        "--set",
+        f'data.train=["{bad}"]',
+        "--set",
+        f"train.out={tmp_path}/run",
+    ]
+    assert main(arguments) == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("mbcnet: ")
+    for word in words:
+        assert word in message, message
+
+
+CONFIG_FAULTS = {
+    "unknown key": (["no.such=1"], ["no", "not a known key"]),
+    "near miss": (["train.epoch=2"], ["train.epoch", "did you mean 'epochs'"]),
+    "wrong type": (["train.epochs=many"], ["train.epochs", "'many'", "an integer"]),
+    "out of range": (["train.epochs=0"], ["epochs = 0", "1 or more"]),
+    "batch not divisible": (["data.batch_size=100"], ["batch_size = 100", "lanes = 12", "use 96"]),
+    "no schema": (["schema=nowhere.toml"], ["nowhere.toml", "no such file"]),
+    "no files": (['data.train=["nowhere/*.parquet"]'], ["nowhere", "no Parquet file"]),
+    "branch without groups": (["model.mbcnet.branches=['efgc','efgc']"], ["branches", "each once"]),
+    "cuda without a GPU": (["train.device=cuda"], ["train.device", "cuda", "train.device=cpu"]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FAULTS)
+def test_faulty_config_is_named_and_nothing_is_written(config, tmp_path, capfd, name):
+    import torch
+
+    if name.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    overrides, words = CONFIG_FAULTS[name]
+    arguments = ["train", "--config", str(config), "--set", f"train.out={tmp_path}/run"]
+    for override in overrides:
+        arguments += ["--set", override]
+    assert main(arguments) == 2
+    error = capfd.readouterr().err.strip()
+    assert len(error.splitlines()) == 1, error
+    for word in words:
+        assert word in error, error
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_a_plan_for_another_world_size_is_refused(config, run, tmp_path, capfd):
+    arguments = ["train", "--config", str(config), "--set", f"sharding.plan={run}/plan.json"]
+    assert main([*arguments, "--set", f"train.out={tmp_path}/run"]) == 2
+    error = capfd.readouterr().err
+    assert "plan.json" in error and "world_size" in error and "2" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(config, run, capfd):
+    before = (run / "DONE").read_text()
+    assert main(["train", "--config", str(config)]) == 2
+    error = capfd.readouterr().err
+    assert "--resume" in error and "--overwrite" in error
+    assert (run / "DONE").read_text() == before
+
+
+def test_two_ranks_say_a_mistake_once(config, tmp_path):
+    done = torchrun("train", "--config", str(config), "--set", "train.epochs=0")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.strip()] == [
+        line for line in done.stderr.splitlines() if "epochs = 0" in line
+    ], done.stderr
