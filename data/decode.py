@@ -13,8 +13,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import types as pt
 
 from data.arrow import Encoder, Place
+from data.checksums import leaves_of
 from data.columns import Columns
 from data.errors import InputError
 from data.files import one_batch
@@ -51,6 +53,13 @@ class Decoder:
             for feature in schema.features
             if feature.kind == "categorical" and feature.encoding != "ids"
         ] + ([schema.group_column] if schema.group_column else [])
+        self.lists = frozenset(
+            column
+            for feature in schema.features
+            if feature.kind in ("multi_valued", "weighted_multi_valued", "vector")
+            for column in (feature.source_column, feature.weights)
+            if column
+        )
         self.footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
         self.long: dict[tuple[RowGroup, int], _LongRowGroup] = {}
         self.lock = threading.Lock()
@@ -112,7 +121,9 @@ class Decoder:
             with self.open(row_group) as parquet:
                 return parquet.read_row_group(row_group.index, columns=self.columns, use_threads=False)
 
-        rows, place = self.keep(one_batch(self.guarded(row_group, read)), row_group, 0)
+        stored = one_batch(self.guarded(row_group, read))
+        self.check_lists(row_group, self.count_lists(stored))
+        rows, place = self.keep(stored, row_group, 0)
         if rows.num_rows != row_group.num_rows:
             raise self.changed(row_group, rows.num_rows)
         return [_cut(rows, place, segment.start, segment.stop)]
@@ -157,6 +168,36 @@ class Decoder:
             return rows, place
         return rows.filter(pa.array(kept)), replace(place, rows=first_row + np.flatnonzero(kept))
 
+    def count_lists(self, rows: pa.RecordBatch) -> Counter[str]:
+        """Stored entries of each list column: its values, and one for each list without any."""
+        counts: Counter[str] = Counter()
+        for name in self.lists:
+            column = rows.column(rows.schema.names.index(name))
+            counts[name] = len(column.flatten()) + _count_empty(column)
+        return counts
+
+    def check_lists(self, row_group: RowGroup, found: Counter[str]) -> None:
+        """Compare the entries of list columns with what the footer says of a row group that has been read.
+
+        Arrow takes a page's number of values from its header, which no checksum covers, and cuts the last list short without a word
+        if a flipped bit made it smaller. Columns without lists would end early, which Arrow reports.
+        """
+        if not self.lists:
+            return
+        with self.lock:
+            footer = self.footers.get(row_group.file)
+        if footer is None:  # put out by other files since
+            with self.open(row_group) as parquet:
+                footer = parquet.metadata
+        for leaf in leaves_of(footer, self.lists):
+            chunk = footer.row_group(row_group.index).column(leaf)
+            name = chunk.path_in_schema.split(".")[0]
+            if chunk.num_values != found[name]:
+                raise InputError(
+                    f"{self.name(row_group)}: column {name!r} has {found[name]} values to read, but {chunk.num_values} by the footer; "
+                    "the file is damaged: write it again"
+                )
+
     def changed(self, row_group: RowGroup, found: int) -> InputError:
         """A row group that does not hold what was counted at the start."""
         return InputError(
@@ -178,6 +219,7 @@ class _LongRowGroup:
         self.stored = 0  # rows read from the file so far
         self.position = 0  # kept rows passed so far
         self.rest: Part | None = None  # read, and not yet passed
+        self.lists: Counter[str] = Counter()  # entries of list columns read so far
 
     def is_idle(self) -> bool:
         """Whether all that was expected has been taken."""
@@ -201,6 +243,9 @@ class _LongRowGroup:
                     raise self.decoder.changed(self.row_group, self.position)
                 self.rest = self.decoder.keep(batch, self.row_group, self.stored)
                 self.stored += batch.num_rows
+                self.lists += self.decoder.count_lists(batch)
+                if self.stored == self.row_group.stored_rows:
+                    self.decoder.check_lists(self.row_group, self.lists)
             rows, place = self.rest
             skipped = min(max(0, start - self.position), rows.num_rows)
             taken = min(stop - self.position - skipped, rows.num_rows - skipped)
@@ -227,6 +272,17 @@ class _LongRowGroup:
         batch = next(batches, None)
         self.batches = batches
         return batch
+
+
+def _count_empty(column: pa.Array) -> int:
+    if pt.is_fixed_size_list(column.type):
+        return column.null_count
+    offsets = column.offsets.to_numpy()
+    empty = int(np.count_nonzero(offsets[1:] == offsets[:-1]))
+    if column.null_count:  # a null list may lie over values that are not part of the column
+        full = offsets[1:] != offsets[:-1]
+        empty += int(np.count_nonzero(full & column.is_null().to_numpy(zero_copy_only=False)))
+    return empty
 
 
 def _cut(rows: pa.RecordBatch, place: Place, start: int, stop: int) -> Part:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
@@ -151,13 +150,14 @@ def read_footer(metadata: pq.FileMetaData, time_column: str) -> Footer:
 
 
 def _stored_span(column: pq.ColumnChunkMetaData, kind: pa.DataType) -> Span | None:
-    """The instants of one row group from its statistics, a little too wide at most; None where it has none."""
+    """The instants of one row group from its statistics; None where it has none."""
     statistics = column.statistics
     if statistics is None or not statistics.has_min_max:
         return None
-    low, high = (_instant(value, kind) for value in (statistics.min, statistics.max))
-    slack = 1000 if pt.is_timestamp(kind) and kind.unit == "ns" else 1  # Python drops nanoseconds
-    return Span(low, high + slack)
+    # Python's dates cannot hold nanoseconds: the stored integers can, and are in the unit of the type.
+    if pt.is_integer(kind):
+        return Span(statistics.min, statistics.max + 1)
+    return Span(statistics.min_raw, statistics.max_raw + 1)
 
 
 class Selection:
@@ -172,7 +172,7 @@ class Selection:
         ]
         self.samples = options.keep_negatives < 1 or options.drop_positives > 0
         self.filters = self.samples or bool(self.conditions)
-        self.span = Span(-FOREVER, FOREVER)
+        self.span, self.time_type = Span(-FOREVER, FOREVER), pa.int64()
 
     def fix_span(self, footers: Sequence[Footer]) -> None:
         """Turn the conditions on time into instants, by the time column's type and the files' statistics.
@@ -197,7 +197,7 @@ class Selection:
         for condition in self.conditions:
             span = _span_of(condition, kind, latest, str(self.files[0]))
             low, high = max(low, span.low), min(high, span.high)
-        self.span = Span(low, high)
+        self.span, self.time_type = Span(low, high), kind
 
     def _latest(self, footers: Sequence[Footer]) -> int:
         latest = -FOREVER
@@ -234,7 +234,7 @@ class Selection:
                     f"{place.row(row)}, time column {self.schema.time_column!r} is null: it cannot be compared with where = "
                     f"{[condition.text for condition in self.conditions]}; mend the file"
                 )
-            instants = _instants(column)
+            instants = _instants(column, self.time_type)
             kept &= (instants >= self.span.low) & (instants < self.span.high)
         if self.samples:
             labels = read_labels(rows.column(names.index(self.schema.label)), self.schema.label, place)
@@ -248,30 +248,12 @@ class Selection:
         return kept
 
 
-def _instants(column: pa.Array) -> np.ndarray:
-    kind = column.type
-    if pt.is_timestamp(kind) or pt.is_date64(kind):
-        column = column.cast(pa.int64())
-    elif pt.is_date32(kind):
+def _instants(column: pa.Array, kind: pa.DataType) -> np.ndarray:
+    """Instants as int64 in the unit of `kind`."""
+    column = column.cast(kind)
+    if pt.is_date32(kind):
         column = column.cast(pa.int32())
-    return pc.cast(column, pa.int64()).to_numpy(zero_copy_only=False)
-
-
-def _instant(value: object, kind: pa.DataType) -> int:
-    """A statistic as an integer in the unit of the column."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, datetime.datetime) and value.tzinfo is None and pt.is_timestamp(kind):
-        value = value.replace(tzinfo=datetime.UTC)
-    return _units(pa.scalar(value), kind)
-
-
-def _units(instant: pa.Scalar, kind: pa.DataType) -> int:
-    naive = pa.timestamp(kind.unit) if pt.is_timestamp(kind) else kind
-    if pt.is_timestamp(instant.type):
-        instant = instant.cast(pa.timestamp(instant.type.unit))
-    scalar = instant.cast(naive, safe=False)
-    return int(scalar.cast(pa.int32() if pt.is_date32(naive) else pa.int64()).as_py())
+    return column.cast(pa.int64()).to_numpy(zero_copy_only=False)
 
 
 def _units_of_a_day(kind: pa.DataType, latest: int | None) -> int:

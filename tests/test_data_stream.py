@@ -332,7 +332,11 @@ def test_mended_values_are_counted_by_field(tmp_path):
     table = rows_table(0, 20)
     bad_rows = pa.array([-1, IDS] + [7] * 18, pa.int64())
     bad_price = pa.array([float("nan")] + [1.0] * 19)
-    pq.write_table(table.set_column(1, "row", bad_rows).set_column(5, "price", bad_price), files[1])
+    pq.write_table(
+        table.set_column(1, "row", bad_rows).set_column(5, "price", bad_price),
+        files[1],
+        write_page_checksum=True,
+    )
     for world_size, workers in ((1, 0), (1, 2), (4, 1)):
         total = Counter()
         for rank in range(world_size):
