@@ -82,8 +82,8 @@ def open_streams(
     """
     options = {
         "train": config.train_options(seed),
-        "valid": config.eval_options(),
-        "test": config.eval_options(),
+        "valid": config.eval_options(config.valid_where),
+        "test": config.eval_options(config.test_where),
     }
     streams = {}
     for split, paths in (("train", config.train), ("valid", config.valid), ("test", config.test)):
