@@ -1,61 +1,46 @@
-"""The plan file: which table lives where, as JSON that a person can review; and its way into a TorchRec ShardingPlan."""
+"""The plan file: which table lives where, as JSON that a person can review. Imports no torch; sharder.py turns it into TorchRec's."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.sharding_plan import (
-    column_wise,
-    construct_module_sharding_plan,
-    data_parallel,
-    row_wise,
-    table_row_wise,
-    table_wise,
-)
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from typing import Any, Literal
 
 from data.errors import InputError
 from data.schema import Schema
 from data.typed import parse_dataclass
 
 SHARDING_TYPES = ("data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise")
-
-
-class AnyTypeSharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder, offering on a CPU every type that was seen to run there with right results.
-
-    The stock one hides row-wise types on a CPU although they work (compared with unsharded tables in tests), and offers kernels for
-    data-parallel tables that fail. Grid shards are left out: with mean pooling TorchRec divides wrongly and says nothing.
-    """
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Return the types a plan may use."""
-        return list(SHARDING_TYPES)
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Return the kernels of a type: dense where tables are replicated, else fused (optimizer in backward)."""
-        if compute_device_type != "cpu":
-            return super().compute_kernels(sharding_type, compute_device_type)
-        return ["dense"] if sharding_type == ShardingType.DATA_PARALLEL.value else ["fused"]
+KERNELS = ("fused", "fused_uvm", "fused_uvm_caching", "dense")
+FORMAT = 2
+DIFFERENCES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Where one table lives.
+    """Where one table lives, and what it was taken to be.
 
     Attributes:
         sharding_type: data_parallel, table_wise, row_wise, table_row_wise or column_wise.
         compute_kernel: fused, fused_uvm, fused_uvm_caching, or dense for data_parallel.
-        ranks: the rank of each shard, in shard order; empty for data_parallel.
+        ranks: table_wise: its rank; table_row_wise: the ranks of its host; column_wise: one a column shard, in order;
+            row_wise and data_parallel: empty, since they use every rank.
+        num_embeddings, embedding_dim: of the table; 0 in files of the first format.
+        bags: fields that look it up.
+        ids: mean ids that one row of data looks up, over all its fields.
+        cardinality: distinct ids that occur; 0: unknown.
+        cache_ratio: share of rows cached in HBM; 0 unless fused_uvm_caching.
     """
 
     sharding_type: str
     compute_kernel: str
     ranks: tuple[int, ...] = ()
+    num_embeddings: int = 0
+    embedding_dim: int = 0
+    bags: int = 1
+    ids: float = 1.0
+    cardinality: int = 0
+    cache_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +53,16 @@ class Plan:
         device: cpu or cuda.
         schema: fingerprint of the schema.
         tables: table name -> its place.
+        batch_size_per_rank: rows of one rank's batch; 0 if unknown.
+        optimizer: of the tables; its state is counted.
+        data_type: of rows.
+        forward_precision, backward_precision: of what crosses ranks.
+        prefetch: of cached rows.
+        replicas: groups that hold all tables each; ranks in `tables` count inside one group.
+        cluster: what it was made for, HOSTSxDEVICES:KIND, and
+        cluster_fingerprint: of its figures.
+        versions: of the packages that made it.
+        format: of the file.
     """
 
     world_size: int
@@ -75,14 +70,66 @@ class Plan:
     device: str
     schema: str
     tables: dict[str, TablePlan]
+    batch_size_per_rank: int = 0
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    data_type: Literal["fp32", "fp16", "bf16"] = "fp32"
+    forward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    backward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    prefetch: bool = False
+    replicas: int = 1
+    cluster: str = ""
+    cluster_fingerprint: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = 1
+
+    @property
+    def group_size(self) -> int:
+        """Ranks that share one copy of the tables."""
+        return self.world_size // self.replicas
+
+    @property
+    def local_group_size(self) -> int:
+        """Ranks of one host inside one group. DMPCollection deals a host's ranks to the groups in turn."""
+        return self.local_world_size // self.replicas
+
+    @property
+    def hosts(self) -> int:
+        """Machines."""
+        return max(1, self.world_size // self.local_world_size)
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan file: JSON, one line a table; what is as by default is left out."""
+    head = {key: value for key, value in asdict(plan).items() if key not in ("tables", "format")}
+    lines = [
+        f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in ({"format": FORMAT} | head).items()
+    ]
+    tables = [
+        f"    {json.dumps(name)}: {json.dumps(_table_entry(table))}" for name, table in plan.tables.items()
+    ]
+    return "{\n" + "\n".join(lines) + '\n  "tables": {\n' + ",\n".join(tables) + "\n  }\n}\n"
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write a plan as JSON, one line a table."""
-    head = {key: value for key, value in asdict(plan).items() if key != "tables"}
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-    tables = [f"    {json.dumps(name)}: {json.dumps(asdict(table))}" for name, table in plan.tables.items()]
-    path.write_text("{\n" + "\n".join(lines) + '\n  "tables": {\n' + ",\n".join(tables) + "\n  }\n}\n")
+    """Write a plan file.
+
+    Raises:
+        InputError: the path cannot be written.
+    """
+    draft = path.with_name(path.name + ".part")  # a reader never meets half a plan
+    try:
+        draft.write_text(plan_text(plan))
+        draft.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); choose another path with -o"
+        ) from None
+
+
+def _table_entry(table: TablePlan) -> dict[str, Any]:
+    required = ("sharding_type", "compute_kernel")
+    defaults = {each.name: each.default for each in fields(TablePlan) if each.name not in required}
+    return {key: value for key, value in asdict(table).items() if key in required or value != defaults[key]}
 
 
 def read_plan(path: Path) -> Plan:
@@ -91,100 +138,161 @@ def read_plan(path: Path) -> Plan:
     Raises:
         InputError: no such file, not JSON, or not a plan.
     """
+    mend = "write a new one with `mbcnet plan make`"
     try:
         table: Any = json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); {mend}") from None
+    if isinstance(table, dict) and isinstance(table.get("format"), int) and table["format"] > FORMAT:
         raise InputError(
-            f"{path}: not JSON ({error}); let `mbcnet train` write a new plan by leaving sharding.plan empty"
-        ) from None
-    return parse_dataclass(Plan, table, str(path))
+            f"{path}: format = {table['format']}, this version reads up to {FORMAT}; update mbcnet, or {mend}"
+        )
+    plan = parse_dataclass(Plan, table, str(path))
+    check_shape(plan, str(path))
+    return plan
 
 
-def check_plan(plan: Plan, schema: Schema, *, world_size: int, device: str, source: str) -> None:
-    """Refuse a plan that was made for another world size, schema or device, or that the platform computes wrongly.
+def check_shape(plan: Plan, source: str) -> None:
+    """Refuse a plan that contradicts itself or that the platform computes wrongly.
 
     Raises:
         InputError: naming the plan, the table or key, the value and the mend.
     """
-    mend = "plan again by leaving sharding.plan empty"
+    for key in ("world_size", "local_world_size", "replicas"):
+        if getattr(plan, key) < 1:
+            raise InputError(
+                f"{source}: {key} = {getattr(plan, key)}: wanted 1 or more; write a new one with `mbcnet plan make`"
+            )
+    for whole, part in (("world_size", "local_world_size"), ("local_world_size", "replicas")):
+        if getattr(plan, whole) % getattr(plan, part):
+            raise InputError(
+                f"{source}: {part} = {getattr(plan, part)}: wanted a divisor of {whole} = {getattr(plan, whole)}; change it"
+            )
+    if plan.device not in ("cpu", "cuda"):
+        raise InputError(f"{source}: device = {plan.device!r}: wanted 'cpu' or 'cuda'; change it")
+    for name, table in plan.tables.items():
+        problem = _table_problem(table, plan)
+        if problem:
+            raise InputError(f"{source}: tables.{name}.{problem}")
+
+
+def check_plan(
+    plan: Plan,
+    schema: Schema,
+    *,
+    world_size: int,
+    device: str,
+    source: str,
+    local_world_size: int = 0,
+    optimizer: str = "",
+) -> None:
+    """Refuse a plan that was made for another world size, schema, optimizer or device, or that the platform computes wrongly.
+
+    Args:
+        plan: read from `source`.
+        schema: of the run.
+        world_size: ranks of the run.
+        device: cpu or cuda, of the run.
+        source: names the plan in messages.
+        local_world_size: ranks of one host; 0: not compared.
+        optimizer: of the run's tables; empty: not compared.
+
+    Raises:
+        InputError: naming the plan, the table or key, the value, how the two differ and the mend.
+    """
+    mend = "plan again with `mbcnet plan make`, or leave sharding.plan empty"
     if plan.world_size != world_size:
         raise InputError(
-            f"{source}: world_size = {plan.world_size}, but this run has {world_size} ranks; use -j 1x{plan.world_size}, or {mend}"
+            f"{source}: world_size = {plan.world_size}, but this run has {world_size} ranks; use -j "
+            f"{plan.hosts}x{plan.local_world_size}, or {mend}"
+        )
+    if local_world_size and plan.local_world_size != local_world_size:
+        raise InputError(
+            f"{source}: local_world_size = {plan.local_world_size}, but this run has {local_world_size} ranks a host; use -j "
+            f"{plan.hosts}x{plan.local_world_size}, or {mend}"
         )
     if plan.device != device:
         raise InputError(f"{source}: device = {plan.device!r}, but this run computes on {device!r}; {mend}")
-    names = {table.name for table in schema.tables}
-    missing, extra = sorted(names - set(plan.tables)), sorted(set(plan.tables) - names)
-    if missing or extra:
+    if optimizer and plan.format > 1 and plan.optimizer != optimizer:
         raise InputError(
-            f"{source}: tables not planned: {missing or 'none'}; tables not in the schema: {extra or 'none'}; {mend}"
+            f"{source}: optimizer = {plan.optimizer!r}, but this run's tables use {optimizer!r}; {mend}"
         )
-    if plan.schema != schema.fingerprint():
-        raise InputError(
-            f"{source}: made for schema {plan.schema}, this one is {schema.fingerprint()} (sizes or fields differ); {mend}"
-        )
-    for name, table in plan.tables.items():
-        _check_table(table, name, plan, source)
+    differences = schema_differences(plan, schema)
+    if differences:
+        more = len(differences) - DIFFERENCES_SHOWN
+        shown = "; ".join(differences[:DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        raise InputError(f"{source}: made for another schema: {shown}; {mend}")
+    check_shape(plan, source)
 
 
-def _check_table(table: TablePlan, name: str, plan: Plan, source: str) -> None:
-    where = f"{source}: tables.{name}"
-    if table.sharding_type == ShardingType.GRID_SHARD.value:
-        raise InputError(
-            f"{where}: grid_shard with mean pooling is computed wrongly by TorchRec; use table_row_wise or column_wise"
+def schema_differences(plan: Plan, schema: Schema) -> list[str]:
+    """How the tables of a plan and of a schema differ, one phrase a table; empty if the plan is of this schema."""
+    tables = {table.name: table for table in schema.tables}
+    lines = [f"table {name} is not planned" for name in tables if name not in plan.tables]
+    lines += [f"table {name} is not in the schema" for name in plan.tables if name not in tables]
+    for name, planned in plan.tables.items():
+        if name not in tables or not planned.num_embeddings:
+            continue
+        table = tables[name]
+        pairs = (
+            ("num_embeddings", planned.num_embeddings, table.num_embeddings),
+            ("embedding_dim", planned.embedding_dim, table.embedding_dim),
+            ("fields", planned.bags, len(table.feature_names)),
         )
+        changed = [f"{key} {old:,} -> {new:,}" for key, old, new in pairs if old != new]
+        if changed:
+            lines.append(f"table {name}: {', '.join(changed)}")
+    if not lines and plan.schema != schema.fingerprint():
+        lines.append(
+            f"fingerprint {plan.schema} -> {schema.fingerprint()} (tables are equal; fields or groups differ)"
+        )
+    return lines
+
+
+def _table_problem(table: TablePlan, plan: Plan) -> str:
+    """What is wrong with one table's place, as `key = value: wanted ...; mend`, or an empty string."""
+    if table.sharding_type == "grid_shard":
+        return "sharding_type = 'grid_shard': with mean pooling TorchRec computes it wrongly; use 'table_row_wise' or 'column_wise'"
     if table.sharding_type not in SHARDING_TYPES:
-        raise InputError(
-            f"{where}.sharding_type = {table.sharding_type!r}: wanted one of {', '.join(SHARDING_TYPES)}"
-        )
-    replicated = table.sharding_type == ShardingType.DATA_PARALLEL.value
-    if replicated != (table.compute_kernel == "dense"):
-        wanted = "dense" if replicated else "fused"
-        raise InputError(
-            f"{where}.compute_kernel = {table.compute_kernel!r}: {table.sharding_type} wants {wanted!r}; change it"
-        )
-    bad = [rank for rank in table.ranks if not 0 <= rank < plan.world_size]
-    if bad or (not replicated and not table.ranks):
-        raise InputError(
-            f"{where}.ranks = {list(table.ranks)}: wanted ranks in [0, {plan.world_size}); change them"
-        )
+        return f"sharding_type = {table.sharding_type!r}: wanted one of {', '.join(SHARDING_TYPES)}"
+    replicated = table.sharding_type == "data_parallel"
+    if table.compute_kernel not in KERNELS or replicated != (table.compute_kernel == "dense"):
+        wanted = "'dense'" if replicated else "'fused' (or fused_uvm, fused_uvm_caching on cuda)"
+        return f"compute_kernel = {table.compute_kernel!r}: {table.sharding_type} wants {wanted}; change it"
+    if plan.device == "cpu" and "uvm" in table.compute_kernel:
+        return f"compute_kernel = {table.compute_kernel!r}: a CPU has no device memory to page; use 'fused'"
+    if not 0 <= table.cache_ratio <= 1 or (
+        table.compute_kernel == "fused_uvm_caching" and not table.cache_ratio
+    ):
+        return f"cache_ratio = {table.cache_ratio}: wanted a share of rows in (0, 1]; use 0.2"
+    return _ranks_problem(table, plan)
 
 
-def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> ShardingPlan:
-    """Build TorchRec's plan for the EmbeddingBagCollections at the given module paths.
-
-    Args:
-        plan: where each table lives.
-        collections: module path inside the model -> EmbeddingBagCollection.
-    """
-    result = {}
-    for path, collection in collections.items():
-        generators = {
-            config.name: _generator(plan.tables[config.name], plan)
-            for config in collection.embedding_bag_configs()  # type: ignore[operator]
-        }
-        sharder: Any = AnyTypeSharder()
-        result[path] = construct_module_sharding_plan(
-            collection,
-            generators,
-            sharder=sharder,
-            local_size=plan.local_world_size,
-            world_size=plan.world_size,
-            device_type=plan.device,
-        )
-    return ShardingPlan(result)
+def _ranks_problem(table: TablePlan, plan: Plan) -> str:
+    ranks, size, local = table.ranks, plan.group_size, plan.local_group_size
+    where = f"ranks = {list(ranks)}: "
+    if any(not 0 <= rank < size for rank in ranks):
+        return f"{where}wanted ranks in [0, {size}); change them"
+    kind = table.sharding_type
+    if kind in ("row_wise", "data_parallel"):
+        if ranks and sorted(ranks) != list(range(size)):
+            return f"{where}{kind} uses every rank; remove them"
+    elif kind == "table_wise" and len(ranks) != 1:
+        return f"{where}table_wise wants one rank; name one in [0, {size})"
+    elif kind == "table_row_wise":
+        first = ranks[0] - ranks[0] % local if ranks else 0
+        if ranks != tuple(range(first, first + local)):
+            return f"{where}table_row_wise wants the ranks of one host; write {list(range(first, first + local))}"
+    elif kind == "column_wise":
+        if not ranks or len(set(ranks)) < len(ranks):
+            return f"{where}column_wise wants one rank a column shard, each once; change them"
+        if table.embedding_dim % (4 * len(ranks)):
+            return f"{where}{table.embedding_dim} columns do not divide into {len(ranks)} shards of a multiple of 4; name fewer ranks"
+    return ""
 
 
-def _generator(table: TablePlan, plan: Plan) -> Any:
-    kernel = table.compute_kernel
-    if table.sharding_type == "data_parallel":
-        return data_parallel()
-    if table.sharding_type == "table_wise":
-        return table_wise(rank=table.ranks[0], compute_kernel=kernel)
-    if table.sharding_type == "row_wise":
-        return row_wise(compute_kernel=kernel)
-    if table.sharding_type == "table_row_wise":
-        return table_row_wise(host_index=table.ranks[0] // plan.local_world_size)
-    return column_wise(ranks=list(table.ranks), compute_kernel=kernel)
+def plan_dict(plan: Plan) -> Mapping[str, Any]:
+    """The plan file as a value, for --json."""
+    return json.loads(plan_text(plan))

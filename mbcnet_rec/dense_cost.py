@@ -1,0 +1,81 @@
+"""What a model's dense part costs, counted on the meta device: no weights, no data, any config."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.schema import Schema
+from mbcnet_rec.build import input_layout
+from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
+from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
+from sharding.candidates import pooling_factor
+from sharding.constraints import ShardingConfig
+from sharding.dense import DenseCost
+
+ROWS = 8  # the batch that is counted
+
+
+class _Features(nn.Module):
+    """Stands in for the tables: features of the right widths."""
+
+    def __init__(self, widths: dict[str, int]) -> None:
+        super().__init__()
+        self.widths = widths
+
+    def forward(
+        self, dense_features: Tensor, sparse_features: object = None, weighted_features: object = None
+    ) -> dict[str, Tensor]:
+        """Map anything to (B, width) tensors that want gradients."""
+        rows = dense_features.shape[0]
+        return {
+            name: torch.empty(rows, width, device="meta", requires_grad=True)
+            for name, width in self.widths.items()
+        }
+
+
+def dense_cost(config: ModelConfig, schema: Schema, sharding: ShardingConfig) -> DenseCost:
+    """Count parameters, forward FLOPs and bytes kept for the backward pass, of one row.
+
+    Activations are those that autograd keeps in float32; autocast halves most of them.
+    """
+    layout = replace(input_layout(schema), wide=needs_wide(config))
+    with torch.device("meta"):
+        model = build_model(config, _Features(_widths(layout)), layout)  # type: ignore[arg-type]
+    small, flops = _kept_bytes(model, ROWS)
+    large, _ = _kept_bytes(model, 2 * ROWS)
+    activations = (large - small) / ROWS  # the slope: what does not grow with the batch is no activation
+    pooled = 2 * 4 * sum(_widths(layout).values())  # regrouped features and their gradients
+    values = sum(
+        feature.width if feature.kind == "vector" else pooling_factor(feature, sharding)
+        for feature in schema.features
+    )
+    return DenseCost(
+        sum(parameter.numel() for parameter in model.parameters()),
+        flops / ROWS,
+        activations + pooled,
+        values + 1,
+    )
+
+
+def _kept_bytes(model: nn.Module, rows: int) -> tuple[int, float]:
+    """Bytes that autograd keeps from a forward pass of so many rows, and its FLOPs."""
+    kept: dict[
+        int, Tensor
+    ] = {}  # by storage, since several operations may keep one; and alive, so that no key is reused
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(torch.empty(rows, 1, device="meta"), None, None)
+    del output
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), counter.get_total_flops()
+
+
+def _widths(layout: InputLayout) -> dict[str, int]:
+    groups = (ALL, *layout.groups, *((WIDE,) if layout.wide else ()))
+    return {name: layout.width(name) for name in groups}

@@ -1,0 +1,93 @@
+"""Planned against held: bytes of tables and optimizer state that a sharded model really has on this rank."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sharding.assess import Assessment
+from sharding.fit import gib
+
+
+def held_bytes(model: nn.Module) -> dict[str, int]:
+    """Count the bytes of this rank's tables: {"rows": ..., "state": ..., "cache": ...}. Call after the first step.
+
+    Every storage counts once, as large as it was allocated. `state` holds what the fused kernels keep; a replicated table's
+    state lives in the optimizer that the trainer gave it and is counted by `optimizer_bytes`.
+    """
+    counts = {"rows": 0, "state": 0, "cache": 0}
+    seen: set[int] = set()
+    for module in model.modules():
+        for kind, tensor in _kernel_tensors(module):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() and storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                counts[kind] += storage.nbytes()
+    return counts
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state tensors other than step counts."""
+    tensors = [
+        value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1)
+
+
+def _kernel_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Tensors of one of FBGEMM's table kernels, by what they are; empty for every other module."""
+    kind = type(module).__name__
+    if kind == "DenseTableBatchedEmbeddingBagsCodegen":
+        return [("rows", parameter.data) for parameter in module.parameters()]
+    if kind != "SplitTableBatchedEmbeddingBagsCodegen":
+        return []
+    found = []
+    for name, value in {
+        **vars(module),
+        **dict(module.named_buffers()),
+        **dict(module.named_parameters()),
+    }.items():
+        if not torch.is_tensor(value):
+            continue
+        if name in ("weights_dev", "weights_host", "weights_uvm"):
+            found.append(("rows", value.data))
+        elif name.startswith(("momentum1_", "momentum2_")) and name.endswith(("_dev", "_host", "_uvm")):
+            found.append(("state", value.data))
+        elif name in ("lxu_cache_weights", "lxu_cache_state", "lxu_state", "cache_index_table_map"):
+            found.append(("cache", value.data))
+    return found
+
+
+def planned_against_held(
+    assessment: Assessment, rank: int, held: dict[str, int], step_seconds: float = 0.0
+) -> str:
+    """One line: what the plan said of a rank, what it holds, and how far the two are apart.
+
+    Args:
+        assessment: of the plan that runs.
+        rank: of this process.
+        held: from `held_bytes`, with a replicated optimizer's state added to "state".
+        step_seconds: measured; 0: left out.
+    """
+    planned = assessment.ranks[rank % assessment.plan.group_size].bytes
+    parts = [
+        _compared("rows", planned.rows, held["rows"]),
+        _compared("optimizer state", planned.state, held["state"]),
+    ]
+    if planned.cache or held["cache"]:
+        parts.append(_compared("cache", planned.cache, held["cache"]))
+    line = f"rank {rank}: planned against held: " + ", ".join(parts)
+    if step_seconds and assessment.path.step:
+        ratio = step_seconds / assessment.path.step
+        line += f"; step {1e3 * assessment.path.step:.1f} ms at least, {1e3 * step_seconds:.1f} ms measured ({ratio:.1f} times)"
+    return line
+
+
+def _compared(what: str, planned: int, held: int) -> str:
+    off = 0.0 if planned == held else 100 * (held - planned) / planned if planned else float("inf")
+    return f"{what} {gib(planned)} -> {gib(held)} ({off:+.2f} %)"
+
+
+def memory_allocated(device: torch.device) -> dict[str, Any]:
+    """Bytes that CUDA has given out on this device at most; empty on a CPU."""
+    return {"hbm": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
