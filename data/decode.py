@@ -38,6 +38,17 @@ class Decoded(NamedTuple):
     mended: Counter[str]
 
 
+class _Footer(NamedTuple):
+    """A file's parsed footer, and which of its leaf columns belong to list fields."""
+
+    metadata: pq.FileMetaData
+    list_leaves: list[int]
+
+    @property
+    def chunks(self) -> int:
+        return self.metadata.num_row_groups * self.metadata.num_columns
+
+
 class Decoder:
     """Reads windows of one epoch of one stream."""
 
@@ -60,7 +71,7 @@ class Decoder:
             for column in (feature.source_column, feature.weights)
             if column
         )
-        self.footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
+        self.footers: OrderedDict[int, _Footer] = OrderedDict()
         self.long: dict[tuple[RowGroup, int], _LongRowGroup] = {}
         self.lock = threading.Lock()
         self.reading: dict[int, str] = {}  # thread -> what it reads, for messages about stuck ones
@@ -117,12 +128,13 @@ class Decoder:
                     self.long.pop(key, None)
             return parts
 
-        def read() -> pa.Table:
+        def read() -> tuple[pa.RecordBatch, dict[str, int]]:
             with self.open(row_group) as parquet:
-                return parquet.read_row_group(row_group.index, columns=self.columns, use_threads=False)
+                table = parquet.read_row_group(row_group.index, columns=self.columns, use_threads=False)
+                return one_batch(table), self.list_entries(parquet, row_group)
 
-        stored = one_batch(self.guarded(row_group, read))
-        self.check_lists(row_group, self.count_lists(stored))
+        stored, entries = self.guarded(row_group, read)
+        self.check_lists(row_group, self.count_lists(stored), entries)
         rows, place = self.keep(stored, row_group, 0)
         if rows.num_rows != row_group.num_rows:
             raise self.changed(row_group, rows.num_rows)
@@ -134,16 +146,30 @@ class Decoder:
             footer = self.footers.get(row_group.file)
             if footer is not None:
                 self.footers.move_to_end(row_group.file)
-        file = self.files[row_group.file]
-        parquet = open_parquet(file, metadata=footer, read_dictionary=self.dictionaries)
+        parquet = open_parquet(
+            self.files[row_group.file],
+            metadata=footer and footer.metadata,
+            read_dictionary=self.dictionaries,
+        )
         if footer is None:
+            footer = _Footer(parquet.metadata, leaves_of(parquet.metadata, self.lists) if self.lists else [])
             with self.lock:
-                self.footers[row_group.file] = parquet.metadata
-                held = sum(known.num_row_groups * known.num_columns for known in self.footers.values())
+                self.footers[row_group.file] = footer
+                held = sum(known.chunks for known in self.footers.values())
                 while held > CACHED_COLUMN_CHUNKS and len(self.footers) > 1:
-                    _, known = self.footers.popitem(last=False)
-                    held -= known.num_row_groups * known.num_columns
+                    held -= self.footers.popitem(last=False)[1].chunks
         return parquet
+
+    def list_entries(self, parquet: pq.ParquetFile, row_group: RowGroup) -> dict[str, int]:
+        """Entries of each list column by the footer. The columns must have been read: see `data.files.prove`."""
+        if not self.lists:
+            return {}
+        with self.lock:
+            footer = self.footers.get(row_group.file)
+        leaves = footer.list_leaves if footer else leaves_of(parquet.metadata, self.lists)
+        group = parquet.metadata.row_group(row_group.index)
+        chunks = [group.column(leaf) for leaf in leaves]
+        return {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
 
     def guarded(self, row_group: RowGroup, read: Callable[[], T]) -> T:
         """Run a read, a remote one again if it fails. Failures become one line that names file and row group."""
@@ -176,25 +202,16 @@ class Decoder:
             counts[name] = len(column.flatten()) + _count_empty(column)
         return counts
 
-    def check_lists(self, row_group: RowGroup, found: Counter[str]) -> None:
-        """Compare the entries of list columns with what the footer says of a row group that has been read.
+    def check_lists(self, row_group: RowGroup, found: Counter[str], stored: dict[str, int]) -> None:
+        """Compare the entries of list columns that were read with those that the footer says are stored.
 
         Arrow takes a page's number of values from its header, which no checksum covers, and cuts the last list short without a word
         if a flipped bit made it smaller. Columns without lists would end early, which Arrow reports.
         """
-        if not self.lists:
-            return
-        with self.lock:
-            footer = self.footers.get(row_group.file)
-        if footer is None:  # put out by other files since
-            with self.open(row_group) as parquet:
-                footer = parquet.metadata
-        for leaf in leaves_of(footer, self.lists):
-            chunk = footer.row_group(row_group.index).column(leaf)
-            name = chunk.path_in_schema.split(".")[0]
-            if chunk.num_values != found[name]:
+        for name, wanted in stored.items():
+            if wanted != found[name]:
                 raise InputError(
-                    f"{self.name(row_group)}: column {name!r} has {found[name]} values to read, but {chunk.num_values} by the footer; "
+                    f"{self.name(row_group)}: column {name!r} has {found[name]} values to read, but {wanted} by the footer; "
                     "the file is damaged: write it again"
                 )
 
@@ -220,6 +237,7 @@ class _LongRowGroup:
         self.position = 0  # kept rows passed so far
         self.rest: Part | None = None  # read, and not yet passed
         self.lists: Counter[str] = Counter()  # entries of list columns read so far
+        self.entries: dict[str, int] = {}  # and how many there are by the footer
 
     def is_idle(self) -> bool:
         """Whether all that was expected has been taken."""
@@ -245,7 +263,7 @@ class _LongRowGroup:
                 self.stored += batch.num_rows
                 self.lists += self.decoder.count_lists(batch)
                 if self.stored == self.row_group.stored_rows:
-                    self.decoder.check_lists(self.row_group, self.lists)
+                    self.decoder.check_lists(self.row_group, self.lists, self.entries)
             rows, place = self.rest
             skipped = min(max(0, start - self.position), rows.num_rows)
             taken = min(stop - self.position - skipped, rows.num_rows - skipped)
@@ -257,6 +275,7 @@ class _LongRowGroup:
         return parts
 
     def _next(self) -> pa.RecordBatch | None:
+        parquet = None
         batches, self.batches = self.batches, None  # so that a read that fails begins anew
         if batches is None:
             parquet = self.decoder.open(self.row_group)
@@ -270,6 +289,8 @@ class _LongRowGroup:
             while passed < self.stored:
                 passed += next(batches).num_rows
         batch = next(batches, None)
+        if parquet is not None:
+            self.entries = self.decoder.list_entries(parquet, self.row_group)
         self.batches = batches
         return batch
 
