@@ -3,13 +3,11 @@
     OUT/{train,valid,test}/part-00000.parquet  OUT/schema.toml  OUT/vocabulary/*.parquet  OUT/prepared.json
 
 Only the columns that the shipped schema reads are kept, with those derived here. Everything is written
-beside OUT and renamed at the end. The tables are read whole: these data sets are small.
+beside OUT and renamed at the end. Downloads (data/raw_*.py) are streamed; what is Parquet with splits already is small and read whole.
 """
 
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,30 +17,35 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data import raw_avazu, raw_criteo, raw_frappe, raw_kuairand, raw_movielens, raw_taobao
 from data.errors import InputError
 from data.fit import fit_schema
+from data.keys import first_line
+from data.raw import Sources, Splits, digest, find_sources
 from data.schema import Schema, format_schema, load_schema
+from data.splits import SPLITS, SplitWriter
 
-SPLITS = ("train", "valid", "test")
 SCHEMA_FOLDER = Path(__file__).parent / "schemas"
 SUMMARY = "prepared.json"
-ROW_GROUP_ROWS = 8_192
-MAX_TAGS = 20
-SECONDS_PER_HOUR = 3_600
-SECONDS_PER_DAY = 86_400
-THURSDAY = 3  # 1970-01-01, Monday being 0
-WORD = re.compile(r"[^\W_]+")  # letters of any alphabet, and digits
-YEAR_IN_TITLE = re.compile(r"\(\d{4}\)\s*$")
+SMALL_ROW_GROUP = 8_192
+LARGE_ROW_GROUP = 65_536
 
 Tables = dict[str, pa.Table]
 
 
 @dataclass(frozen=True)
-class _DataSet:
-    """Where a data set's rows come from; `derive` turns file name -> table into split -> table."""
+class DataSet:
+    """Where a data set's rows come from.
+
+    Attributes:
+        files: patterns, see data.raw.find_sources.
+        rows: what they hold, split by split or mixed, each split's rows in order.
+        row_group_rows: rows of a row group.
+    """
 
     files: tuple[str, ...]
-    derive: Callable[[Tables], Tables]
+    rows: Callable[[Sources], Splits]
+    row_group_rows: int = SMALL_ROW_GROUP
 
 
 def prepare(
@@ -59,24 +62,23 @@ def prepare(
         progress: called with the number of rows written so far.
 
     Raises:
-        InputError: unknown name, missing or unreadable file, missing column, or `out` holds something else.
+        InputError: unknown name, missing or unreadable file, missing column, an empty split, or `out` holds something else.
     """
     if name not in DATA_SETS:
         raise InputError(f"data set {name!r} is not known; use one of: {', '.join(sorted(DATA_SETS))}")
     data_set, src, out = DATA_SETS[name], Path(src), Path(out)
     schema = load_schema(SCHEMA_FOLDER / f"{name}.toml")
-    tables = {file: _read(name, src, file) for file in data_set.files}
-    sources = {file: hashlib.sha256((src / file).read_bytes()).hexdigest() for file in data_set.files}
-    request = {"name": name, "schema": schema.fingerprint(), "sources": sources}
+    sources = find_sources(name, src, data_set.files)
+    digests = {path.name: digest(path) for files in sources.values() for path in files}
+    request = {"name": name, "schema": schema.fingerprint(), "sources": digests}
     if _is_there(out, request):
         return out
-    splits = {split: _select(table, schema, name) for split, table in data_set.derive(tables).items()}
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        counts = _write_splits(splits, partial, schema.label, progress or (lambda done: None))
+        counts = _write_splits(data_set, sources, partial, schema, progress or (lambda done: None))
         notes: list[str] = []
-        fitted = fit_schema(schema, [partial / "train" / "part-00000.parquet"], partial, notes.append)
+        fitted = fit_schema(schema, sorted((partial / "train").glob("*.parquet")), partial, notes.append)
         header = f"Fitted on the training split by mbcnet data prepare {name}."
         (partial / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
         summary = request | {"splits": counts, "notes": notes}
@@ -111,57 +113,47 @@ def _is_there(out: Path, request: dict[str, Any]) -> bool:
     return True
 
 
-def _read(name: str, src: Path, file: str) -> pa.Table:
-    path = src / file
-    if not path.is_file():
-        wanted = ", ".join(DATA_SETS[name].files)
-        raise InputError(
-            f"{path}: no such file; data set {name!r} needs {wanted}: pass their folder as --src"
-        )
+def _write_splits(
+    data_set: DataSet, sources: Sources, folder: Path, schema: Schema, progress: Callable[[int], object]
+) -> dict[str, Any]:
+    columns = list(schema.columns)
+    columns += [schema.time_column] if schema.time_column not in ("", *columns) else []
+    writer = SplitWriter(folder, columns, schema.label, data_set.row_group_rows)
+    done = 0
+    try:
+        for split, rows in data_set.rows(sources):
+            try:
+                writer.write(split, rows)
+            except InputError as error:
+                raise InputError(f"data set {schema.name!r}: {error}") from None
+            done += len(rows)
+            progress(done)
+        counts = writer.close()
+    finally:
+        writer.abandon()
+    for split, count in counts.items():
+        if not count["rows"]:
+            raise InputError(
+                f"data set {schema.name!r}: the {split} split got no rows of {done:,}; check that --src holds all of it"
+            )
+    return counts
+
+
+def _tables(derive: Callable[[Tables], Tables]) -> Callable[[Sources], Splits]:
+    """Rows of a data set that is Parquet already; `derive` turns file name -> table into split -> table."""
+
+    def rows(sources: Sources) -> Splits:
+        splits = derive({file: _read(found[0]) for file, found in sources.items()})
+        yield from ((split, splits[split]) for split in SPLITS)
+
+    return rows
+
+
+def _read(path: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); fetch it again"
-        ) from None
-
-
-def _select(table: pa.Table, schema: Schema, name: str) -> pa.Table:
-    """Keep what the schema reads, and the time column."""
-    columns = list(schema.columns)
-    if schema.time_column and schema.time_column not in columns:
-        columns.append(schema.time_column)
-    for column in columns:
-        _column(table, column, name)
-    return table.select(columns)
-
-
-def _column(table: pa.Table, column: str, name: str) -> pa.ChunkedArray:
-    if column not in table.column_names:
-        raise InputError(
-            f"data set {name!r}: column {column!r} is missing; check that --src holds this data set"
-        )
-    return table[column]
-
-
-def _write_splits(
-    splits: Tables, folder: Path, label: str, progress: Callable[[int], object]
-) -> dict[str, Any]:
-    done, counts = 0, {}
-    for split in SPLITS:
-        table = splits[split]
-        path = folder / split / "part-00000.parquet"
-        path.parent.mkdir()
-        pq.write_table(
-            table, path, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True
-        )
-        counts[split] = {
-            "rows": table.num_rows,
-            "label_rate": float(table[label].to_numpy().mean()),
-        }
-        done += table.num_rows
-        progress(done)
-    return counts
+        raise InputError(f"{path}: cannot be read as Parquet ({first_line(error)}); fetch it again") from None
 
 
 def _as_they_are(tables: Tables) -> Tables:
@@ -175,7 +167,8 @@ def _without_valid(tables: Tables) -> Tables:
     sorted by label.
     """
     train = tables["train.parquet"]
-    searches = _column(train, "search_id", "aliexpress").to_pylist()
+    _require(train, ("search_id",), "aliexpress")
+    searches = train["search_id"].to_pylist()
     order = {search: place for place, search in enumerate(dict.fromkeys(searches))}
     is_valid = [order[search] % 5 == 4 for search in searches]
     is_train = [not valid for valid in is_valid]
@@ -200,55 +193,38 @@ def _ten_rows(tables: Tables) -> Tables:
 
 
 def _movielens(tables: Tables) -> Tables:
-    history = _tag_history(tables["tags.parquet"])
-    return {split: _derive_movielens(tables[f"{split}.parquet"], history) for split in SPLITS}
+    _require(tables["tags.parquet"], ("timestamp", "movie_id", "tag"), "movielens")
+    history = raw_movielens.tag_history(tables["tags.parquet"])
+    splits = {split: tables[f"{split}.parquet"] for split in SPLITS}
+    for table in splits.values():
+        _require(table, ("timestamp", "movie_id", "title"), "movielens")
+    return {split: raw_movielens.derive(table, history) for split, table in splits.items()}
 
 
-def _tag_history(tags: pa.Table) -> dict[int, list[tuple[int, str]]]:
-    """Movie -> (moment, tag), oldest first."""
-    columns = [_column(tags, column, "movielens").to_pylist() for column in ("timestamp", "movie_id", "tag")]
-    history: dict[int, list[tuple[int, str]]] = {}
-    for moment, movie, tag in sorted(zip(*columns, strict=True)):
-        history.setdefault(movie, []).append((moment, tag.strip().lower()))
-    return history
-
-
-def _derive_movielens(table: pa.Table, history: dict[int, list[tuple[int, str]]]) -> pa.Table:
-    timestamp, movie, title = (
-        _column(table, column, "movielens") for column in ("timestamp", "movie_id", "title")
-    )
-    hour = [second % SECONDS_PER_DAY // SECONDS_PER_HOUR for second in timestamp.to_pylist()]
-    weekday = [(second // SECONDS_PER_DAY + THURSDAY) % 7 for second in timestamp.to_pylist()]
-    words = [WORD.findall(YEAR_IN_TITLE.sub("", text or "").lower()) for text in title.to_pylist()]
-    tags = [
-        _tags_before(history.get(each, []), moment)
-        for each, moment in zip(movie.to_pylist(), timestamp.to_pylist(), strict=True)
-    ]
-    strings = pa.list_(pa.string())
-    for column, values, kind in (
-        ("rated_hour", hour, pa.int32()),
-        ("rated_weekday", weekday, pa.int32()),
-        ("title_words", words, strings),
-        ("tags_before", tags, strings),
-    ):
-        table = table.append_column(column, pa.array(values, kind))
-    return table
-
-
-def _tags_before(history: list[tuple[int, str]], moment: int) -> list[str]:
-    """The latest distinct tags that a movie had strictly before a moment, oldest first."""
-    distinct = dict.fromkeys(tag for given, tag in history if given < moment)
-    return list(distinct)[-MAX_TAGS:]
+def _require(table: pa.Table, columns: tuple[str, ...], name: str) -> None:
+    for column in columns:
+        if column not in table.column_names:
+            raise InputError(
+                f"data set {name!r}: column {column!r} is missing; check that --src holds this data set"
+            )
 
 
 _THREE_FILES = tuple(f"{split}.parquet" for split in SPLITS)
 
 DATA_SETS = {
-    "adult": _DataSet(_THREE_FILES, _as_they_are),
-    "criteo": _DataSet(_THREE_FILES, _as_they_are),
-    "movielens": _DataSet((*_THREE_FILES, "tags.parquet"), _movielens),
-    "taobao_ad": _DataSet(_THREE_FILES, _as_they_are),
-    "aliexpress": _DataSet(("train.parquet", "test.parquet"), _without_valid),
-    "ali_ccp": _DataSet(_THREE_FILES, _as_they_are),
-    "slots": _DataSet(("all.parquet",), _ten_rows),
+    "adult": DataSet(_THREE_FILES, _tables(_as_they_are)),
+    "criteo": DataSet(_THREE_FILES, _tables(_as_they_are)),
+    "movielens": DataSet((*_THREE_FILES, "tags.parquet"), _tables(_movielens)),
+    "taobao_ad": DataSet(_THREE_FILES, _tables(_as_they_are)),
+    "aliexpress": DataSet(("train.parquet", "test.parquet"), _tables(_without_valid)),
+    "ali_ccp": DataSet(_THREE_FILES, _tables(_as_they_are)),
+    "slots": DataSet(("all.parquet",), _tables(_ten_rows)),
+    "criteo_kaggle": DataSet(raw_criteo.KAGGLE_FILES, raw_criteo.kaggle_rows, LARGE_ROW_GROUP),
+    "criteo_1tb": DataSet(raw_criteo.TERABYTE_FILES, raw_criteo.terabyte_rows, LARGE_ROW_GROUP),
+    "avazu": DataSet(raw_avazu.FILES, raw_avazu.rows, LARGE_ROW_GROUP),
+    "movielens_latest": DataSet(raw_movielens.LATEST_FILES, raw_movielens.latest_rows),
+    "movielens_1m": DataSet(raw_movielens.FILES_1M, raw_movielens.rows_1m),
+    "frappe": DataSet(raw_frappe.FILES, raw_frappe.rows),
+    "taobao_ad_raw": DataSet(raw_taobao.FILES, raw_taobao.rows, LARGE_ROW_GROUP),
+    "kuairand": DataSet(raw_kuairand.FILES, raw_kuairand.rows, LARGE_ROW_GROUP),
 }

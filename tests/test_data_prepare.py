@@ -72,7 +72,7 @@ def movielens(tmp_path) -> Path:
     return src
 
 
-@pytest.mark.parametrize("name", sorted(DATA_SETS))
+@pytest.mark.parametrize("name", sorted(FOLDERS))
 def test_real_files(name, tmp_path):
     src = SHARED / FOLDERS[name]
     if not src.is_dir():
@@ -102,7 +102,9 @@ def test_real_files(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(DATA_SETS))
 def test_training_reads_only_columns_that_are_no_targets(name):
     schema = load_schema(SCHEMA_FOLDER / f"{name}.toml")
-    assert not {"rating", "conversion", "purchase"} & set(schema.columns)
+    assert not {"rating", "conversion", "purchase", "long_view", "play_time_ms", "nonclk"} & set(
+        schema.columns
+    )
 
 
 def test_movielens_derives_without_looking_ahead(movielens, tmp_path):
@@ -161,8 +163,8 @@ def test_a_folder_of_something_else_is_never_touched(movielens, tmp_path):
 
 
 def test_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(InputError, match="'frappe' is not known; use one of: adult, ali_ccp"):
-        prepare("frappe", tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match="'netflix' is not known; use one of: adult, ali_ccp"):
+        prepare("netflix", tmp_path, tmp_path / "out")
 
 
 def test_missing_file_names_what_is_needed(movielens, tmp_path):

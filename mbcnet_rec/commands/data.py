@@ -1,7 +1,7 @@
 """`mbcnet data`: write synthetic logs, prepare public data sets."""
 
 import argparse
-import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -19,7 +19,12 @@ def register(subparsers: Any) -> None:
     synth.add_argument("--force", action="store_true", help="replace another synthetic log")
     synth.set_defaults(run=_synth)
     prepare = actions.add_parser("prepare", help="prepare a public data set", description=_prepare.__doc__)
-    prepare.add_argument("name", metavar="NAME")
+    prepare.add_argument(
+        "name",
+        metavar="NAME",
+        help="criteo_kaggle, criteo_1tb, avazu, movielens_latest, movielens_1m, frappe, taobao_ad_raw or kuairand, from their own "
+        "downloads; or a sample: adult, criteo, movielens, taobao_ad, ali_ccp, aliexpress, slots",
+    )
     prepare.add_argument(
         "--src", required=True, metavar="FOLDER", help="folder with the data set's own files"
     )
@@ -66,7 +71,13 @@ def _prepare(args: argparse.Namespace) -> int:
     with tqdm(unit="row", unit_scale=True, desc="prepare", disable=None) as bar:
         out = prepare(args.name, args.src, args.out, progress=lambda done: bar.update(done - bar.n))
     print(f"{out}: train, valid, test and schema.toml")
-    print(f"next: mbcnet train --config mbcnet_rec/configs/{args.name}.toml", file=sys.stdout)
+    config = Path("mbcnet_rec") / "configs" / f"{args.name}.toml"
+    if (Path(__file__).parents[2] / config).is_file():
+        print(f"next: mbcnet train --config {config}")
+    else:
+        print(
+            f"next: train on {out}/train with schema {out}/schema.toml; start from {config.parent}/demo.toml"
+        )
     return 0
 
 

@@ -1,0 +1,90 @@
+"""Rows on their way into split files: buffered to even row groups, several files for a large split, counted. Imports no torch."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data.errors import InputError
+
+SPLITS: tuple[str, ...] = ("train", "valid", "test")
+
+
+class SplitWriter:
+    """Writes FOLDER/{train,valid,test}/part-00000.parquet, ... with page checksums.
+
+    Args:
+        folder: an existing, empty folder.
+        columns: what to keep of the rows.
+        label: the column whose rate is counted.
+        row_group_rows: rows of a row group; no more than these wait in memory for each split, and one piece.
+        file_rows: rows of a file.
+    """
+
+    def __init__(
+        self, folder: Path, columns: list[str], label: str, row_group_rows: int, file_rows: int = 8_000_000
+    ) -> None:
+        self.folder, self.columns, self.label = folder, columns, label
+        self.row_group_rows = row_group_rows
+        self.file_rows = max(file_rows // row_group_rows, 1) * row_group_rows
+        self.waiting: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
+        self.writers: dict[str, pq.ParquetWriter] = {}
+        self.rows = dict.fromkeys(SPLITS, 0)
+        self.written = dict.fromkeys(SPLITS, 0)
+        self.ones = dict.fromkeys(SPLITS, 0.0)
+
+    def write(self, split: str, rows: pa.Table) -> None:
+        """Append rows to a split.
+
+        Raises:
+            InputError: a column is missing.
+        """
+        for column in self.columns:
+            if column not in rows.column_names:
+                raise InputError(f"column {column!r} is missing; check that --src holds this data set")
+        rows = rows.select(self.columns)
+        self.rows[split] += rows.num_rows
+        self.ones[split] += float(pc.sum(rows[self.label]).as_py() or 0)
+        self.waiting[split].append(rows)
+        size = sum(map(len, self.waiting[split]))
+        if size >= self.row_group_rows:
+            self._flush(split, size // self.row_group_rows * self.row_group_rows)
+
+    def _flush(self, split: str, rows: int) -> None:
+        table = pa.concat_tables(self.waiting[split])
+        self.waiting[split] = [table.slice(rows)] if len(table) > rows else []
+        for start in range(0, rows, self.row_group_rows):
+            if self.written[split] % self.file_rows == 0:
+                self._next_file(split, table.schema)
+            part = table.slice(start, min(self.row_group_rows, rows - start))
+            self.writers[split].write_table(part, row_group_size=self.row_group_rows)
+            self.written[split] += len(part)
+
+    def _next_file(self, split: str, schema: pa.Schema) -> None:
+        if split in self.writers:
+            self.writers[split].close()
+        path = self.folder / split / f"part-{self.written[split] // self.file_rows:05d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        self.writers[split] = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+    def close(self) -> dict[str, Any]:
+        """Write what waits and close the files. Returns rows and label rate of each split."""
+        for split in SPLITS:
+            if self.waiting[split]:
+                self._flush(split, sum(map(len, self.waiting[split])))
+        self.abandon()
+        return {
+            split: {
+                "rows": self.rows[split],
+                "label_rate": self.ones[split] / self.rows[split] if self.rows[split] else None,
+            }
+            for split in SPLITS
+        }
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        for writer in self.writers.values():
+            if writer.is_open:
+                writer.close()

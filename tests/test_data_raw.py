@@ -1,0 +1,426 @@
+"""Proves that public data sets are prepared from files of the layout they are downloaded in: values, joins, splits, and faults."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import raw, raw_movielens
+from data.arrow import Encoder, Place
+from data.errors import InputError
+from data.prepare import DATA_SETS, prepare
+from data.raw import Lookup, count_lines, hex_to_int
+from data.schema import load_schema
+from data.splits import SplitWriter
+
+SHARED = Path(__file__).parents[2] / "shared" / "datasets"
+
+
+def split_of(out: Path, split: str) -> pa.Table:
+    return pa.concat_tables([pq.read_table(file) for file in sorted((out / split).glob("*.parquet"))])
+
+
+def prepared(name: str, src: Path, out: Path) -> dict[str, pa.Table]:
+    """Prepare, then encode every split by the fitted schema, as training would."""
+    prepare(name, src, out)
+    schema = load_schema(out / "schema.toml")
+    encoder = Encoder(schema)
+    splits = {split: split_of(out, split) for split in ("train", "valid", "test")}
+    for split, table in splits.items():
+        rows = table.select(list(schema.columns)).combine_chunks().to_batches()[0]
+        assert encoder.encode(rows, Place(split, 0)).num_rows == table.num_rows
+    summary = json.loads((out / "prepared.json").read_text())
+    assert {split: part["rows"] for split, part in summary["splits"].items()} == {
+        split: len(table) for split, table in splits.items()
+    }
+    return splits
+
+
+def criteo_line(number: int) -> str:
+    """One line as in train.txt: label, 13 counts, 26 hashed ids, some of them empty."""
+    counts = [str(number), "-1", "" if number % 3 else "7", *["5"] * 10]
+    ids = [f"{number % 2:08x}", "", "68fd1e64", *["ffffffff"] * 23]
+    return "\t".join([str(number % 2), *counts, *ids]) + "\n"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_criteo_kaggle(compressed, tmp_path):
+    text = "".join(criteo_line(number) for number in range(28)).encode()
+    (tmp_path / "src").mkdir()
+    name, text = ("train.txt.gz", gzip.compress(text)) if compressed else ("train.txt", text)
+    (tmp_path / "src" / name).write_bytes(text)
+    splits = prepared("criteo_kaggle", tmp_path / "src", tmp_path / "out")
+    assert [table["I1"].to_pylist() for table in splits.values()] == [
+        list(range(24)), [24, 25], [26, 27],
+    ]  # fmt: skip
+    train = splits["train"]
+    assert train["I2"].to_pylist() == [-1] * 24
+    assert train["I3"].to_pylist()[:4] == [7, None, None, 7]
+    assert train["C1"].to_pylist()[:3] == [0, 1, 0]
+    assert train["C2"].null_count == 24
+    assert set(train["C3"].to_pylist()) == {0x68FD1E64} and set(train["C26"].to_pylist()) == {0xFFFFFFFF}
+
+
+def test_criteo_1tb(tmp_path):
+    (tmp_path / "src").mkdir()
+    for day in range(9, 12):  # 9, 10, 11: order by number, not by name
+        lines = "".join(criteo_line(100 * day + number) for number in range(6))
+        (tmp_path / "src" / f"day_{day}.gz").write_bytes(gzip.compress(lines.encode()))
+    splits = prepared("criteo_1tb", tmp_path / "src", tmp_path / "out")
+    assert splits["train"]["I1"].to_pylist() == [*range(900, 906), *range(1000, 1006)]
+    assert splits["valid"]["I1"].to_pylist() == [1100, 1101, 1102]
+    assert splits["test"]["I1"].to_pylist() == [1103, 1104, 1105]
+    (tmp_path / "src" / "day_10.gz").unlink()
+    with pytest.raises(InputError, match="holds day_9 to day_11: wanted day_10 too"):
+        prepare("criteo_1tb", tmp_path / "src", tmp_path / "other")
+    (tmp_path / "src" / "day_9.gz").unlink()
+    with pytest.raises(InputError, match="wanted at least two days"):
+        prepare("criteo_1tb", tmp_path / "src", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+AVAZU_HEADER = (
+    "id,click,hour,C1,banner_pos,site_id,site_domain,site_category,app_id,app_domain,app_category,device_id,device_ip,"
+    "device_model,device_type,device_conn_type,C14,C15,C16,C17,C18,C19,C20,C21"
+)
+
+
+def test_avazu(tmp_path):
+    lines = [AVAZU_HEADER]
+    for number, hour in enumerate((14102100, 14102823, 14102900, 14103005, 14103023)):
+        lines.append(
+            f"1000009418151094273{number},{number % 2},{hour},1005,0,1fbe01fe,f3845767,28905ebd,ecad2386,7801e8d9,07d7df22,"
+            f"a99f214a,ddd2926e,44956a24,1,2,15706,320,50,1722,0,35,-1,79"
+        )
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "train.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    splits = prepared("avazu", tmp_path / "src", tmp_path / "out")
+    assert [table["hour"].to_pylist() for table in splits.values()] == [
+        [14102100, 14102823], [14102900], [14103005, 14103023],
+    ]  # fmt: skip
+    assert splits["test"]["hour_of_day"].to_pylist() == [5, 23]
+    # 21 October 2014 was a Tuesday
+    assert splits["train"]["weekday"].to_pylist() == [1, 1] and splits["valid"]["weekday"].to_pylist() == [2]
+    assert splits["train"]["site_id"].to_pylist() == [0x1FBE01FE] * 2
+    assert splits["train"]["C20"].to_pylist() == [-1, -1]
+    assert "id" not in splits["train"].column_names
+
+
+def write_movielens(folder: Path, ratings: list[tuple], movies: list[str], tags: list[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = [f"{user},{movie},{rating},{moment}" for user, movie, rating, moment in ratings]
+    (folder / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *lines]) + "\n")
+    (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]) + "\n", encoding="utf-8")
+    (folder / "tags.csv").write_text(
+        "\n".join(["userId,movieId,tag,timestamp", *tags]) + "\n", encoding="utf-8"
+    )
+
+
+def test_movielens_latest(tmp_path):
+    ratings = [(user, 1 + user % 2, 3.5 + user % 2, 2_000 - user) for user in range(20)]
+    write_movielens(
+        tmp_path / "src",
+        ratings,
+        ['1,"American President, The (1995)",Comedy|Drama|Romance', "2,Amélie,(no genres listed)"],
+        ["5,1,Funny ,1985", "6,1,later,1999"],
+    )
+    splits = prepared("movielens_latest", tmp_path / "src", tmp_path / "out")
+    assert [len(table) for table in splits.values()] == [16, 2, 2]
+    moments = [moment for table in splits.values() for moment in table["timestamp"].to_pylist()]
+    assert moments == sorted(moments)
+    first, second = splits["test"].to_pylist()  # users 1 and 0
+    assert (first["user_id"], first["movie_id"], first["label"]) == (1, 2, 1)
+    assert (first["year"], first["genres"], first["title_words"], first["tags_before"]) == (
+        None,
+        [],
+        ["amélie"],
+        [],
+    )
+    assert (second["user_id"], second["label"], second["year"]) == (0, 0, 1995)
+    assert second["genres"] == ["Comedy", "Drama", "Romance"]
+    assert second["title_words"] == ["american", "president", "the"]
+    assert second["tags_before"] == ["funny", "later"]
+    early = next(row for row in splits["train"].to_pylist() if row["user_id"] == 18)
+    assert early["tags_before"] == [], "what came later would leak"
+    assert "rating" not in splits["train"].column_names
+
+
+def test_movielens_latest_splits_the_real_ratings_as_the_shared_files_do(tmp_path):
+    real = SHARED / "movielens_latest_small"
+    if not real.is_dir():
+        pytest.skip("the real files are not here (movielens_latest_small)")
+    tables = [pq.read_table(real / f"{split}.parquet") for split in ("train", "valid", "test")]
+    rows = pa.concat_tables(tables).to_pylist()
+    np.random.default_rng(0).shuffle(rows)
+    movies = {row["movie_id"]: row for row in rows}
+    quoted = [
+        f'{movie},"{row["title"].replace(chr(34), chr(34) * 2)}",{"|".join(row["genres"]) or "(no genres listed)"}'
+        for movie, row in movies.items()
+    ]
+    ratings = [(row["user_id"], row["movie_id"], row["rating"], row["timestamp"]) for row in rows]
+    write_movielens(tmp_path / "src", ratings, quoted, ["1,1,fun,1"])
+    prepare("movielens_latest", tmp_path / "src", tmp_path / "out")
+    for split, table in zip(("train", "valid", "test"), tables, strict=True):
+        found = split_of(tmp_path / "out", split)
+        for column in ("user_id", "movie_id", "timestamp", "label", "year", "genres"):
+            assert found[column].to_pylist() == table[column].to_pylist(), (split, column)
+
+
+def test_movielens_1m(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    ratings = [f"{user}::{1 + user % 2}::{3 + user % 3}::{978_300_000 + user}" for user in range(1, 21)]
+    (src / "ratings.dat").write_text("\n".join(ratings) + "\n")
+    (src / "movies.dat").write_bytes(
+        "1::Toy Story (1995)::Animation|Comedy\n2::Misérables, Les (1995)::Drama\n".encode("latin-1")
+    )
+    users = [
+        f"{user}::{'FM'[user % 2]}::{25 if user > 3 else 1}::{user % 4}::{48_067 + user % 2}"
+        for user in range(1, 20)
+    ]
+    (src / "users.dat").write_text("\n".join(users) + "\n")
+    splits = prepared("movielens_1m", src, tmp_path / "out")
+    assert [len(table) for table in splits.values()] == [16, 2, 2]
+    row = splits["train"].to_pylist()[1]
+    assert (row["user_id"], row["gender"], row["age"], row["occupation"], row["zip_code"]) == (
+        2,
+        "F",
+        "1",
+        "2",
+        "48067",
+    )
+    titles = splits["train"]["title_words"].to_pylist()
+    assert titles[0] == ["misérables", "les"] and titles[1] == ["toy", "story"]
+    assert splits["train"]["genres"].to_pylist()[1] == ["Animation", "Comedy"]
+    assert splits["test"]["gender"].to_pylist() == ["M", None], "a user who is not in users.dat"
+    assert splits["train"]["label"].to_pylist()[:3] == [1, 1, 0]
+    (src / "ratings.dat").write_text("1::2::3\n")
+    with pytest.raises(InputError, match=r"ratings\.dat: line 1: wanted 4 values between '::', found 3"):
+        prepare("movielens_1m", src, tmp_path / "other")
+
+
+def test_frappe(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    line = "{label} {user}:1 4149:1 5041:1 5046:1 5053:1 5055:1 5058:1 5060:1 5069:1 5149:1\n"
+    for name, users in (("train", (1, 2, 1, 3)), ("validation", (2, 9)), ("test", (1,))):
+        text = "".join(line.format(label=1 if user == 1 else -1, user=user) for user in users)
+        (src / f"frappe.{name}.libfm").write_text(text)
+    splits = prepared("frappe", src, tmp_path / "out")
+    assert [table["user"].to_pylist() for table in splits.values()] == [[1, 2, 1, 3], [2, 9], [1]]
+    assert splits["train"]["label"].to_pylist() == [1, 0, 1, 0]
+    assert set(splits["train"]["city"].to_pylist()) == {5149} and set(
+        splits["train"]["daytime"].to_pylist()
+    ) == {5041}
+    assert load_schema(tmp_path / "out" / "schema.toml").table_of["user"].num_embeddings == 5
+    (src / "frappe.test.libfm").write_text("1 7:1 8:1\n")
+    with pytest.raises(InputError, match=r"frappe\.test\.libfm: line 1: wanted .* of 10 fields, found 2"):
+        prepare("frappe", src, tmp_path / "other")
+
+
+def test_taobao_ad_raw(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    first = 1_494_000_000
+    moments = [first + 3_300, first + 86_399, first + 6 * 86_400, first + 7 * 86_400 + 36_000]
+    sample = [f"{user},{moment},{ad},430548_1007,{1 - user % 2},{user % 2}" for user, moment, ad in
+              zip((1, 2, 1, 3), moments, (10, 11, 99, 10), strict=True)]  # fmt: skip
+    (src / "raw_sample.csv").write_text(
+        "\n".join(["user,time_stamp,adgroup_id,pid,nonclk,clk", *sample]) + "\n"
+    )
+    (src / "ad_feature.csv").write_text(
+        "adgroup_id,cate_id,campaign_id,customer,brand,price\n11,6406,83237,1,95471,170.0\n10,6406,83238,2,NULL,32.99\n"
+    )
+    (src / "user_profile.csv").write_text(
+        "userid,cms_segid,cms_group_id,final_gender_code,age_level,pvalue_level,shopping_level,occupation,new_user_class_level \n"
+        "2,0,5,2,5,,3,0,3\n1,19,3,2,3,2,3,0,\n"
+    )
+    splits = prepared("taobao_ad_raw", src, tmp_path / "out")
+    assert [table["time_stamp"].to_pylist() for table in splits.values()] == [
+        moments[:2],
+        moments[2:3],
+        moments[3:],
+    ]
+    one, two = splits["train"].to_pylist()
+    assert (one["campaign_id"], one["brand"], one["price"], one["cms_segid"], one["new_user_class_level"]) == (
+        83238, None, 32.99, 19, None,
+    )  # fmt: skip
+    assert (two["brand"], two["pvalue_level"], two["label"], two["hour"], two["weekday"]) == (
+        95471,
+        None,
+        0,
+        23,
+        5,
+    )
+    assert splits["valid"].to_pylist()[0]["cate_id"] is None, "an ad that ad_feature.csv lacks"
+    test = splits["test"].to_pylist()[0]
+    assert (test["cms_segid"], test["hour"], test["weekday"], test["label"]) == (None, 10, 5, 1)
+    assert not {"clk", "nonclk"} & set(splits["train"].column_names)
+
+
+KUAIRAND_LOG = (
+    "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,play_time_ms,"
+    "duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,is_rand,tab"
+)
+
+
+def test_kuairand(tmp_path):
+    src = tmp_path / "KuaiRand-1K" / "data"
+    src.mkdir(parents=True)
+    logs = {
+        "log_standard_4_08_to_4_21_1k.csv": [(0, 7, 20220408, 100), (1, 8, 20220421, 2359)],
+        "log_standard_4_22_to_5_08_1k.csv": [(0, 9, 20220430, 0), (1, 7, 20220501, 1200), (0, 8, 20220502, 1300), (5, 7, 20220508, 5)],
+    }  # fmt: skip
+    for name, rows in logs.items():
+        lines = [
+            f"{user},{video},{date},{hourmin},1649347200{number:03},{user % 2},0,0,0,0,0,0,0,9000,0,0,0,0,1"
+            for number, (user, video, date, hourmin) in enumerate(rows)
+        ]
+        (src / name).write_text("\n".join([KUAIRAND_LOG, *lines]) + "\n")
+    (src / "log_random_4_22_to_5_08_1k.csv").write_text(
+        KUAIRAND_LOG + "\n0,7,20220430,0,1,1,0,0,0,0,0,0,0,0,0,0,0,1,1\n"
+    )
+    one_hot = ",".join(f"onehot_feat{number}" for number in range(18))
+    (src / "user_features_1k.csv").write_text(
+        "user_id,user_active_degree,is_lowactive_period,is_live_streamer,is_video_author,follow_user_num,follow_user_num_range,"
+        "fans_user_num,fans_user_num_range,friend_user_num,friend_user_num_range,register_days,register_days_range,"
+        f'{one_hot}\n0,full_active,0,0,1,5,"(0,10]",4,"[1,10)",0,0,107,61-90,{",".join("3.0" for _ in range(17))},\n'
+        f'1,high_active,0,0,0,386,"(250,500]",4,"[1,10)",2,"[1,5)",327,181-365,{",".join("1" for _ in range(18))}\n'
+    )
+    (src / "video_features_basic_1k.csv").write_text(
+        "video_id,author_id,video_type,upload_dt,upload_type,visible_status,video_duration,server_width,server_height,"
+        'music_id,music_type,tag\n7,570,NORMAL,2022-01-21,LongImport,1.0,91000.0,720,1280,3288.0,9.0,"26,11"\n'
+        "8,571,AD,2022-01-22,Web,1.0,,720,1280,,,39\n"
+    )
+    splits = prepared("kuairand", tmp_path / "KuaiRand-1K", tmp_path / "out")
+    assert [table["video_id"].to_pylist() for table in splits.values()] == [[7, 8, 9], [7], [8, 7]]
+    one, two, three = splits["train"].to_pylist()
+    assert (one["hour"], one["weekday"], one["tags"], one["music_id"], one["video_duration"]) == (
+        1,
+        4,
+        ["26", "11"],
+        3288,
+        91000,
+    )
+    assert (one["follow_user_num_range"], one["onehot_feat0"], one["onehot_feat17"]) == ("(0,10]", 3, None)
+    assert (two["hour"], two["label"], two["tags"], two["video_duration"], two["music_type"]) == (
+        23,
+        1,
+        ["39"],
+        None,
+        None,
+    )
+    assert (three["author_id"], three["tags"]) == (None, None), "a video without features"
+    assert splits["test"].to_pylist()[1]["user_active_degree"] is None, "a user without features"
+    assert not {"is_click", "play_time_ms", "long_view", "is_like"} & set(splits["train"].column_names)
+
+
+RAW = (
+    "criteo_kaggle", "criteo_1tb", "avazu", "movielens_latest", "movielens_1m", "frappe", "taobao_ad_raw", "kuairand",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_missing_files_are_named(name, tmp_path):
+    with pytest.raises(
+        InputError, match=f"no such file; data set '{name}' needs .*: pass their folder as --src"
+    ):
+        prepare(name, tmp_path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert name in DATA_SETS
+
+
+def test_wrong_files_leave_nothing_behind(tmp_path):
+    (tmp_path / "train.txt").write_text("a\tb\n1\t2\n")
+    with pytest.raises(InputError, match=r"train\.txt: .*check that this is the data set's own file"):
+        prepare("criteo_kaggle", tmp_path, tmp_path / "out")
+    (tmp_path / "train.gz").write_bytes(gzip.compress(b"id,click\n1,0\n"))
+    with pytest.raises(InputError, match=r"train\.gz: .*hour.*check that this is"):
+        prepare("avazu", tmp_path, tmp_path / "out")
+    (tmp_path / "train.gz").write_bytes(gzip.compress(b"x" * 100_000)[:-20])
+    with pytest.raises(InputError, match=r"train\.gz: "):
+        prepare("avazu", tmp_path, tmp_path / "out")
+    (tmp_path / "train.txt").write_text(criteo_line(1).replace("68fd1e64", "no hex!!"))
+    with pytest.raises(InputError, match="column C3: wanted 8 hexadecimal digits"):
+        prepare("criteo_kaggle", tmp_path, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.gz", "train.txt"]
+
+
+def test_a_split_without_rows_is_refused(tmp_path):
+    (tmp_path / "train.txt").write_text(criteo_line(1))
+    with pytest.raises(InputError, match="the train split got no rows of 1"):
+        prepare("criteo_kaggle", tmp_path, tmp_path / "out")
+
+
+def test_streaming_is_flat_in_memory(tmp_path, monkeypatch):
+    """Four times the lines, the same peak of Arrow's memory."""
+    monkeypatch.setattr(raw, "BLOCK_BYTES", 2**19)
+    peaks = []
+    for copies in (1, 4):
+        src = tmp_path / str(copies)
+        src.mkdir()
+        block = "".join(criteo_line(number) for number in range(5_000))
+        (src / "train.txt").write_text(block * 20 * copies)
+        sources = {pattern: [src / "train.txt"] for pattern in DATA_SETS["criteo_kaggle"].files}
+        (src / "out").mkdir()
+        writer = SplitWriter(src / "out", ["label", "C1", "C2"], "label", 8_192)
+        pa.default_memory_pool().release_unused()
+        peak = 0
+        for split, rows in DATA_SETS["criteo_kaggle"].rows(sources):
+            writer.write(split, rows)
+            peak = max(peak, pa.total_allocated_bytes())
+        assert sum(part["rows"] for part in writer.close().values()) == 100_000 * copies
+        peaks.append(peak)
+    assert peaks[1] < 1.5 * peaks[0], peaks
+
+
+def test_writer_cuts_even_row_groups_and_several_files(tmp_path):
+    writer = SplitWriter(tmp_path, ["x", "y"], "y", 10, file_rows=30)
+    for start in range(0, 75, 7):
+        stop = min(75, start + 7)
+        writer.write(
+            "train", pa.table({"x": range(start, stop), "y": [1] * (stop - start), "z": range(start, stop)})
+        )
+    counts = writer.close()
+    assert counts["train"] == {"rows": 75, "label_rate": 1.0} and counts["test"] == {
+        "rows": 0,
+        "label_rate": None,
+    }
+    files = sorted(tmp_path.glob("train/*.parquet"))
+    sizes = [
+        [pq.read_metadata(file).row_group(g).num_rows for g in range(pq.read_metadata(file).num_row_groups)]
+        for file in files
+    ]
+    assert sizes == [[10, 10, 10], [10, 10, 10], [10, 5]]
+    assert split_of(tmp_path, "train")["x"].to_pylist() == list(range(75))
+    assert pq.read_schema(files[0]).names == ["x", "y"]
+
+
+def test_lookup_joins_by_key():
+    lookup = Lookup(pa.table({"k": [5, 1, 5], "v": ["old", "one", "new"]}), "k")
+    rows = lookup.join(pa.table({"key": [1, 2, None, 5]}), "key")
+    assert rows["v"].to_pylist() == ["one", None, None, "new"]
+    nothing = Lookup(pa.table({"k": pa.array([], pa.int64()), "v": pa.array([], pa.string())}), "k")
+    assert nothing.join(pa.table({"key": [1]}), "key")["v"].to_pylist() == [None]
+
+
+def test_lines_hex_and_tags(tmp_path):
+    for text, lines in ((b"", 0), (b"a\n", 1), (b"a\nb", 2), (b"\n\n", 2)):
+        (tmp_path / "x").write_bytes(text)
+        assert count_lines(tmp_path / "x") == lines
+    assert hex_to_int(pa.chunked_array([["0000000a", None, "ffffffff"]])).to_pylist() == [10, None, 2**32 - 1]
+    assert raw_movielens._tags_before([(1, "a"), (2, "b"), (3, "a")], 3) == ["a", "b"]
+
+
+def test_digest_of_a_large_file_follows_its_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(raw, "WHOLE_DIGEST_BYTES", 400)
+    path = tmp_path / "x"
+    path.write_bytes(b"a" * 1_000)
+    first = raw.digest(path)
+    assert first.startswith("ends:")
+    path.write_bytes(b"a" * 999 + b"b")
+    assert raw.digest(path) != first
