@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.errors import InputError
-from data.raw import Sources, Splits, read_lines, read_csv_whole
+from data.raw import Sources, Splits, read_csv_whole, read_lines
 
 LIKED = 4.0
 MAX_TAGS = 20
