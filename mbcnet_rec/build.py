@@ -79,7 +79,8 @@ def input_layout(schema: Schema) -> InputLayout:
     for feature in schema.dense:
         slices[feature.name] = (start, feature.dense_width)
         start += feature.dense_width
-    return InputLayout(dims, slices, schema.groups)
+    projections = {feature.name: feature.projection for feature in schema.dense if feature.projection}
+    return InputLayout(dims, slices, schema.groups, projections=projections)
 
 
 def build_collections(schema: Schema) -> dict[str, EmbeddingBagCollection]:

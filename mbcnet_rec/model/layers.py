@@ -55,12 +55,14 @@ class InputLayout:
         dense_slices: dense field -> (first column, width) in `dense_features`.
         groups: EFGC group -> keys of either kind.
         wide: whether each sparse field also looks up one weight per id, in a table of its own (`wide_tables`).
+        projections: dense field -> the width to which a learned linear map brings it before the branches see it.
     """
 
     embedding_dims: Mapping[str, int]
     dense_slices: Mapping[str, tuple[int, int]]
     groups: Mapping[str, tuple[str, ...]]
     wide: bool = False
+    projections: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse groups that cannot be cut out of the fields."""
@@ -93,12 +95,22 @@ class InputLayout:
     def width(self, group: str = ALL) -> int:
         """Columns of a group: N for "all", n_g for group g, F + D for the wide one."""
         if group == WIDE:
-            return len(self.embedding_dims) + sum(width for _, width in self.dense_slices.values())
+            return len(self.embedding_dims) + sum(self.field_width(key) for key in self.dense_slices)
         return sum(self.field_width(key) for key in self.keys(group))
 
     def field_width(self, key: str) -> int:
-        """Columns of a field."""
-        return self.embedding_dims[key] if key in self.embedding_dims else self.dense_slices[key][1]
+        """Columns of a field, after its projection."""
+        if key in self.embedding_dims:
+            return self.embedding_dims[key]
+        return self.projections.get(key, self.dense_slices[key][1])
+
+    def projected_slices(self) -> dict[str, tuple[int, int]]:
+        """Dense field -> (first column, width) in the dense features after every projection, in the order of `dense_slices`."""
+        slices, start = {}, 0
+        for key in self.dense_slices:
+            slices[key] = (start, self.field_width(key))
+            start += self.field_width(key)
+        return slices
 
     def common_width(self) -> int:
         """The most common width of the sparse fields."""

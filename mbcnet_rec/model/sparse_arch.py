@@ -47,7 +47,8 @@ class FeatureRegroup(nn.Module):
     """Pooled embeddings and dense columns -> one tensor per group (Eq. 2), and "all" (Eq. 5).
 
     Columns are always found by key: the order of keys in the output of a sharded collection depends on the
-    plan. Inside a group sparse fields come first, then dense ones, each in the layout's order.
+    plan. Inside a group sparse fields come first, then dense ones, each in the layout's order. A dense vector with a projection
+    x enters every group as W x + b, which is computed once.
     """
 
     def __init__(self, layout: InputLayout) -> None:
@@ -56,10 +57,19 @@ class FeatureRegroup(nn.Module):
         self._sparse = {
             name: [key for key in keys if key in layout.embedding_dims] for name, keys in members.items()
         }
+        slices = layout.projected_slices() if layout.projections else layout.dense_slices
         self._dense = {
-            name: join_slices([layout.dense_slices[key] for key in keys if key in layout.dense_slices])
+            name: join_slices([slices[key] for key in keys if key in slices])
             for name, keys in members.items()
         }
+        self._raw = list(layout.dense_slices.items())
+        self.projections = nn.ModuleDict(
+            {
+                f"projection_{place}": nn.Linear(width, layout.projections[key])
+                for place, (key, (_, width)) in enumerate(self._raw)
+                if key in layout.projections
+            }
+        )
         if layout.wide:
             self._sparse[WIDE] = [wide_key(field) for field in layout.embedding_dims]
             self._dense[WIDE] = self._dense[ALL]
@@ -80,6 +90,8 @@ class FeatureRegroup(nn.Module):
             "all" -> (B, N), each group g -> (B, n_g), and WIDE -> (B, F + D) if the layout has wide weights.
         """
         self._follow_plan([list(tensor.keys()) for tensor in keyed_tensors])
+        if self.projections:
+            dense_features = self._project(dense_features)
         if regroup_op(dense_features.device) == "permute":
             assert self._permute is not None
             sparse = {name: [tensor] for name, tensor in self._permute(list(keyed_tensors)).items()}
@@ -95,6 +107,14 @@ class FeatureRegroup(nn.Module):
             pieces = [*pieces, *(dense_features.narrow(1, start, width) for start, width in slices)]
             groups[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return groups
+
+    def _project(self, dense_features: Tensor) -> Tensor:
+        pieces = []
+        for place, (_, (start, width)) in enumerate(self._raw):
+            piece = dense_features.narrow(1, start, width)
+            name = f"projection_{place}"
+            pieces.append(self.projections[name](piece) if name in self.projections else piece)
+        return torch.cat(pieces, dim=1)
 
     def _follow_plan(self, keys: list[list[str]]) -> None:
         # The permutation caches its columns at the first call; a change of plan would turn it silently wrong.
