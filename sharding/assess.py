@@ -141,8 +141,8 @@ def search_bound(options: dict[str, list[TablePlan]], plan: Plan, cluster: Clust
 
 
 def assess(plan: Plan, cluster: Cluster, dense: DenseCost | None = None) -> Assessment:
-    """Add up what a plan costs on a cluster, with the dense part if it is known."""
-    dense = dense or DenseCost()
+    """Add up what a plan costs on a cluster, with the dense part: the given one, else the plan's."""
+    dense = dense or plan.dense
     costs = {name: table_costs(table, plan, cluster) for name, table in plan.tables.items()}
     ranks = [Rank(number) for number in range(plan.group_size)]
     for name, shards in costs.items():

@@ -7,8 +7,9 @@ from data.schema import Feature, Schema, Table
 from data.typed import unknown_key
 from sharding.cluster import Cluster
 from sharding.constraints import ShardingConfig, TableConstraint
+from sharding.dense import DenseCost
 from sharding.estimate import DTYPE_BYTES, state_bytes
-from sharding.plan import Plan, TablePlan
+from sharding.plan import FORMAT, Plan, TablePlan
 
 ROWS_PER_RANK = 8  # a table with fewer rows for each rank is not split by rows
 TORCHREC_LEAST_COLUMNS = 128  # of a column shard where nobody says otherwise
@@ -61,7 +62,12 @@ def assumed_fields(schema: Schema, config: ShardingConfig) -> list[str]:
 
 
 def empty_plan(
-    config: ShardingConfig, schema: Schema, cluster: Cluster, batch_size_per_rank: int, optimizer: str
+    config: ShardingConfig,
+    schema: Schema,
+    cluster: Cluster,
+    batch_size_per_rank: int,
+    optimizer: str,
+    dense: DenseCost,
 ) -> Plan:
     """A plan without tables for this schema, cluster and workload."""
     return Plan(
@@ -80,7 +86,8 @@ def empty_plan(
         str(cluster),
         cluster.fingerprint(),
         {},
-        2,
+        dense,
+        FORMAT,
     )
 
 

@@ -13,11 +13,14 @@ from sharding.assess import Assessment, assess
 from sharding.cluster import MAX_RANKS, Cluster
 from sharding.constraints import ShardingConfig, TableConstraint
 from sharding.dense import DenseCost
+from sharding.estimate import DTYPE_BYTES
 from sharding.fit import DoesNotFit, Shortage
 from sharding.planner import Progress, plan_schema
 
 CURES_SHOWN = 3
-TRIED_TABLES = 4  # how many of the largest tables a cure may touch
+LEAST_CACHE = 0.05  # share of rows that a cure still caches
+MARGIN = 1.1  # a cure aims at so many times the bytes that are missing
+HALF_ROWS = 'fp16 rows: data_type = "fp16"'
 MOST_STEPS = 12  # cluster sizes tried by one search
 
 
@@ -87,66 +90,109 @@ def find_cures(task: Task, shortage: Shortage, say: Callable[[str], None] = lamb
 
     Cheapest: fewest device-seconds a sample; changes that make another model come last.
     """
-    cures = []
-    for change, changed, other_model in _changes(task, shortage):
+    cures: list[Cure] = []
+    solved: set[str] = set()
+    for kind, change, changed, other_model in _changes(task, shortage):
+        if kind in solved:
+            continue  # a milder form of it was enough
         say(f"trying: {change}")
         try:
             cures.append(Cure(change, changed, changed.solve(), other_model))
+            solved.add(kind)
         except InputError:
             continue
-    larger = _more_hosts(task, shortage, say)
-    if larger:
-        cures.append(larger)
+    half_rows = _half_rows(task)
+    for base, words in ((task, ""), (half_rows, f"{HALF_ROWS}, and ")):
+        larger = _more_hosts(base, shortage, say) if base else None
+        if larger:
+            cures.append(replace(larger, change=words + larger.change))
     cures.sort(key=lambda cure: (cure.changes_model, cure.cost))
     return cures[:CURES_SHOWN]
 
 
-def _changes(task: Task, shortage: Shortage) -> list[tuple[str, Task, bool]]:
-    """Changes on the same machines: (words, task, whether it makes another model)."""
-    config, found = task.config, []
-    if config.data_type == "fp32":
-        found.append(
-            ('fp16 rows: data_type = "fp16"', replace(task, config=replace(config, data_type="fp16")), False)
-        )
+def _half_rows(task: Task) -> Task | None:
+    if task.config.data_type != "fp32":
+        return None
+    return replace(task, config=replace(task.config, data_type="fp16"))
+
+
+def _changes(task: Task, shortage: Shortage) -> list[tuple[str, str, Task, bool]]:
+    """Changes on the same machines, each sized to what is missing, milder forms first: (kind, words, task, another model?)."""
+    config, missing = task.config, shortage.missing_bytes
+    less = missing - shortage.needed_bytes // 2  # missing beside fp16 rows
+    half_rows = _half_rows(task)
+    found: list[tuple[str, str, Task, bool]] = []
+    if half_rows:
+        found.append(("fp16", HALF_ROWS, half_rows, False))
     split = tuple(dict.fromkeys((*config.sharding_types, "row_wise", "table_row_wise")))
     if split != config.sharding_types:
         freed = replace(task, config=replace(config, sharding_types=split))  # type: ignore[arg-type]
-        found.append((f"split by rows: sharding_types = {list(split)}", freed, False))
-    largest = list(shortage.tables)[:TRIED_TABLES]
+        found.append(("split", f"split by rows: sharding_types = {list(split)}", freed, False))
     if task.cluster.device == "cuda":
-        found += [_uvm(task, largest[:count]) for count in (1, TRIED_TABLES)]
+        found += [
+            ("uvm", *_paged(task, shortage, missing, ratio)) for ratio in (config.cache_ratio, LEAST_CACHE)
+        ]
+        if half_rows:
+            words, changed, _ = _paged(half_rows, shortage, less, config.cache_ratio)
+            found.append(("uvm", f"{HALF_ROWS}, and {words}", changed, False))
     if task.optimizer == "adagrad":
-        found.append(
-            ("one state a row: optimizer rowwise_adagrad", replace(task, optimizer="rowwise_adagrad"), True)
-        )
+        lighter = replace(task, optimizer="rowwise_adagrad")
+        found.append(("state", "one state a row: --optimizer rowwise_adagrad", lighter, True))
     half = task.batch_size_per_rank // 2
     if half:
-        found.append(
-            (f"a smaller batch: {half:,} rows a rank", replace(task, batch_size_per_rank=half), False)
-        )
-    smaller = _half_dims(task.schema, largest[:2])
-    if smaller:
-        found.append((f"half the columns of {', '.join(largest[:2])}", replace(task, schema=smaller), True))
+        smaller = replace(task, batch_size_per_rank=half)
+        found.append(("batch", f"a smaller batch: --batch-size {half}", smaller, False))
+    for base, words, short in ((task, "", missing), (half_rows, f"{HALF_ROWS}, and ", less)):
+        for divisor, share in ((2, "half"), (4, "a quarter of")):
+            names = _enough(task, shortage, short, 1 - 1 / divisor)
+            narrower = _narrower(task.schema, names, divisor)
+            if base and narrower:
+                change = f"{words}{share} the columns of {_named(names)}"
+                found.append(("dim", change, replace(base, schema=narrower), True))
     return found
 
 
-def _uvm(task: Task, names: list[str]) -> tuple[str, Task, bool]:
+def _enough(task: Task, shortage: Shortage, missing: int, saved_share: float) -> list[str]:
+    """The largest tables, until a share of their rows' bytes makes up for what is missing."""
+    rows = {table.name: table.num_embeddings * table.embedding_dim for table in task.schema.tables}
+    names, saved = [], 0.0
+    for name in shortage.tables:
+        names.append(name)
+        saved += saved_share * rows[name] * DTYPE_BYTES[task.config.data_type]
+        if saved > MARGIN * missing:
+            break
+    return names
+
+
+def _paged(task: Task, shortage: Shortage, missing: int, ratio: float) -> tuple[str, Task, bool]:
+    """Keep the rows of enough tables in host memory."""
+    names = _enough(task, shortage, missing, 1 - ratio)
     tables = dict(task.config.tables)
     for name in names:
-        tables[name] = replace(tables.get(name, TableConstraint()), compute_kernels=("fused_uvm_caching",))
-    words = f'rows of {", ".join(names)} in host memory, {task.config.cache_ratio:.0%} of them cached in HBM: compute_kernels = ["fused_uvm_caching"]'
+        paged = replace(
+            tables.get(name, TableConstraint()), compute_kernels=("fused_uvm_caching",), cache_ratio=ratio
+        )
+        tables[name] = paged
+    words = f'rows of {_named(names)} in host memory, {ratio:.0%} of them cached in HBM (compute_kernels = ["fused_uvm_caching"])'
     return words, replace(task, config=replace(task.config, tables=tables)), False
 
 
-def _half_dims(schema: Schema, names: list[str]) -> Schema | None:
-    """The schema with half the columns of some tables, where that is a multiple of 4."""
-    if any(table.embedding_dim % 8 for table in schema.tables if table.name in names):
-        return None
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tables" if len(names) > 3 else "")
+
+
+def _narrower(schema: Schema, names: list[str], divisor: int) -> Schema | None:
+    """The schema with fewer columns in some tables, where that leaves a multiple of 4; None where it leaves none of them so."""
+    possible = {
+        table.name
+        for table in schema.tables
+        if table.name in names and not table.embedding_dim % (4 * divisor)
+    }
     tables = tuple(
-        replace(table, embedding_dim=table.embedding_dim // 2) if table.name in names else table
+        replace(table, embedding_dim=table.embedding_dim // divisor) if table.name in possible else table
         for table in schema.tables
     )
-    return replace(schema, tables=tables)
+    return replace(schema, tables=tables) if possible else None
 
 
 def _more_hosts(task: Task, shortage: Shortage, say: Callable[[str], None]) -> Cure | None:

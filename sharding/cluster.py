@@ -14,6 +14,8 @@ from data.typed import parse_dataclass, read_toml, to_toml_value
 GIB = 1024**3
 PRESETS = Path(__file__).parent / "clusters"
 MAX_RANKS = 65_536
+MEMORY_EFFICIENCY = 0.93  # of the data sheet: FBGEMM's forward lookup at dim 128 on an H100
+LINK_EFFICIENCY = 0.8  # of the data sheet, assumed: all-to-all and reduce-scatter of large messages
 
 
 @dataclass(frozen=True)

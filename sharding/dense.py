@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from data.errors import InputError
-from sharding.cluster import Cluster
-from sharding.estimate import FLOAT_BYTES, LINK_EFFICIENCY, MEMORY_EFFICIENCY
+from sharding.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 
+FLOAT_BYTES = 4
 TRAINING_FLOPS = 3  # a backward pass costs two forward ones
 COPIES = 5  # weight, gradient, all-reduce bucket, and Adam's two moments
 

@@ -16,14 +16,12 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sharding.cluster import Cluster
+from sharding.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from sharding.plan import Plan, TablePlan
 from sharding.shards import shards_of
 
 ID_BYTES, LENGTH_BYTES, FLOAT_BYTES, BURST_BYTES = 8, 4, 4, 64
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-MEMORY_EFFICIENCY = 0.93  # FBGEMM forward lookup, dim 128, H100
-LINK_EFFICIENCY = 0.8  # assumed: all-to-all and reduce-scatter of large messages against the data sheet
 SORT_BYTES_PER_ID = 96  # backward sorts (id, position): 12 bytes, read and written in 4 radix passes
 
 

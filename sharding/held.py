@@ -1,5 +1,6 @@
 """Planned against held: bytes of tables and optimizer state that a sharded model really has on this rank."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def held_bytes(model: nn.Module) -> dict[str, int]:
     """
     counts = {"rows": 0, "state": 0, "cache": 0}
     seen: set[int] = set()
-    for module in model.modules():
+    for module in _with_lookups(model):
         for kind, tensor in _kernel_tensors(module):
             storage = tensor.untyped_storage()
             if storage.data_ptr() and storage.data_ptr() not in seen:
@@ -34,6 +35,15 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1)
 
 
+def _with_lookups(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module, also the lookups that TorchRec's sharded collections keep in a plain list."""
+    for module in model.modules():
+        yield module
+        for lookup in getattr(module, "_lookups", ()):
+            # a replicated table's lookup is wrapped for gradients to be averaged
+            yield from getattr(lookup, "module", lookup).modules()
+
+
 def _kernel_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Tensors of one of FBGEMM's table kernels, by what they are; empty for every other module."""
     kind = type(module).__name__
@@ -47,8 +57,8 @@ def _kernel_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
         **dict(module.named_buffers()),
         **dict(module.named_parameters()),
     }.items():
-        if not torch.is_tensor(value):
-            continue
+        if not torch.is_tensor(value) or (value.numel() <= 1 and value.dtype == torch.int64):
+            continue  # one integer stands where a table has no such tensor
         if name in ("weights_dev", "weights_host", "weights_uvm"):
             found.append(("rows", value.data))
         elif name.startswith(("momentum1_", "momentum2_")) and name.endswith(("_dev", "_host", "_uvm")):

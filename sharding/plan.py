@@ -9,6 +9,7 @@ from typing import Any, Literal
 from data.errors import InputError
 from data.schema import Schema
 from data.typed import parse_dataclass
+from sharding.dense import DenseCost
 
 SHARDING_TYPES = ("data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise")
 KERNELS = ("fused", "fused_uvm", "fused_uvm_caching", "dense")
@@ -62,6 +63,7 @@ class Plan:
         cluster: what it was made for, HOSTSxDEVICES:KIND, and
         cluster_fingerprint: of its figures.
         versions: of the packages that made it.
+        dense: the rest of the model that it was made beside; zeros if unknown.
         format: of the file.
     """
 
@@ -80,6 +82,7 @@ class Plan:
     cluster: str = ""
     cluster_fingerprint: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    dense: DenseCost = DenseCost()
     format: int = 1
 
     @property

@@ -88,9 +88,10 @@ def make_plan(
         DoesNotFit: nothing fits.
     """
     cluster = cluster or cluster_of(config, machine)
-    plan = empty_plan(config, schema, cluster, batch_size_per_rank, optimizer)
+    dense = dense or DenseCost()
+    plan = empty_plan(config, schema, cluster, batch_size_per_rank, optimizer, dense)
     check_constraints(config, schema, plan)
-    room = room_for_tables(config, cluster, dense or DenseCost(), batch_size_per_rank)
+    room = room_for_tables(config, cluster, dense, batch_size_per_rank)
     options = all_options(schema, config, plan, room[0] if cluster.device == "cuda" else room[1])
     shortage = find_shortage(options, plan, cluster, room)
     if shortage.needed_bytes > shortage.room_bytes or shortage.too_large:

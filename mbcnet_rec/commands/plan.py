@@ -254,7 +254,7 @@ def _diff(args: argparse.Namespace) -> int:
         for label, plan in (("old", old), ("new", new)):
             result = assess(plan, cluster_for(plan, args.cluster, args.old if label == "old" else args.new))
             print(
-                f"{label}: {1e3 * result.path.step:.3f} ms a step without the dense part, {result.samples_per_second:,.0f} samples a second; busiest "
+                f"{label}: {1e3 * result.path.step:.3f} ms a step, {result.samples_per_second:,.0f} samples a second; busiest "
                 f"rank {1e3 * result.busiest.times.total:.3f} ms, most memory {max(sum(result.memory(rank)) for rank in result.ranks):,} bytes"
             )
     return 1 if found["head"] or found["tables"] else 0
@@ -361,9 +361,7 @@ def _check(args: argparse.Namespace) -> int:
         if not problems:
             most = max(sum(assessment.memory(rank)) for rank in assessment.ranks)
             against = [str(assessment.cluster), *([args.schema] if args.schema else [])]
-            print(
-                f"{args.plan}: fits {' and '.join(against)}; the fullest rank holds {gib(most)} without the dense part"
-            )
+            print(f"{args.plan}: fits {' and '.join(against)}; the fullest rank holds {gib(most)}")
     if problems and not args.json:
         print("plan again with `mbcnet plan make`", file=sys.stderr)
     return 2 if problems else 0

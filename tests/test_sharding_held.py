@@ -1,0 +1,163 @@
+"""Planned equals real: bytes of tables and optimizer state that two and four gloo ranks hold after a step, against the plan's."""
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+from torchrec.optim.keyed import KeyedOptimizerWrapper
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from data.schema import load_schema, parse_schema
+from mbcnet_rec.training.optim import TABLE_OPTIMIZERS, fuse_table_optimizer
+from mbcnet_rec.training.optim_config import EmbeddingOptimConfig
+from sharding.assess import assess
+from sharding.cluster import default_cluster
+from sharding.constraints import ShardingConfig, TableConstraint
+from sharding.held import held_bytes, optimizer_bytes, planned_against_held
+from sharding.planner import meta_collections, plan_schema
+from sharding.sharder import sharder_of, to_sharding_plan
+
+SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
+ROWS = 16
+
+
+def small(rows, dims, **more):
+    """A schema of lists and single ids, one table each; `more` holds further fields."""
+    fields = {
+        f"f{index}": {
+            "kind": "multi_valued" if index % 2 else "categorical",
+            "num_embeddings": count,
+            "embedding_dim": dim,
+            **({"pooling": "mean"} if index % 4 == 3 else {}),
+        }
+        for index, (count, dim) in enumerate(zip(rows, dims, strict=True))
+    }
+    return parse_schema({"name": "small", "label": "click", "fields": {**fields, **more}}, "small", Path())
+
+
+def cases():
+    """(name, schema, config, optimizer); plans of every type, dtype and optimizer come up."""
+    names = ("pailitao_demo", "movielens", "adult", "taobao_ad")
+    shipped = {name: fitted(load_schema(SCHEMAS / f"{name}.toml")) for name in names}
+    weighted = {
+        "w": {"kind": "weighted_multi_valued", "num_embeddings": 77, "embedding_dim": 12, "weights": "w_w"}
+    }
+    mixed = small((1001, 50, 333, 2000, 64), (16, 4, 8, 64, 32), **weighted)
+    by_type = {
+        "f0": TableConstraint(sharding_types=("row_wise",)),
+        "f1": TableConstraint(sharding_types=("data_parallel",)),
+        "f2": TableConstraint(sharding_types=("table_row_wise",)),
+        "f3": TableConstraint(sharding_types=("column_wise",), min_partition=32),
+        "w": TableConstraint(sharding_types=("row_wise",)),
+    }
+    return [
+        ("pailitao_demo", shipped["pailitao_demo"], ShardingConfig(), "rowwise_adagrad"),
+        ("movielens", shipped["movielens"], ShardingConfig(), "rowwise_adagrad"),
+        ("adult, replicated", shipped["adult"], ShardingConfig(sharding_types=("data_parallel",)), "adagrad"),
+        ("taobao_ad, half rows", shipped["taobao_ad"], ShardingConfig(data_type="fp16"), "rowwise_adagrad"),
+        ("every type, adagrad", mixed, ShardingConfig(tables=by_type), "adagrad"),
+        ("every type, sgd", mixed, ShardingConfig(tables=by_type), "sgd"),
+        ("fp16 across ranks", mixed, ShardingConfig(forward_precision="fp16", backward_precision="fp16"), "rowwise_adagrad"),
+        ("rows that no rank count divides", small((1009, 31, 997), (4, 8, 12)), ShardingConfig(sharding_types=("row_wise",)), "adagrad"),
+    ]  # fmt: skip
+
+
+def fitted(schema):
+    """The schema with sizes where a fit would measure them."""
+    tables = tuple(replace(table, num_embeddings=table.num_embeddings or 101) for table in schema.tables)
+    return replace(schema, tables=tables)
+
+
+def random_features(schema, weighted, generator):
+    """One rank's KeyedJaggedTensor with ids inside every table."""
+    keys, lengths, values = [], [], []
+    for feature in schema.weighted if weighted else schema.sparse:
+        count = torch.randint(0, 3, (ROWS,), generator=generator)
+        size = schema.table_of[feature.name].num_embeddings
+        keys.append(feature.name)
+        lengths.append(count)
+        values.append(torch.randint(0, size, (int(count.sum()),), generator=generator))
+    weights = torch.rand(sum(len(each) for each in values), generator=generator) if weighted else None
+    return KeyedJaggedTensor(keys, torch.cat(values), weights, lengths=torch.cat(lengths))
+
+
+def step(schema, config, optimizer, machine, rank):
+    """Plan, shard, train one step; return planned and held bytes of this rank, and the line about them."""
+    cluster = default_cluster(*machine)
+    plan = plan_schema(schema, config, cluster, ROWS, optimizer=optimizer)
+    model = torch.nn.ModuleDict(dict(meta_collections(schema, config)))
+    replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}
+    parameters = [value for name, value in model.named_parameters() if name.split(".")[-2] not in replicated]
+    fuse_table_optimizer(parameters, EmbeddingOptimConfig(name=optimizer))
+    sharded = DistributedModelParallel(
+        model,
+        env=ShardingEnv.from_process_group(dist.group.WORLD),
+        device=torch.device("cpu"),
+        plan=to_sharding_plan(plan, dict(model.items())),
+        sharders=[sharder_of(plan)],
+    )
+    dense = {name: value for name, value in sharded.named_parameters() if name.split(".")[-2] in replicated}
+    generator = torch.Generator().manual_seed(rank)
+    losses = [
+        sharded.module[name](random_features(schema, name == "weighted_ebc", generator)).wait().values().sum()
+        for name in model
+    ]
+    sum(losses).backward()
+    held = held_bytes(sharded)
+    if dense:
+        wrapper = KeyedOptimizerWrapper(dense, lambda params: TABLE_OPTIMIZERS[optimizer](params, lr=0.1))
+        wrapper.step()
+        held["state"] += optimizer_bytes(wrapper._optimizer)
+    assessment = assess(plan, cluster)
+    planned = assessment.ranks[rank].bytes
+    return (
+        planned,
+        held,
+        planned_against_held(assessment, rank, held, 0.01),
+        {t.sharding_type for t in plan.tables.values()},
+    )
+
+
+def worker(rank, machine, port, results):
+    """One rank: all cases, one after the other."""
+    world, local, _ = machine
+    torch.set_num_threads(1)
+    os.environ |= {
+        "LOCAL_WORLD_SIZE": str(local),
+        "LOCAL_RANK": str(rank % local),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+    }
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    found = []
+    for name, schema, config, optimizer in cases():
+        planned, held, line, types = step(schema, config, optimizer, machine, rank)
+        found.append((name, (planned.rows, planned.state), (held["rows"], held["state"]), line, types))
+    torch.save(found, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("machine", [(2, 2, "cpu"), (4, 2, "cpu")], ids=["2 ranks", "2 hosts of 2 ranks"])
+def test_planned_bytes_are_held_bytes(machine, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (machine, port, str(tmp_path)), nprocs=machine[0])
+    seen = set()
+    for rank in range(machine[0]):
+        for name, planned, held, line, types in torch.load(tmp_path / f"{rank}.pt"):
+            print(f"{name}, rank {rank}: planned {planned}, held {held}")
+            for part, expected, real in zip(("rows", "state"), planned, held, strict=True):
+                assert abs(real - expected) <= 0.01 * max(expected, 1), (
+                    f"{name}, rank {rank}, {part}: planned {expected}, holds {real}"
+                )
+            assert line.startswith(f"rank {rank}: planned against held: rows ") and "cache" not in line
+            seen |= types
+    assert seen == {"table_wise", "row_wise", "table_row_wise", "column_wise", "data_parallel"}
