@@ -1,7 +1,7 @@
 """`torchx run` for a local job: its exit code is the command's, Ctrl-C ends in one line, logs are kept.
 
-torchx's own ends with 1 whatever the job's code was, answers Ctrl-C with a traceback, and writes logs to a folder that it
-removes. Registered in the entry point group `torchx.cli.cmds`, in which torchx looks for its sub-commands. Jobs of other
+torchx's own ends with 1 whatever the job's code was, answers Ctrl-C with a traceback, writes logs to a folder that it
+removes, and refuses a second `--set`. Registered in the entry point group `torchx.cli.cmds`, in which torchx looks for its sub-commands. Jobs of other
 components, and jobs of other schedulers, pass through untouched.
 """
 
@@ -13,6 +13,7 @@ import sys
 from torchx import specs
 from torchx.cli.cmd_run import CmdRun
 from torchx.runner import Runner, config
+from torchx.schedulers import DEFAULT_SCHEDULER_MODULES
 from torchx.schedulers.local_scheduler import LocalScheduler, SignalException
 
 from launch.agent import LOGS
@@ -38,6 +39,18 @@ def is_ours(component_and_args: list[str]) -> bool:
     return name.startswith("mbcnet.") or name.partition(":")[0].endswith("launch/components.py")
 
 
+def join_repeated(words: list[str]) -> list[str]:
+    """Write `--set KEY=VALUE` as one word after `--`: torchx refuses an option that it sees twice."""
+    if "--" not in words:
+        return words
+    first = words.index("--") + 1
+    joined, rest = words[:first], iter(words[first:])
+    for word in rest:
+        value = next(rest, None) if word == "--set" else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
+
+
 def exit_code(runner: Runner, app_handle: str) -> int:
     """The code of a local job's first host that failed, 1 where none is known."""
     scheduler = runner._scheduler(LOCAL)
@@ -54,11 +67,20 @@ def exit_code(runner: Runner, app_handle: str) -> int:
 
 
 class Run(CmdRun):
-    """`torchx run`."""
+    """`torchx run`. Every call of torchx makes one, `torchx status` too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours = False
+        # torchx's own registry. An entry point would hide all its other schedulers and change its default one.
+        DEFAULT_SCHEDULER_MODULES["slurm"] = "launch.slurm"  # pyright: ignore[reportIndexIssue]
 
     def run(self, args: argparse.Namespace) -> None:
         """Run a component."""
-        self.ours = args.scheduler == LOCAL and is_ours(args.component_name_and_args)
+        ours = is_ours(args.component_name_and_args)
+        self.ours = ours and args.scheduler == LOCAL
+        if ours:
+            args.component_name_and_args = join_repeated(args.component_name_and_args)
         if not self.ours:
             super().run(args)
             return
