@@ -5,19 +5,22 @@ place in its file is still known. Imports no torch.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
-from data.columns import ABSENT, Columns, Ragged, join_ragged
+from data.columns import ABSENT, Columns, Lists, Ragged, join_lists
 from data.errors import InputError
 from data.keys import Vocabulary, first_line, hash_values, load_vocabularies, remainder
 from data.schema import MISSING_ROW, Feature, Schema
 
+T = TypeVar("T")
 MAX_INT32 = 2**31 - 1
 
 
@@ -66,64 +69,106 @@ class Encoder:
         return self.encode_all([(rows, place)], mended)
 
     def encode_all(
-        self, parts: Sequence[tuple[pa.RecordBatch, Place]], mended: Counter[str] | None = None
+        self,
+        parts: Sequence[tuple[pa.RecordBatch, Place]],
+        mended: Counter[str] | None = None,
+        permutation: np.ndarray | None = None,
     ) -> Columns:
-        """Check and encode the rows of several record batches, in order.
+        """Check and encode the rows of several record batches.
 
         Args:
             parts: record batches and where they come from; none gives no rows.
             mended: counts, by field, the values that `on_invalid` = "null" or "modulo" changed.
+            permutation: row i of the result is row permutation[i] of the parts in order.
 
         Raises:
             InputError: naming file, row group, row, field, the value, what was wanted and the mend.
         """
         mended = Counter() if mended is None else mended
-        total = sum(rows.num_rows for rows, _ in parts)
-        single_ids = np.empty((len(self.single), total), self.id_dtype)
-        dense = np.zeros((total, self.dense_width), np.float32)
-        lists: list[list[Ragged]] = [[] for _ in self.lists]
-        weighted: list[list[Ragged]] = [[] for _ in self.schema.weighted]
-        labels, groups = np.empty(total, np.float32), []
-        start = 0
+        readers, total = [], 0
         for rows, place in parts:
-            stop = start + rows.num_rows
-            columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
-            reader = _Reader(self, columns, place, mended)
-            try:
-                for index, feature in enumerate(self.single):
-                    reader.single(feature, single_ids[index, start:stop])
-                reader.dense(dense[start:stop])
-                for index, feature in enumerate(self.lists):
-                    lists[index].append(reader.list(feature))
-                for index, feature in enumerate(self.schema.weighted):
-                    weighted[index].append(reader.list(feature))
-                labels[start:stop] = read_labels(columns[self.schema.label], self.schema.label, place)
-                if self.schema.group_column:
-                    groups.append(hash_values(columns[self.schema.group_column]).view(np.int64))
-            except (pa.ArrowException, UnicodeError) as error:
-                raise InputError(
-                    f"{place.file}: row group {place.row_group} cannot be encoded ({first_line(error)}); "
-                    "the file is damaged: write it again"
-                ) from None
-            start = stop
+            readers.append((_Reader(self, rows, place, mended), slice(total, total + rows.num_rows)))
+            total += rows.num_rows
+
+        def permuted(array: np.ndarray) -> np.ndarray:
+            return array if permutation is None else array.take(permutation, axis=0, mode="clip")
+
+        single_ids = np.empty((len(self.single), total), self.id_dtype)
+        in_order = np.empty(total, self.id_dtype)  # one field, before it is permuted
+        dense = np.zeros((total, self.dense_width), np.float32)
+        labels, groups = np.empty(total, np.float32), np.empty(total, np.int64)
+        for index, feature in enumerate(self.single):
+            out = single_ids[index] if permutation is None else in_order
+            for reader, rows in readers:
+                reader.single(feature, out[rows])
+            if permutation is not None:
+                in_order.take(permutation, out=single_ids[index], mode="clip")
+        for reader, rows in readers:
+            reader.dense(dense[rows])
+            labels[rows] = reader.labels()
+            if self.schema.group_column:
+                groups[rows] = reader.groups()
         return Columns(
             single_ids=single_ids,
-            lists=tuple(join_ragged(parts, False) for parts in lists),
-            weighted_lists=tuple(join_ragged(parts, True) for parts in weighted),
-            dense=dense,
-            labels=labels,
-            group_ids=np.concatenate([np.zeros(0, np.int64), *groups]) if self.schema.group_column else None,
+            lists=self._lists(self.lists, readers, permutation, total),
+            weighted_lists=self._lists(self.schema.weighted, readers, permutation, total),
+            dense=permuted(dense),
+            labels=permuted(labels),
+            group_ids=permuted(groups) if self.schema.group_column else None,
         )
+
+    def _lists(
+        self,
+        features: Sequence[Feature],
+        readers: Sequence[tuple["_Reader", slice]],
+        permutation: np.ndarray | None,
+        rows: int,
+    ) -> Lists:
+        fields = [[reader.list(feature) for reader, _ in readers] for feature in features]
+        if not readers:  # no rows, but of the right fields
+            none = Ragged(np.zeros(0, np.int64), np.zeros(1, np.int64), None)
+            fields = [
+                [none._replace(weights=np.zeros(0, np.float32)) if feature.is_weighted else none]
+                for feature in features
+            ]
+        return join_lists(fields, permutation, rows)
+
+
+def _named(read: Callable[..., T]) -> Callable[..., T]:
+    """Turn what Arrow raises on damaged values into one line that names file and row group."""
+
+    @wraps(read)
+    def reads(self: "_Reader", *arguments: Any) -> T:
+        try:
+            return read(self, *arguments)
+        except (pa.ArrowException, UnicodeError) as error:
+            raise InputError(
+                f"{self.place.file}: row group {self.place.row_group} cannot be encoded ({first_line(error)}); "
+                "the file is damaged: write it again"
+            ) from None
+
+    return reads
 
 
 class _Reader:
     """The columns of one record batch, read field by field."""
 
-    def __init__(
-        self, encoder: Encoder, columns: dict[str, pa.Array], place: Place, mended: Counter[str]
-    ) -> None:
-        self.encoder, self.columns, self.place, self.mended = encoder, columns, place, mended
+    def __init__(self, encoder: Encoder, rows: pa.RecordBatch, place: Place, mended: Counter[str]) -> None:
+        self.encoder, self.place, self.mended = encoder, place, mended
+        self.columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
 
+    @_named
+    def labels(self) -> np.ndarray:
+        """Labels, 0 and 1."""
+        label = self.encoder.schema.label
+        return read_labels(self.columns[label], label, self.place)
+
+    @_named
+    def groups(self) -> np.ndarray:
+        """Hashes of the grouping column, int64."""
+        return hash_values(self.columns[self.encoder.schema.group_column]).view(np.int64)
+
+    @_named
     def single(self, feature: Feature, out: np.ndarray) -> None:
         """Write one row of the table, or ABSENT, for each row of the log."""
         column = self.columns[feature.source_column]
@@ -137,6 +182,7 @@ class _Reader:
         if column.null_count:
             out[~_valid(column)] = ABSENT if feature.encoding == "ids" else MISSING_ROW
 
+    @_named
     def list(self, feature: Feature) -> Ragged:
         """Read a list column; a null list is an empty one, a null inside a list is no value."""
         column = self.columns[feature.source_column]
@@ -198,6 +244,7 @@ class _Reader:
         wide = ids if ids.dtype == np.uint64 else ids.astype(np.int64)
         return (wide % num_embeddings).astype(np.int64)
 
+    @_named
     def dense(self, out: np.ndarray) -> None:
         """Fill (n, D) with numbers and vectors; missing ones are left 0."""
         start = 0

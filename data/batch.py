@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from data.columns import Columns, Ragged
+from data.columns import Gathered
 from data.order import Cursor
 
 
@@ -94,47 +94,31 @@ class Keys(NamedTuple):
     weighted: list[str]
 
 
-def to_batch(columns: Columns, keys: Keys, *, weights: np.ndarray, cursor: Cursor) -> Batch:
-    """Wrap as tensors, without copying where no single-valued field misses an id and there are no lists.
+def to_batch(rows: Gathered, keys: Keys, *, weights: np.ndarray, cursor: Cursor) -> Batch:
+    """Wrap a batch's arrays as tensors, without copying.
 
     Args:
-        columns: gathered rows with padding.
+        rows: gathered rows with padding.
         keys: names of the sparse features.
         weights: (B,) float32, see `Batch.weights`.
         cursor: the stream's position after this batch.
     """
-    ids = columns.single_ids
-    if ids.size == 0 or ids.min() >= 0:
-        values, lengths = ids.reshape(-1), np.ones(ids.size, np.int32)
-    else:
-        present = ids >= 0
-        values, lengths = ids[present], present.reshape(-1).astype(np.int32)
-    if columns.lists:
-        values = np.concatenate([values] + [ragged.values for ragged in columns.lists])
-        lengths = np.concatenate([lengths] + [_lengths(ragged) for ragged in columns.lists])
+    weighted = None
+    if keys.weighted:
+        weighted = KeyedJaggedTensor(
+            keys.weighted,
+            torch.from_numpy(rows.weighted_ids),
+            torch.from_numpy(rows.id_weights),
+            torch.from_numpy(rows.weighted_lengths),
+        )
     return Batch(
-        dense_features=torch.from_numpy(columns.dense),
+        dense_features=torch.from_numpy(rows.dense),
         sparse_features=KeyedJaggedTensor(
-            keys.sparse, torch.from_numpy(values), lengths=torch.from_numpy(lengths)
+            keys.sparse, torch.from_numpy(rows.ids), lengths=torch.from_numpy(rows.lengths)
         ),
-        weighted_features=_weighted_kjt(columns.weighted_lists, keys.weighted),
-        labels=torch.from_numpy(columns.labels),
+        weighted_features=weighted,
+        labels=torch.from_numpy(rows.labels),
         weights=torch.from_numpy(weights),
-        group_ids=None if columns.group_ids is None else torch.from_numpy(columns.group_ids),
+        group_ids=None if rows.group_ids is None else torch.from_numpy(rows.group_ids),
         cursor=cursor,
     )
-
-
-def _weighted_kjt(lists: tuple[Ragged, ...], keys: list[str]) -> KeyedJaggedTensor | None:
-    if not lists:
-        return None
-    values = np.concatenate([ragged.values for ragged in lists])
-    weights = np.concatenate([ragged.weights for ragged in lists])  # type: ignore[misc]
-    lengths = np.concatenate([_lengths(ragged) for ragged in lists])
-    return KeyedJaggedTensor(
-        keys, torch.from_numpy(values), torch.from_numpy(weights), torch.from_numpy(lengths)
-    )
-
-
-def _lengths(ragged: Ragged) -> np.ndarray:
-    return np.diff(ragged.offsets).astype(np.int32)

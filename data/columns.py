@@ -1,9 +1,10 @@
-"""Columns: decoded, checked rows as a few NumPy arrays, from which rows are gathered into a batch.
+"""Columns: decoded, checked and permuted rows as a few NumPy arrays, from which runs of rows are copied into batches.
 
-Shapes: n rows, F single-valued sparse fields, D dense columns, B rows of a batch.
+Shapes: n rows of a window, B rows of a batch, F single-valued sparse fields, L list fields, D dense columns.
 Single-valued ids stay one (F, n) matrix because its rows, laid end to end, are exactly the values of a KeyedJaggedTensor: for a schema
-of hundreds of fields a batch is then one gather and no concatenation. The matrix is int32 where every table allows it: half the memory
-to write and to gather from, and a row of 65,536 ids still fits a core's cache.
+of hundreds of fields a batch is then one copy. The matrix is int32 where every table allows it. A window is permuted field by field as it
+is decoded, when a field's ids still fit a core's cache; picking a batch's rows out of the whole window misses the cache at every id,
+which costs five times as much.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,6 @@ import numpy as np
 
 ABSENT = -1  # in Columns.single_ids: no id, an empty bag
 
-Rows = np.ndarray | slice  # positions of rows, or a run of rows
-
 
 class Ragged(NamedTuple):
     """A list column: row i holds values[offsets[i]:offsets[i + 1]]."""
@@ -25,13 +24,21 @@ class Ragged(NamedTuple):
     weights: np.ndarray | None  # float32, like values
 
 
+class Lists(NamedTuple):
+    """List columns of the same rows: field l of row i holds values[l][offsets[l, i]:offsets[l, i + 1]]."""
+
+    values: tuple[np.ndarray, ...]  # L times int64
+    offsets: np.ndarray  # (L, n + 1) int64
+    weights: tuple[np.ndarray, ...]  # L times float32, like values; empty if the fields have none
+
+
 @dataclass(frozen=True)
 class Columns:
     """Rows that passed every check, in the field order of the schema's `sparse`, `weighted` and `dense`."""
 
     single_ids: np.ndarray  # (F, n) int32 or int64, ABSENT where missing
-    lists: tuple[Ragged, ...]
-    weighted_lists: tuple[Ragged, ...]
+    lists: Lists
+    weighted_lists: Lists
     dense: np.ndarray  # (n, D) float32
     labels: np.ndarray  # (n,) float32
     group_ids: np.ndarray | None  # (n,) int64
@@ -42,102 +49,138 @@ class Columns:
         return len(self.labels)
 
 
-def gather(parts: Sequence[tuple[Columns, Rows]], num_rows: int) -> Columns:
-    """Join the chosen rows of each part in order, and append rows without ids, of zeros and label 0, up to `num_rows`.
+class Run(NamedTuple):
+    """Rows [start, stop) of some columns."""
+
+    columns: Columns
+    start: int
+    stop: int
+
+
+class Gathered(NamedTuple):
+    """A batch's arrays, in memory of their own. Keys: single-valued fields, then lists; each key's B lengths lie together."""
+
+    ids: np.ndarray  # int64
+    lengths: np.ndarray  # int32
+    weighted_ids: np.ndarray  # int64
+    weighted_lengths: np.ndarray  # int32
+    id_weights: np.ndarray  # float32, like weighted_ids
+    dense: np.ndarray  # (B, D) float32
+    labels: np.ndarray  # (B,) float32
+    group_ids: np.ndarray | None  # (B,) int64
+
+
+def gather(runs: Sequence[Run], num_rows: int) -> Gathered:
+    """Join runs of rows in order, and append rows without ids, of zeros and label 0, up to `num_rows`.
 
     Args:
-        parts: at least one; its rows may be none.
+        runs: at least one; it may be empty.
         num_rows: B, rows of the result.
-
-    Returns:
-        Columns with int64 ids, in memory of their own.
     """
-    first = parts[0][0]
-    single_ids = np.empty((len(first.single_ids), num_rows), np.int64)
+    first = runs[0].columns
+    fields = len(first.single_ids)
+    size = fields * num_rows
+    pieces, list_lengths = _list_pieces([run.columns.lists for run in runs], runs, num_rows)
+    ids = np.empty(size + sum(map(len, pieces)), np.int64)
+    single_ids = ids[:size].reshape(fields, num_rows)
     dense = np.zeros((num_rows, first.dense.shape[1]), np.float32)
     labels = np.zeros(num_rows, np.float32)
     group_ids = None if first.group_ids is None else np.zeros(num_rows, np.int64)
-    start = 0
-    for columns, rows in parts:
-        stop = start + _count(rows)
-        if isinstance(rows, slice):
-            single_ids[:, start:stop] = columns.single_ids[:, rows]
-        else:
-            single_ids[:, start:stop] = columns.single_ids.take(rows, axis=1, mode="clip")
-        dense[start:stop] = columns.dense[rows]
-        labels[start:stop] = columns.labels[rows]
+    begin = 0
+    for columns, start, stop in runs:
+        end = begin + stop - start
+        single_ids[:, begin:end] = columns.single_ids[:, start:stop]
+        dense[begin:end] = columns.dense[start:stop]
+        labels[begin:end] = columns.labels[start:stop]
         if group_ids is not None and columns.group_ids is not None:
-            group_ids[start:stop] = columns.group_ids[rows]
-        start = stop
-    single_ids[:, start:] = ABSENT
-    return Columns(
-        single_ids=single_ids,
-        lists=tuple(
-            _gather_ragged([(columns.lists[i], rows) for columns, rows in parts], num_rows)
-            for i in range(len(first.lists))
-        ),
-        weighted_lists=tuple(
-            _gather_ragged([(columns.weighted_lists[i], rows) for columns, rows in parts], num_rows)
-            for i in range(len(first.weighted_lists))
-        ),
+            group_ids[begin:end] = columns.group_ids[start:stop]
+        begin = end
+    single_ids[:, begin:] = ABSENT
+    lengths = np.ones(size + list_lengths.size, np.int32)
+    lengths[size:] = list_lengths.reshape(-1)
+    if pieces:
+        np.concatenate(pieces, out=ids[size:])
+    if size and single_ids.min() < 0:
+        present = ids[:size] >= 0
+        lengths[:size] = present
+        ids = np.concatenate([ids[:size][present], ids[size:]])
+    weighted_pieces, weighted_lengths = _list_pieces(
+        [run.columns.weighted_lists for run in runs], runs, num_rows
+    )
+    weights, _ = _list_pieces([run.columns.weighted_lists for run in runs], runs, num_rows, weights=True)
+    return Gathered(
+        ids=ids,
+        lengths=lengths,
+        weighted_ids=np.concatenate([np.zeros(0, np.int64), *weighted_pieces]),
+        weighted_lengths=weighted_lengths.reshape(-1),
+        id_weights=np.concatenate([np.zeros(0, np.float32), *weights]),
         dense=dense,
         labels=labels,
         group_ids=group_ids,
     )
 
 
-def _count(rows: Rows) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+def _list_pieces(
+    lists: Sequence[Lists], runs: Sequence[Run], num_rows: int, weights: bool = False
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The values (or weights) of every field and run, field by field, and the (L, B) int32 lengths."""
+    fields = len(lists[0].values)
+    lengths = np.zeros((fields, num_rows), np.int32)
+    by_run = []
+    begin = 0
+    for part, (_, start, stop) in zip(lists, runs, strict=True):
+        end = begin + stop - start
+        np.subtract(
+            part.offsets[:, start + 1 : stop + 1],
+            part.offsets[:, start:stop],
+            out=lengths[:, begin:end],
+            casting="unsafe",
+        )
+        bounds = zip(part.offsets[:, start].tolist(), part.offsets[:, stop].tolist(), strict=True)
+        sources = part.weights if weights else part.values
+        by_run.append([source[low:high] for source, (low, high) in zip(sources, bounds, strict=True)])
+        begin = end
+    return [pieces[field] for field in range(fields) for pieces in by_run], lengths
 
 
-def _gather_ragged(parts: list[tuple[Ragged, Rows]], num_rows: int) -> Ragged:
-    taken = [_take_ragged(ragged, rows) for ragged, rows in parts]
-    lengths = np.zeros(num_rows, np.int64)
+def join_lists(fields: Sequence[Sequence[Ragged]], permutation: np.ndarray | None, rows: int) -> Lists:
+    """Join each field's parts in order, and permute the rows: row i of the result is row permutation[i] of the parts together."""
+    offsets = np.zeros((len(fields), rows + 1), np.int64)
+    values, weights = [], []
+    for field, parts in enumerate(fields):
+        ragged = _permuted(_joined(parts, rows), permutation)
+        offsets[field] = ragged.offsets
+        values.append(ragged.values)
+        if ragged.weights is not None:
+            weights.append(ragged.weights)
+    return Lists(tuple(values), offsets, tuple(weights))
+
+
+def _joined(parts: Sequence[Ragged], rows: int) -> Ragged:
+    if len(parts) == 1:
+        return parts[0]
+    offsets = np.zeros(rows + 1, np.int64)
     start = 0
-    for ragged, (_, rows) in zip(taken, parts, strict=True):
-        stop = start + _count(rows)
-        lengths[start:stop] = np.diff(ragged.offsets)
+    for part in parts:
+        stop = start + len(part.offsets) - 1
+        np.add(part.offsets[1:], offsets[start], out=offsets[start + 1 : stop + 1])
         start = stop
-    offsets = np.zeros(num_rows + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    if len(taken) == 1:
-        return Ragged(taken[0].values, offsets, taken[0].weights)
-    weights = [ragged.weights for ragged in taken if ragged.weights is not None]
+    weights = [part.weights for part in parts if part.weights is not None]
     return Ragged(
-        np.concatenate([ragged.values for ragged in taken]),
+        np.concatenate([np.zeros(0, np.int64), *(part.values for part in parts)]),
         offsets,
         np.concatenate(weights) if weights else None,
     )
 
 
-def _take_ragged(ragged: Ragged, rows: Rows) -> Ragged:
-    if isinstance(rows, slice):
-        offsets = ragged.offsets[rows.start : rows.stop + 1]
-        values = slice(int(offsets[0]), int(offsets[-1]))
-        weights = None if ragged.weights is None else ragged.weights[values]
-        return Ragged(ragged.values[values], offsets - offsets[0], weights)
-    starts = ragged.offsets[rows]
-    lengths = ragged.offsets[rows + 1] - starts
-    offsets = np.zeros(len(rows) + 1, np.int64)
+def _permuted(ragged: Ragged, permutation: np.ndarray | None) -> Ragged:
+    if permutation is None:
+        return ragged
+    lengths = np.diff(ragged.offsets).take(permutation)
+    offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    # position in the output minus the row's start there, plus the row's start in the source
-    source = np.repeat(starts - offsets[:-1], lengths)
+    # position in the result minus the row's start there, plus the row's start in the source
+    source = np.repeat(ragged.offsets.take(permutation) - offsets[:-1], lengths)
     source += np.arange(offsets[-1])
-    return Ragged(
-        ragged.values.take(source), offsets, None if ragged.weights is None else ragged.weights.take(source)
-    )
-
-
-def join_ragged(parts: Sequence[Ragged], weighted: bool) -> Ragged:
-    """Join the rows of several list columns in order; none gives no rows."""
-    if len(parts) == 1:
-        return parts[0]
-    lengths = [np.diff(part.offsets) for part in parts]
-    weights = [part.weights for part in parts if part.weights is not None]
-    offsets = np.zeros(sum(map(len, lengths)) + 1, np.int64)
-    np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]), out=offsets[1:])
-    return Ragged(
-        np.concatenate([np.zeros(0, np.int64), *(part.values for part in parts)]),
-        offsets,
-        np.concatenate([np.zeros(0, np.float32), *weights]) if weighted else None,
-    )
+    weights = None if ragged.weights is None else ragged.weights.take(source, mode="clip")
+    return Ragged(ragged.values.take(source, mode="clip"), offsets, weights)

@@ -31,10 +31,9 @@ Part = tuple[pa.RecordBatch, Place]
 
 
 class Decoded(NamedTuple):
-    """A window's rows; row i of the window is row permutation[i] of columns (None: row i)."""
+    """A window's rows in the epoch's order, and the values mended in them."""
 
     columns: Columns
-    permutation: np.ndarray | None
     mended: Counter[str]
 
 
@@ -108,9 +107,8 @@ class Decoder:
         finally:
             self.reading.pop(thread, None)
         mended: Counter[str] = Counter()
-        columns = self.encoder.encode_all(parts, mended)
         permutation = None if seed is None else np.random.default_rng(seed).permutation(window.num_rows)
-        return Decoded(columns, permutation, mended)
+        return Decoded(self.encoder.encode_all(parts, mended, permutation), mended)
 
     def name(self, row_group: RowGroup) -> str:
         """File and row group, for messages."""

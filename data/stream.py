@@ -9,7 +9,7 @@ import numpy as np
 from data.ahead import Ahead, Patience, prefetched
 from data.arrow import Encoder
 from data.batch import Batch, Keys, to_batch
-from data.columns import Columns, Rows, gather
+from data.columns import Run, gather
 from data.decode import Decoded, Decoder
 from data.errors import InputError
 from data.files import read_contents
@@ -131,19 +131,19 @@ class ParquetStream:
         feed = _WindowFeed(self, windows, cursor, decoder, Ahead(options.workers, patience))
         try:
             for step in range(cursor.step, self.steps_per_epoch):
-                parts = feed.parts(step)
+                runs = feed.runs(step)
                 per_rank = [
                     sum(stop - start for start, stop in self._spans(step, rank))
                     for rank in range(self.world_size)
                 ]
                 num_rows = max(per_rank)
                 weight = self.world_size * num_rows / sum(per_rank)
-                columns = gather(parts or [(self.encoder.encode_all([]), slice(0, 0))], num_rows)
+                rows = gather(runs or [Run(self.encoder.encode_all([]), 0, 0)], num_rows)
                 weights = np.zeros(num_rows, np.float32)
                 real = per_rank[self.rank]
                 negative, positive = self.label_weights
-                weights[:real] = np.where(columns.labels[:real] == 1, weight * positive, weight * negative)
-                yield to_batch(columns, self.keys, weights=weights, cursor=Cursor(cursor.epoch, step + 1))
+                weights[:real] = np.where(rows.labels[:real] == 1, weight * positive, weight * negative)
+                yield to_batch(rows, self.keys, weights=weights, cursor=Cursor(cursor.epoch, step + 1))
         finally:
             feed.ahead.close()
 
@@ -182,7 +182,7 @@ class _WindowFeed:
         self.given: set[int] = set()  # to be decoded, and not yet used
         self.decoded: dict[int, Decoded] = {}  # in use
 
-    def parts(self, step: int) -> list[tuple[Columns, Rows]]:
+    def runs(self, step: int) -> list[Run]:
         """Return the rows that this rank trains at `step`."""
         cuts = list(self._cuts(step))
         used = list(dict.fromkeys(index for index, _, _ in cuts))
@@ -201,19 +201,14 @@ class _WindowFeed:
                 self.given.discard(index)
                 self.stream.counters.update(self.decoded[index].mended)
             kept[index] = self.decoded[index]
-        parts = [
-            (kept[index].columns, self._rows(index, start, stop, kept[index])) for index, start, stop in cuts
+        runs = [
+            Run(kept[index].columns, start - self.starts[index], stop - self.starts[index])
+            for index, start, stop in cuts
         ]
         # A lane moves on and never back: what the next step does not use is never used again.
         following = {index for index, _, _ in self._cuts(step + 1)}
         self.decoded = {index: decoded for index, decoded in self.decoded.items() if index in following}
-        return parts
-
-    def _rows(self, index: int, start: int, stop: int, decoded: Decoded) -> Rows:
-        first = self.windows[index].first_row
-        if decoded.permutation is None:
-            return slice(start - first, stop - first)
-        return decoded.permutation[start - first : stop - first]
+        return runs
 
     def _give(self, index: int) -> None:
         window, options = self.windows[index], self.stream.options
