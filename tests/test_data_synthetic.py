@@ -1,6 +1,9 @@
 """Proves that the synthetic log is reproducible, in range, made of interactions, and as good as it says."""
 
 import json
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import synthetic
 from data.errors import InputError
 from data.pailitao import pailitao_schema
 from data.planted import (
@@ -294,3 +298,47 @@ def test_tally_agrees_with_the_definition(rows):
         assert summary["best_auc"] == pytest.approx(pairwise_auc(probability, labels), rel=1e-12)
     else:
         assert summary["best_auc"] is None
+
+
+def test_memory_is_flat_in_the_number_of_rows(tmp_path):
+    """Five times the rows need no more than a few blocks' memory more: held whole they would take 250 MB."""
+    code = (
+        "import resource, sys; from data.pailitao import pailitao_schema; from data.synthetic import write_synthetic\n"
+        "write_synthetic(pailitao_schema('demo'), sys.argv[1], rows=int(sys.argv[2]), days=3, rows_per_file=20_000)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    peaks = []
+    for rows in (40_000, 200_000):
+        command = [sys.executable, "-c", code, str(tmp_path / str(rows)), str(rows)]
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+        )
+        peaks.append(int(run.stdout))
+    assert peaks[1] - peaks[0] < 100, f"{peaks} MiB"
+
+
+def test_blocks_are_made_by_two_threads_at_once(schema, tmp_path, monkeypatch):
+    together = threading.Barrier(2)
+    make = synthetic.make_block
+
+    def wait_for_the_other(*arguments):
+        together.wait(timeout=30)  # breaks, and fails the test, where blocks are made one after another
+        return make(*arguments)
+
+    monkeypatch.setattr(synthetic, "make_block", wait_for_the_other)
+    write_synthetic(schema, tmp_path / "log", rows=40, days=4, threads=2)
+    assert rows_of(tmp_path / "log").num_rows == 40
+
+
+def test_best_scores_follow_the_labels(world):
+    """The recorded best is what no model beats: any other score of the same rows is worse, and the best is calibrated."""
+    index = np.arange(30_000)
+    facts = draw_facts(world, index % DAYS, index)
+    probability = true_probability(world, facts) / 65_536
+    labels = draw_labels(world, facts, true_probability(world, facts))
+    best = -np.mean(np.where(labels == 1, np.log(probability), np.log1p(-probability)))
+    for warp in (0.8, 1.25):  # bolder or shyer than the truth
+        logit = warp * np.log(probability / (1 - probability))
+        other = 1 / (1 + np.exp(-logit))
+        assert best < -np.mean(np.where(labels == 1, np.log(other), np.log1p(-other)))
+    assert abs(probability.mean() - labels.mean()) < 0.005
