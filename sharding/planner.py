@@ -171,7 +171,8 @@ def topology_of(plan: Plan, cluster: Cluster, room: tuple[int, int]) -> Topology
     return TopologyFactory.create_topology(
         trainer_config=TrainerConfig(world_size=plan.group_size, local_world_size=plan.local_group_size),
         hardware_config=hardware,
-        kernel_config=KernelConfig(compute_device=cluster.device),
+        # without this flag the factory drops the bandwidths it is given and takes its own
+        kernel_config=KernelConfig(compute_device=cluster.device, use_hardware_based_bandwidth=True),
     )
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from data.errors import InputError
 
 if TYPE_CHECKING:
+    from mbcnet_rec.config import RunConfig
     from sharding.capacity import Task
     from sharding.cluster import Cluster
+    from sharding.constraints import ShardingConfig
     from sharding.plan import Plan
 
 DEFAULT_BATCH = 8192
@@ -43,14 +45,50 @@ def cluster_for(plan: "Plan", named: str | None, source: str) -> "Cluster":
 
 
 def task_of(args: argparse.Namespace) -> "Task":
-    """Gather what to plan from the arguments, cheap checks first."""
+    """Gather what to plan from the arguments, cheap checks first.
+
+    Raises:
+        InputError: something is missing or absurd.
+    """
     from dataclasses import replace
 
     from data.schema import load_schema
-    from data.typed import parse_dataclass, read_toml, to_toml_value
+    from sharding.candidates import check_constraints, empty_plan
     from sharding.cluster import read_cluster
-    from sharding.constraints import ShardingConfig
+    from sharding.dense import DenseCost
 
+    _check_arguments(args)
+    cluster = read_cluster(args.cluster)
+    schema = load_schema(args.schema) if args.schema else None
+    config, run = _configs(args)
+    schema = schema or load_schema(run.schema)  # type: ignore[union-attr]  # without --schema there is a config
+    schema.require_fitted()
+    batch = args.batch_size
+    if batch is None:
+        whole = args.global_batch_size or (run.data.batch_size if run else 0)
+        batch = -(-whole // cluster.world_size) if whole else DEFAULT_BATCH
+    if run is None:  # a config may bring tables of the model's own; the planner checks again
+        check_constraints(config, schema, empty_plan(config, schema, cluster, batch, "sgd", DenseCost()))
+    from mbcnet_rec.dense_cost import dense_cost
+    from mbcnet_rec.model.layers import wide_tables
+    from mbcnet_rec.model.models import ModelConfig, needs_wide
+    from sharding.capacity import Task
+
+    optimizer = args.optimizer or (run.optim.embedding.name if run else "rowwise_adagrad")
+    model = run.model if run else ModelConfig()
+    dense = dense_cost(model, schema, config)
+    given = {
+        "parameters": args.dense_parameters,
+        "forward_flops": args.dense_flops,
+        "activation_bytes": args.dense_activation_bytes,
+    }
+    dense = replace(dense, **{key: value for key, value in given.items() if value is not None})
+    if needs_wide(model):
+        schema = replace(schema, tables=(*schema.tables, *wide_tables(schema.tables)))  # type: ignore[type-var]
+    return Task(schema, config, cluster, batch, optimizer, dense)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
     for key in ("batch_size", "global_batch_size"):
         value = getattr(args, key)
         if value is not None and not 1 <= value <= MAX_BATCH * (1 if key == "batch_size" else 65_536):
@@ -63,8 +101,13 @@ def task_of(args: argparse.Namespace) -> "Task":
         raise InputError(
             "mbcnet plan: no cluster; add --cluster HOSTSxDEVICES:KIND, for example 16x8:h100-80g or 1x2:cpu"
         )
-    cluster = read_cluster(args.cluster)
-    schema = load_schema(args.schema) if args.schema else None
+
+
+def _configs(args: argparse.Namespace) -> "tuple[ShardingConfig, RunConfig | None]":
+    """What the planner may do, from the run's config, the constraints file and --set, later ones winning; and the run."""
+    from data.typed import parse_dataclass, read_toml, to_toml_value
+    from sharding.constraints import ShardingConfig
+
     constraints = read_toml(Path(args.constraints)) if args.constraints else {}
     if constraints:
         parse_dataclass(ShardingConfig, constraints, args.constraints)
@@ -73,37 +116,13 @@ def task_of(args: argparse.Namespace) -> "Task":
         from mbcnet_rec.config import load_config
 
         run = load_config(args.config)
-        schema = schema or load_schema(run.schema)
-    assert schema is not None
-    schema.require_fitted()
     if args.overrides:
         from mbcnet_rec.config import apply_override
 
         for override in args.overrides:
             apply_override(constraints, override)
     base = to_toml_value(run.sharding) if run else {}
-    config = parse_dataclass(ShardingConfig, {**base, **constraints}, args.constraints or "--set")
-    batch = args.batch_size
-    if batch is None:
-        whole = args.global_batch_size or (run.data.batch_size if run else 0)
-        batch = -(-whole // cluster.world_size) if whole else DEFAULT_BATCH
-    optimizer = args.optimizer or (run.optim.embedding.name if run else "rowwise_adagrad")
-    from mbcnet_rec.dense_cost import dense_cost
-    from mbcnet_rec.model.layers import wide_tables
-    from mbcnet_rec.model.models import ModelConfig, needs_wide
-    from sharding.capacity import Task
-
-    model = run.model if run else ModelConfig()
-    dense = dense_cost(model, schema, config)
-    given = {
-        "parameters": args.dense_parameters,
-        "forward_flops": args.dense_flops,
-        "activation_bytes": args.dense_activation_bytes,
-    }
-    dense = replace(dense, **{key: value for key, value in given.items() if value is not None})
-    if needs_wide(model):
-        schema = replace(schema, tables=(*schema.tables, *wide_tables(schema.tables)))  # type: ignore[type-var]
-    return Task(schema, config, cluster, batch, optimizer, dense)
+    return parse_dataclass(ShardingConfig, {**base, **constraints}, args.constraints or "--set"), run
 
 
 def numbers(text: str, flag: str) -> list[int]:

@@ -1,0 +1,180 @@
+"""`mbcnet plan`: every action from the command line; reading a plan imports no torch; mistakes are one line with the mend."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mbcnet_rec.cli import main
+
+ROOT = Path(__file__).parents[1]
+DEMO = str(ROOT / "data/schemas/pailitao_demo.toml")
+CLUSTER = "2x2:h100-80g"
+COUNTS = ["--dense-parameters", "13000000", "--dense-flops", "28e6"]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """A plan of the demo's schema."""
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    assert main(["plan", "--schema", DEMO, "--cluster", CLUSTER, "--batch-size", "256", "-o", str(path)]) == 0
+    return str(path)
+
+
+def run(capsys, *args):
+    """Exit code, output, errors of one command."""
+    code = main(["plan", *args])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_bare_plan_and_make_say_the_same(capsys, plan, tmp_path):
+    again = str(tmp_path / "again.json")
+    code, out, err = run(
+        capsys, "make", "--schema", DEMO, "--cluster", CLUSTER, "--batch-size", "256", "-o", again
+    )
+    assert code == 0 and Path(again).read_text() == Path(plan).read_text()
+    for words in (
+        "ranks, busiest first",
+        "balance: time",
+        "lower bound",
+        "critical path",
+        "samples a second",
+        "dense part: 7,1",
+    ):
+        assert words in out
+    assert f"wrote {again}; next: " in err
+
+
+def test_show_in_every_form(capsys, plan, tmp_path):
+    code, out, _ = run(capsys, "show", plan, "--json")
+    values = json.loads(out)
+    assert (
+        code == 0
+        and len(values["ranks"]) == 4
+        and values["bound_by"] in ("compute", "memory", "network", "input")
+    )
+    assert values["dense"]["parameters"] > 7_000_000  # the plan file carries what it was made beside
+    png, page = tmp_path / "p.png", tmp_path / "p.html"
+    assert run(capsys, "show", plan, "--all", "--png", str(png), "--html", str(page))[0] == 0
+    assert png.read_bytes()[:4] == b"\x89PNG" and "user_id" in page.read_text()
+
+
+def test_explain_says_why_and_the_next_best(capsys, plan):
+    code, out, _ = run(capsys, "explain", "user_id", plan)
+    assert code == 0 and out.startswith("user_id: ") and "planned: " in out and "next best: " in out
+    code, _, err = run(capsys, "explain", "usr_id", plan)
+    assert code == 2 and "did you mean 'user_id'?" in err
+
+
+def test_diff_exits_as_diff_does(capsys, plan, tmp_path):
+    assert run(capsys, "diff", plan, plan)[:2] == (0, "no difference\n")
+    other = tmp_path / "other.json"
+    changed = json.loads(Path(plan).read_text())
+    changed["data_type"] = "fp16"
+    other.write_text(json.dumps(changed))
+    code, out, _ = run(capsys, "diff", plan, str(other))
+    assert code == 1 and "data_type: fp32 -> fp16" in out and "new: " in out
+    assert json.loads(run(capsys, "diff", plan, str(other), "--json")[1])["head"] == {
+        "data_type": ["fp32", "fp16"]
+    }
+
+
+def test_check_names_every_difference(capsys, plan):
+    assert run(capsys, "check", plan, "--schema", DEMO)[0] == 0
+    code, out, _ = run(capsys, "check", plan, "--schema", str(ROOT / "data/schemas/adult.toml"))
+    assert code == 2 and "table age is not planned" in out and "table user_id is not in the schema" in out
+    code, _, err = run(capsys, "check", plan, "--cluster", "4x8:h200")
+    assert code == 2 and "for 2x2 on cuda, but --cluster 4x8:h200 is 4x8" in err
+
+
+def test_min_gpus_and_sweep(capsys):
+    task = ["--schema", DEMO, "--cluster", "h100-80g", "--batch-size", "64", *COUNTS]
+    code, out, _ = run(capsys, "min-gpus", *task)
+    assert code == 0 and out.startswith("smallest: 1x1:h100-80g, 1 devices")
+    code, out, _ = run(capsys, "sweep", *task, "--batch-sizes", "64,128", "--hosts", "1,2", "--json")
+    cells = json.loads(out)["cells"]
+    assert [(cell["batch_size_per_rank"], cell["hosts"], cell["fits"]) for cell in cells] == [
+        (64, 1, True), (64, 2, True), (128, 1, True), (128, 2, True),
+    ]  # fmt: skip
+
+
+def test_constraints_file_and_overrides(capsys, tmp_path):
+    constraints, out = tmp_path / "c.toml", tmp_path / "p.json"
+    constraints.write_text(
+        'data_type = "fp16"\n[tables.user_id]\nsharding_types = ["row_wise"]\npooling_factor = 2.0\n'
+    )
+    args = ["--schema", DEMO, "--cluster", "1x2:cpu", "--batch-size", "64", *COUNTS, "-o", str(out)]
+    assert run(capsys, *args, "--constraints", str(constraints), "--set", "search_seconds=5")[0] == 0
+    written = json.loads(out.read_text())
+    assert written["data_type"] == "fp16" and written["tables"]["user_id"]["sharding_type"] == "row_wise"
+    assert written["tables"]["user_id"]["ids"] == 2.0 and written["device"] == "cpu"
+    constraints.write_text("[tables.user_id]\nshardingtypes = []\n")
+    code, _, err = run(capsys, *args, "--constraints", str(constraints))
+    assert (
+        code == 2 and "tables.user_id.shardingtypes is not a known key; did you mean 'sharding_types'?" in err
+    )
+
+
+def test_what_does_not_fit_leaves_cures_and_no_file(capsys, tmp_path):
+    out = tmp_path / "p.json"
+    args = [
+        "--schema",
+        str(ROOT / "data/schemas/pailitao.toml"),
+        "--cluster",
+        "1x4:h100-80g",
+        *COUNTS,
+        "-o",
+        str(out),
+    ]
+    code, _, err = run(capsys, *args)
+    assert code == 2 and not out.exists()
+    assert (
+        "bytes short; largest: item" in err
+        and "cure 1: " in err
+        and "cure 3: " in err
+        and "planned again: fits" in err
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--cluster", CLUSTER], "no schema; add --schema FILE"),
+        (["--schema", DEMO], "no cluster; add --cluster"),
+        (["--schema", "absent.toml", "--cluster", CLUSTER], "no such file"),
+        (["--schema", DEMO, "--cluster", "0x8:h200"], "0 devices"),
+        (["--schema", DEMO, "--cluster", CLUSTER, "--batch-size", "0"], "--batch-size 0: wanted rows in [1,"),
+        (["--schema", DEMO, "--cluster", CLUSTER, "--set", "tables.usr.pooling_factor=2"], "sharding.tables.usr is not a known key"),
+        (["--schema", DEMO, "--cluster", CLUSTER, "--dense-parameters", "-1"], "dense parameters = -1"),
+        (["sweep", "--schema", DEMO, "--cluster", CLUSTER, "--hosts", "1,x"], "--hosts '1,x': wanted numbers"),
+        (["show", "absent.json"], "cannot be read"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(capsys, args, said):
+    code, out, err = run(capsys, *args)
+    assert code == 2 and not out and said in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("dim", ["6", "2048", "-4"])
+def test_embedding_dims_that_fbgemm_gets_wrong_are_refused(capsys, tmp_path, dim):
+    path = tmp_path / "s.toml"
+    path.write_text(
+        f'name = "s"\nlabel = "y"\n[fields]\na = {{ kind = "categorical", num_embeddings = 10, embedding_dim = {dim} }}\n'
+    )
+    code, _, err = run(capsys, "--schema", str(path), "--cluster", CLUSTER)
+    assert code == 2 and "fields.a.embedding_dim" in err and "wanted a multiple of 4" in err
+
+
+@pytest.mark.parametrize("args", [["show", "PLAN"], ["explain", "user_id", "PLAN"], ["diff", "PLAN", "PLAN"], ["check", "PLAN", "--schema", DEMO], ["--schema", DEMO], ["--help"]])  # fmt: skip
+def test_reading_plans_and_usage_errors_import_no_torch(plan, args):
+    code = (
+        "import sys\nfrom mbcnet_rec.cli import main\n"
+        "try:\n    main(['plan', *sys.argv[1:]])\nexcept SystemExit:\n    pass\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    args = [plan if each == "PLAN" else each for each in args]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.strip().splitlines()[-1] == "False", done.stderr

@@ -1,0 +1,65 @@
+"""Clusters: presets and TOML are read, every preset says its sources, and what is no machine is refused with the mend."""
+
+import pytest
+
+from data.errors import InputError
+from sharding.cluster import PRESETS, default_cluster, preset_names, read_cluster
+
+
+def test_presets_have_the_data_sheets_figures():
+    assert set(preset_names()) == {"a100-40g", "a100-80g", "h100-80g", "h200", "b200", "cpu"}
+    h100 = read_cluster("16x8:h100-80g")
+    assert (
+        h100.world_size,
+        h100.hbm_gb_per_second,
+        h100.nvlink_gb_per_second,
+        h100.network_gb_per_second,
+    ) == (128, 3350, 450, 50)
+    assert (
+        read_cluster("h200").hbm_gib > 1.7 * h100.hbm_gib and read_cluster("h200").hbm_gb_per_second == 4800
+    )
+    assert str(h100) == "16x8:h100-80g" and read_cluster(str(h100)) == h100
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.toml")))
+def test_every_figure_of_a_preset_has_a_comment(name):
+    for line in (PRESETS / f"{name}.toml").read_text().splitlines():
+        key, _, rest = line.partition("=")
+        figure = key.strip() not in ("name", "device", "hosts", "devices_per_host") and rest.strip()
+        if figure and not line.startswith("#") and rest.split("#")[0].strip() != "0":
+            assert "#" in rest, f"{name}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("16x8:h9000", "'h9000' is no kind of host; use one of a100-40g"),
+        ("16:h200", "'16' is no HOSTSxDEVICES"),
+        ("0x8:h200", "0 devices; wanted 1 or more"),
+        ("2x0:h200", "0 devices; wanted 1 or more"),
+        ("16x8", "names no kind of host"),
+        ("99999x8:h200", "wanted at most 65,536"),
+        ("1x1:absent.toml", "no such file"),
+    ],
+)
+def test_what_is_no_cluster_is_refused(text, said):
+    with pytest.raises(InputError) as caught:
+        read_cluster(text)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_toml_of_ones_own(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text((PRESETS / "h200.toml").read_text().replace("ddr_gib = 1900", "ddr_gib = -5"))
+    with pytest.raises(InputError, match=r"ddr_gib = -5.0: wanted a number above 0"):
+        read_cluster(f"2x4:{path}")
+    path.write_text((PRESETS / "h200.toml").read_text().replace("hbm_gib = 139.8", "hbm_gib = 100"))
+    mine = read_cluster(f"2x4:{path}")
+    assert (mine.hosts, mine.devices_per_host, mine.hbm_gib) == (2, 4, 100)
+    assert mine.fingerprint() != read_cluster("2x4:h200").fingerprint()
+
+
+def test_the_default_is_equal_on_every_rank_and_lends_16_gib():
+    cluster = default_cluster(4, 2, "cpu")
+    assert (cluster.hosts, cluster.ddr_bytes) == (2, 16 * 2**30)
+    assert default_cluster(8, 8, "cuda").hbm_gib > 79

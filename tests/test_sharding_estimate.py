@@ -1,0 +1,148 @@
+"""The cost model: shards are TorchRec's, bytes and seconds follow the formulas, and paths and bounds add up."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
+
+from sharding.assess import assess, lower_bound
+from sharding.cluster import read_cluster
+from sharding.dense import DenseCost
+from sharding.estimate import shard_bytes, shard_times, table_costs
+from sharding.explain import alternatives, explain_lines
+from sharding.heatmap import heat, write_html, write_png
+from sharding.plan import Plan, TablePlan
+from sharding.report import report_dict, report_lines
+from sharding.shards import shards_of
+
+CLUSTER = read_cluster("2x4:h100-80g")
+TABLE = TablePlan("table_wise", "fused", (3,), 1_000_000, 32, 1, 5.0)
+PLAN = Plan(8, 4, "cuda", "s", {}, 1024, cluster="2x4:h100-80g", format=2)
+
+
+def placed(kind, ranks=()):
+    return replace(
+        TABLE, sharding_type=kind, ranks=ranks, compute_kernel="dense" if kind == "data_parallel" else "fused"
+    )
+
+
+@pytest.mark.parametrize("rows", [8, 9, 1001, 1_000_000])
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "table_row_wise", "column_wise"])
+def test_shards_are_those_of_torchrec(kind, rows):
+    ranks = {"table_wise": (3,), "row_wise": (), "table_row_wise": (4, 5, 6, 7), "column_wise": (1, 5)}[kind]
+    ours = shards_of(replace(placed(kind, ranks), num_embeddings=rows), PLAN)
+    parameter = torch.empty(rows, 32, device="meta")
+    sizes, _ = calculate_shard_sizes_and_offsets(parameter, 8, 4, kind, 16)
+    assert [[shard.rows, shard.columns] for shard in ours] == sizes
+
+
+def test_bytes_follow_optimizer_dtype_and_kernel():
+    rows = 1_000_000
+    size = shard_bytes(TABLE, PLAN, rows, 32)
+    assert (size.rows, size.state, size.ddr) == (128 * rows, 4 * rows, 0)
+    assert size.hbm == size.rows + size.state + size.activations
+    assert shard_bytes(TABLE, replace(PLAN, optimizer="adagrad"), rows, 32).state == 128 * rows
+    assert shard_bytes(TABLE, replace(PLAN, optimizer="sgd"), rows, 32).state == 0
+    assert shard_bytes(TABLE, replace(PLAN, data_type="bf16"), rows, 32).rows == 64 * rows
+    on_cpu = shard_bytes(TABLE, replace(PLAN, device="cpu"), rows, 32)
+    assert on_cpu.hbm == 0 and on_cpu.ddr == size.hbm
+    cached = replace(TABLE, compute_kernel="fused_uvm_caching", cache_ratio=0.25)
+    paged = shard_bytes(cached, PLAN, rows, 32)
+    assert paged.cache == 250_000 * (128 + 16) + 4 * rows and paged.ddr == 128 * rows
+    assert paged.hbm == paged.cache + paged.state + paged.activations  # rowwise state stays on the device
+
+
+def test_seconds_follow_the_traffic():
+    whole = shard_times(TABLE, PLAN, CLUSTER, 1_000_000, 32)
+    pooled = 8 * 1024 * 32 * 4  # bytes that leave the rank of a table_wise table
+    assert whole.output_dist == pytest.approx(
+        pooled * 4 / 8 / (0.8 * 50e9)
+    )  # half of the ranks are on the other host
+    halved = shard_times(TABLE, replace(PLAN, forward_precision="fp16"), CLUSTER, 1_000_000, 32)
+    assert (
+        halved.output_dist == pytest.approx(whole.output_dist / 2)
+        and halved.gradient_dist == whole.gradient_dist
+    )
+    by_host = shard_times(placed("table_row_wise", (0, 1, 2, 3)), PLAN, CLUSTER, 250_000, 32)
+    assert (
+        by_host.output_dist < whole.output_dist
+    )  # NVLink carries the reduce-scatter, a quarter crosses hosts
+    paged = replace(TABLE, compute_kernel="fused_uvm_caching", cache_ratio=0.1)
+    slow = shard_times(paged, PLAN, CLUSTER, 1_000_000, 32)
+    assert slow.lookup > 3 * whole.lookup
+    assert shard_times(paged, replace(PLAN, prefetch=True), CLUSTER, 1_000_000, 32).lookup < slow.lookup / 3
+    few = shard_times(replace(TABLE, cardinality=10), PLAN, CLUSTER, 1_000_000, 32)
+    assert few.lookup < whole.lookup  # ten rows are read once and then come from the cache
+
+
+def assessment():
+    tables = {
+        "a": placed("table_wise", (3,)),
+        "b": placed("row_wise"),
+        "c": placed("table_row_wise", (4, 5, 6, 7)),
+        "d": placed("data_parallel"),
+    }
+    return assess(replace(PLAN, tables=tables), CLUSTER, DenseCost(1_000_000, 2e6, 1e3, 100))  # fmt: skip
+
+
+def test_ranks_add_up_and_phases_last_as_long_as_their_slowest_rank():
+    result = assessment()
+    assert sum(rank.bytes.rows for rank in result.ranks) == 128_000_000 * (3 + 8)
+    assert [rank.tables for rank in result.ranks][3] == ["a", "b", "d"]
+    path = result.path
+    assert path.lookup == max(rank.times.lookup for rank in result.ranks)
+    assert path.step == pytest.approx(
+        path.lookup + path.output_dist + path.dense + path.gradient_dist + path.update + path.all_reduce
+    )
+    assert result.samples_per_second == pytest.approx(8 * 1024 / path.step)
+    slow_input = assess(result.plan, replace(CLUSTER, cores=1, decode_values_per_second=1e5), result.dense)
+    assert slow_input.path.bound_by == "input" and slow_input.path.step == pytest.approx(1024 * 100 / 1e5)
+
+
+def test_no_deal_of_the_shards_beats_the_bound():
+    result = assessment()
+    spread = sum(shard.times.total for name in "bd" for shard in result.costs[name][:1])
+    busiest = max(max(shard.times.total for shard in result.costs[name]) for name in "ac")
+    assert result.bound >= spread + busiest - 1e-12 and result.bound == lower_bound(result.plan, result.costs)
+    assert result.over_bound >= 0 and 0 < result.balance <= 1
+
+
+def test_explain_names_the_next_best_and_every_place():
+    result = assessment()
+    found = alternatives(result, "a", (CLUSTER.hbm_bytes, CLUSTER.ddr_bytes))
+    assert {each.table.sharding_type for each in found} == {
+        "table_wise",
+        "row_wise",
+        "table_row_wise",
+        "column_wise",
+        "data_parallel",
+    }
+    assert found[0].table == result.plan.tables["a"]
+    steps = [each.step_seconds for each in found[1:] if each.fits]
+    assert steps == sorted(steps)
+    text = "\n".join(explain_lines(result, "a", (CLUSTER.hbm_bytes, CLUSTER.ddr_bytes)))
+    assert "planned: table_wise fused on 3" in text and "next best: " in text
+    assert not any(each.fits for each in alternatives(result, "a", (10, 10)))
+
+
+def test_reports_say_the_same_to_people_and_machines(tmp_path: Path):
+    result = assessment()
+    values, lines = report_dict(result), report_lines(result, full=True)
+    assert values["step_seconds"] == result.path.step and len(values["ranks"]) == 8
+    assert sum(rank["table_bytes"]["rows"] for rank in values["ranks"]) == 128_000_000 * 11
+    assert any(f"bound by {values['bound_by']}" in line for line in lines)
+    names, grid = heat(result)
+    assert set(names) == set("abcd") and grid.shape == (4, 8)
+    assert grid.sum() == pytest.approx(1e3 * sum(rank.times.total for rank in result.ranks))
+    write_png(result, tmp_path / "p.png")
+    write_html(result, tmp_path / "p.html")
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<tr>") > 8 and "rank 3: " in page and "http" not in page
+
+
+def test_costs_of_equal_shards_are_equal():
+    costs = table_costs(placed("row_wise"), PLAN, CLUSTER)
+    assert len({cost.times for cost in costs}) == 1 and [cost.rank for cost in costs] == list(range(8))

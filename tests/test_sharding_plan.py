@@ -1,0 +1,138 @@
+"""The plan file: it round-trips, and one that is not of this run, or that the platform computes wrongly, is refused with the mend."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from data.schema import load_schema, parse_schema
+from sharding.compare import compare_plans, diff_lines, ranks_text
+from sharding.dense import DenseCost
+from sharding.plan import Plan, TablePlan, check_plan, plan_text, read_plan, schema_differences, write_plan
+
+FIELDS = {
+    "user": {"kind": "categorical", "num_embeddings": 100, "embedding_dim": 16},
+    "tags": {"kind": "multi_valued", "num_embeddings": 40, "embedding_dim": 8},
+}
+SCHEMA = parse_schema({"name": "s", "label": "y", "fields": FIELDS}, "s", Path())
+TABLES = {
+    "user": TablePlan("table_row_wise", "fused", (2, 3), 100, 16),
+    "tags": TablePlan("table_wise", "fused", (1,), 40, 8, 1, 4.5, 33),
+}
+PLAN = Plan(
+    4,
+    2,
+    "cpu",
+    SCHEMA.fingerprint(),
+    TABLES,
+    64,
+    cluster="2x2:cpu",
+    format=2,
+    dense=DenseCost(10, 2.0, 3.0, 4.0),
+)
+
+
+def changed(**table):
+    """The plan with another place of `user`."""
+    return replace(PLAN, tables=TABLES | {"user": replace(TABLES["user"], **table)})
+
+
+def test_file_round_trips_and_keeps_one_line_a_table(tmp_path):
+    path = tmp_path / "plan.json"
+    write_plan(PLAN, path)
+    assert read_plan(path) == PLAN
+    lines = path.read_text().splitlines()
+    assert sum('"sharding_type"' in line for line in lines) == 2
+    user = next(line for line in lines if '"user"' in line)
+    assert '"cardinality"' not in user  # defaults are left out
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_plans_of_the_first_format_are_read(tmp_path):
+    old = {"world_size": 2, "local_world_size": 2, "device": "cpu", "schema": "x"}
+    old["tables"] = {"user": {"sharding_type": "row_wise", "compute_kernel": "fused", "ranks": [0, 1]}}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(old))
+    assert read_plan(path).tables["user"].sharding_type == "row_wise"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "not JSON"),
+        ('{"format": 9}', "reads up to 2"),
+        ('{"world_size": 2}', "local_world_size is missing"),
+        (plan_text(replace(PLAN, world_size=0)), "world_size = 0: wanted 1 or more"),
+        (plan_text(replace(PLAN, local_world_size=3)), "wanted a divisor of world_size = 4"),
+        (plan_text(replace(PLAN, device="tpu")), "wanted 'cpu' or 'cuda'"),
+        (plan_text(changed(sharding_type="grid_shard")), "with mean pooling TorchRec computes it wrongly"),
+        (plan_text(changed(sharding_type="diagonal")), "wanted one of data_parallel"),
+        (plan_text(changed(compute_kernel="dense")), "table_row_wise wants 'fused'"),
+        (plan_text(changed(compute_kernel="fused_uvm")), "a CPU has no device memory"),
+        (plan_text(changed(ranks=(1, 2))), "wants the ranks of one host; write [0, 1]"),
+        (plan_text(changed(sharding_type="table_wise")), "table_wise wants one rank"),
+        (plan_text(changed(sharding_type="table_wise", ranks=(4,))), "wanted ranks in [0, 4)"),
+        (plan_text(changed(sharding_type="row_wise", ranks=(0, 1))), "row_wise uses every rank"),
+        (plan_text(changed(sharding_type="column_wise", ranks=(0, 1, 2))), "do not divide into 3 shards"),
+        (plan_text(changed(sharding_type="column_wise", ranks=(1, 1))), "each once"),
+    ],
+)
+def test_faulty_files_are_refused_in_one_line(tmp_path, text, said):
+    path = tmp_path / "plan.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_plan(path)
+    assert said in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({"world_size": 8}, "world_size = 4, but this run has 8 ranks; use -j 2x2"),
+        ({"local_world_size": 4}, "local_world_size = 2, but this run has 4 ranks a host"),
+        ({"device": "cuda"}, "device = 'cpu', but this run computes on 'cuda'"),
+        ({"optimizer": "adagrad"}, "optimizer = 'rowwise_adagrad', but this run's tables use 'adagrad'"),
+    ],
+)
+def test_a_plan_of_another_run_is_refused(run, said):
+    check_plan(
+        PLAN, SCHEMA, world_size=4, device="cpu", source="p", local_world_size=2, optimizer="rowwise_adagrad"
+    )
+    with pytest.raises(InputError, match=said.split(";")[0].replace("(", r"\(")) as caught:
+        check_plan(PLAN, SCHEMA, source="p", **({"world_size": 4, "device": "cpu"} | run))
+    assert said in str(caught.value) and "mbcnet plan make" in str(caught.value)
+
+
+def test_a_plan_of_another_schema_is_refused_with_the_difference():
+    grown = FIELDS | {"user": FIELDS["user"] | {"num_embeddings": 1000}, "shop": FIELDS["user"]}
+    other = parse_schema({"name": "s", "label": "y", "fields": grown}, "s", Path())
+    with pytest.raises(InputError) as caught:
+        check_plan(PLAN, other, world_size=4, device="cpu", source="p")
+    assert "table shop is not planned; table user: num_embeddings 100 -> 1,000" in str(caught.value)
+    grouped = parse_schema(
+        {"name": "s", "label": "y", "fields": FIELDS, "groups": {"g": ["user"]}}, "s", Path()
+    )
+    assert "tables are equal" in schema_differences(PLAN, grouped)[0]
+    assert not schema_differences(PLAN, SCHEMA)
+
+
+def test_differences_are_named_by_table():
+    other = replace(changed(ranks=(0, 1)), data_type="fp16")
+    other = replace(other, tables={name: table for name, table in other.tables.items() if name != "tags"})
+    assert diff_lines(PLAN, other) == [
+        "data_type: fp32 -> fp16",
+        "~ user: ranks 2-3 -> 0-1",
+        "- tags: table_wise fused on 1",
+    ]
+    assert compare_plans(PLAN, PLAN) == {"head": {}, "tables": {}} and diff_lines(PLAN, PLAN) == []
+    assert ranks_text((0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"
+
+
+def test_every_shipped_schema_has_tables_that_a_plan_can_carry():
+    schema = load_schema(Path(__file__).parents[1] / "data/schemas/pailitao.toml")
+    sizes = {table.name: (table.num_embeddings, table.embedding_dim) for table in schema.tables}
+    assert sizes["user_id"] == (480_028_940, 32) and sizes["item"] == (974_333_635, 32)

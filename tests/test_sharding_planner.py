@@ -1,0 +1,253 @@
+"""The planner: constraints are kept to, what does not fit is said with verified cures, and large searches end near the bound."""
+
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from data.schema import load_schema, parse_schema
+from sharding.assess import assess, search_bound
+from sharding.candidates import all_options, empty_plan
+from sharding.capacity import Task, find_cures, smallest_cluster, sweep
+from sharding.cluster import read_cluster
+from sharding.constraints import ShardingConfig, TableConstraint
+from sharding.dense import DenseCost
+from sharding.fit import DoesNotFit, room_for_tables
+from sharding.plan import check_shape
+from sharding.planner import cluster_of, make_plan, meta_collections, plan_schema, topology_of
+
+CLUSTER = read_cluster("2x4:h100-80g")
+PAPER = Path(__file__).parents[1] / "data/schemas/pailitao.toml"
+
+
+def schema_of(tables, lists=()):
+    """One field a table: name -> (rows, dim)."""
+    fields = {
+        name: {
+            "kind": "multi_valued" if name in lists else "categorical",
+            "num_embeddings": rows,
+            "embedding_dim": dim,
+        }
+        for name, (rows, dim) in tables.items()
+    }
+    return parse_schema({"name": "s", "label": "y", "fields": fields}, "s", Path())
+
+
+def random_schema(count, seed):
+    """Tables of ten to 200 million rows, a third of them lists."""
+    rng = random.Random(seed)
+    tables = {
+        f"t{i}": (int(10 ** rng.uniform(1, 8.3)), rng.choice([8, 16, 32, 64, 128])) for i in range(count)
+    }
+    return schema_of(tables, {name for name in tables if rng.random() < 0.33})
+
+
+SMALL = schema_of(
+    {"user": (50_000_000, 32), "item": (10_000_000, 64), "city": (400, 8), "tags": (5000, 16)}, {"tags"}
+)
+
+
+def test_the_paper_schema_is_planned_without_gpu_or_process_group():
+    start = time.monotonic()
+    schema, cluster = load_schema(PAPER), read_cluster("16x8:h100-80g")
+    plan = plan_schema(schema, ShardingConfig(), cluster, 8192)
+    assert time.monotonic() - start < 60
+    check_shape(plan, "plan")
+    assert list(plan.tables) == [table.name for table in schema.tables]
+    assert plan.tables["item"].bags == 3 and plan.tables["item"].num_embeddings == 974_333_635
+    assert plan.tables["item"].sharding_type != "table_wise"
+    result = assess(plan, cluster)
+    assert all(rank.bytes.hbm < 0.9 * cluster.hbm_bytes for rank in result.ranks)
+    assert result.over_bound < 0.15  # 144 tables on 128 ranks are few to share out
+
+
+def test_torchrec_is_told_every_bandwidth():
+    plan = empty_plan(ShardingConfig(), SMALL, CLUSTER, 64, "sgd", DenseCost())
+    topology = topology_of(plan, CLUSTER, (10, 20))
+    assert (
+        topology.hbm_mem_bw == 3350e6 and topology.intra_host_bw == 450e6 and topology.inter_host_bw == 50e6
+    )
+    assert topology.ddr_mem_bw == pytest.approx(614.4e6 / 4) and topology.hbm_to_ddr_mem_bw == 63e6
+    assert (topology.world_size, topology.local_world_size) == (8, 4)
+    assert all((device.storage.hbm, device.storage.ddr) == (10, 20) for device in topology.devices)
+
+
+@pytest.mark.parametrize("kind", ["data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise"])
+def test_a_type_that_is_asked_for_is_used(kind):
+    tables = {
+        "item": TableConstraint(sharding_types=(kind,), min_partition=16 if kind == "column_wise" else 0)
+    }
+    plan = plan_schema(SMALL, ShardingConfig(tables=tables), CLUSTER, 64)
+    check_shape(plan, "plan")
+    assert plan.tables["item"].sharding_type == kind
+    if kind == "column_wise":
+        assert len(plan.tables["item"].ranks) == 4
+    assert all(table.sharding_type != "column_wise" for name, table in plan.tables.items() if name != "item")
+
+
+def test_ranks_kernels_and_measures_are_kept_to():
+    tables = {
+        "city": TableConstraint(ranks=(6,)),
+        "item": TableConstraint(sharding_types=("table_row_wise",), ranks=(4, 5, 6, 7)),
+        "user": TableConstraint(compute_kernels=("fused_uvm_caching",), cache_ratio=0.05, cardinality=1000),
+        "tags": TableConstraint(pooling_factor=3.5),
+    }
+    plan = plan_schema(
+        SMALL,
+        ShardingConfig(tables=tables, data_type="bf16", prefetch=True),
+        CLUSTER,
+        64,
+        optimizer="adagrad",
+    )
+    assert plan.tables["city"].ranks == (6,) and plan.tables["item"].ranks == (4, 5, 6, 7)
+    user = plan.tables["user"]
+    assert (user.compute_kernel, user.cache_ratio, user.cardinality) == ("fused_uvm_caching", 0.05, 1000)
+    assert plan.tables["tags"].ids == 3.5
+    assert (plan.data_type, plan.optimizer, plan.prefetch) == ("bf16", "adagrad", True)
+
+
+def test_replicas_plan_one_group():
+    plan = plan_schema(SMALL, ShardingConfig(replicas=2, sharding_types=("row_wise",)), CLUSTER, 64)
+    result = assess(plan, CLUSTER)
+    assert (plan.group_size, plan.local_group_size, len(result.ranks)) == (4, 2, 4)
+    assert sum(rank.bytes.rows for rank in result.ranks) == sum(
+        t.num_embeddings * t.embedding_dim * 4 for t in SMALL.tables
+    )
+    with pytest.raises(InputError, match=r"sharding.replicas = 3: wanted a divisor of the 4 ranks"):
+        plan_schema(SMALL, ShardingConfig(replicas=3), CLUSTER, 64)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"proposers": ("dynamic_programming",)}, {"partitioner": "memory_balanced"}, {"estimator": "torchrec"}],
+)
+def test_every_search_ends_with_a_sound_plan(more):
+    plan = plan_schema(SMALL, ShardingConfig(**more), CLUSTER, 64)
+    check_shape(plan, "plan")
+    assert set(plan.tables) == {"user", "item", "city", "tags"}
+
+
+def test_many_tables_on_many_ranks_come_within_5_percent_of_the_bound_and_keep_to_the_budget():
+    schema, cluster = random_schema(300, seed=1), read_cluster("4x8:h100-80g")
+    told = []
+    start = time.monotonic()
+    plan = plan_schema(
+        schema, ShardingConfig(search_seconds=30), cluster, 2048, progress=lambda *seen: told.append(seen)
+    )
+    assert time.monotonic() - start < 45
+    result = assess(plan, cluster)
+    assert result.over_bound < 0.05
+    options = all_options(schema, ShardingConfig(), plan, cluster.hbm_bytes)
+    assert result.busiest.times.total >= search_bound(options, plan, cluster) > 0
+    assert [count for count, _, _ in told] == list(range(1, len(told) + 1)) and told[-1][1] <= told[0][1]
+
+
+def test_what_does_not_fit_is_said_in_bytes_with_cures_that_were_planned():
+    huge = schema_of({"user": (2_000_000_000, 64), "item": (900_000_000, 64), "city": (400, 8)})
+    task = Task(huge, ShardingConfig(), read_cluster("1x4:h100-80g"), 1024)
+    with pytest.raises(DoesNotFit) as caught:
+        task.solve()
+    shortage = caught.value.shortage
+    assert f"{shortage.missing_bytes:,} bytes short" in str(caught.value) and "largest: user" in str(
+        caught.value
+    )
+    assert shortage.missing_bytes == shortage.needed_bytes - shortage.room_bytes > 300 * 2**30
+    cures = find_cures(task, shortage)
+    assert len(cures) == 3
+    assert any("more hosts" in cure.change for cure in cures)
+    for cure in cures:
+        room = room_for_tables(
+            cure.task.config, cure.task.cluster, cure.task.dense, cure.task.batch_size_per_rank
+        )
+        assert all(rank.bytes.hbm <= room[0] and rank.bytes.ddr <= room[1] for rank in cure.assessment.ranks)
+    ordered = [(cure.changes_model, cure.cost) for cure in cures]
+    assert ordered == sorted(ordered)
+
+
+def test_a_table_too_large_for_a_rank_names_itself():
+    task = Task(
+        schema_of({"user": (900_000_000, 64), "b": (9, 4)}),
+        ShardingConfig(sharding_types=("table_wise",)),
+        CLUSTER,
+        64,
+    )
+    with pytest.raises(DoesNotFit, match="the smallest shard of table user takes"):
+        task.solve()
+
+
+def test_the_smallest_cluster_fits_and_one_size_less_does_not():
+    task = Task(
+        schema_of({"user": (1_000_000_000, 32), "b": (9, 4)}),
+        ShardingConfig(),
+        read_cluster("1x4:h100-80g"),
+        1024,
+    )
+    found = smallest_cluster(task, 0.2)
+    assert (found.cluster.hosts, found.cluster.devices_per_host) == (1, 2)
+    assert max(rank.bytes.hbm for rank in found.ranks) <= 0.8 * found.cluster.hbm_bytes
+    with pytest.raises(InputError):
+        replace(task, config=ShardingConfig(storage_reserve=0.2), cluster=found.cluster.resized(1, 1)).solve()
+    with pytest.raises(InputError, match=r"--headroom 1.5: wanted a share"):
+        smallest_cluster(task, 1.5)
+
+
+def test_a_sweep_has_a_cell_for_every_pair():
+    table = sweep(Task(SMALL, ShardingConfig(), CLUSTER, 64), [64, 2**26], [1, 2])
+    assert set(table) == {(64, 1), (64, 2), (2**26, 1), (2**26, 2)}
+    assert not isinstance(table[64, 1], str) and table[64, 1].cluster.hosts == 1
+    assert isinstance(table[2**26, 1], str)  # activations of 67 million rows a rank
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"tables": {"usr": TableConstraint()}}, "sharding.tables.usr is not a known key; did you mean 'user'?"),
+        ({"tables": {"user": TableConstraint(ranks=(8,))}}, "wanted ranks in [0, 8); remove [8]"),
+        ({"tables": {"user": TableConstraint(ranks=(1,), sharding_types=("row_wise",))}}, "row_wise use every rank"),
+        ({"tables": {"city": TableConstraint(min_partition=12)}}, "the table has 8 columns"),
+        ({"tables": {"item": TableConstraint(compute_kernels=("dense",))}}, "leave no choice on cuda"),
+        (
+            {"tables": {"item": TableConstraint(sharding_types=("column_wise",), min_partition=4)}},
+            "16 column shards of 4 columns on 8 ranks; raise min_partition to 8",
+        ),
+    ],
+)  # fmt: skip
+def test_constraints_that_cannot_be_kept_are_refused(config, said):
+    with pytest.raises(InputError) as caught:
+        plan_schema(SMALL, ShardingConfig(**config), CLUSTER, 64)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: ShardingConfig(hbm_gib=-1), "hbm_gib = -1"),
+        (lambda: ShardingConfig(storage_reserve=1.0), "wanted a share in [0, 1)"),
+        (lambda: ShardingConfig(replicas=0), "replicas = 0"),
+        (lambda: ShardingConfig(sharding_types=()), "sharding_types = []"),
+        (lambda: ShardingConfig(search_seconds=0), "search_seconds = 0"),
+        (lambda: TableConstraint(min_partition=6), "min_partition = 6: wanted a multiple of 4"),
+        (lambda: TableConstraint(cache_ratio=1.5), "cache_ratio = 1.5"),
+        (lambda: TableConstraint(ranks=(1, 1)), "each once"),
+        (lambda: TableConstraint(pooling_factor=-2), "pooling_factor = -2"),
+    ],
+)
+def test_absurd_configs_are_refused(build, said):
+    with pytest.raises(InputError) as caught:
+        build()
+    assert said in str(caught.value)
+
+
+def test_the_trainer_plans_by_the_same_code():
+    machine, config = (2, 2, "cpu"), ShardingConfig()
+    schema = schema_of({"user": (50_000, 32), "tags": (5000, 16)}, {"tags"})
+    plan = make_plan(meta_collections(schema, config), schema, config, machine, 64)
+    assert plan.cluster == "1x2:default" and plan.device == "cpu" and plan.batch_size_per_rank == 64
+    assert plan == plan_schema(schema, config, cluster_of(config, machine), 64)
+    with pytest.raises(InputError, match="its device is 'cuda', but this run computes on 'cpu'"):
+        make_plan(meta_collections(schema, config), schema, ShardingConfig(cluster="h200"), machine, 64)
+    with pytest.raises(InputError, match="the dense part takes"):
+        make_plan(meta_collections(schema, config), schema, config, machine, 64, dense=DenseCost(10**10))
