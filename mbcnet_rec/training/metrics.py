@@ -1,23 +1,86 @@
-"""Exact metrics of a set of predictions, in float64.
+"""Metrics of predictions and their errors, in float64: exact from rows, or from histograms with a bound.
 
-Shapes: B rows, O outputs (the fused one first, then the branches).
+AUC is computed from counts of positives and negatives at each distinct score, in ascending order. Those counts may come from the rows
+themselves (exact) or from bins of the logit (`Histogram`): then scores of one bin are ties, and the AUC of the rows lies
+within the bound that `auc_of_counts` returns, whatever the data.
+
+Shapes: B rows, O outputs (the fused one first, then the branches), S distinct scores.
 """
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
+Z_95 = 1.959963984540054  # of a two-sided 95 % interval of the normal distribution
+BIN_LIMIT = (
+    16.0  # logits are binned evenly in [-BIN_LIMIT, BIN_LIMIT); what lies outside joins the outermost bins
+)
+
+
+class Estimate(NamedTuple):
+    """A metric and its standard error. `bound`: by how much binning may have moved it; 0: exact."""
+
+    value: float
+    error: float
+    bound: float = 0.0
+
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval: value -+ 1.96 standard errors, widened by the bound."""
+        half = Z_95 * self.error + self.bound
+        return self.value - half, self.value + half
+
+
+NOT_KNOWN = Estimate(float("nan"), float("nan"))
+
+
+def score_counts(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count positives and negatives at each distinct score, ascending: two (S,) float64 arrays."""
+    order = np.argsort(logits)
+    ordered, positive = logits[order], labels[order] > 0
+    starts = np.flatnonzero(np.concatenate([[len(ordered) > 0], ordered[1:] != ordered[:-1]]))
+    if not len(starts):
+        return np.zeros(0), np.zeros(0)
+    positives = np.add.reduceat(positive.astype(np.float64), starts)
+    totals = np.diff(np.append(starts, len(ordered)))
+    return positives, totals - positives
+
+
+def auc_of_counts(positives: np.ndarray, negatives: np.ndarray, *, binned: bool = False) -> Estimate:
+    """Area under the ROC curve, P(a positive outranks a negative), ties one half, and its error by DeLong (1988).
+
+        V10(s) = (negatives below s + 1/2 negatives at s) / N      for a positive of score s; V01 likewise
+        AUC = mean V10,   error^2 = var(V10) / P + var(V01) / N
+
+    If the counts are of bins, pairs of one bin count one half instead of 0 or 1, so the AUC of the rows is at most
+    sum_s p_s n_s / (2 P N) away: the bound.
+
+    Args:
+        positives: (S,), by ascending score.
+        negatives: likewise.
+        binned: whether scores were binned.
+
+    Returns:
+        NaN if a class is missing; the error is NaN if a class has a single row.
+    """
+    num_positives, num_negatives = positives.sum(), negatives.sum()
+    if num_positives == 0 or num_negatives == 0:
+        return NOT_KNOWN
+    below = (np.cumsum(negatives) - negatives / 2) / num_negatives  # V10 of a positive at each score
+    above = (num_positives - np.cumsum(positives) + positives / 2) / num_positives  # V01
+    value = float((positives * below).sum() / num_positives)
+    bound = float((positives * negatives).sum() / (2 * num_positives * num_negatives)) if binned else 0.0
+    if min(num_positives, num_negatives) < 2:
+        return Estimate(value, float("nan"), bound)
+    of_positives = (positives * (below - value) ** 2).sum() / (num_positives - 1)
+    of_negatives = (negatives * (above - value) ** 2).sum() / (num_negatives - 1)
+    error = float(np.sqrt(of_positives / num_positives + of_negatives / num_negatives))
+    return Estimate(value, error, bound)
+
 
 def auc(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve by ranks: P(a positive outranks a negative), ties count one half. NaN if one class is missing."""
-    positives = float(labels.sum())
-    negatives = len(labels) - positives
-    if positives == 0 or negatives == 0:
-        return float("nan")
-    _, inverse, counts = np.unique(logits, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mid_ranks = last - (counts - 1) / 2.0
-    return float(
-        (mid_ranks[inverse][labels > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives)
-    )
+    """Exact area under the ROC curve; NaN if one class is missing."""
+    return auc_of_counts(*score_counts(logits, labels)).value
 
 
 def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -26,50 +89,147 @@ def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(np.logaddexp(0.0, z) - labels * z))
 
 
-def prior_log_loss(labels: np.ndarray, rate: float) -> float:
-    """Log-loss of predicting the constant probability `rate`."""
-    rate = min(max(rate, 1e-12), 1 - 1e-12)
-    return float(-np.mean(labels * np.log(rate) + (1 - labels) * np.log1p(-rate)))
+def moments(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Sums from which log-loss, NE and calibration and their errors follow: (8,) float64, additive over rows.
+
+    n, y, p, p^2, y p, l, l^2, y l, with y the label, p the probability and l the row's log-loss.
+    """
+    z, y = logits.astype(np.float64), labels.astype(np.float64)
+    p, loss = 1.0 / (1.0 + np.exp(-z)), np.logaddexp(0.0, z) - y * z
+    terms = (np.ones_like(z), y, p, p * p, y * p, loss, loss * loss, y * loss)
+    return np.asarray([term.sum() for term in terms])
 
 
-def grouped_auc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> float:
-    """Mean of the AUC within each group, weighted by its rows; groups of one class are left out. NaN if none is left."""
-    order = np.argsort(group_ids, kind="stable")
-    bounds = np.flatnonzero(np.diff(group_ids[order])) + 1
-    total = weight = 0.0
-    for rows in np.split(order, bounds):
-        value = auc(logits[rows], labels[rows])
-        if not np.isnan(value):
-            total, weight = total + value * len(rows), weight + len(rows)
-    return total / weight if weight else float("nan")
+def metrics_of_moments(sums: np.ndarray) -> dict[str, Estimate]:
+    """Log-loss, normalised entropy and calibration with normal errors of the first order (delta method).
+
+    log_loss = mean l; NE = mean l / H(mean y), H the entropy of the labels' own rate (He et al., 2014);
+    calibration = mean p / mean y. The error of f is sd(f_1 a + f_2 y) / sqrt(n), with f's derivatives f_1, f_2 by
+    the means of a (l or p) and y.
+    """
+    n = sums[0]
+    if n == 0:
+        return dict.fromkeys(("log_loss", "ne", "calibration"), NOT_KNOWN)
+    y, p, pp, yp, loss, ll, yl = sums[1:] / n
+    var_y, var_p, var_l = y - y * y, max(0.0, pp - p * p), max(0.0, ll - loss * loss)
+    cov_py, cov_ly = yp - y * p, yl - y * loss
+    result = {"log_loss": Estimate(float(loss), float(np.sqrt(var_l / n)))}
+    if not 0 < y < 1:
+        return result | {"ne": NOT_KNOWN, "calibration": NOT_KNOWN if y == 0 else _ratio(p, var_p, n)}
+    entropy = -(y * np.log(y) + (1 - y) * np.log1p(-y))
+    by_loss, by_rate = 1 / entropy, loss / entropy**2 * np.log(y / (1 - y))
+    result["ne"] = Estimate(float(loss / entropy), _delta_error(by_loss, by_rate, var_l, var_y, cov_ly, n))
+    result["calibration"] = Estimate(float(p / y), _delta_error(1 / y, -p / y**2, var_p, var_y, cov_py, n))
+    return result
 
 
-def evaluate_predictions(
+def _ratio(p: float, var_p: float, n: float) -> Estimate:
+    return Estimate(float(p), float(np.sqrt(var_p / n)))
+
+
+def _delta_error(a: float, b: float, var_a: float, var_b: float, cov: float, n: float) -> float:
+    return float(np.sqrt(max(0.0, a * a * var_a + b * b * var_b + 2 * a * b * cov) / n))
+
+
+def gauc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Estimate:
+    """Mean of the AUC within each group, weighted by its rows; groups of one class are left out. NaN if none is left.
+
+    Its error treats groups as independent draws: error^2 = sum_g (w_g (AUC_g - GAUC))^2 / (sum_g w_g)^2; NaN with one group.
+    """
+    order = np.lexsort((logits, group_ids))
+    groups, scores = group_ids[order], logits[order]
+    if not len(order):
+        return NOT_KNOWN
+    new_group = np.concatenate([[True], groups[1:] != groups[:-1]])
+    starts = np.flatnonzero(new_group | np.concatenate([[True], scores[1:] != scores[:-1]]))
+    positives = np.add.reduceat((labels[order] > 0).astype(np.float64), starts)
+    negatives = np.diff(np.append(starts, len(order))) - positives
+    first = np.flatnonzero(new_group[starts])  # of each group, among the distinct scores
+    group_positives, group_negatives = np.add.reduceat(positives, first), np.add.reduceat(negatives, first)
+    sizes = np.diff(np.append(first, len(starts)))
+    before = np.cumsum(negatives) - negatives
+    below = before - np.repeat(before[first], sizes) + negatives / 2
+    wins = np.add.reduceat(positives * below, first)
+    both = (group_positives > 0) & (group_negatives > 0)
+    if not both.any():
+        return NOT_KNOWN
+    values = wins[both] / (group_positives[both] * group_negatives[both])
+    weights = (group_positives + group_negatives)[both]
+    value = float((weights * values).sum() / weights.sum())
+    error = np.sqrt(((weights * (values - value)) ** 2).sum()) / weights.sum()
+    return Estimate(value, float(error) if len(values) > 1 else float("nan"))
+
+
+@dataclass
+class Histogram:
+    """Counts and moments of rows that are too many to keep: additive over batches and ranks.
+
+    Args:
+        num_outputs: O.
+        num_bins: of the logit, of equal width 2 * BIN_LIMIT / num_bins.
+    """
+
+    num_outputs: int
+    num_bins: int
+    counts: np.ndarray = field(init=False)  # (2, O, bins) int64: negatives, positives
+    sums: np.ndarray = field(init=False)  # (O, 8) float64
+
+    def __post_init__(self) -> None:
+        """Start from nothing."""
+        self.counts = np.zeros((2, self.num_outputs, self.num_bins), np.int64)
+        self.sums = np.zeros((self.num_outputs, 8))
+
+    def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
+        """Count rows: logits (B, O), labels (B,)."""
+        scaled = np.floor((logits.astype(np.float64) + BIN_LIMIT) * (self.num_bins / (2 * BIN_LIMIT)))
+        bins = np.clip(scaled, 0, self.num_bins - 1).astype(np.int64)
+        for output in range(self.num_outputs):
+            for label in (0, 1):
+                chosen = bins[labels == label, output]
+                self.counts[label, output] += np.bincount(chosen, minlength=self.num_bins)
+            self.sums[output] += moments(logits[:, output], labels)
+
+    def metrics(self, names: tuple[str, ...]) -> dict[str, Estimate]:
+        """Metrics of every output; `names`: of the branches."""
+        found = {}
+        for output, suffix in enumerate(("", *(f"/{name}" for name in names))):
+            negatives, positives = self.counts[:, output].astype(np.float64)
+            found |= _suffixed({"auc": auc_of_counts(positives, negatives, binned=True)}, suffix)
+            found |= _suffixed(metrics_of_moments(self.sums[output]), suffix)
+        return found
+
+
+def exact_metrics(
     logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...], group_ids: np.ndarray | None = None
-) -> dict[str, float]:
-    """Compute every metric of the fused output and of each branch.
+) -> dict[str, Estimate]:
+    """Compute every metric of every output, with errors, from the rows.
 
     Args:
         logits: (B, O), fused first.
         labels: (B,) of 0 and 1.
         names: of the branches, O - 1 of them.
-        group_ids: (B,) for GAUC, or None.
+        group_ids: (B,) for GAUC of the fused output, or None.
 
     Returns:
-        auc, log_loss, ne (log-loss over that of these labels' own rate), calibration (mean prediction over label rate), gauc, and
-        auc/BRANCH, log_loss/BRANCH.
+        auc, log_loss, ne, calibration, gauc of the fused output, and auc/BRANCH, log_loss/BRANCH, ne/BRANCH,
+        calibration/BRANCH.
     """
-    labels = labels.astype(np.float64)
-    fused = logits[:, 0]
-    rate = float(labels.mean())
-    own = prior_log_loss(labels, rate)
-    result = {"auc": auc(fused, labels), "log_loss": log_loss(fused, labels)}
-    result["ne"] = result["log_loss"] / own if own > 0 else float("nan")
-    mean_probability = float(np.mean(1.0 / (1.0 + np.exp(-fused.astype(np.float64)))))
-    result["calibration"] = mean_probability / rate if rate > 0 else float("nan")
+    found = {}
+    for output, suffix in enumerate(("", *(f"/{name}" for name in names))):
+        column = logits[:, output]
+        found |= _suffixed({"auc": auc_of_counts(*score_counts(column, labels))}, suffix)
+        found |= _suffixed(metrics_of_moments(moments(column, labels)), suffix)
     if group_ids is not None:
-        result["gauc"] = grouped_auc(fused, labels, group_ids)
-    for index, name in enumerate(names, start=1):
-        result[f"auc/{name}"] = auc(logits[:, index], labels)
-        result[f"log_loss/{name}"] = log_loss(logits[:, index], labels)
-    return result
+        found["gauc"] = gauc(logits[:, 0], labels, group_ids)
+    return found
+
+
+def _suffixed(metrics: dict[str, Estimate], suffix: str) -> dict[str, Estimate]:
+    return {name + suffix: estimate for name, estimate in metrics.items()}
+
+
+def evaluate_predictions(
+    logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...], group_ids: np.ndarray | None = None
+) -> dict[str, float]:
+    """Values of `exact_metrics`, without their errors: what training logs."""
+    return {name: found.value for name, found in exact_metrics(logits, labels, names, group_ids).items()}

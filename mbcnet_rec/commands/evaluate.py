@@ -1,0 +1,49 @@
+"""`mbcnet evaluate`."""
+
+import argparse
+from typing import Any
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    evaluate = subparsers.add_parser(
+        "evaluate",
+        help="score a run's best checkpoint on its test rows or any others",
+        description=_evaluate.__doc__,
+    )
+    evaluate.add_argument("run_folder", metavar="RUN", help="the run folder")
+    evaluate.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="Parquet files, folders or globs instead of a split",
+    )
+    evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test")
+    evaluate.add_argument(
+        "--by",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="also by the values of this column; repeatable",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    evaluate.add_argument(
+        "--exact-rows", type=int, default=0, metavar="N",
+        help="rows up to which AUC is exact (default 10,000,000); beyond, it is binned, with a bound",
+    )  # fmt: skip
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    """Print AUC, GAUC, log-loss, normalised entropy and calibration with 95 % intervals; in any number of processes."""
+    from mbcnet_rec.evaluate import EXACT_ROWS, run_evaluation
+
+    return run_evaluation(
+        args.run_folder,
+        args.split,
+        data=args.data,
+        by=args.by,
+        as_json=args.json,
+        exact_rows=args.exact_rows or EXACT_ROWS,
+    )
