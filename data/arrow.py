@@ -21,7 +21,13 @@ from data.keys import Vocabulary, first_line, hash_values, load_vocabularies, re
 from data.schema import MISSING_ROW, Feature, Schema
 
 T = TypeVar("T")
+# for each integer type: its unsigned twin, and the largest value that is the same in both
+UNSIGNED = {
+    dtype.char: (np.dtype(f"u{dtype.itemsize}"), int(np.iinfo(dtype).max))
+    for dtype in map(np.dtype, ("b", "B", "h", "H", "i", "I", "l", "L", "q", "Q"))
+}
 MAX_INT32 = 2**31 - 1
+MOST_COMPARED = 32  # boundaries
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,22 @@ class Encoder:
         self.schema = schema
         self.vocabularies: dict[str, Vocabulary] = load_vocabularies(schema)
         self.single = [feature for feature in schema.sparse if feature.is_single]
+        # column and largest id of each; -1 where values are not ids yet
+        self.plain = [
+            (
+                feature.source_column,
+                schema.table_of[feature.name].num_embeddings - 1
+                if feature.kind == "categorical" and feature.encoding == "ids"
+                else -1,
+            )
+            for feature in self.single
+        ]
         self.lists = [feature for feature in schema.sparse if not feature.is_single]
         self.dense_width = sum(feature.dense_width for feature in schema.dense)
         self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
+        self.list_dtype = {
+            name: np.int32 if size <= MAX_INT32 else np.int64 for name, size in self.num_embeddings.items()
+        }
         largest = max((self.num_embeddings[feature.name] for feature in self.single), default=0)
         self.id_dtype = np.int32 if largest <= MAX_INT32 else np.int64
 
@@ -73,6 +92,7 @@ class Encoder:
         parts: Sequence[tuple[pa.RecordBatch, Place]],
         mended: Counter[str] | None = None,
         permutation: np.ndarray | None = None,
+        allocate: Callable[..., np.ndarray] = np.empty,
     ) -> Columns:
         """Check and encode the rows of several record batches.
 
@@ -80,6 +100,7 @@ class Encoder:
             parts: record batches and where they come from; none gives no rows.
             mended: counts, by field, the values that `on_invalid` = "null" or "modulo" changed.
             permutation: row i of the result is row permutation[i] of the parts in order.
+            allocate: makes the matrix of single-valued ids, by shape and dtype.
 
         Raises:
             InputError: naming file, row group, row, field, the value, what was wanted and the mend.
@@ -93,14 +114,16 @@ class Encoder:
         def permuted(array: np.ndarray) -> np.ndarray:
             return array if permutation is None else array.take(permutation, axis=0, mode="clip")
 
-        single_ids = np.empty((len(self.single), total), self.id_dtype)
+        single_ids = allocate((len(self.single), total), self.id_dtype)
         in_order = np.empty(total, self.id_dtype)  # one field, before it is permuted
         dense = np.zeros((total, self.dense_width), np.float32)
         labels, groups = np.empty(total, np.float32), np.empty(total, np.int64)
         for index, feature in enumerate(self.single):
             out = single_ids[index] if permutation is None else in_order
+            name, limit = self.plain[index]
             for reader, rows in readers:
-                reader.single(feature, out[rows])
+                if limit < 0 or not reader.plain_ids(name, limit, out[rows]):
+                    reader.single(feature, out[rows])
             if permutation is not None:
                 in_order.take(permutation, out=single_ids[index], mode="clip")
         for reader, rows in readers:
@@ -110,6 +133,9 @@ class Encoder:
                 groups[rows] = reader.groups()
         return Columns(
             single_ids=single_ids,
+            absent=np.asarray(
+                [any(feature.name in reader.absent for reader, _ in readers) for feature in self.single], bool
+            ),
             lists=self._lists(self.lists, readers, permutation, total),
             weighted_lists=self._lists(self.schema.weighted, readers, permutation, total),
             dense=permuted(dense),
@@ -155,7 +181,8 @@ class _Reader:
 
     def __init__(self, encoder: Encoder, rows: pa.RecordBatch, place: Place, mended: Counter[str]) -> None:
         self.encoder, self.place, self.mended = encoder, place, mended
-        self.columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
+        self.absent: set[str] = set()  # fields in which an ABSENT was written
+        self.columns = dict(zip(rows.schema.names, rows.columns, strict=True))
 
     @_named
     def labels(self) -> np.ndarray:
@@ -174,13 +201,28 @@ class _Reader:
         column = self.columns[feature.source_column]
         if feature.kind == "numeric":
             numbers, valid = self._numbers(column, feature)
-            out[:] = np.searchsorted(np.asarray(feature.boundaries), numbers, side="right") + 1
+            out[:] = _buckets(numbers, np.asarray(feature.boundaries, np.float64))
             if valid is not None:
                 out[~valid] = MISSING_ROW
             return
         out[:] = self._ids(column, feature, None)
         if column.null_count:
             out[~_valid(column)] = ABSENT if feature.encoding == "ids" else MISSING_ROW
+            if feature.encoding == "ids":
+                self.absent.add(feature.name)
+
+    def plain_ids(self, name: str, limit: int, out: np.ndarray) -> bool:
+        """Write ids that need no encoding, if all are in [0, limit] and none is null: most columns, and nothing slower."""
+        column = self.columns[name]
+        if column.null_count or not len(out):
+            return False
+        ids = column.to_numpy(zero_copy_only=False)
+        # Seen as unsigned, a negative id is a huge one: one pass checks both ends of the range.
+        unsigned, largest = UNSIGNED[ids.dtype.char]
+        if np.maximum.reduce(ids.view(unsigned)) > (limit if limit < largest else largest):
+            return False
+        out[:] = ids
+        return True
 
     @_named
     def list(self, feature: Feature) -> Ragged:
@@ -188,7 +230,8 @@ class _Reader:
         column = self.columns[feature.source_column]
         offsets = _list_offsets(column)
         items = column.flatten()
-        ids = self._ids(items, feature, offsets).astype(np.int64, copy=False)
+        ids = self._ids(items, feature, offsets)
+        ids = ids.astype(self.encoder.list_dtype[feature.name], copy=False)
         weights = self._weights(feature, offsets) if feature.weights else None
         absent = items.null_count > 0 or (feature.on_invalid == "null" and ids.size > 0 and ids.min() < 0)
         if absent:
@@ -226,9 +269,9 @@ class _Reader:
                 column, f"{self.place.file}: row group {self.place.row_group}, field {feature.name!r}"
             )
         ids = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
-        # Seen as unsigned, a negative id is a huge one: one pass checks both ends of the range.
         limit = num_embeddings - 1
-        if ids.size == 0 or ids.view(f"u{ids.itemsize}").max() <= min(limit, np.iinfo(ids.dtype).max):
+        unsigned, largest = UNSIGNED[ids.dtype.char]
+        if ids.size == 0 or np.maximum.reduce(ids.view(unsigned)) <= min(limit, largest):
             return ids
         bad = (ids < 0) | (ids > limit)
         if feature.on_invalid == "error":
@@ -239,6 +282,7 @@ class _Reader:
             )
         self.mended[feature.name] += int(bad.sum())
         if feature.on_invalid == "null":
+            self.absent.add(feature.name)
             return np.where(bad, ABSENT, ids.astype(np.int64))
         # Python's modulo: -1 becomes the last row. Small types cannot hold the divisor.
         wide = ids if ids.dtype == np.uint64 else ids.astype(np.int64)
@@ -259,7 +303,8 @@ class _Reader:
     def _numeric(self, column: pa.Array, feature: Feature, out: np.ndarray) -> None:
         numbers, valid = self._numbers(column, feature)
         if feature.transform == "log1p":
-            numbers = np.copysign(np.log1p(np.abs(numbers)), numbers)
+            # log(1 + x) in float64 differs from log1p(x) by less than 2^-52, and is vectorised
+            numbers = np.copysign(np.log(1.0 + np.abs(numbers, dtype=np.float64)), numbers)
         elif feature.transform == "standardise":
             numbers = (numbers - float(feature.mean)) / float(feature.std)
         out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
@@ -298,7 +343,7 @@ class _Reader:
         if (
             numbers.dtype.kind in "iu"
         ):  # as float32, integers beyond 2^24 would lose digits before the transform
-            numbers = numbers.astype(np.float64)
+            return numbers.astype(np.float64), valid
         finite = np.isfinite(numbers)
         if finite.all():
             return numbers, valid
@@ -333,6 +378,18 @@ def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
             f"{place.row(row)}, label {name!r} = {labels[row]:g}: wanted 0 or 1; mend the file or choose another label"
         )
     return labels
+
+
+def _buckets(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
+    """1 + the number of boundaries <= x. Few boundaries are faster compared one by one than searched."""
+    if len(boundaries) > MOST_COMPARED:
+        return np.searchsorted(boundaries, numbers, side="right") + 1
+    rows = np.ones(len(numbers), np.uint8)
+    above = np.empty(len(numbers), bool)
+    for boundary in boundaries:
+        np.greater_equal(numbers, boundary, out=above)
+        rows += above.view(np.uint8)
+    return rows
 
 
 def _valid(column: pa.Array) -> np.ndarray:

@@ -19,7 +19,7 @@ ABSENT = -1  # in Columns.single_ids: no id, an empty bag
 class Ragged(NamedTuple):
     """A list column: row i holds values[offsets[i]:offsets[i + 1]]."""
 
-    values: np.ndarray  # int64
+    values: np.ndarray  # int32 or int64
     offsets: np.ndarray  # (n + 1,) int64
     weights: np.ndarray | None  # float32, like values
 
@@ -27,8 +27,8 @@ class Ragged(NamedTuple):
 class Lists(NamedTuple):
     """List columns of the same rows: field l of row i holds values[l][offsets[l, i]:offsets[l, i + 1]]."""
 
-    values: tuple[np.ndarray, ...]  # L times int64
-    offsets: np.ndarray  # (L, n + 1) int64
+    values: tuple[np.ndarray, ...]  # L times int32 or int64
+    offsets: np.ndarray  # (L, n + 1) int32, or int64 where a window holds 2^31 values of one field
     weights: tuple[np.ndarray, ...]  # L times float32, like values; empty if the fields have none
 
 
@@ -37,6 +37,7 @@ class Columns:
     """Rows that passed every check, in the field order of the schema's `sparse`, `weighted` and `dense`."""
 
     single_ids: np.ndarray  # (F, n) int32 or int64, ABSENT where missing
+    absent: np.ndarray  # (F,) bool: fields that hold an ABSENT
     lists: Lists
     weighted_lists: Lists
     dense: np.ndarray  # (n, D) float32
@@ -100,10 +101,9 @@ def gather(runs: Sequence[Run], num_rows: int) -> Gathered:
     lengths[size:] = list_lengths.reshape(-1)
     if pieces:
         np.concatenate(pieces, out=ids[size:])
-    if size and single_ids.min() < 0:
-        present = ids[:size] >= 0
-        lengths[:size] = present
-        ids = np.concatenate([ids[:size][present], ids[size:]])
+    absent = np.any([run.columns.absent for run in runs], axis=0) | (begin < num_rows)
+    if absent.any():
+        ids = _without_absent(ids, lengths, single_ids, absent)
     weighted_pieces, weighted_lengths = _list_pieces(
         [run.columns.weighted_lists for run in runs], runs, num_rows
     )
@@ -111,13 +111,27 @@ def gather(runs: Sequence[Run], num_rows: int) -> Gathered:
     return Gathered(
         ids=ids,
         lengths=lengths,
-        weighted_ids=np.concatenate([np.zeros(0, np.int64), *weighted_pieces]),
+        weighted_ids=np.concatenate([np.zeros(0, np.int64), *weighted_pieces], dtype=np.int64),
         weighted_lengths=weighted_lengths.reshape(-1),
         id_weights=np.concatenate([np.zeros(0, np.float32), *weights]),
         dense=dense,
         labels=labels,
         group_ids=group_ids,
     )
+
+
+def _without_absent(
+    ids: np.ndarray, lengths: np.ndarray, single_ids: np.ndarray, absent: np.ndarray
+) -> np.ndarray:
+    """Leave out ABSENT ids and set their lengths to 0. Most fields have none: those are copied in one go between the others."""
+    rows = single_ids.shape[1]
+    pieces, copied = [], 0
+    for field in np.flatnonzero(absent).tolist():
+        present = single_ids[field] >= 0
+        lengths[field * rows : (field + 1) * rows] = present
+        pieces += [ids[copied : field * rows], single_ids[field][present]]
+        copied = (field + 1) * rows
+    return np.concatenate([*pieces, ids[copied:]])
 
 
 def _list_pieces(
@@ -130,12 +144,7 @@ def _list_pieces(
     begin = 0
     for part, (_, start, stop) in zip(lists, runs, strict=True):
         end = begin + stop - start
-        np.subtract(
-            part.offsets[:, start + 1 : stop + 1],
-            part.offsets[:, start:stop],
-            out=lengths[:, begin:end],
-            casting="unsafe",
-        )
+        lengths[:, begin:end] = part.offsets[:, start + 1 : stop + 1] - part.offsets[:, start:stop]
         bounds = zip(part.offsets[:, start].tolist(), part.offsets[:, stop].tolist(), strict=True)
         sources = part.weights if weights else part.values
         by_run.append([source[low:high] for source, (low, high) in zip(sources, bounds, strict=True)])
@@ -145,15 +154,13 @@ def _list_pieces(
 
 def join_lists(fields: Sequence[Sequence[Ragged]], permutation: np.ndarray | None, rows: int) -> Lists:
     """Join each field's parts in order, and permute the rows: row i of the result is row permutation[i] of the parts together."""
-    offsets = np.zeros((len(fields), rows + 1), np.int64)
-    values, weights = [], []
-    for field, parts in enumerate(fields):
-        ragged = _permuted(_joined(parts, rows), permutation)
+    joined = [_permuted(_joined(parts, rows), permutation) for parts in fields]
+    longest = max((int(ragged.offsets[-1]) for ragged in joined), default=0)
+    offsets = np.zeros((len(fields), rows + 1), np.int32 if longest < 2**31 else np.int64)
+    for field, ragged in enumerate(joined):
         offsets[field] = ragged.offsets
-        values.append(ragged.values)
-        if ragged.weights is not None:
-            weights.append(ragged.weights)
-    return Lists(tuple(values), offsets, tuple(weights))
+    weights = tuple(ragged.weights for ragged in joined if ragged.weights is not None)
+    return Lists(tuple(ragged.values for ragged in joined), offsets, weights)
 
 
 def _joined(parts: Sequence[Ragged], rows: int) -> Ragged:
@@ -167,7 +174,7 @@ def _joined(parts: Sequence[Ragged], rows: int) -> Ragged:
         start = stop
     weights = [part.weights for part in parts if part.weights is not None]
     return Ragged(
-        np.concatenate([np.zeros(0, np.int64), *(part.values for part in parts)]),
+        np.concatenate([part.values for part in parts]),
         offsets,
         np.concatenate(weights) if weights else None,
     )

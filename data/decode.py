@@ -26,6 +26,7 @@ from data.selection import Selection
 from data.storage import DAMAGE, DataFile, RemoteFile, open_parquet, retried
 
 T = TypeVar("T")
+IDLE_FILES = 4
 CACHED_COLUMN_CHUNKS = 200_000  # of parsed footers kept: about 60 MB
 Part = tuple[pa.RecordBatch, Place]
 
@@ -46,6 +47,32 @@ class _Footer(NamedTuple):
     @property
     def chunks(self) -> int:
         return self.metadata.num_row_groups * self.metadata.num_columns
+
+
+class Memory:
+    """Memory of windows that are no longer used, for the next ones: fresh pages cost as much as filling them."""
+
+    def __init__(self) -> None:
+        self.free: list[np.ndarray] = []
+        self.lock = threading.Lock()
+
+    def empty(self, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        """Return a matrix of undefined content."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        with self.lock:
+            fits = [at for at, block in enumerate(self.free) if size <= block.nbytes <= 2 * size]
+            block = self.free.pop(fits[0]) if fits else None
+        if block is None:
+            block = np.empty(size, np.uint8)
+        return block[:size].view(dtype).reshape(shape)
+
+    def give_back(self, matrix: np.ndarray) -> None:
+        """Take back a matrix that nobody reads any more."""
+        block = matrix
+        while isinstance(block.base, np.ndarray):
+            block = block.base
+        with self.lock:
+            self.free = [*self.free[-1:], block]  # two at most: windows come and go one at a time
 
 
 class Decoder:
@@ -71,6 +98,8 @@ class Decoder:
             if column
         )
         self.footers: OrderedDict[int, _Footer] = OrderedDict()
+        self.memory = Memory()
+        self.idle: list[tuple[int, pq.ParquetFile]] = []  # open files that nobody reads, the latest last
         self.long: dict[tuple[RowGroup, int], _LongRowGroup] = {}
         self.lock = threading.Lock()
         self.reading: dict[int, str] = {}  # thread -> what it reads, for messages about stuck ones
@@ -108,7 +137,7 @@ class Decoder:
             self.reading.pop(thread, None)
         mended: Counter[str] = Counter()
         permutation = None if seed is None else np.random.default_rng(seed).permutation(window.num_rows)
-        return Decoded(self.encoder.encode_all(parts, mended, permutation), mended)
+        return Decoded(self.encoder.encode_all(parts, mended, permutation, self.memory.empty), mended)
 
     def name(self, row_group: RowGroup) -> str:
         """File and row group, for messages."""
@@ -127,9 +156,11 @@ class Decoder:
             return parts
 
         def read() -> tuple[pa.RecordBatch, dict[str, int]]:
-            with self.open(row_group) as parquet:
-                table = parquet.read_row_group(row_group.index, columns=self.columns, use_threads=False)
-                return one_batch(table), self.list_entries(parquet, row_group)
+            parquet = self.open(row_group)
+            table = parquet.read_row_group(row_group.index, columns=self.columns, use_threads=False)
+            read = one_batch(table), self.list_entries(parquet, row_group)
+            self.leave(row_group, parquet)
+            return read
 
         stored, entries = self.guarded(row_group, read)
         self.check_lists(row_group, self.count_lists(stored), entries)
@@ -139,8 +170,11 @@ class Decoder:
         return [_cut(rows, place, segment.start, segment.stop)]
 
     def open(self, row_group: RowGroup) -> pq.ParquetFile:
-        """Open the file of a row group, with its footer parsed already if it was open lately."""
+        """Open the file of a row group, or take an open one that nobody uses. The caller owns it."""
         with self.lock:
+            idle = next((at for at, (file, _) in enumerate(self.idle) if file == row_group.file), None)
+            if idle is not None:
+                return self.idle.pop(idle)[1]
             footer = self.footers.get(row_group.file)
             if footer is not None:
                 self.footers.move_to_end(row_group.file)
@@ -157,6 +191,14 @@ class Decoder:
                 while held > CACHED_COLUMN_CHUNKS and len(self.footers) > 1:
                     held -= self.footers.popitem(last=False)[1].chunks
         return parquet
+
+    def leave(self, row_group: RowGroup, parquet: pq.ParquetFile) -> None:
+        """Give an open file back, for the next row group of it."""
+        with self.lock:
+            self.idle.append((row_group.file, parquet))
+            left = self.idle.pop(0)[1] if len(self.idle) > IDLE_FILES else None
+        if left is not None:
+            left.close()
 
     def list_entries(self, parquet: pq.ParquetFile, row_group: RowGroup) -> dict[str, int]:
         """Entries of each list column by the footer. The columns must have been read: see `data.files.prove`."""
@@ -196,8 +238,7 @@ class Decoder:
         """Stored entries of each list column: its values, and one for each list without any."""
         counts: Counter[str] = Counter()
         for name in self.lists:
-            column = rows.column(rows.schema.names.index(name))
-            counts[name] = len(column.flatten()) + _count_empty(column)
+            counts[name] = _count_entries(rows.column(rows.schema.names.index(name)))
         return counts
 
     def check_lists(self, row_group: RowGroup, found: Counter[str], stored: dict[str, int]) -> None:
@@ -293,15 +334,16 @@ class _LongRowGroup:
         return batch
 
 
-def _count_empty(column: pa.Array) -> int:
+def _count_entries(column: pa.Array) -> int:
     if pt.is_fixed_size_list(column.type):
-        return column.null_count
+        return len(column.flatten()) + column.null_count
     offsets = column.offsets.to_numpy()
     empty = int(np.count_nonzero(offsets[1:] == offsets[:-1]))
-    if column.null_count:  # a null list may lie over values that are not part of the column
-        full = offsets[1:] != offsets[:-1]
-        empty += int(np.count_nonzero(full & column.is_null().to_numpy(zero_copy_only=False)))
-    return empty
+    if not column.null_count:
+        return int(offsets[-1] - offsets[0]) + empty
+    # a null list may lie over values that are not part of the column
+    null_but_full = (offsets[1:] != offsets[:-1]) & column.is_null().to_numpy(zero_copy_only=False)
+    return len(column.flatten()) + empty + int(np.count_nonzero(null_but_full))
 
 
 def _cut(rows: pa.RecordBatch, place: Place, start: int, stop: int) -> Part:

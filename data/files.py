@@ -212,10 +212,7 @@ def _count_rows(
 
 def one_batch(table: pa.Table) -> pa.RecordBatch:
     """A table as one record batch, without a copy where each column is in one piece already."""
-    if any(column.num_chunks != 1 for column in table.columns):
-        table = table.combine_chunks()
-    if table.num_rows == 0:
-        return pa.RecordBatch.from_arrays(
-            [pa.array([], column.type) for column in table.columns], names=table.column_names
-        )
-    return pa.RecordBatch.from_arrays([column.chunk(0) for column in table.columns], names=table.column_names)
+    batches = table.to_batches()
+    if len(batches) > 1:
+        batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)

@@ -181,9 +181,12 @@ class _WindowFeed:
         self.upcoming = self._first_uses(cursor.step)
         self.given: set[int] = set()  # to be decoded, and not yet used
         self.decoded: dict[int, Decoded] = {}  # in use
+        self.over: list[Decoded] = []  # no longer, after this step
 
     def runs(self, step: int) -> list[Run]:
         """Return the rows that this rank trains at `step`."""
+        while self.over:  # their rows have been copied into the last batch
+            self.decoder.memory.give_back(self.over.pop().columns.single_ids)
         cuts = list(self._cuts(step))
         used = list(dict.fromkeys(index for index, _, _ in cuts))
         for index in used:
@@ -207,7 +210,8 @@ class _WindowFeed:
         ]
         # A lane moves on and never back: what the next step does not use is never used again.
         following = {index for index, _, _ in self._cuts(step + 1)}
-        self.decoded = {index: decoded for index, decoded in self.decoded.items() if index in following}
+        for index in [index for index in self.decoded if index not in following]:
+            self.over.append(self.decoded.pop(index))
         return runs
 
     def _give(self, index: int) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.arrow import Encoder, Place
-from data.columns import ABSENT
+from data.columns import ABSENT, Ragged
 from data.errors import InputError
 from data.keys import Vocabulary, hash_values, remainder, splitmix64
 from data.schema import FIRST_VOCABULARY_ROW, MISSING_ROW, OUT_OF_VOCABULARY_ROW, load_schema, parse_schema
@@ -25,6 +25,12 @@ def encode(field, values, mended=None, place=PLACE, folder=Path(), **columns):
     count = len(values)
     batch = pa.RecordBatch.from_pydict({"y": pa.array([0] * count), "f": values, **columns})
     return Encoder(schema).encode(batch, place, mended)
+
+
+def only(lists) -> Ragged:
+    """The one list field."""
+    (values,), (offsets,), weights = lists
+    return Ragged(values, offsets, weights[0] if weights else None)
 
 
 def ids(num_embeddings=10, **keys):
@@ -78,7 +84,7 @@ def test_lists_of_ids_drop_nulls_and_follow_the_policy(policy):
             encode(bag(), column)
         return
     mended = Counter()
-    (got,) = encode(bag(on_invalid=policy), column, mended).lists
+    got = only(encode(bag(on_invalid=policy), column, mended).lists)
     wanted = [[1, 2], [], [], [3], [2, 4, 9] if policy == "modulo" else [4], [5]]
     assert [got.values[a:b].tolist() for a, b in zip(got.offsets, got.offsets[1:], strict=False)] == wanted
     assert mended == {"f": 2}
@@ -88,14 +94,14 @@ def test_lists_of_ids_drop_nulls_and_follow_the_policy(policy):
     "kind", [pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_(pa.int64(), 2)], ids=str
 )
 def test_every_list_type(kind):
-    (got,) = encode(bag(), pa.array([[1, 2], [3, 4]], kind)).lists
+    got = only(encode(bag(), pa.array([[1, 2], [3, 4]], kind)).lists)
     assert got.values.tolist() == [1, 2, 3, 4] and got.offsets.tolist() == [0, 2, 4]
 
 
 def test_weights_follow_their_ids():
     field = bag(kind="weighted_multi_valued", weights="w", on_invalid="null")
     values = pa.array([[1, None, 3], None, [-5, 4]])
-    (got,) = encode(field, values, w=pa.array([[0.5, 9.0, None], [], [9.0, 2.0]])).weighted_lists
+    got = only(encode(field, values, w=pa.array([[0.5, 9.0, None], [], [9.0, 2.0]])).weighted_lists)
     assert got.values.tolist() == [1, 3, 4] and got.weights.tolist() == [0.5, 0.0, 2.0]
     assert got.offsets.tolist() == [0, 2, 2, 3]
     with pytest.raises(
@@ -157,6 +163,23 @@ def test_buckets_count_the_boundaries_not_above():
     }
     got = encode(field, pa.array([-1.0, 0.0, 0.5, 1.0, 99.0, None]))
     assert got.single_ids.tolist() == [[1, 2, 2, 3, 4, MISSING_ROW]]
+
+
+@pytest.mark.parametrize("count", [1, 32, 33, 200])
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.int32()], ids=str)
+def test_few_and_many_boundaries_are_the_same_count(count, kind):
+    draw = np.random.default_rng(count)
+    boundaries = sorted(set(draw.integers(-100, 100, 5 * count).astype(float)))[:count]
+    values = pa.array(draw.integers(-120, 120, 500)).cast(kind)
+    field = {
+        "kind": "numeric",
+        "transform": "bucketise",
+        "boundaries": boundaries,
+        "num_embeddings": len(boundaries) + 2,
+        "embedding_dim": 4,
+    }
+    wanted = [1 + sum(boundary <= value for boundary in boundaries) for value in values.to_pylist()]
+    assert encode(field, values).single_ids.tolist() == [wanted]
 
 
 def test_vectors():
@@ -351,10 +374,15 @@ def test_several_parts_give_the_rows_of_all():
     encoder = Encoder(schema)
     whole = encoder.encode_all([(batch, PLACE) for batch in batches])
     assert whole.single_ids.tolist() == [[1, ABSENT, 4]] and whole.labels.tolist() == [0, 1, 1]
-    assert whole.lists[0].values.tolist() == [1, 2, 3] and whole.lists[0].offsets.tolist() == [0, 1, 1, 3]
+    assert only(whole.lists).values.tolist() == [1, 2, 3] and only(whole.lists).offsets.tolist() == [
+        0,
+        1,
+        1,
+        3,
+    ]
     assert len(set(whole.group_ids.tolist())) == 3
     none = encoder.encode_all([])
-    assert none.num_rows == 0 and none.single_ids.shape == (1, 0) and none.lists[0].offsets.tolist() == [0]
+    assert none.num_rows == 0 and none.single_ids.shape == (1, 0) and only(none.lists).offsets.tolist() == [0]
 
 
 def test_damaged_dictionary_codes_are_refused():
@@ -391,13 +419,13 @@ def test_real_signatures_above_2_to_the_63(policy):
             Encoder(schema).encode(batch, Place(str(file), 0))
         return
     columns = Encoder(schema).encode(batch, Place(str(file), 0))
-    for name, ragged in zip([feature.name for feature in schema.sparse], columns.lists, strict=True):
+    for name, got in zip([feature.name for feature in schema.sparse], columns.lists.values, strict=True):
         values = table[name].combine_chunks().flatten().to_pylist()
         if policy == "modulo":
-            assert ragged.values.tolist() == [value % 1000 for value in values]
+            assert got.tolist() == [value % 1000 for value in values]
         else:
             mixed = splitmix64(np.asarray(values, np.uint64)) if values else []
-            assert ragged.values.tolist() == [int(value) % 999 + 1 for value in mixed]
+            assert got.tolist() == [int(value) % 999 + 1 for value in mixed]
 
 
 def test_a_schema_that_still_waits_for_its_fit_is_refused():

@@ -7,23 +7,25 @@ import pytest
 import torch
 
 from data.batch import Batch, Keys, to_batch
-from data.columns import ABSENT, Columns, Ragged
+from data.columns import ABSENT, Columns, Ragged, Run, gather, join_lists
 from data.order import Cursor
 
 
 def make_batch(missing: bool, lists: bool = True, weighted: bool = True) -> Batch:
-    ids = np.asarray([[1, 2, 3], [4, ABSENT if missing else 5, 6]], np.int64)
     bag = Ragged(np.asarray([7, 8, 9]), np.asarray([0, 2, 2, 3]), None)
+    weights = bag._replace(weights=np.asarray([0.5, 1.5, 2.5], np.float32))
     columns = Columns(
-        single_ids=ids,
-        lists=(bag,) if lists else (),
-        weighted_lists=(bag._replace(weights=np.asarray([0.5, 1.5, 2.5], np.float32)),) if weighted else (),
+        single_ids=np.asarray([[1, 2, 3], [4, ABSENT if missing else 5, 6]], np.int32),
+        absent=np.asarray([False, missing]),
+        lists=join_lists([[bag]] if lists else [], None, 3),
+        weighted_lists=join_lists([[weights]] if weighted else [], None, 3),
         dense=np.arange(6, dtype=np.float32).reshape(3, 2),
         labels=np.asarray([1, 0, 0], np.float32),
         group_ids=np.asarray([11, 12, 13]) if weighted else None,
     )
     keys = Keys(["a", "b", *(["c"] if lists else [])], ["w"] if weighted else [])
-    return to_batch(columns, keys, weights=np.asarray([1, 1, 0], np.float32), cursor=Cursor(2, 5))
+    rows = gather([Run(columns, 0, 3)], 3)
+    return to_batch(rows, keys, weights=np.asarray([1, 1, 0], np.float32), cursor=Cursor(2, 5))
 
 
 @pytest.mark.parametrize("missing", [False, True])

@@ -1,0 +1,255 @@
+"""How fast Parquet becomes batches: ratios to a bare Arrow read of the same columns, taken in turns in one run on one core.
+
+    python benchmarks/input.py [--quick] [--json] [--peer-python PYTHON]
+
+read_table_share_single   rows/s of ParquetStream (shuffled; no threads) over rows/s of pyarrow.parquet.read_table(use_threads=False),
+                          both pinned to one core, on 192 single-valued integer columns and a label
+read_table_share_mixed    the same on the synthetic log: 192 fields of every kind
+input_wait_share          share of its time that a consumer waits which takes 80 % of the stream's own maximum rate (workers = 1,
+                          prefetch = 2; the consumer sleeps through its step, as a host does while a GPU works), after the first batch
+memory_mb_per_million     growth of resident memory over the second half of many epochs, per million rows
+column_exponent           b of seconds per row = a * columns ** b, fitted over 24 to 768 columns
+fuxictr_rows_per_second   FuxiCTR's Parquet loader on the same 192 columns, with its own defaults; null where PYTHON has no fuxictr
+
+The files are written as this project writes its own: snappy, dictionaries, page checksums, row groups of ROW_GROUP_ROWS. Arrow's read
+verifies no checksums by default, ours does.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from data.order import StreamOptions
+from data.pailitao import pailitao_schema
+from data.schema import Schema, parse_schema
+from data.stream import ParquetStream
+from data.synthetic import ROW_GROUP_ROWS, open_writer, write_synthetic
+
+BATCH_SIZE = 2048
+COLUMN_COUNTS = (24, 48, 96, 192, 384, 768)
+CONSUMER_SHARE = 0.8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: under 50 seconds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has fuxictr installed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder), arguments.quick, arguments.peer_python)
+    for key, value in figures.items():
+        print(f"{key:26} {value}")
+    if arguments.json:
+        print(json.dumps(figures))
+    return 0
+
+
+def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | None]:
+    """Write the files and take every figure."""
+    rows, rounds = (65_536, 5) if quick else (262_144, 9)
+    single, single_schema = write_single(folder / "single.parquet", 192, rows), single_schema_of(192)
+    mixed_schema = pailitao_schema("demo")
+    write_synthetic(mixed_schema, folder / "mixed", rows=rows, days=3)
+    mixed = sorted((folder / "mixed").rglob("*.parquet"))
+    figures: dict[str, float | None] = {}
+    with one_core():
+        for name, files, schema in (("single", [single], single_schema), ("mixed", mixed, mixed_schema)):
+            stream_rate, table_rate = compare(files, schema, rounds)
+            figures[f"read_table_share_{name}"] = round(stream_rate / table_rate, 3)
+            figures[f"stream_rows_per_second_{name}"] = round(stream_rate)
+            figures[f"read_table_rows_per_second_{name}"] = round(table_rate)
+        figures |= cost_by_columns(folder, 16_384 if quick else 65_536, 3 if quick else 5)
+    figures |= wait_of_consumer(single, single_schema, 3 if quick else 6)
+    figures |= memory_over_rows(single, single_schema, 1_000_000 if quick else 10_000_000)
+    figures["fuxictr_rows_per_second"] = fuxictr_rate(single, peer_python)
+    return figures
+
+
+class one_core:
+    """Keep this process on one core."""
+
+    def __enter__(self) -> None:
+        self.cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {max(self.cores)})
+
+    def __exit__(self, *_: object) -> None:
+        os.sched_setaffinity(0, self.cores)
+
+
+def single_schema_of(columns: int) -> Schema:
+    """A schema of single-valued integer fields of three sizes."""
+    fields = {
+        f"c{i}": {
+            "kind": "categorical",
+            "num_embeddings": (100, 20_000, 2_000_000)[i % 3],
+            "embedding_dim": 8,
+        }
+        for i in range(columns)
+    }
+    return parse_schema({"name": "single", "label": "label", "fields": fields}, "single", Path())
+
+
+def write_single(path: Path, columns: int, rows: int) -> Path:
+    """Write integer columns of power-law ids, as the synthetic log's writer does."""
+    draw = np.random.default_rng(0)
+    arrow = pa.schema([("label", pa.int8())] + [(f"c{i}", pa.int64()) for i in range(columns)])
+    with open_writer(path, arrow) as writer:
+        for start in range(0, rows, ROW_GROUP_ROWS):
+            count = min(ROW_GROUP_ROWS, rows - start)
+            ids = [
+                ((100, 20_000, 2_000_000)[i % 3] * draw.random(count) ** 4).astype(np.int64)
+                for i in range(columns)
+            ]
+            label = (draw.random(count) < 0.1).astype(np.int8)
+            writer.write_table(pa.table([label, *ids], schema=arrow), row_group_size=ROW_GROUP_ROWS)
+    return path
+
+
+def drain(files: list[Path], schema: Schema, **options) -> int:
+    """Read one epoch; return the bytes of ids, so that nothing is left undone."""
+    stream = ParquetStream(files, schema, StreamOptions(BATCH_SIZE, **options))
+    return sum(batch.sparse_features.values().nbytes for batch in stream)
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """Processor seconds of all threads: on one core the same as seconds on the wall, but for the neighbours' share."""
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def compare(files: list[Path], schema: Schema, rounds: int) -> tuple[float, float]:
+    """Rows per second of the stream and of read_table, the best of rounds taken in turns."""
+    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    columns = list(schema.columns)
+    stream, table = [], []
+    for _ in range(rounds):
+        table.append(seconds_of(lambda: pq.read_table(files, columns=columns, use_threads=False)))
+        stream.append(seconds_of(lambda: drain(files, schema, workers=0, prefetch=0)))
+    return rows / min(stream), rows / min(table)
+
+
+def cost_by_columns(folder: Path, rows: int, rounds: int) -> dict[str, float | None]:
+    """Nanoseconds per value for each number of columns, and the exponent of seconds per row."""
+
+    def best(columns: int) -> float:
+        file, schema = write_single(folder / f"{columns}.parquet", columns, rows), single_schema_of(columns)
+        return min(seconds_of(lambda: drain([file], schema, workers=0, prefetch=0)) for _ in range(rounds))
+
+    seconds = [best(columns) for columns in COLUMN_COUNTS]
+    slope = np.polyfit(np.log(COLUMN_COUNTS), np.log(seconds), 1)[0]
+    costs = {
+        f"ns_per_value_{columns}": round(1e9 * second / rows / columns, 2)
+        for columns, second in zip(COLUMN_COUNTS, seconds, strict=True)
+    }
+    return {"column_exponent": round(float(slope), 3), **costs}
+
+
+def wait_of_consumer(file: Path, schema: Schema, epochs: int) -> dict[str, float | None]:
+    """The wait share of a consumer at CONSUMER_SHARE of the stream's maximum rate."""
+    stream = ParquetStream(
+        [file], schema, StreamOptions(BATCH_SIZE, window_rows=16_384, workers=1, prefetch=2)
+    )
+
+    def waits(step_seconds: float) -> tuple[float, float]:
+        waited = started = 0.0
+        batches = iter(stream)
+        next(batches)
+        started = last = time.perf_counter()
+        for _ in batches:
+            now = time.perf_counter()
+            waited += now - last
+            remaining = now + step_seconds
+            while (left := remaining - time.perf_counter()) > 0:
+                time.sleep(left)
+            last = time.perf_counter()
+        return waited, last - started
+
+    fastest = min(waits(0.0)[1] for _ in range(epochs))
+    step_seconds = fastest / (stream.steps_per_epoch - 1) / CONSUMER_SHARE
+    measured = [waits(step_seconds) for _ in range(epochs)]
+    share = sum(waited for waited, _ in measured) / sum(total for _, total in measured)
+    return {
+        "input_wait_share": round(share, 4),
+        "maximum_rows_per_second": round(stream.num_rows / fastest),
+    }
+
+
+def memory_over_rows(file: Path, schema: Schema, rows: int) -> dict[str, float | None]:
+    """Slope of resident memory against rows over the second half of `rows` rows, and the largest seen."""
+    stream = ParquetStream([file], schema, StreamOptions(BATCH_SIZE, workers=1))
+    seen, samples = 0, []
+    while seen < rows:
+        for batch in stream:
+            seen += len(batch.labels)
+        samples.append((seen / 1e6, resident_mb()))
+    half = samples[len(samples) // 2 :]
+    slope = np.polyfit([at for at, _ in half], [size for _, size in half], 1)[0] if len(half) > 1 else 0.0
+    return {
+        "memory_mb_per_million": round(float(slope), 3),
+        "memory_mb": round(max(size for _, size in samples)),
+        "memory_rows": seen,
+    }
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+FUXICTR = """
+import logging, sys, time
+logging.disable(logging.CRITICAL)
+from fuxictr.pytorch.dataloaders import ParquetDataLoader
+class Map:
+    labels = ["label"]
+    features = {f"c{i}": {"type": "categorical"} for i in range(192)}
+    def get_column_index(self, name):
+        return int(name[1:])
+start = time.perf_counter()
+rows = 0
+for batch in ParquetDataLoader(Map(), sys.argv[1], batch_size=int(sys.argv[2]), shuffle=True, num_workers=0):
+    rows += len(batch["label"])
+print(rows / (time.perf_counter() - start))
+"""
+
+
+def fuxictr_rate(file: Path, python: str) -> float | None:
+    """Rows per second of FuxiCTR's loader in a process of its own, on one core; None where it is not installed or fails."""
+    command = [
+        "taskset",
+        "-c",
+        str(max(os.sched_getaffinity(0))),
+        python,
+        "-c",
+        FUXICTR,
+        str(file),
+        str(BATCH_SIZE),
+    ]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        return round(float(ran.stdout.splitlines()[-1]))
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+        return None
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    sys.exit(main())
