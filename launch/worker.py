@@ -145,9 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, text = 1, traceback_text(error)
         if any(echo in text for echo in ECHOES):
             time.sleep(ECHO_SECONDS)  # the rank that this one echoes speaks first
-        record(f"{type(error).__name__}: {error}", text, claim_first(environ), environ)
-        # The agent prints the first one. Local rank 0 shares its terminal; the others write to files of their own.
-        if NOTES not in environ or environ.get("LOCAL_RANK") != "0":
+        first = claim_first(environ)
+        record(f"{type(error).__name__}: {error}", text, first, environ)
+        # The agent prints the first one; local rank 0 shares its terminal, the others write to files of their own.
+        # Under plain torchrun all share it.
+        if environ.get("LOCAL_RANK") != "0" if NOTES in environ else first:
             sys.stderr.write(text)
     note_exit(code, environ)
     return code

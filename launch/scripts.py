@@ -1,0 +1,194 @@
+"""A job for those without torchx: a torchrun line, an sbatch script, a Kubernetes Job. Pure text.
+
+All three run the same command with the same arguments; the container and the cluster need nothing but this package.
+"""
+
+import json
+import shlex
+from typing import Any
+
+import yaml
+
+from launch.job import AGENT, WORKER, Job, JobError, environment, environment_folder, rendezvous
+
+# Between the wish to stop and the end: time for a checkpoint of the largest model
+GRACE_SECONDS = 300
+# As the Dockerfiles' user
+USER_ID = 10001
+# Exit codes of docs/operations.md
+USER_MISTAKE, NON_FINITE, PREEMPTED = 2, 76, 75
+
+
+def torchrun_line(job: Job) -> str:
+    """One line, the same on every host. `$HEAD` is the first host's name, where there are several."""
+    several = job.shape.hosts > 1
+    endpoint = f'"$HEAD:{job.port}"' if several else "localhost:0"
+    found = [
+        part if part == endpoint else shlex.quote(part) for part in rendezvous(job, job_name(job), endpoint)
+    ]
+    variables = [f"{name}={shlex.quote(value)}" for name, value in environment(job).items()]
+    words = [*variables, "torchrun", *found, "-m", WORKER, *map(shlex.quote, job.worker_args)]
+    return " ".join(words)
+
+
+def sbatch_script(job: Job) -> str:
+    """An sbatch script: one task a host, which starts its processes.
+
+    srun hands a signal to the job's processes, which write a checkpoint and leave with 75; then the job queues again and
+    goes on. Slurm sends that signal before the time limit, at preemption and at `scontrol requeue`.
+    """
+    options = {
+        "job-name": job_name(job),
+        "nodes": f"{job.shape.min_hosts}-{job.shape.hosts}" if job.shape.elastic else str(job.shape.hosts),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(job.cpu),
+        "mem": f"{job.memory_mb}M",
+        **({"gpus-per-node": str(job.gpu)} if job.gpu else {}),
+        "signal": f"TERM@{GRACE_SECONDS}",
+        "open-mode": "append",
+        "output": "%x-%j.out",
+    }
+    found = " ".join(
+        part if part.startswith('"') else shlex.quote(part)
+        for part in rendezvous(job, "SLURM_JOB_ID", f'"$HEAD:{job.port}"')
+    ).replace("SLURM_JOB_ID", '"$SLURM_JOB_ID"')
+    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment(job).items())
+    head = "\n".join(f"#SBATCH --{key}={value}" for key, value in options.items())
+    return f"""#!/bin/bash
+{head}
+#SBATCH --requeue
+# Add what your cluster wants: --partition, --account, --time
+set -u
+export PATH={shlex.quote(environment_folder())}:$PATH
+export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+{exports}
+srun --kill-on-bad-exit=1 --wait=60 \\
+  python -m {AGENT} {found} \\
+  -m {WORKER} {" ".join(map(shlex.quote, job.worker_args))}
+code=$?
+# {PREEMPTED}: stopped with a checkpoint; a second start goes on from it. scancel ends the job for good.
+if [ $code -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code
+"""
+
+
+def kubernetes_objects(job: Job) -> list[dict[str, Any]]:
+    """A headless Service, by which pods find the first one, and an Indexed Job of one pod a host.
+
+    Raises:
+        JobError: a pod that starts again would remove what it has trained.
+    """
+    if "--overwrite" in job.args:
+        raise JobError(
+            "--overwrite: a pod that starts again would remove what it has trained; leave it out and choose a new folder with --set train.out=FOLDER"
+        )
+    name = job_name(job)
+    labels = {"app": name}
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "labels": labels},
+        # The first pod must be found before it is ready: the others' start is what makes it so
+        "spec": {
+            "clusterIP": "None",
+            "selector": {"job-name": name},
+            "publishNotReadyAddresses": True,
+            "ports": [{"name": "c10d", "port": job.port}],
+        },
+    }
+    hosts = job.shape.hosts
+    batch_job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": hosts,
+            "parallelism": hosts,
+            "backoffLimit": max(1, job.retries) * hosts,
+            "podFailurePolicy": {
+                "rules": [
+                    # what a user must mend comes again at every start
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": {
+                            "containerName": name,
+                            "operator": "In",
+                            "values": [USER_MISTAKE, NON_FINITE],
+                        },
+                    },
+                    # a drained node or a stop with a checkpoint is nobody's failure
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                    {
+                        "action": "Ignore",
+                        "onExitCodes": {"containerName": name, "operator": "In", "values": [PREEMPTED]},
+                    },
+                ]
+            },
+            "template": {"metadata": {"labels": labels}, "spec": pod(job, name)},
+        },
+    }
+    return [service, batch_job]
+
+
+def pod(job: Job, name: str) -> dict[str, Any]:
+    """One host."""
+    endpoint = f"{name}-0.{name}:{job.port}" if job.shape.hosts > 1 else "localhost:0"
+    resources = {
+        "cpu": str(job.cpu),
+        "memory": f"{job.memory_mb}Mi",
+        **({"nvidia.com/gpu": str(job.gpu)} if job.gpu else {}),
+    }
+    args = job.worker_args
+    if job.command == "train" and "--resume" not in args:
+        args = (*args, "--resume")  # a pod that starts again cannot tell that it does
+    container = {
+        "name": name,
+        "image": job.image,
+        "command": ["python", "-m", AGENT],
+        "args": [*rendezvous(job, name, endpoint), "-m", WORKER, *args],
+        "env": [{"name": key, "value": value} for key, value in environment(job).items()],
+        "ports": [{"name": "c10d", "containerPort": job.port}],
+        "resources": {"limits": resources, "requests": resources},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": [
+            {"name": "shared-memory", "mountPath": "/dev/shm"},
+            {"name": "storage", "mountPath": "/storage"},
+        ],
+        "workingDir": "/storage",
+    }
+    return {
+        "restartPolicy": "Never",
+        "subdomain": name,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+        },
+        "containers": [container],
+        "volumes": [
+            # NCCL and loader threads share memory there; a container's own is 64 MiB. It counts as memory of the pod.
+            {
+                "name": "shared-memory",
+                "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(64, job.memory_mb // 4)}Mi"},
+            },
+            # Data, config and run folder, the same on every host: a ReadWriteMany claim
+            {"name": "storage", "persistentVolumeClaim": {"claimName": "storage"}},
+        ],
+    }
+
+
+def kubernetes_yaml(job: Job) -> str:
+    """For `kubectl apply -f -`."""
+    # through JSON: equal parts are written out, not as YAML's anchors
+    return yaml.safe_dump_all(json.loads(json.dumps(kubernetes_objects(job))), sort_keys=False)
+
+
+def job_name(job: Job) -> str:
+    """The job's name, or its command's, in letters that every scheduler takes."""
+    name = "".join(
+        letter if letter.isalnum() else "-" for letter in (job.name or f"mbcnet-{job.command}").lower()
+    )
+    return name.strip("-")[:50] or "mbcnet"

@@ -1,0 +1,219 @@
+"""`mbcnet launch`: one description of a job, for every scheduler."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.job import Job
+    from mbcnet_rec.config import RunConfig
+
+FORMATS = ("torchrun", "slurm", "k8s")
+SCHEDULERS = ("local_cwd", "local_docker", "slurm", "kubernetes", "aws_batch")
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "launch", help="start a training job on this machine or a cluster", description=_launch.__doc__
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's TOML file")
+    parser.add_argument(
+        "-j", default="1x2", metavar="HOSTSxPROCESSES", help="1x2, 16x8, or 2:4x8 where hosts may come and go"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override one key"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's latest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run of the same folder")
+    parser.add_argument(
+        "-s", "--scheduler", choices=SCHEDULERS, default="local_cwd", help="torchx's scheduler (local_cwd)"
+    )
+    parser.add_argument(
+        "-cfg", default="", metavar="KEY=VALUE,...", help="the scheduler's own options, as torchx takes them"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--print",
+        choices=FORMATS,
+        dest="format",
+        help="print what starts the job without torchx, and start nothing",
+    )
+    how.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would run, where and on how many GPUs, and start nothing",
+    )
+    job = parser.add_argument_group("each host")
+    job.add_argument(
+        "--gpu", type=int, default=0, metavar="N", help="GPUs (0: none; one for each process otherwise)"
+    )
+    job.add_argument("--cpu", type=int, default=0, metavar="N", help="CPU cores (0: 12 a GPU, 2 without)")
+    job.add_argument(
+        "--memory-mb", type=int, default=0, metavar="MB", help="memory (0: 131072 a GPU, 8192 without)"
+    )
+    job.add_argument("--name", default="", help="of the job; by default the run's")
+    job.add_argument("--image", default="mbcnet-rec", help="container image, for schedulers that use one")
+    job.add_argument(
+        "--env", action="append", default=[], metavar="KEY=VALUE", help="one further environment variable"
+    )
+    job.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how often the scheduler starts a failed job again",
+    )
+    parser.set_defaults(run=_launch)
+
+
+def _launch(args: argparse.Namespace) -> int:
+    """Check that config, plan and job agree, then start the job through torchx; or print it for other hands."""
+    from mbcnet_rec.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    job = _job(args, config)
+    _check_plan(config, job)
+    if args.format:
+        from launch import scripts
+
+        writers = {
+            "torchrun": scripts.torchrun_line,
+            "slurm": scripts.sbatch_script,
+            "k8s": scripts.kubernetes_yaml,
+        }
+        print(_or_mistake(lambda: writers[args.format](job)).rstrip("\n"))
+        return 0
+    words = _torchx_words(args, job)
+    if args.dry_run:
+        print("\n".join(_description(args, config, job, words)))
+        return 0
+    from torchx.cli.main import main
+
+    try:
+        main(words[1:])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
+    return 0
+
+
+def _or_mistake(make: Any) -> Any:
+    """Call; what a job cannot be is the user's mistake."""
+    from data.errors import InputError
+    from launch.job import JobError
+
+    try:
+        return make()
+    except JobError as error:
+        raise InputError(str(error)) from None
+
+
+def _job(args: argparse.Namespace, config: "RunConfig") -> "Job":
+    from data.errors import InputError
+    from launch.job import Job, parse_shape
+
+    for key in ("gpu", "retries", "cpu", "memory_mb"):
+        if getattr(args, key) < 0:
+            raise InputError(
+                f"--{key.replace('_', '-')} {getattr(args, key)}: wanted 0 or more; remove the minus"
+            )
+    env = {}
+    for pair in args.env:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"--env {pair}: wanted KEY=VALUE; write it so")
+        env[key] = value
+    flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
+    words = ["--config", args.config, *(f"--set={each}" for each in args.overrides), *flags]
+    return _or_mistake(
+        lambda: Job(
+            command="train",
+            args=tuple(words),
+            shape=parse_shape(args.j),
+            name=args.name or config.name,
+            image=args.image,
+            cpu=args.cpu or 12 * args.gpu or 2,
+            gpu=args.gpu,
+            memory_mb=args.memory_mb or 131_072 * args.gpu or 8192,
+            env=env,
+            retries=args.retries,
+        )
+    )
+
+
+def _check_plan(config: "RunConfig", job: "Job") -> None:
+    """Refuse a job on which the config's plan cannot run: found here, not after an hour in a queue."""
+    from pathlib import Path
+
+    from data.errors import InputError
+    from data.schema import load_schema
+    from sharding.plan import check_plan, read_plan
+
+    device = config.train.device
+    if device == "cuda" and not job.gpu:
+        raise InputError(
+            "train.device = 'cuda', but the job asks for no GPU; add --gpu " + str(job.shape.processes)
+        )
+    if not config.sharding.plan:
+        return
+    plan = read_plan(Path(config.sharding.plan))
+    if job.shape.elastic:
+        raise InputError(
+            f"{config.sharding.plan}: made for {plan.world_size} ranks, but -j {job.shape} may have {job.shape.world_sizes[0]} to "
+            f"{job.shape.world_sizes[-1]}; use -j {plan.hosts}x{plan.local_world_size}, or leave sharding.plan empty"
+        )
+    check_plan(
+        plan,
+        load_schema(config.schema),
+        world_size=job.shape.world_sizes[-1],
+        local_world_size=job.shape.processes,
+        device=("cuda" if job.gpu else "cpu") if device == "auto" else device,
+        source=config.sharding.plan,
+    )
+
+
+def _torchx_words(args: argparse.Namespace, job: "Job") -> list[str]:
+    """The same job as a torchx command line."""
+    given = ["-cfg", args.cfg] if args.cfg else []
+    options = [
+        "--config",
+        args.config,
+        "-j",
+        str(job.shape),
+        "--name",
+        job.name,
+        "--cpu",
+        str(job.cpu),
+        "--gpu",
+        str(job.gpu),
+    ]
+    options += ["--memMB", str(job.memory_mb), "--image", job.image]
+    options += ["--max_retries", str(job.retries)] if job.retries else []
+    options += ["--env", ",".join(f"{key}={value}" for key, value in job.env.items())] if job.env else []
+    return ["torchx", "run", "-s", args.scheduler, *given, "mbcnet.train", *options, "--", *job.args[2:]]
+
+
+def _description(args: argparse.Namespace, config: "RunConfig", job: "Job", words: list[str]) -> list[str]:
+    """What would run, one fact a line."""
+    import shlex
+
+    sizes = job.shape.world_sizes
+    ranks = f"{sizes[0]} to {sizes[-1]}" if job.shape.elastic else str(sizes[0])
+    hosts = f"{job.shape.min_hosts} to {job.shape.hosts}" if job.shape.elastic else str(job.shape.hosts)
+    gpus = f"{job.gpu * job.shape.hosts:,} ({job.gpu} a host)" if job.gpu else "none asked for"
+    plan = config.sharding.plan or "none; made at the start and kept in the run folder"
+    local = args.scheduler == "local_cwd"
+    asked = (
+        "this machine's"
+        if local
+        else f"{job.cpu} cores, {job.memory_mb:,} MB of memory a host, image {job.image}"
+    )
+    return [
+        f"run        {job.name}: {config.model.kind}, {config.data.batch_size:,} rows a step, folder {config.run_folder}",
+        f"ranks      {ranks}: {hosts} hosts x {job.shape.processes} processes",
+        f"GPUs       {gpus}",
+        f"resources  {asked}",
+        f"plan       {plan}",
+        f"where      {args.scheduler}{' (' + args.cfg + ')' if args.cfg else ''}",
+        f"command    {shlex.join(['mbcnet', *job.worker_args])}",
+        f"next       {shlex.join(words).rstrip(' -')}",
+    ]
