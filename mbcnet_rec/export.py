@@ -1,332 +1,166 @@
-"""`mbcnet export`: a run's best checkpoint -> a folder that serves: fused path, quantised tables, schema and preprocessing.
+"""`mbcnet export`: a run's best checkpoint -> an artefact (artefact.py), compared with the float model on the test rows."""
 
-    OUT/model.json  tables.safetensors  dense.safetensors  vocabulary.json  schema.toml  config.toml  mbcnet_serving.py  check.json
-    and, with --aot, dense_aot.pt2
-
-Nothing that only teaches is in it: no branch logits (but for a single branch, whose own logit then serves), no transforms, no losses,
-no optimizer state. mbcnet_serving.py (serving.py here) loads it without this project. The dense part is what torch.export records,
-written as JSON: torch's own .pt2 files unpickle when they are loaded.
-"""
-
-import copy
-import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+import numpy as np
+import pyarrow as pa
 
+from data.arrow import Place, read_labels
 from data.errors import InputError
-from data.schema import Feature, Schema, Table, format_schema, load_schema
+from data.files import resolve_files
+from data.selection import select_files
+from data.storage import DataFile, open_parquet
 from mbcnet_rec import serving
-from mbcnet_rec.build import input_layout
-from mbcnet_rec.config import RunConfig, config_text
-from mbcnet_rec.fused_path import FusedPath, graph_spec, trace
-from mbcnet_rec.model.layers import InputLayout, wide_tables
-from mbcnet_rec.model.mbcnet import BranchArch
-from mbcnet_rec.model.models import build_arch, needs_wide
-from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
-from mbcnet_rec.trained import read_whole
+from mbcnet_rec.artefact import (
+    LOADER,
+    Exported,
+    Weights,
+    check_branches,
+    load_weights,
+    take_apart,
+    with_rows,
+    write_artefact,
+)
+from mbcnet_rec.build import quieten_libraries
+from mbcnet_rec.trained import find_step, load_run
+from mbcnet_rec.training.metrics import evaluate_predictions
+from mbcnet_rec.training.process import joined_process
+from mbcnet_rec.training.records import finite_or_none
 
-LOADER, COMPILED, CHECK = "mbcnet_serving.py", "dense_aot.pt2", "check.json"
-CHUNK_ROWS = 65_536  # quantised at a time
-BITS = {"int8": 8, "int4": 4}
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A model taken apart for serving.
-
-    Attributes:
-        spec: model.json without the files' sums.
-        rows: pooling -> rows of its tables.
-        dense: weights of the graph.
-        vocabularies: name -> values in row order.
-        program: the dense part as torch.export gives it.
-    """
-
-    spec: dict[str, Any]
-    rows: dict[str, Tensor]
-    dense: dict[str, Tensor]
-    vocabularies: dict[str, list[Any]]
-    program: torch.export.ExportedProgram
-
-    def model(self) -> serving.ServingModel:
-        """Serve it from memory."""
-        return serving.ServingModel(self.spec, self.rows, self.dense, self.vocabularies)
+CHECK = "check.json"
+CHECK_ROWS = 1_000_000  # of the test split, scored by the artefact and by the float model
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A run's weights, unsharded.
-
-    Attributes:
-        config, schema, layout: of the run.
-        tables: every table of the model, wide ones included.
-        rows: table name -> (rows, width) float32.
-        regroup, arch: with their weights loaded, in evaluation mode.
-    """
-
-    config: RunConfig
-    schema: Schema
-    layout: InputLayout
-    tables: tuple[Table, ...]
-    rows: dict[str, Tensor]
-    regroup: FeatureRegroup
-    arch: nn.Module
-
-
-def untrained(config: RunConfig, schema: Schema) -> Weights:
-    """Build a model unsharded, with unset tables and freshly drawn dense weights."""
-    wide = needs_wide(config.model)
-    layout = dataclasses.replace(input_layout(schema), wide=wide)
-    extra = wide_tables(list(schema.tables)) if wide else []  # type: ignore[type-var]
-    tables = (*schema.tables, *extra)
-    rows = {table.name: torch.empty(table.num_embeddings, table.embedding_dim) for table in tables}
-    if config.model.kind == "mbcnet":
-        arch: nn.Module = BranchArch(config.model.mbcnet, layout)
-    else:
-        arch = build_arch(config.model, layout)
-    return Weights(config, schema, layout, tables, rows, FeatureRegroup(layout).eval(), arch.eval())
-
-
-def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
-    """Read a checkpoint of a run into one process, whatever world size and plan wrote it. Memory: all tables as float32.
-
-    Raises:
-        InputError: it is damaged or belongs to another model.
-    """
-    weights = untrained(config, load_schema(config.schema))
-    tensors = {f"model.dense_arch.{name}": value for name, value in weights.arch.state_dict().items()}
-    regroup = weights.regroup.state_dict()
-    tensors |= {f"model.sparse_arch.regroup.{name}": value for name, value in regroup.items()}
-    for table in weights.tables:
-        collection = "weighted_ebc" if table.weighted else "ebc"
-        name = f"model.sparse_arch.{collection}.embedding_bags.{table.name}.weight"
-        tensors[name] = weights.rows[table.name]
-    read_whole(config, folder, step, tensors)
-    return weights
-
-
-def take_apart(weights: Weights, rows: str, branches: Sequence[str] = ()) -> Exported:
-    """Quantise the tables and record the dense part.
+def run_export(
+    run_folder: str,
+    out: str,
+    *,
+    rows: str = "int8",
+    branches: Sequence[str] = (),
+    aot: bool = False,
+    overwrite: bool = False,
+    check_rows: int = CHECK_ROWS,
+) -> int:
+    """Export a run's best checkpoint, and compare the artefact with the float model on the test rows. In one process.
 
     Args:
-        weights: of a run.
+        run_folder: that `mbcnet train` wrote.
+        out: folder of the artefact.
         rows: fp32, fp16, int8 or int4.
-        branches: of an MBCnet to serve; none: all of them.
+        branches: to serve; none: all.
+        aot: also compile the dense part.
+        overwrite: replace an artefact in `out`.
+        check_rows: of the test split that are scored by both at most.
 
     Raises:
-        InputError: the model has no such branches, or fuses them by a gate that knows all.
+        InputError: no such run, branches it has not, or `out` holds something else.
     """
-    chosen = check_branches(weights.config, branches)
-    tables, lookups = pool_tables(weights.tables)
-    keys = [
-        key
-        for pooling, pairs in lookups.items()
-        for key in (output_key(field, tables[pooling][index]) for field, index in pairs)
-    ]
-    widths = [
-        tables[pooling][index].embedding_dim for pooling, pairs in lookups.items() for _, index in pairs
-    ]
-    regroup = copy.deepcopy(weights.regroup)  # it remembers the first layout that it meets
-    path = FusedPath(regroup, weights.arch, chosen, dict(zip(keys, widths, strict=True))).eval()
-    program = trace(path, sum(widths) + sum(feature.dense_width for feature in weights.schema.dense))
-    graph, dense = graph_spec(program)
-    vocabularies, fields = read_vocabularies(weights.schema)
-    listed = {
-        pooling: [
-            {"name": each.name, "num_embeddings": each.num_embeddings, "embedding_dim": each.embedding_dim}
-            for each in pooled
-        ]
-        for pooling, pooled in tables.items()
-    }
-    spec = {
-        "format": serving.FORMAT,
-        "name": weights.config.name,
-        "kind": weights.config.model.kind,
-        "branches": list(chosen),
-        "rows": rows,
-        "versions": {name: version(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")},
-        "fields": fields,
-        "tables": listed,
-        "lookups": {pooling: [list(pair) for pair in pairs] for pooling, pairs in lookups.items()},
-        "graph": graph,
-    }
-    return with_rows(Exported(spec, {}, dense, vocabularies, program), weights, rows)
-
-
-def with_rows(exported: Exported, weights: Weights, rows: str) -> Exported:
-    """The same with its tables packed as fp32, fp16, int8 or int4."""
-    spec: dict[str, Any] = exported.spec | {"rows": rows}
-    packed = {
-        pooling: pack_rows(tables, spec["lookups"][pooling], rows, pooling, weights.rows)
-        for pooling, tables in spec["tables"].items()
-    }
-    return dataclasses.replace(exported, spec=spec, rows=packed)
-
-
-def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
-    """The branches to serve, in the model's order; none for models without.
-
-    Raises:
-        InputError: the model cannot serve these.
-    """
-    have = config.model.mbcnet.branches if config.model.kind == "mbcnet" else ()
-    where = f"--branches {','.join(wanted)}"
-    if wanted and not have:
-        raise InputError(f"{where}: a {config.model.kind} has no branches; leave the option out")
-    unknown = [name for name in wanted if name not in have]
-    if unknown:
-        raise InputError(f"{where}: this run has no branch {unknown[0]!r}; it has {', '.join(have)}")
-    if wanted and set(wanted) != set(have) and len(set(wanted)) > 1 and config.model.mbcnet.fusion == "gated":
+    quieten_libraries()
+    folder, target = Path(run_folder), Path(out)
+    config = load_run(folder)
+    check_branches(config, branches)
+    _check_target(target, overwrite)
+    if aot and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise InputError(
-            f"{where}: fusion = 'gated' weighs all branches together; serve all of them or a single one"
+            "--aot: no C++ compiler on this machine (g++ or clang++); install one, or leave it out"
         )
-    return tuple(name for name in have if not wanted or name in wanted)
+    with joined_process("cpu") as process:
+        step = find_step(config, folder, process)
+    weights = load_weights(config, folder, step)
+    exported = take_apart(weights, rows, branches)
+    exported.spec["step"] = step
+    if target.exists():
+        shutil.rmtree(target)
+    write_artefact(exported, weights, target, aot=aot)
+    of_float = with_rows(exported if not branches else take_apart(weights, "fp32"), weights, "fp32")
+    served = serving.load(target, compiled=aot)
+    report = size_report(target, of_float) | compare(served, of_float.model(), weights, check_rows)
+    (target / CHECK).write_text(json.dumps(report, indent=1) + "\n")
+    print("\n".join(_lines(target, exported.spec, report)))
+    return 0
 
 
-def pool_tables(
-    tables: Sequence[Table],
-) -> tuple[dict[str, list[Table]], dict[str, list[tuple[str, int]]]]:
-    """Sort tables by pooling, which FBGEMM fixes for a whole group of them: pooling -> tables, and (field, table) lookups."""
-    pooled: dict[str, list[Table]] = {}
-    lookups: dict[str, list[tuple[str, int]]] = {}
-    for table in tables:
-        pooling = "weighted" if table.weighted else table.pooling
-        group = pooled.setdefault(pooling, [])
-        lookups.setdefault(pooling, []).extend((field, len(group)) for field in table.feature_names)
-        group.append(table)
-    return pooled, lookups
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / serving.MODEL).is_file():
+        raise InputError(f"{out}: holds something that is no artefact; choose another --out")
+    if not overwrite:
+        raise InputError(
+            f"{out}: holds an artefact already; replace it with --overwrite, or choose another --out"
+        )
 
 
-def output_key(field: str, table: Table) -> str:
-    """The name of a lookup's columns, as the regroup knows it."""
-    return wide_key(field) if table.name == f"wide_{field}" else field
-
-
-def pack_rows(
-    tables: Sequence[Mapping[str, Any]],
-    lookups: Sequence[tuple[str, int]],
-    rows: str,
-    pooling: str,
-    values: Mapping[str, Tensor],
-) -> Tensor:
-    """Quantise tables into one block of bytes, laid out as FBGEMM reads it.
-
-    int8 and int4 are row-wise: x ~ scale * q + bias, q of 8 or 4 bits, scale and bias float16, so the largest error of a
-    row is (max - min) / 2 / (2^bits - 1), plus float16's rounding.
-    """
-    opened = serving.open_tables(tables, lookups, rows, pooling)
-    for entry, (packed, scales) in zip(tables, opened.split_embedding_weights(), strict=True):
-        table = values[entry["name"]]
-        for first in range(0, len(table), CHUNK_ROWS):
-            chunk, part = table[first : first + CHUNK_ROWS], slice(first, first + CHUNK_ROWS)
-            if rows in BITS:
-                quantised = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(chunk, BITS[rows])
-                assert scales is not None
-                packed[part].copy_(quantised[:, : packed.shape[1]])
-                scales[part].copy_(quantised[:, packed.shape[1] :])
-            else:
-                packed[part].copy_((chunk.half() if rows == "fp16" else chunk).view(torch.uint8))
-    return opened.weights_host
-
-
-def read_vocabularies(schema: Schema) -> tuple[dict[str, list[Any]], list[dict[str, Any]]]:
-    """Vocabularies by file, and the fields as model.json lists them: sparse, weighted, then dense."""
-    vocabularies: dict[str, list[Any]] = {}
-    fields = []
-    for feature in (*schema.sparse, *schema.weighted, *schema.dense):
-        entry = field_entry(feature, schema)
-        if feature.encoding == "vocabulary" and feature.kind != "numeric":
-            if feature.vocabulary not in vocabularies:
-                values = pq.read_table(schema.folder / feature.vocabulary, columns=["value"])["value"]
-                vocabularies[feature.vocabulary] = values.to_pylist()
-            known = vocabularies[feature.vocabulary]
-            entry["vocabulary"] = feature.vocabulary
-            entry["vocabulary_type"] = "integer" if known and isinstance(known[0], int) else "string"
-        fields.append(entry)
-    return vocabularies, fields
-
-
-def field_entry(feature: Feature, schema: Schema) -> dict[str, Any]:
-    """What the loader's preprocessing needs to know of a field."""
-    entry: dict[str, Any] = {
-        "name": feature.name,
-        "kind": feature.kind,
-        "column": feature.source_column,
-        "is_sparse": feature.is_sparse,
-        "on_invalid": feature.on_invalid,
-        "dense_width": feature.dense_width,
+def size_report(out: Path, of_float: Exported) -> dict[str, int]:
+    """Bytes of the artefact and of the same with float32 rows, and of each one's tables."""
+    float_rows = sum(rows.numel() for rows in of_float.rows.values())
+    own_rows = (out / serving.TABLES).stat().st_size
+    total = sum(path.stat().st_size for path in out.iterdir())
+    return {
+        "bytes": total,
+        "table_bytes": own_rows,
+        "float_table_bytes": float_rows,
+        "float_bytes": total - own_rows + float_rows,
     }
-    if feature.is_sparse:
-        entry["num_embeddings"] = schema.table_of[feature.name].num_embeddings
-        entry["encoding"] = feature.encoding
-    if feature.is_weighted:
-        entry["weights"] = feature.weights
-    if feature.kind == "numeric":
-        entry |= {
-            "transform": feature.transform,
-            "boundaries": list(feature.boundaries),
-            "mean": feature.mean,
-            "std": feature.std,
-        }
-    return entry
 
 
-def version(name: str) -> str:
-    """Installed version of a package, or an empty string."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def write_artefact(exported: Exported, weights: Weights, out: Path, *, aot: bool = False) -> None:
-    """Write the folder; it appears by one rename.
-
-    Args:
-        exported: what to write.
-        weights: of the run, for its config and schema.
-        out: must not exist, or be empty.
-        aot: also compile the dense part by AOTInductor, for this machine's processor.
-    """
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file(exported.rows, partial / serving.TABLES)
-        save_file(
-            {name: value.contiguous() for name, value in exported.dense.items()}, partial / serving.DENSE
+def compare(
+    served: serving.ServingModel, of_float: serving.ServingModel, weights: Weights, limit: int
+) -> dict[str, Any]:
+    """Score test rows, else validation rows, by the artefact and by the float model with all its branches."""
+    data = weights.config.data
+    split = "test" if data.test else "valid" if data.valid else "train"
+    files = select_files(resolve_files(getattr(data, split)), getattr(data, f"{split}_where"), weights.schema)
+    logits: list[list[np.ndarray]] = [[], []]
+    labels: list[np.ndarray] = []
+    for rows in first_rows(files, [*served.preprocess.columns, weights.schema.label], limit):
+        place = Place("test rows", 0)
+        labels.append(
+            read_labels(
+                rows.column(rows.schema.names.index(weights.schema.label)), weights.schema.label, place
+            )
         )
-        (partial / serving.VOCABULARY).write_text(json.dumps(exported.vocabularies))
-        (partial / "schema.toml").write_text(format_schema(weights.schema))
-        (partial / "config.toml").write_text(config_text(weights.config))
-        shutil.copyfile(serving.__file__, partial / LOADER)
-        if aot:
-            torch._inductor.aoti_compile_and_package(exported.program, package_path=str(partial / COMPILED))
-        files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-        (partial / serving.MODEL).write_text(json.dumps(exported.spec | {"files": files}, indent=1))
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for model, own in zip((served, of_float), logits, strict=True):
+            own.append(model.logits(rows).numpy())
+    y = np.concatenate(labels)
+    found: dict[str, Any] = {"split": split, "rows": len(y)}
+    for name, own in zip(("", "float_"), logits, strict=True):
+        metrics = evaluate_predictions(np.concatenate(own)[:, None], y, ())
+        found |= {f"{name}{key}": finite_or_none(metrics[key]) for key in ("auc", "log_loss")}
+    p, q = (1 / (1 + np.exp(-np.concatenate(own).astype(np.float64))) for own in logits)
+    return found | {"largest_probability_change": float(np.abs(p - q).max())}
 
 
-def artefact_bytes(folder: Path) -> int:
-    """Size of a folder's files."""
-    return sum(path.stat().st_size for path in folder.iterdir())
+def first_rows(files: Sequence[DataFile], columns: Sequence[str], limit: int) -> Iterator[pa.RecordBatch]:
+    """Yield record batches of the files' first rows, `limit` in all at most."""
+    left = limit
+    for file in files:
+        with open_parquet(file) as parquet:
+            for rows in parquet.iter_batches(4096, columns=list(dict.fromkeys(columns)), use_threads=False):
+                if left <= 0:
+                    return
+                yield rows.slice(0, left)
+                left -= rows.num_rows
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _lines(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    branches = f", branches {' '.join(spec['branches'])}" if spec["branches"] else ""
+    lines = [
+        f"{out}: {spec['kind']}{branches}, rows {spec['rows']}, weights of step {spec['step']}",
+        f"  size           {report['bytes'] / 1e6:.1f} MB, of float rows {report['float_bytes'] / 1e6:.1f} MB "
+        f"(tables {report['table_bytes'] / 1e6:.1f} and {report['float_table_bytes'] / 1e6:.1f} MB)",
+        f"  {report['split']}, {report['rows']:,} rows, against the float model",
+    ]
+    for key, words in (("auc", "AUC"), ("log_loss", "log-loss")):
+        now, before = report[key], report[f"float_{key}"]
+        if now is not None and before is not None:
+            lines.append(f"  {words:<14} {now:.6f}, float {before:.6f}, change {now - before:+.1e}")
+    lines.append(f"  probability    largest change {report['largest_probability_change']:.1e}")
+    return [
+        *lines,
+        f"next: python {out}/{LOADER} {out} ROWS.parquet   (needs torch, fbgemm-gpu and pyarrow only)",
+    ]

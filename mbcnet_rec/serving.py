@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import operator
+import os
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ except ImportError:  # rows then come as dicts of lists
     pc = pq = None
 
 FORMAT = 1
+COMPILED = "dense_aot.pt2"
 MODEL, DENSE, TABLES, VOCABULARY = "model.json", "dense.safetensors", "tables.safetensors", "vocabulary.json"
 ROW_TYPES = {
     "fp32": SparseType.FP32,
@@ -90,12 +92,13 @@ class Inputs(NamedTuple):
     dense: Tensor  # (B, D) float32
 
 
-def load(folder: str | Path, *, verify: bool = True) -> "ServingModel":
+def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> "ServingModel":
     """Load an artefact.
 
     Args:
         folder: that `mbcnet export` wrote.
         verify: compare every file's SHA-256 with model.json; reads all of each file once.
+        compiled: run the dense part that `mbcnet export --aot` compiled. It is machine code: load it from people you trust only.
 
     Raises:
         ValueError: the folder is no artefact, of another format, or damaged.
@@ -116,9 +119,14 @@ def load(folder: str | Path, *, verify: bool = True) -> "ServingModel":
                     f"{folder / name}: changed since it was written (SHA-256 differs); copy it again"
                 )
     vocabularies = json.loads((folder / VOCABULARY).read_text())
-    return ServingModel(
+    model = ServingModel(
         spec, read_safetensors(folder / TABLES), read_safetensors(folder / DENSE), vocabularies
     )
+    if compiled:
+        if not (folder / COMPILED).is_file():
+            raise ValueError(f"{folder}: holds no {COMPILED}; export it with --aot, or load without compiled")
+        model.graph = torch._inductor.aoti_load_package(str(folder / COMPILED))
+    return model
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -165,7 +173,7 @@ class ServingModel:
                     f"{tables.weights_host.numel():,}: use the version that model.json names"
                 )
             tables.weights_host = rows[pooling]
-        self.graph = Graph(spec["graph"], dense)
+        self.graph: Callable[[Tensor], Tensor] = Graph(spec["graph"], dense)
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return the click probability of each row, (B,) float32.
@@ -573,6 +581,8 @@ def main() -> int:
     try:
         for probabilities in load(args.folder).predict_parquet(args.parquet):
             sys.stdout.writelines(f"{value:.7f}\n" for value in probabilities)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"mbcnet_serving: {error}", file=sys.stderr)
         return 2
