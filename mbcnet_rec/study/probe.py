@@ -1,0 +1,174 @@
+"""What a trained MBCnet computes on rows: latents, logits, and the category of each row. One process.
+
+Shapes: n rows, K branches, d latent width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from data.batch import Batch
+from data.errors import InputError
+from data.feature import Feature
+from data.schema import Schema, load_schema
+from mbcnet_rec.build import Built
+from mbcnet_rec.model.mbcnet import BranchArch
+from mbcnet_rec.train import open_streams
+from mbcnet_rec.trained import find_step, load_built, load_run
+from mbcnet_rec.training.pipeline import evaluate_batches
+from mbcnet_rec.training.process import joined_process
+from mbcnet_rec.training.scoring import autocast_of
+
+MISSING = -1  # the category of a row that has none
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A run's best weights on the rows of a split.
+
+    Attributes:
+        names: of the K branches.
+        latents: (K, n, d) float32.
+        fused: (n, d) float32, what the fused logit is computed from.
+        logits: (n, 1 + K) float32, fused first.
+        labels: (n,) of 0 and 1.
+        categories: (n,) encoded ids of the category field, MISSING where there is none.
+    """
+
+    names: tuple[str, ...]
+    latents: np.ndarray
+    fused: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
+    categories: np.ndarray
+
+    def log_loss(self) -> np.ndarray:
+        """Each row's log-loss by each output, in nats: (n, 1 + K)."""
+        z = self.logits.astype(np.float64)
+        return np.logaddexp(0.0, z) - self.labels[:, None] * z
+
+
+def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -> Probe:
+    """Run a trained MBCnet over a split.
+
+    Args:
+        folder: of the run.
+        split: valid or test.
+        max_rows: stop after the batch that reaches it; 0: all rows.
+        category: a categorical field; "" reads none.
+
+    Raises:
+        InputError: no such run, split or field, or the model has no branches.
+    """
+    config = load_run(folder)
+    if config.model.kind != "mbcnet":
+        raise InputError(
+            f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted an MBCnet run"
+        )
+    schema = load_schema(config.schema)
+    with joined_process(config.train.device) as process:
+        streams = open_streams(config.data, config.train.seed, schema, process)
+        if split not in streams:
+            raise InputError(f"{folder}: data.{split} is empty; name the files of that split")
+        built = load_built(config, schema, folder, find_step(config, folder, process), process)
+        autocast = autocast_of(config.train.autocast, process.device)
+        categories: list[np.ndarray] = []
+        batches = _read(iter(streams[split]()), category, categories, max_rows)
+        outputs: list[Any] = []  # ModelOutput
+        fused: list[Any] = []  # (B, d)
+        arch = branch_arch(built)
+        handles = [
+            arch.register_forward_hook(lambda _module, _args, output: outputs.append(output)),
+            arch.fusion.register_forward_hook(lambda _module, _args, output: fused.append(output)),
+        ]
+        logits, labels, weights = [], [], []
+        try:
+            for scored in evaluate_batches(built.model, built.optimizer, batches, autocast):
+                logits.append(scored.logits.float().cpu())
+                labels.append(scored.labels.cpu())
+                weights.append(scored.weights.cpu())
+        finally:
+            for handle in handles:
+                handle.remove()
+        real = (torch.cat(weights) > 0).numpy()
+        latents = torch.cat([each.latents.float().cpu() for each in outputs], dim=1).numpy()
+        return Probe(
+            built.branch_names,
+            latents[:, real],
+            torch.cat([each.float().cpu() for each in fused]).numpy()[real],
+            torch.cat(logits).numpy()[real],
+            torch.cat(labels).numpy()[real],
+            (np.concatenate(categories) if category else np.full(len(real), MISSING))[real],
+        )
+
+
+def branch_arch(built: Built) -> BranchArch:
+    """Find the branches inside a sharded model."""
+    return next(module for module in built.model.modules() if isinstance(module, BranchArch))
+
+
+def _read(batches: Iterator[Batch], category: str, found: list[np.ndarray], max_rows: int) -> Iterator[Batch]:
+    """Pass batches on, noting the category of each row, until there are enough rows."""
+    rows = 0
+    for batch in batches:
+        if category:
+            bags = batch.sparse_features[category]
+            lengths, values = bags.lengths().numpy(), bags.values().numpy()
+            first = np.cumsum(lengths) - lengths
+            known = lengths > 0
+            ids = np.full(len(lengths), MISSING, np.int64)
+            ids[known] = values[first[known]]
+            found.append(ids)
+        rows += len(batch.labels)
+        yield batch
+        if 0 < max_rows <= rows:
+            return
+
+
+def choose_category(schema: Schema, wanted: str) -> Feature:
+    """Find the field whose ids are the categories of Figure 7.
+
+    Args:
+        schema: of the run.
+        wanted: its name; "": the first categorical field whose name says so.
+
+    Raises:
+        InputError: no such categorical field.
+    """
+    fields = [feature for feature in schema.sparse if feature.kind == "categorical"]
+    for feature in fields:
+        if feature.name == wanted or (not wanted and "categor" in feature.name.lower()):
+            return feature
+    names = ", ".join(feature.name for feature in fields[:12])
+    told = f"--category {wanted}" if wanted else "--category"
+    raise InputError(f"{told}: wanted a categorical field of schema {schema.name!r}; name one of: {names}")
+
+
+def category_names(schema: Schema, feature: Feature, ids: np.ndarray) -> list[str]:
+    """Write ids out: a vocabulary's values where the field has one, else the ids."""
+    values: list[str] = []
+    if feature.encoding == "vocabulary" and feature.vocabulary:
+        path = schema.folder / feature.vocabulary
+        values = [str(each) for each in pq.read_table(path).column(0).to_pylist()]
+    special = {MISSING: "(missing)"} | ({0: "(missing)", 1: "(rare)"} if values else {})
+    return [
+        special.get(int(each), values[each - 2] if 2 <= each < len(values) + 2 else str(each)) for each in ids
+    ]
+
+
+def neuron_outputs(probe: Probe) -> np.ndarray:
+    """Mean over rows of the softmax over the d neurons: (K, d) (Figure 6 b)."""
+    shifted = probe.latents - probe.latents.max(axis=2, keepdims=True)
+    powers = np.exp(shifted)
+    return (powers / powers.sum(axis=2, keepdims=True)).mean(axis=1)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())

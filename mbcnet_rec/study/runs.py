@@ -1,0 +1,198 @@
+"""Runs of a study: where each one lives, which are done, and how the rest are trained on the machine's cores.
+
+A run's folder is named by a hash of all that decides its result: the resolved config, the schema and the data files.
+So a study that is started again, or another study that needs the same run, finds it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import InputError
+from data.files import resolve_files
+from mbcnet_rec.config import RunConfig, config_text
+from mbcnet_rec.study.enkd import train_model
+from mbcnet_rec.train import DONE
+from mbcnet_rec.training.loop import Watch
+from mbcnet_rec.training.records import METRICS
+
+KEY_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a study.
+
+    Attributes:
+        variant: its row of the study's table.
+        seed: of weights and order of rows.
+        config: with train.out pointing to the run's folder.
+    """
+
+    variant: str
+    seed: int
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept."""
+        return self.config.run_folder
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been trained to its end."""
+        return (self.folder / DONE).is_file()
+
+
+def place_run(config: RunConfig, seed: int, out: Path) -> RunConfig:
+    """Give a config its seed and its folder under `out`/runs.
+
+    Raises:
+        InputError: the schema or the data files are missing.
+    """
+    config = replace(config, train=replace(config.train, seed=seed, out=""))
+    return replace(config, train=replace(config.train, out=str(out / "runs" / run_key(config))))
+
+
+def run_key(config: RunConfig) -> str:
+    """Hash what decides a run's result: the config but for its name and folder, the schema, each data file's path and size.
+
+    Raises:
+        InputError: the schema or the data files are missing.
+    """
+    plain = replace(config, name="run", train=replace(config.train, out=""))
+    digest = hashlib.sha256(config_text(plain).encode())
+    try:
+        digest.update(Path(config.schema).read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"schema = {config.schema!r}: cannot be read ({error.strerror}); write the data first or change the path"
+        ) from None
+    for paths in (config.data.train, config.data.valid, config.data.test):
+        for file in resolve_files(paths) if paths else ():
+            size = file.stat().st_size if isinstance(file, Path) else file
+            digest.update(f"{file}:{size}\n".encode())
+    return digest.hexdigest()[:KEY_DIGITS]
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(num_runs: int, workers: int, available: int) -> tuple[int, int]:
+    """Choose processes, and threads of each, so that together they are at most the cores.
+
+    Args:
+        num_runs: that are to be trained.
+        workers: wanted; 0: one for each core.
+        available: cores.
+    """
+    processes = max(1, min(workers or available, num_runs))
+    return processes, max(1, available // processes)
+
+
+def train_all(runs: Sequence[Run], workers: int = 0) -> Iterator[tuple[Run, str]]:
+    """Train what is not done yet, several at a time; yield each run when it ends, and why it failed or "".
+
+    The same run wanted twice is trained once. A run that fails does not end the study: its row says so.
+
+    Args:
+        runs: in any order.
+        workers: processes; 0: one for each core, or a single one where runs take a GPU.
+    """
+    pending = {run.folder: run for run in runs if not run.done}
+    if not pending:
+        return
+    on_gpu = torch.cuda.is_available() and any(run.config.train.device != "cpu" for run in runs)
+    processes, threads = share_cores(len(pending), workers or (1 if on_gpu else 0), cores())
+    with (
+        _child_threads(threads),
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+    ):
+        waiting = {pool.submit(train_one, run.config): run for run in pending.values()}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def train_one(config: RunConfig, watch: Watch | None = None) -> str:
+    """Train one run; what it prints goes to a file beside its folder.
+
+    Args:
+        config: of the run.
+        watch: see run_training.
+
+    Returns:
+        Why it failed, on one line; "" if it did not.
+    """
+    folder = config.run_folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        folder.with_suffix(".log").open("w") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        try:
+            train_model(config, overwrite=True, watch=watch)
+        except (InputError, RuntimeError) as error:  # a loss that is not finite is a RuntimeError
+            return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+@contextmanager
+def _child_threads(threads: int) -> Iterator[None]:
+    """Children started inside read OMP_NUM_THREADS before they import anything."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def read_lines(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Read the lines of one split of a run's metrics.jsonl, by step."""
+    lines = (json.loads(line) for line in (folder / METRICS).read_text().splitlines())
+    return [line for line in lines if line["split"] == split]
+
+
+def scores(folder: Path) -> dict[str, float]:
+    """Read what a finished run is judged by: its test metrics, else those of its best validation.
+
+    Raises:
+        InputError: the run has neither.
+    """
+    for split in ("test", "valid"):
+        lines = [line for line in read_lines(folder, split) if line.get("auc") is not None]
+        if lines:
+            return max(lines, key=lambda line: line["auc"]) if split == "valid" else lines[-1]
+    raise InputError(
+        f"{folder}/{METRICS}: no AUC on test or validation rows; name data.valid or data.test in the config"
+    )
+
+
+def best_valid_auc(folder: Path) -> float:
+    """Read a run's best validation AUC.
+
+    Raises:
+        InputError: it never evaluated.
+    """
+    found = [line["auc"] for line in read_lines(folder, "valid") if line.get("auc") is not None]
+    if not found:
+        raise InputError(f"{folder}/{METRICS}: no validation AUC; name data.valid in the config")
+    return max(found)
