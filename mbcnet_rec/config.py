@@ -15,6 +15,8 @@ from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.training.optim_config import OptimConfig
 from sharding.constraints import ShardingConfig
 
+LONGEST_WAIT_SECONDS = 30 * 24 * 3600
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -108,8 +110,18 @@ class TrainConfig:
         patience: evaluations without a better validation AUC before training stops; 0: never.
         schedule: constant, or plateau: dense and table rates x 0.1 at every evaluation that does not improve.
         checkpoint_every: steps between checkpoints besides those at evaluations; 0: none.
-        keep_last: checkpoints kept besides the best one.
+        checkpoint_minutes: minutes between checkpoints besides the others; 0: none.
+        checkpoint_folder: a folder or URI (s3://bucket/prefix) for checkpoints; empty: RUN/checkpoints.
+        keep_last: checkpoints kept besides the best ones.
+        keep_best: checkpoints kept for the best validation AUCs.
         max_grad_norm: of the dense part, over all its parameters; 0: not clipped.
+        on_nonfinite: what a NaN or infinite loss does: stop with the batch kept in RUN/faults, or skip the step on every rank.
+        max_skipped: steps of a run that may be skipped so.
+        spike_sigmas: standard deviations above the running mean at which a logged loss is an alarm; 0: never.
+        timeout_seconds: after which a collective that a rank does not join fails on the others.
+        stall_seconds: a step that takes longer has the stacks of all ranks written to RUN/stacks.
+        warm_start: a run folder whose tables are this run's initial ones; empty: none.
+        warm_start_tables: which of them; empty: all that both runs have.
     """
 
     out: str = ""
@@ -123,17 +135,39 @@ class TrainConfig:
     patience: int = 0
     schedule: Literal["constant", "plateau"] = "constant"
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 0.0
+    checkpoint_folder: str = ""
     keep_last: int = 2
+    keep_best: int = 1
     max_grad_norm: float = 0.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 10
+    spike_sigmas: float = 6.0
+    timeout_seconds: float = 600.0
+    stall_seconds: float = 300.0
+    warm_start: str = ""
+    warm_start_tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse counts that train nothing."""
-        for key, least in (("epochs", 1), ("log_every", 1), ("keep_last", 1), ("seed", 0)):
+        for key, least in (("epochs", 1), ("log_every", 1), ("keep_last", 1), ("keep_best", 1), ("seed", 0)):
             if getattr(self, key) < least:
                 raise InputError(f"{key} = {getattr(self, key)}: wanted {least} or more; raise it")
-        for key in ("max_steps", "eval_every", "patience", "checkpoint_every", "max_grad_norm"):
+        for key in (
+            "max_steps", "eval_every", "patience", "checkpoint_every", "checkpoint_minutes", "max_grad_norm",
+            "max_skipped", "spike_sigmas",
+        ):  # fmt: skip
             if getattr(self, key) < 0:
                 raise InputError(f"{key} = {getattr(self, key)}: wanted 0 (off) or more; raise it")
+        for key in ("timeout_seconds", "stall_seconds"):
+            if not 0 < getattr(self, key) <= LONGEST_WAIT_SECONDS:
+                raise InputError(
+                    f"{key} = {getattr(self, key)}: wanted more than 0 and at most {LONGEST_WAIT_SECONDS:,}; change it"
+                )
+        if self.warm_start_tables and not self.warm_start:
+            raise InputError(
+                "warm_start_tables names tables, but warm_start names no run; set both or neither"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,48 +17,96 @@ from data.storage import DataFile
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
-from mbcnet_rec.training import checkpoint
-from mbcnet_rec.training.loop import BEST, CHECKPOINTS, Trainer, evaluate_stream, load_model
+from mbcnet_rec.training.checkpoint import Saved
+from mbcnet_rec.training.compatibility import load_checked
+from mbcnet_rec.training.exits import CannotWriteError
+from mbcnet_rec.training.faults import FAULTS
+from mbcnet_rec.training.loop import Surroundings, Trainer, Watch
+from mbcnet_rec.training.places import Place, latest_step
+from mbcnet_rec.training.preemption import StopRequest
 from mbcnet_rec.training.process import Process, broadcast_value, joined_process
-from mbcnet_rec.training.records import METRICS, Records
+from mbcnet_rec.training.records import METRICS, Records, write_whole
+from mbcnet_rec.training.run_place import CHECKPOINTS, place_of
+from mbcnet_rec.training.scoring import EvaluationGivenUpError
+from mbcnet_rec.training.warm_start import warm_start
+from mbcnet_rec.training.watchdog import STACKS, Watchdog
 from sharding.plan import write_plan
 
+Teach = Callable[[Process, ParquetStream], ParquetStream]
 CONFIG, PLAN, DONE = "config.toml", "plan.json", "DONE"
+_OWN = {METRICS, PLAN, CHECKPOINTS, STACKS, FAULTS, "tb"}
 
 
-def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> int:
+def run_training(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_partial: bool = False,
+    watch: Watch | None = None,
+    teach: Teach | None = None,
+) -> int:
     """Train, evaluate the best checkpoint on the test rows, and write it all down. One call per rank.
 
     Args:
         config: of the run.
         resume: go on from the latest whole checkpoint of the run folder, if there is one.
         overwrite: remove an earlier run of the same folder first.
+        allow_partial: load what fits of a checkpoint of another model.
+        watch: told of every evaluation; may end training there.
+        teach: adds teachers' logits to the training rows; only for model.kind = enkd, see study/enkd.py.
 
     Raises:
         InputError: the config, the schema, a row or the run folder is at fault.
+        RunStoppedError: the run ends before its last step; see training/exits.py.
     """
     quieten_libraries()
     schema = load_schema(config.schema)
     schema.require_fitted()
+    if config.model.kind == "enkd" and teach is None:
+        raise InputError("model.kind = 'enkd': its teachers are trained first; start it by `mbcnet train`")
     # torchelastic starts the workers again after a fault: they go on where the last checkpoint stands
     resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    with joined_process(config.train.device) as process:
+    settings = config.train
+    with (
+        StopRequest() as stop,
+        joined_process(settings.device, settings.timeout_seconds) as process,
+        Watchdog(process, config.run_folder, settings.stall_seconds) as watchdog,
+    ):
+        around = Surroundings(process, place_of(config), stop, watchdog, watch)
         refuse_together(_folder_problem(config.run_folder, resume, overwrite), process)
-        streams = open_streams(config.data, config.train.seed, schema, process)
+        refuse_together(_place_problem(around, resume, overwrite), process)
+        streams = open_streams(config.data, settings.seed, schema, process)
         built = build(config, schema, process)
-        trainer = Trainer(config, process, built, streams["train"](), streams.get("valid"))
-        start = broadcast_value(_resume_step(config.run_folder, resume, process), process)
-        if start is not None:
-            trainer.restore(checkpoint.step_folder(config.run_folder / CHECKPOINTS, start))
+        train_rows = streams["train"]() if teach is None else teach(process, streams["train"]())
+        trainer = Trainer(config, around, built, train_rows, streams.get("valid"))
+        start = _start(trainer, resume, allow_partial)
         if process.is_first:
             _open_folder(config, built, fresh=start is None)
             print(opening_line(config, schema, process, trainer.total_steps, start), flush=True)
+        watchdog.open_stacks()
         trainer.train()
         metrics = _test(config, trainer, streams.get("test"), process)
         if process.is_first:
-            (config.run_folder / DONE).write_text(json.dumps({"step": trainer.state.step, **metrics}) + "\n")
+            _write(config.run_folder / DONE, json.dumps({"step": trainer.state.step, **metrics}) + "\n")
             print(closing_lines(config, schema, trainer, metrics), flush=True)
     return 0
+
+
+def _start(trainer: Trainer, resume: bool, allow_partial: bool) -> int | None:
+    """Load the latest checkpoint, or the tables of a warm start; return the step to go on from, None for a fresh start."""
+    process, place, config = trainer.process, trainer.around.place, trainer.config
+    step = broadcast_value(latest_step(place) if resume and process.is_first else None, process)
+    notes: list[str] = []
+    if step is not None:
+        with place.fetched(step) as folder:
+            notes = trainer.restore(Saved(folder, hashed=False), allow_partial=allow_partial)
+    elif config.train.warm_start:
+        notes = [warm_start(config, trainer.built, process)]
+    if process.is_first:
+        for note in notes:
+            print(note, flush=True)
+    return step
 
 
 def refuse_together(problem: str, process: Process) -> None:
@@ -105,9 +153,12 @@ def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
 
     Rank 0's answer counts; the others' is never read.
     """
-    if int(os.environ.get("RANK", "0")) != 0 or not folder.exists() or not any(folder.iterdir()):
+    if int(os.environ.get("RANK", "0")) != 0 or not folder.exists():
         return ""
-    if not (folder / CONFIG).is_file() or not (folder / METRICS).is_file():
+    names = [path.name for path in folder.iterdir()]
+    if not names or (resume and not overwrite and set(names) <= _OWN | {f".{CONFIG}.partial"}):
+        return ""  # a run that died before it wrote its config has left some of these
+    if CONFIG not in names:
         return f"{folder}: exists and holds no run; choose another folder with --set train.out=FOLDER"
     if overwrite:
         shutil.rmtree(folder)
@@ -120,24 +171,52 @@ def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
     )
 
 
-def _resume_step(folder: Path, resume: bool, process: Process) -> int | None:
-    """The step to go on from, as rank 0 finds it; None to start afresh."""
-    if not resume or not process.is_first:
-        return None
-    return checkpoint.latest_step(folder / CHECKPOINTS)
+def _place_problem(around: Surroundings, resume: bool, overwrite: bool) -> str:
+    """Say why checkpoints cannot go to their place, or an empty string; leftovers of dead runs are removed. For rank 0."""
+    if not around.process.is_first:
+        return ""
+    place: Place = around.place
+    place.clean()
+    steps = [] if resume else place.steps()
+    if steps and not overwrite:
+        return "train.checkpoint_folder: holds checkpoints already; go on with --resume, replace them with --overwrite, or change it"
+    for step in steps:
+        place.remove(step)
+    return ""
 
 
 def _open_folder(config: RunConfig, built: Built, *, fresh: bool) -> None:
     """Write what fixes the run: config, schema and plan. What a dead start has left is removed."""
     folder = config.run_folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for name in (CHECKPOINTS, "tb", FAULTS):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / DONE).unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotWriteError(
+            f"rank 0: {folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    _write(folder / CONFIG, config_text(config))
     if fresh:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        shutil.rmtree(folder / "tb", ignore_errors=True)
-        (folder / METRICS).write_text("")
-    (folder / DONE).unlink(missing_ok=True)
-    (folder / CONFIG).write_text(config_text(config))
+        _write(folder / METRICS, "")
     write_plan(built.plan, folder / PLAN)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write one of the run's own files, whole or not at all.
+
+    Raises:
+        CannotWriteError: naming the file and the reason.
+    """
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise CannotWriteError(
+            f"rank 0: {path}: cannot be written ({error.strerror}); what was written before is intact: free space, then go on "
+            "with --resume"
+        ) from None
 
 
 def _test(
@@ -151,24 +230,17 @@ def _test(
         return {}
     state = trainer.state
     if state.best_step >= 0 and state.best_step != state.step:
-        load_model(checkpoint.step_folder(config.run_folder / CHECKPOINTS, state.best_step), trainer.built)
-    metrics = evaluate_stream(trainer.built, open_test(), process, trainer.autocast)
+        with trainer.around.place.fetched(state.best_step) as folder:
+            load_checked(Saved(folder), trainer.built, config, process)
+    try:
+        metrics = trainer.evaluate(open_test())
+    except EvaluationGivenUpError:
+        raise trainer.preempted() from None
     if process.is_first:
         records = Records(config.run_folder, state.step)
         records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
         records.close()
     return metrics
-
-
-def best_step(folder: Path) -> int | None:
-    """The step of a run's best checkpoint, else of its latest whole one; None if it has none."""
-    checkpoints = folder / CHECKPOINTS
-    try:
-        step = int(json.loads((checkpoints / BEST).read_text())["step"])
-        checkpoint.verify(checkpoint.step_folder(checkpoints, step))
-        return step
-    except (OSError, ValueError, KeyError, TypeError, InputError):
-        return checkpoint.latest_step(checkpoints)
 
 
 def opening_line(

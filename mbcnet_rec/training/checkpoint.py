@@ -1,28 +1,24 @@
-"""Checkpoints: one safetensors file a rank and a JSON manifest with SHA-256 sums, in a folder that appears by one rename. No pickle.
+"""What a checkpoint holds: blocks of logical tensors, so that it loads at any world size and under any plan. No pickle.
 
-Tensors are kept as pieces of logical tensors: name, offsets, global shape. So a checkpoint loads at any world size and under any plan.
+A checkpoint is a folder: one safetensors file a rank, and a manifest (manifest.py) that says which block lies where.
 """
 
-import hashlib
-import json
-import os
-import shutil
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from data.errors import InputError
-
-MANIFEST = "manifest.json"
-FORMAT = 1
+from mbcnet_rec.training.manifest import Entry, Manifest, check_files, read_manifest
+from mbcnet_rec.training.places import LocalPlace
+from mbcnet_rec.training.places import latest_step as latest_step_of
+from mbcnet_rec.training.tensor_file import Block, map_block, read_header
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,8 @@ class Piece:
         offsets: of the block inside the logical tensor.
         global_shape: of the logical tensor.
         replicated: whether every rank holds the same values; then rank 0 alone writes them.
+        per_rank: whether each rank has values of its own (running statistics of batch norm). The same world size gets them back
+            as they were, another one gets their mean.
     """
 
     name: str
@@ -42,24 +40,37 @@ class Piece:
     offsets: tuple[int, ...]
     global_shape: tuple[int, ...]
     replicated: bool
+    per_rank: bool = False
+
+
+def whole_piece(name: str, tensor: Tensor, *, replicated: bool = True, per_rank: bool = False) -> Piece:
+    """A piece that is a whole logical tensor."""
+    return Piece(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape), replicated, per_rank)
 
 
 def pieces_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> list[Piece]:
     """List what this rank holds: parameters, buffers and optimizer state."""
-    pieces = [piece for name, value in model.state_dict().items() for piece in _split(f"model/{name}", value)]
+    own = {name for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    pieces = []
+    for name, value in model.state_dict().items():
+        if name in own:
+            pieces.append(whole_piece(f"model/{name}", value, replicated=False, per_rank=True))
+        else:
+            pieces += _split(f"model/{name}", value)
     for part, keyed in optimizer.optimizers:
         for parameter, state in keyed.state_dict()["state"].items():
+            # a table that lives on another rank is an empty parameter here
+            if part == "dense" and not keyed.params[parameter].numel():
+                continue
             for key, value in state.items():
                 # TorchRec calls a fused state TABLE.momentum1; torch calls the same thing sum
                 short = {"momentum1": "sum"}.get(key.rsplit(".", 1)[-1], key.rsplit(".", 1)[-1])
                 if part == "replicated":
-                    if (
-                        short == "step"
-                    ):  # torch's Adagrad counts steps for a decay that is off; fused ones do not
+                    # torch's Adagrad counts steps for a decay that is off; fused ones do not
+                    if short == "step":
                         continue
-                    if (
-                        value.dim() == 2 and value.shape[1] == 1
-                    ):  # rowwise: (rows, 1) here, (rows,) when fused
+                    # rowwise: (rows, 1) here, (rows,) when fused
+                    if value.dim() == 2 and value.shape[1] == 1:
                         value = value.view(-1)
                 pieces += _split(f"optim/{parameter}/{short}", value)
     return pieces
@@ -73,161 +84,212 @@ def _split(name: str, value: Any) -> list[Piece]:
             Piece(name, shard.tensor, tuple(shard.metadata.shard_offsets), shape, replicated=False)
             for shard in shards()
         ]
-    if isinstance(value, Tensor):
-        return [Piece(name, value, (0,) * value.dim(), tuple(value.shape), replicated=True)]
-    return []
+    return [whole_piece(name, value)] if isinstance(value, Tensor) else []
 
 
-def save(folder: Path, pieces: list[Piece], extra: dict[str, Any], rank: int, world_size: int) -> None:
-    """Write a checkpoint; every rank calls it.
+@dataclass
+class Snapshot:
+    """Copies of this rank's pieces in CPU memory, which training does not touch; entry i describes tensor i."""
+
+    entries: list[Entry]
+    tensors: list[Tensor]
+
+
+def take_snapshot(pieces: Iterable[Piece], rank: int, reuse: Snapshot | None = None) -> Snapshot:
+    """Copy what this rank has to write.
 
     Args:
-        folder: final place; it must not exist.
-        pieces: this rank's.
-        extra: JSON values: step, cursor, fingerprints.
+        pieces: of this rank.
         rank: of this process.
-        world_size: number of processes.
+        reuse: an earlier snapshot that nobody reads any more; its memory is written over.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier(world_size)
     own = [piece for piece in pieces if rank == 0 or not piece.replicated]
-    file = partial / f"rank_{rank:05d}.safetensors"
-    save_file(
-        {str(index): piece.tensor.detach().cpu().contiguous().clone() for index, piece in enumerate(own)},
-        file,
-    )
-    with file.open("rb+") as written:
-        os.fsync(written.fileno())
-    listing = [{"name": p.name, "offsets": p.offsets, "global_shape": p.global_shape} for p in own]
-    entries: list[Any] = [{"file": file.name, "sha256": _sha256(file), "pieces": listing}]
-    if world_size > 1:
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, entries[0])
-        entries = gathered
-    if rank == 0:
-        manifest = {"format": FORMAT, "world_size": world_size, "extra": extra, "files": entries}
-        with (partial / MANIFEST).open("w") as out:
-            json.dump(manifest, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, folder)
-        directory = os.open(folder.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-    _barrier(world_size)
+    entries, tensors = [], []
+    for index, piece in enumerate(own):
+        name = f"{piece.name}@{rank}" if piece.per_rank else piece.name
+        entries.append(Entry(name, piece.offsets, piece.global_shape))
+        source = piece.tensor.detach()
+        old = reuse.tensors[index] if reuse and index < len(reuse.tensors) else None
+        if old is None or old.shape != source.shape or old.dtype != source.dtype:
+            old = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        tensors.append(old.copy_(source))
+    return Snapshot(entries, tensors)
 
 
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return checkpoints / f"step_{step}"
+class Saved:
+    """A checkpoint on a disk, opened for reading: every size is checked, nothing is read yet.
 
-
-def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps that have a checkpoint folder, ascending; whether they verify is not asked."""
-    names = [path.name for path in checkpoints.glob("step_*") if (path / MANIFEST).is_file()]
-    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
-
-
-def latest_step(checkpoints: Path) -> int | None:
-    """The newest step whose checkpoint verifies; None if there is none."""
-    for step in reversed(saved_steps(checkpoints)):
-        try:
-            verify(step_folder(checkpoints, step))
-        except InputError:
-            continue
-        return step
-    return None
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and compare every file's SHA-256.
-
-    Raises:
-        InputError: the folder is no whole checkpoint.
+    Attributes:
+        manifest: of the checkpoint.
+        shapes: logical tensor -> shape, with the per-rank ones under their plain names.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = {entry["file"]: entry["sha256"] for entry in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder}: not a checkpoint ({error}); choose a folder that `mbcnet train` wrote"
-        ) from None
-    for name, sha256 in files.items():
-        path = folder / name
-        if Path(name).name != name or path.is_symlink() or not path.is_file() or _sha256(path) != sha256:
+
+    def __init__(self, folder: Path, *, hashed: bool = True) -> None:
+        """Check the manifest and every header; with `hashed` also every file's SHA-256.
+
+        Raises:
+            InputError: the folder is no whole checkpoint, or claims what its files do not have.
+        """
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        if hashed:
+            check_files(folder, self.manifest)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._blocks: dict[str, list[tuple[Entry, Path, Block]]] = {}
+        for part in self.manifest.parts:
+            path = folder / part.file
+            if path.is_symlink():
+                raise InputError(f"{path}: is a symbolic link; use another checkpoint")
+            header = read_header(path)
+            if set(header) != {str(index) for index in range(len(part.entries))}:
+                raise InputError(
+                    f"{path}: holds other tensors than the manifest lists; use another checkpoint"
+                )
+            for index, entry in enumerate(part.entries):
+                block = header[str(index)]
+                inside = len(block.shape) == len(entry.global_shape) and all(
+                    offset + size <= whole
+                    for offset, size, whole in zip(
+                        entry.offsets, block.shape, entry.global_shape, strict=True
+                    )
+                )
+                if not inside or self.shapes.setdefault(plain_name(entry.name), entry.global_shape) != (
+                    entry.global_shape
+                ):
+                    raise InputError(
+                        f"{path}: {entry.name!r} does not lie inside its tensor; use another checkpoint"
+                    )
+                self._blocks.setdefault(entry.name, []).append((entry, path, block))
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a logical tensor, under its plain name or for each rank."""
+        return name in self.shapes
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor that one rank wrote alone.
+
+        Raises:
+            InputError: it is missing or in parts.
+        """
+        blocks = self._blocks.get(name, [])
+        if len(blocks) != 1 or blocks[0][2].shape != blocks[0][0].global_shape:
+            raise InputError(f"{self.folder}: holds no whole {name!r}; use another checkpoint")
+        return map_block(blocks[0][1], blocks[0][2]).clone()
+
+    def copy_into(self, piece: Piece, rank: int, world_size: int) -> None:
+        """Fill a live piece.
+
+        Raises:
+            InputError: the checkpoint covers it only in part.
+        """
+        if f"{piece.name}@0" not in self._blocks:
+            self._fill(piece.name, piece.tensor, piece.offsets)
+        elif world_size == self.manifest.world_size:
+            self._fill(f"{piece.name}@{rank}", piece.tensor, piece.offsets)
+        else:
+            total = torch.zeros_like(piece.tensor, device="cpu")
+            for saved_rank in range(self.manifest.world_size):
+                part = torch.empty_like(total)
+                self._fill(f"{piece.name}@{saved_rank}", part, piece.offsets)
+                total += part
+            piece.tensor.copy_(total / self.manifest.world_size)
+
+    def fill_rows(self, piece: Piece) -> None:
+        """Fill those rows of a piece that a smaller saved table has; see compatibility.py."""
+        self._fill(piece.name, piece.tensor, piece.offsets, rows=self.shapes[piece.name][0])
+
+    def _fill(self, name: str, target: Tensor, offsets: tuple[int, ...], rows: int | None = None) -> None:
+        wanted = target.numel()
+        if rows is not None:
+            wanted = max(0, min(rows - offsets[0], target.shape[0])) * math.prod(target.shape[1:])
+        blocks = self._blocks.get(name, [])
+        covered = sum(_copy(entry, path, block, target, offsets) for entry, path, block in blocks)
+        if covered != wanted:
             raise InputError(
-                f"{path}: missing or changed since it was written (SHA-256 differs); use another checkpoint"
+                f"{self.folder}: {name!r} is covered only in part ({covered:,} of {wanted:,} values); use another checkpoint"
             )
-    return manifest
 
 
-def load(folder: Path, pieces: list[Piece]) -> dict[str, Any]:
-    """Copy a checkpoint into live tensors, whatever world size and plan wrote it.
-
-    Returns:
-        What `save` was given as `extra`.
-
-    Raises:
-        InputError: a tensor is missing, has another shape, or is covered only in part.
-    """
-    manifest = verify(folder)
-    saved: dict[str, list[tuple[str, str, list[int], list[int]]]] = {}
-    for entry in manifest["files"]:
-        for index, piece in enumerate(entry["pieces"]):
-            saved.setdefault(piece["name"], []).append(
-                (entry["file"], str(index), piece["offsets"], piece["global_shape"])
-            )
-    handles = {
-        entry["file"]: safe_open(folder / entry["file"], framework="pt") for entry in manifest["files"]
-    }
-    with torch.no_grad():
-        for piece in pieces:
-            sources = saved.get(piece.name)
-            if sources is None:
-                raise InputError(
-                    f"{folder}: holds no {piece.name!r}; it belongs to another model or optimizer: use that run's config"
-                )
-            if tuple(sources[0][3]) != piece.global_shape:
-                raise InputError(
-                    f"{folder}: {piece.name!r} has shape {tuple(sources[0][3])}, this run wants {piece.global_shape}; use the "
-                    "config and schema of that run (rowwise Adagrad state cannot move into or out of column shards)"
-                )
-            covered = sum(_copy(handles[file], key, offsets, piece) for file, key, offsets, _ in sources)
-            if covered < piece.tensor.numel():
-                raise InputError(
-                    f"{folder}: {piece.name!r} is covered only in part ({covered} of {piece.tensor.numel()} values)"
-                )
-    return manifest["extra"]
+def plain_name(name: str) -> str:
+    """The logical name behind NAME@RANK."""
+    head, at, rank = name.rpartition("@")
+    return head if at and rank.isdecimal() else name
 
 
-def _copy(handle: Any, key: str, offsets: list[int], piece: Piece) -> int:
-    """Copy the overlap of one saved block into a piece; return how many values that was."""
-    if piece.tensor.dim() == 0:
-        piece.tensor.copy_(handle.get_tensor(key))
-        return 1
-    block = handle.get_slice(key)
-    source, target, count = [], [], 1
+def _copy(entry: Entry, path: Path, block: Block, target: Tensor, offsets: tuple[int, ...]) -> int:
+    """Copy the overlap of a saved block and a live one; return how many values that was."""
+    source, own, count = [], [], 1
     for begin, size, own_begin, own_size in zip(
-        offsets, block.get_shape(), piece.offsets, piece.tensor.shape, strict=True
+        entry.offsets, block.shape, offsets, target.shape, strict=True
     ):
         low, high = max(begin, own_begin), min(begin + size, own_begin + own_size)
         if low >= high:
             return 0
         source.append(slice(low - begin, high - begin))
-        target.append(slice(low - own_begin, high - own_begin))
+        own.append(slice(low - own_begin, high - own_begin))
         count *= high - low
-    piece.tensor[tuple(target)].copy_(block[tuple(source)])
+    with torch.no_grad():
+        target[tuple(own)].copy_(map_block(path, block)[tuple(source)])
     return count
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load(folder: Path, pieces: list[Piece]) -> dict[str, Any]:
+    """Copy a checkpoint into the live tensors of one process, whatever world size and plan wrote it.
+
+    Returns:
+        What the loop kept besides tensors.
+
+    Raises:
+        InputError: as `load_pieces`, or the folder is no whole checkpoint.
+    """
+    saved = Saved(folder)
+    load_pieces(saved, pieces, rank=0, world_size=1)
+    return saved.manifest.extra
 
 
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        dist.barrier()
+def load_pieces(saved: Saved, pieces: Iterable[Piece], rank: int, world_size: int) -> None:
+    """Copy a checkpoint into live tensors, whatever world size and plan wrote it.
+
+    Args:
+        saved: opened.
+        pieces: of this rank.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or is covered only in part.
+    """
+    for piece in pieces:
+        if saved.shapes.get(piece.name) != piece.global_shape:
+            found = saved.shapes.get(piece.name, "nothing")
+            raise InputError(
+                f"{saved.folder}: {piece.name!r}: found {found}, this run wants {piece.global_shape}; use that run's "
+                "config and schema"
+            )
+        saved.copy_into(piece, rank, world_size)
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies on a disk."""
+    return LocalPlace(checkpoints).folder(step)
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps that have a checkpoint folder on a disk, ascending; whether they verify is not asked."""
+    return LocalPlace(checkpoints).steps()
+
+
+def latest_step(checkpoints: Path) -> int | None:
+    """The newest step of a folder whose checkpoint verifies; None if there is none."""
+    return latest_step_of(LocalPlace(checkpoints))
+
+
+def verify(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest and compare every file's SHA-256.
+
+    Raises:
+        InputError: the folder is no whole checkpoint.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    return manifest

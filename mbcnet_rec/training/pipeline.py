@@ -4,7 +4,7 @@ The tables' optimizers run inside backward: once it starts, rows are written. So
 stop every rank before it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -19,11 +19,16 @@ from mbcnet_rec.model.objective import Outputs
 class CheckedPipeline(TrainPipelineSparseDist[Batch, Outputs]):
     """TrainPipelineSparseDist with a check before backward and a dense gradient clip after it.
 
+    Attributes:
+        batch: of the step that runs, or ran last.
+        skipped: whether the last step was passed over.
+
     Args:
         model: the sharded objective.
         optimizer: of all parts.
         autocast: context of the forward pass.
-        verdict: called with the loss of every step before backward; raises to stop.
+        verdict: called with the loss of every step before backward; raises to stop, or returns True to pass over the step: no
+            backward, no optimizer.
         after_backward: called between backward and the optimizers' step.
     """
 
@@ -32,10 +37,18 @@ class CheckedPipeline(TrainPipelineSparseDist[Batch, Outputs]):
         model: DistributedModelParallel,
         optimizer: Any,
         autocast: Callable[[], Any],
-        verdict: Callable[[Tensor], None],
+        verdict: Callable[[Tensor], bool | None],
         after_backward: Callable[[], None],
     ) -> None:
+        self.batch: Batch | None = None
+        self.skipped = False
+        buffers = list(model.buffers())
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in buffers]
+
         def forward(batch: Batch | None) -> tuple[Tensor, Outputs]:
+            self.batch = batch
+            for buffer, copy in self._buffers:
+                copy.copy_(buffer)
             with autocast():
                 return model(batch)
 
@@ -43,10 +56,20 @@ class CheckedPipeline(TrainPipelineSparseDist[Batch, Outputs]):
         self._verdict = verdict
         self._after_backward = after_backward
 
+    def restore_buffers(self) -> None:
+        """Undo what the forward pass of this step did to running statistics."""
+        for buffer, copy in self._buffers:
+            buffer.copy_(copy)
+
     def _backward(self, losses: Tensor) -> None:
-        self._verdict(losses)
-        super()._backward(losses)
-        self._after_backward()
+        self.skipped = bool(self._verdict(losses))
+        if not self.skipped:
+            super()._backward(losses)
+            self._after_backward()
+
+    def _optimizer_step(self) -> None:
+        if not self.skipped:
+            super()._optimizer_step()
 
 
 class _Guarded:
@@ -71,7 +94,7 @@ class _Guarded:
 
 def evaluate_batches(
     model: DistributedModelParallel, optimizer: Any, batches: Iterator[Batch], autocast: Callable[[], Any]
-) -> Iterator[Outputs]:
+) -> Generator[Outputs, None, None]:
     """Run a sharded model over batches without gradients; the model is in evaluation mode meanwhile.
 
     Raises:

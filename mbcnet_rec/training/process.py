@@ -1,8 +1,8 @@
 """This process among the ranks of a run: who it is, which device it has, and what crosses between ranks."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import InputError
+from mbcnet_rec.training.exits import LostRankError
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,49 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
         torch.cuda.set_device(chosen)
     # On a CPU plain "gloo", not "cpu:gloo": with the latter a rank without local shards asks for CUDA when loading.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
-    if alone:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **options)
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        store = _meeting_point(alone, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (RuntimeError, OSError) as error:
+        raise _cannot_meet(error, rank, world_size, timeout_seconds) from None
     try:
         yield Process(rank, world_size, local_rank, local_world_size, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
+    """The store through which ranks find each other.
+
+    torchrun keeps one store over all restarts and torch 2.13 no longer tells them apart, so ranks that are started again would
+    read the addresses of their dead predecessors. Hence a prefix for each attempt.
+    """
+    if alone:
+        return dist.HashStore()
+    held_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=not held_by_agent and os.environ["RANK"] == "0",
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _cannot_meet(error: Exception, rank: int, world_size: int, timeout_seconds: float) -> Exception:
+    """What the operator reads when the ranks do not come together."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return InputError(
+            f"MASTER_PORT = {os.environ.get('MASTER_PORT')}: another program listens there; start with another port "
+            "(torchrun --rdzv-backend c10d --rdzv-endpoint HOST:0 finds a free one)"
+        )
+    return LostRankError(
+        f"rank {rank}: not all of {world_size} ranks came together within {timeout_seconds:g} s ({reason}); look at what the others "
+        "said, or whether their hosts are up"
+    )
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
@@ -97,11 +133,30 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; every rank calls it."""
+    return vote([flag])[0] is not None
+
+
+def vote(flags: Sequence[bool]) -> list[int | None]:
+    """For each flag the lowest rank that sets it, None if none does; one collective, equal on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    votes = torch.tensor([float(flag)])
+        return [0 if flag else None for flag in flags]
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    votes = torch.tensor([world_size - rank if flag else 0 for flag in flags], dtype=torch.int32)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return [world_size - value if value else None for value in votes.tolist()]
+
+
+def lowest_rank(flag: bool, process: Process) -> int | None:
+    """The lowest rank that sets the flag; None if none does."""
+    return vote([flag])[0] if process.world_size > 1 else (0 if flag else None)
+
+
+def side_store(prefix: str) -> dist.Store:
+    """A connection to the rendezvous store for a thread: what it waits for does not hold up the main thread's."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    with suppress(AttributeError, RuntimeError, NotImplementedError):
+        store = store.clone()  # a store without connections, such as a file, can be shared
+    return dist.PrefixStore(prefix, store)
 
 
 def gather_rows(rows: np.ndarray, process: Process) -> np.ndarray | None:
@@ -137,8 +192,18 @@ def broadcast_value(value: Any, process: Process) -> Any:
     return box[0]
 
 
-def average_buffers(model: torch.nn.Module) -> None:
-    """Give every rank the mean of the ranks' floating-point buffers (running statistics of batch norm)."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            mean_over_ranks(buffer)
+@contextmanager
+def averaged_buffers(model: torch.nn.Module) -> Iterator[None]:
+    """Let every rank have the mean of the ranks' floating-point buffers (running statistics of batch norm) for a while.
+
+    Afterwards each rank has its own again: what is evaluated, and when, does not change what is trained.
+    """
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    own = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        mean_over_ranks(buffer)
+    try:
+        yield
+    finally:
+        for buffer, values in zip(buffers, own, strict=True):
+            buffer.copy_(values)

@@ -1,13 +1,27 @@
 """What a run writes down while it goes: metrics.jsonl and TensorBoard."""
 
 import json
+import logging
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from mbcnet_rec.training.exits import CannotWriteError
+
 METRICS = "metrics.jsonl"
+# keys that tell of this machine and this start, not of what is learned: two equal runs differ in them
+TIMING_KEYS = (
+    "samples_per_second",
+    "step_seconds",
+    "input_wait_share",
+    "checkpoint_stall_seconds",
+    "checkpoint_seconds",
+)
+log = logging.getLogger(__name__)
 
 
 class Records:
@@ -19,33 +33,106 @@ class Records:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        """Open both.
+
+        Raises:
+            CannotWriteError: the folder cannot be written.
+        """
         path = folder / METRICS
-        kept = keep_until(path.read_text().splitlines(), first_step) if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tb"), purge_step=first_step or None)
+        self._path = path
+        self._board: SummaryWriter | None = None
+        try:
+            text = path.read_text(errors="replace") if path.exists() else ""
+            kept = "".join(line + "\n" for line in keep_until(text.splitlines(), first_step))
+            if kept != text:
+                write_whole(path, kept)
+            self._file = path.open("a")
+            self._board = SummaryWriter(str(folder / "tb"), purge_step=first_step or None)
+        except OSError as error:
+            raise self._cannot_write(error) from None
 
     def add(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Write one line: step, split, and every value; NaN becomes null, which JSON has."""
+        """Write one line: step, split, and every value; NaN becomes null, which JSON has.
+
+        Raises:
+            CannotWriteError: the disk takes no more; the file ends with the last whole line.
+        """
         clean = {key: finite_or_none(value) for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
-        self._file.flush()
-        for key, value in clean.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{split}/{key.replace('>', '_to_')}", value, step)
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._drop_behind(end)
+            raise self._cannot_write(error) from None
+        if self._board is None:
+            return
+        try:
+            for key, value in clean.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{split}/{key.replace('>', '_to_')}", value, step)
+        except OSError as error:  # curves are a convenience: training goes on without
+            log.warning("%s: no more TensorBoard curves (%s)", self._path.parent / "tb", error.strerror)
+            self._board = None
+
+    def sync(self) -> None:
+        """Make the lines so far durable: a checkpoint that follows vouches for them.
+
+        Raises:
+            CannotWriteError: the disk does not take them.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from None
 
     def close(self) -> None:
         """Flush both."""
-        self._file.close()
-        self._board.close()
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            if self._board is not None:
+                self._board.close()
+
+    def _drop_behind(self, end: int) -> None:
+        """Cut off a line that was written in part, and forget what is still in memory of it."""
+        os.truncate(self._path, end)
+        with suppress(OSError):
+            self._file.close()
+        os.truncate(self._path, end)
+
+    def _cannot_write(self, error: OSError) -> CannotWriteError:
+        return CannotWriteError(
+            f"rank 0: {self._path}: cannot be written ({error.strerror}); the last checkpoint stands: free space, then go on "
+            "with --resume"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file's content at once or not at all.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+    """
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def keep_until(lines: list[str], step: int) -> list[str]:
-    """Keep the lines of steps up to `step`; a line cut off by a crash is dropped."""
+    """Keep the lines of steps up to `step`; a line cut off by a crash is dropped, and so are test lines, which a run ends with."""
     kept = []
     for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            if entry["step"] <= step and entry["split"] != "test":
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

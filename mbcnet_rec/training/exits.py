@@ -1,0 +1,51 @@
+"""Why a run stopped before its end, and the exit code that says so to a scheduler. Imports no torch.
+
+0    done
+2    the user can mend it (data.errors.InputError): config, schema, data, plan, run folder
+74   a file could not be written: disk full, no permission, storage away
+75   asked to stop (SIGTERM or SIGUSR1); a checkpoint of the last step is written
+76   the loss is not finite
+77   another rank is stopped, dead or out of reach
+130  Ctrl-C
+"""
+
+CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK = 74, 75, 76, 77
+
+
+class RunStoppedError(RuntimeError):
+    """The run ends here; the text is one line for the operator.
+
+    Attributes:
+        exit_code: of this process.
+        spoken: whether this rank prints the line; where all ranks know the same, one of them does.
+    """
+
+    exit_code = 1
+
+    def __init__(self, line: str, *, spoken: bool = True) -> None:
+        super().__init__(line)
+        self.spoken = spoken
+
+
+class CannotWriteError(RunStoppedError):
+    """A checkpoint, a metrics line or a dump could not be written on some rank."""
+
+    exit_code = CANNOT_WRITE
+
+
+class PreemptedError(RunStoppedError):
+    """Some rank got SIGTERM or SIGUSR1; every step that was trained is in a checkpoint."""
+
+    exit_code = PREEMPTED
+
+
+class NonFiniteLossError(RunStoppedError):
+    """The loss of a step is NaN or infinite on some rank; no row has been written by that step."""
+
+    exit_code = NON_FINITE
+
+
+class LostRankError(RunStoppedError):
+    """A collective failed: another rank is stopped, dead or out of reach."""
+
+    exit_code = LOST_RANK

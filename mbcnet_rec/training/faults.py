@@ -1,0 +1,98 @@
+"""Losses that are not finite, and losses that jump: evidence for the morning."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from mbcnet_rec.training.records import finite_or_none
+from mbcnet_rec.training.state import TrainState
+from mbcnet_rec.training.tensor_file import write_tensors
+
+FAULTS = "faults"
+SPIKE_DECAY = 0.9
+SPIKE_LINES = 8  # logged losses before the alarm is armed
+
+
+def batch_tensors(batch: Batch) -> dict[str, Tensor]:
+    """A batch as named tensors in CPU memory."""
+    tensors = {
+        "dense_features": batch.dense_features,
+        "labels": batch.labels,
+        "weights": batch.weights,
+        "sparse_features/values": batch.sparse_features.values(),
+        "sparse_features/lengths": batch.sparse_features.lengths(),
+    }
+    if batch.weighted_features is not None:
+        tensors |= {
+            "weighted_features/values": batch.weighted_features.values(),
+            "weighted_features/lengths": batch.weighted_features.lengths(),
+            "weighted_features/weights": batch.weighted_features.weights(),
+        }
+    if batch.group_ids is not None:
+        tensors["group_ids"] = batch.group_ids
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def dump_batch(folder: Path, step: int, rank: int, batch: Batch, loss: Tensor) -> Path:
+    """Write RUN/faults/step_N_rank_R.safetensors and a .json beside it: keys of the features, cursor, loss.
+
+    Returns:
+        The file of tensors.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    target = folder / FAULTS / f"step_{step}_rank_{rank}.safetensors"
+    draft = target.with_name(f".{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with draft.open("wb") as file:
+            write_tensors(batch_tensors(batch), file)
+        draft.replace(target)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+    weighted = batch.weighted_features
+    about = {
+        "step": step,
+        "rank": rank,
+        "losses": [
+            finite_or_none(value) for value in torch.atleast_1d(loss.detach()).double().cpu().tolist()
+        ],
+        "next_cursor": [batch.cursor.epoch, batch.cursor.step],
+        "sparse_keys": batch.sparse_features.keys(),
+        "weighted_keys": [] if weighted is None else weighted.keys(),
+        "rows_with_numbers_not_finite": (~torch.isfinite(batch.dense_features))
+        .any(1)
+        .nonzero()
+        .flatten()
+        .tolist(),
+    }
+    target.with_suffix(".json").write_text(json.dumps(about) + "\n")
+    return target
+
+
+def loss_spike(state: TrainState, loss: float, sigmas: float) -> float | None:
+    """Compare a logged loss with those before it, and take it into their running moments.
+
+    m <- d m + (1 - d) L,  v <- d (v + (1 - d) (L - m)^2) with d = 0.9; the alarm is z = (L - m) / sqrt(v) > sigmas.
+
+    Returns:
+        z if it is an alarm, else None.
+    """
+    if not math.isfinite(loss):
+        return None
+    gap = loss - state.loss_mean
+    z = gap / math.sqrt(state.loss_variance) if state.loss_variance > 0 else 0.0
+    alarm = sigmas > 0 and state.loss_lines >= SPIKE_LINES and z > sigmas
+    if state.loss_lines == 0:
+        state.loss_mean = loss
+    else:
+        state.loss_variance = SPIKE_DECAY * (state.loss_variance + (1 - SPIKE_DECAY) * gap * gap)
+        state.loss_mean += (1 - SPIKE_DECAY) * gap
+    state.loss_lines += 1
+    return z if alarm else None

@@ -1,0 +1,154 @@
+"""A checkpoint's manifest: which files it has, their SHA-256, and which block of which logical tensor lies where. Imports no torch.
+
+    {"sha256": "<of the body's text>", "body": {"format": 2, "world_size": 2, "extra": {...}, "files": [...]}}
+
+Everything read here may come from a stranger: it is parsed as JSON, checked in full, and names no path outside its folder.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+LARGEST_MANIFEST = 1 << 30
+MOST_DIMENSIONS = 8
+_SHELL = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "body": (.*)\}\n', re.DOTALL)
+_FILE = re.compile(r"rank_\d{5}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A block of a logical tensor: the tensor's name, where the block begins in it, and the tensor's shape."""
+
+    name: str
+    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file; entry i describes its tensor named str(i)."""
+
+    file: str
+    sha256: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole checkpoint.
+
+    Attributes:
+        world_size: of the run that wrote it.
+        extra: JSON values that the loop keeps.
+        parts: one a rank.
+    """
+
+    world_size: int
+    extra: dict[str, Any]
+    parts: tuple[Part, ...]
+
+
+def manifest_bytes(world_size: int, extra: dict[str, Any], files: list[dict[str, Any]]) -> bytes:
+    """The manifest of files that have been written; see `part_record` for their form."""
+    body = json.dumps({"format": FORMAT, "world_size": world_size, "extra": extra, "files": files})
+    return f'{{"sha256": "{hashlib.sha256(body.encode()).hexdigest()}", "body": {body}}}\n'.encode()
+
+
+def part_record(file: str, sha256: str, entries: list[Entry]) -> dict[str, Any]:
+    """One file of a manifest as JSON values."""
+    listing = [[entry.name, list(entry.offsets), list(entry.global_shape)] for entry in entries]
+    return {"file": file, "sha256": sha256, "pieces": listing}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        InputError: the folder holds no checkpoint, or its manifest is damaged, of another format, or not to be trusted.
+    """
+    path = folder / MANIFEST
+    try:
+        if path.is_symlink():
+            raise InputError(f"{path}: is a symbolic link; a checkpoint has none: use another checkpoint")
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise InputError(
+                f"{path}: {path.stat().st_size:,} bytes, more than any manifest; use another checkpoint"
+            )
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{folder}: not a checkpoint ({error.strerror}: {MANIFEST}); choose a folder that `mbcnet train` wrote"
+        ) from None
+    shell = _SHELL.fullmatch(text)
+    if shell is None or hashlib.sha256(shell[2]).hexdigest().encode() != shell[1]:
+        raise InputError(f"{path}: changed since it was written, or no manifest; use another checkpoint")
+    try:
+        return _parse(json.loads(shell[2]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: {error}; use another checkpoint") from None
+
+
+def _parse(body: dict[str, Any]) -> Manifest:
+    if body["format"] != FORMAT:
+        raise ValueError(f"format = {body['format']!r}, this version reads {FORMAT}")
+    world_size, extra, files = body["world_size"], body["extra"], body["files"]
+    if type(world_size) is not int or not isinstance(extra, dict) or len(files) != world_size:
+        raise ValueError("world_size, extra and files do not fit together")
+    parts = tuple(_part(entry) for entry in files)
+    if [part.file for part in parts] != [file_name(rank) for rank in range(world_size)]:
+        raise ValueError("wanted the files of ranks 0 to world_size - 1, each once")
+    return Manifest(world_size, extra, parts)
+
+
+def file_name(rank: int) -> str:
+    """The file that a rank writes."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _part(entry: dict[str, Any]) -> Part:
+    if not isinstance(entry["file"], str) or not _FILE.fullmatch(entry["file"]):
+        raise ValueError(f"file {entry['file']!r}: wanted a name such as {file_name(0)}")
+    if not isinstance(entry["sha256"], str):
+        raise ValueError(f"file {entry['file']!r} has no sha256")
+    return Part(entry["file"], entry["sha256"], tuple(_entry(piece) for piece in entry["pieces"]))
+
+
+def _entry(piece: list[Any]) -> Entry:
+    name, offsets, shape = piece
+    numbers = [*offsets, *shape]
+    if not isinstance(name, str) or len(offsets) != len(shape) or len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"piece {str(name)[:80]!r} is not described by name, offsets and shape")
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"piece {name[:80]!r} has a size that is no natural number")
+    return Entry(name, tuple(offsets), tuple(shape))
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with its SHA-256.
+
+    Raises:
+        InputError: a file is missing, a link, or changed.
+    """
+    for part in manifest.parts:
+        path = folder / part.file
+        if path.is_symlink():
+            raise InputError(f"{path}: is a symbolic link; a checkpoint has none: use another checkpoint")
+        if not path.is_file():
+            raise InputError(f"{path}: missing; the checkpoint is not whole: use another checkpoint")
+        if sha256_of(path) != part.sha256:
+            raise InputError(
+                f"{path}: changed since it was written (SHA-256 differs); use another checkpoint"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

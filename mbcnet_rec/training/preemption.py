@@ -1,0 +1,38 @@
+"""SIGTERM and SIGUSR1: a wish to stop, which the loop grants at the next step boundary."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Notes that one of SIGNALS came in; the handlers that were there come back on exit. For the main thread.
+
+    Attributes:
+        signal_name: of the first that came; empty before.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self._former: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self.signal_name)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

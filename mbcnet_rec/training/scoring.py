@@ -1,0 +1,119 @@
+"""What is computed from a model's outputs: the numbers of a log line, and the metrics of a whole split."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.batch import Batch
+from data.stream import ParquetStream
+from mbcnet_rec.build import Built
+from mbcnet_rec.model.losses import branch_pairs
+from mbcnet_rec.model.objective import Outputs
+from mbcnet_rec.training.metrics import evaluate_predictions
+from mbcnet_rec.training.pipeline import evaluate_batches
+from mbcnet_rec.training.process import (
+    Process,
+    averaged_buffers,
+    broadcast_value,
+    gather_rows,
+    mean_over_ranks,
+)
+
+
+class EvaluationGivenUpError(Exception):
+    """Somebody asked the run to stop while it evaluated."""
+
+
+def autocast_of(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what makes the context of a forward pass: bf16 matrix products, or float32."""
+    if dtype == "bf16":
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext
+
+
+def average_terms(outputs: list[Outputs]) -> dict[str, float]:
+    """Average each loss term over steps and ranks."""
+    names = list(outputs[0].terms)
+    stacked = torch.stack([torch.stack([each.terms[name] for name in names]) for each in outputs])
+    means = mean_over_ranks(stacked.double().mean(0).cpu())
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def own_rows(outputs: list[Outputs]) -> tuple[np.ndarray, np.ndarray]:
+    """Join logits (B, 1 + K) and labels (B,) of this rank's real rows."""
+    logits = torch.cat([each.logits for each in outputs])
+    labels = torch.cat([each.labels for each in outputs])
+    real = torch.cat([each.weights for each in outputs]) > 0
+    return logits[real].float().cpu().numpy(), labels[real].cpu().numpy()
+
+
+def diagnostics(outputs: list[Outputs], names: tuple[str, ...]) -> dict[str, float]:
+    """Disagreement rates of each directed pair and the transforms' distance from the identity."""
+    if len(names) < 2:
+        return {}
+    rates = torch.stack([each.disagreement for each in outputs]).mean(0).cpu()
+    values = {
+        f"disagreement/{names[i]}>{names[j]}": float(rates[i, j])
+        for i in range(len(names))
+        for j in range(len(names))
+        if i != j
+    }
+    distances = outputs[-1].transform_distance.cpu()
+    for (i, j), distance in zip(branch_pairs(len(names)), distances, strict=False):
+        values[f"transform_distance/{names[i]}-{names[j]}"] = float(distance)
+    return values
+
+
+def evaluate_stream(
+    built: Built,
+    stream: ParquetStream,
+    process: Process,
+    autocast: Callable[[], Any],
+    give_up: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Score every row of a stream once; return its metrics, equal on every rank. Training goes on as if it had not happened.
+
+    Args:
+        built: the model.
+        stream: of rows.
+        process: this rank.
+        autocast: context of the forward pass.
+        give_up: asked after each batch, with the same answer on every rank.
+
+    Raises:
+        EvaluationGivenUpError: as asked.
+    """
+    rows, groups = [], []
+    with averaged_buffers(built.model):
+        batches = _with_groups(iter(stream), groups)
+        with closing(evaluate_batches(built.model, built.optimizer, batches, autocast)) as scored:
+            for outputs in scored:
+                columns = [outputs.logits.float(), outputs.labels[:, None], outputs.weights[:, None]]
+                rows.append(torch.cat(columns, dim=1).cpu().numpy())
+                if give_up():
+                    raise EvaluationGivenUpError
+    width = 3 + len(built.branch_names)
+    gathered = gather_rows(np.concatenate(rows) if rows else np.zeros((0, width), np.float32), process)
+    ids = gather_rows(np.concatenate(groups)[:, None], process) if stream.schema.group_column else None
+    metrics: dict[str, Any] = {}
+    if gathered is not None:
+        real = gathered[:, -1] > 0
+        metrics = evaluate_predictions(
+            gathered[real, :-2],
+            gathered[real, -2],
+            built.branch_names,
+            None if ids is None else ids[real, 0],
+        )
+        metrics["rows"] = int(real.sum())
+    return broadcast_value(metrics, process)
+
+
+def _with_groups(batches: Iterator[Batch], groups: list[np.ndarray]) -> Iterator[Batch]:
+    """Note each batch's group ids on the way: the model has no use for them."""
+    for batch in batches:
+        if batch.group_ids is not None:
+            groups.append(batch.group_ids.numpy())
+        yield batch

@@ -1,0 +1,174 @@
+"""Where training stands: what a checkpoint keeps besides the model's and optimizers' tensors.
+
+Random numbers are drawn afresh for each (seed, step, rank), so there is no generator state among it.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from data.errors import InputError
+from data.order import Cursor
+from data.stream import ParquetStream
+from mbcnet_rec.model.objective import Outputs
+from mbcnet_rec.training.checkpoint import Piece, Saved, whole_piece
+from mbcnet_rec.training.process import Process
+from mbcnet_rec.training.records import finite_or_none
+
+
+@dataclass
+class TrainState:
+    """`step` steps are done; the next batch is `cursor`.
+
+    Attributes:
+        step: done so far.
+        cursor: of the next batch.
+        best: (validation AUC, step) of the best evaluations, best first; None stands for an AUC that is not defined.
+        bad_evaluations: in a row that did not improve.
+        lr_scale: factor on every learning rate.
+        stopped: early stop.
+        evaluated_step: at which the last evaluation was; a checkpoint may be older than the evaluation of its step.
+        skipped: steps whose loss was not finite and that were passed over.
+        loss_mean, loss_variance, loss_lines: running moments of the logged losses, for the alarm.
+    """
+
+    step: int = 0
+    cursor: Cursor = Cursor()
+    best: list[tuple[float | None, int]] = field(default_factory=list)
+    bad_evaluations: int = 0
+    lr_scale: float = 1.0
+    stopped: bool = False
+    evaluated_step: int = -1
+    skipped: int = 0
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    loss_lines: int = 0
+
+    @property
+    def best_auc(self) -> float:
+        """Of the best evaluation; minus infinity before the first."""
+        return float("-inf") if not self.best or self.best[0][0] is None else self.best[0][0]
+
+    @property
+    def best_step(self) -> int:
+        """Of the best evaluation; -1 before the first."""
+        return self.best[0][1] if self.best else -1
+
+    def note_evaluation(self, auc: float, keep: int) -> bool:
+        """Put an evaluation of this step among the best; return whether it is the best so far."""
+        better = not self.best or auc > self.best_auc
+        entry = (finite_or_none(auc), self.step)
+        ranked = sorted(
+            [*self.best, entry], key=lambda pair: (float("-inf") if pair[0] is None else pair[0], -pair[1])
+        )[::-1]
+        self.best = ranked[:keep]
+        return better
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values of all fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainState":
+        """Inverse of to_json."""
+        fixed = {"cursor": Cursor(**values["cursor"]), "best": [(auc, step) for auc, step in values["best"]]}
+        return cls(**(values | fixed))
+
+
+@dataclass
+class Window:
+    """What has come in since the last line of metrics.jsonl. A checkpoint keeps `outputs`, so that a line is the same after a resume."""
+
+    outputs: list[Outputs] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    first_step: int = 0
+    waited: float = 0.0
+    stalled: float = 0.0
+    grad_norm: Tensor | None = None
+
+    def pieces(self, rank: int) -> list[Piece]:
+        """What this rank's outputs are in a checkpoint; nothing if there are none."""
+        if not self.outputs:
+            return []
+        names = list(self.outputs[0].terms)
+        tensors = {
+            "rows": torch.tensor([len(each.labels) for each in self.outputs]),
+            "logits": torch.cat([each.logits for each in self.outputs]),
+            "labels": torch.cat([each.labels for each in self.outputs]),
+            "weights": torch.cat([each.weights for each in self.outputs]),
+            "disagreement": torch.stack([each.disagreement for each in self.outputs]),
+            "transform_distance": torch.stack([each.transform_distance for each in self.outputs]),
+            **{f"terms/{name}": torch.stack([each.terms[name] for each in self.outputs]) for name in names},
+        }
+        return [
+            whole_piece(f"window/{rank}/{name}", value, replicated=False) for name, value in tensors.items()
+        ]
+
+
+def restored_outputs(saved: Saved, rank: int) -> list[Outputs]:
+    """The outputs that Window.pieces put into a checkpoint of the same world size."""
+    prefix = f"window/{rank}/"
+    found = {name[len(prefix) :]: saved.whole(name) for name in saved.shapes if name.startswith(prefix)}
+    if not found:
+        return []
+    sizes = found["rows"].tolist()
+    by_step = {name: found[name].split(sizes) for name in ("logits", "labels", "weights")}
+    terms = {name[6:]: values for name, values in found.items() if name.startswith("terms/")}
+    return [
+        Outputs(
+            logits=by_step["logits"][index],
+            labels=by_step["labels"][index],
+            weights=by_step["weights"][index],
+            terms={name: values[index] for name, values in terms.items()},
+            disagreement=found["disagreement"][index],
+            transform_distance=found["transform_distance"][index],
+        )
+        for index in range(len(sizes))
+    ]
+
+
+class Feed:
+    """Batches of a stream, epoch after epoch, with the time that the trainer waits for them.
+
+    TorchRec's pipeline takes batches before it trains them; `trained` hands out their cursors in order.
+    """
+
+    def __init__(self, stream: ParquetStream, process: Process) -> None:
+        self._stream = stream
+        self._rank = process.rank
+        self._cursors: deque[Cursor] = deque()
+        self.waited = 0.0
+        self._batches = self._endless()
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            yield from self._stream
+
+    def take(self, steps: int) -> Iterator[Batch]:
+        """Yield the next `steps` batches."""
+        for _ in range(steps):
+            start = time.perf_counter()
+            try:
+                batch = next(self._batches)
+            except InputError as error:
+                error.add_note(f"rank {self._rank}")  # a fault of this rank's rows: this rank says it
+                raise
+            self.waited += time.perf_counter() - start
+            self._cursors.append(batch.cursor)
+            yield batch
+
+    def trained(self) -> Cursor:
+        """Return the cursor behind the batch that was just trained."""
+        return self._cursors.popleft()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step of one rank: dropout of a resumed run draws what it would have drawn."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))

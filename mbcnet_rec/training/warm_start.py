@@ -1,0 +1,78 @@
+"""Rows of another run's tables as this run's initial rows."""
+
+from pathlib import Path
+
+from data.errors import InputError
+from mbcnet_rec.build import Built
+from mbcnet_rec.config import RunConfig, load_config
+from mbcnet_rec.training.checkpoint import Piece, Saved, pieces_of
+from mbcnet_rec.training.compatibility import _table_of as table_of
+from mbcnet_rec.training.compatibility import all_shapes, column_shards, init_states
+from mbcnet_rec.training.places import Place
+from mbcnet_rec.training.process import Process
+from mbcnet_rec.training.run_place import best_step, place_of
+
+
+def warm_start(config: RunConfig, built: Built, process: Process) -> str:
+    """Copy tables and their optimizer state from the best checkpoint of `train.warm_start`; every rank calls it.
+
+    A table may have more rows here: the first ones are copied, so its ids must mean the same there (hashes of another size and
+    vocabularies in another order do not). Without `train.warm_start_tables` every table that both runs have is taken.
+
+    Returns:
+        One line on what was taken.
+
+    Raises:
+        InputError: no such run or table, or a table is wider or longer there.
+    """
+    other = Path(config.train.warm_start)
+    if not (other / "config.toml").is_file():
+        raise InputError(
+            f"train.warm_start = {str(other)!r}: no run folder (it has no config.toml); name what `mbcnet train` wrote"
+        )
+    other_config = load_config(other / "config.toml")
+    place: Place = place_of(other_config, other)
+    step = best_step(place)
+    if step is None:
+        raise InputError(f"train.warm_start = {str(other)!r}: holds no whole checkpoint; train it first")
+    init_states(built)
+    with place.fetched(step) as folder:
+        saved = Saved(folder)
+        pieces = pieces_of(built.model, built.optimizer)
+        tables = _chosen(config, saved, {table_of(name) for name in all_shapes(pieces, process)} - {""})
+        same_state = _same_state(saved, config, built)
+        for piece in pieces:
+            table = table_of(piece.name)
+            if table in tables and (piece.name.startswith("model/") or same_state):
+                _copy(saved, piece, table)
+    note = "with" if same_state else "without"
+    return f"warm start from step {step} of {other}: {note} optimizer state: {', '.join(sorted(tables))}"
+
+
+def _chosen(config: RunConfig, saved: Saved, own: set[str]) -> set[str]:
+    theirs = {table_of(name) for name in saved.shapes} - {""}
+    for name in config.train.warm_start_tables:
+        for where, known in (("this run", own), (config.train.warm_start, theirs)):
+            if name not in known:
+                raise InputError(
+                    f"train.warm_start_tables: {name!r} is no table of {where}; wanted some of: {', '.join(sorted(own & theirs))}"
+                )
+    return set(config.train.warm_start_tables) or own & theirs
+
+
+def _same_state(saved: Saved, config: RunConfig, built: Built) -> bool:
+    run = saved.manifest.extra.get("run", {})
+    return run.get("optimizer") == config.optim.embedding.name and (
+        config.optim.embedding.name != "rowwise_adagrad"
+        or run.get("column_shards", {}) == column_shards(built.plan)
+    )
+
+
+def _copy(saved: Saved, piece: Piece, table: str) -> None:
+    theirs = saved.shapes.get(piece.name)
+    if theirs is None or theirs[1:] != piece.global_shape[1:] or theirs[0] > piece.global_shape[0]:
+        raise InputError(
+            f"train.warm_start: table {table} has shape {theirs} there and {piece.global_shape} here; wanted equal columns and at "
+            "least as many rows here: change the schema, or leave the table out of train.warm_start_tables"
+        )
+    saved.fill_rows(piece)
