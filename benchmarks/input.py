@@ -76,8 +76,10 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
             figures[f"stream_rows_per_second_{name}"] = round(stream_rate)
             figures[f"read_table_rows_per_second_{name}"] = round(table_rate)
         figures |= cost_by_columns(folder, 16_384 if quick else 65_536, 3 if quick else 5)
-    figures |= wait_of_consumer(single, single_schema, 3 if quick else 6)
-    figures |= memory_over_rows(single, single_schema, 1_000_000 if quick else 10_000_000)
+    # the same file several times over: long enough an epoch for windows to come and go
+    several = [single] * (8 if quick else 4)
+    figures |= wait_of_consumer(several, single_schema, 3 if quick else 6)
+    figures |= memory_over_rows(several, single_schema, 2_000_000 if quick else 10_000_000)
     figures["fuxictr_rows_per_second"] = fuxictr_rate(single, peer_python)
     return figures
 
@@ -162,10 +164,10 @@ def cost_by_columns(folder: Path, rows: int, rounds: int) -> dict[str, float | N
     return {"column_exponent": round(float(slope), 3), **costs}
 
 
-def wait_of_consumer(file: Path, schema: Schema, epochs: int) -> dict[str, float | None]:
+def wait_of_consumer(files: list[Path], schema: Schema, epochs: int) -> dict[str, float | None]:
     """The wait share of a consumer at CONSUMER_SHARE of the stream's maximum rate."""
     stream = ParquetStream(
-        [file], schema, StreamOptions(BATCH_SIZE, window_rows=16_384, workers=1, prefetch=2)
+        files, schema, StreamOptions(BATCH_SIZE, window_rows=16_384, workers=1, prefetch=2)
     )
 
     def waits(step_seconds: float) -> tuple[float, float]:
@@ -192,14 +194,14 @@ def wait_of_consumer(file: Path, schema: Schema, epochs: int) -> dict[str, float
     }
 
 
-def memory_over_rows(file: Path, schema: Schema, rows: int) -> dict[str, float | None]:
+def memory_over_rows(files: list[Path], schema: Schema, rows: int) -> dict[str, float | None]:
     """Slope of resident memory against rows over the second half of `rows` rows, and the largest seen."""
-    stream = ParquetStream([file], schema, StreamOptions(BATCH_SIZE, workers=1))
+    stream = ParquetStream(files, schema, StreamOptions(BATCH_SIZE, window_rows=16_384, workers=1))
     seen, samples = 0, []
     while seen < rows:
         for batch in stream:
             seen += len(batch.labels)
-        samples.append((seen / 1e6, resident_mb()))
+            samples.append((seen / 1e6, resident_mb()))
     half = samples[len(samples) // 2 :]
     slope = np.polyfit([at for at, _ in half], [size for _, size in half], 1)[0] if len(half) > 1 else 0.0
     return {
