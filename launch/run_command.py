@@ -94,7 +94,7 @@ class Run(CmdRun):
         try:
             super().run(args)
         except SignalException as error:
-            print(f"mbcnet: stopped by {error.sigval.name}; no process is left", file=sys.stderr)
+            print(f"\nmbcnet: stopped by {error.sigval.name}; no process is left", file=sys.stderr)
             sys.exit(128 + error.sigval)
 
     def _wait_and_exit(self, runner: Runner, app_handle: str, log: bool) -> None:
