@@ -7,7 +7,6 @@ label's outcome, like a constant or like a row number are written as comments: a
 import datetime
 import re
 import tomllib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -332,13 +331,23 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
 
 
 def _groups(used: list[Proposal]) -> dict[str, list[str]]:
-    """A first guess: fields whose names begin alike, and each pair of the two largest such families' ids."""
-    prefixes = Counter(each.name.split("_")[0] for each in used if "_" in each.name)
-    groups = {
-        prefix: [each.name for each in used if each.name.split("_")[0] == prefix]
-        for prefix, count in prefixes.most_common(6)
-        if count > 1
+    """A first guess: fields whose names begin alike, and the largest ids of the two largest such families (a user and an item)."""
+    families: dict[str, list[Proposal]] = {}
+    for each in used:
+        if "_" in each.name:
+            families.setdefault(each.name.split("_")[0], []).append(each)
+    largest = sorted(
+        (key for key in families if len(families[key]) > 1), key=lambda key: -len(families[key])
+    )[:6]
+    groups = {key: [each.name for each in families[key]] for key in largest}
+    ids = {
+        key: max(found, key=lambda each: (each.entry or {})["cardinality"]).name
+        for key in largest
+        if (found := [each for each in families[key] if (each.entry or {}).get("kind") == "categorical"])
     }
+    if len(ids) > 1:
+        (first, one), (second, other) = list(ids.items())[:2]
+        groups[f"{first}_{second}"] = [one, other]
     sparse = [each.name for each in used if (each.entry or {}).get("kind") == "categorical"]
     return groups or {"categorical": sparse or [used[0].name]}
 

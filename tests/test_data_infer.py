@@ -201,6 +201,27 @@ def test_a_sample_is_spread_over_all_files_and_says_so(log, tmp_path):
     assert "1,200 of 6,000 rows" in text and "other rows may hold more" in text
 
 
+def test_a_small_sample_of_many_row_groups_reaches_the_last_ones(log, monkeypatch):
+    monkeypatch.setattr(profile, "SPREAD", 4)
+    found = profile_files(sorted(log.glob("*.parquet")), rows=400)
+    moments = (found.sample["timestamp"].to_numpy() - 1_714_521_600) // 10
+    assert {int(moment) // 500 for moment in moments} == {0, 3, 6, 9}, "four of twelve, evenly spaced"
+    assert len(moments) == 400
+
+
+def test_groups_are_guessed_from_names(tmp_path):
+    columns = {name: [n % size for n in range(60)] for name, size in
+               (("user_id", 30), ("user_city", 5), ("item_id", 20), ("item_brand", 4), ("other", 3))}  # fmt: skip
+    pq.write_table(pa.table(columns | {"click": [n % 2 for n in range(60)]}), tmp_path / "x.parquet")
+    schema, _, _ = inferred([tmp_path / "x.parquet"], tmp_path)
+    assert schema.groups["user_item"] == ("user_id", "item_id")
+    assert {name: len(members) for name, members in schema.groups.items()} == {
+        "user": 2,
+        "item": 2,
+        "user_item": 2,
+    }
+
+
 def test_memory_stays_flat_over_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(profile, "PIECE_CELLS", 20_000)
     monkeypatch.setattr(profile, "SAMPLE_CELLS", 20_000)

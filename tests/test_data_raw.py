@@ -226,7 +226,7 @@ def test_taobao_ad_raw(tmp_path):
     src = tmp_path / "src"
     src.mkdir()
     first = 1_494_000_000
-    moments = [first + 3_300, first + 86_399, first + 6 * 86_400, first + 7 * 86_400 + 36_000]
+    moments = [first + 3_300, first + 6 * 86_400 - 1, first + 6 * 86_400, first + 7 * 86_400 + 36_000]
     sample = [f"{user},{moment},{ad},430548_1007,{1 - user % 2},{user % 2}" for user, moment, ad in
               zip((1, 2, 1, 3), moments, (10, 11, 99, 10), strict=True)]  # fmt: skip
     (src / "raw_sample.csv").write_text(
@@ -254,7 +254,7 @@ def test_taobao_ad_raw(tmp_path):
         None,
         0,
         23,
-        5,
+        3,
     )
     assert splits["valid"].to_pylist()[0]["cate_id"] is None, "an ad that ad_feature.csv lacks"
     test = splits["test"].to_pylist()[0]
