@@ -1,0 +1,99 @@
+"""The model at the paper's size on tables small enough for any machine: schema, synthetic log, batches, a training step."""
+
+import re
+import tomllib
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from data.files import resolve_files
+from data.order import StreamOptions
+from data.pailitao import pailitao_text
+from data.schema import Schema, load_schema, parse_schema
+from data.stream import ParquetStream
+from data.synthetic import write_synthetic
+from mbcnet_rec.build import Built
+from mbcnet_rec.config import DataConfig, RunConfig, TrainConfig
+from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
+from mbcnet_rec.model.mbcnet import MBCNetConfig
+from mbcnet_rec.model.models import ModelConfig
+
+# Training FLOPs of one sample at 2,780 dims and 800 group dims: 6 for each multiply-add of a forward pass.
+PREDICTED_FLOPS = 85.8e6
+TRAIN_FOLDER = "ds=2024-05-01"
+
+MBCNET = ModelConfig()
+# Cross and deep branch under the shared top, without a word between them: what EFGC and cooperation come on top of.
+TWO_BRANCHES = ModelConfig(
+    mbcnet=MBCNetConfig(
+        branches=("cross", "deep"),
+        coteaching=CoteachingConfig(weight=0.0),
+        differentiation=DifferentiationConfig(weight=0.0),
+    )
+)
+
+
+def cut_schema(max_rows: int, scale: str = "paper") -> Schema:
+    """The 192 fields with tables of at most `max_rows` rows; scale "demo" has 684 dims instead of 2,780."""
+    text = re.sub(
+        r"num_embeddings = (\d+)",
+        lambda match: f"num_embeddings = {min(int(match[1]), max_rows)}",
+        pailitao_text(scale),  # type: ignore[arg-type]
+    )
+    return parse_schema(tomllib.loads(text), f"{scale} schema, cut", Path())
+
+
+def written_log(folder: Path, schema: Schema, train_rows: int) -> Schema:
+    """Write a synthetic log of three days, the first for training; return its schema."""
+    write_synthetic(schema, folder, rows=3 * train_rows, days=3, threads=1)
+    return load_schema(folder / "schema.toml")
+
+
+def read_batches(folder: Path, schema: Schema, batch_size: int) -> list[Batch]:
+    """All batches of the training day."""
+    options = StreamOptions(batch_size, 1, "partitioned", 8_192, prefetch=0)
+    return list(ParquetStream(resolve_files([str(folder / TRAIN_FOLDER)]), schema, options))
+
+
+def run_config(folder: Path, model: ModelConfig, batch_size: int, **train: Any) -> RunConfig:
+    """A run over the training day of the log in `folder`."""
+    return RunConfig(
+        name="benchmark",
+        schema=str(folder / "schema.toml"),
+        data=DataConfig(train=(str(folder / TRAIN_FOLDER),), batch_size=batch_size),
+        model=model,
+        train=replace(TrainConfig(), device="cpu", **train),
+    )
+
+
+def objective_of(built: Built) -> Any:
+    """The objective inside TorchRec's and torch's wrappers."""
+    module: nn.Module = built.model
+    while hasattr(module, "module"):
+        module = module.module  # type: ignore[assignment]
+    return module
+
+
+def training_step(built: Built, batch: Batch, autocast: bool = False) -> Callable[[], Tensor]:
+    """One step on a batch that is at hand: forward, backward with the tables' update, dense optimizer."""
+
+    def step() -> Tensor:
+        with torch.autocast(batch.labels.device.type, torch.bfloat16) if autocast else nullcontext():
+            loss, _ = built.model(batch)
+        loss.backward()
+        built.optimizer.step()
+        built.optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def matrix_flops(module: nn.Module, rows: int) -> float:
+    """Training FLOPs of a module's matrices on so many rows: each weight is 3 multiply-adds a row."""
+    return 6.0 * rows * sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)

@@ -1,0 +1,419 @@
+"""One training step of MBCnet at the paper's size: what it costs by part, against each part's own roof.
+
+    python benchmarks/step.py [--quick] [--json] [--threads N] [--clock cpu] [--trace FILE]
+
+192 fields, 2,780 dims, seven groups of 800 dims together, tables cut to --max-rows rows; the project's own build: sharded tables with
+fused rowwise Adagrad, Adam for the dense part. Every case is measured in turns with all others; ratios are medians over rounds.
+
+gemm_share                FLOPs of the step's matrices / its time / the machine's own rate of a 2048 x 2048 x 2048 product, same threads
+bf16_speedup              float32 step / step under bf16 autocast
+bf16_loss_difference      relative difference of the mean loss over the last tenth of --loss-steps steps, float32 against bf16
+cooperation_overhead      step / step of cross and deep branch alone without cooperation losses - 1
+grouped_speedup           EFGC's groups by a loop of independent MLPs / as the model runs them
+non_model_share           share of the real trainer's time outside forward, backward and optimizer: input, metrics, log, checkpoint
+"""
+
+import contextlib
+import copy
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper_size import (
+    MBCNET,
+    PREDICTED_FLOPS,
+    TWO_BRANCHES,
+    cut_schema,
+    matrix_flops,
+    objective_of,
+    read_batches,
+    run_config,
+    training_step,
+    written_log,
+)
+from side_by_side import (
+    Clock,
+    large_copy,
+    parser_of,
+    print_figures,
+    ratio,
+    ratio_of_least,
+    square_product,
+    take_turns,
+)
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torchrec.distributed import DistributedModelParallel
+
+from data.batch import Batch
+from data.schema import Schema
+from mbcnet_rec.build import Built, build, quieten_libraries
+from mbcnet_rec.model.layers import ALL
+from mbcnet_rec.train import run_training
+from mbcnet_rec.training.process import Process, joined_process
+
+LOG_EVERY, CHECKPOINT_EVERY = 20, 100  # steps; one checkpoint in 100 steps is more than a real run makes
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--max-rows", type=int, default=10_000, help="of a table")
+    parser.add_argument("--seconds", type=float, help="of measuring in turns; default 120, quick 10")
+    parser.add_argument("--loss-steps", type=int, help="default 500, quick 10; of 256 rows")
+    parser.add_argument("--trainer-steps", type=int, help="default 200, quick 40; of --batch rows, quick 256")
+    parser.add_argument("--scale", choices=["paper", "demo"], default="paper", help="demo: 684 dims")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of two steps")
+    args = parser.parse_args()
+    seconds = args.seconds or (10 if args.quick else 120)
+    loss_steps = args.loss_steps or (10 if args.quick else 500)
+    trainer_steps = args.trainer_steps or (40 if args.quick else 200)
+    trainer_batch = min(args.batch, 256) if args.quick else args.batch
+    torch.set_num_threads(args.threads)
+    quieten_libraries()
+    print_prediction(args.batch)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = max(8 * args.batch, (trainer_steps + 1) * trainer_batch if args.quick else 64 * args.batch)
+        schema = written_log(folder / "log", cut_schema(args.max_rows, args.scale), rows)
+        with joined_process("cpu") as process:
+            batches = read_batches(folder / "log", schema, args.batch)[:8]
+            figures = measure_steps(folder / "log", schema, process, batches[0], seconds, args.clock)
+            if args.trace:
+                write_trace(folder / "log", schema, process, batches[0], args.trace)
+            figures |= compare_losses(folder / "log", schema, process, loss_steps)
+        figures |= measure_trainer(folder, trainer_batch, trainer_steps)
+    figures |= {"batch": args.batch, "threads": args.threads, "clock": args.clock}
+    print_figures(figures, args.json)
+    return 0
+
+
+def print_prediction(batch: int) -> None:
+    print(
+        f"prediction: {PREDICTED_FLOPS / 1e6:.1f} MFLOP a sample, {PREDICTED_FLOPS * batch / 1e9:.1f} GFLOP a step of {batch}; "
+        "matrix products are nearly all of it, so gemm_share 0.8;\nbf16 at twice the rate of float32 or more, so bf16_speedup near 2; "
+        "EFGC, one more pass of the top and differentiation are 24.5 % more FLOPs, so cooperation_overhead 0.25 to 0.32"
+    )
+
+
+def measure_steps(
+    folder: Path, schema: Schema, process: Process, batch: Batch, seconds: float, clock: Clock
+) -> dict[str, Any]:
+    """Time whole steps and their parts in turns; print the table of parts."""
+    size = len(batch.labels)
+    built = build(run_config(folder, MBCNET, size), schema, process)
+    two = build(run_config(folder, TWO_BRANCHES, size), schema, process)
+    product, product_flops = square_product()
+    copying, copy_bytes = large_copy()
+    parts, loop = part_cases(built, batch)
+    cases: dict[str, Callable[[], object]] = {
+        "product": product,
+        "copy": copying,
+        "step": training_step(built, batch),
+        "bf16": training_step(built, batch, autocast=True),
+        "two": training_step(two, batch),
+        "loop over groups": loop,
+        **{name: case for name, (case, _, _) in parts.items()},
+    }
+    times = take_turns(cases, seconds, clock)
+    flops = sum(part_flops for _, part_flops, _ in parts.values())
+    rate, bandwidth = product_flops / min(times["product"]), copy_bytes / min(times["copy"])
+    print_parts(times, parts, rate, bandwidth)
+    share = flops / product_flops
+    return {
+        "gemm_share": share * ratio(times["product"], times["step"]),
+        "gemm_share_of_least": share * ratio_of_least(times["product"], times["step"]),
+        "bf16_speedup": ratio(times["step"], times["bf16"]),
+        "bf16_speedup_of_least": ratio_of_least(times["step"], times["bf16"]),
+        "cooperation_overhead": ratio(times["step"], times["two"]) - 1,
+        "cooperation_overhead_of_least": ratio_of_least(times["step"], times["two"]) - 1,
+        "grouped_speedup": ratio(times["loop over groups"], times["EFGC groups"]),
+        "mflop_per_sample": flops / size / 1e6,
+        "product_gflops": rate / 1e9,
+        "copy_gb_per_second": bandwidth / 1e9,
+        "step_seconds": min(times["step"]),
+        "samples_per_second": size / min(times["step"]),
+        "rounds": len(times["step"]),
+    }
+
+
+Part = tuple[Callable[[], object], float, float]  # case, FLOPs of matrix products, bytes that cannot be saved
+
+
+def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[], object]]:
+    """Forward and backward of each part on its own, and EFGC's groups as a loop of independent MLPs."""
+    objective = objective_of(built)
+    tables = objective.model.sparse_arch
+    # copies: torch's data parallelism watches the gradients of the originals
+    dense, losses = copy.deepcopy(objective.model.dense_arch), copy.deepcopy(objective.losses)
+    rows, regroup = batch.labels.shape[0], tables.regroup
+    pooled = [
+        tables.ebc(batch.sparse_features),
+        *([tables.weighted_ebc(batch.weighted_features)] if tables.weighted_ebc else []),
+    ]
+    pooled = [tensor.wait() if hasattr(tensor, "wait") else tensor for tensor in pooled]
+    for tensor in pooled:
+        tensor._values = tensor.values().detach().requires_grad_()
+    features = {
+        name: group.detach().requires_grad_() for name, group in regroup(pooled, batch.dense_features).items()
+    }
+    hidden = {name: branch(features).detach().requires_grad_() for name, branch in dense.branches.items()}
+    output = dense(features)
+    leaves = type(output)(*(tensor.detach().requires_grad_() for tensor in output))
+    groups = [features[name] for name in dense.branches["efgc"].groups]
+
+    def look_up() -> None:
+        values = [tables.ebc(batch.sparse_features).values()]
+        if tables.weighted_ebc is not None:
+            values.append(tables.weighted_ebc(batch.weighted_features).values())
+        torch.autograd.backward(values, [torch.ones_like(value) for value in values])
+
+    def top() -> None:
+        stacked = torch.stack(list(hidden.values()))
+        latents = dense.top(stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2])
+        logits = [layer(latent) for layer, latent in zip(dense.branch_logits, latents, strict=True)]
+        backward(torch.cat([*logits, dense.fused_logit(dense.fusion(latents))], dim=1))
+
+    def loop() -> None:
+        crossed = [
+            mlp(group) for mlp, group in zip(dense.branches["efgc"].crossing.mlps, groups, strict=True)
+        ]
+        backward(torch.cat(crossed, dim=1))
+
+    gradients = [torch.randn_like(parameter) for parameter in built.dense]
+
+    def adam() -> None:
+        for parameter, gradient in zip(built.dense, gradients, strict=True):
+            parameter.grad = gradient
+        built.optimizer.step()
+        built.optimizer.zero_grad()
+
+    wide = features[ALL].shape[1]
+    floats = sum(group.shape[1] for group in features.values())
+    parameters = sum(parameter.numel() for parameter in built.dense)
+    num_branches, cross = len(dense.branches), dense.branches["cross"]
+    efgc = dense.branches["efgc"]
+    parts: dict[str, Part] = {
+        # rows are read, and in backward read and written; pooled rows are written, their gradients read
+        "tables and their update": (look_up, 0.0, 5 * 4 * table_floats(batch, pooled)),
+        "regroup": (
+            lambda: backward(*regroup(pooled, batch.dense_features).values()),
+            0.0,
+            4.0 * rows * floats * 4,
+        ),
+        "EFGC groups": (
+            lambda: backward(*efgc.crossing(groups)),
+            matrix_flops(efgc.crossing, rows),
+            0.0,
+        ),
+        "EFGC reduction": (
+            on_fresh(efgc.reduction, rows, efgc.reduction[0].in_features),
+            matrix_flops(efgc.reduction, rows),
+            0.0,
+        ),
+        # elementwise: x + x_0 * y reads 3 and writes 1 in forward, twice that in backward
+        "cross": (
+            lambda: backward(cross(features)),
+            matrix_flops(cross, rows),
+            12.0 * 4 * rows * wide * len(cross.crossing.layers),
+        ),
+        "deep": (
+            lambda: backward(dense.branches["deep"](features)),
+            matrix_flops(dense.branches["deep"], rows),
+            0.0,
+        ),
+        "shared top, logits": (
+            top,
+            matrix_flops(dense.top, num_branches * rows) + matrix_flops(dense.branch_logits, rows),
+            0.0,
+        ),
+        # two products for each of the P matrices and each direction
+        "losses": (
+            lambda: losses(leaves, batch.labels, batch.weights)[0].backward(),
+            4 * matrix_flops(losses, rows),
+            0.0,
+        ),
+        # reads parameter, gradient and two moments, writes all but the gradient
+        "dense Adam": (adam, 0.0, 7.0 * 4 * parameters),
+    }
+    fresh = partial(without_gradients, [*dense.parameters(), *losses.parameters()])
+    return {name: (partial(fresh, part[0]), *part[1:]) for name, part in parts.items()}, partial(fresh, loop)
+
+
+def without_gradients(parameters: list[nn.Parameter], case: Callable[[], None]) -> None:
+    """Run a case as in a step, where no gradient is there to add to."""
+    for parameter in parameters:
+        parameter.grad = None
+    case()
+
+
+def backward(*outputs: Tensor) -> None:
+    learned = [output for output in outputs if output.requires_grad]  # a group of dense fields alone is not
+    torch.autograd.backward(learned, [torch.ones_like(output) for output in learned])
+
+
+def on_fresh(module: nn.Module, rows: int, width: int) -> Callable[[], None]:
+    """Forward and backward of a module on an input of its own."""
+    x = torch.randn(rows, width, requires_grad=True)
+    return lambda: backward(module(x))
+
+
+def table_floats(batch: Batch, pooled: list[Any]) -> float:
+    """Floats of the rows that a batch looks up."""
+    total = 0.0
+    for tensor, features in zip(pooled, (batch.sparse_features, batch.weighted_features), strict=False):
+        lengths = dict(zip(features.keys(), features.length_per_key(), strict=True))  # type: ignore[union-attr]
+        total += sum(
+            width * lengths[key] for key, width in zip(tensor.keys(), tensor.length_per_key(), strict=True)
+        )
+    return total
+
+
+def print_parts(times: dict[str, list[float]], parts: dict[str, Part], rate: float, bandwidth: float) -> None:
+    """Each part's least time, share of the step, and how near it comes to its own wall."""
+    step = min(times["step"])
+    print(f"  machine: {rate / 1e9:.0f} GFLOP/s of one matrix product, {bandwidth / 1e9:.1f} GB/s of copying")
+    print(f"  {'part':26}{'ms':>9}{'of step':>9}{'GFLOP':>8}{'MB':>8}{'of roof':>9}  roof")
+    for name, (_, flops, size) in parts.items():
+        seconds = min(times[name])
+        walls = {"product": flops / rate, "copy": size / bandwidth}
+        wall = max(walls, key=lambda key: walls[key])
+        print(
+            f"  {name:26}{1e3 * seconds:9.1f}{seconds / step:9.1%}{flops / 1e9:8.2f}{size / 1e6:8.0f}"
+            f"{walls[wall] / seconds:9.1%}  {wall}"
+        )
+    together = sum(min(times[name]) for name in parts)
+    print(
+        f"  {'whole step':26}{1e3 * step:9.1f}{'':9}{sum(p[1] for p in parts.values()) / 1e9:8.2f}; its parts add up to {together / step:.1%}"
+    )
+
+
+def write_trace(folder: Path, schema: Schema, process: Process, batch: Batch, path: Path) -> None:
+    """Write a Chrome trace of two steps."""
+    step = training_step(build(run_config(folder, MBCNET, len(batch.labels)), schema, process), batch)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(), step()
+    profile.export_chrome_trace(str(path))
+    print(f"  trace of two steps: {path}")
+
+
+def compare_losses(folder: Path, schema: Schema, process: Process, steps: int) -> dict[str, Any]:
+    """Train the same model on the same batches in float32 and under bf16 autocast."""
+    batches = read_batches(folder, schema, 256)
+    means = []
+    for autocast in (False, True):
+        built = build(run_config(folder, MBCNET, 256), schema, process)
+        losses = [
+            float(training_step(built, batches[step % len(batches)], autocast)()) for step in range(steps)
+        ]
+        last = losses[-max(1, steps // 10) :]
+        means.append(sum(last) / len(last))
+    return {
+        "bf16_loss_difference": abs(means[1] - means[0]) / means[0],
+        "float32_loss": means[0],
+        "loss_steps": steps,
+    }
+
+
+class ModelClock:
+    """Measures how long a trainer is inside the model: forward, backward, dense optimizer. Hooks only; the trainer knows nothing."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[float, float]] = []  # of model work
+        self.starts: list[float] = []  # of forward passes
+        self._since = 0.0
+
+    def __enter__(self) -> "ModelClock":
+        self._handles = [
+            nn.modules.module.register_module_forward_pre_hook(self._before_forward),
+            nn.modules.module.register_module_forward_hook(self._after_forward),
+            register_optimizer_step_pre_hook(self._before_optimizer),
+            register_optimizer_step_post_hook(self._after_optimizer),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _open(self) -> None:
+        self._since = time.perf_counter()
+
+    def _close(self) -> None:
+        self.spans.append((self._since, time.perf_counter()))
+
+    def _before_forward(self, module: nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedModelParallel):
+            self._open()
+            self.starts.append(self._since)
+
+    def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(module, DistributedModelParallel):
+            self._close()
+            output[0].register_hook(self._before_backward)
+
+    def _before_backward(self, _: Tensor) -> None:
+        self._open()
+        torch.autograd.Variable._execution_engine.queue_callback(self._close)
+
+    def _before_optimizer(self, optimizer: Any, *_: Any) -> None:
+        if isinstance(optimizer, torch.optim.Adam):
+            self._open()
+
+    def _after_optimizer(self, optimizer: Any, *_: Any) -> None:
+        if isinstance(optimizer, torch.optim.Adam):
+            self._close()
+
+    def outside_share(self, first: int) -> float:
+        """Share of the time between the start of step `first` and that of the last one that was not model work."""
+        begin, end = self.starts[first], self.starts[-1]
+        inside = sum(stop - start for start, stop in self.spans if begin <= start < end)
+        return 1 - inside / (end - begin)
+
+
+def measure_trainer(folder: Path, batch: int, steps: int) -> dict[str, Any]:
+    """Run the real trainer, all of it, and see how long it is not in the model."""
+    epochs = 1 + steps * batch // (8 * batch)
+    config = run_config(
+        folder / "log",
+        MBCNET,
+        batch,
+        out=str(folder / "run"),
+        epochs=epochs,
+        max_steps=steps + 1,
+        log_every=LOG_EVERY,
+        checkpoint_every=CHECKPOINT_EVERY,
+    )
+    config = replace(config, train=replace(config.train, eval_every=steps + 1))
+    with ModelClock() as clock, contextlib.redirect_stdout(io.StringIO()):
+        run_training(config)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["split"] == "train"]
+    first = 5  # the first steps start threads and fill caches
+    figures = {
+        "non_model_share": clock.outside_share(first),
+        "trainer_input_wait_share": sum(line["input_wait_share"] for line in trained) / len(trained),
+        "trainer_steps": steps,
+        "trainer_batch": batch,
+    }
+    print(
+        f"  trainer: {steps} steps of {batch}, a log line each {LOG_EVERY}, a checkpoint each {CHECKPOINT_EVERY} "
+        f"({steps // CHECKPOINT_EVERY} made while measured)"
+    )
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(main())
