@@ -48,6 +48,7 @@ STYLE: Any = {
     "figure.dpi": 130,
     "savefig.facecolor": "white",
 }
+plt.rcParams.update(STYLE)
 WIDTH = 9.5  # inches
 Curve = Sequence[tuple[float, float]]  # (step, value)
 
@@ -74,10 +75,9 @@ def panels(count: int, height: float = 2.9, columns: int = 0) -> tuple[Figure, l
     """A row, or rows, of empty panels."""
     columns = columns or count
     rows = math.ceil(count / columns)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(WIDTH, height * rows), squeeze=False, constrained_layout=True
-        )
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, height * rows), squeeze=False, constrained_layout=True
+    )
     flat = list(axes.ravel())
     for spare in flat[count:]:
         spare.set_visible(False)

@@ -158,7 +158,7 @@ def cooperation_blocks(lines: Lines) -> list[Block]:
     caption = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
     return [
         Heading("Branches"),
-        Picture("branches", figures.curves_figure(plots, columns=min(3, len(plots))), caption),
+        Picture("branches", figures.curves_figure(plots, columns=2 if len(plots) in (2, 4) else 3), caption),
     ]
 
 

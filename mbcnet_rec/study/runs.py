@@ -115,6 +115,10 @@ def train_all(runs: Sequence[Run], workers: int = 0) -> Iterator[tuple[Run, str]
         return
     on_gpu = torch.cuda.is_available() and any(run.config.train.device != "cpu" for run in runs)
     processes, threads = share_cores(len(pending), workers or (1 if on_gpu else 0), cores())
+    if processes == 1:  # here, where torch is imported already
+        for run in pending.values():
+            yield run, train_one(run.config)
+        return
     with (
         _child_threads(threads),
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,

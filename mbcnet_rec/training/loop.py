@@ -36,7 +36,8 @@ from mbcnet_rec.training.state import Feed, TrainState, Window, restored_outputs
 from mbcnet_rec.training.watchdog import Watchdog
 
 PLATEAU_FACTOR = 0.1
-PLATEAU_FLOOR = 1e-6  # of the learning-rate scale, as in the BARS protocol
+PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol
+PLATEAU_PATIENCE = 2  # evaluations in a row without a better one, as there, unless train.patience says otherwise
 SECONDS_PER_MINUTE = 60.0
 Watch = Callable[[int, float], bool]  # (step, valid AUC) of an evaluation -> stop now?
 
@@ -301,9 +302,10 @@ class Trainer:
         else:
             state.bad_evaluations += 1
             if train.schedule == "plateau":
-                state.lr_scale = max(state.lr_scale * PLATEAU_FACTOR, PLATEAU_FLOOR)
+                state.lr_scale *= PLATEAU_FACTOR
                 self._scale_rates()
-            state.stopped = bool(train.patience) and state.bad_evaluations >= train.patience
+            patience = train.patience or (PLATEAU_PATIENCE if train.schedule == "plateau" else 0)
+            state.stopped = bool(patience) and state.bad_evaluations >= patience
         if self.around.watch is not None and any_rank(self.around.watch(state.step, auc)):
             state.stopped = True
         self._last_auc = auc
@@ -342,7 +344,7 @@ class Trainer:
     def _scale_rates(self) -> None:
         groups: list[Any] = list(self.built.optimizer.param_groups)
         for group, rate in zip(groups, self.base_rates, strict=True):
-            group["lr"] = rate * self.state.lr_scale
+            group["lr"] = max(rate * self.state.lr_scale, min(rate, PLATEAU_FLOOR))
 
     def save(self, records: Records | None) -> None:
         """Begin a checkpoint of this step; those that are neither recent nor among the best go when it is whole.

@@ -11,16 +11,31 @@ class EmbeddingOptimConfig:
     """Optimizer of the tables: w -= lr * g / (sqrt(state) + eps).
 
     Attributes:
-        name: rowwise_adagrad (one state a row: the mean of squared gradients over the row), adagrad (one an element), or sgd.
+        name: rowwise_adagrad (one state a row: the mean of squared gradients over the row), adagrad (one an element), sgd, or adam:
+            dense Adam over whole tables, rows that no batch looked up included, as FuxiCTR and BARS train. It wants every table
+            data_parallel (sharding.sharding_types = ["data_parallel"]), and so small tables.
         lr: learning rate.
-        eps: of adagrad and rowwise_adagrad.
+        eps: of adagrad, rowwise_adagrad and adam.
         init_std: standard deviation of the initial rows.
+        l2: lambda of lambda / 2 ||E||^2 over whole tables at every step, FuxiCTR's embedding_regularizer; of adam only, since the
+            others touch the rows of a batch only.
     """
 
-    name: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     lr: float = 0.02
     eps: float = 1e-8
     init_std: float = 0.02
+    l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a penalty that only some rows would feel."""
+        if self.l2 < 0:
+            raise InputError(f"l2 = {self.l2}: wanted 0 (none) or more; remove the minus")
+        if self.l2 > 0 and self.name != "adam":
+            raise InputError(
+                f"l2 = {self.l2}: name = {self.name!r} touches only the rows of a batch, so the penalty would not be that of whole "
+                "tables; use name = 'adam' with sharding.sharding_types = ['data_parallel'], or l2 = 0"
+            )
 
 
 @dataclass(frozen=True)

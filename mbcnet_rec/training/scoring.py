@@ -21,6 +21,7 @@ from mbcnet_rec.training.process import (
     gather_rows,
     mean_over_ranks,
 )
+from mbcnet_rec.training.reliability import reliability
 
 
 class EvaluationGivenUpError(Exception):
@@ -108,6 +109,7 @@ def evaluate_stream(
             None if ids is None else ids[real, 0],
         )
         metrics["rows"] = int(real.sum())
+        metrics["reliability"] = reliability(gathered[real, 0], gathered[real, -2])
     return broadcast_value(metrics, process)
 
 
