@@ -82,7 +82,7 @@ def large_copy(megabytes: int = 128) -> tuple[Callable[[], object], float]:
 
 
 def fitted_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """b of seconds = a * size ** b, by least squares of the logarithms."""
+    """Exponent b of seconds = a * size ** b, by least squares of the logarithms."""
     x = torch.tensor(sizes, dtype=torch.float64).log()
     y = torch.tensor(seconds, dtype=torch.float64).log()
     x, y = x - x.mean(), y - y.mean()

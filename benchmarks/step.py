@@ -251,7 +251,7 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
     return {name: (partial(fresh, part[0]), *part[1:]) for name, part in parts.items()}, partial(fresh, loop)
 
 
-def without_gradients(parameters: list[nn.Parameter], case: Callable[[], None]) -> None:
+def without_gradients(parameters: list[nn.Parameter], case: Callable[[], object]) -> None:
     """Run a case as in a step, where no gradient is there to add to."""
     for parameter in parameters:
         parameter.grad = None
@@ -304,7 +304,8 @@ def write_trace(folder: Path, schema: Schema, process: Process, batch: Batch, pa
     step = training_step(build(run_config(folder, MBCNET, len(batch.labels)), schema, process), batch)
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(), step()
+        step()
+        step()
     profile.export_chrome_trace(str(path))
     print(f"  trace of two steps: {path}")
 

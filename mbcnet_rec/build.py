@@ -5,7 +5,7 @@ The part of the composition root that training, evaluation, prediction and expor
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,16 +19,18 @@ from data.errors import InputError
 from data.schema import Schema
 from data.tables import embedding_bag_configs
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.model.layers import InputLayout
+from mbcnet_rec.model.distillation import DistillationObjective
+from mbcnet_rec.model.layers import InputLayout, wide_tables
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
-from mbcnet_rec.model.models import ModelConfig, build_model
+from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
 from mbcnet_rec.model.objective import Objective
 from mbcnet_rec.model.sparse_arch import SparseArch
 from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
 from mbcnet_rec.training.process import Process, mean_over_ranks
 from sharding.initialise import initialise_tables
-from sharding.plan import AnyTypeSharder, Plan, check_plan, read_plan, to_sharding_plan
+from sharding.plan import Plan, check_plan, read_plan
 from sharding.planner import make_plan
+from sharding.sharder import AnyTypeSharder, to_sharding_plan
 
 EBC_PATH = "model.sparse_arch.ebc"
 WEIGHTED_EBC_PATH = "model.sparse_arch.weighted_ebc"
@@ -59,6 +61,9 @@ def quieten_libraries() -> None:
         logging.ERROR
     )  # is_fx_tracing will return true ...
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
+    logging.getLogger("torchrec.distributed.utils").setLevel(
+        logging.ERROR
+    )  # data_parallel: caching params will be ignored
     for name in ("torchrec.distributed.planner.stats", "torchrec.distributed.logger"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger().addFilter(
@@ -123,6 +128,13 @@ def choose_plan(
     return make_plan(collections, schema, config.sharding, machine, batch_size_per_rank)
 
 
+def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
+    """Add a table of one weight per id for each field, where the model has a wide part; else return the schema."""
+    if not needs_wide(config):
+        return schema
+    return replace(schema, tables=(*schema.tables, *wide_tables(schema.tables)))
+
+
 def cooperation(config: ModelConfig) -> tuple[CoteachingConfig, DifferentiationConfig]:
     """The cooperation losses of a model; models without branches ignore them."""
     return config.mbcnet.coteaching, config.mbcnet.differentiation
@@ -140,15 +152,21 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     Raises:
         InputError: the schema, the model and the plan do not fit together.
     """
-    collections = build_collections(schema)
+    tables_schema = schema_with_wide(config.model, schema)
+    collections = build_collections(tables_schema)
     if plan is None:
-        plan = choose_plan(config, schema, process, collections)
+        plan = choose_plan(config, tables_schema, process, collections)
     replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}
-    layout = input_layout(schema)
+    # from the schema without wide tables: a field's own table gives its width
+    layout = replace(input_layout(schema), wide=needs_wide(config.model))
     torch.manual_seed(config.train.seed)  # dense weights: equal on all ranks
     arch = SparseArch(collections[EBC_PATH], collections.get(WEIGHTED_EBC_PATH), layout)
     model = build_model(config.model, arch, layout)
-    objective = Objective(model, *cooperation(config.model), mean_over_ranks)  # type: ignore[arg-type]
+    objective = (
+        DistillationObjective(model, config.model.enkd)  # type: ignore[arg-type]
+        if config.model.kind == "enkd"
+        else Objective(model, *cooperation(config.model), mean_over_ranks)  # type: ignore[arg-type]
+    )
     sharding_plan = to_sharding_plan(plan, collections)
     fused = [
         parameter

@@ -6,9 +6,22 @@ import sys
 from collections.abc import Sequence
 
 from data.errors import InputError
-from mbcnet_rec.commands import data, doctor, schema, train
+from mbcnet_rec.commands import (
+    data,
+    doctor,
+    evaluate,
+    export,
+    launch,
+    plan,
+    predict,
+    schema,
+    study,
+    train,
+    tune,
+)
+from mbcnet_rec.training.exits import RunStoppedError
 
-COMMANDS = (doctor, data, schema, train)
+COMMANDS = (doctor, data, schema, plan, launch, train, evaluate, predict, export, study, tune)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, or 2 where the user can mend something, 130 after Ctrl-C.
+        The exit code: 0, or 2 where the user can mend something, 130 after Ctrl-C; see training/exits.py for the others.
     """
     args = build_parser().parse_args(argv)
     try:
@@ -43,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0" or getattr(error, "__notes__", None):
             print(f"mbcnet: {error}", file=sys.stderr)
         return 2
+    except RunStoppedError as error:
+        if error.spoken:
+            print(f"mbcnet: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     except KeyboardInterrupt:
         print("mbcnet: stopped", file=sys.stderr)
         return 130

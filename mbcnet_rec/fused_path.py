@@ -86,7 +86,7 @@ def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], d
     tensors = {**program.state_dict, **program.constants}
     used = {node.name: names[node.name] for node in nodes if node.name in names and node in last}
     spec: dict[str, Any] = {
-        "input": signature.user_inputs[0],
+        "input": next(iter(signature.user_inputs)),
         "output": output.name,
         "weights": used,
         "calls": calls,

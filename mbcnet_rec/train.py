@@ -17,6 +17,7 @@ from data.storage import DataFile
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
+from mbcnet_rec.study.run_report import try_run_report
 from mbcnet_rec.training.checkpoint import Saved
 from mbcnet_rec.training.compatibility import load_checked
 from mbcnet_rec.training.exits import CannotWriteError
@@ -89,6 +90,7 @@ def run_training(
         metrics = _test(config, trainer, streams.get("test"), process)
         if process.is_first:
             _write(config.run_folder / DONE, json.dumps({"step": trainer.state.step, **metrics}) + "\n")
+            try_run_report(config.run_folder)
             print(closing_lines(config, schema, trainer, metrics), flush=True)
     return 0
 

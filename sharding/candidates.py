@@ -9,7 +9,7 @@ from sharding.cluster import Cluster
 from sharding.constraints import ShardingConfig, TableConstraint
 from sharding.dense import DenseCost
 from sharding.estimate import DTYPE_BYTES, state_bytes
-from sharding.plan import FORMAT, Plan, TablePlan
+from sharding.plan import FORMAT, Plan, TablePlan, leaves_empty
 
 ROWS_PER_RANK = 8  # a table with fewer rows for each rank is not split by rows
 TORCHREC_LEAST_COLUMNS = 128  # of a column shard where nobody says otherwise
@@ -152,6 +152,12 @@ def candidates(
                 continue
             ratio = (constraint.cache_ratio or config.cache_ratio) if kernel == "fused_uvm_caching" else 0.0
             options.append(replace(table, sharding_type=kind, compute_kernel=kernel, cache_ratio=ratio))
+    if not types:
+        asked = constraint.sharding_types or config.sharding_types
+        raise InputError(
+            f"sharding.tables.{name}: {', '.join(asked)} of {table.num_embeddings} rows leave one of {plan.group_size} ranks without "
+            "rows; allow table_wise"
+        )
     if not options:
         raise InputError(
             f"sharding.tables.{name}: sharding_types {list(types)} with compute_kernels {list(kernels)} leave no choice on "
@@ -167,9 +173,11 @@ def _by_size(
     types = [kind for kind in (asked or usual) if kind != "table_row_wise" or plan.hosts > 1 or asked]
     if plan.group_size == 1 and not asked:
         types = [kind for kind in types if kind in ("table_wise", "data_parallel")] or types
-    if asked or len(types) == 1:
-        return types
     rows, dim = table.num_embeddings, table.embedding_dim
+    over = {"row_wise": plan.group_size, "table_row_wise": plan.local_group_size}
+    types = [kind for kind in types if not leaves_empty(rows, over.get(kind, 1))]
+    if asked or len(types) <= 1:
+        return types
     size = rows * dim * DTYPE_BYTES[plan.data_type] + state_bytes(plan.optimizer, rows, dim)
     split = [kind for kind in types if kind in ("row_wise", "table_row_wise")]
     whole = [kind for kind in types if kind not in split]

@@ -107,6 +107,8 @@ def shard_bytes(table: TablePlan, plan: Plan, rows: int, columns: int) -> Bytes:
     """Bytes of one shard; see the top of the file."""
     width = DTYPE_BYTES[plan.data_type]
     weights, state = rows * columns * width, state_bytes(plan.optimizer, rows, columns)
+    if table.sharding_type == "data_parallel":
+        state = state * width // FLOAT_BYTES  # a dense optimizer keeps its state in the rows' dtype
     share = _lookup_share(table, plan)
     global_rows = plan.batch_size_per_rank * (
         1 if table.sharding_type == "data_parallel" else plan.group_size

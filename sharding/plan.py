@@ -279,6 +279,9 @@ def _ranks_problem(table: TablePlan, plan: Plan) -> str:
     if any(not 0 <= rank < size for rank in ranks):
         return f"{where}wanted ranks in [0, {size}); change them"
     kind = table.sharding_type
+    over = {"row_wise": size, "table_row_wise": local}.get(kind, 1)
+    if table.num_embeddings and leaves_empty(table.num_embeddings, over):
+        return f"sharding_type = {kind!r}: {table.num_embeddings} rows over {over} ranks leave a rank without rows; use 'table_wise'"
     if kind in ("row_wise", "data_parallel"):
         if ranks and sorted(ranks) != list(range(size)):
             return f"{where}{kind} uses every rank; remove them"
@@ -294,6 +297,11 @@ def _ranks_problem(table: TablePlan, plan: Plan) -> str:
         if table.embedding_dim % (4 * len(ranks)):
             return f"{where}{table.embedding_dim} columns do not divide into {len(ranks)} shards of a multiple of 4; name fewer ranks"
     return ""
+
+
+def leaves_empty(rows: int, ranks: int) -> bool:
+    """Whether a split of rows in blocks of ceil(rows / ranks) gives some rank none: FBGEMM was seen to fail there on a CPU."""
+    return ranks > 1 and -(-rows // ranks) * (ranks - 1) >= rows
 
 
 def plan_dict(plan: Plan) -> Mapping[str, Any]:

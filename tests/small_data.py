@@ -54,6 +54,12 @@ hidden = [32, 16]
 [model.dnn]
 hidden = [32, 16, 8]
 
+[optim]
+dense_lr = 5e-3
+
+[optim.embedding]
+lr = 0.1
+
 [train]
 out = "{folder}/run"
 device = "cpu"
@@ -76,9 +82,8 @@ def small_table(rows: int, seed: int) -> pa.Table:
     price = rng.gamma(2.0, 10.0, rows)
     tags = lists(rng, rows, 40, 3)
     likes = lists(rng, rows, 30, 2)
-    logit = (
-        (taste[user] * kind[item]).sum(1) + 0.05 * (price - 20) + np.array([len(each) for each in tags]) - 2
-    )
+    logit = (taste[user] * kind[item]).sum(1) + 2.0 * taste[user, 0] + 2.0 * (np.log1p(price) - 2.8)
+    logit += np.array([len(each) for each in tags]) - 2.0
     click = (rng.random(rows) < 1 / (1 + np.exp(-logit))).astype(np.int8)
     return pa.table(
         {

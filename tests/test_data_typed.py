@@ -90,5 +90,5 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(InputError, match="no such file; check the path"):
         read_toml(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text('a = 1\nb = "\n')
-    with pytest.raises(InputError, match="not valid TOML: .*line 2"):
+    with pytest.raises(InputError, match=r"not valid TOML: .*line 2"):
         read_toml(tmp_path / "bad.toml")

@@ -60,7 +60,7 @@ def cases():
     return [
         ("pailitao_demo", shipped["pailitao_demo"], ShardingConfig(), "rowwise_adagrad"),
         ("movielens", shipped["movielens"], ShardingConfig(), "rowwise_adagrad"),
-        ("adult, replicated", shipped["adult"], ShardingConfig(sharding_types=("data_parallel",)), "adagrad"),
+        ("adult, replicated half rows", shipped["adult"], ShardingConfig(sharding_types=("data_parallel",), data_type="fp16"), "adagrad"),
         ("taobao_ad, half rows", shipped["taobao_ad"], ShardingConfig(data_type="fp16"), "rowwise_adagrad"),
         ("every type, adagrad", mixed, ShardingConfig(tables=by_type), "adagrad"),
         ("every type, sgd", mixed, ShardingConfig(tables=by_type), "sgd"),

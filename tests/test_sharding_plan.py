@@ -77,6 +77,10 @@ def test_plans_of_the_first_format_are_read(tmp_path):
         (plan_text(changed(sharding_type="table_wise", ranks=(4,))), "wanted ranks in [0, 4)"),
         (plan_text(changed(sharding_type="row_wise", ranks=(0, 1))), "row_wise uses every rank"),
         (plan_text(changed(sharding_type="column_wise", ranks=(0, 1, 2))), "do not divide into 3 shards"),
+        (
+            plan_text(changed(sharding_type="row_wise", ranks=(), num_embeddings=5)),
+            "5 rows over 4 ranks leave a rank",
+        ),
         (plan_text(changed(sharding_type="column_wise", ranks=(1, 1))), "each once"),
     ],
 )

@@ -15,7 +15,7 @@ from small_data import write_small
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "LOGLEVEL": "CRITICAL"}  # as the torchx component sets them
 COOPERATION = {
     "coteaching_loss",
     "differentiation_loss",

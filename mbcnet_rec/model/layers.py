@@ -134,9 +134,20 @@ class InputLayout:
 class HasTable(Protocol):
     """What `wide_tables` reads of a table: data.schema.Table or torchrec's EmbeddingBagConfig."""
 
-    name: str
-    embedding_dim: int
-    feature_names: Sequence[str]
+    @property
+    def name(self) -> str:
+        """Unique among tables."""
+        ...
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of a row."""
+        ...
+
+    @property
+    def feature_names(self) -> Sequence[str]:
+        """The fields that look rows up."""
+        ...
 
 
 Table = TypeVar("Table", bound=HasTable)

@@ -65,7 +65,7 @@ class Outputs(NamedTuple):
     weights: Tensor  # (B,)
     terms: dict[
         str, Tensor
-    ]  # loss, bce, coteaching_loss, differentiation_loss: scalars, the last two before alpha and beta
+    ]  # loss, bce, coteaching_loss, differentiation_loss: scalars, the last two before alpha and beta; latent_norm/BRANCH
     disagreement: Tensor  # (K, K): share of rows on which branch i is strong and branch j weak
     transform_distance: Tensor  # (P,): ||W^ij - I||_F (Figure 5 c); (0,) without transforms
 
@@ -90,7 +90,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         transforms = build_transforms(len(model.branch_names), model.latent_dim, differentiation)
-        self.losses = LossArch(coteaching, differentiation, transforms, mean_over_ranks)
+        self.losses = LossArch(coteaching, differentiation, transforms, mean_over_ranks, model.branch_names)
 
     def forward(self, batch: Rows) -> tuple[Tensor, Outputs]:
         """Compute the loss of one batch."""
@@ -106,6 +106,7 @@ class LossArch(nn.Module):
         differentiation: beta and the readings of L_MDR.
         transforms: W of each pair of branches, or None: no differentiation, or one of the kinds without W.
         mean_over_ranks: averages a scalar over data-parallel ranks.
+        names: of the branches, for the log.
     """
 
     step: Tensor
@@ -116,8 +117,10 @@ class LossArch(nn.Module):
         differentiation: DifferentiationConfig,
         transforms: "Transforms | None",
         mean_over_ranks: MeanOverRanks = identity,
+        names: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        self.names = names
         self.coteaching = coteaching
         self.differentiation = differentiation
         self.transforms = transforms
@@ -159,6 +162,7 @@ class LossArch(nn.Module):
             "bce": bce,
             "coteaching_loss": coteaching,
             "differentiation_loss": differentiation,
+            **latent_norms(output.latents, self.names, weights),
         }
         return loss, Outputs(
             logits=logits.detach().t(),
@@ -223,6 +227,15 @@ def build_transforms(num_branches: int, latent_dim: int, config: Differentiation
     num_pairs = len(branch_pairs(num_branches))
     trained = num_pairs and config.weight > 0 and config.kind == "moderate"
     return Transforms(num_pairs, latent_dim, config) if trained else None
+
+
+def latent_norms(latents: Tensor, names: tuple[str, ...], weights: Tensor) -> dict[str, Tensor]:
+    """Mean over rows of ||z^k||, for each branch k: "latent_norm/NAME" -> ()."""
+    if not names:
+        return {}
+    norms = torch.linalg.vector_norm(at_least_float32(latents.detach()), dim=2)  # (K, B)
+    means = (norms * weights).mean(1)
+    return {f"latent_norm/{name}": means[index] for index, name in enumerate(names)}
 
 
 def warm(config: CoteachingConfig | DifferentiationConfig, step: Tensor) -> Tensor | float:

@@ -16,6 +16,7 @@ from mbcnet_rec.training.checkpoint import Saved, pieces_of
 from mbcnet_rec.training.compatibility import describe_run, load_checked
 from mbcnet_rec.training.exits import NonFiniteLossError, PreemptedError
 from mbcnet_rec.training.faults import dump_batch, loss_spike
+from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
 from mbcnet_rec.training.metrics import evaluate_predictions
 from mbcnet_rec.training.pipeline import CheckedPipeline, clip_gradients
 from mbcnet_rec.training.places import Place
@@ -37,7 +38,9 @@ from mbcnet_rec.training.watchdog import Watchdog
 
 PLATEAU_FACTOR = 0.1
 PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol
-PLATEAU_PATIENCE = 2  # evaluations in a row without a better one, as there, unless train.patience says otherwise
+PLATEAU_PATIENCE = (
+    2  # evaluations in a row without a better one, as there, unless train.patience says otherwise
+)
 SECONDS_PER_MINUTE = 60.0
 Watch = Callable[[int, float], bool]  # (step, valid AUC) of an evaluation -> stop now?
 
@@ -88,6 +91,7 @@ class Trainer:
         steps = stream.steps_per_epoch * config.train.epochs
         self.total_steps = min(steps, config.train.max_steps) if config.train.max_steps else steps
         self.window = Window()
+        self.branches = branch_parameters(built.model)
         self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
         self.autocast = autocast_of(config.train.autocast, self.process.device)
         self.saver = Saver(around.place, self.process, config.train.timeout_seconds)
@@ -237,6 +241,8 @@ class Trainer:
         limit = self.config.train.max_grad_norm
         if limit > 0 or (self.state.step + 1) % self.config.train.log_every == 0:
             self.window.grad_norm = clip_gradients(self.built.dense, limit or float("inf"))
+        if (self.state.step + 1) % self.config.train.log_every == 0:
+            self.window.gradient_shares = gradient_shares(self.branches)
 
     def _log(self, feed: Feed, bar: Progress, records: Records | None) -> dict[str, float]:
         """Write a line of metrics.jsonl; return what the bar shows."""
@@ -262,6 +268,9 @@ class Trainer:
                 "checkpoint_seconds": self.saver.written_seconds,
                 "lr_scale": self.state.lr_scale,
                 "grad_norm": float("nan") if window.grad_norm is None else float(window.grad_norm),
+            }
+            values |= {
+                f"gradient_share/{name}": float(share) for name, share in window.gradient_shares.items()
             }
             values |= {} if spike is None else {"loss_spike": spike}
             values |= {} if not self.state.skipped else {"skipped_steps": self.state.skipped}

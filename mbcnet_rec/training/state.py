@@ -92,6 +92,7 @@ class Window:
     waited: float = 0.0
     stalled: float = 0.0
     grad_norm: Tensor | None = None
+    gradient_shares: dict[str, Tensor] = field(default_factory=dict)
 
     def pieces(self, rank: int) -> list[Piece]:
         """What this rank's outputs are in a checkpoint; nothing if there are none."""

@@ -1,0 +1,130 @@
+"""The agent: a job's first error is told once, by the rank whose it is; exit codes are the workers'; restarts go on."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny_run import program
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from launch import agent, worker
+
+# A worker whose command line is the module `crash` of the working directory
+WORKER = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from launch import worker
+worker.COMMAND_LINE = "crash"
+code = worker.main(sys.argv[1:])
+sys.stdout.flush(); sys.stderr.flush()
+os._exit(code)
+"""
+SINGLE = ("--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+
+
+def run_agent(folder: Path, crash: str, *options: str, processes: int = 3):
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "crash.py").write_text(crash)
+    words = (
+        "-P",
+        "-m",
+        "launch.agent",
+        *SINGLE,
+        "--nproc-per-node",
+        str(processes),
+        *options,
+        "worker.py",
+        "train",
+        "--overwrite",
+    )
+    return program("python", *words, cwd=folder, LOGLEVEL="CRITICAL")
+
+
+def test_the_first_error_is_told_once_and_the_echoes_are_not(tmp_path):
+    crash = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+if os.environ["RANK"] == "1":
+    raise ValueError("row 7 is bad")
+dist.all_reduce(torch.ones(1))
+"""
+    done = run_agent(tmp_path, crash)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1 and done.stderr.startswith("rank 1 failed:"), done.stderr
+    assert done.stderr.splitlines()[-1] == "ValueError: row 7 is bad"
+    assert "worker.py" not in done.stderr, "the traceback begins where the command does"
+
+
+def test_a_mistake_of_a_rank_without_terminal_reaches_it(tmp_path):
+    crash = """
+import os, sys, time
+if os.environ["RANK"] == "2":
+    print("mbcnet: rows.parquet: column user is missing", file=sys.stderr)
+    sys.exit(2)
+time.sleep(30)
+"""
+    done = run_agent(tmp_path, crash)
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        ["mbcnet: rows.parquet: column user is missing"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("crash", "code", "line"),
+    [
+        ("import sys; sys.exit(9)", 9, "ended with exit code 9"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL; most often"),
+    ],
+)
+def test_other_ends(tmp_path, crash, code, line):
+    done = run_agent(tmp_path, crash, processes=2)
+    assert done.returncode == code
+    assert done.stderr.count(line) == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_restart_goes_on_and_a_mistake_is_not_tried_again(tmp_path):
+    crash = """
+import os, sys
+open(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", "w").write(" ".join(sys.argv[1:]))
+sys.exit(%s if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+"""
+    done = run_agent(tmp_path, crash % 9, "--max-restarts", "2", processes=1)
+    assert done.returncode == 0
+    assert [(tmp_path / f"start_{n}").read_text() for n in (0, 1)] == ["train --overwrite", "train --resume"]
+    (tmp_path / "start_1").unlink()
+    done = run_agent(tmp_path, crash % 2, "--max-restarts", "2", processes=1)
+    assert done.returncode == 2 and not (tmp_path / "start_1").exists()
+
+
+def test_preempted_workers_make_a_preempted_job(tmp_path):
+    for code, expected in ((75, 75), (0, 143), (1, 143)):
+        (tmp_path / "exit_0").write_text(str(code))
+        assert agent.code_after_signal(15, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "args"),
+    [
+        ({}, ["train", "--overwrite"]),
+        ({"SLURM_RESTART_COUNT": "0", "AWS_BATCH_JOB_ATTEMPT": "1"}, ["train", "--overwrite"]),
+        ({"SLURM_RESTART_COUNT": "1"}, ["train", "--resume"]),
+        ({"AWS_BATCH_JOB_ATTEMPT": "2"}, ["train", "--resume"]),
+    ],
+)
+def test_schedulers_count_starts_each_in_its_own_way(environ, args):
+    assert worker.resumed(["train", "--overwrite"], environ) == args
+    assert worker.resumed(["evaluate", "run"], environ) == ["evaluate", "run"]
+
+
+def test_threads_fill_the_cores():
+    assert [agent.default_threads(*pair) for pair in ((2, 2), (16, 4), (1, 8))] == [1, 4, 1]
+
+
+def test_the_rank_that_claimed_is_blamed_not_the_earliest():
+    failures = {}
+    for rank in range(2):
+        failures[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=1, error_file=os.devnull + str(rank))
+        failures[rank].timestamp = rank
+    failures[1].error_file_data = {"first": True}
+    assert agent.first_failure(failures)[0] == 1
