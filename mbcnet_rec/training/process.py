@@ -1,5 +1,6 @@
 """This process among the ranks of a run: who it is, which device it has, and what crosses between ranks."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from data.errors import InputError
 from mbcnet_rec.training.exits import LostRankError
+
+_TIMES_JOINED = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
     """The store through which ranks find each other.
 
     torchrun keeps one store over all restarts and torch 2.13 no longer tells them apart, so ranks that are started again would
-    read the addresses of their dead predecessors. Hence a prefix for each attempt.
+    read the addresses of their dead predecessors; and so would a process that trains and then evaluates, which leaves one
+    group and joins another. Hence a prefix for each attempt and, as all ranks join equally often, for each time of joining.
     """
     if alone:
         return dist.HashStore()
@@ -106,7 +110,8 @@ def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
         timeout=timeout,
         wait_for_workers=False,
     )
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt_{attempt}/joined_{next(_TIMES_JOINED)}", store)
 
 
 def _cannot_meet(error: Exception, rank: int, world_size: int, timeout_seconds: float) -> Exception:
