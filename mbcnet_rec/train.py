@@ -292,8 +292,9 @@ def closing_lines(config: RunConfig, schema: Schema, trainer: Trainer, metrics: 
     if state.stopped:
         lines.append(f"stopped early: {state.bad_evaluations} evaluations without a better validation AUC")
     lines += [
-        f"run folder: {folder} (config.toml, plan.json, metrics.jsonl, tb/, checkpoints/)",
-        f"next: mbcnet evaluate {folder}",
+        f"run folder: {folder} (report.html, config.toml, plan.json, metrics.jsonl, tb/, checkpoints/)",
+        f"next: open {folder}/report.html in a browser",
+        f"      mbcnet evaluate {folder}",
         f"      tensorboard --logdir {folder}/tb",
         "      the same data without branches: add --set model.kind=dnn --set train.out=runs/dnn",
     ]
