@@ -124,6 +124,29 @@ def check_devices(gpus: list[str]) -> Finding:
     return Finding("devices", f"{cpu}, {len(gpus)} NVIDIA GPUs" + "".join(f"; {name}" for name in gpus))
 
 
+def check_cuda(gpus: list[str]) -> list[Finding]:
+    """Where the driver lists GPUs: whether torch can compute on them and NCCL can connect them."""
+    if not gpus:
+        return []
+    question = "import torch; print(torch.cuda.is_available(), torch.version.cuda, torch.distributed.is_nccl_available())"
+    done = subprocess.run(
+        [sys.executable, "-c", question], capture_output=True, text=True, timeout=300, check=False
+    )
+    usable, cuda, nccl = (done.stdout.split() or ["False", "None", "False"])[-3:]
+    found = f"torch built for CUDA {cuda}, usable: {usable}, NCCL: {nccl}"
+    if cuda == "None":
+        return [Finding("CUDA", found, f"this torch is a CPU build; {REINSTALL}")]
+    if usable != "True":
+        return [
+            Finding(
+                "CUDA",
+                found,
+                f"the driver is too old for CUDA {cuda}, or the GPUs are hidden: update the driver, or unset CUDA_VISIBLE_DEVICES",
+            )
+        ]
+    return [Finding("CUDA", found, "" if nccl == "True" else REINSTALL)]
+
+
 def check_schedulers() -> Finding:
     """Name what torchx can launch on from here."""
     found = ["local_cwd"]
@@ -156,6 +179,7 @@ def examine() -> list[Finding]:
         check_floors(torch, installed("pyarrow")),
         check_openmp(),
         check_devices(gpus),
+        *check_cuda(gpus),
         check_schedulers(),
         Finding("torchx", installed("torchx") or "missing", "" if installed("torchx") else REINSTALL),
     ]
