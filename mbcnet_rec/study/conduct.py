@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from mbcnet_rec.config import RunConfig, config_text, load_config
-from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.study.pictures import Material, describe_scores, draw_all
 from mbcnet_rec.study.report import Block, Code, Heading, Table, Text, write_report
 from mbcnet_rec.study.runs import Run, place_run, scores, train_all
 from mbcnet_rec.study.studies import MODELS, PAPER_COLUMNS, STUDIES, Study, Variant
 from mbcnet_rec.study.summary import CONFIDENCE, Difference, Row, Scores, judge, summarise
 from mbcnet_rec.study.tuning import with_overrides
+from mbcnet_rec.study.widths import fit_widths
 
 
 @dataclass(frozen=True)
@@ -87,45 +87,23 @@ def with_models(study: Study, models: Sequence[str]) -> Study:
     return replace(study, variants=kept)
 
 
-def fit_widths(model: ModelConfig) -> ModelConfig:
-    """Give models that the config says nothing about the widths of its MBCnet, as the paper does.
-
-    A DNN gets the deep branch's and the top's layers in a row, DCNv2 and Wide&Deep likewise, experts and streams the top's.
-    """
-    ours, plain = model.mbcnet, ModelConfig()
-    row = (*ours.deep.hidden, *ours.top)
-    fitted = {
-        "dnn": replace(plain.dnn, hidden=row, dropout=ours.dropout),
-        "crossnet": replace(
-            plain.crossnet, cross=ours.cross, hidden=(ours.branch_dim, *ours.top), dropout=ours.dropout
-        ),
-        "wide_deep": replace(plain.wide_deep, hidden=row, dropout=ours.dropout),
-        "dcnv2": replace(plain.dcnv2, cross=ours.cross, hidden=ours.deep.hidden, dropout=ours.dropout),
-        "mmoe": replace(plain.mmoe, expert=row, gate=ours.top, tower=ours.top, dropout=ours.dropout),
-        "enkd": replace(plain.enkd, hidden=row, dropout=ours.dropout),
-        "finalmlp": replace(
-            plain.finalmlp,
-            first=replace(plain.finalmlp.first, hidden=row, gate=ours.top[-1:], dropout=ours.dropout),
-            second=replace(plain.finalmlp.second, hidden=row, gate=ours.top[-1:], dropout=ours.dropout),
-        ),
-        "deepfm": replace(plain.deepfm, hidden=row, dropout=ours.dropout),
-        "efgc": replace(
-            plain.efgc, efgc=ours.efgc, branch_dim=ours.branch_dim, top=ours.top, dropout=ours.dropout
-        ),
-    }
-    unsaid = {kind: value for kind, value in fitted.items() if getattr(model, kind) == getattr(plain, kind)}
-    return replace(model, **unsaid)
-
-
-def variant_config(base: RunConfig, variant: Variant, tuned: Path | None) -> RunConfig:
+def variant_config(
+    base: RunConfig, variant: Variant, tuned: Path | None, overrides: Sequence[str] = ()
+) -> RunConfig:
     """Make a variant's config.
+
+    Args:
+        base: what it overrides.
+        variant: with its overrides.
+        tuned: folder whose KIND.toml stands in for the base; None: none.
+        overrides: of the command line, which hold for such a KIND.toml too.
 
     Raises:
         InputError: its overrides do not fit the config.
     """
     config = with_overrides(base, variant.overrides, f"variant {variant.name!r}")
     if tuned is not None and (tuned / f"{config.model.kind}.toml").is_file():
-        winner = load_config(tuned / f"{config.model.kind}.toml")
+        winner = load_config(tuned / f"{config.model.kind}.toml", overrides)
         config = with_overrides(winner, variant.overrides, f"variant {variant.name!r}")
     return replace(config, model=fit_widths(config.model))
 
@@ -140,7 +118,11 @@ def conduct(plan: Plan) -> int:
     base = load_config(plan.config, plan.overrides)
     seeds = range(base.train.seed, base.train.seed + plan.seeds)
     runs = [
-        Run(variant.name, seed, place_run(variant_config(base, variant, plan.tuned), seed, plan.out))
+        Run(
+            variant.name,
+            seed,
+            place_run(variant_config(base, variant, plan.tuned, plan.overrides), seed, plan.out),
+        )
         for seed in seeds
         for variant in study.variants
         if study.name != "complexity"

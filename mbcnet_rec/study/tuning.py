@@ -16,7 +16,7 @@ start goes on where it stood. The winner, by validation AUC, is written as a who
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.typed import parse_dataclass, read_toml, to_toml_value
-from mbcnet_rec.config import RunConfig, apply_override, config_text
+from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
 from mbcnet_rec.study.runs import Run, best_valid_auc, place_run, train_one
+from mbcnet_rec.study.widths import fit_widths
 from mbcnet_rec.train import DONE
 from mbcnet_rec.training.records import write_whole
 
@@ -187,7 +188,7 @@ def tune_model(
     )
     for trial in study.get_trials(states=(TrialState.RUNNING,)):  # of a start that was killed
         study.tell(trial.number, state=TrialState.FAIL)
-    base = with_overrides(config, [f"model.kind={kind}"], "--models")
+    base = base_config(config, kind, out)
     ended = len(study.get_trials(states=FINISHED))
     bar.update(min(ended, space.trials))
     for number in range(ended, space.trials):
@@ -204,6 +205,25 @@ def tune_model(
     best = with_overrides(base, winner.user_attrs["overrides"], str(path))
     write_whole(path, config_text(best))
     return path, winner
+
+
+def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
+    """Make what the draws of a kind override.
+
+    Widths that the config leaves open are those of its MBCnet. EnKD's teachers, where they have been tuned in the same
+    folder, are those winners.
+
+    Raises:
+        InputError: there is no such kind, or a winner's file is faulty.
+    """
+    config = with_overrides(config, [f"model.kind={kind}"], f"--models {kind}")
+    model = fit_widths(config.model)
+    if kind == "enkd":
+        for teacher in model.enkd.teachers:
+            if (out / f"{teacher}.toml").is_file():
+                winner = load_config(out / f"{teacher}.toml").model
+                model = replace(model, **{teacher: getattr(winner, teacher)})
+    return replace(config, model=model)
 
 
 def run_trial(
