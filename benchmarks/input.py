@@ -9,7 +9,8 @@ input_wait_share          share of its time that a consumer waits which takes 80
                           prefetch = 2; the consumer sleeps through its step, as a host does while a GPU works), after the first batch
 memory_mb_per_million     growth of resident memory over the second half of many epochs, per million rows
 column_exponent           b of seconds per row = a * columns ** b, fitted over 24 to 768 columns
-fuxictr_rows_per_second   FuxiCTR's Parquet loader on the same 192 columns, with its own defaults; null where PYTHON has no fuxictr
+fuxictr_rows_per_second   FuxiCTR's Parquet loader on the same 192 columns, on one core too, with its own defaults; null where PYTHON has no fuxictr
+over_fuxictr              stream_rows_per_second_single over that
 
 The files are written as this project writes its own: snappy, dictionaries, page checksums, row groups of ROW_GROUP_ROWS. Arrow's read
 verifies no checksums by default, ours does.
@@ -80,7 +81,11 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
     several = [single] * (8 if quick else 4)
     figures |= wait_of_consumer(several, single_schema, 3 if quick else 6)
     figures |= memory_over_rows(several, single_schema, 2_000_000 if quick else 10_000_000)
-    figures["fuxictr_rows_per_second"] = fuxictr_rate(single, peer_python)
+    peer, own = fuxictr_rate(single, peer_python), figures["stream_rows_per_second_single"]
+    figures |= {
+        "fuxictr_rows_per_second": peer,
+        "over_fuxictr": round(own / peer, 2) if own and peer else None,
+    }
     return figures
 
 
@@ -219,22 +224,31 @@ def resident_mb() -> float:
 FUXICTR = """
 import logging, sys, time
 logging.disable(logging.CRITICAL)
-from fuxictr.pytorch.dataloaders import ParquetDataLoader
+from fuxictr.pytorch.dataloaders import RankDataLoader
+try:  # the newer releases read through Ray, which takes seconds to start: not counted
+    import ray
+    ray.init(logging_level=logging.CRITICAL, log_to_driver=False)
+except ImportError:
+    ray = None
 class Map:
     labels = ["label"]
     features = {f"c{i}": {"type": "categorical"} for i in range(192)}
     def get_column_index(self, name):
-        return int(name[1:])
+        return 192 if name == "label" else int(name[1:])
 start = time.perf_counter()
-rows = 0
-for batch in ParquetDataLoader(Map(), sys.argv[1], batch_size=int(sys.argv[2]), shuffle=True, num_workers=0):
-    rows += len(batch["label"])
+made = RankDataLoader(
+    Map(), stage="train", train_data=sys.argv[1], batch_size=int(sys.argv[2]), shuffle=True, data_format="parquet", num_workers=0
+)
+loader, _ = made if isinstance(made, tuple) else made.make_iterator()
+rows = sum(len(batch["label"]) for batch in loader)
 print(rows / (time.perf_counter() - start))
+if ray:
+    ray.shutdown()
 """
 
 
 def fuxictr_rate(file: Path, python: str) -> float | None:
-    """Rows per second of FuxiCTR's loader in a process of its own, on one core; None where it is not installed or fails."""
+    """Rows per second of FuxiCTR's training loader, opening included, in a process of its own on one core; None where it is not installed or fails."""
     command = [
         "taskset",
         "-c",

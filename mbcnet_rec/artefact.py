@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from data.errors import InputError
 from data.schema import Feature, Schema, Table, format_schema, load_schema
 from mbcnet_rec import serving
-from mbcnet_rec.build import input_layout
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.fused_path import FusedPath, graph_spec, trace
+from mbcnet_rec.layout import input_layout
 from mbcnet_rec.model.layers import InputLayout, wide_tables
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.model.models import build_arch, needs_wide

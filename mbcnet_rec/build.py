@@ -7,11 +7,13 @@ import logging
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.model_parallel import DMPCollection
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -19,18 +21,19 @@ from data.errors import InputError
 from data.schema import Schema
 from data.tables import embedding_bag_configs
 from mbcnet_rec.config import RunConfig
+from mbcnet_rec.dense_cost import dense_cost
+from mbcnet_rec.layout import input_layout, schema_with_wide
 from mbcnet_rec.model.distillation import DistillationObjective
-from mbcnet_rec.model.layers import InputLayout, wide_tables
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
 from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
 from mbcnet_rec.model.objective import Objective
 from mbcnet_rec.model.sparse_arch import SparseArch
 from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
-from mbcnet_rec.training.process import Process, mean_over_ranks
+from mbcnet_rec.training.process import Process, broadcast_value, mean_over_ranks
 from sharding.initialise import initialise_tables
-from sharding.plan import Plan, check_plan, read_plan
-from sharding.planner import make_plan
-from sharding.sharder import AnyTypeSharder, to_sharding_plan
+from sharding.plan import Plan, check_plan, constraint_differences, plan_of_text, plan_text, read_plan
+from sharding.planner import cluster_of, plan_schema
+from sharding.sharder import DATA_TYPES, placed_differences, sharder_of, to_sharding_plan
 
 EBC_PATH = "model.sparse_arch.ebc"
 WEIGHTED_EBC_PATH = "model.sparse_arch.weighted_ebc"
@@ -74,65 +77,72 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 
-def input_layout(schema: Schema) -> InputLayout:
-    """Describe a schema's fields and groups to the model."""
-    dims = {
-        feature.name: schema.table_of[feature.name].embedding_dim
-        for feature in (*schema.sparse, *schema.weighted)
-    }
-    slices, start = {}, 0
-    for feature in schema.dense:
-        slices[feature.name] = (start, feature.dense_width)
-        start += feature.dense_width
-    projections = {feature.name: feature.projection for feature in schema.dense if feature.projection}
-    return InputLayout(dims, slices, schema.groups, projections=projections)
-
-
-def build_collections(schema: Schema) -> dict[str, EmbeddingBagCollection]:
-    """Build the tables' collections on the meta device: module path -> collection.
+def build_collections(schema: Schema, plan: Plan) -> dict[str, EmbeddingBagCollection]:
+    """Build the tables' collections on the meta device, with rows of the plan's dtype: module path -> collection.
 
     Raises:
         InputError: no field without weights looks up a table.
     """
-    meta = torch.device("meta")
-    plain = embedding_bag_configs(schema, weighted=False)
+    meta, data_type = torch.device("meta"), DATA_TYPES[plan.data_type]
+    plain = embedding_bag_configs(schema, weighted=False, data_type=data_type)
     if not plain:
         raise InputError(
             f"schema {schema.name!r}: no categorical, multi-valued or bucketised field; wanted at least one field "
             "with an embedding table; add one (a number can use transform = 'bucketise')"
         )
     collections = {EBC_PATH: EmbeddingBagCollection(plain, device=meta)}
-    weighted = embedding_bag_configs(schema, weighted=True)
+    weighted = embedding_bag_configs(schema, weighted=True, data_type=data_type)
     if weighted:
         collections[WEIGHTED_EBC_PATH] = EmbeddingBagCollection(weighted, is_weighted=True, device=meta)
     return collections
 
 
-def choose_plan(
-    config: RunConfig, schema: Schema, process: Process, collections: dict[str, EmbeddingBagCollection]
-) -> Plan:
-    """Read the plan file that the config names, or plan now.
+def agreed_plan(config: RunConfig, schema: Schema, process: Process) -> Plan:
+    """The plan file that the config names, checked against this run, or a plan made now. Rank 0 reads or makes it, so all have one.
+
+    Args:
+        config: of the run.
+        schema: of the run, without the tables of a wide part.
+        process: this rank; every rank calls it.
 
     Raises:
-        InputError: the file is faulty or for another run, or nothing fits.
+        InputError: on every rank: the file is faulty or for another run, or nothing fits.
     """
-    device = process.device.type
-    if config.sharding.plan:
-        plan = read_plan(Path(config.sharding.plan))
+    text = problem = ""
+    if process.is_first:
+        try:
+            text = plan_text(_plan_of(config, schema, process))
+        except InputError as error:
+            problem = str(error)
+    text, problem = broadcast_value((text, problem), process)
+    if problem:
+        raise InputError(problem)
+    return plan_of_text(text, config.sharding.plan or "the run's plan")
+
+
+def _plan_of(config: RunConfig, schema: Schema, process: Process) -> Plan:
+    tables_schema, optimizer = schema_with_wide(config.model, schema), config.optim.embedding.name
+    source, device = config.sharding.plan, process.device.type
+    if source:
+        plan = read_plan(Path(source))
         check_plan(
-            plan, schema, world_size=process.world_size, device=device, source=str(config.sharding.plan)
-        )
-        return plan
-    machine = (process.world_size, process.local_world_size, device)
-    batch_size_per_rank = -(-config.data.batch_size // process.world_size)
-    return make_plan(collections, schema, config.sharding, machine, batch_size_per_rank)
-
-
-def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
-    """Add a table of one weight per id for each field, where the model has a wide part; else return the schema."""
-    if not needs_wide(config):
-        return schema
-    return replace(schema, tables=(*schema.tables, *wide_tables(schema.tables)))
+            plan, tables_schema, world_size=process.world_size, local_world_size=process.local_world_size,
+            device=device, optimizer=optimizer, source=source,
+        )  # fmt: skip
+        differences = constraint_differences(plan, config.sharding)
+        if differences:
+            raise InputError(
+                f"{source}: this run's [sharding] asks for something else: {'; '.join(differences)}; remove those keys from the "
+                "run's config, or plan again with them"
+            )
+    else:
+        machine = (process.world_size, process.local_world_size, device)
+        batch_size_per_rank = -(-config.data.batch_size // process.world_size)
+        plan = plan_schema(
+            tables_schema, config.sharding, cluster_of(config.sharding, machine), batch_size_per_rank,
+            optimizer=optimizer, dense=dense_cost(config.model, schema, config.sharding),
+        )  # fmt: skip
+    return plan
 
 
 def cooperation(config: ModelConfig) -> tuple[CoteachingConfig, DifferentiationConfig]:
@@ -152,10 +162,9 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     Raises:
         InputError: the schema, the model and the plan do not fit together.
     """
-    tables_schema = schema_with_wide(config.model, schema)
-    collections = build_collections(tables_schema)
     if plan is None:
-        plan = choose_plan(config, tables_schema, process, collections)
+        plan = agreed_plan(config, schema, process)
+    collections = build_collections(schema_with_wide(config.model, schema), plan)
     replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}
     # from the schema without wide tables: a field's own table gives its width
     layout = replace(input_layout(schema), wide=needs_wide(config.model))
@@ -167,7 +176,6 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
         if config.model.kind == "enkd"
         else Objective(model, *cooperation(config.model), mean_over_ranks)  # type: ignore[arg-type]
     )
-    sharding_plan = to_sharding_plan(plan, collections)
     fused = [
         parameter
         for collection in collections.values()
@@ -175,13 +183,12 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
         if name.split(".")[-2] not in replicated
     ]
     fuse_table_optimizer(fused, config.optim.embedding)
-    sharded = DistributedModelParallel(
-        objective,
-        env=ShardingEnv.from_process_group(torch.distributed.group.WORLD),  # type: ignore[arg-type]
-        device=process.device,
-        plan=sharding_plan,
-        sharders=[AnyTypeSharder()],  # type: ignore[list-item]
-    )
+    sharded = _sharded(objective, plan, to_sharding_plan(plan, collections), process.device)
+    moved = placed_differences(plan, sharded)
+    if moved:
+        raise InputError(
+            f"the tables are not where the plan says: {'; '.join(moved)}; plan again with `mbcnet plan make`"
+        )
     tables = {
         name: name.split(".")[-2]
         for name in sharded.state_dict()
@@ -194,3 +201,18 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     optimizer = build_optimizer(sharded, kept, config.optim)
     dense = [parameter for name, parameter in sharded.named_parameters() if name not in tables]
     return Built(sharded, optimizer, plan, model.branch_names, dense)  # type: ignore[arg-type]
+
+
+def _sharded(
+    objective: nn.Module, plan: Plan, sharding_plan: ShardingPlan, device: torch.device
+) -> DistributedModelParallel:
+    """Shard over all ranks, or over each of the plan's groups of ranks."""
+    world: Any = torch.distributed.group.WORLD
+    sharders: Any = [sharder_of(plan)]
+    if plan.replicas > 1:
+        return DMPCollection(
+            objective, device, sharding_plan, plan.world_size, plan.group_size, world,
+            node_group_size=plan.local_group_size, sharders=sharders,
+        )  # fmt: skip
+    env = ShardingEnv.from_process_group(world)
+    return DistributedModelParallel(objective, env=env, device=device, plan=sharding_plan, sharders=sharders)

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import Schema
-from mbcnet_rec.build import input_layout
+from mbcnet_rec.layout import input_layout
 from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
 from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
 from sharding.candidates import pooling_factor

@@ -51,15 +51,13 @@ def find_step(config: RunConfig, folder: Path, process: Process) -> int:
 def load_built(config: RunConfig, schema: Schema, folder: Path, step: int, process: Process) -> Built:
     """Build a run's model on this world size and load a checkpoint.
 
-    A plan file that was made for another world size is left aside: the tables are planned anew.
+    A plan file that was made for other ranks or to train on replicas is left aside: the tables are planned anew.
 
     Raises:
         InputError: the checkpoint is damaged, or the plan is for another schema.
     """
-    sharding = dataclasses.replace(config.sharding, replicas=1)
-    if sharding.plan and (
-        not Path(sharding.plan).is_file() or read_plan(Path(sharding.plan)).world_size != process.world_size
-    ):
+    sharding = dataclasses.replace(config.sharding, replicas=1, prefetch=False)
+    if sharding.plan and not _fits(Path(sharding.plan), process):
         sharding = dataclasses.replace(sharding, plan="")
     built = build(dataclasses.replace(config, sharding=sharding), schema, process)
     pieces = [piece for piece in pieces_of(built.model, built.optimizer) if piece.name.startswith("model/")]
@@ -69,6 +67,16 @@ def load_built(config: RunConfig, schema: Schema, folder: Path, step: int, proce
         if buffer.is_floating_point():
             mean_over_ranks(buffer)  # running statistics of batch norm
     return built
+
+
+def _fits(path: Path, process: Process) -> bool:
+    """Whether a plan file is there and made for these ranks, and for nothing that only training needs."""
+    if not path.is_file():
+        return False
+    plan = read_plan(path)
+    ranks = (plan.world_size, plan.local_world_size, plan.device)
+    here = (process.world_size, process.local_world_size, process.device.type)
+    return ranks == here and plan.replicas == 1 and not plan.prefetch
 
 
 def read_whole(config: RunConfig, folder: Path, step: int, tensors: dict[str, Tensor]) -> None:

@@ -105,6 +105,10 @@ class Assessment:
             self.plan.batch_size_per_rank * self.plan.world_size / self.path.step if self.path.step else 0.0
         )
 
+    def of_rank(self, rank: int) -> Rank:
+        """Costs of a rank of the whole cluster: the ranks of a host are dealt to the replicas in turn."""
+        return self.ranks[rank // self.plan.replicas]
+
     def memory(self, rank: Rank) -> tuple[int, int]:
         """HBM and DDR bytes of a rank with the dense part."""
         dense = self.dense.memory_bytes(self.plan.batch_size_per_rank)

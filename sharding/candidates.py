@@ -9,7 +9,7 @@ from sharding.cluster import Cluster
 from sharding.constraints import ShardingConfig, TableConstraint
 from sharding.dense import DenseCost
 from sharding.estimate import DTYPE_BYTES, state_bytes
-from sharding.plan import FORMAT, Plan, TablePlan, leaves_empty
+from sharding.plan import FORMAT, Plan, TablePlan, device_problem, leaves_empty
 
 ROWS_PER_RANK = 8  # a table with fewer rows for each rank is not split by rows
 TORCHREC_LEAST_COLUMNS = 128  # of a column shard where nobody says otherwise
@@ -98,6 +98,9 @@ def check_constraints(config: ShardingConfig, schema: Schema, plan: Plan) -> Non
         InputError: naming key, value and mend.
     """
     tables = {table.name: table for table in schema.tables}
+    problem = device_problem(plan)
+    if problem:
+        raise InputError(f"sharding.{problem}")
     if plan.local_world_size % config.replicas:
         raise InputError(
             f"sharding.replicas = {config.replicas}: wanted a divisor of the {plan.local_world_size} ranks of a host; use 1"

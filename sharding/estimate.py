@@ -3,7 +3,7 @@
 G rows of a batch over one group's ranks, B of one rank, P ids a row (all fields of the table), F fields, D columns of the shard,
 r rows of the shard, s its share of the lookups (1, or 1/n where n ranks share the rows), w bytes of a weight.
 
-Memory. rows r D w, state 4 r (rowwise_adagrad), 4 r D (adagrad), 0 (sgd). Activations: ids 2 * 8 G P s (two batches in flight),
+Memory. rows r D w, state 4 r (rowwise_adagrad), 4 r D (adagrad), 8 r D (adam, of replicated tables), 0 (sgd). Activations: ids 2 * 8 G P s (two batches in flight),
 pooled rows and their gradient 2 * 4 G F D. With fused_uvm* rows are in host memory; state is where FBGEMM puts it: rowwise in HBM,
 full in host memory. A cache of c r rows takes c r (D w + 16) + 4 r bytes of HBM (slots with two 64-bit marks; one 32-bit map entry a row).
 
@@ -98,9 +98,8 @@ def table_costs(table: TablePlan, plan: Plan, cluster: Cluster) -> list[ShardCos
 
 def state_bytes(optimizer: str, rows: int, columns: int) -> int:
     """Bytes of the fused optimizer's state for a block of a table; it is fp32 for every row dtype."""
-    return {"rowwise_adagrad": FLOAT_BYTES * rows, "adagrad": FLOAT_BYTES * rows * columns, "sgd": 0}[
-        optimizer
-    ]
+    whole = FLOAT_BYTES * rows * columns
+    return {"rowwise_adagrad": FLOAT_BYTES * rows, "adagrad": whole, "adam": 2 * whole, "sgd": 0}[optimizer]
 
 
 def shard_bytes(table: TablePlan, plan: Plan, rows: int, columns: int) -> Bytes:
@@ -145,7 +144,12 @@ def shard_times(table: TablePlan, plan: Plan, cluster: Cluster, rows: int, colum
     hidden = plan.prefetch and table.compute_kernel == "fused_uvm_caching"
     paging = distinct * row_bytes * slow / host * (0.0 if hidden else 1.0)
     lookup = (lookups * ID_BYTES + distinct * row_bytes + pooled * FLOAT_BYTES) / speed + paging
-    state = 2 * {"rowwise_adagrad": BURST_BYTES, "adagrad": row_bytes, "sgd": 0}[plan.optimizer]
+    state = (
+        2
+        * {"rowwise_adagrad": BURST_BYTES, "adagrad": row_bytes, "adam": 2 * row_bytes, "sgd": 0}[
+            plan.optimizer
+        ]
+    )
     update = (lookups * SORT_BYTES_PER_ID + pooled * FLOAT_BYTES + distinct * (2 * row_bytes + state)) / speed
     update += distinct * row_bytes * slow / host  # rows that leave the cache, or are written in place
     if replicated:

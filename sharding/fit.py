@@ -73,7 +73,10 @@ class Shortage:
 
 def gib(size: float) -> str:
     """Bytes for people."""
-    return f"{size / GIB:,.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:,.1f} MiB"
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if size >= 0.1 * unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size / 1024:,.1f} KiB" if size else "0"
 
 
 def room_for_tables(

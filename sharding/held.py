@@ -1,6 +1,6 @@
 """Planned against held: bytes of tables and optimizer state that a sharded model really has on this rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch import nn
 from sharding.assess import Assessment
 from sharding.fit import gib
 
+PARTS: tuple[str, ...] = ("rows", "state", "cache")
+
 
 def held_bytes(model: nn.Module) -> dict[str, int]:
     """Count the bytes of this rank's tables: {"rows": ..., "state": ..., "cache": ...}. Call after the first step.
@@ -16,7 +18,7 @@ def held_bytes(model: nn.Module) -> dict[str, int]:
     Every storage counts once, as large as it was allocated. `state` holds what the fused kernels keep; a replicated table's
     state lives in the optimizer that the trainer gave it and is counted by `optimizer_bytes`.
     """
-    counts = {"rows": 0, "state": 0, "cache": 0}
+    counts = dict.fromkeys(PARTS, 0)
     seen: set[int] = set()
     for module in _with_lookups(model):
         for kind, tensor in _kernel_tensors(module):
@@ -69,27 +71,33 @@ def _kernel_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def planned_against_held(
-    assessment: Assessment, rank: int, held: dict[str, int], step_seconds: float = 0.0
+    assessment: Assessment, rank: int, held: Sequence[Mapping[str, int]], step_seconds: float = 0.0
 ) -> str:
     """One line: what the plan said of a rank, what it holds, and how far the two are apart.
 
     Args:
         assessment: of the plan that runs.
-        rank: of this process.
-        held: from `held_bytes`, with a replicated optimizer's state added to "state".
+        rank: of which the line tells.
+        held: of every rank, from `held_bytes`, with a replicated optimizer's state added to "state"; on cuda also "hbm".
         step_seconds: measured; 0: left out.
     """
-    planned = assessment.ranks[rank % assessment.plan.group_size].bytes
+    planned, found = assessment.of_rank(rank).bytes, held[rank]
     parts = [
-        _compared("rows", planned.rows, held["rows"]),
-        _compared("optimizer state", planned.state, held["state"]),
+        _compared("rows", planned.rows, found["rows"]),
+        _compared("optimizer state", planned.state, found["state"]),
     ]
-    if planned.cache or held["cache"]:
-        parts.append(_compared("cache", planned.cache, held["cache"]))
-    line = f"rank {rank}: planned against held: " + ", ".join(parts)
+    if planned.cache or found["cache"]:
+        parts.append(_compared("cache", planned.cache, found["cache"]))
+    if found.get("hbm"):
+        parts.append(_compared("HBM in all", assessment.memory(assessment.of_rank(rank))[0], found["hbm"]))
+    which = f"rank {rank}" + (f" of {len(held)}, the farthest off" if len(held) > 1 else "")
+    line = f"planned against held ({which}): " + ", ".join(parts)
     if step_seconds and assessment.path.step:
         ratio = step_seconds / assessment.path.step
-        line += f"; step {1e3 * assessment.path.step:.1f} ms at least, {1e3 * step_seconds:.1f} ms measured ({ratio:.1f} times)"
+        line += (
+            f"; step at least {1e3 * assessment.path.step:.1f} ms on {assessment.cluster}, measured {1e3 * step_seconds:.1f} ms "
+            f"({ratio:.1f} times)"
+        )
     return line
 
 

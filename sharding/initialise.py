@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharding.blocks import local_blocks
+
 CHUNK_ROWS = 4_096
 
 
@@ -32,7 +34,7 @@ def initialise_tables(state: dict[str, Any], tables: dict[str, str], *, seed: in
     """Fill the local shards of every table in place.
 
     Args:
-        state: state_dict of the sharded model: ShardedTensor for sharded tables, Tensor for replicated ones.
+        state: state_dict of the sharded model: ShardedTensor or DTensor for sharded tables, Tensor for replicated ones.
         tables: name in `state` -> table name.
         seed: of the run.
         std: standard deviation of the rows.
@@ -40,15 +42,12 @@ def initialise_tables(state: dict[str, Any], tables: dict[str, str], *, seed: in
     with torch.no_grad():
         for name, table in tables.items():
             value = state[name]
-            shards = getattr(value, "local_shards", None)
-            if shards is None:
+            blocks = local_blocks(value)
+            if blocks is None:
                 for first, rows in table_rows(seed, table, 0, value.shape[0], value.shape[1], std):
                     value[first : first + len(rows)].copy_(rows)
                 continue
-            for shard in shards():
-                row, column = shard.metadata.shard_offsets
-                height, width = shard.metadata.shard_sizes
+            for tensor, (row, column) in blocks:
+                height, width = tensor.shape
                 for first, rows in table_rows(seed, table, row, row + height, value.size(1), std):
-                    shard.tensor[first - row : first - row + len(rows)].copy_(
-                        rows[:, column : column + width]
-                    )
+                    tensor[first - row : first - row + len(rows)].copy_(rows[:, column : column + width])

@@ -9,12 +9,14 @@ from typing import Any, Literal
 from data.errors import InputError
 from data.schema import Schema
 from data.typed import parse_dataclass
+from sharding.constraints import ShardingConfig
 from sharding.dense import DenseCost
 
 SHARDING_TYPES = ("data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise")
 KERNELS = ("fused", "fused_uvm", "fused_uvm_caching", "dense")
 FORMAT = 2
 DIFFERENCES_SHOWN = 5
+REPLAN = "write a new one with `mbcnet plan make`"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Plan:
     schema: str
     tables: dict[str, TablePlan]
     batch_size_per_rank: int = 0
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     data_type: Literal["fp32", "fp16", "bf16"] = "fp32"
     forward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     backward_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -141,19 +143,31 @@ def read_plan(path: Path) -> Plan:
     Raises:
         InputError: no such file, not JSON, or not a plan.
     """
-    mend = "write a new one with `mbcnet plan make`"
     try:
-        table: Any = json.loads(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError:
+        raise InputError(f"{path}: not text; {REPLAN}") from None
+    return plan_of_text(text, str(path))
+
+
+def plan_of_text(text: str, source: str) -> Plan:
+    """Parse the text of a plan file.
+
+    Raises:
+        InputError: not JSON, or not a plan.
+    """
+    try:
+        table: Any = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); {mend}") from None
+        raise InputError(f"{source}: not JSON ({error}); {REPLAN}") from None
     if isinstance(table, dict) and isinstance(table.get("format"), int) and table["format"] > FORMAT:
         raise InputError(
-            f"{path}: format = {table['format']}, this version reads up to {FORMAT}; update mbcnet, or {mend}"
+            f"{source}: format = {table['format']}, this version reads up to {FORMAT}; update mbcnet, or {REPLAN}"
         )
-    plan = parse_dataclass(Plan, table, str(path))
-    check_shape(plan, str(path))
+    plan = parse_dataclass(Plan, table, source)
+    check_shape(plan, source)
     return plan
 
 
@@ -175,10 +189,35 @@ def check_shape(plan: Plan, source: str) -> None:
             )
     if plan.device not in ("cpu", "cuda"):
         raise InputError(f"{source}: device = {plan.device!r}: wanted 'cpu' or 'cuda'; change it")
+    problem = device_problem(plan)
+    if problem:
+        raise InputError(f"{source}: {problem}")
     for name, table in plan.tables.items():
         problem = _table_problem(table, plan)
         if problem:
             raise InputError(f"{source}: tables.{name}.{problem}")
+
+
+def device_problem(plan: Plan) -> str:
+    """What the plan asks for and its device cannot do, as `key = value: reason; mend`, or an empty string."""
+    if plan.device == "cpu":
+        if plan.data_type == "bf16":
+            return "data_type = 'bf16': FBGEMM's kernels for a CPU know no bf16 rows; use 'fp16' or 'fp32'"
+        if plan.prefetch:
+            return "prefetch = true: on a CPU there is no cache of rows to fill ahead; set it to false, or plan for cuda"
+        if plan.replicas > 1:
+            return f"replicas = {plan.replicas}: TorchRec averages groups of ranks on cuda only; set it to 1, or plan for cuda"
+    cached = any(table.compute_kernel == "fused_uvm_caching" for table in plan.tables.values())
+    if plan.replicas > 1 and plan.optimizer not in ("rowwise_adagrad", "adagrad"):
+        return f"replicas = {plan.replicas}: TorchRec averages an Adagrad's state, and {plan.optimizer} has none; set it to 1"
+    if plan.replicas > 1 and cached:
+        return (
+            f"replicas = {plan.replicas}: TorchRec averages rows without those in the cache of fused_uvm_caching; set it to 1, or keep "
+            "these tables fused"
+        )
+    if plan.prefetch and plan.tables and not cached:
+        return "prefetch = true: no table has the kernel fused_uvm_caching, so there is no cache to fill ahead; set it to false"
+    return ""
 
 
 def check_plan(
@@ -230,6 +269,42 @@ def check_plan(
     check_shape(plan, source)
 
 
+def constraint_differences(plan: Plan, config: ShardingConfig) -> list[str]:
+    """How a plan differs from what a run's [sharding] asks for by name; empty if it keeps to all of it.
+
+    A key that is as by default asks for nothing: the plan says what it is.
+    """
+    usual = ShardingConfig()
+    lines = [
+        f"{key}: plan {_shown(getattr(plan, key))}, run {_shown(getattr(config, key))}"
+        for key in ("data_type", "forward_precision", "backward_precision", "prefetch", "replicas")
+        if getattr(config, key) not in (getattr(usual, key), getattr(plan, key))
+    ]
+    for name, asked in config.tables.items():
+        if name not in plan.tables:
+            lines.append(f"tables.{name}: not in the plan")
+            continue
+        table = plan.tables[name]
+        pairs = [
+            ("sharding_types", table.sharding_type, asked.sharding_types),
+            ("compute_kernels", table.compute_kernel, asked.compute_kernels),
+        ]
+        lines += [
+            f"tables.{name}.{key}: plan {_shown(planned)}, run {_shown(list(allowed))}"
+            for key, planned, allowed in pairs
+            if allowed and planned not in allowed
+        ]
+        if asked.ranks and not set(table.ranks) <= set(asked.ranks):
+            lines.append(f"tables.{name}.ranks: plan {list(table.ranks)}, run {list(asked.ranks)}")
+        if asked.cache_ratio and table.cache_ratio and table.cache_ratio != asked.cache_ratio:
+            lines.append(f"tables.{name}.cache_ratio: plan {table.cache_ratio}, run {asked.cache_ratio}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)
+
+
 def schema_differences(plan: Plan, schema: Schema) -> list[str]:
     """How the tables of a plan and of a schema differ, one phrase a table; empty if the plan is of this schema."""
     tables = {table.name: table for table in schema.tables}
@@ -264,6 +339,11 @@ def _table_problem(table: TablePlan, plan: Plan) -> str:
     if table.compute_kernel not in KERNELS or replicated != (table.compute_kernel == "dense"):
         wanted = "'dense'" if replicated else "'fused' (or fused_uvm, fused_uvm_caching on cuda)"
         return f"compute_kernel = {table.compute_kernel!r}: {table.sharding_type} wants {wanted}; change it"
+    if replicated and plan.data_type == "fp16" and plan.optimizer != "sgd":
+        return (
+            f"sharding_type = 'data_parallel': a replicated table's optimizer computes in the rows' fp16, in which eps is 0 and {plan.optimizer} "
+            "divides by it; use fp32 rows, or another type for this table"
+        )
     if plan.device == "cpu" and "uvm" in table.compute_kernel:
         return f"compute_kernel = {table.compute_kernel!r}: a CPU has no device memory to page; use 'fused'"
     if not 0 <= table.cache_ratio <= 1 or (

@@ -47,7 +47,7 @@ from sharding.constraints import ShardingConfig, TableConstraint
 from sharding.dense import DenseCost
 from sharding.estimate import table_costs
 from sharding.fit import DoesNotFit, find_shortage, room_for_tables
-from sharding.plan import Plan, TablePlan
+from sharding.plan import Plan, TablePlan, check_shape
 from sharding.sharder import DATA_TYPES, AnyTypeSharder
 
 PATIENCE = 20  # proposals without a better plan after which a greedy search ends
@@ -104,7 +104,9 @@ def make_plan(
     ordered = {table.name: tables[table.name] for table in schema.tables}
     plan = replace(plan, tables=ordered, versions=_versions())
     left = max(1.0, config.search_seconds - (time.monotonic() - start))
-    return rebalanced(plan, cluster, options, config.tables, room, left)
+    plan = rebalanced(plan, cluster, options, config.tables, room, left)
+    check_shape(plan, "sharding")
+    return plan
 
 
 def plan_schema(

@@ -97,7 +97,32 @@ def _generator(table: TablePlan, plan: Plan) -> Any:
         sharding = generate(*args)
         sharding.compute_kernel = kernel  # table_row_wise takes none
         if kernel == "fused_uvm_caching":
-            sharding.cache_params = CacheParams(load_factor=table.cache_ratio)
+            sharding.cache_params = CacheParams(
+                load_factor=table.cache_ratio, prefetch_pipeline=plan.prefetch
+            )
         return sharding
 
     return finished
+
+
+def placed_differences(plan: Plan, model: nn.Module) -> list[str]:
+    """How a sharded model differs from the plan it was made by, one phrase a table; empty if it keeps to it to the letter."""
+    held: dict[str, Any] = {}
+    for module in model.modules():
+        held.update(getattr(module, "module_sharding_plan", None) or {})
+    lines = []
+    for name, table in plan.tables.items():
+        if name not in held:
+            lines.append(f"{name}: planned, but in no sharded collection")
+            continue
+        found = held[name]
+        pairs: list[tuple[str, Any, Any]] = [
+            ("sharding_type", table.sharding_type, found.sharding_type),
+            ("compute_kernel", table.compute_kernel, found.compute_kernel),
+        ]
+        if table.ranks and plan.replicas == 1:  # a group's ranks are numbered anew
+            pairs.append(("ranks", list(table.ranks), list(found.ranks or ())))
+        changed = [f"{key} {planned} -> {real}" for key, planned, real in pairs if planned != real]
+        if changed:
+            lines.append(f"{name}: {', '.join(changed)}")
+    return lines + [f"{name}: sharded, but not planned" for name in held if name not in plan.tables]

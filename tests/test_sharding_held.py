@@ -60,7 +60,8 @@ def cases():
     return [
         ("pailitao_demo", shipped["pailitao_demo"], ShardingConfig(), "rowwise_adagrad"),
         ("movielens", shipped["movielens"], ShardingConfig(), "rowwise_adagrad"),
-        ("adult, replicated half rows", shipped["adult"], ShardingConfig(sharding_types=("data_parallel",), data_type="fp16"), "adagrad"),
+        ("adult, replicated half rows", shipped["adult"], ShardingConfig(sharding_types=("data_parallel",), data_type="fp16"), "sgd"),
+        ("adult, replicated", shipped["adult"], ShardingConfig(sharding_types=("data_parallel",)), "adam"),
         ("taobao_ad, half rows", shipped["taobao_ad"], ShardingConfig(data_type="fp16"), "rowwise_adagrad"),
         ("every type, adagrad", mixed, ShardingConfig(tables=by_type), "adagrad"),
         ("every type, sgd", mixed, ShardingConfig(tables=by_type), "sgd"),
@@ -120,7 +121,7 @@ def step(schema, config, optimizer, machine, rank):
     return (
         planned,
         held,
-        planned_against_held(assessment, rank, held, 0.01),
+        planned_against_held(assessment, rank, [held] * machine[0], 0.01),
         {t.sharding_type for t in plan.tables.values()},
     )
 
@@ -158,6 +159,9 @@ def test_planned_bytes_are_held_bytes(machine, tmp_path):
                 assert abs(real - expected) <= 0.01 * max(expected, 1), (
                     f"{name}, rank {rank}, {part}: planned {expected}, holds {real}"
                 )
-            assert line.startswith(f"rank {rank}: planned against held: rows ") and "cache" not in line
+            assert (
+                f"planned against held (rank {rank} of {machine[0]}, the farthest off): rows " in line
+                and "cache" not in line
+            )
             seen |= types
     assert seen == {"table_wise", "row_wise", "table_row_wise", "column_wise", "data_parallel"}

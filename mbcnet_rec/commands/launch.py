@@ -161,9 +161,12 @@ def _check_plan(config: "RunConfig", job: "Job") -> None:
             f"{config.sharding.plan}: made for {plan.world_size} ranks, but -j {job.shape} may have {job.shape.world_sizes[0]} to "
             f"{job.shape.world_sizes[-1]}; use -j {plan.hosts}x{plan.local_world_size}, or leave sharding.plan empty"
         )
+    from mbcnet_rec.layout import schema_with_wide
+
     check_plan(
         plan,
-        load_schema(config.schema),
+        schema_with_wide(config.model, load_schema(config.schema)),
+        optimizer=config.optim.embedding.name,
         world_size=job.shape.world_sizes[-1],
         local_world_size=job.shape.processes,
         device=("cuda" if job.gpu else "cpu") if device == "auto" else device,

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from mbcnet_rec.commands.plan_task import DEFAULT_BATCH, Ticker, cluster_for, numbers, say, task_of
+from mbcnet_rec.commands.plan_task import (
+    DEFAULT_BATCH,
+    Ticker,
+    cluster_for,
+    config_differences,
+    numbers,
+    say,
+    task_of,
+)
 
 if TYPE_CHECKING:
     from sharding.assess import Assessment
@@ -82,6 +90,9 @@ def register(subparsers: Any) -> None:
     )
     _add_plan(check)
     check.add_argument("--schema", metavar="FILE", help="refuse a plan of another schema")
+    check.add_argument(
+        "--config", metavar="FILE", help="the same for a run's schema, model, optimizer and [sharding]"
+    )
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(run=_check)
 
@@ -339,6 +350,8 @@ def _check(args: argparse.Namespace) -> int:
         from data.schema import load_schema
 
         problems += schema_differences(plan, load_schema(args.schema))
+    if args.config:
+        problems += config_differences(plan, args.config)
     room = room_of(assessment.cluster, args.reserve)
     for name, over in zip(("HBM", "DDR"), shortage(assessment, room), strict=True):
         if over:
@@ -360,7 +373,7 @@ def _check(args: argparse.Namespace) -> int:
             print(f"{args.plan}: {problem}")
         if not problems:
             most = max(sum(assessment.memory(rank)) for rank in assessment.ranks)
-            against = [str(assessment.cluster), *([args.schema] if args.schema else [])]
+            against = [str(assessment.cluster), *(name for name in (args.schema, args.config) if name)]
             print(f"{args.plan}: fits {' and '.join(against)}; the fullest rank holds {gib(most)}")
     if problems and not args.json:
         print("plan again with `mbcnet plan make`", file=sys.stderr)

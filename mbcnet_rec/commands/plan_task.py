@@ -70,8 +70,8 @@ def task_of(args: argparse.Namespace) -> "Task":
     if run is None:  # a config may bring tables of the model's own; the planner checks again
         check_constraints(config, schema, empty_plan(config, schema, cluster, batch, "sgd", DenseCost()))
     from mbcnet_rec.dense_cost import dense_cost
-    from mbcnet_rec.model.layers import wide_tables
-    from mbcnet_rec.model.models import ModelConfig, needs_wide
+    from mbcnet_rec.layout import schema_with_wide
+    from mbcnet_rec.model.models import ModelConfig
     from sharding.capacity import Task
 
     optimizer = args.optimizer or (run.optim.embedding.name if run else "rowwise_adagrad")
@@ -83,9 +83,7 @@ def task_of(args: argparse.Namespace) -> "Task":
         "activation_bytes": args.dense_activation_bytes,
     }
     dense = replace(dense, **{key: value for key, value in given.items() if value is not None})
-    if needs_wide(model):
-        schema = replace(schema, tables=(*schema.tables, *wide_tables(schema.tables)))  # type: ignore[type-var]
-    return Task(schema, config, cluster, batch, optimizer, dense)
+    return Task(schema_with_wide(model, schema), config, cluster, batch, optimizer, dense)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -123,6 +121,21 @@ def _configs(args: argparse.Namespace) -> "tuple[ShardingConfig, RunConfig | Non
             apply_override(constraints, override)
     base = to_toml_value(run.sharding) if run else {}
     return parse_dataclass(ShardingConfig, {**base, **constraints}, args.constraints or "--set"), run
+
+
+def config_differences(plan: "Plan", config_file: str) -> list[str]:
+    """How a plan differs from what a run's config would train: tables, a wide part's among them, optimizer, constraints."""
+    from data.schema import load_schema
+    from mbcnet_rec.config import load_config
+    from mbcnet_rec.layout import schema_with_wide
+    from sharding.plan import constraint_differences, schema_differences
+
+    run = load_config(config_file)
+    schema = schema_with_wide(run.model, load_schema(run.schema))
+    lines = schema_differences(plan, schema) + constraint_differences(plan, run.sharding)
+    if plan.optimizer != run.optim.embedding.name:
+        lines.append(f"optimizer: plan {plan.optimizer}, run {run.optim.embedding.name}")
+    return lines
 
 
 def numbers(text: str, flag: str) -> list[int]:

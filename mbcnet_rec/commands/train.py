@@ -1,7 +1,13 @@
 """`mbcnet train`."""
 
 import argparse
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from data.errors import InputError
+
+if TYPE_CHECKING:
+    from mbcnet_rec.config import RunConfig
 
 
 def register(subparsers: Any) -> None:
@@ -10,6 +16,11 @@ def register(subparsers: Any) -> None:
     train.add_argument("--config", required=True, metavar="FILE", help="the run's TOML file")
     train.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override one key"
+    )
+    train.add_argument(
+        "--plan",
+        metavar="PLAN",
+        help="run this plan file to the letter, or refuse with the difference (short for --set sharding.plan=PLAN)",
     )
     train.add_argument("--resume", action="store_true", help="go on from the run folder's latest checkpoint")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run of the same folder")
@@ -26,6 +37,15 @@ def _train(args: argparse.Namespace) -> int:
     from mbcnet_rec.config import load_config
 
     config = load_config(args.config, args.overrides)
+    if args.plan:
+        config = _with_plan(config, args.plan)
     from mbcnet_rec.study.enkd import train_model
 
     return train_model(config, resume=args.resume, overwrite=args.overwrite, allow_partial=args.allow_partial)
+
+
+def _with_plan(config: "RunConfig", plan: str) -> "RunConfig":
+    named = config.sharding.plan
+    if named and named != plan:
+        raise InputError(f"--plan {plan}: the config's sharding.plan is {named!r}; remove one of the two")
+    return replace(config, sharding=replace(config.sharding, plan=plan))

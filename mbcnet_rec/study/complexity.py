@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import Schema
-from mbcnet_rec.build import input_layout
+from mbcnet_rec.layout import input_layout
 from mbcnet_rec.model.layers import ALL, WIDE
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNetConfig
 

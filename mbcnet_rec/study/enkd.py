@@ -19,7 +19,7 @@ from data.schema import Schema, load_schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.model.models import ModelKind
+from mbcnet_rec.model.models import ModelKind, needs_wide
 from mbcnet_rec.train import DONE, run_training
 from mbcnet_rec.trained import find_step, load_built
 from mbcnet_rec.training.loop import Watch
@@ -69,10 +69,14 @@ def teacher_config(config: RunConfig, kind: str) -> RunConfig:
         )
     chosen: ModelKind = kind  # type: ignore[assignment]
     folder = config.run_folder.with_name(config.run_folder.name + "_teachers") / kind
+    model = replace(config.model, kind=chosen)
+    # a plan file lists the student's tables; a teacher with a wide part has more
+    plan = "" if needs_wide(model) else config.sharding.plan
     return replace(
         config,
         name=f"{config.name}_{kind}",
-        model=replace(config.model, kind=chosen),
+        model=model,
+        sharding=replace(config.sharding, plan=plan),
         train=replace(config.train, out=str(folder), checkpoint_folder=""),
     )
 

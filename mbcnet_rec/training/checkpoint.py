@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.optim.keyed import CombinedOptimizer
 
 from data.errors import InputError
@@ -19,6 +21,7 @@ from mbcnet_rec.training.manifest import Entry, Manifest, check_files, read_mani
 from mbcnet_rec.training.places import LocalPlace
 from mbcnet_rec.training.places import latest_step as latest_step_of
 from mbcnet_rec.training.tensor_file import Block, map_block, read_header
+from sharding.blocks import local_blocks
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Piece:
         tensor: the live storage, so a load copies into it.
         offsets: of the block inside the logical tensor.
         global_shape: of the logical tensor.
-        replicated: whether every rank holds the same values; then rank 0 alone writes them.
+        replicated: whether a rank before this one holds the same values and writes them: rank 0 alone writes what all have.
         per_rank: whether each rank has values of its own (running statistics of batch norm). The same world size gets them back
             as they were, another one gets their mean.
     """
@@ -51,12 +54,14 @@ def whole_piece(name: str, tensor: Tensor, *, replicated: bool = True, per_rank:
 def pieces_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> list[Piece]:
     """List what this rank holds: parameters, buffers and optimizer state."""
     own = {name for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    # of groups of ranks that hold all tables each, the first group writes them
+    copies = isinstance(model, DMPCollection) and dist.get_rank(model._default_ctx.replica_pg) > 0
     pieces = []
     for name, value in model.state_dict().items():
         if name in own:
             pieces.append(whole_piece(f"model/{name}", value, replicated=False, per_rank=True))
         else:
-            pieces += _split(f"model/{name}", value)
+            pieces += _split(f"model/{name}", value, copies)
     for part, keyed in optimizer.optimizers:
         for parameter, state in keyed.state_dict()["state"].items():
             # a table that lives on another rank is an empty parameter here
@@ -72,18 +77,16 @@ def pieces_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> 
                     # rowwise: (rows, 1) here, (rows,) when fused
                     if value.dim() == 2 and value.shape[1] == 1:
                         value = value.view(-1)
-                pieces += _split(f"optim/{parameter}/{short}", value)
+                pieces += _split(f"optim/{parameter}/{short}", value, copies)
     return pieces
 
 
-def _split(name: str, value: Any) -> list[Piece]:
-    shards = getattr(value, "local_shards", None)
-    if shards is not None:
+def _split(name: str, value: Any, copies: bool) -> list[Piece]:
+    """Pieces of a tensor; `copies` says that another rank holds, and writes, the same blocks."""
+    blocks = local_blocks(value)
+    if blocks is not None:
         shape = tuple(value.size())
-        return [
-            Piece(name, shard.tensor, tuple(shard.metadata.shard_offsets), shape, replicated=False)
-            for shard in shards()
-        ]
+        return [Piece(name, tensor, offsets, shape, replicated=copies) for tensor, offsets in blocks]
     return [whole_piece(name, value)] if isinstance(value, Tensor) else []
 
 

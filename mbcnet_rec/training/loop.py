@@ -18,8 +18,9 @@ from mbcnet_rec.training.exits import NonFiniteLossError, PreemptedError
 from mbcnet_rec.training.faults import dump_batch, loss_spike
 from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
 from mbcnet_rec.training.metrics import evaluate_predictions
-from mbcnet_rec.training.pipeline import CheckedPipeline, clip_gradients
+from mbcnet_rec.training.pipeline import CheckedPipeline, PrefetchingPipeline, clip_gradients
 from mbcnet_rec.training.places import Place
+from mbcnet_rec.training.planned import PlanWatch
 from mbcnet_rec.training.preemption import StopRequest
 from mbcnet_rec.training.process import Process, any_rank, vote
 from mbcnet_rec.training.progress import Progress
@@ -129,7 +130,8 @@ class Trainer:
         process = self.process
         records = Records(self.folder, self.state.step) if process.is_first else None
         bar = Progress(self.total_steps, self.state.step, self.config.data.batch_size, shown=process.is_first)
-        pipeline = CheckedPipeline(
+        kind = PrefetchingPipeline if self.built.plan.prefetch else CheckedPipeline
+        pipeline = kind(
             self.built.model,
             self.built.optimizer,
             self.autocast,
@@ -139,6 +141,9 @@ class Trainer:
         feed = Feed(self.stream, process)
         self.built.model.train()
         self.window = Window(self.window.outputs, first_step=self.state.step, waited=feed.waited)
+        self.planned = PlanWatch(
+            self.built, self.config.sharding, process, self.total_steps - self.state.step
+        )
         try:
             while True:
                 if self._evaluation_due():
@@ -162,10 +167,14 @@ class Trainer:
         while True:
             seed_step(train.seed, self.state.step, self.process.rank)
             self.around.watchdog.beat(f"step {self.state.step + 1}")
+            start = time.perf_counter()
             try:
                 outputs = pipeline.progress(batches)
             except StopIteration:
                 break
+            compared = self.planned.after_step(time.perf_counter() - start)
+            if compared:
+                bar.say(compared)
             self.state.step += 1
             self.state.cursor = feed.trained()
             if pipeline.skipped:

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import (
+    EvalPipelineSparseDist,
+    PrefetchTrainPipelineSparseDist,
+    TrainPipelineSparseDist,
+)
 
 from data.batch import Batch
 from mbcnet_rec.model.objective import Outputs
@@ -70,6 +74,52 @@ class CheckedPipeline(TrainPipelineSparseDist[Batch, Outputs]):
     def _optimizer_step(self) -> None:
         if not self.skipped:
             super()._optimizer_step()
+
+
+class PrefetchingPipeline(CheckedPipeline, PrefetchTrainPipelineSparseDist[Batch, Outputs]):
+    """The same, and the rows of the next batch are fetched into the tables' HBM caches during this one. cuda only.
+
+    TorchRec's prefetching pipeline runs backward and the optimizer in one go, so the verdict is asked for at the end of the forward
+    pass, and what is due after backward is done at the beginning of the optimizer's step.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        forward = self._model_fwd
+        self._optimizer = _AfterBackward(self, self._optimizer)
+
+        def judged(batch: Batch | None) -> tuple[Tensor, Outputs]:
+            losses, outputs = forward(batch)
+            if self._model.training:
+                self.skipped = bool(self._verdict(losses))
+                if self.skipped:
+                    losses = torch.zeros_like(losses, requires_grad=True)  # its backward reaches no row
+            return losses, outputs
+
+        self._model_fwd = judged
+
+    def progress(self, dataloader_iter: Iterator[Batch]) -> Outputs:
+        """Run one step; after `detach` the model is attached again, as the other pipeline does by itself."""
+        if not self._model_attached:
+            self.attach(self._model)
+        return super().progress(dataloader_iter)
+
+
+class _AfterBackward:
+    """An optimizer of a pipeline, with something to do first."""
+
+    def __init__(self, pipeline: CheckedPipeline, optimizer: Any) -> None:
+        self._pipeline, self._optimizer = pipeline, optimizer
+
+    def zero_grad(self) -> None:
+        """As the optimizer's."""
+        self._optimizer.zero_grad()
+
+    def step(self) -> None:
+        """As the optimizer's, but for a step that is passed over."""
+        if not self._pipeline.skipped:
+            self._pipeline._after_backward()
+            self._optimizer.step()
 
 
 class _Guarded:

@@ -1,0 +1,161 @@
+"""The scenarios of tests/test_training_planned.py: runs of several ranks under plans of every kind, and what they held and said.
+
+With `python -O` the scenarios of replicas, since TorchRec asserts that DMPCollection is on cuda, where this machine has none.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from forked_ranks import report, run_ranks
+from small_data import write_small
+from torchrec.distributed.model_parallel import DMPCollection
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
+
+import sharding.candidates
+import sharding.plan
+from mbcnet_rec.cli import main
+from mbcnet_rec.model.objective import LossArch
+from mbcnet_rec.training.manifest import read_manifest
+from mbcnet_rec.training.records import TIMING_KEYS
+
+FOLDER = Path(sys.argv[1])
+CONFIG = write_small(FOLDER, train_rows=2_400, other_rows=120)
+STEPS = 20
+
+
+def run(name, *settings, resume=False, plan=None, **options):
+    args = ["train", "--config", str(CONFIG), "--resume" if resume else "--overwrite"]
+    args += ["--plan", str(plan)] if plan else []
+    common = [
+        f"train.out={FOLDER / name}",
+        f"train.max_steps={STEPS}",
+        "train.log_every=5",
+        "train.eval_every=10",
+    ]
+    for setting in (*common, "train.timeout_seconds=30", *settings):
+        args += ["--set", setting]
+    return run_ranks(args, FOLDER / "logs" / name, **options)
+
+
+def metrics(name):
+    """Lines of training and validation; a run that was cut short has tested its last step too."""
+    lines = [json.loads(line) for line in (FOLDER / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in TIMING_KEYS}
+        for line in lines
+        if line["split"] != "test"
+    ]
+
+
+def again(name, *settings, **options):
+    """Lose the last checkpoint of a run, go on from the one before, and compare what is said of the same steps."""
+    before = metrics(name)
+    shutil.rmtree(FOLDER / name / "checkpoints" / f"step_{STEPS}")
+    result = run(name, *settings, resume=True, **options)
+    return result | {"before": before, "after": metrics(name)}
+
+
+def make_plan(*settings):
+    path = FOLDER / "plan.json"
+    args = ["plan", "--config", str(CONFIG), "--cluster", "1x2:cpu", "-o", str(path)]
+    for setting in settings:
+        args += ["--set", setting]
+    assert main(args) == 0
+    return path
+
+
+def reviewed_plan():
+    """A plan file with half rows, half precision between ranks and three types of sharding, made as a user makes it."""
+    plan = make_plan(
+        "data_type=fp16",
+        "forward_precision=fp16",
+        "backward_precision=fp16",
+        'tables.user.sharding_types=["row_wise"]',
+        'tables.likes.sharding_types=["table_row_wise"]',
+    )
+    result = run("planned", plan=plan)
+    result["same_file"] = (FOLDER / "planned" / "plan.json").read_text() == plan.read_text()
+    return result | {"again": again("planned", plan=plan)}
+
+
+def no_plan():
+    result = run("unplanned", "optim.embedding.name=adam", 'sharding.sharding_types=["data_parallel"]')
+    result["plan"] = json.loads((FOLDER / "unplanned" / "plan.json").read_text())
+    return result
+
+
+def without_device_checks(rank):
+    sharding.plan.device_problem = sharding.candidates.device_problem = lambda plan: ""
+
+
+def prefetching():
+    """The prefetching pipeline takes the same steps as the other, also over a step that is skipped; its streams are left out."""
+
+    def prefetch_here(self, context):
+        context.module_input_post_prefetch.clear()
+        context.module_contexts_post_prefetch.clear()
+        for module in self._pipelined_modules:
+            name = module.forward._name
+            context.module_input_post_prefetch[name] = context.input_dist_tensors_requests.pop(name).wait()
+            context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
+
+    def hook(rank):
+        without_device_checks(rank)
+        PrefetchTrainPipelineSparseDist._prefetch = prefetch_here
+        nan_at(5)
+
+    settings = ("train.on_nonfinite=skip", "train.max_grad_norm=0.5")
+    plain = run("plain", *settings, hook=lambda rank: nan_at(5))
+    ahead = run("ahead", *settings, "sharding.prefetch=true", hook=hook)
+    return ahead | {"plain": plain, "equal": metrics("plain") == metrics("ahead"), "lines": metrics("ahead")}
+
+
+def nan_at(step):
+    forward, calls = LossArch.forward, [0]
+
+    def broken(self, *args):
+        loss, outputs = forward(self, *args)
+        calls[0] += self.training
+        return loss * float("nan") if self.training and calls[0] == step else loss, outputs
+
+    LossArch.forward = broken
+
+
+def replicas_hook(rank):
+    """What DMPCollection does by NCCL, by gloo."""
+    without_device_checks(rank)
+    remap = DMPCollection._remap_sharding_plan
+
+    def averaged(self, ctx, tensors_dict, annotation, opts=None):
+        for tensor in (tensor for tensors in tensors_dict.values() for tensor in tensors):
+            dist.all_reduce(tensor, group=ctx.replica_pg)
+            tensor /= dist.get_world_size(ctx.replica_pg)
+
+    def on_cpu(self, plan, *args, **options):
+        remap(self, plan, *args, **options)
+        for parameter in (parameter for module in plan.plan.values() for parameter in module.values()):
+            for shard in parameter.sharding_spec.shards if parameter.sharding_spec else []:
+                shard.placement = torch.distributed._remote_device(f"rank:{shard.placement._rank}/cpu")
+
+    DMPCollection._allreduce_tensors = averaged
+    DMPCollection._remap_sharding_plan = on_cpu
+
+
+def replicas():
+    """Two groups of two ranks, each with all tables."""
+    settings = ("sharding.replicas=2", 'sharding.sharding_types=["row_wise","table_wise"]')
+    options = {"world": 4, "hook": replicas_hook}
+    result = run("replicas", *settings, **options)
+    manifest = read_manifest(FOLDER / "replicas" / "checkpoints" / f"step_{STEPS}")
+    blocks = [[entry.name, entry.offsets] for part in manifest.parts for entry in part.entries]
+    return result | {"blocks": blocks, "again": again("replicas", *settings, **options)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    chosen = (replicas,) if sys.flags.optimize else (reviewed_plan, no_plan, prefetching)
+    report({each.__name__: each for each in chosen}, FOLDER / "results.json")
