@@ -12,10 +12,15 @@ from mbcnet_rec.config import RunConfig, config_text, load_config
 from mbcnet_rec.study.pictures import Material, describe_scores, draw_all
 from mbcnet_rec.study.report import Block, Code, Heading, Table, Text, write_report
 from mbcnet_rec.study.runs import Run, place_run, scores, train_all
-from mbcnet_rec.study.studies import MODELS, PAPER_COLUMNS, STUDIES, Study, Variant
+from mbcnet_rec.study.studies import MBCNET, MODELS, STUDIES, Study, Variant
 from mbcnet_rec.study.summary import CONFIDENCE, Difference, Row, Scores, judge, summarise
 from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.study.widths import fit_widths
+
+VERDICTS = (
+    "reproduced: the interval lies above 0; same direction: the mean does, the interval does not; contradicted: the interval lies "
+    "below 0; not reproduced: the rest. One seed has no interval."
+)
 
 
 @dataclass(frozen=True)
@@ -169,15 +174,16 @@ def report_blocks(
     rows = summarise(study, found, failures)
     blocks: list[Block] = []
     if rows:
-        blocks += [Heading("Result"), score_table(rows), *failure_notes(rows)]
+        blocks += [Heading("Result"), *headline(study, rows, found), score_table(rows), *failure_notes(rows)]
+    if any(row.difference for row in rows):
         blocks.append(
             Text(
-                f"Differences are paired by seed, to the row named; in brackets the {CONFIDENCE:.0%} interval of Student's t. A "
+                f"Differences are paired by seed; in brackets the {CONFIDENCE:.0%} interval of Student's t. A "
                 "positive difference of AUC, and a negative one of log-loss, speaks for the row. Not corrected for the number of rows."
             )
         )
     if rows and study.claims:
-        blocks += [Heading("What the paper claims"), verdict_table(study, found)]
+        blocks += [Heading("What the paper claims"), verdict_table(study, found), Text(VERDICTS)]
     blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found, rows, plan.category))]
     blocks += [
         Heading("Again"),
@@ -194,27 +200,67 @@ def report_blocks(
 
 
 def score_table(rows: Sequence[Row]) -> Table:
-    """Mean, sd, paired differences, and the paper's figures."""
-    printed = max((len(row.paper) for row in rows), default=0)
-    header = ("", "seeds", "AUC", "log-loss", "AUC against", "log-loss against")
-    lines = []
-    for row in rows:
-        paper = tuple(f"{each:.4f}" for each in row.paper)
-        lines.append(
-            (
-                row.name,
-                str(row.seeds),
-                _mean_sd(row.auc),
-                _mean_sd(row.log_loss),
-                f"{row.against}: {format_difference(row.difference)}" if row.against else "",
-                format_difference(row.loss_difference),
-                *paper,
-                *[""] * (printed - len(paper)),
-            )
-        )
+    """Mean, sd, paired differences, and the paper's figures. Columns that all rows leave empty are left out."""
+    names = {row.against for row in rows if row.against}
+    one = f" to {min(names)}" if len(names) == 1 else ""
+    header = ["", "seeds", "AUC", "log-loss"]
+    header += [f"difference of AUC{one}", "of log-loss", *([] if one else ["compared with"])]
+    header += ["paper, 12 months", "paper, 24 months"]
+    lines = [
+        [
+            row.name,
+            str(row.seeds),
+            _mean_sd(row.auc),
+            _mean_sd(row.log_loss),
+            format_difference(row.difference),
+            format_difference(row.loss_difference),
+            *([] if one else [row.against]),
+            _pair(row.paper[:2]),
+            _pair(row.paper[2:4]),
+        ]
+        for row in rows
+    ]
+    kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
     ended = [index for index, row in enumerate(rows) if row.seeds]
     best = max(ended, key=lambda index: rows[index].auc[0], default=-1)
-    return Table(header + tuple(f"paper {name}" for name in PAPER_COLUMNS[:printed]), tuple(lines), best)
+    return Table(
+        tuple(header[place] for place in kept),
+        tuple(tuple(line[place] for place in kept) for line in lines),
+        best,
+    )
+
+
+def _pair(figures: Sequence[float]) -> str:
+    """AUC and log-loss as the paper prints them."""
+    return " / ".join(f"{each:.4f}" for each in figures)
+
+
+def headline(study: Study, rows: Sequence[Row], found: Mapping[str, Scores]) -> list[Block]:
+    """The study's answer in a sentence or two: who is ahead, by how much, and how many claims hold."""
+    said = []
+    ended = [row for row in rows if row.seeds]
+    if len(ended) > 1:
+        best = max(ended, key=lambda row: row.auc[0])
+        said.append(f"The highest mean AUC is that of {best.name}, {best.auc[0]:.4f}.")
+    ours = next((row for row in ended if row.name == MBCNET.name and row.against), None)
+    if ours is not None and ours.difference is not None:
+        difference = ours.difference
+        sure = difference.seeds > 1 and not difference.low <= 0 <= difference.high
+        place = "ahead of" if difference.mean > 0 else "behind"
+        said.append(
+            f"{ours.name} is {place} {ours.against}, the best it is compared with, by {abs(difference.mean):.4f}"
+            + (f" (p = {difference.p:.3f})" if difference.seeds > 1 else "")
+            + ("." if sure else ": within what seeds alone can do.")
+        )
+    verdicts = [judge(claim, found).said for claim in study.claims]
+    tested = [each for each in verdicts if each != "not tested"]
+    if tested:
+        counts = ", ".join(
+            f"{tested.count(each)} {each}"
+            for each in ("reproduced", "same direction", "not reproduced", "contradicted")
+        )
+        said.append(f"Of {len(tested)} claims of the paper: {counts}.")
+    return [Text(" ".join(said))] if said else []
 
 
 def failure_notes(rows: Sequence[Row]) -> list[Block]:

@@ -130,6 +130,7 @@ def curves_figure(
         xlabel: of every panel.
     """
     figure, axes = panels(len(plots), columns=columns)
+    alike = len({tuple(lines) for _, lines in plots}) == 1  # then one legend below serves all panels
     for axis, (title, lines) in zip(axes, plots, strict=True):
         for number, (name, curves) in enumerate(lines.items()):
             tone = COLOURS.get(name, CYCLE[number % len(CYCLE)])
@@ -152,8 +153,11 @@ def curves_figure(
         axis.set_title(title)
         axis.set_xlabel(xlabel)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if len(lines) > 1:
+        if len(lines) > 1 and not alike:
             axis.legend(fontsize=7.5)
+    handles, names = axes[0].get_legend_handles_labels()
+    if alike and len(names) > 1:
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     return png(figure)
 
 
@@ -196,6 +200,7 @@ def latents_figure(planes: Sequence[tuple[str, np.ndarray, list[str], np.ndarray
         axis.set_xticks([])
         axis.set_yticks([])
         axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=len(names))
     return png(figure)
 

@@ -17,7 +17,7 @@ from data.batch import Batch
 from data.errors import InputError
 from data.feature import Feature
 from data.schema import Schema, load_schema
-from mbcnet_rec.build import Built
+from mbcnet_rec.build import Built, quieten_libraries
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.train import open_streams
 from mbcnet_rec.trained import find_step, load_built, load_run
@@ -66,6 +66,7 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
     Raises:
         InputError: no such run, split or field, or the model has no branches.
     """
+    quieten_libraries()
     config = load_run(folder)
     if config.model.kind != "mbcnet":
         raise InputError(

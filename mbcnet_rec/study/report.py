@@ -11,13 +11,13 @@ from mbcnet_rec.training.records import write_whole
 CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #f4f4f1; margin: 0; }
-main { max-width: 1040px; margin: 0 auto; padding: 2rem 1.5rem 4rem; background: #fff; }
+main { max-width: 1280px; margin: 0 auto; padding: 2rem 1.5rem 4rem; background: #fff; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 p.lead { color: #555; margin-top: 0; }
 div.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 600; color: #555; border-bottom: 2px solid #ccc; }
-th, td { padding: .3rem .7rem; white-space: nowrap; } td { text-align: right; border-bottom: 1px solid #eee; }
+th, td { padding: .3rem .55rem; white-space: nowrap; } td { text-align: right; border-bottom: 1px solid #eee; }
 th:first-child, td:first-child { text-align: left; }
 tr.best td { background: #fdf3ec; font-weight: 600; }
 td.text { text-align: left; white-space: normal; }
@@ -25,6 +25,9 @@ figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #555; fo
 pre { background: #f4f4f1; padding: .7rem 1rem; overflow-x: auto; font-size: 12.5px; line-height: 1.4; }
 details summary { cursor: pointer; color: #0072b2; }
 """
+
+
+LONG = 60  # characters of a cell that may break its line
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def _html(block: Block) -> str:
 def _html_row(cells: Sequence[str], marked: bool) -> str:
     mark = ' class="best"' if marked else ""
     text = ' class="text"'
-    inner = "".join(f"<td{text if len(cell) > 40 else ''}>{html.escape(cell)}</td>" for cell in cells)
+    inner = "".join(f"<td{text if len(cell) > LONG else ''}>{html.escape(cell)}</td>" for cell in cells)
     return f"<tr{mark}>{inner}</tr>"
 
 

@@ -7,11 +7,13 @@ So a study that is started again, or another study that needs the same run, find
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from data.files import resolve_files
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.study.enkd import train_model
 from mbcnet_rec.train import DONE
+from mbcnet_rec.training.exits import CannotWriteError, PreemptedError
 from mbcnet_rec.training.loop import Watch
 from mbcnet_rec.training.records import METRICS
 
@@ -109,6 +112,10 @@ def train_all(runs: Sequence[Run], workers: int = 0) -> Iterator[tuple[Run, str]
     Args:
         runs: in any order.
         workers: processes; 0: one for each core, or a single one where runs take a GPU.
+
+    Raises:
+        PreemptedError: somebody asked this process to stop.
+        CannotWriteError: the disk is full, or is not ours to write.
     """
     pending = {run.folder: run for run in runs if not run.done}
     if not pending:
@@ -121,14 +128,35 @@ def train_all(runs: Sequence[Run], workers: int = 0) -> Iterator[tuple[Run, str]
         return
     with (
         _child_threads(threads),
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool,
     ):
         waiting = {pool.submit(train_one, run.config): run for run in pending.values()}
         try:
             for future in as_completed(waiting):
-                yield waiting[future], future.result()
+                yield waiting[future], _outcome(future)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _outcome(future: "Future[str]") -> str:
+    try:
+        return future.result()
+    except BrokenProcessPool:  # then every run that had not ended says so, and the next start trains them
+        return (
+            "a process of the pool died, perhaps for lack of memory; start again, with fewer --workers if so"
+        )
+
+
+def _end_with_parent() -> None:
+    """In a worker: leave when the process that started it is gone, however it went."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_one(config: RunConfig, watch: Watch | None = None) -> str:
@@ -140,6 +168,10 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
 
     Returns:
         Why it failed, on one line; "" if it did not.
+
+    Raises:
+        PreemptedError: somebody asked this process to stop, which is no fault of the run.
+        CannotWriteError: the next run would not get further either.
     """
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -150,6 +182,8 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     ):
         try:
             train_model(config, overwrite=True, watch=watch)
+        except (PreemptedError, CannotWriteError):
+            raise
         except (InputError, RuntimeError) as error:  # a loss that is not finite is a RuntimeError
             return " ".join(str(error).split()) or type(error).__name__
     return ""

@@ -59,8 +59,6 @@ class Study:
     pictures: tuple[Picture, ...] = ("scores",)
 
 
-PAPER_COLUMNS = ("12month AUC", "12month log-loss", "24month AUC", "24month log-loss")
-
 MBCNET = Variant("MBCnet", ("model.kind=mbcnet",), (0.7522, 0.2866, 0.7642, 0.2800))
 
 MODELS = {  # model.kind -> its row of Table 3; the last two are not in it

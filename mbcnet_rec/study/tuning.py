@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.typed import parse_dataclass, read_toml, to_toml_value
+from data.typed import parse_dataclass, read_toml, to_toml_value, unknown_key
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
 from mbcnet_rec.study.runs import Run, best_valid_auc, place_run, train_one
 from mbcnet_rec.study.widths import fit_widths
@@ -33,6 +33,7 @@ from mbcnet_rec.train import DONE
 from mbcnet_rec.training.records import write_whole
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+AGAIN = "another_try_of"  # user attribute of a trial: the number of the one that was interrupted
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -118,6 +119,27 @@ def applies(key: str, kind: str) -> bool:
     return names[0] != "model" or len(names) == 1 or names[1] == kind
 
 
+def check_keys(space: Space, config: RunConfig, kind: str) -> None:
+    """Refuse keys that the config does not have, before a trial is drawn.
+
+    Raises:
+        InputError: naming the key and the nearest one.
+    """
+    known = to_toml_value(config)
+    for key, range_ in space.ranges.items():
+        if not applies(key, kind):
+            continue
+        inner = {name for choice in range_.choices if isinstance(choice, dict) for name in choice}
+        for path in [f"{key}.{name}" for name in sorted(inner)] or [key]:
+            table = known
+            for name in path.split("."):
+                if not isinstance(table, dict) or name not in table:
+                    raise InputError(
+                        f"space: {unknown_key(path, name, table if isinstance(table, dict) else ())}"
+                    )
+                table = table[name]
+
+
 def draw_for(space: Space, kind: str) -> Callable[[Trial], list[str]]:
     """Make what draws a value of each key that matters to a kind."""
     return lambda trial: draw_overrides(trial, space, kind)
@@ -186,10 +208,9 @@ def tune_model(
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
     )
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # of a start that was killed
-        study.tell(trial.number, state=TrialState.FAIL)
+    queue_interrupted(study)
     base = base_config(config, kind, out)
-    ended = len(study.get_trials(states=FINISHED))
+    ended = count_ended(study)
     bar.update(min(ended, space.trials))
     for number in range(ended, space.trials):
         study.sampler = SAMPLERS[space.sampler](seed=config.train.seed + number)
@@ -205,6 +226,18 @@ def tune_model(
     best = with_overrides(base, winner.user_attrs["overrides"], str(path))
     write_whole(path, config_text(best))
     return path, winner
+
+
+def queue_interrupted(study: optuna.Study) -> None:
+    """Give trials of a start that was killed another try with the values that they had drawn."""
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
+
+
+def count_ended(study: optuna.Study) -> int:
+    """Count the trials that came to an end; one that was interrupted counts when its second try has."""
+    return len(study.get_trials(states=FINISHED)) - sum(AGAIN in trial.user_attrs for trial in study.trials)
 
 
 def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
@@ -270,7 +303,7 @@ def tune_models(config: RunConfig, space: Space, models: Sequence[str], out: Pat
     """
     kinds = models or (config.model.kind,)
     for kind in kinds:  # a mistake shows before the first model has trained for an hour
-        with_overrides(config, [f"model.kind={kind}"], f"--models {kind}")
+        check_keys(space, with_overrides(config, [f"model.kind={kind}"], f"--models {kind}"), kind)
     lines = []
     for kind in kinds:
         with tqdm(total=space.trials, desc=f"tune {kind}", unit="trial") as bar:

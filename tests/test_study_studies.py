@@ -1,0 +1,96 @@
+"""Proves that every study is sound data: its rows are valid configs that differ, its claims name its rows, and torch is not needed."""
+
+import subprocess
+import sys
+
+import pytest
+from small_data import CONFIG
+
+from mbcnet_rec.config import config_text, load_config
+from mbcnet_rec.study.studies import (
+    BASELINES,
+    DENSITIES,
+    MBCNET,
+    MODELS,
+    STUDIES,
+    density_name,
+    grid_name,
+)
+from mbcnet_rec.study.tuning import with_overrides
+from mbcnet_rec.study.widths import fit_widths
+
+PAPER = ("table3", "table5", "table6", "table7", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "complexity")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("studies") / "run.toml"
+    path.write_text(CONFIG.format(folder="rows"))
+    return load_config(path)
+
+
+def test_every_table_and_figure_of_the_paper_is_there():
+    assert set(PAPER) <= set(STUDIES)
+    for name, study in STUDIES.items():
+        assert study.name == name and study.reference and study.question.endswith("?")
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_rows_are_valid_configs_that_differ(study, config):
+    texts = {row.name: config_text(with_overrides(config, row.overrides, row.name)) for row in study.variants}
+    assert len(set(texts.values())) == len(study.variants), "no two rows train the same"
+    assert set(study.reference_rows) & set(texts) or not study.reference_rows
+    for claim in study.claims:
+        assert {claim.better, claim.worse} <= set(texts) and claim.better != claim.worse
+
+
+def test_figures_are_the_paper_s():
+    assert {kind: row.paper[:2] for kind, row in MODELS.items() if row.paper} == {
+        "dnn": (0.7423, 0.2894),
+        "crossnet": (0.7437, 0.2917),
+        "wide_deep": (0.7392, 0.2911),
+        "dcnv2": (0.7461, 0.2872),
+        "mmoe": (0.7400, 0.2906),
+        "enkd": (0.7450, 0.2871),
+        "finalmlp": (0.7427, 0.2891),
+        "efgc": (0.7490, 0.2880),
+        "mbcnet": (0.7522, 0.2866),
+    }
+    rows = {row.name: row.paper for row in STUDIES["table6"].variants}
+    assert rows["w/o EFGC"] == (0.7445, 0.2888, 0.7548, 0.2839) and rows["MBCnet"] == MBCNET.paper
+    rows = {row.name: row.paper for row in STUDIES["table7"].variants}
+    assert rows[density_name("MBCnet", 40)] == (0.6015,) and rows[density_name("DNN", 100)] == (0.7423,)
+    # what the paper says of its own tables holds of the figures typed in here
+    for name in PAPER:
+        printed = {row.name: row.paper for row in STUDIES[name].variants if row.paper}
+        for claim in STUDIES[name].claims:
+            if claim.better in printed and claim.worse in printed:
+                assert printed[claim.better][0] > printed[claim.worse][0], claim.text
+
+
+def test_models_and_baselines():
+    assert {MODELS[kind].name for kind in MODELS} >= set(BASELINES) and "MBCnet" not in BASELINES
+    assert len(STUDIES["table3"].variants) == 9, "as many rows as Table 3"
+    assert len(STUDIES["table7"].variants) == 3 * len(DENSITIES)
+    assert grid_name(0.1, 0.1) in {row.name for row in STUDIES["fig9"].variants}
+
+
+def test_table7_drops_positives_of_training_rows(config):
+    row = next(row for row in STUDIES["table7"].variants if row.name == density_name("DCNv2", 20))
+    changed = with_overrides(config, row.overrides, "row")
+    assert changed.data.drop_positives == pytest.approx(0.8) and changed.model.kind == "dcnv2"
+
+
+def test_widths_that_the_config_leaves_open_are_those_of_its_mbcnet(config):
+    fitted = fit_widths(config.model)
+    assert fitted.dnn == config.model.dnn, "this one it names"
+    assert fitted.wide_deep.hidden == (32, 16, 16, 8), "the deep branch's and the top's layers in a row"
+    assert fitted.dcnv2.hidden == config.model.mbcnet.deep.hidden
+    assert fitted.efgc.branch_dim == 16 and fitted.efgc.top == (16, 8)
+    assert fitted.mbcnet == config.model.mbcnet
+    assert fit_widths(fitted) == fitted
+
+
+def test_the_list_needs_no_torch():
+    code = "import sys, mbcnet_rec.study.studies; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,203 @@
+"""Proves that tuning draws what the space says, gives every model as many trials, goes on after a kill, prunes, and writes the winner."""
+
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from small_data import CONFIG
+from tqdm import tqdm
+
+from data.errors import InputError
+from mbcnet_rec.cli import main
+from mbcnet_rec.config import RunConfig, config_text, load_config
+from mbcnet_rec.study import tuning
+from mbcnet_rec.study.studies import MODELS
+from mbcnet_rec.study.tuning import Range, Space, load_space, tune_model, tune_models, with_overrides
+
+SHIPPED = Path(tuning.__file__).parent / "spaces" / "small.toml"
+SPACE = Space(
+    {
+        "optim.dense_lr": Range(low=1e-4, high=1e-2, log=True),
+        "model.dnn.hidden": Range(choices=([8], [16, 8])),
+        "model.mbcnet.dropout": Range(choices=(0.0, 0.5)),
+    },
+    trials=3,
+    sampler="random",
+)
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
+    (tmp_path / "schema.toml").write_text("name = 'nothing'")
+    return load_config(tmp_path / "run.toml")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Training that only notes its config; its score is its dense learning rate."""
+    configs = []
+
+    def train_one(config, watch=None):
+        config.run_folder.mkdir(parents=True)
+        configs.append(config)
+        for step in (10, 20, 30):
+            if watch is not None and watch(step, config.optim.dense_lr):
+                break
+        (config.run_folder / "DONE").touch()
+        lines = [json.dumps({"split": "valid", "step": 30, "auc": config.optim.dense_lr})]
+        (config.run_folder / "metrics.jsonl").write_text("\n".join(lines))
+        return ""
+
+    monkeypatch.setattr(tuning, "train_one", train_one)
+    monkeypatch.setattr("mbcnet_rec.study.runs.resolve_files", lambda paths: ())
+    return configs
+
+
+def tune(config, out, kind="dnn", space=SPACE):
+    with tqdm(disable=True) as bar:
+        return tune_model(config, space, kind, out, bar)
+
+
+def test_winner_is_a_config_that_trains_again(config, trained, tmp_path):
+    path, winner = tune(config, tmp_path / "tuned")
+    best = load_config(path)
+    assert best.optim.dense_lr == winner.value == max(each.optim.dense_lr for each in trained)
+    assert best.model.kind == "dnn" and best.model.dnn.hidden in ((8,), (16, 8))
+    assert best.train.out == config.train.out, (
+        "the winner is the config with the winner's values, not a trial's folder"
+    )
+    assert len(trained) == 3 and {each.train.seed for each in trained} == {config.train.seed}
+    assert all(each.model.mbcnet.dropout == 0 for each in trained), "keys of other models are not drawn"
+
+
+def test_every_model_has_as_many_trials_and_the_draws_are_the_same_again(config, trained, tmp_path, capsys):
+    tune_models(config, SPACE, ("dnn", "mbcnet"), tmp_path / "one")
+    kinds = [each.model.kind for each in trained]
+    assert kinds.count("dnn") == kinds.count("mbcnet") == 3
+    assert "mbcnet study table3" in capsys.readouterr().out
+    drawn = [each.optim.dense_lr for each in trained]
+    trained.clear()
+    tune_models(config, SPACE, ("dnn", "mbcnet"), tmp_path / "two")
+    assert [each.optim.dense_lr for each in trained] == drawn
+
+
+def test_another_start_adds_only_what_is_missing(config, trained, tmp_path):
+    tune(config, tmp_path / "tuned")
+    tune(config, tmp_path / "tuned")
+    assert len(trained) == 3
+    more = Space(SPACE.ranges, 4, "random")
+    tune(config, tmp_path / "tuned", space=more)
+    assert len(trained) == 4
+
+
+def test_a_killed_trial_is_tried_again_with_its_values(config, trained, tmp_path, monkeypatch):
+    whole = tuning.train_one
+    seen = []
+
+    def killed(config, watch=None):
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "train_one", killed)
+    for _ in range(2):  # twice over
+        with pytest.raises(KeyboardInterrupt):
+            tune(config, tmp_path / "tuned")
+    monkeypatch.setattr(tuning, "train_one", whole)
+    tune(config, tmp_path / "tuned")
+    assert trained[0] == seen[0] == seen[1], "the same draw"
+    assert len(trained) == 3, "the kill cost no trial of the budget"
+    tune(config, tmp_path / "tuned")
+    assert len(trained) == 3
+
+
+def test_hopeless_trials_are_pruned_and_not_taken_for_whole_runs(config, trained, tmp_path):
+    space = Space(SPACE.ranges, 8, "random")
+    tune(config, tmp_path / "tuned", space=space)
+    study = optuna.load_study(study_name="dnn", storage=f"sqlite:///{tmp_path / 'tuned' / 'dnn.db'}")
+    pruned = study.get_trials(states=(TrialState.PRUNED,))
+    assert pruned and len(study.trials) == 8
+    best = study.best_trial
+    for trial in pruned:
+        assert trial.params["optim.dense_lr"] < best.params["optim.dense_lr"]
+    undone = [each for each in trained if not (each.run_folder / "DONE").exists()]
+    assert len(undone) == len(pruned)
+
+
+def test_failed_trials_are_told_and_none_left_is_an_error(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "train_one", lambda config, watch=None: "the loss is not finite")
+    monkeypatch.setattr("mbcnet_rec.study.runs.resolve_files", lambda paths: ())
+    with pytest.raises(InputError, match="none of the 3 trials of dnn came to an end"):
+        tune(config, tmp_path / "tuned")
+
+
+def test_enkd_takes_teachers_that_are_tuned_already(config, trained, tmp_path):
+    ours = with_overrides(config, ["model.kind=dcnv2", "model.dcnv2.hidden=[7]"], "test")
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "dcnv2.toml").write_text(config_text(ours))
+    base = tuning.base_config(config, "enkd", tmp_path / "tuned")
+    assert base.model.dcnv2.hidden == (7,) and base.model.kind == "enkd"
+    assert base.model.crossnet.hidden == (16, 16, 8), "the others are as wide as the config's MBCnet"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("deepfm", "fm")])
+def test_the_shipped_space_fits_every_model_of_table_3(kind, config, tmp_path):
+    space = load_space(SHIPPED)
+    assert 1 <= space.trials <= 12
+    base = tuning.base_config(config, kind, tmp_path)
+    tuning.check_keys(space, base, kind)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(12):
+        overrides = tuning.draw_overrides(study.ask(), space, kind)
+        assert any(each.startswith(f"model.{kind}.") for each in overrides)
+        assert with_overrides(base, overrides, "draw").model.kind == kind
+
+
+def test_ranges_of_whole_numbers_and_tables():
+    space = Space(
+        {"train.epochs": Range(low=1, high=3), "model": Range(choices=({"dnn.hidden": [4]},))}, 1, "tpe"
+    )
+    trial = optuna.trial.FixedTrial({"train.epochs": 2, "model": json.dumps({"dnn.hidden": [4]})})
+    assert tuning.draw_overrides(trial, space, "dnn") == ["train.epochs=2", "model.dnn.hidden=[4]"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"\[space\] is missing"),
+        ("trails = 3", "trails is not a known key"),
+        ("trials = 0\n[space]\na = {low = 1, high = 2}", "trials = 0: wanted an integer of 1 or more"),
+        ("sampler = 'grid'\n[space]\na = {low = 1, high = 2}", "sampler = 'grid': wanted 'tpe' or 'random'"),
+        ("[space]\na = 3", "space.a = 3: wanted"),
+        ("[space]\na = {choices = []}", "a list of one or more values"),
+        ("[space]\na = {low = 2, high = 1}", "wanted low <= high"),
+        ("[space]\na = {low = 0.0, high = 1.0, log = true}", "low > 0 with log"),
+        ("[space]\noptim.dense_lr = {low = 1e-3, high = 1e-2}", "a dotted key is written in quotes"),
+        ("[space\n", "space.toml"),
+    ],
+)
+def test_faulty_spaces_are_told_in_one_line(text, message, tmp_path):
+    (tmp_path / "space.toml").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_space(tmp_path / "space.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_command_line_answers_mistakes(tmp_path, config, capfd):
+    run = str(tmp_path / "run.toml")
+    space = tmp_path / "space.toml"
+    space.write_text('[space]\n"optim.dense_rate" = {low = 1e-3, high = 1e-2}\n')
+    for args, words in (
+        (["--config", run, "--space", "nowhere.toml"], "nowhere.toml"),
+        (["--config", run, "--space", str(SHIPPED), "--models", "dnm"], "dnm"),
+        (
+            ["--config", run, "--space", str(space)],
+            "optim.dense_rate is not a known key; did you mean 'dense_lr'?",
+        ),
+        (["--config", run, "--space", str(SHIPPED), "--trials", "-1"], "trials"),
+    ):
+        assert main(["tune", *args, "--out", str(tmp_path / "out")]) == 2
+        error = capfd.readouterr().err
+        assert words in error and "Traceback" not in error and len(error.strip().splitlines()) == 1, error
