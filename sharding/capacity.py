@@ -101,7 +101,7 @@ def find_cures(task: Task, shortage: Shortage, say: Callable[[str], None] = lamb
             solved.add(kind)
         except InputError:
             continue
-    half_rows = _half_rows(task)
+    half_rows = None if "fp16" in solved else _half_rows(task)  # together only where neither is enough alone
     for base, words in ((task, ""), (half_rows, f"{HALF_ROWS}, and ")):
         larger = _more_hosts(base, shortage, say) if base else None
         if larger:

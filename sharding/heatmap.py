@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from data.errors import InputError
 from sharding.assess import PARTS, Assessment
@@ -47,7 +47,7 @@ def write_png(assessment: Assessment, path: Path) -> None:
     matplotlib.rcParams["font.size"] = 9
     names, values = heat(assessment)
     ranks = len(assessment.ranks)
-    width, height = min(20.0, 7.0 + 0.11 * ranks), 4.6 + 0.19 * len(names)
+    width, height = min(20.0, max(11.0, 7.0 + 0.11 * ranks)), 4.8 + 0.19 * len(names)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[0.19 * len(names) + 0.6, 1.7, 1.2])
     grid, bars, memory = axes
@@ -83,12 +83,13 @@ def write_png(assessment: Assessment, path: Path) -> None:
     bar.ax.yaxis.set_minor_formatter(PLAIN)
     plan, path_ = assessment.plan, assessment.path
     grid.set_title(
-        f"{len(plan.tables)} tables on {assessment.cluster}, {plan.batch_size_per_rank:,} rows a rank: step {1e3 * path_.step:.2f} ms at least, "
+        f"{len(plan.tables)} tables on {assessment.cluster}, {plan.batch_size_per_rank:,} rows a rank\nstep {1e3 * path_.step:.2f} ms at least, "
         f"{assessment.samples_per_second / 1e6:.2f} M samples/s at most, bound by {path_.bound_by}",
         loc="left",
     )
     _draw_times(bars, assessment)
     _draw_memory(memory, assessment)
+    memory.xaxis.set_major_locator(MaxNLocator(integer=True))
     memory.set_xlabel("rank" + (" (grey lines: hosts)" if local > 1 and ranks > local else ""))
     try:
         figure.savefig(path, dpi=110, format="png")
@@ -130,7 +131,8 @@ def _draw_times(axis: "matplotlib.axes.Axes", assessment: Assessment) -> None:
 
 def _draw_memory(axis: "matplotlib.axes.Axes", assessment: Assessment) -> None:
     on_gpu = assessment.cluster.device == "cuda"
-    scale = 1 / 2**30
+    most = max(assessment.memory(rank)[0 if on_gpu else 1] for rank in assessment.ranks)
+    scale, unit = (2.0**-30, "GiB") if most >= 0.1 * 2**30 else (2.0**-20, "MiB")
     rows = np.array([scale * (rank.bytes.rows + rank.bytes.state) for rank in assessment.ranks])
     used = np.array([scale * assessment.memory(rank)[0 if on_gpu else 1] for rank in assessment.ranks])
     axis.bar(range(len(rows)), used, color="#c9c9c9", width=0.9, label="with activations and dense part")
@@ -139,8 +141,10 @@ def _draw_memory(axis: "matplotlib.axes.Axes", assessment: Assessment) -> None:
     )
     limit = scale * (assessment.cluster.hbm_bytes if on_gpu else assessment.cluster.ddr_bytes)
     if limit < 4 * used.max():
-        axis.axhline(limit, color="black", linewidth=0.9, linestyle="--", label=f"a rank's {limit:.0f} GiB")
-    axis.set_ylabel(("HBM" if on_gpu else "DDR") + " GiB")
+        axis.axhline(
+            limit, color="black", linewidth=0.9, linestyle="--", label=f"a rank's {limit:.0f} {unit}"
+        )
+    axis.set_ylabel(f"{'HBM' if on_gpu else 'DDR'} {unit}")
     axis.legend(loc="lower left", bbox_to_anchor=(0.0, 0.98), frameon=False, ncols=6, borderpad=0.1)
 
 
@@ -206,7 +210,7 @@ _PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>{title}</titl
 <style>body{{font:14px/1.4 system-ui,sans-serif;margin:24px;color:#222}}h1{{font-size:20px}}table.heat{{border-collapse:collapse}}
 table.heat td{{min-width:7px;height:15px;border:1px solid #fff;background:#f3f3f3;padding:0}}table.heat th{{text-align:right;font-weight:normal;
 font-size:12px;padding:0 8px;white-space:nowrap}}td.n{{text-align:right;padding:0 8px!important;background:none!important;font-size:12px}}
-table.list td{{padding:1px 10px;border-bottom:1px solid #eee}}pre{{background:#f7f7f7;padding:12px;overflow-x:auto}}.scroll{{overflow-x:auto}}</style>
+table.list td,table.list th{{padding:1px 10px;border-bottom:1px solid #eee;text-align:left}}pre{{background:#f7f7f7;padding:12px;overflow-x:auto}}.scroll{{overflow-x:auto}}</style>
 <h1>{title}</h1><p>{summary}</p><p>Rows are tables, columns are ranks; colour is time of a step, point at a cell to read it.</p>
 <div class=scroll><table class=heat>{rows}<tr><th><b>all tables</b></th>{total}<td class=n>ms</td></tr>
 <tr><th><b>memory</b></th>{memory}<td></td></tr></table></div>

@@ -69,6 +69,7 @@ def make_plan(
     optimizer: str = "rowwise_adagrad",
     dense: DenseCost | None = None,
     progress: Progress | None = None,
+    rebalance: bool = True,
 ) -> Plan:
     """Choose a place for every table.
 
@@ -82,6 +83,7 @@ def make_plan(
         optimizer: of the tables; its state is counted.
         dense: the rest of the model, whose memory is set aside.
         progress: called after every proposal.
+        rebalance: whether tables are moved off the busiest rank at the end; without it TorchRec's plan is returned as it is.
 
     Raises:
         InputError: a constraint names no table, or the machine is not the config's cluster.
@@ -104,7 +106,8 @@ def make_plan(
     ordered = {table.name: tables[table.name] for table in schema.tables}
     plan = replace(plan, tables=ordered, versions=_versions())
     left = max(1.0, config.search_seconds - (time.monotonic() - start))
-    plan = rebalanced(plan, cluster, options, config.tables, room, left)
+    if rebalance:
+        plan = rebalanced(plan, cluster, options, config.tables, room, left)
     check_shape(plan, "sharding")
     return plan
 

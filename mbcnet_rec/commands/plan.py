@@ -182,7 +182,7 @@ def _publish(args: argparse.Namespace, task: "Task", assessment: "Assessment") -
     _draw(args, assessment)
     if args.output:
         say(
-            f"wrote {args.output}; next: mbcnet plan show {args.output}, or mbcnet train --set sharding.plan={args.output}"
+            f"wrote {args.output}; next: mbcnet plan show {args.output}, or mbcnet train --config RUN.toml --plan {args.output}"
         )
 
 

@@ -68,7 +68,8 @@ def task_of(args: argparse.Namespace) -> "Task":
         whole = args.global_batch_size or (run.data.batch_size if run else 0)
         batch = -(-whole // cluster.world_size) if whole else DEFAULT_BATCH
     if run is None:  # a config may bring tables of the model's own; the planner checks again
-        check_constraints(config, schema, empty_plan(config, schema, cluster, batch, "sgd", DenseCost()))
+        optimizer = args.optimizer or "rowwise_adagrad"
+        check_constraints(config, schema, empty_plan(config, schema, cluster, batch, optimizer, DenseCost()))
     from mbcnet_rec.dense_cost import dense_cost
     from mbcnet_rec.layout import schema_with_wide
     from mbcnet_rec.model.models import ModelConfig
@@ -93,6 +94,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--{key.replace('_', '-')} {value}: wanted rows in [1, {MAX_BATCH:,}] a rank; 8192 is usual"
             )
+    for key in ("output", "html", "png"):
+        path = getattr(args, key, None)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise InputError(f"--{key} {path}: no such folder; make it first, or choose another path")
     if not args.schema and not args.config:
         raise InputError("mbcnet plan: no schema; add --schema FILE, or --config RUN.toml, which names one")
     if not args.cluster:
