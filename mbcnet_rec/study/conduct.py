@@ -120,6 +120,10 @@ def conduct(plan: Plan) -> int:
         InputError: the config, the study and the models do not fit together.
     """
     study = with_models(plan.study, plan.models)
+    if plan.tuned is not None and not any((plan.tuned / f"{kind}.toml").is_file() for kind in MODELS):
+        raise InputError(
+            f"--tuned {plan.tuned}: wanted a folder with KIND.toml files, which `mbcnet tune --out {plan.tuned}` writes; change it"
+        )
     base = load_config(plan.config, plan.overrides)
     seeds = range(base.train.seed, base.train.seed + plan.seeds)
     runs = [

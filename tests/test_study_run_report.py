@@ -1,0 +1,128 @@
+"""Proves the page of a single run: scores, curves, calibration, branches, speed and plan from what it logged; less where less was logged."""
+
+import json
+
+import pytest
+
+from data.errors import InputError
+from mbcnet_rec.cli import main
+from mbcnet_rec.study.run_report import outputs, try_run_report, write_run_report
+
+
+def line(split, step, **more):
+    values = {"auc": 0.7 + step / 1000, "log_loss": 0.5, "ne": 0.9, "calibration": 1.0}
+    return {
+        "split": split,
+        "step": step,
+        **values,
+        **{f"{key}/{b}": v for key, v in values.items() for b in ("deep", "efgc")},
+    } | more
+
+
+TRAIN = {
+    "loss": 1.5,
+    "samples_per_second": 1000.0,
+    "input_wait_share": 0.25,
+    "grad_norm": 1.0,
+    "coteaching_loss": 0.7,
+    "differentiation_loss": 0.2,
+    "disagreement/efgc>deep": 0.1,
+    "disagreement/deep>efgc": 0.2,
+    "transform_distance/efgc-deep": 4.0,
+    "latent_norm/efgc": 1.0,
+    "latent_norm/deep": 2.0,
+    "gradient_share/efgc": 0.4,
+    "gradient_share/deep": 0.6,
+}
+LINES = [
+    *(line("train", step, **TRAIN) for step in range(5, 45, 5)),
+    line("valid", 20),
+    line("valid", 40),
+    line("test", 20, rows=321, gauc=0.61, reliability=[[0.1, 0.12, 100], [0.4, 0.38, 100]]),
+]
+PLAN = {
+    "world_size": 2,
+    "device": "cpu",
+    "tables": {
+        "item": {
+            "num_embeddings": 100,
+            "embedding_dim": 8,
+            "sharding_type": "row_wise",
+            "compute_kernel": "fused",
+        },
+        "user": {
+            "num_embeddings": 10,
+            "embedding_dim": 8,
+            "sharding_type": "table_wise",
+            "compute_kernel": "fused",
+            "ranks": [1],
+        },
+    },
+}
+
+
+def write_run(folder, lines, plan=PLAN):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    (folder / "config.toml").write_text('name = "r"\n')
+    if plan:
+        (folder / "plan.json").write_text(json.dumps(plan))
+    return folder
+
+
+def test_the_page_has_everything(tmp_path, capsys):
+    run = write_run(tmp_path / "run", LINES)
+    assert main(["report", str(run)]) == 0
+    assert str(run / "report.html") in capsys.readouterr().out
+    page = (run / "report.html").read_text()
+    for words in (
+        "Result",
+        "Curves",
+        "Calibration",
+        "Branches",
+        "Speed",
+        "Plan",
+        "Again",
+        "every key resolved",
+    ):
+        assert words in page, words
+    assert "321 rows, weights of step 20" in page and "GAUC of the fused output 0.6100" in page
+    assert "1,000 samples a second, 25.0% of the time" in page
+    assert "2 tables on 2 ranks" in page and "row_wise, fused" in page
+    assert page.count("data:image/png") == 4
+
+
+def test_a_young_run_has_what_is_there(tmp_path):
+    page = write_run_report(write_run(tmp_path / "run", LINES[:1], plan={})).read_text()
+    assert "No validation or test rows were scored" in page and "Plan</h2>" not in page
+
+
+def test_a_model_without_branches(tmp_path):
+    plain = [
+        {key: value for key, value in each.items() if "/" not in key}
+        | {"coteaching_loss": 0.0, "differentiation_loss": 0.0}
+        for each in LINES
+    ]
+    page = write_run_report(write_run(tmp_path / "run", plain)).read_text()
+    assert "Branches" not in page and "fused" in page
+
+
+def test_values_that_are_null_leave_gaps(tmp_path):
+    broken = [each | {"auc": None, "grad_norm": None} for each in LINES]
+    page = write_run_report(write_run(tmp_path / "run", broken)).read_text()
+    assert "No validation or test rows were scored" in page
+
+
+def test_outputs_are_fused_first_then_as_the_paper_names_them():
+    assert outputs({"train": LINES}) == ["fused", "efgc", "deep"]
+
+
+def test_mistakes_are_told_and_training_is_not_stopped_by_them(tmp_path, capfd):
+    with pytest.raises(InputError, match="no run folder"):
+        write_run_report(tmp_path)
+    empty = write_run(tmp_path / "empty", [])
+    with pytest.raises(InputError, match="it is empty"):
+        write_run_report(empty)
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "Traceback" not in capfd.readouterr().err
+    assert try_run_report(empty) is None

@@ -1,0 +1,144 @@
+"""Proves where runs live: what changes a run's folder and what does not, that each is trained once, how failures and stops are told."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_data import write_small
+
+from data.errors import InputError
+from mbcnet_rec.config import load_config
+from mbcnet_rec.study import runs
+from mbcnet_rec.study.runs import (
+    Run,
+    best_valid_auc,
+    place_run,
+    run_key,
+    scores,
+    share_cores,
+    train_all,
+    train_one,
+)
+from mbcnet_rec.study.tuning import with_overrides
+from mbcnet_rec.training.exits import NonFiniteLossError, PreemptedError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return load_config(write_small(tmp_path_factory.mktemp("runs"), 200, 50))
+
+
+def test_what_decides_a_result_decides_the_folder(config, tmp_path):
+    key = run_key(config)
+    assert run_key(replace(config, name="other")) == key
+    assert run_key(with_overrides(config, ["train.out=elsewhere"], "x")) == key
+    for override in ("train.seed=1", "model.kind=dnn", "optim.dense_lr=0.1", "data.drop_positives=0.5"):
+        assert run_key(with_overrides(config, [override], "x")) != key, override
+    schema = tmp_path / "schema.toml"
+    schema.write_text(Path(config.schema).read_text().replace("num_embeddings = 40", "num_embeddings = 41"))
+    assert run_key(replace(config, schema=str(schema))) != run_key(replace(config, schema=str(config.schema)))
+
+
+def test_longer_data_is_another_run(tmp_path):
+    config = load_config(write_small(tmp_path, 200, 50))
+    key = run_key(config)
+    write_small(tmp_path, 300, 50)
+    assert run_key(config) != key
+
+
+def test_missing_data_is_told(config):
+    with pytest.raises(InputError, match="cannot be read"):
+        run_key(replace(config, schema="nowhere.toml"))
+    with pytest.raises(InputError, match="nowhere"):
+        run_key(replace(config, data=replace(config.data, train=("nowhere",))))
+
+
+@pytest.mark.parametrize(
+    ("num_runs", "workers", "available", "wanted"),
+    [(10, 0, 8, (8, 1)), (2, 0, 8, (2, 4)), (10, 3, 8, (3, 2)), (1, 0, 8, (1, 8)), (10, 16, 8, (10, 1))],
+)
+def test_processes_times_threads_are_at_most_the_cores(num_runs, workers, available, wanted):
+    processes, threads = share_cores(num_runs, workers, available)
+    assert (processes, threads) == wanted
+    assert processes * threads <= max(available, processes)
+
+
+def run_of(config, tmp_path, variant="a", seed=0):
+    return Run(variant, seed, place_run(config, seed, tmp_path))
+
+
+def test_each_run_is_trained_once_and_done_ones_are_not(config, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(runs, "train_one", lambda config: trained.append(config.train.seed) or "")
+    first, same, other = (
+        run_of(config, tmp_path),
+        run_of(config, tmp_path, "b"),
+        run_of(config, tmp_path, seed=1),
+    )
+    assert first.folder == same.folder != other.folder
+    other.folder.mkdir(parents=True)
+    (other.folder / "DONE").touch()
+    assert [failure for _, failure in train_all([first, same, other], workers=1)] == [""]
+    assert trained == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(NonFiniteLossError("the loss\n is not finite"), "the loss is not finite"), (InputError("no"), "no")],
+)
+def test_a_failure_is_one_line_and_the_study_goes_on(error, told, config, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        print("words of the run")
+        raise error
+
+    monkeypatch.setattr(runs, "train_model", fail)
+    run = run_of(config, tmp_path)
+    assert train_one(run.config) == told
+    assert run.folder.with_suffix(".log").read_text() == "words of the run\n"
+
+
+def test_a_wish_to_stop_stops_the_study(config, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise PreemptedError("stopped at step 3")
+
+    monkeypatch.setattr(runs, "train_model", stop)
+    pending = [run_of(config, tmp_path, seed=seed) for seed in range(3)]
+    with pytest.raises(PreemptedError):
+        list(train_all(pending, workers=1))
+
+
+def test_several_processes_train_for_real_and_each_knows_its_threads(config, tmp_path):
+    quick = with_overrides(
+        config, ["model.kind=dnn", "train.max_steps=2", "train.eval_every=0", "train.epochs=1"], "x"
+    )
+    before = os.environ.get("OMP_NUM_THREADS")
+    pending = [run_of(quick, tmp_path, seed=seed) for seed in range(2)]
+    broken = run_of(with_overrides(quick, ["data.train_where=['nonsense <']"], "x"), tmp_path, "c")
+    outcome = {(run.variant, run.seed): failure for run, failure in train_all([*pending, broken], workers=2)}
+    assert (
+        outcome[("a", 0)] == outcome[("a", 1)] == "" and "\n" not in outcome[("c", 0)] and outcome[("c", 0)]
+    )
+    assert all(run.done for run in pending) and not broken.done
+    assert os.environ.get("OMP_NUM_THREADS") == before
+    assert 0 < scores(pending[0].folder)["auc"] < 1
+
+
+def test_scores_are_the_test_rows_else_the_best_validation(tmp_path):
+    lines = [
+        {"split": "train", "step": 1, "auc": 0.99},
+        {"split": "valid", "step": 1, "auc": 0.8, "log_loss": 0.4},
+        {"split": "valid", "step": 2, "auc": 0.7, "log_loss": 0.3},
+        {"split": "valid", "step": 3, "auc": None, "log_loss": 0.3},
+    ]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert scores(tmp_path)["log_loss"] == 0.4 and best_valid_auc(tmp_path) == 0.8
+    file.write_text("\n".join(map(json.dumps, [*lines, {"split": "test", "step": 1, "auc": 0.6}])))
+    assert scores(tmp_path)["auc"] == 0.6 and best_valid_auc(tmp_path) == 0.8
+    file.write_text(json.dumps(lines[0]))
+    with pytest.raises(InputError, match="no AUC on test or validation rows"):
+        scores(tmp_path)
+    with pytest.raises(InputError, match="no validation AUC"):
+        best_valid_auc(tmp_path)
