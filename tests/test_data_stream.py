@@ -1,5 +1,8 @@
 """Proves that the stream gives every row once, in an order that neither world size, workers nor a stop change, and names what is wrong."""
 
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -149,6 +152,46 @@ def test_same_rows_in_the_same_order_after_any_stop_in_any_world(
     assert cursor == Cursor(epoch, step)
     resumed, _ = global_batches(log, options(1), worlds[1], cursor)
     assert resumed == whole[step:]
+
+
+@pytest.mark.parametrize("order", ["shuffled", "chronological"])
+def test_every_stop_in_every_world_with_every_number_of_workers(log, order):
+    """All of world sizes 1 to 4 x workers 0 to 2, read whole and resumed after every step: one sequence of global batches."""
+    whole, _ = global_batches(log, StreamOptions(2 * LANES, LANES, order, 16), 1)
+    assert len(whole) == 6 and sorted(row for batch in whole for row in batch) == list(range(133))
+    for world_size in (1, 2, 3, 4):
+        for workers in (0, 1, 2):
+            options = StreamOptions(2 * LANES, LANES, order, 16, workers=workers)
+            for stop in range(len(whole) + 1):
+                rest, cursors = global_batches(log, options, world_size, Cursor(0, stop))
+                assert rest == whole[stop:], (world_size, workers, stop)
+                assert cursors == [Cursor(0, step + 1) for step in range(stop, len(whole))]
+
+
+RESUME = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_data_stream import LANES, ParquetStream, StreamOptions, make_schema, rows_of
+ranks = []
+for rank in range(2):
+    stream = ParquetStream([Path(file) for file in sys.argv[3:]], make_schema(), StreamOptions(2 * LANES, LANES, window_rows=16, workers=2), rank, 2)
+    stream.load_state_dict(json.loads(sys.argv[2]))
+    ranks.append([rows_of(batch) for batch in stream])
+print(json.dumps([[row for rank in step for row in rank] for step in zip(*ranks)]))
+"""
+
+
+def test_a_new_process_goes_on_from_a_few_integers(log):
+    options = StreamOptions(2 * LANES, LANES, window_rows=16)
+    whole, cursors = global_batches(log, options, 1)
+    stream = ParquetStream(log, make_schema(), options)
+    state = json.dumps(stream.state_dict(cursors[2]))
+    assert len(state) < 100
+    command = [sys.executable, "-c", RESUME, str(Path(__file__).parent), state, *map(str, log)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == whole[3:]
 
 
 def test_order_follows_seed_and_epoch(log):
