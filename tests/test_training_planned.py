@@ -64,6 +64,14 @@ def test_without_a_plan_the_run_plans_and_keeps_what_it_used(found):
     assert {table["sharding_type"] for table in plan["tables"].values()} == {"data_parallel"}
 
 
+def test_mended_values_of_all_ranks_are_counted_in_the_metrics(found):
+    result = found["no_plan"]
+    counts = [line["mended/user"] for line in result["lines"] if line["split"] == "train"]
+    assert counts == [result["above"]] * 4 and counts[0] > 300, (
+        "each lane is one window, read for its first batch"
+    )
+
+
 def test_the_prefetching_pipeline_takes_the_same_steps(found):
     result = found["prefetching"]
     assert result["codes"] == result["plain"]["codes"] == [0, 0], result["words"]

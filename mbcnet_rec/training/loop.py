@@ -34,7 +34,7 @@ from mbcnet_rec.training.scoring import (
     evaluate_stream,
     own_rows,
 )
-from mbcnet_rec.training.state import Feed, TrainState, Window, restored_outputs, seed_step
+from mbcnet_rec.training.state import Feed, TrainState, Window, mended_counts, restored_outputs, seed_step
 from mbcnet_rec.training.watchdog import Watchdog
 
 PLATEAU_FACTOR = 0.1
@@ -258,6 +258,7 @@ class Trainer:
         window, now = self.window, time.perf_counter()
         steps, seconds = max(1, self.state.step - window.first_step), now - window.started
         terms = average_terms(window.outputs)
+        mended = mended_counts(self.stream, self.config.data.order, self.process)
         values: dict[str, Any] = dict(terms)
         spike = loss_spike(self.state, terms["loss"], self.config.train.spike_sigmas)
         if spike is not None:
@@ -283,11 +284,7 @@ class Trainer:
             }
             values |= {} if spike is None else {"loss_spike": spike}
             values |= {} if not self.state.skipped else {"skipped_steps": self.state.skipped}
-            values |= {
-                f"mended/{name}": count
-                for name, count in getattr(self.stream, "counters", {}).items()
-                if count
-            }
+            values |= {f"mended/{name}": count for name, count in mended.items()}
             records.add(self.state.step, "train", values)
         self._open_window(feed)
         shown = {"loss": values["loss"], "auc": values.get("auc", float("nan"))}

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
 from data.errors import InputError
-from data.order import Cursor
+from data.order import Cursor, Order
 from data.stream import ParquetStream
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.training.checkpoint import Piece, Saved, whole_piece
@@ -168,6 +169,18 @@ class Feed:
     def trained(self) -> Cursor:
         """Return the cursor behind the batch that was just trained."""
         return self._cursors.popleft()
+
+
+def mended_counts(stream: ParquetStream, order: Order, process: Process) -> dict[str, int]:
+    """Values that each field's `on_invalid` mended since this start, over all ranks. Every rank calls it.
+
+    In chronological order every rank decodes all rows, so there the counts are one rank's and not the sum.
+    """
+    names = [feature.name for feature in stream.schema.features if feature.on_invalid != "error"]
+    counts = torch.tensor([stream.counters[name] for name in names], dtype=torch.int64)
+    if names and process.world_size > 1:
+        dist.all_reduce(counts, dist.ReduceOp.MAX if order == "chronological" else dist.ReduceOp.SUM)
+    return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
