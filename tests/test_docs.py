@@ -1,0 +1,66 @@
+"""Proves that what docs/ prints is right: schemas and configs load, commands are ours, links lead somewhere."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from data.feature import Kind, Transform
+from data.schema import parse_schema
+from data.typed import parse_dataclass
+from mbcnet_rec.cli import build_parser
+from mbcnet_rec.config import DataConfig
+from sharding.constraints import ShardingConfig
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def blocks(page, *languages):
+    """The text of the page's fenced blocks of some languages."""
+    fences = page.read_text().split("```")[1::2]
+    parts = [fence.partition("\n") for fence in fences]
+    return [text for language, _, text in parts if language in languages]
+
+
+def commands(page):
+    lines = [line.split(" #")[0] for block in blocks(page, "", "console") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("mbcnet ") and "..." not in line]
+
+
+def test_a_schema_of_every_kind_loads():
+    schemas = [tomllib.loads(block) for block in blocks(DOCS / "data.md", "toml") if "[fields]" in block]
+    (schema,) = [parse_schema(table, "docs/data.md", Path()) for table in schemas]
+    assert {feature.kind for feature in schema.features} == set(Kind.__args__)
+    assert {feature.transform for feature in schema.features} == set(Transform.__args__)
+    assert {feature.encoding for feature in schema.features} == {"ids", "vocabulary", "hash"}
+    assert {feature.on_invalid for feature in schema.features} == {"error", "null", "modulo"}
+    assert schema.groups and schema.group_column and schema.time_column
+
+
+def test_splits_and_options_load():
+    tables = [tomllib.loads(block) for block in blocks(DOCS / "data.md", "toml") if "[data]" in block]
+    configs = [parse_dataclass(DataConfig, table["data"], "docs/data.md") for table in tables]
+    assert len(configs) == 2 and configs[1].test_where == ("ds >= last 7",)
+
+
+def test_constraints_load():
+    (table,) = (tomllib.loads(block) for block in blocks(DOCS / "planning.md", "toml"))
+    config = parse_dataclass(ShardingConfig, table, "docs/planning.md")
+    assert config.tables["item"].cache_ratio == 0.1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_ours(page):
+    found = commands(page)
+    assert len(found) > 3
+    for command in found:
+        assert build_parser().parse_args(shlex.split(command)[1:]).run, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
