@@ -248,13 +248,20 @@ def _test(
 def opening_line(
     config: RunConfig, schema: Schema, process: Process, total_steps: int, start: int | None
 ) -> str:
-    """What is about to be trained, on one line."""
+    """What is about to be trained, on one line; one more for each thing to know of its data or plan."""
     rows = sum(table.num_embeddings for table in schema.tables)
     begin = "from the start" if start is None else f"from step {start}"
+    notes = ""
+    correction = config.data.train_options(config.train.seed).logit_correction
+    if correction:
+        notes += (
+            f"\nnote: data.keep_negatives = {config.data.keep_negatives} without weights makes probabilities too high: add {correction:.4f} to "
+            "logits, or set data.negative_weights = 'importance'"
+        )
     return (
         f"{config.name}: {config.model.kind} on {len(schema.features)} fields of {schema.name}, "
         f"{len(schema.tables)} tables of {rows:,} rows, {process.world_size} processes on "
-        f"{process.device.type}, {total_steps} steps of {config.data.batch_size} rows, {begin}"
+        f"{process.device.type}, {total_steps} steps of {config.data.batch_size} rows, {begin}{notes}"
     )
 
 
