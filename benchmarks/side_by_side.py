@@ -74,6 +74,14 @@ def square_product(size: int = 2048) -> tuple[Callable[[], object], float]:
     return lambda: torch.mm(left, right, out=out), 2.0 * size**3
 
 
+def one_dnn_product(size: int = 2048) -> Callable[[], object] | None:
+    """The same product by oneDNN; None where torch was built without it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    return lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+
+
 def large_copy(megabytes: int = 128) -> tuple[Callable[[], object], float]:
     """Copying more than the caches hold: (case, bytes read and written)."""
     source = torch.ones(megabytes * 2**20 // 4)

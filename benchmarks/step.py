@@ -1,15 +1,16 @@
 """One training step of MBCnet at the paper's size: what it costs by part, against each part's own roof.
 
-    python benchmarks/step.py [--quick] [--json] [--threads N] [--clock cpu] [--trace FILE]
+    python benchmarks/step.py [--quick] [--json] [--only steps losses trainer] [--threads N] [--clock cpu] [--trace FILE]
 
 192 fields, 2,780 dims, seven groups of 800 dims together, tables cut to --max-rows rows; the project's own build: sharded tables with
 fused rowwise Adagrad, Adam for the dense part. Every case is measured in turns with all others; ratios are medians over rounds.
 
-gemm_share                FLOPs of the step's matrices / its time / the machine's own rate of a 2048 x 2048 x 2048 product, same threads
+gemm_share                FLOPs of the step's matrices / its time / the machine's own rate of torch.mm, 2048 x 2048 x 2048, same threads
+gemm_share_of_faster      the same against the faster of torch.mm (MKL) and oneDNN, which the model's layers use on a CPU
 bf16_speedup              float32 step / step under bf16 autocast
 bf16_loss_difference      relative difference of the mean loss over the last tenth of --loss-steps steps, float32 against bf16
 cooperation_overhead      step / step of cross and deep branch alone without cooperation losses - 1
-grouped_speedup           EFGC's groups by a loop of independent MLPs / as the model runs them
+grouped_speedup           EFGC's groups by a loop of independent MLPs of torch's own layers / as the model runs them
 non_model_share           share of the real trainer's time outside forward, backward and optimizer: input, metrics, log, checkpoint
 """
 
@@ -17,6 +18,7 @@ import contextlib
 import copy
 import io
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -42,6 +44,7 @@ from paper_size import (
 from side_by_side import (
     Clock,
     large_copy,
+    one_dnn_product,
     parser_of,
     print_figures,
     ratio,
@@ -74,12 +77,17 @@ def main() -> int:
     parser.add_argument("--loss-steps", type=int, help="default 500, quick 10; of 256 rows")
     parser.add_argument("--trainer-steps", type=int, help="default 200, quick 40; of --batch rows, quick 256")
     parser.add_argument("--scale", choices=["paper", "demo"], default="paper", help="demo: 684 dims")
+    parser.add_argument(
+        "--only", nargs="+", choices=["steps", "losses", "trainer"], help="parts to measure; default all"
+    )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of two steps")
     args = parser.parse_args()
     seconds = args.seconds or (10 if args.quick else 120)
     loss_steps = args.loss_steps or (10 if args.quick else 500)
     trainer_steps = args.trainer_steps or (40 if args.quick else 200)
     trainer_batch = min(args.batch, 256) if args.quick else args.batch
+    only = args.only or ["steps", "losses", "trainer"]
+    figures: dict[str, Any] = {}
     torch.set_num_threads(args.threads)
     quieten_libraries()
     print_prediction(args.batch)
@@ -88,12 +96,15 @@ def main() -> int:
         rows = max(8 * args.batch, (trainer_steps + 1) * trainer_batch if args.quick else 64 * args.batch)
         schema = written_log(folder / "log", cut_schema(args.max_rows, args.scale), rows)
         with joined_process("cpu") as process:
-            batches = read_batches(folder / "log", schema, args.batch)[:8]
-            figures = measure_steps(folder / "log", schema, process, batches[0], seconds, args.clock)
+            batch = read_batches(folder / "log", schema, args.batch)[0]
+            if "steps" in only:
+                figures |= measure_steps(folder / "log", schema, process, batch, seconds, args.clock)
             if args.trace:
-                write_trace(folder / "log", schema, process, batches[0], args.trace)
-            figures |= compare_losses(folder / "log", schema, process, loss_steps)
-        figures |= measure_trainer(folder, trainer_batch, trainer_steps)
+                write_trace(folder / "log", schema, process, batch, args.trace)
+            if "losses" in only:
+                figures |= compare_losses(folder / "log", schema, process, loss_steps)
+        if "trainer" in only:
+            figures |= measure_trainer(folder, trainer_batch, trainer_steps)
     figures |= {"batch": args.batch, "threads": args.threads, "clock": args.clock}
     print_figures(figures, args.json)
     return 0
@@ -115,10 +126,12 @@ def measure_steps(
     built = build(run_config(folder, MBCNET, size), schema, process)
     two = build(run_config(folder, TWO_BRANCHES, size), schema, process)
     product, product_flops = square_product()
+    other_product = one_dnn_product()
     copying, copy_bytes = large_copy()
     parts, loop = part_cases(built, batch)
     cases: dict[str, Callable[[], object]] = {
         "product": product,
+        "oneDNN product": other_product or product,
         "copy": copying,
         "step": training_step(built, batch),
         "bf16": training_step(built, batch, autocast=True),
@@ -129,11 +142,13 @@ def measure_steps(
     times = take_turns(cases, seconds, clock)
     flops = sum(part_flops for _, part_flops, _ in parts.values())
     rate, bandwidth = product_flops / min(times["product"]), copy_bytes / min(times["copy"])
+    faster = min(("product", "oneDNN product"), key=lambda name: statistics.median(times[name]))
     print_parts(times, parts, rate, bandwidth)
     share = flops / product_flops
     return {
         "gemm_share": share * ratio(times["product"], times["step"]),
         "gemm_share_of_least": share * ratio_of_least(times["product"], times["step"]),
+        "gemm_share_of_faster": share * ratio(times[faster], times["step"]),
         "bf16_speedup": ratio(times["step"], times["bf16"]),
         "bf16_speedup_of_least": ratio_of_least(times["step"], times["bf16"]),
         "cooperation_overhead": ratio(times["step"], times["two"]) - 1,
@@ -141,6 +156,7 @@ def measure_steps(
         "grouped_speedup": ratio(times["loop over groups"], times["EFGC groups"]),
         "mflop_per_sample": flops / size / 1e6,
         "product_gflops": rate / 1e9,
+        "one_dnn_gflops": product_flops / min(times["oneDNN product"]) / 1e9 if other_product else None,
         "copy_gb_per_second": bandwidth / 1e9,
         "step_seconds": min(times["step"]),
         "samples_per_second": size / min(times["step"]),
@@ -185,11 +201,12 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
         logits = [layer(latent) for layer, latent in zip(dense.branch_logits, latents, strict=True)]
         backward(torch.cat([*logits, dense.fused_logit(dense.fusion(latents))], dim=1))
 
+    alone = [plain_mlp(mlp) for mlp in dense.branches["efgc"].crossing.mlps]
+
     def loop() -> None:
-        crossed = [
-            mlp(group) for mlp, group in zip(dense.branches["efgc"].crossing.mlps, groups, strict=True)
-        ]
-        backward(torch.cat(crossed, dim=1))
+        for mlp, group in zip(alone, groups, strict=True):
+            mlp.zero_grad()
+            backward(mlp(group))
 
     gradients = [torch.randn_like(parameter) for parameter in built.dense]
 
@@ -249,6 +266,14 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
     }
     fresh = partial(without_gradients, [*dense.parameters(), *losses.parameters()])
     return {name: (partial(fresh, part[0]), *part[1:]) for name, part in parts.items()}, partial(fresh, loop)
+
+
+def plain_mlp(mlp: nn.Sequential) -> nn.Sequential:
+    """The same sizes in torch's own layers, as anybody would write one group's MLP."""
+    linear = [layer for layer in mlp if isinstance(layer, nn.Linear)]
+    return nn.Sequential(
+        *(each for layer in linear for each in (nn.Linear(layer.in_features, layer.out_features), nn.ReLU()))
+    )
 
 
 def without_gradients(parameters: list[nn.Parameter], case: Callable[[], object]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.model_parallel import DMPCollection
+from torchrec.distributed.model_parallel import DataParallelWrapper, DMPCollection
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer
@@ -56,6 +56,14 @@ class Built:
     plan: Plan
     branch_names: tuple[str, ...]
     dense: list[nn.Parameter]
+
+
+class _NoCopies(DataParallelWrapper):
+    """No data parallelism, for a single process: DistributedDataParallel would copy every gradient and divide it by 1."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        """Only move the dense part to its device."""
+        dmp._dmp_wrapped_module.to(device)
 
 
 def quieten_libraries() -> None:
@@ -215,4 +223,11 @@ def _sharded(
             node_group_size=plan.local_group_size, sharders=sharders,
         )  # fmt: skip
     env = ShardingEnv.from_process_group(world)
-    return DistributedModelParallel(objective, env=env, device=device, plan=sharding_plan, sharders=sharders)
+    return DistributedModelParallel(
+        objective,
+        env=env,
+        device=device,
+        plan=sharding_plan,
+        sharders=sharders,
+        data_parallel_wrapper=_NoCopies() if plan.world_size == 1 else None,
+    )

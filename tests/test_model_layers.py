@@ -10,15 +10,16 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from data.errors import InputError
 from data.schema import Table
+from mbcnet_rec.model import layers
 from mbcnet_rec.model.layers import (
     ALL,
     MLP,
     WIDE,
-    AlignedLinear,
     FieldVectors,
     FullRankCross,
     GroupedMLP,
     InputLayout,
+    Linear,
     LowRankMixtureCross,
     Regularisation,
     bi_interaction,
@@ -113,30 +114,45 @@ def test_cross_degree_grows_by_one_a_layer():
     assert np.abs(np.diff(values, 3)).max() > 1e-6
 
 
-@pytest.mark.parametrize(("wide", "narrow"), [(300, 256), (256, 301), (270, 270), (300, 5), (320, 256)])
-def test_aligned_linear_is_a_linear(wide, narrow, monkeypatch):
-    padded, plain = AlignedLinear(wide, narrow).double(), torch.nn.Linear(wide, narrow).double()
-    plain.load_state_dict(padded.state_dict())  # parameters keep their true sizes
-    x, y = (
-        torch.randn(6, wide, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
-        for _ in "xy"
-    )
-    seen = []
-    linear = torch.nn.functional.linear
-    monkeypatch.setattr(
-        torch.nn.functional, "linear", lambda a, w, b=None: seen.append(tuple(w.shape)) or linear(a, w, b)
-    )
-    weight = torch.randn(6, narrow).double()
-    (padded(x) * weight).sum().backward()
-    small = min(wide, narrow) < 256
-    assert small or all(side % 16 == 0 for side in seen[0])
-    (plain(y) * weight).sum().backward()
-    torch.testing.assert_close(x.grad, y.grad)
-    for a, b in zip(padded.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+@pytest.mark.parametrize(("wide", "narrow", "view"), [(300, 256, False), (257, 301, True), (1000, 70, False)])
+def test_linear_by_one_dnn_is_a_linear(wide, narrow, view, monkeypatch):
+    ours, plain = Linear(wide, narrow), torch.nn.Linear(wide, narrow).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(37, wide + 12)[:, :wide] if view else torch.randn(37, wide)
+    x.requires_grad_()
+    y = x.detach().double().requires_grad_()
+    called = []
+    product = layers._product
+    monkeypatch.setattr(layers, "_product", lambda *args: called.append(args) or product(*args))
+    weight = torch.randn(37, narrow)
+    out = ours(x)
+    (out * weight).sum().backward()
+    assert len(called) == 3 or not torch.backends.mkldnn.is_available()
+    expected = plain(y)
+    (expected * weight).sum().backward()
+    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close(out, expected, **close)
+    torch.testing.assert_close(x.grad, y.grad, **close)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, **close)
         assert a.grad.is_contiguous()
+
+
+def test_linear_leaves_the_rest_to_torch(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("oneDNN was called")
+
+    monkeypatch.setattr(layers, "_product", refuse)
+    large = Linear(300, 256)
+    x = torch.randn(5, 300)
+    Linear(30, 20)(x[:, :30])  # small
+    large.double()(x.double())
+    large.float().to("meta")(x.to("meta"))
     with torch.no_grad():
-        assert torch.equal(padded(x), plain(x)) and seen[-1] == (narrow, wide)
+        Linear(300, 256)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Linear(300, 256)(x).dtype == torch.bfloat16
+    assert "mkldnn" not in str(torch.export.export(Linear(300, 256), (x,)).graph)
 
 
 def naive_mlp(x, mlp):
@@ -156,7 +172,7 @@ def test_mlp_has_relu_on_every_layer():
 def test_mlp_regularisation():
     x = torch.randn(64, 5)
     normal = MLP(5, (8,), Regularisation(batch_norm=True))
-    assert [type(layer).__name__ for layer in normal] == ["AlignedLinear", "BatchNorm1d", "ReLU"]
+    assert [type(layer).__name__ for layer in normal] == ["Linear", "BatchNorm1d", "ReLU"]
     dropping = MLP(5, (400,), Regularisation(dropout=0.5))
     kept = (dropping(x) > 0).float().mean() / (dropping.eval()(x) > 0).float().mean()
     assert 0.45 < kept < 0.55

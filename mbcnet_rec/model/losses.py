@@ -197,19 +197,19 @@ def moderate_differentiation_loss(
         latents.device.type, enabled=False
     ):  # the products below are part of the loss: full precision
         z, w = at_least_float32(latents), at_least_float32(transforms)
-        z_i, z_j = (torch.stack([z[k] for k in side]) for side in zip(*pairs, strict=True))  # (P, B, d) each
-        w_t = w.transpose(1, 2)
+        latent = z.unbind()
+        ordered = [*pairs, *((j, i) for i, j in pairs)]
+        own, other = (
+            torch.stack([latent[k] for k in side]) for side in zip(*ordered, strict=True)
+        )  # (2 P, B, d)
         # z W W^T - z as z (W W^T - I), the small factor in float64: W starts orthogonal, so in float32 the
         # difference would be rounding noise, and the gradient of its norm the direction of that noise.
-        exact, eye = w.double(), torch.eye(w.shape[-1], dtype=torch.float64, device=w.device)
+        maps = torch.cat([w, w.transpose(1, 2)])  # (2 P, d, d): W^ij, then W^ji
+        exact, eye = maps.double(), torch.eye(w.shape[-1], dtype=torch.float64, device=w.device)
         there_and_back = (exact @ exact.transpose(1, 2) - eye).to(w.dtype)
-        back_and_there = (exact.transpose(1, 2) @ exact - eye).to(w.dtype)
-        errors = torch.stack(
-            [z_i @ w - z_j, z_i @ there_and_back, z_j @ w_t - z_i, z_j @ back_and_there]
-        )  # (4, P, B, d)
-        per_row = row_norms(errors, norm).sum(dim=(0, 1)) / (
-            2 * len(pairs)
-        )  # (B,): mean over the K (K - 1) ordered pairs
+        moved = torch.baddbmm(other, own, maps, beta=-1)  # z^i W^ij - z^j
+        norms = row_norms(moved, norm) + row_norms(own @ there_and_back, norm)  # (2 P, B)
+        per_row = norms.mean(0)  # over the K (K - 1) ordered pairs
         return (per_row if weights is None else per_row * weights).mean()
 
 

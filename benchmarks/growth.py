@@ -1,0 +1,274 @@
+"""How the cost of a training step grows: with fields, rows of tables, batch, groups, branches and ranks.
+
+    python benchmarks/growth.py [--quick] [--json] [--png FILE] [--clock wall] [--largest-rows 10_000_000]
+
+Each curve changes one thing and keeps the rest: 48 fields of 8 dims, tables of 10,000 rows, 4 groups of 6 fields, three branches with
+narrow layers (so that what is not matrix products shows), batches of 1,024 random rows, one process, one thread. All sizes of a curve
+take turns. For each curve a * size ** b is fitted; 1 is linear.
+
+*_exponent          b over all sizes; fields, rows, batch, groups, branches, ranks
+*_last_exponent     between the last two sizes: what remains when fixed costs no longer matter
+*_seconds           size -> median seconds of a step (ranks: of processor time a rank, at equal rows a rank)
+cooperation_exponent    of both cooperation losses alone over 2 to 16 branches; their pairs grow with the square
+"""
+
+import gc
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper_size import run_config, training_step
+from random_rows import random_batch, uniform_schema
+from side_by_side import Clock, fitted_exponent, parser_of, print_figures, take_turns
+
+from data.schema import Schema
+from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
+from mbcnet_rec.model.losses import branch_coteaching_loss, branch_pairs, moderate_differentiation_loss
+from mbcnet_rec.model.mbcnet import MBCNetConfig
+from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.training.process import Process, joined_process
+
+FIELDS, ROWS, DIM, BATCH, GROUPS, GROUP_FIELDS = 48, 10_000, 8, 1024, 4, 6
+THREE = ("efgc", "cross", "deep")
+ALL_BRANCHES = ("deep", "cross", "efgc", "fm", "wide")
+BYTES_PER_FLOAT = 4
+ROOM = 0.4  # of free memory that tables may take
+Case = Callable[[], object]
+
+
+def model(branches: Sequence[str] = THREE) -> ModelConfig:
+    """Narrow layers: the framework's own cost is not hidden behind products."""
+    return ModelConfig(
+        mbcnet=MBCNetConfig(
+            branches=tuple(branches),
+            efgc=EFGCConfig(hidden=(64, 32)),
+            deep=DeepConfig(hidden=(256, 128)),
+            branch_dim=128,
+            top=(128, 64),
+        )
+    )
+
+
+def schema_of(fields: int = FIELDS, rows: int = ROWS, groups: int = GROUPS, dim: int = DIM) -> Schema:
+    """Groups of GROUP_FIELDS neighbouring fields, from the first field on and round again."""
+    width = min(GROUP_FIELDS, fields)
+    members = [[(width * group + i) % fields for i in range(width)] for group in range(groups)]
+    return uniform_schema(fields, rows, dim, members)
+
+
+def step_of(process: Process, schema: Schema, batch: int = BATCH, branches: Sequence[str] = THREE) -> Case:
+    """A training step of a fresh model."""
+    built = build(run_config(Path(), model(branches), batch), schema, process)
+    return training_step(built, random_batch(schema, batch))
+
+
+def fields_curve(process: Process, quick: bool) -> dict[int, Case]:
+    sizes = (24, 96, 384) if quick else (24, 48, 96, 192, 384, 768)
+    return {size: step_of(process, schema_of(fields=size)) for size in sizes}
+
+
+def rows_curve(process: Process, quick: bool, largest: int) -> dict[int, Case]:
+    """Four fields only, so that the largest tables fit."""
+    sizes = [size for size in (10**4, 10**5, 10**6, 10**7, 10**8) if size <= (10**6 if quick else largest)]
+    fits = [size for size in sizes if 1.2 * 4 * size * (DIM + 1) * BYTES_PER_FLOAT < ROOM * free_bytes()]
+    for size in sizes:
+        if size not in fits:
+            print(f"  rows: {size:,} a table do not fit into the free memory; left out")
+    return {size: step_of(process, schema_of(fields=4, rows=size, groups=1)) for size in fits}
+
+
+def batch_curve(process: Process, quick: bool) -> dict[int, Case]:
+    sizes = (256, 1024, 4096) if quick else (256, 1024, 4096, 16_384)
+    return {size: step_of(process, schema_of(), batch=size) for size in sizes}
+
+
+def groups_curve(process: Process, quick: bool) -> dict[int, Case]:
+    sizes = (1, 8, 64) if quick else (1, 2, 4, 8, 16, 32, 64)
+    return {size: step_of(process, schema_of(groups=size)) for size in sizes}
+
+
+def branches_curve(process: Process, quick: bool) -> dict[int, Case]:
+    sizes = (1, 3, 5) if quick else (1, 2, 3, 4, 5)
+    return {size: step_of(process, schema_of(), branches=ALL_BRANCHES[:size]) for size in sizes}
+
+
+def cooperation_curve(quick: bool) -> dict[int, Case]:
+    """Both losses forward and backward for K branches, whose pairs are K (K - 1) / 2."""
+
+    def case(branches: int) -> Case:
+        draw = torch.Generator().manual_seed(0)
+        logits = torch.randn(branches, BATCH, generator=draw).requires_grad_()
+        latents = torch.randn(branches, BATCH, 64, generator=draw).requires_grad_()
+        transforms = torch.randn(len(branch_pairs(branches)), 64, 64, generator=draw).requires_grad_()
+        labels = (torch.rand(BATCH, generator=draw) < 0.09).float()
+
+        def run() -> None:
+            loss = branch_coteaching_loss(logits, labels) + moderate_differentiation_loss(latents, transforms)
+            loss.backward()
+
+        return run
+
+    return {size: case(size) for size in ((2, 4, 8) if quick else (2, 4, 8, 16))}
+
+
+def free_bytes() -> float:
+    """Memory that this machine can still give."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4e9
+
+
+def ranks_curve(quick: bool, seconds: float) -> dict[int, float]:
+    """Ranks -> processor seconds of all ranks together for a step of BATCH rows each."""
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for world in (1, 2) if quick else (1, 2, 4):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        answers = context.SimpleQueue()
+        ranks = [
+            context.Process(target=one_rank, args=(rank, world, port, seconds, answers))
+            for rank in range(world)
+        ]
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join()
+        if any(each.exitcode for each in ranks):
+            raise SystemExit(f"ranks: one of {world} ended with an error")
+        found[world] = sum(answers.get() for _ in ranks)
+    return found
+
+
+def one_rank(rank: int, world: int, port: int, seconds: float, answers: Any) -> None:
+    """Train for a while as one of `world` ranks; answer with processor seconds a step. Ranks step together, so they count alike."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    quieten_libraries()
+    with joined_process("cpu") as process:
+        step = step_of(process, schema_of())
+        start = time.process_time()
+        for _ in range(5):
+            step()
+        count = torch.tensor([max(5.0, seconds / ((time.process_time() - start) / 5) / world)])
+        torch.distributed.broadcast(count, 0)  # the same number of steps on every rank
+        times = []
+        for _ in range(int(count)):
+            start = time.process_time()
+            step()
+            times.append(time.process_time() - start)
+    answers.put(statistics.median(times))
+
+
+def fitted(name: str, seconds: dict[int, float]) -> dict[str, Any]:
+    """Exponents of a curve, printed beside it."""
+    sizes, values = list(seconds), list(seconds.values())
+    figures = {
+        f"{name}_exponent": fitted_exponent(sizes, values) if len(sizes) > 1 else None,
+        f"{name}_last_exponent": fitted_exponent(sizes[-2:], values[-2:]) if len(sizes) > 1 else None,
+    }
+    curve = ", ".join(f"{size:,}: {1e3 * value:.1f}" for size, value in seconds.items())
+    print(f"  {name} (ms): {curve}")
+    print(
+        "    " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items() if value is not None),
+        flush=True,
+    )
+    return figures | {f"{name}_seconds": {str(size): value for size, value in seconds.items()}}
+
+
+def draw(curves: dict[str, dict[int, float]], figures: dict[str, Any], path: Path) -> None:
+    """One small plot a curve, with a line of slope 1 to compare with."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 4, figsize=(13, 6.2), constrained_layout=True)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (name, seconds) in zip(axes.flat, curves.items(), strict=False):
+        sizes, values = list(seconds), [1e3 * value for value in seconds.values()]
+        axis.plot(sizes, values, "o-", color="#4477aa")
+        axis.plot(sizes, [values[-1] * size / sizes[-1] for size in sizes], ":", color="grey", label="linear")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=min(values) / 2)
+        axis.set_xlabel(name)
+        axis.set_ylabel("ms of all ranks" if name == "ranks" else "ms a step")
+        fit, last = figures[f"{name}_exponent"], figures[f"{name}_last_exponent"]
+        axis.set_title(f"{name}: exponent {fit:.2f}, at the end {last:.2f}", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
+    parser.set_defaults(clock="cpu")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the curves")
+    parser.add_argument("--seconds", type=float, help="of measuring for each curve; default 15, quick 1.5")
+    parser.add_argument("--curves", default="fields,rows,batch,groups,branches,cooperation,ranks")
+    parser.add_argument("--largest-rows", type=int, default=10**7, help="of a table; 100,000,000 takes 14 GB")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    quieten_libraries()
+    seconds = args.seconds or (1.5 if args.quick else 15.0)
+    print(
+        "prediction: batch 0.9 to 1 (fixed costs at the small end); fields 0.7, nearing 1: layers on all fields grow with them, the rest does not;\n"
+        "rows below 0.1: cache misses only; groups 0.5, nearing 1; branches below 1; cooperation nearing 2, since its pairs do (its share of a\n"
+        "step is small); ranks 1: each does its own rows, and the exchange is little"
+    )
+    curves: dict[str, dict[int, float]] = {}
+    figures: dict[str, Any] = {}
+    wanted = args.curves.split(",")
+    with joined_process("cpu") as process:
+        makers: dict[str, Callable[[], dict[int, Case]]] = {
+            "fields": lambda: fields_curve(process, args.quick),
+            "rows": lambda: rows_curve(process, args.quick, args.largest_rows),
+            "batch": lambda: batch_curve(process, args.quick),
+            "groups": lambda: groups_curve(process, args.quick),
+            "branches": lambda: branches_curve(process, args.quick),
+            "cooperation": lambda: cooperation_curve(args.quick),
+        }
+        for name, make in makers.items():
+            if name in wanted:
+                curves[name] = measured(make(), seconds, args.clock)
+                figures |= fitted(name, curves[name])
+                gc.collect()
+    if "ranks" in wanted:
+        curves["ranks"] = ranks_curve(args.quick, seconds)
+        figures |= fitted("ranks", curves["ranks"])
+    if args.png:
+        draw(curves, figures, args.png)
+        print(f"  drawn: {args.png}")
+    print_figures({**figures, "threads": args.threads, "clock": args.clock}, args.json)
+    return 0
+
+
+def measured(cases: dict[int, Case], seconds: float, clock: Clock) -> dict[int, float]:
+    """Median seconds of each size, all sizes taking turns."""
+    times = take_turns({str(size): case for size, case in cases.items()}, seconds, clock)
+    return {size: statistics.median(times[str(size)]) for size in cases}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""From 1 to 1,024 GPUs at the paper's sizes, on paper: which wall stands where. Nothing is measured; no GPU is needed.
+
+    python benchmarks/scaling.py [--quick] [--json] [--kind h100-80g] [--batch 8192] [--png FILE]
+
+Each size is planned by the project's own planner for the paper's tables (480 M users, 974 M items) and added up by its cost model
+(sharding/estimate.py, sharding/assess.py). What is assumed of overlap: the exchange of ids and the decoding of Parquet go on beside
+the step before; the dense all-reduce hides behind two thirds of the dense part; lookup, pooled rows, dense part, gradients and update
+follow one another. Rows are fp32 where they fit, else fp16, else the largest tables live in host memory with a cache. Seconds are a
+floor: no launches, no stragglers, no skew, no contention of links.
+
+compute, memory, network, input walls: samples a second that this resource alone would allow all GPUs together
+wall_at                  GPUs -> the resource that takes most of the step (or input, where it is longer than all of it)
+samples_per_second       GPUs -> all together
+efficiency               GPUs -> a GPU's rate against that at the smallest size
+"""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from side_by_side import parser_of
+
+from data.pailitao import pailitao_schema
+from data.schema import Schema
+from mbcnet_rec.dense_cost import dense_cost
+from mbcnet_rec.model.models import ModelConfig
+from sharding.assess import Assessment
+from sharding.capacity import Task
+from sharding.cluster import read_cluster
+from sharding.constraints import ShardingConfig, TableConstraint
+from sharding.fit import DoesNotFit
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+QUICK_SIZES = (1, 8, 128, 1024)
+HOST_DEVICES = 8
+WALLS = ("compute", "memory", "network", "input")
+CACHED = TableConstraint(compute_kernels=("fused_uvm_caching",))
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--kind", default="h100-80g", help="of GPU: a preset or a TOML file")
+    parser.add_argument("--batch", type=int, default=8192, help="rows of one GPU")
+    parser.add_argument("--sizes", help="comma-separated numbers of GPUs; default 1 to 1,024 by doubling")
+    parser.add_argument("--search-seconds", type=float, default=None, help="of the planner at each size")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the walls")
+    args = parser.parse_args()
+    sizes = (
+        [int(text) for text in args.sizes.split(",")]
+        if args.sizes
+        else (QUICK_SIZES if args.quick else SIZES)
+    )
+    seconds = args.search_seconds or (3.0 if args.quick else 20.0)
+    print(
+        "prediction: a single GPU waits for its host's memory (the tables are larger than its own); where they fit, compute and HBM share\n"
+        "the step; from the second host on the network takes most of it and does not let go; input never: 14 cores a GPU decode faster"
+    )
+    schema = pailitao_schema("paper")
+    cells = {}
+    print(
+        f"  {'GPUs':>5} {'rows':>5} {'M samples/s':>12} {'ms/step':>8} "
+        + "".join(f"{w:>10}" for w in WALLS)
+        + "  wall"
+    )
+    for size in sizes:
+        start = time.perf_counter()
+        found = assessed(schema, args.kind, size, args.batch, seconds)
+        if found is None:
+            print(f"  {size:5} does not fit")
+            continue
+        assessment, rows = found
+        cells[size] = cell_of(assessment, rows, time.perf_counter() - start)
+        print_cell(size, cells[size])
+    figures = figures_of(cells, args.kind, args.batch)
+    if args.png:
+        draw(cells, args.kind, args.png)
+        print(f"  drawn: {args.png}")
+    if args.json:
+        print(json.dumps(figures))
+    return 0
+
+
+def assessed(
+    schema: Schema, kind: str, size: int, batch: int, seconds: float
+) -> tuple[Assessment, str] | None:
+    """Plan for so many GPUs; the kindest rows that fit. None where nothing does."""
+    hosts, devices = max(1, size // HOST_DEVICES), min(size, HOST_DEVICES)
+    cluster = read_cluster(kind).resized(hosts, devices)
+    plain = ShardingConfig(search_seconds=seconds)
+    dense = dense_cost(ModelConfig(), schema, plain)
+    largest = sorted(schema.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)[:2]
+    paged = {table.name: CACHED for table in largest}
+    for config, rows in (
+        (plain, "fp32"),
+        (replace(plain, data_type="fp16"), "fp16"),
+        (replace(plain, data_type="fp16", tables=paged), "host"),
+    ):
+        try:
+            return Task(schema, config, cluster, batch, dense=dense).solve(), rows
+        except DoesNotFit:
+            continue
+    return None
+
+
+def cell_of(assessment: Assessment, rows: str, seconds: float) -> dict[str, Any]:
+    """Figures of one size."""
+    path, cluster = assessment.path, assessment.cluster
+    rows_together = assessment.plan.batch_size_per_rank * cluster.world_size
+    spent = {
+        "compute": path.dense,
+        "memory": path.lookup + path.update,
+        "network": path.output_dist + path.gradient_dist + path.all_reduce,
+        "input": path.decode,
+    }
+    return {
+        "samples_per_second": assessment.samples_per_second,
+        "step_seconds": path.step,
+        "spent_seconds": spent,
+        "walls": {name: rows_together / each if each else None for name, each in spent.items()},
+        "wall": path.bound_by,
+        "rows": rows,
+        "balance": assessment.balance,
+        "largest_rank_bytes": max(sum(assessment.memory(rank)) for rank in assessment.ranks),
+        "planning_seconds": seconds,
+    }
+
+
+def print_cell(size: int, cell: dict[str, Any]) -> None:
+    spent = "".join(f"{1e3 * cell['spent_seconds'][name]:10.2f}" for name in WALLS)
+    print(
+        f"  {size:5} {cell['rows']:>5} {cell['samples_per_second'] / 1e6:12.2f} {1e3 * cell['step_seconds']:8.2f} {spent}  {cell['wall']}"
+    )
+
+
+def figures_of(cells: dict[int, dict[str, Any]], kind: str, batch: int) -> dict[str, Any]:
+    """What the JSON line holds."""
+    rates = {size: cell["samples_per_second"] / size for size, cell in cells.items()}
+    first = rates[min(rates)] if rates else 1.0
+    return {
+        "wall_at": {str(size): cell["wall"] for size, cell in cells.items()},
+        "samples_per_second": {str(size): round(cell["samples_per_second"]) for size, cell in cells.items()},
+        "efficiency": {str(size): round(rate / first, 4) for size, rate in rates.items()},
+        "rows": {str(size): cell["rows"] for size, cell in cells.items()},
+        "kind": kind,
+        "batch_per_gpu": batch,
+        "cells": {str(size): cell for size, cell in cells.items()},
+    }
+
+
+def draw(cells: dict[int, dict[str, Any]], kind: str, path: Path) -> None:
+    """The rate of all GPUs under the wall of each resource."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8.5, 5.0), constrained_layout=True)
+    sizes = list(cells)
+    colours = {"compute": "#4477aa", "memory": "#228833", "network": "#ee6677", "input": "#ccbb44"}
+    for name in WALLS:
+        walls = [cells[size]["walls"][name] for size in sizes]
+        axes.plot(sizes, walls, "--", color=colours[name], linewidth=1.3, label=f"{name} alone")
+    rates = [cells[size]["samples_per_second"] for size in sizes]
+    axes.plot(sizes, rates, "-", color="black", linewidth=1.6, label="all together")
+    for size, rate in zip(sizes, rates, strict=True):
+        axes.plot(size, rate, "o", color=colours[cells[size]["wall"]], markersize=8, markeredgecolor="black")
+        axes.annotate(
+            cells[size]["wall"], (size, rate), textcoords="offset points", xytext=(6, -13), fontsize=8
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xlabel(f"GPUs ({kind}, {HOST_DEVICES} a host)")
+    axes.set_ylabel("samples a second, all GPUs together")
+    axes.set_title("Floor from the planner's cost model at the paper's sizes: not measured")
+    axes.grid(alpha=0.3, which="major")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
