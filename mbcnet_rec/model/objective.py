@@ -155,6 +155,10 @@ class LossArch(nn.Module):
                 + warm(self.coteaching, self.step) * coteaching
                 + warm(self.differentiation, self.step) * differentiation
             )
+            norms = latent_norms(
+                output.latents, self.names, weights
+            )  # products inside: full precision for the log too
+            disagreement = disagreement_rates(logits[1:], labels, self.coteaching.threshold, weights)
         if self.training:
             self.step += 1
         terms = {
@@ -162,14 +166,14 @@ class LossArch(nn.Module):
             "bce": bce,
             "coteaching_loss": coteaching,
             "differentiation_loss": differentiation,
-            **latent_norms(output.latents, self.names, weights),
+            **norms,
         }
         return loss, Outputs(
             logits=logits.detach().t(),
             labels=labels.detach(),
             weights=weights.detach(),
             terms={name: term.detach() for name, term in terms.items()},
-            disagreement=disagreement_rates(logits[1:], labels, self.coteaching.threshold, weights),
+            disagreement=disagreement,
             transform_distance=bce.new_empty(0) if matrices is None else distance_from_identity(matrices),
         )
 
@@ -234,7 +238,7 @@ def latent_norms(latents: Tensor, names: tuple[str, ...], weights: Tensor) -> di
     if not names:
         return {}
     norms = torch.linalg.vector_norm(at_least_float32(latents.detach()), dim=2)  # (K, B)
-    means = (norms * weights).mean(1)
+    means = norms @ weights.to(norms.dtype) / max(1, len(weights))
     return {f"latent_norm/{name}": means[index] for index, name in enumerate(names)}
 
 
