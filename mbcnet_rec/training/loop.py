@@ -141,9 +141,7 @@ class Trainer:
         feed = Feed(self.stream, process)
         self.built.model.train()
         self.window = Window(self.window.outputs, first_step=self.state.step, waited=feed.waited)
-        self.planned = PlanWatch(
-            self.built, self.config.sharding, process, self.total_steps - self.state.step
-        )
+        self.planned = PlanWatch(self.built, self.config, process, self.total_steps - self.state.step)
         try:
             while True:
                 if self._evaluation_due():

@@ -1,11 +1,13 @@
 """After some steps, one line: what the plan said of memory and time, and what the ranks hold and measure."""
 
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
 
 from data.errors import InputError
 from mbcnet_rec.build import Built
+from mbcnet_rec.config import RunConfig
 from mbcnet_rec.training.process import Process, gather_rows
 from sharding.assess import Assessment, assess
 from sharding.cluster import Cluster, read_cluster
@@ -23,12 +25,12 @@ class PlanWatch:
 
     Args:
         built: the model with its plan.
-        config: of the run; names the cluster that times are estimated for.
+        config: of the run; names the cluster that times are estimated for, and the rows of a step.
         process: this rank.
         steps: that this start of the run will take.
     """
 
-    def __init__(self, built: Built, config: ShardingConfig, process: Process, steps: int) -> None:
+    def __init__(self, built: Built, config: RunConfig, process: Process, steps: int) -> None:
         self.built, self.config, self.process = built, config, process
         self.due = min(STEPS, steps)
         self.seconds: list[float] = []
@@ -45,12 +47,16 @@ class PlanWatch:
         plan = self.built.plan
         if not all(table.num_embeddings for table in plan.tables.values()):
             return ""  # a plan that says no sizes, as files of the first format, says no bytes either
-        assessment = assess(plan, assessed_cluster(plan, self.config, self.process))
-        step = median(self.seconds[WARM_UP:] or self.seconds)
         if held is None:
             return ""
-        return f"after {self.due} steps, " + planned_against_held(
-            assessment, farthest_off(assessment, held), held, step
+        rows = -(-self.config.data.batch_size // self.process.world_size)
+        cluster = assessed_cluster(plan, self.config.sharding, self.process)
+        assessment = assess(replace(plan, batch_size_per_rank=rows), cluster)
+        step = median(self.seconds[WARM_UP:] or self.seconds)
+        line = planned_against_held(assessment, farthest_off(assessment, held), held, step)
+        other = f"; the plan was made for {plan.batch_size_per_rank:,} rows a rank, this run has {rows:,}"
+        return f"after {self.due} steps, {line}" + (
+            other if plan.batch_size_per_rank not in (0, rows) else ""
         )
 
 
