@@ -215,15 +215,20 @@ def rank_main(config_file: str, overrides: list[str], schedule: list[dict[str, A
 
 
 def run_elastic(
-    config: Path, overrides: list[str], schedule: list[dict[str, Any]], notes: Path, *, ranks: int = 2
+    config: Path,
+    overrides: list[str],
+    schedule: list[dict[str, Any]],
+    notes: Path,
+    *,
+    main: Callable[..., None] = rank_main,
 ) -> float:
-    """Run to the end under torchelastic; return seconds."""
+    """Run two ranks to the end under torchelastic; return seconds."""
     start = time.perf_counter()
     notes.mkdir(parents=True, exist_ok=True)
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=ranks,
+        nproc_per_node=2,
         run_id="storm",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -232,7 +237,7 @@ def run_elastic(
         start_method="fork",
         logs_specs=DefaultLogsSpecs(log_dir=str(notes / "logs"), redirects=Std.ALL),
     )
-    elastic_launch(launch, rank_main)(str(config), overrides, schedule, str(notes))
+    elastic_launch(launch, main)(str(config), overrides, schedule, str(notes))
     return time.perf_counter() - start
 
 
@@ -277,6 +282,7 @@ def leftovers(run: Path) -> list[str]:
 
 
 def main() -> None:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

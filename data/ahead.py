@@ -26,6 +26,13 @@ class Patience:
         )
 
 
+def _as_error(error: BaseException) -> Exception:
+    """What ends a thread, as the taker raises it: a SystemExit would end the process there as if all were well."""
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(f"{threading.current_thread().name} ended by {error!r}")
+
+
 class Ahead(Generic[T]):
     """Tasks that threads work on in the order they were given. With no threads each runs when its result is taken.
 
@@ -79,7 +86,7 @@ class Ahead(Generic[T]):
             try:
                 result = task()
             except BaseException as error:  # the taker raises it
-                result = error
+                result = _as_error(error)
             with self._changed:
                 self._done[key] = result
                 self._changed.notify_all()
@@ -112,7 +119,7 @@ def prefetched(items: Iterator[T], depth: int, patience: Patience) -> Iterator[T
             else:
                 put(False, None)
         except BaseException as error:
-            put(False, error)
+            put(False, _as_error(error))
         finally:
             if hasattr(items, "close"):
                 items.close()

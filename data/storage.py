@@ -143,6 +143,12 @@ def retried(action: Callable[[], T], what: str, attempts: int) -> T:
     raise AssertionError("attempts is 1 or more")
 
 
+def arrow_file_system(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI and the path in it, for writers; keys and addresses are found as for data."""
+    scheme, _, rest = uri.partition("://")
+    return _file_system(scheme, rest)
+
+
 def _file_system(scheme: str, rest: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a URI, made once for each address, and the path in it."""
     if scheme != "s3":
@@ -163,5 +169,6 @@ def _s3(endpoint: str, region: str) -> pafs.FileSystem:
         connect_timeout=CONNECT_SECONDS,
         request_timeout=REQUEST_SECONDS,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=2),
+        allow_delayed_open=True,  # a small file is written by one request instead of three
         **options,
     )

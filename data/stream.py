@@ -95,12 +95,16 @@ class ParquetStream:
         Raises:
             InputError: the position belongs to other files or options.
         """
-        if state["fingerprint"] != self.fingerprint():
+        found = state.get("fingerprint")
+        if found != self.fingerprint():
             raise InputError(
-                f"stream state {state['fingerprint']}: this run's files or data options give {self.fingerprint()}; "
+                f"stream state {str(found)[:80]}: this run's files or data options give {self.fingerprint()}; "
                 "resume with the same files, batch_size, lanes, order, window_rows, seed, where and sampling"
             )
-        self.cursor = Cursor(int(state["epoch"]), int(state["step"]))
+        try:
+            self.cursor = Cursor(int(state["epoch"]), int(state["step"]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError("stream state: epoch and step are no numbers; use another checkpoint") from None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch; afterwards the cursor stands at the next epoch's start.

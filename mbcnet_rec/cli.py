@@ -3,7 +3,10 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import TextIO
 
 from data.errors import InputError
 from mbcnet_rec.commands import (
@@ -21,6 +24,7 @@ from mbcnet_rec.commands import (
 )
 from mbcnet_rec.training.exits import RunStoppedError
 
+OURS = ("data", "sharding", "mbcnet_rec")
 COMMANDS = (doctor, data, schema, plan, launch, train, evaluate, predict, export, study, tune)
 
 
@@ -42,30 +46,69 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of ours as one line, on rank 0 alone; anyone else's as Python does."""
+    if category.__module__.partition(".")[0] not in OURS:
+        _PYTHONS_SHOW_WARNING(message, category, filename, lineno, file, line)
+    elif os.environ.get("RANK", "0") == "0":
+        _tell(f"warning: {message}")
+
+
+_PYTHONS_SHOW_WARNING = warnings.showwarning
+
+
+def _tell(line: str) -> None:
+    """Print a line for the user, where there is somewhere to print."""
+    with suppress(OSError):
+        print(f"mbcnet: {line}", file=sys.stderr, flush=True)
+
+
+def _close_output() -> None:
+    """Flush stdout. What a full disk or a closed pipe does not take is dropped: Python would end with a code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
         The exit code: 0, or 2 where the user can mend something, 130 after Ctrl-C; see training/exits.py for the others.
     """
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # torch's own words on a lost rank: pages of C++ frames
+    warnings.showwarning = show_warning
     args = build_parser().parse_args(argv)
     try:
         return int(args.run(args) or 0)
     except InputError as error:
-        # Every rank meets a mistake in config or schema; one of them says it. A note marks a fault of one rank's rows.
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "__notes__", None):
-            print(f"mbcnet: {error}", file=sys.stderr)
+        # Every rank meets a mistake in config or schema; one of them says it. A note names the rank whose rows are faulty.
+        notes = getattr(error, "__notes__", [])
+        if os.environ.get("RANK", "0") == "0" or notes:
+            whose = f"{notes[0]}: " if notes and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+            _tell(f"{whose}{error}")
         return 2
     except RunStoppedError as error:
         if error.spoken:
-            print(f"mbcnet: {error}", file=sys.stderr, flush=True)
+            _tell(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("mbcnet: stopped", file=sys.stderr)
+        _tell("stopped")
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        _close_output()
 
 
 if __name__ == "__main__":

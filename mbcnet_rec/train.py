@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from mbcnet_rec.training.compatibility import load_checked
 from mbcnet_rec.training.exits import CannotWriteError
 from mbcnet_rec.training.faults import FAULTS
 from mbcnet_rec.training.loop import Surroundings, Trainer, Watch
-from mbcnet_rec.training.places import Place, latest_step
+from mbcnet_rec.training.places import LocalPlace, Place, latest_step
 from mbcnet_rec.training.preemption import StopRequest
-from mbcnet_rec.training.process import Process, broadcast_value, joined_process
+from mbcnet_rec.training.process import Process, agreed, broadcast_value, joined_process
+from mbcnet_rec.training.progress import tell
 from mbcnet_rec.training.records import METRICS, Records, write_whole
 from mbcnet_rec.training.run_place import CHECKPOINTS, place_of
 from mbcnet_rec.training.scoring import EvaluationGivenUpError
@@ -77,37 +79,49 @@ def run_training(
         around = Surroundings(process, place_of(config), stop, watchdog, watch)
         refuse_together(_folder_problem(config.run_folder, resume, overwrite), process)
         refuse_together(_place_problem(around, resume, overwrite), process)
-        streams = open_streams(config.data, settings.seed, schema, process)
+        with agreed(process):
+            streams = open_streams(config.data, settings.seed, schema, process)
         built = build(config, schema, process)
         train_rows = streams["train"]() if teach is None else teach(process, streams["train"]())
         trainer = Trainer(config, around, built, train_rows, streams.get("valid"))
         start = _start(trainer, resume, allow_partial)
         if process.is_first:
             _open_folder(config, built, fresh=start is None)
-            print(opening_line(config, schema, process, trainer.total_steps, start), flush=True)
+            tell(opening_line(config, schema, process, trainer.total_steps, start))
         watchdog.open_stacks()
         trainer.train()
         metrics = _test(config, trainer, streams.get("test"), process)
         if process.is_first:
             _write(config.run_folder / DONE, json.dumps({"step": trainer.state.step, **metrics}) + "\n")
             try_run_report(config.run_folder)
-            print(closing_lines(config, schema, trainer, metrics), flush=True)
+            tell(closing_lines(config, schema, trainer, metrics))
     return 0
 
 
 def _start(trainer: Trainer, resume: bool, allow_partial: bool) -> int | None:
     """Load the latest checkpoint, or the tables of a warm start; return the step to go on from, None for a fresh start."""
     process, place, config = trainer.process, trainer.around.place, trainer.config
-    step = broadcast_value(latest_step(place) if resume and process.is_first else None, process)
+    step, problem = None, ""
+    if resume and process.is_first:
+        step = latest_step(place)
+        steps = place.steps()
+        if step is None and steps:
+            problem = f"{config.run_folder}: of {len(steps)} checkpoints none is whole; bring one back, or begin anew with --overwrite"
+    refuse_together(problem, process)
+    step = broadcast_value(step, process)
     notes: list[str] = []
     if step is not None:
-        with place.fetched(step) as folder:
-            notes = trainer.restore(Saved(folder, hashed=False), allow_partial=allow_partial)
+        with ExitStack() as fetched:
+            with agreed(process):
+                folder = fetched.enter_context(place.fetched(step))
+                # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
+                saved = Saved(folder, hashed=not isinstance(place, LocalPlace))
+            notes = trainer.restore(saved, allow_partial=allow_partial)
     elif config.train.warm_start:
         notes = [warm_start(config, trainer.built, process)]
     if process.is_first:
         for note in notes:
-            print(note, flush=True)
+            tell(note)
     return step
 
 
@@ -178,7 +192,12 @@ def _place_problem(around: Surroundings, resume: bool, overwrite: bool) -> str:
     if not around.process.is_first:
         return ""
     place: Place = around.place
-    place.clean()
+    try:
+        place.clean()
+        place.prove()
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); mend the storage or choose another place"
     steps = [] if resume else place.steps()
     if steps and not overwrite:
         return "train.checkpoint_folder: holds checkpoints already; go on with --resume, replace them with --overwrite, or change it"

@@ -3,27 +3,33 @@
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from forked_ranks import report, run_ranks
+from forked_ranks import mbcnet, report, run_ranks
 from small_data import write_small
 
+from data.decode import Decoder
+from mbcnet_rec import train
 from mbcnet_rec.model.objective import LossArch
-from mbcnet_rec.training import records, saver
+from mbcnet_rec.training import saver
 from mbcnet_rec.training.checkpoint import Saved, step_folder
 from mbcnet_rec.training.records import TIMING_KEYS
 from mbcnet_rec.training.tensor_file import map_block, read_header
 from mbcnet_rec.training.watchdog import Watchdog
 
+train.try_run_report = lambda folder: None  # pictures say nothing here
 FOLDER = Path(sys.argv[1])
 CONFIG = write_small(FOLDER, train_rows=2_400, other_rows=120)
 STEPS = 12
+LIMIT = 3_500
 
 
 def train_args(name, *settings, resume=False):
@@ -39,8 +45,9 @@ def train_args(name, *settings, resume=False):
     return args
 
 
-def run(name, *settings, resume=False, **options):
-    result = run_ranks(train_args(name, *settings, resume=resume), FOLDER / "logs" / name, **options)
+def run(name, *settings, resume=False, hook=lambda rank: None, **options):
+    action = mbcnet(train_args(name, *settings, resume=resume), hook)
+    result = run_ranks(action, FOLDER / "logs" / name, **options)
     checkpoints = FOLDER / name / "checkpoints"
     result["steps"] = sorted(int(path.parent.name[5:]) for path in checkpoints.glob("step_*/manifest.json"))
     result["partial"] = [str(path) for path in (FOLDER / name).rglob("*.partial*")]
@@ -71,8 +78,8 @@ def equal_to_calm(name):
     }
 
 
-def nan_at(step, guilty=1):
-    """The loss of one step is NaN on one rank."""
+def loss_at(step, factor=float("nan"), guilty=1):
+    """The loss of one step is NaN on one rank, or another multiple of what it was."""
 
     def hook(rank):
         forward, calls = LossArch.forward, [0]
@@ -82,7 +89,8 @@ def nan_at(step, guilty=1):
             if self.training:
                 calls[0] += 1
                 if calls[0] == step and rank == guilty:
-                    loss = loss * float("nan")
+                    loss, terms = loss * factor, outputs.terms
+                    outputs = outputs._replace(terms=terms | {"loss": terms["loss"] * factor})
             return loss, outputs
 
         LossArch.forward = broken
@@ -129,8 +137,13 @@ def killed_rank():
 
 def sigterm():
     """SIGTERM to one rank in step 9, where no checkpoint is due; resumed, it ends as if nothing had been."""
-    hook = at_beat("step 9", lambda: os.kill(os.getpid(), signal.SIGTERM), only=1)
-    first = run("term", hook=hook)
+
+    def ask():
+        (FOLDER / "asked").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    first = run("term", hook=at_beat("step 9", ask, only=1))
+    first["seconds_after"] = time.time() - float((FOLDER / "asked").read_text())
     again = run("term", resume=True)
     return {"first": first, "again": again, "equal": equal_to_calm("term")}
 
@@ -145,7 +158,7 @@ def usr1_in_evaluation():
 
 
 def nan_stops():
-    result = run("nan", hook=nan_at(8))
+    result = run("nan", hook=loss_at(8))
     result["faults"] = sorted(path.name for path in (FOLDER / "nan" / "faults").iterdir())
     # the step that failed is not in the checkpoint: trained on from it without the fault, the run ends as the calm one
     again = run("nan", resume=True)
@@ -155,7 +168,7 @@ def nan_stops():
 def nan_skipped():
     """The step is passed over on both ranks: the rows are those of the checkpoint before, bit by bit."""
     result = run(
-        "skip", "train.on_nonfinite=skip", "train.checkpoint_every=1", "train.keep_last=20", hook=nan_at(8)
+        "skip", "train.on_nonfinite=skip", "train.checkpoint_every=1", "train.keep_last=20", hook=loss_at(8)
     )
     before, after = tensors("skip", 7), tensors("skip", 8)
     changed = [name for name in before if not name.startswith("window") and before[name] != after.get(name)]
@@ -163,7 +176,12 @@ def nan_skipped():
 
 
 def nan_cap():
-    return run("cap", "train.on_nonfinite=skip", "train.max_skipped=0", hook=nan_at(3))
+    return run("cap", "train.on_nonfinite=skip", "train.max_skipped=0", hook=loss_at(3))
+
+
+def spike():
+    """A loss a thousand times its size on one rank, in a run that logs every step."""
+    return run("spike", "train.log_every=1", hook=loss_at(11, factor=1000.0))
 
 
 def stopped_rank():
@@ -217,37 +235,107 @@ def disk_full_in_save():
     return {"first": first, "again": again, "equal": equal_to_calm("full")}
 
 
-def disk_full_in_metrics():
-    """The disk is full in the middle of the second line of metrics.jsonl."""
+def stuck_rank():
+    """Rank 1 holds up a step for 2.5 s: both ranks write their stacks, then the run ends as ever."""
+    hook = at_beat("step 8", hold_up, only=1)
+    result = run("stuck", "train.stall_seconds=1", "train.checkpoint_every=5", hook=hook)
+    stacks = [(FOLDER / "stuck/stacks" / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
+    return {"first": result, "stacks": stacks, "equal": equal_to_calm("stuck")}
+
+
+def hold_up():
+    # in the step itself, after the beat: the clock of this step is running
+    original = LossArch.forward
+
+    def slow(self, *args):
+        LossArch.forward = original
+        time.sleep(2.5)
+        return original(self, *args)
+
+    LossArch.forward = slow
+
+
+def reader_raises():
+    """A row of rank 1's share has an id beyond its table; in the training rows, then in the validation rows."""
+    results = {}
+    for split in ("train", "valid"):
+        table = pq.read_table(FOLDER / f"{split}.parquet")
+        column = table["user"].to_pylist()
+        # the last rows in file order are rank 1's in evaluation; in training half of all rows are
+        column[-30:] = [999] * 30
+        bad = FOLDER / f"bad_{split}.parquet"
+        broken = table.set_column(table.schema.get_field_index("user"), "user", pa.array(column))
+        pq.write_table(broken, bad, row_group_size=700, write_page_checksum=True)
+        results[split] = run(f"bad_{split}", f'data.{split}=["{bad}"]')
+    return results
+
+
+def read_then(action, calls_before=8):
+    """Rank 1 reads some row groups, then something else happens in the thread that reads."""
 
     def hook(rank):
-        add = records.Records.add
+        read, calls = Decoder._read, [0]
 
-        def adding(self, step, split, values):
-            real = self._file
+        def reading(self, *args):
+            calls[0] += 1
+            if rank == 1 and calls[0] > calls_before:
+                action()
+            return read(self, *args)
 
-            def half(text):
-                real.write(text[: len(text) // 2])
-                real.flush()
-                full_disk()
+        Decoder._read = reading
 
-            if step >= 8:
-                self._file = SimpleNamespace(
-                    write=half, flush=real.flush, fileno=real.fileno, close=real.close
-                )
-            add(self, step, split, values)
+    return hook
 
-        records.Records.add = adding
 
-    first = run("lines", hook=hook)
+def reader_is_stuck():
+    """The storage of rank 1 does not answer."""
+    hook = read_then(lambda: time.sleep(60))
+    return run("reader", "data.timeout_seconds=2", "data.window_rows=64", hook=hook)
+
+
+def reader_dies():
+    """The thread that reads for rank 1 ends."""
+    hook = read_then(sys.exit)
+    return run("dies", "data.timeout_seconds=2", "data.window_rows=64", hook=hook)
+
+
+def files_limited():
+    """No file of rank 0 may grow beyond 5 kB from step 5 on, by the kernel: its part of the next checkpoint breaks off."""
+    hook = at_beat("step 5", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)), only=0)
+    return {"first": run("limited", "train.checkpoint_every=4", hook=hook)}
+
+
+def log_is_full():
+    """Nobody can write to rank 0's terminal: training goes on without."""
+
+    def hook(rank):
+        if rank == 0:
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, 1)
+            os.dup2(full, 2)
+
+    result = run("quiet", "train.checkpoint_every=5", hook=hook)
+    return {"first": result, "done": (FOLDER / "quiet/DONE").is_file(), "equal": equal_to_calm("quiet")}
+
+
+def disk_full_in_metrics():
+    """metrics.jsonl of rank 0 may not grow beyond 3.5 kB: a line is cut off by the kernel."""
+
+    def limit():
+        whole = FOLDER / "lines/checkpoints/step_6"
+        while not whole.exists():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+
+    first = run("lines", hook=at_beat("step 7", limit, only=0))
     first["text"] = (FOLDER / "lines" / "metrics.jsonl").read_text()
     again = run("lines", resume=True)
     return {"first": first, "again": again, "equal": equal_to_calm("lines")}
 
 
 SCENARIOS = (
-    calm, killed_rank, sigterm, usr1_in_evaluation, nan_stops, nan_skipped, nan_cap, stopped_rank, absent_rank,
-    port_taken, disk_full_in_save, disk_full_in_metrics,
+    calm, killed_rank, sigterm, usr1_in_evaluation, nan_stops, nan_skipped, nan_cap, spike, stopped_rank, stuck_rank, absent_rank,
+    port_taken, reader_raises, reader_is_stuck, reader_dies, files_limited, log_is_full, disk_full_in_save, disk_full_in_metrics,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ranks forked from one process that has torchrec imported, each running `mbcnet` itself: exit codes and what they said.
+"""Ranks forked from one process that has torchrec imported: what they left with, what they said, how long they took.
 
 Run as a script with OMP_NUM_THREADS=1 (never fork a process whose OpenMP threads are running).
 """
@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from mbcnet_rec.cli import main
 
 CONTEXT = multiprocessing.get_context("fork")
 OVERDUE = "overdue"
+Action = Callable[[int], int | None]  # rank -> exit code
 
 
 def free_port() -> int:
@@ -28,7 +30,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def child(rank: int, world: int, port: int, args: list[str], hook: Callable[[int], None], log: Path) -> None:
+def mbcnet(args: list[str], hook: Callable[[int], None] = lambda rank: None) -> Action:
+    """The command line, with something broken first."""
+
+    def action(rank: int) -> int:
+        hook(rank)
+        return main(args)
+
+    return action
+
+
+def child(rank: int, world: int, port: int, action: Action, log: Path) -> None:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -41,21 +53,19 @@ def child(rank: int, world: int, port: int, args: list[str], hook: Callable[[int
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    hook(rank)
-    code = main(args)
+    code = action(rank)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
 
 
 def run_ranks(
-    args: list[str],
+    action: Action,
     folder: Path,
     *,
     world: int = 2,
-    hook: Callable[[int], None] = lambda rank: None,
     meanwhile: Callable[[list[int]], None] = lambda pids: None,
-    limit: float = 90.0,
+    limit: float = 60.0,
     port: int | None = None,
 ) -> dict[str, Any]:
     """Fork `world` ranks, call `meanwhile` with their pids, wait for all; return exit codes, words and seconds."""
@@ -63,8 +73,7 @@ def run_ranks(
     port, start = port or free_port(), time.monotonic()
     logs = [folder / f"rank_{rank}.log" for rank in range(world)]
     ranks = [
-        CONTEXT.Process(target=child, args=(rank, world, port, args, hook, logs[rank]))
-        for rank in range(world)
+        CONTEXT.Process(target=child, args=(rank, world, port, action, logs[rank])) for rank in range(world)
     ]
     for each in ranks:
         each.start()
@@ -87,3 +96,13 @@ def report(scenarios: dict[str, Callable[[], dict[str, Any]]], out: Path) -> Non
     for name, scenario in scenarios.items():
         results[name] = scenario()
         out.write_text(json.dumps(results))
+
+
+def run_script(name: str, *args: str, timeout: float = 280) -> None:
+    """Run a script of this folder in a process of its own; for the tests, which must not fork themselves."""
+    script = Path(__file__).with_name(name)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    done = subprocess.run(
+        [sys.executable, str(script), *args], env=env, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

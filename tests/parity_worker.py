@@ -1,4 +1,4 @@
-"""One rank of tests/test_training_parity.py: trains 50 steps under each kind of plan, and rank 0 writes what came out."""
+"""The ranks of tests/test_training_parity.py: each trains 50 steps under each kind of plan, and rank 0 writes what came out."""
 
 import sys
 from contextlib import nullcontext
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
+from forked_ranks import run_ranks
 
 from data.schema import load_schema
 from data.stream import ParquetStream
@@ -59,7 +60,7 @@ def logical_tensors(built, process):
     return whole
 
 
-def main(config_file, out):
+def train_all(config_file, out):
     quieten_libraries()
     with joined_process("cpu") as process:
         for kind, optimizer in KINDS.items():
@@ -91,4 +92,9 @@ def main(config_file, out):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    config, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    for world in map(int, sys.argv[3:]):
+        result = run_ranks(
+            lambda rank: train_all(config, folder), folder / f"logs-{world}", world=world, limit=200
+        )
+        assert result["codes"] == [0] * world, result

@@ -1,13 +1,9 @@
 """Proves that 1, 2 and 4 processes train the same model: equal losses for 50 steps, equal tables and optimizer state
 at the end, under every kind of plan."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from forked_ranks import run_script
 from parity_worker import KINDS, STEPS
 from small_data import write_small
 
@@ -18,19 +14,7 @@ WORLDS = (1, 2, 4)
 def results(tmp_path_factory) -> dict[tuple[str, int], dict[str, np.ndarray]]:
     folder = tmp_path_factory.mktemp("parity")
     config = write_small(folder)
-    worker = Path(__file__).parent / "parity_worker.py"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    for world in WORLDS:
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
-        launch += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-        done = subprocess.run(
-            [*launch, str(worker), str(config), str(folder)],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    run_script("parity_worker.py", str(config), str(folder), *map(str, WORLDS))
     return {
         (kind, world): dict(np.load(folder / f"{kind}-{world}.npz")) for kind in KINDS for world in WORLDS
     }

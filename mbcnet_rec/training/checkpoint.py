@@ -15,11 +15,11 @@ from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from data.errors import InputError
 from mbcnet_rec.training.manifest import Entry, Manifest, check_files, read_manifest
 from mbcnet_rec.training.places import LocalPlace
-from mbcnet_rec.training.places import latest_step as latest_step_of
 from mbcnet_rec.training.tensor_file import Block, map_block, read_header
 from sharding.blocks import local_blocks
 
@@ -67,18 +67,22 @@ def pieces_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> 
             # a table that lives on another rank is an empty parameter here
             if part == "dense" and not keyed.params[parameter].numel():
                 continue
-            for key, value in state.items():
+            named = _as_fused(keyed._optimizer, state) if part == "replicated" else state
+            for key, value in named.items():
                 # TorchRec calls a fused state TABLE.momentum1; torch calls the same thing sum
                 short = {"momentum1": "sum"}.get(key.rsplit(".", 1)[-1], key.rsplit(".", 1)[-1])
-                if part == "replicated":
-                    # torch's Adagrad counts steps for a decay that is off; fused ones do not
-                    if short == "step":
-                        continue
-                    # rowwise: (rows, 1) here, (rows,) when fused
-                    if value.dim() == 2 and value.shape[1] == 1:
-                        value = value.view(-1)
                 pieces += _split(f"optim/{parameter}/{short}", value, copies)
     return pieces
+
+
+def _as_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """State of a replicated table in the form that the fused optimizer of a sharded one has."""
+    if isinstance(optimizer, RowWiseAdagrad):  # one number a row: (rows, 1) here, (rows,) when fused
+        state = {key: value.view(-1) if key == "sum" else value for key, value in state.items()}
+    if isinstance(optimizer, (RowWiseAdagrad, torch.optim.Adagrad)):
+        # they count steps for a decay that is off; fused ones do not
+        return {key: value for key, value in state.items() if key != "step"}
+    return state
 
 
 def _split(name: str, value: Any, copies: bool) -> list[Piece]:
@@ -164,10 +168,6 @@ class Saved:
                     )
                 self._blocks.setdefault(entry.name, []).append((entry, path, block))
 
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint holds a logical tensor, under its plain name or for each rank."""
-        return name in self.shapes
-
     def whole(self, name: str) -> Tensor:
         """Return a tensor that one rank wrote alone.
 
@@ -236,20 +236,6 @@ def _copy(entry: Entry, path: Path, block: Block, target: Tensor, offsets: tuple
     return count
 
 
-def load(folder: Path, pieces: list[Piece]) -> dict[str, Any]:
-    """Copy a checkpoint into the live tensors of one process, whatever world size and plan wrote it.
-
-    Returns:
-        What the loop kept besides tensors.
-
-    Raises:
-        InputError: as `load_pieces`, or the folder is no whole checkpoint.
-    """
-    saved = Saved(folder)
-    load_pieces(saved, pieces, rank=0, world_size=1)
-    return saved.manifest.extra
-
-
 def load_pieces(saved: Saved, pieces: Iterable[Piece], rank: int, world_size: int) -> None:
     """Copy a checkpoint into live tensors, whatever world size and plan wrote it.
 
@@ -275,24 +261,3 @@ def load_pieces(saved: Saved, pieces: Iterable[Piece], rank: int, world_size: in
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of a step lies on a disk."""
     return LocalPlace(checkpoints).folder(step)
-
-
-def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps that have a checkpoint folder on a disk, ascending; whether they verify is not asked."""
-    return LocalPlace(checkpoints).steps()
-
-
-def latest_step(checkpoints: Path) -> int | None:
-    """The newest step of a folder whose checkpoint verifies; None if there is none."""
-    return latest_step_of(LocalPlace(checkpoints))
-
-
-def verify(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest and compare every file's SHA-256.
-
-    Raises:
-        InputError: the folder is no whole checkpoint.
-    """
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    return manifest

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from data.errors import InputError
 from mbcnet_rec.build import Built
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.training.checkpoint import Piece, Saved, load_pieces, pieces_of
-from mbcnet_rec.training.process import Process
+from mbcnet_rec.training.process import Process, agreed
 from sharding.plan import Plan, plan_text
 
 _TABLE = re.compile(r"embedding_bags\.([^/]+)\.weight")
@@ -34,6 +35,19 @@ def describe_run(built: Built, config: RunConfig) -> dict[str, Any]:
     }
 
 
+def saved_run(saved: Saved) -> dict[str, Any]:
+    """What a checkpoint notes of its run, as `describe_run` makes it.
+
+    Raises:
+        InputError: it is of another form.
+    """
+    run = saved.manifest.extra.get("run", {})
+    shards = run.get("column_shards", {}) if isinstance(run, dict) else None
+    if not isinstance(shards, dict) or any(type(count) is not int for count in shards.values()):
+        raise InputError(f"{saved.folder}: does not say which run wrote it; use another checkpoint")
+    return run
+
+
 def column_shards(plan: Plan) -> dict[str, int]:
     """Tables that are cut into columns, with the number of shards."""
     return {
@@ -44,10 +58,23 @@ def column_shards(plan: Plan) -> dict[str, int]:
 
 
 def init_states(built: Built) -> None:
-    """Make the state of optimizers that torch makes at the first step only: what does not exist is not loaded."""
+    """Make the state of optimizers that torch makes at the first step only: what does not exist is not loaded.
+
+    TorchRec makes it by a step with gradients of 0. At a learning rate of 0 that decays no weight, and it is not counted.
+    """
     for name, optimizer in built.optimizer.optimizers:
-        if name != "fused":
-            optimizer.init_state()
+        if name == "fused":
+            continue
+        groups: list[Any] = list(optimizer.param_groups)
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
+        optimizer.init_state()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"].zero_()
 
 
 @dataclass
@@ -55,16 +82,33 @@ class Report:
     """How a checkpoint and a run differ.
 
     Attributes:
-        lines: one phrase a difference.
+        lines: one phrase a difference of a table, of the schema or of the optimizer.
+        dense: tensors of the dense part by what is different about them.
         fresh: names of logical tensors that keep their initial values in a partial load.
         grown: those whose first rows are loaded.
         refusals: differences that no partial load bridges, with the cure.
     """
 
     lines: list[str] = field(default_factory=list)
+    dense: dict[str, list[str]] = field(default_factory=dict)
     fresh: set[str] = field(default_factory=set)
     grown: set[str] = field(default_factory=set)
     refusals: list[str] = field(default_factory=list)
+
+    def note(self, name: str, difference: str, kind: str) -> None:
+        """Take up a difference: in full for a table, by its kind for a tensor of the dense part, which has hundreds."""
+        if _TABLE.search(name):
+            self.lines.append(f"{_what(name)}: {difference}")
+        else:
+            self.dense.setdefault(kind, []).append(f"{name.split('/', 1)[1]}: {difference}")
+
+    @property
+    def phrases(self) -> list[str]:
+        """All differences, one phrase each; those of the dense part by number, with the first one."""
+        return self.lines + [
+            f"dense part: {len(found)} tensors {kind} (such as {found[0]})"
+            for kind, found in self.dense.items()
+        ]
 
 
 def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any]) -> Report:
@@ -76,28 +120,28 @@ def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any
         run: describe_run of this run.
     """
     report = Report()
-    old = saved.manifest.extra.get("run", {})
+    old = saved_run(saved)
     _compare_columns(report, old, run, wanted)
     for key, what in (("optimizer", "optimizer of the tables"), ("schema", "schema")):
         if old.get(key) != run[key]:
-            report.lines.append(f"{what}: {old.get(key)} -> {run[key]}")
+            report.lines.append(f"{what}: {str(old.get(key))[:80]} -> {run[key]}")
     other_optimizer = old.get("optimizer") != run["optimizer"]
     parameters = {name for name in wanted if name.startswith("model/")}
     saved_parameters = {name for name in saved.shapes if name.startswith("model/")}
     for name in sorted(saved_parameters - parameters):
-        report.lines.append(f"{_what(name)}: removed")
+        report.note(name, "removed", "removed")
     for name in sorted(parameters):
         before, now = saved.shapes.get(name), wanted[name]
         if before == now:
             continue
         if before is None:
-            report.lines.append(f"{_what(name)}: added")
+            report.note(name, "added", "added")
         elif _TABLE.search(name) and before[1:] == now[1:] and before[0] < now[0]:
             report.lines.append(f"{_what(name)}: {before[0]:,} -> {now[0]:,} rows")
             report.grown.add(name)
             continue
         else:
-            report.lines.append(f"{_what(name)}: shape {_shape(before)} -> {_shape(now)}")
+            report.note(name, f"shape {_shape(before)} -> {_shape(now)}", "of another shape")
         report.fresh.add(name)
     for name in sorted(set(wanted) - parameters):
         parameter = "model/" + name.split("/")[1]
@@ -109,7 +153,9 @@ def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any
         elif parameter in report.grown and before is not None and before[1:] == now[1:]:
             report.grown.add(name)
         else:
-            report.lines.append(f"{_what(name)}: optimizer state {_shape(before)} -> {_shape(now)}")
+            report.note(
+                name, f"optimizer state {_shape(before)} -> {_shape(now)}", "of another optimizer state"
+            )
             report.fresh.add(name)
     return report
 
@@ -171,25 +217,32 @@ def load_checked(
     report = compare(saved, all_shapes(pieces, process), describe_run(built, config))
     if report.refusals:
         raise InputError(f"{saved.folder}: {report.refusals[0]}")
-    if report.lines and not allow_partial:
-        more = f"; and {len(report.lines) - SHOWN} more" if len(report.lines) > SHOWN else ""
+    phrases = report.phrases
+    if phrases and not allow_partial:
+        more = f"; and {len(phrases) - SHOWN} more" if len(phrases) > SHOWN else ""
         raise InputError(
-            f"{saved.folder}: belongs to another model: {'; '.join(report.lines[:SHOWN])}{more}; use that run's config and "
+            f"{saved.folder}: belongs to another model: {'; '.join(phrases[:SHOWN])}{more}; use that run's config and "
             "schema, or load what fits with --allow-partial"
         )
     special = report.fresh | report.grown
-    load_pieces(
-        saved, [piece for piece in pieces if piece.name not in special], process.rank, process.world_size
-    )
-    for piece in pieces:
-        if piece.name in report.grown:
-            saved.fill_rows(piece)
-    if not report.lines:
-        return []
-    fresh = sorted({_what(name) for name in report.fresh if name.startswith("model/")})
-    states = sorted({_what(name) for name in report.fresh if name.startswith("optim/")} - set(fresh))
-    rows = sorted({_what(name) for name in report.grown})
-    lines = [f"partial load: {line}" for line in report.lines]
-    lines += [f"partial load: {what} starts fresh" for what in fresh]
-    lines += [f"partial load: {what} is loaded, its optimizer state starts fresh" for what in states]
-    return lines + [f"partial load: {what} is loaded, its new rows start fresh" for what in rows]
+    with agreed(process):
+        load_pieces(
+            saved, [piece for piece in pieces if piece.name not in special], process.rank, process.world_size
+        )
+        for piece in pieces:
+            if piece.name in report.grown:
+                saved.fill_rows(piece)
+    return [f"partial load: {phrase}" for phrase in phrases + _outcome(report)] if phrases else []
+
+
+def _outcome(report: Report) -> list[str]:
+    """What a partial load leaves as it was."""
+    tables = {name: _what(name) for name in report.fresh | report.grown if _TABLE.search(name)}
+    fresh = {tables[name] for name in report.fresh & tables.keys() if name.startswith("model/")}
+    states = {tables[name] for name in report.fresh & tables.keys()} - fresh
+    rows = {tables[name] for name in report.grown}
+    lines = [f"{what} starts fresh" for what in sorted(fresh)]
+    lines += [f"{what} is loaded, its optimizer state starts fresh" for what in sorted(states)]
+    lines += [f"{what} is loaded, its new rows start fresh" for what in sorted(rows)]
+    dense = sum(name.startswith("model/") for name in report.fresh - tables.keys())
+    return lines + ([f"{dense} tensors of the dense part start fresh"] if dense else [])

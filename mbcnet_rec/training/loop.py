@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.errors import InputError
+from data.order import Cursor
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built
 from mbcnet_rec.config import RunConfig
@@ -110,9 +112,16 @@ class Trainer:
             InputError: it is damaged or belongs to another run.
         """
         extra = saved.manifest.extra
+        state = TrainState.from_json(extra.get("state", {}))
         lines = load_checked(saved, self.built, self.config, self.process, allow_partial=allow_partial)
-        self.stream.load_state_dict(extra["stream"])
-        self.state = TrainState.from_json(extra["state"])
+        try:
+            self.stream.load_state_dict(extra.get("stream", {}))
+        except InputError as error:
+            if not allow_partial:
+                raise
+            lines.append(f"partial load: the position in the data starts fresh ({error})")
+            state.cursor = Cursor()
+        self.state = state
         if saved.manifest.world_size == self.process.world_size and not lines:
             self.window = Window(restored_outputs(saved, self.process.rank))
         self._scale_rates()
@@ -339,6 +348,7 @@ class Trainer:
             self.around.watchdog.beat(f"evaluation at step {self.state.step}")
             return any_rank(self.around.stop.requested)
 
+        self.around.watchdog.beat(f"evaluation at step {self.state.step}")
         return evaluate_stream(self.built, stream, self.process, self.autocast, give_up)
 
     def _stop(self, records: Records | None) -> None:

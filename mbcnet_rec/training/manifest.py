@@ -19,7 +19,8 @@ FORMAT = 2
 LARGEST_MANIFEST = 1 << 30
 MOST_DIMENSIONS = 8
 _SHELL = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "body": (.*)\}\n', re.DOTALL)
-_FILE = re.compile(r"rank_\d{5}\.safetensors")
+_FILE = re.compile(r"(rank_\d{5})(\.[0-9a-f-]{1,64})?\.safetensors")
+LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,14 @@ def _parse(body: dict[str, Any]) -> Manifest:
     if type(world_size) is not int or not isinstance(extra, dict) or len(files) != world_size:
         raise ValueError("world_size, extra and files do not fit together")
     parts = tuple(_part(entry) for entry in files)
-    if [part.file for part in parts] != [file_name(rank) for rank in range(world_size)]:
+    if [part.file.split(".")[0] for part in parts] != [f"rank_{rank:05d}" for rank in range(world_size)]:
         raise ValueError("wanted the files of ranks 0 to world_size - 1, each once")
     return Manifest(world_size, extra, parts)
 
 
-def file_name(rank: int) -> str:
-    """The file that a rank writes."""
-    return f"rank_{rank:05d}.safetensors"
+def file_name(rank: int, token: str = "") -> str:
+    """The file that a rank writes; `token`, hex digits and dashes, tells tries apart."""
+    return f"rank_{rank:05d}{token and f'.{token}'}.safetensors"
 
 
 def _part(entry: dict[str, Any]) -> Part:
@@ -125,6 +126,8 @@ def _entry(piece: list[Any]) -> Entry:
     numbers = [*offsets, *shape]
     if not isinstance(name, str) or len(offsets) != len(shape) or len(shape) > MOST_DIMENSIONS:
         raise ValueError(f"piece {str(name)[:80]!r} is not described by name, offsets and shape")
+    if not name.isprintable() or len(name) > LONGEST_NAME:  # it may come to a terminal
+        raise ValueError(f"piece {name[:80]!r} has no plain name of at most {LONGEST_NAME} characters")
     if any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError(f"piece {name[:80]!r} has a size that is no natural number")
     return Entry(name, tuple(offsets), tuple(shape))

@@ -1,23 +1,32 @@
 """Where checkpoints lie: a folder on a disk, or a prefix behind a URI (s3://, gs://, memory://) by fsspec.
 
 On a disk a checkpoint is written to a hidden folder and appears by one rename. Object stores have no rename: there the
-manifest, which is one object, is written last, and a prefix without one is no checkpoint.
+files of each try have names of their own, and the manifest, which is one object that names them, is written last.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
+from fsspec.implementations.arrow import ArrowFSWrapper
 
 from data.errors import InputError
-from mbcnet_rec.training.manifest import MANIFEST, check_files, read_manifest
+from data.storage import arrow_file_system
+from mbcnet_rec.training.exits import CannotWriteError
+from mbcnet_rec.training.manifest import MANIFEST, check_files, file_name, read_manifest
 
 PARTIAL = ".partial"
+OLD = ".old"  # of a checkpoint that gives way to another one of its step
+
+
+class DamagedCheckpointWarning(UserWarning):
+    """A checkpoint that does not verify was passed over for an older one."""
 
 
 class Place(Protocol):
@@ -27,16 +36,20 @@ class Place(Protocol):
         """Steps that have a checkpoint, ascending; whether they verify is not asked."""
         ...
 
+    def file_name(self, rank: int, token: str) -> str:
+        """The file of a rank in a draft."""
+        ...
+
     def begin(self, step: int, token: str) -> None:
-        """Make room for a draft."""
+        """Make room for a draft. Every rank may call it."""
         ...
 
     def write(self, step: int, token: str, name: str) -> Any:
         """Context manager: a binary stream into a file of the draft, safe on storage when it closes without an error."""
         ...
 
-    def commit(self, step: int, token: str, manifest: bytes) -> None:
-        """Make the draft the checkpoint of its step."""
+    def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
+        """Make the draft of these files the checkpoint of its step; an earlier one gives way at that moment and not before."""
         ...
 
     def discard(self, step: int, token: str) -> None:
@@ -49,6 +62,10 @@ class Place(Protocol):
 
     def clean(self) -> None:
         """Remove what dead runs have left of drafts."""
+        ...
+
+    def prove(self) -> None:
+        """Write a small file and remove it; OSError if that fails. Better at the start than at the first checkpoint."""
         ...
 
     def fetched(self, step: int) -> Any:
@@ -82,12 +99,13 @@ def open_place(location: str | Path) -> Place:
 
 
 def latest_step(place: Place) -> int | None:
-    """The newest step whose checkpoint verifies; None if there is none."""
+    """The newest step whose checkpoint verifies; None if there is none. Warns of newer ones that do not."""
     for step in reversed(place.steps()):
         try:
             with place.fetched(step) as folder:
                 check_files(folder, read_manifest(folder))
-        except InputError:
+        except InputError as error:
+            warnings.warn(f"{error} (passed over)", DamagedCheckpointWarning, stacklevel=2)
             continue
         return step
     return None
@@ -114,8 +132,12 @@ class LocalPlace:
         """See Place."""
         return _numbers([path.parent.name for path in self.root.glob(f"step_*/{MANIFEST}")])
 
+    def file_name(self, rank: int, token: str) -> str:
+        """See Place."""
+        return file_name(rank)
+
     def begin(self, step: int, token: str) -> None:
-        """See Place. Every rank may call it."""
+        """See Place."""
         self._draft(step, token).mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -126,13 +148,23 @@ class LocalPlace:
             file.flush()
             os.fsync(file.fileno())
 
-    def commit(self, step: int, token: str, manifest: bytes) -> None:
-        """See Place. A checkpoint of the same step gives way."""
+    def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
+        """See Place.
+
+        Raises:
+            CannotWriteError: a rank's file is not there: its host has another disk.
+        """
         draft, final = self._draft(step, token), self.folder(step)
+        for name in names:
+            if not (draft / name).is_file():
+                raise CannotWriteError(
+                    f"{self.root}: {name} of step {step} was written but is not there: the ranks' hosts do not share this folder; set "
+                    "train.checkpoint_folder to one that they share, or to a URI"
+                )
         with self.write(step, token, MANIFEST) as file:
             file.write(manifest)
         _sync_folder(draft)
-        old = self._draft(step, f"{token}.old")
+        old = self._draft(step, f"{token}{OLD}")
         if final.exists():
             os.replace(final, old)
         os.replace(draft, final)
@@ -149,12 +181,28 @@ class LocalPlace:
         shutil.rmtree(self.folder(step), ignore_errors=True)
 
     def clean(self) -> None:
-        """See Place."""
+        """See Place. A checkpoint that had given way to one that never came is put back."""
+        for path in self.root.glob(f".step_*{OLD}{PARTIAL}"):
+            for step in _numbers([path.name.split(".")[1]]):
+                if (path / MANIFEST).is_file() and not self.folder(step).exists():
+                    os.replace(path, self.folder(step))
         for path in [*self.root.glob(f".step_*{PARTIAL}"), *self.root.glob(f".*{PARTIAL}")]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         for path in self.root.glob("step_*"):
             if path.is_dir() and not path.is_symlink() and not (path / MANIFEST).exists():
                 shutil.rmtree(path, ignore_errors=True)
+
+    def prove(self) -> None:
+        """See Place. A folder that was not there is not left behind."""
+        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            probe = self.root / f".probe{PARTIAL}"
+            probe.write_bytes(b"1")
+            probe.unlink()
+        finally:
+            for path in made:
+                path.rmdir()
 
     @contextmanager
     def fetched(self, step: int) -> Iterator[Path]:
@@ -176,12 +224,16 @@ class LocalPlace:
 
 
 class RemotePlace:
-    """A prefix of an fsspec file system. Files of a draft carry its final name; the manifest makes them a checkpoint."""
+    """A prefix of an fsspec file system. S3 goes through Arrow's client, as the data does: keys and addresses are the same."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
-        self.system, root = fsspec.core.url_to_fs(self.uri)
-        self.root = str(root)
+        if self.uri.startswith("s3://"):
+            system, self.root = arrow_file_system(self.uri)
+            self.system: Any = ArrowFSWrapper(system)
+        else:
+            self.system, root = fsspec.core.url_to_fs(self.uri)
+            self.root = str(root)
 
     def _path(self, *names: str) -> str:
         return "/".join((self.root.rstrip("/"), *names))
@@ -192,27 +244,54 @@ class RemotePlace:
         found = self.system.glob(self._path("step_*", MANIFEST))
         return _numbers([str(path).split("/")[-2] for path in found])
 
+    def file_name(self, rank: int, token: str) -> str:
+        """See Place. The manifest of an earlier try vouches for that try's files."""
+        return file_name(rank, token)
+
     def begin(self, step: int, token: str) -> None:
-        """See Place. A manifest of an earlier try would vouch for files that are about to change."""
-        manifest = self._path(f"step_{step}", MANIFEST)
-        if self.system.exists(manifest):
-            with suppress(FileNotFoundError):
-                self.system.rm_file(manifest)
+        """See Place."""
         self.system.makedirs(self._path(f"step_{step}"), exist_ok=True)
 
-    @contextmanager
-    def write(self, step: int, token: str, name: str) -> Iterator[Any]:
+    def write(self, step: int, token: str, name: str) -> Any:
         """See Place."""
-        with self.system.open(self._path(f"step_{step}", name), "wb") as file:
-            yield file
+        return self._opened(self._path(f"step_{step}", name))
 
-    def commit(self, step: int, token: str, manifest: bytes) -> None:
+    @contextmanager
+    def _opened(self, path: str) -> Iterator["_Counter"]:
+        file = self.system.open(path, "wb")
+        counter = _Counter(file)
+        try:
+            yield counter
+        finally:
+            try:
+                file.close()
+            except OSError:
+                # An object is there whole or not at all, and some servers (moto) answer in words that Arrow takes for a failure
+                self.system.invalidate_cache()
+                if not self.system.exists(path) or self.system.size(path) != counter.written:
+                    raise
+
+    def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
         """See Place."""
-        self.system.pipe_file(self._path(f"step_{step}", MANIFEST), manifest)
+        with self._opened(self._path(f"step_{step}", MANIFEST)) as file:
+            file.write(manifest)
+        self._remove_files(step, {MANIFEST, *names})
 
     def discard(self, step: int, token: str) -> None:
         """See Place."""
-        self.remove(step)
+        names = self._names(step)
+        self._remove_files(step, {name for name in names if f".{token}." not in name})
+
+    def _names(self, step: int) -> list[str]:
+        self.system.invalidate_cache()
+        found = self.system.glob(self._path(f"step_{step}", "*"))
+        return [str(path).rsplit("/", 1)[-1] for path in found]
+
+    def _remove_files(self, step: int, kept: set[str]) -> None:
+        for name in self._names(step):
+            if name not in kept:
+                with suppress(FileNotFoundError):
+                    self.system.rm_file(self._path(f"step_{step}", name))
 
     def remove(self, step: int) -> None:
         """See Place. The manifest goes first."""
@@ -228,6 +307,11 @@ class RemotePlace:
             numbers = _numbers([str(path).rstrip("/").split("/")[-1]])
             if numbers and numbers[0] not in whole:
                 self.remove(numbers[0])
+
+    def prove(self) -> None:
+        """See Place."""
+        self.write_note("probe", b"1")
+        self.system.rm_file(self._path("probe"))
 
     @contextmanager
     def fetched(self, step: int) -> Iterator[Path]:
@@ -246,11 +330,25 @@ class RemotePlace:
 
     def write_note(self, name: str, data: bytes) -> None:
         """See Place."""
-        self.system.pipe_file(self._path(name), data)
+        with self._opened(self._path(name)) as file:
+            file.write(data)
 
     def read_note(self, name: str) -> bytes:
         """See Place."""
         return bytes(self.system.cat_file(self._path(name)))
+
+
+class _Counter:
+    """A stream that knows how much was written into it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.written = file, 0
+
+    def write(self, data: Any, /) -> int:
+        """Write it."""
+        count = int(self._file.write(data))
+        self.written += count
+        return count
 
 
 def _sync_folder(path: Path) -> None:

@@ -3,7 +3,9 @@
 import ctypes
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -121,15 +123,39 @@ def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
     if alone:
         return dist.HashStore()
     held_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=not held_by_agent and os.environ["RANK"] == "0",
-        timeout=timeout,
-        wait_for_workers=False,
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_master = not held_by_agent and os.environ["RANK"] == "0"
+    store = _within(
+        timeout.total_seconds(),
+        lambda: dist.TCPStore(address, port, is_master=is_master, timeout=timeout, wait_for_workers=False),
+        f"what listens at {address}:{port} does not answer as a meeting point",
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt_{attempt}/joined_{next(_TIMES_JOINED)}", store)
+
+
+def _within(seconds: float, action: Callable[[], dist.Store], otherwise: str) -> dist.Store:
+    """Run an action in a thread: TCPStore waits for ever where another program listens and never answers.
+
+    Raises:
+        TimeoutError: it takes longer; the text is `otherwise`. Whatever the action raises.
+    """
+    results: queue.SimpleQueue[dist.Store | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(action())
+        except Exception as error:  # the caller raises it
+            results.put(error)
+
+    threading.Thread(target=run, name="meeting-point", daemon=True).start()
+    try:
+        result = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(otherwise) from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _cannot_meet(error: Exception, rank: int, world_size: int, timeout_seconds: float) -> Exception:
@@ -144,6 +170,41 @@ def _cannot_meet(error: Exception, rank: int, world_size: int, timeout_seconds: 
         f"rank {rank}: not all of {world_size} ranks came together within {timeout_seconds:g} s ({reason}); look at what the others "
         "said, or whether their hosts are up"
     )
+
+
+@contextmanager
+def blamed_on(process: Process) -> Iterator[None]:
+    """Around what reads this rank's own rows: a fault in them is said by this rank, and names it."""
+    try:
+        yield
+    except InputError as error:
+        error.add_note(f"rank {process.rank}")
+        raise
+
+
+@contextmanager
+def agreed(process: Process) -> Iterator[None]:
+    """Around what may go wrong on some ranks only: then the fault of the lowest such rank is raised on all of them.
+
+    Every rank enters it, and no collective is inside.
+
+    Raises:
+        InputError: the fault.
+    """
+    fault = ""
+    try:
+        yield
+    except InputError as error:
+        fault = str(error)
+    faults: list[Any] = [fault]
+    if process.world_size > 1:
+        faults = [""] * process.world_size
+        dist.all_gather_object(faults, fault)
+    guilty = next((rank for rank, each in enumerate(faults) if each), None)
+    if guilty is None:
+        return
+    everywhere = all(each == faults[guilty] for each in faults)
+    raise InputError(faults[guilty] if everywhere else f"rank {guilty}: {faults[guilty]}")
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:

@@ -1,9 +1,40 @@
-"""The progress bar of rank 0: rate, loss, AUC and time left on one line of the terminal."""
+"""The progress bar of rank 0: rate, loss, AUC and time left on one line of the terminal.
+
+A terminal that is gone, or a log on a full disk, stops no training: what cannot be said is not said.
+"""
 
 import sys
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+
+def tell(line: str, stream: TextIO | None = None) -> None:
+    """Print a line to stdout, or to the stream, if it takes one."""
+    with suppress(OSError):
+        print(line, file=stream or sys.stdout, flush=True)
+
+
+class _Tolerant:
+    """A stream that swallows what cannot be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write it, or not."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush it, or not."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Progress:
@@ -20,7 +51,8 @@ class Progress:
     def __init__(
         self, total_steps: int, start_step: int, batch_size: int, shown: bool, interactive: bool | None = None
     ) -> None:
-        stream: TextIO = sys.stderr
+        stream: Any = _Tolerant(sys.stderr)
+        self._stream = stream
         self._shown = shown
         self._batch_size = batch_size
         self._bar = tqdm(
@@ -45,7 +77,7 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self._shown:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(line, file=self._stream)
 
     def close(self) -> None:
         """Leave the bar where it is."""

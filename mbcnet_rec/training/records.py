@@ -8,8 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from mbcnet_rec.training.board import Board
 from mbcnet_rec.training.exits import CannotWriteError
 
 METRICS = "metrics.jsonl"
@@ -40,16 +39,19 @@ class Records:
         """
         path = folder / METRICS
         self._path = path
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
         try:
             text = path.read_text(errors="replace") if path.exists() else ""
             kept = "".join(line + "\n" for line in keep_until(text.splitlines(), first_step))
             if kept != text:
                 write_whole(path, kept)
             self._file = path.open("a")
-            self._board = SummaryWriter(str(folder / "tb"), purge_step=first_step or None)
         except OSError as error:
             raise self._cannot_write(error) from None
+        try:
+            self._board = Board(folder / "tb", purge_step=first_step)
+        except OSError as error:
+            self._without_curves(error)
 
     def add(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Write one line: step, split, and every value; NaN becomes null, which JSON has.
@@ -67,13 +69,11 @@ class Records:
             raise self._cannot_write(error) from None
         if self._board is None:
             return
+        numbers = {key: value for key, value in clean.items() if isinstance(value, (int, float))}
         try:
-            for key, value in clean.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{split}/{key.replace('>', '_to_')}", value, step)
-        except OSError as error:  # curves are a convenience: training goes on without
-            log.warning("%s: no more TensorBoard curves (%s)", self._path.parent / "tb", error.strerror)
-            self._board = None
+            self._board.add(split, numbers, step)
+        except OSError as error:
+            self._without_curves(error)
 
     def sync(self) -> None:
         """Make the lines so far durable: a checkpoint that follows vouches for them.
@@ -93,6 +93,11 @@ class Records:
         with suppress(OSError):
             if self._board is not None:
                 self._board.close()
+
+    def _without_curves(self, error: OSError) -> None:
+        """Curves are a convenience: training goes on without."""
+        log.warning("%s: no more TensorBoard curves (%s)", self._path.parent / "tb", error.strerror)
+        self._board = None
 
     def _drop_behind(self, end: int) -> None:
         """Cut off a line that was written in part, and forget what is still in memory of it."""

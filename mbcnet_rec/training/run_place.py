@@ -1,12 +1,13 @@
 """Where a run's checkpoints are, and which is the best."""
 
 import json
+import warnings
 from pathlib import Path
 
 from data.errors import InputError
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.training.manifest import check_files, read_manifest
-from mbcnet_rec.training.places import Place, latest_step, open_place
+from mbcnet_rec.training.places import DamagedCheckpointWarning, Place, latest_step, open_place
 from mbcnet_rec.training.saver import BEST
 
 CHECKPOINTS = "checkpoints"
@@ -33,6 +34,8 @@ def best_step(place: Place) -> int | None:
             with place.fetched(step) as folder:
                 check_files(folder, read_manifest(folder))
             return step
-    except (OSError, ValueError, KeyError, TypeError, InputError):
+    except InputError as error:
+        warnings.warn(f"{error} (the best one, passed over)", DamagedCheckpointWarning, stacklevel=2)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return latest_step(place)

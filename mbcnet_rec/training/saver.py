@@ -12,7 +12,7 @@ from typing import Any
 
 from mbcnet_rec.training.checkpoint import Piece, Snapshot, take_snapshot
 from mbcnet_rec.training.exits import CannotWriteError
-from mbcnet_rec.training.manifest import file_name, manifest_bytes, part_record
+from mbcnet_rec.training.manifest import manifest_bytes, part_record
 from mbcnet_rec.training.places import Place
 from mbcnet_rec.training.process import Process, broadcast_value, lowest_rank, side_store
 from mbcnet_rec.training.tensor_file import write_tensors
@@ -45,12 +45,18 @@ class Saver:
         self.written_seconds = 0.0
         self._process = process
         self._timeout = timeout_seconds
-        self._token = broadcast_value(f"{time.time_ns():x}", process)
+        self._run = broadcast_value(f"{time.time_ns():x}", process)
+        self._count = 0
         self._store = side_store("checkpoint") if process.world_size > 1 else None
         self._thread: threading.Thread | None = None
         self._error: str = ""
         self._snapshot: Snapshot | None = None
         self._cancelled = threading.Event()
+
+    @property
+    def _token(self) -> str:
+        """Names the draft of the last save, equal on all ranks."""
+        return f"{self._run}-{self._count:x}"
 
     @property
     def failed(self) -> bool:
@@ -68,6 +74,7 @@ class Saver:
         """
         start = time.perf_counter()
         self.finish()
+        self._count += 1
         self._snapshot = take_snapshot(pieces, self._process.rank, self._snapshot)
         self._thread = threading.Thread(
             target=self._write,
@@ -88,7 +95,12 @@ class Saver:
             CannotWriteError: some rank could not write its part; the checkpoint before it stands.
         """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(self._timeout)
+            if self._thread.is_alive():
+                self._error = (
+                    f"rank {self._process.rank}: the checkpoint of step {self.saved_step} is still being written after {self._timeout:g} s "
+                    "of waiting for it; its storage is stuck or too slow: mend it or raise train.timeout_seconds, then go on with --resume"
+                )
             self._thread = None
         guilty = lowest_rank(self.failed, self._process)
         if guilty is None:
@@ -115,7 +127,7 @@ class Saver:
                 return
             records = [record, *self._await_others(step)]
             manifest = manifest_bytes(self._process.world_size, extra, records)
-            self.place.commit(step, self._token, manifest)
+            self.place.commit(step, self._token, manifest, [each["file"] for each in records])
             self._tidy(keep)
             self.written_seconds = time.perf_counter() - start
         except Exception as error:  # it reaches the operator through `finish`, on every rank
@@ -123,8 +135,9 @@ class Saver:
             if self._store is not None and rank != 0:
                 with suppress(Exception):
                     self._store.set(self._key(step, rank), json.dumps({"error": self._error}))
-            with suppress(Exception):
-                self.place.discard(step, self._token)
+            if rank == 0:  # alone: another rank may be at work in the draft
+                with suppress(Exception):
+                    self.place.discard(step, self._token)
 
     def _describe(self, step: int, error: Exception) -> str:
         if isinstance(error, CannotWriteError):
@@ -137,7 +150,7 @@ class Saver:
 
     def _write_part(self, step: int, snapshot: Snapshot) -> dict[str, Any]:
         self.place.begin(step, self._token)
-        name = file_name(self._process.rank)
+        name = self.place.file_name(self._process.rank, self._token)
         with self.place.write(step, self._token, name) as file:
             tensors = {str(index): tensor for index, tensor in enumerate(snapshot.tensors)}
             sha256 = write_tensors(tensors, file)

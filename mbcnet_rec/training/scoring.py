@@ -17,6 +17,7 @@ from mbcnet_rec.training.pipeline import evaluate_batches
 from mbcnet_rec.training.process import (
     Process,
     averaged_buffers,
+    blamed_on,
     broadcast_value,
     gather_rows,
     mean_over_ranks,
@@ -90,7 +91,10 @@ def evaluate_stream(
     rows, groups = [], []
     with averaged_buffers(built.model):
         batches = _with_groups(iter(stream), groups)
-        with closing(evaluate_batches(built.model, built.optimizer, batches, autocast)) as scored:
+        with (
+            blamed_on(process),
+            closing(evaluate_batches(built.model, built.optimizer, batches, autocast)) as scored,
+        ):
             for outputs in scored:
                 columns = [outputs.logits.float(), outputs.labels[:, None], outputs.weights[:, None]]
                 rows.append(torch.cat(columns, dim=1).cpu().numpy())

@@ -3,10 +3,11 @@
 Random numbers are drawn afresh for each (seed, step, rank), so there is no generator state among it.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from data.order import Cursor, Order
 from data.stream import ParquetStream
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.training.checkpoint import Piece, Saved, whole_piece
-from mbcnet_rec.training.process import Process
+from mbcnet_rec.training.process import Process, blamed_on
 from mbcnet_rec.training.records import finite_or_none
 
 
@@ -78,9 +79,26 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """Inverse of to_json."""
-        fixed = {"cursor": Cursor(**values["cursor"]), "best": [(auc, step) for auc, step in values["best"]]}
-        return cls(**(values | fixed))
+        """Inverse of to_json. The values may come from a stranger.
+
+        Raises:
+            InputError: they are no state of training.
+        """
+        try:
+            cursor, best = Cursor(**values["cursor"]), [(auc, step) for auc, step in values["best"]]
+            state = cls(**(values | {"cursor": cursor, "best": best}))
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(f"state of training: {error}; use another checkpoint") from None
+        numbers: list[tuple[Any, type]] = [(cursor.epoch, int), (cursor.step, int)]
+        numbers += [(step, int) for _, step in best] + [(auc, float) for auc, _ in best if auc is not None]
+        plain = [each for each in fields(cls) if each.name not in ("cursor", "best")]
+        numbers += [(getattr(state, each.name), type(each.default)) for each in plain]
+        for number, kind in numbers:
+            if type(number) is not kind or not math.isfinite(number):
+                raise InputError(
+                    f"state of training: {str(number)[:80]!r} is no {kind.__name__}; use another checkpoint"
+                )
+        return state
 
 
 @dataclass
@@ -144,7 +162,7 @@ class Feed:
 
     def __init__(self, stream: ParquetStream, process: Process) -> None:
         self._stream = stream
-        self._rank = process.rank
+        self._process = process
         self._cursors: deque[Cursor] = deque()
         self.waited = 0.0
         self._batches = self._endless()
@@ -157,11 +175,8 @@ class Feed:
         """Yield the next `steps` batches."""
         for _ in range(steps):
             start = time.perf_counter()
-            try:
+            with blamed_on(self._process):
                 batch = next(self._batches)
-            except InputError as error:
-                error.add_note(f"rank {self._rank}")  # a fault of this rank's rows: this rank says it
-                raise
             self.waited += time.perf_counter() - start
             self._cursors.append(batch.cursor)
             yield batch

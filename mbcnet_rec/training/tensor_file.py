@@ -102,6 +102,8 @@ def read_header(path: Path) -> dict[str, Block]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); use another checkpoint") from None
+    except InputError:  # which is a ValueError too
+        raise
     except (ValueError, RecursionError):
         raise _bad(path, "its header is not JSON") from None
     if not isinstance(header, dict):

@@ -7,7 +7,7 @@ from mbcnet_rec.build import Built
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.training.checkpoint import Piece, Saved, pieces_of
 from mbcnet_rec.training.compatibility import _table_of as table_of
-from mbcnet_rec.training.compatibility import all_shapes, column_shards, init_states
+from mbcnet_rec.training.compatibility import all_shapes, column_shards, init_states, saved_run
 from mbcnet_rec.training.places import Place
 from mbcnet_rec.training.process import Process
 from mbcnet_rec.training.run_place import best_step, place_of
@@ -61,7 +61,7 @@ def _chosen(config: RunConfig, saved: Saved, own: set[str]) -> set[str]:
 
 
 def _same_state(saved: Saved, config: RunConfig, built: Built) -> bool:
-    run = saved.manifest.extra.get("run", {})
+    run = saved_run(saved)
     return run.get("optimizer") == config.optim.embedding.name and (
         config.optim.embedding.name != "rowwise_adagrad"
         or run.get("column_shards", {}) == column_shards(built.plan)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from mbcnet_rec.training.exits import LostRankError, RunStoppedError
 from mbcnet_rec.training.process import Process, side_store
+from mbcnet_rec.training.progress import tell
 
 STACKS = "stacks"
 SLOWEST_BEAT_SECONDS, FASTEST_BEAT_SECONDS = 0.5, 0.1
@@ -89,6 +90,8 @@ class Watchdog:
         before = self._beats()
         self._ended.wait(3 * self._period)
         after = self._beats()
+        if before is None or after is None:
+            return "the ranks' meeting point does not answer, so the launcher or the rank that holds it (rank 0 without one) is gone"
         others = [rank for rank in range(self._process.world_size) if rank != self._process.rank]
         silent = [rank for rank in others if before.get(rank, "") == after.get(rank, "")]
         if silent:
@@ -97,14 +100,16 @@ class Watchdog:
             return f"rank {names} gives no sign of life, it is stopped or dead ({where})"
         return "; ".join(f"rank {rank} is at {_place_of(after, rank)}" for rank in others)
 
-    def _beats(self) -> dict[int, str]:
-        """The heartbeats that can be read: number of the beat and place."""
+    def _beats(self) -> dict[int, str] | None:
+        """The heartbeats: number of the beat and place. None if the store is gone, which says nothing about anyone."""
         assert self._store is not None
         found = {}
-        with suppress(Exception):  # a store that is gone says nothing about anyone
+        try:
             for rank in range(self._process.world_size):
                 if self._store.check([str(rank)]):
                     found[rank] = self._store.get(str(rank)).decode()
+        except Exception:
+            return None
         return found
 
     def _watch(self) -> None:
@@ -118,11 +123,10 @@ class Watchdog:
             stalled = time.monotonic() - since
             if stalled > self._stall and told != since and self._file is not None:
                 told = since
-                print(
+                tell(
                     f"mbcnet: rank {self._process.rank}: {self._place} has taken {stalled:.0f} s so far; {self.suspects()}; "
                     f"stacks in {self._path}",
-                    file=sys.stderr,
-                    flush=True,
+                    sys.stderr,
                 )
 
 
@@ -139,5 +143,7 @@ def _place_of(beats: dict[int, str], rank: int) -> str:
 
 
 def _first_line(error: BaseException | None) -> str:
+    """What a library says, without paths of its sources and its general advice."""
     lines = str(error).strip().splitlines()
-    return re.sub(r"^\[\S*/", "[", lines[0]) if lines else type(error).__name__
+    said = re.sub(r"^\[\S*/", "[", lines[0]).split(". This is typically")[0] if lines else ""
+    return said or type(error).__name__

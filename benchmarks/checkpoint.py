@@ -1,0 +1,188 @@
+"""What checkpoints cost a run of two ranks, and how soon a killed one goes on.
+
+    python benchmarks/checkpoint.py [--quick] [--json]
+
+save_overhead             share of its time that a run loses to one checkpoint per 100 steps of a state of about 200 MB. One run alternates
+                          between 100 steps that begin with a checkpoint and 100 that have none; the checkpoint is written beside them
+stall_seconds             of that, how long training stands still
+written_seconds           from the copy to the rename
+restart_seconds           from SIGKILL of a rank to the end of the first step that had not been trained before: torchelastic sees it, ends
+                          the other rank, starts both; they build the model, verify and load the state. Without imports: ranks are forked
+load_seconds              of that, from the restarted rank's first line of code to its first step
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from crash_storm import rank_main, run_elastic
+
+from mbcnet_rec.training.watchdog import Watchdog
+
+STEPS = 100  # per checkpoint
+SCHEMA = """
+name = "large"
+label = "click"
+[fields]
+user = {{ kind = "categorical", num_embeddings = {rows}, embedding_dim = 16 }}
+item = {{ kind = "categorical", num_embeddings = 1000, embedding_dim = 16 }}
+price = {{ kind = "numeric", transform = "log1p" }}
+[groups]
+taste = ["user", "item"]
+content = ["item", "price"]
+"""
+CONFIG = """
+name = "large"
+schema = "{folder}/schema.toml"
+[data]
+train = ["{folder}/train.parquet"]
+batch_size = {batch}
+lanes = 4
+[model.mbcnet]
+branch_dim = 128
+top = [128, 64]
+[model.mbcnet.efgc]
+hidden = [256, 128]
+[model.mbcnet.deep]
+hidden = [512, 256, 128]
+[train]
+device = "cpu"
+epochs = 100000
+eval_every = 1000000
+keep_last = 2
+timeout_seconds = 60.0
+stall_seconds = 30.0
+"""
+
+
+def write_data(folder: Path, rows: int, batch: int) -> Path:
+    """A log of a large table of users: with 16 numbers and one of optimizer state a row, 3 million rows are 204 MB."""
+    rng = np.random.default_rng(0)
+    count = 200_000
+    table = pa.table(
+        {
+            "user": rng.integers(0, rows, count),
+            "item": rng.integers(0, 1000, count),
+            "price": rng.gamma(2.0, 10.0, count),
+            "click": (rng.random(count) < 0.3).astype(np.int8),
+        }
+    )
+    pq.write_table(table, folder / "train.parquet", row_group_size=50_000, write_page_checksum=True)
+    (folder / "schema.toml").write_text(SCHEMA.format(rows=rows))
+    config = folder / "large.toml"
+    config.write_text(CONFIG.format(folder=folder, batch=batch))
+    return config
+
+
+def state_bytes(run: Path) -> int:
+    """Size of a run's newest checkpoint."""
+    newest = max((run / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
+    return sum(path.stat().st_size for path in newest.iterdir())
+
+
+def overhead(config: Path, folder: Path, pairs: int) -> dict[str, Any]:
+    """Train blocks of STEPS steps, every other one beside the writing of a checkpoint."""
+    run = folder / "overhead"
+    steps = STEPS * (2 * pairs + 2)
+    settings = [f"train.out={run}", f"train.max_steps={steps}", f"train.log_every={STEPS}"]
+    run_elastic(config, [*settings, f"train.checkpoint_every={2 * STEPS}"], [], folder / "overhead-notes")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    blocks = [line for line in lines if line["split"] == "train"][2:]  # the first two warm up
+    beside = [line for line in blocks if line["step"] // STEPS % 2 == 1]  # steps 201 to 300, 401 to 500, ...
+    without = [line for line in blocks if line["step"] // STEPS % 2 == 0]
+    slow, fast = (statistics.median(line["step_seconds"] for line in part) for part in (beside, without))
+    return {
+        "save_overhead": round(slow / fast - 1.0, 4),
+        "stall_seconds": round(statistics.median(line["checkpoint_stall_seconds"] for line in beside), 4),
+        "written_seconds": round(statistics.median(line["checkpoint_seconds"] for line in without), 3),
+        "step_seconds": round(fast, 4),
+        "blocks": len(blocks),
+        "state_mb": round(state_bytes(run) / 1e6),
+    }
+
+
+def timed_rank(config_file: str, overrides: list[str], schedule: list[dict[str, Any]], notes: str) -> None:
+    """One rank that notes when it began and when each of its steps began."""
+    times = Path(notes) / f"times_{os.environ['TORCHELASTIC_RESTART_COUNT']}_{os.environ['RANK']}"
+    with times.open("a", buffering=1) as file:
+        file.write(f"0 {time.time()}\n")
+        beat = Watchdog.beat
+
+        def noted(watchdog: Watchdog, place: str) -> None:
+            if place.startswith("step "):
+                file.write(f"{place[5:]} {time.time()}\n")
+            beat(watchdog, place)
+
+        Watchdog.beat = noted  # type: ignore[method-assign]
+        rank_main(config_file, overrides, schedule, notes)
+
+
+def restarts(config: Path, folder: Path, kills: int) -> dict[str, Any]:
+    """Kill rank 1 a few steps after a checkpoint, each time it has been started; time what follows."""
+    run, notes, every = folder / "restarts", folder / "restart-notes", 5
+    schedule = [{"kind": "step", "rank": 1, "steps": every + 2, "seconds": 0.0, "tick": 0}] * kills
+    settings = [f"train.out={run}", f"train.max_steps={(kills + 2) * every}", "train.log_every=1"]
+    run_elastic(config, [*settings, f"train.checkpoint_every={every}"], schedule, notes, main=timed_rank)
+    whole, loads = [], []
+    for attempt in range(kills):
+        killed = (notes / f"kill_{attempt}").stat().st_mtime
+        before = read_times(notes / f"times_{attempt}_0")
+        after = read_times(notes / f"times_{attempt + 1}_0")
+        new = max(before)  # this step had begun; the next one's beginning is its end
+        whole.append(after.get(new + 1, max(after.values())) - killed)
+        loads.append(min(when for step, when in after.items() if step) - after[0])
+    return {
+        "restart_seconds": round(statistics.median(whole), 2),
+        "slowest_restart_seconds": round(max(whole), 2),
+        "load_seconds": round(statistics.median(loads), 2),
+        "restarts": kills,
+    }
+
+
+def read_times(path: Path) -> dict[int, float]:
+    """Step -> when it began; 0 -> when the rank did."""
+    return {int(step): float(when) for step, when in (line.split() for line in path.read_text().splitlines())}
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=8, help="of 100 steps with and 100 without a checkpoint")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the state, small batches, one pair")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    try:
+        config = write_data(folder, 300_000 if args.quick else 3_000_000, 256 if args.quick else 4096)
+        result = overhead(config, folder, 1 if args.quick else args.pairs)
+        result |= restarts(config, folder, 1 if args.quick else 5)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"state {result['state_mb']} MB, {result['step_seconds'] * 1e3:.1f} ms a step: a checkpoint per {STEPS} steps costs "
+        f"{result['save_overhead']:.2%} (stall {result['stall_seconds'] * 1e3:.0f} ms, written in {result['written_seconds']:.2f} s)"
+    )
+    print(
+        f"from SIGKILL of a rank to the first new step: {result['restart_seconds']:.2f} s, at most "
+        f"{result['slowest_restart_seconds']:.2f} s, of which {result['load_seconds']:.2f} s build and load"
+    )
+    if args.json:
+        print(json.dumps(result))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""Proves that a checkpoint is whole or absent, on a disk and behind s3://: written beside training, made durable before it appears, the
+newest one that verifies is the latest, and a storage that fails at any operation leaves the one before as it was."""
+
+import errno
+import json
+import os
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.errors import InputError
+from mbcnet_rec.training import places, saver
+from mbcnet_rec.training.checkpoint import Saved, whole_piece
+from mbcnet_rec.training.exits import CannotWriteError
+from mbcnet_rec.training.manifest import check_files, read_manifest
+from mbcnet_rec.training.places import DamagedCheckpointWarning, LocalPlace, latest_step, open_place
+from mbcnet_rec.training.process import Process
+from mbcnet_rec.training.run_place import best_step
+from mbcnet_rec.training.saver import Keep, Saver
+
+ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    pytest.importorskip("boto3", reason="needs the S3 client and server of the pinned requirements")
+    pytest.importorskip("moto.server", reason="needs the S3 client and server of the pinned requirements")
+    from s3_server import s3_server
+
+    with s3_server("runs"):
+        yield "s3://runs"
+
+
+@pytest.fixture(params=["disk", "memory", "s3"])
+def place(request, tmp_path):
+    if request.param == "disk":
+        return open_place(tmp_path / "checkpoints")
+    if request.param == "memory":
+        return open_place(f"memory://{tmp_path.name}/checkpoints")
+    return open_place(f"{request.getfixturevalue('bucket')}/{tmp_path.name}/checkpoints")
+
+
+def pieces(value, rows=50):
+    table = torch.full((rows, 4), float(value))
+    return [whole_piece("model/table", table), whole_piece("optim/table/sum", table[:, 0].clone())]
+
+
+def write(place, step, value=None, keep=Keep(last=5), rows=50):
+    made = Saver(place, ALONE, 10.0)
+    made.save(step, pieces(step if value is None else value, rows), {"step": step}, keep)
+    made.finish()
+
+
+def value_of(place, step):
+    with place.fetched(step) as folder:
+        saved = Saved(folder)
+        assert saved.manifest.extra == {"step": step}
+        table = saved.whole("model/table")
+    assert (table == table[0, 0]).all()
+    return float(table[0, 0])
+
+
+def files_of(place):
+    if isinstance(place, LocalPlace):
+        return sorted(str(path.relative_to(place.root)) for path in place.root.rglob("*") if path.is_file())
+    place.system.invalidate_cache()
+    found = place.system.find(place.root)
+    return sorted(str(path).split("checkpoints/", 1)[1] for path in found)
+
+
+def test_a_checkpoint_is_read_as_it_was_written(place):
+    assert place.steps() == [] and latest_step(place) is None
+    write(place, 5)
+    write(place, 10)
+    assert place.steps() == [5, 10] and latest_step(place) == 10
+    assert (value_of(place, 5), value_of(place, 10)) == (5.0, 10.0)
+
+
+def test_a_save_of_the_same_step_replaces_it_and_leaves_nothing(place):
+    write(place, 5)
+    names = len(files_of(place))
+    write(place, 5, value=7)
+    assert value_of(place, 5) == 7.0 and len(files_of(place)) == names == 2
+
+
+def test_the_newest_and_the_best_are_kept(place):
+    for step in (1, 2, 3, 4, 5):
+        write(place, step, keep=Keep(last=2, best=((0.9, 2),)))
+    assert place.steps() == [2, 4, 5]
+    assert best_step(place) == 2
+    assert all(name.startswith(("step_2/", "step_4/", "step_5/", "best.json")) for name in files_of(place))
+
+
+def spoil(place, step):
+    """Flip one bit in the file of tensors."""
+    name = next(name for name in files_of(place) if name.startswith(f"step_{step}/rank_"))
+    if isinstance(place, LocalPlace):
+        path = place.root / name
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+    else:
+        path = place._path(name)
+        data = bytearray(place.system.cat_file(path))
+        data[-3] ^= 1
+        with place._opened(path) as file:
+            file.write(bytes(data))
+
+
+def test_latest_passes_over_what_does_not_verify_and_says_so(place):
+    write(place, 5)
+    write(place, 10)
+    spoil(place, 10)
+    with pytest.warns(DamagedCheckpointWarning, match=r"rank_00000.*SHA-256 differs.*passed over"):
+        assert latest_step(place) == 5
+    with pytest.raises(InputError, match="SHA-256 differs"):
+        value_of(place, 10)
+
+
+def test_a_draft_is_no_checkpoint_and_is_cleaned(place):
+    write(place, 5)
+    for token in ("dead-1", "dead-2"):
+        place.begin(6, token)
+        with place.write(6, token, place.file_name(0, token)) as file:
+            file.write(b"half")
+    assert place.steps() == [5]
+    place.clean()
+    assert all(name.startswith("step_5/") for name in files_of(place)), files_of(place)
+    assert value_of(place, 5) == 5.0
+
+
+class Failing:
+    """A place that fails at the n-th operation, and stays broken for the rest of that save."""
+
+    def __init__(self, place, fail_at):
+        self._place, self._left = place, fail_at
+
+    def __getattr__(self, name):
+        action = getattr(self._place, name)
+        if name not in ("begin", "write", "commit"):
+            return action
+
+        def counted(*args):
+            self._left -= 1
+            if self._left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._opened(action(*args)) if name == "write" else action(*args)
+
+        return counted
+
+    @contextmanager
+    def _opened(self, opened):
+        with opened as file:
+            yield SimpleNamespace(write=lambda data: self._write(file, data))
+
+    def _write(self, file, data):
+        self._left -= 1
+        if self._left < 0:
+            file.write(bytes(data[: len(data) // 2]))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        file.write(data)
+
+
+def test_a_storage_that_fails_at_any_operation_leaves_the_last_checkpoint(place):
+    write(place, 5)
+    before = files_of(place)
+    for fail_at in range(50):
+        failing = Failing(place, fail_at)
+        step = 5 if fail_at % 2 else 6  # a new step, and one that would replace
+        try:
+            write(failing, step, value=9)
+        except CannotWriteError as error:
+            assert f"checkpoint of step {step} could not be written (No space left on device)" in str(error)
+            assert "earlier checkpoints are intact" in str(error)
+            assert files_of(place) == before and latest_step(place) == 5 and value_of(place, 5) == 5.0
+        else:
+            break
+    assert fail_at >= 6, "begin, two parts of a header, two tensors, commit"
+    assert latest_step(place) == step and value_of(place, step) == 9.0
+
+
+def test_files_are_durable_before_the_name_appears(tmp_path, monkeypatch):
+    """Every file and the folder are fsynced, then one rename, then the parent is fsynced."""
+    calls = []
+    real_open, real_sync, real_replace = os.open, os.fsync, os.replace
+
+    def named(handle):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def fsync(handle):
+        calls.append(f"sync {named(handle)}")
+        real_sync(handle)
+
+    def replace(source, target):
+        calls.append(f"rename to {os.path.basename(target)}")
+        real_replace(source, target)
+
+    fake = SimpleNamespace(open=real_open, fsync=fsync, replace=replace, close=os.close, O_RDONLY=os.O_RDONLY)
+    monkeypatch.setattr(places, "os", fake)
+    place = LocalPlace(tmp_path / "checkpoints")
+    write(place, 5)
+    assert calls[:2] == ["sync rank_00000.safetensors", "sync manifest.json"]
+    assert calls[2].startswith("sync .step_5.") and calls[3:] == ["rename to step_5", "sync checkpoints"]
+
+
+def test_a_crash_between_two_renames_loses_nothing(tmp_path, monkeypatch):
+    place = LocalPlace(tmp_path / "checkpoints")
+    write(place, 5)
+    real, count = os.replace, []
+
+    def replace(source, target):
+        count.append(target)
+        if len(count) == 2:
+            raise KeyboardInterrupt  # the process is gone here: nothing below it may tidy up
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(LocalPlace, "discard", lambda *args: None)
+    with pytest.raises(KeyboardInterrupt):
+        place.begin(5, "ab")
+        place.commit(5, "ab", b"{}", [])
+    monkeypatch.undo()
+    assert place.steps() == [], "the old one has given way, the new one has not come"
+    place.clean()
+    assert place.steps() == [5] and value_of(place, 5) == 5.0
+    assert [path.name for path in place.root.iterdir()] == ["step_5"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    place, gate = LocalPlace(tmp_path), threading.Event()
+    real = saver.write_tensors
+
+    def slow(*args):
+        assert gate.wait(10)
+        return real(*args)
+
+    monkeypatch.setattr(saver, "write_tensors", slow)
+    made, table = Saver(place, ALONE, 10.0), torch.full((500_000, 4), 5.0)
+    start = time.perf_counter()
+    stall = made.save(5, [whole_piece("model/table", table)], {"step": 5}, Keep(last=2))
+    returned = time.perf_counter() - start
+    table.fill_(6.0)  # the next step
+    assert place.steps() == [] and stall <= returned
+    gate.set()
+    made.finish()
+    assert value_of(place, 5) == 5.0, "what was saved is the state of its step"
+    assert made.stalled_seconds == stall and made.written_seconds >= returned - stall
+
+
+def test_a_stuck_storage_is_named_in_time(tmp_path, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(saver, "write_tensors", lambda *args: gate.wait(10))
+    made = Saver(LocalPlace(tmp_path), ALONE, 0.3)
+    made.save(5, pieces(5), {}, Keep(last=2))
+    start = time.monotonic()
+    with pytest.raises(
+        CannotWriteError, match=r"rank 0: the checkpoint of step 5 is still being written after 0\.3 s"
+    ):
+        made.finish()
+    assert time.monotonic() - start < 2
+    gate.set()
+
+
+def test_folders_that_hosts_do_not_share_are_refused(tmp_path):
+    """Rank 0 finds no file of rank 1 in its own folder: no manifest vouches for it."""
+    place = LocalPlace(tmp_path)
+    place.begin(5, "ab")
+    with pytest.raises(CannotWriteError, match=r"rank_00001.*hosts do not share this folder"):
+        place.commit(5, "ab", b"{}", ["rank_00001.safetensors"])
+    assert place.steps() == []
+
+
+def test_a_server_that_goes_away_is_named(bucket, monkeypatch):
+    import data.storage
+
+    place = open_place(f"{bucket}/away/checkpoints")
+    write(place, 5)
+    monkeypatch.setattr(data.storage, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    data.storage._s3.cache_clear()
+    gone = open_place(f"{bucket}/away/checkpoints")
+    start = time.monotonic()
+    with pytest.raises(CannotWriteError, match="checkpoint of step 6 could not be written"):
+        write(gone, 6)
+    assert time.monotonic() - start < 20
+    data.storage._s3.cache_clear()
+    assert latest_step(place) == 5
+
+
+@pytest.mark.parametrize("uri", ["nonsense://bucket/prefix", "gs://bucket/prefix"])
+def test_an_unknown_place_is_refused(uri):
+    with pytest.raises(InputError, match=f"{uri}: cannot be opened .*or use a folder"):
+        open_place(uri)
+
+
+def test_a_manifest_lists_every_file_with_its_sum(tmp_path):
+    import hashlib
+
+    write(LocalPlace(tmp_path), 5)
+    manifest = read_manifest(tmp_path / "step_5")
+    (part,) = manifest.parts
+    assert part.sha256 == hashlib.sha256((tmp_path / "step_5" / part.file).read_bytes()).hexdigest()
+    assert {entry.name for entry in part.entries} == {"model/table", "optim/table/sum"}
+    check_files(tmp_path / "step_5", manifest)
+    assert json.loads((tmp_path / "step_5/manifest.json").read_text())["body"]["world_size"] == 1

@@ -1,0 +1,201 @@
+"""Proves when checkpoints are written and kept, that a resumed run is the uninterrupted one bit by bit under every switch that keeps state,
+that gradients are clipped and logged, and that a run which cannot go on from its checkpoints says so."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from small_data import write_small
+
+from mbcnet_rec import train
+from mbcnet_rec.cli import main
+from mbcnet_rec.training.checkpoint import Saved, step_folder
+from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
+from mbcnet_rec.training.pipeline import clip_gradients
+from mbcnet_rec.training.records import TIMING_KEYS
+from mbcnet_rec.training.state import TrainState
+from mbcnet_rec.training.tensor_file import map_block, read_header
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("loop"), train_rows=960, other_rows=96)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(train, "try_run_report", lambda folder: None)
+
+
+def run(config, name, *settings, flags=()):
+    args = ["train", "--config", str(config), *flags]
+    for setting in (f"train.out={config.parent / name}", "data.test=[]", *settings):
+        args += ["--set", setting]
+    code = main(args)
+    return code, config.parent / name
+
+
+def steps_of(folder):
+    return sorted(int(path.parent.name[5:]) for path in folder.glob("checkpoints/step_*/manifest.json"))
+
+
+def lines_of(folder, split="train"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in TIMING_KEYS}
+        for line in lines
+        if line["split"] == split
+    ]
+
+
+def tensors_of(folder, step):
+    saved = Saved(step_folder(folder / "checkpoints", step))
+    (part,) = saved.manifest.parts
+    blocks = read_header(saved.folder / part.file)
+    found = {
+        entry.name: map_block(saved.folder / part.file, blocks[str(index)])
+        for index, entry in enumerate(part.entries)
+    }
+    return {name: (value.shape, value.numpy().tobytes()) for name, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        (["train.checkpoint_every=4", "train.keep_last=9"], [4, 8, 10]),
+        (["train.checkpoint_every=4", "train.keep_last=1", "data.valid=[]"], [10]),
+        (["train.checkpoint_minutes=1e-9", "train.keep_last=99"], list(range(1, 11))),
+        (["train.checkpoint_minutes=60", "train.keep_last=99"], [10]),
+        (["train.eval_every=3", "train.keep_last=9"], [3, 6, 9, 10]),
+    ],
+)
+def test_checkpoints_are_due_by_steps_minutes_and_evaluations(config, tmp_path, settings, steps):
+    code, folder = run(config, str(tmp_path / "run"), "train.max_steps=10", *settings)
+    assert code == 0 and steps_of(folder) == steps
+
+
+def test_the_last_and_the_best_are_kept(config, tmp_path):
+    settings = ["train.max_steps=10", "train.eval_every=1", "train.keep_last=2", "train.keep_best=3"]
+    code, folder = run(config, str(tmp_path / "run"), *settings)
+    valid = sorted(lines_of(folder, "valid"), key=lambda line: (-line["auc"], line["step"]))
+    assert code == 0 and steps_of(folder) == sorted({line["step"] for line in valid[:3]} | {9, 10})
+    best = json.loads((folder / "checkpoints/best.json").read_text())
+    assert best == {"step": valid[0]["step"], "auc": valid[0]["auc"]}
+
+
+SWITCHES = {
+    "cooperation warm-up, bf16, importance weights, plateau": [
+        "model.mbcnet.coteaching.warmup_steps=8",
+        "model.mbcnet.differentiation.warmup_steps=8",
+        "train.autocast=bf16",
+        "data.keep_negatives=0.7",
+        "data.negative_weights=importance",
+        "train.schedule=plateau",
+        "train.patience=9",
+        "train.max_grad_norm=0.5",
+        "optim.weight_decay=0.1",
+    ],
+    "dense Adam with a penalty, dropout, batch norm": [
+        "model.kind=dnn",
+        "model.dnn.dropout=0.3",
+        "model.dnn.batch_norm=true",
+        "optim.embedding.name=adam",
+        "optim.embedding.l2=0.01",
+        "sharding.sharding_types=['data_parallel']",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
+    """Stopped between log lines and evaluations: windows, moments, schedules, random numbers and the cursor come back."""
+    settings = [
+        *SWITCHES[name],
+        "train.log_every=4",
+        "train.eval_every=5",
+        "train.checkpoint_every=3",
+        "train.epochs=3",
+    ]
+    code, whole = run(config, str(tmp_path / "whole"), *settings, "train.max_steps=14")
+    assert code == 0
+    code, parts = run(config, str(tmp_path / "parts"), *settings, "train.max_steps=14", "train.keep_last=9")
+    for step in (14, 12, 10, 9):
+        shutil.rmtree(parts / f"checkpoints/step_{step}")
+    assert steps_of(parts)[-1] == 6, "between the lines of steps 4 and 8, and between evaluations"
+    code, parts = run(config, str(tmp_path / "parts"), *settings, "train.max_steps=14", flags=["--resume"])
+    assert code == 0
+    before, after = tensors_of(whole, 14), tensors_of(parts, 14)
+    assert before.keys() == after.keys()
+    assert [key for key in before if before[key] != after[key]] == []
+    assert lines_of(whole) == lines_of(parts) and lines_of(whole, "valid") == lines_of(parts, "valid")
+
+
+def test_damaged_checkpoints_are_passed_over_aloud_and_never_thrown_away(config, tmp_path, capfd):
+    settings = ["train.max_steps=6", "train.checkpoint_every=3", "data.valid=[]"]
+    code, folder = run(config, str(tmp_path / "run"), *settings)
+    (folder / "checkpoints/step_6/rank_00000.safetensors").write_bytes(b"damage")
+    capfd.readouterr()
+    code, _ = run(config, str(tmp_path / "run"), *settings, flags=["--resume"])
+    out, err = capfd.readouterr()
+    assert code == 0 and "from step 3" in out
+    told = [line for line in err.splitlines() if line.startswith("mbcnet: warning: ")]
+    assert len(told) == 1 and "step_6/rank_00000.safetensors: changed since it was written" in told[0]
+    for step in (3, 6):
+        (folder / f"checkpoints/step_{step}/rank_00000.safetensors").write_bytes(b"damage")
+    code, _ = run(config, str(tmp_path / "run"), *settings, flags=["--resume"])
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert (
+        code == 2
+        and "of 2 checkpoints none is whole; bring one back, or begin anew with --overwrite" in error
+    )
+    assert steps_of(folder) == [3, 6], "nothing is removed"
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_the_start(config, tmp_path, capfd):
+    """Not at the first checkpoint, an hour later."""
+    (tmp_path / "file").write_text("in the way")
+    code, folder = run(config, str(tmp_path / "run"), f"train.checkpoint_folder={tmp_path}/file/checkpoints")
+    error = capfd.readouterr().err.strip()
+    assert code == 2 and len(error.splitlines()) == 1
+    assert "train.checkpoint_folder" in error and "cannot be written (Not a directory)" in error
+    assert not folder.exists()
+
+
+def test_gradients_are_clipped_by_their_joint_norm():
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
+    for parameter, value in zip(parameters, (3.0, 4.0), strict=True):
+        parameter.grad = torch.full_like(parameter, value)
+    expected = (3 * 9.0 + 2 * 16.0) ** 0.5
+    assert float(clip_gradients(parameters, float("inf"))) == pytest.approx(expected)
+    assert parameters[0].grad[0] == 3.0, "no limit, no change"
+    assert float(clip_gradients(parameters, 1.0)) == pytest.approx(expected), "the norm before"
+    left = torch.cat([parameter.grad for parameter in parameters])
+    assert float(left.norm()) == pytest.approx(1.0, rel=1e-5) and float(left[0] / left[3]) == pytest.approx(
+        0.75
+    )
+
+
+def test_the_norm_is_logged_and_a_clip_changes_the_run(config, tmp_path):
+    settings = ["train.max_steps=10", "data.valid=[]"]
+    _, free = run(config, str(tmp_path / "free"), *settings)
+    _, tight = run(config, str(tmp_path / "tight"), *settings, "train.max_grad_norm=1e-6")
+    free_norms, tight_norms = ([line["grad_norm"] for line in lines_of(each)] for each in (free, tight))
+    assert len(free_norms) == 2 and all(norm > 0.01 for norm in free_norms + tight_norms)
+    assert free_norms != tight_norms
+
+
+def test_the_alarm_is_armed_by_some_lines_and_rises_for_a_jump():
+    state = TrainState()
+    steady = [2.0 - 0.01 * line + 0.02 * (-1) ** line for line in range(40)]
+    assert [loss_spike(state, loss, 6.0) for loss in steady] == [None] * 40, "a loss that falls is no alarm"
+    z = loss_spike(state, 3.0, 6.0)
+    assert z is not None and z > 6.0
+    assert loss_spike(state, float("nan"), 6.0) is None and state.loss_lines == 41, "another check's affair"
+    young = TrainState()
+    jumps = [loss_spike(young, 1.0 + line % 2, 6.0) for line in range(SPIKE_LINES - 1)]
+    assert loss_spike(young, 100.0, 6.0) is None and jumps == [None] * (SPIKE_LINES - 1), (
+        "too few lines to judge by"
+    )
+    off = TrainState(loss_mean=1.0, loss_variance=0.01, loss_lines=99)
+    assert loss_spike(off, 100.0, 0.0) is None

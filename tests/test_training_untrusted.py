@@ -1,0 +1,337 @@
+"""Proves that a checkpoint from a stranger is refused before memory is taken for what it claims, and that nothing in it is run: pickles, links,
+paths out of the folder, swapped or changed files, impossible headers, and manifests altered value by value with sums that fit."""
+
+import hashlib
+import json
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import write_small
+
+from data.errors import InputError
+from mbcnet_rec.cli import main
+from mbcnet_rec.training.checkpoint import Saved, load_pieces, whole_piece
+from mbcnet_rec.training.compatibility import saved_run
+from mbcnet_rec.training.manifest import check_files, read_manifest
+from mbcnet_rec.training.places import LocalPlace, open_place
+from mbcnet_rec.training.process import Process
+from mbcnet_rec.training.run_place import best_step
+from mbcnet_rec.training.saver import Keep, Saver
+from mbcnet_rec.training.state import TrainState, restored_outputs
+
+SOURCES = [path for folder in ("data", "sharding", "mbcnet_rec") for path in Path(folder).rglob("*.py")]
+STATE = TrainState(step=5, best=[(0.7, 5)], evaluated_step=5)
+
+
+def pieces():
+    generator = torch.Generator().manual_seed(0)
+    names = ("model/ebc.embedding_bags.user.weight", "model/top.weight", "optim/top.weight/exp_avg")
+    return [whole_piece(name, torch.randn(30, 4, generator=generator)) for name in names]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole checkpoint of one rank."""
+    made = Saver(LocalPlace(tmp_path / "checkpoints"), Process(0, 1, 0, 1, torch.device("cpu")), 10.0)
+    run = {"optimizer": "sgd", "schema": "abc", "column_shards": {"user": 2}}
+    extra = {"state": STATE.to_json(), "stream": {"epoch": 0, "step": 5, "fingerprint": "f"}, "run": run}
+    made.save(5, pieces(), extra, Keep(last=2, best=((0.7, 5),)))
+    made.finish()
+    return tmp_path / "checkpoints" / "step_5"
+
+
+def load(folder):
+    """All that a run reads of a checkpoint."""
+    saved = Saved(folder)
+    saved_run(saved)
+    TrainState.from_json(saved.manifest.extra.get("state", {}))
+    load_pieces(saved, pieces(), 0, 1)
+    restored_outputs(saved, 0)
+    return saved
+
+
+def rewrite(folder, change):
+    """Alter the manifest's body and give it a sum that fits, as a stranger would."""
+    body = json.loads((folder / "manifest.json").read_text())["body"]
+    body = change(body) or body
+    text = json.dumps(body)
+    shell = f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", "body": {text}}}\n'
+    (folder / "manifest.json").write_text(shell)
+
+
+def resum(folder):
+    """Give the file of tensors, as it is now, a sum that fits."""
+    sum_now = hashlib.sha256((folder / "rank_00000.safetensors").read_bytes()).hexdigest()
+    rewrite(folder, lambda body: body["files"][0].update(sha256=sum_now))
+
+
+class Bomb:
+    """Unpickled, it runs a command that leaves a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return subprocess.check_call, (["touch", str(self.mark)],)
+
+
+def test_a_whole_one_is_read(folder):
+    saved = load(folder)
+    assert TrainState.from_json(saved.manifest.extra["state"]) == STATE
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank_00000.safetensors", "extra.pkl"])
+def test_a_pickle_in_any_file_is_not_opened(folder, tmp_path, name):
+    mark = tmp_path / "ran"
+    (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
+    if name == "extra.pkl":
+        load(folder)  # what the manifest does not name is not read
+    else:
+        with pytest.raises(InputError, match="use another checkpoint"):
+            load(folder)
+        if name.startswith("rank"):
+            resum(folder)
+            with pytest.raises(InputError, match="not a safetensors file"):
+                load(folder)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Bomb(mark)))
+    assert mark.exists(), "the bomb is real"
+
+
+def test_no_source_imports_a_reader_that_runs_code():
+    words = (
+        "pickle",
+        "marshal",
+        "shelve",
+        "joblib",
+        "cloudpickle",
+        "dill",
+        "torch.load",
+        "allow_pickle",
+        "yaml.load",
+    )
+    for path in SOURCES:
+        text = path.read_text()
+        code = "\n".join(line for line in text.splitlines() if "#" not in line)
+        for word in words:
+            assert f"import {word}" not in code and f"{word}(" not in code, f"{path}: {word}"
+    assert len(SOURCES) > 100
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank_00000.safetensors"])
+def test_a_link_is_refused(folder, tmp_path, name):
+    moved = tmp_path / name
+    shutil.move(folder / name, moved)
+    (folder / name).symlink_to(moved)
+    with pytest.raises(InputError, match=f"{name}: is a symbolic link"):
+        load(folder)
+    with pytest.raises(InputError, match="symbolic link"):
+        Saved(folder, hashed=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../rank_00000.safetensors",
+        "/etc/passwd",
+        "rank_00000.safetensors/..",
+        "rank_0.safetensors",
+        "rank_00000.pkl",
+        "..",
+        "",
+    ],
+)
+def test_a_path_out_of_the_folder_is_refused(folder, name):
+    shutil.copy(folder / "rank_00000.safetensors", folder.parent / "rank_00000.safetensors")
+    rewrite(folder, lambda body: body["files"][0].update(file=name))
+    with pytest.raises(InputError, match=r"wanted a name such as rank_00000\.safetensors"):
+        load(folder)
+
+
+def test_a_swapped_shard_is_refused(folder, tmp_path):
+    """The file of another checkpoint, of the same shape and names."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    path = other / "rank_00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\0\0\0\0"
+    (folder / "rank_00000.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match="SHA-256 differs"):
+        load(folder)
+
+
+def test_one_flipped_bit_anywhere_is_refused(folder):
+    rng = random.Random(0)
+    for name in ("manifest.json", "rank_00000.safetensors"):
+        path = folder / name
+        data = path.read_bytes()
+        for place in [*range(16), *(rng.randrange(len(data)) for _ in range(100))]:
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(flipped)
+            with pytest.raises(InputError):
+                load(folder)
+        path.write_bytes(data)
+    load(folder)
+
+
+def header(folder, change):
+    """Alter the header of the file of tensors, with sums that fit."""
+    path = folder / "rank_00000.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = change(json.loads(data[8 : 8 + length]))
+    text = text if isinstance(text, bytes) else json.dumps(text).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    resum(folder)
+
+
+HUGE = 10**18
+HEADERS = {
+    "1e18 elements": lambda h: h | {"0": h["0"] | {"shape": [HUGE]}},
+    "1e18 elements in 1e18 bytes": lambda h: (
+        h | {"2": {"dtype": "F32", "shape": [HUGE], "data_offsets": [h["2"]["data_offsets"][0], 4 * HUGE]}}
+    ),
+    "1e18 as a float": lambda h: h | {"0": h["0"] | {"shape": [1e18]}},
+    "a product that overflows": lambda h: h | {"0": h["0"] | {"shape": [2**32, 2**32, 0 + 1]}},
+    "a negative size": lambda h: h | {"0": h["0"] | {"shape": [-30, -4]}},
+    "a true size": lambda h: h | {"0": h["0"] | {"shape": [True, 120]}},
+    "overlap": lambda h: h | {"1": h["1"] | {"data_offsets": h["0"]["data_offsets"]}},
+    "a gap": lambda h: h | {"0": h["0"] | {"data_offsets": [8, h["0"]["data_offsets"][1] + 8]}},
+    "an unknown dtype": lambda h: h | {"0": h["0"] | {"dtype": "PICKLE"}},
+    "another number of tensors": lambda h: {"0": h["0"]},
+    "no table": lambda h: [1, 2],
+    "no JSON": lambda h: b"{" * 1000,
+    "nesting": lambda h: b"[" * 100_000,
+    "a number of 5,000 digits": lambda h: b'{"0": {"shape": [' + b"9" * 5000 + b"]}}",
+    "nothing": lambda h: b"",
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_an_impossible_header_is_refused_before_memory_is_taken(folder, name):
+    header(folder, HEADERS[name])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), limits[1]))
+    try:
+        with pytest.raises(InputError, match="use another checkpoint"):
+            load(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_header_length_beyond_the_file_is_refused(folder):
+    path = folder / "rank_00000.safetensors"
+    path.write_bytes((HUGE).to_bytes(8, "little") + path.read_bytes()[8:])
+    resum(folder)
+    with pytest.raises(InputError, match=r"claim a header of 1,000,000,000,000,000,000 bytes"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        ["model/top.weight", [0, 0], [HUGE, HUGE]],
+        ["model/top.weight", [HUGE, 0], [30, 4]],
+        ["model/top.weight", [0, 0, 0], [30, 4, 1]],
+        ["model/top.weight\x1b[2J", [0, 0], [30, 4]],
+        ["m" * 5000, [0, 0], [30, 4]],
+        [7, [0, 0], [30, 4]],
+    ],
+)
+def test_a_block_outside_its_tensor_is_refused(folder, piece):
+    rewrite(folder, lambda body: body["files"][0]["pieces"].__setitem__(1, piece))
+    with pytest.raises(InputError) as caught:
+        load(folder)
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 1500
+
+
+WEIRD = (None, True, -1, 0, 0.5, HUGE, 1e308, "", "x" * 9, [], {}, [[]], {"a": 1}, "../..", "\x00")
+
+
+def places_in(value, path=()):
+    """Paths of all values in a JSON tree."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield from places_in(child, (*path, key))
+
+
+def test_altered_manifests_are_read_or_refused_but_never_crash(folder):
+    """500 manifests with one value replaced or removed, and a sum that fits."""
+    original = (folder / "manifest.json").read_bytes()
+    body = json.loads(original)["body"]
+    paths, rng = [path for path in places_in(body) if path], random.Random(1)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(500):
+        path, value = rng.choice(paths), rng.choice((*WEIRD, "remove"))
+
+        def change(body, path=path, value=value):
+            for key in path[:-1]:
+                body = body[key]
+            if value == "remove":
+                del body[path[-1]]
+            else:
+                body[path[-1]] = value
+
+        rewrite(folder, change)
+        try:
+            load(folder)
+            outcomes["read"] += 1
+        except InputError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+        (folder / "manifest.json").write_bytes(original)
+    assert outcomes["refused"] > 300 and outcomes["read"] > 20, outcomes
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"",
+        b"\x80\x04N.",
+        b"[]",
+        b'{"step": "5"}',
+        b'{"step": 99}',
+        b'{"step": {}}',
+        b'{"step": -1}',
+        b"[" * 99999,
+    ],
+)
+def test_a_strange_note_of_the_best_does_not_mislead(folder, note):
+    (folder.parent / "best.json").write_bytes(note)
+    assert best_step(LocalPlace(folder.parent)) == 5
+
+
+def test_a_prefix_behind_a_uri_brings_only_named_files(folder, tmp_path):
+    """Names in a remote manifest are checked before anything is fetched by them."""
+    place = open_place(f"memory://{tmp_path.name}/checkpoints")
+    rewrite(folder, lambda body: body["files"][0].update(file="../../../secret"))
+    place.system.pipe_file(place._path("step_5", "manifest.json"), (folder / "manifest.json").read_bytes())
+    with pytest.raises(InputError, match="wanted a name such as"), place.fetched(5) as fetched:
+        check_files(fetched, read_manifest(fetched))
+
+
+def test_the_command_line_refuses_in_one_line(folder, tmp_path, capfd):
+    """A run folder from a stranger, whose checkpoint is a pickle: exit code 2, one line, no code run."""
+    config = write_small(tmp_path / "rows", 960, 96)
+    run, mark = tmp_path / "rows/run", tmp_path / "ran"
+    shutil.copytree(folder.parent, run / "checkpoints")
+    (run / "config.toml").write_text(config.read_text())
+    (run / "checkpoints/step_5/rank_00000.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
+    for args in (["train", "--config", str(config), "--resume"], ["evaluate", str(run)]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert main(args) == 2
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert lines[0].startswith("mbcnet: warning: ") and "SHA-256 differs" in lines[0], lines
+        assert len(lines) == 2 and ("none is whole" in lines[1] or "no whole checkpoint" in lines[1]), lines
+    assert not mark.exists()
