@@ -26,6 +26,7 @@ from data.errors import InputError
 
 Order = Literal["shuffled", "partitioned", "chronological"]
 NegativeWeights = Literal["none", "importance"]
+LONGEST_WAIT_SECONDS = 30 * 24 * 3600  # Python's clocks take no more than some centuries
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ class StreamOptions:
                 "negative_weights = 'importance': keep_negatives = 1 drops no negative that a weight could make up for; "
                 "lower keep_negatives, or use negative_weights = 'none'"
             )
-        if not self.timeout_seconds > 0:
-            raise InputError(f"timeout_seconds = {self.timeout_seconds}: wanted more than 0; raise it")
+        if not 0 < self.timeout_seconds <= LONGEST_WAIT_SECONDS:
+            raise InputError(
+                f"timeout_seconds = {self.timeout_seconds}: wanted more than 0 and at most {LONGEST_WAIT_SECONDS:,}; change it"
+            )
         if self.batch_size % self.lanes:
             near = max(self.lanes, self.batch_size - self.batch_size % self.lanes)
             raise InputError(

@@ -9,13 +9,11 @@ from typing import Any, Literal
 import tomli_w
 
 from data.errors import InputError
-from data.order import NegativeWeights, Order, StreamOptions
+from data.order import LONGEST_WAIT_SECONDS, NegativeWeights, Order, StreamOptions
 from data.typed import parse_dataclass, read_toml, to_toml_value
 from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.training.optim_config import OptimConfig
 from sharding.constraints import ShardingConfig
-
-LONGEST_WAIT_SECONDS = 30 * 24 * 3600
 
 
 @dataclass(frozen=True)

@@ -169,9 +169,13 @@ def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
 
     Rank 0's answer counts; the others' is never read.
     """
-    if int(os.environ.get("RANK", "0")) != 0 or not folder.exists():
+    if int(os.environ.get("RANK", "0")) != 0:
         return ""
-    names = [path.name for path in folder.iterdir()]
+    try:
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    except (OSError, ValueError) as error:  # a file, a name that is too long, a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        return f"train.out = {str(folder)[:200]!r}: no folder can be there ({reason}); choose another one"
     if not names or (resume and not overwrite and set(names) <= _OWN | {f".{CONFIG}.partial"}):
         return ""  # a run that died before it wrote its config has left some of these
     if CONFIG not in names:

@@ -30,6 +30,7 @@ def describe_run(built: Built, config: RunConfig) -> dict[str, Any]:
         "schema": built.plan.schema,
         "plan": hashlib.sha256(plan_text(built.plan).encode()).hexdigest()[:12],
         "optimizer": config.optim.embedding.name,
+        "data_type": built.plan.data_type,
         "column_shards": column_shards(built.plan),
         "seed": config.train.seed,
     }
@@ -122,7 +123,8 @@ def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any
     report = Report()
     old = saved_run(saved)
     _compare_columns(report, old, run, wanted)
-    for key, what in (("optimizer", "optimizer of the tables"), ("schema", "schema")):
+    whats = {"optimizer": "optimizer of the tables", "data_type": "numbers of the tables", "schema": "schema"}
+    for key, what in whats.items():
         if old.get(key) != run[key]:
             report.lines.append(f"{what}: {str(old.get(key))[:80]} -> {run[key]}")
     other_optimizer = old.get("optimizer") != run["optimizer"]

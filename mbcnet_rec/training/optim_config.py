@@ -29,6 +29,9 @@ class EmbeddingOptimConfig:
 
     def __post_init__(self) -> None:
         """Refuse a penalty that only some rows would feel."""
+        for key in ("eps", "init_std"):
+            if getattr(self, key) < 0:
+                raise InputError(f"{key} = {getattr(self, key)}: wanted 0 or more; remove the minus")
         if self.l2 < 0:
             raise InputError(f"l2 = {self.l2}: wanted 0 (none) or more; remove the minus")
         if self.l2 > 0 and self.name != "adam":
@@ -61,3 +64,6 @@ class OptimConfig:
             raise InputError(
                 f"dense_lr = {self.dense_lr}, embedding.lr = {self.embedding.lr}: wanted numbers above 0"
             )
+        for key in ("dense_eps", "weight_decay"):
+            if getattr(self, key) < 0:
+                raise InputError(f"{key} = {getattr(self, key)}: wanted 0 or more; remove the minus")
