@@ -95,6 +95,17 @@ def test_the_newest_and_the_best_are_kept(place):
     assert all(name.startswith(("step_2/", "step_4/", "step_5/", "best.json")) for name in files_of(place))
 
 
+def test_a_damaged_later_one_is_not_counted_as_the_last(place):
+    """With keep_last = 1 the new checkpoint would give way to a damaged one of a later step."""
+    write(place, 5, keep=Keep(last=1))
+    write(place, 10, keep=Keep(last=2))
+    spoil(place, 10)
+    write(place, 7, keep=Keep(last=1))
+    assert place.steps() == [7, 10]
+    with pytest.warns(DamagedCheckpointWarning):
+        assert latest_step(place) == 7
+
+
 def spoil(place, step):
     """Flip one bit in the file of tensors."""
     name = next(name for name in files_of(place) if name.startswith(f"step_{step}/rank_"))

@@ -170,10 +170,12 @@ class Trainer:
     def _segment(self, pipeline: CheckedPipeline, feed: Feed, bar: Progress, records: Records | None) -> None:
         """Train up to the next evaluation."""
         train = self.config.train
-        batches = feed.take(self._next_boundary() - self.state.step)
+        boundary = self._next_boundary()
+        batches = feed.take(boundary - self.state.step)
         while True:
             seed_step(train.seed, self.state.step, self.process.rank)
-            self.around.watchdog.beat(f"step {self.state.step + 1}")
+            if self.state.step < boundary:
+                self.around.watchdog.beat(f"step {self.state.step + 1}")
             start = time.perf_counter()
             try:
                 outputs = pipeline.progress(batches)

@@ -1,15 +1,16 @@
 """What a run writes down while it goes: metrics.jsonl and TensorBoard."""
 
 import json
-import logging
 import math
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mbcnet_rec.training.board import Board
 from mbcnet_rec.training.exits import CannotWriteError
+from mbcnet_rec.training.progress import tell
 
 METRICS = "metrics.jsonl"
 # keys that tell of this machine and this start, not of what is learned: two equal runs differ in them
@@ -20,7 +21,6 @@ TIMING_KEYS = (
     "checkpoint_stall_seconds",
     "checkpoint_seconds",
 )
-log = logging.getLogger(__name__)
 
 
 class Records:
@@ -96,7 +96,10 @@ class Records:
 
     def _without_curves(self, error: OSError) -> None:
         """Curves are a convenience: training goes on without."""
-        log.warning("%s: no more TensorBoard curves (%s)", self._path.parent / "tb", error.strerror)
+        tell(
+            f"mbcnet: warning: {self._path.parent / 'tb'}: no more TensorBoard curves ({error.strerror})",
+            sys.stderr,
+        )
         self._board = None
 
     def _drop_behind(self, end: int) -> None:

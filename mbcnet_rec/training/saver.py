@@ -128,7 +128,7 @@ class Saver:
             records = [record, *self._await_others(step)]
             manifest = manifest_bytes(self._process.world_size, extra, records)
             self.place.commit(step, self._token, manifest, [each["file"] for each in records])
-            self._tidy(keep)
+            self._tidy(step, keep)
             self.written_seconds = time.perf_counter() - start
         except Exception as error:  # it reaches the operator through `finish`, on every rank
             self._error = self._describe(step, error)
@@ -180,13 +180,17 @@ class Saver:
     def _key(self, step: int, rank: int) -> str:
         return f"{self._token}/{step}/{rank}"
 
-    def _tidy(self, keep: Keep) -> None:
-        """Note the best checkpoint and remove those that are neither recent nor good. Rank 0, after a commit."""
-        steps = self.place.steps()
+    def _tidy(self, step: int, keep: Keep) -> None:
+        """Note the best checkpoint and remove those that are neither recent nor good. Rank 0, after a commit of `step`.
+
+        Later ones did not verify when this run was started: they are no checkpoints to count on, and stay as they are until the run
+        comes to their steps.
+        """
+        steps = [each for each in self.place.steps() if each <= step]
         kept = {step for _, step in keep.best}
         if keep.best:
             note = {"step": keep.best[0][1], "auc": keep.best[0][0]}
             self.place.write_note(BEST, (json.dumps(note) + "\n").encode())
-        for step in steps[: -keep.last]:
-            if step not in kept:
-                self.place.remove(step)
+        for each in steps[: -keep.last]:
+            if each not in kept:
+                self.place.remove(each)
