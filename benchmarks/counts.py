@@ -87,6 +87,7 @@ def counted() -> dict[str, Any]:
             "fbgemm_calls": sum(count for call, count in calls.calls.items() if call.startswith("fbgemm")),
             "python_calls": python_calls(step),
             "rows": ROWS,
+            "torch": torch.__version__,
             "by_call": dict(calls.calls.most_common(30)),
         }
 
