@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -19,12 +18,12 @@ from tqdm import tqdm
 from data.arrow import Encoder
 from data.errors import InputError
 from data.files import read_contents, resolve_files
-from data.schema import Schema, load_schema
+from data.schema import load_schema
 from data.selection import Selection, select_files
-from data.storage import DataFile, open_parquet
 from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.pieces import Piece, Reader, Scored, Scorer, deal, pieces_of_groups
+from mbcnet_rec.slices import REST, Slicer, count_slices, slice_columns
 from mbcnet_rec.train import CONFIG, known_best
 from mbcnet_rec.trained import branch_names, find_step, load_built, load_run, scoring_options
 from mbcnet_rec.training.metrics import Estimate, Histogram, exact_metrics, gauc
@@ -34,8 +33,7 @@ from mbcnet_rec.training.records import METRICS, finite_or_none
 EXACT_ROWS = 10_000_000  # 4 outputs: 280 MB of logits, labels and groups on rank 0
 NUM_BINS = 2**20  # of all rows: an AUC's bound is then near 1e-6
 SLICE_BINS = 2**14  # of each slice: near 1e-4
-MAX_SLICES = 50  # of one field; the others are one slice together
-REST, NULL = "(other)", "(null)"
+Slice = tuple[int, int, dict[str, Estimate]]  # rows, positives, metrics
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,13 @@ class Answer:
         rows: scored.
         exact: whether all logits were kept.
         metrics: name -> estimate, as metrics.exact_metrics names them.
-        slices: column -> value -> (rows, positives, metrics), the largest first.
+        slices: column -> value -> slice, the largest first.
     """
 
     rows: int
     exact: bool
     metrics: dict[str, Estimate]
-    slices: dict[str, dict[str, tuple[int, int, dict[str, Estimate]]]]
+    slices: dict[str, dict[str, Slice]]
 
 
 def run_evaluation(
@@ -134,155 +132,70 @@ def evaluate_run(config: RunConfig, folder: Path, step: int, process: Process, q
     contents = read_contents(files, schema, selection, warn=process.is_first)
     total = sum(group.num_rows for group in contents.row_groups)
     pieces = pieces_of_groups((group.file, group.index, group.stored_rows) for group in contents.row_groups)
-    built = load_built(config, schema, folder, step, process)
     reader = Reader(files, Encoder(schema), has_labels=True, extra=tuple(by.values()), selection=selection)
-    scorer = Scorer(built, process, reader, *scoring_options(config, process))
     dealt = deal(pieces, process.world_size)
-    bar = tqdm(
-        total=total, unit="row", unit_scale=True, desc="evaluate", disable=None if process.is_first else True
-    )
-    scored = _with_bar(scorer, dealt, bar)
+    slicer = count_slices(tuple(by), reader, dealt[process.rank], process)
+    built = load_built(config, schema, folder, step, process)
+    scorer = Scorer(built, process, reader, *scoring_options(config, process))
+    scored = _with_bar(scorer, dealt, total, process)
+    has_groups = bool(schema.group_column)
     if total <= question.exact_rows:
-        return exact_answer(scored, built.branch_names, tuple(by), process)
-    keep_groups = -(-total // question.exact_rows) if schema.group_column else 0
-    return streamed_answer(scored, built.branch_names, tuple(by), process, keep_groups)
+        return exact_answer(scored, built.branch_names, slicer, process, has_groups=has_groups)
+    stride = -(-total // max(1, question.exact_rows)) if has_groups else 0
+    return streamed_answer(scored, built.branch_names, slicer, process, stride)
 
 
-def _with_bar(scorer: Scorer, dealt: Sequence[Sequence[Piece]], bar: Any) -> Iterable[Scored]:
-    total = bar.total
-    with bar:
+def _with_bar(
+    scorer: Scorer, dealt: Sequence[Sequence[Piece]], total: int, process: Process
+) -> Iterable[Scored]:
+    hidden = None if process.is_first else True
+    with tqdm(total=total, unit="row", unit_scale=True, desc="evaluate", disable=hidden) as bar:
         for item in scorer.score(dealt, lambda rows: bar.update(min(rows * len(dealt), total - bar.n))):
             if isinstance(item, Scored):
                 yield item
 
 
-def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) -> dict[str, str]:
-    """Names of slices -> columns of the files; a field's name stands for its column.
-
-    Raises:
-        InputError: a column is missing, or holds lists.
-    """
-    columns = {name: next((f.source_column for f in schema.features if f.name == name), name) for name in by}
-    for file in files if by else ():
-        with open_parquet(file) as parquet:
-            found = parquet.schema_arrow
-        for name, column in columns.items():
-            if column not in found.names:
-                raise InputError(
-                    f"{file}: --by {name}: no such column; it has {', '.join(found.names[:8])}, ..."
-                )
-            if pa.types.is_nested(found.field(column).type):
-                raise InputError(
-                    f"{file}: --by {name}: column {column!r} is {found.field(column).type}; wanted one value a row: "
-                    "choose another column"
-                )
-    return columns
-
-
-class _Slicer:
-    """Turns slice values into small numbers, one space a column, and back."""
-
-    def __init__(self, num_columns: int) -> None:
-        self.numbers: list[dict[str, int]] = [{} for _ in range(num_columns)]
-
-    def codes(self, rows: pa.RecordBatch) -> np.ndarray:
-        """(n, columns) int64: this rank's number of each row's value."""
-        codes = np.zeros((rows.num_rows, len(self.numbers)), np.int64)
-        for index, numbers in enumerate(self.numbers):
-            column = rows.column(index)
-            encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode("encode")
-            own = [
-                numbers.setdefault(NULL if value is None else str(value), len(numbers))
-                for value in encoded.dictionary.to_pylist()
-            ]
-            if encoded.indices.null_count:
-                own.append(numbers.setdefault(NULL, len(numbers)))
-            places = (
-                encoded.indices.fill_null(len(own) - 1) if encoded.indices.null_count else encoded.indices
-            )
-            codes[:, index] = np.asarray(own or [0], np.int64)[places.to_numpy(zero_copy_only=False)]
-        return codes
-
-    def merge(self, process: Process) -> list[list[str]]:
-        """Names of the values of each column over all ranks; afterwards `renumber` gives numbers that all ranks share."""
-        everyone: list[Any] = [self.numbers]
-        if process.world_size > 1:
-            everyone = [None] * process.world_size
-            dist.all_gather_object(everyone, self.numbers)
-        names = [
-            sorted({name for numbers in everyone for name in numbers[index]})
-            for index in range(len(self.numbers))
-        ]
-        self._shared = [
-            np.asarray([ordered.index(name) for name in numbers] or [0], np.int64)
-            for ordered, numbers in zip(names, self.numbers, strict=True)
-        ]
-        return names
-
-    def renumber(self, codes: np.ndarray) -> np.ndarray:
-        """This rank's numbers -> the shared ones."""
-        columns = [shared[codes[:, index]] for index, shared in enumerate(self._shared)]
-        return np.stack(columns, axis=1) if columns else codes
-
-
 def exact_answer(
-    scored: Iterable[Scored], branches: tuple[str, ...], by: tuple[str, ...], process: Process
+    scored: Iterable[Scored], branches: tuple[str, ...], slicer: Slicer, process: Process, *, has_groups: bool
 ) -> Answer:
     """Keep every row's logits, gather them on rank 0 and compute all metrics there."""
-    slicer = _Slicer(len(by))
-    rows, ids, codes = [np.zeros((0, 2 + len(branches)), np.float32)], [np.zeros(0, np.int64)], []
-    codes.append(np.zeros((0, len(by)), np.int64))
-    has_groups = False
+    rows = [np.zeros((0, 2 + len(branches)), np.float32)]
+    keys = [np.zeros((0, has_groups + len(slicer.names)), np.int64)]  # group ids, then slices
     for batch in scored:
         rows.append(np.concatenate([batch.logits, batch.columns.labels[:, None]], axis=1))
-        codes.append(slicer.codes(batch.rows))
-        if batch.columns.group_ids is not None:
-            ids.append(batch.columns.group_ids)
-    has_groups = bool(broadcast_value(_any_groups(ids, process), process))
-    names = slicer.merge(process)
+        groups = [batch.columns.group_ids[:, None]] if batch.columns.group_ids is not None else []
+        keys.append(np.concatenate([*groups, slicer.codes(batch.rows)], axis=1))
     gathered = gather_rows(np.concatenate(rows), process)
-    sliced = gather_rows(slicer.renumber(np.concatenate(codes)), process) if by else None
-    groups = gather_rows(np.concatenate(ids)[:, None], process) if has_groups else None
+    gathered_keys = gather_rows(np.concatenate(keys), process)
     answer = None
-    if gathered is not None:
+    if gathered is not None and gathered_keys is not None:
         logits, labels = gathered[:, :-1], gathered[:, -1]
-        group_ids = None if groups is None else groups[:, 0]
+        groups = gathered_keys[:, 0] if has_groups else None
 
         def metrics(chosen: Any) -> tuple[int, int, dict[str, Estimate]]:
-            own = None if group_ids is None else group_ids[chosen]
+            own = None if groups is None else groups[chosen]
             found = exact_metrics(logits[chosen], labels[chosen], branches, own)
             return len(labels[chosen]), int(labels[chosen].sum()), found
 
         slices = {}
-        for index, column in enumerate(by):
-            assert sliced is not None
-            slices[column] = {
-                name: metrics(np.isin(sliced[:, index], numbers))
-                for name, numbers in largest(sliced[:, index], names[index]).items()
-            }
+        for index, (column, names) in enumerate(slicer.names.items()):
+            codes = gathered_keys[:, has_groups + index]
+            entries = {name: metrics(codes == number) for number, name in enumerate(names)}
+            slices[column] = by_falling_size(entries)
         answer = Answer(len(labels), True, metrics(slice(None))[2], slices)
     return broadcast_value(answer, process)
 
 
-def _any_groups(ids: Sequence[np.ndarray], process: Process) -> bool:
-    present = torch.tensor([float(sum(map(len, ids)))])
-    if process.world_size > 1:
-        dist.all_reduce(present)
-    return bool(present.item())
-
-
-def largest(codes: np.ndarray, names: Sequence[str]) -> dict[str, list[int]]:
-    """Slice name -> its numbers, by falling size: the MAX_SLICES largest, and the rest as one."""
-    counts = np.bincount(codes, minlength=len(names))
-    order = [int(number) for number in np.argsort(-counts, kind="stable") if counts[number]]
-    found = {names[number]: [number] for number in order[:MAX_SLICES]}
-    return found | ({REST: order[MAX_SLICES:]} if len(order) > MAX_SLICES else {})
+def by_falling_size(entries: dict[str, Slice]) -> dict[str, Slice]:
+    """Order slices by rows, the rest last; those without a kept row are left out."""
+    kept = [(name, entry) for name, entry in entries.items() if entry[0]]
+    return dict(sorted(kept, key=lambda item: (item[0] == REST, -item[1][0])))
 
 
 def streamed_answer(
     scored: Iterable[Scored],
     branches: tuple[str, ...],
-    by: tuple[str, ...],
+    slicer: Slicer,
     process: Process,
     group_stride: int,
 ) -> Answer:
@@ -291,28 +204,24 @@ def streamed_answer(
     Args:
         scored: batches of this rank.
         branches: names.
-        by: slice columns. The first MAX_SLICES values that a rank meets have a histogram of their own, the others share one.
+        slicer: each slice has a histogram of its own.
         process: this rank.
         group_stride: GAUC is computed exactly on the groups whose id is a multiple of it, about every such-and-such-th one
             (ids are hashes); 0: no groups.
     """
-    slicer = _Slicer(len(by))
     outputs = 1 + len(branches)
     everything = Histogram(outputs, NUM_BINS)
-    own: list[dict[str, Histogram]] = [{} for _ in by]
+    own = [[Histogram(outputs, SLICE_BINS) for _ in names] for names in slicer.names.values()]
     sample: list[np.ndarray] = [np.zeros((0, 2), np.float32)]
     sample_ids: list[np.ndarray] = [np.zeros((0, 1), np.int64)]
     for batch in scored:
         labels = batch.columns.labels
         everything.add(batch.logits, labels)
         codes = slicer.codes(batch.rows)
-        for index in range(len(by)):
-            for name, number in slicer.numbers[index].items():
-                chosen = codes[:, index] == number
-                if chosen.any():
-                    known = name if number < MAX_SLICES else REST
-                    histogram = own[index].setdefault(known, Histogram(outputs, SLICE_BINS))
-                    histogram.add(batch.logits[chosen], labels[chosen])
+        for histograms, column in zip(own, codes.T, strict=True):
+            for number in np.unique(column):
+                chosen = column == number
+                histograms[number].add(batch.logits[chosen], labels[chosen])
         if group_stride and batch.columns.group_ids is not None:
             taken = batch.columns.group_ids % group_stride == 0
             sample.append(np.stack([batch.logits[taken, 0], labels[taken]], axis=1))
@@ -324,26 +233,16 @@ def streamed_answer(
     if rows is not None and ids is not None and len(rows):
         metrics["gauc"] = gauc(rows[:, 0], rows[:, 1], ids[:, 0])
     slices = {}
-    for column, histograms in zip(by, own, strict=True):
-        slices[column] = _merged_slices(histograms, branches, process)
-    answer = Answer(int(everything.counts[:, 0].sum()), False, metrics, slices)
+    for (column, names), histograms in zip(slicer.names.items(), own, strict=True):
+        for histogram in histograms:
+            add_over_ranks(histogram, process)
+        entries = {
+            name: (*each.rows_and_positives(), each.metrics(branches))
+            for name, each in zip(names, histograms, strict=True)
+        }
+        slices[column] = by_falling_size(entries)
+    answer = Answer(everything.rows_and_positives()[0], False, metrics, slices)
     return broadcast_value(answer, process)
-
-
-def _merged_slices(
-    own: dict[str, Histogram], branches: tuple[str, ...], process: Process
-) -> dict[str, tuple[int, int, dict[str, Estimate]]]:
-    everyone: list[Any] = [sorted(own)]
-    if process.world_size > 1:
-        everyone = [None] * process.world_size
-        dist.all_gather_object(everyone, sorted(own))
-    found = {}
-    for name in sorted({name for names in everyone for name in names}):
-        histogram = own.get(name) or Histogram(1 + len(branches), SLICE_BINS)
-        add_over_ranks(histogram, process)
-        negatives, positives = histogram.counts[:, 0].sum(axis=1)
-        found[name] = (int(negatives + positives), int(positives), histogram.metrics(branches))
-    return dict(sorted(found.items(), key=lambda item: (item[0] == REST, -item[1][0])))
 
 
 def add_over_ranks(histogram: Histogram, process: Process) -> None:

@@ -9,6 +9,7 @@ Shapes: B rows of one rank's batch, K branches.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -84,44 +85,59 @@ class Reader:
         Raises:
             InputError: a value is faulty, or the file is damaged.
         """
-        file, schema = self.files[piece.file], self.encoder.schema
-        label = schema.label
-        wanted = [name for name in schema.columns if self.has_labels or name != label]
-        if self.selection is not None and self.selection.conditions and schema.time_column:
-            wanted.append(schema.time_column)
-        names = list(dict.fromkeys([*wanted, *self.extra]))
+        schema = self.encoder.schema
+        columns = [name for name in schema.columns if self.has_labels or name != schema.label]
+        with self._naming_damage(piece):
+            for rows, place in self._kept(piece, batch_rows, columns):
+                extra = rows.select(list(self.extra))
+                if not self.has_labels:
+                    if schema.label in rows.schema.names:
+                        rows = rows.drop_columns([schema.label])
+                    rows = rows.append_column(schema.label, pa.array(np.zeros(rows.num_rows, np.int8)))
+                yield extra, self.encoder.encode(rows, place)
+
+    def read_extra(self, piece: Piece, batch_rows: int) -> Iterator[pa.RecordBatch]:
+        """Yield the extra columns of the kept rows only, nothing encoded.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        sampled = self.selection is not None and self.selection.samples
+        with self._naming_damage(piece):
+            for rows, _ in self._kept(piece, batch_rows, [self.encoder.schema.label] if sampled else []):
+                yield rows.select(list(self.extra))
+
+    def _kept(
+        self, piece: Piece, batch_rows: int, columns: Sequence[str]
+    ) -> Iterator[tuple[pa.RecordBatch, Place]]:
+        """Kept rows of a piece, with these columns and the extra ones, and where they stand."""
+        file, time_column = self.files[piece.file], self.encoder.schema.time_column
+        timed = self.selection is not None and self.selection.conditions and time_column
+        names = list(dict.fromkeys([*columns, *([time_column] if timed else []), *self.extra]))
+        with open_parquet(file) as parquet:
+            for row_group, _ in piece.row_groups:
+                first_row = 0
+                batches = parquet.iter_batches(
+                    batch_rows, row_groups=[row_group], columns=names, use_threads=False
+                )
+                for rows in _of_exact_size(batches, batch_rows):
+                    place = Place(str(file), row_group, first_row)
+                    first_row += rows.num_rows
+                    if self.selection is not None and self.selection.filters:
+                        kept = self.selection.mask(rows, file, place)
+                        rows = rows.filter(pa.array(kept))
+                        place = replace(place, rows=place.first_row + np.flatnonzero(kept))
+                    yield rows, place
+
+    @contextmanager
+    def _naming_damage(self, piece: Piece) -> Iterator[None]:
+        """Turn what Arrow says of a damaged file into a fault of that file."""
         try:
-            with open_parquet(file) as parquet:
-                for row_group, _ in piece.row_groups:
-                    first_row = 0
-                    batches = parquet.iter_batches(
-                        batch_rows, row_groups=[row_group], columns=names, use_threads=False
-                    )
-                    for rows in _of_exact_size(batches, batch_rows):
-                        yield self._encoded(rows, Place(str(file), row_group, first_row))
-                        first_row += rows.num_rows
+            yield
         except DAMAGE as error:
             raise InputError(
-                f"{file}: cannot be decoded ({first_line(error)}); the file is damaged: write it again"
+                f"{self.files[piece.file]}: cannot be decoded ({first_line(error)}); the file is damaged: write it again"
             ) from None
-
-    def _encoded(self, rows: pa.RecordBatch, place: Place) -> tuple[pa.RecordBatch, Columns]:
-        if self.selection is not None and self.selection.filters:
-            kept = self.selection.mask(rows, self.files_by_name[place.file], place)
-            rows = rows.filter(pa.array(kept))
-            place = replace(place, rows=place.first_row + np.flatnonzero(kept))
-        extra = rows.select(list(self.extra))
-        label = self.encoder.schema.label
-        if not self.has_labels:
-            if label in rows.schema.names:
-                rows = rows.drop_columns([label])
-            rows = rows.append_column(label, pa.array(np.zeros(rows.num_rows, np.int8)))
-        return extra, self.encoder.encode(rows, place)
-
-    @property
-    def files_by_name(self) -> dict[str, DataFile]:
-        """The files by their names in messages."""
-        return {str(file): file for file in self.files}
 
 
 def _of_exact_size(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[pa.RecordBatch]:

@@ -186,8 +186,13 @@ class Histogram:
         for output in range(self.num_outputs):
             for label in (0, 1):
                 chosen = bins[labels == label, output]
-                self.counts[label, output] += np.bincount(chosen, minlength=self.num_bins)
+                np.add.at(self.counts[label, output], chosen, 1)
             self.sums[output] += moments(logits[:, output], labels)
+
+    def rows_and_positives(self) -> tuple[int, int]:
+        """How many rows were counted, and how many of them are positive."""
+        negatives, positives = self.counts[:, 0].sum(axis=1)
+        return int(negatives + positives), int(positives)
 
     def metrics(self, names: tuple[str, ...]) -> dict[str, Estimate]:
         """Metrics of every output; `names`: of the branches."""
