@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.errors import InputError
+from data.keys import first_line
 from data.schema import Feature, Schema, Table, format_schema, load_schema
 from mbcnet_rec import serving
 from mbcnet_rec.config import RunConfig, config_text
@@ -85,17 +87,16 @@ class Weights:
 
 
 def untrained(config: RunConfig, schema: Schema) -> Weights:
-    """Build a model unsharded, with unset tables and freshly drawn dense weights."""
+    """Build a model unsharded, without rows and with freshly drawn dense weights."""
     wide = needs_wide(config.model)
     layout = dataclasses.replace(input_layout(schema), wide=wide)
     extra = wide_tables(list(schema.tables)) if wide else []  # type: ignore[type-var]
     tables = (*schema.tables, *extra)
-    rows = {table.name: torch.empty(table.num_embeddings, table.embedding_dim) for table in tables}
     if config.model.kind == "mbcnet":
         arch: nn.Module = BranchArch(config.model.mbcnet, layout)
     else:
         arch = build_arch(config.model, layout)
-    return Weights(config, schema, layout, tables, rows, FeatureRegroup(layout).eval(), arch.eval())
+    return Weights(config, schema, layout, tables, {}, FeatureRegroup(layout).eval(), arch.eval())
 
 
 def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
@@ -110,19 +111,22 @@ def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
     tensors |= {f"model.sparse_arch.regroup.{name}": value for name, value in regroup.items()}
     for table in weights.tables:
         collection = "weighted_ebc" if table.weighted else "ebc"
-        name = f"model.sparse_arch.{collection}.embedding_bags.{table.name}.weight"
-        tensors[name] = weights.rows[table.name]
+        rows = torch.empty(table.num_embeddings, table.embedding_dim)
+        tensors[f"model.sparse_arch.{collection}.embedding_bags.{table.name}.weight"] = rows
+        weights.rows[table.name] = rows
     read_whole(config, folder, step, tensors)
     return weights
 
 
-def take_apart(weights: Weights, rows: str, branches: Sequence[str] = ()) -> Exported:
-    """Quantise the tables and record the dense part.
+def take_apart(
+    weights: Weights, branches: Sequence[str] = (), vocabularies: dict[str, list[Any]] | None = None
+) -> Exported:
+    """Record the dense part and describe the fields; `with_rows` adds the tables' rows.
 
     Args:
         weights: of a run.
-        rows: fp32, fp16, int8 or int4.
         branches: of an MBCnet to serve; none: all of them.
+        vocabularies: name -> values in row order; None: read from the schema's folder.
 
     Raises:
         InputError: the model has no such branches, or fuses them by a gate that knows all.
@@ -141,7 +145,8 @@ def take_apart(weights: Weights, rows: str, branches: Sequence[str] = ()) -> Exp
     path = FusedPath(regroup, weights.arch, chosen, dict(zip(keys, widths, strict=True))).eval()
     program = trace(path, sum(widths) + sum(feature.dense_width for feature in weights.schema.dense))
     graph, dense = graph_spec(program)
-    vocabularies, fields = read_vocabularies(weights.schema)
+    if vocabularies is None:
+        vocabularies = read_vocabularies(weights.schema)
     listed = {
         pooling: [
             {"name": each.name, "num_embeddings": each.num_embeddings, "embedding_dim": each.embedding_dim}
@@ -154,18 +159,18 @@ def take_apart(weights: Weights, rows: str, branches: Sequence[str] = ()) -> Exp
         "name": weights.config.name,
         "kind": weights.config.model.kind,
         "branches": list(chosen),
-        "rows": rows,
+        "rows": "",
         "versions": {name: version(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")},
-        "fields": fields,
+        "fields": field_entries(weights.schema, vocabularies),
         "tables": listed,
         "lookups": {pooling: [list(pair) for pair in pairs] for pooling, pairs in lookups.items()},
         "graph": graph,
     }
-    return with_rows(Exported(spec, {}, dense, vocabularies, program), weights, rows)
+    return Exported(spec, {}, dense, vocabularies, program)
 
 
 def with_rows(exported: Exported, weights: Weights, rows: str) -> Exported:
-    """The same with its tables packed as fp32, fp16, int8 or int4."""
+    """The same with its tables' rows packed as fp32, fp16, int8 or int4."""
     spec: dict[str, Any] = exported.spec | {"rows": rows}
     packed = {
         pooling: pack_rows(tables, spec["lookups"][pooling], rows, pooling, weights.rows)
@@ -240,21 +245,30 @@ def pack_rows(
     return opened.weights_host
 
 
-def read_vocabularies(schema: Schema) -> tuple[dict[str, list[Any]], list[dict[str, Any]]]:
-    """Vocabularies by file, and the fields as model.json lists them: sparse, weighted, then dense."""
-    vocabularies: dict[str, list[Any]] = {}
-    fields = []
+def read_vocabularies(schema: Schema) -> dict[str, list[Any]]:
+    """Name of each vocabulary file -> its values in row order."""
+    names = {
+        feature.vocabulary
+        for feature in schema.features
+        if feature.encoding == "vocabulary" and feature.kind != "numeric"
+    }
+    return {
+        name: pq.read_table(schema.folder / name, columns=["value"])["value"].to_pylist()
+        for name in sorted(names)
+    }
+
+
+def field_entries(schema: Schema, vocabularies: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """The fields as model.json lists them: sparse, weighted, then dense."""
+    entries = []
     for feature in (*schema.sparse, *schema.weighted, *schema.dense):
         entry = field_entry(feature, schema)
         if feature.encoding == "vocabulary" and feature.kind != "numeric":
-            if feature.vocabulary not in vocabularies:
-                values = pq.read_table(schema.folder / feature.vocabulary, columns=["value"])["value"]
-                vocabularies[feature.vocabulary] = values.to_pylist()
             known = vocabularies[feature.vocabulary]
             entry["vocabulary"] = feature.vocabulary
             entry["vocabulary_type"] = "integer" if known and isinstance(known[0], int) else "string"
-        fields.append(entry)
-    return vocabularies, fields
+        entries.append(entry)
+    return entries
 
 
 def field_entry(feature: Feature, schema: Schema) -> dict[str, Any]:
@@ -290,13 +304,13 @@ def version(name: str) -> str:
         return ""
 
 
-def write_artefact(exported: Exported, weights: Weights, out: Path, *, aot: bool = False) -> None:
-    """Write the folder; it appears by one rename.
+def write_artefact(exported: Exported, weights: Weights, out: Path, *, aot: bool = False) -> str:
+    """Write the folder; it appears by one rename. Returns why the dense part could not be compiled, or an empty string.
 
     Args:
         exported: what to write.
         weights: of the run, for its config and schema.
-        out: must not exist, or be empty.
+        out: what is there is replaced.
         aot: also compile the dense part by AOTInductor, for this machine's processor.
     """
     partial = out.with_name(f".{out.name}.partial")
@@ -311,17 +325,28 @@ def write_artefact(exported: Exported, weights: Weights, out: Path, *, aot: bool
         (partial / "schema.toml").write_text(format_schema(weights.schema))
         (partial / "config.toml").write_text(config_text(weights.config))
         shutil.copyfile(serving.__file__, partial / LOADER)
-        if aot:
-            torch._inductor.aoti_compile_and_package(
-                exported.program, package_path=str(partial / serving.COMPILED)
-            )
+        problem = _compile_dense(exported.program, partial / serving.COMPILED) if aot else ""
+        for path in partial.iterdir():  # safetensors writes for its owner's eyes only
+            path.chmod((partial / serving.VOCABULARY).stat().st_mode)
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         (partial / serving.MODEL).write_text(json.dumps(exported.spec | {"files": files}, indent=1))
         if out.exists():
-            out.rmdir()
+            shutil.rmtree(out)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return problem
+
+
+def _compile_dense(program: torch.export.ExportedProgram, path: Path) -> str:
+    """Compile by AOTInductor; return why it failed, or an empty string."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:  # the compiler's, Inductor's and the loader's own, of many classes
+        path.unlink(missing_ok=True)
+        return first_line(error) or type(error).__name__
+    return ""
 
 
 def _sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import TextIO
 
 from data.errors import InputError
 from mbcnet_rec.commands import (
+    bench,
     data,
     doctor,
     evaluate,
@@ -25,7 +26,7 @@ from mbcnet_rec.commands import (
 from mbcnet_rec.training.exits import RunStoppedError
 
 OURS = ("data", "sharding", "mbcnet_rec")
-COMMANDS = (doctor, data, schema, plan, launch, train, evaluate, predict, export, study, tune)
+COMMANDS = (doctor, data, schema, plan, launch, train, evaluate, predict, export, bench, study, tune)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.arrow import Encoder
 from data.errors import InputError
-from data.files import read_contents, resolve_files
+from data.files import resolve_files
 from data.schema import load_schema
-from data.selection import Selection, select_files
+from data.selection import select_files
 from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.pieces import Piece, Reader, Scored, Scorer, deal, pieces_of_groups
+from mbcnet_rec.pieces import Piece, Scored, Scorer, deal, labelled_rows
 from mbcnet_rec.slices import REST, Slicer, count_slices, slice_columns
 from mbcnet_rec.train import CONFIG, known_best
 from mbcnet_rec.trained import branch_names, find_step, load_built, load_run, scoring_options
@@ -128,20 +127,17 @@ def evaluate_run(config: RunConfig, folder: Path, step: int, process: Process, q
     where = () if question.data else getattr(config.data, f"{question.split}_where")
     files = select_files(resolve_files(paths), where, schema)
     by = slice_columns(files, question.by, schema)
-    selection = Selection(config.data.eval_options(where), schema, files)
-    contents = read_contents(files, schema, selection, warn=process.is_first)
-    total = sum(group.num_rows for group in contents.row_groups)
-    pieces = pieces_of_groups((group.file, group.index, group.stored_rows) for group in contents.row_groups)
-    reader = Reader(files, Encoder(schema), has_labels=True, extra=tuple(by.values()), selection=selection)
-    dealt = deal(pieces, process.world_size)
-    slicer = count_slices(tuple(by), reader, dealt[process.rank], process)
+    options = config.data.eval_options(where)
+    rows = labelled_rows(files, schema, options, tuple(by.values()), warn=process.is_first)
+    dealt = deal(rows.pieces, process.world_size)
+    slicer = count_slices(tuple(by), rows.reader, dealt[process.rank], process)
     built = load_built(config, schema, folder, step, process)
-    scorer = Scorer(built, process, reader, *scoring_options(config, process))
-    scored = _with_bar(scorer, dealt, total, process)
+    scorer = Scorer(built, process, rows.reader, *scoring_options(config, process))
+    scored = _with_bar(scorer, dealt, rows.num_rows, process)
     has_groups = bool(schema.group_column)
-    if total <= question.exact_rows:
+    if rows.num_rows <= question.exact_rows:
         return exact_answer(scored, built.branch_names, slicer, process, has_groups=has_groups)
-    stride = -(-total // max(1, question.exact_rows)) if has_groups else 0
+    stride = -(-rows.num_rows // max(1, question.exact_rows)) if has_groups else 0
     return streamed_answer(scored, built.branch_names, slicer, process, stride)
 
 

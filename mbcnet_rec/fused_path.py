@@ -62,7 +62,7 @@ def trace(path: FusedPath, width: int) -> torch.export.ExportedProgram:
 
 
 def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Write an exported program as `serving.Graph` reads it, with the weights that its output depends on."""
+    """Write an exported program as `serving.build_graph` reads it, with the weights that its output depends on."""
     signature = program.graph_signature
     names = {
         **signature.inputs_to_parameters,
@@ -71,20 +71,19 @@ def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], d
     }
     nodes = list(program.graph.nodes)
     output = next(node for node in nodes if node.op == "output").args[0][0]  # type: ignore[index]
-    last = _last_uses(nodes, output)
+    needed = _needed(output)
     calls = [
         {
             "name": node.name,
             "call": _call_name(node),
             "args": _plain(node.args),
             "kwargs": {key: _plain(value) for key, value in node.kwargs.items()},
-            "last": last[node],
         }
         for node in nodes
-        if node.op == "call_function" and node in last
+        if node.op == "call_function" and node in needed
     ]
     tensors = {**program.state_dict, **program.constants}
-    used = {node.name: names[node.name] for node in nodes if node.name in names and node in last}
+    used = {node.name: names[node.name] for node in nodes if node.name in names and node in needed}
     spec: dict[str, Any] = {
         "input": next(iter(signature.user_inputs)),
         "output": output.name,
@@ -96,17 +95,14 @@ def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], d
     return spec, {name: tensors[name].detach() for name in used.values()}  # type: ignore[union-attr]
 
 
-def _last_uses(nodes: Sequence[fx.Node], output: fx.Node) -> dict[fx.Node, list[str]]:
-    """Nodes that the output depends on -> names of call results that are read there for the last time."""
-    wanted: dict[fx.Node, list[str]] = {}
-    read: set[fx.Node] = {output}
-    for node in reversed(nodes):
-        if node not in read or node.op == "output":
-            continue
-        fresh = [each for each in node.all_input_nodes if each not in read]
-        wanted[node] = [each.name for each in fresh if each.op == "call_function"]
-        read.update(node.all_input_nodes)
-    return wanted
+def _needed(output: fx.Node) -> set[fx.Node]:
+    """The nodes that the output depends on, itself included."""
+    found, open_ends = {output}, [output]
+    while open_ends:
+        fresh = set(open_ends.pop().all_input_nodes) - found
+        found |= fresh
+        open_ends += fresh
+    return found
 
 
 def _call_name(node: fx.Node) -> str:

@@ -22,9 +22,9 @@ from data.batch import Batch, Keys, to_batch
 from data.column_types import check_columns
 from data.columns import Columns, Run, gather
 from data.errors import InputError
-from data.files import prove
+from data.files import prove, read_contents
 from data.keys import first_line
-from data.order import Cursor
+from data.order import Cursor, StreamOptions
 from data.schema import Schema
 from data.selection import Selection
 from data.storage import DAMAGE, DataFile, open_parquet
@@ -153,6 +153,41 @@ def _of_exact_size(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterat
             parts, held = [joined.slice(batch_rows)], held - batch_rows
     if held:
         yield pa.concat_batches(parts)
+
+
+class LabelledRows(NamedTuple):
+    """Rows of a split, ready to be read piece by piece. num_rows: kept."""
+
+    reader: Reader
+    pieces: list[Piece]
+    num_rows: int
+
+
+def labelled_rows(
+    files: Sequence[DataFile],
+    schema: Schema,
+    options: StreamOptions,
+    extra: Sequence[str],
+    *,
+    warn: bool = False,
+) -> LabelledRows:
+    """Read all footers, and cut into pieces what the options keep of the files.
+
+    Args:
+        files: at least one.
+        schema: what the columns must be.
+        options: which rows to keep.
+        extra: columns to pass through.
+        warn: whether to warn once of pages without checksums.
+
+    Raises:
+        InputError: a file is no Parquet file, a column is missing or of a wrong type, or no row is left.
+    """
+    selection = Selection(options, schema, files)
+    row_groups = read_contents(files, schema, selection, warn=warn).row_groups
+    pieces = pieces_of_groups((group.file, group.index, group.stored_rows) for group in row_groups)
+    reader = Reader(files, Encoder(schema), has_labels=True, extra=tuple(extra), selection=selection)
+    return LabelledRows(reader, pieces, sum(group.num_rows for group in row_groups))
 
 
 def unlabelled_pieces(files: Sequence[DataFile], schema: Schema) -> list[Piece]:

@@ -13,7 +13,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from data.arrow import Encoder
 from data.errors import InputError
 from data.files import resolve_files
 from data.schema import load_schema
-from data.storage import DataFile, open_parquet, path_parts
+from data.storage import DataFile, is_uri, open_parquet, path_parts
 from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.pieces import Piece, Reader, Scored, Scorer, deal, unlabelled_pieces
 from mbcnet_rec.train import refuse_together
@@ -39,6 +40,7 @@ from mbcnet_rec.trained import (
     scoring_options,
     weights_digest,
 )
+from mbcnet_rec.training.exits import CannotWriteError
 from mbcnet_rec.training.process import Process, any_rank, broadcast_value, joined_process
 
 REQUEST, PIECES = "_predict.json", "_pieces"
@@ -104,6 +106,10 @@ def run_prediction(
         InputError: no such run, faulty files, or `out` holds something else.
     """
     quieten_libraries()
+    if is_uri(out):
+        raise InputError(
+            f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards"
+        )
     folder = Path(run_folder)
     config = load_run(folder)
     schema = load_schema(config.schema)
@@ -116,19 +122,32 @@ def run_prediction(
         job = Job(files, relative_names(files), Path(out), kept, outputs)
         refuse_together(job.problem, process)
         request = describe(job, pieces, weights_digest(config, folder, step))
-        refuse_together(prepare(job, request, overwrite) if process.is_first else "", process)
-        todo = broadcast_value(unfinished(job, pieces) if process.is_first else None, process)
-        if todo:
-            built = load_built(config, schema, folder, step, process)
-            encoder = Encoder(replace(schema, group_column=""))
-            reader = Reader(files, encoder, has_labels=False, extra=tuple(each.name for each in kept))
-            scorer = Scorer(built, process, reader, *scoring_options(config, process))
-            write_pieces(job, scorer, deal(todo, process.world_size), process)
-        join_pieces(job, pieces, process)
-        any_rank(False)  # until every rank's files are there
-        if process.is_first:
-            print(finish(job, pieces, step, scored=sum(piece.num_rows for piece in todo)))
+        with _naming_write_faults(job.out):
+            refuse_together(prepare(job, request, overwrite) if process.is_first else "", process)
+            todo = broadcast_value(unfinished(job, pieces) if process.is_first else None, process)
+            if todo:
+                built = load_built(config, schema, folder, step, process)
+                encoder = Encoder(replace(schema, group_column=""))
+                reader = Reader(files, encoder, has_labels=False, extra=tuple(each.name for each in kept))
+                scorer = Scorer(built, process, reader, *scoring_options(config, process))
+                write_pieces(job, scorer, deal(todo, process.world_size), process)
+            join_pieces(job, pieces, process)
+            any_rank(False)  # until every rank's files are there
+            if process.is_first:
+                print(finish(job, pieces, step, scored=sum(piece.num_rows for piece in todo)))
     return 0
+
+
+@contextmanager
+def _naming_write_faults(out: Path) -> Iterator[None]:
+    """Say what a full disk or a folder without permission means here. Faults of reading are InputErrors already."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWriteError(
+            f"{out}: cannot be written ({error.strerror or error}); mend it and start the same command again: it goes on "
+            "where it stopped"
+        ) from None
 
 
 def relative_names(files: Sequence[DataFile]) -> list[str]:
@@ -193,33 +212,47 @@ def describe(job: Job, pieces: Sequence[Piece], weights: str) -> dict[str, Any]:
 
 
 def prepare(job: Job, request: dict[str, Any], overwrite: bool) -> str:
-    """Make the output folder, or go on in it. Returns why not, or an empty string."""
+    """Make the output folder, or go on in it. Returns why not, or an empty string.
+
+    Output of files that have changed since is removed before the note is renewed, so that it is made again whatever happens in between.
+    """
     note = job.out / REQUEST
+    if job.out.exists() and not job.out.is_dir():
+        return f"{job.out}: is a file; choose a folder for --out"
     if job.out.is_dir() and any(job.out.iterdir()):
-        if not note.is_file():
+        before = _read_request(note)
+        if before is None:
             return f"{job.out}: holds something that is no prediction; choose another --out"
         if overwrite:
             shutil.rmtree(job.out)
         else:
-            problem = _difference(json.loads(note.read_text()), request)
-            if problem:
-                return f"{job.out}: {problem}; choose another --out, or replace it with --overwrite"
-            request["files"] = json.loads(note.read_text())["files"] | request["files"]
+            for key, words in (("weights", "other weights"), ("columns", "other columns")):
+                if before[key] != request[key]:
+                    return (
+                        f"{job.out}: holds a prediction with {words}; choose another --out, or replace it with "
+                        "--overwrite"
+                    )
+            for name, entry in request["files"].items():
+                if before["files"].get(name, entry) != entry:
+                    print(f"{entry['from']} has changed since its rows were scored: scored again")
+                    (job.out / name).unlink(missing_ok=True)
+                    shutil.rmtree(job.out / PIECES / name, ignore_errors=True)
+            request["files"] = before["files"] | request["files"]
     job.out.mkdir(parents=True, exist_ok=True)
     draft = job.out / f"{REQUEST}.partial"
     draft.write_text(json.dumps(request, indent=1))
-    draft.replace(note)
+    put_in_place(draft, note)
     return ""
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    for key, words in (("weights", "other weights"), ("columns", "other columns")):
-        if before.get(key) != now[key]:
-            return f"holds a prediction with {words}"
-    for name, entry in now["files"].items():
-        if before["files"].get(name, entry) != entry:
-            return f"{entry['from']} has changed since its rows were scored"
-    return ""
+def _read_request(note: Path) -> dict[str, Any] | None:
+    """The note that an earlier prediction left; None where there is none of ours."""
+    try:
+        before = json.loads(note.read_text())
+        whole = before["format"] == 1 and {"weights", "columns"} <= before.keys()
+        return before if whole and isinstance(before["files"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def unfinished(job: Job, pieces: Sequence[Piece]) -> list[Piece]:

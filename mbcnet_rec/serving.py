@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import fbgemm_gpu  # noqa: F401 (registers the operators)
 import numpy as np
 import torch
+import torch.fx as fx
 from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
     BoundsCheckMode,
@@ -173,7 +174,7 @@ class ServingModel:
                     f"{tables.weights_host.numel():,}: use the version that model.json names"
                 )
             tables.weights_host = rows[pooling]
-        self.graph: Callable[[Tensor], Tensor] = Graph(spec["graph"], dense)
+        self.graph = build_graph(spec["graph"], dense)
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return the click probability of each row, (B,) float32.
@@ -249,39 +250,38 @@ def open_tables(
     return opened
 
 
-class Graph:
-    """The dense part: a straight list of ATen calls, (B, N) -> (B,).
+def build_graph(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make the dense part, (B, N) -> (B,), from its straight list of ATen calls.
+
+    torch.fx writes them as one Python function, which drops each value after its last use.
 
     Args:
-        spec: input, output and calls; arguments that are nodes read {"node": name}.
+        spec: input, output and calls; arguments that are nodes read {"node": name}, dtypes {"torch": name}.
         weights: name -> tensor.
     """
+    graph = fx.Graph()
+    nodes = {spec["input"]: graph.placeholder("x")}
+    values = []
+    for name, weight in spec["weights"].items():
+        nodes[name] = graph.placeholder(f"weight_{len(values)}")
+        values.append(weights[weight])
 
-    def __init__(self, spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-        self._weights = {node: weights[name] for node, name in spec["weights"].items()}
-        self._input, self._output = spec["input"], spec["output"]
-        self._calls = [
-            (call["name"], resolve(call["call"]), call["args"], call["kwargs"], call["last"])
-            for call in spec["calls"]
-        ]
+    def read(argument: Any) -> Any:
+        if isinstance(argument, list):
+            return [read(each) for each in argument]
+        if not isinstance(argument, dict):
+            return argument
+        found = nodes[argument["node"]] if "node" in argument else getattr(torch, argument["torch"])
+        if not isinstance(found, (fx.Node, torch.dtype, torch.layout)):
+            raise ValueError(f"graph: {argument} is no dtype; this artefact is damaged or not ours")
+        return found
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Run the calls in order; what no later call reads is dropped on the way."""
-        values: dict[str, Any] = dict(self._weights)
-        values[self._input] = x
-
-        def read(argument: Any) -> Any:
-            if isinstance(argument, dict):
-                return values[argument["node"]] if "node" in argument else getattr(torch, argument["torch"])
-            return [read(each) for each in argument] if isinstance(argument, list) else argument
-
-        for name, function, args, kwargs, last in self._calls:
-            values[name] = function(
-                *[read(each) for each in args], **{key: read(each) for key, each in kwargs.items()}
-            )
-            for node in last:
-                del values[node]
-        return values[self._output]
+    for call in spec["calls"]:
+        kwargs = {key: read(value) for key, value in call["kwargs"].items()}
+        nodes[call["name"]] = graph.call_function(resolve(call["call"]), tuple(read(call["args"])), kwargs)
+    graph.output(nodes[spec["output"]])
+    run = fx.GraphModule(torch.nn.Module(), graph).forward
+    return lambda x: run(x, *values)
 
 
 def resolve(call: str) -> Callable[..., Any]:
@@ -330,7 +330,9 @@ class Preprocessor:
 
     def __call__(self, rows: Rows) -> Inputs:
         """Check and encode rows; see ServingModel.predict."""
-        bags = {field["name"]: self._bags(field, rows) for field in self.sparse}
+        rows = columns_of(rows)
+        bags = self._plain_bags(rows)
+        bags |= {field["name"]: self._bags(field, rows) for field in self.sparse if field["name"] not in bags}
         dense_columns = [self._numbers(field, rows) for field in self.dense]
         num_rows = (
             len(next(iter(bags.values())).lengths) if bags else len(dense_columns[0]) if dense_columns else 0
@@ -355,7 +357,25 @@ class Preprocessor:
         dense = np.concatenate([np.zeros((num_rows, 0), np.float32), *dense_columns], axis=1)
         return Inputs(joined, torch.from_numpy(dense))
 
-    def _bags(self, field: Mapping[str, Any], rows: Rows) -> Bags:
+    def _plain_bags(self, rows: Mapping[str, Any]) -> dict[str, Bags]:
+        """Fields whose every row holds one id that is right, checked all at once: most of a usual request."""
+        columns, limits = {}, []
+        for field in self.sparse:
+            if field["kind"] == "categorical" and field["encoding"] == "ids":
+                values, valid = flat_values(read_column(rows, field["column"], field["name"]))
+                if valid is None and np.can_cast(values.dtype, np.int64):
+                    columns[field["name"]] = values
+                    limits.append(field["num_embeddings"])
+        if len({len(values) for values in columns.values()}) != 1:
+            return {}
+        ids = np.stack(list(columns.values()), dtype=np.int64)
+        good = np.all((ids >= 0) & (ids < np.asarray(limits)[:, None]), axis=1).tolist()
+        ones = np.ones(ids.shape[1], np.int64)
+        return {
+            name: Bags(own, ones) for name, own, is_good in zip(columns, ids, good, strict=True) if is_good
+        }
+
+    def _bags(self, field: Mapping[str, Any], rows: Mapping[str, Any]) -> Bags:
         column = read_column(rows, field["column"], field["name"])
         if field["kind"] == "numeric":
             numbers, valid = finite(flat_values(column), field)
@@ -379,7 +399,7 @@ class Preprocessor:
             ids, weights = ids[keep], None if weights is None else weights[keep]
         return Bags(ids, lengths.astype(np.int64), weights)
 
-    def _weights(self, field: Mapping[str, Any], rows: Rows, wanted: np.ndarray) -> np.ndarray:
+    def _weights(self, field: Mapping[str, Any], rows: Mapping[str, Any], wanted: np.ndarray) -> np.ndarray:
         values, lengths = list_values(read_column(rows, field["weights"], field["name"]))
         if not np.array_equal(lengths, wanted):
             raise ValueError(
@@ -425,7 +445,7 @@ class Preprocessor:
             ) from None
         return rows
 
-    def _numbers(self, field: Mapping[str, Any], rows: Rows) -> np.ndarray:
+    def _numbers(self, field: Mapping[str, Any], rows: Mapping[str, Any]) -> np.ndarray:
         """(B, width) float32 of a numeric or vector field; missing numbers are 0."""
         column = read_column(rows, field["column"], field["name"])
         if field["kind"] == "vector":
@@ -453,19 +473,21 @@ class Preprocessor:
         return out
 
 
-def read_column(rows: Rows, column: str, field: str) -> Any:
-    """Take one column of a mapping or of Arrow data.
+def columns_of(rows: Rows) -> Mapping[str, Any]:
+    """Columns by name, of a mapping or of Arrow data."""
+    return rows if isinstance(rows, Mapping) else dict(zip(rows.schema.names, rows.columns, strict=True))
+
+
+def read_column(rows: Mapping[str, Any], column: str, field: str) -> Any:
+    """Take one column, in one piece.
 
     Raises:
         ValueError: it is missing.
     """
-    if isinstance(rows, Mapping):
-        if column in rows:
-            return rows[column]
-    elif column in rows.schema.names:
-        found = rows.column(column)
-        return found.combine_chunks() if hasattr(found, "combine_chunks") else found
-    raise ValueError(f"column {column!r} is missing, which field {field!r} reads")
+    if column not in rows:
+        raise ValueError(f"column {column!r} is missing, which field {field!r} reads")
+    found = rows[column]
+    return found.combine_chunks() if hasattr(found, "combine_chunks") else found
 
 
 def is_arrow(column: Any) -> bool:
@@ -475,24 +497,28 @@ def is_arrow(column: Any) -> bool:
 
 def flat_values(column: Any) -> Values:
     """Values of a flat column and which are not null; nulls read 0 or an empty string."""
-    if not is_arrow(column):
-        if isinstance(column, np.ndarray) and column.dtype.kind != "O":
-            return Values(column if column.dtype.kind in "iufb" else column.astype(object), None)
-        filled = list(column)
-        valid = np.fromiter((value is not None for value in filled), bool, len(filled))
-        if not valid.all():
-            absent = "" if any(isinstance(value, str) for value in filled) else 0
-            filled = [absent if value is None else value for value in filled]
-        array = np.asarray(filled, object if filled and isinstance(filled[0], str) else None)
-        return Values(array if len(filled) else np.zeros(0, np.int64), None if valid.all() else valid)
+    if is_arrow(column):
+        return arrow_values(column)
+    array = np.asarray(column)
+    if array.dtype.kind in "iufb":
+        return Values(array if len(array) else array.astype(np.int64), None)
+    filled = list(column)
+    valid = np.fromiter((value is not None for value in filled), bool, len(filled))
+    is_text = any(isinstance(value, str) for value in filled)
+    if not valid.all():
+        filled = [("" if is_text else 0) if value is None else value for value in filled]
+    return Values(np.asarray(filled, object if is_text else None), None if valid.all() else valid)
+
+
+def arrow_values(column: Any) -> Values:
+    """The same of an Arrow array."""
     kind = str(column.type)
     if kind.startswith("dictionary"):
         column = column.dictionary_decode()
         kind = str(column.type)
     valid = column.is_valid().to_numpy(zero_copy_only=False) if column.null_count else None
     if kind in ("string", "large_string", "string_view"):
-        filled = [value or "" for value in column.to_pylist()]
-        return Values(np.asarray(filled, object), valid)
+        return Values(np.asarray([value or "" for value in column.to_pylist()], object), valid)
     if kind.startswith("decimal") or kind in ("null", "halffloat"):
         column = column.cast("float64")
     if column.null_count:
@@ -503,7 +529,8 @@ def flat_values(column: Any) -> Values:
 def list_values(column: Any) -> tuple[Values, np.ndarray]:
     """Values of a list column, laid end to end, and each row's length; a null list has none."""
     if is_arrow(column):
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)  # type: ignore[union-attr]
+        lengths = pc.list_value_length(column)  # type: ignore[union-attr]
+        lengths = (lengths.fill_null(0) if lengths.null_count else lengths).to_numpy()
         return flat_values(column.flatten()), lengths.astype(np.int64)
     if isinstance(column, np.ndarray) and column.ndim == 2:
         return flat_values(column.reshape(-1)), np.full(len(column), column.shape[1], np.int64)

@@ -18,8 +18,9 @@ def register(subparsers: Any) -> None:
         "--branches", default="", metavar="NAME,...", help="serve these branches of an MBCnet only"
     )
     export.add_argument(
-        "--aot", action="store_true", help="also compile the dense part by AOTInductor (a minute)"
-    )
+        "--aot", action=argparse.BooleanOptionalAction, default=None,
+        help="also compile the dense part by AOTInductor (default: where a C++ compiler is there)",
+    )  # fmt: skip
     export.add_argument("--overwrite", action="store_true", help="replace an artefact in the folder")
     export.set_defaults(run=_export)
 
