@@ -122,7 +122,7 @@ def run_latency(
     if as_json:
         print(json.dumps(report(folders, timings, parts)))
     else:
-        print("\n".join([*latency_lines(folders, timings), *_part_lines(parts)]))
+        print("\n".join([*latency_lines(folders, timings), *part_lines(parts)]))
     return 0
 
 
@@ -335,7 +335,7 @@ def _difference_lines(names: Sequence[str], timings: Sequence[Timing]) -> list[s
     ]
 
 
-def _part_lines(parts: Mapping[int, Sequence[Part]]) -> list[str]:
+def part_lines(parts: Mapping[int, Sequence[Part]]) -> list[str]:
     """Table 8 of the paper: each part's own forward pass."""
     if not parts:
         return []

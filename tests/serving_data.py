@@ -1,10 +1,11 @@
-"""The small data set with hashed and vocabulary fields besides, and a worker that trains, evaluates and predicts it on many ranks.
-
-As a worker: python -m torch.distributed.run --nproc_per_node N tests/serving_data.py FOLDER STAGE...
-"""
+"""The small data set with hashed and vocabulary fields besides, the runs that are trained on it, once for all tests of serving."""
 
 import contextlib
+import functools
 import io
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,17 @@ from small_data import CONFIG, SCHEMA, small_table
 
 from data.fit import fit_schema
 from data.schema import format_schema, load_schema
+from mbcnet_rec.cli import main
 
+ROOT = Path(__file__).parents[1]
+KINDS = ("table_wise", "row_wise")
+WIDER = {  # so that it learns enough for AUC to mean something
+    "batch_size = 96": "batch_size = 192",
+    "branch_dim = 16": "branch_dim = 32",
+    "top = [16, 8]": "top = [32, 16]",
+    "[model.mbcnet.deep]\nhidden = [32, 16]": "[model.mbcnet.deep]\nhidden = [32, 32]",
+    "log_every = 5\neval_every = 20": "log_every = 25\neval_every = 25\nepochs = 3",
+}
 MORE_FIELDS = """
 shop    = { kind = "categorical", column = "shop_name", encoding = "hash", num_embeddings = 50, embedding_dim = 8 }
 words   = { kind = "multi_valued", encoding = "hash", num_embeddings = 40, embedding_dim = 8 }
@@ -59,41 +70,52 @@ def write_serving_data(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, (split, rows) in enumerate((("train", 4_800), ("valid", 500), ("test", 2_000))):
         table = serving_table(rows, number + 1)
-        pq.write_table(table, folder / f"{split}.parquet", row_group_size=700, write_page_checksum=True)
+        pq.write_table(table, folder / f"{split}.parquet", row_group_size=300, write_page_checksum=True)
     head, groups = SCHEMA.split("[groups]")
     more, more_groups = MORE_FIELDS.split("[groups]")
     (folder / "unfitted.toml").write_text(head + more + "[groups]" + groups + more_groups)
     fitted = fit_schema(load_schema(folder / "unfitted.toml"), [folder / "train.parquet"], folder)
     (folder / "schema.toml").write_text(format_schema(fitted))
-    for kind in ("table_wise", "row_wise"):
+    for kind in KINDS:
         text = CONFIG.format(folder=folder).replace(f'out = "{folder}/run"', f'out = "{folder}/{kind}"')
+        for old, new in WIDER.items():
+            assert old in text
+            text = text.replace(old, new)
         (folder / f"run_{kind}.toml").write_text(text + f'\n[sharding]\nsharding_types = ["{kind}"]\n')
 
 
-def work(folder: Path, stages: list[str]) -> None:
-    """One rank: the stages on both runs. Rank 0 writes what evaluate printed."""
-    from mbcnet_rec.config import load_config
-    from mbcnet_rec.evaluate import run_evaluation
-    from mbcnet_rec.predict import run_prediction
-    from mbcnet_rec.train import run_training
-
-    for kind in ("table_wise", "row_wise"):
-        run = str(folder / kind)
-        for stage in stages:
-            name, _, number = stage.partition("=")
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                if name == "train":
-                    run_training(load_config(folder / f"run_{kind}.toml"))
-                elif name == "evaluate":
-                    run_evaluation(run, by=["hour"], as_json=True)
-                elif name == "stream":
-                    run_evaluation(run, by=["hour"], as_json=True, exact_rows=500)
-                else:
-                    run_prediction(run, [str(folder / "test.parquet")], f"{run}_predicted_{number}")
-            if printed.getvalue() and name in ("evaluate", "stream"):
-                (folder / f"{kind}_{name}_{number}.json").write_text(printed.getvalue())
+@functools.cache
+def trained_runs(base: Path) -> Path:
+    """Both kinds of run, trained, evaluated and predicted by serving_ranks.py; `base`: of pytest's temporary folders."""
+    folder = base / "serving"
+    write_serving_data(folder)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "serving_ranks.py"), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
 
 
-if __name__ == "__main__":
-    work(Path(sys.argv[1]), sys.argv[2:])
+@functools.cache
+def rank_results(folder: Path) -> dict:
+    """What serving_ranks.py noted: scenario -> exit codes and words of each rank."""
+    return json.loads((folder / "ranks.json").read_text())
+
+
+def evaluated(folder: Path, scenario: str) -> dict:
+    """What `mbcnet evaluate --json` printed in a scenario."""
+    found = rank_results(folder)[scenario]
+    assert set(found["codes"]) == {0}, found["words"]
+    return json.loads(found["words"][0].splitlines()[-1])
+
+
+def printed_by(*argv) -> tuple[int, str, str]:
+    """Run `mbcnet` in this process: exit code, and what it wrote to stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(each) for each in argv])
+    return code, out.getvalue(), err.getvalue()

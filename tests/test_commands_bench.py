@@ -1,0 +1,120 @@
+"""Proves that `mbcnet bench latency` times what it says: every model, at all rows and threads, on rows drawn or read, and Table 8."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from serving_data import printed_by, trained_runs
+
+from data.schema import load_schema
+from mbcnet_rec import latency, serving
+from mbcnet_rec.sample_requests import draw_requests, read_requests
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory):
+    runs = trained_runs(tmp_path_factory.getbasetemp())
+    folder = tmp_path_factory.mktemp("bench") / "served"
+    assert printed_by("export", runs / "row_wise", "--out", folder, "--no-aot")[0] == 0
+    return folder
+
+
+def test_side_by_side(artefact):
+    before = torch.get_num_threads()
+    argv = (
+        "bench",
+        "latency",
+        artefact,
+        "--rows",
+        "1,16",
+        "--threads",
+        "1,2",
+        "--seconds",
+        "0",
+        "--calls",
+        "20",
+    )
+    code, out, err = printed_by(*argv, "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert torch.get_num_threads() == before
+    cells = [(each["model"], each["threads"], each["rows"]) for each in found["latency"]]
+    assert sorted(cells) == sorted(
+        (model, threads, rows)
+        for model in ("mbcnet", "dcnv2", "dnn")
+        for threads in (1, 2)
+        for rows in (1, 16)
+    )
+    for each in found["latency"]:
+        assert each["calls"] == 20 and each["p99"] is None and 0 < each["p50"] <= each["p95"]
+        assert min(each[part] for part in ("preprocess", "tables", "dense")) > 0
+    names = ["efgc", "cross", "deep", "shared top, all branches", "whole dense part"]
+    for rows in ("1", "16"):
+        parts = {each["name"]: each for each in found["parts"][rows]}
+        assert list(parts) == names
+        assert sum(parts[name]["parameters"] for name in names[:4]) < parts["whole dense part"]["parameters"]
+    code, out, _ = printed_by(*argv)
+    assert code == 0 and "mbcnet over dcnv2" in out and "Table 8" in out and "O(N_g L_EFGC d^2)" in out
+
+
+def test_rivals_have_the_same_tables_and_the_models_own_widths(artefact):
+    own = latency.open_artefact(artefact)
+    models = latency.contestants([own], ("dcnv2", "dnn"), compiled=False)
+    requests = draw_requests(own.schema, json.loads((artefact / serving.VOCABULARY).read_text()), 5)
+    for model in models.values():
+        assert model.predict(requests[0]).shape == (5,)
+        for pooling, tables in own.model.tables.items():
+            assert model.tables[pooling].weights_host.data_ptr() == tables.weights_host.data_ptr()
+    config = latency.rival_config(own.config.model)
+    assert config.dcnv2.hidden == own.config.model.mbcnet.deep.hidden
+    assert config.dcnv2.cross == own.config.model.mbcnet.cross
+
+
+def test_percentiles_are_of_whole_calls(monkeypatch):
+    """Parts are medians of their own; the percentiles are of the sums."""
+    parts = np.array([[1.0, 2.0, 3.0]] * 98 + [[1.0, 2.0, 97.0]] * 2)
+    timing = latency._timing("m", 1, 1, parts)
+    assert (timing.p50, timing.preprocess, timing.tables, timing.dense) == (6.0, 1.0, 2.0, 3.0)
+    assert timing.p95 == 6.0 and timing.p99 == pytest.approx(100.0)
+
+
+def test_models_take_turns():
+    """Each model follows each other one equally often."""
+    orders = [
+        "".join(name for name, _ in latency._rotated({"a": 1, "b": 2, "c": 3}, call)) for call in range(3)
+    ]
+    assert orders == ["abc", "bca", "cab"]
+
+
+def test_requests_from_a_file_and_refusals(artefact, tmp_path_factory):
+    runs = trained_runs(tmp_path_factory.getbasetemp())
+    requests = read_requests(str(runs / "test.parquet"), ["user", "hour"], 300)
+    assert {len(request["user"]) for request in requests} == {300} and requests[0] != requests[1]
+    argv = ("bench", "latency", artefact, "--rows", "2", "--threads", "1", "--seconds", "0", "--calls", "1")
+    code, out, _ = printed_by(*argv, "--data", runs / "test.parquet", "--beside", "", "--json")
+    assert code == 0 and {each["model"] for each in json.loads(out)["latency"]} == {"mbcnet"}
+    for more, words in (
+        (("--data", runs / "test.parquet", "--rows", "5000"), "2000 rows; wanted at least 5000"),
+        (("--data", runs / "none.parquet"), "not a readable Parquet file"),
+        (("--beside", "gpt"), "wanted some of mbcnet"),
+        (("--beside", "fm"), "one weight per id"),
+        (("--compiled",), "holds no dense_aot.pt2"),
+    ):
+        code, _, err = printed_by(*argv, *more)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+    code, _, err = printed_by("bench", "latency", runs)
+    assert code == 2 and "no artefact" in err
+    with pytest.raises(SystemExit) as caught:
+        printed_by("bench", "latency", artefact, "--threads", "many")
+    assert caught.value.code == 2
+
+
+def test_drawn_requests_are_valid_rows(artefact):
+    """Every kind of field is drawn within its table, at every number of rows."""
+    schema = load_schema(artefact / "schema.toml")
+    vocabularies = json.loads((artefact / serving.VOCABULARY).read_text())
+    model = serving.load(artefact)
+    for rows in (1, 33):
+        for request in draw_requests(schema, vocabularies, rows):
+            assert model.predict(request).shape == (rows,)

@@ -1,0 +1,142 @@
+"""Proves that `mbcnet evaluate` says what training said, the same to 1e-6 on 1, 2 and 4 ranks, from a table-wise and a row-wise run, and
+that metrics of streamed rows keep the bound they state.
+"""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from serving_data import KINDS, evaluated, printed_by, serving_table, trained_runs
+
+from mbcnet_rec.training.metrics import Histogram, auc_of_counts, exact_metrics, gauc, score_counts
+
+METRICS = [
+    f"{name}{suffix}"
+    for name in ("auc", "log_loss", "ne", "calibration")
+    for suffix in ("", "/efgc", "/cross", "/deep")
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return trained_runs(tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_world_size_changes_nothing(runs, kind, world):
+    one, more = evaluated(runs, f"{kind}_evaluate_1"), evaluated(runs, f"{kind}_evaluate_{world}")
+    assert one["rows"] == more["rows"] == 2_000 and one["exact"] and one["auc"] > 0.75
+    for key in (*METRICS, "gauc"):
+        assert abs(one[key] - more[key]) < 1e-6, key
+        assert np.abs(np.subtract(one["intervals"][key], more["intervals"][key])).max() < 1e-5, key
+    own, others = one["slices"]["hour"], more["slices"]["hour"]
+    assert list(own) == list(others) and list(own)[-1] == "(other)" and len(own) == 11
+    for hour, entry in own.items():
+        assert entry["rows"] == others[hour]["rows"] and entry["positives"] == others[hour]["positives"]
+        for key in METRICS:
+            assert abs(entry[key] - others[hour][key]) < 1e-6, (hour, key)
+    assert sum(entry["rows"] for entry in own.values()) == 2_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_logged_the_same(runs, kind):
+    lines = map(json.loads, (runs / kind / "metrics.jsonl").read_text().splitlines())
+    logged = next(line for line in lines if line["split"] == "test")
+    answer = evaluated(runs, f"{kind}_evaluate_1")
+    assert {*METRICS, "gauc"} <= logged.keys()
+    for key in (*METRICS, "gauc"):
+        assert abs(answer[key] - logged[key]) < 1e-6, key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_metrics_keep_their_bound(runs, kind):
+    exact, streamed = evaluated(runs, f"{kind}_evaluate_1"), evaluated(runs, f"{kind}_stream_2")
+    assert not streamed["exact"] and streamed["rows"] == 2_000
+    assert list(streamed["slices"]["hour"]) == list(exact["slices"]["hour"])
+    entries = [(exact, streamed)]
+    entries += [(exact["slices"]["hour"][hour], found) for hour, found in streamed["slices"]["hour"].items()]
+    for own, found in entries:
+        assert own["rows"] == found["rows"]
+        for key in METRICS:
+            bound = found["bounds"].get(key, 0.0) if key.startswith("auc") else 1e-9
+            assert abs(found[key] - own[key]) <= bound + 1e-9, key
+    assert abs(streamed["gauc"] - exact["gauc"]) < 0.1  # of every fourth group
+
+
+def test_exact_auc_and_gauc_against_pairs():
+    """AUC counts pairs; the rows' own groups and ties included."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.integers(-5, 6, 300) / 2, (rng.random(300) < 0.3).astype(np.float64)
+    groups = rng.integers(0, 20, 300)
+
+    def of_pairs(chosen):
+        ups, downs = logits[chosen & (labels > 0)], logits[chosen & (labels == 0)]
+        if not len(ups) or not len(downs):
+            return None
+        return np.mean((ups[:, None] > downs) + 0.5 * (ups[:, None] == downs))
+
+    everything = np.ones(300, bool)
+    found = exact_metrics(logits[:, None], labels, (), groups)
+    assert found["auc"].value == pytest.approx(of_pairs(everything), abs=1e-12)
+    sizes, values = zip(
+        *[
+            ((groups == group).sum(), of_pairs(groups == group))
+            for group in range(20)
+            if of_pairs(groups == group) is not None
+        ],
+        strict=True,
+    )
+    assert gauc(logits, labels, groups).value == pytest.approx(np.average(values, weights=sizes), abs=1e-12)
+
+
+def test_intervals_cover():
+    """Over 400 samples of one law, 95 % intervals of AUC hold its true value about as often as they say."""
+    rng = np.random.default_rng(1)
+    scores, truth = rng.normal(size=(400, 200)), 0.760249938906523  # of normals one standard deviation apart
+    labels = np.arange(200) % 4 == 0
+    inside = 0
+    for each in scores:
+        low, high = auc_of_counts(*score_counts(each + labels, labels.astype(float))).interval()
+        inside += low <= truth <= high
+    assert 0.91 < inside / 400 < 0.98
+
+
+def test_binned_auc_is_within_its_bound_even_of_ties():
+    rng = np.random.default_rng(2)
+    for scale, bins in ((1e-4, 64), (3.0, 64), (40.0, 256)):  # one bin, many, beyond the last one
+        labels = (rng.random(3_000) < 0.4).astype(np.float64)
+        logits = rng.normal(scale * labels, scale, 3_000).astype(np.float32)[:, None]
+        histogram = Histogram(1, bins)
+        for part in range(0, 3_000, 700):
+            histogram.add(logits[part : part + 700], labels[part : part + 700])
+        exact, binned = exact_metrics(logits, labels, ()), histogram.metrics(())
+        assert abs(binned["auc"].value - exact["auc"].value) <= binned["auc"].bound
+        for key in ("log_loss", "ne", "calibration"):
+            assert binned[key].value == pytest.approx(exact[key].value, rel=1e-12)
+
+
+def test_other_rows_and_refusals(runs, tmp_path):
+    pq.write_table(serving_table(300, 9), tmp_path / "other.parquet", write_page_checksum=True)
+    run = runs / "row_wise"
+    code, out, _ = printed_by(
+        "evaluate", run, "--data", tmp_path / "other.parquet", "--by", "city", "--by", "user", "--json"
+    )
+    answer = json.loads(out)
+    assert code == 0 and answer["rows"] == 300
+    assert answer["slices"]["city"]["(null)"]["rows"] > 0
+    users = answer["slices"]["user"]
+    assert len(users) == 51 and list(users)[-1] == "(other)"
+    assert sum(entry["rows"] for entry in users.values()) == 300
+    low, high = answer["intervals"]["auc"]
+    assert low < answer["auc"] < high
+    code, out, _ = printed_by("evaluate", run, "--by", "hour")
+    assert code == 0 and "+-" in out and "largest difference from what training logged" in out
+    for argv, words in (
+        ((run, "--by", "tags"), "wanted one value a row"),
+        ((run, "--by", "nothing"), "no such column"),
+        ((tmp_path,), "no run folder"),
+    ):
+        code, _, err = printed_by("evaluate", *argv)
+        assert code == 2 and words in err and err.count("\n") == 1

@@ -1,0 +1,163 @@
+"""Proves that `mbcnet predict` writes exactly one row for each row of the input, in its order, with the same probabilities on any world
+size, whatever fails on the way: a killed rank, a faulty value, a damaged page, a file that changes.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from serving_data import KINDS, evaluated, printed_by, rank_results, trained_runs
+
+from data.errors import InputError
+from mbcnet_rec import predict
+from mbcnet_rec.predict import run_prediction
+from mbcnet_rec.training.exits import CannotWriteError
+
+COLUMNS = ["user", "probability", *(f"probability_{name}" for name in ("efgc", "cross", "deep"))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return trained_runs(tmp_path_factory.getbasetemp())
+
+
+def predicted(folder, name):
+    return pq.read_table(folder / name / "test.parquet")
+
+
+def files_in(folder):
+    return sorted(str(each.relative_to(folder)) for each in folder.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_and_probabilities(runs, kind):
+    assert rank_results(runs)[f"{kind}_predict_2"]["codes"] == [0, 0]
+    source = pq.read_table(runs / "test.parquet")
+    one, two = predicted(runs, f"{kind}_predicted_1"), predicted(runs, f"{kind}_predicted_2")
+    assert one.column_names == two.column_names == COLUMNS
+    assert one["user"].equals(source["user"]) and two["user"].equals(source["user"])
+    for name in COLUMNS[1:]:
+        assert np.abs(one[name].to_numpy() - two[name].to_numpy()).max() < 1e-5
+    p, y = one["probability"].to_numpy().astype(np.float64), source["click"].to_numpy()
+    loss = -np.mean(y * np.log(p) + (1 - y) * np.log1p(-p))
+    assert abs(loss - evaluated(runs, f"{kind}_evaluate_1")["log_loss"]) < 1e-6
+    assert p.std() > 0.1
+
+
+def test_killed_on_two_ranks_and_finished_on_one(runs):
+    killed, resumed = rank_results(runs)["killed"], rank_results(runs)["resumed"]
+    assert killed["codes"][1] == -9
+    whole = [name for name in killed["left"] if name.endswith(".parquet")]
+    assert 1 <= len(whole) < 4 and all(name.startswith("_pieces/test.parquet/") for name in whole)
+    assert resumed["codes"] == [0] and "of them were there already" in resumed["words"][0]
+    assert sorted(path.name for path in (runs / "row_wise_killed").iterdir()) == [
+        "_predict.json",
+        "test.parquet",
+    ]
+    calm, found = predicted(runs, "row_wise_predicted_1"), predicted(runs, "row_wise_killed")
+    assert found["user"].equals(calm["user"])
+    for name in COLUMNS[1:]:
+        assert np.abs(found[name].to_numpy() - calm[name].to_numpy()).max() < 1e-5
+
+
+def test_faults_stop_their_own_pieces_only(runs, tmp_path, monkeypatch):
+    """A faulty value and a damaged page; mended, the same command finishes and scores nothing twice that has not changed."""
+    monkeypatch.setattr("mbcnet_rec.pieces.PIECE_ROWS", 1_000)
+    source = pq.read_table(runs / "test.parquet").drop_columns(["click"])
+    data, out = tmp_path / "in", tmp_path / "out"
+    (data / "ds=1").mkdir(parents=True)
+    bad = source.slice(0, 1_900).to_pydict()
+    bad["user"][1_500] = 500
+    broken = pa.Table.from_pydict(bad, schema=source.schema)
+    pq.write_table(broken, data / "ds=1" / "a.parquet", row_group_size=500, write_page_checksum=True)
+    pq.write_table(source, data / "b.parquet", row_group_size=400, write_page_checksum=True)
+    pq.write_table(source.slice(0, 0), data / "empty.parquet", write_page_checksum=True)
+    argv = ("predict", runs / "row_wise", "--data", data, "--out", out, "--keep", "unread,user")
+    code, _, err = printed_by(*argv)
+    assert code == 2 and "a.parquet: row group 3, row 0, field 'user' = 500" in err.splitlines()[-1]
+    pieces = files_in(out)
+    assert pieces == [
+        "_pieces/b.parquet/000000.parquet",
+        "_pieces/b.parquet/000001.parquet",
+        "_pieces/ds=1/a.parquet/000000.parquet",
+        "_pieces/empty.parquet/000000.parquet",
+    ]
+    kept = {name: (out / name).stat().st_mtime_ns for name in pieces if "b.parquet" in name}
+    code, _, err = printed_by(*argv[:-1], "user")
+    assert code == 2 and "other columns" in err
+    mended = source.slice(0, 1_900)
+    pq.write_table(mended, data / "ds=1" / "a.parquet", row_group_size=500, write_page_checksum=True)
+    flip_a_byte(data / "b.parquet", "image")
+    code, text, err = printed_by(*argv)
+    assert code == 2 and "a.parquet has changed" in text and "b.parquet has changed" in text
+    assert "b.parquet: cannot be decoded" in err.splitlines()[-1]
+    assert "_pieces/ds=1/a.parquet/000001.parquet" in files_in(out)
+    stamp = (out / "_pieces/ds=1/a.parquet/000001.parquet").stat().st_mtime_ns
+    assert kept and "_pieces/b.parquet/000001.parquet" in files_in(out)
+    pq.write_table(source, data / "b.parquet", row_group_size=400, write_page_checksum=True)
+    code, text, _ = printed_by(*argv)
+    assert code == 0 and "3,900 rows in 3 files (1,900 of them were there already)" in text
+    assert (out / "ds=1/a.parquet").stat().st_mtime_ns >= stamp
+    for name, wanted in (("ds=1/a.parquet", mended), ("b.parquet", source), ("empty.parquet", source[:0])):
+        found = pq.read_table(out / name)
+        assert found["unread"].to_pylist() == wanted["unread"].to_pylist()
+    assert not (out / "_pieces").exists()
+    expected = predicted(runs, "row_wise_predicted_1")["probability"].to_numpy()
+    found = pq.read_table(out / "b.parquet")["probability"].to_numpy()
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def flip_a_byte(path, column):
+    """Damage a page of the first row group."""
+    place = pq.read_metadata(path).row_group(0)
+    chunk = next(
+        place.column(i) for i in range(place.num_columns) if place.column(i).path_in_schema.startswith(column)
+    )
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_file_of_lost_bytes_and_a_full_disk(runs, tmp_path, monkeypatch):
+    data, out = shutil.copy(runs / "test.parquet", tmp_path / "test.parquet"), tmp_path / "out"
+
+    def full(draft, place):
+        if place.suffix == ".parquet":
+            raise OSError(28, "No space left on device")
+        draft.replace(place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "put_in_place", full)
+        with pytest.raises(CannotWriteError, match="No space left on device"):
+            run_prediction(str(runs / "row_wise"), [data], str(out))
+    data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(InputError, match="not a readable Parquet file"):
+        run_prediction(str(runs / "row_wise"), [data], str(out))
+    shutil.copy(runs / "test.parquet", data)
+    assert run_prediction(str(runs / "row_wise"), [data], str(out)) == 0
+    (out / "test.parquet").write_bytes(b"cut off")  # by a disk that lied: made again
+    assert run_prediction(str(runs / "row_wise"), [data], str(out)) == 0
+    assert pq.read_metadata(out / "test.parquet").num_rows == 2_000
+    with pytest.raises(InputError, match="choose another output folder"):
+        run_prediction(str(runs / "row_wise"), [str(out / "test.parquet")], str(out))
+
+
+def test_what_is_not_its_own_is_left_alone(runs, tmp_path):
+    run, data = str(runs / "row_wise"), [str(runs / "test.parquet")]
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "_predict.json").write_text(json.dumps({"format": 1}))
+    for out, options, words in (
+        (tmp_path, {}, "no prediction"),
+        (tmp_path / "other", {}, "no prediction"),
+        (tmp_path / "notes.txt", {}, "is a file"),
+        (tmp_path / "x", {"keep": ["nothing"]}, "no such column"),
+        (tmp_path / "x", {"keep": ["probability"]}, "no such column"),
+        ("s3://bucket/scores", {}, "wanted a folder of this machine"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run_prediction(run, data, str(out), **options)
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not (tmp_path / "x").exists()
