@@ -5,7 +5,8 @@
 
 Needs torch, fbgemm_gpu and NumPy; pyarrow only where rows come as Arrow or Parquet. Reads safetensors and JSON, no pickle: the dense
 part is a list of ATen calls that torch.export recorded, and nothing but those calls is run. Tables are mapped, not read, so workers of
-one host share them. A value that training would have refused is refused here, with its row and field.
+one host share them. A value that training would have refused is refused here, with its row and field. It is longer than this project's
+other files because it must be whole in one.
 
 Shapes: B rows, D dense columns, N flattened width of all fields.
 """
