@@ -7,6 +7,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data.batch import Batch
+from data.feature import Feature
 from data.schema import Schema, parse_schema
 
 
@@ -27,17 +28,22 @@ def uniform_schema(fields: int, rows: int, dim: int, groups: Sequence[Sequence[i
 def random_batch(schema: Schema, rows: int, seed: int = 0) -> Batch:
     """Ids with a power law, one a field and row, as click logs have them; labels of 9 %."""
     draw = torch.Generator().manual_seed(seed)
-    ids = []
-    for feature in schema.sparse:
-        size = schema.table_of[feature.name].num_embeddings
-        ids.append((size * torch.rand(rows, generator=draw) ** 4).long().clamp(max=size - 1))
-    names = [feature.name for feature in schema.sparse]
+
+    def ids(features: Sequence[Feature], weighted: bool) -> KeyedJaggedTensor:
+        values = []
+        for feature in features:
+            size = schema.table_of[feature.name].num_embeddings
+            values.append((size * torch.rand(rows, generator=draw) ** 4).long().clamp(max=size - 1))
+        lengths = torch.ones(len(features) * rows, dtype=torch.int32)
+        weights = torch.ones(len(lengths)) if weighted else None
+        return KeyedJaggedTensor([each.name for each in features], torch.cat(values), weights, lengths)
+
     return Batch(
-        dense_features=torch.zeros(rows, 0),
-        sparse_features=KeyedJaggedTensor(
-            names, torch.cat(ids), lengths=torch.ones(len(names) * rows, dtype=torch.int32)
+        dense_features=torch.randn(
+            rows, sum(feature.dense_width for feature in schema.dense), generator=draw
         ),
-        weighted_features=None,
+        sparse_features=ids(schema.sparse, weighted=False),
+        weighted_features=ids(schema.weighted, weighted=True) if schema.weighted else None,
         labels=(torch.rand(rows, generator=draw) < 0.09).float(),
         weights=torch.ones(rows),
     )

@@ -1,0 +1,203 @@
+"""MBCnet at the paper's size on one GPU, unattended in under 8 minutes: rate, share of peak, lookup bandwidth, gaps, compiled step, memory.
+
+    python benchmarks/gpu.py [--quick] [--json] [--device cuda] [--batch 8192] [--max-rows 1_000_000]
+
+bf16 autocast, random batches of the 192 fields that lie on the device: input is measured elsewhere (input.py). Without a GPU the same
+code runs on the CPU at a small size, so that it is known to run, and `not_measured` lists what that cannot tell.
+
+samples_per_second       of a whole step: lookup, dense part, backward with the tables' update, dense optimizer
+share_of_peak            its matrix FLOPs against the data sheet's dense bf16 rate of this GPU; null where the GPU is unknown
+share_of_product         the same against this machine's own square bf16 product
+lookup_bandwidth_share   bytes of the looked-up rows over the forward lookup's time, against a large copy on the same device
+launch_gap_share         share of a step in which no kernel runs, from the profiler
+compiled_speedup         the step with torch.compile on the dense part against without; null with the reason where it fails
+peak_memory_bytes        that the allocator handed out
+not_measured             names of figures, each with its reason
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper_size import MBCNET, cut_schema, matrix_flops, objective_of, run_config, training_step
+from random_rows import random_batch
+from side_by_side import parser_of, print_figures
+
+from data.batch import Batch
+from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.training.process import joined_process
+
+# Dense bf16 peak in TFLOP/s by the data sheets, by a part of the name that CUDA reports
+PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
+COMPILE_SECONDS = 150.0  # after which the compiled step is not begun any more
+NEEDS_GPU = {
+    "share_of_peak": "a CPU has no data-sheet rate here",
+    "launch_gap_share": "nothing is launched on a CPU",
+    "compiled_speedup": "on a CPU compiling was seen not to pay; it takes longer than this run",
+    "peak_memory_bytes": "torch counts a GPU's allocations only",
+}
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--batch", type=int, help="default 8192 on a GPU, 256 on a CPU")
+    parser.add_argument("--max-rows", type=int, help="of a table; default 1,000,000 on a GPU, 1,000 on a CPU")
+    parser.add_argument("--steps", type=int, help="timed; default 50 on a GPU, 3 on a CPU or with --quick")
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    torch.set_num_threads(args.threads)
+    quieten_libraries()
+    print(
+        "prediction (one H200): 85.8 MFLOP a sample; matrix products alone would allow 9.2 M samples a second, HugeCTR's MLPerf rate is worth\n"
+        "2.4 M; many small kernels between them leave gaps of a third of the step, so 1.0 to 1.5 M; lookup at 0.5 to 0.8 of the copy's bandwidth"
+    )
+    figures: dict[str, Any] = {"not_measured": {}}
+    with joined_process(args.device) as process:
+        device, on_gpu = process.device, process.device.type == "cuda"
+        batch_size = args.batch or (8192 if on_gpu else 256)
+        steps = args.steps or (50 if on_gpu and not args.quick else 3)
+        schema = cut_schema(args.max_rows or (1_000_000 if on_gpu else 1_000), "paper" if on_gpu else "demo")
+        config = run_config(Path(), MBCNET, batch_size)
+        built = build(replace(config, train=replace(config.train, device=device.type)), schema, process)
+        batch = random_batch(schema, batch_size).to(device)
+        step = training_step(built, batch, autocast=True)
+        step_seconds = seconds_of(step, steps, device)
+        dense, losses = objective_of(built).model.dense_arch, objective_of(built).losses
+        rows = batch_size * len(dense.branches)
+        flops = (
+            matrix_flops(dense, batch_size)
+            + matrix_flops(dense.top, rows - batch_size)
+            + 4 * matrix_flops(losses, batch_size)
+        )
+        rate = product_rate(device)
+        figures |= {
+            "samples_per_second": batch_size / step_seconds,
+            "step_seconds": step_seconds,
+            "mflop_per_sample": flops / batch_size / 1e6,
+            "share_of_product": flops / step_seconds / rate,
+            "product_tflops": rate / 1e12,
+        }
+        figures |= lookup_figures(objective_of(built).model.sparse_arch, batch, steps, device)
+        if on_gpu:
+            figures |= gpu_figures(step, step_seconds, flops, device)
+            figures |= compiled_figures(built, batch, step_seconds, steps, begun)
+        else:
+            figures |= dict.fromkeys(NEEDS_GPU)
+            figures["not_measured"] |= NEEDS_GPU
+        figures |= {
+            "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+            "batch": batch_size,
+            "fields": len(schema.features),
+            "torch": torch.__version__,
+            "seconds": time.perf_counter() - begun,
+        }
+    for name, reason in figures["not_measured"].items():
+        print(f"  not measured: {name}: {reason}")
+    print_figures(figures, args.json)
+    return 0
+
+
+def seconds_of(case: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Median seconds of a case, its kernels included, after three that warm up."""
+    times = []
+    for number in range(repeats + 3):
+        synchronize(device)
+        start = time.perf_counter()
+        case()
+        synchronize(device)
+        if number >= 3:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rate(device: torch.device) -> float:
+    """FLOP/s of a square bf16 product on this device."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "lr")
+    return 2.0 * size**3 / seconds_of(lambda: left @ right, 10, device)
+
+
+def lookup_figures(tables: Any, batch: Batch, repeats: int, device: torch.device) -> dict[str, float]:
+    """The forward lookup of the plain tables against a large copy."""
+
+    def look_up() -> None:
+        with torch.no_grad():
+            tables.ebc(batch.sparse_features).values()
+
+    pooled = tables.ebc(batch.sparse_features)
+    lengths = dict(zip(batch.sparse_features.keys(), batch.sparse_features.length_per_key(), strict=True))
+    floats = sum(
+        width * lengths[key] for key, width in zip(pooled.keys(), pooled.length_per_key(), strict=True)
+    )
+    moved = 4.0 * (floats + pooled.values().numel())  # rows are read, pooled rows written
+    source = torch.ones((2**30 if device.type == "cuda" else 2**26) // 4, device=device)
+    target = torch.empty_like(source)
+    copied = 2.0 * source.nbytes / seconds_of(lambda: target.copy_(source), 10, device)
+    bandwidth = moved / seconds_of(look_up, repeats, device)
+    return {"lookup_bandwidth_share": bandwidth / copied, "copy_gb_per_second": copied / 1e9}
+
+
+def gpu_figures(
+    step: Callable[[], object], step_seconds: float, flops: float, device: torch.device
+) -> dict[str, Any]:
+    """What only a GPU can tell: share of peak, gaps between kernels, memory."""
+    name = torch.cuda.get_device_name(device)
+    peak = next((tflops for part, tflops in PEAKS.items() if part in name), None)
+    torch.cuda.reset_peak_memory_stats(device)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        start = time.perf_counter()
+        for _ in range(3):
+            step()
+        synchronize(device)
+        wall = time.perf_counter() - start
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, last = 0.0, 0.0
+    for begin, end in spans:  # kernels of several streams may overlap
+        busy += max(0.0, end - max(begin, last))
+        last = max(last, end)
+    return {
+        "share_of_peak": None if peak is None else flops / step_seconds / (1e12 * peak),
+        "launch_gap_share": max(0.0, 1 - busy / 1e6 / wall),
+        "kernels_per_step": len(spans) / 3,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+    }
+
+
+def compiled_figures(
+    built: Any, batch: Batch, plain_seconds: float, steps: int, begun: float
+) -> dict[str, Any]:
+    """The dense part compiled with static shapes; whatever stops that is told, and the run goes on."""
+    if time.perf_counter() - begun > COMPILE_SECONDS:
+        return {"compiled_speedup": None, "not_compiled": "no time was left"}
+    try:
+        objective_of(built).model.dense_arch.compile(dynamic=False)
+        seconds = seconds_of(training_step(built, batch, autocast=True), steps, batch.labels.device)
+    except Exception as error:  # any failure of a compiler is a result here
+        return {
+            "compiled_speedup": None,
+            "not_compiled": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+        }
+    return {
+        "compiled_speedup": plain_seconds / seconds,
+        "compiled_samples_per_second": len(batch.labels) / seconds,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
