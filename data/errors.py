@@ -8,5 +8,7 @@ class InputError(ValueError):
     that line and exits with code 2; a traceback is for our own mistakes.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # a value in it may hold line breaks

@@ -14,17 +14,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed.launcher.api as launcher
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from launch.worker import NOTES, PR_SET_PDEATHSIG, USER_MISTAKE
+from launch.elastic import Agent, describe, first_failure, pass_on, say
+from launch.job import PREEMPTED
+from launch.worker import NOTES, PR_SET_PDEATHSIG
 
-PREEMPTED = 75  # a worker has written a checkpoint and left; start the job again
-# Codes with which a worker leaves after it has said why (docs/operations.md).
-SAID = (1, USER_MISTAKE, 74, PREEMPTED, 76, 77, 128 + signal.SIGINT)
 LOGS = "logs"
-TAIL_LINES = 5
 # torchx kills a local job 10 seconds after Ctrl-C; workers must be gone before.
 LOCAL_SHUTDOWN_SECONDS = 8
 # On a cluster workers may write a checkpoint for as long as the scheduler lets them.
@@ -34,45 +33,6 @@ SHUTDOWN_SECONDS = 600
 def default_threads(cores: int, workers: int) -> int:
     """Threads for each worker so that all of them together fill the cores, at least 1."""
     return max(1, cores // max(1, workers))
-
-
-def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank that failed first: the one that claimed so, else the earliest not stopped by the launcher itself."""
-    for rank, failure in failures.items():
-        if failure.error_file_data.get("first"):
-            return rank, failure
-    own = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM}
-    return min((own or failures).items(), key=lambda item: item[1].timestamp)
-
-
-def describe(rank: int, failure: ProcessFailure) -> str:
-    """What the terminal has yet to hear of a failed rank; empty where it, or the rank to blame, has said all."""
-    data, code = failure.error_file_data, failure.exitcode
-    if data.get("first"):
-        traceback_text = data["message"]["extraInfo"]["py_callstack"].rstrip()
-        if traceback_text:
-            return f"rank {rank} failed:\n{traceback_text}"
-        if failure.local_rank > 0:  # it has said why, in its own log
-            return last_lines(Path(failure.error_file).parent / "stderr.log")
-    if code in SAID:
-        return ""
-    if code >= 0:
-        return f"rank {rank} ended with exit code {code}"
-    name = signal.Signals(-code).name
-    hint = (
-        "; most often the machine ran out of memory: a smaller batch, smaller tables or fewer workers need less"
-        if name == "SIGKILL"
-        else ""
-    )
-    return f"rank {rank} was ended by {name}{hint}"
-
-
-def last_lines(path: Path) -> str:
-    """The end of a rank's own log: what it said before it left."""
-    try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-TAIL_LINES:])
-    except OSError:
-        return ""
 
 
 def code_after_signal(signum: int, notes: Path) -> int:
@@ -122,17 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Half of torchelastic's loggers take LOGLEVEL, the others this
     logging.getLogger("torch.distributed.elastic").setLevel(os.environ.get("LOGLEVEL", "WARNING"))
     die_with_torchx()
+    launcher.LocalElasticAgent = Agent
     notes = Path(tempfile.mkdtemp(prefix="launch_"))
     os.environ[NOTES] = str(notes)
     try:
         run(args)
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
-        text = describe(rank, failure)
-        if text:
-            print(text, file=sys.stderr, flush=True)
+        pass_on()
+        say(describe(rank, failure))
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     except SignalException as error:
+        pass_on()
         return code_after_signal(int(error.sigval), notes)
     finally:
         shutil.rmtree(notes, ignore_errors=True)

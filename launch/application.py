@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from torchx import specs
 from torchx.specs import macros
 
-from launch.job import AGENT, WORKER, Job, JobError, environment, environment_folder, parse_shape, rendezvous
+from launch.job import (
+    AGENT,
+    OURS,
+    WORKER,
+    Job,
+    JobError,
+    environment,
+    environment_folder,
+    parse_shape,
+    rendezvous,
+)
 
 
 def terminal_size(role: str) -> dict[str, str]:
@@ -49,6 +59,7 @@ def application(job: Job, resource: specs.Resource, mounts: Sequence[str] = ()) 
         port_map={"c10d": job.port},
         max_retries=job.retries,
         mounts=specs.parse_mounts(list(mounts)) if mounts else [],
+        metadata={OURS: True},
     )
     return specs.AppDef(name=job.name or job.command, roles=[role])
 
@@ -77,8 +88,8 @@ def describe_application(command: str, args: Sequence[str], options: Options) ->
         args: its arguments.
         options: the component's other parameters.
     """
-    resource = specs.resource(cpu=options.cpu, gpu=options.gpu, memMB=options.memMB, h=options.h)
     try:
+        resource = specs.resource(cpu=options.cpu, gpu=options.gpu, memMB=options.memMB, h=options.h)
         job = Job(
             command=command,
             args=tuple(args),
@@ -91,8 +102,8 @@ def describe_application(command: str, args: Sequence[str], options: Options) ->
             env=dict(options.env or {}),
             retries=options.max_retries,
         )
-    except JobError as error:
+        return application(job, resource, options.mounts or ())
+    except (JobError, KeyError, ValueError) as error:
         # torchx would print a traceback under it
-        print(f"mbcnet: {error}", file=sys.stderr)
+        print(f"mbcnet: {error.args[0]}", file=sys.stderr)
         raise SystemExit(2) from None
-    return application(job, resource, options.mounts or ())

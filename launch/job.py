@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 WORKER = "launch.worker"
 AGENT = "launch.agent"
 PORT = 29500
-# torchelastic's own restarts of the workers of a job of several hosts: one host lost, the others go on from the checkpoint
+# Between the wish to stop and the end: time for a checkpoint of the largest model
+GRACE_SECONDS = 300
+# As the Dockerfile's user
+USER_ID = 10001
+# Key in the metadata of a torchx role: what we add to a scheduler's request is for our own jobs only
+OURS = "mbcnet"
+# Exit codes of a worker, as in mbcnet_rec/training/exits.py
+USER_MISTAKE, CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK, INTERRUPTED = 2, 74, 75, 76, 77, 130
+# Restarts by torchelastic of the workers of a job of several hosts: one host lost, the others go on from the checkpoint
 RESTARTS = 3
 
 
@@ -108,7 +116,7 @@ class Job:
         Raises:
             JobError: a job that starts again would remove its own checkpoints.
         """
-        if self.starts_again and "--overwrite" in self.args:
+        if (self.retries or self.shape.elastic) and "--overwrite" in self.args:
             why = f"-j {self.shape}" if self.shape.elastic else f"max_retries = {self.retries}"
             raise JobError(
                 f"--overwrite with {why}: each new start would remove what the last one has trained; leave it out and choose a new folder"
@@ -121,7 +129,7 @@ class Job:
     @property
     def starts_again(self) -> bool:
         """Whether workers may be started anew in a folder that they have filled."""
-        return bool(self.retries) or self.shape.elastic
+        return bool(self.retries or self.restarts)
 
     @property
     def worker_args(self) -> tuple[str, ...]:
@@ -131,8 +139,12 @@ class Job:
 
     @property
     def restarts(self) -> int:
-        """Restarts by torchelastic of the workers. One host alone gains nothing: a fault there comes again."""
-        return RESTARTS if self.shape.hosts > 1 else 0
+        """Restarts by torchelastic of the workers.
+
+        One host alone gains nothing: a fault there comes again. With --overwrite a host that comes back would remove what the
+        others have trained.
+        """
+        return RESTARTS if self.shape.hosts > 1 and "--overwrite" not in self.args else 0
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -140,8 +152,9 @@ def environment(job: Job) -> dict[str, str]:
     return {
         # The working directory stays off sys.path: a user's own data/ or launch/ there must not shadow ours.
         "PYTHONSAFEPATH": "1",
-        # Of the launcher's log lines only the worker's own message matters on a terminal; LOGLEVEL=INFO shows them all.
+        # Of the launcher's log lines only the worker's own message matters on a terminal; these two set to INFO show them all.
         "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         **job.env,
     }
 
@@ -161,3 +174,13 @@ def rendezvous(job: Job, run_id: str, endpoint: str) -> list[str]:
 def environment_folder() -> str:
     """The folder of this environment's programs. On a cluster with a shared file system it is right on every host."""
     return os.path.dirname(sys.executable)
+
+
+def pod_security() -> dict[str, object]:
+    """Kubernetes' securityContext of a pod: the image's user, to whom the volumes belong too."""
+    return {"runAsNonRoot": True, "runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
+
+
+def shared_memory_mb(memory_mb: int) -> int:
+    """Bound of /dev/shm, where NCCL and gloo keep buffers: a container's own 64 MiB are too few. It counts as memory of the pod."""
+    return max(64, memory_mb // 4)

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 
 from torchx import specs
 from torchx.cli.cmd_run import CmdRun
@@ -20,6 +21,8 @@ from launch.agent import LOGS
 
 LOCAL = "local_cwd"
 INTERRUPTED = 130
+# The image holds this package; torchx would build another one from the working directory at each start.
+FROM_IMAGES = ("kubernetes", "aws_batch", "local_docker")
 
 
 class _LocalChatter(logging.Filter):
@@ -73,7 +76,7 @@ class Run(CmdRun):
         super().__init__()
         self.ours = False
         # torchx's own registry. An entry point would hide all its other schedulers and change its default one.
-        DEFAULT_SCHEDULER_MODULES["slurm"] = "launch.slurm"  # pyright: ignore[reportIndexIssue]
+        DEFAULT_SCHEDULER_MODULES.update(slurm="launch.slurm", kubernetes="launch.volcano")  # pyright: ignore
 
     def run(self, args: argparse.Namespace) -> None:
         """Run a component."""
@@ -81,6 +84,8 @@ class Run(CmdRun):
         self.ours = ours and args.scheduler == LOCAL
         if ours:
             args.component_name_and_args = join_repeated(args.component_name_and_args)
+            if args.scheduler in FROM_IMAGES and args.workspace == f"file://{Path.cwd()}":
+                args.workspace = ""
         if not self.ours:
             super().run(args)
             return

@@ -9,14 +9,21 @@ from typing import Any
 
 import yaml
 
-from launch.job import AGENT, WORKER, Job, JobError, environment, environment_folder, rendezvous
-
-# Between the wish to stop and the end: time for a checkpoint of the largest model
-GRACE_SECONDS = 300
-# As the Dockerfiles' user
-USER_ID = 10001
-# Exit codes of docs/operations.md
-USER_MISTAKE, NON_FINITE, PREEMPTED = 2, 76, 75
+from launch.job import (
+    AGENT,
+    GRACE_SECONDS,
+    NON_FINITE,
+    PREEMPTED,
+    USER_MISTAKE,
+    WORKER,
+    Job,
+    JobError,
+    environment,
+    environment_folder,
+    pod_security,
+    rendezvous,
+    shared_memory_mb,
+)
 
 
 def torchrun_line(job: Job) -> str:
@@ -27,6 +34,9 @@ def torchrun_line(job: Job) -> str:
         part if part == endpoint else shlex.quote(part) for part in rendezvous(job, job_name(job), endpoint)
     ]
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment(job).items()]
+    if several:
+        # else a host that joins late waits in vain: launch/elastic.py
+        variables.insert(0, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     words = [*variables, "torchrun", *found, "-m", WORKER, *map(shlex.quote, job.worker_args)]
     return " ".join(words)
 
@@ -57,12 +67,12 @@ def sbatch_script(job: Job) -> str:
     return f"""#!/bin/bash
 {head}
 #SBATCH --requeue
-# Add what your cluster wants: --partition, --account, --time
+# Add what your cluster wants: --partition, --account, --time (well above the {GRACE_SECONDS} s of --signal)
 set -u
 export PATH={shlex.quote(environment_folder())}:$PATH
 export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 {exports}
-srun --kill-on-bad-exit=1 --wait=60 \\
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --wait=60 \\
   python -m {AGENT} {found} \\
   -m {WORKER} {" ".join(map(shlex.quote, job.worker_args))}
 code=$?
@@ -141,7 +151,7 @@ def pod(job: Job, name: str) -> dict[str, Any]:
     }
     args = job.worker_args
     if job.command == "train" and "--resume" not in args:
-        args = (*args, "--resume")  # a pod that starts again cannot tell that it does
+        args = (*args, "--resume")  # a pod cannot tell that it is not the first
     container = {
         "name": name,
         "image": job.image,
@@ -161,18 +171,12 @@ def pod(job: Job, name: str) -> dict[str, Any]:
         "restartPolicy": "Never",
         "subdomain": name,
         "terminationGracePeriodSeconds": GRACE_SECONDS,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER_ID,
-            "runAsGroup": USER_ID,
-            "fsGroup": USER_ID,
-        },
+        "securityContext": pod_security(),
         "containers": [container],
         "volumes": [
-            # NCCL and loader threads share memory there; a container's own is 64 MiB. It counts as memory of the pod.
             {
                 "name": "shared-memory",
-                "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(64, job.memory_mb // 4)}Mi"},
+                "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared_memory_mb(job.memory_mb)}Mi"},
             },
             # Data, config and run folder, the same on every host: a ReadWriteMany claim
             {"name": "storage", "persistentVolumeClaim": {"claimName": "storage"}},

@@ -1,16 +1,27 @@
-"""torchx's Slurm scheduler, mended in two places.
+"""torchx's Slurm scheduler, mended.
 
 Its status crashes on a job that a user cancelled ("CANCELLED by 0"), and on a cluster without accounting, where `sacct` has
-nothing to say; there `scontrol` knows the jobs of the last minutes.
+nothing to say; there `scontrol` knows the jobs of the last minutes. Our own jobs get all their cores, keep their log when they
+are queued again, and hear of the time limit while there is time for a checkpoint.
 """
 
 import subprocess
 from typing import Any
 
-from torchx.schedulers.api import DescribeAppResponse
-from torchx.schedulers.slurm_scheduler import SLURM_STATES, SlurmScheduler
-from torchx.specs import AppState, ReplicaStatus, Role, RoleStatus
+from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse
+from torchx.schedulers.slurm_scheduler import (
+    SLURM_STATES,
+    SlurmBatchRequest,
+    SlurmOpts,
+    SlurmReplicaRequest,
+    SlurmScheduler,
+)
+from torchx.specs import AppDef, AppState, ReplicaStatus, Role, RoleStatus
 
+from launch.job import GRACE_SECONDS, OURS
+
+# A job shorter than so many times the warning would be warned as it starts.
+SHORTEST_WARNED = 6
 # JobID, JobName and State of one replica
 Row = tuple[str, str, str]
 
@@ -65,8 +76,34 @@ def describe_rows(app_id: str, rows: list[Row]) -> DescribeAppResponse | None:
     )
 
 
+def time_limit_minutes(text: str) -> int:
+    """Minutes of `--time`: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours = parts.pop(0) if dash or len(parts) == 3 else 0
+    return int(days or 0) * 1440 + hours * 60 + (parts[0] if parts else 0)
+
+
+def complete(replica: SlurmReplicaRequest, time_limit: str | None) -> None:
+    """Add to what one host asks for."""
+    # srun does not take the job's --cpus-per-task since Slurm 22.05: all workers would share one core.
+    cores = replica.sbatch_opts.get("cpus-per-task")
+    if cores:
+        replica.srun_opts["cpus-per-task"] = cores
+    replica.srun_opts["open-mode"] = "append"
+    if time_limit and 60 * time_limit_minutes(time_limit) >= SHORTEST_WARNED * GRACE_SECONDS:
+        replica.sbatch_opts["signal"] = f"TERM@{GRACE_SECONDS}"
+
+
 class Scheduler(SlurmScheduler):
-    """Slurm, with a status that always answers."""
+    """Slurm, with a status that always answers and jobs that stop with a checkpoint."""
+
+    def _submit_dryrun(self, app: AppDef, cfg: SlurmOpts) -> AppDryRunInfo[SlurmBatchRequest]:
+        info = super()._submit_dryrun(app, cfg)
+        if all(OURS in role.metadata for role in app.roles):
+            for replica in info.request.replicas.values():
+                complete(replica, cfg.get("time"))
+        return info
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         """Status of a job; None if nobody knows it."""

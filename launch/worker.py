@@ -1,14 +1,14 @@
 """Where each process of a job begins: `python -m launch.worker COMMAND ...`, one rank of `mbcnet`.
 
-Around the command it does what only a rank among many needs: a restarted rank goes on from the checkpoint; an exception is
-told once for the whole job, not once for each rank; and no rank outlives its agent.
+Around the command it does what only a rank among many needs: a restarted rank goes on from the checkpoint; an error is told
+once for the whole job, not once for each rank; and no rank outlives its agent.
 """
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
-import runpy
 import signal
 import sys
 import time
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from launch.job import INTERRUPTED, LOST_RANK, PREEMPTED
+
 COMMAND_LINE = "mbcnet_rec.cli"
-# The agent's folder for notes of its ranks: exit_RANK holds the code with which a rank left.
+# The agent's folder for notes of its ranks: exit_RANK holds the code with which a rank left, said_RANK what the terminal shall hear.
 NOTES = "LAUNCH_NOTES"
-USER_MISTAKE = 2
 # Done, left with a checkpoint, stopped by Ctrl-C: no errors.
-STOPPED = (0, 75, 130)
-LOST_RANK = 77
+STOPPED = (0, PREEMPTED, INTERRUPTED)
 # What a rank says when another one has gone; the true cause is that other one's.
 ECHOES = (
     "Connection closed by peer",
@@ -35,6 +35,7 @@ ECHOES = (
     "NCCL",
     "Timed out waiting",
 )
+# How long a rank that knows another one to be the cause lets that one speak first
 ECHO_SECONDS = 2.0
 CLAIM_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
@@ -58,9 +59,9 @@ def claim_first(environ: Mapping[str, str]) -> bool:
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if not address or not port or int(environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    key = (
-        f"launch/first_error/{environ.get('TORCHELASTIC_RUN_ID')}/{environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    )
+    # On one host all restarts share a store; several hosts count their restarts each on its own and have a store for each.
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT") if environ.get("GROUP_WORLD_SIZE") == "1" else ""
+    key = f"launch/first_error/{environ.get('TORCHELASTIC_RUN_ID')}/{attempt}"
     try:
         store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=CLAIM_SECONDS))
         return store.add(key, 1) == 1
@@ -68,24 +69,59 @@ def claim_first(environ: Mapping[str, str]) -> bool:
         return True
 
 
-def traceback_text(error: Exception) -> str:
-    """The traceback from where the command begins."""
+def describe(error: Exception, environ: Mapping[str, str]) -> str:
+    """One line for an error that has an exit code of its own, since the user or operator can mend it; else the traceback."""
+    if hasattr(error, "exit_code"):
+        notes = getattr(error, "__notes__", [])  # the rank whose rows are faulty
+        return f"mbcnet: {notes[0]}: {error}\n" if notes else f"mbcnet: {error}\n"
     frame = error.__traceback__
-    while frame is not None and frame.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
-        frame = frame.tb_next
-    return "".join(traceback.format_exception(type(error), error, frame))
+    while frame is not None and frame.tb_frame.f_code.co_filename == __file__:
+        frame = frame.tb_next  # from where the command begins
+    text = "".join(traceback.format_exception(type(error), error, frame))
+    return f"rank {environ.get('RANK', '0')} failed:\n{text}"
 
 
-def record(message: str, text: str, first: bool, environ: Mapping[str, str]) -> None:
+def leave(error: Exception, environ: Mapping[str, str]) -> int:
+    """Say why the command ended, once for the whole job.
+
+    Returns:
+        The exit code.
+    """
+    code, text = int(getattr(error, "exit_code", 1)), describe(error, environ)
+    spoken = getattr(error, "spoken", True)
+    if not spoken or code == LOST_RANK or (code == 1 and any(echo in text for echo in ECHOES)):
+        time.sleep(ECHO_SECONDS)
+    if code in STOPPED:
+        first = spoken
+    else:
+        first = spoken and claim_first(environ)
+        record(code, first, environ)
+    if first:
+        tell(text, environ)
+    return code
+
+
+def tell(text: str, environ: Mapping[str, str]) -> None:
+    """Write to the terminal. Under our agent only local rank 0 has it; what the others say the agent passes on."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    folder = environ.get(NOTES)
+    if folder and environ.get("LOCAL_RANK", "0") != "0":
+        with contextlib.suppress(OSError):
+            draft = Path(folder) / f".said_{environ['LOCAL_RANK']}"
+            draft.write_text(text)
+            draft.rename(Path(folder) / draft.name[1:])
+
+
+def record(code: int, first: bool, environ: Mapping[str, str]) -> None:
     """Leave an error where the agent reads it, in torchelastic's form; `first` is ours."""
     path = environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+    message = {"message": f"exit code {code}", "extraInfo": extra}
     with contextlib.suppress(OSError):
-        Path(path).write_text(
-            json.dumps({"message": {"message": message, "extraInfo": extra}, "first": first})
-        )
+        Path(path).write_text(json.dumps({"message": message, "first": first}))
 
 
 def note_exit(code: int, environ: Mapping[str, str]) -> None:
@@ -94,14 +130,6 @@ def note_exit(code: int, environ: Mapping[str, str]) -> None:
     if folder:
         with contextlib.suppress(OSError):
             (Path(folder) / f"exit_{environ.get('LOCAL_RANK', '0')}").write_text(str(code))
-
-
-def refused_before(environ: Mapping[str, str]) -> bool:
-    """Whether an earlier start ended with the user's mistake: torchelastic restarts for it too, and it would be told again."""
-    folder = environ.get(NOTES)
-    if not folder or environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return False
-    return any(path.read_text() == str(USER_MISTAKE) for path in Path(folder).glob("exit_*"))
 
 
 def die_with_parent() -> None:
@@ -114,43 +142,31 @@ def run(argv: Sequence[str]) -> int:
     """Run the command line in this process; return its exit code.
 
     Raises:
-        Exception: what the command let through.
+        Exception: what went wrong.
     """
-    sys.argv = [COMMAND_LINE, *argv]
     try:
-        runpy.run_module(COMMAND_LINE, run_name="__main__", alter_sys=True)
+        return int(importlib.import_module(COMMAND_LINE).run(argv))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank.
 
     Returns:
-        The command's exit code, 1 after an exception.
+        The command's exit code, 1 after an exception without one.
     """
     environ = os.environ
     if NOTES in environ:
         die_with_parent()
-    if refused_before(environ):
-        return USER_MISTAKE
     try:
         code = run(resumed(sys.argv[1:] if argv is None else argv, environ))
         if code not in STOPPED:
-            if code == LOST_RANK:
-                time.sleep(ECHO_SECONDS)
-            record(f"exit code {code}", "", claim_first(environ), environ)
+            record(code, claim_first(environ), environ)
     except Exception as error:
-        code, text = 1, traceback_text(error)
-        if any(echo in text for echo in ECHOES):
-            time.sleep(ECHO_SECONDS)  # the rank that this one echoes speaks first
-        first = claim_first(environ)
-        record(f"{type(error).__name__}: {error}", text, first, environ)
-        # The agent prints the first one; local rank 0 shares its terminal, the others write to files of their own.
-        # Under plain torchrun all share it.
-        if environ.get("LOCAL_RANK") != "0" if NOTES in environ else first:
-            sys.stderr.write(text)
+        code = leave(error, environ)
     note_exit(code, environ)
     return code
 

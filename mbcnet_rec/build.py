@@ -75,8 +75,9 @@ def quieten_libraries() -> None:
     logging.getLogger("torchrec.distributed.utils").setLevel(
         logging.ERROR
     )  # data_parallel: caching params will be ignored
-    for name in ("torchrec.distributed.planner.stats", "torchrec.distributed.logger"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # the last one tells each rank of several hosts which groups it made
+    for name in ("planner.stats", "logger", "comm"):
+        logging.getLogger(f"torchrec.distributed.{name}").setLevel(logging.ERROR)
     logging.getLogger().addFilter(
         lambda record: not record.getMessage().startswith("Sharding spec not found for ")
     )

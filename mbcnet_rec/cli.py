@@ -33,9 +33,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Print what is wrong and where help is, and leave with code 2."""
-        print(f"{self.prog}: {message}; see `{self.prog} --help`", file=sys.stderr)
-        sys.exit(2)
+        """Say what is wrong and where help is."""
+        raise InputError(f"{message}; see `{self.prog} --help`")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,19 +78,28 @@ def _close_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command and leave its errors to the caller: main, or launch/worker.py, which tells them once for a whole job.
+
+    Raises:
+        InputError: the user can mend it.
+        RunStoppedError: a run ends before its last step.
+    """
+    # torch's own words on a lost rank: pages of C++ frames
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.showwarning = show_warning
+    args = build_parser().parse_args(argv)
+    return int(args.run(args) or 0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
         The exit code: 0, or 2 where the user can mend something, 130 after Ctrl-C; see training/exits.py for the others.
     """
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # torch's own words on a lost rank: pages of C++ frames
-    warnings.showwarning = show_warning
-    args = build_parser().parse_args(argv)
     try:
-        return int(args.run(args) or 0)
+        return run(argv)
     except InputError as error:
         # Every rank meets a mistake in config or schema; one of them says it. A note names the rank whose rows are faulty.
         notes = getattr(error, "__notes__", [])

@@ -120,6 +120,7 @@ class TrainConfig:
         stall_seconds: a step that takes longer has the stacks of all ranks written to RUN/stacks.
         warm_start: a run folder whose tables are this run's initial ones; empty: none.
         warm_start_tables: which of them; empty: all that both runs have.
+        tracking: an MLflow server, http://HOST:PORT, that gets every number besides TensorBoard; empty: none.
     """
 
     out: str = ""
@@ -145,6 +146,7 @@ class TrainConfig:
     stall_seconds: float = 300.0
     warm_start: str = ""
     warm_start_tables: tuple[str, ...] = ()
+    tracking: str = ""
 
     def __post_init__(self) -> None:
         """Refuse counts that train nothing."""
@@ -162,6 +164,10 @@ class TrainConfig:
                 raise InputError(
                     f"{key} = {getattr(self, key)}: wanted more than 0 and at most {LONGEST_WAIT_SECONDS:,}; change it"
                 )
+        if self.tracking and not self.tracking.startswith(("http://", "https://")):
+            raise InputError(
+                f"tracking = {self.tracking!r}: wanted the address of an MLflow server; write http://HOST:5000, or leave it empty"
+            )
         if self.warm_start_tables and not self.warm_start:
             raise InputError(
                 "warm_start_tables names tables, but warm_start names no run; set both or neither"

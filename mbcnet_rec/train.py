@@ -31,6 +31,7 @@ from mbcnet_rec.training.progress import tell
 from mbcnet_rec.training.records import METRICS, Records, write_whole
 from mbcnet_rec.training.run_place import CHECKPOINTS, place_of
 from mbcnet_rec.training.scoring import EvaluationGivenUpError
+from mbcnet_rec.training.tracking import open_sink
 from mbcnet_rec.training.warm_start import warm_start
 from mbcnet_rec.training.watchdog import STACKS, Watchdog
 from sharding.plan import write_plan
@@ -262,7 +263,7 @@ def _test(
     except EvaluationGivenUpError:
         raise trainer.preempted() from None
     if process.is_first:
-        records = Records(config.run_folder, state.step)
+        records = Records(config.run_folder, state.step, open_sink(config))
         records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
         records.close()
     return metrics

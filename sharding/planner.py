@@ -200,7 +200,7 @@ def _search(
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=plan.batch_size_per_rank,
-        enumerator=EmbeddingEnumerator(topology, plan.batch_size_per_rank, constraints, estimators),
+        enumerator=Ordered(topology, plan.batch_size_per_rank, constraints, estimators),
         storage_reservation=FixedPercentageStorageReservation(0.0),
         proposer=[_proposer(name, plan.group_size) for name in config.proposers],
         partitioner=MemoryBalancedPartitioner()
@@ -287,6 +287,20 @@ class _Estimator(ShardEstimator):
                     input_dist_comms=MILLISECONDS * times.input_dist,
                 )
                 shard.storage = Storage(hbm=cost.bytes.hbm, ddr=cost.bytes.ddr)
+
+
+class Ordered(EmbeddingEnumerator):
+    """Options in the constraints' order. TorchRec's is that of a set of strings, another one in each process, and ties go to the first."""
+
+    def _filter_sharding_types(self, name: str, *args: Any) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._in_order(super()._filter_sharding_types(name, *args), name, "sharding_types")
+
+    def _filter_compute_kernels(self, name: str, *args: Any) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._in_order(super()._filter_compute_kernels(name, *args), name, "compute_kernels")
+
+    def _in_order(self, found: list[str], name: str, key: str) -> list[str]:
+        wanted = getattr((self._constraints or {}).get(name), key, None) or sorted(found)
+        return [each for each in wanted if each in found]
 
 
 class _Watched(NoopPerfModel):

@@ -61,10 +61,8 @@ def test_every_command_has_help(name, capsys):
     "args", [["fly"], [], ["train"], ["train", "--config"], ["data", "synth"], ["plan", "explain"]]
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(args, capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(args)
+    assert cli.main(args) == 2
     said = capsys.readouterr().err
-    assert ended.value.code == 2
     assert said.count("\n") == 1 and "--help" in said
 
 

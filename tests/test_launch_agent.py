@@ -7,7 +7,7 @@ import pytest
 from tiny_run import program
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from launch import agent, worker
+from launch import agent, elastic, worker
 
 # A worker whose command line is the module `crash` of the working directory
 WORKER = """
@@ -43,10 +43,11 @@ def run_agent(folder: Path, crash: str, *options: str, processes: int = 3):
 def test_the_first_error_is_told_once_and_the_echoes_are_not(tmp_path):
     crash = """
 import os, torch, torch.distributed as dist
-dist.init_process_group("gloo")
-if os.environ["RANK"] == "1":
-    raise ValueError("row 7 is bad")
-dist.all_reduce(torch.ones(1))
+def run(argv):
+    dist.init_process_group("gloo")
+    if os.environ["RANK"] == "1":
+        raise ValueError("row 7 is bad")
+    dist.all_reduce(torch.ones(1))
 """
     done = run_agent(tmp_path, crash)
     assert done.returncode == 1
@@ -55,26 +56,29 @@ dist.all_reduce(torch.ones(1))
     assert "worker.py" not in done.stderr, "the traceback begins where the command does"
 
 
-def test_a_mistake_of_a_rank_without_terminal_reaches_it(tmp_path):
-    crash = """
-import os, sys, time
-if os.environ["RANK"] == "2":
-    print("mbcnet: rows.parquet: column user is missing", file=sys.stderr)
-    sys.exit(2)
-time.sleep(30)
+MISTAKE = """
+import os, time
+class Mistake(ValueError):
+    exit_code = 2
+def run(argv):
+    if os.environ["RANK"] in %r:
+        raise Mistake("rows.parquet: column user is missing")
+    time.sleep(30)
 """
-    done = run_agent(tmp_path, crash)
-    assert (done.returncode, done.stderr.splitlines()) == (
-        2,
-        ["mbcnet: rows.parquet: column user is missing"],
-    )
+
+
+@pytest.mark.parametrize("guilty", ["2", "012"])
+def test_a_mistake_is_one_line_whoever_meets_it(tmp_path, guilty):
+    done = run_agent(tmp_path, MISTAKE % guilty)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["mbcnet: rows.parquet: column user is missing"]
 
 
 @pytest.mark.parametrize(
     ("crash", "code", "line"),
     [
-        ("import sys; sys.exit(9)", 9, "ended with exit code 9"),
-        ("import os; os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL; most often"),
+        ("def run(argv): return 9", 9, "ended with exit code 9"),
+        ("import os\ndef run(argv): os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL; most often"),
     ],
 )
 def test_other_ends(tmp_path, crash, code, line):
@@ -85,13 +89,19 @@ def test_other_ends(tmp_path, crash, code, line):
 
 def test_a_restart_goes_on_and_a_mistake_is_not_tried_again(tmp_path):
     crash = """
-import os, sys
-open(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", "w").write(" ".join(sys.argv[1:]))
-sys.exit(%s if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+import os
+def run(argv):
+    count = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    open(f"start_{count}", "w").write(" ".join(argv))
+    return %s if count == "0" else 0
 """
     done = run_agent(tmp_path, crash % 9, "--max-restarts", "2", processes=1)
     assert done.returncode == 0
     assert [(tmp_path / f"start_{n}").read_text() for n in (0, 1)] == ["train --overwrite", "train --resume"]
+    assert done.stderr.splitlines() == [
+        "rank 0 ended with exit code 9",
+        "mbcnet: all workers start again from the last checkpoint (1 of 2 restarts left)",
+    ]
     (tmp_path / "start_1").unlink()
     done = run_agent(tmp_path, crash % 2, "--max-restarts", "2", processes=1)
     assert done.returncode == 2 and not (tmp_path / "start_1").exists()
@@ -127,4 +137,4 @@ def test_the_rank_that_claimed_is_blamed_not_the_earliest():
         failures[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=1, error_file=os.devnull + str(rank))
         failures[rank].timestamp = rank
     failures[1].error_file_data = {"first": True}
-    assert agent.first_failure(failures)[0] == 1
+    assert elastic.first_failure(failures)[0] == 1

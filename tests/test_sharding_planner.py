@@ -1,11 +1,13 @@
 """The planner: constraints are kept to, what does not fit is said with verified cures, and large searches end near the bound."""
 
+import itertools
 import random
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torchrec.distributed.planner.types import ParameterConstraints
 
 from data.errors import InputError
 from data.schema import load_schema, parse_schema
@@ -17,7 +19,7 @@ from sharding.constraints import ShardingConfig, TableConstraint
 from sharding.dense import DenseCost
 from sharding.fit import DoesNotFit, room_for_tables
 from sharding.plan import check_shape
-from sharding.planner import cluster_of, make_plan, meta_collections, plan_schema, topology_of
+from sharding.planner import Ordered, cluster_of, make_plan, meta_collections, plan_schema, topology_of
 
 CLUSTER = read_cluster("2x4:h100-80g")
 PAPER = Path(__file__).parents[1] / "data/schemas/pailitao.toml"
@@ -76,6 +78,18 @@ def test_torchrec_is_told_every_bandwidth():
     assert topology.ddr_mem_bw == pytest.approx(614.4e6 / 4) and topology.hbm_to_ddr_mem_bw == 63e6
     assert (topology.world_size, topology.local_world_size) == (8, 4)
     assert all((device.storage.hbm, device.storage.ddr) == (10, 20) for device in topology.devices)
+
+
+def test_options_come_in_the_order_of_the_constraints_in_every_process():
+    """TorchRec takes them from a set of strings, whose order each process draws anew: ranks would make different plans."""
+    kinds = ["table_wise", "row_wise", "table_row_wise", "column_wise"]
+    topology = topology_of(
+        empty_plan(ShardingConfig(), SMALL, CLUSTER, 64, "sgd", DenseCost()), CLUSTER, (10, 20)
+    )
+    for order in itertools.permutations(kinds):
+        constraints = {"t": ParameterConstraints(sharding_types=list(order), compute_kernels=["fused"])}
+        enumerator = Ordered(topology, 64, constraints, [])
+        assert enumerator._filter_sharding_types("t", sorted(kinds), "") == list(order)
 
 
 @pytest.mark.parametrize("kind", ["data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise"])

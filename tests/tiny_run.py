@@ -1,8 +1,13 @@
 """A run of seconds for the launch tests: small_data's rows, one small model."""
 
+import contextlib
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from small_data import write_small
@@ -49,5 +54,39 @@ def program(
 
 def environment(**env: str) -> dict[str, str]:
     """The variables of a plain shell. Nothing of pytest's own process may make a job work that would not elsewhere."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    kept = {
+        name: os.environ[name]
+        for name in ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH")
+        if name in os.environ
+    }
     return kept | {"OMP_NUM_THREADS": "1"} | env
+
+
+def wait_for(what: Callable[[], object], message: Callable[[], str] | str, seconds: float = 90) -> None:
+    """Wait, generously: other work may hold the cores."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, message if isinstance(message, str) else message()
+        time.sleep(0.2)
+
+
+def free_ports(count: int) -> list[int]:
+    """Consecutive ports that nobody listens on: slurm.conf wants a range for several nodes."""
+    for first in range(17800, 19000, count):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return list(range(first, first + count))
+    raise AssertionError("no free ports")
+
+
+def learned(run: Path) -> list[tuple]:
+    """What a run has learned, step by step: everything but times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (line["step"], line["split"], line.get("loss"), line.get("auc"), line.get("log_loss"))
+        for line in lines
+    ]

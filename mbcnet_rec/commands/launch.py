@@ -57,6 +57,12 @@ def register(subparsers: Any) -> None:
         "--env", action="append", default=[], metavar="KEY=VALUE", help="one further environment variable"
     )
     job.add_argument(
+        "--mounts",
+        default="",
+        metavar="type=volume,src=CLAIM,dst=/storage",
+        help="what torchx mounts into the container: the file system of data and runs",
+    )
+    job.add_argument(
         "--retries",
         type=int,
         default=0,
@@ -190,6 +196,7 @@ def _torchx_words(args: argparse.Namespace, job: "Job") -> list[str]:
         str(job.gpu),
     ]
     options += ["--memMB", str(job.memory_mb), "--image", job.image]
+    options += ["--mounts", args.mounts] if args.mounts else []
     options += ["--max_retries", str(job.retries)] if job.retries else []
     options += ["--env", ",".join(f"{key}={value}" for key, value in job.env.items())] if job.env else []
     return ["torchx", "run", "-s", args.scheduler, *given, "mbcnet.train", *options, "--", *job.args[2:]]

@@ -37,6 +37,7 @@ from mbcnet_rec.training.scoring import (
     own_rows,
 )
 from mbcnet_rec.training.state import Feed, TrainState, Window, mended_counts, restored_outputs, seed_step
+from mbcnet_rec.training.tracking import open_sink
 from mbcnet_rec.training.watchdog import Watchdog
 
 PLATEAU_FACTOR = 0.1
@@ -137,7 +138,7 @@ class Trainer:
             CannotWriteError: a checkpoint or a line could not be written.
         """
         process = self.process
-        records = Records(self.folder, self.state.step) if process.is_first else None
+        records = Records(self.folder, self.state.step, open_sink(self.config)) if process.is_first else None
         bar = Progress(self.total_steps, self.state.step, self.config.data.batch_size, shown=process.is_first)
         kind = PrefetchingPipeline if self.built.plan.prefetch else CheckedPipeline
         pipeline = kind(

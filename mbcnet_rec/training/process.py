@@ -116,9 +116,10 @@ def _keep_freed_memory() -> None:
 def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
     """The store through which ranks find each other.
 
-    torchrun keeps one store over all restarts and torch 2.13 no longer tells them apart, so ranks that are started again would
-    read the addresses of their dead predecessors; and so would a process that trains and then evaluates, which leaves one
-    group and joins another. Hence a prefix for each attempt and, as all ranks join equally often, for each time of joining.
+    On one host torchrun keeps one store over all restarts and torch 2.13 no longer tells them apart, so ranks that are started
+    again would read the addresses of their dead predecessors; and so would a process that trains and then evaluates, which
+    leaves one group and joins another. Hence a prefix for each attempt and, as all ranks join equally often, for each time of
+    joining. Several hosts count their attempts each on its own; there launch/agent.py makes a new store for each.
     """
     if alone:
         return dist.HashStore()
@@ -130,7 +131,8 @@ def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
         lambda: dist.TCPStore(address, port, is_master=is_master, timeout=timeout, wait_for_workers=False),
         f"what listens at {address}:{port} does not answer as a meeting point",
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    several_hosts = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    attempt = "0" if several_hosts else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt_{attempt}/joined_{next(_TIMES_JOINED)}", store)
 
 

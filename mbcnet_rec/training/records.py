@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: metrics.jsonl and TensorBoard."""
+"""What a run writes down while it goes: metrics.jsonl, TensorBoard, and a tracking server where one is named."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from typing import Any
 from mbcnet_rec.training.board import Board
 from mbcnet_rec.training.exits import CannotWriteError
 from mbcnet_rec.training.progress import tell
+from mbcnet_rec.training.tracking import MlflowSink
 
 METRICS = "metrics.jsonl"
 # keys that tell of this machine and this start, not of what is learned: two equal runs differ in them
@@ -24,15 +25,16 @@ TIMING_KEYS = (
 
 
 class Records:
-    """Appends one JSON object a line to metrics.jsonl, and the same numbers to TensorBoard.
+    """Appends one JSON object a line to metrics.jsonl, and hands the same numbers to TensorBoard and to a tracking server.
 
     Args:
         folder: the run folder.
         first_step: lines of later steps are dropped: they belong to steps that a resumed run does again.
+        sink: of a tracking server, see tracking.py; None without one.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        """Open both.
+    def __init__(self, folder: Path, first_step: int, sink: MlflowSink | None = None) -> None:
+        """Open all.
 
         Raises:
             CannotWriteError: the folder cannot be written.
@@ -40,6 +42,7 @@ class Records:
         path = folder / METRICS
         self._path = path
         self._board: Board | None = None
+        self._sink = sink
         try:
             text = path.read_text(errors="replace") if path.exists() else ""
             kept = "".join(line + "\n" for line in keep_until(text.splitlines(), first_step))
@@ -67,6 +70,8 @@ class Records:
         except OSError as error:
             self._drop_behind(end)
             raise self._cannot_write(error) from None
+        if self._sink is not None:
+            self._sink.add(step, split, clean)
         if self._board is None:
             return
         numbers = {key: value for key, value in clean.items() if isinstance(value, (int, float))}
@@ -87,12 +92,14 @@ class Records:
             raise self._cannot_write(error) from None
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush all. A tracking server hears of the exception that is on its way, if any."""
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
             if self._board is not None:
                 self._board.close()
+        if self._sink is not None:
+            self._sink.close(sys.exc_info()[1])
 
     def _without_curves(self, error: OSError) -> None:
         """Curves are a convenience: training goes on without."""

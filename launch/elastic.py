@@ -1,0 +1,102 @@
+"""torchelastic's agent of one host, so that hosts may really come and go, and the operator reads why workers start again."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from launch.job import CANNOT_WRITE, INTERRUPTED, LOST_RANK, NON_FINITE, PREEMPTED, USER_MISTAKE
+from launch.worker import NOTES
+
+# Codes with which a worker leaves after it has said why; 1 follows a traceback.
+SAID = (1, USER_MISTAKE, CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK, INTERRUPTED)
+# What comes again at every start
+HOPELESS = (USER_MISTAKE, NON_FINITE)
+
+
+class Agent(LocalElasticAgent):
+    """LocalElasticAgent, mended.
+
+    Each round of the rendezvous has a store of its own. torch 2.13 keeps the first round's: a host that joins later waits for
+    an address that nobody publishes again, and workers that start anew read the addresses of the dead.
+    Restarts are for what may go better the next time: a stop with a checkpoint costs none, a user's mistake ends the job.
+    Workers that are stopped because a host has come have the time to write a checkpoint. And it is told why workers start again.
+    """
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        worker_group.spec.rdzv_handler._bootstrap_store_info = None  # pyright: ignore
+        super()._rendezvous(worker_group)  # pyright: ignore[reportCallIssue]
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
+        pass_on()
+        if not result.is_failed():
+            return result
+        codes = {failure.exitcode for failure in result.failures.values()}
+        if codes & set(HOPELESS):
+            self._remaining_restarts = 0
+        if not self._remaining_restarts:
+            return result
+        say(describe(*first_failure(result.failures)))
+        if codes <= {PREEMPTED, -signal.SIGTERM} and PREEMPTED in codes:
+            self._remaining_restarts += 1
+        return result
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state == WorkerState.HEALTHY:  # a host has come: every worker writes a checkpoint
+            self._shutdown(timeout=self._shutdown_timeout)
+        else:
+            super()._stop_workers(worker_group)  # pyright: ignore[reportCallIssue]
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.group_rank == 0:
+            if worker_group.state == WorkerState.HEALTHY:
+                # behind a progress bar
+                say("\nmbcnet: a host has come: all workers write a checkpoint and go on with it")
+            else:
+                left = f"{self._remaining_restarts} of {worker_group.spec.max_restarts} restarts left"
+                say(f"mbcnet: all workers start again from the last checkpoint ({left})")
+        super()._restart_workers(worker_group)  # pyright: ignore[reportCallIssue]
+        pass_on()
+
+
+def say(line: str) -> None:
+    """Write a line to the terminal, if there is something to say."""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+
+
+def pass_on() -> None:
+    """Write to the terminal what workers without one have left to be said."""
+    for path in sorted(Path(os.environ[NOTES]).glob("said_*")):
+        say(path.read_text().rstrip("\n"))
+        path.unlink()
+
+
+def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that failed first: the one that claimed so, else the earliest not stopped by the launcher itself."""
+    for rank, failure in failures.items():
+        if failure.error_file_data.get("first"):
+            return rank, failure
+    own = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM}
+    return min((own or failures).items(), key=lambda item: item[1].timestamp)
+
+
+def describe(rank: int, failure: ProcessFailure) -> str:
+    """What the terminal has yet to hear of a failed rank; empty where it, or the rank to blame, has said all."""
+    code = failure.exitcode
+    if code in SAID:
+        return ""
+    if code >= 0:
+        return f"rank {rank} ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = (
+        "; most often the machine ran out of memory: a smaller batch, smaller tables or fewer workers need less"
+        if name == "SIGKILL"
+        else ""
+    )
+    return f"rank {rank} was ended by {name}{hint}"

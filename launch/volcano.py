@@ -1,0 +1,44 @@
+"""torchx's Kubernetes scheduler (Volcano), with what a training pod needs besides.
+
+Time to write a checkpoint when a node is drained, a user of its own, shared memory that cannot eat the node, and no second
+start after a mistake that would come again. Jobs of other components pass through untouched.
+"""
+
+from typing import Any
+
+from torchx.schedulers.api import AppDryRunInfo
+from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesOpts, KubernetesScheduler
+from torchx.specs import AppDef
+
+from launch.job import GRACE_SECONDS, NON_FINITE, OURS, USER_MISTAKE, pod_security, shared_memory_mb
+
+
+class Scheduler(KubernetesScheduler):
+    """Kubernetes with pods that may stop and go on."""
+
+    def _submit_dryrun(self, app: AppDef, cfg: KubernetesOpts) -> AppDryRunInfo[KubernetesJob]:
+        info = super()._submit_dryrun(app, cfg)
+        if all(OURS in role.metadata for role in app.roles):
+            memory_mb = app.roles[0].resource.memMB
+            spec: Any = info.request.resource["spec"]
+            for task in spec["tasks"]:
+                complete(task, memory_mb)
+        return info
+
+
+def complete(task: dict[str, Any], memory_mb: int) -> None:
+    """Add to one pod, a V1Pod of the Kubernetes client, and to its restarts."""
+    pod = task["template"].spec
+    pod.termination_grace_period_seconds = GRACE_SECONDS
+    pod.security_context = pod_security()
+    for volume in pod.volumes:
+        if volume.empty_dir is not None and volume.empty_dir.medium == "Memory":
+            volume.empty_dir.size_limit = f"{shared_memory_mb(memory_mb)}Mi"
+    if task.get("policies"):
+        hopeless = [{"exitCode": code, "action": "AbortJob"} for code in (USER_MISTAKE, NON_FINITE)]
+        task["policies"] = [*hopeless, *task["policies"]]
+
+
+def create_scheduler(session_name: str, **_: Any) -> Scheduler:
+    """What torchx calls."""
+    return Scheduler(session_name=session_name)

@@ -1,0 +1,110 @@
+"""`mbcnet launch`: what would run is said before it runs, a plan for another job is refused, and every printed form is one job.
+
+Also that our components stand beside torchx's own.
+"""
+
+import shlex
+import subprocess
+
+import pytest
+from tiny_run import make_run
+from torchx.specs.finder import get_components
+
+from launch import job, worker
+from mbcnet_rec import cli
+from mbcnet_rec.training import exits
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_run(tmp_path))
+    return tmp_path
+
+
+def launch(*args: str) -> int:
+    return cli.main(["launch", "--config", "tiny.toml", *args])
+
+
+def test_our_components_stand_beside_torchxs_own():
+    names = set(get_components())
+    assert {f"mbcnet.{name}" for name in ("train", "evaluate", "predict", "plan", "study")} <= names
+    assert {"dist.ddp", "utils.echo", "utils.sh"} <= names
+    for name in ("train", "evaluate", "predict", "plan", "study"):
+        assert get_components()[f"mbcnet.{name}"].description.strip(), "its help"
+
+
+def test_a_dry_run_says_what_where_and_on_how_many_gpus(folder, capsys):
+    words = (
+        "-j",
+        "16x8",
+        "--gpu",
+        "8",
+        "-s",
+        "kubernetes",
+        "-cfg",
+        "queue=gpus",
+        "--set",
+        "train.max_steps=9",
+    )
+    assert launch(*words, "--dry-run") == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said["ranks"].startswith("128: 16 hosts x 8 processes") and said["GPUs"] == "128 (8 a host)"
+    assert said["where"] == "kubernetes (queue=gpus)" and "runs/tiny" in said["run"]
+    assert said["command"].startswith("mbcnet train --config tiny.toml --set=train.max_steps=9")
+    assert said["next"].startswith(
+        "torchx run -s kubernetes -cfg queue=gpus mbcnet.train --config tiny.toml -j 16x8"
+    )
+    assert not (folder / "runs").exists(), "nothing was started"
+
+
+def test_a_job_that_its_plan_was_not_made_for_is_refused(folder, capsys):
+    assert cli.main(["plan", "--config", "tiny.toml", "--cluster", "1x2:cpu", "-o", "plan.json"]) == 0
+    capsys.readouterr()
+    given = ("--set", "sharding.plan=plan.json", "--dry-run")
+    assert launch("-j", "1x2", *given) == 0
+    assert "plan.json" in capsys.readouterr().out
+    for shape in ("1x4", "1:2x2"):
+        assert launch("-j", shape, *given) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "plan.json" in said, said
+    assert launch("-j", "1x2", "--gpu", "2", "--set", "train.device=auto", *given) == 2
+    assert "plan.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("-j", "2:1x2"), "-j 2:1x2"),
+        (("-j", "1x8", "--gpu", "4"), "gpu = 4"),
+        (("--set", "train.device=cuda"), "--gpu 2"),
+        (("--retries", "2", "--overwrite"), "--overwrite"),
+        (("--env", "word"), "KEY=VALUE"),
+        (("--gpu", "-1"), "--gpu -1"),
+        (("--overwrite", "--print", "k8s"), "--overwrite"),
+    ],
+)
+def test_what_cannot_run_is_one_line_and_code_2(folder, capsys, args, said):
+    assert launch(*args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error, error
+
+
+def test_the_printed_forms_are_one_job(folder, capsys):
+    made = {}
+    for form in ("torchrun", "slurm", "k8s"):
+        assert launch("-j", "2x4", "--gpu", "4", "--print", form) == 0
+        made[form] = capsys.readouterr().out
+    assert "$HEAD:29500" in made["torchrun"] and made["torchrun"].count("\n") == 1
+    words = shlex.split(made["torchrun"])
+    assert words[words.index("torchrun") :][1:5] == ["--nnodes", "2", "--nproc-per-node", "4"]
+    assert subprocess.run(["bash", "-n"], input=made["slurm"], text=True, capture_output=True).stderr == ""
+    for text in ("--nodes=2", "--gpus-per-node=4", "--signal=TERM@300", "scontrol requeue"):
+        assert text in made["slurm"]
+    for text in made.values():
+        assert "launch.worker" in text and "tiny.toml" in text and "PYTHONSAFEPATH" in text
+
+
+def test_exit_codes_are_the_trainers():
+    ours = (job.CANNOT_WRITE, job.PREEMPTED, job.NON_FINITE, job.LOST_RANK)
+    assert ours == (exits.CANNOT_WRITE, exits.PREEMPTED, exits.NON_FINITE, exits.LOST_RANK)
+    assert cli.__name__ == worker.COMMAND_LINE
