@@ -46,7 +46,7 @@ def test_a_dry_run_says_what_where_and_on_how_many_gpus(folder, capsys):
         "--set",
         "train.max_steps=9",
     )
-    assert launch(*words, "--dry-run") == 0
+    assert launch(*words, "--set", "data.lanes=128", "--set", "data.batch_size=128", "--dry-run") == 0
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert said["ranks"].startswith("128: 16 hosts x 8 processes") and said["GPUs"] == "128 (8 a host)"
     assert said["where"] == "kubernetes (queue=gpus)" and "runs/tiny" in said["run"]
@@ -80,6 +80,7 @@ def test_a_job_that_its_plan_was_not_made_for_is_refused(folder, capsys):
         (("--retries", "2", "--overwrite"), "--overwrite"),
         (("--env", "word"), "KEY=VALUE"),
         (("--gpu", "-1"), "--gpu -1"),
+        (("-j", "1x8", "--dry-run"), "set data.lanes to 8"),
         (("--overwrite", "--print", "k8s"), "--overwrite"),
     ],
 )
@@ -92,13 +93,13 @@ def test_what_cannot_run_is_one_line_and_code_2(folder, capsys, args, said):
 def test_the_printed_forms_are_one_job(folder, capsys):
     made = {}
     for form in ("torchrun", "slurm", "k8s"):
-        assert launch("-j", "2x4", "--gpu", "4", "--print", form) == 0
+        assert launch("-j", "2x2", "--gpu", "2", "--print", form) == 0
         made[form] = capsys.readouterr().out
     assert "$HEAD:29500" in made["torchrun"] and made["torchrun"].count("\n") == 1
     words = shlex.split(made["torchrun"])
-    assert words[words.index("torchrun") :][1:5] == ["--nnodes", "2", "--nproc-per-node", "4"]
+    assert words[words.index("torchrun") :][1:5] == ["--nnodes", "2", "--nproc-per-node", "2"]
     assert subprocess.run(["bash", "-n"], input=made["slurm"], text=True, capture_output=True).stderr == ""
-    for text in ("--nodes=2", "--gpus-per-node=4", "--signal=TERM@300", "scontrol requeue"):
+    for text in ("--nodes=2", "--gpus-per-node=2", "--signal=TERM@300", "scontrol requeue"):
         assert text in made["slurm"]
     for text in made.values():
         assert "launch.worker" in text and "tiny.toml" in text and "PYTHONSAFEPATH" in text

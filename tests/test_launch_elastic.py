@@ -1,6 +1,7 @@
 """Two agents, one rendezvous, on one machine: a host joins late, is lost, comes back; from 1 to 2 hosts nothing is lost or done twice."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -39,12 +40,12 @@ class Host:
             str(processes),
         ]
         words += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-        # a lost host is missed after 10 seconds, and nobody is waited for longer than 3
+        # the other waits are as on a cluster: a lost host is missed after 15 seconds
         words += [
             "--rdzv-id",
             "elastic",
             "--rdzv-conf",
-            "last_call_timeout=3,keep_alive_interval=2,keep_alive_max_attempt=5",
+            "last_call_timeout=5",
         ]
         words += [
             "--log-dir",
@@ -103,6 +104,10 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         host.process.kill()
 
 
+@pytest.mark.skipif(
+    os.getloadavg()[0] > 3 * (os.cpu_count() or 1),
+    reason="heartbeats are missed on an overloaded machine, and a host that only waits for a core is taken for lost",
+)
 def test_hosts_come_and_go(hosts: Hosts):
     folder = hosts.folder
     first = hosts.start("first")

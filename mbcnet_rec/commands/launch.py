@@ -1,6 +1,7 @@
 """`mbcnet launch`: one description of a job, for every scheduler."""
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _job(args: argparse.Namespace, config: "RunConfig") -> "Job":
 
 
 def _check_plan(config: "RunConfig", job: "Job") -> None:
-    """Refuse a job on which the config's plan cannot run: found here, not after an hour in a queue."""
+    """Refuse a job on which the config or its plan cannot run: found here, not after an hour in a queue."""
     from pathlib import Path
 
     from data.errors import InputError
@@ -159,6 +160,13 @@ def _check_plan(config: "RunConfig", job: "Job") -> None:
         raise InputError(
             "train.device = 'cuda', but the job asks for no GPU; add --gpu " + str(job.shape.processes)
         )
+    lanes = config.data.lanes
+    for size in job.shape.world_sizes:
+        if lanes % size:
+            raise InputError(
+                f"data.lanes = {lanes}: -j {job.shape} may have {size} ranks; wanted a multiple of that; set data.lanes to "
+                f"{math.lcm(*job.shape.world_sizes)}, and data.batch_size to a multiple of it"
+            )
     if not config.sharding.plan:
         return
     plan = read_plan(Path(config.sharding.plan))
