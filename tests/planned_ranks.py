@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from forked_ranks import report, run_ranks
+from forked_ranks import mbcnet, report, run_ranks
 from small_data import write_small
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
@@ -28,7 +28,7 @@ CONFIG = write_small(FOLDER, train_rows=2_400, other_rows=120)
 STEPS = 20
 
 
-def run(name, *settings, resume=False, plan=None, **options):
+def run(name, *settings, resume=False, plan=None, hook=lambda rank: None, **options):
     args = ["train", "--config", str(CONFIG), "--resume" if resume else "--overwrite"]
     args += ["--plan", str(plan)] if plan else []
     common = [
@@ -39,7 +39,7 @@ def run(name, *settings, resume=False, plan=None, **options):
     ]
     for setting in (*common, "train.timeout_seconds=30", *settings):
         args += ["--set", setting]
-    return run_ranks(args, FOLDER / "logs" / name, **options)
+    return run_ranks(mbcnet(args, hook), FOLDER / "logs" / name, **options)
 
 
 def metrics(name):

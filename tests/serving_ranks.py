@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from forked_ranks import report, run_ranks
+from forked_ranks import mbcnet, report, run_ranks
 from serving_data import KINDS
 
 from mbcnet_rec import pieces, predict, slices
@@ -14,8 +14,8 @@ FOLDER = Path(sys.argv[1])
 PIECE_ROWS, FEW_SLICES = 500, 10
 
 
-def run(name, *args, **options):
-    return run_ranks([str(arg) for arg in args], FOLDER / "logs" / name, **options)
+def run(name, *args, hook=lambda rank: None, **options):
+    return run_ranks(mbcnet([str(arg) for arg in args], hook), FOLDER / "logs" / name, **options)
 
 
 def few_slices(rank):
