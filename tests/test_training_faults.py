@@ -38,9 +38,8 @@ def line_of(result, rank):
 def test_a_killed_rank(results):
     first = results["killed_rank"]["first"]
     assert first["codes"] == [77, -9] and first["seconds"] < 20
-    assert (
-        "at step 8: rank 1 gives no sign of life, it is stopped or dead (rank 1 last seen at step"
-        in line_of(first, 0)
+    assert "at step 8: rank 1 gives no sign of life, it is stopped or dead (rank 1 last seen at " in line_of(
+        first, 0
     )
     assert first["steps"] == [5, 6], "the checkpoints before stand"
     ended_as_calm(results["killed_rank"])
