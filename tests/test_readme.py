@@ -24,6 +24,8 @@ COMMANDS = [
 SMALLER = (
     ("mbcnet train ", " --set train.max_steps=4"),
     ("torchx run -s local_cwd ", " --set train.max_steps=4"),
+    ("mbcnet export ", " --no-aot"),
+    ("mbcnet bench latency ", " --rows 1 --threads 1"),
 )
 # Checked against the parser only: hours, or a scheduler that is not everywhere. tests/test_launch_slurm.py runs the latter.
 PARSED_ONLY = ("mbcnet study table3", "mbcnet tune", "torchx run -s slurm", "make ", "source ")
