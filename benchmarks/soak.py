@@ -4,7 +4,7 @@
 
 Two ranks. A cycle joins the other rank, builds the model, loads the newest checkpoint, trains some steps, is asked to stop by SIGTERM,
 writes a checkpoint and leaves. A scheduler would start a new process each time; here the process stays, so that what it does not
-give back adds up. Compared are the first tenth of the cycles after a warm-up of a tenth, and the last tenth.
+give back adds up. Compared are the first tenth of the cycles after a warm-up of a tenth (for counts: all until then), and the last tenth.
 """
 
 import argparse
@@ -101,16 +101,22 @@ def rank_main(rank: int, port: int, config: Path, folder: Path, cycles: int, sec
 
 
 def growth(measures: list[dict[str, int]]) -> dict[str, float]:
-    """Change from the first tenth after the warm-up to the last tenth, of medians: relative for bytes, absolute for counts."""
+    """What grew after a warm-up of a tenth of the cycles.
+
+    Memory: median of the last tenth over that of the first tenth, less 1. Counts: the most of the last tenth less the most before it,
+    since threads that were told to end are still there in some cycles and not in others.
+    """
     tenth = max(1, len(measures) // 10)
     early, late = measures[tenth : 2 * tenth], measures[-tenth:]
+    result = {"memory_growth": round(_median(late) / _median(early) - 1, 5)}
+    for key in measures[0].keys() - {"resident_bytes"}:
+        most = max(each[key] for each in measures[tenth:-tenth])
+        result[f"{key}_added"] = max(each[key] for each in late) - most
+    return result
 
-    def median(part: list[dict[str, int]], key: str) -> float:
-        return statistics.median(each[key] for each in part)
 
-    changes = {key: median(late, key) - median(early, key) for key in measures[0]}
-    memory = changes.pop("resident_bytes") / median(early, "resident_bytes")
-    return {"memory_growth": round(memory, 5)} | {f"{key}_added": value for key, value in changes.items()}
+def _median(measures: list[dict[str, int]]) -> float:
+    return statistics.median(each["resident_bytes"] for each in measures)
 
 
 def soak(folder: Path, cycles: int, seconds: float) -> dict[str, Any]:

@@ -304,7 +304,9 @@ class _Reader:
         numbers, valid = self._numbers(column, feature)
         if feature.transform == "log1p":
             # log(1 + x) in float64 differs from log1p(x) by less than 2^-52, and is vectorised
-            numbers = np.copysign(np.log(1.0 + np.abs(numbers, dtype=np.float64)), numbers)
+            negative = numbers.size > 0 and numbers.min() < 0
+            logs = np.log(np.add(1.0, np.abs(numbers) if negative else numbers, dtype=np.float64))
+            numbers = np.copysign(logs, numbers) if negative else logs
         elif feature.transform == "standardise":
             numbers = (numbers - float(feature.mean)) / float(feature.std)
         out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)

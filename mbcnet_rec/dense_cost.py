@@ -62,18 +62,20 @@ def dense_cost(config: ModelConfig, schema: Schema, sharding: ShardingConfig) ->
 
 def _kept_bytes(model: nn.Module, rows: int) -> tuple[int, float]:
     """Bytes that autograd keeps from a forward pass of so many rows, and its FLOPs."""
-    kept: dict[
-        int, Tensor
-    ] = {}  # by storage, since several operations may keep one; and alive, so that no key is reused
+    kept: dict[int, torch.UntypedStorage] = {}  # once each, since several operations may keep one
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
+    def keep(tensor: Tensor) -> None:
+        # not the tensor: what an operation keeps of its own output would hold the whole graph for ever
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
 
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(torch.empty(rows, 1, device="meta"), None, None)
-    del output
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, _no_backward):
+        model(torch.empty(rows, 1, device="meta"), None, None)
+    return sum(storage.nbytes() for storage in kept.values()), counter.get_total_flops()
+
+
+def _no_backward(_: None) -> Tensor:
+    raise AssertionError("only the forward pass is counted")
 
 
 def _widths(layout: InputLayout) -> dict[str, int]:
