@@ -77,7 +77,7 @@ def child(config: Path, out: Path, overrides: list[str], log: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(out.parent)
     args = ["train", "--config", str(config)]
-    for setting in (f"train.out={out}", "train.max_steps=1", *overrides):
+    for setting in (f"train.out={out}", "train.epochs=1", "train.max_steps=1", *overrides):
         args += ["--set", setting]
     code = mbcnet(args)
     sys.stdout.flush()

@@ -128,8 +128,14 @@ def parse_value(hint: Any, value: Any, source: str, path: str) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 2**63:
+            raise InputError(f"{source}: {path} = {value}: wanted an integer of 64 bits; lower the value")
         return value
     if hint is str and isinstance(value, str):
+        if "\0" in value:
+            raise InputError(
+                f"{source}: {path} = {value!r}: wanted a string without NUL characters; change the value"
+            )
         return value
     raise wrong
 

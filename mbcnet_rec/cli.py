@@ -1,11 +1,13 @@
 """`mbcnet`, a thin door: it parses arguments, runs one command and turns mistakes into one line. Imports no torch."""
 
 import argparse
+import errno
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 from data.errors import InputError
@@ -25,6 +27,7 @@ from mbcnet_rec.commands import (
 )
 from mbcnet_rec.training.exits import RunStoppedError
 
+PATH_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
 OURS = ("data", "sharding", "mbcnet_rec")
 COMMANDS = (doctor, data, schema, plan, launch, train, evaluate, predict, export, bench, study, tune)
 
@@ -89,7 +92,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.showwarning = show_warning
     args = build_parser().parse_args(argv)
-    return int(args.run(args) or 0)
+    try:
+        return int(args.run(args) or 0)
+    except OSError as error:
+        if error.errno not in PATH_FAULTS or not isinstance(error.filename, str | Path):
+            raise
+        shown = str(error.filename)[:200]
+        raise InputError(f"{shown}: {error.strerror}; mend it, or give another path") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -94,3 +94,9 @@ def test_of_many_ranks_one_says_a_mistake(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert outcome(monkeypatch, InputError("said by rank 0")) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_path_that_no_file_can_have_is_the_users_to_mend(capsys):
+    assert cli.main(["schema", "infer", "é" * 300, "--out", "s.toml"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("mbcnet: é") and "File name too long" in said, said

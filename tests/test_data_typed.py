@@ -58,6 +58,7 @@ def test_every_type_is_read_and_written_back():
         ({}, "run.toml: steps is missing; wanted an integer; add it"),
         ({"steps": 1.0}, "run.toml: steps = 1.0: wanted an integer"),
         ({"steps": True}, "steps = True: wanted an integer"),
+        ({"steps": 2**63}, "steps = 9223372036854775808: wanted an integer of 64 bits"),
         ({"steps": 1, "flag": 1}, "flag = 1: wanted true or false"),
         ({"steps": 1, "mode": "c"}, "mode = 'c': wanted one of 'a', 'b'"),
         ({"steps": 1, "mode": True}, "mode = True: wanted one of"),
