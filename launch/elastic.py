@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
@@ -51,6 +52,13 @@ class Agent(LocalElasticAgent):
             self._shutdown(timeout=self._shutdown_timeout)
         else:
             super()._stop_workers(worker_group)  # pyright: ignore[reportCallIssue]
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """Tell the workers to stop. One that somebody has stopped (SIGSTOP) must go on first: else it hears nothing until the timeout."""
+        for pid in self._pcontext.pids().values() if self._pcontext else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        super()._shutdown(death_sig, timeout)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.group_rank == 0:

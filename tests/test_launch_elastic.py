@@ -1,6 +1,8 @@
-"""Two agents, one rendezvous, on one machine: a host joins late, is lost, comes back; from 1 to 2 hosts nothing is lost or done twice."""
+"""Two agents, one rendezvous, on one machine: a host joins late, is lost, comes back; from 1 to 2 hosts nothing is lost or done twice.
+A worker that was stopped still ends with its job."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -136,3 +138,14 @@ def test_hosts_come_and_go(hosts: Hosts):
     assert [host.process.wait(60) for host in calm] == [0, 0], hosts.said()
     again = [line for line in learned(folder / "run") if line[1] == "train"]
     assert again == elastic[: len(again)] and again[-1][0] > joined
+
+
+def test_a_worker_that_somebody_stopped_does_not_hold_the_job(hosts: Hosts):
+    host = hosts.start("alone", "1")
+    hosts.trains_on(1, times=1)
+    children = Path(f"/proc/{host.process.pid}/task/{host.process.pid}/children").read_text().split()
+    (worker,) = [int(pid) for pid in children if "launch.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(worker, signal.SIGSTOP)
+    host.process.send_signal(signal.SIGTERM)
+    assert host.process.wait(30) == 75, hosts.said()
+    assert "its checkpoint is written" in host.said()
