@@ -15,7 +15,6 @@ cooperation_exponent    of both cooperation losses alone over 2 to 16 branches; 
 import gc
 import multiprocessing
 import os
-import socket
 import statistics
 import sys
 import time
@@ -26,7 +25,15 @@ from typing import Any
 import torch
 from paper_size import run_config, training_step
 from random_rows import random_batch, uniform_schema
-from side_by_side import Clock, fitted_exponent, parser_of, print_figures, take_turns
+from side_by_side import (
+    Clock,
+    fitted_exponent,
+    free_port,
+    parser_of,
+    print_figures,
+    rank_environment,
+    take_turns,
+)
 
 from data.schema import Schema
 from mbcnet_rec.build import build, quieten_libraries
@@ -133,9 +140,7 @@ def ranks_curve(quick: bool, seconds: float) -> dict[int, float]:
     context = multiprocessing.get_context("spawn")
     found = {}
     for world in (1, 2) if quick else (1, 2, 4):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         answers = context.SimpleQueue()
         ranks = [
             context.Process(target=one_rank, args=(rank, world, port, seconds, answers))
@@ -153,14 +158,7 @@ def ranks_curve(quick: bool, seconds: float) -> dict[int, float]:
 
 def one_rank(rank: int, world: int, port: int, seconds: float, answers: Any) -> None:
     """Train for a while as one of `world` ranks; answer with processor seconds a step. Ranks step together, so they count alike."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= rank_environment(rank, world, port)
     torch.set_num_threads(1)
     quieten_libraries()
     with joined_process("cpu") as process:

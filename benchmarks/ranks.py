@@ -10,7 +10,6 @@ rank_step_seconds, thread_step_seconds    median step of each side
 """
 
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from side_by_side import parser_of, print_figures, ratio, ratio_of_least, take_turns
+from side_by_side import (
+    free_port,
+    parser_of,
+    print_figures,
+    rank_environment,
+    ratio,
+    ratio_of_least,
+    take_turns,
+)
 
 STEPS = 2  # of one turn
 CORES = 2
@@ -35,9 +42,7 @@ class Side:
     """
 
     def __init__(self, folder: Path, world: int, batch: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         here = Path(__file__).parent
         self.ranks = [
             subprocess.Popen(
@@ -46,15 +51,10 @@ class Side:
                 stdout=subprocess.PIPE,
                 text=True,
                 env=os.environ
+                | rank_environment(rank, world, port)
                 | {
                     "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
                     "OMP_NUM_THREADS": str(CORES // world),
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(world),
-                    "LOCAL_WORLD_SIZE": str(world),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
                 },
             )
             for rank in range(world)

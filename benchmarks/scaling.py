@@ -9,6 +9,7 @@ follow one another. Rows are fp32 where they fit, else fp16, else the largest ta
 floor: no launches, no stragglers, no skew, no contention of links.
 
 compute, memory, network, input walls: samples a second that this resource alone would allow all GPUs together
+not_tried                what a user could try at these sizes and this script does not
 wall_at                  GPUs -> the resource that takes most of the step (or input, where it is longer than all of it)
 samples_per_second       GPUs -> all together
 efficiency               GPUs -> a GPU's rate against that at the smallest size
@@ -37,6 +38,11 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 QUICK_SIZES = (1, 8, 128, 1024)
 HOST_DEVICES = 8
 WALLS = ("compute", "memory", "network", "input")
+PAGED_TABLES = 2  # the largest, where nothing else fits
+NOT_TRIED = (
+    f"more than the {PAGED_TABLES} largest tables in host memory, without which one GPU does not fit",
+    "replicas of the plan in groups (sharding.replicas), which shorten the exchange on many hosts",
+)
 CACHED = TableConstraint(compute_kernels=("fused_uvm_caching",))
 
 
@@ -74,6 +80,8 @@ def main() -> int:
         assessment, rows = found
         cells[size] = cell_of(assessment, rows, time.perf_counter() - start)
         print_cell(size, cells[size])
+    for each in NOT_TRIED:
+        print(f"  not tried: {each}")
     figures = figures_of(cells, args.kind, args.batch)
     if args.png:
         draw(cells, args.kind, args.png)
@@ -91,7 +99,9 @@ def assessed(
     cluster = read_cluster(kind).resized(hosts, devices)
     plain = ShardingConfig(search_seconds=seconds)
     dense = dense_cost(ModelConfig(), schema, plain)
-    largest = sorted(schema.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)[:2]
+    largest = sorted(schema.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)[
+        :PAGED_TABLES
+    ]
     paged = {table.name: CACHED for table in largest}
     for config, rows in (
         (plain, "fp32"),
@@ -144,6 +154,7 @@ def figures_of(cells: dict[int, dict[str, Any]], kind: str, batch: int) -> dict[
         "samples_per_second": {str(size): round(cell["samples_per_second"]) for size, cell in cells.items()},
         "efficiency": {str(size): round(rate / first, 4) for size, rate in rates.items()},
         "rows": {str(size): cell["rows"] for size, cell in cells.items()},
+        "not_tried": list(NOT_TRIED),
         "kind": kind,
         "batch_per_gpu": batch,
         "cells": {str(size): cell for size, cell in cells.items()},

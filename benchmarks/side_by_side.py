@@ -1,8 +1,9 @@
-"""Timing on a machine that others use too: cases take turns, and only ratios within one round are compared."""
+"""Timing on a machine that others use too: cases take turns, and only ratios within one round are compared. And what ranks find each other by."""
 
 import argparse
 import json
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,25 @@ def fitted_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     y = torch.tensor(seconds, dtype=torch.float64).log()
     x, y = x - x.mean(), y - y.mean()
     return float((x * y).sum() / (x * x).sum())
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun would tell one of `world` ranks on this host that meet at `port`."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def print_figures(figures: Mapping[str, Any], as_json: bool) -> None:

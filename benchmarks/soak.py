@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from crash_storm import write_data
+from side_by_side import rank_environment
 
 from mbcnet_rec.config import load_config
 from mbcnet_rec.train import run_training
@@ -70,15 +71,7 @@ def stop_after(steps: int) -> None:
 
 def rank_main(rank: int, port: int, config: Path, folder: Path, cycles: int, seconds: float) -> None:
     """Cycles until there are enough of them, or until the time is over; the measures go to a file."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "LOCAL_WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    os.environ |= rank_environment(rank, RANKS, port) | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     log = (folder / f"log_{rank}").open("wb")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)

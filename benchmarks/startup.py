@@ -10,7 +10,8 @@ first_step_seconds       torchrun --nproc-per-node RANKS until every rank has ma
   join                   the ranks find each other
   build                  files, plan, tables, model
   step                   first batch, forward, backward, optimizers
-imported_modules         by `mbcnet --help`; heavy_modules: torch, torchrec, pyarrow or matplotlib among them
+imported_modules         by `mbcnet --help`; heavy_modules: torch, torchrec, pyarrow, matplotlib or numpy among them
+modules_of_training      other libraries that cost time and that training has imported before it begins
 """
 
 import json
@@ -28,6 +29,13 @@ from side_by_side import parser_of, print_figures
 PHASES = ("agent", "import", "join", "build", "step")
 STAMPS = "BENCHMARK_STAMPS"
 HEAVY = ("torch", "torchrec", "pyarrow", "matplotlib", "numpy")
+SLOW = ("matplotlib", "scipy", "sympy", "pandas", "sklearn", "botocore", "mlflow")
+HELP = """
+import contextlib, io
+from mbcnet_rec.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main(["--help"])
+"""
 COMMANDS = {
     "help_seconds": ["--help"],
     "plan_help_seconds": ["plan", "--help"],
@@ -52,9 +60,11 @@ def main() -> int:
         key: statistics.median(seconds_of(command) for _ in range(2 * repeats + 1))
         for key, command in COMMANDS.items()
     }
-    modules = imported_by_help()
+    modules = imported_by(HELP)
     figures["imported_modules"] = len(modules)
     figures["heavy_modules"] = [name for name in HEAVY if name in modules]
+    training = imported_by("import mbcnet_rec.study.enkd")
+    figures["modules_of_training"] = [name for name in SLOW if name in training]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_log(folder)
@@ -79,20 +89,13 @@ def seconds_of(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def imported_by_help() -> set[str]:
-    """Top-level names of all modules that `mbcnet --help` imports."""
-    code = (
-        "import sys, contextlib, io\n"
-        "from mbcnet_rec.cli import main\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
-        "    main(['--help'])\n"
-        "print(' '.join({name.split('.')[0] for name in sys.modules}))"
+def imported_by(code: str) -> set[str]:
+    """Top-level names of all modules that are there after some lines of Python."""
+    told = code + "\nimport sys\nprint(' '.join({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", told], env=environment(), capture_output=True, text=True, check=True
     )
-    return set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
-    )
+    return set(done.stdout.split())
 
 
 def write_log(folder: Path) -> None:

@@ -4,6 +4,7 @@ RUN/config.toml  metrics.jsonl  plan.json  schema.toml  checkpoints/step_N/  tb/
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from data.storage import DataFile
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
-from mbcnet_rec.study.run_report import try_run_report
 from mbcnet_rec.training.checkpoint import Saved
 from mbcnet_rec.training.compatibility import load_checked
 from mbcnet_rec.training.exits import CannotWriteError
@@ -37,6 +37,8 @@ from mbcnet_rec.training.watchdog import STACKS, Watchdog
 from sharding.plan import write_plan
 
 Teach = Callable[[Process, ParquetStream], ParquetStream]
+Report = Callable[[Path], object]
+log = logging.getLogger(__name__)
 CONFIG, PLAN, DONE = "config.toml", "plan.json", "DONE"
 _OWN = {METRICS, PLAN, CHECKPOINTS, STACKS, FAULTS, "tb"}
 
@@ -49,6 +51,7 @@ def run_training(
     allow_partial: bool = False,
     watch: Watch | None = None,
     teach: Teach | None = None,
+    report: Report | None = None,
 ) -> int:
     """Train, evaluate the best checkpoint on the test rows, and write it all down. One call per rank.
 
@@ -59,6 +62,7 @@ def run_training(
         allow_partial: load what fits of a checkpoint of another model.
         watch: told of every evaluation; may end training there.
         teach: adds teachers' logits to the training rows; only for model.kind = enkd, see study/enkd.py.
+        report: writes the page of the finished run folder, see study/run_report.py; none is written without it.
 
     Raises:
         InputError: the config, the schema, a row or the run folder is at fault.
@@ -94,9 +98,21 @@ def run_training(
         metrics = _test(config, trainer, streams.get("test"), process)
         if process.is_first:
             _write(config.run_folder / DONE, json.dumps({"step": trainer.state.step, **metrics}) + "\n")
-            try_run_report(config.run_folder)
-            tell(closing_lines(config, schema, trainer, metrics))
+            has_report = _reported(config.run_folder, report)
+            tell(closing_lines(config, schema, trainer, metrics, has_report))
     return 0
+
+
+def _reported(folder: Path, report: Report | None) -> bool:
+    """Write the run's page: where that fails, say so and go on, since the run is what counts."""
+    if report is None:
+        return False
+    try:
+        report(folder)
+    except Exception as error:  # pictures are drawn by a library that can fail in many ways
+        log.warning("%s: its report was not written (%s: %s)", folder, type(error).__name__, error)
+        return False
+    return True
 
 
 def _start(trainer: Trainer, resume: bool, allow_partial: bool) -> int | None:
@@ -311,7 +327,9 @@ def metrics_table(metrics: dict[str, Any], best: tuple[float, float] | None) -> 
     return lines + [f"  {name:<16}{auc:>8.4f}{loss:>10.4f}" for name, auc, loss in rows]
 
 
-def closing_lines(config: RunConfig, schema: Schema, trainer: Trainer, metrics: dict[str, Any]) -> str:
+def closing_lines(
+    config: RunConfig, schema: Schema, trainer: Trainer, metrics: dict[str, Any], has_report: bool
+) -> str:
     """What a run ends with: test scores, where everything is, and what to try next."""
     state, folder = trainer.state, config.run_folder
     lines = []
@@ -322,9 +340,10 @@ def closing_lines(config: RunConfig, schema: Schema, trainer: Trainer, metrics: 
         lines += [f"  normalised entropy {metrics['ne']:.4f} (1: no better than the label rate)"]
     if state.stopped:
         lines.append(f"stopped early: {state.bad_evaluations} evaluations without a better validation AUC")
+    first = f"open {folder}/report.html in a browser" if has_report else f"mbcnet report {folder}"
     lines += [
-        f"run folder: {folder} (report.html, config.toml, plan.json, metrics.jsonl, tb/, checkpoints/)",
-        f"next: open {folder}/report.html in a browser",
+        f"run folder: {folder} ({'report.html, ' if has_report else ''}config.toml, plan.json, metrics.jsonl, tb/, checkpoints/)",
+        f"next: {first}",
         f"      mbcnet evaluate {folder}",
         f"      tensorboard --logdir {folder}/tb",
         "      the same data without branches: add --set model.kind=dnn --set train.out=runs/dnn",

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,15 +18,12 @@ import torch
 
 from mbcnet_rec.cli import main
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from side_by_side import free_port, rank_environment
+
 CONTEXT = multiprocessing.get_context("fork")
 OVERDUE = "overdue"
 Action = Callable[[int], int | None]  # rank -> exit code
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def mbcnet(args: list[str], hook: Callable[[int], None] = lambda rank: None) -> Action:
@@ -44,14 +40,7 @@ def child(rank: int, world: int, port: int, action: Action, log: Path) -> None:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= rank_environment(rank, world, port)
     torch.set_num_threads(1)
     code = action(rank)
     sys.stdout.flush()

@@ -48,7 +48,7 @@ def lines_of(run: Path) -> list[dict]:
 
 
 def test_run_folder_has_the_names_of_the_design(run):
-    for name in ("config.toml", "metrics.jsonl", "plan.json", "checkpoints", "tb", "DONE"):
+    for name in ("config.toml", "metrics.jsonl", "plan.json", "report.html", "checkpoints", "tb", "DONE"):
         assert (run / name).exists(), name
     assert list((run / "tb").iterdir()), "TensorBoard has events"
     assert load_config(run / "config.toml").name == "small", "the resolved config loads"

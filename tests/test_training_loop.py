@@ -8,8 +8,8 @@ import pytest
 import torch
 from small_data import write_small
 
-from mbcnet_rec import train
 from mbcnet_rec.cli import main
+from mbcnet_rec.commands import train
 from mbcnet_rec.training.checkpoint import Saved, step_folder
 from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
 from mbcnet_rec.training.pipeline import clip_gradients
@@ -25,7 +25,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(train, "try_run_report", lambda folder: None)
+    monkeypatch.setattr(train, "_draw_report", lambda folder: None)
 
 
 def run(config, name, *settings, flags=()):
@@ -160,6 +160,18 @@ def test_a_place_that_cannot_be_written_is_refused_at_the_start(config, tmp_path
     assert code == 2 and len(error.splitlines()) == 1
     assert "train.checkpoint_folder" in error and "cannot be written (Not a directory)" in error
     assert not folder.exists()
+
+
+def test_a_run_whose_report_fails_is_done_all_the_same(config, tmp_path, monkeypatch, capfd, caplog):
+    def fails(folder):
+        raise ValueError("no such backend")
+
+    monkeypatch.setattr(train, "_draw_report", fails)
+    code, folder = run(config, str(tmp_path / "run"), "train.max_steps=2", "data.valid=[]")
+    assert code == 0 and (folder / "DONE").exists()
+    out, error = capfd.readouterr()
+    assert f"next: mbcnet report {folder}" in out + error
+    assert "its report was not written (ValueError: no such backend)" in caplog.text
 
 
 def test_gradients_are_clipped_by_their_joint_norm():

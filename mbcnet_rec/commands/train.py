@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
@@ -41,7 +42,20 @@ def _train(args: argparse.Namespace) -> int:
         config = _with_plan(config, args.plan)
     from mbcnet_rec.study.enkd import train_model
 
-    return train_model(config, resume=args.resume, overwrite=args.overwrite, allow_partial=args.allow_partial)
+    return train_model(
+        config,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        allow_partial=args.allow_partial,
+        report=_draw_report,
+    )
+
+
+def _draw_report(folder: Path) -> None:
+    """Write report.html. The library that draws it is loaded now, not before the first step, and by rank 0 alone."""
+    from mbcnet_rec.study.run_report import write_run_report
+
+    write_run_report(folder)
 
 
 def _with_plan(config: "RunConfig", plan: str) -> "RunConfig":

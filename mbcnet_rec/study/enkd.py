@@ -20,7 +20,7 @@ from data.stream import ParquetStream
 from mbcnet_rec.build import Built
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.models import ModelKind, needs_wide
-from mbcnet_rec.train import DONE, run_training
+from mbcnet_rec.train import DONE, Report, run_training
 from mbcnet_rec.trained import find_step, load_built
 from mbcnet_rec.training.loop import Watch
 from mbcnet_rec.training.process import Process
@@ -33,6 +33,7 @@ def train_model(
     overwrite: bool = False,
     allow_partial: bool = False,
     watch: Watch | None = None,
+    report: Report | None = None,
 ) -> int:
     """`run_training`, for EnKD preceded by its teachers. One call per rank.
 
@@ -41,12 +42,17 @@ def train_model(
     """
     if config.model.kind != "enkd":
         return run_training(
-            config, resume=resume, overwrite=overwrite, allow_partial=allow_partial, watch=watch
+            config,
+            resume=resume,
+            overwrite=overwrite,
+            allow_partial=allow_partial,
+            watch=watch,
+            report=report,
         )
     teachers = [teacher_config(config, kind) for kind in config.model.enkd.teachers]
     for teacher in teachers:
         if not (resume and (teacher.run_folder / DONE).is_file()):
-            run_training(teacher, resume=resume, overwrite=overwrite)
+            run_training(teacher, resume=resume, overwrite=overwrite, report=report)
     return run_training(
         config,
         resume=resume,
@@ -54,6 +60,7 @@ def train_model(
         allow_partial=allow_partial,
         watch=watch,
         teach=partial(taught_by, teachers),
+        report=report,
     )
 
 

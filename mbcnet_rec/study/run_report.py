@@ -1,7 +1,6 @@
 """A run's report.html, from what it wrote: metrics.jsonl, plan.json, config.toml. Reads no weights and no data."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,7 @@ from mbcnet_rec.training.records import METRICS, write_whole
 
 REPORT, CONFIG, PLAN = "report.html", "config.toml", "plan.json"
 RELIABILITY = "reliability"
-log = logging.getLogger(__name__)
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl
-
-
-def try_run_report(folder: Path) -> Path | None:
-    """Write a run's report at the end of training: where that fails, say so and go on."""
-    try:
-        return write_run_report(folder)
-    except Exception as error:  # a report is a convenience; the run is what counts
-        log.warning("%s: not written (%s: %s)", folder / REPORT, type(error).__name__, error)
-        return None
 
 
 def write_run_report(folder: Path) -> Path:

@@ -23,6 +23,7 @@ from data.errors import InputError
 from data.files import resolve_files
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.study.enkd import train_model
+from mbcnet_rec.study.run_report import write_run_report
 from mbcnet_rec.train import DONE
 from mbcnet_rec.training.exits import CannotWriteError, PreemptedError
 from mbcnet_rec.training.loop import Watch
@@ -181,7 +182,7 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
         redirect_stderr(log),
     ):
         try:
-            train_model(config, overwrite=True, watch=watch)
+            train_model(config, overwrite=True, watch=watch, report=write_run_report)
         except (PreemptedError, CannotWriteError):
             raise
         except (InputError, RuntimeError) as error:  # a loss that is not finite is a RuntimeError
