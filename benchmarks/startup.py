@@ -11,7 +11,7 @@ first_step_seconds       torchrun --nproc-per-node RANKS until every rank has ma
   build                  files, plan, tables, model
   step                   first batch, forward, backward, optimizers
 imported_modules         by `mbcnet --help`; heavy_modules: torch, torchrec, pyarrow, matplotlib or numpy among them
-modules_of_training      other libraries that cost time and that training has imported before it begins
+modules_of_training      other libraries that take time and that a rank has imported before its first step ends
 """
 
 import json
@@ -31,10 +31,11 @@ STAMPS = "BENCHMARK_STAMPS"
 HEAVY = ("torch", "torchrec", "pyarrow", "matplotlib", "numpy")
 SLOW = ("matplotlib", "scipy", "sympy", "pandas", "sklearn", "botocore", "mlflow")
 HELP = """
-import contextlib, io
+import contextlib, io, sys
 from mbcnet_rec.cli import main
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     main(["--help"])
+print(" ".join({name.split(".")[0] for name in sys.modules}))
 """
 COMMANDS = {
     "help_seconds": ["--help"],
@@ -60,15 +61,14 @@ def main() -> int:
         key: statistics.median(seconds_of(command) for _ in range(2 * repeats + 1))
         for key, command in COMMANDS.items()
     }
-    modules = imported_by(HELP)
+    modules = imported_by_help()
     figures["imported_modules"] = len(modules)
     figures["heavy_modules"] = [name for name in HEAVY if name in modules]
-    training = imported_by("import mbcnet_rec.study.enkd")
-    figures["modules_of_training"] = [name for name in SLOW if name in training]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_log(folder)
         runs = [first_step(folder, args.ranks) for _ in range(repeats)]
+        figures["modules_of_training"] = json.loads((folder / "stamps" / "0.modules").read_text())
     figures["first_step_seconds"] = statistics.median(sum(run.values()) for run in runs)
     figures |= {
         f"first_step_{phase}_seconds": statistics.median(run[phase] for run in runs) for phase in PHASES
@@ -89,11 +89,10 @@ def seconds_of(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def imported_by(code: str) -> set[str]:
-    """Top-level names of all modules that are there after some lines of Python."""
-    told = code + "\nimport sys\nprint(' '.join({name.split('.')[0] for name in sys.modules}))"
+def imported_by_help() -> set[str]:
+    """Top-level names of all modules that `mbcnet --help` imports."""
     done = subprocess.run(
-        [sys.executable, "-c", told], env=environment(), capture_output=True, text=True, check=True
+        [sys.executable, "-c", HELP], env=environment(), capture_output=True, text=True, check=True
     )
     return set(done.stdout.split())
 
@@ -137,7 +136,7 @@ def first_step(folder: Path, ranks: int) -> dict[str, float]:
     )
     if done.returncode:
         raise SystemExit(f"the ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    found = [json.loads(path.read_text()) for path in stamps.iterdir()]
+    found = [json.loads(path.read_text()) for path in stamps.glob("*.stamps")]
     slowest = max(found, key=lambda times: times[-1])
     return {
         phase: after - before
@@ -178,7 +177,11 @@ def train_with_stamps() -> int:
     def stepped(*_: Any) -> None:
         if len(stamps) < len(PHASES):
             stamps.append(time.time())
-            Path(os.environ[STAMPS], os.environ["RANK"]).write_text(json.dumps(stamps))
+            told = Path(os.environ[STAMPS], os.environ["RANK"])
+            told.with_suffix(".modules").write_text(
+                json.dumps([name for name in SLOW if name in sys.modules])
+            )
+            told.with_suffix(".stamps").write_text(json.dumps(stamps))
 
     mbcnet_rec.train.joined_process, mbcnet_rec.train.build = Joined, built  # type: ignore[assignment]
     register_optimizer_step_post_hook(stepped)
