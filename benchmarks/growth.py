@@ -8,7 +8,9 @@ take turns. For each curve a * size ** b is fitted; 1 is linear.
 
 *_exponent          b over all sizes; fields, rows, batch, groups, branches, ranks
 *_last_exponent     between the last two sizes: what remains when fixed costs no longer matter
-*_seconds           size -> median seconds of a step (ranks: of processor time a rank, at equal rows a rank)
+*_seconds           size -> median seconds of a step (ranks: processor seconds of all together, BATCH rows each)
+strangers_exponent      as ranks, but each process trains by itself: what sharing the machine's cores, caches and memory costs without any
+                        exchange; ranks less strangers is the exchange
 cooperation_exponent    of both cooperation losses alone over 2 to 16 branches; their pairs grow with the square
 """
 
@@ -135,16 +137,17 @@ def free_bytes() -> float:
         return 4e9
 
 
-def ranks_curve(quick: bool, seconds: float) -> dict[int, float]:
-    """Ranks -> processor seconds of all ranks together for a step of BATCH rows each."""
+def ranks_curve(quick: bool, seconds: float, strangers: bool = False) -> dict[int, float]:
+    """Ranks -> processor seconds of all ranks together for a step of BATCH rows each; strangers know nothing of each other."""
     context = multiprocessing.get_context("spawn")
     found = {}
     for world in (1, 2) if quick else (1, 2, 4):
-        port = free_port()
-        answers = context.SimpleQueue()
+        ports = [free_port() for _ in range(world)] if strangers else [free_port()] * world
+        places = [(0, 1)] * world if strangers else [(rank, world) for rank in range(world)]
+        answers, begin = context.SimpleQueue(), context.Barrier(world, timeout=300)
         ranks = [
-            context.Process(target=one_rank, args=(rank, world, port, seconds, answers))
-            for rank in range(world)
+            context.Process(target=one_rank, args=(*place, port, seconds / world, begin, answers))
+            for place, port in zip(places, ports, strict=True)
         ]
         for each in ranks:
             each.start()
@@ -156,7 +159,7 @@ def ranks_curve(quick: bool, seconds: float) -> dict[int, float]:
     return found
 
 
-def one_rank(rank: int, world: int, port: int, seconds: float, answers: Any) -> None:
+def one_rank(rank: int, world: int, port: int, seconds: float, begin: Any, answers: Any) -> None:
     """Train for a while as one of `world` ranks; answer with processor seconds a step. Ranks step together, so they count alike."""
     os.environ |= rank_environment(rank, world, port)
     torch.set_num_threads(1)
@@ -166,9 +169,10 @@ def one_rank(rank: int, world: int, port: int, seconds: float, answers: Any) -> 
         start = time.process_time()
         for _ in range(5):
             step()
-        count = torch.tensor([max(5.0, seconds / ((time.process_time() - start) / 5) / world)])
+        count = torch.tensor([max(5.0, seconds / ((time.process_time() - start) / 5))])
         torch.distributed.broadcast(count, 0)  # the same number of steps on every rank
         times = []
+        begin.wait()  # strangers too: they are to disturb each other
         for _ in range(int(count)):
             start = time.process_time()
             step()
@@ -198,6 +202,7 @@ def draw(curves: dict[str, dict[int, float]], figures: dict[str, Any], path: Pat
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     figure, axes = plt.subplots(2, 4, figsize=(13, 6.2), constrained_layout=True)
     for axis in axes.flat[len(curves) :]:
@@ -208,15 +213,27 @@ def draw(curves: dict[str, dict[int, float]], figures: dict[str, Any], path: Pat
         axis.plot(sizes, [values[-1] * size / sizes[-1] for size in sizes], ":", color="grey", label="linear")
         axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_ylim(bottom=min(values) / 2)
+        axis.set_ylim(min(values) / 2, 2 * max(values))
+        axis.set_xticks(sizes, [short(size) for size in sizes])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(name)
-        axis.set_ylabel("ms of all ranks" if name == "ranks" else "ms a step")
+        axis.set_ylabel("ms of all together" if name in ("ranks", "strangers") else "ms a step")
         fit, last = figures[f"{name}_exponent"], figures[f"{name}_last_exponent"]
-        axis.set_title(f"{name}: exponent {fit:.2f}, at the end {last:.2f}", fontsize=10)
+        axis.set_title(f"exponent {fit:.2f}, at the end {last:.2f}", fontsize=10)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def short(size: int) -> str:
+    """A size as a tick names it: 16384 -> 16k, 10000000 -> 1e7."""
+    if size >= 100_000:
+        return f"1e{len(str(size)) - 1}"
+    return f"{size // 1000}k" if size >= 1000 else str(size)
 
 
 def main() -> int:
@@ -233,7 +250,7 @@ def main() -> int:
     print(
         "prediction: batch 0.9 to 1 (fixed costs at the small end); fields 0.7, nearing 1: layers on all fields grow with them, the rest does not;\n"
         "rows below 0.1: cache misses only; groups 0.5, nearing 1; branches below 1; cooperation nearing 2, since its pairs do (its share of a\n"
-        "step is small); ranks 1: each does its own rows, and the exchange is little"
+        "step is small); ranks 1: each does its own rows, and the exchange is little; strangers 1"
     )
     curves: dict[str, dict[int, float]] = {}
     figures: dict[str, Any] = {}
@@ -253,8 +270,9 @@ def main() -> int:
                 figures |= fitted(name, curves[name])
                 gc.collect()
     if "ranks" in wanted:
-        curves["ranks"] = ranks_curve(args.quick, seconds)
-        figures |= fitted("ranks", curves["ranks"])
+        for name in ("ranks", "strangers"):
+            curves[name] = ranks_curve(args.quick, seconds, strangers=name == "strangers")
+            figures |= fitted(name, curves[name])
     if args.png:
         draw(curves, figures, args.png)
         print(f"  drawn: {args.png}")

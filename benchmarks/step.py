@@ -8,7 +8,9 @@ fused rowwise Adagrad, Adam for the dense part. Every case is measured in turns 
 gemm_share                FLOPs of the step's matrices / its time / the machine's own rate of torch.mm, 2048 x 2048 x 2048, same threads
 gemm_share_of_faster      the same against the faster of torch.mm (MKL) and oneDNN, which the model's layers use on a CPU
 bf16_speedup              float32 step / step under bf16 autocast
-bf16_loss_difference      relative difference of the mean loss over the last tenth of --loss-steps steps, float32 against bf16
+bf16_loss_difference      relative difference of the mean loss over the last tenth of --loss-steps steps, float32 against bf16; no row is seen twice
+float32_loss_difference   the same between two float32 runs whose dense weights differ by 1e-6 of themselves at first: the part that is no precision's fault
+*_by_tenth                the same over each tenth of the steps
 cooperation_overhead      step / step of cross and deep branch alone without cooperation losses - 1
 grouped_speedup           EFGC's groups by a loop of independent MLPs of torch's own layers / as the model runs them
 non_model_share           share of the real trainer's time outside forward, backward and optimizer: input, metrics, log, checkpoint
@@ -66,6 +68,7 @@ from mbcnet_rec.model.layers import ALL
 from mbcnet_rec.train import run_training
 from mbcnet_rec.training.process import Process, joined_process
 
+LOSS_BATCH = 256
 LOG_EVERY, CHECKPOINT_EVERY = 20, 100  # steps; one checkpoint in 100 steps is more than a real run makes
 
 
@@ -94,6 +97,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = max(8 * args.batch, (trainer_steps + 1) * trainer_batch if args.quick else 64 * args.batch)
+        if "losses" in only:
+            rows = max(rows, loss_steps * LOSS_BATCH)
         schema = written_log(folder / "log", cut_schema(args.max_rows, args.scale), rows)
         with joined_process("cpu") as process:
             batch = read_batches(folder / "log", schema, args.batch)[0]
@@ -336,21 +341,26 @@ def write_trace(folder: Path, schema: Schema, process: Process, batch: Batch, pa
 
 
 def compare_losses(folder: Path, schema: Schema, process: Process, steps: int) -> dict[str, Any]:
-    """Train the same model on the same batches in float32 and under bf16 autocast."""
-    batches = read_batches(folder, schema, 256)
-    means = []
-    for autocast in (False, True):
-        built = build(run_config(folder, MBCNET, 256), schema, process)
-        losses = [
-            float(training_step(built, batches[step % len(batches)], autocast)()) for step in range(steps)
-        ]
-        last = losses[-max(1, steps // 10) :]
-        means.append(sum(last) / len(last))
-    return {
-        "bf16_loss_difference": abs(means[1] - means[0]) / means[0],
-        "float32_loss": means[0],
-        "loss_steps": steps,
-    }
+    """Train the same model on the same batches in float32, under bf16 autocast, and in float32 from weights that are hardly others."""
+    batches = read_batches(folder, schema, LOSS_BATCH)[:steps]
+    tenth = max(1, len(batches) // 10)
+
+    def means(autocast: bool = False, nudge: float = 0.0) -> list[float]:
+        built = build(run_config(folder, MBCNET, LOSS_BATCH), schema, process)
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in built.dense:
+                parameter.mul_(1 + nudge * torch.randn(parameter.shape, generator=draw))
+        losses = [float(training_step(built, batch, autocast)()) for batch in batches]
+        return [statistics.mean(losses[i : i + tenth]) for i in range(0, len(losses), tenth)]
+
+    plain = means()
+    figures: dict[str, Any] = {"float32_loss": plain[-1], "loss_steps": len(batches)}
+    for name, others in (("bf16", means(autocast=True)), ("float32", means(nudge=1e-6))):
+        differences = [abs(other - own) / own for other, own in zip(others, plain, strict=True)]
+        figures[f"{name}_loss_difference"] = differences[-1]
+        figures[f"{name}_loss_difference_by_tenth"] = [round(each, 6) for each in differences]
+    return figures
 
 
 class ModelClock:
