@@ -3,11 +3,11 @@
     python benchmarks/input.py [--quick] [--json] [--peer-python PYTHON]
 
 read_table_share_single   rows/s of ParquetStream (shuffled; no threads) over rows/s of pyarrow.parquet.read_table(use_threads=False),
-                          both pinned to one core, on 192 single-valued integer columns and a label
+                          both pinned to one core, median of rounds in turns, on 192 single-valued integer columns and a label
 read_table_share_mixed    the same on the synthetic log: 192 fields of every kind
 input_wait_share          median over epochs of the share of its time that a consumer waits which takes 80 % of the stream's own maximum rate (workers = 1,
                           prefetch = 2; the consumer sleeps through its step, as a host does while a GPU works), after the first batch
-memory_mb_per_million     growth of resident memory over the second half of many epochs, per million rows
+memory_growth             largest resident memory over the second half of many epochs against that over the first half, less 1
 column_exponent           b of seconds per row = a * columns ** b, fitted over 24 to 768 columns
 fuxictr_rows_per_second   FuxiCTR's Parquet loader on the same 192 columns, on one core too, with its own defaults; null where PYTHON has no fuxictr
 over_fuxictr              stream_rows_per_second_single over that
@@ -66,7 +66,7 @@ def main() -> int:
 
 def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | None]:
     """Write the files and take every figure."""
-    rows, rounds = (131_072, 5) if quick else (262_144, 9)
+    rows, rounds = (131_072, 5) if quick else (524_288, 9)
     single, single_schema = write_single(folder / "single.parquet", 192, rows), single_schema_of(192)
     mixed_schema = pailitao_schema("demo")
     write_synthetic(mixed_schema, folder / "mixed", rows=rows, days=3)
@@ -74,13 +74,13 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
     figures: dict[str, float | None] = {}
     with one_core():
         for name, files, schema in (("single", [single], single_schema), ("mixed", mixed, mixed_schema)):
-            stream_rate, table_rate = compare(files, schema, rounds)
-            figures[f"read_table_share_{name}"] = round(stream_rate / table_rate, 3)
+            stream_rate, table_rate, share = compare(files, schema, rounds)
+            figures[f"read_table_share_{name}"] = round(share, 3)
             figures[f"stream_rows_per_second_{name}"] = round(stream_rate)
             figures[f"read_table_rows_per_second_{name}"] = round(table_rate)
         figures |= cost_by_columns(folder, 16_384 if quick else 65_536, 3 if quick else 5)
     # the same file several times over: long enough an epoch for windows to come and go
-    several = [single] * 4
+    several = [single] * (4 if quick else 2)
     figures |= wait_of_consumer(several, single_schema, 3 if quick else 6)
     with multiprocessing.get_context("spawn").Pool(
         1
@@ -148,15 +148,16 @@ def seconds_of(action: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def compare(files: list[Path], schema: Schema, rounds: int) -> tuple[float, float]:
-    """Rows per second of the stream and of read_table, the best of rounds taken in turns."""
+def compare(files: list[Path], schema: Schema, rounds: int) -> tuple[float, float, float]:
+    """Rows per second of the stream and of read_table, medians of rounds taken in turns, and the median of the rounds' ratios."""
     rows = sum(pq.read_metadata(file).num_rows for file in files)
     columns = list(schema.columns)
     stream, table = [], []
     for _ in range(rounds):
         table.append(seconds_of(lambda: pq.read_table(files, columns=columns, use_threads=False)))
         stream.append(seconds_of(lambda: drain(files, schema, workers=0, prefetch=0)))
-    return rows / min(stream), rows / min(table)
+    ratio = statistics.median(one / other for one, other in zip(table, stream, strict=True))
+    return rows / statistics.median(stream), rows / statistics.median(table), ratio
 
 
 def cost_by_columns(folder: Path, rows: int, rounds: int) -> dict[str, float | None]:
@@ -195,29 +196,29 @@ def wait_of_consumer(files: list[Path], schema: Schema, epochs: int) -> dict[str
             last = time.perf_counter()
         return waited, last - started
 
-    fastest = min(waits(0.0)[1] for _ in range(epochs))
-    step_seconds = fastest / (stream.steps_per_epoch - 1) / CONSUMER_SHARE
-    measured = [waits(step_seconds) for _ in range(epochs)]
-    share = statistics.median(waited / total for waited, total in measured)
+    free, shares = [], []
+    for _ in range(epochs):  # in turns, since the machine is not equally fast all the time
+        free.append(waits(0.0)[1])
+        waited, total = waits(free[-1] / (stream.steps_per_epoch - 1) / CONSUMER_SHARE)
+        shares.append(waited / total)
     return {
-        "input_wait_share": round(share, 4),
-        "maximum_rows_per_second": round(stream.num_rows / fastest),
+        "input_wait_share": round(statistics.median(shares), 4),
+        "maximum_rows_per_second": round(stream.num_rows / statistics.median(free)),
     }
 
 
 def memory_over_rows(files: list[Path], schema: Schema, rows: int) -> dict[str, float | None]:
-    """Slope of resident memory against rows over the second half of `rows` rows, and the largest seen."""
+    """Largest resident memory over the second half of `rows` rows against that of the first half, and over all."""
     stream = ParquetStream(files, schema, StreamOptions(BATCH_SIZE, window_rows=16_384, workers=1))
     seen, samples = 0, []
     while seen < rows:
         for batch in stream:
             seen += len(batch.labels)
-            samples.append((seen / 1e6, resident_mb()))
-    half = samples[len(samples) // 2 :]
-    slope = np.polyfit([at for at, _ in half], [size for _, size in half], 1)[0] if len(half) > 1 else 0.0
+            samples.append(resident_mb())
+    early, late = samples[: len(samples) // 2], samples[len(samples) // 2 :]
     return {
-        "memory_mb_per_million": round(float(slope), 3),
-        "memory_mb": round(max(size for _, size in samples)),
+        "memory_growth": round(max(late) / max(early) - 1, 4),
+        "memory_mb": round(max(samples)),
         "memory_rows": seen,
     }
 
