@@ -99,7 +99,9 @@ def write_rows(size: Size, folder: Path, uniform: bool = False) -> None:
         for number in range(size.numbers):
             columns[f"number_{number}"] = draw.normal(size=rows).astype(np.float32)
         columns["label"] = (draw.random(rows) < 0.25).astype(np.int64)
-        pq.write_table(pa.table(columns), folder / f"{split}.parquet", row_group_size=ROW_GROUP)
+        pq.write_table(
+            pa.table(columns), folder / f"{split}.parquet", row_group_size=ROW_GROUP, write_page_checksum=True
+        )
     fields: dict[str, Any] = {
         name: {"kind": "categorical", "num_embeddings": size.ids, "embedding_dim": size.width}
         for name in names

@@ -72,6 +72,8 @@ def build_optimizer(
     if tables:
         chosen = TABLE_OPTIMIZERS[config.embedding.name]
         options: dict[str, Any] = _options(config.embedding)
+        if config.embedding.name == "adam":  # reads every row of every table at every step: one pass over them, as above
+            options["fused"] = True
         optimizers.append(
             ("replicated", KeyedOptimizerWrapper(tables, lambda params: chosen(params, **options)))
         )
