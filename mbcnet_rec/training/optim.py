@@ -72,8 +72,8 @@ def build_optimizer(
     if tables:
         chosen = TABLE_OPTIMIZERS[config.embedding.name]
         options: dict[str, Any] = _options(config.embedding)
-        if config.embedding.name == "adam":  # reads every row of every table at every step: one pass over them, as above
-            options["fused"] = True
+        if config.embedding.name == "adam":
+            options["fused"] = True  # every row of every table moves at every step: one pass, as above
         optimizers.append(
             ("replicated", KeyedOptimizerWrapper(tables, lambda params: chosen(params, **options)))
         )
