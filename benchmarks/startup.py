@@ -11,6 +11,7 @@ first_step_seconds       torchrun --nproc-per-node RANKS until every rank has ma
   build                  files, plan, tables, model
   step                   first batch, forward, backward, optimizers
 imported_modules         by `mbcnet --help`; heavy_modules: torch, torchrec, pyarrow, matplotlib or numpy among them
+loaded_by                command -> which of those libraries it loads; not with --quick
 modules_of_training      other libraries that take time and that a rank has imported before its first step ends
 """
 
@@ -29,12 +30,18 @@ from side_by_side import parser_of, print_figures
 PHASES = ("agent", "import", "join", "build", "step")
 STAMPS = "BENCHMARK_STAMPS"
 HEAVY = ("torch", "torchrec", "pyarrow", "matplotlib", "numpy")
+LOADS = {  # {0}: a folder with a log and its schema
+    "plan make": "plan make --schema data/schemas/pailitao_demo.toml --cluster h100-80g -o {0}/plan.json",
+    "plan show": "plan show {0}/plan.json",
+    "data check": "data check {0}/log --schema {0}/log/schema.toml",
+    "schema show": "schema show {0}/log/schema.toml",
+}
 SLOW = ("matplotlib", "scipy", "sympy", "pandas", "sklearn", "botocore", "mlflow")
-HELP = """
+IMPORTED = """
 import contextlib, io, sys
 from mbcnet_rec.cli import main
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-    main(["--help"])
+    main(sys.argv[1:])
 print(" ".join({name.split(".")[0] for name in sys.modules}))
 """
 COMMANDS = {
@@ -61,12 +68,17 @@ def main() -> int:
         key: statistics.median(seconds_of(command) for _ in range(2 * repeats + 1))
         for key, command in COMMANDS.items()
     }
-    modules = imported_by_help()
+    modules = imported_by("--help")
     figures["imported_modules"] = len(modules)
     figures["heavy_modules"] = [name for name in HEAVY if name in modules]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_log(folder)
+        if not args.quick:
+            loaded = {name: imported_by(command.format(folder)) for name, command in LOADS.items()}
+            figures["loaded_by"] = {
+                name: [each for each in HEAVY if each in found] for name, found in loaded.items()
+            }
         runs = [first_step(folder, args.ranks) for _ in range(repeats)]
         figures["modules_of_training"] = json.loads((folder / "stamps" / "0.modules").read_text())
     figures["first_step_seconds"] = statistics.median(sum(run.values()) for run in runs)
@@ -89,10 +101,14 @@ def seconds_of(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def imported_by_help() -> set[str]:
-    """Top-level names of all modules that `mbcnet --help` imports."""
+def imported_by(command: str) -> set[str]:
+    """Top-level names of all modules that a command of `mbcnet` imports."""
     done = subprocess.run(
-        [sys.executable, "-c", HELP], env=environment(), capture_output=True, text=True, check=True
+        [sys.executable, "-c", IMPORTED, *command.split()],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return set(done.stdout.split())
 
