@@ -66,7 +66,7 @@ def main() -> int:
 
 def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | None]:
     """Write the files and take every figure."""
-    rows, rounds = (131_072, 5) if quick else (524_288, 9)
+    rows, rounds = (131_072, 5) if quick else (262_144, 9)
     single, single_schema = write_single(folder / "single.parquet", 192, rows), single_schema_of(192)
     mixed_schema = pailitao_schema("demo")
     write_synthetic(mixed_schema, folder / "mixed", rows=rows, days=3)
@@ -80,7 +80,7 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
             figures[f"read_table_rows_per_second_{name}"] = round(table_rate)
         figures |= cost_by_columns(folder, 16_384 if quick else 65_536, 3 if quick else 5)
     # the same file several times over: long enough an epoch for windows to come and go
-    several = [single] * (4 if quick else 2)
+    several = [single] * 4
     figures |= wait_of_consumer(several, single_schema, 3 if quick else 6)
     with multiprocessing.get_context("spawn").Pool(
         1
