@@ -45,6 +45,7 @@ class Watchdog:
         self._store = side_store("heartbeat") if process.world_size > 1 else None
         self._place = "start"
         self._since = time.monotonic()
+        self._armed = float("-inf")
         self._ended = threading.Event()
         self._file: Any = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -79,9 +80,12 @@ class Watchdog:
 
     def beat(self, place: str) -> None:
         """Say where this rank is, such as `step 12`; the stall clock begins anew."""
-        self._place, self._since = place, time.monotonic()
-        if self._file is not None:
-            faulthandler.dump_traceback_later(self._stall, file=self._file)
+        now = time.monotonic()
+        self._place, self._since = place, now
+        # arming starts a native thread and waits for the last one's end: too dear for every step of a small model
+        if self._file is not None and now - self._armed >= self._period:
+            self._armed = now
+            faulthandler.dump_traceback_later(self._stall + self._period, file=self._file)
 
     def suspects(self) -> str:
         """Say which ranks give no sign of life, or else which is furthest behind. Takes a few heartbeats."""
