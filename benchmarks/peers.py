@@ -38,11 +38,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
 from peer_code.timed_steps import answer_tasks
+from quality import CLIP, DROPOUT, PEER_TRAINING, RATE
 from side_by_side import parser_of, print_figures
 
 HERE = Path(__file__).parent
 MODELS = ("dnn", "dcnv2", "finalmlp")
-RATE, CLIP, DROPOUT = 1e-3, 10.0, 0.2
 TAIL = 5  # steps after the last one that is timed: a pipeline that runs dry is no steady state
 ROW_GROUP = 16_384
 
@@ -177,29 +177,22 @@ def fuxictr_task(kind: str, size: Size, folder: Path, source: str, l2: float, wo
         | {f"mlp{stream}_dropout": DROPOUT for stream in (1, 2)}
         | {"use_fs": True, "fs_hidden_units": list(size.gate)},
     }[kind]
-    params = own | {
-        "dataset_id": folder.name,
-        "model_id": kind,
-        "model_root": str(folder / "checkpoints"),
-        "task": "binary_classification",
-        "loss": "binary_crossentropy",
-        "metrics": ["logloss", "AUC"],
-        "monitor": "AUC",
-        "monitor_mode": "max",
-        "optimizer": "adam",
-        "learning_rate": RATE,
-        "embedding_regularizer": l2,
-        "net_regularizer": 0,
-        "embedding_dim": size.width,
-        "batch_size": size.batch,
-        "epochs": 1,
-        "early_stop_patience": 2,
-        "max_gradient_norm": CLIP,
-        "shuffle": True,
-        "data_format": "parquet",
-        "num_workers": workers,
-        "verbose": 0,
-    }
+    params = (
+        PEER_TRAINING
+        | own
+        | {
+            "dataset_id": folder.name,
+            "model_id": kind,
+            "model_root": str(folder / "checkpoints"),
+            "embedding_regularizer": l2,
+            "embedding_dim": size.width,
+            "batch_size": size.batch,
+            "epochs": 1,
+            "data_format": "parquet",
+            "num_workers": workers,
+            "verbose": 0,
+        }
+    )
     (folder / "checkpoints" / folder.name).mkdir(parents=True, exist_ok=True)
     return {
         "source": source,

@@ -45,6 +45,19 @@ SPLITS = ("train", "valid", "test")
 WIDTH = 16  # of every field
 QUANTILES = 20  # of a number
 BATCH, RATE, CLIP = 256, 1e-3, 10.0
+PEER_TRAINING = {  # FuxiCTR's own names
+    "task": "binary_classification",
+    "loss": "binary_crossentropy",
+    "metrics": ["logloss", "AUC"],
+    "monitor": "AUC",
+    "monitor_mode": "max",
+    "optimizer": "adam",
+    "learning_rate": RATE,
+    "max_gradient_norm": CLIP,
+    "net_regularizer": 0,
+    "early_stop_patience": 2,
+    "shuffle": True,
+}
 HIDDEN, DROPOUT, GATE, CROSS_LAYERS = [128, 64], 0.2, [64], 2
 OURS = {
     "dnn": {"dnn.hidden": HIDDEN, "dnn.dropout": DROPOUT},
@@ -234,24 +247,13 @@ def train_ours(data: Path, schema: Path, models: Sequence[str], args: Any) -> Sc
 
 def train_peer(data: Path, folder: Path, models: Sequence[str], args: Any) -> Scores:
     """Train FuxiCTR's models by its own Python; what is in the folder already is not trained again."""
-    common = {
+    common = PEER_TRAINING | {
         "dataset_id": data.name,
         "model_root": str(folder / "checkpoints"),
-        "task": "binary_classification",
-        "loss": "binary_crossentropy",
-        "metrics": ["logloss", "AUC"],
-        "monitor": "AUC",
-        "monitor_mode": "max",
-        "optimizer": "adam",
-        "learning_rate": RATE,
         "embedding_regularizer": args.l2,
-        "net_regularizer": 0,
         "embedding_dim": WIDTH,
         "batch_size": BATCH,
         "epochs": args.epochs,
-        "early_stop_patience": 2,
-        "max_gradient_norm": CLIP,
-        "shuffle": True,
         "data_format": "npz",
         "num_workers": 0,
         "verbose": 0,
