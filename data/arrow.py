@@ -17,7 +17,7 @@ from pyarrow import types as pt
 
 from data.columns import ABSENT, Columns, Lists, Ragged, join_lists
 from data.errors import InputError
-from data.keys import Vocabulary, first_line, hash_values, load_vocabularies, remainder
+from data.keys import Vocabulary, first_line, hash_values, load_vocabularies, remainder, unbounded_ids
 from data.schema import MISSING_ROW, Feature, Schema
 
 T = TypeVar("T")
@@ -78,10 +78,11 @@ class Encoder:
         self.dense_width = sum(feature.dense_width for feature in schema.dense)
         self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
         self.list_dtype = {
-            name: np.int32 if size <= MAX_INT32 else np.int64 for name, size in self.num_embeddings.items()
+            name: np.int32 if table.zch is None and table.num_embeddings <= MAX_INT32 else np.int64
+            for name, table in schema.table_of.items()
         }
-        largest = max((self.num_embeddings[feature.name] for feature in self.single), default=0)
-        self.id_dtype = np.int32 if largest <= MAX_INT32 else np.int64
+        narrow = all(self.list_dtype[feature.name] == np.int32 for feature in self.single)
+        self.id_dtype = np.int32 if narrow else np.int64
 
     def encode(self, rows: pa.RecordBatch, place: Place, mended: Counter[str] | None = None) -> Columns:
         """Check and encode rows; see `encode_all`."""
@@ -207,8 +208,9 @@ class _Reader:
             return
         out[:] = self._ids(column, feature, None)
         if column.null_count:
-            out[~_valid(column)] = ABSENT if feature.encoding == "ids" else MISSING_ROW
-            if feature.encoding == "ids":
+            is_absent = feature.encoding in ("ids", "zch")
+            out[~_valid(column)] = ABSENT if is_absent else MISSING_ROW
+            if is_absent:
                 self.absent.add(feature.name)
 
     def plain_ids(self, name: str, limit: int, out: np.ndarray) -> bool:
@@ -264,6 +266,8 @@ class _Reader:
         num_embeddings = self.encoder.num_embeddings[feature.name]
         if feature.encoding == "hash":
             return remainder(hash_values(column), num_embeddings - 1).view(np.int64) + 1
+        if feature.encoding == "zch":
+            return unbounded_ids(column)
         if feature.encoding == "vocabulary":
             return self.encoder.vocabularies[feature.name].rows_of(
                 column, f"{self.place.file}: row group {self.place.row_group}, field {feature.name!r}"

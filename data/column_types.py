@@ -84,7 +84,7 @@ def _accepted(feature: Feature):  # noqa: ANN202
     item, words = (
         (pt.is_integer, "integers") if feature.encoding == "ids" else (_is_key, "integers or strings")
     )
-    mend = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary' or 'hash')"
+    mend = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary', 'hash' or 'zch')"
     if feature.kind == "categorical":
         return item, words + mend
     return lambda kind: _is_list(kind) and item(kind.value_type), f"lists of {words}{mend}"

@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector"]
-Encoding = Literal["ids", "vocabulary", "hash"]
+Encoding = Literal["ids", "vocabulary", "hash", "zch"]
+Eviction = Literal["distance_lfu", "lfu", "lru"]
 Transform = Literal["identity", "log1p", "standardise", "bucketise"]
 
 FIT = "fit"  # the value that `mbcnet schema fit` and `mbcnet data prepare` replace by what they measure
@@ -14,6 +15,8 @@ OUT_OF_VOCABULARY_ROW = 1
 FIRST_VOCABULARY_ROW = 2
 MAX_EMBEDDING_DIM = 1024  # above it FBGEMM returns zeros without a word (torchrec issue 3673)
 MAX_NUM_EMBEDDINGS = 2**40
+MAX_ZCH_BUCKETS = 1024  # TorchRec's own bound
+ZCH_LEAST_ROWS = 2  # of a bucket: one for an id, and the one of ids without a row
 MAX_WIDTH = 65_536  # of vectors and projections, and of buckets
 
 
@@ -26,13 +29,18 @@ class Feature:
             (one number), vector (a fixed-size list of numbers).
         column: the Parquet column, if it is not named like the field.
         encoding: how a categorical value becomes a row: ids (integers in [0, num_embeddings)), vocabulary (a fitted list of values),
-            hash (64-bit hash, modulo num_embeddings - 1, plus 1). For plain modulo, use ids with on_invalid = "modulo".
+            hash (64-bit hash, modulo num_embeddings - 1, plus 1), zch (TorchRec's zero-collision hash: an id that comes up in training
+            gets a row of its own, which it can lose to another one). For plain modulo, use ids with on_invalid = "modulo".
         num_embeddings: rows of the field's table; 0 where a table or a fit says it.
         embedding_dim: width of the field's table, a multiple of 4, at most 1024; 0 where a table says it.
         table: name of the table, if fields share one; default: the field's own name.
         pooling: how a list's rows become one vector.
         vocabulary: "fit", or a Parquet file (relative to the schema) with one column `value`, in row order.
         min_count: values seen fewer times in training become out-of-vocabulary at fit.
+        eviction: of zch: whose row a new id gets when all are taken. distance_lfu: the fewest uses over steps since the last one;
+            lfu: the fewest uses; lru: the longest unused.
+        eviction_interval: of zch: steps from one admission of new ids to the next.
+        zch_buckets: of zch: parts of the table, each with its share of ids and rows; the number of ranks must divide it.
         on_invalid: what an id outside [0, num_embeddings) does: error, null (as if missing) or modulo.
         weights: the column of weights of a weighted_multi_valued field.
         transform: of a numeric field. log1p is sign(x) * log(1 + |x|); standardise is (x - mean) / std; bucketise turns
@@ -56,6 +64,9 @@ class Feature:
     pooling: Literal["sum", "mean"] = "sum"
     vocabulary: str = ""
     min_count: int = 1
+    eviction: Eviction = "distance_lfu"
+    eviction_interval: int = 5
+    zch_buckets: int = 8
     on_invalid: Literal["error", "null", "modulo"] = "error"
     weights: str = ""
     transform: Transform = "identity"
@@ -82,6 +93,11 @@ class Feature:
     def is_keyed(self) -> bool:
         """Whether the column holds ids."""
         return self.kind not in ("numeric", "vector")
+
+    @property
+    def is_unbounded(self) -> bool:
+        """Whether the model takes the field's hashed ids as they are, and gives rows to them."""
+        return self.is_keyed and self.encoding == "zch"
 
     @property
     def is_single(self) -> bool:
@@ -126,6 +142,9 @@ _READERS: dict[str, tuple[Callable[[Feature], bool], str]] = {
     "encoding": (lambda feature: feature.is_keyed, "fields of ids"),
     "vocabulary": (lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
     "min_count": (lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
+    "eviction": (lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
+    "eviction_interval": (lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
+    "zch_buckets": (lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
     "num_embeddings": (lambda feature: feature.is_sparse, "fields with a table"),
     "embedding_dim": (lambda feature: feature.is_sparse, "fields with a table"),
     "table": (lambda feature: feature.is_sparse, "fields with a table"),
@@ -176,6 +195,10 @@ def feature_problem(feature: Feature, label: str, shared_tables: Container[str])
         return "pooling = 'mean': FBGEMM computes weighted bags as sums only; use pooling = 'sum'"
     if feature.encoding == "vocabulary" and not feature.vocabulary:
         return "vocabulary is missing: wanted 'fit' or a Parquet file of values; add vocabulary = \"fit\""
+    if feature.is_unbounded:
+        problem = _unbounded_problem(feature)
+        if problem:
+            return problem
     if feature.min_count < 1:
         return f"min_count = {feature.min_count}: wanted 1 or more; use 1 to keep every value"
     return "" if feature.table else _size_problem(feature)
@@ -210,8 +233,32 @@ def _boundaries_problem(feature: Feature) -> str:
     return _size_problem(feature)
 
 
+def _unbounded_problem(feature: Feature) -> str:
+    if feature.is_weighted:
+        return "encoding = 'zch': not offered for lists with weights; use encoding = 'hash', or kind = 'multi_valued'"
+    if feature.eviction_interval < 1:
+        return f"eviction_interval = {feature.eviction_interval}: wanted a number of steps, 1 or more; use 5"
+    if not 1 <= feature.zch_buckets <= MAX_ZCH_BUCKETS:
+        return f"zch_buckets = {feature.zch_buckets}: wanted 1 to {MAX_ZCH_BUCKETS}, a multiple of the number of ranks; use 8"
+    return ""
+
+
+def zch_problem(num_embeddings: int, buckets: int) -> str:
+    """What is wrong with the rows of a table of encoding zch, or an empty string."""
+    least = ZCH_LEAST_ROWS * buckets
+    if num_embeddings < least or num_embeddings % buckets:
+        mend = max(least, -(-num_embeddings // buckets) * buckets)
+        return (
+            f"num_embeddings = {num_embeddings}: encoding = 'zch' wants a multiple of zch_buckets = {buckets}, at least {least}; "
+            f"use {mend}"
+        )
+    return ""
+
+
 def _size_problem(feature: Feature) -> str:
     problem = size_problem(feature.num_embeddings, feature.embedding_dim, fitted=feature.is_fitted)
+    if not problem and feature.is_unbounded:
+        return zch_problem(feature.num_embeddings, feature.zch_buckets)
     if not problem and feature.is_fitted and feature.encoding == "hash" and feature.num_embeddings < 2:
         return f"num_embeddings = {feature.num_embeddings}: a hashed field needs at least 2 rows, row 0 being the missing one; raise it"
     return problem

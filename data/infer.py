@@ -273,6 +273,7 @@ def _keys(proposal: Proposal, column: ColumnProfile) -> dict[str, Any]:
         return {"num_embeddings": high + 1, **sizes}
     if values <= MAX_VOCABULARY:
         return {"encoding": "vocabulary", "vocabulary": FIT, "min_count": 2, **sizes}
+    proposal.notes.append('new ids keep coming? encoding = "zch"')
     rows = min(MAX_NUM_EMBEDDINGS, _two_digits(HASH_HEADROOM * values))
     return {"encoding": "hash", "num_embeddings": rows, **sizes}
 

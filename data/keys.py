@@ -17,6 +17,7 @@ from data.errors import InputError
 from data.schema import FIRST_VOCABULARY_ROW, OUT_OF_VOCABULARY_ROW, Schema
 
 SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+LARGEST_UNBOUNDED = np.uint64(2**63 - 1)
 DIRECT_LOOKUP_SPAN = 2**22  # integer vocabularies up to this span of values are looked up in an array of it
 
 
@@ -133,6 +134,18 @@ def hash_values(column: pa.Array) -> np.ndarray:
     if column.null_count:
         hashed = np.where(column.is_valid().to_numpy(zero_copy_only=False), hashed, np.uint64(0))
     return hashed
+
+
+def unbounded_ids(column: pa.Array) -> np.ndarray:
+    """What a field of encoding zch gives the model: int64 hashes in [0, 2^63 - 1); what stands at nulls means nothing.
+
+    The 64-bit hash of an integer is one to one; here it loses a bit, so that 10^9 values meet with probability 0.05 once, and as a rule
+    never. Sharding cuts the ids by ranges: the hash spreads them.
+    """
+    ids = hash_values(column) & LARGEST_UNBOUNDED
+    return np.minimum(ids, LARGEST_UNBOUNDED - np.uint64(1)).view(
+        np.int64
+    )  # TorchRec marks free rows by the largest
 
 
 def _hash_strings(column: pa.Array) -> np.ndarray:

@@ -12,7 +12,7 @@ A schema is one TOML file, one line a field:
     [groups]
     taste = ["user_id", "tags", "image"]
 
-What a missing value (null) means, by kind: categorical "ids" -> an empty bag, which looks up the zero vector; "vocabulary", "hash"
+What a missing value (null) means, by kind: categorical "ids" and "zch" -> an empty bag, which looks up the zero vector; "vocabulary", "hash"
 and bucketised numerics -> row 0, which is learned; multi-valued -> an empty list, and a null inside a list is no value; a null weight -> 0;
 numeric -> 0 after the transform, which is the mean of a standardised one; vector -> zeros. A null label is an error.
 A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary, row 2 + i the i-th value.
@@ -32,9 +32,11 @@ from data.feature import (
     FIT,
     MISSING_ROW,
     OUT_OF_VOCABULARY_ROW,
+    Eviction,
     Feature,
     feature_problem,
     size_problem,
+    zch_problem,
 )
 from data.typed import parse_dataclass, read_toml, to_toml_value, unknown_key
 
@@ -46,6 +48,7 @@ __all__ = [
     "Feature",
     "Schema",
     "Table",
+    "Zch",
     "format_schema",
     "load_schema",
     "parse_schema",
@@ -58,8 +61,23 @@ HINTS = ("pooling_factor", "cardinality")  # keys for the planner, which change 
 
 
 @dataclass(frozen=True)
+class Zch:
+    """How a table gives rows to unbounded ids; see Feature.
+
+    Attributes:
+        eviction: whose row a new id gets when all are taken.
+        eviction_interval: steps from one admission to the next.
+        buckets: parts of the table.
+    """
+
+    eviction: Eviction
+    eviction_interval: int
+    buckets: int
+
+
+@dataclass(frozen=True)
 class Table:
-    """One embedding table: rows, width, pooling, and the fields that look it up."""
+    """One embedding table: rows, width, pooling, the fields that look it up, and `zch` if it gives rows to unbounded ids."""
 
     name: str
     num_embeddings: int
@@ -67,6 +85,7 @@ class Table:
     pooling: Literal["sum", "mean"]
     feature_names: tuple[str, ...]
     weighted: bool
+    zch: Zch | None = None
 
 
 @dataclass(frozen=True)
@@ -211,11 +230,6 @@ def _parse_feature(name: str, entry: Any, top: _SchemaTop, source: str) -> Featu
         raise InputError(f'{where} = {entry!r}: wanted a table such as {{ kind = "categorical" }}')
     if "name" in entry:  # the dataclass has it, the file says it by the key
         raise InputError(unknown_key(f"{where}.name", "name", ["column"]))
-    if entry.get("encoding") in ("zch", "managed_collision"):
-        raise InputError(
-            f"{where}.encoding = {entry['encoding']!r}: managed collision is not offered, since its row of an id depends on the "
-            'number of ranks, so neither plans nor world sizes could change; use encoding = "hash" with ample num_embeddings'
-        )
     feature = parse_dataclass(Feature, {"name": name, **entry}, source, f"fields.{name}")
     problem = feature_problem(feature, top.label, top.tables)
     if problem:
@@ -277,6 +291,8 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
         problem = size_problem(table.num_embeddings, table.embedding_dim, fitted=fitted)
         if not problem and fitted and table.num_embeddings < least:
             problem = f"num_embeddings = {table.num_embeddings}: a hashed table needs at least 2 rows, row 0 being the missing one; raise it"
+        zch = _zch_of(members[name][0])
+        problem = problem or (zch_problem(table.num_embeddings, zch.buckets) if zch else "")
         if problem:
             raise InputError(f"{source}: tables.{name}.{problem}")
     tables = []
@@ -292,6 +308,11 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
                     f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but pools otherwise; "
                     "pooling and weights belong to the table: make them equal, or use two tables"
                 )
+            if _zch_of(other) and _zch_of(first) and _zch_of(other) != _zch_of(first):
+                raise InputError(
+                    f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but has another eviction, "
+                    "eviction_interval or zch_buckets, which belong to the table: make them equal, or use two tables"
+                )
             if (other.encoding, other.vocabulary) != (first.encoding, first.vocabulary):
                 raise InputError(
                     f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but encodes otherwise, so one "
@@ -300,9 +321,23 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
         sizes = shared.get(name, first)
         names = tuple(user.name for user in users)
         tables.append(
-            Table(name, sizes.num_embeddings, sizes.embedding_dim, first.pooling, names, first.is_weighted)
+            Table(
+                name,
+                sizes.num_embeddings,
+                sizes.embedding_dim,
+                first.pooling,
+                names,
+                first.is_weighted,
+                _zch_of(first),
+            )
         )
     return tuple(tables)
+
+
+def _zch_of(feature: Feature) -> Zch | None:
+    if not feature.is_unbounded:
+        return None
+    return Zch(feature.eviction, feature.eviction_interval, feature.zch_buckets)
 
 
 def schema_to_toml(schema: Schema) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def _encoding(feature: Feature) -> str:
     if feature.kind == "vector":
         return f"{feature.width} numbers" + (f" -> {feature.projection}" if feature.projection else "")
     waits = "" if feature.is_fitted else ' ("fit")'
+    if feature.is_unbounded:
+        return f"zch, {feature.eviction}"
     return (feature.transform if feature.kind == "numeric" else feature.encoding) + waits
 
 

@@ -8,7 +8,7 @@ POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 
 
 def embedding_bag_configs(
-    schema: Schema, *, weighted: bool, data_type: DataType = DataType.FP32
+    schema: Schema, *, weighted: bool, unbounded: bool = False, data_type: DataType = DataType.FP32
 ) -> list[EmbeddingBagConfig]:
     """List the tables of one EmbeddingBagCollection.
 
@@ -17,6 +17,7 @@ def embedding_bag_configs(
     Args:
         schema: names the tables.
         weighted: whether to list the tables of weighted fields or those of all others.
+        unbounded: whether to list the tables that give rows to unbounded ids or those of all others.
         data_type: of the rows.
     """
     return [
@@ -29,5 +30,5 @@ def embedding_bag_configs(
             data_type=data_type,
         )
         for table in schema.tables
-        if table.weighted == weighted
+        if table.weighted == weighted and (table.zch is not None) == unbounded
     ]

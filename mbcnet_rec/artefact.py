@@ -29,6 +29,7 @@ from data.errors import InputError
 from data.keys import first_line
 from data.schema import Feature, Schema, Table, format_schema, load_schema
 from mbcnet_rec import serving
+from mbcnet_rec.build import COLLISION_EBC_PATH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.fused_path import FusedPath, graph_spec, trace
 from mbcnet_rec.layout import input_layout
@@ -37,6 +38,7 @@ from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.model.models import build_arch, needs_wide
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
 from mbcnet_rec.trained import read_whole
+from sharding.collisions import FREE
 
 LOADER = "mbcnet_serving.py"
 CHUNK_ROWS = 65_536  # quantised at a time
@@ -49,7 +51,7 @@ class Exported:
 
     Attributes:
         spec: model.json without the files' sums.
-        rows: pooling -> rows of its tables.
+        rows: pooling -> rows of its tables; "zch/TABLE" -> ids and their rows, see serving.ServingModel.
         dense: weights of the graph.
         vocabularies: name -> values in row order.
         program: the dense part as torch.export gives it.
@@ -75,6 +77,7 @@ class Weights:
         tables: every table of the model, wide ones included.
         rows: table name -> (rows, width) float32.
         regroup, arch: with their weights loaded, in evaluation mode.
+        id_rows: name of each table of unbounded ids -> (2, n) int64, ascending hashes of the ids that have a row, and the rows.
     """
 
     config: RunConfig
@@ -84,6 +87,7 @@ class Weights:
     rows: dict[str, Tensor]
     regroup: FeatureRegroup
     arch: nn.Module
+    id_rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def untrained(config: RunConfig, schema: Schema) -> Weights:
@@ -109,12 +113,27 @@ def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
     tensors = {f"model.dense_arch.{name}": value for name, value in weights.arch.state_dict().items()}
     regroup = weights.regroup.state_dict()
     tensors |= {f"model.sparse_arch.regroup.{name}": value for name, value in regroup.items()}
+    ids: dict[str, Tensor] = {}
     for table in weights.tables:
         collection = "weighted_ebc" if table.weighted else "ebc"
         rows = torch.empty(table.num_embeddings, table.embedding_dim)
+        if table.zch is not None:
+            collection = "collision_ebc._embedding_module"
+            module = (
+                f"{COLLISION_EBC_PATH}._managed_collision_collection._managed_collision_modules.{table.name}"
+            )
+            ids[table.name] = torch.empty(2, table.num_embeddings, dtype=torch.int64)
+            tensors |= {f"{module}.raw_ids": ids[table.name][0], f"{module}.slots": ids[table.name][1]}
         tensors[f"model.sparse_arch.{collection}.embedding_bags.{table.name}.weight"] = rows
         weights.rows[table.name] = rows
     read_whole(config, folder, step, tensors)
+    for name, pairs in ids.items():
+        known = pairs[:, pairs[0] != FREE]
+        if known.numel() and not 0 <= int(known[1].min()) <= int(known[1].max()) < pairs.shape[1]:
+            raise InputError(
+                f"{folder}: table {name!r}: an id has a row that the table has not; use another run"
+            )
+        weights.id_rows[name] = known[:, known[0].argsort()].contiguous()
     return weights
 
 
@@ -176,6 +195,7 @@ def with_rows(exported: Exported, weights: Weights, rows: str) -> Exported:
         pooling: pack_rows(tables, spec["lookups"][pooling], rows, pooling, weights.rows)
         for pooling, tables in spec["tables"].items()
     }
+    packed |= {f"{serving.ZCH}{name}": pairs for name, pairs in weights.id_rows.items()}
     return dataclasses.replace(exported, spec=spec, rows=packed)
 
 
@@ -284,6 +304,9 @@ def field_entry(feature: Feature, schema: Schema) -> dict[str, Any]:
     if feature.is_sparse:
         entry["num_embeddings"] = schema.table_of[feature.name].num_embeddings
         entry["encoding"] = feature.encoding
+    zch = schema.table_of[feature.name].zch if feature.is_sparse else None
+    if zch is not None:
+        entry |= {"zch_table": feature.table_name, "zch_buckets": zch.buckets}
     if feature.is_weighted:
         entry["weights"] = feature.weights
     if feature.kind == "numeric":

@@ -30,13 +30,15 @@ from mbcnet_rec.model.objective import Objective
 from mbcnet_rec.model.sparse_arch import SparseArch
 from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
 from mbcnet_rec.training.process import Process, broadcast_value, mean_over_ranks
+from sharding.collisions import collision_collection
 from sharding.initialise import initialise_tables
 from sharding.plan import Plan, check_plan, constraint_differences, plan_of_text, plan_text, read_plan
 from sharding.planner import cluster_of, plan_schema
-from sharding.sharder import DATA_TYPES, placed_differences, sharder_of, to_sharding_plan
+from sharding.sharder import DATA_TYPES, placed_differences, sharders_of, to_sharding_plan
 
 EBC_PATH = "model.sparse_arch.ebc"
 WEIGHTED_EBC_PATH = "model.sparse_arch.weighted_ebc"
+COLLISION_EBC_PATH = "model.sparse_arch.collision_ebc"
 
 
 @dataclass
@@ -86,7 +88,7 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 
-def build_collections(schema: Schema, plan: Plan) -> dict[str, EmbeddingBagCollection]:
+def build_collections(schema: Schema, plan: Plan) -> dict[str, nn.Module]:
     """Build the tables' collections on the meta device, with rows of the plan's dtype: module path -> collection.
 
     Raises:
@@ -94,15 +96,23 @@ def build_collections(schema: Schema, plan: Plan) -> dict[str, EmbeddingBagColle
     """
     meta, data_type = torch.device("meta"), DATA_TYPES[plan.data_type]
     plain = embedding_bag_configs(schema, weighted=False, data_type=data_type)
-    if not plain:
+    unbounded = embedding_bag_configs(schema, weighted=False, unbounded=True, data_type=data_type)
+    if not plain and not unbounded:
         raise InputError(
             f"schema {schema.name!r}: no categorical, multi-valued or bucketised field; wanted at least one field "
             "with an embedding table; add one (a number can use transform = 'bucketise')"
         )
-    collections = {EBC_PATH: EmbeddingBagCollection(plain, device=meta)}
+    collections: dict[str, nn.Module] = {}
+    if plain:
+        collections[EBC_PATH] = EmbeddingBagCollection(plain, device=meta)
     weighted = embedding_bag_configs(schema, weighted=True, data_type=data_type)
     if weighted:
         collections[WEIGHTED_EBC_PATH] = EmbeddingBagCollection(weighted, is_weighted=True, device=meta)
+    if unbounded:
+        tables = [table for table in schema.tables if table.zch is not None]
+        collections[COLLISION_EBC_PATH] = collision_collection(
+            tables, EmbeddingBagCollection(unbounded, device=meta)
+        )
     return collections
 
 
@@ -178,7 +188,12 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     # from the schema without wide tables: a field's own table gives its width
     layout = replace(input_layout(schema), wide=needs_wide(config.model))
     torch.manual_seed(config.train.seed)  # dense weights: equal on all ranks
-    arch = SparseArch(collections[EBC_PATH], collections.get(WEIGHTED_EBC_PATH), layout)
+    arch = SparseArch(
+        collections.get(EBC_PATH),
+        collections.get(WEIGHTED_EBC_PATH),
+        layout,
+        collections.get(COLLISION_EBC_PATH),
+    )
     model = build_model(config.model, arch, layout)
     objective = (
         DistillationObjective(model, config.model.enkd)  # type: ignore[arg-type]
@@ -192,7 +207,9 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
         if name.split(".")[-2] not in replicated
     ]
     fuse_table_optimizer(fused, config.optim.embedding)
-    sharded = _sharded(objective, plan, to_sharding_plan(plan, collections), process.device)
+    embedding = config.optim.embedding
+    sharders = sharders_of(plan, seed=config.train.seed, std=embedding.init_std)
+    sharded = _sharded(objective, plan, to_sharding_plan(plan, collections), process.device, sharders)
     moved = placed_differences(plan, sharded)
     if moved:
         raise InputError(
@@ -201,11 +218,9 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     tables = {
         name: name.split(".")[-2]
         for name in sharded.state_dict()
-        if name.startswith((EBC_PATH, WEIGHTED_EBC_PATH)) and name.endswith(".weight")
+        if name.startswith((EBC_PATH, WEIGHTED_EBC_PATH, COLLISION_EBC_PATH)) and name.endswith(".weight")
     }
-    initialise_tables(
-        sharded.state_dict(), tables, seed=config.train.seed, std=config.optim.embedding.init_std
-    )
+    initialise_tables(sharded.state_dict(), tables, seed=config.train.seed, std=embedding.init_std)
     kept = {name for name, table in tables.items() if table in replicated}
     optimizer = build_optimizer(sharded, kept, config.optim)
     dense = [parameter for name, parameter in sharded.named_parameters() if name not in tables]
@@ -213,11 +228,10 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
 
 
 def _sharded(
-    objective: nn.Module, plan: Plan, sharding_plan: ShardingPlan, device: torch.device
+    objective: nn.Module, plan: Plan, sharding_plan: ShardingPlan, device: torch.device, sharders: Any
 ) -> DistributedModelParallel:
     """Shard over all ranks, or over each of the plan's groups of ranks."""
     world: Any = torch.distributed.group.WORLD
-    sharders: Any = [sharder_of(plan)]
     if plan.replicas > 1:
         return DMPCollection(
             objective, device, sharding_plan, plan.world_size, plan.group_size, world,

@@ -122,7 +122,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def size_report(out: Path, of_float: Exported) -> dict[str, int]:
     """Bytes of the artefact and of the same with float32 rows, and of each one's tables."""
-    float_rows = sum(rows.numel() for rows in of_float.rows.values())
+    float_rows = sum(rows.nbytes for rows in of_float.rows.values())
     own_rows = (out / serving.TABLES).stat().st_size
     total = sum(path.stat().st_size for path in out.iterdir())
     return {

@@ -169,6 +169,7 @@ def rival(artefact: Artefact, kind: str) -> serving.ServingModel:
     exported = take_apart(untrained(config, artefact.schema), vocabularies=vocabularies)
     spec = exported.spec | {"rows": artefact.model.spec["rows"]}
     rows = {pooling: tables.weights_host for pooling, tables in artefact.model.tables.items()}
+    rows |= artefact.model.id_rows
     return serving.ServingModel(spec, rows, exported.dense, vocabularies)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from data.errors import InputError
 from data.schema import Schema
 from mbcnet_rec.model.layers import InputLayout, wide_tables
 from mbcnet_rec.model.models import ModelConfig, needs_wide
@@ -22,7 +23,18 @@ def input_layout(schema: Schema) -> InputLayout:
 
 
 def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
-    """Add a table of one weight per id for each field, where the model has a wide part; else return the schema."""
+    """Add a table of one weight per id for each field, where the model has a wide part; else return the schema.
+
+    Raises:
+        InputError: a field's ids are unbounded: TorchRec looks each one up in one table only.
+    """
     if not needs_wide(config):
         return schema
+    unbounded = [table.feature_names[0] for table in schema.tables if table.zch is not None]
+    if unbounded:
+        raise InputError(
+            f"schema {schema.name!r}: field {unbounded[0]!r} is of encoding 'zch', and this model has a wide part, which looks each field "
+            "up in a second table, as TorchRec's managed collision cannot; use encoding = 'hash' for the field, or a model without a "
+            "wide part"
+        )
     return replace(schema, tables=(*schema.tables, *wide_tables(schema.tables)))

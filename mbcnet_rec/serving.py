@@ -43,6 +43,7 @@ except ImportError:  # rows then come as dicts of lists
 
 FORMAT = 1
 COMPILED = "dense_aot.pt2"
+ZCH = "zch/"  # before the name of a table of unbounded ids, in TABLES
 MODEL, DENSE, TABLES, VOCABULARY = "model.json", "dense.safetensors", "tables.safetensors", "vocabulary.json"
 ROW_TYPES = {
     "fp32": SparseType.FP32,
@@ -150,7 +151,8 @@ class ServingModel:
 
     Args:
         spec: model.json.
-        rows: pooling -> all rows of its tables, (bytes,) uint8 as FBGEMM lays them out.
+        rows: pooling -> all rows of its tables, (bytes,) uint8 as FBGEMM lays them out; "zch/TABLE" -> (2, n) int64, ascending hashes
+            of the ids that have a row, and the rows.
         dense: weights of the graph.
         vocabularies: name -> values in row order.
     """
@@ -163,7 +165,8 @@ class ServingModel:
         vocabularies: dict[str, list[Any]],
     ) -> None:
         self.spec = spec
-        self.preprocess = Preprocessor(spec["fields"], spec["lookups"], vocabularies)
+        self.id_rows = {name: values for name, values in rows.items() if name.startswith(ZCH)}
+        self.preprocess = Preprocessor(spec["fields"], spec["lookups"], vocabularies, self.id_rows)
         self.tables = {
             pooling: open_tables(entries, spec["lookups"][pooling], spec["rows"], pooling)
             for pooling, entries in spec["tables"].items()
@@ -308,6 +311,7 @@ class Preprocessor:
         fields: as in model.json.
         lookups: pooling -> (field, table) pairs.
         vocabularies: name -> values in row order.
+        id_rows: as ServingModel has them.
     """
 
     def __init__(
@@ -315,7 +319,17 @@ class Preprocessor:
         fields: Sequence[Mapping[str, Any]],
         lookups: Mapping[str, Sequence[tuple[str, int]]],
         vocabularies: Mapping[str, list[Any]],
+        id_rows: Mapping[str, Tensor],
     ) -> None:
+        self.id_rows = {name: values.numpy() for name, values in id_rows.items()}
+        for field in fields:
+            rows = (
+                self.id_rows[ZCH + field["zch_table"]][1] if field.get("encoding") == "zch" else np.zeros(0)
+            )
+            if len(rows) and not 0 <= rows.min() <= rows.max() < field["num_embeddings"]:
+                raise ValueError(
+                    f"field {field['name']!r}: an id has a row that its table has not; copy the artefact again"
+                )
         self.sparse = [field for field in fields if field["is_sparse"]]
         self.dense = [field for field in fields if not field["is_sparse"]]
         self.dense_width = sum(field["dense_width"] for field in self.dense)
@@ -387,7 +401,8 @@ class Preprocessor:
             values = flat_values(column)
             ids = self._ids(field, values, None)
             if values.valid is not None:
-                ids = np.where(values.valid, ids, -1 if field["encoding"] == "ids" else MISSING_ROW)
+                missing = -1 if field["encoding"] in ("ids", "zch") else MISSING_ROW
+                ids = np.where(values.valid, ids, missing)
             present = ids >= 0
             return Bags(ids[present], present.astype(np.int64))
         values, lengths = list_values(column)
@@ -416,6 +431,8 @@ class Preprocessor:
             return (hash_values(column.values) % np.uint64(limit - 1)).astype(np.int64) + 1
         if field["encoding"] == "vocabulary":
             return self._vocabulary_rows(field, column)
+        if field["encoding"] == "zch":
+            return self._given_rows(field, column)
         ids = column.values
         if len(ids) and ids.dtype.kind not in "iub":
             raise ValueError(f"field {field['name']!r} = {ids[0]!r}: wanted integer ids")
@@ -430,6 +447,19 @@ class Preprocessor:
                 f"row {owner(first, lengths)}, field {field['name']!r} = {ids[first]}: wanted an id in [0, {limit})"
             )
         return np.where(bad, -1 if field["on_invalid"] == "null" else ids % limit, ids).astype(np.int64)
+
+    def _given_rows(self, field: Mapping[str, Any], column: Values) -> np.ndarray:
+        """The row that training gave an id, or the last row of its bucket."""
+        ids, rows = self.id_rows[ZCH + field["zch_table"]]
+        buckets, last = np.uint64(field["zch_buckets"]), np.uint64(2**63 - 1)
+        hashed = np.minimum(hash_values(column.values) & last, last - np.uint64(1))
+        bucket = (hashed // ((last + buckets - np.uint64(1)) // buckets)).astype(np.int64)
+        own = (bucket + 1) * (field["num_embeddings"] // field["zch_buckets"]) - 1
+        if not len(ids):
+            return own
+        hashed = hashed.view(np.int64)
+        places = np.minimum(np.searchsorted(ids, hashed), len(ids) - 1)
+        return np.where(ids[places] == hashed, rows[places], own)
 
     def _vocabulary_rows(self, field: Mapping[str, Any], column: Values) -> np.ndarray:
         row_of = self.rows_of[field["vocabulary"]]

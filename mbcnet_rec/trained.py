@@ -16,6 +16,7 @@ from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.train import CONFIG, refuse_together
 from mbcnet_rec.training.checkpoint import Saved, load_pieces, pieces_of, whole_piece
+from mbcnet_rec.training.collisions import check_rows
 from mbcnet_rec.training.manifest import MANIFEST
 from mbcnet_rec.training.process import Process, broadcast_value, mean_over_ranks
 from mbcnet_rec.training.run_place import best_step, place_of
@@ -62,7 +63,9 @@ def load_built(config: RunConfig, schema: Schema, folder: Path, step: int, proce
     built = build(dataclasses.replace(config, sharding=sharding), schema, process)
     pieces = [piece for piece in pieces_of(built.model, built.optimizer) if piece.name.startswith("model/")]
     with place_of(config, folder).fetched(step) as saved:
-        load_pieces(Saved(saved), pieces, process.rank, process.world_size)
+        checkpoint = Saved(saved)
+        load_pieces(checkpoint, pieces, process.rank, process.world_size)
+        check_rows(checkpoint, built.model)
     for buffer in built.model.buffers():
         if buffer.is_floating_point():
             mean_over_ranks(buffer)  # running statistics of batch norm

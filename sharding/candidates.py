@@ -9,7 +9,7 @@ from sharding.cluster import Cluster
 from sharding.constraints import ShardingConfig, TableConstraint
 from sharding.dense import DenseCost
 from sharding.estimate import DTYPE_BYTES, state_bytes
-from sharding.plan import FORMAT, Plan, TablePlan, device_problem, leaves_empty
+from sharding.plan import FORMAT, Plan, TablePlan, device_problem, leaves_empty, zch_place_problem
 
 ROWS_PER_RANK = 8  # a table with fewer rows for each rank is not split by rows
 TORCHREC_LEAST_COLUMNS = 128  # of a column shard where nobody says otherwise
@@ -39,6 +39,7 @@ def described_table(table: Table, schema: Schema, config: ShardingConfig) -> Tab
         len(used),
         round(ids, 4),
         cardinality,
+        zch_buckets=table.zch.buckets if table.zch else 0,
     )
 
 
@@ -141,6 +142,8 @@ def candidates(
         InputError: nothing is left.
     """
     constraint = config.tables.get(name, TableConstraint())
+    if table.zch_buckets:
+        return [_unbounded(table, name, plan, constraint)]
     types = _by_size(table, plan, constraint.sharding_types, config.sharding_types, room_bytes)
     kernels = constraint.compute_kernels or config.compute_kernels
     options = []
@@ -167,6 +170,22 @@ def candidates(
             f"{plan.device}; allow table_wise or row_wise with fused, or data_parallel"
         )
     return options
+
+
+def _unbounded(table: TablePlan, name: str, plan: Plan, constraint: TableConstraint) -> TablePlan:
+    """The one place of a table of encoding zch, whatever the run allows for other tables."""
+    where = f"sharding.tables.{name}"
+    for key, only in (("sharding_types", "row_wise"), ("compute_kernels", "fused")):
+        allowed = getattr(constraint, key)
+        if allowed and only not in allowed:
+            raise InputError(
+                f"{where}.{key} = {list(allowed)}: its fields are of encoding 'zch', which runs {only} only; allow {only}, or remove it"
+            )
+    place = replace(table, sharding_type="row_wise", compute_kernel="fused", ranks=())
+    problem = zch_place_problem(place, plan)
+    if problem:
+        raise InputError(f"table {name}: {problem}")
+    return place
 
 
 def _by_size(

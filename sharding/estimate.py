@@ -3,7 +3,8 @@
 G rows of a batch over one group's ranks, B of one rank, P ids a row (all fields of the table), F fields, D columns of the shard,
 r rows of the shard, s its share of the lookups (1, or 1/n where n ranks share the rows), w bytes of a weight.
 
-Memory. rows r D w, state 4 r (rowwise_adagrad), 4 r D (adagrad), 8 r D (adam, of replicated tables), 0 (sgd). Activations: ids 2 * 8 G P s (two batches in flight),
+Memory. rows r D w, state 4 r (rowwise_adagrad), 4 r D (adagrad), 8 r D (adam, of replicated tables), 0 (sgd),
+and 32 r where ids are given rows (encoding zch). Activations: ids 2 * 8 G P s (two batches in flight),
 pooled rows and their gradient 2 * 4 G F D. With fused_uvm* rows are in host memory; state is where FBGEMM puts it: rowwise in HBM,
 full in host memory. A cache of c r rows takes c r (D w + 16) + 4 r bytes of HBM (slots with two 64-bit marks; one 32-bit map entry a row).
 
@@ -21,6 +22,7 @@ from sharding.plan import Plan, TablePlan
 from sharding.shards import shards_of
 
 ID_BYTES, LENGTH_BYTES, FLOAT_BYTES, BURST_BYTES = 8, 4, 4, 64
+ZCH_BYTES_PER_ROW = 32  # id, row, count and last step, 8 bytes each
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 SORT_BYTES_PER_ID = 96  # backward sorts (id, position): 12 bytes, read and written in 4 radix passes
 
@@ -106,6 +108,8 @@ def shard_bytes(table: TablePlan, plan: Plan, rows: int, columns: int) -> Bytes:
     """Bytes of one shard; see the top of the file."""
     width = DTYPE_BYTES[plan.data_type]
     weights, state = rows * columns * width, state_bytes(plan.optimizer, rows, columns)
+    if table.zch_buckets:
+        state += ZCH_BYTES_PER_ROW * rows
     if table.sharding_type == "data_parallel":
         state = state * width // FLOAT_BYTES  # a dense optimizer keeps its state in the rows' dtype
     share = _lookup_share(table, plan)

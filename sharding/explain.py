@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from sharding.assess import Assessment, assess
 from sharding.compare import place_text
-from sharding.estimate import Bytes, Times, add_bytes, add_times
+from sharding.estimate import ZCH_BYTES_PER_ROW, Bytes, Times, add_bytes, add_times
 from sharding.fit import gib
 from sharding.plan import Plan, TablePlan
 
@@ -53,7 +53,9 @@ def _same(left: TablePlan, right: TablePlan) -> bool:
 
 
 def _places(table: TablePlan, without: Assessment) -> list[TablePlan]:
-    """Every type and kernel of a table, on the ranks that are least busy without it."""
+    """Every type and kernel of a table, on the ranks that are least busy without it; of a table of encoding zch, the only one."""
+    if table.zch_buckets:
+        return [table]
     plan = without.plan
     busy = [rank.times.total for rank in without.ranks]
     local = plan.local_group_size
@@ -100,7 +102,7 @@ def explain_lines(assessment: Assessment, name: str, room: tuple[int, int]) -> l
     known = f", {table.cardinality:,} distinct" if table.cardinality else ""
     lines = [
         f"{name}: {table.num_embeddings:,} x {table.embedding_dim}, {table.ids:g} ids a row over {table.bags} field(s){known}, "
-        f"{size} with optimizer state",
+        f"{size} with optimizer state{' and ids' if table.zch_buckets else ''}",
         f"planned: {place_text(table)}, {_cost(chosen)}",
     ]
     fitting = [each for each in others if each.fits]
@@ -135,7 +137,13 @@ def explain_lines(assessment: Assessment, name: str, room: tuple[int, int]) -> l
         "data_parallel": "data_parallel: no rows cross ranks, but the gradient of the whole table does, every step",
         "column_wise": "column_wise: each shard looks up the same ids; rowwise Adagrad keeps a state per shard",
     }
-    return [*lines, f"  times in ms; {notes[table.sharding_type]}"]
+    note = notes[table.sharding_type]
+    if table.zch_buckets:
+        note = (
+            f"encoding zch: row_wise is the only place; each rank gives rows to the ids of its share of the {table.zch_buckets} buckets, and "
+            f"keeps {ZCH_BYTES_PER_ROW} bytes a row of which id has it and how it was used"
+        )
+    return [*lines, f"  times in ms; {note}"]
 
 
 def _cost(each: Alternative) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sharding.assess import Assessment
+from sharding.collisions import STATE, BucketedCollisions
 from sharding.fit import gib
 
 PARTS: tuple[str, ...] = ("rows", "state", "cache")
@@ -15,8 +16,8 @@ PARTS: tuple[str, ...] = ("rows", "state", "cache")
 def held_bytes(model: nn.Module) -> dict[str, int]:
     """Count the bytes of this rank's tables: {"rows": ..., "state": ..., "cache": ...}. Call after the first step.
 
-    Every storage counts once, as large as it was allocated. `state` holds what the fused kernels keep; a replicated table's
-    state lives in the optimizer that the trainer gave it and is counted by `optimizer_bytes`.
+    Every storage counts once, as large as it was allocated. `state` holds what the fused kernels keep, and the ids of rows of
+    encoding zch; a replicated table's state lives in the optimizer that the trainer gave it and is counted by `optimizer_bytes`.
     """
     counts = dict.fromkeys(PARTS, 0)
     seen: set[int] = set()
@@ -47,8 +48,10 @@ def _with_lookups(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _kernel_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Tensors of one of FBGEMM's table kernels, by what they are; empty for every other module."""
+    """Tensors of one of FBGEMM's table kernels, or of rows with ids, by what they are; empty for every other module."""
     kind = type(module).__name__
+    if isinstance(module, BucketedCollisions):
+        return [("state", getattr(module, name)) for name in STATE]
     if kind == "DenseTableBatchedEmbeddingBagsCodegen":
         return [("rows", parameter.data) for parameter in module.parameters()]
     if kind != "SplitTableBatchedEmbeddingBagsCodegen":
@@ -82,9 +85,10 @@ def planned_against_held(
         step_seconds: measured; 0: left out.
     """
     planned, found = assessment.of_rank(rank).bytes, held[rank]
+    ids = " and ids" if any(table.zch_buckets for table in assessment.plan.tables.values()) else ""
     parts = [
         _compared("rows", planned.rows, found["rows"]),
-        _compared("optimizer state", planned.state, found["state"]),
+        _compared(f"optimizer state{ids}", planned.state, found["state"]),
     ]
     if planned.cache or found["cache"]:
         parts.append(_compared("cache", planned.cache, found["cache"]))

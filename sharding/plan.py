@@ -33,6 +33,7 @@ class TablePlan:
         ids: mean ids that one row of data looks up, over all its fields.
         cardinality: distinct ids that occur; 0: unknown.
         cache_ratio: share of rows cached in HBM; 0 unless fused_uvm_caching.
+        zch_buckets: parts of a table that gives rows to unbounded ids; 0: it does not.
     """
 
     sharding_type: str
@@ -44,6 +45,7 @@ class TablePlan:
     ids: float = 1.0
     cardinality: int = 0
     cache_ratio: float = 0.0
+    zch_buckets: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,10 @@ def device_problem(plan: Plan) -> str:
             f"replicas = {plan.replicas}: TorchRec averages rows without those in the cache of fused_uvm_caching; set it to 1, or keep "
             "these tables fused"
         )
+    unbounded = any(table.zch_buckets for table in plan.tables.values())
+    for key, usual in (("replicas", 1), ("prefetch", False)):
+        if unbounded and getattr(plan, key) != usual:
+            return f"{key} = {json.dumps(getattr(plan, key))}: not with fields of encoding 'zch', whose ids are not averaged or fetched ahead; set it to {json.dumps(usual)}"
     if plan.prefetch and plan.tables and not cached:
         return "prefetch = true: no table has the kernel fused_uvm_caching, so there is no cache to fill ahead; set it to false"
     return ""
@@ -318,6 +324,7 @@ def schema_differences(plan: Plan, schema: Schema) -> list[str]:
             ("num_embeddings", planned.num_embeddings, table.num_embeddings),
             ("embedding_dim", planned.embedding_dim, table.embedding_dim),
             ("fields", planned.bags, len(table.feature_names)),
+            ("zch_buckets", planned.zch_buckets, table.zch.buckets if table.zch else 0),
         )
         changed = [f"{key} {old:,} -> {new:,}" for key, old, new in pairs if old != new]
         if changed:
@@ -335,6 +342,10 @@ def _table_problem(table: TablePlan, plan: Plan) -> str:
         return "sharding_type = 'grid_shard': with mean pooling TorchRec computes it wrongly; use 'table_row_wise' or 'column_wise'"
     if table.sharding_type not in SHARDING_TYPES:
         return f"sharding_type = {table.sharding_type!r}: wanted one of {', '.join(SHARDING_TYPES)}"
+    if table.zch_buckets:
+        problem = zch_place_problem(table, plan)
+        if problem:
+            return problem
     replicated = table.sharding_type == "data_parallel"
     if table.compute_kernel not in KERNELS or replicated != (table.compute_kernel == "dense"):
         wanted = "'dense'" if replicated else "'fused' (or fused_uvm, fused_uvm_caching on cuda)"
@@ -351,6 +362,21 @@ def _table_problem(table: TablePlan, plan: Plan) -> str:
     ):
         return f"cache_ratio = {table.cache_ratio}: wanted a share of rows in (0, 1]; use 0.2"
     return _ranks_problem(table, plan)
+
+
+def zch_place_problem(table: TablePlan, plan: Plan) -> str:
+    """What is wrong with the place of a table of encoding zch, as `key = value: wanted ...; mend`, or an empty string."""
+    if table.sharding_type != "row_wise":
+        return f"sharding_type = {table.sharding_type!r}: a table of encoding 'zch' is sharded by rows, each rank giving rows to its ids; use 'row_wise'"
+    if table.compute_kernel != "fused":
+        return f"compute_kernel = {table.compute_kernel!r}: rows of a table of encoding 'zch' change their ids in place; use 'fused'"
+    if table.zch_buckets % plan.group_size:
+        mend = -(-table.zch_buckets // plan.group_size) * plan.group_size
+        return (
+            f"zch_buckets = {table.zch_buckets}: wanted a multiple of the {plan.group_size} ranks, which hold whole buckets; set "
+            f"zch_buckets = {mend} in the schema, or take a number of ranks that divides {table.zch_buckets}"
+        )
+    return ""
 
 
 def _ranks_problem(table: TablePlan, plan: Plan) -> str:

@@ -129,11 +129,15 @@ def plan_schema(
 
 
 def meta_collections(schema: Schema, config: ShardingConfig) -> dict[str, EmbeddingBagCollection]:
-    """The tables' collections without storage: one without weights, one with."""
+    """The tables' collections without storage: without weights, with weights, and of unbounded ids."""
     meta, data_type = torch.device("meta"), DATA_TYPES[config.data_type]
     result = {}
-    for name, weighted in (("ebc", False), ("weighted_ebc", True)):
-        tables = embedding_bag_configs(schema, weighted=weighted, data_type=data_type)
+    for name, weighted, unbounded in (
+        ("ebc", False, False),
+        ("weighted_ebc", True, False),
+        ("collision_ebc", False, True),
+    ):
+        tables = embedding_bag_configs(schema, weighted=weighted, unbounded=unbounded, data_type=data_type)
         if tables:
             result[name] = EmbeddingBagCollection(tables, is_weighted=weighted, device=meta)
     return result

@@ -18,6 +18,7 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.modules.embedding_configs import DataType
 
+from sharding.collisions import CollisionSharder
 from sharding.plan import SHARDING_TYPES, Plan, TablePlan
 
 DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
@@ -42,16 +43,24 @@ class AnyTypeSharder(EmbeddingBagCollectionSharder):
         return ["fused"] if compute_device_type == "cpu" else ["fused", "fused_uvm", "fused_uvm_caching"]
 
 
-def sharder_of(plan: Plan) -> AnyTypeSharder:
-    """The sharder that sends pooled rows and gradients in the plan's precisions.
+def sharders_of(plan: Plan, *, seed: int = 0, std: float = 0.0) -> list[Any]:
+    """The sharders that send pooled rows and gradients in the plan's precisions.
 
     gloo has no bf16: TorchRec takes fp16 there in its place.
+
+    Args:
+        plan: of the tables.
+        seed: of the run, and
+        std: of the values of rows that are given to another id (encoding zch).
     """
-    if plan.forward_precision == plan.backward_precision == "fp32":
-        return AnyTypeSharder()
-    precisions = QCommsConfig(COMM_TYPES[plan.forward_precision], COMM_TYPES[plan.backward_precision])
-    registry = get_qcomm_codecs_registry(precisions, device=torch.device(plan.device))
-    return AnyTypeSharder(qcomm_codecs_registry=registry)
+    registry = None
+    if not plan.forward_precision == plan.backward_precision == "fp32":
+        precisions = QCommsConfig(COMM_TYPES[plan.forward_precision], COMM_TYPES[plan.backward_precision])
+        registry = get_qcomm_codecs_registry(precisions, device=torch.device(plan.device))
+    rows = AnyTypeSharder(qcomm_codecs_registry=registry)
+    if not any(table.zch_buckets for table in plan.tables.values()):
+        return [rows]
+    return [rows, CollisionSharder(AnyTypeSharder(qcomm_codecs_registry=registry), seed, std)]
 
 
 def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> ShardingPlan:
@@ -59,15 +68,16 @@ def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> Shardi
 
     Args:
         plan: where each table lives.
-        collections: module path inside the model -> EmbeddingBagCollection.
+        collections: module path inside the model -> EmbeddingBagCollection, or one with managed collision before it.
     """
     result = {}
     for path, collection in collections.items():
+        rows = getattr(collection, "_embedding_module", collection)
         generators = {
             config.name: _generator(plan.tables[config.name], plan)
-            for config in collection.embedding_bag_configs()  # type: ignore[operator]
+            for config in rows.embedding_bag_configs()  # type: ignore[operator]
         }
-        sharder: Any = AnyTypeSharder()
+        sharder: Any = AnyTypeSharder() if rows is collection else CollisionSharder(AnyTypeSharder())
         result[path] = construct_module_sharding_plan(
             collection,
             generators,

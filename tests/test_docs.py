@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.feature import Kind, Transform
+from data.feature import Encoding, Kind, Transform
 from data.schema import parse_schema
 from data.typed import parse_dataclass
 from mbcnet_rec.cli import build_parser
@@ -37,7 +37,7 @@ def test_a_schema_of_every_kind_loads():
     (schema,) = [parse_schema(table, "docs/data.md", Path()) for table in schemas]
     assert {feature.kind for feature in schema.features} == set(Kind.__args__)
     assert {feature.transform for feature in schema.features} == set(Transform.__args__)
-    assert {feature.encoding for feature in schema.features} == {"ids", "vocabulary", "hash"}
+    assert {feature.encoding for feature in schema.features} == set(Encoding.__args__)
     assert {feature.on_invalid for feature in schema.features} == {"error", "null", "modulo"}
     assert schema.groups and schema.group_column and schema.time_column
 

@@ -22,7 +22,7 @@ from sharding.cluster import default_cluster
 from sharding.constraints import ShardingConfig, TableConstraint
 from sharding.held import held_bytes, optimizer_bytes, planned_against_held
 from sharding.planner import meta_collections, plan_schema
-from sharding.sharder import sharder_of, to_sharding_plan
+from sharding.sharder import sharders_of, to_sharding_plan
 
 SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 ROWS = 16
@@ -102,7 +102,7 @@ def step(schema, config, optimizer, machine, rank):
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=torch.device("cpu"),
         plan=to_sharding_plan(plan, dict(model.items())),
-        sharders=[sharder_of(plan)],
+        sharders=sharders_of(plan),
     )
     dense = {name: value for name, value in sharded.named_parameters() if name.split(".")[-2] in replicated}
     generator = torch.Generator().manual_seed(rank)

@@ -19,15 +19,24 @@ class SparseArch(nn.Module):
     """Embedding collections and the one regroup of their output (Eq. 1 and 2).
 
     Args:
-        ebc: KeyedJaggedTensor -> KeyedTensor.
+        ebc: KeyedJaggedTensor -> KeyedTensor, or None where every field without weights is unbounded.
         weighted_ebc: the same for fields with weights, or None.
         layout: names and widths of the fields and groups.
+        collision_ebc: KeyedJaggedTensor -> (KeyedTensor, None) for fields whose ids are unbounded, which are keys of the
+            same input, or None.
     """
 
-    def __init__(self, ebc: nn.Module, weighted_ebc: nn.Module | None, layout: InputLayout) -> None:
+    def __init__(
+        self,
+        ebc: nn.Module | None,
+        weighted_ebc: nn.Module | None,
+        layout: InputLayout,
+        collision_ebc: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.ebc = ebc
         self.weighted_ebc = weighted_ebc
+        self.collision_ebc = collision_ebc
         self.regroup = FeatureRegroup(layout)
 
     def forward(
@@ -37,9 +46,11 @@ class SparseArch(nn.Module):
         weighted_features: KeyedJaggedTensor | None = None,
     ) -> dict[str, Tensor]:
         """Look up every field once: "all" -> (B, N), group g -> (B, n_g), and wide weights if there are any."""
-        pooled: list[KeyedTensor] = [self.ebc(sparse_features)]
+        pooled: list[KeyedTensor] = [] if self.ebc is None else [self.ebc(sparse_features)]
         if self.weighted_ebc is not None:
             pooled.append(self.weighted_ebc(weighted_features))
+        if self.collision_ebc is not None:
+            pooled.append(self.collision_ebc(sparse_features)[0])
         return self.regroup(pooled, dense_features)
 
 

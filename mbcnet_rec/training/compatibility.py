@@ -17,6 +17,7 @@ from data.errors import InputError
 from mbcnet_rec.build import Built
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.training.checkpoint import Piece, Saved, load_pieces, pieces_of
+from mbcnet_rec.training.collisions import check_rows, tables_of_other_rows, zch_buckets, zch_table_of
 from mbcnet_rec.training.process import Process, agreed
 from sharding.plan import Plan, plan_text
 
@@ -32,6 +33,7 @@ def describe_run(built: Built, config: RunConfig) -> dict[str, Any]:
         "optimizer": config.optim.embedding.name,
         "data_type": built.plan.data_type,
         "column_shards": column_shards(built.plan),
+        "zch_buckets": zch_buckets(built.plan),
         "seed": config.train.seed,
     }
 
@@ -130,9 +132,10 @@ def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any
     other_optimizer = old.get("optimizer") != run["optimizer"]
     parameters = {name for name in wanted if name.startswith("model/")}
     saved_parameters = {name for name in saved.shapes if name.startswith("model/")}
-    for name in sorted(saved_parameters - parameters):
+    _compare_ids(report, saved, wanted, tables_of_other_rows(old, run, saved_parameters, parameters))
+    for name in sorted(saved_parameters - parameters - report.fresh):
         report.note(name, "removed", "removed")
-    for name in sorted(parameters):
+    for name in sorted(parameters - report.fresh):
         before, now = saved.shapes.get(name), wanted[name]
         if before == now:
             continue
@@ -160,6 +163,21 @@ def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any
             )
             report.fresh.add(name)
     return report
+
+
+def _compare_ids(
+    report: Report, saved: Saved, wanted: dict[str, tuple[int, ...]], other_rows: set[str]
+) -> None:
+    """A table of encoding zch whose rows are of other ids here, or of other ids than the checkpoint's, starts fresh as a whole."""
+    names = {name for name in (*wanted, *saved.shapes) if name.startswith("model/")}
+    resized = {zch_table_of(name) for name in names if wanted.get(name) != saved.shapes.get(name)} - {""}
+    for table in sorted(other_rows | resized):
+        report.lines.append(
+            f"table {table}: its rows are of other ids (encoding zch, num_embeddings or zch_buckets)"
+        )
+    for name in names:
+        if (zch_table_of(name) or _table_of(name)) in other_rows | resized:
+            report.fresh.add(name)
 
 
 def _compare_columns(
@@ -234,6 +252,7 @@ def load_checked(
         for piece in pieces:
             if piece.name in report.grown:
                 saved.fill_rows(piece)
+        check_rows(saved, built.model)
     return [f"partial load: {phrase}" for phrase in phrases + _outcome(report)] if phrases else []
 
 
@@ -246,5 +265,6 @@ def _outcome(report: Report) -> list[str]:
     lines = [f"{what} starts fresh" for what in sorted(fresh)]
     lines += [f"{what} is loaded, its optimizer state starts fresh" for what in sorted(states)]
     lines += [f"{what} is loaded, its new rows start fresh" for what in sorted(rows)]
-    dense = sum(name.startswith("model/") for name in report.fresh - tables.keys())
+    others = [name for name in report.fresh - tables.keys() if not zch_table_of(name)]
+    dense = sum(name.startswith("model/") for name in others)
     return lines + ([f"{dense} tensors of the dense part start fresh"] if dense else [])

@@ -15,6 +15,7 @@ from data.stream import ParquetStream
 from mbcnet_rec.build import Built
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.training.checkpoint import Saved, pieces_of
+from mbcnet_rec.training.collisions import history_pieces, restore_history, zch_counters
 from mbcnet_rec.training.compatibility import describe_run, load_checked
 from mbcnet_rec.training.exits import NonFiniteLossError, PreemptedError
 from mbcnet_rec.training.faults import dump_batch, loss_spike
@@ -24,7 +25,7 @@ from mbcnet_rec.training.pipeline import CheckedPipeline, PrefetchingPipeline, c
 from mbcnet_rec.training.places import Place
 from mbcnet_rec.training.planned import PlanWatch
 from mbcnet_rec.training.preemption import StopRequest
-from mbcnet_rec.training.process import Process, any_rank, vote
+from mbcnet_rec.training.process import Process, agreed, any_rank, vote
 from mbcnet_rec.training.progress import Progress
 from mbcnet_rec.training.records import Records
 from mbcnet_rec.training.saver import Keep, Saver
@@ -39,6 +40,7 @@ from mbcnet_rec.training.scoring import (
 from mbcnet_rec.training.state import Feed, TrainState, Window, mended_counts, restored_outputs, seed_step
 from mbcnet_rec.training.tracking import open_sink
 from mbcnet_rec.training.watchdog import Watchdog
+from sharding.collisions import collisions_of
 
 PLATEAU_FACTOR = 0.1
 PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol
@@ -96,6 +98,7 @@ class Trainer:
         self.total_steps = min(steps, config.train.max_steps) if config.train.max_steps else steps
         self.window = Window()
         self.branches = branch_parameters(built.model)
+        self.collisions = collisions_of(built.model)
         self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
         self.autocast = autocast_of(config.train.autocast, self.process.device)
         self.saver = Saver(around.place, self.process, config.train.timeout_seconds)
@@ -115,6 +118,9 @@ class Trainer:
         extra = saved.manifest.extra
         state = TrainState.from_json(extra.get("state", {}))
         lines = load_checked(saved, self.built, self.config, self.process, allow_partial=allow_partial)
+        if not lines:
+            with agreed(self.process):
+                restore_history(saved, self.collisions)
         try:
             self.stream.load_state_dict(extra.get("stream", {}))
         except InputError as error:
@@ -269,7 +275,7 @@ class Trainer:
         steps, seconds = max(1, self.state.step - window.first_step), now - window.started
         terms = average_terms(window.outputs)
         mended = mended_counts(self.stream, self.config.data.order, self.process)
-        values: dict[str, Any] = dict(terms)
+        values: dict[str, Any] = terms | zch_counters(self.collisions, self.process)
         spike = loss_spike(self.state, terms["loss"], self.config.train.spike_sigmas)
         if spike is not None:
             bar.say(
@@ -387,6 +393,7 @@ class Trainer:
             "run": describe_run(self.built, self.config),
         }
         pieces = pieces_of(self.built.model, self.built.optimizer) + self.window.pieces(self.process.rank)
+        pieces += history_pieces(self.collisions)
         best = tuple((auc, step) for auc, step in self.state.best)
         self.saver.save(self.state.step, pieces, extra, Keep(self.config.train.keep_last, best))
         self._saved_at = time.monotonic()

@@ -18,6 +18,7 @@ from torchrec.distributed.train_pipeline import (
 
 from data.batch import Batch
 from mbcnet_rec.model.objective import Outputs
+from sharding.collisions import collisions_of
 
 
 class CheckedPipeline(TrainPipelineSparseDist[Batch, Outputs]):
@@ -46,7 +47,9 @@ class CheckedPipeline(TrainPipelineSparseDist[Batch, Outputs]):
     ) -> None:
         self.batch: Batch | None = None
         self.skipped = False
-        buffers = list(model.buffers())
+        # which row an id has stays as this step has left it: rows have changed with it, and there are as many as in the tables
+        ids = {id(buffer) for module in collisions_of(model) for buffer in module.buffers()}
+        buffers = [buffer for buffer in model.buffers() if id(buffer) not in ids]
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in buffers]
 
         def forward(batch: Batch | None) -> tuple[Tensor, Outputs]:

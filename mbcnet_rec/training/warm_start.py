@@ -1,11 +1,13 @@
 """Rows of another run's tables as this run's initial rows."""
 
 from pathlib import Path
+from typing import Any
 
 from data.errors import InputError
 from mbcnet_rec.build import Built
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.training.checkpoint import Piece, Saved, pieces_of
+from mbcnet_rec.training.collisions import check_rows, zch_table_of
 from mbcnet_rec.training.compatibility import _table_of as table_of
 from mbcnet_rec.training.compatibility import all_shapes, column_shards, init_states, saved_run
 from mbcnet_rec.training.places import Place
@@ -41,12 +43,29 @@ def warm_start(config: RunConfig, built: Built, process: Process) -> str:
         pieces = pieces_of(built.model, built.optimizer)
         tables = _chosen(config, saved, {table_of(name) for name in all_shapes(pieces, process)} - {""})
         same_state = _same_state(saved, config, built)
+        _refuse_other_ids(saved, built, tables, config)
         for piece in pieces:
-            table = table_of(piece.name)
+            table = table_of(piece.name) or zch_table_of(piece.name)
             if table in tables and (piece.name.startswith("model/") or same_state):
                 _copy(saved, piece, table)
+        check_rows(saved, built.model)
     note = "with" if same_state else "without"
     return f"warm start from step {step} of {other}: {note} optimizer state: {', '.join(sorted(tables))}"
+
+
+def _refuse_other_ids(saved: Saved, built: Built, tables: set[str], config: RunConfig) -> None:
+    """Rows are of the same ids on both sides only where both or neither are of encoding zch, in equal buckets of equal size."""
+    theirs: Any = saved_run(saved).get("zch_buckets", {})
+    for table in sorted(tables):
+        own = built.plan.tables[table]
+        names = [name for name in saved.shapes if zch_table_of(name) == table and name.endswith(".raw_ids")]
+        rows = [saved.shapes[name][0] for name in names]
+        same = rows == [own.num_embeddings] and theirs.get(table) == own.zch_buckets
+        if (own.zch_buckets or names) and not same:
+            raise InputError(
+                f"train.warm_start = {config.train.warm_start!r}: table {table}: encoding zch, num_embeddings or zch_buckets differ, so "
+                "its rows are of other ids; make them equal in the schema, or leave the table out of train.warm_start_tables"
+            )
 
 
 def _chosen(config: RunConfig, saved: Saved, own: set[str]) -> set[str]:

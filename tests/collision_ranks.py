@@ -1,0 +1,216 @@
+"""The scenarios of tests/test_sharding_collisions.py: runs on a log with unbounded ids, on one, two and three ranks."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from forked_ranks import mbcnet, report, run_ranks
+
+from mbcnet_rec import serving
+from mbcnet_rec.training.checkpoint import Saved
+
+FOLDER = Path(sys.argv[1])
+STEPS = 24
+SCHEMA = """
+name = "unbounded"
+label = "click"
+
+[tables]
+thing = { num_embeddings = 64, embedding_dim = 8 }
+
+[fields]
+user    = { kind = "categorical", encoding = "zch", num_embeddings = 200, embedding_dim = 8 }
+item    = { kind = "categorical", encoding = "zch", table = "thing", pooling = "mean", eviction = "lru", eviction_interval = 3 }
+history = { kind = "multi_valued", encoding = "zch", table = "thing", pooling = "mean", eviction = "lru", eviction_interval = 3 }
+city    = { kind = "categorical", num_embeddings = 10, embedding_dim = 8 }
+age     = { kind = "numeric" }
+"""
+CONFIG = """
+name = "unbounded"
+schema = "{folder}/{schema}.toml"
+[data]
+train = ["{folder}/train.parquet"]
+valid = ["{folder}/valid.parquet"]
+test = ["{folder}/test.parquet"]
+batch_size = 96
+lanes = 12
+[model]
+kind = "dnn"
+[model.dnn]
+hidden = [16, 8]
+[optim.embedding]
+lr = 0.05
+[train]
+device = "cpu"
+log_every = 5
+eval_every = 12
+checkpoint_every = 7
+keep_last = 9
+timeout_seconds = 60
+"""
+
+
+def rows(count, seed):
+    """Users are any 64-bit integers, more than there are rows of the table; items are strings."""
+    rng, world = np.random.default_rng(seed), np.random.default_rng(0)
+    users = world.integers(-(2**63), 2**63 - 1, 400, dtype=np.int64)
+    items = np.asarray([f"item {number:x}" for number in world.integers(0, 2**40, 90)])
+    taste, quality = world.normal(size=400), world.normal(size=90)
+    user, item = rng.integers(0, 400, count), rng.integers(0, 90, count)
+    click = rng.random(count) < 1 / (1 + np.exp(-taste[user] - quality[item]))
+    return pa.table(
+        {
+            "user": pa.array(users[user], mask=rng.random(count) < 0.05),
+            "item": items[item],
+            "history": [items[rng.integers(0, 90, length)].tolist() for length in rng.integers(0, 4, count)],
+            "city": rng.integers(0, 10, count),
+            "age": rng.normal(size=count),
+            "click": click.astype(np.int8),
+        }
+    )
+
+
+def write_run():
+    for split, count, seed in (("train", 96 * STEPS, 1), ("valid", 300, 2), ("test", 500, 3)):
+        path = FOLDER / f"{split}.parquet"
+        pq.write_table(rows(count, seed), path, row_group_size=200, write_page_checksum=True)
+    (FOLDER / "schema.toml").write_text(SCHEMA)
+    (FOLDER / "wider.toml").write_text(SCHEMA.replace("num_embeddings = 200", "num_embeddings = 400"))
+    (FOLDER / "cut.toml").write_text(SCHEMA.replace("= 200,", "= 200, zch_buckets = 4,"))
+    for schema in ("schema", "wider", "cut"):
+        (FOLDER / f"{schema}_run.toml").write_text(CONFIG.format(folder=FOLDER, schema=schema))
+
+
+def train(name, *settings, world=2, resume=False, schema="schema"):
+    args = ["train", "--config", str(FOLDER / f"{schema}_run.toml"), *(["--resume"] if resume else [])]
+    for setting in (f"train.out={FOLDER / name}", *settings):
+        args += ["--set", setting]
+    return run_ranks(mbcnet(args), FOLDER / "logs" / name, world=world)
+
+
+def tensors(name, step=STEPS):
+    """Logical tensor -> its values, of a checkpoint, without those that tell of times and outputs."""
+    saved = Saved(FOLDER / name / "checkpoints" / f"step_{step}")
+    found = {}
+    for tensor, shape in saved.shapes.items():
+        if not tensor.startswith("window/"):
+            found[tensor] = torch.empty(shape, dtype=saved._blocks[tensor][0][2].dtype)
+            saved._fill(tensor, found[tensor], (0,) * len(shape))
+    return found
+
+
+def compared(left, right):
+    """Names that differ in a bit, the largest difference of weights, and the shared table's numbers."""
+    assert left.keys() == right.keys()
+    return {
+        "different": sorted(name for name in left if not torch.equal(left[name], right[name])),
+        "largest": max(
+            float((left[name].double() - right[name].double()).abs().max())
+            for name in left
+            if name.startswith("model/")
+        ),
+    }
+
+
+def metrics(name, split="train"):
+    lines = [json.loads(line) for line in (FOLDER / name / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+def one_and_two():
+    done = [train("one", world=1), train("two")]
+    same = compared(tensors("one"), tensors("two"))
+    return {
+        "done": done,
+        "logged": metrics("one"),
+        "tested": [metrics("one", "test"), metrics("two", "test")],
+    } | same
+
+
+def again(name, **options):
+    shutil.copytree(FOLDER / "two", FOLDER / name)
+    (FOLDER / name / "DONE").unlink()
+    for step in (12, 14, 21, STEPS):  # what is left is step 7, between two admissions
+        shutil.rmtree(FOLDER / name / "checkpoints" / f"step_{step}")
+    done = train(name, resume=True, **options)
+    return {"done": done} | compared(tensors("two"), tensors(name))
+
+
+def evaluated():
+    args = ["evaluate", str(FOLDER / "two"), "--json"]
+    before = tensors("two")
+    done = run_ranks(mbcnet(args), FOLDER / "logs" / "evaluated", world=1)
+    return {"done": done, "different": compared(before, tensors("two"))["different"]}
+
+
+def served():
+    """The artefact and `mbcnet predict` score rows, half of whose users nobody has trained."""
+    fresh = rows(200, 4).to_pydict()
+    fresh["user"] = [user if number % 2 else number + 5 for number, user in enumerate(fresh["user"])]
+    pq.write_table(pa.table(fresh), FOLDER / "fresh.parquet")
+    out = str(FOLDER / "scores")
+    done = [
+        run_ranks(mbcnet(args), FOLDER / "logs" / args[0], world=1)
+        for args in (
+            ["export", str(FOLDER / "two"), "--out", str(FOLDER / "artefact"), "--rows", "fp32", "--no-aot"],
+            ["predict", str(FOLDER / "two"), "--data", str(FOLDER / "fresh.parquet"), "--out", out],
+        )
+    ]
+    predicted = pq.read_table(out).to_pydict()
+    column = next(name for name in predicted if name.startswith("p"))
+    model = serving.load(FOLDER / "artefact")
+    from_file = np.concatenate(list(model.predict_parquet(FOLDER / "fresh.parquet")))
+    return {
+        "done": done,
+        "predicted": predicted[column],
+        "from_file": from_file.tolist(),
+        "from_lists": model.predict(fresh).tolist(),
+    }
+
+
+def refused():
+    warm = f"train.warm_start={FOLDER / 'two'}"
+    return {
+        "three ranks": train("three", world=3),
+        "wide": train("wide", "model.kind=wide_deep", world=1),
+        "warm": train("warm", warm, world=1, schema="cut"),
+        "resumed": resumed_in_other_buckets(),
+        "written": [name for name in ("three", "wide") if (FOLDER / name).exists()],
+    }
+
+
+def resumed_in_other_buckets():
+    shutil.copytree(FOLDER / "one", FOLDER / "other")
+    (FOLDER / "other" / "DONE").unlink()
+    return train("other", world=1, resume=True, schema="cut")
+
+
+def warm():
+    """A warm start takes ids and rows along."""
+    done = train(
+        "warmed", f"train.warm_start={FOLDER / 'two'}", "train.max_steps=1", "train.eval_every=0", world=1
+    )
+    before, after = tensors("two"), tensors("warmed", step=1)
+    names = [name for name in before if name.endswith(("thing.raw_ids", "thing.slots"))]
+    return {"done": done, "same": [bool(torch.equal(before[name], after[name])) for name in names]}
+
+
+if __name__ == "__main__":
+    write_run()
+    report(
+        {
+            "one_and_two": one_and_two,
+            "again_on_two": lambda: again("again"),
+            "again_on_one": lambda: again("alone", world=1),
+            "evaluated": evaluated,
+            "served": served,
+            "refused": refused,
+            "warm": warm,
+        },
+        FOLDER / "results.json",
+    )

@@ -1,0 +1,231 @@
+"""Proves that unbounded ids get rows of their own: no two share one while rows are free, where a hash of the same size makes them
+collide; that rows go to others only when all are taken, and never in evaluation; that the row of an id is the same on one and two
+ranks, after a resume bit for bit, and in an artefact; and that what does not fit is refused in one line.
+"""
+
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from forked_ranks import run_script
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from data.keys import hash_values, remainder, unbounded_ids
+from data.schema import Table, Zch
+from sharding.collisions import ID_RANGE, BucketedCollisions, collision_collection
+
+CPU = torch.device("cpu")
+ROWS = 1024
+
+
+def table(eviction="distance_lfu", interval=1, buckets=8, rows=ROWS):
+    return Table("ids", rows, 4, "sum", ("id",), False, Zch(eviction, interval, buckets))
+
+
+def module(start=0, stop=None, **options):
+    whole = table(**options)
+    return BucketedCollisions(whole, start, whole.num_embeddings if stop is None else stop, CPU)
+
+
+def hashed(numbers) -> torch.Tensor:
+    return torch.from_numpy(unbounded_ids(pa.array(numbers)).copy())
+
+
+def rows_of(collisions, ids):
+    lengths = torch.ones(len(ids), dtype=torch.int64)
+    return collisions({"ids": JaggedTensor(ids, lengths=lengths)})["ids"].values()
+
+
+def in_last_row(rows, collisions):
+    return (rows + 1) % collisions.bucket_rows == 0
+
+
+def changed_rows(collisions):
+    rows = collisions.evict()
+    return [] if rows is None else sorted(rows.tolist())
+
+
+def test_no_two_ids_share_a_row_while_rows_are_free():
+    numbers = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, ROWS // 2)
+    rows = rows_of(module(), hashed(numbers))
+    assert len(rows.unique()) == len(numbers)
+    shared = len(numbers) - len(np.unique(remainder(hash_values(pa.array(numbers)), ROWS - 1)))
+    assert shared > len(numbers) // 6, "a hash of as many rows makes every sixth id share one"
+
+
+def test_ids_are_spread_whatever_they_are_and_stay_below_torchrecs_mark():
+    for column in (
+        pa.array(range(8000)),
+        pa.array([f"user {n}" for n in range(8000)]),
+        pa.array([2**63 + n for n in range(8000)], pa.uint64()),
+    ):
+        ids = unbounded_ids(column)
+        assert ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < ID_RANGE and len(set(ids)) == 8000
+        assert np.bincount(ids // -(-ID_RANGE // 8), minlength=8).min() > 800
+
+
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "distance_lfu"])
+def test_when_rows_run_out_others_lose_theirs(eviction):
+    collisions = module(eviction=eviction, buckets=1, rows=9)
+    kept, lost, new = hashed([1, 2, 3, 4]), hashed([5, 6, 7, 8]), hashed([11, 12])
+    for _ in range(3):
+        rows_of(collisions, torch.cat([kept, kept, kept, lost]))
+    assert changed_rows(collisions) == [], "free rows keep their first values"
+    before = rows_of(collisions, torch.cat([kept, kept, kept]))[:4]
+    assert int(collisions.open_slots()) == 0
+    rows = rows_of(collisions, torch.cat([new] * 5 + [kept] * 5))
+    assert not in_last_row(rows, collisions).any()
+    assert changed_rows(collisions) == sorted(rows[:2].tolist())
+    assert rows[-4:].tolist() == before.tolist(), "the ids that come up most and latest keep their rows"
+    assert sum(bucket.evictions for bucket in collisions.own_buckets) == 2
+    collisions.eval()
+    assert int(in_last_row(rows_of(collisions, lost), collisions).sum()) == 2
+
+
+def test_evaluation_changes_nothing_and_unknown_ids_read_their_buckets_last_row():
+    collisions = module()
+    known, unknown = hashed(np.arange(300)), hashed(np.arange(300, 600))
+    rows = rows_of(collisions, known)
+    changed_rows(collisions)
+    collisions.eval()
+    before = {name: value.clone() for name, value in collisions.state_dict().items()}
+    assert torch.equal(rows_of(collisions, known), rows)
+    assert in_last_row(rows_of(collisions, unknown), collisions).all()
+    assert len(rows_of(collisions, unknown).unique()) == 8
+    assert not in_last_row(rows, collisions).any(), "no id has it for its own"
+    assert all(torch.equal(before[name], value) for name, value in collisions.state_dict().items())
+    assert collisions.evict() is None
+
+
+def test_new_ids_are_admitted_every_few_steps_and_none_is_forgotten():
+    """TorchRec's own history is as long as the first batch was; here a small batch comes first, and large ones later."""
+    collisions = module(interval=3)
+    ids = hashed(np.arange(400))
+    assert in_last_row(rows_of(collisions, ids[:2]), collisions).all()
+    assert in_last_row(rows_of(collisions, ids[2:]), collisions).all()
+    rows_of(collisions, ids[:0])
+    collisions.eval()
+    assert len(rows_of(collisions, ids).unique()) == 400
+
+
+def test_a_part_of_the_buckets_gives_the_rows_that_the_whole_gives():
+    whole, halves = (
+        module(interval=2),
+        [module(0, ROWS // 2, interval=2), module(ROWS // 2, ROWS, interval=2)],
+    )
+    rng = np.random.default_rng(1)
+    for _ in range(7):
+        ids = hashed(rng.integers(0, 2_000, 500))
+        rows = rows_of(whole, ids)
+        lower = ids < 4 * -(-ID_RANGE // 8)
+        for half, own in zip(halves, (lower, ~lower), strict=True):
+            assert torch.equal(rows_of(half, ids[own].flip(0)).flip(0), rows[own])
+    assert int(whole.open_slots()) == 0, "rows have changed their ids meanwhile"
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [("slots", 3, 10**9), ("slots", 3, 4), ("slots", 5, -1), ("raw_ids", 0, -5), ("raw_ids", -1, 7)],
+)
+def test_rows_that_training_cannot_have_given_are_noticed(name, index, value):
+    """A checkpoint may come from a stranger, and FBGEMM does not look where it reads."""
+    collisions = module()
+    rows_of(collisions, hashed(np.arange(100)))
+    assert collisions.is_sound()
+    getattr(collisions, name)[index] = value
+    assert not collisions.is_sound()
+
+
+def test_the_collection_looks_up_the_rows():
+    config = EmbeddingBagConfig(name="ids", embedding_dim=4, num_embeddings=ROWS, feature_names=["id"])
+    ebc = EmbeddingBagCollection([config], device=CPU)
+    collection = collision_collection([table()], ebc)
+    ids = hashed(np.arange(5))
+    kjt = KeyedJaggedTensor(["id"], ids, lengths=torch.tensor([1, 0, 2, 2]))
+    pooled = collection(kjt)[0].values()
+    rows = rows_of(collection._managed_collision_collection._managed_collision_modules["ids"].eval(), ids)
+    weight = ebc.embedding_bags["ids"].weight
+    wanted = [weight[rows[:1]].sum(0), torch.zeros(4), weight[rows[1:3]].sum(0), weight[rows[3:]].sum(0)]
+    torch.testing.assert_close(pooled, torch.stack(wanted))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collisions")
+    run_script("collision_ranks.py", str(folder))
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_one_and_two_ranks_train_the_same_rows(results):
+    found = results["one_and_two"]
+    assert [done["codes"] for done in found["done"]] == [[0], [0, 0]], found["done"]
+    assert not [
+        name for name in found["different"] if "_collision_modules" in name or name.startswith("zch/")
+    ]
+    assert found["largest"] < 1e-5
+    (one,), (two,) = found["tested"]
+    assert one["auc"] == pytest.approx(two["auc"], abs=1e-4)
+
+
+def test_the_log_says_how_full_the_tables_are(results):
+    last = results["one_and_two"]["logged"][-1]
+    assert last["zch_used/user"] == 1.0 and last["zch_evictions/user"] > 0
+    assert last["zch_used/thing"] == 1.0 and "zch_used/city" not in last
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results):
+    """From a step between two admissions, so that ids which wait for one are in the checkpoint."""
+    found = results["again_on_two"]
+    assert found["done"]["codes"] == [0, 0], found["done"]["words"]
+    assert found["different"] == []
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(results):
+    found = results["again_on_one"]
+    assert found["done"]["codes"] == [0], found["done"]["words"]
+    assert not [
+        name for name in found["different"] if "_collision_modules" in name or name.startswith("zch/")
+    ]
+    assert found["largest"] < 1e-5
+
+
+def test_one_process_evaluates_what_two_ranks_trained(results):
+    found, (tested,) = results["evaluated"], results["one_and_two"]["tested"][1]
+    assert found["done"]["codes"] == [0], found["done"]["words"]
+    told = json.loads(found["done"]["words"][0].splitlines()[-1])
+    assert told["auc"] == pytest.approx(tested["auc"], abs=1e-6) and found["different"] == []
+
+
+def test_an_artefact_serves_what_predict_says(results):
+    found = results["served"]
+    assert [done["codes"] for done in found["done"]] == [[0], [0]], found["done"]
+    for scores in (found["from_file"], found["from_lists"]):
+        np.testing.assert_allclose(scores, found["predicted"], atol=1e-6)
+
+
+def test_a_warm_start_takes_ids_and_rows_along(results):
+    found = results["warm"]
+    assert found["done"]["codes"] == [0], found["done"]["words"]
+    assert found["same"] == [True, True]
+
+
+REFUSALS = {
+    "three ranks": "table user: zch_buckets = 8: wanted a multiple of the 3 ranks.*set zch_buckets = 9 in the schema",
+    "wide": "field 'user' is of encoding 'zch', and this model has a wide part.*use encoding = 'hash'",
+    "warm": "table user: encoding zch, num_embeddings or zch_buckets differ.*leave the table out",
+    "resumed": "table user: its rows are of other ids .*use that run's config and schema",
+}
+
+
+@pytest.mark.parametrize("scenario", REFUSALS)
+def test_what_does_not_fit_is_refused(results, scenario):
+    done = results["refused"][scenario]
+    assert set(done["codes"]) == {2}
+    lines = "".join(done["words"]).splitlines()
+    assert len(lines) == 1 and re.search(REFUSALS[scenario], lines[0]), lines
+    assert results["refused"]["written"] == [], "before anything is written"
