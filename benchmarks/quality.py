@@ -3,8 +3,8 @@
     python benchmarks/quality.py --data prepared/adult prepared/movielens --peer-python VENV/bin/python --peer-source FUXICTR
 
 Both sides follow the BARS protocol: dense Adam on all parameters, lambda / 2 ||E||^2 over whole tables, an evaluation each epoch, rates
-x 0.1 at every evaluation that does not improve, stop after two in a row, best weights restored. Rows are encoded once, by our encoder;
-numbers are cut at quantiles of the training rows and all fields are equally wide, since FinalMLP of FuxiCTR wants that. FUXICTR is a
+x 0.1 at every evaluation that does not improve, stop after two in a row, best weights restored. Linear layers start as FuxiCTR's
+do (model.init = "xavier_normal"). Rows are encoded once, by our encoder; numbers are cut at quantiles of the training rows and all fields are equally wide, since FinalMLP of FuxiCTR wants that. FUXICTR is a
 checkout of its repository (the wheel carries no models); its Python needs torch, "pandas<3", "polars<2", h5py and keras_preprocessing.
 Without a peer only our side is trained, and the peer's figures are null. Without --data a small synthetic log is written.
 
@@ -227,7 +227,8 @@ def our_config(data: Path, schema: Path, kind: str, l2: float, epochs: int) -> R
         },
     }
     config = parse_dataclass(RunConfig, table, "the protocol")
-    values = {f"model.{key}": value for key, value in OURS[kind].items()} | {"model.kind": kind}
+    values = {f"model.{key}": value for key, value in OURS[kind].items()}
+    values |= {"model.kind": kind, "model.init": "xavier_normal"}
     return with_overrides(config, [f"{key}={json.dumps(value)}" for key, value in values.items()], kind)
 
 

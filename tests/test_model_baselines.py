@@ -1,5 +1,7 @@
 """Every model of Table 3, and FM and DeepFM, computes its paper's formula, written here row by row in NumPy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -208,7 +210,7 @@ def test_equals_its_formula(name):
 
 
 def test_every_kind_is_tested_and_says_whether_it_is_wide():
-    kinds = set(ModelConfig.__annotations__) - {"kind"}
+    kinds = set(ModelConfig.__annotations__) - {"kind", "init"}
     assert kinds == {config.kind for config, _ in CASES.values()} | {"mbcnet"}
     plain = InputLayout(LAYOUT.embedding_dims, LAYOUT.dense_slices, LAYOUT.groups)
     for config, _ in CASES.values():
@@ -330,3 +332,17 @@ def test_gate_learns_the_better_teacher():
 def test_refuses(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_initial_weights_can_be_those_of_fuxictr():
+    """xavier_normal: standard deviation sqrt(2 / (in + out)), biases 0; else torch's own, within 1 / sqrt(in)."""
+    wide = dataclasses.replace(SMALL, hidden=(400, 300))
+    for init in ("torch", "xavier_normal"):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig("dnn", init, dnn=wide), nn.Identity(), LAYOUT)
+        layer = model.dense_arch.mlp[2]
+        assert layer.weight.shape == (300, 400)
+        if init == "torch":
+            assert layer.weight.abs().max() <= 400**-0.5 and layer.bias.abs().max() > 0
+        else:
+            assert abs(float(layer.weight.std()) / (2 / 700) ** 0.5 - 1) < 0.02 and not layer.bias.any()

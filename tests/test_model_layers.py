@@ -15,6 +15,7 @@ from mbcnet_rec.model.layers import (
     ALL,
     MLP,
     WIDE,
+    Dropout,
     FieldVectors,
     FullRankCross,
     GroupedMLP,
@@ -23,6 +24,7 @@ from mbcnet_rec.model.layers import (
     LowRankMixtureCross,
     Regularisation,
     bi_interaction,
+    cheap_dropout,
     wide_tables,
 )
 
@@ -179,6 +181,35 @@ def test_mlp_regularisation():
     assert torch.equal(dropping(x), dropping(x))  # none in evaluation
     with pytest.raises(InputError, match=r"dropout = 1\.0"):
         Regularisation(dropout=1.0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999])
+def test_cheap_dropout_is_dropout(p):
+    """Its share of zeros, its scale, its gradient; neighbours that share a random number fall independently."""
+    torch.manual_seed(0)
+    x = torch.ones(1001, 401, requires_grad=True)  # a number of elements that four does not divide
+    y = cheap_dropout(x, p)
+    y.sum().backward()
+    assert torch.equal(x.grad, y), "the gradient passes where the value does, by the same scale"
+    kept = (y > 0).double().flatten()
+    assert torch.allclose(y[y > 0], torch.tensor(1 / (1 - p)), rtol=1e-2 if p > 0.99 else 1e-4)
+    error = 5 * max(p * (1 - p), 1e-9) ** 0.5 / y.numel() ** 0.5  # five standard errors
+    assert abs(float(kept.mean()) - (1 - p)) <= error
+    assert abs(float(y.detach().double().mean()) - 1) <= error / (1 - p)
+    for apart in (1, 2, 3, 4, 401):
+        together = (kept[apart:] * kept[:-apart]).mean()
+        assert abs(float(together) - float(kept.mean()) ** 2) <= 3 * error
+
+
+def test_dropout_follows_the_seed_and_keeps_the_dtype():
+    layer, x = Dropout(0.5), torch.ones(64, 32, dtype=torch.bfloat16)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.default_generator.manual_seed(seed)
+        draws.append(layer(x))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert draws[0].dtype == x.dtype
+    assert torch.equal(layer.eval()(x), x)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
