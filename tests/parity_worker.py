@@ -14,7 +14,7 @@ from mbcnet_rec.build import build, quieten_libraries
 from mbcnet_rec.config import load_config
 from mbcnet_rec.training.checkpoint import pieces_of
 from mbcnet_rec.training.loop import average_terms, seed_step
-from mbcnet_rec.training.pipeline import CheckedPipeline
+from mbcnet_rec.training.pipeline import pipeline_for
 from mbcnet_rec.training.process import joined_process
 from sharding.plan import Plan, TablePlan
 
@@ -71,7 +71,7 @@ def train_all(config_file, out):
             stream = ParquetStream(
                 files, schema, config.data.train_options(0), process.rank, process.world_size
             )
-            pipeline = CheckedPipeline(
+            pipeline = pipeline_for(False, process.world_size, process.device)(
                 built.model, built.optimizer, nullcontext, lambda losses: None, lambda: None
             )
             built.model.train()

@@ -12,7 +12,7 @@ from mbcnet_rec.cli import main
 from mbcnet_rec.commands import train
 from mbcnet_rec.training.checkpoint import Saved, step_folder
 from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
-from mbcnet_rec.training.pipeline import clip_gradients
+from mbcnet_rec.training.pipeline import CheckedPipeline, PlainPipeline, clip_gradients, pipeline_for
 from mbcnet_rec.training.records import TIMING_KEYS
 from mbcnet_rec.training.state import TrainState
 from mbcnet_rec.training.tensor_file import map_block, read_header
@@ -129,6 +129,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
     assert before.keys() == after.keys()
     assert [key for key in before if before[key] != after[key]] == []
     assert lines_of(whole) == lines_of(parts) and lines_of(whole, "valid") == lines_of(parts, "valid")
+
+
+def test_one_process_takes_the_same_steps_as_in_torchrecs_pipeline(config, tmp_path, monkeypatch):
+    """PlainPipeline and CheckedPipeline leave the same bits: tables, layers, optimizers, lines."""
+    settings = [*SWITCHES["cooperation warm-up, bf16, importance weights, plateau"], "train.eval_every=5"]
+    assert pipeline_for(False, 1, torch.device("cpu")) is PlainPipeline
+    code, plain = run(config, str(tmp_path / "plain"), *settings, "train.max_steps=9")
+    assert code == 0
+    monkeypatch.setattr("mbcnet_rec.training.loop.pipeline_for", lambda *_: CheckedPipeline)
+    code, checked = run(config, str(tmp_path / "checked"), *settings, "train.max_steps=9")
+    assert code == 0
+    assert tensors_of(plain, 9) == tensors_of(checked, 9)
+    assert lines_of(plain) == lines_of(checked) and lines_of(plain, "valid") == lines_of(checked, "valid")
 
 
 def test_damaged_checkpoints_are_passed_over_aloud_and_never_thrown_away(config, tmp_path, capfd):

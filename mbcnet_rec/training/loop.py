@@ -21,7 +21,7 @@ from mbcnet_rec.training.exits import NonFiniteLossError, PreemptedError
 from mbcnet_rec.training.faults import dump_batch, loss_spike
 from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
 from mbcnet_rec.training.metrics import evaluate_predictions
-from mbcnet_rec.training.pipeline import CheckedPipeline, PrefetchingPipeline, clip_gradients
+from mbcnet_rec.training.pipeline import CheckedPipeline, PlainPipeline, clip_gradients, pipeline_for
 from mbcnet_rec.training.places import Place
 from mbcnet_rec.training.planned import PlanWatch
 from mbcnet_rec.training.preemption import StopRequest
@@ -48,6 +48,7 @@ PLATEAU_PATIENCE = (
     2  # evaluations in a row without a better one, as there, unless train.patience says otherwise
 )
 SECONDS_PER_MINUTE = 60.0
+Pipeline = PlainPipeline | CheckedPipeline
 Watch = Callable[[int, float], bool]  # (step, valid AUC) of an evaluation -> stop now?
 
 
@@ -146,8 +147,7 @@ class Trainer:
         process = self.process
         records = Records(self.folder, self.state.step, open_sink(self.config)) if process.is_first else None
         bar = Progress(self.total_steps, self.state.step, self.config.data.batch_size, shown=process.is_first)
-        kind = PrefetchingPipeline if self.built.plan.prefetch else CheckedPipeline
-        pipeline = kind(
+        pipeline: Pipeline = pipeline_for(self.built.plan.prefetch, process.world_size, process.device)(
             self.built.model,
             self.built.optimizer,
             self.autocast,
@@ -174,7 +174,7 @@ class Trainer:
                 records.close()
         return self.state
 
-    def _segment(self, pipeline: CheckedPipeline, feed: Feed, bar: Progress, records: Records | None) -> None:
+    def _segment(self, pipeline: Pipeline, feed: Feed, bar: Progress, records: Records | None) -> None:
         """Train up to the next evaluation."""
         train = self.config.train
         boundary = self._next_boundary()
@@ -219,7 +219,7 @@ class Trainer:
         boundary = step > 0 and (step % every == 0 or step >= self.total_steps)
         return boundary and self.state.evaluated_step != step
 
-    def _verdict(self, losses: Tensor, pipeline: CheckedPipeline, bar: Progress) -> bool:
+    def _verdict(self, losses: Tensor, pipeline: Pipeline, bar: Progress) -> bool:
         """Decide together, before backward writes a row: is the loss finite, shall we stop, is a checkpoint due?
 
         Returns:
@@ -236,7 +236,7 @@ class Trainer:
         self._stop_wanted, self._save_wanted = stop is not None, due is not None
         if faulty is None:
             return False
-        pipeline.restore_buffers()
+        pipeline.forward.take_back()
         where = self._dump(losses, pipeline) if not finite else ""
         cap = self.config.train.max_skipped
         if self.config.train.on_nonfinite == "skip" and self.state.skipped < cap:
@@ -254,10 +254,12 @@ class Trainer:
             spoken=not finite,
         )
 
-    def _dump(self, losses: Tensor, pipeline: CheckedPipeline) -> str:
-        assert pipeline.batch is not None
+    def _dump(self, losses: Tensor, pipeline: Pipeline) -> str:
+        assert pipeline.forward.batch is not None
         try:
-            path = dump_batch(self.folder, self.state.step + 1, self.process.rank, pipeline.batch, losses)
+            path = dump_batch(
+                self.folder, self.state.step + 1, self.process.rank, pipeline.forward.batch, losses
+            )
         except OSError as error:
             return f" (its batch could not be kept: {error.strerror})"
         return f" (its batch is in {path})"
