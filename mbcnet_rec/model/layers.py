@@ -386,7 +386,13 @@ class LowRankMixture(nn.Module):
         projected = linear(x, torch.cat([self.v.flatten(0, 1), self.gate]))  # (B, E r + E)
         low, scores = projected.split([num_experts * low_rank, num_experts], dim=1)
         low = torch.tanh(low).unflatten(1, (num_experts, low_rank))  # (B, E, r)
-        low = torch.tanh(torch.einsum("bes,ers->ber", low, self.c))
+        if low_rank**2 >= ONE_DNN_FROM and x.device.type == "cpu":  # a product an expert: twice as fast there
+            inner = [
+                linear(each, matrix) for each, matrix in zip(low.unbind(1), self.c.unbind(0), strict=True)
+            ]
+            low = torch.tanh(torch.stack(inner, dim=1))
+        else:
+            low = torch.tanh(torch.einsum("bes,ers->ber", low, self.c))
         gated = low * torch.softmax(scores, dim=1).unsqueeze(2)
         return linear(gated.flatten(1), self.u.transpose(0, 1).flatten(1), self.bias)
 
