@@ -234,8 +234,6 @@ def _boundaries_problem(feature: Feature) -> str:
 
 
 def _unbounded_problem(feature: Feature) -> str:
-    if feature.is_weighted:
-        return "encoding = 'zch': not offered for lists with weights; use encoding = 'hash', or kind = 'multi_valued'"
     if feature.eviction_interval < 1:
         return f"eviction_interval = {feature.eviction_interval}: wanted a number of steps, 1 or more; use 5"
     if not 1 <= feature.zch_buckets <= MAX_ZCH_BUCKETS:

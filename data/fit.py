@@ -271,7 +271,7 @@ def _plain(column: pa.Array, feature: Feature) -> pa.Array:
 
 
 def _finite(column: pa.Array) -> np.ndarray:
-    numbers = column.drop_null().cast(pa.float64()).to_numpy(zero_copy_only=False)
+    numbers = column.drop_null().cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     return numbers[np.isfinite(numbers)]
 
 

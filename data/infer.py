@@ -47,6 +47,7 @@ AMOUNT_WORDS = frozenset((
 WEIGHT_ENDINGS = ("_weights", "_weight", "_scores", "_score", "_w")
 MAX_VOCABULARY = 200_000  # above it a hash: a vocabulary is held in memory by every reader
 HEAVY_TAIL = 5  # a 99th percentile so many times the median wants a logarithm
+LARGEST_AMOUNT = 2.0**53  # integers beyond it, which a double cannot tell apart, are names
 MAX_SMALL_INTEGERS = 50  # integers of fewer values are taken for ids
 DENSE_SPAN = 4  # integers up to so many times their number are taken as rows without a vocabulary
 HASH_HEADROOM = 1.5
@@ -248,6 +249,8 @@ def _propose_list(proposal: Proposal, column: ColumnProfile, weights: str) -> No
 def _is_id(column: ColumnProfile) -> bool:
     """Whether integers are names and not amounts: by the name's last word, else by how they are spread."""
     low, high, name = column.low or 0.0, column.high or 0.0, column.name.lower()
+    if max(-low, high) > LARGEST_AMOUNT:
+        return True
     if low < 0 or WINDOW.search(name):
         return False
     last = re.sub(r"\d+$", "", name).rstrip("_").split("_")[-1]
@@ -285,7 +288,7 @@ def _two_digits(number: float) -> int:
 
 
 def _propose_number(proposal: Proposal, column: ColumnProfile, sample: pa.ChunkedArray) -> None:
-    numbers = sample.cast(pa.float64()).drop_null().to_numpy()
+    numbers = sample.cast(pa.float64(), safe=False).drop_null().to_numpy()
     numbers = numbers[np.isfinite(numbers)]
     if not len(numbers):
         return

@@ -47,7 +47,9 @@ def column_auc(profile: ColumnProfile, column: pa.Array, labels: np.ndarray) -> 
         found.append(_rate_auc(keys, labels))
     else:
         if is_number(profile.item):
-            numbers = pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False)
+            numbers = pc.fill_null(column.cast(pa.float64(), safe=False), float("nan")).to_numpy(
+                zero_copy_only=False
+            )
             found.append(auc(np.where(np.isfinite(numbers), numbers, -np.inf), labels))
             keys = np.where(np.isnan(numbers), np.nan, numbers + 0.0).view(np.uint64)
         elif is_key(profile.item):

@@ -29,7 +29,7 @@ from data.errors import InputError
 from data.keys import first_line
 from data.schema import Feature, Schema, Table, format_schema, load_schema
 from mbcnet_rec import serving
-from mbcnet_rec.build import COLLISION_EBC_PATH
+from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.fused_path import FusedPath, graph_spec, trace
 from mbcnet_rec.layout import input_layout
@@ -118,13 +118,12 @@ def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
         collection = "weighted_ebc" if table.weighted else "ebc"
         rows = torch.empty(table.num_embeddings, table.embedding_dim)
         if table.zch is not None:
-            collection = "collision_ebc._embedding_module"
-            module = (
-                f"{COLLISION_EBC_PATH}._managed_collision_collection._managed_collision_modules.{table.name}"
-            )
+            collection = "weighted_collision_ebc" if table.weighted else "collision_ebc"
+            module = f"{SPARSE_ARCH}{collection}._managed_collision_collection._managed_collision_modules.{table.name}"
+            collection += "._embedding_module"
             ids[table.name] = torch.empty(2, table.num_embeddings, dtype=torch.int64)
             tensors |= {f"{module}.raw_ids": ids[table.name][0], f"{module}.slots": ids[table.name][1]}
-        tensors[f"model.sparse_arch.{collection}.embedding_bags.{table.name}.weight"] = rows
+        tensors[f"{SPARSE_ARCH}{collection}.embedding_bags.{table.name}.weight"] = rows
         weights.rows[table.name] = rows
     read_whole(config, folder, step, tensors)
     for name, pairs in ids.items():

@@ -36,9 +36,13 @@ from sharding.plan import Plan, check_plan, constraint_differences, plan_of_text
 from sharding.planner import cluster_of, plan_schema
 from sharding.sharder import DATA_TYPES, placed_differences, sharders_of, to_sharding_plan
 
-EBC_PATH = "model.sparse_arch.ebc"
-WEIGHTED_EBC_PATH = "model.sparse_arch.weighted_ebc"
-COLLISION_EBC_PATH = "model.sparse_arch.collision_ebc"
+SPARSE_ARCH = "model.sparse_arch."
+COLLECTIONS = {  # module path -> of fields with weights, of unbounded ids; in the order of SparseArch's arguments
+    f"{SPARSE_ARCH}ebc": (False, False),
+    f"{SPARSE_ARCH}weighted_ebc": (True, False),
+    f"{SPARSE_ARCH}collision_ebc": (False, True),
+    f"{SPARSE_ARCH}weighted_collision_ebc": (True, True),
+}
 
 
 @dataclass
@@ -95,23 +99,16 @@ def build_collections(schema: Schema, plan: Plan) -> dict[str, nn.Module]:
         InputError: no field without weights looks up a table.
     """
     meta, data_type = torch.device("meta"), DATA_TYPES[plan.data_type]
-    plain = embedding_bag_configs(schema, weighted=False, data_type=data_type)
-    unbounded = embedding_bag_configs(schema, weighted=False, unbounded=True, data_type=data_type)
-    if not plain and not unbounded:
+    collections: dict[str, nn.Module] = {}
+    for path, (weighted, unbounded) in COLLECTIONS.items():
+        configs = embedding_bag_configs(schema, weighted=weighted, unbounded=unbounded, data_type=data_type)
+        if configs:
+            rows = EmbeddingBagCollection(configs, is_weighted=weighted, device=meta)
+            collections[path] = collision_collection(schema, rows) if unbounded else rows
+    if not any(path in collections for path, (weighted, _) in COLLECTIONS.items() if not weighted):
         raise InputError(
             f"schema {schema.name!r}: no categorical, multi-valued or bucketised field; wanted at least one field "
             "with an embedding table; add one (a number can use transform = 'bucketise')"
-        )
-    collections: dict[str, nn.Module] = {}
-    if plain:
-        collections[EBC_PATH] = EmbeddingBagCollection(plain, device=meta)
-    weighted = embedding_bag_configs(schema, weighted=True, data_type=data_type)
-    if weighted:
-        collections[WEIGHTED_EBC_PATH] = EmbeddingBagCollection(weighted, is_weighted=True, device=meta)
-    if unbounded:
-        tables = [table for table in schema.tables if table.zch is not None]
-        collections[COLLISION_EBC_PATH] = collision_collection(
-            tables, EmbeddingBagCollection(unbounded, device=meta)
         )
     return collections
 
@@ -181,6 +178,7 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     Raises:
         InputError: the schema, the model and the plan do not fit together.
     """
+    _refuse_adam(config, schema)
     if plan is None:
         plan = agreed_plan(config, schema, process)
     collections = build_collections(schema_with_wide(config.model, schema), plan)
@@ -188,12 +186,8 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     # from the schema without wide tables: a field's own table gives its width
     layout = replace(input_layout(schema), wide=needs_wide(config.model))
     torch.manual_seed(config.train.seed)  # dense weights: equal on all ranks
-    arch = SparseArch(
-        collections.get(EBC_PATH),
-        collections.get(WEIGHTED_EBC_PATH),
-        layout,
-        collections.get(COLLISION_EBC_PATH),
-    )
+    ebc, weighted_ebc, *collision_ebcs = (collections.get(path) for path in COLLECTIONS)
+    arch = SparseArch(ebc, weighted_ebc, layout, *collision_ebcs)
     model = build_model(config.model, arch, layout)
     objective = (
         DistillationObjective(model, config.model.enkd)  # type: ignore[arg-type]
@@ -218,13 +212,22 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     tables = {
         name: name.split(".")[-2]
         for name in sharded.state_dict()
-        if name.startswith((EBC_PATH, WEIGHTED_EBC_PATH, COLLISION_EBC_PATH)) and name.endswith(".weight")
+        if name.startswith(tuple(COLLECTIONS)) and name.endswith(".weight")
     }
     initialise_tables(sharded.state_dict(), tables, seed=config.train.seed, std=embedding.init_std)
     kept = {name for name, table in tables.items() if table in replicated}
     optimizer = build_optimizer(sharded, kept, config.optim)
     dense = [parameter for name, parameter in sharded.named_parameters() if name not in tables]
     return Built(sharded, optimizer, plan, model.branch_names, dense)  # type: ignore[arg-type]
+
+
+def _refuse_adam(config: RunConfig, schema: Schema) -> None:
+    unbounded = [table.feature_names[0] for table in schema.tables if table.zch is not None]
+    if config.optim.embedding.name == "adam" and unbounded:
+        raise InputError(
+            f"optim.embedding.name = 'adam': field {unbounded[0]!r} is of encoding 'zch', whose table is sharded by rows, and adam is for "
+            "tables that every rank holds whole; use rowwise_adagrad, adagrad or sgd"
+        )
 
 
 def _sharded(

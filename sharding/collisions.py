@@ -33,7 +33,7 @@ from torchrec.modules.mc_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from data.schema import Table
+from data.schema import Schema, Table
 from sharding.initialise import CHUNK_ROWS, table_rows
 
 POLICIES: dict[str, Callable[[], MCHEvictionPolicy]] = {
@@ -46,16 +46,12 @@ FREE = 2**63 - 1  # TorchRec's mark of a row without an id
 STATE = ("raw_ids", "slots", "counts", "last_access_iter")
 
 
-def collision_collection(tables: list[Table], collection: EmbeddingBagCollection) -> nn.Module:
-    """Put managed collision before a collection of these tables, all of which have a `zch`. On the collection's device.
-
-    Args:
-        tables: of the schema, in the collection's order.
-        collection: of their rows.
-    """
-    device = collection.device
+def collision_collection(schema: Schema, collection: EmbeddingBagCollection) -> nn.Module:
+    """Put managed collision before a collection of tables that all have a `zch`. On the collection's device."""
+    device, tables = collection.device, {table.name: table for table in schema.tables}
     modules: dict[str, ManagedCollisionModule] = {
-        table.name: BucketedCollisions(table, 0, table.num_embeddings, device) for table in tables
+        config.name: BucketedCollisions(tables[config.name], 0, config.num_embeddings, device)
+        for config in collection.embedding_bag_configs()
     }
     collisions = ManagedCollisionCollection(
         modules, collection.embedding_bag_configs(), need_preprocess=False

@@ -129,13 +129,14 @@ def plan_schema(
 
 
 def meta_collections(schema: Schema, config: ShardingConfig) -> dict[str, EmbeddingBagCollection]:
-    """The tables' collections without storage: without weights, with weights, and of unbounded ids."""
+    """The tables' collections without storage: without weights and with, of ids in order and of unbounded ones."""
     meta, data_type = torch.device("meta"), DATA_TYPES[config.data_type]
     result = {}
     for name, weighted, unbounded in (
         ("ebc", False, False),
         ("weighted_ebc", True, False),
         ("collision_ebc", False, True),
+        ("weighted_collision_ebc", True, True),
     ):
         tables = embedding_bag_configs(schema, weighted=weighted, unbounded=unbounded, data_type=data_type)
         if tables:

@@ -27,6 +27,7 @@ thing = { num_embeddings = 64, embedding_dim = 8 }
 user    = { kind = "categorical", encoding = "zch", num_embeddings = 200, embedding_dim = 8 }
 item    = { kind = "categorical", encoding = "zch", table = "thing", pooling = "mean", eviction = "lru", eviction_interval = 3 }
 history = { kind = "multi_valued", encoding = "zch", table = "thing", pooling = "mean", eviction = "lru", eviction_interval = 3 }
+likes   = { kind = "weighted_multi_valued", encoding = "zch", weights = "like_weights", num_embeddings = 48, embedding_dim = 8, eviction = "lfu" }
 city    = { kind = "categorical", num_embeddings = 10, embedding_dim = 8 }
 age     = { kind = "numeric" }
 """
@@ -62,12 +63,15 @@ def rows(count, seed):
     items = np.asarray([f"item {number:x}" for number in world.integers(0, 2**40, 90)])
     taste, quality = world.normal(size=400), world.normal(size=90)
     user, item = rng.integers(0, 400, count), rng.integers(0, 90, count)
+    likes = rng.integers(0, 3, count)
     click = rng.random(count) < 1 / (1 + np.exp(-taste[user] - quality[item]))
     return pa.table(
         {
             "user": pa.array(users[user], mask=rng.random(count) < 0.05),
             "item": items[item],
             "history": [items[rng.integers(0, 90, length)].tolist() for length in rng.integers(0, 4, count)],
+            "likes": [rng.integers(0, 60, length).tolist() for length in likes],
+            "like_weights": [rng.random(length).tolist() for length in likes],
             "city": rng.integers(0, 10, count),
             "age": rng.normal(size=count),
             "click": click.astype(np.int8),
@@ -178,9 +182,10 @@ def refused():
     return {
         "three ranks": train("three", world=3),
         "wide": train("wide", "model.kind=wide_deep", world=1),
+        "adam": train("adam", "optim.embedding.name=adam", world=1),
         "warm": train("warm", warm, world=1, schema="cut"),
         "resumed": resumed_in_other_buckets(),
-        "written": [name for name in ("three", "wide") if (FOLDER / name).exists()],
+        "written": [name for name in ("three", "wide", "adam") if (FOLDER / name).exists()],
     }
 
 

@@ -176,6 +176,17 @@ def test_every_kind_is_recognised(log, tmp_path):
     assert re.search(r"^# dwell .*LEFT OUT", text, re.M) and re.search(r"^# when .*date32", text, re.M)
 
 
+def test_integers_of_64_bits_are_ids(tmp_path):
+    """Hashed ids, negative ones among them: no double holds them, and no amount is as large."""
+    generator = np.random.default_rng(3)
+    ids = generator.integers(-(2**63), 2**63 - 1, 500)[generator.integers(0, 500, 5_000)]
+    table = pa.table({"who": ids, "what": np.abs(ids), "click": generator.integers(0, 2, 5_000)})
+    pq.write_table(table, tmp_path / "1.parquet")
+    schema, _, _ = inferred([tmp_path / "1.parquet"], tmp_path)
+    assert [feature.kind for feature in schema.features] == ["categorical", "categorical"]
+    assert {feature.cardinality for feature in schema.features} == {500}
+
+
 def test_inferred_schema_is_fitted_and_encodes_its_files(log, tmp_path):
     files = sorted(log.glob("*.parquet"))
     schema, _, _ = inferred(files, tmp_path)

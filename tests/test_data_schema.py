@@ -134,10 +134,6 @@ REFUSED = {
     "min_count 0": (field("city", min_count=0), "min_count = 0: wanted 1 or more"),
     "min_count of ids": (field("user", min_count=2), "min_count = 2: only encoding"),
     "encoding of a number": (field("price", encoding="hash"), "encoding = 'hash': only fields of ids"),
-    "zch of a weighted field": (
-        field("brands", encoding="zch"),
-        "encoding = 'zch': not offered for lists with weights; use encoding = 'hash'",
-    ),
     "zch of uneven buckets": (
         field("device", encoding="zch", num_embeddings=1001),
         "num_embeddings = 1001: encoding = 'zch' wants a multiple of zch_buckets = 8, at least 16; use 1008",

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from data.keys import hash_values, remainder, unbounded_ids
-from data.schema import Table, Zch
+from data.schema import Schema, Table, Zch
 from sharding.collisions import ID_RANGE, BucketedCollisions, collision_collection
 
 CPU = torch.device("cpu")
@@ -144,7 +144,8 @@ def test_rows_that_training_cannot_have_given_are_noticed(name, index, value):
 def test_the_collection_looks_up_the_rows():
     config = EmbeddingBagConfig(name="ids", embedding_dim=4, num_embeddings=ROWS, feature_names=["id"])
     ebc = EmbeddingBagCollection([config], device=CPU)
-    collection = collision_collection([table()], ebc)
+    schema = Schema("one", "click", (), (table(),), {})
+    collection = collision_collection(schema, ebc)
     ids = hashed(np.arange(5))
     kjt = KeyedJaggedTensor(["id"], ids, lengths=torch.tensor([1, 0, 2, 2]))
     pooled = collection(kjt)[0].values()
@@ -217,6 +218,7 @@ def test_a_warm_start_takes_ids_and_rows_along(results):
 REFUSALS = {
     "three ranks": "table user: zch_buckets = 8: wanted a multiple of the 3 ranks.*set zch_buckets = 9 in the schema",
     "wide": "field 'user' is of encoding 'zch', and this model has a wide part.*use encoding = 'hash'",
+    "adam": "optim.embedding.name = 'adam': field 'user' is of encoding 'zch'.*use rowwise_adagrad",
     "warm": "table user: encoding zch, num_embeddings or zch_buckets differ.*leave the table out",
     "resumed": "table user: its rows are of other ids .*use that run's config and schema",
 }

@@ -24,6 +24,7 @@ class SparseArch(nn.Module):
         layout: names and widths of the fields and groups.
         collision_ebc: KeyedJaggedTensor -> (KeyedTensor, None) for fields whose ids are unbounded, which are keys of the
             same input, or None.
+        weighted_collision_ebc: the same for fields with weights, or None.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class SparseArch(nn.Module):
         weighted_ebc: nn.Module | None,
         layout: InputLayout,
         collision_ebc: nn.Module | None = None,
+        weighted_collision_ebc: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.ebc = ebc
         self.weighted_ebc = weighted_ebc
         self.collision_ebc = collision_ebc
+        self.weighted_collision_ebc = weighted_collision_ebc
         self.regroup = FeatureRegroup(layout)
 
     def forward(
@@ -51,6 +54,8 @@ class SparseArch(nn.Module):
             pooled.append(self.weighted_ebc(weighted_features))
         if self.collision_ebc is not None:
             pooled.append(self.collision_ebc(sparse_features)[0])
+        if self.weighted_collision_ebc is not None:
+            pooled.append(self.weighted_collision_ebc(weighted_features)[0])
         return self.regroup(pooled, dense_features)
 
 
