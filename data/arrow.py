@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
-from data.columns import ABSENT, Columns, Lists, Ragged, join_lists
+from data.columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, permuted
 from data.errors import InputError
 from data.keys import Vocabulary, first_line, hash_values, load_vocabularies, remainder, unbounded_ids
 from data.schema import MISSING_ROW, Feature, Schema
@@ -54,14 +54,18 @@ class Place:
 class Encoder:
     """Encodes record batches by one schema. Holds the vocabularies, which are read once. Safe to use from many threads."""
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, permute: Permute = permuted) -> None:
         """Read the vocabularies.
+
+        Args:
+            schema: fitted.
+            permute: permutes the rows of a list column; by FBGEMM where that is loaded anyway.
 
         Raises:
             InputError: the schema is not fitted, or a vocabulary cannot be read.
         """
         schema.require_fitted()
-        self.schema = schema
+        self.schema, self.permute = schema, permute
         self.vocabularies: dict[str, Vocabulary] = load_vocabularies(schema)
         self.single = [feature for feature in schema.sparse if feature.is_single]
         # column and largest id of each; -1 where values are not ids yet
@@ -112,7 +116,7 @@ class Encoder:
             readers.append((_Reader(self, rows, place, mended), slice(total, total + rows.num_rows)))
             total += rows.num_rows
 
-        def permuted(array: np.ndarray) -> np.ndarray:
+        def in_new_order(array: np.ndarray) -> np.ndarray:
             return array if permutation is None else array.take(permutation, axis=0, mode="clip")
 
         single_ids = allocate((len(self.single), total), self.id_dtype)
@@ -139,9 +143,9 @@ class Encoder:
             ),
             lists=self._lists(self.lists, readers, permutation, total),
             weighted_lists=self._lists(self.schema.weighted, readers, permutation, total),
-            dense=permuted(dense),
-            labels=permuted(labels),
-            group_ids=permuted(groups) if self.schema.group_column else None,
+            dense=in_new_order(dense),
+            labels=in_new_order(labels),
+            group_ids=in_new_order(groups) if self.schema.group_column else None,
         )
 
     def _lists(
@@ -158,7 +162,7 @@ class Encoder:
                 [none._replace(weights=np.zeros(0, np.float32)) if feature.is_weighted else none]
                 for feature in features
             ]
-        return join_lists(fields, permutation, rows)
+        return join_lists(fields, permutation, rows, self.permute)
 
 
 def _named(read: Callable[..., T]) -> Callable[..., T]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from data.columns import Gathered
+from data.columns import Gathered, Ragged, offsets_of
 from data.order import Cursor
 
 
@@ -122,3 +122,20 @@ def to_batch(rows: Gathered, keys: Keys, *, weights: np.ndarray, cursor: Cursor)
         group_ids=None if rows.group_ids is None else torch.from_numpy(rows.group_ids),
         cursor=cursor,
     )
+
+
+def permuted_by_fbgemm(ragged: Ragged, permutation: np.ndarray) -> Ragged:
+    """Do what `columns.permuted` does a list at a time, not an id at a time: 1.5 times as fast on lists of one id, 5 times on thirty."""
+    lengths, values, weights = torch.ops.fbgemm.permute_1D_sparse_data(
+        torch.from_numpy(permutation.astype(np.int32)),
+        torch.from_numpy(np.diff(ragged.offsets)),
+        _writable(ragged.values),
+        None if ragged.weights is None else _writable(ragged.weights),
+        None,
+    )
+    return Ragged(values.numpy(), offsets_of(lengths.numpy()), None if weights is None else weights.numpy())
+
+
+def _writable(array: np.ndarray) -> Tensor:
+    """As a tensor; torch warns of memory that is not to be written, such as Arrow's."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

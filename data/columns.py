@@ -7,7 +7,7 @@ is decoded, when a field's ids still fit a core's cache; picking a batch's rows 
 which costs five times as much.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,9 @@ class Ragged(NamedTuple):
     values: np.ndarray  # int32 or int64
     offsets: np.ndarray  # (n + 1,) int64
     weights: np.ndarray | None  # float32, like values
+
+
+Permute = Callable[[Ragged, np.ndarray], Ragged]
 
 
 class Lists(NamedTuple):
@@ -152,9 +155,23 @@ def _list_pieces(
     return [pieces[field] for field in range(fields) for pieces in by_run], lengths
 
 
-def join_lists(fields: Sequence[Sequence[Ragged]], permutation: np.ndarray | None, rows: int) -> Lists:
-    """Join each field's parts in order, and permute the rows: row i of the result is row permutation[i] of the parts together."""
-    joined = [_permuted(_joined(parts, rows), permutation) for parts in fields]
+def join_lists(
+    fields: Sequence[Sequence[Ragged]],
+    permutation: np.ndarray | None,
+    rows: int,
+    permute: Permute | None = None,
+) -> Lists:
+    """Join each field's parts in order, and permute the rows: row i of the result is row permutation[i] of the parts together.
+
+    Args:
+        fields: parts of each field.
+        permutation: (n,) int64, or None.
+        rows: n.
+        permute: how; None: by `permuted`.
+    """
+    joined = [_joined(parts, rows) for parts in fields]
+    if permutation is not None:
+        joined = [(permute or permuted)(ragged, permutation) for ragged in joined]
     longest = max((int(ragged.offsets[-1]) for ragged in joined), default=0)
     offsets = np.zeros((len(fields), rows + 1), np.int32 if longest < 2**31 else np.int64)
     for field, ragged in enumerate(joined):
@@ -180,14 +197,19 @@ def _joined(parts: Sequence[Ragged], rows: int) -> Ragged:
     )
 
 
-def _permuted(ragged: Ragged, permutation: np.ndarray | None) -> Ragged:
-    if permutation is None:
-        return ragged
+def permuted(ragged: Ragged, permutation: np.ndarray) -> Ragged:
+    """Row i of the result is row permutation[i]."""
     lengths = np.diff(ragged.offsets).take(permutation)
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = offsets_of(lengths)
     # position in the result minus the row's start there, plus the row's start in the source
     source = np.repeat(ragged.offsets.take(permutation) - offsets[:-1], lengths)
     source += np.arange(offsets[-1])
     weights = None if ragged.weights is None else ragged.weights.take(source, mode="clip")
     return Ragged(ragged.values.take(source, mode="clip"), offsets, weights)
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """(n,) lengths -> (n + 1,) int64 offsets."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets

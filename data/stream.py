@@ -8,7 +8,7 @@ import numpy as np
 
 from data.ahead import Ahead, Patience, prefetched
 from data.arrow import Encoder
-from data.batch import Batch, Keys, to_batch
+from data.batch import Batch, Keys, permuted_by_fbgemm, to_batch
 from data.columns import Run, gather
 from data.decode import Decoded, Decoder
 from data.errors import InputError
@@ -60,7 +60,7 @@ class ParquetStream:
         self.files = select_files(files, options.where, schema)
         self.schema, self.options = schema, options
         self.rank, self.world_size = rank, world_size
-        self.encoder = Encoder(schema)
+        self.encoder = Encoder(schema, permuted_by_fbgemm)
         self.selection = Selection(options, schema, self.files)
         self.row_groups, label_counts = read_contents(self.files, schema, self.selection, warn=rank == 0)
         self.num_rows = sum(row_group.num_rows for row_group in self.row_groups)

@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.batch import permuted_by_fbgemm
 from data.columns import ABSENT, Columns, Lists, Ragged, Run, gather, join_lists
 
 
@@ -114,6 +115,11 @@ def test_joined_lists_are_the_lists_one_after_the_other_permuted(counts, weighte
     fields = [[make_ragged(draw, count, weighted) for count in counts] for _ in range(2)]
     permutation = draw.permutation(rows) if shuffled else None
     got = join_lists(fields, permutation, rows)
+    fast = join_lists(fields, permutation, rows, permuted_by_fbgemm)
+    for mine, other in zip(
+        (*got.values, got.offsets, *got.weights), (*fast.values, fast.offsets, *fast.weights), strict=True
+    ):
+        assert mine.dtype == other.dtype and mine.tolist() == other.tolist()
     for field, parts in enumerate(fields):
         one_by_one = [
             (part.values[a:b].tolist(), part.weights[a:b].tolist() if weighted else None)
