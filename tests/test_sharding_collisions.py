@@ -173,6 +173,13 @@ def test_one_and_two_ranks_train_the_same_rows(results):
     assert one["auc"] == pytest.approx(two["auc"], abs=1e-4)
 
 
+def test_plans_count_what_is_kept_of_ids(results):
+    for done in results["one_and_two"]["done"]:
+        assert re.search(r"optimizer state and ids (\S+ \S+) -> \1 \(\+0\.00 %\)", done["words"][0]), done[
+            "words"
+        ]
+
+
 def test_the_log_says_how_full_the_tables_are(results):
     last = results["one_and_two"]["logged"][-1]
     assert last["zch_used/user"] == 1.0 and last["zch_evictions/user"] > 0

@@ -269,3 +269,43 @@ def test_the_trainer_plans_by_the_same_code():
         make_plan(meta_collections(schema, config), schema, ShardingConfig(cluster="h200"), machine, 64)
     with pytest.raises(InputError, match="the dense part takes"):
         make_plan(meta_collections(schema, config), schema, config, machine, 64, dense=DenseCost(10**10))
+
+
+@pytest.mark.parametrize(
+    ("config", "buckets", "said"),
+    [
+        (
+            ShardingConfig(tables={"id": TableConstraint(("table_wise",))}),
+            8,
+            "which runs row_wise only; allow row_wise",
+        ),
+        (ShardingConfig(compute_kernels=("fused_uvm",)), 8, ""),
+        (ShardingConfig(sharding_types=("table_wise",)), 8, ""),
+        (ShardingConfig(replicas=2), 8, "replicas = 2: not with fields of encoding 'zch'.*set it to 1"),
+        (
+            ShardingConfig(),
+            4,
+            "zch_buckets = 4: wanted a multiple of the 8 ranks.*set zch_buckets = 8 in the schema",
+        ),
+    ],
+)
+def test_tables_of_unbounded_ids_are_sharded_by_rows_or_refused(config, buckets, said):
+    field = {
+        "kind": "categorical",
+        "encoding": "zch",
+        "num_embeddings": 1600,
+        "embedding_dim": 8,
+        "zch_buckets": buckets,
+    }
+    schema = parse_schema({"name": "s", "label": "y", "fields": {"id": field}}, "s", Path())
+    if said:
+        with pytest.raises(InputError, match=said):
+            plan_schema(schema, config, CLUSTER, 512)
+        return
+    plan = plan_schema(schema, config, CLUSTER, 512)
+    table = plan.tables["id"]
+    assert (table.sharding_type, table.compute_kernel, table.zch_buckets) == ("row_wise", "fused", 8)
+    assert {rank.bytes.state for rank in assess(plan, CLUSTER).ranks} == {200 * (32 + 4)}
+    for change in ({"sharding_type": "table_wise", "ranks": (0,)}, {"compute_kernel": "fused_uvm"}):
+        with pytest.raises(InputError, match="of encoding 'zch'"):
+            check_shape(replace(plan, tables={"id": replace(table, **change)}), "plan.json")
