@@ -11,11 +11,11 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from data.errors import InputError
 from data.schema import Table
 from mbcnet_rec.model import layers
+from mbcnet_rec.model.dropout import Dropout, cheap_dropout
 from mbcnet_rec.model.layers import (
     ALL,
     MLP,
     WIDE,
-    Dropout,
     FieldVectors,
     FullRankCross,
     GroupedMLP,
@@ -24,7 +24,6 @@ from mbcnet_rec.model.layers import (
     LowRankMixtureCross,
     Regularisation,
     bi_interaction,
-    cheap_dropout,
     wide_tables,
 )
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import InputError
+from mbcnet_rec.model.dropout import Dropout
 
 ALL = "all"  # the name of the group of every field
 WIDE = "@wide"  # the name of the group of wide weights; no TOML author would hit upon it
@@ -266,36 +267,6 @@ class MLP(nn.Sequential):
             if regularisation.dropout > 0:
                 layers.append(Dropout(regularisation.dropout))
         super().__init__(*layers)
-
-
-class Dropout(nn.Dropout):
-    """y = x m / (1 - p), each m 1 with probability 1 - p, else 0; the identity outside training. By `cheap_dropout` on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (...) to (...)."""
-        if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return cheap_dropout(x, self.p)
-        return super().forward(x)
-
-
-def cheap_dropout(x: Tensor, p: float) -> Tensor:
-    """Drop elements of x on a CPU.
-
-    torch draws a double for each element, of two numbers of its generator, and that one by one; on 4,096 x 400 elements this is 14 ms,
-    a sixth of a DNN's step. Here one number of 64 bits serves four elements with 16 bits each: 4 ms. p is kept to the nearest multiple
-    of 2^-16, and the scale is that of the p that is drawn, so the mean is exact.
-
-    Args:
-        x: (...) of any floating dtype.
-        p: in [0, 1).
-
-    Returns:
-        (...), drawn from torch's generator of the CPU.
-    """
-    dropped = min(round(p * 2**16), 2**16 - 1)  # of the 2^16 values
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 class GroupedMLP(nn.Module):
