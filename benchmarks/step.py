@@ -13,6 +13,8 @@ float32_loss_difference   the same between two float32 runs whose dense weights 
 *_by_tenth                the same over each tenth of the steps
 cooperation_overhead      step / step of cross and deep branch alone without cooperation losses - 1
 grouped_speedup           EFGC's groups by a loop of independent MLPs of torch's own layers / as the model runs them
+compiled_speedup          with --compile: step / step with the dense part compiled by Inductor for these shapes, after its compilation
+compile_seconds           with --compile: the compilation
 non_model_share           share of the real trainer's time outside forward, backward and optimizer: input, metrics, log, checkpoint
 """
 
@@ -83,6 +85,7 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=["steps", "losses", "trainer"], help="parts to measure; default all"
     )
+    parser.add_argument("--compile", action="store_true", help="compare with Inductor; needs a C++ compiler")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of two steps")
     args = parser.parse_args()
     seconds = args.seconds or (10 if args.quick else 120)
@@ -103,7 +106,9 @@ def main() -> int:
         with joined_process("cpu") as process:
             batch = read_batches(folder / "log", schema, args.batch)[0]
             if "steps" in only:
-                figures |= measure_steps(folder / "log", schema, process, batch, seconds, args.clock)
+                figures |= measure_steps(
+                    folder / "log", schema, process, batch, seconds, args.clock, args.compile
+                )
             if args.trace:
                 write_trace(folder / "log", schema, process, batch, args.trace)
             if "losses" in only:
@@ -124,7 +129,13 @@ def print_prediction(batch: int) -> None:
 
 
 def measure_steps(
-    folder: Path, schema: Schema, process: Process, batch: Batch, seconds: float, clock: Clock
+    folder: Path,
+    schema: Schema,
+    process: Process,
+    batch: Batch,
+    seconds: float,
+    clock: Clock,
+    compile_too: bool = False,
 ) -> dict[str, Any]:
     """Time whole steps and their parts in turns; print the table of parts."""
     size = len(batch.labels)
@@ -144,7 +155,17 @@ def measure_steps(
         "loop over groups": loop,
         **{name: case for name, (case, _, _) in parts.items()},
     }
+    compiled: dict[str, float] = {}
+    if compile_too:
+        third = build(run_config(folder, MBCNET, size), schema, process)
+        objective_of(third).model.dense_arch.compile(dynamic=False)
+        cases["compiled"] = training_step(third, batch)
+        start = time.perf_counter()
+        cases["compiled"]()
+        compiled["compile_seconds"] = time.perf_counter() - start
     times = take_turns(cases, seconds, clock)
+    if compile_too:
+        compiled["compiled_speedup"] = ratio(times["step"], times["compiled"])
     flops = sum(part_flops for _, part_flops, _ in parts.values())
     rate, bandwidth = product_flops / min(times["product"]), copy_bytes / min(times["copy"])
     faster = min(("product", "oneDNN product"), key=lambda name: statistics.median(times[name]))
@@ -166,7 +187,7 @@ def measure_steps(
         "step_seconds": min(times["step"]),
         "samples_per_second": size / min(times["step"]),
         "rounds": len(times["step"]),
-    }
+    } | compiled
 
 
 Part = tuple[Callable[[], object], float, float]  # case, FLOPs of matrix products, bytes that cannot be saved
