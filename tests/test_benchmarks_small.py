@@ -64,6 +64,12 @@ def test_growth_fits_an_exponent_to_each_curve_and_draws_it(figures_of, tmp_path
     assert figures["branches_seconds"]["5"] > figures["branches_seconds"]["1"]
 
 
+def test_same_start_trains_our_side_and_leaves_a_peer_what_it_needs():
+    figures = figures_of_script("same_start", "--quick")
+    assert figures["auc_ours/small/dnn/epoch_1"] > 0.5
+    assert figures["largest_difference/small/dnn/epoch_1"] is None  # no FuxiCTR here
+
+
 def test_growth_leaves_out_tables_that_do_not_fit(figures_of, monkeypatch):
     growth = importlib.import_module("growth")
     monkeypatch.setattr(growth, "free_bytes", lambda: 1e8)

@@ -159,6 +159,5 @@ class DistillationArch(nn.Module):
             labels=labels.detach(),
             weights=weights.detach(),
             terms={name: term.detach() for name, term in (terms | {"distillation_loss": loss - bce}).items()},
-            disagreement=bce.new_zeros((0, 0)),
             transform_distance=bce.new_empty(0),
         )

@@ -19,7 +19,6 @@ from mbcnet_rec.model.losses import (
     at_least_float32,
     branch_coteaching_loss,
     branch_pairs,
-    disagreement_rates,
     identity,
     latent_distance,
     moderate_differentiation_loss,
@@ -66,7 +65,6 @@ class Outputs(NamedTuple):
     terms: dict[
         str, Tensor
     ]  # loss, bce, coteaching_loss, differentiation_loss: scalars, the last two before alpha and beta; latent_norm/BRANCH
-    disagreement: Tensor  # (K, K): share of rows on which branch i is strong and branch j weak
     transform_distance: Tensor  # (P,): ||W^ij - I||_F (Figure 5 c); (0,) without transforms
 
 
@@ -158,7 +156,6 @@ class LossArch(nn.Module):
             norms = latent_norms(
                 output.latents, self.names, weights
             )  # products inside: full precision for the log too
-            disagreement = disagreement_rates(logits[1:], labels, self.coteaching.threshold, weights)
         if self.training:
             self.step += 1
         terms = {
@@ -173,7 +170,6 @@ class LossArch(nn.Module):
             labels=labels.detach(),
             weights=weights.detach(),
             terms={name: term.detach() for name, term in terms.items()},
-            disagreement=disagreement,
             transform_distance=bce.new_empty(0) if matrices is None else distance_from_identity(matrices),
         )
 
@@ -239,7 +235,7 @@ def latent_norms(latents: Tensor, names: tuple[str, ...], weights: Tensor) -> di
         return {}
     norms = torch.linalg.vector_norm(at_least_float32(latents.detach()), dim=2)  # (K, B)
     means = norms @ weights.to(norms.dtype) / max(1, len(weights))
-    return {f"latent_norm/{name}": means[index] for index, name in enumerate(names)}
+    return {f"latent_norm/{name}": mean for name, mean in zip(names, means.unbind(), strict=True)}
 
 
 def warm(config: CoteachingConfig | DifferentiationConfig, step: Tensor) -> Tensor | float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from data.errors import InputError
 from data.order import Cursor
 from data.stream import ParquetStream
-from mbcnet_rec.build import Built
+from mbcnet_rec.build import Built, cooperation
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.training.checkpoint import Saved, pieces_of
 from mbcnet_rec.training.collisions import history_pieces, restore_history, zch_counters
@@ -287,7 +287,9 @@ class Trainer:
             assert records is not None
             logits, labels = own_rows(window.outputs)
             values |= evaluate_predictions(logits, labels, self.built.branch_names)
-            values |= diagnostics(window.outputs, self.built.branch_names)
+            values |= diagnostics(
+                window.outputs, self.built.branch_names, cooperation(self.config.model)[0].threshold
+            )
             values |= {
                 "samples_per_second": steps * self.config.data.batch_size / seconds,
                 "step_seconds": seconds / steps,

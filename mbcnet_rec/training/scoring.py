@@ -10,7 +10,7 @@ import torch
 from data.batch import Batch
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built
-from mbcnet_rec.model.losses import branch_pairs
+from mbcnet_rec.model.losses import branch_pairs, disagreement_rates
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.training.metrics import evaluate_predictions
 from mbcnet_rec.training.pipeline import evaluate_batches
@@ -52,11 +52,20 @@ def own_rows(outputs: list[Outputs]) -> tuple[np.ndarray, np.ndarray]:
     return logits[real].float().cpu().numpy(), labels[real].cpu().numpy()
 
 
-def diagnostics(outputs: list[Outputs], names: tuple[str, ...]) -> dict[str, float]:
-    """Disagreement rates of each directed pair and the transforms' distance from the identity."""
+def diagnostics(outputs: list[Outputs], names: tuple[str, ...], threshold: float) -> dict[str, float]:
+    """Disagreement rates of each directed pair over this rank's rows, and the last step's distance of the transforms from the identity.
+
+    Args:
+        outputs: of the steps since the last line of the log.
+        names: of the branches.
+        threshold: below it a branch's BCE is strong, above it weak.
+    """
     if len(names) < 2:
         return {}
-    rates = torch.stack([each.disagreement for each in outputs]).mean(0).cpu()
+    logits, labels, weights = (
+        torch.cat([getattr(each, part) for each in outputs]) for part in ("logits", "labels", "weights")
+    )  # all rows at once: a twentieth of the calls of a matrix for each step
+    rates = disagreement_rates(logits[:, 1:].t(), labels, threshold, weights).cpu()
     values = {
         f"disagreement/{names[i]}>{names[j]}": float(rates[i, j])
         for i in range(len(names))

@@ -123,7 +123,6 @@ class Window:
             "logits": torch.cat([each.logits for each in self.outputs]),
             "labels": torch.cat([each.labels for each in self.outputs]),
             "weights": torch.cat([each.weights for each in self.outputs]),
-            "disagreement": torch.stack([each.disagreement for each in self.outputs]),
             "transform_distance": torch.stack([each.transform_distance for each in self.outputs]),
             **{f"terms/{name}": torch.stack([each.terms[name] for each in self.outputs]) for name in names},
         }
@@ -147,7 +146,6 @@ def restored_outputs(saved: Saved, rank: int) -> list[Outputs]:
             labels=by_step["labels"][index],
             weights=by_step["weights"][index],
             terms={name: values[index] for name, values in terms.items()},
-            disagreement=found["disagreement"][index],
             transform_distance=found["transform_distance"][index],
         )
         for index in range(len(sizes))
