@@ -2,8 +2,8 @@
 
     python benchmarks/diagnostics.py [--quick] [--json] [--config mbcnet_rec/configs/adult.toml]
 
-Every function that exists only for the log is timed where training calls it: in each step norms of latents and
-||W - I||; at each line of the log disagreement rates, AUC, log-loss, normalised entropy and calibration of every output, averages, shares of the gradient.
+Every function that exists only for the log is timed where training calls it: in a step that ends with a
+line of the log norms of latents and ||W - I||; at the line disagreement rates, AUC, log-loss, normalised entropy and calibration of every output, averages, shares of the gradient.
 The time of all of them, over the time from the first to the last line of the log. CPU only: on a GPU a call returns before its work is done.
 
 diagnostics_share          of a run with the log's default of a line each 20 steps; the bound is 0.02

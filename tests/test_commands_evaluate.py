@@ -9,7 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from serving_data import KINDS, evaluated, printed_by, serving_table, trained_runs
 
-from mbcnet_rec.training.metrics import Histogram, auc_of_counts, exact_metrics, gauc, score_counts
+from mbcnet_rec.training.metrics import (
+    Histogram,
+    auc_of_counts,
+    evaluate_predictions,
+    exact_metrics,
+    gauc,
+    score_counts,
+)
 
 METRICS = [
     f"{name}{suffix}"
@@ -89,6 +96,17 @@ def test_exact_auc_and_gauc_against_pairs():
         strict=True,
     )
     assert gauc(logits, labels, groups).value == pytest.approx(np.average(values, weights=sizes), abs=1e-12)
+
+
+def test_a_log_line_has_the_values_of_the_exact_metrics_with_their_errors():
+    rng = np.random.default_rng(1)
+    logits = np.round(rng.normal(size=(500, 3)), 1).astype(np.float32)  # many ties
+    labels, groups = (rng.random(500) < 0.3).astype(np.float32), rng.integers(0, 40, 500)
+    exact = exact_metrics(logits, labels, ("efgc", "deep"), groups)
+    values = evaluate_predictions(logits, labels, ("efgc", "deep"), groups)
+    assert set(values) == set(exact) and len(values) == 13
+    assert values == pytest.approx({name: found.value for name, found in exact.items()}, rel=1e-12)
+    assert np.isnan(evaluate_predictions(logits, np.ones(500, np.float32), ())["auc"])
 
 
 def test_intervals_cover():

@@ -21,6 +21,7 @@ COOPERATION = {
     "differentiation_loss",
     "disagreement/efgc>deep",
     "transform_distance/efgc-deep",
+    "latent_norm/efgc",
 }
 
 
@@ -68,6 +69,8 @@ def test_metrics_have_the_names_of_the_design(run):
         "input_wait_share",
         "step_seconds",
     } <= set(train[0])
+    for line in train:  # measured in the steps that end with a line, in no other
+        assert line["latent_norm/efgc"] > 0 and line["transform_distance/efgc-deep"] > 0
     valid = [line for line in lines if line["split"] == "valid"]
     assert [line["step"] for line in valid] == [20, 40, 51], "the last partial batch of the epoch is a step"
     names = {"auc", "log_loss", "ne", "calibration", "gauc", "auc/efgc", "log_loss/cross", "auc/deep", "rows"}

@@ -160,4 +160,5 @@ class DistillationArch(nn.Module):
             weights=weights.detach(),
             terms={name: term.detach() for name, term in (terms | {"distillation_loss": loss - bce}).items()},
             transform_distance=bce.new_empty(0),
+            latent_norms=bce.new_empty(0),
         )

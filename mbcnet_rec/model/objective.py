@@ -64,8 +64,11 @@ class Outputs(NamedTuple):
     weights: Tensor  # (B,)
     terms: dict[
         str, Tensor
-    ]  # loss, bce, coteaching_loss, differentiation_loss: scalars, the last two before alpha and beta; latent_norm/BRANCH
-    transform_distance: Tensor  # (P,): ||W^ij - I||_F (Figure 5 c); (0,) without transforms
+    ]  # loss, bce, coteaching_loss, differentiation_loss: scalars, the last two before alpha and beta
+    transform_distance: (
+        Tensor  # (P,): ||W^ij - I||_F (Figure 5 c), NaN if not measured; (0,) without transforms
+    )
+    latent_norms: Tensor  # (K,): mean over rows of ||z^k||, NaN if not measured
 
 
 class Objective(nn.Module):
@@ -88,7 +91,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         transforms = build_transforms(len(model.branch_names), model.latent_dim, differentiation)
-        self.losses = LossArch(coteaching, differentiation, transforms, mean_over_ranks, model.branch_names)
+        self.losses = LossArch(coteaching, differentiation, transforms, mean_over_ranks)
 
     def forward(self, batch: Rows) -> tuple[Tensor, Outputs]:
         """Compute the loss of one batch."""
@@ -104,7 +107,10 @@ class LossArch(nn.Module):
         differentiation: beta and the readings of L_MDR.
         transforms: W of each pair of branches, or None: no differentiation, or one of the kinds without W.
         mean_over_ranks: averages a scalar over data-parallel ranks.
-        names: of the branches, for the log.
+
+    Attributes:
+        measures: whether forward passes compute what only the log wants, `transform_distance` and `latent_norms`. The trainer
+            asks for it in the steps that end with a line of the log: in every step it is 1 % of a small model's time.
     """
 
     step: Tensor
@@ -115,10 +121,9 @@ class LossArch(nn.Module):
         differentiation: DifferentiationConfig,
         transforms: "Transforms | None",
         mean_over_ranks: MeanOverRanks = identity,
-        names: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.names = names
+        self.measures = True
         self.coteaching = coteaching
         self.differentiation = differentiation
         self.transforms = transforms
@@ -153,9 +158,7 @@ class LossArch(nn.Module):
                 + warm(self.coteaching, self.step) * coteaching
                 + warm(self.differentiation, self.step) * differentiation
             )
-            norms = latent_norms(
-                output.latents, self.names, weights
-            )  # products inside: full precision for the log too
+            norms, distance = self._measured(output.latents, matrices, weights)
         if self.training:
             self.step += 1
         terms = {
@@ -163,15 +166,24 @@ class LossArch(nn.Module):
             "bce": bce,
             "coteaching_loss": coteaching,
             "differentiation_loss": differentiation,
-            **norms,
         }
         return loss, Outputs(
             logits=logits.detach().t(),
             labels=labels.detach(),
             weights=weights.detach(),
             terms={name: term.detach() for name, term in terms.items()},
-            transform_distance=bce.new_empty(0) if matrices is None else distance_from_identity(matrices),
+            transform_distance=distance,
+            latent_norms=norms,
         )
+
+    def _measured(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms of latents (K,) and distances of transforms (P,), or NaN."""
+        branches, pairs = len(latents), 0 if matrices is None else len(matrices)
+        if not self.measures:
+            unknown = weights.new_full((branches + pairs,), float("nan"))
+            return unknown[:branches], unknown[branches:]
+        distance = weights.new_empty(0) if matrices is None else distance_from_identity(matrices)
+        return latent_norms(latents, weights), distance
 
     def _coteaching_loss(self, branch_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         if len(branch_logits) < 2 or self.coteaching.weight == 0:
@@ -229,13 +241,10 @@ def build_transforms(num_branches: int, latent_dim: int, config: Differentiation
     return Transforms(num_pairs, latent_dim, config) if trained else None
 
 
-def latent_norms(latents: Tensor, names: tuple[str, ...], weights: Tensor) -> dict[str, Tensor]:
-    """Mean over rows of ||z^k||, for each branch k: "latent_norm/NAME" -> ()."""
-    if not names:
-        return {}
+def latent_norms(latents: Tensor, weights: Tensor) -> Tensor:
+    """Mean over rows of ||z^k||, for each branch k: (K, B, d), (B,) -> (K,), without gradient."""
     norms = torch.linalg.vector_norm(at_least_float32(latents.detach()), dim=2)  # (K, B)
-    means = norms @ weights.to(norms.dtype) / max(1, len(weights))
-    return {f"latent_norm/{name}": mean for name, mean in zip(names, means.unbind(), strict=True)}
+    return norms @ weights.to(norms.dtype) / max(1, len(weights))
 
 
 def warm(config: CoteachingConfig | DifferentiationConfig, step: Tensor) -> Tensor | float:

@@ -14,6 +14,7 @@ from data.order import Cursor
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built, cooperation
 from mbcnet_rec.config import RunConfig
+from mbcnet_rec.model.objective import LossArch
 from mbcnet_rec.training.checkpoint import Saved, pieces_of
 from mbcnet_rec.training.collisions import history_pieces, restore_history, zch_counters
 from mbcnet_rec.training.compatibility import describe_run, load_checked
@@ -99,6 +100,7 @@ class Trainer:
         self.total_steps = min(steps, config.train.max_steps) if config.train.max_steps else steps
         self.window = Window()
         self.branches = branch_parameters(built.model)
+        self.losses = [module for module in built.model.modules() if isinstance(module, LossArch)]
         self.collisions = collisions_of(built.model)
         self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
         self.autocast = autocast_of(config.train.autocast, self.process.device)
@@ -183,6 +185,8 @@ class Trainer:
             seed_step(train.seed, self.state.step, self.process.rank)
             if self.state.step < boundary:
                 self.around.watchdog.beat(f"step {self.state.step + 1}")
+            for losses in self.losses:
+                losses.measures = (self.state.step + 1) % train.log_every == 0
             start = time.perf_counter()
             try:
                 outputs = pipeline.progress(batches)
@@ -287,9 +291,8 @@ class Trainer:
             assert records is not None
             logits, labels = own_rows(window.outputs)
             values |= evaluate_predictions(logits, labels, self.built.branch_names)
-            values |= diagnostics(
-                window.outputs, self.built.branch_names, cooperation(self.config.model)[0].threshold
-            )
+            threshold = cooperation(self.config.model)[0].threshold
+            values |= diagnostics(logits, labels, window.outputs[-1], self.built.branch_names, threshold)
             values |= {
                 "samples_per_second": steps * self.config.data.batch_size / seconds,
                 "step_seconds": seconds / steps,

@@ -80,8 +80,16 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray, *, binned: bool 
 
 
 def auc(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Exact area under the ROC curve; NaN if one class is missing."""
-    return auc_of_counts(*score_counts(logits, labels)).value
+    """Exact area under the ROC curve, P(a positive outranks a negative), ties one half; NaN if one class is missing.
+
+    Two sorts and two merges: a third of the time of `auc_of_counts`, which knows the error too.
+    """
+    positive = labels > 0
+    above, below = np.sort(logits[positive]), np.sort(logits[~positive])
+    if not len(above) or not len(below):
+        return float("nan")
+    wins = np.searchsorted(below, above, "left").sum() + np.searchsorted(below, above, "right").sum()
+    return float(wins / 2 / (len(above) * len(below)))
 
 
 def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -242,5 +250,13 @@ def _suffixed(metrics: dict[str, Estimate], suffix: str) -> dict[str, Estimate]:
 def evaluate_predictions(
     logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...], group_ids: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Values of `exact_metrics`, without their errors: what training logs."""
-    return {name: found.value for name, found in exact_metrics(logits, labels, names, group_ids).items()}
+    """Values of `exact_metrics`, at a fraction of its time without their errors: what training logs."""
+    found: dict[str, float] = {}
+    for output, suffix in enumerate(("", *(f"/{name}" for name in names))):
+        column = np.ascontiguousarray(logits[:, output])
+        found[f"auc{suffix}"] = auc(column, labels)
+        rest = metrics_of_moments(moments(column, labels))
+        found |= {name + suffix: estimate.value for name, estimate in rest.items()}
+    if group_ids is not None:
+        found["gauc"] = gauc(logits[:, 0], labels, group_ids).value
+    return found

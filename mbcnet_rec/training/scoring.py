@@ -52,29 +52,33 @@ def own_rows(outputs: list[Outputs]) -> tuple[np.ndarray, np.ndarray]:
     return logits[real].float().cpu().numpy(), labels[real].cpu().numpy()
 
 
-def diagnostics(outputs: list[Outputs], names: tuple[str, ...], threshold: float) -> dict[str, float]:
-    """Disagreement rates of each directed pair over this rank's rows, and the last step's distance of the transforms from the identity.
+def diagnostics(
+    logits: np.ndarray, labels: np.ndarray, last: Outputs, names: tuple[str, ...], threshold: float
+) -> dict[str, float]:
+    """Of the branches: disagreement rates of each directed pair; norms of latents and the transforms' distance from the identity.
 
     Args:
-        outputs: of the steps since the last line of the log.
+        logits: of this rank's rows since the last line of the log, as `own_rows` gives them.
+        labels: likewise.
+        last: of the last step, which measured the norms and distances of its batch.
         names: of the branches.
         threshold: below it a branch's BCE is strong, above it weak.
     """
+    norms = zip(names, last.latent_norms.tolist(), strict=False)
+    values = {f"latent_norm/{name}": norm for name, norm in norms}
     if len(names) < 2:
-        return {}
-    logits, labels, weights = (
-        torch.cat([getattr(each, part) for each in outputs]) for part in ("logits", "labels", "weights")
-    )  # all rows at once: a twentieth of the calls of a matrix for each step
-    rates = disagreement_rates(logits[:, 1:].t(), labels, threshold, weights).cpu()
-    values = {
-        f"disagreement/{names[i]}>{names[j]}": float(rates[i, j])
+        return values
+    branches = torch.from_numpy(np.ascontiguousarray(logits[:, 1:].T))
+    rates = disagreement_rates(branches, torch.from_numpy(labels), threshold).tolist()
+    values |= {
+        f"disagreement/{names[i]}>{names[j]}": rates[i][j]
         for i in range(len(names))
         for j in range(len(names))
         if i != j
     }
-    distances = outputs[-1].transform_distance.cpu()
+    distances = last.transform_distance.tolist()
     for (i, j), distance in zip(branch_pairs(len(names)), distances, strict=False):
-        values[f"transform_distance/{names[i]}-{names[j]}"] = float(distance)
+        values[f"transform_distance/{names[i]}-{names[j]}"] = distance
     return values
 
 

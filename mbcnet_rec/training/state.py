@@ -124,6 +124,7 @@ class Window:
             "labels": torch.cat([each.labels for each in self.outputs]),
             "weights": torch.cat([each.weights for each in self.outputs]),
             "transform_distance": torch.stack([each.transform_distance for each in self.outputs]),
+            "latent_norms": torch.stack([each.latent_norms for each in self.outputs]),
             **{f"terms/{name}": torch.stack([each.terms[name] for each in self.outputs]) for name in names},
         }
         return [
@@ -135,7 +136,7 @@ def restored_outputs(saved: Saved, rank: int) -> list[Outputs]:
     """The outputs that Window.pieces put into a checkpoint of the same world size."""
     prefix = f"window/{rank}/"
     found = {name[len(prefix) :]: saved.whole(name) for name in saved.shapes if name.startswith(prefix)}
-    if not found:
+    if "latent_norms" not in found:  # nothing, or from before they were kept
         return []
     sizes = found["rows"].tolist()
     by_step = {name: found[name].split(sizes) for name in ("logits", "labels", "weights")}
@@ -147,6 +148,7 @@ def restored_outputs(saved: Saved, rank: int) -> list[Outputs]:
             weights=by_step["weights"][index],
             terms={name: values[index] for name, values in terms.items()},
             transform_distance=found["transform_distance"][index],
+            latent_norms=found["latent_norms"][index],
         )
         for index in range(len(sizes))
     ]
