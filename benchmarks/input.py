@@ -53,8 +53,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has fuxictr installed")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    pa.set_cpu_count(1)
+    one_thread()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), arguments.quick, arguments.peer_python)
     for key, value in figures.items():
@@ -81,18 +80,27 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
         figures |= cost_by_columns(folder, 16_384 if quick else 65_536, 3 if quick else 5)
     # the same file several times over: long enough an epoch for windows to come and go
     several = [single] * 4
-    figures |= wait_of_consumer(several, single_schema, 3 if quick else 6)
-    with multiprocessing.get_context("spawn").Pool(
-        1
-    ) as fresh:  # without what the reads above have left behind
-        rows = 2_000_000 if quick else 10_000_000
-        figures |= fresh.apply(memory_over_rows, (several, single_schema, rows))
+    tasks = (
+        (wait_of_consumer, 3 if quick else 6),
+        (memory_over_rows, 2_000_000 if quick else 10_000_000),
+    )
+    for function, amount in tasks:
+        with multiprocessing.get_context("spawn").Pool(
+            1, initializer=one_thread
+        ) as fresh:  # without what the reads above have left behind
+            figures |= fresh.apply(function, (several, single_schema, amount))
     peer, own = fuxictr_rate(single, peer_python), figures["stream_rows_per_second_single"]
     figures |= {
         "fuxictr_rows_per_second": peer,
         "over_fuxictr": round(own / peer, 2) if own and peer else None,
     }
     return figures
+
+
+def one_thread() -> None:
+    """Of torch and of Arrow."""
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
 
 
 class one_core:

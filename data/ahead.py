@@ -2,13 +2,14 @@
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 from data.errors import InputError
 
 T = TypeVar("T")
-POLL_SECONDS = 0.1
+LEAST_PAUSE, POLL_SECONDS = 0.0005, 0.02
 
 
 class Patience:
@@ -96,20 +97,24 @@ class Ahead(Generic[T]):
 def prefetched(items: Iterator[T], depth: int, patience: Patience) -> Iterator[T]:
     """Make items ahead in one thread, at most `depth` of them. Errors are raised in the caller.
 
+    A caller that finds an item ready wakes nobody, which costs a twentieth of a millisecond where the other core sleeps; the maker
+    looks again by itself, soon at first and then less often.
+
     Raises:
         InputError: no item in time.
     """
-    ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=depth)
-    abandoned = threading.Event()
+    ready: deque[tuple[bool, T | BaseException | None]] = deque()
+    filled, abandoned = threading.Event(), threading.Event()
 
     def put(is_item: bool, item: T | BaseException | None) -> bool:
-        while not abandoned.is_set():
-            try:
-                ready.put((is_item, item), timeout=POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
+        pause = LEAST_PAUSE
+        while len(ready) >= depth:
+            if abandoned.wait(pause):
+                return False
+            pause = min(1.5 * pause, POLL_SECONDS)
+        ready.append((is_item, item))
+        filled.set()
+        return not abandoned.is_set()
 
     def produce() -> None:
         try:
@@ -127,10 +132,11 @@ def prefetched(items: Iterator[T], depth: int, patience: Patience) -> Iterator[T
     threading.Thread(target=produce, daemon=True, name="data-prefetch").start()
     try:
         while True:
-            try:
-                is_item, item = ready.get(timeout=patience.seconds)
-            except queue.Empty:
-                raise patience.lost() from None
+            while not ready:
+                filled.clear()
+                if not ready and not filled.wait(patience.seconds):
+                    raise patience.lost()
+            is_item, item = ready.popleft()
             if is_item:
                 yield item  # type: ignore[misc]
             elif isinstance(item, BaseException):
