@@ -98,14 +98,29 @@ def scores_figure(rows: "Sequence[Row]", values: Mapping[str, Mapping[str, Seque
         best = (max if metric == "auc" else min)(
             (row for row in rows if row.seeds), key=lambda row: getattr(row, metric)[0], default=None
         )
+        means = [getattr(row, metric)[0] for row in rows if row.seeds]
+        low, high = readable_range(means)
         for place, row in enumerate(rows):
             seeds = values[metric].get(row.name, ())
             if not seeds:
                 continue
+            mean = getattr(row, metric)[0]
+            if not low <= mean <= high:  # at the edge, in words: its dots would press all others into a line
+                right = mean > high
+                axis.annotate(
+                    f"{mean:.4g} ▸" if right else f"◂ {mean:.4g}",
+                    (1.0 if right else 0.0, place),
+                    xycoords=axis.get_yaxis_transform(),
+                    ha="right" if right else "left",
+                    va="center",
+                    fontsize=9,
+                    color="#555555",
+                )
+                continue
             tone = "#D55E00" if row is best else "#0072B2"
             axis.scatter(seeds, [place] * len(seeds), s=14, color=tone, alpha=0.45, linewidths=0, zorder=3)
             axis.plot(
-                [row.__getattribute__(metric)[0]] * 2,
+                [mean] * 2,
                 [place - 0.28, place + 0.28],
                 color=tone,
                 lw=2.4,
@@ -117,6 +132,15 @@ def scores_figure(rows: "Sequence[Row]", values: Mapping[str, Mapping[str, Seque
         axis.grid(axis="y", visible=False)
         axis.xaxis.set_major_locator(MaxNLocator(5))
     return png(figure)
+
+
+def readable_range(means: Sequence[float]) -> tuple[float, float]:
+    """From where to where rows are drawn: five quartile ranges beyond the middle half, so that one that diverged hides no other."""
+    if len(means) < 4:
+        return -math.inf, math.inf
+    lower, upper = np.nanquantile(means, (0.25, 0.75))
+    reach = 5 * float(upper - lower) or math.inf
+    return float(lower) - reach, float(upper) + reach
 
 
 def curves_figure(
