@@ -7,8 +7,9 @@ initial weights and our batches, in our order, go to it, and dropout is off. Wha
 step. Models, Adam, full-table L2 and the gradient clip are those of quality.py. FuxiCTR's FinalMLP adds two biases to one sum; its second stays 0.
 Without a peer only our side is trained, and what compares is null.
 
-largest_difference/DATA/MODEL/epoch_1     of the probability of any test row, after that many passes over the training rows
-auc_ours/..., auc_peer/...                of the test rows then
+largest_difference/DATA/MODEL/epoch_1     of the probability of any test row with any seed, after that many passes over the training rows
+auc_ours/..., auc_peer/...                of the test rows then, mean over seeds
+auc_apart/...                             the largest difference of the two with any seed
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -112,7 +114,8 @@ def train_ours(config: RunConfig, schema: Schema, data: Path, folder: Path) -> l
             clip,
         )
         for epoch in range(config.train.epochs):
-            options = StreamOptions(config.data.batch_size, 1, "shuffled", seed=epoch)
+            seed = 1000 * config.train.seed + epoch
+            options = StreamOptions(config.data.batch_size, 1, "shuffled", seed=seed)
             built.model.train()
             for batch in ParquetStream(resolve_files([str(data / "train")]), schema, options):
                 seen.append(rows_of(batch, schema))
@@ -162,6 +165,36 @@ def train_peer(kind: str, data: Path, folder: Path, args: Any) -> list[np.ndarra
         return [answer[str(epoch)] for epoch in range(args.epochs)]
 
 
+def configs_of(data: Path, schema_file: Path, kind: str, args: Any) -> list[RunConfig]:
+    """A run's config for each seed."""
+    config = quality.our_config(data, schema_file, kind, args.l2, args.epochs)
+    overrides = without_dropout(kind)[0]
+    return [
+        with_overrides(config, [*overrides, f"train.seed={seed}"], f"{kind}, seed {seed}")
+        for seed in range(args.seeds)
+    ]
+
+
+def compare(
+    name: str, labels: np.ndarray, runs: list[tuple[list[np.ndarray], list[np.ndarray] | None]]
+) -> dict[str, float | None]:
+    """Figures of a model: (ours, the peer's) probabilities after each epoch, for each seed."""
+    figures: dict[str, float | None] = {}
+    for epoch in range(len(runs[0][0])):
+        place = f"{name}/epoch_{epoch + 1}"
+        ours = [own[epoch] for own, _ in runs]
+        peer = [theirs[epoch] for _, theirs in runs if theirs is not None]
+        own_aucs, peer_aucs = ([auc(rows, labels) for rows in side] for side in (ours, peer))
+        figures[f"auc_ours/{place}"] = mean(own_aucs)
+        figures[f"auc_peer/{place}"] = mean(peer_aucs) if peer else None
+        pairs = list(zip(own_aucs, peer_aucs, strict=False))
+        figures[f"auc_apart/{place}"] = max((abs(own - other) for own, other in pairs), default=None)
+        figures[f"largest_difference/{place}"] = max(
+            (float(np.abs(own - other).max()) for own, other in zip(ours, peer, strict=False)), default=None
+        )
+    return figures
+
+
 def main() -> int:
     """Compare on every data set."""
     parser = parser_of(__doc__)
@@ -171,6 +204,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=list(quality.OURS), default=list(quality.OURS))
     parser.add_argument("--l2", type=float, default=1e-5, help="lambda of the tables (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1, help="starts, each with its own order of rows")
     parser.add_argument("--peer-python", metavar="FILE", help="Python that can import FuxiCTR")
     parser.add_argument("--peer-source", metavar="FOLDER", help="checkout of FuxiCTR's repository")
     args = parser.parse_args()
@@ -194,18 +228,14 @@ def main() -> int:
             with np.load(folder / "test.npz") as rows:
                 labels = rows[schema.label]
             for kind in args.models:
-                config = quality.our_config(data, schema_file, kind, args.l2, args.epochs)
-                config = with_overrides(config, without_dropout(kind)[0], kind)
-                ours = train_ours(config, schema, data, folder)
-                peer = train_peer(kind, data, folder, args) if args.peer_python else None
-                for epoch, own in enumerate(ours):
-                    theirs = None if peer is None else peer[epoch]
-                    name = f"{data.name}/{kind}/epoch_{epoch + 1}"
-                    figures[f"auc_ours/{name}"] = auc(own, labels)
-                    figures[f"auc_peer/{name}"] = None if theirs is None else auc(theirs, labels)
-                    figures[f"largest_difference/{name}"] = (
-                        None if theirs is None else float(np.abs(own - theirs).max())
+                runs = [
+                    (
+                        train_ours(config, schema, data, folder),
+                        train_peer(kind, data, folder, args) if args.peer_python else None,
                     )
+                    for config in configs_of(data, schema_file, kind, args)
+                ]
+                figures |= compare(f"{data.name}/{kind}", labels, runs)
     print_figures(figures, args.json)
     return 0
 
