@@ -87,10 +87,8 @@ def fields_curve(process: Process, quick: bool) -> dict[int, Case]:
 def rows_curve(process: Process, quick: bool, largest: int) -> dict[int, Case]:
     """Four fields only, so that the largest tables fit."""
     sizes = [size for size in (10**4, 10**5, 10**6, 10**7, 10**8) if size <= (10**6 if quick else largest)]
-    row_bytes, room = (
-        4 * (DIM + 1) * BYTES_PER_FLOAT,
-        ROOM * free_bytes(),
-    )  # with the optimizer's number a row
+    row_bytes = 4 * (DIM + 1) * BYTES_PER_FLOAT  # of four tables, with the optimizer's number a row
+    room = ROOM * free_bytes()
     fits = [size for size in sizes if sum(each for each in sizes if each <= size) * row_bytes < room]
     for size in sizes:
         if size not in fits:

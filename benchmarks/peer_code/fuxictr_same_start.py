@@ -1,6 +1,8 @@
 """Run by FuxiCTR's own Python: trains a model from given weights on given batches for benchmarks/same_start.py, and writes its predictions.
 
-PYTHONPATH=FUXICTR python fuxictr_same_start.py TASK.json
+    PYTHONPATH=FUXICTR python fuxictr_same_start.py TASK.json
+
+FUXICTR is a checkout of FuxiCTR's repository. Nothing of ours is imported here.
 """
 
 import importlib
