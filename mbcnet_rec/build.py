@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DataParallelWrapper, DMPCollection
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
@@ -241,11 +242,24 @@ def _sharded(
             node_group_size=plan.local_group_size, sharders=sharders,
         )  # fmt: skip
     env = ShardingEnv.from_process_group(world)
-    return DistributedModelParallel(
+    alone = plan.world_size == 1
+    model = DistributedModelParallel(
         objective,
         env=env,
         device=device,
         plan=sharding_plan,
         sharders=sharders,
-        data_parallel_wrapper=_NoCopies() if plan.world_size == 1 else None,
+        data_parallel_wrapper=_NoCopies() if alone else None,
     )
+    if alone:
+        _unwrap_lookups(model)
+    return model
+
+
+def _unwrap_lookups(model: nn.Module) -> None:
+    """Take DistributedDataParallel off the lookups of replicated tables, for a single process: see _NoCopies."""
+    for module in model.modules():
+        lookups: Any = getattr(module, "_lookups", ())
+        for place, lookup in enumerate(lookups):
+            if isinstance(lookup, DistributedDataParallel):
+                lookups[place] = lookup.module

@@ -244,10 +244,12 @@ def row_norms(errors: Tensor, norm: Norm) -> Tensor:
 
 
 def bce_with_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute -y log p - (1 - y) log(1 - p), p = sigmoid(z), as a sum of two terms >= 0: stable and exact for any z. Shape of `logits`."""
+    """Compute -y log p - (1 - y) log(1 - p), p = sigmoid(z), of labels 0 and 1: log(1 + exp(-z)) or log(1 + exp(z)). Exact for any z.
+
+    Shape of `logits`.
+    """
     z = at_least_float32(logits)
-    y = labels.to(z.dtype)
-    return y * F.softplus(-z) + (1.0 - y) * F.softplus(z)
+    return F.softplus((1.0 - 2.0 * labels.to(z.dtype)) * z)
 
 
 def weighted_bce(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

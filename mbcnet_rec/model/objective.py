@@ -146,26 +146,28 @@ class LossArch(nn.Module):
             () loss, and what to log. A cooperation loss that is not part of the objective is logged as 0.
         """
         with torch.autocast(labels.device.type, enabled=False):
-            logits = at_least_float32(
-                torch.cat([output.fused_logits.unsqueeze(0), output.branch_logits])
-            )  # (1 + K, B)
+            fused = output.fused_logits.unsqueeze(0)
+            some = len(output.branch_logits) > 0
+            logits = torch.cat([fused, output.branch_logits]) if some else fused  # (1 + K, B)
+            logits = at_least_float32(logits)
             bce = weighted_bce(logits, labels, weights).sum()
-            coteaching = self._coteaching_loss(logits[1:], labels, weights)
             matrices = None if self.transforms is None else self.transforms()
+            coteaching = self._coteaching_loss(logits[1:], labels, weights)
             differentiation = self._differentiation_loss(output.latents, matrices, weights)
-            loss = (
-                bce
-                + warm(self.coteaching, self.step) * coteaching
-                + warm(self.differentiation, self.step) * differentiation
-            )
+            loss = bce
+            if coteaching is not None:
+                loss = loss + warm(self.coteaching, self.step) * coteaching
+            if differentiation is not None:
+                loss = loss + warm(self.differentiation, self.step) * differentiation
             norms, distance = self._measured(output.latents, matrices, weights)
         if self.training:
             self.step += 1
+        absent = bce.new_zeros(())
         terms = {
             "loss": loss,
             "bce": bce,
-            "coteaching_loss": coteaching,
-            "differentiation_loss": differentiation,
+            "coteaching_loss": absent if coteaching is None else coteaching,
+            "differentiation_loss": absent if differentiation is None else differentiation,
         }
         return loss, Outputs(
             logits=logits.detach().t(),
@@ -185,9 +187,9 @@ class LossArch(nn.Module):
         distance = weights.new_empty(0) if matrices is None else distance_from_identity(matrices)
         return latent_norms(latents, weights), distance
 
-    def _coteaching_loss(self, branch_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _coteaching_loss(self, branch_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor | None:
         if len(branch_logits) < 2 or self.coteaching.weight == 0:
-            return branch_logits.new_zeros(())
+            return None
         return branch_coteaching_loss(
             branch_logits,
             labels,
@@ -198,10 +200,12 @@ class LossArch(nn.Module):
             mean_over_ranks=self._mean_over_ranks[0],
         )
 
-    def _differentiation_loss(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> Tensor:
+    def _differentiation_loss(
+        self, latents: Tensor, matrices: Tensor | None, weights: Tensor
+    ) -> Tensor | None:
         config = self.differentiation
         if len(latents) < 2 or config.weight == 0:
-            return weights.new_zeros(())
+            return None
         if matrices is not None:
             return moderate_differentiation_loss(latents, matrices, norm=config.norm, weights=weights)
         sign = -1.0 if config.kind == "max_difference" else 1.0

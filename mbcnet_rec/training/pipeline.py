@@ -243,10 +243,14 @@ def evaluate_batches(
         model.train(was_training)
 
 
+@torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients so that their joint L2 norm is at most `max_norm` (infinite: leave them); return the norm before."""
+    """Scale gradients so that their joint L2 norm is at most `max_norm` (infinite: leave them); return the norm before.
+
+    As torch.nn.utils.clip_grad_norm_, which sorts the gradients by device and dtype first; ours are of one.
+    """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if max_norm < float("inf"):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_(max=1.0))
     return norm

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from mbcnet_rec.training.exits import LostRankError
+from mbcnet_rec.training.marks import mark_for_profilers_only
 
 _TIMES_JOINED = itertools.count()
 # Of glibc's mallopt. Blocks below the first size come from the heap; free memory below the second stays there.
@@ -87,6 +88,7 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
         torch.cuda.set_device(chosen)
     else:
         _keep_freed_memory()
+    mark_for_profilers_only()
     # On a CPU plain "gloo", not "cpu:gloo": with the latter a rank without local shards asks for CUDA when loading.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)

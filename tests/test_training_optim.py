@@ -1,0 +1,163 @@
+"""Adam on whole tensors moves every number as torch's does; clipping and profilers' marks do what torch's do, with less around them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import make_run
+from torch import Tensor, nn
+from torch.autograd import profiler
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile, record_function
+from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
+from torchrec.optim.keyed import KeyedOptimizerWrapper
+
+from data.schema import load_schema
+from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.config import load_config
+from mbcnet_rec.training.marks import mark_for_profilers_only
+from mbcnet_rec.training.pipeline import clip_gradients
+from mbcnet_rec.training.process import joined_process
+from mbcnet_rec.training.whole_adam import WholeAdam, wholes_of
+
+RATES = {"lr": 1e-2, "eps": 1e-8}
+TABLES = ((3, 4), (5, 2))
+
+
+def tables_of_one_tensor() -> tuple[nn.Parameter, list[TableBatchedEmbeddingSlice]]:
+    """Two tables as TorchRec keeps them: in one tensor, whose gradient they look up."""
+    sizes = [rows * width for rows, width in TABLES]
+    whole = nn.Parameter(torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0)))
+    cuts = [(0, sizes[0]), (sizes[0], sum(sizes))]
+    return whole, [
+        TableBatchedEmbeddingSlice(whole, first, last, -1, width)
+        for (first, last), (_, width) in zip(cuts, TABLES, strict=True)
+    ]
+
+
+def gradients(steps: int, size: int) -> Tensor:
+    return torch.randn(steps, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}],
+    ids=["plain", "penalty", "decoupled decay"],
+)
+def test_tables_move_as_torch_moves_them_one_by_one(options: dict[str, float]) -> None:
+    """Ten steps, the rate changed between them: equal to torch's own fused Adam on separate parameters, but for the last bit:
+    whether a number is in the vector part of the loop depends on where its tensor begins."""
+    whole, tables = tables_of_one_tensor()
+    apart = [nn.Parameter(table.detach().clone()) for table in tables]
+    ours, theirs = (
+        WholeAdam(tables, **RATES, **options),
+        torch.optim.Adam(apart, fused=True, **RATES, **options),
+    )
+    for step, gradient in enumerate(gradients(10, whole.numel())):
+        for optimizer in (ours, theirs):
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = RATES["lr"] / (1 + step // 5)
+        assert all(table.grad is None for table in tables)
+        whole.grad = gradient.clone()
+        for one, table in zip(apart, tables, strict=True):
+            assert table.grad is not None
+            one.grad = table.grad.clone()
+        ours.step()
+        theirs.step()
+    for one, table in zip(apart, tables, strict=True):
+        torch.testing.assert_close(table.detach(), one.detach(), rtol=1e-6, atol=1e-7)
+        for key, value in theirs.state[one].items():
+            torch.testing.assert_close(ours.state[table][key], value, rtol=1e-6, atol=1e-9)
+
+
+def test_state_that_is_loaded_is_the_state_that_moves() -> None:
+    """Checkpoints write into the state of each table; the next step must start from there."""
+    runs = []
+    for _ in range(2):
+        whole, tables = tables_of_one_tensor()
+        named = {f"table_{number}": table for number, table in enumerate(tables)}
+        runs.append((whole, KeyedOptimizerWrapper(named, lambda params: WholeAdam(params, **RATES))))
+    (first, kept), (second, resumed) = runs
+    steps = gradients(6, first.numel())
+    for gradient in steps[:3]:
+        first.grad = gradient.clone()
+        kept.step()
+    saved, weights = copy.deepcopy(kept.state_dict()), first.detach().clone()
+    for gradient in steps[3:]:
+        first.grad = gradient.clone()
+        kept.step()
+    resumed.init_state()  # as a resumed run makes what it loads into: gradients that are given to the tables, not to the tensor
+    resumed.zero_grad()
+    resumed.load_state_dict(saved)
+    with torch.no_grad():
+        second.copy_(weights)
+    for gradient in steps[3:]:
+        second.grad = gradient.clone()
+        resumed.step()
+    assert torch.equal(first, second)
+
+
+def test_tables_without_their_neighbours_stand_for_themselves() -> None:
+    """A tensor some of whose tables another optimizer has is not moved as a whole."""
+    whole, tables = tables_of_one_tensor()
+    other = nn.Parameter(torch.ones(3))
+    assert [(id(each), len(parts)) for each, parts in wholes_of([*tables, other])] == [
+        (id(whole), 2),
+        (id(other), 1),
+    ]
+    assert [id(each) for each, _ in wholes_of([tables[1], other])] == [id(tables[1]), id(other)]
+    before = whole.detach().clone()
+    optimizer = WholeAdam([tables[1]], **RATES)
+    whole.grad = torch.ones_like(whole)
+    optimizer.step()
+    moved = whole.detach() != before
+    assert not moved[: tables[0].numel()].any() and moved[tables[0].numel() :].all()
+
+
+def test_clipping_is_torchs() -> None:
+    """Norm and clipped gradients, above and below the limit and without one; parameters without gradient do not count."""
+    for limit in (0.5, 1e3, float("inf")):
+        ours = [nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2))]
+        for parameter, seed in zip(ours[:2], (3, 4), strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        theirs = copy.deepcopy(ours)
+        for parameter, own in zip(theirs, ours, strict=True):
+            parameter.grad = None if own.grad is None else own.grad.clone()
+        torch.testing.assert_close(clip_gradients(ours, limit), nn.utils.clip_grad_norm_(theirs, limit))
+        for parameter, own in zip(theirs[:2], ours[:2], strict=True):
+            torch.testing.assert_close(own.grad, parameter.grad)
+
+
+def test_marks_reach_profilers_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a profiler a mark has its name and its time; outside it does not touch torch's dispatcher."""
+    for name in ("__enter__", "__exit__"):
+        monkeypatch.setattr(record_function, name, getattr(record_function, name))  # put back afterwards
+    mark_for_profilers_only()
+    mark_for_profilers_only()  # a process may train twice
+    with record_function("unheard") as mark:
+        assert mark.record is None
+    with profile(activities=[ProfilerActivity.CPU]) as heard, record_function("heard"):
+        torch.ones(3).sum()
+    assert "heard" in {event.key for event in heard.key_averages()}
+    assert not profiler._is_profiler_enabled
+
+
+def test_a_single_process_looks_up_replicated_tables_without_a_wrapper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is wrapped in DistributedDataParallel, and tables are moved by the tensor, their state is of their shape."""
+    make_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    settings = ["sharding.sharding_types=['data_parallel']", "optim.embedding.name=adam"]
+    config = load_config(tmp_path / "tiny.toml", settings)
+    quieten_libraries()
+    with joined_process("cpu") as process:
+        built = build(config, load_schema(tmp_path / config.schema), process)
+    assert not [module for module in built.model.modules() if isinstance(module, DistributedDataParallel)]
+    tables: Any = dict(built.optimizer.optimizers)["replicated"]
+    assert len(tables._optimizer._wholes[0]) < len(tables.params)
+    tables.init_state()
+    for name, table in tables.params.items():
+        assert tables.state[table]["exp_avg"].shape == table.shape, name
