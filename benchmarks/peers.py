@@ -19,6 +19,7 @@ fuxictr_speedup/SIZE/MODEL, dlrm_speedup             ours / the peer's samples a
 least_fuxictr_speedup                                the least of them
 ours_per_second/..., fuxictr_per_second/..., dlrm_per_second     medians, samples a second
 ours_as_shipped_per_second/...                       ours with its default table optimizer, rowwise Adagrad inside backward
+ours_bf16_per_second/...                             ours with dense Adam and train.autocast=bf16, a switch that FuxiCTR does not have
 """
 
 import json
@@ -147,7 +148,11 @@ def our_dlrm() -> dict[str, Any]:
 
 
 def our_task(
-    model: Mapping[str, Any], size: Size, folder: Path, embedding: Mapping[str, Any]
+    model: Mapping[str, Any],
+    size: Size,
+    folder: Path,
+    embedding: Mapping[str, Any],
+    autocast: str = "none",
 ) -> dict[str, Any]:
     """One epoch of ours. embedding: the [optim.embedding] table; dense Adam wants whole tables on the rank."""
     dense_adam = embedding.get("name") == "adam"
@@ -159,7 +164,12 @@ def our_task(
         "model": dict(model),
         "sharding": {"sharding_types": ["data_parallel"]} if dense_adam else {},
         "optim": {"dense_lr": RATE, "dense_eps": 1e-8, "embedding": dict(embedding)},
-        "train": {"device": "cpu", "max_grad_norm": CLIP, "out": str(folder / "run")},
+        "train": {
+            "device": "cpu",
+            "autocast": autocast,
+            "max_grad_norm": CLIP,
+            "out": str(folder / "run"),
+        },
     }
     return {"config": config, "warm_up": size.warm_up, "steps": size.steps, "batch": size.batch}
 
@@ -338,7 +348,7 @@ def speedup(rates: Mapping[str, Sequence[float]], peer: str) -> float | None:
 def told(rates: Mapping[str, Sequence[float]], peer: str, where: str) -> dict[str, float | None]:
     """Figures of one comparison; a line of it is printed."""
     figures: dict[str, float | None] = {f"{peer}_speedup{where}": speedup(rates, peer)}
-    for name in ("ours", "ours_as_shipped", peer):
+    for name in ("ours", "ours_as_shipped", "ours_bf16", peer):
         suffix = "/dlrm" if peer == "dlrm" and name != peer else where
         if name in rates or name == peer:
             median = statistics.median(rates[name]) if name in rates else None
@@ -364,6 +374,7 @@ def beside_fuxictr(sides: Mapping[str, Side], args: Any, folder: Path) -> dict[s
             cases: dict[str, tuple[Side, Mapping[str, Any]]] = {
                 "ours": (sides["ours"], our_task(model, size, folder / name, adam)),
                 "ours_as_shipped": (sides["ours"], our_task(model, size, folder / name, {})),
+                "ours_bf16": (sides["ours"], our_task(model, size, folder / name, adam, "bf16")),
             }
             if "fuxictr" in sides:
                 source = str(Path(args.peer_source).resolve())
