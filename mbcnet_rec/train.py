@@ -30,7 +30,7 @@ from mbcnet_rec.training.process import Process, agreed, broadcast_value, joined
 from mbcnet_rec.training.progress import tell
 from mbcnet_rec.training.records import METRICS, Records, write_whole
 from mbcnet_rec.training.run_place import CHECKPOINTS, place_of
-from mbcnet_rec.training.scoring import EvaluationGivenUpError
+from mbcnet_rec.training.scoring import EvaluationGivenUpError, bf16_in_hardware
 from mbcnet_rec.training.tracking import open_sink
 from mbcnet_rec.training.warm_start import warm_start
 from mbcnet_rec.training.watchdog import STACKS, Watchdog
@@ -297,6 +297,11 @@ def opening_line(
         notes += (
             f"\nnote: data.keep_negatives = {config.data.keep_negatives} without weights makes probabilities too high: add {correction:.4f} to "
             "logits, or set data.negative_weights = 'importance'"
+        )
+    if config.train.autocast == "bf16" and process.device.type == "cpu" and not bf16_in_hardware():
+        notes += (
+            "\nnote: train.autocast = 'bf16', and this processor has no bf16 products: they are emulated, several times slower than "
+            "float32; set train.autocast = 'none'"
         )
     return (
         f"{config.name}: {config.model.kind} on {len(schema.features)} fields of {schema.name}, "

@@ -187,6 +187,15 @@ def test_a_run_whose_report_fails_is_done_all_the_same(config, tmp_path, monkeyp
     assert "its report was not written (ValueError: no such backend)" in caplog.text
 
 
+@pytest.mark.parametrize(("hardware", "told"), [(False, True), (True, False)])
+def test_bf16_on_a_cpu_that_emulates_it_is_told(config, tmp_path, monkeypatch, capfd, hardware, told):
+    """Its products are several times slower than float32's there: a user who hoped for speed must not have to find out."""
+    monkeypatch.setattr("mbcnet_rec.train.bf16_in_hardware", lambda: hardware)
+    code, _ = run(config, str(tmp_path / "run"), "train.autocast=bf16", "train.max_steps=1")
+    said = capfd.readouterr()
+    assert code == 0 and ("has no bf16 products" in said.out + said.err) == told
+
+
 def test_gradients_are_clipped_by_their_joint_norm():
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
     for parameter, value in zip(parameters, (3.0, 4.0), strict=True):
