@@ -9,9 +9,13 @@ from data.prepare import DATA_SETS, prepare
 from data.schema import load_schema
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
+from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.study.conduct import variant_config
+from mbcnet_rec.study.studies import MODELS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "mbcnet_rec" / "configs").glob("*.toml"))
+TUNED = sorted((ROOT / "mbcnet_rec" / "study" / "tuned").glob("*/*.toml"))
 SHARED = ROOT.parent / "shared" / "datasets"
 # config -> folder of its real files
 REAL = {
@@ -33,6 +37,18 @@ def test_config_loads_and_says_what_it_is(path):
     assert config.schema == f"prepared/{path.stem}/schema.toml", (
         "relative to the working directory, as README prints"
     )
+
+
+@pytest.mark.parametrize("path", TUNED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_tuned_config_is_what_a_study_takes_for_its_model(path):
+    """`mbcnet study table3 --tuned mbcnet_rec/study/tuned/DATA` trains it: the same data as DATA's own config, the model of its name."""
+    of_data = {"synthetic": ROOT / "mbcnet_rec/study/claims/run.toml"}
+    base = load_config(of_data.get(path.parent.name, ROOT / f"mbcnet_rec/configs/{path.parent.name}.toml"))
+    config = variant_config(base, MODELS[path.stem], path.parent)
+    assert config.model.kind == path.stem and config.model.init == "xavier_normal"
+    for key in ("train", "valid", "test"):
+        assert getattr(config.data, key) == getattr(base.data, key)
+    assert getattr(config.model, path.stem) != getattr(ModelConfig(), path.stem)
 
 
 def test_each_config_is_either_real_or_synthetic():
