@@ -98,8 +98,7 @@ def prefetched(items: Iterator[T], depth: int, patience: Patience) -> Iterator[T
     """Make items ahead in one thread, at most `depth` of them. Errors are raised in the caller.
 
     A caller that finds an item ready wakes nobody, which costs a twentieth of a millisecond where the other core sleeps; the maker
-    looks again by itself: when the last item took as long, and if that is too soon, after a little and then less often. Each look
-    takes Python's lock from the caller, so few are wanted.
+    looks again by itself, soon at first and then less often.
 
     Raises:
         InputError: no item in time.
@@ -107,17 +106,12 @@ def prefetched(items: Iterator[T], depth: int, patience: Patience) -> Iterator[T
     ready: deque[tuple[bool, T | BaseException | None]] = deque()
     filled, abandoned = threading.Event(), threading.Event()
 
-    usual = 0.0  # seconds that an item had to wait for its place
-
     def put(is_item: bool, item: T | BaseException | None) -> bool:
-        nonlocal usual
-        pause, next_pause, waited = min(max(0.9 * usual, LEAST_PAUSE), POLL_SECONDS), LEAST_PAUSE, 0.0
+        pause = LEAST_PAUSE
         while len(ready) >= depth:
             if abandoned.wait(pause):
                 return False
-            waited += pause
-            pause, next_pause = next_pause, min(1.5 * next_pause, POLL_SECONDS)
-        usual = waited
+            pause = min(1.5 * pause, POLL_SECONDS)
         ready.append((is_item, item))
         filled.set()
         return not abandoned.is_set()

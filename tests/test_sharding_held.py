@@ -153,7 +153,7 @@ def test_planned_bytes_are_held_bytes(machine, tmp_path):
     torch.multiprocessing.spawn(worker, (machine, port, str(tmp_path)), nprocs=machine[0])
     seen = set()
     for rank in range(machine[0]):
-        for name, planned, held, line, types in torch.load(tmp_path / f"{rank}.pt"):
+        for name, planned, held, line, types in torch.load(tmp_path / f"{rank}.pt", weights_only=True):
             print(f"{name}, rank {rank}: planned {planned}, held {held}")
             for part, expected, real in zip(("rows", "state"), planned, held, strict=True):
                 assert abs(real - expected) <= 0.01 * max(expected, 1), (

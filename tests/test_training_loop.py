@@ -12,7 +12,7 @@ from mbcnet_rec.cli import main
 from mbcnet_rec.commands import train
 from mbcnet_rec.training.checkpoint import Saved, step_folder
 from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
-from mbcnet_rec.training.pipeline import CheckedPipeline, PlainPipeline, clip_gradients, pipeline_for
+from mbcnet_rec.training.pipeline import CheckedPipeline, PlainPipeline, pipeline_for
 from mbcnet_rec.training.records import TIMING_KEYS
 from mbcnet_rec.training.state import TrainState
 from mbcnet_rec.training.tensor_file import map_block, read_header
@@ -194,20 +194,6 @@ def test_bf16_on_a_cpu_that_emulates_it_is_told(config, tmp_path, monkeypatch, c
     code, _ = run(config, str(tmp_path / "run"), "train.autocast=bf16", "train.max_steps=1")
     said = capfd.readouterr()
     assert code == 0 and ("has no bf16 products" in said.out + said.err) == told
-
-
-def test_gradients_are_clipped_by_their_joint_norm():
-    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
-    for parameter, value in zip(parameters, (3.0, 4.0), strict=True):
-        parameter.grad = torch.full_like(parameter, value)
-    expected = (3 * 9.0 + 2 * 16.0) ** 0.5
-    assert float(clip_gradients(parameters, float("inf"))) == pytest.approx(expected)
-    assert parameters[0].grad[0] == 3.0, "no limit, no change"
-    assert float(clip_gradients(parameters, 1.0)) == pytest.approx(expected), "the norm before"
-    left = torch.cat([parameter.grad for parameter in parameters])
-    assert float(left.norm()) == pytest.approx(1.0, rel=1e-5) and float(left[0] / left[3]) == pytest.approx(
-        0.75
-    )
 
 
 def test_the_norm_is_logged_and_a_clip_changes_the_run(config, tmp_path):

@@ -147,7 +147,7 @@ def test_marks_reach_profilers_and_nobody_else(monkeypatch: pytest.MonkeyPatch) 
 def test_a_single_process_looks_up_replicated_tables_without_a_wrapper(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is wrapped in DistributedDataParallel, and tables are moved by the tensor, their state is of their shape."""
+    """No lookup is wrapped in DistributedDataParallel, and tables are moved by the tensor, their state is of their shape."""
     make_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     settings = ["sharding.sharding_types=['data_parallel']", "optim.embedding.name=adam"]
@@ -155,7 +155,9 @@ def test_a_single_process_looks_up_replicated_tables_without_a_wrapper(
     quieten_libraries()
     with joined_process("cpu") as process:
         built = build(config, load_schema(tmp_path / config.schema), process)
-    assert not [module for module in built.model.modules() if isinstance(module, DistributedDataParallel)]
+    lookups = [each for module in built.model.modules() for each in getattr(module, "_lookups", ())]
+    assert lookups, "TorchRec keeps them in a list, out of sight of modules()"
+    assert not [each for each in lookups if isinstance(each, DistributedDataParallel)]
     tables: Any = dict(built.optimizer.optimizers)["replicated"]
     assert len(tables._optimizer._wholes[0]) < len(tables.params)
     tables.init_state()

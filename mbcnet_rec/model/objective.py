@@ -146,13 +146,12 @@ class LossArch(nn.Module):
             () loss, and what to log. A cooperation loss that is not part of the objective is logged as 0.
         """
         with torch.autocast(labels.device.type, enabled=False):
-            fused = output.fused_logits.unsqueeze(0)
-            some = len(output.branch_logits) > 0
-            logits = torch.cat([fused, output.branch_logits]) if some else fused  # (1 + K, B)
-            logits = at_least_float32(logits)
+            logits = at_least_float32(
+                torch.cat([output.fused_logits.unsqueeze(0), output.branch_logits])
+            )  # (1 + K, B)
             bce = weighted_bce(logits, labels, weights).sum()
-            matrices = None if self.transforms is None else self.transforms()
             coteaching = self._coteaching_loss(logits[1:], labels, weights)
+            matrices = None if self.transforms is None else self.transforms()
             differentiation = self._differentiation_loss(output.latents, matrices, weights)
             loss = bce
             if coteaching is not None:
