@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The CUDA set where the driver lists a GPU, else the CPU set
 SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
+# Processes of `make test`; a file's tests share what they set up and stay in one
+WORKERS ?= 2
 READY := .venv/ready-$(SET)
 # One thread for each process: two ranks on two cores do not fight
 export OMP_NUM_THREADS ?= 1
@@ -21,7 +23,7 @@ demo: $(READY)
 	$(BIN)/torchx run -s local_cwd launch/components.py:train --config mbcnet_rec/configs/demo.toml -j 1x2 -- --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

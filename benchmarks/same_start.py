@@ -3,13 +3,19 @@
     python benchmarks/same_start.py --data prepared/adult prepared/criteo --peer-python VENV/bin/python --peer-source FUXICTR
 
 Over seeds, test AUCs of two equal models scatter as widely as the test part is small (quality.py). Here nothing is drawn by the peer: our
-initial weights and our batches, in our order, go to it, and dropout is off. What is left is rounding, which training makes larger with every
-step. Models, Adam, full-table L2 and the gradient clip are those of quality.py. FuxiCTR's FinalMLP adds two biases to one sum; its second stays 0.
-Without a peer only our side is trained, and what compares is null.
+initial weights and our batches, in our order, go to it, and dropout is off, or, with --protocol, drops the same elements on both sides. What
+is left is rounding, which training makes larger with every step. Models, Adam, full-table L2 and the gradient clip are those of quality.py.
+FuxiCTR's FinalMLP adds two biases to one sum; its second stays 0. Without a peer only our side is trained, and what compares is null.
+
+--protocol trains as quality.py does: dropout, an evaluation each epoch, rates x 0.1 at each that does not improve, stop after two in a row,
+the best epoch by validation AUC is what counts. Each side decides by its own predictions.
 
 largest_difference/DATA/MODEL/epoch_1     of the probability of any test row with any seed, after that many passes over the training rows
 auc_ours/..., auc_peer/...                of the test rows then, mean over seeds
 auc_apart/...                             the largest difference of the two with any seed
+auc_difference/...                        mean over seeds of ours less the peer's
+.../DATA/MODEL/best                       with --protocol: the same of each side's best epoch
+other_epoch/DATA/MODEL                    with --protocol: seeds with which the two sides chose another epoch
 """
 
 import contextlib
@@ -26,6 +32,7 @@ import numpy as np
 import quality
 import torch
 from paper_size import objective_of
+from peer_code.given_masks import give_masks
 from side_by_side import parser_of, print_figures
 from torch import Tensor
 
@@ -37,16 +44,23 @@ from data.stream import ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.study.tuning import with_overrides
+from mbcnet_rec.training.loop import PLATEAU_FACTOR, PLATEAU_FLOOR, PLATEAU_PATIENCE
 from mbcnet_rec.training.metrics import auc
 from mbcnet_rec.training.pipeline import PlainPipeline, clip_gradients
 from mbcnet_rec.training.process import joined_process
 
 PREDICTION = "equal to 1e-6 after the first pass; rounding grows to 1e-2 of single rows over a thousand steps, AUCs stay within 1e-3"
+SPARE_EPOCHS = 4
 PEER_SCRIPT = Path(__file__).parent / "peer_code" / "fuxictr_same_start.py"
 
 
-def without_dropout(kind: str) -> tuple[list[str], dict[str, Any]]:
+Predictions = list[dict[str, np.ndarray]]  # of an epoch: split -> probabilities
+
+
+def dropout_of(kind: str, protocol: bool) -> tuple[list[str], dict[str, Any]]:
     """Overrides of our config, and the peer's hyper-parameters."""
+    if protocol:
+        return [], quality.PEERS[kind]
     ours = [f"model.{key}=0.0" for key in quality.OURS[kind] if key.endswith("dropout")]
     peer = {key: 0.0 if key.endswith("dropout") else value for key, value in quality.PEERS[kind].items()}
     return ours, peer
@@ -87,20 +101,25 @@ def initial_weights(built: Built, schema: Schema) -> dict[str, np.ndarray]:
     return weights
 
 
-def train_ours(config: RunConfig, schema: Schema, data: Path, folder: Path) -> list[np.ndarray]:
+def train_ours(config: RunConfig, schema: Schema, data: Path, folder: Path, protocol: bool) -> Predictions:
     """Train epoch by epoch; what the peer needs is left in the folder.
 
     Returns:
-        Probabilities of the test rows after each epoch.
+        Probabilities of the validation and test rows after each epoch.
     """
-    test = list(
-        ParquetStream(resolve_files([str(data / "test")]), schema, StreamOptions(4096, 1, "partitioned"))
-    )
-    np.savez(folder / "test_rows.npz", **joined([rows_of(batch, schema) for batch in test]))  # type: ignore[arg-type]
-    seen: list[dict[str, np.ndarray]] = []
-    found = []
+    scored = {
+        split: list(
+            ParquetStream(resolve_files([str(data / split)]), schema, StreamOptions(4096, 1, "partitioned"))
+        )
+        for split in ("valid", "test")
+    }
+    for split, batches in scored.items():
+        rows = joined([rows_of(batch, schema) for batch in batches])
+        np.savez(folder / f"{split}_rows.npz", **rows)  # type: ignore[arg-type]
+    found: Predictions = []
     with joined_process("cpu") as process:
         built = build(config, schema, process)
+        give_masks(built.model, config.train.seed)
         np.savez(folder / "weights.npz", **initial_weights(built, schema))  # type: ignore[arg-type]
 
         def clip() -> None:
@@ -113,17 +132,49 @@ def train_ours(config: RunConfig, schema: Schema, data: Path, folder: Path) -> l
             lambda loss: None,
             clip,
         )
+        decay = Decay()
         for epoch in range(config.train.epochs):
-            seed = 1000 * config.train.seed + epoch
-            options = StreamOptions(config.data.batch_size, 1, "shuffled", seed=seed)
             built.model.train()
-            for batch in ParquetStream(resolve_files([str(data / "train")]), schema, options):
-                seen.append(rows_of(batch, schema))
+            for batch in batches_of(config, schema, data, epoch):
                 pipeline.progress(iter([batch]))
-            found.append(probabilities(built, test))
+            found.append({split: probabilities(built, batches) for split, batches in scored.items()})
+            if protocol and decay.after(validation_auc(found[-1]["valid"], scored["valid"]), built.optimizer):
+                break
+    spare = SPARE_EPOCHS if protocol else 0  # the peer may want more of them than we did
+    epochs = range(min(config.train.epochs, len(found) + spare))
+    seen = [rows_of(batch, schema) for epoch in epochs for batch in batches_of(config, schema, data, epoch)]
     sizes = [len(rows[schema.label]) for rows in seen]
     np.savez(folder / "train_rows.npz", **joined(seen), **{"": np.asarray(sizes)})  # type: ignore[arg-type]
     return found
+
+
+def batches_of(config: RunConfig, schema: Schema, data: Path, epoch: int) -> ParquetStream:
+    """The training rows of an epoch."""
+    options = StreamOptions(config.data.batch_size, 1, "shuffled", seed=1000 * config.train.seed + epoch)
+    return ParquetStream(resolve_files([str(data / "train")]), schema, options)
+
+
+def validation_auc(predicted: np.ndarray, batches: list[Batch]) -> float:
+    """AUC of validation rows."""
+    labels = torch.cat([batch.labels[batch.weights > 0] for batch in batches]).numpy()
+    return auc(predicted, labels)
+
+
+class Decay:
+    """The plateau schedule, as mbcnet_rec.training.loop has it for whole runs."""
+
+    def __init__(self) -> None:
+        self.best, self.bad = float("-inf"), 0
+
+    def after(self, score: float, optimizer: Any) -> bool:
+        """Take an evaluation in; returns whether training ends."""
+        if score > self.best:
+            self.best, self.bad = score, 0
+            return False
+        self.bad += 1
+        for group in optimizer.param_groups:
+            group["lr"] = max(group["lr"] * PLATEAU_FACTOR, PLATEAU_FLOOR)
+        return self.bad >= PLATEAU_PATIENCE
 
 
 def probabilities(built: Built, batches: list[Batch]) -> np.ndarray:
@@ -136,16 +187,18 @@ def probabilities(built: Built, batches: list[Batch]) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def train_peer(kind: str, data: Path, folder: Path, args: Any) -> list[np.ndarray]:
+def train_peer(kind: str, seed: int, steps_an_epoch: int, data: Path, folder: Path, args: Any) -> Predictions:
     """Have the peer do the same, by its own Python."""
     task = {
         "source": str(Path(args.peer_source).resolve()),
         "folder": str(folder.resolve()),
         "threads": args.threads,
         "kind": kind,
-        "epochs": args.epochs,
+        "steps_an_epoch": steps_an_epoch,
+        "protocol": args.protocol,
+        "mask_seed": seed,
         "params": quality.PEER_TRAINING
-        | without_dropout(kind)[1]
+        | dropout_of(kind, args.protocol)[1]
         | {
             "dataset_id": data.name,
             "model_id": kind,
@@ -162,36 +215,63 @@ def train_peer(kind: str, data: Path, folder: Path, args: Any) -> list[np.ndarra
     if done.returncode:
         raise SystemExit(f"FuxiCTR ended with {done.returncode}; its words are above")
     with np.load(folder / "predictions.npz") as answer:
-        return [answer[str(epoch)] for epoch in range(args.epochs)]
+        epochs = len(answer.files) // 2
+        return [{split: answer[f"{split}/{epoch}"] for split in ("valid", "test")} for epoch in range(epochs)]
 
 
 def configs_of(data: Path, schema_file: Path, kind: str, args: Any) -> list[RunConfig]:
     """A run's config for each seed."""
     config = quality.our_config(data, schema_file, kind, args.l2, args.epochs)
-    overrides = without_dropout(kind)[0]
+    overrides = dropout_of(kind, args.protocol)[0]
     return [
         with_overrides(config, [*overrides, f"train.seed={seed}"], f"{kind}, seed {seed}")
         for seed in range(args.seeds)
     ]
 
 
+def best_epoch(found: Predictions, labels: np.ndarray) -> int:
+    """By validation AUC."""
+    return int(np.argmax([auc(epoch["valid"], labels) for epoch in found]))
+
+
 def compare(
-    name: str, labels: np.ndarray, runs: list[tuple[list[np.ndarray], list[np.ndarray] | None]]
+    place: str, labels: np.ndarray, ours: list[np.ndarray], peer: list[np.ndarray]
 ) -> dict[str, float | None]:
-    """Figures of a model: (ours, the peer's) probabilities after each epoch, for each seed."""
+    """Figures of probabilities of test rows, one array a seed; `peer` is empty without one."""
+    own_aucs, peer_aucs = ([auc(rows, labels) for rows in side] for side in (ours, peer))
+    pairs = list(zip(own_aucs, peer_aucs, strict=False))
+    largest = [float(np.abs(own - other).max()) for own, other in zip(ours, peer, strict=False)]
+    return {
+        f"auc_ours/{place}": mean(own_aucs),
+        f"auc_peer/{place}": mean(peer_aucs) if peer else None,
+        f"auc_difference/{place}": mean(own - other for own, other in pairs) if peer else None,
+        f"auc_apart/{place}": max((abs(own - other) for own, other in pairs), default=None),
+        f"largest_difference/{place}": max(largest, default=None),
+    }
+
+
+def compare_all(
+    name: str,
+    labels: dict[str, np.ndarray],
+    runs: list[tuple[Predictions, Predictions | None]],
+    protocol: bool,
+) -> dict[str, float | None]:
+    """Figures of a model: after each epoch, or under the protocol of each side's best."""
     figures: dict[str, float | None] = {}
-    for epoch in range(len(runs[0][0])):
-        place = f"{name}/epoch_{epoch + 1}"
-        ours = [own[epoch] for own, _ in runs]
-        peer = [theirs[epoch] for _, theirs in runs if theirs is not None]
-        own_aucs, peer_aucs = ([auc(rows, labels) for rows in side] for side in (ours, peer))
-        figures[f"auc_ours/{place}"] = mean(own_aucs)
-        figures[f"auc_peer/{place}"] = mean(peer_aucs) if peer else None
-        pairs = list(zip(own_aucs, peer_aucs, strict=False))
-        figures[f"auc_apart/{place}"] = max((abs(own - other) for own, other in pairs), default=None)
-        figures[f"largest_difference/{place}"] = max(
-            (float(np.abs(own - other).max()) for own, other in zip(ours, peer, strict=False)), default=None
-        )
+    if not protocol:
+        for epoch in range(len(runs[0][0])):
+            ours = [own[epoch]["test"] for own, _ in runs]
+            peer = [theirs[epoch]["test"] for _, theirs in runs if theirs is not None]
+            figures |= compare(f"{name}/epoch_{epoch + 1}", labels["test"], ours, peer)
+        return figures
+    chosen = [[best_epoch(side, labels["valid"]) for side in run if side is not None] for run in runs]
+    best = [
+        [side[epoch]["test"] for side, epoch in zip(run, epochs, strict=False) if side is not None]
+        for run, epochs in zip(runs, chosen, strict=True)
+    ]
+    peer = [sides[1] for sides in best if len(sides) > 1]
+    figures |= compare(f"{name}/best", labels["test"], [sides[0] for sides in best], peer)
+    figures[f"other_epoch/{name}"] = sum(len(set(epochs)) > 1 for epochs in chosen) if peer else None
     return figures
 
 
@@ -203,13 +283,17 @@ def main() -> int:
     )
     parser.add_argument("--models", nargs="+", choices=list(quality.OURS), default=list(quality.OURS))
     parser.add_argument("--l2", type=float, default=1e-5, help="lambda of the tables (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="default 3, with --protocol at most 20")
+    parser.add_argument(
+        "--protocol", action="store_true", help="with dropout, plateau schedule and the best epoch"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="starts, each with its own order of rows")
     parser.add_argument("--peer-python", metavar="FILE", help="Python that can import FuxiCTR")
     parser.add_argument("--peer-source", metavar="FOLDER", help="checkout of FuxiCTR's repository")
     args = parser.parse_args()
     if bool(args.peer_python) != bool(args.peer_source):
         parser.error("--peer-python and --peer-source: name both or neither")
+    args.epochs = args.epochs or (20 if args.protocol else 3)
     quieten_libraries()
     torch.set_num_threads(args.threads)
     print(f"prediction: {PREDICTION}")
@@ -225,17 +309,20 @@ def main() -> int:
             schema_file = quality.write_even_schema(data, folder)
             schema = load_schema(schema_file)
             quality.write_rows(schema_file, data, folder)
-            with np.load(folder / "test.npz") as rows:
-                labels = rows[schema.label]
+            labels = {}
+            for split in ("valid", "test"):
+                with np.load(folder / f"{split}.npz") as rows:
+                    labels[split] = rows[schema.label]
             for kind in args.models:
-                runs = [
-                    (
-                        train_ours(config, schema, data, folder),
-                        train_peer(kind, data, folder, args) if args.peer_python else None,
-                    )
-                    for config in configs_of(data, schema_file, kind, args)
-                ]
-                figures |= compare(f"{data.name}/{kind}", labels, runs)
+                runs: list[tuple[Predictions, Predictions | None]] = []
+                for config in configs_of(data, schema_file, kind, args):
+                    ours = train_ours(config, schema, data, folder, args.protocol)
+                    peer = None
+                    if args.peer_python:
+                        steps = batches_of(config, schema, data, 0).steps_per_epoch
+                        peer = train_peer(kind, config.train.seed, steps, data, folder, args)
+                    runs.append((ours, peer))
+                figures |= compare_all(f"{data.name}/{kind}", labels, runs, args.protocol)
     print_figures(figures, args.json)
     return 0
 

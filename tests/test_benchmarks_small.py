@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from mbcnet_rec.model.dropout import Dropout
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -65,9 +69,44 @@ def test_growth_fits_an_exponent_to_each_curve_and_draws_it(figures_of, tmp_path
 
 
 def test_same_start_trains_our_side_and_leaves_a_peer_what_it_needs():
-    figures = figures_of_script("same_start", "--quick")
-    assert figures["auc_ours/small/dnn/epoch_1"] > 0.5
-    assert figures["largest_difference/small/dnn/epoch_1"] is None  # no FuxiCTR here
+    figures = figures_of_script("same_start", "--quick", "--protocol")
+    assert figures["auc_ours/small/dnn/best"] > 0.5
+    assert figures["largest_difference/small/dnn/best"] is None  # no FuxiCTR here
+    assert figures["other_epoch/small/dnn"] is None
+
+
+def test_same_start_compares_the_epoch_that_each_side_chose(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    same_start = importlib.import_module("same_start")
+    labels = {split: np.array([0, 1, 0, 1]) for split in ("valid", "test")}
+    right, wrong, half = (
+        np.array(rows) for rows in ([0.1, 0.9, 0.2, 0.8], [0.9, 0.1, 0.8, 0.2], [0.1, 0.3, 0.6, 0.5])
+    )
+    early = [{"valid": right, "test": half}, {"valid": wrong, "test": right}]
+    late = [{"valid": wrong, "test": half}, {"valid": right, "test": right}]
+    figures = same_start.compare_all("rows/dnn", labels, [(early, late), (late, late)], True)
+    assert figures["auc_ours/rows/dnn/best"] == (0.5 + 1) / 2 and figures["auc_peer/rows/dnn/best"] == 1
+    assert figures["auc_difference/rows/dnn/best"] == -0.25 and figures["auc_apart/rows/dnn/best"] == 0.5
+    assert figures["other_epoch/rows/dnn"] == 1
+    assert figures["largest_difference/rows/dnn/best"] == pytest.approx(0.6)
+
+
+def test_given_masks_drop_the_same_elements_of_two_models(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    give_masks = importlib.import_module("peer_code.given_masks").give_masks
+    x, outputs = torch.ones(50, 40), []
+    for kind in (nn.Dropout, Dropout):
+        model = nn.Sequential(kind(0.2), nn.Identity(), kind(0.5))
+        give_masks(model, seed=3)
+        outputs += [model(x), model(x)]
+        model.eval()
+        assert torch.equal(model(x), x)
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1]), "a mask a call"
+    assert 0.3 < float((outputs[0] > 0).float().mean()) < 0.5 and set(outputs[0].unique().tolist()) == {
+        0.0,
+        2.5,
+    }
 
 
 def test_growth_leaves_out_tables_that_do_not_fit(figures_of, monkeypatch):

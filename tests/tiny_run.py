@@ -72,7 +72,8 @@ def wait_for(what: Callable[[], object], message: Callable[[], str] | str, secon
 
 def free_ports(count: int) -> list[int]:
     """Consecutive ports that nobody listens on: slurm.conf wants a range for several nodes."""
-    for first in range(17800, 19000, count):
+    start = 17800 + 400 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # workers keep apart
+    for first in range(start, start + 400, count):
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + count):

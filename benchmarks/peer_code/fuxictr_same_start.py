@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from fuxictr_models import CLASSES, ZOO, load_source
+from given_masks import give_masks
 
 # Beginnings of the names of its dense parameters, in the order of ours
 ORDER = {
@@ -57,7 +58,7 @@ def load_weights(model: Any, kind: str, weights: Any) -> None:
 
 
 def main() -> None:
-    """Train and predict after each epoch."""
+    """Train and predict after each epoch; under the protocol slow down and stop as its fit() does."""
     task = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(task["threads"])
     logging.disable(logging.INFO)
@@ -70,20 +71,45 @@ def main() -> None:
     model = getattr(load_source(source), CLASSES[kind])(feature_map, **task["params"])
     model._max_gradient_norm = task["params"]["max_gradient_norm"]
     load_weights(model, kind, np.load(folder / "weights.npz"))
-    test, train = (dict(np.load(folder / f"{split}_rows.npz")) for split in ("test", "train"))
+    give_masks(model, task["mask_seed"])
+    # as its fit() begins
+    model._best_metric, model._stopping_steps, model._stop_training, model._epoch_index = -np.inf, 0, False, 0
+    Path(model.checkpoint).parent.mkdir(parents=True, exist_ok=True)
+    rows = {split: dict(np.load(folder / f"{split}_rows.npz")) for split in ("train", "valid", "test")}
+    train = rows["train"]
     ends = np.cumsum(train.pop(""))
-    a_pass = len(ends) // task["epochs"]
+    a_pass = task["steps_an_epoch"]
     found = {}
     for step, end in enumerate(ends):
         start = ends[step - 1] if step else 0
         model.train()
-        model.train_step({name: tensor(rows[start:end], feature_map, name) for name, rows in train.items()})
+        model.train_step({name: tensor(part[start:end], feature_map, name) for name, part in train.items()})
         if (step + 1) % a_pass == 0:
-            model.eval()
-            with torch.no_grad():
-                inputs = {name: tensor(rows, feature_map, name) for name, rows in test.items()}
-                found[str((step + 1) // a_pass - 1)] = model(inputs)["y_pred"][:, 0].numpy()
+            epoch = (step + 1) // a_pass - 1
+            for split in ("valid", "test"):
+                found[f"{split}/{epoch}"] = predictions(model, rows[split], feature_map)
+            if task["protocol"]:
+                model.checkpoint_and_earlystop(
+                    model.evaluate_metrics(
+                        labels_of(rows["valid"], feature_map), found[f"valid/{epoch}"], ["AUC"]
+                    )
+                )
+                if model._stop_training:
+                    break
     np.savez(folder / "predictions.npz", **found)
+
+
+def predictions(model: Any, rows: dict[str, np.ndarray], feature_map: Any) -> np.ndarray:
+    """Probabilities of rows."""
+    model.eval()
+    with torch.no_grad():
+        inputs = {name: tensor(part, feature_map, name) for name, part in rows.items()}
+        return model(inputs)["y_pred"][:, 0].numpy()
+
+
+def labels_of(rows: dict[str, np.ndarray], feature_map: Any) -> np.ndarray:
+    """Labels of rows."""
+    return rows[feature_map.labels[0]][:, 0]
 
 
 def tensor(rows: np.ndarray, feature_map: Any, name: str) -> torch.Tensor:
