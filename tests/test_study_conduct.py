@@ -1,6 +1,7 @@
 """Proves a study from the command line to its page: runs are cached, every picture is drawn from them, mistakes are one line."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,13 @@ def test_table3_compares_the_models_with_the_paper_beside(home, again):
     assert "MBCnet beats DNN" in text and "Of 1 claims of the paper" in text
     assert re.search(r"MBCnet is (ahead of|behind) DNN", text)
     assert "mbcnet study table3 --config" in page and "every key resolved" in page
+
+
+def test_what_the_paper_does_not_claim_is_called_a_hope(again, monkeypatch):
+    assert [name for name, study in STUDIES.items() if not study.claimed] == ["future"]
+    monkeypatch.setitem(STUDIES, "table3", replace(STUDIES["table3"], claimed=False))
+    text, _ = again("table3", "--models", "mbcnet", "dnn")
+    assert "Of 1 hopes: " in text and "## What is hoped for" in text and "the paper claims" not in text
 
 
 def test_the_page_needs_no_other_file(again):

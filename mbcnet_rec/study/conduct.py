@@ -187,7 +187,8 @@ def report_blocks(
             )
         )
     if rows and study.claims:
-        blocks += [Heading("What the paper claims"), verdict_table(study, found), Text(VERDICTS)]
+        asked = "What the paper claims" if study.claimed else "What is hoped for"
+        blocks += [Heading(asked), verdict_table(study, found), Text(VERDICTS)]
     blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found, rows, plan.category))]
     blocks += [
         Heading("Again"),
@@ -263,7 +264,8 @@ def headline(study: Study, rows: Sequence[Row], found: Mapping[str, Scores]) -> 
             f"{tested.count(each)} {each}"
             for each in ("reproduced", "same direction", "not reproduced", "contradicted")
         )
-        said.append(f"Of {len(tested)} claims of the paper: {counts}.")
+        asked = "claims of the paper" if study.claimed else "hopes"
+        said.append(f"Of {len(tested)} {asked}: {counts}.")
     return [Text(" ".join(said))] if said else []
 
 
