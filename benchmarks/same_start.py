@@ -44,16 +44,14 @@ from data.stream import ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.study.tuning import with_overrides
-from mbcnet_rec.training.loop import PLATEAU_FACTOR, PLATEAU_FLOOR, PLATEAU_PATIENCE
 from mbcnet_rec.training.metrics import auc
 from mbcnet_rec.training.pipeline import PlainPipeline, clip_gradients
 from mbcnet_rec.training.process import joined_process
+from mbcnet_rec.training.state import TrainState, scale_rates
 
 PREDICTION = "equal to 1e-6 after the first pass; rounding grows to 1e-2 of single rows over a thousand steps, AUCs stay within 1e-3"
 SPARE_EPOCHS = 4
 PEER_SCRIPT = Path(__file__).parent / "peer_code" / "fuxictr_same_start.py"
-
-
 Predictions = list[dict[str, np.ndarray]]  # of an epoch: split -> probabilities
 
 
@@ -101,8 +99,10 @@ def initial_weights(built: Built, schema: Schema) -> dict[str, np.ndarray]:
     return weights
 
 
-def train_ours(config: RunConfig, schema: Schema, data: Path, folder: Path, protocol: bool) -> Predictions:
-    """Train epoch by epoch; what the peer needs is left in the folder.
+def train_ours(
+    config: RunConfig, schema: Schema, data: Path, folder: Path, valid_labels: np.ndarray | None
+) -> Predictions:
+    """Train epoch by epoch, by the schedule of the protocol where the labels of the validation rows are given; the peer's part is left in the folder.
 
     Returns:
         Probabilities of the validation and test rows after each epoch.
@@ -132,15 +132,18 @@ def train_ours(config: RunConfig, schema: Schema, data: Path, folder: Path, prot
             lambda loss: None,
             clip,
         )
-        decay = Decay()
+        state, base_rates = TrainState(), [group["lr"] for group in built.optimizer.param_groups]
         for epoch in range(config.train.epochs):
             built.model.train()
             for batch in batches_of(config, schema, data, epoch):
                 pipeline.progress(iter([batch]))
             found.append({split: probabilities(built, batches) for split, batches in scored.items()})
-            if protocol and decay.after(validation_auc(found[-1]["valid"], scored["valid"]), built.optimizer):
+            if valid_labels is not None:
+                state.note_evaluation(auc(found[-1]["valid"], valid_labels), config.train)
+                scale_rates(built.optimizer, base_rates, state.lr_scale)
+            if state.stopped:
                 break
-    spare = SPARE_EPOCHS if protocol else 0  # the peer may want more of them than we did
+    spare = SPARE_EPOCHS if valid_labels is not None else 0  # the peer may want more of them than we did
     epochs = range(min(config.train.epochs, len(found) + spare))
     seen = [rows_of(batch, schema) for epoch in epochs for batch in batches_of(config, schema, data, epoch)]
     sizes = [len(rows[schema.label]) for rows in seen]
@@ -152,29 +155,6 @@ def batches_of(config: RunConfig, schema: Schema, data: Path, epoch: int) -> Par
     """The training rows of an epoch."""
     options = StreamOptions(config.data.batch_size, 1, "shuffled", seed=1000 * config.train.seed + epoch)
     return ParquetStream(resolve_files([str(data / "train")]), schema, options)
-
-
-def validation_auc(predicted: np.ndarray, batches: list[Batch]) -> float:
-    """AUC of validation rows."""
-    labels = torch.cat([batch.labels[batch.weights > 0] for batch in batches]).numpy()
-    return auc(predicted, labels)
-
-
-class Decay:
-    """The plateau schedule, as mbcnet_rec.training.loop has it for whole runs."""
-
-    def __init__(self) -> None:
-        self.best, self.bad = float("-inf"), 0
-
-    def after(self, score: float, optimizer: Any) -> bool:
-        """Take an evaluation in; returns whether training ends."""
-        if score > self.best:
-            self.best, self.bad = score, 0
-            return False
-        self.bad += 1
-        for group in optimizer.param_groups:
-            group["lr"] = max(group["lr"] * PLATEAU_FACTOR, PLATEAU_FLOOR)
-        return self.bad >= PLATEAU_PATIENCE
 
 
 def probabilities(built: Built, batches: list[Batch]) -> np.ndarray:
@@ -316,7 +296,9 @@ def main() -> int:
             for kind in args.models:
                 runs: list[tuple[Predictions, Predictions | None]] = []
                 for config in configs_of(data, schema_file, kind, args):
-                    ours = train_ours(config, schema, data, folder, args.protocol)
+                    ours = train_ours(
+                        config, schema, data, folder, labels["valid"] if args.protocol else None
+                    )
                     peer = None
                     if args.peer_python:
                         steps = batches_of(config, schema, data, 0).steps_per_epoch

@@ -38,16 +38,19 @@ from mbcnet_rec.training.scoring import (
     evaluate_stream,
     own_rows,
 )
-from mbcnet_rec.training.state import Feed, TrainState, Window, mended_counts, restored_outputs, seed_step
+from mbcnet_rec.training.state import (
+    Feed,
+    TrainState,
+    Window,
+    mended_counts,
+    restored_outputs,
+    scale_rates,
+    seed_step,
+)
 from mbcnet_rec.training.tracking import open_sink
 from mbcnet_rec.training.watchdog import Watchdog
 from sharding.collisions import collisions_of
 
-PLATEAU_FACTOR = 0.1
-PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol
-PLATEAU_PATIENCE = (
-    2  # evaluations in a row without a better one, as there, unless train.patience says otherwise
-)
 SECONDS_PER_MINUTE = 60.0
 Pipeline = PlainPipeline | CheckedPipeline
 Watch = Callable[[int, float], bool]  # (step, valid AUC) of an evaluation -> stop now?
@@ -334,16 +337,8 @@ class Trainer:
         self.window.started += time.perf_counter() - start  # an evaluation is no part of a training step
         state.evaluated_step = state.step
         auc = metrics["auc"]
-        better = state.note_evaluation(auc, train.keep_best)
-        if better:
-            state.bad_evaluations = 0
-        else:
-            state.bad_evaluations += 1
-            if train.schedule == "plateau":
-                state.lr_scale *= PLATEAU_FACTOR
-                self._scale_rates()
-            patience = train.patience or (PLATEAU_PATIENCE if train.schedule == "plateau" else 0)
-            state.stopped = bool(patience) and state.bad_evaluations >= patience
+        better = state.note_evaluation(auc, train)
+        self._scale_rates()
         if self.around.watch is not None and any_rank(self.around.watch(state.step, auc)):
             state.stopped = True
         self._last_auc = auc
@@ -381,9 +376,7 @@ class Trainer:
         )
 
     def _scale_rates(self) -> None:
-        groups: list[Any] = list(self.built.optimizer.param_groups)
-        for group, rate in zip(groups, self.base_rates, strict=True):
-            group["lr"] = max(rate * self.state.lr_scale, min(rate, PLATEAU_FLOOR))
+        scale_rates(self.built.optimizer, self.base_rates, self.state.lr_scale)
 
     def save(self, records: Records | None) -> None:
         """Begin a checkpoint of this step; those that are neither recent nor among the best go when it is whole.

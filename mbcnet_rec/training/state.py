@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -19,10 +19,17 @@ from data.batch import Batch
 from data.errors import InputError
 from data.order import Cursor, Order
 from data.stream import ParquetStream
+from mbcnet_rec.config import TrainConfig
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.training.checkpoint import Piece, Saved, whole_piece
 from mbcnet_rec.training.process import Process, blamed_on
 from mbcnet_rec.training.records import finite_or_none
+
+PLATEAU_FACTOR = 0.1
+PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol
+PLATEAU_PATIENCE = (
+    2  # evaluations in a row without a better one, as there, unless train.patience says otherwise
+)
 
 
 @dataclass
@@ -63,15 +70,24 @@ class TrainState:
         """Of the best evaluation; -1 before the first."""
         return self.best[0][1] if self.best else -1
 
-    def note_evaluation(self, auc: float, keep: int) -> bool:
-        """Put an evaluation of this step among the best; return whether it is the best so far."""
+    def note_evaluation(self, auc: float, train: TrainConfig) -> bool:
+        """Put an evaluation of this step among the best; slow down and stop as the config says; return whether it is the best so far."""
         better = not self.best or auc > self.best_auc
         entry = (finite_or_none(auc), self.step)
         ranked = sorted(
             [*self.best, entry], key=lambda pair: (float("-inf") if pair[0] is None else pair[0], -pair[1])
         )[::-1]
-        self.best = ranked[:keep]
-        return better
+        self.best = ranked[: train.keep_best]
+        if better:
+            self.bad_evaluations = 0
+            return True
+        self.bad_evaluations += 1
+        plateau = train.schedule == "plateau"
+        if plateau:
+            self.lr_scale *= PLATEAU_FACTOR
+        patience = train.patience or (PLATEAU_PATIENCE if plateau else 0)
+        self.stopped = bool(patience) and self.bad_evaluations >= patience
+        return False
 
     def to_json(self) -> dict[str, Any]:
         """JSON values of all fields."""
@@ -196,6 +212,12 @@ def mended_counts(stream: ParquetStream, order: Order, process: Process) -> dict
     if names and process.world_size > 1:
         dist.all_reduce(counts, dist.ReduceOp.MAX if order == "chronological" else dist.ReduceOp.SUM)
     return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
+
+
+def scale_rates(optimizer: Any, base_rates: Sequence[float], scale: float) -> None:
+    """Set every learning rate to its base times `scale`, but not below PLATEAU_FLOOR."""
+    for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+        group["lr"] = max(rate * scale, min(rate, PLATEAU_FLOOR))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
