@@ -143,6 +143,8 @@ def _list_pieces(
     """The values (or weights) of every field and run, field by field, and the (L, B) int32 lengths."""
     fields = len(lists[0].values)
     lengths = np.zeros((fields, num_rows), np.int32)
+    if not fields:
+        return [], lengths
     by_run = []
     begin = 0
     for part, (_, start, stop) in zip(lists, runs, strict=True):

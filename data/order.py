@@ -26,6 +26,8 @@ from data.errors import InputError
 
 Order = Literal["shuffled", "partitioned", "chronological"]
 NegativeWeights = Literal["none", "importance"]
+DEPTH = 2  # batches that are made ahead where nothing else is asked for
+SMALL_BATCH = 2**16  # values; see StreamOptions.prefetch
 LONGEST_WAIT_SECONDS = 30 * 24 * 3600  # Python's clocks take no more than some centuries
 
 
@@ -48,7 +50,8 @@ class StreamOptions:
         window_rows: rows that are permuted together, and kept decoded, in each lane. A window ends with a row group, so it may be
             longer by less than one row group; only row groups longer than this are cut.
         seed: of the permutations and of the sampling.
-        prefetch: batches made ahead by a thread; 0 makes them in the caller.
+        prefetch: batches made ahead by a thread; 0 makes them in the caller. -1 chooses: 2, or with workers 0 where a rank's batch has
+            fewer than SMALL_BATCH values, which two threads that want the interpreter's lock make no faster than one.
         workers: threads that decode windows ahead of their use; 0 decodes each window when its first row is needed. Threads and not
             processes: Arrow and NumPy release the interpreter's lock, and decoded rows need no copy between processes.
         where: conditions `NAME OP BOUND`, all of which a row must meet: see data/selection.py.
@@ -66,7 +69,7 @@ class StreamOptions:
     order: Order = "shuffled"
     window_rows: int = 65_536
     seed: int = 0
-    prefetch: int = 2
+    prefetch: int = -1
     workers: int = 0
     where: tuple[str, ...] = ()
     keep_negatives: float = 1.0
@@ -81,9 +84,9 @@ class StreamOptions:
         for name in ("batch_size", "lanes", "window_rows", "attempts"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: wanted 1 or more; raise it")
-        for name in ("seed", "prefetch", "workers"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} = {getattr(self, name)}: wanted 0 or more; raise it")
+        for name, least in (("seed", 0), ("prefetch", -1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} = {getattr(self, name)}: wanted {least} or more; raise it")
         if not 0 < self.keep_negatives <= 1:
             raise InputError(f"keep_negatives = {self.keep_negatives}: wanted a share in (0, 1]; 1 keeps all")
         if not 0 <= self.drop_positives < 1:
@@ -104,6 +107,12 @@ class StreamOptions:
             raise InputError(
                 f"batch_size = {self.batch_size}: wanted a multiple of lanes = {self.lanes}; use {near}"
             )
+
+    def depth(self, values: int) -> int:
+        """Batches made ahead. `values`: fields times rows of a rank's batch."""
+        if self.prefetch >= 0:
+            return self.prefetch
+        return 0 if self.workers and values < SMALL_BATCH else DEPTH
 
     @property
     def logit_correction(self) -> float:

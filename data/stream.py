@@ -119,7 +119,7 @@ class ParquetStream:
             self.options.timeout_seconds, lambda: sorted(set(decoder.reading.copy().values()))
         )
         batches = self._batches(self.cursor, decoder, patience)
-        depth = self.options.prefetch
+        depth = self.options.depth(self.options.batch_size // self.world_size * len(self.schema.features))
         for batch in prefetched(batches, depth, patience) if depth else batches:
             self.cursor = batch.cursor
             yield batch

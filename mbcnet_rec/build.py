@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.model_parallel import DataParallelWrapper, DMPCollection
+from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer
@@ -33,6 +32,7 @@ from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
 from mbcnet_rec.training.process import Process, broadcast_value, mean_over_ranks
 from sharding.collisions import collision_collection
 from sharding.initialise import initialise_tables
+from sharding.one_process import NoCopies, shorten_lookups
 from sharding.plan import Plan, check_plan, constraint_differences, plan_of_text, plan_text, read_plan
 from sharding.planner import cluster_of, plan_schema
 from sharding.sharder import DATA_TYPES, placed_differences, sharders_of, to_sharding_plan
@@ -63,14 +63,6 @@ class Built:
     plan: Plan
     branch_names: tuple[str, ...]
     dense: list[nn.Parameter]
-
-
-class _NoCopies(DataParallelWrapper):
-    """No data parallelism, for a single process: DistributedDataParallel would copy every gradient and divide it by 1."""
-
-    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
-        """Only move the dense part to its device."""
-        dmp._dmp_wrapped_module.to(device)
 
 
 def quieten_libraries() -> None:
@@ -249,17 +241,8 @@ def _sharded(
         device=device,
         plan=sharding_plan,
         sharders=sharders,
-        data_parallel_wrapper=_NoCopies() if alone else None,
+        data_parallel_wrapper=NoCopies() if alone else None,
     )
     if alone:
-        _unwrap_lookups(model)
+        shorten_lookups(model)
     return model
-
-
-def _unwrap_lookups(model: nn.Module) -> None:
-    """Take DistributedDataParallel off the lookups of replicated tables, for a single process: see _NoCopies."""
-    for module in model.modules():
-        lookups: Any = getattr(module, "_lookups", ())
-        for place, lookup in enumerate(lookups):
-            if isinstance(lookup, DistributedDataParallel):
-                lookups[place] = lookup.module

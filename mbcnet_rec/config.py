@@ -29,7 +29,7 @@ class DataConfig:
         lanes: see StreamOptions; every world size that divides it sees the same global batches.
         order: of training rows.
         window_rows: rows permuted together in each lane.
-        prefetch: batches made ahead by a thread.
+        prefetch: batches made ahead by a thread; -1: see StreamOptions.
         workers: threads that decode windows ahead.
         keep_negatives, negative_weights, drop_positives: sampling of training rows, see StreamOptions.
         require_checksum: refuse files whose pages carry no checksum.
@@ -45,7 +45,7 @@ class DataConfig:
     lanes: int = 4
     order: Order = "shuffled"
     window_rows: int = 65_536
-    prefetch: int = 2
+    prefetch: int = -1
     train_where: tuple[str, ...] = ()
     valid_where: tuple[str, ...] = ()
     test_where: tuple[str, ...] = ()

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.order import (
+    DEPTH,
+    SMALL_BATCH,
     RowGroup,
     StreamOptions,
     lane_bounds,
@@ -97,6 +99,7 @@ def test_every_world_reads_each_row_once_in_the_same_global_batch(sizes, lanes, 
         ({"window_rows": -1}, "window_rows = -1: wanted 1 or more"),
         ({"batch_size": 10, "lanes": 4}, "batch_size = 10: wanted a multiple of lanes = 4; use 8"),
         ({"workers": -1}, "workers = -1: wanted 0 or more"),
+        ({"prefetch": -2}, "prefetch = -2: wanted -1 or more"),
         ({"keep_negatives": 0.0}, r"keep_negatives = 0.0: wanted a share in \(0, 1\]"),
         ({"keep_negatives": float("nan")}, "keep_negatives = nan: wanted a share"),
         ({"drop_positives": 1.0}, r"drop_positives = 1.0: wanted a share in \[0, 1\)"),
@@ -115,3 +118,11 @@ def test_options_that_cannot_be_met_are_refused(options, message):
 def test_what_decodes_imports_no_torch():
     code = "import sys, data.decode, data.ahead; sys.exit(any(name in sys.modules for name in ('torch', 'torchrec')))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_small_batches_are_made_by_their_caller_where_workers_decode():
+    """Asked for a depth, the stream has it; else two batches ahead, or none where they are small and a worker keeps the time."""
+    small, large = SMALL_BATCH - 1, SMALL_BATCH
+    assert [StreamOptions(workers=1).depth(values) for values in (small, large)] == [0, DEPTH]
+    assert StreamOptions(workers=0).depth(small) == DEPTH
+    assert [StreamOptions(workers=1, prefetch=depth).depth(small) for depth in (0, 3)] == [0, 3]

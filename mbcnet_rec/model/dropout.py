@@ -30,5 +30,8 @@ def cheap_dropout(x: Tensor, p: float) -> Tensor:
     """
     dropped = min(round(p * 2**16), 2**16 - 1)  # of the 2^16 values
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape).to(torch.float32)
+    last = float(dropped - 2**15 - 1)  # of the numbers that drop
+    # arithmetic on whole numbers, exact in float32: a comparison and what it makes of bools take a CPU twice as long
+    kept = numbers.clamp_(last, last + 1).sub_(last)
+    return x * kept.mul_(2**16 / (2**16 - dropped)).to(x.dtype)

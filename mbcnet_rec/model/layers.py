@@ -306,7 +306,7 @@ class Cross(nn.Module):
         """Map (B, N) to (B, N); after L layers the polynomial degree in x_0 is up to L + 1."""
         x = x_0
         for layer in self.layers:
-            x = torch.addcmul(x, x_0, layer(x))
+            x = (x_0 * layer(x)).add_(x)  # the gradient of torch.addcmul takes two passes more
         return x
 
 

@@ -160,7 +160,7 @@ class LossArch(nn.Module):
                 loss = loss + warm(self.differentiation, self.step) * differentiation
             norms, distance = self._measured(output.latents, matrices, weights)
         if self.training:
-            self.step += 1
+            self.step.add_(1)
         absent = bce.new_zeros(())
         terms = {
             "loss": loss,
@@ -180,6 +180,8 @@ class LossArch(nn.Module):
     def _measured(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Norms of latents (K,) and distances of transforms (P,), or NaN."""
         branches, pairs = len(latents), 0 if matrices is None else len(matrices)
+        if not branches:
+            return weights.new_empty(0), weights.new_empty(0)
         if not self.measures:
             unknown = weights.new_full((branches + pairs,), float("nan"))
             return unknown[:branches], unknown[branches:]

@@ -5,6 +5,9 @@ columns.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -91,7 +94,7 @@ class FeatureRegroup(nn.Module):
             self._dense[WIDE] = self._dense[ALL]
         self._has_wide = layout.wide
         self._keys: list[list[str]] = []  # of the collections' outputs at the last call
-        self._named = self._sparse  # the same groups by those keys
+        self._cuts = Cuts([], {})
         self._permute: KTRegroupAsDict | None = None
 
     def forward(self, keyed_tensors: Sequence[KeyedTensor], dense_features: Tensor) -> dict[str, Tensor]:
@@ -105,14 +108,14 @@ class FeatureRegroup(nn.Module):
         Returns:
             "all" -> (B, N), each group g -> (B, n_g), and WIDE -> (B, F + D) if the layout has wide weights.
         """
-        self._follow_plan([list(tensor.keys()) for tensor in keyed_tensors])
+        self._follow_plan(keyed_tensors)
         if self.projections:
             dense_features = self._project(dense_features)
         if regroup_op(dense_features.device) == "permute":
             assert self._permute is not None
             sparse = {name: [tensor] for name, tensor in self._permute(list(keyed_tensors)).items()}
         else:
-            sparse = split_by_key(keyed_tensors, self._named)
+            sparse = self._cuts.pieces([tensor.values() for tensor in keyed_tensors])
         groups = {}
         for name, slices in self._dense.items():
             pieces = sparse.get(name, [])
@@ -132,15 +135,17 @@ class FeatureRegroup(nn.Module):
             pieces.append(self.projections[name](piece) if name in self.projections else piece)
         return torch.cat(pieces, dim=1)
 
-    def _follow_plan(self, keys: list[list[str]]) -> None:
+    def _follow_plan(self, keyed_tensors: Sequence[KeyedTensor]) -> None:
         # The permutation caches its columns at the first call; a change of plan would turn it silently wrong.
+        keys = [list(tensor.keys()) for tensor in keyed_tensors]
         if keys == self._keys:
             return
         self._keys = keys
         outputs = {field_of(key) if self._has_wide else key: key for each in keys for key in each}
-        self._named = {name: [outputs[key] for key in fields] for name, fields in self._sparse.items()}
-        named = {name: fields for name, fields in self._named.items() if fields}
+        named = {name: [outputs[key] for key in fields] for name, fields in self._sparse.items() if fields}
         self._permute = KTRegroupAsDict(list(named.values()), list(named))
+        widths = [dict(zip(tensor.keys(), tensor.length_per_key(), strict=True)) for tensor in keyed_tensors]
+        self._cuts = cuts_of(widths, named)
 
 
 def wide_key(field: str) -> str:
@@ -162,18 +167,71 @@ def regroup_op(device: torch.device) -> Literal["permute", "split"]:
     return "permute" if device.type == "cuda" else "split"
 
 
-def split_by_key(
-    keyed_tensors: Sequence[KeyedTensor], groups: Mapping[str, Sequence[str]]
-) -> dict[str, list[Tensor]]:
-    """Cut keyed tensors (B, sum of widths) into views: group -> one (B, width) for each of its keys."""
-    columns: dict[str, Tensor] = {}
-    for tensor in keyed_tensors:
-        columns.update(zip(tensor.keys(), tensor.values().split(tensor.length_per_key(), dim=1), strict=True))
-    return {name: [columns[key] for key in keys] for name, keys in groups.items()}
+@dataclass(frozen=True)
+class Cuts:
+    """Where tensors (B, sum of widths) are cut, so that every group is made of whole pieces, and of as few as that allows.
+
+    Attributes:
+        widths: of the pieces of each tensor; empty where no group wants a part of it only.
+        places: group -> (tensor, piece) in the order of its columns; piece None is the whole tensor, uncut.
+    """
+
+    widths: list[list[int]]
+    places: dict[str, list[tuple[int, int | None]]]
+
+    def pieces(self, tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """Views: group -> one (B, width) for each of its pieces."""
+        cut = [
+            tensor.split(widths, dim=1) if widths else ()
+            for tensor, widths in zip(tensors, self.widths, strict=True)
+        ]
+        return {
+            name: [tensors[tensor] if piece is None else cut[tensor][piece] for tensor, piece in places]
+            for name, places in self.places.items()
+        }
+
+
+def cuts_of(tensors: Sequence[Mapping[str, int]], groups: Mapping[str, Sequence[str]]) -> Cuts:
+    """Find the cuts. Fields that stand side by side in a tensor and in all groups stay one piece: hundreds of views cost more than a lookup.
+
+    Args:
+        tensors: key -> width, in the order of the columns.
+        groups: group -> its keys in order.
+    """
+    slices: dict[str, tuple[int, tuple[int, int]]] = {}  # key -> tensor, (first column, width)
+    for place, widths in enumerate(tensors):
+        start = 0
+        for key, width in widths.items():
+            slices[key] = place, (start, width)
+            start += width
+    totals = [sum(widths.values()) for widths in tensors]
+    runs = {
+        name: [
+            (place, run)
+            for place, own in groupby((slices[key] for key in keys), key=itemgetter(0))
+            for run in join_slices([each for _, each in own])
+        ]
+        for name, keys in groups.items()
+    }
+    bounds: list[set[int]] = [set() for _ in tensors]
+    for place, (start, width) in chain.from_iterable(runs.values()):
+        if width < totals[place]:
+            bounds[place] |= {0, start, start + width, totals[place]}
+    starts = [sorted(each) for each in bounds]
+    places: dict[str, list[tuple[int, int | None]]] = {}
+    for name, own in runs.items():
+        places[name] = []
+        for place, (start, width) in own:
+            if width == totals[place]:
+                places[name].append((place, None))
+            else:
+                first, last = starts[place].index(start), starts[place].index(start + width)
+                places[name] += [(place, piece) for piece in range(first, last)]
+    return Cuts([[high - low for low, high in pairwise(each)] for each in starts], places)
 
 
 def join_slices(slices: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join neighbouring (start, width) slices, so that hundreds of dense fields in a row cost one copy."""
+    """Join neighbouring (start, width) slices, so that hundreds of fields in a row cost one copy."""
     joined: list[tuple[int, int]] = []
     for start, width in slices:
         if joined and sum(joined[-1]) == start:

@@ -1,12 +1,12 @@
 """The training loop: steps between evaluations, what is logged, when it stops, when a checkpoint is due."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from data.errors import InputError
@@ -232,7 +232,7 @@ class Trainer:
         Returns:
             Whether to pass over this step.
         """
-        finite = bool(torch.isfinite(losses).all())
+        finite = math.isfinite(losses.item())
         minutes = self.config.train.checkpoint_minutes
         late = 0 < minutes * SECONDS_PER_MINUTE <= time.monotonic() - self._saved_at
         faulty, stop, failed, due = vote(

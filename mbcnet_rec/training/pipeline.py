@@ -15,6 +15,7 @@ from torchrec.distributed.train_pipeline import (
     PrefetchTrainPipelineSparseDist,
     TrainPipelineSparseDist,
 )
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from data.batch import Batch
 from mbcnet_rec.model.objective import Outputs
@@ -76,7 +77,11 @@ class PlainPipeline:
         after_backward: Callable[[], None],
     ) -> None:
         self.forward, self.skipped = GuardedForward(model, autocast), False
-        self._optimizer, self._verdict, self._after_backward = optimizer, verdict, after_backward
+        self._optimizers, self._verdict, self._after_backward = (
+            inner_optimizers(optimizer),
+            verdict,
+            after_backward,
+        )
 
     def progress(self, batches: Iterator[Batch]) -> Outputs:
         """Run one step.
@@ -85,17 +90,26 @@ class PlainPipeline:
             StopIteration: no batch is left. Whatever the verdict raises.
         """
         batch = next(batches)
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
         loss, outputs = self.forward(batch)
         self.skipped = bool(self._verdict(loss))
         if not self.skipped:
             loss.backward()
             self._after_backward()
-            self._optimizer.step()
+            for optimizer in self._optimizers:
+                optimizer.step()
         return outputs
 
     def detach(self) -> None:
         """Nothing is attached."""
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizers that optimizers by name only pass calls on to: each of these is a torch optimizer, with hooks around its step."""
+    if isinstance(optimizer, CombinedOptimizer):
+        return [inner for _, own in optimizer.optimizers for inner in inner_optimizers(own)]
+    return [optimizer._optimizer if isinstance(optimizer, KeyedOptimizerWrapper) else optimizer]
 
 
 class CheckedPipeline(TrainPipelineSparseDist[Batch, Outputs]):
@@ -252,5 +266,8 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if max_norm < float("inf"):
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_(max=1.0))
+        scale = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
+        # a CPU has nothing to wait for, and gradients are seldom so long
+        if norm.device.type != "cpu" or float(scale) != 1.0:
+            torch._foreach_mul_(grads, scale)
     return norm

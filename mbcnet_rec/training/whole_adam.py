@@ -5,16 +5,17 @@ that looks its gradient up at each use. Adam is the same number by number, so it
 given out by table, as views, which is what checkpoints read and write.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 
 class WholeAdam(torch.optim.Adam):
-    """torch's fused Adam with less of Python around it, on parameters some of which may be views of one tensor.
+    """torch's fused Adam without what it does in Python around it, on parameters some of which may be views of one tensor.
 
     fused: one pass over parameters and moments, on a CPU 5 times as fast as one operation after another.
 
@@ -25,44 +26,93 @@ class WholeAdam(torch.optim.Adam):
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
         super().__init__(params, fused=True, **options)
-        self._moments: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self._wholes = [wholes_of(group["params"]) for group in self.param_groups]
+        self._movers = [movers_of(group["params"]) for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
-        for group in self.param_groups:
-            for param in group["params"]:  # torch's own would look every gradient up first
-                param.grad = None
+        """Forget all gradients; those of parts are forgotten where they are used."""
+        for mover in chain.from_iterable(self._movers):
+            for whole in mover.tensors:  # torch's own would look up the gradient of every part
+                whole.grad = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move every tensor that has a gradient."""
         assert closure is None
-        for group, wholes in zip(self.param_groups, self._wholes, strict=True):
-            moving = [
-                (whole, grad, *self._moments_of(whole, parts))
-                for whole, parts in wholes
-                if (grad := gradient_of(whole, parts)) is not None
-            ]
-            if moving:
-                tensors, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*moving, strict=True))
-                beta1, beta2 = group["betas"]
-                said = {key: group[key] for key in ("lr", "eps", "weight_decay", "decoupled_weight_decay")}
-                adam(
-                    tensors, grads, exp_avgs, exp_avg_sqs, [], steps,
-                    beta1=beta1, beta2=beta2, fused=True, amsgrad=False, maximize=False, **said,
-                )  # fmt: skip
+        for group, movers in zip(self.param_groups, self._movers, strict=True):
+            for mover in movers:
+                if not mover.exp_avgs:
+                    self.state.update(mover.make_state())
+                mover.move(group)
 
-    def _moments_of(self, whole: Tensor, parts: list[nn.Parameter]) -> tuple[Tensor, Tensor, Tensor]:
-        """Both moments and the number of steps, made at the first call and given out to the parts."""
-        if id(whole) not in self._moments:
-            exp_avg, exp_avg_sq = torch.zeros_like(whole), torch.zeros_like(whole)
-            step = torch.zeros((), dtype=torch.float32, device=whole.device)
-            self._moments[id(whole)] = exp_avg, exp_avg_sq, step
+
+@dataclass
+class Mover:
+    """Tensors of one device and dtype that one call of fused Adam moves, and what that call wants beside them.
+
+    Attributes:
+        tensors: to be moved.
+        parts: the parameters that each tensor is made of; itself alone where it is not cut.
+        exp_avgs, exp_avg_sqs: moments of each tensor; none before the first step.
+        counts: (number of tensors,) float32: steps that each has made.
+        each_count: views of `counts`.
+    """
+
+    tensors: list[Tensor]
+    parts: list[list[nn.Parameter]]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    counts: Tensor
+    each_count: Sequence[Tensor]
+
+    def make_state(self) -> dict[Any, dict[str, Tensor]]:
+        """Make the moments, and cut them for the parameters: parameter -> its state, as torch's Adam names it."""
+        self.exp_avgs = [torch.zeros_like(tensor) for tensor in self.tensors]
+        self.exp_avg_sqs = [torch.zeros_like(tensor) for tensor in self.tensors]
+        state: dict[Any, dict[str, Tensor]] = {}
+        each = zip(self.tensors, self.parts, self.exp_avgs, self.exp_avg_sqs, self.each_count, strict=True)
+        for whole, parts, exp_avg, exp_avg_sq, count in each:
             for part in parts:
                 cut = {"exp_avg": cut_as(part, whole, exp_avg), "exp_avg_sq": cut_as(part, whole, exp_avg_sq)}
-                self.state[part] = {"step": step} | cut
-        return self._moments[id(whole)]
+                state[part] = {"step": count} | cut
+        return state
+
+    def move(self, group: Mapping[str, Any]) -> None:
+        """Make a step with the rates of a group of parameters, for those tensors that have a gradient."""
+        each = zip(self.tensors, self.parts, strict=True)
+        found = {
+            place: grad
+            for place, (whole, parts) in enumerate(each)
+            if (grad := gradient_of(whole, parts)) is not None
+        }
+        if len(found) == len(self.tensors):
+            self.counts += 1  # of all at once
+        else:
+            for place in found:
+                self.each_count[place].add_(1)
+
+        def own(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [tensors[place] for place in found]
+
+        beta1, beta2 = group["betas"]
+        fused_adam = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        fused_adam(
+            own(self.tensors), list(found.values()), own(self.exp_avgs), own(self.exp_avg_sqs), [], own(self.each_count),
+            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+
+def movers_of(params: list[nn.Parameter]) -> list[Mover]:
+    """Sort the tensors that parameters were cut from by device and dtype."""
+    movers: dict[Any, Mover] = {}
+    for whole, parts in wholes_of(params):
+        mover = movers.setdefault((whole.device, whole.dtype), Mover([], [], [], [], torch.empty(0), ()))
+        mover.tensors.append(whole)
+        mover.parts.append(parts)
+    for mover in movers.values():
+        mover.counts = torch.zeros(len(mover.tensors), device=mover.tensors[0].device)
+        mover.each_count = mover.counts.unbind()
+    return list(movers.values())
 
 
 def wholes_of(params: list[nn.Parameter]) -> list[tuple[Tensor, list[nn.Parameter]]]:
@@ -79,12 +129,14 @@ def wholes_of(params: list[nn.Parameter]) -> list[tuple[Tensor, list[nn.Paramete
 
 
 def gradient_of(whole: Tensor, parts: list[nn.Parameter]) -> Tensor | None:
-    """The gradient of a tensor: its own, or that which was given to its parts, as TorchRec does to make state."""
+    """The gradient of a tensor: its own, or that which was given to its parts, as TorchRec does to make state; they lose it."""
     if whole.grad is not None or parts[0] is whole:
         return whole.grad
     grads = [part.grad for part in parts]
     if any(grad is None for grad in grads):
         return None
+    for part in parts:
+        part.grad = None
     ordered = sorted(zip(parts, grads, strict=True), key=lambda pair: pair[0].storage_offset())
     return torch.cat([grad.reshape(-1) for _, grad in ordered])  # type: ignore[union-attr]
 
