@@ -186,12 +186,13 @@ class _WindowFeed:
         self.given: set[int] = set()  # to be decoded, and not yet used
         self.decoded: dict[int, Decoded] = {}  # in use
         self.over: list[Decoded] = []  # no longer, after this step
+        self.next: tuple[int, list[tuple[int, int, int]]] = -1, []  # a step and its cuts
 
     def runs(self, step: int) -> list[Run]:
         """Return the rows that this rank trains at `step`."""
         while self.over:  # their rows have been copied into the last batch
             self.decoder.memory.give_back(self.over.pop().columns.single_ids)
-        cuts = list(self._cuts(step))
+        cuts = self._cut(step)
         used = list(dict.fromkeys(index for index, _, _ in cuts))
         for index in used:
             while index not in self.given and index not in self.decoded:
@@ -213,7 +214,8 @@ class _WindowFeed:
             for index, start, stop in cuts
         ]
         # A lane moves on and never back: what the next step does not use is never used again.
-        following = {index for index, _, _ in self._cuts(step + 1)}
+        self.next = step + 1, list(self._cuts(step + 1))
+        following = {index for index, _, _ in self.next[1]}
         for index in [index for index in self.decoded if index not in following]:
             self.over.append(self.decoded.pop(index))
         return runs
@@ -224,6 +226,10 @@ class _WindowFeed:
         self.decoder.expect(window)
         self.given.add(index)
         self.ahead.give(index, lambda: self.decoder.decode(window, seed))
+
+    def _cut(self, step: int) -> list[tuple[int, int, int]]:
+        known, cuts = self.next
+        return cuts if known == step else list(self._cuts(step))
 
     def _cuts(self, step: int) -> Iterator[tuple[int, int, int]]:
         if step >= self.stream.steps_per_epoch:

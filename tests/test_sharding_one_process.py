@@ -1,6 +1,7 @@
 """A single process looks rows up as TorchRec does: the same columns, gradients and updates, for every mix of tables that lie here whole."""
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def sharded(kind: str, weighted: bool, shortened: bool) -> tuple[DistributedMode
     )
     if shortened:
         shorten_lookups(model)
-    model.load_state_dict({f"0.{name}": value for name, value in weights.items()}, strict=False)
+    model.load_state_dict(OrderedDict((f"0.{name}", value) for name, value in weights.items()), strict=False)
     collection = next(each for each in model.modules() if isinstance(each, ShardedEmbeddingBagCollection))
     return model, collection
 

@@ -209,9 +209,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (B, m).
     """
     if (
-        x.device.type == "cpu"
+        weight.numel() >= ONE_DNN_FROM
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and weight.numel() >= ONE_DNN_FROM
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

@@ -6,7 +6,8 @@ Objective is traced with torch.fx (it contains the tables): its forward only rea
 calls its two sub-modules. LossArch is a leaf of that trace.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -145,10 +146,10 @@ class LossArch(nn.Module):
         Returns:
             () loss, and what to log. A cooperation loss that is not part of the objective is logged as 0.
         """
-        with torch.autocast(labels.device.type, enabled=False):
-            logits = at_least_float32(
-                torch.cat([output.fused_logits.unsqueeze(0), output.branch_logits])
-            )  # (1 + K, B)
+        with without_autocast(labels.device.type):
+            fused = output.fused_logits.unsqueeze(0)
+            parts = torch.cat([fused, output.branch_logits]) if len(output.branch_logits) else fused
+            logits = at_least_float32(parts)  # (1 + K, B)
             bce = weighted_bce(logits, labels, weights).sum()
             coteaching = self._coteaching_loss(logits[1:], labels, weights)
             matrices = None if self.transforms is None else self.transforms()
@@ -170,8 +171,8 @@ class LossArch(nn.Module):
         }
         return loss, Outputs(
             logits=logits.detach().t(),
-            labels=labels.detach(),
-            weights=weights.detach(),
+            labels=labels,
+            weights=weights,
             terms={name: term.detach() for name, term in terms.items()},
             transform_distance=distance,
             latent_norms=norms,
@@ -211,6 +212,13 @@ class LossArch(nn.Module):
             return moderate_differentiation_loss(latents, matrices, norm=config.norm, weights=weights)
         sign = -1.0 if config.kind == "max_difference" else 1.0
         return sign * latent_distance(latents, norm=config.norm, weights=weights)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Full precision: entering autocast to switch it off, where it is off, is a hundredth of a small step."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class Transforms(nn.Module):

@@ -265,9 +265,10 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    if max_norm < float("inf"):
-        scale = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
-        # a CPU has nothing to wait for, and gradients are seldom so long
-        if norm.device.type != "cpu" or float(scale) != 1.0:
+    if norm.device.type == "cpu":  # nothing to wait for, and gradients are seldom so long
+        scale = max_norm / (norm.item() + 1e-6)
+        if scale < 1.0:
             torch._foreach_mul_(grads, scale)
+    elif max_norm < float("inf"):
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_(max=1.0))
     return norm
