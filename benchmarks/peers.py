@@ -19,7 +19,8 @@ fuxictr_speedup/SIZE/MODEL, dlrm_speedup             ours / the peer's samples a
 least_fuxictr_speedup                                the least of them
 ours_per_second/..., fuxictr_per_second/..., dlrm_per_second     medians, samples a second
 ours_as_shipped_per_second/...                       ours with its default table optimizer, rowwise Adagrad inside backward
-ours_bf16_per_second/...                             ours with dense Adam and train.autocast=bf16, a switch that FuxiCTR does not have
+ours_bf16_per_second/...                             ours with dense Adam and train.autocast=bf16, a switch that FuxiCTR does not have;
+                                                     left out where the processor has no bf16 products
 """
 
 import json
@@ -41,6 +42,8 @@ import tomli_w
 from peer_code.timed_steps import answer_tasks
 from quality import CLIP, DROPOUT, PEER_TRAINING, RATE
 from side_by_side import parser_of, print_figures
+
+from mbcnet_rec.training.scoring import bf16_in_hardware
 
 HERE = Path(__file__).parent
 MODELS = ("dnn", "dcnv2", "finalmlp")
@@ -374,8 +377,9 @@ def beside_fuxictr(sides: Mapping[str, Side], args: Any, folder: Path) -> dict[s
             cases: dict[str, tuple[Side, Mapping[str, Any]]] = {
                 "ours": (sides["ours"], our_task(model, size, folder / name, adam)),
                 "ours_as_shipped": (sides["ours"], our_task(model, size, folder / name, {})),
-                "ours_bf16": (sides["ours"], our_task(model, size, folder / name, adam, "bf16")),
             }
+            if bf16_in_hardware():
+                cases["ours_bf16"] = sides["ours"], our_task(model, size, folder / name, adam, "bf16")
             if "fuxictr" in sides:
                 source = str(Path(args.peer_source).resolve())
                 task = fuxictr_task(kind, size, folder / name, source, args.l2, args.peer_workers)
