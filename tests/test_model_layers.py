@@ -10,7 +10,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from data.errors import InputError
 from data.schema import Table
-from mbcnet_rec.model import layers
+from mbcnet_rec.model import linear
 from mbcnet_rec.model.dropout import Dropout, cheap_dropout
 from mbcnet_rec.model.layers import (
     ALL,
@@ -20,12 +20,12 @@ from mbcnet_rec.model.layers import (
     FullRankCross,
     GroupedMLP,
     InputLayout,
-    Linear,
     LowRankMixtureCross,
     Regularisation,
     bi_interaction,
     wide_tables,
 )
+from mbcnet_rec.model.linear import Linear
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +126,8 @@ def test_linear_by_one_dnn_is_a_linear(wide, narrow, view, capability, monkeypat
     x.requires_grad_()
     y = x.detach().double().requires_grad_()
     called = []
-    product = layers._product
-    monkeypatch.setattr(layers, "_product", lambda *args: called.append(args) or product(*args))
+    product = linear._product
+    monkeypatch.setattr(linear, "_product", lambda *args: called.append(args) or product(*args))
     weight = torch.randn(37, narrow)
     out = ours(x)
     (out * weight).sum().backward()
@@ -147,7 +147,7 @@ def test_linear_leaves_the_rest_to_torch(monkeypatch):
     def refuse(*_):
         raise AssertionError("oneDNN was called")
 
-    monkeypatch.setattr(layers, "_product", refuse)
+    monkeypatch.setattr(linear, "_product", refuse)
     large = Linear(300, 256)
     x = torch.randn(5, 300)
     Linear(30, 20)(x[:, :30])  # small
