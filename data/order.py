@@ -50,8 +50,8 @@ class StreamOptions:
         window_rows: rows that are permuted together, and kept decoded, in each lane. A window ends with a row group, so it may be
             longer by less than one row group; only row groups longer than this are cut.
         seed: of the permutations and of the sampling.
-        prefetch: batches made ahead by a thread; 0 makes them in the caller. -1 chooses: 2, or with workers 0 where a rank's batch has
-            fewer than SMALL_BATCH values, which two threads that want the interpreter's lock make no faster than one.
+        prefetch: batches made ahead by a thread; 0 makes them in the caller. -1 chooses DEPTH; but 0 where workers decode and a
+            rank's batch has fewer than SMALL_BATCH values: two threads that want the interpreter's lock are no faster at it than one.
         workers: threads that decode windows ahead of their use; 0 decodes each window when its first row is needed. Threads and not
             processes: Arrow and NumPy release the interpreter's lock, and decoded rows need no copy between processes.
         where: conditions `NAME OP BOUND`, all of which a row must meet: see data/selection.py.

@@ -99,6 +99,27 @@ def test_state_that_is_loaded_is_the_state_that_moves() -> None:
     assert torch.equal(first, second)
 
 
+def test_only_what_has_a_gradient_moves_and_each_gradient_moves_it_once() -> None:
+    """None at all: nothing happens. Some: the others neither move nor count. Given to the parts: not used again in the next step."""
+    ones = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = WholeAdam(ones, **RATES)
+    optimizer.step()
+    assert all(torch.equal(one.detach(), torch.ones(3)) for one in ones)
+    ones[0].grad = torch.ones(3)
+    optimizer.step()
+    assert (ones[0] < 1).all() and torch.equal(ones[1].detach(), torch.ones(3))
+    assert [float(optimizer.state[one]["step"]) for one in ones] == [1.0, 0.0]
+    whole, tables = tables_of_one_tensor()
+    optimizer = WholeAdam(tables, **RATES)
+    for table in tables:
+        table.grad = torch.ones_like(table)
+    optimizer.step()
+    moved = whole.detach().clone()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(whole, moved)
+
+
 def test_tables_without_their_neighbours_stand_for_themselves() -> None:
     """A tensor some of whose tables another optimizer has is not moved as a whole."""
     whole, tables = tables_of_one_tensor()

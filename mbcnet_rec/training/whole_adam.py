@@ -84,6 +84,8 @@ class Mover:
             for place, (whole, parts) in enumerate(each)
             if (grad := gradient_of(whole, parts)) is not None
         }
+        if not found:
+            return
         if len(found) == len(self.tensors):
             self.counts += 1  # of all at once
         else:
