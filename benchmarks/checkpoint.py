@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from crash_storm import rank_main, run_elastic
 
-from mbcnet_rec.training.watchdog import Watchdog
+from mbcnet_rec.runtime.watchdog import Watchdog
 
 STEPS = 100  # per checkpoint
 SCHEMA = """

@@ -31,7 +31,7 @@ from mbcnet_rec.build import build, quieten_libraries
 from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.mbcnet import MBCNetConfig
 from mbcnet_rec.model.models import ModelConfig
-from mbcnet_rec.training.process import joined_process
+from mbcnet_rec.runtime.process import joined_process
 
 ROWS = 64
 SMALL = ModelConfig(

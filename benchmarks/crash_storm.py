@@ -32,13 +32,14 @@ import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mbcnet_rec.checkpoints import storage as places
+from mbcnet_rec.checkpoints import tensor_file
+from mbcnet_rec.checkpoints.blocks import Saved, step_folder
 from mbcnet_rec.config import load_config
+from mbcnet_rec.logs.metrics_log import TIMING_KEYS
+from mbcnet_rec.runtime.exits import RunStoppedError
+from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.train import run_training
-from mbcnet_rec.training import places, tensor_file
-from mbcnet_rec.training.checkpoint import Saved, step_folder
-from mbcnet_rec.training.exits import RunStoppedError
-from mbcnet_rec.training.records import TIMING_KEYS
-from mbcnet_rec.training.watchdog import Watchdog
 
 STEPS_BETWEEN_KILLS = 4
 CHECKPOINT_EVERY = 2

@@ -31,7 +31,7 @@ from side_by_side import parser_of, print_figures
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model import objective
 from mbcnet_rec.train import run_training
-from mbcnet_rec.training import loop
+from mbcnet_rec.training import trainer as loop
 
 WATCHED: tuple[tuple[Any, str], ...] = (
     (objective, "latent_norms"),

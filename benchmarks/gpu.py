@@ -28,9 +28,9 @@ from paper_size import MBCNET, cut_schema, matrix_flops, objective_of, run_confi
 from random_rows import random_batch
 from side_by_side import parser_of, print_figures
 
-from data.batch import Batch
+from data.stream import Batch
 from mbcnet_rec.build import build, quieten_libraries
-from mbcnet_rec.training.process import joined_process
+from mbcnet_rec.runtime.process import joined_process
 
 # Dense bf16 peak in TFLOP/s by the data sheets, by a part of the name that CUDA reports
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}

@@ -43,7 +43,7 @@ from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.losses import branch_coteaching_loss, branch_pairs, moderate_differentiation_loss
 from mbcnet_rec.model.mbcnet import MBCNetConfig
 from mbcnet_rec.model.models import ModelConfig
-from mbcnet_rec.training.process import Process, joined_process
+from mbcnet_rec.runtime.process import Process, joined_process
 
 FIELDS, ROWS, DIM, BATCH, GROUPS, GROUP_FIELDS = 48, 10_000, 8, 1024, 4, 6
 THREE = ("efgc", "cross", "deep")

@@ -34,11 +34,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data.order import StreamOptions
-from data.pailitao import pailitao_schema
+from data.reading.order import StreamOptions
 from data.schema import Schema, parse_schema
 from data.stream import ParquetStream
-from data.synthetic import ROW_GROUP_ROWS, open_writer, write_synthetic
+from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.write import ROW_GROUP_ROWS, open_writer, write_synthetic
 
 BATCH_SIZE = 2048
 COLUMN_COUNTS = (24, 48, 96, 192, 384, 768)

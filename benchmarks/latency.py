@@ -22,11 +22,11 @@ from paper_size import MBCNET, cut_schema
 from side_by_side import parser_of, print_figures
 
 from data.schema import Schema
-from mbcnet_rec import serving
-from mbcnet_rec.artefact import take_apart, untrained, with_rows, write_artefact
 from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.config import DataConfig, RunConfig
-from mbcnet_rec.latency import (
+from mbcnet_rec.serving import loader as serving
+from mbcnet_rec.serving.artifact import take_apart, untrained, with_rows, write_artefact
+from mbcnet_rec.serving.latency import (
     Contest,
     Timing,
     contestants,
@@ -36,7 +36,7 @@ from mbcnet_rec.latency import (
     race,
     table_8,
 )
-from mbcnet_rec.sample_requests import draw_requests
+from mbcnet_rec.serving.sample_requests import draw_requests
 
 
 def main() -> int:

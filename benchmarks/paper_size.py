@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch
-from data.files import resolve_files
-from data.order import StreamOptions
-from data.pailitao import pailitao_text
+from data.reading.files import resolve_files
+from data.reading.order import StreamOptions
 from data.schema import Schema, load_schema, parse_schema
-from data.stream import ParquetStream
-from data.synthetic import write_synthetic
+from data.stream import Batch, ParquetStream
+from data.synthetic.pailitao import pailitao_text
+from data.synthetic.write import write_synthetic
 from mbcnet_rec.build import Built
 from mbcnet_rec.config import DataConfig, RunConfig, TrainConfig
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig

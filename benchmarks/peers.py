@@ -43,7 +43,7 @@ from peer_code.timed_steps import answer_tasks
 from quality import CLIP, DROPOUT, PEER_TRAINING, RATE
 from side_by_side import parser_of, print_figures
 
-from mbcnet_rec.training.scoring import bf16_in_hardware
+from mbcnet_rec.training.evaluation import bf16_in_hardware
 
 HERE = Path(__file__).parent
 MODELS = ("dnn", "dcnv2", "finalmlp")
@@ -245,7 +245,7 @@ def dlrm_task(size: Size) -> dict[str, Any]:
 
 def train_ours(task: dict[str, Any]) -> None:
     """One run, as `mbcnet train` makes it."""
-    from data.typed import parse_dataclass
+    from data.schema.parse import parse_dataclass
     from mbcnet_rec.config import RunConfig
     from mbcnet_rec.train import run_training
 

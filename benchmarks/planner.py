@@ -12,7 +12,7 @@ seconds/CASE              processor seconds of the whole planning
 proposals/CASE            plans that TorchRec dealt out
 paper_seconds             of data/schemas/pailitao.toml on 16x8:h100-80g
 
-A case is PROPOSER+PARTITIONER; default is what runs use. Times of ranks are estimates (sharding/estimate.py), so these figures compare
+A case is PROPOSER+PARTITIONER; default is what runs use. Times of ranks are estimates (sharding/cost/estimate.py), so these figures compare
 plans and promise no step time.
 """
 
@@ -27,12 +27,12 @@ from typing import Any
 from side_by_side import parser_of, print_figures
 
 from data.schema import Schema, load_schema, parse_schema
-from sharding.assess import assess, search_bound
-from sharding.candidates import all_options
-from sharding.cluster import Cluster, read_cluster
-from sharding.constraints import ShardingConfig
-from sharding.fit import room_for_tables
-from sharding.planner import plan_schema
+from sharding.cost.assess import assess, search_bound
+from sharding.cost.memory import room_for_tables
+from sharding.plan.cluster import Cluster, read_cluster
+from sharding.plan.constraints import ShardingConfig
+from sharding.search.candidates import all_options
+from sharding.search.planner import plan_schema
 
 PAPER = Path(__file__).parents[1] / "data" / "schemas" / "pailitao.toml"
 BATCH_SIZE = 8192  # rows of one rank

@@ -31,11 +31,11 @@ import pyarrow.parquet as pq
 import tomli_w
 from side_by_side import parser_of, print_figures
 
-from data.files import resolve_files
-from data.order import StreamOptions
+from data.reading.files import resolve_files
+from data.reading.order import StreamOptions
 from data.schema import load_schema, schema_to_toml
+from data.schema.parse import parse_dataclass
 from data.stream import ParquetStream
-from data.typed import parse_dataclass
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.study.runs import Run, place_run, scores, train_all
 from mbcnet_rec.study.tuning import with_overrides

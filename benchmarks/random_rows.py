@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from data.batch import Batch
-from data.feature import Feature
 from data.schema import Schema, parse_schema
+from data.schema.feature import Feature
+from data.stream import Batch
 
 
 def uniform_schema(fields: int, rows: int, dim: int, groups: Sequence[Sequence[int]] = ()) -> Schema:

@@ -91,7 +91,7 @@ def train_when_told(folder: Path, batch: int) -> int:
 
     from data.schema import load_schema
     from mbcnet_rec.build import build, quieten_libraries
-    from mbcnet_rec.training.process import joined_process
+    from mbcnet_rec.runtime.process import joined_process
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     quieten_libraries()

@@ -36,17 +36,16 @@ from peer_code.given_masks import give_masks
 from side_by_side import parser_of, print_figures
 from torch import Tensor
 
-from data.batch import Batch
-from data.files import resolve_files
-from data.order import StreamOptions
+from data.reading.files import resolve_files
+from data.reading.order import StreamOptions
 from data.schema import Schema, load_schema
-from data.stream import ParquetStream
+from data.stream import Batch, ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries
 from mbcnet_rec.config import RunConfig
+from mbcnet_rec.runtime.process import joined_process
+from mbcnet_rec.scoring.metrics import auc
 from mbcnet_rec.study.tuning import with_overrides
-from mbcnet_rec.training.metrics import auc
 from mbcnet_rec.training.pipeline import PlainPipeline, clip_gradients
-from mbcnet_rec.training.process import joined_process
 from mbcnet_rec.training.state import TrainState, scale_rates
 
 PREDICTION = "equal to 1e-6 after the first pass; rounding grows to 1e-2 of single rows over a thousand steps, AUCs stay within 1e-3"

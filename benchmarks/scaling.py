@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--quick] [--json] [--kind h100-80g] [--batch 8192] [--png FILE]
 
 Each size is planned by the project's own planner for the paper's tables (480 M users, 974 M items) and added up by its cost model
-(sharding/estimate.py, sharding/assess.py). What is assumed of overlap: the exchange of ids and the decoding of Parquet go on beside
+(sharding/cost/estimate.py, sharding/cost/assess.py). What is assumed of overlap: the exchange of ids and the decoding of Parquet go on beside
 the step before; the dense all-reduce hides behind two thirds of the dense part; lookup, pooled rows, dense part, gradients and update
 follow one another. Rows are fp32 where they fit, else fp16, else the largest tables live in host memory with a cache. Seconds are a
 floor: no launches, no stragglers, no skew, no contention of links.
@@ -24,15 +24,15 @@ from typing import Any
 
 from side_by_side import parser_of
 
-from data.pailitao import pailitao_schema
 from data.schema import Schema
+from data.synthetic.pailitao import pailitao_schema
 from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.models import ModelConfig
-from sharding.assess import Assessment
-from sharding.capacity import Task
-from sharding.cluster import read_cluster
-from sharding.constraints import ShardingConfig, TableConstraint
-from sharding.fit import DoesNotFit
+from sharding.cost.assess import Assessment
+from sharding.cost.memory import DoesNotFit
+from sharding.plan.cluster import read_cluster
+from sharding.plan.constraints import ShardingConfig, TableConstraint
+from sharding.search.capacity import Task
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 QUICK_SIZES = (1, 8, 128, 1024)

@@ -21,8 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from data.pailitao import pailitao_schema
-from data.synthetic import write_synthetic
+from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.write import write_synthetic
 
 LARGEST_GROWTH = 0.05
 MBCNET = Path(sys.executable).parent / "mbcnet"

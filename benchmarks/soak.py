@@ -28,9 +28,9 @@ from crash_storm import write_data
 from side_by_side import rank_environment
 
 from mbcnet_rec.config import load_config
+from mbcnet_rec.runtime.exits import PreemptedError
+from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.train import run_training
-from mbcnet_rec.training.exits import PreemptedError
-from mbcnet_rec.training.watchdog import Watchdog
 
 RANKS = 2
 STEPS = 5  # of a cycle

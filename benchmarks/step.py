@@ -63,12 +63,12 @@ from torch.optim.optimizer import (
 )
 from torchrec.distributed import DistributedModelParallel
 
-from data.batch import Batch
 from data.schema import Schema
+from data.stream import Batch
 from mbcnet_rec.build import Built, build, quieten_libraries
 from mbcnet_rec.model.layers import ALL
+from mbcnet_rec.runtime.process import Process, joined_process
 from mbcnet_rec.train import run_training
-from mbcnet_rec.training.process import Process, joined_process
 
 LOSS_BATCH = 256
 LOG_EVERY, CHECKPOINT_EVERY = 20, 100  # steps; one checkpoint in 100 steps is more than a real run makes

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from side_by_side import parser_of, print_figures
 
-from data.pailitao import pailitao_schema
-from data.synthetic import write_synthetic
+from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.write import write_synthetic
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.train import run_training
 

@@ -18,7 +18,7 @@ GRACE_SECONDS = 300
 USER_ID = 10001
 # Key in the metadata of a torchx role: what we add to a scheduler's request is for our own jobs only
 OURS = "mbcnet"
-# Exit codes of a worker, as in mbcnet_rec/training/exits.py
+# Exit codes of a worker, as in mbcnet_rec/runtime/exits.py
 USER_MISTAKE, CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK, INTERRUPTED = 2, 74, 75, 76, 77, 130
 # Restarts by torchelastic of the workers of a job of several hosts: one host lost, the others go on from the checkpoint
 RESTARTS = 3

@@ -19,23 +19,30 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from data.errors import InputError
 from data.schema import Schema
-from data.tables import embedding_bag_configs
 from mbcnet_rec.config import RunConfig
+from mbcnet_rec.cpu.one_process import NoCopies, shorten_lookups
 from mbcnet_rec.dense_cost import dense_cost
-from mbcnet_rec.layout import input_layout, schema_with_wide
-from mbcnet_rec.model.distillation import DistillationObjective
+from mbcnet_rec.model.input_layout import input_layout, schema_with_wide
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
 from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
 from mbcnet_rec.model.objective import Objective
 from mbcnet_rec.model.sparse_arch import SparseArch
+from mbcnet_rec.model.zoo.enkd import DistillationObjective
+from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks
 from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
-from mbcnet_rec.training.process import Process, broadcast_value, mean_over_ranks
-from sharding.collisions import collision_collection
-from sharding.initialise import initialise_tables
-from sharding.one_process import NoCopies, shorten_lookups
-from sharding.plan import Plan, check_plan, constraint_differences, plan_of_text, plan_text, read_plan
-from sharding.planner import cluster_of, plan_schema
-from sharding.sharder import DATA_TYPES, placed_differences, sharders_of, to_sharding_plan
+from sharding.bridge.initialise import initialise_tables
+from sharding.bridge.sharder import DATA_TYPES, placed_differences, sharders_of, to_sharding_plan
+from sharding.bridge.tables import embedding_bag_configs
+from sharding.bridge.zch import collision_collection
+from sharding.plan.plan_file import (
+    Plan,
+    check_plan,
+    constraint_differences,
+    plan_of_text,
+    plan_text,
+    read_plan,
+)
+from sharding.search.planner import cluster_of, plan_schema
 
 SPARSE_ARCH = "model.sparse_arch."
 COLLECTIONS = {  # module path -> of fields with weights, of unbounded ids; in the order of SparseArch's arguments

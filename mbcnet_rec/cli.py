@@ -25,7 +25,7 @@ from mbcnet_rec.commands import (
     train,
     tune,
 )
-from mbcnet_rec.training.exits import RunStoppedError
+from mbcnet_rec.runtime.exits import RunStoppedError
 
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
 OURS = ("data", "sharding", "mbcnet_rec")

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import tomli_w
 
 from data.errors import InputError
-from data.order import LONGEST_WAIT_SECONDS, NegativeWeights, Order, StreamOptions
-from data.typed import parse_dataclass, read_toml, to_toml_value
+from data.reading.order import LONGEST_WAIT_SECONDS, NegativeWeights, Order, StreamOptions
+from data.schema.parse import parse_dataclass, read_toml, to_toml_value
 from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.training.optim_config import OptimConfig
-from sharding.constraints import ShardingConfig
+from sharding.plan.constraints import ShardingConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DataConfig:
     Attributes:
         train, valid, test: Parquet files, folders, globs or URIs (s3://bucket/folder), relative to the working directory. valid
             and test may be empty.
-        train_where, valid_where, test_where: conditions on the rows of each split, such as "ds < last 7": see data/selection.py.
+        train_where, valid_where, test_where: conditions on the rows of each split, such as "ds < last 7": see data/reading/selection.py.
         batch_size: rows of a global training batch, over all ranks.
         eval_batch_size: rows of a global evaluation batch; 0: batch_size.
         lanes: see StreamOptions; every world size that divides it sees the same global batches.

@@ -8,12 +8,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import Schema
-from mbcnet_rec.layout import input_layout
+from mbcnet_rec.model.input_layout import input_layout
 from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
 from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
-from sharding.candidates import pooling_factor
-from sharding.constraints import ShardingConfig
-from sharding.dense import DenseCost
+from sharding.plan.constraints import ShardingConfig
+from sharding.plan.dense_part import DenseCost
+from sharding.search.candidates import pooling_factor
 
 ROWS = 8  # the batch that is counted
 

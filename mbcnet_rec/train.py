@@ -13,28 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from data.files import resolve_files
+from data.reading.files import resolve_files
+from data.reading.storage import DataFile
 from data.schema import Schema, load_schema
-from data.storage import DataFile
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries
+from mbcnet_rec.checkpoints.blocks import Saved
+from mbcnet_rec.checkpoints.compatibility import load_checked
+from mbcnet_rec.checkpoints.run_folder import CHECKPOINTS, place_of
+from mbcnet_rec.checkpoints.storage import LocalPlace, Place, latest_step
+from mbcnet_rec.checkpoints.warm_start import warm_start
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
-from mbcnet_rec.training.checkpoint import Saved
-from mbcnet_rec.training.compatibility import load_checked
-from mbcnet_rec.training.exits import CannotWriteError
+from mbcnet_rec.logs.metrics_log import METRICS, Records, write_whole
+from mbcnet_rec.logs.mlflow import open_sink
+from mbcnet_rec.logs.progress import tell
+from mbcnet_rec.runtime.exits import CannotWriteError
+from mbcnet_rec.runtime.preemption import StopRequest
+from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_process
+from mbcnet_rec.runtime.watchdog import STACKS, Watchdog
+from mbcnet_rec.training.evaluation import EvaluationGivenUpError, bf16_in_hardware
 from mbcnet_rec.training.faults import FAULTS
-from mbcnet_rec.training.loop import Surroundings, Trainer, Watch
-from mbcnet_rec.training.places import LocalPlace, Place, latest_step
-from mbcnet_rec.training.preemption import StopRequest
-from mbcnet_rec.training.process import Process, agreed, broadcast_value, joined_process
-from mbcnet_rec.training.progress import tell
-from mbcnet_rec.training.records import METRICS, Records, write_whole
-from mbcnet_rec.training.run_place import CHECKPOINTS, place_of
-from mbcnet_rec.training.scoring import EvaluationGivenUpError, bf16_in_hardware
-from mbcnet_rec.training.tracking import open_sink
-from mbcnet_rec.training.warm_start import warm_start
-from mbcnet_rec.training.watchdog import STACKS, Watchdog
-from sharding.plan import write_plan
+from mbcnet_rec.training.trainer import Surroundings, Trainer, Watch
+from sharding.plan.plan_file import write_plan
 
 Teach = Callable[[Process, ParquetStream], ParquetStream]
 Report = Callable[[Path], object]

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import torch
 from forked_ranks import mbcnet, report, run_ranks
 
-from mbcnet_rec import serving
-from mbcnet_rec.training.checkpoint import Saved
+from mbcnet_rec.checkpoints.blocks import Saved
+from mbcnet_rec.serving import loader as serving
 
 FOLDER = Path(sys.argv[1])
 STEPS = 24

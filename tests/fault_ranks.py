@@ -16,14 +16,14 @@ import torch
 from forked_ranks import mbcnet, report, run_ranks
 from small_data import write_small
 
-from data.decode import Decoder
+from data.reading.decode import Decoder
+from mbcnet_rec.checkpoints import writer as saver
+from mbcnet_rec.checkpoints.blocks import Saved, step_folder
+from mbcnet_rec.checkpoints.tensor_file import map_block, read_header
 from mbcnet_rec.commands import train
+from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.model.objective import LossArch
-from mbcnet_rec.training import saver
-from mbcnet_rec.training.checkpoint import Saved, step_folder
-from mbcnet_rec.training.records import TIMING_KEYS
-from mbcnet_rec.training.tensor_file import map_block, read_header
-from mbcnet_rec.training.watchdog import Watchdog
+from mbcnet_rec.runtime.watchdog import Watchdog
 
 train._draw_report = lambda folder: None  # pictures say nothing here
 FOLDER = Path(sys.argv[1])

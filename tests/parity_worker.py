@@ -11,12 +11,12 @@ from forked_ranks import run_ranks
 from data.schema import load_schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.checkpoints.blocks import pieces_of
 from mbcnet_rec.config import load_config
-from mbcnet_rec.training.checkpoint import pieces_of
-from mbcnet_rec.training.loop import average_terms, seed_step
+from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.training.pipeline import pipeline_for
-from mbcnet_rec.training.process import joined_process
-from sharding.plan import Plan, TablePlan
+from mbcnet_rec.training.trainer import average_terms, seed_step
+from sharding.plan.plan_file import Plan, TablePlan
 
 STEPS = 50
 # kind of plan -> the tables' optimizer under which it is compared

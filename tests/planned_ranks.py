@@ -16,12 +16,12 @@ from small_data import write_small
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 
-import sharding.candidates
-import sharding.plan
+import sharding.plan.plan_file
+import sharding.search.candidates
+from mbcnet_rec.checkpoints.manifest import read_manifest
 from mbcnet_rec.cli import main
+from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.model.objective import LossArch
-from mbcnet_rec.training.manifest import read_manifest
-from mbcnet_rec.training.records import TIMING_KEYS
 
 FOLDER = Path(sys.argv[1])
 CONFIG = write_small(FOLDER, train_rows=2_400, other_rows=120)
@@ -105,7 +105,7 @@ def no_plan():
 
 
 def without_device_checks(rank):
-    sharding.plan.device_problem = sharding.candidates.device_problem = lambda plan: ""
+    sharding.plan.plan_file.device_problem = sharding.search.candidates.device_problem = lambda plan: ""
 
 
 def prefetching():

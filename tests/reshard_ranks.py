@@ -18,13 +18,13 @@ from small_data import write_small
 from data.errors import InputError
 from data.schema import load_schema
 from mbcnet_rec.build import build, quieten_libraries, schema_with_wide
+from mbcnet_rec.checkpoints.blocks import Saved, pieces_of
+from mbcnet_rec.checkpoints.compatibility import load_checked
+from mbcnet_rec.checkpoints.storage import LocalPlace
+from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.config import load_config
-from mbcnet_rec.training.checkpoint import Saved, pieces_of
-from mbcnet_rec.training.compatibility import load_checked
-from mbcnet_rec.training.places import LocalPlace
-from mbcnet_rec.training.process import joined_process
-from mbcnet_rec.training.saver import Keep, Saver
-from mbcnet_rec.training.watchdog import Watchdog
+from mbcnet_rec.runtime.process import joined_process
+from mbcnet_rec.runtime.watchdog import Watchdog
 
 WORLDS = (1, 2, 3, 4)
 FIRST, MORE = 10, 100

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import boto3
 
-import data.storage
+import data.reading.storage
 
 CODE = """
 import sys, threading
@@ -40,7 +40,7 @@ def s3_server(bucket: str) -> Iterator[dict[str, str]]:
     }
     before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("AWS_")}
     os.environ |= variables
-    data.storage._s3.cache_clear()
+    data.reading.storage._s3.cache_clear()
     try:
         client = boto3.client(
             "s3",
@@ -57,4 +57,4 @@ def s3_server(bucket: str) -> Iterator[dict[str, str]]:
         for name in variables:
             del os.environ[name]
         os.environ |= before
-        data.storage._s3.cache_clear()
+        data.reading.storage._s3.cache_clear()

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from small_data import CONFIG, SCHEMA, small_table
 
-from data.fit import fit_schema
+from data.profile.fit import fit_schema
 from data.schema import format_schema, load_schema
 from mbcnet_rec.cli import main
 

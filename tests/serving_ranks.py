@@ -8,7 +8,8 @@ from pathlib import Path
 from forked_ranks import mbcnet, report, run_ranks
 from serving_data import KINDS
 
-from mbcnet_rec import pieces, predict, slices
+from mbcnet_rec.scoring import predict, slices
+from mbcnet_rec.scoring import scorer as pieces
 
 FOLDER = Path(sys.argv[1])
 PIECE_ROWS, FEW_SLICES = 500, 10

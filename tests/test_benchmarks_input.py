@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data.checksums import column_without_checksum
+from data.reading.checksums import column_without_checksum
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "input.py"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.schema import load_schema
-from mbcnet_rec.training.scoring import bf16_in_hardware
+from mbcnet_rec.training.evaluation import bf16_in_hardware
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -109,7 +109,7 @@ def test_our_models_of_the_comparison_train(peers, rows, kind, monkeypatch):
 
 
 def test_our_dlrm_has_the_peers_multiply_adds(peers):
-    from data.typed import parse_dataclass
+    from data.schema.parse import parse_dataclass
     from mbcnet_rec.config import RunConfig
 
     size = peers.DLRM

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sharding.cluster import read_cluster
-from sharding.constraints import ShardingConfig
+from sharding.plan.cluster import read_cluster
+from sharding.plan.constraints import ShardingConfig
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "planner.py"
 

@@ -8,7 +8,7 @@ import pytest
 
 from data.errors import InputError
 from mbcnet_rec import cli
-from mbcnet_rec.training.exits import PreemptedError
+from mbcnet_rec.runtime.exits import PreemptedError
 
 NAMES = (
     "doctor",

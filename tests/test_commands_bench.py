@@ -8,8 +8,9 @@ import torch
 from serving_data import printed_by, trained_runs
 
 from data.schema import load_schema
-from mbcnet_rec import latency, serving
-from mbcnet_rec.sample_requests import draw_requests, read_requests
+from mbcnet_rec.serving import latency
+from mbcnet_rec.serving import loader as serving
+from mbcnet_rec.serving.sample_requests import draw_requests, read_requests
 
 
 @pytest.fixture(scope="module")

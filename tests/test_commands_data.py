@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.schema import load_schema, parse_schema
-from data.show import print_schema, size_words, summary_line
+from data.schema.show import print_schema, size_words, summary_line
 from mbcnet_rec.cli import main
 
 

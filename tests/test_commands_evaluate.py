@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from serving_data import KINDS, evaluated, printed_by, serving_table, trained_runs
 
-from mbcnet_rec.training.metrics import (
+from mbcnet_rec.scoring.metrics import (
     Histogram,
     auc_of_counts,
     evaluate_predictions,

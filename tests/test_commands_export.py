@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from serving_data import KINDS, ROOT, printed_by, trained_runs
 
-from mbcnet_rec import serving
+from mbcnet_rec.serving import loader as serving
 
 # Largest change of a probability against the float model, as docs/serving.md states it for this data.
 BOUNDS = {"fp32": 1e-6, "fp16": 1e-3, "int8": 5e-3, "int4": 8e-2}

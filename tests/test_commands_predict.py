@@ -12,9 +12,9 @@ import pytest
 from serving_data import KINDS, evaluated, printed_by, rank_results, trained_runs
 
 from data.errors import InputError
-from mbcnet_rec import predict
-from mbcnet_rec.predict import run_prediction
-from mbcnet_rec.training.exits import CannotWriteError
+from mbcnet_rec.runtime.exits import CannotWriteError
+from mbcnet_rec.scoring import predict
+from mbcnet_rec.scoring.predict import run_prediction
 
 COLUMNS = ["user", "probability", *(f"probability_{name}" for name in ("efgc", "cross", "deep"))]
 
@@ -65,7 +65,7 @@ def test_killed_on_two_ranks_and_finished_on_one(runs):
 
 def test_faults_stop_their_own_pieces_only(runs, tmp_path, monkeypatch):
     """A faulty value and a damaged page; mended, the same command finishes and scores nothing twice that has not changed."""
-    monkeypatch.setattr("mbcnet_rec.pieces.PIECE_ROWS", 1_000)
+    monkeypatch.setattr("mbcnet_rec.scoring.scorer.PIECE_ROWS", 1_000)
     source = pq.read_table(runs / "test.parquet").drop_columns(["click"])
     data, out = tmp_path / "in", tmp_path / "out"
     (data / "ds=1").mkdir(parents=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare import DATA_SETS, prepare
+from data.public.prepare import DATA_SETS, prepare
 from data.schema import load_schema
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 from mbcnet_rec.model.models import ModelConfig
-from mbcnet_rec.study.conduct import variant_config
+from mbcnet_rec.study.runner import variant_config
 from mbcnet_rec.study.studies import MODELS
 
 ROOT = Path(__file__).parents[1]

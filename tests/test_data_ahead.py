@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from data.ahead import Ahead, Patience, prefetched
 from data.errors import InputError
+from data.reading.prefetch import Ahead, Patience, prefetched
 
 
 def patience(seconds=5.0, reading=()):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.arrow import Encoder, Place
-from data.columns import ABSENT, Ragged
 from data.errors import InputError
-from data.keys import Vocabulary, hash_values, remainder, splitmix64
+from data.reading.arrow import Encoder, Place
+from data.reading.columns import ABSENT, Ragged
+from data.reading.keys import Vocabulary, hash_values, remainder, splitmix64
 from data.schema import FIRST_VOCABULARY_ROW, MISSING_ROW, OUT_OF_VOCABULARY_ROW, load_schema, parse_schema
 
 SHARED = Path(__file__).parents[2] / "shared" / "datasets"

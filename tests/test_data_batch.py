@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import Batch, Keys, to_batch
-from data.columns import ABSENT, Columns, Ragged, Run, gather, join_lists
-from data.order import Cursor
+from data.reading.columns import ABSENT, Columns, Ragged, Run, gather, join_lists
+from data.reading.order import Cursor
+from data.stream.batch import Batch, Keys, to_batch
 
 
 def make_batch(missing: bool, lists: bool = True, weighted: bool = True) -> Batch:

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.check import WHOLE_FILE, check_files
 from data.errors import InputError
-from data.pailitao import pailitao_schema
+from data.profile.check import WHOLE_FILE, check_files
 from data.schema import parse_schema
-from data.synthetic import write_synthetic
+from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.write import write_synthetic
 
 FIELDS = {
     "user": {"kind": "categorical", "num_embeddings": 10, "embedding_dim": 4},

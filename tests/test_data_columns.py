@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.batch import permuted_by_fbgemm
-from data.columns import ABSENT, Columns, Lists, Ragged, Run, gather, join_lists
+from data.reading.columns import ABSENT, Columns, Lists, Ragged, Run, gather, join_lists
+from data.stream.batch import permuted_by_fbgemm
 
 
 def make_ragged(draw, rows: int, weighted: bool) -> Ragged:

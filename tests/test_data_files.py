@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.checksums import has_checksum
 from data.errors import InputError
-from data.files import ChecksumWarning, read_contents, resolve_files
-from data.order import StreamOptions
+from data.reading.checksums import has_checksum
+from data.reading.files import ChecksumWarning, read_contents, resolve_files
+from data.reading.order import StreamOptions
+from data.reading.selection import Selection
 from data.schema import parse_schema
-from data.selection import Selection
 
 FIELDS = {
     "row": {"kind": "categorical", "num_embeddings": 1000, "embedding_dim": 4},
@@ -117,7 +117,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[2])))
 from test_data_files import SCHEMA
 from data.errors import InputError
-from data.order import StreamOptions
+from data.reading.order import StreamOptions
 from data.stream import ParquetStream
 
 def content(file):

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import fit
 from data.errors import InputError
-from data.fit import write_fitted
+from data.profile import fit
+from data.profile.fit import write_fitted
 from data.schema import load_schema, parse_schema
 
 WORD = {"kind": "categorical", "encoding": "vocabulary", "vocabulary": "fit", "embedding_dim": 4}

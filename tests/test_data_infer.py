@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import profile
-from data.arrow import Encoder, Place
 from data.errors import InputError
-from data.fit import write_fitted
-from data.infer import infer_schema
-from data.keys import splitmix64
-from data.leaks import always_positive, auc, column_auc
-from data.pailitao import pailitao_schema
-from data.profile import ColumnProfile, RowSample, profile_files
+from data.profile import scan as profile
+from data.profile.fit import write_fitted
+from data.profile.infer import infer_schema
+from data.profile.leaks import always_positive, auc, column_auc
+from data.profile.scan import ColumnProfile, RowSample, profile_files
+from data.profile.sketch import Distinct
+from data.reading.arrow import Encoder, Place
+from data.reading.keys import splitmix64
 from data.schema import load_schema
-from data.sketch import Distinct
-from data.synthetic import write_synthetic
+from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.write import write_synthetic
 
 ROWS = 6_000
 SHARED = Path(__file__).parents[2] / "shared" / "datasets"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.order import (
+from data.reading.order import (
     DEPTH,
     SMALL_BATCH,
     RowGroup,
@@ -116,7 +116,7 @@ def test_options_that_cannot_be_met_are_refused(options, message):
 
 
 def test_what_decodes_imports_no_torch():
-    code = "import sys, data.decode, data.ahead; sys.exit(any(name in sys.modules for name in ('torch', 'torchrec')))"
+    code = "import sys, data.reading.decode, data.reading.prefetch; sys.exit(any(name in sys.modules for name in ('torch', 'torchrec')))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 

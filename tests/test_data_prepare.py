@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import fit
 from data.errors import InputError
-from data.fit import fit_schema
-from data.prepare import DATA_SETS, SCHEMA_FOLDER, prepare
+from data.profile import fit
+from data.profile.fit import fit_schema
+from data.public.prepare import DATA_SETS, SCHEMA_FOLDER, prepare
 from data.schema import load_schema, parse_schema
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "datasets"

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import raw, raw_movielens
-from data.arrow import Encoder, Place
 from data.errors import InputError
-from data.prepare import DATA_SETS, prepare
-from data.raw import Lookup, count_lines, hex_to_int
+from data.public import movielens as raw_movielens
+from data.public import raw_files as raw
+from data.public.prepare import DATA_SETS, prepare
+from data.public.raw_files import Lookup, count_lines, hex_to_int
+from data.public.splits import SplitWriter
+from data.reading.arrow import Encoder, Place
 from data.schema import load_schema
-from data.splits import SplitWriter
 
 SHARED = Path(__file__).parents[2] / "shared" / "datasets"
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.feature import MAX_WIDTH, Feature
-from data.pailitao import pailitao_schema
 from data.schema import Schema, format_schema, load_schema, parse_schema, schema_to_toml
+from data.schema.feature import MAX_WIDTH, Feature
+from data.synthetic.pailitao import pailitao_schema
 
 BASE = {
     "name": "shop",

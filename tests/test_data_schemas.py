@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data.pailitao import NAMES, USERS_AND_ITEMS, pailitao_schema, pailitao_text
 from data.schema import Schema, load_schema
+from data.synthetic.pailitao import NAMES, USERS_AND_ITEMS, pailitao_schema, pailitao_text
 
 SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 REAL = (

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.files
+import data.reading.files
 from data.errors import InputError
-from data.order import StreamOptions
+from data.reading.order import StreamOptions
 from data.schema import parse_schema
 from data.stream import ParquetStream
 
@@ -143,9 +143,11 @@ def test_train_and_held_out_days_share_no_row_and_miss_none(files):
 
 def test_only_row_groups_across_a_bound_are_read_to_plan(files, monkeypatch):
     read = []
-    original = data.files.open_parquet
+    original = data.reading.files.open_parquet
     monkeypatch.setattr(
-        data.files, "open_parquet", lambda file, **options: read.append(file) or original(file, **options)
+        data.reading.files,
+        "open_parquet",
+        lambda file, **options: read.append(file) or original(file, **options),
     )
     ParquetStream(files, SCHEMA, StreamOptions(16, 4, where=("at >= 2024-05-05",)))
     assert len(read) == DAYS  # every footer once, and no row group again

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import data.storage
+import data.reading.storage
 from data.errors import InputError
-from data.files import resolve_files
-from data.order import StreamOptions
+from data.reading.files import resolve_files
+from data.reading.order import StreamOptions
+from data.reading.storage import RemoteFile, is_uri, retried
 from data.schema import parse_schema
-from data.storage import RemoteFile, is_uri, retried
 from data.stream import ParquetStream
 
 boto3 = pytest.importorskip("boto3", reason="needs the S3 client and server of the pinned requirements")
@@ -148,14 +148,14 @@ def proxy(server, monkeypatch):
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(data.storage, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(data.storage, "REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr(data.storage, "CONNECT_SECONDS", 1.0)
-    data.storage._s3.cache_clear()
+    monkeypatch.setattr(data.reading.storage, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(data.reading.storage, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(data.reading.storage, "CONNECT_SECONDS", 1.0)
+    data.reading.storage._s3.cache_clear()
     yield proxy
     proxy.shutdown()
     proxy.server_close()
-    data.storage._s3.cache_clear()
+    data.reading.storage._s3.cache_clear()
 
 
 FILES = [f"s3://logs/shop/ds=2024-05-0{day}/part-0.parquet" for day in (1, 2, 3)]
@@ -231,7 +231,7 @@ def test_what_no_retry_mends_is_not_tried_again(proxy):
 
 
 def test_no_server_at_all(monkeypatch):
-    monkeypatch.setattr(data.storage, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(data.reading.storage, "FIRST_PAUSE_SECONDS", 0.01)
     for name, value in {
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
         "AWS_ACCESS_KEY_ID": "a",
@@ -239,17 +239,17 @@ def test_no_server_at_all(monkeypatch):
         "AWS_REGION": "x",
     }.items():
         monkeypatch.setenv(name, value)
-    data.storage._s3.cache_clear()
+    data.reading.storage._s3.cache_clear()
     with pytest.raises(
         InputError, match=r"s3://logs/shop: gave up after 5 attempts \(.+\); check the storage service"
     ):
         resolve_files(["s3://logs/shop"])
-    data.storage._s3.cache_clear()
+    data.reading.storage._s3.cache_clear()
 
 
 def test_pauses_double_and_attempts_are_counted(monkeypatch):
     pauses, tries = [], []
-    monkeypatch.setattr(data.storage.time, "sleep", pauses.append)
+    monkeypatch.setattr(data.reading.storage.time, "sleep", pauses.append)
 
     def fails():
         tries.append(1)

@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.decode
+import data.reading.decode
 from data.errors import InputError
-from data.order import Cursor, StreamOptions
+from data.reading.order import Cursor, StreamOptions
 from data.schema import parse_schema
 from data.stream import ParquetStream
 
@@ -224,13 +224,13 @@ def test_uneven_data_gives_each_rank_equally_many_batches(tmp_path, rows, world_
 def test_row_groups_longer_than_a_window_are_read_as_a_stream(tmp_path, monkeypatch, workers, order):
     files = write_log(tmp_path, [500, 300], row_group_rows=250)
     reads = Counter()
-    open_parquet = data.decode.open_parquet
+    open_parquet = data.reading.decode.open_parquet
 
     def counted(file, **options):
         reads[file] += 1
         return open_parquet(file, **options)
 
-    monkeypatch.setattr(data.decode, "open_parquet", counted)
+    monkeypatch.setattr(data.reading.decode, "open_parquet", counted)
     options = StreamOptions(40, 4, order, 32, workers=workers)
     batches, _ = global_batches(files, options, 1)
     assert sorted(row for batch in batches for row in batch) == list(range(800))
@@ -401,7 +401,7 @@ def test_a_reader_that_is_stuck_is_named_in_time(log, monkeypatch):
         release.wait(20)
         raise OSError("released")
 
-    monkeypatch.setattr(data.decode, "open_parquet", stuck)
+    monkeypatch.setattr(data.reading.decode, "open_parquet", stuck)
     for workers, prefetch in ((1, 0), (0, 1), (2, 2)):
         options = StreamOptions(24, LANES, workers=workers, prefetch=prefetch, timeout_seconds=0.3)
         stream = ParquetStream(log, make_schema(), options)
@@ -417,7 +417,7 @@ def test_an_error_in_a_worker_reaches_the_caller(log, monkeypatch, workers, pref
     def broken(*_, **__):
         raise SystemError("a defect of ours")
 
-    monkeypatch.setattr(data.decode.Decoder, "decode", broken)
+    monkeypatch.setattr(data.reading.decode.Decoder, "decode", broken)
     stream = ParquetStream(log, make_schema(), StreamOptions(24, LANES, workers=workers, prefetch=prefetch))
     with pytest.raises(SystemError, match="a defect of ours"):
         list(stream)
@@ -447,7 +447,7 @@ def test_windows_in_memory_stay_few(tmp_path):
     files = write_log(tmp_path, [2000], row_group_rows=20)
     stream = ParquetStream(files, make_schema(), StreamOptions(16, 4, "shuffled", 40, workers=2, prefetch=0))
     held = []
-    original = data.decode.Decoder.decode
+    original = data.reading.decode.Decoder.decode
     alive: set[int] = set()
     import gc
     import weakref
@@ -458,13 +458,13 @@ def test_windows_in_memory_stay_few(tmp_path):
         weakref.finalize(decoded.columns, alive.discard, id(decoded.columns))
         return decoded
 
-    data.decode.Decoder.decode = watched
+    data.reading.decode.Decoder.decode = watched
     try:
         for _ in stream:
             gc.collect(0)
             held.append(len(alive))
     finally:
-        data.decode.Decoder.decode = original
+        data.reading.decode.Decoder.decode = original
     assert (
         len(held) == 125 and max(held) <= 4 + 3 + 2
     )  # four lanes, three ahead, and two in the hands of threads

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import synthetic
 from data.errors import InputError
-from data.pailitao import pailitao_schema
-from data.planted import (
+from data.schema import load_schema, parse_schema, schema_to_toml
+from data.synthetic import write as synthetic
+from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.planted import (
     CLICK_RATE,
     SHARES,
     draw_facts,
@@ -27,8 +28,7 @@ from data.planted import (
     taste_of_day,
     true_probability,
 )
-from data.schema import load_schema, parse_schema, schema_to_toml
-from data.synthetic import METADATA_KEY, Tally, make_block, write_synthetic
+from data.synthetic.write import METADATA_KEY, Tally, make_block, write_synthetic
 
 ROWS, DAYS = 6_000, 6
 
@@ -303,7 +303,7 @@ def test_tally_agrees_with_the_definition(rows):
 def test_memory_is_flat_in_the_number_of_rows(tmp_path):
     """Five times the rows need no more than a few blocks' memory more: held whole they would take 250 MB."""
     code = (
-        "import resource, sys; from data.pailitao import pailitao_schema; from data.synthetic import write_synthetic\n"
+        "import resource, sys; from data.synthetic.pailitao import pailitao_schema; from data.synthetic.write import write_synthetic\n"
         "write_synthetic(pailitao_schema('demo'), sys.argv[1], rows=int(sys.argv[2]), days=3, rows_per_file=20_000)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )

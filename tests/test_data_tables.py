@@ -7,9 +7,9 @@ import torch
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from data.pailitao import pailitao_schema
 from data.schema import parse_schema
-from data.tables import embedding_bag_configs
+from data.synthetic.pailitao import pailitao_schema
+from sharding.bridge.tables import embedding_bag_configs
 
 
 def schema_of():

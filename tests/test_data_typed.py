@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from data.errors import InputError
-from data.typed import parse_dataclass, read_toml, to_toml_value
+from data.schema.parse import parse_dataclass, read_toml, to_toml_value
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from data.schema import parse_schema
 from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.models import ModelConfig
-from sharding.constraints import ShardingConfig
+from sharding.plan.constraints import ShardingConfig
 
 FIELDS = {
     "user": {"kind": "categorical", "num_embeddings": 100, "embedding_dim": 8},

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from data.feature import Encoding, Kind, Transform
 from data.schema import parse_schema
-from data.typed import parse_dataclass
+from data.schema.feature import Encoding, Kind, Transform
+from data.schema.parse import parse_dataclass
 from mbcnet_rec.cli import build_parser
 from mbcnet_rec.config import DataConfig
-from sharding.constraints import ShardingConfig
+from sharding.plan.constraints import ShardingConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

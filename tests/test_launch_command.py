@@ -12,7 +12,7 @@ from torchx.specs.finder import get_components
 
 from launch import job, worker
 from mbcnet_rec import cli
-from mbcnet_rec.training import exits
+from mbcnet_rec.runtime import exits
 
 
 @pytest.fixture

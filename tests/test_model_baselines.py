@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from data.errors import InputError
-from mbcnet_rec.model.baselines import (
+from mbcnet_rec.model.branches import CrossConfig, EFGCConfig, FMConfig
+from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
+from mbcnet_rec.model.models import ModelConfig, build_arch, build_model, needs_wide
+from mbcnet_rec.model.zoo.baselines import (
     CrossNetConfig,
     DCNv2Config,
     DeepFMConfig,
@@ -16,11 +19,8 @@ from mbcnet_rec.model.baselines import (
     EFGCNetConfig,
     MMoEConfig,
 )
-from mbcnet_rec.model.branches import CrossConfig, EFGCConfig, FMConfig
-from mbcnet_rec.model.distillation import EnKDConfig, TeacherGate, distillation_loss
-from mbcnet_rec.model.finalmlp import FinalMLPConfig, StreamConfig
-from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
-from mbcnet_rec.model.models import ModelConfig, build_arch, build_model, needs_wide
+from mbcnet_rec.model.zoo.enkd import EnKDConfig, TeacherGate, distillation_loss
+from mbcnet_rec.model.zoo.finalmlp import FinalMLPConfig, StreamConfig
 
 B = 9
 LAYOUT = InputLayout(

@@ -10,8 +10,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from data.errors import InputError
 from data.schema import Table
-from mbcnet_rec.model import linear
-from mbcnet_rec.model.dropout import Dropout, cheap_dropout
+from mbcnet_rec.cpu import linear
+from mbcnet_rec.cpu.dropout import Dropout, cheap_dropout
+from mbcnet_rec.cpu.linear import Linear
 from mbcnet_rec.model.layers import (
     ALL,
     MLP,
@@ -25,7 +26,6 @@ from mbcnet_rec.model.layers import (
     bi_interaction,
     wide_tables,
 )
-from mbcnet_rec.model.linear import Linear
 
 
 @pytest.fixture(autouse=True)

@@ -209,7 +209,7 @@ def test_padding_rows_do_not_exist(scheme):
     logits, labels = (torch.tensor(x) for x in random_batch())
     real, padding = len(labels), 17
     z, y = padded(logits, 1, padding).requires_grad_(), torch.cat([labels, torch.ones(padding)])
-    # what data.batch gives a padded batch: 0, and B / (real rows), so that plain means come out right
+    # what data.stream.batch gives a padded batch: 0, and B / (real rows), so that plain means come out right
     weights = torch.cat([torch.full((real,), (real + padding) / real), torch.zeros(padding)])
     loss = branch_coteaching_loss(z, y, scheme=scheme, weights=weights)
     loss.backward()

@@ -12,7 +12,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.streamable import Pipelineable
 
 from mbcnet_rec.model import sparse_arch
-from mbcnet_rec.model.baselines import DeepFMConfig, DNNConfig
 from mbcnet_rec.model.branches import CrossConfig, DeepConfig, EFGCConfig
 from mbcnet_rec.model.layers import ALL, WIDE, InputLayout, wide_tables
 from mbcnet_rec.model.mbcnet import MBCNetConfig
@@ -27,6 +26,7 @@ from mbcnet_rec.model.sparse_arch import (
     regroup_op,
     wide_key,
 )
+from mbcnet_rec.model.zoo.baselines import DeepFMConfig, DNNConfig
 
 DIMS = {"user": 4, "item": 8, "tags": 4, "shops": 12}
 GROUPS = {"match": ("item", "user"), "looks": ("image", "item", "price"), "cost": ("price", "age")}

@@ -3,7 +3,7 @@
 import pytest
 
 from data.errors import InputError
-from sharding.cluster import PRESETS, default_cluster, preset_names, read_cluster
+from sharding.plan.cluster import PRESETS, default_cluster, preset_names, read_cluster
 
 
 def test_presets_have_the_data_sheets_figures():

@@ -15,9 +15,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from data.keys import hash_values, remainder, unbounded_ids
+from data.reading.keys import hash_values, remainder, unbounded_ids
 from data.schema import Schema, Table, Zch
-from sharding.collisions import ID_RANGE, BucketedCollisions, collision_collection
+from sharding.bridge.zch import ID_RANGE, BucketedCollisions, collision_collection
 
 CPU = torch.device("cpu")
 ROWS = 1024

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 
-from sharding.assess import assess, lower_bound
-from sharding.cluster import read_cluster
-from sharding.dense import DenseCost
-from sharding.estimate import shard_bytes, shard_times, table_costs
-from sharding.explain import alternatives, explain_lines
-from sharding.heatmap import heat, write_html, write_png
-from sharding.plan import Plan, TablePlan
-from sharding.report import report_dict, report_lines
-from sharding.shards import shards_of
+from sharding.cost.assess import assess, lower_bound
+from sharding.cost.estimate import shard_bytes, shard_times, table_costs
+from sharding.plan.cluster import read_cluster
+from sharding.plan.dense_part import DenseCost
+from sharding.plan.plan_file import Plan, TablePlan
+from sharding.plan.shards import shards_of
+from sharding.report.explain import alternatives, explain_lines
+from sharding.report.heatmap import heat, write_html, write_png
+from sharding.report.text import report_dict, report_lines
 
 CLUSTER = read_cluster("2x4:h100-80g")
 TABLE = TablePlan("table_wise", "fused", (3,), 1_000_000, 32, 1, 5.0)

@@ -17,12 +17,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from data.schema import load_schema, parse_schema
 from mbcnet_rec.training.optim import TABLE_OPTIMIZERS, fuse_table_optimizer
 from mbcnet_rec.training.optim_config import EmbeddingOptimConfig
-from sharding.assess import assess
-from sharding.cluster import default_cluster
-from sharding.constraints import ShardingConfig, TableConstraint
-from sharding.held import held_bytes, optimizer_bytes, planned_against_held
-from sharding.planner import meta_collections, plan_schema
-from sharding.sharder import sharders_of, to_sharding_plan
+from sharding.bridge.allocated import held_bytes, optimizer_bytes, planned_against_held
+from sharding.bridge.sharder import sharders_of, to_sharding_plan
+from sharding.cost.assess import assess
+from sharding.plan.cluster import default_cluster
+from sharding.plan.constraints import ShardingConfig, TableConstraint
+from sharding.search.planner import meta_collections, plan_schema
 
 SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 ROWS = 16

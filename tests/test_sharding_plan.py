@@ -8,9 +8,17 @@ import pytest
 
 from data.errors import InputError
 from data.schema import load_schema, parse_schema
-from sharding.compare import compare_plans, diff_lines, ranks_text
-from sharding.dense import DenseCost
-from sharding.plan import Plan, TablePlan, check_plan, plan_text, read_plan, schema_differences, write_plan
+from sharding.plan.compare import compare_plans, diff_lines, ranks_text
+from sharding.plan.dense_part import DenseCost
+from sharding.plan.plan_file import (
+    Plan,
+    TablePlan,
+    check_plan,
+    plan_text,
+    read_plan,
+    schema_differences,
+    write_plan,
+)
 
 FIELDS = {
     "user": {"kind": "categorical", "num_embeddings": 100, "embedding_dim": 16},

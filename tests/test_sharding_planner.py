@@ -11,15 +11,15 @@ from torchrec.distributed.planner.types import ParameterConstraints
 
 from data.errors import InputError
 from data.schema import load_schema, parse_schema
-from sharding.assess import assess, search_bound
-from sharding.candidates import all_options, empty_plan
-from sharding.capacity import Task, find_cures, smallest_cluster, sweep
-from sharding.cluster import read_cluster
-from sharding.constraints import ShardingConfig, TableConstraint
-from sharding.dense import DenseCost
-from sharding.fit import DoesNotFit, room_for_tables
-from sharding.plan import check_shape
-from sharding.planner import Ordered, cluster_of, make_plan, meta_collections, plan_schema, topology_of
+from sharding.cost.assess import assess, search_bound
+from sharding.cost.memory import DoesNotFit, room_for_tables
+from sharding.plan.cluster import read_cluster
+from sharding.plan.constraints import ShardingConfig, TableConstraint
+from sharding.plan.dense_part import DenseCost
+from sharding.plan.plan_file import check_shape
+from sharding.search.candidates import all_options, empty_plan
+from sharding.search.capacity import Task, find_cures, smallest_cluster, sweep
+from sharding.search.planner import Ordered, cluster_of, make_plan, meta_collections, plan_schema, topology_of
 
 CLUSTER = read_cluster("2x4:h100-80g")
 PAPER = Path(__file__).parents[1] / "data/schemas/pailitao.toml"

@@ -9,7 +9,8 @@ from small_data import write_small
 
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
-from mbcnet_rec.study import conduct, runs
+from mbcnet_rec.study import runner as conduct
+from mbcnet_rec.study import runs
 from mbcnet_rec.study.pictures import best_learned
 from mbcnet_rec.study.probe import MISSING, Probe, neuron_outputs, probe_run
 from mbcnet_rec.study.runs import scores

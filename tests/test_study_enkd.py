@@ -12,9 +12,9 @@ from data.schema import load_schema
 from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
-from mbcnet_rec.study.enkd import TaughtStream, load_teacher, teacher_config, teacher_logits
+from mbcnet_rec.runtime.process import joined_process
+from mbcnet_rec.teachers import TaughtStream, load_teacher, teacher_config, teacher_logits
 from mbcnet_rec.train import open_streams, run_training
-from mbcnet_rec.training.process import joined_process
 
 MODEL = """
 [model]

@@ -5,9 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from mbcnet_rec.study import figures
-from mbcnet_rec.study.projection import tsne_plane
-from mbcnet_rec.study.report import (
+from mbcnet_rec.report import figures
+from mbcnet_rec.report.page import (
     Code,
     Heading,
     Picture,
@@ -17,6 +16,7 @@ from mbcnet_rec.study.report import (
     to_markdown,
     write_report,
 )
+from mbcnet_rec.study.projection import tsne_plane
 from mbcnet_rec.study.summary import Row
 
 PNG = b"\x89PNG\r\n\x1a\n"

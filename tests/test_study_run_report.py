@@ -6,7 +6,7 @@ import pytest
 
 from data.errors import InputError
 from mbcnet_rec.cli import main
-from mbcnet_rec.study.run_report import outputs, write_run_report
+from mbcnet_rec.report.run_report import outputs, write_run_report
 
 
 def line(split, step, **more):

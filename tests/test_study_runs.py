@@ -10,6 +10,7 @@ from small_data import write_small
 
 from data.errors import InputError
 from mbcnet_rec.config import load_config
+from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError
 from mbcnet_rec.study import runs
 from mbcnet_rec.study.runs import (
     Run,
@@ -22,7 +23,6 @@ from mbcnet_rec.study.runs import (
     train_one,
 )
 from mbcnet_rec.study.tuning import with_overrides
-from mbcnet_rec.training.exits import NonFiniteLossError, PreemptedError
 
 
 @pytest.fixture(scope="module")

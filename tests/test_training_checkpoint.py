@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from data.errors import InputError
-from mbcnet_rec.training import places, saver
-from mbcnet_rec.training.checkpoint import Saved, whole_piece
-from mbcnet_rec.training.exits import CannotWriteError
-from mbcnet_rec.training.manifest import check_files, read_manifest
-from mbcnet_rec.training.places import DamagedCheckpointWarning, LocalPlace, latest_step, open_place
-from mbcnet_rec.training.process import Process
-from mbcnet_rec.training.run_place import best_step
-from mbcnet_rec.training.saver import Keep, Saver
+from mbcnet_rec.checkpoints import storage as places
+from mbcnet_rec.checkpoints import writer as saver
+from mbcnet_rec.checkpoints.blocks import Saved, whole_piece
+from mbcnet_rec.checkpoints.manifest import check_files, read_manifest
+from mbcnet_rec.checkpoints.run_folder import best_step
+from mbcnet_rec.checkpoints.storage import DamagedCheckpointWarning, LocalPlace, latest_step, open_place
+from mbcnet_rec.checkpoints.writer import Keep, Saver
+from mbcnet_rec.runtime.exits import CannotWriteError
+from mbcnet_rec.runtime.process import Process
 
 ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
 
@@ -286,19 +287,19 @@ def test_folders_that_hosts_do_not_share_are_refused(tmp_path):
 
 
 def test_a_server_that_goes_away_is_named(bucket, monkeypatch):
-    import data.storage
+    import data.reading.storage
 
     place = open_place(f"{bucket}/away/checkpoints")
     write(place, 5)
-    monkeypatch.setattr(data.storage, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(data.reading.storage, "CONNECT_SECONDS", 0.5)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    data.storage._s3.cache_clear()
+    data.reading.storage._s3.cache_clear()
     gone = open_place(f"{bucket}/away/checkpoints")
     start = time.monotonic()
     with pytest.raises(CannotWriteError, match="checkpoint of step 6 could not be written"):
         write(gone, 6)
     assert time.monotonic() - start < 20
-    data.storage._s3.cache_clear()
+    data.reading.storage._s3.cache_clear()
     assert latest_step(place) == 5
 
 

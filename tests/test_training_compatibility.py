@@ -10,12 +10,12 @@ from small_data import SCHEMA, write_small
 from data.errors import InputError
 from data.schema import load_schema
 from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.checkpoints.blocks import Saved, pieces_of, step_folder
+from mbcnet_rec.checkpoints.compatibility import load_checked
+from mbcnet_rec.checkpoints.warm_start import warm_start
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
-from mbcnet_rec.training.checkpoint import Saved, pieces_of, step_folder
-from mbcnet_rec.training.compatibility import load_checked
-from mbcnet_rec.training.process import joined_process
-from mbcnet_rec.training.warm_start import warm_start
+from mbcnet_rec.runtime.process import joined_process
 
 STEPS = 6
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from small_data import write_small
 
+from mbcnet_rec.checkpoints.blocks import Saved, step_folder
+from mbcnet_rec.checkpoints.tensor_file import map_block, read_header
 from mbcnet_rec.cli import main
 from mbcnet_rec.commands import train
-from mbcnet_rec.training.checkpoint import Saved, step_folder
+from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
 from mbcnet_rec.training.pipeline import CheckedPipeline, PlainPipeline, pipeline_for
-from mbcnet_rec.training.records import TIMING_KEYS
 from mbcnet_rec.training.state import TrainState
-from mbcnet_rec.training.tensor_file import map_block, read_header
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_one_process_takes_the_same_steps_as_in_torchrecs_pipeline(config, tmp_p
     assert pipeline_for(False, 1, torch.device("cpu")) is PlainPipeline
     code, plain = run(config, str(tmp_path / "plain"), *settings, "train.max_steps=9")
     assert code == 0
-    monkeypatch.setattr("mbcnet_rec.training.loop.pipeline_for", lambda *_: CheckedPipeline)
+    monkeypatch.setattr("mbcnet_rec.training.trainer.pipeline_for", lambda *_: CheckedPipeline)
     code, checked = run(config, str(tmp_path / "checked"), *settings, "train.max_steps=9")
     assert code == 0
     assert tensors_of(plain, 9) == tensors_of(checked, 9)

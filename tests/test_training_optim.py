@@ -17,10 +17,10 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from data.schema import load_schema
 from mbcnet_rec.build import build, quieten_libraries
 from mbcnet_rec.config import load_config
-from mbcnet_rec.training.marks import mark_for_profilers_only
+from mbcnet_rec.cpu.marks import mark_for_profilers_only
+from mbcnet_rec.cpu.whole_adam import WholeAdam, wholes_of
+from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.training.pipeline import clip_gradients
-from mbcnet_rec.training.process import joined_process
-from mbcnet_rec.training.whole_adam import WholeAdam, wholes_of
 
 RATES = {"lr": 1e-2, "eps": 1e-8}
 TABLES = ((3, 4), (5, 2))

@@ -11,7 +11,7 @@ import pytest
 from small_data import write_small
 
 from mbcnet_rec.cli import main
-from sharding.plan import read_plan
+from sharding.plan.plan_file import read_plan
 
 SCRIPT = Path(__file__).parent / "planned_ranks.py"
 LINE = re.compile(

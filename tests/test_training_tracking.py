@@ -12,9 +12,9 @@ from tiny_run import REPOSITORY, free_ports
 
 from data.errors import InputError
 from mbcnet_rec.config import DataConfig, RunConfig, TrainConfig
-from mbcnet_rec.training.exits import PreemptedError
-from mbcnet_rec.training.records import Records
-from mbcnet_rec.training.tracking import API, RUN_ID, open_sink, parameters
+from mbcnet_rec.logs.metrics_log import Records
+from mbcnet_rec.logs.mlflow import API, RUN_ID, open_sink, parameters
+from mbcnet_rec.runtime.exits import PreemptedError
 
 # A folder of its own: MLflow's requirements contradict our pins
 PROGRAM = shutil.which("mlflow", path=f"{REPOSITORY}/.mlflow/bin:{os.environ['PATH']}")

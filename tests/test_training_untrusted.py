@@ -16,14 +16,14 @@ import torch
 from small_data import write_small
 
 from data.errors import InputError
+from mbcnet_rec.checkpoints.blocks import Saved, load_pieces, whole_piece
+from mbcnet_rec.checkpoints.compatibility import saved_run
+from mbcnet_rec.checkpoints.manifest import check_files, read_manifest
+from mbcnet_rec.checkpoints.run_folder import best_step
+from mbcnet_rec.checkpoints.storage import LocalPlace, open_place
+from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.cli import main
-from mbcnet_rec.training.checkpoint import Saved, load_pieces, whole_piece
-from mbcnet_rec.training.compatibility import saved_run
-from mbcnet_rec.training.manifest import check_files, read_manifest
-from mbcnet_rec.training.places import LocalPlace, open_place
-from mbcnet_rec.training.process import Process
-from mbcnet_rec.training.run_place import best_step
-from mbcnet_rec.training.saver import Keep, Saver
+from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.training.state import TrainState, restored_outputs
 
 SOURCES = [path for folder in ("data", "sharding", "mbcnet_rec") for path in Path(folder).rglob("*.py")]

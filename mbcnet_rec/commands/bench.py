@@ -56,7 +56,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _latency(args: argparse.Namespace) -> int:
     """Print p50, p95 and p99 of one request to an artefact, beside DCNv2 and DNN on the same tables, and Table 8 by part."""
-    from mbcnet_rec.latency import Contest, run_latency
+    from mbcnet_rec.serving.latency import Contest, run_latency
 
     beside = tuple(name.strip() for name in (args.beside or "").split(",") if name.strip())
     if args.beside is None and len(args.folders) == 1:

@@ -44,9 +44,9 @@ def _synth(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from data.pailitao import pailitao_schema
     from data.schema import load_schema
-    from data.synthetic import write_synthetic
+    from data.synthetic.pailitao import pailitao_schema
+    from data.synthetic.write import write_synthetic
 
     schema = load_schema(args.schema) if args.schema else pailitao_schema("demo")
     threads = args.threads or len(os.sched_getaffinity(0))
@@ -66,7 +66,7 @@ def _prepare(args: argparse.Namespace) -> int:
     """Turn a public data set's own files into Parquet splits and a fitted schema."""
     from tqdm import tqdm
 
-    from data.prepare import prepare
+    from data.public.prepare import prepare
 
     with tqdm(unit="row", unit_scale=True, desc="prepare", disable=None) as bar:
         out = prepare(args.name, args.src, args.out, progress=lambda done: bar.update(done - bar.n))
@@ -87,8 +87,8 @@ def _check(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from data.check import WHOLE_FILE, check_files
-    from data.files import resolve_files
+    from data.profile.check import WHOLE_FILE, check_files
+    from data.reading.files import resolve_files
     from data.schema import load_schema
 
     schema = load_schema(args.schema)

@@ -37,7 +37,7 @@ def register(subparsers: Any) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     """Print AUC, GAUC, log-loss, normalised entropy and calibration with 95 % intervals; in any number of processes."""
-    from mbcnet_rec.evaluate import EXACT_ROWS, run_evaluation
+    from mbcnet_rec.scoring.evaluate import EXACT_ROWS, run_evaluation
 
     return run_evaluation(
         args.run_folder,

@@ -30,7 +30,7 @@ def _export(args: argparse.Namespace) -> int:
 
     The artefact needs torch and fbgemm only; its mbcnet_serving.py loads it.
     """
-    from mbcnet_rec.export import run_export
+    from mbcnet_rec.serving.export import run_export
 
     branches = [name.strip() for name in args.branches.split(",") if name.strip()]
     return run_export(

@@ -153,7 +153,7 @@ def _check_plan(config: "RunConfig", job: "Job") -> None:
 
     from data.errors import InputError
     from data.schema import load_schema
-    from sharding.plan import check_plan, read_plan
+    from sharding.plan.plan_file import check_plan, read_plan
 
     device = config.train.device
     if device == "cuda" and not job.gpu:
@@ -175,7 +175,7 @@ def _check_plan(config: "RunConfig", job: "Job") -> None:
             f"{config.sharding.plan}: made for {plan.world_size} ranks, but -j {job.shape} may have {job.shape.world_sizes[0]} to "
             f"{job.shape.world_sizes[-1]}; use -j {plan.hosts}x{plan.local_world_size}, or leave sharding.plan empty"
         )
-    from mbcnet_rec.layout import schema_with_wide
+    from mbcnet_rec.model.input_layout import schema_with_wide
 
     check_plan(
         plan,

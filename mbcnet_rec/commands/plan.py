@@ -22,8 +22,8 @@ from mbcnet_rec.commands.plan_task import (
 )
 
 if TYPE_CHECKING:
-    from sharding.assess import Assessment
-    from sharding.capacity import Task
+    from sharding.cost.assess import Assessment
+    from sharding.search.capacity import Task
 
 
 def register(subparsers: Any) -> None:
@@ -146,7 +146,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 def _make(args: argparse.Namespace) -> int:
     """Choose a place for every table, show what it costs, and write the plan file."""
     task = task_of(args)
-    from sharding.fit import DoesNotFit
+    from sharding.cost.memory import DoesNotFit
 
     progress = Ticker(f"planning {len(task.schema.tables):,} tables on {task.cluster.world_size:,} ranks")
     try:
@@ -161,11 +161,11 @@ def _make(args: argparse.Namespace) -> int:
 
 def _publish(args: argparse.Namespace, task: "Task", assessment: "Assessment") -> None:
     """Write and print what was asked for."""
-    from sharding.assess import search_bound
-    from sharding.candidates import all_options, assumed_fields
-    from sharding.fit import room_for_tables
-    from sharding.plan import write_plan
-    from sharding.report import report_dict, report_lines
+    from sharding.cost.assess import search_bound
+    from sharding.cost.memory import room_for_tables
+    from sharding.plan.plan_file import write_plan
+    from sharding.report.text import report_dict, report_lines
+    from sharding.search.candidates import all_options, assumed_fields
 
     cluster = assessment.cluster
     room = room_for_tables(task.config, cluster, task.dense, task.batch_size_per_rank)
@@ -189,7 +189,7 @@ def _publish(args: argparse.Namespace, task: "Task", assessment: "Assessment") -
 def _draw(args: argparse.Namespace, assessment: "Assessment") -> None:
     if not args.html and not args.png:
         return
-    from sharding.heatmap import write_html, write_png
+    from sharding.report.heatmap import write_html, write_png
 
     for path, write in ((args.html, write_html), (args.png, write_png)):
         if path:
@@ -199,7 +199,7 @@ def _draw(args: argparse.Namespace, assessment: "Assessment") -> None:
 
 def _no_fit(task: "Task", error: Any) -> int:
     """Say what is missing and which changes were seen to help."""
-    from sharding.capacity import find_cures
+    from sharding.search.capacity import find_cures
 
     print(f"mbcnet: {task.cluster}: {error}", file=sys.stderr)
     cures = find_cures(task, error.shortage, say)
@@ -221,7 +221,7 @@ def _no_fit(task: "Task", error: Any) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     """Show what a plan file costs on its cluster, or on another."""
-    from sharding.report import report_dict, report_lines
+    from sharding.report.text import report_dict, report_lines
 
     assessment = _assessed(args)
     if args.json:
@@ -234,9 +234,9 @@ def _show(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     """Say why a table is where it is, and what every other place would cost."""
-    from data.typed import unknown_key
-    from sharding.explain import explain_lines
-    from sharding.fit import room_of
+    from data.schema.parse import unknown_key
+    from sharding.cost.memory import room_of
+    from sharding.report.explain import explain_lines
 
     assessment = _assessed(args)
     if args.table not in assessment.plan.tables:
@@ -247,9 +247,9 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _diff(args: argparse.Namespace) -> int:
     """Show how two plans differ. Exits with 1 where they do, as diff does."""
-    from sharding.assess import assess
-    from sharding.compare import compare_plans, diff_lines
-    from sharding.plan import read_plan
+    from sharding.cost.assess import assess
+    from sharding.plan.compare import compare_plans, diff_lines
+    from sharding.plan.plan_file import read_plan
 
     old, new = read_plan(Path(args.old)), read_plan(Path(args.new))
     found = compare_plans(old, new)
@@ -274,7 +274,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _min_gpus(args: argparse.Namespace) -> int:
     """Find the smallest cluster of a kind that fits, with head-room; --cluster names the kind."""
     task = task_of(args)
-    from sharding.capacity import smallest_cluster
+    from sharding.search.capacity import smallest_cluster
 
     assessment = smallest_cluster(task, args.headroom, say)
     cluster = assessment.cluster
@@ -290,8 +290,8 @@ def _min_gpus(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     """Plan several batch sizes on several numbers of hosts, and show samples a second, step and memory of each."""
     task = task_of(args)
-    from sharding.capacity import sweep
-    from sharding.fit import gib
+    from sharding.cost.memory import gib
+    from sharding.search.capacity import sweep
 
     hosts = numbers(args.hosts, "--hosts") or sorted(
         {max(1, task.cluster.hosts // 2), task.cluster.hosts, 2 * task.cluster.hosts}
@@ -340,9 +340,9 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     """Check a plan against a schema and a cluster: every difference, and whether it fits."""
-    from sharding.assess import shortage
-    from sharding.fit import gib, room_of
-    from sharding.plan import schema_differences
+    from sharding.cost.assess import shortage
+    from sharding.cost.memory import gib, room_of
+    from sharding.plan.plan_file import schema_differences
 
     assessment = _assessed(args)
     plan, problems = assessment.plan, []
@@ -381,8 +381,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _assessed(args: argparse.Namespace) -> "Assessment":
-    from sharding.assess import assess
-    from sharding.plan import read_plan
+    from sharding.cost.assess import assess
+    from sharding.plan.plan_file import read_plan
 
     plan = read_plan(Path(args.plan))
     unsized = [name for name, table in plan.tables.items() if not table.num_embeddings]

@@ -10,10 +10,10 @@ from data.errors import InputError
 
 if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig
-    from sharding.capacity import Task
-    from sharding.cluster import Cluster
-    from sharding.constraints import ShardingConfig
-    from sharding.plan import Plan
+    from sharding.plan.cluster import Cluster
+    from sharding.plan.constraints import ShardingConfig
+    from sharding.plan.plan_file import Plan
+    from sharding.search.capacity import Task
 
 DEFAULT_BATCH = 8192
 MAX_BATCH = 2**24
@@ -25,7 +25,7 @@ def cluster_for(plan: "Plan", named: str | None, source: str) -> "Cluster":
     Raises:
         InputError: it is of another size or device than the plan.
     """
-    from sharding.cluster import default_cluster, read_cluster
+    from sharding.plan.cluster import default_cluster, read_cluster
 
     text = named or plan.cluster
     if text.endswith(":default") or not text:
@@ -53,9 +53,9 @@ def task_of(args: argparse.Namespace) -> "Task":
     from dataclasses import replace
 
     from data.schema import load_schema
-    from sharding.candidates import check_constraints, empty_plan
-    from sharding.cluster import read_cluster
-    from sharding.dense import DenseCost
+    from sharding.plan.cluster import read_cluster
+    from sharding.plan.dense_part import DenseCost
+    from sharding.search.candidates import check_constraints, empty_plan
 
     _check_arguments(args)
     cluster = read_cluster(args.cluster)
@@ -71,9 +71,9 @@ def task_of(args: argparse.Namespace) -> "Task":
         optimizer = args.optimizer or "rowwise_adagrad"
         check_constraints(config, schema, empty_plan(config, schema, cluster, batch, optimizer, DenseCost()))
     from mbcnet_rec.dense_cost import dense_cost
-    from mbcnet_rec.layout import schema_with_wide
+    from mbcnet_rec.model.input_layout import schema_with_wide
     from mbcnet_rec.model.models import ModelConfig
-    from sharding.capacity import Task
+    from sharding.search.capacity import Task
 
     optimizer = args.optimizer or (run.optim.embedding.name if run else "rowwise_adagrad")
     model = run.model if run else ModelConfig()
@@ -108,8 +108,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _configs(args: argparse.Namespace) -> "tuple[ShardingConfig, RunConfig | None]":
     """What the planner may do, from the run's config, the constraints file and --set, later ones winning; and the run."""
-    from data.typed import parse_dataclass, read_toml, to_toml_value
-    from sharding.constraints import ShardingConfig
+    from data.schema.parse import parse_dataclass, read_toml, to_toml_value
+    from sharding.plan.constraints import ShardingConfig
 
     constraints = read_toml(Path(args.constraints)) if args.constraints else {}
     if constraints:
@@ -132,8 +132,8 @@ def config_differences(plan: "Plan", config_file: str) -> list[str]:
     """How a plan differs from what a run's config would train: tables, a wide part's among them, optimizer, constraints."""
     from data.schema import load_schema
     from mbcnet_rec.config import load_config
-    from mbcnet_rec.layout import schema_with_wide
-    from sharding.plan import constraint_differences, schema_differences
+    from mbcnet_rec.model.input_layout import schema_with_wide
+    from sharding.plan.plan_file import constraint_differences, schema_differences
 
     run = load_config(config_file)
     schema = schema_with_wide(run.model, load_schema(run.schema))

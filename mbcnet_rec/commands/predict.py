@@ -27,7 +27,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     Started again, it goes on where it stopped. Labels are not needed.
     """
-    from mbcnet_rec.predict import run_prediction
+    from mbcnet_rec.scoring.predict import run_prediction
 
     keep = [name.strip() for name in args.keep.split(",") if name.strip()]
     return run_prediction(args.run_folder, args.data, args.out, keep=keep, overwrite=args.overwrite)

@@ -39,8 +39,8 @@ def _infer(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from data.errors import InputError
-    from data.files import resolve_files
-    from data.infer import infer_schema
+    from data.profile.infer import infer_schema
+    from data.reading.files import resolve_files
 
     out = Path(args.out)
     if args.rows < 0:
@@ -66,8 +66,8 @@ def _fit(args: argparse.Namespace) -> int:
     """Replace every "fit" of a schema (vocabularies, means, boundaries) by what the training files say."""
     from tqdm import tqdm
 
-    from data.files import resolve_files
-    from data.fit import write_fitted
+    from data.profile.fit import write_fitted
+    from data.reading.files import resolve_files
     from data.schema import load_schema
 
     schema = load_schema(args.schema)
@@ -84,7 +84,7 @@ def _fit(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     """Print tables, fields and groups with their sizes."""
     from data.schema import load_schema
-    from data.show import print_schema
+    from data.schema.show import print_schema
 
     print_schema(load_schema(args.path))
     return 0

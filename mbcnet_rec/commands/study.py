@@ -53,7 +53,7 @@ def _study(args: argparse.Namespace) -> int:
     from mbcnet_rec.config import load_config
 
     load_config(args.config, args.overrides)  # its mistakes show before torchrec is imported
-    from mbcnet_rec.study.conduct import Plan, conduct
+    from mbcnet_rec.study.runner import Plan, conduct
 
     plan = Plan(
         STUDIES[args.name],
@@ -71,7 +71,7 @@ def _study(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     """Write report.html of a training run from what it logged."""
-    from mbcnet_rec.study.run_report import write_run_report
+    from mbcnet_rec.report.run_report import write_run_report
 
     print(f"wrote {write_run_report(args.run_folder)}")
     return 0

@@ -40,7 +40,7 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.plan:
         config = _with_plan(config, args.plan)
-    from mbcnet_rec.study.enkd import train_model
+    from mbcnet_rec.teachers import train_model
 
     return train_model(
         config,
@@ -53,7 +53,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _draw_report(folder: Path) -> None:
     """Write report.html. The library that draws it is loaded now, not before the first step, and by rank 0 alone."""
-    from mbcnet_rec.study.run_report import write_run_report
+    from mbcnet_rec.report.run_report import write_run_report
 
     write_run_report(folder)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
-from mbcnet_rec.model.dropout import Dropout
-from mbcnet_rec.model.linear import ONE_DNN_FROM, Linear, linear
+from mbcnet_rec.cpu.dropout import Dropout
+from mbcnet_rec.cpu.linear import ONE_DNN_FROM, Linear, linear
 
 ALL = "all"  # the name of the group of every field
 WIDE = "@wide"  # the name of the group of wide weights; no TOML author would hit upon it

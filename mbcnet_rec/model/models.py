@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Literal, assert_never
 
 from torch import nn
 
-from mbcnet_rec.model.baselines import (
+from mbcnet_rec.model.branches import FMConfig
+from mbcnet_rec.model.layers import InputLayout
+from mbcnet_rec.model.mbcnet import MBCNet, MBCNetConfig
+from mbcnet_rec.model.zoo.baselines import (
     Baseline,
     CrossNetArch,
     CrossNetConfig,
@@ -22,11 +25,8 @@ from mbcnet_rec.model.baselines import (
     MMoEConfig,
     WideDeepArch,
 )
-from mbcnet_rec.model.branches import FMConfig
-from mbcnet_rec.model.distillation import EnKDConfig
-from mbcnet_rec.model.finalmlp import FinalMLPArch, FinalMLPConfig
-from mbcnet_rec.model.layers import InputLayout
-from mbcnet_rec.model.mbcnet import MBCNet, MBCNetConfig
+from mbcnet_rec.model.zoo.enkd import EnKDConfig
+from mbcnet_rec.model.zoo.finalmlp import FinalMLPArch, FinalMLPConfig
 
 if TYPE_CHECKING:
     from mbcnet_rec.model.sparse_arch import SparseArch

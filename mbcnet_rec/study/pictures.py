@@ -10,8 +10,9 @@ import torch
 from data.errors import InputError
 from data.schema import load_schema
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.study import figures
-from mbcnet_rec.study.complexity import measure_parts
+from mbcnet_rec.report import figures
+from mbcnet_rec.report.page import Block, Picture, Table, Text
+from mbcnet_rec.serving.complexity import measure_parts
 from mbcnet_rec.study.probe import (
     MISSING,
     Probe,
@@ -21,7 +22,6 @@ from mbcnet_rec.study.probe import (
     probe_run,
 )
 from mbcnet_rec.study.projection import tsne_plane
-from mbcnet_rec.study.report import Block, Picture, Table, Text
 from mbcnet_rec.study.runs import Run, read_lines
 from mbcnet_rec.study.studies import (
     DENSITIES,

@@ -13,17 +13,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from data.batch import Batch
 from data.errors import InputError
-from data.feature import Feature
 from data.schema import Schema, load_schema
+from data.schema.feature import Feature
+from data.stream import Batch
 from mbcnet_rec.build import Built, quieten_libraries
 from mbcnet_rec.model.mbcnet import BranchArch
+from mbcnet_rec.runtime.process import joined_process
+from mbcnet_rec.scoring.trained_run import find_step, load_built, load_run
 from mbcnet_rec.train import open_streams
-from mbcnet_rec.trained import find_step, load_built, load_run
+from mbcnet_rec.training.evaluation import autocast_of
 from mbcnet_rec.training.pipeline import evaluate_batches
-from mbcnet_rec.training.process import joined_process
-from mbcnet_rec.training.scoring import autocast_of
 
 MISSING = -1  # the category of a row that has none
 

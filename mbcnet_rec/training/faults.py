@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.batch import Batch
-from mbcnet_rec.training.records import finite_or_none
+from data.stream import Batch
+from mbcnet_rec.checkpoints.tensor_file import write_tensors
+from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.training.state import TrainState
-from mbcnet_rec.training.tensor_file import write_tensors
 
 FAULTS = "faults"
 SPIKE_DECAY = 0.9

@@ -17,9 +17,9 @@ from torchrec.distributed.train_pipeline import (
 )
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from data.batch import Batch
+from data.stream import Batch
 from mbcnet_rec.model.objective import Outputs
-from sharding.collisions import collisions_of
+from sharding.bridge.zch import collisions_of
 
 
 class GuardedForward:

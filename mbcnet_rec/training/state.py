@@ -15,15 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batch import Batch
 from data.errors import InputError
-from data.order import Cursor, Order
-from data.stream import ParquetStream
+from data.reading.order import Cursor, Order
+from data.stream import Batch, ParquetStream
+from mbcnet_rec.checkpoints.blocks import Piece, Saved, whole_piece
 from mbcnet_rec.config import TrainConfig
+from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.model.objective import Outputs
-from mbcnet_rec.training.checkpoint import Piece, Saved, whole_piece
-from mbcnet_rec.training.process import Process, blamed_on
-from mbcnet_rec.training.records import finite_or_none
+from mbcnet_rec.runtime.process import Process, blamed_on
 
 PLATEAU_FACTOR = 0.1
 PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol

@@ -1,0 +1,90 @@
+"""How much one column alone says about the label: a guard against columns written after the click. Imports no torch.
+
+AUC here is P(score of a positive > score of a negative) + P(equal scores) / 2.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data.profile.scan import ColumnProfile, is_key, is_number
+from data.reading.keys import hash_values
+
+SMOOTHING = 10.0  # rows of the base rate added to each value's own
+MIN_SUPPORT = 20  # rows of a value before it may count as proof
+MAX_CHANCE = 1e-9  # that a value's labels are all 1 by luck
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """AUC of scores (n,) for labels (n,) of 0 and 1, ties counting half; 0.5 where one class is missing."""
+    positives = int(labels.sum())
+    negatives = len(labels) - positives
+    if not positives or not negatives:
+        return 0.5
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts - 1) / 2  # the mean rank of equal scores, from 1
+    return float(
+        (ranks[place][labels == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives)
+    )
+
+
+def column_auc(profile: ColumnProfile, column: pa.Array, labels: np.ndarray) -> float:
+    """The best AUC that the column alone gives, at least 0.5: its number's order, its values' own click rates, its lists' lengths.
+
+    Rates are learned on even rows and scored on odd ones, so an id that is unique per row gives 0.5 and not 1.
+    """
+    found = [0.5]
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    if profile.is_list:
+        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+        found.append(auc(lengths, labels))
+        first = pc.list_element(
+            column.filter(pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0)), 0
+        )
+        keys = np.zeros(len(column), np.uint64)
+        if len(first) and is_key(profile.item):
+            keys[lengths > 0] = hash_values(first)
+        found.append(_rate_auc(keys, labels))
+    else:
+        if is_number(profile.item):
+            numbers = pc.fill_null(column.cast(pa.float64(), safe=False), float("nan")).to_numpy(
+                zero_copy_only=False
+            )
+            found.append(auc(np.where(np.isfinite(numbers), numbers, -np.inf), labels))
+            keys = np.where(np.isnan(numbers), np.nan, numbers + 0.0).view(np.uint64)
+        elif is_key(profile.item):
+            keys = hash_values(column)
+        else:
+            keys = present.astype(np.uint64)
+        found.append(_rate_auc(keys, labels))
+    return max(max(value, 1 - value) for value in found)
+
+
+def _rate_auc(keys: np.ndarray, labels: np.ndarray) -> float:
+    values, place = np.unique(keys, return_inverse=True)
+    learn = np.arange(len(keys)) % 2 == 0
+    base = labels[learn].mean()
+    rows = np.bincount(place[learn], minlength=len(values))
+    clicks = np.bincount(place[learn], labels[learn], minlength=len(values))
+    rates = (clicks + SMOOTHING * base) / (rows + SMOOTHING)
+    return auc(rates[place[~learn]], labels[~learn])
+
+
+def always_positive(column: pa.Array, labels: np.ndarray) -> tuple[str, int] | None:
+    """A value whose rows all have label 1 beyond luck, and its number of rows: the mark of an outcome, such as a purchase.
+
+    Luck is base_rate ** rows, so a base rate near 1 proves nothing. Lists are not looked into.
+    """
+    base = float(labels.mean())
+    if not 0 < base < 1:
+        return None
+    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+    known = codes >= 0
+    rows = np.bincount(codes[known], minlength=len(encoded.dictionary))
+    clicks = np.bincount(codes[known], labels[known], minlength=len(encoded.dictionary))
+    proven = (rows >= MIN_SUPPORT) & (clicks == rows) & (rows * np.log(base) < np.log(MAX_CHANCE))
+    if not proven.any():
+        return None
+    value = int(np.argmax(np.where(proven, rows, 0)))
+    return str(encoded.dictionary[value].as_py()), int(rows[value])

@@ -1,0 +1,268 @@
+"""One pass over Parquet files in bounded memory: what each column holds. Imports no torch.
+
+Counts, ranges and distinct values are of every row read; quantiles and what a column says about the label come from a
+row sample of fixed size. Rows are read in pieces, so memory depends on the number of columns and not on the number of rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types as pt
+
+from data.errors import InputError
+from data.profile.sketch import Distinct
+from data.reading.keys import first_line, hash_values
+from data.reading.storage import DataFile, open_parquet
+
+PIECE_CELLS = 4_000_000  # rows x columns read at a time
+SAMPLE_CELLS = 8_000_000  # rows x columns of the row sample
+MAX_SAMPLE_ROWS = 50_000
+SPREAD = 64  # a sample is taken from at least so many row groups, if there are so many
+
+
+@dataclass
+class ColumnProfile:
+    """What one column holds.
+
+    Attributes:
+        kind: Arrow's type; of a list column the list's.
+        rows: rows read.
+        nulls: rows that are null.
+        values: ids or numbers that are not null: of a list column those inside the lists.
+        bad: values that are NaN or infinite.
+        low, high: range of finite numbers, or None.
+        is_integral: whether every number is an integer.
+        distinct: of the values.
+        min_length, max_length: of the lists that are not null.
+    """
+
+    name: str
+    kind: pa.DataType
+    rows: int = 0
+    nulls: int = 0
+    values: int = 0
+    bad: int = 0
+    low: float | None = None
+    high: float | None = None
+    is_integral: bool = True
+    distinct: Distinct = field(default_factory=Distinct)
+    min_length: int | None = None
+    max_length: int = 0
+
+    @property
+    def is_list(self) -> bool:
+        """Whether a row holds several values."""
+        return is_list(self.kind)
+
+    @property
+    def item(self) -> pa.DataType:
+        """Type of one value."""
+        kind = self.kind.value_type if self.is_list else self.kind
+        return kind.value_type if pt.is_dictionary(kind) else kind
+
+    @property
+    def null_share(self) -> float:
+        """Nulls among the rows."""
+        return self.nulls / self.rows if self.rows else 0.0
+
+    @property
+    def mean_length(self) -> float:
+        """Values per row, the pooling factor."""
+        return self.values / self.rows if self.rows else 0.0
+
+    def add(self, column: pa.Array) -> None:
+        """Take in a piece of the column."""
+        self.rows += len(column)
+        self.nulls += column.null_count
+        values = column
+        if self.is_list:
+            lengths = pc.min_max(pc.list_value_length(column)).as_py()
+            if lengths["min"] is not None:
+                self.min_length = min(
+                    lengths["min"], lengths["min"] if self.min_length is None else self.min_length
+                )
+                self.max_length = max(self.max_length, lengths["max"])
+            values = column.flatten()
+        values = values.drop_null()
+        self.values += len(values)
+        if not len(values):
+            return
+        if is_number(self.item) and not pt.is_dictionary(values.type):
+            self._add_numbers(values)
+        elif is_key(self.item):
+            self.distinct.add(hash_values(values))
+
+    def _add_numbers(self, values: pa.Array) -> None:
+        if pt.is_integer(values.type):
+            numbers = values.to_numpy(zero_copy_only=False)
+            self.distinct.add(hash_values(values))
+        else:
+            numbers = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+            finite = np.isfinite(numbers)
+            self.bad += int((~finite).sum())
+            numbers = numbers[finite] + 0.0  # one zero, not two
+            self.is_integral &= bool((numbers == np.floor(numbers)).all())
+            self.distinct.add(hash_values(pa.array(numbers.view(np.int64))))
+        if len(numbers):
+            self.low = min(float(numbers.min()), float("inf") if self.low is None else self.low)
+            self.high = max(float(numbers.max()), float("-inf") if self.high is None else self.high)
+
+
+@dataclass
+class Profile:
+    """What the files hold.
+
+    Attributes:
+        columns: name -> profile, in the files' order.
+        sample: every k-th row read, as a table.
+        rows: rows read.
+        total_rows: rows of all files.
+        num_files: files.
+        missing: column -> files that lack it.
+    """
+
+    columns: dict[str, ColumnProfile]
+    sample: pa.Table
+    rows: int
+    total_rows: int
+    num_files: int
+    missing: dict[str, int]
+
+
+class RowSample:
+    """Every k-th row; k doubles when the sample grows too large. Bounded, the same on every run."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.limit = max(1_000, min(MAX_SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(schema))))
+        self.table = schema.empty_table()
+        self.stride = 1
+        self.seen = 0
+
+    def add(self, rows: pa.Table) -> None:
+        """Take in the next rows."""
+        chosen = np.arange((-self.seen) % self.stride, rows.num_rows, self.stride)
+        self.seen += rows.num_rows
+        self.table = pa.concat_tables([self.table, rows.take(pa.array(chosen))])
+        while self.table.num_rows > self.limit:
+            self.table = self.table.take(pa.array(np.arange(0, self.table.num_rows, 2)))
+            self.stride *= 2
+
+
+def profile_files(
+    files: Sequence[DataFile], *, rows: int = 0, progress: Callable[[int], object] | None = None
+) -> Profile:
+    """Read Parquet files once and profile every column.
+
+    Args:
+        files: Parquet files, here or remote.
+        rows: about how many rows to read, spread over the row groups of all files; 0: all.
+        progress: called with the number of rows read so far.
+
+    Raises:
+        InputError: a file cannot be read, or two files give one column types that do not fit together.
+    """
+    schema, missing, groups = _read_footers(files)
+    total = sum(count for _, _, count in groups)
+    if not total:
+        raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows; nothing can be inferred")
+    columns = {name: ColumnProfile(name, schema.field(name).type) for name in schema.names}
+    sample = RowSample(schema)
+    done = 0
+    for table in _pieces(files, schema, _spread(groups, rows or total)):
+        for name, column in columns.items():
+            for chunk in table.column(name).chunks:
+                column.add(chunk)
+        sample.add(table)
+        done += table.num_rows
+        if progress:
+            progress(done)
+    return Profile(columns, sample.table.combine_chunks(), done, total, len(files), missing)
+
+
+Group = tuple[int, int, int]  # file, row group, rows
+
+
+def _read_footers(files: Sequence[DataFile]) -> tuple[pa.Schema, dict[str, int], list[Group]]:
+    schema = pa.schema([])
+    seen: dict[str, int] = {}
+    groups: list[Group] = []
+    for number, file in enumerate(files):
+        try:
+            with open_parquet(file) as parquet:
+                found, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
+                counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(
+                f"{file}: cannot be read as Parquet ({first_line(error)}); mend or remove the file"
+            ) from None
+        try:
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{file}: its columns do not fit those of {files[0]} ({first_line(error)}); write the column with one type"
+            ) from None
+        for name in found.names:
+            seen[name] = seen.get(name, 0) + 1
+        groups += [(number, index, count) for index, count in enumerate(counts) if count]
+    return schema, {name: len(files) - n for name, n in seen.items() if n < len(files)}, groups
+
+
+def _spread(groups: list[Group], rows: int) -> list[Group]:
+    """Choose row groups evenly, and how many rows of each, so that about `rows` are read."""
+    total = sum(count for _, _, count in groups)
+    if rows >= total:
+        return groups
+    number = min(len(groups), max(SPREAD, -(-rows * len(groups) // total)))
+    chosen = [groups[index * len(groups) // number] for index in range(number)]
+    share = -(-rows // number)
+    return [(file, index, min(count, share)) for file, index, count in chosen]
+
+
+def _pieces(files: Sequence[DataFile], schema: pa.Schema, groups: list[Group]) -> Iterator[pa.Table]:
+    piece_rows = max(256, min(65_536, PIECE_CELLS // max(1, len(schema))))
+    for number in dict.fromkeys(file for file, _, _ in groups):
+        with open_parquet(files[number]) as parquet:
+            for _, index, wanted in (group for group in groups if group[0] == number):
+                try:
+                    for batch in parquet.iter_batches(min(piece_rows, wanted), row_groups=[index]):
+                        batch = batch.slice(0, wanted)
+                        wanted -= batch.num_rows
+                        yield _conform(batch, schema)
+                        if not wanted:
+                            break
+                except (OSError, pa.ArrowException) as error:
+                    raise InputError(
+                        f"{files[number]}: row group {index} cannot be decoded ({first_line(error)}); write the file again"
+                    ) from None
+
+
+def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
+    """Give a batch every column of the unified schema."""
+    arrays = []
+    for column in schema:
+        found = batch.schema.get_field_index(column.name)
+        if found < 0:
+            arrays.append(pa.nulls(batch.num_rows, column.type))
+        else:
+            array = batch.column(found)
+            arrays.append(array if array.type == column.type else array.cast(column.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is one of Arrow's lists."""
+    return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a type holds numbers, booleans included."""
+    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind) or pt.is_decimal(kind)
+
+
+def is_key(kind: pa.DataType) -> bool:
+    """Whether a type can be an id."""
+    return pt.is_integer(kind) or pt.is_string(kind) or pt.is_large_string(kind)

@@ -1,0 +1,1 @@
+"""Public data sets' own files -> Parquet splits and a fitted schema."""

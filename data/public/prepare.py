@@ -1,0 +1,230 @@
+"""Public data sets -> Parquet splits and a fitted schema.
+
+    OUT/{train,valid,test}/part-00000.parquet  OUT/schema.toml  OUT/vocabulary/*.parquet  OUT/prepared.json
+
+Only the columns that the shipped schema reads are kept, with those derived here. Everything is written
+beside OUT and renamed at the end. Downloads (data/raw_*.py) are streamed; what is Parquet with splits already is small and read whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.errors import InputError
+from data.profile.fit import fit_schema
+from data.public import avazu, criteo, frappe, kuairand, movielens, taobao
+from data.public.raw_files import Sources, Splits, digest, find_sources
+from data.public.splits import SPLITS, SplitWriter
+from data.reading.keys import first_line
+from data.schema import Schema, format_schema, load_schema
+
+SCHEMA_FOLDER = Path(__file__).parents[1] / "schemas"
+SUMMARY = "prepared.json"
+SMALL_ROW_GROUP = 8_192
+LARGE_ROW_GROUP = 65_536
+
+Tables = dict[str, pa.Table]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a data set's rows come from.
+
+    Attributes:
+        files: patterns, see data.public.raw_files.find_sources.
+        rows: what they hold, split by split or mixed, each split's rows in order.
+        row_group_rows: rows of a row group.
+    """
+
+    files: tuple[str, ...]
+    rows: Callable[[Sources], Splits]
+    row_group_rows: int = SMALL_ROW_GROUP
+
+
+def prepare(
+    name: str, src: str | Path, out: str | Path, *, progress: Callable[[int], object] | None = None
+) -> Path:
+    """Write a public data set as this project reads it, and return `out`.
+
+    If `out` was prepared from the same files and schema already, nothing is written.
+
+    Args:
+        name: one of DATA_SETS.
+        src: folder with the data set's files.
+        out: folder to write.
+        progress: called with the number of rows written so far.
+
+    Raises:
+        InputError: unknown name, missing or unreadable file, missing column, an empty split, or `out` holds something else.
+    """
+    if name not in DATA_SETS:
+        raise InputError(f"data set {name!r} is not known; use one of: {', '.join(sorted(DATA_SETS))}")
+    data_set, src, out = DATA_SETS[name], Path(src), Path(out)
+    schema = load_schema(SCHEMA_FOLDER / f"{name}.toml")
+    sources = find_sources(name, src, data_set.files)
+    digests = {path.name: digest(path) for files in sources.values() for path in files}
+    request = {"name": name, "schema": schema.fingerprint(), "sources": digests}
+    if _is_there(out, request):
+        return out
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        counts = _write_splits(data_set, sources, partial, schema, progress or (lambda done: None))
+        notes: list[str] = []
+        fitted = fit_schema(schema, sorted((partial / "train").glob("*.parquet")), partial, notes.append)
+        header = f"Fitted on the training split by mbcnet data prepare {name}."
+        (partial / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
+        summary = request | {"splits": counts, "notes": notes}
+        (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        if out.exists():  # an empty folder, see _is_there
+            out.rmdir()
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _is_there(out: Path, request: dict[str, Any]) -> bool:
+    """Whether `out` holds the result already; False if it is free.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        same = all(summary[key] == value for key, value in request.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{out}: exists and was not written by data prepare; choose another folder, or remove it"
+        ) from None
+    if not same:
+        raise InputError(
+            f"{out}: was prepared from other files or with another schema; remove it or choose another folder"
+        )
+    return True
+
+
+def _write_splits(
+    data_set: DataSet, sources: Sources, folder: Path, schema: Schema, progress: Callable[[int], object]
+) -> dict[str, Any]:
+    columns = list(schema.columns)
+    columns += [schema.time_column] if schema.time_column not in ("", *columns) else []
+    writer = SplitWriter(folder, columns, schema.label, data_set.row_group_rows)
+    done = 0
+    try:
+        for split, rows in data_set.rows(sources):
+            try:
+                writer.write(split, rows)
+            except InputError as error:
+                raise InputError(f"data set {schema.name!r}: {error}") from None
+            done += len(rows)
+            progress(done)
+        counts = writer.close()
+    finally:
+        writer.abandon()
+    for split, count in counts.items():
+        if not count["rows"]:
+            raise InputError(
+                f"data set {schema.name!r}: the {split} split got no rows of {done:,}; check that --src holds all of it"
+            )
+    return counts
+
+
+def _tables(derive: Callable[[Tables], Tables]) -> Callable[[Sources], Splits]:
+    """Rows of a data set that is Parquet already; `derive` turns file name -> table into split -> table."""
+
+    def rows(sources: Sources) -> Splits:
+        splits = derive({file: _read(found[0]) for file, found in sources.items()})
+        yield from ((split, splits[split]) for split in SPLITS)
+
+    return rows
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as Parquet ({first_line(error)}); fetch it again") from None
+
+
+def _as_they_are(tables: Tables) -> Tables:
+    return {Path(file).stem: table for file, table in tables.items()}
+
+
+def _without_valid(tables: Tables) -> Tables:
+    """AliExpress' sample has no validation file: every fifth search of the training file becomes it.
+
+    Whole searches, because the rows of one search have one label; spread over the file, because it is
+    sorted by label.
+    """
+    train = tables["train.parquet"]
+    _require(train, ("search_id",), "aliexpress")
+    searches = train["search_id"].to_pylist()
+    order = {search: place for place, search in enumerate(dict.fromkeys(searches))}
+    is_valid = [order[search] % 5 == 4 for search in searches]
+    is_train = [not valid for valid in is_valid]
+    return {
+        "train": train.filter(pa.array(is_train, pa.bool_())),
+        "valid": train.filter(pa.array(is_valid, pa.bool_())),
+        "test": tables["test.parquet"],
+    }
+
+
+def _ten_rows(tables: Tables) -> Tables:
+    """The slots sample is one file of ten rows, which exercises width, not quality.
+
+    Rows 4 and 5 validate and rows 8 and 9 test, so that each split has both labels; the other six train.
+    """
+    table = tables["all.parquet"]
+    return {
+        "train": pa.concat_tables([table.slice(0, 4), table.slice(6, 2)]),
+        "valid": table.slice(4, 2),
+        "test": table.slice(8),
+    }
+
+
+def _movielens(tables: Tables) -> Tables:
+    _require(tables["tags.parquet"], ("timestamp", "movie_id", "tag"), "movielens")
+    history = movielens.tag_history(tables["tags.parquet"])
+    splits = {split: tables[f"{split}.parquet"] for split in SPLITS}
+    for table in splits.values():
+        _require(table, ("timestamp", "movie_id", "title"), "movielens")
+    return {split: movielens.derive(table, history) for split, table in splits.items()}
+
+
+def _require(table: pa.Table, columns: tuple[str, ...], name: str) -> None:
+    for column in columns:
+        if column not in table.column_names:
+            raise InputError(
+                f"data set {name!r}: column {column!r} is missing; check that --src holds this data set"
+            )
+
+
+_THREE_FILES = tuple(f"{split}.parquet" for split in SPLITS)
+
+DATA_SETS = {
+    "adult": DataSet(_THREE_FILES, _tables(_as_they_are)),
+    "criteo": DataSet(_THREE_FILES, _tables(_as_they_are)),
+    "movielens": DataSet((*_THREE_FILES, "tags.parquet"), _tables(_movielens)),
+    "taobao_ad": DataSet(_THREE_FILES, _tables(_as_they_are)),
+    "aliexpress": DataSet(("train.parquet", "test.parquet"), _tables(_without_valid)),
+    "ali_ccp": DataSet(_THREE_FILES, _tables(_as_they_are)),
+    "slots": DataSet(("all.parquet",), _tables(_ten_rows)),
+    "criteo_kaggle": DataSet(criteo.KAGGLE_FILES, criteo.kaggle_rows, LARGE_ROW_GROUP),
+    "criteo_1tb": DataSet(criteo.TERABYTE_FILES, criteo.terabyte_rows, LARGE_ROW_GROUP),
+    "avazu": DataSet(avazu.FILES, avazu.rows, LARGE_ROW_GROUP),
+    "movielens_latest": DataSet(movielens.LATEST_FILES, movielens.latest_rows),
+    "movielens_1m": DataSet(movielens.FILES_1M, movielens.rows_1m),
+    "frappe": DataSet(frappe.FILES, frappe.rows),
+    "taobao_ad_raw": DataSet(taobao.FILES, taobao.rows, LARGE_ROW_GROUP),
+    "kuairand": DataSet(kuairand.FILES, kuairand.rows, LARGE_ROW_GROUP),
+}

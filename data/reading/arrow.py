@@ -1,0 +1,422 @@
+"""Arrow record batches + Schema -> Columns: values checked and encoded, faults named by file, row group, row, field and value.
+
+FBGEMM on a CPU maps an id that is out of range to row 0 and trains row 0 without a word, so every id is checked here, while the row's
+place in its file is still known. Imports no torch.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types as pt
+
+from data.errors import InputError
+from data.reading.columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, permuted
+from data.reading.keys import Vocabulary, first_line, hash_values, load_vocabularies, remainder, unbounded_ids
+from data.schema import MISSING_ROW, Feature, Schema
+
+T = TypeVar("T")
+# for each integer type: its unsigned twin, and the largest value that is the same in both
+UNSIGNED = {
+    dtype.char: (np.dtype(f"u{dtype.itemsize}"), int(np.iinfo(dtype).max))
+    for dtype in map(np.dtype, ("b", "B", "h", "H", "i", "I", "l", "L", "q", "Q"))
+}
+MAX_INT32 = 2**31 - 1
+MOST_COMPARED = 32  # boundaries
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record batch comes from, for messages.
+
+    Attributes:
+        file, row_group: as the user knows them.
+        first_row: of the record batch, in its row group.
+        rows: where only some rows were kept, each one's row in its row group, instead of `first_row`.
+    """
+
+    file: str
+    row_group: int
+    first_row: int = 0
+    rows: np.ndarray | None = None
+
+    def row(self, row: int) -> str:
+        """Name one row of the record batch."""
+        number = self.first_row + row if self.rows is None else int(self.rows[row])
+        return f"{self.file}: row group {self.row_group}, row {number}"
+
+
+class Encoder:
+    """Encodes record batches by one schema. Holds the vocabularies, which are read once. Safe to use from many threads."""
+
+    def __init__(self, schema: Schema, permute: Permute = permuted) -> None:
+        """Read the vocabularies.
+
+        Args:
+            schema: fitted.
+            permute: permutes the rows of a list column; by FBGEMM where that is loaded anyway.
+
+        Raises:
+            InputError: the schema is not fitted, or a vocabulary cannot be read.
+        """
+        schema.require_fitted()
+        self.schema, self.permute = schema, permute
+        self.vocabularies: dict[str, Vocabulary] = load_vocabularies(schema)
+        self.single = [feature for feature in schema.sparse if feature.is_single]
+        # column and largest id of each; -1 where values are not ids yet
+        self.plain = [
+            (
+                feature.source_column,
+                schema.table_of[feature.name].num_embeddings - 1
+                if feature.kind == "categorical" and feature.encoding == "ids"
+                else -1,
+            )
+            for feature in self.single
+        ]
+        self.lists = [feature for feature in schema.sparse if not feature.is_single]
+        self.dense_width = sum(feature.dense_width for feature in schema.dense)
+        self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
+        self.list_dtype = {
+            name: np.int32 if table.zch is None and table.num_embeddings <= MAX_INT32 else np.int64
+            for name, table in schema.table_of.items()
+        }
+        narrow = all(self.list_dtype[feature.name] == np.int32 for feature in self.single)
+        self.id_dtype = np.int32 if narrow else np.int64
+
+    def encode(self, rows: pa.RecordBatch, place: Place, mended: Counter[str] | None = None) -> Columns:
+        """Check and encode rows; see `encode_all`."""
+        return self.encode_all([(rows, place)], mended)
+
+    def encode_all(
+        self,
+        parts: Sequence[tuple[pa.RecordBatch, Place]],
+        mended: Counter[str] | None = None,
+        permutation: np.ndarray | None = None,
+        allocate: Callable[..., np.ndarray] = np.empty,
+    ) -> Columns:
+        """Check and encode the rows of several record batches.
+
+        Args:
+            parts: record batches and where they come from; none gives no rows.
+            mended: counts, by field, the values that `on_invalid` = "null" or "modulo" changed.
+            permutation: row i of the result is row permutation[i] of the parts in order.
+            allocate: makes the matrix of single-valued ids, by shape and dtype.
+
+        Raises:
+            InputError: naming file, row group, row, field, the value, what was wanted and the mend.
+        """
+        mended = Counter() if mended is None else mended
+        readers, total = [], 0
+        for rows, place in parts:
+            readers.append((_Reader(self, rows, place, mended), slice(total, total + rows.num_rows)))
+            total += rows.num_rows
+
+        def in_new_order(array: np.ndarray) -> np.ndarray:
+            return array if permutation is None else array.take(permutation, axis=0, mode="clip")
+
+        single_ids = allocate((len(self.single), total), self.id_dtype)
+        in_order = np.empty(total, self.id_dtype)  # one field, before it is permuted
+        dense = np.zeros((total, self.dense_width), np.float32)
+        labels, groups = np.empty(total, np.float32), np.empty(total, np.int64)
+        for index, feature in enumerate(self.single):
+            out = single_ids[index] if permutation is None else in_order
+            name, limit = self.plain[index]
+            for reader, rows in readers:
+                if limit < 0 or not reader.plain_ids(name, limit, out[rows]):
+                    reader.single(feature, out[rows])
+            if permutation is not None:
+                in_order.take(permutation, out=single_ids[index], mode="clip")
+        for reader, rows in readers:
+            reader.dense(dense[rows])
+            labels[rows] = reader.labels()
+            if self.schema.group_column:
+                groups[rows] = reader.groups()
+        return Columns(
+            single_ids=single_ids,
+            absent=np.asarray(
+                [any(feature.name in reader.absent for reader, _ in readers) for feature in self.single], bool
+            ),
+            lists=self._lists(self.lists, readers, permutation, total),
+            weighted_lists=self._lists(self.schema.weighted, readers, permutation, total),
+            dense=in_new_order(dense),
+            labels=in_new_order(labels),
+            group_ids=in_new_order(groups) if self.schema.group_column else None,
+        )
+
+    def _lists(
+        self,
+        features: Sequence[Feature],
+        readers: Sequence[tuple["_Reader", slice]],
+        permutation: np.ndarray | None,
+        rows: int,
+    ) -> Lists:
+        fields = [[reader.list(feature) for reader, _ in readers] for feature in features]
+        if not readers:  # no rows, but of the right fields
+            none = Ragged(np.zeros(0, np.int64), np.zeros(1, np.int64), None)
+            fields = [
+                [none._replace(weights=np.zeros(0, np.float32)) if feature.is_weighted else none]
+                for feature in features
+            ]
+        return join_lists(fields, permutation, rows, self.permute)
+
+
+def _named(read: Callable[..., T]) -> Callable[..., T]:
+    """Turn what Arrow raises on damaged values into one line that names file and row group."""
+
+    @wraps(read)
+    def reads(self: "_Reader", *arguments: Any) -> T:
+        try:
+            return read(self, *arguments)
+        except (pa.ArrowException, UnicodeError) as error:
+            raise InputError(
+                f"{self.place.file}: row group {self.place.row_group} cannot be encoded ({first_line(error)}); "
+                "the file is damaged: write it again"
+            ) from None
+
+    return reads
+
+
+class _Reader:
+    """The columns of one record batch, read field by field."""
+
+    def __init__(self, encoder: Encoder, rows: pa.RecordBatch, place: Place, mended: Counter[str]) -> None:
+        self.encoder, self.place, self.mended = encoder, place, mended
+        self.absent: set[str] = set()  # fields in which an ABSENT was written
+        self.columns = dict(zip(rows.schema.names, rows.columns, strict=True))
+
+    @_named
+    def labels(self) -> np.ndarray:
+        """Labels, 0 and 1."""
+        label = self.encoder.schema.label
+        return read_labels(self.columns[label], label, self.place)
+
+    @_named
+    def groups(self) -> np.ndarray:
+        """Hashes of the grouping column, int64."""
+        return hash_values(self.columns[self.encoder.schema.group_column]).view(np.int64)
+
+    @_named
+    def single(self, feature: Feature, out: np.ndarray) -> None:
+        """Write one row of the table, or ABSENT, for each row of the log."""
+        column = self.columns[feature.source_column]
+        if feature.kind == "numeric":
+            numbers, valid = self._numbers(column, feature)
+            out[:] = _buckets(numbers, np.asarray(feature.boundaries, np.float64))
+            if valid is not None:
+                out[~valid] = MISSING_ROW
+            return
+        out[:] = self._ids(column, feature, None)
+        if column.null_count:
+            is_absent = feature.encoding in ("ids", "zch")
+            out[~_valid(column)] = ABSENT if is_absent else MISSING_ROW
+            if is_absent:
+                self.absent.add(feature.name)
+
+    def plain_ids(self, name: str, limit: int, out: np.ndarray) -> bool:
+        """Write ids that need no encoding, if all are in [0, limit] and none is null: most columns, and nothing slower."""
+        column = self.columns[name]
+        if column.null_count or not len(out):
+            return False
+        ids = column.to_numpy(zero_copy_only=False)
+        # Seen as unsigned, a negative id is a huge one: one pass checks both ends of the range.
+        unsigned, largest = UNSIGNED[ids.dtype.char]
+        if np.maximum.reduce(ids.view(unsigned)) > (limit if limit < largest else largest):
+            return False
+        out[:] = ids
+        return True
+
+    @_named
+    def list(self, feature: Feature) -> Ragged:
+        """Read a list column; a null list is an empty one, a null inside a list is no value."""
+        column = self.columns[feature.source_column]
+        offsets = _list_offsets(column)
+        items = column.flatten()
+        ids = self._ids(items, feature, offsets)
+        ids = ids.astype(self.encoder.list_dtype[feature.name], copy=False)
+        weights = self._weights(feature, offsets) if feature.weights else None
+        absent = items.null_count > 0 or (feature.on_invalid == "null" and ids.size > 0 and ids.min() < 0)
+        if absent:
+            keep = ids >= 0
+            if items.null_count:
+                keep &= _valid(items)
+            ids = ids[keep]
+            weights = None if weights is None else weights[keep]
+            kept_before = np.zeros(len(keep) + 1, np.int64)
+            np.cumsum(keep, out=kept_before[1:])
+            offsets = kept_before[offsets]
+        return Ragged(ids, offsets, weights)
+
+    def _weights(self, feature: Feature, offsets: np.ndarray) -> np.ndarray:
+        column = self.columns[feature.weights]
+        found, wanted = np.diff(_list_offsets(column)), np.diff(offsets)
+        if not np.array_equal(found, wanted):
+            row = int(np.flatnonzero(found != wanted)[0])
+            raise InputError(
+                f"{self.place.row(row)}, field {feature.name!r}: {wanted[row]} values but {found[row]} weights in column "
+                f"{feature.weights!r}; the lists must be equally long: mend the writer of this file"
+            )
+        weights, valid = self._numbers(column.flatten(), feature, offsets)
+        if valid is not None:
+            weights = np.where(valid, weights, 0.0)
+        return weights.astype(np.float32)
+
+    def _ids(self, column: pa.Array, feature: Feature, offsets: np.ndarray | None) -> np.ndarray:
+        """Rows of the table for each value; what stands at nulls means nothing. `offsets`: of the lists that hold the values."""
+        num_embeddings = self.encoder.num_embeddings[feature.name]
+        if feature.encoding == "hash":
+            return remainder(hash_values(column), num_embeddings - 1).view(np.int64) + 1
+        if feature.encoding == "zch":
+            return unbounded_ids(column)
+        if feature.encoding == "vocabulary":
+            return self.encoder.vocabularies[feature.name].rows_of(
+                column, f"{self.place.file}: row group {self.place.row_group}, field {feature.name!r}"
+            )
+        ids = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+        limit = num_embeddings - 1
+        unsigned, largest = UNSIGNED[ids.dtype.char]
+        if ids.size == 0 or np.maximum.reduce(ids.view(unsigned)) <= min(limit, largest):
+            return ids
+        bad = (ids < 0) | (ids > limit)
+        if feature.on_invalid == "error":
+            first = int(np.flatnonzero(bad)[0])
+            raise InputError(
+                f"{self.place.row(_owner(first, offsets))}, field {feature.name!r} = {ids[first]}: wanted an id in "
+                f"[0, {num_embeddings}); mend the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
+            )
+        self.mended[feature.name] += int(bad.sum())
+        if feature.on_invalid == "null":
+            self.absent.add(feature.name)
+            return np.where(bad, ABSENT, ids.astype(np.int64))
+        # Python's modulo: -1 becomes the last row. Small types cannot hold the divisor.
+        wide = ids if ids.dtype == np.uint64 else ids.astype(np.int64)
+        return (wide % num_embeddings).astype(np.int64)
+
+    @_named
+    def dense(self, out: np.ndarray) -> None:
+        """Fill (n, D) with numbers and vectors; missing ones are left 0."""
+        start = 0
+        for feature in self.encoder.schema.dense:
+            column = self.columns[feature.source_column]
+            if feature.kind == "vector":
+                self._vector(column, feature, out[:, start : start + feature.width])
+            else:
+                self._numeric(column, feature, out[:, start])
+            start += feature.dense_width
+
+    def _numeric(self, column: pa.Array, feature: Feature, out: np.ndarray) -> None:
+        numbers, valid = self._numbers(column, feature)
+        if feature.transform == "log1p":
+            # log(1 + x) in float64 differs from log1p(x) by less than 2^-52, and is vectorised
+            negative = numbers.size > 0 and numbers.min() < 0
+            logs = np.log(np.add(1.0, np.abs(numbers) if negative else numbers, dtype=np.float64))
+            numbers = np.copysign(logs, numbers) if negative else logs
+        elif feature.transform == "standardise":
+            numbers = (numbers - float(feature.mean)) / float(feature.std)
+        out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
+
+    def _vector(self, column: pa.Array, feature: Feature, out: np.ndarray) -> None:
+        present = _valid(column) if column.null_count else None
+        lengths = np.diff(_list_offsets(column))
+        wrong = lengths != feature.width if present is None else present & (lengths != feature.width)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise InputError(
+                f"{self.place.row(row)}, field {feature.name!r}: a vector of length {lengths[row]}: wanted width = {feature.width}; "
+                "mend the file or the schema's width"
+            )
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        numbers, valid = self._numbers(column.flatten(), feature, offsets)
+        if valid is not None:
+            numbers = np.where(valid, numbers, 0.0)
+        if present is None:
+            out[:] = numbers.reshape(-1, feature.width)
+        else:
+            out[present] = numbers.reshape(-1, feature.width)
+
+    def _numbers(
+        self, column: pa.Array, feature: Feature, offsets: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Numbers, 0 where invalid, and their validity (None: all). NaN and infinity are errors, or missing if on_invalid = 'null'."""
+        valid = None
+        if column.null_count:
+            valid = _valid(column)
+            column = pc.fill_null(column, False if pt.is_boolean(column.type) else pa.scalar(0, column.type))
+        if not (pt.is_floating(column.type) or pt.is_integer(column.type)) or pt.is_float16(column.type):
+            column = column.cast(pa.float64())
+        numbers = column.to_numpy(zero_copy_only=False)
+        if (
+            numbers.dtype.kind in "iu"
+        ):  # as float32, integers beyond 2^24 would lose digits before the transform
+            return numbers.astype(np.float64), valid
+        finite = np.isfinite(numbers)
+        if finite.all():
+            return numbers, valid
+        if feature.on_invalid != "null":
+            first = int(np.flatnonzero(~finite)[0])
+            raise InputError(
+                f"{self.place.row(_owner(first, offsets))}, field {feature.name!r} = {numbers[first]}: wanted a finite number or null; "
+                "mend the file, or set on_invalid = 'null' to read it as missing"
+            )
+        self.mended[feature.name] += int((~finite).sum())
+        return np.where(finite, numbers, 0.0), finite if valid is None else valid & finite
+
+
+def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
+    """Labels as a NumPy array of 0 and 1.
+
+    Raises:
+        InputError: a label is null or another number.
+    """
+    if column.null_count:
+        row = int(np.flatnonzero(~_valid(column))[0])
+        raise InputError(
+            f"{place.row(row)}, label {name!r} is null: wanted 0 or 1; drop the row or mend the file"
+        )
+    if not pt.is_integer(column.type):
+        column = column.cast(pa.float64())
+    labels = column.to_numpy(zero_copy_only=False)
+    bad = (labels != 0) & (labels != 1)
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise InputError(
+            f"{place.row(row)}, label {name!r} = {labels[row]:g}: wanted 0 or 1; mend the file or choose another label"
+        )
+    return labels
+
+
+def _buckets(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
+    """1 + the number of boundaries <= x. Few boundaries are faster compared one by one than searched."""
+    if len(boundaries) > MOST_COMPARED:
+        return np.searchsorted(boundaries, numbers, side="right") + 1
+    rows = np.ones(len(numbers), np.uint8)
+    above = np.empty(len(numbers), bool)
+    for boundary in boundaries:
+        np.greater_equal(numbers, boundary, out=above)
+        rows += above.view(np.uint8)
+    return rows
+
+
+def _valid(column: pa.Array) -> np.ndarray:
+    return column.is_valid().to_numpy(zero_copy_only=False)
+
+
+def _list_offsets(column: pa.Array) -> np.ndarray:
+    """(n + 1,) int64, from 0: where each row's values lie in `column.flatten()`."""
+    if column.null_count == 0 and not pt.is_fixed_size_list(column.type):
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        return offsets - offsets[0]
+    offsets = np.zeros(len(column) + 1, np.int64)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _owner(value: int, offsets: np.ndarray | None) -> int:
+    """The row that holds a value of a list column."""
+    return value if offsets is None else int(np.searchsorted(offsets, value, side="right")) - 1

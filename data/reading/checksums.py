@@ -1,0 +1,58 @@
+"""Whether a Parquet file's pages carry checksums: read from the header of a page. Imports no torch.
+
+A page begins with a Thrift struct in compact encoding: 1 type, 2 uncompressed size, 3 compressed size, 4 crc (optional), 5 and on
+the kind's own header. Arrow verifies a checksum where there is one but does not tell where there is none.
+"""
+
+import pyarrow.parquet as pq
+
+from data.reading.storage import DataFile, read_bytes
+
+CRC_FIELD = 4
+THRIFT_I32 = 5
+HEADER_BYTES = 64
+
+
+def column_without_checksum(file: DataFile, metadata: pq.FileMetaData, columns: frozenset[str]) -> str:
+    """Name the first of the columns whose first page, in the file's first row group with rows, has no checksum; or an empty string.
+
+    The footer must have been proved for these columns (see `data.reading.files.prove`).
+    """
+    index = first_row_group(metadata)
+    if index < 0:
+        return ""
+    for number in leaves_of(metadata, columns):
+        chunk = metadata.row_group(index).column(number)
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        if not has_checksum(read_bytes(file, start, HEADER_BYTES)):
+            return chunk.path_in_schema.split(".")[0]
+    return ""
+
+
+def first_row_group(metadata: pq.FileMetaData) -> int:
+    """The first row group with rows, or -1."""
+    groups = range(metadata.num_row_groups)
+    return next((index for index in groups if metadata.row_group(index).num_rows), -1)
+
+
+def leaves_of(metadata: pq.FileMetaData, columns: frozenset[str]) -> list[int]:
+    """The numbers of the leaf columns that the given columns consist of."""
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    return [number for number, path in enumerate(paths) if path.split(".")[0] in columns]
+
+
+def has_checksum(header: bytes) -> bool:
+    """Whether the page whose first bytes these are carries a checksum."""
+    position = field = 0
+    while position < len(header):
+        byte = header[position]
+        position += 1
+        field += byte >> 4
+        if field == CRC_FIELD:
+            return byte & 15 == THRIFT_I32
+        if field > CRC_FIELD or byte & 15 != THRIFT_I32:
+            return False
+        while position < len(header) and header[position] & 128:  # a number of several bytes
+            position += 1
+        position += 1
+    return False

@@ -1,0 +1,218 @@
+"""Paths -> Parquet files and their row groups: columns checked and kept rows counted, before the first batch. Imports no torch."""
+
+import glob
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.errors import InputError
+from data.reading.arrow import Place, read_labels
+from data.reading.checksums import column_without_checksum, first_row_group
+from data.reading.column_types import check_columns
+from data.reading.keys import first_line
+from data.reading.order import RowGroup
+from data.reading.selection import Footer, Selection, read_footer
+from data.reading.storage import DAMAGE, DataFile, RemoteFile, is_uri, list_remote, open_parquet, retried
+from data.schema import Schema
+
+T = TypeVar("T")
+THREADS = 8  # that read footers: small reads, which mostly wait
+
+
+class ChecksumWarning(UserWarning):
+    """A file's damage could go unseen."""
+
+
+class Contents(NamedTuple):
+    """What the files hold: row groups with at least one kept row, and kept rows by label (0, 1) where rows are sampled."""
+
+    row_groups: list[RowGroup]
+    label_counts: tuple[int, int]
+
+
+def resolve_files(paths: Sequence[str]) -> list[DataFile]:
+    """Turn folders, globs, files and URIs into a sorted list of Parquet files.
+
+    Raises:
+        InputError: a path leads to no Parquet file.
+    """
+    local: set[Path] = set()
+    remote: set[RemoteFile] = set()
+    for text in paths:
+        if is_uri(text):
+            found = list_remote(text)
+            remote.update(found)
+        else:
+            found = _find_local(text)
+            local.update(found)
+        if not found:
+            raise InputError(
+                f"{text}: no Parquet file there; check the path, or write the data first (`mbcnet data synth`, `mbcnet data prepare`)"
+            )
+    return [*sorted(local), *sorted(remote)]
+
+
+def _find_local(text: str) -> set[Path]:
+    found: set[Path] = set()
+    for name in [text] if Path(text).exists() else glob.glob(text, recursive=True):
+        path = Path(name)
+        found |= set(path.rglob("*.parquet")) if path.is_dir() else {path}
+    return found
+
+
+def read_contents(
+    files: Sequence[DataFile], schema: Schema, selection: Selection, *, warn: bool = False
+) -> Contents:
+    """List the row groups of all files, check each file's columns from its footer, and count the rows that the selection keeps.
+
+    Without sampling and conditions on time only footers are read; else also, once, the label or the time column.
+
+    Args:
+        files: at least one.
+        schema: what the columns must be.
+        selection: which rows to keep.
+        warn: whether to warn once of pages without checksums.
+
+    Raises:
+        InputError: a file is no Parquet file, a column is missing or of a wrong type, or no row is left.
+    """
+    attempts = selection.options.attempts
+    time_column = schema.time_column if selection.conditions else ""
+    checked = frozenset(schema.columns if selection.options.require_checksum else [schema.label])
+
+    def inspect(file: DataFile) -> tuple[Footer, str]:
+        return _read(
+            file,
+            lambda: _inspect(file, schema, time_column, checked),
+            "not a readable Parquet file",
+            attempts,
+        )
+
+    inspected = _in_threads(inspect, files)
+    _judge_checksums(
+        [(file, bare) for file, (_, bare) in zip(files, inspected, strict=True) if bare], selection, warn
+    )
+    footers = [footer for footer, _ in inspected]
+    selection.fix_span(footers)
+
+    def count(number: int) -> tuple[list[RowGroup], np.ndarray]:
+        return _read(
+            files[number],
+            lambda: _count_rows(files[number], number, footers[number], selection),
+            "cannot be read while counting rows",
+            attempts,
+        )
+
+    counted = _in_threads(count, range(len(files)))
+    row_groups = [row_group for groups, _ in counted for row_group in groups]
+    if not row_groups:
+        kept = f" that where = {list(selection.options.where)} and sampling keep" if selection.filters else ""
+        raise InputError(
+            f"{files[0]} and {len(files) - 1} more files hold no rows{kept}; check the paths of this split"
+        )
+    negatives, positives = np.sum([counts for _, counts in counted], axis=0)
+    return Contents(row_groups, (int(negatives), int(positives)))
+
+
+def _inspect(file: DataFile, schema: Schema, time_column: str, checked: frozenset[str]) -> tuple[Footer, str]:
+    """Check one file's footer; return what planning needs of it, and a column without checksums."""
+    with open_parquet(file, pre_buffer=True) as parquet:
+        check_columns(parquet.schema_arrow, schema, str(file))
+        if time_column and time_column not in parquet.schema_arrow.names:
+            raise InputError(
+                f"{file}: column {time_column!r} is missing, which is the schema's time_column and named by where; "
+                "add the column to the file, or mend the conditions"
+            )
+        metadata = parquet.metadata
+        groups = range(metadata.num_row_groups)
+        if sum(metadata.row_group(index).num_rows for index in groups) != metadata.num_rows:
+            raise pa.ArrowInvalid("the row groups of the footer do not add up to its number of rows")
+        prove(parquet, [first_row_group(metadata)], checked)
+        if time_column:
+            prove(parquet, groups, {time_column})
+        return read_footer(metadata, time_column), column_without_checksum(file, metadata, checked)
+
+
+def prove(parquet: pq.ParquetFile, row_groups: Iterable[int], columns: Iterable[str]) -> None:
+    """Raise an ordinary error if a damaged footer does not describe these column chunks, by planning to read them.
+
+    `row_group(i).column(j)` may be called only after this: on a footer that Arrow finds inconsistent it does not raise but ends the
+    process (seen in pyarrow 26 with flipped bits). The file must have been opened with pre_buffer, which looks at all chunks at once.
+    """
+    if parquet.metadata.num_rows:
+        chosen = [index for index in row_groups if index >= 0]
+        next(parquet.iter_batches(1, row_groups=chosen, columns=list(columns), use_threads=False), None)
+
+
+def _in_threads(action: Callable[..., T], items: Sequence) -> list[T]:
+    if len(items) == 1:
+        return [action(items[0])]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(action, items))
+
+
+def _read(file: DataFile, action: Callable[[], T], what: str, attempts: int) -> T:
+    if isinstance(file, RemoteFile):
+        return retried(action, str(file), attempts)
+    try:
+        return action()
+    except DAMAGE as error:
+        raise InputError(f"{file}: {what} ({first_line(error)}); write it again or remove it") from None
+
+
+def _judge_checksums(bare: list[tuple[DataFile, str]], selection: Selection, warn: bool) -> None:
+    if not bare:
+        return
+    file, column = bare[0]
+    found = f"{file}: the pages of column {column!r} carry no checksum (so in {len(bare)} of {len(selection.files)} files)"
+    if selection.options.require_checksum:
+        raise InputError(
+            f"{found}: require_checksum = true wants them; write the files with page checksums "
+            "(pyarrow: write_page_checksum=True), or set require_checksum = false"
+        )
+    if warn:
+        warnings.warn(f"{found}: damage to them can go unseen", ChecksumWarning, stacklevel=4)
+
+
+def _count_rows(
+    file: DataFile, number: int, footer: Footer, selection: Selection
+) -> tuple[list[RowGroup], np.ndarray]:
+    """Kept rows of each row group of a file, and of each label."""
+    row_groups, label_counts = [], np.zeros(2, np.int64)
+    parquet: pq.ParquetFile | None = None
+    try:
+        for index, stored_rows in enumerate(footer.num_rows):
+            columns = selection.columns_to_count(footer.spans[index]) if stored_rows else None
+            if columns is None:
+                continue
+            num_rows = stored_rows
+            if columns:
+                parquet = parquet or open_parquet(file)
+                rows = one_batch(parquet.read_row_group(index, columns=list(columns), use_threads=False))
+                place = Place(str(file), index)
+                kept = selection.mask(rows, file, place)
+                num_rows = int(kept.sum())
+                if selection.samples:
+                    label = selection.schema.label
+                    labels = read_labels(rows.column(rows.schema.names.index(label)), label, place)
+                    label_counts += np.bincount(labels[kept].astype(np.int64), minlength=2)
+            if num_rows:
+                row_groups.append(RowGroup(number, index, num_rows, stored_rows))
+    finally:
+        if parquet is not None:
+            parquet.close()
+    return row_groups, label_counts
+
+
+def one_batch(table: pa.Table) -> pa.RecordBatch:
+    """A table as one record batch, without a copy where each column is in one piece already."""
+    batches = table.to_batches()
+    if len(batches) > 1:
+        batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)

@@ -1,0 +1,174 @@
+"""One door to files on a disk and behind a URI (s3://, gs://, hdfs://, ...), with retries. Imports no torch.
+
+S3 takes its keys from where every AWS tool does, and another server's address from AWS_ENDPOINT_URL.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from data.errors import InputError
+from data.reading.keys import first_line
+
+T = TypeVar("T")
+FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 10.0
+CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 30.0
+# What Arrow's Python side raises on damaged files: undecodable names in a footer and inconsistent counts are not always ArrowExceptions.
+DAMAGE = (OSError, pa.ArrowException, UnicodeError, IndexError, OverflowError)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, order=True)
+class RemoteFile:
+    """A file behind a URI."""
+
+    uri: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.uri.rsplit("/", 1)[-1]
+
+    def __str__(self) -> str:
+        return self.uri
+
+
+DataFile = Path | RemoteFile
+
+
+def is_uri(text: str) -> bool:
+    """Whether a path names another machine's file."""
+    return "://" in text
+
+
+def path_parts(file: DataFile) -> tuple[str, ...]:
+    """The folders and the name of a file."""
+    return file.parts if isinstance(file, Path) else tuple(file.uri.split("://", 1)[1].split("/"))
+
+
+def list_remote(uri: str, attempts: int = 5) -> list[RemoteFile]:
+    """List the Parquet files at and below a URI, sorted.
+
+    Raises:
+        InputError: the place cannot be listed.
+    """
+    scheme, _, rest = uri.partition("://")
+
+    def find() -> list[RemoteFile]:
+        system, path = _file_system(scheme, rest)
+        info = system.get_file_info(path)
+        if info.type == pafs.FileType.File:
+            return [RemoteFile(uri)]
+        found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+        prefix = uri[: uri.index(path)] if path in uri else f"{scheme}://"
+        return sorted(
+            RemoteFile(prefix + item.path)
+            for item in found
+            if item.type == pafs.FileType.File and item.path.endswith(".parquet")
+        )
+
+    return retried(find, uri, attempts)
+
+
+def open_parquet(
+    file: DataFile,
+    *,
+    metadata: pq.FileMetaData | None = None,
+    read_dictionary: Sequence[str] = (),
+    pre_buffer: bool = False,
+) -> pq.ParquetFile:
+    """Open a Parquet file with page checksums verified.
+
+    Args:
+        file: what to open.
+        metadata: its footer, where it is known, which is then not read again.
+        read_dictionary: string columns to read as dictionary codes.
+        pre_buffer: join the reads of neighbouring columns; always so for remote files, where each read is a request.
+    """
+    options: dict[str, Any] = {
+        "metadata": metadata,
+        "page_checksum_verification": True,
+        "read_dictionary": list(read_dictionary),
+    }
+    if isinstance(file, Path):
+        return pq.ParquetFile(file, pre_buffer=pre_buffer, **options)
+    scheme, _, rest = file.uri.partition("://")
+    system, path = _file_system(scheme, rest)
+    return pq.ParquetFile(system.open_input_file(path), pre_buffer=True, **options)
+
+
+def read_bytes(file: DataFile, start: int, size: int) -> bytes:
+    """Read at most `size` bytes from `start` on."""
+    if isinstance(file, Path):
+        with open(file, "rb") as handle:
+            handle.seek(start)
+            return handle.read(size)
+    scheme, _, rest = file.uri.partition("://")
+    system, path = _file_system(scheme, rest)
+    with system.open_input_file(path) as handle:
+        return handle.read_at(size, start)
+
+
+def retried(action: Callable[[], T], what: str, attempts: int) -> T:
+    """Run `action` until it succeeds, with pauses that double, at most `attempts` times.
+
+    Raises:
+        InputError: naming `what` and the last cause. What a retry cannot mend (no such file, no permission) is not tried again.
+    """
+    pause = FIRST_PAUSE_SECONDS
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError) as error:
+            raise InputError(f"{what}: {first_line(error)}; check the path and the permissions") from None
+        except DAMAGE as error:
+            if attempt == attempts:
+                raise InputError(
+                    f"{what}: gave up after {attempts} attempts ({first_line(error)}); check the storage service and the network, "
+                    "or raise data.attempts"
+                ) from None
+            log.warning("%s: attempt %d of %d failed (%s)", what, attempt, attempts, first_line(error))
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    raise AssertionError("attempts is 1 or more")
+
+
+def arrow_file_system(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI and the path in it, for writers; keys and addresses are found as for data."""
+    scheme, _, rest = uri.partition("://")
+    return _file_system(scheme, rest)
+
+
+def _file_system(scheme: str, rest: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI, made once for each address, and the path in it."""
+    if scheme != "s3":
+        system, path = pafs.FileSystem.from_uri(f"{scheme}://{rest}")
+        return system, path
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+    return _s3(endpoint, region), rest.rstrip("/")
+
+
+@lru_cache(maxsize=8)
+def _s3(endpoint: str, region: str) -> pafs.FileSystem:
+    options: dict[str, Any] = {"region": region} if region else {}
+    if endpoint:
+        scheme, _, address = endpoint.rpartition("://")
+        options |= {"endpoint_override": address.rstrip("/"), "scheme": scheme or "https"}
+    return pafs.S3FileSystem(
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=REQUEST_SECONDS,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=2),
+        allow_delayed_open=True,  # a small file is written by one request instead of three
+        **options,
+    )

@@ -1,0 +1,35 @@
+"""What a field, a table and a group are: TOML in, checked. Imports no torch."""
+
+from data.schema.feature import Feature
+from data.schema.schema import (
+    FIRST_VOCABULARY_ROW,
+    FIT,
+    MISSING_ROW,
+    OUT_OF_VOCABULARY_ROW,
+    Schema,
+    Table,
+    Zch,
+    format_schema,
+    load_schema,
+    parse_schema,
+    schema_to_toml,
+    toml_key,
+    toml_text,
+)
+
+__all__ = [
+    "FIRST_VOCABULARY_ROW",
+    "FIT",
+    "MISSING_ROW",
+    "OUT_OF_VOCABULARY_ROW",
+    "Feature",
+    "Schema",
+    "Table",
+    "Zch",
+    "format_schema",
+    "load_schema",
+    "parse_schema",
+    "schema_to_toml",
+    "toml_key",
+    "toml_text",
+]

@@ -1,0 +1,409 @@
+"""Schema: which columns a log has, what each means, which table each looks up, and the EFGC groups. Imports no torch.
+
+A schema is one TOML file, one line a field:
+
+    name = "shop"
+    label = "click"
+    [fields]
+    user_id = { kind = "categorical", num_embeddings = 10000, embedding_dim = 16 }
+    tags    = { kind = "multi_valued", num_embeddings = 500, embedding_dim = 8, pooling = "mean" }
+    price   = { kind = "numeric", transform = "log1p" }
+    image   = { kind = "vector", width = 64 }
+    [groups]
+    taste = ["user_id", "tags", "image"]
+
+What a missing value (null) means, by kind: categorical "ids" and "zch" -> an empty bag, which looks up the zero vector; "vocabulary", "hash"
+and bucketised numerics -> row 0, which is learned; multi-valued -> an empty list, and a null inside a list is no value; a null weight -> 0;
+numeric -> 0 after the transform, which is the mean of a standardised one; vector -> zeros. A null label is an error.
+A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary, row 2 + i the i-th value.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from data.errors import InputError
+from data.schema.feature import (
+    FIRST_VOCABULARY_ROW,
+    FIT,
+    MISSING_ROW,
+    OUT_OF_VOCABULARY_ROW,
+    Eviction,
+    Feature,
+    feature_problem,
+    size_problem,
+    zch_problem,
+)
+from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown_key
+
+__all__ = [
+    "FIRST_VOCABULARY_ROW",
+    "FIT",
+    "MISSING_ROW",
+    "OUT_OF_VOCABULARY_ROW",
+    "Feature",
+    "Schema",
+    "Table",
+    "Zch",
+    "format_schema",
+    "load_schema",
+    "parse_schema",
+    "schema_to_toml",
+    "toml_key",
+    "toml_text",
+]
+
+HINTS = ("pooling_factor", "cardinality")  # keys for the planner, which change no result
+
+
+@dataclass(frozen=True)
+class Zch:
+    """How a table gives rows to unbounded ids; see Feature.
+
+    Attributes:
+        eviction: whose row a new id gets when all are taken.
+        eviction_interval: steps from one admission to the next.
+        buckets: parts of the table.
+    """
+
+    eviction: Eviction
+    eviction_interval: int
+    buckets: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding table: rows, width, pooling, the fields that look it up, and `zch` if it gives rows to unbounded ids."""
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    pooling: Literal["sum", "mean"]
+    feature_names: tuple[str, ...]
+    weighted: bool
+    zch: Zch | None = None
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A log's fields, tables and groups.
+
+    Attributes:
+        name: of the data set.
+        label: column of 0 and 1.
+        features: every field, in the file's order.
+        tables: the embedding tables, in order of first use.
+        groups: EFGC groups, Eq. 2: name -> names of fields. A field may be in many groups and is looked up once.
+        group_column: column whose values group rows for GAUC; empty if none.
+        time_column: column that orders rows; empty if none.
+        folder: where relative vocabulary paths start.
+    """
+
+    name: str
+    label: str
+    features: tuple[Feature, ...]
+    tables: tuple[Table, ...]
+    groups: dict[str, tuple[str, ...]]
+    group_column: str = ""
+    time_column: str = ""
+    folder: Path = Path()
+
+    @property
+    def sparse(self) -> tuple[Feature, ...]:
+        """Unweighted fields with a table, in the key order of `Batch.sparse_features`: single-valued, then lists."""
+        sparse = [feature for feature in self.features if feature.is_sparse and not feature.is_weighted]
+        return tuple(sorted(sparse, key=lambda feature: not feature.is_single))
+
+    @property
+    def weighted(self) -> tuple[Feature, ...]:
+        """Weighted multi-valued fields, in the key order of `Batch.weighted_features`."""
+        return tuple(feature for feature in self.features if feature.is_weighted)
+
+    @property
+    def dense(self) -> tuple[Feature, ...]:
+        """Fields that enter as numbers, in the column order of `Batch.dense_features`."""
+        return tuple(feature for feature in self.features if not feature.is_sparse)
+
+    @cached_property
+    def table_of(self) -> dict[str, Table]:
+        """Field name -> its table."""
+        return {name: table for table in self.tables for name in table.feature_names}
+
+    @property
+    def width(self) -> int:
+        """N, the width of all fields together: sum of embedding dims plus dense columns, projected where the schema says so."""
+        return sum(table.embedding_dim * len(table.feature_names) for table in self.tables) + sum(
+            feature.model_width for feature in self.dense
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every Parquet column that training reads, without repeats."""
+        names = [self.label]
+        for feature in self.features:
+            names += [feature.source_column] + ([feature.weights] if feature.weights else [])
+        return tuple(dict.fromkeys(names + ([self.group_column] if self.group_column else [])))
+
+    def require_fitted(self) -> None:
+        """Raise InputError if a field still waits for a fit."""
+        for feature in self.features:
+            if not feature.is_fitted:
+                raise InputError(
+                    f"schema {self.name!r}: field {feature.name!r} still says 'fit'; run `mbcnet schema fit` on the training "
+                    "files (or `mbcnet data prepare`), which writes a fitted schema.toml, and train with that one"
+                )
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change whenever fields, tables or groups change. Hints for the planner are no part of it."""
+        top = schema_to_toml(self)
+        for entry in top["fields"].values():
+            for key in HINTS:
+                entry.pop(key, None)
+        text = json.dumps(top, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class _SharedTable:
+    """The [tables] entry of a schema file: a table that several fields share. A fit sets 0 rows."""
+
+    embedding_dim: int
+    num_embeddings: int = 0
+
+
+@dataclass(frozen=True)
+class _SchemaTop:
+    """A schema file's top level, as written, without its fields."""
+
+    name: str
+    label: str
+    groups: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    tables: dict[str, _SharedTable] = dataclasses.field(default_factory=dict)
+    group_column: str = ""
+    time_column: str = ""
+
+
+def load_schema(path: str | Path) -> Schema:
+    """Read and check a schema file.
+
+    Raises:
+        InputError: naming file, field, value, what was wanted and the mend.
+    """
+    path = Path(path)
+    return parse_schema(read_toml(path), str(path), path.parent)
+
+
+def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
+    """Turn a parsed schema file into a checked Schema. `source` names it in messages."""
+    raw_fields = table.get("fields")
+    if not isinstance(raw_fields, dict) or not raw_fields:
+        raise InputError(
+            f'{source}: [fields] is missing or empty; list each column, e.g. age = {{ kind = "numeric" }}'
+        )
+    top = parse_dataclass(_SchemaTop, {key: value for key, value in table.items() if key != "fields"}, source)
+    if not top.label:
+        raise InputError(f"{source}: label = '': wanted the column of 0 and 1; name it")
+    features = []
+    for name, entry in raw_fields.items():
+        features.append(_parse_feature(name, entry, top, source))
+    _check_names([*raw_fields, *top.tables], top, source)
+    _check_groups(top.groups, features, source)
+    return Schema(
+        name=top.name,
+        label=top.label,
+        features=tuple(features),
+        tables=_build_tables(features, top.tables, source),
+        groups=top.groups,
+        group_column=top.group_column,
+        time_column=top.time_column,
+        folder=folder,
+    )
+
+
+def _parse_feature(name: str, entry: Any, top: _SchemaTop, source: str) -> Feature:
+    where = f"{source}: fields.{name}"
+    if not isinstance(entry, dict):
+        raise InputError(f'{where} = {entry!r}: wanted a table such as {{ kind = "categorical" }}')
+    if "name" in entry:  # the dataclass has it, the file says it by the key
+        raise InputError(unknown_key(f"{where}.name", "name", ["column"]))
+    feature = parse_dataclass(Feature, {"name": name, **entry}, source, f"fields.{name}")
+    problem = feature_problem(feature, top.label, top.tables)
+    if problem:
+        raise InputError(f"{where}.{problem}")
+    return feature
+
+
+def _check_names(names: list[str], top: _SchemaTop, source: str) -> None:
+    for name in names:
+        # names become names of files, of modules and of checkpoint entries
+        if not name or name.startswith(".") or set(name) & set("/\\") or not name.isprintable():
+            raise InputError(
+                f"{source}: {name!r}: wanted a name without '/', '\\' or control characters, not starting with '.'; "
+                "rename the field and give its column by `column`"
+            )
+    for key in ("group_column", "time_column"):
+        if getattr(top, key) == top.label:
+            raise InputError(f"{source}: {key} = {top.label!r}: this is the label; name another column")
+
+
+def _check_groups(groups: dict[str, tuple[str, ...]], features: list[Feature], source: str) -> None:
+    known = {feature.name for feature in features}
+    for group, members in groups.items():
+        if group == "all":
+            raise InputError(
+                f"{source}: groups.all: the name 'all' means every field already; choose another name"
+            )
+        if not members:
+            raise InputError(
+                f"{source}: groups.{group} = []: wanted names of fields; add some or remove the group"
+            )
+        if len(set(members)) < len(members):
+            raise InputError(f"{source}: groups.{group}: a field is listed twice; remove the repeat")
+        for member in members:
+            if member not in known:
+                raise InputError(
+                    f"{source}: groups.{group}: {member!r} is not a field; add it to [fields] or remove it here"
+                )
+
+
+def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], source: str) -> tuple[Table, ...]:
+    """Collect the embedding tables; fields of one table must agree on what FBGEMM decides per table."""
+    members: dict[str, list[Feature]] = {}
+    for feature in features:
+        if feature.is_sparse:
+            members.setdefault(feature.table_name, []).append(feature)
+            if feature.name in shared and feature.table != feature.name:
+                raise InputError(
+                    f"{source}: fields.{feature.name}: [tables] has an entry of this name; set table = {feature.name!r} here, "
+                    "or rename one of the two"
+                )
+    for name, table in shared.items():
+        if name not in members:
+            raise InputError(
+                f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r} in a field"
+            )
+        least = 2 if any(user.encoding == "hash" for user in members[name]) else 1
+        fitted = all(user.is_fitted for user in members[name])
+        problem = size_problem(table.num_embeddings, table.embedding_dim, fitted=fitted)
+        if not problem and fitted and table.num_embeddings < least:
+            problem = f"num_embeddings = {table.num_embeddings}: a hashed table needs at least 2 rows, row 0 being the missing one; raise it"
+        zch = _zch_of(members[name][0])
+        problem = problem or (zch_problem(table.num_embeddings, zch.buckets) if zch else "")
+        if problem:
+            raise InputError(f"{source}: tables.{name}.{problem}")
+    tables = []
+    for name, users in members.items():
+        first = users[0]
+        for other in users[1:]:
+            if name not in shared:
+                raise InputError(
+                    f"{source}: fields.{other.name}: table {name!r} belongs to a field; share it through [tables]"
+                )
+            if other.pooling != first.pooling or other.is_weighted != first.is_weighted:
+                raise InputError(
+                    f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but pools otherwise; "
+                    "pooling and weights belong to the table: make them equal, or use two tables"
+                )
+            if _zch_of(other) and _zch_of(first) and _zch_of(other) != _zch_of(first):
+                raise InputError(
+                    f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but has another eviction, "
+                    "eviction_interval or zch_buckets, which belong to the table: make them equal, or use two tables"
+                )
+            if (other.encoding, other.vocabulary) != (first.encoding, first.vocabulary):
+                raise InputError(
+                    f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but encodes otherwise, so one "
+                    "value would have two rows; make encoding and vocabulary equal, or use two tables"
+                )
+        sizes = shared.get(name, first)
+        names = tuple(user.name for user in users)
+        tables.append(
+            Table(
+                name,
+                sizes.num_embeddings,
+                sizes.embedding_dim,
+                first.pooling,
+                names,
+                first.is_weighted,
+                _zch_of(first),
+            )
+        )
+    return tuple(tables)
+
+
+def _zch_of(feature: Feature) -> Zch | None:
+    if not feature.is_unbounded:
+        return None
+    return Zch(feature.eviction, feature.eviction_interval, feature.zch_buckets)
+
+
+def schema_to_toml(schema: Schema) -> dict[str, Any]:
+    """The file form of a schema: only what differs from the defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Feature)}
+    fields = {
+        feature.name: {
+            key: value
+            for key, value in to_toml_value(feature).items()
+            if key != "name" and value != to_toml_value(defaults[key])
+        }
+        for feature in schema.features
+    }
+    shared = {feature.table for feature in schema.features if feature.table}
+    top: dict[str, Any] = {"name": schema.name, "label": schema.label}
+    top |= {key: getattr(schema, key) for key in ("group_column", "time_column") if getattr(schema, key)}
+    top["fields"] = fields
+    tables = {
+        table.name: {"num_embeddings": table.num_embeddings, "embedding_dim": table.embedding_dim}
+        for table in schema.tables
+        if table.name in shared
+    }
+    if tables:
+        top["tables"] = tables
+    top["groups"] = {name: list(members) for name, members in schema.groups.items()}
+    return top
+
+
+def format_schema(schema: Schema, header: str = "", comments: dict[str, str] | None = None) -> str:
+    """Schema file text, one line a field, as a person would write it.
+
+    Args:
+        schema: what to write.
+        header: comment lines for the top, without the leading `#`.
+        comments: field name -> comment that follows it, of one line.
+    """
+    top = schema_to_toml(schema)
+    lines = [f"# {line}".rstrip() for line in header.splitlines()]
+    lines += [f"{key} = {toml_text(value)}" for key, value in top.items() if not isinstance(value, dict)]
+    for section in ("tables", "fields"):
+        entries = top.get(section, {})
+        if entries:
+            lines += ["", f"[{section}]"]
+        pad = max((len(toml_key(name)) for name in entries), default=0)
+        for name, entry in entries.items():
+            comment = (comments or {}).get(name, "") if section == "fields" else ""
+            lines.append(
+                f"{toml_key(name):<{pad}} = {_inline(entry)}" + (f"  # {comment}" if comment else "")
+            )
+    if top["groups"]:
+        lines += ["", "[groups]"] + [
+            f"{toml_key(name)} = {toml_text(members)}" for name, members in top["groups"].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def toml_key(name: str) -> str:
+    """A TOML key, quoted where it must be."""
+    bare = name.replace("_", "").replace("-", "")
+    return name if bare.isascii() and bare.isalnum() else toml_text(name)
+
+
+def toml_text(value: Any) -> str:
+    """A string, number, boolean or list as TOML, which takes JSON's but for a raw DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _inline(entry: dict[str, Any]) -> str:
+    return "{ " + ", ".join(f"{toml_key(key)} = {toml_text(value)}" for key, value in entry.items()) + " }"

@@ -1,0 +1,326 @@
+"""The planted world of the synthetic data: who sees which item, and the true click probability.
+
+Everything is a function of (seed, day, row), through data/reading/hashed.py. The true logit is
+
+    logit = bias + sum over terms t of scale_t * term_t,    Var(scale_t * term_t) = SHARES[t] * LOGIT_SD^2
+
+on a pilot sample. Seven terms are interactions inside the seven EFGC groups of the paper's Table 1, the
+eighth holds the main effects. Latents inside interactions are centred, so that an additive model hardly
+sees them. The image terms are computed from the published image vectors: a model sees the very numbers that
+the truth is made of.
+
+Shapes: n rows, r image latent width, w image width.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from data.errors import InputError
+from data.reading.hashed import choose, keys, normals, power_law_ranks, scatter, uniforms
+from data.schema import Schema
+from data.synthetic.pailitao import PRICES, pailitao_schema
+
+Facts = dict[str, np.ndarray]
+
+CLICK_RATE = 0.09
+LOGIT_SD = 1.4
+PILOT_ROWS = 40_000
+PROBABILITY_STEPS = (
+    65_536  # the true probability is a multiple of 1 / 65536, so a histogram gives exact AUC and log-loss
+)
+IMAGE_LATENT = 6
+TASTE = 4
+PAIR_LATENT = 3
+PIXEL_STEP = 16.0  # pixels are multiples of 1/16: exact in float32 and small in a file
+DRIFT_RADIANS_PER_DAY = np.pi / 56  # taste on day 14 correlates about 0.75 with taste on day 1
+
+SHARES = {
+    "visual_relevance": 0.20,
+    "query_image_item_attributes": 0.13,
+    "user_visual_preference": 0.12,
+    "user_attribute_preference": 0.16,
+    "user_item": 0.09,
+    "cluster_match": 0.10,
+    "cluster_attributes": 0.10,
+    "main_effects": 0.10,
+}
+
+PROFILE_LIKES_IMAGES = ("user_age", "user_gender", "user_life_stage")
+QUERY_LIKES_ATTRIBUTES = ("item_category", "item_style")
+PROFILE_LIKES_ATTRIBUTES = (
+    ("user_age", "item_category"),
+    ("user_gender", "item_category"),
+    ("user_life_stage", "item_style"),
+    ("user_age", "item_style"),
+)
+CLUSTER_ATTRIBUTES_MATCH = ("category", "gender", "age", "season", "style")
+USER_FACTS = ("user_age", "user_gender", "user_consumption_level", "user_life_stage", "user_city")
+
+
+def _latent_sources() -> dict[str, tuple[str, int]]:
+    """Tag of each centred latent -> (the fact it belongs to, its width)."""
+    sources = {
+        f"image<{name}": (name, IMAGE_LATENT) for name in (*PROFILE_LIKES_IMAGES, *QUERY_LIKES_ATTRIBUTES)
+    }
+    for left, right in PROFILE_LIKES_ATTRIBUTES:
+        sources[f"{left}>{right}"] = (left, PAIR_LATENT)
+        sources[f"{left}<{right}"] = (right, PAIR_LATENT)
+    for name in (*CLUSTER_ATTRIBUTES_MATCH, "id"):
+        sources[f"query>{name}"] = (f"query_cluster_{name}", PAIR_LATENT)
+        sources[f"doc>{name}"] = (f"doc_cluster_{name}", PAIR_LATENT)
+    return sources
+
+
+LATENT_SOURCES = _latent_sources()
+
+
+@dataclass(frozen=True)
+class World:
+    """What the planted function needs besides (day, row): sizes of tables and the calibration."""
+
+    schema: Schema
+    seed: int
+    scales: dict[str, float]
+    centres: dict[str, np.ndarray]
+    bias: float
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Field name -> rows of its table."""
+        return {name: table.num_embeddings for name, table in self.schema.table_of.items()}
+
+    @cached_property
+    def image_basis(self) -> np.ndarray:
+        """(r, w), orthogonal rows of equal length: image = latent @ basis, latent = image @ basis.T * r/w."""
+        width = next(feature.width for feature in self.schema.features if feature.name == "query_image")
+        r = min(IMAGE_LATENT, width)
+        square = normals(keys(self.seed, "image_basis", np.arange(width)), r)
+        return np.linalg.qr(square)[0].T * np.sqrt(width / r)
+
+    def key(self, tag: str, *counters: np.ndarray) -> np.ndarray:
+        """Hash a tag and counters under this world's seed."""
+        return keys(self.seed, tag, *counters)
+
+    def choose(self, name: str, *counters: np.ndarray, skew: float = 1.0) -> np.ndarray:
+        """Draw an id of field `name` as a function of the counters."""
+        return choose(self.key(name, *counters), self.sizes[name], skew)
+
+
+def make_world(schema: Schema, seed: int, days: int) -> World:
+    """Calibrate scales, centres and bias on a pilot sample that the written rows do not contain.
+
+    Raises:
+        InputError: the schema's fields are not the Pailitao-like ones, or its images differ in width.
+    """
+    _require_pailitao(schema)
+    world = World(schema, seed, {}, {}, 0.0)
+    index = np.arange(PILOT_ROWS)
+    facts = draw_facts(world, index % days, index, "pilot")
+    centres = {
+        tag: normals(world.key(tag, facts[source]), width).mean(axis=0)
+        for tag, (source, width) in LATENT_SOURCES.items()
+    }
+    world = World(schema, seed, {}, centres, 0.0)
+    terms = raw_terms(world, facts)
+    scales = {name: LOGIT_SD * np.sqrt(SHARES[name]) / float(term.std()) for name, term in terms.items()}
+    logit = np.sum([scales[name] * (term - term.mean()) for name, term in terms.items()], axis=0)
+    offset = sum(scales[name] * float(term.mean()) for name, term in terms.items())
+    low, high = -20.0, 20.0
+    for _ in range(60):  # the click rate rises with the bias
+        middle = (low + high) / 2
+        low, high = (middle, high) if _sigmoid(logit + middle).mean() < CLICK_RATE else (low, middle)
+    return World(schema, seed, scales, centres, low - offset)
+
+
+def _require_pailitao(schema: Schema) -> None:
+    known = {feature.name: feature for feature in pailitao_schema("demo").features}
+    found = {feature.name: feature for feature in schema.features}
+    mend = "start from data/schemas/pailitao_demo.toml and change only sizes"
+    for name in (*known, *found):
+        if name not in found or name not in known:
+            fault = "is missing" if name not in found else "is not one of the 192"
+            raise InputError(
+                f"schema {schema.name!r}: field {name!r} {fault}: synthetic data has fixed fields; {mend}"
+            )
+        same = ("kind", "source_column", "weights", "encoding", "transform")
+        if any(getattr(known[name], key) != getattr(found[name], key) for key in same):
+            raise InputError(
+                f"schema {schema.name!r}: field {name!r} was changed in more than its size; {mend}"
+            )
+    widths = [found[name].width for name in ("query_image", "item_image")]
+    if widths[0] != widths[1]:
+        raise InputError(
+            f"schema {schema.name!r}: query_image is {widths[0]} wide, item_image {widths[1]}: set both alike"
+        )
+
+
+def draw_facts(world: World, day: np.ndarray, index: np.ndarray, stream: str = "row") -> Facts:
+    """Draw who saw what: everything that the truth and the columns are functions of.
+
+    Args:
+        world: sizes and seed.
+        day: (n,) int64.
+        index: (n,) int64, the row's number within its day.
+        stream: "row", or "pilot" for rows that are not written.
+    """
+    row = world.key(stream, day, index)
+    users, items = world.sizes["user_id"], world.sizes["item_id"]
+    user_rank = power_law_ranks(world.key("user", row), users, 0.5)
+    item_rank = power_law_ranks(world.key("item", row), items, 0.7)
+    facts = {
+        "row": row,
+        "day": day,
+        "user_id": scatter(user_rank, users),
+        "item_id": scatter(item_rank, items),
+        # 1 for the most popular, 0 for the least
+        "user_activity": 1.0 - np.log1p(user_rank) / np.log1p(users),
+        "item_popularity": 1.0 - np.log1p(item_rank) / np.log1p(items),
+        "query_hour": world.choose("query_hour", row),
+        "query_result_page": world.choose("query_result_page", row, skew=3.0),
+    }
+    _draw_profile(world, facts)
+    _draw_clusters(world, facts)
+    _draw_item(world, facts)
+    _draw_images(world, facts)
+    return facts
+
+
+def _draw_profile(world: World, facts: Facts) -> None:
+    user = facts["user_id"]
+    for name in USER_FACTS:
+        facts[name] = world.choose(name, user, skew=1.3)
+    facts["taste"] = taste_of_day(world, user, facts["day"])
+
+
+def taste_of_day(world: World, user: np.ndarray, day: np.ndarray) -> np.ndarray:
+    """(n, TASTE) taste of users, which turns slowly from day to day."""
+    angle = (DRIFT_RADIANS_PER_DAY * day)[:, None]
+    start, end = normals(world.key("taste", user), TASTE), normals(world.key("taste_drift", user), TASTE)
+    return np.cos(angle) * start + np.sin(angle) * end
+
+
+def _draw_clusters(world: World, facts: Facts) -> None:
+    """The item's cluster, and a query cluster that often matches it, as retrieval would see to."""
+    doc = world.choose("doc_cluster_id", facts["item_id"], skew=1.3)
+    relevance = uniforms(world.key("relevance", facts["row"]))
+    neighbour = (doc + 1 + choose(world.key("neighbour", facts["row"]), 4)) % world.sizes["doc_cluster_id"]
+    other = choose(world.key("other_cluster", facts["row"]), world.sizes["query_cluster_id"], 1.3)
+    query = np.where(relevance < 0.45, doc, np.where(relevance < 0.65, neighbour, other))
+    clusters = {"query": query % world.sizes["query_cluster_id"], "doc": doc}
+    for side, cluster in clusters.items():
+        facts[f"{side}_cluster_id"] = cluster
+        for name in (*CLUSTER_ATTRIBUTES_MATCH, "scene"):
+            size = world.sizes[f"{side}_cluster_{name}"]
+            # one tag for both sides: an attribute belongs to the cluster, not to the side
+            facts[f"{side}_cluster_{name}"] = choose(world.key(f"cluster_{name}", cluster), size, 1.2)
+        category = facts[f"{side}_cluster_category"]
+        facts[f"{side}_cluster_log_price"] = _log_price(world, category, 0.3, "cluster_price", cluster)
+
+
+def _log_price(world: World, category: np.ndarray, spread: float, tag: str, owner: np.ndarray) -> np.ndarray:
+    typical = normals(world.key("category_price", category), 1)[:, 0]
+    return 4.0 + 0.8 * typical + spread * normals(world.key(tag, owner), 1)[:, 0]
+
+
+def _draw_item(world: World, facts: Facts) -> None:
+    item = facts["item_id"]
+    usual = facts["doc_cluster_category"] % world.sizes["item_category"]
+    facts["item_category"] = np.where(
+        uniforms(world.key("usual_category", item)) < 0.85, usual, world.choose("item_category", item)
+    )
+    category = facts["item_category"]
+    facts["item_style"] = world.choose("item_style", item, skew=1.5)
+    # a category has some forty brands
+    facts["item_brand"] = world.choose("item_brand", category, choose(world.key("brand_slot", item), 40, 1.5))
+    facts["item_price"] = np.round(np.exp(_log_price(world, category, 0.6, "item_price", item)), 2)
+    facts["item_price_band"] = np.searchsorted(np.asarray(PRICES), facts["item_price"], side="right")
+    facts["item_quality"] = normals(world.key("item_quality", item), 1)[:, 0]
+    facts["category_latent"] = normals(world.key("taste<category", category), TASTE)
+    facts["brand_latent"] = normals(world.key("taste<brand", facts["item_brand"]), TASTE)
+    facts["style_latent"] = normals(world.key("taste<style", facts["item_style"]), TASTE)
+
+
+def _draw_images(world: World, facts: Facts) -> None:
+    """Image = (cluster centroid + own part) @ basis + pixel noise, rounded; and the latent read off it."""
+    basis = world.image_basis
+    r, width = basis.shape
+    for name, side, owner in (
+        ("query_image", "query", facts["row"]),
+        ("item_image", "doc", facts["item_id"]),
+    ):
+        category = normals(world.key("image_of_category", facts[f"{side}_cluster_category"]), r)
+        cluster = normals(world.key("image_of_cluster", facts[f"{side}_cluster_id"]), r)
+        own = normals(world.key(name, owner), r)
+        latent = 0.8 * (0.6 * category + 0.8 * cluster) + 0.6 * own
+        # einsum, not matmul: its sums do not depend on how many rows a block has
+        pixels = np.einsum("nr,rw->nw", latent, basis) + 0.1 * normals(
+            world.key(f"{name}_pixels", owner), width
+        )
+        facts[name] = (np.round(pixels * PIXEL_STEP) / PIXEL_STEP).astype(np.float32)
+        facts[f"{name}_latent"] = np.einsum("nw,rw->nr", facts[name].astype(np.float64), basis) * (r / width)
+
+
+def raw_terms(world: World, facts: Facts) -> dict[str, np.ndarray]:
+    """The eight terms of the logit before scaling, each (n,)."""
+    query, item = facts["query_image_latent"], facts["item_image_latent"]
+    r = query.shape[1]
+
+    def latent(tag: str) -> np.ndarray:
+        source, width = LATENT_SOURCES[tag]
+        return normals(world.key(tag, facts[source]), width) - world.centres[tag]
+
+    def matching(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return np.einsum("nd,nd->n", left, right) / np.sqrt(left.shape[1])
+
+    def pair(left: str, right: str) -> np.ndarray:
+        return matching(latent(left), latent(right))
+
+    consumption = facts["user_consumption_level"] / (world.sizes["user_consumption_level"] - 1) - 0.4
+    price_gap = np.abs(facts["query_cluster_log_price"] - facts["doc_cluster_log_price"])
+    taste = facts["taste"]
+    attributes_of_item = (
+        0.6 * facts["category_latent"] + 0.5 * facts["brand_latent"] + 0.4 * facts["style_latent"]
+    )
+    item_latent = attributes_of_item + 0.5 * normals(world.key("taste<item", facts["item_id"]), TASTE)
+    return {
+        "visual_relevance": matching(query, item),
+        "query_image_item_attributes": sum(
+            matching(query, latent(f"image<{name}")[:, :r]) for name in QUERY_LIKES_ATTRIBUTES
+        ),
+        "user_visual_preference": sum(
+            matching(item, latent(f"image<{name}")[:, :r]) for name in PROFILE_LIKES_IMAGES
+        ),
+        "user_attribute_preference": sum(pair(f"{a}>{b}", f"{a}<{b}") for a, b in PROFILE_LIKES_ATTRIBUTES)
+        + 2.0 * consumption * (np.log(facts["item_price"]) - 4.0),
+        "user_item": matching(taste, item_latent),
+        "cluster_match": 1.5 * (facts["query_cluster_id"] == facts["doc_cluster_id"])
+        + pair("query>id", "doc>id"),
+        "cluster_attributes": sum(pair(f"query>{name}", f"doc>{name}") for name in CLUSTER_ATTRIBUTES_MATCH)
+        - price_gap,
+        "main_effects": facts["item_quality"]
+        + 0.7 * normals(world.key("user_openness", facts["user_id"]), 1)[:, 0]
+        + 1.5 * facts["item_popularity"]
+        + 0.4 * np.sin(facts["query_hour"] * (np.pi / 12))
+        - 2.0 * facts["query_result_page"] / world.sizes["query_result_page"],
+    }  # type: ignore[dict-item]
+
+
+def true_probability(world: World, facts: Facts) -> np.ndarray:
+    """(n,) int64 in [1, 65535]: the true click probability in steps of 1 / 65536."""
+    scaled = [world.scales[name] * term for name, term in raw_terms(world, facts).items()]
+    logit = world.bias + np.sum(scaled, axis=0)
+    steps = np.round(_sigmoid(logit) * PROBABILITY_STEPS).astype(np.int64)
+    return np.clip(steps, 1, PROBABILITY_STEPS - 1)
+
+
+def draw_labels(world: World, facts: Facts, probability: np.ndarray) -> np.ndarray:
+    """(n,) int8 clicks: 1 with exactly the true probability."""
+    return ((world.key("click", facts["row"]) >> np.uint64(48)).astype(np.int64) < probability).astype(
+        np.int8
+    )
+
+
+def _sigmoid(logit: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-logit))

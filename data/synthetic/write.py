@@ -1,0 +1,277 @@
+"""Write the synthetic log: day-partitioned Parquet with a known best AUC and log-loss, in flat memory.
+
+    OUT/schema.toml  OUT/synthetic.json  OUT/ds=2024-05-01/part-00000.parquet ...
+
+The last day is the test split, the one before it validation, all others training. Row i of day d depends on
+(schema, seed, days, d, i) only, so blocks may be made in any order, by any number of threads.
+"""
+
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.errors import InputError
+from data.schema import Schema, format_schema
+from data.synthetic.impressions import to_record_batch
+from data.synthetic.planted import (
+    PROBABILITY_STEPS,
+    SHARES,
+    World,
+    draw_facts,
+    draw_labels,
+    make_world,
+    true_probability,
+)
+
+FIRST_DAY = datetime.date(2024, 5, 1)
+ROW_GROUP_ROWS = 8_192
+BLOCK_ROWS = 2 * ROW_GROUP_ROWS
+SUMMARY = "synthetic.json"
+METADATA_KEY = "mbcnet.synthetic"
+GENERATOR_VERSION = 1  # raise it whenever the same arguments give other rows
+
+
+@dataclass
+class Tally:
+    """Counts of labels by true probability. It has 65,536 steps, so what follows from the counts is exact."""
+
+    counts: np.ndarray = field(
+        default_factory=lambda: np.zeros((2, PROBABILITY_STEPS), np.int64)
+    )  # [label, step]
+
+    def add(self, probability: np.ndarray, labels: np.ndarray) -> None:
+        """Count rows: true probability in steps (n,) int64, labels (n,) of 0 and 1."""
+        both = labels.astype(np.int64) * PROBABILITY_STEPS + probability
+        self.counts += np.bincount(both, minlength=2 * PROBABILITY_STEPS).reshape(2, -1)
+
+    def merge(self, other: "Tally") -> None:
+        """Add another tally's rows."""
+        self.counts += other.counts
+
+    def summary(self) -> dict[str, Any]:
+        """Rows, label rate, and what the true probability scores: nothing can be expected to do better."""
+        negatives, positives = self.counts
+        rows, clicks = int(self.counts.sum()), int(positives.sum())
+        if not 0 < clicks < rows:  # one class only: no AUC
+            return {
+                "rows": rows,
+                "label_rate": clicks / rows if rows else None,
+                "best_auc": None,
+                "best_log_loss": None,
+            }
+        below = np.cumsum(negatives) - negatives
+        auc = float((positives * (below + 0.5 * negatives)).sum()) / (clicks * (rows - clicks))
+        step = np.arange(1, PROBABILITY_STEPS) / PROBABILITY_STEPS  # step 0 never occurs
+        loss = -float(positives[1:] @ np.log(step) + negatives[1:] @ np.log1p(-step)) / rows
+        rate = clicks / rows
+        prior = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+        return {
+            "rows": rows,
+            "label_rate": rate,
+            "best_auc": auc,
+            "best_log_loss": loss,
+            "prior_log_loss": float(prior),
+        }
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows [first, first + rows) of a day."""
+
+    day: int
+    file: int
+    first: int
+    rows: int
+
+
+def split_of_day(day: int, days: int) -> str:
+    """Name the split that a day belongs to."""
+    return {days - 1: "test", days - 2: "valid"}.get(day, "train")
+
+
+def day_folder(day: int) -> str:
+    """Name a day's folder, as Hive would."""
+    return f"ds={FIRST_DAY + datetime.timedelta(days=day)}"
+
+
+def write_synthetic(
+    schema: Schema,
+    out: str | Path,
+    *,
+    rows: int,
+    days: int = 14,
+    seed: int = 0,
+    rows_per_file: int = 1_000_000,
+    progress: Callable[[int], object] | None = None,
+    threads: int = 2,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write the log and return the content of OUT/synthetic.json.
+
+    The folder appears under its name only when it is complete. If it is there already with the same schema,
+    rows, seed, days and rows_per_file, nothing is written and the summary says `"already_there": true`.
+
+    Args:
+        schema: pailitao_schema(...), or one with other sizes.
+        out: the folder to write.
+        rows: in all, spread evenly over the days.
+        days: at least 3: one each for test and validation.
+        seed: of everything.
+        rows_per_file: a day with more rows gets several files.
+        progress: called with the number of rows written so far.
+        threads: how many blocks are made at a time.
+        force: replace an earlier synthetic log in `out`.
+
+    Raises:
+        InputError: a number is out of range, the schema is not Pailitao-like, or `out` holds something else.
+    """
+    for name, value, least in (
+        ("days", days, 3),
+        ("rows", rows, days),
+        ("rows_per_file", rows_per_file, 1),
+        ("threads", threads, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name} = {value}: wanted {least} or more; raise it")
+    out = Path(out)
+    request = {
+        "generator": GENERATOR_VERSION,
+        "schema": schema.fingerprint(),
+        "rows": rows,
+        "days": days,
+        "seed": seed,
+        "rows_per_file": rows_per_file,
+    }
+    earlier = _earlier(out, request, force)
+    if earlier is not None:
+        return earlier | {"already_there": True}
+    world = make_world(schema, seed, days)
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        splits = _write_days(world, partial, request, progress or (lambda done: None), threads)
+        summary = request | {"label": schema.label, "logit_variance_shares": SHARES, "splits": splits}
+        header = f"Written by mbcnet data synth beside its rows. Seed {seed}."
+        (partial / "schema.toml").write_text(format_schema(schema, header))
+        (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return summary
+
+
+def _earlier(out: Path, request: dict[str, Any], force: bool) -> dict[str, Any] | None:
+    """The summary of an equal log that is there already; None if `out` is free to be written.
+
+    Raises:
+        InputError: something else is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        summary = json.loads((out / SUMMARY).read_text())
+    except (OSError, ValueError):
+        raise InputError(
+            f"{out}: exists and holds no synthetic log; choose another folder, or remove it yourself"
+        ) from None
+    differs = [
+        f"{key} = {summary.get(key)} there, {value} wanted"
+        for key, value in request.items()
+        if summary.get(key) != value
+    ]
+    if not differs:
+        return summary
+    if not force:
+        raise InputError(
+            f"{out}: holds another synthetic log ({differs[0]}); choose another folder, or pass --force"
+        )
+    return None
+
+
+def _write_days(
+    world: World, folder: Path, request: dict[str, Any], progress: Callable[[int], object], threads: int
+) -> dict[str, Any]:
+    """Write every day's files; return each split's summary."""
+    days = request["days"]
+    tallies = {split: Tally() for split in ("train", "valid", "test", "all")}
+    done = 0
+    with ThreadPoolExecutor(threads) as pool:
+        made = _in_order(
+            pool,
+            lambda block: (block, *make_block(world, block.day, block.first, block.rows)),
+            _blocks(request),
+            threads + 1,
+        )
+        writer, file_tally, current = None, Tally(), None
+        try:
+            for block, batch, probability in made:
+                if (block.day, block.file) != current:
+                    _close(writer, file_tally, request)
+                    current, file_tally = (block.day, block.file), Tally()
+                    path = folder / day_folder(block.day) / f"part-{block.file:05d}.parquet"
+                    writer = open_writer(path, batch.schema)
+                labels = batch.column(world.schema.label).to_numpy()
+                for tally in (file_tally, tallies[split_of_day(block.day, days)], tallies["all"]):
+                    tally.add(probability, labels)
+                assert writer is not None
+                writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROW_GROUP_ROWS)
+                done += block.rows
+                progress(done)
+        finally:
+            _close(writer, file_tally, request)
+    return {split: tally.summary() for split, tally in tallies.items()}
+
+
+def make_block(world: World, day: int, first: int, rows: int) -> tuple[pa.RecordBatch, np.ndarray]:
+    """Make rows [first, first + rows) of a day: its columns, and the true probability (n,) in 65536ths."""
+    facts = draw_facts(world, np.full(rows, day), np.arange(first, first + rows))
+    probability = true_probability(world, facts)
+    return to_record_batch(world, facts, draw_labels(world, facts, probability)), probability
+
+
+def _blocks(request: dict[str, Any]) -> Iterator[_Block]:
+    each, extra = divmod(request["rows"], request["days"])
+    for day in range(request["days"]):
+        rows = each + (day < extra)
+        for file, start in enumerate(range(0, rows, request["rows_per_file"])):
+            end = min(rows, start + request["rows_per_file"])
+            for first in range(start, end, BLOCK_ROWS):
+                yield _Block(day, file, first, min(BLOCK_ROWS, end - first))
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, make: Callable[[_Block], Any], blocks: Iterator[_Block], ahead: int
+) -> Iterator[Any]:
+    """Map over a pool, in order, with at most `ahead` results waiting, so that memory stays flat."""
+    waiting: list[Future] = [pool.submit(make, block) for block in islice(blocks, ahead)]
+    while waiting:
+        result = waiting.pop(0).result()
+        waiting += [pool.submit(make, block) for block in islice(blocks, 1)]
+        yield result
+
+
+def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a Parquet file with page checksums; its dictionaries do most of the compression."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # zstd would save a sixth of the bytes, but these files are read from a local disk, where snappy is faster
+    return pq.ParquetWriter(path, schema, compression="snappy", write_page_checksum=True)
+
+
+def _close(writer: pq.ParquetWriter | None, tally: Tally, request: dict[str, Any]) -> None:
+    """Finish a file; its own best AUC and log-loss go into its metadata."""
+    if writer is not None and writer.is_open:
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(request | tally.summary())})
+        writer.close()

@@ -1,0 +1,1 @@
+"""What is saved, where, and whether it fits the run that loads it."""

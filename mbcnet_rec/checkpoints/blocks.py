@@ -1,0 +1,263 @@
+"""What a checkpoint holds: blocks of logical tensors, so that it loads at any world size and under any plan. No pickle.
+
+A checkpoint is a folder: one safetensors file a rank, and a manifest (manifest.py) that says which block lies where.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.model_parallel import DMPCollection
+from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from data.errors import InputError
+from mbcnet_rec.checkpoints.manifest import Entry, Manifest, check_files, read_manifest
+from mbcnet_rec.checkpoints.storage import LocalPlace
+from mbcnet_rec.checkpoints.tensor_file import Block, map_block, read_header
+from sharding.bridge.blocks import local_blocks
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a logical tensor that this rank holds.
+
+    Attributes:
+        name: of the logical tensor, equal on every world size and under every plan.
+        tensor: the live storage, so a load copies into it.
+        offsets: of the block inside the logical tensor.
+        global_shape: of the logical tensor.
+        replicated: whether a rank before this one holds the same values and writes them: rank 0 alone writes what all have.
+        per_rank: whether each rank has values of its own (running statistics of batch norm). The same world size gets them back
+            as they were, another one gets their mean.
+    """
+
+    name: str
+    tensor: Tensor
+    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    replicated: bool
+    per_rank: bool = False
+
+
+def whole_piece(name: str, tensor: Tensor, *, replicated: bool = True, per_rank: bool = False) -> Piece:
+    """A piece that is a whole logical tensor."""
+    return Piece(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape), replicated, per_rank)
+
+
+def pieces_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> list[Piece]:
+    """List what this rank holds: parameters, buffers and optimizer state."""
+    own = {name for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    # of groups of ranks that hold all tables each, the first group writes them
+    copies = isinstance(model, DMPCollection) and dist.get_rank(model._default_ctx.replica_pg) > 0
+    pieces = []
+    for name, value in model.state_dict().items():
+        if name in own:
+            pieces.append(whole_piece(f"model/{name}", value, replicated=False, per_rank=True))
+        else:
+            pieces += _split(f"model/{name}", value, copies)
+    for part, keyed in optimizer.optimizers:
+        for parameter, state in keyed.state_dict()["state"].items():
+            # a table that lives on another rank is an empty parameter here
+            if part == "dense" and not keyed.params[parameter].numel():
+                continue
+            named = _as_fused(keyed._optimizer, state) if part == "replicated" else state
+            for key, value in named.items():
+                # TorchRec calls a fused state TABLE.momentum1; torch calls the same thing sum
+                short = {"momentum1": "sum"}.get(key.rsplit(".", 1)[-1], key.rsplit(".", 1)[-1])
+                pieces += _split(f"optim/{parameter}/{short}", value, copies)
+    return pieces
+
+
+def _as_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """State of a replicated table in the form that the fused optimizer of a sharded one has."""
+    if isinstance(optimizer, RowWiseAdagrad):  # one number a row: (rows, 1) here, (rows,) when fused
+        state = {key: value.view(-1) if key == "sum" else value for key, value in state.items()}
+    if isinstance(optimizer, (RowWiseAdagrad, torch.optim.Adagrad)):
+        # they count steps for a decay that is off; fused ones do not
+        return {key: value for key, value in state.items() if key != "step"}
+    return state
+
+
+def _split(name: str, value: Any, copies: bool) -> list[Piece]:
+    """Pieces of a tensor; `copies` says that another rank holds, and writes, the same blocks."""
+    blocks = local_blocks(value)
+    if blocks is not None:
+        shape = tuple(value.size())
+        return [Piece(name, tensor, offsets, shape, replicated=copies) for tensor, offsets in blocks]
+    return [whole_piece(name, value)] if isinstance(value, Tensor) else []
+
+
+@dataclass
+class Snapshot:
+    """Copies of this rank's pieces in CPU memory, which training does not touch; entry i describes tensor i."""
+
+    entries: list[Entry]
+    tensors: list[Tensor]
+
+
+def take_snapshot(pieces: Iterable[Piece], rank: int, reuse: Snapshot | None = None) -> Snapshot:
+    """Copy what this rank has to write.
+
+    Args:
+        pieces: of this rank.
+        rank: of this process.
+        reuse: an earlier snapshot that nobody reads any more; its memory is written over.
+    """
+    own = [piece for piece in pieces if rank == 0 or not piece.replicated]
+    entries, tensors = [], []
+    for index, piece in enumerate(own):
+        name = f"{piece.name}@{rank}" if piece.per_rank else piece.name
+        entries.append(Entry(name, piece.offsets, piece.global_shape))
+        source = piece.tensor.detach()
+        old = reuse.tensors[index] if reuse and index < len(reuse.tensors) else None
+        if old is None or old.shape != source.shape or old.dtype != source.dtype:
+            old = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        tensors.append(old.copy_(source))
+    return Snapshot(entries, tensors)
+
+
+class Saved:
+    """A checkpoint on a disk, opened for reading: every size is checked, nothing is read yet.
+
+    Attributes:
+        manifest: of the checkpoint.
+        shapes: logical tensor -> shape, with the per-rank ones under their plain names.
+    """
+
+    def __init__(self, folder: Path, *, hashed: bool = True) -> None:
+        """Check the manifest and every header; with `hashed` also every file's SHA-256.
+
+        Raises:
+            InputError: the folder is no whole checkpoint, or claims what its files do not have.
+        """
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        if hashed:
+            check_files(folder, self.manifest)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._blocks: dict[str, list[tuple[Entry, Path, Block]]] = {}
+        for part in self.manifest.parts:
+            path = folder / part.file
+            if path.is_symlink():
+                raise InputError(f"{path}: is a symbolic link; use another checkpoint")
+            header = read_header(path)
+            if set(header) != {str(index) for index in range(len(part.entries))}:
+                raise InputError(
+                    f"{path}: holds other tensors than the manifest lists; use another checkpoint"
+                )
+            for index, entry in enumerate(part.entries):
+                block = header[str(index)]
+                inside = len(block.shape) == len(entry.global_shape) and all(
+                    offset + size <= whole
+                    for offset, size, whole in zip(
+                        entry.offsets, block.shape, entry.global_shape, strict=True
+                    )
+                )
+                if not inside or self.shapes.setdefault(plain_name(entry.name), entry.global_shape) != (
+                    entry.global_shape
+                ):
+                    raise InputError(
+                        f"{path}: {entry.name!r} does not lie inside its tensor; use another checkpoint"
+                    )
+                self._blocks.setdefault(entry.name, []).append((entry, path, block))
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor that one rank wrote alone.
+
+        Raises:
+            InputError: it is missing or in parts.
+        """
+        blocks = self._blocks.get(name, [])
+        if len(blocks) != 1 or blocks[0][2].shape != blocks[0][0].global_shape:
+            raise InputError(f"{self.folder}: holds no whole {name!r}; use another checkpoint")
+        return map_block(blocks[0][1], blocks[0][2]).clone()
+
+    def copy_into(self, piece: Piece, rank: int, world_size: int) -> None:
+        """Fill a live piece.
+
+        Raises:
+            InputError: the checkpoint covers it only in part.
+        """
+        if f"{piece.name}@0" not in self._blocks:
+            self._fill(piece.name, piece.tensor, piece.offsets)
+        elif world_size == self.manifest.world_size:
+            self._fill(f"{piece.name}@{rank}", piece.tensor, piece.offsets)
+        else:
+            total = torch.zeros_like(piece.tensor, device="cpu")
+            for saved_rank in range(self.manifest.world_size):
+                part = torch.empty_like(total)
+                self._fill(f"{piece.name}@{saved_rank}", part, piece.offsets)
+                total += part
+            piece.tensor.copy_(total / self.manifest.world_size)
+
+    def fill_rows(self, piece: Piece) -> None:
+        """Fill those rows of a piece that a smaller saved table has; see compatibility.py."""
+        self._fill(piece.name, piece.tensor, piece.offsets, rows=self.shapes[piece.name][0])
+
+    def _fill(self, name: str, target: Tensor, offsets: tuple[int, ...], rows: int | None = None) -> None:
+        wanted = target.numel()
+        if rows is not None:
+            wanted = max(0, min(rows - offsets[0], target.shape[0])) * math.prod(target.shape[1:])
+        blocks = self._blocks.get(name, [])
+        covered = sum(_copy(entry, path, block, target, offsets) for entry, path, block in blocks)
+        if covered != wanted:
+            raise InputError(
+                f"{self.folder}: {name!r} is covered only in part ({covered:,} of {wanted:,} values); use another checkpoint"
+            )
+
+
+def plain_name(name: str) -> str:
+    """The logical name behind NAME@RANK."""
+    head, at, rank = name.rpartition("@")
+    return head if at and rank.isdecimal() else name
+
+
+def _copy(entry: Entry, path: Path, block: Block, target: Tensor, offsets: tuple[int, ...]) -> int:
+    """Copy the overlap of a saved block and a live one; return how many values that was."""
+    source, own, count = [], [], 1
+    for begin, size, own_begin, own_size in zip(
+        entry.offsets, block.shape, offsets, target.shape, strict=True
+    ):
+        low, high = max(begin, own_begin), min(begin + size, own_begin + own_size)
+        if low >= high:
+            return 0
+        source.append(slice(low - begin, high - begin))
+        own.append(slice(low - own_begin, high - own_begin))
+        count *= high - low
+    with torch.no_grad():
+        target[tuple(own)].copy_(map_block(path, block)[tuple(source)])
+    return count
+
+
+def load_pieces(saved: Saved, pieces: Iterable[Piece], rank: int, world_size: int) -> None:
+    """Copy a checkpoint into live tensors, whatever world size and plan wrote it.
+
+    Args:
+        saved: opened.
+        pieces: of this rank.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or is covered only in part.
+    """
+    for piece in pieces:
+        if saved.shapes.get(piece.name) != piece.global_shape:
+            found = saved.shapes.get(piece.name, "nothing")
+            raise InputError(
+                f"{saved.folder}: {piece.name!r}: found {found}, this run wants {piece.global_shape}; use that run's "
+                "config and schema"
+            )
+        saved.copy_into(piece, rank, world_size)
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies on a disk."""
+    return LocalPlace(checkpoints).folder(step)

@@ -1,0 +1,41 @@
+"""Where a run's checkpoints are, and which is the best."""
+
+import json
+import warnings
+from pathlib import Path
+
+from data.errors import InputError
+from mbcnet_rec.checkpoints.manifest import check_files, read_manifest
+from mbcnet_rec.checkpoints.storage import DamagedCheckpointWarning, Place, latest_step, open_place
+from mbcnet_rec.checkpoints.writer import BEST
+from mbcnet_rec.config import RunConfig
+
+CHECKPOINTS = "checkpoints"
+
+
+def place_of(config: RunConfig, folder: Path | None = None) -> Place:
+    """Where a run's checkpoints go.
+
+    Args:
+        config: of the run.
+        folder: the run folder, if it has moved since.
+
+    Raises:
+        InputError: `train.checkpoint_folder` is a URI that cannot be opened.
+    """
+    return open_place(config.train.checkpoint_folder or (folder or config.run_folder) / CHECKPOINTS)
+
+
+def best_step(place: Place) -> int | None:
+    """The step of a run's best checkpoint, else of its latest whole one; None if it has none."""
+    try:
+        step = int(json.loads(place.read_note(BEST))["step"])
+        if step in place.steps():
+            with place.fetched(step) as folder:
+                check_files(folder, read_manifest(folder))
+            return step
+    except InputError as error:
+        warnings.warn(f"{error} (the best one, passed over)", DamagedCheckpointWarning, stacklevel=2)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return latest_step(place)

@@ -1,0 +1,196 @@
+"""Checkpoints written while training goes on: a copy in memory, a thread that writes it, no collective in the thread.
+
+Ranks tell rank 0 of their parts through the rendezvous store. Rank 0 writes the manifest when all parts are there.
+"""
+
+import json
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from mbcnet_rec.checkpoints.blocks import Piece, Snapshot, take_snapshot
+from mbcnet_rec.checkpoints.manifest import manifest_bytes, part_record
+from mbcnet_rec.checkpoints.storage import Place
+from mbcnet_rec.checkpoints.tensor_file import write_tensors
+from mbcnet_rec.runtime.exits import CannotWriteError
+from mbcnet_rec.runtime.process import Process, broadcast_value, lowest_rank, side_store
+
+BEST = "best.json"
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the newest `last`, and those of the steps in `best`."""
+
+    last: int
+    best: tuple[tuple[float | None, int], ...] = ()  # (validation AUC, step), best first
+
+
+class Saver:
+    """Writes checkpoints of all ranks in the background, one at a time.
+
+    Args:
+        place: where they go.
+        process: this rank.
+        timeout_seconds: how long rank 0 waits for the other ranks' parts.
+    """
+
+    def __init__(self, place: Place, process: Process, timeout_seconds: float) -> None:
+        self.place = place
+        self.saved_step: int | None = None
+        self.stalled_seconds = 0.0
+        self.written_seconds = 0.0
+        self._process = process
+        self._timeout = timeout_seconds
+        self._run = broadcast_value(f"{time.time_ns():x}", process)
+        self._count = 0
+        self._store = side_store("checkpoint") if process.world_size > 1 else None
+        self._thread: threading.Thread | None = None
+        self._error: str = ""
+        self._snapshot: Snapshot | None = None
+        self._cancelled = threading.Event()
+
+    @property
+    def _token(self) -> str:
+        """Names the draft of the last save, equal on all ranks."""
+        return f"{self._run}-{self._count:x}"
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's last checkpoint could not be written."""
+        return bool(self._error)
+
+    def save(self, step: int, pieces: list[Piece], extra: dict[str, Any], keep: Keep) -> float:
+        """Copy the pieces and begin to write them; every rank calls it.
+
+        Returns:
+            Seconds that training stood still for it.
+
+        Raises:
+            CannotWriteError: the checkpoint before this one failed on some rank.
+        """
+        start = time.perf_counter()
+        self.finish()
+        self._count += 1
+        self._snapshot = take_snapshot(pieces, self._process.rank, self._snapshot)
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(step, self._snapshot, extra, keep),
+            name="checkpoint-writer",
+            daemon=True,
+        )
+        self._thread.start()
+        self.saved_step = step
+        stall = time.perf_counter() - start
+        self.stalled_seconds += stall
+        return stall
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is whole; every rank calls it.
+
+        Raises:
+            CannotWriteError: some rank could not write its part; the checkpoint before it stands.
+        """
+        if self._thread is not None:
+            self._thread.join(self._timeout)
+            if self._thread.is_alive():
+                self._error = (
+                    f"rank {self._process.rank}: the checkpoint of step {self.saved_step} is still being written after {self._timeout:g} s "
+                    "of waiting for it; its storage is stuck or too slow: mend it or raise train.timeout_seconds, then go on with --resume"
+                )
+            self._thread = None
+        guilty = lowest_rank(self.failed, self._process)
+        if guilty is None:
+            return
+        self.cancel()
+        if self._process.is_first and self.saved_step is not None:
+            with suppress(Exception):  # what the other ranks wrote after this one gave up
+                self.place.discard(self.saved_step, self._token)
+        own = self._error or f"rank {guilty} could not write its part of a checkpoint"
+        raise CannotWriteError(own, spoken=self.failed)
+
+    def cancel(self) -> None:
+        """Stop waiting for other ranks: the run ends."""
+        self._cancelled.set()
+
+    def _write(self, step: int, snapshot: Snapshot, extra: dict[str, Any], keep: Keep) -> None:
+        start = time.perf_counter()
+        rank = self._process.rank
+        try:
+            record = self._write_part(step, snapshot)
+            if rank != 0:
+                assert self._store is not None
+                self._store.set(self._key(step, rank), json.dumps(record))
+                return
+            records = [record, *self._await_others(step)]
+            manifest = manifest_bytes(self._process.world_size, extra, records)
+            self.place.commit(step, self._token, manifest, [each["file"] for each in records])
+            self._tidy(step, keep)
+            self.written_seconds = time.perf_counter() - start
+        except Exception as error:  # it reaches the operator through `finish`, on every rank
+            self._error = self._describe(step, error)
+            if self._store is not None and rank != 0:
+                with suppress(Exception):
+                    self._store.set(self._key(step, rank), json.dumps({"error": self._error}))
+            if rank == 0:  # alone: another rank may be at work in the draft
+                with suppress(Exception):
+                    self.place.discard(step, self._token)
+
+    def _describe(self, step: int, error: Exception) -> str:
+        if isinstance(error, CannotWriteError):
+            return str(error)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return (
+            f"rank {self._process.rank}: checkpoint of step {step} could not be written ({reason.splitlines()[0]}); "
+            "earlier checkpoints are intact: free space or mend the storage, then go on with --resume"
+        )
+
+    def _write_part(self, step: int, snapshot: Snapshot) -> dict[str, Any]:
+        self.place.begin(step, self._token)
+        name = self.place.file_name(self._process.rank, self._token)
+        with self.place.write(step, self._token, name) as file:
+            tensors = {str(index): tensor for index, tensor in enumerate(snapshot.tensors)}
+            sha256 = write_tensors(tensors, file)
+        return part_record(name, sha256, snapshot.entries)
+
+    def _await_others(self, step: int) -> list[dict[str, Any]]:
+        records, deadline = [], time.monotonic() + self._timeout
+        for rank in range(1, self._process.world_size):
+            assert self._store is not None
+            key = self._key(step, rank)
+            while not self._store.check([key]):
+                if self._cancelled.is_set():
+                    raise CannotWriteError(f"checkpoint of step {step} was given up: the run ends")
+                if time.monotonic() > deadline:
+                    raise CannotWriteError(
+                        f"rank 0: rank {rank} wrote no part of the checkpoint of step {step} within {self._timeout:g} s; it is "
+                        "stopped or its storage is stuck"
+                    )
+                time.sleep(POLL_SECONDS)
+            record = json.loads(self._store.get(key))
+            self._store.delete_key(key)
+            if "error" in record:
+                raise CannotWriteError(f"checkpoint of step {step} was given up: {record['error']}")
+            records.append(record)
+        return records
+
+    def _key(self, step: int, rank: int) -> str:
+        return f"{self._token}/{step}/{rank}"
+
+    def _tidy(self, step: int, keep: Keep) -> None:
+        """Note the best checkpoint and remove those that are neither recent nor good. Rank 0, after a commit of `step`.
+
+        Later ones did not verify when this run was started: they are no checkpoints to count on, and stay as they are until the run
+        comes to their steps.
+        """
+        steps = [each for each in self.place.steps() if each <= step]
+        kept = {step for _, step in keep.best}
+        if keep.best:
+            note = {"step": keep.best[0][1], "auc": keep.best[0][0]}
+            self.place.write_note(BEST, (json.dumps(note) + "\n").encode())
+        for each in steps[: -keep.last]:
+            if each not in kept:
+                self.place.remove(each)

@@ -1,0 +1,106 @@
+"""Managed collision in training: what a checkpoint keeps besides the tables' own state, and the numbers of a log line."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data.errors import InputError
+from mbcnet_rec.checkpoints.blocks import Piece, Saved, whole_piece
+from mbcnet_rec.runtime.process import Process
+from sharding.bridge.zch import BucketedCollisions, collisions_of
+from sharding.plan.plan_file import Plan
+
+_STATE = re.compile(r"_managed_collision_modules\.([^/]+)\.[^./]+$")
+
+
+def zch_buckets(plan: Plan) -> dict[str, int]:
+    """Tables that give rows to unbounded ids, with the number of their buckets."""
+    return {name: table.zch_buckets for name, table in plan.tables.items() if table.zch_buckets}
+
+
+def zch_table_of(name: str) -> str:
+    """The table whose ids a logical tensor tells the rows of; empty for all others."""
+    found = _STATE.search(name)
+    return found[1] if found else ""
+
+
+def tables_of_other_rows(
+    old: Mapping[str, Any], run: Mapping[str, Any], saved: Iterable[str], wanted: Iterable[str]
+) -> set[str]:
+    """Tables of which the rows of a checkpoint are of other ids than this run's rows: their values must not be loaded.
+
+    Args:
+        old: what the checkpoint notes of its run.
+        run: describe_run of this one.
+        saved: names of the checkpoint's logical tensors.
+        wanted: names of this run's.
+    """
+    before, now = old.get("zch_buckets", {}), run.get("zch_buckets", {})
+    before = before if isinstance(before, dict) else {}
+    tables = {zch_table_of(name) for name in (*saved, *wanted)} - {""}
+    return {table for table in tables if before.get(table) != now.get(table)}
+
+
+def history_pieces(modules: Iterable[BucketedCollisions]) -> list[Piece]:
+    """For each bucket of this rank, the ids since the last admission and how many ids have lost their row; often nothing."""
+    pieces = []
+    for module in modules:
+        for bucket in module.own_buckets:
+            name = f"zch/{module.table.name}/{bucket.number}"
+            evictions = torch.tensor([bucket.evictions])
+            pieces += [
+                whole_piece(f"{name}/history", bucket.history(), replicated=False),
+                whole_piece(f"{name}/evictions", evictions, replicated=False),
+            ]
+    return pieces
+
+
+def restore_history(saved: Saved, modules: Iterable[BucketedCollisions]) -> None:
+    """Take up what `history_pieces` gave, on any number of ranks.
+
+    Raises:
+        InputError: the checkpoint does not hold it, or not in this form.
+    """
+    for module in modules:
+        for bucket in module.own_buckets:
+            name = f"zch/{module.table.name}/{bucket.number}"
+            history, evictions = saved.whole(f"{name}/history"), saved.whole(f"{name}/evictions")
+            known = history.dtype == evictions.dtype == torch.int64 and evictions.shape == (1,)
+            if not known or history.dim() != 2 or history.shape[0] != 2:
+                raise InputError(f"{saved.folder}: {name!r} is no history of ids; use another checkpoint")
+            bucket.load_history(history)
+            bucket.evictions = int(evictions)
+
+
+def check_rows(saved: Saved, model: nn.Module) -> None:
+    """Refuse what a checkpoint says of the rows of ids if training cannot have said it. Call after it is loaded.
+
+    Raises:
+        InputError: a row is out of range or of two ids.
+    """
+    for module in collisions_of(model):
+        if not module.is_sound():
+            raise InputError(
+                f"{saved.folder}: table {module.table.name!r}: its ids have no rows of their own; use another checkpoint"
+            )
+
+
+def zch_counters(modules: Sequence[BucketedCollisions], process: Process) -> dict[str, float]:
+    """For each table: the share of its rows that have an id, and the ids that have lost theirs so far. Every rank calls it."""
+    if not modules:
+        return {}
+    counts = torch.tensor(
+        [[module.used_rows(), sum(bucket.evictions for bucket in module.own_buckets)] for module in modules]
+    )
+    if process.world_size > 1:
+        dist.all_reduce(counts)
+    values = {}
+    for module, (used, evictions) in zip(modules, counts.tolist(), strict=True):
+        table = module.table
+        values[f"zch_used/{table.name}"] = used / (table.num_embeddings - module.zch.buckets)
+        values[f"zch_evictions/{table.name}"] = evictions
+    return values

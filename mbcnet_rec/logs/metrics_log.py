@@ -1,0 +1,159 @@
+"""What a run writes down while it goes: metrics.jsonl, TensorBoard, and a tracking server where one is named."""
+
+import json
+import math
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mbcnet_rec.logs.tensorboard import Board
+from mbcnet_rec.runtime.exits import CannotWriteError
+from mbcnet_rec.logs.progress import tell
+from mbcnet_rec.logs.mlflow import MlflowSink
+
+METRICS = "metrics.jsonl"
+# keys that tell of this machine and this start, not of what is learned: two equal runs differ in them
+TIMING_KEYS = (
+    "samples_per_second",
+    "step_seconds",
+    "input_wait_share",
+    "checkpoint_stall_seconds",
+    "checkpoint_seconds",
+)
+
+
+class Records:
+    """Appends one JSON object a line to metrics.jsonl, and hands the same numbers to TensorBoard and to a tracking server.
+
+    Args:
+        folder: the run folder.
+        first_step: lines of later steps are dropped: they belong to steps that a resumed run does again.
+        sink: of a tracking server, see tracking.py; None without one.
+    """
+
+    def __init__(self, folder: Path, first_step: int, sink: MlflowSink | None = None) -> None:
+        """Open all.
+
+        Raises:
+            CannotWriteError: the folder cannot be written.
+        """
+        path = folder / METRICS
+        self._path = path
+        self._board: Board | None = None
+        self._sink = sink
+        try:
+            text = path.read_text(errors="replace") if path.exists() else ""
+            kept = "".join(line + "\n" for line in keep_until(text.splitlines(), first_step))
+            if kept != text:
+                write_whole(path, kept)
+            self._file = path.open("a")
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        try:
+            self._board = Board(folder / "tb", purge_step=first_step)
+        except OSError as error:
+            self._without_curves(error)
+
+    def add(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Write one line: step, split, and every value; NaN becomes null, which JSON has.
+
+        Raises:
+            CannotWriteError: the disk takes no more; the file ends with the last whole line.
+        """
+        clean = {key: finite_or_none(value) for key, value in values.items()}
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._drop_behind(end)
+            raise self._cannot_write(error) from None
+        if self._sink is not None:
+            self._sink.add(step, split, clean)
+        if self._board is None:
+            return
+        numbers = {key: value for key, value in clean.items() if isinstance(value, (int, float))}
+        try:
+            self._board.add(split, numbers, step)
+        except OSError as error:
+            self._without_curves(error)
+
+    def sync(self) -> None:
+        """Make the lines so far durable: a checkpoint that follows vouches for them.
+
+        Raises:
+            CannotWriteError: the disk does not take them.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
+    def close(self) -> None:
+        """Flush all. A tracking server hears of the exception that is on its way, if any."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            if self._board is not None:
+                self._board.close()
+        if self._sink is not None:
+            self._sink.close(sys.exc_info()[1])
+
+    def _without_curves(self, error: OSError) -> None:
+        """Curves are a convenience: training goes on without."""
+        tell(
+            f"mbcnet: warning: {self._path.parent / 'tb'}: no more TensorBoard curves ({error.strerror})",
+            sys.stderr,
+        )
+        self._board = None
+
+    def _drop_behind(self, end: int) -> None:
+        """Cut off a line that was written in part, and forget what is still in memory of it."""
+        os.truncate(self._path, end)
+        with suppress(OSError):
+            self._file.close()
+        os.truncate(self._path, end)
+
+    def _cannot_write(self, error: OSError) -> CannotWriteError:
+        return CannotWriteError(
+            f"rank 0: {self._path}: cannot be written ({error.strerror}); the last checkpoint stands: free space, then go on "
+            "with --resume"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file's content at once or not at all.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+    """
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def keep_until(lines: list[str], step: int) -> list[str]:
+    """Keep the lines of steps up to `step`; a line cut off by a crash is dropped, and so are test lines, which a run ends with."""
+    kept = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if entry["step"] <= step and entry["split"] != "test":
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def finite_or_none(value: Any) -> Any:
+    """JSON has no NaN: None stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Models to compare MBCnet with, one file each."""

@@ -1,0 +1,159 @@
+"""FinalMLP (Mao et al., AAAI 2023): two MLP streams, each on gated fields, fused by a multi-head bilinear form.
+
+Shapes: B batch, N flattened width of all fields, J heads, d_1 and d_2 last widths of the streams.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import InputError
+from mbcnet_rec.model.branches import check_optional_widths, check_widths
+from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput
+from mbcnet_rec.model.zoo.baselines import logits_only
+
+
+@dataclass(frozen=True)
+class StreamConfig(Regularisation):
+    """One stream.
+
+    Attributes:
+        hidden: widths of its MLP.
+        gate: hidden widths of its field gate; none: no gate, and both streams without one are DualMLP.
+        context: fields whose embeddings drive the gate; none: a learned vector, the same for all rows.
+    """
+
+    hidden: tuple[int, ...] = (512, 256, 128)
+    gate: tuple[int, ...] = (128,)
+    context: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse values that build no network."""
+        super().__post_init__()
+        check_widths("hidden", self.hidden)
+        check_optional_widths("gate", self.gate)
+        if self.context and not self.gate:
+            raise InputError(
+                f"context = {list(self.context)}: wanted none, since gate = [] builds no gate; change one of the two"
+            )
+
+
+@dataclass(frozen=True)
+class FinalMLPConfig:
+    """The two streams and their fusion.
+
+    Attributes:
+        first, second: the streams.
+        num_heads: J; divides the last width of both streams.
+    """
+
+    first: StreamConfig = StreamConfig()
+    second: StreamConfig = StreamConfig()
+    num_heads: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse heads that do not fit."""
+        widths = (self.first.hidden[-1], self.second.hidden[-1])
+        if self.num_heads < 1 or any(width % self.num_heads for width in widths):
+            raise InputError(
+                f"num_heads = {self.num_heads}: wanted a divisor of the streams' last widths {list(widths)}; change it"
+            )
+
+
+class FinalMLPArch(nn.Module):
+    """logit = fusion(MLP_1(g_1 * e), MLP_2(g_2 * e)), e all fields concatenated.
+
+    Args:
+        config: of streams and fusion.
+        layout: gives the fields.
+    """
+
+    def __init__(self, config: FinalMLPConfig, layout: InputLayout) -> None:
+        super().__init__()
+        self.first = build_stream(config.first, layout, "first")
+        self.second = build_stream(config.second, layout, "second")
+        self.fusion = BilinearFusion(config.first.hidden[-1], config.second.hidden[-1], config.num_heads)
+
+    def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
+        """Map "all" (B, N) to the logits."""
+        x = features[ALL]
+        return logits_only(self.fusion(self.first(x), self.second(x)))
+
+
+class FieldGate(nn.Module):
+    """x -> 2 sigmoid(G ReLU(.. x_context)) * x: one gate for each of the N columns (Eq. 4 and 5).
+
+    The context is the fields' own embeddings. (FuxiCTR looks its context up in tables of the gate's own.)
+
+    Args:
+        layout: gives the columns.
+        context: fields; none: a learned vector, zero at first.
+        hidden: widths of the gate's MLP.
+
+    Raises:
+        InputError: a field of the context is no field.
+    """
+
+    def __init__(self, layout: InputLayout, context: tuple[str, ...], hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        known = layout.keys(ALL)
+        for key in context:
+            if key not in known:
+                raise InputError(
+                    f"context = {list(context)}: {key!r} is not a field of the schema; take it out"
+                )
+        self._columns = [layout.columns(key) for key in context]
+        width = sum(width for _, width in self._columns) or layout.common_width()
+        self.vector = None if context else nn.Parameter(torch.zeros(1, width))
+        self.gate = nn.Sequential(MLP(width, hidden), nn.Linear(hidden[-1], layout.width()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N) to (B, N)."""
+        if self.vector is None:
+            context = torch.cat([x.narrow(1, start, width) for start, width in self._columns], dim=1)
+        else:
+            context = self.vector  # (1, width): one gate for all rows
+        return 2.0 * torch.sigmoid(self.gate(context)) * x
+
+
+class BilinearFusion(nn.Module):
+    """w_1 h_1 + w_2 h_2 + b + sum_j h_1^j W_j h_2^j, h^j the j-th of J equal parts (Eq. 9 and 10).
+
+    Args:
+        first_dim, second_dim: d_1, d_2.
+        num_heads: J.
+    """
+
+    def __init__(self, first_dim: int, second_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(first_dim, 1)
+        self.second = nn.Linear(second_dim, 1, bias=False)
+        self.heads = nn.Parameter(torch.empty(num_heads, first_dim // num_heads, second_dim // num_heads))
+        # Each W_j seen as the (d_1 d_2 / J, 1) matrix of a linear map of the products, as FuxiCTR draws it.
+        nn.init.normal_(self.heads, std=(2.0 / (self.heads.numel() + 1)) ** 0.5)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Map (B, d_1) and (B, d_2) to (B,)."""
+        num_heads = len(self.heads)
+        linear = (self.first(first) + self.second(second)).squeeze(1)
+        parts_1, parts_2 = first.unflatten(1, (num_heads, -1)), second.unflatten(1, (num_heads, -1))
+        mapped = torch.einsum("bjm,jmn->bjn", parts_1, self.heads)
+        return linear + (mapped * parts_2).sum((1, 2))
+
+
+def build_stream(config: StreamConfig, layout: InputLayout, name: str) -> nn.Sequential:
+    """Build gate and MLP of a stream: (B, N) -> (B, d).
+
+    Raises:
+        InputError: naming the stream and what is wrong with its context.
+    """
+    mlp = MLP(layout.width(), config.hidden, config)
+    if not config.gate:
+        return nn.Sequential(mlp)
+    try:
+        return nn.Sequential(FieldGate(layout, config.context, config.gate), mlp)
+    except InputError as error:
+        raise InputError(f"model.finalmlp.{name}.{error}") from None

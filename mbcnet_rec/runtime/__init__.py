@@ -1,0 +1,1 @@
+"""Processes, exit codes, preemption and the watchdog."""

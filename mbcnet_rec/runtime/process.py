@@ -1,0 +1,297 @@
+"""This process among the ranks of a run: who it is, which device it has, and what crosses between ranks."""
+
+import ctypes
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.errors import InputError
+from mbcnet_rec.cpu.marks import mark_for_profilers_only
+from mbcnet_rec.runtime.exits import LostRankError
+
+_TIMES_JOINED = itertools.count()
+# Of glibc's mallopt. Blocks below the first size come from the heap; free memory below the second stays there.
+_MMAP_THRESHOLD, _MMAP_BYTES = -3, 256 * 2**20
+_TRIM_THRESHOLD, _TRIM_BYTES = -1, 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank.
+
+    Attributes:
+        rank, world_size: over all hosts.
+        local_rank, local_world_size: on this host.
+        device: what it computes on.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """Turn `auto`, `cpu` or `cuda` into this rank's device.
+
+    Raises:
+        InputError: cuda is wanted and none is usable, or there are fewer GPUs than ranks on this host.
+    """
+    usable = torch.cuda.is_available()
+    if wanted == "cuda" and not usable:
+        reason = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no NVIDIA GPU"
+        raise InputError(
+            f"train.device = 'cuda': {reason}; use --set train.device=cpu, or install requirements/gpu.txt on a "
+            "machine with a GPU (`mbcnet doctor` shows what is there)"
+        )
+    if wanted == "cpu" or not usable:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs; start at most that many "
+            f"processes on it (-j HOSTSx{torch.cuda.device_count()})"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iterator[Process]:
+    """Join the other ranks that torchrun started, or be the only one; leave on exit.
+
+    Args:
+        device: auto, cpu or cuda.
+        timeout_seconds: after which a collective that a rank does not join fails on the others.
+    """
+    alone = "RANK" not in os.environ
+    rank, world_size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    local_rank = 0 if alone else int(os.environ["LOCAL_RANK"])
+    local_world_size = 1 if alone else int(os.environ["LOCAL_WORLD_SIZE"])
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    else:
+        _keep_freed_memory()
+    mark_for_profilers_only()
+    # On a CPU plain "gloo", not "cpu:gloo": with the latter a rank without local shards asks for CUDA when loading.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        store = _meeting_point(alone, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (RuntimeError, OSError) as error:
+        raise _cannot_meet(error, rank, world_size, timeout_seconds) from None
+    try:
+        yield Process(rank, world_size, local_rank, local_world_size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Let the allocator keep what one step frees for the next.
+
+    By default glibc gives large blocks back to the kernel, and a step at the paper's size and 1,024 rows faults 30,000 pages in
+    again: 4 % of its time in float32, 8 % under bf16.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
+        mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)
+
+
+def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
+    """The store through which ranks find each other.
+
+    On one host torchrun keeps one store over all restarts and torch 2.13 no longer tells them apart, so ranks that are started
+    again would read the addresses of their dead predecessors; and so would a process that trains and then evaluates, which
+    leaves one group and joins another. Hence a prefix for each attempt and, as all ranks join equally often, for each time of
+    joining. Several hosts count their attempts each on its own; there launch/agent.py makes a new store for each.
+    """
+    if alone:
+        return dist.HashStore()
+    held_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_master = not held_by_agent and os.environ["RANK"] == "0"
+    store = _within(
+        timeout.total_seconds(),
+        lambda: dist.TCPStore(address, port, is_master=is_master, timeout=timeout, wait_for_workers=False),
+        f"what listens at {address}:{port} does not answer as a meeting point",
+    )
+    several_hosts = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    attempt = "0" if several_hosts else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt_{attempt}/joined_{next(_TIMES_JOINED)}", store)
+
+
+def _within(seconds: float, action: Callable[[], dist.Store], otherwise: str) -> dist.Store:
+    """Run an action in a thread: TCPStore waits for ever where another program listens and never answers.
+
+    Raises:
+        TimeoutError: it takes longer; the text is `otherwise`. Whatever the action raises.
+    """
+    results: queue.SimpleQueue[dist.Store | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(action())
+        except Exception as error:  # the caller raises it
+            results.put(error)
+
+    threading.Thread(target=run, name="meeting-point", daemon=True).start()
+    try:
+        result = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(otherwise) from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _cannot_meet(error: Exception, rank: int, world_size: int, timeout_seconds: float) -> Exception:
+    """What the operator reads when the ranks do not come together."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return InputError(
+            f"MASTER_PORT = {os.environ.get('MASTER_PORT')}: another program listens there; start with another port "
+            "(torchrun --rdzv-backend c10d --rdzv-endpoint HOST:0 finds a free one)"
+        )
+    return LostRankError(
+        f"rank {rank}: not all of {world_size} ranks came together within {timeout_seconds:g} s ({reason}); look at what the others "
+        "said, or whether their hosts are up"
+    )
+
+
+@contextmanager
+def blamed_on(process: Process) -> Iterator[None]:
+    """Around what reads this rank's own rows: a fault in them is said by this rank, and names it."""
+    try:
+        yield
+    except InputError as error:
+        error.add_note(f"rank {process.rank}")
+        raise
+
+
+@contextmanager
+def agreed(process: Process) -> Iterator[None]:
+    """Around what may go wrong on some ranks only: then the fault of the lowest such rank is raised on all of them.
+
+    Every rank enters it, and no collective is inside.
+
+    Raises:
+        InputError: the fault.
+    """
+    fault = ""
+    try:
+        yield
+    except InputError as error:
+        fault = str(error)
+    faults: list[Any] = [fault]
+    if process.world_size > 1:
+        faults = [""] * process.world_size
+        dist.all_gather_object(faults, fault)
+    guilty = next((rank for rank, each in enumerate(faults) if each), None)
+    if guilty is None:
+        return
+    everywhere = all(each == faults[guilty] for each in faults)
+    raise InputError(faults[guilty] if everywhere else f"rank {guilty}: {faults[guilty]}")
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Average a tensor over ranks; no gradient flows through it. In place for more than one rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; every rank calls it."""
+    return vote([flag])[0] is not None
+
+
+def vote(flags: Sequence[bool]) -> list[int | None]:
+    """For each flag the lowest rank that sets it, None if none does; one collective, equal on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [0 if flag else None for flag in flags]
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    votes = torch.tensor([world_size - rank if flag else 0 for flag in flags], dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return [world_size - value if value else None for value in votes.tolist()]
+
+
+def lowest_rank(flag: bool, process: Process) -> int | None:
+    """The lowest rank that sets the flag; None if none does."""
+    return vote([flag])[0] if process.world_size > 1 else (0 if flag else None)
+
+
+def side_store(prefix: str) -> dist.Store:
+    """A connection to the rendezvous store for a thread: what it waits for does not hold up the main thread's."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    with suppress(AttributeError, RuntimeError, NotImplementedError):
+        store = store.clone()  # a store without connections, such as a file, can be shared
+    return dist.PrefixStore(prefix, store)
+
+
+def gather_rows(rows: np.ndarray, process: Process) -> np.ndarray | None:
+    """Join every rank's rows on rank 0, in rank order.
+
+    Args:
+        rows: (n_r, C) of one dtype and C everywhere; n_r may differ.
+        process: this rank.
+
+    Returns:
+        (sum of n_r, C) on rank 0; None elsewhere.
+    """
+    if process.world_size == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(process.world_size)]
+    dist.all_gather(counts, torch.tensor([len(rows)]))
+    longest = int(max(count.item() for count in counts))
+    padded = torch.zeros(longest, rows.shape[1], dtype=torch.from_numpy(rows).dtype)
+    padded[: len(rows)] = torch.from_numpy(rows)
+    parts = [torch.empty_like(padded) for _ in counts] if process.is_first else None
+    dist.gather(padded, parts, dst=0)
+    if parts is None:
+        return None
+    return np.concatenate([part[: int(n)].numpy() for part, n in zip(parts, counts, strict=True)])
+
+
+def broadcast_value(value: Any, process: Process) -> Any:
+    """Return rank 0's value on every rank. It travels as this project's own bytes between its own ranks."""
+    if process.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def averaged_buffers(model: torch.nn.Module) -> Iterator[None]:
+    """Let every rank have the mean of the ranks' floating-point buffers (running statistics of batch norm) for a while.
+
+    Afterwards each rank has its own again: what is evaluated, and when, does not change what is trained.
+    """
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    own = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        mean_over_ranks(buffer)
+    try:
+        yield
+    finally:
+        for buffer, values in zip(buffers, own, strict=True):
+            buffer.copy_(values)

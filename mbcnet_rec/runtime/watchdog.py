@@ -1,0 +1,153 @@
+"""Who is alive, who holds up the others, and where each rank stands when a step stalls.
+
+Each rank's thread leaves a heartbeat in the rendezvous store. A stopped or dead process leaves none, so the others can name it.
+The stacks are written by a timer of the interpreter that needs no lock: a rank that is stuck inside a library writes its own too.
+"""
+
+import faulthandler
+import re
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from mbcnet_rec.logs.progress import tell
+from mbcnet_rec.runtime.exits import LostRankError, RunStoppedError
+from mbcnet_rec.runtime.process import Process, side_store
+
+STACKS = "stacks"
+SLOWEST_BEAT_SECONDS, FASTEST_BEAT_SECONDS = 0.5, 0.1
+_COLLECTIVE = re.compile(
+    r"gloo|nccl|connection (closed|reset)|recv|broken pipe|timed? ?out|socket", re.IGNORECASE
+)
+
+
+class Watchdog:
+    """Watches this rank's steps while it is entered.
+
+    Args:
+        process: this rank.
+        folder: RUN; stacks go to RUN/stacks/rank_N.txt.
+        stall_seconds: a step that takes longer has its stacks written, once for each stall.
+    """
+
+    def __init__(self, process: Process, folder: Path, stall_seconds: float) -> None:
+        self._process = process
+        self._path = folder / STACKS / f"rank_{process.rank}.txt"
+        self._stall = stall_seconds
+        self._period = min(SLOWEST_BEAT_SECONDS, max(FASTEST_BEAT_SECONDS, stall_seconds / 10))
+        self._store = side_store("heartbeat") if process.world_size > 1 else None
+        self._place = "start"
+        self._since = time.monotonic()
+        self._armed = float("-inf")
+        self._ended = threading.Event()
+        self._file: Any = None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lost = isinstance(error, RuntimeError) and is_collective_error(error)
+        line = f"rank {self._process.rank}: at {self._place}: {self.suspects()}" if lost else ""
+        self._ended.set()
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.unregister(signal.SIGUSR2)
+            self._file.close()
+            if not self._path.stat().st_size:
+                self._path.unlink()
+        self._thread.join(timeout=5.0)
+        if lost:
+            raise LostRankError(
+                f"{line} ({_first_line(error)}); the last checkpoint stands: start again with --resume"
+            ) from None
+
+    def open_stacks(self) -> None:
+        """Make the file of stacks ready; from now on SIGUSR2 writes them too. The run folder is there."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("w")
+        faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
+
+    def beat(self, place: str) -> None:
+        """Say where this rank is, such as `step 12`; the stall clock begins anew."""
+        now = time.monotonic()
+        self._place, self._since = place, now
+        # arming starts a native thread and waits for the last one's end: too dear for every step of a small model
+        if self._file is not None and now - self._armed >= self._period:
+            self._armed = now
+            faulthandler.dump_traceback_later(self._stall + self._period, file=self._file)
+
+    def suspects(self) -> str:
+        """Say which ranks give no sign of life, or else which is furthest behind. Takes a few heartbeats."""
+        if self._store is None:
+            return "no other rank is involved"
+        before = self._beats()
+        self._ended.wait(3 * self._period)
+        after = self._beats()
+        if before is None or after is None:
+            return "the ranks' meeting point does not answer, so the launcher or the rank that holds it (rank 0 without one) is gone"
+        others = [rank for rank in range(self._process.world_size) if rank != self._process.rank]
+        silent = [rank for rank in others if before.get(rank, "") == after.get(rank, "")]
+        if silent:
+            names = ", ".join(str(rank) for rank in silent)
+            where = "; ".join(f"rank {rank} last seen at {_place_of(after, rank)}" for rank in silent)
+            return f"rank {names} gives no sign of life, it is stopped or dead ({where})"
+        return "; ".join(f"rank {rank} is at {_place_of(after, rank)}" for rank in others)
+
+    def _beats(self) -> dict[int, str] | None:
+        """The heartbeats: number of the beat and place. None if the store is gone, which says nothing about anyone."""
+        assert self._store is not None
+        found = {}
+        try:
+            for rank in range(self._process.world_size):
+                if self._store.check([str(rank)]):
+                    found[rank] = self._store.get(str(rank)).decode()
+        except Exception:
+            return None
+        return found
+
+    def _watch(self) -> None:
+        number, told = 0, 0.0
+        while not self._ended.wait(self._period):
+            number += 1
+            if self._store is not None:
+                with suppress(Exception):
+                    self._store.set(str(self._process.rank), f"{number}@{self._place}")
+            since = self._since
+            stalled = time.monotonic() - since
+            if stalled > self._stall and told != since and self._file is not None:
+                told = since
+                tell(
+                    f"mbcnet: rank {self._process.rank}: {self._place} has taken {stalled:.0f} s so far; {self.suspects()}; "
+                    f"stacks in {self._path}",
+                    sys.stderr,
+                )
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether an error says that another rank could not be reached."""
+    if isinstance(error, RunStoppedError):
+        return False
+    kinds = (dist.DistError, dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, kinds) or bool(_COLLECTIVE.search(str(error)))
+
+
+def _place_of(beats: dict[int, str], rank: int) -> str:
+    return beats.get(rank, "@the start").partition("@")[2]
+
+
+def _first_line(error: BaseException | None) -> str:
+    """What a library says, without paths of its sources and its general advice."""
+    lines = str(error).strip().splitlines()
+    said = re.sub(r"^\[\S*/", "[", lines[0]).split(". This is typically")[0] if lines else ""
+    return said or type(error).__name__

@@ -1,0 +1,1 @@
+"""One scorer, and what folds over it: metrics, evaluate, predict."""

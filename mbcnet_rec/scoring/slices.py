@@ -1,0 +1,118 @@
+"""Cuts rows into slices by the values of columns, for `mbcnet evaluate --by`: the same slices on every rank and at any world size.
+
+One pass over just these columns, before any scoring, counts their values. The MAX_SLICES most frequent values of a column are slices
+of their own; all others are one slice together.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch.distributed as dist
+
+from data.errors import InputError
+from data.reading.storage import DataFile, open_parquet
+from data.schema import Schema
+from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.scoring.scorer import Piece, Reader, refuse_faults
+
+MAX_SLICES = 50  # of one column
+MAX_VALUES = 1_000_000  # different ones of one column, which are counted
+COUNTED_ROWS = 65_536  # at a time
+REST, NULL = "(other)", "(null)"
+
+
+class Slicer(NamedTuple):
+    """Slices of each column, by falling frequency; REST, where there is one, is the last.
+
+    Attributes:
+        names: column as the user named it -> names of its slices.
+    """
+
+    names: dict[str, list[str]]
+
+    def codes(self, rows: pa.RecordBatch) -> np.ndarray:
+        """(n, columns) int64: each row's place in the list of slices of each column."""
+        codes = np.zeros((rows.num_rows, len(self.names)), np.int64)
+        for index, names in enumerate(self.names.values()):
+            place_of = {name: place for place, name in enumerate(names)}
+            values, places = _distinct(rows.column(index))
+            numbers = np.asarray([place_of.get(value, len(names) - 1) for value in values], np.int64)
+            codes[:, index] = numbers[places] if len(values) else 0
+        return codes
+
+
+def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) -> dict[str, str]:
+    """Names of slices -> columns of the files; a field's name stands for its column.
+
+    Raises:
+        InputError: a column is missing, or holds lists.
+    """
+    columns = {name: next((f.source_column for f in schema.features if f.name == name), name) for name in by}
+    for file in files if by else ():
+        with open_parquet(file) as parquet:
+            found = parquet.schema_arrow
+        for name, column in columns.items():
+            if column not in found.names:
+                raise InputError(
+                    f"{file}: --by {name}: no such column; it has {', '.join(found.names[:8])}, ..."
+                )
+            if pa.types.is_nested(found.field(column).type):
+                raise InputError(
+                    f"{file}: --by {name}: column {column!r} is {found.field(column).type}; wanted one value a row: "
+                    "choose another column"
+                )
+    return columns
+
+
+def count_slices(by: Sequence[str], reader: Reader, own: Sequence[Piece], process: Process) -> Slicer:
+    """Count every column's values over all ranks and choose the slices. Every rank calls it.
+
+    Args:
+        by: the columns, as the user named them; they are the reader's extra ones, in this order.
+        reader: of the rows.
+        own: pieces of this rank.
+        process: this rank.
+
+    Raises:
+        InputError: on every rank, where a file is damaged or a column has more than MAX_VALUES values.
+    """
+    counts: list[Counter[str]] = [Counter() for _ in by]
+    faults: list[str] = []
+    try:
+        for piece in own if by else ():
+            for rows in reader.read_extra(piece, COUNTED_ROWS):
+                for name, counter, column in zip(by, counts, rows.columns, strict=True):
+                    values, places = _distinct(column)
+                    frequency = np.bincount(places, minlength=len(values)).tolist()
+                    counter.update(dict(zip(values, frequency, strict=True)))
+                    if len(counter) > MAX_VALUES:
+                        raise InputError(
+                            f"--by {name}: more than {MAX_VALUES:,} different values; choose a column with fewer"
+                        )
+    except InputError as error:
+        faults.append(str(error))
+    refuse_faults(faults, process)
+    everyone: list[Any] = [counts]
+    if process.world_size > 1 and by:
+        everyone = [None] * process.world_size
+        dist.all_gather_object(everyone, counts)
+    merged = [sum((each[index] for each in everyone), Counter()) for index in range(len(by))]
+    return Slicer({name: _largest(counter) for name, counter in zip(by, merged, strict=True)})
+
+
+def _largest(counter: Counter[str]) -> list[str]:
+    """The MAX_SLICES most frequent values, equal ones by name, and REST if there are more."""
+    ordered = sorted(counter, key=lambda name: (-counter[name], name))
+    return ordered[:MAX_SLICES] + ([REST] if len(ordered) > MAX_SLICES else [])
+
+
+def _distinct(column: pa.Array) -> tuple[list[str], np.ndarray]:
+    """The different values of a column as text, and each row's place among them."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    encoded = column.dictionary_encode(null_encoding="encode")
+    names = [NULL if value is None else str(value) for value in encoded.dictionary.to_pylist()]
+    return names, encoded.indices.to_numpy().astype(np.int64)

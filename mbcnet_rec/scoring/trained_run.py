@@ -1,0 +1,118 @@
+"""A run that is done: its config, its best checkpoint, and the model with those weights, sharded over these ranks or whole in one process."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+from data.schema import Schema
+from mbcnet_rec.build import Built, build
+from mbcnet_rec.checkpoints.blocks import Saved, load_pieces, pieces_of, whole_piece
+from mbcnet_rec.checkpoints.manifest import MANIFEST
+from mbcnet_rec.checkpoints.run_folder import best_step, place_of
+from mbcnet_rec.checkpoints.zch_state import check_rows
+from mbcnet_rec.config import RunConfig, load_config
+from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks
+from mbcnet_rec.train import CONFIG, refuse_together
+from mbcnet_rec.training.evaluation import autocast_of
+from sharding.plan.plan_file import read_plan
+
+
+def load_run(folder: Path) -> RunConfig:
+    """Read the resolved config of a run folder.
+
+    Raises:
+        InputError: it is no run folder.
+    """
+    if not (folder / CONFIG).is_file():
+        raise InputError(
+            f"{folder}: no run folder (it has no {CONFIG}); pass what `mbcnet train` wrote, such as runs/NAME"
+        )
+    return load_config(folder / CONFIG)
+
+
+def find_step(config: RunConfig, folder: Path, process: Process) -> int:
+    """The step of a run's best checkpoint.
+
+    Raises:
+        InputError: it has none.
+    """
+    step = broadcast_value(best_step(place_of(config, folder)) if process.is_first else None, process)
+    refuse_together("" if step is not None else f"{folder}: no whole checkpoint; train it first", process)
+    assert step is not None
+    return step
+
+
+def load_built(config: RunConfig, schema: Schema, folder: Path, step: int, process: Process) -> Built:
+    """Build a run's model on this world size and load a checkpoint.
+
+    A plan file that was made for other ranks or to train on replicas is left aside: the tables are planned anew.
+
+    Raises:
+        InputError: the checkpoint is damaged, or the plan is for another schema.
+    """
+    sharding = dataclasses.replace(config.sharding, replicas=1, prefetch=False)
+    if sharding.plan and not _fits(Path(sharding.plan), process):
+        sharding = dataclasses.replace(sharding, plan="")
+    built = build(dataclasses.replace(config, sharding=sharding), schema, process)
+    pieces = [piece for piece in pieces_of(built.model, built.optimizer) if piece.name.startswith("model/")]
+    with place_of(config, folder).fetched(step) as saved:
+        checkpoint = Saved(saved)
+        load_pieces(checkpoint, pieces, process.rank, process.world_size)
+        check_rows(checkpoint, built.model)
+    for buffer in built.model.buffers():
+        if buffer.is_floating_point():
+            mean_over_ranks(buffer)  # running statistics of batch norm
+    return built
+
+
+def _fits(path: Path, process: Process) -> bool:
+    """Whether a plan file is there and made for these ranks, and for nothing that only training needs."""
+    if not path.is_file():
+        return False
+    plan = read_plan(path)
+    ranks = (plan.world_size, plan.local_world_size, plan.device)
+    here = (process.world_size, process.local_world_size, process.device.type)
+    return ranks == here and plan.replicas == 1 and not plan.prefetch
+
+
+def read_whole(config: RunConfig, folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's logical tensors into whole tensors of one process.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        step: of the checkpoint.
+        tensors: name in the model's state dict -> where to put it.
+
+    Raises:
+        InputError: the checkpoint is damaged, or holds other tensors.
+    """
+    pieces = [whole_piece(f"model/{name}", tensor) for name, tensor in tensors.items()]
+    with torch.no_grad(), place_of(config, folder).fetched(step) as saved:
+        load_pieces(
+            Saved(saved), pieces, rank=0, world_size=0
+        )  # no world has size 0: statistics of ranks are averaged
+
+
+def branch_names(config: ModelConfig) -> tuple[str, ...]:
+    """Branches of a model, in the order of its outputs."""
+    return config.mbcnet.branches if config.kind == "mbcnet" else ()
+
+
+def scoring_options(config: RunConfig, process: Process) -> tuple[int, Callable[[], Any]]:
+    """Rows of one rank's batch, and the context of the forward pass."""
+    size = config.data.eval_batch_size or config.data.batch_size
+    return max(1, size // process.world_size), autocast_of(config.train.autocast, process.device)
+
+
+def weights_digest(config: RunConfig, folder: Path, step: int) -> str:
+    """SHA-256 of a checkpoint's manifest, which holds the sums of its files."""
+    with place_of(config, folder).fetched(step) as saved:
+        return hashlib.sha256((saved / MANIFEST).read_bytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""What leaves the training code: export, artifact, loader."""

@@ -1,0 +1,376 @@
+"""A run's weights -> what serves of it: packed tables, the dense part as JSON, fields and vocabularies; and the folder that holds them.
+
+    OUT/model.json  tables.safetensors  dense.safetensors  vocabulary.json  schema.toml  config.toml  mbcnet_serving.py  check.json
+    and, with --aot, dense_aot.pt2
+
+Nothing that only teaches is in it: no branch logits (but for a single branch, whose own logit then serves), no transforms, no losses,
+no optimizer state. mbcnet_serving.py (serving.py here) loads it without this project. The dense part is what torch.export records,
+written as JSON: torch's own .pt2 files unpickle when they are loaded.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.errors import InputError
+from data.reading.keys import first_line
+from data.schema import Feature, Schema, Table, format_schema, load_schema
+from mbcnet_rec.build import SPARSE_ARCH
+from mbcnet_rec.config import RunConfig, config_text
+from mbcnet_rec.model.input_layout import input_layout
+from mbcnet_rec.model.layers import InputLayout, wide_tables
+from mbcnet_rec.model.mbcnet import BranchArch
+from mbcnet_rec.model.models import build_arch, needs_wide
+from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
+from mbcnet_rec.scoring.trained_run import read_whole
+from mbcnet_rec.serving import loader as serving
+from mbcnet_rec.serving.graph import FusedPath, graph_spec, trace
+from sharding.bridge.zch import FREE
+
+LOADER = "mbcnet_serving.py"
+CHUNK_ROWS = 65_536  # quantised at a time
+BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model taken apart for serving.
+
+    Attributes:
+        spec: model.json without the files' sums.
+        rows: pooling -> rows of its tables; "zch/TABLE" -> ids and their rows, see serving.ServingModel.
+        dense: weights of the graph.
+        vocabularies: name -> values in row order.
+        program: the dense part as torch.export gives it.
+    """
+
+    spec: dict[str, Any]
+    rows: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    vocabularies: dict[str, list[Any]]
+    program: torch.export.ExportedProgram
+
+    def model(self) -> serving.ServingModel:
+        """Serve it from memory."""
+        return serving.ServingModel(self.spec, self.rows, self.dense, self.vocabularies)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A run's weights, unsharded.
+
+    Attributes:
+        config, schema, layout: of the run.
+        tables: every table of the model, wide ones included.
+        rows: table name -> (rows, width) float32.
+        regroup, arch: with their weights loaded, in evaluation mode.
+        id_rows: name of each table of unbounded ids -> (2, n) int64, ascending hashes of the ids that have a row, and the rows.
+    """
+
+    config: RunConfig
+    schema: Schema
+    layout: InputLayout
+    tables: tuple[Table, ...]
+    rows: dict[str, Tensor]
+    regroup: FeatureRegroup
+    arch: nn.Module
+    id_rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def untrained(config: RunConfig, schema: Schema) -> Weights:
+    """Build a model unsharded, without rows and with freshly drawn dense weights."""
+    wide = needs_wide(config.model)
+    layout = dataclasses.replace(input_layout(schema), wide=wide)
+    extra = wide_tables(list(schema.tables)) if wide else []  # type: ignore[type-var]
+    tables = (*schema.tables, *extra)
+    if config.model.kind == "mbcnet":
+        arch: nn.Module = BranchArch(config.model.mbcnet, layout)
+    else:
+        arch = build_arch(config.model, layout)
+    return Weights(config, schema, layout, tables, {}, FeatureRegroup(layout).eval(), arch.eval())
+
+
+def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
+    """Read a checkpoint of a run into one process, whatever world size and plan wrote it. Memory: all tables as float32.
+
+    Raises:
+        InputError: it is damaged or belongs to another model.
+    """
+    weights = untrained(config, load_schema(config.schema))
+    tensors = {f"model.dense_arch.{name}": value for name, value in weights.arch.state_dict().items()}
+    regroup = weights.regroup.state_dict()
+    tensors |= {f"model.sparse_arch.regroup.{name}": value for name, value in regroup.items()}
+    ids: dict[str, Tensor] = {}
+    for table in weights.tables:
+        collection = "weighted_ebc" if table.weighted else "ebc"
+        rows = torch.empty(table.num_embeddings, table.embedding_dim)
+        if table.zch is not None:
+            collection = "weighted_collision_ebc" if table.weighted else "collision_ebc"
+            module = f"{SPARSE_ARCH}{collection}._managed_collision_collection._managed_collision_modules.{table.name}"
+            collection += "._embedding_module"
+            ids[table.name] = torch.empty(2, table.num_embeddings, dtype=torch.int64)
+            tensors |= {f"{module}.raw_ids": ids[table.name][0], f"{module}.slots": ids[table.name][1]}
+        tensors[f"{SPARSE_ARCH}{collection}.embedding_bags.{table.name}.weight"] = rows
+        weights.rows[table.name] = rows
+    read_whole(config, folder, step, tensors)
+    for name, pairs in ids.items():
+        known = pairs[:, pairs[0] != FREE]
+        if known.numel() and not 0 <= int(known[1].min()) <= int(known[1].max()) < pairs.shape[1]:
+            raise InputError(
+                f"{folder}: table {name!r}: an id has a row that the table has not; use another run"
+            )
+        weights.id_rows[name] = known[:, known[0].argsort()].contiguous()
+    return weights
+
+
+def take_apart(
+    weights: Weights, branches: Sequence[str] = (), vocabularies: dict[str, list[Any]] | None = None
+) -> Exported:
+    """Record the dense part and describe the fields; `with_rows` adds the tables' rows.
+
+    Args:
+        weights: of a run.
+        branches: of an MBCnet to serve; none: all of them.
+        vocabularies: name -> values in row order; None: read from the schema's folder.
+
+    Raises:
+        InputError: the model has no such branches, or fuses them by a gate that knows all.
+    """
+    chosen = check_branches(weights.config, branches)
+    tables, lookups = pool_tables(weights.tables)
+    keys = [
+        key
+        for pooling, pairs in lookups.items()
+        for key in (output_key(field, tables[pooling][index]) for field, index in pairs)
+    ]
+    widths = [
+        tables[pooling][index].embedding_dim for pooling, pairs in lookups.items() for _, index in pairs
+    ]
+    regroup = copy.deepcopy(weights.regroup)  # it remembers the first layout that it meets
+    path = FusedPath(regroup, weights.arch, chosen, dict(zip(keys, widths, strict=True))).eval()
+    program = trace(path, sum(widths) + sum(feature.dense_width for feature in weights.schema.dense))
+    graph, dense = graph_spec(program)
+    if vocabularies is None:
+        vocabularies = read_vocabularies(weights.schema)
+    listed = {
+        pooling: [
+            {"name": each.name, "num_embeddings": each.num_embeddings, "embedding_dim": each.embedding_dim}
+            for each in pooled
+        ]
+        for pooling, pooled in tables.items()
+    }
+    spec = {
+        "format": serving.FORMAT,
+        "name": weights.config.name,
+        "kind": weights.config.model.kind,
+        "branches": list(chosen),
+        "rows": "",
+        "versions": {name: version(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")},
+        "fields": field_entries(weights.schema, vocabularies),
+        "tables": listed,
+        "lookups": {pooling: [list(pair) for pair in pairs] for pooling, pairs in lookups.items()},
+        "graph": graph,
+    }
+    return Exported(spec, {}, dense, vocabularies, program)
+
+
+def with_rows(exported: Exported, weights: Weights, rows: str) -> Exported:
+    """The same with its tables' rows packed as fp32, fp16, int8 or int4."""
+    spec: dict[str, Any] = exported.spec | {"rows": rows}
+    packed = {
+        pooling: pack_rows(tables, spec["lookups"][pooling], rows, pooling, weights.rows)
+        for pooling, tables in spec["tables"].items()
+    }
+    packed |= {f"{serving.ZCH}{name}": pairs for name, pairs in weights.id_rows.items()}
+    return dataclasses.replace(exported, spec=spec, rows=packed)
+
+
+def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The branches to serve, in the model's order; none for models without.
+
+    Raises:
+        InputError: the model cannot serve these.
+    """
+    have = config.model.mbcnet.branches if config.model.kind == "mbcnet" else ()
+    where = f"--branches {','.join(wanted)}"
+    if wanted and not have:
+        raise InputError(f"{where}: a {config.model.kind} has no branches; leave the option out")
+    unknown = [name for name in wanted if name not in have]
+    if unknown:
+        raise InputError(f"{where}: this run has no branch {unknown[0]!r}; it has {', '.join(have)}")
+    if wanted and set(wanted) != set(have) and len(set(wanted)) > 1 and config.model.mbcnet.fusion == "gated":
+        raise InputError(
+            f"{where}: fusion = 'gated' weighs all branches together; serve all of them or a single one"
+        )
+    return tuple(name for name in have if not wanted or name in wanted)
+
+
+def pool_tables(
+    tables: Sequence[Table],
+) -> tuple[dict[str, list[Table]], dict[str, list[tuple[str, int]]]]:
+    """Sort tables by pooling, which FBGEMM fixes for a whole group of them: pooling -> tables, and (field, table) lookups."""
+    pooled: dict[str, list[Table]] = {}
+    lookups: dict[str, list[tuple[str, int]]] = {}
+    for table in tables:
+        pooling = "weighted" if table.weighted else table.pooling
+        group = pooled.setdefault(pooling, [])
+        lookups.setdefault(pooling, []).extend((field, len(group)) for field in table.feature_names)
+        group.append(table)
+    return pooled, lookups
+
+
+def output_key(field: str, table: Table) -> str:
+    """The name of a lookup's columns, as the regroup knows it."""
+    return wide_key(field) if table.name == f"wide_{field}" else field
+
+
+def pack_rows(
+    tables: Sequence[Mapping[str, Any]],
+    lookups: Sequence[tuple[str, int]],
+    rows: str,
+    pooling: str,
+    values: Mapping[str, Tensor],
+) -> Tensor:
+    """Quantise tables into one block of bytes, laid out as FBGEMM reads it.
+
+    int8 and int4 are row-wise: x ~ scale * q + bias, q of 8 or 4 bits, scale and bias float16, so the largest error of a
+    row is (max - min) / 2 / (2^bits - 1), plus float16's rounding.
+    """
+    opened = serving.open_tables(tables, lookups, rows, pooling)
+    for entry, (packed, scales) in zip(tables, opened.split_embedding_weights(), strict=True):
+        table = values[entry["name"]]
+        for first in range(0, len(table), CHUNK_ROWS):
+            chunk, part = table[first : first + CHUNK_ROWS], slice(first, first + CHUNK_ROWS)
+            if rows in BITS:
+                quantised = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(chunk, BITS[rows])
+                assert scales is not None
+                packed[part].copy_(quantised[:, : packed.shape[1]])
+                scales[part].copy_(quantised[:, packed.shape[1] :])
+            else:
+                packed[part].copy_((chunk.half() if rows == "fp16" else chunk).view(torch.uint8))
+    return opened.weights_host
+
+
+def read_vocabularies(schema: Schema) -> dict[str, list[Any]]:
+    """Name of each vocabulary file -> its values in row order."""
+    names = {
+        feature.vocabulary
+        for feature in schema.features
+        if feature.encoding == "vocabulary" and feature.kind != "numeric"
+    }
+    return {
+        name: pq.read_table(schema.folder / name, columns=["value"])["value"].to_pylist()
+        for name in sorted(names)
+    }
+
+
+def field_entries(schema: Schema, vocabularies: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """The fields as model.json lists them: sparse, weighted, then dense."""
+    entries = []
+    for feature in (*schema.sparse, *schema.weighted, *schema.dense):
+        entry = field_entry(feature, schema)
+        if feature.encoding == "vocabulary" and feature.kind != "numeric":
+            known = vocabularies[feature.vocabulary]
+            entry["vocabulary"] = feature.vocabulary
+            entry["vocabulary_type"] = "integer" if known and isinstance(known[0], int) else "string"
+        entries.append(entry)
+    return entries
+
+
+def field_entry(feature: Feature, schema: Schema) -> dict[str, Any]:
+    """What the loader's preprocessing needs to know of a field."""
+    entry: dict[str, Any] = {
+        "name": feature.name,
+        "kind": feature.kind,
+        "column": feature.source_column,
+        "is_sparse": feature.is_sparse,
+        "on_invalid": feature.on_invalid,
+        "dense_width": feature.dense_width,
+    }
+    if feature.is_sparse:
+        entry["num_embeddings"] = schema.table_of[feature.name].num_embeddings
+        entry["encoding"] = feature.encoding
+    zch = schema.table_of[feature.name].zch if feature.is_sparse else None
+    if zch is not None:
+        entry |= {"zch_table": feature.table_name, "zch_buckets": zch.buckets}
+    if feature.is_weighted:
+        entry["weights"] = feature.weights
+    if feature.kind == "numeric":
+        entry |= {
+            "transform": feature.transform,
+            "boundaries": list(feature.boundaries),
+            "mean": feature.mean,
+            "std": feature.std,
+        }
+    return entry
+
+
+def version(name: str) -> str:
+    """Installed version of a package, or an empty string."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def write_artefact(exported: Exported, weights: Weights, out: Path, *, aot: bool = False) -> str:
+    """Write the folder; it appears by one rename. Returns why the dense part could not be compiled, or an empty string.
+
+    Args:
+        exported: what to write.
+        weights: of the run, for its config and schema.
+        out: what is there is replaced.
+        aot: also compile the dense part by AOTInductor, for this machine's processor.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_file(exported.rows, partial / serving.TABLES)
+        save_file(
+            {name: value.contiguous() for name, value in exported.dense.items()}, partial / serving.DENSE
+        )
+        (partial / serving.VOCABULARY).write_text(json.dumps(exported.vocabularies))
+        (partial / "schema.toml").write_text(format_schema(weights.schema))
+        (partial / "config.toml").write_text(config_text(weights.config))
+        shutil.copyfile(serving.__file__, partial / LOADER)
+        problem = _compile_dense(exported.program, partial / serving.COMPILED) if aot else ""
+        for path in partial.iterdir():  # safetensors writes for its owner's eyes only
+            path.chmod((partial / serving.VOCABULARY).stat().st_mode)
+        files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        (partial / serving.MODEL).write_text(json.dumps(exported.spec | {"files": files}, indent=1))
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return problem
+
+
+def _compile_dense(program: torch.export.ExportedProgram, path: Path) -> str:
+    """Compile by AOTInductor; return why it failed, or an empty string."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:  # the compiler's, Inductor's and the loader's own, of many classes
+        path.unlink(missing_ok=True)
+        return first_line(error) or type(error).__name__
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,200 @@
+"""`mbcnet export`: a run's best checkpoint -> an artefact (artefact.py), compared with the float model on the test rows."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.errors import InputError
+from data.reading.arrow import Place, read_labels
+from data.reading.files import resolve_files
+from data.reading.selection import select_files
+from data.reading.storage import is_uri
+from mbcnet_rec.build import quieten_libraries
+from mbcnet_rec.logs.metrics_log import finite_or_none
+from mbcnet_rec.runtime.process import joined_process
+from mbcnet_rec.scoring.metrics import evaluate_predictions
+from mbcnet_rec.scoring.scorer import labelled_rows
+from mbcnet_rec.scoring.trained_run import find_step, load_run
+from mbcnet_rec.serving import loader as serving
+from mbcnet_rec.serving.artifact import (
+    LOADER,
+    Exported,
+    Weights,
+    check_branches,
+    load_weights,
+    take_apart,
+    with_rows,
+    write_artefact,
+)
+from mbcnet_rec.serving.sample_requests import draw_requests
+
+CHECK = "check.json"
+CHECK_BATCH, ROWS_TO_COMPARE = 4096, 64
+CHECK_ROWS = 1_000_000  # of the test split, scored by the artefact and by the float model
+
+
+def run_export(
+    run_folder: str,
+    out: str,
+    *,
+    rows: str = "int8",
+    branches: Sequence[str] = (),
+    aot: bool | None = None,
+    overwrite: bool = False,
+    check_rows: int = CHECK_ROWS,
+) -> int:
+    """Export a run's best checkpoint, and compare the artefact with the float model on the test rows. In one process.
+
+    Args:
+        run_folder: that `mbcnet train` wrote.
+        out: folder of the artefact.
+        rows: fp32, fp16, int8 or int4.
+        branches: to serve; none: all.
+        aot: also compile the dense part, for this machine's processor; None: where a C++ compiler is there.
+        overwrite: replace an artefact in `out`.
+        check_rows: of the test split that are scored by both at most.
+
+    Raises:
+        InputError: no such run, branches it has not, or `out` holds something else.
+    """
+    quieten_libraries()
+    if is_uri(out):
+        raise InputError(
+            f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards"
+        )
+    folder, target = Path(run_folder), Path(out)
+    config = load_run(folder)
+    check_branches(config, branches)
+    _check_target(target, overwrite)
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if aot and not compiler:
+        raise InputError(
+            "--aot: no C++ compiler on this machine (g++ or clang++); install one, or leave it out"
+        )
+    with joined_process("cpu") as process:
+        step = find_step(config, folder, process)
+    weights = load_weights(config, folder, step)
+    exported = with_rows(take_apart(weights, branches), weights, rows)
+    exported.spec["step"] = step
+    wanted = bool(compiler) if aot is None else aot
+    if wanted:
+        print(
+            "compiling the dense part for this processor: a minute or so (--no-aot leaves it out)", flush=True
+        )
+    problem = write_artefact(exported, weights, target, aot=wanted)
+    if problem and aot:
+        raise InputError(f"--aot: the compiler failed ({problem}); {target} is written without")
+    served = serving.load(target)
+    of_float = with_rows(take_apart(weights), weights, "fp32")
+    report: dict[str, Any] = dict(size_report(target, of_float))
+    if problem:
+        report["not_compiled"] = problem
+    elif wanted:
+        request = draw_requests(weights.schema, exported.vocabularies, ROWS_TO_COMPARE)[0]
+        compiled = serving.load(target, compiled=True)
+        report["compiled_change"] = float(np.abs(compiled.predict(request) - served.predict(request)).max())
+    try:
+        report |= compare(served, of_float.model(), weights, check_rows)
+    except (InputError, ValueError) as error:  # the artefact is whole; its rows may lie on another machine
+        report["not_compared"] = str(error)
+    (target / CHECK).write_text(json.dumps(report, indent=1) + "\n")
+    print("\n".join(_lines(target, exported.spec, report)))
+    return 0
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; choose a folder")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / serving.MODEL).is_file():
+        raise InputError(f"{out}: holds something that is no artefact; choose another --out")
+    if not overwrite:
+        raise InputError(
+            f"{out}: holds an artefact already; replace it with --overwrite, or choose another --out"
+        )
+
+
+def size_report(out: Path, of_float: Exported) -> dict[str, int]:
+    """Bytes of the artefact and of the same with float32 rows, and of each one's tables."""
+    float_rows = sum(rows.nbytes for rows in of_float.rows.values())
+    own_rows = (out / serving.TABLES).stat().st_size
+    total = sum(path.stat().st_size for path in out.iterdir())
+    return {
+        "bytes": total,
+        "table_bytes": own_rows,
+        "float_table_bytes": float_rows,
+        "float_bytes": total - own_rows + float_rows,
+    }
+
+
+def compare(
+    served: serving.ServingModel, of_float: serving.ServingModel, weights: Weights, limit: int
+) -> dict[str, Any]:
+    """Score test rows, else validation rows, by the artefact and by the float model with all its branches.
+
+    Raises:
+        InputError: the rows are not there, or a value is faulty.
+    """
+    data, schema, label = weights.config.data, weights.schema, weights.schema.label
+    split = "test" if data.test else "valid" if data.valid else "train"
+    where = getattr(data, f"{split}_where")
+    files = select_files(resolve_files(getattr(data, split)), where, schema)
+    columns = list(dict.fromkeys([*served.preprocess.columns, label]))
+    source = labelled_rows(files, schema, data.eval_options(where), columns)
+    logits: list[list[np.ndarray]] = [[], []]
+    labels: list[np.ndarray] = []
+    left = min(limit, source.num_rows)
+    batches = (rows for piece in source.pieces for rows in source.reader.read_extra(piece, CHECK_BATCH))
+    with tqdm(total=left, unit="row", unit_scale=True, desc="check", disable=None) as bar:
+        while left > 0:
+            rows = next(batches).slice(0, left)
+            labels.append(read_labels(rows.column(columns.index(label)), label, Place(split, 0)))
+            inputs = served.preprocess(rows)
+            for model, own in zip((served, of_float), logits, strict=True):
+                own.append(model.score(inputs).numpy())
+            left -= rows.num_rows
+            bar.update(rows.num_rows)
+    y = np.concatenate(labels)
+    found: dict[str, Any] = {"split": split, "rows": len(y)}
+    for name, own in zip(("", "float_"), logits, strict=True):
+        metrics = evaluate_predictions(np.concatenate(own)[:, None], y, ())
+        found |= {f"{name}{key}": finite_or_none(metrics[key]) for key in ("auc", "log_loss")}
+    p, q = (1 / (1 + np.exp(-np.concatenate(own).astype(np.float64))) for own in logits)
+    return found | {"largest_probability_change": float(np.abs(p - q).max())}
+
+
+def _lines(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    branches = f", branches {' '.join(spec['branches'])}" if spec["branches"] else ""
+    lines = [
+        f"{out}: {spec['kind']}{branches}, rows {spec['rows']}, weights of step {spec['step']}",
+        f"  size           {report['bytes'] / 1e6:.1f} MB, of float rows {report['float_bytes'] / 1e6:.1f} MB "
+        f"(tables {report['table_bytes'] / 1e6:.1f} and {report['float_table_bytes'] / 1e6:.1f} MB)",
+    ]
+    if "compiled_change" in report:
+        lines.append(
+            f"  compiled       {serving.COMPILED} for this kind of processor, largest change {report['compiled_change']:.1e}"
+        )
+    if "not_compiled" in report:
+        lines.append(f"  not compiled   {report['not_compiled']}")
+    if "not_compared" in report:
+        lines.append(f"  not compared with the float model: {report['not_compared']}")
+    else:
+        lines += _changes(report)
+    loader = f"{out}/{LOADER}"
+    return [*lines, f"next: python {loader} {out} ROWS.parquet   (needs torch, fbgemm-gpu and pyarrow only)"]
+
+
+def _changes(report: dict[str, Any]) -> list[str]:
+    lines = [f"  {report['split']}, {report['rows']:,} rows, against the float model"]
+    for key, words in (("auc", "AUC"), ("log_loss", "log-loss")):
+        now, before = report[key], report[f"float_{key}"]
+        if now is not None and before is not None:
+            lines.append(f"  {words:<14} {now:.6f}, float {before:.6f}, change {now - before:+.1e}")
+    lines.append(f"  probability    largest change {report['largest_probability_change']:.1e}")
+    return lines

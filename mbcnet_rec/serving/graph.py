@@ -1,0 +1,129 @@
+"""What serves of a model: pooled columns -> the fused logit, and its graph as plain JSON.
+
+Shapes: B batch, N flattened width of all lookups and dense columns, K branches, d latent width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from mbcnet_rec.model.mbcnet import BranchArch
+from mbcnet_rec.model.sparse_arch import FeatureRegroup
+from mbcnet_rec.serving import loader as serving
+
+TRACED_ROWS = 7  # of the example that torch.export looks at; any number that no width equals
+
+
+class FusedPath(nn.Module):
+    """Regroup -> the chosen branches -> shared top -> fusion -> the fused logit (Eq. 15).
+
+    With several branches chosen, the fused layer reads the mean of their latents; with a single one of several,
+    that branch's own logit (Eq. 9) serves, which was trained on just that latent. Models without branches serve their logit.
+
+    Args:
+        regroup: of the run.
+        arch: its dense part: BranchArch, or a baseline's.
+        branches: of a BranchArch to serve.
+        widths: name of each lookup -> its columns, in the order in which they stand; dense columns follow.
+    """
+
+    def __init__(
+        self, regroup: FeatureRegroup, arch: nn.Module, branches: Sequence[str], widths: Mapping[str, int]
+    ) -> None:
+        super().__init__()
+        self.regroup = regroup
+        self.arch = arch
+        self._branches = list(branches)
+        self._keys, self._widths = list(widths), list(widths.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N) to (B,)."""
+        pooled, dense = x.split([sum(self._widths), x.shape[1] - sum(self._widths)], dim=1)
+        features = self.regroup([KeyedTensor(self._keys, self._widths, pooled)], dense)
+        if not isinstance(self.arch, BranchArch):
+            return self.arch(features).fused_logits
+        hidden = torch.stack([self.arch.branches[name](features) for name in self._branches])  # (K, B, H)
+        latents = self.arch.top(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (K, B, d)
+        if len(self._branches) == 1 < len(self.arch.branches):
+            own = list(self.arch.branches).index(self._branches[0])
+            return self.arch.branch_logits[own](latents[0]).squeeze(1)
+        return self.arch.fused_logit(self.arch.fusion(latents)).squeeze(1)
+
+
+def trace(path: FusedPath, width: int) -> torch.export.ExportedProgram:
+    """Record the path's calls for any number of rows. `width`: N."""
+    example = torch.zeros(TRACED_ROWS, width)
+    rows = torch.export.Dim("rows", min=1)
+    with torch.no_grad():
+        return torch.export.export(path, (example,), dynamic_shapes=({0: rows},))
+
+
+def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Write an exported program as `serving.build_graph` reads it, with the weights that its output depends on."""
+    signature = program.graph_signature
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    nodes = list(program.graph.nodes)
+    output = next(node for node in nodes if node.op == "output").args[0][0]  # type: ignore[index]
+    needed = _needed(output)
+    calls = [
+        {
+            "name": node.name,
+            "call": _call_name(node),
+            "args": _plain(node.args),
+            "kwargs": {key: _plain(value) for key, value in node.kwargs.items()},
+        }
+        for node in nodes
+        if node.op == "call_function" and node in needed
+    ]
+    tensors = {**program.state_dict, **program.constants}
+    used = {node.name: names[node.name] for node in nodes if node.name in names and node in needed}
+    spec: dict[str, Any] = {
+        "input": next(iter(signature.user_inputs)),
+        "output": output.name,
+        "weights": used,
+        "calls": calls,
+    }
+    for call in calls:
+        serving.resolve(str(call["call"]))  # what the loader would refuse is not written
+    return spec, {name: tensors[name].detach() for name in used.values()}  # type: ignore[union-attr]
+
+
+def _needed(output: fx.Node) -> set[fx.Node]:
+    """The nodes that the output depends on, itself included."""
+    found, open_ends = {output}, [output]
+    while open_ends:
+        fresh = set(open_ends.pop().all_input_nodes) - found
+        found |= fresh
+        open_ends += fresh
+    return found
+
+
+def _call_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return next(
+        (name for name, function in serving.ARITHMETIC.items() if function is target),
+        getattr(target, "__name__", str(target)),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """JSON of an argument: nodes and dtypes as one-entry dicts."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (torch.dtype, torch.layout)):
+        return {"torch": str(value).partition(".")[2]}
+    if isinstance(value, torch.device):
+        return str(value)
+    assert value is None or isinstance(value, (bool, int, float, str)), value
+    return value

@@ -1,0 +1,310 @@
+"""`mbcnet study NAME`: variants x seeds -> runs -> report. Started again, it goes on with the runs that are missing."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.errors import InputError
+from mbcnet_rec.config import RunConfig, config_text, load_config
+from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, write_report
+from mbcnet_rec.study.pictures import Material, describe_scores, draw_all
+from mbcnet_rec.study.runs import Run, place_run, scores, train_all
+from mbcnet_rec.study.studies import MBCNET, MODELS, STUDIES, Study, Variant
+from mbcnet_rec.study.summary import CONFIDENCE, Difference, Row, Scores, judge, summarise
+from mbcnet_rec.study.tuning import with_overrides
+from mbcnet_rec.study.widths import fit_widths
+
+VERDICTS = (
+    "reproduced: the interval lies above 0; same direction: the mean does, the interval does not; contradicted: the interval lies "
+    "below 0; not reproduced: the rest. One seed has no interval."
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to study.
+
+    Attributes:
+        study: which.
+        config: the file that the variants start from.
+        overrides: on it, `key.path=value`.
+        seeds: how many; they are the config's seed and those after it.
+        models: kinds of Table 3 to run; empty: the study's own.
+        tuned: folder of `mbcnet tune`, whose KIND.toml stands in for the config of that kind; None: none.
+        category: the field of Figure 7; "": found by name.
+        out: folder of the runs and the report.
+        workers: processes; 0: chosen.
+    """
+
+    study: Study
+    config: Path
+    overrides: tuple[str, ...] = ()
+    seeds: int = 3
+    models: tuple[str, ...] = ()
+    tuned: Path | None = None
+    category: str = ""
+    out: Path = Path("studies")
+    workers: int = 0
+
+    def command(self) -> str:
+        """The line that does it again."""
+        parts = ["mbcnet", "study", self.study.name, "--config", str(self.config), "--seeds", str(self.seeds)]
+        parts += ["--models", *self.models] if self.models else []
+        parts += ["--tuned", str(self.tuned)] if self.tuned else []
+        parts += ["--category", self.category] if self.category else []
+        for override in self.overrides:
+            parts += ["--set", override]
+        return shlex.join([*parts, "--out", str(self.out)])
+
+
+def find_study(name: str) -> Study:
+    """Look a study up.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in STUDIES:
+        raise InputError(f"study {name!r}: wanted one of {', '.join(STUDIES)}; see `mbcnet study list`")
+    return STUDIES[name]
+
+
+def with_models(study: Study, models: Sequence[str]) -> Study:
+    """Take other models into a study of models, or some of its own.
+
+    Raises:
+        InputError: the study compares no models, or a kind is unknown.
+    """
+    if not models:
+        return study
+    if unknown := [kind for kind in models if kind not in MODELS]:
+        raise InputError(f"--models {unknown[0]}: wanted one of {', '.join(MODELS)}; change it")
+    if study.name == "table3":
+        return replace(study, variants=tuple(MODELS[kind] for kind in models))
+    wanted = {MODELS[kind].name for kind in models}
+    kept = tuple(variant for variant in study.variants if variant.name.split(",")[0] in wanted)
+    if not kept:
+        raise InputError(
+            f"--models {' '.join(models)}: study {study.name} has no row of these models; leave --models out"
+        )
+    return replace(study, variants=kept)
+
+
+def variant_config(
+    base: RunConfig, variant: Variant, tuned: Path | None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Make a variant's config.
+
+    Args:
+        base: what it overrides.
+        variant: with its overrides.
+        tuned: folder whose KIND.toml stands in for the base; None: none.
+        overrides: of the command line, which hold for such a KIND.toml too.
+
+    Raises:
+        InputError: its overrides do not fit the config.
+    """
+    config = with_overrides(base, variant.overrides, f"variant {variant.name!r}")
+    if tuned is not None and (tuned / f"{config.model.kind}.toml").is_file():
+        winner = load_config(tuned / f"{config.model.kind}.toml", overrides)
+        config = with_overrides(winner, variant.overrides, f"variant {variant.name!r}")
+    return replace(config, model=fit_widths(config.model))
+
+
+def conduct(plan: Plan) -> int:
+    """Run what is missing, and write the report.
+
+    Raises:
+        InputError: the config, the study and the models do not fit together.
+    """
+    study = with_models(plan.study, plan.models)
+    if plan.tuned is not None and not any((plan.tuned / f"{kind}.toml").is_file() for kind in MODELS):
+        raise InputError(
+            f"--tuned {plan.tuned}: wanted a folder with KIND.toml files, which `mbcnet tune --out {plan.tuned}` writes; change it"
+        )
+    base = load_config(plan.config, plan.overrides)
+    seeds = range(base.train.seed, base.train.seed + plan.seeds)
+    runs = [
+        Run(
+            variant.name,
+            seed,
+            place_run(variant_config(base, variant, plan.tuned, plan.overrides), seed, plan.out),
+        )
+        for seed in seeds
+        for variant in study.variants
+        if study.name != "complexity"
+    ]
+    failures = train_with_progress(runs, plan.workers)
+    done = [run for run in runs if run.done]
+    found: dict[str, dict[int, Mapping[str, float]]] = {}
+    for run in done:
+        found.setdefault(run.variant, {})[run.seed] = scores(run.folder)
+    blocks = report_blocks(plan, study, base, done, found, failures)
+    title = f"{study.reference}: {study.question}"
+    lead = f"{base.name}, {plan.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
+    page, text = write_report(plan.out, f"{study.name}_{base.name}", title, lead, blocks)
+    print(f"wrote {page} and {text}")
+    print(f"next: open {page} in a browser; the runs are in {plan.out / 'runs'}, and are not trained again")
+    return 0
+
+
+def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str]]:
+    """Train what is missing under a bar over runs; return variant -> why seeds of it failed."""
+    failures: dict[str, list[str]] = {}
+    todo = {run.folder for run in runs if not run.done}
+    with tqdm(total=len({run.folder for run in runs}), desc="runs", unit="run") as bar:
+        bar.update(bar.total - len(todo))
+        for run, failure in train_all(runs, workers):
+            if failure:
+                failures.setdefault(run.variant, []).append(f"seed {run.seed}: {failure}")
+                bar.write(f"{run.variant}, seed {run.seed}: failed: {failure}")
+            else:
+                bar.write(f"{run.variant}, seed {run.seed}: {describe_scores(scores(run.folder))}")
+            bar.update(1)
+    return failures
+
+
+def report_blocks(
+    plan: Plan,
+    study: Study,
+    base: RunConfig,
+    runs: Sequence[Run],
+    found: Mapping[str, Scores],
+    failures: Mapping[str, Sequence[str]],
+) -> list[Block]:
+    """Put a study's report together."""
+    rows = summarise(study, found, failures)
+    blocks: list[Block] = []
+    if rows:
+        blocks += [Heading("Result"), *headline(study, rows, found), score_table(rows), *failure_notes(rows)]
+    if any(row.difference for row in rows):
+        blocks.append(
+            Text(
+                f"Differences are paired by seed; in brackets the {CONFIDENCE:.0%} interval of Student's t. A "
+                "positive difference of AUC, and a negative one of log-loss, speaks for the row. Not corrected for the number of rows."
+            )
+        )
+    if rows and study.claims:
+        asked = "What the paper claims" if study.claimed else "What is hoped for"
+        blocks += [Heading(asked), verdict_table(study, found), Text(VERDICTS)]
+    blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found, rows, plan.category))]
+    blocks += [
+        Heading("Again"),
+        Code(plan.command()),
+        Code(config_text(base), "the config, every key resolved"),
+    ]
+    blocks += [
+        Code(
+            "\n".join(f"{run.variant}, seed {run.seed}: {run.folder}/config.toml" for run in runs) or "none",
+            "each run's own config",
+        )
+    ]
+    return blocks
+
+
+def score_table(rows: Sequence[Row]) -> Table:
+    """Mean, sd, paired differences, and the paper's figures. Columns that all rows leave empty are left out."""
+    names = {row.against for row in rows if row.against}
+    one = f" to {min(names)}" if len(names) == 1 else ""
+    header = ["", "seeds", "AUC", "log-loss"]
+    header += [f"difference of AUC{one}", "of log-loss", *([] if one else ["compared with"])]
+    header += ["paper, 12 months", "paper, 24 months"]
+    lines = [
+        [
+            row.name,
+            str(row.seeds),
+            _mean_sd(row.auc),
+            _mean_sd(row.log_loss),
+            format_difference(row.difference),
+            format_difference(row.loss_difference),
+            *([] if one else [row.against]),
+            _pair(row.paper[:2]),
+            _pair(row.paper[2:4]),
+        ]
+        for row in rows
+    ]
+    kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
+    ended = [index for index, row in enumerate(rows) if row.seeds]
+    best = max(ended, key=lambda index: rows[index].auc[0], default=-1)
+    return Table(
+        tuple(header[place] for place in kept),
+        tuple(tuple(line[place] for place in kept) for line in lines),
+        best,
+    )
+
+
+def _pair(figures: Sequence[float]) -> str:
+    """AUC and log-loss as the paper prints them."""
+    return " / ".join(f"{each:.4f}" for each in figures)
+
+
+def headline(study: Study, rows: Sequence[Row], found: Mapping[str, Scores]) -> list[Block]:
+    """The study's answer in a sentence or two: who is ahead, by how much, and how many claims hold."""
+    said = []
+    ended = [row for row in rows if row.seeds]
+    if len(ended) > 1:
+        best = max(ended, key=lambda row: row.auc[0])
+        said.append(f"The highest mean AUC is that of {best.name}, {best.auc[0]:.4f}.")
+    ours = next((row for row in ended if row.name == MBCNET.name and row.against), None)
+    if ours is not None and ours.difference is not None:
+        difference = ours.difference
+        sure = difference.seeds > 1 and not difference.low <= 0 <= difference.high
+        place = "ahead of" if difference.mean > 0 else "behind"
+        said.append(
+            f"{ours.name} is {place} {ours.against}, the best it is compared with, by {abs(difference.mean):.4f}"
+            + (f" (p = {difference.p:.3f})" if difference.seeds > 1 else "")
+            + ("." if sure else ": within what seeds alone can do.")
+        )
+    verdicts = [judge(claim, found).said for claim in study.claims]
+    tested = [each for each in verdicts if each != "not tested"]
+    if tested:
+        counts = ", ".join(
+            f"{tested.count(each)} {each}"
+            for each in ("reproduced", "same direction", "not reproduced", "contradicted")
+        )
+        asked = "claims of the paper" if study.claimed else "hopes"
+        said.append(f"Of {len(tested)} {asked}: {counts}.")
+    return [Text(" ".join(said))] if said else []
+
+
+def failure_notes(rows: Sequence[Row]) -> list[Block]:
+    """A line for each run that did not end."""
+    return [Text(f"{row.name}: {failure}") for row in rows for failure in row.failures]
+
+
+def verdict_table(study: Study, found: Mapping[str, Scores]) -> Table:
+    """What became of each claim."""
+    verdicts = [judge(claim, found) for claim in study.claims]
+    shown = [verdict for verdict in verdicts if verdict.said != "not tested"]
+    return Table(
+        ("claim", "here", "difference of AUC", "p"),
+        tuple(
+            (
+                verdict.claim.text,
+                verdict.said,
+                format_difference(verdict.difference),
+                ""
+                if verdict.difference is None or verdict.difference.seeds < 2
+                else f"{verdict.difference.p:.3f}",
+            )
+            for verdict in shown
+        ),
+    )
+
+
+def format_difference(difference: Difference | None) -> str:
+    """A difference and its interval."""
+    if difference is None:
+        return ""
+    if difference.seeds < 2:
+        return f"{difference.mean:+.4f}"
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def _mean_sd(value: tuple[float, float]) -> str:
+    mean, sd = value
+    if mean != mean:  # no seed ended
+        return ""
+    return f"{mean:.4f}" + (f" ± {sd:.4f}" if sd == sd else "")

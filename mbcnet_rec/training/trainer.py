@@ -1,0 +1,399 @@
+"""The training loop: steps between evaluations, what is logged, when it stops, when a checkpoint is due."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from data.errors import InputError
+from data.reading.order import Cursor
+from data.stream import ParquetStream
+from mbcnet_rec.build import Built, cooperation
+from mbcnet_rec.checkpoints.blocks import Saved, pieces_of
+from mbcnet_rec.checkpoints.compatibility import describe_run, load_checked
+from mbcnet_rec.checkpoints.storage import Place
+from mbcnet_rec.checkpoints.writer import Keep, Saver
+from mbcnet_rec.checkpoints.zch_state import history_pieces, restore_history, zch_counters
+from mbcnet_rec.config import RunConfig
+from mbcnet_rec.logs.metrics_log import Records
+from mbcnet_rec.logs.mlflow import open_sink
+from mbcnet_rec.logs.progress import Progress
+from mbcnet_rec.model.objective import LossArch
+from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError
+from mbcnet_rec.runtime.preemption import StopRequest
+from mbcnet_rec.runtime.process import Process, agreed, any_rank, vote
+from mbcnet_rec.runtime.watchdog import Watchdog
+from mbcnet_rec.scoring.metrics import evaluate_predictions
+from mbcnet_rec.training.evaluation import (
+    EvaluationGivenUpError,
+    autocast_of,
+    average_terms,
+    diagnostics,
+    evaluate_stream,
+    own_rows,
+)
+from mbcnet_rec.training.faults import dump_batch, loss_spike
+from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
+from mbcnet_rec.training.pipeline import CheckedPipeline, PlainPipeline, clip_gradients, pipeline_for
+from mbcnet_rec.training.plan_check import PlanWatch
+from mbcnet_rec.training.state import (
+    Feed,
+    TrainState,
+    Window,
+    mended_counts,
+    restored_outputs,
+    scale_rates,
+    seed_step,
+)
+from sharding.bridge.zch import collisions_of
+
+SECONDS_PER_MINUTE = 60.0
+Pipeline = PlainPipeline | CheckedPipeline
+Watch = Callable[[int, float], bool]  # (step, valid AUC) of an evaluation -> stop now?
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a trainer runs in.
+
+    Attributes:
+        process: this rank.
+        place: of checkpoints.
+        stop: a wish to stop that came from outside.
+        watchdog: who is told of every step.
+        watch: told of every evaluation; may end training there.
+    """
+
+    process: Process
+    place: Place
+    stop: StopRequest
+    watchdog: Watchdog
+    watch: Watch | None = None
+
+
+class Trainer:
+    """Drives a built model over a stream.
+
+    Args:
+        config: of the run.
+        around: this rank and what surrounds it.
+        built: model, optimizers, plan.
+        stream: of training rows.
+        valid: makes a fresh stream of validation rows; None if there are none.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        around: Surroundings,
+        built: Built,
+        stream: ParquetStream,
+        valid: Callable[[], ParquetStream] | None,
+    ) -> None:
+        self.config, self.around, self.built, self.valid = config, around, built, valid
+        self.process = around.process
+        self.stream = stream
+        self.state = TrainState()
+        self.folder = config.run_folder
+        steps = stream.steps_per_epoch * config.train.epochs
+        self.total_steps = min(steps, config.train.max_steps) if config.train.max_steps else steps
+        self.window = Window()
+        self.branches = branch_parameters(built.model)
+        self.losses = [module for module in built.model.modules() if isinstance(module, LossArch)]
+        self.collisions = collisions_of(built.model)
+        self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
+        self.autocast = autocast_of(config.train.autocast, self.process.device)
+        self.saver = Saver(around.place, self.process, config.train.timeout_seconds)
+        self._saved_at = time.monotonic()
+        self._stop_wanted = self._save_wanted = False
+        self._last_auc = float("nan")
+
+    def restore(self, saved: Saved, *, allow_partial: bool = False) -> list[str]:
+        """Continue from a checkpoint; every rank calls it.
+
+        Returns:
+            What a partial load did; empty where everything fits.
+
+        Raises:
+            InputError: it is damaged or belongs to another run.
+        """
+        extra = saved.manifest.extra
+        state = TrainState.from_json(extra.get("state", {}))
+        lines = load_checked(saved, self.built, self.config, self.process, allow_partial=allow_partial)
+        if not lines:
+            with agreed(self.process):
+                restore_history(saved, self.collisions)
+        try:
+            self.stream.load_state_dict(extra.get("stream", {}))
+        except InputError as error:
+            if not allow_partial:
+                raise
+            lines.append(f"partial load: the position in the data starts fresh ({error})")
+            state.cursor = Cursor()
+        self.state = state
+        if saved.manifest.world_size == self.process.world_size and not lines:
+            self.window = Window(restored_outputs(saved, self.process.rank))
+        self._scale_rates()
+        return lines
+
+    def train(self) -> TrainState:
+        """Train until the last step or an early stop.
+
+        Raises:
+            InputError: a row is faulty.
+            NonFiniteLossError: before a loss that is not finite writes a row.
+            PreemptedError: some rank was asked to stop; a checkpoint of the last step is written.
+            CannotWriteError: a checkpoint or a line could not be written.
+        """
+        process = self.process
+        records = Records(self.folder, self.state.step, open_sink(self.config)) if process.is_first else None
+        bar = Progress(self.total_steps, self.state.step, self.config.data.batch_size, shown=process.is_first)
+        pipeline: Pipeline = pipeline_for(self.built.plan.prefetch, process.world_size, process.device)(
+            self.built.model,
+            self.built.optimizer,
+            self.autocast,
+            lambda losses: self._verdict(losses, pipeline, bar),
+            self._after_backward,
+        )
+        feed = Feed(self.stream, process)
+        self.built.model.train()
+        self.window = Window(self.window.outputs, first_step=self.state.step, waited=feed.waited)
+        self.planned = PlanWatch(self.built, self.config, process, self.total_steps - self.state.step)
+        try:
+            while True:
+                if self._evaluation_due():
+                    pipeline.detach()
+                    self._evaluate_and_decide(bar, records)
+                if self.state.step >= self.total_steps or self.state.stopped:
+                    break
+                self._segment(pipeline, feed, bar, records)
+            self.saver.finish()
+        finally:
+            self.saver.cancel()
+            bar.close()
+            if records is not None:
+                records.close()
+        return self.state
+
+    def _segment(self, pipeline: Pipeline, feed: Feed, bar: Progress, records: Records | None) -> None:
+        """Train up to the next evaluation."""
+        train = self.config.train
+        boundary = self._next_boundary()
+        batches = feed.take(boundary - self.state.step)
+        while True:
+            seed_step(train.seed, self.state.step, self.process.rank)
+            if self.state.step < boundary:
+                self.around.watchdog.beat(f"step {self.state.step + 1}")
+            for losses in self.losses:
+                losses.measures = (self.state.step + 1) % train.log_every == 0
+            start = time.perf_counter()
+            try:
+                outputs = pipeline.progress(batches)
+            except StopIteration:
+                break
+            compared = self.planned.after_step(time.perf_counter() - start)
+            if compared:
+                bar.say(compared)
+            self.state.step += 1
+            self.state.cursor = feed.trained()
+            if pipeline.skipped:
+                self.state.skipped += 1
+            else:
+                self.window.outputs.append(outputs)
+            shown = {}
+            if self.state.step % train.log_every == 0 and self.window.outputs:
+                shown = self._log(feed, bar, records)
+            bar.step(**shown)
+            due = train.checkpoint_every and self.state.step % train.checkpoint_every == 0
+            if self._stop_wanted:
+                self._stop(records)
+            elif (due or self._save_wanted) and not self._evaluation_due():
+                self.save(records)
+
+    def _next_boundary(self) -> int:
+        """The step at which the next evaluation is due."""
+        every = self.config.train.eval_every or self.stream.steps_per_epoch
+        return min(self.total_steps, (self.state.step // every + 1) * every)
+
+    def _evaluation_due(self) -> bool:
+        """Whether this step ends with an evaluation that has not been made."""
+        every = self.config.train.eval_every or self.stream.steps_per_epoch
+        step = self.state.step
+        boundary = step > 0 and (step % every == 0 or step >= self.total_steps)
+        return boundary and self.state.evaluated_step != step
+
+    def _verdict(self, losses: Tensor, pipeline: Pipeline, bar: Progress) -> bool:
+        """Decide together, before backward writes a row: is the loss finite, shall we stop, is a checkpoint due?
+
+        Returns:
+            Whether to pass over this step.
+        """
+        finite = math.isfinite(losses.item())
+        minutes = self.config.train.checkpoint_minutes
+        late = 0 < minutes * SECONDS_PER_MINUTE <= time.monotonic() - self._saved_at
+        faulty, stop, failed, due = vote(
+            [not finite, self.around.stop.requested, self.saver.failed, late and self.process.is_first]
+        )
+        if failed is not None:
+            self.saver.finish()
+        self._stop_wanted, self._save_wanted = stop is not None, due is not None
+        if faulty is None:
+            return False
+        pipeline.forward.take_back()
+        where = self._dump(losses, pipeline) if not finite else ""
+        cap = self.config.train.max_skipped
+        if self.config.train.on_nonfinite == "skip" and self.state.skipped < cap:
+            bar.say(
+                f"step {self.state.step + 1}: loss not finite on rank {faulty}{where}; passed over, no row written "
+                f"({self.state.skipped + 1} of at most {cap})"
+            )
+            return True
+        self.save(None)
+        self.saver.finish()
+        raise NonFiniteLossError(
+            f"rank {self.process.rank}: step {self.state.step + 1}: the loss is not finite{where}; no row was written, and a "
+            f"checkpoint of step {self.state.step} is kept. Lower optim.dense_lr or optim.embedding.lr, mend the rows, or pass "
+            "over such steps with --set train.on_nonfinite=skip",
+            spoken=not finite,
+        )
+
+    def _dump(self, losses: Tensor, pipeline: Pipeline) -> str:
+        assert pipeline.forward.batch is not None
+        try:
+            path = dump_batch(
+                self.folder, self.state.step + 1, self.process.rank, pipeline.forward.batch, losses
+            )
+        except OSError as error:
+            return f" (its batch could not be kept: {error.strerror})"
+        return f" (its batch is in {path})"
+
+    def _after_backward(self) -> None:
+        limit = self.config.train.max_grad_norm
+        if limit > 0 or (self.state.step + 1) % self.config.train.log_every == 0:
+            self.window.grad_norm = clip_gradients(self.built.dense, limit or float("inf"))
+        if (self.state.step + 1) % self.config.train.log_every == 0:
+            self.window.gradient_shares = gradient_shares(self.branches)
+
+    def _log(self, feed: Feed, bar: Progress, records: Records | None) -> dict[str, float]:
+        """Write a line of metrics.jsonl; return what the bar shows."""
+        window, now = self.window, time.perf_counter()
+        steps, seconds = max(1, self.state.step - window.first_step), now - window.started
+        terms = average_terms(window.outputs)
+        mended = mended_counts(self.stream, self.config.data.order, self.process)
+        values: dict[str, Any] = terms | zch_counters(self.collisions, self.process)
+        spike = loss_spike(self.state, terms["loss"], self.config.train.spike_sigmas)
+        if spike is not None:
+            bar.say(
+                f"step {self.state.step}: ALARM: loss {terms['loss']:.4f} stands {spike:.1f} standard deviations above the lines before"
+            )
+        if self.process.is_first:
+            assert records is not None
+            logits, labels = own_rows(window.outputs)
+            values |= evaluate_predictions(logits, labels, self.built.branch_names)
+            threshold = cooperation(self.config.model)[0].threshold
+            values |= diagnostics(logits, labels, window.outputs[-1], self.built.branch_names, threshold)
+            values |= {
+                "samples_per_second": steps * self.config.data.batch_size / seconds,
+                "step_seconds": seconds / steps,
+                "input_wait_share": (feed.waited - window.waited) / seconds,
+                "checkpoint_stall_seconds": self.saver.stalled_seconds - window.stalled,
+                "checkpoint_seconds": self.saver.written_seconds,
+                "lr_scale": self.state.lr_scale,
+                "grad_norm": float("nan") if window.grad_norm is None else float(window.grad_norm),
+            }
+            values |= {
+                f"gradient_share/{name}": float(share) for name, share in window.gradient_shares.items()
+            }
+            values |= {} if spike is None else {"loss_spike": spike}
+            values |= {} if not self.state.skipped else {"skipped_steps": self.state.skipped}
+            values |= {f"mended/{name}": count for name, count in mended.items()}
+            records.add(self.state.step, "train", values)
+        self._open_window(feed)
+        shown = {"loss": values["loss"], "auc": values.get("auc", float("nan"))}
+        return shown | ({} if np.isnan(self._last_auc) else {"valid_auc": self._last_auc})
+
+    def _open_window(self, feed: Feed) -> None:
+        self.window = Window(
+            first_step=self.state.step, waited=feed.waited, stalled=self.saver.stalled_seconds
+        )
+
+    def _evaluate_and_decide(self, bar: Progress, records: Records | None) -> None:
+        """Evaluate, keep the best checkpoint, slow down or stop."""
+        train, state = self.config.train, self.state
+        if self.valid is None:
+            state.evaluated_step = state.step
+            self.save(records)
+            return
+        start = time.perf_counter()
+        try:
+            metrics = self.evaluate(self.valid())
+        except EvaluationGivenUpError:
+            self._stop(records)
+            raise
+        self.window.started += time.perf_counter() - start  # an evaluation is no part of a training step
+        state.evaluated_step = state.step
+        auc = metrics["auc"]
+        better = state.note_evaluation(auc, train)
+        self._scale_rates()
+        if self.around.watch is not None and any_rank(self.around.watch(state.step, auc)):
+            state.stopped = True
+        self._last_auc = auc
+        if records is not None:
+            records.add(state.step, "valid", metrics)
+        mark = "best so far" if better else f"{state.bad_evaluations} without a better one"
+        bar.say(f"step {state.step}: valid AUC {auc:.4f}, log-loss {metrics['log_loss']:.4f} ({mark})")
+        self.save(records)
+
+    def evaluate(self, stream: ParquetStream) -> dict[str, Any]:
+        """Score a stream; its metrics are equal on every rank.
+
+        Raises:
+            EvaluationGivenUpError: some rank was asked to stop.
+        """
+
+        def give_up() -> bool:
+            self.around.watchdog.beat(f"evaluation at step {self.state.step}")
+            return any_rank(self.around.stop.requested)
+
+        self.around.watchdog.beat(f"evaluation at step {self.state.step}")
+        return evaluate_stream(self.built, stream, self.process, self.autocast, give_up)
+
+    def _stop(self, records: Records | None) -> None:
+        self.save(records)
+        self.saver.finish()
+        raise self.preempted()
+
+    def preempted(self) -> PreemptedError:
+        """The end of a run that was asked to stop and whose last step has a checkpoint."""
+        return PreemptedError(
+            f"stopped by {self.around.stop.signal_name or 'a signal to another rank'} after step {self.state.step}; its "
+            "checkpoint is written: go on with --resume",
+            spoken=self.process.is_first,
+        )
+
+    def _scale_rates(self) -> None:
+        scale_rates(self.built.optimizer, self.base_rates, self.state.lr_scale)
+
+    def save(self, records: Records | None) -> None:
+        """Begin a checkpoint of this step; those that are neither recent nor among the best go when it is whole.
+
+        Raises:
+            CannotWriteError: the one before could not be written.
+        """
+        self.around.watchdog.beat(f"checkpoint of step {self.state.step}")
+        if records is not None:
+            records.sync()
+        extra = {
+            "state": self.state.to_json(),
+            "stream": self.stream.state_dict(self.state.cursor),
+            "run": describe_run(self.built, self.config),
+        }
+        pieces = pieces_of(self.built.model, self.built.optimizer) + self.window.pieces(self.process.rank)
+        pieces += history_pieces(self.collisions)
+        best = tuple((auc, step) for auc, step in self.state.best)
+        self.saver.save(self.state.step, pieces, extra, Keep(self.config.train.keep_last, best))
+        self._saved_at = time.monotonic()

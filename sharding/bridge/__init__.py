@@ -1,0 +1,1 @@
+"""Plan -> TorchRec. The only room of `sharding` that may name private parts of TorchRec and FBGEMM."""

@@ -1,0 +1,115 @@
+"""Planned against held: bytes of tables and optimizer state that a sharded model really has on this rank."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sharding.bridge.zch import STATE, BucketedCollisions
+from sharding.cost.assess import Assessment
+from sharding.cost.memory import gib
+
+PARTS: tuple[str, ...] = ("rows", "state", "cache")
+
+
+def held_bytes(model: nn.Module) -> dict[str, int]:
+    """Count the bytes of this rank's tables: {"rows": ..., "state": ..., "cache": ...}. Call after the first step.
+
+    Every storage counts once, as large as it was allocated. `state` holds what the fused kernels keep, and the ids of rows of
+    encoding zch; a replicated table's state lives in the optimizer that the trainer gave it and is counted by `optimizer_bytes`.
+    """
+    counts = dict.fromkeys(PARTS, 0)
+    seen: set[int] = set()
+    for module in _with_lookups(model):
+        for kind, tensor in _kernel_tensors(module):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() and storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                counts[kind] += storage.nbytes()
+    return counts
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state tensors other than step counts."""
+    tensors = [
+        value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1)
+
+
+def _with_lookups(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module, also the lookups that TorchRec's sharded collections keep in a plain list."""
+    for module in model.modules():
+        yield module
+        for lookup in getattr(module, "_lookups", ()):
+            # a replicated table's lookup is wrapped for gradients to be averaged
+            yield from getattr(lookup, "module", lookup).modules()
+
+
+def _kernel_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Tensors of one of FBGEMM's table kernels, or of rows with ids, by what they are; empty for every other module."""
+    kind = type(module).__name__
+    if isinstance(module, BucketedCollisions):
+        return [("state", getattr(module, name)) for name in STATE]
+    if kind == "DenseTableBatchedEmbeddingBagsCodegen":
+        return [("rows", parameter.data) for parameter in module.parameters()]
+    if kind != "SplitTableBatchedEmbeddingBagsCodegen":
+        return []
+    found = []
+    for name, value in {
+        **vars(module),
+        **dict(module.named_buffers()),
+        **dict(module.named_parameters()),
+    }.items():
+        if not torch.is_tensor(value) or (value.numel() <= 1 and value.dtype == torch.int64):
+            continue  # one integer stands where a table has no such tensor
+        if name in ("weights_dev", "weights_host", "weights_uvm"):
+            found.append(("rows", value.data))
+        elif name.startswith(("momentum1_", "momentum2_")) and name.endswith(("_dev", "_host", "_uvm")):
+            found.append(("state", value.data))
+        elif name in ("lxu_cache_weights", "lxu_cache_state", "lxu_state", "cache_index_table_map"):
+            found.append(("cache", value.data))
+    return found
+
+
+def planned_against_held(
+    assessment: Assessment, rank: int, held: Sequence[Mapping[str, int]], step_seconds: float = 0.0
+) -> str:
+    """One line: what the plan said of a rank, what it holds, and how far the two are apart.
+
+    Args:
+        assessment: of the plan that runs.
+        rank: of which the line tells.
+        held: of every rank, from `held_bytes`, with a replicated optimizer's state added to "state"; on cuda also "hbm".
+        step_seconds: measured; 0: left out.
+    """
+    planned, found = assessment.of_rank(rank).bytes, held[rank]
+    ids = " and ids" if any(table.zch_buckets for table in assessment.plan.tables.values()) else ""
+    parts = [
+        _compared("rows", planned.rows, found["rows"]),
+        _compared(f"optimizer state{ids}", planned.state, found["state"]),
+    ]
+    if planned.cache or found["cache"]:
+        parts.append(_compared("cache", planned.cache, found["cache"]))
+    if found.get("hbm"):
+        parts.append(_compared("HBM in all", assessment.memory(assessment.of_rank(rank))[0], found["hbm"]))
+    which = f"rank {rank}" + (f" of {len(held)}, the farthest off" if len(held) > 1 else "")
+    line = f"planned against held ({which}): " + ", ".join(parts)
+    if step_seconds and assessment.path.step:
+        ratio = step_seconds / assessment.path.step
+        line += (
+            f"; step at least {1e3 * assessment.path.step:.1f} ms on {assessment.cluster}, measured {1e3 * step_seconds:.1f} ms "
+            f"({ratio:.1f} times)"
+        )
+    return line
+
+
+def _compared(what: str, planned: int, held: int) -> str:
+    off = 0.0 if planned == held else 100 * (held - planned) / planned if planned else float("inf")
+    return f"{what} {gib(planned)} -> {gib(held)} ({off:+.2f} %)"
+
+
+def memory_allocated(device: torch.device) -> dict[str, Any]:
+    """Bytes that CUDA has given out on this device at most; empty on a CPU."""
+    return {"hbm": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}

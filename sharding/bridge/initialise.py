@@ -1,0 +1,53 @@
+"""Initial rows that depend on seed, table and row alone, so that every plan and world size starts from the same tables."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharding.bridge.blocks import local_blocks
+
+CHUNK_ROWS = 4_096
+
+
+def table_rows(
+    seed: int, table: str, start: int, stop: int, dim: int, std: float
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, (rows, dim) float32 normal values) that cover rows [start, stop) of a table.
+
+    Each chunk of 4,096 rows has a generator of its own, so a shard draws only the chunks it holds. A chunk is
+    always drawn whole: how torch fills a tensor with normal values depends on its size, so a part of a chunk
+    would have other values than the same rows of the whole.
+    """
+    for chunk in range(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS)):
+        digest = hashlib.sha256(f"{seed}/{table}/{chunk}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        first = chunk * CHUNK_ROWS
+        low, high = max(start, first), min(stop, first + CHUNK_ROWS)
+        values = torch.empty(CHUNK_ROWS, dim).normal_(0.0, std, generator=generator)
+        yield low, values[low - first : high - first]
+
+
+def initialise_tables(state: dict[str, Any], tables: dict[str, str], *, seed: int, std: float) -> None:
+    """Fill the local shards of every table in place.
+
+    Args:
+        state: state_dict of the sharded model: ShardedTensor or DTensor for sharded tables, Tensor for replicated ones.
+        tables: name in `state` -> table name.
+        seed: of the run.
+        std: standard deviation of the rows.
+    """
+    with torch.no_grad():
+        for name, table in tables.items():
+            value = state[name]
+            blocks = local_blocks(value)
+            if blocks is None:
+                for first, rows in table_rows(seed, table, 0, value.shape[0], value.shape[1], std):
+                    value[first : first + len(rows)].copy_(rows)
+                continue
+            for tensor, (row, column) in blocks:
+                height, width = tensor.shape
+                for first, rows in table_rows(seed, table, row, row + height, value.size(1), std):
+                    tensor[first - row : first - row + len(rows)].copy_(rows[:, column : column + width])

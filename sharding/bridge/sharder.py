@@ -1,0 +1,138 @@
+"""Plan -> TorchRec: the sharder that offers what was seen to work, and the ShardingPlan for a model's collections."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.sharding_plan import (
+    column_wise,
+    construct_module_sharding_plan,
+    data_parallel,
+    row_wise,
+    table_row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import CacheParams, ShardingPlan
+from torchrec.modules.embedding_configs import DataType
+
+from sharding.bridge.zch import CollisionSharder
+from sharding.plan.plan_file import SHARDING_TYPES, Plan, TablePlan
+
+DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
+COMM_TYPES = {"fp32": CommType.FP32, "fp16": CommType.FP16, "bf16": CommType.BF16}
+
+
+class AnyTypeSharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder, offering on a CPU every type that was seen to run there with right results.
+
+    The stock one hides row-wise types on a CPU although they work (compared with unsharded tables in tests), and offers kernels for
+    data-parallel tables that fail. Grid shards are left out: with mean pooling TorchRec divides wrongly and says nothing.
+    """
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Return the types a plan may use."""
+        return list(SHARDING_TYPES)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Return the kernels of a type: dense where tables are replicated, else fused (optimizer in backward)."""
+        if sharding_type == "data_parallel":
+            return ["dense"]
+        return ["fused"] if compute_device_type == "cpu" else ["fused", "fused_uvm", "fused_uvm_caching"]
+
+
+def sharders_of(plan: Plan, *, seed: int = 0, std: float = 0.0) -> list[Any]:
+    """The sharders that send pooled rows and gradients in the plan's precisions.
+
+    gloo has no bf16: TorchRec takes fp16 there in its place.
+
+    Args:
+        plan: of the tables.
+        seed: of the run, and
+        std: of the values of rows that are given to another id (encoding zch).
+    """
+    registry = None
+    if not plan.forward_precision == plan.backward_precision == "fp32":
+        precisions = QCommsConfig(COMM_TYPES[plan.forward_precision], COMM_TYPES[plan.backward_precision])
+        registry = get_qcomm_codecs_registry(precisions, device=torch.device(plan.device))
+    rows = AnyTypeSharder(qcomm_codecs_registry=registry)
+    if not any(table.zch_buckets for table in plan.tables.values()):
+        return [rows]
+    return [rows, CollisionSharder(AnyTypeSharder(qcomm_codecs_registry=registry), seed, std)]
+
+
+def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> ShardingPlan:
+    """Build TorchRec's plan for the EmbeddingBagCollections at the given module paths.
+
+    Args:
+        plan: where each table lives.
+        collections: module path inside the model -> EmbeddingBagCollection, or one with managed collision before it.
+    """
+    result = {}
+    for path, collection in collections.items():
+        rows = getattr(collection, "_embedding_module", collection)
+        generators = {
+            config.name: _generator(plan.tables[config.name], plan)
+            for config in rows.embedding_bag_configs()  # type: ignore[operator]
+        }
+        sharder: Any = AnyTypeSharder() if rows is collection else CollisionSharder(AnyTypeSharder())
+        result[path] = construct_module_sharding_plan(
+            collection,
+            generators,
+            sharder=sharder,
+            local_size=plan.local_group_size,
+            world_size=plan.group_size,
+            device_type=plan.device,
+        )
+    return ShardingPlan(result)
+
+
+def _generator(table: TablePlan, plan: Plan) -> Any:
+    """TorchRec's way to say the same: a function that makes a ParameterSharding of a parameter."""
+    kernel = table.compute_kernel
+    if table.sharding_type == "data_parallel":
+        return data_parallel()
+    if table.sharding_type == "table_wise":
+        generate = table_wise(rank=table.ranks[0], compute_kernel=kernel)
+    elif table.sharding_type == "row_wise":
+        generate = row_wise(compute_kernel=kernel)
+    elif table.sharding_type == "table_row_wise":
+        generate = table_row_wise(host_index=table.ranks[0] // plan.local_group_size)
+    else:
+        generate = column_wise(ranks=list(table.ranks), compute_kernel=kernel)
+
+    def finished(*args: Any) -> Any:
+        sharding = generate(*args)
+        sharding.compute_kernel = kernel  # table_row_wise takes none
+        if kernel == "fused_uvm_caching":
+            sharding.cache_params = CacheParams(
+                load_factor=table.cache_ratio, prefetch_pipeline=plan.prefetch
+            )
+        return sharding
+
+    return finished
+
+
+def placed_differences(plan: Plan, model: nn.Module) -> list[str]:
+    """How a sharded model differs from the plan it was made by, one phrase a table; empty if it keeps to it to the letter."""
+    held: dict[str, Any] = {}
+    for module in model.modules():
+        held.update(getattr(module, "module_sharding_plan", None) or {})
+    lines = []
+    for name, table in plan.tables.items():
+        if name not in held:
+            lines.append(f"{name}: planned, but in no sharded collection")
+            continue
+        found = held[name]
+        pairs: list[tuple[str, Any, Any]] = [
+            ("sharding_type", table.sharding_type, found.sharding_type),
+            ("compute_kernel", table.compute_kernel, found.compute_kernel),
+        ]
+        if table.ranks and plan.replicas == 1:  # a group's ranks are numbered anew
+            pairs.append(("ranks", list(table.ranks), list(found.ranks or ())))
+        changed = [f"{key} {planned} -> {real}" for key, planned, real in pairs if planned != real]
+        if changed:
+            lines.append(f"{name}: {', '.join(changed)}")
+    return lines + [f"{name}: sharded, but not planned" for name in held if name not in plan.tables]

@@ -1,0 +1,212 @@
+"""Bytes and seconds of one shard, by part, from first principles. Imports no torch.
+
+G rows of a batch over one group's ranks, B of one rank, P ids a row (all fields of the table), F fields, D columns of the shard,
+r rows of the shard, s its share of the lookups (1, or 1/n where n ranks share the rows), w bytes of a weight.
+
+Memory. rows r D w, state 4 r (rowwise_adagrad), 4 r D (adagrad), 8 r D (adam, of replicated tables), 0 (sgd),
+and 32 r where ids are given rows (encoding zch). Activations: ids 2 * 8 G P s (two batches in flight),
+pooled rows and their gradient 2 * 4 G F D. With fused_uvm* rows are in host memory; state is where FBGEMM puts it: rowwise in HBM,
+full in host memory. A cache of c r rows takes c r (D w + 16) + 4 r bytes of HBM (slots with two 64-bit marks; one 32-bit map entry a row).
+
+Time. Rows are read at random, so a row costs at least one burst of 64 bytes. Bandwidths are used at 0.93 for memory (what FBGEMM's
+lookup reaches on an H100) and 0.8 for links. A repeated id is read once from memory and then from the GPU's cache, and updated once.
+This is a floor, not a forecast: no launches, no stragglers, no skew of hot rows.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+from sharding.plan.plan_file import Plan, TablePlan
+from sharding.plan.shards import shards_of
+
+ID_BYTES, LENGTH_BYTES, FLOAT_BYTES, BURST_BYTES = 8, 4, 4, 64
+ZCH_BYTES_PER_ROW = 32  # id, row, count and last step, 8 bytes each
+DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+SORT_BYTES_PER_ID = 96  # backward sorts (id, position): 12 bytes, read and written in 4 radix passes
+
+
+class Times(NamedTuple):
+    """Seconds of one step on one rank."""
+
+    input_dist: float = 0.0
+    lookup: float = 0.0
+    output_dist: float = 0.0
+    gradient_dist: float = 0.0
+    update: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """What loads a rank; input_dist is left out, since the pipeline overlaps it with the step before."""
+        return self.lookup + self.output_dist + self.gradient_dist + self.update
+
+
+class Bytes(NamedTuple):
+    """Bytes on one rank."""
+
+    rows: int = 0
+    state: int = 0
+    cache: int = 0
+    activations: int = 0
+    hbm: int = 0
+    ddr: int = 0
+
+
+class ShardCost(NamedTuple):
+    """One shard: its rank, bytes and seconds."""
+
+    rank: int
+    bytes: Bytes
+    times: Times
+
+
+@dataclass(frozen=True)
+class Links:
+    """Traffic of a rank: `inside` reaches the other ranks of its host, `outside` those of other hosts."""
+
+    inside_bytes: float
+    outside_bytes: float
+
+    def seconds(self, cluster: Cluster) -> float:
+        """Both kinds of link work at once."""
+        inside = self.inside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.nvlink_gb_per_second)
+        outside = self.outside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.network_gb_per_second)
+        return max(inside, outside)
+
+
+def add_times(left: Times, right: Times) -> Times:
+    """Sum part by part."""
+    return Times(*(a + b for a, b in zip(left, right, strict=True)))
+
+
+def add_bytes(left: Bytes, right: Bytes) -> Bytes:
+    """Sum part by part."""
+    return Bytes(*(a + b for a, b in zip(left, right, strict=True)))
+
+
+def table_costs(table: TablePlan, plan: Plan, cluster: Cluster) -> list[ShardCost]:
+    """Cost of every shard of a table, in shard order."""
+    known: dict[tuple[int, int], tuple[Bytes, Times]] = {}
+    costs = []
+    for shard in shards_of(table, plan):
+        size = (shard.rows, shard.columns)
+        if size not in known:
+            memory = shard_bytes(table, plan, shard.rows, shard.columns)
+            known[size] = memory, shard_times(table, plan, cluster, shard.rows, shard.columns)
+        costs.append(ShardCost(shard.rank, *known[size]))
+    return costs
+
+
+def state_bytes(optimizer: str, rows: int, columns: int) -> int:
+    """Bytes of the fused optimizer's state for a block of a table; it is fp32 for every row dtype."""
+    whole = FLOAT_BYTES * rows * columns
+    return {"rowwise_adagrad": FLOAT_BYTES * rows, "adagrad": whole, "adam": 2 * whole, "sgd": 0}[optimizer]
+
+
+def shard_bytes(table: TablePlan, plan: Plan, rows: int, columns: int) -> Bytes:
+    """Bytes of one shard; see the top of the file."""
+    width = DTYPE_BYTES[plan.data_type]
+    weights, state = rows * columns * width, state_bytes(plan.optimizer, rows, columns)
+    if table.zch_buckets:
+        state += ZCH_BYTES_PER_ROW * rows
+    if table.sharding_type == "data_parallel":
+        state = state * width // FLOAT_BYTES  # a dense optimizer keeps its state in the rows' dtype
+    share = _lookup_share(table, plan)
+    global_rows = plan.batch_size_per_rank * (
+        1 if table.sharding_type == "data_parallel" else plan.group_size
+    )
+    ids = 2 * ID_BYTES * global_rows * table.ids * share
+    pooled = 2 * FLOAT_BYTES * global_rows * table.bags * columns
+    if table.sharding_type == "data_parallel":
+        pooled += 2 * weights  # a dense gradient, and its all-reduce bucket
+    activations = int(ids + pooled)
+    if plan.device == "cpu":
+        return Bytes(weights, state, 0, activations, 0, weights + state + activations)
+    if "uvm" not in table.compute_kernel:
+        return Bytes(weights, state, 0, activations, weights + state + activations, 0)
+    cache = 0
+    if table.compute_kernel == "fused_uvm_caching":
+        cache = int(table.cache_ratio * rows) * (columns * width + 16) + 4 * rows
+    on_host = 0 if plan.optimizer == "rowwise_adagrad" else state
+    hbm = cache + activations + state - on_host
+    return Bytes(weights, state, cache, activations, hbm, weights + on_host)
+
+
+def shard_times(table: TablePlan, plan: Plan, cluster: Cluster, rows: int, columns: int) -> Times:
+    """Seconds of one shard; see the top of the file."""
+    width, kind = DTYPE_BYTES[plan.data_type], table.sharding_type
+    batch, size, local = plan.batch_size_per_rank, plan.group_size, plan.local_group_size
+    replicated = kind == "data_parallel"
+    global_rows = batch * (1 if replicated else size)
+    lookups = global_rows * table.ids * _lookup_share(table, plan) if rows else 0.0
+    distinct = min(lookups, table.cardinality * _lookup_share(table, plan) or rows, rows)
+    row_bytes = max(BURST_BYTES, columns * width)
+    speed, slow = MEMORY_EFFICIENCY * cluster.memory_bytes_per_second, _slow_share(table)
+    host = LINK_EFFICIENCY * 1e9 * cluster.host_link_gb_per_second if slow else math.inf
+    pooled = global_rows * table.bags * columns
+    hidden = plan.prefetch and table.compute_kernel == "fused_uvm_caching"
+    paging = distinct * row_bytes * slow / host * (0.0 if hidden else 1.0)
+    lookup = (lookups * ID_BYTES + distinct * row_bytes + pooled * FLOAT_BYTES) / speed + paging
+    state = (
+        2
+        * {"rowwise_adagrad": BURST_BYTES, "adagrad": row_bytes, "adam": 2 * row_bytes, "sgd": 0}[
+            plan.optimizer
+        ]
+    )
+    update = (lookups * SORT_BYTES_PER_ID + pooled * FLOAT_BYTES + distinct * (2 * row_bytes + state)) / speed
+    update += distinct * row_bytes * slow / host  # rows that leave the cache, or are written in place
+    if replicated:
+        gradient = 2 * rows * columns * width * (size - 1) / size
+        dense = (
+            6 * rows * columns * FLOAT_BYTES / speed
+        )  # the dense optimizer reads and writes every row, its gradient and state
+        inside, outside = (0.0, gradient) if plan.hosts > 1 else (gradient, 0.0)
+        return Times(0.0, lookup, 0.0, Links(inside, outside).seconds(cluster), update + dense)
+    sent = pooled * DTYPE_BYTES[plan.forward_precision]
+    returned = pooled * DTYPE_BYTES[plan.backward_precision]
+    ids = lookups * ID_BYTES + global_rows * table.bags * LENGTH_BYTES
+    return Times(
+        _all_to_all(ids, size, local).seconds(cluster),
+        lookup,
+        _pooled_links(kind, sent, size, local).seconds(cluster),
+        _pooled_links(kind, returned, size, local).seconds(cluster),
+        update,
+    )
+
+
+def _lookup_share(table: TablePlan, plan: Plan) -> float:
+    """s, the share of a table's lookups that one shard serves."""
+    if table.sharding_type == "row_wise":
+        return 1 / plan.group_size
+    return 1 / len(table.ranks) if table.sharding_type == "table_row_wise" else 1.0
+
+
+def _slow_share(table: TablePlan) -> float:
+    """Share of row reads that go to host memory.
+
+    Ids follow a power law near 1 / rank, so a cache of the most frequent c of C rows misses 1 - ln(1 + c) / ln(1 + C) of them.
+    """
+    if table.compute_kernel == "fused_uvm":
+        return 1.0
+    if table.compute_kernel != "fused_uvm_caching":
+        return 0.0
+    occurring = table.cardinality or table.num_embeddings
+    cached = min(table.cache_ratio * table.num_embeddings, occurring)
+    return 1 - math.log1p(cached) / math.log1p(occurring)
+
+
+def _all_to_all(sent_bytes: float, size: int, local: int) -> Links:
+    """A rank sends (or gets) `sent_bytes`, an equal part to each rank of the group; its own part stays."""
+    return Links(sent_bytes * (local - 1) / size, sent_bytes * (size - local) / size)
+
+
+def _pooled_links(kind: str, sent_bytes: float, size: int, local: int) -> Links:
+    """Traffic of pooled rows, or of their gradients the other way.
+
+    table_wise, column_wise: all-to-all. row_wise: reduce-scatter of partial sums, of the same volume on every rank.
+    table_row_wise: reduce-scatter inside the host, then all-to-all of 1 / local of it between hosts.
+    """
+    if kind != "table_row_wise":
+        return _all_to_all(sent_bytes, size, local)
+    return Links(sent_bytes * (local - 1) / local, sent_bytes / local * (size - local) / size)

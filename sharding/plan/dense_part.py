@@ -1,0 +1,60 @@
+"""What the dense part of a model costs a rank: memory and seconds. Knows numbers, no model. Imports no torch."""
+
+from dataclasses import dataclass
+
+from data.errors import InputError
+from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+
+FLOAT_BYTES = 4
+TRAINING_FLOPS = 3  # a backward pass costs two forward ones
+COPIES = 5  # weight, gradient, all-reduce bucket, and Adam's two moments
+
+
+@dataclass(frozen=True)
+class DenseCost:
+    """The part of a model that is in no table.
+
+    Attributes:
+        parameters: number, fp32.
+        forward_flops: of one row (2 a multiply-add).
+        activation_bytes: kept from forward to backward, of one row.
+        input_columns: Parquet values decoded a row.
+    """
+
+    parameters: int = 0
+    forward_flops: float = 0.0
+    activation_bytes: float = 0.0
+    input_columns: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse negative figures."""
+        for key in ("parameters", "forward_flops", "activation_bytes", "input_columns"):
+            if getattr(self, key) < 0:
+                raise InputError(f"dense {key} = {getattr(self, key)}: wanted 0 or more; remove the minus")
+
+    def weight_bytes(self) -> int:
+        """Weights with everything an optimizer step keeps beside them."""
+        return self.parameters * FLOAT_BYTES * COPIES
+
+    def memory_bytes(self, batch_size: int) -> int:
+        """Bytes on one rank."""
+        return self.weight_bytes() + int(self.activation_bytes * batch_size)
+
+    def step_seconds(self, batch_size: int, cluster: Cluster) -> float:
+        """Forward, backward and optimizer: the larger of arithmetic and of moving weights and activations."""
+        flops = TRAINING_FLOPS * self.forward_flops * batch_size
+        arithmetic = flops / (1e12 * cluster.dense_tflops * cluster.dense_efficiency)
+        moved = self.weight_bytes() + 2 * self.activation_bytes * batch_size
+        return max(arithmetic, moved / (MEMORY_EFFICIENCY * cluster.memory_bytes_per_second))
+
+    def all_reduce_seconds(self, cluster: Cluster) -> float:
+        """Gradients over all ranks, ring, without overlap."""
+        size = cluster.world_size
+        sent = 2 * self.parameters * FLOAT_BYTES * (size - 1) / size
+        link = cluster.network_gb_per_second if cluster.hosts > 1 else cluster.nvlink_gb_per_second
+        return sent / (LINK_EFFICIENCY * 1e9 * link)
+
+    def decode_seconds(self, batch_size: int, cluster: Cluster) -> float:
+        """Parquet values of one rank's batch, over its share of the host's cores."""
+        cores = max(1.0, cluster.cores / cluster.devices_per_host)
+        return self.input_columns * batch_size / (cores * cluster.decode_values_per_second)

@@ -1,0 +1,150 @@
+"""Why a table is where it is: every other place it could have, and what that would cost. Imports no torch."""
+
+from dataclasses import dataclass, replace
+
+from sharding.cost.assess import Assessment, assess
+from sharding.cost.estimate import ZCH_BYTES_PER_ROW, Bytes, Times, add_bytes, add_times
+from sharding.cost.memory import gib
+from sharding.plan.compare import place_text
+from sharding.plan.plan_file import Plan, TablePlan
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One place of a table, all else as planned.
+
+    Attributes:
+        table: the place; its ranks are the least busy that fit.
+        bytes: of all its shards.
+        times: of its largest shard.
+        step_seconds: of the whole step with it.
+        busiest_seconds: table time of the busiest rank with it.
+        fits: whether every rank has room.
+    """
+
+    table: TablePlan
+    bytes: Bytes
+    times: Times
+    step_seconds: float
+    busiest_seconds: float
+    fits: bool
+
+
+def alternatives(assessment: Assessment, name: str, room: tuple[int, int]) -> list[Alternative]:
+    """The planned place first, then every other that the platform runs, the one with the shortest step first.
+
+    Args:
+        assessment: of the plan.
+        name: of a table.
+        room: HBM and DDR bytes of a rank that tables may fill.
+    """
+    plan = assessment.plan
+    chosen = plan.tables[name]
+    rest = replace(plan, tables={other: table for other, table in plan.tables.items() if other != name})
+    without = assess(rest, assessment.cluster, assessment.dense)
+    others = [place for place in _places(chosen, without) if not _same(place, chosen)]
+    tried = [_tried(assessment, name, place, room) for place in others]
+    tried.sort(key=lambda each: (not each.fits, each.step_seconds, each.busiest_seconds))
+    return [_tried(assessment, name, chosen, room), *tried]
+
+
+def _same(left: TablePlan, right: TablePlan) -> bool:
+    return (left.sharding_type, left.compute_kernel) == (right.sharding_type, right.compute_kernel)
+
+
+def _places(table: TablePlan, without: Assessment) -> list[TablePlan]:
+    """Every type and kernel of a table, on the ranks that are least busy without it; of a table of encoding zch, the only one."""
+    if table.zch_buckets:
+        return [table]
+    plan = without.plan
+    busy = [rank.times.total for rank in without.ranks]
+    local = plan.local_group_size
+    order = sorted(range(plan.group_size), key=busy.__getitem__)
+    hosts = [tuple(range(first, first + local)) for first in range(0, plan.group_size, local)]
+    host = min(hosts, key=lambda ranks: max(busy[rank] for rank in ranks))
+    columns = next((n for n in (4, 2) if n <= plan.group_size and not table.embedding_dim % (4 * n)), 0)
+    ranks = {"table_wise": (order[0],), "row_wise": (), "data_parallel": ()}
+    if plan.hosts > 1:
+        ranks["table_row_wise"] = host
+    if columns:
+        ranks["column_wise"] = tuple(sorted(order[:columns]))
+    kernels = ["fused"] if plan.device == "cpu" else ["fused", "fused_uvm_caching"]
+    if table.compute_kernel not in (*kernels, "dense"):
+        kernels.append(table.compute_kernel)
+    places = []
+    for kind, where in ranks.items():
+        for kernel in ["dense"] if kind == "data_parallel" else kernels:
+            ratio = (table.cache_ratio or 0.2) if kernel == "fused_uvm_caching" else 0.0
+            places.append(
+                replace(table, sharding_type=kind, compute_kernel=kernel, ranks=where, cache_ratio=ratio)
+            )
+    return places
+
+
+def _tried(assessment: Assessment, name: str, place: TablePlan, room: tuple[int, int]) -> Alternative:
+    plan: Plan = replace(assessment.plan, tables={**assessment.plan.tables, name: place})
+    result = assess(plan, assessment.cluster, assessment.dense)
+    total, largest = Bytes(), Times()
+    for cost in result.costs[name]:
+        total = add_bytes(total, cost.bytes)
+        largest = max(largest, cost.times, key=lambda times: times.total)
+    fits = all(rank.bytes.hbm <= room[0] and rank.bytes.ddr <= room[1] for rank in result.ranks)
+    return Alternative(
+        place, total, add_times(largest, Times()), result.path.step, result.busiest.times.total, fits
+    )
+
+
+def explain_lines(assessment: Assessment, name: str, room: tuple[int, int]) -> list[str]:
+    """Why this place, what the next best would cost, and every other."""
+    chosen, *others = alternatives(assessment, name, room)
+    table = chosen.table
+    size = gib(chosen.bytes.rows + chosen.bytes.state)
+    known = f", {table.cardinality:,} distinct" if table.cardinality else ""
+    lines = [
+        f"{name}: {table.num_embeddings:,} x {table.embedding_dim}, {table.ids:g} ids a row over {table.bags} field(s){known}, "
+        f"{size} with optimizer state{' and ids' if table.zch_buckets else ''}",
+        f"planned: {place_text(table)}, {_cost(chosen)}",
+    ]
+    fitting = [each for each in others if each.fits]
+    if fitting:
+        next_best = fitting[0]
+        step = next_best.step_seconds - chosen.step_seconds
+        busiest = next_best.busiest_seconds - chosen.busiest_seconds
+        held = next_best.bytes.hbm + next_best.bytes.ddr - chosen.bytes.hbm - chosen.bytes.ddr
+        lines.append(
+            f"next best: {place_text(next_best.table)}: step {1e3 * step:+.3f} ms ({100 * step / chosen.step_seconds:+.1f} %), "
+            f"busiest rank {1e3 * busiest:+.3f} ms, memory over all ranks {'+' if held >= 0 else '-'}{gib(abs(held))}"
+        )
+    lines.append(
+        f"  {'place':<34}{'largest shard: lookup':>22}{'output':>9}{'gradient':>9}{'update':>9}  {'all bytes':>12}  {'step':>10}"
+    )
+    for each in (chosen, *others):
+        times = "".join(
+            f"{1e3 * part:>{width}.3f}"
+            for part, width in zip(
+                (each.times.lookup, each.times.output_dist, each.times.gradient_dist, each.times.update),
+                (22, 9, 9, 9),
+                strict=True,
+            )
+        )
+        place = f"{each.table.sharding_type} {each.table.compute_kernel}"
+        step = f"{1e3 * each.step_seconds:.3f} ms" if each.fits else "no room"
+        lines.append(f"  {place:<34}{times}  {gib(each.bytes.hbm + each.bytes.ddr):>12}  {step:>10}")
+    notes = {
+        "row_wise": "row_wise: every rank sends partial sums for all rows of the batch, so it pays where a table is large",
+        "table_row_wise": "table_row_wise: partial sums are added inside one host, where links are fast; 1 / ranks-a-host leaves it",
+        "table_wise": "table_wise: one rank looks up and sends everything; least traffic in all, but one rank carries it",
+        "data_parallel": "data_parallel: no rows cross ranks, but the gradient of the whole table does, every step",
+        "column_wise": "column_wise: each shard looks up the same ids; rowwise Adagrad keeps a state per shard",
+    }
+    note = notes[table.sharding_type]
+    if table.zch_buckets:
+        note = (
+            f"encoding zch: row_wise is the only place; each rank gives rows to the ids of its share of the {table.zch_buckets} buckets, and "
+            f"keeps {ZCH_BYTES_PER_ROW} bytes a row of which id has it and how it was used"
+        )
+    return [*lines, f"  times in ms; {note}"]
+
+
+def _cost(each: Alternative) -> str:
+    return f"{1e3 * each.times.total:.3f} ms on its busiest rank; step {1e3 * each.step_seconds:.3f} ms"

@@ -1,0 +1,1 @@
+"""Which plan: the planner, balance and capacity."""
