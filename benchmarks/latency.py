@@ -8,7 +8,7 @@ columns of plain Python values, ids drawn evenly over the tables. The models tak
 MODEL_p50_ms_ROWS, MODEL_p99_ms_ROWS   of a whole request at the first number of threads; p99 is null where the calls are too few
 over_dcnv2_ms_ROWS                     median of MBCnet minus that of DCNv2, which is MBCnet without its EFGC branch
 preprocess_share_ROWS                  share of MBCnet's request that is spent before the tables
-tables_mb, float_tables_mb             of the artefact's rows, and as float32
+tables_mb, float_tables_mb             of the artifact's rows, and as float32
 """
 
 import sys
@@ -25,13 +25,13 @@ from data.schema import Schema
 from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.serving import loader as serving
-from mbcnet_rec.serving.artifact import take_apart, untrained, with_rows, write_artefact
+from mbcnet_rec.serving.artifact import take_apart, untrained, with_rows, write_artifact
 from mbcnet_rec.serving.latency import (
     Contest,
     Timing,
     contestants,
     latency_lines,
-    open_artefact,
+    open_artifact,
     part_lines,
     race,
     table_8,
@@ -59,11 +59,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "mbcnet"
         write_drawn(schema, folder, args.format, compiled=args.compiled)
-        artefact = open_artefact(folder)
-        models = contestants([artefact], ("dcnv2", "dnn"), compiled=args.compiled)
+        artifact = open_artifact(folder)
+        models = contestants([artifact], ("dcnv2", "dnn"), compiled=args.compiled)
         requests = {rows: draw_requests(schema, {}, rows) for rows in contest.rows}
         timings = race(models, requests, contest)
-        parts = table_8(artefact, contest)
+        parts = table_8(artifact, contest)
         stored = (folder / serving.TABLES).stat().st_size
     print("\n".join([*latency_lines(["an MBCnet of the paper's size"], timings), *part_lines(parts)]))
     floats = sum(4 * table.num_embeddings * table.embedding_dim for table in schema.tables)
@@ -83,7 +83,7 @@ def write_drawn(schema: Schema, folder: Path, rows: str, *, compiled: bool) -> N
     weights = untrained(config, schema)
     for table in weights.tables:
         weights.rows[table.name] = 0.01 * torch.randn(table.num_embeddings, table.embedding_dim)
-    write_artefact(with_rows(take_apart(weights), weights, rows), weights, folder, aot=compiled)
+    write_artifact(with_rows(take_apart(weights), weights, rows), weights, folder, aot=compiled)
 
 
 def figures_of(timings: Sequence[Timing], contest: Contest) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def evaluated():
 
 
 def served():
-    """The artefact and `mbcnet predict` score rows, half of whose users nobody has trained."""
+    """The artifact and `mbcnet predict` score rows, half of whose users nobody has trained."""
     fresh = rows(200, 4).to_pydict()
     fresh["user"] = [user if number % 2 else number + 5 for number, user in enumerate(fresh["user"])]
     pq.write_table(pa.table(fresh), FOLDER / "fresh.parquet")
@@ -161,13 +161,13 @@ def served():
     done = [
         run_ranks(mbcnet(args), FOLDER / "logs" / args[0], world=1)
         for args in (
-            ["export", str(FOLDER / "two"), "--out", str(FOLDER / "artefact"), "--rows", "fp32", "--no-aot"],
+            ["export", str(FOLDER / "two"), "--out", str(FOLDER / "artifact"), "--rows", "fp32", "--no-aot"],
             ["predict", str(FOLDER / "two"), "--data", str(FOLDER / "fresh.parquet"), "--out", out],
         )
     ]
     predicted = pq.read_table(out).to_pydict()
     column = next(name for name in predicted if name.startswith("p"))
-    model = serving.load(FOLDER / "artefact")
+    model = serving.load(FOLDER / "artifact")
     from_file = np.concatenate(list(model.predict_parquet(FOLDER / "fresh.parquet")))
     return {
         "done": done,

@@ -14,19 +14,19 @@ from mbcnet_rec.serving.sample_requests import draw_requests, read_requests
 
 
 @pytest.fixture(scope="module")
-def artefact(tmp_path_factory):
+def artifact(tmp_path_factory):
     runs = trained_runs(tmp_path_factory.getbasetemp())
     folder = tmp_path_factory.mktemp("bench") / "served"
     assert printed_by("export", runs / "row_wise", "--out", folder, "--no-aot")[0] == 0
     return folder
 
 
-def test_side_by_side(artefact):
+def test_side_by_side(artifact):
     before = torch.get_num_threads()
     argv = (
         "bench",
         "latency",
-        artefact,
+        artifact,
         "--rows",
         "1,16",
         "--threads",
@@ -59,10 +59,10 @@ def test_side_by_side(artefact):
     assert code == 0 and "mbcnet over dcnv2" in out and "Table 8" in out and "O(N_g L_EFGC d^2)" in out
 
 
-def test_rivals_have_the_same_tables_and_the_models_own_widths(artefact):
-    own = latency.open_artefact(artefact)
+def test_rivals_have_the_same_tables_and_the_models_own_widths(artifact):
+    own = latency.open_artifact(artifact)
     models = latency.contestants([own], ("dcnv2", "dnn"), compiled=False)
-    requests = draw_requests(own.schema, json.loads((artefact / serving.VOCABULARY).read_text()), 5)
+    requests = draw_requests(own.schema, json.loads((artifact / serving.VOCABULARY).read_text()), 5)
     for model in models.values():
         assert model.predict(requests[0]).shape == (5,)
         for pooling, tables in own.model.tables.items():
@@ -88,11 +88,11 @@ def test_models_take_turns():
     assert orders == ["abc", "bca", "cab"]
 
 
-def test_requests_from_a_file_and_refusals(artefact, tmp_path_factory):
+def test_requests_from_a_file_and_refusals(artifact, tmp_path_factory):
     runs = trained_runs(tmp_path_factory.getbasetemp())
     requests = read_requests(str(runs / "test.parquet"), ["user", "hour"], 300)
     assert {len(request["user"]) for request in requests} == {300} and requests[0] != requests[1]
-    argv = ("bench", "latency", artefact, "--rows", "2", "--threads", "1", "--seconds", "0", "--calls", "1")
+    argv = ("bench", "latency", artifact, "--rows", "2", "--threads", "1", "--seconds", "0", "--calls", "1")
     code, out, _ = printed_by(*argv, "--data", runs / "test.parquet", "--beside", "", "--json")
     assert code == 0 and {each["model"] for each in json.loads(out)["latency"]} == {"mbcnet"}
     for more, words in (
@@ -105,16 +105,16 @@ def test_requests_from_a_file_and_refusals(artefact, tmp_path_factory):
         code, _, err = printed_by(*argv, *more)
         assert code == 2 and words in err and err.count("\n") == 1, err
     code, _, err = printed_by("bench", "latency", runs)
-    assert code == 2 and "no artefact" in err
-    code, _, err = printed_by("bench", "latency", artefact, "--threads", "many")
+    assert code == 2 and "no artifact" in err
+    code, _, err = printed_by("bench", "latency", artifact, "--threads", "many")
     assert code == 2 and err.count("\n") == 1, err
 
 
-def test_drawn_requests_are_valid_rows(artefact):
+def test_drawn_requests_are_valid_rows(artifact):
     """Every kind of field is drawn within its table, at every number of rows."""
-    schema = load_schema(artefact / "schema.toml")
-    vocabularies = json.loads((artefact / serving.VOCABULARY).read_text())
-    model = serving.load(artefact)
+    schema = load_schema(artifact / "schema.toml")
+    vocabularies = json.loads((artifact / serving.VOCABULARY).read_text())
+    model = serving.load(artifact)
     for rows in (1, 33):
         for request in draw_requests(schema, vocabularies, rows):
             assert model.predict(request).shape == (rows,)

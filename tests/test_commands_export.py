@@ -1,4 +1,4 @@
-"""Proves that an exported artefact gives the probabilities of training, from a table-wise and a row-wise run alike, at every row type, and
+"""Proves that an exported artifact gives the probabilities of training, from a table-wise and a row-wise run alike, at every row type, and
 that it loads where neither this project nor TorchRec is installed, without unpickling anything.
 """
 
@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(runs):
-    """Artefacts of both runs as fp32 and int8, and of one of them in the other types."""
+    """Artifacts of both runs as fp32 and int8, and of one of them in the other types."""
     for kind in KINDS:
         for rows in BOUNDS if kind == "row_wise" else ("fp32", "int8"):
             argv = ("export", runs / kind, "--out", runs / f"{kind}_{rows}", "--rows", rows, "--no-aot")
@@ -126,8 +126,8 @@ def bare_environment(folder: Path, packages: list[str]) -> Path:
     return folder / "bin" / "python"
 
 
-def test_the_artefact_loads_in_a_fresh_environment(exported, tmp_path):
-    """torch, fbgemm_gpu, NumPy and pyarrow with their own needs; the artefact; nothing else."""
+def test_the_artifact_loads_in_a_fresh_environment(exported, tmp_path):
+    """torch, fbgemm_gpu, NumPy and pyarrow with their own needs; the artifact; nothing else."""
     fbgemm = [name for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if installed(name)]
     python = bare_environment(tmp_path / "venv", ["torch", "numpy", "pyarrow", *fbgemm])
     source = pq.read_table(exported / "test.parquet")
@@ -183,7 +183,7 @@ def test_refusals(exported):
     for argv, words in (
         (("--branches", "fm", "--out", exported / "none"), "has no branch 'fm'"),
         (("--out", exported / "table_wise_int8"), "--overwrite"),
-        (("--out", exported), "no artefact"),
+        (("--out", exported), "no artifact"),
         (("--out", exported / "file"), "is a file"),
         (("--out", "s3://bucket/model"), "wanted a folder of this machine"),
     ):
@@ -193,7 +193,7 @@ def test_refusals(exported):
 
 
 def test_rows_that_lie_elsewhere(exported, tmp_path):
-    """Without the test rows the artefact is written all the same, and says that it was not compared."""
+    """Without the test rows the artifact is written all the same, and says that it was not compared."""
     run = shutil.copytree(exported / "row_wise", tmp_path / "run")
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("test.parquet", "elsewhere.parquet"))
@@ -202,7 +202,7 @@ def test_rows_that_lie_elsewhere(exported, tmp_path):
     assert serving.load(tmp_path / "out").predict(pq.read_table(exported / "test.parquet")).shape == (2_000,)
 
 
-def test_a_damaged_artefact_is_refused(exported, tmp_path):
+def test_a_damaged_artifact_is_refused(exported, tmp_path):
     folder = shutil.copytree(exported / "table_wise_int8", tmp_path / "bad")
     tables = folder / "tables.safetensors"
     data = bytearray(tables.read_bytes())
@@ -215,7 +215,7 @@ def test_a_damaged_artefact_is_refused(exported, tmp_path):
     (folder / "model.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="no ATen operator"):
         serving.load(folder, verify=False)
-    with pytest.raises(ValueError, match="no artefact"):
+    with pytest.raises(ValueError, match="no artifact"):
         serving.load(tmp_path)
 
 

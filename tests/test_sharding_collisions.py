@@ -1,6 +1,6 @@
 """Proves that unbounded ids get rows of their own: no two share one while rows are free, where a hash of the same size makes them
 collide; that rows go to others only when all are taken, and never in evaluation; that the row of an id is the same on one and two
-ranks, after a resume bit for bit, and in an artefact; and that what does not fit is refused in one line.
+ranks, after a resume bit for bit, and in an artifact; and that what does not fit is refused in one line.
 """
 
 import json
@@ -209,7 +209,7 @@ def test_one_process_evaluates_what_two_ranks_trained(results):
     assert told["auc"] == pytest.approx(tested["auc"], abs=1e-6) and found["different"] == []
 
 
-def test_an_artefact_serves_what_predict_says(results):
+def test_an_artifact_serves_what_predict_says(results):
     found = results["served"]
     assert [done["codes"] for done in found["done"]] == [[0], [0]], found["done"]
     for scores in (found["from_file"], found["from_lists"]):

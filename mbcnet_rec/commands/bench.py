@@ -8,7 +8,7 @@ RIVALS = ("dcnv2", "dnn")  # of the paper's online experiment, and the plain one
 
 def register(subparsers: Any) -> None:
     """Add the commands."""
-    bench = subparsers.add_parser("bench", help="measure an artefact's latency", description=__doc__)
+    bench = subparsers.add_parser("bench", help="measure an artifact's latency", description=__doc__)
     actions = bench.add_subparsers(metavar="ACTION", required=True, parser_class=type(bench))
     latency = actions.add_parser(
         "latency", help="milliseconds of a request, by rows and threads", description=_latency.__doc__
@@ -16,7 +16,7 @@ def register(subparsers: Any) -> None:
     latency.add_argument("folders", metavar="DIR", nargs="+", help="what `mbcnet export` wrote")
     latency.add_argument(
         "--beside", metavar="KIND,...",
-        help="time these models on the same tables too (default: dcnv2,dnn beside one artefact, none beside several)",
+        help="time these models on the same tables too (default: dcnv2,dnn beside one artifact, none beside several)",
     )  # fmt: skip
     latency.add_argument(
         "--rows",
@@ -55,7 +55,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _latency(args: argparse.Namespace) -> int:
-    """Print p50, p95 and p99 of one request to an artefact, beside DCNv2 and DNN on the same tables, and Table 8 by part."""
+    """Print p50, p95 and p99 of one request to an artifact, beside DCNv2 and DNN on the same tables, and Table 8 by part."""
     from mbcnet_rec.serving.latency import Contest, run_latency
 
     beside = tuple(name.strip() for name in (args.beside or "").split(",") if name.strip())

@@ -326,7 +326,7 @@ def version(name: str) -> str:
         return ""
 
 
-def write_artefact(exported: Exported, weights: Weights, out: Path, *, aot: bool = False) -> str:
+def write_artifact(exported: Exported, weights: Weights, out: Path, *, aot: bool = False) -> str:
     """Write the folder; it appears by one rename. Returns why the dense part could not be compiled, or an empty string.
 
     Args:

@@ -1,4 +1,4 @@
-"""`mbcnet export`: a run's best checkpoint -> an artefact (artefact.py), compared with the float model on the test rows."""
+"""`mbcnet export`: a run's best checkpoint -> an artifact (artifact.py), compared with the float model on the test rows."""
 
 import json
 import shutil
@@ -29,13 +29,13 @@ from mbcnet_rec.serving.artifact import (
     load_weights,
     take_apart,
     with_rows,
-    write_artefact,
+    write_artifact,
 )
 from mbcnet_rec.serving.sample_requests import draw_requests
 
 CHECK = "check.json"
 CHECK_BATCH, ROWS_TO_COMPARE = 4096, 64
-CHECK_ROWS = 1_000_000  # of the test split, scored by the artefact and by the float model
+CHECK_ROWS = 1_000_000  # of the test split, scored by the artifact and by the float model
 
 
 def run_export(
@@ -48,15 +48,15 @@ def run_export(
     overwrite: bool = False,
     check_rows: int = CHECK_ROWS,
 ) -> int:
-    """Export a run's best checkpoint, and compare the artefact with the float model on the test rows. In one process.
+    """Export a run's best checkpoint, and compare the artifact with the float model on the test rows. In one process.
 
     Args:
         run_folder: that `mbcnet train` wrote.
-        out: folder of the artefact.
+        out: folder of the artifact.
         rows: fp32, fp16, int8 or int4.
         branches: to serve; none: all.
         aot: also compile the dense part, for this machine's processor; None: where a C++ compiler is there.
-        overwrite: replace an artefact in `out`.
+        overwrite: replace an artifact in `out`.
         check_rows: of the test split that are scored by both at most.
 
     Raises:
@@ -86,7 +86,7 @@ def run_export(
         print(
             "compiling the dense part for this processor: a minute or so (--no-aot leaves it out)", flush=True
         )
-    problem = write_artefact(exported, weights, target, aot=wanted)
+    problem = write_artifact(exported, weights, target, aot=wanted)
     if problem and aot:
         raise InputError(f"--aot: the compiler failed ({problem}); {target} is written without")
     served = serving.load(target)
@@ -100,7 +100,7 @@ def run_export(
         report["compiled_change"] = float(np.abs(compiled.predict(request) - served.predict(request)).max())
     try:
         report |= compare(served, of_float.model(), weights, check_rows)
-    except (InputError, ValueError) as error:  # the artefact is whole; its rows may lie on another machine
+    except (InputError, ValueError) as error:  # the artifact is whole; its rows may lie on another machine
         report["not_compared"] = str(error)
     (target / CHECK).write_text(json.dumps(report, indent=1) + "\n")
     print("\n".join(_lines(target, exported.spec, report)))
@@ -113,15 +113,15 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / serving.MODEL).is_file():
-        raise InputError(f"{out}: holds something that is no artefact; choose another --out")
+        raise InputError(f"{out}: holds something that is no artifact; choose another --out")
     if not overwrite:
         raise InputError(
-            f"{out}: holds an artefact already; replace it with --overwrite, or choose another --out"
+            f"{out}: holds an artifact already; replace it with --overwrite, or choose another --out"
         )
 
 
 def size_report(out: Path, of_float: Exported) -> dict[str, int]:
-    """Bytes of the artefact and of the same with float32 rows, and of each one's tables."""
+    """Bytes of the artifact and of the same with float32 rows, and of each one's tables."""
     float_rows = sum(rows.nbytes for rows in of_float.rows.values())
     own_rows = (out / serving.TABLES).stat().st_size
     total = sum(path.stat().st_size for path in out.iterdir())
@@ -136,7 +136,7 @@ def size_report(out: Path, of_float: Exported) -> dict[str, int]:
 def compare(
     served: serving.ServingModel, of_float: serving.ServingModel, weights: Weights, limit: int
 ) -> dict[str, Any]:
-    """Score test rows, else validation rows, by the artefact and by the float model with all its branches.
+    """Score test rows, else validation rows, by the artifact and by the float model with all its branches.
 
     Raises:
         InputError: the rows are not there, or a value is faulty.

@@ -1,4 +1,4 @@
-"""`mbcnet bench latency`: milliseconds of one request to an artefact, by rows and threads, beside other models on the same tables; and Table 8.
+"""`mbcnet bench latency`: milliseconds of one request to an artifact, by rows and threads, beside other models on the same tables; and Table 8.
 
 A request is columns of plain Python values, as an RPC hands them over; its answer is one probability a row. Its three parts are timed
 apart: preprocessing, lookups, dense part. The models take turns, request by request, so that what slows the machine slows all of them.
@@ -68,7 +68,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """An exported model, opened, with its config and schema."""
 
     folder: Path
@@ -86,26 +86,26 @@ def run_latency(
     compiled: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Time artefacts and rivals, and print the tables.
+    """Time artifacts and rivals, and print the tables.
 
     Args:
-        folders: of artefacts.
+        folders: of artifacts.
         contest: rows, threads and time.
-        beside: kinds of models to time besides, on the first artefact's tables.
+        beside: kinds of models to time besides, on the first artifact's tables.
         data: a Parquet file whose rows are the requests; none: drawn from the schema.
         compiled: also time the dense part that `mbcnet export` compiled.
         as_json: print one JSON object instead.
 
     Raises:
-        InputError: a folder is no artefact, or the file has too few rows.
+        InputError: a folder is no artifact, or the file has too few rows.
     """
     quieten_libraries()
     unknown = [kind for kind in beside if kind not in get_args(ModelKind)]
     if unknown:
         raise InputError(f"--beside {unknown[0]}: wanted some of {', '.join(get_args(ModelKind))}")
-    artefacts = [open_artefact(Path(folder)) for folder in folders]
-    models = contestants(artefacts, beside, compiled=compiled)
-    first = artefacts[0]
+    artifacts = [open_artifact(Path(folder)) for folder in folders]
+    models = contestants(artifacts, beside, compiled=compiled)
+    first = artifacts[0]
     vocabularies = json.loads((first.folder / serving.VOCABULARY).read_text())
     columns = list(dict.fromkeys(name for model in models.values() for name in model.preprocess.columns))
     requests = {
@@ -116,7 +116,7 @@ def run_latency(
         try:
             model.predict(next(iter(requests.values()))[0])
         except ValueError as error:
-            raise InputError(f"{name}: {error}; artefacts side by side need the same columns") from None
+            raise InputError(f"{name}: {error}; artifacts side by side need the same columns") from None
     timings = race(models, requests, contest)
     parts = table_8(first, contest)
     if as_json:
@@ -126,8 +126,8 @@ def run_latency(
     return 0
 
 
-def open_artefact(folder: Path, *, compiled: bool = False) -> Artefact:
-    """Load an artefact with the config and schema that lie in it.
+def open_artifact(folder: Path, *, compiled: bool = False) -> Artifact:
+    """Load an artifact with the config and schema that lie in it.
 
     Raises:
         InputError: it is none, or damaged.
@@ -136,40 +136,40 @@ def open_artefact(folder: Path, *, compiled: bool = False) -> Artefact:
         model = serving.load(folder, compiled=compiled)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
-    return Artefact(folder, model, load_config(folder / "config.toml"), load_schema(folder / "schema.toml"))
+    return Artifact(folder, model, load_config(folder / "config.toml"), load_schema(folder / "schema.toml"))
 
 
 def contestants(
-    artefacts: Sequence[Artefact], beside: Sequence[str], *, compiled: bool
+    artifacts: Sequence[Artifact], beside: Sequence[str], *, compiled: bool
 ) -> dict[str, serving.ServingModel]:
-    """Name -> model: the artefacts by their kind, or by their folder where kinds repeat; then the rivals."""
-    kinds = [artefact.model.spec["kind"] for artefact in artefacts]
+    """Name -> model: the artifacts by their kind, or by their folder where kinds repeat; then the rivals."""
+    kinds = [artifact.model.spec["kind"] for artifact in artifacts]
     models = {}
-    for artefact, kind in zip(artefacts, kinds, strict=True):
-        name = kind if kinds.count(kind) == 1 else artefact.folder.name
+    for artifact, kind in zip(artifacts, kinds, strict=True):
+        name = kind if kinds.count(kind) == 1 else artifact.folder.name
         if name in models:
-            raise InputError(f"{artefact.folder}: two artefacts of that name; rename one of the folders")
-        models[name] = artefact.model
+            raise InputError(f"{artifact.folder}: two artifacts of that name; rename one of the folders")
+        models[name] = artifact.model
         if compiled:
-            models[f"{name}, compiled"] = open_artefact(artefact.folder, compiled=True).model
-    return models | {kind: rival(artefacts[0], kind) for kind in beside if kind not in kinds}
+            models[f"{name}, compiled"] = open_artifact(artifact.folder, compiled=True).model
+    return models | {kind: rival(artifacts[0], kind) for kind in beside if kind not in kinds}
 
 
-def rival(artefact: Artefact, kind: str) -> serving.ServingModel:
-    """Another model on an artefact's fields and tables."""
+def rival(artifact: Artifact, kind: str) -> serving.ServingModel:
+    """Another model on an artifact's fields and tables."""
     config = dataclasses.replace(
-        artefact.config, model=dataclasses.replace(rival_config(artefact.config.model), kind=kind)
+        artifact.config, model=dataclasses.replace(rival_config(artifact.config.model), kind=kind)
     )
-    if needs_wide(config.model) != needs_wide(artefact.config.model):
+    if needs_wide(config.model) != needs_wide(artifact.config.model):
         config_tables = "needs tables of one weight per id"
         raise InputError(
-            f"--beside {kind}: it {config_tables}, or lacks those of the artefact; export it instead"
+            f"--beside {kind}: it {config_tables}, or lacks those of the artifact; export it instead"
         )
-    vocabularies = json.loads((artefact.folder / serving.VOCABULARY).read_text())
-    exported = take_apart(untrained(config, artefact.schema), vocabularies=vocabularies)
-    spec = exported.spec | {"rows": artefact.model.spec["rows"]}
-    rows = {pooling: tables.weights_host for pooling, tables in artefact.model.tables.items()}
-    rows |= artefact.model.id_rows
+    vocabularies = json.loads((artifact.folder / serving.VOCABULARY).read_text())
+    exported = take_apart(untrained(config, artifact.schema), vocabularies=vocabularies)
+    spec = exported.spec | {"rows": artifact.model.spec["rows"]}
+    rows = {pooling: tables.weights_host for pooling, tables in artifact.model.tables.items()}
+    rows |= artifact.model.id_rows
     return serving.ServingModel(spec, rows, exported.dense, vocabularies)
 
 
@@ -255,18 +255,18 @@ def _timing(name: str, threads: int, rows: int, parts: np.ndarray) -> Timing:
     return Timing(model=name, threads=threads, rows=rows, calls=calls, **tails, **medians)
 
 
-def table_8(artefact: Artefact, contest: Contest) -> dict[int, list[Part]]:
-    """Rows of a batch -> the parts of the artefact's MBCnet, as the paper's Table 8 lists them; nothing for other models."""
-    if artefact.config.model.kind != "mbcnet":
+def table_8(artifact: Artifact, contest: Contest) -> dict[int, list[Part]]:
+    """Rows of a batch -> the parts of the artifact's MBCnet, as the paper's Table 8 lists them; nothing for other models."""
+    if artifact.config.model.kind != "mbcnet":
         return {}
     served = dataclasses.replace(
-        artefact.config.model.mbcnet, branches=tuple(artefact.model.spec["branches"])
+        artifact.config.model.mbcnet, branches=tuple(artifact.model.spec["branches"])
     )
     ends = sorted({min(contest.rows), max(contest.rows)})
     before = torch.get_num_threads()
     torch.set_num_threads(min(contest.threads))
     try:
-        return {rows: measure_parts(served, artefact.schema, rows, torch.device("cpu")) for rows in ends}
+        return {rows: measure_parts(served, artifact.schema, rows, torch.device("cpu")) for rows in ends}
     finally:
         torch.set_num_threads(before)
 

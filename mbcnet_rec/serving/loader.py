@@ -1,6 +1,6 @@
-"""Loads what `mbcnet export` wrote and scores rows with it. One file, copied into every artefact as `mbcnet_serving.py`.
+"""Loads what `mbcnet export` wrote and scores rows with it. One file, copied into every artifact as `mbcnet_serving.py`.
 
-    model = load("artefact")
+    model = load("artifact")
     model.predict({"user_id": [3, 7], "tags": [[1, 2], []], ...})   # float32 probabilities, one a row
 
 Needs torch, fbgemm_gpu and NumPy; pyarrow only where rows come as Arrow or Parquet. Reads safetensors and JSON, no pickle: the dense
@@ -96,7 +96,7 @@ class Inputs(NamedTuple):
 
 
 def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> "ServingModel":
-    """Load an artefact.
+    """Load an artifact.
 
     Args:
         folder: that `mbcnet export` wrote.
@@ -104,16 +104,16 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
         compiled: run the dense part that `mbcnet export --aot` compiled. It is machine code: load it from people you trust only.
 
     Raises:
-        ValueError: the folder is no artefact, of another format, or damaged.
+        ValueError: the folder is no artifact, of another format, or damaged.
     """
     folder = Path(folder)
     try:
         spec = json.loads((folder / MODEL).read_text())
         if spec["format"] != FORMAT:
-            raise ValueError(f"format = {spec['format']}; this loader reads {FORMAT}: use the artefact's own")
+            raise ValueError(f"format = {spec['format']}; this loader reads {FORMAT}: use the artifact's own")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{folder / MODEL}: no artefact of `mbcnet export` ({error or type(error).__name__})"
+            f"{folder / MODEL}: no artifact of `mbcnet export` ({error or type(error).__name__})"
         ) from None
     for name, sha256 in spec["files"].items() if verify else ():
         with open(folder / name, "rb") as file:
@@ -277,7 +277,7 @@ def build_graph(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Calla
             return argument
         found = nodes[argument["node"]] if "node" in argument else getattr(torch, argument["torch"])
         if not isinstance(found, (fx.Node, torch.dtype, torch.layout)):
-            raise ValueError(f"graph: {argument} is no dtype; this artefact is damaged or not ours")
+            raise ValueError(f"graph: {argument} is no dtype; this artifact is damaged or not ours")
         return found
 
     for call in spec["calls"]:
@@ -300,7 +300,7 @@ def resolve(call: str) -> Callable[..., Any]:
     packet, _, overload = rest.rpartition(".")
     found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
     if namespace != "aten" or not isinstance(found, torch._ops.OpOverload):
-        raise ValueError(f"graph: {call!r} is no ATen operator; this artefact is damaged or not ours")
+        raise ValueError(f"graph: {call!r} is no ATen operator; this artifact is damaged or not ours")
     return found
 
 
@@ -328,7 +328,7 @@ class Preprocessor:
             )
             if len(rows) and not 0 <= rows.min() <= rows.max() < field["num_embeddings"]:
                 raise ValueError(
-                    f"field {field['name']!r}: an id has a row that its table has not; copy the artefact again"
+                    f"field {field['name']!r}: an id has a row that its table has not; copy the artifact again"
                 )
         self.sparse = [field for field in fields if field["is_sparse"]]
         self.dense = [field for field in fields if not field["is_sparse"]]
@@ -633,7 +633,7 @@ def splitmix64(numbers: np.ndarray) -> np.ndarray:
 def main() -> int:
     """Score a Parquet file: one probability a line."""
     parser = argparse.ArgumentParser(description="Score the rows of a Parquet file with an exported model.")
-    parser.add_argument("folder", help="the artefact")
+    parser.add_argument("folder", help="the artifact")
     parser.add_argument("parquet", help="rows")
     args = parser.parse_args()
     try:

@@ -1,0 +1,105 @@
+"""What holds for every test: nothing that it starts outlives it, and what it changes in this process is put back."""
+
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PATIENCE_SECONDS = 5.0  # threads and processes that are ending may take as long
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Threads that libraries keep for the whole process once they are used: they belong to no test.
+LIBRARY_THREADS = ("pytest_timeout", "execnet", "tqdm_monitor", "TMonitor", "fsspecIO", "asyncio_")
+# pytest's own variables, and those that torch and matplotlib set on import
+LIBRARY_VARIABLES = (
+    "PYTEST_",
+    "KMP_",
+    "TORCHINDUCTOR_",
+    "TRITON_",
+    "MPLBACKEND",
+    "PYDEVD_",
+    "TORCH_CPP_LOG_LEVEL",
+)
+
+# Set for the whole process by the product today; each line goes with its cause
+NOT_YET = ("the root logger's filters", "warnings.showwarning")
+
+
+def children() -> dict[int, str]:
+    """Processes that this process has started and that run: pid -> command line."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text().replace("\0", " ")[:100]
+        except (OSError, ValueError):  # it ended meanwhile
+            continue
+    return {pid: line for pid, line in found.items() if "resource_tracker" not in line}
+
+
+def threads() -> dict[int, str]:
+    """Python threads of this process that no library keeps: ident -> name."""
+    return {
+        thread.ident: thread.name
+        for thread in threading.enumerate()
+        if thread.ident
+        and not thread.name.startswith(LIBRARY_THREADS)
+        and thread is not threading.main_thread()
+    }
+
+
+def settings() -> dict[str, object]:
+    """What a test can change in this process for the tests after it."""
+    return {
+        **{
+            f"environment variable {name}": value
+            for name, value in os.environ.items()
+            if not name.startswith(LIBRARY_VARIABLES)
+        },
+        "the working directory": os.getcwd(),
+        "warnings.showwarning": warnings.showwarning,
+        "the root logger's handlers": tuple(map(type, logging.getLogger().handlers)),
+        "the root logger's filters": tuple(logging.getLogger().filters),
+        **{f"the handler of {each.name}": signal.getsignal(each) for each in SIGNALS},
+    }
+
+
+def leftovers(before: tuple[dict, dict, dict]) -> list[str]:
+    """What is running or changed now and was not before, after it had time to end."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        found = [f"process {pid} ({line})" for pid, line in children().items() if pid not in before[0]]
+        found += [f"thread {name!r}" for ident, name in threads().items() if ident not in before[1]]
+        if not found or time.monotonic() > end:
+            break
+        time.sleep(0.02)
+    now = settings()
+    names = (before[2].keys() | now.keys()).difference(NOT_YET)
+    return found + [name for name in names if before[2].get(name) != now.get(name)]
+
+
+def watched(what: str) -> Iterator[None]:
+    """Fail if something outlives `what`."""
+    before = children(), threads(), settings()
+    yield
+    found = leftovers(before)
+    if found:
+        pytest.fail(f"{what} left behind: {'; '.join(sorted(found))}", pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_outlives_a_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Threads, processes and settings of a module's fixtures end with the module."""
+    yield from watched(request.module.__name__)
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_a_test(nothing_outlives_a_module: None) -> Iterator[None]:
+    """Threads, processes, variables, handlers and filters of a test end with it."""
+    yield from watched("the test")
