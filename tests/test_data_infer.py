@@ -18,7 +18,7 @@ from data.profile.infer import infer_schema
 from data.profile.leaks import always_positive, auc, column_auc
 from data.profile.scan import ColumnProfile, RowSample, profile_files
 from data.profile.sketch import Distinct
-from data.reading.arrow import Encoder, Place
+from data.reading.encode import Encoder, Place
 from data.reading.keys import splitmix64
 from data.schema import load_schema
 from data.synthetic.pailitao import pailitao_schema

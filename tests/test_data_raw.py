@@ -15,7 +15,7 @@ from data.public import raw_files as raw
 from data.public.prepare import DATA_SETS, prepare
 from data.public.raw_files import Lookup, count_lines, hex_to_int
 from data.public.splits import SplitWriter
-from data.reading.arrow import Encoder, Place
+from data.reading.encode import Encoder, Place
 from data.schema import load_schema
 
 SHARED = Path(__file__).parents[2] / "shared" / "datasets"

@@ -3,8 +3,8 @@
 import pyarrow as pa
 from pyarrow import types as pt
 
-from data.errors import InputError
-from data.schema import Feature, Schema
+from ..errors import InputError  # relative: an exported artifact carries this file
+from ..schema import Feature, Schema
 
 
 def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str) -> None:

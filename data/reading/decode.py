@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.errors import InputError
-from data.reading.arrow import Encoder, Place
 from data.reading.checksums import leaves_of
 from data.reading.columns import Columns
+from data.reading.encode import Encoder, Place
 from data.reading.files import one_batch
 from data.reading.keys import first_line
 from data.reading.order import RowGroup, Segment, Window

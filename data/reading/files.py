@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import InputError
-from data.reading.arrow import Place, read_labels
 from data.reading.checksums import column_without_checksum, first_row_group
 from data.reading.column_types import check_columns
+from data.reading.encode import Place, read_labels
 from data.reading.keys import first_line
 from data.reading.order import RowGroup
 from data.reading.selection import Footer, Selection, read_footer

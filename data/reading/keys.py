@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
-from data.errors import InputError
-from data.schema import FIRST_VOCABULARY_ROW, OUT_OF_VOCABULARY_ROW, Schema
+from ..errors import InputError  # relative: an exported artifact carries this file
+from ..schema import FIRST_VOCABULARY_ROW, OUT_OF_VOCABULARY_ROW, Schema
 
 SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 LARGEST_UNBOUNDED = np.uint64(2**63 - 1)

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.errors import InputError
-from data.reading.arrow import Place, read_labels
 from data.reading.checksums import leaves_of
+from data.reading.encode import Place, read_labels
 from data.reading.hashed import keys, uniforms
 from data.reading.order import StreamOptions
 from data.reading.storage import DataFile, path_parts

@@ -1,7 +1,7 @@
 """What a field, a table and a group are: TOML in, checked. Imports no torch."""
 
-from data.schema.feature import Feature
-from data.schema.schema import (
+from .feature import Feature
+from .schema import (
     FIRST_VOCABULARY_ROW,
     FIT,
     MISSING_ROW,

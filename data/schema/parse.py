@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from data.errors import InputError
+from ..errors import InputError  # relative: an exported artifact carries this file
 
 T = TypeVar("T")
 

@@ -26,8 +26,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import InputError
-from data.schema.feature import (
+from ..errors import InputError  # relative: an exported artifact carries this file
+from .feature import (
     FIRST_VOCABULARY_ROW,
     FIT,
     MISSING_ROW,
@@ -38,7 +38,7 @@ from data.schema.feature import (
     size_problem,
     zch_problem,
 )
-from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown_key
+from .parse import parse_dataclass, read_toml, to_toml_value, unknown_key
 
 __all__ = [
     "FIRST_VOCABULARY_ROW",

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data.errors import InputError
-from data.reading.arrow import Encoder
 from data.reading.columns import Run, gather
 from data.reading.decode import Decoded, Decoder
+from data.reading.encode import Encoder
 from data.reading.files import read_contents
 from data.reading.order import (
     Cursor,

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.reading.arrow import Encoder
+from data.reading.encode import Encoder
 from data.reading.files import resolve_files
 from data.reading.storage import DataFile, is_uri, open_parquet, path_parts
 from data.schema import load_schema

@@ -18,9 +18,9 @@ import pyarrow as pa
 import torch.distributed as dist
 
 from data.errors import InputError
-from data.reading.arrow import Encoder, Place
 from data.reading.column_types import check_columns
 from data.reading.columns import Columns, Run, gather
+from data.reading.encode import Encoder, Place
 from data.reading.files import prove, read_contents
 from data.reading.keys import first_line
 from data.reading.order import Cursor, StreamOptions

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.reading.arrow import Place, read_labels
+from data.reading.encode import Place, read_labels
 from data.reading.files import resolve_files
 from data.reading.selection import select_files
 from data.reading.storage import is_uri

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
-from data.errors import InputError
-from data.reading.columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, permuted
-from data.reading.keys import Vocabulary, first_line, hash_values, load_vocabularies, remainder, unbounded_ids
-from data.schema import MISSING_ROW, Feature, Schema
+from ..errors import InputError  # relative: an exported artifact carries this file
+from ..schema import MISSING_ROW, Feature, Schema
+from .columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, permuted
+from .keys import Vocabulary, first_line, hash_values, load_vocabularies, remainder, unbounded_ids
 
 T = TypeVar("T")
 # for each integer type: its unsigned twin, and the largest value that is the same in both
