@@ -200,10 +200,7 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
     # copies: torch's data parallelism watches the gradients of the originals
     dense, losses = copy.deepcopy(objective.model.dense_arch), copy.deepcopy(objective.losses)
     rows, regroup = batch.labels.shape[0], tables.regroup
-    pooled = [
-        tables.ebc(batch.sparse_features),
-        *([tables.weighted_ebc(batch.weighted_features)] if tables.weighted_ebc else []),
-    ]
+    pooled = tables.pooled(batch.sparse_features, batch.weighted_features)
     pooled = [tensor.wait() if hasattr(tensor, "wait") else tensor for tensor in pooled]
     for tensor in pooled:
         tensor._values = tensor.values().detach().requires_grad_()
@@ -216,9 +213,7 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
     groups = [features[name] for name in dense.branches["efgc"].groups]
 
     def look_up() -> None:
-        values = [tables.ebc(batch.sparse_features).values()]
-        if tables.weighted_ebc is not None:
-            values.append(tables.weighted_ebc(batch.weighted_features).values())
+        values = [each.values() for each in tables.pooled(batch.sparse_features, batch.weighted_features)]
         torch.autograd.backward(values, [torch.ones_like(value) for value in values])
 
     def top() -> None:

@@ -14,7 +14,6 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer
 
 from data.errors import InputError
@@ -26,13 +25,13 @@ from mbcnet_rec.model.input_layout import input_layout, schema_with_wide
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
 from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
 from mbcnet_rec.model.objective import Objective
-from mbcnet_rec.model.sparse_arch import SparseArch
+from mbcnet_rec.model.sparse_arch import Lookup, SparseArch
 from mbcnet_rec.model.zoo.enkd import DistillationObjective
 from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks
 from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
+from sharding.bridge.collections import meta_collections
 from sharding.bridge.initialise import initialise_tables
-from sharding.bridge.sharder import DATA_TYPES, placed_differences, sharders_of, to_sharding_plan
-from sharding.bridge.tables import embedding_bag_configs
+from sharding.bridge.sharder import placed_differences, sharders_of, to_sharding_plan
 from sharding.bridge.zch import collision_collection
 from sharding.plan.plan_file import (
     Plan,
@@ -45,12 +44,6 @@ from sharding.plan.plan_file import (
 from sharding.search.planner import cluster_of, plan_schema
 
 SPARSE_ARCH = "model.sparse_arch."
-COLLECTIONS = {  # module path -> of fields with weights, of unbounded ids; in the order of SparseArch's arguments
-    f"{SPARSE_ARCH}ebc": (False, False),
-    f"{SPARSE_ARCH}weighted_ebc": (True, False),
-    f"{SPARSE_ARCH}collision_ebc": (False, True),
-    f"{SPARSE_ARCH}weighted_collision_ebc": (True, True),
-}
 
 
 @dataclass
@@ -92,25 +85,22 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 
-def build_collections(schema: Schema, plan: Plan) -> dict[str, nn.Module]:
-    """Build the tables' collections on the meta device, with rows of the plan's dtype: module path -> collection.
+def build_lookups(schema: Schema, plan: Plan) -> list[Lookup]:
+    """Build the tables' collections on the meta device, with rows of the plan's dtype.
 
     Raises:
         InputError: no field without weights looks up a table.
     """
-    meta, data_type = torch.device("meta"), DATA_TYPES[plan.data_type]
-    collections: dict[str, nn.Module] = {}
-    for path, (weighted, unbounded) in COLLECTIONS.items():
-        configs = embedding_bag_configs(schema, weighted=weighted, unbounded=unbounded, data_type=data_type)
-        if configs:
-            rows = EmbeddingBagCollection(configs, is_weighted=weighted, device=meta)
-            collections[path] = collision_collection(schema, rows) if unbounded else rows
-    if not any(path in collections for path, (weighted, _) in COLLECTIONS.items() if not weighted):
+    lookups = []
+    for each, rows in meta_collections(schema, plan.data_type).items():
+        collection = collision_collection(schema, rows) if each.unbounded else rows
+        lookups.append(Lookup(each.name, collection, each.weighted, each.unbounded))
+    if all(lookup.weighted for lookup in lookups):
         raise InputError(
             f"schema {schema.name!r}: no categorical, multi-valued or bucketised field; wanted at least one field "
             "with an embedding table; add one (a number can use transform = 'bucketise')"
         )
-    return collections
+    return lookups
 
 
 def agreed_plan(config: RunConfig, schema: Schema, process: Process) -> Plan:
@@ -181,13 +171,13 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     _refuse_adam(config, schema)
     if plan is None:
         plan = agreed_plan(config, schema, process)
-    collections = build_collections(schema_with_wide(config.model, schema), plan)
+    lookups = build_lookups(schema_with_wide(config.model, schema), plan)
+    collections = {f"{SPARSE_ARCH}{lookup.name}": lookup.collection for lookup in lookups}
     replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}
     # from the schema without wide tables: a field's own table gives its width
     layout = replace(input_layout(schema), wide=needs_wide(config.model))
     torch.manual_seed(config.train.seed)  # dense weights: equal on all ranks
-    ebc, weighted_ebc, *collision_ebcs = (collections.get(path) for path in COLLECTIONS)
-    arch = SparseArch(ebc, weighted_ebc, layout, *collision_ebcs)
+    arch = SparseArch(lookups, layout)
     model = build_model(config.model, arch, layout)
     objective = (
         DistillationObjective(model, config.model.enkd)  # type: ignore[arg-type]
@@ -212,7 +202,7 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     tables = {
         name: name.split(".")[-2]
         for name in sharded.state_dict()
-        if name.startswith(tuple(COLLECTIONS)) and name.endswith(".weight")
+        if name.startswith(tuple(collections)) and name.endswith(".weight")
     }
     initialise_tables(sharded.state_dict(), tables, seed=config.train.seed, std=embedding.init_std)
     kept = {name for name, table in tables.items() if table in replicated}

@@ -19,6 +19,7 @@ from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
 from mbcnet_rec.model.objective import Objective
 from mbcnet_rec.model.sparse_arch import (
     FeatureRegroup,
+    Lookup,
     SparseArch,
     cuts_of,
     field_of,
@@ -147,7 +148,8 @@ def collections(wide):
         own = tables(weighted)
         return own + wide_tables(own) if wide else own
 
-    return EmbeddingBagCollection(both(False)), EmbeddingBagCollection(both(True), is_weighted=True)
+    weighted = EmbeddingBagCollection(both(True), is_weighted=True)
+    return [Lookup("ebc", EmbeddingBagCollection(both(False))), Lookup("weighted_ebc", weighted, True)]
 
 
 @dataclass
@@ -208,13 +210,13 @@ MODELS = {
 def objective(config):
     torch.manual_seed(0)
     wide = needs_wide(config)
-    arch = SparseArch(*collections(wide), layout(wide))
+    arch = SparseArch(collections(wide), layout(wide))
     return Objective(build_model(config, arch, layout(wide)))
 
 
 def test_one_weight_per_id_and_field():
     """A table's wide weight follows the id and pools like its field; its four columns get one gradient."""
-    arch = SparseArch(*collections(wide=True), layout(wide=True))
+    arch = SparseArch(collections(wide=True), layout(wide=True))
     one = batch(0)
     rows = arch.ebc.embedding_bags["wide_user"].weight
     groups = arch(one.dense_features, one.sparse_features, one.weighted_features)
@@ -280,7 +282,7 @@ def test_without_weighted_fields():
         {key: DIMS[key] for key in ("user", "item", "tags")}, DENSE, {"match": ("item", "user")}
     )
     ebc = EmbeddingBagCollection(tables(False))
-    arch = SparseArch(ebc, None, plain)
+    arch = SparseArch([Lookup("ebc", ebc)], plain)
     config = MODELS["mbcnet"]
     rows = batch(0)
     rows.weighted_features = None

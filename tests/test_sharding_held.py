@@ -18,11 +18,12 @@ from data.schema import load_schema, parse_schema
 from mbcnet_rec.training.optim import TABLE_OPTIMIZERS, fuse_table_optimizer
 from mbcnet_rec.training.optim_config import EmbeddingOptimConfig
 from sharding.bridge.allocated import held_bytes, optimizer_bytes, planned_against_held
+from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import sharders_of, to_sharding_plan
 from sharding.cost.assess import assess
 from sharding.plan.cluster import default_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.search.planner import meta_collections, plan_schema
+from sharding.search.planner import plan_schema
 
 SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 ROWS = 16
@@ -93,7 +94,8 @@ def step(schema, config, optimizer, machine, rank):
     """Plan, shard, train one step; return planned and held bytes of this rank, and the line about them."""
     cluster = default_cluster(*machine)
     plan = plan_schema(schema, config, cluster, ROWS, optimizer=optimizer)
-    model = torch.nn.ModuleDict(dict(meta_collections(schema, config)))
+    collections = {each.name: module for each, module in meta_collections(schema, config.data_type).items()}
+    model = torch.nn.ModuleDict(collections)
     replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}
     parameters = [value for name, value in model.named_parameters() if name.split(".")[-2] not in replicated]
     fuse_table_optimizer(parameters, EmbeddingOptimConfig(name=optimizer))

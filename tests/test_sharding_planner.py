@@ -11,6 +11,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 
 from data.errors import InputError
 from data.schema import load_schema, parse_schema
+from sharding.bridge.collections import meta_collections
 from sharding.cost.assess import assess, search_bound
 from sharding.cost.memory import DoesNotFit, room_for_tables
 from sharding.plan.cluster import read_cluster
@@ -19,7 +20,7 @@ from sharding.plan.dense_part import DenseCost
 from sharding.plan.plan_file import check_shape
 from sharding.search.candidates import all_options, empty_plan
 from sharding.search.capacity import Task, find_cures, smallest_cluster, sweep
-from sharding.search.planner import Ordered, cluster_of, make_plan, meta_collections, plan_schema, topology_of
+from sharding.search.planner import Ordered, cluster_of, make_plan, plan_schema, topology_of
 
 CLUSTER = read_cluster("2x4:h100-80g")
 PAPER = Path(__file__).parents[1] / "data/schemas/pailitao.toml"
@@ -262,13 +263,14 @@ def test_absurd_configs_are_refused(build, said):
 def test_the_trainer_plans_by_the_same_code():
     machine, config = (2, 2, "cpu"), ShardingConfig()
     schema = schema_of({"user": (50_000, 32), "tags": (5000, 16)}, {"tags"})
-    plan = make_plan(meta_collections(schema, config), schema, config, machine, 64)
+    collections = {each.name: module for each, module in meta_collections(schema).items()}
+    plan = make_plan(collections, schema, config, machine, 64)
     assert plan.cluster == "1x2:default" and plan.device == "cpu" and plan.batch_size_per_rank == 64
     assert plan == plan_schema(schema, config, cluster_of(config, machine), 64)
     with pytest.raises(InputError, match="its device is 'cuda', but this run computes on 'cpu'"):
-        make_plan(meta_collections(schema, config), schema, ShardingConfig(cluster="h200"), machine, 64)
+        make_plan(collections, schema, ShardingConfig(cluster="h200"), machine, 64)
     with pytest.raises(InputError, match="the dense part takes"):
-        make_plan(meta_collections(schema, config), schema, config, machine, 64, dense=DenseCost(10**10))
+        make_plan(collections, schema, config, machine, 64, dense=DenseCost(10**10))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
 from operator import itemgetter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,31 +18,35 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from mbcnet_rec.model.layers import ALL, WIDE, WIDE_DIM, InputLayout
 
 
+class Lookup(NamedTuple):
+    """An embedding collection of a model.
+
+    Attributes:
+        name: the attribute of SparseArch that holds it, and so part of its tables' names in checkpoints.
+        collection: KeyedJaggedTensor -> KeyedTensor, or where `unbounded` -> (KeyedTensor, None).
+        weighted: whether it looks up the fields with weights, or all others.
+        unbounded: whether its tables give rows to unbounded ids.
+    """
+
+    name: str
+    collection: nn.Module
+    weighted: bool = False
+    unbounded: bool = False
+
+
 class SparseArch(nn.Module):
     """Embedding collections and the one regroup of their output (Eq. 1 and 2).
 
     Args:
-        ebc: KeyedJaggedTensor -> KeyedTensor, or None where every field without weights is unbounded.
-        weighted_ebc: the same for fields with weights, or None.
+        lookups: the collections, which together look up every field.
         layout: names and widths of the fields and groups.
-        collision_ebc: KeyedJaggedTensor -> (KeyedTensor, None) for fields whose ids are unbounded, which are keys of the
-            same input, or None.
-        weighted_collision_ebc: the same for fields with weights, or None.
     """
 
-    def __init__(
-        self,
-        ebc: nn.Module | None,
-        weighted_ebc: nn.Module | None,
-        layout: InputLayout,
-        collision_ebc: nn.Module | None = None,
-        weighted_collision_ebc: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, lookups: Sequence[Lookup], layout: InputLayout) -> None:
         super().__init__()
-        self.ebc = ebc
-        self.weighted_ebc = weighted_ebc
-        self.collision_ebc = collision_ebc
-        self.weighted_collision_ebc = weighted_collision_ebc
+        for lookup in lookups:
+            self.add_module(lookup.name, lookup.collection)
+        self._inputs = [(lookup.name, lookup.weighted, lookup.unbounded) for lookup in lookups]
         self.regroup = FeatureRegroup(layout)
 
     def forward(
@@ -52,14 +56,17 @@ class SparseArch(nn.Module):
         weighted_features: KeyedJaggedTensor | None = None,
     ) -> dict[str, Tensor]:
         """Look up every field once: "all" -> (B, N), group g -> (B, n_g), and wide weights if there are any."""
-        pooled: list[KeyedTensor] = [] if self.ebc is None else [self.ebc(sparse_features)]
-        if self.weighted_ebc is not None:
-            pooled.append(self.weighted_ebc(weighted_features))
-        if self.collision_ebc is not None:
-            pooled.append(self.collision_ebc(sparse_features)[0])
-        if self.weighted_collision_ebc is not None:
-            pooled.append(self.weighted_collision_ebc(weighted_features)[0])
-        return self.regroup(pooled, dense_features)
+        return self.regroup(self.pooled(sparse_features, weighted_features), dense_features)
+
+    def pooled(
+        self, sparse_features: KeyedJaggedTensor, weighted_features: KeyedJaggedTensor | None = None
+    ) -> list[KeyedTensor]:
+        """Look up every field once: the output of each collection."""
+        outputs = []
+        for name, weighted, unbounded in self._inputs:
+            output = getattr(self, name)(weighted_features if weighted else sparse_features)
+            outputs.append(output[0] if unbounded else output)
+        return outputs
 
 
 class FeatureRegroup(nn.Module):

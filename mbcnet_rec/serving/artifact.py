@@ -38,6 +38,7 @@ from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
 from mbcnet_rec.scoring.trained_run import read_whole
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.graph import FusedPath, graph_spec, trace
+from sharding.bridge.collections import ids_name, rows_name
 from sharding.bridge.zch import FREE
 
 LOADER = "mbcnet_serving.py"
@@ -115,15 +116,12 @@ def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
     tensors |= {f"model.sparse_arch.regroup.{name}": value for name, value in regroup.items()}
     ids: dict[str, Tensor] = {}
     for table in weights.tables:
-        collection = "weighted_ebc" if table.weighted else "ebc"
         rows = torch.empty(table.num_embeddings, table.embedding_dim)
         if table.zch is not None:
-            collection = "weighted_collision_ebc" if table.weighted else "collision_ebc"
-            module = f"{SPARSE_ARCH}{collection}._managed_collision_collection._managed_collision_modules.{table.name}"
-            collection += "._embedding_module"
+            module = f"{SPARSE_ARCH}{ids_name(table)}"
             ids[table.name] = torch.empty(2, table.num_embeddings, dtype=torch.int64)
             tensors |= {f"{module}.raw_ids": ids[table.name][0], f"{module}.slots": ids[table.name][1]}
-        tensors[f"{SPARSE_ARCH}{collection}.embedding_bags.{table.name}.weight"] = rows
+        tensors[f"{SPARSE_ARCH}{rows_name(table)}"] = rows
         weights.rows[table.name] = rows
     read_whole(config, folder, step, tensors)
     for name, pairs in ids.items():

@@ -16,12 +16,10 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.types import CacheParams, ShardingPlan
-from torchrec.modules.embedding_configs import DataType
 
-from sharding.bridge.zch import CollisionSharder
+from sharding.bridge.zch import EMBEDDING_MODULE, CollisionSharder
 from sharding.plan.plan_file import SHARDING_TYPES, Plan, TablePlan
 
-DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 COMM_TYPES = {"fp32": CommType.FP32, "fp16": CommType.FP16, "bf16": CommType.BF16}
 
 
@@ -72,7 +70,7 @@ def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> Shardi
     """
     result = {}
     for path, collection in collections.items():
-        rows = getattr(collection, "_embedding_module", collection)
+        rows = getattr(collection, EMBEDDING_MODULE, collection)
         generators = {
             config.name: _generator(plan.tables[config.name], plan)
             for config in rows.embedding_bag_configs()  # type: ignore[operator]

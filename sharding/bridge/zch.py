@@ -43,6 +43,10 @@ POLICIES: dict[str, Callable[[], MCHEvictionPolicy]] = {
 }
 ID_RANGE = 2**63 - 1  # ids are in [0, ID_RANGE)
 FREE = 2**63 - 1  # TorchRec's mark of a row without an id
+EMBEDDING_MODULE = "_embedding_module"  # TorchRec's name of the rows inside a managed collection
+REMAPPERS = (
+    "_managed_collision_collection._managed_collision_modules"  # and of what gives ids their rows, by table
+)
 STATE = ("raw_ids", "slots", "counts", "last_access_iter")
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -35,12 +34,11 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import ParameterSharding
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from data.errors import InputError
 from data.schema import Schema
-from sharding.bridge.sharder import DATA_TYPES, AnyTypeSharder
-from sharding.bridge.tables import embedding_bag_configs
+from sharding.bridge.collections import meta_collections
+from sharding.bridge.sharder import AnyTypeSharder
 from sharding.cost.estimate import table_costs
 from sharding.cost.memory import DoesNotFit, find_shortage, room_for_tables
 from sharding.plan.cluster import Cluster, default_cluster, read_cluster
@@ -118,7 +116,7 @@ def plan_schema(
     """Plan a schema's tables for a cluster; see `make_plan`."""
     machine = (cluster.world_size, cluster.devices_per_host, cluster.device)
     return make_plan(
-        meta_collections(schema, config),
+        {each.name: module for each, module in meta_collections(schema, config.data_type).items()},
         schema,
         config,
         machine,
@@ -126,22 +124,6 @@ def plan_schema(
         cluster=cluster,
         **options,
     )
-
-
-def meta_collections(schema: Schema, config: ShardingConfig) -> dict[str, EmbeddingBagCollection]:
-    """The tables' collections without storage: without weights and with, of ids in order and of unbounded ones."""
-    meta, data_type = torch.device("meta"), DATA_TYPES[config.data_type]
-    result = {}
-    for name, weighted, unbounded in (
-        ("ebc", False, False),
-        ("weighted_ebc", True, False),
-        ("collision_ebc", False, True),
-        ("weighted_collision_ebc", True, True),
-    ):
-        tables = embedding_bag_configs(schema, weighted=weighted, unbounded=unbounded, data_type=data_type)
-        if tables:
-            result[name] = EmbeddingBagCollection(tables, is_weighted=weighted, device=meta)
-    return result
 
 
 def cluster_of(config: ShardingConfig, machine: tuple[int, int, str]) -> Cluster:

@@ -1,0 +1,78 @@
+"""The model's embedding collections: the one list of them, which table is in which, and TorchRec's configurations of the tables."""
+
+from typing import NamedTuple
+
+import torch
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from data.schema import Schema, Table
+from sharding.bridge.zch import EMBEDDING_MODULE, REMAPPERS
+
+POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
+
+
+class Collection(NamedTuple):
+    """One EmbeddingBagCollection. It applies weights to every bag or to none, so weighted fields have collections of their own.
+
+    Attributes:
+        name: the attribute of SparseArch that holds it, and so part of its tables' names in checkpoints.
+        weighted: whether its fields have weights.
+        unbounded: whether its tables give rows to unbounded ids (encoding zch).
+    """
+
+    name: str
+    weighted: bool
+    unbounded: bool
+
+    def configs(self, schema: Schema, data_type: str = "fp32") -> list[EmbeddingBagConfig]:
+        """List this collection's tables, with rows of `data_type`."""
+        return [
+            EmbeddingBagConfig(
+                name=table.name,
+                num_embeddings=table.num_embeddings,
+                embedding_dim=table.embedding_dim,
+                feature_names=list(table.feature_names),
+                pooling=POOLING[table.pooling],
+                data_type=DATA_TYPES[data_type],
+            )
+            for table in schema.tables
+            if collection_of(table) == self
+        ]
+
+
+COLLECTIONS = (
+    Collection("ebc", weighted=False, unbounded=False),
+    Collection("weighted_ebc", weighted=True, unbounded=False),
+    Collection("collision_ebc", weighted=False, unbounded=True),
+    Collection("weighted_collision_ebc", weighted=True, unbounded=True),
+)
+
+
+def collection_of(table: Table) -> Collection:
+    """The collection that holds a table."""
+    wanted = (table.weighted, table.zch is not None)
+    return next(each for each in COLLECTIONS if (each.weighted, each.unbounded) == wanted)
+
+
+def meta_collections(schema: Schema, data_type: str = "fp32") -> dict[Collection, EmbeddingBagCollection]:
+    """Build the collections that have tables, on the meta device and without managed collision."""
+    meta = torch.device("meta")
+    return {
+        each: EmbeddingBagCollection(configs, device=meta, is_weighted=each.weighted)
+        for each in COLLECTIONS
+        if (configs := each.configs(schema, data_type))
+    }
+
+
+def rows_name(table: Table) -> str:
+    """Name of a table's rows in the state of SparseArch."""
+    collection = collection_of(table)
+    module = f"{collection.name}.{EMBEDDING_MODULE}" if collection.unbounded else collection.name
+    return f"{module}.embedding_bags.{table.name}.weight"
+
+
+def ids_name(table: Table) -> str:
+    """Prefix of the names, in the state of SparseArch, of what is kept about the ids of a table of encoding zch."""
+    return f"{collection_of(table).name}.{REMAPPERS}.{table.name}"
