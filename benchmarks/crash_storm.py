@@ -34,7 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mbcnet_rec.checkpoints import storage as places
 from mbcnet_rec.checkpoints import tensor_file
-from mbcnet_rec.checkpoints.blocks import Saved, step_folder
+from mbcnet_rec.checkpoints.shards import Saved, step_folder
 from mbcnet_rec.config import load_config
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.runtime.exits import RunStoppedError

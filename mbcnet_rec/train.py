@@ -18,10 +18,10 @@ from data.reading.storage import DataFile
 from data.schema import Schema, load_schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries
-from mbcnet_rec.checkpoints.blocks import Saved
 from mbcnet_rec.checkpoints.compatibility import load_checked
-from mbcnet_rec.checkpoints.run_folder import CHECKPOINTS, place_of
-from mbcnet_rec.checkpoints.storage import LocalPlace, Place, latest_step
+from mbcnet_rec.checkpoints.run_folder import CHECKPOINTS, storage_of
+from mbcnet_rec.checkpoints.shards import Saved
+from mbcnet_rec.checkpoints.storage import CheckpointStorage, LocalStorage, latest_step
 from mbcnet_rec.checkpoints.warm_start import warm_start
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS, Records, write_whole
@@ -81,7 +81,7 @@ def run_training(
         joined_process(settings.device, settings.timeout_seconds) as process,
         Watchdog(process, config.run_folder, settings.stall_seconds) as watchdog,
     ):
-        around = Surroundings(process, place_of(config), stop, watchdog, watch)
+        around = Surroundings(process, storage_of(config), stop, watchdog, watch)
         refuse_together(_folder_problem(config.run_folder, resume, overwrite), process)
         refuse_together(_place_problem(around, resume, overwrite), process)
         with agreed(process):
@@ -132,7 +132,7 @@ def _start(trainer: Trainer, resume: bool, allow_partial: bool) -> int | None:
             with agreed(process):
                 folder = fetched.enter_context(place.fetched(step))
                 # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
-                saved = Saved(folder, hashed=not isinstance(place, LocalPlace))
+                saved = Saved(folder, hashed=not isinstance(place, LocalStorage))
             notes = trainer.restore(saved, allow_partial=allow_partial)
     elif config.train.warm_start:
         notes = [warm_start(config, trainer.built, process)]
@@ -212,7 +212,7 @@ def _place_problem(around: Surroundings, resume: bool, overwrite: bool) -> str:
     """Say why checkpoints cannot go to their place, or an empty string; leftovers of dead runs are removed. For rank 0."""
     if not around.process.is_first:
         return ""
-    place: Place = around.place
+    place: CheckpointStorage = around.place
     try:
         place.clean()
         place.prove()

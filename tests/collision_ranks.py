@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from forked_ranks import mbcnet, report, run_ranks
 
-from mbcnet_rec.checkpoints.blocks import Saved
+from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.serving import loader as serving
 
 FOLDER = Path(sys.argv[1])

@@ -18,7 +18,7 @@ from small_data import write_small
 
 from data.reading.decode import Decoder
 from mbcnet_rec.checkpoints import writer as saver
-from mbcnet_rec.checkpoints.blocks import Saved, step_folder
+from mbcnet_rec.checkpoints.shards import Saved, step_folder
 from mbcnet_rec.checkpoints.tensor_file import map_block, read_header
 from mbcnet_rec.commands import train
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS

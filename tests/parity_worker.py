@@ -11,7 +11,7 @@ from forked_ranks import run_ranks
 from data.schema import load_schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import build, quieten_libraries
-from mbcnet_rec.checkpoints.blocks import pieces_of
+from mbcnet_rec.checkpoints.shards import shards_of
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.training.pipeline import pipeline_for
@@ -48,7 +48,7 @@ def logical_tensors(built, process):
     """Every tensor of model and optimizers, put together from all ranks, on rank 0."""
     own = [
         (p.name, p.offsets, p.global_shape, p.tensor.detach().numpy().copy())
-        for p in pieces_of(built.model, built.optimizer)
+        for p in shards_of(built.model, built.optimizer)
         if process.rank == 0 or not p.replicated
     ]
     parts = [None] * process.world_size

@@ -18,9 +18,9 @@ from small_data import write_small
 from data.errors import InputError
 from data.schema import load_schema
 from mbcnet_rec.build import build, quieten_libraries, schema_with_wide
-from mbcnet_rec.checkpoints.blocks import Saved, pieces_of
 from mbcnet_rec.checkpoints.compatibility import load_checked
-from mbcnet_rec.checkpoints.storage import LocalPlace
+from mbcnet_rec.checkpoints.shards import Saved, shards_of
+from mbcnet_rec.checkpoints.storage import LocalStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
@@ -47,23 +47,23 @@ def reference(folder):
     return {name.split("@")[0]: tensors[str(index)] for index, (name, _, _) in enumerate(file["pieces"])}
 
 
-def spoil(pieces):
-    for piece in pieces:
+def spoil(shards):
+    for shard in shards:
         with torch.no_grad():
-            piece.tensor.fill_(7)
+            shard.tensor.fill_(7)
 
 
-def compare(pieces, wanted, process):
+def compare(shards, wanted, process):
     """Names of tensors that differ in a bit, or that the ranks do not cover together."""
     wrong, sizes = [], {}
-    for piece in pieces:
-        values = wanted[piece.name]
-        own = values[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.tensor.shape, strict=True))]
-        if piece.tensor.detach().contiguous().numpy().tobytes() != own.contiguous().numpy().tobytes():
-            wrong.append(piece.name)
+    for shard in shards:
+        values = wanted[shard.name]
+        own = values[tuple(slice(o, o + n) for o, n in zip(shard.offsets, shard.tensor.shape, strict=True))]
+        if shard.tensor.detach().contiguous().numpy().tobytes() != own.contiguous().numpy().tobytes():
+            wrong.append(shard.name)
         # what every rank holds whole counts once
-        share = piece.tensor.numel() / (process.world_size if piece.replicated or piece.per_rank else 1)
-        sizes[piece.name] = sizes.get(piece.name, 0) + share
+        share = shard.tensor.numel() / (process.world_size if shard.replicated or shard.per_rank else 1)
+        sizes[shard.name] = sizes.get(shard.name, 0) + share
     everyone = [None] * process.world_size
     dist.all_gather_object(everyone, (wrong, sizes))
     found = {name for names, _ in everyone for name in names}
@@ -77,18 +77,18 @@ def compare(pieces, wanted, process):
 
 def move(config, process, built, source, target=None):
     """Load a checkpoint; with a target save it there again, else return what differs from the one it comes from."""
-    pieces = pieces_of(built.model, built.optimizer)
-    spoil(pieces)
+    shards = shards_of(built.model, built.optimizer)
+    spoil(shards)
     saved = Saved(source)
     notes = load_checked(saved, built, config, process)
     assert not notes, notes
-    pieces = pieces_of(built.model, built.optimizer)
+    shards = shards_of(built.model, built.optimizer)
     if target is None:
-        return pieces
-    saver = Saver(LocalPlace(target), process, 20.0)
-    saver.save(FIRST, pieces, saved.manifest.extra, Keep(last=1))
+        return shards
+    saver = Saver(LocalStorage(target), process, 20.0)
+    saver.save(FIRST, shards, saved.manifest.extra, Keep(last=1))
     saver.finish()
-    return pieces
+    return shards
 
 
 def settings(name, *more):
@@ -147,8 +147,8 @@ def load_at_each_world_size():
             built = build(config, load_schema(config.schema), process)
             found = {}
             for world in WORLDS:
-                pieces = move(config, process, built, written_by(world) / f"step_{FIRST}")
-                found[world] = compare(pieces, wanted, process)
+                shards = move(config, process, built, written_by(world) / f"step_{FIRST}")
+                found[world] = compare(shards, wanted, process)
             if process.is_first:
                 (FOLDER / f"found-{process.world_size}.json").write_text(json.dumps(found))
 
@@ -197,8 +197,8 @@ def between_kinds_of_plan():
                 for before in kinds:
                     for after in kinds:
                         source = FOLDER / f"{name}-{before}" / f"step_{FIRST}"
-                        pieces = move(config, process, built[after], source)
-                        found[f"{name}: {before} > {after}"] = compare(pieces, wanted, process)
+                        shards = move(config, process, built[after], source)
+                        found[f"{name}: {before} > {after}"] = compare(shards, wanted, process)
         if rank == 0:
             (FOLDER / "kinds.json").write_text(json.dumps(found))
 
@@ -217,12 +217,12 @@ def refused():
             config = load_config(CONFIG)
             schema = load_schema(config.schema)
             built = build(config, schema, process, plan_of("column_wise", schema, process))
-            before = [piece.tensor.clone() for piece in pieces_of(built.model, built.optimizer)]
+            before = [shard.tensor.clone() for shard in shards_of(built.model, built.optimizer)]
             try:
                 load_checked(Saved(source), built, config, process, allow_partial=True)
             except InputError as error:
                 print(error)
-            after = [piece.tensor for piece in pieces_of(built.model, built.optimizer)]
+            after = [shard.tensor for shard in shards_of(built.model, built.optimizer)]
             tables = list(zip(before, after, strict=False))
             assert all(torch.equal(one, other) for one, other in tables), "nothing is loaded"
 

@@ -15,10 +15,10 @@ import torch
 from data.errors import InputError
 from mbcnet_rec.checkpoints import storage as places
 from mbcnet_rec.checkpoints import writer as saver
-from mbcnet_rec.checkpoints.blocks import Saved, whole_piece
 from mbcnet_rec.checkpoints.manifest import check_files, read_manifest
 from mbcnet_rec.checkpoints.run_folder import best_step
-from mbcnet_rec.checkpoints.storage import DamagedCheckpointWarning, LocalPlace, latest_step, open_place
+from mbcnet_rec.checkpoints.shards import Saved, whole_shard
+from mbcnet_rec.checkpoints.storage import DamagedCheckpointWarning, LocalStorage, latest_step, open_storage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.process import Process
@@ -39,20 +39,20 @@ def bucket():
 @pytest.fixture(params=["disk", "memory", "s3"])
 def place(request, tmp_path):
     if request.param == "disk":
-        return open_place(tmp_path / "checkpoints")
+        return open_storage(tmp_path / "checkpoints")
     if request.param == "memory":
-        return open_place(f"memory://{tmp_path.name}/checkpoints")
-    return open_place(f"{request.getfixturevalue('bucket')}/{tmp_path.name}/checkpoints")
+        return open_storage(f"memory://{tmp_path.name}/checkpoints")
+    return open_storage(f"{request.getfixturevalue('bucket')}/{tmp_path.name}/checkpoints")
 
 
-def pieces(value, rows=50):
+def shards(value, rows=50):
     table = torch.full((rows, 4), float(value))
-    return [whole_piece("model/table", table), whole_piece("optim/table/sum", table[:, 0].clone())]
+    return [whole_shard("model/table", table), whole_shard("optim/table/sum", table[:, 0].clone())]
 
 
 def write(place, step, value=None, keep=Keep(last=5), rows=50):
     made = Saver(place, ALONE, 10.0)
-    made.save(step, pieces(step if value is None else value, rows), {"step": step}, keep)
+    made.save(step, shards(step if value is None else value, rows), {"step": step}, keep)
     made.finish()
 
 
@@ -66,7 +66,7 @@ def value_of(place, step):
 
 
 def files_of(place):
-    if isinstance(place, LocalPlace):
+    if isinstance(place, LocalStorage):
         return sorted(str(path.relative_to(place.root)) for path in place.root.rglob("*") if path.is_file())
     place.system.invalidate_cache()
     found = place.system.find(place.root)
@@ -110,7 +110,7 @@ def test_a_damaged_later_one_is_not_counted_as_the_last(place):
 def spoil(place, step):
     """Flip one bit in the file of tensors."""
     name = next(name for name in files_of(place) if name.startswith(f"step_{step}/rank_"))
-    if isinstance(place, LocalPlace):
+    if isinstance(place, LocalStorage):
         path = place.root / name
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
@@ -213,14 +213,14 @@ def test_files_are_durable_before_the_name_appears(tmp_path, monkeypatch):
 
     fake = SimpleNamespace(open=real_open, fsync=fsync, replace=replace, close=os.close, O_RDONLY=os.O_RDONLY)
     monkeypatch.setattr(places, "os", fake)
-    place = LocalPlace(tmp_path / "checkpoints")
+    place = LocalStorage(tmp_path / "checkpoints")
     write(place, 5)
     assert calls[:2] == ["sync rank_00000.safetensors", "sync manifest.json"]
     assert calls[2].startswith("sync .step_5.") and calls[3:] == ["rename to step_5", "sync checkpoints"]
 
 
 def test_a_crash_between_two_renames_loses_nothing(tmp_path, monkeypatch):
-    place = LocalPlace(tmp_path / "checkpoints")
+    place = LocalStorage(tmp_path / "checkpoints")
     write(place, 5)
     real, count = os.replace, []
 
@@ -231,7 +231,7 @@ def test_a_crash_between_two_renames_loses_nothing(tmp_path, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(LocalPlace, "discard", lambda *args: None)
+    monkeypatch.setattr(LocalStorage, "discard", lambda *args: None)
     with pytest.raises(KeyboardInterrupt):
         place.begin(5, "ab")
         place.commit(5, "ab", b"{}", [])
@@ -243,7 +243,7 @@ def test_a_crash_between_two_renames_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    place, gate = LocalPlace(tmp_path), threading.Event()
+    place, gate = LocalStorage(tmp_path), threading.Event()
     real = saver.write_tensors
 
     def slow(*args):
@@ -253,7 +253,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(saver, "write_tensors", slow)
     made, table = Saver(place, ALONE, 10.0), torch.full((500_000, 4), 5.0)
     start = time.perf_counter()
-    stall = made.save(5, [whole_piece("model/table", table)], {"step": 5}, Keep(last=2))
+    stall = made.save(5, [whole_shard("model/table", table)], {"step": 5}, Keep(last=2))
     returned = time.perf_counter() - start
     table.fill_(6.0)  # the next step
     assert place.steps() == [] and stall <= returned
@@ -266,8 +266,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 def test_a_stuck_storage_is_named_in_time(tmp_path, monkeypatch):
     gate = threading.Event()
     monkeypatch.setattr(saver, "write_tensors", lambda *args: gate.wait(10))
-    made = Saver(LocalPlace(tmp_path), ALONE, 0.3)
-    made.save(5, pieces(5), {}, Keep(last=2))
+    made = Saver(LocalStorage(tmp_path), ALONE, 0.3)
+    made.save(5, shards(5), {}, Keep(last=2))
     start = time.monotonic()
     with pytest.raises(
         CannotWriteError, match=r"rank 0: the checkpoint of step 5 is still being written after 0\.3 s"
@@ -279,7 +279,7 @@ def test_a_stuck_storage_is_named_in_time(tmp_path, monkeypatch):
 
 def test_folders_that_hosts_do_not_share_are_refused(tmp_path):
     """Rank 0 finds no file of rank 1 in its own folder: no manifest vouches for it."""
-    place = LocalPlace(tmp_path)
+    place = LocalStorage(tmp_path)
     place.begin(5, "ab")
     with pytest.raises(CannotWriteError, match=r"rank_00001.*hosts do not share this folder"):
         place.commit(5, "ab", b"{}", ["rank_00001.safetensors"])
@@ -289,12 +289,12 @@ def test_folders_that_hosts_do_not_share_are_refused(tmp_path):
 def test_a_server_that_goes_away_is_named(bucket, monkeypatch):
     import data.reading.storage
 
-    place = open_place(f"{bucket}/away/checkpoints")
+    place = open_storage(f"{bucket}/away/checkpoints")
     write(place, 5)
     monkeypatch.setattr(data.reading.storage, "CONNECT_SECONDS", 0.5)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     data.reading.storage._s3.cache_clear()
-    gone = open_place(f"{bucket}/away/checkpoints")
+    gone = open_storage(f"{bucket}/away/checkpoints")
     start = time.monotonic()
     with pytest.raises(CannotWriteError, match="checkpoint of step 6 could not be written"):
         write(gone, 6)
@@ -306,13 +306,13 @@ def test_a_server_that_goes_away_is_named(bucket, monkeypatch):
 @pytest.mark.parametrize("uri", ["nonsense://bucket/prefix", "gs://bucket/prefix"])
 def test_an_unknown_place_is_refused(uri):
     with pytest.raises(InputError, match=f"{uri}: cannot be opened .*or use a folder"):
-        open_place(uri)
+        open_storage(uri)
 
 
 def test_a_manifest_lists_every_file_with_its_sum(tmp_path):
     import hashlib
 
-    write(LocalPlace(tmp_path), 5)
+    write(LocalStorage(tmp_path), 5)
     manifest = read_manifest(tmp_path / "step_5")
     (part,) = manifest.parts
     assert part.sha256 == hashlib.sha256((tmp_path / "step_5" / part.file).read_bytes()).hexdigest()

@@ -10,8 +10,8 @@ from small_data import SCHEMA, write_small
 from data.errors import InputError
 from data.schema import load_schema
 from mbcnet_rec.build import build, quieten_libraries
-from mbcnet_rec.checkpoints.blocks import Saved, pieces_of, step_folder
 from mbcnet_rec.checkpoints.compatibility import load_checked
+from mbcnet_rec.checkpoints.shards import Saved, shards_of, step_folder
 from mbcnet_rec.checkpoints.warm_start import warm_start
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
@@ -56,7 +56,7 @@ def changed(pattern, replacement):
 
 
 def values(built):
-    return {piece.name: piece.tensor.detach().clone() for piece in pieces_of(built.model, built.optimizer)}
+    return {piece.name: piece.tensor.detach().clone() for piece in shards_of(built.model, built.optimizer)}
 
 
 USERS = r"(user    = .*num_embeddings = )120"

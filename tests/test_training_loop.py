@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_data import write_small
 
-from mbcnet_rec.checkpoints.blocks import Saved, step_folder
+from mbcnet_rec.checkpoints.shards import Saved, step_folder
 from mbcnet_rec.checkpoints.tensor_file import map_block, read_header
 from mbcnet_rec.cli import main
 from mbcnet_rec.commands import train

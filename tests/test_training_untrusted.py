@@ -16,11 +16,11 @@ import torch
 from small_data import write_small
 
 from data.errors import InputError
-from mbcnet_rec.checkpoints.blocks import Saved, load_pieces, whole_piece
 from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.manifest import check_files, read_manifest
 from mbcnet_rec.checkpoints.run_folder import best_step
-from mbcnet_rec.checkpoints.storage import LocalPlace, open_place
+from mbcnet_rec.checkpoints.shards import Saved, load_shards, whole_shard
+from mbcnet_rec.checkpoints.storage import LocalStorage, open_storage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.cli import main
 from mbcnet_rec.runtime.process import Process
@@ -33,13 +33,13 @@ STATE = TrainState(step=5, best=[(0.7, 5)], evaluated_step=5)
 def pieces():
     generator = torch.Generator().manual_seed(0)
     names = ("model/ebc.embedding_bags.user.weight", "model/top.weight", "optim/top.weight/exp_avg")
-    return [whole_piece(name, torch.randn(30, 4, generator=generator)) for name in names]
+    return [whole_shard(name, torch.randn(30, 4, generator=generator)) for name in names]
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A whole checkpoint of one rank."""
-    made = Saver(LocalPlace(tmp_path / "checkpoints"), Process(0, 1, 0, 1, torch.device("cpu")), 10.0)
+    made = Saver(LocalStorage(tmp_path / "checkpoints"), Process(0, 1, 0, 1, torch.device("cpu")), 10.0)
     run = {"optimizer": "sgd", "schema": "abc", "column_shards": {"user": 2}}
     extra = {"state": STATE.to_json(), "stream": {"epoch": 0, "step": 5, "fingerprint": "f"}, "run": run}
     made.save(5, pieces(), extra, Keep(last=2, best=((0.7, 5),)))
@@ -52,7 +52,7 @@ def load(folder):
     saved = Saved(folder)
     saved_run(saved)
     TrainState.from_json(saved.manifest.extra.get("state", {}))
-    load_pieces(saved, pieces(), 0, 1)
+    load_shards(saved, pieces(), 0, 1)
     restored_outputs(saved, 0)
     return saved
 
@@ -308,12 +308,12 @@ def test_altered_manifests_are_read_or_refused_but_never_crash(folder):
 )
 def test_a_strange_note_of_the_best_does_not_mislead(folder, note):
     (folder.parent / "best.json").write_bytes(note)
-    assert best_step(LocalPlace(folder.parent)) == 5
+    assert best_step(LocalStorage(folder.parent)) == 5
 
 
 def test_a_prefix_behind_a_uri_brings_only_named_files(folder, tmp_path):
     """Names in a remote manifest are checked before anything is fetched by them."""
-    place = open_place(f"memory://{tmp_path.name}/checkpoints")
+    place = open_storage(f"memory://{tmp_path.name}/checkpoints")
     rewrite(folder, lambda body: body["files"][0].update(file="../../../secret"))
     place.system.pipe_file(place._path("step_5", "manifest.json"), (folder / "manifest.json").read_bytes())
     with pytest.raises(InputError, match="wanted a name such as"), place.fetched(5) as fetched:

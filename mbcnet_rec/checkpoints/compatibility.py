@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from mbcnet_rec.build import Built
-from mbcnet_rec.checkpoints.blocks import Piece, Saved, load_pieces, pieces_of
+from mbcnet_rec.checkpoints.shards import Saved, TensorShard, load_shards, shards_of
 from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_rows, zch_buckets, zch_table_of
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import Process, agreed
@@ -211,9 +211,9 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else "x".join(f"{size}" for size in shape) or "scalar"
 
 
-def all_shapes(pieces: Iterable[Piece], process: Process) -> dict[str, tuple[int, ...]]:
+def all_shapes(shards: Iterable[TensorShard], process: Process) -> dict[str, tuple[int, ...]]:
     """Logical tensor -> shape over all ranks; a collective."""
-    own = {piece.name: piece.global_shape for piece in pieces}
+    own = {shard.name: shard.global_shape for shard in shards}
     if process.world_size == 1:
         return own
     gathered: list[Any] = [None] * process.world_size
@@ -233,8 +233,8 @@ def load_checked(
         InputError: they differ and `allow_partial` is not set, or no partial load bridges the difference.
     """
     init_states(built)
-    pieces = pieces_of(built.model, built.optimizer)
-    report = compare(saved, all_shapes(pieces, process), describe_run(built, config))
+    shards = shards_of(built.model, built.optimizer)
+    report = compare(saved, all_shapes(shards, process), describe_run(built, config))
     if report.refusals:
         raise InputError(f"{saved.folder}: {report.refusals[0]}")
     phrases = report.phrases
@@ -246,12 +246,12 @@ def load_checked(
         )
     special = report.fresh | report.grown
     with agreed(process):
-        load_pieces(
-            saved, [piece for piece in pieces if piece.name not in special], process.rank, process.world_size
+        load_shards(
+            saved, [shard for shard in shards if shard.name not in special], process.rank, process.world_size
         )
-        for piece in pieces:
-            if piece.name in report.grown:
-                saved.fill_rows(piece)
+        for shard in shards:
+            if shard.name in report.grown:
+                saved.fill_rows(shard)
         check_rows(saved, built.model)
     return [f"partial load: {phrase}" for phrase in phrases + _outcome(report)] if phrases else []
 

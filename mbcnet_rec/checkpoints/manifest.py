@@ -24,7 +24,7 @@ LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardEntry:
     """A block of a logical tensor: the tensor's name, where the block begins in it, and the tensor's shape."""
 
     name: str
@@ -33,12 +33,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Part:
+class RankFile:
     """One file; entry i describes its tensor named str(i)."""
 
     file: str
     sha256: str
-    entries: tuple[Entry, ...]
+    entries: tuple[ShardEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class Manifest:
 
     world_size: int
     extra: dict[str, Any]
-    parts: tuple[Part, ...]
+    parts: tuple[RankFile, ...]
 
 
 def manifest_bytes(world_size: int, extra: dict[str, Any], files: list[dict[str, Any]]) -> bytes:
-    """The manifest of files that have been written; see `part_record` for their form."""
+    """The manifest of files that have been written; see `file_record` for their form."""
     body = json.dumps({"format": FORMAT, "world_size": world_size, "extra": extra, "files": files})
     return f'{{"sha256": "{hashlib.sha256(body.encode()).hexdigest()}", "body": {body}}}\n'.encode()
 
 
-def part_record(file: str, sha256: str, entries: list[Entry]) -> dict[str, Any]:
+def file_record(file: str, sha256: str, entries: list[ShardEntry]) -> dict[str, Any]:
     """One file of a manifest as JSON values."""
     listing = [[entry.name, list(entry.offsets), list(entry.global_shape)] for entry in entries]
     return {"file": file, "sha256": sha256, "pieces": listing}
@@ -113,15 +113,15 @@ def file_name(rank: int, token: str = "") -> str:
     return f"rank_{rank:05d}{token and f'.{token}'}.safetensors"
 
 
-def _part(entry: dict[str, Any]) -> Part:
+def _part(entry: dict[str, Any]) -> RankFile:
     if not isinstance(entry["file"], str) or not _FILE.fullmatch(entry["file"]):
         raise ValueError(f"file {entry['file']!r}: wanted a name such as {file_name(0)}")
     if not isinstance(entry["sha256"], str):
         raise ValueError(f"file {entry['file']!r} has no sha256")
-    return Part(entry["file"], entry["sha256"], tuple(_entry(piece) for piece in entry["pieces"]))
+    return RankFile(entry["file"], entry["sha256"], tuple(_entry(piece) for piece in entry["pieces"]))
 
 
-def _entry(piece: list[Any]) -> Entry:
+def _entry(piece: list[Any]) -> ShardEntry:
     name, offsets, shape = piece
     numbers = [*offsets, *shape]
     if not isinstance(name, str) or len(offsets) != len(shape) or len(shape) > MOST_DIMENSIONS:
@@ -130,7 +130,7 @@ def _entry(piece: list[Any]) -> Entry:
         raise ValueError(f"piece {name[:80]!r} has no plain name of at most {LONGEST_NAME} characters")
     if any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError(f"piece {name[:80]!r} has a size that is no natural number")
-    return Entry(name, tuple(offsets), tuple(shape))
+    return ShardEntry(name, tuple(offsets), tuple(shape))
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -6,14 +6,19 @@ from pathlib import Path
 
 from data.errors import InputError
 from mbcnet_rec.checkpoints.manifest import check_files, read_manifest
-from mbcnet_rec.checkpoints.storage import DamagedCheckpointWarning, Place, latest_step, open_place
+from mbcnet_rec.checkpoints.storage import (
+    CheckpointStorage,
+    DamagedCheckpointWarning,
+    latest_step,
+    open_storage,
+)
 from mbcnet_rec.checkpoints.writer import BEST
 from mbcnet_rec.config import RunConfig
 
 CHECKPOINTS = "checkpoints"
 
 
-def place_of(config: RunConfig, folder: Path | None = None) -> Place:
+def storage_of(config: RunConfig, folder: Path | None = None) -> CheckpointStorage:
     """Where a run's checkpoints go.
 
     Args:
@@ -23,10 +28,10 @@ def place_of(config: RunConfig, folder: Path | None = None) -> Place:
     Raises:
         InputError: `train.checkpoint_folder` is a URI that cannot be opened.
     """
-    return open_place(config.train.checkpoint_folder or (folder or config.run_folder) / CHECKPOINTS)
+    return open_storage(config.train.checkpoint_folder or (folder or config.run_folder) / CHECKPOINTS)
 
 
-def best_step(place: Place) -> int | None:
+def best_step(place: CheckpointStorage) -> int | None:
     """The step of a run's best checkpoint, else of its latest whole one; None if it has none."""
     try:
         step = int(json.loads(place.read_note(BEST))["step"])

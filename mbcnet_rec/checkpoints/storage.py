@@ -29,7 +29,7 @@ class DamagedCheckpointWarning(UserWarning):
     """A checkpoint that does not verify was passed over for an older one."""
 
 
-class Place(Protocol):
+class CheckpointStorage(Protocol):
     """What a saver and a reader ask of storage. A draft is a checkpoint that is being written."""
 
     def steps(self) -> list[int]:
@@ -81,16 +81,16 @@ class Place(Protocol):
         ...
 
 
-def open_place(location: str | Path) -> Place:
+def open_storage(location: str | Path) -> CheckpointStorage:
     """The place of a path or URI.
 
     Raises:
         InputError: the URI's scheme is unknown or its client is not installed.
     """
     if "://" not in str(location):
-        return LocalPlace(Path(location))
+        return LocalStorage(Path(location))
     try:
-        return RemotePlace(str(location))
+        return RemoteStorage(str(location))
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -98,7 +98,7 @@ def open_place(location: str | Path) -> Place:
         ) from None
 
 
-def latest_step(place: Place) -> int | None:
+def latest_step(place: CheckpointStorage) -> int | None:
     """The newest step whose checkpoint verifies; None if there is none. Warns of newer ones that do not."""
     for step in reversed(place.steps()):
         try:
@@ -115,7 +115,7 @@ def _numbers(names: list[str]) -> list[int]:
     return sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdecimal())
 
 
-class LocalPlace:
+class LocalStorage:
     """A folder on a disk that every rank sees."""
 
     def __init__(self, root: Path) -> None:
@@ -129,27 +129,27 @@ class LocalPlace:
         return self.root / f".step_{step}.{token}{PARTIAL}"
 
     def steps(self) -> list[int]:
-        """See Place."""
+        """See CheckpointStorage."""
         return _numbers([path.parent.name for path in self.root.glob(f"step_*/{MANIFEST}")])
 
     def file_name(self, rank: int, token: str) -> str:
-        """See Place."""
+        """See CheckpointStorage."""
         return file_name(rank)
 
     def begin(self, step: int, token: str) -> None:
-        """See Place."""
+        """See CheckpointStorage."""
         self._draft(step, token).mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def write(self, step: int, token: str, name: str) -> Iterator[Any]:
-        """See Place."""
+        """See CheckpointStorage."""
         with (self._draft(step, token) / name).open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
 
     def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
-        """See Place.
+        """See CheckpointStorage.
 
         Raises:
             CannotWriteError: a rank's file is not there: its host has another disk.
@@ -172,16 +172,16 @@ class LocalPlace:
         shutil.rmtree(old, ignore_errors=True)
 
     def discard(self, step: int, token: str) -> None:
-        """See Place."""
+        """See CheckpointStorage."""
         shutil.rmtree(self._draft(step, token), ignore_errors=True)
 
     def remove(self, step: int) -> None:
-        """See Place. The manifest goes first: what is left after a crash is no checkpoint."""
+        """See CheckpointStorage. The manifest goes first: what is left after a crash is no checkpoint."""
         (self.folder(step) / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(self.folder(step), ignore_errors=True)
 
     def clean(self) -> None:
-        """See Place. A checkpoint that had given way to one that never came is put back."""
+        """See CheckpointStorage. A checkpoint that had given way to one that never came is put back."""
         for path in self.root.glob(f".step_*{OLD}{PARTIAL}"):
             for step in _numbers([path.name.split(".")[1]]):
                 if (path / MANIFEST).is_file() and not self.folder(step).exists():
@@ -193,7 +193,7 @@ class LocalPlace:
                 shutil.rmtree(path, ignore_errors=True)
 
     def prove(self) -> None:
-        """See Place. A folder that was not there is not left behind."""
+        """See CheckpointStorage. A folder that was not there is not left behind."""
         made = [path for path in (self.root, *self.root.parents) if not path.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
         try:
@@ -206,11 +206,11 @@ class LocalPlace:
 
     @contextmanager
     def fetched(self, step: int) -> Iterator[Path]:
-        """See Place."""
+        """See CheckpointStorage."""
         yield self.folder(step)
 
     def write_note(self, name: str, data: bytes) -> None:
-        """See Place."""
+        """See CheckpointStorage."""
         draft = self.root / f".{name}{PARTIAL}"
         with draft.open("wb") as file:
             file.write(data)
@@ -219,11 +219,11 @@ class LocalPlace:
         os.replace(draft, self.root / name)
 
     def read_note(self, name: str) -> bytes:
-        """See Place."""
+        """See CheckpointStorage."""
         return (self.root / name).read_bytes()
 
 
-class RemotePlace:
+class RemoteStorage:
     """A prefix of an fsspec file system. S3 goes through Arrow's client, as the data does: keys and addresses are the same."""
 
     def __init__(self, uri: str) -> None:
@@ -239,21 +239,21 @@ class RemotePlace:
         return "/".join((self.root.rstrip("/"), *names))
 
     def steps(self) -> list[int]:
-        """See Place."""
+        """See CheckpointStorage."""
         self.system.invalidate_cache()
         found = self.system.glob(self._path("step_*", MANIFEST))
         return _numbers([str(path).split("/")[-2] for path in found])
 
     def file_name(self, rank: int, token: str) -> str:
-        """See Place. The manifest of an earlier try vouches for that try's files."""
+        """See CheckpointStorage. The manifest of an earlier try vouches for that try's files."""
         return file_name(rank, token)
 
     def begin(self, step: int, token: str) -> None:
-        """See Place."""
+        """See CheckpointStorage."""
         self.system.makedirs(self._path(f"step_{step}"), exist_ok=True)
 
     def write(self, step: int, token: str, name: str) -> Any:
-        """See Place."""
+        """See CheckpointStorage."""
         return self._opened(self._path(f"step_{step}", name))
 
     @contextmanager
@@ -272,13 +272,13 @@ class RemotePlace:
                     raise
 
     def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
-        """See Place."""
+        """See CheckpointStorage."""
         with self._opened(self._path(f"step_{step}", MANIFEST)) as file:
             file.write(manifest)
         self._remove_files(step, {MANIFEST, *names})
 
     def discard(self, step: int, token: str) -> None:
-        """See Place."""
+        """See CheckpointStorage."""
         names = self._names(step)
         self._remove_files(step, {name for name in names if f".{token}." not in name})
 
@@ -294,14 +294,14 @@ class RemotePlace:
                     self.system.rm_file(self._path(f"step_{step}", name))
 
     def remove(self, step: int) -> None:
-        """See Place. The manifest goes first."""
+        """See CheckpointStorage. The manifest goes first."""
         with suppress(FileNotFoundError):
             self.system.rm_file(self._path(f"step_{step}", MANIFEST))
         with suppress(FileNotFoundError):
             self.system.rm(self._path(f"step_{step}"), recursive=True)
 
     def clean(self) -> None:
-        """See Place."""
+        """See CheckpointStorage."""
         whole = set(self.steps())
         for path in self.system.glob(self._path("step_*")):
             numbers = _numbers([str(path).rstrip("/").split("/")[-1]])
@@ -309,13 +309,13 @@ class RemotePlace:
                 self.remove(numbers[0])
 
     def prove(self) -> None:
-        """See Place."""
+        """See CheckpointStorage."""
         self.write_note("probe", b"1")
         self.system.rm_file(self._path("probe"))
 
     @contextmanager
     def fetched(self, step: int) -> Iterator[Path]:
-        """See Place. Copies the files that the manifest names, and no others."""
+        """See CheckpointStorage. Copies the files that the manifest names, and no others."""
         with tempfile.TemporaryDirectory(prefix="mbcnet-checkpoint-") as name:
             folder = Path(name)
             try:
@@ -329,12 +329,12 @@ class RemotePlace:
             yield folder
 
     def write_note(self, name: str, data: bytes) -> None:
-        """See Place."""
+        """See CheckpointStorage."""
         with self._opened(self._path(name)) as file:
             file.write(data)
 
     def read_note(self, name: str) -> bytes:
-        """See Place."""
+        """See CheckpointStorage."""
         return bytes(self.system.cat_file(self._path(name)))
 
 

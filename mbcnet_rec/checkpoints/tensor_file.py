@@ -47,7 +47,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
-class Block:
+class StoredTensor:
     """Where a tensor lies in a file: dtype, shape, and bytes [start, stop) of the file."""
 
     dtype: torch.dtype
@@ -85,7 +85,7 @@ def write_tensors(tensors: dict[str, Tensor], sink: Sink) -> str:
     return digest.hexdigest()
 
 
-def read_header(path: Path) -> dict[str, Block]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """List a file's tensors, after checking that the header claims what the file has and nothing else.
 
     Raises:
@@ -122,7 +122,7 @@ def read_header(path: Path) -> dict[str, Block]:
     return blocks
 
 
-def _block(path: Path, name: str, entry: Any, data_start: int) -> Block:
+def _block(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, stop]
@@ -132,10 +132,10 @@ def _block(path: Path, name: str, entry: Any, data_start: int) -> Block:
         raise _bad(path, f"tensor {name!r} has a size that is no natural number")
     if math.prod(shape) * dtype.itemsize != stop - start:
         raise _bad(path, f"tensor {name!r} claims shape {shape} in {stop - start:,} bytes")
-    return Block(dtype, tuple(shape), data_start + start, data_start + stop)
+    return StoredTensor(dtype, tuple(shape), data_start + start, data_start + stop)
 
 
-def map_block(path: Path, block: Block) -> Tensor:
+def map_block(path: Path, block: StoredTensor) -> Tensor:
     """Map a tensor of a file into memory: pages are read when they are touched, and writes stay private."""
     if block.start == block.stop:
         return torch.empty(block.shape, dtype=block.dtype)

@@ -5,11 +5,11 @@ from typing import Any
 
 from data.errors import InputError
 from mbcnet_rec.build import Built
-from mbcnet_rec.checkpoints.blocks import Piece, Saved, pieces_of
 from mbcnet_rec.checkpoints.compatibility import _table_of as table_of
 from mbcnet_rec.checkpoints.compatibility import all_shapes, column_shards, init_states, saved_run
-from mbcnet_rec.checkpoints.run_folder import best_step, place_of
-from mbcnet_rec.checkpoints.storage import Place
+from mbcnet_rec.checkpoints.run_folder import best_step, storage_of
+from mbcnet_rec.checkpoints.shards import Saved, TensorShard, shards_of
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.zch_state import check_rows, zch_table_of
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.runtime.process import Process
@@ -33,21 +33,21 @@ def warm_start(config: RunConfig, built: Built, process: Process) -> str:
             f"train.warm_start = {str(other)!r}: no run folder (it has no config.toml); name what `mbcnet train` wrote"
         )
     other_config = load_config(other / "config.toml")
-    place: Place = place_of(other_config, other)
+    place: CheckpointStorage = storage_of(other_config, other)
     step = best_step(place)
     if step is None:
         raise InputError(f"train.warm_start = {str(other)!r}: holds no whole checkpoint; train it first")
     init_states(built)
     with place.fetched(step) as folder:
         saved = Saved(folder)
-        pieces = pieces_of(built.model, built.optimizer)
-        tables = _chosen(config, saved, {table_of(name) for name in all_shapes(pieces, process)} - {""})
+        shards = shards_of(built.model, built.optimizer)
+        tables = _chosen(config, saved, {table_of(name) for name in all_shapes(shards, process)} - {""})
         same_state = _same_state(saved, config, built)
         _refuse_other_ids(saved, built, tables, config)
-        for piece in pieces:
-            table = table_of(piece.name) or zch_table_of(piece.name)
-            if table in tables and (piece.name.startswith("model/") or same_state):
-                _copy(saved, piece, table)
+        for shard in shards:
+            table = table_of(shard.name) or zch_table_of(shard.name)
+            if table in tables and (shard.name.startswith("model/") or same_state):
+                _copy(saved, shard, table)
         check_rows(saved, built.model)
     note = "with" if same_state else "without"
     return f"warm start from step {step} of {other}: {note} optimizer state: {', '.join(sorted(tables))}"
@@ -87,11 +87,11 @@ def _same_state(saved: Saved, config: RunConfig, built: Built) -> bool:
     )
 
 
-def _copy(saved: Saved, piece: Piece, table: str) -> None:
-    theirs = saved.shapes.get(piece.name)
-    if theirs is None or theirs[1:] != piece.global_shape[1:] or theirs[0] > piece.global_shape[0]:
+def _copy(saved: Saved, shard: TensorShard, table: str) -> None:
+    theirs = saved.shapes.get(shard.name)
+    if theirs is None or theirs[1:] != shard.global_shape[1:] or theirs[0] > shard.global_shape[0]:
         raise InputError(
-            f"train.warm_start: table {table} has shape {theirs} there and {piece.global_shape} here; wanted equal columns and at "
+            f"train.warm_start: table {table} has shape {theirs} there and {shard.global_shape} here; wanted equal columns and at "
             "least as many rows here: change the schema, or leave the table out of train.warm_start_tables"
         )
-    saved.fill_rows(piece)
+    saved.fill_rows(shard)

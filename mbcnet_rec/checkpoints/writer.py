@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mbcnet_rec.checkpoints.blocks import Piece, Snapshot, take_snapshot
-from mbcnet_rec.checkpoints.manifest import manifest_bytes, part_record
-from mbcnet_rec.checkpoints.storage import Place
+from mbcnet_rec.checkpoints.manifest import file_record, manifest_bytes
+from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.tensor_file import write_tensors
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.process import Process, broadcast_value, lowest_rank, side_store
@@ -38,7 +38,7 @@ class Saver:
         timeout_seconds: how long rank 0 waits for the other ranks' parts.
     """
 
-    def __init__(self, place: Place, process: Process, timeout_seconds: float) -> None:
+    def __init__(self, place: CheckpointStorage, process: Process, timeout_seconds: float) -> None:
         self.place = place
         self.saved_step: int | None = None
         self.stalled_seconds = 0.0
@@ -63,8 +63,8 @@ class Saver:
         """Whether this rank's last checkpoint could not be written."""
         return bool(self._error)
 
-    def save(self, step: int, pieces: list[Piece], extra: dict[str, Any], keep: Keep) -> float:
-        """Copy the pieces and begin to write them; every rank calls it.
+    def save(self, step: int, shards: list[TensorShard], extra: dict[str, Any], keep: Keep) -> float:
+        """Copy the shards and begin to write them; every rank calls it.
 
         Returns:
             Seconds that training stood still for it.
@@ -75,7 +75,7 @@ class Saver:
         start = time.perf_counter()
         self.finish()
         self._count += 1
-        self._snapshot = take_snapshot(pieces, self._process.rank, self._snapshot)
+        self._snapshot = take_snapshot(shards, self._process.rank, self._snapshot)
         self._thread = threading.Thread(
             target=self._write,
             args=(step, self._snapshot, extra, keep),
@@ -154,7 +154,7 @@ class Saver:
         with self.place.write(step, self._token, name) as file:
             tensors = {str(index): tensor for index, tensor in enumerate(snapshot.tensors)}
             sha256 = write_tensors(tensors, file)
-        return part_record(name, sha256, snapshot.entries)
+        return file_record(name, sha256, snapshot.entries)
 
     def _await_others(self, step: int) -> list[dict[str, Any]]:
         records, deadline = [], time.monotonic() + self._timeout

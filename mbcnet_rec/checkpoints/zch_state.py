@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data.errors import InputError
-from mbcnet_rec.checkpoints.blocks import Piece, Saved, whole_piece
+from mbcnet_rec.checkpoints.shards import Saved, TensorShard, whole_shard
 from mbcnet_rec.runtime.process import Process
 from sharding.bridge.zch import BucketedCollisions, collisions_of
 from sharding.plan.plan_file import Plan
@@ -45,22 +45,22 @@ def tables_of_other_rows(
     return {table for table in tables if before.get(table) != now.get(table)}
 
 
-def history_pieces(modules: Iterable[BucketedCollisions]) -> list[Piece]:
+def history_shards(modules: Iterable[BucketedCollisions]) -> list[TensorShard]:
     """For each bucket of this rank, the ids since the last admission and how many ids have lost their row; often nothing."""
-    pieces = []
+    shards = []
     for module in modules:
         for bucket in module.own_buckets:
             name = f"zch/{module.table.name}/{bucket.number}"
             evictions = torch.tensor([bucket.evictions])
-            pieces += [
-                whole_piece(f"{name}/history", bucket.history(), replicated=False),
-                whole_piece(f"{name}/evictions", evictions, replicated=False),
+            shards += [
+                whole_shard(f"{name}/history", bucket.history(), replicated=False),
+                whole_shard(f"{name}/evictions", evictions, replicated=False),
             ]
-    return pieces
+    return shards
 
 
 def restore_history(saved: Saved, modules: Iterable[BucketedCollisions]) -> None:
-    """Take up what `history_pieces` gave, on any number of ranks.
+    """Take up what `history_shards` gave, on any number of ranks.
 
     Raises:
         InputError: the checkpoint does not hold it, or not in this form.

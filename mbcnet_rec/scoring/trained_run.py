@@ -12,9 +12,9 @@ from torch import Tensor
 from data.errors import InputError
 from data.schema import Schema
 from mbcnet_rec.build import Built, build
-from mbcnet_rec.checkpoints.blocks import Saved, load_pieces, pieces_of, whole_piece
 from mbcnet_rec.checkpoints.manifest import MANIFEST
-from mbcnet_rec.checkpoints.run_folder import best_step, place_of
+from mbcnet_rec.checkpoints.run_folder import best_step, storage_of
+from mbcnet_rec.checkpoints.shards import Saved, load_shards, shards_of, whole_shard
 from mbcnet_rec.checkpoints.zch_state import check_rows
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelConfig
@@ -43,7 +43,7 @@ def find_step(config: RunConfig, folder: Path, process: Process) -> int:
     Raises:
         InputError: it has none.
     """
-    step = broadcast_value(best_step(place_of(config, folder)) if process.is_first else None, process)
+    step = broadcast_value(best_step(storage_of(config, folder)) if process.is_first else None, process)
     refuse_together("" if step is not None else f"{folder}: no whole checkpoint; train it first", process)
     assert step is not None
     return step
@@ -61,10 +61,10 @@ def load_built(config: RunConfig, schema: Schema, folder: Path, step: int, proce
     if sharding.plan and not _fits(Path(sharding.plan), process):
         sharding = dataclasses.replace(sharding, plan="")
     built = build(dataclasses.replace(config, sharding=sharding), schema, process)
-    pieces = [piece for piece in pieces_of(built.model, built.optimizer) if piece.name.startswith("model/")]
-    with place_of(config, folder).fetched(step) as saved:
+    pieces = [piece for piece in shards_of(built.model, built.optimizer) if piece.name.startswith("model/")]
+    with storage_of(config, folder).fetched(step) as saved:
         checkpoint = Saved(saved)
-        load_pieces(checkpoint, pieces, process.rank, process.world_size)
+        load_shards(checkpoint, pieces, process.rank, process.world_size)
         check_rows(checkpoint, built.model)
     for buffer in built.model.buffers():
         if buffer.is_floating_point():
@@ -94,9 +94,9 @@ def read_whole(config: RunConfig, folder: Path, step: int, tensors: dict[str, Te
     Raises:
         InputError: the checkpoint is damaged, or holds other tensors.
     """
-    pieces = [whole_piece(f"model/{name}", tensor) for name, tensor in tensors.items()]
-    with torch.no_grad(), place_of(config, folder).fetched(step) as saved:
-        load_pieces(
+    pieces = [whole_shard(f"model/{name}", tensor) for name, tensor in tensors.items()]
+    with torch.no_grad(), storage_of(config, folder).fetched(step) as saved:
+        load_shards(
             Saved(saved), pieces, rank=0, world_size=0
         )  # no world has size 0: statistics of ranks are averaged
 
@@ -114,5 +114,5 @@ def scoring_options(config: RunConfig, process: Process) -> tuple[int, Callable[
 
 def weights_digest(config: RunConfig, folder: Path, step: int) -> str:
     """SHA-256 of a checkpoint's manifest, which holds the sums of its files."""
-    with place_of(config, folder).fetched(step) as saved:
+    with storage_of(config, folder).fetched(step) as saved:
         return hashlib.sha256((saved / MANIFEST).read_bytes()).hexdigest()

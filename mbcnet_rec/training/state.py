@@ -18,7 +18,7 @@ from torch import Tensor
 from data.errors import InputError
 from data.reading.order import Cursor, Order
 from data.stream import Batch, ParquetStream
-from mbcnet_rec.checkpoints.blocks import Piece, Saved, whole_piece
+from mbcnet_rec.checkpoints.shards import Saved, TensorShard, whole_shard
 from mbcnet_rec.config import TrainConfig
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.model.objective import Outputs
@@ -128,7 +128,7 @@ class Window:
     grad_norm: Tensor | None = None
     gradient_shares: dict[str, Tensor] = field(default_factory=dict)
 
-    def pieces(self, rank: int) -> list[Piece]:
+    def pieces(self, rank: int) -> list[TensorShard]:
         """What this rank's outputs are in a checkpoint; nothing if there are none."""
         if not self.outputs:
             return []
@@ -143,7 +143,7 @@ class Window:
             **{f"terms/{name}": torch.stack([each.terms[name] for each in self.outputs]) for name in names},
         }
         return [
-            whole_piece(f"window/{rank}/{name}", value, replicated=False) for name, value in tensors.items()
+            whole_shard(f"window/{rank}/{name}", value, replicated=False) for name, value in tensors.items()
         ]
 
 

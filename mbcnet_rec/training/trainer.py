@@ -13,11 +13,11 @@ from data.errors import InputError
 from data.reading.order import Cursor
 from data.stream import ParquetStream
 from mbcnet_rec.build import Built, cooperation
-from mbcnet_rec.checkpoints.blocks import Saved, pieces_of
 from mbcnet_rec.checkpoints.compatibility import describe_run, load_checked
-from mbcnet_rec.checkpoints.storage import Place
+from mbcnet_rec.checkpoints.shards import Saved, shards_of
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
-from mbcnet_rec.checkpoints.zch_state import history_pieces, restore_history, zch_counters
+from mbcnet_rec.checkpoints.zch_state import history_shards, restore_history, zch_counters
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import Records
 from mbcnet_rec.logs.mlflow import open_sink
@@ -69,7 +69,7 @@ class Surroundings:
     """
 
     process: Process
-    place: Place
+    place: CheckpointStorage
     stop: StopRequest
     watchdog: Watchdog
     watch: Watch | None = None
@@ -392,8 +392,8 @@ class Trainer:
             "stream": self.stream.state_dict(self.state.cursor),
             "run": describe_run(self.built, self.config),
         }
-        pieces = pieces_of(self.built.model, self.built.optimizer) + self.window.pieces(self.process.rank)
-        pieces += history_pieces(self.collisions)
+        pieces = shards_of(self.built.model, self.built.optimizer) + self.window.pieces(self.process.rank)
+        pieces += history_shards(self.collisions)
         best = tuple((auc, step) for auc, step in self.state.best)
         self.saver.save(self.state.step, pieces, extra, Keep(self.config.train.keep_last, best))
         self._saved_at = time.monotonic()

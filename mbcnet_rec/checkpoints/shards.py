@@ -18,14 +18,14 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from data.errors import InputError
-from mbcnet_rec.checkpoints.manifest import Entry, Manifest, check_files, read_manifest
-from mbcnet_rec.checkpoints.storage import LocalPlace
-from mbcnet_rec.checkpoints.tensor_file import Block, map_block, read_header
+from mbcnet_rec.checkpoints.manifest import Manifest, ShardEntry, check_files, read_manifest
+from mbcnet_rec.checkpoints.storage import LocalStorage
+from mbcnet_rec.checkpoints.tensor_file import StoredTensor, map_block, read_header
 from sharding.bridge.blocks import local_blocks
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """A block of a logical tensor that this rank holds.
 
     Attributes:
@@ -46,22 +46,22 @@ class Piece:
     per_rank: bool = False
 
 
-def whole_piece(name: str, tensor: Tensor, *, replicated: bool = True, per_rank: bool = False) -> Piece:
-    """A piece that is a whole logical tensor."""
-    return Piece(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape), replicated, per_rank)
+def whole_shard(name: str, tensor: Tensor, *, replicated: bool = True, per_rank: bool = False) -> TensorShard:
+    """A shard that is a whole logical tensor."""
+    return TensorShard(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape), replicated, per_rank)
 
 
-def pieces_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> list[Piece]:
+def shards_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> list[TensorShard]:
     """List what this rank holds: parameters, buffers and optimizer state."""
     own = {name for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     # of groups of ranks that hold all tables each, the first group writes them
     copies = isinstance(model, DMPCollection) and dist.get_rank(model._default_ctx.replica_pg) > 0
-    pieces = []
+    shards = []
     for name, value in model.state_dict().items():
         if name in own:
-            pieces.append(whole_piece(f"model/{name}", value, replicated=False, per_rank=True))
+            shards.append(whole_shard(f"model/{name}", value, replicated=False, per_rank=True))
         else:
-            pieces += _split(f"model/{name}", value, copies)
+            shards += _split(f"model/{name}", value, copies)
     for part, keyed in optimizer.optimizers:
         for parameter, state in keyed.state_dict()["state"].items():
             # a table that lives on another rank is an empty parameter here
@@ -71,8 +71,8 @@ def pieces_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> 
             for key, value in named.items():
                 # TorchRec calls a fused state TABLE.momentum1; torch calls the same thing sum
                 short = {"momentum1": "sum"}.get(key.rsplit(".", 1)[-1], key.rsplit(".", 1)[-1])
-                pieces += _split(f"optim/{parameter}/{short}", value, copies)
-    return pieces
+                shards += _split(f"optim/{parameter}/{short}", value, copies)
+    return shards
 
 
 def _as_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -85,37 +85,37 @@ def _as_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[s
     return state
 
 
-def _split(name: str, value: Any, copies: bool) -> list[Piece]:
+def _split(name: str, value: Any, copies: bool) -> list[TensorShard]:
     """Pieces of a tensor; `copies` says that another rank holds, and writes, the same blocks."""
     blocks = local_blocks(value)
     if blocks is not None:
         shape = tuple(value.size())
-        return [Piece(name, tensor, offsets, shape, replicated=copies) for tensor, offsets in blocks]
-    return [whole_piece(name, value)] if isinstance(value, Tensor) else []
+        return [TensorShard(name, tensor, offsets, shape, replicated=copies) for tensor, offsets in blocks]
+    return [whole_shard(name, value)] if isinstance(value, Tensor) else []
 
 
 @dataclass
 class Snapshot:
-    """Copies of this rank's pieces in CPU memory, which training does not touch; entry i describes tensor i."""
+    """Copies of this rank's shards in CPU memory, which training does not touch; entry i describes tensor i."""
 
-    entries: list[Entry]
+    entries: list[ShardEntry]
     tensors: list[Tensor]
 
 
-def take_snapshot(pieces: Iterable[Piece], rank: int, reuse: Snapshot | None = None) -> Snapshot:
+def take_snapshot(shards: Iterable[TensorShard], rank: int, reuse: Snapshot | None = None) -> Snapshot:
     """Copy what this rank has to write.
 
     Args:
-        pieces: of this rank.
+        shards: of this rank.
         rank: of this process.
         reuse: an earlier snapshot that nobody reads any more; its memory is written over.
     """
-    own = [piece for piece in pieces if rank == 0 or not piece.replicated]
+    own = [shard for shard in shards if rank == 0 or not shard.replicated]
     entries, tensors = [], []
-    for index, piece in enumerate(own):
-        name = f"{piece.name}@{rank}" if piece.per_rank else piece.name
-        entries.append(Entry(name, piece.offsets, piece.global_shape))
-        source = piece.tensor.detach()
+    for index, shard in enumerate(own):
+        name = f"{shard.name}@{rank}" if shard.per_rank else shard.name
+        entries.append(ShardEntry(name, shard.offsets, shard.global_shape))
+        source = shard.tensor.detach()
         old = reuse.tensors[index] if reuse and index < len(reuse.tensors) else None
         if old is None or old.shape != source.shape or old.dtype != source.dtype:
             old = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
@@ -142,7 +142,7 @@ class Saved:
         if hashed:
             check_files(folder, self.manifest)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._blocks: dict[str, list[tuple[Entry, Path, Block]]] = {}
+        self._blocks: dict[str, list[tuple[ShardEntry, Path, StoredTensor]]] = {}
         for part in self.manifest.parts:
             path = folder / part.file
             if path.is_symlink():
@@ -179,27 +179,27 @@ class Saved:
             raise InputError(f"{self.folder}: holds no whole {name!r}; use another checkpoint")
         return map_block(blocks[0][1], blocks[0][2]).clone()
 
-    def copy_into(self, piece: Piece, rank: int, world_size: int) -> None:
-        """Fill a live piece.
+    def copy_into(self, shard: TensorShard, rank: int, world_size: int) -> None:
+        """Fill a live shard.
 
         Raises:
             InputError: the checkpoint covers it only in part.
         """
-        if f"{piece.name}@0" not in self._blocks:
-            self._fill(piece.name, piece.tensor, piece.offsets)
+        if f"{shard.name}@0" not in self._blocks:
+            self._fill(shard.name, shard.tensor, shard.offsets)
         elif world_size == self.manifest.world_size:
-            self._fill(f"{piece.name}@{rank}", piece.tensor, piece.offsets)
+            self._fill(f"{shard.name}@{rank}", shard.tensor, shard.offsets)
         else:
-            total = torch.zeros_like(piece.tensor, device="cpu")
+            total = torch.zeros_like(shard.tensor, device="cpu")
             for saved_rank in range(self.manifest.world_size):
                 part = torch.empty_like(total)
-                self._fill(f"{piece.name}@{saved_rank}", part, piece.offsets)
+                self._fill(f"{shard.name}@{saved_rank}", part, shard.offsets)
                 total += part
-            piece.tensor.copy_(total / self.manifest.world_size)
+            shard.tensor.copy_(total / self.manifest.world_size)
 
-    def fill_rows(self, piece: Piece) -> None:
-        """Fill those rows of a piece that a smaller saved table has; see compatibility.py."""
-        self._fill(piece.name, piece.tensor, piece.offsets, rows=self.shapes[piece.name][0])
+    def fill_rows(self, shard: TensorShard) -> None:
+        """Fill those rows of a shard that a smaller saved table has; see compatibility.py."""
+        self._fill(shard.name, shard.tensor, shard.offsets, rows=self.shapes[shard.name][0])
 
     def _fill(self, name: str, target: Tensor, offsets: tuple[int, ...], rows: int | None = None) -> None:
         wanted = target.numel()
@@ -219,7 +219,9 @@ def plain_name(name: str) -> str:
     return head if at and rank.isdecimal() else name
 
 
-def _copy(entry: Entry, path: Path, block: Block, target: Tensor, offsets: tuple[int, ...]) -> int:
+def _copy(
+    entry: ShardEntry, path: Path, block: StoredTensor, target: Tensor, offsets: tuple[int, ...]
+) -> int:
     """Copy the overlap of a saved block and a live one; return how many values that was."""
     source, own, count = [], [], 1
     for begin, size, own_begin, own_size in zip(
@@ -236,28 +238,28 @@ def _copy(entry: Entry, path: Path, block: Block, target: Tensor, offsets: tuple
     return count
 
 
-def load_pieces(saved: Saved, pieces: Iterable[Piece], rank: int, world_size: int) -> None:
+def load_shards(saved: Saved, shards: Iterable[TensorShard], rank: int, world_size: int) -> None:
     """Copy a checkpoint into live tensors, whatever world size and plan wrote it.
 
     Args:
         saved: opened.
-        pieces: of this rank.
+        shards: of this rank.
         rank: of this process.
         world_size: number of processes.
 
     Raises:
         InputError: a tensor is missing, has another shape, or is covered only in part.
     """
-    for piece in pieces:
-        if saved.shapes.get(piece.name) != piece.global_shape:
-            found = saved.shapes.get(piece.name, "nothing")
+    for shard in shards:
+        if saved.shapes.get(shard.name) != shard.global_shape:
+            found = saved.shapes.get(shard.name, "nothing")
             raise InputError(
-                f"{saved.folder}: {piece.name!r}: found {found}, this run wants {piece.global_shape}; use that run's "
+                f"{saved.folder}: {shard.name!r}: found {found}, this run wants {shard.global_shape}; use that run's "
                 "config and schema"
             )
-        saved.copy_into(piece, rank, world_size)
+        saved.copy_into(shard, rank, world_size)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of a step lies on a disk."""
-    return LocalPlace(checkpoints).folder(step)
+    return LocalStorage(checkpoints).folder(step)
