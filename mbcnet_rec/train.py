@@ -25,7 +25,7 @@ from mbcnet_rec.checkpoints.storage import CheckpointStorage, LocalStorage, late
 from mbcnet_rec.checkpoints.warm_start import warm_start
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS, Records, write_whole
-from mbcnet_rec.logs.mlflow import open_sink
+from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.preemption import StopRequest
@@ -76,6 +76,7 @@ def run_training(
     # torchelastic starts the workers again after a fault: they go on where the last checkpoint stands
     resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     settings = config.train
+    require_client(settings.tracking)
     with (
         StopRequest() as stop,
         joined_process(settings.device, settings.timeout_seconds) as process,
@@ -279,7 +280,8 @@ def _test(
     except EvaluationGivenUpError:
         raise trainer.preempted() from None
     if process.is_first:
-        records = Records(config.run_folder, state.step, open_sink(config))
+        sink = open_sink(config.train.tracking, config.run_folder, config.name, config)
+        records = Records(config.run_folder, state.step, sink)
         records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
         records.close()
     return metrics

@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: metrics.jsonl, TensorBoard, and a tracking server where one is named."""
+"""Appends what a run measures to metrics.jsonl, and hands the same numbers to TensorBoard and MLflow."""
 
 import json
 import math
@@ -8,13 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mbcnet_rec.logs.tensorboard import Board
-from mbcnet_rec.runtime.exits import CannotWriteError
+from torch.utils.tensorboard import SummaryWriter
+
+from mbcnet_rec.logs.mlflow import MlflowSink, curve_name
 from mbcnet_rec.logs.progress import tell
-from mbcnet_rec.logs.mlflow import MlflowSink
+from mbcnet_rec.runtime.exits import CannotWriteError
 
 METRICS = "metrics.jsonl"
-# keys that tell of this machine and this start, not of what is learned: two equal runs differ in them
+CURVES_WAITING, CURVES_FLUSH_SECONDS = 1000, 10
+# these keys depend on the machine and on when a run was started: two equal runs differ in them
 TIMING_KEYS = (
     "samples_per_second",
     "step_seconds",
@@ -29,19 +31,18 @@ class Records:
 
     Args:
         folder: the run folder.
-        first_step: lines of later steps are dropped: they belong to steps that a resumed run does again.
-        sink: of a tracking server, see tracking.py; None without one.
+        first_step: lines of later steps are dropped: they belong to steps that a resumed run repeats.
+        sink: an MLflow server; None without one.
     """
 
     def __init__(self, folder: Path, first_step: int, sink: MlflowSink | None = None) -> None:
-        """Open all.
+        """Open the files.
 
         Raises:
             CannotWriteError: the folder cannot be written.
         """
-        path = folder / METRICS
-        self._path = path
-        self._board: Board | None = None
+        self._path = path = folder / METRICS
+        self._curves: SummaryWriter | None = None
         self._sink = sink
         try:
             text = path.read_text(errors="replace") if path.exists() else ""
@@ -52,7 +53,12 @@ class Records:
         except OSError as error:
             raise self._cannot_write(error) from None
         try:
-            self._board = Board(folder / "tb", purge_step=first_step)
+            self._curves = SummaryWriter(
+                str(folder / "tb"),
+                purge_step=first_step or None,
+                max_queue=CURVES_WAITING,
+                flush_secs=CURVES_FLUSH_SECONDS,
+            )
         except OSError as error:
             self._without_curves(error)
 
@@ -72,11 +78,10 @@ class Records:
             raise self._cannot_write(error) from None
         if self._sink is not None:
             self._sink.add(step, split, clean)
-        if self._board is None:
-            return
-        numbers = {key: value for key, value in clean.items() if isinstance(value, (int, float))}
         try:
-            self._board.add(split, numbers, step)
+            for key, value in clean.items():
+                if self._curves is not None and isinstance(value, (int, float)):
+                    self._curves.add_scalar(curve_name(split, key), value, step)
         except OSError as error:
             self._without_curves(error)
 
@@ -96,8 +101,8 @@ class Records:
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
-            if self._board is not None:
-                self._board.close()
+            if self._curves is not None:
+                self._curves.close()
         if self._sink is not None:
             self._sink.close(sys.exc_info()[1])
 
@@ -107,7 +112,7 @@ class Records:
             f"mbcnet: warning: {self._path.parent / 'tb'}: no more TensorBoard curves ({error.strerror})",
             sys.stderr,
         )
-        self._board = None
+        self._curves = None
 
     def _drop_behind(self, end: int) -> None:
         """Cut off a line that was written in part, and forget what is still in memory of it."""

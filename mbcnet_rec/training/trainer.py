@@ -150,7 +150,10 @@ class Trainer:
             CannotWriteError: a checkpoint or a line could not be written.
         """
         process = self.process
-        records = Records(self.folder, self.state.step, open_sink(self.config)) if process.is_first else None
+        records = None
+        if process.is_first:
+            sink = open_sink(self.config.train.tracking, self.folder, self.config.name, self.config)
+            records = Records(self.folder, self.state.step, sink)
         bar = Progress(self.total_steps, self.state.step, self.config.data.batch_size, shown=process.is_first)
         pipeline: Pipeline = pipeline_for(self.built.plan.prefetch, process.world_size, process.device)(
             self.built.model,
