@@ -35,7 +35,7 @@ def test_html_escapes_and_holds_everything():
     page = to_html("T <i>", "lead", BLOCKS)
     assert "Result &lt;b&gt;" in page and "a &amp; b" in page and "<i>" not in page
     assert 'class="best"' in page and page.count("<tr") == 3
-    assert "data:image/png;base64,iVBORw0KGgo=" in page and "&quot;it&quot;" in page
+    assert "data:image/png;base64,iVBORw0KGgo=" in page and "&#34;it&#34;" in page
     assert "<details><summary>the config</summary>" in page
     assert not re.search(r'(src|href)="http', page)
 
