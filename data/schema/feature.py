@@ -1,8 +1,11 @@
-"""Feature: what one column of the log means, and what can be wrong with saying so. Imports no torch."""
+"""Feature: what one column of the log means, and what can be wrong with saying so."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Literal
+
+from .bounds import bounded, bounds_problem  # relative: an exported artifact carries this file
 
 Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector"]
 Encoding = Literal["ids", "vocabulary", "hash", "zch"]
@@ -63,21 +66,29 @@ class Feature:
     table: str = ""
     pooling: Literal["sum", "mean"] = "sum"
     vocabulary: str = ""
-    min_count: int = 1
+    min_count: int = bounded(1, at_least=1, fix="use 1 to keep every value")
     eviction: Eviction = "distance_lfu"
-    eviction_interval: int = 5
-    zch_buckets: int = 8
+    eviction_interval: int = bounded(5, at_least=1, wanted="a number of steps, 1 or more", fix="use 5")
+    zch_buckets: int = bounded(
+        8, at_least=1, at_most=MAX_ZCH_BUCKETS, wanted=f"1 to {MAX_ZCH_BUCKETS}, a multiple of the number of ranks", fix="use 8"
+    )  # fmt: skip
     on_invalid: Literal["error", "null", "modulo"] = "error"
     weights: str = ""
     transform: Transform = "identity"
     mean: float | Literal["fit"] = 0.0
-    std: float | Literal["fit"] = 1.0
+    std: float | Literal["fit"] = bounded(
+        1.0, above=0, wanted="a number above 0", fix="a constant column carries nothing: remove the field"
+    )
     boundaries: tuple[float, ...] | Literal["fit"] = ()
-    num_buckets: int = 16
-    width: int = 0
-    projection: int = 0
-    pooling_factor: float = 0.0
-    cardinality: int = 0
+    num_buckets: int = bounded(16, at_least=2, at_most=MAX_WIDTH, wanted=f"2 to {MAX_WIDTH}", fix="change it")
+    width: int = bounded(
+        0, at_least=1, at_most=MAX_WIDTH, wanted=f"the length of the vector, 1 to {MAX_WIDTH}", fix="set it"
+    )
+    projection: int = bounded(
+        0, at_least=0, at_most=MAX_WIDTH, wanted=f"a number of columns, 1 to {MAX_WIDTH}", fix="set it, or remove it"
+    )  # fmt: skip
+    pooling_factor: float = bounded(0.0, at_least=0, fix="remove the minus")
+    cardinality: int = bounded(0, at_least=0, fix="remove the minus")
 
     @property
     def is_sparse(self) -> bool:
@@ -137,33 +148,24 @@ class Feature:
         return self.projection or self.dense_width
 
 
-# Who reads a key; on any other field it would be ignored without a word, so it is refused there.
-_READERS: dict[str, tuple[Callable[[Feature], bool], str]] = {
-    "encoding": (lambda feature: feature.is_keyed, "fields of ids"),
-    "vocabulary": (lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
-    "min_count": (lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
-    "eviction": (lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
-    "eviction_interval": (lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
-    "zch_buckets": (lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
-    "num_embeddings": (lambda feature: feature.is_sparse, "fields with a table"),
-    "embedding_dim": (lambda feature: feature.is_sparse, "fields with a table"),
-    "table": (lambda feature: feature.is_sparse, "fields with a table"),
-    "pooling": (lambda feature: feature.is_sparse, "fields with a table"),
-    "weights": (lambda feature: feature.is_weighted, 'kind = "weighted_multi_valued"'),
-    "transform": (lambda feature: feature.kind == "numeric", 'kind = "numeric"'),
-    "mean": (lambda feature: feature.transform == "standardise", 'transform = "standardise"'),
-    "std": (lambda feature: feature.transform == "standardise", 'transform = "standardise"'),
-    "boundaries": (lambda feature: feature.is_bucketised, 'transform = "bucketise"'),
-    "num_buckets": (lambda feature: feature.is_bucketised, 'transform = "bucketise"'),
-    "width": (lambda feature: feature.kind == "vector", 'kind = "vector"'),
-    "projection": (lambda feature: feature.kind == "vector", 'kind = "vector"'),
-    "pooling_factor": (lambda feature: feature.is_sparse, "fields with a table"),
-}
+# Which fields read a key; on any other field it would be ignored silently, so it is refused there.
+_READERS: tuple[tuple[str, Callable[[Feature], bool], str], ...] = (
+    ("encoding", lambda feature: feature.is_keyed, "fields of ids"),
+    ("vocabulary min_count", lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
+    ("eviction eviction_interval zch_buckets", lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
+    ("num_embeddings embedding_dim table pooling", lambda feature: feature.is_sparse, "fields with a table"),
+    ("weights", lambda feature: feature.is_weighted, 'kind = "weighted_multi_valued"'),
+    ("transform", lambda feature: feature.kind == "numeric", 'kind = "numeric"'),
+    ("mean std", lambda feature: feature.transform == "standardise", 'transform = "standardise"'),
+    ("boundaries num_buckets", lambda feature: feature.is_bucketised, 'transform = "bucketise"'),
+    ("width projection", lambda feature: feature.kind == "vector", 'kind = "vector"'),
+    ("pooling_factor", lambda feature: feature.is_sparse, "fields with a table"),
+)
 _DEFAULTS = {field.name: field.default for field in fields(Feature)}
 
 
 def feature_problem(feature: Feature, label: str, shared_tables: Container[str]) -> str:
-    """What is wrong with one field, as `key = value: wanted ...; mend`, or an empty string.
+    """Return what is wrong with one field, as `key = value: wanted ...; how to fix it`, or an empty string.
 
     Args:
         feature: the field.
@@ -173,16 +175,22 @@ def feature_problem(feature: Feature, label: str, shared_tables: Container[str])
     for role, column in (("column", feature.source_column), ("weights", feature.weights)):
         if column == label:
             return f"{role} = {column!r}: this column is the label; a model must not see it; remove the field"
-    for key, (reads, where) in _READERS.items():
-        value = getattr(feature, key)
-        if value != _DEFAULTS[key] and not reads(feature):
-            return f"{key} = {value!r}: only {where} reads it; remove it, or change the field's kind"
-    if feature.cardinality < 0 or feature.pooling_factor < 0:
-        return "cardinality, pooling_factor: wanted 0 or more; remove the negative one"
+    unread = set() if feature.boundaries == FIT else {"num_buckets"}  # only a fit reads it
+    for keys, reads, where in _READERS:
+        if not reads(feature):
+            for key in keys.split():
+                value = getattr(feature, key)
+                if value != _DEFAULTS[key]:
+                    return f"{key} = {value!r}: only {where} reads it; remove it, or change the field's kind"
+                unread.add(key)
     if feature.on_invalid == "modulo" and not (feature.is_keyed and feature.encoding == "ids"):
         return "on_invalid = 'modulo': only encoding = 'ids' has ids to take modulo num_embeddings; remove it"
-    if not feature.is_sparse:
-        return _dense_problem(feature)
+    return bounds_problem(feature, unread) or (
+        _table_problem(feature, shared_tables) if feature.is_sparse else ""
+    )
+
+
+def _table_problem(feature: Feature, shared_tables: Container[str]) -> str:
     if feature.table and feature.table not in shared_tables:
         return f"table = {feature.table!r}: no such table; add [tables] {feature.table} = {{ num_embeddings, embedding_dim }}"
     if feature.table and (feature.num_embeddings or feature.embedding_dim):
@@ -195,89 +203,53 @@ def feature_problem(feature: Feature, label: str, shared_tables: Container[str])
         return "pooling = 'mean': FBGEMM computes weighted bags as sums only; use pooling = 'sum'"
     if feature.encoding == "vocabulary" and not feature.vocabulary:
         return "vocabulary is missing: wanted 'fit' or a Parquet file of values; add vocabulary = \"fit\""
-    if feature.is_unbounded:
-        problem = _unbounded_problem(feature)
-        if problem:
-            return problem
-    if feature.min_count < 1:
-        return f"min_count = {feature.min_count}: wanted 1 or more; use 1 to keep every value"
-    return "" if feature.table else _size_problem(feature)
-
-
-def _dense_problem(feature: Feature) -> str:
-    if feature.kind == "vector" and not 1 <= feature.width <= MAX_WIDTH:
-        return f"width = {feature.width}: wanted the length of the vector, 1 to {MAX_WIDTH}; set it"
-    if not 0 <= feature.projection <= MAX_WIDTH:
-        return f"projection = {feature.projection}: wanted a number of columns, 1 to {MAX_WIDTH}; set it, or remove it"
-    if isinstance(feature.std, float) and feature.std <= 0:
-        return f"std = {feature.std}: wanted a number above 0; a constant column carries nothing: remove the field"
-    return ""
+    return (
+        ""
+        if feature.table
+        else rows_problem(feature.num_embeddings, feature.embedding_dim, [feature], "field")
+    )
 
 
 def _boundaries_problem(feature: Feature) -> str:
     if feature.table:
         return f"table = {feature.table!r}: a bucketised number has a table of its own; remove it"
-    if feature.boundaries == FIT:
-        if not 2 <= feature.num_buckets <= MAX_WIDTH:
-            return f"num_buckets = {feature.num_buckets}: wanted 2 to {MAX_WIDTH}; change it"
-        return _size_problem(feature)
     if not feature.boundaries:
         return "boundaries is missing: wanted 'fit' or ascending numbers; add boundaries = \"fit\""
-    if any(low >= high for low, high in zip(feature.boundaries, feature.boundaries[1:], strict=False)):  # type: ignore[operator]
-        return (
-            f"boundaries = {list(feature.boundaries)}: wanted ascending numbers; sort them and remove repeats"
-        )
-    rows = len(feature.boundaries) + FIRST_VOCABULARY_ROW
-    if feature.num_embeddings != rows:
-        return f"num_embeddings = {feature.num_embeddings}: {len(feature.boundaries)} boundaries need {rows} rows; set {rows}"
-    return _size_problem(feature)
+    if feature.boundaries != FIT:
+        numbers = list(feature.boundaries)
+        if any(low >= high for low, high in pairwise(numbers)):  # type: ignore[operator]
+            return f"boundaries = {numbers}: wanted ascending numbers; sort them and remove repeats"
+        rows = len(numbers) + FIRST_VOCABULARY_ROW
+        if feature.num_embeddings != rows:
+            return f"num_embeddings = {feature.num_embeddings}: {len(numbers)} boundaries need {rows} rows; set {rows}"
+    return rows_problem(feature.num_embeddings, feature.embedding_dim, [feature], "field")
 
 
-def _unbounded_problem(feature: Feature) -> str:
-    if feature.eviction_interval < 1:
-        return f"eviction_interval = {feature.eviction_interval}: wanted a number of steps, 1 or more; use 5"
-    if not 1 <= feature.zch_buckets <= MAX_ZCH_BUCKETS:
-        return f"zch_buckets = {feature.zch_buckets}: wanted 1 to {MAX_ZCH_BUCKETS}, a multiple of the number of ranks; use 8"
-    return ""
-
-
-def zch_problem(num_embeddings: int, buckets: int) -> str:
-    """What is wrong with the rows of a table of encoding zch, or an empty string."""
-    least = ZCH_LEAST_ROWS * buckets
-    if num_embeddings < least or num_embeddings % buckets:
-        mend = max(least, -(-num_embeddings // buckets) * buckets)
-        return (
-            f"num_embeddings = {num_embeddings}: encoding = 'zch' wants a multiple of zch_buckets = {buckets}, at least {least}; "
-            f"use {mend}"
-        )
-    return ""
-
-
-def _size_problem(feature: Feature) -> str:
-    problem = size_problem(feature.num_embeddings, feature.embedding_dim, fitted=feature.is_fitted)
-    if not problem and feature.is_unbounded:
-        return zch_problem(feature.num_embeddings, feature.zch_buckets)
-    if not problem and feature.is_fitted and feature.encoding == "hash" and feature.num_embeddings < 2:
-        return f"num_embeddings = {feature.num_embeddings}: a hashed field needs at least 2 rows, row 0 being the missing one; raise it"
-    return problem
-
-
-def size_problem(num_embeddings: int, embedding_dim: int, *, fitted: bool) -> str:
-    """What is wrong with a table's sizes, or an empty string. FBGEMM needs dims that are multiples of 4.
+def rows_problem(num_embeddings: int, embedding_dim: int, users: Sequence[Feature], what: str) -> str:
+    """Return what is wrong with a table's sizes, or an empty string. FBGEMM needs dims that are multiples of 4.
 
     Args:
         num_embeddings: rows.
         embedding_dim: width.
-        fitted: whether the number of rows is final; before a fit it may be 0.
+        users: the fields that look it up. As long as one of them waits for a fit, there may be 0 rows.
+        what: "field" or "table", for the message.
     """
     if embedding_dim < 4 or embedding_dim % 4 or embedding_dim > MAX_EMBEDDING_DIM:
-        mend = min(max(4, embedding_dim + 3 - (embedding_dim + 3) % 4), MAX_EMBEDDING_DIM)
+        near = min(max(4, embedding_dim + 3 - (embedding_dim + 3) % 4), MAX_EMBEDDING_DIM)
         return (
-            f"embedding_dim = {embedding_dim}: wanted a multiple of 4 in [4, {MAX_EMBEDDING_DIM}]; use {mend}"
+            f"embedding_dim = {embedding_dim}: wanted a multiple of 4 in [4, {MAX_EMBEDDING_DIM}]; use {near}"
         )
-    if not (1 if fitted else 0) <= num_embeddings <= MAX_NUM_EMBEDDINGS:
+    is_fitted = all(user.is_fitted for user in users)
+    if not is_fitted <= num_embeddings <= MAX_NUM_EMBEDDINGS:
+        return f"num_embeddings = {num_embeddings}: wanted a number of rows in [1, 2**40]; set it to the field's number of ids"
+    if is_fitted and num_embeddings < 2 and any(user.encoding == "hash" for user in users):
+        return f"num_embeddings = {num_embeddings}: a hashed {what} needs at least 2 rows, row 0 being the missing one; raise it"
+    buckets = users[0].zch_buckets
+    least = ZCH_LEAST_ROWS * buckets
+    if users[0].is_unbounded and (num_embeddings < least or num_embeddings % buckets):
+        near = max(least, -(-num_embeddings // buckets) * buckets)
         return (
-            f"num_embeddings = {num_embeddings}: wanted a number of rows in [1, 2**40]; "
-            "set it to the field's number of ids"
+            f"num_embeddings = {num_embeddings}: encoding = 'zch' wants a multiple of zch_buckets = {buckets}, at least {least}; "
+            f"use {near}"
         )
     return ""

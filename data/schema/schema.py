@@ -35,8 +35,7 @@ from .feature import (
     Eviction,
     Feature,
     feature_problem,
-    size_problem,
-    zch_problem,
+    rows_problem,
 )
 from .parse import parse_dataclass, read_toml, to_toml_value, unknown_key
 
@@ -286,13 +285,7 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
             raise InputError(
                 f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r} in a field"
             )
-        least = 2 if any(user.encoding == "hash" for user in members[name]) else 1
-        fitted = all(user.is_fitted for user in members[name])
-        problem = size_problem(table.num_embeddings, table.embedding_dim, fitted=fitted)
-        if not problem and fitted and table.num_embeddings < least:
-            problem = f"num_embeddings = {table.num_embeddings}: a hashed table needs at least 2 rows, row 0 being the missing one; raise it"
-        zch = _zch_of(members[name][0])
-        problem = problem or (zch_problem(table.num_embeddings, zch.buckets) if zch else "")
+        problem = rows_problem(table.num_embeddings, table.embedding_dim, members[name], "table")
         if problem:
             raise InputError(f"{source}: tables.{name}.{problem}")
     tables = []

@@ -178,7 +178,7 @@ REFUSED = {
     "rows of boundaries": (field("age", num_embeddings=3), "2 boundaries need 4 rows; set 4"),
     "one bucket": (field("age", boundaries="fit", num_buckets=1), "num_buckets = 1: wanted 2"),
     "boundaries unread": (field("price", boundaries=[1.0]), "only transform = \"bucketise\" reads it"),
-    "cardinality negative": (field("user", cardinality=-1), "cardinality, pooling_factor: wanted 0 or more"),
+    "cardinality negative": (field("user", cardinality=-1), "cardinality = -1: wanted 0 or more; remove the minus"),
     "unknown member": (top(groups={"g": ["user", "usr"]}), r"groups\.g: 'usr' is not a field"),
     "empty group": (top(groups={"g": []}), r"groups\.g = \[\]: wanted names"),
     "member twice": (top(groups={"g": ["user", "user"]}), r"groups\.g: a field is listed twice"),

@@ -6,16 +6,16 @@ from typing import Literal
 import pytest
 
 from data.errors import InputError
+from data.schema.bounds import Bounded, bounded
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value
 
 
 @dataclass(frozen=True)
-class Inner:
-    rate: float = 0.5
-
-    def __post_init__(self):
-        if self.rate > 1:
-            raise InputError(f"rate = {self.rate}: wanted at most 1; lower it")
+class Inner(Bounded):
+    rate: float = bounded(0.5, above=0, at_most=1)
+    layers: tuple[int, ...] = bounded((4,), at_least=1, min_length=1)
+    count: int | None = bounded(None, at_least=2, wanted="two or more", fix="use 2")
+    mode: Literal["a", "b"] = "a"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,23 @@ def test_every_type_is_read_and_written_back():
         ({"steps": 1, "sizes": [1, "x"]}, r"sizes\[1\] = 'x': wanted an integer"),
         ({"steps": 1, "parts": []}, r"parts = \[\]: wanted a table of a table"),
         ({"steps": 1, "parts": {"x": {"rat": 1}}}, r"parts\.x\.rat is not a known key; did you mean 'rate'"),
-        ({"steps": 1, "inner": {"rate": 2.0}}, r"run.toml: inner\.rate = 2.0: wanted at most 1; lower it"),
+        (
+            {"steps": 1, "inner": {"rate": 2.0}},
+            r"inner\.rate = 2.0: wanted more than 0 and at most 1; lower it",
+        ),
+        (
+            {"steps": 1, "inner": {"rate": 0}},
+            r"inner\.rate = 0.0: wanted more than 0 and at most 1; raise it",
+        ),
+        (
+            {"steps": 1, "inner": {"layers": []}},
+            r"layers = \[\]: wanted 1 or more values, each 1 or more; change the",
+        ),
+        (
+            {"steps": 1, "inner": {"layers": [3, 0]}},
+            r"layers = \[3, 0\]: wanted 1 or more values, each 1 or more",
+        ),
+        ({"steps": 1, "inner": {"count": 1}}, r"inner\.count = 1: wanted two or more; use 2"),
         ({"steps": 1, "inner": {"rate": float("nan")}}, "inner.rate = nan: wanted a number"),
         ({"steps": 1, "inner": {"rate": float("inf")}}, "inner.rate = inf: wanted a number"),
         ({"steps": 1, "inner": 4}, r"inner = 4: wanted a table of keys; write \[inner\]"),
@@ -79,6 +95,14 @@ def test_refused(table, message):
     with pytest.raises(InputError, match=message) as caught:
         parse(**table)
     assert "\n" not in str(caught.value)
+
+
+def test_bounds_hold_for_objects_made_in_python_too():
+    assert Inner().layers == (4,) and Inner(count=2).count == 2
+    with pytest.raises(InputError, match="mode = 'c': wanted one of 'a', 'b'; change the value"):
+        Inner(mode="c")
+    with pytest.raises(InputError, match="rate = nan: wanted more than 0 and at most 1; change it"):
+        Inner(rate=float("nan"))
 
 
 def test_line_breaks_of_a_value_do_not_reach_the_message():

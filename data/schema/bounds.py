@@ -1,0 +1,136 @@
+"""Bounds of config values: declared beside each field, checked in one place, with one form of message.
+
+    @dataclass(frozen=True)
+    class CrossConfig(Bounded):
+        num_layers: int = bounded(2, at_least=1)
+        dropout: float = bounded(0.0, at_least=0, below=1)
+        hidden: tuple[int, ...] = bounded((128, 64), at_least=1, min_length=1)    # bounds of each value of the list
+        kind: Literal["low_rank_mixture", "full_rank"] = "low_rank_mixture"      # checked too
+
+A class with checks of its own extends `__post_init__` and calls `super().__post_init__()` first.
+"""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import InputError  # relative: an exported artifact carries this file
+
+KEY = "bounds"  # in the metadata of a dataclass field
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values that a field may take; see `bounded`."""
+
+    at_least: float | None
+    above: float | None
+    at_most: float | None
+    below: float | None
+    min_length: int
+    wanted: str
+    fix: str
+
+    def allow(self, number: float) -> bool:
+        """Whether a number lies inside; NaN lies outside of any bound."""
+        return (
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+    def in_words(self) -> str:
+        """The bounds for a message."""
+        parts = [f"{self.at_least:,} or more"] if self.at_least is not None else []
+        parts += [f"more than {self.above:,}"] if self.above is not None else []
+        parts += [f"at most {self.at_most:,}"] if self.at_most is not None else []
+        parts += [f"less than {self.below:,}"] if self.below is not None else []
+        return " and ".join(parts)
+
+    def problem(self, name: str, value: Any) -> str:
+        """Return `name = value: wanted ...; how to fix it`, or an empty string. Text and None have no bounds."""
+        if isinstance(value, (tuple, list)):
+            if len(value) >= self.min_length and all(map(self.allow, value)):
+                return ""
+            wanted = self.wanted or (
+                f"{self.min_length or 'any number of'} or more values, each {self.in_words()}"
+            )
+            return f"{name} = {list(value)}: wanted {wanted}; {self.fix or 'change the list'}"
+        if value is None or isinstance(value, str) or self.allow(value):
+            return ""
+        least = self.at_least if self.at_least is not None else self.above
+        is_low = least is not None and value <= least
+        fix = self.fix or ("raise it" if is_low else "lower it" if value == value else "change it")
+        return f"{name} = {value}: wanted {self.wanted or self.in_words()}; {fix}"
+
+
+def bounded(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    min_length: int = 0,
+    wanted: str = "",
+    fix: str = "",
+) -> Any:
+    """Declare a dataclass field whose value has bounds; of a list, each of its values has them.
+
+    Args:
+        default: the field's default, which is not checked here.
+        at_least: the smallest value.
+        above: every value is larger than this.
+        at_most: the largest value.
+        below: every value is smaller than this.
+        min_length: values that a list must hold.
+        wanted: the bounds in words, where the plain form ("1 or more") says too little.
+        fix: how to fix it, where "raise it" or "lower it" says too little.
+    """
+    bounds = Bounds(at_least, above, at_most, below, min_length, wanted, fix)
+    return dataclasses.field(default=default, metadata={KEY: bounds})
+
+
+def bounds_problem(config: Any, skip: Container[str] = ()) -> str:
+    """Return what is wrong with the first field that breaks its bounds, or an empty string.
+
+    Args:
+        config: a dataclass.
+        skip: names of fields that do not matter.
+    """
+    for field in dataclasses.fields(config):
+        bounds = field.metadata.get(KEY)
+        if bounds is not None and field.name not in skip:
+            problem = bounds.problem(field.name, getattr(config, field.name))
+            if problem:
+                return problem
+    return ""
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
+    hints = typing.get_type_hints(cls)
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+
+
+class Bounded:
+    """A dataclass that checks the bounds and the Literals of its fields when it is made."""
+
+    def __post_init__(self) -> None:
+        """Refuse a value out of its bounds, or not one of its choices.
+
+        Raises:
+            InputError: naming the field, the value, what was wanted and how to fix it.
+        """
+        for name, choices in _choices(type(self)).items():
+            value = getattr(self, name)
+            if value not in choices:
+                wanted = ", ".join(map(repr, choices))
+                raise InputError(f"{name} = {value!r}: wanted one of {wanted}; change the value")
+        problem = bounds_problem(self)
+        if problem:
+            raise InputError(problem)
