@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data.reading.order import StreamOptions
+from data.reading.config import StreamOptions
 from data.schema import Schema, parse_schema
 from data.stream import ParquetStream
 from data.synthetic.pailitao import pailitao_schema

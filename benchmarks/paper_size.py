@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
-from data.reading.order import StreamOptions
 from data.schema import Schema, load_schema, parse_schema
 from data.stream import Batch, ParquetStream
 from data.synthetic.pailitao import pailitao_text

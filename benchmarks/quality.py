@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 import tomli_w
 from side_by_side import parser_of, print_figures
 
+from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
-from data.reading.order import StreamOptions
 from data.schema import load_schema, schema_to_toml
 from data.schema.parse import parse_dataclass
 from data.stream import ParquetStream

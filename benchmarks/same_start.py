@@ -36,8 +36,8 @@ from peer_code.given_masks import give_masks
 from side_by_side import parser_of, print_figures
 from torch import Tensor
 
+from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
-from data.reading.order import StreamOptions
 from data.schema import Schema, load_schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.build import Built, build, quieten_libraries

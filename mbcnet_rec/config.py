@@ -2,94 +2,18 @@
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
 
 from data.errors import InputError
-from data.reading.order import LONGEST_WAIT_SECONDS, NegativeWeights, Order, StreamOptions
+from data.reading.config import LONGEST_WAIT_SECONDS, DataConfig
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value
 from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.training.optim_config import OptimConfig
 from sharding.plan.constraints import ShardingConfig
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which rows, in which order.
-
-    Attributes:
-        train, valid, test: Parquet files, folders, globs or URIs (s3://bucket/folder), relative to the working directory. valid
-            and test may be empty.
-        train_where, valid_where, test_where: conditions on the rows of each split, such as "ds < last 7": see data/reading/selection.py.
-        batch_size: rows of a global training batch, over all ranks.
-        eval_batch_size: rows of a global evaluation batch; 0: batch_size.
-        lanes: see StreamOptions; every world size that divides it sees the same global batches.
-        order: of training rows.
-        window_rows: rows permuted together in each lane.
-        prefetch: batches made ahead by a thread; -1: see StreamOptions.
-        workers: threads that decode windows ahead.
-        keep_negatives, negative_weights, drop_positives: sampling of training rows, see StreamOptions.
-        require_checksum: refuse files whose pages carry no checksum.
-        timeout_seconds: how long a batch may keep training waiting.
-        attempts: how often a remote read is tried.
-    """
-
-    train: tuple[str, ...]
-    valid: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    batch_size: int = 1024
-    eval_batch_size: int = 0
-    lanes: int = 4
-    order: Order = "shuffled"
-    window_rows: int = 65_536
-    prefetch: int = -1
-    train_where: tuple[str, ...] = ()
-    valid_where: tuple[str, ...] = ()
-    test_where: tuple[str, ...] = ()
-    workers: int = 1
-    keep_negatives: float = 1.0
-    negative_weights: NegativeWeights = "none"
-    drop_positives: float = 0.0
-    require_checksum: bool = False
-    timeout_seconds: float = 600.0
-    attempts: int = 5
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be dealt out."""
-        if not self.train:
-            raise InputError("train = []: wanted at least one Parquet file or folder; add it")
-        self.train_options(0)
-        self.eval_options()
-
-    def train_options(self, seed: int) -> StreamOptions:
-        """Options of the training stream."""
-        return replace(
-            self.eval_options(self.train_where),
-            batch_size=self.batch_size,
-            order=self.order,
-            seed=seed,
-            keep_negatives=self.keep_negatives,
-            negative_weights=self.negative_weights,
-            drop_positives=self.drop_positives,
-        )
-
-    def eval_options(self, where: tuple[str, ...] = ()) -> StreamOptions:
-        """Options of an evaluation stream: every row that meets the conditions, once, in file order."""
-        return StreamOptions(
-            self.eval_batch_size or self.batch_size,
-            self.lanes,
-            "partitioned",
-            self.window_rows,
-            prefetch=self.prefetch,
-            workers=self.workers,
-            where=where,
-            require_checksum=self.require_checksum,
-            timeout_seconds=self.timeout_seconds,
-            attempts=self.attempts,
-        )
 
 
 @dataclass(frozen=True)

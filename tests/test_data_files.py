@@ -11,8 +11,8 @@ import pytest
 
 from data.errors import InputError
 from data.reading.checksums import has_checksum
+from data.reading.config import StreamOptions
 from data.reading.files import ChecksumWarning, read_contents, resolve_files
-from data.reading.order import StreamOptions
 from data.reading.selection import Selection
 from data.schema import parse_schema
 
@@ -117,7 +117,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[2])))
 from test_data_files import SCHEMA
 from data.errors import InputError
-from data.reading.order import StreamOptions
+from data.reading.config import StreamOptions
 from data.stream import ParquetStream
 
 def content(file):

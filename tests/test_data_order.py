@@ -9,11 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InputError
+from data.reading.config import DEPTH, SMALL_BATCH, StreamOptions
 from data.reading.order import (
-    DEPTH,
-    SMALL_BATCH,
     RowGroup,
-    StreamOptions,
     lane_bounds,
     plan_windows,
     rows_of_step,

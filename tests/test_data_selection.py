@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import data.reading.files
 from data.errors import InputError
-from data.reading.order import StreamOptions
+from data.reading.config import StreamOptions
 from data.schema import parse_schema
 from data.stream import ParquetStream
 

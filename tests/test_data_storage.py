@@ -17,8 +17,8 @@ import pytest
 
 import data.reading.storage
 from data.errors import InputError
+from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
-from data.reading.order import StreamOptions
 from data.reading.storage import RemoteFile, is_uri, retried
 from data.schema import parse_schema
 from data.stream import ParquetStream

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import data.reading.decode
 from data.errors import InputError
-from data.reading.order import Cursor, StreamOptions
+from data.reading.config import StreamOptions
+from data.reading.order import Cursor
 from data.schema import parse_schema
 from data.stream import ParquetStream
 

@@ -16,19 +16,12 @@ two integers: epoch and step.
 a pure function too (data/reading/selection.py), and counted before the first batch.
 """
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from data.errors import InputError
-
-Order = Literal["shuffled", "partitioned", "chronological"]
-NegativeWeights = Literal["none", "importance"]
-DEPTH = 2  # batches that are made ahead where nothing else is asked for
-SMALL_BATCH = 2**16  # values; see StreamOptions.prefetch
-LONGEST_WAIT_SECONDS = 30 * 24 * 3600  # Python's clocks take no more than some centuries
+from data.reading.config import StreamOptions
 
 
 @dataclass(frozen=True)
@@ -37,91 +30,6 @@ class Cursor:
 
     epoch: int = 0
     step: int = 0
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How files become batches.
-
-    Attributes:
-        batch_size: rows of a global batch, over all ranks.
-        lanes: independent streams that a global batch is made of; a multiple of every world size that shall see the same batches.
-        order: shuffled, partitioned or chronological.
-        window_rows: rows that are permuted together, and kept decoded, in each lane. A window ends with a row group, so it may be
-            longer by less than one row group; only row groups longer than this are cut.
-        seed: of the permutations and of the sampling.
-        prefetch: batches made ahead by a thread; 0 makes them in the caller. -1 chooses DEPTH; but 0 where workers decode and a
-            rank's batch has fewer than SMALL_BATCH values: two threads that want the interpreter's lock are no faster at it than one.
-        workers: threads that decode windows ahead of their use; 0 decodes each window when its first row is needed. Threads and not
-            processes: Arrow and NumPy release the interpreter's lock, and decoded rows need no copy between processes.
-        where: conditions `NAME OP BOUND`, all of which a row must meet: see data/reading/selection.py.
-        keep_negatives: share of the rows of label 0 that are kept, in (0, 1].
-        negative_weights: what makes up for dropped negatives: "importance" weighs each kept one by 1 / keep_negatives
-            (weights average 1 over the epoch), "none" leaves predictions too high by a constant: see `logit_correction`.
-        drop_positives: share of the rows of label 1 that are left out, in [0, 1): positives that were never observed (Table 7).
-        require_checksum: refuse files whose pages carry no checksum; without it they are read after one warning.
-        timeout_seconds: how long a batch may keep its reader waiting before the stream gives up, naming what it waits for.
-        attempts: how often a remote read is tried, with growing pauses, before the stream gives up.
-    """
-
-    batch_size: int = 1024
-    lanes: int = 4
-    order: Order = "shuffled"
-    window_rows: int = 65_536
-    seed: int = 0
-    prefetch: int = -1
-    workers: int = 0
-    where: tuple[str, ...] = ()
-    keep_negatives: float = 1.0
-    negative_weights: NegativeWeights = "none"
-    drop_positives: float = 0.0
-    require_checksum: bool = False
-    timeout_seconds: float = 600.0
-    attempts: int = 5
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that cannot be dealt out evenly, and shares that are none."""
-        for name in ("batch_size", "lanes", "window_rows", "attempts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}: wanted 1 or more; raise it")
-        for name, least in (("seed", 0), ("prefetch", -1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} = {getattr(self, name)}: wanted {least} or more; raise it")
-        if not 0 < self.keep_negatives <= 1:
-            raise InputError(f"keep_negatives = {self.keep_negatives}: wanted a share in (0, 1]; 1 keeps all")
-        if not 0 <= self.drop_positives < 1:
-            raise InputError(
-                f"drop_positives = {self.drop_positives}: wanted a share in [0, 1); 0 drops none"
-            )
-        if self.negative_weights == "importance" and self.keep_negatives == 1:
-            raise InputError(
-                "negative_weights = 'importance': keep_negatives = 1 drops no negative that a weight could make up for; "
-                "lower keep_negatives, or use negative_weights = 'none'"
-            )
-        if not 0 < self.timeout_seconds <= LONGEST_WAIT_SECONDS:
-            raise InputError(
-                f"timeout_seconds = {self.timeout_seconds}: wanted more than 0 and at most {LONGEST_WAIT_SECONDS:,}; change it"
-            )
-        if self.batch_size % self.lanes:
-            near = max(self.lanes, self.batch_size - self.batch_size % self.lanes)
-            raise InputError(
-                f"batch_size = {self.batch_size}: wanted a multiple of lanes = {self.lanes}; use {near}"
-            )
-
-    def depth(self, values: int) -> int:
-        """Batches made ahead. `values`: fields times rows of a rank's batch."""
-        if self.prefetch >= 0:
-            return self.prefetch
-        return 0 if self.workers and values < SMALL_BATCH else DEPTH
-
-    @property
-    def logit_correction(self) -> float:
-        """What to add to a logit learned from sampled rows to get the logit of the full log.
-
-        Keeping a share w of the negatives divides the odds' denominator by w, so the true logit is z + log(w); importance weights have
-        made up for that already. Dropped positives are taken as never observed: their share needs no correction.
-        """
-        return 0.0 if self.negative_weights == "importance" else math.log(self.keep_negatives)
 
 
 class RowGroup(NamedTuple):

@@ -23,9 +23,9 @@ from pyarrow import types as pt
 
 from data.errors import InputError
 from data.reading.checksums import leaves_of
+from data.reading.config import StreamOptions
 from data.reading.encode import Place, read_labels
 from data.reading.hashed import keys, uniforms
-from data.reading.order import StreamOptions
 from data.reading.storage import DataFile, path_parts
 from data.schema import Schema
 

@@ -8,12 +8,12 @@ import numpy as np
 
 from data.errors import InputError
 from data.reading.columns import Run, gather
+from data.reading.config import StreamOptions
 from data.reading.decode import Decoded, Decoder
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
 from data.reading.order import (
     Cursor,
-    StreamOptions,
     Window,
     lane_bounds,
     plan_windows,

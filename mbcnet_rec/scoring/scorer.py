@@ -20,10 +20,11 @@ import torch.distributed as dist
 from data.errors import InputError
 from data.reading.column_types import check_columns
 from data.reading.columns import Columns, Run, gather
+from data.reading.config import StreamOptions
 from data.reading.encode import Encoder, Place
 from data.reading.files import prove, read_contents
 from data.reading.keys import first_line
-from data.reading.order import Cursor, StreamOptions
+from data.reading.order import Cursor
 from data.reading.selection import Selection
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import Schema

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import InputError
-from data.reading.order import Cursor, Order
+from data.reading.config import Order
+from data.reading.order import Cursor
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.checkpoints.shards import Saved, TensorShard, whole_shard
 from mbcnet_rec.config import TrainConfig
