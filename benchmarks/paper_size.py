@@ -15,7 +15,7 @@ from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
 from data.schema import Schema, load_schema, parse_schema
 from data.stream import Batch, ParquetStream
-from data.synthetic.pailitao import pailitao_text
+from data.synthetic.pailitao import FILES
 from data.synthetic.write import write_synthetic
 from mbcnet_rec.build import Built
 from mbcnet_rec.config import DataConfig, RunConfig, TrainConfig
@@ -43,7 +43,7 @@ def cut_schema(max_rows: int, scale: str = "paper") -> Schema:
     text = re.sub(
         r"num_embeddings = (\d+)",
         lambda match: f"num_embeddings = {min(int(match[1]), max_rows)}",
-        pailitao_text(scale),  # type: ignore[arg-type]
+        FILES[scale].read_text(),  # type: ignore[index]
     )
     return parse_schema(tomllib.loads(text), f"{scale} schema, cut", Path())
 

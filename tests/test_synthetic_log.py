@@ -174,7 +174,7 @@ def test_taste_drifts(world):
     assert 0.6 < far < 0.9
 
 
-@pytest.mark.parametrize("scale", ["demo", "paper", "paper_24month"])
+@pytest.mark.parametrize("scale", ["demo", "paper"])
 def test_ids_lists_and_vectors_fit_the_schema(scale):
     schema = pailitao_schema(scale)
     rows, _ = make_block(make_world(schema, 0, DAYS), 1, 0, 400)

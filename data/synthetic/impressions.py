@@ -30,26 +30,16 @@ NULL_SHARES = {
     "item_rating": 0.08,
 }
 
-# Last word of a taste-driven field's name -> (tag of the latent, the field whose ids it holds)
-TASTE_KINDS = {
-    "categories": ("taste<category", "item_category"),
-    "category": ("taste<category", "item_category"),
-    "brands": ("taste<brand", "item_brand"),
-    "styles": ("taste<style", "item_style"),
-    "style": ("taste<style", "item_style"),
-}
-TASTE_FIELDS = {
-    "user_clicked_categories": "categories",
-    "user_clicked_brands": "brands",
-    "user_clicked_styles": "styles",
-    "user_cart_categories": "categories",
-    "user_bought_categories": "categories",
-    "user_favourite_category": "category",
-    "user_favourite_style": "style",
-    "user_category_preferences": "categories",
-    "user_style_preferences": "styles",
-    "user_brand_preferences": "brands",
-}
+# What a taste-driven field is made of -> (the tag of its latent, the field whose ids it holds, the fields)
+_TASTES = (
+    (
+        ("taste<category", "item_category"),
+        "user_clicked_categories user_cart_categories user_bought_categories user_favourite_category user_category_preferences",
+    ),
+    (("taste<brand", "item_brand"), "user_clicked_brands user_brand_preferences"),
+    (("taste<style", "item_style"), "user_clicked_styles user_favourite_style user_style_preferences"),
+)
+TASTE_FIELDS = {name: source for source, names in _TASTES for name in names.split()}
 
 
 def to_record_batch(world: World, facts: Facts, labels: np.ndarray) -> pa.RecordBatch:
@@ -82,6 +72,11 @@ def _integers(ids: np.ndarray) -> pa.Array:
 def _owner(facts: Facts, name: str) -> np.ndarray:
     """The thing that a field describes: its user, its item, or this one query."""
     return facts[{"user": "user_id", "item": "item_id", "quer": "row"}[name[:4]]]
+
+
+def _side(name: str) -> str:
+    """The side whose cluster a field describes."""
+    return "query" if name.startswith("query") else "doc"
 
 
 def _nullable(world: World, facts: Facts, name: str, values: pa.Array) -> pa.Array:
@@ -125,7 +120,7 @@ class _Ids(dict):
 
 def _liked(world: World, facts: Facts, name: str, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each row, the best by the user's taste among a few candidates: ids (n,) and scores (n,)."""
-    tag, field = TASTE_KINDS[TASTE_FIELDS[name]]
+    tag, field = TASTE_FIELDS[name]
     size = min(world.sizes[field], world.sizes[name])
     best = np.full(len(slot), -1, np.int64)
     best_score = np.full(len(slot), -np.inf)
@@ -173,8 +168,8 @@ def _noise(world: World, facts: Facts, name: str) -> np.ndarray:
 def _number(world: World, facts: Facts, feature: Feature) -> pa.Array:
     """A numeric column: a statistic, a price, a rating."""
     name = feature.name
-    for ending, compute in NUMBERS_BY_ENDING.items():
-        if name.endswith(ending):
+    for endings, compute in NUMBERS_BY_ENDING:
+        if name.endswith(endings):
             return _nullable(world, facts, name, pa.array(compute(world, facts, name)))
     return pa.array(_count(world, facts, name))
 
@@ -188,8 +183,7 @@ def _count(world: World, facts: Facts, name: str) -> np.ndarray:
             6.0 * facts["item_popularity"] + 0.5 * facts["item_quality"] + 0.8 * _noise(world, facts, name)
         )
     elif "cluster" in name:
-        side = "query" if name.startswith("query") else "doc"
-        level = 4.0 + normals(world.key(name, facts[f"{side}_cluster_id"]), 1)[:, 0]
+        level = 4.0 + normals(world.key(name, facts[f"{_side(name)}_cluster_id"]), 1)[:, 0]
     else:
         level = 4.0 + normals(world.key(name, facts["row"]), 1)[:, 0]
     return np.minimum(np.exp(level), 1e9).astype(np.int32)
@@ -214,15 +208,14 @@ def _price(world: World, facts: Facts, name: str) -> np.ndarray:
         return facts["item_price"].astype(np.float32)
     if name == "user_average_order_price":
         level = 3.0 + 0.3 * facts["user_consumption_level"] + 0.3 * _noise(world, facts, name)
-        return np.round(np.exp(level), 1).astype(np.float32)
-    side = "query" if name.startswith("query") else "doc"
-    return np.round(np.exp(facts[f"{side}_cluster_log_price"]), 1).astype(np.float32)
+    else:
+        level = facts[f"{_side(name)}_cluster_log_price"]
+    return np.round(np.exp(level), 1).astype(np.float32)
 
 
 def _stars(world: World, facts: Facts, name: str) -> np.ndarray:
-    return np.round(
-        np.clip(4.6 + 0.2 * facts["item_quality"] + 0.2 * _noise(world, facts, name), 1.0, 5.0), 1
-    ).astype(np.float32)
+    level = 4.6 + 0.2 * facts["item_quality"] + 0.2 * _noise(world, facts, name)
+    return np.round(np.clip(level, 1.0, 5.0), 1).astype(np.float32)
 
 
 def _share(world: World, facts: Facts, name: str) -> np.ndarray:
@@ -233,17 +226,10 @@ def _percent(world: World, facts: Facts, name: str) -> np.ndarray:
     return choose(world.key(name, facts["item_id"]), 70, 2.0).astype(np.int32)
 
 
-NUMBERS_BY_ENDING: dict[str, Callable[[World, Facts, str], np.ndarray]] = {
-    "_price": _price,
-    "_ctr_1d": _rate,
-    "_ctr_7d": _rate,
-    "_ctr_30d": _rate,
-    "_rate_7d": _rate,
-    "_rate_30d": _rate,
-    "_return_rate": _rate,
-    "_rating": _stars,
-    "_rank_in_category": _share,
-    "_object_area": _share,
-    "_sharpness": _share,
-    "_percent": _percent,
-}
+NUMBERS_BY_ENDING: tuple[tuple[tuple[str, ...], Callable[[World, Facts, str], np.ndarray]], ...] = (
+    (("_price",), _price),
+    (("_ctr_1d", "_ctr_7d", "_ctr_30d", "_rate_7d", "_rate_30d", "_return_rate"), _rate),
+    (("_rating",), _stars),
+    (("_rank_in_category", "_object_area", "_sharpness"), _share),
+    (("_percent",), _percent),
+)

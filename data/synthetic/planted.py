@@ -13,23 +13,22 @@ Shapes: n rows, r image latent width, w image width.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
 from data.errors import InputError
 from data.reading.hashed import choose, keys, normals, power_law_ranks, scatter, uniforms
 from data.schema import Schema
-from data.synthetic.pailitao import PRICES, pailitao_schema
+from data.synthetic.pailitao import pailitao_schema
 
 Facts = dict[str, np.ndarray]
 
 CLICK_RATE = 0.09
 LOGIT_SD = 1.4
 PILOT_ROWS = 40_000
-PROBABILITY_STEPS = (
-    65_536  # the true probability is a multiple of 1 / 65536, so a histogram gives exact AUC and log-loss
-)
+# the true probability is a multiple of 1 / 65536, so a histogram gives exact AUC and log-loss
+PROBABILITY_STEPS = 65_536
 IMAGE_LATENT = 6
 TASTE = 4
 PAIR_LATENT = 3
@@ -137,17 +136,17 @@ def make_world(schema: Schema, seed: int, days: int) -> World:
 def _require_pailitao(schema: Schema) -> None:
     known = {feature.name: feature for feature in pailitao_schema("demo").features}
     found = {feature.name: feature for feature in schema.features}
-    mend = "start from data/schemas/pailitao_demo.toml and change only sizes"
+    fix = "start from data/schemas/pailitao_demo.toml and change only sizes"
     for name in (*known, *found):
         if name not in found or name not in known:
             fault = "is missing" if name not in found else "is not one of the 192"
             raise InputError(
-                f"schema {schema.name!r}: field {name!r} {fault}: synthetic data has fixed fields; {mend}"
+                f"schema {schema.name!r}: field {name!r} {fault}: synthetic data has fixed fields; {fix}"
             )
         same = ("kind", "source_column", "weights", "encoding", "transform")
         if any(getattr(known[name], key) != getattr(found[name], key) for key in same):
             raise InputError(
-                f"schema {schema.name!r}: field {name!r} was changed in more than its size; {mend}"
+                f"schema {schema.name!r}: field {name!r} was changed in more than its size; {fix}"
             )
     widths = [found[name].width for name in ("query_image", "item_image")]
     if widths[0] != widths[1]:
@@ -235,11 +234,19 @@ def _draw_item(world: World, facts: Facts) -> None:
     # a category has some forty brands
     facts["item_brand"] = world.choose("item_brand", category, choose(world.key("brand_slot", item), 40, 1.5))
     facts["item_price"] = np.round(np.exp(_log_price(world, category, 0.6, "item_price", item)), 2)
-    facts["item_price_band"] = np.searchsorted(np.asarray(PRICES), facts["item_price"], side="right")
+    facts["item_price_band"] = np.searchsorted(price_bands(), facts["item_price"], side="right")
     facts["item_quality"] = normals(world.key("item_quality", item), 1)[:, 0]
     facts["category_latent"] = normals(world.key("taste<category", category), TASTE)
     facts["brand_latent"] = normals(world.key("taste<brand", facts["item_brand"]), TASTE)
     facts["style_latent"] = normals(world.key("taste<style", facts["item_style"]), TASTE)
+
+
+@cache
+def price_bands() -> np.ndarray:
+    """The shipped schema's boundaries of item_price: what cross features with the price are made of."""
+    return np.asarray(
+        next(each.boundaries for each in pailitao_schema("demo").features if each.name == "item_price")
+    )
 
 
 def _draw_images(world: World, facts: Facts) -> None:

@@ -8,12 +8,10 @@ The last day is the test split, the one before it validation, all others trainin
 
 import datetime
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from data.synthetic.planted import (
     make_world,
     true_probability,
 )
+from data.whole_folder import earlier_summary, whole_folder
 
 FIRST_DAY = datetime.date(2024, 5, 1)
 ROW_GROUP_ROWS = 8_192
@@ -46,43 +45,28 @@ GENERATOR_VERSION = 1  # raise it whenever the same arguments give other rows
 class Tally:
     """Counts of labels by true probability. It has 65,536 steps, so what follows from the counts is exact."""
 
-    counts: np.ndarray = field(
-        default_factory=lambda: np.zeros((2, PROBABILITY_STEPS), np.int64)
-    )  # [label, step]
+    # [label, step]
+    counts: np.ndarray = field(default_factory=lambda: np.zeros((2, PROBABILITY_STEPS), np.int64))
 
     def add(self, probability: np.ndarray, labels: np.ndarray) -> None:
         """Count rows: true probability in steps (n,) int64, labels (n,) of 0 and 1."""
         both = labels.astype(np.int64) * PROBABILITY_STEPS + probability
         self.counts += np.bincount(both, minlength=2 * PROBABILITY_STEPS).reshape(2, -1)
 
-    def merge(self, other: "Tally") -> None:
-        """Add another tally's rows."""
-        self.counts += other.counts
-
     def summary(self) -> dict[str, Any]:
         """Rows, label rate, and what the true probability scores: nothing can be expected to do better."""
         negatives, positives = self.counts
         rows, clicks = int(self.counts.sum()), int(positives.sum())
+        found = {"rows": rows, "label_rate": clicks / rows if rows else None}
         if not 0 < clicks < rows:  # one class only: no AUC
-            return {
-                "rows": rows,
-                "label_rate": clicks / rows if rows else None,
-                "best_auc": None,
-                "best_log_loss": None,
-            }
+            return found | {"best_auc": None, "best_log_loss": None}
         below = np.cumsum(negatives) - negatives
         auc = float((positives * (below + 0.5 * negatives)).sum()) / (clicks * (rows - clicks))
         step = np.arange(1, PROBABILITY_STEPS) / PROBABILITY_STEPS  # step 0 never occurs
         loss = -float(positives[1:] @ np.log(step) + negatives[1:] @ np.log1p(-step)) / rows
         rate = clicks / rows
         prior = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-        return {
-            "rows": rows,
-            "label_rate": rate,
-            "best_auc": auc,
-            "best_log_loss": loss,
-            "prior_log_loss": float(prior),
-        }
+        return found | {"best_auc": auc, "best_log_loss": loss, "prior_log_loss": float(prior)}
 
 
 @dataclass(frozen=True)
@@ -136,14 +120,15 @@ def write_synthetic(
     Raises:
         InputError: a number is out of range, the schema is not Pailitao-like, or `out` holds something else.
     """
-    for name, value, least in (
-        ("days", days, 3),
-        ("rows", rows, days),
-        ("rows_per_file", rows_per_file, 1),
-        ("threads", threads, 1),
-    ):
-        if value < least:
-            raise InputError(f"{name} = {value}: wanted {least} or more; raise it")
+    least = {
+        "days": (days, 3),
+        "rows": (rows, days),
+        "rows_per_file": (rows_per_file, 1),
+        "threads": (threads, 1),
+    }
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise InputError(f"{name} = {value}: wanted {minimum} or more; raise it")
     out = Path(out)
     request = {
         "generator": GENERATOR_VERSION,
@@ -153,85 +138,48 @@ def write_synthetic(
         "seed": seed,
         "rows_per_file": rows_per_file,
     }
-    earlier = _earlier(out, request, force)
+    earlier = earlier_summary(out, SUMMARY, "synthetic log")
     if earlier is not None:
-        return earlier | {"already_there": True}
+        differs = [key for key, value in request.items() if earlier.get(key) != value]
+        if not differs:
+            return earlier | {"already_there": True}
+        if not force:
+            key = differs[0]
+            raise InputError(
+                f"{out}: holds another synthetic log ({key} = {earlier.get(key)} there, {request[key]} wanted); choose another folder, "
+                "or pass --force"
+            )
     world = make_world(schema, seed, days)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        splits = _write_days(world, partial, request, progress or (lambda done: None), threads)
+    with whole_folder(out) as folder:
+        splits = _write_days(world, folder, request, progress or (lambda done: None), threads)
         summary = request | {"label": schema.label, "logit_variance_shares": SHARES, "splits": splits}
         header = f"Written by mbcnet data synth beside its rows. Seed {seed}."
-        (partial / "schema.toml").write_text(format_schema(schema, header))
-        (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (folder / "schema.toml").write_text(format_schema(schema, header))
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def _earlier(out: Path, request: dict[str, Any], force: bool) -> dict[str, Any] | None:
-    """The summary of an equal log that is there already; None if `out` is free to be written.
-
-    Raises:
-        InputError: something else is there.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    try:
-        summary = json.loads((out / SUMMARY).read_text())
-    except (OSError, ValueError):
-        raise InputError(
-            f"{out}: exists and holds no synthetic log; choose another folder, or remove it yourself"
-        ) from None
-    differs = [
-        f"{key} = {summary.get(key)} there, {value} wanted"
-        for key, value in request.items()
-        if summary.get(key) != value
-    ]
-    if not differs:
-        return summary
-    if not force:
-        raise InputError(
-            f"{out}: holds another synthetic log ({differs[0]}); choose another folder, or pass --force"
-        )
-    return None
 
 
 def _write_days(
     world: World, folder: Path, request: dict[str, Any], progress: Callable[[int], object], threads: int
 ) -> dict[str, Any]:
     """Write every day's files; return each split's summary."""
-    days = request["days"]
     tallies = {split: Tally() for split in ("train", "valid", "test", "all")}
     done = 0
     with ThreadPoolExecutor(threads) as pool:
-        made = _in_order(
-            pool,
-            lambda block: (block, *make_block(world, block.day, block.first, block.rows)),
-            _blocks(request),
-            threads + 1,
-        )
-        writer, file_tally, current = None, Tally(), None
-        try:
-            for block, batch, probability in made:
-                if (block.day, block.file) != current:
-                    _close(writer, file_tally, request)
-                    current, file_tally = (block.day, block.file), Tally()
-                    path = folder / day_folder(block.day) / f"part-{block.file:05d}.parquet"
-                    writer = open_writer(path, batch.schema)
-                labels = batch.column(world.schema.label).to_numpy()
-                for tally in (file_tally, tallies[split_of_day(block.day, days)], tallies["all"]):
-                    tally.add(probability, labels)
-                assert writer is not None
-                writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROW_GROUP_ROWS)
-                done += block.rows
-                progress(done)
-        finally:
-            _close(writer, file_tally, request)
+        made = _in_order(pool, world, _blocks(request), threads + 1)
+        for (day, file), blocks in groupby(made, lambda each: (each[0].day, each[0].file)):
+            first, file_tally = next(blocks), Tally()
+            path = folder / day_folder(day) / f"part-{file:05d}.parquet"
+            with open_writer(path, first[1].schema) as writer:
+                for block, batch, probability in chain([first], blocks):
+                    labels = batch.column(world.schema.label).to_numpy()
+                    for tally in (file_tally, tallies[split_of_day(day, request["days"])], tallies["all"]):
+                        tally.add(probability, labels)
+                    writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROW_GROUP_ROWS)
+                    done += block.rows
+                    progress(done)
+                # the file's own best AUC and log-loss
+                writer.add_key_value_metadata({METADATA_KEY: json.dumps(request | file_tally.summary())})
     return {split: tally.summary() for split, tally in tallies.items()}
 
 
@@ -253,14 +201,19 @@ def _blocks(request: dict[str, Any]) -> Iterator[_Block]:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, make: Callable[[_Block], Any], blocks: Iterator[_Block], ahead: int
-) -> Iterator[Any]:
-    """Map over a pool, in order, with at most `ahead` results waiting, so that memory stays flat."""
-    waiting: list[Future] = [pool.submit(make, block) for block in islice(blocks, ahead)]
+    pool: ThreadPoolExecutor, world: World, blocks: Iterator[_Block], ahead: int
+) -> Iterator[tuple[_Block, pa.RecordBatch, np.ndarray]]:
+    """Make blocks in a pool, in order, with at most `ahead` of them waiting, so that memory stays flat."""
+
+    def start(block: _Block) -> tuple[_Block, Future]:
+        return block, pool.submit(make_block, world, block.day, block.first, block.rows)
+
+    waiting = [start(block) for block in islice(blocks, ahead)]
     while waiting:
-        result = waiting.pop(0).result()
-        waiting += [pool.submit(make, block) for block in islice(blocks, 1)]
-        yield result
+        block, made = waiting.pop(0)
+        batch, probability = made.result()
+        waiting += [start(each) for each in islice(blocks, 1)]
+        yield block, batch, probability
 
 
 def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -268,10 +221,3 @@ def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     path.parent.mkdir(parents=True, exist_ok=True)
     # zstd would save a sixth of the bytes, but these files are read from a local disk, where snappy is faster
     return pq.ParquetWriter(path, schema, compression="snappy", write_page_checksum=True)
-
-
-def _close(writer: pq.ParquetWriter | None, tally: Tally, request: dict[str, Any]) -> None:
-    """Finish a file; its own best AUC and log-loss go into its metadata."""
-    if writer is not None and writer.is_open:
-        writer.add_key_value_metadata({METADATA_KEY: json.dumps(request | tally.summary())})
-        writer.close()
