@@ -28,11 +28,11 @@ from side_by_side import parser_of, print_figures
 
 from data.schema import Schema, load_schema, parse_schema
 from sharding.cost.assess import assess, search_bound
-from sharding.cost.memory import room_for_tables
 from sharding.plan.cluster import Cluster, read_cluster
 from sharding.plan.constraints import ShardingConfig
 from sharding.search.candidates import all_options
-from sharding.search.planner import plan_schema
+from sharding.search.planner import make_plan
+from sharding.search.task import Task
 
 PAPER = Path(__file__).parents[1] / "data" / "schemas" / "pailitao.toml"
 BATCH_SIZE = 8192  # rows of one rank
@@ -80,11 +80,11 @@ def measure(schema: Schema, cluster: Cluster, config: ShardingConfig) -> dict[st
             told[0] = number
 
         start = time.process_time()
-        plan = plan_schema(schema, chosen, cluster, BATCH_SIZE, progress=count)
+        task = Task(schema, chosen, cluster, BATCH_SIZE)
+        plan = make_plan(task, count)
         figures[f"seconds/{name}"] = round(time.process_time() - start, 2)
         result = assess(plan, cluster)
-        room = room_for_tables(chosen, cluster, plan.dense, BATCH_SIZE)
-        bound = search_bound(all_options(schema, chosen, plan, room[0]), plan, cluster)
+        bound = search_bound(all_options(task), plan, cluster)
         memory = [rank.bytes.hbm for rank in result.ranks]
         figures |= {
             f"over_bound/{name}": round(result.over_bound, 4),
@@ -92,7 +92,7 @@ def measure(schema: Schema, cluster: Cluster, config: ShardingConfig) -> dict[st
             f"memory_balance/{name}": round(sum(memory) / len(memory) / max(memory), 3),
             f"proposals/{name}": proposals[0],
         }
-        unmoved = plan_schema(schema, chosen, cluster, BATCH_SIZE, rebalance=False)
+        unmoved = make_plan(task, rebalance=False)
         figures[f"unmoved_over_bound/{name}"] = round(assess(unmoved, cluster).over_bound, 4)
     return figures
 
@@ -101,7 +101,7 @@ def seconds_of_paper() -> float:
     """Processor seconds of planning the paper's schema."""
     schema, cluster = load_schema(PAPER), read_cluster("16x8:h100-80g")
     start = time.process_time()
-    plan_schema(schema, ShardingConfig(), cluster, BATCH_SIZE)
+    make_plan(Task(schema, ShardingConfig(), cluster, BATCH_SIZE))
     return time.process_time() - start
 
 

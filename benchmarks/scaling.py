@@ -32,7 +32,8 @@ from sharding.cost.assess import Assessment
 from sharding.cost.memory import DoesNotFit
 from sharding.plan.cluster import read_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.search.capacity import Task
+from sharding.search.capacity import solve
+from sharding.search.task import Task
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 QUICK_SIZES = (1, 8, 128, 1024)
@@ -109,7 +110,7 @@ def assessed(
         (replace(plain, data_type="fp16", tables=paged), "host"),
     ):
         try:
-            return Task(schema, config, cluster, batch, dense=dense).solve(), rows
+            return solve(Task(schema, config, cluster, batch, dense=dense)), rows
         except DoesNotFit:
             continue
     return None

@@ -33,15 +33,11 @@ from sharding.bridge.collections import meta_collections
 from sharding.bridge.initialise import initialise_tables
 from sharding.bridge.sharder import placed_differences, sharders_of, to_sharding_plan
 from sharding.bridge.zch import collision_collection
-from sharding.plan.plan_file import (
-    Plan,
-    check_plan,
-    constraint_differences,
-    plan_of_text,
-    plan_text,
-    read_plan,
-)
-from sharding.search.planner import cluster_of, plan_schema
+from sharding.plan.compare import check_plan, constraint_differences
+from sharding.plan.placement import Plan
+from sharding.plan.plan_file import plan_of_text, plan_text, read_plan
+from sharding.search.planner import make_plan
+from sharding.search.task import Task, cluster_of
 
 SPARSE_ARCH = "model.sparse_arch."
 
@@ -142,12 +138,10 @@ def _plan_of(config: RunConfig, schema: Schema, process: Process) -> Plan:
                 "run's config, or plan again with them"
             )
     else:
-        machine = (process.world_size, process.local_world_size, device)
+        cluster = cluster_of(config.sharding, process.world_size, process.local_world_size, device)
         batch_size_per_rank = -(-config.data.batch_size // process.world_size)
-        plan = plan_schema(
-            tables_schema, config.sharding, cluster_of(config.sharding, machine), batch_size_per_rank,
-            optimizer=optimizer, dense=dense_cost(config.model, schema, config.sharding),
-        )  # fmt: skip
+        dense = dense_cost(config.model, schema, config.sharding)
+        plan = make_plan(Task(tables_schema, config.sharding, cluster, batch_size_per_rank, optimizer, dense))
     return plan
 
 

@@ -16,7 +16,7 @@ from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.training.pipeline import pipeline_for
 from mbcnet_rec.training.trainer import average_terms, seed_step
-from sharding.plan.plan_file import Plan, TablePlan
+from sharding.plan.placement import Plan, TablePlan
 
 STEPS = 50
 # kind of plan -> the tables' optimizer under which it is compared

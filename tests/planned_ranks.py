@@ -16,7 +16,7 @@ from small_data import write_small
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 
-import sharding.plan.plan_file
+import sharding.plan.placement
 import sharding.search.candidates
 from mbcnet_rec.checkpoints.manifest import read_manifest
 from mbcnet_rec.cli import main
@@ -105,7 +105,7 @@ def no_plan():
 
 
 def without_device_checks(rank):
-    sharding.plan.plan_file.device_problem = sharding.search.candidates.device_problem = lambda plan: ""
+    sharding.plan.placement.device_problem = sharding.search.candidates.device_problem = lambda plan: ""
 
 
 def prefetching():

@@ -19,7 +19,8 @@ from mbcnet_rec.checkpoints.shards import Saved, TensorShard, load_shards, shard
 from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_rows, zch_buckets, zch_table_of
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import Process, agreed
-from sharding.plan.plan_file import Plan, plan_text
+from sharding.plan.placement import Plan
+from sharding.plan.plan_file import plan_text
 
 _TABLE = re.compile(r"embedding_bags\.([^/]+)\.weight")
 SHOWN = 8

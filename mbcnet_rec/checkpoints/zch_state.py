@@ -12,7 +12,7 @@ from data.errors import InputError
 from mbcnet_rec.checkpoints.shards import Saved, TensorShard, whole_shard
 from mbcnet_rec.runtime.process import Process
 from sharding.bridge.zch import BucketedCollisions, collisions_of
-from sharding.plan.plan_file import Plan
+from sharding.plan.placement import Plan
 
 _STATE = re.compile(r"_managed_collision_modules\.([^/]+)\.[^./]+$")
 

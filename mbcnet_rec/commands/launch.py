@@ -153,7 +153,8 @@ def _check_plan(config: "RunConfig", job: "Job") -> None:
 
     from data.errors import InputError
     from data.schema import load_schema
-    from sharding.plan.plan_file import check_plan, read_plan
+    from sharding.plan.compare import check_plan
+    from sharding.plan.plan_file import read_plan
 
     device = config.train.device
     if device == "cuda" and not job.gpu:

@@ -19,8 +19,8 @@ from sharding.bridge.allocated import (
 from sharding.cost.assess import Assessment, assess
 from sharding.plan.cluster import Cluster, read_cluster
 from sharding.plan.constraints import ShardingConfig
-from sharding.plan.plan_file import Plan
-from sharding.search.planner import cluster_of
+from sharding.plan.placement import Plan
+from sharding.search.task import cluster_of
 
 STEPS = 20  # after which the line is due; a shorter run has it after its last step
 WARM_UP = 2  # steps whose time is not counted
@@ -97,4 +97,4 @@ def assessed_cluster(plan: Plan, config: ShardingConfig, process: Process) -> Cl
             return read_cluster(plan.cluster)
         except InputError:
             pass  # made for defaults, or for a file that is not here
-    return cluster_of(config, (process.world_size, process.local_world_size, process.device.type))
+    return cluster_of(config, process.world_size, process.local_world_size, process.device.type)

@@ -18,7 +18,7 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import CacheParams, ShardingPlan
 
 from sharding.bridge.zch import EMBEDDING_MODULE, CollisionSharder
-from sharding.plan.plan_file import SHARDING_TYPES, Plan, TablePlan
+from sharding.plan.placement import SHARDING_TYPES, Plan, TablePlan
 
 COMM_TYPES = {"fp32": CommType.FP32, "fp16": CommType.FP16, "bf16": CommType.BF16}
 

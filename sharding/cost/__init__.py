@@ -1,1 +1,1 @@
-"""Bytes and seconds of a plan. Imports no torch."""
+"""Bytes and seconds of a plan."""

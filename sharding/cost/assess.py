@@ -1,18 +1,19 @@
-"""A plan on a cluster: bytes and seconds of every table and rank, balance, the critical path and what bounds it. Imports no torch."""
+"""What a plan costs on a cluster: bytes and seconds of every table and rank, balance, the critical path and what bounds it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sharding.cost.estimate import Bytes, ShardCost, Times, add_bytes, add_times, table_costs
+from sharding.cost.estimate import Bytes, Room, ShardCost, Times, table_costs
 from sharding.plan.cluster import Cluster
 from sharding.plan.dense_part import DenseCost
-from sharding.plan.plan_file import Plan, TablePlan
+from sharding.plan.placement import UNIFORM, Plan, TablePlan
 
 PARTS = Times._fields
 
 
 @dataclass
 class Rank:
-    """One rank of a group."""
+    """What the tables cost one rank of a group."""
 
     rank: int
     bytes: Bytes = Bytes()
@@ -39,10 +40,9 @@ class CriticalPath:
 
     @property
     def main(self) -> float:
-        """What follows one after the other."""
-        return (
-            self.lookup + self.output_dist + self.dense + self.gradient_dist + self.update + self.all_reduce
-        )
+        """Seconds of the phases that follow one another."""
+        phases = (self.lookup, self.output_dist, self.dense, self.gradient_dist, self.update, self.all_reduce)
+        return sum(phases)
 
     @property
     def step(self) -> float:
@@ -68,10 +68,10 @@ class Assessment:
 
     Attributes:
         plan, cluster, dense: what was assessed.
-        costs: table -> its shards.
-        ranks: of one group; replicas repeat them.
+        costs: table -> costs of its shards.
+        ranks: the ranks of one group; replicas repeat them.
         path: the critical path.
-        bound: least possible load in seconds of the busiest rank, for these sharding types (see `lower_bound`).
+        bound: least possible seconds of the busiest rank, for these sharding types (see `lower_bound`).
     """
 
     plan: Plan
@@ -100,21 +100,25 @@ class Assessment:
 
     @property
     def samples_per_second(self) -> float:
-        """Of all ranks together."""
-        return (
-            self.plan.batch_size_per_rank * self.plan.world_size / self.path.step if self.path.step else 0.0
-        )
+        """Rows a second of all ranks together, at most."""
+        rows = self.plan.batch_size_per_rank * self.plan.world_size
+        return rows / self.path.step if self.path.step else 0.0
 
     def of_rank(self, rank: int) -> Rank:
         """Costs of a rank of the whole cluster: the ranks of a host are dealt to the replicas in turn."""
         return self.ranks[rank // self.plan.replicas]
 
-    def memory(self, rank: Rank) -> tuple[int, int]:
+    def memory(self, rank: Rank) -> Room:
         """HBM and DDR bytes of a rank with the dense part."""
         dense = self.dense.memory_bytes(self.plan.batch_size_per_rank)
         if self.cluster.device == "cuda":
-            return rank.bytes.hbm + dense, rank.bytes.ddr
-        return 0, rank.bytes.ddr + dense
+            return Room(rank.bytes.hbm + dense, rank.bytes.ddr)
+        return Room(0, rank.bytes.ddr + dense)
+
+    @property
+    def fullest_bytes(self) -> int:
+        """Most memory of a rank, HBM and DDR together."""
+        return max(sum(self.memory(rank)) for rank in self.ranks)
 
 
 def lower_bound(plan: Plan, costs: dict[str, list[ShardCost]]) -> float:
@@ -122,23 +126,21 @@ def lower_bound(plan: Plan, costs: dict[str, list[ShardCost]]) -> float:
 
     bound = max(mean load, U + max of a movable shard), U: the load that row_wise and data_parallel tables put on every rank.
     """
-    spread = {
-        name for name, table in plan.tables.items() if table.sharding_type in ("row_wise", "data_parallel")
-    }
+    spread = {name for name, table in plan.tables.items() if table.sharding_type in UNIFORM}
     uniform = sum(min(shard.times.total for shard in costs[name]) for name in spread)
     everything = sum(shard.times.total for shards in costs.values() for shard in shards)
     movable = [shard.times.total for name, shards in costs.items() if name not in spread for shard in shards]
     return max(everything / plan.group_size, uniform + max(movable, default=0.0))
 
 
-def search_bound(options: dict[str, list[TablePlan]], plan: Plan, cluster: Cluster) -> float:
-    """Least seconds of the busiest rank over all plans made of these candidates, however they are dealt out.
+def search_bound(options: Mapping[str, list[TablePlan]], plan: Plan, cluster: Cluster) -> float:
+    """Least seconds of the busiest rank over all plans made of these candidates, on whatever ranks their shards are.
 
     bound = max(sum over tables of the least total / ranks, max over tables of the least largest shard)
     """
     everything, largest = 0.0, 0.0
-    for places in options.values():
-        costs = [[shard.times.total for shard in table_costs(place, plan, cluster)] for place in places]
+    for candidates in options.values():
+        costs = [[shard.times.total for shard in table_costs(each, plan, cluster)] for each in candidates]
         everything += min(sum(shards) for shards in costs)
         largest = max(largest, min(max(shards) for shards in costs))
     return max(everything / plan.group_size, largest)
@@ -152,37 +154,19 @@ def assess(plan: Plan, cluster: Cluster, dense: DenseCost | None = None) -> Asse
     for name, shards in costs.items():
         for shard in shards:
             rank = ranks[shard.rank]
-            rank.bytes = add_bytes(rank.bytes, shard.bytes)
-            rank.times = add_times(rank.times, shard.times)
+            rank.bytes, rank.times = rank.bytes.plus(shard.bytes), rank.times.plus(shard.times)
             rank.tables.append(name)
-    return Assessment(
-        plan, cluster, dense, costs, ranks, _path(plan, cluster, dense, ranks), lower_bound(plan, costs)
-    )
+    path, bound = _path(plan, cluster, dense, ranks), lower_bound(plan, costs)
+    return Assessment(plan, cluster, dense, costs, ranks, path, bound)
 
 
 def _path(plan: Plan, cluster: Cluster, dense: DenseCost, ranks: list[Rank]) -> CriticalPath:
     batch = plan.batch_size_per_rank
-    slowest = Times(*(max(rank.times[index] for rank in ranks) for index in range(len(PARTS))))
+    slowest = {part: max(getattr(rank.times, part) for rank in ranks) for part in PARTS}
     seconds = dense.step_seconds(batch, cluster)
     hidden = (
         seconds * 2 / 3
-    )  # the all-reduce starts with the first gradients of the backward pass, two thirds of the work
-    return CriticalPath(
-        slowest.input_dist,
-        slowest.lookup,
-        slowest.output_dist,
-        seconds,
-        slowest.gradient_dist,
-        slowest.update,
-        max(0.0, dense.all_reduce_seconds(cluster) - hidden),
-        dense.decode_seconds(batch, cluster),
-    )
-
-
-def shortage(assessment: Assessment, room: tuple[int, int]) -> tuple[int, int]:
-    """Largest excess in bytes of a rank over the room for (HBM, DDR); 0 where all fit."""
-    over = [0, 0]
-    for rank in assessment.ranks:
-        for index, used in enumerate(assessment.memory(rank)):
-            over[index] = max(over[index], used - room[index])
-    return over[0], over[1]
+    )  # the all-reduce starts with the first gradients of backward, two thirds of the work
+    all_reduce = max(0.0, dense.all_reduce_seconds(cluster) - hidden)
+    decode = dense.decode_seconds(batch, cluster)
+    return CriticalPath(**slowest, dense=seconds, all_reduce=all_reduce, decode=decode)

@@ -1,4 +1,4 @@
-"""Bytes and seconds of one shard, by part, from first principles. Imports no torch.
+"""Bytes and seconds of one shard, by part, from first principles.
 
 G rows of a batch over one group's ranks, B of one rank, P ids a row (all fields of the table), F fields, D columns of the shard,
 r rows of the shard, s its share of the lookups (1, or 1/n where n ranks share the rows), w bytes of a weight.
@@ -15,11 +15,11 @@ This is a floor, not a forecast: no launches, no stragglers, no skew of hot rows
 
 import math
 from dataclasses import dataclass
+from operator import add
 from typing import NamedTuple
 
 from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
-from sharding.plan.plan_file import Plan, TablePlan
-from sharding.plan.shards import shards_of
+from sharding.plan.placement import Plan, TablePlan, shards_of
 
 ID_BYTES, LENGTH_BYTES, FLOAT_BYTES, BURST_BYTES = 8, 4, 4, 64
 ZCH_BYTES_PER_ROW = 32  # id, row, count and last step, 8 bytes each
@@ -41,6 +41,10 @@ class Times(NamedTuple):
         """What loads a rank; input_dist is left out, since the pipeline overlaps it with the step before."""
         return self.lookup + self.output_dist + self.gradient_dist + self.update
 
+    def plus(self, other: "Times") -> "Times":
+        """Sum part by part."""
+        return Times(*map(add, self, other))
+
 
 class Bytes(NamedTuple):
     """Bytes on one rank."""
@@ -51,6 +55,21 @@ class Bytes(NamedTuple):
     activations: int = 0
     hbm: int = 0
     ddr: int = 0
+
+    def plus(self, other: "Bytes") -> "Bytes":
+        """Sum part by part."""
+        return Bytes(*map(add, self, other))
+
+    def fit(self, room: "Room") -> bool:
+        """Whether they fit into the room of a rank."""
+        return self.hbm <= room.hbm and self.ddr <= room.ddr
+
+
+class Room(NamedTuple):
+    """Bytes of one rank that tables and their activations may fill."""
+
+    hbm: int
+    ddr: int
 
 
 class ShardCost(NamedTuple):
@@ -73,16 +92,6 @@ class Links:
         inside = self.inside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.nvlink_gb_per_second)
         outside = self.outside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.network_gb_per_second)
         return max(inside, outside)
-
-
-def add_times(left: Times, right: Times) -> Times:
-    """Sum part by part."""
-    return Times(*(a + b for a, b in zip(left, right, strict=True)))
-
-
-def add_bytes(left: Bytes, right: Bytes) -> Bytes:
-    """Sum part by part."""
-    return Bytes(*(a + b for a, b in zip(left, right, strict=True)))
 
 
 def table_costs(table: TablePlan, plan: Plan, cluster: Cluster) -> list[ShardCost]:
@@ -113,12 +122,11 @@ def shard_bytes(table: TablePlan, plan: Plan, rows: int, columns: int) -> Bytes:
     if table.sharding_type == "data_parallel":
         state = state * width // FLOAT_BYTES  # a dense optimizer keeps its state in the rows' dtype
     share = _lookup_share(table, plan)
-    global_rows = plan.batch_size_per_rank * (
-        1 if table.sharding_type == "data_parallel" else plan.group_size
-    )
+    replicated = table.sharding_type == "data_parallel"
+    global_rows = plan.batch_size_per_rank * (1 if replicated else plan.group_size)
     ids = 2 * ID_BYTES * global_rows * table.ids * share
     pooled = 2 * FLOAT_BYTES * global_rows * table.bags * columns
-    if table.sharding_type == "data_parallel":
+    if replicated:
         pooled += 2 * weights  # a dense gradient, and its all-reduce bucket
     activations = int(ids + pooled)
     if plan.device == "cpu":
@@ -148,19 +156,14 @@ def shard_times(table: TablePlan, plan: Plan, cluster: Cluster, rows: int, colum
     hidden = plan.prefetch and table.compute_kernel == "fused_uvm_caching"
     paging = distinct * row_bytes * slow / host * (0.0 if hidden else 1.0)
     lookup = (lookups * ID_BYTES + distinct * row_bytes + pooled * FLOAT_BYTES) / speed + paging
-    state = (
-        2
-        * {"rowwise_adagrad": BURST_BYTES, "adagrad": row_bytes, "adam": 2 * row_bytes, "sgd": 0}[
-            plan.optimizer
-        ]
-    )
+    row_state = {"rowwise_adagrad": BURST_BYTES, "adagrad": row_bytes, "adam": 2 * row_bytes, "sgd": 0}
+    state = 2 * row_state[plan.optimizer]  # read and written
     update = (lookups * SORT_BYTES_PER_ID + pooled * FLOAT_BYTES + distinct * (2 * row_bytes + state)) / speed
     update += distinct * row_bytes * slow / host  # rows that leave the cache, or are written in place
     if replicated:
         gradient = 2 * rows * columns * width * (size - 1) / size
-        dense = (
-            6 * rows * columns * FLOAT_BYTES / speed
-        )  # the dense optimizer reads and writes every row, its gradient and state
+        # the dense optimizer reads and writes every row, its gradient and state
+        dense = 6 * rows * columns * FLOAT_BYTES / speed
         inside, outside = (0.0, gradient) if plan.hosts > 1 else (gradient, 0.0)
         return Times(0.0, lookup, 0.0, Links(inside, outside).seconds(cluster), update + dense)
     sent = pooled * DTYPE_BYTES[plan.forward_precision]

@@ -1,13 +1,12 @@
-"""How much memory tables may fill, and by how much they exceed it. Imports no torch."""
+"""By how much tables exceed the memory that they may fill."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from data.errors import InputError
-from sharding.cost.estimate import table_costs
+from sharding.cost.estimate import Room, table_costs
 from sharding.plan.cluster import GIB, Cluster
-from sharding.plan.constraints import ShardingConfig
-from sharding.plan.dense_part import DenseCost
-from sharding.plan.plan_file import Plan, TablePlan
+from sharding.plan.placement import Plan, TablePlan
 
 TABLES_NAMED = 3
 
@@ -15,60 +14,100 @@ TABLES_NAMED = 3
 class DoesNotFit(InputError):
     """No plan fits. `shortage` says by how much."""
 
-    def __init__(self, message: str, shortage: "Shortage") -> None:
-        super().__init__(message)
+    def __init__(self, shortage: "Shortage") -> None:
+        super().__init__(shortage.message())
         self.shortage = shortage
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """What is missing.
+    """How much memory the tables need and have, each table in its smallest placement.
 
     Attributes:
         memory: HBM or DDR.
-        needed_bytes: of all tables on all ranks of a group in their smallest places.
-        room_bytes: of all ranks of a group.
-        rank_room_bytes: of one rank.
-        tables: name -> bytes in its smallest place, largest first.
-        too_large: tables of which one shard alone exceeds a rank -> bytes of that shard.
+        ranks: ranks of a group.
+        rank_room_bytes: room of one rank.
+        tables: name -> bytes over all ranks, largest first.
+        too_large: tables of which one shard alone exceeds a rank -> bytes of that shard, largest first.
     """
 
     memory: str
-    needed_bytes: int
-    room_bytes: int
+    ranks: int
     rank_room_bytes: int
     tables: dict[str, int]
     too_large: dict[str, int]
 
     @property
-    def missing_bytes(self) -> int:
-        """Bytes by which the tables exceed the room: of all ranks together, else of the worst single shard."""
-        whole = self.needed_bytes - self.room_bytes
-        return (
-            whole
-            if whole > 0
-            else max(self.too_large.values(), default=self.rank_room_bytes) - self.rank_room_bytes
-        )
+    def needed_bytes(self) -> int:
+        """Bytes of all tables on all ranks of a group."""
+        return sum(self.tables.values())
 
-    def message(self, ranks: int) -> str:
-        """One line: by how many bytes, and which tables."""
+    @property
+    def room_bytes(self) -> int:
+        """Room of all ranks of a group."""
+        return self.ranks * self.rank_room_bytes
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether no plan can fit, however the shards are shared out."""
+        return self.needed_bytes > self.room_bytes or bool(self.too_large)
+
+    def message(self) -> str:
+        """One line: by how many bytes, which tables, and what may help."""
+        memory, ranks, each = self.memory, self.ranks, gib(self.rank_room_bytes)
+        needed, room = gib(self.needed_bytes), gib(self.room_bytes)
         largest = ", ".join(f"{name} {gib(size)}" for name, size in list(self.tables.items())[:TABLES_NAMED])
         if self.needed_bytes > self.room_bytes:
-            return (
-                f"no plan fits: tables need {gib(self.needed_bytes)} of {self.memory} and {ranks} ranks have "
-                f"{gib(self.room_bytes)} for them ({gib(self.rank_room_bytes)} each), {self.missing_bytes:,} bytes short; "
+            missing = self.needed_bytes - self.room_bytes
+            problem = (
+                f"tables need {needed} of {memory} and {ranks} ranks have {room} for them ({each} each), "
+                f"{missing:,} bytes short; largest: {largest}"
+            )
+        elif self.too_large:
+            name, size = next(iter(self.too_large.items()))
+            problem = (
+                f"the smallest shard of table {name} takes {gib(size)} and a rank has {each} of {memory} for tables, "
+                f"{size - self.rank_room_bytes:,} bytes short"
+            )
+        else:
+            problem = (
+                f"tables need {needed} of {room} of {memory}, but whole tables do not share out over {ranks} ranks of {each}; "
                 f"largest: {largest}"
             )
-        if self.too_large:
-            name, size = next(iter(self.too_large.items()))
-            return (
-                f"no plan fits: the smallest shard of table {name} takes {gib(size)} and a rank has "
-                f"{gib(self.rank_room_bytes)} of {self.memory} for tables, {self.missing_bytes:,} bytes short"
-            )
         return (
-            f"no plan fits: tables need {gib(self.needed_bytes)} of {gib(self.room_bytes)} of {self.memory}, but whole tables do "
-            f"not share out over {ranks} ranks of {gib(self.rank_room_bytes)}; largest: {largest}"
+            f"no plan fits: {problem}; use more hosts (`mbcnet plan min-gpus` finds how many), fp16 rows (data_type), splits by rows "
+            "(sharding_types) or, on cuda, rows in host memory (compute_kernels = ['fused_uvm_caching'])"
         )
+
+
+def find_shortage(
+    options: Mapping[str, list[TablePlan]], plan: Plan, cluster: Cluster, room: Room
+) -> Shortage:
+    """Compare what tables need with the room of a rank.
+
+    Args:
+        options: table -> candidates with ranks (any will do).
+        plan: the workload.
+        cluster: what bytes are estimated for.
+        room: bytes of a rank that tables may fill.
+    """
+    memory = "HBM" if plan.device == "cuda" else "DDR"
+    free = room.hbm if plan.device == "cuda" else room.ddr
+    totals, too_large = {}, {}
+    for name, candidates in options.items():
+        sizes = [
+            [getattr(cost.bytes, memory.lower()) for cost in table_costs(each, plan, cluster)]
+            for each in candidates
+        ]
+        totals[name] = min(sum(shards) for shards in sizes)
+        smallest = min(max(shards) for shards in sizes)
+        if smallest > free:
+            too_large[name] = smallest
+    return Shortage(memory, plan.group_size, free, _largest_first(totals), _largest_first(too_large))
+
+
+def _largest_first(sizes: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(sizes.items(), key=lambda pair: -pair[1]))
 
 
 def gib(size: float) -> str:
@@ -77,69 +116,3 @@ def gib(size: float) -> str:
         if size >= 0.1 * unit:
             return f"{size / unit:,.1f} {name}"
     return f"{size / 1024:,.1f} KiB" if size else "0"
-
-
-def room_for_tables(
-    config: ShardingConfig, cluster: Cluster, dense: DenseCost, batch_size_per_rank: int
-) -> tuple[int, int]:
-    """HBM and DDR bytes of one rank that tables and their activations may fill.
-
-    Raises:
-        InputError: the dense part and the reserve leave nothing.
-    """
-    kept = 1 - config.storage_reserve
-    hbm = int(kept * (config.hbm_gib * GIB or cluster.hbm_bytes)) if cluster.device == "cuda" else 0
-    ddr = int(kept * (config.ddr_gib * GIB or cluster.ddr_bytes))
-    used = dense.memory_bytes(batch_size_per_rank)
-    left = (hbm - used, ddr) if cluster.device == "cuda" else (0, ddr - used)
-    if min(left[0] if cluster.device == "cuda" else 1, left[1]) <= 0:
-        memory = "HBM" if cluster.device == "cuda" else "DDR"
-        raise InputError(
-            f"{cluster}: the dense part takes {gib(used)} at {batch_size_per_rank:,} rows a rank, more than the "
-            f"{gib(hbm if cluster.device == 'cuda' else ddr)} of {memory} that a rank may fill; lower --batch-size"
-        )
-    return left
-
-
-def find_shortage(
-    options: dict[str, list[TablePlan]], plan: Plan, cluster: Cluster, room: tuple[int, int]
-) -> Shortage:
-    """What is missing, each table in the place of its that takes least memory.
-
-    Args:
-        options: table -> candidates with ranks (any will do).
-        plan: the workload.
-        cluster: estimates.
-        room: of a rank.
-    """
-    index = 4 if plan.device == "cuda" else 5  # Bytes.hbm, Bytes.ddr
-    totals, too_large = {}, {}
-    for name, places in options.items():
-        sizes = []
-        for place in places:
-            shards = [cost.bytes[index] for cost in table_costs(place, plan, cluster)]
-            sizes.append((sum(shards), max(shards)))
-        totals[name] = min(sizes)[0]
-        smallest = min(largest for _, largest in sizes)
-        if smallest > room[index - 4]:
-            too_large[name] = smallest
-    by_size = dict(sorted(totals.items(), key=lambda pair: -pair[1]))
-    return Shortage(
-        "HBM" if plan.device == "cuda" else "DDR",
-        sum(totals.values()),
-        room[index - 4] * plan.group_size,
-        room[index - 4],
-        by_size,
-        dict(sorted(too_large.items(), key=lambda pair: -pair[1])),
-    )
-
-
-def room_of(cluster: Cluster, reserve: float) -> tuple[int, int]:
-    """HBM and DDR bytes of a rank less a share kept free.
-
-    Raises:
-        InputError: the share is none.
-    """
-    if not 0 <= reserve < 1:
-        raise InputError(f"--reserve {reserve}: wanted a share in [0, 1); 0.1 is usual")
-    return int(cluster.hbm_bytes * (1 - reserve)), int(cluster.ddr_bytes * (1 - reserve))

@@ -1,1 +1,1 @@
-"""The plan file, the cluster it was made for, and what the planner may do. Imports no torch."""
+"""The plan file, the cluster it was made for, and what the planner may do."""

@@ -1,4 +1,4 @@
-"""The machines a plan is made for: hosts, devices, memory, bandwidths; from a preset, or from TOML. Imports no torch."""
+"""The machines a plan is made for: hosts, devices, memory and bandwidths, from a preset or a TOML file."""
 
 import dataclasses
 import hashlib
@@ -10,6 +10,7 @@ from typing import Literal
 
 from data.errors import InputError
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value
+from sharding.plan.ranges import require
 
 GIB = 1024**3
 PRESETS = Path(__file__).parents[1] / "clusters"
@@ -20,22 +21,22 @@ LINK_EFFICIENCY = 0.8  # of the data sheet, assumed: all-to-all and reduce-scatt
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal hosts with equal devices. GB are 1e9 bytes; a bandwidth is of one direction. `sharding/clusters` names the sources.
+    """Equal hosts with equal devices. GB are 1e9 bytes; bandwidths count one direction. `sharding/clusters` names the sources.
 
     Attributes:
-        name: of the kind of host.
+        name: host type, e.g. "h100-80g".
         device: cuda, or cpu, where a "device" is one process.
-        hosts, devices_per_host: how many.
+        hosts, devices_per_host: counts.
         hbm_gib: memory of one device, in GiB; 0 on cpu.
         ddr_gib: memory of one host, in GiB.
-        hbm_gb_per_second: of one device.
-        ddr_gb_per_second: of one host.
-        host_link_gb_per_second: between a device and its host's memory.
-        nvlink_gb_per_second: of one device to the others of its host.
-        network_gb_per_second: of one device to other hosts.
+        hbm_gb_per_second: memory bandwidth of one device.
+        ddr_gb_per_second: memory bandwidth of one host.
+        host_link_gb_per_second: bandwidth between a device and its host's memory.
+        nvlink_gb_per_second: bandwidth of one device to the others of its host.
+        network_gb_per_second: bandwidth of one device to other hosts.
         dense_tflops: peak of matrix products of one device, in the dtype that trains.
         dense_efficiency: share of that peak that a whole training step of the dense part reaches.
-        cores: of one host.
+        cores: cores of one host.
         decode_values_per_second: Parquet values that one core decodes.
     """
 
@@ -56,33 +57,17 @@ class Cluster:
     decode_values_per_second: float
 
     def __post_init__(self) -> None:
-        """Refuse what no machine is."""
-        for key in ("hosts", "devices_per_host", "cores"):
-            if getattr(self, key) < 1:
-                raise InputError(
-                    f"{key} = {getattr(self, key)}: wanted 1 or more; set it, e.g. 2x8 is 2 hosts of 8 devices"
-                )
-        if self.world_size > MAX_RANKS:
-            raise InputError(
-                f"hosts = {self.hosts}: {self.world_size:,} ranks; wanted at most {MAX_RANKS:,}; lower hosts"
-            )
-        on_gpu = ("hbm_gib", "hbm_gb_per_second", "host_link_gb_per_second") if self.device == "cuda" else ()
-        always = (
-            "ddr_gib",
-            "ddr_gb_per_second",
-            "nvlink_gb_per_second",
-            "network_gb_per_second",
-            "dense_tflops",
-        )
-        for key in (*on_gpu, *always, "decode_values_per_second"):
-            if getattr(self, key) <= 0:
-                raise InputError(
-                    f"{key} = {getattr(self, key)}: wanted a number above 0; set it from the data sheet"
-                )
-        if not 0 < self.dense_efficiency <= 1:
-            raise InputError(
-                f"dense_efficiency = {self.dense_efficiency}: wanted a share in (0, 1]; 0.2 is usual on a GPU"
-            )
+        """Raise unless the figures can be those of a machine."""
+        count = "1 or more; set it, e.g. 2x8 is 2 hosts of 8 devices"
+        require(self, "hosts devices_per_host cores", lambda value: value >= 1, count)
+        most = MAX_RANKS // self.devices_per_host
+        require(self, "hosts", lambda value: value <= most, f"at most {MAX_RANKS:,} ranks; lower hosts")
+        keys = "ddr_gib ddr_gb_per_second nvlink_gb_per_second network_gb_per_second dense_tflops decode_values_per_second"
+        if self.device == "cuda":
+            keys += " hbm_gib hbm_gb_per_second host_link_gb_per_second"
+        require(self, keys, lambda value: value > 0, "a number above 0; set it from the data sheet")
+        share = "a share in (0, 1]; 0.2 is usual on a GPU"
+        require(self, "dense_efficiency", lambda value: 0 < value <= 1, share)
 
     @property
     def world_size(self) -> int:
@@ -91,28 +76,24 @@ class Cluster:
 
     @property
     def hbm_bytes(self) -> int:
-        """Device memory of a rank."""
+        """Device memory of one rank."""
         return int(self.hbm_gib * GIB)
 
     @property
     def ddr_bytes(self) -> int:
-        """Host memory of a rank: its share of the host."""
+        """Host memory of one rank: its share of the host."""
         return int(self.ddr_gib * GIB / self.devices_per_host)
 
     @property
     def memory_bytes_per_second(self) -> float:
-        """Of the memory where a rank's tables live."""
-        return 1e9 * (
-            self.hbm_gb_per_second
-            if self.device == "cuda"
-            else self.ddr_gb_per_second / self.devices_per_host
-        )
+        """Bandwidth of the memory where a rank's tables live."""
+        host_share = self.ddr_gb_per_second / self.devices_per_host
+        return 1e9 * (self.hbm_gb_per_second if self.device == "cuda" else host_share)
 
     def resized(self, hosts: int, devices_per_host: int = 0) -> "Cluster":
         """The same hosts in another number; a host with fewer devices keeps its memory and cores."""
-        return dataclasses.replace(
-            self, hosts=hosts, devices_per_host=devices_per_host or self.devices_per_host
-        )
+        devices = devices_per_host or self.devices_per_host
+        return dataclasses.replace(self, hosts=hosts, devices_per_host=devices)
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever a figure does."""
@@ -136,38 +117,32 @@ def read_cluster(text: str) -> Cluster:
     shape, colon, kind = text.rpartition(":")
     wanted = "wanted HOSTSxDEVICES:KIND such as 16x8:h100-80g"
     match = re.fullmatch(r"(\d+)x(\d+)", shape)
+    problem = ""
     if colon and not match:
-        raise InputError(
-            f"--cluster {text!r}: {shape!r} is no HOSTSxDEVICES; {wanted}; write e.g. 2x8:{kind}"
+        problem = f"{shape!r} is not HOSTSxDEVICES; {wanted}; write e.g. 2x8:{kind}"
+    elif re.fullmatch(r"\d+x\d+", kind):
+        problem = f"names no kind of host; {wanted}; write {kind}:h100-80g"
+    elif not kind.endswith(".toml") and kind not in preset_names():
+        problem = (
+            f"{kind!r} is not a known kind of host; use one of {', '.join(preset_names())}, or a TOML file with the keys of "
+            f"{PRESETS.name}/h100-80g.toml"
         )
-    if re.fullmatch(r"\d+x\d+", kind):
-        raise InputError(f"--cluster {text!r}: names no kind of host; {wanted}; write {kind}:h100-80g")
-    path = PRESETS / f"{kind}.toml"
-    if kind.endswith(".toml"):
-        path = Path(kind)
-    elif kind not in preset_names():
-        raise InputError(
-            f"--cluster {text!r}: {kind!r} is no kind of host; use one of {', '.join(preset_names())}, or a TOML file "
-            f"with the keys of {PRESETS.name}/h100-80g.toml"
-        )
+    elif match and not (int(match[1]) and int(match[2])):
+        problem = f"0 devices; wanted 1 or more hosts and devices; write e.g. 1x8:{kind}"
+    if problem:
+        raise InputError(f"--cluster {text!r}: {problem}")
+    path = Path(kind) if kind.endswith(".toml") else PRESETS / f"{kind}.toml"
     cluster = parse_dataclass(Cluster, read_toml(path), str(path))
-    if not match:
-        return cluster
-    hosts, devices = int(match[1]), int(match[2])
-    if hosts < 1 or devices < 1:
-        raise InputError(
-            f"--cluster {text!r}: {hosts * devices} devices; wanted 1 or more hosts and devices; write e.g. 1x8:{kind}"
-        )
     try:
-        return cluster.resized(hosts, devices)
+        return cluster.resized(int(match[1]), int(match[2])) if match else cluster
     except InputError as error:
         raise InputError(f"--cluster {text!r}: {error}") from None
 
 
 def default_cluster(world_size: int, local_world_size: int, device: str) -> Cluster:
-    """The cluster of a run that names none: equal on every rank, so nothing of it is measured.
+    """The cluster of a run that names none. Nothing is measured, so that it is equal on every rank.
 
-    On a CPU a rank is lent 16 GiB; on a GPU the H100's figures are taken.
+    A rank on a CPU gets 16 GiB; on a GPU the H100's figures hold.
     """
     hosts = max(1, world_size // local_world_size)
     if device == "cuda":

@@ -1,70 +1,166 @@
-"""How two plans differ, table by table. Imports no torch."""
+"""How a plan differs from another plan, from a schema and from what a run asks for."""
 
+import json
 from dataclasses import asdict
 from typing import Any
 
-from sharding.plan.plan_file import Plan, TablePlan
+from data.errors import InputError
+from data.schema import Schema
+from sharding.plan.constraints import ShardingConfig
+from sharding.plan.placement import Plan, TablePlan, check_shape
 
 HEAD = (
     "world_size", "local_world_size", "device", "schema", "batch_size_per_rank", "optimizer", "data_type", "forward_precision",
     "backward_precision", "prefetch", "replicas", "cluster", "cluster_fingerprint",
 )  # fmt: skip
+DIFFERENCES_SHOWN = 5
 
 
 def compare_plans(old: Plan, new: Plan) -> dict[str, Any]:
     """Differences as values: {"head": {key: [old, new]}, "tables": {name: {key: [old, new]}}}. An absent table is None."""
-    head = {
-        key: [getattr(old, key), getattr(new, key)] for key in HEAD if getattr(old, key) != getattr(new, key)
-    }
+    head = {key: [getattr(old, key), getattr(new, key)] for key in HEAD}
     tables: dict[str, Any] = {}
-    for name in [*old.tables, *(name for name in new.tables if name not in old.tables)]:
+    for name in dict.fromkeys((*old.tables, *new.tables)):
         before, after = old.tables.get(name), new.tables.get(name)
-        if before == after:
-            continue
         if before is None or after is None:
             tables[name] = {"place": [before and place_text(before), after and place_text(after)]}
-        else:
+        elif before != after:
             left, right = asdict(before), asdict(after)
             tables[name] = {key: [left[key], right[key]] for key in left if left[key] != right[key]}
-    return {"head": head, "tables": tables}
+    return {"head": {key: pair for key, pair in head.items() if pair[0] != pair[1]}, "tables": tables}
 
 
 def place_text(table: TablePlan) -> str:
-    """A table's place in a few words."""
-    return f"{table.sharding_type} {table.compute_kernel}" + (
-        f" on {ranks_text(table.ranks)}" if table.ranks else " on all ranks"
-    )
+    """A table's placement in a few words."""
+    where = f"on {ranks_text(table.ranks)}" if table.ranks else "on all ranks"
+    return f"{table.sharding_type} {table.compute_kernel} {where}"
 
 
 def ranks_text(ranks: tuple[int, ...]) -> str:
     """Ranks for people: 8-15, 3, 9."""
-    parts: list[list[int]] = []
+    spans: list[list[int]] = []
     for rank in ranks:
-        if parts and rank == parts[-1][1] + 1:
-            parts[-1][1] = rank
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
         else:
-            parts.append([rank, rank])
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in parts) or "all"
+            spans.append([rank, rank])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in spans) or "all"
 
 
 def diff_lines(old: Plan, new: Plan) -> list[str]:
-    """Differences as lines for people; empty if the plans place everything alike."""
+    """Differences as lines for people; empty if the plans place every table alike."""
     found = compare_plans(old, new)
     lines = [f"{key}: {_value(before)} -> {_value(after)}" for key, (before, after) in found["head"].items()]
     for name, changes in found["tables"].items():
         if "place" in changes:
             before, after = changes["place"]
             lines.append(f"- {name}: {before}" if after is None else f"+ {name}: {after}")
-            continue
-        parts = []
-        for key, (before, after) in changes.items():
-            if key == "ranks":
-                parts.append(f"ranks {ranks_text(tuple(before))} -> {ranks_text(tuple(after))}")
-            else:
-                parts.append(f"{key} {_value(before)} -> {_value(after)}")
-        lines.append(f"~ {name}: {', '.join(parts)}")
+        else:
+            changed = (f"{key} {_value(old)} -> {_value(new)}" for key, (old, new) in changes.items())
+            lines.append(f"~ {name}: {', '.join(changed)}")
     return lines
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ranks_text(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value) or "none"
+
+
+def check_plan(
+    plan: Plan,
+    schema: Schema,
+    *,
+    world_size: int,
+    device: str,
+    source: str,
+    local_world_size: int = 0,
+    optimizer: str = "",
+) -> None:
+    """Refuse a plan that was made for another world size, schema, optimizer or device, or that the platform computes wrongly.
+
+    Args:
+        plan: read from `source`.
+        schema: the run's schema.
+        world_size: number of ranks of the run.
+        device: cpu or cuda, on which the run computes.
+        source: names the plan in messages.
+        local_world_size: ranks of one host; 0: not compared.
+        optimizer: optimizer of the run's tables; empty: not compared.
+
+    Raises:
+        InputError: naming the plan, the table or key, the value, how the two differ and the fix.
+    """
+    shape = f"use -j {plan.hosts}x{plan.local_world_size}, or "
+    problem = ""
+    if plan.world_size != world_size:
+        problem = f"world_size = {plan.world_size}, but this run has {world_size} ranks; {shape}"
+    elif local_world_size and plan.local_world_size != local_world_size:
+        problem = f"local_world_size = {plan.local_world_size}, but this run has {local_world_size} ranks a host; {shape}"
+    elif plan.device != device:
+        problem = f"device = {plan.device!r}, but this run computes on {device!r}; "
+    elif optimizer and plan.format > 1 and plan.optimizer != optimizer:
+        problem = f"optimizer = {plan.optimizer!r}, but this run's tables use {optimizer!r}; "
+    elif differences := schema_differences(plan, schema):
+        more = len(differences) - DIFFERENCES_SHOWN
+        rest = f"; and {more} more" if more > 0 else ""
+        problem = f"made for another schema: {'; '.join(differences[:DIFFERENCES_SHOWN])}{rest}; "
+    if problem:
+        raise InputError(
+            f"{source}: {problem}plan again with `mbcnet plan make`, or leave sharding.plan empty"
+        )
+    check_shape(plan, source)
+
+
+def constraint_differences(plan: Plan, config: ShardingConfig) -> list[str]:
+    """How a plan differs from what a run's [sharding] asks for by name; empty if it keeps to all of it.
+
+    A key that has its default value asks for nothing: the plan says what holds.
+    """
+    usual = ShardingConfig()
+    pairs = [
+        (key, getattr(plan, key), getattr(config, key))
+        for key in ("data_type", "forward_precision", "backward_precision", "prefetch", "replicas")
+        if getattr(config, key) not in (getattr(usual, key), getattr(plan, key))
+    ]
+    for name, asked in config.tables.items():
+        where, table = f"tables.{name}", plan.tables.get(name)
+        if table is None:
+            pairs.append((where, None, None))
+            continue
+        if asked.sharding_types and table.sharding_type not in asked.sharding_types:
+            pairs.append((f"{where}.sharding_types", table.sharding_type, asked.sharding_types))
+        if asked.compute_kernels and table.compute_kernel not in asked.compute_kernels:
+            pairs.append((f"{where}.compute_kernels", table.compute_kernel, asked.compute_kernels))
+        if asked.ranks and not set(table.ranks) <= set(asked.ranks):
+            pairs.append((f"{where}.ranks", table.ranks, asked.ranks))
+        if asked.cache_ratio and table.cache_ratio not in (0, asked.cache_ratio):
+            pairs.append((f"{where}.cache_ratio", table.cache_ratio, asked.cache_ratio))
+    return [
+        f"{key}: plan {json.dumps(planned)}, run {json.dumps(wanted)}" if planned is not None else f"{key}: not in the plan"
+        for key, planned, wanted in pairs
+    ]  # fmt: skip
+
+
+def schema_differences(plan: Plan, schema: Schema) -> list[str]:
+    """How the tables of a plan and of a schema differ, one phrase a table; empty if the plan is of this schema."""
+    tables = {table.name: table for table in schema.tables}
+    lines = [f"table {name} is not planned" for name in tables if name not in plan.tables]
+    lines += [f"table {name} is not in the schema" for name in plan.tables if name not in tables]
+    for name, planned in plan.tables.items():
+        if name not in tables or not planned.num_embeddings:
+            continue
+        table = tables[name]
+        pairs = (
+            ("num_embeddings", planned.num_embeddings, table.num_embeddings),
+            ("embedding_dim", planned.embedding_dim, table.embedding_dim),
+            ("fields", planned.bags, len(table.feature_names)),
+            ("zch_buckets", planned.zch_buckets, table.zch.buckets if table.zch else 0),
+        )
+        changed = [f"{key} {old:,} -> {new:,}" for key, old, new in pairs if old != new]
+        if changed:
+            lines.append(f"table {name}: {', '.join(changed)}")
+    now = schema.fingerprint()
+    if not lines and plan.schema != now:
+        lines.append(f"fingerprint {plan.schema} -> {now} (tables are equal; fields or groups differ)")
+    return lines

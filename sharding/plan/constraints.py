@@ -1,15 +1,15 @@
-"""What the planner may do, as a config. Apart from planner.py because that imports torchrec."""
+"""What the planner may do: the [sharding] part of a run's config."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data.errors import InputError
+from sharding.plan.ranges import require
 
 ShardingTypeName = Literal["data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise"]
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
-DataTypeName = Literal["fp32", "fp16", "bf16"]
-PrecisionName = Literal["fp32", "fp16", "bf16"]
+DtypeName = Literal["fp32", "fp16", "bf16"]
 ProposerName = Literal["greedy", "greedy_total", "dynamic_programming"]
+CACHE_SHARE = "a share of rows in [0, 1]; 0.2 is usual"
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class TableConstraint:
     """What the planner may do with one table.
 
     Attributes:
-        sharding_types: those allowed; empty: the run's.
-        compute_kernels: those allowed; empty: the run's.
+        sharding_types: allowed types; empty: the run's.
+        compute_kernels: allowed kernels; empty: the run's.
         ranks: ranks that may hold it; empty: any. row_wise and data_parallel use all.
-        min_partition: least columns of a column shard, a multiple of 4.
-        pooling_factor: mean ids a row, over one field; 0: as the schema says.
+        min_partition: fewest columns of a column shard, a multiple of 4.
+        pooling_factor: mean ids per row and field; 0: as the schema says.
         cardinality: distinct ids that occur; 0: as the schema says, else every row.
         cache_ratio: share of rows cached in HBM by fused_uvm_caching; 0: the run's.
     """
@@ -35,21 +35,16 @@ class TableConstraint:
     cache_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse absurd figures."""
-        if self.min_partition < 0 or self.min_partition % 4:
-            raise InputError(
-                f"min_partition = {self.min_partition}: wanted a multiple of 4, or 0; FBGEMM's rows are; use 4 or more"
-            )
-        for key in ("pooling_factor", "cardinality"):
-            if getattr(self, key) < 0:
-                raise InputError(
-                    f"{key} = {getattr(self, key)}: wanted 0 (as the schema says) or more; remove the minus"
-                )
-        _check_share("cache_ratio", self.cache_ratio)
-        if any(rank < 0 for rank in self.ranks) or len(set(self.ranks)) < len(self.ranks):
-            raise InputError(
-                f"ranks = {list(self.ranks)}: wanted ranks of 0 or more, each once; mend the list"
-            )
+        """Raise unless every value is in its range."""
+        multiple = "a multiple of 4, or 0; FBGEMM's rows are; use 4 or more"
+        require(self, "min_partition", lambda value: value >= 0 and not value % 4, multiple)
+        unset = "0 (as the schema says) or more; remove the minus"
+        require(self, "pooling_factor cardinality", lambda value: value >= 0, unset)
+        require(self, "cache_ratio", lambda value: 0 <= value <= 1, CACHE_SHARE)
+        once = "ranks of 0 or more, each once; change the list"
+        require(
+            self, "ranks", lambda ranks: min(ranks, default=0) >= 0 and len(set(ranks)) == len(ranks), once
+        )
 
 
 @dataclass(frozen=True)
@@ -83,14 +78,14 @@ class ShardingConfig:
     sharding_types: tuple[ShardingTypeName, ...] = ("table_wise", "row_wise", "table_row_wise")
     compute_kernels: tuple[KernelName, ...] = ("fused",)
     tables: dict[str, TableConstraint] = field(default_factory=dict)
-    data_type: DataTypeName = "fp32"
+    data_type: DtypeName = "fp32"
     hbm_gib: float = 0.0
     ddr_gib: float = 0.0
     storage_reserve: float = 0.1
     cache_ratio: float = 0.2
     assumed_pooling_factor: float = 10.0
-    forward_precision: PrecisionName = "fp32"
-    backward_precision: PrecisionName = "fp32"
+    forward_precision: DtypeName = "fp32"
+    backward_precision: DtypeName = "fp32"
     prefetch: bool = False
     replicas: int = 1
     proposers: tuple[ProposerName, ...] = ("greedy", "greedy_total")
@@ -99,29 +94,13 @@ class ShardingConfig:
     search_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        """Refuse absurd figures."""
-        for key in ("sharding_types", "compute_kernels", "proposers"):
-            if not getattr(self, key):
-                raise InputError(f"{key} = []: wanted at least one; remove the key to have the default")
-        for key in ("hbm_gib", "ddr_gib"):
-            if getattr(self, key) < 0:
-                raise InputError(
-                    f"{key} = {getattr(self, key)}: wanted 0 (the cluster's) or more; remove the minus"
-                )
-        _check_share("cache_ratio", self.cache_ratio)
-        if not 0 <= self.storage_reserve < 1:
-            raise InputError(
-                f"storage_reserve = {self.storage_reserve}: wanted a share in [0, 1); 0.1 is usual"
-            )
-        if self.replicas < 1:
-            raise InputError(f"replicas = {self.replicas}: wanted 1 (no replicated groups) or more; set 1")
-        if self.search_seconds <= 0 or self.assumed_pooling_factor <= 0:
-            raise InputError(
-                f"search_seconds = {self.search_seconds}, assumed_pooling_factor = {self.assumed_pooling_factor}: "
-                "wanted numbers above 0; raise them"
-            )
-
-
-def _check_share(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise InputError(f"{key} = {value}: wanted a share of rows in [0, 1]; 0.2 is usual")
+        """Raise unless every value is in its range."""
+        one = "at least one; remove the key to have the default"
+        require(self, "sharding_types compute_kernels proposers", len, one)
+        unset = "0 (the cluster's) or more; remove the minus"
+        require(self, "hbm_gib ddr_gib", lambda value: value >= 0, unset)
+        require(self, "cache_ratio", lambda value: 0 <= value <= 1, CACHE_SHARE)
+        require(self, "storage_reserve", lambda value: 0 <= value < 1, "a share in [0, 1); 0.1 is usual")
+        require(self, "replicas", lambda value: value >= 1, "1 (no replicated groups) or more; set 1")
+        above = "a number above 0; raise it"
+        require(self, "search_seconds assumed_pooling_factor", lambda value: value > 0, above)

@@ -1,6 +1,6 @@
-"""What the dense part of a model costs a rank: memory and seconds. Knows numbers, no model. Imports no torch."""
+"""What the dense part of a model costs a rank: memory and seconds, from four numbers."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from data.errors import InputError
 from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
@@ -15,10 +15,10 @@ class DenseCost:
     """The part of a model that is in no table.
 
     Attributes:
-        parameters: number, fp32.
-        forward_flops: of one row (2 a multiply-add).
-        activation_bytes: kept from forward to backward, of one row.
-        input_columns: Parquet values decoded a row.
+        parameters: number of fp32 parameters.
+        forward_flops: FLOPs of one row's forward pass (2 a multiply-add).
+        activation_bytes: bytes of one row kept from forward to backward.
+        input_columns: Parquet values decoded per row.
     """
 
     parameters: int = 0
@@ -27,8 +27,8 @@ class DenseCost:
     input_columns: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse negative figures."""
-        for key in ("parameters", "forward_flops", "activation_bytes", "input_columns"):
+        """Raise if a figure is negative."""
+        for key in asdict(self):
             if getattr(self, key) < 0:
                 raise InputError(f"dense {key} = {getattr(self, key)}: wanted 0 or more; remove the minus")
 

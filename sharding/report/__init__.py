@@ -1,1 +1,1 @@
-"""What a plan looks like, to a person and to a machine. Imports no torch."""
+"""What a plan looks like, to a person and to a machine."""

@@ -1,23 +1,24 @@
-"""Why a table is where it is: every other place it could have, and what that would cost. Imports no torch."""
+"""Why a table is where it is: every other placement it could have, and what that would cost."""
 
 from dataclasses import dataclass, replace
 
 from sharding.cost.assess import Assessment, assess
-from sharding.cost.estimate import ZCH_BYTES_PER_ROW, Bytes, Times, add_bytes, add_times
+from sharding.cost.estimate import ZCH_BYTES_PER_ROW, Bytes, Room, Times
 from sharding.cost.memory import gib
 from sharding.plan.compare import place_text
-from sharding.plan.plan_file import Plan, TablePlan
+from sharding.plan.placement import TablePlan
+from sharding.report.text import table_totals
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """One place of a table, all else as planned.
+    """One placement of a table, all else as planned.
 
     Attributes:
-        table: the place; its ranks are the least busy that fit.
-        bytes: of all its shards.
-        times: of its largest shard.
-        step_seconds: of the whole step with it.
+        table: the placement, on the ranks that are least busy.
+        bytes: bytes of all its shards.
+        times: seconds of its largest shard.
+        step_seconds: seconds of the whole step with it.
         busiest_seconds: table time of the busiest rank with it.
         fits: whether every rank has room.
     """
@@ -30,29 +31,32 @@ class Alternative:
     fits: bool
 
 
-def alternatives(assessment: Assessment, name: str, room: tuple[int, int]) -> list[Alternative]:
-    """The planned place first, then every other that the platform runs, the one with the shortest step first.
+def alternatives(assessment: Assessment, name: str, room: Room) -> list[Alternative]:
+    """The planned placement first, then every other that the platform runs, the one with the shortest step first.
 
     Args:
-        assessment: of the plan.
-        name: of a table.
-        room: HBM and DDR bytes of a rank that tables may fill.
+        assessment: what the plan costs.
+        name: a table's name.
+        room: bytes of a rank that tables may fill.
     """
     plan = assessment.plan
     chosen = plan.tables[name]
+
+    def same(left: TablePlan, right: TablePlan) -> bool:
+        return (left.sharding_type, left.compute_kernel) == (right.sharding_type, right.compute_kernel)
+
     rest = replace(plan, tables={other: table for other, table in plan.tables.items() if other != name})
     without = assess(rest, assessment.cluster, assessment.dense)
-    others = [place for place in _places(chosen, without) if not _same(place, chosen)]
-    tried = [_tried(assessment, name, place, room) for place in others]
+    tried = [
+        _tried(assessment, name, each, room)
+        for each in _placements(chosen, without)
+        if not same(each, chosen)
+    ]
     tried.sort(key=lambda each: (not each.fits, each.step_seconds, each.busiest_seconds))
     return [_tried(assessment, name, chosen, room), *tried]
 
 
-def _same(left: TablePlan, right: TablePlan) -> bool:
-    return (left.sharding_type, left.compute_kernel) == (right.sharding_type, right.compute_kernel)
-
-
-def _places(table: TablePlan, without: Assessment) -> list[TablePlan]:
+def _placements(table: TablePlan, without: Assessment) -> list[TablePlan]:
     """Every type and kernel of a table, on the ranks that are least busy without it; of a table of encoding zch, the only one."""
     if table.zch_buckets:
         return [table]
@@ -71,30 +75,25 @@ def _places(table: TablePlan, without: Assessment) -> list[TablePlan]:
     kernels = ["fused"] if plan.device == "cpu" else ["fused", "fused_uvm_caching"]
     if table.compute_kernel not in (*kernels, "dense"):
         kernels.append(table.compute_kernel)
-    places = []
+    placements = []
     for kind, where in ranks.items():
         for kernel in ["dense"] if kind == "data_parallel" else kernels:
             ratio = (table.cache_ratio or 0.2) if kernel == "fused_uvm_caching" else 0.0
-            places.append(
+            placements.append(
                 replace(table, sharding_type=kind, compute_kernel=kernel, ranks=where, cache_ratio=ratio)
             )
-    return places
+    return placements
 
 
-def _tried(assessment: Assessment, name: str, place: TablePlan, room: tuple[int, int]) -> Alternative:
-    plan: Plan = replace(assessment.plan, tables={**assessment.plan.tables, name: place})
+def _tried(assessment: Assessment, name: str, table: TablePlan, room: Room) -> Alternative:
+    plan = replace(assessment.plan, tables={**assessment.plan.tables, name: table})
     result = assess(plan, assessment.cluster, assessment.dense)
-    total, largest = Bytes(), Times()
-    for cost in result.costs[name]:
-        total = add_bytes(total, cost.bytes)
-        largest = max(largest, cost.times, key=lambda times: times.total)
-    fits = all(rank.bytes.hbm <= room[0] and rank.bytes.ddr <= room[1] for rank in result.ranks)
-    return Alternative(
-        place, total, add_times(largest, Times()), result.path.step, result.busiest.times.total, fits
-    )
+    total, largest = table_totals(result)[name]
+    fits = all(rank.bytes.fit(room) for rank in result.ranks)
+    return Alternative(table, total, largest, result.path.step, result.busiest.times.total, fits)
 
 
-def explain_lines(assessment: Assessment, name: str, room: tuple[int, int]) -> list[str]:
+def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
     """Why this place, what the next best would cost, and every other."""
     chosen, *others = alternatives(assessment, name, room)
     table = chosen.table
@@ -119,14 +118,8 @@ def explain_lines(assessment: Assessment, name: str, room: tuple[int, int]) -> l
         f"  {'place':<34}{'largest shard: lookup':>22}{'output':>9}{'gradient':>9}{'update':>9}  {'all bytes':>12}  {'step':>10}"
     )
     for each in (chosen, *others):
-        times = "".join(
-            f"{1e3 * part:>{width}.3f}"
-            for part, width in zip(
-                (each.times.lookup, each.times.output_dist, each.times.gradient_dist, each.times.update),
-                (22, 9, 9, 9),
-                strict=True,
-            )
-        )
+        _, lookup, output, gradient, update = (1e3 * part for part in each.times)
+        times = f"{lookup:>22.3f}{output:>9.3f}{gradient:>9.3f}{update:>9.3f}"
         place = f"{each.table.sharding_type} {each.table.compute_kernel}"
         step = f"{1e3 * each.step_seconds:.3f} ms" if each.fits else "no room"
         lines.append(f"  {place:<34}{times}  {gib(each.bytes.hbm + each.bytes.ddr):>12}  {step:>10}")

@@ -1,12 +1,15 @@
-"""What a plan looks like to a person and to a machine: tables, ranks, balance, critical path, speed. Imports no torch."""
+"""What a plan looks like to a person and to a machine: tables, ranks, balance, critical path, speed."""
 
+import json
+from dataclasses import asdict
+from functools import reduce
 from typing import Any
 
-from sharding.cost.assess import PARTS, Assessment, Rank
-from sharding.cost.estimate import Bytes, Times, add_bytes
+from sharding.cost.assess import PARTS, Assessment
+from sharding.cost.estimate import Bytes, Times
 from sharding.cost.memory import gib
 from sharding.plan.compare import ranks_text
-from sharding.plan.plan_file import plan_dict
+from sharding.plan.plan_file import plan_text
 
 TABLES_SHOWN = 15
 RANKS_SHOWN = 6
@@ -16,11 +19,8 @@ def table_totals(assessment: Assessment) -> dict[str, tuple[Bytes, Times]]:
     """Bytes of all shards, and seconds of the largest: table -> both, most seconds first."""
     totals = {}
     for name, costs in assessment.costs.items():
-        size, times = Bytes(), Times()
-        for cost in costs:
-            size = add_bytes(size, cost.bytes)
-            times = max(times, cost.times, key=lambda each: each.total)
-        totals[name] = size, times
+        slowest = max((cost.times for cost in costs), key=lambda times: times.total)
+        totals[name] = reduce(Bytes.plus, (cost.bytes for cost in costs)), slowest
     return dict(sorted(totals.items(), key=lambda pair: -(pair[1][0].rows + pair[1][0].state)))
 
 
@@ -30,10 +30,10 @@ def report_lines(
     """The report for people.
 
     Args:
-        assessment: of a plan.
-        full: every table and rank.
+        assessment: what the plan costs.
+        full: whether to list every table and rank.
         bound: least seconds of the busiest rank for any sharding types, if known.
-        assumed: fields whose ids a row are assumed.
+        assumed: number of fields whose ids per row are assumed.
     """
     plan, path = assessment.plan, assessment.path
     rows = sum(table.num_embeddings for table in plan.tables.values())
@@ -56,8 +56,9 @@ def report_lines(
             f"dense part: {dense.parameters:,} parameters, {dense.forward_flops / 1e6:.1f} MFLOP forward a row, {gib(memory)} a rank "
             f"({gib(dense.weight_bytes())} weights, gradients and Adam; {gib(memory - dense.weight_bytes())} activations)"
         )
+    phases = ("lookup", "output_dist", "dense", "gradient_dist", "update", "all_reduce")
     lines.append(
-        "critical path, ms: " + ", ".join(f"{name} {1e3 * value:.3f}" for name, value in _phases(assessment))
+        "critical path, ms: " + ", ".join(f"{name} {1e3 * getattr(path, name):.3f}" for name in phases)
     )
     beside = f"beside it: input_dist {1e3 * path.input_dist:.3f}, decode {1e3 * path.decode:.3f}"
     lines.append(
@@ -71,19 +72,15 @@ def report_lines(
     return lines
 
 
-def _phases(assessment: Assessment) -> list[tuple[str, float]]:
-    path = assessment.path
-    names = ("lookup", "output_dist", "dense", "gradient_dist", "update", "all_reduce")
-    return [(name, getattr(path, name)) for name in names]
-
-
 def _table_lines(assessment: Assessment, full: bool) -> list[str]:
     totals = table_totals(assessment)
     width = min(40, max((len(name) for name in totals), default=5))
     head = f"  {'table':<{width}} {'rows':>14} {'dim':>4} {'ids':>5}  {'type':<15}{'kernel':<18}{'shards':>6}  {'ranks':<11}{'rows':>11}{'state':>11}{'ms':>8}"
     lines = ["tables, largest first; ms: of the shard that takes longest", head]
-    shown = list(totals.items()) if full else list(totals.items())[:TABLES_SHOWN]
-    for name, (size, times) in shown:
+    names = list(totals)
+    shown, rest = (names, []) if full else (names[:TABLES_SHOWN], names[TABLES_SHOWN:])
+    for name in shown:
+        size, times = totals[name]
         table = assessment.plan.tables[name]
         label = name if len(name) <= width else name[: width - 2] + ".."
         lines.append(
@@ -91,11 +88,8 @@ def _table_lines(assessment: Assessment, full: bool) -> list[str]:
             f"{table.compute_kernel:<18}{len(assessment.costs[name]):>6}  {ranks_text(table.ranks):<11}{gib(size.rows):>11}"
             f"{gib(size.state):>11}{1e3 * times.total:>8.3f}"
         )
-    rest = list(totals.values())[len(shown) :]
     if rest:
-        size = Bytes()
-        for each, _ in rest:
-            size = add_bytes(size, each)
+        size = reduce(Bytes.plus, (totals[name][0] for name in rest))
         lines.append(
             f"  and {len(rest)} more tables: {gib(size.rows)} rows, {gib(size.state)} state (--all shows them)"
         )
@@ -114,7 +108,10 @@ def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
     ]
     ranked = sorted(assessment.ranks, key=lambda rank: (-rank.times.total, rank.rank))
     shown = ranked if full else ranked[:RANKS_SHOWN]
-    lines += [_rank_line(assessment, rank) for rank in shown]
+    for rank in shown:
+        hbm, ddr = assessment.memory(rank)
+        times = "".join(f"{1e3 * value:>15.3f}" for value in rank.times) + f"{1e3 * rank.times.total:>10.3f}"
+        lines.append(f"  {rank.rank:>5} {len(rank.tables):>6} {gib(hbm):>11} {gib(ddr):>11}{times}")
     if len(shown) < len(ranked):
         memory = [sum(assessment.memory(rank)) for rank in ranked]
         lines.append(
@@ -122,12 +119,6 @@ def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
             f"{gib(min(memory))} to {gib(max(memory))}"
         )
     return lines
-
-
-def _rank_line(assessment: Assessment, rank: Rank) -> str:
-    hbm, ddr = assessment.memory(rank)
-    parts = "".join(f"{1e3 * value:>15.3f}" for value in rank.times)
-    return f"  {rank.rank:>5} {len(rank.tables):>6} {gib(hbm):>11} {gib(ddr):>11}{parts}{1e3 * rank.times.total:>10.3f}"
 
 
 def _balance_lines(assessment: Assessment, bound: float) -> list[str]:
@@ -148,21 +139,19 @@ def report_dict(
 ) -> dict[str, Any]:
     """The same for machines: bytes and seconds."""
     path = assessment.path
-    ranks = []
-    for rank in assessment.ranks:
-        hbm, ddr = assessment.memory(rank)
-        seconds = rank.times._asdict() | {"total": rank.times.total}
-        parts = {"rows": rank.bytes.rows, "state": rank.bytes.state, "cache": rank.bytes.cache}
-        ranks.append(
-            {
-                "rank": rank.rank,
-                "hbm_bytes": hbm,
-                "ddr_bytes": ddr,
-                "table_bytes": parts | {"activations": rank.bytes.activations},
-                "seconds": seconds,
-                "tables": rank.tables,
-            }
-        )
+    ranks = [
+        {
+            "rank": rank.rank,
+            "hbm_bytes": assessment.memory(rank).hbm,
+            "ddr_bytes": assessment.memory(rank).ddr,
+            "table_bytes": {
+                part: getattr(rank.bytes, part) for part in ("rows", "state", "cache", "activations")
+            },
+            "seconds": rank.times._asdict() | {"total": rank.times.total},
+            "tables": rank.tables,
+        }
+        for rank in assessment.ranks
+    ]
     tables = {
         name: {
             "bytes": size._asdict(),
@@ -173,7 +162,7 @@ def report_dict(
     }
     dense = assessment.dense
     return {
-        "plan": plan_dict(assessment.plan),
+        "plan": json.loads(plan_text(assessment.plan)),
         "cluster": str(assessment.cluster),
         "tables": tables,
         "ranks": ranks,
@@ -187,7 +176,7 @@ def report_dict(
             "forward_flops": dense.forward_flops,
             "bytes": dense.memory_bytes(assessment.plan.batch_size_per_rank),
         },
-        "critical_path_seconds": {name: getattr(path, name) for name in path.__dataclass_fields__},
+        "critical_path_seconds": asdict(path),
         "step_seconds": path.step,
         "samples_per_second": assessment.samples_per_second,
         "bound_by": path.bound_by,

@@ -1,4 +1,4 @@
-"""Which places are worth trying for each table, by size class: what makes the search end. Imports no torch."""
+"""Which placements are worth trying for each table, by size class: what makes the search end."""
 
 from dataclasses import replace
 
@@ -6,51 +6,47 @@ from data.errors import InputError
 from data.schema import Feature, Schema, Table
 from data.schema.parse import unknown_key
 from sharding.cost.estimate import DTYPE_BYTES, state_bytes
-from sharding.plan.cluster import Cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.plan.dense_part import DenseCost
-from sharding.plan.plan_file import FORMAT, Plan, TablePlan, device_problem, leaves_empty, zch_place_problem
+from sharding.plan.placement import Plan, TablePlan, device_problem, leaves_empty, zch_problem
+from sharding.search.task import Task
 
 ROWS_PER_RANK = 8  # a table with fewer rows for each rank is not split by rows
 TORCHREC_LEAST_COLUMNS = 128  # of a column shard where nobody says otherwise
 LARGE_SHARE = 0.25  # of a rank's memory: a larger table is split by rows where that is allowed
-SMALL_BYTES = (
-    64 * 2**20
-)  # a smaller table of single ids is not split by rows: each shard would send as much as the whole
+# a smaller table of single ids is not split by rows: each shard would send as much as the whole
+SMALL_BYTES = 64 * 2**20
 
 
 def described_table(table: Table, schema: Schema, config: ShardingConfig) -> TablePlan:
-    """A table as the plan file carries it, without a place: sizes, ids a row and cardinality.
+    """A table as the plan file carries it, without ranks: sizes, ids per row and cardinality.
 
-    Ids a row: the constraint's, else what the schema measured, else 1 for single-valued fields and the config's assumption for lists.
+    Ids per row: the constraint's, else what the schema measured, else 1 for single-valued fields and the config's assumption for lists.
     """
     constraint = config.tables.get(table.name, TableConstraint())
     features = {feature.name: feature for feature in schema.features}
     used = [features[name] for name in table.feature_names]
     ids = sum(constraint.pooling_factor or pooling_factor(feature, config) for feature in used)
     measured = max((int(getattr(feature, "cardinality", 0) or 0) for feature in used), default=0)
-    cardinality = min(constraint.cardinality or measured, table.num_embeddings)
     return TablePlan(
         "table_wise",
         "fused",
-        (),
-        table.num_embeddings,
-        table.embedding_dim,
-        len(used),
-        round(ids, 4),
-        cardinality,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        bags=len(used),
+        ids=round(ids, 4),
+        cardinality=min(constraint.cardinality or measured, table.num_embeddings),
         zch_buckets=table.zch.buckets if table.zch else 0,
     )
 
 
 def pooling_factor(feature: Feature, config: ShardingConfig) -> float:
-    """Mean ids of a field in one row."""
+    """Mean ids of a field per row."""
     measured = float(getattr(feature, "pooling_factor", 0.0) or 0.0)
     return measured or (1.0 if feature.is_single else config.assumed_pooling_factor)
 
 
 def assumed_fields(schema: Schema, config: ShardingConfig) -> list[str]:
-    """List fields whose ids a row nobody measured."""
+    """List fields whose ids per row nobody measured."""
     told = {name for name, table in config.tables.items() if table.pooling_factor}
     return [
         feature.name
@@ -62,108 +58,72 @@ def assumed_fields(schema: Schema, config: ShardingConfig) -> list[str]:
     ]
 
 
-def empty_plan(
-    config: ShardingConfig,
-    schema: Schema,
-    cluster: Cluster,
-    batch_size_per_rank: int,
-    optimizer: str,
-    dense: DenseCost,
-) -> Plan:
-    """A plan without tables for this schema, cluster and workload."""
-    return Plan(
-        cluster.world_size,
-        cluster.devices_per_host,
-        cluster.device,
-        schema.fingerprint(),
-        {},
-        batch_size_per_rank,
-        optimizer,  # type: ignore[arg-type]
-        config.data_type,
-        config.forward_precision,
-        config.backward_precision,
-        config.prefetch,
-        config.replicas,
-        str(cluster),
-        cluster.fingerprint(),
-        {},
-        dense,
-        FORMAT,
-    )
-
-
-def check_constraints(config: ShardingConfig, schema: Schema, plan: Plan) -> None:
+def check_constraints(task: Task) -> None:
     """Refuse constraints that name what is not there or that contradict each other.
 
     Raises:
-        InputError: naming key, value and mend.
+        InputError: naming the key, the value and the fix.
     """
-    tables = {table.name: table for table in schema.tables}
+    config, plan = task.config, task.empty_plan()
+    tables = {table.name: table for table in task.schema.tables}
     problem = device_problem(plan)
+    if not problem and plan.local_world_size % config.replicas:
+        problem = f"replicas = {config.replicas}: wanted a divisor of the {plan.local_world_size} ranks of a host; use 1"
     if problem:
         raise InputError(f"sharding.{problem}")
-    if plan.local_world_size % config.replicas:
-        raise InputError(
-            f"sharding.replicas = {config.replicas}: wanted a divisor of the {plan.local_world_size} ranks of a host; use 1"
-        )
     for name, constraint in config.tables.items():
         where = f"sharding.tables.{name}"
         if name not in tables:
             raise InputError(unknown_key(where, name, tables))
         absent = [rank for rank in constraint.ranks if rank >= plan.group_size]
+        types, columns = constraint.sharding_types or config.sharding_types, tables[name].embedding_dim
         if absent:
-            raise InputError(
-                f"{where}.ranks = {list(constraint.ranks)}: wanted ranks in [0, {plan.group_size}); remove {absent}"
+            problem = (
+                f"ranks = {list(constraint.ranks)}: wanted ranks in [0, {plan.group_size}); remove {absent}"
             )
-        types = constraint.sharding_types or config.sharding_types
-        if constraint.ranks and not set(types) & {"table_wise", "column_wise", "table_row_wise"}:
-            raise InputError(
-                f"{where}.ranks: {', '.join(types)} use every rank; remove ranks, or allow table_wise"
-            )
-        if constraint.min_partition > tables[name].embedding_dim:
-            raise InputError(
-                f"{where}.min_partition = {constraint.min_partition}: the table has {tables[name].embedding_dim} columns; lower it"
-            )
+        elif constraint.ranks and not set(types) & {"table_wise", "column_wise", "table_row_wise"}:
+            problem = f"ranks: {', '.join(types)} use every rank; remove ranks, or allow table_wise"
+        elif constraint.min_partition > columns:
+            problem = f"min_partition = {constraint.min_partition}: the table has {columns} columns; lower it"
+        if problem:
+            raise InputError(f"{where}.{problem}")
 
 
-def candidates(
-    table: TablePlan, name: str, plan: Plan, config: ShardingConfig, room_bytes: int
-) -> list[TablePlan]:
-    """Places worth trying for a table, without ranks where the partitioner chooses them.
-
-    Args:
-        table: from `described_table`.
-        name: of the table.
-        plan: from `empty_plan`.
-        config: what is allowed.
-        room_bytes: memory of a rank that tables may fill.
+def all_options(task: Task) -> dict[str, list[TablePlan]]:
+    """Every table's candidates, with ranks that serve for estimates: the partitioner chooses the real ones.
 
     Raises:
-        InputError: nothing is left.
+        InputError: nothing is left for a table.
     """
+    plan = task.empty_plan()
+    return {
+        table.name: [
+            _placed(option, table.name, task.config, plan) for option in _candidates(table, task, plan)
+        ]
+        for table in task.schema.tables
+    }
+
+
+def _candidates(table: Table, task: Task, plan: Plan) -> list[TablePlan]:
+    """Placements worth trying for a table, without ranks where the partitioner chooses them."""
+    config, name, sized = task.config, table.name, described_table(table, task.schema, task.config)
     constraint = config.tables.get(name, TableConstraint())
-    if table.zch_buckets:
-        return [_unbounded(table, name, plan, constraint)]
-    types = _by_size(table, plan, constraint.sharding_types, config.sharding_types, room_bytes)
-    kernels = constraint.compute_kernels or config.compute_kernels
-    options = []
-    for kind in types:
-        allowed = (
-            ("dense",)
-            if kind == "data_parallel"
-            else tuple(kernel for kernel in kernels if kernel != "dense")
-        )
-        for kernel in allowed:
-            if plan.device == "cpu" and "uvm" in kernel:
-                continue
-            ratio = (constraint.cache_ratio or config.cache_ratio) if kernel == "fused_uvm_caching" else 0.0
-            options.append(replace(table, sharding_type=kind, compute_kernel=kernel, cache_ratio=ratio))
+    if sized.zch_buckets:
+        return [_unbounded(sized, name, plan, constraint)]
+    types = _by_size(sized, constraint.sharding_types, task, plan)
     if not types:
         asked = constraint.sharding_types or config.sharding_types
         raise InputError(
-            f"sharding.tables.{name}: {', '.join(asked)} of {table.num_embeddings} rows leave one of {plan.group_size} ranks without "
+            f"sharding.tables.{name}: {', '.join(asked)} of {sized.num_embeddings} rows leave one of {plan.group_size} ranks without "
             "rows; allow table_wise"
         )
+    kernels = constraint.compute_kernels or config.compute_kernels
+    fused = [each for each in kernels if each != "dense" and not (plan.device == "cpu" and "uvm" in each)]
+    options = []
+    for kind in types:
+        for kernel in ["dense"] if kind == "data_parallel" else fused:
+            ratio = (constraint.cache_ratio or config.cache_ratio) if kernel == "fused_uvm_caching" else 0.0
+            options.append(replace(sized, sharding_type=kind, compute_kernel=kernel, cache_ratio=ratio))
     if not options:
         raise InputError(
             f"sharding.tables.{name}: sharding_types {list(types)} with compute_kernels {list(kernels)} leave no choice on "
@@ -173,7 +133,7 @@ def candidates(
 
 
 def _unbounded(table: TablePlan, name: str, plan: Plan, constraint: TableConstraint) -> TablePlan:
-    """The one place of a table of encoding zch, whatever the run allows for other tables."""
+    """The one placement of a table of encoding zch, whatever the run allows for other tables."""
     where = f"sharding.tables.{name}"
     for key, only in (("sharding_types", "row_wise"), ("compute_kernels", "fused")):
         allowed = getattr(constraint, key)
@@ -182,17 +142,18 @@ def _unbounded(table: TablePlan, name: str, plan: Plan, constraint: TableConstra
                 f"{where}.{key} = {list(allowed)}: its fields are of encoding 'zch', which runs {only} only; allow {only}, or remove it"
             )
     place = replace(table, sharding_type="row_wise", compute_kernel="fused", ranks=())
-    problem = zch_place_problem(place, plan)
-    if problem:
+    if problem := zch_problem(place, plan):
         raise InputError(f"table {name}: {problem}")
     return place
 
 
-def _by_size(
-    table: TablePlan, plan: Plan, asked: tuple[str, ...], usual: tuple[str, ...], room_bytes: int
-) -> list[str]:
+def _by_size(table: TablePlan, asked: tuple[str, ...], task: Task, plan: Plan) -> list[str]:
     """Types for a table: those asked for it by name as they are, else the run's, thinned out by size class."""
-    types = [kind for kind in (asked or usual) if kind != "table_row_wise" or plan.hosts > 1 or asked]
+    types = [
+        kind
+        for kind in (asked or task.config.sharding_types)
+        if kind != "table_row_wise" or plan.hosts > 1 or asked
+    ]
     if plan.group_size == 1 and not asked:
         types = [kind for kind in types if kind in ("table_wise", "data_parallel")] or types
     rows, dim = table.num_embeddings, table.embedding_dim
@@ -206,22 +167,12 @@ def _by_size(
     single = table.ids <= 2 * table.bags
     if whole and (rows < ROWS_PER_RANK * plan.group_size or (size < SMALL_BYTES and single)):
         return whole
-    return split if split and size > LARGE_SHARE * room_bytes else types
+    room = task.room()
+    large = size > LARGE_SHARE * (room.hbm if plan.device == "cuda" else room.ddr)
+    return split if split and large else types
 
 
-def all_options(
-    schema: Schema, config: ShardingConfig, plan: Plan, room_bytes: int
-) -> dict[str, list[TablePlan]]:
-    """Every table's candidates, with ranks that serve for estimates: the partitioner chooses the real ones."""
-    result = {}
-    for table in schema.tables:
-        described = described_table(table, schema, config)
-        places = candidates(described, table.name, plan, config, room_bytes)
-        result[table.name] = [_placed(place, plan, config, table.name) for place in places]
-    return result
-
-
-def _placed(option: TablePlan, plan: Plan, config: ShardingConfig, name: str) -> TablePlan:
+def _placed(option: TablePlan, name: str, config: ShardingConfig, plan: Plan) -> TablePlan:
     if option.sharding_type == "table_wise":
         return replace(option, ranks=(0,))
     if option.sharding_type == "table_row_wise":

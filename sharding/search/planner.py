@@ -1,4 +1,4 @@
-"""EmbeddingShardingPlanner behind one door: collections, constraints and a machine -> Plan. Needs no process group and no GPU.
+"""TorchRec's planner behind one function: what is to be planned -> Plan. Needs no process group and no GPU.
 
 TorchRec enumerates, proposes and partitions. Three things keep that quick and honest: candidates by size class (candidates.py), times
 and bytes from estimate.py, which is also what reports show, and a last pass that moves tables off the busiest rank (balance.py).
@@ -7,7 +7,7 @@ and bytes from estimate.py, which is also what reports show, and a last pass tha
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -35,123 +35,63 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ParameterSharding
 
-from data.errors import InputError
-from data.schema import Schema
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import AnyTypeSharder
-from sharding.cost.estimate import table_costs
-from sharding.cost.memory import DoesNotFit, find_shortage, room_for_tables
-from sharding.plan.cluster import Cluster, default_cluster, read_cluster
+from sharding.cost.estimate import Room, table_costs
+from sharding.cost.memory import DoesNotFit, find_shortage
+from sharding.plan.cluster import Cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.plan.dense_part import DenseCost
-from sharding.plan.plan_file import Plan, TablePlan, check_shape
+from sharding.plan.placement import UNIFORM, Plan, TablePlan, check_shape
 from sharding.search.balance import rebalanced
-from sharding.search.candidates import all_options, check_constraints, empty_plan
+from sharding.search.candidates import all_options, check_constraints
+from sharding.search.task import Task
 
-PATIENCE = 20  # proposals without a better plan after which a greedy search ends
+PROPOSALS_WITHOUT_GAIN = 20  # after which a greedy search ends
 DYNAMIC_BINS = 100
 MILLISECONDS = 1e3
-Progress = Callable[
-    [int, float, float], None
-]  # proposals that were dealt out, best milliseconds, seconds spent
+Progress = Callable[[int, float, float], None]  # (proposals so far, best milliseconds, seconds spent)
 
 
-def make_plan(
-    collections: Mapping[str, nn.Module],
-    schema: Schema,
-    config: ShardingConfig,
-    machine: tuple[int, int, str],
-    batch_size_per_rank: int,
-    *,
-    cluster: Cluster | None = None,
-    optimizer: str = "rowwise_adagrad",
-    dense: DenseCost | None = None,
-    progress: Progress | None = None,
-    rebalance: bool = True,
-) -> Plan:
-    """Choose a place for every table.
+def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = True) -> Plan:
+    """Choose a placement for every table.
 
     Args:
-        collections: module path -> EmbeddingBagCollection (meta device is enough).
-        schema: names the tables.
-        config: what is allowed.
-        machine: world_size, local_world_size and device ("cpu" or "cuda").
-        batch_size_per_rank: rows of one rank's batch.
-        cluster: figures of the machine; None: those that the config names, else the defaults for the device.
-        optimizer: of the tables; its state is counted.
-        dense: the rest of the model, whose memory is set aside.
+        task: what is to be planned.
         progress: called after every proposal.
         rebalance: whether tables are moved off the busiest rank at the end; without it TorchRec's plan is returned as it is.
 
     Raises:
-        InputError: a constraint names no table, or the machine is not the config's cluster.
+        InputError: a constraint names no table, or the dense part leaves no memory.
         DoesNotFit: nothing fits.
     """
-    cluster = cluster or cluster_of(config, machine)
-    dense = dense or DenseCost()
-    plan = empty_plan(config, schema, cluster, batch_size_per_rank, optimizer, dense)
-    check_constraints(config, schema, plan)
-    room = room_for_tables(config, cluster, dense, batch_size_per_rank)
-    options = all_options(schema, config, plan, room[0] if cluster.device == "cuda" else room[1])
-    shortage = find_shortage(options, plan, cluster, room)
-    if shortage.needed_bytes > shortage.room_bytes or shortage.too_large:
-        raise DoesNotFit(shortage.message(plan.group_size), shortage)
+    check_constraints(task)
+    plan, room, options = task.empty_plan(), task.room(), all_options(task)
+    shortage = find_shortage(options, plan, task.cluster, room)
+    if shortage.is_certain:
+        raise DoesNotFit(shortage)
     start = time.monotonic()
     try:
-        tables = _search(collections, options, plan, config, cluster, room, progress)
+        tables = _search(task, plan, options, progress)
     except (PlannerError, RuntimeError):
-        raise DoesNotFit(shortage.message(plan.group_size), shortage) from None
-    ordered = {table.name: tables[table.name] for table in schema.tables}
-    plan = replace(plan, tables=ordered, versions=_versions())
-    left = max(1.0, config.search_seconds - (time.monotonic() - start))
+        raise DoesNotFit(shortage) from None
+    versions = {name: importlib.metadata.version(name) for name in ("mbcnet-rec", "torch", "torchrec")}
+    plan = replace(plan, tables={name: tables[name] for name in options}, versions=versions)
     if rebalance:
-        plan = rebalanced(plan, cluster, options, config.tables, room, left)
+        left = max(1.0, task.config.search_seconds - (time.monotonic() - start))
+        pinned = {name: set(each.ranks) for name, each in task.config.tables.items() if each.ranks}
+        plan = rebalanced(plan, task.cluster, options, pinned, room, left)
     check_shape(plan, "sharding")
     return plan
 
 
-def plan_schema(
-    schema: Schema, config: ShardingConfig, cluster: Cluster, batch_size_per_rank: int, **options: Any
-) -> Plan:
-    """Plan a schema's tables for a cluster; see `make_plan`."""
-    machine = (cluster.world_size, cluster.devices_per_host, cluster.device)
-    return make_plan(
-        {each.name: module for each, module in meta_collections(schema, config.data_type).items()},
-        schema,
-        config,
-        machine,
-        batch_size_per_rank,
-        cluster=cluster,
-        **options,
-    )
-
-
-def cluster_of(config: ShardingConfig, machine: tuple[int, int, str]) -> Cluster:
-    """The cluster a run is on: what its config names, in the run's size, else defaults for the device.
-
-    Raises:
-        InputError: the config names another kind of device.
-    """
-    world_size, local_world_size, device = machine
-    if not config.cluster:
-        return default_cluster(world_size, local_world_size, device)
-    cluster = read_cluster(config.cluster).resized(max(1, world_size // local_world_size), local_world_size)
-    if cluster.device != device:
-        raise InputError(
-            f"sharding.cluster = {config.cluster!r}: its device is {cluster.device!r}, but this run computes on {device!r}; "
-            "name another cluster, or leave it empty"
-        )
-    return cluster
-
-
-def topology_of(plan: Plan, cluster: Cluster, room: tuple[int, int]) -> Topology:
+def topology_of(plan: Plan, cluster: Cluster, room: Room) -> Topology:
     """TorchRec's view of one group's ranks, with every bandwidth given (its defaults are of old GPUs). Bytes per millisecond."""
     per_ms = 1e9 / MILLISECONDS
     on_gpu = cluster.device == "cuda"
     host_memory = cluster.ddr_gb_per_second / cluster.devices_per_host
     hardware = HardwareConfig(
-        hbm_cap_bytes=room[0],
-        ddr_cap_bytes=room[1],
+        hbm_cap_bytes=room.hbm,
+        ddr_cap_bytes=room.ddr,
         ssd_cap_bytes=0,
         intra_host_bw=per_ms * cluster.nvlink_gb_per_second,
         inter_host_bw=per_ms * cluster.network_gb_per_second,
@@ -169,36 +109,31 @@ def topology_of(plan: Plan, cluster: Cluster, room: tuple[int, int]) -> Topology
 
 
 def _search(
-    collections: Mapping[str, nn.Module],
-    options: dict[str, list[TablePlan]],
-    plan: Plan,
-    config: ShardingConfig,
-    cluster: Cluster,
-    room: tuple[int, int],
-    progress: Progress | None,
+    task: Task, plan: Plan, options: dict[str, list[TablePlan]], progress: Progress | None
 ) -> dict[str, TablePlan]:
-    """Let TorchRec choose among the candidates: table -> its place with ranks."""
+    """Let TorchRec choose among the candidates: table -> its placement with ranks."""
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
-    topology = topology_of(plan, cluster, room)
-    constraints = {name: _torchrec_constraints(places, plan) for name, places in options.items()}
-    estimators: list[Any] = [_Estimator(options, plan, cluster)]
+    config, topology = task.config, topology_of(plan, task.cluster, task.room())
+    constraints = {name: _torchrec_constraints(each) for name, each in options.items()}
+    estimators: list[Any] = [_Estimator(options, plan, task.cluster)]
     if config.estimator == "torchrec":  # ours still says the bytes
         estimators.append(EmbeddingPerfEstimator(topology, constraints))
+    balanced = config.partitioner == "memory_balanced"
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=plan.batch_size_per_rank,
         enumerator=Ordered(topology, plan.batch_size_per_rank, constraints, estimators),
         storage_reservation=FixedPercentageStorageReservation(0.0),
         proposer=[_proposer(name, plan.group_size) for name in config.proposers],
-        partitioner=MemoryBalancedPartitioner()
-        if config.partitioner == "memory_balanced"
-        else GreedyPerfPartitioner(),
+        partitioner=MemoryBalancedPartitioner() if balanced else GreedyPerfPartitioner(),
         performance_model=_Watched(topology, progress),
         stats=[_Silent()],
         constraints=constraints,
         timeout_seconds=max(1, int(config.search_seconds)),
     )
-    chosen = planner.plan(_Holder(collections), [AnyTypeSharder()])  # type: ignore[list-item]
+    collections = meta_collections(task.schema, config.data_type)
+    tables = nn.ModuleDict({each.name: module for each, module in collections.items()})
+    chosen = planner.plan(tables, [AnyTypeSharder()])  # type: ignore[list-item]
     return {
         name: _with_ranks(name, parameter, options[name], config)
         for module_plan in chosen.plan.values()
@@ -209,49 +144,44 @@ def _search(
 def _proposer(name: str, size: int) -> Any:
     match name:
         case "greedy":
-            return GreedyProposer(threshold=PATIENCE)
+            return GreedyProposer(threshold=PROPOSALS_WITHOUT_GAIN)
         case "greedy_total":
-            return GreedyProposer(use_depth=False, threshold=PATIENCE)
+            return GreedyProposer(use_depth=False, threshold=PROPOSALS_WITHOUT_GAIN)
         case _:
             # its bins count over all devices, and so do its proposals: about 100 of them are enough
             return DynamicProgrammingProposer(hbm_bins_per_device=max(1, DYNAMIC_BINS // size))
 
 
-def _torchrec_constraints(places: list[TablePlan], plan: Plan) -> ParameterConstraints:
-    first = places[0]
+def _torchrec_constraints(options: list[TablePlan]) -> ParameterConstraints:
+    first = options[0]
     columns = [
-        place.embedding_dim // len(place.ranks) for place in places if place.sharding_type == "column_wise"
+        each.embedding_dim // len(each.ranks) for each in options if each.sharding_type == "column_wise"
     ]
     return ParameterConstraints(
-        sharding_types=list(dict.fromkeys(place.sharding_type for place in places)),
-        compute_kernels=list(dict.fromkeys(place.compute_kernel for place in places)),
+        sharding_types=list(dict.fromkeys(each.sharding_type for each in options)),
+        compute_kernels=list(dict.fromkeys(each.compute_kernel for each in options)),
         min_partition=columns[0] if columns else None,
         pooling_factors=[first.ids / first.bags] * first.bags,
     )
 
 
 def _with_ranks(
-    name: str, parameter: ParameterSharding, places: list[TablePlan], config: ShardingConfig
+    name: str, parameter: ParameterSharding, options: list[TablePlan], config: ShardingConfig
 ) -> TablePlan:
     """Our form of what TorchRec chose."""
-    place = _match(parameter, places)
-    if place.sharding_type in ("row_wise", "data_parallel"):
-        return replace(place, ranks=())
-    ranks = tuple(parameter.ranks or ())
-    if place.sharding_type == "column_wise":
+    option, ranks = _match(parameter, options), tuple(parameter.ranks or ())
+    if option.sharding_type in UNIFORM:
+        ranks = ()
+    elif option.sharding_type == "column_wise":
         allowed = config.tables.get(name, TableConstraint()).ranks
         if len(set(ranks)) < len(ranks) or (allowed and not set(ranks) <= set(allowed)):
-            ranks = tuple(allowed or place.ranks)[: len(ranks)]
-    return replace(place, ranks=ranks)
+            ranks = tuple(allowed or option.ranks)[: len(ranks)]
+    return replace(option, ranks=ranks)
 
 
-def _match(option: ShardingOption | ParameterSharding, places: list[TablePlan]) -> TablePlan:
-    wanted = (option.sharding_type, option.compute_kernel)
-    return next(place for place in places if (place.sharding_type, place.compute_kernel) == wanted)
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("mbcnet-rec", "torch", "torchrec")}
+def _match(chosen: ShardingOption | ParameterSharding, options: list[TablePlan]) -> TablePlan:
+    wanted = (chosen.sharding_type, chosen.compute_kernel)
+    return next(each for each in options if (each.sharding_type, each.compute_kernel) == wanted)
 
 
 class _Estimator(ShardEstimator):
@@ -291,7 +221,7 @@ class Ordered(EmbeddingEnumerator):
 
 
 class _Watched(NoopPerfModel):
-    """Rates a plan by its busiest rank and tells how far the search is."""
+    """Rates a plan by its busiest rank and reports progress."""
 
     def __init__(self, topology: Topology, progress: Progress | None) -> None:
         super().__init__(topology)
@@ -311,13 +241,3 @@ class _Silent(Stats):
 
     def log(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Say nothing."""
-
-
-class _Holder(nn.Module):
-    """Carries the collections to the planner, which walks a module tree."""
-
-    def __init__(self, collections: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.collections = nn.ModuleDict(
-            {path.replace(".", "/"): module for path, module in collections.items()}
-        )

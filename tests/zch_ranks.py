@@ -1,4 +1,4 @@
-"""The scenarios of tests/test_sharding_collisions.py: runs on a log with unbounded ids, on one, two and three ranks."""
+"""The scenarios of tests/test_bridge_zch.py: runs on a log with unbounded ids, on one, two and three ranks."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The planner: constraints are kept to, what does not fit is said with verified cures, and large searches end near the bound."""
+"""The planner: constraints are kept to, what does not fit is said in bytes, and large searches end near the bound."""
 
 import itertools
 import random
@@ -11,16 +11,17 @@ from torchrec.distributed.planner.types import ParameterConstraints
 
 from data.errors import InputError
 from data.schema import load_schema, parse_schema
-from sharding.bridge.collections import meta_collections
 from sharding.cost.assess import assess, search_bound
-from sharding.cost.memory import DoesNotFit, room_for_tables
+from sharding.cost.estimate import Room
+from sharding.cost.memory import DoesNotFit
 from sharding.plan.cluster import read_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
 from sharding.plan.dense_part import DenseCost
-from sharding.plan.plan_file import check_shape
-from sharding.search.candidates import all_options, empty_plan
-from sharding.search.capacity import Task, find_cures, smallest_cluster, sweep
-from sharding.search.planner import Ordered, cluster_of, make_plan, plan_schema, topology_of
+from sharding.plan.placement import check_shape
+from sharding.search.candidates import all_options
+from sharding.search.capacity import smallest_cluster, solve
+from sharding.search.planner import Ordered, make_plan, topology_of
+from sharding.search.task import Task, cluster_of
 
 CLUSTER = read_cluster("2x4:h100-80g")
 PAPER = Path(__file__).parents[1] / "data/schemas/pailitao.toml"
@@ -56,10 +57,22 @@ SMALL = schema_of(
 TINY = schema_of({"weekday": (9, 8)})
 
 
+def planned(config, schema=SMALL, **more):
+    """The plan of a small schema on eight ranks, checked."""
+    plan = make_plan(Task(schema, config, CLUSTER, 64, **more))
+    check_shape(plan, "plan")
+    return plan
+
+
+def topology():
+    plan = Task(SMALL, ShardingConfig(), CLUSTER, 64, "sgd").empty_plan()
+    return topology_of(plan, CLUSTER, Room(10, 20))
+
+
 def test_the_paper_schema_is_planned_without_gpu_or_process_group():
     start = time.monotonic()
     schema, cluster = load_schema(PAPER), read_cluster("16x8:h100-80g")
-    plan = plan_schema(schema, ShardingConfig(), cluster, 8192)
+    plan = make_plan(Task(schema, ShardingConfig(), cluster, 8192))
     assert time.monotonic() - start < 60
     check_shape(plan, "plan")
     assert list(plan.tables) == [table.name for table in schema.tables]
@@ -71,39 +84,29 @@ def test_the_paper_schema_is_planned_without_gpu_or_process_group():
 
 
 def test_torchrec_is_told_every_bandwidth():
-    plan = empty_plan(ShardingConfig(), SMALL, CLUSTER, 64, "sgd", DenseCost())
-    topology = topology_of(plan, CLUSTER, (10, 20))
-    assert (
-        topology.hbm_mem_bw == 3350e6 and topology.intra_host_bw == 450e6 and topology.inter_host_bw == 50e6
-    )
-    assert topology.ddr_mem_bw == pytest.approx(614.4e6 / 4) and topology.hbm_to_ddr_mem_bw == 63e6
-    assert (topology.world_size, topology.local_world_size) == (8, 4)
-    assert all((device.storage.hbm, device.storage.ddr) == (10, 20) for device in topology.devices)
+    told = topology()
+    assert (told.hbm_mem_bw, told.intra_host_bw, told.inter_host_bw) == (3350e6, 450e6, 50e6)
+    assert told.ddr_mem_bw == pytest.approx(614.4e6 / 4) and told.hbm_to_ddr_mem_bw == 63e6
+    assert (told.world_size, told.local_world_size) == (8, 4)
+    assert all((device.storage.hbm, device.storage.ddr) == (10, 20) for device in told.devices)
 
 
 def test_options_come_in_the_order_of_the_constraints_in_every_process():
     """TorchRec takes them from a set of strings, whose order each process draws anew: ranks would make different plans."""
     kinds = ["table_wise", "row_wise", "table_row_wise", "column_wise"]
-    topology = topology_of(
-        empty_plan(ShardingConfig(), SMALL, CLUSTER, 64, "sgd", DenseCost()), CLUSTER, (10, 20)
-    )
     for order in itertools.permutations(kinds):
         constraints = {"t": ParameterConstraints(sharding_types=list(order), compute_kernels=["fused"])}
-        enumerator = Ordered(topology, 64, constraints, [])
+        enumerator = Ordered(topology(), 64, constraints, [])
         assert enumerator._filter_sharding_types("t", sorted(kinds), "") == list(order)
 
 
 @pytest.mark.parametrize("kind", ["data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise"])
 def test_a_type_that_is_asked_for_is_used(kind):
-    tables = {
-        "item": TableConstraint(sharding_types=(kind,), min_partition=16 if kind == "column_wise" else 0)
-    }
-    plan = plan_schema(SMALL, ShardingConfig(tables=tables), CLUSTER, 64)
-    check_shape(plan, "plan")
-    assert plan.tables["item"].sharding_type == kind
-    if kind == "column_wise":
-        assert len(plan.tables["item"].ranks) == 4
-    assert all(table.sharding_type != "column_wise" for name, table in plan.tables.items() if name != "item")
+    asked = TableConstraint(sharding_types=(kind,), min_partition=16 if kind == "column_wise" else 0)
+    tables = planned(ShardingConfig(tables={"item": asked})).tables
+    assert tables["item"].sharding_type == kind
+    assert len(tables["item"].ranks) == 4 or kind != "column_wise"
+    assert all(table.sharding_type != "column_wise" for name, table in tables.items() if name != "item")
 
 
 def test_ranks_kernels_and_measures_are_kept_to():
@@ -113,13 +116,8 @@ def test_ranks_kernels_and_measures_are_kept_to():
         "user": TableConstraint(compute_kernels=("fused_uvm_caching",), cache_ratio=0.05, cardinality=1000),
         "tags": TableConstraint(pooling_factor=3.5),
     }
-    plan = plan_schema(
-        SMALL,
-        ShardingConfig(tables=tables, data_type="bf16", prefetch=True),
-        CLUSTER,
-        64,
-        optimizer="adagrad",
-    )
+    config = ShardingConfig(tables=tables, data_type="bf16", prefetch=True)
+    plan = planned(config, optimizer="adagrad")
     assert plan.tables["city"].ranks == (6,) and plan.tables["item"].ranks == (4, 5, 6, 7)
     user = plan.tables["user"]
     assert (user.compute_kernel, user.cache_ratio, user.cardinality) == ("fused_uvm_caching", 0.05, 1000)
@@ -128,14 +126,11 @@ def test_ranks_kernels_and_measures_are_kept_to():
 
 
 def test_replicas_plan_one_group():
-    plan = plan_schema(SMALL, ShardingConfig(replicas=2, sharding_types=("row_wise",)), CLUSTER, 64)
+    plan = planned(ShardingConfig(replicas=2, sharding_types=("row_wise",)))
     result = assess(plan, CLUSTER)
     assert (plan.group_size, plan.local_group_size, len(result.ranks)) == (4, 2, 4)
-    assert sum(rank.bytes.rows for rank in result.ranks) == sum(
-        t.num_embeddings * t.embedding_dim * 4 for t in SMALL.tables
-    )
-    with pytest.raises(InputError, match=r"sharding.replicas = 3: wanted a divisor of the 4 ranks"):
-        plan_schema(SMALL, ShardingConfig(replicas=3), CLUSTER, 64)
+    rows = sum(table.num_embeddings * table.embedding_dim for table in SMALL.tables)
+    assert sum(rank.bytes.rows for rank in result.ranks) == 4 * rows
 
 
 @pytest.mark.parametrize(
@@ -143,80 +138,49 @@ def test_replicas_plan_one_group():
     [{"proposers": ("dynamic_programming",)}, {"partitioner": "memory_balanced"}, {"estimator": "torchrec"}],
 )
 def test_every_search_ends_with_a_sound_plan(more):
-    plan = plan_schema(SMALL, ShardingConfig(**more), CLUSTER, 64)
-    check_shape(plan, "plan")
-    assert set(plan.tables) == {"user", "item", "city", "tags"}
+    assert set(planned(ShardingConfig(**more)).tables) == {"user", "item", "city", "tags"}
 
 
 def test_many_tables_on_many_ranks_come_within_5_percent_of_the_bound_and_keep_to_the_budget():
-    schema, cluster = random_schema(300, seed=1), read_cluster("4x8:h100-80g")
-    told = []
-    start = time.monotonic()
-    plan = plan_schema(
-        schema, ShardingConfig(search_seconds=30), cluster, 2048, progress=lambda *seen: told.append(seen)
-    )
+    told, start, cluster = [], time.monotonic(), read_cluster("4x8:h100-80g")
+    task = Task(random_schema(300, seed=1), ShardingConfig(search_seconds=30), cluster, 2048)
+    plan = make_plan(task, lambda *seen: told.append(seen))
     assert time.monotonic() - start < 45
     result = assess(plan, cluster)
     assert result.over_bound < 0.05
-    options = all_options(schema, ShardingConfig(), plan, cluster.hbm_bytes)
-    assert result.busiest.times.total >= search_bound(options, plan, cluster) > 0
+    assert result.busiest.times.total >= search_bound(all_options(task), plan, cluster) > 0
     assert [count for count, _, _ in told] == list(range(1, len(told) + 1)) and told[-1][1] <= told[0][1]
 
 
-def test_what_does_not_fit_is_said_in_bytes_with_cures_that_were_planned():
-    huge = schema_of({"user": (2_000_000_000, 64), "item": (900_000_000, 64), "city": (400, 8)})
-    task = Task(huge, ShardingConfig(), read_cluster("1x4:h100-80g"), 1024)
-    with pytest.raises(DoesNotFit) as caught:
-        task.solve()
+@pytest.mark.parametrize(
+    ("tables", "config", "said"),
+    [
+        ({"user": (2_000_000_000, 64), "item": (900_000_000, 64)}, {}, "bytes short; largest: user .*use more hosts"),
+        ({"user": (900_000_000, 64), "b": (9, 4)}, {"sharding_types": ("table_wise",)}, "the smallest shard of table user takes"),
+        ({f"t{i}": (200_000_000, 64) for i in range(9)}, {"sharding_types": ("table_wise",)}, "whole tables do not share out"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_in_bytes(tables, config, said):
+    task = Task(schema_of(tables), ShardingConfig(**config), CLUSTER, 64)
+    with pytest.raises(DoesNotFit, match=said) as caught:
+        make_plan(task)
     shortage = caught.value.shortage
-    assert f"{shortage.missing_bytes:,} bytes short" in str(caught.value) and "largest: user" in str(
-        caught.value
-    )
-    assert shortage.missing_bytes == shortage.needed_bytes - shortage.room_bytes > 300 * 2**30
-    cures = find_cures(task, shortage)
-    assert len(cures) == 3
-    assert any("more hosts" in cure.change for cure in cures)
-    for cure in cures:
-        room = room_for_tables(
-            cure.task.config, cure.task.cluster, cure.task.dense, cure.task.batch_size_per_rank
-        )
-        assert all(rank.bytes.hbm <= room[0] and rank.bytes.ddr <= room[1] for rank in cure.assessment.ranks)
-    ordered = [(cure.changes_model, cure.cost) for cure in cures]
-    assert ordered == sorted(ordered)
-
-
-def test_a_table_too_large_for_a_rank_names_itself():
-    task = Task(
-        schema_of({"user": (900_000_000, 64), "b": (9, 4)}),
-        ShardingConfig(sharding_types=("table_wise",)),
-        CLUSTER,
-        64,
-    )
-    with pytest.raises(DoesNotFit, match="the smallest shard of table user takes"):
-        task.solve()
+    missing = shortage.needed_bytes - shortage.room_bytes
+    assert (missing > 0) == (f"{missing:,} bytes short" in str(caught.value)) == ("largest: user" in said)
 
 
 def test_the_smallest_cluster_fits_and_one_size_less_does_not():
-    task = Task(
-        schema_of({"user": (1_000_000_000, 32), "b": (9, 4)}),
-        ShardingConfig(),
-        read_cluster("1x4:h100-80g"),
-        1024,
-    )
+    tables = schema_of({"user": (1_000_000_000, 32), "b": (9, 4)})
+    task = Task(tables, ShardingConfig(storage_reserve=0.2), read_cluster("1x4:h100-80g"), 1024)
     found = smallest_cluster(task, 0.2)
     assert (found.cluster.hosts, found.cluster.devices_per_host) == (1, 2)
     assert max(rank.bytes.hbm for rank in found.ranks) <= 0.8 * found.cluster.hbm_bytes
     with pytest.raises(InputError):
-        replace(task, config=ShardingConfig(storage_reserve=0.2), cluster=found.cluster.resized(1, 1)).solve()
+        solve(replace(task, cluster=found.cluster.resized(1, 1)))
+    hosts = smallest_cluster(replace(task, schema=schema_of({"user": (10**10, 32)})), 0.2).cluster.hosts
+    assert hosts == 5  # 1.32e12 bytes of rows and state; 80 % of a host's HBM is 0.27e12
     with pytest.raises(InputError, match=r"--headroom 1.5: wanted a share"):
         smallest_cluster(task, 1.5)
-
-
-def test_a_sweep_has_a_cell_for_every_pair():
-    table = sweep(Task(SMALL, ShardingConfig(), CLUSTER, 64), [64, 2**26], [1, 2])
-    assert set(table) == {(64, 1), (64, 2), (2**26, 1), (2**26, 2)}
-    assert not isinstance(table[64, 1], str) and table[64, 1].cluster.hosts == 1
-    assert isinstance(table[2**26, 1], str)  # activations of 67 million rows a rank
 
 
 @pytest.mark.parametrize(
@@ -227,6 +191,7 @@ def test_a_sweep_has_a_cell_for_every_pair():
         ({"tables": {"user": TableConstraint(ranks=(1,), sharding_types=("row_wise",))}}, "row_wise use every rank"),
         ({"tables": {"city": TableConstraint(min_partition=12)}}, "the table has 8 columns"),
         ({"tables": {"item": TableConstraint(compute_kernels=("dense",))}}, "leave no choice on cuda"),
+        ({"replicas": 3}, "sharding.replicas = 3: wanted a divisor of the 4 ranks"),
         ({"sharding_types": ("row_wise",)}, "row_wise of 9 rows leave one of 8 ranks without rows; allow table_wise"),
         (
             {"tables": {"item": TableConstraint(sharding_types=("column_wise",), min_partition=4)}},
@@ -236,7 +201,7 @@ def test_a_sweep_has_a_cell_for_every_pair():
 )  # fmt: skip
 def test_constraints_that_cannot_be_kept_are_refused(config, said):
     with pytest.raises(InputError) as caught:
-        plan_schema(TINY if "9 rows" in said else SMALL, ShardingConfig(**config), CLUSTER, 64)
+        planned(ShardingConfig(**config), TINY if "9 rows" in said else SMALL)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -260,17 +225,15 @@ def test_absurd_configs_are_refused(build, said):
     assert said in str(caught.value)
 
 
-def test_the_trainer_plans_by_the_same_code():
-    machine, config = (2, 2, "cpu"), ShardingConfig()
+def test_a_run_is_planned_for_the_cluster_it_is_on():
     schema = schema_of({"user": (50_000, 32), "tags": (5000, 16)}, {"tags"})
-    collections = {each.name: module for each, module in meta_collections(schema).items()}
-    plan = make_plan(collections, schema, config, machine, 64)
-    assert plan.cluster == "1x2:default" and plan.device == "cpu" and plan.batch_size_per_rank == 64
-    assert plan == plan_schema(schema, config, cluster_of(config, machine), 64)
+    task = Task(schema, ShardingConfig(), cluster_of(ShardingConfig(), 2, 2, "cpu"), 64)
+    plan = make_plan(task)
+    assert (plan.cluster, plan.device, plan.batch_size_per_rank) == ("1x2:default", "cpu", 64)
     with pytest.raises(InputError, match="its device is 'cuda', but this run computes on 'cpu'"):
-        make_plan(collections, schema, ShardingConfig(cluster="h200"), machine, 64)
+        cluster_of(ShardingConfig(cluster="h200"), 2, 2, "cpu")
     with pytest.raises(InputError, match="the dense part takes"):
-        make_plan(collections, schema, config, machine, 64, dense=DenseCost(10**10))
+        make_plan(replace(task, dense=DenseCost(10**10)))
 
 
 @pytest.mark.parametrize(
@@ -302,9 +265,9 @@ def test_tables_of_unbounded_ids_are_sharded_by_rows_or_refused(config, buckets,
     schema = parse_schema({"name": "s", "label": "y", "fields": {"id": field}}, "s", Path())
     if said:
         with pytest.raises(InputError, match=said):
-            plan_schema(schema, config, CLUSTER, 512)
+            planned(config, schema)
         return
-    plan = plan_schema(schema, config, CLUSTER, 512)
+    plan = planned(config, schema)
     table = plan.tables["id"]
     assert (table.sharding_type, table.compute_kernel, table.zch_buckets) == ("row_wise", "fused", 8)
     assert {rank.bytes.state for rank in assess(plan, CLUSTER).ranks} == {200 * (32 + 4)}

@@ -8,17 +8,10 @@ import pytest
 
 from data.errors import InputError
 from data.schema import load_schema, parse_schema
-from sharding.plan.compare import compare_plans, diff_lines, ranks_text
+from sharding.plan.compare import check_plan, compare_plans, diff_lines, ranks_text, schema_differences
 from sharding.plan.dense_part import DenseCost
-from sharding.plan.plan_file import (
-    Plan,
-    TablePlan,
-    check_plan,
-    plan_text,
-    read_plan,
-    schema_differences,
-    write_plan,
-)
+from sharding.plan.placement import Plan, TablePlan
+from sharding.plan.plan_file import plan_text, read_plan, write_plan
 
 FIELDS = {
     "user": {"kind": "categorical", "num_embeddings": 100, "embedding_dim": 16},

@@ -23,7 +23,8 @@ from sharding.bridge.sharder import sharders_of, to_sharding_plan
 from sharding.cost.assess import assess
 from sharding.plan.cluster import default_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.search.planner import plan_schema
+from sharding.search.planner import make_plan
+from sharding.search.task import Task
 
 SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 ROWS = 16
@@ -93,7 +94,7 @@ def random_features(schema, weighted, generator):
 def step(schema, config, optimizer, machine, rank):
     """Plan, shard, train one step; return planned and held bytes of this rank, and the line about them."""
     cluster = default_cluster(*machine)
-    plan = plan_schema(schema, config, cluster, ROWS, optimizer=optimizer)
+    plan = make_plan(Task(schema, config, cluster, ROWS, optimizer))
     collections = {each.name: module for each, module in meta_collections(schema, config.data_type).items()}
     model = torch.nn.ModuleDict(collections)
     replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}

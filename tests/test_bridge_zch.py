@@ -158,7 +158,7 @@ def test_the_collection_looks_up_the_rows():
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collisions")
-    run_script("collision_ranks.py", str(folder))
+    run_script("zch_ranks.py", str(folder))
     return json.loads((folder / "results.json").read_text())
 
 

@@ -1,0 +1,247 @@
+"""Where each table lives: the plan as a value, the shards it gives every rank, and what no platform runs."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
+
+from data.errors import InputError
+from sharding.plan.constraints import DtypeName, KernelName, ShardingTypeName
+from sharding.plan.dense_part import DenseCost
+
+SHARDING_TYPES = get_args(ShardingTypeName)
+KERNELS = get_args(KernelName)
+UNIFORM = ("row_wise", "data_parallel")  # types that use every rank
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """Where one table lives, and what the planner took it to be.
+
+    Attributes:
+        sharding_type: data_parallel, table_wise, row_wise, table_row_wise or column_wise.
+        compute_kernel: fused, fused_uvm, fused_uvm_caching, or dense for data_parallel.
+        ranks: table_wise: its rank; table_row_wise: the ranks of its host; column_wise: one a column shard, in order;
+            row_wise and data_parallel: empty, since they use every rank.
+        num_embeddings, embedding_dim: of the table; 0 in files of the first format.
+        bags: fields that look it up.
+        ids: mean ids that one row of data looks up, over all its fields.
+        cardinality: distinct ids that occur; 0: unknown.
+        cache_ratio: share of rows cached in HBM; 0 unless fused_uvm_caching.
+        zch_buckets: parts of a table that gives rows to unbounded ids; 0: it does not.
+    """
+
+    sharding_type: str
+    compute_kernel: str
+    ranks: tuple[int, ...] = ()
+    num_embeddings: int = 0
+    embedding_dim: int = 0
+    bags: int = 1
+    ids: float = 1.0
+    cardinality: int = 0
+    cache_ratio: float = 0.0
+    zch_buckets: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sharding plan keyed by table, with what it was made for.
+
+    Attributes:
+        world_size: number of ranks.
+        local_world_size: ranks of one host.
+        device: cpu or cuda.
+        schema: fingerprint of the schema.
+        tables: table name -> its placement.
+        batch_size_per_rank: rows of one rank's batch; 0 if unknown.
+        optimizer: the tables' optimizer, whose state is counted.
+        data_type: dtype of the rows.
+        forward_precision, backward_precision: dtype of pooled rows, and of their gradients, between ranks.
+        prefetch: whether rows of the next batch are cached during this one.
+        replicas: groups that hold all tables each; ranks in `tables` count inside one group.
+        cluster: the cluster it was made for, HOSTSxDEVICES:KIND.
+        cluster_fingerprint: fingerprint of that cluster's figures.
+        versions: versions of the packages that made it.
+        dense: the dense part of the model it was made for; zeros if unknown.
+        format: version of the file format.
+    """
+
+    world_size: int
+    local_world_size: int
+    device: str
+    schema: str
+    tables: dict[str, TablePlan]
+    batch_size_per_rank: int = 0
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
+    data_type: DtypeName = "fp32"
+    forward_precision: DtypeName = "fp32"
+    backward_precision: DtypeName = "fp32"
+    prefetch: bool = False
+    replicas: int = 1
+    cluster: str = ""
+    cluster_fingerprint: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    dense: DenseCost = DenseCost()
+    format: int = 1
+
+    @property
+    def group_size(self) -> int:
+        """Ranks that share one copy of the tables."""
+        return self.world_size // self.replicas
+
+    @property
+    def local_group_size(self) -> int:
+        """Ranks of one host inside one group. DMPCollection deals a host's ranks to the groups in turn."""
+        return self.local_world_size // self.replicas
+
+    @property
+    def hosts(self) -> int:
+        """Machines."""
+        return max(1, self.world_size // self.local_world_size)
+
+
+class Shard(NamedTuple):
+    """A block of a table on a rank; rows may be 0."""
+
+    rank: int
+    rows: int
+    columns: int
+
+
+def shards_of(table: TablePlan, plan: Plan) -> list[Shard]:
+    """List a table's shards in order, for the ranks of one group. Rows split as in TorchRec: blocks of ceil(rows / ranks)."""
+    rows, dim = table.num_embeddings, table.embedding_dim
+    if table.sharding_type == "data_parallel":
+        return [Shard(rank, rows, dim) for rank in range(plan.group_size)]
+    if table.sharding_type == "table_wise":
+        return [Shard(table.ranks[0], rows, dim)]
+    if table.sharding_type == "column_wise":
+        return [Shard(rank, rows, dim // len(table.ranks)) for rank in table.ranks]
+    ranks = range(plan.group_size) if table.sharding_type == "row_wise" else table.ranks
+    block = -(-rows // len(ranks))
+    return [Shard(rank, max(0, min(block, rows - index * block)), dim) for index, rank in enumerate(ranks)]
+
+
+def check_shape(plan: Plan, source: str) -> None:
+    """Refuse a plan that contradicts itself or that the platform computes wrongly.
+
+    Raises:
+        InputError: naming the plan, the table or key, the value and the fix.
+    """
+    problem = _head_problem(plan) or device_problem(plan)
+    for name, table in plan.tables.items():
+        if problem:
+            break
+        if wrong := _table_problem(table, plan):
+            problem = f"tables.{name}.{wrong}"
+    if problem:
+        raise InputError(f"{source}: {problem}")
+
+
+def _head_problem(plan: Plan) -> str:
+    for key in ("world_size", "local_world_size", "replicas"):
+        if getattr(plan, key) < 1:
+            return f"{key} = {getattr(plan, key)}: wanted 1 or more; write a new one with `mbcnet plan make`"
+    for whole, part in (("world_size", "local_world_size"), ("local_world_size", "replicas")):
+        if getattr(plan, whole) % getattr(plan, part):
+            return f"{part} = {getattr(plan, part)}: wanted a divisor of {whole} = {getattr(plan, whole)}; change it"
+    if plan.device not in ("cpu", "cuda"):
+        return f"device = {plan.device!r}: wanted 'cpu' or 'cuda'; change it"
+    return ""
+
+
+def device_problem(plan: Plan) -> str:
+    """What the plan asks for and its device cannot do, as `key = value: reason; fix`, or an empty string."""
+    if plan.device == "cpu":
+        if plan.data_type == "bf16":
+            return "data_type = 'bf16': FBGEMM's kernels for a CPU know no bf16 rows; use 'fp16' or 'fp32'"
+        if plan.prefetch:
+            return "prefetch = true: on a CPU there is no cache of rows to fill ahead; set it to false, or plan for cuda"
+        if plan.replicas > 1:
+            return f"replicas = {plan.replicas}: TorchRec averages groups of ranks on cuda only; set it to 1, or plan for cuda"
+    cached = any(table.compute_kernel == "fused_uvm_caching" for table in plan.tables.values())
+    if plan.replicas > 1 and plan.optimizer not in ("rowwise_adagrad", "adagrad"):
+        return f"replicas = {plan.replicas}: TorchRec averages an Adagrad's state, and {plan.optimizer} has none; set it to 1"
+    if plan.replicas > 1 and cached:
+        return (
+            f"replicas = {plan.replicas}: TorchRec averages rows without those in the cache of fused_uvm_caching; set it to 1, or keep "
+            "these tables fused"
+        )
+    unbounded = any(table.zch_buckets for table in plan.tables.values())
+    for key, usual in (("replicas", 1), ("prefetch", False)):
+        if unbounded and getattr(plan, key) != usual:
+            return f"{key} = {json.dumps(getattr(plan, key))}: not with fields of encoding 'zch', whose ids are not averaged or fetched ahead; set it to {json.dumps(usual)}"
+    if plan.prefetch and plan.tables and not cached:
+        return "prefetch = true: no table has the kernel fused_uvm_caching, so there is no cache to fill ahead; set it to false"
+    return ""
+
+
+def _table_problem(table: TablePlan, plan: Plan) -> str:
+    """What is wrong with one table's placement, as `key = value: wanted ...; fix`, or an empty string."""
+    if table.sharding_type == "grid_shard":
+        return "sharding_type = 'grid_shard': with mean pooling TorchRec computes it wrongly; use 'table_row_wise' or 'column_wise'"
+    if table.sharding_type not in SHARDING_TYPES:
+        return f"sharding_type = {table.sharding_type!r}: wanted one of {', '.join(SHARDING_TYPES)}"
+    if table.zch_buckets and (problem := zch_problem(table, plan)):
+        return problem
+    replicated = table.sharding_type == "data_parallel"
+    if table.compute_kernel not in KERNELS or replicated != (table.compute_kernel == "dense"):
+        wanted = "'dense'" if replicated else "'fused' (or fused_uvm, fused_uvm_caching on cuda)"
+        return f"compute_kernel = {table.compute_kernel!r}: {table.sharding_type} wants {wanted}; change it"
+    if replicated and plan.data_type == "fp16" and plan.optimizer != "sgd":
+        return (
+            f"sharding_type = 'data_parallel': a replicated table's optimizer computes in the rows' fp16, in which eps is 0 and {plan.optimizer} "
+            "divides by it; use fp32 rows, or another type for this table"
+        )
+    if plan.device == "cpu" and "uvm" in table.compute_kernel:
+        return f"compute_kernel = {table.compute_kernel!r}: a CPU has no device memory to page; use 'fused'"
+    if not 0 <= table.cache_ratio <= 1 or (
+        table.compute_kernel == "fused_uvm_caching" and not table.cache_ratio
+    ):
+        return f"cache_ratio = {table.cache_ratio}: wanted a share of rows in (0, 1]; use 0.2"
+    return _ranks_problem(table, plan)
+
+
+def zch_problem(table: TablePlan, plan: Plan) -> str:
+    """The same for a table of encoding zch."""
+    if table.sharding_type != "row_wise":
+        return f"sharding_type = {table.sharding_type!r}: a table of encoding 'zch' is sharded by rows, each rank giving rows to its ids; use 'row_wise'"
+    if table.compute_kernel != "fused":
+        return f"compute_kernel = {table.compute_kernel!r}: rows of a table of encoding 'zch' change their ids in place; use 'fused'"
+    if table.zch_buckets % plan.group_size:
+        whole = -(-table.zch_buckets // plan.group_size) * plan.group_size
+        return (
+            f"zch_buckets = {table.zch_buckets}: wanted a multiple of the {plan.group_size} ranks, which hold whole buckets; set "
+            f"zch_buckets = {whole} in the schema, or take a number of ranks that divides {table.zch_buckets}"
+        )
+    return ""
+
+
+def _ranks_problem(table: TablePlan, plan: Plan) -> str:
+    ranks, size, local = table.ranks, plan.group_size, plan.local_group_size
+    where = f"ranks = {list(ranks)}: "
+    if any(not 0 <= rank < size for rank in ranks):
+        return f"{where}wanted ranks in [0, {size}); change them"
+    kind = table.sharding_type
+    over = {"row_wise": size, "table_row_wise": local}.get(kind, 1)
+    if table.num_embeddings and leaves_empty(table.num_embeddings, over):
+        return f"sharding_type = {kind!r}: {table.num_embeddings} rows over {over} ranks leave a rank without rows; use 'table_wise'"
+    if kind in ("row_wise", "data_parallel"):
+        if ranks and sorted(ranks) != list(range(size)):
+            return f"{where}{kind} uses every rank; remove them"
+    elif kind == "table_wise" and len(ranks) != 1:
+        return f"{where}table_wise wants one rank; name one in [0, {size})"
+    elif kind == "table_row_wise":
+        first = ranks[0] - ranks[0] % local if ranks else 0
+        if ranks != tuple(range(first, first + local)):
+            return f"{where}table_row_wise wants the ranks of one host; write {list(range(first, first + local))}"
+    elif kind == "column_wise":
+        if not ranks or len(set(ranks)) < len(ranks):
+            return f"{where}column_wise wants one rank a column shard, each once; change them"
+        if table.embedding_dim % (4 * len(ranks)):
+            return f"{where}{table.embedding_dim} columns do not divide into {len(ranks)} shards of a multiple of 4; name fewer ranks"
+    return ""
+
+
+def leaves_empty(rows: int, ranks: int) -> bool:
+    """Whether a split of rows in blocks of ceil(rows / ranks) gives some rank none: FBGEMM was seen to fail there on a CPU."""
+    return ranks > 1 and -(-rows // ranks) * (ranks - 1) >= rows
