@@ -127,7 +127,7 @@ def test_what_does_not_fit_leaves_no_file(capsys, tmp_path):
         (["--schema", DEMO, "--cluster", "0x8:h200"], "0 devices"),
         (["--schema", DEMO, "--cluster", CLUSTER, "--batch-size", "0"], "--batch-size 0: wanted rows in [1,"),
         (["--schema", DEMO, "--cluster", CLUSTER, "--set", "tables.usr.pooling_factor=2"], "sharding.tables.usr is not a known key"),
-        (["--schema", DEMO, "--cluster", CLUSTER, "--dense-parameters", "-1"], "dense parameters = -1"),
+        (["--schema", DEMO, "--cluster", CLUSTER, "--dense-parameters", "-1"], "--dense-parameters -1: wanted 0 or more"),
         (["show", "absent.json"], "cannot be read"),
     ],
 )  # fmt: skip

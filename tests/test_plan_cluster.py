@@ -46,7 +46,7 @@ def test_what_is_no_cluster_is_refused(text, said):
 def test_a_toml_of_ones_own(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text((PRESETS / "h200.toml").read_text().replace("ddr_gib = 1900", "ddr_gib = -5"))
-    with pytest.raises(InputError, match=r"ddr_gib = -5.0: wanted a number above 0"):
+    with pytest.raises(InputError, match=r"ddr_gib = -5.0: wanted more than 0"):
         read_cluster(f"2x4:{path}")
     path.write_text((PRESETS / "h200.toml").read_text().replace("hbm_gib = 139.8", "hbm_gib = 100"))
     mine = read_cluster(f"2x4:{path}")

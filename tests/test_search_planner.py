@@ -209,13 +209,13 @@ def test_constraints_that_cannot_be_kept_are_refused(config, said):
     ("build", "said"),
     [
         (lambda: ShardingConfig(hbm_gib=-1), "hbm_gib = -1"),
-        (lambda: ShardingConfig(storage_reserve=1.0), "wanted a share in [0, 1)"),
+        (lambda: ShardingConfig(storage_reserve=1.0), "wanted 0 or more and less than 1"),
         (lambda: ShardingConfig(replicas=0), "replicas = 0"),
         (lambda: ShardingConfig(sharding_types=()), "sharding_types = []"),
         (lambda: ShardingConfig(search_seconds=0), "search_seconds = 0"),
         (lambda: TableConstraint(min_partition=6), "min_partition = 6: wanted a multiple of 4"),
         (lambda: TableConstraint(cache_ratio=1.5), "cache_ratio = 1.5"),
-        (lambda: TableConstraint(ranks=(1, 1)), "each once"),
+        (lambda: TableConstraint(ranks=(1, 1)), "each rank once"),
         (lambda: TableConstraint(pooling_factor=-2), "pooling_factor = -2"),
     ],
 )

@@ -67,6 +67,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--{key.replace('_', '-')} {value}: wanted rows in [1, {MAX_BATCH:,}] a rank; 8192 is usual"
             )
+    for key in ("dense_parameters", "dense_flops", "dense_activation_bytes"):
+        if (getattr(args, key) or 0) < 0:
+            raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)}: wanted 0 or more; raise it")
     for key in ("output", "html"):
         path = getattr(args, key)
         if path and not Path(path).absolute().parent.is_dir():

@@ -4,23 +4,24 @@ import dataclasses
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
 from data.errors import InputError
+from data.schema.bounds import Bounded, bounded
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value
-from sharding.plan.ranges import require
 
 GIB = 1024**3
 PRESETS = Path(__file__).parents[1] / "clusters"
 MAX_RANKS = 65_536
+SHAPE, DATA_SHEET = "set it, e.g. 2x8 is 2 hosts of 8 devices", "set it from the data sheet"
 MEMORY_EFFICIENCY = 0.93  # of the data sheet: FBGEMM's forward lookup at dim 128 on an H100
 LINK_EFFICIENCY = 0.8  # of the data sheet, assumed: all-to-all and reduce-scatter of large messages
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Bounded):
     """Equal hosts with equal devices. GB are 1e9 bytes; bandwidths count one direction. `sharding/clusters` names the sources.
 
     Attributes:
@@ -42,32 +43,30 @@ class Cluster:
 
     name: str
     device: Literal["cuda", "cpu"]
-    hosts: int
-    devices_per_host: int
-    hbm_gib: float
-    ddr_gib: float
-    hbm_gb_per_second: float
-    ddr_gb_per_second: float
-    host_link_gb_per_second: float
-    nvlink_gb_per_second: float
-    network_gb_per_second: float
-    dense_tflops: float
-    dense_efficiency: float
-    cores: int
-    decode_values_per_second: float
+    hosts: int = bounded(MISSING, at_least=1, fix=SHAPE)
+    devices_per_host: int = bounded(MISSING, at_least=1, fix=SHAPE)
+    hbm_gib: float = bounded(MISSING, at_least=0)
+    ddr_gib: float = bounded(MISSING, above=0, fix=DATA_SHEET)
+    hbm_gb_per_second: float = bounded(MISSING, at_least=0)
+    ddr_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)
+    host_link_gb_per_second: float = bounded(MISSING, at_least=0)
+    nvlink_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)
+    network_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)
+    dense_tflops: float = bounded(MISSING, above=0, fix=DATA_SHEET)
+    dense_efficiency: float = bounded(MISSING, above=0, at_most=1, fix="0.2 is usual on a GPU")
+    cores: int = bounded(MISSING, at_least=1)
+    decode_values_per_second: float = bounded(MISSING, above=0)
 
     def __post_init__(self) -> None:
         """Raise unless the figures can be those of a machine."""
-        count = "1 or more; set it, e.g. 2x8 is 2 hosts of 8 devices"
-        require(self, "hosts devices_per_host cores", lambda value: value >= 1, count)
-        most = MAX_RANKS // self.devices_per_host
-        require(self, "hosts", lambda value: value <= most, f"at most {MAX_RANKS:,} ranks; lower hosts")
-        keys = "ddr_gib ddr_gb_per_second nvlink_gb_per_second network_gb_per_second dense_tflops decode_values_per_second"
-        if self.device == "cuda":
-            keys += " hbm_gib hbm_gb_per_second host_link_gb_per_second"
-        require(self, keys, lambda value: value > 0, "a number above 0; set it from the data sheet")
-        share = "a share in (0, 1]; 0.2 is usual on a GPU"
-        require(self, "dense_efficiency", lambda value: 0 < value <= 1, share)
+        super().__post_init__()
+        if self.world_size > MAX_RANKS:
+            raise InputError(
+                f"hosts = {self.hosts}: {self.world_size:,} ranks; wanted at most {MAX_RANKS:,}; lower hosts"
+            )
+        for key in ("hbm_gib", "hbm_gb_per_second", "host_link_gb_per_second"):
+            if self.device == "cuda" and getattr(self, key) <= 0:
+                raise InputError(f"{key} = {getattr(self, key)}: wanted more than 0; {DATA_SHEET}")
 
     @property
     def world_size(self) -> int:

@@ -1,19 +1,21 @@
 """What the planner may do: the [sharding] part of a run's config."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
-from sharding.plan.ranges import require
+from data.errors import InputError
+from data.schema.bounds import Bounded, bounded
 
 ShardingTypeName = Literal["data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise"]
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
 DtypeName = Literal["fp32", "fp16", "bf16"]
 ProposerName = Literal["greedy", "greedy_total", "dynamic_programming"]
-CACHE_SHARE = "a share of rows in [0, 1]; 0.2 is usual"
+some = partial(bounded, min_length=1, wanted="at least one", fix="remove the key to have the default")
 
 
 @dataclass(frozen=True)
-class TableConstraint:
+class TableConstraint(Bounded):
     """What the planner may do with one table.
 
     Attributes:
@@ -28,27 +30,25 @@ class TableConstraint:
 
     sharding_types: tuple[ShardingTypeName, ...] = ()
     compute_kernels: tuple[KernelName, ...] = ()
-    ranks: tuple[int, ...] = ()
-    min_partition: int = 0
-    pooling_factor: float = 0.0
-    cardinality: int = 0
-    cache_ratio: float = 0.0
+    ranks: tuple[int, ...] = bounded((), at_least=0)
+    min_partition: int = bounded(0, at_least=0)
+    pooling_factor: float = bounded(0.0, at_least=0)
+    cardinality: int = bounded(0, at_least=0)
+    cache_ratio: float = bounded(0.0, at_least=0, at_most=1, fix="0.2 is usual")
 
     def __post_init__(self) -> None:
-        """Raise unless every value is in its range."""
-        multiple = "a multiple of 4, or 0; FBGEMM's rows are; use 4 or more"
-        require(self, "min_partition", lambda value: value >= 0 and not value % 4, multiple)
-        unset = "0 (as the schema says) or more; remove the minus"
-        require(self, "pooling_factor cardinality", lambda value: value >= 0, unset)
-        require(self, "cache_ratio", lambda value: 0 <= value <= 1, CACHE_SHARE)
-        once = "ranks of 0 or more, each once; change the list"
-        require(
-            self, "ranks", lambda ranks: min(ranks, default=0) >= 0 and len(set(ranks)) == len(ranks), once
-        )
+        """Raise unless every value is one that a table can have."""
+        super().__post_init__()
+        if self.min_partition % 4:
+            raise InputError(
+                f"min_partition = {self.min_partition}: wanted a multiple of 4, or 0; FBGEMM's rows are; use 4 or more"
+            )
+        if len(set(self.ranks)) < len(self.ranks):
+            raise InputError(f"ranks = {list(self.ranks)}: wanted each rank once; change the list")
 
 
 @dataclass(frozen=True)
-class ShardingConfig:
+class ShardingConfig(Bounded):
     """How tables are placed.
 
     Attributes:
@@ -75,32 +75,20 @@ class ShardingConfig:
 
     plan: str = ""
     cluster: str = ""
-    sharding_types: tuple[ShardingTypeName, ...] = ("table_wise", "row_wise", "table_row_wise")
-    compute_kernels: tuple[KernelName, ...] = ("fused",)
+    sharding_types: tuple[ShardingTypeName, ...] = some(("table_wise", "row_wise", "table_row_wise"))
+    compute_kernels: tuple[KernelName, ...] = some(("fused",))
     tables: dict[str, TableConstraint] = field(default_factory=dict)
     data_type: DtypeName = "fp32"
-    hbm_gib: float = 0.0
-    ddr_gib: float = 0.0
-    storage_reserve: float = 0.1
-    cache_ratio: float = 0.2
-    assumed_pooling_factor: float = 10.0
+    hbm_gib: float = bounded(0.0, at_least=0)
+    ddr_gib: float = bounded(0.0, at_least=0)
+    storage_reserve: float = bounded(0.1, at_least=0, below=1, fix="0.1 is usual")
+    cache_ratio: float = bounded(0.2, at_least=0, at_most=1, fix="0.2 is usual")
+    assumed_pooling_factor: float = bounded(10.0, above=0)
     forward_precision: DtypeName = "fp32"
     backward_precision: DtypeName = "fp32"
     prefetch: bool = False
-    replicas: int = 1
-    proposers: tuple[ProposerName, ...] = ("greedy", "greedy_total")
+    replicas: int = bounded(1, at_least=1)
+    proposers: tuple[ProposerName, ...] = some(("greedy", "greedy_total"))
     partitioner: Literal["greedy", "memory_balanced"] = "greedy"
     estimator: Literal["mbcnet", "torchrec"] = "mbcnet"
-    search_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        """Raise unless every value is in its range."""
-        one = "at least one; remove the key to have the default"
-        require(self, "sharding_types compute_kernels proposers", len, one)
-        unset = "0 (the cluster's) or more; remove the minus"
-        require(self, "hbm_gib ddr_gib", lambda value: value >= 0, unset)
-        require(self, "cache_ratio", lambda value: 0 <= value <= 1, CACHE_SHARE)
-        require(self, "storage_reserve", lambda value: 0 <= value < 1, "a share in [0, 1); 0.1 is usual")
-        require(self, "replicas", lambda value: value >= 1, "1 (no replicated groups) or more; set 1")
-        above = "a number above 0; raise it"
-        require(self, "search_seconds assumed_pooling_factor", lambda value: value > 0, above)
+    search_seconds: float = bounded(60.0, above=0)

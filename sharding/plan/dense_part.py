@@ -1,8 +1,8 @@
 """What the dense part of a model costs a rank: memory and seconds, from four numbers."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from data.errors import InputError
+from data.schema.bounds import Bounded, bounded
 from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 
 FLOAT_BYTES = 4
@@ -11,7 +11,7 @@ COPIES = 5  # weight, gradient, all-reduce bucket, and Adam's two moments
 
 
 @dataclass(frozen=True)
-class DenseCost:
+class DenseCost(Bounded):
     """The part of a model that is in no table.
 
     Attributes:
@@ -21,16 +21,10 @@ class DenseCost:
         input_columns: Parquet values decoded per row.
     """
 
-    parameters: int = 0
-    forward_flops: float = 0.0
-    activation_bytes: float = 0.0
-    input_columns: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raise if a figure is negative."""
-        for key in asdict(self):
-            if getattr(self, key) < 0:
-                raise InputError(f"dense {key} = {getattr(self, key)}: wanted 0 or more; remove the minus")
+    parameters: int = bounded(0, at_least=0)
+    forward_flops: float = bounded(0.0, at_least=0)
+    activation_bytes: float = bounded(0.0, at_least=0)
+    input_columns: float = bounded(0.0, at_least=0)
 
     def weight_bytes(self) -> int:
         """Weights with everything an optimizer step keeps beside them."""
