@@ -246,13 +246,7 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's last checkpoint."""
     step = json.loads((run / "DONE").read_text())["step"]
     saved = Saved(step_folder(run / "checkpoints", step))
-    tensors = {}
-    for part in saved.manifest.parts:
-        header = tensor_file.read_header(saved.folder / part.file)
-        for index, entry in enumerate(part.entries):
-            block = tensor_file.map_block(saved.folder / part.file, header[str(index)])
-            tensors[f"{entry.name}{list(entry.offsets)}"] = block
-    return tensors
+    return {f"{entry.name}{list(entry.offsets)}": tensor for entry, tensor in saved.tensors()}
 
 
 def metric_lines(run: Path) -> list[dict[str, Any]]:

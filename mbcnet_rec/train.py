@@ -216,7 +216,7 @@ def _place_problem(around: Surroundings, resume: bool, overwrite: bool) -> str:
     place: CheckpointStorage = around.place
     try:
         place.clean()
-        place.prove()
+        place.check_writable()
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); mend the storage or choose another place"

@@ -19,7 +19,6 @@ from small_data import write_small
 from data.reading.decode import Decoder
 from mbcnet_rec.checkpoints import writer as saver
 from mbcnet_rec.checkpoints.shards import Saved, step_folder
-from mbcnet_rec.checkpoints.tensor_file import map_block, read_header
 from mbcnet_rec.commands import train
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.model.objective import LossArch
@@ -57,13 +56,7 @@ def run(name, *settings, resume=False, hook=lambda rank: None, **options):
 def tensors(name, step):
     """Logical blocks of a checkpoint as bytes."""
     saved = Saved(step_folder(FOLDER / name / "checkpoints", step))
-    found = {}
-    for part in saved.manifest.parts:
-        blocks = read_header(saved.folder / part.file)
-        for index, entry in enumerate(part.entries):
-            values = map_block(saved.folder / part.file, blocks[str(index)])
-            found[f"{entry.name}{entry.offsets}"] = values.contiguous().numpy().tobytes()
-    return found
+    return {f"{entry.name}{entry.offsets}": values.numpy().tobytes() for entry, values in saved.tensors()}
 
 
 def metrics(name):

@@ -167,7 +167,7 @@ def replicas():
     options = {"world": 4, "hook": replicas_hook}
     result = run("replicas", *settings, **options)
     manifest = read_manifest(FOLDER / "replicas" / "checkpoints" / f"step_{STEPS}")
-    blocks = [[entry.name, entry.offsets] for part in manifest.parts for entry in part.entries]
+    blocks = [[entry.name, entry.offsets] for file in manifest.files for entry in file.shards]
     return result | {"blocks": blocks, "again": again("replicas", *settings, **options)}
 
 

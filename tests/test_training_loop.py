@@ -9,7 +9,6 @@ import torch
 from small_data import write_small
 
 from mbcnet_rec.checkpoints.shards import Saved, step_folder
-from mbcnet_rec.checkpoints.tensor_file import map_block, read_header
 from mbcnet_rec.cli import main
 from mbcnet_rec.commands import train
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
@@ -51,12 +50,7 @@ def lines_of(folder, split="train"):
 
 def tensors_of(folder, step):
     saved = Saved(step_folder(folder / "checkpoints", step))
-    (part,) = saved.manifest.parts
-    blocks = read_header(saved.folder / part.file)
-    found = {
-        entry.name: map_block(saved.folder / part.file, blocks[str(index)])
-        for index, entry in enumerate(part.entries)
-    }
+    found = {entry.name: tensor for entry, tensor in saved.tensors()}
     return {name: (value.shape, value.numpy().tobytes()) for name, value in found.items()}
 
 

@@ -1,17 +1,21 @@
-"""One door to files on a disk and behind a URI (s3://, gs://, hdfs://, ...), with retries. Imports no torch.
+"""Opens files on a disk and behind a URI, with retries: the one door to storage, for data and for checkpoints.
 
-S3 takes its keys from where every AWS tool does, and another server's address from AWS_ENDPOINT_URL.
+A URI is served by Arrow's own client (s3://, gs://, abfs://, hdfs://), which lists a whole bucket in a few requests and reads
+without Python's lock, and by fsspec's where Arrow has none (memory://, ...). S3 takes its keys from where every AWS tool does,
+and another server's address from AWS_ENDPOINT_URL.
 """
 
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -22,8 +26,9 @@ from data.reading.keys import first_line
 T = TypeVar("T")
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
+CURE = "check the storage service and the network, or raise data.attempts"
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 30.0
-# What Arrow's Python side raises on damaged files: undecodable names in a footer and inconsistent counts are not always ArrowExceptions.
+# What Arrow raises on damaged files: names that are no UTF-8 and inconsistent counts are not always ArrowExceptions.
 DAMAGE = (OSError, pa.ArrowException, UnicodeError, IndexError, OverflowError)
 log = logging.getLogger(__name__)
 
@@ -60,17 +65,16 @@ def list_remote(uri: str, attempts: int = 5) -> list[RemoteFile]:
     """List the Parquet files at and below a URI, sorted.
 
     Raises:
-        InputError: the place cannot be listed.
+        InputError: it cannot be listed.
     """
-    scheme, _, rest = uri.partition("://")
 
     def find() -> list[RemoteFile]:
-        system, path = _file_system(scheme, rest)
+        system, path = file_system(uri)
         info = system.get_file_info(path)
         if info.type == pafs.FileType.File:
             return [RemoteFile(uri)]
         found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-        prefix = uri[: uri.index(path)] if path in uri else f"{scheme}://"
+        prefix = uri[: uri.index(path)] if path in uri else uri.partition("://")[0] + "://"
         return sorted(
             RemoteFile(prefix + item.path)
             for item in found
@@ -102,8 +106,7 @@ def open_parquet(
     }
     if isinstance(file, Path):
         return pq.ParquetFile(file, pre_buffer=pre_buffer, **options)
-    scheme, _, rest = file.uri.partition("://")
-    system, path = _file_system(scheme, rest)
+    system, path = file_system(file.uri)
     return pq.ParquetFile(system.open_input_file(path), pre_buffer=True, **options)
 
 
@@ -113,17 +116,16 @@ def read_bytes(file: DataFile, start: int, size: int) -> bytes:
         with open(file, "rb") as handle:
             handle.seek(start)
             return handle.read(size)
-    scheme, _, rest = file.uri.partition("://")
-    system, path = _file_system(scheme, rest)
+    system, path = file_system(file.uri)
     with system.open_input_file(path) as handle:
         return handle.read_at(size, start)
 
 
-def retried(action: Callable[[], T], what: str, attempts: int) -> T:
+def retried(action: Callable[[], T], what: str, attempts: int, cure: str = CURE) -> T:
     """Run `action` until it succeeds, with pauses that double, at most `attempts` times.
 
     Raises:
-        InputError: naming `what` and the last cause. What a retry cannot mend (no such file, no permission) is not tried again.
+        InputError: naming `what`, the last cause and the cure. Missing files and permissions are not retried.
     """
     pause = FIRST_PAUSE_SECONDS
     for attempt in range(1, attempts + 1):
@@ -134,8 +136,7 @@ def retried(action: Callable[[], T], what: str, attempts: int) -> T:
         except DAMAGE as error:
             if attempt == attempts:
                 raise InputError(
-                    f"{what}: gave up after {attempts} attempts ({first_line(error)}); check the storage service and the network, "
-                    "or raise data.attempts"
+                    f"{what}: gave up after {attempts} attempts ({first_line(error)}); {cure}"
                 ) from None
             log.warning("%s: attempt %d of %d failed (%s)", what, attempt, attempts, first_line(error))
             time.sleep(pause)
@@ -143,20 +144,25 @@ def retried(action: Callable[[], T], what: str, attempts: int) -> T:
     raise AssertionError("attempts is 1 or more")
 
 
-def arrow_file_system(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a URI and the path in it, for writers; keys and addresses are found as for data."""
-    scheme, _, rest = uri.partition("://")
-    return _file_system(scheme, rest)
+def file_system(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI and the path in it.
 
-
-def _file_system(scheme: str, rest: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a URI, made once for each address, and the path in it."""
-    if scheme != "s3":
-        system, path = pafs.FileSystem.from_uri(f"{scheme}://{rest}")
-        return system, path
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
-    return _s3(endpoint, region), rest.rstrip("/")
+    Raises:
+        InputError: nobody knows the URI's scheme, or its client is not installed.
+    """
+    if uri.startswith("s3://"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+        return _s3(endpoint, region), uri.removeprefix("s3://").rstrip("/")
+    with suppress(pa.ArrowInvalid):  # a scheme that Arrow does not know
+        return pafs.FileSystem.from_uri(uri)
+    try:
+        system, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"{uri}: cannot be opened ({first_line(error)}); install the fsspec client of that scheme, or use a folder"
+        ) from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(system)), path
 
 
 @lru_cache(maxsize=8)

@@ -1,8 +1,8 @@
-"""A checkpoint's manifest: which files it has, their SHA-256, and which block of which logical tensor lies where. Imports no torch.
+"""A checkpoint's manifest: which files it has, their SHA-256, and which shard of which logical tensor lies where.
 
     {"sha256": "<of the body's text>", "body": {"format": 2, "world_size": 2, "extra": {...}, "files": [...]}}
 
-Everything read here may come from a stranger: it is parsed as JSON, checked in full, and names no path outside its folder.
+Everything read here is untrusted input: it is parsed as JSON, checked in full, and names no path outside its folder.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ LONGEST_NAME = 1000
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A block of a logical tensor: the tensor's name, where the block begins in it, and the tensor's shape."""
+    """A shard of a logical tensor: the tensor's name, where the shard begins in it, and the tensor's shape."""
 
     name: str
     offsets: tuple[int, ...]
@@ -34,11 +34,11 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class RankFile:
-    """One file; entry i describes its tensor named str(i)."""
+    """The file of a rank; shard i describes its tensor named str(i)."""
 
-    file: str
+    name: str
     sha256: str
-    entries: tuple[ShardEntry, ...]
+    shards: tuple[ShardEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Manifest:
 
     Attributes:
         world_size: of the run that wrote it.
-        extra: JSON values that the loop keeps.
-        parts: one a rank.
+        extra: JSON values of the trainer.
+        files: one for each rank.
     """
 
     world_size: int
     extra: dict[str, Any]
-    parts: tuple[RankFile, ...]
+    files: tuple[RankFile, ...]
 
 
 def manifest_bytes(world_size: int, extra: dict[str, Any], files: list[dict[str, Any]]) -> bytes:
@@ -76,8 +76,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        if path.is_symlink():
-            raise InputError(f"{path}: is a symbolic link; a checkpoint has none: use another checkpoint")
+        _refuse_link(path)
         if path.stat().st_size > LARGEST_MANIFEST:
             raise InputError(
                 f"{path}: {path.stat().st_size:,} bytes, more than any manifest; use another checkpoint"
@@ -102,10 +101,10 @@ def _parse(body: dict[str, Any]) -> Manifest:
     world_size, extra, files = body["world_size"], body["extra"], body["files"]
     if type(world_size) is not int or not isinstance(extra, dict) or len(files) != world_size:
         raise ValueError("world_size, extra and files do not fit together")
-    parts = tuple(_part(entry) for entry in files)
-    if [part.file.split(".")[0] for part in parts] != [f"rank_{rank:05d}" for rank in range(world_size)]:
+    files = tuple(_rank_file(entry) for entry in files)
+    if [file.name.split(".")[0] for file in files] != [f"rank_{rank:05d}" for rank in range(world_size)]:
         raise ValueError("wanted the files of ranks 0 to world_size - 1, each once")
-    return Manifest(world_size, extra, parts)
+    return Manifest(world_size, extra, files)
 
 
 def file_name(rank: int, token: str = "") -> str:
@@ -113,42 +112,46 @@ def file_name(rank: int, token: str = "") -> str:
     return f"rank_{rank:05d}{token and f'.{token}'}.safetensors"
 
 
-def _part(entry: dict[str, Any]) -> RankFile:
+def _rank_file(entry: dict[str, Any]) -> RankFile:
     if not isinstance(entry["file"], str) or not _FILE.fullmatch(entry["file"]):
         raise ValueError(f"file {entry['file']!r}: wanted a name such as {file_name(0)}")
     if not isinstance(entry["sha256"], str):
         raise ValueError(f"file {entry['file']!r} has no sha256")
-    return RankFile(entry["file"], entry["sha256"], tuple(_entry(piece) for piece in entry["pieces"]))
+    return RankFile(entry["file"], entry["sha256"], tuple(_shard(shard) for shard in entry["pieces"]))
 
 
-def _entry(piece: list[Any]) -> ShardEntry:
-    name, offsets, shape = piece
+def _shard(values: list[Any]) -> ShardEntry:
+    name, offsets, shape = values
     numbers = [*offsets, *shape]
     if not isinstance(name, str) or len(offsets) != len(shape) or len(shape) > MOST_DIMENSIONS:
-        raise ValueError(f"piece {str(name)[:80]!r} is not described by name, offsets and shape")
+        raise ValueError(f"shard {str(name)[:80]!r} is not described by name, offsets and shape")
     if not name.isprintable() or len(name) > LONGEST_NAME:  # it may come to a terminal
-        raise ValueError(f"piece {name[:80]!r} has no plain name of at most {LONGEST_NAME} characters")
+        raise ValueError(f"shard {name[:80]!r} has no plain name of at most {LONGEST_NAME} characters")
     if any(type(number) is not int or number < 0 for number in numbers):
-        raise ValueError(f"piece {name[:80]!r} has a size that is no natural number")
+        raise ValueError(f"shard {name[:80]!r} has a size that is no natural number")
     return ShardEntry(name, tuple(offsets), tuple(shape))
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its SHA-256.
+def check_files(folder: Path, manifest: Manifest, *, hashed: bool = True) -> None:
+    """Check that every file is there and, with `hashed`, that it has its SHA-256.
 
     Raises:
-        InputError: a file is missing, a link, or changed.
+        InputError: a file is missing, a symbolic link, or changed.
     """
-    for part in manifest.parts:
-        path = folder / part.file
-        if path.is_symlink():
-            raise InputError(f"{path}: is a symbolic link; a checkpoint has none: use another checkpoint")
+    for file in manifest.files:
+        path = folder / file.name
+        _refuse_link(path)
         if not path.is_file():
             raise InputError(f"{path}: missing; the checkpoint is not whole: use another checkpoint")
-        if sha256_of(path) != part.sha256:
+        if hashed and sha256_of(path) != file.sha256:
             raise InputError(
                 f"{path}: changed since it was written (SHA-256 differs); use another checkpoint"
             )
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise InputError(f"{path}: is a symbolic link; a checkpoint has none: use another checkpoint")
 
 
 def sha256_of(path: Path) -> str:

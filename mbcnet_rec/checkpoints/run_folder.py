@@ -31,16 +31,16 @@ def storage_of(config: RunConfig, folder: Path | None = None) -> CheckpointStora
     return open_storage(config.train.checkpoint_folder or (folder or config.run_folder) / CHECKPOINTS)
 
 
-def best_step(place: CheckpointStorage) -> int | None:
+def best_step(storage: CheckpointStorage) -> int | None:
     """The step of a run's best checkpoint, else of its latest whole one; None if it has none."""
     try:
-        step = int(json.loads(place.read_note(BEST))["step"])
-        if step in place.steps():
-            with place.fetched(step) as folder:
+        step = int(json.loads(storage.read_note(BEST))["step"])
+        if step in storage.steps():
+            with storage.fetched(step) as folder:
                 check_files(folder, read_manifest(folder))
             return step
     except InputError as error:
         warnings.warn(f"{error} (the best one, passed over)", DamagedCheckpointWarning, stacklevel=2)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    return latest_step(place)
+    return latest_step(storage)

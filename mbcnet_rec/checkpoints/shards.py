@@ -4,10 +4,11 @@ A checkpoint is a folder: one safetensors file a rank, and a manifest (manifest.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from data.errors import InputError
 from mbcnet_rec.checkpoints.manifest import Manifest, ShardEntry, check_files, read_manifest
-from mbcnet_rec.checkpoints.storage import LocalStorage
-from mbcnet_rec.checkpoints.tensor_file import StoredTensor, map_block, read_header
+from mbcnet_rec.checkpoints.tensor_file import open_tensors
 from sharding.bridge.blocks import local_blocks
 
 
@@ -123,6 +123,14 @@ def take_snapshot(shards: Iterable[TensorShard], rank: int, reuse: Snapshot | No
     return Snapshot(entries, tensors)
 
 
+class StoredShard(NamedTuple):
+    """A shard in a file: what the manifest says of it, its shape, and how to map it into memory."""
+
+    entry: ShardEntry
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
 class Saved:
     """A checkpoint on a disk, opened for reading: every size is checked, nothing is read yet.
 
@@ -139,26 +147,21 @@ class Saved:
         """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        if hashed:
-            check_files(folder, self.manifest)
+        check_files(folder, self.manifest, hashed=hashed)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._blocks: dict[str, list[tuple[ShardEntry, Path, StoredTensor]]] = {}
-        for part in self.manifest.parts:
-            path = folder / part.file
-            if path.is_symlink():
-                raise InputError(f"{path}: is a symbolic link; use another checkpoint")
-            header = read_header(path)
-            if set(header) != {str(index) for index in range(len(part.entries))}:
+        self._stored: dict[str, list[StoredShard]] = {}
+        for rank_file in self.manifest.files:
+            path = folder / rank_file.name
+            file = open_tensors(path)
+            if set(file.keys()) != {str(index) for index in range(len(rank_file.shards))}:
                 raise InputError(
                     f"{path}: holds other tensors than the manifest lists; use another checkpoint"
                 )
-            for index, entry in enumerate(part.entries):
-                block = header[str(index)]
-                inside = len(block.shape) == len(entry.global_shape) and all(
+            for index, entry in enumerate(rank_file.shards):
+                shape = tuple(file.get_slice(str(index)).get_shape())
+                inside = len(shape) == len(entry.global_shape) and all(
                     offset + size <= whole
-                    for offset, size, whole in zip(
-                        entry.offsets, block.shape, entry.global_shape, strict=True
-                    )
+                    for offset, size, whole in zip(entry.offsets, shape, entry.global_shape, strict=True)
                 )
                 if not inside or self.shapes.setdefault(plain_name(entry.name), entry.global_shape) != (
                     entry.global_shape
@@ -166,7 +169,14 @@ class Saved:
                     raise InputError(
                         f"{path}: {entry.name!r} does not lie inside its tensor; use another checkpoint"
                     )
-                self._blocks.setdefault(entry.name, []).append((entry, path, block))
+                stored = StoredShard(entry, shape, partial(file.get_tensor, str(index)))
+                self._stored.setdefault(entry.name, []).append(stored)
+
+    def tensors(self) -> Iterator[tuple[ShardEntry, Tensor]]:
+        """All that is stored, shard by shard; pages are read when they are touched."""
+        for shards in self._stored.values():
+            for shard in shards:
+                yield shard.entry, shard.read()
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor that one rank wrote alone.
@@ -174,10 +184,10 @@ class Saved:
         Raises:
             InputError: it is missing or in parts.
         """
-        blocks = self._blocks.get(name, [])
-        if len(blocks) != 1 or blocks[0][2].shape != blocks[0][0].global_shape:
+        shards = self._stored.get(name, [])
+        if len(shards) != 1 or shards[0].shape != shards[0].entry.global_shape:
             raise InputError(f"{self.folder}: holds no whole {name!r}; use another checkpoint")
-        return map_block(blocks[0][1], blocks[0][2]).clone()
+        return shards[0].read().clone()
 
     def copy_into(self, shard: TensorShard, rank: int, world_size: int) -> None:
         """Fill a live shard.
@@ -185,7 +195,7 @@ class Saved:
         Raises:
             InputError: the checkpoint covers it only in part.
         """
-        if f"{shard.name}@0" not in self._blocks:
+        if f"{shard.name}@0" not in self._stored:
             self._fill(shard.name, shard.tensor, shard.offsets)
         elif world_size == self.manifest.world_size:
             self._fill(f"{shard.name}@{rank}", shard.tensor, shard.offsets)
@@ -205,8 +215,7 @@ class Saved:
         wanted = target.numel()
         if rows is not None:
             wanted = max(0, min(rows - offsets[0], target.shape[0])) * math.prod(target.shape[1:])
-        blocks = self._blocks.get(name, [])
-        covered = sum(_copy(entry, path, block, target, offsets) for entry, path, block in blocks)
+        covered = sum(_copy(shard, target, offsets) for shard in self._stored.get(name, []))
         if covered != wanted:
             raise InputError(
                 f"{self.folder}: {name!r} is covered only in part ({covered:,} of {wanted:,} values); use another checkpoint"
@@ -219,13 +228,11 @@ def plain_name(name: str) -> str:
     return head if at and rank.isdecimal() else name
 
 
-def _copy(
-    entry: ShardEntry, path: Path, block: StoredTensor, target: Tensor, offsets: tuple[int, ...]
-) -> int:
-    """Copy the overlap of a saved block and a live one; return how many values that was."""
+def _copy(stored: StoredShard, target: Tensor, offsets: tuple[int, ...]) -> int:
+    """Copy the overlap of a stored shard and a live one; return how many values that was."""
     source, own, count = [], [], 1
     for begin, size, own_begin, own_size in zip(
-        entry.offsets, block.shape, offsets, target.shape, strict=True
+        stored.entry.offsets, stored.shape, offsets, target.shape, strict=True
     ):
         low, high = max(begin, own_begin), min(begin + size, own_begin + own_size)
         if low >= high:
@@ -234,7 +241,7 @@ def _copy(
         own.append(slice(low - own_begin, high - own_begin))
         count *= high - low
     with torch.no_grad():
-        target[tuple(own)].copy_(map_block(path, block)[tuple(source)])
+        target[tuple(own)].copy_(stored.read()[tuple(source)])
     return count
 
 
@@ -262,4 +269,4 @@ def load_shards(saved: Saved, shards: Iterable[TensorShard], rank: int, world_si
 
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of a step lies on a disk."""
-    return LocalStorage(checkpoints).folder(step)
+    return checkpoints / f"step_{step}"

@@ -1,118 +1,37 @@
-"""Where checkpoints lie: a folder on a disk, or a prefix behind a URI (s3://, gs://, memory://) by fsspec.
+"""Where checkpoints lie: a folder on a disk, or a prefix behind a URI (s3://, gs://, memory://).
 
 On a disk a checkpoint is written to a hidden folder and appears by one rename. Object stores have no rename: there the
 files of each try have names of their own, and the manifest, which is one object that names them, is written last.
+A draft is a checkpoint that is being written; its token, equal on all ranks, tells it from other tries of its step.
 """
 
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import BinaryIO
 
-import fsspec
-from fsspec.implementations.arrow import ArrowFSWrapper
+import pyarrow as pa
+import pyarrow.fs as pafs
 
+from data.reading.keys import first_line
 from data.errors import InputError
-from data.reading.storage import arrow_file_system
+from data.reading.storage import file_system, retried
 from mbcnet_rec.checkpoints.manifest import MANIFEST, check_files, file_name, read_manifest
+from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 
 PARTIAL = ".partial"
 OLD = ".old"  # of a checkpoint that gives way to another one of its step
+READ_ATTEMPTS = 3
+COPY_BYTES = 8 << 20
 
 
 class DamagedCheckpointWarning(UserWarning):
     """A checkpoint that does not verify was passed over for an older one."""
-
-
-class CheckpointStorage(Protocol):
-    """What a saver and a reader ask of storage. A draft is a checkpoint that is being written."""
-
-    def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending; whether they verify is not asked."""
-        ...
-
-    def file_name(self, rank: int, token: str) -> str:
-        """The file of a rank in a draft."""
-        ...
-
-    def begin(self, step: int, token: str) -> None:
-        """Make room for a draft. Every rank may call it."""
-        ...
-
-    def write(self, step: int, token: str, name: str) -> Any:
-        """Context manager: a binary stream into a file of the draft, safe on storage when it closes without an error."""
-        ...
-
-    def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
-        """Make the draft of these files the checkpoint of its step; an earlier one gives way at that moment and not before."""
-        ...
-
-    def discard(self, step: int, token: str) -> None:
-        """Remove a draft."""
-        ...
-
-    def remove(self, step: int) -> None:
-        """Remove a checkpoint."""
-        ...
-
-    def clean(self) -> None:
-        """Remove what dead runs have left of drafts."""
-        ...
-
-    def prove(self) -> None:
-        """Write a small file and remove it; OSError if that fails. Better at the start than at the first checkpoint."""
-        ...
-
-    def fetched(self, step: int) -> Any:
-        """Context manager: a local folder with the checkpoint."""
-        ...
-
-    def write_note(self, name: str, data: bytes) -> None:
-        """Write a small file beside the checkpoints, at once or not at all."""
-        ...
-
-    def read_note(self, name: str) -> bytes:
-        """Read it; OSError if there is none."""
-        ...
-
-
-def open_storage(location: str | Path) -> CheckpointStorage:
-    """The place of a path or URI.
-
-    Raises:
-        InputError: the URI's scheme is unknown or its client is not installed.
-    """
-    if "://" not in str(location):
-        return LocalStorage(Path(location))
-    try:
-        return RemoteStorage(str(location))
-    except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{location}: cannot be opened ({reason}); install the fsspec client of that scheme, or use a folder"
-        ) from None
-
-
-def latest_step(place: CheckpointStorage) -> int | None:
-    """The newest step whose checkpoint verifies; None if there is none. Warns of newer ones that do not."""
-    for step in reversed(place.steps()):
-        try:
-            with place.fetched(step) as folder:
-                check_files(folder, read_manifest(folder))
-        except InputError as error:
-            warnings.warn(f"{error} (passed over)", DamagedCheckpointWarning, stacklevel=2)
-            continue
-        return step
-    return None
-
-
-def _numbers(names: list[str]) -> list[int]:
-    return sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdecimal())
 
 
 class LocalStorage:
@@ -129,30 +48,28 @@ class LocalStorage:
         return self.root / f".step_{step}.{token}{PARTIAL}"
 
     def steps(self) -> list[int]:
-        """See CheckpointStorage."""
-        return _numbers([path.parent.name for path in self.root.glob(f"step_*/{MANIFEST}")])
+        """Steps that have a checkpoint, ascending; whether they verify is not asked."""
+        return _numbers(path.parent.name for path in self.root.glob(f"step_*/{MANIFEST}"))
 
     def file_name(self, rank: int, token: str) -> str:
-        """See CheckpointStorage."""
+        """The file of a rank in a draft."""
         return file_name(rank)
 
-    def begin(self, step: int, token: str) -> None:
-        """See CheckpointStorage."""
-        self._draft(step, token).mkdir(parents=True, exist_ok=True)
-
     @contextmanager
-    def write(self, step: int, token: str, name: str) -> Iterator[Any]:
-        """See CheckpointStorage."""
-        with (self._draft(step, token) / name).open("wb") as file:
+    def write(self, step: int, token: str, name: str) -> Iterator[BinaryIO]:
+        """A stream into a file of the draft, safe on storage when it closes without an error."""
+        draft = self._draft(step, token)
+        draft.mkdir(parents=True, exist_ok=True)
+        with (draft / name).open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
 
     def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
-        """See CheckpointStorage.
+        """Make the draft of these files the checkpoint of its step; an earlier one is replaced atomically.
 
         Raises:
-            CannotWriteError: a rank's file is not there: its host has another disk.
+            CannotWriteError: a rank's file is missing, because its host has another disk.
         """
         draft, final = self._draft(step, token), self.folder(step)
         for name in names:
@@ -172,28 +89,28 @@ class LocalStorage:
         shutil.rmtree(old, ignore_errors=True)
 
     def discard(self, step: int, token: str) -> None:
-        """See CheckpointStorage."""
+        """Remove a draft."""
         shutil.rmtree(self._draft(step, token), ignore_errors=True)
 
     def remove(self, step: int) -> None:
-        """See CheckpointStorage. The manifest goes first: what is left after a crash is no checkpoint."""
+        """Remove a checkpoint. The manifest goes first: what is left after a crash is no checkpoint."""
         (self.folder(step) / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(self.folder(step), ignore_errors=True)
 
     def clean(self) -> None:
-        """See CheckpointStorage. A checkpoint that had given way to one that never came is put back."""
+        """Remove drafts of dead runs. A checkpoint that was being replaced by one that never came is put back."""
         for path in self.root.glob(f".step_*{OLD}{PARTIAL}"):
             for step in _numbers([path.name.split(".")[1]]):
                 if (path / MANIFEST).is_file() and not self.folder(step).exists():
                     os.replace(path, self.folder(step))
-        for path in [*self.root.glob(f".step_*{PARTIAL}"), *self.root.glob(f".*{PARTIAL}")]:
+        for path in self.root.glob(f".*{PARTIAL}"):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         for path in self.root.glob("step_*"):
             if path.is_dir() and not path.is_symlink() and not (path / MANIFEST).exists():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def prove(self) -> None:
-        """See CheckpointStorage. A folder that was not there is not left behind."""
+    def check_writable(self) -> None:
+        """Write a small file and remove it; OSError if that fails. A folder that was not there is not left behind."""
         made = [path for path in (self.root, *self.root.parents) if not path.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
         try:
@@ -206,149 +123,156 @@ class LocalStorage:
 
     @contextmanager
     def fetched(self, step: int) -> Iterator[Path]:
-        """See CheckpointStorage."""
+        """A local folder with the checkpoint."""
         yield self.folder(step)
 
     def write_note(self, name: str, data: bytes) -> None:
-        """See CheckpointStorage."""
-        draft = self.root / f".{name}{PARTIAL}"
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, self.root / name)
+        """Write a small file beside the checkpoints, at once or not at all."""
+        write_whole(self.root / name, data.decode())
 
     def read_note(self, name: str) -> bytes:
-        """See CheckpointStorage."""
+        """Read it; OSError if there is none."""
         return (self.root / name).read_bytes()
 
 
 class RemoteStorage:
-    """A prefix of an fsspec file system. S3 goes through Arrow's client, as the data does: keys and addresses are the same."""
+    """A prefix behind a URI; its methods do what those of LocalStorage do."""
 
     def __init__(self, uri: str) -> None:
+        """Raise InputError if the URI's scheme is unknown or its client is not installed."""
         self.uri = uri.rstrip("/")
-        if self.uri.startswith("s3://"):
-            system, self.root = arrow_file_system(self.uri)
-            self.system: Any = ArrowFSWrapper(system)
-        else:
-            self.system, root = fsspec.core.url_to_fs(self.uri)
-            self.root = str(root)
+        self._system, self._root = file_system(self.uri)
 
     def _path(self, *names: str) -> str:
-        return "/".join((self.root.rstrip("/"), *names))
+        return "/".join((self._root.rstrip("/"), *names))
+
+    def _files(self, *names: str) -> list[str]:
+        """Paths of all files at and below a folder."""
+        selector = pafs.FileSelector(self._path(*names), recursive=True, allow_not_found=True)
+        return [info.path for info in self._system.get_file_info(selector) if info.is_file]
 
     def steps(self) -> list[int]:
-        """See CheckpointStorage."""
-        self.system.invalidate_cache()
-        found = self.system.glob(self._path("step_*", MANIFEST))
-        return _numbers([str(path).split("/")[-2] for path in found])
+        """Steps that have a manifest, ascending."""
+        return _numbers(path.split("/")[-2] for path in self._files() if path.endswith(f"/{MANIFEST}"))
 
     def file_name(self, rank: int, token: str) -> str:
-        """See CheckpointStorage. The manifest of an earlier try vouches for that try's files."""
+        """A name with the token: the manifest of an earlier try vouches for that try's files."""
         return file_name(rank, token)
 
-    def begin(self, step: int, token: str) -> None:
-        """See CheckpointStorage."""
-        self.system.makedirs(self._path(f"step_{step}"), exist_ok=True)
-
-    def write(self, step: int, token: str, name: str) -> Any:
-        """See CheckpointStorage."""
-        return self._opened(self._path(f"step_{step}", name))
+    @contextmanager
+    def write(self, step: int, token: str, name: str) -> Iterator[pa.NativeFile]:
+        """A stream into a file of the draft."""
+        with self._opened(f"step_{step}", name) as file:
+            yield file
 
     @contextmanager
-    def _opened(self, path: str) -> Iterator["_Counter"]:
-        file = self.system.open(path, "wb")
-        counter = _Counter(file)
+    def _opened(self, *names: str) -> Iterator[pa.NativeFile]:
+        path = self._path(*names)
+        if len(names) > 1:
+            self._system.create_dir(self._path(*names[:-1]))
+        file = self._system.open_output_stream(path)
         try:
-            yield counter
+            yield file
         finally:
+            written = file.tell()
             try:
                 file.close()
             except OSError:
                 # An object is there whole or not at all, and some servers (moto) answer in words that Arrow takes for a failure
-                self.system.invalidate_cache()
-                if not self.system.exists(path) or self.system.size(path) != counter.written:
+                if self._system.get_file_info(path).size != written:
                     raise
 
     def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
-        """See CheckpointStorage."""
-        with self._opened(self._path(f"step_{step}", MANIFEST)) as file:
+        """Write the manifest, then remove the files of other tries."""
+        with self.write(step, token, MANIFEST) as file:
             file.write(manifest)
-        self._remove_files(step, {MANIFEST, *names})
+        self._delete(path for path in self._files(f"step_{step}") if _name(path) not in {MANIFEST, *names})
 
     def discard(self, step: int, token: str) -> None:
-        """See CheckpointStorage."""
-        names = self._names(step)
-        self._remove_files(step, {name for name in names if f".{token}." not in name})
-
-    def _names(self, step: int) -> list[str]:
-        self.system.invalidate_cache()
-        found = self.system.glob(self._path(f"step_{step}", "*"))
-        return [str(path).rsplit("/", 1)[-1] for path in found]
-
-    def _remove_files(self, step: int, kept: set[str]) -> None:
-        for name in self._names(step):
-            if name not in kept:
-                with suppress(FileNotFoundError):
-                    self.system.rm_file(self._path(f"step_{step}", name))
+        """Remove the files of a draft."""
+        self._delete(path for path in self._files(f"step_{step}") if f".{token}." in _name(path))
 
     def remove(self, step: int) -> None:
-        """See CheckpointStorage. The manifest goes first."""
+        """Remove a checkpoint, the manifest first."""
+        self._delete([self._path(f"step_{step}", MANIFEST)])
         with suppress(FileNotFoundError):
-            self.system.rm_file(self._path(f"step_{step}", MANIFEST))
-        with suppress(FileNotFoundError):
-            self.system.rm(self._path(f"step_{step}"), recursive=True)
+            self._system.delete_dir(self._path(f"step_{step}"))
+
+    def _delete(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            with suppress(FileNotFoundError):
+                self._system.delete_file(path)
 
     def clean(self) -> None:
-        """See CheckpointStorage."""
-        whole = set(self.steps())
-        for path in self.system.glob(self._path("step_*")):
-            numbers = _numbers([str(path).rstrip("/").split("/")[-1]])
-            if numbers and numbers[0] not in whole:
-                self.remove(numbers[0])
+        """Remove the files of steps that have no manifest."""
+        for step in set(_numbers(path.split("/")[-2] for path in self._files())) - set(self.steps()):
+            self.remove(step)
 
-    def prove(self) -> None:
-        """See CheckpointStorage."""
+    def check_writable(self) -> None:
+        """Write a small file and remove it."""
         self.write_note("probe", b"1")
-        self.system.rm_file(self._path("probe"))
+        self._system.delete_file(self._path("probe"))
 
     @contextmanager
     def fetched(self, step: int) -> Iterator[Path]:
-        """See CheckpointStorage. Copies the files that the manifest names, and no others."""
+        """A copy of the files that the manifest names, and of no others."""
         with tempfile.TemporaryDirectory(prefix="mbcnet-checkpoint-") as name:
             folder = Path(name)
-            try:
-                self.system.get_file(self._path(f"step_{step}", MANIFEST), str(folder / MANIFEST))
-                for part in read_manifest(folder).parts:
-                    self.system.get_file(self._path(f"step_{step}", part.file), str(folder / part.file))
-            except OSError as error:
-                raise InputError(
-                    f"{self.uri}/step_{step}: cannot be read ({error}); use another checkpoint"
-                ) from None
+            self._fetch(step, MANIFEST, folder)
+            for rank_file in read_manifest(folder).files:
+                self._fetch(step, rank_file.name, folder)
             yield folder
 
+    def _fetch(self, step: int, name: str, folder: Path) -> None:
+        def copy() -> None:
+            source = self._system.open_input_stream(self._path(f"step_{step}", name))
+            with source, (folder / name).open("wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+
+        retried(copy, f"{self.uri}/step_{step}/{name}", READ_ATTEMPTS, "use another checkpoint")
+
     def write_note(self, name: str, data: bytes) -> None:
-        """See CheckpointStorage."""
-        with self._opened(self._path(name)) as file:
+        """Write a small object beside the checkpoints."""
+        with self._opened(name) as file:
             file.write(data)
 
     def read_note(self, name: str) -> bytes:
-        """See CheckpointStorage."""
-        return bytes(self.system.cat_file(self._path(name)))
+        """Read it; OSError if there is none."""
+        with self._system.open_input_stream(self._path(name)) as file:
+            return file.read()
 
 
-class _Counter:
-    """A stream that knows how much was written into it."""
+CheckpointStorage = LocalStorage | RemoteStorage
 
-    def __init__(self, file: Any) -> None:
-        self._file, self.written = file, 0
 
-    def write(self, data: Any, /) -> int:
-        """Write it."""
-        count = int(self._file.write(data))
-        self.written += count
-        return count
+def open_storage(location: str | Path) -> CheckpointStorage:
+    """The storage of a path or URI.
+
+    Raises:
+        InputError: the URI's scheme is unknown or its client is not installed.
+    """
+    return RemoteStorage(str(location)) if "://" in str(location) else LocalStorage(Path(location))
+
+
+def latest_step(storage: CheckpointStorage) -> int | None:
+    """The newest step whose checkpoint verifies; None if there is none. Warns of newer ones that do not."""
+    for step in reversed(storage.steps()):
+        try:
+            with storage.fetched(step) as folder:
+                check_files(folder, read_manifest(folder))
+        except InputError as error:
+            warnings.warn(f"{error} (passed over)", DamagedCheckpointWarning, stacklevel=2)
+            continue
+        return step
+    return None
+
+
+def _numbers(names: Iterable[str]) -> list[int]:
+    return sorted({int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdecimal()})
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
 
 
 def _sync_folder(path: Path) -> None:

@@ -33,13 +33,13 @@ class Saver:
     """Writes checkpoints of all ranks in the background, one at a time.
 
     Args:
-        place: where they go.
+        storage: of the checkpoints.
         process: this rank.
         timeout_seconds: how long rank 0 waits for the other ranks' parts.
     """
 
-    def __init__(self, place: CheckpointStorage, process: Process, timeout_seconds: float) -> None:
-        self.place = place
+    def __init__(self, storage: CheckpointStorage, process: Process, timeout_seconds: float) -> None:
+        self.storage = storage
         self.saved_step: int | None = None
         self.stalled_seconds = 0.0
         self.written_seconds = 0.0
@@ -108,7 +108,7 @@ class Saver:
         self.cancel()
         if self._process.is_first and self.saved_step is not None:
             with suppress(Exception):  # what the other ranks wrote after this one gave up
-                self.place.discard(self.saved_step, self._token)
+                self.storage.discard(self.saved_step, self._token)
         own = self._error or f"rank {guilty} could not write its part of a checkpoint"
         raise CannotWriteError(own, spoken=self.failed)
 
@@ -127,7 +127,7 @@ class Saver:
                 return
             records = [record, *self._await_others(step)]
             manifest = manifest_bytes(self._process.world_size, extra, records)
-            self.place.commit(step, self._token, manifest, [each["file"] for each in records])
+            self.storage.commit(step, self._token, manifest, [each["file"] for each in records])
             self._tidy(step, keep)
             self.written_seconds = time.perf_counter() - start
         except Exception as error:  # it reaches the operator through `finish`, on every rank
@@ -137,7 +137,7 @@ class Saver:
                     self._store.set(self._key(step, rank), json.dumps({"error": self._error}))
             if rank == 0:  # alone: another rank may be at work in the draft
                 with suppress(Exception):
-                    self.place.discard(step, self._token)
+                    self.storage.discard(step, self._token)
 
     def _describe(self, step: int, error: Exception) -> str:
         if isinstance(error, CannotWriteError):
@@ -149,9 +149,8 @@ class Saver:
         )
 
     def _write_part(self, step: int, snapshot: Snapshot) -> dict[str, Any]:
-        self.place.begin(step, self._token)
-        name = self.place.file_name(self._process.rank, self._token)
-        with self.place.write(step, self._token, name) as file:
+        name = self.storage.file_name(self._process.rank, self._token)
+        with self.storage.write(step, self._token, name) as file:
             tensors = {str(index): tensor for index, tensor in enumerate(snapshot.tensors)}
             sha256 = write_tensors(tensors, file)
         return file_record(name, sha256, snapshot.entries)
@@ -186,11 +185,11 @@ class Saver:
         Later ones did not verify when this run was started: they are no checkpoints to count on, and stay as they are until the run
         comes to their steps.
         """
-        steps = [each for each in self.place.steps() if each <= step]
+        steps = [each for each in self.storage.steps() if each <= step]
         kept = {step for _, step in keep.best}
         if keep.best:
             note = {"step": keep.best[0][1], "auc": keep.best[0][0]}
-            self.place.write_note(BEST, (json.dumps(note) + "\n").encode())
+            self.storage.write_note(BEST, (json.dumps(note) + "\n").encode())
         for each in steps[: -keep.last]:
             if each not in kept:
-                self.place.remove(each)
+                self.storage.remove(each)
