@@ -5,10 +5,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import boto3
-
-import data.reading.storage
 
 CODE = """
 import sys, threading
@@ -21,8 +20,8 @@ sys.stdin.read()
 
 
 @contextmanager
-def s3_server(bucket: str) -> Iterator[dict[str, str]]:
-    """Start one with an empty bucket; yields the variables."""
+def s3_server(bucket: str) -> Iterator[tuple[int, Any]]:
+    """Start one with an empty bucket; yields its port and a client, with the variables set by which others find it."""
     process = subprocess.Popen(
         [sys.executable, "-c", CODE],
         stdin=subprocess.PIPE,
@@ -30,7 +29,7 @@ def s3_server(bucket: str) -> Iterator[dict[str, str]]:
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert process.stdout is not None
+    assert process.stdin and process.stdout
     port = next(int(line.split()[1]) for line in process.stdout if line.startswith("port "))
     variables = {
         "AWS_ACCESS_KEY_ID": "test",
@@ -40,7 +39,6 @@ def s3_server(bucket: str) -> Iterator[dict[str, str]]:
     }
     before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("AWS_")}
     os.environ |= variables
-    data.reading.storage._s3.cache_clear()
     try:
         client = boto3.client(
             "s3",
@@ -50,11 +48,11 @@ def s3_server(bucket: str) -> Iterator[dict[str, str]]:
             aws_secret_access_key="test",
         )
         client.create_bucket(Bucket=bucket)
-        yield variables
+        yield port, client
     finally:
-        process.kill()
+        process.stdin.close()  # at which it ends
         process.wait()
+        process.stdout.close()
         for name in variables:
             del os.environ[name]
         os.environ |= before
-        data.reading.storage._s3.cache_clear()

@@ -153,7 +153,7 @@ def file_system(uri: str) -> tuple[pafs.FileSystem, str]:
     if uri.startswith("s3://"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
-        return _s3(endpoint, region), uri.removeprefix("s3://").rstrip("/")
+        return _s3(endpoint, region, CONNECT_SECONDS, REQUEST_SECONDS), uri.removeprefix("s3://").rstrip("/")
     with suppress(pa.ArrowInvalid):  # a scheme that Arrow does not know
         return pafs.FileSystem.from_uri(uri)
     try:
@@ -166,14 +166,14 @@ def file_system(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 @lru_cache(maxsize=8)
-def _s3(endpoint: str, region: str) -> pafs.FileSystem:
+def _s3(endpoint: str, region: str, connect_seconds: float, request_seconds: float) -> pafs.FileSystem:
     options: dict[str, Any] = {"region": region} if region else {}
     if endpoint:
         scheme, _, address = endpoint.rpartition("://")
         options |= {"endpoint_override": address.rstrip("/"), "scheme": scheme or "https"}
     return pafs.S3FileSystem(
-        connect_timeout=CONNECT_SECONDS,
-        request_timeout=REQUEST_SECONDS,
+        connect_timeout=connect_seconds,
+        request_timeout=request_seconds,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=2),
         allow_delayed_open=True,  # a small file is written by one request instead of three
         **options,

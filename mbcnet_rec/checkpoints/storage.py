@@ -17,7 +17,6 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from data.reading.keys import first_line
 from data.errors import InputError
 from data.reading.storage import file_system, retried
 from mbcnet_rec.checkpoints.manifest import MANIFEST, check_files, file_name, read_manifest

@@ -59,7 +59,8 @@ def write_tensors(tensors: dict[str, Tensor], sink: Sink) -> str:
     for tensor in tensors.values():
         if not tensor.numel():
             continue
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        values: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(values)
         for begin in range(0, len(data), CHUNK_BYTES):
             chunk = data[begin : begin + CHUNK_BYTES]
             digest.update(chunk)

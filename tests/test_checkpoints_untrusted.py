@@ -1,4 +1,4 @@
-"""Proves that a checkpoint from a stranger is refused before memory is taken for what it claims, and that nothing in it is run: pickles, links,
+"""Proves that a checkpoint from elsewhere is refused before memory is taken for what it claims, and that nothing in it is run: pickles, links,
 paths out of the folder, swapped or changed files, impossible headers, and manifests altered value by value with sums that fit."""
 
 import hashlib
@@ -58,7 +58,7 @@ def load(folder):
 
 
 def rewrite(folder, change):
-    """Alter the manifest's body and give it a sum that fits, as a stranger would."""
+    """Alter the manifest's body and give it a sum that fits, as an attacker would."""
     body = json.loads((folder / "manifest.json").read_text())["body"]
     body = change(body) or body
     text = json.dumps(body)
@@ -232,7 +232,7 @@ def test_a_header_length_beyond_the_file_is_refused(folder):
     path = folder / "rank_00000.safetensors"
     path.write_bytes((HUGE).to_bytes(8, "little") + path.read_bytes()[8:])
     resum(folder)
-    with pytest.raises(InputError, match=r"claim a header of 1,000,000,000,000,000,000 bytes"):
+    with pytest.raises(InputError, match="not a safetensors file"):
         load(folder)
 
 
@@ -313,15 +313,16 @@ def test_a_strange_note_of_the_best_does_not_mislead(folder, note):
 
 def test_a_prefix_behind_a_uri_brings_only_named_files(folder, tmp_path):
     """Names in a remote manifest are checked before anything is fetched by them."""
-    place = open_storage(f"memory://{tmp_path.name}/checkpoints")
+    storage = open_storage(f"memory://{tmp_path.name}/checkpoints")
     rewrite(folder, lambda body: body["files"][0].update(file="../../../secret"))
-    place.system.pipe_file(place._path("step_5", "manifest.json"), (folder / "manifest.json").read_bytes())
-    with pytest.raises(InputError, match="wanted a name such as"), place.fetched(5) as fetched:
+    with storage.write(5, "token", "manifest.json") as file:
+        file.write((folder / "manifest.json").read_bytes())
+    with pytest.raises(InputError, match="wanted a name such as"), storage.fetched(5) as fetched:
         check_files(fetched, read_manifest(fetched))
 
 
 def test_the_command_line_refuses_in_one_line(folder, tmp_path, capfd):
-    """A run folder from a stranger, whose checkpoint is a pickle: exit code 2, one line, no code run."""
+    """A run folder from elsewhere, whose checkpoint is a pickle: exit code 2, one line, no code run."""
     config = write_small(tmp_path / "rows", 960, 96)
     run, mark = tmp_path / "rows/run", tmp_path / "ran"
     shutil.copytree(folder.parent, run / "checkpoints")
