@@ -9,8 +9,7 @@ from small_data import write_small
 
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
-from mbcnet_rec.study import runner as conduct
-from mbcnet_rec.study import runs
+from mbcnet_rec.study import runner, runs
 from mbcnet_rec.study.pictures import best_learned
 from mbcnet_rec.study.probe import MISSING, Probe, neuron_outputs, probe_run
 from mbcnet_rec.study.runs import scores
@@ -138,9 +137,9 @@ def test_best_learned_rows_are_those_of_the_lowest_loss():
 
 def test_failed_runs_are_lines_of_the_report():
     rows = summarise(STUDIES["table6"], {}, {"w/o BCT": ["seed 0: the loss is not finite"]})
-    assert "w/o BCT: seed 0: the loss is not finite" in [note.text for note in conduct.failure_notes(rows)]
-    assert conduct.score_table(rows).best == -1
-    assert conduct.headline(STUDIES["table6"], rows, {}) == []
+    assert "w/o BCT: seed 0: the loss is not finite" in [note.text for note in runner.failure_notes(rows)]
+    assert runner.score_table(rows).best == -1
+    assert runner.headline(STUDIES["table6"], rows, {}) == []
 
 
 def test_tuned_models_stand_in_and_overrides_hold_for_them(home, tmp_path):
@@ -151,9 +150,9 @@ def test_tuned_models_stand_in_and_overrides_hold_for_them(home, tmp_path):
     dnn, ours = (
         next(row for row in STUDIES["table3"].variants if row.name == name) for name in ("DNN", "MBCnet")
     )
-    tuned = conduct.variant_config(base, dnn, tmp_path, ("train.epochs=9",))
+    tuned = runner.variant_config(base, dnn, tmp_path, ("train.epochs=9",))
     assert (tuned.optim.dense_lr, tuned.model.kind, tuned.train.epochs) == (7e-3, "dnn", 9)
-    assert conduct.variant_config(base, ours, tmp_path).optim.dense_lr == 5e-3
+    assert runner.variant_config(base, ours, tmp_path).optim.dense_lr == 5e-3
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,7 @@ import pytest
 from small_data import CONFIG
 
 from mbcnet_rec.config import config_text, load_config
-from mbcnet_rec.study.studies import (
-    BASELINES,
-    DENSITIES,
-    MBCNET,
-    MODELS,
-    STUDIES,
-    density_name,
-    grid_name,
-)
+from mbcnet_rec.study.studies import BASELINES, DENSITIES, MBCNET, MODELS, STUDIES, density_name, grid_name
 from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.study.widths import fit_widths
 

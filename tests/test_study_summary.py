@@ -7,14 +7,7 @@ import pytest
 from scipy import stats
 
 from mbcnet_rec.study.studies import Claim, Study, Variant
-from mbcnet_rec.study.summary import (
-    best_reference,
-    compare,
-    judge,
-    mean_and_sd,
-    paired_difference,
-    summarise,
-)
+from mbcnet_rec.study.summary import best_reference, compare, judge, mean_and_sd, paired_difference, summarise
 
 CLAIM = Claim("ours beats theirs", "ours", "theirs")
 

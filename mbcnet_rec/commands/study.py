@@ -53,9 +53,9 @@ def _study(args: argparse.Namespace) -> int:
     from mbcnet_rec.config import load_config
 
     load_config(args.config, args.overrides)  # its mistakes show before torchrec is imported
-    from mbcnet_rec.study.runner import Plan, conduct
+    from mbcnet_rec.study.runner import StudyRequest, conduct
 
-    plan = Plan(
+    request = StudyRequest(
         STUDIES[args.name],
         Path(args.config),
         tuple(args.overrides),
@@ -66,7 +66,7 @@ def _study(args: argparse.Namespace) -> int:
         args.out,
         args.workers,
     )
-    return conduct(plan)
+    return conduct(request)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -13,25 +13,10 @@ from mbcnet_rec.config import RunConfig
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
 from mbcnet_rec.serving.complexity import measure_parts
-from mbcnet_rec.study.probe import (
-    MISSING,
-    Probe,
-    category_names,
-    choose_category,
-    neuron_outputs,
-    probe_run,
-)
+from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, neuron_outputs, probe_run
 from mbcnet_rec.study.projection import tsne_plane
 from mbcnet_rec.study.runs import Run, read_lines
-from mbcnet_rec.study.studies import (
-    DENSITIES,
-    GRID_ALPHA,
-    GRID_BETA,
-    MODELS,
-    Study,
-    density_name,
-    grid_name,
-)
+from mbcnet_rec.study.studies import DENSITIES, GRID_ALPHA, GRID_BETA, MODELS, Study, density_name, grid_name
 from mbcnet_rec.study.summary import Row, Scores
 
 LATENT_ROWS = 500  # of each output on the plane
@@ -46,11 +31,11 @@ class Material:
     """What pictures are made of.
 
     Attributes:
-        study: that was run.
-        config: that its variants start from.
-        runs: that ended.
+        study: the study that was run.
+        config: the config that its variants start from.
+        runs: the runs that ended.
         scores: variant -> seed -> metrics.
-        rows: of the study's table.
+        rows: the rows of the study's table.
         category: the field of Figure 7; "": found by name.
     """
 
@@ -64,6 +49,16 @@ class Material:
     def of(self, variant: str) -> list[Run]:
         """The runs of a variant, by seed."""
         return sorted((run for run in self.runs if run.variant == variant), key=lambda run: run.seed)
+
+    @property
+    def first(self) -> list[Run]:
+        """The runs of the study's first variant, by seed."""
+        return self.of(self.study.variants[0].name)
+
+    def probe(self, max_rows: int = 0, category: str = "") -> Probe:
+        """What the first of these runs computes on the test rows, or on the validation rows where there are no others."""
+        run = self.first[0]
+        return probe_run(run.folder, "test" if run.config.data.test else "valid", max_rows, category)
 
 
 def draw_all(material: Material) -> list[Block]:
@@ -101,7 +96,7 @@ def _scores(material: Material) -> list[Block]:
 
 
 def _branch_curves(material: Material) -> list[Block]:
-    runs = material.of(material.study.variants[0].name)
+    runs = material.first
     plots = []
     for title, split, metric in (
         ("train log-loss", "train", "log_loss"),
@@ -119,72 +114,62 @@ def _branch_curves(material: Material) -> list[Block]:
 
 
 def _latents(material: Material) -> list[Block]:
-    run = material.of(material.study.variants[0].name)[0]
-    probe = probe_run(run.folder, "test" if run.config.data.test else "valid", LATENT_ROWS)
-    names, latents = [*probe.names, "fused"], np.concatenate([probe.latents, probe.fused[None]])
-    latents = latents[:, :LATENT_ROWS]
+    probe = material.probe(LATENT_ROWS)
+    names = [*probe.names, "fused"]
+    latents = np.concatenate([probe.latents, probe.fused[None]])[:, :LATENT_ROWS]
     owner = np.repeat(np.arange(len(names)), latents.shape[1])
     plane = tsne_plane(latents.reshape(len(owner), -1))
     shown = probe.labels[:LATENT_ROWS]
     caption = (
         f"Figure 4 d: t-SNE of the latents of {latents.shape[1]} held-out rows ({int(shown.sum())} of them clicked), seed "
-        f"{run.seed}. Branches that keep apart have learned different things."
+        f"{material.first[0].seed}. Branches that keep apart have learned different things."
     )
     picture = figures.latents_figure([("latents of each branch, and fused", plane, names, owner)])
     return [Picture("latents", picture, caption)]
 
 
 def _terms(material: Material) -> list[Block]:
-    runs = material.of(material.study.variants[0].name)
-    plots: list[tuple[str, Mapping[str, Sequence[figures.Curve]]]] = []
-    for title, key in (
-        ("co-teaching loss", "coteaching_loss"),
-        ("moderate differentiation loss", "differentiation_loss"),
-    ):
-        plots.append((title, {key: [figures.smooth(line_curve(run, "train", key)) for run in runs]}))
+    runs = material.first
+
+    def smoothed(key: str) -> list[figures.Curve]:
+        return [figures.smooth(line_curve(run, "train", key)) for run in runs]
+
     first = read_lines(runs[0].folder, "train")[:1]
     pairs = [key for key in (first[0] if first else {}) if key.startswith("transform_distance/")]
-    distances = {
-        key.partition("/")[2]: [figures.smooth(line_curve(run, "train", key)) for run in runs]
-        for key in pairs
-    }
-    plots.append(("||W - I||", distances))
-    plots.append(("validation AUC", {"fused": [line_curve(run, "valid", "auc") for run in runs]}))
+    plots: list[tuple[str, Mapping[str, Sequence[figures.Curve]]]] = [
+        ("co-teaching loss", {"coteaching_loss": smoothed("coteaching_loss")}),
+        ("moderate differentiation loss", {"differentiation_loss": smoothed("differentiation_loss")}),
+        ("||W - I||", {key.partition("/")[2]: smoothed(key) for key in pairs}),
+        ("validation AUC", {"fused": [line_curve(run, "valid", "auc") for run in runs]}),
+    ]
     caption = "Figure 5: the two cooperation losses before their weights, the transforms' distance from the identity, and the AUC."
     return [Picture("terms", figures.curves_figure(plots, columns=2), caption)]
 
 
 def _neurons(material: Material) -> list[Block]:
-    run = material.of(material.study.variants[0].name)[0]
-    probe = probe_run(run.folder, "test" if run.config.data.test else "valid")
+    probe = material.probe()
     outputs = neuron_outputs(probe)
     width = outputs.shape[1]
     chosen = np.sort(np.random.default_rng(0).choice(width, min(NEURONS, width), replace=False))
     picture = figures.neurons_figure(chosen.tolist(), dict(zip(probe.names, outputs[:, chosen], strict=True)))
     agreement = np.corrcoef(outputs)
-    pairs = [(i, j) for i in range(len(outputs)) for j in range(i + 1, len(outputs))]
-    table = Table(
-        ("branches", "correlation of the mean outputs"),
-        tuple(
-            (
-                f"{figures.label(probe.names[i])} and {figures.label(probe.names[j])}",
-                f"{agreement[i, j]:.3f}",
-            )
-            for i, j in pairs
-        ),
-    )
+    shown = [figures.label(name) for name in probe.names]
+    lines = [
+        (f"{shown[i]} and {shown[j]}", f"{agreement[i, j]:.3f}")
+        for i, j in combinations(range(len(shown)), 2)
+    ]
+    table = Table(("branches", "correlation of the mean outputs"), tuple(lines))
     caption = (
         f"Figure 6 b: softmax over the {width} neurons of the latent, mean over {len(probe.labels):,} held-out rows, "
-        f"{len(chosen)} neurons drawn at random, seed {run.seed}."
+        f"{len(chosen)} neurons drawn at random, seed {material.first[0].seed}."
     )
     return [Picture("neurons", picture, caption), table]
 
 
 def _categories(material: Material) -> list[Block]:
-    run = material.of(material.study.variants[0].name)[0]
-    schema = load_schema(run.config.schema)
+    schema = load_schema(material.first[0].config.schema)
     field = choose_category(schema, material.category)
-    probe = probe_run(run.folder, "test" if run.config.data.test else "valid", category=field.name)
+    probe = material.probe(category=field.name)
     ids, counts, base, kept = best_learned(probe)
     names = category_names(schema, field, ids)
     picture = figures.categories_figure(names, dict(zip(probe.names, counts, strict=True)), base)
@@ -194,7 +179,7 @@ def _categories(material: Material) -> list[Block]:
         if kept == BEST_LEARNED
         else f" The paper takes {BEST_LEARNED:,}; here that would be too large a part of the held-out rows, so a quarter is taken."
     )
-    caption = f"Figure 7: {share}, by branch, counted by {field.name}, seed {run.seed}.{note}"
+    caption = f"Figure 7: {share}, by branch, counted by {field.name}, seed {material.first[0].seed}.{note}"
     return [Picture("categories", picture, caption)]
 
 
@@ -232,41 +217,25 @@ def _density(material: Material) -> list[Block]:
 
 
 def _grid(material: Material) -> list[Block]:
-    auc = np.full((len(GRID_ALPHA), len(GRID_BETA)), np.nan)
-    for i, alpha in enumerate(GRID_ALPHA):
-        for j, beta in enumerate(GRID_BETA):
-            seeds = material.scores.get(grid_name(alpha, beta), {})
-            if seeds:
-                auc[i, j] = np.mean([each["auc"] for each in seeds.values()])
-    return [
-        Picture(
-            "grid", figures.grid_figure(GRID_ALPHA, GRID_BETA, auc), "Figure 9: the paper uses 0.1 for both."
-        )
-    ]
+    def mean_auc(row: str) -> float:
+        return float(np.mean([each["auc"] for each in material.scores.get(row, {}).values()] or [np.nan]))
+
+    auc = np.array([[mean_auc(grid_name(alpha, beta)) for beta in GRID_BETA] for alpha in GRID_ALPHA])
+    picture = figures.grid_figure(GRID_ALPHA, GRID_BETA, auc)
+    return [Picture("grid", picture, "Figure 9: the paper uses 0.1 for both.")]
 
 
 def _complexity(material: Material) -> list[Block]:
-    schema = load_schema(material.config.schema)
     config = material.config
-    chosen = config.train.device
-    device = torch.device(
-        "cuda" if chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available()) else "cpu"
-    )
+    chosen, has_gpu = config.train.device, torch.cuda.is_available()
+    device = torch.device("cuda" if chosen == "cuda" or (chosen == "auto" and has_gpu) else "cpu")
     rows = config.data.eval_batch_size or config.data.batch_size
-    parts = measure_parts(config.model.mbcnet, schema, rows, device)
-    table = Table(
-        ("part", "time, by the paper", "parameters", "FLOPs a row", f"ms a batch of {rows:,}"),
-        tuple(
-            (
-                figures.label(part.name),
-                part.complexity,
-                f"{part.parameters:,}",
-                f"{part.flops:,.0f}",
-                f"{part.milliseconds:.2f}",
-            )
-            for part in parts
-        ),
-    )
+    parts = measure_parts(config.model.mbcnet, load_schema(config.schema), rows, device)
+    lines = [
+        (figures.label(part.name), part.complexity, f"{part.parameters:,}", f"{part.flops:,.0f}", f"{part.milliseconds:.2f}")
+        for part in parts
+    ]  # fmt: skip
+    header = ("part", "time, by the paper", "parameters", "FLOPs a row", f"ms a batch of {rows:,}")
     whole = parts[-1]
     efgc = next((part for part in parts if part.name == "efgc"), None)
     more = (
@@ -276,10 +245,8 @@ def _complexity(material: Material) -> list[Block]:
         else ""
     )
     caption = f"Table 8, measured: dense part only, {device.type}, {torch.get_num_threads()} threads, without the tables.{more}"
-    return [
-        table,
-        Picture("complexity", figures.complexity_figure([part.as_dict() for part in parts]), caption),
-    ]
+    picture = figures.complexity_figure([part.as_dict() for part in parts])
+    return [Table(header, tuple(lines)), Picture("complexity", picture, caption)]
 
 
 DRAWERS: dict[str, Callable[[Material], list[Block]]] = {
@@ -293,8 +260,3 @@ DRAWERS: dict[str, Callable[[Material], list[Block]]] = {
     "grid": _grid,
     "complexity": _complexity,
 }
-
-
-def describe_scores(values: Mapping[str, Any]) -> str:
-    """AUC and log-loss on one line."""
-    return f"AUC {values['auc']:.4f}, log-loss {values['log_loss']:.4f}"

@@ -10,9 +10,9 @@ from tqdm import tqdm
 from data.errors import InputError
 from mbcnet_rec.config import RunConfig, config_text, load_config
 from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, write_report
-from mbcnet_rec.study.pictures import Material, describe_scores, draw_all
+from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.runs import Run, place_run, scores, train_all
-from mbcnet_rec.study.studies import MBCNET, MODELS, STUDIES, Study, Variant
+from mbcnet_rec.study.studies import MBCNET, MODELS, Study, Variant
 from mbcnet_rec.study.summary import CONFIDENCE, Difference, Row, Scores, judge, summarise
 from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.study.widths import fit_widths
@@ -24,19 +24,19 @@ VERDICTS = (
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to study.
+class StudyRequest:
+    """What `mbcnet study` was asked for.
 
     Attributes:
-        study: which.
+        study: the study.
         config: the file that the variants start from.
-        overrides: on it, `key.path=value`.
-        seeds: how many; they are the config's seed and those after it.
+        overrides: changes of that config, `key.path=value`.
+        seeds: number of seeds: the config's own and those after it.
         models: kinds of Table 3 to run; empty: the study's own.
         tuned: folder of `mbcnet tune`, whose KIND.toml stands in for the config of that kind; None: none.
         category: the field of Figure 7; "": found by name.
         out: folder of the runs and the report.
-        workers: processes; 0: chosen.
+        workers: number of processes; 0: chosen.
     """
 
     study: Study
@@ -58,17 +58,6 @@ class Plan:
         for override in self.overrides:
             parts += ["--set", override]
         return shlex.join([*parts, "--out", str(self.out)])
-
-
-def find_study(name: str) -> Study:
-    """Look a study up.
-
-    Raises:
-        InputError: there is none of that name.
-    """
-    if name not in STUDIES:
-        raise InputError(f"study {name!r}: wanted one of {', '.join(STUDIES)}; see `mbcnet study list`")
-    return STUDIES[name]
 
 
 def with_models(study: Study, models: Sequence[str]) -> Study:
@@ -113,40 +102,42 @@ def variant_config(
     return replace(config, model=fit_widths(config.model))
 
 
-def conduct(plan: Plan) -> int:
+def conduct(request: StudyRequest) -> int:
     """Run what is missing, and write the report.
 
     Raises:
         InputError: the config, the study and the models do not fit together.
     """
-    study = with_models(plan.study, plan.models)
-    if plan.tuned is not None and not any((plan.tuned / f"{kind}.toml").is_file() for kind in MODELS):
+    study = with_models(request.study, request.models)
+    if request.tuned is not None and not any((request.tuned / f"{kind}.toml").is_file() for kind in MODELS):
         raise InputError(
-            f"--tuned {plan.tuned}: wanted a folder with KIND.toml files, which `mbcnet tune --out {plan.tuned}` writes; change it"
+            f"--tuned {request.tuned}: wanted a folder with KIND.toml files, which `mbcnet tune --out {request.tuned}` writes; change it"
         )
-    base = load_config(plan.config, plan.overrides)
-    seeds = range(base.train.seed, base.train.seed + plan.seeds)
+    base = load_config(request.config, request.overrides)
+    seeds = range(base.train.seed, base.train.seed + request.seeds)
     runs = [
         Run(
             variant.name,
             seed,
-            place_run(variant_config(base, variant, plan.tuned, plan.overrides), seed, plan.out),
+            place_run(variant_config(base, variant, request.tuned, request.overrides), seed, request.out),
         )
         for seed in seeds
         for variant in study.variants
         if study.name != "complexity"
     ]
-    failures = train_with_progress(runs, plan.workers)
+    failures = train_with_progress(runs, request.workers)
     done = [run for run in runs if run.done]
     found: dict[str, dict[int, Mapping[str, float]]] = {}
     for run in done:
         found.setdefault(run.variant, {})[run.seed] = scores(run.folder)
-    blocks = report_blocks(plan, study, base, done, found, failures)
+    blocks = report_blocks(request, study, base, done, found, failures)
     title = f"{study.reference}: {study.question}"
-    lead = f"{base.name}, {plan.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
-    page, text = write_report(plan.out, f"{study.name}_{base.name}", title, lead, blocks)
+    lead = f"{base.name}, {request.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
+    page, text = write_report(request.out, f"{study.name}_{base.name}", title, lead, blocks)
     print(f"wrote {page} and {text}")
-    print(f"next: open {page} in a browser; the runs are in {plan.out / 'runs'}, and are not trained again")
+    print(
+        f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again"
+    )
     return 0
 
 
@@ -161,13 +152,15 @@ def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str
                 failures.setdefault(run.variant, []).append(f"seed {run.seed}: {failure}")
                 bar.write(f"{run.variant}, seed {run.seed}: failed: {failure}")
             else:
-                bar.write(f"{run.variant}, seed {run.seed}: {describe_scores(scores(run.folder))}")
+                found = scores(run.folder)
+                words = f"AUC {found['auc']:.4f}, log-loss {found['log_loss']:.4f}"
+                bar.write(f"{run.variant}, seed {run.seed}: {words}")
             bar.update(1)
     return failures
 
 
 def report_blocks(
-    plan: Plan,
+    request: StudyRequest,
     study: Study,
     base: RunConfig,
     runs: Sequence[Run],
@@ -189,19 +182,15 @@ def report_blocks(
     if rows and study.claims:
         asked = "What the paper claims" if study.claimed else "What is hoped for"
         blocks += [Heading(asked), verdict_table(study, found), Text(VERDICTS)]
-    blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found, rows, plan.category))]
-    blocks += [
+    blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found, rows, request.category))]
+    configs = [f"{run.variant}, seed {run.seed}: {run.folder}/config.toml" for run in runs]
+    return [
+        *blocks,
         Heading("Again"),
-        Code(plan.command()),
+        Code(request.command()),
         Code(config_text(base), "the config, every key resolved"),
+        Code("\n".join(configs) or "none", "each run's own config"),
     ]
-    blocks += [
-        Code(
-            "\n".join(f"{run.variant}, seed {run.seed}: {run.folder}/config.toml" for run in runs) or "none",
-            "each run's own config",
-        )
-    ]
-    return blocks
 
 
 def score_table(rows: Sequence[Row]) -> Table:
@@ -278,20 +267,16 @@ def verdict_table(study: Study, found: Mapping[str, Scores]) -> Table:
     """What became of each claim."""
     verdicts = [judge(claim, found) for claim in study.claims]
     shown = [verdict for verdict in verdicts if verdict.said != "not tested"]
-    return Table(
-        ("claim", "here", "difference of AUC", "p"),
-        tuple(
-            (
-                verdict.claim.text,
-                verdict.said,
-                format_difference(verdict.difference),
-                ""
-                if verdict.difference is None or verdict.difference.seeds < 2
-                else f"{verdict.difference.p:.3f}",
-            )
-            for verdict in shown
-        ),
-    )
+    lines = [
+        (each.claim.text, each.said, format_difference(each.difference), format_p(each.difference))
+        for each in shown
+    ]
+    return Table(("claim", "here", "difference of AUC", "p"), tuple(lines))
+
+
+def format_p(difference: Difference | None) -> str:
+    """The p-value of a difference; "" where it has none."""
+    return "" if difference is None or difference.seeds < 2 else f"{difference.p:.3f}"
 
 
 def format_difference(difference: Difference | None) -> str:

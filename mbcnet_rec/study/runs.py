@@ -37,9 +37,9 @@ class Run:
     """One training run of a study.
 
     Attributes:
-        variant: its row of the study's table.
-        seed: of weights and order of rows.
-        config: with train.out pointing to the run's folder.
+        variant: the row of the study's table that it belongs to.
+        seed: the seed of its weights and of the order of rows.
+        config: its config, with train.out pointing to the run's folder.
     """
 
     variant: str
@@ -97,9 +97,9 @@ def share_cores(num_runs: int, workers: int, available: int) -> tuple[int, int]:
     """Choose processes, and threads of each, so that together they are at most the cores.
 
     Args:
-        num_runs: that are to be trained.
-        workers: wanted; 0: one for each core.
-        available: cores.
+        num_runs: number of runs to train.
+        workers: processes wanted; 0: one for each core.
+        available: number of cores.
     """
     processes = max(1, min(workers or available, num_runs))
     return processes, max(1, available // processes)
@@ -115,7 +115,7 @@ def train_all(runs: Sequence[Run], workers: int = 0) -> Iterator[tuple[Run, str]
         workers: processes; 0: one for each core, or a single one where runs take a GPU.
 
     Raises:
-        PreemptedError: somebody asked this process to stop.
+        PreemptedError: this process got a stop request.
         CannotWriteError: the disk is full, or is not ours to write.
     """
     pending = {run.folder: run for run in runs if not run.done}
@@ -164,23 +164,19 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     """Train one run; what it prints goes to a file beside its folder.
 
     Args:
-        config: of the run.
+        config: the run's config.
         watch: see run_training.
 
     Returns:
         Why it failed, on one line; "" if it did not.
 
     Raises:
-        PreemptedError: somebody asked this process to stop, which is no fault of the run.
+        PreemptedError: this process got a stop request, which is no fault of the run.
         CannotWriteError: the next run would not get further either.
     """
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        folder.with_suffix(".log").open("w") as log,
-        redirect_stdout(log),
-        redirect_stderr(log),
-    ):
+    with folder.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             train_model(config, overwrite=True, watch=watch, report=write_run_report)
         except (PreemptedError, CannotWriteError):

@@ -34,12 +34,12 @@ class Row:
     """A variant's line of the table.
 
     Attributes:
-        name: of the variant.
-        seeds: that ended.
+        name: the variant's name.
+        seeds: number of seeds that ended.
         auc, log_loss: mean and standard deviation over seeds (n - 1 below); NaN for one seed's deviation.
         against: the row it is compared with; "" if there is none.
-        difference: of AUC to that row.
-        loss_difference: of log-loss.
+        difference: difference of AUC to that row.
+        loss_difference: difference of log-loss.
         paper: the paper's own figures.
         failures: why the other seeds did not end.
     """
@@ -126,9 +126,7 @@ def summarise(study: Study, scores: Mapping[str, Scores], failures: Mapping[str,
 def best_reference(study: Study, scores: Mapping[str, Scores], but: str = "") -> str:
     """Name the reference row with the highest mean AUC, other than `but`; "" if there is none."""
     candidates = [name for name in study.reference_rows if name != but and scores.get(name)]
-    return max(
-        candidates, key=lambda name: mean_and_sd([s["auc"] for s in scores[name].values()])[0], default=""
-    )
+    return max(candidates, key=lambda name: np.mean([s["auc"] for s in scores[name].values()]), default="")
 
 
 def judge(claim: Claim, scores: Mapping[str, Scores]) -> Verdict:

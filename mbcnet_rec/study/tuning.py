@@ -15,7 +15,7 @@ start goes on where it stood. The winner, by validation AUC, is written as a who
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,19 +97,21 @@ def load_space(path: Path, trials: int = 0) -> Space:
 
 
 def _range(where: str, value: Any) -> Range:
-    wanted = "wanted { choices = [..] } or { low = .., high = .., log = true or false }"
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where} = {value!r}: {wanted}; note that a dotted key is written in quotes")
-    if value.keys() == {"choices"}:
+    shown = dict(value) if isinstance(value, Mapping) else value
+    keys = set(value) if isinstance(value, Mapping) else set()
+    if keys == {"choices"}:
         if not isinstance(value["choices"], list) or not value["choices"]:
             raise InputError(f"{where}.choices = {value['choices']!r}: wanted a list of one or more values")
         return Range(choices=tuple(value["choices"]))
-    if not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
-        raise InputError(f"{where} = {dict(value)!r}: {wanted}; note that a dotted key is written in quotes")
+    if not {"low", "high"} <= keys <= {"low", "high", "log"}:
+        raise InputError(
+            f"{where} = {shown!r}: wanted {{ choices = [..] }} or {{ low = .., high = .., log = true or false }}; note that a dotted "
+            "key is written in quotes"
+        )
     low, high, log = value["low"], value["high"], value.get("log", False)
     numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in (low, high))
     if not numbers or low > high or (log and low <= 0):
-        raise InputError(f"{where} = {dict(value)!r}: wanted low <= high, and low > 0 with log; change them")
+        raise InputError(f"{where} = {shown!r}: wanted low <= high, and low > 0 with log; change them")
     return Range(low=low, high=high, log=bool(log))
 
 
@@ -133,16 +135,10 @@ def check_keys(space: Space, config: RunConfig, kind: str) -> None:
         for path in [f"{key}.{name}" for name in sorted(inner)] or [key]:
             table = known
             for name in path.split("."):
-                if not isinstance(table, dict) or name not in table:
-                    raise InputError(
-                        f"space: {unknown_key(path, name, table if isinstance(table, dict) else ())}"
-                    )
+                table = table if isinstance(table, dict) else {}
+                if name not in table:
+                    raise InputError(f"space: {unknown_key(path, name, table)}")
                 table = table[name]
-
-
-def draw_for(space: Space, kind: str) -> Callable[[Trial], list[str]]:
-    """Make what draws a value of each key that matters to a kind."""
-    return lambda trial: draw_overrides(trial, space, kind)
 
 
 def draw_overrides(trial: Trial, space: Space, kind: str) -> list[str]:
@@ -152,19 +148,14 @@ def draw_overrides(trial: Trial, space: Space, kind: str) -> list[str]:
         if not applies(key, kind):
             continue
         if range_.choices:
-            value = json.loads(
-                trial.suggest_categorical(key, [json.dumps(each) for each in range_.choices])  # type: ignore[arg-type]
-            )
+            texts = [json.dumps(each) for each in range_.choices]
+            value = json.loads(trial.suggest_categorical(key, texts))  # type: ignore[arg-type]
         elif isinstance(range_.low, int) and isinstance(range_.high, int):
             value = trial.suggest_int(key, range_.low, range_.high, log=range_.log)
         else:
             value = trial.suggest_float(key, range_.low, range_.high, log=range_.log)
-        chosen = (
-            {f"{key}.{name}": each for name, each in value.items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
-        overrides += [f"{name}={json.dumps(each)}" for name, each in chosen.items()]
+        chosen = value if isinstance(value, dict) else {"": value}
+        overrides += [f"{key}.{name}".rstrip(".") + f"={json.dumps(each)}" for name, each in chosen.items()]
     return overrides
 
 
@@ -186,11 +177,11 @@ def tune_model(
     """Run the trials of one model that are still missing, and write the winner's config.
 
     Args:
-        config: what the space leaves open; its seed is that of every trial.
-        space: ranges, trials, sampler.
-        kind: of the model.
+        config: what the space leaves open; every trial has its seed.
+        space: ranges, number of trials, sampler.
+        kind: the kind of model.
         out: folder of the study file, the trials' runs and the winner.
-        bar: over trials; takes a line after each.
+        bar: progress over trials; it prints a line after each.
 
     Returns:
         The winner's config file, and its trial.
@@ -208,13 +199,16 @@ def tune_model(
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
     )
-    queue_interrupted(study)
+    # Trials of a start that was killed get another try with the values that they had drawn; the two count once.
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
     base = base_config(config, kind, out)
-    ended = count_ended(study)
+    ended = len(study.get_trials(states=FINISHED)) - sum(AGAIN in trial.user_attrs for trial in study.trials)
     bar.update(min(ended, space.trials))
     for number in range(ended, space.trials):
         study.sampler = SAMPLERS[space.sampler](seed=config.train.seed + number)
-        outcome = run_trial(study, study.ask(), base, draw_for(space, kind), out)
+        outcome = run_trial(study, study.ask(), base, space, out)
         bar.write(f"{kind}: trial {number + 1} of {space.trials}: {outcome}")
         bar.update(1)
     if not study.get_trials(states=(TrialState.COMPLETE,)):
@@ -226,18 +220,6 @@ def tune_model(
     best = with_overrides(base, winner.user_attrs["overrides"], str(path))
     write_whole(path, config_text(best))
     return path, winner
-
-
-def queue_interrupted(study: optuna.Study) -> None:
-    """Give trials of a start that was killed another try with the values that they had drawn."""
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
-
-
-def count_ended(study: optuna.Study) -> int:
-    """Count the trials that came to an end; one that was interrupted counts when its second try has."""
-    return len(study.get_trials(states=FINISHED)) - sum(AGAIN in trial.user_attrs for trial in study.trials)
 
 
 def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
@@ -259,14 +241,12 @@ def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
     return replace(config, model=model)
 
 
-def run_trial(
-    study: optuna.Study, trial: Trial, base: RunConfig, draw: Callable[[Trial], list[str]], out: Path
-) -> str:
+def run_trial(study: optuna.Study, trial: Trial, base: RunConfig, space: Space, out: Path) -> str:
     """Draw, train and score one trial; return what came of it in words.
 
     A trial whose validation AUC lies below the median of the earlier ones at the same evaluation is pruned.
     """
-    overrides = draw(trial)
+    overrides = draw_overrides(trial, space, base.model.kind)
     trial.set_user_attr("overrides", overrides)
     shown = ", ".join(overrides)
     try:
@@ -299,7 +279,7 @@ def tune_models(config: RunConfig, space: Space, models: Sequence[str], out: Pat
     """Tune each model with the same number of trials; say what won and where it is.
 
     Raises:
-        InputError: a kind is unknown, a key of the space is none of the config's, or no trial came to an end.
+        InputError: a kind is unknown, the config lacks a key of the space, or no trial came to an end.
     """
     kinds = models or (config.model.kind,)
     for kind in kinds:  # a mistake shows before the first model has trained for an hour

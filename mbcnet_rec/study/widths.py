@@ -1,4 +1,4 @@
-"""Widths of the models that a config says nothing about: those of its MBCnet. Imports no torchrec."""
+"""Widths of the models that a config says nothing about: those of its MBCnet."""
 
 from dataclasses import replace
 
@@ -12,24 +12,20 @@ def fit_widths(model: ModelConfig) -> ModelConfig:
     """
     ours, plain = model.mbcnet, ModelConfig()
     row = (*ours.deep.hidden, *ours.top)
+    drop = ours.dropout
+    stream = {"hidden": row, "gate": ours.top[-1:], "dropout": drop}
+    first, second = replace(plain.finalmlp.first, **stream), replace(plain.finalmlp.second, **stream)
     fitted = {
-        "dnn": replace(plain.dnn, hidden=row, dropout=ours.dropout),
-        "crossnet": replace(
-            plain.crossnet, cross=ours.cross, hidden=(ours.branch_dim, *ours.top), dropout=ours.dropout
-        ),
-        "wide_deep": replace(plain.wide_deep, hidden=row, dropout=ours.dropout),
-        "dcnv2": replace(plain.dcnv2, cross=ours.cross, hidden=ours.deep.hidden, dropout=ours.dropout),
-        "mmoe": replace(plain.mmoe, expert=row, gate=ours.top, tower=ours.top, dropout=ours.dropout),
-        "enkd": replace(plain.enkd, hidden=row, dropout=ours.dropout),
-        "finalmlp": replace(
-            plain.finalmlp,
-            first=replace(plain.finalmlp.first, hidden=row, gate=ours.top[-1:], dropout=ours.dropout),
-            second=replace(plain.finalmlp.second, hidden=row, gate=ours.top[-1:], dropout=ours.dropout),
-        ),
-        "deepfm": replace(plain.deepfm, hidden=row, dropout=ours.dropout),
-        "efgc": replace(
-            plain.efgc, efgc=ours.efgc, branch_dim=ours.branch_dim, top=ours.top, dropout=ours.dropout
-        ),
+        **{kind: {"hidden": row, "dropout": drop} for kind in ("dnn", "wide_deep", "enkd", "deepfm")},
+        "crossnet": {"cross": ours.cross, "hidden": (ours.branch_dim, *ours.top), "dropout": drop},
+        "dcnv2": {"cross": ours.cross, "hidden": ours.deep.hidden, "dropout": drop},
+        "mmoe": {"expert": row, "gate": ours.top, "tower": ours.top, "dropout": drop},
+        "finalmlp": {"first": first, "second": second},
+        "efgc": {"efgc": ours.efgc, "branch_dim": ours.branch_dim, "top": ours.top, "dropout": drop},
     }
-    unsaid = {kind: value for kind, value in fitted.items() if getattr(model, kind) == getattr(plain, kind)}
+    unsaid = {
+        kind: replace(getattr(plain, kind), **values)
+        for kind, values in fitted.items()
+        if getattr(model, kind) == getattr(plain, kind)
+    }
     return replace(model, **unsaid)
