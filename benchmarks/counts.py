@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.build import build
 from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.mbcnet import MBCNetConfig
 from mbcnet_rec.model.models import ModelConfig
@@ -51,7 +51,6 @@ def main() -> int:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    quieten_libraries()
     print(
         "prediction: a few hundred ATen calls; none of the counts grows with the 192 fields but those of the regroup"
     )

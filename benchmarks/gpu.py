@@ -29,7 +29,7 @@ from random_rows import random_batch
 from side_by_side import parser_of, print_figures
 
 from data.stream import Batch
-from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.build import build
 from mbcnet_rec.runtime.process import joined_process
 
 # Dense bf16 peak in TFLOP/s by the data sheets, by a part of the name that CUDA reports
@@ -52,7 +52,6 @@ def main() -> int:
     args = parser.parse_args()
     begun = time.perf_counter()
     torch.set_num_threads(args.threads)
-    quieten_libraries()
     print(
         "prediction (one H200): 85.8 MFLOP a sample; matrix products alone would allow 9.2 M samples a second, HugeCTR's MLPerf rate is worth\n"
         "2.4 M; many small kernels between them leave gaps of a third of the step, so 1.0 to 1.5 M; lookup at 0.5 to 0.8 of the copy's bandwidth"

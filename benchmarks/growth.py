@@ -38,7 +38,7 @@ from side_by_side import (
 )
 
 from data.schema import Schema
-from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.build import build
 from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.losses import branch_coteaching_loss, branch_pairs, moderate_differentiation_loss
 from mbcnet_rec.model.mbcnet import MBCNetConfig
@@ -165,7 +165,6 @@ def one_rank(rank: int, world: int, port: int, seconds: float, begin: Any, answe
     """Train for a while as one of `world` ranks; answer with processor seconds a step. Ranks step together, so they count alike."""
     os.environ |= rank_environment(rank, world, port)
     torch.set_num_threads(1)
-    quieten_libraries()
     with joined_process("cpu") as process:
         step = step_of(process, schema_of())
         start = time.process_time()
@@ -247,7 +246,6 @@ def main() -> int:
     parser.add_argument("--largest-rows", type=int, default=10**7, help="of a table; 100,000,000 takes 14 GB")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    quieten_libraries()
     seconds = args.seconds or (1.5 if args.quick else 15.0)
     print(
         "prediction: batch 0.9 to 1 (fixed costs at the small end); fields 0.7, nearing 1: layers on all fields grow with them, the rest does not;\n"

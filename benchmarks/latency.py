@@ -22,7 +22,6 @@ from paper_size import MBCNET, cut_schema
 from side_by_side import parser_of, print_figures
 
 from data.schema import Schema
-from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import take_apart, untrained, with_rows, write_artifact
@@ -48,7 +47,6 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="of each cell; default 10, quick 2")
     parser.add_argument("--compiled", action="store_true", help="also the dense part compiled by AOTInductor")
     args = parser.parse_args()
-    quieten_libraries()
     contest = Contest(
         numbers(args.rows or ("1,64" if args.quick else "1,8,64,512")),
         numbers(args.threads_list or ("1" if args.quick else "1,2,4")),

@@ -17,11 +17,11 @@ from data.schema import Schema, load_schema, parse_schema
 from data.stream import Batch, ParquetStream
 from data.synthetic.pailitao import FILES
 from data.synthetic.write import write_synthetic
-from mbcnet_rec.build import Built
 from mbcnet_rec.config import DataConfig, RunConfig, TrainConfig
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
 from mbcnet_rec.model.mbcnet import MBCNetConfig
 from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.training.built import Built
 
 # Training FLOPs of one sample at 2,780 dims and 800 group dims: 6 for each multiply-add of a forward pass.
 PREDICTED_FLOPS = 85.8e6

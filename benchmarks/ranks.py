@@ -90,11 +90,10 @@ def train_when_told(folder: Path, batch: int) -> int:
     from paper_size import MBCNET, read_batches, run_config, training_step
 
     from data.schema import load_schema
-    from mbcnet_rec.build import build, quieten_libraries
+    from mbcnet_rec.build import build
     from mbcnet_rec.runtime.process import joined_process
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    quieten_libraries()
     schema = load_schema(folder / "schema.toml")
     with joined_process("cpu") as process:
         own = batch // process.world_size

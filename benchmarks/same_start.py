@@ -40,11 +40,12 @@ from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
 from data.schema import Schema, load_schema
 from data.stream import Batch, ParquetStream
-from mbcnet_rec.build import Built, build, quieten_libraries
+from mbcnet_rec.build import build
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.metrics import auc
 from mbcnet_rec.study.tuning import with_overrides
+from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.pipeline import PlainPipeline, clip_gradients
 from mbcnet_rec.training.state import TrainState, scale_rates
 
@@ -273,7 +274,6 @@ def main() -> int:
     if bool(args.peer_python) != bool(args.peer_source):
         parser.error("--peer-python and --peer-source: name both or neither")
     args.epochs = args.epochs or (20 if args.protocol else 3)
-    quieten_libraries()
     torch.set_num_threads(args.threads)
     print(f"prediction: {PREDICTION}")
     figures: dict[str, float | None] = {}

@@ -65,10 +65,11 @@ from torchrec.distributed import DistributedModelParallel
 
 from data.schema import Schema
 from data.stream import Batch
-from mbcnet_rec.build import Built, build, quieten_libraries
+from mbcnet_rec.build import build
 from mbcnet_rec.model.layers import ALL
 from mbcnet_rec.runtime.process import Process, joined_process
 from mbcnet_rec.train import run_training
+from mbcnet_rec.training.built import Built
 
 LOSS_BATCH = 256
 LOG_EVERY, CHECKPOINT_EVERY = 20, 100  # steps; one checkpoint in 100 steps is more than a real run makes
@@ -95,7 +96,6 @@ def main() -> int:
     only = args.only or ["steps", "losses", "trainer"]
     figures: dict[str, Any] = {}
     torch.set_num_threads(args.threads)
-    quieten_libraries()
     print_prediction(args.batch)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

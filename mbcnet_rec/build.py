@@ -3,9 +3,7 @@
 The part of the composition root that training, evaluation, prediction and export share.
 """
 
-import logging
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.optim.keyed import CombinedOptimizer
 
 from data.errors import InputError
 from data.schema import Schema
@@ -22,12 +19,12 @@ from mbcnet_rec.config import RunConfig
 from mbcnet_rec.cpu.one_process import NoCopies, shorten_lookups
 from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.input_layout import input_layout, schema_with_wide
-from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
-from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
+from mbcnet_rec.model.models import build_model, needs_wide
 from mbcnet_rec.model.objective import Objective
 from mbcnet_rec.model.sparse_arch import Lookup, SparseArch
 from mbcnet_rec.model.zoo.enkd import DistillationObjective
 from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks
+from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.initialise import initialise_tables
@@ -40,45 +37,6 @@ from sharding.search.planner import make_plan
 from sharding.search.task import Task, cluster_of
 
 SPARSE_ARCH = "model.sparse_arch."
-
-
-@dataclass
-class Built:
-    """A model ready to train or to be loaded.
-
-    Attributes:
-        model: the sharded objective.
-        optimizer: fused, dense and replicated parts.
-        plan: where the tables live.
-        branch_names: of the model's outputs after the fused one.
-        dense: parameters that are in no table.
-    """
-
-    model: DistributedModelParallel
-    optimizer: CombinedOptimizer
-    plan: Plan
-    branch_names: tuple[str, ...]
-    dense: list[nn.Parameter]
-
-
-def quieten_libraries() -> None:
-    """Silence, by name, what the libraries say on every run and no user can mend."""
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(
-        logging.ERROR
-    )  # is_fx_tracing will return true ...
-    logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
-    logging.getLogger("torchrec.distributed.utils").setLevel(
-        logging.ERROR
-    )  # data_parallel: caching params will be ignored
-    # the last one tells each rank of several hosts which groups it made
-    for name in ("planner.stats", "logger", "comm"):
-        logging.getLogger(f"torchrec.distributed.{name}").setLevel(logging.ERROR)
-    logging.getLogger().addFilter(
-        lambda record: not record.getMessage().startswith("Sharding spec not found for ")
-    )
-    for module in ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.autograd"):
-        warnings.filterwarnings("ignore", module=module.replace(".", r"\.") + r"(\..*)?$")
-    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 
 def build_lookups(schema: Schema, plan: Plan) -> list[Lookup]:
@@ -145,11 +103,6 @@ def _plan_of(config: RunConfig, schema: Schema, process: Process) -> Plan:
     return plan
 
 
-def cooperation(config: ModelConfig) -> tuple[CoteachingConfig, DifferentiationConfig]:
-    """The cooperation losses of a model; models without branches ignore them."""
-    return config.mbcnet.coteaching, config.mbcnet.differentiation
-
-
 def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None = None) -> Built:
     """Build, plan, shard and initialise a model; equal on every world size and plan for the same config.
 
@@ -172,11 +125,11 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     layout = replace(input_layout(schema), wide=needs_wide(config.model))
     torch.manual_seed(config.train.seed)  # dense weights: equal on all ranks
     arch = SparseArch(lookups, layout)
-    model = build_model(config.model, arch, layout)
+    model, mbcnet = build_model(config.model, arch, layout), config.model.mbcnet
     objective = (
         DistillationObjective(model, config.model.enkd)  # type: ignore[arg-type]
         if config.model.kind == "enkd"
-        else Objective(model, *cooperation(config.model), mean_over_ranks)  # type: ignore[arg-type]
+        else Objective(model, mbcnet.coteaching, mbcnet.differentiation, mean_over_ranks)  # type: ignore[arg-type]
     )
     fused = [
         parameter
@@ -202,7 +155,8 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     kept = {name for name, table in tables.items() if table in replicated}
     optimizer = build_optimizer(sharded, kept, config.optim)
     dense = [parameter for name, parameter in sharded.named_parameters() if name not in tables]
-    return Built(sharded, optimizer, plan, model.branch_names, dense)  # type: ignore[arg-type]
+    names: Any = model.branch_names
+    return Built(sharded, optimizer, plan, names, dense, config.optim, config.sharding, config.train.seed)
 
 
 def _refuse_adam(config: RunConfig, schema: Schema) -> None:

@@ -16,12 +16,12 @@ from data.errors import InputError
 from data.reading.order import Cursor
 from data.schema import Schema, load_schema
 from data.stream import Batch, ParquetStream
-from mbcnet_rec.build import Built
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.models import ModelKind, needs_wide
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.trained_run import find_step, load_built
 from mbcnet_rec.train import DONE, Report, run_training
+from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.trainer import Watch
 
 
@@ -113,7 +113,7 @@ class TaughtStream:
 
     def __init__(self, stream: ParquetStream, teachers: Sequence[Built], process: Process) -> None:
         self._stream, self._teachers, self._process = stream, teachers, process
-        self.schema = stream.schema
+        self.schema, self.options = stream.schema, stream.options
         self.steps_per_epoch = stream.steps_per_epoch
 
     @property

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from data.reading.files import resolve_files
 from data.reading.storage import DataFile
 from data.schema import Schema, load_schema
 from data.stream import ParquetStream
-from mbcnet_rec.build import Built, build, quieten_libraries
+from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.compatibility import load_checked
 from mbcnet_rec.checkpoints.run_folder import CHECKPOINTS, storage_of
 from mbcnet_rec.checkpoints.shards import Saved
@@ -31,9 +32,10 @@ from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_process
 from mbcnet_rec.runtime.watchdog import STACKS, Watchdog
+from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.evaluation import EvaluationGivenUpError, bf16_in_hardware
 from mbcnet_rec.training.faults import FAULTS
-from mbcnet_rec.training.trainer import Surroundings, Trainer, Watch
+from mbcnet_rec.training.trainer import RunContext, Trainer, Watch
 from sharding.plan.plan_file import write_plan
 
 Teach = Callable[[Process, ParquetStream], ParquetStream]
@@ -68,7 +70,6 @@ def run_training(
         InputError: the config, the schema, a row or the run folder is at fault.
         RunStoppedError: the run ends before its last step; see training/exits.py.
     """
-    quieten_libraries()
     schema = load_schema(config.schema)
     schema.require_fitted()
     if config.model.kind == "enkd" and teach is None:
@@ -82,15 +83,17 @@ def run_training(
         joined_process(settings.device, settings.timeout_seconds) as process,
         Watchdog(process, config.run_folder, settings.stall_seconds) as watchdog,
     ):
-        around = Surroundings(process, storage_of(config), stop, watchdog, watch)
+        context = RunContext(
+            process, config.run_folder, storage_of(config), stop, watchdog, partial(_records, config), watch
+        )
         refuse_together(_folder_problem(config.run_folder, resume, overwrite), process)
-        refuse_together(_place_problem(around, resume, overwrite), process)
+        refuse_together(_place_problem(context, resume, overwrite), process)
         with agreed(process):
             streams = open_streams(config.data, settings.seed, schema, process)
         built = build(config, schema, process)
         train_rows = streams["train"]() if teach is None else teach(process, streams["train"]())
-        trainer = Trainer(config, around, built, train_rows, streams.get("valid"))
-        start = _start(trainer, resume, allow_partial)
+        trainer = Trainer(settings, context, built, train_rows, streams.get("valid"))
+        start = _start(config, trainer, resume, allow_partial)
         if process.is_first:
             _open_folder(config, built, fresh=start is None)
             tell(opening_line(config, schema, process, trainer.total_steps, start))
@@ -116,9 +119,9 @@ def _reported(folder: Path, report: Report | None) -> bool:
     return True
 
 
-def _start(trainer: Trainer, resume: bool, allow_partial: bool) -> int | None:
+def _start(config: RunConfig, trainer: Trainer, resume: bool, allow_partial: bool) -> int | None:
     """Load the latest checkpoint, or the tables of a warm start; return the step to go on from, None for a fresh start."""
-    process, place, config = trainer.process, trainer.around.place, trainer.config
+    process, place = trainer.process, trainer.context.storage
     step, problem = None, ""
     if resume and process.is_first:
         step = latest_step(place)
@@ -209,11 +212,11 @@ def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
     )
 
 
-def _place_problem(around: Surroundings, resume: bool, overwrite: bool) -> str:
+def _place_problem(context: RunContext, resume: bool, overwrite: bool) -> str:
     """Say why checkpoints cannot go to their place, or an empty string; leftovers of dead runs are removed. For rank 0."""
-    if not around.process.is_first:
+    if not context.process.is_first:
         return ""
-    place: CheckpointStorage = around.place
+    place: CheckpointStorage = context.storage
     try:
         place.clean()
         place.check_writable()
@@ -273,18 +276,22 @@ def _test(
         return {}
     state = trainer.state
     if state.best_step >= 0 and state.best_step != state.step:
-        with trainer.around.place.fetched(state.best_step) as folder:
-            load_checked(Saved(folder), trainer.built, config, process)
+        with trainer.context.storage.fetched(state.best_step) as folder:
+            load_checked(Saved(folder), trainer.built, process)
     try:
         metrics = trainer.evaluate(open_test())
     except EvaluationGivenUpError:
         raise trainer.preempted() from None
     if process.is_first:
-        sink = open_sink(config.train.tracking, config.run_folder, config.name, config)
-        records = Records(config.run_folder, state.step, sink)
+        records = trainer.context.open_records(state.step)
         records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
         records.close()
     return metrics
+
+
+def _records(config: RunConfig, step: int) -> Records:
+    sink = open_sink(config.train.tracking, config.run_folder, config.name, config)
+    return Records(config.run_folder, step, sink)
 
 
 def opening_line(

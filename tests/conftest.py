@@ -27,7 +27,7 @@ LIBRARY_VARIABLES = (
 )
 
 # Set for the whole process by the product today; each line goes with its cause
-NOT_YET = ("the root logger's filters", "warnings.showwarning")
+NOT_YET = ("warnings.showwarning",)
 
 
 def children() -> dict[int, str]:

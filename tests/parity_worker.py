@@ -10,7 +10,7 @@ from forked_ranks import run_ranks
 
 from data.schema import load_schema
 from data.stream import ParquetStream
-from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.shards import shards_of
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
@@ -61,7 +61,6 @@ def logical_tensors(built, process):
 
 
 def train_all(config_file, out):
-    quieten_libraries()
     with joined_process("cpu") as process:
         for kind, optimizer in KINDS.items():
             config = load_config(config_file, [f"optim.embedding.name={optimizer}"])

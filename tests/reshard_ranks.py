@@ -20,7 +20,7 @@ from small_data import write_small
 
 from data.errors import InputError
 from data.schema import load_schema
-from mbcnet_rec.build import build, quieten_libraries, schema_with_wide
+from mbcnet_rec.build import build, schema_with_wide
 from mbcnet_rec.checkpoints.compatibility import load_checked
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
 from mbcnet_rec.checkpoints.storage import LocalStorage
@@ -92,7 +92,7 @@ def move(config, process, built, source, target=None):
     shards = shards_of(built.model, built.optimizer)
     spoil(shards)
     saved = Saved(source)
-    notes = load_checked(saved, built, config, process)
+    notes = load_checked(saved, built, process)
     assert not notes, notes
     shards = shards_of(built.model, built.optimizer)
     if target is None:
@@ -137,7 +137,6 @@ def save_at_each_world_size():
     source = first_run("one")
 
     def action(rank):
-        quieten_libraries()
         with joined_process("cpu", 30.0) as process:
             config = load_config(CONFIG)
             built = build(config, load_schema(config.schema), process)
@@ -153,7 +152,6 @@ def load_at_each_world_size():
     results = {}
 
     def action(rank):
-        quieten_libraries()
         with joined_process("cpu", 30.0) as process:
             config = load_config(CONFIG)
             built = build(config, load_schema(config.schema), process)
@@ -194,7 +192,6 @@ def between_kinds_of_plan():
     sources = {name: first_run(name, *values) for name, (values, _) in FAMILIES.items()}
 
     def action(rank):
-        quieten_libraries()
         found = {}
         with joined_process("cpu", 30.0) as process:
             for name, (values, kinds) in FAMILIES.items():
@@ -223,14 +220,13 @@ def refused():
     source = FOLDER / "one/checkpoints" / f"step_{FIRST}"
 
     def action(rank):
-        quieten_libraries()
         with joined_process("cpu", 30.0) as process:
             config = load_config(CONFIG)
             schema = load_schema(config.schema)
             built = build(config, schema, process, plan_of("column_wise", schema, process))
             before = [shard.tensor.clone() for shard in shards_of(built.model, built.optimizer)]
             try:
-                load_checked(Saved(source), built, config, process, allow_partial=True)
+                load_checked(Saved(source), built, process, allow_partial=True)
             except InputError as error:
                 print(error)
             after = [shard.tensor for shard in shards_of(built.model, built.optimizer)]

@@ -15,8 +15,8 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data.schema import load_schema, parse_schema
+from mbcnet_rec.training.config import EmbeddingOptimConfig
 from mbcnet_rec.training.optim import TABLE_OPTIMIZERS, fuse_table_optimizer
-from mbcnet_rec.training.optim_config import EmbeddingOptimConfig
 from sharding.bridge.allocated import held_bytes, optimizer_bytes, planned_against_held
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import sharders_of, to_sharding_plan

@@ -9,7 +9,6 @@ from small_data import write_small
 
 from data.errors import InputError
 from data.schema import load_schema
-from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
@@ -44,7 +43,6 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scored(config):
     """Training batches as the student sees them, and its teachers' own streams."""
-    quieten_libraries()
     schema = load_schema(config.schema)
     with joined_process("cpu") as process:
         stream = open_streams(config.data, 0, schema, process)["train"]()

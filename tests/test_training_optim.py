@@ -15,7 +15,7 @@ from torchrec.distributed.composable.table_batched_embedding_slice import TableB
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 from data.schema import load_schema
-from mbcnet_rec.build import build, quieten_libraries
+from mbcnet_rec.build import build
 from mbcnet_rec.config import load_config
 from mbcnet_rec.cpu.marks import mark_for_profilers_only
 from mbcnet_rec.cpu.whole_adam import WholeAdam, wholes_of
@@ -173,7 +173,6 @@ def test_a_single_process_looks_up_replicated_tables_without_a_wrapper(
     monkeypatch.chdir(tmp_path)
     settings = ["sharding.sharding_types=['data_parallel']", "optim.embedding.name=adam"]
     config = load_config(tmp_path / "tiny.toml", settings)
-    quieten_libraries()
     with joined_process("cpu") as process:
         built = build(config, load_schema(tmp_path / config.schema), process)
     lookups = [each for module in built.model.modules() for each in getattr(module, "_lookups", ())]

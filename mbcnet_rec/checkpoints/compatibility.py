@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import InputError
-from mbcnet_rec.build import Built
 from mbcnet_rec.checkpoints.shards import Saved, TensorShard, load_shards, shards_of
 from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_rows, zch_buckets, zch_table_of
-from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import Process, agreed
+from mbcnet_rec.training.built import Built
 from sharding.plan.placement import Plan
 from sharding.plan.plan_file import plan_text
 
@@ -26,16 +25,16 @@ _TABLE = re.compile(r"embedding_bags\.([^/]+)\.weight")
 SHOWN = 8
 
 
-def describe_run(built: Built, config: RunConfig) -> dict[str, Any]:
+def describe_run(built: Built) -> dict[str, Any]:
     """What a checkpoint notes of its run besides tensors, as JSON values."""
     return {
         "schema": built.plan.schema,
         "plan": hashlib.sha256(plan_text(built.plan).encode()).hexdigest()[:12],
-        "optimizer": config.optim.embedding.name,
+        "optimizer": built.optim.embedding.name,
         "data_type": built.plan.data_type,
         "column_shards": column_shards(built.plan),
         "zch_buckets": zch_buckets(built.plan),
-        "seed": config.train.seed,
+        "seed": built.seed,
     }
 
 
@@ -222,9 +221,7 @@ def all_shapes(shards: Iterable[TensorShard], process: Process) -> dict[str, tup
     return {name: tuple(shape) for part in gathered for name, shape in part.items()}
 
 
-def load_checked(
-    saved: Saved, built: Built, config: RunConfig, process: Process, *, allow_partial: bool = False
-) -> list[str]:
+def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial: bool = False) -> list[str]:
     """Load a checkpoint after a comparison; every rank calls it.
 
     Returns:
@@ -235,7 +232,7 @@ def load_checked(
     """
     init_states(built)
     shards = shards_of(built.model, built.optimizer)
-    report = compare(saved, all_shapes(shards, process), describe_run(built, config))
+    report = compare(saved, all_shapes(shards, process), describe_run(built))
     if report.refusals:
         raise InputError(f"{saved.folder}: {report.refusals[0]}")
     phrases = report.phrases

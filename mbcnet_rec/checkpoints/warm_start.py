@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from mbcnet_rec.build import Built
 from mbcnet_rec.checkpoints.compatibility import _table_of as table_of
 from mbcnet_rec.checkpoints.compatibility import all_shapes, column_shards, init_states, saved_run
 from mbcnet_rec.checkpoints.run_folder import best_step, storage_of
@@ -13,6 +12,7 @@ from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.zch_state import check_rows, zch_table_of
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.training.built import Built
 
 
 def warm_start(config: RunConfig, built: Built, process: Process) -> str:
@@ -42,7 +42,7 @@ def warm_start(config: RunConfig, built: Built, process: Process) -> str:
         saved = Saved(folder)
         shards = shards_of(built.model, built.optimizer)
         tables = _chosen(config, saved, {table_of(name) for name in all_shapes(shards, process)} - {""})
-        same_state = _same_state(saved, config, built)
+        same_state = _same_state(saved, built)
         _refuse_other_ids(saved, built, tables, config)
         for shard in shards:
             table = table_of(shard.name) or zch_table_of(shard.name)
@@ -79,10 +79,10 @@ def _chosen(config: RunConfig, saved: Saved, own: set[str]) -> set[str]:
     return set(config.train.warm_start_tables) or own & theirs
 
 
-def _same_state(saved: Saved, config: RunConfig, built: Built) -> bool:
+def _same_state(saved: Saved, built: Built) -> bool:
     run = saved_run(saved)
-    return run.get("optimizer") == config.optim.embedding.name and (
-        config.optim.embedding.name != "rowwise_adagrad"
+    return run.get("optimizer") == built.optim.embedding.name and (
+        built.optim.embedding.name != "rowwise_adagrad"
         or run.get("column_shards", {}) == column_shards(built.plan)
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from data.errors import InputError
 from mbcnet_rec.cpu.marks import mark_for_profilers_only
 from mbcnet_rec.runtime.exits import LostRankError
+from mbcnet_rec.runtime.quiet import quiet_libraries
 
 _TIMES_JOINED = itertools.count()
 # Of glibc's mallopt. Blocks below the first size come from the heap; free memory below the second stays there.
@@ -98,7 +99,8 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
     except (RuntimeError, OSError) as error:
         raise _cannot_meet(error, rank, world_size, timeout_seconds) from None
     try:
-        yield Process(rank, world_size, local_rank, local_world_size, chosen)
+        with quiet_libraries():
+            yield Process(rank, world_size, local_rank, local_world_size, chosen)
     finally:
         dist.destroy_process_group()
 

@@ -19,7 +19,6 @@ from data.errors import InputError
 from data.reading.files import resolve_files
 from data.reading.selection import select_files
 from data.schema import load_schema
-from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none
 from mbcnet_rec.runtime.process import Process, broadcast_value, gather_rows, joined_process
@@ -91,7 +90,6 @@ def run_evaluation(
     Raises:
         InputError: no such run, no checkpoint, no rows, or no such column.
     """
-    quieten_libraries()
     folder = Path(run_folder)
     config = load_run(folder)
     question = Question(split, tuple(data), tuple(dict.fromkeys(by)), exact_rows)

@@ -29,7 +29,6 @@ from data.reading.encode import Encoder
 from data.reading.files import resolve_files
 from data.reading.storage import DataFile, is_uri, open_parquet, path_parts
 from data.schema import load_schema
-from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.process import Process, any_rank, broadcast_value, joined_process
 from mbcnet_rec.scoring.scorer import Piece, Reader, Scored, Scorer, deal, unlabelled_pieces
@@ -105,7 +104,6 @@ def run_prediction(
     Raises:
         InputError: no such run, faulty files, or `out` holds something else.
     """
-    quieten_libraries()
     if is_uri(out):
         raise InputError(
             f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards"

@@ -29,8 +29,8 @@ from data.reading.selection import Selection
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import Schema
 from data.stream.batch import Batch, Keys, to_batch
-from mbcnet_rec.build import Built
 from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.pipeline import evaluate_batches
 
 PIECE_ROWS = 262_144  # a piece ends with the row group that reaches them

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.schema import Schema
-from mbcnet_rec.build import Built, build
+from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.manifest import MANIFEST
 from mbcnet_rec.checkpoints.run_folder import best_step, storage_of
 from mbcnet_rec.checkpoints.shards import Saved, load_shards, shards_of, whole_shard
@@ -20,6 +20,7 @@ from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks
 from mbcnet_rec.train import CONFIG, refuse_together
+from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.evaluation import autocast_of
 from sharding.plan.plan_file import read_plan
 

@@ -14,7 +14,6 @@ from data.reading.encode import Place, read_labels
 from data.reading.files import resolve_files
 from data.reading.selection import select_files
 from data.reading.storage import is_uri
-from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.metrics import evaluate_predictions
@@ -62,7 +61,6 @@ def run_export(
     Raises:
         InputError: no such run, branches it has not, or `out` holds something else.
     """
-    quieten_libraries()
     if is_uri(out):
         raise InputError(
             f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards"

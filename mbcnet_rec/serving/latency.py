@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.schema import Schema, load_schema
-from mbcnet_rec.build import quieten_libraries
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelConfig, ModelKind, needs_wide
 from mbcnet_rec.model.zoo.baselines import DCNv2Config, DNNConfig
@@ -99,7 +98,6 @@ def run_latency(
     Raises:
         InputError: a folder is no artifact, or the file has too few rows.
     """
-    quieten_libraries()
     unknown = [kind for kind in beside if kind not in get_args(ModelKind)]
     if unknown:
         raise InputError(f"--beside {unknown[0]}: wanted some of {', '.join(get_args(ModelKind))}")

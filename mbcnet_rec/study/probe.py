@@ -17,11 +17,11 @@ from data.errors import InputError
 from data.schema import Schema, load_schema
 from data.schema.feature import Feature
 from data.stream import Batch
-from mbcnet_rec.build import Built, quieten_libraries
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.trained_run import find_step, load_built, load_run
 from mbcnet_rec.train import open_streams
+from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.evaluation import autocast_of
 from mbcnet_rec.training.pipeline import evaluate_batches
 
@@ -66,7 +66,6 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
     Raises:
         InputError: no such run, split or field, or the model has no branches.
     """
-    quieten_libraries()
     config = load_run(folder)
     if config.model.kind != "mbcnet":
         raise InputError(

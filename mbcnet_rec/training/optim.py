@@ -12,7 +12,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from data.errors import InputError
 from mbcnet_rec.cpu.whole_adam import WholeAdam
-from mbcnet_rec.training.optim_config import EmbeddingOptimConfig, OptimConfig
+from mbcnet_rec.training.config import EmbeddingOptimConfig, OptimConfig
 
 TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,

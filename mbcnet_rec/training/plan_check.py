@@ -6,9 +6,8 @@ from statistics import median
 import numpy as np
 
 from data.errors import InputError
-from mbcnet_rec.build import Built
-from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import Process, gather_rows
+from mbcnet_rec.training.built import Built
 from sharding.bridge.allocated import (
     PARTS,
     held_bytes,
@@ -31,13 +30,13 @@ class PlanWatch:
 
     Args:
         built: the model with its plan.
-        config: of the run; names the cluster that times are estimated for, and the rows of a step.
+        batch_size: rows of a step, over all ranks.
         process: this rank.
         steps: that this start of the run will take.
     """
 
-    def __init__(self, built: Built, config: RunConfig, process: Process, steps: int) -> None:
-        self.built, self.config, self.process = built, config, process
+    def __init__(self, built: Built, batch_size: int, process: Process, steps: int) -> None:
+        self.built, self.batch_size, self.process = built, batch_size, process
         self.due = min(STEPS, steps)
         self.seconds: list[float] = []
 
@@ -55,8 +54,8 @@ class PlanWatch:
             return ""  # a plan that says no sizes, as files of the first format, says no bytes either
         if held is None:
             return ""
-        rows = -(-self.config.data.batch_size // self.process.world_size)
-        cluster = assessed_cluster(plan, self.config.sharding, self.process)
+        rows = -(-self.batch_size // self.process.world_size)
+        cluster = assessed_cluster(plan, self.built.sharding, self.process)
         assessment = assess(replace(plan, batch_size_per_rank=rows), cluster)
         step = median(self.seconds[WARM_UP:] or self.seconds)
         line = planned_against_held(assessment, farthest_off(assessment, held), held, step)

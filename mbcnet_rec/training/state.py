@@ -20,10 +20,10 @@ from data.reading.config import Order
 from data.reading.order import Cursor
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.checkpoints.shards import Saved, TensorShard, whole_shard
-from mbcnet_rec.config import TrainConfig
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.runtime.process import Process, blamed_on
+from mbcnet_rec.training.config import TrainConfig
 
 PLATEAU_FACTOR = 0.1
 PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol

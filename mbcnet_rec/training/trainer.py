@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,12 @@ from torch import Tensor
 from data.errors import InputError
 from data.reading.order import Cursor
 from data.stream import ParquetStream
-from mbcnet_rec.build import Built, cooperation
 from mbcnet_rec.checkpoints.compatibility import describe_run, load_checked
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.checkpoints.zch_state import history_shards, restore_history, zch_counters
-from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import Records
-from mbcnet_rec.logs.mlflow import open_sink
 from mbcnet_rec.logs.progress import Progress
 from mbcnet_rec.model.objective import LossArch
 from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError
@@ -28,6 +26,8 @@ from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, any_rank, vote
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import evaluate_predictions
+from mbcnet_rec.training.built import Built
+from mbcnet_rec.training.config import TrainConfig
 from mbcnet_rec.training.evaluation import (
     EvaluationGivenUpError,
     autocast_of,
@@ -57,21 +57,25 @@ Watch = Callable[[int, float], bool]  # (step, valid AUC) of an evaluation -> st
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunContext:
     """What a trainer runs in.
 
     Attributes:
         process: this rank.
-        place: of checkpoints.
-        stop: a wish to stop that came from outside.
-        watchdog: who is told of every step.
-        watch: told of every evaluation; may end training there.
+        folder: the run folder.
+        storage: of checkpoints.
+        stop: whether this process was asked to stop.
+        watchdog: is told of every step.
+        open_records: opens the run's log to go on after a step; rank 0 calls it.
+        watch: is told of every evaluation; may end training there.
     """
 
     process: Process
-    place: CheckpointStorage
+    folder: Path
+    storage: CheckpointStorage
     stop: StopRequest
     watchdog: Watchdog
+    open_records: Callable[[int], Records]
     watch: Watch | None = None
 
 
@@ -80,7 +84,7 @@ class Trainer:
 
     Args:
         config: of the run.
-        around: this rank and what surrounds it.
+        context: this rank and what surrounds it.
         built: model, optimizers, plan.
         stream: of training rows.
         valid: makes a fresh stream of validation rows; None if there are none.
@@ -88,26 +92,25 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
-        around: Surroundings,
+        config: TrainConfig,
+        context: RunContext,
         built: Built,
         stream: ParquetStream,
         valid: Callable[[], ParquetStream] | None,
     ) -> None:
-        self.config, self.around, self.built, self.valid = config, around, built, valid
-        self.process = around.process
+        self.config, self.context, self.built, self.valid = config, context, built, valid
+        self.process = context.process
         self.stream = stream
         self.state = TrainState()
-        self.folder = config.run_folder
-        steps = stream.steps_per_epoch * config.train.epochs
-        self.total_steps = min(steps, config.train.max_steps) if config.train.max_steps else steps
+        steps = stream.steps_per_epoch * config.epochs
+        self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
         self.window = Window()
         self.branches = branch_parameters(built.model)
         self.losses = [module for module in built.model.modules() if isinstance(module, LossArch)]
         self.collisions = collisions_of(built.model)
         self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
-        self.autocast = autocast_of(config.train.autocast, self.process.device)
-        self.saver = Saver(around.place, self.process, config.train.timeout_seconds)
+        self.autocast = autocast_of(config.autocast, self.process.device)
+        self.saver = Saver(context.storage, self.process, config.timeout_seconds)
         self._saved_at = time.monotonic()
         self._stop_wanted = self._save_wanted = False
         self._last_auc = float("nan")
@@ -123,7 +126,7 @@ class Trainer:
         """
         extra = saved.manifest.extra
         state = TrainState.from_json(extra.get("state", {}))
-        lines = load_checked(saved, self.built, self.config, self.process, allow_partial=allow_partial)
+        lines = load_checked(saved, self.built, self.process, allow_partial=allow_partial)
         if not lines:
             with agreed(self.process):
                 restore_history(saved, self.collisions)
@@ -152,9 +155,10 @@ class Trainer:
         process = self.process
         records = None
         if process.is_first:
-            sink = open_sink(self.config.train.tracking, self.folder, self.config.name, self.config)
-            records = Records(self.folder, self.state.step, sink)
-        bar = Progress(self.total_steps, self.state.step, self.config.data.batch_size, shown=process.is_first)
+            records = self.context.open_records(self.state.step)
+        bar = Progress(
+            self.total_steps, self.state.step, self.stream.options.batch_size, shown=process.is_first
+        )
         pipeline: Pipeline = pipeline_for(self.built.plan.prefetch, process.world_size, process.device)(
             self.built.model,
             self.built.optimizer,
@@ -165,7 +169,9 @@ class Trainer:
         feed = Feed(self.stream, process)
         self.built.model.train()
         self.window = Window(self.window.outputs, first_step=self.state.step, waited=feed.waited)
-        self.planned = PlanWatch(self.built, self.config, process, self.total_steps - self.state.step)
+        self.planned = PlanWatch(
+            self.built, self.stream.options.batch_size, process, self.total_steps - self.state.step
+        )
         try:
             while True:
                 if self._evaluation_due():
@@ -184,13 +190,13 @@ class Trainer:
 
     def _segment(self, pipeline: Pipeline, feed: Feed, bar: Progress, records: Records | None) -> None:
         """Train up to the next evaluation."""
-        train = self.config.train
+        train = self.config
         boundary = self._next_boundary()
         batches = feed.take(boundary - self.state.step)
         while True:
             seed_step(train.seed, self.state.step, self.process.rank)
             if self.state.step < boundary:
-                self.around.watchdog.beat(f"step {self.state.step + 1}")
+                self.context.watchdog.beat(f"step {self.state.step + 1}")
             for losses in self.losses:
                 losses.measures = (self.state.step + 1) % train.log_every == 0
             start = time.perf_counter()
@@ -219,12 +225,12 @@ class Trainer:
 
     def _next_boundary(self) -> int:
         """The step at which the next evaluation is due."""
-        every = self.config.train.eval_every or self.stream.steps_per_epoch
+        every = self.config.eval_every or self.stream.steps_per_epoch
         return min(self.total_steps, (self.state.step // every + 1) * every)
 
     def _evaluation_due(self) -> bool:
         """Whether this step ends with an evaluation that has not been made."""
-        every = self.config.train.eval_every or self.stream.steps_per_epoch
+        every = self.config.eval_every or self.stream.steps_per_epoch
         step = self.state.step
         boundary = step > 0 and (step % every == 0 or step >= self.total_steps)
         return boundary and self.state.evaluated_step != step
@@ -236,10 +242,10 @@ class Trainer:
             Whether to pass over this step.
         """
         finite = math.isfinite(losses.item())
-        minutes = self.config.train.checkpoint_minutes
+        minutes = self.config.checkpoint_minutes
         late = 0 < minutes * SECONDS_PER_MINUTE <= time.monotonic() - self._saved_at
         faulty, stop, failed, due = vote(
-            [not finite, self.around.stop.requested, self.saver.failed, late and self.process.is_first]
+            [not finite, self.context.stop.requested, self.saver.failed, late and self.process.is_first]
         )
         if failed is not None:
             self.saver.finish()
@@ -248,8 +254,8 @@ class Trainer:
             return False
         pipeline.forward.take_back()
         where = self._dump(losses, pipeline) if not finite else ""
-        cap = self.config.train.max_skipped
-        if self.config.train.on_nonfinite == "skip" and self.state.skipped < cap:
+        cap = self.config.max_skipped
+        if self.config.on_nonfinite == "skip" and self.state.skipped < cap:
             bar.say(
                 f"step {self.state.step + 1}: loss not finite on rank {faulty}{where}; passed over, no row written "
                 f"({self.state.skipped + 1} of at most {cap})"
@@ -268,17 +274,17 @@ class Trainer:
         assert pipeline.forward.batch is not None
         try:
             path = dump_batch(
-                self.folder, self.state.step + 1, self.process.rank, pipeline.forward.batch, losses
+                self.context.folder, self.state.step + 1, self.process.rank, pipeline.forward.batch, losses
             )
         except OSError as error:
             return f" (its batch could not be kept: {error.strerror})"
         return f" (its batch is in {path})"
 
     def _after_backward(self) -> None:
-        limit = self.config.train.max_grad_norm
-        if limit > 0 or (self.state.step + 1) % self.config.train.log_every == 0:
+        limit = self.config.max_grad_norm
+        if limit > 0 or (self.state.step + 1) % self.config.log_every == 0:
             self.window.grad_norm = clip_gradients(self.built.dense, limit or float("inf"))
-        if (self.state.step + 1) % self.config.train.log_every == 0:
+        if (self.state.step + 1) % self.config.log_every == 0:
             self.window.gradient_shares = gradient_shares(self.branches)
 
     def _log(self, feed: Feed, bar: Progress, records: Records | None) -> dict[str, float]:
@@ -286,9 +292,9 @@ class Trainer:
         window, now = self.window, time.perf_counter()
         steps, seconds = max(1, self.state.step - window.first_step), now - window.started
         terms = average_terms(window.outputs)
-        mended = mended_counts(self.stream, self.config.data.order, self.process)
+        mended = mended_counts(self.stream, self.stream.options.order, self.process)
         values: dict[str, Any] = terms | zch_counters(self.collisions, self.process)
-        spike = loss_spike(self.state, terms["loss"], self.config.train.spike_sigmas)
+        spike = loss_spike(self.state, terms["loss"], self.config.spike_sigmas)
         if spike is not None:
             bar.say(
                 f"step {self.state.step}: ALARM: loss {terms['loss']:.4f} stands {spike:.1f} standard deviations above the lines before"
@@ -297,10 +303,10 @@ class Trainer:
             assert records is not None
             logits, labels = own_rows(window.outputs)
             values |= evaluate_predictions(logits, labels, self.built.branch_names)
-            threshold = cooperation(self.config.model)[0].threshold
+            threshold = self.losses[0].coteaching.threshold if self.losses else 0.0
             values |= diagnostics(logits, labels, window.outputs[-1], self.built.branch_names, threshold)
             values |= {
-                "samples_per_second": steps * self.config.data.batch_size / seconds,
+                "samples_per_second": steps * self.stream.options.batch_size / seconds,
                 "step_seconds": seconds / steps,
                 "input_wait_share": (feed.waited - window.waited) / seconds,
                 "checkpoint_stall_seconds": self.saver.stalled_seconds - window.stalled,
@@ -326,7 +332,7 @@ class Trainer:
 
     def _evaluate_and_decide(self, bar: Progress, records: Records | None) -> None:
         """Evaluate, keep the best checkpoint, slow down or stop."""
-        train, state = self.config.train, self.state
+        train, state = self.config, self.state
         if self.valid is None:
             state.evaluated_step = state.step
             self.save(records)
@@ -342,7 +348,7 @@ class Trainer:
         auc = metrics["auc"]
         better = state.note_evaluation(auc, train)
         self._scale_rates()
-        if self.around.watch is not None and any_rank(self.around.watch(state.step, auc)):
+        if self.context.watch is not None and any_rank(self.context.watch(state.step, auc)):
             state.stopped = True
         self._last_auc = auc
         if records is not None:
@@ -359,10 +365,10 @@ class Trainer:
         """
 
         def give_up() -> bool:
-            self.around.watchdog.beat(f"evaluation at step {self.state.step}")
-            return any_rank(self.around.stop.requested)
+            self.context.watchdog.beat(f"evaluation at step {self.state.step}")
+            return any_rank(self.context.stop.requested)
 
-        self.around.watchdog.beat(f"evaluation at step {self.state.step}")
+        self.context.watchdog.beat(f"evaluation at step {self.state.step}")
         return evaluate_stream(self.built, stream, self.process, self.autocast, give_up)
 
     def _stop(self, records: Records | None) -> None:
@@ -373,7 +379,7 @@ class Trainer:
     def preempted(self) -> PreemptedError:
         """The end of a run that was asked to stop and whose last step has a checkpoint."""
         return PreemptedError(
-            f"stopped by {self.around.stop.signal_name or 'a signal to another rank'} after step {self.state.step}; its "
+            f"stopped by {self.context.stop.signal_name or 'a signal to another rank'} after step {self.state.step}; its "
             "checkpoint is written: go on with --resume",
             spoken=self.process.is_first,
         )
@@ -387,16 +393,16 @@ class Trainer:
         Raises:
             CannotWriteError: the one before could not be written.
         """
-        self.around.watchdog.beat(f"checkpoint of step {self.state.step}")
+        self.context.watchdog.beat(f"checkpoint of step {self.state.step}")
         if records is not None:
             records.sync()
         extra = {
             "state": self.state.to_json(),
             "stream": self.stream.state_dict(self.state.cursor),
-            "run": describe_run(self.built, self.config),
+            "run": describe_run(self.built),
         }
         pieces = shards_of(self.built.model, self.built.optimizer) + self.window.pieces(self.process.rank)
         pieces += history_shards(self.collisions)
         best = tuple((auc, step) for auc, step in self.state.best)
-        self.saver.save(self.state.step, pieces, extra, Keep(self.config.train.keep_last, best))
+        self.saver.save(self.state.step, pieces, extra, Keep(self.config.keep_last, best))
         self._saved_at = time.monotonic()

@@ -1,0 +1,34 @@
+"""A sharded model with its optimizers, and what it was built from: what the composition root hands to everyone."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
+
+from mbcnet_rec.training.config import OptimConfig
+from sharding.plan.constraints import ShardingConfig
+from sharding.plan.plan_file import Plan
+
+
+@dataclass
+class Built:
+    """A model ready to train or to be loaded.
+
+    Attributes:
+        model: the sharded objective.
+        optimizer: fused, dense and replicated parts.
+        plan: where the tables live.
+        branch_names: of the model's outputs after the fused one.
+        dense: parameters that are in no table.
+        optim, sharding, seed: of the config that it was built from.
+    """
+
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    plan: Plan
+    branch_names: tuple[str, ...]
+    dense: list[nn.Parameter]
+    optim: OptimConfig
+    sharding: ShardingConfig
+    seed: int
