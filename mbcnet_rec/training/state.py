@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -183,7 +183,7 @@ class Feed:
         self.waited = 0.0
         self._batches = self._endless()
 
-    def _endless(self) -> Iterator[Batch]:
+    def _endless(self) -> Generator[Batch, None, None]:
         while True:
             yield from self._stream
 
@@ -196,6 +196,10 @@ class Feed:
             self.waited += time.perf_counter() - start
             self._cursors.append(batch.cursor)
             yield batch
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        self._batches.close()
 
     def trained(self) -> Cursor:
         """Return the cursor behind the batch that was just trained."""

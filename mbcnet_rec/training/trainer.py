@@ -183,6 +183,7 @@ class Trainer:
             self.saver.finish()
         finally:
             self.saver.cancel()
+            feed.close()
             bar.close()
             if records is not None:
                 records.close()
