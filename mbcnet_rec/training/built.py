@@ -8,7 +8,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mbcnet_rec.training.config import OptimConfig
 from sharding.plan.constraints import ShardingConfig
-from sharding.plan.plan_file import Plan
+from sharding.plan.placement import Plan
 
 
 @dataclass
