@@ -157,7 +157,7 @@ def test_a_folder_of_something_else_is_never_touched(movielens, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="not written by data prepare"):
+    with pytest.raises(InputError, match="holds no prepared data set"):
         prepare("movielens", movielens, out)
     assert (out / "thesis.tex").read_text() == "years of work"
 

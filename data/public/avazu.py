@@ -3,8 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from data.errors import InputError
-from data.public.raw_files import Sources, Splits, by_split, hex_to_int, read_csv, replace_column
+from data.public.raw_files import Sources, Splits, by_split, hex_to_int, read_csv, weekday_of
 
 FILES = ("train.gz|train.csv|train.csv.gz|train",)
 HEX = (
@@ -25,18 +24,9 @@ def rows(sources: Sources) -> Splits:
     """Eight days train, 29 October validates, 30 October tests. Adds hour_of_day and weekday (Monday is 0)."""
     (path,) = sources[FILES[0]]
     for piece in read_csv(path, TYPES):
-        for name in HEX:
-            try:
-                piece = replace_column(piece, name, hex_to_int(piece[name]))
-            except pa.ArrowInvalid as error:
-                raise InputError(
-                    f"{path}: column {name}: wanted 8 hexadecimal digits ({error}); fetch it again"
-                ) from None
+        piece = hex_to_int(path, piece, HEX)
         hour = piece["hour"].to_numpy()  # YYMMDDHH
         day = hour // 100
-        months = np.datetime64("2000-01", "M") + (day // 10_000 * 12 + day // 100 % 100 - 1)
-        dates = months.astype("datetime64[D]") + (day % 100 - 1)
         piece = piece.append_column("hour_of_day", pa.array(hour % 100))
-        # 1970-01-01 was a Thursday
-        piece = piece.append_column("weekday", pa.array(((dates.astype(np.int64) + 3) % 7).astype(np.int32)))
+        piece = piece.append_column("weekday", weekday_of(20_000_000 + day))
         yield from by_split(piece, np.searchsorted([VALID_DAY, TEST_DAY], day, side="right"))

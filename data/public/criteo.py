@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.errors import InputError
-from data.public.raw_files import Sources, Splits, by_split, count_lines, hex_to_int, read_csv, replace_column
+from data.public.raw_files import Sources, Splits, by_split, count_lines, hex_to_int, read_csv
 
 COUNTS = tuple(f"I{number}" for number in range(1, 14))
 IDS = tuple(f"C{number}" for number in range(1, 27))
@@ -64,11 +64,4 @@ def _day_of(path: Path) -> int:
 
 def _read(path: Path) -> Iterator[pa.Table]:
     for rows in read_csv(path, TYPES, delimiter="\t", has_header=False):
-        for name in IDS:
-            try:
-                rows = replace_column(rows, name, hex_to_int(rows[name]))
-            except pa.ArrowInvalid as error:
-                raise InputError(
-                    f"{path}: column {name}: wanted 8 hexadecimal digits ({error}); fetch it again"
-                ) from None
-        yield rows
+        yield hex_to_int(path, rows, IDS)

@@ -3,13 +3,20 @@
 The log of randomly shown videos is not read: it is another distribution, meant for other questions.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.public.raw_files import Lookup, Sources, Splits, by_split, read_csv, read_csv_whole, replace_column
+from data.public.raw_files import (
+    Lookup,
+    Sources,
+    Splits,
+    by_split,
+    read_csv,
+    read_csv_whole,
+    replace_column,
+    weekday_of,
+)
 
 EARLY, LATE, USERS, VIDEOS = FILES = (
     "log_standard_4_08_to_4_21*.csv*",
@@ -61,19 +68,10 @@ def rows(sources: Sources) -> Splits:
         videos = replace_column(videos, name, videos[name].cast(pa.int64()))
     videos = replace_column(videos, "tags", pc.split_pattern(videos["tag"], ",")).drop_columns(["tag"])
     by_user, by_video = Lookup(users, "user_id"), Lookup(videos, "video_id")
-    for piece in _log(sources):
+    for piece in (rows for path in (*sources[EARLY], *sources[LATE]) for rows in read_csv(path, LOG_TYPES)):
         date = piece["date"].to_numpy()
         piece = by_video.join(by_user.join(piece, "user_id"), "video_id")
         piece = piece.append_column("hour", pc.divide(piece["hourmin"], 100))
-        days = np.datetime64("2022-01", "M") + (date // 100 % 100 - 1)
-        weekday = (
-            (days.astype("datetime64[D]") + (date % 100 - 1)).astype(np.int64) + 3
-        ) % 7  # 1970-01-01: Thursday
-        piece = piece.append_column("weekday", pa.array(weekday.astype(np.int32)))
+        piece = piece.append_column("weekday", weekday_of(date))
         piece = piece.append_column("label", piece["is_click"])
         yield from by_split(piece, np.searchsorted([VALID_DATE, TEST_DATE], date, side="right"))
-
-
-def _log(sources: Sources) -> Iterator[pa.Table]:
-    for path in (*sources[EARLY], *sources[LATE]):
-        yield from read_csv(path, LOG_TYPES)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from data.errors import InputError
 from data.public.raw_files import Sources, Splits, read_csv_whole, read_lines
 
+RATING_COLUMNS = ("user_id", "movie_id", "rating", "timestamp")
 LIKED = 4.0
 MAX_TAGS = 20
 PIECE_ROWS = 65_536
@@ -35,7 +36,7 @@ def latest_rows(sources: Sources) -> Splits:
     ratings = read_csv_whole(
         sources[RATINGS][0],
         {"userId": pa.int64(), "movieId": pa.int64(), "rating": pa.float32(), "timestamp": pa.int64()},
-    ).rename_columns(["user_id", "movie_id", "rating", "timestamp"])
+    ).rename_columns(list(RATING_COLUMNS))
     table = read_csv_whole(
         sources[MOVIES][0], {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
     )
@@ -50,14 +51,10 @@ def latest_rows(sources: Sources) -> Splits:
 
 def rows_1m(sources: Sources) -> Splits:
     """As `latest_rows`; no tags, but each user's gender, age band, occupation and zip code."""
-    columns = list(zip(*_dat(sources[RATINGS_1M][0], 4), strict=True))
+    kinds = (np.int64, np.int64, np.float32, np.int64)
+    columns = zip(*_dat(sources[RATINGS_1M][0], 4), strict=True)
     ratings = pa.table(
-        {
-            "user_id": np.array(columns[0], np.int64),
-            "movie_id": np.array(columns[1], np.int64),
-            "rating": np.array(columns[2], np.float32),
-            "timestamp": np.array(columns[3], np.int64),
-        }
+        [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)], list(RATING_COLUMNS)
     )
     movies = _movies((int(movie), title, genres) for movie, title, genres in _dat(sources[MOVIES_1M][0], 3))
     users = {int(user): rest for user, *rest in _dat(sources[USERS_1M][0], 5)}
@@ -123,10 +120,7 @@ def derive(table: pa.Table, history: History) -> pa.Table:
     moments, movies, titles = (table[column].to_pylist() for column in ("timestamp", "movie_id", "title"))
     hour = [second % SECONDS_PER_DAY // SECONDS_PER_HOUR for second in moments]
     weekday = [(second // SECONDS_PER_DAY + THURSDAY) % 7 for second in moments]
-    words_of: dict[str | None, list[str]] = {}
-    for title in titles:
-        if title not in words_of:
-            words_of[title] = WORD.findall(YEAR_IN_TITLE.sub("", title or "").lower())
+    words_of = {title: WORD.findall(YEAR_IN_TITLE.sub("", title or "").lower()) for title in set(titles)}
     words = [words_of[title] for title in titles]
     tags = [
         _tags_before(history.get(movie, []), moment) for movie, moment in zip(movies, moments, strict=True)

@@ -2,28 +2,28 @@
 
     OUT/{train,valid,test}/part-00000.parquet  OUT/schema.toml  OUT/vocabulary/*.parquet  OUT/prepared.json
 
-Only the columns that the shipped schema reads are kept, with those derived here. Everything is written
-beside OUT and renamed at the end. Downloads (data/raw_*.py) are streamed; what is Parquet with splits already is small and read whole.
+Only the columns that the shipped schema reads are kept, with those derived here. Downloads are streamed; samples that are Parquet
+already are small and read whole.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.profile.fit import fit_schema
 from data.public import avazu, criteo, frappe, kuairand, movielens, taobao
 from data.public.raw_files import Sources, Splits, digest, find_sources
-from data.public.splits import SPLITS, SplitWriter
+from data.public.splits import SPLITS, SplitWriter, missing_column
 from data.reading.keys import first_line
 from data.schema import Schema, format_schema, load_schema
+from data.whole_folder import earlier_summary, whole_folder
 
 SCHEMA_FOLDER = Path(__file__).parents[1] / "schemas"
 SUMMARY = "prepared.json"
@@ -71,46 +71,22 @@ def prepare(
     sources = find_sources(name, src, data_set.files)
     digests = {path.name: digest(path) for files in sources.values() for path in files}
     request = {"name": name, "schema": schema.fingerprint(), "sources": digests}
-    if _is_there(out, request):
-        return out
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        counts = _write_splits(data_set, sources, partial, schema, progress or (lambda done: None))
-        notes: list[str] = []
-        fitted = fit_schema(schema, sorted((partial / "train").glob("*.parquet")), partial, notes.append)
-        header = f"Fitted on the training split by mbcnet data prepare {name}."
-        (partial / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
-        summary = request | {"splits": counts, "notes": notes}
-        (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        if out.exists():  # an empty folder, see _is_there
-            out.rmdir()
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
-
-
-def _is_there(out: Path, request: dict[str, Any]) -> bool:
-    """Whether `out` holds the result already; False if it is free.
-
-    Raises:
-        InputError: it holds something else.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        same = all(summary[key] == value for key, value in request.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{out}: exists and was not written by data prepare; choose another folder, or remove it"
-        ) from None
-    if not same:
+    earlier = earlier_summary(out, SUMMARY, "prepared data set")
+    if earlier is not None:
+        if {key: earlier.get(key) for key in request} == request:
+            return out
         raise InputError(
             f"{out}: was prepared from other files or with another schema; remove it or choose another folder"
         )
-    return True
+    with whole_folder(out) as folder:
+        counts = _write_splits(data_set, sources, folder, schema, progress or (lambda done: None))
+        notes: list[str] = []
+        fitted = fit_schema(schema, sorted((folder / "train").glob("*.parquet")), folder, notes.append)
+        header = f"Fitted on the training split by mbcnet data prepare {name}."
+        (folder / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
+        summary = request | {"splits": counts, "notes": notes}
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return out
 
 
 def _write_splits(
@@ -118,23 +94,15 @@ def _write_splits(
 ) -> dict[str, Any]:
     columns = list(schema.columns)
     columns += [schema.time_column] if schema.time_column not in ("", *columns) else []
-    writer = SplitWriter(folder, columns, schema.label, data_set.row_group_rows)
-    done = 0
-    try:
+    writer = SplitWriter(folder, columns, schema, data_set.row_group_rows)
+    with writer:
         for split, rows in data_set.rows(sources):
-            try:
-                writer.write(split, rows)
-            except InputError as error:
-                raise InputError(f"data set {schema.name!r}: {error}") from None
-            done += len(rows)
-            progress(done)
-        counts = writer.close()
-    finally:
-        writer.abandon()
+            progress(writer.write(split, rows))
+        counts = writer.finish()
     for split, count in counts.items():
         if not count["rows"]:
             raise InputError(
-                f"data set {schema.name!r}: the {split} split got no rows of {done:,}; check that --src holds all of it"
+                f"data set {schema.name!r}: the {split} split got no rows of {sum(writer.rows.values()):,}; check that --src holds all of it"
             )
     return counts
 
@@ -169,12 +137,11 @@ def _without_valid(tables: Tables) -> Tables:
     train = tables["train.parquet"]
     _require(train, ("search_id",), "aliexpress")
     searches = train["search_id"].to_pylist()
-    order = {search: place for place, search in enumerate(dict.fromkeys(searches))}
-    is_valid = [order[search] % 5 == 4 for search in searches]
-    is_train = [not valid for valid in is_valid]
+    order = {search: number for number, search in enumerate(dict.fromkeys(searches))}
+    is_valid = pa.array([order[search] % 5 == 4 for search in searches], pa.bool_())
     return {
-        "train": train.filter(pa.array(is_train, pa.bool_())),
-        "valid": train.filter(pa.array(is_valid, pa.bool_())),
+        "train": train.filter(pc.invert(is_valid)),
+        "valid": train.filter(is_valid),
         "test": tables["test.parquet"],
     }
 
@@ -204,20 +171,17 @@ def _movielens(tables: Tables) -> Tables:
 def _require(table: pa.Table, columns: tuple[str, ...], name: str) -> None:
     for column in columns:
         if column not in table.column_names:
-            raise InputError(
-                f"data set {name!r}: column {column!r} is missing; check that --src holds this data set"
-            )
+            raise missing_column(name, column)
 
 
 _THREE_FILES = tuple(f"{split}.parquet" for split in SPLITS)
 
 DATA_SETS = {
-    "adult": DataSet(_THREE_FILES, _tables(_as_they_are)),
-    "criteo": DataSet(_THREE_FILES, _tables(_as_they_are)),
+    **dict.fromkeys(
+        ("adult", "criteo", "taobao_ad", "ali_ccp"), DataSet(_THREE_FILES, _tables(_as_they_are))
+    ),
     "movielens": DataSet((*_THREE_FILES, "tags.parquet"), _tables(_movielens)),
-    "taobao_ad": DataSet(_THREE_FILES, _tables(_as_they_are)),
     "aliexpress": DataSet(("train.parquet", "test.parquet"), _tables(_without_valid)),
-    "ali_ccp": DataSet(_THREE_FILES, _tables(_as_they_are)),
     "slots": DataSet(("all.parquet",), _tables(_ten_rows)),
     "criteo_kaggle": DataSet(criteo.KAGGLE_FILES, criteo.kaggle_rows, LARGE_ROW_GROUP),
     "criteo_1tb": DataSet(criteo.TERABYTE_FILES, criteo.terabyte_rows, LARGE_ROW_GROUP),

@@ -1,11 +1,9 @@
-"""Files as people download them: found, opened and read in pieces, with faults named. Imports no torch.
-
-Kept apart from the data sets themselves (data/raw_*.py), which say what a piece means.
-"""
+"""Files as people download them: found, opened and read in pieces, with faults named."""
 
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,21 +65,23 @@ def digest(path: Path) -> str:
     return f"ends:{hasher.hexdigest()}"
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """Open a file, decompressing what its name says is compressed."""
-    return io.BufferedReader(pa.input_stream(str(path), compression="detect"))  # type: ignore[arg-type]
+@contextmanager
+def _readable(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, decompressing what its name says is compressed; name it if it cannot be read."""
+    try:
+        with io.BufferedReader(pa.input_stream(str(path), compression="detect")) as file:  # type: ignore[arg-type]
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
 def count_lines(path: Path) -> int:
     """Number of lines, the last one with or without its line end."""
     count, last = 0, b"\n"
-    try:
-        with open_bytes(path) as file:
-            while block := file.read(BLOCK_BYTES):
-                count += block.count(b"\n")
-                last = block[-1:]
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
+    with _readable(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            count += block.count(b"\n")
+            last = block[-1:]
     return count + (last != b"\n")
 
 
@@ -91,11 +91,8 @@ def read_lines(path: Path) -> Iterator[bytes]:
     Raises:
         InputError: the file cannot be read.
     """
-    try:
-        with open_bytes(path) as file:
-            yield from file
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
+    with _readable(path) as file:
+        yield from file
 
 
 def read_csv(
@@ -141,9 +138,28 @@ def read_csv_whole(path: Path, types: Mapping[str, pa.DataType]) -> pa.Table:
     )
 
 
-def hex_to_int(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Turn up to eight hexadecimal digits into int64: half the bytes of the text, and hashed ten times as fast."""
-    return pc.binary_join_element_wise("0x", column, "").cast(pa.uint32()).cast(pa.int64())
+def hex_to_int(path: Path, rows: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Turn columns of up to eight hexadecimal digits into int64: half the bytes of the text, and hashed ten times as fast.
+
+    Raises:
+        InputError: a value is not hexadecimal.
+    """
+    for name in names:
+        try:
+            numbers = pc.binary_join_element_wise("0x", rows[name], "").cast(pa.uint32()).cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{path}: column {name}: wanted 8 hexadecimal digits ({error}); fetch it again"
+            ) from None
+        rows = replace_column(rows, name, numbers)
+    return rows
+
+
+def weekday_of(dates: np.ndarray) -> pa.Array:
+    """Weekdays (n,) int32, Monday being 0, of dates (n,) written as YYYYMMDD."""
+    months = np.datetime64("0000-01", "M") + (dates // 10_000 * 12 + dates // 100 % 100 - 1)
+    days = months.astype("datetime64[D]") + (dates % 100 - 1)
+    return pa.array(((days.astype(np.int64) + 3) % 7).astype(np.int32))  # 1970-01-01 was a Thursday
 
 
 def replace_column(table: pa.Table, name: str, values: pa.ChunkedArray | pa.Array) -> pa.Table:
@@ -166,13 +182,11 @@ class Lookup:
     def join(self, rows: pa.Table, column: str) -> pa.Table:
         """Append the side table's columns to rows, found by `column`."""
         wanted = pc.fill_null(rows[column], -1).to_numpy()
-        places = np.searchsorted(self.keys, wanted).clip(max=max(0, len(self.keys) - 1))
-        known = self.keys[places] == wanted if len(self.keys) else np.zeros(len(wanted), bool)
-        found = (
-            self.table.take(pa.array(places, mask=~known))
-            if len(self.keys)
-            else self.table.take(pa.nulls(len(wanted), pa.int64()))
-        )
+        places, known = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+        if len(self.keys):
+            places = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+            known = self.keys[places] == wanted
+        found = self.table.take(pa.array(places, mask=~known))
         for name in found.column_names:
             rows = rows.append_column(name, found[name])
         return rows

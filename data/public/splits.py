@@ -1,5 +1,6 @@
-"""Rows on their way into split files: buffered to even row groups, several files for a large split, counted. Imports no torch."""
+"""Rows on their way into split files: buffered to even row groups, several files for a large split, counted."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,32 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.errors import InputError
+from data.schema import Schema
 
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
 
 
-class SplitWriter:
-    """Writes FOLDER/{train,valid,test}/part-00000.parquet, ... with page checksums.
+class SplitWriter(ExitStack):
+    """Writes FOLDER/{train,valid,test}/part-00000.parquet, ... with page checksums; leaving it closes the files.
 
     Args:
         folder: an existing, empty folder.
         columns: what to keep of the rows.
-        label: the column whose rate is counted.
+        schema: names the data set and the label, whose rate is counted.
         row_group_rows: rows of a row group; no more than these wait in memory for each split, and one piece.
         file_rows: rows of a file.
     """
 
     def __init__(
-        self, folder: Path, columns: list[str], label: str, row_group_rows: int, file_rows: int = 8_000_000
+        self,
+        folder: Path,
+        columns: list[str],
+        schema: Schema,
+        row_group_rows: int,
+        file_rows: int = 8_000_000,
     ) -> None:
-        self.folder, self.columns, self.label = folder, columns, label
+        super().__init__()
+        self.folder, self.columns, self.schema = folder, columns, schema
         self.row_group_rows = row_group_rows
         self.file_rows = max(file_rows // row_group_rows, 1) * row_group_rows
         self.waiting: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
@@ -35,22 +43,23 @@ class SplitWriter:
         self.written = dict.fromkeys(SPLITS, 0)
         self.ones = dict.fromkeys(SPLITS, 0.0)
 
-    def write(self, split: str, rows: pa.Table) -> None:
-        """Append rows to a split.
+    def write(self, split: str, rows: pa.Table) -> int:
+        """Append rows to a split; return the rows of all splits so far.
 
         Raises:
             InputError: a column is missing.
         """
         for column in self.columns:
             if column not in rows.column_names:
-                raise InputError(f"column {column!r} is missing; check that --src holds this data set")
+                raise missing_column(self.schema.name, column)
         rows = rows.select(self.columns)
         self.rows[split] += rows.num_rows
-        self.ones[split] += float(pc.sum(rows[self.label]).as_py() or 0)
+        self.ones[split] += float(pc.sum(rows[self.schema.label]).as_py() or 0)
         self.waiting[split].append(rows)
         size = sum(map(len, self.waiting[split]))
         if size >= self.row_group_rows:
             self._flush(split, size // self.row_group_rows * self.row_group_rows)
+        return sum(self.rows.values())
 
     def _flush(self, split: str, rows: int) -> None:
         table = pa.concat_tables(self.waiting[split])
@@ -67,24 +76,20 @@ class SplitWriter:
             self.writers[split].close()
         path = self.folder / split / f"part-{self.written[split] // self.file_rows:05d}.parquet"
         path.parent.mkdir(exist_ok=True)
-        self.writers[split] = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+        writer = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+        self.writers[split] = self.enter_context(writer)
 
-    def close(self) -> dict[str, Any]:
-        """Write what waits and close the files. Returns rows and label rate of each split."""
+    def finish(self) -> dict[str, Any]:
+        """Write what waits. Returns rows and label rate of each split."""
         for split in SPLITS:
             if self.waiting[split]:
                 self._flush(split, sum(map(len, self.waiting[split])))
-        self.abandon()
-        return {
-            split: {
-                "rows": self.rows[split],
-                "label_rate": self.ones[split] / self.rows[split] if self.rows[split] else None,
-            }
-            for split in SPLITS
-        }
+        rates = {split: self.ones[split] / rows if rows else None for split, rows in self.rows.items()}
+        return {split: {"rows": self.rows[split], "label_rate": rates[split]} for split in SPLITS}
 
-    def abandon(self) -> None:
-        """Close the files as they are."""
-        for writer in self.writers.values():
-            if writer.is_open:
-                writer.close()
+
+def missing_column(name: str, column: str) -> InputError:
+    """The error for a data set's file without a column that it should have."""
+    return InputError(
+        f"data set {name!r}: column {column!r} is missing; check that --src holds this data set"
+    )

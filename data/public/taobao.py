@@ -26,15 +26,10 @@ AD_TYPES = {
     "price": pa.float64(),
 }
 LAST = "new_user_class_level "  # with a space in the published header
-USER_TYPES = {
-    "userid": pa.int64(),
-    **{
-        name: pa.int32()
-        for name in (
-            "cms_segid", "cms_group_id", "final_gender_code", "age_level", "pvalue_level", "shopping_level", "occupation", LAST,
-        )
-    },
-}  # fmt: skip
+USER_COLUMNS = (
+    "cms_segid", "cms_group_id", "final_gender_code", "age_level", "pvalue_level", "shopping_level", "occupation", LAST,
+)  # fmt: skip
+USER_TYPES = {"userid": pa.int64(), **dict.fromkeys(USER_COLUMNS, pa.int32())}
 FIRST_SECOND = 1_494_000_000  # 6 May 2017, 00:00 in Beijing, where days begin
 SECONDS_PER_DAY = 86_400
 SATURDAY = 5  # 6 May 2017, Monday being 0
