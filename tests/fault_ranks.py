@@ -16,7 +16,7 @@ import torch
 from forked_ranks import mbcnet, report, run_ranks
 from small_data import write_small
 
-from data.reading.decode import Decoder
+from data.reading.decode import RowReader
 from mbcnet_rec.checkpoints import writer as saver
 from mbcnet_rec.checkpoints.shards import Saved, step_folder
 from mbcnet_rec.commands import train
@@ -267,7 +267,7 @@ def read_then(action, calls_before=8):
     """Rank 1 reads some row groups, then something else happens in the thread that reads."""
 
     def hook(rank):
-        read, calls = Decoder._read, [0]
+        read, calls = RowReader.whole, [0]
 
         def reading(self, *args):
             calls[0] += 1
@@ -275,7 +275,7 @@ def read_then(action, calls_before=8):
                 action()
             return read(self, *args)
 
-        Decoder._read = reading
+        RowReader.whole = reading
 
     return hook
 

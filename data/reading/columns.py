@@ -1,6 +1,6 @@
 """Columns: decoded, checked and permuted rows as a few NumPy arrays, from which runs of rows are copied into batches.
 
-Shapes: n rows of a window, B rows of a batch, F single-valued sparse fields, L list fields, D dense columns.
+Shapes: n rows of a window, F single-valued sparse fields, L list fields, D dense columns.
 Single-valued ids stay one (F, n) matrix because its rows, laid end to end, are exactly the values of a KeyedJaggedTensor: for a schema
 of hundreds of fields a batch is then one copy. The matrix is int32 where every table allows it. A window is permuted field by field as it
 is decoded, when a field's ids still fit a core's cache; picking a batch's rows out of the whole window misses the cache at every id,
@@ -51,110 +51,6 @@ class Columns:
     def num_rows(self) -> int:
         """Rows held."""
         return len(self.labels)
-
-
-class Run(NamedTuple):
-    """Rows [start, stop) of some columns."""
-
-    columns: Columns
-    start: int
-    stop: int
-
-
-class Gathered(NamedTuple):
-    """A batch's arrays, in memory of their own. Keys: single-valued fields, then lists; each key's B lengths lie together."""
-
-    ids: np.ndarray  # int64
-    lengths: np.ndarray  # int32
-    weighted_ids: np.ndarray  # int64
-    weighted_lengths: np.ndarray  # int32
-    id_weights: np.ndarray  # float32, like weighted_ids
-    dense: np.ndarray  # (B, D) float32
-    labels: np.ndarray  # (B,) float32
-    group_ids: np.ndarray | None  # (B,) int64
-
-
-def gather(runs: Sequence[Run], num_rows: int) -> Gathered:
-    """Join runs of rows in order, and append rows without ids, of zeros and label 0, up to `num_rows`.
-
-    Args:
-        runs: at least one; it may be empty.
-        num_rows: B, rows of the result.
-    """
-    first = runs[0].columns
-    fields = len(first.single_ids)
-    size = fields * num_rows
-    pieces, list_lengths = _list_pieces([run.columns.lists for run in runs], runs, num_rows)
-    ids = np.empty(size + sum(map(len, pieces)), np.int64)
-    single_ids = ids[:size].reshape(fields, num_rows)
-    dense = np.zeros((num_rows, first.dense.shape[1]), np.float32)
-    labels = np.zeros(num_rows, np.float32)
-    group_ids = None if first.group_ids is None else np.zeros(num_rows, np.int64)
-    begin = 0
-    for columns, start, stop in runs:
-        end = begin + stop - start
-        single_ids[:, begin:end] = columns.single_ids[:, start:stop]
-        dense[begin:end] = columns.dense[start:stop]
-        labels[begin:end] = columns.labels[start:stop]
-        if group_ids is not None and columns.group_ids is not None:
-            group_ids[begin:end] = columns.group_ids[start:stop]
-        begin = end
-    single_ids[:, begin:] = ABSENT
-    lengths = np.ones(size + list_lengths.size, np.int32)
-    lengths[size:] = list_lengths.reshape(-1)
-    if pieces:
-        np.concatenate(pieces, out=ids[size:])
-    absent = np.any([run.columns.absent for run in runs], axis=0) | (begin < num_rows)
-    if absent.any():
-        ids = _without_absent(ids, lengths, single_ids, absent)
-    weighted_pieces, weighted_lengths = _list_pieces(
-        [run.columns.weighted_lists for run in runs], runs, num_rows
-    )
-    weights, _ = _list_pieces([run.columns.weighted_lists for run in runs], runs, num_rows, weights=True)
-    return Gathered(
-        ids=ids,
-        lengths=lengths,
-        weighted_ids=np.concatenate([np.zeros(0, np.int64), *weighted_pieces], dtype=np.int64),
-        weighted_lengths=weighted_lengths.reshape(-1),
-        id_weights=np.concatenate([np.zeros(0, np.float32), *weights]),
-        dense=dense,
-        labels=labels,
-        group_ids=group_ids,
-    )
-
-
-def _without_absent(
-    ids: np.ndarray, lengths: np.ndarray, single_ids: np.ndarray, absent: np.ndarray
-) -> np.ndarray:
-    """Leave out ABSENT ids and set their lengths to 0. Most fields have none: those are copied in one go between the others."""
-    rows = single_ids.shape[1]
-    pieces, copied = [], 0
-    for field in np.flatnonzero(absent).tolist():
-        present = single_ids[field] >= 0
-        lengths[field * rows : (field + 1) * rows] = present
-        pieces += [ids[copied : field * rows], single_ids[field][present]]
-        copied = (field + 1) * rows
-    return np.concatenate([*pieces, ids[copied:]])
-
-
-def _list_pieces(
-    lists: Sequence[Lists], runs: Sequence[Run], num_rows: int, weights: bool = False
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """The values (or weights) of every field and run, field by field, and the (L, B) int32 lengths."""
-    fields = len(lists[0].values)
-    lengths = np.zeros((fields, num_rows), np.int32)
-    if not fields:
-        return [], lengths
-    by_run = []
-    begin = 0
-    for part, (_, start, stop) in zip(lists, runs, strict=True):
-        end = begin + stop - start
-        lengths[:, begin:end] = part.offsets[:, start + 1 : stop + 1] - part.offsets[:, start:stop]
-        bounds = zip(part.offsets[:, start].tolist(), part.offsets[:, stop].tolist(), strict=True)
-        sources = part.weights if weights else part.values
-        by_run.append([source[low:high] for source, (low, high) in zip(sources, bounds, strict=True)])
-        begin = end
-    return [pieces[field] for field in range(fields) for pieces in by_run], lengths
 
 
 def join_lists(

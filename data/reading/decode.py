@@ -1,14 +1,25 @@
-"""Windows -> decoded, checked and permuted rows. Imports no torch; one decoder serves many threads.
+"""Row groups -> checked, encoded rows: the one reader of rows, for training, scoring and serving's samples.
 
-A row group is read whole and its rows are gone through once, except one that a lane ends in, which each of the two lanes reads, and
-one longer than a window, which is read as a stream: memory stays near the windows that are in use, whatever the writer's row groups.
+Scoring reads row groups in the file's order:
+
+    reader = RowReader(files, encoder, selection, extra=("user",), labels=True)
+    for columns, extra in reader.scan(row_group, batch_rows): ...   # Columns and a pa.RecordBatch of the same kept rows
+    for extra in reader.scan_extra(row_group, batch_rows): ...      # nothing encoded
+
+`row_group` is a `RowGroup` of `read_contents`. A scan makes a batch of each `batch_rows` stored rows (the last one of what is left), of
+which the rows that the selection does not keep are then left out; `reader.batches` gives them undecoded, with their `Place`: file, row
+group and row numbers. Training decodes windows (see data/reading/order.py) with a `Decoder`, permuted. A row group is read whole, except
+one that a lane ends in, which each of the two lanes reads, and one longer than a window, which is read as a stream: memory stays near the
+windows that are in use, whatever the writer's row groups. Readers and decoders may be used by many threads.
 """
 
+import math
 import threading
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +29,7 @@ from pyarrow import types as pt
 from data.errors import InputError
 from data.reading.checksums import leaves_of
 from data.reading.columns import Columns
+from data.reading.config import StreamOptions
 from data.reading.encode import Encoder, Place
 from data.reading.files import one_batch
 from data.reading.keys import first_line
@@ -28,68 +40,42 @@ from data.reading.storage import DAMAGE, DataFile, RemoteFile, open_parquet, ret
 T = TypeVar("T")
 IDLE_FILES = 4
 CACHED_COLUMN_CHUNKS = 200_000  # of parsed footers kept: about 60 MB
-Part = tuple[pa.RecordBatch, Place]
+Rows = tuple[pa.RecordBatch, Place]  # and where they come from
+Decoded = tuple[Columns, Counter[str]]  # rows, and by field the values repaired in them
 
 
-class Decoded(NamedTuple):
-    """A window's rows in the epoch's order, and the values mended in them."""
+class RowReader:
+    """Reads the kept rows of row groups.
 
-    columns: Columns
-    mended: Counter[str]
+    Args:
+        files: that the row groups number.
+        encoder: of the schema that says which columns are read.
+        selection: which rows to keep; None: all.
+        extra: columns to pass through as they are.
+        labels: whether the label column is read; without it zeros stand in.
+        dictionaries: read strings as dictionary codes. Then a value is hashed or looked up once for each read: for long batches.
+    """
 
-
-class _Footer(NamedTuple):
-    """A file's parsed footer, and which of its leaf columns belong to list fields."""
-
-    metadata: pq.FileMetaData
-    list_leaves: list[int]
-
-    @property
-    def chunks(self) -> int:
-        return self.metadata.num_row_groups * self.metadata.num_columns
-
-
-class Memory:
-    """Memory of windows that are no longer used, for the next ones: fresh pages cost as much as filling them."""
-
-    def __init__(self) -> None:
-        self.free: list[np.ndarray] = []
-        self.lock = threading.Lock()
-
-    def empty(self, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """Return a matrix of undefined content."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        with self.lock:
-            fits = [at for at, block in enumerate(self.free) if size <= block.nbytes <= 2 * size]
-            block = self.free.pop(fits[0]) if fits else None
-        if block is None:
-            block = np.empty(size, np.uint8)
-        return block[:size].view(dtype).reshape(shape)
-
-    def give_back(self, matrix: np.ndarray) -> None:
-        """Take back a matrix that nobody reads any more."""
-        block = matrix
-        while isinstance(block.base, np.ndarray):
-            block = block.base
-        with self.lock:
-            self.free = [*self.free[-1:], block]  # two at most: windows come and go one at a time
-
-
-class Decoder:
-    """Reads windows of one epoch of one stream."""
-
-    def __init__(self, files: Sequence[DataFile], encoder: Encoder, selection: Selection) -> None:
-        self.files, self.encoder, self.selection = files, encoder, selection
+    def __init__(
+        self,
+        files: Sequence[DataFile],
+        encoder: Encoder,
+        selection: Selection | None = None,
+        *,
+        extra: Sequence[str] = (),
+        labels: bool = True,
+        dictionaries: bool = False,
+    ) -> None:
+        self.files, self.encoder, self.extra, self.labels = files, encoder, list(extra), labels
         schema = encoder.schema
-        self.columns = list(schema.columns)
-        if selection.conditions and schema.time_column not in self.columns:
-            self.columns.append(schema.time_column)
-        # Strings come as dictionary codes: then a value is hashed or looked up once for each row group.
+        self.selection = selection or Selection(StreamOptions(), schema, files)
+        read = [name for name in schema.columns if labels or name != schema.label]
+        self.columns = list(dict.fromkeys([*read, *self.selection.columns]))
         self.dictionaries = [
             feature.source_column
             for feature in schema.features
-            if feature.kind == "categorical" and feature.encoding != "ids"
-        ] + ([schema.group_column] if schema.group_column else [])
+            if dictionaries and feature.kind == "categorical" and feature.encoding != "ids"
+        ] + ([schema.group_column] if dictionaries and schema.group_column else [])
         self.lists = frozenset(
             column
             for feature in schema.features
@@ -97,121 +83,132 @@ class Decoder:
             for column in (feature.source_column, feature.weights)
             if column
         )
-        self.footers: OrderedDict[int, _Footer] = OrderedDict()
-        self.memory = Memory()
-        self.idle: list[tuple[int, pq.ParquetFile]] = []  # open files that nobody reads, the latest last
-        self.long: dict[tuple[RowGroup, int], _LongRowGroup] = {}
-        self.lock = threading.Lock()
-        self.reading: dict[int, str] = {}  # thread -> what it reads, for messages about stuck ones
+        self._footers: dict[int, tuple[pq.FileMetaData, list[int]]] = {}  # and the leaves of list columns
+        self._idle: list[tuple[int, pq.ParquetFile]] = []  # open files that nobody reads, the latest last
+        self._lock = threading.Lock()
 
-    def expect(self, window: Window) -> None:
-        """Say that `window` will be decoded. The windows of a lane must be announced in their order, before they are decoded."""
-        for segment in window.segments:
-            if segment.row_group.num_rows <= self.selection.options.window_rows:
-                continue
-            key = (segment.row_group, window.lane)
-            with self.lock:
-                if key not in self.long:
-                    # the lane has moved on: what it leaves behind goes when its last expected rows are taken
-                    for other, long in list(self.long.items()):
-                        if other[1] == window.lane:
-                            long.is_last = True
-                            if long.is_idle():
-                                del self.long[other]
-                    self.long[key] = _LongRowGroup(self, segment.row_group)
-                self.long[key].expected.append(segment)
-
-    def decode(self, window: Window, seed: list[int] | None) -> Decoded:
-        """Read and encode a window's rows, permuted if there is a seed.
+    def scan(self, row_group: RowGroup, batch_rows: int) -> Iterator[tuple[Columns, pa.RecordBatch]]:
+        """Yield the kept rows of each `batch_rows` stored ones: encoded, and their extra columns.
 
         Raises:
-            InputError: a file is damaged or has changed, or a value is faulty.
+            InputError: a value is faulty, or the file is damaged.
         """
-        thread = threading.get_ident()
-        try:
-            parts: list[Part] = []
-            for segment in window.segments:
-                self.reading[thread] = self.name(segment.row_group)
-                parts += self._read(segment, window.lane)
-        finally:
-            self.reading.pop(thread, None)
-        mended: Counter[str] = Counter()
-        permutation = None if seed is None else np.random.default_rng(seed).permutation(window.num_rows)
-        return Decoded(self.encoder.encode_all(parts, mended, permutation, self.memory.empty), mended)
+        label = self.encoder.schema.label
+        for rows, place in self.batches(row_group, batch_rows, [*self.columns, *self.extra]):
+            extra = rows.select(self.extra)
+            if not self.labels:
+                rows = rows.drop_columns([label]) if label in rows.schema.names else rows
+                rows = rows.append_column(label, pa.array(np.zeros(rows.num_rows, np.int8)))
+            yield self.encoder.encode(rows, place), extra
+
+    def scan_extra(self, row_group: RowGroup, batch_rows: int) -> Iterator[pa.RecordBatch]:
+        """Yield the extra columns of the kept rows only.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        for rows, _ in self.batches(row_group, batch_rows, self.extra):
+            yield rows.select(self.extra)
+
+    def batches(self, row_group: RowGroup, batch_rows: int, columns: Sequence[str]) -> Iterator[Rows]:
+        """Yield the kept rows of each `batch_rows` stored ones, with these columns, and where they come from.
+
+        Raises:
+            InputError: the file is damaged or has changed.
+        """
+        first_row = found = 0
+        columns = list(dict.fromkeys([*columns, *self.selection.columns]))
+        for stored in _of_exact_size(self._stored(row_group, batch_rows, columns), batch_rows):
+            rows, place = self._keep(stored, row_group, first_row)
+            first_row += stored.num_rows
+            found += rows.num_rows
+            yield rows, place
+        if found != row_group.num_rows:
+            raise self._changed(row_group, found)
+
+    def whole(self, row_group: RowGroup) -> Rows:
+        """Read all kept rows of a row group, and where they come from.
+
+        Raises:
+            InputError: the file is damaged or has changed.
+        """
+
+        def read() -> tuple[pa.RecordBatch, dict[str, int]]:
+            parquet = self._open(row_group)
+            table = parquet.read_row_group(row_group.index, columns=self.columns, use_threads=False)
+            read = one_batch(table), self._list_entries(parquet, row_group)
+            self._leave(row_group, parquet)
+            return read
+
+        stored, entries = self._guarded(row_group, read)
+        self._check_lists(row_group, self._count_lists(stored), entries)
+        rows, place = self._keep(stored, row_group, 0)
+        if rows.num_rows != row_group.num_rows:
+            raise self._changed(row_group, rows.num_rows)
+        return rows, place
 
     def name(self, row_group: RowGroup) -> str:
         """File and row group, for messages."""
         return f"{self.files[row_group.file]}: row group {row_group.index}"
 
-    def _read(self, segment: Segment, lane: int) -> list[Part]:
-        row_group = segment.row_group
-        key = (row_group, lane)
-        with self.lock:
-            long = self.long.get(key)
-        if long is not None:
-            parts = long.take(segment)
-            with self.lock:
-                if long.is_last and long.is_idle():
-                    self.long.pop(key, None)
-            return parts
+    def _stored(self, row_group: RowGroup, batch_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the stored rows as Arrow cuts them. A remote read that fails is begun anew, behind what has been read."""
+        passed, lists = 0, Counter[str]()
+        source: tuple[pq.ParquetFile, Iterator[pa.RecordBatch]] | None = None
 
-        def read() -> tuple[pa.RecordBatch, dict[str, int]]:
-            parquet = self.open(row_group)
-            table = parquet.read_row_group(row_group.index, columns=self.columns, use_threads=False)
-            read = one_batch(table), self.list_entries(parquet, row_group)
-            self.leave(row_group, parquet)
-            return read
+        def read() -> pa.RecordBatch | None:
+            nonlocal source
+            skipped = passed if source else 0
+            if source:
+                parquet, batches = source
+            else:
+                parquet = self._open(row_group)
+                batches = parquet.iter_batches(
+                    batch_rows, row_groups=[row_group.index], columns=columns, use_threads=False
+                )
+            source = None  # until the read has gone well
+            batch = next(batches, None)
+            while batch is not None and skipped < passed:
+                skipped += batch.num_rows
+                batch = next(batches, None)
+            source = parquet, batches
+            return batch
 
-        stored, entries = self.guarded(row_group, read)
-        self.check_lists(row_group, self.count_lists(stored), entries)
-        rows, place = self.keep(stored, row_group, 0)
-        if rows.num_rows != row_group.num_rows:
-            raise self.changed(row_group, rows.num_rows)
-        return [_cut(rows, place, segment.start, segment.stop)]
+        while (batch := self._guarded(row_group, read)) is not None and source:
+            passed += batch.num_rows
+            lists += self._count_lists(batch)
+            if passed == row_group.stored_rows:
+                self._check_lists(row_group, lists, self._list_entries(source[0], row_group))
+            yield batch
+        if source:
+            self._leave(row_group, source[0])
 
-    def open(self, row_group: RowGroup) -> pq.ParquetFile:
+    def _open(self, row_group: RowGroup) -> pq.ParquetFile:
         """Open the file of a row group, or take an open one that nobody uses. The caller owns it."""
-        with self.lock:
-            idle = next((at for at, (file, _) in enumerate(self.idle) if file == row_group.file), None)
+        number = row_group.file
+        with self._lock:
+            idle = next((at for at, (file, _) in enumerate(self._idle) if file == number), None)
             if idle is not None:
-                return self.idle.pop(idle)[1]
-            footer = self.footers.get(row_group.file)
-            if footer is not None:
-                self.footers.move_to_end(row_group.file)
-        parquet = open_parquet(
-            self.files[row_group.file],
-            metadata=footer and footer.metadata,
-            read_dictionary=self.dictionaries,
-        )
-        if footer is None:
-            footer = _Footer(parquet.metadata, leaves_of(parquet.metadata, self.lists) if self.lists else [])
-            with self.lock:
-                self.footers[row_group.file] = footer
-                held = sum(known.chunks for known in self.footers.values())
-                while held > CACHED_COLUMN_CHUNKS and len(self.footers) > 1:
-                    held -= self.footers.popitem(last=False)[1].chunks
+                return self._idle.pop(idle)[1]
+            known = self._footers.get(number)
+        metadata = known[0] if known else None
+        parquet = open_parquet(self.files[number], metadata=metadata, read_dictionary=self.dictionaries)
+        if known is None:
+            leaves = leaves_of(parquet.metadata, self.lists) if self.lists else []
+            with self._lock:
+                if sum(map(_num_chunks, self._footers.values())) < CACHED_COLUMN_CHUNKS:
+                    self._footers[number] = parquet.metadata, leaves
         return parquet
 
-    def leave(self, row_group: RowGroup, parquet: pq.ParquetFile) -> None:
+    def _leave(self, row_group: RowGroup, parquet: pq.ParquetFile) -> None:
         """Give an open file back, for the next row group of it."""
-        with self.lock:
-            self.idle.append((row_group.file, parquet))
-            left = self.idle.pop(0)[1] if len(self.idle) > IDLE_FILES else None
+        with self._lock:
+            self._idle.append((row_group.file, parquet))
+            left = self._idle.pop(0)[1] if len(self._idle) > IDLE_FILES else None
         if left is not None:
             left.close()
 
-    def list_entries(self, parquet: pq.ParquetFile, row_group: RowGroup) -> dict[str, int]:
-        """Entries of each list column by the footer. The columns must have been read: see `data.reading.files.prove`."""
-        if not self.lists:
-            return {}
-        with self.lock:
-            footer = self.footers.get(row_group.file)
-        leaves = footer.list_leaves if footer else leaves_of(parquet.metadata, self.lists)
-        group = parquet.metadata.row_group(row_group.index)
-        chunks = [group.column(leaf) for leaf in leaves]
-        return {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
-
-    def guarded(self, row_group: RowGroup, read: Callable[[], T]) -> T:
+    def _guarded(self, row_group: RowGroup, read: Callable[[], T]) -> T:
         """Run a read, a remote one again if it fails. Failures become one line that names file and row group."""
         name = self.name(row_group)
         if isinstance(self.files[row_group.file], RemoteFile):
@@ -223,7 +220,7 @@ class Decoder:
                 f"{name} cannot be decoded ({first_line(error)}); the file is damaged: write it again"
             ) from None
 
-    def keep(self, rows: pa.RecordBatch, row_group: RowGroup, first_row: int) -> Part:
+    def _keep(self, rows: pa.RecordBatch, row_group: RowGroup, first_row: int) -> Rows:
         """Leave out the rows that the selection does not keep."""
         file = self.files[row_group.file]
         place = Place(str(file), row_group.index, first_row)
@@ -234,27 +231,35 @@ class Decoder:
             return rows, place
         return rows.filter(pa.array(kept)), replace(place, rows=first_row + np.flatnonzero(kept))
 
-    def count_lists(self, rows: pa.RecordBatch) -> Counter[str]:
-        """Stored entries of each list column: its values, and one for each list without any."""
-        counts: Counter[str] = Counter()
-        for name in self.lists:
-            counts[name] = _count_entries(rows.column(rows.schema.names.index(name)))
-        return counts
+    def _list_entries(self, parquet: pq.ParquetFile, row_group: RowGroup) -> dict[str, int]:
+        """Entries of each list column by the footer. The columns must have been read: see `data.reading.files.prove`."""
+        if not self.lists:
+            return {}
+        known = self._footers.get(row_group.file)
+        leaves = known[1] if known else leaves_of(parquet.metadata, self.lists)
+        group = parquet.metadata.row_group(row_group.index)
+        chunks = [group.column(leaf) for leaf in leaves]
+        return {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
 
-    def check_lists(self, row_group: RowGroup, found: Counter[str], stored: dict[str, int]) -> None:
+    def _count_lists(self, rows: pa.RecordBatch) -> Counter[str]:
+        """Stored entries of each list column that was read: its values, and one for each list without any."""
+        columns = zip(rows.schema.names, rows.columns, strict=True)
+        return Counter({name: _count_entries(column) for name, column in columns if name in self.lists})
+
+    def _check_lists(self, row_group: RowGroup, found: Counter[str], stored: dict[str, int]) -> None:
         """Compare the entries of list columns that were read with those that the footer says are stored.
 
         Arrow takes a page's number of values from its header, which no checksum covers, and cuts the last list short without a word
         if a flipped bit made it smaller. Columns without lists would end early, which Arrow reports.
         """
-        for name, wanted in stored.items():
-            if wanted != found[name]:
+        for name, entries in found.items():
+            if entries != stored[name]:
                 raise InputError(
-                    f"{self.name(row_group)}: column {name!r} has {found[name]} values to read, but {wanted} by the footer; "
+                    f"{self.name(row_group)}: column {name!r} has {entries} values to read, but {stored[name]} by the footer; "
                     "the file is damaged: write it again"
                 )
 
-    def changed(self, row_group: RowGroup, found: int) -> InputError:
+    def _changed(self, row_group: RowGroup, found: int) -> InputError:
         """A row group that does not hold what was counted at the start."""
         return InputError(
             f"{self.name(row_group)} has {found} rows to read, but had {row_group.num_rows} when the stream was opened; "
@@ -262,76 +267,23 @@ class Decoder:
         )
 
 
-class _LongRowGroup:
-    """A row group that is read as a stream, because one lane's windows cut it. Rows that are not expected are passed over."""
+def _num_chunks(footer: tuple[pq.FileMetaData, list[int]]) -> int:
+    return footer[0].num_row_groups * footer[0].num_columns
 
-    def __init__(self, decoder: Decoder, row_group: RowGroup) -> None:
-        self.decoder, self.row_group = decoder, row_group
-        self.expected: deque[Segment] = deque()
-        self.ready: dict[Segment, list[Part]] = {}
-        self.is_last = False  # nothing more will be expected
-        self.lock = threading.Lock()
-        self.batches: Iterator[pa.RecordBatch] | None = None
-        self.stored = 0  # rows read from the file so far
-        self.position = 0  # kept rows passed so far
-        self.rest: Part | None = None  # read, and not yet passed
-        self.lists: Counter[str] = Counter()  # entries of list columns read so far
-        self.entries: dict[str, int] = {}  # and how many there are by the footer
 
-    def is_idle(self) -> bool:
-        """Whether all that was expected has been taken."""
-        return not self.expected and not self.ready
-
-    def take(self, segment: Segment) -> list[Part]:
-        """Return the rows of an expected segment. Whoever comes first reads for those before it too."""
-        with self.lock:
-            while segment not in self.ready:
-                following = self.expected[0]
-                self.ready[following] = self._pull(following.start, following.stop)
-                self.expected.popleft()
-            return self.ready.pop(segment)
-
-    def _pull(self, start: int, stop: int) -> list[Part]:
-        parts: list[Part] = []
-        while self.position < stop:
-            if self.rest is None:
-                batch = self.decoder.guarded(self.row_group, self._next)
-                if batch is None:
-                    raise self.decoder.changed(self.row_group, self.position)
-                self.rest = self.decoder.keep(batch, self.row_group, self.stored)
-                self.stored += batch.num_rows
-                self.lists += self.decoder.count_lists(batch)
-                if self.stored == self.row_group.stored_rows:
-                    self.decoder.check_lists(self.row_group, self.lists, self.entries)
-            rows, place = self.rest
-            skipped = min(max(0, start - self.position), rows.num_rows)
-            taken = min(stop - self.position - skipped, rows.num_rows - skipped)
-            if taken:
-                parts.append(_cut(rows, place, skipped, skipped + taken))
-            passed = skipped + taken
-            self.position += passed
-            self.rest = None if passed == rows.num_rows else _cut(rows, place, passed, rows.num_rows)
-        return parts
-
-    def _next(self) -> pa.RecordBatch | None:
-        parquet = None
-        batches, self.batches = self.batches, None  # so that a read that fails begins anew
-        if batches is None:
-            parquet = self.decoder.open(self.row_group)
-            batches = parquet.iter_batches(
-                self.decoder.selection.options.window_rows,
-                row_groups=[self.row_group.index],
-                columns=self.decoder.columns,
-                use_threads=False,
-            )
-            passed = 0
-            while passed < self.stored:
-                passed += next(batches).num_rows
-        batch = next(batches, None)
-        if parquet is not None:
-            self.entries = self.decoder.list_entries(parquet, self.row_group)
-        self.batches = batches
-        return batch
+def _of_exact_size(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """Batches of `batch_rows` rows, the last one of what is left: Arrow may make smaller ones than it was asked for."""
+    parts: list[pa.RecordBatch] = []
+    held = 0
+    for rows in batches:
+        parts.append(rows)
+        held += rows.num_rows
+        while held >= batch_rows:
+            joined = pa.concat_batches(parts) if len(parts) > 1 else parts[0]
+            yield joined.slice(0, batch_rows)
+            parts, held = [joined.slice(batch_rows)], held - batch_rows
+    if held:
+        yield pa.concat_batches(parts)
 
 
 def _count_entries(column: pa.Array) -> int:
@@ -346,7 +298,115 @@ def _count_entries(column: pa.Array) -> int:
     return len(column.flatten()) + empty + int(np.count_nonzero(null_but_full))
 
 
-def _cut(rows: pa.RecordBatch, place: Place, start: int, stop: int) -> Part:
+class Memory:
+    """Memory of windows that are no longer used, for the next ones: fresh pages cost as much as filling them."""
+
+    def __init__(self) -> None:
+        self.free: list[np.ndarray] = []
+        self.lock = threading.Lock()
+
+    def empty(self, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        """Return a matrix of undefined content."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        with self.lock:
+            fits = [at for at, block in enumerate(self.free) if size <= block.nbytes <= 2 * size]
+            block = self.free.pop(fits[0]) if fits else np.empty(size, np.uint8)
+        return block[:size].view(dtype).reshape(shape)
+
+    def give_back(self, matrix: np.ndarray) -> None:
+        """Take back a matrix that nobody reads any more."""
+        block = matrix
+        while isinstance(block.base, np.ndarray):
+            block = block.base
+        with self.lock:
+            self.free = [*self.free[-1:], block]  # two at most: windows come and go one at a time
+
+
+class Decoder:
+    """Decodes the windows of one epoch of one stream."""
+
+    def __init__(self, files: Sequence[DataFile], encoder: Encoder, selection: Selection) -> None:
+        self.reader = RowReader(files, encoder, selection, dictionaries=True)
+        self.memory = Memory()
+        self.reading: dict[int, str] = {}  # thread -> what it reads, for messages about stuck ones
+        self._long: dict[int, _LongRowGroup] = {}  # lane -> the last one that it has come to
+
+    def task(self, window: Window, seed: list[int] | None) -> Callable[[], Decoded]:
+        """Return what reads and encodes a window's rows, permuted if there is a seed.
+
+        The windows of a lane must be asked for in their order, and their tasks begun in that order.
+
+        Raises:
+            InputError: by the task: a file is damaged or has changed, or a value is faulty.
+        """
+        sources = [(segment.row_group, self._source(segment, window.lane)) for segment in window.segments]
+        return partial(self._decode, sources, window.num_rows, seed)
+
+    def _source(self, segment: Segment, lane: int) -> Callable[[], list[Rows]]:
+        row_group, window_rows = segment.row_group, self.reader.selection.options.window_rows
+        if row_group.num_rows <= window_rows:
+            return lambda: [_cut(*self.reader.whole(row_group), segment.start, segment.stop)]
+        if lane not in self._long or self._long[lane].row_group != row_group:
+            self._long[lane] = _LongRowGroup(self.reader, row_group)
+        return self._long[lane].expect(segment)
+
+    def _decode(
+        self, sources: list[tuple[RowGroup, Callable[[], list[Rows]]]], num_rows: int, seed: list[int] | None
+    ) -> Decoded:
+        thread = threading.get_ident()
+        parts: list[Rows] = []
+        try:
+            for row_group, read in sources:
+                self.reading[thread] = self.reader.name(row_group)
+                parts += read()
+        finally:
+            self.reading.pop(thread, None)
+        repaired: Counter[str] = Counter()
+        permutation = None if seed is None else np.random.default_rng(seed).permutation(num_rows)
+        columns = self.reader.encoder.encode_all(parts, repaired, permutation, self.memory.empty)
+        return columns, repaired
+
+
+class _LongRowGroup:
+    """A row group that is read as a stream, because one lane's windows cut it. Rows that are not expected are passed over."""
+
+    def __init__(self, reader: RowReader, row_group: RowGroup) -> None:
+        self.row_group = row_group
+        self.expected: deque[Segment] = deque()
+        self.ready: dict[Segment, list[Rows]] = {}
+        self.batches = reader.batches(row_group, reader.selection.options.window_rows, reader.columns)
+        self.position = 0  # kept rows passed so far
+        self.rest: Rows | None = None  # read, and not yet passed
+        self.lock = threading.Lock()
+
+    def expect(self, segment: Segment) -> Callable[[], list[Rows]]:
+        """Return what reads the rows of a segment, which comes after those asked for before."""
+        self.expected.append(segment)
+        return partial(self._take, segment)
+
+    def _take(self, segment: Segment) -> list[Rows]:
+        """Read an expected segment. The thread that comes first reads those before it too."""
+        with self.lock:
+            while segment not in self.ready:
+                following = self.expected[0]
+                self.ready[following] = self._pull(following.start, following.stop)
+                self.expected.popleft()
+            return self.ready.pop(segment)
+
+    def _pull(self, start: int, stop: int) -> list[Rows]:
+        parts: list[Rows] = []
+        while self.position < stop:
+            rows, place = self.rest or next(self.batches)
+            skipped = min(max(0, start - self.position), rows.num_rows)
+            passed = min(stop - self.position, rows.num_rows)
+            if passed > skipped:
+                parts.append(_cut(rows, place, skipped, passed))
+            self.position += passed
+            self.rest = None if passed == rows.num_rows else _cut(rows, place, passed, rows.num_rows)
+        return parts
+
+
+def _cut(rows: pa.RecordBatch, place: Place, start: int, stop: int) -> Rows:
     if start == 0 and stop == rows.num_rows:
         return rows, place
     numbers = None if place.rows is None else place.rows[start:stop]

@@ -17,7 +17,7 @@ a pure function too (data/reading/selection.py), and counted before the first ba
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -148,3 +148,12 @@ def windows_of_spans(
             end = min(stop, starts[index + 1]) if index + 1 < len(starts) else stop
             yield index, start, end
             start = end
+
+
+def first_uses(cuts: Iterable[Sequence[tuple[int, int, int]]]) -> Iterator[int]:
+    """Yield the windows that the cuts of one step after the other use, each once, in the order of its first use."""
+    before: set[int] = set()
+    for step in cuts:
+        used = dict.fromkeys(index for index, _, _ in step)
+        yield from (index for index in used if index not in before)
+        before = set(used)

@@ -1,10 +1,11 @@
-"""Work done ahead of its use, in threads, in order, with a time limit: nothing waits for ever. Imports no torch."""
+"""Work done ahead of its use, in threads, in order, with a time limit on every wait."""
 
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import NamedTuple, TypeVar
 
 from data.errors import InputError
 
@@ -12,89 +13,74 @@ T = TypeVar("T")
 LEAST_PAUSE, POLL_SECONDS = 0.0005, 0.02
 
 
-class Patience:
-    """How long to wait, and what to say when it is over. `reading` tells what is being read right now."""
+class TimeLimit(NamedTuple):
+    """How long to wait, and what tells then what is being read."""
 
-    def __init__(self, seconds: float, reading: Callable[[], list[str]]) -> None:
-        self.seconds, self.reading = seconds, reading
+    seconds: float
+    reading: Callable[[], list[str]]
 
-    def lost(self) -> InputError:
-        """The error of a reader that waited too long."""
-        places = self.reading()
+    def exceeded(self) -> InputError:
+        """The error of who has waited too long."""
         return InputError(
-            f"{'; '.join(places) or 'the data stream'}: no rows for {self.seconds:g} s (data.timeout_seconds); "
+            f"{'; '.join(self.reading()) or 'the data stream'}: no rows for {self.seconds:g} s (data.timeout_seconds); "
             "check the disk or network that holds the file, or raise the limit"
         )
 
 
 def _as_error(error: BaseException) -> Exception:
-    """What ends a thread, as the taker raises it: a SystemExit would end the process there as if all were well."""
+    """What ends a thread, as the caller raises it: a SystemExit would end the process there as if all were well."""
     if isinstance(error, Exception):
         return error
     return RuntimeError(f"{threading.current_thread().name} ended by {error!r}")
 
 
-class Ahead(Generic[T]):
-    """Tasks that threads work on in the order they were given. With no threads each runs when its result is taken.
+class Workers:
+    """Threads that run tasks in the order in which they are begun. With no threads each runs when its result is asked for.
 
-    A thread that fails hands its error to the taker. A thread that is stuck costs the taker `patience`; threads are daemons, so that
-    a stuck one does not keep the process alive.
+    A ThreadPoolExecutor's threads are joined before the process ends; these are daemons, so that one stuck in a read keeps none alive.
     """
 
-    def __init__(self, threads: int, patience: Patience) -> None:
-        self.threads, self.patience = threads, patience
-        self._given: queue.SimpleQueue[tuple[Hashable, Callable[[], T]] | None] = queue.SimpleQueue()
-        self._tasks: dict[Hashable, Callable[[], T]] = {}  # without threads
-        self._done: dict[Hashable, T | BaseException] = {}
-        self._changed = threading.Condition()
+    def __init__(self, threads: int, limit: TimeLimit) -> None:
+        self.threads, self.limit = threads, limit
+        self._tasks: queue.SimpleQueue[tuple[Future, Callable[[], object]] | None] = queue.SimpleQueue()
         self._closed = False
         for number in range(threads):
             threading.Thread(target=self._work, daemon=True, name=f"data-worker-{number}").start()
 
-    def give(self, key: Hashable, task: Callable[[], T]) -> None:
-        """Queue a task."""
-        if self.threads:
-            self._given.put((key, task))
-        else:
-            self._tasks[key] = task
-
-    def take(self, key: Hashable) -> T:
-        """Return a task's result, once.
-
-        Raises:
-            InputError: no result in time. Whatever the task raised.
-        """
+    def begin(self, task: Callable[[], T]) -> Callable[[], T]:
+        """Queue a task; return what waits for its result, and raises its error, or InputError if there is none in time."""
         if not self.threads:
-            return self._tasks.pop(key)()
-        with self._changed:
-            if not self._changed.wait_for(lambda: key in self._done, self.patience.seconds):
-                raise self.patience.lost()
-            result = self._done.pop(key)
-        if isinstance(result, BaseException):
-            raise result
+            return task
+        future: Future[T] = Future()
+        self._tasks.put((future, task))
+
+        def result() -> T:
+            try:
+                return future.result(self.limit.seconds)
+            except TimeoutError:
+                if future.done():  # the task's own error
+                    raise
+                raise self.limit.exceeded() from None
+
         return result
 
     def close(self) -> None:
-        """Let the threads end after what they are at."""
+        """Let the threads end after the task they are at."""
         self._closed = True
         for _ in range(self.threads):
-            self._given.put(None)
+            self._tasks.put(None)
 
     def _work(self) -> None:
-        while (given := self._given.get()) is not None and not self._closed:
-            key, task = given
-            result: T | BaseException
+        while (begun := self._tasks.get()) is not None and not self._closed:
+            future, task = begun
             try:
-                result = task()
-            except BaseException as error:  # the taker raises it
-                result = _as_error(error)
-            with self._changed:
-                self._done[key] = result
-                self._changed.notify_all()
-            del given, task, result
+                future.set_result(task())
+            except BaseException as error:
+                future.set_exception(_as_error(error))
+            del begun, future, task
 
 
-def prefetched(items: Iterator[T], depth: int, patience: Patience) -> Iterator[T]:
+def prefetched(items: Iterator[T], depth: int, limit: TimeLimit) -> Iterator[T]:
     """Make items ahead in one thread, at most `depth` of them. Errors are raised in the caller.
 
     A caller that finds an item ready wakes nobody, which costs a twentieth of a millisecond where the other core sleeps; the maker
@@ -134,8 +120,8 @@ def prefetched(items: Iterator[T], depth: int, patience: Patience) -> Iterator[T
         while True:
             while not ready:
                 filled.clear()
-                if not ready and not filled.wait(patience.seconds):
-                    raise patience.lost()
+                if not ready and not filled.wait(limit.seconds):
+                    raise limit.exceeded()
             is_item, item = ready.popleft()
             if is_item:
                 yield item  # type: ignore[misc]

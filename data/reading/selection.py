@@ -172,6 +172,9 @@ class Selection:
         ]
         self.samples = options.keep_negatives < 1 or options.drop_positives > 0
         self.filters = self.samples or bool(self.conditions)
+        # that `mask` reads
+        self.columns = [schema.label] if self.samples else []
+        self.columns += [schema.time_column] if self.conditions else []
         self.span, self.time_type = Span(-FOREVER, FOREVER), pa.int64()
 
     def fix_span(self, footers: Sequence[Footer]) -> None:

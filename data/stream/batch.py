@@ -1,10 +1,11 @@
 """Batch: what one rank trains on in one step.
 
-Shapes: B rows of this rank, F sparse features, D dense columns.
+Shapes: B rows of this rank, F single-valued sparse features, L list features, D dense columns.
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,12 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from data.reading.columns import Gathered, Ragged, offsets_of
+from data.reading.columns import ABSENT, Columns, Lists, Ragged, offsets_of
 from data.reading.order import Cursor
+from data.schema import Schema
+
+START = Cursor()
+Run = tuple[Columns, int, int]  # rows [start, stop) of some columns
 
 
 @dataclass
@@ -39,89 +44,125 @@ class Batch(Pipelineable):
     labels: Tensor
     weights: Tensor
     group_ids: Tensor | None = None
-    cursor: Cursor = Cursor()
+    cursor: Cursor = START
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """Return the batch on `device`."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device=device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            dense_features=move(self.dense_features),
-            sparse_features=self.sparse_features.to(device=device, non_blocking=non_blocking),
-            weighted_features=self.weighted_features
-            and self.weighted_features.to(device=device, non_blocking=non_blocking),
-            labels=move(self.labels),
-            weights=move(self.weights),
-            group_ids=None if self.group_ids is None else move(self.group_ids),
-        )
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Tell the CUDA allocator that `stream` uses these tensors."""
-        for part in self._parts():
-            part.record_stream(stream)  # type: ignore[arg-type]
+        return self._with(lambda part: part.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, which copies to a GPU while it computes."""
-        return replace(
-            self,
-            dense_features=self.dense_features.pin_memory(),
-            sparse_features=self.sparse_features.pin_memory(),
-            weighted_features=self.weighted_features and self.weighted_features.pin_memory(),
-            labels=self.labels.pin_memory(),
-            weights=self.weights.pin_memory(),
-            group_ids=None if self.group_ids is None else self.group_ids.pin_memory(),
-        )
+        return self._with(lambda part: part.pin_memory())
 
-    def _parts(self) -> list[Tensor | KeyedJaggedTensor]:
-        parts = [
-            self.dense_features,
-            self.sparse_features,
-            self.weighted_features,
-            self.labels,
-            self.weights,
-            self.group_ids,
-        ]
-        return [part for part in parts if part is not None]
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the CUDA allocator that `stream` uses these tensors."""
+        for part in self._tensors().values():
+            part.record_stream(stream)
+
+    def _with(self, move: Callable[[Any], Any]) -> "Batch":
+        return replace(self, **{name: move(part) for name, part in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        """Each Tensor and KeyedJaggedTensor by its field's name."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cursor"}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
-class Keys(NamedTuple):
-    """Names of the sparse features in the order that Columns holds them."""
-
-    sparse: list[str]
-    weighted: list[str]
-
-
-def to_batch(rows: Gathered, keys: Keys, *, weights: np.ndarray, cursor: Cursor) -> Batch:
-    """Wrap a batch's arrays as tensors, without copying.
+def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = START) -> Batch:
+    """Copy runs of rows into a batch, in order, and append padding up to `num_rows`: no ids, zeros, label 0, weight 0.
 
     Args:
-        rows: gathered rows with padding.
-        keys: names of the sparse features.
-        weights: (B,) float32, see `Batch.weights`.
+        runs: at least one; it may be empty.
+        num_rows: B, rows of the result.
+        schema: that the columns were encoded by.
         cursor: the stream's position after this batch.
     """
-    weighted = None
-    if keys.weighted:
-        weighted = KeyedJaggedTensor(
-            keys.weighted,
-            torch.from_numpy(rows.weighted_ids),
-            torch.from_numpy(rows.id_weights),
-            torch.from_numpy(rows.weighted_lengths),
-        )
+    first = runs[0][0]
+    num_fields = len(first.single_ids)
+    size = num_fields * num_rows
+    pieces, list_lengths = _list_pieces([columns.lists for columns, _, _ in runs], runs, num_rows)
+    ids = np.empty(size + sum(map(len, pieces)), np.int64)
+    single_ids = ids[:size].reshape(num_fields, num_rows)
+    dense = np.zeros((num_rows, first.dense.shape[1]), np.float32)
+    labels, weights = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.float32)
+    group_ids = None if first.group_ids is None else np.zeros(num_rows, np.int64)
+    begin = 0
+    for columns, start, stop in runs:
+        end = begin + stop - start
+        single_ids[:, begin:end] = columns.single_ids[:, start:stop]
+        dense[begin:end] = columns.dense[start:stop]
+        labels[begin:end] = columns.labels[start:stop]
+        if group_ids is not None and columns.group_ids is not None:
+            group_ids[begin:end] = columns.group_ids[start:stop]
+        begin = end
+    single_ids[:, begin:] = ABSENT
+    weights[:begin] = 1.0
+    lengths = np.ones(size + list_lengths.size, np.int32)
+    lengths[size:] = list_lengths.reshape(-1)
+    if pieces:
+        np.concatenate(pieces, out=ids[size:])
+    absent = np.any([columns.absent for columns, _, _ in runs], axis=0) | (begin < num_rows)
+    if absent.any():
+        ids = _without_absent(ids, lengths, single_ids, absent)
     return Batch(
-        dense_features=torch.from_numpy(rows.dense),
+        dense_features=torch.from_numpy(dense),
         sparse_features=KeyedJaggedTensor(
-            keys.sparse, torch.from_numpy(rows.ids), lengths=torch.from_numpy(rows.lengths)
+            [feature.name for feature in schema.sparse],
+            torch.from_numpy(ids),
+            lengths=torch.from_numpy(lengths),
         ),
-        weighted_features=weighted,
-        labels=torch.from_numpy(rows.labels),
+        weighted_features=_weighted(runs, num_rows, schema) if schema.weighted else None,
+        labels=torch.from_numpy(labels),
         weights=torch.from_numpy(weights),
-        group_ids=None if rows.group_ids is None else torch.from_numpy(rows.group_ids),
+        group_ids=None if group_ids is None else torch.from_numpy(group_ids),
         cursor=cursor,
     )
+
+
+def _weighted(runs: Sequence[Run], num_rows: int, schema: Schema) -> KeyedJaggedTensor:
+    lists = [columns.weighted_lists for columns, _, _ in runs]
+    ids, lengths = _list_pieces(lists, runs, num_rows)
+    weights, _ = _list_pieces(lists, runs, num_rows, weights=True)
+    return KeyedJaggedTensor(
+        [feature.name for feature in schema.weighted],
+        torch.from_numpy(np.concatenate(ids, dtype=np.int64)),
+        torch.from_numpy(np.concatenate(weights)),
+        torch.from_numpy(lengths.reshape(-1)),
+    )
+
+
+def _without_absent(
+    ids: np.ndarray, lengths: np.ndarray, single_ids: np.ndarray, absent: np.ndarray
+) -> np.ndarray:
+    """Leave out ABSENT ids and set their lengths to 0. Most fields have none: those are copied in one go between the others."""
+    rows = single_ids.shape[1]
+    pieces, copied = [], 0
+    for field in np.flatnonzero(absent).tolist():
+        present = single_ids[field] >= 0
+        lengths[field * rows : (field + 1) * rows] = present
+        pieces += [ids[copied : field * rows], single_ids[field][present]]
+        copied = (field + 1) * rows
+    return np.concatenate([*pieces, ids[copied:]])
+
+
+def _list_pieces(
+    lists: Sequence[Lists], runs: Sequence[Run], num_rows: int, weights: bool = False
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The values (or weights) of every field and run, field by field, and the (L, B) int32 lengths."""
+    fields = len(lists[0].values)
+    lengths = np.zeros((fields, num_rows), np.int32)
+    if not fields:
+        return [], lengths
+    by_run = []
+    begin = 0
+    for part, (_, start, stop) in zip(lists, runs, strict=True):
+        end = begin + stop - start
+        lengths[:, begin:end] = part.offsets[:, start + 1 : stop + 1] - part.offsets[:, start:stop]
+        bounds = zip(part.offsets[:, start].tolist(), part.offsets[:, stop].tolist(), strict=True)
+        sources = part.weights if weights else part.values
+        by_run.append([source[low:high] for source, (low, high) in zip(sources, bounds, strict=True)])
+        begin = end
+    return [pieces[field] for field in range(fields) for pieces in by_run], lengths
 
 
 def permuted_by_fbgemm(ragged: Ragged, permutation: np.ndarray) -> Ragged:

@@ -19,16 +19,15 @@ import torch.distributed as dist
 
 from data.errors import InputError
 from data.reading.column_types import check_columns
-from data.reading.columns import Columns, Run, gather
+from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.encode import Encoder, Place
 from data.reading.files import prove, read_contents
 from data.reading.keys import first_line
-from data.reading.order import Cursor
 from data.reading.selection import Selection
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import Schema
-from data.stream.batch import Batch, Keys, to_batch
+from data.stream.batch import Batch, gather
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.pipeline import evaluate_batches
@@ -263,10 +262,6 @@ class Scorer:
     ) -> None:
         self.built, self.process, self.reader = built, process, reader
         self.batch_rows, self.autocast = batch_rows, autocast
-        schema = reader.encoder.schema
-        self._keys = Keys(
-            [feature.name for feature in schema.sparse], [feature.name for feature in schema.weighted]
-        )
         self._read: deque[tuple[Piece, pa.RecordBatch, Columns] | Piece | None] = deque()
         self._faults: list[str] = []
 
@@ -322,10 +317,7 @@ class Scorer:
             yield self._batch(nothing)
 
     def _batch(self, columns: Columns) -> Batch:
-        weights = np.zeros(self.batch_rows, np.float32)
-        weights[: columns.num_rows] = 1.0
-        padded = gather([Run(columns, 0, columns.num_rows)], self.batch_rows)
-        return to_batch(padded, self._keys, weights=weights, cursor=Cursor())
+        return gather([(columns, 0, columns.num_rows)], self.batch_rows, self.reader.encoder.schema)
 
 
 def refuse_faults(faults: Sequence[str], process: Process) -> None:

@@ -1,11 +1,31 @@
-"""Proves that gathering rows gives what picking them one by one gives, and that windows are permuted row by row."""
+"""Proves that a batch holds the rows that picking them one by one gives, by key and padded, and moves as a pipeline needs."""
+
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.reading.columns import ABSENT, Columns, Lists, Ragged, Run, gather, join_lists
-from data.stream.batch import permuted_by_fbgemm
+from data.reading.columns import ABSENT, Columns, Lists, Ragged, join_lists
+from data.reading.order import Cursor
+from data.schema import parse_schema
+from data.stream.batch import Batch, gather, permuted_by_fbgemm
+
+BAGS = {"num_embeddings": 99, "embedding_dim": 4}
+FIELDS = {
+    **{name: {"kind": "categorical"} | BAGS for name in ("a", "b", "c")},
+    **{name: {"kind": "multi_valued"} | BAGS for name in ("d", "e")},
+    "w": {"kind": "weighted_multi_valued", "weights": "w_weights"} | BAGS,
+    "x": {"kind": "numeric"},
+    "y": {"kind": "numeric"},
+}
+
+
+def make_schema(*without):
+    kept = {name: field for name, field in FIELDS.items() if name not in without}
+    return parse_schema({"name": "t", "label": "click", "fields": kept}, "schema.toml", Path())
 
 
 def make_ragged(draw, rows: int, weighted: bool) -> Ragged:
@@ -52,29 +72,20 @@ def row_of(columns: Columns, row: int):
     )
 
 
-def rows_of(got, keys: int, weighted: int):
-    """A batch's rows, read as a KeyedJaggedTensor reads its values and lengths."""
-    rows = len(got.labels)
-
-    def jagged(values, lengths, count):
-        ends = np.cumsum(lengths).tolist()
-        pieces = [values[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]
-        assert len(pieces) == count * rows and (not ends or ends[-1] == len(values))
-        return [[pieces[key * rows + row] for key in range(count)] for row in range(rows)]
-
-    sparse = jagged(got.ids, got.lengths, keys)
-    ids = jagged(got.weighted_ids, got.weighted_lengths, weighted)
-    weights = jagged(got.id_weights, got.weighted_lengths, weighted)
+def rows_of(batch: Batch):
+    sparse = [batch.sparse_features[key].to_dense() for key in FIELDS if key < "w"]
+    weighted = batch.weighted_features["w"]
+    bags = zip(weighted.to_dense(), weighted.to_dense_weights(), strict=True)
     return [
         (
-            sparse[row][:3],
-            sparse[row][3:],
-            list(zip(ids[row], weights[row], strict=True)),
-            got.dense[row].tolist(),
-            got.labels[row],
-            got.group_ids[row],
+            [bags[row].tolist() for bags in sparse[:3]],
+            [bags[row].tolist() for bags in sparse[3:]],
+            [(ids.tolist(), weights.tolist())],
+            batch.dense_features[row].tolist(),
+            batch.labels[row],
+            batch.group_ids[row],
         )
-        for row in range(rows)
+        for row, (ids, weights) in enumerate(bags)
     ]
 
 
@@ -83,28 +94,60 @@ def test_gather_is_picking_row_by_row(data, extra):
     runs, wanted = [], []
     for seed in range(data.draw(st.integers(1, 3))):
         count = data.draw(st.integers(0, 9))
-        columns = make_columns(
-            seed, count, data.draw(st.sampled_from([np.int32, np.int64])), data.draw(st.booleans())
-        )
+        dtype = data.draw(st.sampled_from([np.int32, np.int64]))
+        columns = make_columns(seed, count, dtype, data.draw(st.booleans()))
         start = data.draw(st.integers(0, count))
         stop = data.draw(st.integers(start, count))
-        runs.append(Run(columns, start, stop))
+        runs.append((columns, start, stop))
         wanted += [row_of(columns, row) for row in range(start, stop)]
-    got = gather(runs, len(wanted) + extra)
+    batch = gather(runs, len(wanted) + extra, make_schema(), Cursor(2, 5))
     padding = ([[], [], []], [[], []], [([], [])], [0.0, 0.0], 0.0, 0)
-    assert rows_of(got, 5, 1) == wanted + [padding] * extra
-    assert got.ids.dtype == got.weighted_ids.dtype == np.int64
-    assert got.lengths.dtype == got.weighted_lengths.dtype == np.int32
+    assert rows_of(batch) == wanted + [padding] * extra and batch.cursor == Cursor(2, 5)
+    assert batch.weights.tolist() == [1.0] * len(wanted) + [0.0] * extra
+    assert batch.sparse_features.keys() == ["a", "b", "c", "d", "e"]
+    for bags in (batch.sparse_features, batch.weighted_features):
+        assert bags.values().dtype == torch.int64 and bags.lengths().dtype == torch.int32
 
 
 def test_gathered_rows_share_no_memory_with_their_window():
     """The window's memory is used again for the next one while the batch still trains."""
     columns = make_columns(0, 9)
-    got = gather([Run(columns, 0, 9)], 9)
     held = [columns.single_ids, columns.dense, columns.labels, columns.group_ids]
     held += [*columns.lists.values, *columns.weighted_lists.values, *columns.weighted_lists.weights]
-    for part in got:
-        assert not any(np.shares_memory(part, source) for source in held)
+    batch = gather([(columns, 0, 9)], 9, make_schema())
+    bags = [
+        batch.sparse_features.values(),
+        batch.weighted_features.values(),
+        batch.weighted_features.weights(),
+    ]
+    for part in (*bags, batch.dense_features, batch.labels, batch.group_ids):
+        assert not any(np.shares_memory(part.numpy(), source) for source in held)
+
+
+def test_absent_parts_are_none_and_without_lists_there_are_ids_only():
+    columns = make_columns(0, 3, missing=False)
+    none = join_lists([], None, 3)
+    batch = gather(
+        [(Columns(**vars(columns) | {"lists": none, "weighted_lists": none, "group_ids": None}), 0, 3)],
+        3,
+        make_schema("d", "e", "w"),
+    )
+    assert batch.weighted_features is None and batch.group_ids is None
+    assert batch.sparse_features.values().tolist() == columns.single_ids.reshape(-1).tolist()
+
+
+def test_moving_keeps_every_part():
+    """A field added to Batch and forgotten in `to` would stay on the host, or lose the cursor."""
+    batch = gather([(make_columns(0, 3), 0, 3)], 4, make_schema(), Cursor(2, 5))
+    moved = batch.to(torch.device("meta"))
+    for field in fields(Batch):
+        part, before = getattr(moved, field.name), getattr(batch, field.name)
+        if field.name == "cursor":
+            assert part == before
+        elif isinstance(part, torch.Tensor):
+            assert part.device.type == "meta" and part.shape == before.shape
+        else:
+            assert part.device().type == "meta" and part.keys() == before.keys()
 
 
 @given(

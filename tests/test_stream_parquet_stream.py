@@ -1,11 +1,15 @@
 """Proves that the stream gives every row once, in an order that neither world size, workers nor a stop change, and names what is wrong."""
 
+import gc
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from hypothesis import strategies as st
 
 import data.reading.decode
 from data.errors import InputError
+from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.order import Cursor
 from data.schema import parse_schema
@@ -173,7 +178,7 @@ RESUME = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_data_stream import LANES, ParquetStream, StreamOptions, make_schema, rows_of
+from test_stream_parquet_stream import LANES, ParquetStream, StreamOptions, make_schema, rows_of
 ranks = []
 for rank in range(2):
     stream = ParquetStream([Path(file) for file in sys.argv[3:]], make_schema(), StreamOptions(2 * LANES, LANES, window_rows=16, workers=2), rank, 2)
@@ -395,31 +400,30 @@ def test_mended_values_are_counted_by_field(tmp_path):
         assert total == {"row": 2, "price": 1}
 
 
-def test_a_reader_that_is_stuck_is_named_in_time(log, monkeypatch):
-    release = threading.Event()
-
-    def stuck(*_, **__):
-        release.wait(20)
-        raise OSError("released")
-
-    monkeypatch.setattr(data.reading.decode, "open_parquet", stuck)
+def test_a_reader_that_is_stuck_is_named_in_time(tmp_path):
     for workers, prefetch in ((1, 0), (0, 1), (2, 2)):
+        (file,) = write_log(tmp_path / f"{workers}", [40])
         options = StreamOptions(24, LANES, workers=workers, prefetch=prefetch, timeout_seconds=0.3)
-        stream = ParquetStream(log, make_schema(), options)
+        stream = ParquetStream([file], make_schema(), options)
+        file.unlink()
+        os.mkfifo(file)  # whoever opens it waits for a writer
         start = time.monotonic()
-        with pytest.raises(InputError, match=r"part-\d.parquet: row group \d+.*: no rows for 0.3 s"):
+        with pytest.raises(InputError, match=r"part-0.parquet: row group \d+.*: no rows for 0.3 s"):
             next(iter(stream))
         assert time.monotonic() - start < 3
-    release.set()
+        while any(thread.name.startswith("data-") for thread in threading.enumerate()):
+            assert time.monotonic() - start < 10
+            with suppress(OSError), open(os.open(file, os.O_WRONLY | os.O_NONBLOCK), "wb"):
+                time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (1, 0), (0, 1), (2, 2)])
-def test_an_error_in_a_worker_reaches_the_caller(log, monkeypatch, workers, prefetch):
+def test_an_error_in_a_worker_reaches_the_caller(log, workers, prefetch):
     def broken(*_, **__):
         raise SystemError("a defect of ours")
 
-    monkeypatch.setattr(data.reading.decode.Decoder, "decode", broken)
     stream = ParquetStream(log, make_schema(), StreamOptions(24, LANES, workers=workers, prefetch=prefetch))
+    stream.encoder.encode_all = broken
     with pytest.raises(SystemError, match="a defect of ours"):
         list(stream)
 
@@ -447,28 +451,22 @@ def test_a_file_that_shrinks_after_opening_is_named(log, tmp_path):
 def test_windows_in_memory_stay_few(tmp_path):
     files = write_log(tmp_path, [2000], row_group_rows=20)
     stream = ParquetStream(files, make_schema(), StreamOptions(16, 4, "shuffled", 40, workers=2, prefetch=0))
-    held = []
-    original = data.reading.decode.Decoder.decode
-    alive: set[int] = set()
-    import gc
-    import weakref
+    encode_all, alive, held = stream.encoder.encode_all, weakref.WeakSet(), []
 
-    def watched(self, window, seed):
-        decoded = original(self, window, seed)
-        alive.add(id(decoded.columns))
-        weakref.finalize(decoded.columns, alive.discard, id(decoded.columns))
-        return decoded
+    class Watched(Columns):
+        __hash__ = object.__hash__  # by identity
 
-    data.reading.decode.Decoder.decode = watched
-    try:
-        for _ in stream:
-            gc.collect(0)
-            held.append(len(alive))
-    finally:
-        data.reading.decode.Decoder.decode = original
-    assert (
-        len(held) == 125 and max(held) <= 4 + 3 + 2
-    )  # four lanes, three ahead, and two in the hands of threads
+    def watched(*args):
+        columns = Watched(**vars(encode_all(*args)))
+        alive.add(columns)
+        return columns
+
+    stream.encoder.encode_all = watched
+    for _ in stream:
+        gc.collect(0)
+        held.append(len(alive))
+    # four lanes, three ahead, and two in the hands of threads
+    assert len(held) == 125 and 4 < max(held) <= 4 + 3 + 2
 
 
 def test_importance_weights_make_up_for_dropped_negatives(tmp_path):

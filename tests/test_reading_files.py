@@ -115,7 +115,7 @@ DAMAGE = """
 import random, sys, time
 from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[2])))
-from test_data_files import SCHEMA
+from test_reading_files import SCHEMA
 from data.errors import InputError
 from data.reading.config import StreamOptions
 from data.stream import ParquetStream

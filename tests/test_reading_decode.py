@@ -1,0 +1,109 @@
+"""Proves that a scan gives each kept row of a row group once, in the file's order, encoded as training encodes it, with its extra columns."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data.errors import InputError
+from data.reading.config import StreamOptions
+from data.reading.decode import Decoder, RowReader
+from data.reading.encode import Encoder
+from data.reading.files import read_contents
+from data.reading.order import lane_bounds, plan_windows
+from data.reading.selection import Selection
+from data.schema import parse_schema
+
+FIELDS = {
+    "row": {"kind": "categorical", "num_embeddings": 1000, "embedding_dim": 4},
+    "word": {"kind": "categorical", "encoding": "hash", "num_embeddings": 50, "embedding_dim": 4},
+    "tags": {"kind": "multi_valued", "num_embeddings": 9, "embedding_dim": 4},
+}
+SCHEMA = parse_schema({"name": "t", "label": "click", "fields": FIELDS}, "schema.toml", Path())
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    rows = range(700)
+    table = pa.table(
+        {
+            "click": [row * row % 7 % 2 for row in rows],
+            "row": list(rows),
+            "word": [f"w{row % 211}" * 9 for row in rows],
+            "tags": pa.array([[row * k % 9 for k in range(row % 4)] for row in rows], pa.list_(pa.int64())),
+        }
+    )
+    path = tmp_path_factory.mktemp("log") / "a.parquet"
+    # a dictionary that is soon full: Arrow reads such a column in several chunks
+    pq.write_table(
+        table,
+        path,
+        row_group_size=500,
+        write_page_checksum=True,
+        dictionary_pagesize_limit=512,
+        data_page_size=256,
+        write_batch_size=16,
+    )
+    return path
+
+
+def reader_and_groups(file, options=StreamOptions(), **arguments):
+    selection = Selection(options, SCHEMA, [file])
+    groups = read_contents([file], SCHEMA, selection).row_groups
+    return RowReader([file], Encoder(SCHEMA), selection, **arguments), groups
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("sampling", [{}, {"keep_negatives": 0.5}], ids=str)
+def test_a_scan_is_the_file_in_its_order(file, labels, sampling):
+    reader, groups = reader_and_groups(
+        file, StreamOptions(**sampling), extra=("word", "click"), labels=labels
+    )
+    scanned = [(group, list(reader.scan(group, 64))) for group in groups]
+    assert [len(batches) for _, batches in scanned] == [8, 4]  # of each 64 stored rows
+    batches = [batch for _, batches in scanned for batch in batches]
+    rows = np.concatenate([columns.single_ids[0] for columns, _ in batches])
+    extra = pa.Table.from_batches([extra for _, extra in batches])
+    table = pq.read_table(file)
+    assert extra.equals(table.take(rows).select(["word", "click"]))
+    assert sampling or rows.tolist() == list(range(700))
+    labels_read = np.concatenate([columns.labels for columns, _ in batches])
+    assert labels_read.tolist() == (
+        [float(row * row % 7 % 2) for row in rows] if labels else [0.0] * len(rows)
+    )
+    alone = pa.Table.from_batches([extra for group in groups for extra in reader.scan_extra(group, 64)])
+    assert alone.equals(extra)
+
+
+def test_a_scan_encodes_as_training_does_whatever_the_lengths(file):
+    reader, groups = reader_and_groups(file)
+    scanned = [columns for group in groups for columns, _ in reader.scan(group, 700)]
+    for window_rows in (64, 1000):  # row groups read as a stream, and whole
+        options = StreamOptions(4, 1, "partitioned", window_rows)
+        decoder = Decoder([file], Encoder(SCHEMA), Selection(options, SCHEMA, [file]))
+        windows = plan_windows(groups, lane_bounds(options, 700), window_rows)
+        decoded = [decoder.task(window, None)()[0] for window in windows]
+        for name in ("single_ids", "labels"):
+            want = np.concatenate([getattr(columns, name) for columns in scanned], axis=-1)
+            got = np.concatenate([getattr(columns, name) for columns in decoded], axis=-1)
+            assert np.array_equal(got, want)
+        tags = [np.concatenate([each.lists.values[0] for each in read]) for read in (scanned, decoded)]
+        assert np.array_equal(*tags)
+
+
+def test_row_numbers_are_those_of_the_row_group(file):
+    reader, groups = reader_and_groups(file, StreamOptions(keep_negatives=0.5))
+    for group in groups:
+        for rows, place in reader.batches(group, 64, ["row"]):
+            numbers = rows["row"].to_numpy() - 500 * group.index
+            assert [place.row(row) for row in range(rows.num_rows)] == [
+                f"{file}: row group {group.index}, row {number}" for number in numbers
+            ]
+
+
+def test_a_row_group_that_is_not_what_was_counted_is_refused(file):
+    reader, groups = reader_and_groups(file)
+    with pytest.raises(InputError, match=r"a.parquet: row group 1 has 200 rows to read, but had 201"):
+        list(reader.scan(groups[1]._replace(num_rows=201), 64))
