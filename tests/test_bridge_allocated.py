@@ -1,14 +1,14 @@
 """Planned equals real: bytes of tables and optimizer state that two and four gloo ranks hold after a step, against the plan's."""
 
 import os
-import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from forked_ranks import run_ranks, run_script
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import KeyedOptimizerWrapper
@@ -28,6 +28,7 @@ from sharding.search.task import Task
 
 SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 ROWS = 16
+WORLDS = (2, 4)
 
 
 def small(rows, dims, **more):
@@ -129,42 +130,44 @@ def step(schema, config, optimizer, machine, rank):
     )
 
 
-def worker(rank, machine, port, results):
-    """One rank: all cases, one after the other."""
-    world, local, _ = machine
-    torch.set_num_threads(1)
-    os.environ |= {
-        "LOCAL_WORLD_SIZE": str(local),
-        "LOCAL_RANK": str(rank % local),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-    }
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def worker(rank, world, folder):
+    """One rank of hosts with two ranks each: all cases, one after the other."""
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2)}
+    dist.init_process_group("gloo")
     found = []
     for name, schema, config, optimizer in cases():
-        planned, held, line, types = step(schema, config, optimizer, machine, rank)
+        planned, held, line, types = step(schema, config, optimizer, (world, 2, "cpu"), rank)
         found.append((name, (planned.rows, planned.state), (held["rows"], held["state"]), line, types))
-    torch.save(found, f"{results}/{rank}.pt")
+    torch.save(found, folder / f"{world}_{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("machine", [(2, 2, "cpu"), (4, 2, "cpu")], ids=["2 ranks", "2 hosts of 2 ranks"])
-def test_planned_bytes_are_held_bytes(machine, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (machine, port, str(tmp_path)), nprocs=machine[0])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What each rank of two and of four found."""
+    folder = tmp_path_factory.mktemp("allocated")
+    run_script("test_bridge_allocated.py", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=["2 ranks", "2 hosts of 2 ranks"])
+def test_planned_bytes_are_held_bytes(world, folder):
     seen = set()
-    for rank in range(machine[0]):
-        for name, planned, held, line, types in torch.load(tmp_path / f"{rank}.pt", weights_only=True):
-            print(f"{name}, rank {rank}: planned {planned}, held {held}")
+    for rank in range(world):
+        for name, planned, held, line, types in torch.load(folder / f"{world}_{rank}.pt", weights_only=True):
             for part, expected, real in zip(("rows", "state"), planned, held, strict=True):
-                assert abs(real - expected) <= 0.01 * max(expected, 1), (
-                    f"{name}, rank {rank}, {part}: planned {expected}, holds {real}"
-                )
-            assert (
-                f"planned against held (rank {rank} of {machine[0]}, the farthest off): rows " in line
-                and "cache" not in line
-            )
+                assert abs(real - expected) <= 0.01 * max(expected, 1), (name, rank, part, expected, real)
+            which = f"planned against held (rank {rank} of {world}, the farthest off): rows "
+            assert which in line and "cache" not in line
             seen |= types
     assert seen == {"table_wise", "row_wise", "table_row_wise", "column_wise", "data_parallel"}
+
+
+if __name__ == "__main__":
+    for world in WORLDS:
+        out = Path(sys.argv[1])
+        done = run_ranks(
+            lambda rank, world=world: worker(rank, world, out), out / f"logs_{world}", world=world
+        )
+        if any(done["codes"]):
+            sys.exit("".join(done["words"]))

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from data.errors import InputError
 from data.schema import load_schema, parse_schema
+from sharding.bridge.collections import meta_collections
+from sharding.bridge.sharder import AnyTypeSharder
 from sharding.cost.assess import assess, search_bound
 from sharding.cost.estimate import Room
 from sharding.cost.memory import DoesNotFit
@@ -93,11 +96,11 @@ def test_torchrec_is_told_every_bandwidth():
 
 def test_options_come_in_the_order_of_the_constraints_in_every_process():
     """TorchRec takes them from a set of strings, whose order each process draws anew: ranks would make different plans."""
-    kinds = ["table_wise", "row_wise", "table_row_wise", "column_wise"]
-    for order in itertools.permutations(kinds):
-        constraints = {"t": ParameterConstraints(sharding_types=list(order), compute_kernels=["fused"])}
-        enumerator = Ordered(topology(), 64, constraints, [])
-        assert enumerator._filter_sharding_types("t", sorted(kinds), "") == list(order)
+    tables = torch.nn.ModuleDict({"ebc": next(iter(meta_collections(TINY).values()))})
+    for order in itertools.permutations(["table_wise", "row_wise", "table_row_wise", "column_wise"]):
+        asked = ParameterConstraints(sharding_types=list(order), compute_kernels=["fused"], min_partition=8)
+        options = Ordered(topology(), 64, {"weekday": asked}, []).enumerate(tables, [AnyTypeSharder()])
+        assert [option.sharding_type for option in options] == list(order)
 
 
 @pytest.mark.parametrize("kind", ["data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise"])

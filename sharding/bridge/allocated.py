@@ -4,13 +4,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    DenseTableBatchedEmbeddingBagsCodegen,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import nn
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from sharding.bridge.zch import STATE, BucketedCollisions
 from sharding.cost.assess import Assessment
 from sharding.cost.memory import gib
 
 PARTS: tuple[str, ...] = ("rows", "state", "cache")
+# FBGEMM's names of the tensors of a table kernel -> the part of memory that they take
+KERNEL_TENSORS = {
+    **{f"weights_{place}": "rows" for place in ("dev", "host", "uvm")},
+    **{f"momentum{order}_{place}": "state" for order in (1, 2) for place in ("dev", "host", "uvm")},
+    **dict.fromkeys(("lxu_cache_weights", "lxu_cache_state", "lxu_state", "cache_index_table_map"), "cache"),
+}
 
 
 def held_bytes(model: nn.Module) -> dict[str, int]:
@@ -42,35 +53,27 @@ def _with_lookups(model: nn.Module) -> Iterator[nn.Module]:
     """Every module, also the lookups that TorchRec's sharded collections keep in a plain list."""
     for module in model.modules():
         yield module
-        for lookup in getattr(module, "_lookups", ()):
-            # a replicated table's lookup is wrapped for gradients to be averaged
-            yield from getattr(lookup, "module", lookup).modules()
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            for lookup in module._lookups:
+                # a replicated table's lookup is wrapped for gradients to be averaged
+                yield from getattr(lookup, "module", lookup).modules()
 
 
 def _kernel_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Tensors of one of FBGEMM's table kernels, or of rows with ids, by what they are; empty for every other module."""
-    kind = type(module).__name__
     if isinstance(module, BucketedCollisions):
         return [("state", getattr(module, name)) for name in STATE]
-    if kind == "DenseTableBatchedEmbeddingBagsCodegen":
+    if isinstance(module, DenseTableBatchedEmbeddingBagsCodegen):
         return [("rows", parameter.data) for parameter in module.parameters()]
-    if kind != "SplitTableBatchedEmbeddingBagsCodegen":
+    if not isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
         return []
-    found = []
-    for name, value in {
-        **vars(module),
-        **dict(module.named_buffers()),
-        **dict(module.named_parameters()),
-    }.items():
-        if not torch.is_tensor(value) or (value.numel() <= 1 and value.dtype == torch.int64):
-            continue  # one integer stands where a table has no such tensor
-        if name in ("weights_dev", "weights_host", "weights_uvm"):
-            found.append(("rows", value.data))
-        elif name.startswith(("momentum1_", "momentum2_")) and name.endswith(("_dev", "_host", "_uvm")):
-            found.append(("state", value.data))
-        elif name in ("lxu_cache_weights", "lxu_cache_state", "lxu_state", "cache_index_table_map"):
-            found.append(("cache", value.data))
-    return found
+    tensors = [(kind, getattr(module, name, None)) for name, kind in KERNEL_TENSORS.items()]
+    # one integer stands where a table has no such tensor
+    return [
+        (kind, tensor.data)
+        for kind, tensor in tensors
+        if tensor is not None and (tensor.numel() > 1 or tensor.dtype != torch.int64)
+    ]
 
 
 def planned_against_held(

@@ -1,24 +1,26 @@
 """Managed collision (zero-collision hash): which row of its table an unbounded id has, as TorchRec keeps it, in buckets.
 
 TorchRec's own collection has as many buckets as ranks, so its row of an id changes with the world size. Here the number of buckets is
-the table's: bucket b of K serves the ids h with floor(h / ceil((2^63 - 1) / K)) = b, holds the rows [b R / K, (b + 1) R / K) of R, and
-is one MCHManagedCollisionModule. A rank holds K / ranks neighbouring buckets, so the row of an id is the same on every number of ranks
-that divides K. (HashZchManagedCollisionModule has buckets of its own, but FBGEMM's kernel of it only reads on a CPU.)
+the table's: bucket b of K serves the ids h with floor(h / ceil((2^63 - 1) / K)) = b and holds the rows [b R / K, (b + 1) R / K) of R.
+A rank holds K / ranks neighbouring buckets, so the row of an id is the same on every number of ranks that divides K.
+(HashZchManagedCollisionModule has buckets of its own, but FBGEMM's kernel of it only reads on a CPU.)
 
 The last row of each bucket is looked up by the bucket's ids that have no row.
 
 Shapes: R rows of the table, r rows of this rank, K buckets.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.mc_embeddingbag import (
     ManagedCollisionEmbeddingBagCollectionSharder,
     ShardedManagedCollisionEmbeddingBagCollection,
 )
+from torchrec.distributed.mc_modules import ManagedCollisionCollectionSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
@@ -29,7 +31,6 @@ from torchrec.modules.mc_modules import (
     ManagedCollisionCollection,
     ManagedCollisionModule,
     MCHEvictionPolicy,
-    MCHManagedCollisionModule,
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
@@ -44,9 +45,8 @@ POLICIES: dict[str, Callable[[], MCHEvictionPolicy]] = {
 ID_RANGE = 2**63 - 1  # ids are in [0, ID_RANGE)
 FREE = 2**63 - 1  # TorchRec's mark of a row without an id
 EMBEDDING_MODULE = "_embedding_module"  # TorchRec's name of the rows inside a managed collection
-REMAPPERS = (
-    "_managed_collision_collection._managed_collision_modules"  # and of what gives ids their rows, by table
-)
+# and of what gives ids their rows, by table
+REMAPPERS = "_managed_collision_collection._managed_collision_modules"
 STATE = ("raw_ids", "slots", "counts", "last_access_iter")
 
 
@@ -94,13 +94,7 @@ class BucketedCollisions(ManagedCollisionModule):
         for name in STATE[2:]:
             self.register_buffer(name, torch.zeros(rows, dtype=torch.int64, device=device))
         own = () if device.type == "meta" else range(start // self.bucket_rows, stop // self.bucket_rows)
-        # in a plain list, or the state would be there twice
-        self.own_buckets = [_Bucket(self, bucket) for bucket in own]
-
-    def state_of(self, bucket: int) -> dict[str, Tensor]:
-        """A bucket's view of each tensor of the state."""
-        first = bucket * self.bucket_rows - self.start
-        return {name: getattr(self, name)[first : first + self.bucket_rows] for name in STATE}
+        self.own_buckets = [Bucket(self, bucket) for bucket in own]
 
     def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         """Leave ids as they are: the data plane has hashed them."""
@@ -110,11 +104,12 @@ class BucketedCollisions(ManagedCollisionModule):
     def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         """Note the ids of a training step, and admit new ones every `eviction_interval` steps. Evaluation changes nothing."""
         if self.training:
-            step = int(self._current_iter_tensor)
-            for name, feature in features.items():
-                for bucket, ids in self._by_bucket(feature.values()):
-                    bucket.note(name, ids, step)
             self._current_iter_tensor += 1
+            step = int(self._current_iter_tensor)
+            for feature in features.values():
+                bucket_of = self._bucket_of(feature.values())
+                for bucket in self.own_buckets:
+                    bucket.note(feature.values()[bucket_of == bucket.number], step)
         return features
 
     @torch.no_grad()
@@ -127,11 +122,11 @@ class BucketedCollisions(ManagedCollisionModule):
         """Return the row in the table, [start, stop), for every id."""
         remapped = {}
         for name, feature in features.items():
-            rows = torch.empty_like(feature.values())
-            bucket_of = self._bucket_of(feature.values())
+            ids, rows = feature.values(), torch.empty_like(feature.values())
+            bucket_of = self._bucket_of(ids)
             for bucket in self.own_buckets:
                 chosen = (bucket_of == bucket.number).nonzero().squeeze(1)
-                rows[chosen] = bucket.remap({name: _flat(feature.values()[chosen])})[name].values()
+                rows[chosen] = bucket.remap(ids[chosen])
             remapped[name] = JaggedTensor(
                 rows, lengths=feature.lengths(), offsets=feature.offsets(), weights=feature.weights_or_none()
             )
@@ -145,7 +140,9 @@ class BucketedCollisions(ManagedCollisionModule):
 
     def evict(self) -> Tensor | None:
         """Return rows of the table whose id has changed since the last call, for their values to be drawn anew."""
-        changed = [rows for bucket in self.own_buckets if (rows := bucket.evict()) is not None]
+        changed = [rows for bucket in self.own_buckets for rows in bucket.changed]
+        for bucket in self.own_buckets:
+            bucket.changed = []
         return torch.cat(changed) if changed else None
 
     def used_rows(self) -> int:
@@ -155,13 +152,11 @@ class BucketedCollisions(ManagedCollisionModule):
     def is_sound(self) -> bool:
         """Whether the state is one that training makes: each bucket's rows once each, and its ids ascending."""
         for bucket in self.own_buckets:
-            state = self.state_of(bucket.number)
-            first = bucket.number * self.bucket_rows
-            rows = torch.arange(first, first + self.bucket_rows, device=self.slots.device)
-            ids = state["raw_ids"]
-            if not torch.equal(state["slots"].sort().values, rows) or bool((ids[1:] < ids[:-1]).any()):
+            ids, slots = bucket.state["raw_ids"], bucket.state["slots"]
+            rows = torch.arange(bucket.last_row + 1 - len(ids), bucket.last_row + 1, device=slots.device)
+            if not torch.equal(slots.sort().values, rows) or bool((ids[1:] < ids[:-1]).any()):
                 return False
-            if int(ids[0]) < 0 or int(ids[-1]) != FREE or int(state["slots"][-1]) != int(rows[-1]):
+            if int(ids[0]) < 0 or int(ids[-1]) != FREE or int(slots[-1]) != bucket.last_row:
                 return False
         return True
 
@@ -192,106 +187,85 @@ class BucketedCollisions(ManagedCollisionModule):
     ) -> "BucketedCollisions":
         """Make the part of a rank that holds these rows."""
         start, stop = output_id_range
-        assert start % self.bucket_rows == 0 and stop % self.bucket_rows == 0, (
-            output_id_range,
-            self.bucket_rows,
-        )
+        assert start % self.bucket_rows == stop % self.bucket_rows == 0, (output_id_range, self.bucket_rows)
         return BucketedCollisions(self.table, start, stop, device or self.device)
 
     def _bucket_of(self, ids: Tensor) -> Tensor:
         return torch.div(ids, -(-ID_RANGE // self.zch.buckets), rounding_mode="floor")
 
-    def _by_bucket(self, ids: Tensor) -> Iterator[tuple["_Bucket", Tensor]]:
-        bucket_of = self._bucket_of(ids)
-        for bucket in self.own_buckets:
-            yield bucket, ids[bucket_of == bucket.number]
 
+class Bucket:
+    """Admits ids to the rows of one bucket, as TorchRec's MCHManagedCollisionModule does, by the same eviction policies.
 
-class _Bucket(MCHManagedCollisionModule):
-    """TorchRec's module for the ids of one bucket, with the changes that a resumed run and FBGEMM on a CPU need.
+    What differs is what a resumed run needs: every id since the last admission is kept (TorchRec keeps as many as fit into a
+    buffer of the first batch's size), admission is due at multiples of `eviction_interval` (not that many steps after a start), and a
+    row that is given to an id for the first time keeps its initial values.
 
-    The history holds every id of the steps since the last admission: TorchRec's is as long as the first batch was, and drops what
-    does not fit. Admission is due at multiples of `eviction_interval`, not that many steps after a start. A row that is given to an
-    id for the first time keeps its initial values.
+    Attributes:
+        number: 0 for the first bucket of the table.
+        state: views of its part of the table's state, by name.
+        evictions: ids that lost their row since the last checkpoint was loaded.
     """
 
     def __init__(self, whole: BucketedCollisions, number: int) -> None:
-        first = number * whole.bucket_rows
-        super().__init__(
-            whole.bucket_rows,
-            whole.device,
-            POLICIES[whole.zch.eviction](),
-            whole.zch.eviction_interval,
-            input_hash_size=ID_RANGE,
-            output_global_offset=first,
-            output_segments=[first, first + whole.bucket_rows],
-        )
-        state = whole.state_of(number)
-        self.number = number
-        self.evictions = 0  # ids that lost their row since the last checkpoint was loaded
-        self._mch_sorted_raw_ids, self._mch_remapped_ids_mapping = state["raw_ids"], state["slots"]
-        for name in self._mch_metadata:
-            self._mch_metadata[name] = state[name]
-            setattr(self, f"_mch_{name}", state[name])
-        self._input_history_buffer_size = 0
-        self._history_accumulator = torch.empty(0, dtype=torch.int64, device=whole.device)
-        self._has_iters = any(name == "last_access_iter" for name in self._mch_metadata)
-        if self._has_iters:
-            self._history_metadata["last_access_iter"] = torch.empty_like(self._history_accumulator)
+        first, self.number, self.zch = number * whole.bucket_rows - whole.start, number, whole.zch
+        self.state = {name: getattr(whole, name)[first : first + whole.bucket_rows] for name in STATE}
+        self.last_row = (number + 1) * whole.bucket_rows - 1
+        self.policy = POLICIES[self.zch.eviction]()
+        self.metadata = {
+            info.metadata_name: self.state[info.metadata_name]
+            for info in self.policy.metadata_info
+            if info.is_mch_metadata
+        }
+        self.noted: list[
+            Tensor
+        ] = []  # (2, n) each: ids since the last admission, and their step, counted from 1
+        self.changed: list[Tensor] = []  # rows that went to another id and have not been reported by `evict`
+        self.evictions = 0
 
-    def note(self, name: str, ids: Tensor, step: int) -> None:
-        """Note the ids of training step `step`, counted from 0."""
-        self._reserve(self._current_history_buffer_offset + len(ids))
-        self._current_iter = step
-        self._last_eviction_iter = step - step % self._eviction_interval
-        self.profile({name: _flat(ids)})
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where each id is in the state, and whether it is there."""
+        raw_ids = self.state["raw_ids"]
+        found = torch.searchsorted(raw_ids[:-1], ids)
+        return found, raw_ids[found] == ids
+
+    def remap(self, ids: Tensor) -> Tensor:
+        """Return the row of every id, which is the bucket's last for those without one."""
+        found, known = self.find(ids)
+        return self.state["slots"][found].where(known, self.last_row)
+
+    def note(self, ids: Tensor, step: int) -> None:
+        """Note the ids of training step `step`, counted from 1, and admit new ones if that is due."""
+        self.noted.append(torch.stack([ids, torch.full_like(ids, step)]))
+        if step % self.zch.eviction_interval == 0:
+            self._admit(step)
+
+    def _admit(self, step: int) -> None:
+        raw_ids, slots = self.state["raw_ids"], self.state["slots"]
+        ids, steps = self.history()
+        unique, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+        history = self.policy.coalesce_history_metadata(step, {"last_access_iter": steps}, counts, inverse)
+        by_count = torch.argsort(counts, descending=True, stable=True)
+        wanted = unique[by_count]
+        found, known = self.find(wanted)
+        evicted, admitted = self.policy.update_metadata_and_generate_eviction_scores(
+            step, len(raw_ids), by_count, counts[by_count], known, found[known], self.metadata, history
+        )
+        self.changed.append(slots[evicted[raw_ids[evicted] != FREE]])
+        self.evictions += len(self.changed[-1])
+        raw_ids[evicted] = wanted[~known][admitted]
+        ascending = torch.argsort(raw_ids, stable=True)
+        for tensor in (raw_ids, slots, *self.metadata.values()):
+            tensor.copy_(tensor[ascending])
+        self.noted.clear()
 
     def history(self) -> Tensor:
         """Return (2, n) int64: the ids since the last admission and the step of each, for a checkpoint."""
-        count = self._current_history_buffer_offset
-        ids = self._history_accumulator[:count]
-        iters = self._history_metadata["last_access_iter"][:count] if self._has_iters else ids
-        return torch.stack([ids, iters])
+        return torch.cat([self.state["slots"].new_empty(2, 0), *self.noted], dim=1)
 
     def load_history(self, history: Tensor) -> None:
         """Take up what `history` gave."""
-        count = history.shape[1]
-        self._current_history_buffer_offset = 0
-        self._reserve(count)
-        self._history_accumulator[:count] = history[0]
-        if self._has_iters:
-            self._history_metadata["last_access_iter"][:count] = history[1]
-        self._current_history_buffer_offset = count
-
-    def _reserve(self, count: int) -> None:
-        if count <= self._input_history_buffer_size:
-            return
-        kept, size = self._current_history_buffer_offset, count + count // 4
-
-        def grown(old: Tensor) -> Tensor:
-            new = old.new_empty(size)
-            new[:kept] = old[:kept]
-            return new
-
-        self._history_accumulator = grown(self._history_accumulator)
-        for name, old in self._history_metadata.items():
-            self._history_metadata[name] = grown(old)
-        self._input_history_buffer_size = size
-
-    def _update_and_evict(self, *arguments: Any) -> None:
-        first = self._output_global_offset
-        used = torch.zeros(self._zch_size, dtype=torch.bool, device=self.device)
-        used[self._mch_remapped_ids_mapping - first] = self._mch_sorted_raw_ids != FREE
-        super()._update_and_evict(*arguments)
-        rows = self._evicted_emb_indices
-        self._evicted_emb_indices = rows[used[rows - first]]
-        self.evictions += len(self._evicted_emb_indices)
-
-
-def _flat(ids: Tensor) -> JaggedTensor:
-    """Ids for TorchRec, which asks whose they are and does not look."""
-    nobody = ids.new_empty(0)
-    return JaggedTensor(ids, lengths=nobody, offsets=nobody)
+        self.noted = [history.to(self.state["slots"].device)]
 
 
 class ShardedCollisions(ShardedManagedCollisionEmbeddingBagCollection):
@@ -302,6 +276,7 @@ class ShardedCollisions(ShardedManagedCollisionEmbeddingBagCollection):
 
     seed = 0
     std = 0.0
+    fresh: Mapping[str, Tensor] = MappingProxyType({})
 
     def _evict(self, evictions_per_table: dict[str, Tensor | None]) -> None:
         for table, rows in evictions_per_table.items():
@@ -319,11 +294,10 @@ class ShardedCollisions(ShardedManagedCollisionEmbeddingBagCollection):
 
     def _fresh_rows(self, table: str, weights: Tensor) -> Tensor:
         """(CHUNK_ROWS, D) to draw from: those that the first rows of a table of this name and seed start with."""
-        known = self.__dict__.setdefault("_fresh", {})
-        if table not in known:
+        if table not in self.fresh:
             (_, rows), *_ = table_rows(self.seed, f"{table}/fresh", 0, CHUNK_ROWS, weights.shape[1], self.std)
-            known[table] = rows.to(weights)
-        return known[table]
+            self.fresh = {**self.fresh, table: rows.to(weights)}
+        return self.fresh[table]
 
 
 class CollisionSharder(ManagedCollisionEmbeddingBagCollectionSharder):
@@ -331,11 +305,13 @@ class CollisionSharder(ManagedCollisionEmbeddingBagCollectionSharder):
 
     Args:
         rows: the sharder of the rows.
-        seed, std: of the values of rows that change their id.
+        seed: random seed of the run.
+        std: standard deviation of the values of rows that change their id.
     """
 
-    def __init__(self, rows: Any, seed: int = 0, std: float = 0.0) -> None:
-        super().__init__(rows)
+    def __init__(self, rows: EmbeddingBagCollectionSharder, seed: int = 0, std: float = 0.0) -> None:
+        self.rows, self.ids = rows, ManagedCollisionCollectionSharder()
+        super().__init__(rows, self.ids)
         self.seed, self.std = seed, std
 
     def shard(
@@ -347,10 +323,7 @@ class CollisionSharder(ManagedCollisionEmbeddingBagCollectionSharder):
         module_fqn: str | None = None,
     ) -> ShardedCollisions:
         """Shard the rows and the ids of a collection."""
-        rows: Any = self._e_sharder
-        sharded = ShardedCollisions(
-            module, params, rows, self._mc_sharder, env, device or torch.device("cpu")
-        )
+        sharded = ShardedCollisions(module, params, self.rows, self.ids, env, device or torch.device("cpu"))
         sharded.seed, sharded.std = self.seed, self.std
         return sharded
 

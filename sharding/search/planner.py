@@ -209,15 +209,27 @@ class _Estimator(ShardEstimator):
 class Ordered(EmbeddingEnumerator):
     """Options in the constraints' order. TorchRec's is that of a set of strings, another one in each process, and ties go to the first."""
 
-    def _filter_sharding_types(self, name: str, *args: Any) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._in_order(super()._filter_sharding_types(name, *args), name, "sharding_types")
+    def __init__(
+        self,
+        topology: Topology,
+        batch_size: int,
+        constraints: dict[str, ParameterConstraints],
+        estimators: Any,
+    ) -> None:
+        super().__init__(topology, batch_size, constraints, estimators)
+        self.wanted = constraints
 
-    def _filter_compute_kernels(self, name: str, *args: Any) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._in_order(super()._filter_compute_kernels(name, *args), name, "compute_kernels")
+    def enumerate(self, module: nn.Module, sharders: list[Any]) -> list[ShardingOption]:
+        """List the options of every table."""
+        options = super().enumerate(module, sharders)
+        tables = {name: place for place, name in enumerate(dict.fromkeys(each.name for each in options))}
 
-    def _in_order(self, found: list[str], name: str, key: str) -> list[str]:
-        wanted = getattr((self._constraints or {}).get(name), key, None) or sorted(found)
-        return [each for each in wanted if each in found]
+        def order(option: ShardingOption) -> tuple[int, int, int]:
+            types, kernels = self.wanted[option.name].sharding_types, self.wanted[option.name].compute_kernels
+            kind, kernel = option.sharding_type, option.compute_kernel
+            return tables[option.name], (types or []).index(kind), (kernels or []).index(kernel)
+
+        return sorted(options, key=order)
 
 
 class _Watched(NoopPerfModel):
