@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.profile import fit
-from data.profile.fit import write_fitted
+from data.profile.fit import Counts, Moments, Sample, fit_schema, write_fitted
 from data.schema import load_schema, parse_schema
 
 WORD = {"kind": "categorical", "encoding": "vocabulary", "vocabulary": "fit", "embedding_dim": 4}
@@ -72,15 +73,119 @@ def test_failure_leaves_nothing_behind(train, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.parquet", "train.parquet"]
 
 
-def test_counts_of_many_values_are_merged_seldom(monkeypatch):
+def test_counts_of_many_values_are_merged_seldom():
     """Work grows with the values, not with values times merges: each merge at least doubles what is kept."""
-    monkeypatch.setattr(fit, "MAX_PENDING", 100)
-    counts, merges = fit._Counts(), []
-    merge = fit._Counts.merged
-    monkeypatch.setattr(fit._Counts, "merged", lambda self: merges.append(1) or merge(self))
+    counts = Counts(limit=100)
     for start in range(0, 20_000, 50):
         counts.add(pa.array(range(start, start + 50)))
-    assert len(merges) <= 9
+    assert counts.num_merges <= 9
     counts.add(pa.array([7, 7, 9, None]))
     assert counts.vocabulary(2).to_pylist() == [7, 9]
     assert len(counts.vocabulary(1)) == 20_000
+
+
+def fitted(fields: dict, columns: dict, folder: Path, tables: dict | None = None, **options):
+    top = {"name": "t", "label": "y", "fields": fields, "groups": {}} | ({"tables": tables} if tables else {})
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    return fit_schema(parse_schema(top, "test", folder), [folder / "train.parquet"], folder, **options)
+
+
+def test_vocabulary_drops_rare_values_and_nulls(tmp_path):
+    field = {
+        "kind": "categorical",
+        "encoding": "vocabulary",
+        "vocabulary": "fit",
+        "min_count": 2,
+        "embedding_dim": 4,
+    }
+    schema = fitted(
+        {"city": field}, {"city": ["b", "a", None, "b", "a", "c", None, None, "d", "d", "d"]}, tmp_path
+    )
+    assert pq.read_table(tmp_path / "vocabulary" / "city.parquet")["value"].to_pylist() == ["d", "a", "b"]
+    assert schema.table_of["city"].num_embeddings == 5
+    assert schema.features[0].is_fitted
+
+
+def test_fields_of_one_table_share_one_vocabulary(tmp_path):
+    shared = {"encoding": "vocabulary", "vocabulary": "fit", "table": "brand"}
+    schema = fitted(
+        {"shown": {"kind": "categorical", **shared}, "seen": {"kind": "multi_valued", **shared}},
+        {"shown": [1, 2, 3], "seen": [[3, 3], [], [2, 9]]},
+        tmp_path,
+        tables={"brand": {"num_embeddings": 2, "embedding_dim": 4}},
+    )
+    assert {feature.vocabulary for feature in schema.features} == {"vocabulary/brand.parquet"}
+    assert pq.read_table(tmp_path / "vocabulary" / "brand.parquet")["value"].to_pylist() == [3, 2, 1, 9]
+    assert [table.num_embeddings for table in schema.tables] == [6]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.integers(1, 7))
+def test_moments_in_pieces_agree_with_numpy(numbers, pieces):
+    moments = Moments()
+    for part in np.array_split(np.asarray(numbers), pieces):
+        moments.add(pa.array(part))
+    assert moments.mean == pytest.approx(np.mean(numbers), rel=1e-9, abs=1e-9)
+    assert moments.std() == pytest.approx(np.std(numbers), rel=1e-6, abs=1e-6)
+
+
+def test_standardise_ignores_nulls_and_nan(tmp_path):
+    field = {"kind": "numeric", "transform": "standardise", "mean": "fit", "std": "fit"}
+    schema = fitted({"x": field}, {"x": [1.0, None, 3.0, float("nan"), 5.0]}, tmp_path)
+    assert schema.features[0].mean == 3.0
+    assert schema.features[0].std == pytest.approx(np.std([1, 3, 5]))
+
+
+def test_constant_column_gets_std_one_and_a_note(tmp_path):
+    field = {"kind": "numeric", "transform": "standardise", "mean": "fit", "std": "fit"}
+    notes: list[str] = []
+    schema = fitted({"x": field}, {"x": [0.1] * 7}, tmp_path, report=notes.append)
+    assert (schema.features[0].mean, schema.features[0].std) == (pytest.approx(0.1), 1.0)
+    assert len(notes) == 1 and "'x': constant in training" in notes[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-50, 50), min_size=1, max_size=200), st.integers(2, 40))
+def test_boundaries_are_few_ascending_and_leave_no_bucket_empty(numbers, num_buckets):
+    sample = Sample()
+    sample.add(pa.array(numbers, pa.float64()))
+    boundaries = sample.boundaries(num_buckets)
+    assert 1 <= len(boundaries) <= num_buckets - 1
+    assert boundaries == sorted(set(boundaries))
+    assert set(boundaries) <= set(map(float, numbers))
+    if len(set(numbers)) > 1 and boundaries != [min(numbers)]:
+        used = np.searchsorted(boundaries, numbers, side="right")
+        assert set(used) == set(range(len(boundaries) + 1))
+
+
+def test_bucketise_writes_sizes_that_the_schema_accepts(tmp_path):
+    field = {
+        "kind": "numeric",
+        "transform": "bucketise",
+        "boundaries": "fit",
+        "num_buckets": 4,
+        "embedding_dim": 4,
+    }
+    schema = fitted(
+        {"x": field, "nothing": field},
+        {"x": list(range(100)), "nothing": pa.nulls(100, pa.int64())},
+        tmp_path,
+    )
+    assert schema.features[0].boundaries == (24.0, 49.0, 74.0)
+    assert schema.table_of["x"].num_embeddings == 5
+    assert schema.features[1].boundaries == (0.0,), "a column of nulls still makes a valid schema"
+
+
+def test_quantile_sample_stays_bounded_and_even():
+    sample = Sample(limit=1000)
+    for part in np.array_split(np.arange(50_000.0), 37):
+        sample.add(pa.array(part))
+    kept = np.concatenate(sample.parts)
+    assert len(kept) <= 1000
+    assert np.array_equal(kept, np.arange(0, 50_000, sample.stride))
+
+
+def test_fit_names_a_missing_column(tmp_path):
+    field = {"kind": "categorical", "encoding": "vocabulary", "vocabulary": "fit", "embedding_dim": 4}
+    with pytest.raises(InputError, match="column 'city' is missing, which field 'city' is fitted on"):
+        fitted({"city": field}, {"town": ["a"]}, tmp_path)

@@ -1,1 +1,1 @@
-"""What files say before anyone trains on them: infer, fit, check. Imports no torch."""
+"""What files say before anyone trains on them: infer, fit, check."""

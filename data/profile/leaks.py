@@ -1,4 +1,4 @@
-"""How much one column alone says about the label: a guard against columns written after the click. Imports no torch.
+"""How much one column alone says about the label: a guard against columns written after the click.
 
 AUC here is P(score of a positive > score of a negative) + P(equal scores) / 2.
 """
@@ -21,11 +21,10 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     negatives = len(labels) - positives
     if not positives or not negatives:
         return 0.5
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    _, value, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = np.cumsum(counts) - (counts - 1) / 2  # the mean rank of equal scores, from 1
-    return float(
-        (ranks[place][labels == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives)
-    )
+    above = ranks[value][labels == 1].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * negatives))
 
 
 def column_auc(profile: ColumnProfile, column: pa.Array, labels: np.ndarray) -> float:

@@ -1,15 +1,17 @@
-"""One pass over Parquet files in bounded memory: what each column holds. Imports no torch.
+"""One pass over Parquet files in bounded memory: what each column holds.
 
 Counts, ranges and distinct values are of every row read; quantiles and what a column says about the label come from a
 row sample of fixed size. Rows are read in pieces, so memory depends on the number of columns and not on the number of rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.errors import InputError
@@ -81,9 +83,8 @@ class ColumnProfile:
         if self.is_list:
             lengths = pc.min_max(pc.list_value_length(column)).as_py()
             if lengths["min"] is not None:
-                self.min_length = min(
-                    lengths["min"], lengths["min"] if self.min_length is None else self.min_length
-                )
+                least = lengths["min"] if self.min_length is None else self.min_length
+                self.min_length = min(lengths["min"], least)
                 self.max_length = max(self.max_length, lengths["max"])
             values = column.flatten()
         values = values.drop_null()
@@ -186,19 +187,31 @@ def profile_files(
 Group = tuple[int, int, int]  # file, row group, rows
 
 
+@contextmanager
+def open_named(file: DataFile) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file.
+
+    Raises:
+        InputError: it is not one, naming it.
+    """
+    try:
+        parquet = open_parquet(file)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{file}: cannot be read as Parquet ({first_line(error)}); fix or remove the file"
+        ) from None
+    with parquet:
+        yield parquet
+
+
 def _read_footers(files: Sequence[DataFile]) -> tuple[pa.Schema, dict[str, int], list[Group]]:
     schema = pa.schema([])
     seen: dict[str, int] = {}
     groups: list[Group] = []
     for number, file in enumerate(files):
-        try:
-            with open_parquet(file) as parquet:
-                found, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
-                counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(
-                f"{file}: cannot be read as Parquet ({first_line(error)}); mend or remove the file"
-            ) from None
+        with open_named(file) as parquet:
+            found, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
+            counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         try:
             schema = pa.unify_schemas([schema, found], promote_options="permissive")
         except pa.ArrowException as error:
@@ -242,15 +255,11 @@ def _pieces(files: Sequence[DataFile], schema: pa.Schema, groups: list[Group]) -
 
 def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
     """Give a batch every column of the unified schema."""
-    arrays = []
+    table = pa.Table.from_batches([batch])
     for column in schema:
-        found = batch.schema.get_field_index(column.name)
-        if found < 0:
-            arrays.append(pa.nulls(batch.num_rows, column.type))
-        else:
-            array = batch.column(found)
-            arrays.append(array if array.type == column.type else array.cast(column.type))
-    return pa.Table.from_arrays(arrays, schema=schema)
+        if column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(batch.num_rows, column.type))
+    return table.select(schema.names).cast(schema)
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -1,4 +1,4 @@
-"""How many distinct values a column has, in bounded memory. Imports no torch."""
+"""How many distinct values a column has, in bounded memory."""
 
 import numpy as np
 
