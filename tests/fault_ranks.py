@@ -267,7 +267,7 @@ def read_then(action, calls_before=8):
     """Rank 1 reads some row groups, then something else happens in the thread that reads."""
 
     def hook(rank):
-        read, calls = RowReader.whole, [0]
+        read, calls = RowReader.keep, [0]
 
         def reading(self, *args):
             calls[0] += 1
@@ -275,7 +275,7 @@ def read_then(action, calls_before=8):
                 action()
             return read(self, *args)
 
-        RowReader.whole = reading
+        RowReader.keep = reading
 
     return hook
 

@@ -119,7 +119,7 @@ class RowReader:
         first_row = found = 0
         columns = list(dict.fromkeys([*columns, *self.selection.columns]))
         for stored in _of_exact_size(self._stored(row_group, batch_rows, columns), batch_rows):
-            rows, place = self._keep(stored, row_group, first_row)
+            rows, place = self.keep(stored, row_group, first_row)
             first_row += stored.num_rows
             found += rows.num_rows
             yield rows, place
@@ -142,7 +142,7 @@ class RowReader:
 
         stored, entries = self._guarded(row_group, read)
         self._check_lists(row_group, self._count_lists(stored), entries)
-        rows, place = self._keep(stored, row_group, 0)
+        rows, place = self.keep(stored, row_group, 0)
         if rows.num_rows != row_group.num_rows:
             raise self._changed(row_group, rows.num_rows)
         return rows, place
@@ -220,7 +220,7 @@ class RowReader:
                 f"{name} cannot be decoded ({first_line(error)}); the file is damaged: write it again"
             ) from None
 
-    def _keep(self, rows: pa.RecordBatch, row_group: RowGroup, first_row: int) -> Rows:
+    def keep(self, rows: pa.RecordBatch, row_group: RowGroup, first_row: int) -> Rows:
         """Leave out the rows that the selection does not keep."""
         file = self.files[row_group.file]
         place = Place(str(file), row_group.index, first_row)
