@@ -250,9 +250,16 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def metric_lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what tells of the machine."""
+    """metrics.jsonl without what tells of the machine; of train lines step and split: one tells of the steps since a resume."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if key not in TIMING_KEYS and (line["split"] != "train" or key in ("step", "split"))
+        }
+        for line in lines
+    ]
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -80,8 +80,6 @@ def compare(shards, wanted, process):
     dist.all_gather_object(everyone, (wrong, sizes))
     found = {name for names, _ in everyone for name in names}
     for name, values in wanted.items():
-        if name.startswith("window/"):
-            continue
         if abs(sum(each.get(name, 0) for _, each in everyone) - values.numel()) > 1e-6:
             found.add(f"{name} is not covered")
     return sorted(found)

@@ -24,7 +24,7 @@ from mbcnet_rec.checkpoints.storage import LocalStorage, open_storage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.cli import main
 from mbcnet_rec.runtime.process import Process
-from mbcnet_rec.training.state import TrainState, restored_outputs
+from mbcnet_rec.training.state import TrainState
 
 SOURCES = [path for folder in ("data", "sharding", "mbcnet_rec") for path in Path(folder).rglob("*.py")]
 STATE = TrainState(step=5, best=[(0.7, 5)], evaluated_step=5)
@@ -53,7 +53,6 @@ def load(folder):
     saved_run(saved)
     TrainState.from_json(saved.manifest.extra.get("state", {}))
     load_shards(saved, pieces(), 0, 1)
-    restored_outputs(saved, 0)
     return saved
 
 

@@ -98,14 +98,9 @@ def train(name, *settings, world=2, resume=False, schema="schema"):
 
 
 def tensors(name, step=STEPS):
-    """Logical tensor -> its values, of a checkpoint, without those that tell of times and outputs."""
+    """Logical tensor -> its values, of a checkpoint."""
     saved = Saved(FOLDER / name / "checkpoints" / f"step_{step}")
-    found = {}
-    for tensor, shape in saved.shapes.items():
-        if not tensor.startswith("window/"):
-            found[tensor] = torch.empty(shape, dtype=saved._blocks[tensor][0][2].dtype)
-            saved._fill(tensor, found[tensor], (0,) * len(shape))
-    return found
+    return {tensor: saved.whole(tensor) for tensor in saved.shapes}
 
 
 def compared(left, right):

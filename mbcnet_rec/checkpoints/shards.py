@@ -179,15 +179,18 @@ class Saved:
                 yield shard.entry, shard.read()
 
     def whole(self, name: str) -> Tensor:
-        """Return a tensor that one rank wrote alone.
+        """Return a tensor put together from its shards.
 
         Raises:
-            InputError: it is missing or in parts.
+            InputError: it is missing or covered only in part.
         """
         shards = self._stored.get(name, [])
-        if len(shards) != 1 or shards[0].shape != shards[0].entry.global_shape:
+        shape = shards[0].entry.global_shape if shards else ()
+        if not shards or sum(math.prod(shard.shape) for shard in shards) != math.prod(shape):
             raise InputError(f"{self.folder}: holds no whole {name!r}; use another checkpoint")
-        return shards[0].read().clone()
+        target = torch.empty(shape, dtype=shards[0].read().dtype)
+        self._fill(name, target, (0,) * len(shape))
+        return target
 
     def copy_into(self, shard: TensorShard, rank: int, world_size: int) -> None:
         """Fill a live shard.

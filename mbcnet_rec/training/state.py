@@ -19,7 +19,6 @@ from data.errors import InputError
 from data.reading.config import Order
 from data.reading.order import Cursor
 from data.stream import Batch, ParquetStream
-from mbcnet_rec.checkpoints.shards import Saved, TensorShard, whole_shard
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.runtime.process import Process, blamed_on
@@ -119,7 +118,7 @@ class TrainState:
 
 @dataclass
 class Window:
-    """What has come in since the last line of metrics.jsonl. A checkpoint keeps `outputs`, so that a line is the same after a resume."""
+    """What has come in since the last line of metrics.jsonl, or since this start: a checkpoint does not keep it."""
 
     outputs: list[Outputs] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
@@ -128,46 +127,6 @@ class Window:
     stalled: float = 0.0
     grad_norm: Tensor | None = None
     gradient_shares: dict[str, Tensor] = field(default_factory=dict)
-
-    def pieces(self, rank: int) -> list[TensorShard]:
-        """What this rank's outputs are in a checkpoint; nothing if there are none."""
-        if not self.outputs:
-            return []
-        names = list(self.outputs[0].terms)
-        tensors = {
-            "rows": torch.tensor([len(each.labels) for each in self.outputs]),
-            "logits": torch.cat([each.logits for each in self.outputs]),
-            "labels": torch.cat([each.labels for each in self.outputs]),
-            "weights": torch.cat([each.weights for each in self.outputs]),
-            "transform_distance": torch.stack([each.transform_distance for each in self.outputs]),
-            "latent_norms": torch.stack([each.latent_norms for each in self.outputs]),
-            **{f"terms/{name}": torch.stack([each.terms[name] for each in self.outputs]) for name in names},
-        }
-        return [
-            whole_shard(f"window/{rank}/{name}", value, replicated=False) for name, value in tensors.items()
-        ]
-
-
-def restored_outputs(saved: Saved, rank: int) -> list[Outputs]:
-    """The outputs that Window.pieces put into a checkpoint of the same world size."""
-    prefix = f"window/{rank}/"
-    found = {name[len(prefix) :]: saved.whole(name) for name in saved.shapes if name.startswith(prefix)}
-    if "latent_norms" not in found:  # nothing, or from before they were kept
-        return []
-    sizes = found["rows"].tolist()
-    by_step = {name: found[name].split(sizes) for name in ("logits", "labels", "weights")}
-    terms = {name[6:]: values for name, values in found.items() if name.startswith("terms/")}
-    return [
-        Outputs(
-            logits=by_step["logits"][index],
-            labels=by_step["labels"][index],
-            weights=by_step["weights"][index],
-            terms={name: values[index] for name, values in terms.items()},
-            transform_distance=found["transform_distance"][index],
-            latent_norms=found["latent_norms"][index],
-        )
-        for index in range(len(sizes))
-    ]
 
 
 class Feed:

@@ -45,7 +45,6 @@ from mbcnet_rec.training.state import (
     TrainState,
     Window,
     mended_counts,
-    restored_outputs,
     scale_rates,
     seed_step,
 )
@@ -138,8 +137,6 @@ class Trainer:
             lines.append(f"partial load: the position in the data starts fresh ({error})")
             state.cursor = Cursor()
         self.state = state
-        if saved.manifest.world_size == self.process.world_size and not lines:
-            self.window = Window(restored_outputs(saved, self.process.rank))
         self._scale_rates()
         return lines
 
@@ -168,7 +165,7 @@ class Trainer:
         )
         feed = Feed(self.stream, process)
         self.built.model.train()
-        self.window = Window(self.window.outputs, first_step=self.state.step, waited=feed.waited)
+        self.window = Window(first_step=self.state.step, waited=feed.waited)
         self.planned = PlanWatch(
             self.built, self.stream.options.batch_size, process, self.total_steps - self.state.step
         )
@@ -402,8 +399,7 @@ class Trainer:
             "stream": self.stream.state_dict(self.state.cursor),
             "run": describe_run(self.built),
         }
-        pieces = shards_of(self.built.model, self.built.optimizer) + self.window.pieces(self.process.rank)
-        pieces += history_shards(self.collisions)
+        shards = shards_of(self.built.model, self.built.optimizer) + history_shards(self.collisions)
         best = tuple((auc, step) for auc, step in self.state.best)
-        self.saver.save(self.state.step, pieces, extra, Keep(self.config.keep_last, best))
+        self.saver.save(self.state.step, shards, extra, Keep(self.config.keep_last, best))
         self._saved_at = time.monotonic()
