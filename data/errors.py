@@ -1,10 +1,10 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can fix this"."""
 
 
 class InputError(ValueError):
     """A mistake in what the user gave us: a config, a schema, a plan, a file, a value.
 
-    Its text is one line that names the thing, the value found, what was wanted and the mend. The command line prints
+    Its text is one line that names the thing, the value found, what was wanted and how to fix it. The command line prints
     that line and exits with code 2; a traceback is for our own mistakes.
     """
 

@@ -263,7 +263,7 @@ def test_label_is_named_checked_or_asked_for(log, tmp_path):
     files = sorted(log.glob("*.parquet"))
     schema, _, _ = inferred(files, tmp_path, label="purchase")
     assert schema.label == "purchase" and "click" not in {feature.name for feature in schema.features}
-    with pytest.raises(InputError, match="label 'buy' is no column"):
+    with pytest.raises(InputError, match="label 'buy' is not a column"):
         infer_schema(files, label="buy")
     with pytest.raises(InputError, match=r"label 'price' is double with values from .*: wanted 0 and 1"):
         infer_schema(files, label="price")

@@ -1,4 +1,4 @@
-"""All faults of Parquet files against a schema: from footers alone, or of every value. Imports no torch.
+"""All faults of Parquet files against a schema: from footers alone, or of every value.
 
 Training stops at the first fault; here they are collected, one for each file, row group and column.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,7 @@ class Fault:
         file: as the user knows it.
         row_group: its number, or WHOLE_FILE.
         column: the Parquet column, or empty.
-        message: what was found, what was wanted and the mend; of the first faulty row.
+        message: what was found, what was wanted and how to fix it; of the first faulty row.
     """
 
     file: str
@@ -43,7 +44,7 @@ class Fault:
 
 
 @dataclass
-class Report:
+class CheckReport:
     """What a check saw.
 
     Attributes:
@@ -84,7 +85,7 @@ def check_files(
     max_faults: int = 100,
     threads: int = 2,
     progress: Callable[[int], object] | None = None,
-) -> Report:
+) -> CheckReport:
     """Check Parquet files against a schema.
 
     Footers tell missing columns, wrong types, and ids and labels out of range where the writer left statistics.
@@ -103,7 +104,7 @@ def check_files(
     judge = _FooterJudge(schema)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(judge.read, files))
-    report = Report(num_files=len(files))
+    report = CheckReport(num_files=len(files))
     for footer in footers:
         report.num_row_groups += len(footer.row_groups)
         report.num_rows += sum(footer.row_groups)
@@ -114,14 +115,13 @@ def check_files(
     return report
 
 
-def _alone(schema: Schema, feature: Feature) -> Schema:
-    """The schema as if it had this one field."""
+def _alone(schema: Schema, *features: Feature) -> Schema:
+    """The schema as if it had these fields only."""
+    names = tuple(feature.name for feature in features)
     tables = tuple(
-        replace(table, feature_names=(feature.name,))
-        for table in schema.tables
-        if feature.name in table.feature_names
+        replace(table, feature_names=names) for table in schema.tables if {*names} & {*table.feature_names}
     )
-    return replace(schema, features=(feature,), tables=tables, groups={}, group_column="")
+    return replace(schema, features=features, tables=tables, groups={}, group_column="")
 
 
 class _FooterJudge:
@@ -162,15 +162,13 @@ class _FooterJudge:
         index = arrow_schema.get_field_index(self.schema.label)
         right = pa.field(self.schema.label, pa.int8())
         with_label = arrow_schema.append(right) if index < 0 else arrow_schema.set(index, right)
-        label_only = replace(self.schema, features=(), tables=(), groups={}, group_column="")
-        parts = [(self.schema.label, label_only, arrow_schema)]
-        parts += [(part.features[0].source_column, part, with_label) for part in self.alone]
-        group = self.schema.group_column
-        if group and group not in {column for column, _, _ in parts}:
-            parts.append((group, replace(label_only, group_column=group), with_label))
-        for column, part, columns in parts:
+        label_only, group = _alone(self.schema), self.schema.group_column
+        parts = {part.features[0].name: (part.features[0].source_column, part) for part in self.alone}
+        if group and group not in {column for column, _ in parts.values()}:
+            parts[""] = (group, replace(label_only, group_column=group))
+        for column, part in [(self.schema.label, label_only), *parts.values()]:
             try:
-                check_columns(columns, part, "")
+                check_columns(arrow_schema if part is label_only else with_label, part, "")
             except InputError as error:
                 verdict.append((column, str(error).removeprefix(": ")))
         self.known.append((arrow_schema, verdict))
@@ -187,26 +185,20 @@ class _FooterJudge:
         for number in range(metadata.num_row_groups):
             row_group = metadata.row_group(number)
             for index, column in wanted:
-                statistics = row_group.column(index).statistics
-                if (
-                    statistics is None
-                    or not statistics.has_min_max
-                    or not isinstance(statistics.min, int | float)
-                ):
+                found = row_group.column(index).statistics
+                if found is None or not found.has_min_max or not isinstance(found.min, int | float):
                     continue
                 low, high = self.ranges[column]
-                found = statistics.min if statistics.min < low else statistics.max
-                if not low <= found <= high:
-                    yield Fault(
-                        file, number, column,
-                        f"statistics tell of the value {found}: wanted {low} to {high}; mend the file or the schema",
-                    )  # fmt: skip
+                value = found.min if found.min < low else found.max
+                if not low <= value <= high:
+                    words = f"statistics tell of the value {value}: wanted {low} to {high}; fix the file or the schema"
+                    yield Fault(file, number, column, words)
 
 
 def _check_values(
     footers: list[_Footer],
     schema: Schema,
-    report: Report,
+    report: CheckReport,
     max_faults: int,
     threads: int,
     progress: Callable[[int], object],
@@ -228,10 +220,8 @@ def _check_values(
         while running:
             faults, rows = running.pop(0).result()
             running += [start(job) for job in islice(jobs, 1)]
-            report.add(
-                [each for each in faults if (each.file, each.row_group, each.column) not in reported],
-                max_faults,
-            )
+            new = [each for each in faults if (each.file, each.row_group, each.column) not in reported]
+            report.add(new, max_faults)
             done += rows
             progress(done)
 
@@ -247,9 +237,8 @@ def _check_row_group(
         with open_parquet(footer.file) as parquet:
             start, size = 0, max(256, PIECE_CELLS // max(1, len(names)))
             for rows in parquet.iter_batches(size, row_groups=[group], columns=names):
-                for column, message in _faults_of(
-                    rows, schema, encoders, Place(file, group, start), set(faults)
-                ):
+                place = Place(file, group, start)
+                for column, message in _faults_of(rows, schema, encoders, place, set(faults)):
                     faults[column] = Fault(file, group, column, message)
                 start += rows.num_rows
     except (OSError, pa.ArrowException):
@@ -261,14 +250,20 @@ def _check_row_group(
 def _faults_of(
     rows: pa.RecordBatch, schema: Schema, encoders: list[Encoder], place: Place, skip: set[str]
 ) -> Iterator[tuple[str, str]]:
-    """Each column's first fault, but of those in `skip`."""
+    """The first fault of each column that is not in `skip`."""
     columns = dict(zip(rows.schema.names, rows.columns, strict=True))
-    prefix = f"{place.file}: row group {place.row_group}, "
-    if schema.label in columns and schema.label not in skip:
+
+    def fault_of(read: Callable[..., object], *arguments: Any) -> str:
         try:
-            read_labels(columns[schema.label], schema.label, place)
+            read(*arguments)
         except InputError as error:
-            yield schema.label, str(error).removeprefix(prefix)
+            return str(error).removeprefix(f"{place.file}: row group {place.row_group}, ")
+        return ""
+
+    if schema.label in columns and schema.label not in skip:
+        fault = fault_of(read_labels, columns[schema.label], schema.label, place)
+        if fault:
+            yield schema.label, fault
     good_labels = pa.array(np.zeros(rows.num_rows, np.int8))
     for encoder in encoders:
         feature = encoder.schema.features[0]
@@ -276,10 +271,8 @@ def _faults_of(
         if feature.source_column in skip or any(name not in columns for name in needed):
             continue
         arrays = {name: columns[name] for name in needed} | {schema.label: good_labels}
-        try:
-            encoder.encode(pa.RecordBatch.from_pydict(arrays), place)
-        except InputError as error:
-            yield feature.source_column, str(error).removeprefix(prefix)
+        if fault := fault_of(encoder.encode, pa.RecordBatch.from_pydict(arrays), place):
+            yield feature.source_column, fault
 
 
 def _unreadable(file: DataFile, group: int, names: list[str]) -> Iterator[tuple[str, str]]:

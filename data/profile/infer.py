@@ -1,4 +1,4 @@
-"""Profile of files -> a commented schema that loads: what `mbcnet schema infer` writes. Imports no torch.
+"""Profile of files -> a commented schema that loads: what `mbcnet schema infer` writes.
 
 Every choice is a rule of thumb and says in its comment what it saw, so that a person can overrule it. Columns that look like the
 label's outcome, like a constant or like a row number are written as comments: a first model should not see them.
@@ -21,29 +21,25 @@ from data.errors import InputError
 from data.profile.leaks import always_positive, column_auc
 from data.profile.scan import ColumnProfile, Profile, is_key, is_number, profile_files
 from data.reading.storage import DataFile
-from data.schema import parse_schema, toml_key, toml_text
+from data.schema import inline_table, parse_schema, toml_key, toml_text
 from data.schema.feature import FIT, MAX_NUM_EMBEDDINGS
 
 LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
-# fmt: off
-OUTCOME_NAMES = frozenset((
+OUTCOME_NAMES = {
     *LABEL_NAMES, "purchase", "purchased", "buy", "is_buy", "order", "converted", "is_like", "is_follow", "is_comment",
     "is_forward", "is_hate", "is_profile_enter", "long_view",
-))
-# fmt: on
+}  # fmt: skip
 TIME_NAMES = ("timestamp", "time", "event_time", "ts", "time_stamp", "datetime", "time_ms", "date")
 GROUP_NAMES = ("user_id", "userid", "uid", "user", "session_id", "query_id")
 WINDOW = re.compile(r"_\d+[smhdwy]$")  # clicks_7d: a statistic over a window
-# fmt: off
-ID_WORDS = frozenset((
+ID_WORDS = {
     "id", "ids", "uid", "code", "type", "category", "cate", "brand", "city", "shop", "level", "gender", "cluster", "slot",
     "pos", "position", "series", "status", "class", "os",
-))
-AMOUNT_WORDS = frozenset((
+}  # fmt: skip
+AMOUNT_WORDS = {
     "count", "cnt", "num", "number", "price", "rate", "ratio", "ctr", "score", "sum", "avg", "mean", "duration", "amount",
     "stock", "percent", "area", "size", "length", "width", "height",
-))
-# fmt: on
+}  # fmt: skip
 WEIGHT_ENDINGS = ("_weights", "_weight", "_scores", "_score", "_w")
 MAX_VOCABULARY = 200_000  # above it a hash: a vocabulary is held in memory by every reader
 HEAVY_TAIL = 5  # a 99th percentile so many times the median wants a logarithm
@@ -83,7 +79,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Roles:
-    """The columns that are no fields, or not only."""
+    """The columns with a role of their own; the grouping column may be a field as well."""
 
     label: str
     time: str = ""
@@ -143,9 +139,8 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
     """
     columns = profile.columns
     if label and label not in columns:
-        raise InputError(
-            f"label {label!r} is no column of these files; choose one of: {', '.join(sorted(columns)[:20])}"
-        )
+        names = ", ".join(sorted(columns)[:20])
+        raise InputError(f"label {label!r} is not a column of these files; choose one of: {names}")
     binary = [name for name, column in columns.items() if _is_binary(column)]
     if label and label not in binary:
         column = columns[label]
@@ -160,26 +155,19 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
             f"no column is named like a label ({', '.join(LABEL_NAMES)}) and holds 0 and 1; name it with --label "
             f"(columns of 0 and 1: {listed})"
         )
-    times = [name for name in TIME_NAMES if name in columns] + list(columns)
-    return Roles(
-        label or guesses[0],
-        next((name for name in times if _time_range(columns[name]) and _named_like_time(columns[name])), ""),
-        next((name for name in GROUP_NAMES if name in columns and is_key(columns[name].kind)), ""),
-    )
+    times = [name for name in (*TIME_NAMES, *columns) if name in columns and _is_time(columns[name])]
+    groups = [name for name in GROUP_NAMES if name in columns and is_key(columns[name].kind)]
+    return Roles(label or guesses[0], *(found[0] if found else "" for found in (times, groups)))
 
 
 def _is_binary(column: ColumnProfile) -> bool:
-    return (
-        is_number(column.kind)
-        and not column.nulls
-        and not column.bad
-        and column.is_integral
-        and (column.low, column.high) in ((0.0, 1.0), (0.0, 0.0), (1.0, 1.0))
-    )
+    is_whole = is_number(column.kind) and not column.nulls and not column.bad and column.is_integral
+    return is_whole and (column.low, column.high) in ((0.0, 1.0), (0.0, 0.0), (1.0, 1.0))
 
 
-def _named_like_time(column: ColumnProfile) -> bool:
-    return column.name in TIME_NAMES or pt.is_timestamp(column.kind)
+def _is_time(column: ColumnProfile) -> bool:
+    is_named = column.name in TIME_NAMES or pt.is_timestamp(column.kind)
+    return is_named and _time_range(column) is not None
 
 
 def _time_range(column: ColumnProfile) -> tuple[str, str] | None:
@@ -200,15 +188,12 @@ def _weight_columns(profile: Profile) -> dict[str, str]:
     """List of ids -> the list of numbers of equal lengths that is named for it."""
     found = {}
     for name, column in profile.columns.items():
-        if not column.is_list or not is_key(column.item):
-            continue
-        lengths = pc.list_value_length(profile.sample[name])
-        for ending in WEIGHT_ENDINGS:
-            other = profile.columns.get(name + ending)
-            if other is not None and other.is_list and is_number(other.item):
-                if lengths.equals(pc.list_value_length(profile.sample[other.name])):
-                    found[name] = other.name
-                break
+        others = [profile.columns.get(name + ending) for ending in WEIGHT_ENDINGS]
+        weights = next((each.name for each in others if each and each.is_list and is_number(each.item)), "")
+        if weights and column.is_list and is_key(column.item):
+            lengths, wanted = (pc.list_value_length(profile.sample[each]) for each in (weights, name))
+            if lengths.equals(wanted):
+                found[name] = weights
     return found
 
 
@@ -317,10 +302,8 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
     values = column.distinct.estimate()
     if values == 1 and not column.nulls and not column.is_list:
         proposal.suspicions.append("it is constant")
-    is_identifier = (
-        is_key(column.item) and not column.is_list and (proposal.entry or {}).get("kind") == "categorical"
-    )
-    if is_identifier and column.rows >= MIN_ROWS_FOR_UNIQUE and values > UNIQUE_SHARE * column.rows:
+    is_id = is_key(column.item) and (proposal.entry or {}).get("kind") == "categorical"
+    if is_id and column.rows >= MIN_ROWS_FOR_UNIQUE and values > UNIQUE_SHARE * column.rows:
         proposal.suspicions.append("it is unique per row, so it can only be learned by heart")
     sample = profile.sample[column.name].combine_chunks()
     found = column_auc(column, sample, labels)
@@ -336,23 +319,24 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
 
 def _groups(used: list[Proposal]) -> dict[str, list[str]]:
     """A first guess: fields whose names begin alike, and the largest ids of the two largest such families (a user and an item)."""
-    families: dict[str, list[Proposal]] = {}
+    families: dict[str, list[str]] = {}
     for each in used:
         if "_" in each.name:
-            families.setdefault(each.name.split("_")[0], []).append(each)
+            families.setdefault(each.name.split("_")[0], []).append(each.name)
     largest = sorted(
         (key for key in families if len(families[key]) > 1), key=lambda key: -len(families[key])
     )[:6]
-    groups = {key: [each.name for each in families[key]] for key in largest}
+    groups = {key: families[key] for key in largest}
+    entries = {each.name: each.entry or {} for each in used}
+    sparse = [name for name, entry in entries.items() if entry["kind"] == "categorical"]
     ids = {
-        key: max(found, key=lambda each: (each.entry or {})["cardinality"]).name
+        key: max(found, key=lambda name: entries[name]["cardinality"])
         for key in largest
-        if (found := [each for each in families[key] if (each.entry or {}).get("kind") == "categorical"])
+        if (found := [name for name in families[key] if name in sparse])
     }
     if len(ids) > 1:
         (first, one), (second, other) = list(ids.items())[:2]
         groups[f"{first}_{second}"] = [one, other]
-    sparse = [each.name for each in used if (each.entry or {}).get("kind") == "categorical"]
     return groups or {"categorical": sparse or [used[0].name]}
 
 
@@ -361,11 +345,10 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
     label = profile.columns[roles.label]
     rate = float(np.mean(profile.sample[roles.label].cast(pa.float64()).to_numpy()))
     read = f"{profile.rows:,} of {profile.total_rows:,} rows of {profile.num_files} file(s)"
+    one_class = rate in (0.0, 1.0) or label.low == label.high
     lines = [
         f"# Inferred from {read}. Look at every line, then run `mbcnet schema fit` on the training files.",
-        f"# Label {roles.label}: {rate:.2%} ones"
-        + (" (the sample has one class only!)" if rate in (0.0, 1.0) or label.low == label.high else "")
-        + ".",
+        f"# Label {roles.label}: {rate:.2%} ones{' (the sample has one class only!)' if one_class else ''}.",
     ]
     if roles.time:
         lines.append(f"# Time {roles.time}: {_describe_time(profile, roles.time)}.")
@@ -375,28 +358,28 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
         lines.append(
             '# An id outside [0, num_embeddings) stops training and is named; on_invalid = "null" or "modulo" would mend it.'
         )
-    lines += [f"name = {toml_text(name)}", f"label = {toml_text(roles.label)}"]
-    lines += [f"group_column = {toml_text(roles.group)}"] if roles.group else []
-    lines += [f"time_column = {toml_text(roles.time)}"] if roles.time else []
+    columns = {"name": name, "label": roles.label, "group_column": roles.group, "time_column": roles.time}
+    lines += [f"{key} = {toml_text(value)}" for key, value in columns.items() if value or key == "name"]
     lines += ["", "[fields]"]
     pad = max(len(toml_key(each.name)) for each in proposals)
     for each in proposals:
-        entry = ", ".join(
-            f"{toml_key(key)} = {toml_text(value)}" for key, value in (each.entry or {}).items()
+        line = (
+            f"{toml_key(each.name):<{pad}} = {inline_table(each.entry)}"
+            if each.entry
+            else toml_key(each.name)
         )
-        line = f"{toml_key(each.name):<{pad}} = {{ {entry} }}" if each.entry else toml_key(each.name)
         reasons = [f"LEFT OUT: {reason}" for reason in each.suspicions] or (
             [] if each.entry else ["LEFT OUT"]
         )
         comment = "; ".join([*reasons, *each.notes])
-        lines.append(("" if each.is_used else "# ") + line + (f"  # {_one_line(comment)}" if comment else ""))
+        lines.append(("" if each.is_used else "# ") + line + (f"  # {comment}" if comment else ""))
     lines += [
         "",
         "[groups]",
         "# a first guess by names: put together what belongs together (a user and an item, an image and its attributes)",
     ]
     lines += [f"{toml_key(group)} = {toml_text(members)}" for group, members in _groups(used).items()]
-    return "\n".join(_one_line(line) for line in lines) + "\n"
+    return "\n".join(map(_one_line, lines)) + "\n"
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a field, a table and a group are: TOML in, checked. Imports no torch."""
+"""What a field, a table and a group are: TOML in, checked."""
 
 from .feature import Feature
 from .schema import (
@@ -10,6 +10,7 @@ from .schema import (
     Table,
     Zch,
     format_schema,
+    inline_table,
     load_schema,
     parse_schema,
     schema_to_toml,
@@ -27,6 +28,7 @@ __all__ = [
     "Table",
     "Zch",
     "format_schema",
+    "inline_table",
     "load_schema",
     "parse_schema",
     "schema_to_toml",

@@ -29,7 +29,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"{path}: no such file; check the path (it is taken relative to {Path.cwd()})"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}; mend that line") from None
+        raise InputError(f"{path}: not valid TOML: {error}; fix that line") from None
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
@@ -47,7 +47,7 @@ def parse_dataclass(cls: type[T], table: Any, source: str, path: str = "") -> T:
         path: dotted key of `table` inside the file, for messages.
 
     Raises:
-        InputError: naming `source`, the key's path, the value, what was wanted and the mend.
+        InputError: naming `source`, the key's path, the value, what was wanted and how to fix it.
     """
     where = f"{source}: {path}" if path else source
     if not isinstance(table, Mapping):
@@ -71,10 +71,10 @@ def parse_dataclass(cls: type[T], table: Any, source: str, path: str = "") -> T:
 
 
 def unknown_key(where: str, key: str, known: Any) -> str:
-    """One line for a key that nobody reads, with the nearest known one as the mend."""
+    """One line for a key that nobody reads, with the nearest known one as the fix."""
     near = difflib.get_close_matches(key, list(known), n=1)
-    mend = f"did you mean {near[0]!r}?" if near else f"remove it, or use one of: {', '.join(sorted(known))}"
-    return f"{where} is not a known key; {mend}"
+    fix = f"did you mean {near[0]!r}?" if near else f"remove it, or use one of: {', '.join(sorted(known))}"
+    return f"{where} is not a known key; {fix}"
 
 
 def describe(hint: Any) -> str:

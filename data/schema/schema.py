@@ -1,4 +1,4 @@
-"""Schema: which columns a log has, what each means, which table each looks up, and the EFGC groups. Imports no torch.
+"""Schema: which columns a log has, what each means, which table each looks up, and the EFGC groups.
 
 A schema is one TOML file, one line a field:
 
@@ -21,6 +21,7 @@ A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary,
 import dataclasses
 import hashlib
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,7 @@ __all__ = [
     "Table",
     "Zch",
     "format_schema",
+    "inline_table",
     "load_schema",
     "parse_schema",
     "schema_to_toml",
@@ -190,7 +192,7 @@ def load_schema(path: str | Path) -> Schema:
     """Read and check a schema file.
 
     Raises:
-        InputError: naming file, field, value, what was wanted and the mend.
+        InputError: naming file, field, value, what was wanted and how to fix it.
     """
     path = Path(path)
     return parse_schema(read_toml(path), str(path), path.parent)
@@ -206,11 +208,9 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     top = parse_dataclass(_SchemaTop, {key: value for key, value in table.items() if key != "fields"}, source)
     if not top.label:
         raise InputError(f"{source}: label = '': wanted the column of 0 and 1; name it")
-    features = []
-    for name, entry in raw_fields.items():
-        features.append(_parse_feature(name, entry, top, source))
+    features = [_parse_feature(name, entry, top, source) for name, entry in raw_fields.items()]
     _check_names([*raw_fields, *top.tables], top, source)
-    _check_groups(top.groups, features, source)
+    _check_groups(top.groups, raw_fields, source)
     return Schema(
         name=top.name,
         label=top.label,
@@ -249,24 +249,18 @@ def _check_names(names: list[str], top: _SchemaTop, source: str) -> None:
             raise InputError(f"{source}: {key} = {top.label!r}: this is the label; name another column")
 
 
-def _check_groups(groups: dict[str, tuple[str, ...]], features: list[Feature], source: str) -> None:
-    known = {feature.name for feature in features}
+def _check_groups(groups: dict[str, tuple[str, ...]], names: Container[str], source: str) -> None:
     for group, members in groups.items():
+        where = f"{source}: groups.{group}"
         if group == "all":
-            raise InputError(
-                f"{source}: groups.all: the name 'all' means every field already; choose another name"
-            )
+            raise InputError(f"{where}: the name 'all' means every field already; choose another name")
         if not members:
-            raise InputError(
-                f"{source}: groups.{group} = []: wanted names of fields; add some or remove the group"
-            )
+            raise InputError(f"{where} = []: wanted names of fields; add some or remove the group")
         if len(set(members)) < len(members):
-            raise InputError(f"{source}: groups.{group}: a field is listed twice; remove the repeat")
+            raise InputError(f"{where}: a field is listed twice; remove the repeat")
         for member in members:
-            if member not in known:
-                raise InputError(
-                    f"{source}: groups.{group}: {member!r} is not a field; add it to [fields] or remove it here"
-                )
+            if member not in names:
+                raise InputError(f"{where}: {member!r} is not a field; add it to [fields] or remove it here")
 
 
 def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], source: str) -> tuple[Table, ...]:
@@ -292,39 +286,31 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
     for name, users in members.items():
         first = users[0]
         for other in users[1:]:
+            difference = _difference(first, other)
             if name not in shared:
-                raise InputError(
-                    f"{source}: fields.{other.name}: table {name!r} belongs to a field; share it through [tables]"
-                )
-            if other.pooling != first.pooling or other.is_weighted != first.is_weighted:
-                raise InputError(
-                    f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but pools otherwise; "
-                    "pooling and weights belong to the table: make them equal, or use two tables"
-                )
-            if _zch_of(other) and _zch_of(first) and _zch_of(other) != _zch_of(first):
-                raise InputError(
-                    f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but has another eviction, "
-                    "eviction_interval or zch_buckets, which belong to the table: make them equal, or use two tables"
-                )
-            if (other.encoding, other.vocabulary) != (first.encoding, first.vocabulary):
-                raise InputError(
-                    f"{source}: fields.{other.name}: shares table {name!r} with {first.name!r} but encodes otherwise, so one "
-                    "value would have two rows; make encoding and vocabulary equal, or use two tables"
-                )
+                difference = f"table {name!r} belongs to a field; share it through [tables]"
+            if difference:
+                raise InputError(f"{source}: fields.{other.name}: {difference}")
         sizes = shared.get(name, first)
-        names = tuple(user.name for user in users)
-        tables.append(
-            Table(
-                name,
-                sizes.num_embeddings,
-                sizes.embedding_dim,
-                first.pooling,
-                names,
-                first.is_weighted,
-                _zch_of(first),
-            )
-        )
+        names, zch = tuple(user.name for user in users), _zch_of(first)
+        rows, dim = sizes.num_embeddings, sizes.embedding_dim
+        tables.append(Table(name, rows, dim, first.pooling, names, first.is_weighted, zch))
     return tuple(tables)
+
+
+def _difference(first: Feature, other: Feature) -> str:
+    """What keeps two fields from sharing a table, or an empty string."""
+    shares = f"shares table {first.table_name!r} with {first.name!r} but"
+    if other.pooling != first.pooling or other.is_weighted != first.is_weighted:
+        return f"{shares} pools otherwise; pooling and weights belong to the table: make them equal, or use two tables"
+    if _zch_of(other) and _zch_of(first) and _zch_of(other) != _zch_of(first):
+        return (
+            f"{shares} has another eviction, eviction_interval or zch_buckets, which belong to the table: make them equal, "
+            "or use two tables"
+        )
+    if (other.encoding, other.vocabulary) != (first.encoding, first.vocabulary):
+        return f"{shares} encodes otherwise, so one value would have two rows; make encoding and vocabulary equal, or use two tables"
+    return ""
 
 
 def _zch_of(feature: Feature) -> Zch | None:
@@ -335,12 +321,12 @@ def _zch_of(feature: Feature) -> Zch | None:
 
 def schema_to_toml(schema: Schema) -> dict[str, Any]:
     """The file form of a schema: only what differs from the defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Feature)}
+    defaults = {field.name: to_toml_value(field.default) for field in dataclasses.fields(Feature)}
     fields = {
         feature.name: {
             key: value
             for key, value in to_toml_value(feature).items()
-            if key != "name" and value != to_toml_value(defaults[key])
+            if key != "name" and value != defaults[key]
         }
         for feature in schema.features
     }
@@ -377,13 +363,11 @@ def format_schema(schema: Schema, header: str = "", comments: dict[str, str] | N
         pad = max((len(toml_key(name)) for name in entries), default=0)
         for name, entry in entries.items():
             comment = (comments or {}).get(name, "") if section == "fields" else ""
-            lines.append(
-                f"{toml_key(name):<{pad}} = {_inline(entry)}" + (f"  # {comment}" if comment else "")
-            )
+            comment = f"  # {comment}" if comment else ""
+            lines.append(f"{toml_key(name):<{pad}} = {inline_table(entry)}{comment}")
     if top["groups"]:
-        lines += ["", "[groups]"] + [
-            f"{toml_key(name)} = {toml_text(members)}" for name, members in top["groups"].items()
-        ]
+        lines += ["", "[groups]"]
+        lines += [f"{toml_key(name)} = {toml_text(members)}" for name, members in top["groups"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -398,5 +382,6 @@ def toml_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _inline(entry: dict[str, Any]) -> str:
+def inline_table(entry: dict[str, Any]) -> str:
+    """A field's entry on one line."""
     return "{ " + ", ".join(f"{toml_key(key)} = {toml_text(value)}" for key, value in entry.items()) + " }"

@@ -1,4 +1,4 @@
-"""A schema as tables to read: colours and boxes in a terminal, plain aligned text elsewhere. Imports no torch."""
+"""A schema as tables to read: colours and boxes in a terminal, plain aligned text elsewhere."""
 
 import sys
 from typing import TextIO
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from data.schema import Schema
+from data.schema import Schema, Table
 from data.schema.feature import Feature
 
 BYTES_PER_NUMBER = 4  # float32
@@ -24,15 +24,13 @@ def print_schema(schema: Schema, file: TextIO | None = None) -> None:
     """
     out = file or sys.stdout
     is_terminal = out.isatty()
-    console = Console(
-        file=out, width=None if is_terminal else PLAIN_WIDTH, highlight=False, soft_wrap=not is_terminal
-    )
+    width = None if is_terminal else PLAIN_WIDTH
+    console = Console(file=out, width=width, highlight=False, soft_wrap=not is_terminal)
     for title, header, rows in (_fields(schema), _tables(schema), _groups(schema)):
         if not rows:
             continue
-        table = RichTable(
-            title=title, title_justify="left", box=box.ROUNDED if is_terminal else None, pad_edge=False
-        )
+        lines = box.ROUNDED if is_terminal else None
+        table = RichTable(title=title, title_justify="left", box=lines, pad_edge=False)
         for name, is_number in header:
             table.add_column(name, justify="right" if is_number else "left", no_wrap=not is_terminal)
         for row in rows:
@@ -42,19 +40,15 @@ def print_schema(schema: Schema, file: TextIO | None = None) -> None:
     console.print(summary_line(schema), markup=False)
 
 
-Sheet = tuple[str, list[tuple[str, bool]], list[tuple[str, ...]]]
+Sheet = tuple[str, list[tuple[str, bool]], list[tuple[str, ...]]]  # title, (header, is it a number), rows
+
+
+def _sheet(title: str, header: str, rows: list[tuple[str, ...]]) -> Sheet:
+    """Make a sheet of comma-separated headers; "#" marks a column of numbers."""
+    return title, [(name.strip(" #"), "#" in name) for name in header.split(",")], rows
 
 
 def _fields(schema: Schema) -> Sheet:
-    header = [
-        ("field", False),
-        ("kind", False),
-        ("encoding", False),
-        ("table", False),
-        ("rows", True),
-        ("dim", True),
-    ]
-    header += [("pooling", False), ("ids a row", True), ("values", True), ("column", False)]
     rows = []
     for feature in schema.features:
         table = schema.table_of.get(feature.name)
@@ -72,7 +66,8 @@ def _fields(schema: Schema) -> Sheet:
                 feature.column,
             )
         )
-    return f"{len(rows)} fields", header, rows
+    header = "field, kind, encoding, table, rows#, dim#, pooling, ids a row#, values#, column"
+    return _sheet(f"{len(rows)} fields", header, rows)
 
 
 def _encoding(feature: Feature) -> str:
@@ -85,19 +80,21 @@ def _encoding(feature: Feature) -> str:
 
 
 def _tables(schema: Schema) -> Sheet:
-    header = [("table", False), ("rows", True), ("dim", True), ("bytes (fp32)", True), ("fields", False)]
-    by_size = sorted(schema.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
     rows = [
         (
             table.name,
             f"{table.num_embeddings:,}",
             str(table.embedding_dim),
-            size_words(table.num_embeddings * table.embedding_dim * BYTES_PER_NUMBER),
+            size_words(_bytes(table)),
             ", ".join(table.feature_names),
         )
-        for table in by_size
+        for table in sorted(schema.tables, key=lambda table: -_bytes(table))
     ]
-    return f"{len(rows)} tables, the largest first", header, rows
+    return _sheet(f"{len(rows)} tables, the largest first", "table, rows#, dim#, bytes (fp32)#, fields", rows)
+
+
+def _bytes(table: Table) -> int:
+    return table.num_embeddings * table.embedding_dim * BYTES_PER_NUMBER
 
 
 def _groups(schema: Schema) -> Sheet:
@@ -107,14 +104,13 @@ def _groups(schema: Schema) -> Sheet:
         (name, str(len(members)), str(sum(widths[member] for member in members)), ", ".join(members))
         for name, members in schema.groups.items()
     ]
-    header = [("group", False), ("fields", True), ("width", True), ("members", False)]
-    return f"{len(rows)} groups", header, rows
+    return _sheet(f"{len(rows)} groups", "group, fields#, width#, members", rows)
 
 
 def summary_line(schema: Schema) -> str:
     """One line: how much there is in all."""
     num_rows = sum(table.num_embeddings for table in schema.tables)
-    num_bytes = sum(table.num_embeddings * table.embedding_dim * BYTES_PER_NUMBER for table in schema.tables)
+    num_bytes = sum(map(_bytes, schema.tables))
     roles = [f"label {schema.label}"]
     roles += [f"group {schema.group_column}"] if schema.group_column else []
     roles += [f"time {schema.time_column}"] if schema.time_column else []

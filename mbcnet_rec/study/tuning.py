@@ -76,7 +76,7 @@ def load_space(path: Path, trials: int = 0) -> Space:
         trials: instead of the file's; 0: the file's.
 
     Raises:
-        InputError: naming the file, the key, the value, what was wanted and the mend.
+        InputError: naming the file, the key, the value, what was wanted and how to fix it.
     """
     table = read_toml(path)
     if unknown := table.keys() - {"trials", "sampler", "space"}:
