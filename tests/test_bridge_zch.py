@@ -114,10 +114,8 @@ def test_new_ids_are_admitted_every_few_steps_and_none_is_forgotten():
 
 
 def test_a_part_of_the_buckets_gives_the_rows_that_the_whole_gives():
-    whole, halves = (
-        module(interval=2),
-        [module(0, ROWS // 2, interval=2), module(ROWS // 2, ROWS, interval=2)],
-    )
+    whole = module(interval=2)
+    halves = [module(0, ROWS // 2, interval=2), module(ROWS // 2, ROWS, interval=2)]
     rng = np.random.default_rng(1)
     for _ in range(7):
         ids = hashed(rng.integers(0, 2_000, 500))
@@ -133,7 +131,7 @@ def test_a_part_of_the_buckets_gives_the_rows_that_the_whole_gives():
     [("slots", 3, 10**9), ("slots", 3, 4), ("slots", 5, -1), ("raw_ids", 0, -5), ("raw_ids", -1, 7)],
 )
 def test_rows_that_training_cannot_have_given_are_noticed(name, index, value):
-    """A checkpoint may come from a stranger, and FBGEMM does not look where it reads."""
+    """A checkpoint is untrusted input, and FBGEMM does not check where it reads."""
     collisions = module()
     rows_of(collisions, hashed(np.arange(100)))
     assert collisions.is_sound()
@@ -165,19 +163,15 @@ def results(tmp_path_factory):
 def test_one_and_two_ranks_train_the_same_rows(results):
     found = results["one_and_two"]
     assert [done["codes"] for done in found["done"]] == [[0], [0, 0]], found["done"]
-    assert not [
-        name for name in found["different"] if "_collision_modules" in name or name.startswith("zch/")
-    ]
-    assert found["largest"] < 1e-5
+    assert found["ids"] == [] and found["largest"] < 1e-5
     (one,), (two,) = found["tested"]
     assert one["auc"] == pytest.approx(two["auc"], abs=1e-4)
 
 
 def test_plans_count_what_is_kept_of_ids(results):
     for done in results["one_and_two"]["done"]:
-        assert re.search(r"optimizer state and ids (\S+ \S+) -> \1 \(\+0\.00 %\)", done["words"][0]), done[
-            "words"
-        ]
+        words = done["words"][0]
+        assert re.search(r"optimizer state and ids (\S+ \S+) -> \1 \(\+0\.00 %\)", words), words
 
 
 def test_the_log_says_how_full_the_tables_are(results):
@@ -196,17 +190,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results):
 def test_a_run_goes_on_with_another_number_of_ranks(results):
     found = results["again_on_one"]
     assert found["done"]["codes"] == [0], found["done"]["words"]
-    assert not [
-        name for name in found["different"] if "_collision_modules" in name or name.startswith("zch/")
-    ]
-    assert found["largest"] < 1e-5
-
-
-def test_one_process_evaluates_what_two_ranks_trained(results):
-    found, (tested,) = results["evaluated"], results["one_and_two"]["tested"][1]
-    assert found["done"]["codes"] == [0], found["done"]["words"]
-    told = json.loads(found["done"]["words"][0].splitlines()[-1])
-    assert told["auc"] == pytest.approx(tested["auc"], abs=1e-6) and found["different"] == []
+    assert found["ids"] == [] and found["largest"] < 1e-5
 
 
 def test_an_artifact_serves_what_predict_says(results):
@@ -223,7 +207,6 @@ def test_a_warm_start_takes_ids_and_rows_along(results):
 
 
 REFUSALS = {
-    "three ranks": "table user: zch_buckets = 8: wanted a multiple of the 3 ranks.*set zch_buckets = 9 in the schema",
     "wide": "field 'user' is of encoding 'zch', and this model has a wide part.*use encoding = 'hash'",
     "adam": "optim.embedding.name = 'adam': field 'user' is of encoding 'zch'.*use rowwise_adagrad",
     "warm": "table user: encoding zch, num_embeddings or zch_buckets differ.*leave the table out",
