@@ -20,7 +20,7 @@ from data.schema import Schema, load_schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.compatibility import load_checked
-from mbcnet_rec.checkpoints.run_folder import CHECKPOINTS, storage_of
+from mbcnet_rec.checkpoints.run_folder import CHECKPOINTS, CONFIG, DONE, PLAN, storage_of
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, LocalStorage, latest_step
 from mbcnet_rec.checkpoints.warm_start import warm_start
@@ -30,9 +30,10 @@ from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.preemption import StopRequest
-from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_process
+from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_process, refuse_together
 from mbcnet_rec.runtime.watchdog import STACKS, Watchdog
 from mbcnet_rec.training.built import Built
+from mbcnet_rec.scoring.trained_run import known_best
 from mbcnet_rec.training.evaluation import EvaluationGivenUpError, bf16_in_hardware
 from mbcnet_rec.training.faults import FAULTS
 from mbcnet_rec.training.trainer import RunContext, Trainer, Watch
@@ -41,7 +42,6 @@ from sharding.plan.plan_file import write_plan
 Teach = Callable[[Process, ParquetStream], ParquetStream]
 Report = Callable[[Path], object]
 log = logging.getLogger(__name__)
-CONFIG, PLAN, DONE = "config.toml", "plan.json", "DONE"
 _OWN = {METRICS, PLAN, CHECKPOINTS, STACKS, FAULTS, "tb"}
 
 
@@ -144,17 +144,6 @@ def _start(config: RunConfig, trainer: Trainer, resume: bool, allow_partial: boo
         for note in notes:
             tell(note)
     return step
-
-
-def refuse_together(problem: str, process: Process) -> None:
-    """Raise rank 0's problem on every rank, so that none waits for another.
-
-    Raises:
-        InputError: if there is a problem.
-    """
-    problem = broadcast_value(problem, process)
-    if problem:
-        raise InputError(problem)
 
 
 def open_streams(
@@ -317,17 +306,6 @@ def opening_line(
         f"{len(schema.tables)} tables of {rows:,} rows, {process.world_size} processes on "
         f"{process.device.type}, {total_steps} steps of {config.data.batch_size} rows, {begin}{notes}"
     )
-
-
-def known_best(schema: Schema, split: str, rows: int) -> tuple[float, float] | None:
-    """The best reachable AUC and log-loss of a synthetic split, as its generator wrote them; None elsewhere."""
-    try:
-        summary = json.loads((schema.folder / "synthetic.json").read_text())["splits"][split]
-        if summary["rows"] == rows:
-            return summary["best_auc"], summary["best_log_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
 
 
 def metrics_table(metrics: dict[str, Any], best: tuple[float, float] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a run's checkpoints are, and which is the best."""
+"""The names in a run folder, where a run's checkpoints are, and which is the best."""
 
 import json
 import warnings
@@ -15,7 +15,7 @@ from mbcnet_rec.checkpoints.storage import (
 from mbcnet_rec.checkpoints.writer import BEST
 from mbcnet_rec.config import RunConfig
 
-CHECKPOINTS = "checkpoints"
+CONFIG, PLAN, CHECKPOINTS, DONE = "config.toml", "plan.json", "checkpoints", "DONE"
 
 
 def storage_of(config: RunConfig, folder: Path | None = None) -> CheckpointStorage:

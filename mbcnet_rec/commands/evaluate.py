@@ -37,13 +37,8 @@ def register(subparsers: Any) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     """Print AUC, GAUC, log-loss, normalised entropy and calibration with 95 % intervals; in any number of processes."""
-    from mbcnet_rec.scoring.evaluate import EXACT_ROWS, run_evaluation
+    from mbcnet_rec.scoring.evaluate import EXACT_ROWS, Question, run_evaluation
 
-    return run_evaluation(
-        args.run_folder,
-        args.split,
-        data=args.data,
-        by=args.by,
-        as_json=args.json,
-        exact_rows=args.exact_rows or EXACT_ROWS,
-    )
+    by = tuple(dict.fromkeys(args.by))
+    question = Question(args.split, tuple(args.data), by, args.exact_rows or EXACT_ROWS)
+    return run_evaluation(args.run_folder, question, as_json=args.json)

@@ -282,6 +282,17 @@ def broadcast_value(value: Any, process: Process) -> Any:
     return box[0]
 
 
+def refuse_together(problem: str, process: Process) -> None:
+    """Raise rank 0's problem on every rank, so that none waits for another.
+
+    Raises:
+        InputError: if there is a problem.
+    """
+    problem = broadcast_value(problem, process)
+    if problem:
+        raise InputError(problem)
+
+
 @contextmanager
 def averaged_buffers(model: torch.nn.Module) -> Iterator[None]:
     """Let every rank have the mean of the ranks' floating-point buffers (running statistics of batch norm) for a while.

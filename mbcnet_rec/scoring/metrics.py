@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 Z_95 = 1.959963984540054  # of a two-sided 95 % interval of the normal distribution
-BIN_LIMIT = (
-    16.0  # logits are binned evenly in [-BIN_LIMIT, BIN_LIMIT); what lies outside joins the outermost bins
-)
+BIN_LIMIT = 16.0  # logits are binned evenly in [-BIN_LIMIT, BIN_LIMIT]; others join the outermost bins
+RELIABILITY_BINS = 15
 
 
 class Estimate(NamedTuple):
@@ -208,6 +207,17 @@ class Histogram:
         negatives, positives = self.counts[:, 0].sum(axis=1)
         return int(negatives + positives), int(positives)
 
+    def reliability(self, bins: int = RELIABILITY_BINS) -> list[list[float]]:
+        """`reliability` of the fused output, with a row's probability taken from the middle of its bin of the logit."""
+        totals = self.counts[:, 0].sum(axis=0)
+        used = np.flatnonzero(totals)
+        middles = (used + 0.5) * (2 * BIN_LIMIT / self.num_bins) - BIN_LIMIT
+        probability, rows = 1.0 / (1.0 + np.exp(-middles)), totals[used]
+        part = (np.cumsum(rows) - 1) * bins // max(1, rows.sum())
+        starts = np.flatnonzero(np.diff(part, prepend=-1))
+        sums = [np.add.reduceat(each, starts) for each in (probability * rows, self.counts[1, 0, used], rows)]
+        return [[float(p / n), float(y / n), float(n)] for p, y, n in zip(*sums, strict=True)]
+
     def metrics(self, names: tuple[str, ...]) -> dict[str, Estimate]:
         """Metrics of every output; `names`: of the branches."""
         found = {}
@@ -260,3 +270,24 @@ def evaluate_predictions(
     if group_ids is not None:
         found["gauc"] = gauc(logits[:, 0], labels, group_ids).value
     return found
+
+
+def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = RELIABILITY_BINS) -> list[list[float]]:
+    """Predicted against observed rates: cut rows, by rising prediction, into bins of equal size.
+
+    Args:
+        logits: (B,) of one output.
+        labels: (B,) of 0 and 1.
+        bins: at most; fewer where there are fewer rows.
+
+    Returns:
+        For each bin: mean predicted probability, observed rate, rows.
+    """
+    order = np.argsort(logits, kind="stable")
+    probability = 1.0 / (1.0 + np.exp(-logits[order].astype(np.float64)))
+    parts = np.array_split(np.arange(len(order)), min(bins, len(order)))
+    return [
+        [float(probability[part].mean()), float(labels[order][part].mean()), float(len(part))]
+        for part in parts
+        if len(part)
+    ]

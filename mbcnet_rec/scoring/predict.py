@@ -2,10 +2,10 @@
 
     OUT/<file of the input>      kept columns, then probability, probability_efgc, ...; rows in the input's order
     OUT/_predict.json            what was asked: run, weights, columns, files
-    OUT/_pieces/                 finished pieces of files that are not finished; gone at the end
+    OUT/_pieces/                 finished chunks of files that are not finished; gone at the end
 
-A piece (pieces.py) is written beside its place and renamed when it is whole; a file appears, by one rename, when all its pieces are there
-and their rows add up to its own. So a run that dies at any point leaves whole files and whole pieces, and the same command goes on there:
+A chunk (chunks.py) is written beside its place and renamed when it is whole; a file appears, by one rename, when all its chunks are there
+and their rows add up to its own. So a run that dies at any point leaves whole files and whole chunks, and the same command goes on there:
 every input row has exactly one output row.
 """
 
@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,27 +22,31 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from data.errors import InputError
-from data.reading.encode import Encoder
 from data.reading.files import resolve_files
 from data.reading.storage import DataFile, is_uri, open_parquet, path_parts
 from data.schema import load_schema
 from mbcnet_rec.runtime.exits import CannotWriteError
-from mbcnet_rec.runtime.process import Process, any_rank, broadcast_value, joined_process
-from mbcnet_rec.scoring.scorer import Piece, Reader, Scored, Scorer, deal, unlabelled_pieces
+from mbcnet_rec.runtime.process import Process, any_rank, broadcast_value, joined_process, refuse_together
+from mbcnet_rec.scoring.chunks import (
+    CHUNK_ROWS,
+    Chunk,
+    ScoredRows,
+    deal,
+    score_chunks,
+    unlabelled_rows,
+)
 from mbcnet_rec.scoring.trained_run import (
     branch_names,
     find_step,
     load_built,
     load_run,
-    scoring_options,
+    scorer_of,
     weights_digest,
 )
-from mbcnet_rec.train import refuse_together
 
-REQUEST, PIECES = "_predict.json", "_pieces"
+REQUEST, CHUNKS = "_predict.json", "_pieces"
 PROBABILITY = "probability"
 WRITTEN_ROWS = 65_536  # of a row group of the output
 
@@ -57,6 +61,7 @@ class Job:
         out: the output folder.
         columns: kept columns, and their Arrow fields.
         outputs: names of the probability columns.
+        put: renames a draft to where readers look.
     """
 
     files: Sequence[DataFile]
@@ -64,6 +69,7 @@ class Job:
     out: Path
     columns: tuple[pa.Field, ...]
     outputs: tuple[str, ...]
+    put: Callable[[Path, Path], None]
 
     @property
     def schema(self) -> pa.Schema:
@@ -80,17 +86,24 @@ class Job:
         ]
         return f"{inside[0]}: lies in --out {self.out}; choose another output folder" if inside else ""
 
-    def target(self, piece: Piece) -> Path:
-        """The finished file of a piece's file."""
-        return self.out / self.names[piece.file]
+    def target(self, chunk: Chunk) -> Path:
+        """The finished file of a chunk's file."""
+        return self.out / self.names[chunk.file]
 
-    def part(self, piece: Piece) -> Path:
-        """The finished piece."""
-        return self.out / PIECES / self.names[piece.file] / f"{piece.number:06d}.parquet"
+    def part(self, chunk: Chunk) -> Path:
+        """The finished chunk."""
+        return self.out / CHUNKS / self.names[chunk.file] / f"{chunk.number:06d}.parquet"
 
 
 def run_prediction(
-    run_folder: str, data: Sequence[str], out: str, *, keep: Sequence[str] = (), overwrite: bool = False
+    run_folder: str,
+    data: Sequence[str],
+    out: str,
+    *,
+    keep: Sequence[str] = (),
+    overwrite: bool = False,
+    chunk_rows: int = CHUNK_ROWS,
+    put: Callable[[Path, Path], None] | None = None,
 ) -> int:
     """Score Parquet files with a run's best checkpoint. One call per rank.
 
@@ -100,6 +113,8 @@ def run_prediction(
         out: folder of the output.
         keep: columns to pass through; none: the schema's group and time columns, where the files have them.
         overwrite: remove what another prediction left in `out`.
+        chunk_rows: of a resumable chunk: it ends with the row group that reaches them.
+        put: puts a finished file in its place; None: `put_in_place`.
 
     Raises:
         InputError: no such run, faulty files, or `out` holds something else.
@@ -114,25 +129,29 @@ def run_prediction(
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
         files = resolve_files(data)
-        pieces = unlabelled_pieces(files, replace(schema, group_column=""))
         kept = kept_fields(files, keep, [schema.group_column, schema.time_column])
+        extra = tuple(each.name for each in kept)
+        reader, chunks = unlabelled_rows(files, replace(schema, group_column=""), extra, chunk_rows)
         outputs = (PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(config.model)))
-        job = Job(files, relative_names(files), Path(out), kept, outputs)
+        job = Job(files, relative_names(files), Path(out), kept, outputs, put or put_in_place)
         refuse_together(job.problem, process)
-        request = describe(job, pieces, weights_digest(config, folder, step))
+        request = describe(job, chunks, weights_digest(config, folder, step))
         with _naming_write_faults(job.out):
             refuse_together(prepare(job, request, overwrite) if process.is_first else "", process)
-            todo = broadcast_value(unfinished(job, pieces) if process.is_first else None, process)
+            todo = broadcast_value(unfinished(job, chunks) if process.is_first else None, process)
             if todo:
                 built = load_built(config, schema, folder, step, process)
-                encoder = Encoder(replace(schema, group_column=""))
-                reader = Reader(files, encoder, has_labels=False, extra=tuple(each.name for each in kept))
-                scorer = Scorer(built, process, reader, *scoring_options(config, process))
-                write_pieces(job, scorer, deal(todo, process.world_size), process)
-            join_pieces(job, pieces, process)
+                scorer, batch_rows = scorer_of(config, built, process)
+                dealt = deal(todo, process.world_size)
+                write_chunks(
+                    job,
+                    dealt[process.rank],
+                    score_chunks(scorer, reader, dealt, process, batch_rows, title="predict"),
+                )
+            join_chunks(job, chunks, process)
             any_rank(False)  # until every rank's files are there
             if process.is_first:
-                print(finish(job, pieces, step, scored=sum(piece.num_rows for piece in todo)))
+                print(finish(job, chunks, step, scored=sum(chunk.num_rows for chunk in todo)))
     return 0
 
 
@@ -194,11 +213,11 @@ def kept_fields(
     return tuple(kept.values())
 
 
-def describe(job: Job, pieces: Sequence[Piece], weights: str) -> dict[str, Any]:
+def describe(job: Job, chunks: Sequence[Chunk], weights: str) -> dict[str, Any]:
     """What fixes the output; written beside it, and compared when a prediction goes on."""
     rows = [0] * len(job.files)
-    for piece in pieces:
-        rows[piece.file] += piece.num_rows
+    for chunk in chunks:
+        rows[chunk.file] += chunk.num_rows
     files = {}
     for name, file, count in zip(job.names, job.files, rows, strict=True):
         entry: dict[str, Any] = {"from": str(file), "rows": count}
@@ -234,12 +253,12 @@ def prepare(job: Job, request: dict[str, Any], overwrite: bool) -> str:
                 if before["files"].get(name, entry) != entry:
                     print(f"{entry['from']} has changed since its rows were scored: scored again")
                     (job.out / name).unlink(missing_ok=True)
-                    shutil.rmtree(job.out / PIECES / name, ignore_errors=True)
+                    shutil.rmtree(job.out / CHUNKS / name, ignore_errors=True)
             request["files"] = before["files"] | request["files"]
     job.out.mkdir(parents=True, exist_ok=True)
     draft = job.out / f"{REQUEST}.partial"
     draft.write_text(json.dumps(request, indent=1))
-    put_in_place(draft, note)
+    job.put(draft, note)
     return ""
 
 
@@ -253,15 +272,15 @@ def _read_request(note: Path) -> dict[str, Any] | None:
         return None
 
 
-def unfinished(job: Job, pieces: Sequence[Piece]) -> list[Piece]:
-    """The pieces that have no output yet. Output of the wrong length (a disk that lied) is removed."""
-    of_file: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        of_file.setdefault(piece.file, []).append(piece)
+def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks that have no output yet. Output of the wrong length (a disk that lied) is removed."""
+    of_file: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        of_file.setdefault(chunk.file, []).append(chunk)
     todo = []
     for own in of_file.values():
-        if not _holds(job.target(own[0]), sum(piece.num_rows for piece in own)):
-            todo += [piece for piece in own if not _holds(job.part(piece), piece.num_rows)]
+        if not _holds(job.target(own[0]), sum(chunk.num_rows for chunk in own)):
+            todo += [chunk for chunk in own if not _holds(job.part(chunk), chunk.num_rows)]
     return todo
 
 
@@ -278,43 +297,41 @@ def _holds(path: Path, num_rows: int) -> bool:
     return False
 
 
-class _PieceWriter:
-    """Writes one piece beside its place; `close` puts it there."""
+class _ChunkWriter:
+    """Writes one chunk beside its place, and puts it there when its last row is written."""
 
-    def __init__(self, job: Job, piece: Piece) -> None:
-        self.piece, self.place = piece, job.part(piece)
-        self._schema = job.schema
-        self._draft = self.place.with_suffix(".partial")
-        self.place.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, job: Job, chunk: Chunk) -> None:
+        self.chunk, self.num_rows = chunk, 0
+        self._job, self._draft = job, job.part(chunk).with_suffix(".partial")
+        self._draft.parent.mkdir(parents=True, exist_ok=True)
         self._writer = open_writer(self._draft, job.schema)
         self._held: list[pa.RecordBatch] = []
-        self._num_held = self.num_rows = 0
+        self._finish_if_whole()
 
-    def add(self, scored: Scored) -> None:
+    def add(self, scored: ScoredRows) -> None:
         """Take the rows of one batch."""
         probabilities = 1.0 / (1.0 + np.exp(-scored.logits.astype(np.float64)))
         columns = [pa.array(column.astype(np.float32)) for column in probabilities.T]
-        self._held.append(pa.RecordBatch.from_arrays([*scored.rows.columns, *columns], schema=self._schema))
-        self._num_held += scored.rows.num_rows
-        self.num_rows += scored.rows.num_rows
-        if self._num_held >= WRITTEN_ROWS:
+        rows = pa.RecordBatch.from_arrays([*scored.rows.columns, *columns], schema=self._job.schema)
+        self._held.append(rows)
+        self.num_rows += rows.num_rows
+        if sum(each.num_rows for each in self._held) >= WRITTEN_ROWS:
             self._flush()
+        self._finish_if_whole()
 
     def _flush(self) -> None:
         if self._held:
-            self._writer.write_table(pa.Table.from_batches(self._held, self._schema))
-        self._held, self._num_held = [], 0
+            self._writer.write_table(pa.Table.from_batches(self._held, self._job.schema))
+        self._held = []
 
-    def close(self) -> None:
-        """Finish the piece."""
-        self._flush()
-        self._writer.close()
-        if self.num_rows != self.piece.num_rows:
-            raise RuntimeError(f"{self._draft}: {self.num_rows} rows written, {self.piece.num_rows} read")
-        put_in_place(self._draft, self.place)
+    def _finish_if_whole(self) -> None:
+        if self.num_rows == self.chunk.num_rows:
+            self._flush()
+            self._writer.close()
+            self._job.put(self._draft, self._job.part(self.chunk))
 
     def abandon(self) -> None:
-        """Remove what there is of the piece."""
+        """Remove what there is of a chunk that is not whole: one of its rows was faulty."""
         self._writer.close()
         self._draft.unlink(missing_ok=True)
 
@@ -332,62 +349,55 @@ def put_in_place(draft: Path, place: Path) -> None:
     draft.replace(place)
 
 
-def write_pieces(job: Job, scorer: Scorer, dealt: Sequence[Sequence[Piece]], process: Process) -> None:
-    """Score and write the own pieces, with a bar on rank 0.
+def write_chunks(job: Job, own: Sequence[Chunk], scored: Iterator[ScoredRows]) -> None:
+    """Write the scored rows of this rank's chunks.
 
     Raises:
-        InputError: on every rank, when all pieces without a faulty row are written.
+        InputError: on every rank, when all chunks without a faulty row are written.
     """
-    total = sum(piece.num_rows for pieces in dealt for piece in pieces)
-    writer: _PieceWriter | None = None
-    bar = tqdm(
-        total=total, unit="row", unit_scale=True, desc="predict", disable=None if process.is_first else True
-    )
+    for chunk in own:
+        if not chunk.num_rows:
+            _ChunkWriter(job, chunk)
+    writer: _ChunkWriter | None = None
     try:
-        for item in scorer.score(dealt, lambda rows: bar.update(min(rows * len(dealt), total - bar.n))):
-            piece = item if isinstance(item, Piece) else item.piece
-            if writer is not None and writer.piece != piece:
-                writer.abandon()  # a row of it was faulty
-                writer = None
-            writer = writer or _PieceWriter(job, piece)
-            if isinstance(item, Scored):
-                writer.add(item)
-            else:
-                writer.close()
-                writer = None
+        for batch in scored:
+            if writer is None or writer.chunk != batch.chunk:
+                if writer is not None:
+                    writer.abandon()
+                writer = _ChunkWriter(job, batch.chunk)
+            writer.add(batch)
     finally:
-        bar.close()
         if writer is not None:
             writer.abandon()
 
 
-def join_pieces(job: Job, pieces: Sequence[Piece], process: Process) -> None:
-    """Make files of pieces; each rank those of some files. A file of one piece is that piece, renamed."""
+def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
+    """Make files of chunks; each rank those of some files. A file of one chunk is that chunk, renamed."""
     for number in range(process.rank, len(job.files), process.world_size):
-        own = [piece for piece in pieces if piece.file == number]
+        own = [chunk for chunk in chunks if chunk.file == number]
         target = job.target(own[0])
         if target.is_file():
             continue
         if len(own) == 1:
-            put_in_place(job.part(own[0]), target)
+            job.put(job.part(own[0]), target)
             continue
         draft = target.with_name(f".{target.name}.partial")
         target.parent.mkdir(parents=True, exist_ok=True)
         with open_writer(draft, job.schema) as writer:
-            for piece in own:
-                with pq.ParquetFile(job.part(piece)) as parquet:
+            for chunk in own:
+                with pq.ParquetFile(job.part(chunk)) as parquet:
                     for group in range(parquet.num_row_groups):
                         writer.write_table(parquet.read_row_group(group))
-        put_in_place(draft, target)
+        job.put(draft, target)
 
 
-def finish(job: Job, pieces: Sequence[Piece], step: int, scored: int) -> str:
-    """Count the output's rows against the input's, and remove the pieces. Returns what to tell the user."""
-    wanted = sum(piece.num_rows for piece in pieces)
+def finish(job: Job, chunks: Sequence[Chunk], step: int, scored: int) -> str:
+    """Count the output's rows against the input's, and remove the chunks. Returns what to tell the user."""
+    wanted = sum(chunk.num_rows for chunk in chunks)
     written = sum(pq.read_metadata(job.out / name).num_rows for name in job.names)
     if written != wanted:
         raise RuntimeError(f"{job.out}: {written} rows for {wanted} of the input")
-    shutil.rmtree(job.out / PIECES, ignore_errors=True)
+    shutil.rmtree(job.out / CHUNKS, ignore_errors=True)
     earlier = f" ({wanted - scored:,} of them were there already)" if scored < wanted else ""
     columns = ", ".join(job.schema.names)
     return (

@@ -13,10 +13,11 @@ import pyarrow as pa
 import torch.distributed as dist
 
 from data.errors import InputError
+from data.reading.decode import RowReader
 from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema
 from mbcnet_rec.runtime.process import Process
-from mbcnet_rec.scoring.scorer import Piece, Reader, refuse_faults
+from mbcnet_rec.scoring.chunks import Chunk, refuse_faults
 
 MAX_SLICES = 50  # of one column
 MAX_VALUES = 1_000_000  # different ones of one column, which are counted
@@ -67,14 +68,17 @@ def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) 
     return columns
 
 
-def count_slices(by: Sequence[str], reader: Reader, own: Sequence[Piece], process: Process) -> Slicer:
+def count_slices(
+    by: Sequence[str], reader: RowReader, own: Sequence[Chunk], process: Process, max_slices: int = MAX_SLICES
+) -> Slicer:
     """Count every column's values over all ranks and choose the slices. Every rank calls it.
 
     Args:
         by: the columns, as the user named them; they are the reader's extra ones, in this order.
         reader: of the rows.
-        own: pieces of this rank.
+        own: chunks of this rank.
         process: this rank.
+        max_slices: of one column, besides REST.
 
     Raises:
         InputError: on every rank, where a file is damaged or a column has more than MAX_VALUES values.
@@ -82,8 +86,8 @@ def count_slices(by: Sequence[str], reader: Reader, own: Sequence[Piece], proces
     counts: list[Counter[str]] = [Counter() for _ in by]
     faults: list[str] = []
     try:
-        for piece in own if by else ():
-            for rows in reader.read_extra(piece, COUNTED_ROWS):
+        for group in (group for chunk in own if by for group in chunk.row_groups):
+            for rows in reader.scan_extra(group, COUNTED_ROWS):
                 for name, counter, column in zip(by, counts, rows.columns, strict=True):
                     values, places = _distinct(column)
                     frequency = np.bincount(places, minlength=len(values)).tolist()
@@ -100,13 +104,13 @@ def count_slices(by: Sequence[str], reader: Reader, own: Sequence[Piece], proces
         everyone = [None] * process.world_size
         dist.all_gather_object(everyone, counts)
     merged = [sum((each[index] for each in everyone), Counter()) for index in range(len(by))]
-    return Slicer({name: _largest(counter) for name, counter in zip(by, merged, strict=True)})
+    return Slicer({name: _largest(counter, max_slices) for name, counter in zip(by, merged, strict=True)})
 
 
-def _largest(counter: Counter[str]) -> list[str]:
-    """The MAX_SLICES most frequent values, equal ones by name, and REST if there are more."""
+def _largest(counter: Counter[str], max_slices: int) -> list[str]:
+    """The `max_slices` most frequent values, equal ones by name, and REST if there are more."""
     ordered = sorted(counter, key=lambda name: (-counter[name], name))
-    return ordered[:MAX_SLICES] + ([REST] if len(ordered) > MAX_SLICES else [])
+    return ordered[:max_slices] + ([REST] if len(ordered) > max_slices else [])
 
 
 def _distinct(column: pa.Array) -> tuple[list[str], np.ndarray]:

@@ -2,9 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +12,14 @@ from data.errors import InputError
 from data.schema import Schema
 from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.manifest import MANIFEST
-from mbcnet_rec.checkpoints.run_folder import best_step, storage_of
+from mbcnet_rec.checkpoints.run_folder import CONFIG, best_step, storage_of
 from mbcnet_rec.checkpoints.shards import Saved, load_shards, shards_of, whole_shard
 from mbcnet_rec.checkpoints.zch_state import check_rows
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelConfig
-from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks
-from mbcnet_rec.train import CONFIG, refuse_together
 from mbcnet_rec.training.built import Built
-from mbcnet_rec.training.evaluation import autocast_of
+from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks, refuse_together
+from mbcnet_rec.scoring.scorer import Scorer, autocast_of
 from sharding.plan.plan_file import read_plan
 
 
@@ -107,13 +105,26 @@ def branch_names(config: ModelConfig) -> tuple[str, ...]:
     return config.mbcnet.branches if config.kind == "mbcnet" else ()
 
 
-def scoring_options(config: RunConfig, process: Process) -> tuple[int, Callable[[], Any]]:
-    """Rows of one rank's batch, and the context of the forward pass."""
+def scorer_of(config: RunConfig, built: Built, process: Process) -> tuple[Scorer, int]:
+    """The scorer of a run's model, and the rows of one rank's batch."""
     size = config.data.eval_batch_size or config.data.batch_size
-    return max(1, size // process.world_size), autocast_of(config.train.autocast, process.device)
+    return Scorer(built.model, autocast_of(config.train.autocast, process.device)), max(
+        1, size // process.world_size
+    )
 
 
 def weights_digest(config: RunConfig, folder: Path, step: int) -> str:
     """SHA-256 of a checkpoint's manifest, which holds the sums of its files."""
     with storage_of(config, folder).fetched(step) as saved:
         return hashlib.sha256((saved / MANIFEST).read_bytes()).hexdigest()
+
+
+def known_best(schema: Schema, split: str, rows: int) -> tuple[float, float] | None:
+    """The best reachable AUC and log-loss of a synthetic split, as its generator wrote them; None elsewhere."""
+    try:
+        summary = json.loads((schema.folder / "synthetic.json").read_text())["splits"][split]
+        if summary["rows"] == rows:
+            return summary["best_auc"], summary["best_log_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None

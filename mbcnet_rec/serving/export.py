@@ -16,8 +16,8 @@ from data.reading.selection import select_files
 from data.reading.storage import is_uri
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.runtime.process import joined_process
+from mbcnet_rec.scoring.chunks import labelled_rows
 from mbcnet_rec.scoring.metrics import evaluate_predictions
-from mbcnet_rec.scoring.scorer import labelled_rows
 from mbcnet_rec.scoring.trained_run import find_step, load_run
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import (
@@ -144,11 +144,12 @@ def compare(
     where = getattr(data, f"{split}_where")
     files = select_files(resolve_files(getattr(data, split)), where, schema)
     columns = list(dict.fromkeys([*served.preprocess.columns, label]))
-    source = labelled_rows(files, schema, data.eval_options(where), columns)
+    reader, chunks = labelled_rows(files, schema, data.eval_options(where), columns)
     logits: list[list[np.ndarray]] = [[], []]
     labels: list[np.ndarray] = []
-    left = min(limit, source.num_rows)
-    batches = (rows for piece in source.pieces for rows in source.reader.read_extra(piece, CHECK_BATCH))
+    left = min(limit, sum(chunk.num_rows for chunk in chunks))
+    row_groups = (group for chunk in chunks for group in chunk.row_groups)
+    batches = (rows for group in row_groups for rows in reader.scan_extra(group, CHECK_BATCH))
     with tqdm(total=left, unit="row", unit_scale=True, desc="check", disable=None) as bar:
         while left > 0:
             rows = next(batches).slice(0, left)

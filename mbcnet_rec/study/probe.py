@@ -3,7 +3,7 @@
 Shapes: n rows, K branches, d latent width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
 from data.errors import InputError
 from data.schema import Schema, load_schema
@@ -19,11 +18,8 @@ from data.schema.feature import Feature
 from data.stream import Batch
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.runtime.process import joined_process
-from mbcnet_rec.scoring.trained_run import find_step, load_built, load_run
+from mbcnet_rec.scoring.trained_run import find_step, load_built, load_run, scorer_of
 from mbcnet_rec.train import open_streams
-from mbcnet_rec.training.built import Built
-from mbcnet_rec.training.evaluation import autocast_of
-from mbcnet_rec.training.pipeline import evaluate_batches
 
 MISSING = -1  # the category of a row that has none
 
@@ -77,56 +73,45 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
         if split not in streams:
             raise InputError(f"{folder}: data.{split} is empty; name the files of that split")
         built = load_built(config, schema, folder, find_step(config, folder, process), process)
-        autocast = autocast_of(config.train.autocast, process.device)
-        categories: list[np.ndarray] = []
-        batches = _read(iter(streams[split]()), category, categories, max_rows)
+        scorer, _ = scorer_of(config, built, process)
         outputs: list[Any] = []  # ModelOutput
         fused: list[Any] = []  # (B, d)
-        arch = branch_arch(built)
+        arch = next(module for module in built.model.modules() if isinstance(module, BranchArch))
         handles = [
             arch.register_forward_hook(lambda _module, _args, output: outputs.append(output)),
             arch.fusion.register_forward_hook(lambda _module, _args, output: fused.append(output)),
         ]
-        logits, labels, weights = [], [], []
         try:
-            for scored in evaluate_batches(built.model, built.optimizer, batches, autocast):
-                logits.append(scored.logits.float().cpu())
-                labels.append(scored.labels.cpu())
-                weights.append(scored.weights.cpu())
+            batches = list(scorer.score(_with_categories(streams[split](), category, max_rows)))
         finally:
             for handle in handles:
                 handle.remove()
-        real = (torch.cat(weights) > 0).numpy()
+        real = np.concatenate([batch.real for batch in batches])
         latents = torch.cat([each.latents.float().cpu() for each in outputs], dim=1).numpy()
         return Probe(
             built.branch_names,
             latents[:, real],
             torch.cat([each.float().cpu() for each in fused]).numpy()[real],
-            torch.cat(logits).numpy()[real],
-            torch.cat(labels).numpy()[real],
-            (np.concatenate(categories) if category else np.full(len(real), MISSING))[real],
+            np.concatenate([batch.logits for batch in batches]),
+            np.concatenate([batch.labels for batch in batches]),
+            np.concatenate([batch.note for batch in batches])[real],
         )
 
 
-def branch_arch(built: Built) -> BranchArch:
-    """Find the branches inside a sharded model."""
-    return next(module for module in built.model.modules() if isinstance(module, BranchArch))
-
-
-def _read(batches: Iterator[Batch], category: str, found: list[np.ndarray], max_rows: int) -> Iterator[Batch]:
-    """Pass batches on, noting the category of each row, until there are enough rows."""
+def _with_categories(
+    batches: Iterable[Batch], category: str, max_rows: int
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Batches and the category of each row (B,), until there are enough rows."""
     rows = 0
     for batch in batches:
+        ids = np.full(len(batch.labels), MISSING, np.int64)
         if category:
             bags = batch.sparse_features[category]
             lengths, values = bags.lengths().numpy(), bags.values().numpy()
-            first = np.cumsum(lengths) - lengths
             known = lengths > 0
-            ids = np.full(len(lengths), MISSING, np.int64)
-            ids[known] = values[first[known]]
-            found.append(ids)
+            ids[known] = values[(np.cumsum(lengths) - lengths)[known]]
         rows += len(batch.labels)
-        yield batch
+        yield batch, ids
         if 0 < max_rows <= rows:
             return
 
@@ -167,8 +152,3 @@ def neuron_outputs(probe: Probe) -> np.ndarray:
     shifted = probe.latents - probe.latents.max(axis=2, keepdims=True)
     powers = np.exp(shifted)
     return (powers / powers.sum(axis=2, keepdims=True)).mean(axis=1)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -21,12 +21,12 @@ import torch
 
 from data.errors import InputError
 from data.reading.files import resolve_files
+from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.report.run_report import write_run_report
 from mbcnet_rec.runtime.exits import CannotWriteError, PreemptedError
 from mbcnet_rec.teachers import train_model
-from mbcnet_rec.train import DONE
 from mbcnet_rec.training.trainer import Watch
 
 KEY_DIGITS = 16

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown_key
+from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
 from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.study.runs import Run, best_valid_auc, place_run, train_one
 from mbcnet_rec.study.widths import fit_widths
-from mbcnet_rec.train import DONE
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 AGAIN = "another_try_of"  # user attribute of a trial: the number of the one that was interrupted

@@ -1,13 +1,14 @@
 """What is computed from a model's outputs: the numbers of a log line, and the metrics of a whole split."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 
-from data.stream import Batch, ParquetStream
+from data.stream import ParquetStream
+from mbcnet_rec.training.built import Built
 from mbcnet_rec.model.losses import branch_pairs, disagreement_rates
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.runtime.process import (
@@ -15,24 +16,15 @@ from mbcnet_rec.runtime.process import (
     averaged_buffers,
     blamed_on,
     broadcast_value,
-    gather_rows,
     mean_over_ranks,
 )
-from mbcnet_rec.scoring.metrics import evaluate_predictions
-from mbcnet_rec.scoring.reliability import reliability
-from mbcnet_rec.training.built import Built
-from mbcnet_rec.training.pipeline import evaluate_batches
+from mbcnet_rec.scoring.metrics import evaluate_predictions, reliability
+from mbcnet_rec.scoring.scorer import Autocast, Scorer, real_rows
+from mbcnet_rec.scoring.tally import EXACT_ROWS, BinnedRows, KeptRows, group_stride
 
 
 class EvaluationGivenUpError(Exception):
     """Somebody asked the run to stop while it evaluated."""
-
-
-def autocast_of(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what makes the context of a forward pass: bf16 matrix products, or float32."""
-    if dtype == "bf16":
-        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext
 
 
 def bf16_in_hardware() -> bool:
@@ -50,10 +42,7 @@ def average_terms(outputs: list[Outputs]) -> dict[str, float]:
 
 def own_rows(outputs: list[Outputs]) -> tuple[np.ndarray, np.ndarray]:
     """Join logits (B, 1 + K) and labels (B,) of this rank's real rows."""
-    logits = torch.cat([each.logits for each in outputs])
-    labels = torch.cat([each.labels for each in outputs])
-    real = torch.cat([each.weights for each in outputs]) > 0
-    return logits[real].float().cpu().numpy(), labels[real].cpu().numpy()
+    return real_rows(outputs)[:2]
 
 
 def diagnostics(
@@ -90,8 +79,9 @@ def evaluate_stream(
     built: Built,
     stream: ParquetStream,
     process: Process,
-    autocast: Callable[[], Any],
+    autocast: Autocast,
     give_up: Callable[[], bool] = lambda: False,
+    exact_rows: int = EXACT_ROWS,
 ) -> dict[str, Any]:
     """Score every row of a stream once; return its metrics, equal on every rank. Training goes on as if it had not happened.
 
@@ -101,42 +91,32 @@ def evaluate_stream(
         process: this rank.
         autocast: context of the forward pass.
         give_up: asked after each batch, with the same answer on every rank.
+        exact_rows: up to which all rows are gathered on rank 0; beyond, AUC is binned and GAUC is of a sample of groups.
 
     Raises:
-        EvaluationGivenUpError: as asked.
+        EvaluationGivenUpError: `give_up` returned True.
     """
-    rows, groups = [], []
-    with averaged_buffers(built.model):
-        batches = _with_groups(iter(stream), groups)
-        with (
-            blamed_on(process),
-            closing(evaluate_batches(built.model, built.optimizer, batches, autocast)) as scored,
-        ):
-            for outputs in scored:
-                columns = [outputs.logits.float(), outputs.labels[:, None], outputs.weights[:, None]]
-                rows.append(torch.cat(columns, dim=1).cpu().numpy())
-                if give_up():
-                    raise EvaluationGivenUpError
-    width = 3 + len(built.branch_names)
-    gathered = gather_rows(np.concatenate(rows) if rows else np.zeros((0, width), np.float32), process)
-    ids = gather_rows(np.concatenate(groups)[:, None], process) if stream.schema.group_column else None
+    names, has_groups = built.branch_names, bool(stream.schema.group_column)
+    kept = KeptRows(1 + len(names), has_groups=has_groups)
+    binned = None
+    if stream.num_rows > exact_rows:
+        binned = BinnedRows(names, group_stride(stream.num_rows, exact_rows) if has_groups else 0)
+    with (
+        averaged_buffers(built.model),
+        blamed_on(process),
+        closing(Scorer(built.model, autocast).score((batch, batch.group_ids) for batch in stream)) as scored,
+    ):
+        for each in scored:
+            groups = None if each.note is None else each.note.numpy()[each.real]
+            (binned or kept).add(each.logits, each.labels, groups)
+            if give_up():
+                raise EvaluationGivenUpError
     metrics: dict[str, Any] = {}
-    if gathered is not None:
-        real = gathered[:, -1] > 0
-        metrics = evaluate_predictions(
-            gathered[real, :-2],
-            gathered[real, -2],
-            built.branch_names,
-            None if ids is None else ids[real, 0],
-        )
-        metrics["rows"] = int(real.sum())
-        metrics["reliability"] = reliability(gathered[real, 0], gathered[real, -2])
+    if binned is not None:
+        metrics = {name: each.value for name, each in binned.metrics(process).items()}
+        metrics["rows"] = binned.everything.rows_and_positives()[0]
+        metrics["reliability"] = binned.everything.reliability()
+    elif rows := kept.gathered(process):
+        metrics = evaluate_predictions(rows.logits, rows.labels, names, rows.group_ids)
+        metrics |= {"rows": len(rows.labels), "reliability": reliability(rows.logits[:, 0], rows.labels)}
     return broadcast_value(metrics, process)
-
-
-def _with_groups(batches: Iterator[Batch], groups: list[np.ndarray]) -> Iterator[Batch]:
-    """Note each batch's group ids on the way: the model has no use for them."""
-    for batch in batches:
-        if batch.group_ids is not None:
-            groups.append(batch.group_ids.numpy())
-        yield batch

@@ -4,14 +4,13 @@ The tables' optimizers run inside backward: once it starts, rows are written. So
 stop every rank before it.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import (
-    EvalPipelineSparseDist,
     PrefetchTrainPipelineSparseDist,
     TrainPipelineSparseDist,
 )
@@ -207,54 +206,6 @@ class _AfterBackward:
         if not self._pipeline.skipped:
             self._pipeline._after_backward()
             self._optimizer.step()
-
-
-class _Guarded:
-    """An iterator that ends instead of raising, and keeps the error: TorchRec's loading thread would swallow it."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-        self.error: BaseException | None = None
-
-    def __iter__(self) -> "_Guarded":
-        return self
-
-    def __next__(self) -> Batch:
-        try:
-            return next(self._batches)
-        except StopIteration:
-            raise
-        except BaseException as error:
-            self.error = error
-            raise StopIteration from None
-
-
-def evaluate_batches(
-    model: DistributedModelParallel, optimizer: Any, batches: Iterator[Batch], autocast: Callable[[], Any]
-) -> Generator[Outputs, None, None]:
-    """Run a sharded model over batches without gradients; the model is in evaluation mode meanwhile.
-
-    Raises:
-        InputError: as `batches` raises it.
-    """
-    was_training = model.training
-    model.eval()
-    pipeline = EvalPipelineSparseDist(model, optimizer, model.device)
-    guarded = _Guarded(batches)
-    try:
-        with torch.no_grad(), autocast():
-            while True:
-                try:
-                    outputs = pipeline.progress(guarded)
-                except StopIteration:
-                    break
-                yield outputs
-        if guarded.error is not None:
-            raise guarded.error
-    finally:
-        pipeline.detach()
-        pipeline.reset()
-        model.train(was_training)
 
 
 @torch.no_grad()

@@ -28,9 +28,9 @@ from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import evaluate_predictions
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
+from mbcnet_rec.scoring.scorer import autocast_of
 from mbcnet_rec.training.evaluation import (
     EvaluationGivenUpError,
-    autocast_of,
     average_terms,
     diagnostics,
     evaluate_stream,

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from serving_data import KINDS, evaluated, printed_by, rank_results, trained_runs
+from serving_data import KINDS, evaluated, rank_results, trained_runs
 
 from data.errors import InputError
 from mbcnet_rec.runtime.exits import CannotWriteError
-from mbcnet_rec.scoring import predict
 from mbcnet_rec.scoring.predict import run_prediction
 
 COLUMNS = ["user", "probability", *(f"probability_{name}" for name in ("efgc", "cross", "deep"))]
@@ -63,9 +62,17 @@ def test_killed_on_two_ranks_and_finished_on_one(runs):
         assert np.abs(found[name].to_numpy() - calm[name].to_numpy()).max() < 1e-5
 
 
-def test_faults_stop_their_own_pieces_only(runs, tmp_path, monkeypatch):
-    """A faulty value and a damaged page; mended, the same command finishes and scores nothing twice that has not changed."""
-    monkeypatch.setattr("mbcnet_rec.scoring.scorer.PIECE_ROWS", 1_000)
+def predict(run, data, out, capfd, **options):
+    """Chunks of 1,000 rows: what was refused, and what was printed."""
+    try:
+        refused, code = "", run_prediction(str(run), [str(data)], str(out), chunk_rows=1_000, **options)
+    except InputError as error:
+        refused, code = str(error), 2
+    return code, capfd.readouterr().out, refused
+
+
+def test_faults_stop_their_own_chunks_only(runs, tmp_path, capfd):
+    """A faulty value and a damaged page; repaired, the same command finishes and scores nothing twice that has not changed."""
     source = pq.read_table(runs / "test.parquet").drop_columns(["click"])
     data, out = tmp_path / "in", tmp_path / "out"
     (data / "ds=1").mkdir(parents=True)
@@ -75,33 +82,33 @@ def test_faults_stop_their_own_pieces_only(runs, tmp_path, monkeypatch):
     pq.write_table(broken, data / "ds=1" / "a.parquet", row_group_size=500, write_page_checksum=True)
     pq.write_table(source, data / "b.parquet", row_group_size=400, write_page_checksum=True)
     pq.write_table(source.slice(0, 0), data / "empty.parquet", write_page_checksum=True)
-    argv = ("predict", runs / "row_wise", "--data", data, "--out", out, "--keep", "unread,user")
-    code, _, err = printed_by(*argv)
-    assert code == 2 and "a.parquet: row group 3, row 0, field 'user' = 500" in err.splitlines()[-1]
+    argv, keep = (runs / "row_wise", data, out, capfd), ["unread", "user"]
+    code, _, err = predict(*argv, keep=keep)
+    assert code == 2 and "a.parquet: row group 3, row 0, field 'user' = 500" in err
     assert files_in(out) == [
         "_pieces/b.parquet/000000.parquet",
         "_pieces/b.parquet/000001.parquet",
         "_pieces/ds=1/a.parquet/000000.parquet",
         "_pieces/empty.parquet/000000.parquet",
     ]
-    code, _, err = printed_by(*argv[:-1], "user")
+    code, _, err = predict(*argv, keep=["user"])
     assert code == 2 and "other columns" in err
-    mended = source.slice(0, 1_900)
-    pq.write_table(mended, data / "ds=1" / "a.parquet", row_group_size=500, write_page_checksum=True)
+    repaired = source.slice(0, 1_900)
+    pq.write_table(repaired, data / "ds=1" / "a.parquet", row_group_size=500, write_page_checksum=True)
     flip_a_byte(data / "b.parquet", "image")
-    code, text, err = printed_by(*argv)
+    code, text, err = predict(*argv, keep=keep)
     assert code == 2, err
     assert "a.parquet has changed" in text and "b.parquet has changed" in text, err
-    assert "b.parquet: cannot be decoded" in err.splitlines()[-1]
+    assert "b.parquet: cannot be decoded" in err
     assert "_pieces/ds=1/a.parquet/000001.parquet" in files_in(out)
     stamp = (out / "_pieces/ds=1/a.parquet/000001.parquet").stat().st_mtime_ns
     assert "_pieces/b.parquet/000000.parquet" in files_in(out)
     assert "_pieces/b.parquet/000001.parquet" not in files_in(out)
     pq.write_table(source, data / "b.parquet", row_group_size=400, write_page_checksum=True)
-    code, text, _ = printed_by(*argv)
+    code, text, _ = predict(*argv, keep=keep)
     assert code == 0 and "3,900 rows in 3 files (1,900 of them were there already)" in text
     assert (out / "ds=1/a.parquet").stat().st_mtime_ns >= stamp
-    for name, wanted in (("ds=1/a.parquet", mended), ("b.parquet", source), ("empty.parquet", source[:0])):
+    for name, wanted in (("ds=1/a.parquet", repaired), ("b.parquet", source), ("empty.parquet", source[:0])):
         found = pq.read_table(out / name)
         assert found["unread"].to_pylist() == wanted["unread"].to_pylist()
     assert not (out / "_pieces").exists()
@@ -121,7 +128,7 @@ def flip_a_byte(path, column):
     path.write_bytes(data)
 
 
-def test_a_file_of_lost_bytes_and_a_full_disk(runs, tmp_path, monkeypatch):
+def test_a_file_of_lost_bytes_and_a_full_disk(runs, tmp_path):
     data, out = tmp_path / "test.parquet", tmp_path / "out"
     shutil.copy(runs / "test.parquet", data)
 
@@ -130,10 +137,8 @@ def test_a_file_of_lost_bytes_and_a_full_disk(runs, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         draft.replace(place)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(predict, "put_in_place", full)
-        with pytest.raises(CannotWriteError, match="No space left on device"):
-            run_prediction(str(runs / "row_wise"), [str(data)], str(out))
+    with pytest.raises(CannotWriteError, match="No space left on device"):
+        run_prediction(str(runs / "row_wise"), [str(data)], str(out), put=full)
     data.write_bytes(data.read_bytes()[:-100])
     with pytest.raises(InputError, match="not a readable Parquet file"):
         run_prediction(str(runs / "row_wise"), [str(data)], str(out))

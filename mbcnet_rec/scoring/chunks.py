@@ -1,0 +1,210 @@
+"""Files -> chunks of row groups -> scored rows, whatever the world size: what `mbcnet evaluate` and `mbcnet predict` share.
+
+A rank scores whole chunks, in order. Every rank takes the same number of steps: one that finishes early sends empty batches. A faulty
+row ends its own chunk only, and is raised on every rank when all other chunks are done.
+
+Shapes: n rows of one batch, K branches.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.errors import InputError
+from data.reading.column_types import check_columns
+from data.reading.columns import Columns
+from data.reading.config import StreamOptions
+from data.reading.decode import RowReader
+from data.reading.encode import Encoder
+from data.reading.files import prove, read_contents
+from data.reading.keys import first_line
+from data.reading.order import RowGroup
+from data.reading.selection import Selection
+from data.reading.storage import DAMAGE, DataFile, open_parquet
+from data.schema import Schema
+from data.stream.batch import Batch, gather
+from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.scoring.scorer import Scorer
+
+CHUNK_ROWS = 262_144  # a chunk ends with the row group that reaches them
+
+
+class Chunk(NamedTuple):
+    """Neighbouring row groups of one file, which one rank scores."""
+
+    file: int  # index in the list of files
+    number: int  # of the chunk in its file
+    row_groups: tuple[RowGroup, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Kept rows."""
+        return sum(group.num_rows for group in self.row_groups)
+
+    def num_steps(self, batch_rows: int) -> int:
+        """Batches that a `RowReader` makes of it."""
+        return sum(-(-group.stored_rows // batch_rows) for group in self.row_groups)
+
+
+class ScoredRows(NamedTuple):
+    """Rows of one batch of one chunk, in the file's order."""
+
+    chunk: Chunk
+    rows: pa.RecordBatch  # the extra columns
+    logits: np.ndarray  # (n, 1 + K) float32, fused first
+    labels: np.ndarray  # (n,) float32
+    group_ids: np.ndarray | None  # (n,) int64
+
+
+def labelled_rows(
+    files: Sequence[DataFile],
+    schema: Schema,
+    options: StreamOptions,
+    extra: Sequence[str],
+    *,
+    warn: bool = False,
+) -> tuple[RowReader, list[Chunk]]:
+    """Read all footers, and cut into chunks what the options keep of the files.
+
+    Args:
+        files: at least one.
+        schema: what the columns must be.
+        options: which rows to keep.
+        extra: columns to pass through.
+        warn: whether to warn once of pages without checksums.
+
+    Raises:
+        InputError: a file is no Parquet file, a column is missing or of a wrong type, or no row is left.
+    """
+    selection = Selection(options, schema, files)
+    row_groups = read_contents(files, schema, selection, warn=warn).row_groups
+    return RowReader(files, Encoder(schema), selection, extra=extra), chunks_of(row_groups)
+
+
+def unlabelled_rows(
+    files: Sequence[DataFile], schema: Schema, extra: Sequence[str], chunk_rows: int = CHUNK_ROWS
+) -> tuple[RowReader, list[Chunk]]:
+    """Read all footers, check all columns but the label, and cut files into chunks. A file without rows is one empty chunk.
+
+    Raises:
+        InputError: a file is no Parquet file, or a column is missing or of a wrong type.
+    """
+    row_groups: list[RowGroup] = []
+    for number, file in enumerate(files):
+        try:
+            with open_parquet(file, pre_buffer=True) as parquet:
+                arrow_schema = parquet.schema_arrow
+                if schema.label in arrow_schema.names:
+                    arrow_schema = arrow_schema.remove(arrow_schema.names.index(schema.label))
+                check_columns(arrow_schema.append(pa.field(schema.label, pa.int8())), schema, str(file))
+                indices = range(parquet.num_row_groups)
+                prove(parquet, indices, [name for name in schema.columns if name != schema.label])
+                sizes = [parquet.metadata.row_group(index).num_rows for index in indices]
+        except DAMAGE as error:
+            raise InputError(
+                f"{file}: not a readable Parquet file ({first_line(error)}); write it again or remove it"
+            ) from None
+        row_groups += [RowGroup(number, index, rows, rows) for index, rows in enumerate(sizes or [0])]
+    reader = RowReader(files, Encoder(schema), extra=extra, labels=False)
+    return reader, chunks_of(row_groups, chunk_rows)
+
+
+def chunks_of(row_groups: Sequence[RowGroup], chunk_rows: int = CHUNK_ROWS) -> list[Chunk]:
+    """Cut row groups, file after file, into chunks of about `chunk_rows`."""
+    chunks: list[Chunk] = []
+    for group in row_groups:
+        own = (group,) if group.stored_rows else ()
+        last = chunks[-1] if chunks and chunks[-1].file == group.file else None
+        if last is not None and last.num_rows < chunk_rows:
+            chunks[-1] = last._replace(row_groups=last.row_groups + own)
+        else:
+            chunks.append(Chunk(group.file, last.number + 1 if last is not None else 0, own))
+    return chunks
+
+
+def deal(chunks: Sequence[Chunk], world_size: int) -> list[list[Chunk]]:
+    """Give each rank its chunks: the largest first, each to the rank with the fewest rows; then in file order."""
+    dealt: list[list[Chunk]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for chunk in sorted(chunks, key=lambda chunk: -chunk.num_rows):
+        rank = loads.index(min(loads))
+        dealt[rank].append(chunk)
+        loads[rank] += chunk.num_rows
+    return [sorted(own) for own in dealt]
+
+
+def score_chunks(
+    scorer: Scorer,
+    reader: RowReader,
+    dealt: Sequence[Sequence[Chunk]],
+    process: Process,
+    batch_rows: int,
+    *,
+    title: str = "",
+) -> Generator[ScoredRows, None, None]:
+    """Yield the scored batches of this rank's chunks in order, with a progress bar on rank 0. Every rank calls it.
+
+    Args:
+        scorer: of the model.
+        reader: of the files.
+        dealt: the chunks of each rank, equal on all ranks.
+        process: this rank.
+        batch_rows: rows of one rank's batch.
+        title: of the bar.
+
+    Raises:
+        InputError: on every rank, after the last step, if a row of any rank was faulty: its chunk was cut short.
+    """
+    faults: list[str] = []
+    steps = max(sum(chunk.num_steps(batch_rows) for chunk in chunks) for chunks in dealt)
+
+    def batch_of(columns: Columns) -> Batch:
+        return gather([(columns, 0, columns.num_rows)], batch_rows, reader.encoder.schema)
+
+    def batches() -> Iterator[tuple[Batch, tuple[Chunk, pa.RecordBatch, Columns] | None]]:
+        made = 0
+        for chunk in dealt[process.rank]:
+            try:
+                for group in chunk.row_groups:
+                    for columns, extra in reader.scan(group, batch_rows):
+                        made += 1
+                        yield batch_of(columns), (chunk, extra, columns)
+            except InputError as error:
+                faults.append(str(error))
+        empty = reader.encoder.encode_all([])
+        for _ in range(steps - made):
+            yield batch_of(empty), None
+
+    total = sum(chunk.num_rows for chunks in dealt for chunk in chunks)
+    shown = None if process.is_first else True
+    with (
+        tqdm(total=total, unit="row", unit_scale=True, desc=title, disable=shown) as bar,
+        closing(scorer.score(batches())) as scored,
+    ):
+        for each in scored:
+            if each.note is not None:
+                chunk, extra, columns = each.note
+                bar.update(min(columns.num_rows * len(dealt), total - bar.n))
+                yield ScoredRows(chunk, extra, each.logits, each.labels, columns.group_ids)
+    refuse_faults(faults, process)
+
+
+def refuse_faults(faults: Sequence[str], process: Process) -> None:
+    """Raise the faults of all ranks on every rank.
+
+    Raises:
+        InputError: naming the first one, and how many more there are.
+    """
+    everyone: list[list[str]] = [list(faults)]
+    if process.world_size > 1:
+        everyone = [[] for _ in range(process.world_size)]
+        dist.all_gather_object(everyone, list(faults))
+    found = [fault for each in everyone for fault in each]
+    if found:
+        more = f" (and faults in {len(found) - 1} more places)" if len(found) > 1 else ""
+        raise InputError(found[0] + more)
