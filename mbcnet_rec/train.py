@@ -32,8 +32,8 @@ from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_process, refuse_together
 from mbcnet_rec.runtime.watchdog import STACKS, Watchdog
-from mbcnet_rec.training.built import Built
 from mbcnet_rec.scoring.trained_run import known_best
+from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.evaluation import EvaluationGivenUpError, bf16_in_hardware
 from mbcnet_rec.training.faults import FAULTS
 from mbcnet_rec.training.trainer import RunContext, Trainer, Watch

@@ -17,9 +17,9 @@ from mbcnet_rec.checkpoints.shards import Saved, load_shards, shards_of, whole_s
 from mbcnet_rec.checkpoints.zch_state import check_rows
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelConfig
-from mbcnet_rec.training.built import Built
 from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks, refuse_together
 from mbcnet_rec.scoring.scorer import Scorer, autocast_of
+from mbcnet_rec.training.built import Built
 from sharding.plan.plan_file import read_plan
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from data.stream import ParquetStream
-from mbcnet_rec.training.built import Built
 from mbcnet_rec.model.losses import branch_pairs, disagreement_rates
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.runtime.process import (
@@ -21,6 +20,7 @@ from mbcnet_rec.runtime.process import (
 from mbcnet_rec.scoring.metrics import evaluate_predictions, reliability
 from mbcnet_rec.scoring.scorer import Autocast, Scorer, real_rows
 from mbcnet_rec.scoring.tally import EXACT_ROWS, BinnedRows, KeptRows, group_stride
+from mbcnet_rec.training.built import Built
 
 
 class EvaluationGivenUpError(Exception):

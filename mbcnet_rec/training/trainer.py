@@ -26,9 +26,9 @@ from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, any_rank, vote
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import evaluate_predictions
+from mbcnet_rec.scoring.scorer import autocast_of
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
-from mbcnet_rec.scoring.scorer import autocast_of
 from mbcnet_rec.training.evaluation import (
     EvaluationGivenUpError,
     average_terms,
