@@ -86,19 +86,20 @@ def labelled_rows(
     return RowReader(files, Encoder(schema), selection, extra=extra), chunks_of(row_groups)
 
 
-def unlabelled_rows(
-    files: Sequence[DataFile], schema: Schema, extra: Sequence[str], chunk_rows: int = CHUNK_ROWS
-) -> tuple[RowReader, list[Chunk]]:
-    """Read all footers, check all columns but the label, and cut files into chunks. A file without rows is one empty chunk.
+def unlabelled_row_groups(
+    files: Sequence[DataFile], schema: Schema
+) -> tuple[list[RowGroup], list[pa.Schema]]:
+    """Read all footers and check all columns but the label: the row groups (of a file without rows one, empty) and each file's columns.
 
     Raises:
         InputError: a file is no Parquet file, or a column is missing or of a wrong type.
     """
     row_groups: list[RowGroup] = []
+    columns: list[pa.Schema] = []
     for number, file in enumerate(files):
         try:
             with open_parquet(file, pre_buffer=True) as parquet:
-                arrow_schema = parquet.schema_arrow
+                columns.append(arrow_schema := parquet.schema_arrow)
                 if schema.label in arrow_schema.names:
                     arrow_schema = arrow_schema.remove(arrow_schema.names.index(schema.label))
                 check_columns(arrow_schema.append(pa.field(schema.label, pa.int8())), schema, str(file))
@@ -110,8 +111,7 @@ def unlabelled_rows(
                 f"{file}: not a readable Parquet file ({first_line(error)}); write it again or remove it"
             ) from None
         row_groups += [RowGroup(number, index, rows, rows) for index, rows in enumerate(sizes or [0])]
-    reader = RowReader(files, Encoder(schema), extra=extra, labels=False)
-    return reader, chunks_of(row_groups, chunk_rows)
+    return row_groups, columns
 
 
 def chunks_of(row_groups: Sequence[RowGroup], chunk_rows: int = CHUNK_ROWS) -> list[Chunk]:

@@ -24,8 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import InputError
+from data.reading.decode import RowReader
+from data.reading.encode import Encoder
 from data.reading.files import resolve_files
-from data.reading.storage import DataFile, is_uri, open_parquet, path_parts
+from data.reading.storage import DataFile, is_uri, path_parts
 from data.schema import load_schema
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.process import Process, any_rank, broadcast_value, joined_process, refuse_together
@@ -33,9 +35,10 @@ from mbcnet_rec.scoring.chunks import (
     CHUNK_ROWS,
     Chunk,
     ScoredRows,
+    chunks_of,
     deal,
     score_chunks,
-    unlabelled_rows,
+    unlabelled_row_groups,
 )
 from mbcnet_rec.scoring.trained_run import (
     branch_names,
@@ -129,9 +132,12 @@ def run_prediction(
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
         files = resolve_files(data)
-        kept = kept_fields(files, keep, [schema.group_column, schema.time_column])
-        extra = tuple(each.name for each in kept)
-        reader, chunks = unlabelled_rows(files, replace(schema, group_column=""), extra, chunk_rows)
+        read_schema = replace(schema, group_column="")
+        row_groups, columns = unlabelled_row_groups(files, read_schema)
+        chunks = chunks_of(row_groups, chunk_rows)
+        kept = kept_fields(files, columns, keep, [schema.group_column, schema.time_column])
+        extra = [each.name for each in kept]
+        reader = RowReader(files, Encoder(read_schema), extra=extra, labels=False)
         outputs = (PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(config.model)))
         job = Job(files, relative_names(files), Path(out), kept, outputs, put or put_in_place)
         refuse_together(job.problem, process)
@@ -176,12 +182,13 @@ def relative_names(files: Sequence[DataFile]) -> list[str]:
 
 
 def kept_fields(
-    files: Sequence[DataFile], keep: Sequence[str], default: Sequence[str]
+    files: Sequence[DataFile], columns: Sequence[pa.Schema], keep: Sequence[str], default: Sequence[str]
 ) -> tuple[pa.Field, ...]:
     """Names and types of the columns to pass through.
 
     Args:
         files: of the input.
+        columns: of each file.
         keep: named by the user; none: `default`, as far as all files have them.
         default: names; empty ones are left out.
 
@@ -189,9 +196,7 @@ def kept_fields(
         InputError: a column is missing in a file, has another type there, or has the name of an output.
     """
     kept: dict[str, pa.Field] = {}
-    for number, file in enumerate(files):
-        with open_parquet(file) as parquet:
-            found = parquet.schema_arrow
+    for number, (file, found) in enumerate(zip(files, columns, strict=True)):
         wanted = list(dict.fromkeys(keep or [name for name in default if name and name in found.names]))
         if number and not keep:
             wanted = [name for name in wanted if name in kept]
