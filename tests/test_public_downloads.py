@@ -40,6 +40,22 @@ def prepared(name: str, src: Path, out: Path) -> dict[str, pa.Table]:
     return splits
 
 
+def has(row: dict, **values) -> None:
+    assert {name: row[name] for name in values} == values
+
+
+def src_of(folder: Path, **files: str | bytes) -> Path:
+    """A folder `src` with files; "__" in a name stands for a dot. Names that end in gz are compressed."""
+    src = folder / "src"
+    src.mkdir(exist_ok=True)
+    for name, text in files.items():
+        content = text if isinstance(text, bytes) else text.encode()
+        (src / name.replace("__", ".")).write_bytes(
+            gzip.compress(content) if name.endswith("gz") else content
+        )
+    return src
+
+
 def criteo_line(number: int) -> str:
     """One line as in train.txt: label, 13 counts, 26 hashed ids, some of them empty."""
     counts = [str(number), "-1", "" if number % 3 else "7", *["5"] * 10]
@@ -49,11 +65,9 @@ def criteo_line(number: int) -> str:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_criteo_kaggle(compressed, tmp_path):
-    text = "".join(criteo_line(number) for number in range(28)).encode()
-    (tmp_path / "src").mkdir()
-    name, text = ("train.txt.gz", gzip.compress(text)) if compressed else ("train.txt", text)
-    (tmp_path / "src" / name).write_bytes(text)
-    splits = prepared("criteo_kaggle", tmp_path / "src", tmp_path / "out")
+    text = "".join(criteo_line(number) for number in range(28))
+    src = src_of(tmp_path, **{"train__txt__gz" if compressed else "train__txt": text})
+    splits = prepared("criteo_kaggle", src, tmp_path / "out")
     assert [table["I1"].to_pylist() for table in splits.values()] == [
         list(range(24)), [24, 25], [26, 27],
     ]  # fmt: skip
@@ -66,11 +80,10 @@ def test_criteo_kaggle(compressed, tmp_path):
 
 
 def test_criteo_1tb(tmp_path):
-    (tmp_path / "src").mkdir()
-    for day in range(9, 12):  # 9, 10, 11: order by number, not by name
-        lines = "".join(criteo_line(100 * day + number) for number in range(6))
-        (tmp_path / "src" / f"day_{day}.gz").write_bytes(gzip.compress(lines.encode()))
-    splits = prepared("criteo_1tb", tmp_path / "src", tmp_path / "out")
+    days = range(9, 12)  # order by number, not by name
+    lines = {day: "".join(criteo_line(100 * day + number) for number in range(6)) for day in days}
+    src = src_of(tmp_path, **{f"day_{day}__gz": lines[day] for day in days})
+    splits = prepared("criteo_1tb", src, tmp_path / "out")
     assert splits["train"]["I1"].to_pylist() == [*range(900, 906), *range(1000, 1006)]
     assert splits["valid"]["I1"].to_pylist() == [1100, 1101, 1102]
     assert splits["test"]["I1"].to_pylist() == [1103, 1104, 1105]
@@ -96,9 +109,7 @@ def test_avazu(tmp_path):
             f"1000009418151094273{number},{number % 2},{hour},1005,0,1fbe01fe,f3845767,28905ebd,ecad2386,7801e8d9,07d7df22,"
             f"a99f214a,ddd2926e,44956a24,1,2,15706,320,50,1722,0,35,-1,79"
         )
-    (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "train.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    splits = prepared("avazu", tmp_path / "src", tmp_path / "out")
+    splits = prepared("avazu", src_of(tmp_path, train__gz="\n".join(lines)), tmp_path / "out")
     assert [table["hour"].to_pylist() for table in splits.values()] == [
         [14102100, 14102823], [14102900], [14103005, 14103023],
     ]  # fmt: skip
@@ -110,40 +121,32 @@ def test_avazu(tmp_path):
     assert "id" not in splits["train"].column_names
 
 
-def write_movielens(folder: Path, ratings: list[tuple], movies: list[str], tags: list[str]) -> None:
-    folder.mkdir(exist_ok=True)
+def write_movielens(folder: Path, ratings: list[tuple], movies: list[str], tags: list[str]) -> Path:
     lines = [f"{user},{movie},{rating},{moment}" for user, movie, rating, moment in ratings]
-    (folder / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *lines]) + "\n")
-    (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]) + "\n", encoding="utf-8")
-    (folder / "tags.csv").write_text(
-        "\n".join(["userId,movieId,tag,timestamp", *tags]) + "\n", encoding="utf-8"
+    return src_of(
+        folder,
+        ratings__csv="\n".join(["userId,movieId,rating,timestamp", *lines, ""]),
+        movies__csv="\n".join(["movieId,title,genres", *movies, ""]),
+        tags__csv="\n".join(["userId,movieId,tag,timestamp", *tags, ""]),
     )
 
 
 def test_movielens_latest(tmp_path):
     ratings = [(user, 1 + user % 2, 3.5 + user % 2, 2_000 - user) for user in range(20)]
-    write_movielens(
-        tmp_path / "src",
+    src = write_movielens(
+        tmp_path,
         ratings,
         ['1,"American President, The (1995)",Comedy|Drama|Romance', "2,Amélie,(no genres listed)"],
         ["5,1,Funny ,1985", "6,1,later,1999"],
     )
-    splits = prepared("movielens_latest", tmp_path / "src", tmp_path / "out")
+    splits = prepared("movielens_latest", src, tmp_path / "out")
     assert [len(table) for table in splits.values()] == [16, 2, 2]
     moments = [moment for table in splits.values() for moment in table["timestamp"].to_pylist()]
     assert moments == sorted(moments)
     first, second = splits["test"].to_pylist()  # users 1 and 0
-    assert (first["user_id"], first["movie_id"], first["label"]) == (1, 2, 1)
-    assert (first["year"], first["genres"], first["title_words"], first["tags_before"]) == (
-        None,
-        [],
-        ["amélie"],
-        [],
-    )
-    assert (second["user_id"], second["label"], second["year"]) == (0, 0, 1995)
-    assert second["genres"] == ["Comedy", "Drama", "Romance"]
-    assert second["title_words"] == ["american", "president", "the"]
-    assert second["tags_before"] == ["funny", "later"]
+    has(first, user_id=1, movie_id=2, label=1, year=None, genres=[], title_words=["amélie"], tags_before=[])
+    has(second, user_id=0, label=0, year=1995, genres=["Comedy", "Drama", "Romance"])
+    has(second, title_words=["american", "president", "the"], tags_before=["funny", "later"])
     early = next(row for row in splits["train"].to_pylist() if row["user_id"] == 18)
     assert early["tags_before"] == [], "what came later would leak"
     assert "rating" not in splits["train"].column_names
@@ -163,8 +166,8 @@ def test_movielens_latest_splits_the_real_ratings_as_the_shared_files_do(tmp_pat
         for movie, row in movies.items()
     ]
     ratings = [(row["user_id"], row["movie_id"], row["rating"], row["timestamp"]) for row in rows]
-    write_movielens(tmp_path / "src", ratings, quoted, ["1,1,fun,1"])
-    prepare("movielens_latest", tmp_path / "src", tmp_path / "out")
+    src = write_movielens(tmp_path, ratings, quoted, ["1,1,fun,1"])
+    prepare("movielens_latest", src, tmp_path / "out")
     for split, table in zip(("train", "valid", "test"), tables, strict=True):
         found = split_of(tmp_path / "out", split)
         for column in ("user_id", "movie_id", "timestamp", "label", "year", "genres"):
@@ -172,28 +175,18 @@ def test_movielens_latest_splits_the_real_ratings_as_the_shared_files_do(tmp_pat
 
 
 def test_movielens_1m(tmp_path):
-    src = tmp_path / "src"
-    src.mkdir()
-    ratings = [f"{user}::{1 + user % 2}::{3 + user % 3}::{978_300_000 + user}" for user in range(1, 21)]
-    (src / "ratings.dat").write_text("\n".join(ratings) + "\n")
-    (src / "movies.dat").write_bytes(
-        "1::Toy Story (1995)::Animation|Comedy\n2::Misérables, Les (1995)::Drama\n".encode("latin-1")
-    )
+    ratings = [f"{user}::{1 + user % 2}::{3 + user % 3}::{978_300_000 + user}\n" for user in range(1, 21)]
+    movies = "1::Toy Story (1995)::Animation|Comedy\n2::Misérables, Les (1995)::Drama\n"
     users = [
-        f"{user}::{'FM'[user % 2]}::{25 if user > 3 else 1}::{user % 4}::{48_067 + user % 2}"
+        f"{user}::{'FM'[user % 2]}::{25 if user > 3 else 1}::{user % 4}::{48_067 + user % 2}\n"
         for user in range(1, 20)
     ]
-    (src / "users.dat").write_text("\n".join(users) + "\n")
+    texts = {"ratings__dat": "".join(ratings), "movies__dat": movies, "users__dat": "".join(users)}
+    src = src_of(tmp_path, **{name: text.encode("latin-1") for name, text in texts.items()})
     splits = prepared("movielens_1m", src, tmp_path / "out")
     assert [len(table) for table in splits.values()] == [16, 2, 2]
     row = splits["train"].to_pylist()[1]
-    assert (row["user_id"], row["gender"], row["age"], row["occupation"], row["zip_code"]) == (
-        2,
-        "F",
-        "1",
-        "2",
-        "48067",
-    )
+    has(row, user_id=2, gender="F", age="1", occupation="2", zip_code="48067")
     titles = splits["train"]["title_words"].to_pylist()
     assert titles[0] == ["misérables", "les"] and titles[1] == ["toy", "story"]
     assert splits["train"]["genres"].to_pylist()[1] == ["Animation", "Comedy"]
@@ -205,8 +198,7 @@ def test_movielens_1m(tmp_path):
 
 
 def test_frappe(tmp_path):
-    src = tmp_path / "src"
-    src.mkdir()
+    src = src_of(tmp_path)
     line = "{label} {user}:1 4149:1 5041:1 5046:1 5053:1 5055:1 5058:1 5060:1 5069:1 5149:1\n"
     for name, users in (("train", (1, 2, 1, 3)), ("validation", (2, 9)), ("test", (1,))):
         text = "".join(line.format(label=1 if user == 1 else -1, user=user) for user in users)
@@ -214,9 +206,7 @@ def test_frappe(tmp_path):
     splits = prepared("frappe", src, tmp_path / "out")
     assert [table["user"].to_pylist() for table in splits.values()] == [[1, 2, 1, 3], [2, 9], [1]]
     assert splits["train"]["label"].to_pylist() == [1, 0, 1, 0]
-    assert set(splits["train"]["city"].to_pylist()) == {5149} and set(
-        splits["train"]["daytime"].to_pylist()
-    ) == {5041}
+    has(splits["train"].to_pylist()[3], city=5149, daytime=5041, item=4149)
     assert load_schema(tmp_path / "out" / "schema.toml").table_of["user"].num_embeddings == 5
     (src / "frappe.test.libfm").write_text("1 7:1 8:1\n")
     with pytest.raises(InputError, match=r"frappe\.test\.libfm: .*Expected 11 columns, got 3"):
@@ -224,21 +214,17 @@ def test_frappe(tmp_path):
 
 
 def test_taobao_ad_raw(tmp_path):
-    src = tmp_path / "src"
-    src.mkdir()
     first = 1_494_000_000
     moments = [first + 3_300, first + 6 * 86_400 - 1, first + 6 * 86_400, first + 7 * 86_400 + 36_000]
     sample = [f"{user},{moment},{ad},430548_1007,{1 - user % 2},{user % 2}" for user, moment, ad in
               zip((1, 2, 1, 3), moments, (10, 11, 99, 10), strict=True)]  # fmt: skip
-    (src / "raw_sample.csv").write_text(
-        "\n".join(["user,time_stamp,adgroup_id,pid,nonclk,clk", *sample]) + "\n"
-    )
-    (src / "ad_feature.csv").write_text(
-        "adgroup_id,cate_id,campaign_id,customer,brand,price\n11,6406,83237,1,95471,170.0\n10,6406,83238,2,NULL,32.99\n"
-    )
-    (src / "user_profile.csv").write_text(
-        "userid,cms_segid,cms_group_id,final_gender_code,age_level,pvalue_level,shopping_level,occupation,new_user_class_level \n"
-        "2,0,5,2,5,,3,0,3\n1,19,3,2,3,2,3,0,\n"
+    src = src_of(
+        tmp_path,
+        raw_sample__csv="\n".join(["user,time_stamp,adgroup_id,pid,nonclk,clk", *sample, ""]),
+        ad_feature__csv="adgroup_id,cate_id,campaign_id,customer,brand,price\n"
+        "11,6406,83237,1,95471,170.0\n10,6406,83238,2,NULL,32.99\n",
+        user_profile__csv="userid,cms_segid,cms_group_id,final_gender_code,age_level,pvalue_level,shopping_level,occupation,"
+        "new_user_class_level \n2,0,5,2,5,,3,0,3\n1,19,3,2,3,2,3,0,\n",
     )
     splits = prepared("taobao_ad_raw", src, tmp_path / "out")
     assert [table["time_stamp"].to_pylist() for table in splits.values()] == [
@@ -247,19 +233,10 @@ def test_taobao_ad_raw(tmp_path):
         moments[3:],
     ]
     one, two = splits["train"].to_pylist()
-    assert (one["campaign_id"], one["brand"], one["price"], one["cms_segid"], one["new_user_class_level"]) == (
-        83238, None, 32.99, 19, None,
-    )  # fmt: skip
-    assert (two["brand"], two["pvalue_level"], two["label"], two["hour"], two["weekday"]) == (
-        95471,
-        None,
-        0,
-        23,
-        3,
-    )
+    has(one, campaign_id=83238, brand=None, price=32.99, cms_segid=19, new_user_class_level=None)
+    has(two, brand=95471, pvalue_level=None, label=0, hour=23, weekday=3)
     assert splits["valid"].to_pylist()[0]["cate_id"] is None, "an ad that ad_feature.csv lacks"
-    test = splits["test"].to_pylist()[0]
-    assert (test["cms_segid"], test["hour"], test["weekday"], test["label"]) == (None, 10, 5, 1)
+    has(splits["test"].to_pylist()[0], cms_segid=None, hour=10, weekday=5, label=1)
     assert not {"clk", "nonclk"} & set(splits["train"].column_names)
 
 
@@ -300,22 +277,10 @@ def test_kuairand(tmp_path):
     splits = prepared("kuairand", tmp_path / "KuaiRand-1K", tmp_path / "out")
     assert [table["video_id"].to_pylist() for table in splits.values()] == [[7, 8, 9], [7], [8, 7]]
     one, two, three = splits["train"].to_pylist()
-    assert (one["hour"], one["weekday"], one["tags"], one["music_id"], one["video_duration"]) == (
-        1,
-        4,
-        ["26", "11"],
-        3288,
-        91000,
-    )
-    assert (one["follow_user_num_range"], one["onehot_feat0"], one["onehot_feat17"]) == ("(0,10]", 3, None)
-    assert (two["hour"], two["label"], two["tags"], two["video_duration"], two["music_type"]) == (
-        23,
-        1,
-        ["39"],
-        None,
-        None,
-    )
-    assert (three["author_id"], three["tags"]) == (None, None), "a video without features"
+    has(one, hour=1, weekday=4, tags=["26", "11"], music_id=3288, video_duration=91000)
+    has(one, follow_user_num_range="(0,10]", onehot_feat0=3, onehot_feat17=None)
+    has(two, hour=23, label=1, tags=["39"], video_duration=None, music_type=None)
+    has(three, author_id=None, tags=None)  # a video without features
     assert splits["test"].to_pylist()[1]["user_active_degree"] is None, "a user without features"
     assert not {"is_click", "play_time_ms", "long_view", "is_like"} & set(splits["train"].column_names)
 
@@ -327,9 +292,7 @@ RAW = (
 
 @pytest.mark.parametrize("name", RAW)
 def test_missing_files_are_named(name, tmp_path):
-    with pytest.raises(
-        InputError, match=f"no such file; data set '{name}' needs .*: pass their folder as --src"
-    ):
+    with pytest.raises(InputError, match=f"no such file; data set '{name}' needs .*: pass their folder as"):
         prepare(name, tmp_path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     assert name in DATA_SETS
@@ -384,20 +347,15 @@ def test_writer_cuts_even_row_groups_and_several_files(tmp_path):
     writer = SplitWriter(tmp_path, ["x", "y"], schema, 10, file_rows=30)
     for start in range(0, 75, 7):
         stop = min(75, start + 7)
-        writer.write(
-            "train", pa.table({"x": range(start, stop), "y": [1] * (stop - start), "z": range(start, stop)})
-        )
+        rows = {"x": range(start, stop), "y": [1] * (stop - start), "z": range(start, stop)}
+        writer.write("train", pa.table(rows))
     counts = writer.finish()
     writer.close()
-    assert counts["train"] == {"rows": 75, "label_rate": 1.0} and counts["test"] == {
-        "rows": 0,
-        "label_rate": None,
-    }
+    assert counts["train"] == {"rows": 75, "label_rate": 1.0}
+    assert counts["test"] == {"rows": 0, "label_rate": None}
     files = sorted(tmp_path.glob("train/*.parquet"))
-    sizes = [
-        [pq.read_metadata(file).row_group(g).num_rows for g in range(pq.read_metadata(file).num_row_groups)]
-        for file in files
-    ]
+    footers = map(pq.read_metadata, files)
+    sizes = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
     assert sizes == [[10, 10, 10], [10, 10, 10], [10, 5]]
     assert split_of(tmp_path, "train")["x"].to_pylist() == list(range(75))
     assert pq.read_schema(files[0]).names == ["x", "y"]
