@@ -84,7 +84,13 @@ def run_training(
         Watchdog(process, config.run_folder, settings.stall_seconds) as watchdog,
     ):
         context = RunContext(
-            process, config.run_folder, storage_of(config), stop, watchdog, partial(_records, config), watch
+            process,
+            config.run_folder,
+            storage_of(settings, config.run_folder),
+            stop,
+            watchdog,
+            partial(_records, config),
+            watch,
         )
         refuse_together(_folder_problem(config.run_folder, resume, overwrite), process)
         refuse_together(_place_problem(context, resume, overwrite), process)
@@ -139,7 +145,7 @@ def _start(config: RunConfig, trainer: Trainer, resume: bool, allow_partial: boo
                 saved = Saved(folder, hashed=not isinstance(place, LocalStorage))
             notes = trainer.restore(saved, allow_partial=allow_partial)
     elif config.train.warm_start:
-        notes = [warm_start(config, trainer.built, process)]
+        notes = [warm_start(config.train, trainer.built, process)]
     if process.is_first:
         for note in notes:
             tell(note)

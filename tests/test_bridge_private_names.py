@@ -9,8 +9,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.mc_modules import ShardedManagedCollisionCollection
+from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 from torchrec.modules.mc_modules import ManagedCollisionCollection, ManagedCollisionModule
+from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 from sharding.bridge.allocated import KERNEL_TENSORS
 
@@ -19,6 +21,8 @@ KERNEL = SplitTableBatchedEmbeddingBagsCodegen
 NAMES = [
     ("bridge/allocated.py", ShardedEmbeddingBagCollection, "_lookups"),
     *(("bridge/allocated.py", KERNEL, name) for name in KERNEL_TENSORS),
+    ("bridge/blocks.py", DMPCollection, "_default_ctx"),
+    ("bridge/blocks.py", KeyedOptimizerWrapper, "_optimizer"),
     ("bridge/zch.py", BaseManagedCollisionEmbeddingCollection, "_embedding_module"),
     ("bridge/zch.py", BaseManagedCollisionEmbeddingCollection, "_managed_collision_collection"),
     ("bridge/zch.py", ManagedCollisionCollection, "_managed_collision_modules"),

@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 
 from mbcnet_rec.report import figures
-from mbcnet_rec.report.page import (
-    Code,
-    Heading,
-    Picture,
-    Table,
-    Text,
-    to_html,
-    to_markdown,
-    write_report,
-)
+from mbcnet_rec.report.page import Code, Heading, Picture, Table, Text, to_html, to_markdown, write_report
 from mbcnet_rec.study.projection import tsne_plane
 from mbcnet_rec.study.summary import Row
 

@@ -1,4 +1,4 @@
-"""Does a checkpoint fit this run? A report before anything is loaded: tables added, removed, resized, of other dims, other optimizer.
+"""Compares a checkpoint with a run before anything is loaded: tables added, removed or resized, another optimizer, another schema.
 
 What fits is compared by logical tensors, so world size and plan do not matter, with one exception: rowwise Adagrad keeps one
 number a row and column shard, so its state cannot move between cuts into columns.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from mbcnet_rec.checkpoints.shards import Saved, TensorShard, load_shards, shards_of
-from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_rows, zch_buckets, zch_table_of
+from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_rows, zch_buckets, zchtable_of
 from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.training.built import Built
 from sharding.plan.placement import Plan
@@ -81,7 +81,7 @@ def init_states(built: Built) -> None:
 
 
 @dataclass
-class Report:
+class Differences:
     """How a checkpoint and a run differ.
 
     Attributes:
@@ -114,7 +114,7 @@ class Report:
         ]
 
 
-def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any]) -> Report:
+def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any]) -> Differences:
     """Compare a checkpoint with what a run wants.
 
     Args:
@@ -122,7 +122,7 @@ def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any
         wanted: logical tensor -> shape, over all ranks.
         run: describe_run of this run.
     """
-    report = Report()
+    report = Differences()
     old = saved_run(saved)
     _compare_columns(report, old, run, wanted)
     whats = {"optimizer": "optimizer of the tables", "data_type": "numbers of the tables", "schema": "schema"}
@@ -166,22 +166,22 @@ def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any
 
 
 def _compare_ids(
-    report: Report, saved: Saved, wanted: dict[str, tuple[int, ...]], other_rows: set[str]
+    report: Differences, saved: Saved, wanted: dict[str, tuple[int, ...]], other_rows: set[str]
 ) -> None:
     """A table of encoding zch whose rows are of other ids here, or of other ids than the checkpoint's, starts fresh as a whole."""
     names = {name for name in (*wanted, *saved.shapes) if name.startswith("model/")}
-    resized = {zch_table_of(name) for name in names if wanted.get(name) != saved.shapes.get(name)} - {""}
+    resized = {zchtable_of(name) for name in names if wanted.get(name) != saved.shapes.get(name)} - {""}
     for table in sorted(other_rows | resized):
         report.lines.append(
             f"table {table}: its rows are of other ids (encoding zch, num_embeddings or zch_buckets)"
         )
     for name in names:
-        if (zch_table_of(name) or _table_of(name)) in other_rows | resized:
+        if (zchtable_of(name) or table_of(name)) in other_rows | resized:
             report.fresh.add(name)
 
 
 def _compare_columns(
-    report: Report, old: dict[str, Any], run: dict[str, Any], wanted: dict[str, tuple[int, ...]]
+    report: Differences, old: dict[str, Any], run: dict[str, Any], wanted: dict[str, tuple[int, ...]]
 ) -> None:
     if run["optimizer"] != "rowwise_adagrad" or old.get("optimizer") != "rowwise_adagrad":
         return
@@ -189,7 +189,7 @@ def _compare_columns(
     for table in sorted(set(before) | set(now)):
         if before.get(table, 1) == now.get(table, 1):
             continue
-        if any(_table_of(name) == table for name in wanted):
+        if any(table_of(name) == table for name in wanted):
             report.refusals.append(
                 f"table {table}: {before.get(table, 1)} -> {now.get(table, 1)} column shards: rowwise Adagrad keeps one number "
                 "a row and shard, which cannot be cut or joined; keep the table's columns as they were in the plan, use a "
@@ -197,13 +197,14 @@ def _compare_columns(
             )
 
 
-def _table_of(name: str) -> str:
+def table_of(name: str) -> str:
+    """The table that a logical tensor belongs to; empty for all others."""
     found = _TABLE.search(name)
     return found[1] if found else ""
 
 
 def _what(name: str) -> str:
-    table = _table_of(name)
+    table = table_of(name)
     return f"table {table}" if table else f"tensor {name.split('/', 1)[1]}"
 
 
@@ -254,7 +255,7 @@ def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial:
     return [f"partial load: {phrase}" for phrase in phrases + _outcome(report)] if phrases else []
 
 
-def _outcome(report: Report) -> list[str]:
+def _outcome(report: Differences) -> list[str]:
     """What a partial load leaves as it was."""
     tables = {name: _what(name) for name in report.fresh | report.grown if _TABLE.search(name)}
     fresh = {tables[name] for name in report.fresh & tables.keys() if name.startswith("model/")}
@@ -263,6 +264,6 @@ def _outcome(report: Report) -> list[str]:
     lines = [f"{what} starts fresh" for what in sorted(fresh)]
     lines += [f"{what} is loaded, its optimizer state starts fresh" for what in sorted(states)]
     lines += [f"{what} is loaded, its new rows start fresh" for what in sorted(rows)]
-    others = [name for name in report.fresh - tables.keys() if not zch_table_of(name)]
+    others = [name for name in report.fresh - tables.keys() if not zchtable_of(name)]
     dense = sum(name.startswith("model/") for name in others)
     return lines + ([f"{dense} tensors of the dense part start fresh"] if dense else [])

@@ -13,22 +13,18 @@ from mbcnet_rec.checkpoints.storage import (
     open_storage,
 )
 from mbcnet_rec.checkpoints.writer import BEST
-from mbcnet_rec.config import RunConfig
+from mbcnet_rec.training.config import TrainConfig
 
 CONFIG, PLAN, CHECKPOINTS, DONE = "config.toml", "plan.json", "checkpoints", "DONE"
 
 
-def storage_of(config: RunConfig, folder: Path | None = None) -> CheckpointStorage:
-    """Where a run's checkpoints go.
-
-    Args:
-        config: of the run.
-        folder: the run folder, if it has moved since.
+def storage_of(train: TrainConfig, folder: Path) -> CheckpointStorage:
+    """The storage of the checkpoints of the run in `folder`.
 
     Raises:
         InputError: `train.checkpoint_folder` is a URI that cannot be opened.
     """
-    return open_storage(config.train.checkpoint_folder or (folder or config.run_folder) / CHECKPOINTS)
+    return open_storage(train.checkpoint_folder or folder / CHECKPOINTS)
 
 
 def best_step(storage: CheckpointStorage) -> int | None:

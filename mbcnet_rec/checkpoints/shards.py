@@ -1,6 +1,7 @@
-"""What a checkpoint holds: blocks of logical tensors, so that it loads at any world size and under any plan. No pickle.
+"""What a checkpoint holds: shards of logical tensors, so that it loads at any world size and under any plan.
 
-A checkpoint is a folder: one safetensors file a rank, and a manifest (manifest.py) that says which block lies where.
+A checkpoint is a folder: one safetensors file for each rank, and a manifest (manifest.py) that says which shard lies where.
+Nothing in it is unpickled.
 """
 
 import math
@@ -11,28 +12,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from data.errors import InputError
 from mbcnet_rec.checkpoints.manifest import Manifest, ShardEntry, check_files, read_manifest
 from mbcnet_rec.checkpoints.tensor_file import open_tensors
-from sharding.bridge.blocks import local_blocks
+from sharding.bridge.blocks import is_copy, local_blocks, wrapped_optimizer
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A block of a logical tensor that this rank holds.
+    """A shard of a logical tensor that this rank holds.
 
     Attributes:
-        name: of the logical tensor, equal on every world size and under every plan.
+        name: name of the logical tensor, equal on every world size and under every plan.
         tensor: the live storage, so a load copies into it.
-        offsets: of the block inside the logical tensor.
-        global_shape: of the logical tensor.
+        offsets: where the shard begins in the logical tensor.
+        global_shape: shape of the logical tensor.
         replicated: whether a rank before this one holds the same values and writes them: rank 0 alone writes what all have.
         per_rank: whether each rank has values of its own (running statistics of batch norm). The same world size gets them back
             as they were, another one gets their mean.
@@ -54,8 +53,7 @@ def whole_shard(name: str, tensor: Tensor, *, replicated: bool = True, per_rank:
 def shards_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> list[TensorShard]:
     """List what this rank holds: parameters, buffers and optimizer state."""
     own = {name for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    # of groups of ranks that hold all tables each, the first group writes them
-    copies = isinstance(model, DMPCollection) and dist.get_rank(model._default_ctx.replica_pg) > 0
+    copies = is_copy(model)
     shards = []
     for name, value in model.state_dict().items():
         if name in own:
@@ -67,7 +65,7 @@ def shards_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> 
             # a table that lives on another rank is an empty parameter here
             if part == "dense" and not keyed.params[parameter].numel():
                 continue
-            named = _as_fused(keyed._optimizer, state) if part == "replicated" else state
+            named = _as_fused(wrapped_optimizer(keyed), state) if part == "replicated" else state
             for key, value in named.items():
                 # TorchRec calls a fused state TABLE.momentum1; torch calls the same thing sum
                 short = {"momentum1": "sum"}.get(key.rsplit(".", 1)[-1], key.rsplit(".", 1)[-1])
@@ -86,7 +84,7 @@ def _as_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[s
 
 
 def _split(name: str, value: Any, copies: bool) -> list[TensorShard]:
-    """Pieces of a tensor; `copies` says that another rank holds, and writes, the same blocks."""
+    """Shards of a tensor; `copies` says that another rank holds, and writes, the same ones."""
     blocks = local_blocks(value)
     if blocks is not None:
         shape = tuple(value.size())
@@ -108,7 +106,7 @@ def take_snapshot(shards: Iterable[TensorShard], rank: int, reuse: Snapshot | No
     Args:
         shards: of this rank.
         rank: of this process.
-        reuse: an earlier snapshot that nobody reads any more; its memory is written over.
+        reuse: an earlier snapshot that nobody reads any more; its memory is overwritten.
     """
     own = [shard for shard in shards if rank == 0 or not shard.replicated]
     entries, tensors = [], []

@@ -1,21 +1,20 @@
-"""Rows of another run's tables as this run's initial rows."""
+"""Copies another run's tables into this run before its first step."""
 
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from mbcnet_rec.checkpoints.compatibility import _table_of as table_of
-from mbcnet_rec.checkpoints.compatibility import all_shapes, column_shards, init_states, saved_run
+from data.schema.parse import parse_dataclass, read_toml
+from mbcnet_rec.checkpoints.compatibility import all_shapes, column_shards, init_states, saved_run, table_of
 from mbcnet_rec.checkpoints.run_folder import best_step, storage_of
 from mbcnet_rec.checkpoints.shards import Saved, TensorShard, shards_of
-from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.zch_state import check_rows, zch_table_of
-from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.training.built import Built
+from mbcnet_rec.training.config import TrainConfig
 
 
-def warm_start(config: RunConfig, built: Built, process: Process) -> str:
+def warm_start(train: TrainConfig, built: Built, process: Process) -> str:
     """Copy tables and their optimizer state from the best checkpoint of `train.warm_start`; every rank calls it.
 
     A table may have more rows here: the first ones are copied, so its ids must mean the same there (hashes of another size and
@@ -27,23 +26,25 @@ def warm_start(config: RunConfig, built: Built, process: Process) -> str:
     Raises:
         InputError: no such run or table, or a table is wider or longer there.
     """
-    other = Path(config.train.warm_start)
+    other = Path(train.warm_start)
     if not (other / "config.toml").is_file():
         raise InputError(
             f"train.warm_start = {str(other)!r}: no run folder (it has no config.toml); name what `mbcnet train` wrote"
         )
-    other_config = load_config(other / "config.toml")
-    place: CheckpointStorage = storage_of(other_config, other)
-    step = best_step(place)
+    path = other / "config.toml"
+    storage = storage_of(
+        parse_dataclass(TrainConfig, read_toml(path).get("train", {}), str(path), "train"), other
+    )
+    step = best_step(storage)
     if step is None:
         raise InputError(f"train.warm_start = {str(other)!r}: holds no whole checkpoint; train it first")
     init_states(built)
-    with place.fetched(step) as folder:
+    with storage.fetched(step) as folder:
         saved = Saved(folder)
         shards = shards_of(built.model, built.optimizer)
-        tables = _chosen(config, saved, {table_of(name) for name in all_shapes(shards, process)} - {""})
+        tables = _chosen(train, saved, {table_of(name) for name in all_shapes(shards, process)} - {""})
         same_state = _same_state(saved, built)
-        _refuse_other_ids(saved, built, tables, config)
+        _refuse_other_ids(saved, built, tables, train)
         for shard in shards:
             table = table_of(shard.name) or zch_table_of(shard.name)
             if table in tables and (shard.name.startswith("model/") or same_state):
@@ -53,7 +54,7 @@ def warm_start(config: RunConfig, built: Built, process: Process) -> str:
     return f"warm start from step {step} of {other}: {note} optimizer state: {', '.join(sorted(tables))}"
 
 
-def _refuse_other_ids(saved: Saved, built: Built, tables: set[str], config: RunConfig) -> None:
+def _refuse_other_ids(saved: Saved, built: Built, tables: set[str], train: TrainConfig) -> None:
     """Rows are of the same ids on both sides only where both or neither are of encoding zch, in equal buckets of equal size."""
     theirs: Any = saved_run(saved).get("zch_buckets", {})
     for table in sorted(tables):
@@ -63,20 +64,20 @@ def _refuse_other_ids(saved: Saved, built: Built, tables: set[str], config: RunC
         same = rows == [own.num_embeddings] and theirs.get(table) == own.zch_buckets
         if (own.zch_buckets or names) and not same:
             raise InputError(
-                f"train.warm_start = {config.train.warm_start!r}: table {table}: encoding zch, num_embeddings or zch_buckets differ, so "
+                f"train.warm_start = {train.warm_start!r}: table {table}: encoding zch, num_embeddings or zch_buckets differ, so "
                 "its rows are of other ids; make them equal in the schema, or leave the table out of train.warm_start_tables"
             )
 
 
-def _chosen(config: RunConfig, saved: Saved, own: set[str]) -> set[str]:
+def _chosen(train: TrainConfig, saved: Saved, own: set[str]) -> set[str]:
     theirs = {table_of(name) for name in saved.shapes} - {""}
-    for name in config.train.warm_start_tables:
-        for where, known in (("this run", own), (config.train.warm_start, theirs)):
+    for name in train.warm_start_tables:
+        for where, known in (("this run", own), (train.warm_start, theirs)):
             if name not in known:
                 raise InputError(
                     f"train.warm_start_tables: {name!r} is no table of {where}; wanted some of: {', '.join(sorted(own & theirs))}"
                 )
-    return set(config.train.warm_start_tables) or own & theirs
+    return set(train.warm_start_tables) or own & theirs
 
 
 def _same_state(saved: Saved, built: Built) -> bool:

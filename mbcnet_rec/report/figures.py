@@ -119,13 +119,7 @@ def scores_figure(rows: "Sequence[Row]", values: Mapping[str, Mapping[str, Seque
                 continue
             tone = "#D55E00" if row is best else "#0072B2"
             axis.scatter(seeds, [place] * len(seeds), s=14, color=tone, alpha=0.45, linewidths=0, zorder=3)
-            axis.plot(
-                [mean] * 2,
-                [place - 0.28, place + 0.28],
-                color=tone,
-                lw=2.4,
-                zorder=4,
-            )
+            axis.plot([mean] * 2, [place - 0.28, place + 0.28], color=tone, lw=2.4, zorder=4)
         axis.set_title(title)
         axis.set_yticks(range(len(rows)), [row.name for row in rows] if axis is axes[0] else [""] * len(rows))
         axis.set_ylim(len(rows) - 0.5, -0.5)

@@ -42,7 +42,7 @@ def find_step(config: RunConfig, folder: Path, process: Process) -> int:
     Raises:
         InputError: it has none.
     """
-    step = broadcast_value(best_step(storage_of(config, folder)) if process.is_first else None, process)
+    step = broadcast_value(best_step(storage_of(config.train, folder)) if process.is_first else None, process)
     refuse_together("" if step is not None else f"{folder}: no whole checkpoint; train it first", process)
     assert step is not None
     return step
@@ -61,7 +61,7 @@ def load_built(config: RunConfig, schema: Schema, folder: Path, step: int, proce
         sharding = dataclasses.replace(sharding, plan="")
     built = build(dataclasses.replace(config, sharding=sharding), schema, process)
     pieces = [piece for piece in shards_of(built.model, built.optimizer) if piece.name.startswith("model/")]
-    with storage_of(config, folder).fetched(step) as saved:
+    with storage_of(config.train, folder).fetched(step) as saved:
         checkpoint = Saved(saved)
         load_shards(checkpoint, pieces, process.rank, process.world_size)
         check_rows(checkpoint, built.model)
@@ -94,7 +94,7 @@ def read_whole(config: RunConfig, folder: Path, step: int, tensors: dict[str, Te
         InputError: the checkpoint is damaged, or holds other tensors.
     """
     pieces = [whole_shard(f"model/{name}", tensor) for name, tensor in tensors.items()]
-    with torch.no_grad(), storage_of(config, folder).fetched(step) as saved:
+    with torch.no_grad(), storage_of(config.train, folder).fetched(step) as saved:
         load_shards(
             Saved(saved), pieces, rank=0, world_size=0
         )  # no world has size 0: statistics of ranks are averaged
@@ -115,7 +115,7 @@ def scorer_of(config: RunConfig, built: Built, process: Process) -> tuple[Scorer
 
 def weights_digest(config: RunConfig, folder: Path, step: int) -> str:
     """SHA-256 of a checkpoint's manifest, which holds the sums of its files."""
-    with storage_of(config, folder).fetched(step) as saved:
+    with storage_of(config.train, folder).fetched(step) as saved:
         return hashlib.sha256((saved / MANIFEST).read_bytes()).hexdigest()
 
 

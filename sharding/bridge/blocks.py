@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
+from torchrec.distributed.model_parallel import DMPCollection
+from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
 
 
 class LocalBlock(NamedTuple):
@@ -25,3 +28,13 @@ def local_blocks(value: Any) -> Iterator[LocalBlock] | None:
     if shards is None:
         return None
     return (LocalBlock(shard.tensor, tuple(shard.metadata.shard_offsets)) for shard in shards())
+
+
+def is_copy(model: nn.Module) -> bool:
+    """Whether another group of ranks, before this rank's, holds the same tables: of replicated groups the first one counts."""
+    return isinstance(model, DMPCollection) and dist.get_rank(model._default_ctx.replica_pg) > 0
+
+
+def wrapped_optimizer(keyed: KeyedOptimizer) -> optim.Optimizer:
+    """The torch optimizer that TorchRec's wrapper drives; the optimizer itself if there is no wrapper."""
+    return keyed._optimizer if isinstance(keyed, KeyedOptimizerWrapper) else keyed
