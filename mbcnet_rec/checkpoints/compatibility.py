@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from mbcnet_rec.checkpoints.shards import Saved, TensorShard, load_shards, shards_of
-from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_rows, zch_buckets, zchtable_of
+from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_rows, zch_buckets, zch_table_of
 from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.training.built import Built
 from sharding.plan.placement import Plan
@@ -170,13 +170,13 @@ def _compare_ids(
 ) -> None:
     """A table of encoding zch whose rows are of other ids here, or of other ids than the checkpoint's, starts fresh as a whole."""
     names = {name for name in (*wanted, *saved.shapes) if name.startswith("model/")}
-    resized = {zchtable_of(name) for name in names if wanted.get(name) != saved.shapes.get(name)} - {""}
+    resized = {zch_table_of(name) for name in names if wanted.get(name) != saved.shapes.get(name)} - {""}
     for table in sorted(other_rows | resized):
         report.lines.append(
             f"table {table}: its rows are of other ids (encoding zch, num_embeddings or zch_buckets)"
         )
     for name in names:
-        if (zchtable_of(name) or table_of(name)) in other_rows | resized:
+        if (zch_table_of(name) or table_of(name)) in other_rows | resized:
             report.fresh.add(name)
 
 
@@ -264,6 +264,6 @@ def _outcome(report: Differences) -> list[str]:
     lines = [f"{what} starts fresh" for what in sorted(fresh)]
     lines += [f"{what} is loaded, its optimizer state starts fresh" for what in sorted(states)]
     lines += [f"{what} is loaded, its new rows start fresh" for what in sorted(rows)]
-    others = [name for name in report.fresh - tables.keys() if not zchtable_of(name)]
+    others = [name for name in report.fresh - tables.keys() if not zch_table_of(name)]
     dense = sum(name.startswith("model/") for name in others)
     return lines + ([f"{dense} tensors of the dense part start fresh"] if dense else [])

@@ -99,7 +99,7 @@ class Saver:
             if self._thread.is_alive():
                 self._error = (
                     f"rank {self._process.rank}: the checkpoint of step {self.saved_step} is still being written after {self._timeout:g} s "
-                    "of waiting for it; its storage is stuck or too slow: mend it or raise train.timeout_seconds, then go on with --resume"
+                    "of waiting for it; its storage is stuck or too slow: repair it or raise train.timeout_seconds, then go on with --resume"
                 )
             self._thread = None
         guilty = lowest_rank(self.failed, self._process)
@@ -145,7 +145,7 @@ class Saver:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return (
             f"rank {self._process.rank}: checkpoint of step {step} could not be written ({reason.splitlines()[0]}); "
-            "earlier checkpoints are intact: free space or mend the storage, then go on with --resume"
+            "earlier checkpoints are intact: free space or repair the storage, then go on with --resume"
         )
 
     def _write_part(self, step: int, snapshot: Snapshot) -> dict[str, Any]:
