@@ -217,7 +217,7 @@ def _place_problem(context: RunContext, resume: bool, overwrite: bool) -> str:
         place.check_writable()
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
-        return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); mend the storage or choose another place"
+        return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); repair the storage or choose another place"
     steps = [] if resume else place.steps()
     if steps and not overwrite:
         return "train.checkpoint_folder: holds checkpoints already; go on with --resume, replace them with --overwrite, or change it"
