@@ -1,6 +1,7 @@
 """The small data set with hashed and vocabulary fields besides, the runs that are trained on it, once for all tests of serving."""
 
 import contextlib
+import fcntl
 import functools
 import io
 import json
@@ -86,17 +87,22 @@ def write_serving_data(folder: Path) -> None:
 
 @functools.cache
 def trained_runs(base: Path) -> Path:
-    """Both kinds of run, trained, evaluated and predicted by serving_ranks.py; `base`: of pytest's temporary folders."""
-    folder = base / "serving"
-    write_serving_data(folder)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "serving_ranks.py"), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    """Both kinds of run, trained, evaluated and predicted by serving_ranks.py, once for all of pytest's workers; `base`: its temporary folder."""
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "serving"
+    with (folder.parent / "serving.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "whole").exists():
+            return folder
+        write_serving_data(folder)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "serving_ranks.py"), str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        (folder / "whole").touch()
     return folder
 
 

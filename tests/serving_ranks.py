@@ -1,16 +1,25 @@
 """Trains, evaluates and predicts the runs of serving_data.py on 1, 2 and 4 ranks, and kills one of them. Writes what they said to ranks.json."""
 
+import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from forked_ranks import mbcnet, report, run_ranks
 from serving_data import KINDS
 
+from data.schema import load_schema
+from mbcnet_rec.config import load_config
+from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, run_evaluation
 from mbcnet_rec.scoring.predict import put_in_place, run_prediction
+from mbcnet_rec.scoring.tally import EXACT_ROWS
+from mbcnet_rec.scoring.trained_run import find_step, load_built
+from mbcnet_rec.train import open_streams
+from mbcnet_rec.training.evaluation import evaluate_stream
 
 FOLDER = Path(sys.argv[1])
 CHUNK_ROWS, FEW_SLICES = 500, 10
@@ -52,6 +61,22 @@ def prediction(kind, world, name, put=lambda rank: None):
     return lambda: run(f"{kind}_{name}", action, world=world)
 
 
+def evaluated_in_training(rank):
+    """The test rows as training evaluates them: all gathered, and streamed."""
+    config = load_config(FOLDER / "run_row_wise.toml")
+    schema = load_schema(config.schema)
+    with joined_process("cpu") as process:
+        built = load_built(
+            config, schema, FOLDER / "row_wise", find_step(config, FOLDER / "row_wise", process), process
+        )
+        found = []
+        for exact_rows in (EXACT_ROWS, 500):
+            stream = open_streams(config.data, 0, schema, process)["test"]()
+            found.append(evaluate_stream(built, stream, process, nullcontext, exact_rows=exact_rows))
+        print(json.dumps(found))
+    return 0
+
+
 def killed():
     """Killed on 2 ranks, looked at, and gone on with by the same command on 1."""
     found = prediction("row_wise", 2, "killed", killed_at_its_second_chunk)()
@@ -60,14 +85,15 @@ def killed():
     return found
 
 
-scenarios = {}
+scenarios = {f"{kind}_train": train(kind) for kind in KINDS}
 for kind in KINDS:
-    scenarios[f"{kind}_train"] = train(kind)
-    for world in (1, 2, 4):
-        scenarios[f"{kind}_evaluate_{world}"] = evaluate(kind, world)
-    scenarios[f"{kind}_stream_2"] = evaluate(kind, 2, exact_rows=500)
     for world in (1, 2):
-        scenarios[f"{kind}_predict_{world}"] = prediction(kind, world, f"predicted_{world}")
+        scenarios[f"{kind}_evaluate_{world}"] = evaluate(kind, world)
+    scenarios[f"{kind}_predict_1"] = prediction(kind, 1, "predicted_1")
+scenarios["row_wise_evaluate_4"] = evaluate("row_wise", 4)
+scenarios["row_wise_stream_2"] = evaluate("row_wise", 2, exact_rows=500)
+scenarios["row_wise_predict_2"] = prediction("row_wise", 2, "predicted_2")
+scenarios["in_training"] = lambda: run("in_training", evaluated_in_training)
 scenarios["killed"] = killed
 scenarios["resumed"] = prediction("row_wise", 1, "killed")
 report(scenarios, FOLDER / "ranks.json")

@@ -3,21 +3,26 @@ that metrics of streamed rows keep the bound they state.
 """
 
 import json
+import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from serving_data import KINDS, evaluated, printed_by, serving_table, trained_runs
+from sklearn.metrics import log_loss, roc_auc_score
 
+from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.metrics import (
     Histogram,
     auc_of_counts,
     evaluate_predictions,
     exact_metrics,
-    gauc,
     score_counts,
 )
+from mbcnet_rec.scoring.tally import BinnedRows, group_stride
 
+ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
 METRICS = [
     f"{name}{suffix}"
     for name in ("auc", "log_loss", "ne", "calibration")
@@ -30,8 +35,7 @@ def runs(tmp_path_factory):
     return trained_runs(tmp_path_factory.getbasetemp())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("kind", "world"), [("table_wise", 2), ("row_wise", 2), ("row_wise", 4)])
 def test_world_size_changes_nothing(runs, kind, world):
     one, more = evaluated(runs, f"{kind}_evaluate_1"), evaluated(runs, f"{kind}_evaluate_{world}")
     assert one["rows"] == more["rows"] == 2_000 and one["exact"] and one["auc"] > 0.75
@@ -57,9 +61,8 @@ def test_training_logged_the_same(runs, kind):
         assert abs(answer[key] - logged[key]) < 1e-6, key
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_streamed_metrics_keep_their_bound(runs, kind):
-    exact, streamed = evaluated(runs, f"{kind}_evaluate_1"), evaluated(runs, f"{kind}_stream_2")
+def test_streamed_metrics_keep_their_bound(runs):
+    exact, streamed = evaluated(runs, "row_wise_evaluate_1"), evaluated(runs, "row_wise_stream_2")
     assert not streamed["exact"] and streamed["rows"] == 2_000
     assert list(streamed["slices"]["hour"]) == list(exact["slices"]["hour"])
     entries = [(exact, streamed)]
@@ -73,30 +76,46 @@ def test_streamed_metrics_keep_their_bound(runs, kind):
     assert abs(streamed["gauc"] - exact["gauc"]) < 0.1  # of every fourth group
 
 
-def test_exact_auc_and_gauc_against_pairs():
-    """AUC counts pairs; the rows' own groups and ties included."""
+def test_evaluation_in_training_streams_what_it_need_not_gather(runs):
+    """On 2 ranks, above its limit of rows: the same metrics within the bound of 2**20 bins, GAUC of about every fourth group."""
+    exact, streamed = evaluated(runs, "in_training")
+    assert exact.keys() == streamed.keys() >= {*METRICS, "gauc", "rows", "reliability"}
+    assert exact["rows"] == streamed["rows"] == 2_000
+    for key in METRICS:
+        assert abs(exact[key] - streamed[key]) < (1e-4 if key.startswith("auc") else 1e-9), key
+    assert exact["gauc"] != streamed["gauc"] and abs(exact["gauc"] - streamed["gauc"]) < 0.1
+    for own, found in zip(exact["reliability"], streamed["reliability"], strict=True):
+        assert np.abs(np.subtract(own, found)).max() < 1.5 and abs(own[0] - found[0]) < 1e-2
+
+
+def test_memory_of_streamed_metrics_does_not_grow_with_the_rows():
+    """Ten times the rows, and a sample of groups of the same size: kept, they would take 9 MB more."""
+    rng, peaks = np.random.default_rng(0), []
+    for batches in (4, 40):
+        rows = 10_000 * batches
+        binned = BinnedRows((), group_stride(rows, 4_000))
+        tracemalloc.start()
+        for _ in range(batches):
+            logits, groups = rng.normal(size=(10_000, 1)).astype(np.float32), rng.integers(0, 2**40, 10_000)
+            binned.add(logits, (logits[:, 0] > 0).astype(np.float32), groups)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert 3_000 < len(binned.sample.gathered(ALONE).labels) < 5_000
+    assert peaks[1] < peaks[0] + 500_000
+
+
+def test_exact_auc_and_gauc_are_scikit_learns():
+    """Of all rows and of each group, with many ties; groups of one class are left out."""
     rng = np.random.default_rng(0)
     logits, labels = rng.integers(-5, 6, 300) / 2, (rng.random(300) < 0.3).astype(np.float64)
     groups = rng.integers(0, 20, 300)
-
-    def of_pairs(chosen):
-        ups, downs = logits[chosen & (labels > 0)], logits[chosen & (labels == 0)]
-        if not len(ups) or not len(downs):
-            return None
-        return np.mean((ups[:, None] > downs) + 0.5 * (ups[:, None] == downs))
-
-    everything = np.ones(300, bool)
     found = exact_metrics(logits[:, None], labels, (), groups)
-    assert found["auc"].value == pytest.approx(of_pairs(everything), abs=1e-12)
-    sizes, values = zip(
-        *[
-            ((groups == group).sum(), of_pairs(groups == group))
-            for group in range(20)
-            if of_pairs(groups == group) is not None
-        ],
-        strict=True,
-    )
-    assert gauc(logits, labels, groups).value == pytest.approx(np.average(values, weights=sizes), abs=1e-12)
+    assert found["auc"].value == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
+    assert found["log_loss"].value == pytest.approx(log_loss(labels, 1 / (1 + np.exp(-logits))), rel=1e-12)
+    own = [groups == group for group in range(20) if 0 < labels[groups == group].mean() < 1]
+    values = [roc_auc_score(labels[chosen], logits[chosen]) for chosen in own]
+    sizes = [chosen.sum() for chosen in own]
+    assert found["gauc"].value == pytest.approx(np.average(values, weights=sizes), abs=1e-12)
 
 
 def test_a_log_line_has_the_values_of_the_exact_metrics_with_their_errors():
