@@ -94,8 +94,8 @@ class MlflowSink:
         try:
             requests.get(self._address, timeout=ANSWER_SECONDS)  # the client alone would try for minutes
             # takes seconds, and few runs want it
-            from mlflow import MlflowClient
-            from mlflow.entities import Metric
+            from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+            from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
             client = MlflowClient(self._address)
             run_id = self._find_run(client)
@@ -120,8 +120,8 @@ class MlflowSink:
     def _find_run(self, client: Any) -> str:
         """The run that the run folder names, else a new one."""
         # beside the client, which is imported by now
-        from mlflow.entities import Param
-        from mlflow.exceptions import MlflowException
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
+        from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 
         path = self._folder / RUN_ID
         if path.exists():
