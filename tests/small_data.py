@@ -104,9 +104,8 @@ def small_table(rows: int, seed: int) -> pa.Table:
 def write_small(folder: Path, train_rows: int = 4_850, other_rows: int = 500) -> Path:
     """Write data, schema and config; return the config's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (split, rows) in enumerate(
-        (("train", train_rows), ("valid", other_rows), ("test", other_rows))
-    ):
+    rows_of = {"train": train_rows, "valid": other_rows, "test": other_rows}
+    for number, (split, rows) in enumerate(rows_of.items()):
         table = small_table(rows, number + 1)
         pq.write_table(table, folder / f"{split}.parquet", row_group_size=700, write_page_checksum=True)
     (folder / "schema.toml").write_text(SCHEMA)

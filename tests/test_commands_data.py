@@ -103,10 +103,5 @@ def test_show_prints_names_as_they_are(capsys):
 
 
 def test_sizes_in_words():
-    assert [size_words(n) for n in (0, 1023, 1024, 3 * 2**30, 5 * 2**50)] == [
-        "0 B",
-        "1,023 B",
-        "1.0 KiB",
-        "3.0 GiB",
-        "5,120.0 TiB",
-    ]
+    words = [size_words(n) for n in (0, 1023, 1024, 3 * 2**30, 5 * 2**50)]
+    assert words == ["0 B", "1,023 B", "1.0 KiB", "3.0 GiB", "5,120.0 TiB"]

@@ -15,49 +15,29 @@ from data.schema import Schema, format_schema, load_schema, parse_schema, schema
 from data.schema.feature import MAX_WIDTH, Feature
 from data.synthetic.pailitao import pailitao_schema
 
-BASE = {
-    "name": "shop",
-    "label": "click",
-    "group_column": "user",
-    "time_column": "ts",
-    "tables": {"item": {"num_embeddings": 50, "embedding_dim": 8}},
-    "fields": {
-        "user": {"kind": "categorical", "num_embeddings": 100, "embedding_dim": 8, "on_invalid": "modulo"},
-        "city": {
-            "kind": "categorical",
-            "encoding": "vocabulary",
-            "vocabulary": "fit",
-            "min_count": 2,
-            "embedding_dim": 4,
-        },
-        "device": {"kind": "categorical", "encoding": "hash", "num_embeddings": 1000, "embedding_dim": 4},
-        "item": {"kind": "categorical", "table": "item", "pooling": "mean"},
-        "history": {
-            "kind": "multi_valued",
-            "table": "item",
-            "pooling": "mean",
-            "pooling_factor": 2.5,
-            "cardinality": 40,
-        },
-        "brands": {
-            "kind": "weighted_multi_valued",
-            "weights": "brand_w",
-            "num_embeddings": 9,
-            "embedding_dim": 4,
-        },
-        "price": {"kind": "numeric", "transform": "log1p"},
-        "age": {
-            "kind": "numeric",
-            "transform": "bucketise",
-            "boundaries": [18.0, 30.0],
-            "num_embeddings": 4,
-            "embedding_dim": 4,
-        },
-        "score": {"kind": "numeric", "transform": "standardise", "mean": "fit", "std": 2.0},
-        "image": {"kind": "vector", "width": 16, "projection": 8},
-    },
-    "groups": {"taste": ["user", "item", "image"], "money": ["price", "age"]},
-}
+SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
+BASE = tomllib.loads("""
+name = "shop"
+label = "click"
+group_column = "user"
+time_column = "ts"
+[tables]
+item = { num_embeddings = 50, embedding_dim = 8 }
+[fields]
+user = { kind = "categorical", num_embeddings = 100, embedding_dim = 8, on_invalid = "modulo" }
+city = { kind = "categorical", encoding = "vocabulary", vocabulary = "fit", min_count = 2, embedding_dim = 4 }
+device = { kind = "categorical", encoding = "hash", num_embeddings = 1000, embedding_dim = 4 }
+item = { kind = "categorical", table = "item", pooling = "mean" }
+history = { kind = "multi_valued", table = "item", pooling = "mean", pooling_factor = 2.5, cardinality = 40 }
+brands = { kind = "weighted_multi_valued", weights = "brand_w", num_embeddings = 9, embedding_dim = 4 }
+price = { kind = "numeric", transform = "log1p" }
+age = { kind = "numeric", transform = "bucketise", boundaries = [18.0, 30.0], num_embeddings = 4, embedding_dim = 4 }
+score = { kind = "numeric", transform = "standardise", mean = "fit", std = 2.0 }
+image = { kind = "vector", width = 16, projection = 8 }
+[groups]
+taste = ["user", "item", "image"]
+money = ["price", "age"]
+""")
 
 
 def parse(change=None) -> Schema:
@@ -196,11 +176,7 @@ def test_refused(case):
     assert str(caught.value).startswith("shop.toml: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted((Path(__file__).parents[1] / "data" / "schemas").glob("*.toml")),
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", sorted(SCHEMAS.glob("*.toml")), ids=lambda path: path.stem)
 def test_text_form_gives_the_same_schema_back(path):
     schema = load_schema(path)
     again = parse_schema(tomllib.loads(format_schema(schema, "a header")), "again", path.parent)
