@@ -79,7 +79,7 @@ def test_what_is_no_parquet_file_is_named(tmp_path):
     for text in (b"", b"PAR1", b"click,row\n1,2\n" * 10):
         bad.write_bytes(text)
         with pytest.raises(
-            InputError, match=r"bad.parquet: not a readable Parquet file \(.+\); write it again or remove it"
+            InputError, match=r"bad.parquet: not a readable Parquet file \(.+\); the file is damaged: write it again or remove it"
         ):
             contents([bad])
 

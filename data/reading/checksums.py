@@ -1,4 +1,4 @@
-"""Whether a Parquet file's pages carry checksums: read from the header of a page. Imports no torch.
+"""Whether a Parquet file's pages carry checksums: read from the header of a page.
 
 A page begins with a Thrift struct in compact encoding: 1 type, 2 uncompressed size, 3 compressed size, 4 crc (optional), 5 and on
 the kind's own header. Arrow verifies a checksum where there is one but does not tell where there is none.

@@ -31,15 +31,13 @@ from data.reading.checksums import leaves_of
 from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.encode import Encoder, Place
-from data.reading.files import one_batch
-from data.reading.keys import first_line
+from data.reading.files import one_batch, read_or_name
 from data.reading.order import RowGroup, Segment, Window
 from data.reading.selection import Selection
-from data.reading.storage import DAMAGE, DataFile, RemoteFile, open_parquet, retried
+from data.reading.storage import DataFile, open_parquet
 
 T = TypeVar("T")
-IDLE_FILES = 4
-CACHED_COLUMN_CHUNKS = 200_000  # of parsed footers kept: about 60 MB
+IDLE_FILES, IDLE_COLUMN_CHUNKS = 64, 200_000  # of open files and their parsed footers: about 60 MB
 Rows = tuple[pa.RecordBatch, Place]  # and where they come from
 Decoded = tuple[Columns, Counter[str]]  # rows, and by field the values repaired in them
 
@@ -83,7 +81,6 @@ class RowReader:
             for column in (feature.source_column, feature.weights)
             if column
         )
-        self._footers: dict[int, tuple[pq.FileMetaData, list[int]]] = {}  # and the leaves of list columns
         self._idle: list[tuple[int, pq.ParquetFile]] = []  # open files that nobody reads, the latest last
         self._lock = threading.Lock()
 
@@ -185,40 +182,28 @@ class RowReader:
 
     def _open(self, row_group: RowGroup) -> pq.ParquetFile:
         """Open the file of a row group, or take an open one that nobody uses. The caller owns it."""
-        number = row_group.file
         with self._lock:
-            idle = next((at for at, (file, _) in enumerate(self._idle) if file == number), None)
-            if idle is not None:
-                return self._idle.pop(idle)[1]
-            known = self._footers.get(number)
-        metadata = known[0] if known else None
-        parquet = open_parquet(self.files[number], metadata=metadata, read_dictionary=self.dictionaries)
-        if known is None:
-            leaves = leaves_of(parquet.metadata, self.lists) if self.lists else []
-            with self._lock:
-                if sum(map(_num_chunks, self._footers.values())) < CACHED_COLUMN_CHUNKS:
-                    self._footers[number] = parquet.metadata, leaves
-        return parquet
+            for at, (file, parquet) in enumerate(self._idle):
+                if file == row_group.file:
+                    del self._idle[at]
+                    return parquet
+        return open_parquet(self.files[row_group.file], read_dictionary=self.dictionaries)
 
     def _leave(self, row_group: RowGroup, parquet: pq.ParquetFile) -> None:
         """Give an open file back, for the next row group of it."""
         with self._lock:
             self._idle.append((row_group.file, parquet))
-            left = self._idle.pop(0)[1] if len(self._idle) > IDLE_FILES else None
+            footers = [idle.metadata for _, idle in self._idle]
+            chunks = sum(footer.num_row_groups * footer.num_columns for footer in footers)
+            is_full = len(self._idle) > (1 if chunks > IDLE_COLUMN_CHUNKS else IDLE_FILES)
+            left = self._idle.pop(0)[1] if is_full else None
         if left is not None:
             left.close()
 
     def _guarded(self, row_group: RowGroup, read: Callable[[], T]) -> T:
-        """Run a read, a remote one again if it fails. Failures become one line that names file and row group."""
-        name = self.name(row_group)
-        if isinstance(self.files[row_group.file], RemoteFile):
-            return retried(read, name, self.selection.options.attempts)
-        try:
-            return read()
-        except DAMAGE as error:
-            raise InputError(
-                f"{name} cannot be decoded ({first_line(error)}); the file is damaged: write it again"
-            ) from None
+        """Run a read, a remote one again if it fails."""
+        file, attempts = self.files[row_group.file], self.selection.options.attempts
+        return read_or_name(read, file, self.name(row_group), "cannot be decoded", attempts)
 
     def keep(self, rows: pa.RecordBatch, row_group: RowGroup, first_row: int) -> Rows:
         """Leave out the rows that the selection does not keep."""
@@ -235,10 +220,8 @@ class RowReader:
         """Entries of each list column by the footer. The columns must have been read: see `data.reading.files.prove`."""
         if not self.lists:
             return {}
-        known = self._footers.get(row_group.file)
-        leaves = known[1] if known else leaves_of(parquet.metadata, self.lists)
         group = parquet.metadata.row_group(row_group.index)
-        chunks = [group.column(leaf) for leaf in leaves]
+        chunks = [group.column(leaf) for leaf in leaves_of(parquet.metadata, self.lists)]
         return {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
 
     def _count_lists(self, rows: pa.RecordBatch) -> Counter[str]:
@@ -265,10 +248,6 @@ class RowReader:
             f"{self.name(row_group)} has {found} rows to read, but had {row_group.num_rows} when the stream was opened; "
             "the file was changed or is damaged: write it again, and start again"
         )
-
-
-def _num_chunks(footer: tuple[pq.FileMetaData, list[int]]) -> int:
-    return footer[0].num_row_groups * footer[0].num_columns
 
 
 def _of_exact_size(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[pa.RecordBatch]:

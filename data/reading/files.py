@@ -1,9 +1,11 @@
-"""Paths -> Parquet files and their row groups: columns checked and kept rows counted, before the first batch. Imports no torch."""
+"""Paths -> Parquet files and their row groups: columns checked and kept rows counted, before the first batch."""
 
 import glob
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -87,27 +89,20 @@ def read_contents(
     checked = frozenset(schema.columns if selection.options.require_checksum else [schema.label])
 
     def inspect(file: DataFile) -> tuple[Footer, str]:
-        return _read(
-            file,
-            lambda: _inspect(file, schema, time_column, checked),
-            "not a readable Parquet file",
-            attempts,
-        )
+        action = partial(_inspect, file, schema, time_column, checked)
+        return read_or_name(action, file, str(file), "not a readable Parquet file", attempts)
 
     inspected = _in_threads(inspect, files)
+    footers = [footer for footer, _ in inspected]
     _judge_checksums(
         [(file, bare) for file, (_, bare) in zip(files, inspected, strict=True) if bare], selection, warn
     )
-    footers = [footer for footer, _ in inspected]
     selection.fix_span(footers)
 
     def count(number: int) -> tuple[list[RowGroup], np.ndarray]:
-        return _read(
-            files[number],
-            lambda: _count_rows(files[number], number, footers[number], selection),
-            "cannot be read while counting rows",
-            attempts,
-        )
+        action = partial(_count_rows, files[number], number, footers[number], selection)
+        file = files[number]
+        return read_or_name(action, file, str(file), "cannot be read while counting rows", attempts)
 
     counted = _in_threads(count, range(len(files)))
     row_groups = [row_group for groups, _ in counted for row_group in groups]
@@ -127,7 +122,7 @@ def _inspect(file: DataFile, schema: Schema, time_column: str, checked: frozense
         if time_column and time_column not in parquet.schema_arrow.names:
             raise InputError(
                 f"{file}: column {time_column!r} is missing, which is the schema's time_column and named by where; "
-                "add the column to the file, or mend the conditions"
+                "add the column to the file, or change the conditions"
             )
         metadata = parquet.metadata
         groups = range(metadata.num_row_groups)
@@ -157,13 +152,20 @@ def _in_threads(action: Callable[..., T], items: Sequence) -> list[T]:
         return list(pool.map(action, items))
 
 
-def _read(file: DataFile, action: Callable[[], T], what: str, attempts: int) -> T:
+def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str, attempts: int) -> T:
+    """Run a read, of a remote file again if it fails.
+
+    Raises:
+        InputError: the file is damaged, in one line that begins with `name` and `problem`.
+    """
     if isinstance(file, RemoteFile):
-        return retried(action, str(file), attempts)
+        return retried(read, name, attempts)
     try:
-        return action()
+        return read()
     except DAMAGE as error:
-        raise InputError(f"{file}: {what} ({first_line(error)}); write it again or remove it") from None
+        raise InputError(
+            f"{name}: {problem} ({first_line(error)}); the file is damaged: write it again or remove it"
+        ) from None
 
 
 def _judge_checksums(bare: list[tuple[DataFile, str]], selection: Selection, warn: bool) -> None:
@@ -185,15 +187,13 @@ def _count_rows(
 ) -> tuple[list[RowGroup], np.ndarray]:
     """Kept rows of each row group of a file, and of each label."""
     row_groups, label_counts = [], np.zeros(2, np.int64)
-    parquet: pq.ParquetFile | None = None
-    try:
+    with ExitStack() as stack:
+        parquet: pq.ParquetFile | None = None
         for index, stored_rows in enumerate(footer.num_rows):
             columns = selection.columns_to_count(footer.spans[index]) if stored_rows else None
-            if columns is None:
-                continue
-            num_rows = stored_rows
+            num_rows = 0 if columns is None else stored_rows
             if columns:
-                parquet = parquet or open_parquet(file)
+                parquet = parquet or stack.enter_context(open_parquet(file))
                 rows = one_batch(parquet.read_row_group(index, columns=list(columns), use_threads=False))
                 place = Place(str(file), index)
                 kept = selection.mask(rows, file, place)
@@ -204,9 +204,6 @@ def _count_rows(
                     label_counts += np.bincount(labels[kept].astype(np.int64), minlength=2)
             if num_rows:
                 row_groups.append(RowGroup(number, index, num_rows, stored_rows))
-    finally:
-        if parquet is not None:
-            parquet.close()
     return row_groups, label_counts
 
 

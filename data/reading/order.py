@@ -1,4 +1,4 @@
-"""Which rank reads which rows in which order: a pure function of files, options, epoch and step. Imports no torch.
+"""Which rank reads which rows in which order: a pure function of files, options, epoch and step.
 
 All rows of a list of files form one sequence of row groups. `lanes` cuts an epoch into that many equal
 streams; a global batch takes batch_size / lanes rows of each lane, and a rank owns lanes / world_size

@@ -5,12 +5,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from data.errors import InputError
 
 T = TypeVar("T")
-LEAST_PAUSE, POLL_SECONDS = 0.0005, 0.02
+_END = object()
 
 
 class TimeLimit(NamedTuple):
@@ -40,12 +42,12 @@ class Workers:
     A ThreadPoolExecutor's threads are joined before the process ends; these are daemons, so that one stuck in a read keeps none alive.
     """
 
-    def __init__(self, threads: int, limit: TimeLimit) -> None:
+    def __init__(self, threads: int, limit: TimeLimit, name: str = "data-worker") -> None:
         self.threads, self.limit = threads, limit
         self._tasks: queue.SimpleQueue[tuple[Future, Callable[[], object]] | None] = queue.SimpleQueue()
         self._closed = False
         for number in range(threads):
-            threading.Thread(target=self._work, daemon=True, name=f"data-worker-{number}").start()
+            threading.Thread(target=self._work, daemon=True, name=f"{name}-{number}").start()
 
     def begin(self, task: Callable[[], T]) -> Callable[[], T]:
         """Queue a task; return what waits for its result, and raises its error, or InputError if there is none in time."""
@@ -83,51 +85,13 @@ class Workers:
 def prefetched(items: Iterator[T], depth: int, limit: TimeLimit) -> Iterator[T]:
     """Make items ahead in one thread, at most `depth` of them. Errors are raised in the caller.
 
-    A caller that finds an item ready wakes nobody, which costs a twentieth of a millisecond where the other core sleeps; the maker
-    looks again by itself, soon at first and then less often.
-
     Raises:
         InputError: no item in time.
     """
-    ready: deque[tuple[bool, T | BaseException | None]] = deque()
-    filled, abandoned = threading.Event(), threading.Event()
-
-    def put(is_item: bool, item: T | BaseException | None) -> bool:
-        pause = LEAST_PAUSE
-        while len(ready) >= depth:
-            if abandoned.wait(pause):
-                return False
-            pause = min(1.5 * pause, POLL_SECONDS)
-        ready.append((is_item, item))
-        filled.set()
-        return not abandoned.is_set()
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put(True, item):
-                    break
-            else:
-                put(False, None)
-        except BaseException as error:
-            put(False, _as_error(error))
-        finally:
-            if hasattr(items, "close"):
-                items.close()
-
-    threading.Thread(target=produce, daemon=True, name="data-prefetch").start()
-    try:
-        while True:
-            while not ready:
-                filled.clear()
-                if not ready and not filled.wait(limit.seconds):
-                    raise limit.exceeded()
-            is_item, item = ready.popleft()
-            if is_item:
-                yield item  # type: ignore[misc]
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                return
-    finally:
-        abandoned.set()
+    with closing(Workers(1, limit, "data-prefetch")) as maker:
+        make = partial(next, items, _END)
+        results = deque(maker.begin(make) for _ in range(depth))
+        del items  # the thread alone holds it, and closes it
+        while (item := results.popleft()()) is not _END:
+            results.append(maker.begin(make))
+            yield item  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Which rows a stream keeps: conditions on partitions and on time, and sampling by label. Imports no torch.
+"""Which rows a stream keeps: conditions on partitions and on time, and sampling by label.
 
 A condition is `NAME OP BOUND`. NAME is the key of a partition folder (`ds` in `ds=2024-05-01/`) or the schema's time column; OP is
 one of = != < <= > >= (!= for partitions only); BOUND is a value, a day such as 2024-05-25 (in UTC), or `last N`: the N-th last
@@ -12,6 +12,7 @@ row depends on (seed, file, row group, row) only: neither on the world size, nor
 """
 
 import datetime
+import operator
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,23 +31,21 @@ from data.reading.storage import DataFile, path_parts
 from data.schema import Schema
 
 CONDITION = re.compile(r"^\s*([^\s<>=!]+)\s*(<=|>=|!=|<|>|=)\s*(.+?)\s*$")
+OPERATORS = {
+    "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
 SECONDS_OF_A_DAY = 86_400
 FOREVER = 2**63 - 1
 
 
 class Condition(NamedTuple):
-    """One condition, as written and taken apart."""
+    """One condition, as written and taken apart; `last`: N of `last N`, or 0."""
 
     text: str
     name: str
     operator: str
     bound: str
-
-    @property
-    def last(self) -> int:
-        """N of `last N`, or 0."""
-        match = re.fullmatch(r"last\s+(\d+)", self.bound)
-        return int(match.group(1)) if match else 0
+    last: int
 
 
 class Span(NamedTuple):
@@ -60,12 +59,14 @@ def parse_condition(text: str) -> Condition:
     """Take a condition apart.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not of the form NAME OP BOUND.
     """
     match = CONDITION.match(text)
     if not match:
         raise InputError(f"where = {text!r}: wanted NAME OP BOUND, for example 'ds < last 7'; write it so")
-    return Condition(text, *match.groups())
+    name, sign, bound = match.groups()
+    last = re.fullmatch(r"last\s+(\d+)", bound)
+    return Condition(text, name, sign, bound, int(last.group(1)) if last else 0)
 
 
 def partition_of(file: DataFile) -> dict[str, str]:
@@ -77,7 +78,7 @@ def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema
     """Keep the files whose partitions meet the conditions.
 
     Raises:
-        InputError: a condition is none, names nothing known, or leaves no file.
+        InputError: a condition is malformed, names nothing known, or leaves no file.
     """
     kept = list(files)
     partitions = {file: partition_of(file) for file in files}
@@ -100,10 +101,11 @@ def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema
                     f"where = {condition.text!r}: the files have {len(values)} values of {condition.name}; lower the number"
                 )
             bound = values[-condition.last]
-        kept = [file for file in kept if _meets(partitions[file][condition.name], condition.operator, bound)]
+        meets = OPERATORS[condition.operator]
+        kept = [file for file in kept if meets(_sort_key(partitions[file][condition.name]), _sort_key(bound))]
     if not kept:
         raise InputError(
-            f"where = {list(where)}: none of {len(files)} files is left; the first is {files[0]}: mend the conditions"
+            f"where = {list(where)}: none of {len(files)} files is left; the first is {files[0]}; change the conditions"
         )
     return kept
 
@@ -111,18 +113,6 @@ def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema
 def _sort_key(value: str) -> tuple[bool, int, str]:
     whole = value.lstrip("-").isdigit()
     return (not whole, int(value) if whole else 0, value)
-
-
-def _meets(value: str, operator: str, bound: str) -> bool:
-    left, right = _sort_key(value), _sort_key(bound)
-    return {
-        "=": left == right,
-        "!=": left != right,
-        "<": left < right,
-        "<=": left <= right,
-        ">": left > right,
-        ">=": left >= right,
-    }[operator]
 
 
 class Footer(NamedTuple):
@@ -235,7 +225,7 @@ class Selection:
                 row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
                 raise InputError(
                     f"{place.row(row)}, time column {self.schema.time_column!r} is null: it cannot be compared with where = "
-                    f"{[condition.text for condition in self.conditions]}; mend the file"
+                    f"{[condition.text for condition in self.conditions]}; fix the file"
                 )
             instants = _instants(column, self.time_type)
             kept &= (instants >= self.span.low) & (instants < self.span.high)
@@ -304,7 +294,7 @@ def _interval(condition: Condition, kind: pa.DataType, day: int) -> tuple[int, i
         instant = datetime.datetime.fromisoformat(condition.bound)
     except ValueError:
         raise InputError(
-            f"where = {condition.text!r}: {condition.bound!r} is no instant of a column of {kind}; write a day such as 2024-05-25, "
+            f"where = {condition.text!r}: {condition.bound!r} is not an instant of a column of {kind}; write a day such as 2024-05-25, "
             "a time such as 2024-05-25T12:00, or `last N`"
         ) from None
     if instant.tzinfo is None:
