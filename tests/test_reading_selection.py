@@ -193,7 +193,10 @@ def test_numbers_in_partitions_compare_as_numbers(tmp_path):
         ("dt < 3", r"where = 'dt < 3': .*part-0.parquet lies in no folder dt=..., .* known here: ds, at"),
         ("ds < last 11", "the files have 10 values of ds; lower the number"),
         ("ds = 2023-01-01", "none of 10 files is left"),
-        ("at >= tomorrow", "'tomorrow' is not an instant of a column of int64; write a day such as 2024-05-25"),
+        (
+            "at >= tomorrow",
+            "'tomorrow' is not an instant of a column of int64; write a day such as 2024-05-25",
+        ),
         ("at != 2024-05-05", "!= is for partitions only; use < and >"),
         ("at > 2030-01-01", "hold no rows that where = .'at > 2030-01-01'. and sampling keep"),
     ],
