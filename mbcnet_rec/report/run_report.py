@@ -1,4 +1,4 @@
-"""A run's report.html, from what it wrote: metrics.jsonl, plan.json, config.toml. Reads no weights and no data."""
+"""Writes a run's report.html from its metrics.jsonl, plan.json and config.toml; reads no weights and no data."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,9 @@ from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, t
 
 REPORT, CONFIG, PLAN = "report.html", "config.toml", "plan.json"
 RELIABILITY = "reliability"
+LARGEST = 10  # tables that are listed by name
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl
+Plots = list[tuple[str, Mapping[str, Sequence[figures.Curve]]]]  # title, name of a line -> its curves
 
 
 def write_run_report(folder: Path) -> Path:
@@ -86,25 +88,33 @@ def result_blocks(lines: Lines) -> list[Block]:
     ]
 
 
+def _section(heading: str, plots: Plots, caption: str, columns: int = 0, text: str = "") -> list[Block]:
+    """A section with one picture of all plots; nothing where there are none."""
+    if not plots:
+        return []
+    picture = Picture(heading.lower(), figures.curves_figure(plots, columns), caption)
+    return [Heading(heading), *([Text(text)] if text else []), picture]
+
+
 def curve_blocks(lines: Lines) -> list[Block]:
     """Loss and AUC of every output over steps."""
-    plots = []
+    plots: Plots = []
     for title, split, metric in (
         ("train log-loss", "train", "log_loss"),
         ("validation log-loss", "valid", "log_loss"),
         ("validation AUC", "valid", "auc"),
     ):
-        found = {}
-        for name in outputs(lines):
-            points = curve(lines.get(split, ()), metric if name == "fused" else f"{metric}/{name}")
-            if points:
-                found[name] = [figures.smooth(points) if split == "train" else points]
+        keys = {name: metric if name == "fused" else f"{metric}/{name}" for name in outputs(lines)}
+        points = {name: curve(lines.get(split, ()), key) for name, key in keys.items()}
+        found = {
+            name: [figures.smooth(each) if split == "train" else each]
+            for name, each in points.items()
+            if each
+        }
         if found:
             plots.append((title, found))
-    if not plots:
-        return []
     caption = "The fused output serves. Train curves are means over neighbouring lines of the log."
-    return [Heading("Curves"), Picture("curves", figures.curves_figure(plots), caption)]
+    return _section("Curves", plots, caption)
 
 
 def calibration_blocks(lines: Lines) -> list[Block]:
@@ -121,50 +131,40 @@ def calibration_blocks(lines: Lines) -> list[Block]:
 def cooperation_blocks(lines: Lines) -> list[Block]:
     """Disagreement, loss terms, transforms, latents and gradients by branch."""
     train = lines.get("train", ())
-    if not train:
-        return []
-    groups = {
+    plots = [
+        plot
+        for key in ("coteaching_loss", "differentiation_loss")
+        for plot in _plots(train, {key.replace("coteaching", "co-teaching").replace("_", " "): key})
+        if any(value for _, value in curve(train, key))
+    ]
+    for title, prefix in {
         "disagreement of directed pairs": "disagreement/",
         "||W - I||": "transform_distance/",
         "mean norm of the latents": "latent_norm/",
         "share of the gradient": "gradient_share/",
-    }
-    plots: list[tuple[str, Mapping[str, Sequence[figures.Curve]]]] = []
-    for key, title in (
-        ("coteaching_loss", "co-teaching loss"),
-        ("differentiation_loss", "differentiation loss"),
-    ):
-        points = curve(train, key)
-        if any(value for _, value in points):
-            plots.append((title, {key: [figures.smooth(points)]}))
-    for title, prefix in groups.items():
+    }.items():
         keys = sorted({key for line in train for key in line if key.startswith(prefix)})
         found = {key.partition("/")[2]: [figures.smooth(curve(train, key))] for key in keys}
         if found:
             plots.append((title, found))
-    if not plots:
-        return []
     caption = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
-    return [
-        Heading("Branches"),
-        Picture("branches", figures.curves_figure(plots, columns=2 if len(plots) in (2, 4) else 3), caption),
-    ]
+    return _section("Branches", plots, caption, columns=2 if len(plots) in (2, 4) else 3)
+
+
+def _plots(train: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> Plots:
+    """One plot for each title -> key that was logged."""
+    points = {(title, key): curve(train, key) for title, key in titles.items()}
+    return [(title, {key: [figures.smooth(each)]}) for (title, key), each in points.items() if each]
 
 
 def speed_blocks(lines: Lines) -> list[Block]:
     """Samples a second, and which share of the time training waited for input."""
     train = lines.get("train", ())
-    plots = []
-    for title, key in (
-        ("samples a second", "samples_per_second"),
-        ("share of time waiting for input", "input_wait_share"),
-        ("gradient norm, dense part", "grad_norm"),
-    ):
-        points = curve(train, key)
-        if points:
-            plots.append((title, {key: [figures.smooth(points)]}))
-    if not plots:
-        return []
+    titles = {
+        "samples a second": "samples_per_second",
+        "share of time waiting for input": "input_wait_share",
+        "gradient norm, dense part": "grad_norm",
+    }
     waits = sorted(value for _, value in curve(train, "input_wait_share"))
     speeds = sorted(value for _, value in curve(train, "samples_per_second"))
     text = (
@@ -173,7 +173,7 @@ def speed_blocks(lines: Lines) -> list[Block]:
         if waits and speeds
         else ""
     )
-    return [Heading("Speed"), Text(text), Picture("speed", figures.curves_figure(plots), "Over steps.")]
+    return _section("Speed", _plots(train, titles), "Over steps.", text=text)
 
 
 def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
@@ -193,9 +193,7 @@ def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
         )
         for (sharding, kernel), members in sorted(kinds.items())
     )
-    largest = sorted(tables.items(), key=lambda item: -item[1]["num_embeddings"] * item[1]["embedding_dim"])[
-        :10
-    ]
+    sizes = {name: table["num_embeddings"] * table["embedding_dim"] for name, table in tables.items()}
     by_size = tuple(
         (
             name,
@@ -203,7 +201,7 @@ def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
             table["sharding_type"],
             ", ".join(map(str, table.get("ranks") or ())) or "all",
         )
-        for name, table in largest
+        for name, table in sorted(tables.items(), key=lambda item: -sizes[item[0]])[:LARGEST]
     )
     return [
         Heading("Plan"),
