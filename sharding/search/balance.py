@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from sharding.cost.estimate import Room, ShardCost, table_costs
+from sharding.cost.estimate import Room, table_costs
 from sharding.plan.cluster import Cluster
 from sharding.plan.placement import Plan, TablePlan
 
@@ -19,7 +19,7 @@ MOVABLE = ("table_wise", "table_row_wise")
 
 
 class _Load(NamedTuple):
-    """What one option of a table puts on each rank it uses."""
+    """What a table puts on each rank that it uses."""
 
     seconds: float
     hbm: int
@@ -27,43 +27,11 @@ class _Load(NamedTuple):
 
 
 class _Option(NamedTuple):
-    """An option of a table and the ranks it is on."""
+    """A type and kernel for a table, on some ranks."""
 
     table: TablePlan
+    ranks: tuple[int, ...]
     load: _Load
-
-
-class _Loads:
-    """Seconds and free bytes of every rank, and the option of each movable table."""
-
-    def __init__(self, size: int, room: Room) -> None:
-        self.seconds = [0.0] * size
-        self.free = [list(room) for _ in range(size)]
-        self.now: dict[str, _Option] = {}
-
-    def add(self, rank: int, load: _Load, sign: int = 1) -> None:
-        self.seconds[rank] += sign * load.seconds
-        self.free[rank][0] -= sign * load.hbm
-        self.free[rank][1] -= sign * load.ddr
-
-    def put(self, name: str, option: _Option) -> None:
-        if old := self.now.get(name):
-            for rank in old.table.ranks:
-                self.add(rank, old.load, -1)
-        self.now[name] = option
-        for rank in option.table.ranks:
-            self.add(rank, option.load)
-
-    def change(self, rank: int, come: list[_Load], go: list[_Load], best: float) -> float | None:
-        """Seconds of a rank after some loads come and others go; None if not below `best`, or if it would overflow."""
-        after = self.seconds[rank] + sum(load.seconds for load in come) - sum(load.seconds for load in go)
-        if after >= best:
-            return None
-        for index in (0, 1):
-            more = sum(load[index + 1] for load in come) - sum(load[index + 1] for load in go)
-            if more > 0 and more > self.free[rank][index]:
-                return None
-        return after
 
 
 def rebalanced(
@@ -85,126 +53,122 @@ def rebalanced(
         seconds: budget; what was reached by then is returned.
     """
     deadline = time.monotonic() + seconds
-    loads = _Loads(plan.group_size, room)
-    for name, table in plan.tables.items():
-        costs = table_costs(table, plan, cluster)
-        if table.sharding_type in MOVABLE:
-            loads.put(name, _Option(table, _load(costs)))
-        else:
-            for cost in costs:
-                loads.add(cost.rank, _Load(cost.times.total, cost.bytes.hbm, cost.bytes.ddr))
-    choices = {
-        name: [
-            _Option(option, _load(table_costs(option, plan, cluster)))
-            for option in options[name]
-            if option.sharding_type in MOVABLE
-        ]
-        for name in loads.now
-    }
-    search = _Search(plan, loads, choices, pinned)
-    search.enter_allowed()
-    for _ in range(MAX_STEPS_PER_TABLE * max(1, len(loads.now))):
+    search = _Search(plan, cluster, options, pinned, room)
+    search.enter_pinned()
+    for _ in range(MAX_STEPS_PER_TABLE * max(1, len(search.now))):
         if time.monotonic() > deadline or not search.relieve():
             break
-    return replace(plan, tables=plan.tables | {name: option.table for name, option in loads.now.items()})
-
-
-def _load(costs: list[ShardCost]) -> _Load:
-    """The first shard is the largest."""
-    return _Load(costs[0].times.total, costs[0].bytes.hbm, costs[0].bytes.ddr)
-
-
-def _moved(option: _Option, ranks: tuple[int, ...]) -> _Option:
-    return option._replace(table=replace(option.table, ranks=ranks))
+    moved = {name: replace(option.table, ranks=option.ranks) for name, option in search.now.items()}
+    return replace(plan, tables=plan.tables | moved)
 
 
 class _Search:
-    """One pass after the other over the busiest rank."""
+    """Seconds and free bytes of every rank, the option of each movable table, and the steps from one to the next."""
 
     def __init__(
-        self, plan: Plan, loads: _Loads, choices: dict[str, list[_Option]], allowed: Mapping[str, set[int]]
+        self,
+        plan: Plan,
+        cluster: Cluster,
+        options: Mapping[str, list[TablePlan]],
+        pinned: Mapping[str, set[int]],
+        room: Room,
     ) -> None:
-        self.loads, self.choices, self.allowed = loads, choices, allowed
-        local = plan.local_group_size
-        self.single = [(rank,) for rank in range(plan.group_size)]
-        self.hosts = [tuple(range(first, first + local)) for first in range(0, plan.group_size, local)]
+        def loads(table: TablePlan) -> list[tuple[int, _Load]]:
+            costs = table_costs(table, plan, cluster)
+            return [(cost.rank, _Load(cost.times.total, cost.bytes.hbm, cost.bytes.ddr)) for cost in costs]
 
-    def targets(self, name: str) -> Iterator[tuple[tuple[int, ...], _Option]]:
-        """Every option of a table on every set of ranks that it may use."""
-        allowed = self.allowed.get(name)
-        for choice in self.choices[name]:
-            for ranks in self.single if choice.table.sharding_type == "table_wise" else self.hosts:
-                if allowed is None or allowed.issuperset(ranks):
-                    yield ranks, choice
+        self.pinned, local = pinned, plan.local_group_size
+        self.seconds = [0.0] * plan.group_size
+        self.free = [list(room) for _ in self.seconds]
+        self.now: dict[str, _Option] = {}
+        self.choices: dict[str, list[_Option]] = {}
+        single = [(rank,) for rank in range(plan.group_size)]
+        hosts = [tuple(range(first, first + local)) for first in range(0, plan.group_size, local)]
+        for name, table in plan.tables.items():
+            if table.sharding_type not in MOVABLE:
+                for rank, load in loads(table):
+                    self.add(rank, load)
+                continue
+            self.put(name, _Option(table, table.ranks, loads(table)[0][1]))  # the first shard is the largest
+            self.choices[name] = [
+                _Option(option, ranks, load)
+                for option in options[name]
+                if option.sharding_type in MOVABLE
+                for load in [loads(option)[0][1]]
+                for ranks in (single if option.sharding_type == "table_wise" else hosts)
+                if name not in pinned or pinned[name].issuperset(ranks)
+            ]
 
-    def enter_allowed(self) -> None:
+    def add(self, rank: int, load: _Load, sign: int = 1) -> None:
+        self.seconds[rank] += sign * load.seconds
+        self.free[rank][0] -= sign * load.hbm
+        self.free[rank][1] -= sign * load.ddr
+
+    def put(self, name: str, option: _Option) -> None:
+        if old := self.now.get(name):
+            for rank in old.ranks:
+                self.add(rank, old.load, -1)
+        self.now[name] = option
+        for rank in option.ranks:
+            self.add(rank, option.load)
+
+    def enter_pinned(self) -> None:
         """Put every pinned table on the least busy ranks of those it may use."""
-        for name, ranks in self.allowed.items():
-            if name in self.loads.now and not ranks.issuperset(self.loads.now[name].table.ranks):
-                options = list(self.targets(name))
-                ranks, choice = min(options, key=self._busiest_of)
-                self.loads.put(name, _moved(choice, ranks))
+        for name, ranks in self.pinned.items():
+            if name in self.now and not ranks.issuperset(self.now[name].ranks):
+                self.put(name, min(self.choices[name], key=self._busiest_with))
 
-    def _busiest_of(self, target: tuple[tuple[int, ...], _Option]) -> float:
-        ranks, choice = target
-        return max(self.loads.seconds[rank] for rank in ranks) + choice.load.seconds
+    def _busiest_with(self, option: _Option) -> float:
+        return max(self.seconds[rank] for rank in option.ranks) + option.load.seconds
 
     def relieve(self) -> bool:
         """Make the step that leaves the least on the ranks it touches; False if none lowers the busiest."""
-        seconds = self.loads.seconds
-        busiest = max(range(len(seconds)), key=seconds.__getitem__)
-        ours = [name for name, option in self.loads.now.items() if busiest in option.table.ranks]
-        best, step = seconds[busiest] * (1 - LEAST_GAIN), {}
-        for name in ours:
-            for ranks, choice in self.targets(name):
-                after = self._after_move(name, ranks, choice.load, best)
-                if after is not None:
-                    best, step = after, {name: _moved(choice, ranks)}
-        for name in ours:
-            mine = self.loads.now[name]
-            for other, theirs in self.loads.now.items():
-                after = self._after_swap(name, other, best)
-                if after is not None:
-                    swapped = _moved(mine, theirs.table.ranks), _moved(theirs, mine.table.ranks)
-                    best, step = after, dict(zip((name, other), swapped, strict=True))
+        busiest = max(range(len(self.seconds)), key=self.seconds.__getitem__)
+        ours = [name for name, option in self.now.items() if busiest in option.ranks]
+        best, step = self.seconds[busiest] * (1 - LEAST_GAIN), {}
+        for trial in self._steps(ours):
+            after = self._after(trial, best)
+            if after is not None:
+                best, step = after, trial
         for name, option in step.items():
-            self.loads.put(name, option)
+            self.put(name, option)
         return bool(step)
 
-    def _after_move(self, name: str, ranks: tuple[int, ...], load: _Load, best: float) -> float | None:
-        """Largest seconds of the ranks that a move touches; None if it is not below `best` or one overflows."""
-        old = self.loads.now[name]
-        largest = 0.0
-        for rank in ranks:
-            go = [old.load] if rank in old.table.ranks else []
-            after = self.loads.change(rank, [load], go, best)
-            if after is None:
-                return None
-            largest = max(largest, after)
-        for rank in old.table.ranks:
-            if rank not in ranks:
-                largest = max(largest, self.loads.seconds[rank] - old.load.seconds)
-        return largest if largest < best else None
+    def _steps(self, names: list[str]) -> Iterator[dict[str, _Option]]:
+        """Every move of these tables, then every swap with a table of the same type that loads a rank less."""
+        for name in names:
+            for option in self.choices[name]:
+                yield {name: option}
+        for name in names:
+            mine = self.now[name]
+            for other, theirs in self.now.items():
+                if theirs.load.seconds >= mine.load.seconds or theirs.ranks == mine.ranks:
+                    continue
+                if theirs.table.sharding_type == mine.table.sharding_type and all(
+                    self.pinned[table].issuperset(new)
+                    for table, new in ((name, theirs.ranks), (other, mine.ranks))
+                    if table in self.pinned
+                ):
+                    yield {name: mine._replace(ranks=theirs.ranks), other: theirs._replace(ranks=mine.ranks)}
 
-    def _after_swap(self, name: str, other: str, best: float) -> float | None:
-        """As `_after_move`, for two tables of one type that change ranks."""
-        mine, theirs = self.loads.now[name], self.loads.now[other]
-        gain = mine.load.seconds - theirs.load.seconds
-        if gain <= 0 or self.loads.seconds[theirs.table.ranks[0]] + gain >= best:
-            return None
-        if mine.table.sharding_type != theirs.table.sharding_type or mine.table.ranks == theirs.table.ranks:
-            return None
-        for table, new in ((name, theirs), (other, mine)):
-            if table in self.allowed and not self.allowed[table].issuperset(new.table.ranks):
-                return None
+    def _after(self, step: dict[str, _Option], best: float) -> float | None:
+        """Largest seconds of the ranks that a step touches; None if that is not below `best`, or if one overflows."""
+        come: dict[int, list[_Load]] = {}
+        go: dict[int, list[_Load]] = {}
+        for name, option in step.items():
+            for rank in option.ranks:
+                come.setdefault(rank, []).append(option.load)
+            for rank in self.now[name].ranks:
+                go.setdefault(rank, []).append(self.now[name].load)
         largest = 0.0
-        for ranks, come, go in (
-            (theirs.table.ranks, mine.load, theirs.load),
-            (mine.table.ranks, theirs.load, mine.load),
-        ):
-            for rank in ranks:
-                after = self.loads.change(rank, [come], [go], best)
-                if after is None:
+        for rank in come.keys() | go.keys():
+            new, old = come.get(rank, []), go.get(rank, [])
+            after = self.seconds[rank] + sum(load.seconds for load in new) - sum(load.seconds for load in old)
+            if after >= best:
+                return None
+            for index, free in enumerate(self.free[rank], 1):
+                more = sum(load[index] for load in new) - sum(load[index] for load in old)
+                if more > 0 and more > free:
                     return None
-                largest = max(largest, after)
+            largest = max(largest, after)
         return largest
