@@ -1,4 +1,4 @@
-"""`mbcnet plan`: every action from the command line; reading a plan imports no torch; mistakes are one line with the mend."""
+"""`mbcnet plan`: every action from the command line; reading a plan imports no torch; mistakes are one line with the fix."""
 
 import json
 import subprocess

@@ -222,7 +222,7 @@ def test_constraints_that_cannot_be_kept_are_refused(config, said):
         (lambda: TableConstraint(pooling_factor=-2), "pooling_factor = -2"),
     ],
 )
-def test_absurd_configs_are_refused(build, said):
+def test_values_out_of_range_are_refused(build, said):
     with pytest.raises(InputError) as caught:
         build()
     assert said in str(caught.value)

@@ -111,7 +111,7 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _min_gpus(args: argparse.Namespace) -> int:
-    """Find the smallest cluster of a kind that fits, with head-room; --cluster names the kind."""
+    """Find the smallest cluster of a kind that fits, with headroom; --cluster names the kind."""
     task = task_of(args)
     from sharding.search.capacity import smallest_cluster  # torchrec, as in _make
 

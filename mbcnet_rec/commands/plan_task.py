@@ -28,7 +28,7 @@ def task_of(args: argparse.Namespace) -> Task:
     """Gather what to plan from the arguments, cheap checks first.
 
     Raises:
-        InputError: something is missing or absurd.
+        InputError: something is missing or out of range.
     """
     _check_arguments(args)
     cluster = read_cluster(args.cluster)

@@ -1,4 +1,4 @@
-"""Planned against held: bytes of tables and optimizer state that a sharded model really has on this rank."""
+"""Bytes of tables and optimizer state that a sharded model has allocated on this rank, and how they compare with the plan."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,8 +18,8 @@ from sharding.cost.memory import gib
 PARTS: tuple[str, ...] = ("rows", "state", "cache")
 # FBGEMM's names of the tensors of a table kernel -> the part of memory that they take
 KERNEL_TENSORS = {
-    **{f"weights_{place}": "rows" for place in ("dev", "host", "uvm")},
-    **{f"momentum{order}_{place}": "state" for order in (1, 2) for place in ("dev", "host", "uvm")},
+    **{f"weights_{where}": "rows" for where in ("dev", "host", "uvm")},
+    **{f"momentum{order}_{where}": "state" for order in (1, 2) for where in ("dev", "host", "uvm")},
     **dict.fromkeys(("lxu_cache_weights", "lxu_cache_state", "lxu_state", "cache_index_table_map"), "cache"),
 }
 
@@ -82,10 +82,10 @@ def planned_against_held(
     """One line: what the plan said of a rank, what it holds, and how far the two are apart.
 
     Args:
-        assessment: of the plan that runs.
-        rank: of which the line tells.
-        held: of every rank, from `held_bytes`, with a replicated optimizer's state added to "state"; on cuda also "hbm".
-        step_seconds: measured; 0: left out.
+        assessment: what the running plan costs.
+        rank: the rank to compare.
+        held: bytes of every rank, from `held_bytes`, with a replicated optimizer's state added to "state"; on cuda also "hbm".
+        step_seconds: measured seconds of a step; 0: left out.
     """
     planned, found = assessment.of_rank(rank).bytes, held[rank]
     ids = " and ids" if any(table.zch_buckets for table in assessment.plan.tables.values()) else ""
@@ -96,7 +96,7 @@ def planned_against_held(
     if planned.cache or found["cache"]:
         parts.append(_compared("cache", planned.cache, found["cache"]))
     if found.get("hbm"):
-        parts.append(_compared("HBM in all", assessment.memory(assessment.of_rank(rank))[0], found["hbm"]))
+        parts.append(_compared("HBM in all", assessment.memory(assessment.of_rank(rank)).hbm, found["hbm"]))
     which = f"rank {rank}" + (f" of {len(held)}, the farthest off" if len(held) > 1 else "")
     line = f"planned against held ({which}): " + ", ".join(parts)
     if step_seconds and assessment.path.step:
@@ -114,5 +114,5 @@ def _compared(what: str, planned: int, held: int) -> str:
 
 
 def memory_allocated(device: torch.device) -> dict[str, Any]:
-    """Bytes that CUDA has given out on this device at most; empty on a CPU."""
+    """Most bytes that CUDA has allocated on this device; empty on a CPU."""
     return {"hbm": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}

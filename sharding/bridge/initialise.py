@@ -36,7 +36,7 @@ def initialise_tables(state: dict[str, Any], tables: dict[str, str], *, seed: in
     Args:
         state: state_dict of the sharded model: ShardedTensor or DTensor for sharded tables, Tensor for replicated ones.
         tables: name in `state` -> table name.
-        seed: of the run.
+        seed: random seed of the run.
         std: standard deviation of the rows.
     """
     with torch.no_grad():

@@ -44,12 +44,12 @@ class AnyTypeSharder(EmbeddingBagCollectionSharder):
 def sharders_of(plan: Plan, *, seed: int = 0, std: float = 0.0) -> list[Any]:
     """The sharders that send pooled rows and gradients in the plan's precisions.
 
-    gloo has no bf16: TorchRec takes fp16 there in its place.
+    gloo has no bf16: TorchRec takes fp16 there instead.
 
     Args:
-        plan: of the tables.
-        seed: of the run, and
-        std: of the values of rows that are given to another id (encoding zch).
+        plan: where each table lives.
+        seed: random seed of the run.
+        std: standard deviation of the values of rows that are given to another id (encoding zch).
     """
     registry = None
     if not plan.forward_precision == plan.backward_precision == "fp32":

@@ -105,7 +105,7 @@ class Assessment:
         return rows / self.path.step if self.path.step else 0.0
 
     def of_rank(self, rank: int) -> Rank:
-        """Costs of a rank of the whole cluster: the ranks of a host are dealt to the replicas in turn."""
+        """Costs of a rank of the whole cluster: the ranks of a host belong to the replicas in turn."""
         return self.ranks[rank // self.plan.replicas]
 
     def memory(self, rank: Rank) -> Room:
@@ -122,7 +122,7 @@ class Assessment:
 
 
 def lower_bound(plan: Plan, costs: dict[str, list[ShardCost]]) -> float:
-    """Least seconds of the busiest rank over all ways to deal these shards to ranks.
+    """Least seconds of the busiest rank over all ways to assign these shards to ranks.
 
     bound = max(mean load, U + max of a movable shard), U: the load that row_wise and data_parallel tables put on every rank.
     """

@@ -111,7 +111,7 @@ def read_cluster(text: str) -> Cluster:
     """Read `HOSTSxDEVICES:KIND`, or `KIND` alone. KIND is a preset or a TOML file with Cluster's keys.
 
     Raises:
-        InputError: the text has another form, names nothing, or a figure is absurd.
+        InputError: the text has another form, names nothing, or a figure is out of range.
     """
     shape, colon, kind = text.rpartition(":")
     wanted = "wanted HOSTSxDEVICES:KIND such as 16x8:h100-80g"

@@ -23,14 +23,14 @@ def compare_plans(old: Plan, new: Plan) -> dict[str, Any]:
     for name in dict.fromkeys((*old.tables, *new.tables)):
         before, after = old.tables.get(name), new.tables.get(name)
         if before is None or after is None:
-            tables[name] = {"place": [before and place_text(before), after and place_text(after)]}
+            tables[name] = {"place": [before and placement_text(before), after and placement_text(after)]}
         elif before != after:
             left, right = asdict(before), asdict(after)
             tables[name] = {key: [left[key], right[key]] for key in left if left[key] != right[key]}
     return {"head": {key: pair for key, pair in head.items() if pair[0] != pair[1]}, "tables": tables}
 
 
-def place_text(table: TablePlan) -> str:
+def placement_text(table: TablePlan) -> str:
     """A table's placement in a few words."""
     where = f"on {ranks_text(table.ranks)}" if table.ranks else "on all ranks"
     return f"{table.sharding_type} {table.compute_kernel} {where}"

@@ -1,10 +1,10 @@
 """Where each table lives: the plan as a value, the shards it gives every rank, and what no platform runs."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 from data.errors import InputError
+from data.schema.bounds import Bounded, bounded
 from sharding.plan.constraints import DtypeName, KernelName, ShardingTypeName
 from sharding.plan.dense_part import DenseCost
 
@@ -43,7 +43,7 @@ class TablePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Bounded):
     """A sharding plan keyed by table, with what it was made for.
 
     Attributes:
@@ -67,7 +67,7 @@ class Plan:
 
     world_size: int
     local_world_size: int
-    device: str
+    device: Literal["cpu", "cuda"]
     schema: str
     tables: dict[str, TablePlan]
     batch_size_per_rank: int = 0
@@ -76,7 +76,7 @@ class Plan:
     forward_precision: DtypeName = "fp32"
     backward_precision: DtypeName = "fp32"
     prefetch: bool = False
-    replicas: int = 1
+    replicas: int = bounded(1, at_least=1)
     cluster: str = ""
     cluster_fingerprint: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def local_group_size(self) -> int:
-        """Ranks of one host inside one group. DMPCollection deals a host's ranks to the groups in turn."""
+        """Ranks of one host inside one group. DMPCollection assigns a host's ranks to the groups in turn."""
         return self.local_world_size // self.replicas
 
     @property
@@ -127,52 +127,49 @@ def check_shape(plan: Plan, source: str) -> None:
     Raises:
         InputError: naming the plan, the table or key, the value and the fix.
     """
-    problem = _head_problem(plan) or device_problem(plan)
-    for name, table in plan.tables.items():
-        if problem:
-            break
-        if wrong := _table_problem(table, plan):
-            problem = f"tables.{name}.{wrong}"
-    if problem:
-        raise InputError(f"{source}: {problem}")
-
-
-def _head_problem(plan: Plan) -> str:
-    for key in ("world_size", "local_world_size", "replicas"):
+    for key in ("world_size", "local_world_size"):
         if getattr(plan, key) < 1:
-            return f"{key} = {getattr(plan, key)}: wanted 1 or more; write a new one with `mbcnet plan make`"
+            raise InputError(
+                f"{source}: {key} = {getattr(plan, key)}: wanted 1 or more; plan again with `mbcnet plan make`"
+            )
+    problem = device_problem(plan)
     for whole, part in (("world_size", "local_world_size"), ("local_world_size", "replicas")):
         if getattr(plan, whole) % getattr(plan, part):
-            return f"{part} = {getattr(plan, part)}: wanted a divisor of {whole} = {getattr(plan, whole)}; change it"
-    if plan.device not in ("cpu", "cuda"):
-        return f"device = {plan.device!r}: wanted 'cpu' or 'cuda'; change it"
-    return ""
+            problem = f"{part} = {getattr(plan, part)}: wanted a divisor of {whole} = {getattr(plan, whole)}; change it"
+    tables = (
+        f"tables.{name}.{wrong}"
+        for name, table in plan.tables.items()
+        if (wrong := _table_problem(table, plan))
+    )
+    if problem := problem or next(tables, ""):
+        raise InputError(f"{source}: {problem}")
 
 
 def device_problem(plan: Plan) -> str:
     """What the plan asks for and its device cannot do, as `key = value: reason; fix`, or an empty string."""
-    if plan.device == "cpu":
-        if plan.data_type == "bf16":
-            return "data_type = 'bf16': FBGEMM's kernels for a CPU know no bf16 rows; use 'fp16' or 'fp32'"
-        if plan.prefetch:
-            return "prefetch = true: on a CPU there is no cache of rows to fill ahead; set it to false, or plan for cuda"
-        if plan.replicas > 1:
-            return f"replicas = {plan.replicas}: TorchRec averages groups of ranks on cuda only; set it to 1, or plan for cuda"
+    on_cpu, replicas = plan.device == "cpu", f"replicas = {plan.replicas}:"
     cached = any(table.compute_kernel == "fused_uvm_caching" for table in plan.tables.values())
-    if plan.replicas > 1 and plan.optimizer not in ("rowwise_adagrad", "adagrad"):
-        return f"replicas = {plan.replicas}: TorchRec averages an Adagrad's state, and {plan.optimizer} has none; set it to 1"
-    if plan.replicas > 1 and cached:
-        return (
-            f"replicas = {plan.replicas}: TorchRec averages rows without those in the cache of fused_uvm_caching; set it to 1, or keep "
-            "these tables fused"
-        )
     unbounded = any(table.zch_buckets for table in plan.tables.values())
-    for key, usual in (("replicas", 1), ("prefetch", False)):
-        if unbounded and getattr(plan, key) != usual:
-            return f"{key} = {json.dumps(getattr(plan, key))}: not with fields of encoding 'zch', whose ids are not averaged or fetched ahead; set it to {json.dumps(usual)}"
-    if plan.prefetch and plan.tables and not cached:
-        return "prefetch = true: no table has the kernel fused_uvm_caching, so there is no cache to fill ahead; set it to false"
-    return ""
+    averaged = plan.optimizer in ("rowwise_adagrad", "adagrad")
+    zch = "not with fields of encoding 'zch', whose ids are not averaged or fetched ahead; set it to"
+    refusals = [
+        (on_cpu and plan.data_type == "bf16", "data_type = 'bf16': FBGEMM's kernels for a CPU know no bf16 rows; use 'fp16' or 'fp32'"),
+        (on_cpu and plan.prefetch, "prefetch = true: on a CPU there is no cache of rows to fill ahead; set it to false, or plan for cuda"),
+    ]  # fmt: skip
+    if plan.replicas > 1:
+        refusals += [
+            (on_cpu, f"{replicas} TorchRec averages groups of ranks on cuda only; set it to 1, or plan for cuda"),
+            (not averaged, f"{replicas} TorchRec averages an Adagrad's state, and {plan.optimizer} has none; set it to 1"),
+            (cached, f"{replicas} TorchRec averages rows without those in the cache of fused_uvm_caching; set it to 1, or keep these tables fused"),
+            (unbounded, f"{replicas} {zch} 1"),
+        ]  # fmt: skip
+    if plan.prefetch:
+        nothing = "no table has the kernel fused_uvm_caching, so there is no cache to fill ahead"
+        refusals += [
+            (unbounded, f"prefetch = true: {zch} false"),
+            (plan.tables and not cached, f"prefetch = true: {nothing}; set it to false"),
+        ]
+    return next((words for refused, words in refusals if refused), "")
 
 
 def _table_problem(table: TablePlan, plan: Plan) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import ZCH_BYTES_PER_ROW, Bytes, Room, Times
 from sharding.cost.memory import gib
-from sharding.plan.compare import place_text
+from sharding.plan.compare import placement_text
 from sharding.plan.placement import TablePlan
 from sharding.report.text import table_totals
 
@@ -94,7 +94,7 @@ def _tried(assessment: Assessment, name: str, table: TablePlan, room: Room) -> A
 
 
 def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
-    """Why this place, what the next best would cost, and every other."""
+    """Why this placement, what the next best would cost, and every other."""
     chosen, *others = alternatives(assessment, name, room)
     table = chosen.table
     size = gib(chosen.bytes.rows + chosen.bytes.state)
@@ -102,7 +102,7 @@ def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
     lines = [
         f"{name}: {table.num_embeddings:,} x {table.embedding_dim}, {table.ids:g} ids a row over {table.bags} field(s){known}, "
         f"{size} with optimizer state{' and ids' if table.zch_buckets else ''}",
-        f"planned: {place_text(table)}, {_cost(chosen)}",
+        f"planned: {placement_text(table)}, {_cost(chosen)}",
     ]
     fitting = [each for each in others if each.fits]
     if fitting:
@@ -111,18 +111,18 @@ def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
         busiest = next_best.busiest_seconds - chosen.busiest_seconds
         held = next_best.bytes.hbm + next_best.bytes.ddr - chosen.bytes.hbm - chosen.bytes.ddr
         lines.append(
-            f"next best: {place_text(next_best.table)}: step {1e3 * step:+.3f} ms ({100 * step / chosen.step_seconds:+.1f} %), "
+            f"next best: {placement_text(next_best.table)}: step {1e3 * step:+.3f} ms ({100 * step / chosen.step_seconds:+.1f} %), "
             f"busiest rank {1e3 * busiest:+.3f} ms, memory over all ranks {'+' if held >= 0 else '-'}{gib(abs(held))}"
         )
     lines.append(
-        f"  {'place':<34}{'largest shard: lookup':>22}{'output':>9}{'gradient':>9}{'update':>9}  {'all bytes':>12}  {'step':>10}"
+        f"  {'placement':<34}{'largest shard: lookup':>22}{'output':>9}{'gradient':>9}{'update':>9}  {'all bytes':>12}  {'step':>10}"
     )
     for each in (chosen, *others):
         _, lookup, output, gradient, update = (1e3 * part for part in each.times)
         times = f"{lookup:>22.3f}{output:>9.3f}{gradient:>9.3f}{update:>9.3f}"
-        place = f"{each.table.sharding_type} {each.table.compute_kernel}"
+        label = f"{each.table.sharding_type} {each.table.compute_kernel}"
         step = f"{1e3 * each.step_seconds:.3f} ms" if each.fits else "no room"
-        lines.append(f"  {place:<34}{times}  {gib(each.bytes.hbm + each.bytes.ddr):>12}  {step:>10}")
+        lines.append(f"  {label:<34}{times}  {gib(each.bytes.hbm + each.bytes.ddr):>12}  {step:>10}")
     notes = {
         "row_wise": "row_wise: every rank sends partial sums for all rows of the batch, so it pays where a table is large",
         "table_row_wise": "table_row_wise: partial sums are added inside one host, where links are fast; 1 / ranks-a-host leaves it",
@@ -133,7 +133,7 @@ def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
     note = notes[table.sharding_type]
     if table.zch_buckets:
         note = (
-            f"encoding zch: row_wise is the only place; each rank gives rows to the ids of its share of the {table.zch_buckets} buckets, and "
+            f"encoding zch: row_wise is the only placement; each rank gives rows to the ids of its share of the {table.zch_buckets} buckets, and "
             f"keeps {ZCH_BYTES_PER_ROW} bytes a row of which id has it and how it was used"
         )
     return [*lines, f"  times in ms; {note}"]

@@ -7,7 +7,7 @@ import jinja2
 from data.errors import InputError
 from sharding.cost.assess import Assessment
 from sharding.cost.memory import gib
-from sharding.plan.compare import place_text
+from sharding.plan.compare import placement_text
 from sharding.report.text import report_lines, table_totals
 
 ROWS_SHOWN = 40  # tables with a row of their own, by time; the rest share one
@@ -39,7 +39,7 @@ def write_html(assessment: Assessment, path: Path) -> None:
     page = jinja2.Environment(autoescape=True).from_string(_PAGE).render(
         assessment=assessment,
         heat=[(rows, max((max(row) for row in rows.values()), default=1.0)) for rows in (grid, ranks)],
-        places={name: place_text(table) for name, table in plan.tables.items()},
+        placements={name: placement_text(table) for name, table in plan.tables.items()},
         memory=[sum(assessment.memory(rank)) for rank in assessment.ranks],
         most=assessment.fullest_bytes,
         gib=gib,
@@ -67,15 +67,15 @@ bound by {{ assessment.path.bound_by }}; busiest rank {{ "%.1f" | format(100 * a
 <p>Rows are tables, columns are ranks; colour is time of a step, point at a cell to read it.</p>
 <div class=scroll><table class=heat>
 {%- for rows, largest in heat %}{% for name, row in rows.items() %}
-<tr><th title="{{ places.get(name, "") }}">{{ name }}</th>
+<tr><th title="{{ placements.get(name, "") }}">{{ name }}</th>
 {%- for value in row %}<td{% if value > 0 %} title="{{ name }}, rank {{ loop.index0 }}: {{ "%.3f" | format(value) }} ms" style="background:rgba(33,102,172,
 {{- "%.3f" | format(0.12 + 0.88 * (value / largest) ** 0.5) }})"{% endif %}></td>{% endfor -%}
 <td class=n>{{ "%.2f" | format(row | sum) }}</td></tr>{% endfor %}{% endfor %}
 <tr><th>memory</th>{% for size in memory %}<td title="rank {{ loop.index0 }}: {{ gib(size) }}" style="background:rgba(106,81,163,
 {{- "%.3f" | format(0.1 + 0.9 * size / most) }})"></td>{% endfor %}<td></td></tr></table></div>
-<h2>Tables</h2><table class=list><tr><th>table<th>place<th>bytes with state<th>ms of the slowest shard</tr>
+<h2>Tables</h2><table class=list><tr><th>table<th>placement<th>bytes with state<th>ms of the slowest shard</tr>
 {%- for name, (size, times) in totals.items() %}
-<tr><td>{{ name }}</td><td>{{ places[name] }}</td><td class=n>{{ "{:,}".format(size.rows + size.state) }}</td>
+<tr><td>{{ name }}</td><td>{{ placements[name] }}</td><td class=n>{{ "{:,}".format(size.rows + size.state) }}</td>
 <td class=n>{{ "%.3f" | format(1e3 * times.total) }}</td></tr>{% endfor %}</table>
 <h2>Report</h2><pre>{{ report }}</pre></html>
 """

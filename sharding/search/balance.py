@@ -1,6 +1,6 @@
 """After TorchRec's partitioner: move, swap and re-split tables until the busiest rank can give nothing away.
 
-TorchRec deals out largest first and never looks back. With few large and many small tables that leaves ranks 20 to 40 % above the
+TorchRec assigns the largest tables first and never looks back. With few large and many small tables that leaves ranks 20 to 40 % above the
 mean; the passes here take what can be taken off the busiest rank, one step after the other, and never make a rank overflow.
 """
 

@@ -141,10 +141,10 @@ def _unbounded(table: TablePlan, name: str, plan: Plan, constraint: TableConstra
             raise InputError(
                 f"{where}.{key} = {list(allowed)}: its fields are of encoding 'zch', which runs {only} only; allow {only}, or remove it"
             )
-    place = replace(table, sharding_type="row_wise", compute_kernel="fused", ranks=())
-    if problem := zch_problem(place, plan):
+    placed = replace(table, sharding_type="row_wise", compute_kernel="fused", ranks=())
+    if problem := zch_problem(placed, plan):
         raise InputError(f"table {name}: {problem}")
-    return place
+    return placed
 
 
 def _by_size(table: TablePlan, asked: tuple[str, ...], task: Task, plan: Plan) -> list[str]:

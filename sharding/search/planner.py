@@ -193,8 +193,8 @@ class _Estimator(ShardEstimator):
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Any = None) -> None:
         """Fill in every shard's time and bytes."""
         for option in sharding_options:
-            place = _match(option, self.options[option.name])
-            for shard, cost in zip(option.shards, table_costs(place, self.plan, self.cluster), strict=True):
+            placed = _match(option, self.options[option.name])
+            for shard, cost in zip(option.shards, table_costs(placed, self.plan, self.cluster), strict=True):
                 times = cost.times
                 shard.perf = Perf(
                     fwd_compute=MILLISECONDS * times.lookup,
@@ -222,7 +222,7 @@ class Ordered(EmbeddingEnumerator):
     def enumerate(self, module: nn.Module, sharders: list[Any]) -> list[ShardingOption]:
         """List the options of every table."""
         options = super().enumerate(module, sharders)
-        tables = {name: place for place, name in enumerate(dict.fromkeys(each.name for each in options))}
+        tables = {name: index for index, name in enumerate(dict.fromkeys(each.name for each in options))}
 
         def order(option: ShardingOption) -> tuple[int, int, int]:
             types, kernels = self.wanted[option.name].sharding_types, self.wanted[option.name].compute_kernels
