@@ -13,7 +13,7 @@ from mbcnet_rec.study import runner, runs
 from mbcnet_rec.study.pictures import best_learned
 from mbcnet_rec.study.probe import MISSING, Probe, neuron_outputs, probe_run
 from mbcnet_rec.study.runs import scores
-from mbcnet_rec.study.studies import STUDIES
+from mbcnet_rec.study.studies import MODELS, STUDIES
 from mbcnet_rec.study.summary import summarise
 
 SHORT = ["--set", "train.max_steps=15", "--set", "train.eval_every=5"]
@@ -40,11 +40,15 @@ def again(home, monkeypatch):
         monkeypatch.setattr(runs, "train_one", refuse)
         command = ["study", name, "--config", str(home / "rows/run.toml"), "--seeds", "2", *args, *SHORT]
         assert main([*command, "--out", str(home / "studies")]) == 0
-        return (home / f"studies/{name}_small.md").read_text(), (
-            home / f"studies/{name}_small.html"
-        ).read_text()
+        page = home / f"studies/{name}_small"
+        return page.with_suffix(".md").read_text(), page.with_suffix(".html").read_text()
 
     return run
+
+
+def folders_of(home, kind):
+    folders = [path.parent for path in (home / "studies/runs").glob("*/DONE")]
+    return [folder for folder in folders if load_config(folder / "config.toml").model.kind == kind]
 
 
 def test_table3_compares_the_models_with_the_paper_beside(home, again):
@@ -52,9 +56,8 @@ def test_table3_compares_the_models_with_the_paper_beside(home, again):
     assert len(list((home / "studies/runs").glob("*/DONE"))) == 4
     row = next(line for line in text.splitlines() if "MBCnet |" in line.replace("**", ""))
     assert row.count("±") == 2 and "0.7522 / 0.2866" in row and "0.7642 / 0.2800" in row
-    assert re.search(r"[+-]0\.\d{4} \[[+-]\d+\.\d{4}, [+-]\d+\.\d{4}\]", row), (
-        "a difference with its interval"
-    )
+    interval = r"[+-]0\.\d{4} \[[+-]\d+\.\d{4}, [+-]\d+\.\d{4}\]"
+    assert re.search(interval, row), "a difference with its interval"
     assert "MBCnet beats DNN" in text and "Of 1 claims of the paper" in text
     assert re.search(r"MBCnet is (ahead of|behind) DNN", text)
     assert "mbcnet study table3 --config" in page and "every key resolved" in page
@@ -74,11 +77,7 @@ def test_the_page_needs_no_other_file(again):
 
 def test_the_mean_is_that_of_the_runs(home, again):
     text, _ = again("table3", "--models", "dnn")
-    found = [scores(path.parent) for path in (home / "studies/runs").glob("*/DONE")]
-    kinds = [
-        load_config(path.parent / "config.toml").model.kind for path in (home / "studies/runs").glob("*/DONE")
-    ]
-    aucs = [each["auc"] for each, kind in zip(found, kinds, strict=True) if kind == "dnn"]
+    aucs = [scores(folder)["auc"] for folder in folders_of(home, "dnn")]
     assert f"{np.mean(aucs):.4f} ± {np.std(aucs, ddof=1):.4f}" in text
 
 
@@ -111,11 +110,7 @@ def test_complexity_needs_no_run(home, again):
 
 
 def test_probe_sees_what_the_run_was_tested_on(home):
-    folder = next(
-        path.parent
-        for path in (home / "studies/runs").glob("*/DONE")
-        if load_config(path.parent / "config.toml").model.kind == "mbcnet"
-    )
+    folder = folders_of(home, "mbcnet")[0]
     probe = probe_run(folder, "test", category="item")
     assert probe.names == ("efgc", "cross", "deep") and probe.latents.shape == (3, 400, 8)
     assert probe.log_loss().mean(0)[0] == pytest.approx(scores(folder)["log_loss"], abs=1e-6)
@@ -144,12 +139,9 @@ def test_failed_runs_are_lines_of_the_report():
 
 def test_tuned_models_stand_in_and_overrides_hold_for_them(home, tmp_path):
     base = load_config(home / "rows/run.toml")
-    (tmp_path / "dnn.toml").write_text(
-        (home / "rows/run.toml").read_text().replace("dense_lr = 5e-3", "dense_lr = 7e-3")
-    )
-    dnn, ours = (
-        next(row for row in STUDIES["table3"].variants if row.name == name) for name in ("DNN", "MBCnet")
-    )
+    text = (home / "rows/run.toml").read_text()
+    (tmp_path / "dnn.toml").write_text(text.replace("dense_lr = 5e-3", "dense_lr = 7e-3"))
+    dnn, ours = MODELS["dnn"], MODELS["mbcnet"]
     tuned = runner.variant_config(base, dnn, tmp_path, ("train.epochs=9",))
     assert (tuned.optim.dense_lr, tuned.model.kind, tuned.train.epochs) == (7e-3, "dnn", 9)
     assert runner.variant_config(base, ours, tmp_path).optim.dense_lr == 5e-3

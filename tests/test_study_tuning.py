@@ -47,8 +47,8 @@ def trained(monkeypatch):
             if watch is not None and watch(step, config.optim.dense_lr):
                 break
         (config.run_folder / "DONE").touch()
-        lines = [json.dumps({"split": "valid", "step": 30, "auc": config.optim.dense_lr})]
-        (config.run_folder / "metrics.jsonl").write_text("\n".join(lines))
+        line = {"split": "valid", "step": 30, "auc": config.optim.dense_lr}
+        (config.run_folder / "metrics.jsonl").write_text(json.dumps(line))
         return ""
 
     monkeypatch.setattr(tuning, "train_one", train_one)
@@ -66,9 +66,7 @@ def test_winner_is_a_config_that_trains_again(config, trained, tmp_path):
     best = load_config(path)
     assert best.optim.dense_lr == winner.value == max(each.optim.dense_lr for each in trained)
     assert best.model.kind == "dnn" and best.model.dnn.hidden in ((8,), (16, 8))
-    assert best.train.out == config.train.out, (
-        "the winner is the config with the winner's values, not a trial's folder"
-    )
+    assert best.train.out == config.train.out, "the config with the winner's values, not a trial's folder"
     assert len(trained) == 3 and {each.train.seed for each in trained} == {config.train.seed}
     assert all(each.model.mbcnet.dropout == 0 for each in trained), "keys of other models are not drawn"
 
@@ -113,7 +111,7 @@ def test_a_killed_trial_is_tried_again_with_its_values(config, trained, tmp_path
     assert len(trained) == 3
 
 
-def test_hopeless_trials_are_pruned_and_not_taken_for_whole_runs(config, trained, tmp_path):
+def test_poor_trials_are_pruned_and_not_taken_for_whole_runs(config, trained, tmp_path):
     space = Space(SPACE.ranges, 8, "random")
     tune(config, tmp_path / "tuned", space=space)
     study = optuna.load_study(study_name="dnn", storage=f"sqlite:///{tmp_path / 'tuned' / 'dnn.db'}")
@@ -156,9 +154,8 @@ def test_the_shipped_space_fits_every_model_of_table_3(kind, config, tmp_path):
 
 
 def test_ranges_of_whole_numbers_and_tables():
-    space = Space(
-        {"train.epochs": Range(low=1, high=3), "model": Range(choices=({"dnn.hidden": [4]},))}, 1, "tpe"
-    )
+    ranges = {"train.epochs": Range(low=1, high=3), "model": Range(choices=({"dnn.hidden": [4]},))}
+    space = Space(ranges, 1, "tpe")
     trial = optuna.trial.FixedTrial({"train.epochs": 2, "model": json.dumps({"dnn.hidden": [4]})})
     assert tuning.draw_overrides(trial, space, "dnn") == ["train.epochs=2", "model.dnn.hidden=[4]"]
 
@@ -192,10 +189,7 @@ def test_command_line_answers_mistakes(tmp_path, config, capfd):
     for args, words in (
         (["--config", run, "--space", "nowhere.toml"], "nowhere.toml"),
         (["--config", run, "--space", str(SHIPPED), "--models", "dnm"], "dnm"),
-        (
-            ["--config", run, "--space", str(space)],
-            "optim.dense_rate is not a known key; did you mean 'dense_lr'?",
-        ),
+        (["--config", run, "--space", str(space)], "dense_rate is not a known key; did you mean 'dense_lr'?"),
         (["--config", run, "--space", str(SHIPPED), "--trials", "-1"], "trials"),
     ):
         assert main(["tune", *args, "--out", str(tmp_path / "out")]) == 2

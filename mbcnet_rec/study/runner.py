@@ -1,4 +1,4 @@
-"""`mbcnet study NAME`: variants x seeds -> runs -> report. Started again, it goes on with the runs that are missing."""
+"""`mbcnet study NAME`: variants x seeds -> runs -> a page. Started again, it trains only the runs that are missing."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ def with_models(study: Study, models: Sequence[str]) -> Study:
     """Take other models into a study of models, or some of its own.
 
     Raises:
-        InputError: the study compares no models, or a kind is unknown.
+        InputError: the study does not compare models, or a kind is unknown.
     """
     if not models:
         return study
