@@ -25,6 +25,7 @@ from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, LocalStorage, latest_step
 from mbcnet_rec.checkpoints.warm_start import warm_start
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
+from mbcnet_rec.cpu.linear import bf16_in_hardware
 from mbcnet_rec.logs.metrics_log import METRICS, Records, write_whole
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
@@ -34,7 +35,7 @@ from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_
 from mbcnet_rec.runtime.watchdog import STACKS, Watchdog
 from mbcnet_rec.scoring.trained_run import known_best
 from mbcnet_rec.training.built import Built
-from mbcnet_rec.training.evaluation import EvaluationGivenUpError, bf16_in_hardware
+from mbcnet_rec.training.evaluation import EvaluationStoppedError
 from mbcnet_rec.training.faults import FAULTS
 from mbcnet_rec.training.trainer import RunContext, Trainer, Watch
 from sharding.plan.plan_file import write_plan
@@ -275,7 +276,7 @@ def _test(
             load_checked(Saved(folder), trainer.built, process)
     try:
         metrics = trainer.evaluate(open_test())
-    except EvaluationGivenUpError:
+    except EvaluationStoppedError:
         raise trainer.preempted() from None
     if process.is_first:
         records = trainer.context.open_records(state.step)

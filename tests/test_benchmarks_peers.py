@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.schema import load_schema
-from mbcnet_rec.training.evaluation import bf16_in_hardware
+from mbcnet_rec.cpu.linear import bf16_in_hardware
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -158,8 +158,8 @@ def test_what_is_not_its_own_is_left_alone(runs, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "_predict.json").write_text(json.dumps({"format": 1}))
     for out, options, words in (
-        (tmp_path, {}, "no prediction"),
-        (tmp_path / "other", {}, "no prediction"),
+        (tmp_path, {}, "not a prediction"),
+        (tmp_path / "other", {}, "not a prediction"),
         (tmp_path / "notes.txt", {}, "is a file"),
         (tmp_path / "x", {"keep": ["nothing"]}, "no such column"),
         (tmp_path / "x", {"keep": ["probability"]}, "no such column"),

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data.errors import InputError
@@ -28,7 +27,7 @@ from data.reading.selection import Selection
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import Schema
 from data.stream.batch import Batch, gather
-from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.scoring.scorer import Scorer
 
 CHUNK_ROWS = 262_144  # a chunk ends with the row group that reaches them
@@ -191,20 +190,7 @@ def score_chunks(
                 chunk, extra, columns = each.note
                 bar.update(min(columns.num_rows * len(dealt), total - bar.n))
                 yield ScoredRows(chunk, extra, each.logits, each.labels, columns.group_ids)
-    refuse_faults(faults, process)
-
-
-def refuse_faults(faults: Sequence[str], process: Process) -> None:
-    """Raise the faults of all ranks on every rank.
-
-    Raises:
-        InputError: naming the first one, and how many more there are.
-    """
-    everyone: list[list[str]] = [list(faults)]
-    if process.world_size > 1:
-        everyone = [[] for _ in range(process.world_size)]
-        dist.all_gather_object(everyone, list(faults))
-    found = [fault for each in everyone for fault in each]
-    if found:
-        more = f" (and faults in {len(found) - 1} more places)" if len(found) > 1 else ""
-        raise InputError(found[0] + more)
+    with agreed(process):
+        if faults:
+            more = f" (and faults in {len(faults) - 1} more chunks)" if len(faults) > 1 else ""
+            raise InputError(faults[0] + more)

@@ -168,7 +168,7 @@ def _naming_write_faults(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CannotWriteError(
-            f"{out}: cannot be written ({error.strerror or error}); mend it and start the same command again: it goes on "
+            f"{out}: cannot be written ({error.strerror or error}); repair it and start the same command again: it goes on "
             "where it stopped"
         ) from None
 
@@ -244,7 +244,7 @@ def prepare(job: Job, request: dict[str, Any], overwrite: bool) -> str:
     if job.out.is_dir() and any(job.out.iterdir()):
         before = _read_request(note)
         if before is None:
-            return f"{job.out}: holds something that is no prediction; choose another --out"
+            return f"{job.out}: holds something that is not a prediction; choose another --out"
         if overwrite:
             shutil.rmtree(job.out)
         else:
@@ -268,7 +268,7 @@ def prepare(job: Job, request: dict[str, Any], overwrite: bool) -> str:
 
 
 def _read_request(note: Path) -> dict[str, Any] | None:
-    """The note that an earlier prediction left; None where there is none of ours."""
+    """The note that an earlier prediction left, or None."""
     try:
         before = json.loads(note.read_text())
         whole = before["format"] == 1 and {"weights", "columns"} <= before.keys()

@@ -16,8 +16,8 @@ from data.errors import InputError
 from data.reading.decode import RowReader
 from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema
-from mbcnet_rec.runtime.process import Process
-from mbcnet_rec.scoring.chunks import Chunk, refuse_faults
+from mbcnet_rec.runtime.process import Process, agreed
+from mbcnet_rec.scoring.chunks import Chunk
 
 MAX_SLICES = 50  # of one column
 MAX_VALUES = 1_000_000  # different ones of one column, which are counted
@@ -84,8 +84,7 @@ def count_slices(
         InputError: on every rank, where a file is damaged or a column has more than MAX_VALUES values.
     """
     counts: list[Counter[str]] = [Counter() for _ in by]
-    faults: list[str] = []
-    try:
+    with agreed(process):
         for group in (group for chunk in own if by for group in chunk.row_groups):
             for rows in reader.scan_extra(group, COUNTED_ROWS):
                 for name, counter, column in zip(by, counts, rows.columns, strict=True):
@@ -96,9 +95,6 @@ def count_slices(
                         raise InputError(
                             f"--by {name}: more than {MAX_VALUES:,} different values; choose a column with fewer"
                         )
-    except InputError as error:
-        faults.append(str(error))
-    refuse_faults(faults, process)
     everyone: list[Any] = [counts]
     if process.world_size > 1 and by:
         everyone = [None] * process.world_size

@@ -60,10 +60,10 @@ def load_built(config: RunConfig, schema: Schema, folder: Path, step: int, proce
     if sharding.plan and not _fits(Path(sharding.plan), process):
         sharding = dataclasses.replace(sharding, plan="")
     built = build(dataclasses.replace(config, sharding=sharding), schema, process)
-    pieces = [piece for piece in shards_of(built.model, built.optimizer) if piece.name.startswith("model/")]
+    shards = [each for each in shards_of(built.model, built.optimizer) if each.name.startswith("model/")]
     with storage_of(config.train, folder).fetched(step) as saved:
         checkpoint = Saved(saved)
-        load_shards(checkpoint, pieces, process.rank, process.world_size)
+        load_shards(checkpoint, shards, process.rank, process.world_size)
         check_rows(checkpoint, built.model)
     for buffer in built.model.buffers():
         if buffer.is_floating_point():
@@ -93,11 +93,10 @@ def read_whole(config: RunConfig, folder: Path, step: int, tensors: dict[str, Te
     Raises:
         InputError: the checkpoint is damaged, or holds other tensors.
     """
-    pieces = [whole_shard(f"model/{name}", tensor) for name, tensor in tensors.items()]
+    shards = [whole_shard(f"model/{name}", tensor) for name, tensor in tensors.items()]
     with torch.no_grad(), storage_of(config.train, folder).fetched(step) as saved:
-        load_shards(
-            Saved(saved), pieces, rank=0, world_size=0
-        )  # no world has size 0: statistics of ranks are averaged
+        # no world has size 0: statistics that each rank has saved are averaged
+        load_shards(Saved(saved), shards, rank=0, world_size=0)
 
 
 def branch_names(config: ModelConfig) -> tuple[str, ...]:
@@ -107,10 +106,8 @@ def branch_names(config: ModelConfig) -> tuple[str, ...]:
 
 def scorer_of(config: RunConfig, built: Built, process: Process) -> tuple[Scorer, int]:
     """The scorer of a run's model, and the rows of one rank's batch."""
-    size = config.data.eval_batch_size or config.data.batch_size
-    return Scorer(built.model, autocast_of(config.train.autocast, process.device)), max(
-        1, size // process.world_size
-    )
+    rows = (config.data.eval_batch_size or config.data.batch_size) // process.world_size
+    return Scorer(built.model, autocast_of(config.train.autocast, process.device)), max(1, rows)
 
 
 def weights_digest(config: RunConfig, folder: Path, step: int) -> str:

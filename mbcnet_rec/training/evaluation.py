@@ -23,13 +23,8 @@ from mbcnet_rec.scoring.tally import EXACT_ROWS, BinnedRows, KeptRows, group_str
 from mbcnet_rec.training.built import Built
 
 
-class EvaluationGivenUpError(Exception):
+class EvaluationStoppedError(Exception):
     """Somebody asked the run to stop while it evaluated."""
-
-
-def bf16_in_hardware() -> bool:
-    """Whether oneDNN has bf16 products for this CPU: AVX-512, AMX or their like. Without, a DNN trained at a seventh of float32's speed."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def average_terms(outputs: list[Outputs]) -> dict[str, float]:
@@ -80,7 +75,7 @@ def evaluate_stream(
     stream: ParquetStream,
     process: Process,
     autocast: Autocast,
-    give_up: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
     exact_rows: int = EXACT_ROWS,
 ) -> dict[str, Any]:
     """Score every row of a stream once; return its metrics, equal on every rank. Training goes on as if it had not happened.
@@ -90,11 +85,11 @@ def evaluate_stream(
         stream: of rows.
         process: this rank.
         autocast: context of the forward pass.
-        give_up: asked after each batch, with the same answer on every rank.
+        stop_requested: asked after each batch, with the same answer on every rank.
         exact_rows: up to which all rows are gathered on rank 0; beyond, AUC is binned and GAUC is of a sample of groups.
 
     Raises:
-        EvaluationGivenUpError: `give_up` returned True.
+        EvaluationStoppedError: `stop_requested` returned True.
     """
     names, has_groups = built.branch_names, bool(stream.schema.group_column)
     kept = KeptRows(1 + len(names), has_groups=has_groups)
@@ -109,8 +104,8 @@ def evaluate_stream(
         for each in scored:
             groups = None if each.note is None else each.note.numpy()[each.real]
             (binned or kept).add(each.logits, each.labels, groups)
-            if give_up():
-                raise EvaluationGivenUpError
+            if stop_requested():
+                raise EvaluationStoppedError
     metrics: dict[str, Any] = {}
     if binned is not None:
         metrics = {name: each.value for name, each in binned.metrics(process).items()}

@@ -30,7 +30,7 @@ from mbcnet_rec.scoring.scorer import autocast_of
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
 from mbcnet_rec.training.evaluation import (
-    EvaluationGivenUpError,
+    EvaluationStoppedError,
     average_terms,
     diagnostics,
     evaluate_stream,
@@ -338,7 +338,7 @@ class Trainer:
         start = time.perf_counter()
         try:
             metrics = self.evaluate(self.valid())
-        except EvaluationGivenUpError:
+        except EvaluationStoppedError:
             self._stop(records)
             raise
         self.window.started += time.perf_counter() - start  # an evaluation is no part of a training step
@@ -359,15 +359,15 @@ class Trainer:
         """Score a stream; its metrics are equal on every rank.
 
         Raises:
-            EvaluationGivenUpError: some rank was asked to stop.
+            EvaluationStoppedError: some rank was asked to stop.
         """
 
-        def give_up() -> bool:
+        def stop_requested() -> bool:
             self.context.watchdog.beat(f"evaluation at step {self.state.step}")
             return any_rank(self.context.stop.requested)
 
         self.context.watchdog.beat(f"evaluation at step {self.state.step}")
-        return evaluate_stream(self.built, stream, self.process, self.autocast, give_up)
+        return evaluate_stream(self.built, stream, self.process, self.autocast, stop_requested)
 
     def _stop(self, records: Records | None) -> None:
         self.save(records)
