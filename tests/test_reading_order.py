@@ -30,10 +30,10 @@ def test_windows_cover_every_row_once_and_keep_to_their_lane(sizes, lanes, windo
     bounds = lane_bounds(options, total)
     windows = plan_windows(groups_of(sizes), bounds, window_rows)
     rows = [
-        (segment.row_group.index, row)
+        (row_group.index, row)
         for window in windows
-        for segment in window.segments
-        for row in range(segment.start, segment.stop)
+        for row_group, start, stop in window.segments
+        for row in range(start, stop)
     ]
     assert rows == [(index, row) for index, size in enumerate(sizes) for row in range(size)]
     position = 0
@@ -46,8 +46,8 @@ def test_windows_cover_every_row_once_and_keep_to_their_lane(sizes, lanes, windo
             size for size in [1, *sizes] if size <= window_rows or size == 1
         )
         # row groups that fit a window are cut by lanes only
-        for segment in window.segments:
-            if segment.row_group.num_rows <= window_rows and segment.stop < segment.row_group.num_rows:
+        for row_group, _, stop in window.segments:
+            if row_group.num_rows <= window_rows and stop < row_group.num_rows:
                 assert position in bounds
 
 

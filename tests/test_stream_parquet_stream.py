@@ -342,7 +342,7 @@ def test_a_wrong_column_in_one_file_of_many_is_named_before_any_batch(tmp_path, 
     assert f"{files[3]}: {found}" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_mended_values_are_counted_by_field(tmp_path):
+def test_repaired_values_are_counted_by_field(tmp_path):
     files = write_log(tmp_path, [20, 20])
     table = rows_table(0, 20)
     bad_rows = pa.array([-1, IDS] + [7] * 18, pa.int64())

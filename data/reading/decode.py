@@ -32,7 +32,7 @@ from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.encode import Encoder, Place
 from data.reading.files import one_batch, read_or_name
-from data.reading.order import RowGroup, Segment, Window
+from data.reading.order import RowGroup, Window
 from data.reading.selection import Selection
 from data.reading.storage import DataFile, open_parquet
 
@@ -318,16 +318,16 @@ class Decoder:
         Raises:
             InputError: by the task: a file is damaged or has changed, or a value is faulty.
         """
-        sources = [(segment.row_group, self._source(segment, window.lane)) for segment in window.segments]
+        sources = [(segment[0], self._source(*segment, window.lane)) for segment in window.segments]
         return partial(self._decode, sources, window.num_rows, seed)
 
-    def _source(self, segment: Segment, lane: int) -> Callable[[], list[Rows]]:
-        row_group, window_rows = segment.row_group, self.reader.selection.options.window_rows
-        if row_group.num_rows <= window_rows:
-            return lambda: [_cut(*self.reader.whole(row_group), segment.start, segment.stop)]
+    def _source(self, row_group: RowGroup, start: int, stop: int, lane: int) -> Callable[[], list[Rows]]:
+        """Return what reads the kept rows [start, stop) of a row group."""
+        if row_group.num_rows <= self.reader.selection.options.window_rows:
+            return lambda: [_cut(*self.reader.whole(row_group), start, stop)]
         if lane not in self._long or self._long[lane].row_group != row_group:
             self._long[lane] = _LongRowGroup(self.reader, row_group)
-        return self._long[lane].expect(segment)
+        return self._long[lane].expect(start, stop)
 
     def _decode(
         self, sources: list[tuple[RowGroup, Callable[[], list[Rows]]]], num_rows: int, seed: list[int] | None
@@ -351,26 +351,25 @@ class _LongRowGroup:
 
     def __init__(self, reader: RowReader, row_group: RowGroup) -> None:
         self.row_group = row_group
-        self.expected: deque[Segment] = deque()
-        self.ready: dict[Segment, list[Rows]] = {}
+        self.expected: deque[tuple[int, int]] = deque()  # rows [start, stop)
+        self.ready: dict[int, list[Rows]] = {}  # by start
         self.batches = reader.batches(row_group, reader.selection.options.window_rows, reader.columns)
         self.position = 0  # kept rows passed so far
         self.rest: Rows | None = None  # read, and not yet passed
         self.lock = threading.Lock()
 
-    def expect(self, segment: Segment) -> Callable[[], list[Rows]]:
-        """Return what reads the rows of a segment, which comes after those asked for before."""
-        self.expected.append(segment)
-        return partial(self._take, segment)
+    def expect(self, start: int, stop: int) -> Callable[[], list[Rows]]:
+        """Return what reads the kept rows [start, stop), which come after those asked for before."""
+        self.expected.append((start, stop))
+        return partial(self._take, start)
 
-    def _take(self, segment: Segment) -> list[Rows]:
-        """Read an expected segment. The thread that comes first reads those before it too."""
+    def _take(self, start: int) -> list[Rows]:
+        """Read expected rows. The thread that comes first reads those before them too."""
         with self.lock:
-            while segment not in self.ready:
-                following = self.expected[0]
-                self.ready[following] = self._pull(following.start, following.stop)
+            while start not in self.ready:
+                self.ready[self.expected[0][0]] = self._pull(*self.expected[0])
                 self.expected.popleft()
-            return self.ready.pop(segment)
+            return self.ready.pop(start)
 
     def _pull(self, start: int, stop: int) -> list[Rows]:
         parts: list[Rows] = []

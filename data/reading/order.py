@@ -41,21 +41,20 @@ class RowGroup(NamedTuple):
     stored_rows: int
 
 
-class Segment(NamedTuple):
-    """Kept rows [start, stop) of a row group."""
-
-    row_group: RowGroup
-    start: int
-    stop: int
-
-
 class Window(NamedTuple):
-    """Neighbouring rows that are decoded, and in shuffled order permuted, together. `first_row`: place in the epoch's sequence."""
+    """Neighbouring rows that are decoded, and in shuffled order permuted, together.
+
+    Attributes:
+        lane: that they belong to.
+        first_row: place in the epoch's sequence.
+        num_rows: of all segments.
+        segments: row groups, and which of their kept rows: [start, stop).
+    """
 
     lane: int
     first_row: int
     num_rows: int
-    segments: tuple[Segment, ...]
+    segments: tuple[tuple[RowGroup, int, int], ...]
 
 
 def lane_bounds(options: StreamOptions, total: int) -> list[int]:
@@ -72,7 +71,7 @@ def plan_windows(row_groups: Sequence[RowGroup], bounds: Sequence[int], window_r
     The first window of each lane is shorter by another amount, so that lanes do not all need a new window at the same step.
     """
     windows: list[Window] = []
-    segments: list[Segment] = []
+    segments: list[tuple[RowGroup, int, int]] = []
     position = first = lane = 0
 
     def target() -> int:
@@ -93,7 +92,7 @@ def plan_windows(row_groups: Sequence[RowGroup], bounds: Sequence[int], window_r
             stop = min(row_group.num_rows, start + bounds[lane + 1] - position)
             if row_group.num_rows > window_rows:
                 stop = min(stop, start + max(1, target() - (position - first)))
-            segments.append(Segment(row_group, start, stop))
+            segments.append((row_group, start, stop))
             position += stop - start
             start = stop
             if position == bounds[lane + 1] or position - first >= target():
