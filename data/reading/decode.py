@@ -17,6 +17,7 @@ import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -281,15 +282,17 @@ class Memory:
     """Memory of windows that are no longer used, for the next ones: fresh pages cost as much as filling them."""
 
     def __init__(self) -> None:
-        self.free: list[np.ndarray] = []
-        self.lock = threading.Lock()
+        # two at most: windows come and go one at a time; threads may use both ends of a deque at once
+        self.free: deque[np.ndarray] = deque(maxlen=2)
 
     def empty(self, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
         """Return a matrix of undefined content."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        with self.lock:
-            fits = [at for at, block in enumerate(self.free) if size <= block.nbytes <= 2 * size]
-            block = self.free.pop(fits[0]) if fits else np.empty(size, np.uint8)
+        block = np.empty(0, np.uint8)
+        with suppress(IndexError):
+            block = self.free.pop()
+        if not size <= block.nbytes <= 2 * size:
+            block = np.empty(size, np.uint8)
         return block[:size].view(dtype).reshape(shape)
 
     def give_back(self, matrix: np.ndarray) -> None:
@@ -297,8 +300,7 @@ class Memory:
         block = matrix
         while isinstance(block.base, np.ndarray):
             block = block.base
-        with self.lock:
-            self.free = [*self.free[-1:], block]  # two at most: windows come and go one at a time
+        self.free.append(block)
 
 
 class Decoder:
