@@ -18,16 +18,9 @@ from data.stream import ParquetStream
 DAY = 86_400
 FIRST = 1_714_521_600  # 2024-05-01T00:00Z
 DAYS, ROWS_A_DAY = 10, 24
-SCHEMA = parse_schema(
-    {
-        "name": "t",
-        "label": "click",
-        "time_column": "at",
-        "fields": {"row": {"kind": "categorical", "num_embeddings": 1000, "embedding_dim": 4}},
-    },
-    "schema.toml",
-    Path(),
-)
+FIELDS = {"row": {"kind": "categorical", "num_embeddings": 1000, "embedding_dim": 4}}
+TABLE = {"name": "t", "label": "click", "time_column": "at", "fields": FIELDS}
+SCHEMA = parse_schema(TABLE, "schema.toml", Path())
 KINDS = {
     "seconds": (pa.int64(), lambda s: s),
     "milliseconds": (pa.int64(), lambda s: s * 1000),
@@ -38,27 +31,23 @@ KINDS = {
 }
 
 
-def write_log(folder: Path, kind: str = "seconds", statistics=True, row_group_rows: int = 5) -> list[Path]:
+def write_rows(path: Path, rows, at: pa.Array, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"click": [row % 2 for row in rows], "row": list(rows), "at": at})
+    pq.write_table(table, path, **{"write_page_checksum": True} | options)
+    return path
+
+
+def write_log(folder: Path, kind: str = "seconds", statistics=True) -> list[Path]:
     """One file a day, one row an hour; row i is at hour i."""
     dtype, convert = KINDS[kind]
     files = []
     for day in range(DAYS):
         rows = range(day * ROWS_A_DAY, (day + 1) * ROWS_A_DAY)
-        at = pa.array(
-            [convert(FIRST + row * 3600) for row in rows], pa.int32() if kind == "date" else pa.int64()
-        )
-        table = pa.table(
-            {"click": pa.array([row % 2 for row in rows]), "row": pa.array(rows), "at": at.cast(dtype)}
-        )
-        files.append(folder / f"ds=2024-05-{day + 1:02d}" / "part-0.parquet")
-        files[-1].parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(
-            table,
-            files[-1],
-            row_group_size=row_group_rows,
-            write_statistics=statistics,
-            write_page_checksum=True,
-        )
+        at = pa.array([convert(FIRST + row * 3600) for row in rows])
+        at = at.cast(pa.int32() if kind == "date" else pa.int64()).cast(dtype)
+        path = folder / f"ds=2024-05-{day + 1:02d}" / "part-0.parquet"
+        files.append(write_rows(path, rows, at, row_group_size=5, write_statistics=statistics))
     return files
 
 
@@ -175,13 +164,9 @@ def test_conditions_and_sampling_together(files):
 
 
 def test_numbers_in_partitions_compare_as_numbers(tmp_path):
-    files = []
-    for hour in (2, 10, 9):
-        files.append(tmp_path / f"hour={hour}" / "a.parquet")
-        files[-1].parent.mkdir()
-        pq.write_table(
-            pa.table({"click": [hour % 2], "row": [hour], "at": [FIRST]}), files[-1], write_page_checksum=True
-        )
+    files = [
+        write_rows(tmp_path / f"hour={hour}" / "a.parquet", [hour], pa.array([FIRST])) for hour in (2, 10, 9)
+    ]
     assert kept(files, "hour >= 9") == [9, 10] and kept(files, "hour < last 1") == [2, 9]
     assert kept(files, "hour != 9") == [2, 10]
 
@@ -209,26 +194,17 @@ def test_faulty_conditions_are_explained(files, where, message):
 
 def test_a_null_instant_and_a_missing_time_column_are_named(files, tmp_path):
     bad = tmp_path / "ds=2024-05-11" / "part-0.parquet"
-    bad.parent.mkdir()
-    pq.write_table(
-        pa.table({"click": [0, 1], "row": [1, 2], "at": [FIRST + 99 * DAY, None]}),
-        bad,
-        write_page_checksum=True,
-    )
-    with pytest.raises(
-        InputError, match=r"ds=2024-05-11/part-0.parquet: row group 0, row 1, time column 'at' is null"
-    ):
-        kept([*files, bad], "at >= last 3")
+
+    def refused(message):
+        with pytest.raises(InputError, match=message):
+            kept([*files, bad], "at >= last 3")
+
+    write_rows(bad, [1, 2], pa.array([FIRST + 99 * DAY, None]))
+    refused(r"ds=2024-05-11/part-0.parquet: row group 0, row 1, time column 'at' is null")
     pq.write_table(pa.table({"click": [0], "row": [1]}), bad, write_page_checksum=True)
-    with pytest.raises(InputError, match=r"ds=2024-05-11/part-0.parquet: column 'at' is missing"):
-        kept([*files, bad], "at >= last 3")
-    pq.write_table(
-        pa.table({"click": [0], "row": [1], "at": [datetime.date(2024, 5, 11)]}),
-        bad,
-        write_page_checksum=True,
-    )
-    with pytest.raises(InputError, match=r"time column 'at' is date32\[day\], but int64 in .*ds=2024-05-01"):
-        kept([*files, bad], "at >= last 3")
+    refused(r"ds=2024-05-11/part-0.parquet: column 'at' is missing")
+    write_rows(bad, [1], pa.array([datetime.date(2024, 5, 11)]))
+    refused(r"time column 'at' is date32\[day\], but int64 in .*ds=2024-05-01")
 
 
 def test_wrong_statistics_are_found_out(files, monkeypatch):

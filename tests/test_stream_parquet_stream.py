@@ -101,9 +101,8 @@ def rows_of(batch) -> list[int]:
     assert weighted["liked"].weights().tolist() == [0.5 * row for row in liked]
     assert batch.dense_features[:real, 0].tolist() == [0.25 * row for row in rows]
     assert batch.labels[:real].tolist() == [float(row % 3 == 0) for row in rows]
-    assert len(batch.group_ids) == len(batch.labels) and len(set(batch.group_ids[:real].tolist())) == len(
-        set(rows)
-    )
+    assert len(batch.group_ids) == len(batch.labels)
+    assert len(set(batch.group_ids[:real].tolist())) == len(set(rows))
     return rows
 
 
