@@ -43,7 +43,7 @@ from peer_code.timed_steps import answer_tasks
 from quality import CLIP, DROPOUT, PEER_TRAINING, RATE
 from side_by_side import parser_of, print_figures
 
-from mbcnet_rec.training.evaluation import bf16_in_hardware
+from mbcnet_rec.cpu.linear import bf16_in_hardware
 
 HERE = Path(__file__).parent
 MODELS = ("dnn", "dcnv2", "finalmlp")
