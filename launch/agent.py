@@ -1,29 +1,30 @@
-"""torchrun, made readable: the same launcher with the same arguments.
+"""The launcher of one host: torchrun's arguments, with readable output and the worker's exit code.
 
-Rank 0 of each host writes to the terminal, the others to files; the job's first error is told once, where torchrun prints
-its own traceback and a table of ranks; the exit code is the worker's; and nothing is left running.
+Rank 0 of each host writes to the terminal, the others to files; the job's first error is printed once, where torchrun prints
+its own traceback and a table of ranks; the exit code is the worker's; and no process is left running.
 """
 
 import ctypes
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed.launcher.api as launcher
+from torch.distributed.elastic.agent.server import WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.run import config_from_args, parse_args
 
 from launch.elastic import Agent, describe, first_failure, pass_on, say
-from launch.job import PREEMPTED
+from launch.job import EXIT_CODES, LOGS, PREEMPTED
 from launch.worker import NOTES, PR_SET_PDEATHSIG
 
-LOGS = "logs"
 # torchx kills a local job 10 seconds after Ctrl-C; workers must be gone before.
 LOCAL_SHUTDOWN_SECONDS = 8
 # On a cluster workers may write a checkpoint for as long as the scheduler lets them.
@@ -36,7 +37,7 @@ def default_threads(cores: int, workers: int) -> int:
 
 
 def code_after_signal(signum: int, notes: Path) -> int:
-    """Exit code of a job that was told to stop: PREEMPTED where every worker of this host left so, else 128 + the signal."""
+    """Exit code after a signal: PREEMPTED where every worker of this host left with a checkpoint, else 128 + the signal."""
     codes = [path.read_text() for path in notes.glob("exit_*")]
     preempted = (
         bool(codes) and all(code in (str(PREEMPTED), "0") for code in codes) and str(PREEMPTED) in codes
@@ -55,13 +56,55 @@ def is_local() -> bool:
 
 
 def die_with_torchx() -> None:
-    """Ask the kernel for a SIGTERM should torchx be killed outright. Linux only."""
+    """Have the kernel send SIGTERM if torchx is killed outright. Linux only."""
     if sys.platform == "linux" and is_local():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def run_workers(args: Namespace) -> RunResult:
+    """Start this host's workers and wait for them, as `torchrun` would with these arguments.
+
+    Raises:
+        SignalException: this process was told to stop; the rendezvous stays open for the other hosts.
+    """
+    config, command, words = config_from_args(args)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
+    parameters = RendezvousParameters(
+        backend=config.rdzv_backend,
+        endpoint=config.rdzv_endpoint,
+        run_id=config.run_id,
+        min_nodes=config.min_nodes,
+        max_nodes=config.max_nodes,
+        local_addr=config.local_addr,
+        **config.rdzv_configs,
+    )
+    spec = WorkerSpec(
+        role=config.role,
+        local_world_size=config.nproc_per_node,
+        entrypoint=command,
+        args=tuple(words),
+        rdzv_handler=get_rendezvous_handler(parameters),
+        max_restarts=config.max_restarts,
+        monitor_interval=config.monitor_interval,
+        local_addr=config.local_addr,
+    )
+    assert config.logs_specs is not None and config.shutdown_timeout is not None  # config_from_args sets both
+    agent = Agent(
+        spec, config.logs_specs, start_method=config.start_method, shutdown_timeout=config.shutdown_timeout
+    )
+    stopped = False
+    try:
+        return agent.run()  # pyright: ignore[reportReturnType] (a decorator hides its type)
+    except SignalException:
+        stopped = True
+        raise
+    finally:
+        if not stopped:
+            spec.rdzv_handler.shutdown()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun's command line.
+    """Run the workers of this host.
 
     Args:
         argv: torchrun's arguments; the process's own when None.
@@ -79,25 +122,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.log_dir = args.log_dir or LOGS
     if args.shutdown_timeout is None:
         args.shutdown_timeout = LOCAL_SHUTDOWN_SECONDS if is_local() else SHUTDOWN_SECONDS
-    # Half of torchelastic's loggers take LOGLEVEL, the others this
+    # Half of torchelastic's loggers read LOGLEVEL, the others this
     logging.getLogger("torch.distributed.elastic").setLevel(os.environ.get("LOGLEVEL", "WARNING"))
     die_with_torchx()
-    launcher.LocalElasticAgent = Agent
-    notes = Path(tempfile.mkdtemp(prefix="launch_"))
-    os.environ[NOTES] = str(notes)
+    with tempfile.TemporaryDirectory(prefix="launch_") as folder:
+        os.environ[NOTES] = folder
+        code = exit_code(args, Path(folder))
+    if codes := os.environ.get(EXIT_CODES):
+        # `torchx run` of a local job ends with it
+        Path(codes, str(os.getpid())).write_text(str(code))
+    return code
+
+
+def exit_code(args: Namespace, notes: Path) -> int:
+    """Run the workers; print what is left to say of a failure, and return the exit code."""
     try:
-        run(args)
-    except ChildFailedError as error:
-        rank, failure = first_failure(error.failures)
-        pass_on()
-        say(describe(rank, failure))
-        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        result = run_workers(args)
     except SignalException as error:
         pass_on()
         return code_after_signal(int(error.sigval), notes)
-    finally:
-        shutil.rmtree(notes, ignore_errors=True)
-    return 0
+    pass_on()
+    if not result.is_failed():
+        return 0
+    rank, failure = first_failure(result.failures)
+    say(describe(rank, failure))
+    return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""torchelastic's agent of one host, so that hosts may really come and go, and the operator reads why workers start again."""
+"""torchelastic's agent, with hosts that may come and go. The only file of `launch` that names private parts of a library."""
 
 import os
 import signal
@@ -14,18 +14,18 @@ from launch.job import CANNOT_WRITE, INTERRUPTED, LOST_RANK, NON_FINITE, PREEMPT
 from launch.worker import NOTES
 
 # Codes with which a worker leaves after it has said why; 1 follows a traceback.
-SAID = (1, USER_MISTAKE, CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK, INTERRUPTED)
-# What comes again at every start
-HOPELESS = (USER_MISTAKE, NON_FINITE)
+REPORTED_CODES = (1, USER_MISTAKE, CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK, INTERRUPTED)
+# What would come again at every start
+NO_RETRY_CODES = (USER_MISTAKE, NON_FINITE)
 
 
 class Agent(LocalElasticAgent):
-    """LocalElasticAgent, mended.
+    """LocalElasticAgent, with restarts only where they can help.
 
     Each round of the rendezvous has a store of its own. torch 2.13 keeps the first round's: a host that joins later waits for
     an address that nobody publishes again, and workers that start anew read the addresses of the dead.
     Restarts are for what may go better the next time: a stop with a checkpoint costs none, a user's mistake ends the job.
-    Workers that are stopped because a host has come have the time to write a checkpoint. And it is told why workers start again.
+    Workers that are stopped because a host has come have the time to write a checkpoint. The operator is told why workers start again.
     """
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
@@ -38,7 +38,7 @@ class Agent(LocalElasticAgent):
         if not result.is_failed():
             return result
         codes = {failure.exitcode for failure in result.failures.values()}
-        if codes & set(HOPELESS):
+        if codes & set(NO_RETRY_CODES):
             self._remaining_restarts = 0
         if not self._remaining_restarts:
             return result
@@ -54,7 +54,7 @@ class Agent(LocalElasticAgent):
             super()._stop_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """Tell the workers to stop. One that somebody has stopped (SIGSTOP) must go on first: else it hears nothing until the timeout."""
+        """Tell the workers to stop. One that is suspended (SIGSTOP) is resumed first: else it hears nothing until the timeout."""
         for pid in self._pcontext.pids().values() if self._pcontext else ():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
@@ -79,7 +79,7 @@ def say(line: str) -> None:
 
 
 def pass_on() -> None:
-    """Write to the terminal what workers without one have left to be said."""
+    """Print what workers without a terminal have left in files."""
     for path in sorted(Path(os.environ[NOTES]).glob("said_*")):
         say(path.read_text().rstrip("\n"))
         path.unlink()
@@ -95,9 +95,9 @@ def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFail
 
 
 def describe(rank: int, failure: ProcessFailure) -> str:
-    """What the terminal has yet to hear of a failed rank; empty where it, or the rank to blame, has said all."""
+    """What is still to be printed about a failed rank; empty where it, or the rank to blame, has said it already."""
     code = failure.exitcode
-    if code in SAID:
+    if code in REPORTED_CODES:
         return ""
     if code >= 0:
         return f"rank {rank} ended with exit code {code}"

@@ -1,4 +1,4 @@
-"""What a job is, whichever scheduler runs it: a command of `mbcnet`, hosts x processes, resources. Imports no torch.
+"""What a job is, whichever scheduler runs it: a command of `mbcnet`, hosts x processes, resources.
 
 components.py makes torchx's description of it, scripts.py a torchrun line, an sbatch script or a Kubernetes Job.
 """
@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 WORKER = "launch.worker"
 AGENT = "launch.agent"
 PORT = 29500
-# Between the wish to stop and the end: time for a checkpoint of the largest model
+# Where a local job keeps the output of its ranks
+LOGS = "logs"
+# Between a stop request and the end: time for a checkpoint of the largest model
 GRACE_SECONDS = 300
 # As the Dockerfile's user
 USER_ID = 10001
+# A folder in which the launchers of a local job leave their exit codes
+EXIT_CODES = "LAUNCH_EXIT_CODES"
 # Key in the metadata of a torchx role: what we add to a scheduler's request is for our own jobs only
 OURS = "mbcnet"
 # Exit codes of a worker, as in mbcnet_rec/runtime/exits.py
@@ -25,7 +29,7 @@ RESTARTS = 3
 
 
 class JobError(ValueError):
-    """A job that cannot run as described; one line with the mend."""
+    """A job that cannot run as described; one line that says how to fix it."""
 
 
 @dataclass(frozen=True)

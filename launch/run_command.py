@@ -1,26 +1,27 @@
 """`torchx run` for a local job: its exit code is the command's, Ctrl-C ends in one line, logs are kept.
 
 torchx's own ends with 1 whatever the job's code was, answers Ctrl-C with a traceback, writes logs to a folder that it
-removes, and refuses a second `--set`. Registered in the entry point group `torchx.cli.cmds`, in which torchx looks for its sub-commands. Jobs of other
-components, and jobs of other schedulers, pass through untouched.
+removes, and refuses a second `--set`. Registered in the entry point group `torchx.cli.cmds`, in which torchx looks for its sub-commands.
 """
 
 import argparse
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torchx import specs
 from torchx.cli.cmd_run import CmdRun
-from torchx.runner import Runner, config
+from torchx.runner import config
 from torchx.schedulers import DEFAULT_SCHEDULER_MODULES
-from torchx.schedulers.local_scheduler import LocalScheduler, SignalException
+from torchx.schedulers.local_scheduler import SignalException
 
-from launch.agent import LOGS
+from launch.job import EXIT_CODES, LOGS
 
 LOCAL = "local_cwd"
-INTERRUPTED = 130
 # The image holds this package; torchx would build another one from the working directory at each start.
 FROM_IMAGES = ("kubernetes", "aws_batch", "local_docker")
 
@@ -54,58 +55,61 @@ def join_repeated(words: list[str]) -> list[str]:
     return joined
 
 
-def exit_code(runner: Runner, app_handle: str) -> int:
+def exit_code(folder: Path) -> int:
     """The code of a local job's first host that failed, 1 where none is known."""
-    scheduler = runner._scheduler(LOCAL)
-    assert isinstance(scheduler, LocalScheduler)
-    apps = [app for app in scheduler._apps.values() if app_handle.endswith(app.id)]
-    codes = [
-        replica.proc.returncode
-        for app in apps
-        for replicas in app.role_replicas.values()
-        for replica in replicas
-    ]
+    codes = [int(path.read_text()) for path in folder.iterdir()]
     # a host that stopped because of another ends by a signal, or with 1
-    return max((code for code in codes if code and code > 0), default=1, key=lambda code: (code < 128, code))
+    return max((code for code in codes if code > 0), default=1, key=lambda code: (code < 128, code))
+
+
+@contextmanager
+def quiet(handlers: Sequence[logging.Handler]) -> Iterator[None]:
+    """Drop torchx's lines about local runs meanwhile."""
+    chatter = _LocalChatter()
+    for handler in handlers:
+        handler.addFilter(chatter)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(chatter)
 
 
 class Run(CmdRun):
-    """`torchx run`. Every call of torchx makes one, `torchx status` too."""
+    """`torchx run`. Jobs of other components, and jobs of other schedulers, pass through untouched."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ours = False
-        # torchx's own registry. An entry point would hide all its other schedulers and change its default one.
-        DEFAULT_SCHEDULER_MODULES.update(slurm="launch.slurm", kubernetes="launch.volcano")  # pyright: ignore
+    def add_arguments(self, subparser: argparse.ArgumentParser) -> None:
+        """Add torchx's own; its default scheduler stays, which would be the first of the registered names."""
+        super().add_arguments(subparser)
+        subparser.set_defaults(scheduler=next(iter(DEFAULT_SCHEDULER_MODULES)))
 
     def run(self, args: argparse.Namespace) -> None:
         """Run a component."""
         ours = is_ours(args.component_name_and_args)
-        self.ours = ours and args.scheduler == LOCAL
         if ours:
             args.component_name_and_args = join_repeated(args.component_name_and_args)
             if args.scheduler in FROM_IMAGES and args.workspace == f"file://{Path.cwd()}":
                 args.workspace = ""
-        if not self.ours:
+        if ours and args.scheduler == LOCAL:
+            self._run_locally(args)
+        else:
             super().run(args)
-            return
-        if "LOGLEVEL" not in os.environ:
-            for handler in logging.getLogger().handlers:
-                handler.addFilter(_LocalChatter())
+
+    def _run_locally(self, args: argparse.Namespace) -> None:
         settings = {}
         config.apply(LOCAL, settings)  # what a .torchxconfig says
         if not settings.get("log_dir") and "log_dir=" not in (args.scheduler_args or ""):
             args.scheduler_args = ",".join(filter(None, [args.scheduler_args, f"log_dir={LOGS}"]))
-        try:
-            super().run(args)
-        except SignalException as error:
-            print(f"\nmbcnet: stopped by {error.sigval.name}; no process is left", file=sys.stderr)
-            sys.exit(128 + error.sigval)
-
-    def _wait_and_exit(self, runner: Runner, app_handle: str, log: bool) -> None:
-        try:
-            super()._wait_and_exit(runner, app_handle, log)
-        except SystemExit:
-            if self.ours:
-                sys.exit(exit_code(runner, app_handle))
-            raise
+        handlers = [] if "LOGLEVEL" in os.environ else logging.getLogger().handlers
+        with tempfile.TemporaryDirectory(prefix="launch_") as folder, quiet(handlers):
+            os.environ[EXIT_CODES] = folder
+            try:
+                super().run(args)
+            except SignalException as error:
+                print(f"\nmbcnet: stopped by {error.sigval.name}; no process is left", file=sys.stderr)
+                sys.exit(128 + error.sigval)
+            except SystemExit as end:
+                # torchx ends with 1 for a job that failed, and for one that never started
+                sys.exit(exit_code(Path(folder)) if end.code == 1 else end.code)
+            finally:
+                del os.environ[EXIT_CODES]

@@ -1,8 +1,8 @@
-"""torchx's Slurm scheduler, mended.
+"""torchx's Slurm scheduler, with a status that always answers and jobs that stop with a checkpoint.
 
-Its status crashes on a job that a user cancelled ("CANCELLED by 0"), and on a cluster without accounting, where `sacct` has
+torchx's own status crashes on a job that a user cancelled ("CANCELLED by 0"), and on a cluster without accounting, where `sacct` has
 nothing to say; there `scontrol` knows the jobs of the last minutes. Our own jobs get all their cores, keep their log when they
-are queued again, and hear of the time limit while there is time for a checkpoint.
+are queued again, and are warned of the time limit while there is time for a checkpoint.
 """
 
 import subprocess
@@ -66,7 +66,7 @@ def describe_rows(app_id: str, rows: list[Row]) -> DescribeAppResponse | None:
         if role and index.isdigit():
             status = ReplicaStatus(id=int(index), role=role, state=app_state(state), hostname="")
             replicas.setdefault(role, []).append(status)
-    first = rows[0][2]  # the replica whose script speaks for the job
+    first = rows[0][2]  # the replica whose state is the job's state
     return DescribeAppResponse(
         app_id=app_id,
         roles=[Role(name=name, num_replicas=len(each), image="") for name, each in replicas.items()],
@@ -96,10 +96,11 @@ def complete(replica: SlurmReplicaRequest, time_limit: str | None) -> None:
 
 
 class Scheduler(SlurmScheduler):
-    """Slurm, with a status that always answers and jobs that stop with a checkpoint."""
+    """Slurm. Jobs of other components pass through untouched."""
 
-    def _submit_dryrun(self, app: AppDef, cfg: SlurmOpts) -> AppDryRunInfo[SlurmBatchRequest]:
-        info = super()._submit_dryrun(app, cfg)
+    def submit_dryrun(self, app: AppDef, cfg: SlurmOpts) -> AppDryRunInfo[SlurmBatchRequest]:
+        """Describe the job; ours are completed."""
+        info = super().submit_dryrun(app, cfg)
         if all(OURS in role.metadata for role in app.roles):
             for replica in info.request.replicas.values():
                 complete(replica, cfg.get("time"))
@@ -112,5 +113,5 @@ class Scheduler(SlurmScheduler):
 
 
 def create_scheduler(session_name: str, **_: Any) -> Scheduler:
-    """What torchx calls."""
+    """Make the scheduler that the entry point `torchx.schedulers` names."""
     return Scheduler(session_name=session_name)

@@ -16,8 +16,9 @@ from launch.job import GRACE_SECONDS, NON_FINITE, OURS, USER_MISTAKE, pod_securi
 class Scheduler(KubernetesScheduler):
     """Kubernetes with pods that may stop and go on."""
 
-    def _submit_dryrun(self, app: AppDef, cfg: KubernetesOpts) -> AppDryRunInfo[KubernetesJob]:
-        info = super()._submit_dryrun(app, cfg)
+    def submit_dryrun(self, app: AppDef, cfg: KubernetesOpts) -> AppDryRunInfo[KubernetesJob]:
+        """Describe the job; ours are completed."""
+        info = super().submit_dryrun(app, cfg)
         if all(OURS in role.metadata for role in app.roles):
             memory_mb = app.roles[0].resource.memMB
             spec: Any = info.request.resource["spec"]
@@ -35,10 +36,10 @@ def complete(task: dict[str, Any], memory_mb: int) -> None:
         if volume.empty_dir is not None and volume.empty_dir.medium == "Memory":
             volume.empty_dir.size_limit = f"{shared_memory_mb(memory_mb)}Mi"
     if task.get("policies"):
-        hopeless = [{"exitCode": code, "action": "AbortJob"} for code in (USER_MISTAKE, NON_FINITE)]
-        task["policies"] = [*hopeless, *task["policies"]]
+        never_again = [{"exitCode": code, "action": "AbortJob"} for code in (USER_MISTAKE, NON_FINITE)]
+        task["policies"] = [*never_again, *task["policies"]]
 
 
 def create_scheduler(session_name: str, **_: Any) -> Scheduler:
-    """What torchx calls."""
+    """Make the scheduler that the entry point `torchx.schedulers` names."""
     return Scheduler(session_name=session_name)

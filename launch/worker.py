@@ -27,7 +27,7 @@ NOTES = "LAUNCH_NOTES"
 # Done, left with a checkpoint, stopped by Ctrl-C: no errors.
 STOPPED = (0, PREEMPTED, INTERRUPTED)
 # What a rank says when another one has gone; the true cause is that other one's.
-ECHOES = (
+SECONDARY_ERRORS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -36,7 +36,7 @@ ECHOES = (
     "Timed out waiting",
 )
 # How long a rank that knows another one to be the cause lets that one speak first
-ECHO_SECONDS = 2.0
+SECONDARY_WAIT_SECONDS = 2.0
 CLAIM_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
 
@@ -89,8 +89,8 @@ def leave(error: Exception, environ: Mapping[str, str]) -> int:
     """
     code, text = int(getattr(error, "exit_code", 1)), describe(error, environ)
     spoken = getattr(error, "spoken", True)
-    if not spoken or code == LOST_RANK or (code == 1 and any(echo in text for echo in ECHOES)):
-        time.sleep(ECHO_SECONDS)
+    if not spoken or code == LOST_RANK or (code == 1 and any(echo in text for echo in SECONDARY_ERRORS)):
+        time.sleep(SECONDARY_WAIT_SECONDS)
     if code in STOPPED:
         first = spoken
     else:

@@ -1,4 +1,4 @@
-"""`mbcnet`, a thin door: it parses arguments, runs one command and turns mistakes into one line. Imports no torch."""
+"""`mbcnet`: parses arguments, runs one command and turns a user's mistakes into one line."""
 
 import argparse
 import errno
@@ -68,7 +68,7 @@ _PYTHONS_SHOW_WARNING = warnings.showwarning
 
 
 def _tell(line: str) -> None:
-    """Print a line for the user, where there is somewhere to print."""
+    """Print a line on stderr, if it is open."""
     with suppress(OSError):
         print(f"mbcnet: {line}", file=sys.stderr, flush=True)
 
@@ -82,30 +82,31 @@ def _close_output() -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one command and leave its errors to the caller: main, or launch/worker.py, which tells them once for a whole job.
+    """Run one command and leave its errors to the caller: main, or launch/worker.py, which prints them once for a whole job.
 
     Raises:
-        InputError: the user can mend it.
+        InputError: the user can fix it.
         RunStoppedError: a run ends before its last step.
     """
     # torch's own words on a lost rank: pages of C++ frames
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.showwarning = show_warning
     args = build_parser().parse_args(argv)
-    try:
-        return int(args.run(args) or 0)
-    except OSError as error:
-        if error.errno not in PATH_FAULTS or not isinstance(error.filename, str | Path):
-            raise
-        shown = str(error.filename)[:200]
-        raise InputError(f"{shown}: {error.strerror}; mend it, or give another path") from None
+    with warnings.catch_warnings():  # restores the hook
+        warnings.showwarning = show_warning
+        try:
+            return int(args.run(args) or 0)
+        except OSError as error:
+            if error.errno not in PATH_FAULTS or not isinstance(error.filename, str | Path):
+                raise
+            shown = str(error.filename)[:200]
+            raise InputError(f"{shown}: {error.strerror}; fix it, or give another path") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, or 2 where the user can mend something, 130 after Ctrl-C; see training/exits.py for the others.
+        The exit code: 0, or 2 for a user's mistake, 130 after Ctrl-C; see training/exits.py for the others.
     """
     try:
         return run(argv)
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _tell("stopped")
         return 130
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has read enough
         return 0
     finally:
         _close_output()

@@ -26,9 +26,6 @@ LIBRARY_VARIABLES = (
     "TORCH_CPP_LOG_LEVEL",
 )
 
-# Set for the whole process by the product today; each line goes with its cause
-NOT_YET = ("warnings.showwarning",)
-
 
 def children() -> dict[int, str]:
     """Processes that this process has started and that run: pid -> command line."""
@@ -80,7 +77,7 @@ def leftovers(before: tuple[dict, dict, dict]) -> list[str]:
             break
         time.sleep(0.02)
     now = settings()
-    names = (before[2].keys() | now.keys()).difference(NOT_YET)
+    names = before[2].keys() | now.keys()
     return found + [name for name in names if before[2].get(name) != now.get(name)]
 
 

@@ -56,6 +56,7 @@ def test_a_gpu_that_this_torch_cannot_use_is_a_fault(monkeypatch):
         assert finding.mend
 
 
+@pytest.mark.long
 def test_this_installation_is_whole(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out

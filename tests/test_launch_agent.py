@@ -67,6 +67,7 @@ def run(argv):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guilty", ["2", "012"])
 def test_a_mistake_is_one_line_whoever_meets_it(tmp_path, guilty):
     done = run_agent(tmp_path, MISTAKE % guilty)
@@ -74,6 +75,7 @@ def test_a_mistake_is_one_line_whoever_meets_it(tmp_path, guilty):
     assert done.stderr.splitlines() == ["mbcnet: rows.parquet: column user is missing"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("crash", "code", "line"),
     [
@@ -87,6 +89,7 @@ def test_other_ends(tmp_path, crash, code, line):
     assert done.stderr.count(line) == 1 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+@pytest.mark.long
 def test_a_restart_goes_on_and_a_mistake_is_not_tried_again(tmp_path):
     crash = """
 import os

@@ -27,9 +27,9 @@ def launch(*args: str) -> int:
 
 def test_our_components_stand_beside_torchxs_own():
     names = set(get_components())
-    assert {f"mbcnet.{name}" for name in ("train", "evaluate", "predict", "plan", "study")} <= names
+    assert {f"mbcnet.{name}" for name in ("train", "evaluate", "predict")} <= names
     assert {"dist.ddp", "utils.echo", "utils.sh"} <= names
-    for name in ("train", "evaluate", "predict", "plan", "study"):
+    for name in ("train", "evaluate", "predict"):
         assert get_components()[f"mbcnet.{name}"].description.strip(), "its help"
 
 

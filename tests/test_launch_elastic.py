@@ -95,6 +95,9 @@ class Hosts:
         wait_for(lambda: self.last_step() > step + 2 * LINE, self.said)
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     made = Hosts(make_run(tmp_path))

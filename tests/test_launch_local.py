@@ -70,6 +70,7 @@ def test_one_host_two_processes_by_entry_point(folder):
     ]
 
 
+@pytest.mark.long
 def test_two_hosts_two_processes_by_file(folder):
     done = program(
         "torchx",
@@ -113,7 +114,7 @@ def test_a_job_that_cannot_be_is_refused_before_it_starts(folder):
     ]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 def test_no_process_outlives_torchx(folder, sent):
     mark, out = f"LAUNCH_TEST={uuid.uuid4()}", f"runs/{sent.name}"
     words = [str(BIN / "torchx"), *RUN, "mbcnet.train", "--config", "tiny.toml", "-j", "1x2"]

@@ -19,6 +19,7 @@ from tiny_run import environment, free_ports, learned, make_run, program, wait_f
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
 MISSING = [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(
         bool(MISSING),
         reason=f"a real Slurm needs Debian's slurm-wlm; missing: {', '.join(MISSING)}",
