@@ -1,11 +1,7 @@
 """What a field, a table and a group are: TOML in, checked."""
 
-from .feature import Feature
+from .feature import FIRST_VOCABULARY_ROW, FIT, MISSING_ROW, OUT_OF_VOCABULARY_ROW, Feature
 from .schema import (
-    FIRST_VOCABULARY_ROW,
-    FIT,
-    MISSING_ROW,
-    OUT_OF_VOCABULARY_ROW,
     Schema,
     Table,
     Zch,

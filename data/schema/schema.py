@@ -28,35 +28,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError  # relative: an exported artifact carries this file
-from .feature import (
-    FIRST_VOCABULARY_ROW,
-    FIT,
-    MISSING_ROW,
-    OUT_OF_VOCABULARY_ROW,
-    Eviction,
-    Feature,
-    feature_problem,
-    rows_problem,
-)
+from .feature import Eviction, Feature, feature_problem, rows_problem
 from .parse import parse_dataclass, read_toml, to_toml_value, unknown_key
-
-__all__ = [
-    "FIRST_VOCABULARY_ROW",
-    "FIT",
-    "MISSING_ROW",
-    "OUT_OF_VOCABULARY_ROW",
-    "Feature",
-    "Schema",
-    "Table",
-    "Zch",
-    "format_schema",
-    "inline_table",
-    "load_schema",
-    "parse_schema",
-    "schema_to_toml",
-    "toml_key",
-    "toml_text",
-]
 
 HINTS = ("pooling_factor", "cardinality")  # keys for the planner, which change no result
 
