@@ -212,7 +212,7 @@ def test_chosen_tables_alone_and_longer_ones(config, saved, process):
 @pytest.mark.parametrize(
     ("text", "settings", "words"),
     [
-        (SCHEMA, ["train.warm_start_tables=['users']"], "'users' is no table of this run; wanted some of: hour, likes"),
+        (SCHEMA, ["train.warm_start_tables=['users']"], "'users' is not a table of this run; wanted some of: hour, likes"),
         (changed(USERS, r"\g<1>60"), [], "table user has shape (120, 16) there and (60, 16) here"),
         (SCHEMA, ["train.warm_start=nowhere"], "train.warm_start = 'nowhere': no run folder"),
     ],

@@ -1,4 +1,4 @@
-"""Proves that a checkpoint from elsewhere is refused before memory is taken for what it claims, and that nothing in it is run: pickles, links,
+"""Proves that an untrusted checkpoint is refused before memory is taken for what it claims, and that nothing in it is run: pickles, links,
 paths out of the folder, swapped or changed files, impossible headers, and manifests altered value by value with sums that fit."""
 
 import hashlib

@@ -28,7 +28,7 @@ FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
 CURE = "check the storage service and the network, or raise data.attempts"
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 30.0
-# What Arrow raises on damaged files: names that are no UTF-8 and inconsistent counts are not always ArrowExceptions.
+# What Arrow raises on damaged files: names that are not UTF-8 and inconsistent counts are not always ArrowExceptions.
 DAMAGE = (OSError, pa.ArrowException, UnicodeError, IndexError, OverflowError)
 log = logging.getLogger(__name__)
 

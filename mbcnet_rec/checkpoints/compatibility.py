@@ -26,7 +26,7 @@ SHOWN = 8
 
 
 def describe_run(built: Built) -> dict[str, Any]:
-    """What a checkpoint notes of its run besides tensors, as JSON values."""
+    """The facts about its run that a checkpoint stores besides tensors, as JSON values."""
     return {
         "schema": built.plan.schema,
         "plan": hashlib.sha256(plan_text(built.plan).encode()).hexdigest()[:12],
@@ -39,10 +39,10 @@ def describe_run(built: Built) -> dict[str, Any]:
 
 
 def saved_run(saved: Saved) -> dict[str, Any]:
-    """What a checkpoint notes of its run, as `describe_run` makes it.
+    """The facts about its run that a checkpoint stores; see `describe_run`.
 
     Raises:
-        InputError: it is of another form.
+        InputError: they are missing or malformed.
     """
     run = saved.manifest.extra.get("run", {})
     shards = run.get("column_shards", {}) if isinstance(run, dict) else None
@@ -61,9 +61,9 @@ def column_shards(plan: Plan) -> dict[str, int]:
 
 
 def init_states(built: Built) -> None:
-    """Make the state of optimizers that torch makes at the first step only: what does not exist is not loaded.
+    """Create the optimizer state that torch creates at the first step only: state that does not exist is not loaded.
 
-    TorchRec makes it by a step with gradients of 0. At a learning rate of 0 that decays no weight, and it is not counted.
+    TorchRec creates it by a step with zero gradients. At a learning rate of 0 that decays no weight, and the step is not counted.
     """
     for name, optimizer in built.optimizer.optimizers:
         if name == "fused":
@@ -85,11 +85,11 @@ class Differences:
     """How a checkpoint and a run differ.
 
     Attributes:
-        lines: one phrase a difference of a table, of the schema or of the optimizer.
-        dense: tensors of the dense part by what is different about them.
+        lines: one phrase for each difference in a table, the schema or the optimizer.
+        dense: kind of difference -> tensors of the dense part that have it.
         fresh: names of logical tensors that keep their initial values in a partial load.
-        grown: those whose first rows are loaded.
-        refusals: differences that no partial load bridges, with the cure.
+        grown: names of those whose first rows are loaded, since the table has more rows now.
+        refusals: differences that even a partial load cannot handle, each with what to do.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Differences:
     refusals: list[str] = field(default_factory=list)
 
     def note(self, name: str, difference: str, kind: str) -> None:
-        """Take up a difference: in full for a table, by its kind for a tensor of the dense part, which has hundreds."""
+        """Record a difference: in full for a table, by its kind for a tensor of the dense part, which has hundreds."""
         if _TABLE.search(name):
             self.lines.append(f"{_what(name)}: {difference}")
         else:
@@ -168,7 +168,7 @@ def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any
 def _compare_ids(
     report: Differences, saved: Saved, wanted: dict[str, tuple[int, ...]], other_rows: set[str]
 ) -> None:
-    """A table of encoding zch whose rows are of other ids here, or of other ids than the checkpoint's, starts fresh as a whole."""
+    """A table of encoding zch whose rows belong to other ids than in the checkpoint starts fresh as a whole."""
     names = {name for name in (*wanted, *saved.shapes) if name.startswith("model/")}
     resized = {zch_table_of(name) for name in names if wanted.get(name) != saved.shapes.get(name)} - {""}
     for table in sorted(other_rows | resized):
@@ -256,7 +256,7 @@ def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial:
 
 
 def _outcome(report: Differences) -> list[str]:
-    """What a partial load leaves as it was."""
+    """What a partial load left at its initial values, one line for each."""
     tables = {name: _what(name) for name in report.fresh | report.grown if _TABLE.search(name)}
     fresh = {tables[name] for name in report.fresh & tables.keys() if name.startswith("model/")}
     states = {tables[name] for name in report.fresh & tables.keys()} - fresh

@@ -128,7 +128,7 @@ def _shard(values: list[Any]) -> ShardEntry:
     if not name.isprintable() or len(name) > LONGEST_NAME:  # it may come to a terminal
         raise ValueError(f"shard {name[:80]!r} has no plain name of at most {LONGEST_NAME} characters")
     if any(type(number) is not int or number < 0 for number in numbers):
-        raise ValueError(f"shard {name[:80]!r} has a size that is no natural number")
+        raise ValueError(f"shard {name[:80]!r} has a size that is not a natural number")
     return ShardEntry(name, tuple(offsets), tuple(shape))
 
 

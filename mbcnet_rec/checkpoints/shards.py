@@ -141,7 +141,7 @@ class Saved:
         """Check the manifest and every header; with `hashed` also every file's SHA-256.
 
         Raises:
-            InputError: the folder is no whole checkpoint, or claims what its files do not have.
+            InputError: the folder is not a complete checkpoint, or its manifest contradicts its files.
         """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)

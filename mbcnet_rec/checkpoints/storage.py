@@ -24,13 +24,13 @@ from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 
 PARTIAL = ".partial"
-OLD = ".old"  # of a checkpoint that gives way to another one of its step
+OLD = ".old"  # marks a checkpoint that is being replaced by another one of its step
 READ_ATTEMPTS = 3
 COPY_BYTES = 8 << 20
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint that does not verify was passed over for an older one."""
+    """A checkpoint did not verify, and an older one is used instead."""
 
 
 class LocalStorage:
@@ -92,7 +92,7 @@ class LocalStorage:
         shutil.rmtree(self._draft(step, token), ignore_errors=True)
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint. The manifest goes first: what is left after a crash is no checkpoint."""
+        """Remove a checkpoint. The manifest goes first: what a crash leaves after that does not count as a checkpoint."""
         (self.folder(step) / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(self.folder(step), ignore_errors=True)
 
@@ -126,11 +126,11 @@ class LocalStorage:
         yield self.folder(step)
 
     def write_note(self, name: str, data: bytes) -> None:
-        """Write a small file beside the checkpoints, at once or not at all."""
+        """Write a small file next to the checkpoints, atomically."""
         write_whole(self.root / name, data.decode())
 
     def read_note(self, name: str) -> bytes:
-        """Read it; OSError if there is none."""
+        """Read such a file; OSError if it does not exist."""
         return (self.root / name).read_bytes()
 
 
@@ -155,7 +155,7 @@ class RemoteStorage:
         return _numbers(path.split("/")[-2] for path in self._files() if path.endswith(f"/{MANIFEST}"))
 
     def file_name(self, rank: int, token: str) -> str:
-        """A name with the token: the manifest of an earlier try vouches for that try's files."""
+        """A name with the token, so that the manifest of an earlier try still finds that try's files."""
         return file_name(rank, token)
 
     @contextmanager
@@ -231,12 +231,12 @@ class RemoteStorage:
         retried(copy, f"{self.uri}/step_{step}/{name}", READ_ATTEMPTS, "use another checkpoint")
 
     def write_note(self, name: str, data: bytes) -> None:
-        """Write a small object beside the checkpoints."""
+        """Write a small object next to the checkpoints."""
         with self._opened(name) as file:
             file.write(data)
 
     def read_note(self, name: str) -> bytes:
-        """Read it; OSError if there is none."""
+        """Read such a file; OSError if it does not exist."""
         with self._system.open_input_stream(self._path(name)) as file:
             return file.read()
 

@@ -72,7 +72,7 @@ def open_tensors(path: Path) -> Any:
     """Map a file into memory: `get_slice(name).get_shape()`, `get_tensor(name)`. The library checks that the header claims what the file has.
 
     Raises:
-        InputError: this is no safetensors file, or its header contradicts its size. Nothing of the claimed size was allocated.
+        InputError: it is not a safetensors file, or its header contradicts its size. Nothing of the claimed size was allocated.
     """
     try:
         return safe_open(path, framework="pt")

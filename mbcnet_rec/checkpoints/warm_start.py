@@ -75,7 +75,7 @@ def _chosen(train: TrainConfig, saved: Saved, own: set[str]) -> set[str]:
         for where, known in (("this run", own), (train.warm_start, theirs)):
             if name not in known:
                 raise InputError(
-                    f"train.warm_start_tables: {name!r} is no table of {where}; wanted some of: {', '.join(sorted(own & theirs))}"
+                    f"train.warm_start_tables: {name!r} is not a table of {where}; wanted some of: {', '.join(sorted(own & theirs))}"
                 )
     return set(train.warm_start_tables) or own & theirs
 

@@ -1,6 +1,6 @@
-"""Checkpoints written while training goes on: a copy in memory, a thread that writes it, no collective in the thread.
+"""Writes checkpoints while training goes on: a copy in memory, a thread that writes it, no collective in the thread.
 
-Ranks tell rank 0 of their parts through the rendezvous store. Rank 0 writes the manifest when all parts are there.
+Ranks report their files to rank 0 through the rendezvous store. Rank 0 writes the manifest when all files are there.
 """
 
 import json
@@ -23,7 +23,7 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the newest `last`, and those of the steps in `best`."""
+    """Which checkpoints are kept: the newest `last`, and those of the steps in `best`."""
 
     last: int
     best: tuple[tuple[float | None, int], ...] = ()  # (validation AUC, step), best first
@@ -35,7 +35,7 @@ class Saver:
     Args:
         storage: of the checkpoints.
         process: this rank.
-        timeout_seconds: how long rank 0 waits for the other ranks' parts.
+        timeout_seconds: how long rank 0 waits for the other ranks' files.
     """
 
     def __init__(self, storage: CheckpointStorage, process: Process, timeout_seconds: float) -> None:
@@ -67,7 +67,7 @@ class Saver:
         """Copy the shards and begin to write them; every rank calls it.
 
         Returns:
-            Seconds that training stood still for it.
+            Seconds for which training was paused.
 
         Raises:
             CannotWriteError: the checkpoint before this one failed on some rank.
@@ -92,7 +92,7 @@ class Saver:
         """Wait until the last checkpoint is whole; every rank calls it.
 
         Raises:
-            CannotWriteError: some rank could not write its part; the checkpoint before it stands.
+            CannotWriteError: some rank could not write its file; the checkpoint before it is intact.
         """
         if self._thread is not None:
             self._thread.join(self._timeout)
@@ -130,7 +130,7 @@ class Saver:
             self.storage.commit(step, self._token, manifest, [each["file"] for each in records])
             self._tidy(step, keep)
             self.written_seconds = time.perf_counter() - start
-        except Exception as error:  # it reaches the operator through `finish`, on every rank
+        except Exception as error:  # `finish` raises it, on every rank
             self._error = self._describe(step, error)
             if self._store is not None and rank != 0:
                 with suppress(Exception):
@@ -162,7 +162,7 @@ class Saver:
             key = self._key(step, rank)
             while not self._store.check([key]):
                 if self._cancelled.is_set():
-                    raise CannotWriteError(f"checkpoint of step {step} was given up: the run ends")
+                    raise CannotWriteError(f"checkpoint of step {step} was abandoned: the run ends")
                 if time.monotonic() > deadline:
                     raise CannotWriteError(
                         f"rank 0: rank {rank} wrote no part of the checkpoint of step {step} within {self._timeout:g} s; it is "
@@ -172,7 +172,7 @@ class Saver:
             record = json.loads(self._store.get(key))
             self._store.delete_key(key)
             if "error" in record:
-                raise CannotWriteError(f"checkpoint of step {step} was given up: {record['error']}")
+                raise CannotWriteError(f"checkpoint of step {step} was abandoned: {record['error']}")
             records.append(record)
         return records
 
@@ -182,8 +182,8 @@ class Saver:
     def _tidy(self, step: int, keep: Keep) -> None:
         """Note the best checkpoint and remove those that are neither recent nor good. Rank 0, after a commit of `step`.
 
-        Later ones did not verify when this run was started: they are no checkpoints to count on, and stay as they are until the run
-        comes to their steps.
+        Later ones did not verify when this run was started: they do not count, and are left alone until the run reaches their
+        steps.
         """
         steps = [each for each in self.storage.steps() if each <= step]
         kept = {step for _, step in keep.best}

@@ -1,4 +1,4 @@
-"""Managed collision in training: what a checkpoint keeps besides the tables' own state, and the numbers of a log line."""
+"""Managed collision (zch): what a checkpoint keeps besides the tables' own state, and its numbers in a log line."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +18,12 @@ _STATE = re.compile(r"_managed_collision_modules\.([^/]+)\.[^./]+$")
 
 
 def zch_buckets(plan: Plan) -> dict[str, int]:
-    """Tables that give rows to unbounded ids, with the number of their buckets."""
+    """Tables of encoding zch, with the number of their buckets."""
     return {name: table.zch_buckets for name, table in plan.tables.items() if table.zch_buckets}
 
 
 def zch_table_of(name: str) -> str:
-    """The table whose ids a logical tensor tells the rows of; empty for all others."""
+    """The table whose id-to-row mapping a logical tensor belongs to; empty for all other tensors."""
     found = _STATE.search(name)
     return found[1] if found else ""
 
@@ -31,10 +31,10 @@ def zch_table_of(name: str) -> str:
 def tables_of_other_rows(
     old: Mapping[str, Any], run: Mapping[str, Any], saved: Iterable[str], wanted: Iterable[str]
 ) -> set[str]:
-    """Tables of which the rows of a checkpoint are of other ids than this run's rows: their values must not be loaded.
+    """Tables whose rows belong to other ids in the checkpoint than in this run: their values must not be loaded.
 
     Args:
-        old: what the checkpoint notes of its run.
+        old: the facts that the checkpoint stores about its run.
         run: describe_run of this one.
         saved: names of the checkpoint's logical tensors.
         wanted: names of this run's.
@@ -60,7 +60,7 @@ def history_shards(modules: Iterable[BucketedCollisions]) -> list[TensorShard]:
 
 
 def restore_history(saved: Saved, modules: Iterable[BucketedCollisions]) -> None:
-    """Take up what `history_shards` gave, on any number of ranks.
+    """Restore what `history_shards` saved, on any number of ranks.
 
     Raises:
         InputError: the checkpoint does not hold it, or not in this form.
@@ -71,13 +71,13 @@ def restore_history(saved: Saved, modules: Iterable[BucketedCollisions]) -> None
             history, evictions = saved.whole(f"{name}/history"), saved.whole(f"{name}/evictions")
             known = history.dtype == evictions.dtype == torch.int64 and evictions.shape == (1,)
             if not known or history.dim() != 2 or history.shape[0] != 2:
-                raise InputError(f"{saved.folder}: {name!r} is no history of ids; use another checkpoint")
+                raise InputError(f"{saved.folder}: {name!r} is not a history of ids; use another checkpoint")
             bucket.load_history(history)
             bucket.evictions = int(evictions)
 
 
 def check_rows(saved: Saved, model: nn.Module) -> None:
-    """Refuse what a checkpoint says of the rows of ids if training cannot have said it. Call after it is loaded.
+    """Refuse a mapping of ids to rows that training cannot have written. Call after it is loaded.
 
     Raises:
         InputError: a row is out of range or of two ids.

@@ -86,7 +86,7 @@ class Records:
             self._without_curves(error)
 
     def sync(self) -> None:
-        """Make the lines so far durable: a checkpoint that follows vouches for them.
+        """Make the lines so far durable, before a checkpoint of their step is written.
 
         Raises:
             CannotWriteError: the disk does not take them.
@@ -97,7 +97,7 @@ class Records:
             raise self._cannot_write(error) from None
 
     def close(self) -> None:
-        """Flush all. A tracking server hears of the exception that is on its way, if any."""
+        """Flush and close everything; an exception in flight becomes the status on the MLflow server."""
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
@@ -107,7 +107,7 @@ class Records:
             self._sink.close(sys.exc_info()[1])
 
     def _without_curves(self, error: OSError) -> None:
-        """Curves are a convenience: training goes on without."""
+        """Go on without curves: they are a convenience."""
         tell(
             f"mbcnet: warning: {self._path.parent / 'tb'}: no more TensorBoard curves ({error.strerror})",
             sys.stderr,
@@ -123,7 +123,7 @@ class Records:
 
     def _cannot_write(self, error: OSError) -> CannotWriteError:
         return CannotWriteError(
-            f"rank 0: {self._path}: cannot be written ({error.strerror}); the last checkpoint stands: free space, then go on "
+            f"rank 0: {self._path}: cannot be written ({error.strerror}); the last checkpoint is intact: free space, then go on "
             "with --resume"
         )
 
@@ -160,5 +160,5 @@ def keep_until(lines: list[str], step: int) -> list[str]:
 
 
 def finite_or_none(value: Any) -> Any:
-    """JSON has no NaN: None stands for it."""
+    """None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,6 @@
-"""The progress bar of rank 0: rate, loss, AUC and time left on one line of the terminal.
+"""Draws the progress bar of rank 0: rate, loss, AUC and time left on one line of the terminal.
 
-A terminal that is gone, or a log on a full disk, stops no training: what cannot be said is not said.
+Output that cannot be written, to a closed terminal or a full disk, is dropped: training goes on.
 """
 
 import sys
@@ -17,19 +17,19 @@ def tell(line: str, stream: TextIO | None = None) -> None:
 
 
 class _Tolerant:
-    """A stream that swallows what cannot be written."""
+    """A stream that drops what cannot be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write it, or not."""
+        """Write it if possible."""
         with suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush it, or not."""
+        """Flush it if possible."""
         with suppress(OSError):
             self._stream.flush()
 
@@ -38,14 +38,14 @@ class _Tolerant:
 
 
 class Progress:
-    """A bar over steps that counts samples; where output is no terminal, a line now and then.
+    """A bar over steps that counts samples; where the output is not a terminal, a line now and then.
 
     Args:
         total_steps: at which training ends at the latest.
         start_step: where it begins.
         batch_size: samples of a step.
         shown: False for all ranks but the first.
-        interactive: draw over the line; None: as stderr is a terminal or the launcher says that it passes one on.
+        interactive: redraw the same line; None: if stderr is a terminal.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ def write_run_report(folder: Path) -> Path:
     """Write RUN/report.html.
 
     Raises:
-        InputError: it is no run folder, or nothing has been logged yet.
+        InputError: it is not a run folder, or nothing has been logged yet.
     """
     if not (folder / METRICS).is_file():
         raise InputError(f"{folder}: no run folder (it has no {METRICS}); pass what `mbcnet train` wrote")
