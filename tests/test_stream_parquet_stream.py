@@ -267,9 +267,8 @@ def test_state_is_refused_by_other_files_or_options(log):
         with pytest.raises(InputError, match="resume with the same files"):
             other.load_state_dict(state)
     # neither workers nor prefetch nor the world size are part of the order
-    ParquetStream(log, make_schema(), StreamOptions(24, LANES, prefetch=0, workers=2), 1, 2).load_state_dict(
-        state
-    )
+    options = StreamOptions(24, LANES, prefetch=0, workers=2)
+    ParquetStream(log, make_schema(), options, 1, 2).load_state_dict(state)
 
 
 def test_lanes_must_be_a_multiple_of_the_world_size(log):
@@ -285,19 +284,9 @@ def test_lanes_must_be_a_multiple_of_the_world_size(log):
         ("row", pa.array([3, -1, 5, 6], pa.int64()), "field 'row' = -1: wanted an id in [0, 10000)"),
         ("row", pa.array([3, IDS, 5, 6], pa.int32()), "field 'row' = 10000: wanted an id in [0, 10000)"),
         ("row", pa.array([3, 2**31 + 5, 5, 6], pa.int64()), "field 'row' = 2147483653: wanted an id"),
-        (
-            "row",
-            pa.array([3, 2**63 + 5, 5, 6], pa.uint64()),
-            "field 'row' = 9223372036854775813: wanted an id",
-        ),
-        (
-            "price",
-            pa.array([3, np.nan, 5, 6], pa.float32()),
-            "field 'price' = nan: wanted a finite number or null",
-        ),
+        ("row", pa.array([3, 2**63 + 5, 5, 6], pa.uint64()), "field 'row' = 9223372036854775813: wanted"),
+        ("price", pa.array([3, np.nan, 5, 6], pa.float32()), "field 'price' = nan: wanted a finite number"),
         ("click", pa.array([0, 2, 1, 0], pa.int8()), "label 'click' = 2: wanted 0 or 1"),
-        ("click", pa.array([0, None, 1, 0], pa.int8()), "label 'click' is null: wanted 0 or 1"),
-        ("click", pa.array([0, 0.5, 1, 0], pa.float64()), "label 'click' = 0.5: wanted 0 or 1"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])
