@@ -46,7 +46,7 @@ from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.metrics import auc
 from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.training.built import Built
-from mbcnet_rec.training.pipeline import PlainPipeline, clip_gradients
+from mbcnet_rec.training.pipeline import CheckedStep
 from mbcnet_rec.training.state import TrainState, scale_rates
 
 PREDICTION = "equal to 1e-6 after the first pass; rounding grows to 1e-2 of single rows over a thousand steps, AUCs stay within 1e-3"
@@ -123,15 +123,10 @@ def train_ours(
         np.savez(folder / "weights.npz", **initial_weights(built, schema))  # type: ignore[arg-type]
 
         def clip() -> None:
-            clip_gradients(built.dense, config.train.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(built.dense, config.train.max_grad_norm)
 
-        pipeline = PlainPipeline(
-            built.model,
-            built.optimizer,
-            contextlib.nullcontext,
-            lambda loss: None,
-            clip,
-        )
+        step = CheckedStep(built.model, built.optimizer, contextlib.nullcontext, after_backward=clip)
+        pipeline = built.pipeline(step)
         state, base_rates = TrainState(), [group["lr"] for group in built.optimizer.param_groups]
         for epoch in range(config.train.epochs):
             built.model.train()

@@ -4,6 +4,7 @@ The part of the composition root that training, evaluation, prediction and expor
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from data.errors import InputError
 from data.schema import Schema
 from mbcnet_rec.config import RunConfig
+from mbcnet_rec.cpu.layers import use_fast_layers
+from mbcnet_rec.cpu.memory import keep_freed_memory
 from mbcnet_rec.cpu.one_process import NoCopies, shorten_lookups
+from mbcnet_rec.cpu.plain_pipeline import PlainPipeline
+from mbcnet_rec.cpu.whole_adam import WholeAdam
 from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.input_layout import input_layout, schema_with_wide
 from mbcnet_rec.model.models import build_model, needs_wide
@@ -25,7 +30,8 @@ from mbcnet_rec.model.sparse_arch import Lookup, SparseArch
 from mbcnet_rec.model.zoo.enkd import DistillationObjective
 from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks
 from mbcnet_rec.training.built import Built
-from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
+from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer, fused_adam
+from mbcnet_rec.training.pipeline import train_pipeline
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.initialise import initialise_tables
 from sharding.bridge.sharder import placed_differences, sharders_of, to_sharding_plan
@@ -140,7 +146,17 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     fuse_table_optimizer(fused, config.optim.embedding)
     embedding = config.optim.embedding
     sharders = sharders_of(plan, seed=config.train.seed, std=embedding.init_std)
-    sharded = _sharded(objective, plan, to_sharding_plan(plan, collections), process.device, sharders)
+    fast = config.train.cpu_fast_path and process.device.type == "cpu"
+    alone = fast and plan.world_size == 1
+    if fast:
+        use_fast_layers(objective)
+        keep_freed_memory()
+    sharded = _sharded(
+        objective, plan, to_sharding_plan(plan, collections), process.device, sharders=sharders,
+        data_parallel_wrapper=NoCopies() if alone else None,
+    )  # fmt: skip
+    if alone:
+        shorten_lookups(sharded)
     moved = placed_differences(plan, sharded)
     if moved:
         raise InputError(
@@ -153,10 +169,15 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     }
     initialise_tables(sharded.state_dict(), tables, seed=config.train.seed, std=embedding.init_std)
     kept = {name for name, table in tables.items() if table in replicated}
-    optimizer = build_optimizer(sharded, kept, config.optim)
+    optimizer = build_optimizer(sharded, kept, config.optim, WholeAdam if fast else fused_adam)
     dense = [parameter for name, parameter in sharded.named_parameters() if name not in tables]
     names: Any = model.branch_names
-    return Built(sharded, optimizer, plan, names, dense, config.optim, config.sharding, config.train.seed)
+    pipeline = (
+        PlainPipeline if alone and not plan.prefetch else partial(train_pipeline, prefetch=plan.prefetch)
+    )
+    return Built(
+        sharded, optimizer, plan, names, dense, config.optim, config.sharding, config.train.seed, pipeline
+    )
 
 
 def _refuse_adam(config: RunConfig, schema: Schema) -> None:
@@ -169,25 +190,14 @@ def _refuse_adam(config: RunConfig, schema: Schema) -> None:
 
 
 def _sharded(
-    objective: nn.Module, plan: Plan, sharding_plan: ShardingPlan, device: torch.device, sharders: Any
+    objective: nn.Module, plan: Plan, sharding_plan: ShardingPlan, device: torch.device, **options: Any
 ) -> DistributedModelParallel:
     """Shard over all ranks, or over each of the plan's groups of ranks."""
     world: Any = torch.distributed.group.WORLD
     if plan.replicas > 1:
         return DMPCollection(
             objective, device, sharding_plan, plan.world_size, plan.group_size, world,
-            node_group_size=plan.local_group_size, sharders=sharders,
+            node_group_size=plan.local_group_size, **options,
         )  # fmt: skip
     env = ShardingEnv.from_process_group(world)
-    alone = plan.world_size == 1
-    model = DistributedModelParallel(
-        objective,
-        env=env,
-        device=device,
-        plan=sharding_plan,
-        sharders=sharders,
-        data_parallel_wrapper=NoCopies() if alone else None,
-    )
-    if alone:
-        shorten_lookups(model)
-    return model
+    return DistributedModelParallel(objective, env=env, device=device, plan=sharding_plan, **options)

@@ -14,7 +14,7 @@ from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.shards import shards_of
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
-from mbcnet_rec.training.pipeline import pipeline_for
+from mbcnet_rec.training.pipeline import CheckedStep
 from mbcnet_rec.training.trainer import average_terms, seed_step
 from sharding.plan.placement import Plan, TablePlan
 
@@ -70,9 +70,7 @@ def train_all(config_file, out):
             stream = ParquetStream(
                 files, schema, config.data.train_options(0), process.rank, process.world_size
             )
-            pipeline = pipeline_for(False, process.world_size, process.device)(
-                built.model, built.optimizer, nullcontext, lambda losses: None, lambda: None
-            )
+            pipeline = built.pipeline(CheckedStep(built.model, built.optimizer, nullcontext))
             built.model.train()
             batches, losses, disagreements = iter(stream), [], 0.0
             for step in range(STEPS):

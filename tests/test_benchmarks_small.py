@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from mbcnet_rec.cpu.dropout import Dropout
+from mbcnet_rec.cpu.layers import Dropout
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

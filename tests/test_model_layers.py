@@ -11,8 +11,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from data.errors import InputError
 from data.schema import Table
 from mbcnet_rec.cpu import linear
-from mbcnet_rec.cpu.dropout import Dropout, cheap_dropout
-from mbcnet_rec.cpu.linear import Linear
+from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout
 from mbcnet_rec.model.layers import (
     ALL,
     MLP,

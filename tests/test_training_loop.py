@@ -4,8 +4,8 @@ that gradients are clipped and logged, and that a run which cannot go on from it
 import json
 import shutil
 
+import numpy as np
 import pytest
-import torch
 from small_data import write_small
 
 from mbcnet_rec.checkpoints.shards import Saved, step_folder
@@ -13,7 +13,6 @@ from mbcnet_rec.cli import main
 from mbcnet_rec.commands import train
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
-from mbcnet_rec.training.pipeline import CheckedPipeline, PlainPipeline, pipeline_for
 from mbcnet_rec.training.state import TrainState
 
 
@@ -130,17 +129,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
     )
 
 
-def test_one_process_takes_the_same_steps_as_in_torchrecs_pipeline(config, tmp_path, monkeypatch):
-    """PlainPipeline and CheckedPipeline leave the same bits: tables, layers, optimizers, lines."""
-    settings = [*SWITCHES["cooperation warm-up, bf16, importance weights, plateau"], "train.eval_every=5"]
-    assert pipeline_for(False, 1, torch.device("cpu")) is PlainPipeline
-    code, plain = run(config, str(tmp_path / "plain"), *settings, "train.max_steps=9")
-    assert code == 0
-    monkeypatch.setattr("mbcnet_rec.training.trainer.pipeline_for", lambda *_: CheckedPipeline)
-    code, checked = run(config, str(tmp_path / "checked"), *settings, "train.max_steps=9")
-    assert code == 0
-    assert tensors_of(plain, 9) == tensors_of(checked, 9)
-    assert lines_of(plain) == lines_of(checked) and lines_of(plain, "valid") == lines_of(checked, "valid")
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_fast_path_of_a_cpu_takes_the_same_steps(config, tmp_path, name, monkeypatch):
+    """With `train.cpu_fast_path` off, TorchRec's own pipeline, lookups, Adam and torch's layers come to the same numbers."""
+    monkeypatch.setattr("mbcnet_rec.cpu.linear.ONE_DNN_FROM", 1)  # small layers too
+    settings = ["model.dnn.dropout=0", "train.autocast=none", "train.epochs=3", "train.max_steps=30"]
+    outputs = []
+    for fast in ("true", "false"):
+        one = [*SWITCHES[name], *settings, f"train.cpu_fast_path={fast}"]  # dropout draws other masks
+        code, folder = run(config, str(tmp_path / fast), *one)
+        assert code == 0
+        outputs.append((tensors_of(folder, 30), lines_of(folder)))
+    (fast, fast_lines), (slow, slow_lines) = outputs
+    assert fast.keys() == slow.keys()
+    for key, (shape, values) in fast.items():
+        assert shape == slow[key][0], key
+        if not key.startswith("window/") and "int" not in key:
+            ours, theirs = (
+                np.frombuffer(each, np.float32 if len(each) % 4 == 0 else np.uint8)
+                for each in (values, slow[key][1])
+            )
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=key)
+    assert [line["loss"] for line in fast_lines] == pytest.approx(
+        [line["loss"] for line in slow_lines], abs=1e-6
+    )
 
 
 def test_damaged_checkpoints_are_passed_over_aloud_and_never_thrown_away(config, tmp_path, capfd):

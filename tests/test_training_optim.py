@@ -8,19 +8,15 @@ import pytest
 import torch
 from tiny_run import make_run
 from torch import Tensor, nn
-from torch.autograd import profiler
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile, record_function
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 from data.schema import load_schema
 from mbcnet_rec.build import build
 from mbcnet_rec.config import load_config
-from mbcnet_rec.cpu.marks import mark_for_profilers_only
 from mbcnet_rec.cpu.whole_adam import WholeAdam, wholes_of
 from mbcnet_rec.runtime.process import joined_process
-from mbcnet_rec.training.pipeline import clip_gradients
 
 RATES = {"lr": 1e-2, "eps": 1e-8}
 TABLES = ((3, 4), (5, 2))
@@ -135,34 +131,6 @@ def test_tables_without_their_neighbours_stand_for_themselves() -> None:
     optimizer.step()
     moved = whole.detach() != before
     assert not moved[: tables[0].numel()].any() and moved[tables[0].numel() :].all()
-
-
-def test_clipping_is_torchs() -> None:
-    """Norm and clipped gradients, above and below the limit and without one; parameters without gradient do not count."""
-    for limit in (0.5, 1e3, float("inf")):
-        ours = [nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2))]
-        for parameter, seed in zip(ours[:2], (3, 4), strict=True):
-            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-        theirs = copy.deepcopy(ours)
-        for parameter, own in zip(theirs, ours, strict=True):
-            parameter.grad = None if own.grad is None else own.grad.clone()
-        torch.testing.assert_close(clip_gradients(ours, limit), nn.utils.clip_grad_norm_(theirs, limit))
-        for parameter, own in zip(theirs[:2], ours[:2], strict=True):
-            torch.testing.assert_close(own.grad, parameter.grad)
-
-
-def test_marks_reach_profilers_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a profiler a mark has its name and its time; outside it does not touch torch's dispatcher."""
-    for name in ("__enter__", "__exit__"):
-        monkeypatch.setattr(record_function, name, getattr(record_function, name))  # put back afterwards
-    mark_for_profilers_only()
-    mark_for_profilers_only()  # a process may train twice
-    with record_function("unheard") as mark:
-        assert mark.record is None
-    with profile(activities=[ProfilerActivity.CPU]) as heard, record_function("heard"):
-        torch.ones(3).sum()
-    assert "heard" in {event.key for event in heard.key_averages()}
-    assert not profiler._is_profiler_enabled
 
 
 def test_a_single_process_looks_up_replicated_tables_without_a_wrapper(

@@ -4,17 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 ONE_DNN_FROM = 2**16  # weights of a matrix; a call of oneDNN costs tens of microseconds before it multiplies
-
-
-class Linear(nn.Linear):
-    """y = W x + b by `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_features) to (B, out_features)."""
-        return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layers that branches are made of, and the layout of their input. Imports no torchrec.
+"""The layers that branches are made of, and the layout of their input.
 
 Shapes: B batch, N flattened width of all fields, F fields, n_f width of field f, G groups, n_g width of group
 g, E experts, r low rank, D dense columns, k width of an FM vector. Activations are float32 (bfloat16 inside matrix products under autocast); parameters are
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import InputError
-from mbcnet_rec.cpu.dropout import Dropout
-from mbcnet_rec.cpu.linear import ONE_DNN_FROM, Linear, linear
 
 ALL = "all"  # the name of the group of every field
 WIDE = "@wide"  # the name of the group of wide weights; no TOML author would hit upon it
@@ -197,13 +196,14 @@ class MLP(nn.Sequential):
         self, in_features: int, hidden: Sequence[int], regularisation: Regularisation = PLAIN
     ) -> None:
         layers: list[nn.Module] = []
-        for wide, narrow in zip((in_features, *hidden), hidden, strict=False):
-            layers.append(Linear(wide, narrow))
+        for out_features in hidden:
+            layers.append(nn.Linear(in_features, out_features))
             if regularisation.batch_norm:
-                layers.append(nn.BatchNorm1d(narrow))
+                layers.append(nn.BatchNorm1d(out_features))
             layers.append(nn.ReLU(inplace=True))  # its own output is all that its gradient needs
             if regularisation.dropout > 0:
-                layers.append(Dropout(regularisation.dropout))
+                layers.append(nn.Dropout(regularisation.dropout))
+            in_features = out_features
         super().__init__(*layers)
 
 
@@ -252,7 +252,7 @@ class FullRankCross(Cross):
     """layer_l(x) = W_l x + b_l, with W_l (N, N)."""
 
     def __init__(self, width: int, num_layers: int) -> None:
-        super().__init__([Linear(width, width) for _ in range(num_layers)])
+        super().__init__([nn.Linear(width, width) for _ in range(num_layers)])
 
 
 class LowRankMixtureCross(Cross):
@@ -280,30 +280,27 @@ class LowRankMixture(nn.Module):
         self.u = nn.Parameter(torch.empty(num_experts, width, low_rank))
         self.gate = nn.Parameter(torch.empty(num_experts, width))
         self.bias = nn.Parameter(torch.zeros(width))
-        for matrix in (
-            *self.v.detach(),
-            *self.c.detach(),
-            *self.u.detach(),
-            self.gate.detach(),
-        ):  # each expert by its own fan-in and fan-out
+        # each expert by its own fan-in and fan-out
+        for matrix in (*self.v.detach(), *self.c.detach(), *self.u.detach(), self.gate.detach()):
             nn.init.xavier_uniform_(matrix)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N) to (B, N)."""
         num_experts, low_rank, _ = self.v.shape
         # One wide product for all experts and the gate instead of E + 1 thin ones; another one on the way back.
-        projected = linear(x, torch.cat([self.v.flatten(0, 1), self.gate]))  # (B, E r + E)
+        projected = self.product(x, torch.cat([self.v.flatten(0, 1), self.gate]))  # (B, E r + E)
         low, scores = projected.split([num_experts * low_rank, num_experts], dim=1)
         low = torch.tanh(low).unflatten(1, (num_experts, low_rank))  # (B, E, r)
-        if low_rank**2 >= ONE_DNN_FROM and x.device.type == "cpu":  # a product an expert: twice as fast there
-            inner = [
-                linear(each, matrix) for each, matrix in zip(low.unbind(1), self.c.unbind(0), strict=True)
-            ]
-            low = torch.tanh(torch.stack(inner, dim=1))
-        else:
-            low = torch.tanh(torch.einsum("bes,ers->ber", low, self.c))
-        gated = low * torch.softmax(scores, dim=1).unsqueeze(2)
-        return linear(gated.flatten(1), self.u.transpose(0, 1).flatten(1), self.bias)
+        gated = torch.tanh(self.expert_products(low)) * torch.softmax(scores, dim=1).unsqueeze(2)
+        return self.product(gated.flatten(1), self.u.transpose(0, 1).flatten(1), self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W x + b: (B, n), (m, n), (m,) -> (B, m). mbcnet_rec/cpu has another way to the same numbers."""
+        return F.linear(x, weight, bias)
+
+    def expert_products(self, low: Tensor) -> Tensor:
+        """C_e x_e of each expert: (B, E, r) -> (B, E, r). mbcnet_rec/cpu has another way to the same numbers."""
+        return torch.einsum("bes,ers->ber", low, self.c)
 
 
 class FieldVectors(nn.Module):

@@ -1,6 +1,5 @@
 """This process among the ranks of a run: who it is, which device it has, and what crosses between ranks."""
 
-import ctypes
 import itertools
 import os
 import queue
@@ -17,14 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import InputError
-from mbcnet_rec.cpu.marks import mark_for_profilers_only
 from mbcnet_rec.runtime.exits import LostRankError
 from mbcnet_rec.runtime.quiet import quiet_libraries
 
 _TIMES_JOINED = itertools.count()
-# Of glibc's mallopt. Blocks below the first size come from the heap; free memory below the second stays there.
-_MMAP_THRESHOLD, _MMAP_BYTES = -3, 256 * 2**20
-_TRIM_THRESHOLD, _TRIM_BYTES = -1, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -87,9 +82,6 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    else:
-        _keep_freed_memory()
-    mark_for_profilers_only()
     # On a CPU plain "gloo", not "cpu:gloo": with the latter a rank without local shards asks for CUDA when loading.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
@@ -103,18 +95,6 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
             yield Process(rank, world_size, local_rank, local_world_size, chosen)
     finally:
         dist.destroy_process_group()
-
-
-def _keep_freed_memory() -> None:
-    """Let the allocator keep what one step frees for the next.
-
-    By default glibc gives large blocks back to the kernel, and a step at the paper's size and 1,024 rows faults 30,000 pages in
-    again: 4 % of its time in float32, 8 % under bf16.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
-        mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)
 
 
 def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:

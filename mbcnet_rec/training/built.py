@@ -1,5 +1,6 @@
 """A sharded model with its optimizers, and what it was built from: what the composition root hands to everyone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -7,6 +8,7 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mbcnet_rec.training.config import OptimConfig
+from mbcnet_rec.training.pipeline import CheckedStep, Pipeline
 from sharding.plan.constraints import ShardingConfig
 from sharding.plan.placement import Plan
 
@@ -22,6 +24,7 @@ class Built:
         branch_names: of the model's outputs after the fused one.
         dense: parameters that are in no table.
         optim, sharding, seed: of the config that it was built from.
+        pipeline: makes what takes training steps.
     """
 
     model: DistributedModelParallel
@@ -32,3 +35,4 @@ class Built:
     optim: OptimConfig
     sharding: ShardingConfig
     seed: int
+    pipeline: Callable[[CheckedStep], Pipeline]

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from mbcnet_rec.model.mbcnet import BranchArch
 
@@ -20,9 +21,7 @@ def gradient_shares(branches: dict[str, list[nn.Parameter]]) -> dict[str, Tensor
     Gradients are those after the average over ranks, so shares are equal on all ranks; a clip by the total norm leaves them.
     """
     norms = {
-        name: torch.stack(
-            torch._foreach_norm([each.grad for each in parameters if each.grad is not None])
-        ).norm()
+        name: get_total_norm([each.grad for each in parameters if each.grad is not None], foreach=True)
         for name, parameters in branches.items()
         if any(each.grad is not None for each in parameters)
     }

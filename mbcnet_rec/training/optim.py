@@ -1,6 +1,6 @@
-"""Optimizers: tables learn inside backward, the dense part by Adam, and a table's optimizer does not depend on its plan."""
+"""Optimizers: embedding tables are updated during backward, the dense part by Adam; a table's optimizer does not depend on its plan."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,14 +11,13 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from data.errors import InputError
-from mbcnet_rec.cpu.whole_adam import WholeAdam
 from mbcnet_rec.training.config import EmbeddingOptimConfig, OptimConfig
 
 TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
-    "adam": WholeAdam,
+    "adam": torch.optim.Adam,
 }
 
 
@@ -38,8 +37,16 @@ def fuse_table_optimizer(parameters: Iterable[nn.Parameter], config: EmbeddingOp
     apply_optimizer_in_backward(TABLE_OPTIMIZERS[config.name], parameters, dict(_options(config)))
 
 
+def fused_adam(params: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """Torch's Adam, one kernel over all parameters."""
+    return torch.optim.Adam(params, fused=True, **options)
+
+
 def build_optimizer(
-    model: DistributedModelParallel, replicated: set[str], config: OptimConfig
+    model: DistributedModelParallel,
+    replicated: set[str],
+    config: OptimConfig,
+    adam: Callable[..., torch.optim.Optimizer] = fused_adam,
 ) -> CombinedOptimizer:
     """Join the fused table optimizer, the same optimizer for replicated tables, and Adam for the dense part.
 
@@ -49,6 +56,7 @@ def build_optimizer(
         model: the sharded model.
         replicated: parameter names of data-parallel tables.
         config: rates.
+        adam: makes Adam of parameters and torch.optim.Adam's options.
     """
     sharded = {name for name, _ in model.fused_optimizer.params.items()}
     dense = {
@@ -60,11 +68,11 @@ def build_optimizer(
     options |= {"weight_decay": config.weight_decay, "decoupled_weight_decay": True}  # AdamW
     optimizers: list[Any] = [
         ("fused", model.fused_optimizer),
-        ("dense", KeyedOptimizerWrapper(dense, lambda params: WholeAdam(params, **options))),
+        ("dense", KeyedOptimizerWrapper(dense, lambda params: adam(params, **options))),
     ]
     tables = {name: param for name, param in model.named_parameters() if name in replicated}
     if tables:
-        chosen: Any = TABLE_OPTIMIZERS[config.embedding.name]
+        chosen: Any = adam if config.embedding.name == "adam" else TABLE_OPTIMIZERS[config.embedding.name]
         own = _options(config.embedding)
         optimizers.append(("replicated", KeyedOptimizerWrapper(tables, lambda params: chosen(params, **own))))
     return CombinedOptimizer(optimizers)
@@ -74,9 +82,8 @@ def _options(config: EmbeddingOptimConfig) -> dict[str, float]:
     match config.name:
         case "sgd":
             return {"lr": config.lr}
-        case (
-            "adam"
-        ):  # the gradient of lambda / 2 ||E||^2 is added to that of the loss, as FuxiCTR's penalty adds it
+        case "adam":
+            # the gradient of lambda / 2 ||E||^2 is added to that of the loss, as FuxiCTR's penalty adds it
             return {"lr": config.lr, "eps": config.eps, "weight_decay": config.l2}
         case _:
             return {"lr": config.lr, "eps": config.eps}

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data.errors import InputError
 from data.reading.order import Cursor
-from data.stream import ParquetStream
+from data.stream import Batch, ParquetStream
 from mbcnet_rec.checkpoints.compatibility import describe_run, load_checked
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
@@ -38,7 +39,7 @@ from mbcnet_rec.training.evaluation import (
 )
 from mbcnet_rec.training.faults import dump_batch, loss_spike
 from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
-from mbcnet_rec.training.pipeline import CheckedPipeline, PlainPipeline, clip_gradients, pipeline_for
+from mbcnet_rec.training.pipeline import CheckedStep, Pipeline
 from mbcnet_rec.training.plan_check import PlanWatch
 from mbcnet_rec.training.state import (
     Feed,
@@ -51,7 +52,6 @@ from mbcnet_rec.training.state import (
 from sharding.bridge.zch import collisions_of
 
 SECONDS_PER_MINUTE = 60.0
-Pipeline = PlainPipeline | CheckedPipeline
 Watch = Callable[[int, float], bool]  # (step, valid AUC) of an evaluation -> stop now?
 
 
@@ -156,13 +156,14 @@ class Trainer:
         bar = Progress(
             self.total_steps, self.state.step, self.stream.options.batch_size, shown=process.is_first
         )
-        pipeline: Pipeline = pipeline_for(self.built.plan.prefetch, process.world_size, process.device)(
+        step = CheckedStep(
             self.built.model,
             self.built.optimizer,
             self.autocast,
-            lambda losses: self._verdict(losses, pipeline, bar),
+            lambda losses: self._verdict(losses, step, bar),
             self._after_backward,
         )
+        pipeline = self.built.pipeline(step)
         feed = Feed(self.stream, process)
         self.built.model.train()
         self.window = Window(first_step=self.state.step, waited=feed.waited)
@@ -176,7 +177,7 @@ class Trainer:
                     self._evaluate_and_decide(bar, records)
                 if self.state.step >= self.total_steps or self.state.stopped:
                     break
-                self._segment(pipeline, feed, bar, records)
+                self._segment(pipeline, step, feed, bar, records)
             self.saver.finish()
         finally:
             self.saver.cancel()
@@ -186,7 +187,9 @@ class Trainer:
                 records.close()
         return self.state
 
-    def _segment(self, pipeline: Pipeline, feed: Feed, bar: Progress, records: Records | None) -> None:
+    def _segment(
+        self, pipeline: Pipeline, step: CheckedStep, feed: Feed, bar: Progress, records: Records | None
+    ) -> None:
         """Train up to the next evaluation."""
         train = self.config
         boundary = self._next_boundary()
@@ -207,7 +210,7 @@ class Trainer:
                 bar.say(compared)
             self.state.step += 1
             self.state.cursor = feed.trained()
-            if pipeline.skipped:
+            if step.skipped:
                 self.state.skipped += 1
             else:
                 self.window.outputs.append(outputs)
@@ -233,7 +236,7 @@ class Trainer:
         boundary = step > 0 and (step % every == 0 or step >= self.total_steps)
         return boundary and self.state.evaluated_step != step
 
-    def _verdict(self, losses: Tensor, pipeline: Pipeline, bar: Progress) -> bool:
+    def _verdict(self, losses: Tensor, step: CheckedStep, bar: Progress) -> bool:
         """Decide together, before backward writes a row: is the loss finite, shall we stop, is a checkpoint due?
 
         Returns:
@@ -250,8 +253,8 @@ class Trainer:
         self._stop_wanted, self._save_wanted = stop is not None, due is not None
         if faulty is None:
             return False
-        pipeline.forward.take_back()
-        where = self._dump(losses, pipeline) if not finite else ""
+        step.take_back()
+        where = self._dump(losses, step.batch) if not finite else ""
         cap = self.config.max_skipped
         if self.config.on_nonfinite == "skip" and self.state.skipped < cap:
             bar.say(
@@ -268,21 +271,23 @@ class Trainer:
             spoken=not finite,
         )
 
-    def _dump(self, losses: Tensor, pipeline: Pipeline) -> str:
-        assert pipeline.forward.batch is not None
+    def _dump(self, losses: Tensor, batch: Batch | None) -> str:
+        assert batch is not None
         try:
-            path = dump_batch(
-                self.context.folder, self.state.step + 1, self.process.rank, pipeline.forward.batch, losses
-            )
+            path = dump_batch(self.context.folder, self.state.step + 1, self.process.rank, batch, losses)
         except OSError as error:
             return f" (its batch could not be kept: {error.strerror})"
         return f" (its batch is in {path})"
 
     def _after_backward(self) -> None:
         limit = self.config.max_grad_norm
-        if limit > 0 or (self.state.step + 1) % self.config.log_every == 0:
-            self.window.grad_norm = clip_gradients(self.built.dense, limit or float("inf"))
-        if (self.state.step + 1) % self.config.log_every == 0:
+        logs = (self.state.step + 1) % self.config.log_every == 0
+        if limit > 0 or logs:
+            grads = [each.grad for each in self.built.dense if each.grad is not None]
+            self.window.grad_norm = get_total_norm(grads, foreach=True)
+            if limit > 0:
+                clip_grads_with_norm_(self.built.dense, limit, self.window.grad_norm.double(), foreach=True)
+        if logs:
             self.window.gradient_shares = gradient_shares(self.branches)
 
     def _log(self, feed: Feed, bar: Progress, records: Records | None) -> dict[str, float]:
