@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import Schema
@@ -67,7 +68,7 @@ def _kept_bytes(model: nn.Module, rows: int) -> tuple[int, float]:
     def keep(tensor: Tensor) -> None:
         # not the tensor: what an operation keeps of its own output would hold the whole graph for ever
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        kept[StorageWeakRef(storage).cdata] = storage
 
     with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, _no_backward):
         model(torch.empty(rows, 1, device="meta"), None, None)

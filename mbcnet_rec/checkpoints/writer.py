@@ -47,7 +47,7 @@ class Saver:
         self._timeout = timeout_seconds
         self._run = broadcast_value(f"{time.time_ns():x}", process)
         self._count = 0
-        self._store = side_store("checkpoint") if process.world_size > 1 else None
+        self._store = side_store(process, "checkpoint")
         self._thread: threading.Thread | None = None
         self._error: str = ""
         self._snapshot: Snapshot | None = None

@@ -30,6 +30,7 @@ class Process:
         rank, world_size: over all hosts.
         local_rank, local_world_size: on this host.
         device: what it computes on.
+        store: through which the ranks have found each other.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class Process:
     local_rank: int
     local_world_size: int
     device: torch.device
+    store: dist.Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -92,7 +94,7 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
         raise _cannot_meet(error, rank, world_size, timeout_seconds) from None
     try:
         with quiet_libraries():
-            yield Process(rank, world_size, local_rank, local_world_size, chosen)
+            yield Process(rank, world_size, local_rank, local_world_size, chosen, store)
     finally:
         dist.destroy_process_group()
 
@@ -221,9 +223,11 @@ def lowest_rank(flag: bool, process: Process) -> int | None:
     return vote([flag])[0] if process.world_size > 1 else (0 if flag else None)
 
 
-def side_store(prefix: str) -> dist.Store:
-    """A connection to the rendezvous store for a thread: what it waits for does not hold up the main thread's."""
-    store: Any = dist.distributed_c10d._get_default_store()
+def side_store(process: Process, prefix: str) -> dist.Store | None:
+    """A connection to the rendezvous store for a thread: what it waits for does not hold up the main thread's. None for one rank."""
+    if process.world_size == 1:
+        return None
+    store: Any = process.store
     with suppress(AttributeError, RuntimeError, NotImplementedError):
         store = store.clone()  # a store without connections, such as a file, can be shared
     return dist.PrefixStore(prefix, store)

@@ -42,7 +42,7 @@ class Watchdog:
         self._path = folder / STACKS / f"rank_{process.rank}.txt"
         self._stall = stall_seconds
         self._period = min(SLOWEST_BEAT_SECONDS, max(FASTEST_BEAT_SECONDS, stall_seconds / 10))
-        self._store = side_store("heartbeat") if process.world_size > 1 else None
+        self._store = side_store(process, "heartbeat")
         self._place = "start"
         self._since = time.monotonic()
         self._armed = float("-inf")

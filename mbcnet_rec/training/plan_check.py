@@ -70,7 +70,7 @@ def held_by_rank(built: Built, process: Process) -> list[dict[str, int]] | None:
     held = held_bytes(built.model)
     for name, keyed in built.optimizer.optimizers:
         if name == "replicated":
-            held["state"] += optimizer_bytes(keyed._optimizer)  # type: ignore[attr-defined]
+            held["state"] += optimizer_bytes(keyed)
     allocated = memory_allocated(process.device).get("hbm", 0)
     table = gather_rows(np.array([[*(held[part] for part in PARTS), allocated]], np.int64), process)
     if table is None:
