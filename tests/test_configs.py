@@ -56,7 +56,10 @@ def test_each_config_is_either_real_or_synthetic():
     assert set(REAL) <= set(DATA_SETS)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("adult", "slots") else pytest.param(name, marks=pytest.mark.long) for name in REAL],
+)
 def test_real_data_trains(name, tmp_path, monkeypatch, capfd):
     if not (SHARED / REAL[name]).is_dir():
         pytest.skip(f"the real files are not here ({REAL[name]})")

@@ -79,6 +79,7 @@ def test_the_prefetching_pipeline_takes_the_same_steps(found):
     assert [line["skipped_steps"] for line in result["lines"] if "skipped_steps" in line] == [1, 1, 1, 1]
 
 
+@pytest.mark.long
 def test_replicated_groups_train_save_and_resume(replicas):
     again = replicas["again"]
     assert again["codes"] == [0, 0, 0, 0], again["words"]
