@@ -11,16 +11,14 @@ from data.errors import InputError
 from mbcnet_rec.model.branches import CrossConfig, EFGCConfig, FMConfig
 from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
 from mbcnet_rec.model.models import ModelConfig, build_arch, build_model, needs_wide
-from mbcnet_rec.model.zoo.baselines import (
-    CrossNetConfig,
-    DCNv2Config,
-    DeepFMConfig,
-    DNNConfig,
-    EFGCNetConfig,
-    MMoEConfig,
-)
+from mbcnet_rec.model.zoo.crossnet import CrossNetConfig
+from mbcnet_rec.model.zoo.dcnv2 import DCNv2Config
+from mbcnet_rec.model.zoo.deepfm import DeepFMConfig
+from mbcnet_rec.model.zoo.dnn import DNNConfig
+from mbcnet_rec.model.zoo.efgc import EFGCNetConfig
 from mbcnet_rec.model.zoo.enkd import EnKDConfig, TeacherGate, distillation_loss
 from mbcnet_rec.model.zoo.finalmlp import FinalMLPConfig, StreamConfig
+from mbcnet_rec.model.zoo.mmoe import MMoEConfig
 
 B = 9
 LAYOUT = InputLayout(

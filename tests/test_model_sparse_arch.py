@@ -27,7 +27,8 @@ from mbcnet_rec.model.sparse_arch import (
     regroup_op,
     wide_key,
 )
-from mbcnet_rec.model.zoo.baselines import DeepFMConfig, DNNConfig
+from mbcnet_rec.model.zoo.deepfm import DeepFMConfig
+from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 DIMS = {"user": 4, "item": 8, "tags": 4, "shops": 12}
 GROUPS = {"match": ("item", "user"), "looks": ("image", "item", "price"), "cost": ("price", "age")}

@@ -1,32 +1,25 @@
 """Which model: one config that holds them all, and the one place that turns it into modules."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from mbcnet_rec.model.branches import FMConfig
 from mbcnet_rec.model.layers import InputLayout
 from mbcnet_rec.model.mbcnet import MBCNet, MBCNetConfig
-from mbcnet_rec.model.zoo.baselines import (
-    Baseline,
-    CrossNetArch,
-    CrossNetConfig,
-    DCNv2Arch,
-    DCNv2Config,
-    DeepFMArch,
-    DeepFMConfig,
-    DNNArch,
-    DNNConfig,
-    EFGCArch,
-    EFGCNetConfig,
-    FMArch,
-    MMoEArch,
-    MMoEConfig,
-    WideDeepArch,
-)
+from mbcnet_rec.model.zoo.baseline import Baseline
+from mbcnet_rec.model.zoo.crossnet import CrossNetArch, CrossNetConfig
+from mbcnet_rec.model.zoo.dcnv2 import DCNv2Arch, DCNv2Config
+from mbcnet_rec.model.zoo.deepfm import DeepFMArch, DeepFMConfig
+from mbcnet_rec.model.zoo.dnn import DNNArch, DNNConfig
+from mbcnet_rec.model.zoo.efgc import EFGCArch, EFGCNetConfig
 from mbcnet_rec.model.zoo.enkd import EnKDConfig
 from mbcnet_rec.model.zoo.finalmlp import FinalMLPArch, FinalMLPConfig
+from mbcnet_rec.model.zoo.fm import FMArch
+from mbcnet_rec.model.zoo.mmoe import MMoEArch, MMoEConfig
+from mbcnet_rec.model.zoo.wide_deep import WideDeepArch
 
 if TYPE_CHECKING:
     from mbcnet_rec.model.sparse_arch import SparseArch
@@ -72,6 +65,21 @@ class ModelConfig:
     efgc: EFGCNetConfig = EFGCNetConfig()
 
 
+# kind of a baseline -> what builds it of its config, the key of that name, and the layout
+ARCHES: dict[str, Callable[[Any, InputLayout], nn.Module]] = {
+    "dnn": DNNArch,
+    "crossnet": CrossNetArch,
+    "wide_deep": WideDeepArch,
+    "dcnv2": DCNv2Arch,
+    "mmoe": MMoEArch,
+    "enkd": DNNArch,
+    "finalmlp": FinalMLPArch,
+    "deepfm": DeepFMArch,
+    "fm": FMArch,
+    "efgc": EFGCArch,
+}
+
+
 def needs_wide(config: ModelConfig) -> bool:
     """Whether the model reads wide weights: then its layout says wide=True and its tables include `wide_tables`."""
     if config.kind == "mbcnet":
@@ -96,28 +104,6 @@ def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLay
 
 def build_arch(config: ModelConfig, layout: InputLayout) -> nn.Module:
     """Build what stands on the tables of a baseline: features -> ModelOutput."""
-    match config.kind:
-        case "dnn":
-            return DNNArch(config.dnn, layout)
-        case "crossnet":
-            return CrossNetArch(config.crossnet, layout)
-        case "wide_deep":
-            return WideDeepArch(config.wide_deep, layout)
-        case "dcnv2":
-            return DCNv2Arch(config.dcnv2, layout)
-        case "mmoe":
-            return MMoEArch(config.mmoe, layout)
-        case "enkd":
-            return DNNArch(config.enkd, layout)
-        case "finalmlp":
-            return FinalMLPArch(config.finalmlp, layout)
-        case "deepfm":
-            return DeepFMArch(config.deepfm, layout)
-        case "fm":
-            return FMArch(config.fm, layout)
-        case "efgc":
-            return EFGCArch(config.efgc, layout)
-        case "mbcnet":
-            raise ValueError("MBCNet stands on its tables by itself: build_model")
-        case unknown:
-            assert_never(unknown)
+    if config.kind not in ARCHES:
+        raise ValueError(f"{config.kind}: MBCNet stands on its tables by itself: build_model")
+    return ARCHES[config.kind](getattr(config, config.kind), layout)

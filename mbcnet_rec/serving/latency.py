@@ -22,7 +22,8 @@ from data.errors import InputError
 from data.schema import Schema, load_schema
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelConfig, ModelKind, needs_wide
-from mbcnet_rec.model.zoo.baselines import DCNv2Config, DNNConfig
+from mbcnet_rec.model.zoo.dcnv2 import DCNv2Config
+from mbcnet_rec.model.zoo.dnn import DNNConfig
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import take_apart, untrained
 from mbcnet_rec.serving.complexity import Part, measure_parts

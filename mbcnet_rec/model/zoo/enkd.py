@@ -16,7 +16,7 @@ from data.errors import InputError
 from mbcnet_rec.model.losses import at_least_float32, check_at_least_zero, weighted_bce
 from mbcnet_rec.model.mbcnet import ModelOutput
 from mbcnet_rec.model.objective import Model, Outputs, Rows
-from mbcnet_rec.model.zoo.baselines import DNNConfig
+from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 TEACHERS = ("dcnv2", "crossnet", "wide_deep")  # as in the paper
 

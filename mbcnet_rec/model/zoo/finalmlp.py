@@ -13,7 +13,7 @@ from data.errors import InputError
 from mbcnet_rec.model.branches import check_optional_widths, check_widths
 from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baselines import logits_only
+from mbcnet_rec.model.zoo.baseline import logits_only
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""A cross network over all fields: the paper's CrossNetV2.
+
+Shapes: B batch, N flattened width of all fields.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mbcnet_rec.model.branches import CrossConfig, build_cross, check_optional_widths
+from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput
+from mbcnet_rec.model.zoo.baseline import logits_only
+
+
+@dataclass(frozen=True)
+class CrossNetConfig(Regularisation):
+    """A cross network over all fields.
+
+    Attributes:
+        cross: low_rank_mixture is the paper's CrossNetV2, full_rank what FuxiCTR and BARS call by that name.
+        hidden: widths of layers between the cross network and the logit; none by default. The paper ends every
+            model in 128 latents: [512, 512, 256, 128] are MBCnet's reduction and top.
+    """
+
+    cross: CrossConfig = CrossConfig()
+    hidden: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse values that build no network."""
+        super().__post_init__()
+        check_optional_widths("hidden", self.hidden)
+
+
+class CrossNetArch(nn.Module):
+    """logit = w MLP(cross(e)) + b (DCN-V2; Wang et al., 2021), the MLP absent by default."""
+
+    def __init__(self, config: CrossNetConfig, layout: InputLayout) -> None:
+        super().__init__()
+        self.cross = build_cross(config.cross, layout.width())
+        self.mlp = MLP(layout.width(), config.hidden, config)
+        self.logit = nn.Linear((layout.width(), *config.hidden)[-1], 1)
+
+    def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
+        """Map "all" (B, N) to the logits."""
+        return logits_only(self.logit(self.mlp(self.cross(features[ALL]))).squeeze(1))

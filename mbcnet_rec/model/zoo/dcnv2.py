@@ -1,0 +1,39 @@
+"""DCN-V2 (Wang et al., 2021): cross and deep network in parallel.
+
+Shapes: B batch, N flattened width of all fields.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mbcnet_rec.model.branches import CrossConfig, build_cross
+from mbcnet_rec.model.layers import ALL, MLP, InputLayout
+from mbcnet_rec.model.mbcnet import ModelOutput
+from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.zoo.dnn import DNNConfig
+
+
+@dataclass(frozen=True)
+class DCNv2Config(DNNConfig):
+    """Cross and deep network in parallel. cross: of the one; hidden, batch_norm, dropout: of the other."""
+
+    cross: CrossConfig = CrossConfig()
+    hidden: tuple[int, ...] = (2048, 1024, 512, 512, 512)
+
+
+class DCNv2Arch(nn.Module):
+    """logit = w (cross(e) + MLP(e)) + b, where + concatenates: the parallel DCN-V2 (Wang et al., 2021)."""
+
+    def __init__(self, config: DCNv2Config, layout: InputLayout) -> None:
+        super().__init__()
+        self.cross = build_cross(config.cross, layout.width())
+        self.mlp = MLP(layout.width(), config.hidden, config)
+        self.logit = nn.Linear(layout.width() + config.hidden[-1], 1)
+
+    def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
+        """Map "all" (B, N) to the logits."""
+        x = features[ALL]
+        return logits_only(self.logit(torch.cat([self.cross(x), self.mlp(x)], dim=1)).squeeze(1))

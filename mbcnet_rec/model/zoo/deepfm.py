@@ -1,0 +1,38 @@
+"""DeepFM (Guo et al., 2017): a factorisation machine and a deep network on the same embeddings.
+
+Shapes: B batch, N flattened width of all fields, F fields.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mbcnet_rec.model.branches import FMConfig
+from mbcnet_rec.model.layers import ALL, MLP, InputLayout
+from mbcnet_rec.model.mbcnet import ModelOutput
+from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.zoo.dnn import DNNConfig
+from mbcnet_rec.model.zoo.fm import FMArch
+
+
+@dataclass(frozen=True)
+class DeepFMConfig(DNNConfig):
+    """Factorisation machine and deep network. fm: width of the vectors; hidden, batch_norm, dropout: of the latter."""
+
+    fm: FMConfig = FMConfig()
+
+
+class DeepFMArch(nn.Module):
+    """logit = FM(x) + w MLP(e), both on the same embeddings (Guo et al., 2017, Eq. 1)."""
+
+    def __init__(self, config: DeepFMConfig, layout: InputLayout) -> None:
+        super().__init__()
+        self.fm = FMArch(config.fm, layout)
+        self.mlp = MLP(layout.width(), config.hidden, config)
+        self.logit = nn.Linear(config.hidden[-1], 1, bias=False)
+
+    def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
+        """Map "all" (B, N) and the wide weights (B, F + D) to the logits."""
+        deep = self.logit(self.mlp(features[ALL])).squeeze(1)
+        return logits_only(self.fm(features).fused_logits + deep)

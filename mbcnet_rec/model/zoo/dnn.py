@@ -1,0 +1,43 @@
+"""A deep network over all fields.
+
+Shapes: B batch, N flattened width of all fields.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mbcnet_rec.model.branches import check_widths
+from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput
+from mbcnet_rec.model.zoo.baseline import logits_only
+
+
+@dataclass(frozen=True)
+class DNNConfig(Regularisation):
+    """A deep network over all fields; by default the paper's deep branch and shared top in a row.
+
+    Attributes:
+        hidden: widths of the layers.
+    """
+
+    hidden: tuple[int, ...] = (2048, 1024, 512, 512, 512, 512, 256, 128)
+
+    def __post_init__(self) -> None:
+        """Refuse values that build no network."""
+        super().__post_init__()
+        check_widths("hidden", self.hidden)
+
+
+class DNNArch(nn.Module):
+    """logit = w MLP(e) + b, e all fields concatenated."""
+
+    def __init__(self, config: DNNConfig, layout: InputLayout) -> None:
+        super().__init__()
+        self.mlp = MLP(layout.width(), config.hidden, config)
+        self.logit = nn.Linear(config.hidden[-1], 1)
+
+    def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
+        """Map "all" (B, N) to the logits."""
+        return logits_only(self.logit(self.mlp(features[ALL])).squeeze(1))

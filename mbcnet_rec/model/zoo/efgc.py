@@ -1,0 +1,45 @@
+"""MBCnet's EFGC branch alone.
+
+Shapes: B batch, N flattened width of all fields, H width in which a branch ends.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from data.errors import InputError
+from mbcnet_rec.model.branches import EFGCBranch, EFGCConfig, check_widths
+from mbcnet_rec.model.layers import MLP, InputLayout, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput
+from mbcnet_rec.model.zoo.baseline import logits_only
+
+
+@dataclass(frozen=True)
+class EFGCNetConfig(Regularisation):
+    """The EFGC branch alone. efgc: of the groups; branch_dim: H; top: widths between the branch and the logit."""
+
+    efgc: EFGCConfig = EFGCConfig()
+    branch_dim: int = 512
+    top: tuple[int, ...] = (512, 256, 128)
+
+    def __post_init__(self) -> None:
+        """Refuse values that build no network."""
+        super().__post_init__()
+        check_widths("top", self.top)
+        if self.branch_dim < 1:
+            raise InputError(f"branch_dim = {self.branch_dim}: wanted a width of 1 or more; raise it")
+
+
+class EFGCArch(nn.Module):
+    """logit = w top(EFGC(e)) + b: "EFGC" of Table 3."""
+
+    def __init__(self, config: EFGCNetConfig, layout: InputLayout) -> None:
+        super().__init__()
+        self.branch = EFGCBranch(layout, config.efgc, config.branch_dim, config)
+        self.top = MLP(config.branch_dim, config.top, config)
+        self.logit = nn.Linear(config.top[-1], 1)
+
+    def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
+        """Map each group g's (B, n_g) to the logits."""
+        return logits_only(self.logit(self.top(self.branch(features))).squeeze(1))

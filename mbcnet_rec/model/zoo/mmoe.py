@@ -1,0 +1,64 @@
+"""MMoE (Ma et al., 2018) with one task, the paper's MMOE+.
+
+Shapes: B batch, N flattened width of all fields, E experts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import InputError
+from mbcnet_rec.model.branches import check_optional_widths, check_widths
+from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput
+from mbcnet_rec.model.zoo.baseline import logits_only
+
+
+@dataclass(frozen=True)
+class MMoEConfig(Regularisation):
+    """Gated experts with the tower of a single task, the paper's MMOE+.
+
+    Attributes:
+        num_experts: E.
+        expert, gate, tower: widths of each expert, of the gate before its softmax layer, and of the tower.
+    """
+
+    num_experts: int = 4
+    expert: tuple[int, ...] = (512, 256, 128)
+    gate: tuple[int, ...] = (128, 64)
+    tower: tuple[int, ...] = (128, 64)
+
+    def __post_init__(self) -> None:
+        """Refuse values that build no network."""
+        super().__post_init__()
+        if self.num_experts < 1:
+            raise InputError(f"num_experts = {self.num_experts}: wanted 1 or more; raise it")
+        check_widths("expert", self.expert)
+        check_optional_widths("gate", self.gate)
+        check_optional_widths("tower", self.tower)
+
+
+class MMoEArch(nn.Module):
+    """logit = w tower(sum_e g_e(e) expert_e(e)) + b, g = softmax(G gate(e) + c) (MMoE; Ma et al., 2018, Eq. 5 to 7).
+
+    With one task, as the paper uses it.
+    """
+
+    def __init__(self, config: MMoEConfig, layout: InputLayout) -> None:
+        super().__init__()
+        width = layout.width()
+        self.experts = nn.ModuleList(MLP(width, config.expert, config) for _ in range(config.num_experts))
+        gate_width = (width, *config.gate)[-1]
+        self.gate = nn.Sequential(MLP(width, config.gate, config), nn.Linear(gate_width, config.num_experts))
+        self.tower = MLP(config.expert[-1], config.tower, config)
+        self.logit = nn.Linear((config.expert[-1], *config.tower)[-1], 1)
+
+    def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
+        """Map "all" (B, N) to the logits."""
+        x = features[ALL]
+        gates = torch.softmax(self.gate(x), dim=1)  # (B, E)
+        experts = torch.stack([expert(x) for expert in self.experts], dim=1)  # (B, E, width)
+        mixed = (gates.unsqueeze(2) * experts).sum(1)
+        return logits_only(self.logit(self.tower(mixed)).squeeze(1))
