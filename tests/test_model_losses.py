@@ -293,10 +293,10 @@ def test_a_single_branch_has_no_differentiation():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: CoteachingConfig(scheme="strong"), "scheme = 'strong': wanted one of strong_to_weak"),
+        (lambda: CoteachingConfig(scheme="strong"), "scheme = 'strong': wanted one of 'strong_to_weak'"),
         (lambda: CoteachingConfig(weight=-0.1), "weight = -0.1"),
         (lambda: CoteachingConfig(threshold=math.nan), "threshold = nan"),
-        (lambda: DifferentiationConfig(kind="max"), "kind = 'max': wanted one of moderate"),
+        (lambda: DifferentiationConfig(kind="max"), "kind = 'max': wanted one of 'moderate'"),
         (lambda: DifferentiationConfig(norm="l1"), "norm = 'l1'"),
         (lambda: branch_coteaching_loss(torch.zeros(2, 1), torch.zeros(1), scheme="all"), "scheme = 'all'"),
         (lambda: moderate_differentiation_loss(torch.zeros(3, 1, 2), torch.zeros(2, 2, 2)), "wanted 3"),

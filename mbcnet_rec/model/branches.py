@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
+from data.schema.bounds import Bounded, bounded
 from mbcnet_rec.model.layers import (
     ALL,
     MLP,
@@ -30,18 +31,14 @@ from mbcnet_rec.model.layers import (
 
 
 @dataclass(frozen=True)
-class EFGCConfig:
+class EFGCConfig(Bounded):
     """Extensible feature grouping and crossing. hidden: widths of every group's MLP."""
 
-    hidden: tuple[int, ...] = (1024, 128)
-
-    def __post_init__(self) -> None:
-        """Refuse widths that are no widths."""
-        check_widths("hidden", self.hidden)
+    hidden: tuple[int, ...] = bounded((1024, 128), at_least=1, min_length=1)
 
 
 @dataclass(frozen=True)
-class CrossConfig:
+class CrossConfig(Bounded):
     """The cross network.
 
     Attributes:
@@ -52,34 +49,20 @@ class CrossConfig:
     """
 
     kind: Literal["low_rank_mixture", "full_rank"] = "low_rank_mixture"
-    num_layers: int = 2
-    num_experts: int = 2
-    low_rank: int = 16
-
-    def __post_init__(self) -> None:
-        """Refuse values that build no network."""
-        if self.kind not in ("low_rank_mixture", "full_rank"):
-            raise InputError(
-                f"kind = {self.kind!r}: wanted 'low_rank_mixture' or 'full_rank'; change the value"
-            )
-        for key in ("num_layers", "num_experts", "low_rank"):
-            if getattr(self, key) < 1:
-                raise InputError(f"{key} = {getattr(self, key)}: wanted an integer of at least 1; raise it")
+    num_layers: int = bounded(2, at_least=1)
+    num_experts: int = bounded(2, at_least=1)
+    low_rank: int = bounded(16, at_least=1)
 
 
 @dataclass(frozen=True)
-class DeepConfig:
+class DeepConfig(Bounded):
     """The deep network. hidden: widths of its layers; the last one is branch_dim."""
 
-    hidden: tuple[int, ...] = (2048, 1024, 512, 512, 512)
-
-    def __post_init__(self) -> None:
-        """Refuse widths that are no widths."""
-        check_widths("hidden", self.hidden)
+    hidden: tuple[int, ...] = bounded((2048, 1024, 512, 512, 512), at_least=1, min_length=1)
 
 
 @dataclass(frozen=True)
-class FMConfig:
+class FMConfig(Bounded):
     """The factorisation machine.
 
     Attributes:
@@ -87,12 +70,7 @@ class FMConfig:
             sparse field of another width, and every dense field, is projected to k (see FieldVectors).
     """
 
-    dim: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse a negative width."""
-        if self.dim < 0:
-            raise InputError(f"dim = {self.dim}: wanted 0 (the fields' own width) or more; raise it")
+    dim: int = bounded(0, at_least=0, wanted="0 (the fields' own width) or more")
 
 
 class EFGCBranch(nn.Module):
@@ -232,25 +210,3 @@ def build_cross(config: CrossConfig, width: int) -> Cross:
     if config.kind == "low_rank_mixture":
         return LowRankMixtureCross(width, config.num_layers, config.num_experts, config.low_rank)
     return FullRankCross(width, config.num_layers)
-
-
-def check_widths(key: str, widths: tuple[int, ...]) -> None:
-    """Refuse an empty list of layers and widths below 1.
-
-    Raises:
-        InputError: naming the key and its value.
-    """
-    if not widths or min(widths) < 1:
-        raise InputError(
-            f"{key} = {list(widths)}: wanted at least one width, each 1 or more; change the list"
-        )
-
-
-def check_optional_widths(key: str, widths: tuple[int, ...]) -> None:
-    """Refuse widths below 1; no layer at all is fine.
-
-    Raises:
-        InputError: naming the key and its value.
-    """
-    if widths:
-        check_widths(key, widths)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import InputError
+from data.schema.bounds import Bounded, bounded
 
 ALL = "all"  # the name of the group of every field
 WIDE = "@wide"  # the name of the group of wide weights; no TOML author would hit upon it
@@ -23,7 +24,7 @@ WIDE_DIM = 4  # FBGEMM wants widths in multiples of 4, so one weight is the mean
 
 
 @dataclass(frozen=True, kw_only=True)  # so that the inheriting config's own keys come first
-class Regularisation:
+class Regularisation(Bounded):
     """What every dense layer carries besides its ReLU. The configs of networks inherit these two keys.
 
     Attributes:
@@ -33,12 +34,7 @@ class Regularisation:
     """
 
     batch_norm: bool = False
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse what is no probability below 1."""
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout = {self.dropout}: wanted a probability in [0, 1); change the value")
+    dropout: float = bounded(0.0, at_least=0, below=1, wanted="a probability in [0, 1)")
 
 
 PLAIN = Regularisation()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import InputError
+from data.schema.bounds import Bounded, bounded
 
 Scheme = Literal["strong_to_weak", "weak_to_strong", "no_discrimination"]
 Norm = Literal["l2", "squared"]
@@ -26,7 +27,7 @@ THRESHOLD = -math.log(0.5)  # the BCE of a prediction of one half (Eq. 10)
 
 
 @dataclass(frozen=True)
-class CoteachingConfig:
+class CoteachingConfig(Bounded):
     """Branch co-teaching.
 
     Attributes:
@@ -38,20 +39,15 @@ class CoteachingConfig:
             losses are unreliable early in training.
     """
 
-    weight: float = 0.1
+    weight: float = bounded(0.1, at_least=0)
     scheme: Scheme = "strong_to_weak"
-    threshold: float = THRESHOLD
-    warmup_steps: int = 0
+    threshold: float = bounded(THRESHOLD, at_least=0)
+    warmup_steps: int = bounded(0, at_least=0)
     confidence: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their range."""
-        check_choice("scheme", self.scheme, ("strong_to_weak", "weak_to_strong", "no_discrimination"))
-        check_at_least_zero(weight=self.weight, threshold=self.threshold, warmup_steps=self.warmup_steps)
 
 
 @dataclass(frozen=True)
-class DifferentiationConfig:
+class DifferentiationConfig(Bounded):
     """Moderate differentiation, and the two extremes of Table 5.
 
     Attributes:
@@ -66,20 +62,12 @@ class DifferentiationConfig:
         warmup_steps: training steps over which beta grows linearly from 0; 0 is no warm-up.
     """
 
-    weight: float = 0.1
+    weight: float = bounded(0.1, at_least=0)
     kind: DifferentiationKind = "moderate"
     norm: Norm = "l2"
     init: Literal["orthogonal", "identity"] = "orthogonal"
     parametrization: Literal["soft", "orthogonal"] = "soft"
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their range."""
-        check_choice("kind", self.kind, ("moderate", "max_difference", "min_difference"))
-        check_choice("norm", self.norm, ("l2", "squared"))
-        check_choice("init", self.init, ("orthogonal", "identity"))
-        check_choice("parametrization", self.parametrization, ("soft", "orthogonal"))
-        check_at_least_zero(weight=self.weight, warmup_steps=self.warmup_steps)
+    warmup_steps: int = bounded(0, at_least=0)
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -300,14 +288,3 @@ def check_choice(key: str, value: str, wanted: tuple[str, ...]) -> None:
     """
     if value not in wanted:
         raise InputError(f"{key} = {value!r}: wanted one of {', '.join(wanted)}; change the value")
-
-
-def check_at_least_zero(**values: float) -> None:
-    """Refuse negative numbers and NaN.
-
-    Raises:
-        InputError: naming the key and the value.
-    """
-    for key, value in values.items():
-        if not value >= 0:
-            raise InputError(f"{key} = {value}: wanted a number of at least 0; change the value")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
+from data.schema.bounds import bounded
 from mbcnet_rec.model.branches import (
     CrossBranch,
     CrossConfig,
@@ -26,10 +27,9 @@ from mbcnet_rec.model.branches import (
     FMBranch,
     FMConfig,
     WideBranch,
-    check_widths,
 )
 from mbcnet_rec.model.layers import MLP, InputLayout, Regularisation
-from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig, check_choice
+from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and reading a config needs none of it
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -58,8 +58,8 @@ class MBCNetConfig(Regularisation):
     cross: CrossConfig = CrossConfig()
     deep: DeepConfig = DeepConfig()
     fm: FMConfig = FMConfig()
-    branch_dim: int = 512
-    top: tuple[int, ...] = (512, 256, 128)
+    branch_dim: int = bounded(512, at_least=1)
+    top: tuple[int, ...] = bounded((512, 256, 128), at_least=1, min_length=1)
     fusion: Literal["mean", "gated"] = "mean"
     coteaching: CoteachingConfig = CoteachingConfig()
     differentiation: DifferentiationConfig = DifferentiationConfig()
@@ -70,10 +70,6 @@ class MBCNetConfig(Regularisation):
         branches = list(self.branches)
         if not branches or len(set(branches)) != len(branches) or not set(branches) <= set(BRANCHES):
             raise InputError(f"branches = {branches}: wanted one or more of {', '.join(BRANCHES)}, each once")
-        check_widths("top", self.top)
-        check_choice("fusion", self.fusion, ("mean", "gated"))
-        if self.branch_dim < 1:
-            raise InputError(f"branch_dim = {self.branch_dim}: wanted a width of 1 or more; raise it")
         if "deep" in branches and self.deep.hidden[-1] != self.branch_dim:
             raise InputError(
                 f"deep.hidden = {list(self.deep.hidden)}: wanted the last width to be branch_dim = {self.branch_dim}, "

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mbcnet_rec.model.branches import CrossConfig, build_cross, check_optional_widths
+from data.schema.bounds import bounded
+from mbcnet_rec.model.branches import CrossConfig, build_cross
 from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput
 from mbcnet_rec.model.zoo.baseline import logits_only
@@ -25,12 +26,7 @@ class CrossNetConfig(Regularisation):
     """
 
     cross: CrossConfig = CrossConfig()
-    hidden: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse values that build no network."""
-        super().__post_init__()
-        check_optional_widths("hidden", self.hidden)
+    hidden: tuple[int, ...] = bounded((), at_least=1)
 
 
 class CrossNetArch(nn.Module):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from data.schema.bounds import bounded
 from mbcnet_rec.model.branches import CrossConfig, build_cross
 from mbcnet_rec.model.layers import ALL, MLP, InputLayout
 from mbcnet_rec.model.mbcnet import ModelOutput
@@ -21,7 +22,7 @@ class DCNv2Config(DNNConfig):
     """Cross and deep network in parallel. cross: of the one; hidden, batch_norm, dropout: of the other."""
 
     cross: CrossConfig = CrossConfig()
-    hidden: tuple[int, ...] = (2048, 1024, 512, 512, 512)
+    hidden: tuple[int, ...] = bounded((2048, 1024, 512, 512, 512), at_least=1, min_length=1)
 
 
 class DCNv2Arch(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mbcnet_rec.model.branches import check_widths
+from data.schema.bounds import bounded
 from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput
 from mbcnet_rec.model.zoo.baseline import logits_only
@@ -22,12 +22,7 @@ class DNNConfig(Regularisation):
         hidden: widths of the layers.
     """
 
-    hidden: tuple[int, ...] = (2048, 1024, 512, 512, 512, 512, 256, 128)
-
-    def __post_init__(self) -> None:
-        """Refuse values that build no network."""
-        super().__post_init__()
-        check_widths("hidden", self.hidden)
+    hidden: tuple[int, ...] = bounded((2048, 1024, 512, 512, 512, 512, 256, 128), at_least=1, min_length=1)
 
 
 class DNNArch(nn.Module):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from data.errors import InputError
-from mbcnet_rec.model.branches import EFGCBranch, EFGCConfig, check_widths
+from data.schema.bounds import bounded
+from mbcnet_rec.model.branches import EFGCBranch, EFGCConfig
 from mbcnet_rec.model.layers import MLP, InputLayout, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput
 from mbcnet_rec.model.zoo.baseline import logits_only
@@ -20,15 +20,8 @@ class EFGCNetConfig(Regularisation):
     """The EFGC branch alone. efgc: of the groups; branch_dim: H; top: widths between the branch and the logit."""
 
     efgc: EFGCConfig = EFGCConfig()
-    branch_dim: int = 512
-    top: tuple[int, ...] = (512, 256, 128)
-
-    def __post_init__(self) -> None:
-        """Refuse values that build no network."""
-        super().__post_init__()
-        check_widths("top", self.top)
-        if self.branch_dim < 1:
-            raise InputError(f"branch_dim = {self.branch_dim}: wanted a width of 1 or more; raise it")
+    branch_dim: int = bounded(512, at_least=1)
+    top: tuple[int, ...] = bounded((512, 256, 128), at_least=1, min_length=1)
 
 
 class EFGCArch(nn.Module):

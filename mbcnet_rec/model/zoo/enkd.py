@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import InputError
-from mbcnet_rec.model.losses import at_least_float32, check_at_least_zero, weighted_bce
+from data.schema.bounds import bounded
+from mbcnet_rec.model.losses import at_least_float32, weighted_bce
 from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.objective import Model, Outputs, Rows
+from mbcnet_rec.model.objective import Model, Outputs, Rows, without_autocast
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 TEACHERS = ("dcnv2", "crossnet", "wide_deep")  # as in the paper
@@ -32,16 +33,13 @@ class EnKDConfig(DNNConfig):
         teachers: kinds of models that are trained first.
     """
 
-    temperature: float = 2.0
-    soft_weight: float = 1.0
+    temperature: float = bounded(2.0, above=0)
+    soft_weight: float = bounded(1.0, at_least=0)
     teachers: tuple[str, ...] = TEACHERS
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         super().__post_init__()
-        check_at_least_zero(soft_weight=self.soft_weight)
-        if not self.temperature > 0:
-            raise InputError(f"temperature = {self.temperature}: wanted a number above 0; raise it")
         if (
             not self.teachers
             or set(self.teachers) & {"enkd"}
@@ -137,7 +135,7 @@ class DistillationArch(nn.Module):
         self, output: ModelOutput, labels: Tensor, weights: Tensor, dense_features: Tensor
     ) -> tuple[Tensor, Outputs]:
         """Map a student's outputs (B,), and in training (B, D + T) dense features, to () loss and what to log."""
-        with torch.autocast(labels.device.type, enabled=False):
+        with without_autocast(labels.device.type):
             student = at_least_float32(output.fused_logits)
             bce = weighted_bce(student, labels, weights)
             loss = bce

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
-from mbcnet_rec.model.branches import check_optional_widths, check_widths
+from data.schema.bounds import bounded
 from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput
 from mbcnet_rec.model.zoo.baseline import logits_only
@@ -26,15 +26,13 @@ class StreamConfig(Regularisation):
         context: fields whose embeddings drive the gate; none: a learned vector, the same for all rows.
     """
 
-    hidden: tuple[int, ...] = (512, 256, 128)
-    gate: tuple[int, ...] = (128,)
+    hidden: tuple[int, ...] = bounded((512, 256, 128), at_least=1, min_length=1)
+    gate: tuple[int, ...] = bounded((128,), at_least=1)
     context: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that build no network."""
         super().__post_init__()
-        check_widths("hidden", self.hidden)
-        check_optional_widths("gate", self.gate)
         if self.context and not self.gate:
             raise InputError(
                 f"context = {list(self.context)}: wanted none, since gate = [] builds no gate; change one of the two"

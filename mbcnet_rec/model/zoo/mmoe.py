@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data.errors import InputError
-from mbcnet_rec.model.branches import check_optional_widths, check_widths
+from data.schema.bounds import bounded
 from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput
 from mbcnet_rec.model.zoo.baseline import logits_only
@@ -25,19 +24,10 @@ class MMoEConfig(Regularisation):
         expert, gate, tower: widths of each expert, of the gate before its softmax layer, and of the tower.
     """
 
-    num_experts: int = 4
-    expert: tuple[int, ...] = (512, 256, 128)
-    gate: tuple[int, ...] = (128, 64)
-    tower: tuple[int, ...] = (128, 64)
-
-    def __post_init__(self) -> None:
-        """Refuse values that build no network."""
-        super().__post_init__()
-        if self.num_experts < 1:
-            raise InputError(f"num_experts = {self.num_experts}: wanted 1 or more; raise it")
-        check_widths("expert", self.expert)
-        check_optional_widths("gate", self.gate)
-        check_optional_widths("tower", self.tower)
+    num_experts: int = bounded(4, at_least=1)
+    expert: tuple[int, ...] = bounded((512, 256, 128), at_least=1, min_length=1)
+    gate: tuple[int, ...] = bounded((128, 64), at_least=1)
+    tower: tuple[int, ...] = bounded((128, 64), at_least=1)
 
 
 class MMoEArch(nn.Module):
