@@ -14,7 +14,7 @@ from typing import Any
 from data.errors import InputError
 from data.schema import load_schema
 from data.schema.parse import unknown_key
-from mbcnet_rec.commands.plan_task import DEFAULT_BATCH, Ticker, config_differences, say, task_of
+from mbcnet_rec.commands.plan_task import DEFAULT_BATCH, config_differences, say, shown_progress, task_of
 from sharding.cost.assess import Assessment, assess, search_bound
 from sharding.cost.estimate import Room
 from sharding.cost.memory import gib
@@ -102,10 +102,9 @@ def _make(args: argparse.Namespace) -> int:
     task = task_of(args)
     from sharding.search.capacity import solve  # torchrec: after every mistake that is seen without it
 
-    with Ticker(
-        f"planning {len(task.schema.tables):,} tables on {task.cluster.world_size:,} ranks"
-    ) as ticker:
-        assessment = solve(task, ticker.tick)
+    title = f"planning {len(task.schema.tables):,} tables on {task.cluster.world_size:,} ranks"
+    with shown_progress(title) as tick:
+        assessment = solve(task, tick)
     _publish(args, task, assessment)
     return 0
 

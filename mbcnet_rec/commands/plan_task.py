@@ -2,10 +2,13 @@
 
 import argparse
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from data.errors import InputError
 from data.schema import load_schema
@@ -15,7 +18,7 @@ from sharding.plan.compare import constraint_differences, schema_differences
 from sharding.plan.constraints import ShardingConfig
 from sharding.plan.placement import Plan
 from sharding.search.candidates import check_constraints
-from sharding.search.task import Task
+from sharding.search.task import Progress, Task
 
 if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig
@@ -116,28 +119,14 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Ticker:
-    """One line on a terminal that changes while the search runs; where output is no terminal, a line every ten seconds."""
+@contextmanager
+def shown_progress(title: str) -> Iterator[Progress]:
+    """Show on stderr how far the search is; where that is no terminal, every ten seconds."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(desc=title, unit=" proposals", file=sys.stderr, mininterval=interval) as bar:
 
-    def __init__(self, title: str) -> None:
-        self.title, self.shown, self.drawn = title, time.monotonic(), False
-        self.terminal = sys.stderr.isatty()
+        def tick(proposals: int, best_ms: float, seconds: float) -> None:
+            bar.set_postfix_str(f"best {best_ms:.3f} ms on the busiest rank", refresh=False)
+            bar.update(proposals - bar.n)
 
-    def __enter__(self) -> "Ticker":
-        say(f"{self.title} ...")
-        return self
-
-    def tick(self, proposals: int, best_ms: float, seconds: float) -> None:
-        """Called after every proposal."""
-        if time.monotonic() - self.shown < (0.2 if self.terminal else 10.0):
-            return
-        self.shown, self.drawn = time.monotonic(), True
-        line = (
-            f"{self.title}: {proposals} proposals, best {best_ms:.3f} ms on the busiest rank, {seconds:.0f} s"
-        )
-        start, end = ("\r", "") if self.terminal else ("", "\n")
-        print(f"{start}{line}", file=sys.stderr, end=end, flush=True)
-
-    def __exit__(self, *error: Any) -> None:
-        if self.drawn and self.terminal:
-            print(file=sys.stderr)  # ends the line
+        yield tick

@@ -83,14 +83,7 @@ class Shortage:
 def find_shortage(
     options: Mapping[str, list[TablePlan]], plan: Plan, cluster: Cluster, room: Room
 ) -> Shortage:
-    """Compare what tables need with the room of a rank.
-
-    Args:
-        options: table -> candidates with ranks (any will do).
-        plan: the workload.
-        cluster: what bytes are estimated for.
-        room: bytes of a rank that tables may fill.
-    """
+    """Compare what tables need with the room of a rank. `options`: table -> candidates on any ranks."""
     memory = "HBM" if plan.device == "cuda" else "DDR"
     free = room.hbm if plan.device == "cuda" else room.ddr
     totals, too_large = {}, {}

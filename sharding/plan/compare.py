@@ -79,14 +79,7 @@ def check_plan(
 ) -> None:
     """Refuse a plan that was made for another world size, schema, optimizer or device, or that the platform computes wrongly.
 
-    Args:
-        plan: read from `source`.
-        schema: the run's schema.
-        world_size: number of ranks of the run.
-        device: cpu or cuda, on which the run computes.
-        source: names the plan in messages.
-        local_world_size: ranks of one host; 0: not compared.
-        optimizer: optimizer of the run's tables; empty: not compared.
+    A `local_world_size` of 0 and an empty `optimizer` are not compared; `source` names the plan in messages.
 
     Raises:
         InputError: naming the plan, the table or key, the value, how the two differ and the fix.

@@ -32,13 +32,7 @@ class Alternative:
 
 
 def alternatives(assessment: Assessment, name: str, room: Room) -> list[Alternative]:
-    """The planned placement first, then every other that the platform runs, the one with the shortest step first.
-
-    Args:
-        assessment: what the plan costs.
-        name: a table's name.
-        room: bytes of a rank that tables may fill.
-    """
+    """The planned placement first, then every other that the platform runs, the one with the shortest step first."""
     plan = assessment.plan
     chosen = plan.tables[name]
 

@@ -8,8 +8,8 @@ from data.errors import InputError
 from sharding.cost.assess import Assessment, assess
 from sharding.cost.memory import DoesNotFit, Shortage
 from sharding.plan.cluster import MAX_RANKS
-from sharding.search.planner import Progress, make_plan
-from sharding.search.task import Task
+from sharding.search.planner import make_plan
+from sharding.search.task import Progress, Task
 
 MOST_STEPS = 12  # cluster sizes tried by one search
 

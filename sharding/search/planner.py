@@ -7,7 +7,6 @@ and bytes from estimate.py, which is also what reports show, and a last pass tha
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,6 @@ from torchrec.distributed.planner.types import (
     PlannerError,
     ShardEstimator,
     ShardingOption,
-    Stats,
     Storage,
     Topology,
     TopologyFactory,
@@ -44,12 +42,11 @@ from sharding.plan.constraints import ShardingConfig, TableConstraint
 from sharding.plan.placement import UNIFORM, Plan, TablePlan, check_shape
 from sharding.search.balance import rebalanced
 from sharding.search.candidates import all_options, check_constraints
-from sharding.search.task import Task
+from sharding.search.task import Progress, Task
 
 PROPOSALS_WITHOUT_GAIN = 20  # after which a greedy search ends
 DYNAMIC_BINS = 100
 MILLISECONDS = 1e3
-Progress = Callable[[int, float, float], None]  # (proposals so far, best milliseconds, seconds spent)
 
 
 def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = True) -> Plan:
@@ -127,7 +124,7 @@ def _search(
         proposer=[_proposer(name, plan.group_size) for name in config.proposers],
         partitioner=MemoryBalancedPartitioner() if balanced else GreedyPerfPartitioner(),
         performance_model=_Watched(topology, progress),
-        stats=[_Silent()],
+        stats=[],  # TorchRec's own statistics take longer than the search
         constraints=constraints,
         timeout_seconds=max(1, int(config.search_seconds)),
     )
@@ -246,10 +243,3 @@ class _Watched(NoopPerfModel):
         if self.progress:
             self.progress(self.proposals, self.best, time.monotonic() - self.start)
         return rating
-
-
-class _Silent(Stats):
-    """TorchRec's own statistics take longer than the search; report.py has ours."""
-
-    def log(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Say nothing."""

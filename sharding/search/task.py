@@ -1,5 +1,6 @@
 """What is to be planned: tables, constraints, machines and workload."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data.errors import InputError
@@ -11,6 +12,8 @@ from sharding.plan.constraints import ShardingConfig
 from sharding.plan.dense_part import DenseCost
 from sharding.plan.placement import Plan
 from sharding.plan.plan_file import FORMAT
+
+Progress = Callable[[int, float, float], None]  # (proposals so far, best milliseconds, seconds spent)
 
 
 @dataclass(frozen=True)
