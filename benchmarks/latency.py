@@ -81,7 +81,7 @@ def write_drawn(schema: Schema, folder: Path, rows: str, *, compiled: bool) -> N
     weights = untrained(config, schema)
     for table in weights.tables:
         weights.rows[table.name] = 0.01 * torch.randn(table.num_embeddings, table.embedding_dim)
-    write_artifact(with_rows(take_apart(weights), weights, rows), weights, folder, aot=compiled)
+    write_artifact(with_rows(take_apart(weights), weights, rows), config, folder, aot=compiled)
 
 
 def figures_of(timings: Sequence[Timing], contest: Contest) -> dict[str, Any]:

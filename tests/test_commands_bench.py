@@ -13,6 +13,10 @@ from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.sample_requests import draw_requests, read_requests
 
 
+def vocabularies_of(folder):
+    return serving.load_vocabularies(folder, json.loads((folder / serving.MODEL).read_text()))
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
     runs = trained_runs(tmp_path_factory.getbasetemp())
@@ -62,7 +66,7 @@ def test_side_by_side(artifact):
 def test_rivals_have_the_same_tables_and_the_models_own_widths(artifact):
     own = latency.open_artifact(artifact)
     models = latency.contestants([own], ("dcnv2", "dnn"), compiled=False)
-    requests = draw_requests(own.schema, json.loads((artifact / serving.VOCABULARY).read_text()), 5)
+    requests = draw_requests(own.schema, vocabularies_of(artifact), 5)
     for model in models.values():
         assert model.predict(requests[0]).shape == (5,)
         for pooling, tables in own.model.tables.items():
@@ -105,7 +109,7 @@ def test_requests_from_a_file_and_refusals(artifact, tmp_path_factory):
         code, _, err = printed_by(*argv, *more)
         assert code == 2 and words in err and err.count("\n") == 1, err
     code, _, err = printed_by("bench", "latency", runs)
-    assert code == 2 and "no artifact" in err
+    assert code == 2 and "not an artifact" in err
     code, _, err = printed_by("bench", "latency", artifact, "--threads", "many")
     assert code == 2 and err.count("\n") == 1, err
 
@@ -113,7 +117,7 @@ def test_requests_from_a_file_and_refusals(artifact, tmp_path_factory):
 def test_drawn_requests_are_valid_rows(artifact):
     """Every kind of field is drawn within its table, at every number of rows."""
     schema = load_schema(artifact / "schema.toml")
-    vocabularies = json.loads((artifact / serving.VOCABULARY).read_text())
+    vocabularies = vocabularies_of(artifact)
     model = serving.load(artifact)
     for rows in (1, 33):
         for request in draw_requests(schema, vocabularies, rows):

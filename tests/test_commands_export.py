@@ -2,6 +2,7 @@
 that it loads where neither this project nor TorchRec is installed, without unpickling anything.
 """
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from serving_data import KINDS, ROOT, printed_by, trained_runs
 
+from data.reading.encode import Encoder
 from mbcnet_rec.serving import loader as serving
+from mbcnet_rec.serving.artifact import ENCODER_FILES
 
 # Largest change of a probability against the float model, as docs/serving.md states it for this data.
 BOUNDS = {"fp32": 1e-6, "fp16": 1e-3, "int8": 5e-3, "int4": 8e-2}
@@ -76,7 +80,7 @@ def test_same_probabilities_as_predict(exported, kind, rows):
     sizes = {"fp32": 1.0, "fp16": 0.51, "int8": 0.4, "int4": 0.3}
     assert check["table_bytes"] <= sizes[rows] * check["float_table_bytes"] + 4_096
     assert sorted(path.name for path in folder.iterdir()) == [
-        "check.json", "config.toml", "dense.safetensors", "mbcnet_serving.py", "model.json", "schema.toml",
+        "check.json", "config.toml", "dense.safetensors", "mbcnet_serving", "mbcnet_serving.py", "model.json", "schema.toml",
         "tables.safetensors", "vocabulary.json",
     ]  # fmt: skip
 
@@ -126,6 +130,7 @@ def bare_environment(folder: Path, packages: list[str]) -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.mark.long
 def test_the_artifact_loads_in_a_fresh_environment(exported, tmp_path):
     """torch, fbgemm_gpu, NumPy and pyarrow with their own needs; the artifact; nothing else."""
     fbgemm = [name for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if installed(name)]
@@ -156,6 +161,7 @@ def installed(name: str) -> bool:
     return True
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_a_single_branch_compiled(exported):
     folder = exported / "deep"
@@ -183,7 +189,7 @@ def test_refusals(exported):
     for argv, words in (
         (("--branches", "fm", "--out", exported / "none"), "has no branch 'fm'"),
         (("--out", exported / "table_wise_int8"), "--overwrite"),
-        (("--out", exported), "no artifact"),
+        (("--out", exported), "not an artifact"),
         (("--out", exported / "file"), "is a file"),
         (("--out", "s3://bucket/model"), "wanted a folder of this machine"),
     ):
@@ -213,9 +219,9 @@ def test_a_damaged_artifact_is_refused(exported, tmp_path):
     spec = json.loads((folder / "model.json").read_text())
     spec["graph"]["calls"][0]["call"] = "os.system"
     (folder / "model.json").write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match="no ATen operator"):
+    with pytest.raises(ValueError, match="not an ATen operator"):
         serving.load(folder, verify=False)
-    with pytest.raises(ValueError, match="no artifact"):
+    with pytest.raises(ValueError, match="not an artifact"):
         serving.load(tmp_path)
 
 
@@ -226,15 +232,69 @@ def test_the_loader_refuses_what_training_refuses(exported):
         ("user", [1, 500, 2], "row 1, field 'user' = 500: wanted an id in"),
         ("price", [1.0, 2.0, float("inf")], "row 2, field 'price' = inf"),
         ("image", [[0.0] * 4, [0.0] * 3, None], "row 1, field 'image': a vector of length 3"),
-        ("like_weights", [[1.0] * 9] * 3, "not as many"),
+        ("like_weights", [[1.0] * 9] * 3, "the lists must be equally long"),
         ("item", [1, 2], "wanted 3, as the other columns have"),
-        ("hour", ["noon"] * 3, "wanted numbers"),
+        ("hour", ["noon"] * 3, "column 'hour' is string: numeric field 'hour' wants numbers"),
+        (
+            "shop_name",
+            [b"a"] * 3,
+            "column 'shop_name' is binary: categorical field 'shop' wants integers or strings",
+        ),
+        ("shop_name", [1.5, 2.0, 3.0], "column 'shop_name' is double"),
+        ("shop_name", ["a", float("nan"), "b"], "column 'shop_name' of field 'shop' cannot be read"),
+        ("words", ["ab"] * 3, "column 'words' is string: multi_valued field 'words' wants lists"),
+        ("user", [[1], [2], [3]], "column 'user' is list<"),
+        ("user", 1, "column 'user' of field 'user' cannot be read"),
     ):
         with pytest.raises(ValueError, match="field") as caught:
             model.predict(rows | {column: value})
         assert words in str(caught.value)
     with pytest.raises(ValueError, match="column 'user' is missing"):
         model.predict({key: value for key, value in rows.items() if key != "user"})
+
+
+def test_the_encoder_in_an_artifact_is_that_of_training(exported):
+    """Byte for byte; it imports relatively what lies in the artifact too, and else no more than it may."""
+    package = exported / "row_wise_int8" / "mbcnet_serving"
+    assert (package / "__init__.py").read_bytes() == Path(serving.__file__).read_bytes()
+    files = sorted(path.relative_to(package / "data") for path in package.glob("data/**/*.py"))
+    assert [str(path) for path in files] == sorted(ENCODER_FILES) and Encoder is serving.Encoder
+    for name in files:
+        assert (package / "data" / name).read_bytes() == (ROOT / "data" / name).read_bytes()
+        for node in ast.walk(ast.parse((ROOT / "data" / name).read_text())):
+            if isinstance(node, ast.Import):
+                imported = [each.name for each in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported = [str(node.module)]
+            elif isinstance(node, ast.ImportFrom):
+                above = name.parents[node.level - 1] / str(node.module).replace(".", "/")
+                assert {above.with_suffix(".py"), above / "__init__.py"} & set(files), (name, node.module)
+                continue
+            else:
+                continue
+            for module in imported:
+                top = module.partition(".")[0]
+                assert top in sys.stdlib_module_names | {"numpy", "pyarrow"}, (name, module)
+
+
+def test_missing_values_of_every_kind_and_artifacts_of_format_1(exported, tmp_path):
+    """Columns of nothing but None have no type of their own. Format 1 listed the fields for an encoder that is gone."""
+    model = serving.load(exported / "row_wise_int8")
+    source = pq.read_table(exported / "test.parquet").slice(0, 4).drop_columns(["unread"])
+    nothing = {name: [None] * 4 for name in source.column_names}
+    empty = {name: [[], None, [], None] for name in ("words", "lost")}
+    typed = pa.table({name: pa.nulls(4, source.schema.field(name).type) for name in source.column_names})
+    expected = model.predict(typed)
+    assert np.array_equal(model.predict(nothing), expected)
+    assert np.array_equal(model.predict(nothing | empty), expected)
+    assert np.array_equal(
+        model.predict(SimpleNamespace(__arrow_c_stream__=typed.__arrow_c_stream__)), expected
+    )
+    folder = shutil.copytree(exported / "row_wise_int8", tmp_path / "old")
+    spec = json.loads((folder / "model.json").read_text()) | {"format": 1, "fields": []}
+    del spec["vocabulary_types"]
+    (folder / "model.json").write_text(json.dumps(spec))
+    assert np.array_equal(serving.load(folder).predict(source), model.predict(source))
 
 
 def test_the_page_for_serving_engineers(exported, tmp_path, monkeypatch, capsys):
@@ -255,7 +315,9 @@ def test_from_the_command_line(exported, tmp_path):
     source = pq.read_table(exported / "test.parquet").slice(0, 5)
     pq.write_table(source, tmp_path / "rows.parquet")
     command = [sys.executable, str(folder / "mbcnet_serving.py"), str(folder)]
-    env = {"OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("raise ImportError('a package of the user')")
+    env = {"OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([*command, str(tmp_path / "rows.parquet")], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = np.asarray([float(line) for line in done.stdout.split()])

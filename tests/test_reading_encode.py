@@ -60,7 +60,7 @@ def test_ids_of_every_integer_type_and_policy(kind, policy):
                 encode(ids(num_embeddings), column)
             assert str(error.value) == (
                 f"log.parquet: row group 3, row {100 + row}, field 'f' = {values[row]}: wanted an id in [0, {num_embeddings}); "
-                "mend the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
+                "fix the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
             )
             continue
         mend = (lambda value: ABSENT) if policy == "null" else (lambda value: value % num_embeddings)

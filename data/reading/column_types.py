@@ -1,4 +1,4 @@
-"""Which Arrow types a field's column may have: what a footer alone can tell. Imports no torch."""
+"""Which Arrow types a field's column may have: what a footer alone can tell."""
 
 import pyarrow as pa
 from pyarrow import types as pt
@@ -7,14 +7,15 @@ from ..errors import InputError  # relative: an exported artifact carries this f
 from ..schema import Feature, Schema
 
 
-def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str) -> None:
+def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str, *, has_label: bool = True) -> None:
     """Check from a file's footer alone that every column is there with a type its field can take.
 
     Raises:
         InputError: naming the file, the column, its type and the type wanted.
     """
     names = set(arrow_schema.names)
-    for column in schema.columns:
+    wanted = schema.columns if has_label else schema.field_columns
+    for column in wanted:
         if column not in names:
             users = [
                 feature.name
@@ -24,37 +25,25 @@ def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str) -> None:
             role = "label" if column == schema.label else f"field {users[0]!r}" if users else "group_column"
             raise InputError(
                 f"{file}: column {column!r} is missing, which is the schema's {role}; "
-                "add the column to the file, or mend the schema"
+                "add the column to the file, or fix the schema"
             )
-    _check_type(
-        arrow_schema, schema.label, _is_number, "0 and 1 as integers, floats or booleans", file, "the label"
-    )
+    if has_label:
+        label_types = "0 and 1 as integers, floats or booleans"
+        _check_type(arrow_schema, schema.label, _is_number, label_types, file, "the label")
     for feature in schema.features:
         accepts, wanted = _accepted(feature)
-        _check_type(
-            arrow_schema,
-            feature.source_column,
-            accepts,
-            wanted,
-            file,
-            f"{feature.kind} field {feature.name!r}",
-        )
+        role = f"{feature.kind} field {feature.name!r}"
+        _check_type(arrow_schema, feature.source_column, accepts, wanted, file, role)
         if feature.weights:
-            _check_type(
-                arrow_schema,
-                feature.weights,
-                _is_number_list,
-                "lists of numbers",
-                file,
-                f"weights of {feature.name!r}",
-            )
+            role = f"weights of {feature.name!r}"
+            _check_type(arrow_schema, feature.weights, _is_number_list, "lists of numbers", file, role)
 
 
 def _check_type(arrow_schema: pa.Schema, column: str, accepts, wanted: str, file: str, role: str) -> None:  # noqa: ANN001
     found = arrow_schema.field(column).type
     if not accepts(found):
         raise InputError(
-            f"{file}: column {column!r} is {found}: {role} wants {wanted}; mend the file or the schema"
+            f"{file}: column {column!r} is {found}: {role} wants {wanted}; fix the file or the schema"
         )
 
 

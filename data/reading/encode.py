@@ -1,11 +1,12 @@
-"""Arrow record batches + Schema -> Columns: values checked and encoded, faults named by file, row group, row, field and value.
+"""The one encoder: Arrow record batches + Schema -> Columns; a faulty value is named by file, row group, row, field and value.
 
 FBGEMM on a CPU maps an id that is out of range to row 0 and trains row 0 without a word, so every id is checked here, while the row's
-place in its file is still known. Imports no torch.
+place in its file is still known. An exported artifact carries this file and those it imports (mbcnet_rec/serving/artifact.py lists
+them), so that serving encodes as training does.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
@@ -18,7 +19,14 @@ from pyarrow import types as pt
 from ..errors import InputError  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
 from .columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, permuted
-from .keys import Vocabulary, first_line, hash_values, load_vocabularies, remainder, unbounded_ids
+from .keys import (
+    first_line,
+    hash_values,
+    make_vocabularies,
+    read_vocabularies,
+    remainder,
+    unbounded_ids,
+)
 
 T = TypeVar("T")
 # for each integer type: its unsigned twin, and the largest value that is the same in both
@@ -27,7 +35,7 @@ UNSIGNED = {
     for dtype in map(np.dtype, ("b", "B", "h", "H", "i", "I", "l", "L", "q", "Q"))
 }
 MAX_INT32 = 2**31 - 1
-MOST_COMPARED = 32  # boundaries
+MOST_COMPARED, LEAST_COMPARED = 32, 256  # boundaries, numbers
 
 
 @dataclass(frozen=True)
@@ -35,38 +43,53 @@ class Place:
     """Where a record batch comes from, for messages.
 
     Attributes:
-        file, row_group: as the user knows them.
-        first_row: of the record batch, in its row group.
+        file: path of the file, or what else holds the rows.
+        row_group: index of the row group; None where there are none.
+        first_row: index of the record batch's first row in its row group.
         rows: where only some rows were kept, each one's row in its row group, instead of `first_row`.
     """
 
     file: str
-    row_group: int
+    row_group: int | None
     first_row: int = 0
     rows: np.ndarray | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.row_group is None else f"{self.file}: row group {self.row_group}"
 
     def row(self, row: int) -> str:
         """Name one row of the record batch."""
         number = self.first_row + row if self.rows is None else int(self.rows[row])
-        return f"{self.file}: row group {self.row_group}, row {number}"
+        return f"{self}{':' if self.row_group is None else ','} row {number}"
 
 
 class Encoder:
     """Encodes record batches by one schema. Holds the vocabularies, which are read once. Safe to use from many threads."""
 
-    def __init__(self, schema: Schema, permute: Permute = permuted) -> None:
-        """Read the vocabularies.
+    def __init__(
+        self,
+        schema: Schema,
+        permute: Permute = permuted,
+        *,
+        vocabularies: Mapping[str, pa.Array] | None = None,
+        has_labels: bool = True,
+    ) -> None:
+        """Prepare the vocabularies.
 
         Args:
             schema: fitted.
             permute: permutes the rows of a list column; by FBGEMM where that is loaded anyway.
+            vocabularies: the schema's names of vocabulary files -> their values; None: read them from the schema's folder.
+            has_labels: whether the rows have a label and a grouping column; without, labels are 0 and there are no groups.
 
         Raises:
             InputError: the schema is not fitted, or a vocabulary cannot be read.
         """
         schema.require_fitted()
-        self.schema, self.permute = schema, permute
-        self.vocabularies: dict[str, Vocabulary] = load_vocabularies(schema)
+        self.schema, self.permute, self.has_labels = schema, permute, has_labels
+        self.vocabularies = make_vocabularies(
+            schema, read_vocabularies(schema) if vocabularies is None else vocabularies
+        )
         self.single = [feature for feature in schema.sparse if feature.is_single]
         # column and largest id of each; -1 where values are not ids yet
         self.plain = [
@@ -88,14 +111,14 @@ class Encoder:
         narrow = all(self.list_dtype[feature.name] == np.int32 for feature in self.single)
         self.id_dtype = np.int32 if narrow else np.int64
 
-    def encode(self, rows: pa.RecordBatch, place: Place, mended: Counter[str] | None = None) -> Columns:
+    def encode(self, rows: pa.RecordBatch, place: Place, repaired: Counter[str] | None = None) -> Columns:
         """Check and encode rows; see `encode_all`."""
-        return self.encode_all([(rows, place)], mended)
+        return self.encode_all([(rows, place)], repaired)
 
     def encode_all(
         self,
         parts: Sequence[tuple[pa.RecordBatch, Place]],
-        mended: Counter[str] | None = None,
+        repaired: Counter[str] | None = None,
         permutation: np.ndarray | None = None,
         allocate: Callable[..., np.ndarray] = np.empty,
     ) -> Columns:
@@ -103,17 +126,17 @@ class Encoder:
 
         Args:
             parts: record batches and where they come from; none gives no rows.
-            mended: counts, by field, the values that `on_invalid` = "null" or "modulo" changed.
+            repaired: counts, by field, the values that `on_invalid` = "null" or "modulo" changed.
             permutation: row i of the result is row permutation[i] of the parts in order.
             allocate: makes the matrix of single-valued ids, by shape and dtype.
 
         Raises:
-            InputError: naming file, row group, row, field, the value, what was wanted and the mend.
+            InputError: naming file, row group, row, field, the value, what was wanted and how to fix it.
         """
-        mended = Counter() if mended is None else mended
+        repaired = Counter() if repaired is None else repaired
         readers, total = [], 0
         for rows, place in parts:
-            readers.append((_Reader(self, rows, place, mended), slice(total, total + rows.num_rows)))
+            readers.append((_Reader(self, rows, place, repaired), slice(total, total + rows.num_rows)))
             total += rows.num_rows
 
         def in_new_order(array: np.ndarray) -> np.ndarray:
@@ -122,7 +145,8 @@ class Encoder:
         single_ids = allocate((len(self.single), total), self.id_dtype)
         in_order = np.empty(total, self.id_dtype)  # one field, before it is permuted
         dense = np.zeros((total, self.dense_width), np.float32)
-        labels, groups = np.empty(total, np.float32), np.empty(total, np.int64)
+        labels, groups = np.zeros(total, np.float32), np.empty(total, np.int64)
+        has_groups = self.has_labels and bool(self.schema.group_column)
         for index, feature in enumerate(self.single):
             out = single_ids[index] if permutation is None else in_order
             name, limit = self.plain[index]
@@ -133,8 +157,9 @@ class Encoder:
                 in_order.take(permutation, out=single_ids[index], mode="clip")
         for reader, rows in readers:
             reader.dense(dense[rows])
-            labels[rows] = reader.labels()
-            if self.schema.group_column:
+            if self.has_labels:
+                labels[rows] = reader.labels()
+            if has_groups:
                 groups[rows] = reader.groups()
         return Columns(
             single_ids=single_ids,
@@ -145,7 +170,7 @@ class Encoder:
             weighted_lists=self._lists(self.schema.weighted, readers, permutation, total),
             dense=in_new_order(dense),
             labels=in_new_order(labels),
-            group_ids=in_new_order(groups) if self.schema.group_column else None,
+            group_ids=in_new_order(groups) if has_groups else None,
         )
 
     def _lists(
@@ -174,8 +199,7 @@ def _named(read: Callable[..., T]) -> Callable[..., T]:
             return read(self, *arguments)
         except (pa.ArrowException, UnicodeError) as error:
             raise InputError(
-                f"{self.place.file}: row group {self.place.row_group} cannot be encoded ({first_line(error)}); "
-                "the file is damaged: write it again"
+                f"{self.place} cannot be encoded ({first_line(error)}); the file is damaged: write it again"
             ) from None
 
     return reads
@@ -184,8 +208,8 @@ def _named(read: Callable[..., T]) -> Callable[..., T]:
 class _Reader:
     """The columns of one record batch, read field by field."""
 
-    def __init__(self, encoder: Encoder, rows: pa.RecordBatch, place: Place, mended: Counter[str]) -> None:
-        self.encoder, self.place, self.mended = encoder, place, mended
+    def __init__(self, encoder: Encoder, rows: pa.RecordBatch, place: Place, repaired: Counter[str]) -> None:
+        self.encoder, self.place, self.repaired = encoder, place, repaired
         self.absent: set[str] = set()  # fields in which an ABSENT was written
         self.columns = dict(zip(rows.schema.names, rows.columns, strict=True))
 
@@ -258,7 +282,7 @@ class _Reader:
             row = int(np.flatnonzero(found != wanted)[0])
             raise InputError(
                 f"{self.place.row(row)}, field {feature.name!r}: {wanted[row]} values but {found[row]} weights in column "
-                f"{feature.weights!r}; the lists must be equally long: mend the writer of this file"
+                f"{feature.weights!r}; the lists must be equally long: fix the writer of this file"
             )
         weights, valid = self._numbers(column.flatten(), feature, offsets)
         if valid is not None:
@@ -266,7 +290,7 @@ class _Reader:
         return weights.astype(np.float32)
 
     def _ids(self, column: pa.Array, feature: Feature, offsets: np.ndarray | None) -> np.ndarray:
-        """Rows of the table for each value; what stands at nulls means nothing. `offsets`: of the lists that hold the values."""
+        """Rows of the table for each value, undefined at nulls. `offsets`: of the lists that hold the values."""
         num_embeddings = self.encoder.num_embeddings[feature.name]
         if feature.encoding == "hash":
             return remainder(hash_values(column), num_embeddings - 1).view(np.int64) + 1
@@ -274,7 +298,7 @@ class _Reader:
             return unbounded_ids(column)
         if feature.encoding == "vocabulary":
             return self.encoder.vocabularies[feature.name].rows_of(
-                column, f"{self.place.file}: row group {self.place.row_group}, field {feature.name!r}"
+                column, f"{self.place}, field {feature.name!r}"
             )
         ids = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
         limit = num_embeddings - 1
@@ -286,9 +310,9 @@ class _Reader:
             first = int(np.flatnonzero(bad)[0])
             raise InputError(
                 f"{self.place.row(_owner(first, offsets))}, field {feature.name!r} = {ids[first]}: wanted an id in "
-                f"[0, {num_embeddings}); mend the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
+                f"[0, {num_embeddings}); fix the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
             )
-        self.mended[feature.name] += int(bad.sum())
+        self.repaired[feature.name] += int(bad.sum())
         if feature.on_invalid == "null":
             self.absent.add(feature.name)
             return np.where(bad, ABSENT, ids.astype(np.int64))
@@ -327,7 +351,7 @@ class _Reader:
             row = int(np.flatnonzero(wrong)[0])
             raise InputError(
                 f"{self.place.row(row)}, field {feature.name!r}: a vector of length {lengths[row]}: wanted width = {feature.width}; "
-                "mend the file or the schema's width"
+                "fix the file or the schema's width"
             )
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
@@ -361,9 +385,9 @@ class _Reader:
             first = int(np.flatnonzero(~finite)[0])
             raise InputError(
                 f"{self.place.row(_owner(first, offsets))}, field {feature.name!r} = {numbers[first]}: wanted a finite number or null; "
-                "mend the file, or set on_invalid = 'null' to read it as missing"
+                "fix the file, or set on_invalid = 'null' to read it as missing"
             )
-        self.mended[feature.name] += int((~finite).sum())
+        self.repaired[feature.name] += int((~finite).sum())
         return np.where(finite, numbers, 0.0), finite if valid is None else valid & finite
 
 
@@ -376,7 +400,7 @@ def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
     if column.null_count:
         row = int(np.flatnonzero(~_valid(column))[0])
         raise InputError(
-            f"{place.row(row)}, label {name!r} is null: wanted 0 or 1; drop the row or mend the file"
+            f"{place.row(row)}, label {name!r} is null: wanted 0 or 1; drop the row or fix the file"
         )
     if not pt.is_integer(column.type):
         column = column.cast(pa.float64())
@@ -385,14 +409,14 @@ def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise InputError(
-            f"{place.row(row)}, label {name!r} = {labels[row]:g}: wanted 0 or 1; mend the file or choose another label"
+            f"{place.row(row)}, label {name!r} = {labels[row]:g}: wanted 0 or 1; fix the file or choose another label"
         )
     return labels
 
 
 def _buckets(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
-    """1 + the number of boundaries <= x. Few boundaries are faster compared one by one than searched."""
-    if len(boundaries) > MOST_COMPARED:
+    """1 + the number of boundaries <= x. Of many numbers, a few boundaries are faster compared one by one than searched."""
+    if len(boundaries) > MOST_COMPARED or len(numbers) < LEAST_COMPARED:
         return np.searchsorted(boundaries, numbers, side="right") + 1
     rows = np.ones(len(numbers), np.uint8)
     above = np.empty(len(numbers), bool)

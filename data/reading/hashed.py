@@ -10,23 +10,12 @@ import hashlib
 
 import numpy as np
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+from data.reading.keys import SPLITMIX_GAMMA, splitmix64
+
 LOW_HALVES = np.uint64(0x0000FFFF0000FFFF)
 LOW_WORD = np.uint64(0xFFFFFFFF)
-IRWIN_HALL_SCALE = 1.0 / (
-    65536.0 * np.sqrt(4.0 / 12.0)
-)  # makes the sum of four 16-bit uniforms unit variance
-
-
-def mix(numbers: np.ndarray) -> np.ndarray:
-    """Finalise splitmix64 (Steele, Lea and Flood, 2014) in a fresh uint64 array."""
-    mixed = numbers + GOLDEN
-    mixed ^= mixed >> np.uint64(30)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
+# makes the sum of four 16-bit uniforms unit variance
+IRWIN_HALL_SCALE = 1.0 / (65536.0 * np.sqrt(4.0 / 12.0))
 
 
 def keys(seed: int, tag: str, *counters: np.ndarray) -> np.ndarray:
@@ -34,7 +23,7 @@ def keys(seed: int, tag: str, *counters: np.ndarray) -> np.ndarray:
     digest = hashlib.blake2b(f"{seed}:{tag}".encode(), digest_size=8).digest()
     state: np.ndarray = np.asarray(int.from_bytes(digest, "little"), np.uint64)
     for counter in counters:
-        state = mix(state ^ mix(counter.astype(np.uint64)))
+        state = splitmix64(state ^ splitmix64(counter.astype(np.uint64)))
     return state
 
 
@@ -47,8 +36,8 @@ def normals(key: np.ndarray, d: int) -> np.ndarray:
     """Turn keys (n,) into (n, d) float64 of mean 0 and variance 1, bell-shaped (Irwin-Hall of four)."""
     out = np.empty((len(key), d))
     for k in range(d):
-        counter = np.uint64((k + 1) * int(GOLDEN) % 2**64)
-        bits = mix(key + counter)
+        counter = np.uint64((k + 1) * int(SPLITMIX_GAMMA) % 2**64)
+        bits = splitmix64(key + counter)
         # the sum of its four 16-bit parts, in pairs: a third of the time of a sum over an axis of length four
         pairs = (bits & LOW_HALVES) + ((bits >> np.uint64(16)) & LOW_HALVES)
         total = (pairs & LOW_WORD) + (pairs >> np.uint64(32))

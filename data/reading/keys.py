@@ -1,4 +1,4 @@
-"""Keys -> table rows: hashes that are equal on every machine, and vocabularies. Imports no torch.
+"""Keys -> table rows: hashes that are equal on every machine, and vocabularies.
 
 A hash of an integer is splitmix64 of its 64 bits. A hash of a string starts from its length in bytes and mixes in its
 UTF-8 bytes, eight at a time (little-endian, zero-padded): h <- splitmix64(h xor word). Both are written for whole columns at once:
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from ..errors import InputError  # relative: an exported artifact carries this file
-from ..schema import FIRST_VOCABULARY_ROW, OUT_OF_VOCABULARY_ROW, Schema
+from ..schema import FIRST_VOCABULARY_ROW, OUT_OF_VOCABULARY_ROW, Feature, Schema
 
 SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 LARGEST_UNBOUNDED = np.uint64(2**63 - 1)
@@ -43,7 +43,7 @@ class Vocabulary:
             }
 
     def rows_of(self, column: pa.Array, where: str) -> np.ndarray:
-        """Return int64 rows; what stands at nulls means nothing. `where` names the column in messages.
+        """Return int64 rows, undefined at nulls. `where` names the column in messages.
 
         Raises:
             InputError: the column's type cannot become the vocabulary's.
@@ -89,32 +89,46 @@ class Vocabulary:
             ) from None
 
 
-def load_vocabularies(schema: Schema) -> dict[str, Vocabulary]:
-    """Read the value list of every vocabulary field: field name -> vocabulary.
+def read_vocabularies(schema: Schema) -> dict[str, pa.Array]:
+    """Read every vocabulary file of a schema: its name there -> its values in row order.
 
     Raises:
-        InputError: a file is missing, or its length does not fit the table.
+        InputError: a file cannot be read.
+    """
+    found: dict[str, pa.Array] = {}
+    for feature in _with_vocabulary(schema):
+        path = schema.folder / feature.vocabulary
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+                found[feature.vocabulary] = parquet.read(columns=["value"])["value"].combine_chunks()
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise InputError(
+                f"{path}: the vocabulary of field {feature.name!r} cannot be read ({first_line(error)}); "
+                "run `mbcnet data prepare` again"
+            ) from None
+    return found
+
+
+def make_vocabularies(schema: Schema, values: Mapping[str, pa.Array]) -> dict[str, Vocabulary]:
+    """Make the vocabulary of every field that has one, by the field's name.
+
+    Raises:
+        InputError: the values are more than the field's table has rows.
     """
     vocabularies = {}
-    for feature in schema.features:
-        if feature.encoding == "vocabulary" and feature.is_sparse and feature.kind != "numeric":
-            path = schema.folder / feature.vocabulary
-            try:
-                with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
-                    values = parquet.read(columns=["value"])["value"].combine_chunks()
-            except (OSError, pa.ArrowException, KeyError) as error:
-                raise InputError(
-                    f"{path}: the vocabulary of field {feature.name!r} cannot be read ({first_line(error)}); "
-                    "run `mbcnet data prepare` again"
-                ) from None
-            wanted = schema.table_of[feature.name].num_embeddings
-            if len(values) + FIRST_VOCABULARY_ROW > wanted:
-                raise InputError(
-                    f"{path}: {len(values)} values need {len(values) + FIRST_VOCABULARY_ROW} rows, but the table of field "
-                    f"{feature.name!r} has num_embeddings = {wanted}; set it to {len(values) + FIRST_VOCABULARY_ROW}"
-                )
-            vocabularies[feature.name] = Vocabulary(values)
+    for feature in _with_vocabulary(schema):
+        known, wanted = values[feature.vocabulary], schema.table_of[feature.name].num_embeddings
+        if len(known) + FIRST_VOCABULARY_ROW > wanted:
+            raise InputError(
+                f"{schema.folder / feature.vocabulary}: {len(known)} values need {len(known) + FIRST_VOCABULARY_ROW} rows, but the "
+                f"table of field {feature.name!r} has num_embeddings = {wanted}; set it to {len(known) + FIRST_VOCABULARY_ROW}"
+            )
+        vocabularies[feature.name] = Vocabulary(known)
     return vocabularies
+
+
+def _with_vocabulary(schema: Schema) -> list[Feature]:
+    return [feature for feature in schema.features if feature.is_keyed and feature.encoding == "vocabulary"]
 
 
 def hash_values(column: pa.Array) -> np.ndarray:
@@ -137,15 +151,14 @@ def hash_values(column: pa.Array) -> np.ndarray:
 
 
 def unbounded_ids(column: pa.Array) -> np.ndarray:
-    """What a field of encoding zch gives the model: int64 hashes in [0, 2^63 - 1); what stands at nulls means nothing.
+    """What a field of encoding zch gives the model: int64 hashes in [0, 2^63 - 1), undefined at nulls.
 
     The 64-bit hash of an integer is one to one; here it loses a bit, so that 10^9 values meet with probability 0.05 once, and as a rule
     never. Sharding cuts the ids by ranges: the hash spreads them.
     """
     ids = hash_values(column) & LARGEST_UNBOUNDED
-    return np.minimum(ids, LARGEST_UNBOUNDED - np.uint64(1)).view(
-        np.int64
-    )  # TorchRec marks free rows by the largest
+    # TorchRec marks free rows by the largest
+    return np.minimum(ids, LARGEST_UNBOUNDED - np.uint64(1)).view(np.int64)
 
 
 def _hash_strings(column: pa.Array) -> np.ndarray:

@@ -117,10 +117,14 @@ class Schema:
     @property
     def columns(self) -> tuple[str, ...]:
         """Every Parquet column that training reads, without repeats."""
-        names = [self.label]
-        for feature in self.features:
-            names += [feature.source_column] + ([feature.weights] if feature.weights else [])
-        return tuple(dict.fromkeys(names + ([self.group_column] if self.group_column else [])))
+        names = (self.label, *self.field_columns, self.group_column)
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    @property
+    def field_columns(self) -> tuple[str, ...]:
+        """Every Parquet column that a field reads, without repeats: what serving reads."""
+        names = (name for feature in self.features for name in (feature.source_column, feature.weights))
+        return tuple(dict.fromkeys(name for name in names if name))
 
     def require_fitted(self) -> None:
         """Raise InputError if a field still waits for a fit."""

@@ -1,11 +1,13 @@
-"""A run's weights -> what serves of it: packed tables, the dense part as JSON, fields and vocabularies; and the folder that holds them.
+"""Takes a run's weights apart for serving: packed tables, the dense part as JSON, vocabularies; and writes the folder that holds them.
 
-    OUT/model.json  tables.safetensors  dense.safetensors  vocabulary.json  schema.toml  config.toml  mbcnet_serving.py  check.json
+    OUT/model.json  tables.safetensors  dense.safetensors  vocabulary.json  schema.toml  config.toml  check.json
+        mbcnet_serving/  mbcnet_serving.py
     and, with --aot, dense_aot.pt2
 
-Nothing that only teaches is in it: no branch logits (but for a single branch, whose own logit then serves), no transforms, no losses,
-no optimizer state. mbcnet_serving.py (serving.py here) loads it without this project. The dense part is what torch.export records,
-written as JSON: torch's own .pt2 files unpickle when they are loaded.
+What only training needs is left out: branch logits (but for a single branch, whose own logit then serves), transforms, losses and
+optimizer state. The package mbcnet_serving/ loads the artifact without this project: it is loader.py and a copy of the files that encode
+rows in training (ENCODER_FILES). The dense part is what torch.export records, written as JSON: torch's own .pt2 files unpickle when they
+are loaded.
 """
 
 import copy
@@ -20,14 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import data
 from data.errors import InputError
-from data.reading.keys import first_line
-from data.schema import Feature, Schema, Table, format_schema, load_schema
+from data.reading.keys import first_line, read_vocabularies
+from data.schema import Schema, Table, format_schema, load_schema
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.model.input_layout import input_layout
@@ -41,7 +44,23 @@ from mbcnet_rec.serving.graph import FusedPath, graph_spec, trace
 from sharding.bridge.collections import ids_name, rows_name
 from sharding.bridge.zch import FREE
 
-LOADER = "mbcnet_serving.py"
+LOADER, PACKAGE = "mbcnet_serving.py", "mbcnet_serving"
+SCRIPT = """\
+# Scores a Parquet file: python mbcnet_serving.py FOLDER ROWS.parquet. To import: the folder of the same name beside this file.
+import sys
+
+from mbcnet_serving import main
+
+sys.exit(main())
+"""
+# What encodes rows, in training and in every artifact: files of `data` that import each other relatively and nothing else of ours
+ENCODER_FILES = (
+    "__init__.py",
+    "errors.py",
+    *(f"schema/{name}.py" for name in ("__init__", "bounds", "feature", "parse", "schema")),
+    *(f"reading/{name}.py" for name in ("__init__", "column_types", "columns", "encode", "keys")),
+)
+DATA = Path(data.__file__).parent
 CHUNK_ROWS = 65_536  # quantised at a time
 BITS = {"int8": 8, "int4": 4}
 
@@ -52,21 +71,23 @@ class Exported:
 
     Attributes:
         spec: model.json without the files' sums.
+        schema: of the run.
         rows: pooling -> rows of its tables; "zch/TABLE" -> ids and their rows, see serving.ServingModel.
         dense: weights of the graph.
-        vocabularies: name -> values in row order.
+        vocabularies: names of vocabulary files -> values in row order.
         program: the dense part as torch.export gives it.
     """
 
     spec: dict[str, Any]
+    schema: Schema
     rows: dict[str, Tensor]
     dense: dict[str, Tensor]
-    vocabularies: dict[str, list[Any]]
+    vocabularies: dict[str, pa.Array]
     program: torch.export.ExportedProgram
 
     def model(self) -> serving.ServingModel:
         """Serve it from memory."""
-        return serving.ServingModel(self.spec, self.rows, self.dense, self.vocabularies)
+        return serving.ServingModel(self.spec, self.schema, self.rows, self.dense, self.vocabularies)
 
 
 @dataclass(frozen=True)
@@ -128,21 +149,21 @@ def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
         known = pairs[:, pairs[0] != FREE]
         if known.numel() and not 0 <= int(known[1].min()) <= int(known[1].max()) < pairs.shape[1]:
             raise InputError(
-                f"{folder}: table {name!r}: an id has a row that the table has not; use another run"
+                f"{folder}: table {name!r}: an id has a row that the table lacks; use another run"
             )
         weights.id_rows[name] = known[:, known[0].argsort()].contiguous()
     return weights
 
 
 def take_apart(
-    weights: Weights, branches: Sequence[str] = (), vocabularies: dict[str, list[Any]] | None = None
+    weights: Weights, branches: Sequence[str] = (), vocabularies: dict[str, pa.Array] | None = None
 ) -> Exported:
     """Record the dense part and describe the fields; `with_rows` adds the tables' rows.
 
     Args:
         weights: of a run.
         branches: of an MBCnet to serve; none: all of them.
-        vocabularies: name -> values in row order; None: read from the schema's folder.
+        vocabularies: names of vocabulary files -> values in row order; None: read from the schema's folder.
 
     Raises:
         InputError: the model has no such branches, or fuses them by a gate that knows all.
@@ -177,12 +198,15 @@ def take_apart(
         "branches": list(chosen),
         "rows": "",
         "versions": {name: version(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")},
-        "fields": field_entries(weights.schema, vocabularies),
+        "vocabulary_types": {
+            name: str(values.type) if pa.types.is_integer(values.type) else "string"
+            for name, values in vocabularies.items()
+        },
         "tables": listed,
         "lookups": {pooling: [list(pair) for pair in pairs] for pooling, pairs in lookups.items()},
         "graph": graph,
     }
-    return Exported(spec, {}, dense, vocabularies, program)
+    return Exported(spec, weights.schema, {}, dense, vocabularies, program)
 
 
 def with_rows(exported: Exported, weights: Weights, rows: str) -> Exported:
@@ -262,60 +286,6 @@ def pack_rows(
     return opened.weights_host
 
 
-def read_vocabularies(schema: Schema) -> dict[str, list[Any]]:
-    """Name of each vocabulary file -> its values in row order."""
-    names = {
-        feature.vocabulary
-        for feature in schema.features
-        if feature.encoding == "vocabulary" and feature.kind != "numeric"
-    }
-    return {
-        name: pq.read_table(schema.folder / name, columns=["value"])["value"].to_pylist()
-        for name in sorted(names)
-    }
-
-
-def field_entries(schema: Schema, vocabularies: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """The fields as model.json lists them: sparse, weighted, then dense."""
-    entries = []
-    for feature in (*schema.sparse, *schema.weighted, *schema.dense):
-        entry = field_entry(feature, schema)
-        if feature.encoding == "vocabulary" and feature.kind != "numeric":
-            known = vocabularies[feature.vocabulary]
-            entry["vocabulary"] = feature.vocabulary
-            entry["vocabulary_type"] = "integer" if known and isinstance(known[0], int) else "string"
-        entries.append(entry)
-    return entries
-
-
-def field_entry(feature: Feature, schema: Schema) -> dict[str, Any]:
-    """What the loader's preprocessing needs to know of a field."""
-    entry: dict[str, Any] = {
-        "name": feature.name,
-        "kind": feature.kind,
-        "column": feature.source_column,
-        "is_sparse": feature.is_sparse,
-        "on_invalid": feature.on_invalid,
-        "dense_width": feature.dense_width,
-    }
-    if feature.is_sparse:
-        entry["num_embeddings"] = schema.table_of[feature.name].num_embeddings
-        entry["encoding"] = feature.encoding
-    zch = schema.table_of[feature.name].zch if feature.is_sparse else None
-    if zch is not None:
-        entry |= {"zch_table": feature.table_name, "zch_buckets": zch.buckets}
-    if feature.is_weighted:
-        entry["weights"] = feature.weights
-    if feature.kind == "numeric":
-        entry |= {
-            "transform": feature.transform,
-            "boundaries": list(feature.boundaries),
-            "mean": feature.mean,
-            "std": feature.std,
-        }
-    return entry
-
-
 def version(name: str) -> str:
     """Installed version of a package, or an empty string."""
     try:
@@ -324,13 +294,13 @@ def version(name: str) -> str:
         return ""
 
 
-def write_artifact(exported: Exported, weights: Weights, out: Path, *, aot: bool = False) -> str:
+def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: bool = False) -> str:
     """Write the folder; it appears by one rename. Returns why the dense part could not be compiled, or an empty string.
 
     Args:
         exported: what to write.
-        weights: of the run, for its config and schema.
-        out: what is there is replaced.
+        config: of the run.
+        out: the folder, which is replaced.
         aot: also compile the dense part by AOTInductor, for this machine's processor.
     """
     partial = out.with_name(f".{out.name}.partial")
@@ -341,21 +311,33 @@ def write_artifact(exported: Exported, weights: Weights, out: Path, *, aot: bool
         save_file(
             {name: value.contiguous() for name, value in exported.dense.items()}, partial / serving.DENSE
         )
-        (partial / serving.VOCABULARY).write_text(json.dumps(exported.vocabularies))
-        (partial / "schema.toml").write_text(format_schema(weights.schema))
-        (partial / "config.toml").write_text(config_text(weights.config))
-        shutil.copyfile(serving.__file__, partial / LOADER)
+        vocabularies = {name: values.to_pylist() for name, values in exported.vocabularies.items()}
+        (partial / serving.VOCABULARY).write_text(json.dumps(vocabularies))
+        (partial / serving.SCHEMA).write_text(format_schema(exported.schema))
+        (partial / "config.toml").write_text(config_text(config))
+        _write_package(partial)
         problem = _compile_dense(exported.program, partial / serving.COMPILED) if aot else ""
-        for path in partial.iterdir():  # safetensors writes for its owner's eyes only
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        for path in files:  # safetensors writes for its owner's eyes only
             path.chmod((partial / serving.VOCABULARY).stat().st_mode)
-        files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-        (partial / serving.MODEL).write_text(json.dumps(exported.spec | {"files": files}, indent=1))
+        sums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+        (partial / serving.MODEL).write_text(json.dumps(exported.spec | {"files": sums}, indent=1))
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return problem
+
+
+def _write_package(folder: Path) -> None:
+    """Copy the loader and the files that encode rows, which a user's own `data` cannot shadow: they are mbcnet_serving.data."""
+    (folder / LOADER).write_text(SCRIPT)
+    for name in ENCODER_FILES:
+        copy_to = folder / PACKAGE / "data" / name
+        copy_to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(DATA / name, copy_to)
+    shutil.copyfile(serving.__file__, folder / PACKAGE / "__init__.py")
 
 
 def _compile_dense(program: torch.export.ExportedProgram, path: Path) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.reading.encode import Place, read_labels
 from data.reading.files import resolve_files
 from data.reading.selection import select_files
 from data.reading.storage import is_uri
@@ -84,7 +83,7 @@ def run_export(
         print(
             "compiling the dense part for this processor: a minute or so (--no-aot leaves it out)", flush=True
         )
-    problem = write_artifact(exported, weights, target, aot=wanted)
+    problem = write_artifact(exported, config, target, aot=wanted)
     if problem and aot:
         raise InputError(f"--aot: the compiler failed ({problem}); {target} is written without")
     served = serving.load(target)
@@ -111,7 +110,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / serving.MODEL).is_file():
-        raise InputError(f"{out}: holds something that is no artifact; choose another --out")
+        raise InputError(f"{out}: holds something that is not an artifact; choose another --out")
     if not overwrite:
         raise InputError(
             f"{out}: holds an artifact already; replace it with --overwrite, or choose another --out"
@@ -122,7 +121,7 @@ def size_report(out: Path, of_float: Exported) -> dict[str, int]:
     """Bytes of the artifact and of the same with float32 rows, and of each one's tables."""
     float_rows = sum(rows.nbytes for rows in of_float.rows.values())
     own_rows = (out / serving.TABLES).stat().st_size
-    total = sum(path.stat().st_size for path in out.iterdir())
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return {
         "bytes": total,
         "table_bytes": own_rows,
@@ -139,26 +138,26 @@ def compare(
     Raises:
         InputError: the rows are not there, or a value is faulty.
     """
-    data, schema, label = weights.config.data, weights.schema, weights.schema.label
+    data, schema = weights.config.data, weights.schema
     split = "test" if data.test else "valid" if data.valid else "train"
     where = getattr(data, f"{split}_where")
     files = select_files(resolve_files(getattr(data, split)), where, schema)
-    columns = list(dict.fromkeys([*served.preprocess.columns, label]))
-    reader, chunks = labelled_rows(files, schema, data.eval_options(where), columns)
+    reader, chunks = labelled_rows(files, schema, data.eval_options(where), ())
     logits: list[list[np.ndarray]] = [[], []]
     labels: list[np.ndarray] = []
     left = min(limit, sum(chunk.num_rows for chunk in chunks))
     row_groups = (group for chunk in chunks for group in chunk.row_groups)
-    batches = (rows for group in row_groups for rows in reader.scan_extra(group, CHECK_BATCH))
+    batches = (columns for group in row_groups for columns, _ in reader.scan(group, CHECK_BATCH))
     with tqdm(total=left, unit="row", unit_scale=True, desc="check", disable=None) as bar:
-        while left > 0:
-            rows = next(batches).slice(0, left)
-            labels.append(read_labels(rows.column(columns.index(label)), label, Place(split, 0)))
-            inputs = served.preprocess(rows)
+        for columns in batches:
+            inputs, rows = served.preprocess.inputs(columns), min(left, columns.num_rows)
+            labels.append(columns.labels[:rows])
             for model, own in zip((served, of_float), logits, strict=True):
-                own.append(model.score(inputs).numpy())
-            left -= rows.num_rows
-            bar.update(rows.num_rows)
+                own.append(model.score(inputs).numpy()[:rows])
+            left -= rows
+            bar.update(rows)
+            if not left:
+                break
     y = np.concatenate(labels)
     found: dict[str, Any] = {"split": split, "rows": len(y)}
     for name, own in zip(("", "float_"), logits, strict=True):

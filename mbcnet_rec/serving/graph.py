@@ -1,4 +1,4 @@
-"""What serves of a model: pooled columns -> the fused logit, and its graph as plain JSON.
+"""The part of a model that serves: pooled columns -> the fused logit, and its graph as plain JSON.
 
 Shapes: B batch, N flattened width of all lookups and dense columns, K branches, d latent width.
 """
@@ -107,7 +107,7 @@ def _needed(output: fx.Node) -> set[fx.Node]:
 
 def _call_name(node: fx.Node) -> str:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, serving.OVERLOAD):
         return str(target)
     return next(
         (name for name, function in serving.ARITHMETIC.items() if function is target),

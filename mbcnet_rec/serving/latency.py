@@ -97,7 +97,7 @@ def run_latency(
         as_json: print one JSON object instead.
 
     Raises:
-        InputError: a folder is no artifact, or the file has too few rows.
+        InputError: a folder is not an artifact, or the file has too few rows.
     """
     unknown = [kind for kind in beside if kind not in get_args(ModelKind)]
     if unknown:
@@ -105,7 +105,7 @@ def run_latency(
     artifacts = [open_artifact(Path(folder)) for folder in folders]
     models = contestants(artifacts, beside, compiled=compiled)
     first = artifacts[0]
-    vocabularies = json.loads((first.folder / serving.VOCABULARY).read_text())
+    vocabularies = serving.load_vocabularies(first.folder, first.model.spec)
     columns = list(dict.fromkeys(name for model in models.values() for name in model.preprocess.columns))
     requests = {
         rows: read_requests(data, columns, rows) if data else draw_requests(first.schema, vocabularies, rows)
@@ -129,7 +129,7 @@ def open_artifact(folder: Path, *, compiled: bool = False) -> Artifact:
     """Load an artifact with the config and schema that lie in it.
 
     Raises:
-        InputError: it is none, or damaged.
+        InputError: it is not an artifact, or damaged.
     """
     try:
         model = serving.load(folder, compiled=compiled)
@@ -164,12 +164,12 @@ def rival(artifact: Artifact, kind: str) -> serving.ServingModel:
         raise InputError(
             f"--beside {kind}: it {config_tables}, or lacks those of the artifact; export it instead"
         )
-    vocabularies = json.loads((artifact.folder / serving.VOCABULARY).read_text())
+    vocabularies = serving.load_vocabularies(artifact.folder, artifact.model.spec)
     exported = take_apart(untrained(config, artifact.schema), vocabularies=vocabularies)
     spec = exported.spec | {"rows": artifact.model.spec["rows"]}
     rows = {pooling: tables.weights_host for pooling, tables in artifact.model.tables.items()}
     rows |= artifact.model.id_rows
-    return serving.ServingModel(spec, rows, exported.dense, vocabularies)
+    return serving.ServingModel(spec, artifact.schema, rows, exported.dense, vocabularies)
 
 
 def rival_config(model: ModelConfig) -> ModelConfig:

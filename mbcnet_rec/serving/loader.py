@@ -1,12 +1,11 @@
-"""Loads what `mbcnet export` wrote and scores rows with it. One file, copied into every artifact as `mbcnet_serving.py`.
+"""Loads what `mbcnet export` wrote and scores rows with it. Every artifact carries it as `mbcnet_serving/__init__.py`.
 
     model = load("artifact")
     model.predict({"user_id": [3, 7], "tags": [[1, 2], []], ...})   # float32 probabilities, one a row
 
-Needs torch, fbgemm_gpu and NumPy; pyarrow only where rows come as Arrow or Parquet. Reads safetensors and JSON, no pickle: the dense
-part is a list of ATen calls that torch.export recorded, and nothing but those calls is run. Tables are mapped, not read, so workers of
-one host share them. A value that training would have refused is refused here, with its row and field. It is longer than this project's
-other files because it must be whole in one.
+Needs torch, fbgemm_gpu, NumPy and pyarrow. Reads safetensors, TOML and JSON, no pickle: the dense part is a list of ATen calls that
+torch.export recorded, and nothing but those calls is run. Tables are mapped, not read, so workers of one host share them. Rows are
+encoded by the files that training encodes with, which the artifact carries too: what training refuses is refused here, in the same words.
 
 Shapes: B rows, D dense columns, N flattened width of all fields.
 """
@@ -24,6 +23,8 @@ from typing import Any, NamedTuple
 
 import fbgemm_gpu  # noqa: F401 (registers the operators)
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.fx as fx
 from fbgemm_gpu.split_embedding_configs import SparseType
@@ -33,18 +34,32 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
     PoolingMode,
 )
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
+from pyarrow import types as pt
 from torch import Tensor
 
-try:
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-except ImportError:  # rows then come as dicts of lists
-    pc = pq = None
+if __name__ == "mbcnet_rec.serving.loader":
+    from data.errors import InputError
+    from data.reading.column_types import check_columns
+    from data.reading.columns import Columns
+    from data.reading.encode import Encoder, Place
+    from data.reading.keys import first_line
+    from data.schema import Schema, Table, load_schema
+else:  # in an artifact, which carries these files
+    from .data.errors import InputError  # type: ignore[import-not-found]
+    from .data.reading.column_types import check_columns  # type: ignore[import-not-found]
+    from .data.reading.columns import Columns  # type: ignore[import-not-found]
+    from .data.reading.encode import Encoder, Place  # type: ignore[import-not-found]
+    from .data.reading.keys import first_line  # type: ignore[import-not-found]
+    from .data.schema import Schema, Table, load_schema  # type: ignore[import-not-found]
 
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)  # 1 lists the fields in model.json besides, for a preprocessor of its own
 COMPILED = "dense_aot.pt2"
 ZCH = "zch/"  # before the name of a table of unbounded ids, in TABLES
 MODEL, DENSE, TABLES, VOCABULARY = "model.json", "dense.safetensors", "tables.safetensors", "vocabulary.json"
+SCHEMA = "schema.toml"
+REQUEST = "request"  # stands in messages where training has a file's name
+NULL = pa.null()
 ROW_TYPES = {
     "fp32": SparseType.FP32,
     "fp16": SparseType.FP16,
@@ -52,13 +67,9 @@ ROW_TYPES = {
     "int4": SparseType.INT4,
 }
 POOLING = {"sum": PoolingMode.SUM, "mean": PoolingMode.MEAN, "weighted": PoolingMode.SUM}
-MISSING_ROW, OUT_OF_VOCABULARY_ROW, FIRST_VOCABULARY_ROW = 0, 1, 2
+OVERLOAD = type(torch.ops.aten.add.Tensor)
 ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "getitem": operator.getitem,
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "floordiv": operator.floordiv,
+    name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv")
 }
 DTYPES = {
     "F64": torch.float64,
@@ -70,22 +81,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-Rows = Any  # Mapping of column -> list or array, or an Arrow table or record batch
-
-
-class Values(NamedTuple):
-    """A flat column. `valid`: which are not null; None: all."""
-
-    values: np.ndarray
-    valid: np.ndarray | None
-
-
-class Bags(NamedTuple):
-    """The table rows of one field: row i of the input has `lengths[i]` of `ids`, in order."""
-
-    ids: np.ndarray  # int64
-    lengths: np.ndarray  # (B,) int64
-    weights: np.ndarray | None = None  # float32, like ids
+Rows = Any  # mapping of column -> list or array, an Arrow table or record batch, or what pyarrow.table takes, such as a DataFrame
 
 
 class Inputs(NamedTuple):
@@ -99,21 +95,21 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
     """Load an artifact.
 
     Args:
-        folder: that `mbcnet export` wrote.
+        folder: what `mbcnet export` wrote.
         verify: compare every file's SHA-256 with model.json; reads all of each file once.
         compiled: run the dense part that `mbcnet export --aot` compiled. It is machine code: load it from people you trust only.
 
     Raises:
-        ValueError: the folder is no artifact, of another format, or damaged.
+        ValueError: the folder is not an artifact, has another format, or is damaged.
     """
     folder = Path(folder)
     try:
         spec = json.loads((folder / MODEL).read_text())
-        if spec["format"] != FORMAT:
+        if spec["format"] not in READABLE_FORMATS:
             raise ValueError(f"format = {spec['format']}; this loader reads {FORMAT}: use the artifact's own")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{folder / MODEL}: no artifact of `mbcnet export` ({error or type(error).__name__})"
+            f"{folder / MODEL}: not an artifact of `mbcnet export` ({error or type(error).__name__})"
         ) from None
     for name, sha256 in spec["files"].items() if verify else ():
         with open(folder / name, "rb") as file:
@@ -121,15 +117,21 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
                 raise ValueError(
                     f"{folder / name}: changed since it was written (SHA-256 differs); copy it again"
                 )
-    vocabularies = json.loads((folder / VOCABULARY).read_text())
-    model = ServingModel(
-        spec, read_safetensors(folder / TABLES), read_safetensors(folder / DENSE), vocabularies
-    )
+    vocabularies = load_vocabularies(folder, spec)
+    tensors = read_safetensors(folder / TABLES), read_safetensors(folder / DENSE)
+    model = ServingModel(spec, load_schema(folder / SCHEMA), *tensors, vocabularies)
     if compiled:
         if not (folder / COMPILED).is_file():
             raise ValueError(f"{folder}: holds no {COMPILED}; export it with --aot, or load without compiled")
         model.graph = torch._inductor.aoti_load_package(str(folder / COMPILED))
     return model
+
+
+def load_vocabularies(folder: Path, spec: Mapping[str, Any]) -> dict[str, pa.Array]:
+    """Read an artifact's vocabularies: name -> values in row order."""
+    types = spec.get("vocabulary_types", {})
+    listed = json.loads((folder / VOCABULARY).read_text())
+    return {name: pa.array(values, types.get(name)) for name, values in listed.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -151,22 +153,24 @@ class ServingModel:
 
     Args:
         spec: model.json.
+        schema: of the run.
         rows: pooling -> all rows of its tables, (bytes,) uint8 as FBGEMM lays them out; "zch/TABLE" -> (2, n) int64, ascending hashes
             of the ids that have a row, and the rows.
         dense: weights of the graph.
-        vocabularies: name -> values in row order.
+        vocabularies: names of vocabulary files -> values in row order.
     """
 
     def __init__(
         self,
         spec: dict[str, Any],
+        schema: Schema,
         rows: dict[str, Tensor],
         dense: dict[str, Tensor],
-        vocabularies: dict[str, list[Any]],
+        vocabularies: Mapping[str, pa.Array],
     ) -> None:
         self.spec = spec
         self.id_rows = {name: values for name, values in rows.items() if name.startswith(ZCH)}
-        self.preprocess = Preprocessor(spec["fields"], spec["lookups"], vocabularies, self.id_rows)
+        self.preprocess = Preprocessor(schema, spec["lookups"], vocabularies, self.id_rows)
         self.tables = {
             pooling: open_tables(entries, spec["lookups"][pooling], spec["rows"], pooling)
             for pooling, entries in spec["tables"].items()
@@ -184,8 +188,8 @@ class ServingModel:
         """Return the click probability of each row, (B,) float32.
 
         Args:
-            rows: column name -> list or array of values (None: missing; lists of lists for list columns), or an Arrow table or
-                record batch. Columns that no field reads are ignored.
+            rows: column name -> list or array of values (None: missing; lists of lists for list columns), an Arrow table or
+                record batch, or a DataFrame. Columns that no field reads are ignored.
 
         Raises:
             ValueError: a column is missing or a value is one that training would have refused.
@@ -213,8 +217,6 @@ class ServingModel:
 
     def predict_parquet(self, path: str | Path, batch_rows: int = 4096) -> Iterator[np.ndarray]:
         """Yield the probabilities of a Parquet file's rows, in its order, `batch_rows` at a time."""
-        if pq is None:
-            raise ValueError("reading Parquet needs pyarrow, which is not installed")
         with pq.ParquetFile(path) as file:
             known = [name for name in self.preprocess.columns if name in file.schema_arrow.names]
             for batch in file.iter_batches(batch_rows, columns=known):
@@ -277,7 +279,7 @@ def build_graph(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Calla
             return argument
         found = nodes[argument["node"]] if "node" in argument else getattr(torch, argument["torch"])
         if not isinstance(found, (fx.Node, torch.dtype, torch.layout)):
-            raise ValueError(f"graph: {argument} is no dtype; this artifact is damaged or not ours")
+            raise ValueError(f"graph: {argument} is not a dtype; this artifact is damaged or not ours")
         return found
 
     for call in spec["calls"]:
@@ -299,335 +301,155 @@ def resolve(call: str) -> Callable[..., Any]:
     namespace, _, rest = call.partition(".")
     packet, _, overload = rest.rpartition(".")
     found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    if namespace != "aten" or not isinstance(found, torch._ops.OpOverload):
-        raise ValueError(f"graph: {call!r} is no ATen operator; this artifact is damaged or not ours")
+    if namespace != "aten" or not isinstance(found, OVERLOAD):
+        raise ValueError(f"graph: {call!r} is not an ATen operator; this artifact is damaged or not ours")
     return found
 
 
 class Preprocessor:
-    """Rows -> ids and numbers, by the rules of the training data plane.
+    """Rows -> ids and numbers, by the encoder that training uses.
 
     Args:
-        fields: as in model.json.
+        schema: of the run.
         lookups: pooling -> (field, table) pairs.
-        vocabularies: name -> values in row order.
+        vocabularies: names of vocabulary files -> values in row order.
         id_rows: as ServingModel has them.
     """
 
     def __init__(
         self,
-        fields: Sequence[Mapping[str, Any]],
+        schema: Schema,
         lookups: Mapping[str, Sequence[tuple[str, int]]],
-        vocabularies: Mapping[str, list[Any]],
+        vocabularies: Mapping[str, pa.Array],
         id_rows: Mapping[str, Tensor],
     ) -> None:
-        self.id_rows = {name: values.numpy() for name, values in id_rows.items()}
-        for field in fields:
-            rows = (
-                self.id_rows[ZCH + field["zch_table"]][1] if field.get("encoding") == "zch" else np.zeros(0)
-            )
-            if len(rows) and not 0 <= rows.min() <= rows.max() < field["num_embeddings"]:
-                raise ValueError(
-                    f"field {field['name']!r}: an id has a row that its table has not; copy the artifact again"
-                )
-        self.sparse = [field for field in fields if field["is_sparse"]]
-        self.dense = [field for field in fields if not field["is_sparse"]]
-        self.dense_width = sum(field["dense_width"] for field in self.dense)
+        self.schema, self.columns = schema, schema.field_columns
+        self.encoder = Encoder(schema, vocabularies=vocabularies, has_labels=False)
         self.lookups = {pooling: [field for field, _ in pairs] for pooling, pairs in lookups.items()}
-        self.rows_of = {
-            name: {value: row for row, value in enumerate(values, FIRST_VOCABULARY_ROW)}
-            for name, values in vocabularies.items()
+        singles = [feature.name for feature in schema.sparse if feature.is_single]
+        lists = [feature.name for feature in schema.sparse if not feature.is_single]
+        self.single_at = {name: index for index, name in enumerate(singles)}
+        self.list_at = {name: index for index, name in enumerate(lists)}
+        self.weighted_at = {feature.name: index for index, feature in enumerate(schema.weighted)}
+        self.field_of = {
+            column: feature
+            for feature in schema.features
+            for column in (feature.source_column, feature.weights)
         }
-        names = [
-            column for field in fields for column in (field["column"], field.get("weights", "")) if column
-        ]
-        self.columns = list(dict.fromkeys(names))
+        self.checked: dict[str, pa.DataType] = {}  # the types that were last found right
+        self.id_rows: dict[str, tuple[Table, np.ndarray, np.ndarray]] = {}
+        for name, table in schema.table_of.items():
+            if table.zch is not None:
+                ids, rows = id_rows[ZCH + table.name].numpy()
+                if len(rows) and not 0 <= rows.min() <= rows.max() < table.num_embeddings:
+                    raise ValueError(
+                        f"field {name!r}: an id has a row that its table lacks; copy the artifact again"
+                    )
+                self.id_rows[name] = table, ids, rows
 
     def __call__(self, rows: Rows) -> Inputs:
         """Check and encode rows; see ServingModel.predict."""
-        rows = columns_of(rows)
-        bags = self._plain_bags(rows)
-        bags |= {field["name"]: self._bags(field, rows) for field in self.sparse if field["name"] not in bags}
-        dense_columns = [self._numbers(field, rows) for field in self.dense]
-        num_rows = (
-            len(next(iter(bags.values())).lengths) if bags else len(dense_columns[0]) if dense_columns else 0
-        )
-        for field in self.sparse:
-            if len(bags[field["name"]].lengths) != num_rows:
-                raise ValueError(
-                    f"field {field['name']!r}: {len(bags[field['name']].lengths)} rows; wanted {num_rows}, as "
-                    "the other columns have"
-                )
+        return self.inputs(self.encoder.encode(self._record_batch(rows), Place(REQUEST, None)))
+
+    def inputs(self, columns: Columns) -> Inputs:
+        """Join encoded rows as the tables want them, each pooling's lookups one after the other."""
         joined = {}
-        for pooling, names in self.lookups.items():
-            parts = [bags[name] for name in names]
-            offsets = np.zeros(len(parts) * num_rows + 1, np.int64)
-            np.cumsum(np.concatenate([part.lengths for part in parts]), out=offsets[1:])
-            weights = [part.weights for part in parts if part.weights is not None]
+        for pooling, fields in self.lookups.items():
+            ids, weights = [], []
+            offsets = np.zeros(len(fields) * columns.num_rows + 1, np.int64)
+            lengths = offsets[1:].reshape(len(fields), columns.num_rows)
+            for field, own_lengths in zip(fields, lengths, strict=True):
+                if field in self.single_at:
+                    index = self.single_at[field]
+                    found = columns.single_ids[index]
+                    if columns.absent[index]:
+                        own_lengths[:] = found >= 0
+                        found = found[found >= 0]
+                    else:
+                        own_lengths[:] = 1
+                elif field in self.list_at:
+                    index = self.list_at[field]
+                    found = columns.lists.values[index]
+                    own_lengths[:] = np.diff(columns.lists.offsets[index])
+                else:
+                    index = self.weighted_at[field]
+                    found = columns.weighted_lists.values[index]
+                    own_lengths[:] = np.diff(columns.weighted_lists.offsets[index])
+                    weights.append(columns.weighted_lists.weights[index])
+                ids.append(self._given_rows(field, found) if field in self.id_rows else found)
+            np.cumsum(offsets, out=offsets)
             joined[pooling] = (
-                torch.from_numpy(np.concatenate([part.ids for part in parts])),
+                torch.from_numpy(np.concatenate(ids, dtype=np.int64)),
                 torch.from_numpy(offsets),
                 torch.from_numpy(np.concatenate(weights)) if weights else None,
             )
-        dense = np.concatenate([np.zeros((num_rows, 0), np.float32), *dense_columns], axis=1)
-        return Inputs(joined, torch.from_numpy(dense))
+        return Inputs(joined, torch.from_numpy(columns.dense))
 
-    def _plain_bags(self, rows: Mapping[str, Any]) -> dict[str, Bags]:
-        """Fields whose every row holds one id that is right, checked all at once: most of a usual request."""
-        columns, limits = {}, []
-        for field in self.sparse:
-            if field["kind"] == "categorical" and field["encoding"] == "ids":
-                values, valid = flat_values(read_column(rows, field["column"], field["name"]))
-                if valid is None and np.can_cast(values.dtype, np.int64):
-                    columns[field["name"]] = values
-                    limits.append(field["num_embeddings"])
-        if len({len(values) for values in columns.values()}) != 1:
-            return {}
-        ids = np.stack(list(columns.values()), dtype=np.int64)
-        good = np.all((ids >= 0) & (ids < np.asarray(limits)[:, None]), axis=1).tolist()
-        ones = np.ones(ids.shape[1], np.int64)
-        return {
-            name: Bags(own, ones) for name, own, is_good in zip(columns, ids, good, strict=True) if is_good
-        }
-
-    def _bags(self, field: Mapping[str, Any], rows: Mapping[str, Any]) -> Bags:
-        column = read_column(rows, field["column"], field["name"])
-        if field["kind"] == "numeric":
-            numbers, valid = finite(flat_values(column), field)
-            ids = np.searchsorted(np.asarray(field["boundaries"]), numbers, side="right") + 1
-            ids = ids if valid is None else np.where(valid, ids, MISSING_ROW)
-            return Bags(ids.astype(np.int64), np.ones(len(ids), np.int64))
-        if field["kind"] == "categorical":
-            values = flat_values(column)
-            ids = self._ids(field, values, None)
-            if values.valid is not None:
-                missing = -1 if field["encoding"] in ("ids", "zch") else MISSING_ROW
-                ids = np.where(values.valid, ids, missing)
-            present = ids >= 0
-            return Bags(ids[present], present.astype(np.int64))
-        values, lengths = list_values(column)
-        ids = self._ids(field, values, lengths)
-        weights = self._weights(field, rows, lengths) if field["kind"] == "weighted_multi_valued" else None
-        keep = ids >= 0 if values.valid is None else (ids >= 0) & values.valid
-        if not keep.all():
-            owners = np.repeat(np.arange(len(lengths)), lengths)
-            lengths = np.bincount(owners[keep], minlength=len(lengths))
-            ids, weights = ids[keep], None if weights is None else weights[keep]
-        return Bags(ids, lengths.astype(np.int64), weights)
-
-    def _weights(self, field: Mapping[str, Any], rows: Mapping[str, Any], wanted: np.ndarray) -> np.ndarray:
-        values, lengths = list_values(read_column(rows, field["weights"], field["name"]))
-        if not np.array_equal(lengths, wanted):
-            raise ValueError(
-                f"field {field['name']!r}: its weights in {field['weights']!r} are not as many as its values"
-            )
-        numbers, valid = finite(values, field, wanted)
-        return (numbers if valid is None else np.where(valid, numbers, 0.0)).astype(np.float32)
-
-    def _ids(self, field: Mapping[str, Any], column: Values, lengths: np.ndarray | None) -> np.ndarray:
-        """Rows of the table, -1 for an id that counts as missing; what stands at nulls means nothing."""
-        limit = field["num_embeddings"]
-        if field["encoding"] == "hash":
-            return (hash_values(column.values) % np.uint64(limit - 1)).astype(np.int64) + 1
-        if field["encoding"] == "vocabulary":
-            return self._vocabulary_rows(field, column)
-        if field["encoding"] == "zch":
-            return self._given_rows(field, column)
-        ids = column.values
-        if len(ids) and ids.dtype.kind not in "iub":
-            raise ValueError(f"field {field['name']!r} = {ids[0]!r}: wanted integer ids")
-        bad = (ids < 0) | (ids >= limit)
-        if column.valid is not None:
-            bad &= column.valid
-        if not bad.any():
-            return ids.astype(np.int64)
-        if field["on_invalid"] == "error":
-            first = int(np.flatnonzero(bad)[0])
-            raise ValueError(
-                f"row {owner(first, lengths)}, field {field['name']!r} = {ids[first]}: wanted an id in [0, {limit})"
-            )
-        return np.where(bad, -1 if field["on_invalid"] == "null" else ids % limit, ids).astype(np.int64)
-
-    def _given_rows(self, field: Mapping[str, Any], column: Values) -> np.ndarray:
-        """The row that training gave an id, or the last row of its bucket."""
-        ids, rows = self.id_rows[ZCH + field["zch_table"]]
-        buckets, last = np.uint64(field["zch_buckets"]), np.uint64(2**63 - 1)
-        hashed = np.minimum(hash_values(column.values) & last, last - np.uint64(1))
-        bucket = (hashed // ((last + buckets - np.uint64(1)) // buckets)).astype(np.int64)
-        own = (bucket + 1) * (field["num_embeddings"] // field["zch_buckets"]) - 1
+    def _given_rows(self, field: str, hashed: np.ndarray) -> np.ndarray:
+        """The row that training gave to each id of a table of encoding zch, or the last row of its bucket."""
+        table, ids, rows = self.id_rows[field]
+        assert table.zch is not None
+        bucket_ids = -(-(2**63 - 1) // table.zch.buckets)
+        own = (hashed // bucket_ids + 1) * (table.num_embeddings // table.zch.buckets) - 1
         if not len(ids):
             return own
-        hashed = hashed.view(np.int64)
         places = np.minimum(np.searchsorted(ids, hashed), len(ids) - 1)
         return np.where(ids[places] == hashed, rows[places], own)
 
-    def _vocabulary_rows(self, field: Mapping[str, Any], column: Values) -> np.ndarray:
-        row_of = self.rows_of[field["vocabulary"]]
-        cast = int if field["vocabulary_type"] == "integer" else str
-        rows = np.full(len(column.values), MISSING_ROW, np.int64)
-        present = slice(None) if column.valid is None else column.valid
-        try:
-            rows[present] = [
-                row_of.get(cast(value), OUT_OF_VOCABULARY_ROW) for value in column.values[present].tolist()
-            ]
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"field {field['name']!r}: wanted {field['vocabulary_type']}s ({error})"
-            ) from None
-        return rows
+    def _record_batch(self, rows: Rows) -> pa.RecordBatch:
+        """The columns that fields read, each as one Arrow array of a type that training takes."""
+        if not isinstance(rows, Mapping):
+            table = rows if isinstance(rows, (pa.Table, pa.RecordBatch)) else pa.table(rows)
+            rows = dict(zip(table.schema.names, table.columns, strict=True))
+        arrays = {name: self._array(name, rows[name]) for name in self.columns if name in rows}
+        types = {name: array.type for name, array in arrays.items()}
+        if types != self.checked:
+            check_columns(pa.schema(list(types.items())), self.schema, REQUEST, has_label=False)
+            self.checked = types
+        num_rows = len(next(iter(arrays.values()), ()))
+        for name, array in arrays.items():
+            if len(array) != num_rows:
+                raise InputError(
+                    f"{REQUEST}: field {self.field_of[name].name!r}: {len(array)} rows in column {name!r}; "
+                    f"wanted {num_rows}, as the other columns have"
+                )
+        return pa.RecordBatch.from_arrays(list(arrays.values()), list(arrays))
 
-    def _numbers(self, field: Mapping[str, Any], rows: Mapping[str, Any]) -> np.ndarray:
-        """(B, width) float32 of a numeric or vector field; missing numbers are 0."""
-        column = read_column(rows, field["column"], field["name"])
-        if field["kind"] == "vector":
-            return self._vectors(field, column)
-        numbers, valid = finite(flat_values(column), field)
-        if field["transform"] == "log1p":
-            numbers = np.copysign(np.log1p(np.abs(numbers)), numbers)
-        elif field["transform"] == "standardise":
-            numbers = (numbers - field["mean"]) / field["std"]
-        return (numbers if valid is None else np.where(valid, numbers, 0.0)).astype(np.float32)[:, None]
+    def _array(self, name: str, column: Any) -> pa.Array:
+        """One column as an Arrow array. One of missing values only has no type of its own: it gets the field's."""
+        if isinstance(column, pa.ChunkedArray):
+            column = column.combine_chunks()
+        elif not isinstance(column, pa.Array):
+            try:
+                column = self._from_python(name, column)
+            except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+                raise InputError(
+                    f"{REQUEST}: column {name!r} of field {self.field_of[name].name!r} cannot be read ({first_line(error)}); "
+                    "wanted a list of values of one type, None where one is missing"
+                ) from None
+        if column.type == NULL or (
+            pt.is_nested(column.type) and column.type.num_fields and column.type.field(0).type == NULL
+        ):
+            column = column.cast(self._type_of_missing(name))
+        return column
 
-    def _vectors(self, field: Mapping[str, Any], column: Any) -> np.ndarray:
-        width = field["dense_width"]
-        values, lengths = list_values(column)
-        present = list_present(column, lengths)
-        wrong = present & (lengths != width)
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            raise ValueError(
-                f"row {row}, field {field['name']!r}: a vector of length {lengths[row]}: wanted {width}"
-            )
-        numbers, valid = finite(values, field, lengths)
-        out = np.zeros((len(lengths), width), np.float32)
-        out[present] = (numbers if valid is None else np.where(valid, numbers, 0.0)).reshape(-1, width)
-        return out
+    def _from_python(self, name: str, column: Any) -> pa.Array:
+        if isinstance(column, np.ndarray) and column.ndim == 2:
+            return pa.FixedSizeListArray.from_arrays(column.reshape(-1), column.shape[1])
+        if isinstance(column, list) and column and type(column[0]) in (int, float):
+            numbers = np.asarray(column)  # in half of the time that Arrow takes for Python's numbers
+            is_key = self.field_of[name].is_keyed
+            if numbers.dtype.kind in ("iu" if is_key else "iuf") and numbers.ndim == 1:
+                return pa.array(numbers)
+        return pa.array(column)
 
-
-def columns_of(rows: Rows) -> Mapping[str, Any]:
-    """Columns by name, of a mapping or of Arrow data."""
-    return rows if isinstance(rows, Mapping) else dict(zip(rows.schema.names, rows.columns, strict=True))
-
-
-def read_column(rows: Mapping[str, Any], column: str, field: str) -> Any:
-    """Take one column, in one piece.
-
-    Raises:
-        ValueError: it is missing.
-    """
-    if column not in rows:
-        raise ValueError(f"column {column!r} is missing, which field {field!r} reads")
-    found = rows[column]
-    return found.combine_chunks() if hasattr(found, "combine_chunks") else found
-
-
-def is_arrow(column: Any) -> bool:
-    """Whether a column is an Arrow array."""
-    return hasattr(column, "null_count")
-
-
-def flat_values(column: Any) -> Values:
-    """Values of a flat column and which are not null; nulls read 0 or an empty string."""
-    if is_arrow(column):
-        return arrow_values(column)
-    array = np.asarray(column)
-    if array.dtype.kind in "iufb":
-        return Values(array if len(array) else array.astype(np.int64), None)
-    filled = list(column)
-    valid = np.fromiter((value is not None for value in filled), bool, len(filled))
-    is_text = any(isinstance(value, str) for value in filled)
-    if not valid.all():
-        filled = [("" if is_text else 0) if value is None else value for value in filled]
-    return Values(np.asarray(filled, object if is_text else None), None if valid.all() else valid)
-
-
-def arrow_values(column: Any) -> Values:
-    """The same of an Arrow array."""
-    kind = str(column.type)
-    if kind.startswith("dictionary"):
-        column = column.dictionary_decode()
-        kind = str(column.type)
-    valid = column.is_valid().to_numpy(zero_copy_only=False) if column.null_count else None
-    if kind in ("string", "large_string", "string_view"):
-        return Values(np.asarray([value or "" for value in column.to_pylist()], object), valid)
-    if kind.startswith("decimal") or kind in ("null", "halffloat"):
-        column = column.cast("float64")
-    if column.null_count:
-        column = column.fill_null(False if kind == "bool" else 0)
-    return Values(column.to_numpy(zero_copy_only=False), valid)
-
-
-def list_values(column: Any) -> tuple[Values, np.ndarray]:
-    """Values of a list column, laid end to end, and each row's length; a null list has none."""
-    if is_arrow(column):
-        lengths = pc.list_value_length(column)  # type: ignore[union-attr]
-        lengths = (lengths.fill_null(0) if lengths.null_count else lengths).to_numpy()
-        return flat_values(column.flatten()), lengths.astype(np.int64)
-    if isinstance(column, np.ndarray) and column.ndim == 2:
-        return flat_values(column.reshape(-1)), np.full(len(column), column.shape[1], np.int64)
-    rows = [() if row is None else row for row in column]
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    return flat_values([value for row in rows for value in row]), lengths
-
-
-def list_present(column: Any, lengths: np.ndarray) -> np.ndarray:
-    """Which rows of a list column are not null."""
-    if is_arrow(column):
-        return column.is_valid().to_numpy(zero_copy_only=False)
-    return np.fromiter((row is not None for row in column), bool, len(lengths))
-
-
-def finite(
-    column: Values, field: Mapping[str, Any], lengths: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Numbers, 0 where they are NaN or infinite, and their validity (None: all).
-
-    Raises:
-        ValueError: a number is NaN or infinite and the field's on_invalid is not "null".
-    """
-    numbers, valid = column
-    try:
-        numbers = numbers.astype(np.float64) if numbers.dtype.kind != "f" else numbers
-    except (TypeError, ValueError):
-        raise ValueError(f"field {field['name']!r}: wanted numbers, found {numbers[0]!r}") from None
-    good = np.isfinite(numbers)
-    if good.all():
-        return numbers, valid
-    if field["on_invalid"] != "null":
-        first = int(np.flatnonzero(~good)[0])
-        raise ValueError(
-            f"row {owner(first, lengths)}, field {field['name']!r} = {numbers[first]}: wanted a finite number or null"
-        )
-    return np.where(good, numbers, 0.0), good if valid is None else valid & good
-
-
-def owner(value: int, lengths: np.ndarray | None) -> int:
-    """The row that holds a value of a list column."""
-    return value if lengths is None else int(np.searchsorted(np.cumsum(lengths), value, side="right"))
-
-
-def hash_values(values: np.ndarray) -> np.ndarray:
-    """64-bit hashes, equal to those of training: splitmix64 of an integer; of a string, over its length and its UTF-8 bytes by eights."""
-    if values.dtype.kind in "iub":
-        return splitmix64(values if values.dtype == np.uint64 else values.astype(np.int64).view(np.uint64))
-    hashes = {}
-    for text in set(values.tolist()):
-        data = str(text).encode()
-        words = np.frombuffer(data + b"\0" * (-len(data) % 8), "<u8")
-        hashed = splitmix64(np.asarray([len(data)], np.uint64))
-        for word in words:
-            hashed = splitmix64(hashed ^ word)
-        hashes[text] = hashed[0]
-    return np.asarray([hashes[text] for text in values.tolist()], np.uint64).reshape(len(values))
-
-
-def splitmix64(numbers: np.ndarray) -> np.ndarray:
-    """Mix uint64 numbers (Steele, Lea and Flood, 2014)."""
-    with np.errstate(over="ignore"):
-        mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return mixed ^ (mixed >> np.uint64(31))
+    def _type_of_missing(self, name: str) -> pa.DataType:
+        feature = self.field_of[name]
+        kind = pa.float64()
+        if feature.is_keyed and name != feature.weights:
+            known = self.encoder.vocabularies.get(feature.name)
+            kind = pa.int64() if known is None else known.type
+        return kind if feature.is_single else pa.list_(kind)
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import InputError
@@ -15,7 +16,7 @@ NUM_REQUESTS = 8  # different ones, in turn: the same one again would find all i
 Requests = list[dict[str, list[Any]]]
 
 
-def draw_requests(schema: Schema, vocabularies: Mapping[str, list[Any]], rows: int) -> Requests:
+def draw_requests(schema: Schema, vocabularies: Mapping[str, pa.Array], rows: int) -> Requests:
     """Draw requests: ids evenly over each table, which is the worst for caches; lists of the schema's mean length."""
     rng = np.random.default_rng(rows)
     return [
@@ -31,7 +32,7 @@ def draw_requests(schema: Schema, vocabularies: Mapping[str, list[Any]], rows: i
 def _draw(
     feature: Feature,
     schema: Schema,
-    vocabularies: Mapping[str, list[Any]],
+    vocabularies: Mapping[str, pa.Array],
     rows: int,
     rng: np.random.Generator,
 ) -> dict[str, list[Any]]:
@@ -39,7 +40,7 @@ def _draw(
         return {feature.source_column: rng.gamma(2.0, 10.0, rows).tolist()}
     if feature.kind == "vector":
         return {feature.source_column: rng.normal(size=(rows, feature.width)).tolist()}
-    known = vocabularies.get(feature.vocabulary) if feature.encoding == "vocabulary" else None
+    known = vocabularies[feature.vocabulary].to_pylist() if feature.encoding == "vocabulary" else None
     limit = len(known) if known is not None else schema.table_of[feature.name].num_embeddings
     if feature.kind == "categorical":
         ids = rng.integers(0, max(limit, 1), rows).tolist()
