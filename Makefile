@@ -10,13 +10,14 @@ READY := .venv/ready-$(SET)
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all check bench help
+.PHONY: demo test test-all check bench docs help
 
 help:
 	@echo "make demo       environment, synthetic data, a sharded two-process training run, its report"
 	@echo "make test       environment and the default tests: under 4 minutes on two quiet cores"
 	@echo "make test-all   the long tests too: every README command, all reshardings, Slurm, hosts that come and go"
 	@echo "make check      ruff, pyright, import-linter"
+	@echo "make docs       the documentation as a site in .site"
 	@echo "make bench      every benchmark, short"
 
 demo: $(READY)
@@ -34,6 +35,14 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: .docs/ready
+	.docs/bin/mkdocs build --quiet
+
+.docs/ready: requirements/docs.txt
+	@test -x .docs/bin/python || $(PYTHON) -m venv .docs
+	@.docs/bin/python -m pip install -q --progress-bar off -r requirements/docs.txt
+	@touch $@
 
 bench: $(READY)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
