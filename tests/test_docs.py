@@ -15,7 +15,8 @@ from mbcnet_rec.config import DataConfig
 from sharding.plan.constraints import ShardingConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+ROOT = DOCS.parent
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
 
 
 def blocks(page, *languages):
@@ -68,3 +69,16 @@ def test_commands_are_ours(page):
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_the_architecture_page_is_fresh(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import architecture
+
+    assert (DOCS / "architecture.md").read_text() == architecture.page(), "run python docs/architecture.py"
+    assert not [line for line in architecture.page().splitlines() if line.endswith("|  |")], "no docstring"
+
+
+def test_the_site_has_every_page():
+    names = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(names) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))

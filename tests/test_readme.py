@@ -13,7 +13,6 @@ from mbcnet_rec.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PACKAGES = ("data", "sharding", "mbcnet_rec", "launch", "benchmarks")
 COMMANDS = [
     line
     for block in re.findall(r"```console\n(.*?)```", README, re.S)
@@ -55,24 +54,8 @@ def test_link_leads_somewhere(link):
     assert link.startswith("https://") or (ROOT / link).exists()
 
 
-def test_every_file_has_its_line():
-    """README's list of files is the tree: nothing missing, nothing gone. A missing line is printed ready to paste."""
-    listed = re.findall(r"^\| `([\w./]+\.\w+)` \|", README, re.M)
-    there = {
-        str(path.relative_to(ROOT))
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
-        if path.name != "__init__.py"
-    }
-    missing = "\n".join(f"| `{name}` | {summary(ROOT / name)} |" for name in sorted(there - set(listed)))
-    assert not missing, f"add to README:\n{missing}"
-    gone = [name for name in listed if not (ROOT / name).exists()]
-    assert not gone, "remove from README"
-
-
-def summary(path: Path) -> str:
-    """First line of a file's docstring, without what follows its first sentence."""
-    return path.read_text().split('"""')[1].splitlines()[0].rstrip(".")
+def test_it_is_a_front_page():
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +94,7 @@ def typed(folder: Path, command: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_commands_work_in_the_order_of_the_readme(checkout):
     ran = 0
     for command in COMMANDS:
