@@ -2,34 +2,36 @@
 
 import argparse
 import errno
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from data.errors import InputError
-from mbcnet_rec.commands import (
-    bench,
-    data,
-    doctor,
-    evaluate,
-    export,
-    launch,
-    plan,
-    predict,
-    schema,
-    study,
-    train,
-    tune,
-)
 from mbcnet_rec.runtime.exits import RunStoppedError
 
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
 OURS = ("data", "sharding", "mbcnet_rec")
-COMMANDS = (doctor, data, schema, plan, launch, train, evaluate, predict, export, bench, study, tune)
+# Each is a module of mbcnet_rec/commands, imported when it is chosen.
+COMMANDS = {
+    "doctor": "check the installation",
+    "data": "write, prepare and check data",
+    "schema": "infer, fit or show a schema",
+    "plan": "place a schema's tables on a cluster, and review the plan",
+    "launch": "start a training job on this machine or a cluster",
+    "train": "train a model from a config",
+    "evaluate": "score a run's best checkpoint on its test rows or any others",
+    "predict": "score Parquet files",
+    "export": "write a run as an artifact to serve",
+    "bench": "measure an artifact's latency",
+    "study": "train a table or figure of the paper on your data",
+    "report": "write a run's report.html again",
+    "tune": "search ranges of a config by Optuna",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,12 +42,26 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
+class _Command(_Parser):
+    """The parser of one command, whose module adds its arguments when the command is chosen."""
+
+    module = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Import the module first."""
+        if self.module:
+            command, self.module = importlib.import_module(f"mbcnet_rec.commands.{self.module}"), ""
+            self.description = command.__doc__
+            command.register(self)
+        return super().parse_known_args(args, namespace)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of every command."""
     parser = _Parser(prog="mbcnet", description="Train, plan and serve MBCnet, a click-through-rate model.")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for command in COMMANDS:
-        command.register(subparsers)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Command)
+    for name, help_text in COMMANDS.items():
+        subparsers.add_parser(name, help=help_text).module = name
     return parser
 
 
@@ -88,7 +104,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         InputError: the user can fix it.
         RunStoppedError: a run ends before its last step.
     """
-    # torch's own words on a lost rank: pages of C++ frames
+    # torch itself would print pages of C++ frames for a lost rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = build_parser().parse_args(argv)
     with warnings.catch_warnings():  # restores the hook
@@ -106,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, or 2 for a user's mistake, 130 after Ctrl-C; see training/exits.py for the others.
+        The exit code: 0, or 2 for a user's mistake, 130 after Ctrl-C; see runtime/exits.py for the others.
     """
     try:
         return run(argv)

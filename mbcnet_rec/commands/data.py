@@ -1,53 +1,53 @@
-"""`mbcnet data`: write synthetic logs, prepare public data sets."""
+"""`mbcnet data`: write synthetic logs, prepare public data sets, check files against a schema."""
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
+
+from data.profile.check import WHOLE_FILE, check_files
+from data.public.prepare import prepare
+from data.reading.files import resolve_files
+from data.schema import load_schema
+from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.write import write_synthetic
 
 
-def register(subparsers: Any) -> None:
+def register(parser: argparse.ArgumentParser) -> None:
     """Add the commands."""
-    parser = subparsers.add_parser("data", help="write, prepare and check data", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser))
     synth = actions.add_parser("synth", help="write a synthetic log", description=_synth.__doc__)
-    synth.add_argument("--out", required=True, metavar="FOLDER")
-    synth.add_argument("--rows", type=int, default=100_000)
-    synth.add_argument("--days", type=int, default=14)
-    synth.add_argument("--seed", type=int, default=0)
-    synth.add_argument("--schema", metavar="FILE", help="a Pailitao-like schema; default: the demo's")
-    synth.add_argument("--threads", type=int, default=0, help="default: one for each core")
-    synth.add_argument("--force", action="store_true", help="replace another synthetic log")
+    add = synth.add_argument
+    add("--out", required=True, metavar="FOLDER")
+    add("--rows", type=int, default=100_000)
+    add("--days", type=int, default=14)
+    add("--seed", type=int, default=0)
+    add("--schema", metavar="FILE", help="a Pailitao-like schema; default: the demo's")
+    add("--threads", type=int, default=0, help="default: one for each core")
+    add("--force", action="store_true", help="replace another synthetic log")
     synth.set_defaults(run=_synth)
-    prepare = actions.add_parser("prepare", help="prepare a public data set", description=_prepare.__doc__)
-    prepare.add_argument(
-        "name",
-        metavar="NAME",
+    public = actions.add_parser("prepare", help="prepare a public data set", description=_prepare.__doc__)
+    add = public.add_argument
+    add(
+        "name", metavar="NAME",
         help="criteo_kaggle, criteo_1tb, avazu, movielens_latest, movielens_1m, frappe, taobao_ad_raw or kuairand, from their own "
         "downloads; or a sample: adult, criteo, movielens, taobao_ad, ali_ccp, aliexpress, slots",
-    )
-    prepare.add_argument(
-        "--src", required=True, metavar="FOLDER", help="folder with the data set's own files"
-    )
-    prepare.add_argument("--out", required=True, metavar="FOLDER")
-    prepare.set_defaults(run=_prepare)
+    )  # fmt: skip
+    add("--src", required=True, metavar="FOLDER", help="folder with the data set's own files")
+    add("--out", required=True, metavar="FOLDER")
+    public.set_defaults(run=_prepare)
     check = actions.add_parser("check", help="check files against a schema", description=_check.__doc__)
-    check.add_argument("paths", nargs="+", metavar="PATH", help="Parquet files, folders, globs or URIs")
-    check.add_argument("--schema", required=True, metavar="FILE")
-    check.add_argument("--full", action="store_true", help="every value; default: footers only")
-    check.add_argument("--max-faults", type=int, default=100, help="how many to list; all are counted")
+    add = check.add_argument
+    add("paths", nargs="+", metavar="PATH", help="Parquet files, folders, globs or URIs")
+    add("--schema", required=True, metavar="FILE")
+    add("--full", action="store_true", help="every value; default: footers only")
+    add("--max-faults", type=int, default=100, help="how many to list; all are counted")
     check.set_defaults(run=_check)
 
 
 def _synth(args: argparse.Namespace) -> int:
     """Write a Pailitao-like log of 192 fields as day-partitioned Parquet, with a known best AUC and log-loss."""
-    import os
-
-    from tqdm import tqdm
-
-    from data.schema import load_schema
-    from data.synthetic.pailitao import pailitao_schema
-    from data.synthetic.write import write_synthetic
-
     schema = load_schema(args.schema) if args.schema else pailitao_schema("demo")
     threads = args.threads or len(os.sched_getaffinity(0))
     with tqdm(total=args.rows, unit="row", unit_scale=True, desc="synth", disable=None) as bar:
@@ -64,10 +64,6 @@ def _synth(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     """Turn a public data set's own files into Parquet splits and a fitted schema."""
-    from tqdm import tqdm
-
-    from data.public.prepare import prepare
-
     with tqdm(unit="row", unit_scale=True, desc="prepare", disable=None) as bar:
         out = prepare(args.name, args.src, args.out, progress=lambda done: bar.update(done - bar.n))
     print(f"{out}: train, valid, test and schema.toml")
@@ -83,14 +79,6 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     """Check Parquet files against a schema and list faults by file, row group and column; exit code 1 if there are any."""
-    import os
-
-    from tqdm import tqdm
-
-    from data.profile.check import WHOLE_FILE, check_files
-    from data.reading.files import resolve_files
-    from data.schema import load_schema
-
     schema = load_schema(args.schema)
     files = resolve_files(args.paths)
     with tqdm(unit="row", unit_scale=True, desc="check", disable=None if args.full else True) as bar:
@@ -103,14 +91,13 @@ def _check(args: argparse.Namespace) -> int:
         if fault.file != file:
             file = fault.file
             print(file)
-        place = "" if fault.row_group == WHOLE_FILE else f"row group {fault.row_group}, "
-        print(f"  {place}{f'column {fault.column}' if fault.column else 'file'}: {fault.message}")
+        row_group = "" if fault.row_group == WHOLE_FILE else f"row group {fault.row_group}, "
+        print(f"  {row_group}{f'column {fault.column}' if fault.column else 'file'}: {fault.message}")
     if report.num_faults > len(report.faults):
         print(f"... and {report.num_faults - len(report.faults)} more (--max-faults)")
     empty = f", {report.empty_files} empty file(s)" if report.empty_files else ""
     what = "every value" if args.full else "footers only; --full checks every value"
     verdict = f"{report.num_faults} fault(s)" if report.num_faults else "no fault"
-    print(
-        f"{verdict} in {report.num_files} file(s), {report.num_row_groups} row groups, {report.num_rows:,} rows{empty} ({what})"
-    )
+    size = f"{report.num_files} file(s), {report.num_row_groups} row groups, {report.num_rows:,} rows"
+    print(f"{verdict} in {size}{empty} ({what})")
     return 1 if report.num_faults else 0

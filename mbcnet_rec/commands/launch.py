@@ -1,69 +1,63 @@
-"""`mbcnet launch`: one description of a job, for every scheduler."""
+"""`mbcnet launch`: check that config, plan and job agree, then start the job through torchx, or print it for another launcher."""
 
 import argparse
 import math
-from typing import TYPE_CHECKING, Any
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from data.errors import InputError
+from data.schema import load_schema
+from launch import scripts
+from launch.job import Job, JobError, parse_shape
+from mbcnet_rec.commands.arguments import add_config
+from sharding.plan.compare import check_plan
+from sharding.plan.plan_file import read_plan
 
 if TYPE_CHECKING:
-    from launch.job import Job
     from mbcnet_rec.config import RunConfig
 
-FORMATS = ("torchrun", "slurm", "k8s")
+Made = TypeVar("Made")
+FORMATS = {"torchrun": scripts.torchrun_line, "slurm": scripts.sbatch_script, "k8s": scripts.kubernetes_yaml}
 SCHEDULERS = ("local_cwd", "local_docker", "slurm", "kubernetes", "aws_batch")
 
 
-def register(subparsers: Any) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser(
-        "launch", help="start a training job on this machine or a cluster", description=_launch.__doc__
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's TOML file")
-    parser.add_argument(
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add_config(parser)
+    add = parser.add_argument
+    add(
         "-j", default="1x2", metavar="HOSTSxPROCESSES", help="1x2, 16x8, or 2:4x8 where hosts may come and go"
     )
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override one key"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's latest checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run of the same folder")
-    parser.add_argument(
-        "-s", "--scheduler", choices=SCHEDULERS, default="local_cwd", help="torchx's scheduler (local_cwd)"
-    )
-    parser.add_argument(
-        "-cfg", default="", metavar="KEY=VALUE,...", help="the scheduler's own options, as torchx takes them"
-    )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
+    add("--resume", action="store_true", help="continue from the run folder's latest checkpoint")
+    add("--overwrite", action="store_true", help="replace an earlier run of the same folder")
+    add("-s", "--scheduler", choices=SCHEDULERS, default="local_cwd", help="torchx's scheduler (local_cwd)")
+    add("-cfg", default="", metavar="KEY=VALUE,...", help="the scheduler's own options, as torchx takes them")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add(
         "--print",
         choices=FORMATS,
         dest="format",
         help="print what starts the job without torchx, and start nothing",
     )
-    how.add_argument(
+    add(
         "--dry-run",
         action="store_true",
         help="say what would run, where and on how many GPUs, and start nothing",
     )
-    job = parser.add_argument_group("each host")
-    job.add_argument(
-        "--gpu", type=int, default=0, metavar="N", help="GPUs (0: none; one for each process otherwise)"
-    )
-    job.add_argument("--cpu", type=int, default=0, metavar="N", help="CPU cores (0: 12 a GPU, 2 without)")
-    job.add_argument(
-        "--memory-mb", type=int, default=0, metavar="MB", help="memory (0: 131072 a GPU, 8192 without)"
-    )
-    job.add_argument("--name", default="", help="of the job; by default the run's")
-    job.add_argument("--image", default="mbcnet-rec", help="container image, for schedulers that use one")
-    job.add_argument(
-        "--env", action="append", default=[], metavar="KEY=VALUE", help="one further environment variable"
-    )
-    job.add_argument(
-        "--mounts",
-        default="",
-        metavar="type=volume,src=CLAIM,dst=/storage",
+    add = parser.add_argument_group("each host").add_argument
+    add("--gpu", type=int, default=0, metavar="N", help="GPUs (0: none; one for each process otherwise)")
+    add("--cpu", type=int, default=0, metavar="N", help="CPU cores (0: 12 a GPU, 2 without)")
+    add("--memory-mb", type=int, default=0, metavar="MB", help="memory (0: 131072 a GPU, 8192 without)")
+    add("--name", default="", help="of the job; by default the run's")
+    add("--image", default="mbcnet-rec", help="container image, for schedulers that use one")
+    add("--env", action="append", default=[], metavar="KEY=VALUE", help="one further environment variable")
+    add(
+        "--mounts", default="", metavar="type=volume,src=CLAIM,dst=/storage",
         help="what torchx mounts into the container: the file system of data and runs",
-    )
-    job.add_argument(
+    )  # fmt: skip
+    add(
         "--retries",
         type=int,
         default=0,
@@ -74,27 +68,19 @@ def register(subparsers: Any) -> None:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    """Check that config, plan and job agree, then start the job through torchx; or print it for other hands."""
-    from mbcnet_rec.config import load_config
+    from mbcnet_rec.config import load_config  # imports torch
 
     config = load_config(args.config, args.overrides)
     job = _job(args, config)
     _check_plan(config, job)
     if args.format:
-        from launch import scripts
-
-        writers = {
-            "torchrun": scripts.torchrun_line,
-            "slurm": scripts.sbatch_script,
-            "k8s": scripts.kubernetes_yaml,
-        }
-        print(_or_mistake(lambda: writers[args.format](job)).rstrip("\n"))
+        print(_or_mistake(lambda: FORMATS[args.format](job)).rstrip("\n"))
         return 0
     words = _torchx_words(args, job)
     if args.dry_run:
         print("\n".join(_description(args, config, job, words)))
         return 0
-    from torchx.cli.main import main
+    from torchx.cli.main import main  # after every mistake that is seen without it
 
     try:
         main(words[1:])
@@ -103,26 +89,18 @@ def _launch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _or_mistake(make: Any) -> Any:
-    """Call; what a job cannot be is the user's mistake."""
-    from data.errors import InputError
-    from launch.job import JobError
-
+def _or_mistake(make: Callable[[], Made]) -> Made:
+    """Call; a job that cannot be is the user's mistake."""
     try:
         return make()
     except JobError as error:
         raise InputError(str(error)) from None
 
 
-def _job(args: argparse.Namespace, config: "RunConfig") -> "Job":
-    from data.errors import InputError
-    from launch.job import Job, parse_shape
-
+def _job(args: argparse.Namespace, config: "RunConfig") -> Job:
     for key in ("gpu", "retries", "cpu", "memory_mb"):
-        if getattr(args, key) < 0:
-            raise InputError(
-                f"--{key.replace('_', '-')} {getattr(args, key)}: wanted 0 or more; remove the minus"
-            )
+        if (value := getattr(args, key)) < 0:
+            raise InputError(f"--{key.replace('_', '-')} {value}: wanted 0 or more; remove the minus")
     env = {}
     for pair in args.env:
         key, equals, value = pair.partition("=")
@@ -147,19 +125,12 @@ def _job(args: argparse.Namespace, config: "RunConfig") -> "Job":
     )
 
 
-def _check_plan(config: "RunConfig", job: "Job") -> None:
+def _check_plan(config: "RunConfig", job: Job) -> None:
     """Refuse a job on which the config or its plan cannot run: found here, not after an hour in a queue."""
-    from pathlib import Path
-
-    from data.errors import InputError
-    from data.schema import load_schema
-    from sharding.plan.compare import check_plan
-    from sharding.plan.plan_file import read_plan
-
     device = config.train.device
     if device == "cuda" and not job.gpu:
         raise InputError(
-            "train.device = 'cuda', but the job asks for no GPU; add --gpu " + str(job.shape.processes)
+            f"train.device = 'cuda', but the job asks for no GPU; add --gpu {job.shape.processes}"
         )
     lanes = config.data.lanes
     for size in job.shape.world_sizes:
@@ -176,7 +147,7 @@ def _check_plan(config: "RunConfig", job: "Job") -> None:
             f"{config.sharding.plan}: made for {plan.world_size} ranks, but -j {job.shape} may have {job.shape.world_sizes[0]} to "
             f"{job.shape.world_sizes[-1]}; use -j {plan.hosts}x{plan.local_world_size}, or leave sharding.plan empty"
         )
-    from mbcnet_rec.model.input_layout import schema_with_wide
+    from mbcnet_rec.model.input_layout import schema_with_wide  # imports torch
 
     check_plan(
         plan,
@@ -189,43 +160,28 @@ def _check_plan(config: "RunConfig", job: "Job") -> None:
     )
 
 
-def _torchx_words(args: argparse.Namespace, job: "Job") -> list[str]:
+def _torchx_words(args: argparse.Namespace, job: Job) -> list[str]:
     """The same job as a torchx command line."""
+    options = {
+        "--config": args.config, "-j": job.shape, "--name": job.name, "--cpu": job.cpu, "--gpu": job.gpu,
+        "--memMB": job.memory_mb, "--image": job.image, "--mounts": args.mounts, "--max_retries": job.retries or "",
+        "--env": ",".join(f"{key}={value}" for key, value in job.env.items()),
+    }  # fmt: skip
+    words = [word for name, value in options.items() if str(value) for word in (name, str(value))]
     given = ["-cfg", args.cfg] if args.cfg else []
-    options = [
-        "--config",
-        args.config,
-        "-j",
-        str(job.shape),
-        "--name",
-        job.name,
-        "--cpu",
-        str(job.cpu),
-        "--gpu",
-        str(job.gpu),
-    ]
-    options += ["--memMB", str(job.memory_mb), "--image", job.image]
-    options += ["--mounts", args.mounts] if args.mounts else []
-    options += ["--max_retries", str(job.retries)] if job.retries else []
-    options += ["--env", ",".join(f"{key}={value}" for key, value in job.env.items())] if job.env else []
-    return ["torchx", "run", "-s", args.scheduler, *given, "mbcnet.train", *options, "--", *job.args[2:]]
+    return ["torchx", "run", "-s", args.scheduler, *given, "mbcnet.train", *words, "--", *job.args[2:]]
 
 
-def _description(args: argparse.Namespace, config: "RunConfig", job: "Job", words: list[str]) -> list[str]:
+def _description(args: argparse.Namespace, config: "RunConfig", job: Job, words: list[str]) -> list[str]:
     """What would run, one fact a line."""
-    import shlex
-
     sizes = job.shape.world_sizes
     ranks = f"{sizes[0]} to {sizes[-1]}" if job.shape.elastic else str(sizes[0])
     hosts = f"{job.shape.min_hosts} to {job.shape.hosts}" if job.shape.elastic else str(job.shape.hosts)
     gpus = f"{job.gpu * job.shape.hosts:,} ({job.gpu} a host)" if job.gpu else "none asked for"
     plan = config.sharding.plan or "none; made at the start and kept in the run folder"
-    local = args.scheduler == "local_cwd"
-    asked = (
-        "this machine's"
-        if local
-        else f"{job.cpu} cores, {job.memory_mb:,} MB of memory a host, image {job.image}"
-    )
+    asked = f"{job.cpu} cores, {job.memory_mb:,} MB of memory a host, image {job.image}"
+    if args.scheduler == "local_cwd":
+        asked = "this machine's"
     return [
         f"run        {job.name}: {config.model.kind}, {config.data.batch_size:,} rows a step, folder {config.run_folder}",
         f"ranks      {ranks}: {hosts} hosts x {job.shape.processes} processes",

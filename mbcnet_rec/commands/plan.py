@@ -29,12 +29,9 @@ from sharding.search.candidates import all_options, assumed_fields
 from sharding.search.task import Task
 
 
-def register(subparsers: Any) -> None:
+def register(parser: argparse.ArgumentParser) -> None:
     """Add the commands."""
-    parser = subparsers.add_parser(
-        "plan", help="place a schema's tables on a cluster, and review the plan", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_task(parser, _make)
     actions = parser.add_subparsers(metavar="ACTION", parser_class=type(parser))
 

@@ -1,33 +1,42 @@
-"""`mbcnet schema`: infer a schema from files, fit it on training files, look at it."""
+"""`mbcnet schema`: infer a schema from files, fit it on training files, show it."""
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
+
+from data.errors import InputError
+from data.profile.fit import write_fitted
+from data.profile.infer import infer_schema
+from data.reading.files import resolve_files
+from data.schema import load_schema
+from data.schema.show import print_schema
 
 
-def register(subparsers: Any) -> None:
+def register(parser: argparse.ArgumentParser) -> None:
     """Add the commands."""
-    parser = subparsers.add_parser("schema", help="infer, fit or show a schema", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser))
     infer = actions.add_parser("infer", help="write a schema from Parquet files", description=_infer.__doc__)
-    infer.add_argument("paths", nargs="+", metavar="PATH", help="Parquet files, folders, globs or URIs")
-    infer.add_argument("-o", "--out", required=True, metavar="FILE", help="the schema to write")
-    infer.add_argument(
+    add = infer.add_argument
+    add("paths", nargs="+", metavar="PATH", help="Parquet files, folders, globs or URIs")
+    add("-o", "--out", required=True, metavar="FILE", help="the schema to write")
+    add(
         "--rows",
         type=int,
         default=1_000_000,
         help="about how many rows to read, spread over the files; 0: all",
     )
-    infer.add_argument("--label", default="", metavar="COLUMN", help="default: guessed by name and values")
-    infer.add_argument("--name", default="", help="of the schema; default: the file's name")
-    infer.add_argument("--force", action="store_true", help="replace FILE")
+    add("--label", default="", metavar="COLUMN", help="default: guessed by name and values")
+    add("--name", default="", help="of the schema; default: the file's name")
+    add("--force", action="store_true", help="replace FILE")
     infer.set_defaults(run=_infer)
     fit = actions.add_parser("fit", help='measure every "fit" on training files', description=_fit.__doc__)
-    fit.add_argument("schema", metavar="SCHEMA")
-    fit.add_argument("paths", nargs="+", metavar="PATH", help="Parquet files of the training split only")
-    fit.add_argument("-o", "--out", required=True, metavar="FOLDER")
-    fit.add_argument("--force", action="store_true", help="replace an earlier fit in FOLDER")
+    add = fit.add_argument
+    add("schema", metavar="SCHEMA")
+    add("paths", nargs="+", metavar="PATH", help="Parquet files of the training split only")
+    add("-o", "--out", required=True, metavar="FOLDER")
+    add("--force", action="store_true", help="replace an earlier fit in FOLDER")
     fit.set_defaults(run=_fit)
     show = actions.add_parser("show", help="print a schema as a table", description=_show.__doc__)
     show.add_argument("path", metavar="FILE")
@@ -36,12 +45,6 @@ def register(subparsers: Any) -> None:
 
 def _infer(args: argparse.Namespace) -> int:
     """Profile Parquet files in bounded memory and write a commented schema to look through."""
-    from tqdm import tqdm
-
-    from data.errors import InputError
-    from data.profile.infer import infer_schema
-    from data.reading.files import resolve_files
-
     out = Path(args.out)
     if args.rows < 0:
         raise InputError(f"--rows {args.rows}: wanted 0 (all) or more; change it")
@@ -64,12 +67,6 @@ def _infer(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     """Replace every "fit" of a schema (vocabularies, means, boundaries) by what the training files say."""
-    from tqdm import tqdm
-
-    from data.profile.fit import write_fitted
-    from data.reading.files import resolve_files
-    from data.schema import load_schema
-
     schema = load_schema(args.schema)
     with tqdm(unit="row", unit_scale=True, desc="fit", disable=None) as bar:
         write_fitted(
@@ -83,8 +80,5 @@ def _fit(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     """Print tables, fields and groups with their sizes."""
-    from data.schema import load_schema
-    from data.schema.show import print_schema
-
     print_schema(load_schema(args.path))
     return 0

@@ -1,0 +1,16 @@
+"""Arguments that several commands share, and how their values are read."""
+
+import argparse
+
+
+def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --config and --set."""
+    parser.add_argument("--config", required=required, metavar="FILE", help="the run's TOML file")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override one key"
+    )
+
+
+def names(text: str) -> list[str]:
+    """Read "a, b" as ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
