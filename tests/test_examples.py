@@ -22,7 +22,7 @@ def test_it_learns_in_one_process_and_in_two_ranks(tmp_path):
     one = losses(tmp_path)
     assert len(one) == 5 and one[-1] < one[0] - 0.2
     two = losses(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert abs(two[-1] - one[-1]) < 0.02, "initial rows are drawn by shard here, so only the end agrees"
+    assert abs(two[-1] - one[-1]) < 0.1, "initial rows are drawn by shard here, so only the end agrees"
 
 
 def test_it_fits_on_one_page():
