@@ -356,7 +356,7 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
         lines.append("# Cardinalities and ranges are those of the rows read: other rows may hold more.")
     if any("num_embeddings" in (each.entry or {}) for each in used):
         lines.append(
-            '# An id outside [0, num_embeddings) stops training and is named; on_invalid = "null" or "modulo" would mend it.'
+            '# An id outside [0, num_embeddings) stops training and is named; on_invalid = "null" or "modulo" would fix it.'
         )
     columns = {"name": name, "label": roles.label, "group_column": roles.group, "time_column": roles.time}
     lines += [f"{key} = {toml_text(value)}" for key, value in columns.items() if value or key == "name"]

@@ -73,7 +73,7 @@ def _accepted(feature: Feature):  # noqa: ANN202
     item, words = (
         (pt.is_integer, "integers") if feature.encoding == "ids" else (_is_key, "integers or strings")
     )
-    mend = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary', 'hash' or 'zch')"
+    hint = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary', 'hash' or 'zch')"
     if feature.kind == "categorical":
-        return item, words + mend
-    return lambda kind: _is_list(kind) and item(kind.value_type), f"lists of {words}{mend}"
+        return item, words + hint
+    return lambda kind: _is_list(kind) and item(kind.value_type), f"lists of {words}{hint}"

@@ -1,7 +1,7 @@
 """Why a run stopped before its end, and the exit code that says so to a scheduler. Imports no torch.
 
 0    done
-2    the user can mend it (data.errors.InputError): config, schema, data, plan, run folder
+2    a mistake that the user can fix (data.errors.InputError): config, schema, data, plan, run folder
 74   a file could not be written: disk full, no permission, storage away
 75   asked to stop (SIGTERM or SIGUSR1); a checkpoint of the last step is written
 76   the loss is not finite
