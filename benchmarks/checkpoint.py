@@ -11,10 +11,8 @@ restart_seconds           from SIGKILL of a rank to the end of the first step th
 load_seconds              of that, from the restarted rank's first line of code to its first step
 """
 
-import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -26,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from crash_storm import rank_main, run_elastic
-
-from mbcnet_rec.runtime.watchdog import Watchdog
+from side_by_side import parser_of
+from small_log import CONFIG, at_each_step
 
 STEPS = 100  # per checkpoint
 SCHEMA = """
@@ -41,46 +39,26 @@ price = {{ kind = "numeric", transform = "log1p" }}
 taste = ["user", "item"]
 content = ["item", "price"]
 """
-CONFIG = """
-name = "large"
-schema = "{folder}/schema.toml"
-[data]
-train = ["{folder}/train.parquet"]
-batch_size = {batch}
-lanes = 4
-[model.mbcnet]
-branch_dim = 128
-top = [128, 64]
-[model.mbcnet.efgc]
-hidden = [256, 128]
-[model.mbcnet.deep]
-hidden = [512, 256, 128]
-[train]
-device = "cpu"
-epochs = 100000
-eval_every = 1000000
-keep_last = 2
-timeout_seconds = 60.0
-stall_seconds = 30.0
-"""
+MODEL = (
+    "model.mbcnet.branch_dim=128", "model.mbcnet.top=[128, 64]", "model.mbcnet.efgc.hidden=[256, 128]",
+    "model.mbcnet.deep.hidden=[512, 256, 128]", "data.valid=[]", "data.test=[]", "train.epochs=100000",
+    "train.eval_every=1000000", "train.keep_last=2", "train.timeout_seconds=60.0", "train.stall_seconds=30.0",
+)  # fmt: skip
 
 
-def write_data(folder: Path, rows: int, batch: int) -> Path:
+def write_data(folder: Path, rows: int) -> Path:
     """A log of a large table of users: with 16 numbers and one of optimizer state a row, 3 million rows are 204 MB."""
-    rng = np.random.default_rng(0)
-    count = 200_000
-    table = pa.table(
-        {
-            "user": rng.integers(0, rows, count),
-            "item": rng.integers(0, 1000, count),
-            "price": rng.gamma(2.0, 10.0, count),
-            "click": (rng.random(count) < 0.3).astype(np.int8),
-        }
-    )
-    pq.write_table(table, folder / "train.parquet", row_group_size=50_000, write_page_checksum=True)
+    rng, count = np.random.default_rng(0), 200_000
+    table = {
+        "user": rng.integers(0, rows, count),
+        "item": rng.integers(0, 1000, count),
+        "price": rng.gamma(2.0, 10.0, count),
+        "click": (rng.random(count) < 0.3).astype(np.int8),
+    }
+    pq.write_table(pa.table(table), folder / "train.parquet", row_group_size=50_000, write_page_checksum=True)
     (folder / "schema.toml").write_text(SCHEMA.format(rows=rows))
     config = folder / "large.toml"
-    config.write_text(CONFIG.format(folder=folder, batch=batch))
+    config.write_text(CONFIG.format(folder=folder))
     return config
 
 
@@ -90,11 +68,11 @@ def state_bytes(run: Path) -> int:
     return sum(path.stat().st_size for path in newest.iterdir())
 
 
-def overhead(config: Path, folder: Path, pairs: int) -> dict[str, Any]:
+def overhead(config: Path, folder: Path, model: list[str], pairs: int) -> dict[str, Any]:
     """Train blocks of STEPS steps, every other one beside the writing of a checkpoint."""
     run = folder / "overhead"
     steps = STEPS * (2 * pairs + 2)
-    settings = [f"train.out={run}", f"train.max_steps={steps}", f"train.log_every={STEPS}"]
+    settings = [*model, f"train.out={run}", f"train.max_steps={steps}", f"train.log_every={STEPS}"]
     run_elastic(config, [*settings, f"train.checkpoint_every={2 * STEPS}"], [], folder / "overhead-notes")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     blocks = [line for line in lines if line["split"] == "train"][2:]  # the first two warm up
@@ -116,22 +94,15 @@ def timed_rank(config_file: str, overrides: list[str], schedule: list[dict[str, 
     times = Path(notes) / f"times_{os.environ['TORCHELASTIC_RESTART_COUNT']}_{os.environ['RANK']}"
     with times.open("a", buffering=1) as file:
         file.write(f"0 {time.time()}\n")
-        beat = Watchdog.beat
-
-        def noted(watchdog: Watchdog, place: str) -> None:
-            if place.startswith("step "):
-                file.write(f"{place[5:]} {time.time()}\n")
-            beat(watchdog, place)
-
-        Watchdog.beat = noted  # type: ignore[method-assign]
+        at_each_step(lambda _, step: print(step, time.time(), file=file))
         rank_main(config_file, overrides, schedule, notes)
 
 
-def restarts(config: Path, folder: Path, kills: int) -> dict[str, Any]:
+def restarts(config: Path, folder: Path, model: list[str], kills: int) -> dict[str, Any]:
     """Kill rank 1 a few steps after a checkpoint, each time it has been started; time what follows."""
     run, notes, every = folder / "restarts", folder / "restart-notes", 5
     schedule = [{"kind": "step", "rank": 1, "steps": every + 2, "seconds": 0.0, "tick": 0}] * kills
-    settings = [f"train.out={run}", f"train.max_steps={(kills + 2) * every}", "train.log_every=1"]
+    settings = [*model, f"train.out={run}", f"train.max_steps={(kills + 2) * every}", "train.log_every=1"]
     run_elastic(config, [*settings, f"train.checkpoint_every={every}"], schedule, notes, main=timed_rank)
     whole, loads = [], []
     for attempt in range(kills):
@@ -154,35 +125,27 @@ def read_times(path: Path) -> dict[int, float]:
     return {int(step): float(when) for step, when in (line.split() for line in path.read_text().splitlines())}
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=8, help="of 100 steps with and 100 without a checkpoint")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the state, small batches, one pair")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    try:
-        config = write_data(folder, 300_000 if args.quick else 3_000_000, 256 if args.quick else 4096)
-        result = overhead(config, folder, 1 if args.quick else args.pairs)
-        result |= restarts(config, folder, 1 if args.quick else 5)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    rows, batch, pairs, kills = (300_000, 256, 1, 1) if args.quick else (3_000_000, 4096, args.pairs, 5)
+    model = [*MODEL, f"data.batch_size={batch}", "data.lanes=4"]
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as name:
+        folder = Path(name)
+        config = write_data(folder, rows)
+        result = overhead(config, folder, model, pairs) | restarts(config, folder, model, kills)
     print(
         f"state {result['state_mb']} MB, {result['step_seconds'] * 1e3:.1f} ms a step: a checkpoint per {STEPS} steps costs "
-        f"{result['save_overhead']:.2%} (stall {result['stall_seconds'] * 1e3:.0f} ms, written in {result['written_seconds']:.2f} s)"
-    )
-    print(
+        f"{result['save_overhead']:.2%} (stall {result['stall_seconds'] * 1e3:.0f} ms, written in {result['written_seconds']:.2f} s)\n"
         f"from SIGKILL of a rank to the first new step: {result['restart_seconds']:.2f} s, at most "
         f"{result['slowest_restart_seconds']:.2f} s, of which {result['load_seconds']:.2f} s build and load"
     )
     if args.json:
         print(json.dumps(result))
-    sys.exit(0)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,6 @@
 Every mutation runs `mbcnet train` in a process of its own, forked from one that has torchrec imported, with a limit on its memory.
 """
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -15,13 +14,13 @@ import resource
 import shutil
 import sys
 import tempfile
-import time
 import typing
 from pathlib import Path
 from typing import Any
 
 import torch
-from crash_storm import write_data
+from side_by_side import parser_of, print_figures, settings
+from small_log import LONG_RUN, write_log
 
 from mbcnet_rec.cli import main as mbcnet
 from mbcnet_rec.config import RunConfig
@@ -37,14 +36,10 @@ OK = (0, 2)
 
 def keys_of(cls: Any, path: str = "") -> dict[str, Any]:
     """Dotted key -> type hint, for every leaf of a config."""
-    found = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        if name not in {each.name for each in dataclasses.fields(cls) if each.init}:
-            continue
-        if dataclasses.is_dataclass(hint):
-            found |= keys_of(hint, f"{path}{name}.")
-        else:
-            found[f"{path}{name}"] = hint
+    found, hints = {}, typing.get_type_hints(cls)
+    for name in (each.name for each in dataclasses.fields(cls) if each.init):
+        inner = dataclasses.is_dataclass(hints[name])
+        found |= keys_of(hints[name], f"{path}{name}.") if inner else {f"{path}{name}": hints[name]}
     return found
 
 
@@ -54,15 +49,9 @@ def mutation(rng: random.Random, keys: dict[str, Any]) -> list[str]:
     for _ in range(rng.choice((1, 1, 2, 3))):
         key = rng.choice(sorted(keys))
         hint, origin = keys[key], typing.get_origin(keys[key])
-        own: tuple[Any, ...] = TEXTS
-        if origin is typing.Literal:
-            own = typing.get_args(hint)
-        elif origin is tuple:
-            own = LISTS
-        elif hint in (int, float):
-            own = NUMBERS
-        elif hint is bool:
-            own = (True, False)
+        by_origin = {typing.Literal: typing.get_args(hint), tuple: LISTS}
+        by_hint = {int: NUMBERS, float: NUMBERS, bool: (True, False)}
+        own: tuple[Any, ...] = by_origin.get(origin) or by_hint.get(hint) or TEXTS
         value = rng.choice(own if rng.random() < 0.7 else (*NUMBERS, *TEXTS, *LISTS))
         overrides.append(f"{key}={json.dumps(value)}")
     return overrides
@@ -76,10 +65,8 @@ def child(config: Path, out: Path, overrides: list[str], log: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     torch.set_num_threads(1)
     os.chdir(out.parent)
-    args = ["train", "--config", str(config)]
-    for setting in (f"train.out={out}", "train.epochs=1", "train.max_steps=1", *overrides):
-        args += ["--set", setting]
-    code = mbcnet(args)
+    common = (*LONG_RUN, f"train.out={out}", "train.epochs=1", "train.max_steps=1")
+    code = mbcnet(["train", "--config", str(config), *settings(*common, *overrides)])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -99,7 +86,7 @@ def judge(code: int | None, words: str) -> str:
 
 def run(folder: Path, mutations: int, seed: int) -> dict[str, Any]:
     """Try mutations; return how many were trained, refused, and what failed."""
-    config, rng = write_data(folder), random.Random(seed)
+    config, rng = write_log(folder), random.Random(seed)
     keys = keys_of(RunConfig)
     context = multiprocessing.get_context("fork")
     counts = {"trained": 0, "refused": 0}
@@ -127,29 +114,16 @@ def run(folder: Path, mutations: int, seed: int) -> dict[str, Any]:
     return {"mutations": mutations, **counts, "failures": len(failures), "seed": seed}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--mutations", type=int, default=500)
+def main() -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--mutations", type=int, default=500, help="at most 60 with --quick")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="60 mutations")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="config-fuzz-"))
-    start = time.perf_counter()
-    try:
-        result = run(folder, min(args.mutations, 60) if args.quick else args.mutations, args.seed)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(
-        f"{result['mutations']} mutations in {time.perf_counter() - start:.0f} s: {result['trained']} trained, "
-        f"{result['refused']} refused in one line, {result['failures']} failures"
-    )
-    if args.json:
-        print(json.dumps(result))
-    sys.exit(1 if result["failures"] else 0)
+    with tempfile.TemporaryDirectory(prefix="config-fuzz-") as name:
+        result = run(Path(name), min(args.mutations, 60) if args.quick else args.mutations, args.seed)
+    print_figures(result, args.json)
+    return 1 if result["failures"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from paper_size import cut_schema, read_batches, run_config, training_step, written_log
-from side_by_side import parser_of, print_figures
+from side_by_side import print_figures, timing_parser_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,16 +36,13 @@ from mbcnet_rec.runtime.process import joined_process
 ROWS = 64
 SMALL = ModelConfig(
     mbcnet=MBCNetConfig(
-        efgc=EFGCConfig(hidden=(64, 32)),
-        deep=DeepConfig(hidden=(128, 64)),
-        branch_dim=64,
-        top=(64, 32),
+        efgc=EFGCConfig(hidden=(64, 32)), deep=DeepConfig(hidden=(128, 64)), branch_dim=64, top=(64, 32)
     )
 )
 
 
 def main() -> int:
-    parser = parser_of(__doc__)
+    parser = timing_parser_of(__doc__)
     parser.add_argument(
         "--store", type=Path, metavar="FILE", help="write the counts as the ones to compare with"
     )

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from paper_size import MBCNET, cut_schema, run_config, written_log
-from side_by_side import parser_of, print_figures
+from side_by_side import print_figures, timing_parser_of
 
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model import objective
@@ -114,7 +114,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = parser_of(__doc__)
+    parser = timing_parser_of(__doc__)
     parser.add_argument("--config", help="of an MBCnet run instead of the paper's model on a synthetic log")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--steps", type=int, help="default 160, quick 40")

@@ -24,9 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper_size import MBCNET, cut_schema, matrix_flops, objective_of, run_config, training_step
-from random_rows import random_batch
-from side_by_side import parser_of, print_figures
+from paper_size import (
+    MBCNET,
+    cut_schema,
+    matrix_flops,
+    objective_of,
+    random_batch,
+    run_config,
+    training_step,
+)
+from side_by_side import print_figures, timing_parser_of
 
 from data.stream import Batch
 from mbcnet_rec.build import build
@@ -44,7 +51,7 @@ NEEDS_GPU = {
 
 
 def main() -> int:
-    parser = parser_of(__doc__)
+    parser = timing_parser_of(__doc__)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--batch", type=int, help="default 8192 on a GPU, 256 on a CPU")
     parser.add_argument("--max-rows", type=int, help="of a table; default 1,000,000 on a GPU, 1,000 on a CPU")
@@ -69,11 +76,8 @@ def main() -> int:
         step_seconds = seconds_of(step, steps, device)
         dense, losses = objective_of(built).model.dense_arch, objective_of(built).losses
         rows = batch_size * len(dense.branches)
-        flops = (
-            matrix_flops(dense, batch_size)
-            + matrix_flops(dense.top, rows - batch_size)
-            + 4 * matrix_flops(losses, batch_size)
-        )
+        flops = matrix_flops(dense, batch_size) + matrix_flops(dense.top, rows - batch_size)
+        flops += 4 * matrix_flops(losses, batch_size)
         rate = product_rate(device)
         figures |= {
             "samples_per_second": batch_size / step_seconds,
@@ -136,9 +140,8 @@ def lookup_figures(tables: Any, batch: Batch, repeats: int, device: torch.device
 
     pooled = tables.ebc(batch.sparse_features)
     lengths = dict(zip(batch.sparse_features.keys(), batch.sparse_features.length_per_key(), strict=True))
-    floats = sum(
-        width * lengths[key] for key, width in zip(pooled.keys(), pooled.length_per_key(), strict=True)
-    )
+    widths = zip(pooled.keys(), pooled.length_per_key(), strict=True)
+    floats = sum(width * lengths[key] for key, width in widths)
     moved = 4.0 * (floats + pooled.values().numel())  # rows are read, pooled rows written
     source = torch.ones((2**30 if device.type == "cuda" else 2**26) // 4, device=device)
     target = torch.empty_like(source)
@@ -188,14 +191,10 @@ def compiled_figures(
         objective_of(built).model.dense_arch.compile(dynamic=False)
         seconds = seconds_of(training_step(built, batch, autocast=True), steps, batch.labels.device)
     except Exception as error:  # any failure of a compiler is a result here
-        return {
-            "compiled_speedup": None,
-            "not_compiled": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
-        }
-    return {
-        "compiled_speedup": plain_seconds / seconds,
-        "compiled_samples_per_second": len(batch.labels) / seconds,
-    }
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return {"compiled_speedup": None, "not_compiled": reason}
+    rate = len(batch.labels) / seconds
+    return {"compiled_speedup": plain_seconds / seconds, "compiled_samples_per_second": rate}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How the cost of a training step grows: with fields, rows of tables, batch, groups, branches and ranks.
 
-    python benchmarks/growth.py [--quick] [--json] [--png FILE] [--clock wall] [--largest-rows 10_000_000]
+    python benchmarks/growth.py [--quick] [--json] [--clock wall] [--largest-rows 10_000_000]
 
 Each curve changes one thing and keeps the rest: 48 fields of 8 dims, tables of 10,000 rows, 4 groups of 6 fields, three branches with
 narrow layers (so that what is not matrix products shows), batches of 1,024 random rows, one process, one thread. All sizes of a curve
@@ -25,16 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper_size import run_config, training_step
-from random_rows import random_batch, uniform_schema
+from paper_size import random_batch, run_config, training_step, uniform_schema
 from side_by_side import (
     Clock,
     fitted_exponent,
     free_port,
-    parser_of,
     print_figures,
     rank_environment,
     take_turns,
+    timing_parser_of,
 )
 
 from data.schema import Schema
@@ -49,6 +48,14 @@ FIELDS, ROWS, DIM, BATCH, GROUPS, GROUP_FIELDS = 48, 10_000, 8, 1024, 4, 6
 THREE = ("efgc", "cross", "deep")
 ALL_BRANCHES = ("deep", "cross", "efgc", "fm", "wide")
 BYTES_PER_FLOAT = 4
+SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # curve -> sizes with --quick, and without
+    "fields": ((24, 96, 384), (24, 48, 96, 192, 384, 768)),
+    "rows": ((10**4, 10**5, 10**6), (10**4, 10**5, 10**6, 10**7, 10**8)),
+    "batch": ((256, 1024, 4096), (256, 1024, 4096, 16_384)),
+    "groups": ((1, 8, 64), (1, 2, 4, 8, 16, 32, 64)),
+    "branches": ((1, 3, 5), (1, 2, 3, 4, 5)),
+    "cooperation": ((2, 4, 8), (2, 4, 8, 16)),
+}
 ROOM = 0.85  # of free memory that the tables of all sizes may take
 Case = Callable[[], object]
 
@@ -79,55 +86,44 @@ def step_of(process: Process, schema: Schema, batch: int = BATCH, branches: Sequ
     return training_step(built, random_batch(schema, batch))
 
 
-def fields_curve(process: Process, quick: bool) -> dict[int, Case]:
-    sizes = (24, 96, 384) if quick else (24, 48, 96, 192, 384, 768)
-    return {size: step_of(process, schema_of(fields=size)) for size in sizes}
+def step_cases(process: Process, curve: str, sizes: Sequence[int]) -> dict[int, Case]:
+    """A curve of training steps: size -> step."""
+    makers: dict[str, Callable[[int], Case]] = {
+        "fields": lambda size: step_of(process, schema_of(fields=size)),
+        # four fields only, so that the largest tables fit
+        "rows": lambda size: step_of(process, schema_of(fields=4, rows=size, groups=1)),
+        "batch": lambda size: step_of(process, schema_of(), batch=size),
+        "groups": lambda size: step_of(process, schema_of(groups=size)),
+        "branches": lambda size: step_of(process, schema_of(), branches=ALL_BRANCHES[:size]),
+        "cooperation": cooperation_case,
+    }
+    return {size: makers[curve](size) for size in sizes}
 
 
-def rows_curve(process: Process, quick: bool, largest: int) -> dict[int, Case]:
-    """Four fields only, so that the largest tables fit."""
-    sizes = [size for size in (10**4, 10**5, 10**6, 10**7, 10**8) if size <= (10**6 if quick else largest)]
+def rows_that_fit(sizes: Sequence[int], largest: int) -> list[int]:
+    """Sizes whose tables, all of them together, fit into the free memory; what is left out is told."""
     row_bytes = 4 * (DIM + 1) * BYTES_PER_FLOAT  # of four tables, with the optimizer's number a row
     room = ROOM * free_bytes()
     fits = [size for size in sizes if sum(each for each in sizes if each <= size) * row_bytes < room]
     for size in sizes:
         if size not in fits:
             print(f"  rows: {size:,} a table do not fit into the free memory; left out")
-    return {size: step_of(process, schema_of(fields=4, rows=size, groups=1)) for size in fits}
+    return [size for size in fits if size <= largest]
 
 
-def batch_curve(process: Process, quick: bool) -> dict[int, Case]:
-    sizes = (256, 1024, 4096) if quick else (256, 1024, 4096, 16_384)
-    return {size: step_of(process, schema_of(), batch=size) for size in sizes}
-
-
-def groups_curve(process: Process, quick: bool) -> dict[int, Case]:
-    sizes = (1, 8, 64) if quick else (1, 2, 4, 8, 16, 32, 64)
-    return {size: step_of(process, schema_of(groups=size)) for size in sizes}
-
-
-def branches_curve(process: Process, quick: bool) -> dict[int, Case]:
-    sizes = (1, 3, 5) if quick else (1, 2, 3, 4, 5)
-    return {size: step_of(process, schema_of(), branches=ALL_BRANCHES[:size]) for size in sizes}
-
-
-def cooperation_curve(quick: bool) -> dict[int, Case]:
+def cooperation_case(branches: int) -> Case:
     """Both losses forward and backward for K branches, whose pairs are K (K - 1) / 2."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(branches, BATCH, generator=draw).requires_grad_()
+    latents = torch.randn(branches, BATCH, 64, generator=draw).requires_grad_()
+    transforms = torch.randn(len(branch_pairs(branches)), 64, 64, generator=draw).requires_grad_()
+    labels = (torch.rand(BATCH, generator=draw) < 0.09).float()
 
-    def case(branches: int) -> Case:
-        draw = torch.Generator().manual_seed(0)
-        logits = torch.randn(branches, BATCH, generator=draw).requires_grad_()
-        latents = torch.randn(branches, BATCH, 64, generator=draw).requires_grad_()
-        transforms = torch.randn(len(branch_pairs(branches)), 64, 64, generator=draw).requires_grad_()
-        labels = (torch.rand(BATCH, generator=draw) < 0.09).float()
+    def run() -> None:
+        loss = branch_coteaching_loss(logits, labels) + moderate_differentiation_loss(latents, transforms)
+        loss.backward()
 
-        def run() -> None:
-            loss = branch_coteaching_loss(logits, labels) + moderate_differentiation_loss(latents, transforms)
-            loss.backward()
-
-        return run
-
-    return {size: case(size) for size in ((2, 4, 8) if quick else (2, 4, 8, 16))}
+    return run
 
 
 def free_bytes() -> float:
@@ -197,85 +193,36 @@ def fitted(name: str, seconds: dict[int, float]) -> dict[str, Any]:
     return figures | {f"{name}_seconds": {str(size): value for size, value in seconds.items()}}
 
 
-def draw(curves: dict[str, dict[int, float]], figures: dict[str, Any], path: Path) -> None:
-    """One small plot a curve, with a line of slope 1 to compare with."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
-
-    figure, axes = plt.subplots(2, 4, figsize=(13, 6.2), constrained_layout=True)
-    for axis in axes.flat[len(curves) :]:
-        axis.set_axis_off()
-    for axis, (name, seconds) in zip(axes.flat, curves.items(), strict=False):
-        sizes, values = list(seconds), [1e3 * value for value in seconds.values()]
-        axis.plot(sizes, values, "o-", color="#4477aa")
-        axis.plot(sizes, [values[-1] * size / sizes[-1] for size in sizes], ":", color="grey", label="linear")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_ylim(min(values) / 2, 2 * max(values))
-        axis.set_xticks(sizes, [short(size) for size in sizes])
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel(name)
-        axis.set_ylabel("ms of all together" if name in ("ranks", "strangers") else "ms a step")
-        fit, last = figures[f"{name}_exponent"], figures[f"{name}_last_exponent"]
-        axis.set_title(f"exponent {fit:.2f}, at the end {last:.2f}", fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def short(size: int) -> str:
-    """A size as a tick names it: 16384 -> 16k, 10000000 -> 1e7."""
-    if size >= 100_000:
-        return f"1e{len(str(size)) - 1}"
-    return f"{size // 1000}k" if size >= 1000 else str(size)
-
-
 def main() -> int:
-    parser = parser_of(__doc__)
+    parser = timing_parser_of(__doc__)
     parser.set_defaults(clock="cpu")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the curves")
-    parser.add_argument("--seconds", type=float, help="of measuring for each curve; default 15, quick 1.5")
+    parser.add_argument("--seconds", type=float, help="of measuring for each curve; default 15, quick 0.5")
     parser.add_argument("--curves", default="fields,rows,batch,groups,branches,cooperation,ranks")
     parser.add_argument("--largest-rows", type=int, default=10**7, help="of a table; 100,000,000 takes 14 GB")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    seconds = args.seconds or (1.5 if args.quick else 15.0)
+    seconds = args.seconds or (0.5 if args.quick else 15.0)
     print(
         "prediction: batch 0.9 to 1 (fixed costs at the small end); fields 0.7, nearing 1: layers on all fields grow with them, the rest does not;\n"
         "rows below 0.1: cache misses only; groups 0.5, nearing 1; branches below 1; cooperation nearing 2, since its pairs do (its share of a\n"
         "step is small); ranks 1: each does its own rows, and the exchange is little; strangers 1"
     )
-    curves: dict[str, dict[int, float]] = {}
     figures: dict[str, Any] = {}
     wanted = args.curves.split(",")
     with joined_process("cpu") as process:
-        makers: dict[str, Callable[[], dict[int, Case]]] = {
-            "fields": lambda: fields_curve(process, args.quick),
-            "rows": lambda: rows_curve(process, args.quick, args.largest_rows),
-            "batch": lambda: batch_curve(process, args.quick),
-            "groups": lambda: groups_curve(process, args.quick),
-            "branches": lambda: branches_curve(process, args.quick),
-            "cooperation": lambda: cooperation_curve(args.quick),
-        }
-        for name, make in makers.items():
+        for name, (quick_sizes, all_sizes) in SIZES.items():
             if name in wanted:
-                curves[name] = measured(make(), seconds, args.clock)
-                figures |= fitted(name, curves[name])
+                sizes = quick_sizes if args.quick else all_sizes
+                cases = step_cases(
+                    process, name, rows_that_fit(sizes, args.largest_rows) if name == "rows" else sizes
+                )
+                figures |= fitted(name, measured(cases, seconds, args.clock))
+                del cases
                 gc.collect()
     if "ranks" in wanted:
         for name in ("ranks", "strangers"):
-            curves[name] = ranks_curve(args.quick, seconds, strangers=name == "strangers")
-            figures |= fitted(name, curves[name])
-    if args.png:
-        draw(curves, figures, args.png)
-        print(f"  drawn: {args.png}")
+            found = ranks_curve(args.quick, seconds, strangers=name == "strangers")
+            figures |= fitted(name, found)
     print_figures({**figures, "threads": args.threads, "clock": args.clock}, args.json)
     return 0
 

@@ -80,10 +80,7 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
         figures |= cost_by_columns(folder, 16_384 if quick else 65_536, 3 if quick else 5)
     # the same file several times over: long enough an epoch for windows to come and go
     several = [single] * 4
-    tasks = (
-        (wait_of_consumer, 3 if quick else 6),
-        (memory_over_rows, 2_000_000 if quick else 10_000_000),
-    )
+    tasks = ((wait_of_consumer, 3 if quick else 6), (memory_over_rows, 2_000_000 if quick else 10_000_000))
     for function, amount in tasks:
         with multiprocessing.get_context("spawn").Pool(
             1, initializer=one_thread

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from paper_size import MBCNET, cut_schema
-from side_by_side import parser_of, print_figures
+from side_by_side import print_figures, timing_parser_of
 
 from data.schema import Schema
 from mbcnet_rec.config import DataConfig, RunConfig
@@ -39,7 +39,7 @@ from mbcnet_rec.serving.sample_requests import draw_requests
 
 
 def main() -> int:
-    parser = parser_of(__doc__)
+    parser = timing_parser_of(__doc__)
     parser.add_argument("--rows", default="", help="of a request; default 1,8,64,512, quick 1,64")
     parser.add_argument("--threads-list", default="", help="default 1,2,4, quick 1")
     parser.add_argument("--format", choices=("fp32", "fp16", "int8", "int4"), default="int8")

@@ -1,8 +1,8 @@
-"""The model at the paper's size on tables small enough for any machine: schema, synthetic log, batches, a training step."""
+"""What the benchmarks of a training step share: the model at the paper's size on small tables, random batches without files, a step."""
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
 from data.schema import Schema, load_schema, parse_schema
+from data.schema.feature import Feature
 from data.stream import Batch, ParquetStream
 from data.synthetic.pailitao import FILES
 from data.synthetic.write import write_synthetic
@@ -46,6 +48,39 @@ def cut_schema(max_rows: int, scale: str = "paper") -> Schema:
         FILES[scale].read_text(),  # type: ignore[index]
     )
     return parse_schema(tomllib.loads(text), f"{scale} schema, cut", Path())
+
+
+def uniform_schema(fields: int, rows: int, dim: int, groups: Sequence[Sequence[int]] = ()) -> Schema:
+    """So many single-valued fields with a table each, and groups of them by number."""
+    field = {"kind": "categorical", "num_embeddings": rows, "embedding_dim": dim}
+    table = {
+        "name": f"uniform_{fields}",
+        "label": "label",
+        "fields": {f"f{number}": field for number in range(fields)},
+        "groups": {f"g{place}": [f"f{number}" for number in group] for place, group in enumerate(groups)},
+    }
+    return parse_schema(table, "uniform schema", Path())
+
+
+def random_batch(schema: Schema, rows: int) -> Batch:
+    """Ids with a power law, one a field and row, as click logs have them; labels of 9 %."""
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(features: Sequence[Feature], weighted: bool) -> KeyedJaggedTensor:
+        sizes = [schema.table_of[feature.name].num_embeddings for feature in features]
+        values = [(size * torch.rand(rows, generator=draw) ** 4).long().clamp(max=size - 1) for size in sizes]
+        lengths = torch.ones(len(features) * rows, dtype=torch.int32)
+        weights = torch.ones(len(lengths)) if weighted else None
+        return KeyedJaggedTensor([each.name for each in features], torch.cat(values), weights, lengths)
+
+    width = sum(feature.dense_width for feature in schema.dense)
+    return Batch(
+        dense_features=torch.randn(rows, width, generator=draw),
+        sparse_features=ids(schema.sparse, weighted=False),
+        weighted_features=ids(schema.weighted, weighted=True) if schema.weighted else None,
+        labels=(torch.rand(rows, generator=draw) < 0.09).float(),
+        weights=torch.ones(rows),
+    )
 
 
 def written_log(folder: Path, schema: Schema, train_rows: int) -> Schema:

@@ -18,19 +18,18 @@ where its has 512, so that both make 6.7 M multiply-adds a sample; its layers le
 fuxictr_speedup/SIZE/MODEL, dlrm_speedup             ours / the peer's samples a second, median over rounds; null without the peer
 least_fuxictr_speedup                                the least of them
 ours_per_second/..., fuxictr_per_second/..., dlrm_per_second     medians, samples a second
+cpu_fast_path_speedup/SIZE/MODEL                     ours over ours with train.cpu_fast_path=false
 ours_as_shipped_per_second/...                       ours with its default table optimizer, rowwise Adagrad inside backward
 ours_bf16_per_second/...                             ours with dense Adam and train.autocast=bf16, a switch that FuxiCTR does not have;
                                                      left out where the processor has no bf16 products
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +37,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import quality
 import tomli_w
+import torch
 from peer_code.timed_steps import answer_tasks
-from quality import CLIP, DROPOUT, PEER_TRAINING, RATE
-from side_by_side import parser_of, print_figures
+from side_by_side import Answering, environment, print_figures, ratio, timing_parser_of
 
+from data.schema.parse import parse_dataclass
+from mbcnet_rec.config import RunConfig
 from mbcnet_rec.cpu.linear import bf16_in_hardware
+from mbcnet_rec.train import run_training
 
-HERE = Path(__file__).parent
-MODELS = ("dnn", "dcnv2", "finalmlp")
 TAIL = 5  # steps after the last one that is timed: a pipeline that runs dry is no steady state
 ROW_GROUP = 16_384
 
@@ -105,121 +106,66 @@ def write_rows(size: Size, folder: Path, uniform: bool = False) -> None:
         for number in range(size.numbers):
             columns[f"number_{number}"] = draw.normal(size=rows).astype(np.float32)
         columns["label"] = (draw.random(rows) < 0.25).astype(np.int64)
-        pq.write_table(
-            pa.table(columns), folder / f"{split}.parquet", row_group_size=ROW_GROUP, write_page_checksum=True
-        )
-    fields: dict[str, Any] = {
-        name: {"kind": "categorical", "num_embeddings": size.ids, "embedding_dim": size.width}
-        for name in names
-    }
+        file = folder / f"{split}.parquet"
+        pq.write_table(pa.table(columns), file, row_group_size=ROW_GROUP, write_page_checksum=True)
+    field = {"kind": "categorical", "num_embeddings": size.ids, "embedding_dim": size.width}
+    fields = dict.fromkeys(names, field)
     fields |= {f"number_{number}": {"kind": "numeric"} for number in range(size.numbers)}
-    schema = {"name": folder.name, "label": "label", "fields": fields}
-    (folder / "schema.toml").write_text(tomli_w.dumps(schema))
-    column = {"source": "", "type": "categorical", "padding_idx": 0, "vocab_size": size.ids}
-    described = {
-        "dataset_id": folder.name,
-        "labels": ["label"],
-        "features": [{name: column} for name in names],
-        "num_fields": len(names),
-    }
-    (folder / "feature_map.json").write_text(json.dumps(described))
+    (folder / "schema.toml").write_text(
+        tomli_w.dumps({"name": folder.name, "label": "label", "fields": fields})
+    )
+    features = {name: {"vocab_size": size.ids} for name in names}
+    quality.write_feature_map(folder, folder.name, "label", features)
 
 
 def our_model(kind: str, size: Size) -> dict[str, Any]:
     """The [model] table of our config."""
-    deep = {"hidden": list(size.hidden), "dropout": DROPOUT}
-    match kind:
-        case "dnn":
-            own: dict[str, Any] = deep
-        case "dcnv2":
-            own = deep | {"cross": {"kind": "full_rank", "num_layers": size.cross_layers}}
-        case _:
-            stream = deep | {"gate": list(size.gate)}
-            own = {"first": stream, "second": stream}
-    return {"kind": kind, kind: own}
+    return quality.our_model(kind, size.hidden, size.gate, size.cross_layers)
 
 
 def our_dlrm() -> dict[str, Any]:
     """The [model] table that stands beside dlrm's DCN: one expert, its layers."""
-    cross = {
-        "kind": "low_rank_mixture",
-        "num_layers": DLRM.cross_layers,
-        "num_experts": 1,
-        "low_rank": OUR_RANK,
-    }
+    cross = {"kind": "low_rank_mixture", "num_experts": 1}
+    cross |= {"num_layers": DLRM.cross_layers, "low_rank": OUR_RANK}
     return {"kind": "dcnv2", "dcnv2": {"hidden": list(DLRM.hidden), "cross": cross}}
 
 
 def our_task(
-    model: Mapping[str, Any],
-    size: Size,
-    folder: Path,
-    embedding: Mapping[str, Any],
-    autocast: str = "none",
+    model: Mapping[str, Any], size: Size, folder: Path, embedding: Mapping[str, Any], **train: Any
 ) -> dict[str, Any]:
     """One epoch of ours. embedding: the [optim.embedding] table; dense Adam wants whole tables on the rank."""
     dense_adam = embedding.get("name") == "adam"
+    files = {split: [str(folder / f"{split}.parquet")] for split in ("train", "valid")}
+    out = {"device": "cpu", "max_grad_norm": quality.CLIP, "out": str(folder / "run")}
     config: dict[str, Any] = {
         "name": "peers",
         "schema": str(folder / "schema.toml"),
-        "data": {split: [str(folder / f"{split}.parquet")] for split in ("train", "valid")}
-        | {"batch_size": size.batch},
+        "data": files | {"batch_size": size.batch},
         "model": dict(model),
         "sharding": {"sharding_types": ["data_parallel"]} if dense_adam else {},
-        "optim": {"dense_lr": RATE, "dense_eps": 1e-8, "embedding": dict(embedding)},
-        "train": {
-            "device": "cpu",
-            "autocast": autocast,
-            "max_grad_norm": CLIP,
-            "out": str(folder / "run"),
-        },
+        "optim": {"dense_lr": quality.RATE, "dense_eps": 1e-8, "embedding": dict(embedding)},
+        "train": out | train,
     }
     return {"config": config, "warm_up": size.warm_up, "steps": size.steps, "batch": size.batch}
 
 
 def fuxictr_task(kind: str, size: Size, folder: Path, source: str, l2: float, workers: int) -> dict[str, Any]:
     """One epoch of FuxiCTR's model."""
-    hidden = list(size.hidden)
-    own: dict[str, Any] = {
-        "dnn": {"hidden_units": hidden, "net_dropout": DROPOUT},
-        "dcnv2": {
-            "parallel_dnn_hidden_units": hidden,
-            "net_dropout": DROPOUT,
-            "model_structure": "parallel",
-            "num_cross_layers": size.cross_layers,
-        },
-        "finalmlp": {f"mlp{stream}_hidden_units": hidden for stream in (1, 2)}
-        | {f"mlp{stream}_dropout": DROPOUT for stream in (1, 2)}
-        | {"use_fs": True, "fs_hidden_units": list(size.gate)},
-    }[kind]
-    params = (
-        PEER_TRAINING
-        | own
-        | {
-            "dataset_id": folder.name,
-            "model_id": kind,
-            "model_root": str(folder / "checkpoints"),
-            "embedding_regularizer": l2,
-            "embedding_dim": size.width,
-            "batch_size": size.batch,
-            "epochs": 1,
-            "data_format": "parquet",
-            "num_workers": workers,
-            "verbose": 0,
-        }
-    )
     (folder / "checkpoints" / folder.name).mkdir(parents=True, exist_ok=True)
-    return {
-        "source": source,
-        "folder": str(folder),
-        "train": str(folder / "train.parquet"),
-        "valid": str(folder / "valid.parquet"),
-        "model": kind,
-        "params": params,
-        "warm_up": size.warm_up,
-        "steps": size.steps,
-        "batch": size.batch,
+    params = quality.peer_model(kind, size.hidden, size.gate, size.cross_layers) | {
+        "dataset_id": folder.name,
+        "model_id": kind,
+        "model_root": str(folder / "checkpoints"),
+        "embedding_regularizer": l2,
+        "embedding_dim": size.width,
+        "batch_size": size.batch,
+        "epochs": 1,
+        "data_format": "parquet",
+        "num_workers": workers,
     }
+    files = {split: str(folder / f"{split}.parquet") for split in ("train", "valid")}
+    timing = {"warm_up": size.warm_up, "steps": size.steps, "batch": size.batch}
+    return files | timing | {"source": source, "folder": str(folder), "model": kind, "params": params}
 
 
 def dlrm_task(size: Size) -> dict[str, Any]:
@@ -245,204 +191,124 @@ def dlrm_task(size: Size) -> dict[str, Any]:
 
 def train_ours(task: dict[str, Any]) -> None:
     """One run, as `mbcnet train` makes it."""
-    from data.schema.parse import parse_dataclass
-    from mbcnet_rec.config import RunConfig
-    from mbcnet_rec.train import run_training
-
     run_training(parse_dataclass(RunConfig, task["config"], "the task"), overwrite=True)
 
 
-def serve_ours(threads: int) -> None:
-    """Answer tasks on standard input."""
-    import torch
-
-    torch.set_num_threads(threads)
-    answer_tasks(train_ours)
-
-
-class Side:
-    """A process that trains when it is told to.
-
-    Args:
-        command: that answers tasks; see peer_code/timed_steps.py.
-        threads: of torch.
-        log: what it says.
-        python_path: where it finds its own modules.
-    """
-
-    def __init__(self, command: Sequence[str], threads: int, log: Path, python_path: str) -> None:
-        self._log = log
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path}
-        with log.open("w") as words:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=words,
-                text=True,
-            )
-
-    def rate(self, task: Mapping[str, Any]) -> float:
-        """Samples a second of one run.
-
-        Raises:
-            SystemExit: the process has ended; its last words are told.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(task) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise SystemExit(f"a side has ended:\n{self._log.read_text()[-3000:]}")
-        return json.loads(answer)["samples_per_second"]
-
-    def end(self) -> None:
-        """Let it leave; it may have ended already."""
-        self._process.terminate()
-        self._process.wait(60)
-
-
-@contextmanager
-def started_sides(args: Any, folder: Path) -> Iterator[dict[str, Side]]:
-    """Start ours and the peers that are there."""
-    threads = str(args.threads)
-    commands = {
-        "ours": ([sys.executable, str(Path(__file__).resolve()), "--serve", threads], str(HERE.parent))
-    }
+def started_sides(args: Any, folder: Path, stack: ExitStack) -> dict[str, Answering]:
+    """Start ours and the peers that are there; they end with the stack."""
+    threads, own = str(args.threads), environment(args.threads)
+    commands = {"ours": ([sys.executable, str(Path(__file__).resolve()), "--serve", threads], own)}
     if args.peer_python and "fuxictr" in args.only:
-        script = [args.peer_python, str(HERE / "peer_code" / "fuxictr_speed.py"), threads]
-        commands["fuxictr"] = (script, str(Path(args.peer_source).resolve()))
+        script = [args.peer_python, str(quality.PEER_CODE / "fuxictr_side.py"), "speed", threads]
+        commands["fuxictr"] = (script, own | {"PYTHONPATH": str(Path(args.peer_source).resolve())})
     if args.dlrm_source and "dlrm" in args.only:
         source = str((Path(args.dlrm_source) / "torchrec_dlrm").resolve())
-        script = [args.dlrm_python, str(HERE / "peer_code" / "torchrec_dlrm_speed.py"), threads, source]
-        commands["dlrm"] = (script, source)
-    sides: dict[str, Side] = {}
-    try:
-        for name, (command, path) in commands.items():
-            sides[name] = Side(command, args.threads, folder / f"{name}.log", path)
-        yield sides
-    finally:
-        for side in sides.values():
-            side.end()
+        script = [args.dlrm_python, str(quality.PEER_CODE / "torchrec_dlrm_speed.py"), threads, source]
+        commands["dlrm"] = (script, own | {"PYTHONPATH": source})
+    sides = {}
+    for name, (command, env) in commands.items():
+        # a peer's script finds what lies beside it
+        sides[name] = Answering(command, env | {"PYTHONSAFEPATH": ""}, folder / f"{name}.log")
+        stack.callback(sides[name].end)
+    return sides
 
 
-def compare(cases: Mapping[str, tuple[Side, Mapping[str, Any]]], rounds: int) -> dict[str, list[float]]:
-    """Rates of each case, one a round; every round begins with another case."""
+Cases = Mapping[str, tuple[Answering, Mapping[str, Any]]]
+
+
+def compare(cases: Cases, rounds: int) -> dict[str, list[float]]:
+    """Samples a second of each case, one run a round; every round begins with another case."""
     names, rates = list(cases), {name: [] for name in cases}
     for turn in range(rounds):
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
             side, task = cases[name]
-            rates[name].append(side.rate(task))
+            side.ask(json.dumps(task))
+            rates[name].append(json.loads(side.answer())["samples_per_second"])
     return rates
-
-
-def speedup(rates: Mapping[str, Sequence[float]], peer: str) -> float | None:
-    """Median over rounds of ours over the peer's; None without it."""
-    if peer not in rates:
-        return None
-    return statistics.median(own / other for own, other in zip(rates["ours"], rates[peer], strict=True))
 
 
 def told(rates: Mapping[str, Sequence[float]], peer: str, where: str) -> dict[str, float | None]:
     """Figures of one comparison; a line of it is printed."""
-    figures: dict[str, float | None] = {f"{peer}_speedup{where}": speedup(rates, peer)}
-    for name in ("ours", "ours_as_shipped", "ours_bf16", peer):
+    speedup = ratio(rates["ours"], rates[peer]) if peer in rates else None
+    figures: dict[str, float | None] = {f"{peer}_speedup{where}": speedup, f"{peer}_per_second{where}": None}
+    for name, found in rates.items():
         suffix = "/dlrm" if peer == "dlrm" and name != peer else where
-        if name in rates or name == peer:
-            median = statistics.median(rates[name]) if name in rates else None
-            figures[f"{name}_per_second{suffix}"] = median
-    shown = ", ".join(
-        f"{name} {statistics.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f})"
-        for name, found in rates.items()
-    )
+        figures[f"{name}_per_second{suffix}"] = statistics.median(found)
+    if "ours_without_cpu_fast_path" in rates:
+        figures[f"cpu_fast_path_speedup{where}"] = ratio(rates["ours"], rates["ours_without_cpu_fast_path"])
+    shown = ", ".join(f"{name} {min(found):,.0f} to {max(found):,.0f}" for name, found in rates.items())
     print(f"{peer}{where}: samples a second: {shown}", flush=True)
     return figures
 
 
-def beside_fuxictr(sides: Mapping[str, Side], args: Any, folder: Path) -> dict[str, float | None]:
+def beside_fuxictr(sides: Mapping[str, Answering], args: Any, folder: Path) -> dict[str, float | None]:
     """Every model at every size."""
     figures: dict[str, float | None] = {}
-    speedups: list[float | None] = []
+    adam = quality.ADAM | {"l2": args.l2}
     for name in args.sizes:
-        size = QUICK if args.quick else SIZES[name]
-        write_rows(size, folder / name)
+        size, place = QUICK if args.quick else SIZES[name], folder / name
+        write_rows(size, place)
         for kind in args.models:
-            adam = {"name": "adam", "lr": RATE, "eps": 1e-8, "init_std": 1e-4, "l2": args.l2}
             model = our_model(kind, size)
-            cases: dict[str, tuple[Side, Mapping[str, Any]]] = {
-                "ours": (sides["ours"], our_task(model, size, folder / name, adam)),
-                "ours_as_shipped": (sides["ours"], our_task(model, size, folder / name, {})),
+            tasks = {
+                "ours": our_task(model, size, place, adam),
+                "ours_without_cpu_fast_path": our_task(model, size, place, adam, cpu_fast_path=False),
+                "ours_as_shipped": our_task(model, size, place, {}),
             }
             if bf16_in_hardware():
-                cases["ours_bf16"] = sides["ours"], our_task(model, size, folder / name, adam, "bf16")
+                tasks["ours_bf16"] = our_task(model, size, place, adam, autocast="bf16")
+            cases = {case: (sides["ours"], task) for case, task in tasks.items()}
             if "fuxictr" in sides:
                 source = str(Path(args.peer_source).resolve())
-                task = fuxictr_task(kind, size, folder / name, source, args.l2, args.peer_workers)
+                task = fuxictr_task(kind, size, place, source, args.l2, args.peer_workers)
                 cases["fuxictr"] = (sides["fuxictr"], task)
-            rates = compare(cases, args.rounds)
-            figures |= told(rates, "fuxictr", f"/{name}/{kind}")
-            speedups.append(speedup(rates, "fuxictr"))
-    known = [each for each in speedups if each is not None]
-    return figures | {"least_fuxictr_speedup": min(known, default=None)}
+            figures |= told(compare(cases, args.rounds), "fuxictr", f"/{name}/{kind}")
+    speedups = (each for key, each in figures.items() if key.startswith("fuxictr_speedup/") and each)
+    return figures | {"least_fuxictr_speedup": min(speedups, default=None)}
 
 
-def beside_dlrm(sides: Mapping[str, Side], args: Any, folder: Path) -> dict[str, float | None]:
+def beside_dlrm(sides: Mapping[str, Answering], args: Any, folder: Path) -> dict[str, float | None]:
     """DCNv2 on random rows."""
-    size = QUICK_DLRM if args.quick else DLRM
-    write_rows(size, folder / "dlrm", uniform=True)
-    ours = our_task(our_dlrm(), size, folder / "dlrm", {"name": "adagrad", "lr": 0.01})
-    cases: dict[str, tuple[Side, Mapping[str, Any]]] = {"ours": (sides["ours"], ours)}
+    size, place = QUICK_DLRM if args.quick else DLRM, folder / "dlrm"
+    write_rows(size, place, uniform=True)
+    cases = {"ours": (sides["ours"], our_task(our_dlrm(), size, place, {"name": "adagrad", "lr": 0.01}))}
     if "dlrm" in sides:
         cases["dlrm"] = (sides["dlrm"], dlrm_task(size))
     return told(compare(cases, args.rounds), "dlrm", "")
 
 
 def main() -> int:
-    """Compare with every peer that is there."""
     if sys.argv[1:2] == ["--serve"]:
-        serve_ours(int(sys.argv[2]))
+        torch.set_num_threads(int(sys.argv[2]))
+        answer_tasks(train_ours)
         return 0
-    parser = parser_of(__doc__)
+    parser = timing_parser_of(__doc__)
     parser.add_argument("--only", nargs="+", choices=("fuxictr", "dlrm"), default=["fuxictr", "dlrm"])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, help="default 3, quick 1")
-    parser.add_argument("--l2", type=float, default=0.0, help="lambda of the tables' penalty (default: none)")
-    parser.add_argument("--peer-python", metavar="FILE", help="Python that can import FuxiCTR")
-    parser.add_argument("--peer-source", metavar="FOLDER", help="checkout of FuxiCTR's repository")
     parser.add_argument(
         "--peer-workers", type=int, default=1, help="processes of its loader (default: its own)"
     )
     parser.add_argument("--dlrm-source", metavar="FOLDER", help="checkout of facebookresearch/dlrm")
-    parser.add_argument(
-        "--dlrm-python", metavar="FILE", default=sys.executable,
-        help="with torchrec, torchmetrics and pyre_extensions (default: this one)",
-    )  # fmt: skip
-    args = parser.parse_args()
-    if bool(args.peer_python) != bool(args.peer_source):
-        parser.error("--peer-python and --peer-source: name both or neither")
+    words = "with torchrec, torchmetrics and pyre_extensions (default: this one)"
+    parser.add_argument("--dlrm-python", metavar="FILE", default=sys.executable, help=words)
+    quality.add_peer_options(parser, l2=0.0)
+    args = quality.parsed(parser)
     args.rounds = args.rounds or (1 if args.quick else 3)
-    if args.quick:
-        args.sizes, args.models = ["small"], ["dnn"]
+    args.sizes = ["small"] if args.quick else args.sizes
     print(
         "prediction: small models are all overhead: FuxiCTR's table-by-table lookups and Adam cost it 14 tables' calls a step, ours one, but\n"
         "our checks and pipeline cost too: 1.5. At Criteo's size Adam over 6.2 M rows' weights is a third of its step: 2. Beside dlrm,\n"
         "products are nearly all: 1.1, from oneDNN and from gradients that are not copied"
     )
-    for peer, there in (("fuxictr", args.peer_python), ("dlrm", args.dlrm_source)):
-        if peer in args.only and not there:
-            print(f"{peer}: not named, so its figures are null")
     figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as made, started_sides(args, Path(made)) as sides:
-        if "fuxictr" in args.only:
-            figures |= beside_fuxictr(sides, args, Path(made))
-        if "dlrm" in args.only:
-            figures |= beside_dlrm(sides, args, Path(made))
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        sides = started_sides(args, Path(name), stack)
+        for peer, beside in (("fuxictr", beside_fuxictr), ("dlrm", beside_dlrm)):
+            if peer in args.only:
+                print(f"{peer}: {'started' if peer in sides else 'not named, so its figures are null'}")
+                figures |= beside(sides, args, Path(name))
     print_figures(figures | {"threads": args.threads, "rounds": args.rounds}, args.json)
     return 0
 

@@ -14,6 +14,7 @@ log_loss_ours/..., log_loss_peer/...       likewise
 least_difference                           the least auc_difference; null without a peer
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -29,68 +30,106 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
-from side_by_side import parser_of, print_figures
+from side_by_side import print_figures, timing_parser_of
 
 from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
-from data.schema import load_schema, schema_to_toml
+from data.schema import Schema, load_schema, schema_to_toml
 from data.schema.parse import parse_dataclass
-from data.stream import ParquetStream
+from data.stream import Batch, ParquetStream
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.study.runs import Run, place_run, scores, train_all
-from mbcnet_rec.study.tuning import with_overrides
 
-HERE = Path(__file__).parent
+PEER_CODE = Path(__file__).parent / "peer_code"
+MODELS = ("dnn", "dcnv2", "finalmlp")
 SPLITS = ("train", "valid", "test")
 WIDTH = 16  # of every field
 QUANTILES = 20  # of a number
 BATCH, RATE, CLIP = 256, 1e-3, 10.0
-PEER_TRAINING = {  # FuxiCTR's own names
-    "task": "binary_classification",
-    "loss": "binary_crossentropy",
-    "metrics": ["logloss", "AUC"],
-    "monitor": "AUC",
-    "monitor_mode": "max",
-    "optimizer": "adam",
-    "learning_rate": RATE,
-    "max_gradient_norm": CLIP,
-    "net_regularizer": 0,
-    "early_stop_patience": 2,
-    "shuffle": True,
-}
-HIDDEN, DROPOUT, GATE, CROSS_LAYERS = [128, 64], 0.2, [64], 2
-OURS = {
-    "dnn": {"dnn.hidden": HIDDEN, "dnn.dropout": DROPOUT},
-    "dcnv2": {
-        "dcnv2.hidden": HIDDEN,
-        "dcnv2.dropout": DROPOUT,
-        "dcnv2.cross.kind": "full_rank",
-        "dcnv2.cross.num_layers": CROSS_LAYERS,
-    },
-    "finalmlp": {
-        f"finalmlp.{stream}.{key}": value
-        for stream in ("first", "second")
-        for key, value in (("hidden", HIDDEN), ("dropout", DROPOUT), ("gate", GATE))
-    },
-}
-PEERS: dict[str, dict[str, Any]] = {
-    "dnn": {"hidden_units": HIDDEN, "net_dropout": DROPOUT},
-    "dcnv2": {
-        "parallel_dnn_hidden_units": HIDDEN,
-        "net_dropout": DROPOUT,
-        "model_structure": "parallel",
-        "num_cross_layers": CROSS_LAYERS,
-    },
-    "finalmlp": {
-        "mlp1_hidden_units": HIDDEN,
-        "mlp2_hidden_units": HIDDEN,
-        "mlp1_dropout": DROPOUT,
-        "mlp2_dropout": DROPOUT,
-        "use_fs": True,
-        "fs_hidden_units": GATE,
-    },
-}
+DROPOUT = 0.2
+ADAM = {"name": "adam", "lr": RATE, "eps": 1e-8, "init_std": 1e-4}
 Scores = dict[str, list[dict[str, float]]]  # model -> a seed's AUC and log-loss
+
+
+def our_model(
+    kind: str,
+    hidden: Sequence[int] = (128, 64),
+    gate: Sequence[int] = (64,),
+    cross_layers: int = 2,
+    dropout: float = DROPOUT,
+) -> dict[str, Any]:
+    """The [model] table of our config."""
+    deep = {"hidden": list(hidden), "dropout": dropout}
+    stream = deep | {"gate": list(gate)}
+    own = {
+        "dnn": deep,
+        "dcnv2": deep | {"cross": {"kind": "full_rank", "num_layers": cross_layers}},
+        "finalmlp": {"first": stream, "second": stream},
+    }
+    return {"kind": kind, kind: own[kind]}
+
+
+def peer_model(
+    kind: str,
+    hidden: Sequence[int] = (128, 64),
+    gate: Sequence[int] = (64,),
+    cross_layers: int = 2,
+    dropout: float = DROPOUT,
+) -> dict[str, Any]:
+    """The same model and its training in FuxiCTR's own names."""
+    deep = list(hidden)
+    cross = {"model_structure": "parallel", "num_cross_layers": cross_layers, "net_dropout": dropout}
+    streams = {f"mlp{n}_hidden_units": deep for n in (1, 2)} | {f"mlp{n}_dropout": dropout for n in (1, 2)}
+    own: dict[str, dict[str, Any]] = {
+        "dnn": {"hidden_units": deep, "net_dropout": dropout},
+        "dcnv2": {"parallel_dnn_hidden_units": deep} | cross,
+        "finalmlp": {"use_fs": True, "fs_hidden_units": list(gate)} | streams,
+    }
+    return own[kind] | {
+        "task": "binary_classification",
+        "loss": "binary_crossentropy",
+        "metrics": ["logloss", "AUC"],
+        "monitor": "AUC",
+        "monitor_mode": "max",
+        "optimizer": "adam",
+        "learning_rate": RATE,
+        "max_gradient_norm": CLIP,
+        "net_regularizer": 0,
+        "early_stop_patience": 2,
+        "shuffle": True,
+        "verbose": 0,
+    }
+
+
+def add_peer_options(parser: argparse.ArgumentParser, l2: float) -> None:
+    """Models, penalty and where FuxiCTR lies."""
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    words = "lambda of both sides' tables (default: %(default)s)"
+    parser.add_argument("--l2", type=float, default=l2, help=words)
+    parser.add_argument("--peer-python", metavar="FILE", help="Python that can import FuxiCTR")
+    parser.add_argument("--peer-source", metavar="FOLDER", help="checkout of FuxiCTR's repository")
+
+
+def parsed(parser: argparse.ArgumentParser) -> Any:
+    """The options; --quick means the first model only."""
+    args = parser.parse_args()
+    if bool(args.peer_python) != bool(args.peer_source):
+        parser.error("--peer-python and --peer-source: name both or neither")
+    args.models = args.models[:1] if args.quick else args.models
+    return args
+
+
+def run_peer(command: str, task: dict[str, Any], asked: Path, args: Any) -> str:
+    """Run fuxictr_side.py by the peer's Python on a task, which is written to the file `asked`; return what it printed."""
+    source = str(Path(args.peer_source).resolve())
+    common = {"source": source, "folder": str(asked.parent.resolve()), "threads": args.threads}
+    asked.write_text(json.dumps(common | task))
+    env = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": str(args.threads)}
+    words = [args.peer_python, str(PEER_CODE / "fuxictr_side.py"), command, str(asked)]
+    done = subprocess.run(words, env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"FuxiCTR ended with {done.returncode}; its words are above")
+    return done.stdout
 
 
 def write_even_schema(data: Path, folder: Path) -> Path:
@@ -103,7 +142,7 @@ def write_even_schema(data: Path, folder: Path) -> Path:
         if feature.kind == "vector":
             del table["fields"][feature.name]
         elif feature.kind == "numeric" and not feature.is_bucketised:
-            bounds = quantiles([data / "train"], feature.source_column)
+            bounds = quantiles(data / "train", feature.source_column)
             kept = {key: entry[key] for key in ("column",) if key in entry}
             table["fields"][feature.name] = kept | {
                 "kind": "numeric",
@@ -123,162 +162,116 @@ def write_even_schema(data: Path, folder: Path) -> Path:
     return path
 
 
-def quantiles(folders: Sequence[Path], column: str) -> list[float]:
+def quantiles(folder: Path, column: str) -> list[float]:
     """Distinct inner quantiles of a column of the training rows."""
-    values = np.concatenate(
-        [
-            pq.read_table(file, columns=[column]).column(0).drop_null().to_numpy().astype(np.float64)
-            for folder in folders
-            for file in sorted(folder.glob("**/*.parquet"))
-        ]
-    )
+    parts = [pq.read_table(file, columns=[column]).column(0) for file in sorted(folder.glob("**/*.parquet"))]
+    values = np.concatenate([part.drop_null().to_numpy().astype(np.float64) for part in parts])
     bounds = np.unique(np.quantile(values, np.arange(1, QUANTILES) / QUANTILES, method="nearest"))
     return [float(each) for each in bounds]
 
 
-def write_rows(schema_file: Path, data: Path, folder: Path) -> None:
-    """Write what our encoder makes of each split as FuxiCTR reads it: NPZ files and feature_map.json. Id 0 pads; ours are 1 and up."""
-    schema = load_schema(schema_file)
-    columns: dict[str, dict[str, list[np.ndarray]]] = {}
-    for split in SPLITS:
-        stream = ParquetStream(
-            resolve_files([str(data / split)]), schema, StreamOptions(4096, 1, "partitioned")
-        )
-        found = columns.setdefault(split, {})
-        for batch in stream:
-            real = batch.weights.numpy() > 0
-            for feature in schema.sparse:
-                bags = batch.sparse_features[feature.name]
-                found.setdefault(feature.name, []).append(
-                    padded(bags.values().numpy(), bags.lengths().numpy())[real]
-                )
-            found.setdefault(schema.label, []).append(batch.labels.numpy()[real, None])
-    longest = {
-        feature.name: max(part.shape[1] for split in SPLITS for part in columns[split][feature.name])
-        for feature in schema.sparse
-    }
-    for split in SPLITS:
-        joined = {
-            name: np.concatenate([widened(part, longest.get(name, 1)) for part in parts])
-            for name, parts in columns[split].items()
-        }
-        arrays: dict[str, Any] = {
-            name: part[:, 0] if part.shape[1] == 1 else part for name, part in joined.items()
-        }
-        np.savez(folder / f"{split}.npz", **arrays)
-    features = []
+def batches_of(data: Path, split: str, schema: Schema) -> ParquetStream:
+    """All rows of a split, in the order of the file."""
+    return ParquetStream(resolve_files([str(data / split)]), schema, StreamOptions(4096, 1, "partitioned"))
+
+
+def rows_of(batch: Batch, schema: Schema) -> dict[str, np.ndarray]:
+    """The real rows of a batch as FuxiCTR reads them: (rows, longest) with ids from 1 up and 0 behind the end of a list."""
+    real = batch.weights.numpy() > 0
+    found = {schema.label: batch.labels.numpy()[real, None]}
     for feature in schema.sparse:
-        entry = {
-            "source": "",
-            "padding_idx": 0,
-            "vocab_size": schema.table_of[feature.name].num_embeddings + 1,
-        }
-        if longest[feature.name] == 1:
-            entry |= {"type": "categorical"}
-        else:
-            pooling = "Average" if schema.table_of[feature.name].pooling == "mean" else "Sum"
-            entry |= {
-                "type": "sequence",
-                "max_len": longest[feature.name],
-                "feature_encoder": f"layers.Masked{pooling}Pooling()",
-            }
-        features.append({feature.name: entry})
-    described = {
-        "dataset_id": data.name,
-        "labels": [schema.label],
-        "features": features,
-        "num_fields": len(features),
+        bag = batch.sparse_features[feature.name]
+        lengths = bag.lengths().numpy()
+        place = np.arange(max(1, int(lengths.max(initial=0))))[None, :] < lengths[:, None]
+        rows = np.zeros(place.shape, np.int64)
+        rows[place] = bag.values().numpy() + 1
+        found[feature.name] = rows[real]
+    return found
+
+
+def joined(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Batches one below the other, lists as wide as the longest."""
+    columns = {name: [each[name] for each in batches] for name in batches[0]}
+    widths = {name: max(part.shape[1] for part in parts) for name, parts in columns.items()}
+    return {
+        name: np.concatenate([np.pad(part, ((0, 0), (0, widths[name] - part.shape[1]))) for part in parts])
+        for name, parts in columns.items()
     }
+
+
+def write_rows(schema: Schema, data: Path, folder: Path) -> None:
+    """Write what our encoder makes of each split as FuxiCTR reads it: NPZ files and feature_map.json."""
+    ends = [0]
+    batches: list[dict[str, np.ndarray]] = []
+    for split in SPLITS:
+        batches += [rows_of(batch, schema) for batch in batches_of(data, split, schema)]
+        ends.append(sum(len(batch[schema.label]) for batch in batches))
+    rows = joined(batches)  # all splits at once: lists are equally wide in all
+    for split, start, stop in zip(SPLITS, ends, ends[1:], strict=False):
+        parts: dict[str, Any] = {name: column[start:stop] for name, column in rows.items()}
+        flat = {name: part[:, 0] if part.shape[1] == 1 else part for name, part in parts.items()}
+        np.savez(folder / f"{split}.npz", **flat)
+    features = {}
+    for feature in schema.sparse:
+        table, longest = schema.table_of[feature.name], rows[feature.name].shape[1]
+        pooling = "Average" if table.pooling == "mean" else "Sum"
+        bag = {"max_len": longest, "feature_encoder": f"layers.Masked{pooling}Pooling()"}
+        features[feature.name] = {"vocab_size": table.num_embeddings + 1} | (bag if longest > 1 else {})
+    write_feature_map(folder, data.name, schema.label, features)
+
+
+def write_feature_map(folder: Path, name: str, label: str, features: dict[str, dict[str, Any]]) -> None:
+    """Write FuxiCTR's description of columns of ids, whose id 0 pads; a feature with max_len is lists."""
+    entries = [
+        {
+            key: {"source": "", "padding_idx": 0, "type": "sequence" if "max_len" in own else "categorical"}
+            | own
+        }
+        for key, own in features.items()
+    ]
+    described = {"dataset_id": name, "labels": [label], "features": entries, "num_fields": len(entries)}
     (folder / "feature_map.json").write_text(json.dumps(described))
 
 
-def padded(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Bags of ids as (rows, longest) with ids from 1 up and 0 behind them."""
-    width = max(1, int(lengths.max(initial=0)))
-    place = np.arange(width)[None, :] < lengths[:, None]
-    rows = np.zeros((len(lengths), width), np.int64)
-    rows[place] = values + 1
-    return rows
-
-
-def widened(part: np.ndarray, width: int) -> np.ndarray:
-    """More columns of padding."""
-    return np.pad(part, ((0, 0), (0, width - part.shape[1])))
-
-
-def our_config(data: Path, schema: Path, kind: str, l2: float, epochs: int) -> RunConfig:
+def our_config(data: Path, schema: Path, model: dict[str, Any], args: Any, seed: int = 0) -> RunConfig:
     """The protocol of BARS as our config says it."""
     table: dict[str, Any] = {
-        "name": f"quality_{kind}",
+        "name": f"quality_{model['kind']}",
         "schema": str(schema),
         "data": {split: [str(data / split)] for split in SPLITS} | {"batch_size": BATCH, "lanes": 1},
+        "model": model | {"init": "xavier_normal"},
         "sharding": {"sharding_types": ["data_parallel"]},
-        "optim": {
-            "dense_lr": RATE,
-            "dense_eps": 1e-8,
-            "embedding": {"name": "adam", "lr": RATE, "eps": 1e-8, "init_std": 1e-4, "l2": l2},
-        },
-        "train": {
-            "device": "cpu",
-            "epochs": epochs,
-            "schedule": "plateau",
-            "max_grad_norm": CLIP,
-            "log_every": 200,
-        },
+        "optim": {"dense_lr": RATE, "dense_eps": 1e-8, "embedding": ADAM | {"l2": args.l2}},
+        "train": {"device": "cpu", "epochs": args.epochs, "schedule": "plateau", "seed": seed}
+        | {"max_grad_norm": CLIP, "log_every": 200},
     }
-    config = parse_dataclass(RunConfig, table, "the protocol")
-    values = {f"model.{key}": value for key, value in OURS[kind].items()}
-    values |= {"model.kind": kind, "model.init": "xavier_normal"}
-    return with_overrides(config, [f"{key}={json.dumps(value)}" for key, value in values.items()], kind)
+    return parse_dataclass(RunConfig, table, "the protocol")
 
 
-def train_ours(data: Path, schema: Path, models: Sequence[str], args: Any) -> Scores:
+def train_ours(data: Path, schema: Path, args: Any) -> Scores:
     """Train our models; what is in --out already is not trained again."""
+    configs = {kind: our_config(data, schema, our_model(kind), args) for kind in args.models}
     runs = [
-        Run(kind, seed, place_run(our_config(data, schema, kind, args.l2, args.epochs), seed, args.out))
-        for kind in models
+        Run(kind, seed, place_run(config, seed, args.out))
+        for kind, config in configs.items()
         for seed in range(args.seeds)
     ]
     for run, failure in train_all(runs, args.workers):
         if failure:
             raise SystemExit(f"{run.variant}, seed {run.seed}: {failure}; see {run.folder}.log")
         print(f"  ours: {run.variant}, seed {run.seed}: AUC {scores(run.folder)['auc']:.4f}", flush=True)
-    return {kind: [scores(run.folder) for run in runs if run.variant == kind] for kind in models}
+    return {kind: [scores(run.folder) for run in runs if run.variant == kind] for kind in args.models}
 
 
-def train_peer(data: Path, folder: Path, models: Sequence[str], args: Any) -> Scores:
-    """Train FuxiCTR's models by its own Python; what is in the folder already is not trained again."""
-    common = PEER_TRAINING | {
-        "dataset_id": data.name,
-        "model_root": str(folder / "checkpoints"),
-        "embedding_regularizer": args.l2,
-        "embedding_dim": WIDTH,
-        "batch_size": BATCH,
-        "epochs": args.epochs,
-        "data_format": "npz",
-        "num_workers": 0,
-        "verbose": 0,
-    }
-    task = {
-        "source": str(Path(args.peer_source).resolve()),
-        "folder": str(folder.resolve()),
-        "threads": args.threads,
-        "common": common,
-        "models": {kind: PEERS[kind] for kind in models},
-        "seeds": list(range(args.seeds)),
-    }
-    asked, answer = folder / "task.json", folder / "answer.json"
-    text = json.dumps(task)
-    if not (answer.is_file() and asked.is_file() and asked.read_text() == text):
-        asked.write_text(text)
-        (folder / "checkpoints" / data.name).mkdir(parents=True, exist_ok=True)
-        command = [args.peer_python, str(HERE / "peer_code" / "fuxictr_models.py"), str(asked)]
-        env = os.environ | {"PYTHONPATH": task["source"], "OMP_NUM_THREADS": str(args.threads)}
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f"FuxiCTR ended with {done.returncode}; its words are above")
-        answer.write_text(done.stdout.splitlines()[-1])
-    return json.loads(answer.read_text())
+def train_peer(data: Path, folder: Path, args: Any) -> Scores:
+    """Train FuxiCTR's models by its own Python."""
+    common = {"dataset_id": data.name, "model_root": str(folder / "checkpoints"), "embedding_dim": WIDTH}
+    common |= {"embedding_regularizer": args.l2, "batch_size": BATCH, "epochs": args.epochs}
+    common |= {"data_format": "npz", "num_workers": 0}
+    models = {kind: peer_model(kind) for kind in args.models}
+    (folder / "checkpoints" / data.name).mkdir(parents=True, exist_ok=True)
+    task = {"common": common, "models": models, "seeds": list(range(args.seeds))}
+    return json.loads(run_peer("models", task, folder / "task.json", args).splitlines()[-1])
 
 
 def compare(name: str, ours: Scores, peer: Scores | None) -> dict[str, float | None]:
@@ -302,16 +295,14 @@ def print_table(name: str, models: Sequence[str], figures: dict[str, float | Non
         value, sd = (figures[f"{prefix}{metric}_{side}/{name}/{kind}"] for prefix in ("", "sd_"))
         return "-" if value is None else f"{value:.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
 
-    print(
-        f"{name}\n  {'':10}{'AUC ours':>18}{'AUC FuxiCTR':>18}{'difference':>12}{'log-loss ours':>18}{'FuxiCTR':>18}"
-    )
+    heads = "".join(f"{head:>18}" for head in ("AUC ours", "AUC FuxiCTR", "log-loss ours", "FuxiCTR"))
+    print(f"{name}\n  {'':10}{heads}{'difference':>12}")
     for kind in models:
+        cells = [
+            f"{cell(metric, side, kind):>18}" for metric in ("auc", "log_loss") for side in ("ours", "peer")
+        ]
         difference = figures[f"auc_difference/{name}/{kind}"]
-        shown = "-" if difference is None else f"{difference:+.4f}"
-        print(
-            f"  {kind:10}{cell('auc', 'ours', kind):>18}{cell('auc', 'peer', kind):>18}{shown:>12}"
-            f"{cell('log_loss', 'ours', kind):>18}{cell('log_loss', 'peer', kind):>18}"
-        )
+        print(f"  {kind:10}{''.join(cells)}{'-' if difference is None else f'{difference:+.4f}':>12}")
 
 
 def write_small_log(folder: Path) -> Path:
@@ -322,60 +313,45 @@ def write_small_log(folder: Path) -> Path:
         ids = rng.integers(0, 30, (6, rows))
         value = np.take_along_axis(hidden, ids, axis=1)
         click = rng.random(rows) < 1 / (1 + np.exp(1.0 - value.sum(0) / 2 - value[0] * value[1]))
-        columns = {f"field_{number}": each for number, each in enumerate(ids)} | {
-            "click": click.astype(np.int8)
-        }
+        columns = {f"field_{number}": each for number, each in enumerate(ids)}
         (folder / split).mkdir(parents=True)
-        pq.write_table(pa.table(columns), folder / split / "part-0.parquet", write_page_checksum=True)
-    fields = {
-        f"field_{number}": {"kind": "categorical", "num_embeddings": 30, "embedding_dim": WIDTH}
-        for number in range(6)
-    }
-    (folder / "schema.toml").write_text(tomli_w.dumps({"name": "small", "label": "click", "fields": fields}))
+        table = pa.table(columns | {"click": click.astype(np.int8)})
+        pq.write_table(table, folder / split / "part-0.parquet", write_page_checksum=True)
+    field = {"kind": "categorical", "num_embeddings": 30, "embedding_dim": WIDTH}
+    schema = {"name": "small", "label": "click", "fields": {f"field_{number}": field for number in range(6)}}
+    (folder / "schema.toml").write_text(tomli_w.dumps(schema))
     return folder
 
 
 def main() -> int:
-    """Compare on every data set."""
-    parser = parser_of(__doc__)
-    parser.add_argument(
-        "--data", nargs="+", type=Path, metavar="FOLDER", help="that `mbcnet data prepare` wrote"
-    )
-    parser.add_argument("--models", nargs="+", choices=list(OURS), default=list(OURS))
+    parser = timing_parser_of(__doc__)
+    words = "that `mbcnet data prepare` wrote"
+    parser.add_argument("--data", nargs="+", type=Path, metavar="FOLDER", help=words)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--l2", type=float, default=1e-5, help="lambda of both sides' tables (default: %(default)s)"
-    )
     parser.add_argument("--epochs", type=int, default=50, help="at most (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="runs of ours at a time (default: 1)")
-    parser.add_argument("--peer-python", metavar="FILE", help="Python that can import FuxiCTR")
-    parser.add_argument("--peer-source", metavar="FOLDER", help="checkout of FuxiCTR's repository")
     parser.add_argument("--out", type=Path, default=Path("results/quality"), metavar="FOLDER")
-    args = parser.parse_args()
-    if bool(args.peer_python) != bool(args.peer_source):
-        parser.error("--peer-python and --peer-source: name both or neither")
+    add_peer_options(parser, l2=1e-5)
+    args = parsed(parser)
+    figures: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory() as made:
         if args.quick:
-            args.seeds, args.epochs, args.models, args.out = 1, 2, args.models[:1], Path(made) / "out"
+            args.seeds, args.epochs, args.out = 1, 2, Path(made) / "out"
         if args.quick or not args.data:
             args.data = [write_small_log(Path(made) / "small")]
-        figures: dict[str, float | None] = {}
         for data in args.data:
             folder = args.out / data.name
             folder.mkdir(parents=True, exist_ok=True)
             schema = write_even_schema(data, folder)
-            ours = train_ours(data, schema, args.models, args)
-            peer = None
+            ours, peer = train_ours(data, schema, args), None
             if args.peer_python:
-                write_rows(schema, data, folder)
-                peer = train_peer(data, folder, args.models, args)
+                write_rows(load_schema(schema), data, folder)
+                peer = train_peer(data, folder, args)
             figures |= (found := compare(data.name, ours, peer))
             print_table(data.name, args.models, found)
-    differences = [
-        value for key, value in figures.items() if key.startswith("auc_difference/") and value is not None
-    ]
-    figures["least_difference"] = min(differences, default=None)
-    print_figures(figures, args.json) if args.json else None
+    known = [each for key, each in figures.items() if key.startswith("auc_difference/") and each is not None]
+    figures["least_difference"] = min(known, default=None)
+    print_figures(figures, args.json)
     return 0
 
 

@@ -10,11 +10,8 @@ prints and what `mbcnet predict` writes; and this tree's evaluation of the other
 `--quick`: the log of every kind, one process. Exit code 1 and one line for each difference if there is any.
 """
 
-import argparse
 import hashlib
 import json
-import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,69 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
+from side_by_side import ROOT, mbcnet, parser_of, settings
+from small_log import write_log
 
-ROOT = Path(__file__).parents[1]
+from mbcnet_rec.logs.metrics_log import TIMING_KEYS
+
 STEPS = 30
-TIMES = (
-    "samples_per_second",
-    "step_seconds",
-    "input_wait_share",
-    "checkpoint_stall_seconds",
-    "checkpoint_seconds",
-)
-SCHEMA = """
-name = "kinds"
-label = "click"
-group_column = "user"
-
-[tables]
-thing = { num_embeddings = 60, embedding_dim = 16 }
-
-[fields]
-user    = { kind = "categorical", num_embeddings = 120, embedding_dim = 16 }
-item    = { kind = "categorical", table = "thing", pooling = "mean" }
-history = { kind = "multi_valued", table = "thing", pooling = "mean" }
-tags    = { kind = "multi_valued", num_embeddings = 40, embedding_dim = 16 }
-likes   = { kind = "weighted_multi_valued", weights = "like_weights", num_embeddings = 30, embedding_dim = 16 }
-query   = { kind = "categorical", encoding = "hash", num_embeddings = 50, embedding_dim = 16 }
-city    = { kind = "categorical", encoding = "vocabulary", vocabulary = "cities.parquet", num_embeddings = 12, embedding_dim = 16 }
-session = { kind = "categorical", encoding = "zch", num_embeddings = 160, embedding_dim = 16 }
-price   = { kind = "numeric", transform = "log1p" }
-age     = { kind = "numeric", transform = "standardise", mean = 40.0, std = 12.5 }
-hour    = { kind = "numeric", transform = "bucketise", boundaries = [6.0, 12.0, 18.0], num_embeddings = 5, embedding_dim = 16 }
-image   = { kind = "vector", width = 4 }
-sound   = { kind = "vector", width = 6, projection = 4 }
-
-[groups]
-taste = ["user", "item", "history", "query"]
-content = ["item", "tags", "image", "price", "city"]
-moment = ["user", "hour", "likes", "session"]
-"""
-CONFIG = """
-name = "kinds"
-schema = "kinds/schema.toml"
-[data]
-train = ["kinds/train.parquet"]
-valid = ["kinds/valid.parquet"]
-test = ["kinds/test.parquet"]
-batch_size = 96
-lanes = 12
-[model.mbcnet]
-branch_dim = 16
-top = [16, 8]
-dropout = 0.1
-[model.mbcnet.efgc]
-hidden = [16, 8]
-[model.mbcnet.deep]
-hidden = [32, 16]
-[optim]
-dense_lr = 5e-3
-[optim.embedding]
-lr = 0.1
-"""
+RUN = (
+    f"train.max_steps={STEPS}", "train.log_every=1", "train.eval_every=15", "train.device=cpu", "train.keep_last=3",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,106 +42,35 @@ class Case:
     Attributes:
         name: of the run's folder.
         config: TOML file, relative to the tree, or to the working folder.
-        prepare: arguments of the `mbcnet` command that writes the data; empty: the data lie there.
-        overrides: `--set` arguments besides those that all runs have.
+        scored: the data that `mbcnet predict` scores.
+        out: folder into which data are prepared.
+        prepare: arguments of the `mbcnet` command that writes the data there; empty: they lie there.
     """
 
     name: str
     config: str
+    scored: str
+    out: str = ""
     prepare: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
 
 
-def cases(quick: bool) -> list[Case]:
-    """The runs to compare."""
-    kinds = Case("kinds", "kinds/run.toml")
-    if quick:
-        return [kinds]
-    demo = Case(
-        "demo", "mbcnet_rec/configs/demo.toml", ("data", "synth", "--out", "prepared/demo", "--rows", "20000")
-    )
-    source = ROOT.parent / "shared" / "datasets" / "adult"
-    adult = Case(
-        "adult",
-        "mbcnet_rec/configs/adult.toml",
-        ("data", "prepare", "adult", "--src", str(source), "--out", "prepared/adult"),
-    )
-    return [kinds, demo, adult] if source.is_dir() else [kinds, demo]
+ADULT = ROOT.parent / "shared" / "datasets" / "adult"
+CASES = (
+    Case("kinds", "kinds/run.toml", "kinds/test.parquet"),
+    Case("demo", "mbcnet_rec/configs/demo.toml", "prepared/demo/ds=2024-05-14", "prepared/demo",
+         ("data", "synth", "--rows", "20000")),
+    Case("adult", "mbcnet_rec/configs/adult.toml", "prepared/adult/test", "prepared/adult",
+         ("data", "prepare", "adult", "--src", str(ADULT))),
+)  # fmt: skip
 
 
-def write_kinds(folder: Path) -> None:
-    """Write a log with a field of every kind, with nulls and empty lists, from a fixed seed."""
-    folder.mkdir(parents=True)
-    cities = [f"city {number}" for number in range(10)]
-    pq.write_table(pa.table({"value": cities}), folder / "cities.parquet")
-    (folder / "schema.toml").write_text(SCHEMA)
-    (folder / "run.toml").write_text(CONFIG)
-    for seed, (split, rows) in enumerate((("train", 3_000), ("valid", 500), ("test", 500))):
-        rng = np.random.default_rng(seed)
-
-        def lists(
-            size: int, longest: int, rng: np.random.Generator = rng, rows: int = rows
-        ) -> list[list[int]]:
-            return [rng.integers(0, size, rng.integers(0, longest + 1)).tolist() for _ in range(rows)]
-
-        user, item, likes = rng.integers(0, 120, rows), rng.integers(0, 60, rows), lists(30, 2)
-        logit = np.sin(user) + np.cos(item) + 0.7 * np.sin(user * 7.0) * np.cos(item * 3.0)
-        table = {
-            "user": user,
-            "item": pa.array(item, mask=rng.random(rows) < 0.03),
-            "history": lists(60, 4),
-            "tags": lists(40, 3),
-            "likes": likes,
-            "like_weights": [rng.random(len(each)).tolist() for each in likes],
-            "query": [f"query {number}" for number in rng.integers(0, 400, rows)],
-            "city": pa.array(
-                [f"city {number}" for number in rng.integers(0, 12, rows)], mask=rng.random(rows) < 0.1
-            ),
-            "session": rng.integers(0, 2**50, rows) % 500,
-            "price": pa.array(rng.gamma(2.0, 10.0, rows), mask=rng.random(rows) < 0.03),
-            "age": rng.normal(40, 12, rows),
-            "hour": rng.integers(0, 24, rows),
-            "image": rng.normal(size=(rows, 4)).astype(np.float32).tolist(),
-            "sound": rng.normal(size=(rows, 6)).astype(np.float32).tolist(),
-            "click": (rng.random(rows) < 1 / (1 + np.exp(-logit))).astype(np.int8),
-        }
-        pq.write_table(
-            pa.table(table), folder / f"{split}.parquet", row_group_size=700, write_page_checksum=True
-        )
-
-
-def mbcnet(tree: Path, folder: Path, ranks: int, *args: str) -> str:
-    """Run the command of a tree in a folder; return what it printed.
-
-    Raises:
-        SystemExit: it failed; with the end of what it said.
-    """
-    command = [sys.executable, "-m", "mbcnet_rec.cli", *args]
-    if ranks > 1:
-        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *run, "-m", "mbcnet_rec.cli", *args]
-    env = os.environ | {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    if ran.returncode:
-        raise SystemExit(
-            f"{tree}: mbcnet {' '.join(args)} ended with {ran.returncode}:\n{ran.stderr[-2000:]}"
-        )
-    return ran.stdout
-
-
-def make_run(tree: Path, folder: Path, case: Case, ranks: int) -> Path:
-    """Prepare the data of a case once and train; return the run folder."""
-    if case.prepare and not (folder / case.prepare[case.prepare.index("--out") + 1]).exists():
-        mbcnet(tree, folder, 1, *case.prepare)
+def make_run(tree: Path, folder: Path, case: Case, run: str) -> None:
+    """Prepare the data of a case once and train."""
+    if case.prepare and not (folder / case.out).exists():
+        mbcnet(*case.prepare, "--out", case.out, folder=folder, tree=tree)
     config = str(tree / case.config) if (tree / case.config).exists() else case.config
-    run = f"runs/{case.name}-{ranks}"
-    settings = (
-        f"train.out={run}", f"train.max_steps={STEPS}", "train.log_every=1", "train.eval_every=15", "train.device=cpu",
-        "train.keep_last=3",
-    )  # fmt: skip
-    sets = [part for setting in settings for part in ("--set", setting)]
-    mbcnet(tree, folder, ranks, "train", "--config", config, *sets)
-    return folder / run
+    words = ("train", "--config", config, *settings(f"train.out={run}", *RUN))
+    mbcnet(*words, folder=folder, tree=tree, ranks=int(run.rpartition("-")[2]))
 
 
 def logged(run: Path) -> dict[str, Any]:
@@ -205,7 +79,7 @@ def logged(run: Path) -> dict[str, Any]:
     for text in (run / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         for key, value in line.items():
-            if key not in TIMES:
+            if key not in TIMING_KEYS:
                 found[f"{line['split']} {line['step']} {key}"] = value
     return found
 
@@ -230,75 +104,11 @@ def files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def scores(folder: Path) -> dict[str, Any]:
-    """What `mbcnet predict` wrote, column by column."""
+def scores(folder: Path) -> dict[str, str]:
+    """Digests of what `mbcnet predict` wrote, column by column."""
     table = pq.read_table(folder)
-    return {
-        name: hashlib.sha256(str(table[name].to_pylist()).encode()).hexdigest() for name in table.column_names
-    }
-
-
-def differences(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """One line for each key whose values differ; keys of one side only count too."""
-    found = []
-    for key in dict.fromkeys([*theirs, *ours]):
-        a, b = ours.get(key, "absent"), theirs.get(key, "absent")
-        same = a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
-        if not same:
-            found.append(f"{what}: {key}: {str(a)[:60]} here, {str(b)[:60]} there")
-    return found
-
-
-@contextmanager
-def checked_out(commit: str, folder: Path) -> Iterator[Path]:
-    """A worktree of a commit, removed afterwards."""
-    subprocess.run(
-        ["git", "-C", str(ROOT), "worktree", "add", "--detach", "-q", str(folder), commit], check=True
-    )
-    try:
-        yield folder
-    finally:
-        subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(folder)], check=True)
-
-
-def compare(case: Case, ranks: int, trees: dict[str, Path], work: Path) -> list[str]:
-    """Make one run in both trees and compare everything that it left."""
-    runs = {side: make_run(tree, work / side, case, ranks) for side, tree in trees.items()}
-    where = f"{case.name}, {ranks} rank{'s' if ranks > 1 else ''}"
-    found = differences(f"{where}: metrics.jsonl", logged(runs["here"]), logged(runs["there"]))
-    found += differences(f"{where}: checkpoint", tensors(runs["here"]), tensors(runs["there"]))
-    if case.prepare:
-        out = case.prepare[case.prepare.index("--out") + 1]
-        found += differences(f"{where}: data", files(work / "here" / out), files(work / "there" / out))
-    run = f"runs/{case.name}-{ranks}"
-    evaluated = {
-        side: json.loads(mbcnet(tree, work / side, 1, "evaluate", run, "--json"))
-        for side, tree in trees.items()
-    }
-    evaluated["old run"] = json.loads(mbcnet(trees["here"], work / "there", 1, "evaluate", run, "--json"))
-    found += differences(f"{where}: evaluate", flat(evaluated["here"]), flat(evaluated["there"]))
-    found += differences(
-        f"{where}: evaluate of the other's run", flat(evaluated["old run"]), flat(evaluated["there"])
-    )
-    data = {
-        "kinds": "kinds/test.parquet",
-        "demo": "prepared/demo/ds=2024-05-14",
-        "adult": "prepared/adult/test",
-    }
-    for side, tree in trees.items():
-        mbcnet(
-            tree,
-            work / side,
-            1,
-            "predict",
-            run,
-            "--data",
-            data[case.name],
-            "--out",
-            f"scored/{case.name}-{ranks}",
-        )
-    sides = [scores(work / side / f"scored/{case.name}-{ranks}") for side in ("here", "there")]
-    return found + differences(f"{where}: predict", *sides)
+    values = {name: str(table[name].to_pylist()) for name in table.column_names}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in values.items()}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -312,42 +122,79 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for each in pairs for key, leaf in each.items()}
 
 
-def main() -> int:
-    """Compare and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--against", default="HEAD", metavar="COMMIT", help="the other commit (default: HEAD)"
-    )
-    parser.add_argument("--only", nargs="+", choices=("kinds", "demo", "adult"), help="these runs")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--quick", action="store_true", help="the log of every kind of field, one process")
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
-    args = parser.parse_args()
-    found: list[str] = []
-    made = 0
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        checked_out(args.against, Path(temporary) / "tree") as tree,
-    ):
-        work = Path(temporary)
-        for side in ("here", "there"):
-            write_kinds(work / side / "kinds")
-        for case in cases(args.quick):
-            if args.only and case.name not in args.only:
-                continue
-            for ranks in [1] if args.quick else args.ranks:
-                lines = compare(case, ranks, {"here": ROOT, "there": tree}, work)
-                made += 1
-                print(f"{case.name}, {ranks} rank(s): {len(lines) or 'no'} differences", flush=True)
-                for line in lines[:40]:
-                    print(f"  {line}", flush=True)
-                found += lines
-    if args.json:
-        print(
-            json.dumps({"against": args.against, "runs": made, "differences": len(found), "same": not found})
+def differences(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """One line for each key whose values differ; keys of one side only count too. repr: NaN is equal to NaN, and every bit counts."""
+    sides = {key: (ours.get(key, "absent"), theirs.get(key, "absent")) for key in {**theirs, **ours}}
+    return [
+        f"{what}: {key}: {str(a)[:60]} here, {str(b)[:60]} there"
+        for key, (a, b) in sides.items()
+        if repr(a) != repr(b)
+    ]
+
+
+@contextmanager
+def checked_out(commit: str, folder: Path) -> Iterator[Path]:
+    """A worktree of a commit, removed afterwards."""
+    git = ["git", "-C", str(ROOT), "worktree"]
+    subprocess.run([*git, "add", "--detach", "-q", str(folder), commit], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run([*git, "remove", "--force", str(folder)], check=True)
+
+
+def compare(case: Case, ranks: int, other: Path, work: Path) -> list[str]:
+    """Make one run in both trees and compare everything that it left."""
+    run, scored = f"runs/{case.name}-{ranks}", f"scored/{case.name}-{ranks}"
+    sides = {"here": ROOT, "there": other}
+    seen: dict[str, tuple[dict[str, Any], ...]] = {}
+    for side, tree in sides.items():
+        folder = work / side
+        make_run(tree, folder, case, run)
+        evaluated = json.loads(mbcnet("evaluate", run, "--json", folder=folder, tree=tree))
+        mbcnet("predict", run, "--data", case.scored, "--out", scored, folder=folder, tree=tree)
+        data = files(folder / case.out) if case.prepare else {}
+        seen[side] = (
+            logged(folder / run),
+            tensors(folder / run),
+            data,
+            flat(evaluated),
+            scores(folder / scored),
         )
+    where, found = f"{case.name}, {ranks} rank(s)", []
+    for what, ours, theirs in zip(
+        ("metrics.jsonl", "checkpoint", "data", "evaluate", "predict"),
+        seen["here"],
+        seen["there"],
+        strict=True,
+    ):
+        found += differences(f"{where}: {what}", ours, theirs)
+    old_run = json.loads(mbcnet("evaluate", run, "--json", folder=work / "there"))
+    return found + differences(f"{where}: evaluate of the other's run", flat(old_run), seen["there"][3])
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
+    words = "the other commit (default: HEAD)"
+    parser.add_argument("--against", default="HEAD", metavar="COMMIT", help=words)
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="these runs")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
+    args = parser.parse_args()
+    there = [case for case in CASES if case.name != "adult" or ADULT.is_dir()]
+    chosen = there[:1] if args.quick else [case for case in there if case.name in (args.only or case.name)]
+    found: list[str] = []
+    made = [(case, ranks) for case in chosen for ranks in ([1] if args.quick else args.ranks)]
+    with tempfile.TemporaryDirectory() as name, checked_out(args.against, Path(name) / "tree") as other:
+        for side in ("here", "there"):
+            write_log(Path(name) / side / "kinds")
+        for case, ranks in made:
+            lines = compare(case, ranks, other, Path(name))
+            print(f"{case.name}, {ranks} rank(s): {len(lines) or 'no'} differences", flush=True)
+            print("\n".join(f"  {line}" for line in lines[:40]), flush=True)
+            found += lines
+    if args.json:
+        result = {"against": args.against, "runs": len(made), "differences": len(found), "same": not found}
+        print(json.dumps(result))
     return 1 if found else 0
 
 

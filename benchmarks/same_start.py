@@ -19,9 +19,6 @@ other_epoch/DATA/MODEL                    with --protocol: seeds with which the 
 """
 
 import contextlib
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +30,7 @@ import quality
 import torch
 from paper_size import objective_of
 from peer_code.given_masks import give_masks
-from side_by_side import parser_of, print_figures
+from side_by_side import print_figures, timing_parser_of
 from torch import Tensor
 
 from data.reading.config import StreamOptions
@@ -44,7 +41,6 @@ from mbcnet_rec.build import build
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.metrics import auc
-from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.pipeline import CheckedStep
 from mbcnet_rec.training.state import TrainState, scale_rates
@@ -53,35 +49,6 @@ PREDICTION = "equal to 1e-6 after the first pass; rounding grows to 1e-2 of sing
 SPARE_EPOCHS = 4
 PEER_SCRIPT = Path(__file__).parent / "peer_code" / "fuxictr_same_start.py"
 Predictions = list[dict[str, np.ndarray]]  # of an epoch: split -> probabilities
-
-
-def dropout_of(kind: str, protocol: bool) -> tuple[list[str], dict[str, Any]]:
-    """Overrides of our config, and the peer's hyper-parameters."""
-    if protocol:
-        return [], quality.PEERS[kind]
-    ours = [f"model.{key}=0.0" for key in quality.OURS[kind] if key.endswith("dropout")]
-    peer = {key: 0.0 if key.endswith("dropout") else value for key, value in quality.PEERS[kind].items()}
-    return ours, peer
-
-
-def rows_of(batch: Batch, schema: Schema) -> dict[str, np.ndarray]:
-    """The real rows of a batch as FuxiCTR reads them: ids from 1 up, 0 behind the end of a list."""
-    real = batch.weights.numpy() > 0
-    bags = {feature.name: batch.sparse_features[feature.name] for feature in schema.sparse}
-    rows = {
-        name: quality.padded(bag.values().numpy(), bag.lengths().numpy())[real] for name, bag in bags.items()
-    }
-    return rows | {schema.label: batch.labels.numpy()[real, None]}
-
-
-def joined(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Batches one below the other, lists as wide as the longest."""
-    columns = {name: [each[name] for each in batches] for name in batches[0]}
-    widths = {name: max(part.shape[1] for part in parts) for name, parts in columns.items()}
-    return {
-        name: np.concatenate([quality.widened(part, widths[name]) for part in parts])
-        for name, parts in columns.items()
-    }
 
 
 def initial_weights(built: Built, schema: Schema) -> dict[str, np.ndarray]:
@@ -107,14 +74,9 @@ def train_ours(
     Returns:
         Probabilities of the validation and test rows after each epoch.
     """
-    scored = {
-        split: list(
-            ParquetStream(resolve_files([str(data / split)]), schema, StreamOptions(4096, 1, "partitioned"))
-        )
-        for split in ("valid", "test")
-    }
+    scored = {split: list(quality.batches_of(data, split, schema)) for split in ("valid", "test")}
     for split, batches in scored.items():
-        rows = joined([rows_of(batch, schema) for batch in batches])
+        rows = quality.joined([quality.rows_of(batch, schema) for batch in batches])
         np.savez(folder / f"{split}_rows.npz", **rows)  # type: ignore[arg-type]
     found: Predictions = []
     with joined_process("cpu") as process:
@@ -140,9 +102,13 @@ def train_ours(
                 break
     spare = SPARE_EPOCHS if valid_labels is not None else 0  # the peer may want more of them than we did
     epochs = range(min(config.train.epochs, len(found) + spare))
-    seen = [rows_of(batch, schema) for epoch in epochs for batch in batches_of(config, schema, data, epoch)]
+    seen = [
+        quality.rows_of(batch, schema)
+        for epoch in epochs
+        for batch in batches_of(config, schema, data, epoch)
+    ]
     sizes = [len(rows[schema.label]) for rows in seen]
-    np.savez(folder / "train_rows.npz", **joined(seen), **{"": np.asarray(sizes)})  # type: ignore[arg-type]
+    np.savez(folder / "train_rows.npz", **quality.joined(seen), **{"": np.asarray(sizes)})  # type: ignore[arg-type]
     return found
 
 
@@ -162,46 +128,22 @@ def probabilities(built: Built, batches: list[Batch]) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def train_peer(kind: str, seed: int, steps_an_epoch: int, data: Path, folder: Path, args: Any) -> Predictions:
+def train_peer(config: RunConfig, schema: Schema, data: Path, folder: Path, args: Any) -> Predictions:
     """Have the peer do the same, by its own Python."""
-    task = {
-        "source": str(Path(args.peer_source).resolve()),
-        "folder": str(folder.resolve()),
-        "threads": args.threads,
-        "kind": kind,
-        "steps_an_epoch": steps_an_epoch,
-        "protocol": args.protocol,
-        "mask_seed": seed,
-        "params": quality.PEER_TRAINING
-        | dropout_of(kind, args.protocol)[1]
-        | {
-            "dataset_id": data.name,
-            "model_id": kind,
-            "model_root": str(folder / "checkpoints"),
-            "embedding_regularizer": args.l2,
-            "embedding_dim": quality.WIDTH,
-            "verbose": 0,
-        },
+    kind, dropout = config.model.kind, quality.DROPOUT if args.protocol else 0.0
+    params = quality.peer_model(kind, dropout=dropout) | {
+        "dataset_id": data.name,
+        "model_id": kind,
+        "model_root": str(folder / "checkpoints"),
+        "embedding_regularizer": args.l2,
+        "embedding_dim": quality.WIDTH,
     }
-    asked = folder / "same_start.json"
-    asked.write_text(json.dumps(task))
-    env = os.environ | {"PYTHONPATH": task["source"], "OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run([args.peer_python, str(PEER_SCRIPT), str(asked)], env=env)
-    if done.returncode:
-        raise SystemExit(f"FuxiCTR ended with {done.returncode}; its words are above")
+    steps = batches_of(config, schema, data, 0).steps_per_epoch
+    task = {"kind": kind, "steps_an_epoch": steps, "protocol": args.protocol, "mask_seed": config.train.seed}
+    quality.run_peer("same_start", task | {"params": params}, folder / "same_start.json", args)
     with np.load(folder / "predictions.npz") as answer:
         epochs = len(answer.files) // 2
         return [{split: answer[f"{split}/{epoch}"] for split in ("valid", "test")} for epoch in range(epochs)]
-
-
-def configs_of(data: Path, schema_file: Path, kind: str, args: Any) -> list[RunConfig]:
-    """A run's config for each seed."""
-    config = quality.our_config(data, schema_file, kind, args.l2, args.epochs)
-    overrides = dropout_of(kind, args.protocol)[0]
-    return [
-        with_overrides(config, [*overrides, f"train.seed={seed}"], f"{kind}, seed {seed}")
-        for seed in range(args.seeds)
-    ]
 
 
 def best_epoch(found: Predictions, labels: np.ndarray) -> int:
@@ -251,30 +193,21 @@ def compare_all(
 
 
 def main() -> int:
-    """Compare on every data set."""
-    parser = parser_of(__doc__)
-    parser.add_argument(
-        "--data", nargs="+", type=Path, metavar="FOLDER", help="that `mbcnet data prepare` wrote"
-    )
-    parser.add_argument("--models", nargs="+", choices=list(quality.OURS), default=list(quality.OURS))
-    parser.add_argument("--l2", type=float, default=1e-5, help="lambda of the tables (default: %(default)s)")
+    parser = timing_parser_of(__doc__)
+    words = "that `mbcnet data prepare` wrote"
+    parser.add_argument("--data", nargs="+", type=Path, metavar="FOLDER", help=words)
     parser.add_argument("--epochs", type=int, help="default 3, with --protocol at most 20")
-    parser.add_argument(
-        "--protocol", action="store_true", help="with dropout, plateau schedule and the best epoch"
-    )
+    words = "with dropout, plateau schedule and the best epoch"
+    parser.add_argument("--protocol", action="store_true", help=words)
     parser.add_argument("--seeds", type=int, default=1, help="starts, each with its own order of rows")
-    parser.add_argument("--peer-python", metavar="FILE", help="Python that can import FuxiCTR")
-    parser.add_argument("--peer-source", metavar="FOLDER", help="checkout of FuxiCTR's repository")
-    args = parser.parse_args()
-    if bool(args.peer_python) != bool(args.peer_source):
-        parser.error("--peer-python and --peer-source: name both or neither")
-    args.epochs = args.epochs or (20 if args.protocol else 3)
+    quality.add_peer_options(parser, l2=1e-5)
+    args = quality.parsed(parser)
+    args.epochs = 1 if args.quick else args.epochs or (20 if args.protocol else 3)
+    dropout = quality.DROPOUT if args.protocol else 0.0
     torch.set_num_threads(args.threads)
     print(f"prediction: {PREDICTION}")
     figures: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory() as made:
-        if args.quick:
-            args.epochs, args.models = 1, args.models[:1]
         if args.quick or not args.data:
             args.data = [quality.write_small_log(Path(made) / "small")]
         for data in args.data:
@@ -282,21 +215,16 @@ def main() -> int:
             folder.mkdir(parents=True)
             schema_file = quality.write_even_schema(data, folder)
             schema = load_schema(schema_file)
-            quality.write_rows(schema_file, data, folder)
-            labels = {}
-            for split in ("valid", "test"):
-                with np.load(folder / f"{split}.npz") as rows:
-                    labels[split] = rows[schema.label]
+            quality.write_rows(schema, data, folder)
+            labels = {split: np.load(folder / f"{split}.npz")[schema.label] for split in ("valid", "test")}
             for kind in args.models:
+                model = quality.our_model(kind, dropout=dropout)
                 runs: list[tuple[Predictions, Predictions | None]] = []
-                for config in configs_of(data, schema_file, kind, args):
-                    ours = train_ours(
-                        config, schema, data, folder, labels["valid"] if args.protocol else None
-                    )
-                    peer = None
-                    if args.peer_python:
-                        steps = batches_of(config, schema, data, 0).steps_per_epoch
-                        peer = train_peer(kind, config.train.seed, steps, data, folder, args)
+                for seed in range(args.seeds):
+                    config = quality.our_config(data, schema_file, model, args, seed)
+                    valid_labels = labels["valid"] if args.protocol else None
+                    ours = train_ours(config, schema, data, folder, valid_labels)
+                    peer = train_peer(config, schema, data, folder, args) if args.peer_python else None
                     runs.append((ours, peer))
                 figures |= compare_all(f"{data.name}/{kind}", labels, runs, args.protocol)
     print_figures(figures, args.json)

@@ -1,6 +1,6 @@
 """From 1 to 1,024 GPUs at the paper's sizes, on paper: which wall stands where. Nothing is measured; no GPU is needed.
 
-    python benchmarks/scaling.py [--quick] [--json] [--kind h100-80g] [--batch 8192] [--png FILE]
+    python benchmarks/scaling.py [--quick] [--json] [--kind h100-80g] [--batch 8192]
 
 Each size is planned by the project's own planner for the paper's tables (480 M users, 974 M items) and added up by its cost model
 (sharding/cost/estimate.py, sharding/cost/assess.py). What is assumed of overlap: the exchange of ids and the decoding of Parquet go on beside
@@ -19,7 +19,6 @@ import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from side_by_side import parser_of
@@ -53,7 +52,6 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8192, help="rows of one GPU")
     parser.add_argument("--sizes", help="comma-separated numbers of GPUs; default 1 to 1,024 by doubling")
     parser.add_argument("--search-seconds", type=float, default=None, help="of the planner at each size")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the walls")
     args = parser.parse_args()
     sizes = (
         [int(text) for text in args.sizes.split(",")]
@@ -84,9 +82,6 @@ def main() -> int:
     for each in NOT_TRIED:
         print(f"  not tried: {each}")
     figures = figures_of(cells, args.kind, args.batch)
-    if args.png:
-        draw(cells, args.kind, args.png)
-        print(f"  drawn: {args.png}")
     if args.json:
         print(json.dumps(figures))
     return 0
@@ -160,39 +155,6 @@ def figures_of(cells: dict[int, dict[str, Any]], kind: str, batch: int) -> dict[
         "batch_per_gpu": batch,
         "cells": {str(size): cell for size, cell in cells.items()},
     }
-
-
-def draw(cells: dict[int, dict[str, Any]], kind: str, path: Path) -> None:
-    """The rate of all GPUs under the wall of each resource."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8.5, 5.0), constrained_layout=True)
-    sizes = list(cells)
-    colours = {"compute": "#4477aa", "memory": "#228833", "network": "#ee6677", "input": "#ccbb44"}
-    for name in WALLS:
-        walls = [cells[size]["walls"][name] for size in sizes]
-        axes.plot(sizes, walls, "--", color=colours[name], linewidth=1.3, label=f"{name} alone")
-    rates = [cells[size]["samples_per_second"] for size in sizes]
-    axes.plot(sizes, rates, "-", color="black", linewidth=1.6, label="all together")
-    for size, rate in zip(sizes, rates, strict=True):
-        axes.plot(size, rate, "o", color=colours[cells[size]["wall"]], markersize=8, markeredgecolor="black")
-        axes.annotate(
-            cells[size]["wall"], (size, rate), textcoords="offset points", xytext=(6, -13), fontsize=8
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axes.set_xlabel(f"GPUs ({kind}, {HOST_DEVICES} a host)")
-    axes.set_ylabel("samples a second, all GPUs together")
-    axes.set_title("Floor from the planner's cost model at the paper's sizes: not measured")
-    axes.margins(x=0.09)  # room for the last name
-    axes.grid(alpha=0.3, which="major")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

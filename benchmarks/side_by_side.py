@@ -1,16 +1,20 @@
-"""Timing on a machine that others use too: cases take turns, and only ratios within one round are compared. And what ranks find each other by."""
+"""Timing on a machine that others use too, by cases that take turns and ratios within a round; and what all scripts share."""
 
 import argparse
 import json
 import os
 import socket
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+ROOT = Path(__file__).parents[1]
 Clock = Literal["wall", "cpu"]
 CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -22,22 +26,22 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="under 50 seconds")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+def timing_parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The same with threads and the clock."""
+    parser = parser_of(description)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "0")) or 1)
-    parser.add_argument(
-        "--clock",
-        choices=list(CLOCKS),
-        default="wall",
-        help="cpu: seconds of this process's own work, for a machine that is busy with other work; meaningful with one thread",
-    )
+    words = "cpu: seconds of this process's own work, for a busy machine; meaningful with one thread"
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help=words)
     return parser
 
 
 def take_turns(
     cases: Mapping[str, Callable[[], object]], seconds: float, clock: Clock = "wall", least_rounds: int = 3
 ) -> dict[str, list[float]]:
-    """Run every case once a round, each round from another start, until the time is up.
-
-    One round warms up and is not counted.
+    """Run every case once a round, each round from another start, until the time is up. One round warms up and is not counted.
 
     Returns:
         Seconds of each case, one entry a round.
@@ -61,11 +65,6 @@ def take_turns(
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """Median over rounds of above / below: what slows a whole round down cancels."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
-
-
-def ratio_of_least(above: Sequence[float], below: Sequence[float]) -> float:
-    """Ratio of the fastest rounds: the second opinion on `ratio`."""
-    return min(above) / min(below)
 
 
 def square_product(size: int = 2048) -> tuple[Callable[[], object], float]:
@@ -98,23 +97,101 @@ def fitted_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return float((x * y).sum() / (x * x).sum())
 
 
+def resident_bytes() -> int:
+    """Memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def free_port() -> int:
-    """A port of this host that nobody listens at."""
+    """A port of this host on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torchrun would tell one of `world` ranks on this host that meet at `port`."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    """What torchrun would set for one of `world` ranks on this host that meet at `port`."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {key: str(value) for key, value in (own | meeting).items()}
+
+
+def environment(threads: int = 1, tree: Path = ROOT) -> dict[str, str]:
+    """This process's own, in which a tree and its benchmarks can be imported."""
+    paths = [str(tree), str(tree / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))
+    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)}
+
+
+def mbcnet(*words: str, folder: Path = ROOT, tree: Path = ROOT, ranks: int = 1) -> str:
+    """Run the command line of a tree in a folder; return what it printed.
+
+    Raises:
+        SystemExit: it failed; with the end of what it said.
+    """
+    agent = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    command = [sys.executable, "-m", *(agent if ranks > 1 else []), "mbcnet_rec.cli", *words]
+    ran = subprocess.run(command, cwd=folder, env=environment(tree=tree), capture_output=True, text=True)
+    if ran.returncode:
+        said = f"mbcnet {' '.join(words)} ended with {ran.returncode}:\n{ran.stderr[-2000:]}"
+        raise SystemExit(f"{tree}: {said}")
+    return ran.stdout
+
+
+def settings(*pairs: str) -> list[str]:
+    """KEY=VALUE as arguments of `mbcnet train`."""
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
+class Answering:
+    """A process that answers each line on its standard input with a line.
+
+    Args:
+        command: that starts it.
+        env: its environment.
+        log: file for its standard error; None: this process's own.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path | None = None) -> None:
+        self._log = log
+        words = log.open("w") if log else None
+        self._process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, text=True
+        )
+        if words:
+            words.close()
+
+    def ask(self, line: str) -> None:
+        """Send a line."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer will be missing
+
+    def answer(self) -> str:
+        """Wait for a line.
+
+        Raises:
+            SystemExit: the process has ended; with its last words.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            words = self._log.read_text()[-3000:] if self._log else "its words are above"
+            raise SystemExit(f"{' '.join(self._process.args)} has ended:\n{words}")  # type: ignore[arg-type]
+        return line
+
+    def end(self) -> None:
+        """Close its input and let it leave; one that stays is terminated."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait(60)
 
 
 def print_figures(figures: Mapping[str, Any], as_json: bool) -> None:

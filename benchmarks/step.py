@@ -1,6 +1,6 @@
 """One training step of MBCnet at the paper's size: what it costs by part, against each part's own roof.
 
-    python benchmarks/step.py [--quick] [--json] [--only steps losses trainer] [--threads N] [--clock cpu] [--trace FILE]
+    python benchmarks/step.py [--quick] [--json] [--only steps losses trainer] [--threads N] [--clock cpu]
 
 192 fields, 2,780 dims, seven groups of 800 dims together, tables cut to --max-rows rows; the project's own build: sharded tables with
 fused rowwise Adagrad, Adam for the dense part. Every case is measured in turns with all others; ratios are medians over rounds.
@@ -9,12 +9,13 @@ gemm_share                FLOPs of the step's matrices / its time / the machine'
 gemm_share_of_faster      the same against the faster of torch.mm (MKL) and oneDNN, which the model's layers use on a CPU
 bf16_speedup              float32 step / step under bf16 autocast
 bf16_loss_difference      relative difference of the mean loss over the last tenth of --loss-steps steps, float32 against bf16; no row is seen twice
-float32_loss_difference   the same between two float32 runs whose dense weights differ by 1e-6 of themselves at first: the part that is no precision's fault
+float32_loss_difference   the same between two float32 runs whose dense weights differ by 1e-6 of themselves at first
 *_by_tenth                the same over each tenth of the steps
 cooperation_overhead      step / step of cross and deep branch alone without cooperation losses - 1
 grouped_speedup           EFGC's groups by a loop of independent MLPs of torch's own layers / as the model runs them
 compiled_speedup          with --compile: step / step with the dense part compiled by Inductor for these shapes, after its compilation
 compile_seconds           with --compile: the compilation
+cpu_fast_path_speedup     float32 step with train.cpu_fast_path off / on
 non_model_share           share of the real trainer's time outside forward, backward and optimizer: input, metrics, log, checkpoint
 """
 
@@ -27,7 +28,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,14 @@ from side_by_side import (
     Clock,
     large_copy,
     one_dnn_product,
-    parser_of,
     print_figures,
     ratio,
-    ratio_of_least,
     square_product,
     take_turns,
+    timing_parser_of,
 )
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torchrec.distributed import DistributedModelParallel
 
 from data.schema import Schema
@@ -76,45 +72,48 @@ LOG_EVERY, CHECKPOINT_EVERY = 20, 100  # steps; one checkpoint in 100 steps is m
 
 
 def main() -> int:
-    parser = parser_of(__doc__)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser = timing_parser_of(__doc__)
+    parser.add_argument("--batch", type=int, help="default 1024, quick 256")
     parser.add_argument("--max-rows", type=int, default=10_000, help="of a table")
-    parser.add_argument("--seconds", type=float, help="of measuring in turns; default 120, quick 10")
-    parser.add_argument("--loss-steps", type=int, help="default 500, quick 10; of 256 rows")
-    parser.add_argument("--trainer-steps", type=int, help="default 200, quick 40; of --batch rows, quick 256")
+    parser.add_argument("--seconds", type=float, help="of measuring in turns; default 120, quick 4")
+    parser.add_argument("--loss-steps", type=int, help="default 500, quick 5; of 256 rows")
+    parser.add_argument("--trainer-steps", type=int, help="default 200, quick 25; of --batch rows")
     parser.add_argument("--scale", choices=["paper", "demo"], default="paper", help="demo: 684 dims")
     parser.add_argument(
         "--only", nargs="+", choices=["steps", "losses", "trainer"], help="parts to measure; default all"
     )
     parser.add_argument("--compile", action="store_true", help="compare with Inductor; needs a C++ compiler")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of two steps")
     args = parser.parse_args()
-    seconds = args.seconds or (10 if args.quick else 120)
-    loss_steps = args.loss_steps or (10 if args.quick else 500)
-    trainer_steps = args.trainer_steps or (40 if args.quick else 200)
-    trainer_batch = min(args.batch, 256) if args.quick else args.batch
+    args.batch = args.batch or (256 if args.quick else 1024)
+    seconds = args.seconds or (4 if args.quick else 120)
+    loss_steps = args.loss_steps or (5 if args.quick else 500)
+    trainer_steps = args.trainer_steps or (25 if args.quick else 200)
     only = args.only or ["steps", "losses", "trainer"]
     figures: dict[str, Any] = {}
     torch.set_num_threads(args.threads)
     print_prediction(args.batch)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = max(8 * args.batch, (trainer_steps + 1) * trainer_batch if args.quick else 64 * args.batch)
+        rows = max(8 * args.batch, (trainer_steps + 1) * args.batch if args.quick else 64 * args.batch)
         if "losses" in only:
             rows = max(rows, loss_steps * LOSS_BATCH)
         schema = written_log(folder / "log", cut_schema(args.max_rows, args.scale), rows)
         with joined_process("cpu") as process:
             batch = read_batches(folder / "log", schema, args.batch)[0]
             if "steps" in only:
-                figures |= measure_steps(
-                    folder / "log", schema, process, batch, seconds, args.clock, args.compile
-                )
-            if args.trace:
-                write_trace(folder / "log", schema, process, batch, args.trace)
+                run = partial(run_config, folder / "log", batch_size=args.batch)
+                made = {
+                    "step": build(run(MBCNET), schema, process),
+                    "two": build(run(TWO_BRANCHES), schema, process),
+                    "slow": build(run(MBCNET, cpu_fast_path=False), schema, process),
+                }
+                if args.compile:
+                    made["compiled"] = build(run(MBCNET), schema, process)
+                figures |= measure_steps(made, batch, seconds, args.clock)
             if "losses" in only:
                 figures |= compare_losses(folder / "log", schema, process, loss_steps)
         if "trainer" in only:
-            figures |= measure_trainer(folder, trainer_batch, trainer_steps)
+            figures |= measure_trainer(folder, args.batch, trainer_steps)
     figures |= {"batch": args.batch, "threads": args.threads, "clock": args.clock}
     print_figures(figures, args.json)
     return 0
@@ -128,57 +127,42 @@ def print_prediction(batch: int) -> None:
     )
 
 
-def measure_steps(
-    folder: Path,
-    schema: Schema,
-    process: Process,
-    batch: Batch,
-    seconds: float,
-    clock: Clock,
-    compile_too: bool = False,
-) -> dict[str, Any]:
-    """Time whole steps and their parts in turns; print the table of parts."""
+def measure_steps(made: dict[str, Built], batch: Batch, seconds: float, clock: Clock) -> dict[str, Any]:
+    """Time whole steps of models and the parts of the first in turns; print the table of parts."""
     size = len(batch.labels)
-    built = build(run_config(folder, MBCNET, size), schema, process)
-    two = build(run_config(folder, TWO_BRANCHES, size), schema, process)
     product, product_flops = square_product()
     other_product = one_dnn_product()
     copying, copy_bytes = large_copy()
-    parts, loop = part_cases(built, batch)
+    parts, loop = part_cases(made["step"], batch)
     cases: dict[str, Callable[[], object]] = {
         "product": product,
         "oneDNN product": other_product or product,
         "copy": copying,
-        "step": training_step(built, batch),
-        "bf16": training_step(built, batch, autocast=True),
-        "two": training_step(two, batch),
+        "bf16": training_step(made["step"], batch, autocast=True),
         "loop over groups": loop,
+        **{name: training_step(built, batch) for name, built in made.items()},
         **{name: case for name, (case, _, _) in parts.items()},
     }
-    compiled: dict[str, float] = {}
-    if compile_too:
-        third = build(run_config(folder, MBCNET, size), schema, process)
-        objective_of(third).model.dense_arch.compile(dynamic=False)
-        cases["compiled"] = training_step(third, batch)
+    figures: dict[str, Any] = {}
+    if "compiled" in made:
+        objective_of(made["compiled"]).model.dense_arch.compile(dynamic=False)
         start = time.perf_counter()
         cases["compiled"]()
-        compiled["compile_seconds"] = time.perf_counter() - start
+        figures["compile_seconds"] = time.perf_counter() - start
     times = take_turns(cases, seconds, clock)
-    if compile_too:
-        compiled["compiled_speedup"] = ratio(times["step"], times["compiled"])
     flops = sum(part_flops for _, part_flops, _ in parts.values())
     rate, bandwidth = product_flops / min(times["product"]), copy_bytes / min(times["copy"])
     faster = min(("product", "oneDNN product"), key=lambda name: statistics.median(times[name]))
     print_parts(times, parts, rate, bandwidth)
     share = flops / product_flops
-    return {
+    if "compiled" in made:
+        figures["compiled_speedup"] = ratio(times["step"], times["compiled"])
+    return figures | {
         "gemm_share": share * ratio(times["product"], times["step"]),
-        "gemm_share_of_least": share * ratio_of_least(times["product"], times["step"]),
         "gemm_share_of_faster": share * ratio(times[faster], times["step"]),
         "bf16_speedup": ratio(times["step"], times["bf16"]),
-        "bf16_speedup_of_least": ratio_of_least(times["step"], times["bf16"]),
         "cooperation_overhead": ratio(times["step"], times["two"]) - 1,
-        "cooperation_overhead_of_least": ratio_of_least(times["step"], times["two"]) - 1,
+        "cpu_fast_path_speedup": ratio(times["slow"], times["step"]),
         "grouped_speedup": ratio(times["loop over groups"], times["EFGC groups"]),
         "mflop_per_sample": flops / size / 1e6,
         "product_gflops": rate / 1e9,
@@ -187,7 +171,7 @@ def measure_steps(
         "step_seconds": min(times["step"]),
         "samples_per_second": size / min(times["step"]),
         "rounds": len(times["step"]),
-    } | compiled
+    }
 
 
 Part = tuple[Callable[[], object], float, float]  # case, FLOPs of matrix products, bytes that cannot be saved
@@ -242,46 +226,26 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
     parameters = sum(parameter.numel() for parameter in built.dense)
     num_branches, cross = len(dense.branches), dense.branches["cross"]
     efgc = dense.branches["efgc"]
+    flops = partial(matrix_flops, rows=rows)
+    deep, reduction = dense.branches["deep"], efgc.reduction
+    top_flops = matrix_flops(dense.top, num_branches * rows) + flops(dense.branch_logits)
+    # elementwise: x + x_0 * y reads 3 and writes 1 in forward, twice that in backward
+    cross_bytes = 12.0 * 4 * rows * wide * len(cross.crossing.layers)
     parts: dict[str, Part] = {
         # rows are read, and in backward read and written; pooled rows are written, their gradients read
         "tables and their update": (look_up, 0.0, 5 * 4 * table_floats(batch, pooled)),
         "regroup": (
             lambda: backward(*regroup(pooled, batch.dense_features).values()),
             0.0,
-            4.0 * rows * floats * 4,
+            16.0 * rows * floats,
         ),
-        "EFGC groups": (
-            lambda: backward(*efgc.crossing(groups)),
-            matrix_flops(efgc.crossing, rows),
-            0.0,
-        ),
-        "EFGC reduction": (
-            on_fresh(efgc.reduction, rows, efgc.reduction[0].in_features),
-            matrix_flops(efgc.reduction, rows),
-            0.0,
-        ),
-        # elementwise: x + x_0 * y reads 3 and writes 1 in forward, twice that in backward
-        "cross": (
-            lambda: backward(cross(features)),
-            matrix_flops(cross, rows),
-            12.0 * 4 * rows * wide * len(cross.crossing.layers),
-        ),
-        "deep": (
-            lambda: backward(dense.branches["deep"](features)),
-            matrix_flops(dense.branches["deep"], rows),
-            0.0,
-        ),
-        "shared top, logits": (
-            top,
-            matrix_flops(dense.top, num_branches * rows) + matrix_flops(dense.branch_logits, rows),
-            0.0,
-        ),
+        "EFGC groups": (lambda: backward(*efgc.crossing(groups)), flops(efgc.crossing), 0.0),
+        "EFGC reduction": (on_fresh(reduction, rows, reduction[0].in_features), flops(reduction), 0.0),
+        "cross": (lambda: backward(cross(features)), flops(cross), cross_bytes),
+        "deep": (lambda: backward(deep(features)), flops(deep), 0.0),
+        "shared top, logits": (top, top_flops, 0.0),
         # two products for each of the P matrices and each direction
-        "losses": (
-            lambda: losses(leaves, batch.labels, batch.weights)[0].backward(),
-            4 * matrix_flops(losses, rows),
-            0.0,
-        ),
+        "losses": (lambda: losses(leaves, batch.labels, batch.weights)[0].backward(), 4 * flops(losses), 0.0),
         # reads parameter, gradient and two moments, writes all but the gradient
         "dense Adam": (adam, 0.0, 7.0 * 4 * parameters),
     }
@@ -343,17 +307,6 @@ def print_parts(times: dict[str, list[float]], parts: dict[str, Part], rate: flo
     print(
         f"  {'whole step':26}{1e3 * step:9.1f}{'':9}{sum(p[1] for p in parts.values()) / 1e9:8.2f}; its parts add up to {together / step:.1%}"
     )
-
-
-def write_trace(folder: Path, schema: Schema, process: Process, batch: Batch, path: Path) -> None:
-    """Write a Chrome trace of two steps."""
-    step = training_step(build(run_config(folder, MBCNET, len(batch.labels)), schema, process), batch)
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-        step()
-    profile.export_chrome_trace(str(path))
-    print(f"  trace of two steps: {path}")
 
 
 def compare_losses(folder: Path, schema: Schema, process: Process, steps: int) -> dict[str, Any]:
@@ -437,34 +390,20 @@ class ModelClock:
 
 def measure_trainer(folder: Path, batch: int, steps: int) -> dict[str, Any]:
     """Run the real trainer, all of it, and see how long it is not in the model."""
-    epochs = 1 + steps * batch // (8 * batch)
     config = run_config(
-        folder / "log",
-        MBCNET,
-        batch,
-        out=str(folder / "run"),
-        epochs=epochs,
-        max_steps=steps + 1,
-        log_every=LOG_EVERY,
-        checkpoint_every=CHECKPOINT_EVERY,
-    )
-    config = replace(config, train=replace(config.train, eval_every=steps + 1))
+        folder / "log", MBCNET, batch, out=str(folder / "run"), epochs=1 + steps // 8, max_steps=steps + 1,
+        eval_every=steps + 1, log_every=LOG_EVERY, checkpoint_every=CHECKPOINT_EVERY,
+    )  # fmt: skip
     with ModelClock() as clock, contextlib.redirect_stdout(io.StringIO()):
         run_training(config)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["split"] == "train"]
-    first = 5  # the first steps start threads and fill caches
-    figures = {
-        "non_model_share": clock.outside_share(first),
+    return {
+        "non_model_share": clock.outside_share(first=5),
         "trainer_input_wait_share": sum(line["input_wait_share"] for line in trained) / len(trained),
         "trainer_steps": steps,
         "trainer_batch": batch,
     }
-    print(
-        f"  trainer: {steps} steps of {batch}, a log line each {LOG_EVERY}, a checkpoint each {CHECKPOINT_EVERY} "
-        f"({steps // CHECKPOINT_EVERY} made while measured)"
-    )
-    return figures
 
 
 if __name__ == "__main__":
