@@ -116,11 +116,11 @@ def run(folder: Path, mutations: int, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--mutations", type=int, default=500, help="at most 60 with --quick")
+    parser.add_argument("--mutations", type=int, default=500, help="at most 30 with --quick")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="config-fuzz-") as name:
-        result = run(Path(name), min(args.mutations, 60) if args.quick else args.mutations, args.seed)
+        result = run(Path(name), min(args.mutations, 30) if args.quick else args.mutations, args.seed)
     print_figures(result, args.json)
     return 1 if result["failures"] else 0
 

@@ -34,29 +34,24 @@ from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.runtime.process import joined_process
 
 ROWS = 64
-SMALL = ModelConfig(
-    mbcnet=MBCNetConfig(
-        efgc=EFGCConfig(hidden=(64, 32)), deep=DeepConfig(hidden=(128, 64)), branch_dim=64, top=(64, 32)
-    )
+NARROW = MBCNetConfig(
+    efgc=EFGCConfig(hidden=(64, 32)), deep=DeepConfig(hidden=(128, 64)), branch_dim=64, top=(64, 32)
 )
 
 
 def main() -> int:
     parser = timing_parser_of(__doc__)
-    parser.add_argument(
-        "--store", type=Path, metavar="FILE", help="write the counts as the ones to compare with"
-    )
+    words = "write the counts as the ones to compare with"
+    parser.add_argument("--store", type=Path, metavar="FILE", help=words)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(
         "prediction: a few hundred ATen calls; none of the counts grows with the 192 fields but those of the regroup"
     )
     figures = counted()
-    print_figures({key: value for key, value in figures.items() if key != "by_call"}, False)
+    print_figures(figures, args.json)
     if args.store:
         args.store.write_text(json.dumps(figures, indent=1) + "\n")
-    if args.json:
-        print(json.dumps(figures))
     return 0
 
 
@@ -66,15 +61,16 @@ def counted() -> dict[str, Any]:
         folder = Path(name)
         schema = written_log(folder, cut_schema(1_000, "demo"), 4 * ROWS)
         batch = read_batches(folder, schema, ROWS)[0]
-        step = training_step(build(run_config(folder, SMALL, ROWS), schema, process), batch)
+        step = training_step(
+            build(run_config(folder, ModelConfig(mbcnet=NARROW), ROWS), schema, process), batch
+        )
         step()
         step()
         calls = CallCounter()
         with calls:
             step()
-        with FlopCounterMode(
-            display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flop}
-        ) as flops:
+        linear = {torch.ops.mkldnn._linear_pointwise: _linear_flop}
+        with FlopCounterMode(display=False, custom_mapping=linear) as flops:
             step()
         return {
             "flops": flops.get_total_flops(),

@@ -11,18 +11,17 @@ share/FUNCTION             the parts
 milliseconds_a_step        a step with its share of the log, diagnostics included
 """
 
-import contextlib
 import io
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from paper_size import MBCNET, cut_schema, run_config, written_log
@@ -44,73 +43,52 @@ WATCHED: tuple[tuple[Any, str], ...] = (
 )
 
 
-@dataclass
 class Clock:
     """Seconds of each watched function, between the first and the last line of the log."""
 
-    started: float = 0.0
-    ended: float = 0.0
-    lines: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.lines: list[float] = []  # when each was written
+        self.seconds: dict[str, float] = {}
 
-    def note_line(self) -> None:
-        """A line has been written: the first opens the measurement."""
-        now = time.perf_counter()
-        if not self.lines:
-            self.started, self.seconds = now, {}
-        self.ended, self.lines = now, self.lines + 1
+    def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The function, its time added to the clock."""
 
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-def timed(function: Callable[..., Any], name: str, clock: Clock) -> Callable[..., Any]:
-    """The function, its time added to the clock."""
+        return wraps(function)(call)
 
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            clock.seconds[name] = clock.seconds.get(name, 0.0) + time.perf_counter() - start
+    def logged(self, log: Callable[..., Any]) -> Callable[..., Any]:
+        """The function that writes a line; the first line opens the measurement."""
 
-    return call
+        def call(*args: Any) -> Any:
+            found = log(*args)
+            if not self.lines:
+                self.seconds.clear()
+            self.lines.append(time.perf_counter())
+            return found
 
-
-@contextmanager
-def watched(clock: Clock) -> Iterator[None]:
-    """Time the watched functions, and note each line of the log."""
-    kept = [(module, name, getattr(module, name)) for module, name in WATCHED]
-    log = loop.Trainer._log
-
-    def noted(self: Any, *args: Any) -> Any:
-        found = log(self, *args)
-        clock.note_line()
-        return found
-
-    for module, name, function in kept:
-        setattr(module, name, timed(function, name, clock))
-    loop.Trainer._log = noted
-    try:
-        yield
-    finally:
-        for module, name, function in kept:
-            setattr(module, name, function)
-        loop.Trainer._log = log
+        return call
 
 
 def measure(config: RunConfig) -> dict[str, Any]:
     """Train, and tell the shares."""
     clock = Clock()
-    with watched(clock), contextlib.redirect_stdout(io.StringIO()):
+    with ExitStack() as stack:
+        for module, name in WATCHED:
+            stack.enter_context(patch.object(module, name, clock.timed(getattr(module, name), name)))
+        stack.enter_context(patch.object(loop.Trainer, "_log", clock.logged(loop.Trainer._log)))
+        stack.enter_context(redirect_stdout(io.StringIO()))
         run_training(config)
-    whole = clock.ended - clock.started
-    steps = (clock.lines - 1) * config.train.log_every
+    whole = clock.lines[-1] - clock.lines[0]
+    steps = (len(clock.lines) - 1) * config.train.log_every
     shares = {f"share/{name}": seconds / whole for name, seconds in clock.seconds.items()}
-    return {
-        "diagnostics_share": sum(shares.values()),
-        **shares,
-        "milliseconds_a_step": 1e3 * whole / steps,
-        "steps": steps,
-    }
+    figures = {"diagnostics_share": sum(shares.values())} | shares
+    return figures | {"milliseconds_a_step": 1e3 * whole / steps, "steps": steps}
 
 
 def main() -> int:
@@ -120,8 +98,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="default 160, quick 40")
     parser.add_argument("--scale", choices=["paper", "demo"], default="paper", help="demo: 684 dims")
     args = parser.parse_args()
-    if args.clock != "wall":
-        parser.error("--clock cpu: this script compares parts of one run; leave it out")
     steps = args.steps or (40 if args.quick else 160)
     batch = min(args.batch, 256) if args.quick else args.batch
     torch.set_num_threads(args.threads)
@@ -134,20 +110,12 @@ def main() -> int:
             written_log(folder / "log", cut_schema(10_000, args.scale), 16 * batch)
             config = run_config(folder / "log", MBCNET, batch)
         train = replace(
-            config.train,
-            out=str(folder / "run"),
-            epochs=10_000,
-            max_steps=steps + config.train.log_every,
-            eval_every=10**6,
-            patience=0,
-            schedule="constant",
-            device="cpu",
-        )
+            config.train, out=str(folder / "run"), epochs=10_000, max_steps=steps + config.train.log_every,
+            eval_every=10**6, patience=0, schedule="constant", device="cpu",
+        )  # fmt: skip
         figures = measure(replace(config, train=train, data=replace(config.data, valid=(), test=())))
     figures |= {"batch": batch, "threads": args.threads, "log_every": config.train.log_every}
-    print_figures(figures, as_json=False)
-    if args.json:
-        print(json.dumps(figures))
+    print_figures(figures, args.json)
     return 0
 
 

@@ -9,8 +9,6 @@ take turns. For each curve a * size ** b is fitted; 1 is linear.
 *_exponent          b over all sizes; fields, rows, batch, groups, branches, ranks
 *_last_exponent     between the last two sizes: what remains when fixed costs no longer matter
 *_seconds           size -> median seconds of a step (ranks: processor seconds of all together, BATCH rows each)
-strangers_exponent      as ranks, but each process trains by itself: what sharing the machine's cores, caches and memory costs without any
-                        exchange; ranks less strangers is the exchange
 cooperation_exponent    of both cooperation losses alone over 2 to 16 branches; their pairs grow with the square
 """
 
@@ -62,15 +60,9 @@ Case = Callable[[], object]
 
 def model(branches: Sequence[str] = THREE) -> ModelConfig:
     """Narrow layers: the framework's own cost is not hidden behind products."""
-    return ModelConfig(
-        mbcnet=MBCNetConfig(
-            branches=tuple(branches),
-            efgc=EFGCConfig(hidden=(64, 32)),
-            deep=DeepConfig(hidden=(256, 128)),
-            branch_dim=128,
-            top=(128, 64),
-        )
-    )
+    efgc, deep = EFGCConfig(hidden=(64, 32)), DeepConfig(hidden=(256, 128))
+    mbcnet = MBCNetConfig(branches=tuple(branches), efgc=efgc, deep=deep, branch_dim=128, top=(128, 64))
+    return ModelConfig(mbcnet=mbcnet)
 
 
 def schema_of(fields: int = FIELDS, rows: int = ROWS, groups: int = GROUPS, dim: int = DIM) -> Schema:
@@ -103,7 +95,7 @@ def step_cases(process: Process, curve: str, sizes: Sequence[int]) -> dict[int, 
 def rows_that_fit(sizes: Sequence[int], largest: int) -> list[int]:
     """Sizes whose tables, all of them together, fit into the free memory; what is left out is told."""
     row_bytes = 4 * (DIM + 1) * BYTES_PER_FLOAT  # of four tables, with the optimizer's number a row
-    room = ROOM * free_bytes()
+    room = ROOM * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = [size for size in sizes if sum(each for each in sizes if each <= size) * row_bytes < room]
     for size in sizes:
         if size not in fits:
@@ -126,27 +118,14 @@ def cooperation_case(branches: int) -> Case:
     return run
 
 
-def free_bytes() -> float:
-    """Memory that this machine can still give."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4e9
-
-
-def ranks_curve(quick: bool, seconds: float, strangers: bool = False) -> dict[int, float]:
-    """Ranks -> processor seconds of all ranks together for a step of BATCH rows each; strangers know nothing of each other."""
+def ranks_curve(quick: bool, seconds: float) -> dict[int, float]:
+    """Ranks -> processor seconds of all ranks together for a step of BATCH rows each."""
     context = multiprocessing.get_context("spawn")
     found = {}
     for world in (1, 2) if quick else (1, 2, 4):
-        ports = [free_port() for _ in range(world)] if strangers else [free_port()] * world
-        places = [(0, 1)] * world if strangers else [(rank, world) for rank in range(world)]
-        answers, begin = context.SimpleQueue(), context.Barrier(world, timeout=300)
-        ranks = [
-            context.Process(target=one_rank, args=(*place, port, seconds / world, begin, answers))
-            for place, port in zip(places, ports, strict=True)
-        ]
+        answers, port = context.SimpleQueue(), free_port()
+        places = [(rank, world, port, seconds / world, answers) for rank in range(world)]
+        ranks = [context.Process(target=one_rank, args=place) for place in places]
         for each in ranks:
             each.start()
         for each in ranks:
@@ -157,7 +136,7 @@ def ranks_curve(quick: bool, seconds: float, strangers: bool = False) -> dict[in
     return found
 
 
-def one_rank(rank: int, world: int, port: int, seconds: float, begin: Any, answers: Any) -> None:
+def one_rank(rank: int, world: int, port: int, seconds: float, answers: Any) -> None:
     """Train for a while as one of `world` ranks; answer with processor seconds a step. Ranks step together, so they count alike."""
     os.environ |= rank_environment(rank, world, port)
     torch.set_num_threads(1)
@@ -169,7 +148,6 @@ def one_rank(rank: int, world: int, port: int, seconds: float, begin: Any, answe
         count = torch.tensor([max(5.0, seconds / ((time.process_time() - start) / 5))])
         torch.distributed.broadcast(count, 0)  # the same number of steps on every rank
         times = []
-        begin.wait()  # strangers too: they are to disturb each other
         for _ in range(int(count)):
             start = time.process_time()
             step()
@@ -184,10 +162,8 @@ def fitted(name: str, seconds: dict[int, float]) -> dict[str, Any]:
         f"{name}_exponent": fitted_exponent(sizes, values) if len(sizes) > 1 else None,
         f"{name}_last_exponent": fitted_exponent(sizes[-2:], values[-2:]) if len(sizes) > 1 else None,
     }
-    curve = ", ".join(f"{size:,}: {1e3 * value:.1f}" for size, value in seconds.items())
-    print(f"  {name} (ms): {curve}")
     print(
-        "    " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items() if value is not None),
+        f"  {name}: " + ", ".join(f"{size:,}: {1e3 * value:.1f} ms" for size, value in seconds.items()),
         flush=True,
     )
     return figures | {f"{name}_seconds": {str(size): value for size, value in seconds.items()}}
@@ -205,7 +181,7 @@ def main() -> int:
     print(
         "prediction: batch 0.9 to 1 (fixed costs at the small end); fields 0.7, nearing 1: layers on all fields grow with them, the rest does not;\n"
         "rows below 0.1: cache misses only; groups 0.5, nearing 1; branches below 1; cooperation nearing 2, since its pairs do (its share of a\n"
-        "step is small); ranks 1: each does its own rows, and the exchange is little; strangers 1"
+        "step is small); ranks 1: each does its own rows, and the exchange is little"
     )
     figures: dict[str, Any] = {}
     wanted = args.curves.split(",")
@@ -213,16 +189,13 @@ def main() -> int:
         for name, (quick_sizes, all_sizes) in SIZES.items():
             if name in wanted:
                 sizes = quick_sizes if args.quick else all_sizes
-                cases = step_cases(
-                    process, name, rows_that_fit(sizes, args.largest_rows) if name == "rows" else sizes
-                )
+                sizes = rows_that_fit(sizes, args.largest_rows) if name == "rows" else sizes
+                cases = step_cases(process, name, sizes)
                 figures |= fitted(name, measured(cases, seconds, args.clock))
                 del cases
                 gc.collect()
     if "ranks" in wanted:
-        for name in ("ranks", "strangers"):
-            found = ranks_curve(args.quick, seconds, strangers=name == "strangers")
-            figures |= fitted(name, found)
+        figures |= fitted("ranks", ranks_curve(args.quick, seconds))
     print_figures({**figures, "threads": args.threads, "clock": args.clock}, args.json)
     return 0
 

@@ -16,8 +16,6 @@ The files are written as this project writes its own: snappy, dictionaries, page
 verifies no checksums by default, ours does.
 """
 
-import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -26,16 +24,19 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from paper_size import uniform_schema
+from side_by_side import fitted_exponent, parser_of, print_figures, ratio, resident_bytes
 
 from data.reading.config import StreamOptions
-from data.schema import Schema, parse_schema
+from data.schema import Schema
 from data.stream import ParquetStream
 from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.write import ROW_GROUP_ROWS, open_writer, write_synthetic
@@ -43,29 +44,22 @@ from data.synthetic.write import ROW_GROUP_ROWS, open_writer, write_synthetic
 BATCH_SIZE = 2048
 COLUMN_COUNTS = (24, 48, 96, 192, 384, 768)
 CONSUMER_SHARE = 0.8
+LARGEST_ID = 2_000_000
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: under a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser = parser_of(__doc__)
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has fuxictr installed")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), arguments.quick, arguments.peer_python)
-    for key, value in figures.items():
-        print(f"{key:26} {value}")
-    if arguments.json:
-        print(json.dumps(figures))
+        print_figures(measure(Path(folder), args.quick, args.peer_python), args.json)
     return 0
 
 
 def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | None]:
     """Write the files and take every figure."""
-    rows, rounds = (131_072, 5) if quick else (262_144, 9)
+    rows, rounds = (65_536, 5) if quick else (262_144, 9)
     single, single_schema = write_single(folder / "single.parquet", 192, rows), single_schema_of(192)
     mixed_schema = pailitao_schema("demo")
     write_synthetic(mixed_schema, folder / "mixed", rows=rows, days=3)
@@ -77,21 +71,15 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
             figures[f"read_table_share_{name}"] = round(share, 3)
             figures[f"stream_rows_per_second_{name}"] = round(stream_rate)
             figures[f"read_table_rows_per_second_{name}"] = round(table_rate)
-        figures |= cost_by_columns(folder, 16_384 if quick else 65_536, 3 if quick else 5)
-    # the same file several times over: long enough an epoch for windows to come and go
-    several = [single] * 4
-    tasks = ((wait_of_consumer, 3 if quick else 6), (memory_over_rows, 2_000_000 if quick else 10_000_000))
-    for function, amount in tasks:
-        with multiprocessing.get_context("spawn").Pool(
-            1, initializer=one_thread
-        ) as fresh:  # without what the reads above have left behind
+        figures |= cost_by_columns(folder, *((16_384, 2) if quick else (65_536, 5)))
+    several = [single] * (8 if quick else 4)  # long enough an epoch for windows to come and go
+    tasks = ((wait_of_consumer, 3 if quick else 6), (memory_over_rows, 1_000_000 if quick else 10_000_000))
+    for function, amount in tasks:  # each in a process without what the reads above have left behind
+        with multiprocessing.get_context("spawn").Pool(1, initializer=one_thread) as fresh:
             figures |= fresh.apply(function, (several, single_schema, amount))
     peer, own = fuxictr_rate(single, peer_python), figures["stream_rows_per_second_single"]
-    figures |= {
-        "fuxictr_rows_per_second": peer,
-        "over_fuxictr": round(own / peer, 2) if own and peer else None,
-    }
-    return figures
+    over = round(own / peer, 2) if own and peer else None
+    return figures | {"fuxictr_rows_per_second": peer, "over_fuxictr": over}
 
 
 def one_thread() -> None:
@@ -100,41 +88,29 @@ def one_thread() -> None:
     pa.set_cpu_count(1)
 
 
-class one_core:
+@contextmanager
+def one_core() -> Iterator[None]:
     """Keep this process on one core."""
-
-    def __enter__(self) -> None:
-        self.cores = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {max(self.cores)})
-
-    def __exit__(self, *_: object) -> None:
-        os.sched_setaffinity(0, self.cores)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 def single_schema_of(columns: int) -> Schema:
-    """A schema of single-valued integer fields of three sizes."""
-    fields = {
-        f"c{i}": {
-            "kind": "categorical",
-            "num_embeddings": (100, 20_000, 2_000_000)[i % 3],
-            "embedding_dim": 8,
-        }
-        for i in range(columns)
-    }
-    return parse_schema({"name": "single", "label": "label", "fields": fields}, "single", Path())
+    """A schema of single-valued integer fields."""
+    return uniform_schema(columns, LARGEST_ID, 8)
 
 
 def write_single(path: Path, columns: int, rows: int) -> Path:
     """Write integer columns of power-law ids, as the synthetic log's writer does."""
     draw = np.random.default_rng(0)
-    arrow = pa.schema([("label", pa.int8())] + [(f"c{i}", pa.int64()) for i in range(columns)])
+    arrow = pa.schema([("label", pa.int8())] + [(f"f{i}", pa.int64()) for i in range(columns)])
     with open_writer(path, arrow) as writer:
         for start in range(0, rows, ROW_GROUP_ROWS):
             count = min(ROW_GROUP_ROWS, rows - start)
-            ids = [
-                ((100, 20_000, 2_000_000)[i % 3] * draw.random(count) ** 4).astype(np.int64)
-                for i in range(columns)
-            ]
+            sizes = ((100, 20_000, LARGEST_ID)[i % 3] for i in range(columns))
+            ids = [(size * draw.random(count) ** 4).astype(np.int64) for size in sizes]
             label = (draw.random(count) < 0.1).astype(np.int8)
             writer.write_table(pa.table([label, *ids], schema=arrow), row_group_size=ROW_GROUP_ROWS)
     return path
@@ -161,8 +137,7 @@ def compare(files: list[Path], schema: Schema, rounds: int) -> tuple[float, floa
     for _ in range(rounds):
         table.append(seconds_of(lambda: pq.read_table(files, columns=columns, use_threads=False)))
         stream.append(seconds_of(lambda: drain(files, schema, workers=0, prefetch=0)))
-    ratio = statistics.median(one / other for one, other in zip(table, stream, strict=True))
-    return rows / statistics.median(stream), rows / statistics.median(table), ratio
+    return rows / statistics.median(stream), rows / statistics.median(table), ratio(table, stream)
 
 
 def cost_by_columns(folder: Path, rows: int, rounds: int) -> dict[str, float | None]:
@@ -173,19 +148,15 @@ def cost_by_columns(folder: Path, rows: int, rounds: int) -> dict[str, float | N
         return min(seconds_of(lambda: drain([file], schema, workers=0, prefetch=0)) for _ in range(rounds))
 
     seconds = [best(columns) for columns in COLUMN_COUNTS]
-    slope = np.polyfit(np.log(COLUMN_COUNTS), np.log(seconds), 1)[0]
-    costs = {
-        f"ns_per_value_{columns}": round(1e9 * second / rows / columns, 2)
-        for columns, second in zip(COLUMN_COUNTS, seconds, strict=True)
-    }
-    return {"column_exponent": round(float(slope), 3), **costs}
+    pairs = zip(COLUMN_COUNTS, seconds, strict=True)
+    costs = {f"ns_per_value_{columns}": round(1e9 * each / rows / columns, 2) for columns, each in pairs}
+    return {"column_exponent": round(fitted_exponent(COLUMN_COUNTS, seconds), 3), **costs}
 
 
 def wait_of_consumer(files: list[Path], schema: Schema, epochs: int) -> dict[str, float | None]:
     """The wait share of a consumer at CONSUMER_SHARE of the stream's maximum rate."""
-    stream = ParquetStream(
-        files, schema, StreamOptions(BATCH_SIZE, window_rows=16_384, workers=1, prefetch=2)
-    )
+    options = StreamOptions(BATCH_SIZE, window_rows=16_384, workers=1, prefetch=2)
+    stream = ParquetStream(files, schema, options)
 
     def waits(step_seconds: float) -> tuple[float, float]:
         waited = started = 0.0
@@ -219,18 +190,13 @@ def memory_over_rows(files: list[Path], schema: Schema, rows: int) -> dict[str, 
     while seen < rows:
         for batch in stream:
             seen += len(batch.labels)
-            samples.append(resident_mb())
+            samples.append(resident_bytes() / 2**20)
     early, late = samples[: len(samples) // 2], samples[len(samples) // 2 :]
     return {
         "memory_growth": round(max(late) / max(early) - 1, 4),
         "memory_mb": round(max(samples)),
         "memory_rows": seen,
     }
-
-
-def resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 FUXICTR = """
@@ -244,7 +210,7 @@ except ImportError:
     ray = None
 class Map:
     labels = ["label"]
-    features = {f"c{i}": {"type": "categorical"} for i in range(192)}
+    features = {f"f{i}": {"type": "categorical"} for i in range(192)}
     def get_column_index(self, name):
         return 192 if name == "label" else int(name[1:])
 start = time.perf_counter()
@@ -261,16 +227,8 @@ if ray:
 
 def fuxictr_rate(file: Path, python: str) -> float | None:
     """Rows per second of FuxiCTR's training loader, opening included, in a process of its own on one core; None where it is not installed or fails."""
-    command = [
-        "taskset",
-        "-c",
-        str(max(os.sched_getaffinity(0))),
-        python,
-        "-c",
-        FUXICTR,
-        str(file),
-        str(BATCH_SIZE),
-    ]
+    pinned = ["taskset", "-c", str(max(os.sched_getaffinity(0))), python]
+    command = [*pinned, "-c", FUXICTR, str(file), str(BATCH_SIZE)]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         return round(float(ran.stdout.splitlines()[-1]))

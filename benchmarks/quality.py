@@ -288,23 +288,6 @@ def compare(name: str, ours: Scores, peer: Scores | None) -> dict[str, float | N
     return figures
 
 
-def print_table(name: str, models: Sequence[str], figures: dict[str, float | None]) -> None:
-    """One line a model."""
-
-    def cell(metric: str, side: str, kind: str) -> str:
-        value, sd = (figures[f"{prefix}{metric}_{side}/{name}/{kind}"] for prefix in ("", "sd_"))
-        return "-" if value is None else f"{value:.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
-
-    heads = "".join(f"{head:>18}" for head in ("AUC ours", "AUC FuxiCTR", "log-loss ours", "FuxiCTR"))
-    print(f"{name}\n  {'':10}{heads}{'difference':>12}")
-    for kind in models:
-        cells = [
-            f"{cell(metric, side, kind):>18}" for metric in ("auc", "log_loss") for side in ("ours", "peer")
-        ]
-        difference = figures[f"auc_difference/{name}/{kind}"]
-        print(f"  {kind:10}{''.join(cells)}{'-' if difference is None else f'{difference:+.4f}':>12}")
-
-
 def write_small_log(folder: Path) -> Path:
     """Write three splits of a log whose clicks depend on sums and products of hidden values of six columns of ids."""
     rng = np.random.default_rng(0)
@@ -347,8 +330,7 @@ def main() -> int:
             if args.peer_python:
                 write_rows(load_schema(schema), data, folder)
                 peer = train_peer(data, folder, args)
-            figures |= (found := compare(data.name, ours, peer))
-            print_table(data.name, args.models, found)
+            figures |= compare(data.name, ours, peer)
     known = [each for key, each in figures.items() if key.startswith("auc_difference/") and each is not None]
     figures["least_difference"] = min(known, default=None)
     print_figures(figures, args.json)

@@ -70,10 +70,11 @@ def main() -> int:
     if sys.argv[1:2] == ["--rank-of"]:
         return train_when_told(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     parser = parser_of(__doc__)
-    parser.add_argument("--batch", type=int, default=1024, help="global")
+    parser.add_argument("--batch", type=int, help="global; default 1024, quick 128")
     parser.add_argument("--max-rows", type=int, default=10_000, help="of a table")
-    parser.add_argument("--seconds", type=float, help="of measuring in turns; default 90, quick 10")
+    parser.add_argument("--seconds", type=float, help="of measuring in turns; default 90, quick 4")
     args = parser.parse_args()
+    args.batch = args.batch or (128 if args.quick else 1024)
     print(
         "prediction: the dense gradients are 53 MB, 30 to 50 ms over loopback, partly beside the backward pass; both ranks repeat Adam\n"
         "(6 ms); pooled rows are 11 MB; of a step of 600 ms that leaves ranks_efficiency at 0.9 to 0.95"
@@ -83,7 +84,7 @@ def main() -> int:
         written_log(folder, cut_schema(args.max_rows), 2 * args.batch)
         sides = {"ranks": Side(folder, CORES, args.batch), "threads": Side(folder, 1, args.batch)}
         cases: dict[str, Callable[[], object]] = {key: side.steps for key, side in sides.items()}
-        times = take_turns(cases, args.seconds or (10 if args.quick else 90))
+        times = take_turns(cases, args.seconds or (4 if args.quick else 90))
         for rank in (rank for side in sides.values() for rank in side.ranks):
             rank.end()
     figures = {

@@ -54,9 +54,7 @@ def main() -> int:
     parser.add_argument("--search-seconds", type=float, default=None, help="of the planner at each size")
     args = parser.parse_args()
     sizes = (
-        [int(text) for text in args.sizes.split(",")]
-        if args.sizes
-        else (QUICK_SIZES if args.quick else SIZES)
+        [int(text) for text in args.sizes.split(",")] if args.sizes else QUICK_SIZES if args.quick else SIZES
     )
     seconds = args.search_seconds or (3.0 if args.quick else 20.0)
     print(
@@ -66,9 +64,7 @@ def main() -> int:
     schema = pailitao_schema("paper")
     cells = {}
     print(
-        f"  {'GPUs':>5} {'rows':>5} {'M samples/s':>12} {'ms/step':>8} "
-        + "".join(f"{w:>10}" for w in WALLS)
-        + "  wall"
+        f"  {'GPUs':>5} {'rows':>5} {'M samples/s':>12} {'ms/step':>8} {''.join(f'{w:>10}' for w in WALLS)}  wall"
     )
     for size in sizes:
         start = time.perf_counter()
@@ -78,12 +74,14 @@ def main() -> int:
             continue
         assessment, rows = found
         cells[size] = cell_of(assessment, rows, time.perf_counter() - start)
-        print_cell(size, cells[size])
+        cell = cells[size]
+        spent = "".join(f"{1e3 * cell['spent_seconds'][name]:10.2f}" for name in WALLS)
+        rate, step = cell["samples_per_second"] / 1e6, 1e3 * cell["step_seconds"]
+        print(f"  {size:5} {rows:>5} {rate:12.2f} {step:8.2f} {spent}  {cell['wall']}")
     for each in NOT_TRIED:
         print(f"  not tried: {each}")
-    figures = figures_of(cells, args.kind, args.batch)
     if args.json:
-        print(json.dumps(figures))
+        print(json.dumps(figures_of(cells, args.kind, args.batch)))
     return 0
 
 
@@ -95,10 +93,8 @@ def assessed(
     cluster = read_cluster(kind).resized(hosts, devices)
     plain = ShardingConfig(search_seconds=seconds)
     dense = dense_cost(ModelConfig(), schema, plain)
-    largest = sorted(schema.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)[
-        :PAGED_TABLES
-    ]
-    paged = {table.name: CACHED for table in largest}
+    by_size = sorted(schema.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
+    paged = {table.name: CACHED for table in by_size[:PAGED_TABLES]}
     for config, rows in (
         (plain, "fp32"),
         (replace(plain, data_type="fp16"), "fp16"),
@@ -132,13 +128,6 @@ def cell_of(assessment: Assessment, rows: str, seconds: float) -> dict[str, Any]
         "largest_rank_bytes": max(sum(assessment.memory(rank)) for rank in assessment.ranks),
         "planning_seconds": seconds,
     }
-
-
-def print_cell(size: int, cell: dict[str, Any]) -> None:
-    spent = "".join(f"{1e3 * cell['spent_seconds'][name]:10.2f}" for name in WALLS)
-    print(
-        f"  {size:5} {cell['rows']:>5} {cell['samples_per_second'] / 1e6:12.2f} {1e3 * cell['step_seconds']:8.2f} {spent}  {cell['wall']}"
-    )
 
 
 def figures_of(cells: dict[int, dict[str, Any]], kind: str, batch: int) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def measure(folder: Path, rows: int, times: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--rows", type=int, default=240_000, help="a tenth with --quick")
+    parser.add_argument("--rows", type=int, default=240_000, help="a thirtieth with --quick")
     parser.add_argument("--times", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="scoring-") as name:
-        result = measure(Path(name), args.rows // 10 if args.quick else args.rows, args.times)
+        result = measure(Path(name), args.rows // 30 if args.quick else args.rows, args.times)
     if args.json:
         print(json.dumps(result))
     return 0 if result["ok"] or args.quick else 1

@@ -151,13 +151,13 @@ def soak(folder: Path, cycles: int, seconds: float) -> dict[str, Any]:
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--cycles", type=int, default=200, help="at most 20 with --quick")
+    parser.add_argument("--cycles", type=int, default=200, help="at most 12 with --quick")
     parser.add_argument("--minutes", type=float, default=30.0, help="end earlier, after that long")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         minutes = min(args.minutes, 0.5) if args.quick else args.minutes
-        result = soak(Path(name), min(args.cycles, 20) if args.quick else args.cycles, 60 * minutes)
+        result = soak(Path(name), min(args.cycles, 12) if args.quick else args.cycles, 60 * minutes)
     if args.json:
         print(json.dumps(result))
     return 0 if result["ok"] or args.quick else 1

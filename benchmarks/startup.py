@@ -11,8 +11,6 @@ first_step_seconds       torchrun --nproc-per-node RANKS until every rank has ma
   build                  files, plan, tables, model
   step                   first batch, forward, backward, optimizers
 imported_modules         by `mbcnet --help`; heavy_modules: torch, torchrec, pyarrow, matplotlib or numpy among them
-loaded_by                command -> which of those libraries it loads; not with --quick
-modules_of_training      other libraries that take time and that a rank has imported before its first step ends
 """
 
 import json
@@ -22,27 +20,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from side_by_side import parser_of, print_figures
+from side_by_side import environment, mbcnet, parser_of, print_figures
 
 PHASES = ("agent", "import", "join", "build", "step")
 STAMPS = "BENCHMARK_STAMPS"
 HEAVY = ("torch", "torchrec", "pyarrow", "matplotlib", "numpy")
-LOADS = {  # {0}: a folder with a log and its schema
-    "plan make": "plan make --schema data/schemas/pailitao_demo.toml --cluster h100-80g -o {0}/plan.json",
-    "plan show": "plan show {0}/plan.json",
-    "data check": "data check {0}/log --schema {0}/log/schema.toml",
-    "schema show": "schema show {0}/log/schema.toml",
-}
-SLOW = ("matplotlib", "scipy", "sympy", "pandas", "sklearn", "botocore", "mlflow")
 IMPORTED = """
 import contextlib, io, sys
 from mbcnet_rec.cli import main
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     main(sys.argv[1:])
 print(" ".join({name.split(".")[0] for name in sys.modules}))
+"""
+WRITE_LOG = """
+import sys
+from pathlib import Path
+from paper_size import cut_schema, written_log, run_config, MBCNET
+from mbcnet_rec.config import config_text
+folder = Path(sys.argv[1])
+written_log(folder / 'log', cut_schema(1_000, 'demo'), 512)
+config = run_config(folder / 'log', MBCNET, 128, out=str(folder / 'run'), max_steps=1, checkpoint_every=0)
+(folder / 'run.toml').write_text(config_text(config))
 """
 COMMANDS = {
     "help_seconds": ["--help"],
@@ -68,71 +71,26 @@ def main() -> int:
         key: statistics.median(seconds_of(command) for _ in range(2 * repeats + 1))
         for key, command in COMMANDS.items()
     }
-    modules = imported_by("--help")
+    command = [sys.executable, "-c", IMPORTED, "--help"]
+    modules = set(subprocess.check_output(command, env=environment(), text=True).split())
     figures["imported_modules"] = len(modules)
     figures["heavy_modules"] = [name for name in HEAVY if name in modules]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_log(folder)
-        if not args.quick:
-            loaded = {name: imported_by(command.format(folder)) for name, command in LOADS.items()}
-            figures["loaded_by"] = {
-                name: [each for each in HEAVY if each in found] for name, found in loaded.items()
-            }
+        subprocess.run([sys.executable, "-c", WRITE_LOG, str(folder)], env=environment(), check=True)
         runs = [first_step(folder, args.ranks) for _ in range(repeats)]
-        figures["modules_of_training"] = json.loads((folder / "stamps" / "0.modules").read_text())
     figures["first_step_seconds"] = statistics.median(sum(run.values()) for run in runs)
-    figures |= {
-        f"first_step_{phase}_seconds": statistics.median(run[phase] for run in runs) for phase in PHASES
-    }
-    figures |= {"ranks": args.ranks, "repeats": repeats}
-    print_figures(figures, args.json)
+    for phase in PHASES:
+        figures[f"first_step_{phase}_seconds"] = statistics.median(run[phase] for run in runs)
+    print_figures(figures | {"ranks": args.ranks, "repeats": repeats}, args.json)
     return 0
 
 
 def seconds_of(command: list[str]) -> float:
     """Wall seconds of one `mbcnet` command."""
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "mbcnet_rec.cli", *command], stdout=subprocess.DEVNULL, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"mbcnet {' '.join(command)} ended with {done.returncode}")
+    mbcnet(*command)
     return time.perf_counter() - start
-
-
-def imported_by(command: str) -> set[str]:
-    """Top-level names of all modules that a command of `mbcnet` imports."""
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTED, *command.split()],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(done.stdout.split())
-
-
-def write_log(folder: Path) -> None:
-    """Write a small log and its config, in a process of its own: this one stays light."""
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from paper_size import cut_schema, written_log, run_config, MBCNET\n"
-        "from mbcnet_rec.config import config_text\n"
-        "folder = Path(sys.argv[1])\n"
-        "written_log(folder / 'log', cut_schema(1_000, 'demo'), 512)\n"
-        "config = run_config(folder / 'log', MBCNET, 128, out=str(folder / 'run'), max_steps=1, checkpoint_every=0)\n"
-        "(folder / 'run.toml').write_text(config_text(config))\n"
-    )
-    here = str(Path(__file__).parent)
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=here, env=environment(), check=True)
-
-
-def environment() -> dict[str, str]:
-    """This process's own, with the project and these scripts to be found."""
-    here = Path(__file__).parent
-    paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
 def first_step(folder: Path, ranks: int) -> dict[str, float]:
@@ -142,17 +100,12 @@ def first_step(folder: Path, ranks: int) -> dict[str, float]:
     for old in stamps.iterdir():
         old.unlink()
     agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    start = time.time()
-    done = subprocess.run(
-        [*agent, __file__, str(folder / "run.toml")],
-        env=environment() | {STAMPS: str(stamps)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    own, start = environment() | {STAMPS: str(stamps)}, time.time()
+    command = [*agent, __file__, str(folder / "run.toml")]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    found = [json.loads(path.read_text()) for path in stamps.glob("*.stamps")]
+    found = [json.loads(path.read_text()) for path in stamps.iterdir()]
     slowest = max(found, key=lambda times: times[-1])
     return {
         phase: after - before
@@ -171,19 +124,11 @@ def train_with_stamps() -> int:
     stamps.append(time.time())
     join, build = mbcnet_rec.train.joined_process, mbcnet_rec.train.build
 
-    class Joined:
-        """joined_process with a stamp."""
-
-        def __init__(self, *args: Any) -> None:
-            self.inner = join(*args)
-
-        def __enter__(self) -> Any:
-            process = self.inner.__enter__()
+    @contextmanager
+    def joined(*args: Any) -> Iterator[Any]:
+        with join(*args) as process:
             stamps.append(time.time())
-            return process
-
-        def __exit__(self, *args: Any) -> Any:
-            return self.inner.__exit__(*args)
+            yield process
 
     def built(*args: Any) -> Any:
         result = build(*args)
@@ -193,13 +138,9 @@ def train_with_stamps() -> int:
     def stepped(*_: Any) -> None:
         if len(stamps) < len(PHASES):
             stamps.append(time.time())
-            told = Path(os.environ[STAMPS], os.environ["RANK"])
-            told.with_suffix(".modules").write_text(
-                json.dumps([name for name in SLOW if name in sys.modules])
-            )
-            told.with_suffix(".stamps").write_text(json.dumps(stamps))
+            Path(os.environ[STAMPS], os.environ["RANK"]).write_text(json.dumps(stamps))
 
-    mbcnet_rec.train.joined_process, mbcnet_rec.train.build = Joined, built  # type: ignore[assignment]
+    mbcnet_rec.train.joined_process, mbcnet_rec.train.build = joined, built  # type: ignore[assignment]
     register_optimizer_step_post_hook(stepped)
     return mbcnet_rec.train.run_training(load_config(sys.argv[1], []), overwrite=True)
 

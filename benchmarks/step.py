@@ -10,11 +10,8 @@ gemm_share_of_faster      the same against the faster of torch.mm (MKL) and oneD
 bf16_speedup              float32 step / step under bf16 autocast
 bf16_loss_difference      relative difference of the mean loss over the last tenth of --loss-steps steps, float32 against bf16; no row is seen twice
 float32_loss_difference   the same between two float32 runs whose dense weights differ by 1e-6 of themselves at first
-*_by_tenth                the same over each tenth of the steps
 cooperation_overhead      step / step of cross and deep branch alone without cooperation losses - 1
 grouped_speedup           EFGC's groups by a loop of independent MLPs of torch's own layers / as the model runs them
-compiled_speedup          with --compile: step / step with the dense part compiled by Inductor for these shapes, after its compilation
-compile_seconds           with --compile: the compilation
 cpu_fast_path_speedup     float32 step with train.cpu_fast_path off / on
 non_model_share           share of the real trainer's time outside forward, backward and optimizer: input, metrics, log, checkpoint
 """
@@ -79,52 +76,43 @@ def main() -> int:
     parser.add_argument("--loss-steps", type=int, help="default 500, quick 5; of 256 rows")
     parser.add_argument("--trainer-steps", type=int, help="default 200, quick 25; of --batch rows")
     parser.add_argument("--scale", choices=["paper", "demo"], default="paper", help="demo: 684 dims")
-    parser.add_argument(
-        "--only", nargs="+", choices=["steps", "losses", "trainer"], help="parts to measure; default all"
-    )
-    parser.add_argument("--compile", action="store_true", help="compare with Inductor; needs a C++ compiler")
+    parts = ["steps", "losses", "trainer"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to measure")
     args = parser.parse_args()
     args.batch = args.batch or (256 if args.quick else 1024)
     seconds = args.seconds or (4 if args.quick else 120)
     loss_steps = args.loss_steps or (5 if args.quick else 500)
     trainer_steps = args.trainer_steps or (25 if args.quick else 200)
-    only = args.only or ["steps", "losses", "trainer"]
     figures: dict[str, Any] = {}
     torch.set_num_threads(args.threads)
-    print_prediction(args.batch)
+    print(
+        f"prediction: {PREDICTED_FLOPS / 1e6:.1f} MFLOP a sample, {PREDICTED_FLOPS * args.batch / 1e9:.1f} GFLOP a step of {args.batch}; "
+        "matrix products are nearly all of it, so gemm_share 0.8;\nbf16 at twice the rate of float32 or more, so bf16_speedup near 2; "
+        "EFGC, one more pass of the top and differentiation are 24.5 % more FLOPs, so cooperation_overhead 0.25 to 0.32"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = max(8 * args.batch, (trainer_steps + 1) * args.batch if args.quick else 64 * args.batch)
-        if "losses" in only:
+        if "losses" in args.only:
             rows = max(rows, loss_steps * LOSS_BATCH)
         schema = written_log(folder / "log", cut_schema(args.max_rows, args.scale), rows)
         with joined_process("cpu") as process:
             batch = read_batches(folder / "log", schema, args.batch)[0]
-            if "steps" in only:
+            if "steps" in args.only:
                 run = partial(run_config, folder / "log", batch_size=args.batch)
                 made = {
                     "step": build(run(MBCNET), schema, process),
                     "two": build(run(TWO_BRANCHES), schema, process),
                     "slow": build(run(MBCNET, cpu_fast_path=False), schema, process),
                 }
-                if args.compile:
-                    made["compiled"] = build(run(MBCNET), schema, process)
                 figures |= measure_steps(made, batch, seconds, args.clock)
-            if "losses" in only:
+            if "losses" in args.only:
                 figures |= compare_losses(folder / "log", schema, process, loss_steps)
-        if "trainer" in only:
+        if "trainer" in args.only:
             figures |= measure_trainer(folder, args.batch, trainer_steps)
     figures |= {"batch": args.batch, "threads": args.threads, "clock": args.clock}
     print_figures(figures, args.json)
     return 0
-
-
-def print_prediction(batch: int) -> None:
-    print(
-        f"prediction: {PREDICTED_FLOPS / 1e6:.1f} MFLOP a sample, {PREDICTED_FLOPS * batch / 1e9:.1f} GFLOP a step of {batch}; "
-        "matrix products are nearly all of it, so gemm_share 0.8;\nbf16 at twice the rate of float32 or more, so bf16_speedup near 2; "
-        "EFGC, one more pass of the top and differentiation are 24.5 % more FLOPs, so cooperation_overhead 0.25 to 0.32"
-    )
 
 
 def measure_steps(made: dict[str, Built], batch: Batch, seconds: float, clock: Clock) -> dict[str, Any]:
@@ -143,21 +131,13 @@ def measure_steps(made: dict[str, Built], batch: Batch, seconds: float, clock: C
         **{name: training_step(built, batch) for name, built in made.items()},
         **{name: case for name, (case, _, _) in parts.items()},
     }
-    figures: dict[str, Any] = {}
-    if "compiled" in made:
-        objective_of(made["compiled"]).model.dense_arch.compile(dynamic=False)
-        start = time.perf_counter()
-        cases["compiled"]()
-        figures["compile_seconds"] = time.perf_counter() - start
     times = take_turns(cases, seconds, clock)
     flops = sum(part_flops for _, part_flops, _ in parts.values())
     rate, bandwidth = product_flops / min(times["product"]), copy_bytes / min(times["copy"])
     faster = min(("product", "oneDNN product"), key=lambda name: statistics.median(times[name]))
     print_parts(times, parts, rate, bandwidth)
     share = flops / product_flops
-    if "compiled" in made:
-        figures["compiled_speedup"] = ratio(times["step"], times["compiled"])
-    return figures | {
+    return {
         "gemm_share": share * ratio(times["product"], times["step"]),
         "gemm_share_of_faster": share * ratio(times[faster], times["step"]),
         "bf16_speedup": ratio(times["step"], times["bf16"]),
@@ -284,9 +264,8 @@ def table_floats(batch: Batch, pooled: list[Any]) -> float:
     total = 0.0
     for tensor, features in zip(pooled, (batch.sparse_features, batch.weighted_features), strict=False):
         lengths = dict(zip(features.keys(), features.length_per_key(), strict=True))  # type: ignore[union-attr]
-        total += sum(
-            width * lengths[key] for key, width in zip(tensor.keys(), tensor.length_per_key(), strict=True)
-        )
+        widths = zip(tensor.keys(), tensor.length_per_key(), strict=True)
+        total += sum(width * lengths[key] for key, width in widths)
     return total
 
 
@@ -314,21 +293,19 @@ def compare_losses(folder: Path, schema: Schema, process: Process, steps: int) -
     batches = read_batches(folder, schema, LOSS_BATCH)[:steps]
     tenth = max(1, len(batches) // 10)
 
-    def means(autocast: bool = False, nudge: float = 0.0) -> list[float]:
+    def means(autocast: bool = False, nudge: float = 0.0) -> float:
         built = build(run_config(folder, MBCNET, LOSS_BATCH), schema, process)
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in built.dense:
                 parameter.mul_(1 + nudge * torch.randn(parameter.shape, generator=draw))
         losses = [float(training_step(built, batch, autocast)()) for batch in batches]
-        return [statistics.mean(losses[i : i + tenth]) for i in range(0, len(losses), tenth)]
+        return statistics.mean(losses[-tenth:])
 
     plain = means()
-    figures: dict[str, Any] = {"float32_loss": plain[-1], "loss_steps": len(batches)}
-    for name, others in (("bf16", means(autocast=True)), ("float32", means(nudge=1e-6))):
-        differences = [abs(other - own) / own for other, own in zip(others, plain, strict=True)]
-        figures[f"{name}_loss_difference"] = differences[-1]
-        figures[f"{name}_loss_difference_by_tenth"] = [round(each, 6) for each in differences]
+    figures: dict[str, Any] = {"float32_loss": plain, "loss_steps": len(batches)}
+    for name, other in (("bf16", means(autocast=True)), ("float32", means(nudge=1e-6))):
+        figures[f"{name}_loss_difference"] = abs(other - plain) / plain
     return figures
 
 
@@ -341,11 +318,12 @@ class ModelClock:
         self._since = 0.0
 
     def __enter__(self) -> "ModelClock":
+        adam, model = torch.optim.Adam, DistributedModelParallel
         self._handles = [
-            nn.modules.module.register_module_forward_pre_hook(self._before_forward),
-            nn.modules.module.register_module_forward_hook(self._after_forward),
-            register_optimizer_step_pre_hook(self._before_optimizer),
-            register_optimizer_step_post_hook(self._after_optimizer),
+            nn.modules.module.register_module_forward_pre_hook(partial(self._begin, model)),
+            nn.modules.module.register_module_forward_hook(partial(self._end, model)),
+            register_optimizer_step_pre_hook(partial(self._begin, adam)),
+            register_optimizer_step_post_hook(partial(self._end, adam)),
         ]
         return self
 
@@ -353,33 +331,24 @@ class ModelClock:
         for handle in self._handles:
             handle.remove()
 
-    def _open(self) -> None:
+    def _begin(self, kind: type, watched: Any, *_: Any) -> None:
+        if isinstance(watched, kind):
+            self._since = time.perf_counter()
+            if isinstance(watched, nn.Module):
+                self.starts.append(self._since)
+
+    def _end(self, kind: type, watched: Any, _: Any, output: Any) -> None:
+        if isinstance(watched, kind):
+            self._close()
+            if isinstance(watched, nn.Module):
+                output[0].register_hook(self._before_backward)
+
+    def _before_backward(self, _: Tensor) -> None:
         self._since = time.perf_counter()
+        torch.autograd.Variable._execution_engine.queue_callback(self._close)
 
     def _close(self) -> None:
         self.spans.append((self._since, time.perf_counter()))
-
-    def _before_forward(self, module: nn.Module, _: Any) -> None:
-        if isinstance(module, DistributedModelParallel):
-            self._open()
-            self.starts.append(self._since)
-
-    def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(module, DistributedModelParallel):
-            self._close()
-            output[0].register_hook(self._before_backward)
-
-    def _before_backward(self, _: Tensor) -> None:
-        self._open()
-        torch.autograd.Variable._execution_engine.queue_callback(self._close)
-
-    def _before_optimizer(self, optimizer: Any, *_: Any) -> None:
-        if isinstance(optimizer, torch.optim.Adam):
-            self._open()
-
-    def _after_optimizer(self, optimizer: Any, *_: Any) -> None:
-        if isinstance(optimizer, torch.optim.Adam):
-            self._close()
 
     def outside_share(self, first: int) -> float:
         """Share of the time between the start of step `first` and that of the last one that was not model work."""
