@@ -18,22 +18,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from same_as import differences, logged, tensors
 from side_by_side import parser_of
 from small_log import LONG_RUN, at_each_step, write_log
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mbcnet_rec.checkpoints.shards import Saved, step_folder
 from mbcnet_rec.checkpoints.storage import LocalStorage
 from mbcnet_rec.config import load_config
-from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.runtime.exits import RunStoppedError
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.train import run_training
@@ -128,11 +127,7 @@ def rank_main(config_file: str, overrides: list[str], schedule: list[dict[str, A
 
 
 def run_elastic(
-    config: Path,
-    overrides: list[str],
-    schedule: list[Any],
-    notes: Path,
-    main: Callable[..., None] = rank_main,
+    config: Path, overrides: list[str], schedule: list[Any], notes: Path, main: Any = rank_main
 ) -> float:
     """Run two ranks to the end under torchelastic; return seconds."""
     start = time.perf_counter()
@@ -146,36 +141,9 @@ def run_elastic(
     return time.perf_counter() - start
 
 
-def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's last checkpoint."""
-    step = json.loads((run / "DONE").read_text())["step"]
-    saved = Saved(step_folder(run / "checkpoints", step))
-    return {f"{entry.name}{list(entry.offsets)}": tensor for entry, tensor in saved.tensors()}
-
-
-def metric_lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times; of train lines step and split only: their numbers are of the steps since a resume."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = [
-        ("step", "split") if line["split"] == "train" else line.keys() - set(TIMING_KEYS) for line in lines
-    ]
-    return [{key: line[key] for key in keys} for line, keys in zip(lines, kept, strict=True)]
-
-
-def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two finished runs."""
-    found = []
-    before, after = final_tensors(one), final_tensors(other)
-    if before.keys() != after.keys():
-        found.append(f"tensors: {sorted(before.keys() ^ after.keys())[:5]}")
-    for name in before.keys() & after.keys():
-        left, right = before[name].contiguous(), after[name].contiguous()
-        if left.shape != right.shape or left.numpy().tobytes() != right.numpy().tobytes():
-            found.append(name)
-    lines, others = metric_lines(one), metric_lines(other)
-    if lines != others:
-        found.append(f"metrics.jsonl: {len(lines)} and {len(others)} lines")
-    return found
+def evaluated(run: Path) -> dict[str, Any]:
+    """What metrics.jsonl tells of evaluations; a training line tells of the steps since a resume."""
+    return {key: value for key, value in logged(run).items() if not key.startswith("train")}
 
 
 def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -195,7 +163,9 @@ def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         where = note.read_text() if note.is_file() else "not reached: the run was over"
         counts[kind] = counts.get(kind, 0) + note.is_file()
         print(f"{index + 1:>4}  {kind:<7} {'all' if kind == 'save' else kill['rank']:<5} {where}")
-    found, left = differences(calm, struck), [str(path) for path in struck.rglob("*.partial*")]
+    found = differences("tensors", tensors(struck, steps), tensors(calm, steps))
+    found += differences("metrics.jsonl", evaluated(struck), evaluated(calm))
+    left = [str(path) for path in struck.rglob("*.partial*")]
     equal, carried = not found and not left, sum(counts.values())
     each = (struck_seconds - calm_seconds) / max(1, carried)
     print(

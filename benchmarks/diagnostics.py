@@ -62,17 +62,12 @@ class Clock:
 
         return wraps(function)(call)
 
-    def logged(self, log: Callable[..., Any]) -> Callable[..., Any]:
-        """The function that writes a line; the first line opens the measurement."""
-
-        def call(*args: Any) -> Any:
-            found = log(*args)
-            if not self.lines:
-                self.seconds.clear()
-            self.lines.append(time.perf_counter())
-            return found
-
-        return call
+    def note_line(self, line: Any) -> Any:
+        """A line was written: the first opens the measurement."""
+        if not self.lines:
+            self.seconds.clear()
+        self.lines.append(time.perf_counter())
+        return line
 
 
 def measure(config: RunConfig) -> dict[str, Any]:
@@ -81,7 +76,9 @@ def measure(config: RunConfig) -> dict[str, Any]:
     with ExitStack() as stack:
         for module, name in WATCHED:
             stack.enter_context(patch.object(module, name, clock.timed(getattr(module, name), name)))
-        stack.enter_context(patch.object(loop.Trainer, "_log", clock.logged(loop.Trainer._log)))
+        log = loop.Trainer._log
+        noted: Any = lambda *args: clock.note_line(log(*args))  # noqa: E731
+        stack.enter_context(patch.object(loop.Trainer, "_log", noted))
         stack.enter_context(redirect_stdout(io.StringIO()))
         run_training(config)
     whole = clock.lines[-1] - clock.lines[0]

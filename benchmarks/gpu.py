@@ -79,13 +79,9 @@ def main() -> int:
         flops = matrix_flops(dense, batch_size) + matrix_flops(dense.top, rows - batch_size)
         flops += 4 * matrix_flops(losses, batch_size)
         rate = product_rate(device)
-        figures |= {
-            "samples_per_second": batch_size / step_seconds,
-            "step_seconds": step_seconds,
-            "mflop_per_sample": flops / batch_size / 1e6,
-            "share_of_product": flops / step_seconds / rate,
-            "product_tflops": rate / 1e12,
-        }
+        figures |= {"samples_per_second": batch_size / step_seconds, "step_seconds": step_seconds}
+        figures |= {"mflop_per_sample": flops / batch_size / 1e6, "product_tflops": rate / 1e12}
+        figures["share_of_product"] = flops / step_seconds / rate
         figures |= lookup_figures(objective_of(built).model.sparse_arch, batch, steps, device)
         if on_gpu:
             figures |= gpu_figures(step, step_seconds, flops, device)
@@ -93,13 +89,9 @@ def main() -> int:
         else:
             figures |= dict.fromkeys(NEEDS_GPU)
             figures["not_measured"] |= NEEDS_GPU
-        figures |= {
-            "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-            "batch": batch_size,
-            "fields": len(schema.features),
-            "torch": torch.__version__,
-            "seconds": time.perf_counter() - begun,
-        }
+        figures["device"] = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+        figures |= {"batch": batch_size, "fields": len(schema.features), "torch": torch.__version__}
+        figures["seconds"] = time.perf_counter() - begun
     for name, reason in figures["not_measured"].items():
         print(f"  not measured: {name}: {reason}")
     print_figures(figures, args.json)
@@ -109,14 +101,13 @@ def main() -> int:
 def seconds_of(case: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Median seconds of a case, its kernels included, after three that warm up."""
     times = []
-    for number in range(repeats + 3):
+    for _ in range(repeats + 3):
         synchronize(device)
         start = time.perf_counter()
         case()
         synchronize(device)
-        if number >= 3:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[3:])
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,8 +7,6 @@ read_table_share_single   rows/s of ParquetStream (shuffled; no threads) over ro
 read_table_share_mixed    the same on the synthetic log: 192 fields of every kind
 input_wait_share          median over epochs of the share of its time that a consumer waits which takes 80 % of the stream's own maximum rate (workers = 1,
                           prefetch = 2; the consumer sleeps through its step, as a host does while a GPU works), after the first batch
-memory_growth             largest resident memory over the second half of many epochs against that over the first half, less 1
-column_exponent           b of seconds per row = a * columns ** b, fitted over 24 to 768 columns
 fuxictr_rows_per_second   FuxiCTR's Parquet loader on the same 192 columns, on one core too, with its own defaults; null where PYTHON has no fuxictr
 over_fuxictr              stream_rows_per_second_single over that
 
@@ -33,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from paper_size import uniform_schema
-from side_by_side import fitted_exponent, parser_of, print_figures, ratio, resident_bytes
+from side_by_side import parser_of, print_figures, ratio
 
 from data.reading.config import StreamOptions
 from data.schema import Schema
@@ -42,7 +40,6 @@ from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.write import ROW_GROUP_ROWS, open_writer, write_synthetic
 
 BATCH_SIZE = 2048
-COLUMN_COUNTS = (24, 48, 96, 192, 384, 768)
 CONSUMER_SHARE = 0.8
 LARGEST_ID = 2_000_000
 
@@ -71,12 +68,10 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
             figures[f"read_table_share_{name}"] = round(share, 3)
             figures[f"stream_rows_per_second_{name}"] = round(stream_rate)
             figures[f"read_table_rows_per_second_{name}"] = round(table_rate)
-        figures |= cost_by_columns(folder, *((16_384, 2) if quick else (65_536, 5)))
     several = [single] * (8 if quick else 4)  # long enough an epoch for windows to come and go
-    tasks = ((wait_of_consumer, 3 if quick else 6), (memory_over_rows, 1_000_000 if quick else 10_000_000))
-    for function, amount in tasks:  # each in a process without what the reads above have left behind
-        with multiprocessing.get_context("spawn").Pool(1, initializer=one_thread) as fresh:
-            figures |= fresh.apply(function, (several, single_schema, amount))
+    # in a process without what the reads above have left behind
+    with multiprocessing.get_context("spawn").Pool(1, initializer=one_thread) as fresh:
+        figures |= fresh.apply(wait_of_consumer, (several, single_schema, 3 if quick else 6))
     peer, own = fuxictr_rate(single, peer_python), figures["stream_rows_per_second_single"]
     over = round(own / peer, 2) if own and peer else None
     return figures | {"fuxictr_rows_per_second": peer, "over_fuxictr": over}
@@ -140,19 +135,6 @@ def compare(files: list[Path], schema: Schema, rounds: int) -> tuple[float, floa
     return rows / statistics.median(stream), rows / statistics.median(table), ratio(table, stream)
 
 
-def cost_by_columns(folder: Path, rows: int, rounds: int) -> dict[str, float | None]:
-    """Nanoseconds per value for each number of columns, and the exponent of seconds per row."""
-
-    def best(columns: int) -> float:
-        file, schema = write_single(folder / f"{columns}.parquet", columns, rows), single_schema_of(columns)
-        return min(seconds_of(lambda: drain([file], schema, workers=0, prefetch=0)) for _ in range(rounds))
-
-    seconds = [best(columns) for columns in COLUMN_COUNTS]
-    pairs = zip(COLUMN_COUNTS, seconds, strict=True)
-    costs = {f"ns_per_value_{columns}": round(1e9 * each / rows / columns, 2) for columns, each in pairs}
-    return {"column_exponent": round(fitted_exponent(COLUMN_COUNTS, seconds), 3), **costs}
-
-
 def wait_of_consumer(files: list[Path], schema: Schema, epochs: int) -> dict[str, float | None]:
     """The wait share of a consumer at CONSUMER_SHARE of the stream's maximum rate."""
     options = StreamOptions(BATCH_SIZE, window_rows=16_384, workers=1, prefetch=2)
@@ -180,22 +162,6 @@ def wait_of_consumer(files: list[Path], schema: Schema, epochs: int) -> dict[str
     return {
         "input_wait_share": round(statistics.median(shares), 4),
         "maximum_rows_per_second": round(stream.num_rows / statistics.median(free)),
-    }
-
-
-def memory_over_rows(files: list[Path], schema: Schema, rows: int) -> dict[str, float | None]:
-    """Largest resident memory over the second half of `rows` rows against that of the first half, and over all."""
-    stream = ParquetStream(files, schema, StreamOptions(BATCH_SIZE, window_rows=16_384, workers=1))
-    seen, samples = 0, []
-    while seen < rows:
-        for batch in stream:
-            seen += len(batch.labels)
-            samples.append(resident_bytes() / 2**20)
-    early, late = samples[: len(samples) // 2], samples[len(samples) // 2 :]
-    return {
-        "memory_growth": round(max(late) / max(early) - 1, 4),
-        "memory_mb": round(max(samples)),
-        "memory_rows": seen,
     }
 
 

@@ -3,17 +3,16 @@
     python benchmarks/peers.py [--quick] [--json] [--threads N] [--sizes small criteo] [--only fuxictr dlrm] [--rounds 3]
         [--peer-python VENV/bin/python --peer-source FUXICTR] [--dlrm-source DLRM [--dlrm-python VENV/bin/python]]
 
-A turn is one whole run of one side, in a process that lives on: ours is `mbcnet train`'s own (Parquet stream, step, checks, metrics, log
-lines, at the defaults), FuxiCTR's its `fit` on its Parquet loader, dlrm's its unchanged dlrm_main.py. One clock for all: the time between
-the ends of two optimizer steps after a warm-up, so start-up, evaluation and checkpoints, which all sides have, are left out on each.
+A turn is one whole run of one side, in a process that lives on: ours is `mbcnet train`'s own at the defaults, FuxiCTR's its `fit` on its
+Parquet loader, dlrm's its unchanged dlrm_main.py. One clock for all: the time between the ends of two optimizer steps after a warm-up,
+so start-up, evaluation and checkpoints are left out on each side.
 
 Beside FuxiCTR the same: Parquet file, batch size, fields, ids, widths, layers, dropout, dense Adam on tables and layers, lambda of the
 tables' penalty, gradients clipped at 10, threads of torch. Not the same: it reads the whole file into memory before its clock starts,
 ours streams it; it clips tables too, ours layers only; its loader is a process beside (--peer-workers), ours a thread.
-Beside dlrm the same: fields, numbers, uniform ids, widths, cross layers and rank, layers of the over arch, exact Adagrad on tables. Not
-the same: its batches are ten that lie in memory, ours are read from Parquet; it has a dense arch of 13-512-256-64 before and its MLP after
-its cross layers, ours, the parallel DCNv2, has none and one beside, with a rank x rank product in each cross layer: ours has rank 480
-where its has 512, so that both make 6.7 M multiply-adds a sample; its layers learn by Adagrad, ours by Adam.
+Beside dlrm the same: fields, numbers, uniform ids, widths, cross layers, layers of the over arch, exact Adagrad on tables. Not the same:
+its batches are ten that lie in memory; it has a dense arch of 13-512-256-64, ours has none and one rank x rank product more in each cross
+layer: rank 480 where its is 512, so that both make 6.7 M multiply-adds a sample; its layers learn by Adagrad, ours by Adam.
 
 fuxictr_speedup/SIZE/MODEL, dlrm_speedup             ours / the peer's samples a second, median over rounds; null without the peer
 least_fuxictr_speedup                                the least of them
@@ -120,7 +119,7 @@ def write_rows(size: Size, folder: Path, uniform: bool = False) -> None:
 
 def our_model(kind: str, size: Size) -> dict[str, Any]:
     """The [model] table of our config."""
-    return quality.our_model(kind, size.hidden, size.gate, size.cross_layers)
+    return quality.our_model(kind, quality.Layers(size.hidden, size.gate, size.cross_layers))
 
 
 def our_dlrm() -> dict[str, Any]:
@@ -152,17 +151,10 @@ def our_task(
 def fuxictr_task(kind: str, size: Size, folder: Path, source: str, l2: float, workers: int) -> dict[str, Any]:
     """One epoch of FuxiCTR's model."""
     (folder / "checkpoints" / folder.name).mkdir(parents=True, exist_ok=True)
-    params = quality.peer_model(kind, size.hidden, size.gate, size.cross_layers) | {
-        "dataset_id": folder.name,
-        "model_id": kind,
-        "model_root": str(folder / "checkpoints"),
-        "embedding_regularizer": l2,
-        "embedding_dim": size.width,
-        "batch_size": size.batch,
-        "epochs": 1,
-        "data_format": "parquet",
-        "num_workers": workers,
-    }
+    layers = quality.Layers(size.hidden, size.gate, size.cross_layers)
+    params = quality.peer_model(kind, layers) | {"dataset_id": folder.name, "model_id": kind, "epochs": 1}
+    params |= {"model_root": str(folder / "checkpoints"), "data_format": "parquet", "num_workers": workers}
+    params |= {"embedding_regularizer": l2, "embedding_dim": size.width, "batch_size": size.batch}
     files = {split: str(folder / f"{split}.parquet") for split in ("train", "valid")}
     timing = {"warm_up": size.warm_up, "steps": size.steps, "batch": size.batch}
     return files | timing | {"source": source, "folder": str(folder), "model": kind, "params": params}

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -46,59 +46,52 @@ SPLITS = ("train", "valid", "test")
 WIDTH = 16  # of every field
 QUANTILES = 20  # of a number
 BATCH, RATE, CLIP = 256, 1e-3, 10.0
-DROPOUT = 0.2
 ADAM = {"name": "adam", "lr": RATE, "eps": 1e-8, "init_std": 1e-4}
 Scores = dict[str, list[dict[str, float]]]  # model -> a seed's AUC and log-loss
 
 
-def our_model(
-    kind: str,
-    hidden: Sequence[int] = (128, 64),
-    gate: Sequence[int] = (64,),
-    cross_layers: int = 2,
-    dropout: float = DROPOUT,
-) -> dict[str, Any]:
+class Layers(NamedTuple):
+    """Sizes that the models of both sides have."""
+
+    hidden: Sequence[int] = (128, 64)
+    gate: Sequence[int] = (64,)  # of FinalMLP
+    cross_layers: int = 2
+    dropout: float = 0.2
+
+
+def our_model(kind: str, layers: Layers) -> dict[str, Any]:
     """The [model] table of our config."""
-    deep = {"hidden": list(hidden), "dropout": dropout}
-    stream = deep | {"gate": list(gate)}
+    deep = {"hidden": list(layers.hidden), "dropout": layers.dropout}
+    stream = deep | {"gate": list(layers.gate)}
     own = {
         "dnn": deep,
-        "dcnv2": deep | {"cross": {"kind": "full_rank", "num_layers": cross_layers}},
+        "dcnv2": deep | {"cross": {"kind": "full_rank", "num_layers": layers.cross_layers}},
         "finalmlp": {"first": stream, "second": stream},
     }
     return {"kind": kind, kind: own[kind]}
 
 
-def peer_model(
-    kind: str,
-    hidden: Sequence[int] = (128, 64),
-    gate: Sequence[int] = (64,),
-    cross_layers: int = 2,
-    dropout: float = DROPOUT,
-) -> dict[str, Any]:
+def peer_model(kind: str, layers: Layers) -> dict[str, Any]:
     """The same model and its training in FuxiCTR's own names."""
-    deep = list(hidden)
-    cross = {"model_structure": "parallel", "num_cross_layers": cross_layers, "net_dropout": dropout}
-    streams = {f"mlp{n}_hidden_units": deep for n in (1, 2)} | {f"mlp{n}_dropout": dropout for n in (1, 2)}
-    own: dict[str, dict[str, Any]] = {
-        "dnn": {"hidden_units": deep, "net_dropout": dropout},
-        "dcnv2": {"parallel_dnn_hidden_units": deep} | cross,
-        "finalmlp": {"use_fs": True, "fs_hidden_units": list(gate)} | streams,
+    deep, net = list(layers.hidden), {"net_dropout": layers.dropout}
+    cross = {"model_structure": "parallel", "num_cross_layers": layers.cross_layers}
+    streams = {f"mlp{n}_hidden_units": deep for n in (1, 2)} | {
+        f"mlp{n}_dropout": layers.dropout for n in (1, 2)
     }
-    return own[kind] | {
-        "task": "binary_classification",
-        "loss": "binary_crossentropy",
+    own: dict[str, dict[str, Any]] = {
+        "dnn": {"hidden_units": deep} | net,
+        "dcnv2": {"parallel_dnn_hidden_units": deep} | cross | net,
+        "finalmlp": {"use_fs": True, "fs_hidden_units": list(layers.gate)} | streams,
+    }
+    watched = {
         "metrics": ["logloss", "AUC"],
         "monitor": "AUC",
         "monitor_mode": "max",
-        "optimizer": "adam",
-        "learning_rate": RATE,
-        "max_gradient_norm": CLIP,
-        "net_regularizer": 0,
         "early_stop_patience": 2,
-        "shuffle": True,
-        "verbose": 0,
     }
+    training = {"task": "binary_classification", "loss": "binary_crossentropy", "optimizer": "adam"}
+    training |= {"learning_rate": RATE, "max_gradient_norm": CLIP, "net_regularizer": 0}
+    return own[kind] | watched | training | {"shuffle": True, "verbose": 0}
 
 
 def add_peer_options(parser: argparse.ArgumentParser, l2: float) -> None:
@@ -144,13 +137,9 @@ def write_even_schema(data: Path, folder: Path) -> Path:
         elif feature.kind == "numeric" and not feature.is_bucketised:
             bounds = quantiles(data / "train", feature.source_column)
             kept = {key: entry[key] for key in ("column",) if key in entry}
-            table["fields"][feature.name] = kept | {
-                "kind": "numeric",
-                "transform": "bucketise",
-                "boundaries": bounds,
-                "num_embeddings": len(bounds) + 2,
-                "embedding_dim": WIDTH,
-            }
+            cut = {"kind": "numeric", "transform": "bucketise", "boundaries": bounds}
+            cut |= {"num_embeddings": len(bounds) + 2, "embedding_dim": WIDTH}
+            table["fields"][feature.name] = kept | cut
         elif not feature.table:
             entry["embedding_dim"] = WIDTH
     for shared in table.get("tables", {}).values():
@@ -250,7 +239,7 @@ def our_config(data: Path, schema: Path, model: dict[str, Any], args: Any, seed:
 
 def train_ours(data: Path, schema: Path, args: Any) -> Scores:
     """Train our models; what is in --out already is not trained again."""
-    configs = {kind: our_config(data, schema, our_model(kind), args) for kind in args.models}
+    configs = {kind: our_config(data, schema, our_model(kind, Layers()), args) for kind in args.models}
     runs = [
         Run(kind, seed, place_run(config, seed, args.out))
         for kind, config in configs.items()
@@ -268,7 +257,7 @@ def train_peer(data: Path, folder: Path, args: Any) -> Scores:
     common = {"dataset_id": data.name, "model_root": str(folder / "checkpoints"), "embedding_dim": WIDTH}
     common |= {"embedding_regularizer": args.l2, "batch_size": BATCH, "epochs": args.epochs}
     common |= {"data_format": "npz", "num_workers": 0}
-    models = {kind: peer_model(kind) for kind in args.models}
+    models = {kind: peer_model(kind, Layers()) for kind in args.models}
     (folder / "checkpoints" / data.name).mkdir(parents=True, exist_ok=True)
     task = {"common": common, "models": models, "seeds": list(range(args.seeds))}
     return json.loads(run_peer("models", task, folder / "task.json", args).splitlines()[-1])

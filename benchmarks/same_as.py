@@ -84,12 +84,10 @@ def logged(run: Path) -> dict[str, Any]:
     return found
 
 
-def tensors(run: Path) -> dict[str, str]:
-    """Digests of the last checkpoint's tensors, by logical name and place in it. What resumes a log line only is left out."""
-    found = {}
-    folder = run / "checkpoints" / f"step_{STEPS}"
-    body = json.loads((folder / "manifest.json").read_text())["body"]
-    for file in body["files"]:
+def tensors(run: Path, step: int = STEPS) -> dict[str, str]:
+    """Digests of a checkpoint's tensors, by logical name and place in it. What resumes a log line only is left out."""
+    folder, found = run / "checkpoints" / f"step_{step}", {}
+    for file in json.loads((folder / "manifest.json").read_text())["body"]["files"]:
         held = load_file(folder / file["file"])
         for number, (name, offsets, sizes) in enumerate(file["pieces"]):
             if not name.startswith("window"):

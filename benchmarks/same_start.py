@@ -31,7 +31,6 @@ import torch
 from paper_size import objective_of
 from peer_code.given_masks import give_masks
 from side_by_side import print_figures, timing_parser_of
-from torch import Tensor
 
 from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
@@ -47,8 +46,12 @@ from mbcnet_rec.training.state import TrainState, scale_rates
 
 PREDICTION = "equal to 1e-6 after the first pass; rounding grows to 1e-2 of single rows over a thousand steps, AUCs stay within 1e-3"
 SPARE_EPOCHS = 4
-PEER_SCRIPT = Path(__file__).parent / "peer_code" / "fuxictr_same_start.py"
 Predictions = list[dict[str, np.ndarray]]  # of an epoch: split -> probabilities
+
+
+def layers_of(args: Any) -> quality.Layers:
+    """Without --protocol nothing is dropped."""
+    return quality.Layers() if args.protocol else quality.Layers(dropout=0.0)
 
 
 def initial_weights(built: Built, schema: Schema) -> dict[str, np.ndarray]:
@@ -102,11 +105,8 @@ def train_ours(
                 break
     spare = SPARE_EPOCHS if valid_labels is not None else 0  # the peer may want more of them than we did
     epochs = range(min(config.train.epochs, len(found) + spare))
-    seen = [
-        quality.rows_of(batch, schema)
-        for epoch in epochs
-        for batch in batches_of(config, schema, data, epoch)
-    ]
+    passes = (batches_of(config, schema, data, epoch) for epoch in epochs)
+    seen = [quality.rows_of(batch, schema) for batches in passes for batch in batches]
     sizes = [len(rows[schema.label]) for rows in seen]
     np.savez(folder / "train_rows.npz", **quality.joined(seen), **{"": np.asarray(sizes)})  # type: ignore[arg-type]
     return found
@@ -122,33 +122,23 @@ def probabilities(built: Built, batches: list[Batch]) -> np.ndarray:
     """Of the real rows."""
     built.model.eval()
     with torch.no_grad():
-        parts: list[Tensor] = [
-            torch.sigmoid(built.model(batch)[1].logits[:, 0])[batch.weights > 0] for batch in batches
-        ]
+        logits = ((built.model(batch)[1].logits[:, 0], batch.weights > 0) for batch in batches)
+        parts = [torch.sigmoid(each)[real] for each, real in logits]
     return torch.cat(parts).numpy()
 
 
 def train_peer(config: RunConfig, schema: Schema, data: Path, folder: Path, args: Any) -> Predictions:
     """Have the peer do the same, by its own Python."""
-    kind, dropout = config.model.kind, quality.DROPOUT if args.protocol else 0.0
-    params = quality.peer_model(kind, dropout=dropout) | {
-        "dataset_id": data.name,
-        "model_id": kind,
-        "model_root": str(folder / "checkpoints"),
-        "embedding_regularizer": args.l2,
-        "embedding_dim": quality.WIDTH,
-    }
+    kind = config.model.kind
+    params = quality.peer_model(kind, layers_of(args)) | {"embedding_dim": quality.WIDTH}
+    params |= {"dataset_id": data.name, "model_id": kind, "model_root": str(folder / "checkpoints")}
+    params["embedding_regularizer"] = args.l2
     steps = batches_of(config, schema, data, 0).steps_per_epoch
     task = {"kind": kind, "steps_an_epoch": steps, "protocol": args.protocol, "mask_seed": config.train.seed}
     quality.run_peer("same_start", task | {"params": params}, folder / "same_start.json", args)
     with np.load(folder / "predictions.npz") as answer:
         epochs = len(answer.files) // 2
         return [{split: answer[f"{split}/{epoch}"] for split in ("valid", "test")} for epoch in range(epochs)]
-
-
-def best_epoch(found: Predictions, labels: np.ndarray) -> int:
-    """By validation AUC."""
-    return int(np.argmax([auc(epoch["valid"], labels) for epoch in found]))
 
 
 def compare(
@@ -181,9 +171,12 @@ def compare_all(
             peer = [theirs[epoch]["test"] for _, theirs in runs if theirs is not None]
             figures |= compare(f"{name}/epoch_{epoch + 1}", labels["test"], ours, peer)
         return figures
-    chosen = [[best_epoch(side, labels["valid"]) for side in run if side is not None] for run in runs]
+    chosen = [
+        [int(np.argmax([auc(epoch["valid"], labels["valid"]) for epoch in side])) for side in run if side]
+        for run in runs
+    ]
     best = [
-        [side[epoch]["test"] for side, epoch in zip(run, epochs, strict=False) if side is not None]
+        [side[epoch]["test"] for side, epoch in zip(run, epochs, strict=False) if side]
         for run, epochs in zip(runs, chosen, strict=True)
     ]
     peer = [sides[1] for sides in best if len(sides) > 1]
@@ -203,7 +196,6 @@ def main() -> int:
     quality.add_peer_options(parser, l2=1e-5)
     args = quality.parsed(parser)
     args.epochs = 1 if args.quick else args.epochs or (20 if args.protocol else 3)
-    dropout = quality.DROPOUT if args.protocol else 0.0
     torch.set_num_threads(args.threads)
     print(f"prediction: {PREDICTION}")
     figures: dict[str, float | None] = {}
@@ -218,7 +210,7 @@ def main() -> int:
             quality.write_rows(schema, data, folder)
             labels = {split: np.load(folder / f"{split}.npz")[schema.label] for split in ("valid", "test")}
             for kind in args.models:
-                model = quality.our_model(kind, dropout=dropout)
+                model = quality.our_model(kind, layers_of(args))
                 runs: list[tuple[Predictions, Predictions | None]] = []
                 for seed in range(args.seeds):
                     config = quality.our_config(data, schema_file, model, args, seed)

@@ -97,11 +97,6 @@ def fitted_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return float((x * y).sum() / (x * x).sum())
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def free_port() -> int:
     """A port of this host on which nobody listens."""
     with socket.socket() as probe:

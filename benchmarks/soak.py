@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from side_by_side import parser_of, rank_environment, resident_bytes
+from side_by_side import parser_of, rank_environment
 from small_log import LONG_RUN, at_each_step, write_log
 
 from mbcnet_rec.config import load_config
@@ -57,7 +57,8 @@ def measure(before: list[Measure]) -> Measure:
         time.sleep(0.01)
         now = counts()
         fewest = {key: min(fewest[key], now[key]) for key in fewest}
-    return {"resident_bytes": resident_bytes()} | fewest
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {"resident_bytes": pages * os.sysconf("SC_PAGE_SIZE")} | fewest
 
 
 def stop_after(steps: int) -> None:
