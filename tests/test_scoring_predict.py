@@ -99,7 +99,7 @@ def test_faults_stop_their_own_chunks_only(runs, tmp_path, capfd):
     code, text, err = predict(*argv, keep=keep)
     assert code == 2, err
     assert "a.parquet has changed" in text and "b.parquet has changed" in text, err
-    assert "b.parquet: row group 3 cannot be decoded" in err
+    assert "b.parquet: row group 3: cannot be decoded" in err
     assert "_pieces/ds=1/a.parquet/000001.parquet" in files_in(out)
     stamp = (out / "_pieces/ds=1/a.parquet/000001.parquet").stat().st_mtime_ns
     assert "_pieces/b.parquet/000000.parquet" in files_in(out)
