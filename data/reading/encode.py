@@ -29,6 +29,9 @@ from .keys import (
 )
 
 T = TypeVar("T")
+Rows = (
+    pa.RecordBatch | Mapping[str, pa.Array]
+)  # as a mapping, each column is wrapped by Python once, not twice
 # for each integer type: its unsigned twin, and the largest value that is the same in both
 UNSIGNED = {
     dtype.char: (np.dtype(f"u{dtype.itemsize}"), int(np.iinfo(dtype).max))
@@ -111,13 +114,13 @@ class Encoder:
         narrow = all(self.list_dtype[feature.name] == np.int32 for feature in self.single)
         self.id_dtype = np.int32 if narrow else np.int64
 
-    def encode(self, rows: pa.RecordBatch, place: Place, repaired: Counter[str] | None = None) -> Columns:
+    def encode(self, rows: Rows, place: Place, repaired: Counter[str] | None = None) -> Columns:
         """Check and encode rows; see `encode_all`."""
         return self.encode_all([(rows, place)], repaired)
 
     def encode_all(
         self,
-        parts: Sequence[tuple[pa.RecordBatch, Place]],
+        parts: Sequence[tuple[Rows, Place]],
         repaired: Counter[str] | None = None,
         permutation: np.ndarray | None = None,
         allocate: Callable[..., np.ndarray] = np.empty,
@@ -136,8 +139,12 @@ class Encoder:
         repaired = Counter() if repaired is None else repaired
         readers, total = [], 0
         for rows, place in parts:
-            readers.append((_Reader(self, rows, place, repaired), slice(total, total + rows.num_rows)))
-            total += rows.num_rows
+            columns = (
+                rows if isinstance(rows, Mapping) else dict(zip(rows.schema.names, rows.columns, strict=True))
+            )
+            end = total + len(next(iter(columns.values())))
+            readers.append((_Reader(self, columns, place, repaired), slice(total, end)))
+            total = end
 
         def in_new_order(array: np.ndarray) -> np.ndarray:
             return array if permutation is None else array.take(permutation, axis=0, mode="clip")
@@ -161,11 +168,10 @@ class Encoder:
                 labels[rows] = reader.labels()
             if has_groups:
                 groups[rows] = reader.groups()
+        absent = {name for reader, _ in readers for name in reader.absent}
         return Columns(
             single_ids=single_ids,
-            absent=np.asarray(
-                [any(feature.name in reader.absent for reader, _ in readers) for feature in self.single], bool
-            ),
+            absent=np.asarray([feature.name in absent for feature in self.single], bool),
             lists=self._lists(self.lists, readers, permutation, total),
             weighted_lists=self._lists(self.schema.weighted, readers, permutation, total),
             dense=in_new_order(dense),
@@ -208,10 +214,12 @@ def _named(read: Callable[..., T]) -> Callable[..., T]:
 class _Reader:
     """The columns of one record batch, read field by field."""
 
-    def __init__(self, encoder: Encoder, rows: pa.RecordBatch, place: Place, repaired: Counter[str]) -> None:
+    def __init__(
+        self, encoder: Encoder, columns: Mapping[str, pa.Array], place: Place, repaired: Counter[str]
+    ) -> None:
         self.encoder, self.place, self.repaired = encoder, place, repaired
         self.absent: set[str] = set()  # fields in which an ABSENT was written
-        self.columns = dict(zip(rows.schema.names, rows.columns, strict=True))
+        self.columns = columns
 
     @_named
     def labels(self) -> np.ndarray:
@@ -277,8 +285,9 @@ class _Reader:
 
     def _weights(self, feature: Feature, offsets: np.ndarray) -> np.ndarray:
         column = self.columns[feature.weights]
-        found, wanted = np.diff(_list_offsets(column)), np.diff(offsets)
-        if not np.array_equal(found, wanted):
+        own_offsets = _list_offsets(column)
+        if not np.array_equal(own_offsets, offsets):
+            found, wanted = np.diff(own_offsets), np.diff(offsets)
             row = int(np.flatnonzero(found != wanted)[0])
             raise InputError(
                 f"{self.place.row(row)}, field {feature.name!r}: {wanted[row]} values but {found[row]} weights in column "
