@@ -56,7 +56,7 @@ def main() -> int:
 
 def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | None]:
     """Write the files and take every figure."""
-    rows, rounds = (65_536, 5) if quick else (262_144, 9)
+    rows, rounds = (65_536, 3) if quick else (262_144, 9)
     single, single_schema = write_single(folder / "single.parquet", 192, rows), single_schema_of(192)
     mixed_schema = pailitao_schema("demo")
     write_synthetic(mixed_schema, folder / "mixed", rows=rows, days=3)
@@ -68,10 +68,10 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
             figures[f"read_table_share_{name}"] = round(share, 3)
             figures[f"stream_rows_per_second_{name}"] = round(stream_rate)
             figures[f"read_table_rows_per_second_{name}"] = round(table_rate)
-    several = [single] * (8 if quick else 4)  # long enough an epoch for windows to come and go
+    several = [single] * 4  # long enough an epoch for windows to come and go
     # in a process without what the reads above have left behind
     with multiprocessing.get_context("spawn").Pool(1, initializer=one_thread) as fresh:
-        figures |= fresh.apply(wait_of_consumer, (several, single_schema, 3 if quick else 6))
+        figures |= fresh.apply(wait_of_consumer, (several, single_schema, 2 if quick else 6))
     peer, own = fuxictr_rate(single, peer_python), figures["stream_rows_per_second_single"]
     over = round(own / peer, 2) if own and peer else None
     return figures | {"fuxictr_rows_per_second": peer, "over_fuxictr": over}
