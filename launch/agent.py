@@ -92,6 +92,7 @@ def run_workers(args: Namespace) -> RunResult:
     agent = Agent(
         spec, config.logs_specs, start_method=config.start_method, shutdown_timeout=config.shutdown_timeout
     )
+    agent.stop_seconds = config.shutdown_timeout
     stopped = False
     try:
         return agent.run()  # pyright: ignore[reportReturnType] (a decorator hides its type)

@@ -42,7 +42,7 @@ def train(
         image: container image, for schedulers that use one
         env: further environment variables, K1=V1,K2=V2
         mounts: what to mount into the container, type=volume,src=CLAIM,dst=/runs or type=bind,src=/host,dst=/job[,readonly]
-        max_retries: how often the scheduler starts a failed job again; it goes on from its checkpoint
+        max_retries: how often the scheduler restarts a failed job, which continues from its checkpoint
     """
     options = Options(j, name, h, cpu, gpu, memMB, image, env, mounts, max_retries)
     return describe_application("train", ["--config", config, *args], options)
@@ -76,7 +76,7 @@ def evaluate(
         image: container image, for schedulers that use one
         env: further environment variables, K1=V1,K2=V2
         mounts: what to mount into the container, type=volume,src=CLAIM,dst=/runs or type=bind,src=/host,dst=/job[,readonly]
-        max_retries: how often the scheduler starts a failed job again; it goes on from its checkpoint
+        max_retries: how often the scheduler restarts a failed job, which continues from its checkpoint
     """
     options = Options(j, name, h, cpu, gpu, memMB, image, env, mounts, max_retries)
     return describe_application("evaluate", [run, *args], options)
@@ -110,7 +110,7 @@ def predict(
         image: container image, for schedulers that use one
         env: further environment variables, K1=V1,K2=V2
         mounts: what to mount into the container, type=volume,src=CLAIM,dst=/runs or type=bind,src=/host,dst=/job[,readonly]
-        max_retries: how often the scheduler starts a failed job again; it goes on from its checkpoint
+        max_retries: how often the scheduler restarts a failed job, which continues from its checkpoint
     """
     options = Options(j, name, h, cpu, gpu, memMB, image, env, mounts, max_retries)
     return describe_application("predict", [run, *args], options)

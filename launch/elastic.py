@@ -15,7 +15,7 @@ from launch.worker import NOTES
 
 # Codes with which a worker leaves after it has said why; 1 follows a traceback.
 REPORTED_CODES = (1, USER_MISTAKE, CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK, INTERRUPTED)
-# What would come again at every start
+# What would fail again at every start
 NO_RETRY_CODES = (USER_MISTAKE, NON_FINITE)
 
 
@@ -23,10 +23,12 @@ class Agent(LocalElasticAgent):
     """LocalElasticAgent, with restarts only where they can help.
 
     Each round of the rendezvous has a store of its own. torch 2.13 keeps the first round's: a host that joins later waits for
-    an address that nobody publishes again, and workers that start anew read the addresses of the dead.
-    Restarts are for what may go better the next time: a stop with a checkpoint costs none, a user's mistake ends the job.
-    Workers that are stopped because a host has come have the time to write a checkpoint. The operator is told why workers start again.
+    an address that is never published again, and restarted workers read the addresses of dead ones.
+    A stop with a checkpoint costs no restart; a user's mistake ends the job.
+    Workers that are stopped because a host has joined have time to write a checkpoint. The operator is told why workers restart.
     """
+
+    stop_seconds = 30
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         worker_group.spec.rdzv_handler._bootstrap_store_info = None  # pyright: ignore
@@ -48,13 +50,13 @@ class Agent(LocalElasticAgent):
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        if worker_group.state == WorkerState.HEALTHY:  # a host has come: every worker writes a checkpoint
-            self._shutdown(timeout=self._shutdown_timeout)
+        if worker_group.state == WorkerState.HEALTHY:  # a host has joined: every worker writes a checkpoint
+            self._shutdown(timeout=self.stop_seconds)
         else:
             super()._stop_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """Tell the workers to stop. One that is suspended (SIGSTOP) is resumed first: else it hears nothing until the timeout."""
+        """Tell the workers to stop. A suspended one (SIGSTOP) is resumed first: it would not see the signal until the timeout."""
         for pid in self._pcontext.pids().values() if self._pcontext else ():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
@@ -64,10 +66,10 @@ class Agent(LocalElasticAgent):
         if worker_group.group_rank == 0:
             if worker_group.state == WorkerState.HEALTHY:
                 # behind a progress bar
-                say("\nmbcnet: a host has come: all workers write a checkpoint and go on with it")
+                say("\nmbcnet: a host has joined: all workers write a checkpoint and continue from it")
             else:
                 left = f"{self._remaining_restarts} of {worker_group.spec.max_restarts} restarts left"
-                say(f"mbcnet: all workers start again from the last checkpoint ({left})")
+                say(f"mbcnet: all workers restart from the last checkpoint ({left})")
         super()._restart_workers(worker_group)  # pyright: ignore[reportCallIssue]
         pass_on()
 
@@ -79,7 +81,7 @@ def say(line: str) -> None:
 
 
 def pass_on() -> None:
-    """Print what workers without a terminal have left in files."""
+    """Print the messages that workers without a terminal have left in files."""
     for path in sorted(Path(os.environ[NOTES]).glob("said_*")):
         say(path.read_text().rstrip("\n"))
         path.unlink()
@@ -95,16 +97,13 @@ def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFail
 
 
 def describe(rank: int, failure: ProcessFailure) -> str:
-    """What is still to be printed about a failed rank; empty where it, or the rank to blame, has said it already."""
+    """What to print about a failed rank; empty where it, or the rank to blame, has reported it already."""
     code = failure.exitcode
     if code in REPORTED_CODES:
         return ""
     if code >= 0:
         return f"rank {rank} ended with exit code {code}"
-    name = signal.Signals(-code).name
-    hint = (
-        "; most often the machine ran out of memory: a smaller batch, smaller tables or fewer workers need less"
-        if name == "SIGKILL"
-        else ""
-    )
+    name, hint = signal.Signals(-code).name, ""
+    if name == "SIGKILL":
+        hint = "; most often the machine ran out of memory: a smaller batch, smaller tables or fewer workers need less"
     return f"rank {rank} was ended by {name}{hint}"

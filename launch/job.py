@@ -24,7 +24,7 @@ EXIT_CODES = "LAUNCH_EXIT_CODES"
 OURS = "mbcnet"
 # Exit codes of a worker, as in mbcnet_rec/runtime/exits.py
 USER_MISTAKE, CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK, INTERRUPTED = 2, 74, 75, 76, 77, 130
-# Restarts by torchelastic of the workers of a job of several hosts: one host lost, the others go on from the checkpoint
+# How often torchelastic restarts the workers of a job of several hosts: when one is lost, the others continue from the checkpoint
 RESTARTS = 3
 
 

@@ -35,7 +35,7 @@ def torchrun_line(job: Job) -> str:
     ]
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment(job).items()]
     if several:
-        # else a host that joins late waits in vain: launch/elastic.py
+        # else a host that joins late waits forever: see launch/elastic.py
         variables.insert(0, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     words = [*variables, "torchrun", *found, "-m", WORKER, *map(shlex.quote, job.worker_args)]
     return " ".join(words)
@@ -44,8 +44,8 @@ def torchrun_line(job: Job) -> str:
 def sbatch_script(job: Job) -> str:
     """An sbatch script: one task a host, which starts its processes.
 
-    srun hands a signal to the job's processes, which write a checkpoint and leave with 75; then the job queues again and
-    goes on. Slurm sends that signal before the time limit, at preemption and at `scontrol requeue`.
+    srun hands a signal to the job's processes, which write a checkpoint and exit with 75; then the job is requeued and
+    continues. Slurm sends that signal before the time limit, at preemption and at `scontrol requeue`.
     """
     options = {
         "job-name": job_name(job),
@@ -76,7 +76,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --wait=60 \\
   python -m {AGENT} {found} \\
   -m {WORKER} {" ".join(map(shlex.quote, job.worker_args))}
 code=$?
-# {PREEMPTED}: stopped with a checkpoint; a second start goes on from it. scancel ends the job for good.
+# {PREEMPTED}: stopped with a checkpoint; a second start continues from it. scancel ends the job for good.
 if [ $code -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
 """
@@ -107,6 +107,10 @@ def kubernetes_objects(job: Job) -> list[dict[str, Any]]:
         },
     }
     hosts = job.shape.hosts
+
+    def exits(*codes: int) -> dict[str, Any]:
+        return {"containerName": name, "operator": "In", "values": list(codes)}
+
     batch_job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -118,21 +122,10 @@ def kubernetes_objects(job: Job) -> list[dict[str, Any]]:
             "backoffLimit": max(1, job.retries) * hosts,
             "podFailurePolicy": {
                 "rules": [
-                    # what a user must mend comes again at every start
-                    {
-                        "action": "FailJob",
-                        "onExitCodes": {
-                            "containerName": name,
-                            "operator": "In",
-                            "values": [USER_MISTAKE, NON_FINITE],
-                        },
-                    },
-                    # a drained node or a stop with a checkpoint is nobody's failure
+                    {"action": "FailJob", "onExitCodes": exits(USER_MISTAKE, NON_FINITE)},  # would fail again
+                    # a drained node or a stop with a checkpoint is no failure
                     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                    {
-                        "action": "Ignore",
-                        "onExitCodes": {"containerName": name, "operator": "In", "values": [PREEMPTED]},
-                    },
+                    {"action": "Ignore", "onExitCodes": exits(PREEMPTED)},
                 ]
             },
             "template": {"metadata": {"labels": labels}, "spec": pod(job, name)},

@@ -14,7 +14,7 @@ from launch.job import GRACE_SECONDS, NON_FINITE, OURS, USER_MISTAKE, pod_securi
 
 
 class Scheduler(KubernetesScheduler):
-    """Kubernetes with pods that may stop and go on."""
+    """Kubernetes with pods that may stop and be started again."""
 
     def submit_dryrun(self, app: AppDef, cfg: KubernetesOpts) -> AppDryRunInfo[KubernetesJob]:
         """Describe the job; ours are completed."""

@@ -1,7 +1,6 @@
 """Where each process of a job begins: `python -m launch.worker COMMAND ...`, one rank of `mbcnet`.
 
-Around the command it does what only a rank among many needs: a restarted rank goes on from the checkpoint; an error is told
-once for the whole job, not once for each rank; and no rank outlives its agent.
+A restarted rank continues from the checkpoint, an error is reported once for the whole job, and no rank outlives its agent.
 """
 
 import contextlib
@@ -22,11 +21,11 @@ from torch.distributed import TCPStore
 from launch.job import INTERRUPTED, LOST_RANK, PREEMPTED
 
 COMMAND_LINE = "mbcnet_rec.cli"
-# The agent's folder for notes of its ranks: exit_RANK holds the code with which a rank left, said_RANK what the terminal shall hear.
+# The agent's folder for messages of its ranks: exit_RANK holds a rank's exit code, said_RANK what to print on the terminal.
 NOTES = "LAUNCH_NOTES"
-# Done, left with a checkpoint, stopped by Ctrl-C: no errors.
+# Done, stopped with a checkpoint, stopped by Ctrl-C: no errors
 STOPPED = (0, PREEMPTED, INTERRUPTED)
-# What a rank says when another one has gone; the true cause is that other one's.
+# A rank's error after another rank has failed; the cause is the other rank's error.
 SECONDARY_ERRORS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -35,14 +34,14 @@ SECONDARY_ERRORS = (
     "NCCL",
     "Timed out waiting",
 )
-# How long a rank that knows another one to be the cause lets that one speak first
+# How long a rank whose error is secondary waits for the rank with the cause to report it
 SECONDARY_WAIT_SECONDS = 2.0
 CLAIM_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
 
 
 def resumed(args: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """Arguments of a rank that may have been started before: it goes on, and never removes what it has trained.
+    """Arguments of a rank that may have been started before: it resumes, and never removes what it has trained.
 
     torchelastic counts its restarts, Slurm its requeues, AWS Batch its attempts (from 1).
     """
@@ -65,12 +64,12 @@ def claim_first(environ: Mapping[str, str]) -> bool:
     try:
         store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=CLAIM_SECONDS))
         return store.add(key, 1) == 1
-    except Exception:  # the store's host is gone: better told twice than never
+    except Exception:  # the store's host is gone: better reported twice than never
         return True
 
 
 def describe(error: Exception, environ: Mapping[str, str]) -> str:
-    """One line for an error that has an exit code of its own, since the user or operator can mend it; else the traceback."""
+    """One line for an error with an exit code of its own, which the user or operator can fix; else the traceback."""
     if hasattr(error, "exit_code"):
         notes = getattr(error, "__notes__", [])  # the rank whose rows are faulty
         return f"mbcnet: {notes[0]}: {error}\n" if notes else f"mbcnet: {error}\n"
@@ -82,19 +81,15 @@ def describe(error: Exception, environ: Mapping[str, str]) -> str:
 
 
 def leave(error: Exception, environ: Mapping[str, str]) -> int:
-    """Say why the command ended, once for the whole job.
-
-    Returns:
-        The exit code.
-    """
+    """Report why the command ended, once for the whole job, and return the exit code."""
     code, text = int(getattr(error, "exit_code", 1)), describe(error, environ)
-    spoken = getattr(error, "spoken", True)
-    if not spoken or code == LOST_RANK or (code == 1 and any(echo in text for echo in SECONDARY_ERRORS)):
+    reported = getattr(error, "reported", True)
+    if not reported or code == LOST_RANK or (code == 1 and any(each in text for each in SECONDARY_ERRORS)):
         time.sleep(SECONDARY_WAIT_SECONDS)
     if code in STOPPED:
-        first = spoken
+        first = reported
     else:
-        first = spoken and claim_first(environ)
+        first = reported and claim_first(environ)
         record(code, first, environ)
     if first:
         tell(text, environ)
@@ -102,7 +97,7 @@ def leave(error: Exception, environ: Mapping[str, str]) -> int:
 
 
 def tell(text: str, environ: Mapping[str, str]) -> None:
-    """Write to the terminal. Under our agent only local rank 0 has it; what the others say the agent passes on."""
+    """Write to the terminal. Under our agent only local rank 0 has one; the agent prints what the others leave in files."""
     sys.stderr.write(text)
     sys.stderr.flush()
     folder = environ.get(NOTES)
@@ -114,7 +109,7 @@ def tell(text: str, environ: Mapping[str, str]) -> None:
 
 
 def record(code: int, first: bool, environ: Mapping[str, str]) -> None:
-    """Leave an error where the agent reads it, in torchelastic's form; `first` is ours."""
+    """Write an error where the agent reads it, in torchelastic's form; `first` is our own key."""
     path = environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
@@ -125,7 +120,7 @@ def record(code: int, first: bool, environ: Mapping[str, str]) -> None:
 
 
 def note_exit(code: int, environ: Mapping[str, str]) -> None:
-    """Tell the agent how this rank ended: after a signal torchelastic does not ask."""
+    """Tell the agent this rank's exit code, which torchelastic does not collect after a signal."""
     folder = environ.get(NOTES)
     if folder:
         with contextlib.suppress(OSError):
@@ -133,7 +128,7 @@ def note_exit(code: int, environ: Mapping[str, str]) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to end this process should its agent be killed outright. Linux only; elsewhere nothing happens."""
+    """Have the kernel kill this process if its agent is killed. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _tell(f"{whose}{error}")
         return 2
     except RunStoppedError as error:
-        if error.spoken:
+        if error.reported:
             _tell(str(error))
         return error.exit_code
     except KeyboardInterrupt:

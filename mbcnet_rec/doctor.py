@@ -1,4 +1,4 @@
-"""`mbcnet doctor`: is this installation whole, and what does this machine offer? Imports torch and friends only to ask them."""
+"""Checks of the installation and of what this machine offers, each with how to fix its fault."""
 
 import ctypes.util
 import importlib.metadata
@@ -17,11 +17,11 @@ REINSTALL = "remove .venv and run `make` again: it installs the pinned set"
 
 
 class Finding(NamedTuple):
-    """One line of the report. `mend` is empty where nothing is wrong."""
+    """One line of the report. `fix` is empty where nothing is wrong."""
 
     topic: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def installed(package: str) -> str:
@@ -42,70 +42,60 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
 
 
+def ask(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own, where a broken library cannot take the doctor with it."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
 def check_triple(torch: str, fbgemm: str, torchrec: str) -> Finding:
     """Compare the three versions with the table of what was built for what."""
     found = f"torch {torch or 'missing'}, fbgemm {fbgemm or 'missing'}, torchrec {torchrec or 'missing'}"
-    if not (torch and fbgemm and torchrec):
-        return Finding("triple", found, REINSTALL)
     wanted = TORCH_OF_FBGEMM.get(minor(fbgemm))
-    if wanted is None:
-        return Finding(
-            "triple", found, f"fbgemm {minor(fbgemm)} is not in our table; use 1.6 to 1.9; {REINSTALL}"
-        )
-    if minor(torch) != wanted:
-        mend = f"fbgemm {minor(fbgemm)} is built for torch {wanted}, not {minor(torch)}; {REINSTALL}"
-        return Finding("triple", found, mend)
-    if minor(torchrec) != minor(fbgemm):
-        return Finding("triple", found, f"torchrec {minor(fbgemm)} goes with this fbgemm; {REINSTALL}")
-    return Finding("triple", found + ": a matching set")
+    if not (torch and fbgemm and torchrec):
+        fix = REINSTALL
+    elif wanted is None:
+        fix = f"fbgemm {minor(fbgemm)} is not in our table; use 1.6 to 1.9; {REINSTALL}"
+    elif minor(torch) != wanted:
+        fix = f"fbgemm {minor(fbgemm)} is built for torch {wanted}, not {minor(torch)}; {REINSTALL}"
+    elif minor(torchrec) != minor(fbgemm):
+        fix = f"torchrec {minor(fbgemm)} goes with this fbgemm; {REINSTALL}"
+    else:
+        return Finding("triple", f"{found}: a matching set")
+    return Finding("triple", found, fix)
 
 
 def check_floors(torch: str, pyarrow: str) -> Finding:
     """Refuse versions with known holes."""
-    found = f"torch {torch or 'missing'}, pyarrow {pyarrow or 'missing'}"
+    fix = ""
     if torch and numbers(torch) < TORCH_FLOOR:
-        return Finding(
-            "safe floors", found, "torch below 2.10 loads some weights-only files unsafely; upgrade it"
-        )
-    if pyarrow and numbers(pyarrow) < PYARROW_FLOOR:
-        return Finding("safe floors", found, "pyarrow below 14.0.1 can run code from a file; upgrade it")
-    return Finding("safe floors", found)
+        fix = "torch below 2.10 loads some weights-only files unsafely; upgrade it"
+    elif pyarrow and numbers(pyarrow) < PYARROW_FLOOR:
+        fix = "pyarrow below 14.0.1 can run code from a file; upgrade it"
+    return Finding("safe floors", f"torch {torch or 'missing'}, pyarrow {pyarrow or 'missing'}", fix)
 
 
-def check_imports() -> list[Finding]:
-    """Import the three in a fresh process each, where a broken library cannot take the doctor with it."""
-    findings = []
-    for module in ("torch", "fbgemm_gpu", "torchrec"):
-        done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        if done.returncode == 0:
-            findings.append(Finding(f"import {module}", "works"))
-        elif "libtorch_cuda" in last or "libcudart" in last:
-            findings.append(
-                Finding(
-                    f"import {module}", last, f"this is the CUDA build on a torch without CUDA; {REINSTALL}"
-                )
-            )
-        else:
-            findings.append(Finding(f"import {module}", last, REINSTALL))
-    return findings
+def check_import(module: str) -> Finding:
+    """Import one of the three."""
+    done = ask(f"import {module}")
+    if done.returncode == 0:
+        return Finding(f"import {module}", "works")
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    cuda = "libtorch_cuda" in last or "libcudart" in last
+    why = "this is the CUDA build on a torch without CUDA; " if cuda else ""
+    return Finding(f"import {module}", last, why + REINSTALL)
 
 
 def check_shadow(fbgemm_gpu: str, fbgemm_gpu_cpu: str, has_gpu: bool) -> Finding:
     """The CPU set stands in for fbgemm-gpu with an empty package; that must not happen on a GPU machine."""
     if fbgemm_gpu.endswith("+cpu"):
-        mend = ""
+        fix = ""
         if has_gpu:
-            mend = f"this machine has a GPU but the CPU set is installed; {REINSTALL}"
+            fix = f"this machine has a GPU but the CPU set is installed; {REINSTALL}"
         elif not fbgemm_gpu_cpu:
-            mend = f"fbgemm-gpu is our empty stand-in, but fbgemm-gpu-cpu is missing; {REINSTALL}"
-        return Finding("fbgemm build", f"CPU (fbgemm-gpu-cpu {fbgemm_gpu_cpu or 'missing'})", mend)
+            fix = f"fbgemm-gpu is our empty stand-in, but fbgemm-gpu-cpu is missing; {REINSTALL}"
+        return Finding("fbgemm build", f"CPU (fbgemm-gpu-cpu {fbgemm_gpu_cpu or 'missing'})", fix)
     return Finding("fbgemm build", f"CUDA (fbgemm-gpu {fbgemm_gpu})" if fbgemm_gpu else "missing")
 
 
@@ -129,22 +119,15 @@ def check_cuda(gpus: list[str]) -> list[Finding]:
     if not gpus:
         return []
     question = "import torch; print(torch.cuda.is_available(), torch.version.cuda, torch.distributed.is_nccl_available())"
-    done = subprocess.run(
-        [sys.executable, "-c", question], capture_output=True, text=True, timeout=300, check=False
-    )
-    usable, cuda, nccl = (done.stdout.split() or ["False", "None", "False"])[-3:]
+    usable, cuda, nccl = (ask(question).stdout.split() or ["False", "None", "False"])[-3:]
     found = f"torch built for CUDA {cuda}, usable: {usable}, NCCL: {nccl}"
+    fix = "" if nccl == "True" else REINSTALL
     if cuda == "None":
-        return [Finding("CUDA", found, f"this torch is a CPU build; {REINSTALL}")]
-    if usable != "True":
-        return [
-            Finding(
-                "CUDA",
-                found,
-                f"the driver is too old for CUDA {cuda}, or the GPUs are hidden: update the driver, or unset CUDA_VISIBLE_DEVICES",
-            )
-        ]
-    return [Finding("CUDA", found, "" if nccl == "True" else REINSTALL)]
+        fix = f"this torch is a CPU build; {REINSTALL}"
+    elif usable != "True":
+        hidden = "or the GPUs are hidden: update the driver, or unset CUDA_VISIBLE_DEVICES"
+        fix = f"the driver is too old for CUDA {cuda}, {hidden}"
+    return [Finding("CUDA", found, fix)]
 
 
 def check_schedulers() -> Finding:
@@ -168,14 +151,10 @@ def examine() -> list[Finding]:
     fbgemm, fbgemm_cpu = installed("fbgemm-gpu"), installed("fbgemm-gpu-cpu")
     torch, gpus = installed("torch"), gpu_names()
     return [
-        Finding(
-            "python",
-            platform.python_version(),
-            "" if sys.version_info >= (3, 11) else "use Python 3.11 or newer",
-        ),
+        Finding("python", platform.python_version()),  # pip refuses one below 3.11
         check_triple(torch, fbgemm_cpu or fbgemm, installed("torchrec")),
         check_shadow(fbgemm, fbgemm_cpu, bool(gpus)),
-        *check_imports(),
+        *map(check_import, ("torch", "fbgemm_gpu", "torchrec")),
         check_floors(torch, installed("pyarrow")),
         check_openmp(),
         check_devices(gpus),
@@ -189,9 +168,9 @@ def run_doctor() -> int:
     """Print the report; 0 if nothing is wrong, else 1."""
     findings = examine()
     for finding in findings:
-        print(f"{'fault' if finding.mend else 'ok':<6}{finding.topic:<20}{finding.found}")
-        if finding.mend:
-            print(f"{'':<6}{'mend':<20}{finding.mend}")
-    faults = sum(bool(finding.mend) for finding in findings)
-    print("nothing is wrong" if not faults else f"{faults} to mend")
+        print(f"{'fault' if finding.fix else 'ok':<6}{finding.topic:<20}{finding.found}")
+        if finding.fix:
+            print(f"{'':<6}{'fix':<20}{finding.fix}")
+    faults = sum(bool(finding.fix) for finding in findings)
+    print("nothing is wrong" if not faults else f"{faults} to fix")
     return 1 if faults else 0

@@ -80,11 +80,11 @@ def outcome(monkeypatch, error: BaseException) -> int:
 
 def test_what_ends_a_command_has_its_own_code(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
-    assert outcome(monkeypatch, InputError("a.toml: key: mend")) == 2
+    assert outcome(monkeypatch, InputError("a.toml: key: fix it")) == 2
     assert outcome(monkeypatch, PreemptedError("stopped at step 3")) == 75
     assert outcome(monkeypatch, KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.splitlines() == [
-        "mbcnet: a.toml: key: mend",
+        "mbcnet: a.toml: key: fix it",
         "mbcnet: stopped at step 3",
         "mbcnet: stopped",
     ]
@@ -96,7 +96,7 @@ def test_of_many_ranks_one_says_a_mistake(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_path_that_no_file_can_have_is_the_users_to_mend(capsys):
+def test_a_path_that_no_file_can_have_is_one_line(capsys):
     assert cli.main(["schema", "infer", "é" * 300, "--out", "s.toml"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("mbcnet: é") and "File name too long" in said, said

@@ -103,7 +103,7 @@ def run(argv):
     assert [(tmp_path / f"start_{n}").read_text() for n in (0, 1)] == ["train --overwrite", "train --resume"]
     assert done.stderr.splitlines() == [
         "rank 0 ended with exit code 9",
-        "mbcnet: all workers start again from the last checkpoint (1 of 2 restarts left)",
+        "mbcnet: all workers restart from the last checkpoint (1 of 2 restarts left)",
     ]
     (tmp_path / "start_1").unlink()
     done = run_agent(tmp_path, crash % 2, "--max-restarts", "2", processes=1)

@@ -124,7 +124,7 @@ def test_hosts_come_and_go(hosts: Hosts):
     for host in (first, second):
         host.process.send_signal(signal.SIGTERM)
     assert [host.process.wait(60) for host in (first, second)] == [75, 75], hosts.said()
-    assert first.said().count("a host has come") == 2 and first.said().count("restarts left") == 1, (
+    assert first.said().count("a host has joined") == 2 and first.said().count("restarts left") == 1, (
         hosts.said()
     )
     elastic = learned(folder / "run")

@@ -110,7 +110,7 @@ class Saver:
             with suppress(Exception):  # what the other ranks wrote after this one gave up
                 self.storage.discard(self.saved_step, self._token)
         own = self._error or f"rank {guilty} could not write its part of a checkpoint"
-        raise CannotWriteError(own, spoken=self.failed)
+        raise CannotWriteError(own, reported=self.failed)
 
     def cancel(self) -> None:
         """Stop waiting for other ranks: the run ends."""

@@ -17,14 +17,14 @@ class RunStoppedError(RuntimeError):
 
     Attributes:
         exit_code: of this process.
-        spoken: whether this rank prints the line; where all ranks know the same, one of them does.
+        reported: whether this rank prints the line; where all ranks know the same, one of them does.
     """
 
     exit_code = 1
 
-    def __init__(self, line: str, *, spoken: bool = True) -> None:
+    def __init__(self, line: str, *, reported: bool = True) -> None:
         super().__init__(line)
-        self.spoken = spoken
+        self.reported = reported
 
 
 class CannotWriteError(RunStoppedError):

@@ -268,7 +268,7 @@ class Trainer:
             f"rank {self.process.rank}: step {self.state.step + 1}: the loss is not finite{where}; no row was written, and a "
             f"checkpoint of step {self.state.step} is kept. Lower optim.dense_lr or optim.embedding.lr, mend the rows, or pass "
             "over such steps with --set train.on_nonfinite=skip",
-            spoken=not finite,
+            reported=not finite,
         )
 
     def _dump(self, losses: Tensor, batch: Batch | None) -> str:
@@ -384,7 +384,7 @@ class Trainer:
         return PreemptedError(
             f"stopped by {self.context.stop.signal_name or 'a signal to another rank'} after step {self.state.step}; its "
             "checkpoint is written: go on with --resume",
-            spoken=self.process.is_first,
+            reported=self.process.is_first,
         )
 
     def _scale_rates(self) -> None:
