@@ -209,6 +209,7 @@ def test_the_image_holds_every_package_and_nothing_is_ignored_on_the_way():
     ]
 
 
+@pytest.mark.long
 def test_what_the_dockerfile_copies_can_be_installed(tmp_path):
     for name in copied():
         source = REPOSITORY / name

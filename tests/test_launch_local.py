@@ -87,6 +87,7 @@ def test_two_hosts_two_processes_by_file(folder):
     assert "4 processes" in done.stderr and (folder / "runs/b/DONE").is_file()
 
 
+@pytest.mark.long
 def test_a_users_mistake_is_one_line_and_its_code_the_jobs(folder):
     done = program(
         "torchx",
