@@ -1,4 +1,4 @@
-"""Proves that a schema file either becomes a checked Schema or is refused in one line that names key, value and mend."""
+"""Proves that a schema file either becomes a checked Schema or is refused in one line that names key, value and fix."""
 
 import copy
 import random

@@ -165,8 +165,8 @@ class Feed:
         return self._cursors.popleft()
 
 
-def mended_counts(stream: ParquetStream, order: Order, process: Process) -> dict[str, int]:
-    """Values that each field's `on_invalid` mended since this start, over all ranks. Every rank calls it.
+def invalid_value_counts(stream: ParquetStream, order: Order, process: Process) -> dict[str, int]:
+    """Count the invalid values that each field's `on_invalid` replaced since this start, over all ranks. Every rank calls it.
 
     In chronological order every rank decodes all rows, so there the counts are one rank's and not the sum.
     """

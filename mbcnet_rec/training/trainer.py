@@ -45,7 +45,7 @@ from mbcnet_rec.training.state import (
     Feed,
     TrainState,
     Window,
-    mended_counts,
+    invalid_value_counts,
     scale_rates,
     seed_step,
 )
@@ -266,7 +266,7 @@ class Trainer:
         self.saver.finish()
         raise NonFiniteLossError(
             f"rank {self.process.rank}: step {self.state.step + 1}: the loss is not finite{where}; no row was written, and a "
-            f"checkpoint of step {self.state.step} is kept. Lower optim.dense_lr or optim.embedding.lr, mend the rows, or pass "
+            f"checkpoint of step {self.state.step} is kept. Lower optim.dense_lr or optim.embedding.lr, fix the rows, or pass "
             "over such steps with --set train.on_nonfinite=skip",
             reported=not finite,
         )
@@ -295,7 +295,7 @@ class Trainer:
         window, now = self.window, time.perf_counter()
         steps, seconds = max(1, self.state.step - window.first_step), now - window.started
         terms = average_terms(window.outputs)
-        mended = mended_counts(self.stream, self.stream.options.order, self.process)
+        replaced = invalid_value_counts(self.stream, self.stream.options.order, self.process)
         values: dict[str, Any] = terms | zch_counters(self.collisions, self.process)
         spike = loss_spike(self.state, terms["loss"], self.config.spike_sigmas)
         if spike is not None:
@@ -322,7 +322,7 @@ class Trainer:
             }
             values |= {} if spike is None else {"loss_spike": spike}
             values |= {} if not self.state.skipped else {"skipped_steps": self.state.skipped}
-            values |= {f"mended/{name}": count for name, count in mended.items()}
+            values |= {f"mended/{name}": count for name, count in replaced.items()}
             records.add(self.state.step, "train", values)
         self._open_window(feed)
         shown = {"loss": values["loss"], "auc": values.get("auc", float("nan"))}
