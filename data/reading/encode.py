@@ -29,9 +29,9 @@ from .keys import (
 )
 
 T = TypeVar("T")
-Rows = (
-    pa.RecordBatch | Mapping[str, pa.Array]
-)  # as a mapping, each column is wrapped by Python once, not twice
+# NumPy's: a flat column of int64, uint64 or float64 without nulls, which needs no Arrow
+Column = pa.Array | np.ndarray
+Rows = pa.RecordBatch | Mapping[str, Column]
 # for each integer type: its unsigned twin, and the largest value that is the same in both
 UNSIGNED = {
     dtype.char: (np.dtype(f"u{dtype.itemsize}"), int(np.iinfo(dtype).max))
@@ -215,33 +215,38 @@ class _Reader:
     """The columns of one record batch, read field by field."""
 
     def __init__(
-        self, encoder: Encoder, columns: Mapping[str, pa.Array], place: Place, repaired: Counter[str]
+        self, encoder: Encoder, columns: Mapping[str, Column], place: Place, repaired: Counter[str]
     ) -> None:
         self.encoder, self.place, self.repaired = encoder, place, repaired
         self.absent: set[str] = set()  # fields in which an ABSENT was written
         self.columns = columns
 
+    def arrow(self, name: str) -> pa.Array:
+        """A column as an Arrow array."""
+        column = self.columns[name]
+        return pa.array(column) if isinstance(column, np.ndarray) else column
+
     @_named
     def labels(self) -> np.ndarray:
         """Labels, 0 and 1."""
         label = self.encoder.schema.label
-        return read_labels(self.columns[label], label, self.place)
+        return read_labels(self.arrow(label), label, self.place)
 
     @_named
     def groups(self) -> np.ndarray:
         """Hashes of the grouping column, int64."""
-        return hash_values(self.columns[self.encoder.schema.group_column]).view(np.int64)
+        return hash_values(self.arrow(self.encoder.schema.group_column)).view(np.int64)
 
     @_named
     def single(self, feature: Feature, out: np.ndarray) -> None:
         """Write one row of the table, or ABSENT, for each row of the log."""
-        column = self.columns[feature.source_column]
         if feature.kind == "numeric":
-            numbers, valid = self._numbers(column, feature)
+            numbers, valid = self._numbers(self.columns[feature.source_column], feature)
             out[:] = _buckets(numbers, np.asarray(feature.boundaries, np.float64))
             if valid is not None:
                 out[~valid] = MISSING_ROW
             return
+        column = self.arrow(feature.source_column)
         out[:] = self._ids(column, feature, None)
         if column.null_count:
             is_absent = feature.encoding in ("ids", "zch")
@@ -251,10 +256,13 @@ class _Reader:
 
     def plain_ids(self, name: str, limit: int, out: np.ndarray) -> bool:
         """Write ids that need no encoding, if all are in [0, limit] and none is null: most columns, and nothing slower."""
-        column = self.columns[name]
-        if column.null_count or not len(out):
+        ids = self.columns[name]
+        if not len(out):
             return False
-        ids = column.to_numpy(zero_copy_only=False)
+        if not isinstance(ids, np.ndarray):
+            if ids.null_count:
+                return False
+            ids = ids.to_numpy(zero_copy_only=False)
         # Seen as unsigned, a negative id is a huge one: one pass checks both ends of the range.
         unsigned, largest = UNSIGNED[ids.dtype.char]
         if np.maximum.reduce(ids.view(unsigned)) > (limit if limit < largest else largest):
@@ -265,7 +273,7 @@ class _Reader:
     @_named
     def list(self, feature: Feature) -> Ragged:
         """Read a list column; a null list is an empty one, a null inside a list is no value."""
-        column = self.columns[feature.source_column]
+        column = self.arrow(feature.source_column)
         offsets = _list_offsets(column)
         items = column.flatten()
         ids = self._ids(items, feature, offsets)
@@ -284,7 +292,7 @@ class _Reader:
         return Ragged(ids, offsets, weights)
 
     def _weights(self, feature: Feature, offsets: np.ndarray) -> np.ndarray:
-        column = self.columns[feature.weights]
+        column = self.arrow(feature.weights)
         own_offsets = _list_offsets(column)
         if not np.array_equal(own_offsets, offsets):
             found, wanted = np.diff(own_offsets), np.diff(offsets)
@@ -334,14 +342,14 @@ class _Reader:
         """Fill (n, D) with numbers and vectors; missing ones are left 0."""
         start = 0
         for feature in self.encoder.schema.dense:
-            column = self.columns[feature.source_column]
+            name = feature.source_column
             if feature.kind == "vector":
-                self._vector(column, feature, out[:, start : start + feature.width])
+                self._vector(self.arrow(name), feature, out[:, start : start + feature.width])
             else:
-                self._numeric(column, feature, out[:, start])
+                self._numeric(self.columns[name], feature, out[:, start])
             start += feature.dense_width
 
-    def _numeric(self, column: pa.Array, feature: Feature, out: np.ndarray) -> None:
+    def _numeric(self, column: Column, feature: Feature, out: np.ndarray) -> None:
         numbers, valid = self._numbers(column, feature)
         if feature.transform == "log1p":
             # log(1 + x) in float64 differs from log1p(x) by less than 2^-52, and is vectorised
@@ -373,19 +381,22 @@ class _Reader:
             out[present] = numbers.reshape(-1, feature.width)
 
     def _numbers(
-        self, column: pa.Array, feature: Feature, offsets: np.ndarray | None = None
+        self, column: Column, feature: Feature, offsets: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Numbers, 0 where invalid, and their validity (None: all). NaN and infinity are errors, or missing if on_invalid = 'null'."""
         valid = None
-        if column.null_count:
-            valid = _valid(column)
-            column = pc.fill_null(column, False if pt.is_boolean(column.type) else pa.scalar(0, column.type))
-        if not (pt.is_floating(column.type) or pt.is_integer(column.type)) or pt.is_float16(column.type):
-            column = column.cast(pa.float64())
-        numbers = column.to_numpy(zero_copy_only=False)
-        if (
-            numbers.dtype.kind in "iu"
-        ):  # as float32, integers beyond 2^24 would lose digits before the transform
+        if isinstance(column, np.ndarray):
+            numbers = column
+        else:
+            if column.null_count:
+                valid = _valid(column)
+                zero = False if pt.is_boolean(column.type) else pa.scalar(0, column.type)
+                column = pc.fill_null(column, zero)
+            if not (pt.is_floating(column.type) or pt.is_integer(column.type)) or pt.is_float16(column.type):
+                column = column.cast(pa.float64())
+            numbers = column.to_numpy(zero_copy_only=False)
+        if numbers.dtype.kind in "iu":
+            # as float32, integers beyond 2^24 would lose digits before the transform
             return numbers.astype(np.float64), valid
         finite = np.isfinite(numbers)
         if finite.all():

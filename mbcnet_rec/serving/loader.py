@@ -60,6 +60,7 @@ MODEL, DENSE, TABLES, VOCABULARY = "model.json", "dense.safetensors", "tables.sa
 SCHEMA = "schema.toml"
 REQUEST = "request"  # stands in messages where training has a file's name
 NULL = pa.null()
+NUMBERS = {np.dtype(kind): pa.from_numpy_dtype(kind) for kind in ("int64", "uint64", "float64")}
 ROW_TYPES = {
     "fp32": SparseType.FP32,
     "fp16": SparseType.FP16,
@@ -397,13 +398,16 @@ class Preprocessor:
         places = np.minimum(np.searchsorted(ids, hashed), len(ids) - 1)
         return np.where(ids[places] == hashed, rows[places], own)
 
-    def _arrays(self, rows: Rows) -> dict[str, pa.Array]:
-        """The columns that fields read, each as one Arrow array of a type that training takes."""
+    def _arrays(self, rows: Rows) -> dict[str, Any]:
+        """The columns that fields read, each as one array of a type that training takes: Arrow's, or NumPy's of plain numbers."""
         if not isinstance(rows, Mapping):
             table = rows if isinstance(rows, (pa.Table, pa.RecordBatch)) else pa.table(rows)
             rows = dict(zip(table.schema.names, table.columns, strict=True))
         arrays = {name: self._array(name, rows[name]) for name in self.columns if name in rows}
-        types = {name: array.type for name, array in arrays.items()}
+        types = {
+            name: NUMBERS[array.dtype] if isinstance(array, np.ndarray) else array.type
+            for name, array in arrays.items()
+        }
         if types != self.checked:
             for name, found in types.items():
                 # a column of nothing but missing values has no type of its own: it gets the field's
@@ -421,7 +425,7 @@ class Preprocessor:
             )
         return arrays
 
-    def _array(self, name: str, column: Any) -> pa.Array:
+    def _array(self, name: str, column: Any) -> pa.Array | np.ndarray:
         if isinstance(column, pa.Array):
             return column
         if isinstance(column, pa.ChunkedArray):
@@ -439,8 +443,8 @@ class Preprocessor:
                 "wanted a list of values of one type, None where one is missing"
             ) from None
 
-    def _numbers(self, name: str, column: Any) -> pa.Array | None:
-        """Python's numbers by way of NumPy, in a fraction of the time that Arrow takes; None for anything else."""
+    def _numbers(self, name: str, column: Any) -> np.ndarray | None:
+        """Python's numbers, in a fraction of the time that Arrow takes; None for anything else."""
         if not isinstance(column, list) or not column or type(column[0]) not in (int, float):
             return None
         try:
@@ -448,8 +452,8 @@ class Preprocessor:
         except (ValueError, OverflowError):
             return None
         # as a float, a large id would lose digits
-        kinds = "iu" if name in self.keys else "iuf"
-        return pa.array(numbers) if numbers.dtype.kind in kinds and numbers.ndim == 1 else None
+        is_taken = numbers.dtype in NUMBERS and not (name in self.keys and numbers.dtype.kind == "f")
+        return numbers if is_taken and numbers.ndim == 1 else None
 
     def _type_of_missing(self, name: str) -> pa.DataType:
         feature = self.field_of[name]
