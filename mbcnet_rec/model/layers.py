@@ -19,7 +19,7 @@ from data.errors import InputError
 from data.schema.bounds import Bounded, bounded
 
 ALL = "all"  # the name of the group of every field
-WIDE = "@wide"  # the name of the group of wide weights; no TOML author would hit upon it
+WIDE = "@wide"  # the name of the group of wide weights; reserved, it cannot clash with a user's group
 WIDE_DIM = 4  # FBGEMM wants widths in multiples of 4, so one weight is the mean of 4 columns
 
 

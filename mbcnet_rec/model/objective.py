@@ -63,12 +63,10 @@ class Outputs(NamedTuple):
     logits: Tensor  # (B, 1 + K), the fused one first
     labels: Tensor  # (B,)
     weights: Tensor  # (B,)
-    terms: dict[
-        str, Tensor
-    ]  # loss, bce, coteaching_loss, differentiation_loss: scalars, the last two before alpha and beta
-    transform_distance: (
-        Tensor  # (P,): ||W^ij - I||_F (Figure 5 c), NaN if not measured; (0,) without transforms
-    )
+    # loss, bce, coteaching_loss, differentiation_loss: scalars, the last two before alpha and beta
+    terms: dict[str, Tensor]
+    # (P,): ||W^ij - I||_F (Figure 5 c), NaN if not measured; (0,) without transforms
+    transform_distance: Tensor
     latent_norms: Tensor  # (K,): mean over rows of ||z^k||, NaN if not measured
 
 
@@ -128,12 +126,10 @@ class LossArch(nn.Module):
         self.coteaching = coteaching
         self.differentiation = differentiation
         self.transforms = transforms
-        self._mean_over_ranks = (
-            mean_over_ranks,
-        )  # in a tuple, or a callable nn.Module would become a sub-module
-        self.register_buffer(
-            "step", torch.zeros((), dtype=torch.int64)
-        )  # forward passes in training mode so far
+        # in a tuple, or a callable nn.Module would become a sub-module
+        self._mean_over_ranks = (mean_over_ranks,)
+        # forward passes in training mode so far
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, output: ModelOutput, labels: Tensor, weights: Tensor) -> tuple[Tensor, Outputs]:
         """Add up the objective.

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: a wish to stop, which the loop grants at the next step boundary."""
+"""SIGTERM and SIGUSR1 as a stop request, honoured at the next step boundary."""
 
 import signal
 from types import FrameType, TracebackType
@@ -8,7 +8,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Notes that one of SIGNALS came in; the handlers that were there come back on exit. For the main thread.
+    """Records that one of SIGNALS arrived; the previous handlers are restored on exit. For the main thread.
 
     Attributes:
         signal_name: of the first that came; empty before.

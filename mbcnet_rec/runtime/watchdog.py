@@ -1,4 +1,4 @@
-"""Who is alive, who holds up the others, and where each rank stands when a step stalls.
+"""Which ranks are alive, which one stalls the others, and where each rank is when a step stalls.
 
 Each rank's thread leaves a heartbeat in the rendezvous store. A stopped or dead process leaves none, so the others can name it.
 The stacks are written by a timer of the interpreter that needs no lock: a rank that is stuck inside a library writes its own too.
@@ -82,7 +82,7 @@ class Watchdog:
         """Say where this rank is, such as `step 12`; the stall clock begins anew."""
         now = time.monotonic()
         self._place, self._since = place, now
-        # arming starts a native thread and waits for the last one's end: too dear for every step of a small model
+        # arming starts a native thread and waits for the last one's end: too expensive for every step of a small model
         if self._file is not None and now - self._armed >= self._period:
             self._armed = now
             faulthandler.dump_traceback_later(self._stall + self._period, file=self._file)

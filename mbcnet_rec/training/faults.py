@@ -1,4 +1,4 @@
-"""Losses that are not finite, and losses that jump: evidence for the morning."""
+"""Diagnostics of a loss that is not finite or that spikes: the batch is dumped, the spike is reported."""
 
 import json
 import math

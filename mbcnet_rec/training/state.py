@@ -26,9 +26,8 @@ from mbcnet_rec.training.config import TrainConfig
 
 PLATEAU_FACTOR = 0.1
 PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol
-PLATEAU_PATIENCE = (
-    2  # evaluations in a row without a better one, as there, unless train.patience says otherwise
-)
+# evaluations in a row without a better one, as in the BARS protocol, unless train.patience says otherwise
+PLATEAU_PATIENCE = 2
 
 
 @dataclass
@@ -94,10 +93,10 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """Inverse of to_json. The values may come from a stranger.
+        """Inverse of to_json. The values are untrusted input.
 
         Raises:
-            InputError: they are no state of training.
+            InputError: they are not a state of training.
         """
         try:
             cursor, best = Cursor(**values["cursor"]), [(auc, step) for auc, step in values["best"]]
