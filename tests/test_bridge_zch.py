@@ -160,6 +160,7 @@ def results(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.long
 def test_one_and_two_ranks_train_the_same_rows(results):
     found = results["one_and_two"]
     assert [done["codes"] for done in found["done"]] == [[0], [0, 0]], found["done"]
@@ -168,18 +169,21 @@ def test_one_and_two_ranks_train_the_same_rows(results):
     assert one["auc"] == pytest.approx(two["auc"], abs=1e-4)
 
 
+@pytest.mark.long
 def test_plans_count_what_is_kept_of_ids(results):
     for done in results["one_and_two"]["done"]:
         words = done["words"][0]
         assert re.search(r"optimizer state and ids (\S+ \S+) -> \1 \(\+0\.00 %\)", words), words
 
 
+@pytest.mark.long
 def test_the_log_says_how_full_the_tables_are(results):
     last = results["one_and_two"]["logged"][-1]
     assert last["zch_used/user"] == 1.0 and last["zch_evictions/user"] > 0
     assert last["zch_used/thing"] == 1.0 and "zch_used/city" not in last
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results):
     """From a step between two admissions, so that ids which wait for one are in the checkpoint."""
     found = results["again_on_two"]
@@ -187,12 +191,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results):
     assert found["different"] == []
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_ranks(results):
     found = results["again_on_one"]
     assert found["done"]["codes"] == [0], found["done"]["words"]
     assert found["ids"] == [] and found["largest"] < 1e-5
 
 
+@pytest.mark.long
 def test_an_artifact_serves_what_predict_says(results):
     found = results["served"]
     assert [done["codes"] for done in found["done"]] == [[0], [0]], found["done"]
@@ -200,6 +206,7 @@ def test_an_artifact_serves_what_predict_says(results):
         np.testing.assert_allclose(scores, found["predicted"], atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_warm_start_takes_ids_and_rows_along(results):
     found = results["warm"]
     assert found["done"]["codes"] == [0], found["done"]["words"]
@@ -214,6 +221,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", REFUSALS)
 def test_what_does_not_fit_is_refused(results, scenario):
     done = results["refused"][scenario]

@@ -115,7 +115,8 @@ def test_a_job_that_cannot_be_is_refused_before_it_starts(folder):
     ]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_torchx(folder, sent):
     mark, out = f"LAUNCH_TEST={uuid.uuid4()}", f"runs/{sent.name}"
     words = [str(BIN / "torchx"), *RUN, "mbcnet.train", "--config", "tiny.toml", "-j", "1x2"]

@@ -87,6 +87,7 @@ def test_done_holds_the_test_metrics(run):
     assert done["step"] == 51 and done["auc"] == lines_of(run)[-1]["auc"]
 
 
+@pytest.mark.long
 def test_evaluate_reproduces_the_logged_metrics_in_one_process_and_two(run, capfd):
     logged = lines_of(run)[-1]
     assert main(["evaluate", str(run), "--json"]) == 0
