@@ -113,10 +113,16 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe
 """)
 
     def stop(self) -> None:
+        """End the daemons and, where a test failed half-way, the jobs that they have started: those are no children of ours."""
         self.call("scancel", "--user=root")
         for path in reversed(self.pids):
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(path.read_text()), signal.SIGKILL)
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+                if str(self.folder).encode() in words and int(process.name) != os.getpid():
+                    os.kill(int(process.name), signal.SIGKILL)
 
     # What a user does
 
@@ -230,7 +236,12 @@ def test_a_requeued_job_ends_as_if_never_stopped(cluster: Cluster, whole: Path):
     cluster.finish(handle, "COMPLETED")
     said = cluster.said(handle)
     assert ", from the start" in said and ", from step " in said, f"both starts are in one log: {said}"
-    assert learned(cluster.run / "runs/requeued") == learned(whole)
+    again, calm = learned(cluster.run / "runs/requeued"), learned(whole)
+    assert [line[:2] for line in again] == [line[:2] for line in calm]
+    different = [line[1] for line, other in zip(again, calm, strict=True) if line != other]
+    assert different in ([], ["train"]), (
+        "but for the first train line after the restart, which covers the steps since"
+    )
     status = cluster.torchx("status", handle)
     assert "SUCCEEDED" in status and "train[0]" in status
     assert "100%" in cluster.torchx("log", f"{handle}/train")
