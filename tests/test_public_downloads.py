@@ -197,22 +197,6 @@ def test_movielens_1m(tmp_path):
         prepare("movielens_1m", src, tmp_path / "other")
 
 
-def test_frappe(tmp_path):
-    src = src_of(tmp_path)
-    line = "{label} {user}:1 4149:1 5041:1 5046:1 5053:1 5055:1 5058:1 5060:1 5069:1 5149:1\n"
-    for name, users in (("train", (1, 2, 1, 3)), ("validation", (2, 9)), ("test", (1,))):
-        text = "".join(line.format(label=1 if user == 1 else -1, user=user) for user in users)
-        (src / f"frappe.{name}.libfm").write_text(text)
-    splits = prepared("frappe", src, tmp_path / "out")
-    assert [table["user"].to_pylist() for table in splits.values()] == [[1, 2, 1, 3], [2, 9], [1]]
-    assert splits["train"]["label"].to_pylist() == [1, 0, 1, 0]
-    has(splits["train"].to_pylist()[3], city=5149, daytime=5041, item=4149)
-    assert load_schema(tmp_path / "out" / "schema.toml").table_of["user"].num_embeddings == 5
-    (src / "frappe.test.libfm").write_text("1 7:1 8:1\n")
-    with pytest.raises(InputError, match=r"frappe\.test\.libfm: .*Expected 11 columns, got 3"):
-        prepare("frappe", src, tmp_path / "other")
-
-
 def test_taobao_ad_raw(tmp_path):
     first = 1_494_000_000
     moments = [first + 3_300, first + 6 * 86_400 - 1, first + 6 * 86_400, first + 7 * 86_400 + 36_000]
@@ -240,53 +224,8 @@ def test_taobao_ad_raw(tmp_path):
     assert not {"clk", "nonclk"} & set(splits["train"].column_names)
 
 
-KUAIRAND_LOG = (
-    "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,play_time_ms,"
-    "duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,is_rand,tab"
-)
-
-
-def test_kuairand(tmp_path):
-    src = tmp_path / "KuaiRand-1K" / "data"
-    src.mkdir(parents=True)
-    logs = {
-        "log_standard_4_08_to_4_21_1k.csv": [(0, 7, 20220408, 100), (1, 8, 20220421, 2359)],
-        "log_standard_4_22_to_5_08_1k.csv": [(0, 9, 20220430, 0), (1, 7, 20220501, 1200), (0, 8, 20220502, 1300), (5, 7, 20220508, 5)],
-    }  # fmt: skip
-    for name, rows in logs.items():
-        lines = [
-            f"{user},{video},{date},{hourmin},1649347200{number:03},{user % 2},0,0,0,0,0,0,0,9000,0,0,0,0,1"
-            for number, (user, video, date, hourmin) in enumerate(rows)
-        ]
-        (src / name).write_text("\n".join([KUAIRAND_LOG, *lines]) + "\n")
-    (src / "log_random_4_22_to_5_08_1k.csv").write_text(
-        KUAIRAND_LOG + "\n0,7,20220430,0,1,1,0,0,0,0,0,0,0,0,0,0,0,1,1\n"
-    )
-    one_hot = ",".join(f"onehot_feat{number}" for number in range(18))
-    (src / "user_features_1k.csv").write_text(
-        "user_id,user_active_degree,is_lowactive_period,is_live_streamer,is_video_author,follow_user_num,follow_user_num_range,"
-        "fans_user_num,fans_user_num_range,friend_user_num,friend_user_num_range,register_days,register_days_range,"
-        f'{one_hot}\n0,full_active,0,0,1,5,"(0,10]",4,"[1,10)",0,0,107,61-90,{",".join("3.0" for _ in range(17))},\n'
-        f'1,high_active,0,0,0,386,"(250,500]",4,"[1,10)",2,"[1,5)",327,181-365,{",".join("1" for _ in range(18))}\n'
-    )
-    (src / "video_features_basic_1k.csv").write_text(
-        "video_id,author_id,video_type,upload_dt,upload_type,visible_status,video_duration,server_width,server_height,"
-        'music_id,music_type,tag\n7,570,NORMAL,2022-01-21,LongImport,1.0,91000.0,720,1280,3288.0,9.0,"26,11"\n'
-        "8,571,AD,2022-01-22,Web,1.0,,720,1280,,,39\n"
-    )
-    splits = prepared("kuairand", tmp_path / "KuaiRand-1K", tmp_path / "out")
-    assert [table["video_id"].to_pylist() for table in splits.values()] == [[7, 8, 9], [7], [8, 7]]
-    one, two, three = splits["train"].to_pylist()
-    has(one, hour=1, weekday=4, tags=["26", "11"], music_id=3288, video_duration=91000)
-    has(one, follow_user_num_range="(0,10]", onehot_feat0=3, onehot_feat17=None)
-    has(two, hour=23, label=1, tags=["39"], video_duration=None, music_type=None)
-    has(three, author_id=None, tags=None)  # a video without features
-    assert splits["test"].to_pylist()[1]["user_active_degree"] is None, "a user without features"
-    assert not {"is_click", "play_time_ms", "long_view", "is_like"} & set(splits["train"].column_names)
-
-
 RAW = (
-    "criteo_kaggle", "criteo_1tb", "avazu", "movielens_latest", "movielens_1m", "frappe", "taobao_ad_raw", "kuairand",
+    "criteo_kaggle", "criteo_1tb", "avazu", "movielens_latest", "movielens_1m", "taobao_ad_raw",
 )  # fmt: skip
 
 

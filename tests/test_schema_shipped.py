@@ -9,8 +9,8 @@ from data.synthetic.pailitao import pailitao_schema
 
 SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 REAL = (
-    "adult", "ali_ccp", "aliexpress", "avazu", "criteo", "criteo_1tb", "criteo_kaggle", "frappe", "kuairand", "movielens",
-    "movielens_1m", "movielens_latest", "slots", "taobao_ad", "taobao_ad_raw",
+    "adult", "ali_ccp", "aliexpress", "avazu", "criteo", "criteo_1tb", "criteo_kaggle", "movielens", "movielens_1m",
+    "movielens_latest", "slots", "taobao_ad", "taobao_ad_raw",
 )  # fmt: skip
 TARGETS = {"label", "click", "clk", "is_click", "conversion", "purchase", "rating"}
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.profile.fit import fit_schema
-from data.public import avazu, criteo, frappe, kuairand, movielens, taobao
+from data.public import avazu, criteo, movielens, taobao
 from data.public.raw_files import Sources, Splits, digest, find_sources
 from data.public.splits import SPLITS, SplitWriter, missing_column
 from data.reading.keys import first_line
@@ -188,7 +188,5 @@ DATA_SETS = {
     "avazu": DataSet(avazu.FILES, avazu.rows, LARGE_ROW_GROUP),
     "movielens_latest": DataSet(movielens.LATEST_FILES, movielens.latest_rows),
     "movielens_1m": DataSet(movielens.FILES_1M, movielens.rows_1m),
-    "frappe": DataSet(frappe.FILES, frappe.rows),
     "taobao_ad_raw": DataSet(taobao.FILES, taobao.rows, LARGE_ROW_GROUP),
-    "kuairand": DataSet(kuairand.FILES, kuairand.rows, LARGE_ROW_GROUP),
 }
