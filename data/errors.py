@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and how another library's error is quoted in its text."""
 
 
 class InputError(ValueError):
@@ -12,3 +12,8 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # a value in it may hold line breaks
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for one-line messages."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

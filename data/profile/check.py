@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.reading.column_types import check_columns
 from data.reading.encode import Encoder, Place, read_labels
-from data.reading.keys import first_line
 from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema
 from data.schema.feature import Feature

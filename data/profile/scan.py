@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.profile.sketch import Distinct
-from data.reading.keys import first_line, hash_values
+from data.reading.keys import hash_values
 from data.reading.storage import DataFile, open_parquet
 
 PIECE_CELLS = 4_000_000  # rows x columns read at a time

@@ -16,12 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.profile.fit import fit_schema
 from data.public import avazu, criteo, movielens, taobao
 from data.public.raw_files import Sources, Splits, digest, find_sources
 from data.public.splits import SPLITS, SplitWriter, missing_column
-from data.reading.keys import first_line
 from data.schema import Schema, format_schema, load_schema
 from data.whole_folder import earlier_summary, whole_folder
 

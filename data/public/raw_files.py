@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from data.errors import InputError
-from data.reading.keys import first_line
+from data.errors import InputError, first_line
 
 Sources = Mapping[str, list[Path]]  # a data set's file pattern -> the files found for it
 Splits = Iterator[tuple[str, pa.Table]]  # split, rows; a split's rows in order

@@ -16,17 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
-from ..errors import InputError  # relative: an exported artifact carries this file
+from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
 from .columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, permuted
-from .keys import (
-    first_line,
-    hash_values,
-    make_vocabularies,
-    read_vocabularies,
-    remainder,
-    unbounded_ids,
-)
+from .keys import hash_values, make_vocabularies, read_vocabularies, remainder, unbounded_ids
 
 T = TypeVar("T")
 # NumPy's: a flat column of int64, uint64 or float64 without nulls, which needs no Arrow

@@ -13,11 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.reading.checksums import column_without_checksum, first_row_group
 from data.reading.column_types import check_columns
 from data.reading.encode import Place, read_labels
-from data.reading.keys import first_line
 from data.reading.order import RowGroup
 from data.reading.selection import Footer, Selection, read_footer
 from data.reading.storage import DAMAGE, DataFile, RemoteFile, is_uri, list_remote, open_parquet, retried

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
-from ..errors import InputError  # relative: an exported artifact carries this file
+from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import FIRST_VOCABULARY_ROW, OUT_OF_VOCABULARY_ROW, Feature, Schema
 
 SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -216,8 +216,3 @@ def remainder(numbers: np.ndarray, divisor: int) -> np.ndarray:
     quotients = numbers // np.uint64(divisor)
     quotients *= np.uint64(divisor)
     return np.subtract(numbers, quotients, out=quotients)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for one-line messages."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from data.errors import InputError
-from data.reading.keys import first_line
+from data.errors import InputError, first_line
 
 T = TypeVar("T")
 FIRST_PAUSE_SECONDS = 0.2

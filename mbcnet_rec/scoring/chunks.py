@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.reading.column_types import check_columns
 from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
 from data.reading.files import prove, read_contents
-from data.reading.keys import first_line
 from data.reading.order import RowGroup
 from data.reading.selection import Selection
 from data.reading.storage import DAMAGE, DataFile, open_parquet

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import data
-from data.errors import InputError
-from data.reading.keys import first_line, read_vocabularies
+from data.errors import InputError, first_line
+from data.reading.keys import read_vocabularies
 from data.schema import Schema, Table, format_schema, load_schema
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
