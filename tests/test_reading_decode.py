@@ -49,10 +49,10 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
-def reader_and_groups(file, options=StreamOptions(), **arguments):
+def reader_and_groups(file, options=StreamOptions(), extra=(), labels=True):
     selection = Selection(options, SCHEMA, [file])
     groups = read_contents([file], SCHEMA, selection).row_groups
-    return RowReader([file], Encoder(SCHEMA), selection, **arguments), groups
+    return RowReader([file], Encoder(SCHEMA, has_labels=labels), selection, extra=extra), groups
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -73,8 +73,8 @@ def test_a_scan_is_the_file_in_its_order(file, labels, sampling):
     assert labels_read.tolist() == (
         [float(row * row % 7 % 2) for row in rows] if labels else [0.0] * len(rows)
     )
-    alone = pa.Table.from_batches([extra for group in groups for extra in reader.scan_extra(group, 64)])
-    assert alone.equals(extra)
+    alone = [rows for group in groups for rows, _ in reader.batches(group, 64, ["word", "click"])]
+    assert pa.Table.from_batches(alone).equals(extra)
 
 
 def test_a_scan_encodes_as_training_does_whatever_the_lengths(file):

@@ -2,9 +2,8 @@
 
 Scoring reads row groups in the file's order:
 
-    reader = RowReader(files, encoder, selection, extra=("user",), labels=True)
+    reader = RowReader(files, encoder, selection, extra=("user",))
     for columns, extra in reader.scan(row_group, batch_rows): ...   # Columns and a pa.RecordBatch of the same kept rows
-    for extra in reader.scan_extra(row_group, batch_rows): ...      # nothing encoded
 
 `row_group` is a `RowGroup` of `read_contents`. A scan makes a batch of each `batch_rows` stored rows (the last one of what is left), of
 which the rows that the selection does not keep are then left out; `reader.batches` gives them undecoded, with their `Place`: file, row
@@ -51,7 +50,6 @@ class RowReader:
         encoder: of the schema that says which columns are read.
         selection: which rows to keep; None: all.
         extra: columns to pass through as they are.
-        labels: whether the label column is read; without it zeros stand in.
         dictionaries: read strings as dictionary codes. Then a value is hashed or looked up once for each read: for long batches.
     """
 
@@ -62,13 +60,12 @@ class RowReader:
         selection: Selection | None = None,
         *,
         extra: Sequence[str] = (),
-        labels: bool = True,
         dictionaries: bool = False,
     ) -> None:
-        self.files, self.encoder, self.extra, self.labels = files, encoder, list(extra), labels
+        self.files, self.encoder, self.extra = files, encoder, list(extra)
         schema = encoder.schema
         self.selection = selection or Selection(StreamOptions(), schema, files)
-        read = [name for name in schema.columns if labels or name != schema.label]
+        read = schema.columns if encoder.has_labels else schema.field_columns
         self.columns = list(dict.fromkeys([*read, *self.selection.columns]))
         self.dictionaries = [
             feature.source_column
@@ -91,22 +88,8 @@ class RowReader:
         Raises:
             InputError: a value is faulty, or the file is damaged.
         """
-        label = self.encoder.schema.label
         for rows, place in self.batches(row_group, batch_rows, [*self.columns, *self.extra]):
-            extra = rows.select(self.extra)
-            if not self.labels:
-                rows = rows.drop_columns([label]) if label in rows.schema.names else rows
-                rows = rows.append_column(label, pa.array(np.zeros(rows.num_rows, np.int8)))
-            yield self.encoder.encode(rows, place), extra
-
-    def scan_extra(self, row_group: RowGroup, batch_rows: int) -> Iterator[pa.RecordBatch]:
-        """Yield the extra columns of the kept rows only.
-
-        Raises:
-            InputError: the file is damaged.
-        """
-        for rows, _ in self.batches(row_group, batch_rows, self.extra):
-            yield rows.select(self.extra)
+            yield self.encoder.encode(rows, place), rows.select(self.extra)
 
     def batches(self, row_group: RowGroup, batch_rows: int, columns: Sequence[str]) -> Iterator[Rows]:
         """Yield the kept rows of each `batch_rows` stored ones, with these columns, and where they come from.

@@ -87,7 +87,7 @@ def labelled_rows(
 def unlabelled_row_groups(
     files: Sequence[DataFile], schema: Schema
 ) -> tuple[list[RowGroup], list[pa.Schema]]:
-    """Read all footers and check all columns but the label: the row groups (of a file without rows one, empty) and each file's columns.
+    """Read all footers and check the columns of all fields: the row groups (of a file without rows one, empty) and each file's columns.
 
     Raises:
         InputError: a file is no Parquet file, or a column is missing or of a wrong type.
@@ -97,12 +97,10 @@ def unlabelled_row_groups(
     for number, file in enumerate(files):
         try:
             with open_parquet(file, pre_buffer=True) as parquet:
-                columns.append(arrow_schema := parquet.schema_arrow)
-                if schema.label in arrow_schema.names:
-                    arrow_schema = arrow_schema.remove(arrow_schema.names.index(schema.label))
-                check_columns(arrow_schema.append(pa.field(schema.label, pa.int8())), schema, str(file))
+                columns.append(parquet.schema_arrow)
+                check_columns(parquet.schema_arrow, schema, str(file), has_label=False)
                 indices = range(parquet.num_row_groups)
-                prove(parquet, indices, [name for name in schema.columns if name != schema.label])
+                prove(parquet, indices, schema.field_columns)
                 sizes = [parquet.metadata.row_group(index).num_rows for index in indices]
         except DAMAGE as error:
             raise InputError(

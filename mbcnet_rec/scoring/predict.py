@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,11 @@ def run_prediction(
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
         files = resolve_files(data)
-        read_schema = replace(schema, group_column="")
-        row_groups, columns = unlabelled_row_groups(files, read_schema)
+        row_groups, columns = unlabelled_row_groups(files, schema)
         chunks = chunks_of(row_groups, chunk_rows)
         kept = kept_fields(files, columns, keep, [schema.group_column, schema.time_column])
         extra = [each.name for each in kept]
-        reader = RowReader(files, Encoder(read_schema), extra=extra, labels=False)
+        reader = RowReader(files, Encoder(schema, has_labels=False), extra=extra)
         outputs = (PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(config.model)))
         job = Job(files, relative_names(files), Path(out), kept, outputs, put or put_in_place)
         refuse_together(job.problem, process)

@@ -86,8 +86,8 @@ def count_slices(
     counts: list[Counter[str]] = [Counter() for _ in by]
     with agreed(process):
         for group in (group for chunk in own if by for group in chunk.row_groups):
-            for rows in reader.scan_extra(group, COUNTED_ROWS):
-                for name, counter, column in zip(by, counts, rows.columns, strict=True):
+            for rows, _ in reader.batches(group, COUNTED_ROWS, reader.extra):
+                for name, counter, column in zip(by, counts, rows.select(reader.extra).columns, strict=True):
                     values, places = _distinct(column)
                     frequency = np.bincount(places, minlength=len(values)).tolist()
                     counter.update(dict(zip(values, frequency, strict=True)))
