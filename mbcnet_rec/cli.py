@@ -6,8 +6,8 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -107,10 +107,17 @@ def run(argv: Sequence[str] | None = None) -> int:
     # torch itself would print pages of C++ frames for a lost rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = build_parser().parse_args(argv)
+    with plain_words():
+        return int(args.run(args) or 0)
+
+
+@contextmanager
+def plain_words() -> Iterator[None]:
+    """Around a command: warnings of ours are one line each, and a path that cannot be used is the user's mistake."""
     with warnings.catch_warnings():  # restores the hook
         warnings.showwarning = show_warning
         try:
-            return int(args.run(args) or 0)
+            yield
         except OSError as error:
             if error.errno not in PATH_FAULTS or not isinstance(error.filename, str | Path):
                 raise
@@ -119,13 +126,18 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command and return its exit code; see `exit_code`."""
+    return exit_code(lambda: run(argv))
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command and print what ends it early as one line.
 
     Returns:
         The exit code: 0, or 2 for a user's mistake, 130 after Ctrl-C; see runtime/exits.py for the others.
     """
     try:
-        return run(argv)
+        return command()
     except InputError as error:
         # Every rank meets a mistake in config or schema; one of them says it. A note names the rank whose rows are faulty.
         notes = getattr(error, "__notes__", [])

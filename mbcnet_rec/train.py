@@ -37,6 +37,7 @@ from mbcnet_rec.scoring.trained_run import known_best
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.evaluation import EvaluationStoppedError
 from mbcnet_rec.training.faults import FAULTS
+from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.trainer import RunContext, Trainer, Watch
 from sharding.plan.plan_file import write_plan
 
@@ -55,6 +56,7 @@ def run_training(
     watch: Watch | None = None,
     teach: Teach | None = None,
     report: Report | None = None,
+    hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
 ) -> int:
     """Train, evaluate the best checkpoint on the test rows, and write it all down. One call per rank.
 
@@ -66,6 +68,7 @@ def run_training(
         watch: told of every evaluation; may end training there.
         teach: adds teachers' logits to the training rows; only for model.kind = enkd, see study/enkd.py.
         report: writes the page of the finished run folder, see study/run_report.py; none is written without it.
+        hooks: for tests, which inject faults through them.
 
     Raises:
         InputError: the config, the schema, a row or the run folder is at fault.
@@ -82,7 +85,7 @@ def run_training(
     with (
         StopRequest() as stop,
         joined_process(settings.device, settings.timeout_seconds) as process,
-        Watchdog(process, config.run_folder, settings.stall_seconds) as watchdog,
+        Watchdog(process, config.run_folder, settings.stall_seconds, hooks.on_place) as watchdog,
     ):
         context = RunContext(
             process,
@@ -92,13 +95,17 @@ def run_training(
             watchdog,
             partial(_records, config),
             watch,
+            hooks,
         )
         refuse_together(_folder_problem(config.run_folder, resume, overwrite), process)
         refuse_together(_place_problem(context, resume, overwrite), process)
         with agreed(process):
             streams = open_streams(config.data, settings.seed, schema, process)
         built = build(config, schema, process)
-        train_rows = streams["train"]() if teach is None else teach(process, streams["train"]())
+        train_rows = streams["train"]()
+        train_rows.on_rows = hooks.on_rows
+        if teach is not None:
+            train_rows = teach(process, train_rows)
         trainer = Trainer(settings, context, built, train_rows, streams.get("valid"))
         start = _start(config, trainer, resume, allow_partial)
         if process.is_first:
@@ -293,26 +300,33 @@ def _records(config: RunConfig, step: int) -> Records:
 def opening_line(
     config: RunConfig, schema: Schema, process: Process, total_steps: int, start: int | None
 ) -> str:
-    """What is about to be trained, on one line; one more for each thing to know of its data or plan."""
+    """What is about to be trained, on one line, and what to know of it, a line each."""
     rows = sum(table.num_embeddings for table in schema.tables)
     begin = "from the start" if start is None else f"from step {start}"
-    notes = ""
-    correction = config.data.train_options(config.train.seed).logit_correction
-    if correction:
-        notes += (
-            f"\nnote: data.keep_negatives = {config.data.keep_negatives} without weights makes probabilities too high: add {correction:.4f} to "
-            "logits, or set data.negative_weights = 'importance'"
-        )
-    if config.train.autocast == "bf16" and process.device.type == "cpu" and not bf16_in_hardware():
-        notes += (
-            "\nnote: train.autocast = 'bf16', and this processor has no bf16 products: they are emulated, several times slower than "
-            "float32; set train.autocast = 'none'"
-        )
-    return (
+    device = process.device.type
+    line = (
         f"{config.name}: {config.model.kind} on {len(schema.features)} fields of {schema.name}, "
         f"{len(schema.tables)} tables of {rows:,} rows, {process.world_size} processes on "
-        f"{process.device.type}, {total_steps} steps of {config.data.batch_size} rows, {begin}{notes}"
+        f"{device}, {total_steps} steps of {config.data.batch_size} rows, {begin}"
     )
+    return "\nnote: ".join([line, *warnings_of(config, device, bf16_in_hardware())])
+
+
+def warnings_of(config: RunConfig, device: str, has_bf16: bool) -> list[str]:
+    """What a user may not expect of a config. `has_bf16`: whether this CPU multiplies bf16 without emulation."""
+    found = []
+    correction = config.data.train_options(config.train.seed).logit_correction
+    if correction:
+        found.append(
+            f"data.keep_negatives = {config.data.keep_negatives} without weights makes probabilities too high: add {correction:.4f} to "
+            "logits, or set data.negative_weights = 'importance'"
+        )
+    if config.train.autocast == "bf16" and device == "cpu" and not has_bf16:
+        found.append(
+            "train.autocast = 'bf16', and this processor has no bf16 products: they are emulated, several times slower than "
+            "float32; set train.autocast = 'none'"
+        )
+    return found
 
 
 def metrics_table(metrics: dict[str, Any], best: tuple[float, float] | None) -> list[str]:

@@ -1,6 +1,7 @@
 """The scenarios of tests/test_training_faults.py: each breaks something in a run of two ranks and notes what came of it."""
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -8,45 +9,31 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from forked_ranks import mbcnet, report, run_ranks
+from forked_ranks import report, run_ranks, training
 from small_data import write_small
 
-from data.reading.decode import RowReader
-from mbcnet_rec.checkpoints import writer as saver
 from mbcnet_rec.checkpoints.shards import Saved, step_folder
-from mbcnet_rec.commands import train
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
-from mbcnet_rec.model.objective import LossArch
-from mbcnet_rec.runtime.watchdog import Watchdog
+from mbcnet_rec.training.hooks import Hooks
 
-train._draw_report = lambda folder: None  # pictures say nothing here
 FOLDER = Path(sys.argv[1])
 CONFIG = write_small(FOLDER, train_rows=2_400, other_rows=120)
 STEPS = 12
 LIMIT = 3_500
 
 
-def train_args(name, *settings, resume=False):
-    common = [
-        f"train.out={FOLDER / name}",
-        f"train.max_steps={STEPS}",
-        "train.log_every=4",
-        "train.eval_every=6",
-    ]
-    args = ["train", "--config", str(CONFIG), *(["--resume"] if resume else ["--overwrite"])]
-    for setting in (*common, "train.timeout_seconds=20", *settings):
-        args += ["--set", setting]
-    return args
+COMMON = [f"train.max_steps={STEPS}", "train.log_every=4", "train.eval_every=6", "train.timeout_seconds=20"]
 
 
-def run(name, *settings, resume=False, hook=lambda rank: None, **options):
-    action = mbcnet(train_args(name, *settings, resume=resume), hook)
-    result = run_ranks(action, FOLDER / "logs" / name, **options)
+def run(name, *settings, resume=False, hooks=lambda rank: Hooks(), **options):
+    every = [f"train.out={FOLDER / name}", *COMMON, *settings]
+    result = run_ranks(training(CONFIG, every, hooks, resume=resume), FOLDER / "logs" / name, **options)
     checkpoints = FOLDER / name / "checkpoints"
     result["steps"] = sorted(int(path.parent.name[5:]) for path in checkpoints.glob("step_*/manifest.json"))
     result["partial"] = [str(path) for path in (FOLDER / name).rglob("*.partial*")]
@@ -77,45 +64,36 @@ def equal_to_calm(name):
     }
 
 
-def loss_at(step, factor=float("nan"), guilty=1):
-    """The loss of one step is NaN on one rank, or another multiple of what it was."""
+def on_rank(guilty, **hooks):
+    return lambda rank: Hooks(**hooks) if rank == guilty else Hooks()
 
-    def hook(rank):
-        forward, calls = LossArch.forward, [0]
 
-        def broken(self, *args):
-            loss, outputs = forward(self, *args)
-            if self.training:
-                calls[0] += 1
-                if calls[0] == step and rank == guilty:
-                    loss, terms = loss * factor, outputs.terms
-                    outputs = outputs._replace(terms=terms | {"loss": terms["loss"] * factor})
+def loss_at(step, factor=float("nan")):
+    """The loss of one step is NaN on rank 1, or another multiple of what it was."""
+    steps = itertools.count(1)
+
+    def on_loss(loss, outputs):
+        if next(steps) != step:
             return loss, outputs
+        terms = outputs.terms
+        return loss * factor, outputs._replace(terms=terms | {"loss": terms["loss"] * factor})
 
-        LossArch.forward = broken
-
-    return hook
+    return on_rank(1, on_loss=on_loss)
 
 
-def at_beat(place, action, only=None):
+def at_place(place, action, guilty=1):
     """Do something as a rank comes to a place, once."""
+    places = iter([place])
 
-    def hook(rank):
-        beat, done = Watchdog.beat, []
+    def on_place(where):
+        if where == place and next(places, None):
+            action()
 
-        def watched(self, where):
-            if where == place and rank == (rank if only is None else only) and not done:
-                done.append(where)
-                action()
-            beat(self, where)
-
-        Watchdog.beat = watched
-
-    return hook
+    return on_rank(guilty, on_place=on_place)
 
 
-def full_disk(*args, **options):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def killed(number):
+    return lambda: os.kill(os.getpid(), number)
 
 
 def calm():
@@ -124,8 +102,8 @@ def calm():
 
 def killed_rank():
     """One rank dies by SIGKILL in step 8; then both are started again."""
-    hook = at_beat("step 8", lambda: os.kill(os.getpid(), signal.SIGKILL), only=1)
-    first = run("killed", "train.checkpoint_every=5", hook=hook)
+    hooks = at_place("step 8", killed(signal.SIGKILL))
+    first = run("killed", "train.checkpoint_every=5", hooks=hooks)
     path = FOLDER / "killed" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 8, "split": "tra')  # what a crash can leave
     stale = FOLDER / "killed" / "checkpoints" / ".step_7.dead.partial"
@@ -141,7 +119,7 @@ def sigterm():
         (FOLDER / "asked").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    first = run("term", hook=at_beat("step 9", ask, only=1))
+    first = run("term", hooks=at_place("step 9", ask))
     first["seconds_after"] = time.time() - float((FOLDER / "asked").read_text())
     again = run("term", resume=True)
     return {"first": first, "again": again, "equal": equal_to_calm("term")}
@@ -149,15 +127,14 @@ def sigterm():
 
 def usr1_in_evaluation():
     """SIGUSR1 within an evaluation: it is given up and made again."""
-    hook = at_beat("evaluation at step 6", lambda: os.kill(os.getpid(), signal.SIGUSR1), only=0)
-    first = run("usr1", hook=hook)
+    first = run("usr1", hooks=at_place("evaluation at step 6", killed(signal.SIGUSR1), guilty=0))
     lines = len(metrics("usr1"))
     again = run("usr1", resume=True)
     return {"first": first, "lines": lines, "again": again, "equal": equal_to_calm("usr1")}
 
 
 def nan_stops():
-    result = run("nan", hook=loss_at(8))
+    result = run("nan", hooks=loss_at(8))
     result["faults"] = sorted(path.name for path in (FOLDER / "nan" / "faults").iterdir())
     # the step that failed is not in the checkpoint: trained on from it without the fault, the run ends as the calm one
     again = run("nan", resume=True)
@@ -167,7 +144,7 @@ def nan_stops():
 def nan_skipped():
     """The step is passed over on both ranks: the rows are those of the checkpoint before, bit by bit."""
     result = run(
-        "skip", "train.on_nonfinite=skip", "train.checkpoint_every=1", "train.keep_last=20", hook=loss_at(8)
+        "skip", "train.on_nonfinite=skip", "train.checkpoint_every=1", "train.keep_last=20", hooks=loss_at(8)
     )
     before, after = tensors("skip", 7), tensors("skip", 8)
     changed = [name for name in before if before[name] != after.get(name)]
@@ -175,17 +152,17 @@ def nan_skipped():
 
 
 def nan_cap():
-    return run("cap", "train.on_nonfinite=skip", "train.max_skipped=0", hook=loss_at(3))
+    return run("cap", "train.on_nonfinite=skip", "train.max_skipped=0", hooks=loss_at(3))
 
 
 def spike():
     """A loss a thousand times its size on one rank, in a run that logs every step."""
-    return run("spike", "train.log_every=1", hook=loss_at(11, factor=1000.0))
+    return run("spike", "train.log_every=1", hooks=loss_at(11, factor=1000.0))
 
 
 def stopped_rank():
     """SIGSTOP of one rank: the other names it after the timeout, and the stacks are written."""
-    hook = at_beat("step 5", lambda: os.kill(os.getpid(), signal.SIGSTOP), only=1)
+    hooks = at_place("step 5", killed(signal.SIGSTOP))
 
     def wake(pids):
         end = time.monotonic() + 60
@@ -194,7 +171,7 @@ def stopped_rank():
         time.sleep(4)  # the others' timeout
         os.kill(pids[1], signal.SIGKILL)
 
-    result = run("stop", "train.timeout_seconds=4", "train.stall_seconds=1", hook=hook, meanwhile=wake)
+    result = run("stop", "train.timeout_seconds=4", "train.stall_seconds=1", hooks=hooks, meanwhile=wake)
     result["stacks"] = (FOLDER / "stop" / "stacks" / "rank_0.txt").read_text()
     return result
 
@@ -202,11 +179,12 @@ def stopped_rank():
 def absent_rank():
     """Rank 1 never comes."""
 
-    def hook(rank):
+    def hooks(rank):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        return Hooks()
 
-    return run("absent", "train.timeout_seconds=3", hook=hook)
+    return run("absent", "train.timeout_seconds=3", hooks=hooks)
 
 
 def port_taken():
@@ -220,38 +198,29 @@ def port_taken():
 def disk_full_in_save():
     """The disk of rank 1 is full from the second checkpoint on."""
 
-    def hook(rank):
-        real, calls = saver.write_tensors, [0]
+    writes = itertools.count(1)
 
-        def filling(named, sink):
-            calls[0] += 1
-            return full_disk() if rank == 1 and calls[0] > 1 else real(named, sink)
+    def fill():
+        if next(writes) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        saver.write_tensors = filling
-
-    first = run("full", "train.checkpoint_every=2", hook=hook)
+    first = run("full", "train.checkpoint_every=2", hooks=on_rank(1, on_write=fill))
     again = run("full", "train.checkpoint_every=2", resume=True)
     return {"first": first, "again": again, "equal": equal_to_calm("full")}
 
 
 def stuck_rank():
     """Rank 1 holds up a step for 2.5 s: both ranks write their stacks, then the run ends as ever."""
-    hook = at_beat("step 8", hold_up, only=1)
-    result = run("stuck", "train.stall_seconds=1", "train.checkpoint_every=5", hook=hook)
+    steps = itertools.count(1)
+
+    def slow(loss, outputs):
+        if next(steps) == 8:
+            time.sleep(2.5)
+        return loss, outputs
+
+    result = run("stuck", "train.stall_seconds=1", "train.checkpoint_every=5", hooks=on_rank(1, on_loss=slow))
     stacks = [(FOLDER / "stuck/stacks" / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
     return {"first": result, "stacks": stacks, "equal": equal_to_calm("stuck")}
-
-
-def hold_up():
-    # in the step itself, after the beat: the clock of this step is running
-    original = LossArch.forward
-
-    def slow(self, *args):
-        LossArch.forward = original
-        time.sleep(2.5)
-        return original(self, *args)
-
-    LossArch.forward = slow
 
 
 def reader_raises():
@@ -270,50 +239,39 @@ def reader_raises():
 
 
 def read_then(action, calls_before=8):
-    """Rank 1 reads some row groups, then something else happens in the thread that reads."""
-
-    def hook(rank):
-        read, calls = RowReader.keep, [0]
-
-        def reading(self, *args):
-            calls[0] += 1
-            if rank == 1 and calls[0] > calls_before:
-                action()
-            return read(self, *args)
-
-        RowReader.keep = reading
-
-    return hook
+    """Rank 1 reads some windows, then something else happens in the thread that reads."""
+    calls = itertools.count(1)
+    return on_rank(1, on_rows=lambda: action() if next(calls) > calls_before else None)
 
 
 def reader_is_stuck():
     """The storage of rank 1 does not answer."""
-    hook = read_then(lambda: time.sleep(60))
-    return run("reader", "data.timeout_seconds=2", "data.window_rows=64", hook=hook)
+    hooks = read_then(lambda: time.sleep(60))
+    return run("reader", "data.timeout_seconds=2", "data.window_rows=64", hooks=hooks)
 
 
 def reader_dies():
     """The thread that reads for rank 1 ends."""
-    hook = read_then(sys.exit)
-    return run("dies", "data.timeout_seconds=2", "data.window_rows=64", hook=hook)
+    return run("dies", "data.timeout_seconds=2", "data.window_rows=64", hooks=read_then(sys.exit))
 
 
 def files_limited():
     """No file of rank 0 may grow beyond 5 kB from step 5 on, by the kernel: its part of the next checkpoint breaks off."""
-    hook = at_beat("step 5", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)), only=0)
-    return {"first": run("limited", "train.checkpoint_every=4", hook=hook)}
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5_000, 5_000))
+    return {"first": run("limited", "train.checkpoint_every=4", hooks=at_place("step 5", limit, guilty=0))}
 
 
 def log_is_full():
     """Nobody can write to rank 0's terminal: training goes on without."""
 
-    def hook(rank):
+    def hooks(rank):
         if rank == 0:
             full = os.open("/dev/full", os.O_WRONLY)
             os.dup2(full, 1)
             os.dup2(full, 2)
+        return Hooks()
 
-    result = run("quiet", "train.checkpoint_every=5", hook=hook)
+    result = run("quiet", "train.checkpoint_every=5", hooks=hooks)
     return {"first": result, "done": (FOLDER / "quiet/DONE").is_file(), "equal": equal_to_calm("quiet")}
 
 
@@ -326,7 +284,7 @@ def disk_full_in_metrics():
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
 
-    first = run("lines", hook=at_beat("step 7", limit, only=0))
+    first = run("lines", hooks=at_place("step 7", limit, guilty=0))
     first["text"] = (FOLDER / "lines" / "metrics.jsonl").read_text()
     again = run("lines", resume=True)
     return {"first": first, "again": again, "equal": equal_to_calm("lines")}

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_run import train
 
 from mbcnet_rec.cli import main
+from mbcnet_rec.training.hooks import Hooks
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from side_by_side import free_port, rank_environment
@@ -26,14 +28,14 @@ OVERDUE = "overdue"
 Action = Callable[[int], int | None]  # rank -> exit code
 
 
-def mbcnet(args: list[str], hook: Callable[[int], None] = lambda rank: None) -> Action:
-    """The command line, with something broken first."""
+def mbcnet(args: list[str]) -> Action:
+    """The command line."""
+    return lambda rank: main(args)
 
-    def action(rank: int) -> int:
-        hook(rank)
-        return main(args)
 
-    return action
+def training(config: Path, settings: list[str], hooks: Callable[[int], Hooks], *, resume: bool) -> Action:
+    """`mbcnet train` with --resume or --overwrite, and with the hooks of each rank."""
+    return lambda rank: train(config, *settings, hooks=hooks(rank), resume=resume, overwrite=not resume)
 
 
 def child(rank: int, world: int, port: int, action: Action, log: Path) -> None:

@@ -3,6 +3,7 @@
 With `python -O` the scenarios of replicas, since TorchRec asserts that DMPCollection is on cuda, where this machine has none.
 """
 
+import itertools
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from forked_ranks import mbcnet, report, run_ranks
+from forked_ranks import report, run_ranks, training
 from small_data import write_small
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
@@ -21,25 +22,19 @@ import sharding.search.candidates
 from mbcnet_rec.checkpoints.manifest import read_manifest
 from mbcnet_rec.cli import main
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
-from mbcnet_rec.model.objective import LossArch
+from mbcnet_rec.training.hooks import Hooks
 
 FOLDER = Path(sys.argv[1])
 CONFIG = write_small(FOLDER, train_rows=2_400, other_rows=120)
 STEPS = 20
 
 
-def run(name, *settings, resume=False, plan=None, hook=lambda rank: None, **options):
-    args = ["train", "--config", str(CONFIG), "--resume" if resume else "--overwrite"]
-    args += ["--plan", str(plan)] if plan else []
-    common = [
-        f"train.out={FOLDER / name}",
-        f"train.max_steps={STEPS}",
-        "train.log_every=5",
-        "train.eval_every=10",
-    ]
-    for setting in (*common, "train.timeout_seconds=30", *settings):
-        args += ["--set", setting]
-    return run_ranks(mbcnet(args, hook), FOLDER / "logs" / name, **options)
+COMMON = [f"train.max_steps={STEPS}", "train.log_every=5", "train.eval_every=10", "train.timeout_seconds=30"]
+
+
+def run(name, *settings, resume=False, plan="", hooks=lambda rank: Hooks(), **options):
+    every = [f"train.out={FOLDER / name}", f"sharding.plan={plan}", *COMMON, *settings]
+    return run_ranks(training(CONFIG, every, hooks, resume=resume), FOLDER / "logs" / name, **options)
 
 
 def metrics(name):
@@ -119,29 +114,25 @@ def prefetching():
             context.module_input_post_prefetch[name] = context.input_dist_tensors_requests.pop(name).wait()
             context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
 
-    def hook(rank):
+    def hooks(rank):
         without_device_checks(rank)
         PrefetchTrainPipelineSparseDist._prefetch = prefetch_here
-        nan_at(5)
+        return nan_at(5)
 
     settings = ("train.on_nonfinite=skip", "train.max_grad_norm=0.5")
-    plain = run("plain", *settings, hook=lambda rank: nan_at(5))
-    ahead = run("ahead", *settings, "sharding.prefetch=true", hook=hook)
+    plain = run("plain", *settings, hooks=lambda rank: nan_at(5))
+    ahead = run("ahead", *settings, "sharding.prefetch=true", hooks=hooks)
     return ahead | {"plain": plain, "equal": metrics("plain") == metrics("ahead"), "lines": metrics("ahead")}
 
 
 def nan_at(step):
-    forward, calls = LossArch.forward, [0]
-
-    def broken(self, *args):
-        loss, outputs = forward(self, *args)
-        calls[0] += self.training
-        return loss * float("nan") if self.training and calls[0] == step else loss, outputs
-
-    LossArch.forward = broken
+    steps = itertools.count(1)
+    return Hooks(
+        on_loss=lambda loss, outputs: (loss * float("nan") if next(steps) == step else loss, outputs)
+    )
 
 
-def replicas_hook(rank):
+def replicas_hooks(rank):
     """What DMPCollection does by NCCL, by gloo."""
     without_device_checks(rank)
     remap = DMPCollection._remap_sharding_plan
@@ -159,12 +150,13 @@ def replicas_hook(rank):
 
     DMPCollection._allreduce_tensors = averaged
     DMPCollection._remap_sharding_plan = on_cpu
+    return Hooks()
 
 
 def replicas():
     """Two groups of two ranks, each with all tables."""
     settings = ("sharding.replicas=2", 'sharding.sharding_types=["row_wise","table_wise"]')
-    options = {"world": 4, "hook": replicas_hook}
+    options = {"world": 4, "hooks": replicas_hooks}
     result = run("replicas", *settings, **options)
     manifest = read_manifest(FOLDER / "replicas" / "checkpoints" / f"step_{STEPS}")
     blocks = [[entry.name, entry.offsets] for file in manifest.files for entry in file.shards]

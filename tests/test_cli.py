@@ -66,23 +66,20 @@ def test_a_wrong_command_line_is_one_line_and_code_2(args, capsys):
     assert said.count("\n") == 1 and "--help" in said
 
 
-def outcome(monkeypatch, error: BaseException) -> int:
+def outcome(error: BaseException) -> int:
     """The exit code where a command raises."""
 
-    def fail(args):
+    def fail():
         raise error
 
-    parser = cli.build_parser()
-    monkeypatch.setattr(cli, "build_parser", lambda: parser)
-    monkeypatch.setattr(parser, "parse_args", lambda argv: type("Args", (), {"run": staticmethod(fail)}))
-    return cli.main([])
+    return cli.exit_code(fail)
 
 
 def test_what_ends_a_command_has_its_own_code(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
-    assert outcome(monkeypatch, InputError("a.toml: key: fix it")) == 2
-    assert outcome(monkeypatch, PreemptedError("stopped at step 3")) == 75
-    assert outcome(monkeypatch, KeyboardInterrupt()) == 130
+    assert outcome(InputError("a.toml: key: fix it")) == 2
+    assert outcome(PreemptedError("stopped at step 3")) == 75
+    assert outcome(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.splitlines() == [
         "mbcnet: a.toml: key: fix it",
         "mbcnet: stopped at step 3",
@@ -92,7 +89,7 @@ def test_what_ends_a_command_has_its_own_code(monkeypatch, capsys):
 
 def test_of_many_ranks_one_says_a_mistake(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert outcome(monkeypatch, InputError("said by rank 0")) == 2
+    assert outcome(InputError("said by rank 0")) == 2
     assert capsys.readouterr().err == ""
 
 

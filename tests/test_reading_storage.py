@@ -121,8 +121,8 @@ def fill(client):
 
 @pytest.fixture
 def proxy(server, monkeypatch):
-    for name in ("REQUEST_SECONDS", "CONNECT_SECONDS"):
-        monkeypatch.setattr(data.reading.storage, name, 1.0)
+    monkeypatch.setattr(data.reading.storage, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(data.reading.storage, "CONNECT_SECONDS", 1.0)
     monkeypatch.setattr(data.reading.storage, "FIRST_PAUSE_SECONDS", 0.01)
     with Proxy(server) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.01,))
@@ -218,7 +218,7 @@ def test_no_server_at_all(monkeypatch):
 
 def test_pauses_double_and_attempts_are_counted(monkeypatch):
     pauses, tries = [], []
-    monkeypatch.setattr(data.reading.storage.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
 
     def fails():
         tries.append(1)

@@ -128,7 +128,7 @@ def test_a_stopped_rank_is_named(rare):
 def test_the_stacks_of_all_ranks_are_written_when_a_step_stalls(rare):
     result = rare["stuck_rank"]
     waiting, guilty = result["stacks"]
-    assert "hold_up" not in waiting and "Timeout" in waiting
+    assert "in slow" not in waiting and "Timeout" in waiting
     assert "in slow" in guilty, "the line that holds everyone up"
     words = "".join(result["first"]["words"])
     assert "rank 0: step 8 has taken" in words and "rank 1: step 8 has taken" in words

@@ -7,11 +7,13 @@ import shutil
 import numpy as np
 import pytest
 from small_data import write_small
+from tiny_run import train
 
 from mbcnet_rec.checkpoints.shards import Saved, step_folder
-from mbcnet_rec.cli import main
-from mbcnet_rec.commands import train
+from mbcnet_rec.config import load_config
+from mbcnet_rec.cpu import linear
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
+from mbcnet_rec.train import warnings_of
 from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
 from mbcnet_rec.training.state import TrainState
 
@@ -21,17 +23,9 @@ def config(tmp_path_factory):
     return write_small(tmp_path_factory.mktemp("loop"), train_rows=960, other_rows=96)
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(train, "_draw_report", lambda folder: None)
-
-
-def run(config, name, *settings, flags=()):
-    args = ["train", "--config", str(config), *flags]
-    for setting in (f"train.out={config.parent / name}", "data.test=[]", *settings):
-        args += ["--set", setting]
-    code = main(args)
-    return code, config.parent / name
+def run(config, folder, *settings, **options):
+    """Exit code and folder of a run without a test split and without pictures."""
+    return train(config, f"train.out={folder}", "data.test=[]", *settings, **options), folder
 
 
 def steps_of(folder):
@@ -64,13 +58,13 @@ def tensors_of(folder, step):
     ],
 )
 def test_checkpoints_are_due_by_steps_minutes_and_evaluations(config, tmp_path, settings, steps):
-    code, folder = run(config, str(tmp_path / "run"), "train.max_steps=10", *settings)
+    code, folder = run(config, tmp_path / "run", "train.max_steps=10", *settings)
     assert code == 0 and steps_of(folder) == steps
 
 
 def test_the_last_and_the_best_are_kept(config, tmp_path):
     settings = ["train.max_steps=10", "train.eval_every=1", "train.keep_last=2", "train.keep_best=3"]
-    code, folder = run(config, str(tmp_path / "run"), *settings)
+    code, folder = run(config, tmp_path / "run", *settings)
     valid = sorted(lines_of(folder, "valid"), key=lambda line: (-line["auc"], line["step"]))
     assert code == 0 and steps_of(folder) == sorted({line["step"] for line in valid[:3]} | {9, 10})
     best = json.loads((folder / "checkpoints/best.json").read_text())
@@ -110,13 +104,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
         "train.checkpoint_every=3",
         "train.epochs=3",
     ]
-    code, whole = run(config, str(tmp_path / "whole"), *settings, "train.max_steps=14")
+    code, whole = run(config, tmp_path / "whole", *settings, "train.max_steps=14")
     assert code == 0
-    code, parts = run(config, str(tmp_path / "parts"), *settings, "train.max_steps=14", "train.keep_last=9")
+    code, parts = run(config, tmp_path / "parts", *settings, "train.max_steps=14", "train.keep_last=9")
     for step in (14, 12, 10, 9):
         shutil.rmtree(parts / f"checkpoints/step_{step}")
     assert steps_of(parts)[-1] == 6, "between the lines of steps 4 and 8, and between evaluations"
-    code, parts = run(config, str(tmp_path / "parts"), *settings, "train.max_steps=14", flags=["--resume"])
+    code, parts = run(config, tmp_path / "parts", *settings, "train.max_steps=14", resume=True)
     assert code == 0
     before, after = tensors_of(whole, 14), tensors_of(parts, 14)
     assert before.keys() == after.keys()
@@ -132,12 +126,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
 @pytest.mark.parametrize("name", SWITCHES)
 def test_the_fast_path_of_a_cpu_takes_the_same_steps(config, tmp_path, name, monkeypatch):
     """With `train.cpu_fast_path` off, TorchRec's own pipeline, lookups, Adam and torch's layers come to the same numbers."""
-    monkeypatch.setattr("mbcnet_rec.cpu.linear.ONE_DNN_FROM", 1)  # small layers too
+    monkeypatch.setattr(linear, "ONE_DNN_FROM", 1)  # small layers too
     settings = ["model.dnn.dropout=0", "train.autocast=none", "train.epochs=4", "train.max_steps=30"]
     outputs = []
     for fast in ("true", "false"):
         one = [*SWITCHES[name], *settings, f"train.cpu_fast_path={fast}"]  # dropout draws other masks
-        code, folder = run(config, str(tmp_path / fast), *one)
+        code, folder = run(config, tmp_path / fast, *one)
         assert code == 0
         outputs.append((tensors_of(folder, 30), lines_of(folder)))
     (fast, fast_lines), (slow, slow_lines) = outputs
@@ -157,17 +151,17 @@ def test_the_fast_path_of_a_cpu_takes_the_same_steps(config, tmp_path, name, mon
 
 def test_damaged_checkpoints_are_passed_over_aloud_and_never_thrown_away(config, tmp_path, capfd):
     settings = ["train.max_steps=6", "train.checkpoint_every=3", "data.valid=[]"]
-    code, folder = run(config, str(tmp_path / "run"), *settings)
+    code, folder = run(config, tmp_path / "run", *settings)
     (folder / "checkpoints/step_6/rank_00000.safetensors").write_bytes(b"damage")
     capfd.readouterr()
-    code, _ = run(config, str(tmp_path / "run"), *settings, flags=["--resume"])
+    code, _ = run(config, tmp_path / "run", *settings, resume=True)
     out, err = capfd.readouterr()
     assert code == 0 and "from step 3" in out
     told = [line for line in err.splitlines() if line.startswith("mbcnet: warning: ")]
     assert len(told) == 1 and "step_6/rank_00000.safetensors: changed since it was written" in told[0]
     for step in (3, 6):
         (folder / f"checkpoints/step_{step}/rank_00000.safetensors").write_bytes(b"damage")
-    code, _ = run(config, str(tmp_path / "run"), *settings, flags=["--resume"])
+    code, _ = run(config, tmp_path / "run", *settings, resume=True)
     error = capfd.readouterr().err.splitlines()[-1]
     assert (
         code == 2
@@ -179,38 +173,37 @@ def test_damaged_checkpoints_are_passed_over_aloud_and_never_thrown_away(config,
 def test_a_place_that_cannot_be_written_is_refused_at_the_start(config, tmp_path, capfd):
     """Not at the first checkpoint, an hour later."""
     (tmp_path / "file").write_text("in the way")
-    code, folder = run(config, str(tmp_path / "run"), f"train.checkpoint_folder={tmp_path}/file/checkpoints")
+    code, folder = run(config, tmp_path / "run", f"train.checkpoint_folder={tmp_path}/file/checkpoints")
     error = capfd.readouterr().err.strip()
     assert code == 2 and len(error.splitlines()) == 1
     assert "train.checkpoint_folder" in error and "cannot be written (Not a directory)" in error
     assert not folder.exists()
 
 
-def test_a_run_whose_report_fails_is_done_all_the_same(config, tmp_path, monkeypatch, capfd, caplog):
+def test_a_run_whose_report_fails_is_done_all_the_same(config, tmp_path, capfd, caplog):
     def fails(folder):
         raise ValueError("no such backend")
 
-    monkeypatch.setattr(train, "_draw_report", fails)
-    code, folder = run(config, str(tmp_path / "run"), "train.max_steps=2", "data.valid=[]")
+    code, folder = run(config, tmp_path / "run", "train.max_steps=2", "data.valid=[]", report=fails)
     assert code == 0 and (folder / "DONE").exists()
     out, error = capfd.readouterr()
     assert f"next: mbcnet report {folder}" in out + error
     assert "its report was not written (ValueError: no such backend)" in caplog.text
 
 
-@pytest.mark.parametrize(("hardware", "told"), [(False, True), (True, False)])
-def test_bf16_on_a_cpu_that_emulates_it_is_told(config, tmp_path, monkeypatch, capfd, hardware, told):
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "told"), [("cpu", False, True), ("cpu", True, False), ("cuda", False, False)]
+)
+def test_bf16_on_a_cpu_that_emulates_it_is_told(config, device, has_bf16, told):
     """Its products are several times slower than float32's there: a user who hoped for speed must not have to find out."""
-    monkeypatch.setattr("mbcnet_rec.train.bf16_in_hardware", lambda: hardware)
-    code, _ = run(config, str(tmp_path / "run"), "train.autocast=bf16", "train.max_steps=1")
-    said = capfd.readouterr()
-    assert code == 0 and ("has no bf16 products" in said.out + said.err) == told
+    said = " ".join(warnings_of(load_config(config, ["train.autocast=bf16"]), device, has_bf16))
+    assert ("has no bf16 products" in said) == told
 
 
 def test_the_norm_is_logged_and_a_clip_changes_the_run(config, tmp_path):
     settings = ["train.max_steps=10", "data.valid=[]"]
-    _, free = run(config, str(tmp_path / "free"), *settings)
-    _, tight = run(config, str(tmp_path / "tight"), *settings, "train.max_grad_norm=1e-6")
+    _, free = run(config, tmp_path / "free", *settings)
+    _, tight = run(config, tmp_path / "tight", *settings, "train.max_grad_norm=1e-6")
     free_norms, tight_norms = ([line["grad_norm"] for line in lines_of(each)] for each in (free, tight))
     assert len(free_norms) == 2 and all(norm > 0.01 for norm in free_norms + tight_norms)
     assert free_norms != tight_norms

@@ -1,4 +1,4 @@
-"""A run of seconds for the launch tests: small_data's rows, one small model."""
+"""A run of seconds for the launch tests: small_data's rows, one small model; and `mbcnet train` with hooks."""
 
 import contextlib
 import json
@@ -9,8 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from small_data import write_small
+
+from mbcnet_rec.cli import exit_code, plain_words
+from mbcnet_rec.config import load_config
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[1]
@@ -36,6 +40,18 @@ def make_run(folder: Path) -> Path:
     write_small(folder / "rows", 960, 96)  # 20 steps an epoch
     (folder / "tiny.toml").write_text(CONFIG)
     return folder
+
+
+def train(config: Path, *settings: str, **options: Any) -> int:
+    """The exit code of `mbcnet train --config CONFIG --set SETTING ...`, which draws no report; options are run_training's."""
+
+    def command() -> int:
+        from mbcnet_rec.train import run_training  # imports torchrec, which the launch tests do without
+
+        with plain_words():
+            return run_training(load_config(config, settings), **options)
+
+    return exit_code(command)
 
 
 def program(

@@ -289,8 +289,14 @@ class Memory:
 class Decoder:
     """Decodes the windows of one epoch of one stream."""
 
-    def __init__(self, files: Sequence[DataFile], encoder: Encoder, selection: Selection) -> None:
-        self.reader = RowReader(files, encoder, selection, dictionaries=True)
+    def __init__(
+        self,
+        files: Sequence[DataFile],
+        encoder: Encoder,
+        selection: Selection,
+        on_rows: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.reader, self.on_rows = RowReader(files, encoder, selection, dictionaries=True), on_rows
         self.memory = Memory()
         self.reading: dict[int, str] = {}  # thread -> what it reads, for messages about stuck ones
         self._long: dict[int, _LongRowGroup] = {}  # lane -> the last one that it has come to
@@ -322,6 +328,7 @@ class Decoder:
         try:
             for row_group, read in sources:
                 self.reading[thread] = self.reader.name(row_group)
+                self.on_rows()
                 parts += read()
         finally:
             self.reading.pop(thread, None)

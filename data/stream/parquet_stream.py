@@ -38,6 +38,7 @@ class ParquetStream:
 
     Attributes:
         num_rows: kept rows of all files.
+        on_rows: called before rows are read, in the thread that reads them; tests inject faults there.
         counters: field -> values that its `on_invalid` changed, in the windows that this rank has decoded for its batches.
     """
 
@@ -68,6 +69,7 @@ class ParquetStream:
         self.num_rows = sum(row_group.num_rows for row_group in self.row_groups)
         self.label_weights = _label_weights(options, *label_counts)
         self.cursor = Cursor()
+        self.on_rows: Callable[[], None] = lambda: None
         self.counters: Counter[str] = Counter()
 
     @property
@@ -115,7 +117,7 @@ class ParquetStream:
         Raises:
             InputError: a file is damaged, a value is faulty, or no rows came in time; named by file and row group.
         """
-        decoder = Decoder(self.files, self.encoder, self.selection)
+        decoder = Decoder(self.files, self.encoder, self.selection, self.on_rows)
         limit = TimeLimit(self.options.timeout_seconds, lambda: sorted(set(decoder.reading.copy().values())))
         batches = self._batches(self.cursor, decoder, limit)
         depth = self.options.depth(self.options.batch_size // self.world_size * len(self.schema.features))

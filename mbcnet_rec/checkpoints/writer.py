@@ -6,6 +6,7 @@ Ranks report their files to rank 0 through the rendezvous store. Rank 0 writes t
 import json
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -36,14 +37,21 @@ class Saver:
         storage: of the checkpoints.
         process: this rank.
         timeout_seconds: how long rank 0 waits for the other ranks' files.
+        on_write: called in the writing thread, before tensors are written.
     """
 
-    def __init__(self, storage: CheckpointStorage, process: Process, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        storage: CheckpointStorage,
+        process: Process,
+        timeout_seconds: float,
+        on_write: Callable[[], None] = lambda: None,
+    ) -> None:
         self.storage = storage
         self.saved_step: int | None = None
         self.stalled_seconds = 0.0
         self.written_seconds = 0.0
-        self._process = process
+        self._process, self._on_write = process, on_write
         self._timeout = timeout_seconds
         self._run = broadcast_value(f"{time.time_ns():x}", process)
         self._count = 0
@@ -151,6 +159,7 @@ class Saver:
     def _write_part(self, step: int, snapshot: Snapshot) -> dict[str, Any]:
         name = self.storage.file_name(self._process.rank, self._token)
         with self.storage.write(step, self._token, name) as file:
+            self._on_write()
             tensors = {str(index): tensor for index, tensor in enumerate(snapshot.tensors)}
             sha256 = write_tensors(tensors, file)
         return file_record(name, sha256, snapshot.entries)

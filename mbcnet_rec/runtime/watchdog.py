@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -35,10 +36,17 @@ class Watchdog:
         process: this rank.
         folder: RUN; stacks go to RUN/stacks/rank_N.txt.
         stall_seconds: a step that takes longer has its stacks written, once for each stall.
+        on_place: called with each place before it is noted.
     """
 
-    def __init__(self, process: Process, folder: Path, stall_seconds: float) -> None:
-        self._process = process
+    def __init__(
+        self,
+        process: Process,
+        folder: Path,
+        stall_seconds: float,
+        on_place: Callable[[str], None] = lambda place: None,
+    ) -> None:
+        self._process, self._on_place = process, on_place
         self._path = folder / STACKS / f"rank_{process.rank}.txt"
         self._stall = stall_seconds
         self._period = min(SLOWEST_BEAT_SECONDS, max(FASTEST_BEAT_SECONDS, stall_seconds / 10))
@@ -80,6 +88,7 @@ class Watchdog:
 
     def beat(self, place: str) -> None:
         """Say where this rank is, such as `step 12`; the stall clock begins anew."""
+        self._on_place(place)
         now = time.monotonic()
         self._place, self._since = place, now
         # arming starts a native thread and waits for the last one's end: too expensive for every step of a small model

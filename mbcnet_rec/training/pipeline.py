@@ -16,6 +16,7 @@ from torchrec.distributed.train_pipeline import (
 
 from data.stream import Batch
 from mbcnet_rec.model.objective import Outputs
+from mbcnet_rec.training.hooks import OnLoss, unchanged
 from sharding.bridge.zch import collisions_of
 
 
@@ -25,6 +26,7 @@ class CheckedStep:
     Attributes:
         batch: of the step that runs, or ran last.
         skipped: whether the last step was passed over.
+        on_loss: see training/hooks.py.
 
     Args:
         model: the sharded objective.
@@ -45,6 +47,7 @@ class CheckedStep:
     ) -> None:
         self.batch: Batch | None = None
         self.skipped = False
+        self.on_loss: OnLoss = unchanged
         self.model, self._optimizer, self._autocast = model, optimizer, autocast
         self._verdict, self._after_backward = verdict, after_backward
         # which row an id has stays as this step has left it: rows have changed with it, and there are as many as in the tables
@@ -58,7 +61,7 @@ class CheckedStep:
         for buffer, copy in self._buffers:
             copy.copy_(buffer)
         with self._autocast():
-            loss, outputs = self.model(batch)
+            loss, outputs = self.on_loss(*self.model(batch))
         self.skipped = bool(self._verdict(loss))
         return torch.zeros_like(loss, requires_grad=True) if self.skipped else loss, outputs
 

@@ -39,6 +39,7 @@ from mbcnet_rec.training.evaluation import (
 )
 from mbcnet_rec.training.faults import dump_batch, loss_spike
 from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
+from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline
 from mbcnet_rec.training.plan_check import PlanWatch
 from mbcnet_rec.training.state import (
@@ -67,6 +68,7 @@ class RunContext:
         watchdog: is told of every step.
         open_records: opens the run's log to go on after a step; rank 0 calls it.
         watch: is told of every evaluation; may end training there.
+        hooks: where tests inject faults.
     """
 
     process: Process
@@ -76,6 +78,7 @@ class RunContext:
     watchdog: Watchdog
     open_records: Callable[[int], Records]
     watch: Watch | None = None
+    hooks: Hooks = Hooks()
 
 
 class Trainer:
@@ -109,7 +112,7 @@ class Trainer:
         self.collisions = collisions_of(built.model)
         self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
         self.autocast = autocast_of(config.autocast, self.process.device)
-        self.saver = Saver(context.storage, self.process, config.timeout_seconds)
+        self.saver = Saver(context.storage, self.process, config.timeout_seconds, context.hooks.on_write)
         self._saved_at = time.monotonic()
         self._stop_wanted = self._save_wanted = False
         self._last_auc = float("nan")
@@ -163,6 +166,7 @@ class Trainer:
             lambda losses: self._verdict(losses, step, bar),
             self._after_backward,
         )
+        step.on_loss = self.context.hooks.on_loss
         pipeline = self.built.pipeline(step)
         feed = Feed(self.stream, process)
         self.built.model.train()
