@@ -10,42 +10,32 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.errors import InputError
-from data.public.prepare import DATA_SETS, SCHEMA_FOLDER, prepare
+from data.public.prepare import SCHEMA_FOLDER, prepare
 from data.schema import load_schema
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "datasets"
-FOLDERS = {
-    "adult": "adult",
-    "ali_ccp": "ali_ccp_sample",
-    "aliexpress": "aliexpress_sample",
-    "criteo": "criteo_sample",
-    "movielens": "movielens_latest_small",
-    "slots": "slots_demo",
-    "taobao_ad": "taobao_ad_sample",
-}
-# rows of train, valid, test
-ROWS = {
-    "adult": (29_305, 3_256, 16_281),
-    "ali_ccp": (100, 50, 50),
-    "aliexpress": (68, 32, 20),
-    "criteo": (7_200, 409, 391),
-    "movielens": (80_668, 10_084, 10_084),
-    "slots": (6, 2, 2),
-    "taobao_ad": (173, 66, 65),
+# data set -> folder of its real files; rows of train, valid, test
+REAL = {
+    "adult": ("adult", (29_305, 3_256, 16_281)),
+    "ali_ccp": ("ali_ccp_sample", (100, 50, 50)),
+    "aliexpress": ("aliexpress_sample", (68, 32, 20)),
+    "criteo": ("criteo_sample", (7_200, 409, 391)),
+    "movielens": ("movielens_latest_small", (80_668, 10_084, 10_084)),
+    "slots": ("slots_demo", (6, 2, 2)),
+    "taobao_ad": ("taobao_ad_sample", (173, 66, 65)),
 }
 SPLITS = ("train", "valid", "test")
 
 
-def small_table(columns: dict[str, list], files: tuple[str, ...], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        pq.write_table(pa.table(columns), folder / file)
+def rows_of(out: Path, split: str) -> pa.Table:
+    return pq.read_table(out / split / "part-00000.parquet", page_checksum_verification=True)
 
 
 @pytest.fixture
 def movielens(tmp_path) -> Path:
     """Four ratings of two users in each split, and tags before, at and after them."""
     src = tmp_path / "src"
+    src.mkdir()
     ratings = {
         "user_id": [7, 7, 8, 8],
         "movie_id": [1, 2, 1, 2],
@@ -57,28 +47,30 @@ def movielens(tmp_path) -> Path:
         "year": pa.array([1995, 2001, 1995, None], pa.int32()),
         "genres": [["Crime", "Drama"], [], ["Crime", "Drama"], ["Comedy"]],
     }
-    small_table(ratings, ("train.parquet", "valid.parquet", "test.parquet"), src)
+    for split in SPLITS:
+        pq.write_table(pa.table(ratings), src / f"{split}.parquet")
     tags = {
         "user_id": [1, 1, 2, 3, 3],
         "movie_id": [1, 1, 1, 1, 1],
         "tag": ["Dark ", "twist", "dark", "at that moment", "later"],
         "timestamp": [100, 200, 300, 1537794000, 1537794001],
     }
-    small_table(tags, ("tags.parquet",), src)
+    pq.write_table(pa.table(tags), src / "tags.parquet")
     return src
 
 
-@pytest.mark.parametrize("name", sorted(FOLDERS))
+@pytest.mark.parametrize("name", REAL)
 def test_real_files(name, tmp_path):
-    src = SHARED / FOLDERS[name]
+    folder, sizes = REAL[name]
+    src = SHARED / folder
     if not src.is_dir():
         pytest.skip(f"the real files are not here ({src.name})")
     out = prepare(name, src, tmp_path / "out")
     schema = load_schema(out / "schema.toml")
     schema.require_fitted()
     summary = json.loads((out / "prepared.json").read_text())
-    for split, rows in zip(SPLITS, ROWS[name], strict=True):
-        table = pq.read_table(out / split / "part-00000.parquet", page_checksum_verification=True)
+    for split, rows in zip(SPLITS, sizes, strict=True):
+        table = rows_of(out, split)
         assert table.num_rows == summary["splits"][split]["rows"] == rows
         labels = table[schema.label].to_numpy()
         assert summary["splits"][split]["label_rate"] == pytest.approx(labels.mean())
@@ -95,18 +87,11 @@ def test_real_files(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("name", sorted(DATA_SETS))
-def test_training_reads_only_columns_that_are_no_targets(name):
-    schema = load_schema(SCHEMA_FOLDER / f"{name}.toml")
-    targets = {"rating", "conversion", "purchase", "long_view", "play_time_ms", "nonclk"}
-    assert not targets & set(schema.columns)
-
-
 def test_movielens_derives_without_looking_ahead(movielens, tmp_path):
     seen: list[int] = []
     out = prepare("movielens", movielens, tmp_path / "out", progress=seen.append)
     assert seen == [4, 8, 12]
-    table = pq.read_table(out / "train" / "part-00000.parquet")
+    table = rows_of(out, "train")
     assert "rating" not in table.column_names
     assert table["rated_hour"].to_pylist() == [13, 13, 13, 13]
     assert table["rated_weekday"].to_pylist() == [0, 0, 0, 1]
@@ -116,17 +101,9 @@ def test_movielens_derives_without_looking_ahead(movielens, tmp_path):
     tags = ["dark", "twist"]
     assert table["tags_before"].to_pylist() == [tags, [], [*tags, "at that moment"], []]
     assert table["timestamp"].to_pylist()[0] == 1537794000
-
-
-def test_vocabulary_is_ordered_by_count_then_value(movielens, tmp_path):
-    out = prepare("movielens", movielens, tmp_path / "out")
-    values = [
-        pq.read_table(out / f"vocabulary/{name}.parquet")["value"].to_pylist()
-        for name in ("genres", "user_id")
-    ]
-    assert values == [["Crime", "Drama", "Comedy"], [7, 8]]
-    schema = load_schema(out / "schema.toml")
-    assert schema.table_of["genres"].num_embeddings == 5
+    # the vocabulary of the training split, by count, then by value
+    genres = pq.read_table(out / "vocabulary/genres.parquet")["value"].to_pylist()
+    assert genres == ["Crime", "Drama", "Comedy"]
 
 
 def test_prepared_again_is_left_alone(movielens, tmp_path):
@@ -134,47 +111,33 @@ def test_prepared_again_is_left_alone(movielens, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert prepare("movielens", movielens, out) == out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    small_table(
-        {"user_id": [1], "movie_id": [1], "tag": ["new"], "timestamp": [1]}, ("tags.parquet",), movielens
-    )
+    tags = movielens / "tags.parquet"
+    pq.write_table(pq.read_table(tags).slice(1), tags)
     with pytest.raises(InputError, match="other files"):
         prepare("movielens", movielens, out)
 
 
-def test_a_folder_of_something_else_is_never_touched(movielens, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds no prepared data set"):
-        prepare("movielens", movielens, out)
-    assert (out / "thesis.tex").read_text() == "years of work"
-
-
-def test_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(InputError, match="'netflix' is not known; use one of: adult, ali_ccp"):
-        prepare("netflix", tmp_path, tmp_path / "out")
-
-
-def test_missing_file_names_what_is_needed(movielens, tmp_path):
-    (movielens / "tags.parquet").unlink()
-    with pytest.raises(
-        InputError, match=r"tags\.parquet: no such file; data set 'movielens' needs train\.parquet"
-    ):
-        prepare("movielens", movielens, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_damaged_file_is_named(movielens, tmp_path):
-    (movielens / "valid.parquet").write_bytes(b"not parquet")
-    with pytest.raises(InputError, match=r"valid\.parquet: cannot be read as Parquet"):
-        prepare("movielens", movielens, tmp_path / "out")
-
-
-def test_missing_column_is_named(movielens, tmp_path):
-    table = pq.read_table(movielens / "test.parquet").drop_columns(["genres"])
-    pq.write_table(table, movielens / "test.parquet")
-    with pytest.raises(InputError, match="column 'genres' is missing"):
-        prepare("movielens", movielens, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("netflix", "", None, "'netflix' is not known; use one of: adult, ali_ccp"),
+        ("movielens", "src/valid.parquet", b"not parquet", r"valid\.parquet: cannot be read as Parquet"),
+        ("movielens", "src/test.parquet", "genres", "column 'genres' is missing"),
+        ("movielens", "out/thesis.tex", b"years of work", "holds no prepared data set"),
+    ],
+    ids=["name", "damage", "column", "folder of something else"],
+)
+def test_a_mistake_is_named_and_nothing_is_touched(movielens, name, file, content, message, tmp_path):
+    path = tmp_path / file
+    if isinstance(content, bytes):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    elif content:
+        pq.write_table(pq.read_table(path).drop_columns([content]), path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        prepare(name, movielens, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_failure_leaves_nothing_behind(movielens, tmp_path):
@@ -194,11 +157,12 @@ def test_aliexpress_validates_on_whole_searches(tmp_path):
         "click": [1] * 10 + [0] * 10,
         "conversion": [0] * 20,
     }
-    small_table(columns, ("train.parquet", "test.parquet"), tmp_path / "src")
+    (tmp_path / "src").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pa.table(columns), tmp_path / "src" / f"{split}.parquet")
     out = prepare("aliexpress", tmp_path / "src", tmp_path / "out")
-    valid = pq.read_table(out / "valid" / "part-00000.parquet")
+    train, valid = rows_of(out, "train"), rows_of(out, "valid")
     assert valid["search_id"].to_pylist() == [4, 4, 9, 9]
     assert valid["click"].to_pylist() == [1, 1, 0, 0]
-    train = pq.read_table(out / "train" / "part-00000.parquet")
     assert not set(train["search_id"].to_pylist()) & {4, 9}
     assert "conversion" not in train.column_names

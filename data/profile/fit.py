@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.errors import InputError
-from data.profile.scan import is_list, open_named
-from data.reading.storage import DataFile
+from data.profile.scan import is_list, naming
+from data.reading.storage import DataFile, open_parquet
 from data.schema import (
     FIRST_VOCABULARY_ROW,
     FIT,
@@ -279,7 +279,7 @@ def _with_own_vocabularies(schema: Schema, folder: Path) -> Schema:
 
 
 def _record_batches(file: DataFile, features: list[Feature]) -> Iterator[pa.RecordBatch]:
-    with open_named(file) as parquet:
+    with naming(file), open_parquet(file) as parquet:
         for feature in features:
             if feature.source_column not in parquet.schema_arrow.names:
                 raise InputError(

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.errors import InputError, first_line
 from data.profile.sketch import Distinct
 from data.reading.keys import hash_values
-from data.reading.storage import DataFile, open_parquet
+from data.reading.storage import DAMAGE, DataFile, open_parquet
 
 PIECE_CELLS = 4_000_000  # rows x columns read at a time
 SAMPLE_CELLS = 8_000_000  # rows x columns of the row sample
@@ -188,20 +187,19 @@ Group = tuple[int, int, int]  # file, row group, rows
 
 
 @contextmanager
-def open_named(file: DataFile) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file.
+def naming(file: DataFile, part: str = "") -> Iterator[None]:
+    """Name a file, and a part of it, in the error where what is read in the block is damaged.
 
     Raises:
-        InputError: it is not one, naming it.
+        InputError: it is damaged.
     """
     try:
-        parquet = open_parquet(file)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{file}: cannot be read as Parquet ({first_line(error)}); fix or remove the file"
-        ) from None
-    with parquet:
-        yield parquet
+        yield
+    except DAMAGE as error:
+        what, cure = "cannot be read as Parquet", "fix or remove the file"
+        if part:
+            what, cure = f"{part} cannot be decoded", "write the file again"
+        raise InputError(f"{file}: {what} ({first_line(error)}); {cure}") from None
 
 
 def _read_footers(files: Sequence[DataFile]) -> tuple[pa.Schema, dict[str, int], list[Group]]:
@@ -209,7 +207,7 @@ def _read_footers(files: Sequence[DataFile]) -> tuple[pa.Schema, dict[str, int],
     seen: dict[str, int] = {}
     groups: list[Group] = []
     for number, file in enumerate(files):
-        with open_named(file) as parquet:
+        with naming(file), open_parquet(file) as parquet:
             found, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
             counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         try:
@@ -240,17 +238,13 @@ def _pieces(files: Sequence[DataFile], schema: pa.Schema, groups: list[Group]) -
     for number in dict.fromkeys(file for file, _, _ in groups):
         with open_parquet(files[number]) as parquet:
             for _, index, wanted in (group for group in groups if group[0] == number):
-                try:
+                with naming(files[number], f"row group {index}"):
                     for batch in parquet.iter_batches(min(piece_rows, wanted), row_groups=[index]):
                         batch = batch.slice(0, wanted)
                         wanted -= batch.num_rows
                         yield _conform(batch, schema)
                         if not wanted:
                             break
-                except (OSError, pa.ArrowException) as error:
-                    raise InputError(
-                        f"{files[number]}: row group {index} cannot be decoded ({first_line(error)}); write the file again"
-                    ) from None
 
 
 def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:

@@ -1,9 +1,9 @@
 """Avazu's click log (2014): ten days of hours, twelve columns of context, site, app and device, and eight without a meaning."""
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data.public.raw_files import Sources, Splits, by_split, hex_to_int, read_csv, weekday_of
+from data.public.raw_files import Sources, Splits, by_split, hex_to_int, read_csv, with_clock
 
 FILES = ("train.gz|train.csv|train.csv.gz|train",)
 HEX = (
@@ -17,7 +17,7 @@ TYPES = {
     **{name: pa.int32() for name in NUMBERS},
     **{name: pa.string() for name in HEX},
 }
-VALID_DAY, TEST_DAY = 141029, 141030  # YYMMDD; the log runs from 141021 to 141030
+VALID_HOUR, TEST_HOUR = 14102900, 14103000  # YYMMDDHH; the log runs from 14102100 to 14103023
 
 
 def rows(sources: Sources) -> Splits:
@@ -25,8 +25,7 @@ def rows(sources: Sources) -> Splits:
     (path,) = sources[FILES[0]]
     for piece in read_csv(path, TYPES):
         piece = hex_to_int(path, piece, HEX)
-        hour = piece["hour"].to_numpy()  # YYMMDDHH
-        day = hour // 100
-        piece = piece.append_column("hour_of_day", pa.array(hour % 100))
-        piece = piece.append_column("weekday", weekday_of(20_000_000 + day))
-        yield from by_split(piece, np.searchsorted([VALID_DAY, TEST_DAY], day, side="right"))
+        hour = piece["hour"]
+        moments = pc.strptime(hour.cast(pa.string()), format="%y%m%d%H", unit="s", error_is_null=True)
+        piece = with_clock(piece, moments, "hour_of_day")
+        yield from by_split(piece, hour.to_numpy(), VALID_HOUR, TEST_HOUR)

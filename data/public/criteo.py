@@ -6,11 +6,10 @@ Neither release has a time column, so splits go by line.
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from data.errors import InputError
-from data.public.raw_files import Sources, Splits, by_split, count_lines, hex_to_int, read_csv
+from data.public.raw_files import Sources, Splits, by_position, count_lines, hex_to_int, read_csv
 
 COUNTS = tuple(f"I{number}" for number in range(1, 14))
 IDS = tuple(f"C{number}" for number in range(1, 27))
@@ -24,11 +23,7 @@ def kaggle_rows(sources: Sources) -> Splits:
     """Seven days in order: the first six train, the halves of the last validate and test, cut by line."""
     (path,) = sources[KAGGLE_FILES[0]]
     lines = count_lines(path)
-    bounds = np.array([lines * 12 // 14, lines * 13 // 14])
-    start = 0
-    for rows in _read(path):
-        yield from by_split(rows, np.searchsorted(bounds, np.arange(start, start + len(rows)), side="right"))
-        start += len(rows)
+    yield from by_position(_read(path), lines * 12 // 14, lines * 13 // 14)
 
 
 def terabyte_rows(sources: Sources) -> Splits:
@@ -48,11 +43,7 @@ def terabyte_rows(sources: Sources) -> Splits:
     for day in range(first, last):
         for rows in _read(days[day]):
             yield "train", rows
-    half = count_lines(days[last]) // 2
-    start = 0
-    for rows in _read(days[last]):
-        yield from by_split(rows, 1 + (np.arange(start, start + len(rows)) >= half))
-        start += len(rows)
+    yield from by_position(_read(days[last]), 0, count_lines(days[last]) // 2)
 
 
 def _day_of(path: Path) -> int:

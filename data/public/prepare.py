@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.errors import InputError, first_line
+from data.errors import InputError
 from data.profile.fit import fit_schema
+from data.profile.scan import naming
 from data.public import avazu, criteo, movielens, taobao
 from data.public.raw_files import Sources, Splits, digest, find_sources
-from data.public.splits import SPLITS, SplitWriter, missing_column
+from data.public.splits import SPLITS, SplitWriter, require_columns
 from data.schema import Schema, format_schema, load_schema
 from data.whole_folder import earlier_summary, whole_folder
 
@@ -28,8 +29,6 @@ SCHEMA_FOLDER = Path(__file__).parents[1] / "schemas"
 SUMMARY = "prepared.json"
 SMALL_ROW_GROUP = 8_192
 LARGE_ROW_GROUP = 65_536
-
-Tables = dict[str, pa.Table]
 
 
 @dataclass(frozen=True)
@@ -106,82 +105,59 @@ def _write_splits(
     return counts
 
 
-def _tables(derive: Callable[[Tables], Tables]) -> Callable[[Sources], Splits]:
-    """Rows of a data set that is Parquet already; `derive` turns file name -> table into split -> table."""
-
-    def rows(sources: Sources) -> Splits:
-        splits = derive({file: _read(found[0]) for file, found in sources.items()})
-        yield from ((split, splits[split]) for split in SPLITS)
-
-    return rows
-
-
 def _read(path: Path) -> pa.Table:
-    try:
+    with naming(path):
         return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({first_line(error)}); fetch it again") from None
 
 
-def _as_they_are(tables: Tables) -> Tables:
-    return {Path(file).stem: table for file, table in tables.items()}
+def _three_files(sources: Sources) -> Splits:
+    for split in SPLITS:
+        yield split, _read(sources[f"{split}.parquet"][0])
 
 
-def _without_valid(tables: Tables) -> Tables:
+def _aliexpress(sources: Sources) -> Splits:
     """AliExpress' sample has no validation file: every fifth search of the training file becomes it.
 
     Whole searches, because the rows of one search have one label; spread over the file, because it is
     sorted by label.
     """
-    train = tables["train.parquet"]
-    _require(train, ("search_id",), "aliexpress")
+    train = _read(sources["train.parquet"][0])
+    require_columns("aliexpress", train, ("search_id",))
     searches = train["search_id"].to_pylist()
     order = {search: number for number, search in enumerate(dict.fromkeys(searches))}
     is_valid = pa.array([order[search] % 5 == 4 for search in searches], pa.bool_())
-    return {
-        "train": train.filter(pc.invert(is_valid)),
-        "valid": train.filter(is_valid),
-        "test": tables["test.parquet"],
-    }
+    yield "train", train.filter(pc.invert(is_valid))
+    yield "valid", train.filter(is_valid)
+    yield "test", _read(sources["test.parquet"][0])
 
 
-def _ten_rows(tables: Tables) -> Tables:
+def _slots(sources: Sources) -> Splits:
     """The slots sample is one file of ten rows, which exercises width, not quality.
 
     Rows 4 and 5 validate and rows 8 and 9 test, so that each split has both labels; the other six train.
     """
-    table = tables["all.parquet"]
-    return {
-        "train": pa.concat_tables([table.slice(0, 4), table.slice(6, 2)]),
-        "valid": table.slice(4, 2),
-        "test": table.slice(8),
-    }
+    table = _read(sources["all.parquet"][0])
+    yield "train", pa.concat_tables([table.slice(0, 4), table.slice(6, 2)])
+    yield "valid", table.slice(4, 2)
+    yield "test", table.slice(8)
 
 
-def _movielens(tables: Tables) -> Tables:
-    _require(tables["tags.parquet"], ("timestamp", "movie_id", "tag"), "movielens")
-    history = movielens.tag_history(tables["tags.parquet"])
-    splits = {split: tables[f"{split}.parquet"] for split in SPLITS}
-    for table in splits.values():
-        _require(table, ("timestamp", "movie_id", "title"), "movielens")
-    return {split: movielens.derive(table, history) for split, table in splits.items()}
-
-
-def _require(table: pa.Table, columns: tuple[str, ...], name: str) -> None:
-    for column in columns:
-        if column not in table.column_names:
-            raise missing_column(name, column)
+def _movielens(sources: Sources) -> Splits:
+    tags = _read(sources["tags.parquet"][0])
+    require_columns("movielens", tags, ("timestamp", "movie_id", "tag"))
+    history = movielens.tag_history(tags)
+    for split, table in _three_files(sources):
+        require_columns("movielens", table, ("timestamp", "movie_id", "title"))
+        yield split, movielens.derive(table, history)
 
 
 _THREE_FILES = tuple(f"{split}.parquet" for split in SPLITS)
 
 DATA_SETS = {
-    **dict.fromkeys(
-        ("adult", "criteo", "taobao_ad", "ali_ccp"), DataSet(_THREE_FILES, _tables(_as_they_are))
-    ),
-    "movielens": DataSet((*_THREE_FILES, "tags.parquet"), _tables(_movielens)),
-    "aliexpress": DataSet(("train.parquet", "test.parquet"), _tables(_without_valid)),
-    "slots": DataSet(("all.parquet",), _tables(_ten_rows)),
+    **dict.fromkeys(("adult", "criteo", "taobao_ad", "ali_ccp"), DataSet(_THREE_FILES, _three_files)),
+    "movielens": DataSet((*_THREE_FILES, "tags.parquet"), _movielens),
+    "aliexpress": DataSet(("train.parquet", "test.parquet"), _aliexpress),
+    "slots": DataSet(("all.parquet",), _slots),
     "criteo_kaggle": DataSet(criteo.KAGGLE_FILES, criteo.kaggle_rows, LARGE_ROW_GROUP),
     "criteo_1tb": DataSet(criteo.TERABYTE_FILES, criteo.terabyte_rows, LARGE_ROW_GROUP),
     "avazu": DataSet(avazu.FILES, avazu.rows, LARGE_ROW_GROUP),

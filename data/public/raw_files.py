@@ -2,10 +2,10 @@
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ NULLS = ("", "NULL", "null", "nan", "NaN")
 
 
 def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
-    """Find a data set's files in a folder or its subfolder `data`.
+    """Find a data set's files in a folder.
 
     Args:
         name: of the data set, for messages.
@@ -35,12 +35,10 @@ def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
     """
     found: dict[str, list[Path]] = {}
     for pattern in patterns:
-        candidates = [
-            sorted(path for path in folder.glob(part) if path.is_file())
-            for part in pattern.split("|")
-            for folder in (src, src / "data")
-        ]
-        files = next((each for each in candidates if each), [])
+        candidates = (
+            sorted(path for path in src.glob(part) if path.is_file()) for part in pattern.split("|")
+        )
+        files = next(filter(None, candidates), [])
         if not files:
             wanted = ", ".join(each.replace("|", " or ") for each in patterns)
             first = pattern.split("|")[0]
@@ -84,16 +82,6 @@ def count_lines(path: Path) -> int:
     return count + (last != b"\n")
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file, with their ends.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    with _readable(path) as file:
-        yield from file
-
-
 def read_csv(
     path: Path, types: Mapping[str, pa.DataType], *, delimiter: str = ",", has_header: bool = True
 ) -> Iterator[pa.Table]:
@@ -102,13 +90,19 @@ def read_csv(
     Args:
         path: the file; .gz and the like are decompressed.
         types: the columns wanted, and their types; without a header all columns, in the file's order.
-        delimiter: between two values.
+        delimiter: between two values; "::", as in a small file in Latin-1, too. Only values between commas may be quoted.
         has_header: whether the first line names the columns.
 
     Raises:
         InputError: the file cannot be read, a column is missing, or a value is not of its type.
     """
-    reading = pa_csv.ReadOptions(block_size=BLOCK_BYTES, column_names=None if has_header else list(types))
+    source, encoding = path, "utf8"
+    if delimiter == "::":  # Arrow takes one character
+        with _readable(path) as file:
+            source, delimiter, encoding = io.BytesIO(file.read().replace(b"::", b"\t")), "\t", "latin-1"
+    reading = pa_csv.ReadOptions(
+        block_size=BLOCK_BYTES, column_names=None if has_header else list(types), encoding=encoding
+    )
     converting = pa_csv.ConvertOptions(
         column_types=dict(types),
         include_columns=list(types),
@@ -116,9 +110,9 @@ def read_csv(
         strings_can_be_null=True,
         quoted_strings_can_be_null=True,
     )
-    parsing = pa_csv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == "\t" else '"')
+    parsing = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if delimiter == "," else False)
     try:
-        with pa_csv.open_csv(path, reading, parsing, converting) as reader:
+        with pa_csv.open_csv(source, reading, parsing, converting) as reader:
             for batch in reader:
                 if batch.num_rows:
                     yield pa.Table.from_batches([batch])
@@ -129,12 +123,10 @@ def read_csv(
         ) from None
 
 
-def read_csv_whole(path: Path, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """Read a side table, which is held in memory; see `read_csv`."""
-    pieces = list(read_csv(path, types))
-    return (
-        pa.concat_tables(pieces).combine_chunks() if pieces else pa.schema(list(types.items())).empty_table()
-    )
+def read_csv_whole(path: Path, types: Mapping[str, pa.DataType], **options: Any) -> pa.Table:
+    """Read a file that is held in memory; see `read_csv`."""
+    empty = pa.schema(list(types.items())).empty_table()
+    return pa.concat_tables([empty, *read_csv(path, types, **options)]).combine_chunks()
 
 
 def hex_to_int(path: Path, rows: pa.Table, names: Sequence[str]) -> pa.Table:
@@ -150,52 +142,45 @@ def hex_to_int(path: Path, rows: pa.Table, names: Sequence[str]) -> pa.Table:
             raise InputError(
                 f"{path}: column {name}: wanted 8 hexadecimal digits ({error}); fetch it again"
             ) from None
-        rows = replace_column(rows, name, numbers)
+        rows = rows.set_column(rows.column_names.index(name), name, numbers)
     return rows
 
 
-def weekday_of(dates: np.ndarray) -> pa.Array:
-    """Weekdays (n,) int32, Monday being 0, of dates (n,) written as YYYYMMDD."""
-    months = np.datetime64("0000-01", "M") + (dates // 10_000 * 12 + dates // 100 % 100 - 1)
-    days = months.astype("datetime64[D]") + (dates % 100 - 1)
-    return pa.array(((days.astype(np.int64) + 3) % 7).astype(np.int32))  # 1970-01-01 was a Thursday
+def with_clock(
+    rows: pa.Table, moments: pa.ChunkedArray, hour: str = "hour", weekday: str = "weekday"
+) -> pa.Table:
+    """Append hour and weekday (Monday is 0), int32, of moments in seconds."""
+    clock = moments.cast(pa.timestamp("s"))
+    for name, part in ((hour, pc.hour(clock)), (weekday, pc.day_of_week(clock))):
+        rows = rows.append_column(name, part.cast(pa.int32()))
+    return rows
 
 
-def replace_column(table: pa.Table, name: str, values: pa.ChunkedArray | pa.Array) -> pa.Table:
-    """Put new values in a column's place, or behind the others."""
-    index = table.column_names.index(name) if name in table.column_names else -1
-    return table.append_column(name, values) if index < 0 else table.set_column(index, name, values)
+def join(rows: pa.Table, column: str, table: pa.Table, key: str) -> pa.Table:
+    """Append a side table's other columns to rows, where `column` is its `key`; nulls where it lacks that key.
+
+    Of a repeated key the first row counts.
+    """
+    found = table.drop_columns([key]).take(pc.index_in(rows[column], table[key]))
+    for name in found.column_names:
+        rows = rows.append_column(name, found[name])
+    return rows
 
 
-class Lookup:
-    """A side table by its integer key: rows for keys, nulls for keys that it lacks. Of a repeated key the last row counts."""
-
-    def __init__(self, table: pa.Table, key: str) -> None:
-        keys = table[key].to_numpy()
-        order = np.argsort(keys, kind="stable")
-        last = np.ones(len(order), bool)
-        last[:-1] = keys[order][1:] != keys[order][:-1]
-        self.keys = keys[order][last]
-        self.table = table.drop_columns([key]).take(pa.array(order[last]))
-
-    def join(self, rows: pa.Table, column: str) -> pa.Table:
-        """Append the side table's columns to rows, found by `column`."""
-        wanted = pc.fill_null(rows[column], -1).to_numpy()
-        places, known = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
-        if len(self.keys):
-            places = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-            known = self.keys[places] == wanted
-        found = self.table.take(pa.array(places, mask=~known))
-        for name in found.column_names:
-            rows = rows.append_column(name, found[name])
-        return rows
-
-
-def by_split(rows: pa.Table, split: np.ndarray, names: Sequence[str] = ("train", "valid", "test")) -> Splits:
-    """Part rows by a number (n,) for each: 0 train, 1 valid, 2 test."""
-    for number, name in enumerate(names):
+def by_split(rows: pa.Table, key: np.ndarray, valid: int, test: int) -> Splits:
+    """Part rows by a number (n,) for each: below `valid` they train, below `test` they validate, from there on they test."""
+    split = np.searchsorted([valid, test], key, side="right")
+    for number, name in enumerate(("train", "valid", "test")):
         chosen = split == number
         if chosen.all():
             yield name, rows
         elif chosen.any():
             yield name, rows.filter(pa.array(chosen))
+
+
+def by_position(pieces: Iterable[pa.Table], valid: int, test: int) -> Splits:
+    """Part rows as `by_split` does, by their number in order."""
+    start = 0
+    for rows in pieces:
+        yield from by_split(rows, np.arange(start, start + len(rows)), valid, test)
+        start += len(rows)

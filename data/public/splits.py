@@ -1,5 +1,6 @@
 """Rows on their way into split files: buffered to even row groups, several files for a large split, counted."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,9 @@ class SplitWriter(ExitStack):
         self.folder, self.columns, self.schema = folder, columns, schema
         self.row_group_rows = row_group_rows
         self.file_rows = max(file_rows // row_group_rows, 1) * row_group_rows
-        self.waiting: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
+        self.waiting: dict[str, pa.Table] = {}
         self.writers: dict[str, pq.ParquetWriter] = {}
-        self.rows = dict.fromkeys(SPLITS, 0)
-        self.written = dict.fromkeys(SPLITS, 0)
-        self.ones = dict.fromkeys(SPLITS, 0.0)
+        self.rows, self.written, self.ones = (dict.fromkeys(SPLITS, 0) for _ in range(3))
 
     def write(self, split: str, rows: pa.Table) -> int:
         """Append rows to a split; return the rows of all splits so far.
@@ -49,25 +48,21 @@ class SplitWriter(ExitStack):
         Raises:
             InputError: a column is missing.
         """
-        for column in self.columns:
-            if column not in rows.column_names:
-                raise missing_column(self.schema.name, column)
+        require_columns(self.schema.name, rows, self.columns)
         rows = rows.select(self.columns)
         self.rows[split] += rows.num_rows
-        self.ones[split] += float(pc.sum(rows[self.schema.label]).as_py() or 0)
-        self.waiting[split].append(rows)
-        size = sum(map(len, self.waiting[split]))
-        if size >= self.row_group_rows:
-            self._flush(split, size // self.row_group_rows * self.row_group_rows)
+        self.ones[split] += pc.sum(rows[self.schema.label]).as_py() or 0
+        waiting = [self.waiting[split]] if split in self.waiting else []
+        self.waiting[split] = pa.concat_tables([*waiting, rows])
+        self._flush(split, self.row_group_rows)
         return sum(self.rows.values())
 
-    def _flush(self, split: str, rows: int) -> None:
-        table = pa.concat_tables(self.waiting[split])
-        self.waiting[split] = [table.slice(rows)] if len(table) > rows else []
-        for start in range(0, rows, self.row_group_rows):
+    def _flush(self, split: str, least: int) -> None:
+        """Write row groups while at least so many rows wait."""
+        while len(rows := self.waiting[split]) >= least:
+            part, self.waiting[split] = rows.slice(0, self.row_group_rows), rows.slice(self.row_group_rows)
             if self.written[split] % self.file_rows == 0:
-                self._next_file(split, table.schema)
-            part = table.slice(start, min(self.row_group_rows, rows - start))
+                self._next_file(split, rows.schema)
             self.writers[split].write_table(part, row_group_size=self.row_group_rows)
             self.written[split] += len(part)
 
@@ -81,15 +76,20 @@ class SplitWriter(ExitStack):
 
     def finish(self) -> dict[str, Any]:
         """Write what waits. Returns rows and label rate of each split."""
-        for split in SPLITS:
-            if self.waiting[split]:
-                self._flush(split, sum(map(len, self.waiting[split])))
+        for split in self.waiting:
+            self._flush(split, 1)
         rates = {split: self.ones[split] / rows if rows else None for split, rows in self.rows.items()}
         return {split: {"rows": self.rows[split], "label_rate": rates[split]} for split in SPLITS}
 
 
-def missing_column(name: str, column: str) -> InputError:
-    """The error for a data set's file without a column that it should have."""
-    return InputError(
-        f"data set {name!r}: column {column!r} is missing; check that --src holds this data set"
-    )
+def require_columns(name: str, rows: pa.Table, columns: Sequence[str]) -> None:
+    """Check that a data set's file has the columns that it should have.
+
+    Raises:
+        InputError: it lacks one.
+    """
+    for column in columns:
+        if column not in rows.column_names:
+            raise InputError(
+                f"data set {name!r}: column {column!r} is missing; check that --src holds this data set"
+            )
