@@ -1,4 +1,4 @@
-"""Latency of one request to an exported MBCnet of the paper's size, beside DCNv2 and DNN on the same tables, and Table 8.
+"""Latency of one request to an exported MBCnet of the paper's size, beside DCNv2 and DNN on the same tables.
 
     python benchmarks/latency.py [--quick] [--json] [--rows 1,8,64,512] [--threads-list 1,2,4] [--format int8] [--compiled]
 
@@ -25,16 +25,7 @@ from data.schema import Schema
 from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import take_apart, untrained, with_rows, write_artifact
-from mbcnet_rec.serving.latency import (
-    Contest,
-    Timing,
-    contestants,
-    latency_lines,
-    open_artifact,
-    part_lines,
-    race,
-    table_8,
-)
+from mbcnet_rec.serving.latency import Contest, Timing, contestants, latency_lines, open_artifact, race
 from mbcnet_rec.serving.sample_requests import draw_requests
 
 
@@ -61,9 +52,8 @@ def main() -> int:
         models = contestants([artifact], ("dcnv2", "dnn"), compiled=args.compiled)
         requests = {rows: draw_requests(schema, {}, rows) for rows in contest.rows}
         timings = race(models, requests, contest)
-        parts = table_8(artifact, contest)
         stored = (folder / serving.TABLES).stat().st_size
-    print("\n".join([*latency_lines(["an MBCnet of the paper's size"], timings), *part_lines(parts)]))
+    print("\n".join(latency_lines(["an MBCnet of the paper's size"], timings)))
     floats = sum(4 * table.num_embeddings * table.embedding_dim for table in schema.tables)
     figures = figures_of(timings, contest) | {"tables_mb": stored / 1e6, "float_tables_mb": floats / 1e6}
     print_figures(figures | {"threads": contest.threads[0], "format": args.format}, args.json)
@@ -91,7 +81,7 @@ def figures_of(timings: Sequence[Timing], contest: Contest) -> dict[str, Any]:
         figures |= {f"{model}_p50_ms_{rows}": each.p50, f"{model}_p99_ms_{rows}": each.p99}
     for rows in contest.rows:
         own, base = at["mbcnet", rows], at["dcnv2", rows]
-        figures[f"over_dcnv2_ms_{rows}"] = (own.p50 or 0.0) - (base.p50 or 0.0)
+        figures[f"over_dcnv2_ms_{rows}"] = own.p50 - base.p50
         figures[f"preprocess_share_{rows}"] = own.preprocess / (own.preprocess + own.tables + own.dense)
     return figures
 

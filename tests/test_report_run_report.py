@@ -1,26 +1,22 @@
 """Proves the page of a single run: scores, curves, calibration, branches, speed and plan from what it logged; less where less was logged."""
 
 import json
+import re
 
 import pytest
 
 from data.errors import InputError
 from mbcnet_rec.cli import main
-from mbcnet_rec.report.run_report import outputs, write_run_report
+from mbcnet_rec.report.run_report import plots_of, write_run_report
 
 
 def line(split, step, **more):
     values = {"auc": 0.7 + step / 1000, "log_loss": 0.5, "ne": 0.9, "calibration": 1.0}
-    return {
-        "split": split,
-        "step": step,
-        **values,
-        **{f"{key}/{b}": v for key, v in values.items() for b in ("deep", "efgc")},
-    } | more
+    branches = {f"{key}/{branch}": value for key, value in values.items() for branch in ("deep", "efgc")}
+    return {"split": split, "step": step, **values, **branches} | more
 
 
 TRAIN = {
-    "loss": 1.5,
     "samples_per_second": 1000.0,
     "input_wait_share": 0.25,
     "grad_norm": 1.0,
@@ -40,25 +36,9 @@ LINES = [
     line("valid", 40),
     line("test", 20, rows=321, gauc=0.61, reliability=[[0.1, 0.12, 100], [0.4, 0.38, 100]]),
 ]
-PLAN = {
-    "world_size": 2,
-    "device": "cpu",
-    "tables": {
-        "item": {
-            "num_embeddings": 100,
-            "embedding_dim": 8,
-            "sharding_type": "row_wise",
-            "compute_kernel": "fused",
-        },
-        "user": {
-            "num_embeddings": 10,
-            "embedding_dim": 8,
-            "sharding_type": "table_wise",
-            "compute_kernel": "fused",
-            "ranks": [1],
-        },
-    },
-}
+TABLE = {"num_embeddings": 100, "embedding_dim": 8, "sharding_type": "row_wise", "compute_kernel": "fused"}
+TABLES = {"item": TABLE, "user": TABLE | {"sharding_type": "table_wise", "ranks": [1]}}
+PLAN = {"world_size": 2, "device": "cpu", "tables": TABLES}
 
 
 def write_run(folder, lines, plan=PLAN):
@@ -75,20 +55,19 @@ def test_the_page_has_everything(tmp_path, capsys):
     assert main(["report", str(run)]) == 0
     assert str(run / "report.html") in capsys.readouterr().out
     page = (run / "report.html").read_text()
+    for heading in ("Result", "Curves", "Calibration", "Branches", "Speed", "Plan", "Again"):
+        assert f"<h2>{heading}</h2>" in page
     for words in (
-        "Result",
-        "Curves",
-        "Calibration",
-        "Branches",
-        "Speed",
-        "Plan",
-        "Again",
         "every key resolved",
+        "321 rows, weights of step 20",
+        "GAUC of the fused output 0.6100",
+        "1,000 samples a second, 25.0% of the time",
+        "2 tables on 2 ranks",
+        "row_wise, fused",
     ):
-        assert words in page, words
-    assert "321 rows, weights of step 20" in page and "GAUC of the fused output 0.6100" in page
-    assert "1,000 samples a second, 25.0% of the time" in page
-    assert "2 tables on 2 ranks" in page and "row_wise, fused" in page
+        assert words in page
+    outputs = re.findall(r"<td>(fused|EFGC|Deep)</td><td>0.7200", page)
+    assert outputs == ["fused", "EFGC", "Deep"], "fused first, then as the paper names them"
     assert page.count("data:image/png") == 4
 
 
@@ -113,8 +92,19 @@ def test_values_that_are_null_leave_gaps(tmp_path):
     assert "No validation or test rows were scored" in page
 
 
-def test_outputs_are_fused_first_then_as_the_paper_names_them():
-    assert outputs({"train": LINES}) == ["fused", "efgc", "deep"]
+def test_curves_are_of_what_was_logged_and_not_0_throughout():
+    run = {"train": LINES[:8], "valid": LINES[8:10]}
+    wanted = (
+        ("a", "valid", "auc"),
+        ("b", "train", "disagreement"),
+        ("c", "train", "dis"),
+        ("d", "valid", "loss"),
+    )
+    plots = dict(plots_of([run, run], wanted))
+    points = [(20, pytest.approx(0.72)), (40, pytest.approx(0.74))]
+    assert list(plots) == ["a", "b"] and plots["a"]["fused"] == [points, points]
+    assert list(plots["a"]) == ["fused", "efgc", "deep"] and list(plots["b"]) == ["deep>efgc", "efgc>deep"]
+    assert plots_of([{"train": [{"step": 1, "x": 0.0}]}], (("a", "train", "x"),)) == []
 
 
 def test_mistakes_are_told(tmp_path, capfd):

@@ -14,7 +14,6 @@ from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError
 from mbcnet_rec.study import runs
 from mbcnet_rec.study.runs import (
     Run,
-    best_valid_auc,
     place_run,
     run_key,
     scores,
@@ -129,11 +128,9 @@ def test_scores_are_the_test_rows_else_the_best_validation(tmp_path):
     ]
     file = tmp_path / "metrics.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    assert scores(tmp_path)["log_loss"] == 0.4 and best_valid_auc(tmp_path) == 0.8
+    assert scores(tmp_path)["log_loss"] == 0.4 and scores(tmp_path, ("valid",))["auc"] == 0.8
     file.write_text("\n".join(map(json.dumps, [*lines, {"split": "test", "step": 1, "auc": 0.6}])))
-    assert scores(tmp_path)["auc"] == 0.6 and best_valid_auc(tmp_path) == 0.8
+    assert scores(tmp_path)["auc"] == 0.6 and scores(tmp_path, ("valid",))["auc"] == 0.8
     file.write_text(json.dumps(lines[0]))
-    with pytest.raises(InputError, match="no AUC on test or validation rows"):
+    with pytest.raises(InputError, match=r"no AUC of test or valid rows; name data.test or data.valid"):
         scores(tmp_path)
-    with pytest.raises(InputError, match="no validation AUC"):
-        best_valid_auc(tmp_path)

@@ -7,9 +7,9 @@ import pytest
 from small_data import CONFIG
 
 from mbcnet_rec.config import config_text, load_config
+from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.study.studies import BASELINES, DENSITIES, MBCNET, MODELS, STUDIES, density_name, grid_name
 from mbcnet_rec.study.tuning import with_overrides
-from mbcnet_rec.study.widths import fit_widths
 
 PAPER = ("table3", "table5", "table6", "table7", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "complexity")
 

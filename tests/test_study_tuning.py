@@ -14,10 +14,10 @@ from mbcnet_rec.cli import main
 from mbcnet_rec.config import RunConfig, config_text, load_config
 from mbcnet_rec.study import tuning
 from mbcnet_rec.study.studies import MODELS
-from mbcnet_rec.study.tuning import Range, Space, load_space, tune_model, tune_models, with_overrides
+from mbcnet_rec.study.tuning import Range, Search, load_search, tune_model, tune_models, with_overrides
 
 SHIPPED = Path(tuning.__file__).parent / "spaces" / "small.toml"
-SPACE = Space(
+SEARCH = Search(
     {
         "optim.dense_lr": Range(low=1e-4, high=1e-2, log=True),
         "model.dnn.hidden": Range(choices=([8], [16, 8])),
@@ -56,9 +56,9 @@ def trained(monkeypatch):
     return configs
 
 
-def tune(config, out, kind="dnn", space=SPACE):
+def tune(config, out, kind="dnn", search=SEARCH):
     with tqdm(disable=True) as bar:
-        return tune_model(config, space, kind, out, bar)
+        return tune_model(config, search, kind, out, bar)
 
 
 def test_winner_is_a_config_that_trains_again(config, trained, tmp_path):
@@ -72,13 +72,13 @@ def test_winner_is_a_config_that_trains_again(config, trained, tmp_path):
 
 
 def test_every_model_has_as_many_trials_and_the_draws_are_the_same_again(config, trained, tmp_path, capsys):
-    tune_models(config, SPACE, ("dnn", "mbcnet"), tmp_path / "one")
+    tune_models(config, SEARCH, ("dnn", "mbcnet"), tmp_path / "one")
     kinds = [each.model.kind for each in trained]
     assert kinds.count("dnn") == kinds.count("mbcnet") == 3
     assert "mbcnet study table3" in capsys.readouterr().out
     drawn = [each.optim.dense_lr for each in trained]
     trained.clear()
-    tune_models(config, SPACE, ("dnn", "mbcnet"), tmp_path / "two")
+    tune_models(config, SEARCH, ("dnn", "mbcnet"), tmp_path / "two")
     assert [each.optim.dense_lr for each in trained] == drawn
 
 
@@ -86,8 +86,8 @@ def test_another_start_adds_only_what_is_missing(config, trained, tmp_path):
     tune(config, tmp_path / "tuned")
     tune(config, tmp_path / "tuned")
     assert len(trained) == 3
-    more = Space(SPACE.ranges, 4, "random")
-    tune(config, tmp_path / "tuned", space=more)
+    more = Search(SEARCH.space, 4, "random")
+    tune(config, tmp_path / "tuned", search=more)
     assert len(trained) == 4
 
 
@@ -112,8 +112,8 @@ def test_a_killed_trial_is_tried_again_with_its_values(config, trained, tmp_path
 
 
 def test_poor_trials_are_pruned_and_not_taken_for_whole_runs(config, trained, tmp_path):
-    space = Space(SPACE.ranges, 8, "random")
-    tune(config, tmp_path / "tuned", space=space)
+    search = Search(SEARCH.space, 8, "random")
+    tune(config, tmp_path / "tuned", search=search)
     study = optuna.load_study(study_name="dnn", storage=f"sqlite:///{tmp_path / 'tuned' / 'dnn.db'}")
     pruned = study.get_trials(states=(TrialState.PRUNED,))
     assert pruned and len(study.trials) == 8
@@ -142,34 +142,38 @@ def test_enkd_takes_teachers_that_are_tuned_already(config, trained, tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("deepfm", "fm")])
 def test_the_shipped_space_fits_every_model_of_table_3(kind, config, tmp_path):
-    space = load_space(SHIPPED)
-    assert 1 <= space.trials <= 12
+    search = load_search(SHIPPED)
+    assert 1 <= search.trials <= 12
     base = tuning.base_config(config, kind, tmp_path)
-    tuning.check_keys(space, base, kind)
+    tuning.check_keys(search, base, kind)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(12):
-        overrides = tuning.draw_overrides(study.ask(), space, kind)
+        overrides = tuning.draw_overrides(study.ask(), search, kind)
         assert any(each.startswith(f"model.{kind}.") for each in overrides)
         assert with_overrides(base, overrides, "draw").model.kind == kind
 
 
 def test_ranges_of_whole_numbers_and_tables():
     ranges = {"train.epochs": Range(low=1, high=3), "model": Range(choices=({"dnn.hidden": [4]},))}
-    space = Space(ranges, 1, "tpe")
+    search = Search(ranges, 1)
     trial = optuna.trial.FixedTrial({"train.epochs": 2, "model": json.dumps({"dnn.hidden": [4]})})
-    assert tuning.draw_overrides(trial, space, "dnn") == ["train.epochs=2", "model.dnn.hidden=[4]"]
+    assert tuning.draw_overrides(trial, search, "dnn") == ["train.epochs=2", "model.dnn.hidden=[4]"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", r"\[space\] is missing"),
-        ("trails = 3", "trails is not a known key"),
-        ("trials = 0\n[space]\na = {low = 1, high = 2}", "trials = 0: wanted an integer of 1 or more"),
-        ("sampler = 'grid'\n[space]\na = {low = 1, high = 2}", "sampler = 'grid': wanted 'tpe' or 'random'"),
+        ("trails = 3\n[space]\na = {low = 1, high = 2}", "trails is not a known key; did you mean 'trials'"),
+        ("trials = 0\n[space]\na = {low = 1, high = 2}", "trials = 0: wanted 1 or more"),
+        (
+            "sampler = 'grid'\n[space]\na = {low = 1, high = 2}",
+            "sampler = 'grid': wanted one of 'tpe', 'random'",
+        ),
         ("[space]\na = 3", "space.a = 3: wanted"),
-        ("[space]\na = {choices = []}", "a list of one or more values"),
-        ("[space]\na = {low = 2, high = 1}", "wanted low <= high"),
+        ("[space]\na = {choices = []}", "space.a.low = nan, .* wanted one or more choices"),
+        ("[space]\na = {low = 2, high = 1}", "wanted one or more choices, or low <= high"),
+        ("[space]\na = {low = 1, high = 2, choices = [1]}", "wanted one or more choices, or low <= high"),
         ("[space]\na = {low = 0.0, high = 1.0, log = true}", "low > 0 with log"),
         ("[space]\noptim.dense_lr = {low = 1e-3, high = 1e-2}", "a dotted key is written in quotes"),
         ("[space\n", "space.toml"),
@@ -178,7 +182,7 @@ def test_ranges_of_whole_numbers_and_tables():
 def test_faulty_spaces_are_told_in_one_line(text, message, tmp_path):
     (tmp_path / "space.toml").write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        load_space(tmp_path / "space.toml")
+        load_search(tmp_path / "space.toml")
     assert "\n" not in str(caught.value)
 
 

@@ -97,6 +97,8 @@ def parse_value(hint: Any, value: Any, source: str, path: str) -> Any:
     """Check one TOML value against a type hint and convert it (lists to tuples, tables to dataclasses)."""
     origin = typing.get_origin(hint)
     wrong = InputError(f"{source}: {path} = {value!r}: wanted {describe(hint)}; change the value")
+    if hint is Any:
+        return value
     if origin in (Union, types.UnionType):
         for arg in typing.get_args(hint):
             if arg is not type(None):

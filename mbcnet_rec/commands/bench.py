@@ -47,7 +47,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _latency(args: argparse.Namespace) -> int:
-    """Print p50, p95 and p99 of one request to an artifact, beside DCNv2 and DNN on the same tables, and Table 8 by part."""
+    """Print p50, p95 and p99 of one request to an artifact, beside DCNv2 and DNN on the same tables."""
     from mbcnet_rec.serving.latency import Contest, run_latency  # imports torchrec
 
     beside = args.beside

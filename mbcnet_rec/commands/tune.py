@@ -24,6 +24,6 @@ def _tune(args: argparse.Namespace) -> int:
     from mbcnet_rec.config import load_config  # imports torch
 
     config = load_config(args.config, args.overrides)  # its mistakes show before torchrec is imported
-    from mbcnet_rec.study.tuning import load_space, tune_models
+    from mbcnet_rec.study.tuning import load_search, tune_models
 
-    return tune_models(config, load_space(args.space, args.trials), args.models, args.out)
+    return tune_models(config, load_search(args.space, args.trials), args.models, args.out)

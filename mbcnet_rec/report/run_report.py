@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from data.errors import InputError
@@ -13,8 +14,31 @@ from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, t
 REPORT, CONFIG, PLAN = "report.html", "config.toml", "plan.json"
 RELIABILITY = "reliability"
 LARGEST = 10  # tables that are listed by name
-Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl
+LEARNING_CAPTION = "The fused output serves. Train curves are means over neighbouring lines of the log."
+COOPERATION_CAPTION = (
+    "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
+)
+Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl, by step
 Plots = list[tuple[str, Mapping[str, Sequence[figures.Curve]]]]  # title, name of a line -> its curves
+Wanted = tuple[tuple[str, str, str], ...]  # title, split and metric of each plot
+LEARNING: Wanted = (
+    ("train log-loss", "train", "log_loss"),
+    ("validation log-loss", "valid", "log_loss"),
+    ("validation AUC", "valid", "auc"),
+)
+COOPERATION: Wanted = (
+    ("co-teaching loss", "train", "coteaching_loss"),
+    ("differentiation loss", "train", "differentiation_loss"),
+    ("disagreement of directed pairs", "train", "disagreement"),
+    ("||W - I||", "train", "transform_distance"),
+    ("mean norm of the latents", "train", "latent_norm"),
+    ("share of the gradient", "train", "gradient_share"),
+)
+SPEED: Wanted = (
+    ("samples a second", "train", "samples_per_second"),
+    ("share of time waiting for input", "train", "input_wait_share"),
+    ("gradient norm, dense part", "train", "grad_norm"),
+)
 
 
 def write_run_report(folder: Path) -> Path:
@@ -23,21 +47,16 @@ def write_run_report(folder: Path) -> Path:
     Raises:
         InputError: it is not a run folder, or nothing has been logged yet.
     """
-    if not (folder / METRICS).is_file():
-        raise InputError(f"{folder}: no run folder (it has no {METRICS}); pass what `mbcnet train` wrote")
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for text in (folder / METRICS).read_text().splitlines():
-        line = json.loads(text)
-        lines.setdefault(line["split"], []).append(line)
+    lines = read_metrics(folder)
     if not lines:
         raise InputError(f"{folder}/{METRICS}: it is empty; wait for the first line, or train longer")
     config = (folder / CONFIG).read_text() if (folder / CONFIG).is_file() else ""
     plan = json.loads((folder / PLAN).read_text()) if (folder / PLAN).is_file() else {}
     blocks = [
         *result_blocks(lines),
-        *curve_blocks(lines),
+        *curve_blocks("Curves", lines, LEARNING, LEARNING_CAPTION),
         *calibration_blocks(lines),
-        *cooperation_blocks(lines),
+        *curve_blocks("Branches", lines, COOPERATION, COOPERATION_CAPTION),
         *speed_blocks(lines),
         *plan_blocks(plan),
         Heading("Again"),
@@ -52,18 +71,48 @@ def write_run_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """A metric over steps."""
-    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+def read_metrics(folder: Path) -> Lines:
+    """Read a run's metrics.jsonl.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if not (folder / METRICS).is_file():
+        raise InputError(f"{folder}: no run folder (it has no {METRICS}); pass what `mbcnet train` wrote")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for text in (folder / METRICS).read_text().splitlines():
+        line = json.loads(text)
+        found.setdefault(line["split"], []).append(line)
+    return found
 
 
-def outputs(lines: Lines) -> list[str]:
-    """Outputs that were logged, fused first."""
-    keys = {key for split in lines.values() for line in split[:1] for key in line}
-    return ["fused", *sorted((key[4:] for key in keys if key.startswith("auc/")), key=_branch_order)]
+def logged(lines: Lines, split: str, key: str) -> list[tuple[float, float]]:
+    """A metric over steps, where it is not null."""
+    return [(line["step"], line[key]) for line in lines.get(split, ()) if line.get(key) is not None]
 
 
-def _branch_order(name: str) -> tuple[int, str]:
+def plots_of(runs: Sequence[Lines], wanted: Wanted) -> Plots:
+    """Draw up each metric and what is logged below it: METRIC, METRIC/BRANCH, METRIC/PAIR; nothing for what is 0 throughout.
+
+    Args:
+        runs: the same but for the seed.
+        wanted: what to plot.
+    """
+    plots: Plots = []
+    for title, split, metric in wanted:
+        found = {key for run in runs for line in run.get(split, ()) for key in line}
+        keys = {key.partition("/")[2] or "fused": key for key in found if f"{key}/".startswith(f"{metric}/")}
+        lines = {}
+        for name in sorted(keys, key=branch_order):
+            curves = [logged(run, split, keys[name]) for run in runs]
+            lines[name] = [figures.smooth(each) for each in curves] if split == "train" else curves
+        if any(value for curves in lines.values() for each in curves for _, value in each):
+            plots.append((title, lines))
+    return plots
+
+
+def branch_order(name: str) -> tuple[int, str]:
+    """Sorts outputs: fused first, then as the paper names them."""
     known = list(figures.COLOURS)
     return (known.index(name) if name in known else len(known), name)
 
@@ -75,8 +124,9 @@ def result_blocks(lines: Lines) -> list[Block]:
     if not scored:
         return [Heading("Result"), Text("No validation or test rows were scored.")]
     line = scored[-1] if split == "test" else max(scored, key=lambda each: each["auc"])
+    branches = sorted((key[4:] for key in line if key.startswith("auc/")), key=branch_order)
     rows = []
-    for name in outputs(lines):
+    for name in ("fused", *branches):
         ending = "" if name == "fused" else f"/{name}"
         values = [line.get(f"{metric}{ending}") for metric in ("auc", "log_loss", "ne", "calibration")]
         rows.append((figures.label(name), *("" if value is None else f"{value:.4f}" for value in values)))
@@ -88,33 +138,13 @@ def result_blocks(lines: Lines) -> list[Block]:
     ]
 
 
-def _section(heading: str, plots: Plots, caption: str, columns: int = 0, text: str = "") -> list[Block]:
+def curve_blocks(heading: str, lines: Lines, wanted: Wanted, caption: str) -> list[Block]:
     """A section with one picture of all plots; nothing where there are none."""
+    plots = plots_of([lines], wanted)
     if not plots:
         return []
-    picture = Picture(heading.lower(), figures.curves_figure(plots, columns), caption)
-    return [Heading(heading), *([Text(text)] if text else []), picture]
-
-
-def curve_blocks(lines: Lines) -> list[Block]:
-    """Loss and AUC of every output over steps."""
-    plots: Plots = []
-    for title, split, metric in (
-        ("train log-loss", "train", "log_loss"),
-        ("validation log-loss", "valid", "log_loss"),
-        ("validation AUC", "valid", "auc"),
-    ):
-        keys = {name: metric if name == "fused" else f"{metric}/{name}" for name in outputs(lines)}
-        points = {name: curve(lines.get(split, ()), key) for name, key in keys.items()}
-        found = {
-            name: [figures.smooth(each) if split == "train" else each]
-            for name, each in points.items()
-            if each
-        }
-        if found:
-            plots.append((title, found))
-    caption = "The fused output serves. Train curves are means over neighbouring lines of the log."
-    return _section("Curves", plots, caption)
+    picture = figures.curves_figure(plots)
+    return [Heading(heading), Picture(heading.lower(), picture, caption)]
 
 
 def calibration_blocks(lines: Lines) -> list[Block]:
@@ -128,52 +158,17 @@ def calibration_blocks(lines: Lines) -> list[Block]:
     return []
 
 
-def cooperation_blocks(lines: Lines) -> list[Block]:
-    """Disagreement, loss terms, transforms, latents and gradients by branch."""
-    train = lines.get("train", ())
-    plots = [
-        plot
-        for key in ("coteaching_loss", "differentiation_loss")
-        for plot in _plots(train, {key.replace("coteaching", "co-teaching").replace("_", " "): key})
-        if any(value for _, value in curve(train, key))
-    ]
-    for title, prefix in {
-        "disagreement of directed pairs": "disagreement/",
-        "||W - I||": "transform_distance/",
-        "mean norm of the latents": "latent_norm/",
-        "share of the gradient": "gradient_share/",
-    }.items():
-        keys = sorted({key for line in train for key in line if key.startswith(prefix)})
-        found = {key.partition("/")[2]: [figures.smooth(curve(train, key))] for key in keys}
-        if found:
-            plots.append((title, found))
-    caption = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
-    return _section("Branches", plots, caption, columns=2 if len(plots) in (2, 4) else 3)
-
-
-def _plots(train: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> Plots:
-    """One plot for each title -> key that was logged."""
-    points = {(title, key): curve(train, key) for title, key in titles.items()}
-    return [(title, {key: [figures.smooth(each)]}) for (title, key), each in points.items() if each]
-
-
 def speed_blocks(lines: Lines) -> list[Block]:
     """Samples a second, and which share of the time training waited for input."""
-    train = lines.get("train", ())
-    titles = {
-        "samples a second": "samples_per_second",
-        "share of time waiting for input": "input_wait_share",
-        "gradient norm, dense part": "grad_norm",
-    }
-    waits = sorted(value for _, value in curve(train, "input_wait_share"))
-    speeds = sorted(value for _, value in curve(train, "samples_per_second"))
-    text = (
-        f"Median of the log's lines: {speeds[len(speeds) // 2]:,.0f} samples a second, "
-        f"{waits[len(waits) // 2]:.1%} of the time spent waiting for input."
-        if waits and speeds
-        else ""
-    )
-    return _section("Speed", _plots(train, titles), "Over steps.", text=text)
+    blocks = curve_blocks("Speed", lines, SPEED, "Over steps.")
+    speeds, waits = ([value for _, value in logged(lines, "train", key)] for _, _, key in SPEED[:2])
+    if speeds and waits:
+        text = (
+            f"Median of the log's lines: {median_high(speeds):,.0f} samples a second, "
+            f"{median_high(waits):.1%} of the time spent waiting for input."
+        )
+        blocks.insert(1, Text(text))
+    return blocks
 
 
 def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:

@@ -1,4 +1,4 @@
-"""`mbcnet bench latency`: milliseconds of one request to an artifact, by rows and threads, beside other models on the same tables; and Table 8.
+"""`mbcnet bench latency`: milliseconds of one request to an artifact, by rows and threads, beside other models on the same tables.
 
 A request is columns of plain Python values, as an RPC hands them over; its answer is one probability a row. Its three parts are timed
 apart: preprocessing, lookups, dense part. The models take turns, request by request, so that what slows the machine slows all of them.
@@ -9,29 +9,26 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.schema import Schema, load_schema
+from data.schema import Schema
 from mbcnet_rec.config import RunConfig, load_config
-from mbcnet_rec.model.models import ModelConfig, ModelKind, needs_wide
-from mbcnet_rec.model.zoo.dcnv2 import DCNv2Config
-from mbcnet_rec.model.zoo.dnn import DNNConfig
+from mbcnet_rec.model.models import ModelKind, needs_wide
+from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import take_apart, untrained
-from mbcnet_rec.serving.complexity import Part, measure_parts
 from mbcnet_rec.serving.sample_requests import Requests, draw_requests, read_requests
 
 WARM_UP = 3
-STEPS = ("preprocess", "tables", "dense")
-PERCENTILES = {"p50": 1, "p95": 20, "p99": 100}  # and how many calls it takes to know it
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Timing:
     model: str
     threads: int
     rows: int
-    p50: float | None
+    p50: float
     p95: float | None
     p99: float | None
     preprocess: float
@@ -69,12 +66,17 @@ class Timing:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported model, opened, with its config and schema."""
+    """An exported model, opened, with what lies beside it."""
 
     folder: Path
     model: serving.ServingModel
     config: RunConfig
-    schema: Schema
+    vocabularies: Mapping[str, pa.Array]
+
+    @property
+    def schema(self) -> Schema:
+        """Of the run."""
+        return self.model.preprocess.schema
 
 
 def run_latency(
@@ -105,10 +107,11 @@ def run_latency(
     artifacts = [open_artifact(Path(folder)) for folder in folders]
     models = contestants(artifacts, beside, compiled=compiled)
     first = artifacts[0]
-    vocabularies = serving.load_vocabularies(first.folder, first.model.spec)
     columns = list(dict.fromkeys(name for model in models.values() for name in model.preprocess.columns))
     requests = {
-        rows: read_requests(data, columns, rows) if data else draw_requests(first.schema, vocabularies, rows)
+        rows: read_requests(data, columns, rows)
+        if data
+        else draw_requests(first.schema, first.vocabularies, rows)
         for rows in contest.rows
     }
     for name, model in models.items():
@@ -117,11 +120,11 @@ def run_latency(
         except ValueError as error:
             raise InputError(f"{name}: {error}; artifacts side by side need the same columns") from None
     timings = race(models, requests, contest)
-    parts = table_8(first, contest)
     if as_json:
-        print(json.dumps(report(folders, timings, parts)))
+        latency = [dataclasses.asdict(timing) for timing in timings]
+        print(json.dumps({"artefacts": list(folders), "cores": usable_cores(), "latency": latency}))
     else:
-        print("\n".join([*latency_lines(folders, timings), *part_lines(parts)]))
+        print("\n".join(latency_lines(folders, timings)))
     return 0
 
 
@@ -135,7 +138,8 @@ def open_artifact(folder: Path, *, compiled: bool = False) -> Artifact:
         model = serving.load(folder, compiled=compiled)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
-    return Artifact(folder, model, load_config(folder / "config.toml"), load_schema(folder / "schema.toml"))
+    vocabularies = serving.load_vocabularies(folder, model.spec)
+    return Artifact(folder, model, load_config(folder / "config.toml"), vocabularies)
 
 
 def contestants(
@@ -156,35 +160,17 @@ def contestants(
 
 def rival(artifact: Artifact, kind: str) -> serving.ServingModel:
     """Another model on an artifact's fields and tables."""
-    config = dataclasses.replace(
-        artifact.config, model=dataclasses.replace(rival_config(artifact.config.model), kind=kind)
-    )
-    if needs_wide(config.model) != needs_wide(artifact.config.model):
-        config_tables = "needs tables of one weight per id"
+    model = dataclasses.replace(fit_widths(artifact.config.model), kind=kind)
+    config = dataclasses.replace(artifact.config, model=model)
+    if needs_wide(model) != needs_wide(artifact.config.model):
         raise InputError(
-            f"--beside {kind}: it {config_tables}, or lacks those of the artifact; export it instead"
+            f"--beside {kind}: it needs tables of one weight per id, or lacks those of the artifact; export it instead"
         )
-    vocabularies = serving.load_vocabularies(artifact.folder, artifact.model.spec)
-    exported = take_apart(untrained(config, artifact.schema), vocabularies=vocabularies)
+    exported = take_apart(untrained(config, artifact.schema), vocabularies=artifact.vocabularies)
     spec = exported.spec | {"rows": artifact.model.spec["rows"]}
     rows = {pooling: tables.weights_host for pooling, tables in artifact.model.tables.items()}
     rows |= artifact.model.id_rows
-    return serving.ServingModel(spec, artifact.schema, rows, exported.dense, vocabularies)
-
-
-def rival_config(model: ModelConfig) -> ModelConfig:
-    """DCNv2 and DNN of the MBCnet's own widths, where the run's config does not describe them.
-
-    DCNv2 is the paper's online base: MBCnet's cross and deep branch, without the EFGC branch.
-    """
-    own, deep = model.mbcnet, model.mbcnet.deep.hidden
-    dcnv2 = dataclasses.replace(model.dcnv2, cross=own.cross, hidden=deep)
-    dnn = dataclasses.replace(model.dnn, hidden=(*deep, *own.top))
-    return dataclasses.replace(
-        model,
-        dcnv2=dcnv2 if model.dcnv2 == DCNv2Config() else model.dcnv2,
-        dnn=dnn if model.dnn == DNNConfig() else model.dnn,
-    )
+    return serving.ServingModel(spec, artifact.schema, rows, exported.dense, artifact.vocabularies)
 
 
 def race(
@@ -200,7 +186,7 @@ def race(
                 torch.set_num_threads(threads)
                 for rows in contest.rows:
                     for name, seconds in _take_turns(models, requests[rows], contest).items():
-                        timings.append(_timing(name, threads, rows, 1e3 * seconds))
+                        timings.append(timing_of(name, threads, rows, 1e3 * seconds))
                     bar.update()
     finally:
         torch.set_num_threads(before)
@@ -215,22 +201,14 @@ def _take_turns(
     for model in models.values():
         for request in requests[:WARM_UP]:
             model.predict(request)
-    end, call = time.perf_counter() + contest.seconds, 0
+    turns, end = list(models.items()), time.perf_counter() + contest.seconds
+    call = 0
     while call < contest.calls or time.perf_counter() < end:
-        for name, model in _rotated(models, call):
+        for name, model in turns:
             found[name].append(_time_call(model, requests[call % len(requests)]))
+        turns.append(turns.pop(0))  # who follows whom must not decide
         call += 1
     return {name: np.asarray(times) for name, times in found.items()}
-
-
-def _rotated(
-    models: Mapping[str, serving.ServingModel], call: int
-) -> Iterator[tuple[str, serving.ServingModel]]:
-    """The models from another start each time: who follows whom must not decide."""
-    items = list(models.items())
-    start = call % len(items)
-    yield from items[start:]
-    yield from items[:start]
 
 
 @torch.inference_mode()
@@ -244,110 +222,43 @@ def _time_call(model: serving.ServingModel, request: Mapping[str, Any]) -> list[
     return [prepared - start, embedded - prepared, time.perf_counter() - embedded]
 
 
-def _timing(name: str, threads: int, rows: int, parts: np.ndarray) -> Timing:
-    whole, calls = parts.sum(axis=1), len(parts)
-    tails = {
-        key: float(np.percentile(whole, int(key[1:]))) if calls >= least else None
-        for key, least in PERCENTILES.items()
-    }
-    medians = dict(zip(STEPS, np.median(parts, axis=0).tolist(), strict=True))
-    return Timing(model=name, threads=threads, rows=rows, calls=calls, **tails, **medians)
+def timing_of(name: str, threads: int, rows: int, parts: np.ndarray) -> Timing:
+    """Percentiles of whole calls and medians of their parts, (calls, 3) milliseconds."""
+    calls = len(parts)
+    p50, p95, p99 = np.percentile(parts.sum(axis=1), (50, 95, 99)).tolist()
+    tails = (p95 if calls >= 20 else None, p99 if calls >= 100 else None)
+    return Timing(name, threads, rows, p50, *tails, *np.median(parts, axis=0).tolist(), calls)
 
 
-def table_8(artifact: Artifact, contest: Contest) -> dict[int, list[Part]]:
-    """Rows of a batch -> the parts of the artifact's MBCnet, as the paper's Table 8 lists them; nothing for other models."""
-    if artifact.config.model.kind != "mbcnet":
-        return {}
-    served = dataclasses.replace(
-        artifact.config.model.mbcnet, branches=tuple(artifact.model.spec["branches"])
-    )
-    ends = sorted({min(contest.rows), max(contest.rows)})
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(contest.threads))
-    try:
-        return {rows: measure_parts(served, artifact.schema, rows, torch.device("cpu")) for rows in ends}
-    finally:
-        torch.set_num_threads(before)
-
-
-def report(
-    folders: Sequence[str], timings: Sequence[Timing], parts: Mapping[int, Sequence[Part]]
-) -> dict[str, Any]:
-    """Everything as one JSON object; times in milliseconds."""
-    return {
-        "artefacts": list(folders),
-        "cores": num_cores(),
-        "latency": [dataclasses.asdict(timing) for timing in timings],
-        "parts": {
-            str(rows): [each.as_dict() | {"complexity": each.complexity} for each in entries]
-            for rows, entries in parts.items()
-        },
-    }
-
-
-def num_cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def latency_lines(folders: Sequence[str], timings: Sequence[Timing]) -> list[str]:
     """The table for people, and by how much the first model is slower than the second."""
-    cores = num_cores()
+    cores = usable_cores()
     lines = [
         f"{', '.join(folders)}: one request, milliseconds; {cores} cores",
         "",
         f"{'threads':>7}{'rows':>6}  {'model':<18}{'p50':>9}{'p95':>9}{'p99':>9}   "
         f"{'preprocess':>10}{'tables':>9}{'dense':>9}{'calls':>8}",
     ]
-    last = None
     for each in timings:
-        place = (each.threads, each.rows)
-        head = f"{each.threads:>7}{each.rows:>6}" if place != last else " " * 13
-        tails = "".join(
-            f"{'-' if value is None else f'{value:.2f}':>9}" for value in (each.p50, each.p95, each.p99)
-        )
+        tails = (each.p50, each.p95, each.p99)
+        shown = "".join(f"{'-' if value is None else f'{value:.2f}':>9}" for value in tails)
         lines.append(
-            f"{head}  {each.model:<18}{tails}   {each.preprocess:>10.2f}{each.tables:>9.2f}{each.dense:>9.2f}"
-            f"{each.calls:>8,}"
+            f"{each.threads:>7}{each.rows:>6}  {each.model:<18}{shown}   {each.preprocess:>10.2f}{each.tables:>9.2f}"
+            f"{each.dense:>9.2f}{each.calls:>8,}"
         )
-        last = place
-    names = list(dict.fromkeys(each.model for each in timings))
     if max(each.threads for each in timings) > cores:
         lines.append(f"more threads than the {cores} cores: they wait for each other")
-    if len(names) > 1:
-        lines += ["", *_difference_lines(names, timings)]
-    return lines
-
-
-def _difference_lines(names: Sequence[str], timings: Sequence[Timing]) -> list[str]:
-    """The first model's median against each other's, at the fewest threads."""
     fewest = min(each.threads for each in timings)
     medians = {(each.model, each.rows): each.p50 for each in timings if each.threads == fewest}
-    rows = sorted({each.rows for each in timings})
-    words = "thread" if fewest == 1 else "threads"
-    return [
-        f"{names[0]} over {other}, p50, {fewest} {words}: "
-        + ", ".join(
-            f"{(medians[names[0], number] or 0) - (medians[other, number] or 0):+.2f} ms at {number} rows"
-            for number in rows
+    first, *others = dict.fromkeys(each.model for each in timings)
+    for other in others:
+        gaps = (
+            f"{medians[first, n] - medians[other, n]:+.2f} ms at {n} rows" for m, n in medians if m == first
         )
-        for other in names[1:]
-    ]
-
-
-def part_lines(parts: Mapping[int, Sequence[Part]]) -> list[str]:
-    """Table 8 of the paper: each part's own forward pass."""
-    if not parts:
-        return []
-    heads = "".join(f"{f'ms, {rows} rows':>14}" for rows in parts)
-    lines = [
-        "",
-        "Table 8: forward pass of each part by itself, in float32",
-        f"  {'part':<26}{'complexity':<28}{'parameters':>12}{'MFLOP a row':>13}{heads}",
-    ]
-    for same in zip(*parts.values(), strict=True):
-        times = "".join(f"{part.milliseconds:>14.2f}" for part in same)
-        lines.append(
-            f"  {same[0].name:<26}{same[0].complexity:<28}{same[0].parameters:>12,}{same[0].flops / 1e6:>13.2f}{times}"
-        )
+        lines.append(f"{first} over {other}, p50, {fewest} threads: {', '.join(gaps)}")
     return lines

@@ -5,25 +5,37 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import torch
 
 from data.errors import InputError
 from data.schema import load_schema
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
-from mbcnet_rec.serving.complexity import measure_parts
-from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, neuron_outputs, probe_run
-from mbcnet_rec.study.projection import tsne_plane
-from mbcnet_rec.study.runs import Run, read_lines
+from mbcnet_rec.report.run_report import LEARNING, Wanted, plots_of, read_metrics
+from mbcnet_rec.study.complexity import complexity_blocks
+from mbcnet_rec.study.probe import (
+    MISSING,
+    Probe,
+    category_names,
+    choose_category,
+    neuron_outputs,
+    probe_run,
+    tsne_plane,
+)
+from mbcnet_rec.study.runs import Run
 from mbcnet_rec.study.studies import DENSITIES, GRID_ALPHA, GRID_BETA, MODELS, Study, density_name, grid_name
-from mbcnet_rec.study.summary import Row, Scores
+from mbcnet_rec.study.summary import Scores
 
 LATENT_ROWS = 500  # of each output on the plane
 NEURONS = 30  # as many as Figure 6 shows
 BEST_LEARNED = 10_000
 MAX_CATEGORIES = 12
-SHOWN_BRANCHES = ("fused", "efgc", "cross", "deep", "fm", "wide")
+TERMS: Wanted = (
+    ("co-teaching loss", "train", "coteaching_loss"),
+    ("moderate differentiation loss", "train", "differentiation_loss"),
+    ("||W - I||", "train", "transform_distance"),
+    ("validation AUC", "valid", "auc"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,6 @@ class Material:
         config: the config that its variants start from.
         runs: the runs that ended.
         scores: variant -> seed -> metrics.
-        rows: the rows of the study's table.
         category: the field of Figure 7; "": found by name.
     """
 
@@ -43,17 +54,19 @@ class Material:
     config: RunConfig
     runs: Sequence[Run]
     scores: Mapping[str, Scores]
-    rows: Sequence[Row]
     category: str = ""
-
-    def of(self, variant: str) -> list[Run]:
-        """The runs of a variant, by seed."""
-        return sorted((run for run in self.runs if run.variant == variant), key=lambda run: run.seed)
 
     @property
     def first(self) -> list[Run]:
-        """The runs of the study's first variant, by seed."""
-        return self.of(self.study.variants[0].name)
+        """The runs of the study's first variant, by seed.
+
+        Raises:
+            InputError: none has ended.
+        """
+        runs = [run for run in self.runs if run.variant == self.study.variants[0].name]
+        if not runs:
+            raise InputError("no run of it has ended")
+        return sorted(runs, key=lambda run: run.seed)
 
     def probe(self, max_rows: int = 0, category: str = "") -> Probe:
         """What the first of these runs computes on the test rows, or on the validation rows where there are no others."""
@@ -72,45 +85,24 @@ def draw_all(material: Material) -> list[Block]:
     return blocks
 
 
-def line_curve(run: Run, split: str, key: str) -> list[tuple[float, float]]:
-    """A metric of a run over steps."""
-    lines = read_lines(run.folder, split)
-    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-
-
-def outputs_of(runs: Sequence[Run]) -> list[str]:
-    """Outputs that the runs logged, fused first."""
-    keys = {key for run in runs for line in read_lines(run.folder, "train")[:1] for key in line}
-    return [name for name in SHOWN_BRANCHES if name == "fused" or f"log_loss/{name}" in keys]
-
-
 def _scores(material: Material) -> list[Block]:
-    values = {
-        metric: {name: [each[metric] for each in seeds.values()] for name, seeds in material.scores.items()}
-        for metric in ("auc", "log_loss")
-    }
-    picture = figures.scores_figure(material.rows, values)
+    names = [each.name for each in material.study.variants if each.name in material.scores]
+    if not names:
+        raise InputError("no run has ended")
+    picture = figures.scores_figure({name: list(material.scores[name].values()) for name in names})
     return [
         Picture("scores", picture, "A dot is one seed, a bar their mean; the best row of each panel is red.")
     ]
 
 
-def _branch_curves(material: Material) -> list[Block]:
-    runs = material.first
-    plots = []
-    for title, split, metric in (
-        ("train log-loss", "train", "log_loss"),
-        ("validation log-loss", "valid", "log_loss"),
-        ("validation AUC", "valid", "auc"),
-    ):
-        lines = {}
-        for name in outputs_of(runs):
-            key = metric if name == "fused" else f"{metric}/{name}"
-            curves = [line_curve(run, split, key) for run in runs]
-            lines[name] = [figures.smooth(curve) for curve in curves] if split == "train" else curves
-        plots.append((title, lines))
-    caption = "Figure 4 a to c: each branch and the fused output while training; thin lines are seeds."
-    return [Picture("branch_curves", figures.curves_figure(plots), caption)]
+def _curves(name: str, wanted: Wanted, caption: str) -> Callable[[Material], list[Block]]:
+    """Draws metrics of the study's first variant, over all its seeds."""
+
+    def draw(material: Material) -> list[Block]:
+        plots = plots_of([read_metrics(run.folder) for run in material.first], wanted)
+        return [Picture(name, figures.curves_figure(plots), caption)]
+
+    return draw
 
 
 def _latents(material: Material) -> list[Block]:
@@ -124,26 +116,8 @@ def _latents(material: Material) -> list[Block]:
         f"Figure 4 d: t-SNE of the latents of {latents.shape[1]} held-out rows ({int(shown.sum())} of them clicked), seed "
         f"{material.first[0].seed}. Branches that keep apart have learned different things."
     )
-    picture = figures.latents_figure([("latents of each branch, and fused", plane, names, owner)])
+    picture = figures.latents_figure("latents of each branch, and fused", plane, names, owner)
     return [Picture("latents", picture, caption)]
-
-
-def _terms(material: Material) -> list[Block]:
-    runs = material.first
-
-    def smoothed(key: str) -> list[figures.Curve]:
-        return [figures.smooth(line_curve(run, "train", key)) for run in runs]
-
-    first = read_lines(runs[0].folder, "train")[:1]
-    pairs = [key for key in (first[0] if first else {}) if key.startswith("transform_distance/")]
-    plots: list[tuple[str, Mapping[str, Sequence[figures.Curve]]]] = [
-        ("co-teaching loss", {"coteaching_loss": smoothed("coteaching_loss")}),
-        ("moderate differentiation loss", {"differentiation_loss": smoothed("differentiation_loss")}),
-        ("||W - I||", {key.partition("/")[2]: smoothed(key) for key in pairs}),
-        ("validation AUC", {"fused": [line_curve(run, "valid", "auc") for run in runs]}),
-    ]
-    caption = "Figure 5: the two cooperation losses before their weights, the transforms' distance from the identity, and the AUC."
-    return [Picture("terms", figures.curves_figure(plots, columns=2), caption)]
 
 
 def _neurons(material: Material) -> list[Block]:
@@ -151,7 +125,12 @@ def _neurons(material: Material) -> list[Block]:
     outputs = neuron_outputs(probe)
     width = outputs.shape[1]
     chosen = np.sort(np.random.default_rng(0).choice(width, min(NEURONS, width), replace=False))
-    picture = figures.neurons_figure(chosen.tolist(), dict(zip(probe.names, outputs[:, chosen], strict=True)))
+    plot = {
+        name: [list(zip(chosen, values[chosen], strict=True))]
+        for name, values in zip(probe.names, outputs, strict=True)
+    }
+    title = "mean softmax of the neurons' outputs"
+    picture = figures.curves_figure([(title, plot)], xlabel="neuron of the latent")
     agreement = np.corrcoef(outputs)
     shown = [figures.label(name) for name in probe.names]
     lines = [
@@ -194,26 +173,30 @@ def best_learned(probe: Probe) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]
     values, sizes = np.unique(probe.categories[known], return_counts=True)
     order = np.argsort(-sizes)[:MAX_CATEGORIES]
     ids = values[order]
-    losses = probe.log_loss()[:, 1:]
-    counts = np.stack(
-        [
-            (probe.categories[np.argsort(losses[:, branch], kind="stable")[:kept], None] == ids).sum(0)
-            for branch in range(losses.shape[1])
-        ]
-    )
+    best = np.argsort(probe.log_loss()[:, 1:], axis=0, kind="stable")[:kept]  # (kept, K)
+    counts = (probe.categories[best][..., None] == ids).sum(0)
     return ids, counts, sizes[order] * kept / len(probe.labels), kept
 
 
 def _density(material: Material) -> list[Block]:
-    ours, paper = {}, {}
+    ours: dict[str, list[figures.Curve]] = {}
+    paper: dict[str, list[figures.Curve]] = {}
     by_name = {variant.name: variant for variant in material.study.variants}
     for kind in ("dnn", "dcnv2", "mbcnet"):
         model = MODELS[kind].name
-        rows = [density_name(model, percent) for percent in DENSITIES]
-        ours[model] = [[each["auc"] for each in material.scores.get(row, {}).values()] for row in rows]
-        paper[model] = [by_name[row].paper[0] for row in rows]
-    caption = "Table 7: a share of the positives of the training rows is left out; validation and test rows stay. Bars: one sd."
-    return [Picture("density", figures.density_figure(DENSITIES, ours, paper), caption)]
+        rows = {percent: density_name(model, percent) for percent in DENSITIES}
+        scores = {percent: material.scores.get(row, {}) for percent, row in rows.items()}
+        ours[model] = [
+            [(percent, own[seed]["auc"]) for percent, own in scores.items() if seed in own]
+            for seed in sorted(set().union(*scores.values()))
+        ]
+        paper[model] = [[(percent, by_name[row].paper[0]) for percent, row in rows.items()]]
+    picture = figures.curves_figure(
+        [("test AUC here", ours), ("test AUC in the paper", paper)],
+        xlabel="% of the positives of the training rows",
+    )
+    caption = "Table 7: a share of the positives of the training rows is left out; validation and test rows stay. Thin lines are seeds."
+    return [Picture("density", picture, caption)]
 
 
 def _grid(material: Material) -> list[Block]:
@@ -225,38 +208,22 @@ def _grid(material: Material) -> list[Block]:
     return [Picture("grid", picture, "Figure 9: the paper uses 0.1 for both.")]
 
 
-def _complexity(material: Material) -> list[Block]:
-    config = material.config
-    chosen, has_gpu = config.train.device, torch.cuda.is_available()
-    device = torch.device("cuda" if chosen == "cuda" or (chosen == "auto" and has_gpu) else "cpu")
-    rows = config.data.eval_batch_size or config.data.batch_size
-    parts = measure_parts(config.model.mbcnet, load_schema(config.schema), rows, device)
-    lines = [
-        (figures.label(part.name), part.complexity, f"{part.parameters:,}", f"{part.flops:,.0f}", f"{part.milliseconds:.2f}")
-        for part in parts
-    ]  # fmt: skip
-    header = ("part", "time, by the paper", "parameters", "FLOPs a row", f"ms a batch of {rows:,}")
-    whole = parts[-1]
-    efgc = next((part for part in parts if part.name == "efgc"), None)
-    more = (
-        f" Without EFGC the dense part would have {whole.parameters - efgc.parameters:,} parameters; the branch adds "
-        f"{efgc.milliseconds:.2f} ms to a batch. The paper: 2.2 million parameters and 1 ms."
-        if efgc
-        else ""
-    )
-    caption = f"Table 8, measured: dense part only, {device.type}, {torch.get_num_threads()} threads, without the tables.{more}"
-    picture = figures.complexity_figure([part.as_dict() for part in parts])
-    return [Table(header, tuple(lines)), Picture("complexity", picture, caption)]
-
-
 DRAWERS: dict[str, Callable[[Material], list[Block]]] = {
     "scores": _scores,
-    "branch_curves": _branch_curves,
+    "branch_curves": _curves(
+        "branch_curves",
+        LEARNING,
+        "Figure 4 a to c: each branch and the fused output while training; thin lines are seeds.",
+    ),
     "latents": _latents,
-    "terms": _terms,
+    "terms": _curves(
+        "terms",
+        TERMS,
+        "Figure 5: the two cooperation losses before their weights, the transforms' distance from the identity, and the AUC.",
+    ),
     "neurons": _neurons,
     "categories": _categories,
     "density": _density,
     "grid": _grid,
-    "complexity": _complexity,
+    "complexity": lambda material: complexity_blocks(material.config),
 }

@@ -1,4 +1,4 @@
-"""What a trained MBCnet computes on rows: latents, logits, and the category of each row. One process.
+"""What a trained MBCnet computes on rows: latents, logits, and the category of each row; and latents laid out on a plane. One process.
 
 Shapes: n rows, K branches, d latent width.
 """
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
 from data.errors import InputError
 from data.schema import Schema, load_schema
@@ -22,6 +24,7 @@ from mbcnet_rec.scoring.trained_run import find_step, load_built, load_run, scor
 from mbcnet_rec.train import open_streams
 
 MISSING = -1  # the category of a row that has none
+PCA_WIDTH = 30  # t-SNE works on that many leading components, as van der Maaten and Hinton (2008) do
 
 
 @dataclass(frozen=True)
@@ -152,3 +155,13 @@ def neuron_outputs(probe: Probe) -> np.ndarray:
     shifted = probe.latents - probe.latents.max(axis=2, keepdims=True)
     powers = np.exp(shifted)
     return (powers / powers.sum(axis=2, keepdims=True)).mean(axis=1)
+
+
+def tsne_plane(points: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Lay (n, d) points out in (n, 2): PCA to at most 30 components, then t-SNE. Equal for equal seeds."""
+    if not np.ptp(points, axis=0).any():  # all points are one: PCA and t-SNE would divide by 0
+        return np.zeros((len(points), 2), np.float32)
+    width = min(PCA_WIDTH, *points.shape)
+    reduced = PCA(width, random_state=seed).fit_transform(points)
+    perplexity = min(30.0, max(2.0, (len(points) - 1) / 4))
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced)

@@ -9,13 +9,14 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from mbcnet_rec.config import RunConfig, config_text, load_config
-from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, write_report
+from mbcnet_rec.logs.metrics_log import write_whole
+from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, to_html
 from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.runs import Run, place_run, scores, train_all
 from mbcnet_rec.study.studies import MBCNET, MODELS, Study, Variant
-from mbcnet_rec.study.summary import CONFIDENCE, Difference, Row, Scores, judge, summarise
+from mbcnet_rec.study.summary import CONFIDENCE, TESTED, Difference, Row, Scores, judge, summarise
 from mbcnet_rec.study.tuning import with_overrides
-from mbcnet_rec.study.widths import fit_widths
 
 VERDICTS = (
     "reproduced: the interval lies above 0; same direction: the mean does, the interval does not; contradicted: the interval lies "
@@ -114,16 +115,12 @@ def conduct(request: StudyRequest) -> int:
             f"--tuned {request.tuned}: wanted a folder with KIND.toml files, which `mbcnet tune --out {request.tuned}` writes; change it"
         )
     base = load_config(request.config, request.overrides)
-    seeds = range(base.train.seed, base.train.seed + request.seeds)
+    variants = study.variants if study.name != "complexity" else ()
+    configs = [variant_config(base, each, request.tuned, request.overrides) for each in variants]
     runs = [
-        Run(
-            variant.name,
-            seed,
-            place_run(variant_config(base, variant, request.tuned, request.overrides), seed, request.out),
-        )
-        for seed in seeds
-        for variant in study.variants
-        if study.name != "complexity"
+        Run(variant.name, seed, place_run(config, seed, request.out))
+        for seed in range(base.train.seed, base.train.seed + request.seeds)
+        for variant, config in zip(variants, configs, strict=True)
     ]
     failures = train_with_progress(runs, request.workers)
     done = [run for run in runs if run.done]
@@ -133,8 +130,10 @@ def conduct(request: StudyRequest) -> int:
     blocks = report_blocks(request, study, base, done, found, failures)
     title = f"{study.reference}: {study.question}"
     lead = f"{base.name}, {request.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
-    page, text = write_report(request.out, f"{study.name}_{base.name}", title, lead, blocks)
-    print(f"wrote {page} and {text}")
+    page = request.out / f"{study.name}_{base.name}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(page, to_html(title, lead, blocks))
+    print(f"wrote {page}")
     print(
         f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again"
     )
@@ -171,7 +170,8 @@ def report_blocks(
     rows = summarise(study, found, failures)
     blocks: list[Block] = []
     if rows:
-        blocks += [Heading("Result"), *headline(study, rows, found), score_table(rows), *failure_notes(rows)]
+        blocks += [Heading("Result"), *headline(study, rows, found), score_table(rows)]
+        blocks += [Text(f"{row.name}: {failure}") for row in rows for failure in row.failures]
     if any(row.difference for row in rows):
         blocks.append(
             Text(
@@ -182,7 +182,7 @@ def report_blocks(
     if rows and study.claims:
         asked = "What the paper claims" if study.claimed else "What is hoped for"
         blocks += [Heading(asked), verdict_table(study, found), Text(VERDICTS)]
-    blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found, rows, request.category))]
+    blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found, request.category))]
     configs = [f"{run.variant}, seed {run.seed}: {run.folder}/config.toml" for run in runs]
     return [
         *blocks,
@@ -195,33 +195,23 @@ def report_blocks(
 
 def score_table(rows: Sequence[Row]) -> Table:
     """Mean, sd, paired differences, and the paper's figures. Columns that all rows leave empty are left out."""
-    names = {row.against for row in rows if row.against}
-    one = f" to {min(names)}" if len(names) == 1 else ""
-    header = ["", "seeds", "AUC", "log-loss"]
-    header += [f"difference of AUC{one}", "of log-loss", *([] if one else ["compared with"])]
-    header += ["paper, 12 months", "paper, 24 months"]
-    lines = [
-        [
-            row.name,
-            str(row.seeds),
-            _mean_sd(row.auc),
-            _mean_sd(row.log_loss),
-            format_difference(row.difference),
-            format_difference(row.loss_difference),
-            *([] if one else [row.against]),
-            _pair(row.paper[:2]),
-            _pair(row.paper[2:4]),
-        ]
-        for row in rows
-    ]
-    kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
+    against = {row.against for row in rows if row.against}
+    one = f" to {min(against)}" if len(against) == 1 else ""
+    columns = {
+        "": [row.name for row in rows],
+        "seeds": [str(row.seeds) for row in rows],
+        "AUC": [_mean_sd(row.auc) for row in rows],
+        "log-loss": [_mean_sd(row.log_loss) for row in rows],
+        f"difference of AUC{one}": [format_difference(row.difference) for row in rows],
+        "of log-loss": [format_difference(row.loss_difference) for row in rows],
+        "compared with": ["" if one else row.against for row in rows],
+        "paper, 12 months": [_pair(row.paper[:2]) for row in rows],
+        "paper, 24 months": [_pair(row.paper[2:4]) for row in rows],
+    }
+    kept = {header: cells for header, cells in columns.items() if any(cells)}
     ended = [index for index, row in enumerate(rows) if row.seeds]
     best = max(ended, key=lambda index: rows[index].auc[0], default=-1)
-    return Table(
-        tuple(header[place] for place in kept),
-        tuple(tuple(line[place] for place in kept) for line in lines),
-        best,
-    )
+    return Table(tuple(kept), tuple(zip(*kept.values(), strict=True)), best)
 
 
 def _pair(figures: Sequence[float]) -> str:
@@ -246,37 +236,23 @@ def headline(study: Study, rows: Sequence[Row], found: Mapping[str, Scores]) -> 
             + (f" (p = {difference.p:.3f})" if difference.seeds > 1 else "")
             + ("." if sure else ": within what seeds alone can do.")
         )
-    verdicts = [judge(claim, found).said for claim in study.claims]
-    tested = [each for each in verdicts if each != "not tested"]
-    if tested:
-        counts = ", ".join(
-            f"{tested.count(each)} {each}"
-            for each in ("reproduced", "same direction", "not reproduced", "contradicted")
-        )
+    verdicts = [judge(claim, found)[0] for claim in study.claims]
+    counts = {each: verdicts.count(each) for each in TESTED}
+    if tested := sum(counts.values()):
         asked = "claims of the paper" if study.claimed else "hopes"
-        said.append(f"Of {len(tested)} {asked}: {counts}.")
+        said.append(f"Of {tested} {asked}: {', '.join(f'{count} {each}' for each, count in counts.items())}.")
     return [Text(" ".join(said))] if said else []
-
-
-def failure_notes(rows: Sequence[Row]) -> list[Block]:
-    """A line for each run that did not end."""
-    return [Text(f"{row.name}: {failure}") for row in rows for failure in row.failures]
 
 
 def verdict_table(study: Study, found: Mapping[str, Scores]) -> Table:
     """What became of each claim."""
-    verdicts = [judge(claim, found) for claim in study.claims]
-    shown = [verdict for verdict in verdicts if verdict.said != "not tested"]
-    lines = [
-        (each.claim.text, each.said, format_difference(each.difference), format_p(each.difference))
-        for each in shown
-    ]
+    lines = []
+    for claim in study.claims:
+        said, difference = judge(claim, found)
+        if difference is not None:
+            p = "" if difference.seeds < 2 else f"{difference.p:.3f}"
+            lines.append((claim.text, said, format_difference(difference), p))
     return Table(("claim", "here", "difference of AUC", "p"), tuple(lines))
-
-
-def format_p(difference: Difference | None) -> str:
-    """The p-value of a difference; "" where it has none."""
-    return "" if difference is None or difference.seeds < 2 else f"{difference.p:.3f}"
 
 
 def format_difference(difference: Difference | None) -> str:

@@ -5,10 +5,9 @@ So a study that is started again, or another study that needs the same run, find
 """
 
 import hashlib
-import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -24,7 +23,7 @@ from data.reading.files import resolve_files
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS
-from mbcnet_rec.report.run_report import write_run_report
+from mbcnet_rec.report.run_report import read_metrics, write_run_report
 from mbcnet_rec.runtime.exits import CannotWriteError, PreemptedError
 from mbcnet_rec.teachers import train_model
 from mbcnet_rec.training.trainer import Watch
@@ -88,11 +87,6 @@ def run_key(config: RunConfig) -> str:
     return digest.hexdigest()[:KEY_DIGITS]
 
 
-def cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def share_cores(num_runs: int, workers: int, available: int) -> tuple[int, int]:
     """Choose processes, and threads of each, so that together they are at most the cores.
 
@@ -122,7 +116,7 @@ def train_all(runs: Sequence[Run], workers: int = 0) -> Iterator[tuple[Run, str]
     if not pending:
         return
     on_gpu = torch.cuda.is_available() and any(run.config.train.device != "cpu" for run in runs)
-    processes, threads = share_cores(len(pending), workers or (1 if on_gpu else 0), cores())
+    processes, threads = share_cores(len(pending), workers or int(on_gpu), len(os.sched_getaffinity(0)))
     if processes == 1:  # here, where torch is imported already
         for run in pending.values():
             yield run, train_one(run.config)
@@ -143,9 +137,8 @@ def _outcome(future: "Future[str]") -> str:
     try:
         return future.result()
     except BrokenProcessPool:  # then every run that had not ended says so, and the next start trains them
-        return (
-            "a process of the pool died, perhaps for lack of memory; start again, with fewer --workers if so"
-        )
+        why = "a process of the pool died, perhaps for lack of memory"
+        return f"{why}; start again, with fewer --workers if so"
 
 
 def _end_with_parent() -> None:
@@ -189,45 +182,25 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
 @contextmanager
 def _child_threads(threads: int) -> Iterator[None]:
     """Children started inside read OMP_NUM_THREADS before they import anything."""
-    before = os.environ.get("OMP_NUM_THREADS")
+    before = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        os.environ.pop("OMP_NUM_THREADS")
+        os.environ.update(before)
 
 
-def read_lines(folder: Path, split: str) -> list[dict[str, Any]]:
-    """Read the lines of one split of a run's metrics.jsonl, by step."""
-    lines = (json.loads(line) for line in (folder / METRICS).read_text().splitlines())
-    return [line for line in lines if line["split"] == split]
-
-
-def scores(folder: Path) -> dict[str, float]:
-    """Read what a finished run is judged by: its test metrics, else those of its best validation.
+def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> Mapping[str, Any]:
+    """Read what a finished run is judged by: its metrics on the test rows, else those of its best validation.
 
     Raises:
-        InputError: the run has neither.
+        InputError: the run has no AUC of these splits.
     """
-    for split in ("test", "valid"):
-        lines = [line for line in read_lines(folder, split) if line.get("auc") is not None]
-        if lines:
-            return max(lines, key=lambda line: line["auc"]) if split == "valid" else lines[-1]
-    raise InputError(
-        f"{folder}/{METRICS}: no AUC on test or validation rows; name data.valid or data.test in the config"
-    )
-
-
-def best_valid_auc(folder: Path) -> float:
-    """Read a run's best validation AUC.
-
-    Raises:
-        InputError: it never evaluated.
-    """
-    found = [line["auc"] for line in read_lines(folder, "valid") if line.get("auc") is not None]
-    if not found:
-        raise InputError(f"{folder}/{METRICS}: no validation AUC; name data.valid in the config")
-    return max(found)
+    lines = read_metrics(folder)
+    for split in splits:
+        found = [line for line in lines.get(split, ()) if line.get("auc") is not None]
+        if found:
+            return found[-1] if split == "test" else max(found, key=lambda line: line["auc"])
+    keys = " or ".join(f"data.{split}" for split in splits)
+    raise InputError(f"{folder}/{METRICS}: no AUC of {' or '.join(splits)} rows; name {keys} in the config")

@@ -15,6 +15,7 @@ from scipy import stats
 from mbcnet_rec.study.studies import Claim, Study
 
 CONFIDENCE = 0.95
+TESTED = ("reproduced", "same direction", "not reproduced", "contradicted")
 Scores = Mapping[int, Mapping[str, float]]  # seed -> metrics of the run
 
 
@@ -53,15 +54,6 @@ class Row:
     loss_difference: Difference | None
     paper: tuple[float, ...]
     failures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a claim. `said`: reproduced, same direction, not reproduced, contradicted or not tested."""
-
-    claim: Claim
-    said: str
-    difference: Difference | None
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
@@ -129,19 +121,17 @@ def best_reference(study: Study, scores: Mapping[str, Scores], but: str = "") ->
     return max(candidates, key=lambda name: np.mean([s["auc"] for s in scores[name].values()]), default="")
 
 
-def judge(claim: Claim, scores: Mapping[str, Scores]) -> Verdict:
-    """Say what the runs make of a claim.
+def judge(claim: Claim, scores: Mapping[str, Scores]) -> tuple[str, Difference | None]:
+    """Say what the runs make of a claim: one of TESTED, or "not tested" where no seed has both runs; and the difference of AUC.
 
     reproduced: the interval of the difference lies above 0. same direction: the mean does, the interval does not.
     contradicted: the interval lies below 0. not reproduced: the rest.
     """
     difference = compare(scores.get(claim.better, {}), scores.get(claim.worse, {}), "auc")
     if difference is None:
-        return Verdict(claim, "not tested", None)
+        return "not tested", None
     if difference.low > 0:
-        said = "reproduced"
-    elif difference.high < 0:
-        said = "contradicted"
-    else:
-        said = "same direction" if difference.mean > 0 else "not reproduced"
-    return Verdict(claim, said, difference)
+        return "reproduced", difference
+    if difference.high < 0:
+        return "contradicted", difference
+    return "same direction" if difference.mean > 0 else "not reproduced", difference

@@ -15,22 +15,24 @@ start goes on where it stood. The winner, by validation AUC, is written as a who
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.schema.bounds import Bounded, bounded
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown_key
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
 from mbcnet_rec.logs.metrics_log import write_whole
-from mbcnet_rec.study.runs import Run, best_valid_auc, place_run, train_one
-from mbcnet_rec.study.widths import fit_widths
+from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.study.runs import Run, place_run, scores, train_one
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 AGAIN = "another_try_of"  # user attribute of a trial: the number of the one that was interrupted
@@ -48,27 +50,48 @@ class Range:
     """
 
     choices: tuple[Any, ...] = ()
-    low: float = 0.0
-    high: float = 0.0
+    low: int | float = math.nan
+    high: int | float = math.nan
     log: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is neither, or both.
+
+        Raises:
+            InputError: naming the values and what was wanted.
+        """
+        has_range = self.low <= self.high and (self.low > 0 or not self.log)
+        if bool(self.choices) == has_range:
+            raise InputError(
+                f"low = {self.low}, high = {self.high}, choices = {list(self.choices)}: wanted one or more choices, or "
+                "low <= high, and low > 0 with log; change them"
+            )
 
 
 @dataclass(frozen=True)
-class Space:
+class Search(Bounded):
     """What is tuned, and how hard.
 
     Attributes:
-        ranges: dotted key of the config -> its range.
+        space: dotted key of the config -> its range.
         trials: of each model.
         sampler: tpe, which learns from earlier trials, or random.
     """
 
-    ranges: Mapping[str, Range]
-    trials: int
-    sampler: str
+    space: dict[str, Range]
+    trials: int = bounded(12, at_least=1)
+    sampler: Literal["tpe", "random"] = "tpe"
+
+    def space_of(self, kind: str) -> dict[str, Range]:
+        """The keys that matter to models of a kind: model.KIND.* does to that kind only."""
+        return {
+            key: range_
+            for key, range_ in self.space.items()
+            if not key.startswith("model.") or key.split(".")[1] == kind
+        }
 
 
-def load_space(path: Path, trials: int = 0) -> Space:
+def load_search(path: Path, trials: int = 0) -> Search:
     """Read a space file.
 
     Args:
@@ -79,58 +102,23 @@ def load_space(path: Path, trials: int = 0) -> Space:
         InputError: naming the file, the key, the value, what was wanted and how to fix it.
     """
     table = read_toml(path)
-    if unknown := table.keys() - {"trials", "sampler", "space"}:
-        raise InputError(
-            f"{path}: {min(unknown)} is not a known key; use trials, sampler and the table [space]"
-        )
-    sampler, count = table.get("sampler", "tpe"), trials or table.get("trials", 12)
-    if sampler not in SAMPLERS:
-        raise InputError(f"{path}: sampler = {sampler!r}: wanted 'tpe' or 'random'; change the value")
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"{path}: trials = {count!r}: wanted an integer of 1 or more; raise it")
-    ranges = table.get("space")
-    if not isinstance(ranges, Mapping) or not ranges:
+    space = table.get("space")
+    if not isinstance(space, dict) or not space:
         raise InputError(f"{path}: [space] is missing or empty; wanted at least one key with its range")
-    return Space(
-        {key: _range(f"{path}: space.{key}", value) for key, value in ranges.items()}, count, sampler
-    )
+    for key, value in space.items():
+        if isinstance(value, dict) and any(isinstance(each, dict) for each in value.values()):
+            raise InputError(f"{path}: space.{key} = {value}: a dotted key is written in quotes; write them")
+    return parse_dataclass(Search, table | ({"trials": trials} if trials else {}), str(path))
 
 
-def _range(where: str, value: Any) -> Range:
-    shown = dict(value) if isinstance(value, Mapping) else value
-    keys = set(value) if isinstance(value, Mapping) else set()
-    if keys == {"choices"}:
-        if not isinstance(value["choices"], list) or not value["choices"]:
-            raise InputError(f"{where}.choices = {value['choices']!r}: wanted a list of one or more values")
-        return Range(choices=tuple(value["choices"]))
-    if not {"low", "high"} <= keys <= {"low", "high", "log"}:
-        raise InputError(
-            f"{where} = {shown!r}: wanted {{ choices = [..] }} or {{ low = .., high = .., log = true or false }}; note that a dotted "
-            "key is written in quotes"
-        )
-    low, high, log = value["low"], value["high"], value.get("log", False)
-    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in (low, high))
-    if not numbers or low > high or (log and low <= 0):
-        raise InputError(f"{where} = {shown!r}: wanted low <= high, and low > 0 with log; change them")
-    return Range(low=low, high=high, log=bool(log))
-
-
-def applies(key: str, kind: str) -> bool:
-    """Whether a key of the space matters to models of a kind: model.KIND.* does to that kind only."""
-    names = key.split(".")
-    return names[0] != "model" or len(names) == 1 or names[1] == kind
-
-
-def check_keys(space: Space, config: RunConfig, kind: str) -> None:
+def check_keys(search: Search, config: RunConfig, kind: str) -> None:
     """Refuse keys that the config does not have, before a trial is drawn.
 
     Raises:
         InputError: naming the key and the nearest one.
     """
     known = to_toml_value(config)
-    for key, range_ in space.ranges.items():
-        if not applies(key, kind):
-            continue
+    for key, range_ in search.space_of(kind).items():
         inner = {name for choice in range_.choices if isinstance(choice, dict) for name in choice}
         for path in [f"{key}.{name}" for name in sorted(inner)] or [key]:
             table = known
@@ -141,12 +129,10 @@ def check_keys(space: Space, config: RunConfig, kind: str) -> None:
                 table = table[name]
 
 
-def draw_overrides(trial: Trial, space: Space, kind: str) -> list[str]:
+def draw_overrides(trial: Trial, search: Search, kind: str) -> list[str]:
     """Draw a value of each key that matters; return overrides `key=value` whose values are TOML."""
     overrides = []
-    for key, range_ in space.ranges.items():
-        if not applies(key, kind):
-            continue
+    for key, range_ in search.space_of(kind).items():
         if range_.choices:
             texts = [json.dumps(each) for each in range_.choices]
             value = json.loads(trial.suggest_categorical(key, texts))  # type: ignore[arg-type]
@@ -172,13 +158,13 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], source: str) -> 
 
 
 def tune_model(
-    config: RunConfig, space: Space, kind: str, out: Path, bar: "tqdm[Any]"
+    config: RunConfig, search: Search, kind: str, out: Path, bar: "tqdm[Any]"
 ) -> tuple[Path, FrozenTrial]:
     """Run the trials of one model that are still missing, and write the winner's config.
 
     Args:
         config: what the space leaves open; every trial has its seed.
-        space: ranges, number of trials, sampler.
+        search: ranges, number of trials, sampler.
         kind: the kind of model.
         out: folder of the study file, the trials' runs and the winner.
         bar: progress over trials; it prints a line after each.
@@ -205,15 +191,15 @@ def tune_model(
         study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
     base = base_config(config, kind, out)
     ended = len(study.get_trials(states=FINISHED)) - sum(AGAIN in trial.user_attrs for trial in study.trials)
-    bar.update(min(ended, space.trials))
-    for number in range(ended, space.trials):
-        study.sampler = SAMPLERS[space.sampler](seed=config.train.seed + number)
-        outcome = run_trial(study, study.ask(), base, space, out)
-        bar.write(f"{kind}: trial {number + 1} of {space.trials}: {outcome}")
+    bar.update(min(ended, search.trials))
+    for number in range(ended, search.trials):
+        study.sampler = SAMPLERS[search.sampler](seed=config.train.seed + number)
+        outcome = run_trial(study, study.ask(), base, search, out)
+        bar.write(f"{kind}: trial {number + 1} of {search.trials}: {outcome}")
         bar.update(1)
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         raise InputError(
-            f"{storage}: none of the {space.trials} trials of {kind} came to an end; see {out}/runs/*.log"
+            f"{storage}: none of the {search.trials} trials of {kind} came to an end; see {out}/runs/*.log"
         )
     winner = study.best_trial
     path = out / f"{kind}.toml"
@@ -241,12 +227,12 @@ def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
     return replace(config, model=model)
 
 
-def run_trial(study: optuna.Study, trial: Trial, base: RunConfig, space: Space, out: Path) -> str:
+def run_trial(study: optuna.Study, trial: Trial, base: RunConfig, search: Search, out: Path) -> str:
     """Draw, train and score one trial; return what came of it in words.
 
     A trial whose validation AUC lies below the median of the earlier ones at the same evaluation is pruned.
     """
-    overrides = draw_overrides(trial, space, base.model.kind)
+    overrides = draw_overrides(trial, search, base.model.kind)
     trial.set_user_attr("overrides", overrides)
     shown = ", ".join(overrides)
     try:
@@ -270,12 +256,12 @@ def run_trial(study: optuna.Study, trial: Trial, base: RunConfig, space: Space, 
         (run.folder / DONE).unlink()  # it is not the whole run that its config describes
         study.tell(trial, state=TrialState.PRUNED)
         return f"pruned: {shown}"
-    auc = best_valid_auc(run.folder)
+    auc = scores(run.folder, ("valid",))["auc"]
     study.tell(trial, auc)
     return f"valid AUC {auc:.4f}: {shown}"
 
 
-def tune_models(config: RunConfig, space: Space, models: Sequence[str], out: Path) -> int:
+def tune_models(config: RunConfig, search: Search, models: Sequence[str], out: Path) -> int:
     """Tune each model with the same number of trials; say what won and where it is.
 
     Raises:
@@ -283,13 +269,13 @@ def tune_models(config: RunConfig, space: Space, models: Sequence[str], out: Pat
     """
     kinds = models or (config.model.kind,)
     for kind in kinds:  # a mistake shows before the first model has trained for an hour
-        check_keys(space, with_overrides(config, [f"model.kind={kind}"], f"--models {kind}"), kind)
+        check_keys(search, with_overrides(config, [f"model.kind={kind}"], f"--models {kind}"), kind)
     lines = []
     for kind in kinds:
-        with tqdm(total=space.trials, desc=f"tune {kind}", unit="trial") as bar:
-            path, winner = tune_model(config, space, kind, out, bar)
+        with tqdm(total=search.trials, desc=f"tune {kind}", unit="trial") as bar:
+            path, winner = tune_model(config, search, kind, out, bar)
         lines.append(
-            f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {space.trials}: {path}"
+            f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {search.trials}: {path}"
         )
     print("\n".join(lines))
     print(f"next: mbcnet train --config {path}")
