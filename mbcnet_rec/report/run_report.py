@@ -71,7 +71,7 @@ def write_run_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def read_metrics(folder: Path) -> Lines:
+def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Read a run's metrics.jsonl.
 
     Raises:

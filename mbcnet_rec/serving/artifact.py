@@ -82,7 +82,7 @@ class Exported:
     schema: Schema
     rows: dict[str, Tensor]
     dense: dict[str, Tensor]
-    vocabularies: dict[str, pa.Array]
+    vocabularies: Mapping[str, pa.Array]
     program: torch.export.ExportedProgram
 
     def model(self) -> serving.ServingModel:
@@ -156,7 +156,7 @@ def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
 
 
 def take_apart(
-    weights: Weights, branches: Sequence[str] = (), vocabularies: dict[str, pa.Array] | None = None
+    weights: Weights, branches: Sequence[str] = (), vocabularies: Mapping[str, pa.Array] | None = None
 ) -> Exported:
     """Record the dense part and describe the fields; `with_rows` adds the tables' rows.
 

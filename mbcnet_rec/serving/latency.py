@@ -226,8 +226,9 @@ def timing_of(name: str, threads: int, rows: int, parts: np.ndarray) -> Timing:
     """Percentiles of whole calls and medians of their parts, (calls, 3) milliseconds."""
     calls = len(parts)
     p50, p95, p99 = np.percentile(parts.sum(axis=1), (50, 95, 99)).tolist()
-    tails = (p95 if calls >= 20 else None, p99 if calls >= 100 else None)
-    return Timing(name, threads, rows, p50, *tails, *np.median(parts, axis=0).tolist(), calls)
+    preprocess, tables, dense = np.median(parts, axis=0).tolist()
+    p95, p99 = p95 if calls >= 20 else None, p99 if calls >= 100 else None
+    return Timing(name, threads, rows, p50, p95, p99, preprocess, tables, dense, calls)
 
 
 def usable_cores() -> int:

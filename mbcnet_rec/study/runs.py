@@ -7,7 +7,7 @@ So a study that is started again, or another study that needs the same run, find
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -191,7 +191,7 @@ def _child_threads(threads: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> Mapping[str, Any]:
+def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str, Any]:
     """Read what a finished run is judged by: its metrics on the test rows, else those of its best validation.
 
     Raises:
