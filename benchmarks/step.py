@@ -59,7 +59,7 @@ from torchrec.distributed import DistributedModelParallel
 from data.schema import Schema
 from data.stream import Batch
 from mbcnet_rec.build import build
-from mbcnet_rec.model.layers import ALL
+from mbcnet_rec.model.input_layout import ALL
 from mbcnet_rec.runtime.process import Process, joined_process
 from mbcnet_rec.train import run_training
 from mbcnet_rec.training.built import Built

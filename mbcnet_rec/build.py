@@ -3,7 +3,6 @@
 The part of the composition root that training, evaluation, prediction and export share.
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from mbcnet_rec.cpu.one_process import NoCopies, shorten_lookups
 from mbcnet_rec.cpu.plain_pipeline import PlainPipeline
 from mbcnet_rec.cpu.whole_adam import WholeAdam
 from mbcnet_rec.dense_cost import dense_cost
-from mbcnet_rec.model.input_layout import input_layout, schema_with_wide
-from mbcnet_rec.model.models import build_model, needs_wide
+from mbcnet_rec.model.input_layout import input_layout
+from mbcnet_rec.model.models import build_model, needs_wide, schema_with_wide
 from mbcnet_rec.model.objective import Objective
 from mbcnet_rec.model.sparse_arch import Lookup, SparseArch
 from mbcnet_rec.model.zoo.enkd import DistillationObjective
@@ -127,15 +126,14 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     lookups = build_lookups(schema_with_wide(config.model, schema), plan)
     collections = {f"{SPARSE_ARCH}{lookup.name}": lookup.collection for lookup in lookups}
     replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}
-    # from the schema without wide tables: a field's own table gives its width
-    layout = replace(input_layout(schema), wide=needs_wide(config.model))
+    layout = input_layout(schema, needs_wide(config.model))
     torch.manual_seed(config.train.seed)  # dense weights: equal on all ranks
     arch = SparseArch(lookups, layout)
     model, mbcnet = build_model(config.model, arch, layout), config.model.mbcnet
     objective = (
-        DistillationObjective(model, config.model.enkd)  # type: ignore[arg-type]
+        DistillationObjective(model, config.model.enkd)
         if config.model.kind == "enkd"
-        else Objective(model, mbcnet.coteaching, mbcnet.differentiation, mean_over_ranks)  # type: ignore[arg-type]
+        else Objective(model, mbcnet.coteaching, mbcnet.differentiation, mean_over_ranks)
     )
     fused = [
         parameter

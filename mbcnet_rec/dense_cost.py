@@ -1,7 +1,5 @@
 """What a model's dense part costs, counted on the meta device: no weights, no data, any config."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -9,8 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import Schema
-from mbcnet_rec.model.input_layout import input_layout
-from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
+from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, input_layout
 from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
 from sharding.plan.constraints import ShardingConfig
 from sharding.plan.dense_part import DenseCost
@@ -42,7 +39,7 @@ def dense_cost(config: ModelConfig, schema: Schema, sharding: ShardingConfig) ->
 
     Activations are those that autograd keeps in float32; autocast halves most of them.
     """
-    layout = replace(input_layout(schema), wide=needs_wide(config))
+    layout = input_layout(schema, needs_wide(config))
     with torch.device("meta"):
         model = build_model(config, _Features(_widths(layout)), layout)  # type: ignore[arg-type]
     small, flops = _kept_bytes(model, ROWS)

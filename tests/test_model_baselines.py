@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from data.errors import InputError
-from mbcnet_rec.model.branches import CrossConfig, EFGCConfig, FMConfig
-from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
+from mbcnet_rec.model.branches import EFGCConfig, FMConfig
+from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
+from mbcnet_rec.model.layers import CrossConfig
 from mbcnet_rec.model.models import ModelConfig, build_arch, build_model, needs_wide
 from mbcnet_rec.model.zoo.crossnet import CrossNetConfig
 from mbcnet_rec.model.zoo.dcnv2 import DCNv2Config

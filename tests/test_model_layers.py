@@ -1,29 +1,23 @@
 """The layers compute their formulas, written here as loops; the cross layers also agree with TorchRec's own."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 from torchrec.modules.crossnet import CrossNet, LowRankMixtureCrossNet
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from data.errors import InputError
 from data.schema import Table
 from mbcnet_rec.cpu import linear
 from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout
+from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
 from mbcnet_rec.model.layers import (
-    ALL,
     MLP,
-    WIDE,
+    Cross,
+    CrossConfig,
     FieldVectors,
-    FullRankCross,
     GroupedMLP,
-    InputLayout,
-    LowRankMixtureCross,
     Regularisation,
     bi_interaction,
-    wide_tables,
 )
 
 
@@ -66,7 +60,7 @@ def naive_low_rank_mixture(x_0, layers):
 @pytest.mark.parametrize("num_experts", [1, 2, 4])
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_low_rank_mixture_equals_its_formula(num_experts, num_layers):
-    cross = randomise(LowRankMixtureCross(7, num_layers, num_experts, 3).double())
+    cross = randomise(Cross(CrossConfig("low_rank_mixture", num_layers, num_experts, 3), 7).double())
     x = torch.randn(6, 7).double()
     np.testing.assert_allclose(
         cross(x).detach().numpy(), naive_low_rank_mixture(x.numpy(), cross.layers), rtol=1e-10
@@ -75,7 +69,7 @@ def test_low_rank_mixture_equals_its_formula(num_experts, num_layers):
 
 @pytest.mark.parametrize("num_experts", [1, 2, 4])
 def test_low_rank_mixture_equals_torchrec(num_experts):
-    ours = randomise(LowRankMixtureCross(9, 2, num_experts, 4).double())
+    ours = randomise(Cross(CrossConfig("low_rank_mixture", 2, num_experts, 4), 9).double())
     theirs = LowRankMixtureCrossNet(9, 2, num_experts, 4, activation=torch.tanh).double()
     for number, layer in enumerate(ours.layers):
         if num_experts > 1:
@@ -91,7 +85,7 @@ def test_low_rank_mixture_equals_torchrec(num_experts):
 
 
 def test_full_rank_cross_equals_its_formula_and_torchrec():
-    ours, theirs = randomise(FullRankCross(6, 3).double()), CrossNet(6, 3).double()
+    ours, theirs = randomise(Cross(CrossConfig("full_rank", 3), 6).double()), CrossNet(6, 3).double()
     x_0 = torch.randn(4, 6).double()
     expected = x_0.numpy()
     for number, layer in enumerate(ours.layers):
@@ -105,7 +99,7 @@ def test_full_rank_cross_equals_its_formula_and_torchrec():
 
 def test_cross_degree_grows_by_one_a_layer():
     # With biases 0, layer weights fixed and x scaled by t, L layers give a polynomial of degree L + 1 in t.
-    cross = randomise(FullRankCross(3, 2).double())
+    cross = randomise(Cross(CrossConfig("full_rank", 2), 3).double())
     for layer in cross.layers:
         layer.bias.data.zero_()
     x = torch.randn(1, 3).double()
@@ -279,11 +273,8 @@ def test_layout_widths_and_order():
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"groups": {ALL: ("a",)}}, "'all' is taken"),
-        ({"groups": {"g": ("x",)}}, "'x' is not a field"),
-        ({"groups": {"g": ()}}, "at least one field"),
-        ({"groups": {"g": ("a", "a")}}, "none twice"),
-        ({"dense_slices": {"a": (0, 1)}}, "'a' is both"),
+        ({"groups": {ALL: ("a",)}}, "groups.all: the model needs this name"),
+        ({"groups": {WIDE: ("a",)}}, "groups.@wide: the model needs this name"),
         ({"embedding_dims": {"a@b": 4}, "wide": True}, "without '@'"),
     ],
 )
@@ -292,23 +283,9 @@ def test_layout_refuses(kwargs, words):
         InputLayout(**({"embedding_dims": {"a": 4}, "dense_slices": {}, "groups": {}} | kwargs))
 
 
-def test_wide_tables_of_both_kinds_of_table():
-    shared = EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=16, feature_names=["x", "y"])
-    wide = wide_tables([shared])
-    assert [(t.name, t.num_embeddings, t.embedding_dim, t.feature_names) for t in wide] == [
-        ("wide_x", 9, 4, ["x"]),
-        ("wide_y", 9, 4, ["y"]),
-    ]
-    assert wide[0].pooling == shared.pooling and shared.embedding_dim == 16
-    assert wide_tables([Table("t", 9, 16, "mean", ("x",), False)]) == [
-        Table("wide_x", 9, 4, "mean", ("x",), False)
-    ]
-
-    @dataclass
-    class Fake:
-        name: str
-        embedding_dim: int
-        feature_names: list
-
-    with pytest.raises(InputError, match=r"tables\.wide_x"):
-        wide_tables([Fake("wide_x", 4, ["z"]), Fake("t", 4, ["x"])])
+def test_wide_tables():
+    shared = Table("t", 9, 16, "mean", ("x", "y"), True)
+    wide = [Table(f"wide_{field}", 9, 4, "mean", (field,), True) for field in ("x", "y")]
+    assert wide_tables([shared]) == wide
+    with pytest.raises(InputError, match=r"tables\.wide_x: the model keeps wide weights under this name"):
+        wide_tables([Table("wide_x", 9, 4, "sum", ("z",), False), shared])

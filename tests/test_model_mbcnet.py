@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from data.errors import InputError
-from mbcnet_rec.model.branches import CrossConfig, DeepConfig, EFGCConfig, FMConfig
-from mbcnet_rec.model.layers import ALL, WIDE, InputLayout
+from mbcnet_rec.model.branches import BRANCHES, DeepConfig, EFGCConfig, FMConfig
+from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
+from mbcnet_rec.model.layers import CrossConfig
 from mbcnet_rec.model.losses import (
     CoteachingConfig,
     DifferentiationConfig,
@@ -17,7 +18,7 @@ from mbcnet_rec.model.losses import (
     moderate_differentiation_loss,
     weighted_bce,
 )
-from mbcnet_rec.model.mbcnet import BRANCHES, BranchArch, MBCNet, MBCNetConfig
+from mbcnet_rec.model.mbcnet import BranchArch, MBCNet, MBCNetConfig
 from mbcnet_rec.model.objective import LossArch, Objective, build_transforms
 
 LAYOUT = InputLayout(
@@ -77,7 +78,7 @@ def test_parameters_at_the_papers_size():
     assert len(layout.keys(ALL)) == 192 and layout.width() == 2780
     assert len(layout.groups) == 7 and sum(layout.width(group) for group in layout.groups) == 800
     with torch.device("meta"):
-        arch = BranchArch(MBCNetConfig(branches=BRANCHES), layout)
+        arch = BranchArch(MBCNetConfig(branches=tuple(BRANCHES)), layout)
         losses = LossArch(
             CoteachingConfig(), DifferentiationConfig(), build_transforms(3, 128, DifferentiationConfig())
         )

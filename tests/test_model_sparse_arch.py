@@ -11,9 +11,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.streamable import Pipelineable
 
-from mbcnet_rec.model import sparse_arch
-from mbcnet_rec.model.branches import CrossConfig, DeepConfig, EFGCConfig
-from mbcnet_rec.model.layers import ALL, WIDE, InputLayout, wide_tables
+from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
+from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
+from mbcnet_rec.model.layers import CrossConfig
 from mbcnet_rec.model.mbcnet import MBCNetConfig
 from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
 from mbcnet_rec.model.objective import Objective
@@ -52,12 +52,7 @@ def keyed_tensors(order, columns, split_at=3):
     ]
 
 
-@pytest.fixture(params=["split", "permute"])
-def op(request, monkeypatch):
-    monkeypatch.setattr(sparse_arch, "regroup_op", lambda device: request.param)
-    return request.param
-
-
+@pytest.mark.parametrize("op", ["split", "permute"])
 def test_regroup_finds_columns_by_key(op):
     columns = {key: torch.randn(B, width) for key, width in DIMS.items()}
     dense = torch.randn(B, 5)
@@ -70,7 +65,7 @@ def test_regroup_finds_columns_by_key(op):
         "looks": torch.cat([columns["item"], image, price], 1),
         "cost": torch.cat([price, age], 1),
     }
-    regroup = FeatureRegroup(layout())
+    regroup = FeatureRegroup(layout(), op)
     # one module through several plans: nothing of the first order may stick
     for order in (
         ["user", "item", "tags", "shops"],
@@ -83,20 +78,22 @@ def test_regroup_finds_columns_by_key(op):
             assert torch.equal(groups[name], tensor), (order, name)
 
 
+@pytest.mark.parametrize("op", ["split", "permute"])
 def test_regroup_sends_gradients_to_every_use(op):
     columns = {key: torch.randn(B, width, requires_grad=True) for key, width in DIMS.items()}
-    groups = FeatureRegroup(layout())(keyed_tensors(list(DIMS), columns), torch.randn(B, 5))
+    groups = FeatureRegroup(layout(), op)(keyed_tensors(list(DIMS), columns), torch.randn(B, 5))
     sum(tensor.sum() for tensor in groups.values()).backward()
     uses = {"user": 2, "item": 3, "tags": 1, "shops": 1}  # once in "all", and once in each group
     assert all((columns[key].grad == number).all() for key, number in uses.items())
 
 
+@pytest.mark.parametrize("op", ["split", "permute"])
 def test_regroup_with_wide_weights(op):
     columns = {f"{key}@table_{key}": torch.randn(B, width) for key, width in DIMS.items()}
     columns |= {wide_key(key): torch.randn(B, 4) for key in DIMS}
     order = sorted(columns, reverse=True)
     dense = torch.randn(B, 5)
-    groups = FeatureRegroup(layout(wide=True))(keyed_tensors(order, columns), dense)
+    groups = FeatureRegroup(layout(wide=True), op)(keyed_tensors(order, columns), dense)
     weights = [columns[wide_key(key)].mean(1, keepdim=True) for key in DIMS]
     torch.testing.assert_close(
         groups[WIDE], torch.cat([*weights, dense[:, :1], dense[:, 2:], dense[:, 1:2]], 1)

@@ -6,8 +6,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from data.schema import parse_schema
-from mbcnet_rec.model.input_layout import input_layout
-from mbcnet_rec.model.layers import ALL
+from mbcnet_rec.model.input_layout import ALL, input_layout
 from mbcnet_rec.model.sparse_arch import FeatureRegroup
 
 B = 5

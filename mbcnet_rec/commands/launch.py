@@ -147,7 +147,7 @@ def _check_plan(config: "RunConfig", job: Job) -> None:
             f"{config.sharding.plan}: made for {plan.world_size} ranks, but -j {job.shape} may have {job.shape.world_sizes[0]} to "
             f"{job.shape.world_sizes[-1]}; use -j {plan.hosts}x{plan.local_world_size}, or leave sharding.plan empty"
         )
-    from mbcnet_rec.model.input_layout import schema_with_wide  # imports torch
+    from mbcnet_rec.model.models import schema_with_wide  # imports torch
 
     check_plan(
         plan,

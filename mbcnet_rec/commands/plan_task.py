@@ -49,8 +49,7 @@ def task_of(args: argparse.Namespace) -> Task:
         check_constraints(task)
     # torch: after every mistake that is seen without it
     from mbcnet_rec.dense_cost import dense_cost
-    from mbcnet_rec.model.input_layout import schema_with_wide
-    from mbcnet_rec.model.models import ModelConfig
+    from mbcnet_rec.model.models import ModelConfig, schema_with_wide
 
     model = run.model if run else ModelConfig()
     given = {
@@ -104,7 +103,7 @@ def _configs(args: argparse.Namespace) -> "tuple[ShardingConfig, RunConfig | Non
 def config_differences(plan: Plan, config_file: str) -> list[str]:
     """How a plan differs from what a run's config would train: tables, a wide part's among them, optimizer, constraints."""
     from mbcnet_rec.config import load_config  # torch
-    from mbcnet_rec.model.input_layout import schema_with_wide
+    from mbcnet_rec.model.models import schema_with_wide
 
     run = load_config(config_file)
     schema = schema_with_wide(run.model, load_schema(run.schema))

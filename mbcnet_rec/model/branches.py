@@ -1,30 +1,25 @@
 """The feature-interaction branches: each maps the regrouped features of a batch to (B, branch_dim).
 
-Shapes: B batch, N flattened width of all fields, G groups, n_g width of group g, H = branch_dim.
+Shapes: B batch, N flattened width of all fields, D dense columns, F sparse fields, G groups, n_g width of group g, H = branch_dim.
 Every dense layer carries ReLU, the one fully-connected layer that ends EFGC (Eq. 4) and Cross (Eq. 7)
 included: the paper calls both "FC" and writes no activation; we read "ReLU on every layer".
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
 from data.schema.bounds import Bounded, bounded
+from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
 from mbcnet_rec.model.layers import (
-    ALL,
     MLP,
-    PLAIN,
-    WIDE,
     Cross,
+    CrossConfig,
     FieldVectors,
-    FullRankCross,
     GroupedMLP,
-    InputLayout,
-    LowRankMixtureCross,
     Regularisation,
     bi_interaction,
 )
@@ -35,23 +30,6 @@ class EFGCConfig(Bounded):
     """Extensible feature grouping and crossing. hidden: widths of every group's MLP."""
 
     hidden: tuple[int, ...] = bounded((1024, 128), at_least=1, min_length=1)
-
-
-@dataclass(frozen=True)
-class CrossConfig(Bounded):
-    """The cross network.
-
-    Attributes:
-        kind: low_rank_mixture (the paper's CrossNetV2) or full_rank (what FuxiCTR and BARS call by that
-            name).
-        num_layers: cross layers; L layers reach degree L + 1.
-        num_experts, low_rank: of low_rank_mixture.
-    """
-
-    kind: Literal["low_rank_mixture", "full_rank"] = "low_rank_mixture"
-    num_layers: int = bounded(2, at_least=1)
-    num_experts: int = bounded(2, at_least=1)
-    low_rank: int = bounded(16, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -73,26 +51,41 @@ class FMConfig(Bounded):
     dim: int = bounded(0, at_least=0, wanted="0 (the fields' own width) or more")
 
 
-class EFGCBranch(nn.Module):
-    """h = FC(h_1 + ... + h_G), h_g = MLP_g(e_g), where + concatenates (Eq. 2 to 4).
+@dataclass(frozen=True)
+class BranchesConfig(Regularisation):
+    """Which branches there are, and what each is made of.
 
-    Args:
-        layout: names the groups; every group is used.
-        config: widths of the group MLPs.
-        branch_dim: H.
-        regularisation: of every layer.
-
-    Raises:
-        InputError: the layout has no group.
+    Attributes:
+        branches: any of efgc, cross, deep, fm, wide, each once, in the order of the outputs. A single branch
+            has no cooperation losses.
+        efgc, cross, deep, fm: of the branches; wide has no choices.
+        branch_dim: H, the width in which every branch ends.
     """
 
-    def __init__(
-        self,
-        layout: InputLayout,
-        config: EFGCConfig,
-        branch_dim: int,
-        regularisation: Regularisation = PLAIN,
-    ) -> None:
+    branches: tuple[str, ...] = ("efgc", "cross", "deep")
+    efgc: EFGCConfig = EFGCConfig()
+    cross: CrossConfig = CrossConfig()
+    deep: DeepConfig = DeepConfig()
+    fm: FMConfig = FMConfig()
+    branch_dim: int = bounded(512, at_least=1)
+
+    def __post_init__(self) -> None:
+        """Refuse values that contradict each other or build no network."""
+        super().__post_init__()
+        branches = list(self.branches)
+        if not branches or len(set(branches)) != len(branches) or not set(branches) <= set(BRANCHES):
+            raise InputError(f"branches = {branches}: wanted one or more of {', '.join(BRANCHES)}, each once")
+        if "deep" in branches and self.deep.hidden[-1] != self.branch_dim:
+            raise InputError(
+                f"deep.hidden = {list(self.deep.hidden)}: wanted the last width to be branch_dim = {self.branch_dim}, "
+                "since all branches share one top; change one of the two"
+            )
+
+
+class EFGCBranch(nn.Module):
+    """h = FC(h_1 + ... + h_G), h_g = MLP_g(e_g), where + concatenates (Eq. 2 to 4). It uses every group of the layout."""
+
+    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
         super().__init__()
         if not layout.groups:
             raise InputError(
@@ -100,8 +93,8 @@ class EFGCBranch(nn.Module):
             )
         self.groups = tuple(layout.groups)
         widths = [layout.width(group) for group in self.groups]
-        self.crossing = GroupedMLP(widths, config.hidden, regularisation)
-        self.reduction = MLP(len(widths) * config.hidden[-1], (branch_dim,), regularisation)
+        self.crossing = GroupedMLP(widths, config.efgc.hidden, config)
+        self.reduction = MLP(len(widths) * config.efgc.hidden[-1], (config.branch_dim,), config)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Map each group g's (B, n_g) to (B, H)."""
@@ -110,25 +103,12 @@ class EFGCBranch(nn.Module):
 
 
 class CrossBranch(nn.Module):
-    """h = FC(f(e)), f a low-rank mixture or full-rank cross network over all fields (Eq. 7).
+    """h = FC(f(e)), f a low-rank mixture or full-rank cross network over all fields (Eq. 7)."""
 
-    Args:
-        layout: gives N.
-        config: kind and size of the cross network.
-        branch_dim: H.
-        regularisation: of the reduction layer.
-    """
-
-    def __init__(
-        self,
-        layout: InputLayout,
-        config: CrossConfig,
-        branch_dim: int,
-        regularisation: Regularisation = PLAIN,
-    ) -> None:
+    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
         super().__init__()
-        self.crossing = build_cross(config, layout.width())
-        self.reduction = MLP(layout.width(), (branch_dim,), regularisation)
+        self.crossing = Cross(config.cross, layout.width())
+        self.reduction = MLP(layout.width(), (config.branch_dim,), config)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Map "all" (B, N) to (B, H)."""
@@ -136,19 +116,11 @@ class CrossBranch(nn.Module):
 
 
 class DeepBranch(nn.Module):
-    """h = MLP(e), e all fields concatenated (Eq. 5 and 6); H is the MLP's last width.
+    """h = MLP(e), e all fields concatenated (Eq. 5 and 6); H is the MLP's last width."""
 
-    Args:
-        layout: gives N.
-        config: widths.
-        regularisation: of every layer.
-    """
-
-    def __init__(
-        self, layout: InputLayout, config: DeepConfig, regularisation: Regularisation = PLAIN
-    ) -> None:
+    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
         super().__init__()
-        self.mlp = MLP(layout.width(), config.hidden, regularisation)
+        self.mlp = MLP(layout.width(), config.deep.hidden, config)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Map "all" (B, N) to (B, H)."""
@@ -160,24 +132,12 @@ class FMBranch(nn.Module):
 
     Figure 8 adds "the factorisation machine of DeepFM"; its scalar carries no latent, so we keep the vector of
     products (bi-interaction pooling; He and Chua, Neural Factorization Machines, 2017, Eq. 3).
-
-    Args:
-        layout: gives the fields.
-        config: width of the vectors.
-        branch_dim: H.
-        regularisation: of the last layer.
     """
 
-    def __init__(
-        self,
-        layout: InputLayout,
-        config: FMConfig,
-        branch_dim: int,
-        regularisation: Regularisation = PLAIN,
-    ) -> None:
+    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
         super().__init__()
-        self.vectors = FieldVectors(layout, config.dim)
-        self.reduction = MLP(self.vectors.dim, (branch_dim,), regularisation)
+        self.vectors = FieldVectors(layout, config.fm.dim)
+        self.reduction = MLP(self.vectors.dim, (config.branch_dim,), config)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Map "all" (B, N) to (B, H)."""
@@ -188,25 +148,23 @@ class WideBranch(nn.Module):
     """h = FC(w_1[x_1] + ... + w_F[x_F] + x_dense), where + concatenates: one weight per id and field.
 
     The linear part of Wide & Deep (Cheng et al., 2016), with its sum left to the layer that leads to H.
-
-    Args:
-        layout: with wide weights.
-        branch_dim: H.
-        regularisation: of the last layer.
     """
 
-    def __init__(self, layout: InputLayout, branch_dim: int, regularisation: Regularisation = PLAIN) -> None:
+    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
         super().__init__()
         layout.require_wide()
-        self.reduction = MLP(layout.width(WIDE), (branch_dim,), regularisation)
+        self.reduction = MLP(layout.width(WIDE), (config.branch_dim,), config)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Map the wide weights (B, F + D) to (B, H)."""
         return self.reduction(features[WIDE])
 
 
-def build_cross(config: CrossConfig, width: int) -> Cross:
-    """Build the cross network of that kind: (B, width) -> (B, width)."""
-    if config.kind == "low_rank_mixture":
-        return LowRankMixtureCross(width, config.num_layers, config.num_experts, config.low_rank)
-    return FullRankCross(width, config.num_layers)
+# name of a branch -> what builds it of the config and the layout: features -> (B, H)
+BRANCHES: dict[str, Callable[[BranchesConfig, InputLayout], nn.Module]] = {
+    "efgc": EFGCBranch,
+    "cross": CrossBranch,
+    "deep": DeepBranch,
+    "fm": FMBranch,
+    "wide": WideBranch,
+}

@@ -1,15 +1,89 @@
-"""What a model sees of a schema, and which tables it looks up: the fields' own, and one of single weights for each field where it is wide."""
+"""What a model sees of a schema: names, widths and groups of its fields, and the tables of single weights that a wide part adds."""
 
-from dataclasses import replace
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from data.errors import InputError
-from data.schema import Schema
-from mbcnet_rec.model.layers import InputLayout, wide_tables
-from mbcnet_rec.model.models import ModelConfig, needs_wide
+from data.schema import Schema, Table
+
+ALL = "all"  # the name of the group of every field
+WIDE = "@wide"  # the name of the group of wide weights; reserved, it cannot clash with a user's group
+WIDE_DIM = 4  # FBGEMM wants widths in multiples of 4, so one weight is the mean of 4 columns
 
 
-def input_layout(schema: Schema) -> InputLayout:
-    """Describe a schema's fields and groups to the model."""
+@dataclass(frozen=True)
+class InputLayout:
+    """What the fields are called, how wide they are and which groups they form. A field may be in many groups.
+
+    Attributes:
+        embedding_dims: key of a KeyedJaggedTensor -> width; its order is the order inside "all".
+        dense_slices: dense field -> (first column, width) in `dense_features`.
+        groups: EFGC group -> keys of either kind.
+        wide: whether each sparse field also looks up one weight per id, in a table of its own (`wide_tables`).
+        projections: dense field -> the width to which a learned linear map brings it before the branches see it.
+    """
+
+    embedding_dims: Mapping[str, int]
+    dense_slices: Mapping[str, tuple[int, int]]
+    groups: Mapping[str, tuple[str, ...]]
+    wide: bool = False
+    projections: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse names that the model needs itself."""
+        if taken := {ALL, WIDE} & self.groups.keys():
+            raise InputError(f"groups.{min(taken)}: the model needs this name itself; rename the group")
+        if self.wide and (odd := [key for key in self.embedding_dims if "@" in key]):
+            raise InputError(
+                f"field {odd[0]!r}: a model with wide weights wants names without '@'; name the field otherwise and "
+                "give its column by `column`"
+            )
+
+    def keys(self, group: str) -> tuple[str, ...]:
+        """List the keys of a group, sparse ones first, in the order in which their columns stand."""
+        members = (*self.embedding_dims, *self.dense_slices) if group in (ALL, WIDE) else self.groups[group]
+        return tuple(sorted(members, key=lambda key: key in self.dense_slices))  # a stable sort
+
+    def width(self, group: str = ALL) -> int:
+        """Columns of a group: N for "all", n_g for group g, one a sparse field and the dense columns for the wide one."""
+        return sum(
+            1 if group == WIDE and key in self.embedding_dims else self.field_width(key)
+            for key in self.keys(group)
+        )
+
+    def field_width(self, key: str) -> int:
+        """Columns of a field, after its projection."""
+        if key in self.embedding_dims:
+            return self.embedding_dims[key]
+        return self.projections.get(key, self.dense_slices[key][1])
+
+    def projected_slices(self) -> dict[str, tuple[int, int]]:
+        """Dense field -> (first column, width) in the dense features after every projection, in the order of `dense_slices`."""
+        slices, start = {}, 0
+        for key in self.dense_slices:
+            slices[key] = (start, self.field_width(key))
+            start += self.field_width(key)
+        return slices
+
+    def common_width(self) -> int:
+        """The most common width of the sparse fields."""
+        return Counter(self.embedding_dims.values()).most_common(1)[0][0]
+
+    def columns(self, key: str) -> tuple[int, int]:
+        """(first column, width) of a field inside "all"."""
+        keys = self.keys(ALL)
+        return sum(self.field_width(each) for each in keys[: keys.index(key)]), self.field_width(key)
+
+    def require_wide(self) -> None:
+        """Raise ValueError where there are no wide weights: a fault of the composition, not of the user."""
+        if not self.wide:
+            raise ValueError("this model reads wide weights; build its layout and tables with wide=True")
+
+
+def input_layout(schema: Schema, wide: bool = False) -> InputLayout:
+    """Describe a schema's fields and groups to a model. `schema` has no wide tables: a field's own table gives its width."""
     dims = {
         feature.name: schema.table_of[feature.name].embedding_dim
         for feature in (*schema.sparse, *schema.weighted)
@@ -19,22 +93,26 @@ def input_layout(schema: Schema) -> InputLayout:
         slices[feature.name] = (start, feature.dense_width)
         start += feature.dense_width
     projections = {feature.name: feature.projection for feature in schema.dense if feature.projection}
-    return InputLayout(dims, slices, schema.groups, projections=projections)
+    return InputLayout(dims, slices, schema.groups, wide, projections)
 
 
-def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
-    """Add a table of one weight per id for each field, where the model has a wide part; else return the schema.
+def wide_tables(tables: Sequence[Table]) -> list[Table]:
+    """List the extra tables of a model with wide weights: one weight per id and field.
+
+    Each field gets a table "wide_FIELD" with the rows and pooling of its own table, also where fields share one.
+    The weight is the mean of its four columns: their gradients are equal, so Adam, Adagrad and rowwise Adagrad
+    move it as they would move one number; plain SGD moves it at a quarter of its rate.
 
     Raises:
-        InputError: a field's ids are unbounded: TorchRec looks each one up in one table only.
+        InputError: a table already has such a name.
     """
-    if not needs_wide(config):
-        return schema
-    unbounded = [table.feature_names[0] for table in schema.tables if table.zch is not None]
-    if unbounded:
+    wide = [
+        dataclasses.replace(table, name=f"wide_{field}", embedding_dim=WIDE_DIM, feature_names=(field,))
+        for table in tables
+        for field in table.feature_names
+    ]
+    if taken := {table.name for table in tables} & {table.name for table in wide}:
         raise InputError(
-            f"schema {schema.name!r}: field {unbounded[0]!r} is of encoding 'zch', and this model has a wide part, which looks each field "
-            "up in a second table, as TorchRec's managed collision cannot; use encoding = 'hash' for the field, or a model without a "
-            "wide part"
+            f"tables.{min(taken)}: the model keeps wide weights under this name; rename the field or table"
         )
-    return replace(schema, tables=(*schema.tables, *wide_tables(schema.tables)))
+    return wide

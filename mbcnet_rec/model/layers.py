@@ -1,26 +1,19 @@
-"""The layers that branches are made of, and the layout of their input.
+"""The layers that branches are made of.
 
-Shapes: B batch, N flattened width of all fields, F fields, n_f width of field f, G groups, n_g width of group
-g, E experts, r low rank, D dense columns, k width of an FM vector. Activations are float32 (bfloat16 inside matrix products under autocast); parameters are
-float32.
+Shapes: B batch, N flattened width of all fields, F fields, n_f width of field f, G groups, n_g width of group g, E experts,
+r low rank, k width of an FM vector. Activations are float32 (bfloat16 inside matrix products under autocast); parameters are float32.
 """
 
-import dataclasses
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.errors import InputError
 from data.schema.bounds import Bounded, bounded
-
-ALL = "all"  # the name of the group of every field
-WIDE = "@wide"  # the name of the group of wide weights; reserved, it cannot clash with a user's group
-WIDE_DIM = 4  # FBGEMM wants widths in multiples of 4, so one weight is the mean of 4 columns
+from mbcnet_rec.model.input_layout import ALL, InputLayout
 
 
 @dataclass(frozen=True, kw_only=True)  # so that the inheriting config's own keys come first
@@ -38,145 +31,6 @@ class Regularisation(Bounded):
 
 
 PLAIN = Regularisation()
-
-
-@dataclass(frozen=True)
-class InputLayout:
-    """What the fields are called, how wide they are and which groups they form. A field may be in many groups.
-
-    Attributes:
-        embedding_dims: key of a KeyedJaggedTensor -> width; its order is the order inside "all".
-        dense_slices: dense field -> (first column, width) in `dense_features`.
-        groups: EFGC group -> keys of either kind.
-        wide: whether each sparse field also looks up one weight per id, in a table of its own (`wide_tables`).
-        projections: dense field -> the width to which a learned linear map brings it before the branches see it.
-    """
-
-    embedding_dims: Mapping[str, int]
-    dense_slices: Mapping[str, tuple[int, int]]
-    groups: Mapping[str, tuple[str, ...]]
-    wide: bool = False
-    projections: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuse groups that cannot be cut out of the fields."""
-        if both := self.embedding_dims.keys() & self.dense_slices.keys():
-            raise InputError(
-                f"field {min(both)!r} is both sparse and dense; wanted one kind; rename one of the two"
-            )
-        if self.wide and (odd := [key for key in self.embedding_dims if "@" in key]):
-            raise InputError(
-                f"field {odd[0]!r}: a model with wide weights wants names without '@'; name the field otherwise and "
-                "give its column by `column`"
-            )
-        for name, keys in self.groups.items():
-            where = f"groups.{name} = {list(keys)}"
-            if name in (ALL, WIDE):
-                raise InputError(f"{where}: the name {name!r} is taken; rename the group")
-            if not keys or len(set(keys)) != len(keys):
-                raise InputError(f"{where}: wanted at least one field and none twice; change the list")
-            for key in keys:
-                if key not in self.embedding_dims and key not in self.dense_slices:
-                    raise InputError(
-                        f"{where}: {key!r} is not a field; add it to the fields or take it out of the group"
-                    )
-
-    def keys(self, group: str) -> tuple[str, ...]:
-        """List the keys of a group, sparse ones first, in the order in which their columns stand."""
-        members = (*self.embedding_dims, *self.dense_slices) if group in (ALL, WIDE) else self.groups[group]
-        return tuple(sorted(members, key=lambda key: key in self.dense_slices))  # a stable sort
-
-    def width(self, group: str = ALL) -> int:
-        """Columns of a group: N for "all", n_g for group g, F + D for the wide one."""
-        if group == WIDE:
-            return len(self.embedding_dims) + sum(self.field_width(key) for key in self.dense_slices)
-        return sum(self.field_width(key) for key in self.keys(group))
-
-    def field_width(self, key: str) -> int:
-        """Columns of a field, after its projection."""
-        if key in self.embedding_dims:
-            return self.embedding_dims[key]
-        return self.projections.get(key, self.dense_slices[key][1])
-
-    def projected_slices(self) -> dict[str, tuple[int, int]]:
-        """Dense field -> (first column, width) in the dense features after every projection, in the order of `dense_slices`."""
-        slices, start = {}, 0
-        for key in self.dense_slices:
-            slices[key] = (start, self.field_width(key))
-            start += self.field_width(key)
-        return slices
-
-    def common_width(self) -> int:
-        """The most common width of the sparse fields."""
-        return Counter(self.embedding_dims.values()).most_common(1)[0][0]
-
-    def columns(self, key: str) -> tuple[int, int]:
-        """(first column, width) of a field inside "all"."""
-        keys = self.keys(ALL)
-        return sum(self.field_width(each) for each in keys[: keys.index(key)]), self.field_width(key)
-
-    def require_wide(self) -> None:
-        """Refuse a layout without wide weights: a fault of the composition, not of the user.
-
-        Raises:
-            ValueError: `wide` is not set.
-        """
-        if not self.wide:
-            raise ValueError("this model reads wide weights; build its layout and tables with wide=True")
-
-
-class HasTable(Protocol):
-    """What `wide_tables` reads of a table: data.schema.Table or torchrec's EmbeddingBagConfig."""
-
-    @property
-    def name(self) -> str:
-        """Unique among tables."""
-        ...
-
-    @property
-    def embedding_dim(self) -> int:
-        """Columns of a row."""
-        ...
-
-    @property
-    def feature_names(self) -> Sequence[str]:
-        """The fields that look rows up."""
-        ...
-
-
-Table = TypeVar("Table", bound=HasTable)
-
-
-def wide_tables(tables: Sequence[Table]) -> list[Table]:
-    """List the extra tables of a model with wide weights: one weight per id and field.
-
-    Each field gets a table "wide_FIELD" with the rows and pooling of its own table, also where fields share one.
-    The weight is the mean of its four columns: their gradients are equal, so Adam, Adagrad and rowwise Adagrad
-    move it as they would move one number; plain SGD moves it at a quarter of its rate.
-
-    Args:
-        tables: data.schema.Table or torchrec's EmbeddingBagConfig; the result is of the same kind.
-
-    Raises:
-        InputError: a table already has such a name.
-    """
-    taken = {table.name for table in tables}
-    wide = [
-        dataclasses.replace(
-            table,  # type: ignore[type-var]
-            name=f"wide_{field}",
-            embedding_dim=WIDE_DIM,
-            feature_names=type(table.feature_names)([field]),  # type: ignore[call-arg]
-        )
-        for table in tables
-        for field in table.feature_names
-    ]
-    for table in wide:
-        if table.name in taken:
-            raise InputError(
-                f"tables.{table.name}: the model keeps wide weights under this name; rename the field or table"
-            )
-    return wide
 
 
 class MLP(nn.Sequential):
@@ -204,18 +58,10 @@ class MLP(nn.Sequential):
 
 
 class GroupedMLP(nn.Module):
-    """G MLPs of the same hidden widths on inputs of different widths (Eq. 3).
-
-    Args:
-        in_features: n_g of each group.
-        hidden, regularisation: of every MLP.
-    """
+    """G MLPs of the same hidden widths on inputs of different widths (Eq. 3)."""
 
     def __init__(
-        self,
-        in_features: Sequence[int],
-        hidden: Sequence[int],
-        regularisation: Regularisation = PLAIN,
+        self, in_features: Sequence[int], hidden: Sequence[int], regularisation: Regularisation
     ) -> None:
         super().__init__()
         self.mlps = nn.ModuleList(MLP(width, hidden, regularisation) for width in in_features)
@@ -225,15 +71,37 @@ class GroupedMLP(nn.Module):
         return [mlp(features) for mlp, features in zip(self.mlps, inputs, strict=True)]
 
 
+@dataclass(frozen=True)
+class CrossConfig(Bounded):
+    """The cross network.
+
+    Attributes:
+        kind: low_rank_mixture (the paper's CrossNetV2) or full_rank (what FuxiCTR and BARS call by that
+            name).
+        num_layers: cross layers; L layers reach degree L + 1.
+        num_experts, low_rank: of low_rank_mixture.
+    """
+
+    kind: Literal["low_rank_mixture", "full_rank"] = "low_rank_mixture"
+    num_layers: int = bounded(2, at_least=1)
+    num_experts: int = bounded(2, at_least=1)
+    low_rank: int = bounded(16, at_least=1)
+
+
 class Cross(nn.Module):
     """The cross network of DCNv2: x_{l+1} = x_l + x_0 * layer_l(x_l), with * element by element.
 
-    Args:
-        layers: modules (B, N) -> (B, N).
+    layer_l is a mixture of low-rank experts (Appendix A; DCNv2, Eq. 4: see LowRankMixture), or W_l x + b_l of full rank.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, config: CrossConfig, width: int) -> None:
         super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(config.num_layers):
+            if config.kind == "low_rank_mixture":
+                layers.append(LowRankMixture(width, config.num_experts, config.low_rank))
+            else:
+                layers.append(nn.Linear(width, width))
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x_0: Tensor) -> Tensor:
@@ -244,29 +112,10 @@ class Cross(nn.Module):
         return x
 
 
-class FullRankCross(Cross):
-    """layer_l(x) = W_l x + b_l, with W_l (N, N)."""
-
-    def __init__(self, width: int, num_layers: int) -> None:
-        super().__init__([nn.Linear(width, width) for _ in range(num_layers)])
-
-
-class LowRankMixtureCross(Cross):
-    """layer_l is a mixture of low-rank experts (Appendix A; DCNv2, Eq. 4): see LowRankMixture."""
-
-    def __init__(self, width: int, num_layers: int, num_experts: int, low_rank: int) -> None:
-        super().__init__([LowRankMixture(width, num_experts, low_rank) for _ in range(num_layers)])
-
-
 class LowRankMixture(nn.Module):
-    """sum_e g_e(x) U_e tanh(C_e tanh(V_e^T x)) + b, with g(x) = softmax(G x).
+    """sum_e g_e(x) U_e tanh(C_e tanh(V_e^T x)) + b, with g(x) = softmax(G x), of E experts of rank r on N columns.
 
     The gates sum to 1, so one bias outside the sum is the same as a common bias inside every expert.
-
-    Args:
-        width: N.
-        num_experts: E.
-        low_rank: r.
     """
 
     def __init__(self, width: int, num_experts: int, low_rank: int) -> None:
@@ -290,12 +139,14 @@ class LowRankMixture(nn.Module):
         gated = torch.tanh(self.expert_products(low)) * torch.softmax(scores, dim=1).unsqueeze(2)
         return self.product(gated.flatten(1), self.u.transpose(0, 1).flatten(1), self.bias)
 
+    # mbcnet_rec/cpu has other ways to the numbers of these two
+
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """W x + b: (B, n), (m, n), (m,) -> (B, m). mbcnet_rec/cpu has another way to the same numbers."""
+        """W x + b: (B, n), (m, n), (m,) -> (B, m)."""
         return F.linear(x, weight, bias)
 
     def expert_products(self, low: Tensor) -> Tensor:
-        """C_e x_e of each expert: (B, E, r) -> (B, E, r). mbcnet_rec/cpu has another way to the same numbers."""
+        """C_e x_e of each expert: (B, E, r) -> (B, E, r)."""
         return torch.einsum("bes,ers->ber", low, self.c)
 
 

@@ -87,8 +87,7 @@ def branch_coteaching_loss(
 ) -> Tensor:
     """Let a branch that is right on a sample teach one that is wrong on it (Eq. 12 as Listing 1 writes it).
 
-        L = 1/C sum_{i != j} sum_b I^{ij}_b (-SG(p^i_b) log p^j_b - (1 - SG(p^i_b)) log(1 - p^j_b)),   C = sum
-        I
+        L = 1/C sum_{i != j} sum_b I^{ij}_b (-SG(p^i_b) log p^j_b - (1 - SG(p^i_b)) log(1 - p^j_b)),   C = sum I
 
     the full BCE of student j against the soft label p^i = sigmoid(z^i) of teacher i; SG stops the gradient.
     Eq. 12 prints only the positive term -p^i log p^j. On a negative sample, where the strong teacher says p^i
@@ -114,9 +113,6 @@ def branch_coteaching_loss(
 
     Returns:
         () loss.
-
-    Raises:
-        InputError: an unknown scheme.
     """
     z = at_least_float32(logits)
     teaches = teaching_mask(z, labels, scheme, threshold, weights)  # (K teacher, K student, B)
@@ -129,25 +125,22 @@ def branch_coteaching_loss(
     return (teaches * guidance).sum() / torch.where(count > 0, count, 1.0)
 
 
+@torch.no_grad()
 def teaching_mask(
     logits: Tensor, labels: Tensor, scheme: Scheme, threshold: float, weights: Tensor | None
 ) -> Tensor:
     """Say where branch i teaches branch j: I^{ij} of Eq. 10 and 11 as a (K, K, B) tensor of 0 and 1, without gradient."""
-    with torch.no_grad():
-        losses = bce_with_logits(logits, labels)  # (K, B)
-        strong, weak = (losses < threshold).to(losses.dtype), (losses > threshold).to(losses.dtype)
-        if scheme == "strong_to_weak":
-            mask = strong.unsqueeze(1) * weak.unsqueeze(0)
-        elif scheme == "weak_to_strong":
-            mask = weak.unsqueeze(1) * strong.unsqueeze(0)
-        elif scheme == "no_discrimination":
-            itself = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-            mask = (1.0 - itself).unsqueeze(2).expand(-1, -1, losses.shape[1])
-        else:
-            raise InputError(
-                f"scheme = {scheme!r}: wanted strong_to_weak, weak_to_strong or no_discrimination"
-            )
-        return mask if weights is None else mask * (weights > 0).to(mask.dtype)
+    strong, weak = strong_and_weak(logits, labels, threshold)
+    if scheme == "strong_to_weak":
+        mask = strong.unsqueeze(1) * weak.unsqueeze(0)
+    elif scheme == "weak_to_strong":
+        mask = weak.unsqueeze(1) * strong.unsqueeze(0)
+    elif scheme == "no_discrimination":
+        itself = torch.eye(len(strong), dtype=strong.dtype, device=strong.device)
+        mask = (1.0 - itself).unsqueeze(2).expand(-1, -1, strong.shape[1])
+    else:
+        raise InputError(f"scheme = {scheme!r}: wanted strong_to_weak, weak_to_strong or no_discrimination")
+    return mask if weights is None else mask * (weights > 0).to(mask.dtype)
 
 
 def moderate_differentiation_loss(
@@ -155,8 +148,7 @@ def moderate_differentiation_loss(
 ) -> Tensor:
     """Keep the latents of two branches within a (soft) rotation of each other (Eq. 14; Listing 1).
 
-        L = mean_{(i,j), i != j} mean_b  || z^i W^ij - z^j || + || z^i W^ij (W^ij)^T - z^i ||,    W^ji =
-        (W^ij)^T
+        L = mean_{(i,j), i != j} mean_b  || z^i W^ij - z^j || + || z^i W^ij (W^ij)^T - z^i ||,    W^ji = (W^ij)^T
 
     The second term pulls W towards orthogonal. Listing 1 takes the L2 norm of each row (l2), Eq. 14 its
     square (squared). Where a norm is exactly 0 its gradient is taken as 0.
@@ -169,11 +161,7 @@ def moderate_differentiation_loss(
 
     Returns:
         () loss; 0 for a single branch.
-
-    Raises:
-        InputError: an unknown norm, or not one transform for each pair.
     """
-    check_choice("norm", norm, ("l2", "squared"))
     pairs = branch_pairs(len(latents))
     if len(transforms) != len(pairs):
         raise InputError(
@@ -181,15 +169,13 @@ def moderate_differentiation_loss(
         )
     if not pairs:
         return at_least_float32(latents).sum() * 0.0
-    with torch.autocast(
-        latents.device.type, enabled=False
-    ):  # the products below are part of the loss: full precision
+    # the products below are part of the loss: full precision
+    with torch.autocast(latents.device.type, enabled=False):
         z, w = at_least_float32(latents), at_least_float32(transforms)
         latent = z.unbind()
         ordered = [*pairs, *((j, i) for i, j in pairs)]
-        own, other = (
-            torch.stack([latent[k] for k in side]) for side in zip(*ordered, strict=True)
-        )  # (2 P, B, d)
+        # (2 P, B, d) each
+        own, other = (torch.stack([latent[k] for k in side]) for side in zip(*ordered, strict=True))
         # z W W^T - z as z (W W^T - I), the small factor in float64: W starts orthogonal, so in float32 the
         # difference would be rounding noise, and the gradient of its norm the direction of that noise.
         maps = torch.cat([w, w.transpose(1, 2)])  # (2 P, d, d): W^ij, then W^ji
@@ -197,77 +183,66 @@ def moderate_differentiation_loss(
         there_and_back = (exact @ exact.transpose(1, 2) - eye).to(w.dtype)
         moved = torch.baddbmm(other, own, maps, beta=-1)  # z^i W^ij - z^j
         norms = row_norms(moved, norm) + row_norms(own @ there_and_back, norm)  # (2 P, B)
-        per_row = norms.mean(0)  # over the K (K - 1) ordered pairs
-        return (per_row if weights is None else per_row * weights).mean()
+        return row_mean(norms.mean(0), weights)  # first over the K (K - 1) ordered pairs
 
 
 def latent_distance(latents: Tensor, *, norm: Norm = "l2", weights: Tensor | None = None) -> Tensor:
     """Mean over pairs and rows of || z^i - z^j ||: "min difference" of Table 5, and "max difference" with a minus sign.
 
-    Args:
-        latents: (K, B, d).
-        norm: l2 or squared.
-        weights: (B,) row weights; the mean is of weights * term.
-
-    Returns:
-        () distance; 0 for a single branch.
-
-    Raises:
-        InputError: an unknown norm.
+    The arguments are those of `moderate_differentiation_loss`. 0 for a single branch.
     """
-    check_choice("norm", norm, ("l2", "squared"))
     pairs = branch_pairs(len(latents))
     if not pairs:
         return at_least_float32(latents).sum() * 0.0
     z = at_least_float32(latents)
     z_i, z_j = (z[list(side)] for side in zip(*pairs, strict=True))  # (P, B, d) each
-    per_row = row_norms(z_i - z_j, norm).mean(0)  # (B,)
-    return (per_row if weights is None else per_row * weights).mean()
+    return row_mean(row_norms(z_i - z_j, norm).mean(0), weights)
 
 
 def row_norms(errors: Tensor, norm: Norm) -> Tensor:
     """Norm of each row, or its square: (..., d) -> (...)."""
+    if norm == "squared":
+        return errors.square().sum(-1)
+    if norm != "l2":
+        raise InputError(f"norm = {norm!r}: wanted l2 or squared; change the value")
     # vector_norm defines the gradient at 0 as 0; sqrt of a sum of squares would give NaN there.
-    return errors.square().sum(-1) if norm == "squared" else torch.linalg.vector_norm(errors, dim=-1)
+    return torch.linalg.vector_norm(errors, dim=-1)
+
+
+def row_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """mean_b weights_b values_b, with weights 1 where there are none: (..., B), (B,) -> (...)."""
+    return (values if weights is None else values * weights).mean(-1)
 
 
 def bce_with_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute -y log p - (1 - y) log(1 - p), p = sigmoid(z), of labels 0 and 1: log(1 + exp(-z)) or log(1 + exp(z)). Exact for any z.
+    """-y log p - (1 - y) log(1 - p), p = sigmoid(z), of labels 0 and 1: log(1 + exp(-z)) or log(1 + exp(z)), exact for any z.
 
-    Shape of `logits`.
+    (..., B), (B,) -> (..., B), float32 or float64.
     """
     z = at_least_float32(logits)
     return F.softplus((1.0 - 2.0 * labels.to(z.dtype)) * z)
 
 
 def weighted_bce(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Average the BCE over the batch: mean_b weights_b BCE_b.
+    """mean_b weights_b BCE_b: (..., B), (B,), (B,) -> (...), float32 or float64."""
+    return row_mean(bce_with_logits(logits, labels), weights)
 
-    Args:
-        logits: (..., B).
-        labels: (B,).
-        weights: (B,), or None for 1 everywhere.
 
-    Returns:
-        (...) float32 or float64: one mean per leading index.
-    """
+def strong_and_weak(logits: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Where a branch is right and where it is wrong, as 0 and 1: BCE < threshold and BCE > threshold (Eq. 10), both (K, B)."""
     losses = bce_with_logits(logits, labels)
-    return (losses if weights is None else losses * weights).mean(-1)
+    return (losses < threshold).to(losses.dtype), (losses > threshold).to(losses.dtype)
 
 
+@torch.no_grad()
 def disagreement_rates(
     logits: Tensor, labels: Tensor, threshold: float = THRESHOLD, weights: Tensor | None = None
 ) -> Tensor:
     """Share of rows on which branch i is strong and branch j weak: (K, K), diagonal 0, no gradient; rows of weight 0 do not count."""
-    with (
-        torch.no_grad()
-    ):  # a product of (K, B) matrices: a quarter of the work of the mask (K, K, B), for a log
-        losses = bce_with_logits(logits, labels)  # (K, B)
-        strong, weak = (losses < threshold).to(losses.dtype), (losses > threshold).to(losses.dtype)
-        if weights is None:
-            return strong @ weak.t() / max(1, losses.shape[1])
-        real = (weights > 0).to(losses.dtype)
-        return (strong * real) @ weak.t() / real.sum().clamp(min=1.0)
+    strong, weak = strong_and_weak(logits, labels, threshold)
+    real = torch.ones_like(strong[0]) if weights is None else (weights > 0).to(strong.dtype)  # (B,)
+    # a product of (K, B) matrices: a quarter of the work of the mask (K, K, B), for a log
+    return (strong * real) @ weak.t() / real.sum().clamp(min=1.0)
 
 
 def branch_pairs(num_branches: int) -> list[tuple[int, int]]:
@@ -278,13 +253,3 @@ def branch_pairs(num_branches: int) -> list[tuple[int, int]]:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Promote half precision: BCE around the threshold and sums over a batch need more than 8 or 11 bits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def check_choice(key: str, value: str, wanted: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of `wanted`.
-
-    Raises:
-        InputError: naming the key, the value and what was wanted.
-    """
-    if value not in wanted:
-        raise InputError(f"{key} = {value!r}: wanted one of {', '.join(wanted)}; change the value")

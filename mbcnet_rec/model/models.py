@@ -1,15 +1,16 @@
 """Which model: one config that holds them all, and the one place that turns it into modules."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from data.errors import InputError
+from data.schema import Schema
 from mbcnet_rec.model.branches import FMConfig
-from mbcnet_rec.model.layers import InputLayout
-from mbcnet_rec.model.mbcnet import MBCNet, MBCNetConfig
-from mbcnet_rec.model.zoo.baseline import Baseline
+from mbcnet_rec.model.input_layout import InputLayout, wide_tables
+from mbcnet_rec.model.mbcnet import BranchArch, MBCNet, MBCNetConfig, Model
 from mbcnet_rec.model.zoo.crossnet import CrossNetArch, CrossNetConfig
 from mbcnet_rec.model.zoo.dcnv2 import DCNv2Arch, DCNv2Config
 from mbcnet_rec.model.zoo.deepfm import DeepFMArch, DeepFMConfig
@@ -37,17 +38,8 @@ class ModelConfig:
         kind: which of the models below is built; the others' tables are ignored.
         init: of the weights of linear layers: torch's own, uniform within 1 / sqrt(fan_in); or xavier_normal with biases of 0, as
             FuxiCTR has it: twice as wide where a layer narrows much.
-        mbcnet: branches, shared top, fusion and cooperation losses.
-        dnn: a plain deep network.
-        crossnet: a cross network: the paper's CrossNetV2.
-        wide_deep: one weight per id and field, plus a deep network.
-        dcnv2: cross and deep network in parallel.
-        mmoe: gated experts with one tower: the paper's MMOE+.
-        enkd: the student of EnKD, a deep network, and its distillation.
-        finalmlp: two MLP streams with field gates and bilinear fusion.
-        deepfm: factorisation machine plus deep network.
-        fm: factorisation machine.
-        efgc: MBCnet's EFGC branch alone.
+        mbcnet, dnn, ...: the config of each kind, described there; `wide_deep` is one weight per id and field plus the deep
+            network of its config, `enkd` the student of EnKD and its distillation.
     """
 
     kind: ModelKind = "mbcnet"
@@ -65,8 +57,9 @@ class ModelConfig:
     efgc: EFGCNetConfig = EFGCNetConfig()
 
 
-# kind of a baseline -> what builds it of its config, the key of that name, and the layout
-ARCHES: dict[str, Callable[[Any, InputLayout], nn.Module]] = {
+# kind of a model -> what builds its dense arch of its config, the key of that name, and the layout
+ARCHES: dict[ModelKind, Callable[[Any, InputLayout], nn.Module]] = {
+    "mbcnet": BranchArch,
     "dnn": DNNArch,
     "crossnet": CrossNetArch,
     "wide_deep": WideDeepArch,
@@ -87,12 +80,30 @@ def needs_wide(config: ModelConfig) -> bool:
     return config.kind in ("wide_deep", "fm", "deepfm")
 
 
-def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLayout) -> nn.Module:
+def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
+    """Add a table of one weight per id for each field, where the model has a wide part; else return the schema.
+
+    Raises:
+        InputError: a field's ids are unbounded: TorchRec looks each one up in one table only.
+    """
+    if not needs_wide(config):
+        return schema
+    unbounded = [table.feature_names[0] for table in schema.tables if table.zch is not None]
+    if unbounded:
+        raise InputError(
+            f"schema {schema.name!r}: field {unbounded[0]!r} is of encoding 'zch', and this model has a wide part, which looks each field "
+            "up in a second table, as TorchRec's managed collision cannot; use encoding = 'hash' for the field, or a model without a "
+            "wide part"
+        )
+    return replace(schema, tables=(*schema.tables, *wide_tables(schema.tables)))
+
+
+def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLayout) -> Model:
     """Build the model that `config.kind` names, on the given tables."""
     if config.kind == "mbcnet":
-        model: nn.Module = MBCNet(config.mbcnet, sparse_arch, layout)
+        model: Model = MBCNet(config.mbcnet, sparse_arch, layout)
     else:
-        model = Baseline(sparse_arch, build_arch(config, layout))
+        model = Model(sparse_arch, build_arch(config, layout))
     if config.init == "xavier_normal":
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -103,7 +114,5 @@ def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLay
 
 
 def build_arch(config: ModelConfig, layout: InputLayout) -> nn.Module:
-    """Build what stands on the tables of a baseline: features -> ModelOutput."""
-    if config.kind not in ARCHES:
-        raise ValueError(f"{config.kind}: MBCNet stands on its tables by itself: build_model")
+    """Build what stands on the tables: features -> ModelOutput."""
     return ARCHES[config.kind](getattr(config, config.kind), layout)

@@ -6,6 +6,7 @@ Objective is traced with torch.fx (it contains the tables): its forward only rea
 calls its two sub-modules. LossArch is a leaf of that trace.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -25,7 +26,7 @@ from mbcnet_rec.model.losses import (
     moderate_differentiation_loss,
     weighted_bce,
 )
-from mbcnet_rec.model.mbcnet import ModelOutput
+from mbcnet_rec.model.mbcnet import Model, ModelOutput
 
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -39,22 +40,6 @@ class Rows(Protocol):
     weighted_features: "KeyedJaggedTensor | None"
     labels: Tensor  # (B,) float32 of 0 and 1
     weights: Tensor  # (B,) float32, 0 for padding rows
-
-
-class Model(Protocol):
-    """What the objective asks of a model: forward(dense_features, sparse_features, weighted_features) -> ModelOutput."""
-
-    branch_names: tuple[str, ...]
-    latent_dim: int
-
-    def __call__(
-        self,
-        dense_features: Tensor,
-        sparse_features: "KeyedJaggedTensor",
-        weighted_features: "KeyedJaggedTensor | None" = None,
-    ) -> ModelOutput:
-        """Compute the outputs of one batch."""
-        ...
 
 
 class Outputs(NamedTuple):
@@ -74,15 +59,14 @@ class Objective(nn.Module):
     """Batch -> (loss, Outputs).
 
     Args:
-        model: with forward(dense_features, sparse_features, weighted_features) -> ModelOutput, branch_names
-            and latent_dim.
-        coteaching, differentiation: of the cooperation losses, which take two branches or more.
+        model: with or without branches; the cooperation losses take two or more.
+        coteaching, differentiation: of the cooperation losses.
         mean_over_ranks: averages a scalar over data-parallel ranks; see branch_coteaching_loss.
     """
 
     def __init__(
         self,
-        model: "Model",
+        model: Model,
         coteaching: CoteachingConfig = CoteachingConfig(),  # noqa: B008 (frozen)
         differentiation: DifferentiationConfig = DifferentiationConfig(),  # noqa: B008 (frozen)
         mean_over_ranks: MeanOverRanks = identity,
@@ -101,15 +85,11 @@ class Objective(nn.Module):
 class LossArch(nn.Module):
     """L = BCE(fused) + sum_k BCE(branch k) + alpha L_BCT + beta L_MDR (Eq. 16 and 17), in float32 also under autocast.
 
-    Args:
-        coteaching: alpha and the readings of L_BCT.
-        differentiation: beta and the readings of L_MDR.
-        transforms: W of each pair of branches, or None: no differentiation, or one of the kinds without W.
-        mean_over_ranks: averages a scalar over data-parallel ranks.
-
     Attributes:
+        transforms: W of each pair of branches, or None: no differentiation, or one of the kinds without W.
         measures: whether forward passes compute what only the log wants, `transform_distance` and `latent_norms`. The trainer
             asks for it in the steps that end with a line of the log: in every step it is 1 % of a small model's time.
+        step: forward passes in training mode so far.
     """
 
     step: Tensor
@@ -128,19 +108,12 @@ class LossArch(nn.Module):
         self.transforms = transforms
         # in a tuple, or a callable nn.Module would become a sub-module
         self._mean_over_ranks = (mean_over_ranks,)
-        # forward passes in training mode so far
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, output: ModelOutput, labels: Tensor, weights: Tensor) -> tuple[Tensor, Outputs]:
-        """Add up the objective.
+        """Map a model's output, labels (B,) and the weights (B,) of rows in every mean to () loss and what to log.
 
-        Args:
-            output: of a model.
-            labels: (B,).
-            weights: (B,) row weights of every mean; rows of weight 0 do not exist for the co-teaching.
-
-        Returns:
-            () loss, and what to log. A cooperation loss that is not part of the objective is logged as 0.
+        Rows of weight 0 do not exist for the co-teaching. A cooperation loss that is not part of the objective is 0.
         """
         with without_autocast(labels.device.type):
             fused = output.fused_logits.unsqueeze(0)
@@ -150,60 +123,48 @@ class LossArch(nn.Module):
             coteaching = self._coteaching_loss(logits[1:], labels, weights)
             matrices = None if self.transforms is None else self.transforms()
             differentiation = self._differentiation_loss(output.latents, matrices, weights)
-            loss = bce
-            if coteaching is not None:
-                loss = loss + warm(self.coteaching, self.step) * coteaching
-            if differentiation is not None:
-                loss = loss + warm(self.differentiation, self.step) * differentiation
+            loss = bce + warm(self.coteaching, self.step) * coteaching
+            loss = loss + warm(self.differentiation, self.step) * differentiation
             norms, distance = self._measured(output.latents, matrices, weights)
         if self.training:
             self.step.add_(1)
-        absent = bce.new_zeros(())
         terms = {
             "loss": loss,
             "bce": bce,
-            "coteaching_loss": absent if coteaching is None else coteaching,
-            "differentiation_loss": absent if differentiation is None else differentiation,
+            "coteaching_loss": coteaching,
+            "differentiation_loss": differentiation,
         }
-        return loss, Outputs(
-            logits=logits.detach().t(),
-            labels=labels,
-            weights=weights,
-            terms={name: term.detach() for name, term in terms.items()},
-            transform_distance=distance,
-            latent_norms=norms,
-        )
+        detached = {name: term.detach() for name, term in terms.items()}
+        return loss, Outputs(logits.detach().t(), labels, weights, detached, distance, norms)
 
     def _measured(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Norms of latents (K,) and distances of transforms (P,), or NaN."""
-        branches, pairs = len(latents), 0 if matrices is None else len(matrices)
-        if not branches:
-            return weights.new_empty(0), weights.new_empty(0)
-        if not self.measures:
-            unknown = weights.new_full((branches + pairs,), float("nan"))
-            return unknown[:branches], unknown[branches:]
-        distance = weights.new_empty(0) if matrices is None else distance_from_identity(matrices)
-        return latent_norms(latents, weights), distance
+        norms = weights.new_full((len(latents),), math.nan)
+        distance = weights.new_full((0 if matrices is None else len(matrices),), math.nan)
+        if self.measures and len(latents):
+            norms = latent_norms(latents, weights)
+            if matrices is not None:
+                distance = distance_from_identity(matrices)
+        return norms, distance
 
-    def _coteaching_loss(self, branch_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor | None:
-        if len(branch_logits) < 2 or self.coteaching.weight == 0:
-            return None
+    def _coteaching_loss(self, branch_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        config = self.coteaching
+        if len(branch_logits) < 2 or config.weight == 0:
+            return weights.new_zeros(())
         return branch_coteaching_loss(
             branch_logits,
             labels,
-            scheme=self.coteaching.scheme,
-            threshold=self.coteaching.threshold,
-            confidence=self.coteaching.confidence,
+            scheme=config.scheme,
+            threshold=config.threshold,
+            confidence=config.confidence,
             weights=weights,
             mean_over_ranks=self._mean_over_ranks[0],
         )
 
-    def _differentiation_loss(
-        self, latents: Tensor, matrices: Tensor | None, weights: Tensor
-    ) -> Tensor | None:
+    def _differentiation_loss(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> Tensor:
         config = self.differentiation
         if len(latents) < 2 or config.weight == 0:
-            return None
+            return weights.new_zeros(())
         if matrices is not None:
             return moderate_differentiation_loss(latents, matrices, norm=config.norm, weights=weights)
         sign = -1.0 if config.kind == "max_difference" else 1.0
@@ -218,21 +179,14 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 class Transforms(nn.Module):
-    """The matrix W^ij of each pair i < j of branches; W^ji is its transpose (Eq. 13).
-
-    Args:
-        num_pairs: P.
-        latent_dim: d.
-        config: initial values, and whether W is free or orthogonal by construction.
-    """
+    """The (P, d, d) matrices W^ij of each pair i < j of branches, free or orthogonal by construction; W^ji is the transpose (Eq. 13)."""
 
     def __init__(self, num_pairs: int, latent_dim: int, config: DifferentiationConfig) -> None:
         super().__init__()
         matrices = torch.eye(latent_dim).repeat(num_pairs, 1, 1)
         if config.init == "orthogonal":
-            for matrix in (
-                matrices
-            ):  # orthogonal_ of the whole tensor would make its P rows of d * d orthogonal instead
+            # one by one: orthogonal_ of the whole tensor would make its P rows of d * d orthogonal instead
+            for matrix in matrices:
                 nn.init.orthogonal_(matrix)
         self.weight = nn.Parameter(matrices)
         if config.parametrization == "orthogonal":

@@ -1,7 +1,6 @@
 """Tables and the one regroup of their output into groups: the part that TorchRec shards.
 
-Shapes: B batch, F sparse fields, N flattened width of all fields, G groups, n_g width of group g, D dense
-columns.
+Shapes: B batch, F sparse fields, N flattened width of all fields, n_g width of group g, D dense columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,32 +14,22 @@ from torch import Tensor, nn
 from torchrec.modules.regroup import KTRegroupAsDict
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from mbcnet_rec.model.layers import ALL, WIDE, WIDE_DIM, InputLayout
+from mbcnet_rec.model.input_layout import ALL, WIDE, WIDE_DIM, InputLayout
+
+RegroupOp = Literal["permute", "split"]
 
 
 class Lookup(NamedTuple):
-    """An embedding collection of a model.
+    """An embedding collection of a model."""
 
-    Attributes:
-        name: the attribute of SparseArch that holds it, and so part of its tables' names in checkpoints.
-        collection: KeyedJaggedTensor -> KeyedTensor, or where `unbounded` -> (KeyedTensor, None).
-        weighted: whether it looks up the fields with weights, or all others.
-        unbounded: whether its tables give rows to unbounded ids.
-    """
-
-    name: str
-    collection: nn.Module
-    weighted: bool = False
-    unbounded: bool = False
+    name: str  # the attribute of SparseArch that holds it, and so part of its tables' names in checkpoints
+    collection: nn.Module  # KeyedJaggedTensor -> KeyedTensor, or where `unbounded` -> (KeyedTensor, None)
+    weighted: bool = False  # whether it looks up the fields with weights, or all others
+    unbounded: bool = False  # whether its tables give rows to unbounded ids
 
 
 class SparseArch(nn.Module):
-    """Embedding collections and the one regroup of their output (Eq. 1 and 2).
-
-    Args:
-        lookups: the collections, which together look up every field.
-        layout: names and widths of the fields and groups.
-    """
+    """Embedding collections, which together look up every field of the layout, and the one regroup of their output (Eq. 1 and 2)."""
 
     def __init__(self, lookups: Sequence[Lookup], layout: InputLayout) -> None:
         super().__init__()
@@ -73,12 +62,17 @@ class FeatureRegroup(nn.Module):
     """Pooled embeddings and dense columns -> one tensor per group (Eq. 2), and "all" (Eq. 5).
 
     Columns are always found by key: the order of keys in the output of a sharded collection depends on the
-    plan. Inside a group sparse fields come first, then dense ones, each in the layout's order. A dense vector with a projection
-    x enters every group as W x + b, which is computed once.
+    plan. Inside a group sparse fields come first, then dense ones, each in the layout's order. A dense vector x with a projection
+    enters every group as W x + b, which is computed once.
+
+    Args:
+        layout: names and widths of the fields and groups.
+        op: how sparse columns are regrouped; None: by `regroup_op`.
     """
 
-    def __init__(self, layout: InputLayout) -> None:
+    def __init__(self, layout: InputLayout, op: RegroupOp | None = None) -> None:
         super().__init__()
+        self._op = op
         members = {name: layout.keys(name) for name in (ALL, *layout.groups)}
         self._sparse = {
             name: [key for key in keys if key in layout.embedding_dims] for name, keys in members.items()
@@ -105,20 +99,14 @@ class FeatureRegroup(nn.Module):
         self._permute: KTRegroupAsDict | None = None
 
     def forward(self, keyed_tensors: Sequence[KeyedTensor], dense_features: Tensor) -> dict[str, Tensor]:
-        """Regroup the outputs of one or more embedding collections.
+        """Regroup the outputs of collections, which together hold every field and its wide weight if there are any, and (B, D) columns.
 
-        Args:
-            keyed_tensors: that together hold every key of `embedding_dims`, and of their wide weights if the
-                layout has some.
-            dense_features: (B, D).
-
-        Returns:
-            "all" -> (B, N), each group g -> (B, n_g), and WIDE -> (B, F + D) if the layout has wide weights.
+        "all" -> (B, N), each group g -> (B, n_g), and WIDE -> (B, F + D) if the layout has wide weights.
         """
         self._follow_plan(keyed_tensors)
         if self.projections:
             dense_features = self._project(dense_features)
-        if regroup_op(dense_features.device) == "permute":
+        if (self._op or regroup_op(dense_features.device)) == "permute":
             assert self._permute is not None
             sparse = {name: [tensor] for name, tensor in self._permute(list(keyed_tensors)).items()}
         else:
@@ -166,7 +154,7 @@ def field_of(key: str) -> str:
     return key if key == wide_key(field) else field
 
 
-def regroup_op(device: torch.device) -> Literal["permute", "split"]:
+def regroup_op(device: torch.device) -> RegroupOp:
     """Choose the regroup by device: FBGEMM's fused permute on CUDA, split + cat on CPU.
 
     Measured on CPU, seven overlapping groups of 192 keys: the permute is 17 to 80 times slower.
@@ -176,14 +164,10 @@ def regroup_op(device: torch.device) -> Literal["permute", "split"]:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where tensors (B, sum of widths) are cut, so that every group is made of whole pieces, and of as few as that allows.
+    """Where tensors (B, sum of widths) are cut, so that every group is made of whole pieces, and of as few as that allows."""
 
-    Attributes:
-        widths: of the pieces of each tensor; empty where no group wants a part of it only.
-        places: group -> (tensor, piece) in the order of its columns; piece None is the whole tensor, uncut.
-    """
-
-    widths: list[list[int]]
+    widths: list[list[int]]  # of the pieces of each tensor; empty where no group wants a part of it only
+    # group -> (tensor, piece) in the order of its columns; piece None is the whole tensor, uncut
     places: dict[str, list[tuple[int, int | None]]]
 
     def pieces(self, tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
@@ -199,11 +183,9 @@ class Cuts:
 
 
 def cuts_of(tensors: Sequence[Mapping[str, int]], groups: Mapping[str, Sequence[str]]) -> Cuts:
-    """Find the cuts. Fields that stand side by side in a tensor and in all groups stay one piece: hundreds of views cost more than a lookup.
+    """Find the cuts for groups of keys in tensors, each given as key -> width in the order of its columns.
 
-    Args:
-        tensors: key -> width, in the order of the columns.
-        groups: group -> its keys in order.
+    Fields that stand side by side in a tensor and in all groups stay one piece: hundreds of views cost more than a lookup.
     """
     slices: dict[str, tuple[int, tuple[int, int]]] = {}  # key -> tensor, (first column, width)
     for place, widths in enumerate(tensors):

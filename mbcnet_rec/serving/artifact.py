@@ -33,8 +33,7 @@ from data.reading.keys import read_vocabularies
 from data.schema import Schema, Table, format_schema, load_schema
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
-from mbcnet_rec.model.input_layout import input_layout
-from mbcnet_rec.model.layers import InputLayout, wide_tables
+from mbcnet_rec.model.input_layout import InputLayout, input_layout, wide_tables
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.model.models import build_arch, needs_wide
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
@@ -116,7 +115,7 @@ def untrained(config: RunConfig, schema: Schema) -> Weights:
     """Build a model unsharded, without rows and with freshly drawn dense weights."""
     wide = needs_wide(config.model)
     layout = dataclasses.replace(input_layout(schema), wide=wide)
-    extra = wide_tables(list(schema.tables)) if wide else []  # type: ignore[type-var]
+    extra = wide_tables(list(schema.tables)) if wide else []
     tables = (*schema.tables, *extra)
     if config.model.kind == "mbcnet":
         arch: nn.Module = BranchArch(config.model.mbcnet, layout)

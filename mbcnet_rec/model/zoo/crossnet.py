@@ -1,7 +1,4 @@
-"""A cross network over all fields: the paper's CrossNetV2.
-
-Shapes: B batch, N flattened width of all fields.
-"""
+"""A cross network over all fields: the paper's CrossNetV2. Shapes: B batch, N flattened width of all fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from data.schema.bounds import bounded
-from mbcnet_rec.model.branches import CrossConfig, build_cross
-from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class CrossNetArch(nn.Module):
 
     def __init__(self, config: CrossNetConfig, layout: InputLayout) -> None:
         super().__init__()
-        self.cross = build_cross(config.cross, layout.width())
+        self.cross = Cross(config.cross, layout.width())
         self.mlp = MLP(layout.width(), config.hidden, config)
         self.logit = nn.Linear((layout.width(), *config.hidden)[-1], 1)
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data.schema.bounds import bounded
-from mbcnet_rec.model.branches import CrossConfig, build_cross
-from mbcnet_rec.model.layers import ALL, MLP, InputLayout
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.layers import MLP, Cross, CrossConfig
+from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 
@@ -30,7 +29,7 @@ class DCNv2Arch(nn.Module):
 
     def __init__(self, config: DCNv2Config, layout: InputLayout) -> None:
         super().__init__()
-        self.cross = build_cross(config.cross, layout.width())
+        self.cross = Cross(config.cross, layout.width())
         self.mlp = MLP(layout.width(), config.hidden, config)
         self.logit = nn.Linear(layout.width() + config.hidden[-1], 1)
 

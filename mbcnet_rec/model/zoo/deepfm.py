@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mbcnet_rec.model.branches import FMConfig
-from mbcnet_rec.model.layers import ALL, MLP, InputLayout
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.layers import MLP
+from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 from mbcnet_rec.model.zoo.fm import FMArch
 

@@ -1,7 +1,4 @@
-"""A deep network over all fields.
-
-Shapes: B batch, N flattened width of all fields.
-"""
+"""A deep network over all fields. Shapes: B batch, N flattened width of all fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,18 +6,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from data.schema.bounds import bounded
-from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.layers import MLP, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
 @dataclass(frozen=True)
 class DNNConfig(Regularisation):
-    """A deep network over all fields; by default the paper's deep branch and shared top in a row.
-
-    Attributes:
-        hidden: widths of the layers.
-    """
+    """A deep network of `hidden` widths over all fields; by default the paper's deep branch and shared top in a row."""
 
     hidden: tuple[int, ...] = bounded((2048, 1024, 512, 512, 512, 512, 256, 128), at_least=1, min_length=1)
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from data.schema.bounds import bounded
-from mbcnet_rec.model.branches import EFGCBranch, EFGCConfig
-from mbcnet_rec.model.layers import MLP, InputLayout, Regularisation
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.branches import BranchesConfig, EFGCBranch, EFGCConfig
+from mbcnet_rec.model.input_layout import InputLayout
+from mbcnet_rec.model.layers import MLP, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,14 @@ class EFGCArch(nn.Module):
 
     def __init__(self, config: EFGCNetConfig, layout: InputLayout) -> None:
         super().__init__()
-        self.branch = EFGCBranch(layout, config.efgc, config.branch_dim, config)
+        alone = BranchesConfig(
+            ("efgc",),
+            config.efgc,
+            branch_dim=config.branch_dim,
+            batch_norm=config.batch_norm,
+            dropout=config.dropout,
+        )
+        self.branch = EFGCBranch(alone, layout)
         self.top = MLP(config.branch_dim, config.top, config)
         self.logit = nn.Linear(config.top[-1], 1)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.schema.bounds import bounded
-from mbcnet_rec.model.losses import at_least_float32, weighted_bce
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.objective import Model, Outputs, Rows, without_autocast
+from mbcnet_rec.model.losses import at_least_float32, row_mean, weighted_bce
+from mbcnet_rec.model.mbcnet import Model, ModelOutput
+from mbcnet_rec.model.objective import Objective, Outputs, Rows, without_autocast
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 TEACHERS = ("dcnv2", "crossnet", "wide_deep")  # as in the paper
@@ -40,11 +40,7 @@ class EnKDConfig(DNNConfig):
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         super().__post_init__()
-        if (
-            not self.teachers
-            or set(self.teachers) & {"enkd"}
-            or len(set(self.teachers)) != len(self.teachers)
-        ):
+        if not self.teachers or "enkd" in self.teachers or len(set(self.teachers)) != len(self.teachers):
             raise InputError(
                 f"teachers = {list(self.teachers)}: wanted one or more other kinds of models, none twice; change the list"
             )
@@ -91,30 +87,20 @@ def distillation_loss(
         gates: (T, B), of a TeacherGate; columns sum to 1.
         soft_weight: lambda.
         weights: (B,) row weights of every mean.
-
-    Returns:
-        () loss in float32 or float64.
     """
     student, teachers = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
     gates = at_least_float32(gates)
     q, p = student / temperature, torch.sigmoid(teachers / temperature)  # (B,), (T, B)
     soft = (gates.detach() * (p * F.softplus(-q) + (1.0 - p) * F.softplus(q))).sum(0)  # (B,)
-    soft_label = (soft if weights is None else soft * weights).mean()
     mixture = weighted_bce((gates * teachers).sum(0), labels, weights)
-    return weighted_bce(student, labels, weights) + soft_weight * soft_label + mixture
+    return weighted_bce(student, labels, weights) + soft_weight * row_mean(soft, weights) + mixture
 
 
-class DistillationObjective(nn.Module):
-    """Batch -> (loss, Outputs) of a student: in training its dense features end with the teachers' T logits.
-
-    Args:
-        model: the student, which reads none of those columns.
-        config: of the distillation.
-    """
+class DistillationObjective(Objective):
+    """Batch -> (loss, Outputs) of a student: in training its dense features end with the teachers' T logits, which it does not read."""
 
     def __init__(self, model: Model, config: EnKDConfig) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.losses = DistillationArch(config)
 
     def forward(self, batch: Rows) -> tuple[Tensor, Outputs]:
@@ -152,11 +138,6 @@ class DistillationArch(nn.Module):
                 )
         nothing = bce.new_zeros(())
         terms = {"loss": loss, "bce": bce, "coteaching_loss": nothing, "differentiation_loss": nothing}
-        return loss, Outputs(
-            logits=student.detach().unsqueeze(1),
-            labels=labels.detach(),
-            weights=weights.detach(),
-            terms={name: term.detach() for name, term in (terms | {"distillation_loss": loss - bce}).items()},
-            transform_distance=bce.new_empty(0),
-            latent_norms=bce.new_empty(0),
-        )
+        detached = {name: term.detach() for name, term in (terms | {"distillation_loss": loss - bce}).items()}
+        unmeasured = bce.new_empty(0)
+        return loss, Outputs(student.detach().unsqueeze(1), labels, weights, detached, unmeasured, unmeasured)

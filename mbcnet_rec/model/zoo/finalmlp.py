@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.schema.bounds import bounded
-from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.layers import MLP, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,7 @@ class StreamConfig(Regularisation):
 
 @dataclass(frozen=True)
 class FinalMLPConfig:
-    """The two streams and their fusion.
-
-    Attributes:
-        first, second: the streams.
-        num_heads: J; divides the last width of both streams.
-    """
+    """The two streams and their fusion. num_heads: J, which divides the last width of both streams."""
 
     first: StreamConfig = StreamConfig()
     second: StreamConfig = StreamConfig()
@@ -62,17 +57,12 @@ class FinalMLPConfig:
 
 
 class FinalMLPArch(nn.Module):
-    """logit = fusion(MLP_1(g_1 * e), MLP_2(g_2 * e)), e all fields concatenated.
-
-    Args:
-        config: of streams and fusion.
-        layout: gives the fields.
-    """
+    """logit = fusion(MLP_1(g_1 * e), MLP_2(g_2 * e)), e all fields concatenated."""
 
     def __init__(self, config: FinalMLPConfig, layout: InputLayout) -> None:
         super().__init__()
-        self.first = build_stream(config.first, layout, "first")
-        self.second = build_stream(config.second, layout, "second")
+        self.first = build_stream(config.first, layout, "model.finalmlp.first.context")
+        self.second = build_stream(config.second, layout, "model.finalmlp.second.context")
         self.fusion = BilinearFusion(config.first.hidden[-1], config.second.hidden[-1], config.num_heads)
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
@@ -84,25 +74,12 @@ class FinalMLPArch(nn.Module):
 class FieldGate(nn.Module):
     """x -> 2 sigmoid(G ReLU(.. x_context)) * x: one gate for each of the N columns (Eq. 4 and 5).
 
-    The context is the fields' own embeddings. (FuxiCTR looks its context up in tables of the gate's own.)
-
-    Args:
-        layout: gives the columns.
-        context: fields; none: a learned vector, zero at first.
-        hidden: widths of the gate's MLP.
-
-    Raises:
-        InputError: a field of the context is no field.
+    The context is the named fields' own embeddings, or without names a learned vector, zero at first. (FuxiCTR looks its
+    context up in tables of the gate's own.)
     """
 
     def __init__(self, layout: InputLayout, context: tuple[str, ...], hidden: tuple[int, ...]) -> None:
         super().__init__()
-        known = layout.keys(ALL)
-        for key in context:
-            if key not in known:
-                raise InputError(
-                    f"context = {list(context)}: {key!r} is not a field of the schema; take it out"
-                )
         self._columns = [layout.columns(key) for key in context]
         width = sum(width for _, width in self._columns) or layout.common_width()
         self.vector = None if context else nn.Parameter(torch.zeros(1, width))
@@ -118,12 +95,7 @@ class FieldGate(nn.Module):
 
 
 class BilinearFusion(nn.Module):
-    """w_1 h_1 + w_2 h_2 + b + sum_j h_1^j W_j h_2^j, h^j the j-th of J equal parts (Eq. 9 and 10).
-
-    Args:
-        first_dim, second_dim: d_1, d_2.
-        num_heads: J.
-    """
+    """w_1 h_1 + w_2 h_2 + b + sum_j h_1^j W_j h_2^j, h^j the j-th of J equal parts (Eq. 9 and 10)."""
 
     def __init__(self, first_dim: int, second_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -142,16 +114,18 @@ class BilinearFusion(nn.Module):
         return linear + (mapped * parts_2).sum((1, 2))
 
 
-def build_stream(config: StreamConfig, layout: InputLayout, name: str) -> nn.Sequential:
-    """Build gate and MLP of a stream: (B, N) -> (B, d).
+def build_stream(config: StreamConfig, layout: InputLayout, key: str) -> nn.Sequential:
+    """Build gate and MLP of a stream: (B, N) -> (B, d). `key` is that of its context in the config.
 
     Raises:
-        InputError: naming the stream and what is wrong with its context.
+        InputError: the context names a field that is none.
     """
+    unknown = set(config.context) - set(layout.keys(ALL))
+    if unknown:
+        raise InputError(
+            f"{key} = {list(config.context)}: {min(unknown)!r} is not a field of the schema; take it out"
+        )
     mlp = MLP(layout.width(), config.hidden, config)
     if not config.gate:
         return nn.Sequential(mlp)
-    try:
-        return nn.Sequential(FieldGate(layout, config.context, config.gate), mlp)
-    except InputError as error:
-        raise InputError(f"model.finalmlp.{name}.{error}") from None
+    return nn.Sequential(FieldGate(layout, config.context, config.gate), mlp)

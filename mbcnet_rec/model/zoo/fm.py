@@ -1,16 +1,13 @@
-"""Factorisation machine (Rendle, 2010).
-
-Shapes: B batch, N flattened width of all fields, F fields.
-"""
+"""Factorisation machine (Rendle, 2010). Shapes: B batch, N flattened width of all fields, F fields."""
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from mbcnet_rec.model.branches import FMConfig
-from mbcnet_rec.model.layers import ALL, WIDE, FieldVectors, InputLayout, bi_interaction
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
+from mbcnet_rec.model.layers import FieldVectors, bi_interaction
+from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.zoo.wide_deep import WideLogit
 
 

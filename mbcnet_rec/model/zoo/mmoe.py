@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data.schema.bounds import bounded
-from mbcnet_rec.model.layers import ALL, MLP, InputLayout, Regularisation
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.layers import MLP, Regularisation
+from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,7 @@ class MMoEConfig(Regularisation):
 
 
 class MMoEArch(nn.Module):
-    """logit = w tower(sum_e g_e(e) expert_e(e)) + b, g = softmax(G gate(e) + c) (MMoE; Ma et al., 2018, Eq. 5 to 7).
-
-    With one task, as the paper uses it.
-    """
+    """logit = w tower(sum_e g_e(e) expert_e(e)) + b, g = softmax(G gate(e) + c) (Ma et al., 2018, Eq. 5 to 7, with one task)."""
 
     def __init__(self, config: MMoEConfig, layout: InputLayout) -> None:
         super().__init__()

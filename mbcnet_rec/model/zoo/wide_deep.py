@@ -8,20 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mbcnet_rec.model.layers import ALL, MLP, WIDE, InputLayout
-from mbcnet_rec.model.mbcnet import ModelOutput
-from mbcnet_rec.model.zoo.baseline import logits_only
+from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
+from mbcnet_rec.model.layers import MLP
+from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 
 class WideLogit(nn.Module):
-    """sum_f w_f[x_f] + w x_dense + b: the linear model over ids and numbers.
-
-    The weights of ids live in the tables of `wide_tables`.
-
-    Args:
-        layout: with wide weights.
-    """
+    """sum_f w_f[x_f] + w x_dense + b: the linear model over ids and numbers. The weights of ids live in the tables of `wide_tables`."""
 
     def __init__(self, layout: InputLayout) -> None:
         super().__init__()
