@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import Schema, load_schema
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.model.input_layout import input_layout
-from mbcnet_rec.model.layers import ALL, WIDE
+from mbcnet_rec.model.input_layout import ALL, WIDE, input_layout
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNetConfig
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Table, Text
