@@ -19,11 +19,10 @@ from data.reading.storage import DataFile
 from data.schema import Schema, load_schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import build
-from mbcnet_rec.checkpoints.compatibility import load_checked
+from mbcnet_rec.checkpoints.compatibility import load_checked, warm_start
 from mbcnet_rec.checkpoints.run_folder import CHECKPOINTS, CONFIG, DONE, PLAN, storage_of
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, LocalStorage, latest_step
-from mbcnet_rec.checkpoints.warm_start import warm_start
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
 from mbcnet_rec.cpu.linear import bf16_in_hardware
 from mbcnet_rec.logs.metrics_log import METRICS, Records, write_whole

@@ -18,7 +18,7 @@ import torch
 from forked_ranks import report, run_ranks, training
 from small_data import write_small
 
-from mbcnet_rec.checkpoints.shards import Saved, step_folder
+from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.training.hooks import Hooks
 
@@ -42,7 +42,7 @@ def run(name, *settings, resume=False, hooks=lambda rank: Hooks(), **options):
 
 def tensors(name, step):
     """Logical blocks of a checkpoint as bytes."""
-    saved = Saved(step_folder(FOLDER / name / "checkpoints", step))
+    saved = Saved(FOLDER / name / f"checkpoints/step_{step}")
     return {f"{entry.name}{entry.offsets}": values.numpy().tobytes() for entry, values in saved.tensors()}
 
 

@@ -17,10 +17,9 @@ from small_data import write_small
 
 from data.errors import InputError
 from mbcnet_rec.checkpoints.compatibility import saved_run
-from mbcnet_rec.checkpoints.manifest import check_files, read_manifest
-from mbcnet_rec.checkpoints.run_folder import best_step
+from mbcnet_rec.checkpoints.manifest import read_checkpoint
 from mbcnet_rec.checkpoints.shards import Saved, load_shards, whole_shard
-from mbcnet_rec.checkpoints.storage import LocalStorage, open_storage
+from mbcnet_rec.checkpoints.storage import LocalStorage, best_step, open_storage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.cli import main
 from mbcnet_rec.runtime.process import Process
@@ -317,7 +316,7 @@ def test_a_prefix_behind_a_uri_brings_only_named_files(folder, tmp_path):
     with storage.write(5, "token", "manifest.json") as file:
         file.write((folder / "manifest.json").read_bytes())
     with pytest.raises(InputError, match="wanted a name such as"), storage.fetched(5) as fetched:
-        check_files(fetched, read_manifest(fetched))
+        read_checkpoint(fetched)
 
 
 def test_the_command_line_refuses_in_one_line(folder, tmp_path, capfd):

@@ -9,7 +9,7 @@ import pytest
 from small_data import write_small
 from tiny_run import train
 
-from mbcnet_rec.checkpoints.shards import Saved, step_folder
+from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.config import load_config
 from mbcnet_rec.cpu import linear
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
@@ -42,7 +42,7 @@ def lines_of(folder, split="train"):
 
 
 def tensors_of(folder, step):
-    saved = Saved(step_folder(folder / "checkpoints", step))
+    saved = Saved(folder / f"checkpoints/step_{step}")
     found = {entry.name: tensor for entry, tensor in saved.tensors()}
     return {name: (value.shape, value.numpy().tobytes()) for name, value in found.items()}
 

@@ -1,4 +1,4 @@
-"""Compares a checkpoint with a run before anything is loaded: tables added, removed or resized, another optimizer, another schema.
+"""Compares a checkpoint with a run before anything is loaded, and loads what fits: to resume, in part, or to start warm.
 
 What fits is compared by logical tensors, so world size and plan do not matter, with one exception: rowwise Adagrad keeps one
 number a row and column shard, so its state cannot move between cuts into columns.
@@ -8,32 +8,47 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import InputError
-from mbcnet_rec.checkpoints.shards import Saved, TensorShard, load_shards, shards_of
-from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_rows, zch_buckets, zch_table_of
+from data.schema.parse import parse_dataclass, read_toml
+from mbcnet_rec.checkpoints.run_folder import CONFIG, storage_of
+from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, shards_of
+from mbcnet_rec.checkpoints.storage import best_step
+from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zch_buckets, zch_table_of
 from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.training.built import Built
-from sharding.plan.placement import Plan
+from mbcnet_rec.training.config import TrainConfig
 from sharding.plan.plan_file import plan_text
 
 _TABLE = re.compile(r"embedding_bags\.([^/]+)\.weight")
+_FACTS = (
+    ("optimizer", "optimizer of the tables", ", its state starts fresh"),
+    ("data_type", "numbers of the tables", ""),
+    ("schema", "schema", ""),
+)
+FRESH = ", starts fresh"
 SHOWN = 8
 
 
 def describe_run(built: Built) -> dict[str, Any]:
     """The facts about its run that a checkpoint stores besides tensors, as JSON values."""
+    plan = built.plan
     return {
-        "schema": built.plan.schema,
-        "plan": hashlib.sha256(plan_text(built.plan).encode()).hexdigest()[:12],
+        "schema": plan.schema,
+        "plan": hashlib.sha256(plan_text(plan).encode()).hexdigest()[:12],
         "optimizer": built.optim.embedding.name,
-        "data_type": built.plan.data_type,
-        "column_shards": column_shards(built.plan),
-        "zch_buckets": zch_buckets(built.plan),
+        "data_type": plan.data_type,
+        "column_shards": {
+            name: len(table.ranks)
+            for name, table in plan.tables.items()
+            if table.sharding_type == "column_wise" and len(table.ranks) > 1
+        },
+        "zch_buckets": zch_buckets(plan),
         "seed": built.seed,
     }
 
@@ -45,19 +60,11 @@ def saved_run(saved: Saved) -> dict[str, Any]:
         InputError: they are missing or malformed.
     """
     run = saved.manifest.extra.get("run", {})
-    shards = run.get("column_shards", {}) if isinstance(run, dict) else None
-    if not isinstance(shards, dict) or any(type(count) is not int for count in shards.values()):
-        raise InputError(f"{saved.folder}: does not say which run wrote it; use another checkpoint")
+    for key in ("column_shards", "zch_buckets"):
+        counts = run.get(key, {}) if isinstance(run, dict) else None
+        if not isinstance(counts, dict) or any(type(count) is not int for count in counts.values()):
+            raise InputError(f"{saved.folder}: does not say which run wrote it; use another checkpoint")
     return run
-
-
-def column_shards(plan: Plan) -> dict[str, int]:
-    """Tables that are cut into columns, with the number of shards."""
-    return {
-        name: len(table.ranks)
-        for name, table in plan.tables.items()
-        if table.sharding_type == "column_wise" and len(table.ranks) > 1
-    }
 
 
 def init_states(built: Built) -> None:
@@ -85,134 +92,88 @@ class Differences:
     """How a checkpoint and a run differ.
 
     Attributes:
-        lines: one phrase for each difference in a table, the schema or the optimizer.
-        dense: kind of difference -> tensors of the dense part that have it.
-        fresh: names of logical tensors that keep their initial values in a partial load.
-        grown: names of those whose first rows are loaded, since the table has more rows now.
-        refusals: differences that even a partial load cannot handle, each with what to do.
+        other_ids: tables whose rows belong to other ids.
+        other_optimizer: whether the tables' optimizer is another one.
+        recut: tables whose optimizer state is of another cut into columns, with both numbers of shards.
+        phrases: every difference, each with what starts fresh where the rest is loaded.
+        fresh: logical tensors that cannot be loaded.
     """
 
-    lines: list[str] = field(default_factory=list)
-    dense: dict[str, list[str]] = field(default_factory=dict)
+    other_ids: set[str]
+    other_optimizer: bool
+    recut: list[str]
+    phrases: list[tuple[str, str]] = field(default_factory=list)
     fresh: set[str] = field(default_factory=set)
-    grown: set[str] = field(default_factory=set)
-    refusals: list[str] = field(default_factory=list)
-
-    def note(self, name: str, difference: str, kind: str) -> None:
-        """Record a difference: in full for a table, by its kind for a tensor of the dense part, which has hundreds."""
-        if _TABLE.search(name):
-            self.lines.append(f"{_what(name)}: {difference}")
-        else:
-            self.dense.setdefault(kind, []).append(f"{name.split('/', 1)[1]}: {difference}")
-
-    @property
-    def phrases(self) -> list[str]:
-        """All differences, one phrase each; those of the dense part by number, with the first one."""
-        return self.lines + [
-            f"dense part: {len(found)} tensors {kind} (such as {found[0]})"
-            for kind, found in self.dense.items()
-        ]
 
 
-def compare(saved: Saved, wanted: dict[str, tuple[int, ...]], run: dict[str, Any]) -> Differences:
-    """Compare a checkpoint with what a run wants.
-
-    Args:
-        saved: the checkpoint.
-        wanted: logical tensor -> shape, over all ranks.
-        run: describe_run of this run.
-    """
-    report = Differences()
-    old = saved_run(saved)
-    _compare_columns(report, old, run, wanted)
-    whats = {"optimizer": "optimizer of the tables", "data_type": "numbers of the tables", "schema": "schema"}
-    for key, what in whats.items():
+def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences:
+    """Compare a checkpoint with a run that wants these logical tensors, of all ranks."""
+    old, run = saved_run(saved), describe_run(built)
+    other_ids = tables_of_other_ids(saved.shapes, wanted, old.get("zch_buckets", {}), run["zch_buckets"])
+    found = Differences(other_ids, old.get("optimizer") != run["optimizer"], _recut(old, run, wanted))
+    for key, what, outcome in _FACTS:
         if old.get(key) != run[key]:
-            report.lines.append(f"{what}: {str(old.get(key))[:80]} -> {run[key]}")
-    other_optimizer = old.get("optimizer") != run["optimizer"]
-    parameters = {name for name in wanted if name.startswith("model/")}
-    saved_parameters = {name for name in saved.shapes if name.startswith("model/")}
-    _compare_ids(report, saved, wanted, tables_of_other_rows(old, run, saved_parameters, parameters))
-    for name in sorted(saved_parameters - parameters - report.fresh):
-        report.note(name, "removed", "removed")
-    for name in sorted(parameters - report.fresh):
-        before, now = saved.shapes.get(name), wanted[name]
-        if before == now:
-            continue
-        if before is None:
-            report.note(name, "added", "added")
-        elif _TABLE.search(name) and before[1:] == now[1:] and before[0] < now[0]:
-            report.lines.append(f"{_what(name)}: {before[0]:,} -> {now[0]:,} rows")
-            report.grown.add(name)
-            continue
-        else:
-            report.note(name, f"shape {_shape(before)} -> {_shape(now)}", "of another shape")
-        report.fresh.add(name)
-    for name in sorted(set(wanted) - parameters):
-        parameter = "model/" + name.split("/")[1]
-        before, now = saved.shapes.get(name), wanted[name]
-        if parameter in report.fresh or (other_optimizer and _TABLE.search(name)):
-            report.fresh.add(name)
-        elif before == now:
-            continue
-        elif parameter in report.grown and before is not None and before[1:] == now[1:]:
-            report.grown.add(name)
-        else:
-            report.note(
-                name, f"optimizer state {_shape(before)} -> {_shape(now)}", "of another optimizer state"
-            )
-            report.fresh.add(name)
-    return report
-
-
-def _compare_ids(
-    report: Differences, saved: Saved, wanted: dict[str, tuple[int, ...]], other_rows: set[str]
-) -> None:
-    """A table of encoding zch whose rows belong to other ids than in the checkpoint starts fresh as a whole."""
-    names = {name for name in (*wanted, *saved.shapes) if name.startswith("model/")}
-    resized = {zch_table_of(name) for name in names if wanted.get(name) != saved.shapes.get(name)} - {""}
-    for table in sorted(other_rows | resized):
-        report.lines.append(
-            f"table {table}: its rows are of other ids (encoding zch, num_embeddings or zch_buckets)"
+            found.phrases.append((f"{what}: {str(old.get(key))[:80]} -> {run[key]}", outcome))
+    for table in sorted(other_ids):
+        found.phrases.append(
+            (f"table {table}: its rows are of other ids (encoding zch, num_embeddings or zch_buckets)", FRESH)
         )
-    for name in names:
-        if (zch_table_of(name) or table_of(name)) in other_rows | resized:
-            report.fresh.add(name)
-
-
-def _compare_columns(
-    report: Differences, old: dict[str, Any], run: dict[str, Any], wanted: dict[str, tuple[int, ...]]
-) -> None:
-    if run["optimizer"] != "rowwise_adagrad" or old.get("optimizer") != "rowwise_adagrad":
-        return
-    before, now = old.get("column_shards", {}), run["column_shards"]
-    for table in sorted(set(before) | set(now)):
-        if before.get(table, 1) == now.get(table, 1):
+    dense: dict[tuple[bool, ...], list[str]] = {}  # hundreds of tensors: told by kind of difference
+    grown: set[str] = set()
+    parameters = {name for name in saved.shapes if name.startswith("model/")}
+    # sorted: a parameter, "model/...", comes before its optimizer state, "optim/..."
+    for name in sorted(parameters | wanted.keys()):
+        before, now = saved.shapes.get(name), wanted.get(name)
+        table, is_state, parameter = table_of(name), name.startswith("optim/"), "model/" + name.split("/")[1]
+        longer = bool(table and before and now and before[1:] == now[1:] and before[0] < now[0])
+        without_state = is_state and bool(table) and found.other_optimizer
+        if without_state or table in other_ids or parameter in found.fresh:
+            found.fresh.add(name)
+        elif before == now or (longer and parameter in grown):
             continue
-        if any(table_of(name) == table for name in wanted):
-            report.refusals.append(
-                f"table {table}: {before.get(table, 1)} -> {now.get(table, 1)} column shards: rowwise Adagrad keeps one number "
-                "a row and shard, which cannot be cut or joined; keep the table's columns as they were in the plan, use a "
-                "plan without column_wise from the start, or train with optim.embedding.name = 'adagrad'"
-            )
+        elif longer and not is_state:
+            grown.add(name)
+            found.phrases.append((f"table {table}: {_change(before, now)}", ", its new rows start fresh"))
+        else:
+            if now is not None:
+                found.fresh.add(name)
+            what = f"{'optimizer state ' if is_state else ''}{_change(before, now)}"
+            if table:
+                found.phrases.append((f"table {table}: {what}", FRESH if now is not None else ""))
+            else:
+                kind = (is_state, before is None, now is None)
+                dense.setdefault(kind, []).append(f"{name.split('/', 1)[1]}: {what}")
+    for (_, _, is_gone), each in dense.items():
+        found.phrases.append((f"dense part: {len(each)} tensors such as {each[0]}", "" if is_gone else FRESH))
+    return found
+
+
+def _recut(old: dict[str, Any], run: dict[str, Any], wanted: Iterable[str]) -> list[str]:
+    if {old.get("optimizer"), run["optimizer"]} != {"rowwise_adagrad"}:
+        return []
+    before, now = old.get("column_shards", {}), run["column_shards"]
+    tables = {table_of(name) for name in wanted} & {*before, *now}
+    cuts = [(table, before.get(table, 1), now.get(table, 1)) for table in sorted(tables)]
+    return [f"table {table}: {theirs} -> {own}" for table, theirs, own in cuts if theirs != own]
+
+
+def _change(before: Shape | None, now: Shape | None) -> str:
+    if before is None or now is None:
+        return "added" if before is None else "removed"
+    return f"shape {_text(before)} -> {_text(now)}"
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(f"{size}" for size in shape) or "scalar"
 
 
 def table_of(name: str) -> str:
-    """The table that a logical tensor belongs to; empty for all others."""
+    """The table that a logical tensor belongs to; empty for those of the dense part."""
     found = _TABLE.search(name)
-    return found[1] if found else ""
+    return found[1] if found else zch_table_of(name)
 
 
-def _what(name: str) -> str:
-    table = table_of(name)
-    return f"table {table}" if table else f"tensor {name.split('/', 1)[1]}"
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else "x".join(f"{size}" for size in shape) or "scalar"
-
-
-def all_shapes(shards: Iterable[TensorShard], process: Process) -> dict[str, tuple[int, ...]]:
+def all_shapes(shards: Iterable[TensorShard], process: Process) -> dict[str, Shape]:
     """Logical tensor -> shape over all ranks; a collective."""
     own = {shard.name: shard.global_shape for shard in shards}
     if process.world_size == 1:
@@ -233,37 +194,85 @@ def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial:
     """
     init_states(built)
     shards = shards_of(built.model, built.optimizer)
-    report = compare(saved, all_shapes(shards, process), describe_run(built))
-    if report.refusals:
-        raise InputError(f"{saved.folder}: {report.refusals[0]}")
-    phrases = report.phrases
+    report = compare(saved, all_shapes(shards, process), built)
+    if report.recut:
+        raise InputError(
+            f"{saved.folder}: {report.recut[0]} column shards: rowwise Adagrad keeps one number a row and shard, "
+            "which cannot be cut or joined; keep the table's columns as they were in the plan, use a plan without column_wise "
+            "from the start, or train with optim.embedding.name = 'adagrad'"
+        )
+    phrases = [what for what, _ in report.phrases]
     if phrases and not allow_partial:
         more = f"; and {len(phrases) - SHOWN} more" if len(phrases) > SHOWN else ""
         raise InputError(
             f"{saved.folder}: belongs to another model: {'; '.join(phrases[:SHOWN])}{more}; use that run's config and "
             "schema, or load what fits with --allow-partial"
         )
-    special = report.fresh | report.grown
+    _load(saved, built, process, [shard for shard in shards if shard.name not in report.fresh])
+    return [f"partial load: {what}{outcome}" for what, outcome in report.phrases]
+
+
+def warm_start(train: TrainConfig, built: Built, process: Process) -> str:
+    """Copy tables and their optimizer state from the best checkpoint of `train.warm_start`; every rank calls it.
+
+    A table may have more rows here: the first ones are copied, so its ids must mean the same there (hashes of another size and
+    vocabularies in another order do not). Without `train.warm_start_tables` every table that both runs have is taken.
+
+    Returns:
+        One line on what was taken.
+
+    Raises:
+        InputError: no such run or table, or a table is wider or longer there.
+    """
+    other, where = Path(train.warm_start), f"train.warm_start = {train.warm_start!r}"
+    path = other / CONFIG
+    if not path.is_file():
+        raise InputError(f"{where}: no run folder (it has no {CONFIG}); name what `mbcnet train` wrote")
+    theirs = parse_dataclass(TrainConfig, read_toml(path).get("train", {}), str(path), "train")
+    storage = storage_of(theirs, other)
+    step = best_step(storage)
+    if step is None:
+        raise InputError(f"{where}: holds no whole checkpoint; train it first")
+    init_states(built)
+    with storage.fetched(step) as folder:
+        saved = Saved(folder)
+        shards = shards_of(built.model, built.optimizer)
+        wanted = all_shapes(shards, process)
+        tables = _chosen_tables(train, saved, wanted)
+        report = compare(saved, wanted, built)
+        same_state = not report.other_optimizer and not report.recut
+        taken = {
+            name for name in wanted if table_of(name) in tables and (same_state or name.startswith("model/"))
+        }
+        for table in sorted(tables & report.other_ids):
+            raise InputError(
+                f"{where}: table {table}: encoding zch, num_embeddings or zch_buckets differ, so its rows are of other ids; "
+                "make them equal in the schema, or leave the table out of train.warm_start_tables"
+            )
+        for name in sorted(taken & report.fresh):
+            raise InputError(
+                f"train.warm_start: table {table_of(name)} has shape {saved.shapes.get(name)} there and {wanted[name]} here; wanted "
+                "equal columns and at least as many rows here: change the schema, or leave the table out of "
+                "train.warm_start_tables"
+            )
+        _load(saved, built, process, [shard for shard in shards if shard.name in taken])
+    note = "with" if same_state else "without"
+    return f"warm start from step {step} of {other}: {note} optimizer state: {', '.join(sorted(tables))}"
+
+
+def _chosen_tables(train: TrainConfig, saved: Saved, wanted: Iterable[str]) -> set[str]:
+    own, theirs = ({table_of(name) for name in names} - {""} for names in (wanted, saved.shapes))
+    for name in train.warm_start_tables:
+        for where, known in (("this run", own), (train.warm_start, theirs)):
+            if name not in known:
+                raise InputError(
+                    f"train.warm_start_tables: {name!r} is not a table of {where}; wanted some of: {', '.join(sorted(own & theirs))}"
+                )
+    return set(train.warm_start_tables) or own & theirs
+
+
+def _load(saved: Saved, built: Built, process: Process, shards: Iterable[TensorShard]) -> None:
     with agreed(process):
-        load_shards(
-            saved, [shard for shard in shards if shard.name not in special], process.rank, process.world_size
-        )
         for shard in shards:
-            if shard.name in report.grown:
-                saved.fill_rows(shard)
+            saved.copy_into(shard, process.rank, process.world_size)
         check_rows(saved, built.model)
-    return [f"partial load: {phrase}" for phrase in phrases + _outcome(report)] if phrases else []
-
-
-def _outcome(report: Differences) -> list[str]:
-    """What a partial load left at its initial values, one line for each."""
-    tables = {name: _what(name) for name in report.fresh | report.grown if _TABLE.search(name)}
-    fresh = {tables[name] for name in report.fresh & tables.keys() if name.startswith("model/")}
-    states = {tables[name] for name in report.fresh & tables.keys()} - fresh
-    rows = {tables[name] for name in report.grown}
-    lines = [f"{what} starts fresh" for what in sorted(fresh)]
-    lines += [f"{what} is loaded, its optimizer state starts fresh" for what in sorted(states)]
-    lines += [f"{what} is loaded, its new rows start fresh" for what in sorted(rows)]
-    others = [name for name in report.fresh - tables.keys() if not zch_table_of(name)]
-    dense = sum(name.startswith("model/") for name in others)
-    return lines + ([f"{dense} tensors of the dense part start fresh"] if dense else [])

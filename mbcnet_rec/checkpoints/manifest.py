@@ -8,9 +8,8 @@ Everything read here is untrusted input: it is parsed as JSON, checked in full, 
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.errors import InputError
 
@@ -23,8 +22,7 @@ _FILE = re.compile(r"(rank_\d{5})(\.[0-9a-f-]{1,64})?\.safetensors")
 LONGEST_NAME = 1000
 
 
-@dataclass(frozen=True)
-class ShardEntry:
+class ShardEntry(NamedTuple):
     """A shard of a logical tensor: the tensor's name, where the shard begins in it, and the tensor's shape."""
 
     name: str
@@ -32,8 +30,7 @@ class ShardEntry:
     global_shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class RankFile:
+class RankFile(NamedTuple):
     """The file of a rank; shard i describes its tensor named str(i)."""
 
     name: str
@@ -41,18 +38,11 @@ class RankFile:
     shards: tuple[ShardEntry, ...]
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """A whole checkpoint.
-
-    Attributes:
-        world_size: of the run that wrote it.
-        extra: JSON values of the trainer.
-        files: one for each rank.
-    """
+class Manifest(NamedTuple):
+    """A whole checkpoint, written by `world_size` ranks with a file each."""
 
     world_size: int
-    extra: dict[str, Any]
+    extra: dict[str, Any]  # JSON values of the trainer
     files: tuple[RankFile, ...]
 
 
@@ -64,12 +54,30 @@ def manifest_bytes(world_size: int, extra: dict[str, Any], files: list[dict[str,
 
 def file_record(file: str, sha256: str, entries: list[ShardEntry]) -> dict[str, Any]:
     """One file of a manifest as JSON values."""
-    listing = [[entry.name, list(entry.offsets), list(entry.global_shape)] for entry in entries]
-    return {"file": file, "sha256": sha256, "pieces": listing}
+    return {"file": file, "sha256": sha256, "pieces": entries}
+
+
+def read_checkpoint(folder: Path, *, hashed: bool = True) -> Manifest:
+    """Read a checkpoint's manifest and check that every file is there and, with `hashed`, that it has its SHA-256.
+
+    Raises:
+        InputError: as `read_manifest` does; or a file is missing, a symbolic link, or changed.
+    """
+    manifest = read_manifest(folder)
+    for file in manifest.files:
+        path = folder / file.name
+        _refuse_link(path)
+        if not path.is_file():
+            raise InputError(f"{path}: missing; the checkpoint is not whole: use another checkpoint")
+        if hashed and _sha256_of(path) != file.sha256:
+            raise InputError(
+                f"{path}: changed since it was written (SHA-256 differs); use another checkpoint"
+            )
+    return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest.
+    """Read and check a manifest alone.
 
     Raises:
         InputError: the folder holds no checkpoint, or its manifest is damaged, of another format, or not to be trusted.
@@ -132,29 +140,11 @@ def _shard(values: list[Any]) -> ShardEntry:
     return ShardEntry(name, tuple(offsets), tuple(shape))
 
 
-def check_files(folder: Path, manifest: Manifest, *, hashed: bool = True) -> None:
-    """Check that every file is there and, with `hashed`, that it has its SHA-256.
-
-    Raises:
-        InputError: a file is missing, a symbolic link, or changed.
-    """
-    for file in manifest.files:
-        path = folder / file.name
-        _refuse_link(path)
-        if not path.is_file():
-            raise InputError(f"{path}: missing; the checkpoint is not whole: use another checkpoint")
-        if hashed and sha256_of(path) != file.sha256:
-            raise InputError(
-                f"{path}: changed since it was written (SHA-256 differs); use another checkpoint"
-            )
-
-
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise InputError(f"{path}: is a symbolic link; a checkpoint has none: use another checkpoint")
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hex digits."""
+def _sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

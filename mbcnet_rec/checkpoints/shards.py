@@ -18,9 +18,11 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from data.errors import InputError
-from mbcnet_rec.checkpoints.manifest import Manifest, ShardEntry, check_files, read_manifest
+from mbcnet_rec.checkpoints.manifest import ShardEntry, read_checkpoint
 from mbcnet_rec.checkpoints.tensor_file import open_tensors
 from sharding.bridge.blocks import is_copy, local_blocks, wrapped_optimizer
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class TensorShard:
     name: str
     tensor: Tensor
     offsets: tuple[int, ...]
-    global_shape: tuple[int, ...]
+    global_shape: Shape
     replicated: bool
     per_rank: bool = False
 
@@ -125,7 +127,7 @@ class StoredShard(NamedTuple):
     """A shard in a file: what the manifest says of it, its shape, and how to map it into memory."""
 
     entry: ShardEntry
-    shape: tuple[int, ...]
+    shape: Shape
     read: Callable[[], Tensor]
 
 
@@ -144,9 +146,8 @@ class Saved:
             InputError: the folder is not a complete checkpoint, or its manifest contradicts its files.
         """
         self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
-        check_files(folder, self.manifest, hashed=hashed)
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.manifest = read_checkpoint(folder, hashed=hashed)
+        self.shapes: dict[str, Shape] = {}
         self._stored: dict[str, list[StoredShard]] = {}
         for rank_file in self.manifest.files:
             path = folder / rank_file.name
@@ -191,7 +192,7 @@ class Saved:
         return target
 
     def copy_into(self, shard: TensorShard, rank: int, world_size: int) -> None:
-        """Fill a live shard.
+        """Fill a live shard, or those of its rows that a table has which was saved with fewer.
 
         Raises:
             InputError: the checkpoint covers it only in part.
@@ -208,13 +209,10 @@ class Saved:
                 total += part
             shard.tensor.copy_(total / self.manifest.world_size)
 
-    def fill_rows(self, shard: TensorShard) -> None:
-        """Fill those rows of a shard that a smaller saved table has; see compatibility.py."""
-        self._fill(shard.name, shard.tensor, shard.offsets, rows=self.shapes[shard.name][0])
-
-    def _fill(self, name: str, target: Tensor, offsets: tuple[int, ...], rows: int | None = None) -> None:
+    def _fill(self, name: str, target: Tensor, offsets: tuple[int, ...]) -> None:
         wanted = target.numel()
-        if rows is not None:
+        if offsets:
+            rows = self.shapes[plain_name(name)][0]
             wanted = max(0, min(rows - offsets[0], target.shape[0])) * math.prod(target.shape[1:])
         covered = sum(_copy(shard, target, offsets) for shard in self._stored.get(name, []))
         if covered != wanted:
@@ -247,13 +245,7 @@ def _copy(stored: StoredShard, target: Tensor, offsets: tuple[int, ...]) -> int:
 
 
 def load_shards(saved: Saved, shards: Iterable[TensorShard], rank: int, world_size: int) -> None:
-    """Copy a checkpoint into live tensors, whatever world size and plan wrote it.
-
-    Args:
-        saved: opened.
-        shards: of this rank.
-        rank: of this process.
-        world_size: number of processes.
+    """Copy a checkpoint into live tensors of the same shapes, whatever world size and plan wrote it.
 
     Raises:
         InputError: a tensor is missing, has another shape, or is covered only in part.
@@ -266,8 +258,3 @@ def load_shards(saved: Saved, shards: Iterable[TensorShard], rank: int, world_si
                 "config and schema"
             )
         saved.copy_into(shard, rank, world_size)
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies on a disk."""
-    return checkpoints / f"step_{step}"

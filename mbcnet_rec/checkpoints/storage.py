@@ -5,6 +5,7 @@ files of each try have names of their own, and the manifest, which is one object
 A draft is a checkpoint that is being written; its token, equal on all ranks, tells it from other tries of its step.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -19,10 +20,11 @@ import pyarrow.fs as pafs
 
 from data.errors import InputError
 from data.reading.storage import file_system, retried
-from mbcnet_rec.checkpoints.manifest import MANIFEST, check_files, file_name, read_manifest
+from mbcnet_rec.checkpoints.manifest import MANIFEST, file_name, read_checkpoint, read_manifest
 from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 
+BEST = "best.json"
 PARTIAL = ".partial"
 OLD = ".old"  # marks a checkpoint that is being replaced by another one of its step
 READ_ATTEMPTS = 3
@@ -255,15 +257,27 @@ def open_storage(location: str | Path) -> CheckpointStorage:
 
 def latest_step(storage: CheckpointStorage) -> int | None:
     """The newest step whose checkpoint verifies; None if there is none. Warns of newer ones that do not."""
-    for step in reversed(storage.steps()):
-        try:
-            with storage.fetched(step) as folder:
-                check_files(folder, read_manifest(folder))
-        except InputError as error:
-            warnings.warn(f"{error} (passed over)", DamagedCheckpointWarning, stacklevel=2)
-            continue
-        return step
-    return None
+    return next((step for step in reversed(storage.steps()) if _verifies(storage, step)), None)
+
+
+def best_step(storage: CheckpointStorage) -> int | None:
+    """The step of a run's best checkpoint, else of its latest whole one; None if it has none."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # no such note, or a damaged one
+        step = int(json.loads(storage.read_note(BEST))["step"])
+        if step in storage.steps() and _verifies(storage, step):
+            return step
+    return latest_step(storage)
+
+
+def _verifies(storage: CheckpointStorage, step: int) -> bool:
+    """Whether a checkpoint is whole; a warning says why not."""
+    try:
+        with storage.fetched(step) as folder:
+            read_checkpoint(folder)
+    except InputError as error:
+        warnings.warn(f"{error} (passed over)", DamagedCheckpointWarning, stacklevel=3)
+        return False
+    return True
 
 
 def _numbers(names: Iterable[str]) -> list[int]:

@@ -7,8 +7,9 @@ need a second copy of the state, and the SHA-256 a second pass over the file.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,15 +32,7 @@ CHUNK_BYTES = 8 << 20
 ALIGNMENT = 8
 
 
-class Sink(Protocol):
-    """Where bytes go."""
-
-    def write(self, data: Any, /) -> Any:
-        """Take them."""
-        ...
-
-
-def write_tensors(tensors: dict[str, Tensor], sink: Sink) -> str:
+def write_tensors(tensors: dict[str, Tensor], sink: BinaryIO | pa.NativeFile) -> str:
     """Write tensors that live in CPU memory; return the SHA-256 of what was written."""
     header, start = {}, 0
     for name, tensor in tensors.items():

@@ -13,12 +13,11 @@ from typing import Any
 
 from mbcnet_rec.checkpoints.manifest import file_record, manifest_bytes
 from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot
-from mbcnet_rec.checkpoints.storage import CheckpointStorage
+from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage
 from mbcnet_rec.checkpoints.tensor_file import write_tensors
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.process import Process, broadcast_value, lowest_rank, side_store
 
-BEST = "best.json"
 POLL_SECONDS = 0.02
 
 

@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from data.errors import InputError
-from mbcnet_rec.checkpoints.shards import Saved, TensorShard, whole_shard
+from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, whole_shard
 from mbcnet_rec.runtime.process import Process
 from sharding.bridge.zch import BucketedCollisions, collisions_of
 from sharding.plan.placement import Plan
@@ -28,21 +27,23 @@ def zch_table_of(name: str) -> str:
     return found[1] if found else ""
 
 
-def tables_of_other_rows(
-    old: Mapping[str, Any], run: Mapping[str, Any], saved: Iterable[str], wanted: Iterable[str]
+def tables_of_other_ids(
+    saved: Mapping[str, Shape],
+    wanted: Mapping[str, Shape],
+    buckets: Mapping[str, int],
+    now: Mapping[str, int],
 ) -> set[str]:
     """Tables whose rows belong to other ids in the checkpoint than in this run: their values must not be loaded.
 
     Args:
-        old: the facts that the checkpoint stores about its run.
-        run: describe_run of this one.
-        saved: names of the checkpoint's logical tensors.
-        wanted: names of this run's.
+        saved: logical tensor -> shape in the checkpoint.
+        wanted: likewise in this run.
+        buckets: `zch_buckets` of the run that wrote the checkpoint.
+        now: likewise of this run.
     """
-    before, now = old.get("zch_buckets", {}), run.get("zch_buckets", {})
-    before = before if isinstance(before, dict) else {}
-    tables = {zch_table_of(name) for name in (*saved, *wanted)} - {""}
-    return {table for table in tables if before.get(table) != now.get(table)}
+    names = [name for name in {**saved, **wanted} if zch_table_of(name)]
+    resized = {zch_table_of(name) for name in names if saved.get(name) != wanted.get(name)}
+    return resized | {table for table in map(zch_table_of, names) if buckets.get(table) != now.get(table)}
 
 
 def history_shards(modules: Iterable[BucketedCollisions]) -> list[TensorShard]:

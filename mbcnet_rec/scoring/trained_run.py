@@ -12,8 +12,9 @@ from data.errors import InputError
 from data.schema import Schema
 from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.manifest import MANIFEST
-from mbcnet_rec.checkpoints.run_folder import CONFIG, best_step, storage_of
+from mbcnet_rec.checkpoints.run_folder import CONFIG, storage_of
 from mbcnet_rec.checkpoints.shards import Saved, load_shards, shards_of, whole_shard
+from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelConfig
