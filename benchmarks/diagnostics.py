@@ -37,7 +37,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (objective, "distance_from_identity"),
     (loop, "gradient_shares"),
     (loop, "average_terms"),
-    (loop, "own_rows"),
+    (loop, "real_rows"),
     (loop, "evaluate_predictions"),
     (loop, "diagnostics"),
 )

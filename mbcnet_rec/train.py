@@ -15,7 +15,6 @@ from typing import Any
 
 from data.errors import InputError
 from data.reading.files import resolve_files
-from data.reading.storage import DataFile
 from data.schema import Schema, load_schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import build
@@ -25,10 +24,9 @@ from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, LocalStorage, latest_step
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
 from mbcnet_rec.cpu.linear import bf16_in_hardware
-from mbcnet_rec.logs.metrics_log import METRICS, Records, write_whole
+from mbcnet_rec.logs.metrics_log import METRICS, Records, write_whole, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
-from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_process, refuse_together
 from mbcnet_rec.runtime.watchdog import STACKS, Watchdog
@@ -38,7 +36,7 @@ from mbcnet_rec.training.evaluation import EvaluationStoppedError
 from mbcnet_rec.training.faults import FAULTS
 from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.trainer import RunContext, Trainer, Watch
-from sharding.plan.plan_file import write_plan
+from sharding.plan.plan_file import plan_text
 
 Teach = Callable[[Process, ParquetStream], ParquetStream]
 Report = Callable[[Path], object]
@@ -114,7 +112,9 @@ def run_training(
         trainer.train()
         metrics = _test(config, trainer, streams.get("test"), process)
         if process.is_first:
-            _write(config.run_folder / DONE, json.dumps({"step": trainer.state.step, **metrics}) + "\n")
+            with written(config.run_folder):
+                done = json.dumps({"step": trainer.state.step, **metrics}) + "\n"
+                write_whole(config.run_folder / DONE, done)
             has_report = _reported(config.run_folder, report)
             tell(closing_lines(config, schema, trainer, metrics, has_report))
     return 0
@@ -172,19 +172,13 @@ def open_streams(
         "valid": config.eval_options(config.valid_where),
         "test": config.eval_options(config.test_where),
     }
-    streams = {}
+    streams: dict[str, Callable[[], ParquetStream]] = {}
+    ranks = process.rank, process.world_size
     for split, paths in (("train", config.train), ("valid", config.valid), ("test", config.test)):
         if paths:
-            files = resolve_files(paths)
-            streams[split] = _opener(files, schema, options[split], process)
+            streams[split] = partial(ParquetStream, resolve_files(paths), schema, options[split], *ranks)
             streams[split]()  # reads footers only: faults show before anything is built
     return streams
-
-
-def _opener(
-    files: list[DataFile], schema: Schema, options: Any, process: Process
-) -> Callable[[], ParquetStream]:
-    return lambda: ParquetStream(files, schema, options, process.rank, process.world_size)
 
 
 def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
@@ -234,37 +228,18 @@ def _place_problem(context: RunContext, resume: bool, overwrite: bool) -> str:
 
 
 def _open_folder(config: RunConfig, built: Built, *, fresh: bool) -> None:
-    """Write what fixes the run: config, schema and plan. What a dead start has left is removed."""
+    """Write the config and the plan of a run, and remove what a start that died, or an earlier end, has left."""
     folder = config.run_folder
-    try:
+    with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if fresh:
             for name in (CHECKPOINTS, "tb", FAULTS):
                 shutil.rmtree(folder / name, ignore_errors=True)
         (folder / DONE).unlink(missing_ok=True)
-    except OSError as error:
-        raise CannotWriteError(
-            f"rank 0: {folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
-    _write(folder / CONFIG, config_text(config))
-    if fresh:
-        _write(folder / METRICS, "")
-    write_plan(built.plan, folder / PLAN)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write one of the run's own files, whole or not at all.
-
-    Raises:
-        CannotWriteError: naming the file and the reason.
-    """
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise CannotWriteError(
-            f"rank 0: {path}: cannot be written ({error.strerror}); what was written before is intact: free space, then go on "
-            "with --resume"
-        ) from None
+        write_whole(folder / CONFIG, config_text(config))
+        if fresh:
+            write_whole(folder / METRICS, "")
+        write_whole(folder / PLAN, plan_text(built.plan))
 
 
 def _test(

@@ -16,7 +16,7 @@ from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage
 from mbcnet_rec.checkpoints.tensor_file import write_tensors
 from mbcnet_rec.runtime.exits import CannotWriteError
-from mbcnet_rec.runtime.process import Process, broadcast_value, lowest_rank, side_store
+from mbcnet_rec.runtime.process import Process, broadcast_value, side_store, vote
 
 POLL_SECONDS = 0.02
 
@@ -109,7 +109,7 @@ class Saver:
                     "of waiting for it; its storage is stuck or too slow: repair it or raise train.timeout_seconds, then go on with --resume"
                 )
             self._thread = None
-        guilty = lowest_rank(self.failed, self._process)
+        (guilty,) = vote([self.failed])
         if guilty is None:
             return
         self.cancel()

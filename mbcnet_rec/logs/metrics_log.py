@@ -4,7 +4,8 @@ import json
 import math
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +28,27 @@ TIMING_KEYS = (
 
 
 class Records:
-    """Appends one JSON object a line to metrics.jsonl, and hands the same numbers to TensorBoard and to a tracking server.
+    """The log of a run, on rank 0.
 
     Args:
         folder: the run folder.
         first_step: lines of later steps are dropped: they belong to steps that a resumed run repeats.
         sink: an MLflow server; None without one.
+
+    Raises:
+        CannotWriteError: metrics.jsonl cannot be written, when the log is opened and by every method.
     """
 
     def __init__(self, folder: Path, first_step: int, sink: MlflowSink | None = None) -> None:
-        """Open the files.
-
-        Raises:
-            CannotWriteError: the folder cannot be written.
-        """
         self._path = path = folder / METRICS
         self._curves: SummaryWriter | None = None
         self._sink = sink
-        try:
+        with written(path):
             text = path.read_text(errors="replace") if path.exists() else ""
             kept = "".join(line + "\n" for line in keep_until(text.splitlines(), first_step))
             if kept != text:
                 write_whole(path, kept)
-            self._file = path.open("a")
-        except OSError as error:
-            raise self._cannot_write(error) from None
+            self._file = path.open("ab", buffering=0)
         try:
             self._curves = SummaryWriter(
                 str(folder / "tb"),
@@ -63,19 +60,17 @@ class Records:
             self._without_curves(error)
 
     def add(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Write one line: step, split, and every value; NaN becomes null, which JSON has.
-
-        Raises:
-            CannotWriteError: the disk takes no more; the file ends with the last whole line.
-        """
+        """Write one line: step, split, and every value; NaN becomes null, which JSON has. A line is written whole or not at all."""
         clean = {key: finite_or_none(value) for key, value in values.items()}
+        line = (json.dumps({"step": step, "split": split, **clean}) + "\n").encode()
         end = os.fstat(self._file.fileno()).st_size
-        try:
-            self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self._drop_behind(end)
-            raise self._cannot_write(error) from None
+        with written(self._path):
+            try:
+                while line:  # a full disk takes a part of it first
+                    line = line[self._file.write(line) :]
+            except OSError:
+                os.truncate(self._path, end)
+                raise
         if self._sink is not None:
             self._sink.add(step, split, clean)
         try:
@@ -86,20 +81,13 @@ class Records:
             self._without_curves(error)
 
     def sync(self) -> None:
-        """Make the lines so far durable, before a checkpoint of their step is written.
-
-        Raises:
-            CannotWriteError: the disk does not take them.
-        """
-        try:
+        """Make the lines so far durable, before a checkpoint of their step is written."""
+        with written(self._path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._cannot_write(error) from None
 
     def close(self) -> None:
-        """Flush and close everything; an exception in flight becomes the status on the MLflow server."""
-        with suppress(OSError):
-            self._file.close()
+        """Close everything; an exception in flight becomes the status on the MLflow server."""
+        self._file.close()
         with suppress(OSError):
             if self._curves is not None:
                 self._curves.close()
@@ -114,18 +102,21 @@ class Records:
         )
         self._curves = None
 
-    def _drop_behind(self, end: int) -> None:
-        """Cut off a line that was written in part, and forget what is still in memory of it."""
-        os.truncate(self._path, end)
-        with suppress(OSError):
-            self._file.close()
-        os.truncate(self._path, end)
 
-    def _cannot_write(self, error: OSError) -> CannotWriteError:
-        return CannotWriteError(
-            f"rank 0: {self._path}: cannot be written ({error.strerror}); the last checkpoint is intact: free space, then go on "
-            "with --resume"
-        )
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Around writing what a run cannot do without.
+
+    Raises:
+        CannotWriteError: naming the file, or `path` where the system names none, and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CannotWriteError(
+            f"rank 0: {error.filename or path}: cannot be written ({error.strerror}); what was written before is intact: free space, "
+            "or choose another folder, then go on with --resume"
+        ) from None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -147,7 +138,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def keep_until(lines: list[str], step: int) -> list[str]:
-    """Keep the lines of steps up to `step`; a line cut off by a crash is dropped, and so are test lines, which a run ends with."""
+    """The lines of steps up to `step`, but for one cut off by a crash and those of the test split, with which a run ends."""
     kept = []
     for line in lines:
         try:

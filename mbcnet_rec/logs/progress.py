@@ -1,7 +1,4 @@
-"""Draws the progress bar of rank 0: rate, loss, AUC and time left on one line of the terminal.
-
-Output that cannot be written, to a closed terminal or a full disk, is dropped: training goes on.
-"""
+"""Draws the progress bar of rank 0 and prints lines. Output that a closed terminal or full disk does not take is dropped."""
 
 import sys
 from contextlib import suppress
@@ -38,35 +35,23 @@ class _Tolerant:
 
 
 class Progress:
-    """A bar over steps that counts samples; where the output is not a terminal, a line now and then.
+    """A bar over steps with rate, loss, AUC and time left; where stderr is not a terminal, a line now and then.
 
     Args:
         total_steps: at which training ends at the latest.
         start_step: where it begins.
         batch_size: samples of a step.
         shown: False for all ranks but the first.
-        interactive: redraw the same line; None: if stderr is a terminal.
     """
 
-    def __init__(
-        self, total_steps: int, start_step: int, batch_size: int, shown: bool, interactive: bool | None = None
-    ) -> None:
-        stream: Any = _Tolerant(sys.stderr)
-        self._stream = stream
+    def __init__(self, total_steps: int, start_step: int, batch_size: int, shown: bool) -> None:
+        self._stream: Any = _Tolerant(sys.stderr)
         self._shown = shown
         self._batch_size = batch_size
         self._bar = tqdm(
-            total=total_steps * batch_size,
-            initial=start_step * batch_size,
-            unit="sample",
-            unit_scale=True,
-            desc="train",
-            file=stream,
-            dynamic_ncols=True,
-            mininterval=0.3 if interactive or (interactive is None and stream.isatty()) else 10.0,
-            disable=not shown,
-            leave=True,
-        )
+            total=total_steps * batch_size, initial=start_step * batch_size, unit="sample", unit_scale=True, desc="train",
+            file=self._stream, dynamic_ncols=True, mininterval=0.3 if self._stream.isatty() else 10.0, disable=not shown,
+        )  # fmt: skip
 
     def step(self, **shown: float) -> None:
         """One step done; `shown` replaces the numbers behind the bar."""

@@ -1,10 +1,10 @@
-"""This process among the ranks of a run: who it is, which device it has, and what crosses between ranks."""
+"""One process among the ranks of a run: its rank and device, and what the ranks exchange besides tensors of the model."""
 
 import itertools
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,10 +102,10 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
 def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
     """The store through which ranks find each other.
 
-    On one host torchrun keeps one store over all restarts and torch 2.13 no longer tells them apart, so ranks that are started
-    again would read the addresses of their dead predecessors; and so would a process that trains and then evaluates, which
-    leaves one group and joins another. Hence a prefix for each attempt and, as all ranks join equally often, for each time of
-    joining. Several hosts count their attempts each on its own; there launch/agent.py makes a new store for each.
+    On one host torchrun keeps one store over all restarts, and torch 2.13 no longer tells them apart: restarted ranks would read
+    the addresses of their dead predecessors, and so would a process that trains and then evaluates. Hence a prefix for each
+    attempt and, as all ranks join equally often, for each time of joining. Hosts count their attempts independently; for several
+    hosts launch/agent.py makes a new store for each attempt.
     """
     if alone:
         return dist.HashStore()
@@ -123,31 +123,27 @@ def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
 
 
 def _within(seconds: float, action: Callable[[], dist.Store], otherwise: str) -> dist.Store:
-    """Run an action in a thread: TCPStore waits for ever where another program listens and never answers.
+    """Run an action in a thread, since TCPStore waits forever where another program listens and never answers.
 
     Raises:
         TimeoutError: it takes longer; the text is `otherwise`. Whatever the action raises.
     """
-    results: queue.SimpleQueue[dist.Store | Exception] = queue.SimpleQueue()
+    result: Future[dist.Store] = Future()
 
     def run() -> None:
         try:
-            results.put(action())
+            result.set_result(action())
         except Exception as error:  # the caller raises it
-            results.put(error)
+            result.set_exception(error)
 
     threading.Thread(target=run, name="meeting-point", daemon=True).start()
-    try:
-        result = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(otherwise) from None
-    if isinstance(result, Exception):
-        raise result
-    return result
+    if not wait([result], seconds).done:
+        raise TimeoutError(otherwise)
+    return result.result()
 
 
 def _cannot_meet(error: Exception, rank: int, world_size: int, timeout_seconds: float) -> Exception:
-    """What the operator reads when the ranks do not come together."""
+    """The error to raise when the ranks do not come together."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return InputError(
@@ -162,7 +158,7 @@ def _cannot_meet(error: Exception, rank: int, world_size: int, timeout_seconds: 
 
 @contextmanager
 def blamed_on(process: Process) -> Iterator[None]:
-    """Around what reads this rank's own rows: a fault in them is said by this rank, and names it."""
+    """Add this rank to an error about its own rows, so that it is this rank which prints it."""
     try:
         yield
     except InputError as error:
@@ -172,12 +168,10 @@ def blamed_on(process: Process) -> Iterator[None]:
 
 @contextmanager
 def agreed(process: Process) -> Iterator[None]:
-    """Around what may go wrong on some ranks only: then the fault of the lowest such rank is raised on all of them.
-
-    Every rank enters it, and no collective is inside.
+    """Raise an InputError of some ranks on all of them: that of the lowest such rank. Every rank enters; no collective is inside.
 
     Raises:
-        InputError: the fault.
+        InputError: of any rank.
     """
     fault = ""
     try:
@@ -218,13 +212,8 @@ def vote(flags: Sequence[bool]) -> list[int | None]:
     return [world_size - value if value else None for value in votes.tolist()]
 
 
-def lowest_rank(flag: bool, process: Process) -> int | None:
-    """The lowest rank that sets the flag; None if none does."""
-    return vote([flag])[0] if process.world_size > 1 else (0 if flag else None)
-
-
 def side_store(process: Process, prefix: str) -> dist.Store | None:
-    """A connection to the rendezvous store for a thread: what it waits for does not hold up the main thread's. None for one rank."""
+    """A connection to the rendezvous store for a thread, which then does not block the main thread's. None for one rank."""
     if process.world_size == 1:
         return None
     store: Any = process.store
@@ -237,7 +226,7 @@ def gather_rows(rows: np.ndarray, process: Process) -> np.ndarray | None:
     """Join every rank's rows on rank 0, in rank order.
 
     Args:
-        rows: (n_r, C) of one dtype and C everywhere; n_r may differ.
+        rows: (n_r, C); n_r may differ between ranks.
         process: this rank.
 
     Returns:
@@ -245,20 +234,13 @@ def gather_rows(rows: np.ndarray, process: Process) -> np.ndarray | None:
     """
     if process.world_size == 1:
         return rows
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(process.world_size)]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
-    longest = int(max(count.item() for count in counts))
-    padded = torch.zeros(longest, rows.shape[1], dtype=torch.from_numpy(rows).dtype)
-    padded[: len(rows)] = torch.from_numpy(rows)
-    parts = [torch.empty_like(padded) for _ in counts] if process.is_first else None
-    dist.gather(padded, parts, dst=0)
-    if parts is None:
-        return None
-    return np.concatenate([part[: int(n)].numpy() for part, n in zip(parts, counts, strict=True)])
+    parts: list[Any] | None = [None] * process.world_size if process.is_first else None
+    dist.gather_object(rows, parts, dst=0)
+    return None if parts is None else np.concatenate(parts)
 
 
 def broadcast_value(value: Any, process: Process) -> Any:
-    """Return rank 0's value on every rank. It travels as this project's own bytes between its own ranks."""
+    """Return rank 0's value on every rank."""
     if process.world_size == 1:
         return value
     box = [value]
@@ -267,11 +249,7 @@ def broadcast_value(value: Any, process: Process) -> Any:
 
 
 def refuse_together(problem: str, process: Process) -> None:
-    """Raise rank 0's problem on every rank, so that none waits for another.
-
-    Raises:
-        InputError: if there is a problem.
-    """
+    """Raise rank 0's problem, if it has one, as an InputError on every rank, so that none waits for another."""
     problem = broadcast_value(problem, process)
     if problem:
         raise InputError(problem)
@@ -279,9 +257,9 @@ def refuse_together(problem: str, process: Process) -> None:
 
 @contextmanager
 def averaged_buffers(model: torch.nn.Module) -> Iterator[None]:
-    """Let every rank have the mean of the ranks' floating-point buffers (running statistics of batch norm) for a while.
+    """Give every rank the mean of the ranks' floating-point buffers (running statistics of batch norm), and its own back on exit.
 
-    Afterwards each rank has its own again: what is evaluated, and when, does not change what is trained.
+    So what is evaluated, and when, does not change what is trained.
     """
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     own = [buffer.clone() for buffer in buffers]

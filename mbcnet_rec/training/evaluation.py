@@ -18,7 +18,7 @@ from mbcnet_rec.runtime.process import (
     mean_over_ranks,
 )
 from mbcnet_rec.scoring.metrics import evaluate_predictions, reliability
-from mbcnet_rec.scoring.scorer import Autocast, Scorer, real_rows
+from mbcnet_rec.scoring.scorer import Autocast, Scorer
 from mbcnet_rec.scoring.tally import EXACT_ROWS, BinnedRows, KeptRows, group_stride
 from mbcnet_rec.training.built import Built
 
@@ -35,18 +35,13 @@ def average_terms(outputs: list[Outputs]) -> dict[str, float]:
     return dict(zip(names, means.tolist(), strict=True))
 
 
-def own_rows(outputs: list[Outputs]) -> tuple[np.ndarray, np.ndarray]:
-    """Join logits (B, 1 + K) and labels (B,) of this rank's real rows."""
-    return real_rows(outputs)[:2]
-
-
 def diagnostics(
     logits: np.ndarray, labels: np.ndarray, last: Outputs, names: tuple[str, ...], threshold: float
 ) -> dict[str, float]:
     """Of the branches: disagreement rates of each directed pair; norms of latents and the transforms' distance from the identity.
 
     Args:
-        logits: of this rank's rows since the last line of the log, as `own_rows` gives them.
+        logits: (B, 1 + K) of this rank's real rows since the last line of the log.
         labels: likewise.
         last: of the last step, which measured the norms and distances of its batch.
         names: of the branches.

@@ -5,15 +5,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data.errors import InputError
 from data.reading.order import Cursor
-from data.stream import Batch, ParquetStream
+from data.stream import ParquetStream
 from mbcnet_rec.checkpoints.compatibility import describe_run, load_checked
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
@@ -27,7 +26,7 @@ from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, any_rank, vote
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import evaluate_predictions
-from mbcnet_rec.scoring.scorer import autocast_of
+from mbcnet_rec.scoring.scorer import autocast_of, real_rows
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
 from mbcnet_rec.training.evaluation import (
@@ -35,7 +34,6 @@ from mbcnet_rec.training.evaluation import (
     average_terms,
     diagnostics,
     evaluate_stream,
-    own_rows,
 )
 from mbcnet_rec.training.faults import dump_batch, loss_spike
 from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
@@ -101,18 +99,20 @@ class Trainer:
         valid: Callable[[], ParquetStream] | None,
     ) -> None:
         self.config, self.context, self.built, self.valid = config, context, built, valid
-        self.process = context.process
-        self.stream = stream
+        self.process, self.stream = context.process, stream
         self.state = TrainState()
         steps = stream.steps_per_epoch * config.epochs
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
-        self.window = Window()
+        self.eval_every = config.eval_every or stream.steps_per_epoch
         self.branches = branch_parameters(built.model)
         self.losses = [module for module in built.model.modules() if isinstance(module, LossArch)]
         self.collisions = collisions_of(built.model)
         self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
         self.autocast = autocast_of(config.autocast, self.process.device)
         self.saver = Saver(context.storage, self.process, config.timeout_seconds, context.hooks.on_write)
+        self.feed = Feed(stream, self.process)
+        self.window = Window()
+        self.records: Records | None = None
         self._saved_at = time.monotonic()
         self._stop_wanted = self._save_wanted = False
         self._last_auc = float("nan")
@@ -140,7 +140,7 @@ class Trainer:
             lines.append(f"partial load: the position in the data starts fresh ({error})")
             state.cursor = Cursor()
         self.state = state
-        self._scale_rates()
+        scale_rates(self.built.optimizer, self.base_rates, state.lr_scale)
         return lines
 
     def train(self) -> TrainState:
@@ -152,58 +152,46 @@ class Trainer:
             PreemptedError: some rank was asked to stop; a checkpoint of the last step is written.
             CannotWriteError: a checkpoint or a line could not be written.
         """
-        process = self.process
-        records = None
+        process, start, batch_size = self.process, self.state.step, self.stream.options.batch_size
         if process.is_first:
-            records = self.context.open_records(self.state.step)
-        bar = Progress(
-            self.total_steps, self.state.step, self.stream.options.batch_size, shown=process.is_first
+            self.records = self.context.open_records(start)
+        self.bar = Progress(self.total_steps, start, batch_size, shown=process.is_first)
+        self.checked = CheckedStep(
+            self.built.model, self.built.optimizer, self.autocast, self._verdict, self._after_backward
         )
-        step = CheckedStep(
-            self.built.model,
-            self.built.optimizer,
-            self.autocast,
-            lambda losses: self._verdict(losses, step, bar),
-            self._after_backward,
-        )
-        step.on_loss = self.context.hooks.on_loss
-        pipeline = self.built.pipeline(step)
-        feed = Feed(self.stream, process)
+        self.checked.on_loss = self.context.hooks.on_loss
+        self.planned = PlanWatch(self.built, batch_size, process, self.total_steps - start)
+        pipeline = self.built.pipeline(self.checked)
         self.built.model.train()
-        self.window = Window(first_step=self.state.step, waited=feed.waited)
-        self.planned = PlanWatch(
-            self.built, self.stream.options.batch_size, process, self.total_steps - self.state.step
-        )
+        self._open_window()
         try:
             while True:
                 if self._evaluation_due():
                     pipeline.detach()
-                    self._evaluate_and_decide(bar, records)
+                    self._evaluate_and_decide()
                 if self.state.step >= self.total_steps or self.state.stopped:
                     break
-                self._segment(pipeline, step, feed, bar, records)
+                self._segment(pipeline)
             self.saver.finish()
         finally:
             self.saver.cancel()
-            feed.close()
-            bar.close()
-            if records is not None:
-                records.close()
+            self.feed.close()
+            self.bar.close()
+            if self.records is not None:
+                self.records.close()
         return self.state
 
-    def _segment(
-        self, pipeline: Pipeline, step: CheckedStep, feed: Feed, bar: Progress, records: Records | None
-    ) -> None:
+    def _segment(self, pipeline: Pipeline) -> None:
         """Train up to the next evaluation."""
-        train = self.config
-        boundary = self._next_boundary()
-        batches = feed.take(boundary - self.state.step)
+        train, state = self.config, self.state
+        boundary = min(self.total_steps, (state.step // self.eval_every + 1) * self.eval_every)
+        batches = self.feed.take(boundary - state.step)
         while True:
-            seed_step(train.seed, self.state.step, self.process.rank)
-            if self.state.step < boundary:
-                self.context.watchdog.beat(f"step {self.state.step + 1}")
+            seed_step(train.seed, state.step, self.process.rank)
+            if state.step < boundary:
+                self.context.watchdog.beat(f"step {state.step + 1}")
             for losses in self.losses:
-                losses.measures = (self.state.step + 1) % train.log_every == 0
+                losses.measures = self._logs_step
             start = time.perf_counter()
             try:
                 outputs = pipeline.progress(batches)
@@ -211,40 +199,37 @@ class Trainer:
                 break
             compared = self.planned.after_step(time.perf_counter() - start)
             if compared:
-                bar.say(compared)
-            self.state.step += 1
-            self.state.cursor = feed.trained()
-            if step.skipped:
-                self.state.skipped += 1
+                self.bar.say(compared)
+            state.step += 1
+            state.cursor = self.feed.trained()
+            if self.checked.skipped:
+                state.skipped += 1
             else:
                 self.window.outputs.append(outputs)
-            shown = {}
-            if self.state.step % train.log_every == 0 and self.window.outputs:
-                shown = self._log(feed, bar, records)
-            bar.step(**shown)
-            due = train.checkpoint_every and self.state.step % train.checkpoint_every == 0
+            logs = state.step % train.log_every == 0 and self.window.outputs
+            self.bar.step(**(self._log() if logs else {}))
+            due = train.checkpoint_every and state.step % train.checkpoint_every == 0
             if self._stop_wanted:
-                self._stop(records)
+                self._stop()
             elif (due or self._save_wanted) and not self._evaluation_due():
-                self.save(records)
+                self.save()
 
-    def _next_boundary(self) -> int:
-        """The step at which the next evaluation is due."""
-        every = self.config.eval_every or self.stream.steps_per_epoch
-        return min(self.total_steps, (self.state.step // every + 1) * every)
+    @property
+    def _logs_step(self) -> bool:
+        """Whether the step that is running ends with a line of the log."""
+        return (self.state.step + 1) % self.config.log_every == 0
 
     def _evaluation_due(self) -> bool:
         """Whether this step ends with an evaluation that has not been made."""
-        every = self.config.eval_every or self.stream.steps_per_epoch
         step = self.state.step
-        boundary = step > 0 and (step % every == 0 or step >= self.total_steps)
+        boundary = step > 0 and (step % self.eval_every == 0 or step >= self.total_steps)
         return boundary and self.state.evaluated_step != step
 
-    def _verdict(self, losses: Tensor, step: CheckedStep, bar: Progress) -> bool:
-        """Decide together, before backward writes a row: is the loss finite, shall we stop, is a checkpoint due?
+    def _verdict(self, losses: Tensor) -> bool:
+        """Decide with all ranks, before backward writes a row: is the loss finite, shall we stop, is a checkpoint due?
 
         Returns:
-            Whether to pass over this step.
+            Whether to skip this step.
         """
         finite = math.isfinite(losses.item())
         minutes = self.config.checkpoint_minutes
@@ -257,112 +242,110 @@ class Trainer:
         self._stop_wanted, self._save_wanted = stop is not None, due is not None
         if faulty is None:
             return False
-        step.take_back()
-        where = self._dump(losses, step.batch) if not finite else ""
-        cap = self.config.max_skipped
+        self.checked.take_back()
+        done, cap = self.state.step, self.config.max_skipped
+        where = self._dump(losses) if not finite else ""
         if self.config.on_nonfinite == "skip" and self.state.skipped < cap:
-            bar.say(
-                f"step {self.state.step + 1}: loss not finite on rank {faulty}{where}; passed over, no row written "
+            self.bar.say(
+                f"step {done + 1}: loss not finite on rank {faulty}{where}; passed over, no row written "
                 f"({self.state.skipped + 1} of at most {cap})"
             )
             return True
-        self.save(None)
+        self.save()
         self.saver.finish()
         raise NonFiniteLossError(
-            f"rank {self.process.rank}: step {self.state.step + 1}: the loss is not finite{where}; no row was written, and a "
-            f"checkpoint of step {self.state.step} is kept. Lower optim.dense_lr or optim.embedding.lr, fix the rows, or pass "
+            f"rank {self.process.rank}: step {done + 1}: the loss is not finite{where}; no row was written, and a "
+            f"checkpoint of step {done} is kept. Lower optim.dense_lr or optim.embedding.lr, fix the rows, or pass "
             "over such steps with --set train.on_nonfinite=skip",
             reported=not finite,
         )
 
-    def _dump(self, losses: Tensor, batch: Batch | None) -> str:
-        assert batch is not None
+    def _dump(self, losses: Tensor) -> str:
+        assert self.checked.batch is not None
         try:
-            path = dump_batch(self.context.folder, self.state.step + 1, self.process.rank, batch, losses)
+            path = dump_batch(
+                self.context.folder, self.state.step + 1, self.process.rank, self.checked.batch, losses
+            )
         except OSError as error:
             return f" (its batch could not be kept: {error.strerror})"
         return f" (its batch is in {path})"
 
     def _after_backward(self) -> None:
         limit = self.config.max_grad_norm
-        logs = (self.state.step + 1) % self.config.log_every == 0
-        if limit > 0 or logs:
+        if limit > 0 or self._logs_step:
             grads = [each.grad for each in self.built.dense if each.grad is not None]
             self.window.grad_norm = get_total_norm(grads, foreach=True)
             if limit > 0:
                 clip_grads_with_norm_(self.built.dense, limit, self.window.grad_norm.double(), foreach=True)
-        if logs:
+        if self._logs_step:
             self.window.gradient_shares = gradient_shares(self.branches)
 
-    def _log(self, feed: Feed, bar: Progress, records: Records | None) -> dict[str, float]:
+    def _log(self) -> dict[str, float]:
         """Write a line of metrics.jsonl; return what the bar shows."""
-        window, now = self.window, time.perf_counter()
-        steps, seconds = max(1, self.state.step - window.first_step), now - window.started
+        window, state, names = self.window, self.state, self.built.branch_names
+        steps, seconds = state.step - window.first_step, time.perf_counter() - window.started
         terms = average_terms(window.outputs)
         replaced = invalid_value_counts(self.stream, self.stream.options.order, self.process)
         values: dict[str, Any] = terms | zch_counters(self.collisions, self.process)
-        spike = loss_spike(self.state, terms["loss"], self.config.spike_sigmas)
+        spike = loss_spike(state, terms["loss"], self.config.spike_sigmas)
         if spike is not None:
-            bar.say(
-                f"step {self.state.step}: ALARM: loss {terms['loss']:.4f} stands {spike:.1f} standard deviations above the lines before"
+            self.bar.say(
+                f"step {state.step}: ALARM: loss {terms['loss']:.4f} stands {spike:.1f} standard deviations above the lines before"
             )
-        if self.process.is_first:
-            assert records is not None
-            logits, labels = own_rows(window.outputs)
-            values |= evaluate_predictions(logits, labels, self.built.branch_names)
+        if self.records is not None:
+            logits, labels = real_rows(window.outputs)[:2]
+            values |= evaluate_predictions(logits, labels, names)
             threshold = self.losses[0].coteaching.threshold if self.losses else 0.0
-            values |= diagnostics(logits, labels, window.outputs[-1], self.built.branch_names, threshold)
+            values |= diagnostics(logits, labels, window.outputs[-1], names, threshold)
             values |= {
                 "samples_per_second": steps * self.stream.options.batch_size / seconds,
                 "step_seconds": seconds / steps,
-                "input_wait_share": (feed.waited - window.waited) / seconds,
+                "input_wait_share": (self.feed.waited - window.waited) / seconds,
                 "checkpoint_stall_seconds": self.saver.stalled_seconds - window.stalled,
                 "checkpoint_seconds": self.saver.written_seconds,
-                "lr_scale": self.state.lr_scale,
+                "lr_scale": state.lr_scale,
                 "grad_norm": float("nan") if window.grad_norm is None else float(window.grad_norm),
             }
             values |= {
                 f"gradient_share/{name}": float(share) for name, share in window.gradient_shares.items()
             }
             values |= {} if spike is None else {"loss_spike": spike}
-            values |= {} if not self.state.skipped else {"skipped_steps": self.state.skipped}
+            values |= {} if not state.skipped else {"skipped_steps": state.skipped}
             values |= {f"mended/{name}": count for name, count in replaced.items()}
-            records.add(self.state.step, "train", values)
-        self._open_window(feed)
-        shown = {"loss": values["loss"], "auc": values.get("auc", float("nan"))}
-        return shown | ({} if np.isnan(self._last_auc) else {"valid_auc": self._last_auc})
+            self.records.add(state.step, "train", values)
+        self._open_window()
+        shown = {"loss": terms["loss"], "auc": values.get("auc", float("nan"))}
+        return shown | ({} if math.isnan(self._last_auc) else {"valid_auc": self._last_auc})
 
-    def _open_window(self, feed: Feed) -> None:
+    def _open_window(self) -> None:
         self.window = Window(
-            first_step=self.state.step, waited=feed.waited, stalled=self.saver.stalled_seconds
+            first_step=self.state.step, waited=self.feed.waited, stalled=self.saver.stalled_seconds
         )
 
-    def _evaluate_and_decide(self, bar: Progress, records: Records | None) -> None:
+    def _evaluate_and_decide(self) -> None:
         """Evaluate, keep the best checkpoint, slow down or stop."""
-        train, state = self.config, self.state
+        state = self.state
         if self.valid is None:
             state.evaluated_step = state.step
-            self.save(records)
+            self.save()
             return
         start = time.perf_counter()
         try:
             metrics = self.evaluate(self.valid())
         except EvaluationStoppedError:
-            self._stop(records)
-            raise
+            self._stop()
         self.window.started += time.perf_counter() - start  # an evaluation is no part of a training step
         state.evaluated_step = state.step
-        auc = metrics["auc"]
-        better = state.note_evaluation(auc, train)
-        self._scale_rates()
+        self._last_auc = auc = metrics["auc"]
+        better = state.note_evaluation(auc, self.config)
+        scale_rates(self.built.optimizer, self.base_rates, state.lr_scale)
         if self.context.watch is not None and any_rank(self.context.watch(state.step, auc)):
             state.stopped = True
-        self._last_auc = auc
-        if records is not None:
-            records.add(state.step, "valid", metrics)
+        if self.records is not None:
+            self.records.add(state.step, "valid", metrics)
         mark = "best so far" if better else f"{state.bad_evaluations} without a better one"
-        bar.say(f"step {state.step}: valid AUC {auc:.4f}, log-loss {metrics['log_loss']:.4f} ({mark})")
-        self.save(records)
+        self.bar.say(f"step {state.step}: valid AUC {auc:.4f}, log-loss {metrics['log_loss']:.4f} ({mark})")
+        self.save()
 
     def evaluate(self, stream: ParquetStream) -> dict[str, Any]:
         """Score a stream; its metrics are equal on every rank.
@@ -378,8 +361,8 @@ class Trainer:
         self.context.watchdog.beat(f"evaluation at step {self.state.step}")
         return evaluate_stream(self.built, stream, self.process, self.autocast, stop_requested)
 
-    def _stop(self, records: Records | None) -> None:
-        self.save(records)
+    def _stop(self) -> NoReturn:
+        self.save()
         self.saver.finish()
         raise self.preempted()
 
@@ -391,18 +374,15 @@ class Trainer:
             reported=self.process.is_first,
         )
 
-    def _scale_rates(self) -> None:
-        scale_rates(self.built.optimizer, self.base_rates, self.state.lr_scale)
-
-    def save(self, records: Records | None) -> None:
+    def save(self) -> None:
         """Begin a checkpoint of this step; those that are neither recent nor among the best go when it is whole.
 
         Raises:
             CannotWriteError: the one before could not be written.
         """
         self.context.watchdog.beat(f"checkpoint of step {self.state.step}")
-        if records is not None:
-            records.sync()
+        if self.records is not None:
+            self.records.sync()
         extra = {
             "state": self.state.to_json(),
             "stream": self.stream.state_dict(self.state.cursor),
