@@ -4,7 +4,6 @@ Rank 0 of each host writes to the terminal, the others to files; the job's first
 its own traceback and a table of ranks; the exit code is the worker's; and no process is left running.
 """
 
-import ctypes
 import logging
 import os
 import signal
@@ -23,7 +22,7 @@ from torch.distributed.run import config_from_args, parse_args
 
 from launch.elastic import Agent, describe, first_failure, pass_on, say
 from launch.job import EXIT_CODES, LOGS, PREEMPTED
-from launch.worker import NOTES, PR_SET_PDEATHSIG
+from launch.worker import NOTES, signal_after_parent
 
 # torchx kills a local job 10 seconds after Ctrl-C; workers must be gone before.
 LOCAL_SHUTDOWN_SECONDS = 8
@@ -31,34 +30,10 @@ LOCAL_SHUTDOWN_SECONDS = 8
 SHUTDOWN_SECONDS = 600
 
 
-def default_threads(cores: int, workers: int) -> int:
-    """Threads for each worker so that all of them together fill the cores, at least 1."""
-    return max(1, cores // max(1, workers))
-
-
 def code_after_signal(signum: int, notes: Path) -> int:
     """Exit code after a signal: PREEMPTED where every worker of this host left with a checkpoint, else 128 + the signal."""
-    codes = [path.read_text() for path in notes.glob("exit_*")]
-    preempted = (
-        bool(codes) and all(code in (str(PREEMPTED), "0") for code in codes) and str(PREEMPTED) in codes
-    )
-    return PREEMPTED if preempted else 128 + signum
-
-
-def keep_quiet(processes: int) -> str:
-    """What --redirects of torchrun takes: every local rank but 0 writes to a file."""
-    return ",".join(f"{rank}:3" for rank in range(1, processes)) or "0"
-
-
-def is_local() -> bool:
-    """Whether torchx runs this job on the machine at which the user sits."""
-    return os.environ.get("TORCHX_JOB_ID", "").startswith("local")
-
-
-def die_with_torchx() -> None:
-    """Have the kernel send SIGTERM if torchx is killed outright. Linux only."""
-    if sys.platform == "linux" and is_local():
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    preempted, codes = str(PREEMPTED), {path.read_text() for path in notes.glob("exit_*")}
+    return PREEMPTED if preempted in codes and codes <= {preempted, "0"} else 128 + signum
 
 
 def run_workers(args: Namespace) -> RunResult:
@@ -105,27 +80,24 @@ def run_workers(args: Namespace) -> RunResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the workers of this host.
-
-    Args:
-        argv: torchrun's arguments; the process's own when None.
-
-    Returns:
-        0, or the exit code of the worker that failed first (128 + n for signal n).
-    """
+    """Run the workers of this host by torchrun's arguments; return 0, or the code of the one that failed first (128 + n for signal n)."""
     args = parse_args(list(sys.argv[1:] if argv is None else argv))
     if str(args.nproc_per_node).isdigit():
-        # torchrun itself would set 1 and warn. Counted here, on the machine where the workers run, not where the job was sent from.
+        workers = int(args.nproc_per_node)
+        # All workers together fill the cores of the machine where they run; torchrun itself would set 1 and warn.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(default_threads(cores, int(args.nproc_per_node))))
-        if args.redirects == args.tee == "0":
-            args.redirects = keep_quiet(int(args.nproc_per_node))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, workers))))
+        if args.redirects == args.tee == "0" and workers > 1:
+            args.redirects = ",".join(f"{rank}:3" for rank in range(1, workers))
     args.log_dir = args.log_dir or LOGS
+    # whether torchx runs this job on the machine at which the user sits
+    local = os.environ.get("TORCHX_JOB_ID", "").startswith("local")
     if args.shutdown_timeout is None:
-        args.shutdown_timeout = LOCAL_SHUTDOWN_SECONDS if is_local() else SHUTDOWN_SECONDS
+        args.shutdown_timeout = LOCAL_SHUTDOWN_SECONDS if local else SHUTDOWN_SECONDS
+    if local:
+        signal_after_parent(signal.SIGTERM)
     # Half of torchelastic's loggers read LOGLEVEL, the others this
     logging.getLogger("torch.distributed.elastic").setLevel(os.environ.get("LOGLEVEL", "WARNING"))
-    die_with_torchx()
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         os.environ[NOTES] = folder
         code = exit_code(args, Path(folder))
@@ -140,9 +112,9 @@ def exit_code(args: Namespace, notes: Path) -> int:
     try:
         result = run_workers(args)
     except SignalException as error:
-        pass_on()
         return code_after_signal(int(error.sigval), notes)
-    pass_on()
+    finally:
+        pass_on()
     if not result.is_failed():
         return 0
     rank, failure = first_failure(result.failures)

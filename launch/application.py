@@ -1,25 +1,88 @@
 """A job as torchx describes it. torchx runs components.py's text inside a module of its own; this one is imported as usual."""
 
+import inspect
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Dict, List, Optional
 
 from torchx import specs
 from torchx.specs import macros
 
-from launch.job import (
-    AGENT,
-    OURS,
-    WORKER,
-    Job,
-    JobError,
-    environment,
-    environment_folder,
-    parse_shape,
-    rendezvous,
-)
+from launch.job import AGENT, OURS, Job, JobError, environment, environment_folder, parse_shape, shell_words
+
+
+def application(
+    words: Sequence[str],
+    *,
+    j: str = "1x2",
+    name: str = "",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    image: str = "mbcnet-rec",
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Describe a job as one role, named like its command, of as many replicas as hosts.
+
+    Args:
+        words: a command of `mbcnet` and its arguments
+        j: hosts x processes on each host, 1x2 on a laptop, 16x8 on a cluster; 2:4x8 for 2 to 4 hosts that may come and go
+        name: job name
+        h: a named resource of torchx, aws_p4d.24xlarge for one, in place of cpu, gpu and memMB
+        cpu: CPU cores of each host (ignored by local_cwd)
+        gpu: GPUs of each host (ignored by local_cwd)
+        memMB: memory of each host in MB (ignored by local_cwd)
+        image: container image, for schedulers that use one
+        env: further environment variables, K1=V1,K2=V2
+        mounts: what to mount into the container, type=volume,src=CLAIM,dst=/runs or type=bind,src=/host,dst=/job[,readonly]
+        max_retries: how often the scheduler restarts a failed job, which continues from its checkpoint
+    """
+    try:
+        resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+        mounted = specs.parse_mounts(mounts or [])
+        job = Job(
+            command=words[0],
+            args=tuple(words[1:]),
+            shape=parse_shape(j),
+            gpu=resource.gpu,
+            env=env or {},
+            retries=max_retries,
+        )
+    except (JobError, KeyError, ValueError) as error:
+        # torchx would print a traceback under it
+        print(f"mbcnet: {error.args[0]}", file=sys.stderr)
+        raise SystemExit(2) from None
+    role = specs.Role(
+        name=job.command,
+        image=image,
+        min_replicas=job.shape.min_hosts if job.shape.elastic else None,
+        num_replicas=job.shape.hosts,
+        entrypoint="bash",
+        args=["-c", command_line(job)],
+        env=terminal_size(job.command) | environment(job),
+        resource=resource,
+        port_map={"c10d": job.port},
+        max_retries=job.retries,
+        mounts=mounted,
+        metadata={OURS: True},
+    )
+    return specs.AppDef(name=name.replace("/", "-").strip("-") or job.command, roles=[role])
+
+
+def job_component(function: Callable[..., specs.AppDef]) -> Callable[..., specs.AppDef]:
+    """Give a component that takes **job the keyword parameters of `application` and their help, as torchx reads them."""
+    own, shared = inspect.signature(function), inspect.signature(application)
+    named = [each for each in own.parameters.values() if each.kind != each.VAR_KEYWORD]
+    job = [each for each in shared.parameters.values() if each.kind == each.KEYWORD_ONLY]
+    function.__signature__ = own.replace(parameters=[*named, *job])
+    shared_help = (inspect.getdoc(application) or "").partition("Args:\n")[2]
+    function.__doc__ = f"{inspect.getdoc(function)}\n{shared_help}"
+    return function
 
 
 def terminal_size(role: str) -> dict[str, str]:
@@ -38,72 +101,5 @@ def command_line(job: Job) -> str:
     """
     # Each scheduler names the first host in a variable of its own; AWS Batch leaves it empty on that host itself.
     endpoint = f"$${{{macros.rank0_env}:=localhost}}:{job.port}" if job.shape.hosts > 1 else "localhost:0"
-    found = [
-        part if part == endpoint else shlex.quote(part) for part in rendezvous(job, macros.app_id, endpoint)
-    ]
-    words = ["exec", "python", "-m", AGENT, *found, "-m", WORKER, *map(shlex.quote, job.worker_args)]
-    return f"export PATH={shlex.quote(environment_folder())}:$$PATH; {' '.join(words)}"
-
-
-def application(job: Job, resource: specs.Resource, mounts: Sequence[str] = ()) -> specs.AppDef:
-    """The job as one role, its command's name, of as many replicas as hosts."""
-    role = specs.Role(
-        name=job.command,
-        image=job.image,
-        min_replicas=job.shape.min_hosts if job.shape.elastic else None,
-        num_replicas=job.shape.hosts,
-        entrypoint="bash",
-        args=["-c", command_line(job)],
-        env=terminal_size(job.command) | environment(job),
-        resource=resource,
-        port_map={"c10d": job.port},
-        max_retries=job.retries,
-        mounts=specs.parse_mounts(list(mounts)) if mounts else [],
-        metadata={OURS: True},
-    )
-    return specs.AppDef(name=job.name or job.command, roles=[role])
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every component takes besides its command's own arguments; components.py says what each is."""
-
-    j: str
-    name: str
-    h: str | None
-    cpu: int
-    gpu: int
-    memMB: int  # torchx's own spelling
-    image: str
-    env: dict[str, str] | None
-    mounts: list[str] | None
-    max_retries: int
-
-
-def describe_application(command: str, args: Sequence[str], options: Options) -> specs.AppDef:
-    """The application of one component.
-
-    Args:
-        command: of `mbcnet`.
-        args: its arguments.
-        options: the component's other parameters.
-    """
-    try:
-        resource = specs.resource(cpu=options.cpu, gpu=options.gpu, memMB=options.memMB, h=options.h)
-        job = Job(
-            command=command,
-            args=tuple(args),
-            shape=parse_shape(options.j),
-            name=options.name.replace("/", "-").strip("-"),
-            image=options.image,
-            cpu=resource.cpu,
-            gpu=resource.gpu,
-            memory_mb=resource.memMB,
-            env=dict(options.env or {}),
-            retries=options.max_retries,
-        )
-        return application(job, resource, options.mounts or ())
-    except (JobError, KeyError, ValueError) as error:
-        # torchx would print a traceback under it
-        print(f"mbcnet: {error.args[0]}", file=sys.stderr)
-        raise SystemExit(2) from None
+    words = shell_words(job, shlex.quote(macros.app_id), endpoint)
+    return f"export PATH={shlex.quote(environment_folder())}:$$PATH; exec python -m {AGENT} {words}"

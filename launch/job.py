@@ -5,19 +5,21 @@ components.py makes torchx's description of it, scripts.py a torchrun line, an s
 
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 
 # Where the workers begin; torchrun starts it once for each process.
 WORKER = "launch.worker"
 AGENT = "launch.agent"
-PORT = 29500
 # Where a local job keeps the output of its ranks
 LOGS = "logs"
 # Between a stop request and the end: time for a checkpoint of the largest model
 GRACE_SECONDS = 300
 # As the Dockerfile's user
 USER_ID = 10001
+# Kubernetes' securityContext of a pod: the image's user, to whom the volumes belong too
+POD_SECURITY = {"runAsNonRoot": True, "runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
 # A folder in which the launchers of a local job leave their exit codes
 EXIT_CODES = "LAUNCH_EXIT_CODES"
 # Key in the metadata of a torchx role: what we add to a scheduler's request is for our own jobs only
@@ -34,17 +36,11 @@ class JobError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """Hosts x processes, the `-j` of torchx.
+    """Hosts x processes, the `-j` of torchx."""
 
-    Attributes:
-        min_hosts: hosts with which an elastic job starts; equal to hosts otherwise.
-        hosts: hosts at most.
-        processes: on each host, one a device.
-    """
-
-    min_hosts: int
-    hosts: int
-    processes: int
+    min_hosts: int  # with which an elastic job starts; equal to hosts otherwise
+    hosts: int  # at most
+    processes: int  # on each host, one a device
 
     @property
     def elastic(self) -> bool:
@@ -67,59 +63,37 @@ class Shape:
 
 
 def parse_shape(text: str) -> Shape:
-    """Read `[MIN:]HOSTSxPROCESSES` or `PROCESSES`.
-
-    Raises:
-        JobError: it is not of that form, or a number is 0, or MIN is more than HOSTS.
-    """
+    """Read `[MIN:]HOSTSxPROCESSES` or `PROCESSES`; a JobError where it is not of that form."""
     match = re.fullmatch(r"(?:(?:(\d+):)?(\d+)x)?(\d+)", text.strip())
-    if match is None:
-        raise JobError(
-            f"-j {text}: wanted HOSTSxPROCESSES, or MIN:MAXxPROCESSES where hosts may come and go; write 1x2, 16x8 or 2:4x8"
-        )
-    hosts = int(match[2] or 1)
-    shape = Shape(int(match[1] or hosts), hosts, int(match[3]))
-    if min(shape.min_hosts, shape.processes) < 1 or shape.min_hosts > shape.hosts:
-        raise JobError(
-            f"-j {text}: wanted 1 or more hosts and processes, and MIN no more than MAX; write 1x2, 16x8 or 2:4x8"
-        )
-    return shape
+    if match:
+        hosts = int(match[2] or 1)
+        shape = Shape(int(match[1] or hosts), hosts, int(match[3]))
+        if 1 <= shape.min_hosts <= shape.hosts and shape.processes >= 1:
+            return shape
+    raise JobError(
+        f"-j {text}: wanted HOSTSxPROCESSES, or MIN:MAXxPROCESSES where hosts may come and go, MIN no more than MAX and none of them 0; "
+        "write 1x2, 16x8 or 2:4x8"
+    )
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job.
-
-    Attributes:
-        command: of `mbcnet`: train, evaluate, ...
-        args: of the command.
-        shape: hosts x processes.
-        name: of the job.
-        image: of the container, for schedulers that use one.
-        cpu, gpu, memory_mb: of each host.
-        env: further variables of every worker.
-        retries: how often the scheduler starts the job again.
-        port: of the rendezvous on the first host.
-    """
+    """A command of `mbcnet`, its arguments, and what it runs on."""
 
     command: str
     args: tuple[str, ...] = ()
     shape: Shape = Shape(1, 1, 2)
     name: str = ""
-    image: str = "mbcnet-rec"
-    cpu: int = 2
+    image: str = "mbcnet-rec"  # of the container, for schedulers that use one
+    cpu: int = 2  # this and the next two: of each host
     gpu: int = 0
     memory_mb: int = 8192
-    env: dict[str, str] = field(default_factory=dict)
-    retries: int = 0
-    port: int = PORT
+    env: dict[str, str] = field(default_factory=dict)  # further variables of every worker
+    retries: int = 0  # how often the scheduler starts the job again
+    port: int = 29500  # of the rendezvous, on the first host
 
     def __post_init__(self) -> None:
-        """Refuse what would lose a run.
-
-        Raises:
-            JobError: a job that starts again would remove its own checkpoints.
-        """
+        """Refuse a job that would remove its own checkpoints as it starts again, or has fewer GPUs than processes."""
         if (self.retries or self.shape.elastic) and "--overwrite" in self.args:
             why = f"-j {self.shape}" if self.shape.elastic else f"max_retries = {self.retries}"
             raise JobError(
@@ -131,14 +105,10 @@ class Job:
             )
 
     @property
-    def starts_again(self) -> bool:
-        """Whether workers may be started anew in a folder that they have filled."""
-        return bool(self.retries or self.restarts)
-
-    @property
     def worker_args(self) -> tuple[str, ...]:
         """Arguments of the worker: the command and its own, and --resume where a second start is to be expected."""
-        resume = self.command == "train" and self.starts_again and "--resume" not in self.args
+        starts_again = self.retries or self.restarts
+        resume = self.command == "train" and starts_again and "--resume" not in self.args
         return (self.command, *self.args, *(("--resume",) if resume else ()))
 
     @property
@@ -175,14 +145,14 @@ def rendezvous(job: Job, run_id: str, endpoint: str) -> list[str]:
     ]  # fmt: skip
 
 
+def shell_words(job: Job, run_id: str, endpoint: str) -> str:
+    """The same and the worker's own, for a shell, to which run_id and endpoint are given as they are."""
+    return " ".join([*rendezvous(job, run_id, endpoint), "-m", WORKER, *map(shlex.quote, job.worker_args)])
+
+
 def environment_folder() -> str:
     """The folder of this environment's programs. On a cluster with a shared file system it is right on every host."""
     return os.path.dirname(sys.executable)
-
-
-def pod_security() -> dict[str, object]:
-    """Kubernetes' securityContext of a pod: the image's user, to whom the volumes belong too."""
-    return {"runAsNonRoot": True, "runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
 
 
 def shared_memory_mb(memory_mb: int) -> int:

@@ -9,8 +9,6 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from torchx import specs
@@ -26,15 +24,12 @@ LOCAL = "local_cwd"
 FROM_IMAGES = ("kubernetes", "aws_batch", "local_docker")
 
 
-class _LocalChatter(logging.Filter):
-    """Drops torchx's lines about local runs: where its folder is, that it waits, and a failed run's status object.
+def is_news(record: logging.LogRecord) -> bool:
+    """False for torchx's lines about a local run: where its folder is, that it waits, and a failed run's status object.
 
-    What the workers print passes through untouched, and so do torchx's own errors.
+    What the workers print is no log record, and passes through untouched; so do torchx's own errors.
     """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """False for a line that tells a user of a local run nothing."""
-        return not isinstance(record.msg, specs.AppStatus) and record.levelno >= logging.WARNING
+    return not isinstance(record.msg, specs.AppStatus) and record.levelno >= logging.WARNING
 
 
 def is_ours(component_and_args: list[str]) -> bool:
@@ -62,19 +57,6 @@ def exit_code(folder: Path) -> int:
     return max((code for code in codes if code > 0), default=1, key=lambda code: (code < 128, code))
 
 
-@contextmanager
-def quiet(handlers: Sequence[logging.Handler]) -> Iterator[None]:
-    """Drop torchx's lines about local runs meanwhile."""
-    chatter = _LocalChatter()
-    for handler in handlers:
-        handler.addFilter(chatter)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(chatter)
-
-
 class Run(CmdRun):
     """`torchx run`. Jobs of other components, and jobs of other schedulers, pass through untouched."""
 
@@ -100,9 +82,11 @@ class Run(CmdRun):
         config.apply(LOCAL, settings)  # what a .torchxconfig says
         if not settings.get("log_dir") and "log_dir=" not in (args.scheduler_args or ""):
             args.scheduler_args = ",".join(filter(None, [args.scheduler_args, f"log_dir={LOGS}"]))
-        handlers = [] if "LOGLEVEL" in os.environ else logging.getLogger().handlers
-        with tempfile.TemporaryDirectory(prefix="launch_") as folder, quiet(handlers):
+        handlers = [] if "LOGLEVEL" in os.environ else list(logging.getLogger().handlers)
+        with tempfile.TemporaryDirectory(prefix="launch_") as folder:
             os.environ[EXIT_CODES] = folder
+            for handler in handlers:
+                handler.addFilter(is_news)
             try:
                 super().run(args)
             except SignalException as error:
@@ -113,3 +97,5 @@ class Run(CmdRun):
                 sys.exit(exit_code(Path(folder)) if end.code == 1 else end.code)
             finally:
                 del os.environ[EXIT_CODES]
+                for handler in handlers:
+                    handler.removeFilter(is_news)

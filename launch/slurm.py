@@ -5,6 +5,7 @@ nothing to say; there `scontrol` knows the jobs of the last minutes. Our own job
 are queued again, and are warned of the time limit while there is time for a checkpoint.
 """
 
+import re
 import subprocess
 from typing import Any
 
@@ -13,7 +14,6 @@ from torchx.schedulers.slurm_scheduler import (
     SLURM_STATES,
     SlurmBatchRequest,
     SlurmOpts,
-    SlurmReplicaRequest,
     SlurmScheduler,
 )
 from torchx.specs import AppDef, AppState, ReplicaStatus, Role, RoleStatus
@@ -22,51 +22,42 @@ from launch.job import GRACE_SECONDS, OURS
 
 # A job shorter than so many times the warning would be warned as it starts.
 SHORTEST_WARNED = 6
-# JobID, JobName and State of one replica
-Row = tuple[str, str, str]
+# JobName, which is ROLE-INDEX, and State of one replica
+Row = tuple[str, str]
 
 
 def accounted(app_id: str) -> list[Row] | None:
     """Replicas as sacct lists them; None where the cluster keeps no accounts."""
     words = ["sacct", "--parsable2", "--noheader", "--format=JobID,JobName,State", "-j", app_id]
     result = subprocess.run(words, capture_output=True, text=True)
-    if result.returncode:
-        return None
-    rows = [line.split("|") for line in result.stdout.splitlines()]
     # JOB.batch and JOB.0 are steps of a replica
-    return [(row[0], row[1], row[2]) for row in rows if len(row) == 3 and "." not in row[0]]
+    found = re.findall(r"^[^.|]*\|([^|]*)\|([^|]*)$", result.stdout, re.MULTILINE)
+    return None if result.returncode else found
 
 
 def controlled(app_id: str) -> list[Row]:
     """Replicas as the controller knows them, until some minutes after their end."""
     result = subprocess.run(["scontrol", "show", "job", "-o", app_id], capture_output=True, text=True)
-    rows = []
-    for line in result.stdout.splitlines():
-        pairs: dict[str, str] = dict(word.split("=", 1) for word in line.split() if "=" in word)  # pyright: ignore[reportArgumentType]
-        if "JobId" in pairs:
-            rows.append((pairs["JobId"], pairs.get("JobName", ""), pairs.get("JobState", "")))
-    return rows
+    return re.findall(r"\bJobName=(\S*).*?\bJobState=(\S*)", result.stdout)
 
 
 def app_state(slurm_state: str) -> AppState:
     """State in torchx's words; "CANCELLED by UID" is CANCELLED."""
-    word = slurm_state.split()[0] if slurm_state.strip() else ""
-    return {**SLURM_STATES, "COMPLETING": AppState.RUNNING, "CONFIGURING": AppState.PENDING}.get(
-        word, AppState.UNKNOWN
-    )
+    more = {"COMPLETING": AppState.RUNNING, "CONFIGURING": AppState.PENDING}
+    return {**SLURM_STATES, **more}.get(slurm_state.partition(" ")[0], AppState.UNKNOWN)
 
 
 def describe_rows(app_id: str, rows: list[Row]) -> DescribeAppResponse | None:
-    """The status of a job from its replicas, each named ROLE-INDEX; None if there are none."""
+    """The status of a job from its replicas; None if there are none."""
     if not rows:
         return None
     replicas: dict[str, list[ReplicaStatus]] = {}
-    for _, name, state in rows:
+    for name, state in rows:
         role, _, index = name.rpartition("-")
         if role and index.isdigit():
             status = ReplicaStatus(id=int(index), role=role, state=app_state(state), hostname="")
             replicas.setdefault(role, []).append(status)
-    first = rows[0][2]  # the replica whose state is the job's state
+    first = rows[0][1]  # the replica whose state is the job's state
     return DescribeAppResponse(
         app_id=app_id,
         roles=[Role(name=name, num_replicas=len(each), image="") for name, each in replicas.items()],
@@ -84,17 +75,6 @@ def time_limit_minutes(text: str) -> int:
     return int(days or 0) * 1440 + hours * 60 + (parts[0] if parts else 0)
 
 
-def complete(replica: SlurmReplicaRequest, time_limit: str | None) -> None:
-    """Add to what one host asks for."""
-    # srun does not take the job's --cpus-per-task since Slurm 22.05: all workers would share one core.
-    cores = replica.sbatch_opts.get("cpus-per-task")
-    if cores:
-        replica.srun_opts["cpus-per-task"] = cores
-    replica.srun_opts["open-mode"] = "append"
-    if time_limit and 60 * time_limit_minutes(time_limit) >= SHORTEST_WARNED * GRACE_SECONDS:
-        replica.sbatch_opts["signal"] = f"TERM@{GRACE_SECONDS}"
-
-
 class Scheduler(SlurmScheduler):
     """Slurm. Jobs of other components pass through untouched."""
 
@@ -102,8 +82,15 @@ class Scheduler(SlurmScheduler):
         """Describe the job; ours are completed."""
         info = super().submit_dryrun(app, cfg)
         if all(OURS in role.metadata for role in app.roles):
+            time_limit = cfg.get("time")
+            warned = time_limit and 60 * time_limit_minutes(time_limit) >= SHORTEST_WARNED * GRACE_SECONDS
             for replica in info.request.replicas.values():
-                complete(replica, cfg.get("time"))
+                # srun does not take the job's --cpus-per-task since Slurm 22.05: all workers would share one core.
+                if cores := replica.sbatch_opts.get("cpus-per-task"):
+                    replica.srun_opts["cpus-per-task"] = cores
+                replica.srun_opts["open-mode"] = "append"
+                if warned:
+                    replica.sbatch_opts["signal"] = f"TERM@{GRACE_SECONDS}"
         return info
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:

@@ -10,7 +10,7 @@ from torchx.schedulers.api import AppDryRunInfo
 from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesOpts, KubernetesScheduler
 from torchx.specs import AppDef
 
-from launch.job import GRACE_SECONDS, NON_FINITE, OURS, USER_MISTAKE, pod_security, shared_memory_mb
+from launch.job import GRACE_SECONDS, NON_FINITE, OURS, POD_SECURITY, USER_MISTAKE, shared_memory_mb
 
 
 class Scheduler(KubernetesScheduler):
@@ -20,24 +20,18 @@ class Scheduler(KubernetesScheduler):
         """Describe the job; ours are completed."""
         info = super().submit_dryrun(app, cfg)
         if all(OURS in role.metadata for role in app.roles):
-            memory_mb = app.roles[0].resource.memMB
-            spec: Any = info.request.resource["spec"]
-            for task in spec["tasks"]:
-                complete(task, memory_mb)
+            shared_memory = f"{shared_memory_mb(app.roles[0].resource.memMB)}Mi"
+            never_again = [{"exitCode": code, "action": "AbortJob"} for code in (USER_MISTAKE, NON_FINITE)]
+            for task in info.request.resource["spec"]["tasks"]:
+                pod = task["template"].spec  # a V1Pod's, of the Kubernetes client
+                pod.termination_grace_period_seconds = GRACE_SECONDS
+                pod.security_context = POD_SECURITY
+                for volume in pod.volumes:
+                    if volume.empty_dir is not None and volume.empty_dir.medium == "Memory":
+                        volume.empty_dir.size_limit = shared_memory
+                if task.get("policies"):
+                    task["policies"] = [*never_again, *task["policies"]]
         return info
-
-
-def complete(task: dict[str, Any], memory_mb: int) -> None:
-    """Add to one pod, a V1Pod of the Kubernetes client, and to its restarts."""
-    pod = task["template"].spec
-    pod.termination_grace_period_seconds = GRACE_SECONDS
-    pod.security_context = pod_security()
-    for volume in pod.volumes:
-        if volume.empty_dir is not None and volume.empty_dir.medium == "Memory":
-            volume.empty_dir.size_limit = f"{shared_memory_mb(memory_mb)}Mi"
-    if task.get("policies"):
-        never_again = [{"exitCode": code, "action": "AbortJob"} for code in (USER_MISTAKE, NON_FINITE)]
-        task["policies"] = [*never_again, *task["policies"]]
 
 
 def create_scheduler(session_name: str, **_: Any) -> Scheduler:

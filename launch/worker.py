@@ -100,45 +100,37 @@ def tell(text: str, environ: Mapping[str, str]) -> None:
     """Write to the terminal. Under our agent only local rank 0 has one; the agent prints what the others leave in files."""
     sys.stderr.write(text)
     sys.stderr.flush()
-    folder = environ.get(NOTES)
-    if folder and environ.get("LOCAL_RANK", "0") != "0":
+    if environ.get("LOCAL_RANK", "0") != "0":
+        note("said", text, environ)
+
+
+def note(kind: str, text: str, environ: Mapping[str, str]) -> None:
+    """Leave the agent a message of this rank, whole or not at all."""
+    folder, rank = environ.get(NOTES), environ.get("LOCAL_RANK", "0")
+    if folder:
         with contextlib.suppress(OSError):
-            draft = Path(folder) / f".said_{environ['LOCAL_RANK']}"
+            draft = Path(folder) / f".{kind}_{rank}"
             draft.write_text(text)
-            draft.rename(Path(folder) / draft.name[1:])
+            draft.rename(Path(folder) / f"{kind}_{rank}")
 
 
 def record(code: int, first: bool, environ: Mapping[str, str]) -> None:
     """Write an error where the agent reads it, in torchelastic's form; `first` is our own key."""
-    path = environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return
     extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
     message = {"message": f"exit code {code}", "extraInfo": extra}
-    with contextlib.suppress(OSError):
-        Path(path).write_text(json.dumps({"message": message, "first": first}))
-
-
-def note_exit(code: int, environ: Mapping[str, str]) -> None:
-    """Tell the agent this rank's exit code, which torchelastic does not collect after a signal."""
-    folder = environ.get(NOTES)
-    if folder:
+    if path := environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
-            (Path(folder) / f"exit_{environ.get('LOCAL_RANK', '0')}").write_text(str(code))
+            Path(path).write_text(json.dumps({"message": message, "first": first}))
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process if its agent is killed. Linux only."""
+def signal_after_parent(signum: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent has ended. Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command line in this process; return its exit code.
-
-    Raises:
-        Exception: what went wrong.
-    """
+    """Run the command line in this process; return its exit code. What goes wrong is raised."""
     try:
         return int(importlib.import_module(COMMAND_LINE).run(argv))
     except SystemExit as end:
@@ -148,21 +140,17 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank.
-
-    Returns:
-        The command's exit code, 1 after an exception without one.
-    """
+    """Run one rank; return the command's exit code, 1 after an exception without one."""
     environ = os.environ
     if NOTES in environ:
-        die_with_parent()
+        signal_after_parent(signal.SIGKILL)  # no rank outlives its agent
     try:
         code = run(resumed(sys.argv[1:] if argv is None else argv, environ))
         if code not in STOPPED:
             record(code, claim_first(environ), environ)
     except Exception as error:
         code = leave(error, environ)
-    note_exit(code, environ)
+    note("exit", str(code), environ)  # torchelastic does not collect it after a signal
     return code
 
 

@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,8 @@ def pod_of_volcano(task: Mapping) -> dict:
 def stops_and_goes_on(pod: Mapping) -> None:
     """What both ways to Kubernetes have in common."""
     (container,) = pod["containers"]
-    assert pod["restartPolicy"] == "Never", (
-        "the job starts pods again; a container alone would miss its partners"
-    )
+    # the job starts pods again; a container alone would miss its partners
+    assert pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] == job.GRACE_SECONDS >= 120
     assert pod["securityContext"] == {
         "runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001
@@ -76,19 +76,10 @@ def test_torchx_on_kubernetes():
         stops_and_goes_on(pod)
         command = pod["containers"][0]["command"][-1]
         assert "--nnodes 2 --nproc-per-node 8" in command and "--resume" in command
-        assert task["policies"][:2] == [
-            {"exitCode": 2, "action": "AbortJob"},
-            {"exitCode": 76, "action": "AbortJob"},
-        ]
+        assert task["policies"][:2] == [{"exitCode": code, "action": "AbortJob"} for code in (2, 76)]
         assert {"event": "PodEvicted", "action": "RestartJob"} in task["policies"]
-    assert (
-        "$" + "{TORCHX_RANK0_HOST:=localhost}:29500"
-        in pod_of_volcano(tasks[0])["containers"][0]["command"][-1]
-    )
-    assert (
-        "$" + "{VC_TRAIN_0_HOSTS:=localhost}:29500"
-        in pod_of_volcano(tasks[1])["containers"][0]["command"][-1]
-    )
+    for task, first in zip(tasks, ("TORCHX_RANK0_HOST", "VC_TRAIN_0_HOSTS"), strict=True):
+        assert f"${{{first}:=localhost}}:29500" in pod_of_volcano(task)["containers"][0]["command"][-1]
 
 
 def test_an_elastic_job_on_kubernetes_needs_its_least_hosts_only():
@@ -106,28 +97,21 @@ def test_jobs_of_others_pass_through_untouched():
 
 @pytest.mark.parametrize("shape", ["1x8", "2x8", "1:2x8"])
 def test_plain_kubernetes(shape):
-    described = job.Job(
-        "train", ("--config", "run.toml"), job.parse_shape(shape), "My run!", cpu=96, gpu=8, memory_mb=800_000
-    )
+    size = {"shape": job.parse_shape(shape), "cpu": 96, "gpu": 8, "memory_mb": 800_000}
+    described = job.Job("train", ("--config", "run.toml"), name="My run!", **size)
     service, made = yaml.safe_load_all(scripts.kubernetes_yaml(described))
     as_kubernetes_has_it("V1Service", service)
     as_kubernetes_has_it("V1Job", made)
     pod = made["spec"]["template"]["spec"]
     stops_and_goes_on(pod)
-    hosts = described.shape.hosts
-    assert (
-        made["spec"]["completions"] == made["spec"]["parallelism"] == hosts
-        and made["spec"]["completionMode"] == "Indexed"
-    )
-    first, *rules = made["spec"]["podFailurePolicy"]["rules"]
+    hosts, spec = described.shape.hosts, made["spec"]
+    assert spec["completions"] == spec["parallelism"] == hosts and spec["completionMode"] == "Indexed"
+    first, *rules = spec["podFailurePolicy"]["rules"]
     assert first["action"] == "FailJob" and first["onExitCodes"]["values"] == [2, 76]
-    assert [rule["action"] for rule in rules] == ["Ignore", "Ignore"], (
-        "a drained node and a stop with a checkpoint"
-    )
+    assert [rule["action"] for rule in rules] == ["Ignore"] * 2  # a drained node and a stop with a checkpoint
     # the pods find the first one by its name in the headless service
-    assert (
-        service["spec"]["clusterIP"] == "None" and pod["subdomain"] == service["metadata"]["name"] == "my-run"
-    )
+    assert service["spec"]["clusterIP"] == "None"
+    assert pod["subdomain"] == service["metadata"]["name"] == "my-run"
     assert service["spec"]["selector"] == {"job-name": made["metadata"]["name"]}
     args = pod["containers"][0]["args"]
     endpoint = args[args.index("--rdzv-endpoint") + 1]
@@ -137,10 +121,8 @@ def test_plain_kubernetes(shape):
 def test_aws_batch():
     made = request(aws_batch_scheduler.create_scheduler("test"), described(), queue="gpus", image_repo="repo")
     model = get_session().get_service_model("batch")
-    for operation, given in (
-        ("RegisterJobDefinition", made.job_def),
-        ("SubmitJob", {"jobName": made.name, "jobQueue": made.queue, "jobDefinition": made.name}),
-    ):
+    sent = {"jobName": made.name, "jobQueue": made.queue, "jobDefinition": made.name}
+    for operation, given in (("RegisterJobDefinition", made.job_def), ("SubmitJob", sent)):
         report = ParamValidator().validate(given, model.operation_model(operation).input_shape)
         assert not report.has_errors(), report.generate_report()
     assert made.job_def["retryStrategy"]["attempts"] == 3
@@ -184,9 +166,7 @@ def copied() -> list[str]:
 
 def test_the_image_is_pinned_and_not_roots():
     bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
-    assert bases and all(re.fullmatch(r"\S+:\d+\.\d+\.\d+-\S+", base) for base in bases), (
-        "a version, not latest"
-    )
+    assert bases and all(re.fullmatch(r"\S+:\d+\.\d+\.\d+-\S+", base) for base in bases), "a version"
     assert re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE)[-1] == f"{job.USER_ID}:{job.USER_ID}"
     assert f"--uid {job.USER_ID} --gid {job.USER_ID}" in DOCKERFILE
     sets = [REPOSITORY / "requirements" / f"{name}.txt" for name in ("cpu", "gpu")]
@@ -199,42 +179,24 @@ def test_the_image_is_pinned_and_not_roots():
 def test_the_image_holds_every_package_and_nothing_is_ignored_on_the_way():
     packages = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert {name.partition(".")[0] for name in packages} <= set(copied())
-    ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    rules = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    ignored = [rule for rule in rules if rule[0] != "!" and rule != "*"]
     for name in copied():
-        assert (REPOSITORY / name).exists() and f"!{name}" in ignored, name
-    assert not [
-        name
-        for name in copied()
-        if any(fnmatch.fnmatch(name, line) for line in ignored if line[0] != "!" and line != "*")
-    ]
+        assert (REPOSITORY / name).exists() and f"!{name}" in rules, name
+        assert not any(fnmatch.fnmatch(name, rule) for rule in ignored), name
 
 
 @pytest.mark.long
 def test_what_the_dockerfile_copies_can_be_installed(tmp_path):
-    for name in copied():
-        source = REPOSITORY / name
-        leave = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(source, tmp_path / "src" / name, ignore=leave) if source.is_dir() else shutil.copy(
-            source, tmp_path / "src"
-        )
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--disable-pip-version-check",
-    ]
-    done = subprocess.run(
-        [*pip, "--target", str(tmp_path / "out"), str(tmp_path / "src")], capture_output=True, text=True
-    )
+    source, out = tmp_path / "src", tmp_path / "out"
+    for path in (REPOSITORY / name for name in copied()):
+        if path.is_dir():
+            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, source)
+    pip = "-m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check --target"
+    command = [sys.executable, *shlex.split(pip), str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in (
-        "launch/worker.py",
-        "data/schemas/adult.toml",
-        "mbcnet_rec/configs/demo.toml",
-        "sharding/clusters/cpu.toml",
-    ):
-        assert (tmp_path / "out" / name).is_file()
+    wanted = "launch/job.py data/schemas/adult.toml mbcnet_rec/configs/demo.toml sharding/clusters/cpu.toml"
+    assert [name for name in wanted.split() if not (out / name).is_file()] == []

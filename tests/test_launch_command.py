@@ -3,11 +3,13 @@
 Also that our components stand beside torchx's own.
 """
 
+import inspect
 import shlex
 import subprocess
 
 import pytest
 from tiny_run import make_run
+from torchx.specs.file_linter import get_fn_docstring
 from torchx.specs.finder import get_components
 
 from launch import job, worker
@@ -30,30 +32,21 @@ def test_our_components_stand_beside_torchxs_own():
     assert {f"mbcnet.{name}" for name in ("train", "evaluate", "predict")} <= names
     assert {"dist.ddp", "utils.echo", "utils.sh"} <= names
     for name in ("train", "evaluate", "predict"):
-        assert get_components()[f"mbcnet.{name}"].description.strip(), "its help"
+        component = get_components()[f"mbcnet.{name}"]
+        asked = inspect.signature(component.fn).parameters
+        assert component.description.strip() and {"j", "gpu", "mounts", "max_retries"} < set(asked)
+        assert all(get_fn_docstring(component.fn)[1][parameter].strip() for parameter in asked), "its help"
 
 
 def test_a_dry_run_says_what_where_and_on_how_many_gpus(folder, capsys):
-    words = (
-        "-j",
-        "16x8",
-        "--gpu",
-        "8",
-        "-s",
-        "kubernetes",
-        "-cfg",
-        "queue=gpus",
-        "--set",
-        "train.max_steps=9",
-    )
-    assert launch(*words, "--set", "data.lanes=128", "--set", "data.batch_size=128", "--dry-run") == 0
+    words = "-j 16x8 --gpu 8 -s kubernetes -cfg queue=gpus --dry-run --set train.max_steps=9"
+    assert launch(*words.split(), "--set", "data.lanes=128", "--set", "data.batch_size=128") == 0
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert said["ranks"].startswith("128: 16 hosts x 8 processes") and said["GPUs"] == "128 (8 a host)"
     assert said["where"] == "kubernetes (queue=gpus)" and "runs/tiny" in said["run"]
     assert said["command"].startswith("mbcnet train --config tiny.toml --set=train.max_steps=9")
-    assert said["next"].startswith(
-        "torchx run -s kubernetes -cfg queue=gpus mbcnet.train --config tiny.toml -j 16x8"
-    )
+    sent = "torchx run -s kubernetes -cfg queue=gpus mbcnet.train --config tiny.toml -j 16x8"
+    assert said["next"].startswith(sent)
     assert not (folder / "runs").exists(), "nothing was started"
 
 

@@ -1,5 +1,6 @@
 """docs/clusters.md: what it prints is understood as printed, as far as a machine without a cluster goes."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -38,6 +39,6 @@ def test_plan_lines_and_components():
             cli.build_parser().parse_args(words[1:])
         if words[:2] == ["torchx", "run"]:
             component = get_component(next(word for word in words if word.startswith("mbcnet.")))
-            known = component.fn.__annotations__
+            known = inspect.signature(component.fn).parameters
             given = words[words.index(component.name) + 1 :]
             assert all(word.lstrip("-") in known for word in given if word.startswith("-")), line

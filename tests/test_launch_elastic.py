@@ -4,6 +4,7 @@ A worker that was stopped still ends with its job."""
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,37 +30,17 @@ class Host:
     def __init__(self, folder: Path, name: str, port: int, nodes: str, **settings: object) -> None:
         self.out = folder / f"{name}.out"
         given = {**SETTINGS, **{key.replace("__", "."): value for key, value in settings.items()}}
-        words = [
-            str(BIN / "python"),
-            "-m",
-            "launch.agent",
-            "--nnodes",
-            nodes,
-            "--nproc-per-node",
-            "1",
-        ]
-        words += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-        # the other waits are as on a cluster: a lost host is missed after 15 seconds
-        words += [
-            "--rdzv-id",
-            "elastic",
-            "--rdzv-conf",
-            "last_call_timeout=5",
-        ]
-        words += [
-            "--log-dir",
-            f"logs/{name}",
-            "-m",
-            "launch.worker",
-            "train",
-            "--config",
-            "tiny.toml",
-            "--resume",
-        ]
+        # most waits are as on a cluster: a lost host is missed after 15 seconds
+        words = shlex.split(
+            f"-m launch.agent --nnodes {nodes} --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d "
+            f"--rdzv-endpoint localhost:{port} --rdzv-id elastic --rdzv-conf last_call_timeout=5 "
+            f"--log-dir logs/{name} -m launch.worker train --config tiny.toml --resume"
+        )
         words += [f"--set={key}={value}" for key, value in given.items()]
         env = environment(PYTHONSAFEPATH="1", LOGLEVEL="CRITICAL", TORCH_CPP_LOG_LEVEL="ERROR")
         with self.out.open("ab") as file:
-            self.process = subprocess.Popen(words, cwd=folder, env=env, stdout=file, stderr=file)
+            command = [str(BIN / "python"), *words]
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file)
 
     def said(self) -> str:
         return self.out.read_text().replace("\r", "\n")

@@ -5,6 +5,7 @@ Skips where slurm-wlm is not installed or the tests do not run as root.
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -20,10 +21,7 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
 MISSING = [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(
-        bool(MISSING),
-        reason=f"a real Slurm needs Debian's slurm-wlm; missing: {', '.join(MISSING)}",
-    ),
+    pytest.mark.skipif(bool(MISSING), reason=f"needs Debian's slurm-wlm; missing: {', '.join(MISSING)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd starts jobs as root only"),
 ]
 
@@ -39,10 +37,9 @@ class Cluster:
         self.env = environment(SLURM_CONF=str(folder / "slurm.conf"))
         self.env["PATH"] += ":/usr/sbin"
 
-    def call(self, *words: str, timeout: float = 20) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            words, cwd=self.run, env=self.env, capture_output=True, text=True, timeout=timeout
-        )
+    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+        given = {"cwd": self.run, "env": self.env, "timeout": 20}
+        return subprocess.run(words, capture_output=True, text=True, **given)
 
     def start(self) -> None:
         for name in ("state", "spool", "log", "munge", "run"):
@@ -65,13 +62,8 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
         self.folder.chmod(0o755)
-        files = {
-            "key-file": key,
-            "socket": self.socket,
-            "pid-file": self.folder / "munged.pid",
-            "seed-file": self.folder / "seed",
-            "log-file": self.folder / "log/munged.log",
-        }
+        files = {"key-file": key, "socket": self.socket}
+        files |= {f"{name}-file": self.folder / f"munged.{name}" for name in ("pid", "seed", "log")}
         self.daemon("munged", "munged.pid", "--force", *(f"--{name}={path}" for name, path in files.items()))
 
     @property
@@ -128,32 +120,10 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe
 
     def submit(self, *args: str, shape: str = "1x2") -> str:
         """Submit a training job through torchx; return torchx's handle."""
-        given = (
-            "-s",
-            "slurm",
-            "-cfg",
-            "partition=main",
-            "mbcnet.train",
-            "--config",
-            "tiny.toml",
-            "-j",
-            shape,
-        )
-        done = program(
-            "torchx",
-            "run",
-            *given,
-            "--cpu",
-            "1",
-            "--memMB",
-            "1000",
-            "--",
-            *args,
-            cwd=self.run,
-            SLURM_CONF=self.env["SLURM_CONF"],
-        )
-        assert done.returncode == 0, done.stderr
-        return next(line for line in done.stdout.splitlines() if line.startswith("slurm://"))
+        words = shlex.split("run -s slurm -cfg partition=main mbcnet.train --config tiny.toml")
+        words += ["--cpu", "1", "--memMB", "1000"]
+        said = self.torchx(*words, "-j", shape, "--", *args)
+        return next(line for line in said.splitlines() if line.startswith("slurm://"))
 
     def torchx(self, *args: str) -> str:
         done = program("torchx", *args, cwd=self.run, SLURM_CONF=self.env["SLURM_CONF"])
@@ -208,10 +178,8 @@ RUN = ("--set", "train.epochs=99", "--set", "train.checkpoint_every=5", "--set",
 @pytest.fixture(scope="module")
 def whole(cluster: Cluster) -> Path:
     """A run that nobody disturbed, by the printed script and sbatch alone."""
-    words = ("launch", "--config", "tiny.toml", "-j", "1x2", "--cpu", "1", "--memory-mb", "1000")
-    script = program(
-        "mbcnet", *words, "--set", "train.out=runs/whole", *RUN, "--print", "slurm", cwd=cluster.run
-    )
+    words = shlex.split("launch --config tiny.toml -j 1x2 --cpu 1 --memory-mb 1000 --print slurm")
+    script = program("mbcnet", *words, "--set", "train.out=runs/whole", *RUN, cwd=cluster.run)
     assert script.returncode == 0, script.stderr
     (cluster.run / "job.sh").write_text(script.stdout)
     sent = cluster.call("sbatch", "--parsable", "--partition=main", "job.sh")

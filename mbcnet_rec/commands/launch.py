@@ -3,9 +3,8 @@
 import argparse
 import math
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from data.errors import InputError
 from data.schema import load_schema
@@ -18,7 +17,6 @@ from sharding.plan.plan_file import read_plan
 if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig
 
-Made = TypeVar("Made")
 FORMATS = {"torchrun": scripts.torchrun_line, "slurm": scripts.sbatch_script, "k8s": scripts.kubernetes_yaml}
 SCHEDULERS = ("local_cwd", "local_docker", "slurm", "kubernetes", "aws_batch")
 
@@ -27,25 +25,16 @@ def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_config(parser)
     add = parser.add_argument
-    add(
-        "-j", default="1x2", metavar="HOSTSxPROCESSES", help="1x2, 16x8, or 2:4x8 where hosts may come and go"
-    )
+    add("-j", default="1x2", metavar="HOSTSxPROCESSES", help="1x2, 16x8, or 2:4x8 for hosts that come and go")
     add("--resume", action="store_true", help="continue from the run folder's latest checkpoint")
     add("--overwrite", action="store_true", help="replace an earlier run of the same folder")
     add("-s", "--scheduler", choices=SCHEDULERS, default="local_cwd", help="torchx's scheduler (local_cwd)")
     add("-cfg", default="", metavar="KEY=VALUE,...", help="the scheduler's own options, as torchx takes them")
     add = parser.add_mutually_exclusive_group().add_argument
-    add(
-        "--print",
-        choices=FORMATS,
-        dest="format",
-        help="print what starts the job without torchx, and start nothing",
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="say what would run, where and on how many GPUs, and start nothing",
-    )
+    words = "print what starts the job without torchx, and start nothing"
+    add("--print", choices=FORMATS, dest="format", help=words)
+    words = "say what would run, where and on how many GPUs, and start nothing"
+    add("--dry-run", action="store_true", help=words)
     add = parser.add_argument_group("each host").add_argument
     add("--gpu", type=int, default=0, metavar="N", help="GPUs (0: none; one for each process otherwise)")
     add("--cpu", type=int, default=0, metavar="N", help="CPU cores (0: 12 a GPU, 2 without)")
@@ -53,17 +42,10 @@ def register(parser: argparse.ArgumentParser) -> None:
     add("--name", default="", help="of the job; by default the run's")
     add("--image", default="mbcnet-rec", help="container image, for schedulers that use one")
     add("--env", action="append", default=[], metavar="KEY=VALUE", help="one further environment variable")
-    add(
-        "--mounts", default="", metavar="type=volume,src=CLAIM,dst=/storage",
-        help="what torchx mounts into the container: the file system of data and runs",
-    )  # fmt: skip
-    add(
-        "--retries",
-        type=int,
-        default=0,
-        metavar="N",
-        help="how often the scheduler starts a failed job again",
-    )
+    words = "what torchx mounts into the container: the file system of data and runs"
+    add("--mounts", default="", metavar="type=volume,src=CLAIM,dst=/storage", help=words)
+    words = "how often the scheduler starts a failed job again"
+    add("--retries", type=int, default=0, metavar="N", help=words)
     parser.set_defaults(run=_launch)
 
 
@@ -71,11 +53,14 @@ def _launch(args: argparse.Namespace) -> int:
     from mbcnet_rec.config import load_config  # imports torch
 
     config = load_config(args.config, args.overrides)
-    job = _job(args, config)
-    _check_plan(config, job)
-    if args.format:
-        print(_or_mistake(lambda: FORMATS[args.format](job)).rstrip("\n"))
-        return 0
+    try:
+        job = _job(args, config)
+        _check_plan(config, job)
+        if args.format:
+            print(FORMATS[args.format](job).rstrip("\n"))
+            return 0
+    except JobError as error:
+        raise InputError(str(error)) from None
     words = _torchx_words(args, job)
     if args.dry_run:
         print("\n".join(_description(args, config, job, words)))
@@ -89,39 +74,26 @@ def _launch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _or_mistake(make: Callable[[], Made]) -> Made:
-    """Call; a job that cannot be is the user's mistake."""
-    try:
-        return make()
-    except JobError as error:
-        raise InputError(str(error)) from None
-
-
 def _job(args: argparse.Namespace, config: "RunConfig") -> Job:
     for key in ("gpu", "retries", "cpu", "memory_mb"):
         if (value := getattr(args, key)) < 0:
             raise InputError(f"--{key.replace('_', '-')} {value}: wanted 0 or more; remove the minus")
-    env = {}
     for pair in args.env:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
+        if pair.find("=") < 1:
             raise InputError(f"--env {pair}: wanted KEY=VALUE; write it so")
-        env[key] = value
     flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
     words = ["--config", args.config, *(f"--set={each}" for each in args.overrides), *flags]
-    return _or_mistake(
-        lambda: Job(
-            command="train",
-            args=tuple(words),
-            shape=parse_shape(args.j),
-            name=args.name or config.name,
-            image=args.image,
-            cpu=args.cpu or 12 * args.gpu or 2,
-            gpu=args.gpu,
-            memory_mb=args.memory_mb or 131_072 * args.gpu or 8192,
-            env=env,
-            retries=args.retries,
-        )
+    return Job(
+        command="train",
+        args=tuple(words),
+        shape=parse_shape(args.j),
+        name=args.name or config.name,
+        image=args.image,
+        cpu=args.cpu or 12 * args.gpu or 2,
+        gpu=args.gpu,
+        memory_mb=args.memory_mb or 131_072 * args.gpu or 8192,
+        env=dict(pair.split("=", 1) for pair in args.env),
+        retries=args.retries,
     )
 
 
