@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.errors import InputError
-from data.profile.scan import is_list, naming
+from data.profile.scan import naming
+from data.reading.column_types import is_list
 from data.reading.storage import DataFile, open_parquet
 from data.schema import (
     FIRST_VOCABULARY_ROW,

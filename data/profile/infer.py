@@ -19,7 +19,8 @@ from pyarrow import types as pt
 
 from data.errors import InputError
 from data.profile.leaks import always_positive, column_auc
-from data.profile.scan import ColumnProfile, Profile, is_key, is_number, profile_files
+from data.profile.scan import ColumnProfile, Profile, profile_files
+from data.reading.column_types import is_key, is_number
 from data.reading.storage import DataFile
 from data.schema import inline_table, parse_schema, toml_key, toml_text
 from data.schema.feature import FIT, MAX_NUM_EMBEDDINGS

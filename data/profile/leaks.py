@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.profile.scan import ColumnProfile, is_key, is_number
+from data.profile.scan import ColumnProfile
+from data.reading.column_types import is_key, is_number
 from data.reading.keys import hash_values
 
 SMOOTHING = 10.0  # rows of the base rate added to each value's own

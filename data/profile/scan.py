@@ -15,6 +15,7 @@ from pyarrow import types as pt
 
 from data.errors import InputError, first_line
 from data.profile.sketch import Distinct
+from data.reading.column_types import is_key, is_list, is_number
 from data.reading.keys import hash_values
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 
@@ -254,18 +255,3 @@ def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
         if column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(batch.num_rows, column.type))
     return table.select(schema.names).cast(schema)
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a type is one of Arrow's lists."""
-    return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
-
-
-def is_number(kind: pa.DataType) -> bool:
-    """Whether a type holds numbers, booleans included."""
-    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind) or pt.is_decimal(kind)
-
-
-def is_key(kind: pa.DataType) -> bool:
-    """Whether a type can be an id."""
-    return pt.is_integer(kind) or pt.is_string(kind) or pt.is_large_string(kind)

@@ -1,10 +1,14 @@
 """Which Arrow types a field's column may have: what a footer alone can tell."""
 
+from collections.abc import Callable, Iterator
+
 import pyarrow as pa
 from pyarrow import types as pt
 
 from ..errors import InputError  # relative: an exported artifact carries this file
 from ..schema import Feature, Schema
+
+Accepts = Callable[[pa.DataType], bool]
 
 
 def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str, *, has_label: bool = True) -> None:
@@ -13,67 +17,68 @@ def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str, *, has_lab
     Raises:
         InputError: naming the file, the column, its type and the type wanted.
     """
-    names = set(arrow_schema.names)
-    wanted = schema.columns if has_label else schema.field_columns
-    for column in wanted:
-        if column not in names:
-            users = [
-                feature.name
-                for feature in schema.features
-                if column in (feature.source_column, feature.weights)
-            ]
-            role = "label" if column == schema.label else f"field {users[0]!r}" if users else "group_column"
-            raise InputError(
-                f"{file}: column {column!r} is missing, which is the schema's {role}; "
-                "add the column to the file, or fix the schema"
-            )
+    for _, fault in column_faults(arrow_schema, schema, has_label=has_label):
+        raise InputError(f"{file}: {fault}")
+
+
+def column_faults(
+    arrow_schema: pa.Schema, schema: Schema, *, has_label: bool = True
+) -> Iterator[tuple[str, str]]:
+    """All that `check_columns` refuses: the field's source column (or the label's, or the group column), and what is wrong."""
+    for source, column, owner, role, accepts, types in _wanted(schema, has_label):
+        if column not in arrow_schema.names:
+            missing = f"column {column!r} is missing, which is the schema's {owner}"
+            yield source, f"{missing}; add the column to the file, or fix the schema"
+        elif not accepts(found := arrow_schema.field(column).type):
+            yield source, f"column {column!r} is {found}: {role} wants {types}; fix the file or the schema"
+
+
+def _wanted(schema: Schema, has_label: bool) -> Iterator[tuple[str, str, str, str, Accepts, str]]:
+    """For each use of a column: source column, column, who misses it, who wants its type, the type's test and its description."""
     if has_label:
-        label_types = "0 and 1 as integers, floats or booleans"
-        _check_type(arrow_schema, schema.label, _is_number, label_types, file, "the label")
+        types = "0 and 1 as integers, floats or booleans"
+        yield schema.label, schema.label, "label", "the label", is_number, types
     for feature in schema.features:
-        accepts, wanted = _accepted(feature)
-        role = f"{feature.kind} field {feature.name!r}"
-        _check_type(arrow_schema, feature.source_column, accepts, wanted, file, role)
+        source, owner = feature.source_column, f"field {feature.name!r}"
+        yield source, source, owner, f"{feature.kind} {owner}", *_accepted(feature)
         if feature.weights:
             role = f"weights of {feature.name!r}"
-            _check_type(arrow_schema, feature.weights, _is_number_list, "lists of numbers", file, role)
+            yield source, feature.weights, owner, role, _is_number_list, "lists of numbers"
+    group = schema.group_column
+    if has_label and group not in ("", *schema.field_columns):
+        yield group, group, "group_column", "", lambda kind: True, ""
 
 
-def _check_type(arrow_schema: pa.Schema, column: str, accepts, wanted: str, file: str, role: str) -> None:  # noqa: ANN001
-    found = arrow_schema.field(column).type
-    if not accepts(found):
-        raise InputError(
-            f"{file}: column {column!r} is {found}: {role} wants {wanted}; fix the file or the schema"
-        )
-
-
-def _is_number(kind: pa.DataType) -> bool:
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a type holds numbers, booleans included."""
     return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind) or pt.is_decimal(kind)
 
 
-def _is_key(kind: pa.DataType) -> bool:
+def is_key(kind: pa.DataType) -> bool:
+    """Whether a type can be an id."""
     kind = kind.value_type if pt.is_dictionary(kind) else kind
     return pt.is_integer(kind) or pt.is_string(kind) or pt.is_large_string(kind)
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is one of Arrow's lists."""
     return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
 
 
 def _is_number_list(kind: pa.DataType) -> bool:
-    return _is_list(kind) and _is_number(kind.value_type)
+    return is_list(kind) and is_number(kind.value_type)
 
 
-def _accepted(feature: Feature):  # noqa: ANN202
+def _accepted(feature: Feature) -> tuple[Accepts, str]:
     """The type test of a field's column, and its description."""
     if feature.kind == "numeric":
-        return _is_number, "numbers"
+        return is_number, "numbers"
     if feature.kind == "vector":
         return _is_number_list, "lists of numbers"
     item, words = (
-        (pt.is_integer, "integers") if feature.encoding == "ids" else (_is_key, "integers or strings")
+        (pt.is_integer, "integers") if feature.encoding == "ids" else (is_key, "integers or strings")
     )
     hint = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary', 'hash' or 'zch')"
     if feature.kind == "categorical":
         return item, words + hint
-    return lambda kind: _is_list(kind) and item(kind.value_type), f"lists of {words}{hint}"
+    return lambda kind: is_list(kind) and item(kind.value_type), f"lists of {words}{hint}"
