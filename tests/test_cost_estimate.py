@@ -7,11 +7,11 @@ import pytest
 import torch
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 
-from sharding.cost.assess import assess, lower_bound
+from sharding.cost.assess import MAIN_PHASES, assess
 from sharding.cost.estimate import Room, shard_bytes, shard_times, table_costs
 from sharding.plan.cluster import read_cluster
 from sharding.plan.dense_part import DenseCost
-from sharding.plan.placement import Plan, TablePlan, shards_of
+from sharding.plan.placement import SHARDING_TYPES, Plan, TablePlan, shards_of
 from sharding.report.explain import alternatives, explain_lines
 from sharding.report.heatmap import heat, write_html
 from sharding.report.text import report_dict, report_lines
@@ -54,26 +54,22 @@ def test_bytes_follow_optimizer_dtype_and_kernel():
 
 
 def test_seconds_follow_the_traffic():
-    whole = shard_times(TABLE, PLAN, CLUSTER, 1_000_000, 32)
-    pooled = 8 * 1024 * 32 * 4  # bytes that leave the rank of a table_wise table
-    assert whole.output_dist == pytest.approx(
-        pooled * 4 / 8 / (0.8 * 50e9)
-    )  # half of the ranks are on the other host
-    halved = shard_times(TABLE, replace(PLAN, forward_precision="fp16"), CLUSTER, 1_000_000, 32)
-    assert (
-        halved.output_dist == pytest.approx(whole.output_dist / 2)
-        and halved.gradient_dist == whole.gradient_dist
-    )
-    by_host = shard_times(placed("table_row_wise", (0, 1, 2, 3)), PLAN, CLUSTER, 250_000, 32)
-    assert (
-        by_host.output_dist < whole.output_dist
-    )  # NVLink carries the reduce-scatter, a quarter crosses hosts
+    def seconds(table=TABLE, rows=1_000_000, **change):
+        return shard_times(table, replace(PLAN, **change), CLUSTER, rows, 32)
+
+    whole, pooled = seconds(), 8 * 1024 * 32 * 4  # bytes that leave the rank of a table_wise table
+    # half of the ranks are on the other host
+    assert whole.output_dist == pytest.approx(pooled * 4 / 8 / (0.8 * 50e9))
+    halved = seconds(forward_precision="fp16")
+    assert halved.output_dist == pytest.approx(whole.output_dist / 2)
+    assert halved.gradient_dist == whole.gradient_dist
+    # NVLink carries the reduce-scatter, a quarter crosses hosts
+    by_host = seconds(placed("table_row_wise", (0, 1, 2, 3)), 250_000)
+    assert by_host.output_dist < whole.output_dist
     paged = replace(TABLE, compute_kernel="fused_uvm_caching", cache_ratio=0.1)
-    slow = shard_times(paged, PLAN, CLUSTER, 1_000_000, 32)
-    assert slow.lookup > 3 * whole.lookup
-    assert shard_times(paged, replace(PLAN, prefetch=True), CLUSTER, 1_000_000, 32).lookup < slow.lookup / 3
-    few = shard_times(replace(TABLE, cardinality=10), PLAN, CLUSTER, 1_000_000, 32)
-    assert few.lookup < whole.lookup  # ten rows are read once and then come from the cache
+    assert seconds(paged).lookup > 3 * max(whole.lookup, seconds(paged, prefetch=True).lookup)
+    # ten rows are read once and then come from the cache
+    assert seconds(replace(TABLE, cardinality=10)).lookup < whole.lookup
 
 
 def assessment():
@@ -83,7 +79,7 @@ def assessment():
         "c": placed("table_row_wise", (4, 5, 6, 7)),
         "d": placed("data_parallel"),
     }
-    return assess(replace(PLAN, tables=tables), CLUSTER, DenseCost(1_000_000, 2e6, 1e3, 100))  # fmt: skip
+    return assess(replace(PLAN, tables=tables, dense=DenseCost(1_000_000, 2e6, 1e3, 100)), CLUSTER)
 
 
 def test_ranks_add_up_and_phases_last_as_long_as_their_slowest_rank():
@@ -92,11 +88,9 @@ def test_ranks_add_up_and_phases_last_as_long_as_their_slowest_rank():
     assert [rank.tables for rank in result.ranks][3] == ["a", "b", "d"]
     path = result.path
     assert path.lookup == max(rank.times.lookup for rank in result.ranks)
-    assert path.step == pytest.approx(
-        path.lookup + path.output_dist + path.dense + path.gradient_dist + path.update + path.all_reduce
-    )
+    assert path.step == pytest.approx(sum(getattr(path, phase) for phase in MAIN_PHASES))
     assert result.samples_per_second == pytest.approx(8 * 1024 / path.step)
-    slow_input = assess(result.plan, replace(CLUSTER, cores=1, decode_values_per_second=1e5), result.dense)
+    slow_input = assess(result.plan, replace(CLUSTER, cores=1, decode_values_per_second=1e5))
     assert slow_input.path.bound_by == "input" and slow_input.path.step == pytest.approx(1024 * 100 / 1e5)
 
 
@@ -104,20 +98,14 @@ def test_no_deal_of_the_shards_beats_the_bound():
     result = assessment()
     spread = sum(shard.times.total for name in "bd" for shard in result.costs[name][:1])
     busiest = max(max(shard.times.total for shard in result.costs[name]) for name in "ac")
-    assert result.bound >= spread + busiest - 1e-12 and result.bound == lower_bound(result.plan, result.costs)
+    assert result.bound >= spread + busiest - 1e-12
     assert result.over_bound >= 0 and 0 < result.balance <= 1
 
 
 def test_explain_names_the_next_best_and_every_place():
     result = assessment()
     found = alternatives(result, "a", Room(CLUSTER.hbm_bytes, CLUSTER.ddr_bytes))
-    assert {each.table.sharding_type for each in found} == {
-        "table_wise",
-        "row_wise",
-        "table_row_wise",
-        "column_wise",
-        "data_parallel",
-    }
+    assert {each.table.sharding_type for each in found} == set(SHARDING_TYPES)
     assert found[0].table == result.plan.tables["a"]
     steps = [each.step_seconds for each in found[1:] if each.fits]
     assert steps == sorted(steps)
@@ -137,7 +125,7 @@ def test_reports_say_the_same_to_people_and_machines(tmp_path: Path):
     assert sum(map(sum, grid.values())) == pytest.approx(1e3 * sum(rank.times.total for rank in result.ranks))
     write_html(result, tmp_path / "p.html")
     page = (tmp_path / "p.html").read_text()
-    assert page.count("<tr>") > 8 and page.count("b, rank 3: ") == 1 and "http" not in page
+    assert page.count("<tr>") == 6 and page.count("b, rank 3: ") == 1 and "http" not in page
 
 
 def test_costs_of_equal_shards_are_equal():

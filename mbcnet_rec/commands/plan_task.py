@@ -124,7 +124,7 @@ def shown_progress(title: str) -> Iterator[Progress]:
     interval = 0.2 if sys.stderr.isatty() else 10.0
     with tqdm(desc=title, unit=" proposals", file=sys.stderr, mininterval=interval) as bar:
 
-        def tick(proposals: int, best_ms: float, seconds: float) -> None:
+        def tick(proposals: int, best_ms: float) -> None:
             bar.set_postfix_str(f"best {best_ms:.3f} ms on the busiest rank", refresh=False)
             bar.update(proposals - bar.n)
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sharding.cost.estimate import Bytes, Room, ShardCost, Times, table_costs
+from sharding.cost.estimate import Bytes, Room, ShardCost, Times, least_costs, plus, table_costs
 from sharding.plan.cluster import Cluster
-from sharding.plan.dense_part import DenseCost
 from sharding.plan.placement import UNIFORM, Plan, TablePlan
 
 PARTS = Times._fields
+MAIN_PHASES = ("lookup", "output_dist", "dense", "gradient_dist", "update", "all_reduce")
 
 
 @dataclass
@@ -41,8 +41,7 @@ class CriticalPath:
     @property
     def main(self) -> float:
         """Seconds of the phases that follow one another."""
-        phases = (self.lookup, self.output_dist, self.dense, self.gradient_dist, self.update, self.all_reduce)
-        return sum(phases)
+        return sum(getattr(self, phase) for phase in MAIN_PHASES)
 
     @property
     def step(self) -> float:
@@ -64,28 +63,31 @@ class CriticalPath:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What a plan costs.
-
-    Attributes:
-        plan, cluster, dense: what was assessed.
-        costs: table -> costs of its shards.
-        ranks: the ranks of one group; replicas repeat them.
-        path: the critical path.
-        bound: least possible seconds of the busiest rank, for these sharding types (see `lower_bound`).
-    """
+    """What a plan costs."""
 
     plan: Plan
     cluster: Cluster
-    dense: DenseCost
-    costs: dict[str, list[ShardCost]]
-    ranks: list[Rank]
+    costs: dict[str, list[ShardCost]]  # table -> costs of its shards
+    ranks: list[Rank]  # of one group; replicas repeat them
     path: CriticalPath
-    bound: float
 
     @property
     def busiest(self) -> Rank:
         """The rank with most table time."""
         return max(self.ranks, key=lambda rank: rank.times.total)
+
+    @property
+    def bound(self) -> float:
+        """Least seconds of the busiest rank over all ways to assign these shards to ranks.
+
+        bound = max(mean load, U + max of a movable shard), U: the load that row_wise and data_parallel tables put on every rank.
+        """
+        totals = {name: [shard.times.total for shard in shards] for name, shards in self.costs.items()}
+        spread = [name for name, table in self.plan.tables.items() if table.sharding_type in UNIFORM]
+        uniform = sum(min(totals[name]) for name in spread)
+        everything = sum(seconds for shards in totals.values() for seconds in shards)
+        movable = [max(shards) for name, shards in totals.items() if name not in spread]
+        return max(everything / self.plan.group_size, uniform + max(movable, default=0.0))
 
     @property
     def balance(self) -> float:
@@ -110,7 +112,7 @@ class Assessment:
 
     def memory(self, rank: Rank) -> Room:
         """HBM and DDR bytes of a rank with the dense part."""
-        dense = self.dense.memory_bytes(self.plan.batch_size_per_rank)
+        dense = self.plan.dense.memory_bytes(self.plan.batch_size_per_rank)
         if self.cluster.device == "cuda":
             return Room(rank.bytes.hbm + dense, rank.bytes.ddr)
         return Room(0, rank.bytes.ddr + dense)
@@ -121,52 +123,32 @@ class Assessment:
         return max(sum(self.memory(rank)) for rank in self.ranks)
 
 
-def lower_bound(plan: Plan, costs: dict[str, list[ShardCost]]) -> float:
-    """Least seconds of the busiest rank over all ways to assign these shards to ranks.
-
-    bound = max(mean load, U + max of a movable shard), U: the load that row_wise and data_parallel tables put on every rank.
-    """
-    spread = {name for name, table in plan.tables.items() if table.sharding_type in UNIFORM}
-    uniform = sum(min(shard.times.total for shard in costs[name]) for name in spread)
-    everything = sum(shard.times.total for shards in costs.values() for shard in shards)
-    movable = [shard.times.total for name, shards in costs.items() if name not in spread for shard in shards]
-    return max(everything / plan.group_size, uniform + max(movable, default=0.0))
-
-
 def search_bound(options: Mapping[str, list[TablePlan]], plan: Plan, cluster: Cluster) -> float:
     """Least seconds of the busiest rank over all plans made of these candidates, on whatever ranks their shards are.
 
     bound = max(sum over tables of the least total / ranks, max over tables of the least largest shard)
     """
-    everything, largest = 0.0, 0.0
-    for candidates in options.values():
-        costs = [[shard.times.total for shard in table_costs(each, plan, cluster)] for each in candidates]
-        everything += min(sum(shards) for shards in costs)
-        largest = max(largest, min(max(shards) for shards in costs))
-    return max(everything / plan.group_size, largest)
+    least = least_costs(options, plan, cluster, lambda cost: cost.times.total)
+    everything = sum(total for total, _ in least.values())
+    return max(everything / plan.group_size, max((shard for _, shard in least.values()), default=0.0))
 
 
-def assess(plan: Plan, cluster: Cluster, dense: DenseCost | None = None) -> Assessment:
-    """Add up what a plan costs on a cluster, with the dense part: the given one, else the plan's."""
-    dense = dense or plan.dense
+def assess(plan: Plan, cluster: Cluster) -> Assessment:
+    """Add up what a plan costs on a cluster, with the dense part that it was made for."""
     costs = {name: table_costs(table, plan, cluster) for name, table in plan.tables.items()}
     ranks = [Rank(number) for number in range(plan.group_size)]
     for name, shards in costs.items():
         for shard in shards:
             rank = ranks[shard.rank]
-            rank.bytes, rank.times = rank.bytes.plus(shard.bytes), rank.times.plus(shard.times)
+            rank.bytes, rank.times = plus(rank.bytes, shard.bytes), plus(rank.times, shard.times)
             rank.tables.append(name)
-    path, bound = _path(plan, cluster, dense, ranks), lower_bound(plan, costs)
-    return Assessment(plan, cluster, dense, costs, ranks, path, bound)
-
-
-def _path(plan: Plan, cluster: Cluster, dense: DenseCost, ranks: list[Rank]) -> CriticalPath:
-    batch = plan.batch_size_per_rank
+    dense, batch = plan.dense, plan.batch_size_per_rank
     slowest = {part: max(getattr(rank.times, part) for rank in ranks) for part in PARTS}
     seconds = dense.step_seconds(batch, cluster)
     hidden = (
         seconds * 2 / 3
-    )  # the all-reduce starts with the first gradients of backward, two thirds of the work
+    )  # of the all-reduce: it starts with backward's first gradients, two thirds of the work
     all_reduce = max(0.0, dense.all_reduce_seconds(cluster) - hidden)
     decode = dense.decode_seconds(batch, cluster)
-    return CriticalPath(**slowest, dense=seconds, all_reduce=all_reduce, decode=decode)
+    path = CriticalPath(**slowest, dense=seconds, all_reduce=all_reduce, decode=decode)
+    return Assessment(plan, cluster, costs, ranks, path)

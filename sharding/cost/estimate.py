@@ -14,9 +14,9 @@ This is a floor, not a forecast: no launches, no stragglers, no skew of hot rows
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from operator import add
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from sharding.plan.placement import Plan, TablePlan, shards_of
@@ -41,10 +41,6 @@ class Times(NamedTuple):
         """What loads a rank; input_dist is left out, since the pipeline overlaps it with the step before."""
         return self.lookup + self.output_dist + self.gradient_dist + self.update
 
-    def plus(self, other: "Times") -> "Times":
-        """Sum part by part."""
-        return Times(*map(add, self, other))
-
 
 class Bytes(NamedTuple):
     """Bytes on one rank."""
@@ -56,14 +52,6 @@ class Bytes(NamedTuple):
     hbm: int = 0
     ddr: int = 0
 
-    def plus(self, other: "Bytes") -> "Bytes":
-        """Sum part by part."""
-        return Bytes(*map(add, self, other))
-
-    def fit(self, room: "Room") -> bool:
-        """Whether they fit into the room of a rank."""
-        return self.hbm <= room.hbm and self.ddr <= room.ddr
-
 
 class Room(NamedTuple):
     """Bytes of one rank that tables and their activations may fill."""
@@ -72,26 +60,21 @@ class Room(NamedTuple):
     ddr: int
 
 
+Costs = TypeVar("Costs", Bytes, Times)
+Measure = TypeVar("Measure", int, float)
+
+
+def plus(left: Costs, right: Costs) -> Costs:
+    """Sum part by part."""
+    return type(left)(*map(add, left, right))
+
+
 class ShardCost(NamedTuple):
     """One shard: its rank, bytes and seconds."""
 
     rank: int
     bytes: Bytes
     times: Times
-
-
-@dataclass(frozen=True)
-class Links:
-    """Traffic of a rank: `inside` reaches the other ranks of its host, `outside` those of other hosts."""
-
-    inside_bytes: float
-    outside_bytes: float
-
-    def seconds(self, cluster: Cluster) -> float:
-        """Both kinds of link work at once."""
-        inside = self.inside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.nvlink_gb_per_second)
-        outside = self.outside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.network_gb_per_second)
-        return max(inside, outside)
 
 
 def table_costs(table: TablePlan, plan: Plan, cluster: Cluster) -> list[ShardCost]:
@@ -107,6 +90,20 @@ def table_costs(table: TablePlan, plan: Plan, cluster: Cluster) -> list[ShardCos
     return costs
 
 
+def least_costs(
+    options: Mapping[str, list[TablePlan]],
+    plan: Plan,
+    cluster: Cluster,
+    measure: Callable[[ShardCost], Measure],
+) -> dict[str, tuple[Measure, Measure]]:
+    """Each table's least sum over shards, and its least largest shard, among its candidate placements."""
+    least = {}
+    for name, candidates in options.items():
+        costs = [[measure(cost) for cost in table_costs(each, plan, cluster)] for each in candidates]
+        least[name] = min(sum(shards) for shards in costs), min(max(shards) for shards in costs)
+    return least
+
+
 def state_bytes(optimizer: str, rows: int, columns: int) -> int:
     """Bytes of the fused optimizer's state for a block of a table; it is fp32 for every row dtype."""
     whole = FLOAT_BYTES * rows * columns
@@ -115,18 +112,15 @@ def state_bytes(optimizer: str, rows: int, columns: int) -> int:
 
 def shard_bytes(table: TablePlan, plan: Plan, rows: int, columns: int) -> Bytes:
     """Bytes of one shard; see the top of the file."""
-    width = DTYPE_BYTES[plan.data_type]
+    width, replicated = DTYPE_BYTES[plan.data_type], table.sharding_type == "data_parallel"
     weights, state = rows * columns * width, state_bytes(plan.optimizer, rows, columns)
     if table.zch_buckets:
         state += ZCH_BYTES_PER_ROW * rows
-    if table.sharding_type == "data_parallel":
-        state = state * width // FLOAT_BYTES  # a dense optimizer keeps its state in the rows' dtype
-    share = _lookup_share(table, plan)
-    replicated = table.sharding_type == "data_parallel"
     global_rows = plan.batch_size_per_rank * (1 if replicated else plan.group_size)
-    ids = 2 * ID_BYTES * global_rows * table.ids * share
+    ids = 2 * ID_BYTES * global_rows * table.ids * _lookup_share(table, plan)
     pooled = 2 * FLOAT_BYTES * global_rows * table.bags * columns
     if replicated:
+        state = state * width // FLOAT_BYTES  # a dense optimizer keeps its state in the rows' dtype
         pooled += 2 * weights  # a dense gradient, and its all-reduce bucket
     activations = int(ids + pooled)
     if plan.device == "cpu":
@@ -144,9 +138,8 @@ def shard_bytes(table: TablePlan, plan: Plan, rows: int, columns: int) -> Bytes:
 def shard_times(table: TablePlan, plan: Plan, cluster: Cluster, rows: int, columns: int) -> Times:
     """Seconds of one shard; see the top of the file."""
     width, kind = DTYPE_BYTES[plan.data_type], table.sharding_type
-    batch, size, local = plan.batch_size_per_rank, plan.group_size, plan.local_group_size
-    replicated = kind == "data_parallel"
-    global_rows = batch * (1 if replicated else size)
+    size, replicated = plan.group_size, kind == "data_parallel"
+    global_rows = plan.batch_size_per_rank * (1 if replicated else size)
     lookups = global_rows * table.ids * _lookup_share(table, plan) if rows else 0.0
     distinct = min(lookups, table.cardinality * _lookup_share(table, plan) or rows, rows)
     row_bytes = max(BURST_BYTES, columns * width)
@@ -165,17 +158,12 @@ def shard_times(table: TablePlan, plan: Plan, cluster: Cluster, rows: int, colum
         # the dense optimizer reads and writes every row, its gradient and state
         dense = 6 * rows * columns * FLOAT_BYTES / speed
         inside, outside = (0.0, gradient) if plan.hosts > 1 else (gradient, 0.0)
-        return Times(0.0, lookup, 0.0, Links(inside, outside).seconds(cluster), update + dense)
-    sent = pooled * DTYPE_BYTES[plan.forward_precision]
-    returned = pooled * DTYPE_BYTES[plan.backward_precision]
+        return Times(0.0, lookup, 0.0, _link_seconds(cluster, inside, outside), update + dense)
     ids = lookups * ID_BYTES + global_rows * table.bags * LENGTH_BYTES
-    return Times(
-        _all_to_all(ids, size, local).seconds(cluster),
-        lookup,
-        _pooled_links(kind, sent, size, local).seconds(cluster),
-        _pooled_links(kind, returned, size, local).seconds(cluster),
-        update,
-    )
+    exchange = _by_host if kind == "table_row_wise" else _all_to_all
+    output = exchange(pooled * DTYPE_BYTES[plan.forward_precision], plan, cluster)
+    gradient = exchange(pooled * DTYPE_BYTES[plan.backward_precision], plan, cluster)
+    return Times(_all_to_all(ids, plan, cluster), lookup, output, gradient, update)
 
 
 def _lookup_share(table: TablePlan, plan: Plan) -> float:
@@ -199,17 +187,25 @@ def _slow_share(table: TablePlan) -> float:
     return 1 - math.log1p(cached) / math.log1p(occurring)
 
 
-def _all_to_all(sent_bytes: float, size: int, local: int) -> Links:
-    """A rank sends (or gets) `sent_bytes`, an equal part to each rank of the group; its own part stays."""
-    return Links(sent_bytes * (local - 1) / size, sent_bytes * (size - local) / size)
+def _all_to_all(sent_bytes: float, plan: Plan, cluster: Cluster) -> float:
+    """Seconds in which a rank sends (or gets) an equal part to each rank of the group; its own part stays.
 
-
-def _pooled_links(kind: str, sent_bytes: float, size: int, local: int) -> Links:
-    """Traffic of pooled rows, or of their gradients the other way.
-
-    table_wise, column_wise: all-to-all. row_wise: reduce-scatter of partial sums, of the same volume on every rank.
-    table_row_wise: reduce-scatter inside the host, then all-to-all of 1 / local of it between hosts.
+    A row_wise table's reduce-scatter of partial sums is of the same volume on every rank.
     """
-    if kind != "table_row_wise":
-        return _all_to_all(sent_bytes, size, local)
-    return Links(sent_bytes * (local - 1) / local, sent_bytes / local * (size - local) / size)
+    size, local = plan.group_size, plan.local_group_size
+    return _link_seconds(cluster, sent_bytes * (local - 1) / size, sent_bytes * (size - local) / size)
+
+
+def _by_host(sent_bytes: float, plan: Plan, cluster: Cluster) -> float:
+    """The same for table_row_wise: reduce-scatter inside the host, then all-to-all of 1 / local of it between hosts."""
+    size, local = plan.group_size, plan.local_group_size
+    return _link_seconds(
+        cluster, sent_bytes * (local - 1) / local, sent_bytes / local * (size - local) / size
+    )
+
+
+def _link_seconds(cluster: Cluster, inside_bytes: float, outside_bytes: float) -> float:
+    """Seconds of a rank's traffic to the other ranks of its host and to other hosts, both at once."""
+    inside = inside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.nvlink_gb_per_second)
+    outside = outside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.network_gb_per_second)
+    return max(inside, outside)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from data.errors import InputError
-from sharding.cost.estimate import Room, table_costs
+from sharding.cost.estimate import Room, least_costs
 from sharding.plan.cluster import GIB, Cluster
 from sharding.plan.placement import Plan, TablePlan
 
@@ -21,21 +21,15 @@ class DoesNotFit(InputError):
 
 @dataclass(frozen=True)
 class Shortage:
-    """How much memory the tables need and have, each table in its smallest placement.
+    """How much memory the tables need and have, each table in its smallest placement."""
 
-    Attributes:
-        memory: HBM or DDR.
-        ranks: ranks of a group.
-        rank_room_bytes: room of one rank.
-        tables: name -> bytes over all ranks, largest first.
-        too_large: tables of which one shard alone exceeds a rank -> bytes of that shard, largest first.
-    """
-
-    memory: str
-    ranks: int
+    memory: str  # HBM or DDR
+    ranks: int  # of a group
     rank_room_bytes: int
-    tables: dict[str, int]
-    too_large: dict[str, int]
+    tables: dict[str, int]  # bytes over all ranks, largest first
+    too_large: dict[
+        str, int
+    ]  # tables of which one shard alone exceeds a rank -> bytes of that shard, largest first
 
     @property
     def needed_bytes(self) -> int:
@@ -86,16 +80,9 @@ def find_shortage(
     """Compare what tables need with the room of a rank. `options`: table -> candidates on any ranks."""
     memory = "HBM" if plan.device == "cuda" else "DDR"
     free = room.hbm if plan.device == "cuda" else room.ddr
-    totals, too_large = {}, {}
-    for name, candidates in options.items():
-        sizes = [
-            [getattr(cost.bytes, memory.lower()) for cost in table_costs(each, plan, cluster)]
-            for each in candidates
-        ]
-        totals[name] = min(sum(shards) for shards in sizes)
-        smallest = min(max(shards) for shards in sizes)
-        if smallest > free:
-            too_large[name] = smallest
+    least = least_costs(options, plan, cluster, lambda cost: getattr(cost.bytes, memory.lower()))
+    totals = {name: total for name, (total, _) in least.items()}
+    too_large = {name: shard for name, (_, shard) in least.items() if shard > free}
     return Shortage(memory, plan.group_size, free, _largest_first(totals), _largest_first(too_large))
 
 

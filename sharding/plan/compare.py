@@ -1,18 +1,15 @@
 """How a plan differs from another plan, from a schema and from what a run asks for."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from data.errors import InputError
 from data.schema import Schema
 from sharding.plan.constraints import ShardingConfig
-from sharding.plan.placement import Plan, TablePlan, check_shape
+from sharding.plan.placement import REPLAN, Plan, TablePlan, check_shape
 
-HEAD = (
-    "world_size", "local_world_size", "device", "schema", "batch_size_per_rank", "optimizer", "data_type", "forward_precision",
-    "backward_precision", "prefetch", "replicas", "cluster", "cluster_fingerprint",
-)  # fmt: skip
+HEAD = [each.name for each in fields(Plan) if each.name not in ("tables", "versions", "dense", "format")]
 DIFFERENCES_SHOWN = 5
 
 
@@ -80,9 +77,6 @@ def check_plan(
     """Refuse a plan that was made for another world size, schema, optimizer or device, or that the platform computes wrongly.
 
     A `local_world_size` of 0 and an empty `optimizer` are not compared; `source` names the plan in messages.
-
-    Raises:
-        InputError: naming the plan, the table or key, the value, how the two differ and the fix.
     """
     shape = f"use -j {plan.hosts}x{plan.local_world_size}, or "
     problem = ""
@@ -99,9 +93,7 @@ def check_plan(
         rest = f"; and {more} more" if more > 0 else ""
         problem = f"made for another schema: {'; '.join(differences[:DIFFERENCES_SHOWN])}{rest}; "
     if problem:
-        raise InputError(
-            f"{source}: {problem}plan again with `mbcnet plan make`, or leave sharding.plan empty"
-        )
+        raise InputError(f"{source}: {problem}{REPLAN}, or leave sharding.plan empty")
     check_shape(plan, source)
 
 
@@ -121,14 +113,15 @@ def constraint_differences(plan: Plan, config: ShardingConfig) -> list[str]:
         if table is None:
             pairs.append((where, None, None))
             continue
-        if asked.sharding_types and table.sharding_type not in asked.sharding_types:
-            pairs.append((f"{where}.sharding_types", table.sharding_type, asked.sharding_types))
-        if asked.compute_kernels and table.compute_kernel not in asked.compute_kernels:
-            pairs.append((f"{where}.compute_kernels", table.compute_kernel, asked.compute_kernels))
-        if asked.ranks and not set(table.ranks) <= set(asked.ranks):
-            pairs.append((f"{where}.ranks", table.ranks, asked.ranks))
-        if asked.cache_ratio and table.cache_ratio not in (0, asked.cache_ratio):
-            pairs.append((f"{where}.cache_ratio", table.cache_ratio, asked.cache_ratio))
+        asks = (
+            ("sharding_types", table.sharding_type, asked.sharding_types, table.sharding_type in asked.sharding_types),
+            ("compute_kernels", table.compute_kernel, asked.compute_kernels, table.compute_kernel in asked.compute_kernels),
+            ("ranks", table.ranks, asked.ranks, set(table.ranks) <= set(asked.ranks)),
+            ("cache_ratio", table.cache_ratio, asked.cache_ratio, table.cache_ratio in (0, asked.cache_ratio)),
+        )  # fmt: skip
+        pairs += [
+            (f"{where}.{key}", planned, wanted) for key, planned, wanted, kept in asks if wanted and not kept
+        ]
     return [
         f"{key}: plan {json.dumps(planned)}, run {json.dumps(wanted)}" if planned is not None else f"{key}: not in the plan"
         for key, planned, wanted in pairs

@@ -16,24 +16,14 @@ some = partial(bounded, min_length=1, wanted="at least one", fix="remove the key
 
 @dataclass(frozen=True)
 class TableConstraint(Bounded):
-    """What the planner may do with one table.
-
-    Attributes:
-        sharding_types: allowed types; empty: the run's.
-        compute_kernels: allowed kernels; empty: the run's.
-        ranks: ranks that may hold it; empty: any. row_wise and data_parallel use all.
-        min_partition: fewest columns of a column shard, a multiple of 4.
-        pooling_factor: mean ids per row and field; 0: as the schema says.
-        cardinality: distinct ids that occur; 0: as the schema says, else every row.
-        cache_ratio: share of rows cached in HBM by fused_uvm_caching; 0: the run's.
-    """
+    """What the planner may do with one table. What is empty or 0 is as the run's config or the schema says."""
 
     sharding_types: tuple[ShardingTypeName, ...] = ()
     compute_kernels: tuple[KernelName, ...] = ()
-    ranks: tuple[int, ...] = bounded((), at_least=0)
-    min_partition: int = bounded(0, at_least=0)
-    pooling_factor: float = bounded(0.0, at_least=0)
-    cardinality: int = bounded(0, at_least=0)
+    ranks: tuple[int, ...] = bounded((), at_least=0)  # that may hold it; row_wise and data_parallel use all
+    min_partition: int = bounded(0, at_least=0)  # fewest columns of a column shard, a multiple of 4
+    pooling_factor: float = bounded(0.0, at_least=0)  # mean ids per row and field
+    cardinality: int = bounded(0, at_least=0)  # distinct ids that occur; if nobody says, every row
     cache_ratio: float = bounded(0.0, at_least=0, at_most=1, fix="0.2 is usual")
 
     def __post_init__(self) -> None:

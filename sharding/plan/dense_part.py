@@ -12,19 +12,12 @@ COPIES = 5  # weight, gradient, all-reduce bucket, and Adam's two moments
 
 @dataclass(frozen=True)
 class DenseCost(Bounded):
-    """The part of a model that is in no table.
+    """The part of a model that is in no table."""
 
-    Attributes:
-        parameters: number of fp32 parameters.
-        forward_flops: FLOPs of one row's forward pass (2 a multiply-add).
-        activation_bytes: bytes of one row kept from forward to backward.
-        input_columns: Parquet values decoded per row.
-    """
-
-    parameters: int = bounded(0, at_least=0)
-    forward_flops: float = bounded(0.0, at_least=0)
-    activation_bytes: float = bounded(0.0, at_least=0)
-    input_columns: float = bounded(0.0, at_least=0)
+    parameters: int = bounded(0, at_least=0)  # fp32
+    forward_flops: float = bounded(0.0, at_least=0)  # of one row's forward pass, 2 a multiply-add
+    activation_bytes: float = bounded(0.0, at_least=0)  # of one row, kept from forward to backward
+    input_columns: float = bounded(0.0, at_least=0)  # Parquet values decoded per row
 
     def weight_bytes(self) -> int:
         """Weights with everything an optimizer step keeps beside them."""

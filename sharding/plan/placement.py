@@ -1,6 +1,7 @@
 """Where each table lives: the plan as a value, the shards it gives every rank, and what no platform runs."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 from data.errors import InputError
@@ -10,6 +11,7 @@ from sharding.plan.dense_part import DenseCost
 
 SHARDING_TYPES = get_args(ShardingTypeName)
 KERNELS = get_args(KernelName)
+REPLAN = "plan again with `mbcnet plan make`"
 UNIFORM = ("row_wise", "data_parallel")  # types that use every rank
 
 
@@ -17,71 +19,43 @@ UNIFORM = ("row_wise", "data_parallel")  # types that use every rank
 class TablePlan:
     """Where one table lives, and what the planner took it to be.
 
-    Attributes:
-        sharding_type: data_parallel, table_wise, row_wise, table_row_wise or column_wise.
-        compute_kernel: fused, fused_uvm, fused_uvm_caching, or dense for data_parallel.
-        ranks: table_wise: its rank; table_row_wise: the ranks of its host; column_wise: one a column shard, in order;
-            row_wise and data_parallel: empty, since they use every rank.
-        num_embeddings, embedding_dim: of the table; 0 in files of the first format.
-        bags: fields that look it up.
-        ids: mean ids that one row of data looks up, over all its fields.
-        cardinality: distinct ids that occur; 0: unknown.
-        cache_ratio: share of rows cached in HBM; 0 unless fused_uvm_caching.
-        zch_buckets: parts of a table that gives rows to unbounded ids; 0: it does not.
+    `ranks` of table_wise is its rank, of table_row_wise the ranks of its host, of column_wise one a column shard, in order;
+    row_wise and data_parallel have none, since they use every rank.
     """
 
     sharding_type: str
-    compute_kernel: str
+    compute_kernel: str  # dense for data_parallel, else fused, fused_uvm or fused_uvm_caching
     ranks: tuple[int, ...] = ()
-    num_embeddings: int = 0
+    num_embeddings: int = 0  # 0, as embedding_dim, in files of the first format
     embedding_dim: int = 0
-    bags: int = 1
-    ids: float = 1.0
-    cardinality: int = 0
-    cache_ratio: float = 0.0
-    zch_buckets: int = 0
+    bags: int = 1  # fields that look it up
+    ids: float = 1.0  # mean ids that one row of data looks up, over all its fields
+    cardinality: int = 0  # distinct ids that occur; 0: unknown
+    cache_ratio: float = 0.0  # share of rows cached in HBM; 0 unless fused_uvm_caching
+    zch_buckets: int = 0  # parts of a table that gives rows to unbounded ids; 0: it does not
 
 
 @dataclass(frozen=True)
 class Plan(Bounded):
-    """A sharding plan keyed by table, with what it was made for.
+    """A sharding plan keyed by table, with what it was made for."""
 
-    Attributes:
-        world_size: number of ranks.
-        local_world_size: ranks of one host.
-        device: cpu or cuda.
-        schema: fingerprint of the schema.
-        tables: table name -> its placement.
-        batch_size_per_rank: rows of one rank's batch; 0 if unknown.
-        optimizer: the tables' optimizer, whose state is counted.
-        data_type: dtype of the rows.
-        forward_precision, backward_precision: dtype of pooled rows, and of their gradients, between ranks.
-        prefetch: whether rows of the next batch are cached during this one.
-        replicas: groups that hold all tables each; ranks in `tables` count inside one group.
-        cluster: the cluster it was made for, HOSTSxDEVICES:KIND.
-        cluster_fingerprint: fingerprint of that cluster's figures.
-        versions: versions of the packages that made it.
-        dense: the dense part of the model it was made for; zeros if unknown.
-        format: version of the file format.
-    """
-
-    world_size: int
-    local_world_size: int
+    world_size: int = bounded(MISSING, at_least=1, fix=REPLAN)
+    local_world_size: int = bounded(MISSING, at_least=1, fix=REPLAN)  # ranks of one host
     device: Literal["cpu", "cuda"]
-    schema: str
+    schema: str  # its fingerprint
     tables: dict[str, TablePlan]
-    batch_size_per_rank: int = 0
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
-    data_type: DtypeName = "fp32"
-    forward_precision: DtypeName = "fp32"
-    backward_precision: DtypeName = "fp32"
-    prefetch: bool = False
-    replicas: int = bounded(1, at_least=1)
-    cluster: str = ""
-    cluster_fingerprint: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    dense: DenseCost = DenseCost()
-    format: int = 1
+    batch_size_per_rank: int = 0  # rows; 0: unknown
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"  # of the tables
+    data_type: DtypeName = "fp32"  # of the rows
+    forward_precision: DtypeName = "fp32"  # of pooled rows between ranks
+    backward_precision: DtypeName = "fp32"  # of their gradients
+    prefetch: bool = False  # whether rows of the next batch are cached during this one
+    replicas: int = bounded(1, at_least=1)  # groups that hold all tables each; `ranks` count inside one group
+    cluster: str = ""  # HOSTSxDEVICES:KIND
+    cluster_fingerprint: str = ""  # of that cluster's figures
+    versions: dict[str, str] = field(default_factory=dict)  # of the packages that made it
+    dense: DenseCost = DenseCost()  # the dense part of the model; zeros: unknown
+    format: int = 1  # version of the file format
 
     @property
     def group_size(self) -> int:
@@ -121,17 +95,19 @@ def shards_of(table: TablePlan, plan: Plan) -> list[Shard]:
     return [Shard(rank, max(0, min(block, rows - index * block)), dim) for index, rank in enumerate(ranks)]
 
 
-def check_shape(plan: Plan, source: str) -> None:
-    """Refuse a plan that contradicts itself or that the platform computes wrongly.
+def with_kernels(table: TablePlan, kind: str, kernels: Sequence[str], cache_ratio: float) -> list[TablePlan]:
+    """A table under a sharding type with each of the kernels, of which data_parallel has its own one; without ranks."""
+    return [
+        replace(
+            table, sharding_type=kind, compute_kernel=kernel, ranks=(),
+            cache_ratio=cache_ratio if kernel == "fused_uvm_caching" else 0.0,
+        )
+        for kernel in (["dense"] if kind == "data_parallel" else kernels)
+    ]  # fmt: skip
 
-    Raises:
-        InputError: naming the plan, the table or key, the value and the fix.
-    """
-    for key in ("world_size", "local_world_size"):
-        if getattr(plan, key) < 1:
-            raise InputError(
-                f"{source}: {key} = {getattr(plan, key)}: wanted 1 or more; plan again with `mbcnet plan make`"
-            )
+
+def check_shape(plan: Plan, source: str) -> None:
+    """Refuse, naming the fix, a plan that contradicts itself or that the platform computes wrongly."""
     problem = device_problem(plan)
     for whole, part in (("world_size", "local_world_size"), ("local_world_size", "replicas")):
         if getattr(plan, whole) % getattr(plan, part):

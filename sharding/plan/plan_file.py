@@ -7,10 +7,9 @@ from typing import Any
 
 from data.errors import InputError
 from data.schema.parse import parse_dataclass
-from sharding.plan.placement import Plan, TablePlan, check_shape
+from sharding.plan.placement import REPLAN, Plan, TablePlan, check_shape
 
 FORMAT = 2
-REPLAN = "write a new one with `mbcnet plan make`"
 
 
 def plan_text(plan: Plan) -> str:

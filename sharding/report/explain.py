@@ -6,48 +6,43 @@ from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import ZCH_BYTES_PER_ROW, Bytes, Room, Times
 from sharding.cost.memory import gib
 from sharding.plan.compare import placement_text
-from sharding.plan.placement import TablePlan
-from sharding.report.text import table_totals
+from sharding.plan.placement import TablePlan, with_kernels
+from sharding.report.text import columns, ms, table_totals
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """One placement of a table, all else as planned.
+    """One placement of a table, all else as planned."""
 
-    Attributes:
-        table: the placement, on the ranks that are least busy.
-        bytes: bytes of all its shards.
-        times: seconds of its largest shard.
-        step_seconds: seconds of the whole step with it.
-        busiest_seconds: table time of the busiest rank with it.
-        fits: whether every rank has room.
-    """
-
-    table: TablePlan
-    bytes: Bytes
-    times: Times
-    step_seconds: float
-    busiest_seconds: float
-    fits: bool
+    table: TablePlan  # on the ranks that are least busy
+    bytes: Bytes  # of all its shards
+    times: Times  # of its largest shard
+    step_seconds: float  # of the whole step with it
+    busiest_seconds: float  # table time of the busiest rank with it
+    fits: bool  # whether every rank has room
 
 
 def alternatives(assessment: Assessment, name: str, room: Room) -> list[Alternative]:
     """The planned placement first, then every other that the platform runs, the one with the shortest step first."""
-    plan = assessment.plan
+    plan, cluster = assessment.plan, assessment.cluster
     chosen = plan.tables[name]
 
-    def same(left: TablePlan, right: TablePlan) -> bool:
-        return (left.sharding_type, left.compute_kernel) == (right.sharding_type, right.compute_kernel)
+    def tried(table: TablePlan) -> Alternative:
+        result = assess(replace(plan, tables={**plan.tables, name: table}), cluster)
+        total, largest = table_totals(result)[name]
+        fits = all(rank.bytes.hbm <= room.hbm and rank.bytes.ddr <= room.ddr for rank in result.ranks)
+        return Alternative(table, total, largest, result.path.step, result.busiest.times.total, fits)
 
-    rest = replace(plan, tables={other: table for other, table in plan.tables.items() if other != name})
-    without = assess(rest, assessment.cluster, assessment.dense)
-    tried = [
-        _tried(assessment, name, each, room)
+    without = assess(
+        replace(plan, tables={other: table for other, table in plan.tables.items() if other != name}), cluster
+    )
+    others = [
+        tried(each)
         for each in _placements(chosen, without)
-        if not same(each, chosen)
+        if (each.sharding_type, each.compute_kernel) != (chosen.sharding_type, chosen.compute_kernel)
     ]
-    tried.sort(key=lambda each: (not each.fits, each.step_seconds, each.busiest_seconds))
-    return [_tried(assessment, name, chosen, room), *tried]
+    others.sort(key=lambda each: (not each.fits, each.step_seconds, each.busiest_seconds))
+    return [tried(chosen), *others]
 
 
 def _placements(table: TablePlan, without: Assessment) -> list[TablePlan]:
@@ -60,31 +55,20 @@ def _placements(table: TablePlan, without: Assessment) -> list[TablePlan]:
     order = sorted(range(plan.group_size), key=busy.__getitem__)
     hosts = [tuple(range(first, first + local)) for first in range(0, plan.group_size, local)]
     host = min(hosts, key=lambda ranks: max(busy[rank] for rank in ranks))
-    columns = next((n for n in (4, 2) if n <= plan.group_size and not table.embedding_dim % (4 * n)), 0)
+    parts = next((n for n in (4, 2) if n <= plan.group_size and not table.embedding_dim % (4 * n)), 0)
     ranks = {"table_wise": (order[0],), "row_wise": (), "data_parallel": ()}
     if plan.hosts > 1:
         ranks["table_row_wise"] = host
-    if columns:
-        ranks["column_wise"] = tuple(sorted(order[:columns]))
+    if parts:
+        ranks["column_wise"] = tuple(sorted(order[:parts]))
     kernels = ["fused"] if plan.device == "cpu" else ["fused", "fused_uvm_caching"]
     if table.compute_kernel not in (*kernels, "dense"):
         kernels.append(table.compute_kernel)
-    placements = []
-    for kind, where in ranks.items():
-        for kernel in ["dense"] if kind == "data_parallel" else kernels:
-            ratio = (table.cache_ratio or 0.2) if kernel == "fused_uvm_caching" else 0.0
-            placements.append(
-                replace(table, sharding_type=kind, compute_kernel=kernel, ranks=where, cache_ratio=ratio)
-            )
-    return placements
-
-
-def _tried(assessment: Assessment, name: str, table: TablePlan, room: Room) -> Alternative:
-    plan = replace(assessment.plan, tables={**assessment.plan.tables, name: table})
-    result = assess(plan, assessment.cluster, assessment.dense)
-    total, largest = table_totals(result)[name]
-    fits = all(rank.bytes.fit(room) for rank in result.ranks)
-    return Alternative(table, total, largest, result.path.step, result.busiest.times.total, fits)
+    return [
+        replace(each, ranks=where)
+        for kind, where in ranks.items()
+        for each in with_kernels(table, kind, kernels, table.cache_ratio or 0.2)
+    ]
 
 
 def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
@@ -96,7 +80,7 @@ def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
     lines = [
         f"{name}: {table.num_embeddings:,} x {table.embedding_dim}, {table.ids:g} ids a row over {table.bags} field(s){known}, "
         f"{size} with optimizer state{' and ids' if table.zch_buckets else ''}",
-        f"planned: {placement_text(table)}, {_cost(chosen)}",
+        f"planned: {placement_text(table)}, {ms(chosen.times.total)} ms on its busiest rank; step {ms(chosen.step_seconds)} ms",
     ]
     fitting = [each for each in others if each.fits]
     if fitting:
@@ -108,15 +92,17 @@ def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
             f"next best: {placement_text(next_best.table)}: step {1e3 * step:+.3f} ms ({100 * step / chosen.step_seconds:+.1f} %), "
             f"busiest rank {1e3 * busiest:+.3f} ms, memory over all ranks {'+' if held >= 0 else '-'}{gib(abs(held))}"
         )
-    lines.append(
-        f"  {'placement':<34}{'largest shard: lookup':>22}{'output':>9}{'gradient':>9}{'update':>9}  {'all bytes':>12}  {'step':>10}"
-    )
-    for each in (chosen, *others):
-        _, lookup, output, gradient, update = (1e3 * part for part in each.times)
-        times = f"{lookup:>22.3f}{output:>9.3f}{gradient:>9.3f}{update:>9.3f}"
-        label = f"{each.table.sharding_type} {each.table.compute_kernel}"
-        step = f"{1e3 * each.step_seconds:.3f} ms" if each.fits else "no room"
-        lines.append(f"  {label:<34}{times}  {gib(each.bytes.hbm + each.bytes.ddr):>12}  {step:>10}")
+    rows = [
+        (
+            f"{each.table.sharding_type} {each.table.compute_kernel}",
+            *map(ms, each.times[1:]),
+            gib(each.bytes.hbm + each.bytes.ddr),
+            f"{ms(each.step_seconds)} ms" if each.fits else "no room",
+        )
+        for each in (chosen, *others)
+    ]
+    head = ("<placement", "largest shard: lookup", "output", "gradient", "update", "all bytes", "step")
+    lines += columns(head, rows)
     notes = {
         "row_wise": "row_wise: every rank sends partial sums for all rows of the batch, so it pays where a table is large",
         "table_row_wise": "table_row_wise: partial sums are added inside one host, where links are fast; 1 / ranks-a-host leaves it",
@@ -131,7 +117,3 @@ def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
             f"keeps {ZCH_BYTES_PER_ROW} bytes a row of which id has it and how it was used"
         )
     return [*lines, f"  times in ms; {note}"]
-
-
-def _cost(each: Alternative) -> str:
-    return f"{1e3 * each.times.total:.3f} ms on its busiest rank; step {1e3 * each.step_seconds:.3f} ms"

@@ -1,12 +1,13 @@
 """What a plan looks like to a person and to a machine: tables, ranks, balance, critical path, speed."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import reduce
 from typing import Any
 
-from sharding.cost.assess import PARTS, Assessment
-from sharding.cost.estimate import Bytes, Times
+from sharding.cost.assess import MAIN_PHASES, PARTS, Assessment
+from sharding.cost.estimate import Bytes, Times, plus
 from sharding.cost.memory import gib
 from sharding.plan.compare import ranks_text
 from sharding.plan.plan_file import plan_text
@@ -20,8 +21,25 @@ def table_totals(assessment: Assessment) -> dict[str, tuple[Bytes, Times]]:
     totals = {}
     for name, costs in assessment.costs.items():
         slowest = max((cost.times for cost in costs), key=lambda times: times.total)
-        totals[name] = reduce(Bytes.plus, (cost.bytes for cost in costs)), slowest
+        totals[name] = reduce(plus, (cost.bytes for cost in costs)), slowest
     return dict(sorted(totals.items(), key=lambda pair: -(pair[1][0].rows + pair[1][0].state)))
+
+
+def columns(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a table, each column as wide as its widest cell; to the left where its head begins with "<"."""
+    cells = [[name.lstrip("<") for name in head], *(list(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = ["<" if name.startswith("<") else ">" for name in head]
+    return [
+        "  "
+        + "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        for row in cells
+    ]
+
+
+def ms(seconds: float) -> str:
+    """Seconds as milliseconds for people."""
+    return f"{1e3 * seconds:.3f}"
 
 
 def report_lines(
@@ -35,36 +53,37 @@ def report_lines(
         bound: least seconds of the busiest rank for any sharding types, if known.
         assumed: number of fields whose ids per row are assumed.
     """
-    plan, path = assessment.plan, assessment.path
+    plan, path, busiest = assessment.plan, assessment.path, assessment.busiest
     rows = sum(table.num_embeddings for table in plan.tables.values())
+    groups = f"; {plan.replicas} replicas of {plan.group_size} ranks" if plan.replicas > 1 else ""
+    memory = [sum(assessment.memory(rank)) for rank in assessment.ranks]
     lines = [
         f"{len(plan.tables)} tables, {rows:,} rows, {plan.data_type} rows, {plan.optimizer}; {assessment.cluster}, "
-        f"{plan.batch_size_per_rank:,} rows a rank, {plan.batch_size_per_rank * plan.world_size:,} a step"
-        + (f"; {plan.replicas} replicas of {plan.group_size} ranks" if plan.replicas > 1 else ""),
+        f"{plan.batch_size_per_rank:,} rows a rank, {plan.batch_size_per_rank * plan.world_size:,} a step{groups}",
         "",
         *_table_lines(assessment, full),
         "",
         *_rank_lines(assessment, full),
         "",
-        *_balance_lines(assessment, bound),
-        "",
+        f"balance: time {assessment.balance:.3f}, memory {sum(memory) / len(memory) / max(memory):.3f} (mean over largest; 1 is perfect)",
+        f"busiest rank {busiest.rank}: {ms(busiest.times.total)} ms, {100 * assessment.over_bound:.1f} % above the lower bound of "
+        f"{ms(assessment.bound)} ms for these sharding types",
     ]
-    dense = assessment.dense
+    if bound:
+        lines.append(f"lower bound for any types that were allowed: {ms(bound)} ms")
+    lines.append("")
+    dense = plan.dense
     if dense.parameters:
-        memory = dense.memory_bytes(plan.batch_size_per_rank)
+        used, weights = dense.memory_bytes(plan.batch_size_per_rank), dense.weight_bytes()
         lines.append(
-            f"dense part: {dense.parameters:,} parameters, {dense.forward_flops / 1e6:.1f} MFLOP forward a row, {gib(memory)} a rank "
-            f"({gib(dense.weight_bytes())} weights, gradients and Adam; {gib(memory - dense.weight_bytes())} activations)"
+            f"dense part: {dense.parameters:,} parameters, {dense.forward_flops / 1e6:.1f} MFLOP forward a row, {gib(used)} a rank "
+            f"({gib(weights)} weights, gradients and Adam; {gib(used - weights)} activations)"
         )
-    phases = ("lookup", "output_dist", "dense", "gradient_dist", "update", "all_reduce")
-    lines.append(
-        "critical path, ms: " + ", ".join(f"{name} {1e3 * getattr(path, name):.3f}" for name in phases)
-    )
-    beside = f"beside it: input_dist {1e3 * path.input_dist:.3f}, decode {1e3 * path.decode:.3f}"
-    lines.append(
-        f"step {1e3 * path.step:.3f} ms at least ({beside}); {assessment.samples_per_second:,.0f} samples a second at most, "
-        f"bound by {path.bound_by}"
-    )
+    lines += [
+        "critical path, ms: " + ", ".join(f"{name} {ms(getattr(path, name))}" for name in MAIN_PHASES),
+        f"step {ms(path.step)} ms at least (beside it: input_dist {ms(path.input_dist)}, decode {ms(path.decode)}); "
+        f"{assessment.samples_per_second:,.0f} samples a second at most, bound by {path.bound_by}",
+    ]
     if assumed:
         lines.append(
             f"note: ids a row of {assumed} multi-valued field(s) are assumed; `mbcnet schema infer` measures them (pooling_factor)"
@@ -74,63 +93,42 @@ def report_lines(
 
 def _table_lines(assessment: Assessment, full: bool) -> list[str]:
     totals = table_totals(assessment)
-    width = min(40, max((len(name) for name in totals), default=5))
-    head = f"  {'table':<{width}} {'rows':>14} {'dim':>4} {'ids':>5}  {'type':<15}{'kernel':<18}{'shards':>6}  {'ranks':<11}{'rows':>11}{'state':>11}{'ms':>8}"
-    lines = ["tables, largest first; ms: of the shard that takes longest", head]
-    names = list(totals)
-    shown, rest = (names, []) if full else (names[:TABLES_SHOWN], names[TABLES_SHOWN:])
+    shown = list(totals) if full else list(totals)[:TABLES_SHOWN]
+    rows = []
     for name in shown:
-        size, times = totals[name]
-        table = assessment.plan.tables[name]
-        label = name if len(name) <= width else name[: width - 2] + ".."
+        table, (size, times) = assessment.plan.tables[name], totals[name]
+        shards, where = len(assessment.costs[name]), ranks_text(table.ranks)
+        what = (name, f"{table.num_embeddings:,}", table.embedding_dim, f"{table.ids:.4g}")
+        how = (table.sharding_type, table.compute_kernel, shards, where)
+        rows.append((*what, *how, gib(size.rows), gib(size.state), ms(times.total)))
+    head = ("<table", "rows", "dim", "ids", "<type", "<kernel", "shards", "<ranks", "rows", "state", "ms")
+    lines = ["tables, largest first; ms: of the shard that takes longest", *columns(head, rows)]
+    if len(shown) < len(totals):
+        rest = [size for name, (size, _) in totals.items() if name not in shown]
+        weights, state = sum(size.rows for size in rest), sum(size.state for size in rest)
         lines.append(
-            f"  {label:<{width}} {table.num_embeddings:>14,} {table.embedding_dim:>4} {table.ids:>5.4g}  {table.sharding_type:<15}"
-            f"{table.compute_kernel:<18}{len(assessment.costs[name]):>6}  {ranks_text(table.ranks):<11}{gib(size.rows):>11}"
-            f"{gib(size.state):>11}{1e3 * times.total:>8.3f}"
-        )
-    if rest:
-        size = reduce(Bytes.plus, (totals[name][0] for name in rest))
-        lines.append(
-            f"  and {len(rest)} more tables: {gib(size.rows)} rows, {gib(size.state)} state (--all shows them)"
+            f"  and {len(rest)} more tables: {gib(weights)} rows, {gib(state)} state (--all shows them)"
         )
     return lines
 
 
 def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
-    head = (
-        f"  {'rank':>5} {'tables':>6} {'HBM':>11} {'DDR':>11}"
-        + "".join(f"{part:>15}" for part in PARTS)
-        + f"{'total':>10}"
-    )
-    lines = [
-        "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total without input_dist)",
-        head,
-    ]
     ranked = sorted(assessment.ranks, key=lambda rank: (-rank.times.total, rank.rank))
     shown = ranked if full else ranked[:RANKS_SHOWN]
-    for rank in shown:
-        hbm, ddr = assessment.memory(rank)
-        times = "".join(f"{1e3 * value:>15.3f}" for value in rank.times) + f"{1e3 * rank.times.total:>10.3f}"
-        lines.append(f"  {rank.rank:>5} {len(rank.tables):>6} {gib(hbm):>11} {gib(ddr):>11}{times}")
+    rows = [
+        (rank.rank, len(rank.tables), *map(gib, assessment.memory(rank)), *map(ms, rank.times), ms(rank.times.total))
+        for rank in shown
+    ]  # fmt: skip
+    lines = [
+        "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total without input_dist)",
+        *columns(("rank", "tables", "HBM", "DDR", *PARTS, "total"), rows),
+    ]
     if len(shown) < len(ranked):
         memory = [sum(assessment.memory(rank)) for rank in ranked]
         lines.append(
-            f"  and {len(ranked) - len(shown)} more (--all); least busy {1e3 * ranked[-1].times.total:.3f} ms; memory "
+            f"  and {len(ranked) - len(shown)} more (--all); least busy {ms(ranked[-1].times.total)} ms; memory "
             f"{gib(min(memory))} to {gib(max(memory))}"
         )
-    return lines
-
-
-def _balance_lines(assessment: Assessment, bound: float) -> list[str]:
-    busiest = assessment.busiest
-    memory = [sum(assessment.memory(rank)) for rank in assessment.ranks]
-    lines = [
-        f"balance: time {assessment.balance:.3f}, memory {sum(memory) / len(memory) / max(memory):.3f} (mean over largest; 1 is perfect)",
-        f"busiest rank {busiest.rank}: {1e3 * busiest.times.total:.3f} ms, {100 * assessment.over_bound:.1f} % above the lower bound of "
-        f"{1e3 * assessment.bound:.3f} ms for these sharding types",
-    ]
-    if bound:
-        lines.append(f"lower bound for any types that were allowed: {1e3 * bound:.3f} ms")
     return lines
 
 
@@ -160,7 +158,7 @@ def report_dict(
         }
         for name, (size, times) in table_totals(assessment).items()
     }
-    dense = assessment.dense
+    dense = assessment.plan.dense
     return {
         "plan": json.loads(plan_text(assessment.plan)),
         "cluster": str(assessment.cluster),

@@ -7,7 +7,7 @@ from data.schema import Feature, Schema, Table
 from data.schema.parse import unknown_key
 from sharding.cost.estimate import DTYPE_BYTES, state_bytes
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.plan.placement import Plan, TablePlan, device_problem, leaves_empty, zch_problem
+from sharding.plan.placement import Plan, TablePlan, device_problem, leaves_empty, with_kernels, zch_problem
 from sharding.search.task import Task
 
 ROWS_PER_RANK = 8  # a table with fewer rows for each rank is not split by rows
@@ -96,16 +96,11 @@ def all_options(task: Task) -> dict[str, list[TablePlan]]:
         InputError: nothing is left for a table.
     """
     plan = task.empty_plan()
-    return {
-        table.name: [
-            _placed(option, table.name, task.config, plan) for option in _candidates(table, task, plan)
-        ]
-        for table in task.schema.tables
-    }
+    return {table.name: _candidates(table, task, plan) for table in task.schema.tables}
 
 
 def _candidates(table: Table, task: Task, plan: Plan) -> list[TablePlan]:
-    """Placements worth trying for a table, without ranks where the partitioner chooses them."""
+    """Placements worth trying for a table."""
     config, name, sized = task.config, table.name, described_table(table, task.schema, task.config)
     constraint = config.tables.get(name, TableConstraint())
     if sized.zch_buckets:
@@ -119,17 +114,14 @@ def _candidates(table: Table, task: Task, plan: Plan) -> list[TablePlan]:
         )
     kernels = constraint.compute_kernels or config.compute_kernels
     fused = [each for each in kernels if each != "dense" and not (plan.device == "cpu" and "uvm" in each)]
-    options = []
-    for kind in types:
-        for kernel in ["dense"] if kind == "data_parallel" else fused:
-            ratio = (constraint.cache_ratio or config.cache_ratio) if kernel == "fused_uvm_caching" else 0.0
-            options.append(replace(sized, sharding_type=kind, compute_kernel=kernel, cache_ratio=ratio))
+    ratio = constraint.cache_ratio or config.cache_ratio
+    options = [each for kind in types for each in with_kernels(sized, kind, fused, ratio)]
     if not options:
         raise InputError(
             f"sharding.tables.{name}: sharding_types {list(types)} with compute_kernels {list(kernels)} leave no choice on "
             f"{plan.device}; allow table_wise or row_wise with fused, or data_parallel"
         )
-    return options
+    return [_placed(option, name, config, plan) for option in options]
 
 
 def _unbounded(table: TablePlan, name: str, plan: Plan, constraint: TableConstraint) -> TablePlan:

@@ -234,12 +234,12 @@ class _Watched(NoopPerfModel):
 
     def __init__(self, topology: Topology, progress: Progress | None) -> None:
         super().__init__(topology)
-        self.progress, self.proposals, self.best, self.start = progress, 0, float("inf"), time.monotonic()
+        self.progress, self.proposals, self.best = progress, 0, float("inf")
 
     def rate(self, plan: list[ShardingOption]) -> float:
         """Return the milliseconds of the busiest rank."""
         rating = super().rate(plan)
         self.proposals, self.best = self.proposals + 1, min(self.best, rating)
         if self.progress:
-            self.progress(self.proposals, self.best, time.monotonic() - self.start)
+            self.progress(self.proposals, self.best)
         return rating

@@ -13,28 +13,19 @@ from sharding.plan.dense_part import DenseCost
 from sharding.plan.placement import Plan
 from sharding.plan.plan_file import FORMAT
 
-Progress = Callable[[int, float, float], None]  # (proposals so far, best milliseconds, seconds spent)
+Progress = Callable[[int, float], None]  # (proposals so far, best milliseconds)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be planned.
-
-    Attributes:
-        schema: names the tables.
-        config: what the planner may do.
-        cluster: the machines.
-        batch_size_per_rank: rows of one rank's batch.
-        optimizer: optimizer of the tables; its state is counted.
-        dense: the rest of the model, whose memory is set aside.
-    """
+    """What is to be planned."""
 
     schema: Schema
     config: ShardingConfig
     cluster: Cluster
     batch_size_per_rank: int
-    optimizer: str = "rowwise_adagrad"
-    dense: DenseCost = DenseCost()
+    optimizer: str = "rowwise_adagrad"  # of the tables
+    dense: DenseCost = DenseCost()  # the rest of the model, whose memory is set aside
 
     def empty_plan(self) -> Plan:
         """The plan without its tables."""
