@@ -66,7 +66,7 @@ Measure = TypeVar("Measure", int, float)
 
 def plus(left: Costs, right: Costs) -> Costs:
     """Sum part by part."""
-    return type(left)(*map(add, left, right))
+    return left._make(map(add, left, right))
 
 
 class ShardCost(NamedTuple):

@@ -1,7 +1,7 @@
 """Where each table lives: the plan as a value, the shards it gives every rank, and what no platform runs."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 from data.errors import InputError
@@ -39,8 +39,8 @@ class TablePlan:
 class Plan(Bounded):
     """A sharding plan keyed by table, with what it was made for."""
 
-    world_size: int = bounded(MISSING, at_least=1, fix=REPLAN)
-    local_world_size: int = bounded(MISSING, at_least=1, fix=REPLAN)  # ranks of one host
+    world_size: int
+    local_world_size: int  # ranks of one host
     device: Literal["cpu", "cuda"]
     schema: str  # its fingerprint
     tables: dict[str, TablePlan]
@@ -108,6 +108,9 @@ def with_kernels(table: TablePlan, kind: str, kernels: Sequence[str], cache_rati
 
 def check_shape(plan: Plan, source: str) -> None:
     """Refuse, naming the fix, a plan that contradicts itself or that the platform computes wrongly."""
+    if plan.world_size < 1 or plan.local_world_size < 1:
+        sizes = f"world_size = {plan.world_size}, local_world_size = {plan.local_world_size}"
+        raise InputError(f"{source}: {sizes}: wanted 1 or more of each; {REPLAN}")
     problem = device_problem(plan)
     for whole, part in (("world_size", "local_world_size"), ("local_world_size", "replicas")):
         if getattr(plan, whole) % getattr(plan, part):
