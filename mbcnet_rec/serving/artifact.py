@@ -12,7 +12,6 @@ are loaded.
 
 import copy
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,12 +33,13 @@ from data.reading.keys import read_vocabularies
 from data.schema import Schema, Table, format_schema, load_schema
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
-from mbcnet_rec.model.input_layout import InputLayout, input_layout, wide_tables
+from mbcnet_rec.model.input_layout import input_layout, wide_tables
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.model.models import build_arch, needs_wide
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
-from mbcnet_rec.scoring.trained_run import read_whole
+from mbcnet_rec.scoring.trained_run import branch_names, read_whole
 from mbcnet_rec.serving import loader as serving
+from mbcnet_rec.serving import preprocess
 from mbcnet_rec.serving.graph import FusedPath, graph_spec, trace
 from sharding.bridge.collections import ids_name, rows_name
 from sharding.bridge.zch import FREE
@@ -61,28 +62,20 @@ ENCODER_FILES = (
 )
 DATA = Path(data.__file__).parent
 CHUNK_ROWS = 65_536  # quantised at a time
-BITS = {"int8": 8, "int4": 4}
+TABLE_KEYS = ("name", "num_embeddings", "embedding_dim")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model taken apart for serving.
+    """A model taken apart for serving."""
 
-    Attributes:
-        spec: model.json without the files' sums.
-        schema: of the run.
-        rows: pooling -> rows of its tables; "zch/TABLE" -> ids and their rows, see serving.ServingModel.
-        dense: weights of the graph.
-        vocabularies: names of vocabulary files -> values in row order.
-        program: the dense part as torch.export gives it.
-    """
-
-    spec: dict[str, Any]
-    schema: Schema
+    spec: dict[str, Any]  # model.json without the files' sums
+    schema: Schema  # of the run
+    # pooling -> rows of its tables; "zch/TABLE" -> ids and their rows, see serving.ServingModel
     rows: dict[str, Tensor]
-    dense: dict[str, Tensor]
-    vocabularies: Mapping[str, pa.Array]
-    program: torch.export.ExportedProgram
+    dense: dict[str, Tensor]  # weights of the graph
+    vocabularies: Mapping[str, pa.Array]  # names of vocabulary files -> values in row order
+    program: torch.export.ExportedProgram  # the dense part
 
     def model(self) -> serving.ServingModel:
         """Serve it from memory."""
@@ -91,23 +84,15 @@ class Exported:
 
 @dataclass(frozen=True)
 class Weights:
-    """A run's weights, unsharded.
-
-    Attributes:
-        config, schema, layout: of the run.
-        tables: every table of the model, wide ones included.
-        rows: table name -> (rows, width) float32.
-        regroup, arch: with their weights loaded, in evaluation mode.
-        id_rows: name of each table of unbounded ids -> (2, n) int64, ascending hashes of the ids that have a row, and the rows.
-    """
+    """A run's weights, unsharded."""
 
     config: RunConfig
     schema: Schema
-    layout: InputLayout
-    tables: tuple[Table, ...]
-    rows: dict[str, Tensor]
-    regroup: FeatureRegroup
+    tables: tuple[Table, ...]  # all of the model, wide ones included
+    rows: dict[str, Tensor]  # table name -> (rows, width) float32
+    regroup: FeatureRegroup  # with its weights loaded, in evaluation mode, as `arch`
     arch: nn.Module
+    # of each table of unbounded ids: (2, n) int64, ascending hashes of the ids that have a row, and the rows
     id_rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -121,7 +106,7 @@ def untrained(config: RunConfig, schema: Schema) -> Weights:
         arch: nn.Module = BranchArch(config.model.mbcnet, layout)
     else:
         arch = build_arch(config.model, layout)
-    return Weights(config, schema, layout, tables, {}, FeatureRegroup(layout).eval(), arch.eval())
+    return Weights(config, schema, tables, {}, FeatureRegroup(layout).eval(), arch.eval())
 
 
 def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
@@ -169,40 +154,33 @@ def take_apart(
     """
     chosen = check_branches(weights.config, branches)
     tables, lookups = pool_tables(weights.tables)
-    keys = [
-        key
-        for pooling, pairs in lookups.items()
-        for key in (output_key(field, tables[pooling][index]) for field, index in pairs)
-    ]
-    widths = [
-        tables[pooling][index].embedding_dim for pooling, pairs in lookups.items() for _, index in pairs
-    ]
+    pooled = [(field, tables[pooling][index]) for pooling, pairs in lookups.items() for field, index in pairs]
+    widths = {
+        wide_key(field) if table.name == f"wide_{field}" else field: table.embedding_dim
+        for field, table in pooled
+    }
     regroup = copy.deepcopy(weights.regroup)  # it remembers the first layout that it meets
-    path = FusedPath(regroup, weights.arch, chosen, dict(zip(keys, widths, strict=True))).eval()
-    program = trace(path, sum(widths) + sum(feature.dense_width for feature in weights.schema.dense))
+    path = FusedPath(regroup, weights.arch, chosen, widths).eval()
+    program = trace(path, sum(widths.values()) + sum(feature.dense_width for feature in weights.schema.dense))
     graph, dense = graph_spec(program)
     if vocabularies is None:
         vocabularies = read_vocabularies(weights.schema)
-    listed = {
-        pooling: [
-            {"name": each.name, "num_embeddings": each.num_embeddings, "embedding_dim": each.embedding_dim}
-            for each in pooled
-        ]
-        for pooling, pooled in tables.items()
-    }
     spec = {
         "format": serving.FORMAT,
         "name": weights.config.name,
         "kind": weights.config.model.kind,
-        "branches": list(chosen),
+        "branches": chosen,
         "rows": "",
         "versions": {name: version(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")},
         "vocabulary_types": {
             name: str(values.type) if pa.types.is_integer(values.type) else "string"
             for name, values in vocabularies.items()
         },
-        "tables": listed,
-        "lookups": {pooling: [list(pair) for pair in pairs] for pooling, pairs in lookups.items()},
+        "tables": {
+            pooling: [{key: getattr(table, key) for key in TABLE_KEYS} for table in members]
+            for pooling, members in tables.items()
+        },
+        "lookups": lookups,
         "graph": graph,
     }
     return Exported(spec, weights.schema, {}, dense, vocabularies, program)
@@ -225,7 +203,7 @@ def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: the model cannot serve these.
     """
-    have = config.model.mbcnet.branches if config.model.kind == "mbcnet" else ()
+    have = branch_names(config.model)
     where = f"--branches {','.join(wanted)}"
     if wanted and not have:
         raise InputError(f"{where}: a {config.model.kind} has no branches; leave the option out")
@@ -253,11 +231,6 @@ def pool_tables(
     return pooled, lookups
 
 
-def output_key(field: str, table: Table) -> str:
-    """The name of a lookup's columns, as the regroup knows it."""
-    return wide_key(field) if table.name == f"wide_{field}" else field
-
-
 def pack_rows(
     tables: Sequence[Mapping[str, Any]],
     lookups: Sequence[tuple[str, int]],
@@ -275,8 +248,9 @@ def pack_rows(
         table = values[entry["name"]]
         for first in range(0, len(table), CHUNK_ROWS):
             chunk, part = table[first : first + CHUNK_ROWS], slice(first, first + CHUNK_ROWS)
-            if rows in BITS:
-                quantised = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(chunk, BITS[rows])
+            if rows.startswith("int"):
+                bits = SparseType(rows).bit_rate()
+                quantised = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(chunk, bits)
                 assert scales is not None
                 packed[part].copy_(quantised[:, : packed.shape[1]])
                 scales[part].copy_(quantised[:, packed.shape[1] :])
@@ -294,13 +268,10 @@ def version(name: str) -> str:
 
 
 def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: bool = False) -> str:
-    """Write the folder; it appears by one rename. Returns why the dense part could not be compiled, or an empty string.
+    """Write the folder anew; it appears by one rename. With `aot` the dense part is compiled by AOTInductor besides, for this processor.
 
-    Args:
-        exported: what to write.
-        config: of the run.
-        out: the folder, which is replaced.
-        aot: also compile the dense part by AOTInductor, for this machine's processor.
+    Returns:
+        Why the dense part could not be compiled, or an empty string.
     """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -319,7 +290,7 @@ def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: boo
         files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
         for path in files:  # safetensors writes for its owner's eyes only
             path.chmod((partial / serving.VOCABULARY).stat().st_mode)
-        sums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+        sums = {path.relative_to(partial).as_posix(): serving.sha256_of(path) for path in files}
         (partial / serving.MODEL).write_text(json.dumps(exported.spec | {"files": sums}, indent=1))
         if out.exists():
             shutil.rmtree(out)
@@ -336,6 +307,7 @@ def _write_package(folder: Path) -> None:
         copy_to = folder / PACKAGE / "data" / name
         copy_to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(DATA / name, copy_to)
+    shutil.copyfile(preprocess.__file__, folder / PACKAGE / "preprocess.py")
     shutil.copyfile(serving.__file__, folder / PACKAGE / "__init__.py")
 
 
@@ -348,8 +320,3 @@ def _compile_dense(program: torch.export.ExportedProgram, path: Path) -> str:
         path.unlink(missing_ok=True)
         return first_line(error) or type(error).__name__
     return ""
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -44,7 +44,6 @@ def run_export(
     branches: Sequence[str] = (),
     aot: bool | None = None,
     overwrite: bool = False,
-    check_rows: int = CHECK_ROWS,
 ) -> int:
     """Export a run's best checkpoint, and compare the artifact with the float model on the test rows. In one process.
 
@@ -55,7 +54,6 @@ def run_export(
         branches: to serve; none: all.
         aot: also compile the dense part, for this machine's processor; None: where a C++ compiler is there.
         overwrite: replace an artifact in `out`.
-        check_rows: of the test split that are scored by both at most.
 
     Raises:
         InputError: no such run, branches it has not, or `out` holds something else.
@@ -96,7 +94,7 @@ def run_export(
         compiled = serving.load(target, compiled=True)
         report["compiled_change"] = float(np.abs(compiled.predict(request) - served.predict(request)).max())
     try:
-        report |= compare(served, of_float.model(), weights, check_rows)
+        report |= compare(served, of_float.model(), weights)
     except (InputError, ValueError) as error:  # the artifact is whole; its rows may lie on another machine
         report["not_compared"] = str(error)
     (target / CHECK).write_text(json.dumps(report, indent=1) + "\n")
@@ -107,7 +105,7 @@ def run_export(
 def _check_target(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; choose a folder")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or not any(out.iterdir()):
         return
     if not (out / serving.MODEL).is_file():
         raise InputError(f"{out}: holds something that is not an artifact; choose another --out")
@@ -130,9 +128,7 @@ def size_report(out: Path, of_float: Exported) -> dict[str, int]:
     }
 
 
-def compare(
-    served: serving.ServingModel, of_float: serving.ServingModel, weights: Weights, limit: int
-) -> dict[str, Any]:
+def compare(served: serving.ServingModel, of_float: serving.ServingModel, weights: Weights) -> dict[str, Any]:
     """Score test rows, else validation rows, by the artifact and by the float model with all its branches.
 
     Raises:
@@ -145,7 +141,7 @@ def compare(
     reader, chunks = labelled_rows(files, schema, data.eval_options(where), ())
     logits: list[list[np.ndarray]] = [[], []]
     labels: list[np.ndarray] = []
-    left = min(limit, sum(chunk.num_rows for chunk in chunks))
+    left = min(CHECK_ROWS, sum(chunk.num_rows for chunk in chunks))
     row_groups = (group for chunk in chunks for group in chunk.row_groups)
     batches = (columns for group in row_groups for columns, _ in reader.scan(group, CHECK_BATCH))
     with tqdm(total=left, unit="row", unit_scale=True, desc="check", disable=None) as bar:
@@ -175,24 +171,22 @@ def _lines(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> list[str]
         f"(tables {report['table_bytes'] / 1e6:.1f} and {report['float_table_bytes'] / 1e6:.1f} MB)",
     ]
     if "compiled_change" in report:
+        change = report["compiled_change"]
         lines.append(
-            f"  compiled       {serving.COMPILED} for this kind of processor, largest change {report['compiled_change']:.1e}"
+            f"  compiled       {serving.COMPILED} for this kind of processor, largest change {change:.1e}"
         )
     if "not_compiled" in report:
         lines.append(f"  not compiled   {report['not_compiled']}")
     if "not_compared" in report:
         lines.append(f"  not compared with the float model: {report['not_compared']}")
     else:
-        lines += _changes(report)
-    loader = f"{out}/{LOADER}"
-    return [*lines, f"next: python {loader} {out} ROWS.parquet   (needs torch, fbgemm-gpu and pyarrow only)"]
-
-
-def _changes(report: dict[str, Any]) -> list[str]:
-    lines = [f"  {report['split']}, {report['rows']:,} rows, against the float model"]
-    for key, words in (("auc", "AUC"), ("log_loss", "log-loss")):
-        now, before = report[key], report[f"float_{key}"]
-        if now is not None and before is not None:
-            lines.append(f"  {words:<14} {now:.6f}, float {before:.6f}, change {now - before:+.1e}")
-    lines.append(f"  probability    largest change {report['largest_probability_change']:.1e}")
-    return lines
+        lines.append(f"  {report['split']}, {report['rows']:,} rows, against the float model")
+        for key, words in (("auc", "AUC"), ("log_loss", "log-loss")):
+            now, before = report[key], report[f"float_{key}"]
+            if now is not None and before is not None:
+                lines.append(f"  {words:<14} {now:.6f}, float {before:.6f}, change {now - before:+.1e}")
+        lines.append(f"  probability    largest change {report['largest_probability_change']:.1e}")
+    return [
+        *lines,
+        f"next: python {out}/{LOADER} {out} ROWS.parquet   (needs torch, fbgemm-gpu and pyarrow only)",
+    ]

@@ -33,19 +33,12 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Contest:
-    """What is timed.
+    """What is timed."""
 
-    Attributes:
-        rows: of a request.
-        threads: of torch.
-        seconds: for each pair of rows and threads, all models together; but at least `calls` of each model.
-        calls: see there.
-    """
-
-    rows: tuple[int, ...] = (1, 8, 64, 512)
-    threads: tuple[int, ...] = (1, 2, 4)
-    seconds: float = 5.0
-    calls: int = 100
+    rows: tuple[int, ...] = (1, 8, 64, 512)  # of a request
+    threads: tuple[int, ...] = (1, 2, 4)  # of torch
+    seconds: float = 5.0  # for each pair of rows and threads, all models together
+    calls: int = 100  # of each model at least, for each such pair
 
 
 @dataclass(frozen=True)
@@ -88,15 +81,15 @@ def run_latency(
     compiled: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Time artifacts and rivals, and print the tables.
+    """Time artifacts and other models on the first one's tables, and print the table, or one JSON object.
 
     Args:
         folders: of artifacts.
         contest: rows, threads and time.
-        beside: kinds of models to time besides, on the first artifact's tables.
+        beside: kinds of models to time besides.
         data: a Parquet file whose rows are the requests; none: drawn from the schema.
         compiled: also time the dense part that `mbcnet export` compiled.
-        as_json: print one JSON object instead.
+        as_json: print JSON.
 
     Raises:
         InputError: a folder is not an artifact, or the file has too few rows.
@@ -167,10 +160,9 @@ def rival(artifact: Artifact, kind: str) -> serving.ServingModel:
             f"--beside {kind}: it needs tables of one weight per id, or lacks those of the artifact; export it instead"
         )
     exported = take_apart(untrained(config, artifact.schema), vocabularies=artifact.vocabularies)
-    spec = exported.spec | {"rows": artifact.model.spec["rows"]}
     rows = {pooling: tables.weights_host for pooling, tables in artifact.model.tables.items()}
-    rows |= artifact.model.id_rows
-    return serving.ServingModel(spec, artifact.schema, rows, exported.dense, artifact.vocabularies)
+    spec = exported.spec | {"rows": artifact.model.spec["rows"]}
+    return dataclasses.replace(exported, spec=spec, rows=rows | artifact.model.id_rows).model()
 
 
 def race(

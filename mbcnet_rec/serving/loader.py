@@ -19,7 +19,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import fbgemm_gpu  # noqa: F401 (registers the operators)
 import numpy as np
@@ -34,37 +34,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
     PoolingMode,
 )
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
-from pyarrow import types as pt
 from torch import Tensor
 
-if __name__ == "mbcnet_rec.serving.loader":
-    from data.errors import InputError, first_line
-    from data.reading.column_types import check_columns
-    from data.reading.columns import Columns
-    from data.reading.encode import Encoder, Place
-    from data.schema import Schema, Table, load_schema
-else:  # in an artifact, which carries these files
-    from .data.errors import InputError, first_line  # type: ignore[import-not-found]
-    from .data.reading.column_types import check_columns  # type: ignore[import-not-found]
-    from .data.reading.columns import Columns  # type: ignore[import-not-found]
-    from .data.reading.encode import Encoder, Place  # type: ignore[import-not-found]
-    from .data.schema import Schema, Table, load_schema  # type: ignore[import-not-found]
+# relative: an artifact carries it too
+from .preprocess import ZCH, Inputs, Preprocessor, Rows, Schema, load_schema
 
 FORMAT = 2
-READABLE_FORMATS = (1, 2)  # 1 lists the fields in model.json besides, for a preprocessor of its own
 COMPILED = "dense_aot.pt2"
-ZCH = "zch/"  # before the name of a table of unbounded ids, in TABLES
 MODEL, DENSE, TABLES, VOCABULARY = "model.json", "dense.safetensors", "tables.safetensors", "vocabulary.json"
 SCHEMA = "schema.toml"
-REQUEST = "request"  # stands in messages where training has a file's name
-NULL = pa.null()
-NUMBERS = {np.dtype(kind): pa.from_numpy_dtype(kind) for kind in ("int64", "uint64", "float64")}
-ROW_TYPES = {
-    "fp32": SparseType.FP32,
-    "fp16": SparseType.FP16,
-    "int8": SparseType.INT8,
-    "int4": SparseType.INT4,
-}
 POOLING = {"sum": PoolingMode.SUM, "mean": PoolingMode.MEAN, "weighted": PoolingMode.SUM}
 OVERLOAD = type(torch.ops.aten.add.Tensor)
 ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -80,14 +58,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-Rows = Any  # mapping of column -> list or array, an Arrow table or record batch, or what pyarrow.table takes, such as a DataFrame
-
-
-class Inputs(NamedTuple):
-    """Rows ready for the tables."""
-
-    bags: dict[str, tuple[Tensor, Tensor, Tensor | None]]  # pooling -> ids, offsets, weights
-    dense: Tensor  # (B, D) float32
 
 
 def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> "ServingModel":
@@ -104,18 +74,19 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
     folder = Path(folder)
     try:
         spec = json.loads((folder / MODEL).read_text())
-        if spec["format"] not in READABLE_FORMATS:
-            raise ValueError(f"format = {spec['format']}; this loader reads {FORMAT}: use the artifact's own")
+        if spec["format"] != FORMAT:
+            raise ValueError(
+                f"format {spec['format']}, wanted {FORMAT}: export it again, or use its own loader"
+            )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / MODEL}: not an artifact of `mbcnet export` ({error or type(error).__name__})"
         ) from None
     for name, sha256 in spec["files"].items() if verify else ():
-        with open(folder / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise ValueError(
-                    f"{folder / name}: changed since it was written (SHA-256 differs); copy it again"
-                )
+        if sha256_of(folder / name) != sha256:
+            raise ValueError(
+                f"{folder / name}: changed since it was written (SHA-256 differs); copy it again"
+            )
     vocabularies = load_vocabularies(folder, spec)
     tensors = read_safetensors(folder / TABLES), read_safetensors(folder / DENSE)
     model = ServingModel(spec, load_schema(folder / SCHEMA), *tensors, vocabularies)
@@ -126,11 +97,16 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
     return model
 
 
+def sha256_of(path: Path) -> str:
+    """The sum of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_vocabularies(folder: Path, spec: Mapping[str, Any]) -> dict[str, pa.Array]:
     """Read an artifact's vocabularies: name -> values in row order."""
-    types = spec.get("vocabulary_types", {})
     listed = json.loads((folder / VOCABULARY).read_text())
-    return {name: pa.array(values, types.get(name)) for name, values in listed.items()}
+    return {name: pa.array(values, spec["vocabulary_types"][name]) for name, values in listed.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -238,7 +214,7 @@ def open_tables(
             each["name"],
             each["num_embeddings"],
             each["embedding_dim"],
-            ROW_TYPES[rows],
+            SparseType(rows),
             EmbeddingLocation.HOST,
         )
         for each in tables
@@ -303,167 +279,6 @@ def resolve(call: str) -> Callable[..., Any]:
     if namespace != "aten" or not isinstance(found, OVERLOAD):
         raise ValueError(f"graph: {call!r} is not an ATen operator; this artifact is damaged or not ours")
     return found
-
-
-class Preprocessor:
-    """Rows -> ids and numbers, by the encoder that training uses.
-
-    Args:
-        schema: of the run.
-        lookups: pooling -> (field, table) pairs.
-        vocabularies: names of vocabulary files -> values in row order.
-        id_rows: as ServingModel has them.
-    """
-
-    def __init__(
-        self,
-        schema: Schema,
-        lookups: Mapping[str, Sequence[tuple[str, int]]],
-        vocabularies: Mapping[str, pa.Array],
-        id_rows: Mapping[str, Tensor],
-    ) -> None:
-        self.schema, self.columns = schema, schema.field_columns
-        self.encoder = Encoder(schema, vocabularies=vocabularies, has_labels=False)
-        self.lookups = {pooling: [field for field, _ in pairs] for pooling, pairs in lookups.items()}
-        singles = [feature.name for feature in schema.sparse if feature.is_single]
-        lists = [feature.name for feature in schema.sparse if not feature.is_single]
-        self.single_at = {name: index for index, name in enumerate(singles)}
-        self.list_at = {name: index for index, name in enumerate(lists)}
-        self.weighted_at = {feature.name: index for index, feature in enumerate(schema.weighted)}
-        self.field_of = {
-            column: feature
-            for feature in schema.features
-            for column in (feature.source_column, feature.weights)
-        }
-        self.keys = {feature.source_column for feature in schema.features if feature.is_keyed}
-        self.checked: dict[str, pa.DataType] = {}  # the types that were last found right
-        self.id_rows: dict[str, tuple[Table, np.ndarray, np.ndarray]] = {}
-        for name, table in schema.table_of.items():
-            if table.zch is not None:
-                ids, rows = id_rows[ZCH + table.name].numpy()
-                if len(rows) and not 0 <= rows.min() <= rows.max() < table.num_embeddings:
-                    raise ValueError(
-                        f"field {name!r}: an id has a row that its table lacks; copy the artifact again"
-                    )
-                self.id_rows[name] = table, ids, rows
-
-    def __call__(self, rows: Rows) -> Inputs:
-        """Check and encode rows; see ServingModel.predict."""
-        return self.inputs(self.encoder.encode(self._arrays(rows), Place(REQUEST, None)))
-
-    def inputs(self, columns: Columns) -> Inputs:
-        """Join encoded rows as the tables want them, each pooling's lookups one after the other."""
-        joined = {}
-        for pooling, fields in self.lookups.items():
-            ids, weights = [], []
-            offsets = np.zeros(len(fields) * columns.num_rows + 1, np.int64)
-            lengths = offsets[1:].reshape(len(fields), columns.num_rows)
-            for field, own_lengths in zip(fields, lengths, strict=True):
-                if field in self.single_at:
-                    index = self.single_at[field]
-                    found = columns.single_ids[index]
-                    if columns.absent[index]:
-                        own_lengths[:] = found >= 0
-                        found = found[found >= 0]
-                    else:
-                        own_lengths[:] = 1
-                elif field in self.list_at:
-                    index = self.list_at[field]
-                    found = columns.lists.values[index]
-                    own_lengths[:] = np.diff(columns.lists.offsets[index])
-                else:
-                    index = self.weighted_at[field]
-                    found = columns.weighted_lists.values[index]
-                    own_lengths[:] = np.diff(columns.weighted_lists.offsets[index])
-                    weights.append(columns.weighted_lists.weights[index])
-                ids.append(self._given_rows(field, found) if field in self.id_rows else found)
-            np.cumsum(offsets, out=offsets)
-            joined[pooling] = (
-                torch.from_numpy(np.concatenate(ids, dtype=np.int64)),
-                torch.from_numpy(offsets),
-                torch.from_numpy(np.concatenate(weights)) if weights else None,
-            )
-        return Inputs(joined, torch.from_numpy(columns.dense))
-
-    def _given_rows(self, field: str, hashed: np.ndarray) -> np.ndarray:
-        """The row that training gave to each id of a table of encoding zch, or the last row of its bucket."""
-        table, ids, rows = self.id_rows[field]
-        assert table.zch is not None
-        bucket_ids = -(-(2**63 - 1) // table.zch.buckets)
-        own = (hashed // bucket_ids + 1) * (table.num_embeddings // table.zch.buckets) - 1
-        if not len(ids):
-            return own
-        places = np.minimum(np.searchsorted(ids, hashed), len(ids) - 1)
-        return np.where(ids[places] == hashed, rows[places], own)
-
-    def _arrays(self, rows: Rows) -> dict[str, Any]:
-        """The columns that fields read, each as one array of a type that training takes: Arrow's, or NumPy's of plain numbers."""
-        if not isinstance(rows, Mapping):
-            table = rows if isinstance(rows, (pa.Table, pa.RecordBatch)) else pa.table(rows)
-            rows = dict(zip(table.schema.names, table.columns, strict=True))
-        arrays = {name: self._array(name, rows[name]) for name in self.columns if name in rows}
-        types = {
-            name: NUMBERS[array.dtype] if isinstance(array, np.ndarray) else array.type
-            for name, array in arrays.items()
-        }
-        if types != self.checked:
-            for name, found in types.items():
-                # a column of nothing but missing values has no type of its own: it gets the field's
-                if found == NULL or (_is_list(found) and found.value_type == NULL):
-                    types[name] = self._type_of_missing(name)
-                    arrays[name] = arrays[name].cast(types[name])
-            check_columns(pa.schema(list(types.items())), self.schema, REQUEST, has_label=False)
-            self.checked = types
-        num_rows = len(next(iter(arrays.values()), ()))
-        if any(len(array) != num_rows for array in arrays.values()):
-            name = next(name for name, array in arrays.items() if len(array) != num_rows)
-            raise InputError(
-                f"{REQUEST}: field {self.field_of[name].name!r}: {len(arrays[name])} rows in column {name!r}; "
-                f"wanted {num_rows}, as the other columns have"
-            )
-        return arrays
-
-    def _array(self, name: str, column: Any) -> pa.Array | np.ndarray:
-        if isinstance(column, pa.Array):
-            return column
-        if isinstance(column, pa.ChunkedArray):
-            return column.combine_chunks()
-        numbers = self._numbers(name, column)
-        if numbers is not None:
-            return numbers
-        try:
-            if isinstance(column, np.ndarray) and column.ndim == 2:
-                return pa.FixedSizeListArray.from_arrays(column.reshape(-1), column.shape[1])
-            return pa.array(column)
-        except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
-            raise InputError(
-                f"{REQUEST}: column {name!r} of field {self.field_of[name].name!r} cannot be read ({first_line(error)}); "
-                "wanted a list of values of one type, None where one is missing"
-            ) from None
-
-    def _numbers(self, name: str, column: Any) -> np.ndarray | None:
-        """Python's numbers, in a fraction of the time that Arrow takes; None for anything else."""
-        if not isinstance(column, list) or not column or type(column[0]) not in (int, float):
-            return None
-        try:
-            numbers = np.asarray(column)
-        except (ValueError, OverflowError):
-            return None
-        # as a float, a large id would lose digits
-        is_taken = numbers.dtype in NUMBERS and not (name in self.keys and numbers.dtype.kind == "f")
-        return numbers if is_taken and numbers.ndim == 1 else None
-
-    def _type_of_missing(self, name: str) -> pa.DataType:
-        feature = self.field_of[name]
-        kind = pa.float64()
-        if feature.is_keyed and name != feature.weights:
-            known = self.encoder.vocabularies.get(feature.name)
-            kind = pa.int64() if known is None else known.type
-        return kind if feature.is_single else pa.list_(kind)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
 
 
 def main() -> int:

@@ -40,21 +40,13 @@ TERMS: Wanted = (
 
 @dataclass(frozen=True)
 class Material:
-    """What pictures are made of.
-
-    Attributes:
-        study: the study that was run.
-        config: the config that its variants start from.
-        runs: the runs that ended.
-        scores: variant -> seed -> metrics.
-        category: the field of Figure 7; "": found by name.
-    """
+    """What pictures are made of."""
 
     study: Study
-    config: RunConfig
-    runs: Sequence[Run]
-    scores: Mapping[str, Scores]
-    category: str = ""
+    config: RunConfig  # that the study's variants start from
+    runs: Sequence[Run]  # those that ended
+    scores: Mapping[str, Scores]  # variant -> seed -> metrics
+    category: str = ""  # the field of Figure 7; "": found by name
 
     @property
     def first(self) -> list[Run]:

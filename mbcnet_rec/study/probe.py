@@ -29,23 +29,14 @@ PCA_WIDTH = 30  # t-SNE works on that many leading components, as van der Maaten
 
 @dataclass(frozen=True)
 class Probe:
-    """A run's best weights on the rows of a split.
+    """A run's best weights on the rows of a split."""
 
-    Attributes:
-        names: of the K branches.
-        latents: (K, n, d) float32.
-        fused: (n, d) float32, what the fused logit is computed from.
-        logits: (n, 1 + K) float32, fused first.
-        labels: (n,) of 0 and 1.
-        categories: (n,) encoded ids of the category field, MISSING where there is none.
-    """
-
-    names: tuple[str, ...]
-    latents: np.ndarray
-    fused: np.ndarray
-    logits: np.ndarray
-    labels: np.ndarray
-    categories: np.ndarray
+    names: tuple[str, ...]  # of the K branches
+    latents: np.ndarray  # (K, n, d) float32
+    fused: np.ndarray  # (n, d) float32, what the fused logit is computed from
+    logits: np.ndarray  # (n, 1 + K) float32, fused first
+    labels: np.ndarray  # (n,) of 0 and 1
+    categories: np.ndarray  # (n,) encoded ids of the category field, MISSING where there is none
 
     def log_loss(self) -> np.ndarray:
         """Each row's log-loss by each output, in nats: (n, 1 + K)."""
@@ -134,7 +125,7 @@ def choose_category(schema: Schema, wanted: str) -> Feature:
         if feature.name == wanted or (not wanted and "categor" in feature.name.lower()):
             return feature
     names = ", ".join(feature.name for feature in fields[:12])
-    told = f"--category {wanted}" if wanted else "--category"
+    told = f"--category {wanted}".rstrip()
     raise InputError(f"{told}: wanted a categorical field of schema {schema.name!r}; name one of: {names}")
 
 

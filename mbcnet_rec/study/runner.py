@@ -26,29 +26,19 @@ VERDICTS = (
 
 @dataclass(frozen=True)
 class StudyRequest:
-    """What `mbcnet study` was asked for.
-
-    Attributes:
-        study: the study.
-        config: the file that the variants start from.
-        overrides: changes of that config, `key.path=value`.
-        seeds: number of seeds: the config's own and those after it.
-        models: kinds of Table 3 to run; empty: the study's own.
-        tuned: folder of `mbcnet tune`, whose KIND.toml stands in for the config of that kind; None: none.
-        category: the field of Figure 7; "": found by name.
-        out: folder of the runs and the report.
-        workers: number of processes; 0: chosen.
-    """
+    """What `mbcnet study` was asked for."""
 
     study: Study
-    config: Path
-    overrides: tuple[str, ...] = ()
-    seeds: int = 3
-    models: tuple[str, ...] = ()
-    tuned: Path | None = None
-    category: str = ""
-    out: Path = Path("studies")
-    workers: int = 0
+    config: Path  # the file that the variants start from
+    overrides: tuple[str, ...] = ()  # changes of that config, `key.path=value`
+    seeds: int = 3  # the config's own and those after it
+    models: tuple[str, ...] = ()  # kinds to run; empty: the study's own
+    tuned: Path | None = (
+        None  # folder of `mbcnet tune`, whose KIND.toml stands in for the config of that kind
+    )
+    category: str = ""  # the field of Figure 7; "": found by name
+    out: Path = Path("studies")  # folder of the runs and the page
+    workers: int = 0  # processes; 0: chosen
 
     def command(self) -> str:
         """The line that does it again."""

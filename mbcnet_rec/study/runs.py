@@ -33,17 +33,11 @@ KEY_DIGITS = 16
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a study.
+    """One training run of a study."""
 
-    Attributes:
-        variant: the row of the study's table that it belongs to.
-        seed: the seed of its weights and of the order of rows.
-        config: its config, with train.out pointing to the run's folder.
-    """
-
-    variant: str
-    seed: int
-    config: RunConfig
+    variant: str  # the row of the study's table that it belongs to
+    seed: int  # of its weights and of the order of rows
+    config: RunConfig  # train.out is the run's folder
 
     @property
     def folder(self) -> Path:

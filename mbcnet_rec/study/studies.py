@@ -11,17 +11,11 @@ Picture = Literal[
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a study's table.
-
-    Attributes:
-        name: of the row.
-        overrides: `key.path=value` on the config.
-        paper: AUC and log-loss that the paper prints for Pailitao-12month and, behind them, for Pailitao-24month; empty
-            where it prints none.
-    """
+    """One row of a study's table."""
 
     name: str
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()  # `key.path=value` on the config
+    # AUC and log-loss that the paper prints for Pailitao-12month, then for Pailitao-24month; empty where it prints none
     paper: tuple[float, ...] = ()
 
 
@@ -36,27 +30,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """One table or figure of the paper.
+    """One table or figure of the paper."""
 
-    Attributes:
-        name: what `mbcnet study NAME` calls it.
-        reference: where it is in the paper.
-        question: the question it answers.
-        variants: its rows.
-        reference_rows: each row is compared, by paired seeds, with the best of these other than itself.
-        claims: what its rows can confirm or not.
-        pictures: what is drawn.
-        claimed: whether the paper makes the claims; else they are hopes, and the page calls them so.
-    """
-
-    name: str
-    reference: str
+    name: str  # what `mbcnet study NAME` calls it
+    reference: str  # where it is in the paper
     question: str
     variants: tuple[Variant, ...]
+    # each row is compared, by paired seeds, with the best of these other than itself
     reference_rows: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     pictures: tuple[Picture, ...] = ("scores",)
-    claimed: bool = True
+    claimed: bool = True  # by the paper; else the claims are hopes, and the page calls them so
 
 
 # model.kind -> its row of Table 3; the last two are not in it
@@ -98,22 +82,14 @@ _PRINCIPLES = (
     _ours("min difference", (f"{_BETA}.kind=min_difference",), (0.7285, 0.3447, 0.7349, 0.3138)),
 )
 _NO_BCT, _NO_MDR = f"{_ALPHA}.weight=0.0", f"{_BETA}.weight=0.0"
-_ABLATIONS = (
-    _ours("w/o EFGC", _branches("cross", "deep"), (0.7445, 0.2888, 0.7548, 0.2839)),
-    _ours("w/o CrossNet", _branches("efgc", "deep"), (0.7480, 0.2880, 0.7569, 0.2828)),
-    _ours("w/o DeepNet", _branches("efgc", "cross"), (0.7501, 0.2875, 0.7622, 0.2811)),
-    _ours("w/o BCT", (_NO_BCT,), (0.7510, 0.2874, 0.7628, 0.2806)),
-    _ours("w/o MDR", (_NO_MDR,), (0.7506, 0.2879, 0.7603, 0.2822)),
-    _ours("w/o BCT, w/o MDR", (_NO_BCT, _NO_MDR), (0.7443, 0.2954, 0.7609, 0.2818)),
-)
-_REMOVED = (
-    "the EFGC branch",
-    "the cross branch",
-    "the deep branch",
-    "co-teaching",
-    "moderate differentiation",
-    "both losses",
-)
+_ABLATIONS = {  # what is removed -> the row
+    "the EFGC branch": _ours("w/o EFGC", _branches("cross", "deep"), (0.7445, 0.2888, 0.7548, 0.2839)),
+    "the cross branch": _ours("w/o CrossNet", _branches("efgc", "deep"), (0.7480, 0.2880, 0.7569, 0.2828)),
+    "the deep branch": _ours("w/o DeepNet", _branches("efgc", "cross"), (0.7501, 0.2875, 0.7622, 0.2811)),
+    "co-teaching": _ours("w/o BCT", (_NO_BCT,), (0.7510, 0.2874, 0.7628, 0.2806)),
+    "moderate differentiation": _ours("w/o MDR", (_NO_MDR,), (0.7506, 0.2879, 0.7603, 0.2822)),
+    "both losses": _ours("w/o BCT, w/o MDR", (_NO_BCT, _NO_MDR), (0.7443, 0.2954, 0.7609, 0.2818)),
+}
 
 
 def _principle_claims(ours: str) -> tuple[Claim, ...]:
@@ -126,10 +102,8 @@ def _principle_claims(ours: str) -> tuple[Claim, ...]:
 
 
 _ABLATION_CLAIMS = tuple(
-    Claim(f"removing {what} costs AUC", "MBCnet", row.name)
-    for what, row in zip(_REMOVED, _ABLATIONS, strict=True)
+    Claim(f"removing {what} costs AUC", "MBCnet", row.name) for what, row in _ABLATIONS.items()
 )
-
 _DENSITY_PAPER = {
     "dnn": (0.5132, 0.5885, 0.6770, 0.7223, 0.7423),
     "dcnv2": (0.5200, 0.5929, 0.6797, 0.7262, 0.7461),
@@ -196,22 +170,11 @@ _FUTURE = (
     _ours("orthogonal by construction", (f"{_BETA}.parametrization=orthogonal",)),
 )
 
-_FIGURES: tuple[tuple[str, str, str, tuple[Picture, ...]], ...] = (
-    (
-        "fig4",
-        "Figure 4",
-        "How do the branches learn, and where do their latents lie?",
-        ("branch_curves", "latents"),
-    ),
-    ("fig5", "Figure 5", "Do the cooperation losses converge?", ("terms",)),
-    ("fig6", "Figure 6", "Do branches differ at the level of neurons?", ("neurons",)),
-    (
-        "fig7",
-        "Figure 7 and Figure 1 a",
-        "Which categories does each branch learn best?",
-        ("categories",),
-    ),
-)
+
+def _of_mbcnet(name: str, reference: str, question: str, pictures: tuple[Picture, ...]) -> Study:
+    return Study(name, reference, question, (MBCNET,), pictures=pictures)
+
+
 _STUDIES = (
     Study(
         "table3",
@@ -236,7 +199,7 @@ _STUDIES = (
         "table6",
         "Table 6",
         "What does each branch and each loss contribute?",
-        (*_ABLATIONS, MBCNET),
+        (*_ABLATIONS.values(), MBCNET),
         ("MBCnet",),
         _ABLATION_CLAIMS,
     ),
@@ -249,9 +212,16 @@ _STUDIES = (
         _DENSITY_CLAIMS,
         ("density",),
     ),
-    *(
-        Study(name, reference, question, (MBCNET,), pictures=pictures)
-        for name, reference, question, pictures in _FIGURES
+    _of_mbcnet(
+        "fig4",
+        "Figure 4",
+        "How do the branches learn, and where do their latents lie?",
+        ("branch_curves", "latents"),
+    ),
+    _of_mbcnet("fig5", "Figure 5", "Do the cooperation losses converge?", ("terms",)),
+    _of_mbcnet("fig6", "Figure 6", "Do branches differ at the level of neurons?", ("neurons",)),
+    _of_mbcnet(
+        "fig7", "Figure 7 and Figure 1 a", "Which categories does each branch learn best?", ("categories",)
     ),
     Study(
         "fig8",
@@ -277,12 +247,12 @@ _STUDIES = (
         ),
         ("grid",),
     ),
-    Study("complexity", "Table 8", "What does each part cost?", (MBCNET,), pictures=("complexity",)),
+    _of_mbcnet("complexity", "Table 8", "What does each part cost?", ("complexity",)),
     Study(
         "claims",
         "Tables 5 and 6",
         "Which of the paper's claims hold on this data?",
-        (MBCNET, *_PRINCIPLES, *_ABLATIONS),
+        (MBCNET, *_PRINCIPLES, *_ABLATIONS.values()),
         ("MBCnet",),
         (*_principle_claims("MBCnet"), *_ABLATION_CLAIMS),
     ),

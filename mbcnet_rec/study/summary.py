@@ -32,37 +32,27 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant's line of the table.
-
-    Attributes:
-        name: the variant's name.
-        seeds: number of seeds that ended.
-        auc, log_loss: mean and standard deviation over seeds (n - 1 below); NaN for one seed's deviation.
-        against: the row it is compared with; "" if there is none.
-        difference: difference of AUC to that row.
-        loss_difference: difference of log-loss.
-        paper: the paper's own figures.
-        failures: why the other seeds did not end.
-    """
+    """A variant's line of the table."""
 
     name: str
-    seeds: int
-    auc: tuple[float, float]
+    seeds: int  # that ended
+    auc: tuple[
+        float, float
+    ]  # mean and standard deviation over seeds (n - 1 below); NaN for one seed's deviation
     log_loss: tuple[float, float]
-    against: str
-    difference: Difference | None
+    against: str  # the row it is compared with; "" if there is none
+    difference: Difference | None  # of AUC to that row
     loss_difference: Difference | None
-    paper: tuple[float, ...]
-    failures: tuple[str, ...] = ()
+    paper: tuple[float, ...]  # the paper's own figures
+    failures: tuple[str, ...] = ()  # why the other seeds did not end
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """Compare values seed by seed."""
     d = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
-    nan = float("nan")
-    mean = float(d.mean()) if len(d) else nan
+    mean = float(d.mean()) if len(d) else math.nan
     if len(d) < 2:
-        return Difference(mean, nan, nan, nan, len(d))
+        return Difference(mean, math.nan, math.nan, math.nan, len(d))
     error = float(d.std(ddof=1)) / math.sqrt(len(d))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(d) - 1)) * error
     ratio = abs(mean) / error if error > 0 else (0.0 if mean == 0 else math.inf)
@@ -72,9 +62,8 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Differe
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation; NaN where there are too few values."""
-    if not values:
-        return float("nan"), float("nan")
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    mean = float(np.mean(values)) if values else math.nan
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def compare(ours: Scores, theirs: Scores, metric: str) -> Difference | None:
@@ -86,13 +75,7 @@ def compare(ours: Scores, theirs: Scores, metric: str) -> Difference | None:
 
 
 def summarise(study: Study, scores: Mapping[str, Scores], failures: Mapping[str, Sequence[str]]) -> list[Row]:
-    """Make the rows of a study's table, in the study's order.
-
-    Args:
-        study: whose variants are the rows.
-        scores: variant -> seed -> metrics.
-        failures: variant -> why seeds of it did not end.
-    """
+    """Make the rows of a study's table, in the study's order: of each variant that has runs, or `failures` of runs."""
     rows = []
     for variant in study.variants:
         if variant.name not in scores and variant.name not in failures:

@@ -41,18 +41,12 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 @dataclass(frozen=True)
 class Range:
-    """What one key may be: choices, or numbers from low to high, both included, whole where both are.
+    """What one key may be: choices, or numbers from low to high, both included, whole where both are."""
 
-    Attributes:
-        choices: TOML values; empty for a range of numbers.
-        low, high: of a range of numbers.
-        log: draw evenly on the logarithm.
-    """
-
-    choices: tuple[Any, ...] = ()
+    choices: tuple[Any, ...] = ()  # TOML values
     low: int | float = math.nan
     high: int | float = math.nan
-    log: bool = False
+    log: bool = False  # draw evenly on the logarithm
 
     def __post_init__(self) -> None:
         """Refuse what is neither, or both.
@@ -70,17 +64,11 @@ class Range:
 
 @dataclass(frozen=True)
 class Search(Bounded):
-    """What is tuned, and how hard.
+    """What is tuned, and how hard."""
 
-    Attributes:
-        space: dotted key of the config -> its range.
-        trials: of each model.
-        sampler: tpe, which learns from earlier trials, or random.
-    """
-
-    space: dict[str, Range]
-    trials: int = bounded(12, at_least=1)
-    sampler: Literal["tpe", "random"] = "tpe"
+    space: dict[str, Range]  # dotted key of the config -> its range
+    trials: int = bounded(12, at_least=1)  # of each model
+    sampler: Literal["tpe", "random"] = "tpe"  # tpe learns from earlier trials
 
     def space_of(self, kind: str) -> dict[str, Range]:
         """The keys that matter to models of a kind: model.KIND.* does to that kind only."""
