@@ -16,8 +16,8 @@ from data.profile import scan as profile
 from data.profile.fit import write_fitted
 from data.profile.infer import infer_schema
 from data.profile.leaks import always_positive, auc, column_auc
-from data.profile.scan import ColumnProfile, RowSample, profile_files
-from data.profile.sketch import Distinct
+from data.profile.scan import ColumnProfile, profile_files
+from data.profile.sketch import Distinct, EvenSample
 from data.reading.encode import Encoder, Place
 from data.reading.keys import splitmix64
 from data.schema import load_schema
@@ -87,7 +87,7 @@ def test_leaks_are_seen_and_row_numbers_are_not_taken_for_one():
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory) -> Path:
+def files(tmp_path_factory) -> list[Path]:
     """Every kind of column, in three files of several row groups."""
     folder = tmp_path_factory.mktemp("log")
     generator = np.random.default_rng(1)
@@ -120,7 +120,12 @@ def log(tmp_path_factory) -> Path:
     )  # fmt: skip
     for number in range(3):
         pq.write_table(table.slice(number * 2_000, 2_000), folder / f"{number}.parquet", row_group_size=500)
-    return folder
+    return sorted(folder.iterdir())
+
+
+def saved(folder: Path, name: str, **columns) -> Path:
+    pq.write_table(pa.table(columns), folder / name)
+    return folder / name
 
 
 def inferred(files, tmp_path: Path, **options):
@@ -129,8 +134,8 @@ def inferred(files, tmp_path: Path, **options):
     return load_schema(tmp_path / "schema.toml"), text, suspicious
 
 
-def test_every_kind_is_recognised(log, tmp_path):
-    schema, text, suspicious = inferred(sorted(log.glob("*.parquet")), tmp_path)
+def test_every_kind_is_recognised(files, tmp_path):
+    schema, text, suspicious = inferred(files, tmp_path)
     fields = {feature.name: feature for feature in schema.features}
     kinds = {
         "categorical": "user_id item_id city",
@@ -153,6 +158,8 @@ def test_every_kind_is_recognised(log, tmp_path):
     assert all(table.embedding_dim % 4 == 0 for table in schema.tables)
     assert "# Label click: 2" in text and "% ones" in text
     assert "2024-05-01 00:00:00 to 2024-05-01 16:39:50 UTC" in text
+    sampled = infer_schema(files, rows=1_200)[0]
+    assert "1,200 of 6,000 rows" in sampled and "other rows may hold more" in sampled
     assert re.search(r"^stock .*null (9|10|11)\.\d%", text, re.M)
     reasons = dict(line.split(": ", 1) for line in suspicious)
     assert reasons.keys() == {"constant", "empty", "request_id", "dwell", "purchase"}
@@ -165,57 +172,43 @@ def test_integers_of_64_bits_are_ids(tmp_path):
     """Hashed ids, negative ones among them: no double holds them, and no amount is as large."""
     generator = np.random.default_rng(3)
     ids = generator.integers(-(2**63), 2**63 - 1, 500)[generator.integers(0, 500, 5_000)]
-    table = pa.table({"who": ids, "what": np.abs(ids), "click": generator.integers(0, 2, 5_000)})
-    pq.write_table(table, tmp_path / "1.parquet")
-    schema, _, _ = inferred([tmp_path / "1.parquet"], tmp_path)
+    file = saved(tmp_path, "1.parquet", who=ids, what=np.abs(ids), click=generator.integers(0, 2, 5_000))
+    schema, _, _ = inferred([file], tmp_path)
     assert [feature.kind for feature in schema.features] == ["categorical", "categorical"]
     assert {feature.cardinality for feature in schema.features} == {500}
 
 
-def test_inferred_schema_is_fitted_and_encodes_its_files(log, tmp_path):
-    files = sorted(log.glob("*.parquet"))
+def test_inferred_schema_is_fitted_and_encodes_its_files(files, tmp_path):
     schema, _, _ = inferred(files, tmp_path)
     with pytest.raises(InputError, match="mbcnet schema fit"):
         schema.require_fitted()
     fitted = write_fitted(schema, files[:2], tmp_path / "fit")
-    again = load_schema(tmp_path / "fit" / "schema.toml")
-    assert again == fitted
-    encoder = Encoder(again)
+    encoder = Encoder(fitted)
     for file in files:
-        rows = pq.read_table(file, columns=list(again.columns)).combine_chunks().to_batches()[0]
+        rows = pq.read_table(file, columns=list(fitted.columns)).combine_chunks().to_batches()[0]
         assert encoder.encode(rows, Place(str(file), 0)).num_rows == 2_000
-    assert again.table_of["words"].num_embeddings == 90 + 2
+    assert fitted.table_of["words"].num_embeddings == 90 + 2
 
 
-def test_a_sample_is_spread_over_all_files_and_says_so(log, tmp_path):
+@pytest.mark.parametrize(
+    ("spread", "rows", "row_groups"), [(64, 1_200, range(12)), (4, 400, (0, 3, 6, 9))], ids=["all", "four of twelve"]
+)  # fmt: skip
+def test_a_sample_is_spread_over_all_files(spread, rows, row_groups, files, monkeypatch):
+    monkeypatch.setattr(profile, "SPREAD", spread)
     seen: list[int] = []
-    found = profile_files(sorted(log.glob("*.parquet")), rows=1_200, progress=seen.append)
-    assert found.rows == 1_200 and found.total_rows == ROWS and seen[-1] == 1_200
+    found = profile_files(files, rows=rows, progress=seen.append)
+    assert (found.rows, found.total_rows, seen[-1]) == (rows, ROWS, rows)
     moments = (found.sample["timestamp"].to_numpy() - 1_714_521_600) // 10
-    assert {int(moment) // 500 for moment in moments} == set(range(12)), "every row group gives rows"
-    _, text, _ = inferred(sorted(log.glob("*.parquet")), tmp_path, rows=1_200)
-    assert "1,200 of 6,000 rows" in text and "other rows may hold more" in text
-
-
-def test_a_small_sample_of_many_row_groups_reaches_the_last_ones(log, monkeypatch):
-    monkeypatch.setattr(profile, "SPREAD", 4)
-    found = profile_files(sorted(log.glob("*.parquet")), rows=400)
-    moments = (found.sample["timestamp"].to_numpy() - 1_714_521_600) // 10
-    assert {int(moment) // 500 for moment in moments} == {0, 3, 6, 9}, "four of twelve, evenly spaced"
-    assert len(moments) == 400
+    assert {int(moment) // 500 for moment in moments} == set(row_groups)
 
 
 def test_groups_are_guessed_from_names(tmp_path):
-    columns = {name: [n % size for n in range(60)] for name, size in
-               (("user_id", 30), ("user_city", 5), ("item_id", 20), ("item_brand", 4), ("other", 3))}  # fmt: skip
-    pq.write_table(pa.table(columns | {"click": [n % 2 for n in range(60)]}), tmp_path / "x.parquet")
-    schema, _, _ = inferred([tmp_path / "x.parquet"], tmp_path)
-    assert schema.groups["user_item"] == ("user_id", "item_id")
-    assert {name: len(members) for name, members in schema.groups.items()} == {
-        "user": 2,
-        "item": 2,
-        "user_item": 2,
-    }
+    sizes = {"user_id": 30, "user_city": 5, "item_id": 20, "item_brand": 4, "other": 3, "click": 2}
+    columns = {name: [n % size for n in range(60)] for name, size in sizes.items()}
+    schema, _, _ = inferred([saved(tmp_path, "x.parquet", **columns)], tmp_path)
+    pairs = {name: {*members} for name, members in schema.groups.items()}
+    users, items = {"user_id", "user_city"}, {"item_id", "item_brand"}
+    assert pairs == {"user": users, "item": items, "user_item": {"user_id", "item_id"}}
 
 
 def test_memory_stays_flat_over_rows(tmp_path, monkeypatch):
@@ -233,53 +226,53 @@ def test_memory_stays_flat_over_rows(tmp_path, monkeypatch):
     assert peaks[1] < 1.5 * peaks[0]
 
 
-def test_row_sample_is_bounded_and_even(monkeypatch):
-    monkeypatch.setattr(profile, "SAMPLE_CELLS", 0)
-    table = pa.table({"x": np.arange(70_000)})
-    sample = RowSample(table.schema)
+def test_an_even_sample_is_bounded_and_takes_every_kth_row():
+    table, sample = pa.table({"x": np.arange(70_000)}), EvenSample(1_000)
     for start in range(0, 70_000, 777):
         sample.add(table.slice(start, 777))
-    assert sample.table["x"].to_pylist() == list(range(0, 70_000, sample.stride))
-    assert 500 <= sample.table.num_rows <= 1_000
+    assert sample.rows()["x"].to_pylist() == list(range(0, 70_000, sample.stride))
+    assert 500 <= len(sample.rows()) <= 1_000
 
 
-def test_label_is_named_checked_or_asked_for(log, tmp_path):
-    files = sorted(log.glob("*.parquet"))
+def test_a_named_label_is_taken(files, tmp_path):
     schema, _, _ = inferred(files, tmp_path, label="purchase")
     assert schema.label == "purchase" and "click" not in {feature.name for feature in schema.features}
-    with pytest.raises(InputError, match="label 'buy' is not a column"):
-        infer_schema(files, label="buy")
-    with pytest.raises(InputError, match=r"label 'price' is double with values from .*: wanted 0 and 1"):
-        infer_schema(files, label="price")
-    pq.write_table(pa.table({"a": [1, 2], "seen": [0, 1]}), tmp_path / "x.parquet")
-    with pytest.raises(InputError, match=r"name it with --label \(columns of 0 and 1: seen\)"):
-        infer_schema([tmp_path / "x.parquet"])
 
 
 def test_files_that_differ(tmp_path):
-    pq.write_table(pa.table({"a": pa.array([1, 2], pa.int32()), "click": [0, 1]}), tmp_path / "0.parquet")
-    second = {"a": pa.array([3, 9], pa.int64()), "b": ["x", "y"], "click": [0, 1]}
-    pq.write_table(pa.table(second), tmp_path / "1.parquet")
-    files = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
-    _, text, _ = inferred(files, tmp_path)
+    first = saved(tmp_path, "0.parquet", a=pa.array([1, 2], pa.int32()), click=[0, 1])
+    second = saved(tmp_path, "1.parquet", a=pa.array([3, 9], pa.int64()), b=["x", "y"], click=[0, 1])
+    _, text, _ = inferred([first, second], tmp_path)
     assert re.search(r"^b .*null 50.0%; missing in 1 of 2 files", text, re.M)
     assert re.search(r"^a .*4 values; ids 0 to 9", text, re.M)
-    pq.write_table(pa.table({"a": ["text"], "click": [1]}), tmp_path / "2.parquet")
-    with pytest.raises(InputError, match=r"2\.parquet: its columns do not fit those of .*0\.parquet"):
-        infer_schema([*files, tmp_path / "2.parquet"])
-    (tmp_path / "3.parquet").write_bytes(b"no parquet")
-    with pytest.raises(InputError, match=r"3\.parquet: cannot be read as Parquet"):
-        infer_schema([tmp_path / "3.parquet"])
-    pq.write_table(pa.table({"a": pa.array([], pa.int64())}), tmp_path / "4.parquet")
-    with pytest.raises(InputError, match="hold no rows"):
-        infer_schema([tmp_path / "4.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "label", "message"),
+    [
+        ({"a": ["text"], "click": [1]}, "", r"x\.parquet: its columns do not fit those of .*0\.parquet"),
+        (None, "", r"x\.parquet: cannot be read as Parquet"),
+        ({"a": [1, 2], "seen": [0, 1]}, "", r"name it with --label \(columns of 0 and 1: seen\)"),
+        ({"a": [1, 2]}, "buy", "label 'buy' is not a column"),
+        ({"price": [0.5, 2.0]}, "price", r"label 'price' is double with values from 0.5 to 2.0 .*: wanted 0 and 1"),
+        ({"a": pa.array([], pa.int64())}, "", "hold no rows"),
+    ],
+    ids=["types", "damage", "no label", "unknown label", "bad label", "no rows"],
+)  # fmt: skip
+def test_mistakes_are_named(columns, label, message, tmp_path):
+    if columns is None:
+        (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    else:
+        saved(tmp_path, "x.parquet", **columns)
+    if "do not fit" in message:
+        saved(tmp_path, "0.parquet", a=[1], click=[1])
+    with pytest.raises(InputError, match=message):
+        infer_schema(sorted(tmp_path.iterdir()), label=label)
 
 
 def test_odd_names_survive(tmp_path):
-    names = ["a.b", 'quo"te', "tab\there", "é", "1", "#x"]
-    columns = {name: ["u", "v", "w", "u"] for name in names if name.isprintable()}
-    pq.write_table(pa.table(columns | {"click": [0, 1, 0, 1]}), tmp_path / "x.parquet")
-    schema, _, _ = inferred([tmp_path / "x.parquet"], tmp_path)
+    columns = {name: ["u", "v", "w", "u"] for name in ("a.b", 'quo"te', "é", "1", "#x")}
+    schema, _, _ = inferred([saved(tmp_path, "x.parquet", **columns, click=[0, 1, 0, 1])], tmp_path)
     assert {feature.name for feature in schema.features} == columns.keys()
 
 

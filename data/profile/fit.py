@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.profile.scan import naming
+from data.profile.sketch import EvenSample
 from data.reading.column_types import is_list
 from data.reading.storage import DataFile, open_parquet
 from data.schema import (
@@ -35,6 +36,7 @@ from data.whole_folder import whole_folder
 
 VOCABULARY_FOLDER = "vocabulary"
 BATCH_ROWS = 65_536
+MAX_SAMPLE = 2_000_000  # numbers of a field that quantiles are taken of
 
 Say = Callable[[str], object]  # takes one line for the user
 
@@ -47,7 +49,6 @@ class Counts:
     pending: list[pa.Table] = field(default_factory=list)
     pending_rows: int = 0
     merged_rows: int = 0
-    num_merges: int = 0
 
     def add(self, values: pa.Array) -> None:
         """Count values; lists are flattened, and nulls are ignored."""
@@ -64,7 +65,6 @@ class Counts:
 
     def merged(self) -> pa.Table:
         """All values so far with their counts."""
-        self.num_merges += 1
         table = pa.concat_tables(self.pending, promote_options="permissive")
         return table.group_by("value").aggregate([("count", "sum")]).rename_columns({"count_sum": "count"})
 
@@ -111,32 +111,24 @@ class Moments:
         }
 
 
-@dataclass
-class Sample:
-    """Every k-th number; k doubles when more than `limit` are held. Bounded, the same on every run."""
+class Quantiles:
+    """Boundaries of buckets, from an even sample."""
 
-    limit: int = 2_000_000
-    parts: list[np.ndarray] = field(default_factory=list)
-    stride: int = 1
-    seen: int = 0
+    def __init__(self) -> None:
+        self.sample = EvenSample(MAX_SAMPLE)
 
     def add(self, column: pa.Array) -> None:
         """Take in the finite numbers of a column."""
-        numbers = finite(column)
-        self.parts.append(numbers[(-self.seen) % self.stride :: self.stride])
-        self.seen += len(numbers)
-        if sum(map(len, self.parts)) > self.limit:
-            self.parts = [np.concatenate(self.parts)[::2]]
-            self.stride *= 2
+        self.sample.add(pa.table({"number": finite(column)}))
 
     def boundaries(self, num_buckets: int) -> list[float]:
         """Unique quantiles, at most num_buckets - 1, each one a value that occurs.
 
         The smallest value is no boundary, unless it is the only one: the bucket below it would stay empty.
         """
-        numbers = np.concatenate(self.parts) if self.parts else np.zeros(0)
-        if not len(numbers):
+        if not self.sample.seen:
             return [0.0]
+        numbers = self.sample.rows()["number"].to_numpy()
         levels = np.arange(1, num_buckets) / num_buckets
         found = np.unique(np.quantile(numbers, levels, method="inverted_cdf"))
         above = found[found > numbers.min()]
@@ -163,8 +155,8 @@ def fit_schema(
     schema: Schema,
     files: Iterable[DataFile | str],
     out_folder: str | Path,
-    report: Say | None = None,
-    progress: Callable[[int], object] | None = None,
+    report: Say = lambda line: None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Schema:
     """Replace every "fit" of a schema by what the files say.
 
@@ -180,7 +172,7 @@ def fit_schema(
     Raises:
         InputError: no file, or a column is missing.
     """
-    out_folder, say = Path(out_folder), report or (lambda line: None)
+    out_folder = Path(out_folder)
     waiting = [feature for feature in schema.features if not feature.is_fitted]
     sources = [Path(file) if isinstance(file, str) else file for file in files]
     if waiting and not sources:
@@ -189,7 +181,7 @@ def fit_schema(
         )
     counts = {feature.table_name: Counts() for feature in waiting if feature.vocabulary == FIT}
     numbers = {
-        feature.name: Sample() if feature.boundaries == FIT else Moments()
+        feature.name: Quantiles() if feature.boundaries == FIT else Moments()
         for feature in waiting
         if feature.vocabulary != FIT
     }
@@ -200,13 +192,12 @@ def fit_schema(
             for feature in waiting:
                 of_field = numbers.get(feature.name) or counts[feature.table_name]
                 of_field.add(rows.column(feature.source_column))
-            if progress:
-                progress(done)
+            progress(done)
     top = schema_to_toml(schema)
     for feature in waiting:
         entry = top["fields"][feature.name]
         if feature.name in numbers:
-            entry |= numbers[feature.name].entry(feature, say)
+            entry |= numbers[feature.name].entry(feature, report)
             continue
         min_count = min(each.min_count for each in waiting if each.table_name == feature.table_name)
         values = counts[feature.table_name].vocabulary(min_count)
@@ -217,7 +208,7 @@ def fit_schema(
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"value": values}), path, compression="zstd", write_page_checksum=True)
         if not len(values):
-            say(f"field {feature.name!r}: no value occurs {min_count} times: all are out of vocabulary")
+            report(f"field {feature.name!r}: no value occurs {min_count} times: all are out of vocabulary")
     return parse_schema(top, f"fit of schema {schema.name!r}", out_folder)
 
 
@@ -227,8 +218,8 @@ def write_fitted(
     out: str | Path,
     *,
     force: bool = False,
-    report: Say | None = None,
-    progress: Callable[[int], object] | None = None,
+    report: Say = lambda line: None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Schema:
     """Fit a schema and write OUT/schema.toml and OUT/vocabulary, whole or not at all.
 

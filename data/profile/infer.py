@@ -59,18 +59,12 @@ EARLIEST, LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in Unix seconds
 
 @dataclass
 class Proposal:
-    """What becomes of a column.
-
-    Attributes:
-        entry: the field's entry, or None if no kind fits.
-        notes: what was seen.
-        suspicions: why the field is written as a comment.
-    """
+    """What becomes of a column."""
 
     name: str
-    entry: dict[str, Any] | None
-    notes: list[str] = field(default_factory=list)
-    suspicions: list[str] = field(default_factory=list)
+    entry: dict[str, Any] | None = None  # None: no kind of field fits
+    notes: list[str] = field(default_factory=list)  # what was seen
+    suspicions: list[str] = field(default_factory=list)  # why it is written as a comment
 
     @property
     def is_used(self) -> bool:
@@ -93,7 +87,7 @@ def infer_schema(
     name: str = "inferred",
     label: str = "",
     rows: int = 0,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[str, list[str]]:
     """Profile Parquet files and write a schema.
 
@@ -156,7 +150,7 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
             f"no column is named like a label ({', '.join(LABEL_NAMES)}) and holds 0 and 1; name it with --label "
             f"(columns of 0 and 1: {listed})"
         )
-    times = [name for name in (*TIME_NAMES, *columns) if name in columns and _is_time(columns[name])]
+    times = [name for name in (*TIME_NAMES, *columns) if name in columns and _time_span(profile, name)]
     groups = [name for name in GROUP_NAMES if name in columns and is_key(columns[name].kind)]
     return Roles(label or guesses[0], *(found[0] if found else "" for found in (times, groups)))
 
@@ -166,23 +160,20 @@ def _is_binary(column: ColumnProfile) -> bool:
     return is_whole and (column.low, column.high) in ((0.0, 1.0), (0.0, 0.0), (1.0, 1.0))
 
 
-def _is_time(column: ColumnProfile) -> bool:
-    is_named = column.name in TIME_NAMES or pt.is_timestamp(column.kind)
-    return is_named and _time_range(column) is not None
-
-
-def _time_range(column: ColumnProfile) -> tuple[str, str] | None:
-    """First and last moment of a column of Unix seconds or milliseconds; ("", "") of a timestamp type; None of others."""
+def _time_span(profile: Profile, name: str) -> str:
+    """First and last moment of a time column: of Arrow's timestamps, or so named and Unix seconds or milliseconds. Else empty."""
+    column = profile.columns[name]
     if pt.is_timestamp(column.kind):
-        return "", ""
-    if not is_number(column.kind) or column.low is None or column.high is None:
-        return None
+        both = pc.min_max(profile.sample[name]).as_py()
+        return f"{both['min']} to {both['max']} (in the row sample)"
+    if name not in TIME_NAMES or not is_number(column.kind) or column.low is None or column.high is None:
+        return ""
     for unit in (1, 1_000):
         low, high = column.low / unit, column.high / unit
         if EARLIEST <= low <= high <= LATEST:
-            moments = (datetime.datetime.fromtimestamp(second, datetime.UTC) for second in (low, high))
-            return tuple(f"{moment:%Y-%m-%d %H:%M:%S}" for moment in moments)  # type: ignore[return-value]
-    return None
+            first, last = (datetime.datetime.fromtimestamp(second, datetime.UTC) for second in (low, high))
+            return f"{first:%Y-%m-%d %H:%M:%S} to {last:%Y-%m-%d %H:%M:%S} UTC"
+    return ""
 
 
 def _weight_columns(profile: Profile) -> dict[str, str]:
@@ -201,7 +192,7 @@ def _weight_columns(profile: Profile) -> dict[str, str]:
 def propose(column: ColumnProfile, profile: Profile, weights: str = "") -> Proposal:
     """Choose a kind and sizes for one column."""
     kind = column.kind.value_type if pt.is_dictionary(column.kind) else column.kind
-    proposal = Proposal(column.name, None)
+    proposal = Proposal(column.name)
     if column.null_share:
         proposal.notes.append(f"null {column.null_share:.1%}")
     if column.name in profile.missing:
@@ -352,7 +343,7 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
         f"# Label {roles.label}: {rate:.2%} ones{' (the sample has one class only!)' if one_class else ''}.",
     ]
     if roles.time:
-        lines.append(f"# Time {roles.time}: {_describe_time(profile, roles.time)}.")
+        lines.append(f"# Time {roles.time}: {_time_span(profile, roles.time)}.")
     if profile.rows < profile.total_rows:
         lines.append("# Cardinalities and ranges are those of the rows read: other rows may hold more.")
     if any("num_embeddings" in (each.entry or {}) for each in used):
@@ -385,11 +376,3 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
 
 def _one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _describe_time(profile: Profile, name: str) -> str:
-    span = _time_range(profile.columns[name])
-    if span and span[0]:
-        return f"{span[0]} to {span[1]} UTC"
-    both = pc.min_max(profile.sample[name]).as_py()
-    return f"{both['min']} to {both['max']} (in the row sample)"

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pyarrow import types as pt
 
 from data.errors import InputError, first_line
-from data.profile.sketch import Distinct
+from data.profile.sketch import Distinct, EvenSample
 from data.reading.column_types import is_key, is_list, is_number
 from data.reading.keys import hash_values
 from data.reading.storage import DAMAGE, DataFile, open_parquet
@@ -114,47 +114,18 @@ class ColumnProfile:
 
 @dataclass
 class Profile:
-    """What the files hold.
+    """What the files hold."""
 
-    Attributes:
-        columns: name -> profile, in the files' order.
-        sample: every k-th row read, as a table.
-        rows: rows read.
-        total_rows: rows of all files.
-        num_files: files.
-        missing: column -> files that lack it.
-    """
-
-    columns: dict[str, ColumnProfile]
-    sample: pa.Table
-    rows: int
+    columns: dict[str, ColumnProfile]  # in the files' order
+    sample: pa.Table  # every k-th row read
+    rows: int  # read
     total_rows: int
     num_files: int
-    missing: dict[str, int]
-
-
-class RowSample:
-    """Every k-th row; k doubles when the sample grows too large. Bounded, the same on every run."""
-
-    def __init__(self, schema: pa.Schema) -> None:
-        self.schema = schema
-        self.limit = max(1_000, min(MAX_SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(schema))))
-        self.table = schema.empty_table()
-        self.stride = 1
-        self.seen = 0
-
-    def add(self, rows: pa.Table) -> None:
-        """Take in the next rows."""
-        chosen = np.arange((-self.seen) % self.stride, rows.num_rows, self.stride)
-        self.seen += rows.num_rows
-        self.table = pa.concat_tables([self.table, rows.take(pa.array(chosen))])
-        while self.table.num_rows > self.limit:
-            self.table = self.table.take(pa.array(np.arange(0, self.table.num_rows, 2)))
-            self.stride *= 2
+    missing: dict[str, int]  # column -> number of files that lack it
 
 
 def profile_files(
-    files: Sequence[DataFile], *, rows: int = 0, progress: Callable[[int], object] | None = None
+    files: Sequence[DataFile], *, rows: int = 0, progress: Callable[[int], object] = lambda done: None
 ) -> Profile:
     """Read Parquet files once and profile every column.
 
@@ -171,7 +142,7 @@ def profile_files(
     if not total:
         raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows; nothing can be inferred")
     columns = {name: ColumnProfile(name, schema.field(name).type) for name in schema.names}
-    sample = RowSample(schema)
+    sample = EvenSample(max(1_000, min(MAX_SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(schema)))))
     done = 0
     for table in _pieces(files, schema, _spread(groups, rows or total)):
         for name, column in columns.items():
@@ -179,9 +150,8 @@ def profile_files(
                 column.add(chunk)
         sample.add(table)
         done += table.num_rows
-        if progress:
-            progress(done)
-    return Profile(columns, sample.table.combine_chunks(), done, total, len(files), missing)
+        progress(done)
+    return Profile(columns, sample.rows().combine_chunks(), done, total, len(files), missing)
 
 
 Group = tuple[int, int, int]  # file, row group, rows

@@ -1,6 +1,7 @@
-"""How many distinct values a column has, in bounded memory."""
+"""Summaries of any number of rows in bounded memory: how many distinct values, and a sample."""
 
 import numpy as np
+import pyarrow as pa
 
 HASH_SPAN = 2.0**64
 
@@ -37,3 +38,25 @@ class Distinct:
         if self.is_exact:
             return len(self.smallest)
         return round((self.size - 1) / ((float(self.smallest[-1]) + 1.0) / HASH_SPAN))
+
+
+class EvenSample:
+    """Every k-th row; k doubles when more than `limit` are held. Bounded, the same on every run."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.parts: list[pa.Table] = []
+        self.stride, self.seen = 1, 0
+
+    def add(self, rows: pa.Table) -> None:
+        """Take in the next rows."""
+        self.parts.append(rows.take(np.arange((-self.seen) % self.stride, len(rows), self.stride)))
+        self.seen += len(rows)
+        while sum(map(len, self.parts)) > self.limit:
+            held = self.rows()
+            self.parts = [held.take(np.arange(0, len(held), 2))]
+            self.stride *= 2
+
+    def rows(self) -> pa.Table:
+        """What is held of at least one piece."""
+        return pa.concat_tables(self.parts)
