@@ -3,7 +3,6 @@
 The part of the composition root that training, evaluation, prediction and export share.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,14 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from data.errors import InputError
 from data.schema import Schema
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.cpu.layers import use_fast_layers
-from mbcnet_rec.cpu.memory import keep_freed_memory
-from mbcnet_rec.cpu.one_process import NoCopies, shorten_lookups
-from mbcnet_rec.cpu.plain_pipeline import PlainPipeline
-from mbcnet_rec.cpu.whole_adam import WholeAdam
+from mbcnet_rec.cpu.fast_path import FastPath
 from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.input_layout import input_layout
-from mbcnet_rec.model.models import build_model, needs_wide, schema_with_wide
-from mbcnet_rec.model.objective import Objective
+from mbcnet_rec.model.models import build_model, build_objective, needs_wide, schema_with_wide
 from mbcnet_rec.model.sparse_arch import Lookup, SparseArch
-from mbcnet_rec.model.zoo.enkd import DistillationObjective
 from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks
 from mbcnet_rec.training.built import Built
-from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer, fused_adam
-from mbcnet_rec.training.pipeline import train_pipeline
+from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.initialise import initialise_tables
 from sharding.bridge.sharder import placed_differences, sharders_of, to_sharding_plan
@@ -63,12 +55,9 @@ def build_lookups(schema: Schema, plan: Plan) -> list[Lookup]:
 
 
 def agreed_plan(config: RunConfig, schema: Schema, process: Process) -> Plan:
-    """The plan file that the config names, checked against this run, or a plan made now. Rank 0 reads or makes it, so all have one.
+    """The plan file that the config names, checked against this run, or a plan made now. Rank 0 reads or makes it for all.
 
-    Args:
-        config: of the run.
-        schema: of the run, without the tables of a wide part.
-        process: this rank; every rank calls it.
+    Every rank calls it, with the schema that lacks the tables of a wide part.
 
     Raises:
         InputError: on every rank: the file is faulty or for another run, or nothing fits.
@@ -88,34 +77,28 @@ def agreed_plan(config: RunConfig, schema: Schema, process: Process) -> Plan:
 def _plan_of(config: RunConfig, schema: Schema, process: Process) -> Plan:
     tables_schema, optimizer = schema_with_wide(config.model, schema), config.optim.embedding.name
     source, device = config.sharding.plan, process.device.type
-    if source:
-        plan = read_plan(Path(source))
-        check_plan(
-            plan, tables_schema, world_size=process.world_size, local_world_size=process.local_world_size,
-            device=device, optimizer=optimizer, source=source,
-        )  # fmt: skip
-        differences = constraint_differences(plan, config.sharding)
-        if differences:
-            raise InputError(
-                f"{source}: this run's [sharding] asks for something else: {'; '.join(differences)}; remove those keys from the "
-                "run's config, or plan again with them"
-            )
-    else:
+    if not source:
         cluster = cluster_of(config.sharding, process.world_size, process.local_world_size, device)
         batch_size_per_rank = -(-config.data.batch_size // process.world_size)
         dense = dense_cost(config.model, schema, config.sharding)
-        plan = make_plan(Task(tables_schema, config.sharding, cluster, batch_size_per_rank, optimizer, dense))
+        return make_plan(Task(tables_schema, config.sharding, cluster, batch_size_per_rank, optimizer, dense))
+    plan = read_plan(Path(source))
+    check_plan(
+        plan, tables_schema, world_size=process.world_size, local_world_size=process.local_world_size,
+        device=device, optimizer=optimizer, source=source,
+    )  # fmt: skip
+    if differences := constraint_differences(plan, config.sharding):
+        raise InputError(
+            f"{source}: this run's [sharding] asks for something else: {'; '.join(differences)}; remove those keys from the "
+            "run's config, or plan again with them"
+        )
     return plan
 
 
 def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None = None) -> Built:
     """Build, plan, shard and initialise a model; equal on every world size and plan for the same config.
 
-    Args:
-        config: of the run.
-        schema: fitted.
-        process: this rank.
-        plan: where tables live; None: as the config says.
+    `schema` is fitted; without a plan it is the one that the config says.
 
     Raises:
         InputError: the schema, the model and the plan do not fit together.
@@ -128,13 +111,8 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}
     layout = input_layout(schema, needs_wide(config.model))
     torch.manual_seed(config.train.seed)  # dense weights: equal on all ranks
-    arch = SparseArch(lookups, layout)
-    model, mbcnet = build_model(config.model, arch, layout), config.model.mbcnet
-    objective = (
-        DistillationObjective(model, config.model.enkd)
-        if config.model.kind == "enkd"
-        else Objective(model, mbcnet.coteaching, mbcnet.differentiation, mean_over_ranks)
-    )
+    model = build_model(config.model, SparseArch(lookups, layout), layout)
+    objective = build_objective(config.model, model, mean_over_ranks)
     fused = [
         parameter
         for collection in collections.values()
@@ -144,17 +122,13 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     fuse_table_optimizer(fused, config.optim.embedding)
     embedding = config.optim.embedding
     sharders = sharders_of(plan, seed=config.train.seed, std=embedding.init_std)
-    fast = config.train.cpu_fast_path and process.device.type == "cpu"
-    alone = fast and plan.world_size == 1
-    if fast:
-        use_fast_layers(objective)
-        keep_freed_memory()
+    path = FastPath(config.train.cpu_fast_path and process.device.type == "cpu", plan)
+    path.prepare(objective)
     sharded = _sharded(
         objective, plan, to_sharding_plan(plan, collections), process.device, sharders=sharders,
-        data_parallel_wrapper=NoCopies() if alone else None,
+        data_parallel_wrapper=path.data_parallel_wrapper,
     )  # fmt: skip
-    if alone:
-        shorten_lookups(sharded)
+    path.shorten(sharded)
     moved = placed_differences(plan, sharded)
     if moved:
         raise InputError(
@@ -167,15 +141,12 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     }
     initialise_tables(sharded.state_dict(), tables, seed=config.train.seed, std=embedding.init_std)
     kept = {name for name, table in tables.items() if table in replicated}
-    optimizer = build_optimizer(sharded, kept, config.optim, WholeAdam if fast else fused_adam)
+    optimizer = build_optimizer(sharded, kept, config.optim, path.adam)
     dense = [parameter for name, parameter in sharded.named_parameters() if name not in tables]
-    names: Any = model.branch_names
-    pipeline = (
-        PlainPipeline if alone and not plan.prefetch else partial(train_pipeline, prefetch=plan.prefetch)
-    )
     return Built(
-        sharded, optimizer, plan, names, dense, config.optim, config.sharding, config.train.seed, pipeline
-    )
+        sharded, optimizer, plan, model.branch_names, dense, config.optim, config.sharding, config.train.seed,
+        path.pipeline,
+    )  # fmt: skip
 
 
 def _refuse_adam(config: RunConfig, schema: Schema) -> None:

@@ -16,7 +16,7 @@ from data.schema import load_schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.model.models import ModelKind, needs_wide
+from mbcnet_rec.model.models import ARCHES, needs_wide
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
 from mbcnet_rec.scoring.trained_run import find_step, load_built
@@ -33,11 +33,7 @@ def train_model(
     watch: Watch | None = None,
     report: Report | None = None,
 ) -> int:
-    """`run_training`, for EnKD preceded by its teachers. One call per rank.
-
-    Raises:
-        InputError: see run_training.
-    """
+    """`run_training`, for EnKD preceded by its teachers. One call per rank."""
     teach: Teach | None = None
     if config.model.kind == "enkd":
         teachers = [teacher_config(config, kind) for kind in config.model.enkd.teachers]
@@ -46,14 +42,9 @@ def train_model(
                 run_training(teacher, resume=resume, overwrite=overwrite, report=report)
         teach = partial(taught_by, teachers)
     return run_training(
-        config,
-        resume=resume,
-        overwrite=overwrite,
-        allow_partial=allow_partial,
-        watch=watch,
-        teach=teach,
-        report=report,
-    )
+        config, resume=resume, overwrite=overwrite, allow_partial=allow_partial,
+        watch=watch, teach=teach, report=report,
+    )  # fmt: skip
 
 
 def teacher_config(config: RunConfig, kind: str) -> RunConfig:
@@ -62,13 +53,12 @@ def teacher_config(config: RunConfig, kind: str) -> RunConfig:
     Raises:
         InputError: `kind` is no kind of model.
     """
-    if not hasattr(config.model, kind) or kind == "kind":
+    if kind not in ARCHES:
         raise InputError(
-            f"model.enkd.teachers: {kind!r} is no kind of model; wanted some of dcnv2, crossnet, wide_deep, ..."
+            f"model.enkd.teachers: {kind!r} is no kind of model; wanted some of {', '.join(ARCHES)}"
         )
-    chosen: ModelKind = kind  # type: ignore[assignment]
     folder = config.run_folder.with_name(config.run_folder.name + "_teachers") / kind
-    model = replace(config.model, kind=chosen)
+    model = replace(config.model, kind=kind)
     # a plan file lists the student's tables; a teacher with a wide part has more
     plan = "" if needs_wide(model) else config.sharding.plan
     return replace(
@@ -88,20 +78,14 @@ def taught_by(teachers: Sequence[RunConfig], process: Process, stream: ParquetSt
 
 def load_teacher(config: RunConfig, process: Process) -> Scorer:
     """Build a teacher with its best weights, for evaluation only."""
-    folder = config.run_folder
-    step = find_step(config, folder, process)
-    built = load_built(config, load_schema(config.schema), folder, step, process)
+    step = find_step(config, config.run_folder, process)
+    built = load_built(config, load_schema(config.schema), config.run_folder, step, process)
     built.model.eval()
     return Scorer(built.model)
 
 
 class TaughtStream:
-    """A stream whose batches end with the teachers' logits; position, schema and counters are the stream's own.
-
-    Args:
-        stream: of training rows.
-        teachers: frozen.
-    """
+    """A stream of training rows whose batches end with the frozen teachers' logits; all else is the stream's own."""
 
     def __init__(self, stream: ParquetStream, teachers: Sequence[Scorer]) -> None:
         self._stream, self._teachers = stream, teachers

@@ -14,15 +14,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     MKL, which torch takes for float32, is not at its best on every CPU: on an AMD EPYC (Zen 4) its products of the
     paper's widest layer run at 112 to 145 GFLOP/s, oneDNN's at 178 to 188, and a step of the whole model is a tenth shorter.
-    Half precision goes to oneDNN anyway. Evaluation and export keep F.linear.
-
-    Args:
-        x: (B, n).
-        weight: (m, n).
-        bias: (m,).
-
-    Returns:
-        (B, m).
+    Half precision goes to oneDNN anyway. Evaluation and export keep F.linear. (B, n), (m, n), (m,) -> (B, m).
     """
     if (
         weight.numel() >= ONE_DNN_FROM

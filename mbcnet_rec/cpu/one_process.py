@@ -16,10 +16,7 @@ from torchrec.distributed.model_parallel import DataParallelWrapper
 from torchrec.distributed.types import ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-WHOLE_TABLES = (
-    "data_parallel",
-    "table_wise",
-)  # one shard a table: what a lookup gives is the table's columns
+WHOLE_TABLES = {"data_parallel", "table_wise"}  # one shard a table: a lookup gives the table's own columns
 
 
 class NoCopies(DataParallelWrapper):
@@ -40,9 +37,7 @@ def shorten_lookups(model: nn.Module) -> None:
         for place, lookup in enumerate(lookups):
             if isinstance(lookup, DistributedDataParallel):
                 lookups[place] = lookup.module
-        if isinstance(module, ShardedEmbeddingBagCollection) and set(module._sharding_types) <= set(
-            WHOLE_TABLES
-        ):
+        if isinstance(module, ShardedEmbeddingBagCollection) and set(module._sharding_types) <= WHOLE_TABLES:
             module.forward = DirectLookup(module)  # type: ignore[method-assign]
 
 
@@ -51,9 +46,6 @@ class DirectLookup:
 
     Its first call is TorchRec's, which checks the features against the tables and finds the order that the lookups want. So are
     calls of what only that can do: a batch size a feature, trackers of rows.
-
-    Args:
-        collection: sharded over this process alone, into whole tables.
     """
 
     def __init__(self, collection: ShardedEmbeddingBagCollection) -> None:

@@ -6,7 +6,6 @@ given out by table, as views, which is what checkpoints read and write.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 class WholeAdam(torch.optim.Adam):
     """torch's fused Adam without what it does in Python around it, on parameters some of which may be views of one tensor.
 
-    fused: one pass over parameters and moments, on a CPU 5 times as fast as one operation after another.
+    Fused Adam makes one pass over parameters and moments, on a CPU 5 times as fast as one operation after another.
 
     Args:
         params: of nn.Parameter; those that TorchRec cut from one tensor are found by themselves, and move as one where they cover it.
@@ -45,24 +44,21 @@ class WholeAdam(torch.optim.Adam):
                 mover.move(group)
 
 
-@dataclass
 class Mover:
     """Tensors of one device and dtype that one call of fused Adam moves, and what that call wants beside them.
 
-    Attributes:
-        tensors: to be moved.
-        parts: the parameters that each tensor is made of; itself alone where it is not cut.
-        exp_avgs, exp_avg_sqs: moments of each tensor; none before the first step.
-        counts: (number of tensors,) float32: steps that each has made.
-        each_count: views of `counts`.
+    Args:
+        wholes: each tensor and the parameters that it is made of; itself alone where it is not cut.
     """
 
-    tensors: list[Tensor]
-    parts: list[list[nn.Parameter]]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    counts: Tensor
-    each_count: Sequence[Tensor]
+    def __init__(self, wholes: Sequence[tuple[Tensor, list[nn.Parameter]]]) -> None:
+        self.tensors = [whole for whole, _ in wholes]
+        self.parts = [parts for _, parts in wholes]
+        self.exp_avgs: list[Tensor] = []  # moments of each tensor; none before the first step
+        self.exp_avg_sqs: list[Tensor] = []
+        # steps that each tensor has made, float32
+        self.counts = torch.zeros(len(wholes), device=self.tensors[0].device)
+        self.each_count = self.counts.unbind()
 
     def make_state(self) -> dict[Any, dict[str, Tensor]]:
         """Make the moments, and cut them for the parameters: parameter -> its state, as torch's Adam names it."""
@@ -78,12 +74,8 @@ class Mover:
 
     def move(self, group: Mapping[str, Any]) -> None:
         """Make a step with the rates of a group of parameters, for those tensors that have a gradient."""
-        each = zip(self.tensors, self.parts, strict=True)
-        found = {
-            place: grad
-            for place, (whole, parts) in enumerate(each)
-            if (grad := gradient_of(whole, parts)) is not None
-        }
+        grads = map(gradient_of, self.tensors, self.parts)
+        found = {place: grad for place, grad in enumerate(grads) if grad is not None}
         if not found:
             return
         if len(found) == len(self.tensors):
@@ -106,15 +98,10 @@ class Mover:
 
 def movers_of(params: list[nn.Parameter]) -> list[Mover]:
     """Sort the tensors that parameters were cut from by device and dtype."""
-    movers: dict[Any, Mover] = {}
+    alike: dict[Any, list[tuple[Tensor, list[nn.Parameter]]]] = {}
     for whole, parts in wholes_of(params):
-        mover = movers.setdefault((whole.device, whole.dtype), Mover([], [], [], [], torch.empty(0), ()))
-        mover.tensors.append(whole)
-        mover.parts.append(parts)
-    for mover in movers.values():
-        mover.counts = torch.zeros(len(mover.tensors), device=mover.tensors[0].device)
-        mover.each_count = mover.counts.unbind()
-    return list(movers.values())
+        alike.setdefault((whole.device, whole.dtype), []).append((whole, parts))
+    return [Mover(wholes) for wholes in alike.values()]
 
 
 def wholes_of(params: list[nn.Parameter]) -> list[tuple[Tensor, list[nn.Parameter]]]:

@@ -10,13 +10,15 @@ from data.errors import InputError
 from data.schema import Schema
 from mbcnet_rec.model.branches import FMConfig
 from mbcnet_rec.model.input_layout import InputLayout, wide_tables
+from mbcnet_rec.model.losses import MeanOverRanks, identity
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNet, MBCNetConfig, Model
+from mbcnet_rec.model.objective import Objective
 from mbcnet_rec.model.zoo.crossnet import CrossNetArch, CrossNetConfig
 from mbcnet_rec.model.zoo.dcnv2 import DCNv2Arch, DCNv2Config
 from mbcnet_rec.model.zoo.deepfm import DeepFMArch, DeepFMConfig
 from mbcnet_rec.model.zoo.dnn import DNNArch, DNNConfig
 from mbcnet_rec.model.zoo.efgc import EFGCArch, EFGCNetConfig
-from mbcnet_rec.model.zoo.enkd import EnKDConfig
+from mbcnet_rec.model.zoo.enkd import DistillationObjective, EnKDConfig
 from mbcnet_rec.model.zoo.finalmlp import FinalMLPArch, FinalMLPConfig
 from mbcnet_rec.model.zoo.fm import FMArch
 from mbcnet_rec.model.zoo.mmoe import MMoEArch, MMoEConfig
@@ -116,3 +118,12 @@ def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLay
 def build_arch(config: ModelConfig, layout: InputLayout) -> nn.Module:
     """Build what stands on the tables: features -> ModelOutput."""
     return ARCHES[config.kind](getattr(config, config.kind), layout)
+
+
+def build_objective(
+    config: ModelConfig, model: Model, mean_over_ranks: MeanOverRanks = identity
+) -> Objective:
+    """Build what a model is trained by, around it."""
+    if config.kind == "enkd":
+        return DistillationObjective(model, config.enkd)
+    return Objective(model, config.mbcnet.coteaching, config.mbcnet.differentiation, mean_over_ranks)
