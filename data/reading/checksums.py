@@ -4,6 +4,8 @@ A page begins with a Thrift struct in compact encoding: 1 type, 2 uncompressed s
 the kind's own header. Arrow verifies a checksum where there is one but does not tell where there is none.
 """
 
+from collections.abc import Container
+
 import pyarrow.parquet as pq
 
 from data.reading.storage import DataFile, read_bytes
@@ -35,7 +37,7 @@ def first_row_group(metadata: pq.FileMetaData) -> int:
     return next((index for index in groups if metadata.row_group(index).num_rows), -1)
 
 
-def leaves_of(metadata: pq.FileMetaData, columns: frozenset[str]) -> list[int]:
+def leaves_of(metadata: pq.FileMetaData, columns: Container[str]) -> list[int]:
     """The numbers of the leaf columns that the given columns consist of."""
     paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     return [number for number, path in enumerate(paths) if path.split(".")[0] in columns]

@@ -65,11 +65,12 @@ def join_lists(
         fields: parts of each field.
         permutation: (n,) int64, or None.
         rows: n.
-        permute: how; None: by `permuted`.
+        permute: permutes one field; not needed without a permutation.
     """
     joined = [_joined(parts, rows) for parts in fields]
     if permutation is not None:
-        joined = [(permute or permuted)(ragged, permutation) for ragged in joined]
+        assert permute is not None
+        joined = [permute(ragged, permutation) for ragged in joined]
     longest = max((int(ragged.offsets[-1]) for ragged in joined), default=0)
     offsets = np.zeros((len(fields), rows + 1), np.int32 if longest < 2**31 else np.int64)
     for field, ragged in enumerate(joined):
@@ -93,17 +94,6 @@ def _joined(parts: Sequence[Ragged], rows: int) -> Ragged:
         offsets,
         np.concatenate(weights) if weights else None,
     )
-
-
-def permuted(ragged: Ragged, permutation: np.ndarray) -> Ragged:
-    """Row i of the result is row permutation[i]."""
-    lengths = np.diff(ragged.offsets).take(permutation)
-    offsets = offsets_of(lengths)
-    # position in the result minus the row's start there, plus the row's start in the source
-    source = np.repeat(ragged.offsets.take(permutation) - offsets[:-1], lengths)
-    source += np.arange(offsets[-1])
-    weights = None if ragged.weights is None else ragged.weights.take(source, mode="clip")
-    return Ragged(ragged.values.take(source, mode="clip"), offsets, weights)
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from data.reading.checksums import leaves_of
 from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.encode import Encoder, Place
-from data.reading.files import one_batch, read_or_name
+from data.reading.files import read_or_name
 from data.reading.order import RowGroup, Window
 from data.reading.selection import Selection
 from data.reading.storage import DataFile, open_parquet
@@ -72,13 +72,8 @@ class RowReader:
             for feature in schema.features
             if dictionaries and feature.kind == "categorical" and feature.encoding != "ids"
         ] + ([schema.group_column] if dictionaries and schema.group_column else [])
-        self.lists = frozenset(
-            column
-            for feature in schema.features
-            if feature.kind in ("multi_valued", "weighted_multi_valued", "vector")
-            for column in (feature.source_column, feature.weights)
-            if column
-        )
+        holds_lists = [each for each in schema.features if not each.is_single]
+        self.lists = {name for each in holds_lists for name in (each.source_column, each.weights)}
         self._idle: list[tuple[int, pq.ParquetFile]] = []  # open files that nobody reads, the latest last
         self._lock = threading.Lock()
 
@@ -105,28 +100,17 @@ class RowReader:
             found += rows.num_rows
             yield rows, place
         if found != row_group.num_rows:
-            raise self._changed(row_group, found)
+            raise InputError(
+                f"{self.name(row_group)} has {found} rows to read, but had {row_group.num_rows} when the stream was opened; "
+                "the file was changed or is damaged: write it again, and start again"
+            )
 
     def whole(self, row_group: RowGroup) -> Rows:
-        """Read all kept rows of a row group, and where they come from.
-
-        Raises:
-            InputError: the file is damaged or has changed.
-        """
-
-        def read() -> tuple[pa.RecordBatch, dict[str, int]]:
-            parquet = self._open(row_group)
-            table = parquet.read_row_group(row_group.index, columns=self.columns, use_threads=False)
-            read = one_batch(table), self._list_entries(parquet, row_group)
-            self._leave(row_group, parquet)
-            return read
-
-        stored, entries = self._guarded(row_group, read)
-        self._check_lists(row_group, self._count_lists(stored), entries)
-        rows, place = self.keep(stored, row_group, 0)
-        if rows.num_rows != row_group.num_rows:
-            raise self._changed(row_group, rows.num_rows)
-        return rows, place
+        """Read all kept rows of a row group, and where they come from."""
+        rows, *_ = self.batches(
+            row_group, row_group.stored_rows, self.columns
+        )  # to the end, where they are counted
+        return rows
 
     def name(self, row_group: RowGroup) -> str:
         """File and row group, for messages."""
@@ -158,8 +142,8 @@ class RowReader:
         while (batch := self._guarded(row_group, read)) is not None and source:
             passed += batch.num_rows
             lists += self._count_lists(batch)
-            if passed == row_group.stored_rows:
-                self._check_lists(row_group, lists, self._list_entries(source[0], row_group))
+            if lists and passed == row_group.stored_rows:
+                self._check_lists(row_group, lists, source[0])
             yield batch
         if source:
             self._leave(row_group, source[0])
@@ -200,38 +184,26 @@ class RowReader:
             return rows, place
         return rows.filter(pa.array(kept)), replace(place, rows=first_row + np.flatnonzero(kept))
 
-    def _list_entries(self, parquet: pq.ParquetFile, row_group: RowGroup) -> dict[str, int]:
-        """Entries of each list column by the footer. The columns must have been read: see `data.reading.files.prove`."""
-        if not self.lists:
-            return {}
-        group = parquet.metadata.row_group(row_group.index)
-        chunks = [group.column(leaf) for leaf in leaves_of(parquet.metadata, self.lists)]
-        return {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
-
     def _count_lists(self, rows: pa.RecordBatch) -> Counter[str]:
         """Stored entries of each list column that was read: its values, and one for each list without any."""
         columns = zip(rows.schema.names, rows.columns, strict=True)
         return Counter({name: _count_entries(column) for name, column in columns if name in self.lists})
 
-    def _check_lists(self, row_group: RowGroup, found: Counter[str], stored: dict[str, int]) -> None:
-        """Compare the entries of list columns that were read with those that the footer says are stored.
+    def _check_lists(self, row_group: RowGroup, found: Counter[str], parquet: pq.ParquetFile) -> None:
+        """Compare the entries of list columns that were read with those that the footer says are stored (see `data.reading.files.prove`).
 
         Arrow takes a page's number of values from its header, which no checksum covers, and cuts the last list short without a word
         if a flipped bit made it smaller. Columns without lists would end early, which Arrow reports.
         """
-        for name, entries in found.items():
-            if entries != stored[name]:
+        group = parquet.metadata.row_group(row_group.index)
+        for leaf in leaves_of(parquet.metadata, found.keys()):
+            chunk = group.column(leaf)
+            name, stored = chunk.path_in_schema.split(".")[0], chunk.num_values
+            if found[name] != stored:
                 raise InputError(
-                    f"{self.name(row_group)}: column {name!r} has {entries} values to read, but {stored[name]} by the footer; "
+                    f"{self.name(row_group)}: column {name!r} has {found[name]} values to read, but {stored} by the footer; "
                     "the file is damaged: write it again"
                 )
-
-    def _changed(self, row_group: RowGroup, found: int) -> InputError:
-        """A row group that does not hold what was counted at the start."""
-        return InputError(
-            f"{self.name(row_group)} has {found} rows to read, but had {row_group.num_rows} when the stream was opened; "
-            "the file was changed or is damaged: write it again, and start again"
-        )
 
 
 def _of_exact_size(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[pa.RecordBatch]:

@@ -18,8 +18,16 @@ from pyarrow import types as pt
 
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
-from .columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, permuted
-from .keys import hash_values, make_vocabularies, read_vocabularies, remainder, unbounded_ids
+from .columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, offsets_of
+from .keys import (
+    hash_values,
+    integers,
+    is_valid,
+    make_vocabularies,
+    read_vocabularies,
+    remainder,
+    unbounded_ids,
+)
 
 T = TypeVar("T")
 # NumPy's: a flat column of int64, uint64 or float64 without nulls, which needs no Arrow
@@ -65,7 +73,7 @@ class Encoder:
     def __init__(
         self,
         schema: Schema,
-        permute: Permute = permuted,
+        permute: Permute | None = None,
         *,
         vocabularies: Mapping[str, pa.Array] | None = None,
         has_labels: bool = True,
@@ -74,7 +82,7 @@ class Encoder:
 
         Args:
             schema: fitted.
-            permute: permutes the rows of a list column; by FBGEMM where that is loaded anyway.
+            permute: permutes the rows of a list field; needed where rows are permuted.
             vocabularies: the schema's names of vocabulary files -> their values; None: read them from the schema's folder.
             has_labels: whether the rows have a label and a grouping column; without, labels are 0 and there are no groups.
 
@@ -86,26 +94,15 @@ class Encoder:
         self.vocabularies = make_vocabularies(
             schema, read_vocabularies(schema) if vocabularies is None else vocabularies
         )
+        self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
         self.single = [feature for feature in schema.sparse if feature.is_single]
-        # column and largest id of each; -1 where values are not ids yet
-        self.plain = [
-            (
-                feature.source_column,
-                schema.table_of[feature.name].num_embeddings - 1
-                if feature.kind == "categorical" and feature.encoding == "ids"
-                else -1,
-            )
-            for feature in self.single
-        ]
         self.lists = [feature for feature in schema.sparse if not feature.is_single]
         self.dense_width = sum(feature.dense_width for feature in schema.dense)
-        self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
         self.list_dtype = {
             name: np.int32 if table.zch is None and table.num_embeddings <= MAX_INT32 else np.int64
             for name, table in schema.table_of.items()
         }
-        narrow = all(self.list_dtype[feature.name] == np.int32 for feature in self.single)
-        self.id_dtype = np.int32 if narrow else np.int64
+        self.id_dtype = np.result_type(np.int32, *(self.list_dtype[each.name] for each in self.single))
 
     def encode(self, rows: Rows, place: Place, repaired: Counter[str] | None = None) -> Columns:
         """Check and encode rows; see `encode_all`."""
@@ -132,15 +129,15 @@ class Encoder:
         repaired = Counter() if repaired is None else repaired
         readers, total = [], 0
         for rows, place in parts:
-            columns = (
-                rows if isinstance(rows, Mapping) else dict(zip(rows.schema.names, rows.columns, strict=True))
-            )
-            end = total + len(next(iter(columns.values())))
-            readers.append((_Reader(self, columns, place, repaired), slice(total, end)))
-            total = end
+            readers.append(_Reader(self, rows, total, place, repaired))
+            total = readers[-1].rows.stop
 
         def in_new_order(array: np.ndarray) -> np.ndarray:
             return array if permutation is None else array.take(permutation, axis=0, mode="clip")
+
+        def lists_of(features: Sequence[Feature]) -> Lists:
+            fields = [[reader.list(each) for reader in readers] or [_no_lists(each)] for each in features]
+            return join_lists(fields, permutation, total, self.permute)
 
         single_ids = allocate((len(self.single), total), self.id_dtype)
         in_order = np.empty(total, self.id_dtype)  # one field, before it is permuted
@@ -149,44 +146,26 @@ class Encoder:
         has_groups = self.has_labels and bool(self.schema.group_column)
         for index, feature in enumerate(self.single):
             out = single_ids[index] if permutation is None else in_order
-            name, limit = self.plain[index]
-            for reader, rows in readers:
-                if limit < 0 or not reader.plain_ids(name, limit, out[rows]):
-                    reader.single(feature, out[rows])
+            for reader in readers:
+                reader.single(feature, out[reader.rows])
             if permutation is not None:
                 in_order.take(permutation, out=single_ids[index], mode="clip")
-        for reader, rows in readers:
-            reader.dense(dense[rows])
+        for reader in readers:
+            reader.dense(dense[reader.rows])
             if self.has_labels:
-                labels[rows] = reader.labels()
+                labels[reader.rows] = reader.labels()
             if has_groups:
-                groups[rows] = reader.groups()
-        absent = {name for reader, _ in readers for name in reader.absent}
+                groups[reader.rows] = reader.groups()
+        absent = {name for reader in readers for name in reader.absent}
         return Columns(
             single_ids=single_ids,
             absent=np.asarray([feature.name in absent for feature in self.single], bool),
-            lists=self._lists(self.lists, readers, permutation, total),
-            weighted_lists=self._lists(self.schema.weighted, readers, permutation, total),
+            lists=lists_of(self.lists),
+            weighted_lists=lists_of(self.schema.weighted),
             dense=in_new_order(dense),
             labels=in_new_order(labels),
             group_ids=in_new_order(groups) if has_groups else None,
         )
-
-    def _lists(
-        self,
-        features: Sequence[Feature],
-        readers: Sequence[tuple["_Reader", slice]],
-        permutation: np.ndarray | None,
-        rows: int,
-    ) -> Lists:
-        fields = [[reader.list(feature) for reader, _ in readers] for feature in features]
-        if not readers:  # no rows, but of the right fields
-            none = Ragged(np.zeros(0, np.int64), np.zeros(1, np.int64), None)
-            fields = [
-                [none._replace(weights=np.zeros(0, np.float32)) if feature.is_weighted else none]
-                for feature in features
-            ]
-        return join_lists(fields, permutation, rows, self.permute)
 
 
 def _named(read: Callable[..., T]) -> Callable[..., T]:
@@ -205,30 +184,28 @@ def _named(read: Callable[..., T]) -> Callable[..., T]:
 
 
 class _Reader:
-    """The columns of one record batch, read field by field."""
+    """The columns of one record batch, read field by field. `rows`: where they go among the rows of all record batches."""
 
     def __init__(
-        self, encoder: Encoder, columns: Mapping[str, Column], place: Place, repaired: Counter[str]
+        self, encoder: Encoder, rows: Rows, start: int, place: Place, repaired: Counter[str]
     ) -> None:
         self.encoder, self.place, self.repaired = encoder, place, repaired
+        self.columns: Mapping[str, Column] = (
+            rows if isinstance(rows, Mapping) else dict(zip(rows.schema.names, rows.columns, strict=True))
+        )
+        self.rows = slice(start, start + len(next(iter(self.columns.values()))))
         self.absent: set[str] = set()  # fields in which an ABSENT was written
-        self.columns = columns
-
-    def arrow(self, name: str) -> pa.Array:
-        """A column as an Arrow array."""
-        column = self.columns[name]
-        return pa.array(column) if isinstance(column, np.ndarray) else column
 
     @_named
     def labels(self) -> np.ndarray:
         """Labels, 0 and 1."""
         label = self.encoder.schema.label
-        return read_labels(self.arrow(label), label, self.place)
+        return read_labels(_as_arrow(self.columns[label]), label, self.place)
 
     @_named
     def groups(self) -> np.ndarray:
         """Hashes of the grouping column, int64."""
-        return hash_values(self.arrow(self.encoder.schema.group_column)).view(np.int64)
+        return hash_values(_as_arrow(self.columns[self.encoder.schema.group_column])).view(np.int64)
 
     @_named
     def single(self, feature: Feature, out: np.ndarray) -> None:
@@ -239,34 +216,18 @@ class _Reader:
             if valid is not None:
                 out[~valid] = MISSING_ROW
             return
-        column = self.arrow(feature.source_column)
+        column = self.columns[feature.source_column]
         out[:] = self._ids(column, feature, None)
-        if column.null_count:
+        if not isinstance(column, np.ndarray) and column.null_count:
             is_absent = feature.encoding in ("ids", "zch")
-            out[~_valid(column)] = ABSENT if is_absent else MISSING_ROW
+            out[~is_valid(column)] = ABSENT if is_absent else MISSING_ROW
             if is_absent:
                 self.absent.add(feature.name)
-
-    def plain_ids(self, name: str, limit: int, out: np.ndarray) -> bool:
-        """Write ids that need no encoding, if all are in [0, limit] and none is null: most columns, and nothing slower."""
-        ids = self.columns[name]
-        if not len(out):
-            return False
-        if not isinstance(ids, np.ndarray):
-            if ids.null_count:
-                return False
-            ids = ids.to_numpy(zero_copy_only=False)
-        # Seen as unsigned, a negative id is a huge one: one pass checks both ends of the range.
-        unsigned, largest = UNSIGNED[ids.dtype.char]
-        if np.maximum.reduce(ids.view(unsigned)) > (limit if limit < largest else largest):
-            return False
-        out[:] = ids
-        return True
 
     @_named
     def list(self, feature: Feature) -> Ragged:
         """Read a list column; a null list is an empty one, a null inside a list is no value."""
-        column = self.arrow(feature.source_column)
+        column = _as_arrow(self.columns[feature.source_column])
         offsets = _list_offsets(column)
         items = column.flatten()
         ids = self._ids(items, feature, offsets)
@@ -276,16 +237,14 @@ class _Reader:
         if absent:
             keep = ids >= 0
             if items.null_count:
-                keep &= _valid(items)
+                keep &= is_valid(items)
             ids = ids[keep]
             weights = None if weights is None else weights[keep]
-            kept_before = np.zeros(len(keep) + 1, np.int64)
-            np.cumsum(keep, out=kept_before[1:])
-            offsets = kept_before[offsets]
+            offsets = offsets_of(keep)[offsets]
         return Ragged(ids, offsets, weights)
 
     def _weights(self, feature: Feature, offsets: np.ndarray) -> np.ndarray:
-        column = self.arrow(feature.weights)
+        column = _as_arrow(self.columns[feature.weights])
         own_offsets = _list_offsets(column)
         if not np.array_equal(own_offsets, offsets):
             found, wanted = np.diff(own_offsets), np.diff(offsets)
@@ -294,34 +253,24 @@ class _Reader:
                 f"{self.place.row(row)}, field {feature.name!r}: {wanted[row]} values but {found[row]} weights in column "
                 f"{feature.weights!r}; the lists must be equally long: fix the writer of this file"
             )
-        weights, valid = self._numbers(column.flatten(), feature, offsets)
-        if valid is not None:
-            weights = np.where(valid, weights, 0.0)
+        weights, _ = self._numbers(column.flatten(), feature, offsets)
         return weights.astype(np.float32)
 
-    def _ids(self, column: pa.Array, feature: Feature, offsets: np.ndarray | None) -> np.ndarray:
+    def _ids(self, column: Column, feature: Feature, offsets: np.ndarray | None) -> np.ndarray:
         """Rows of the table for each value, undefined at nulls. `offsets`: of the lists that hold the values."""
         num_embeddings = self.encoder.num_embeddings[feature.name]
-        if feature.encoding == "hash":
-            return remainder(hash_values(column), num_embeddings - 1).view(np.int64) + 1
-        if feature.encoding == "zch":
-            return unbounded_ids(column)
-        if feature.encoding == "vocabulary":
-            return self.encoder.vocabularies[feature.name].rows_of(
-                column, f"{self.place}, field {feature.name!r}"
-            )
-        ids = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
-        limit = num_embeddings - 1
-        unsigned, largest = UNSIGNED[ids.dtype.char]
-        if ids.size == 0 or np.maximum.reduce(ids.view(unsigned)) <= min(limit, largest):
+        if feature.encoding != "ids":
+            return self._encoded(_as_arrow(column), feature, num_embeddings)
+        ids = column if isinstance(column, np.ndarray) else integers(column)
+        # Seen as unsigned, a negative id is a huge one: one pass checks both ends of the range.
+        (unsigned, largest), limit = UNSIGNED[ids.dtype.char], num_embeddings - 1
+        if ids.size == 0 or np.maximum.reduce(ids.view(unsigned)) <= (limit if limit < largest else largest):
             return ids
-        bad = (ids < 0) | (ids > limit)
+        bad = (ids < 0) | (ids >= num_embeddings)
         if feature.on_invalid == "error":
-            first = int(np.flatnonzero(bad)[0])
-            raise InputError(
-                f"{self.place.row(_owner(first, offsets))}, field {feature.name!r} = {ids[first]}: wanted an id in "
-                f"[0, {num_embeddings}); fix the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
-            )
+            wanted = f"an id in [0, {num_embeddings})"
+            fix = "raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
+            raise self._fault(feature, ids, bad, offsets, f"{wanted}; fix the file, {fix}")
         self.repaired[feature.name] += int(bad.sum())
         if feature.on_invalid == "null":
             self.absent.add(feature.name)
@@ -330,6 +279,15 @@ class _Reader:
         wide = ids if ids.dtype == np.uint64 else ids.astype(np.int64)
         return (wide % num_embeddings).astype(np.int64)
 
+    def _encoded(self, column: pa.Array, feature: Feature, num_embeddings: int) -> np.ndarray:
+        """Rows of values that are not rows themselves."""
+        if feature.encoding == "hash":
+            return remainder(hash_values(column), num_embeddings - 1).view(np.int64) + 1
+        if feature.encoding == "zch":
+            return unbounded_ids(column)
+        vocabulary = self.encoder.vocabularies[feature.name]
+        return vocabulary.rows_of(column, f"{self.place}, field {feature.name!r}")
+
     @_named
     def dense(self, out: np.ndarray) -> None:
         """Fill (n, D) with numbers and vectors; missing ones are left 0."""
@@ -337,7 +295,7 @@ class _Reader:
         for feature in self.encoder.schema.dense:
             name = feature.source_column
             if feature.kind == "vector":
-                self._vector(self.arrow(name), feature, out[:, start : start + feature.width])
+                self._vector(_as_arrow(self.columns[name]), feature, out[:, start : start + feature.width])
             else:
                 self._numeric(self.columns[name], feature, out[:, start])
             start += feature.dense_width
@@ -354,8 +312,9 @@ class _Reader:
         out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
 
     def _vector(self, column: pa.Array, feature: Feature, out: np.ndarray) -> None:
-        present = _valid(column) if column.null_count else None
-        lengths = np.diff(_list_offsets(column))
+        present = is_valid(column) if column.null_count else None
+        offsets = _list_offsets(column)
+        lengths = np.diff(offsets)
         wrong = lengths != feature.width if present is None else present & (lengths != feature.width)
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
@@ -363,15 +322,8 @@ class _Reader:
                 f"{self.place.row(row)}, field {feature.name!r}: a vector of length {lengths[row]}: wanted width = {feature.width}; "
                 "fix the file or the schema's width"
             )
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        numbers, valid = self._numbers(column.flatten(), feature, offsets)
-        if valid is not None:
-            numbers = np.where(valid, numbers, 0.0)
-        if present is None:
-            out[:] = numbers.reshape(-1, feature.width)
-        else:
-            out[present] = numbers.reshape(-1, feature.width)
+        numbers, _ = self._numbers(column.flatten(), feature, offsets)
+        out[slice(None) if present is None else present] = numbers.reshape(-1, feature.width)
 
     def _numbers(
         self, column: Column, feature: Feature, offsets: np.ndarray | None = None
@@ -382,7 +334,7 @@ class _Reader:
             numbers = column
         else:
             if column.null_count:
-                valid = _valid(column)
+                valid = is_valid(column)
                 zero = False if pt.is_boolean(column.type) else pa.scalar(0, column.type)
                 column = pc.fill_null(column, zero)
             if not (pt.is_floating(column.type) or pt.is_integer(column.type)) or pt.is_float16(column.type):
@@ -395,13 +347,18 @@ class _Reader:
         if finite.all():
             return numbers, valid
         if feature.on_invalid != "null":
-            first = int(np.flatnonzero(~finite)[0])
-            raise InputError(
-                f"{self.place.row(_owner(first, offsets))}, field {feature.name!r} = {numbers[first]}: wanted a finite number or null; "
-                "fix the file, or set on_invalid = 'null' to read it as missing"
-            )
+            wanted = "a finite number or null; fix the file, or set on_invalid = 'null' to read it as missing"
+            raise self._fault(feature, numbers, ~finite, offsets, wanted)
         self.repaired[feature.name] += int((~finite).sum())
         return np.where(finite, numbers, 0.0), finite if valid is None else valid & finite
+
+    def _fault(
+        self, feature: Feature, values: np.ndarray, bad: np.ndarray, offsets: np.ndarray | None, wanted: str
+    ) -> InputError:
+        """The error that names the first bad value. `offsets`: of the lists that hold the values."""
+        first = int(np.flatnonzero(bad)[0])
+        row = first if offsets is None else int(np.searchsorted(offsets, first, side="right")) - 1
+        return InputError(f"{self.place.row(row)}, field {feature.name!r} = {values[first]}: wanted {wanted}")
 
 
 def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
@@ -411,7 +368,7 @@ def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
         InputError: a label is null or another number.
     """
     if column.null_count:
-        row = int(np.flatnonzero(~_valid(column))[0])
+        row = int(np.flatnonzero(~is_valid(column))[0])
         raise InputError(
             f"{place.row(row)}, label {name!r} is null: wanted 0 or 1; drop the row or fix the file"
         )
@@ -427,6 +384,16 @@ def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
     return labels
 
 
+def _as_arrow(column: Column) -> pa.Array:
+    return pa.array(column) if isinstance(column, np.ndarray) else column
+
+
+def _no_lists(feature: Feature) -> Ragged:
+    """A list field of no rows."""
+    weights = np.zeros(0, np.float32) if feature.is_weighted else None
+    return Ragged(np.zeros(0, np.int64), np.zeros(1, np.int64), weights)
+
+
 def _buckets(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
     """1 + the number of boundaries <= x. Of many numbers, a few boundaries are faster compared one by one than searched."""
     if len(boundaries) > MOST_COMPARED or len(numbers) < LEAST_COMPARED:
@@ -439,21 +406,9 @@ def _buckets(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _valid(column: pa.Array) -> np.ndarray:
-    return column.is_valid().to_numpy(zero_copy_only=False)
-
-
 def _list_offsets(column: pa.Array) -> np.ndarray:
     """(n + 1,) int64, from 0: where each row's values lie in `column.flatten()`."""
     if column.null_count == 0 and not pt.is_fixed_size_list(column.type):
         offsets = column.offsets.to_numpy().astype(np.int64)
         return offsets - offsets[0]
-    offsets = np.zeros(len(column) + 1, np.int64)
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
-def _owner(value: int, offsets: np.ndarray | None) -> int:
-    """The row that holds a value of a list column."""
-    return value if offsets is None else int(np.searchsorted(offsets, value, side="right")) - 1
+    return offsets_of(integers(pc.list_value_length(column)))

@@ -193,7 +193,8 @@ def _count_rows(
             num_rows = 0 if columns is None else stored_rows
             if columns:
                 parquet = parquet or stack.enter_context(open_parquet(file))
-                rows = one_batch(parquet.read_row_group(index, columns=list(columns), use_threads=False))
+                table = parquet.read_row_group(index, columns=list(columns), use_threads=False)
+                (rows,) = table.combine_chunks().to_batches()
                 place = Place(str(file), index)
                 kept = selection.mask(rows, file, place)
                 num_rows = int(kept.sum())
@@ -204,11 +205,3 @@ def _count_rows(
             if num_rows:
                 row_groups.append(RowGroup(number, index, num_rows, stored_rows))
     return row_groups, label_counts
-
-
-def one_batch(table: pa.Table) -> pa.RecordBatch:
-    """A table as one record batch, without a copy where each column is in one piece already."""
-    batches = table.to_batches()
-    if len(batches) > 1:
-        batches = table.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)

@@ -53,10 +53,7 @@ class Vocabulary:
                 column = column.dictionary_decode()
             if not pt.is_integer(column.type):
                 column = self._cast(column, where)
-            numbers = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(
-                zero_copy_only=False
-            )
-            return self._integer_rows(numbers)
+            return self._integer_rows(integers(column))
         encoded = column if pt.is_dictionary(column.type) else column.dictionary_encode()
         unique = encoded.dictionary
         if not (pt.is_string(unique.type) or pt.is_large_string(unique.type)):
@@ -131,13 +128,23 @@ def _with_vocabulary(schema: Schema) -> list[Feature]:
     return [feature for feature in schema.features if feature.is_keyed and feature.encoding == "vocabulary"]
 
 
+def integers(column: pa.Array) -> np.ndarray:
+    """An integer column as NumPy, with 0 for nulls."""
+    return (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+
+
+def is_valid(column: pa.Array) -> np.ndarray:
+    """Where a column is not null, (n,) bool."""
+    return column.is_valid().to_numpy(zero_copy_only=False)
+
+
 def hash_values(column: pa.Array) -> np.ndarray:
     """64-bit hashes, uint64, equal on every machine; of null, 0."""
     if pt.is_dictionary(column.type):
         hashes = hash_values(column.dictionary)
         hashed = (hashes if len(hashes) else np.zeros(1, np.uint64))[_codes(column)]
     elif pt.is_integer(column.type):
-        numbers = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+        numbers = integers(column)
         if numbers.dtype != np.uint64:
             numbers = numbers.astype(np.int64).view(np.uint64)
         hashed = splitmix64(numbers)
@@ -146,7 +153,7 @@ def hash_values(column: pa.Array) -> np.ndarray:
     else:
         hashed = _hash_strings(column.cast(pa.string()))
     if column.null_count:
-        hashed = np.where(column.is_valid().to_numpy(zero_copy_only=False), hashed, np.uint64(0))
+        hashed = np.where(is_valid(column), hashed, np.uint64(0))
     return hashed
 
 
@@ -191,8 +198,7 @@ def _hash_strings(column: pa.Array) -> np.ndarray:
 
 
 def _codes(encoded: pa.DictionaryArray) -> np.ndarray:
-    indices = encoded.indices
-    codes = (pc.fill_null(indices, 0) if indices.null_count else indices).to_numpy(zero_copy_only=False)
+    codes = integers(encoded.indices)
     # Arrow does not check the codes that it reads: in a damaged file they can point behind the dictionary.
     if codes.size and not 0 <= codes.min() <= codes.max() < max(1, len(encoded.dictionary)):
         raise pa.ArrowInvalid("a dictionary code without a value")

@@ -135,7 +135,7 @@ def read_footer(metadata: pq.FileMetaData, time_column: str) -> Footer:
     if not time_column:
         return Footer(num_rows, [None] * len(groups), None)
     kind = metadata.schema.to_arrow_schema().field(time_column).type
-    (leaf,) = leaves_of(metadata, frozenset({time_column}))
+    (leaf,) = leaves_of(metadata, [time_column])
     return Footer(num_rows, [_stored_span(group.column(leaf), kind) for group in groups], kind)
 
 

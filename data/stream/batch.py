@@ -166,7 +166,7 @@ def _list_pieces(
 
 
 def permuted_by_fbgemm(ragged: Ragged, permutation: np.ndarray) -> Ragged:
-    """Do what `columns.permuted` does a list at a time, not an id at a time: 1.5 times as fast on lists of one id, 5 times on thirty."""
+    """Permute rows, a list at a time: 1.5 times as fast as NumPy's take of single ids on lists of one id, 5 times on lists of thirty."""
     lengths, values, weights = torch.ops.fbgemm.permute_1D_sparse_data(
         torch.from_numpy(permutation.astype(np.int32)),
         torch.from_numpy(np.diff(ragged.offsets)),
