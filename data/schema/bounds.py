@@ -24,15 +24,22 @@ KEY = "bounds"  # in the metadata of a dataclass field
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a field may take; see `bounded`."""
+    """The values that a field may take; of a list, each of its values.
 
-    at_least: float | None
-    above: float | None
-    at_most: float | None
-    below: float | None
-    min_length: int
-    wanted: str
-    fix: str
+    Attributes:
+        at_least, above, at_most, below: limits, None where there is none.
+        min_length: values that a list must hold.
+        wanted: the bounds in words, where the plain form ("1 or more") says too little.
+        fix: how to fix it, where "raise it" or "lower it" says too little.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    min_length: int = 0
+    wanted: str = ""
+    fix: str = ""
 
     def allow(self, number: float) -> bool:
         """Whether a number lies inside; NaN lies outside of any bound."""
@@ -45,11 +52,11 @@ class Bounds:
 
     def in_words(self) -> str:
         """The bounds for a message."""
-        parts = [f"{self.at_least:,} or more"] if self.at_least is not None else []
-        parts += [f"more than {self.above:,}"] if self.above is not None else []
-        parts += [f"at most {self.at_most:,}"] if self.at_most is not None else []
-        parts += [f"less than {self.below:,}"] if self.below is not None else []
-        return " and ".join(parts)
+        limits = {
+            "{:,} or more": self.at_least, "more than {:,}": self.above,
+            "at most {:,}": self.at_most, "less than {:,}": self.below,
+        }  # fmt: skip
+        return " and ".join(words.format(limit) for words, limit in limits.items() if limit is not None)
 
     def problem(self, name: str, value: Any) -> str:
         """Return `name = value: wanted ...; how to fix it`, or an empty string. Text and None have no bounds."""
@@ -68,44 +75,16 @@ class Bounds:
         return f"{name} = {value}: wanted {self.wanted or self.in_words()}; {fix}"
 
 
-def bounded(
-    default: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    min_length: int = 0,
-    wanted: str = "",
-    fix: str = "",
-) -> Any:
-    """Declare a dataclass field whose value has bounds; of a list, each of its values has them.
-
-    Args:
-        default: the field's default, which is not checked here.
-        at_least: the smallest value.
-        above: every value is larger than this.
-        at_most: the largest value.
-        below: every value is smaller than this.
-        min_length: values that a list must hold.
-        wanted: the bounds in words, where the plain form ("1 or more") says too little.
-        fix: how to fix it, where "raise it" or "lower it" says too little.
-    """
-    bounds = Bounds(at_least, above, at_most, below, min_length, wanted, fix)
-    return dataclasses.field(default=default, metadata={KEY: bounds})
+def bounded(default: Any, **bounds: Any) -> Any:
+    """Declare a dataclass field whose value has bounds: those of `Bounds`. The default itself is not checked here."""
+    return dataclasses.field(default=default, metadata={KEY: Bounds(**bounds)})
 
 
 def bounds_problem(config: Any, skip: Container[str] = ()) -> str:
-    """Return what is wrong with the first field that breaks its bounds, or an empty string.
-
-    Args:
-        config: a dataclass.
-        skip: names of fields that do not matter.
-    """
+    """Return what is wrong with the first field of a dataclass, `skip` left out, that breaks its bounds, or an empty string."""
     for field in dataclasses.fields(config):
-        bounds = field.metadata.get(KEY)
-        if bounds is not None and field.name not in skip:
-            problem = bounds.problem(field.name, getattr(config, field.name))
+        if KEY in field.metadata and field.name not in skip:
+            problem = field.metadata[KEY].problem(field.name, getattr(config, field.name))
             if problem:
                 return problem
     return ""

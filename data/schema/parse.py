@@ -123,23 +123,15 @@ def parse_value(hint: Any, value: Any, source: str, path: str) -> Any:
         return {str(key): parse_value(item, each, source, f"{path}.{key}") for key, each in value.items()}
     if dataclasses.is_dataclass(hint):
         return parse_dataclass(hint, value, source, path)  # type: ignore[arg-type]
-    if hint is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise wrong
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) >= 2**63:
-            raise InputError(f"{source}: {path} = {value}: wanted an integer of 64 bits; lower the value")
-        return value
-    if hint is str and isinstance(value, str):
-        if "\0" in value:
-            raise InputError(
-                f"{source}: {path} = {value!r}: wanted a string without NUL characters; change the value"
-            )
-        return value
-    raise wrong
+    if type(value) is not hint or hint is float:
+        raise wrong
+    if hint is int and abs(value) >= 2**63:
+        raise InputError(f"{source}: {path} = {value}: wanted an integer of 64 bits; lower the value")
+    if hint is str and "\0" in value:
+        raise InputError(f"{source}: {path} = {value!r}: wanted a string without NUL characters; change it")
+    return value
 
 
 def to_toml_value(value: Any) -> Any:

@@ -36,13 +36,7 @@ HINTS = ("pooling_factor", "cardinality")  # keys for the planner, which change 
 
 @dataclass(frozen=True)
 class Zch:
-    """How a table gives rows to unbounded ids; see Feature.
-
-    Attributes:
-        eviction: whose row a new id gets when all are taken.
-        eviction_interval: steps from one admission to the next.
-        buckets: parts of the table.
-    """
+    """How a table gives rows to unbounded ids: the eviction, eviction_interval and zch_buckets of its fields, see Feature."""
 
     eviction: Eviction
     eviction_interval: int
@@ -260,18 +254,14 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
         if problem:
             raise InputError(f"{source}: tables.{name}.{problem}")
     tables = []
-    for name, users in members.items():
-        first = users[0]
-        for other in users[1:]:
+    for name, (first, *others) in members.items():
+        for other in others:
             difference = _difference(first, other)
-            if name not in shared:
-                difference = f"table {name!r} belongs to a field; share it through [tables]"
             if difference:
                 raise InputError(f"{source}: fields.{other.name}: {difference}")
-        sizes = shared.get(name, first)
-        names, zch = tuple(user.name for user in users), _zch_of(first)
+        sizes, names = shared.get(name, first), tuple(user.name for user in members[name])
         rows, dim = sizes.num_embeddings, sizes.embedding_dim
-        tables.append(Table(name, rows, dim, first.pooling, names, first.is_weighted, zch))
+        tables.append(Table(name, rows, dim, first.pooling, names, first.is_weighted, _zch_of(first)))
     return tuple(tables)
 
 

@@ -13,26 +13,30 @@ from data.schema.feature import Feature
 
 BYTES_PER_NUMBER = 4  # float32
 PLAIN_WIDTH = 10_000  # lines are never folded where no terminal sets a width
+FIELDS = "field, kind, encoding, table, rows#, dim#, pooling, ids a row#, values#, column"
+TABLES = "table, rows#, dim#, bytes (fp32)#, fields"
+GROUPS = "group, fields#, width#, members"
 
 
 def print_schema(schema: Schema, file: TextIO | None = None) -> None:
-    """Print a schema's fields, tables and groups.
-
-    Args:
-        schema: what to print.
-        file: default: standard output.
-    """
+    """Print a schema's fields, tables and groups to `file`, else to standard output."""
     out = file or sys.stdout
     is_terminal = out.isatty()
     width = None if is_terminal else PLAIN_WIDTH
     console = Console(file=out, width=width, highlight=False, soft_wrap=not is_terminal)
-    for title, header, rows in (_fields(schema), _tables(schema), _groups(schema)):
+    largest_first = sorted(schema.tables, key=lambda table: -_bytes(table))
+    for title, header, rows in (
+        (f"{len(schema.features)} fields", FIELDS, [_field(schema, each) for each in schema.features]),
+        (f"{len(schema.tables)} tables, the largest first", TABLES, [_table(each) for each in largest_first]),
+        (f"{len(schema.groups)} groups", GROUPS, _groups(schema)),
+    ):
         if not rows:
             continue
         lines = box.ROUNDED if is_terminal else None
         table = RichTable(title=title, title_justify="left", box=lines, pad_edge=False)
-        for name, is_number in header:
-            table.add_column(name, justify="right" if is_number else "left", no_wrap=not is_terminal)
+        for name in header.split(", "):  # "#" marks a column of numbers
+            justify = "right" if name.endswith("#") else "left"
+            table.add_column(name.removesuffix("#"), justify=justify, no_wrap=not is_terminal)
         for row in rows:
             table.add_row(*map(escape, row))  # a name may look like markup
         console.print(table)
@@ -40,34 +44,20 @@ def print_schema(schema: Schema, file: TextIO | None = None) -> None:
     console.print(summary_line(schema), markup=False)
 
 
-Sheet = tuple[str, list[tuple[str, bool]], list[tuple[str, ...]]]  # title, (header, is it a number), rows
-
-
-def _sheet(title: str, header: str, rows: list[tuple[str, ...]]) -> Sheet:
-    """Make a sheet of comma-separated headers; "#" marks a column of numbers."""
-    return title, [(name.strip(" #"), "#" in name) for name in header.split(",")], rows
-
-
-def _fields(schema: Schema) -> Sheet:
-    rows = []
-    for feature in schema.features:
-        table = schema.table_of.get(feature.name)
-        rows.append(
-            (
-                feature.name,
-                feature.kind,
-                _encoding(feature),
-                table.name if table and table.name != feature.name else "",
-                f"{table.num_embeddings:,}" if table else "",
-                str(table.embedding_dim if table else feature.model_width),
-                table.pooling if table and not feature.is_single else "",
-                f"{feature.pooling_factor:g}" if feature.pooling_factor else "",
-                f"{feature.cardinality:,}" if feature.cardinality else "",
-                feature.column,
-            )
-        )
-    header = "field, kind, encoding, table, rows#, dim#, pooling, ids a row#, values#, column"
-    return _sheet(f"{len(rows)} fields", header, rows)
+def _field(schema: Schema, feature: Feature) -> tuple[str, ...]:
+    table = schema.table_of.get(feature.name)
+    return (
+        feature.name,
+        feature.kind,
+        _encoding(feature),
+        table.name if table and table.name != feature.name else "",
+        f"{table.num_embeddings:,}" if table else "",
+        str(table.embedding_dim if table else feature.model_width),
+        table.pooling if table and not feature.is_single else "",
+        f"{feature.pooling_factor:g}" if feature.pooling_factor else "",
+        f"{feature.cardinality:,}" if feature.cardinality else "",
+        feature.column,
+    )
 
 
 def _encoding(feature: Feature) -> str:
@@ -79,32 +69,22 @@ def _encoding(feature: Feature) -> str:
     return (feature.transform if feature.kind == "numeric" else feature.encoding) + waits
 
 
-def _tables(schema: Schema) -> Sheet:
-    rows = [
-        (
-            table.name,
-            f"{table.num_embeddings:,}",
-            str(table.embedding_dim),
-            size_words(_bytes(table)),
-            ", ".join(table.feature_names),
-        )
-        for table in sorted(schema.tables, key=lambda table: -_bytes(table))
-    ]
-    return _sheet(f"{len(rows)} tables, the largest first", "table, rows#, dim#, bytes (fp32)#, fields", rows)
+def _table(table: Table) -> tuple[str, ...]:
+    rows, dim = f"{table.num_embeddings:,}", str(table.embedding_dim)
+    return table.name, rows, dim, size_words(_bytes(table)), ", ".join(table.feature_names)
 
 
 def _bytes(table: Table) -> int:
     return table.num_embeddings * table.embedding_dim * BYTES_PER_NUMBER
 
 
-def _groups(schema: Schema) -> Sheet:
+def _groups(schema: Schema) -> list[tuple[str, ...]]:
     widths = {feature.name: feature.model_width for feature in schema.dense}
     widths |= {name: table.embedding_dim for name, table in schema.table_of.items()}
-    rows = [
+    return [
         (name, str(len(members)), str(sum(widths[member] for member in members)), ", ".join(members))
         for name, members in schema.groups.items()
     ]
-    return _sheet(f"{len(rows)} groups", "group, fields#, width#, members", rows)
 
 
 def summary_line(schema: Schema) -> str:
