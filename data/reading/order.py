@@ -1,19 +1,15 @@
 """Which rank reads which rows in which order: a pure function of files, options, epoch and step.
 
-All rows of a list of files form one sequence of row groups. `lanes` cuts an epoch into that many equal
-streams; a global batch takes batch_size / lanes rows of each lane, and a rank owns lanes / world_size
-neighbouring lanes. So every world size that divides `lanes` sees the same global batches, and a position is
-two integers: epoch and step.
+All rows of a list of files form one sequence of row groups. `lanes` cuts an epoch into that many equal streams; a global batch takes
+batch_size / lanes rows of each lane, and a rank owns lanes / world_size neighbouring lanes. So every world size that divides `lanes` sees
+the same global batches, and a position is two integers: epoch and step.
 
-    shuffled       row groups permuted by (seed, epoch), cut into lanes; each lane's rows permuted in windows
-                   of about `window_rows`
-    partitioned    file order, cut into lanes: each row is decoded once; for evaluation, where order does not
-                   matter
-    chronological  global batch t is rows [t * B, (t + 1) * B) of the files in order; each rank decodes every
-                   row group it touches
+    shuffled       row groups permuted by (seed, epoch), cut into lanes; each lane's rows permuted in windows of about `window_rows`
+    partitioned    file order, cut into lanes: each row is decoded once; for evaluation, where order does not matter
+    chronological  global batch t is rows [t * B, (t + 1) * B) of the files in order; each rank decodes every row group it touches
 
-"Rows" are the rows that the options keep (`where`, `keep_negatives`, `drop_positives`): which ones a row group keeps is
-a pure function too (data/reading/selection.py), and counted before the first batch.
+"Rows" are the rows that the options keep (`where`, `keep_negatives`, `drop_positives`): which ones a row group keeps is a pure function too
+(data/reading/selection.py), and counted before the first batch.
 """
 
 from bisect import bisect_right
@@ -42,19 +38,12 @@ class RowGroup(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Neighbouring rows that are decoded, and in shuffled order permuted, together.
-
-    Attributes:
-        lane: that they belong to.
-        first_row: place in the epoch's sequence.
-        num_rows: of all segments.
-        segments: row groups, and which of their kept rows: [start, stop).
-    """
+    """Neighbouring rows of one lane that are decoded, and in shuffled order permuted, together."""
 
     lane: int
-    first_row: int
-    num_rows: int
-    segments: tuple[tuple[RowGroup, int, int], ...]
+    first_row: int  # place in the epoch's sequence
+    num_rows: int  # of all segments
+    segments: tuple[tuple[RowGroup, int, int], ...]  # row groups, and which of their kept rows: [start, stop)
 
 
 def lane_bounds(options: StreamOptions, total: int) -> list[int]:
@@ -118,23 +107,22 @@ def steps_per_epoch(options: StreamOptions, total: int) -> int:
     return -(-lane_rows // (options.batch_size // options.lanes))
 
 
-def rows_of_step(options: StreamOptions, total: int, step: int, lane: int) -> tuple[int, int]:
-    """Return rows [start, stop) of the epoch's sequence that `lane` adds to global batch `step`."""
-    lanes, share = options.lanes, options.batch_size // options.lanes
-    if options.order == "chronological":
-        first = step * options.batch_size
-        rows = max(0, min(options.batch_size, total - first))
-        return first + rows * lane // lanes, first + rows * (lane + 1) // lanes
-    start, stop = total * lane // lanes, total * (lane + 1) // lanes
-    return min(start + step * share, stop), min(start + (step + 1) * share, stop)
-
-
 def spans_of_rank(
     options: StreamOptions, total: int, step: int, rank: int, world_size: int
 ) -> list[tuple[int, int]]:
     """Return the rows of the epoch's sequence that `rank` trains at `step`, one [start, stop) for each of its lanes."""
-    own = options.lanes // world_size
-    return [rows_of_step(options, total, step, lane) for lane in range(rank * own, (rank + 1) * own)]
+    lanes, share, bounds = options.lanes, options.batch_size // options.lanes, lane_bounds(options, total)
+
+    def span(lane: int) -> tuple[int, int]:
+        if options.order == "chronological":
+            first = step * options.batch_size
+            rows = max(0, min(options.batch_size, total - first))
+            return first + rows * lane // lanes, first + rows * (lane + 1) // lanes
+        start, stop = bounds[lane], bounds[lane + 1]
+        return min(start + step * share, stop), min(start + (step + 1) * share, stop)
+
+    own = lanes // world_size
+    return [span(lane) for lane in range(rank * own, (rank + 1) * own)]
 
 
 def windows_of_spans(

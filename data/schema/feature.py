@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from .bounds import bounded, bounds_problem  # relative: an exported artifact carries this file
 
@@ -167,10 +167,7 @@ _DEFAULTS = {field.name: field.default for field in fields(Feature)}
 def feature_problem(feature: Feature, label: str, shared_tables: Container[str]) -> str:
     """Return what is wrong with one field, as `key = value: wanted ...; how to fix it`, or an empty string.
 
-    Args:
-        feature: the field.
-        label: the schema's label column.
-        shared_tables: names in the schema's [tables].
+    `label` is the schema's label column, `shared_tables` are the names in its [tables].
     """
     for role, column in (("column", feature.source_column), ("weights", feature.weights)):
         if column == label:
@@ -203,11 +200,7 @@ def _table_problem(feature: Feature, shared_tables: Container[str]) -> str:
         return "pooling = 'mean': FBGEMM computes weighted bags as sums only; use pooling = 'sum'"
     if feature.encoding == "vocabulary" and not feature.vocabulary:
         return "vocabulary is missing: wanted 'fit' or a Parquet file of values; add vocabulary = \"fit\""
-    return (
-        ""
-        if feature.table
-        else rows_problem(feature.num_embeddings, feature.embedding_dim, [feature], "field")
-    )
+    return "" if feature.table else rows_problem(feature, [feature], "field")
 
 
 def _boundaries_problem(feature: Feature) -> str:
@@ -222,23 +215,22 @@ def _boundaries_problem(feature: Feature) -> str:
         rows = len(numbers) + FIRST_VOCABULARY_ROW
         if feature.num_embeddings != rows:
             return f"num_embeddings = {feature.num_embeddings}: {len(numbers)} boundaries need {rows} rows; set {rows}"
-    return rows_problem(feature.num_embeddings, feature.embedding_dim, [feature], "field")
+    return rows_problem(feature, [feature], "field")
 
 
-def rows_problem(num_embeddings: int, embedding_dim: int, users: Sequence[Feature], what: str) -> str:
+def rows_problem(sizes: Any, users: Sequence[Feature], what: str) -> str:
     """Return what is wrong with a table's sizes, or an empty string. FBGEMM needs dims that are multiples of 4.
 
     Args:
-        num_embeddings: rows.
-        embedding_dim: width.
+        sizes: has num_embeddings and embedding_dim: a field, or an entry of [tables].
         users: the fields that look it up. As long as one of them waits for a fit, there may be 0 rows.
         what: "field" or "table", for the message.
     """
+    num_embeddings, embedding_dim = sizes.num_embeddings, sizes.embedding_dim
     if embedding_dim < 4 or embedding_dim % 4 or embedding_dim > MAX_EMBEDDING_DIM:
         near = min(max(4, embedding_dim + 3 - (embedding_dim + 3) % 4), MAX_EMBEDDING_DIM)
-        return (
-            f"embedding_dim = {embedding_dim}: wanted a multiple of 4 in [4, {MAX_EMBEDDING_DIM}]; use {near}"
-        )
+        wanted = f"a multiple of 4 in [4, {MAX_EMBEDDING_DIM}]"
+        return f"embedding_dim = {embedding_dim}: wanted {wanted}; use {near}"
     is_fitted = all(user.is_fitted for user in users)
     if not is_fitted <= num_embeddings <= MAX_NUM_EMBEDDINGS:
         return f"num_embeddings = {num_embeddings}: wanted a number of rows in [1, 2**40]; set it to the field's number of ids"

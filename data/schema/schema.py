@@ -250,7 +250,7 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
             raise InputError(
                 f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r} in a field"
             )
-        problem = rows_problem(table.num_embeddings, table.embedding_dim, members[name], "table")
+        problem = rows_problem(table, members[name], "table")
         if problem:
             raise InputError(f"{source}: tables.{name}.{problem}")
     tables = []
