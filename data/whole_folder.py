@@ -26,15 +26,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def earlier_summary(out: Path, summary: str, what: str) -> dict[str, Any] | None:
-    """Read the summary of an earlier result in `out`; None if `out` is free to be written.
-
-    Args:
-        out: the folder.
-        summary: the name of its JSON file.
-        what: the folder should hold, for the message.
+    """Read the JSON file `summary` of an earlier result in the folder `out`; None if `out` is free to be written.
 
     Raises:
-        InputError: something else is there.
+        InputError: something is there that is no `what`.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None

@@ -124,7 +124,7 @@ def test_footers_tell_missing_columns_and_wrong_types(tmp_path):
         ("b", WHOLE_FILE, "tags"),
         ("c", WHOLE_FILE, "tags"),
     ]
-    assert "column 'user' is missing, which is the schema's categorical field 'user'" in report.faults[0].message
+    assert "column 'user' is missing, which is the schema's field 'user'" in report.faults[0].message
     assert "column 'price' is string: numeric field 'price' wants numbers" in report.faults[1].message
     # the full check looks at what is left of such files, and says nothing twice
     write(tmp_path, "a", user=None, price=["x"] * ROWS, **changed("click", 0, 5))

@@ -59,14 +59,7 @@ def join_lists(
     rows: int,
     permute: Permute | None = None,
 ) -> Lists:
-    """Join each field's parts in order, and permute the rows: row i of the result is row permutation[i] of the parts together.
-
-    Args:
-        fields: parts of each field.
-        permutation: (n,) int64, or None.
-        rows: n.
-        permute: permutes one field; not needed without a permutation.
-    """
+    """Join each field's parts, n rows in all, and permute them: row i of the result is row permutation[i] of the parts together."""
     joined = [_joined(parts, rows) for parts in fields]
     if permutation is not None:
         assert permute is not None

@@ -72,13 +72,8 @@ def read_contents(
 ) -> Contents:
     """List the row groups of all files, check each file's columns from its footer, and count the rows that the selection keeps.
 
-    Without sampling and conditions on time only footers are read; else also, once, the label or the time column.
-
-    Args:
-        files: at least one.
-        schema: what the columns must be.
-        selection: which rows to keep.
-        warn: whether to warn once of pages without checksums.
+    Without sampling and conditions on time only footers are read; else also, once, the label or the time column. `warn`: once, of pages
+    without checksums.
 
     Raises:
         InputError: a file is no Parquet file, a column is missing or of a wrong type, or no row is left.
@@ -93,9 +88,9 @@ def read_contents(
 
     inspected = _in_threads(inspect, files)
     footers = [footer for footer, _ in inspected]
-    _judge_checksums(
-        [(file, bare) for file, (_, bare) in zip(files, inspected, strict=True) if bare], selection, warn
-    )
+    bare = [(file, column) for file, (_, column) in zip(files, inspected, strict=True) if column]
+    if bare:
+        _judge_checksums(bare, selection, warn)
     selection.fix_span(footers)
 
     def count(number: int) -> tuple[list[RowGroup], np.ndarray]:
@@ -145,8 +140,6 @@ def prove(parquet: pq.ParquetFile, row_groups: Iterable[int], columns: Iterable[
 
 
 def _in_threads(action: Callable[..., T], items: Sequence) -> list[T]:
-    if len(items) == 1:
-        return [action(items[0])]
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(action, items))
 
@@ -168,8 +161,6 @@ def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str,
 
 
 def _judge_checksums(bare: list[tuple[DataFile, str]], selection: Selection, warn: bool) -> None:
-    if not bare:
-        return
     file, column = bare[0]
     found = f"{file}: the pages of column {column!r} carry no checksum (so in {len(bare)} of {len(selection.files)} files)"
     if selection.options.require_checksum:
@@ -200,7 +191,7 @@ def _count_rows(
                 num_rows = int(kept.sum())
                 if selection.samples:
                     label = selection.schema.label
-                    labels = read_labels(rows.column(rows.schema.names.index(label)), label, place)
+                    labels = read_labels(rows.column(label), label, place)
                     label_counts += np.bincount(labels[kept].astype(np.int64), minlength=2)
             if num_rows:
                 row_groups.append(RowGroup(number, index, num_rows, stored_rows))

@@ -27,6 +27,7 @@ from data.reading.checksums import leaves_of
 from data.reading.config import StreamOptions
 from data.reading.encode import Place, read_labels
 from data.reading.hashed import keys, uniforms
+from data.reading.keys import is_valid
 from data.reading.storage import DataFile, path_parts
 from data.schema import Schema
 
@@ -126,9 +127,7 @@ class Footer(NamedTuple):
 def read_footer(metadata: pq.FileMetaData, time_column: str) -> Footer:
     """Take what planning needs out of a footer, which must have been proved for the time column (see `data.reading.files.prove`).
 
-    Args:
-        metadata: the footer.
-        time_column: empty if no condition names it.
+    `time_column` is empty if no condition names it.
     """
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     num_rows = [group.num_rows for group in groups]
@@ -155,11 +154,8 @@ class Selection:
 
     def __init__(self, options: StreamOptions, schema: Schema, files: Sequence[DataFile]) -> None:
         self.options, self.schema, self.files = options, schema, files
-        self.conditions = [
-            condition
-            for condition in map(parse_condition, options.where)
-            if condition.name == schema.time_column
-        ]
+        conditions = map(parse_condition, options.where)
+        self.conditions = [each for each in conditions if each.name == schema.time_column]
         self.samples = options.keep_negatives < 1 or options.drop_positives > 0
         self.filters = self.samples or bool(self.conditions)
         # that `mask` reads
@@ -182,9 +178,7 @@ class Selection:
                     f"{file}: time column {self.schema.time_column!r} is {footer.time_type}, but {kind} in {self.files[0]}; "
                     "write all files with one type"
                 )
-        relative = any(
-            condition.last or not condition.bound.lstrip("-").isdigit() for condition in self.conditions
-        )
+        relative = any(each.last or not each.bound.lstrip("-").isdigit() for each in self.conditions)
         latest = self._latest(footers) if relative else None
         low, high = -FOREVER, FOREVER
         for condition in self.conditions:
@@ -218,11 +212,10 @@ class Selection:
     def mask(self, rows: pa.RecordBatch, file: DataFile, place: Place) -> np.ndarray:
         """Which rows are kept: (n,) bool. Uses the label and the time column, where the options need them and the batch has them."""
         kept = np.ones(rows.num_rows, bool)
-        names = rows.schema.names
-        if self.conditions and self.schema.time_column in names:
-            column = rows.column(names.index(self.schema.time_column))
+        if self.conditions and self.schema.time_column in rows.schema.names:
+            column = rows.column(self.schema.time_column)
             if column.null_count:
-                row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+                row = int(np.flatnonzero(~is_valid(column))[0])
                 raise InputError(
                     f"{place.row(row)}, time column {self.schema.time_column!r} is null: it cannot be compared with where = "
                     f"{[condition.text for condition in self.conditions]}; fix the file"
@@ -230,14 +223,11 @@ class Selection:
             instants = _instants(column, self.time_type)
             kept &= (instants >= self.span.low) & (instants < self.span.high)
         if self.samples:
-            labels = read_labels(rows.column(names.index(self.schema.label)), self.schema.label, place)
-            first = place.first_row
-            counter = np.arange(first, first + rows.num_rows)
+            labels = read_labels(rows.column(self.schema.label), self.schema.label, place)
+            counter = np.arange(place.first_row, place.first_row + rows.num_rows)
             tag = "/".join(["sampling", *path_parts(file)[-2:], str(place.row_group)])
-            draws = uniforms(keys(self.options.seed, tag, counter))
-            kept &= np.where(
-                labels == 1, draws >= self.options.drop_positives, draws < self.options.keep_negatives
-            )
+            draws, options = uniforms(keys(self.options.seed, tag, counter)), self.options
+            kept &= np.where(labels == 1, draws >= options.drop_positives, draws < options.keep_negatives)
         return kept
 
 

@@ -123,9 +123,11 @@ def parse_value(hint: Any, value: Any, source: str, path: str) -> Any:
         return {str(key): parse_value(item, each, source, f"{path}.{key}") for key, each in value.items()}
     if dataclasses.is_dataclass(hint):
         return parse_dataclass(hint, value, source, path)  # type: ignore[arg-type]
-    if hint is float and type(value) in (int, float) and math.isfinite(value):
+    if isinstance(value, bool) and hint is not bool:  # an int to Python
+        raise wrong
+    if hint is float and isinstance(value, int | float) and math.isfinite(value):
         return float(value)
-    if type(value) is not hint or hint is float:
+    if hint not in (bool, int, str) or not isinstance(value, hint):
         raise wrong
     if hint is int and abs(value) >= 2**63:
         raise InputError(f"{source}: {path} = {value}: wanted an integer of 64 bits; lower the value")

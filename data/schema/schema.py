@@ -315,10 +315,7 @@ def schema_to_toml(schema: Schema) -> dict[str, Any]:
 def format_schema(schema: Schema, header: str = "", comments: dict[str, str] | None = None) -> str:
     """Schema file text, one line a field, as a person would write it.
 
-    Args:
-        schema: what to write.
-        header: comment lines for the top, without the leading `#`.
-        comments: field name -> comment that follows it, of one line.
+    `header` holds comment lines for the top, without the leading `#`; `comments` gives a field's name the comment that follows it.
     """
     top = schema_to_toml(schema)
     lines = [f"# {line}".rstrip() for line in header.splitlines()]

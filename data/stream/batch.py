@@ -69,14 +69,7 @@ class Batch(Pipelineable):
 
 
 def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = START) -> Batch:
-    """Copy runs of rows into a batch, in order, and append padding up to `num_rows`: no ids, zeros, label 0, weight 0.
-
-    Args:
-        runs: at least one; it may be empty.
-        num_rows: B, rows of the result.
-        schema: that the columns were encoded by.
-        cursor: the stream's position after this batch.
-    """
+    """Copy runs of rows (at least one run, which may be empty) into a batch of B = `num_rows`, padded by no ids, zeros, label 0, weight 0."""
     first = runs[0][0]
     num_fields = len(first.single_ids)
     size = num_fields * num_rows
