@@ -127,13 +127,13 @@ def parse_value(hint: Any, value: Any, source: str, path: str) -> Any:
         raise wrong
     if hint is float and isinstance(value, int | float) and math.isfinite(value):
         return float(value)
-    if hint not in (bool, int, str) or not isinstance(value, hint):
-        raise wrong
-    if hint is int and abs(value) >= 2**63:
+    if hint is int and isinstance(value, int) and abs(value) >= 2**63:
         raise InputError(f"{source}: {path} = {value}: wanted an integer of 64 bits; lower the value")
-    if hint is str and "\0" in value:
+    if hint is str and isinstance(value, str) and "\0" in value:
         raise InputError(f"{source}: {path} = {value!r}: wanted a string without NUL characters; change it")
-    return value
+    if hint in (bool, int, str) and isinstance(value, hint):
+        return value
+    raise wrong
 
 
 def to_toml_value(value: Any) -> Any:
