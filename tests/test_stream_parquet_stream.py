@@ -19,64 +19,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numbered_rows import FIELDS, IDS, make_schema, rows_of, rows_table, write_log
 
 import data.reading.decode
 from data.errors import InputError
 from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.order import Cursor
-from data.schema import parse_schema
 from data.stream import ParquetStream
 
 LANES = 12  # every world size from 1 to 4 divides it
-IDS = 10_000
-FIELDS = {
-    "row": {"kind": "categorical", "num_embeddings": IDS, "embedding_dim": 4},
-    "tags": {"kind": "multi_valued", "num_embeddings": IDS, "embedding_dim": 4},
-    "liked": {
-        "kind": "weighted_multi_valued",
-        "weights": "liked_weights",
-        "num_embeddings": IDS,
-        "embedding_dim": 4,
-    },
-    "price": {"kind": "numeric"},
-}
-
-
-def make_schema(**fields):
-    table = {"name": "t", "label": "click", "group_column": "row", "fields": FIELDS | fields}
-    return parse_schema(table, "schema.toml", Path())
-
-
-def rows_table(first: int, count: int) -> pa.Table:
-    """Rows whose every value follows from their number, so that a row put together wrongly shows."""
-    numbers = range(first, first + count)
-    return pa.table(
-        {
-            "click": pa.array([int(number % 3 == 0) for number in numbers], pa.int8()),
-            "row": pa.array(numbers, pa.int64()),
-            "tags": pa.array(
-                [list(range(number, number + number % 4)) for number in numbers], pa.list_(pa.int32())
-            ),
-            "liked": pa.array([[number] * (number % 3) for number in numbers], pa.list_(pa.int64())),
-            "liked_weights": pa.array(
-                [[0.5 * number] * (number % 3) for number in numbers], pa.list_(pa.float32())
-            ),
-            "price": pa.array([0.25 * number for number in numbers], pa.float64()),
-        }
-    )
-
-
-def write_log(folder: Path, file_rows, row_group_rows: int = 7) -> list[Path]:
-    files, first = [], 0
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, rows in enumerate(file_rows):
-        files.append(folder / f"part-{number}.parquet")
-        pq.write_table(
-            rows_table(first, rows), files[-1], row_group_size=row_group_rows, write_page_checksum=True
-        )
-        first += rows
-    return files
 
 
 @pytest.fixture(scope="module")
@@ -84,33 +36,17 @@ def log(tmp_path_factory) -> list[Path]:
     return write_log(tmp_path_factory.mktemp("log"), [40, 1, 0, 63, 29])  # an empty file among them
 
 
-def rows_of(batch) -> list[int]:
-    """The numbers of a batch's real rows, once all of their values have been checked against the number."""
-    real = int((batch.weights > 0).sum())
-    assert (batch.weights[:real] > 0).all() and (batch.weights[real:] == 0).all()
-    sparse, weighted = batch.sparse_features, batch.weighted_features
-    rows = sparse["row"].values().tolist()
-    assert len(rows) == real and sparse["row"].lengths().tolist() == [1] * real + [0] * (
-        len(batch.labels) - real
-    )
-    tags = [tag for row in rows for tag in range(row, row + row % 4)]
-    assert sparse["tags"].values().tolist() == tags
-    assert sparse["tags"].lengths()[:real].tolist() == [row % 4 for row in rows]
-    liked = [row for row in rows for _ in range(row % 3)]
-    assert weighted["liked"].values().tolist() == liked
-    assert weighted["liked"].weights().tolist() == [0.5 * row for row in liked]
-    assert batch.dense_features[:real, 0].tolist() == [0.25 * row for row in rows]
-    assert batch.labels[:real].tolist() == [float(row % 3 == 0) for row in rows]
-    assert len(batch.group_ids) == len(batch.labels)
-    assert len(set(batch.group_ids[:real].tolist())) == len(set(rows))
-    return rows
+def stream_of(files, rank=0, world_size=1, schema=None, order="shuffled", **options):
+    """A stream of two rows of each lane a batch."""
+    options = StreamOptions(2 * LANES, LANES, order, **options)
+    return ParquetStream(files, schema or make_schema(), options, rank, world_size)
 
 
-def global_batches(files, options, world_size, cursor=Cursor(), schema=None):
+def global_batches(files, options, world_size, cursor=Cursor()):
     """What all ranks read together, step by step, and the cursors."""
     ranks = []
     for rank in range(world_size):
-        stream = ParquetStream(files, schema or make_schema(), options, rank, world_size)
+        stream = ParquetStream(files, make_schema(), options, rank, world_size)
         stream.load_state_dict(
             {"epoch": cursor.epoch, "step": cursor.step, "fingerprint": stream.fingerprint()}
         )
@@ -122,9 +58,8 @@ def global_batches(files, options, world_size, cursor=Cursor(), schema=None):
     steps = list(zip(*ranks, strict=True))
     for step in steps:
         assert len({len(batch.labels) for batch in step}) == 1  # every rank trains equally many rows
-    return [[row for batch in step for row in rows_of(batch)] for step in steps], [
-        step[0].cursor for step in steps
-    ]
+    rows = [[row for batch in step for row in rows_of(batch)] for step in steps]
+    return rows, [step[0].cursor for step in steps]
 
 
 ORDERS = st.sampled_from(["shuffled", "partitioned", "chronological"])
@@ -178,7 +113,8 @@ RESUME = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_stream_parquet_stream import LANES, ParquetStream, StreamOptions, make_schema, rows_of
+from numbered_rows import make_schema, rows_of
+from test_stream_parquet_stream import LANES, ParquetStream, StreamOptions
 ranks = []
 for rank in range(2):
     stream = ParquetStream([Path(file) for file in sys.argv[3:]], make_schema(), StreamOptions(2 * LANES, LANES, window_rows=16, workers=2), rank, 2)
@@ -245,8 +181,7 @@ def test_row_groups_longer_than_a_window_are_read_as_a_stream(tmp_path, monkeypa
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_weighted_mean_over_ranks_is_the_exact_mean_over_rows(log, world_size):
-    options = StreamOptions(24, LANES)
-    streams = [ParquetStream(log, make_schema(), options, rank, world_size) for rank in range(world_size)]
+    streams = [stream_of(log, rank, world_size) for rank in range(world_size)]
     for step in zip(*streams, strict=True):
         prices = torch.cat([batch.dense_features[batch.weights > 0, 0] for batch in step])
         over_ranks = sum((batch.weights * batch.dense_features[:, 0]).mean() for batch in step) / world_size
@@ -254,37 +189,28 @@ def test_weighted_mean_over_ranks_is_the_exact_mean_over_rows(log, world_size):
 
 
 def test_state_is_refused_by_other_files_or_options(log):
-    stream = ParquetStream(log, make_schema(), StreamOptions(24, LANES))
+    stream = stream_of(log)
     state = stream.state_dict(Cursor(1, 2))
     assert set(state) == {"epoch", "step", "fingerprint"}
     stream.load_state_dict(state)
     assert stream.cursor == Cursor(1, 2)
-    for other in (
-        ParquetStream(log[:-1], make_schema(), StreamOptions(24, LANES)),
-        ParquetStream(log, make_schema(), StreamOptions(24, LANES, seed=1)),
-        ParquetStream(log, make_schema(), StreamOptions(24, LANES, keep_negatives=0.5)),
-    ):
+    for other in (stream_of(log[:-1]), stream_of(log, seed=1), stream_of(log, keep_negatives=0.5)):
         with pytest.raises(InputError, match="resume with the same files"):
             other.load_state_dict(state)
     # neither workers nor prefetch nor the world size are part of the order
-    options = StreamOptions(24, LANES, prefetch=0, workers=2)
-    ParquetStream(log, make_schema(), options, 1, 2).load_state_dict(state)
+    stream_of(log, 1, 2, prefetch=0, workers=2).load_state_dict(state)
 
 
 def test_lanes_must_be_a_multiple_of_the_world_size(log):
-    with pytest.raises(
-        InputError, match=r"data.lanes = 12: wanted a multiple of world_size = 5; set data.lanes to 10"
-    ):
-        ParquetStream(log, make_schema(), StreamOptions(24, LANES), 0, 5)
+    said = "data.lanes = 12: wanted a multiple of world_size = 5; set data.lanes to 10"
+    with pytest.raises(InputError, match=said):
+        stream_of(log, 0, 5)
 
 
 @pytest.mark.parametrize(
     ("column", "values", "found"),
     [
         ("row", pa.array([3, -1, 5, 6], pa.int64()), "field 'row' = -1: wanted an id in [0, 10000)"),
-        ("row", pa.array([3, IDS, 5, 6], pa.int32()), "field 'row' = 10000: wanted an id in [0, 10000)"),
-        ("row", pa.array([3, 2**31 + 5, 5, 6], pa.int64()), "field 'row' = 2147483653: wanted an id"),
-        ("row", pa.array([3, 2**63 + 5, 5, 6], pa.uint64()), "field 'row' = 9223372036854775813: wanted"),
         ("price", pa.array([3, np.nan, 5, 6], pa.float32()), "field 'price' = nan: wanted a finite number"),
         ("click", pa.array([0, 2, 1, 0], pa.int8()), "label 'click' = 2: wanted 0 or 1"),
     ],
@@ -299,9 +225,8 @@ def test_a_bad_value_in_one_file_of_many_is_named(tmp_path, column, values, foun
         writer.write_table(rows_table(0, 4).cast(table.schema))
         writer.write_table(table)
     for order in ("shuffled", "chronological"):
-        stream = ParquetStream(files, make_schema(), StreamOptions(24, LANES, order, workers=workers))
         with pytest.raises(InputError) as error:
-            list(stream)
+            list(stream_of(files, order=order, workers=workers))
         assert f"{files[2]}: row group 1, row 1, {found}" in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -326,7 +251,7 @@ def test_a_wrong_column_in_one_file_of_many_is_named_before_any_batch(tmp_path, 
     table = rows_table(60, 20).drop_columns(column)
     pq.write_table(table if other is None else table.append_column(column, other), files[3])
     with pytest.raises(InputError) as error:
-        ParquetStream(files, make_schema(), StreamOptions(24, LANES))
+        stream_of(files)
     assert f"{files[3]}: {found}" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -335,18 +260,13 @@ def test_repaired_values_are_counted_by_field(tmp_path):
     table = rows_table(0, 20)
     bad_rows = pa.array([-1, IDS] + [7] * 18, pa.int64())
     bad_price = pa.array([float("nan")] + [1.0] * 19)
-    pq.write_table(
-        table.set_column(1, "row", bad_rows).set_column(5, "price", bad_price),
-        files[1],
-        write_page_checksum=True,
-    )
+    table = table.drop_columns(["row", "price"]).append_column("row", bad_rows)
+    pq.write_table(table.append_column("price", bad_price), files[1], write_page_checksum=True)
+    row, price = FIELDS["row"] | {"on_invalid": "modulo"}, {"kind": "numeric", "on_invalid": "null"}
     for world_size, workers in ((1, 0), (1, 2), (4, 1)):
         total = Counter()
         for rank in range(world_size):
-            schema = make_schema(
-                row=FIELDS["row"] | {"on_invalid": "modulo"}, price={"kind": "numeric", "on_invalid": "null"}
-            )
-            stream = ParquetStream(files, schema, StreamOptions(24, LANES, workers=workers), rank, world_size)
+            stream = stream_of(files, rank, world_size, make_schema(row=row, price=price), workers=workers)
             assert not stream.counters
             for _ in stream:
                 pass
@@ -357,8 +277,7 @@ def test_repaired_values_are_counted_by_field(tmp_path):
 def test_a_reader_that_is_stuck_is_named_in_time(tmp_path):
     for workers, prefetch in ((1, 0), (0, 1), (2, 2)):
         (file,) = write_log(tmp_path / f"{workers}", [40])
-        options = StreamOptions(24, LANES, workers=workers, prefetch=prefetch, timeout_seconds=0.3)
-        stream = ParquetStream([file], make_schema(), options)
+        stream = stream_of([file], workers=workers, prefetch=prefetch, timeout_seconds=0.3)
         file.unlink()
         os.mkfifo(file)  # whoever opens it waits for a writer
         start = time.monotonic()
@@ -376,14 +295,14 @@ def test_an_error_in_a_worker_reaches_the_caller(log, workers, prefetch):
     def broken(*_, **__):
         raise SystemError("a defect of ours")
 
-    stream = ParquetStream(log, make_schema(), StreamOptions(24, LANES, workers=workers, prefetch=prefetch))
+    stream = stream_of(log, workers=workers, prefetch=prefetch)
     stream.encoder.encode_all = broken
     with pytest.raises(SystemError, match="a defect of ours"):
         list(stream)
 
 
 def test_threads_end_when_the_reader_stops_early(log):
-    stream = ParquetStream(log, make_schema(), StreamOptions(24, LANES, window_rows=8, workers=2, prefetch=2))
+    stream = stream_of(log, window_rows=8, workers=2, prefetch=2)
     for _ in range(3):
         iterator = iter(stream)
         next(iterator)
@@ -396,7 +315,7 @@ def test_threads_end_when_the_reader_stops_early(log):
 
 def test_a_file_that_shrinks_after_opening_is_named(log, tmp_path):
     files = write_log(tmp_path, [40, 40])
-    stream = ParquetStream(files, make_schema(), StreamOptions(24, LANES, "chronological"))
+    stream = stream_of(files, order="chronological")
     pq.write_table(rows_table(0, 30), files[1], row_group_size=6)
     with pytest.raises(InputError, match=r"part-1.parquet: row group 0 has 6 rows to read, but had 7"):
         list(stream)
