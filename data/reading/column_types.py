@@ -25,8 +25,9 @@ def column_faults(
     arrow_schema: pa.Schema, schema: Schema, *, has_label: bool = True
 ) -> Iterator[tuple[str, str]]:
     """All that `check_columns` refuses: the field's source column (or the label's, or the group column), and what is wrong."""
+    names = set(arrow_schema.names)
     for source, column, owner, role, accepts, types in _wanted(schema, has_label):
-        if column not in arrow_schema.names:
+        if column not in names:
             missing = f"column {column!r} is missing, which is the schema's {owner}"
             yield source, f"{missing}; add the column to the file, or fix the schema"
         elif not accepts(found := arrow_schema.field(column).type):
