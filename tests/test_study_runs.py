@@ -10,17 +10,8 @@ from small_data import write_small
 
 from data.errors import InputError
 from mbcnet_rec.config import load_config
-from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError
-from mbcnet_rec.study import runs
-from mbcnet_rec.study.runs import (
-    Run,
-    place_run,
-    run_key,
-    scores,
-    share_cores,
-    train_all,
-    train_one,
-)
+from mbcnet_rec.runtime.exits import PreemptedError
+from mbcnet_rec.study.runs import Run, place_run, run_key, scores, share_cores, train_all, train_one
 from mbcnet_rec.study.tuning import with_overrides
 
 
@@ -68,41 +59,34 @@ def run_of(config, tmp_path, variant="a", seed=0):
     return Run(variant, seed, place_run(config, seed, tmp_path))
 
 
-def test_each_run_is_trained_once_and_done_ones_are_not(config, tmp_path, monkeypatch):
+def test_each_run_is_trained_once_and_done_ones_are_not(config, tmp_path):
     trained = []
-    monkeypatch.setattr(runs, "train_one", lambda config: trained.append(config.train.seed) or "")
     first, same = run_of(config, tmp_path), run_of(config, tmp_path, "b")
     other = run_of(config, tmp_path, seed=1)
     assert first.folder == same.folder != other.folder
     other.folder.mkdir(parents=True)
     (other.folder / "DONE").touch()
-    assert [failure for _, failure in train_all([first, same, other], workers=1)] == [""]
-    assert trained == [0]
+    noted = train_all([first, same, other], 1, lambda config, watch: trained.append(config.train.seed) or "")
+    assert [failure for _, failure in noted] == [""] and trained == [0]
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
-    [(NonFiniteLossError("the loss\n is not finite"), "the loss is not finite"), (InputError("no"), "no")],
+    ("override", "told"),
+    [("data.train_where=['nonsense <']", "nonsense"), ("optim.dense_lr=1e38", "loss is not finite")],
 )
-def test_a_failure_is_one_line_and_the_study_goes_on(error, told, config, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        print("words of the run")
-        raise error
-
-    monkeypatch.setattr(runs, "train_model", fail)
-    run = run_of(config, tmp_path)
-    assert train_one(run.config) == told
-    assert run.folder.with_suffix(".log").read_text() == "words of the run\n"
+def test_a_failure_is_one_line_and_what_the_run_printed_is_kept(override, told, config, tmp_path):
+    run = run_of(with_overrides(config, [override, "model.kind=dnn"], "x"), tmp_path)
+    failure = train_one(run.config)
+    assert told in failure and "\n" not in failure and not run.done
+    assert run.folder.with_suffix(".log").is_file()
 
 
-def test_a_stop_request_ends_the_study(config, tmp_path, monkeypatch):
-    def stop(*args, **kwargs):
+def test_a_stop_request_ends_the_study(config, tmp_path):
+    def stop(config, watch):
         raise PreemptedError("stopped at step 3")
 
-    monkeypatch.setattr(runs, "train_model", stop)
-    pending = [run_of(config, tmp_path, seed=seed) for seed in range(3)]
     with pytest.raises(PreemptedError):
-        list(train_all(pending, workers=1))
+        list(train_all([run_of(config, tmp_path, seed=seed) for seed in range(3)], 1, stop))
 
 
 @pytest.mark.long

@@ -1,13 +1,13 @@
 """Proves that tuning draws what the space says, gives every model as many trials, goes on after a kill, prunes, and writes the winner."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 from small_data import CONFIG
-from tqdm import tqdm
 
 from data.errors import InputError
 from mbcnet_rec.cli import main
@@ -31,38 +31,34 @@ SEARCH = Search(
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
     (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
-    (tmp_path / "schema.toml").write_text("name = 'nothing'")
+    for name in ("schema.toml", "train.parquet", "valid.parquet", "test.parquet"):
+        (tmp_path / name).touch()
     return load_config(tmp_path / "run.toml")
 
 
 @pytest.fixture
-def trained(monkeypatch):
-    """Training that only notes its config; its score is its dense learning rate."""
-    configs = []
+def out(tmp_path):
+    return tmp_path / "tuned"
 
-    def train_one(config, watch=None):
+
+class Trained(list):
+    """Training that only notes its config; its score is its dense learning rate."""
+
+    def __call__(self, config, watch):
         config.run_folder.mkdir(parents=True)
-        configs.append(config)
+        self.append(config)
         for step in (10, 20, 30):
-            if watch is not None and watch(step, config.optim.dense_lr):
+            if watch(step, config.optim.dense_lr):
                 break
         (config.run_folder / "DONE").touch()
         line = {"split": "valid", "step": 30, "auc": config.optim.dense_lr}
         (config.run_folder / "metrics.jsonl").write_text(json.dumps(line))
         return ""
 
-    monkeypatch.setattr(tuning, "train_one", train_one)
-    monkeypatch.setattr("mbcnet_rec.study.runs.resolve_files", lambda paths: ())
-    return configs
 
-
-def tune(config, out, kind="dnn", search=SEARCH):
-    with tqdm(disable=True) as bar:
-        return tune_model(config, search, kind, out, bar)
-
-
-def test_winner_is_a_config_that_trains_again(config, trained, tmp_path):
-    path, winner = tune(config, tmp_path / "tuned")
+def test_winner_is_a_config_that_trains_again(config, out):
+    trained = Trained()
+    path, winner = tune_model(config, SEARCH, "dnn", out, trained)
     best = load_config(path)
     assert best.optim.dense_lr == winner.value == max(each.optim.dense_lr for each in trained)
     assert best.model.kind == "dnn" and best.model.dnn.hidden in ((8,), (16, 8))
@@ -71,71 +67,59 @@ def test_winner_is_a_config_that_trains_again(config, trained, tmp_path):
     assert all(each.model.mbcnet.dropout == 0 for each in trained), "keys of other models are not drawn"
 
 
-def test_every_model_has_as_many_trials_and_the_draws_are_the_same_again(config, trained, tmp_path, capsys):
-    tune_models(config, SEARCH, ("dnn", "mbcnet"), tmp_path / "one")
-    kinds = [each.model.kind for each in trained]
-    assert kinds.count("dnn") == kinds.count("mbcnet") == 3
+def test_every_model_has_as_many_trials_and_the_draws_are_the_same_again(config, tmp_path, capsys):
+    one, two = Trained(), Trained()
+    for folder, trained in (("one", one), ("two", two)):
+        tune_models(config, SEARCH, ("dnn", "mbcnet"), tmp_path / folder, trained)
+    assert [each.model.kind for each in one] == ["dnn"] * 3 + ["mbcnet"] * 3
+    assert [each.optim.dense_lr for each in one] == [each.optim.dense_lr for each in two]
     assert "mbcnet study table3" in capsys.readouterr().out
-    drawn = [each.optim.dense_lr for each in trained]
-    trained.clear()
-    tune_models(config, SEARCH, ("dnn", "mbcnet"), tmp_path / "two")
-    assert [each.optim.dense_lr for each in trained] == drawn
 
 
-def test_another_start_adds_only_what_is_missing(config, trained, tmp_path):
-    tune(config, tmp_path / "tuned")
-    tune(config, tmp_path / "tuned")
-    assert len(trained) == 3
-    more = Search(SEARCH.space, 4, "random")
-    tune(config, tmp_path / "tuned", search=more)
-    assert len(trained) == 4
+def test_another_start_adds_only_what_is_missing(config, out):
+    trained = Trained()
+    for trials in (3, 3, 4):
+        tune_model(config, replace(SEARCH, trials=trials), "dnn", out, trained)
+        assert len(trained) == trials
 
 
-def test_a_killed_trial_is_tried_again_with_its_values(config, trained, tmp_path, monkeypatch):
-    whole = tuning.train_one
-    seen = []
+def test_a_killed_trial_is_tried_again_with_its_values(config, out):
+    seen, trained = [], Trained()
 
-    def killed(config, watch=None):
+    def killed(config, watch):
         seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning, "train_one", killed)
     for _ in range(2):  # twice over
         with pytest.raises(KeyboardInterrupt):
-            tune(config, tmp_path / "tuned")
-    monkeypatch.setattr(tuning, "train_one", whole)
-    tune(config, tmp_path / "tuned")
-    assert trained[0] == seen[0] == seen[1], "the same draw"
-    assert len(trained) == 3, "the kill cost no trial of the budget"
-    tune(config, tmp_path / "tuned")
-    assert len(trained) == 3
+            tune_model(config, SEARCH, "dnn", out, killed)
+    for _ in range(2):
+        tune_model(config, SEARCH, "dnn", out, trained)
+        assert trained[0] == seen[0] == seen[1], "the same draw"
+        assert len(trained) == 3, "the kill cost no trial of the budget"
 
 
-def test_poor_trials_are_pruned_and_not_taken_for_whole_runs(config, trained, tmp_path):
-    search = Search(SEARCH.space, 8, "random")
-    tune(config, tmp_path / "tuned", search=search)
-    study = optuna.load_study(study_name="dnn", storage=f"sqlite:///{tmp_path / 'tuned' / 'dnn.db'}")
+def test_poor_trials_are_pruned_and_not_taken_for_whole_runs(config, out):
+    trained = Trained()
+    tune_model(config, replace(SEARCH, trials=8), "dnn", out, trained)
+    study = optuna.load_study(study_name="dnn", storage=f"sqlite:///{out / 'dnn.db'}")
     pruned = study.get_trials(states=(TrialState.PRUNED,))
     assert pruned and len(study.trials) == 8
-    best = study.best_trial
-    for trial in pruned:
-        assert trial.params["optim.dense_lr"] < best.params["optim.dense_lr"]
-    undone = [each for each in trained if not (each.run_folder / "DONE").exists()]
-    assert len(undone) == len(pruned)
+    best = study.best_trial.params["optim.dense_lr"]
+    assert all(trial.params["optim.dense_lr"] < best for trial in pruned)
+    assert sum(not (each.run_folder / "DONE").exists() for each in trained) == len(pruned)
 
 
-def test_failed_trials_are_told_and_none_left_is_an_error(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "train_one", lambda config, watch=None: "the loss is not finite")
-    monkeypatch.setattr("mbcnet_rec.study.runs.resolve_files", lambda paths: ())
+def test_failed_trials_are_told_and_none_left_is_an_error(config, out):
     with pytest.raises(InputError, match="none of the 3 trials of dnn came to an end"):
-        tune(config, tmp_path / "tuned")
+        tune_model(config, SEARCH, "dnn", out, lambda config, watch: "the loss is not finite")
 
 
-def test_enkd_takes_teachers_that_are_tuned_already(config, trained, tmp_path):
+def test_enkd_takes_teachers_that_are_tuned_already(config, out):
     ours = with_overrides(config, ["model.kind=dcnv2", "model.dcnv2.hidden=[7]"], "test")
-    (tmp_path / "tuned").mkdir()
-    (tmp_path / "tuned" / "dcnv2.toml").write_text(config_text(ours))
-    base = tuning.base_config(config, "enkd", tmp_path / "tuned")
+    out.mkdir()
+    (out / "dcnv2.toml").write_text(config_text(ours))
+    base = tuning.base_config(config, "enkd", out)
     assert base.model.dcnv2.hidden == (7,) and base.model.kind == "enkd"
     assert base.model.crossnet.hidden == (16, 16, 8), "the others are as wide as the config's MBCnet"
 

@@ -47,13 +47,7 @@ def run_export(
 ) -> int:
     """Export a run's best checkpoint, and compare the artifact with the float model on the test rows. In one process.
 
-    Args:
-        run_folder: that `mbcnet train` wrote.
-        out: folder of the artifact.
-        rows: fp32, fp16, int8 or int4.
-        branches: to serve; none: all.
-        aot: also compile the dense part, for this machine's processor; None: where a C++ compiler is there.
-        overwrite: replace an artifact in `out`.
+    Without branches all serve. `aot` compiles the dense part besides, for this machine's processor; None: where a C++ compiler is there.
 
     Raises:
         InputError: no such run, branches it has not, or `out` holds something else.

@@ -90,8 +90,6 @@ def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], d
         "weights": used,
         "calls": calls,
     }
-    for call in calls:
-        serving.resolve(str(call["call"]))  # what the loader would refuse is not written
     return spec, {name: tensors[name].detach() for name in used.values()}  # type: ignore[union-attr]
 
 
@@ -106,13 +104,10 @@ def _needed(output: fx.Node) -> set[fx.Node]:
 
 
 def _call_name(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, serving.OVERLOAD):
-        return str(target)
-    return next(
-        (name for name, function in serving.ARITHMETIC.items() if function is target),
-        getattr(target, "__name__", str(target)),
-    )
+    """The name by which the loader finds a call; it would refuse others, so they are not written."""
+    name = str(node.target) if isinstance(node.target, serving.OVERLOAD) else node.target.__name__  # type: ignore[union-attr]
+    serving.resolve(name)
+    return name
 
 
 def _plain(value: Any) -> Any:

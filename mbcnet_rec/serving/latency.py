@@ -81,15 +81,9 @@ def run_latency(
     compiled: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Time artifacts and other models on the first one's tables, and print the table, or one JSON object.
+    """Time artifacts, and models of the kinds `beside` on the first one's tables; print the table, or one JSON object.
 
-    Args:
-        folders: of artifacts.
-        contest: rows, threads and time.
-        beside: kinds of models to time besides.
-        data: a Parquet file whose rows are the requests; none: drawn from the schema.
-        compiled: also time the dense part that `mbcnet export` compiled.
-        as_json: print JSON.
+    Requests are rows of the Parquet file `data`, or drawn from the schema. `compiled` also times what `mbcnet export` compiled.
 
     Raises:
         InputError: a folder is not an artifact, or the file has too few rows.

@@ -42,24 +42,22 @@ def _draw(
         return {feature.source_column: rng.normal(size=(rows, feature.width)).tolist()}
     known = vocabularies[feature.vocabulary].to_pylist() if feature.encoding == "vocabulary" else None
     limit = len(known) if known is not None else schema.table_of[feature.name].num_embeddings
+
+    def values(count: int) -> list[Any]:
+        ids = rng.integers(0, max(limit, 1), count).tolist()
+        return [known[place] for place in ids] if known else ids
+
     if feature.kind == "categorical":
-        ids = rng.integers(0, max(limit, 1), rows).tolist()
-        return {feature.source_column: [known[place] for place in ids] if known else ids}
+        return {feature.source_column: values(rows)}
     lengths = rng.poisson(pooling_factor(feature, ShardingConfig()), rows)
-    bags = [rng.integers(0, max(limit, 1), length).tolist() for length in lengths]
-    drawn = {feature.source_column: [[known[place] for place in bag] for bag in bags] if known else bags}
+    drawn = {feature.source_column: [values(length) for length in lengths]}
     if feature.is_weighted:
         drawn[feature.weights] = [rng.random(length).tolist() for length in lengths]
     return drawn
 
 
 def read_requests(path: str, columns: Sequence[str], rows: int) -> Requests:
-    """Cut the first rows of a Parquet file into requests; from its beginning again where it ends.
-
-    Args:
-        path: of the file.
-        columns: to read, as far as it has them.
-        rows: of a request.
+    """Cut the first rows of a Parquet file into requests of so many rows and those of the columns that it has; again where it ends.
 
     Raises:
         InputError: it cannot be read, or holds fewer rows than one request.

@@ -56,14 +56,7 @@ def complexity_blocks(config: RunConfig) -> list[Block]:
 
 
 def measure_parts(config: MBCNetConfig, schema: Schema, rows: int, device: torch.device) -> list[Part]:
-    """Measure every branch, the shared top with the logits, and the whole dense part.
-
-    Args:
-        config: of the model.
-        schema: gives the widths of fields and groups.
-        rows: of the batch that is timed.
-        device: where.
-    """
+    """Measure every branch, the shared top with the logits, and the whole dense part, on a batch of so many rows."""
     layout = replace(input_layout(schema), wide="wide" in config.branches)
     torch.manual_seed(0)
     arch = BranchArch(config, layout).to(device).eval()

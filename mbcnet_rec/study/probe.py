@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from data.errors import InputError
-from data.schema import Schema, load_schema
-from data.schema.feature import Feature
+from data.reading.keys import read_vocabularies
+from data.schema import Feature, Schema, load_schema
 from data.stream import Batch
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.runtime.process import joined_process
@@ -45,13 +44,9 @@ class Probe:
 
 
 def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -> Probe:
-    """Run a trained MBCnet over a split.
+    """Run a trained MBCnet over the valid or test split, and read the ids of a categorical field if one is named.
 
-    Args:
-        folder: of the run.
-        split: valid or test.
-        max_rows: stop after the batch that reaches it; 0: all rows.
-        category: a categorical field; "" reads none.
+    With `max_rows` it stops after the batch that reaches them.
 
     Raises:
         InputError: no such run, split or field, or the model has no branches.
@@ -111,11 +106,7 @@ def _with_categories(
 
 
 def choose_category(schema: Schema, wanted: str) -> Feature:
-    """Find the field whose ids are the categories of Figure 7.
-
-    Args:
-        schema: of the run.
-        wanted: its name; "": the first categorical field whose name says so.
+    """Find the field whose ids are the categories of Figure 7; without a name, the first categorical one whose name says so.
 
     Raises:
         InputError: no such categorical field.
@@ -132,9 +123,8 @@ def choose_category(schema: Schema, wanted: str) -> Feature:
 def category_names(schema: Schema, feature: Feature, ids: np.ndarray) -> list[str]:
     """Write ids out: a vocabulary's values where the field has one, else the ids."""
     values: list[str] = []
-    if feature.encoding == "vocabulary" and feature.vocabulary:
-        path = schema.folder / feature.vocabulary
-        values = [str(each) for each in pq.read_table(path).column(0).to_pylist()]
+    if feature.encoding == "vocabulary":
+        values = [str(each) for each in read_vocabularies(schema)[feature.vocabulary].to_pylist()]
     special = {MISSING: "(missing)"} | ({0: "(missing)", 1: "(rare)"} if values else {})
     return [
         special.get(int(each), values[each - 2] if 2 <= each < len(values) + 2 else str(each)) for each in ids

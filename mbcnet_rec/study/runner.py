@@ -75,13 +75,7 @@ def with_models(study: Study, models: Sequence[str]) -> Study:
 def variant_config(
     base: RunConfig, variant: Variant, tuned: Path | None, overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """Make a variant's config.
-
-    Args:
-        base: what it overrides.
-        variant: with its overrides.
-        tuned: folder whose KIND.toml stands in for the base; None: none.
-        overrides: of the command line, which hold for such a KIND.toml too.
+    """Make a variant's config from the base, or from KIND.toml in the folder `tuned`, with the command line's overrides, if that is there.
 
     Raises:
         InputError: its overrides do not fit the config.

@@ -7,7 +7,7 @@ So a study that is started again, or another study that needs the same run, find
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -29,6 +29,7 @@ from mbcnet_rec.teachers import train_model
 from mbcnet_rec.training.trainer import Watch
 
 KEY_DIGITS = 16
+Train = Callable[[RunConfig, Watch | None], str]  # why it failed, or ""; see train_one
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,34 @@ def run_key(config: RunConfig) -> str:
 
 
 def share_cores(num_runs: int, workers: int, available: int) -> tuple[int, int]:
-    """Choose processes, and threads of each, so that together they are at most the cores.
-
-    Args:
-        num_runs: number of runs to train.
-        workers: processes wanted; 0: one for each core.
-        available: number of cores.
-    """
+    """Choose processes, and threads of each: together at most the available cores. 0 workers: as many as there are cores."""
     processes = max(1, min(workers or available, num_runs))
     return processes, max(1, available // processes)
 
 
-def train_all(runs: Sequence[Run], workers: int = 0) -> Iterator[tuple[Run, str]]:
+def train_one(config: RunConfig, watch: Watch | None = None) -> str:
+    """Train one run, with `watch` as run_training has it; what it prints goes to a file beside its folder.
+
+    Returns:
+        Why it failed, on one line; "" if it did not.
+
+    Raises:
+        PreemptedError: this process got a stop request, which is no fault of the run.
+        CannotWriteError: the next run would not get further either.
+    """
+    folder = config.run_folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            train_model(config, overwrite=True, watch=watch, report=write_run_report)
+        except (PreemptedError, CannotWriteError):
+            raise
+        except (InputError, RuntimeError) as error:  # a loss that is not finite is a RuntimeError
+            return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+def train_all(runs: Sequence[Run], workers: int = 0, train: Train = train_one) -> Iterator[tuple[Run, str]]:
     """Train what is not done yet, several at a time; yield each run when it ends, and why it failed or "".
 
     The same run wanted twice is trained once. A run that fails does not end the study: its row says so.
@@ -101,6 +118,7 @@ def train_all(runs: Sequence[Run], workers: int = 0) -> Iterator[tuple[Run, str]
     Args:
         runs: in any order.
         workers: processes; 0: one for each core, or a single one where runs take a GPU.
+        train: what trains a run.
 
     Raises:
         PreemptedError: this process got a stop request.
@@ -113,13 +131,13 @@ def train_all(runs: Sequence[Run], workers: int = 0) -> Iterator[tuple[Run, str]
     processes, threads = share_cores(len(pending), workers or int(on_gpu), len(os.sched_getaffinity(0)))
     if processes == 1:  # here, where torch is imported already
         for run in pending.values():
-            yield run, train_one(run.config)
+            yield run, train(run.config, None)
         return
     with (
         _child_threads(threads),
         ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool,
     ):
-        waiting = {pool.submit(train_one, run.config): run for run in pending.values()}
+        waiting = {pool.submit(train, run.config, None): run for run in pending.values()}
         try:
             for future in as_completed(waiting):
                 yield waiting[future], _outcome(future)
@@ -145,32 +163,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def train_one(config: RunConfig, watch: Watch | None = None) -> str:
-    """Train one run; what it prints goes to a file beside its folder.
-
-    Args:
-        config: the run's config.
-        watch: see run_training.
-
-    Returns:
-        Why it failed, on one line; "" if it did not.
-
-    Raises:
-        PreemptedError: this process got a stop request, which is no fault of the run.
-        CannotWriteError: the next run would not get further either.
-    """
-    folder = config.run_folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            train_model(config, overwrite=True, watch=watch, report=write_run_report)
-        except (PreemptedError, CannotWriteError):
-            raise
-        except (InputError, RuntimeError) as error:  # a loss that is not finite is a RuntimeError
-            return " ".join(str(error).split()) or type(error).__name__
-    return ""
 
 
 @contextmanager

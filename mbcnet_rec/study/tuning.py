@@ -32,7 +32,7 @@ from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
 from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.model.widths import fit_widths
-from mbcnet_rec.study.runs import Run, place_run, scores, train_one
+from mbcnet_rec.study.runs import Run, Train, place_run, scores, train_one
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 AGAIN = "another_try_of"  # user attribute of a trial: the number of the one that was interrupted
@@ -146,16 +146,11 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], source: str) -> 
 
 
 def tune_model(
-    config: RunConfig, search: Search, kind: str, out: Path, bar: "tqdm[Any]"
+    config: RunConfig, search: Search, kind: str, out: Path, train: Train = train_one
 ) -> tuple[Path, FrozenTrial]:
-    """Run the trials of one model that are still missing, and write the winner's config.
+    """Run the trials of one model that are still missing under a bar, and write the winner's config.
 
-    Args:
-        config: what the space leaves open; every trial has its seed.
-        search: ranges, number of trials, sampler.
-        kind: the kind of model.
-        out: folder of the study file, the trials' runs and the winner.
-        bar: progress over trials; it prints a line after each.
+    Every trial has the config's seed. The study file, the trials' runs and the winner lie in `out`.
 
     Returns:
         The winner's config file, and its trial.
@@ -179,12 +174,12 @@ def tune_model(
         study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
     base = base_config(config, kind, out)
     ended = len(study.get_trials(states=FINISHED)) - sum(AGAIN in trial.user_attrs for trial in study.trials)
-    bar.update(min(ended, search.trials))
-    for number in range(ended, search.trials):
-        study.sampler = SAMPLERS[search.sampler](seed=config.train.seed + number)
-        outcome = run_trial(study, study.ask(), base, search, out)
-        bar.write(f"{kind}: trial {number + 1} of {search.trials}: {outcome}")
-        bar.update(1)
+    with tqdm(total=search.trials, initial=ended, desc=f"tune {kind}", unit="trial") as bar:
+        for number in range(ended, search.trials):
+            study.sampler = SAMPLERS[search.sampler](seed=config.train.seed + number)
+            outcome = run_trial(study, base, search, out, train)
+            bar.write(f"{kind}: trial {number + 1} of {search.trials}: {outcome}")
+            bar.update(1)
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         raise InputError(
             f"{storage}: none of the {search.trials} trials of {kind} came to an end; see {out}/runs/*.log"
@@ -215,11 +210,12 @@ def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
     return replace(config, model=model)
 
 
-def run_trial(study: optuna.Study, trial: Trial, base: RunConfig, search: Search, out: Path) -> str:
+def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, train: Train) -> str:
     """Draw, train and score one trial; return what came of it in words.
 
     A trial whose validation AUC lies below the median of the earlier ones at the same evaluation is pruned.
     """
+    trial = study.ask()
     overrides = draw_overrides(trial, search, base.model.kind)
     trial.set_user_attr("overrides", overrides)
     shown = ", ".join(overrides)
@@ -236,7 +232,7 @@ def run_trial(study: optuna.Study, trial: Trial, base: RunConfig, search: Search
         pruned = trial.should_prune()
         return pruned
 
-    failure = "" if run.done else train_one(config, watch)
+    failure = "" if run.done else train(config, watch)
     if failure:
         study.tell(trial, state=TrialState.FAIL)
         return f"failed ({failure}): {shown}"
@@ -249,7 +245,9 @@ def run_trial(study: optuna.Study, trial: Trial, base: RunConfig, search: Search
     return f"valid AUC {auc:.4f}: {shown}"
 
 
-def tune_models(config: RunConfig, search: Search, models: Sequence[str], out: Path) -> int:
+def tune_models(
+    config: RunConfig, search: Search, models: Sequence[str], out: Path, train: Train = train_one
+) -> int:
     """Tune each model with the same number of trials; say what won and where it is.
 
     Raises:
@@ -260,8 +258,7 @@ def tune_models(config: RunConfig, search: Search, models: Sequence[str], out: P
         check_keys(search, with_overrides(config, [f"model.kind={kind}"], f"--models {kind}"), kind)
     lines = []
     for kind in kinds:
-        with tqdm(total=search.trials, desc=f"tune {kind}", unit="trial") as bar:
-            path, winner = tune_model(config, search, kind, out, bar)
+        path, winner = tune_model(config, search, kind, out, train)
         lines.append(
             f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {search.trials}: {path}"
         )
