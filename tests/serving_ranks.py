@@ -53,7 +53,7 @@ def evaluate(kind, world, **more):
     return lambda: run(f"{kind}_evaluate", lambda rank: action(), world=world)
 
 
-def prediction(kind, world, name, put=lambda rank: None):
+def prediction(kind, world, name, put=lambda rank: put_in_place):
     def action(rank):
         data, out = [str(FOLDER / "test.parquet")], str(FOLDER / f"{kind}_{name}")
         return run_prediction(str(FOLDER / kind), data, out, chunk_rows=CHUNK_ROWS, put=put(rank))

@@ -20,7 +20,7 @@ from mbcnet_rec.scoring.metrics import (
     exact_metrics,
     score_counts,
 )
-from mbcnet_rec.scoring.tally import BinnedRows, group_stride
+from mbcnet_rec.scoring.tally import Tally
 
 ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
 METRICS = [
@@ -93,14 +93,14 @@ def test_memory_of_streamed_metrics_does_not_grow_with_the_rows():
     rng, peaks = np.random.default_rng(0), []
     for batches in (4, 40):
         rows = 10_000 * batches
-        binned = BinnedRows((), group_stride(rows, 4_000))
+        binned = Tally(rows, (), has_groups=True, exact_rows=4_000)
         tracemalloc.start()
         for _ in range(batches):
             logits, groups = rng.normal(size=(10_000, 1)).astype(np.float32), rng.integers(0, 2**40, 10_000)
             binned.add(logits, (logits[:, 0] > 0).astype(np.float32), groups)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert 3_000 < len(binned.sample.gathered(ALONE).labels) < 5_000
+        assert 3_000 < len(binned.kept(ALONE).labels) < 5_000
     assert peaks[1] < peaks[0] + 500_000
 
 
@@ -126,7 +126,7 @@ def test_a_log_line_has_the_values_of_the_exact_metrics_with_their_errors():
     values = evaluate_predictions(logits, labels, ("efgc", "deep"), groups)
     assert set(values) == set(exact) and len(values) == 13
     assert values == pytest.approx({name: found.value for name, found in exact.items()}, rel=1e-12)
-    assert np.isnan(evaluate_predictions(logits, np.ones(500, np.float32), ())["auc"])
+    assert np.isnan(evaluate_predictions(logits[:, :1], np.ones(500, np.float32), ())["auc"])
 
 
 def test_intervals_cover():

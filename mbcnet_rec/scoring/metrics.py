@@ -8,6 +8,7 @@ Shapes: B rows, O outputs (the fused one first, then the branches), S distinct s
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,12 +92,6 @@ def auc(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(wins / 2 / (len(above) * len(below)))
 
 
-def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean of softplus(z) - y z, the binary cross-entropy of probabilities sigmoid(z), in nats."""
-    z = logits.astype(np.float64)
-    return float(np.mean(softplus(z) - labels * z))
-
-
 def softplus(z: np.ndarray) -> np.ndarray:
     """log(1 + e^z) for any z, at a third of the time of np.logaddexp(0, z)."""
     return np.log1p(np.exp(-np.abs(z))) + np.maximum(z, 0.0)
@@ -128,16 +123,15 @@ def metrics_of_moments(sums: np.ndarray) -> dict[str, Estimate]:
     cov_py, cov_ly = yp - y * p, yl - y * loss
     result = {"log_loss": Estimate(loss, math.sqrt(var_l / n))}
     if not 0 < y < 1:
-        return result | {"ne": NOT_KNOWN, "calibration": NOT_KNOWN if y == 0 else _ratio(p, var_p, n)}
+        return result | {
+            "ne": NOT_KNOWN,
+            "calibration": Estimate(p, math.sqrt(var_p / n)) if y else NOT_KNOWN,
+        }
     entropy = -(y * math.log(y) + (1 - y) * math.log1p(-y))
     by_loss, by_rate = 1 / entropy, loss / entropy**2 * math.log(y / (1 - y))
     result["ne"] = Estimate(loss / entropy, _delta_error(by_loss, by_rate, var_l, var_y, cov_ly, n))
     result["calibration"] = Estimate(p / y, _delta_error(1 / y, -p / y**2, var_p, var_y, cov_py, n))
     return result
-
-
-def _ratio(p: float, var_p: float, n: float) -> Estimate:
-    return Estimate(p, math.sqrt(var_p / n))
 
 
 def _delta_error(a: float, b: float, var_a: float, var_b: float, cov: float, n: float) -> float:
@@ -220,56 +214,60 @@ class Histogram:
 
     def metrics(self, names: tuple[str, ...]) -> dict[str, Estimate]:
         """Metrics of every output; `names`: of the branches."""
-        found = {}
-        for output, suffix in enumerate(("", *(f"/{name}" for name in names))):
-            negatives, positives = self.counts[:, output].astype(np.float64)
-            found |= _suffixed({"auc": auc_of_counts(positives, negatives, binned=True)}, suffix)
-            found |= _suffixed(metrics_of_moments(self.sums[output]), suffix)
-        return found
+        negatives, positives = self.counts.astype(np.float64)
+        aucs = [auc_of_counts(p, n, binned=True) for p, n in zip(positives, negatives, strict=True)]
+        return _of_outputs(names, aucs, self.sums)
 
 
 def exact_metrics(
-    logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...], group_ids: np.ndarray | None = None
+    logits: np.ndarray,
+    labels: np.ndarray,
+    names: tuple[str, ...],
+    group_ids: np.ndarray | None = None,
+    *,
+    errors: bool = True,
 ) -> dict[str, Estimate]:
-    """Compute every metric of every output, with errors, from the rows.
+    """Compute every metric of every output from the rows.
 
     Args:
         logits: (B, O), fused first.
         labels: (B,) of 0 and 1.
         names: of the branches, O - 1 of them.
         group_ids: (B,) for GAUC of the fused output, or None.
+        errors: whether an AUC has its error, at three times its time.
 
     Returns:
         auc, log_loss, ne, calibration, gauc of the fused output, and auc/BRANCH, log_loss/BRANCH, ne/BRANCH,
         calibration/BRANCH.
     """
-    found = {}
-    for output, suffix in enumerate(("", *(f"/{name}" for name in names))):
-        column = logits[:, output]
-        found |= _suffixed({"auc": auc_of_counts(*score_counts(column, labels))}, suffix)
-        found |= _suffixed(metrics_of_moments(moments(column, labels)), suffix)
+    columns = [np.ascontiguousarray(column) for column in logits.T]
+    if errors:
+        aucs = [auc_of_counts(*score_counts(column, labels)) for column in columns]
+    else:
+        aucs = [Estimate(auc(column, labels), float("nan")) for column in columns]
+    found = _of_outputs(names, aucs, [moments(column, labels) for column in columns])
     if group_ids is not None:
         found["gauc"] = gauc(logits[:, 0], labels, group_ids)
     return found
 
 
-def _suffixed(metrics: dict[str, Estimate], suffix: str) -> dict[str, Estimate]:
-    return {name + suffix: estimate for name, estimate in metrics.items()}
+def _of_outputs(
+    names: tuple[str, ...], aucs: Iterable[Estimate], sums: Iterable[np.ndarray]
+) -> dict[str, Estimate]:
+    """Name the metrics of every output, given its AUC and its moments."""
+    found = {}
+    for suffix, area, each in zip(("", *(f"/{name}" for name in names)), aucs, sums, strict=True):
+        metrics = {"auc": area} | metrics_of_moments(each)
+        found |= {name + suffix: estimate for name, estimate in metrics.items()}
+    return found
 
 
 def evaluate_predictions(
     logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...], group_ids: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Values of `exact_metrics`, at a fraction of its time without their errors: what training logs."""
-    found: dict[str, float] = {}
-    for output, suffix in enumerate(("", *(f"/{name}" for name in names))):
-        column = np.ascontiguousarray(logits[:, output])
-        found[f"auc{suffix}"] = auc(column, labels)
-        rest = metrics_of_moments(moments(column, labels))
-        found |= {name + suffix: estimate.value for name, estimate in rest.items()}
-    if group_ids is not None:
-        found["gauc"] = gauc(logits[:, 0], labels, group_ids).value
-    return found
+    """Values of `exact_metrics` without their errors: what training logs."""
+    found = exact_metrics(logits, labels, names, group_ids, errors=False)
+    return {name: estimate.value for name, estimate in found.items()}
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = RELIABILITY_BINS) -> list[list[float]]:

@@ -13,8 +13,9 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,38 +57,13 @@ WRITTEN_ROWS = 65_536  # of a row group of the output
 
 @dataclass(frozen=True)
 class Job:
-    """One prediction.
-
-    Attributes:
-        files: of the input.
-        names: of the files in OUT, one for each.
-        out: the output folder.
-        columns: kept columns, and their Arrow fields.
-        outputs: names of the probability columns.
-        put: renames a draft to where readers look.
-    """
+    """One prediction: the input's files, the name of each in the folder `out`, and the columns that are written."""
 
     files: Sequence[DataFile]
     names: Sequence[str]
     out: Path
-    columns: tuple[pa.Field, ...]
-    outputs: tuple[str, ...]
-    put: Callable[[Path, Path], None]
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Of every output file."""
-        return pa.schema([*self.columns, *(pa.field(name, pa.float32()) for name in self.outputs)])
-
-    @property
-    def problem(self) -> str:
-        """Why the input cannot be scored into this folder, or an empty string."""
-        inside = [
-            file
-            for file in self.files
-            if isinstance(file, Path) and self.out.resolve() in file.resolve().parents
-        ]
-        return f"{inside[0]}: lies in --out {self.out}; choose another output folder" if inside else ""
+    schema: pa.Schema
+    put: Callable[[Path, Path], None]  # renames a draft to where readers look
 
     def target(self, chunk: Chunk) -> Path:
         """The finished file of a chunk's file."""
@@ -96,6 +72,18 @@ class Job:
     def part(self, chunk: Chunk) -> Path:
         """The finished chunk."""
         return self.out / CHUNKS / self.names[chunk.file] / f"{chunk.number:06d}.parquet"
+
+    def open(self, path: Path) -> pq.ParquetWriter:
+        """Open a Parquet file to write, with page checksums."""
+        return pq.ParquetWriter(path, self.schema, compression="zstd", write_page_checksum=True)
+
+
+def put_in_place(draft: Path, place: Path) -> None:
+    """Rename a whole file to where readers look, once its bytes are on the disk."""
+    with draft.open("rb+") as file:
+        os.fsync(file.fileno())
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft.replace(place)
 
 
 def run_prediction(
@@ -106,7 +94,7 @@ def run_prediction(
     keep: Sequence[str] = (),
     overwrite: bool = False,
     chunk_rows: int = CHUNK_ROWS,
-    put: Callable[[Path, Path], None] | None = None,
+    put: Callable[[Path, Path], None] = put_in_place,
 ) -> int:
     """Score Parquet files with a run's best checkpoint. One call per rank.
 
@@ -117,7 +105,7 @@ def run_prediction(
         keep: columns to pass through; none: the schema's group and time columns, where the files have them.
         overwrite: remove what another prediction left in `out`.
         chunk_rows: of a resumable chunk: it ends with the row group that reaches them.
-        put: puts a finished file in its place; None: `put_in_place`.
+        put: puts a finished file in its place.
 
     Raises:
         InputError: no such run, faulty files, or `out` holds something else.
@@ -135,24 +123,21 @@ def run_prediction(
         row_groups, columns = unlabelled_row_groups(files, schema)
         chunks = chunks_of(row_groups, chunk_rows)
         kept = kept_fields(files, columns, keep, [schema.group_column, schema.time_column])
-        extra = [each.name for each in kept]
-        reader = RowReader(files, Encoder(schema, has_labels=False), extra=extra)
-        outputs = (PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(config.model)))
-        job = Job(files, relative_names(files), Path(out), kept, outputs, put or put_in_place)
-        refuse_together(job.problem, process)
+        outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(config.model))]
+        written = pa.schema([*kept, *(pa.field(name, pa.float32()) for name in outputs)])
+        job = Job(files, relative_names(files), Path(out), written, put)
         request = describe(job, chunks, weights_digest(config, folder, step))
         with _naming_write_faults(job.out):
             refuse_together(prepare(job, request, overwrite) if process.is_first else "", process)
             todo = broadcast_value(unfinished(job, chunks) if process.is_first else None, process)
             if todo:
+                encoder = Encoder(schema, has_labels=False)
+                reader = RowReader(files, encoder, extra=[field.name for field in kept])
                 built = load_built(config, schema, folder, step, process)
                 scorer, batch_rows = scorer_of(config, built, process)
                 dealt = deal(todo, process.world_size)
-                write_chunks(
-                    job,
-                    dealt[process.rank],
-                    score_chunks(scorer, reader, dealt, process, batch_rows, title="predict"),
-                )
+                scored = score_chunks(scorer, reader, dealt, process, batch_rows, title="predict")
+                write_chunks(job, dealt[process.rank], scored)
             join_chunks(job, chunks, process)
             any_rank(False)  # until every rank's files are there
             if process.is_first:
@@ -182,25 +167,22 @@ def relative_names(files: Sequence[DataFile]) -> list[str]:
 
 def kept_fields(
     files: Sequence[DataFile], columns: Sequence[pa.Schema], keep: Sequence[str], default: Sequence[str]
-) -> tuple[pa.Field, ...]:
+) -> list[pa.Field]:
     """Names and types of the columns to pass through.
 
     Args:
         files: of the input.
         columns: of each file.
-        keep: named by the user; none: `default`, as far as all files have them.
+        keep: named by the user; none: those of `default` that all files have.
         default: names; empty ones are left out.
 
     Raises:
         InputError: a column is missing in a file, has another type there, or has the name of an output.
     """
+    names = keep or [name for name in default if name and all(name in found.names for found in columns)]
     kept: dict[str, pa.Field] = {}
-    for number, (file, found) in enumerate(zip(files, columns, strict=True)):
-        wanted = list(dict.fromkeys(keep or [name for name in default if name and name in found.names]))
-        if number and not keep:
-            wanted = [name for name in wanted if name in kept]
-            kept = {name: kept[name] for name in wanted}
-        for name in wanted:
+    for file, found in zip(files, columns, strict=True):
+        for name in names:
             if name not in found.names:
                 raise InputError(
                     f"{file}: --keep {name}: no such column; it has {', '.join(found.names[:8])}, ..."
@@ -214,17 +196,17 @@ def kept_fields(
                 raise InputError(
                     f"{file}: --keep {name}: the output has a column of this name; rename it first"
                 )
-    return tuple(kept.values())
+    return list(kept.values())
 
 
 def describe(job: Job, chunks: Sequence[Chunk], weights: str) -> dict[str, Any]:
     """What fixes the output; written beside it, and compared when a prediction goes on."""
-    rows = [0] * len(job.files)
+    rows: Counter[int] = Counter()
     for chunk in chunks:
         rows[chunk.file] += chunk.num_rows
     files = {}
-    for name, file, count in zip(job.names, job.files, rows, strict=True):
-        entry: dict[str, Any] = {"from": str(file), "rows": count}
+    for number, (name, file) in enumerate(zip(job.names, job.files, strict=True)):
+        entry: dict[str, Any] = {"from": str(file), "rows": rows[number]}
         if isinstance(file, Path):
             entry |= {"bytes": file.stat().st_size, "changed": file.stat().st_mtime_ns}
         files[name] = entry
@@ -238,6 +220,9 @@ def prepare(job: Job, request: dict[str, Any], overwrite: bool) -> str:
     Output of files that have changed since is removed before the note is renewed, so that it is made again whatever happens in between.
     """
     note = job.out / REQUEST
+    for file in job.files:
+        if isinstance(file, Path) and job.out.resolve() in file.resolve().parents:
+            return f"{file}: lies in --out {job.out}; choose another output folder"
     if job.out.exists() and not job.out.is_dir():
         return f"{job.out}: is a file; choose a folder for --out"
     if job.out.is_dir() and any(job.out.iterdir()):
@@ -278,11 +263,9 @@ def _read_request(note: Path) -> dict[str, Any] | None:
 
 def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:
     """The chunks that have no output yet. Output of the wrong length (a disk that lied) is removed."""
-    of_file: dict[int, list[Chunk]] = {}
-    for chunk in chunks:
-        of_file.setdefault(chunk.file, []).append(chunk)
     todo = []
-    for own in of_file.values():
+    for _, of_file in itertools.groupby(chunks, lambda chunk: chunk.file):
+        own = list(of_file)
         if not _holds(job.target(own[0]), sum(chunk.num_rows for chunk in own)):
             todo += [chunk for chunk in own if not _holds(job.part(chunk), chunk.num_rows)]
     return todo
@@ -290,67 +273,13 @@ def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:
 
 def _holds(path: Path, num_rows: int) -> bool:
     """Whether a Parquet file is there with that many rows; a wrong one is removed."""
-    try:
+    if not path.exists():
+        return False
+    with suppress(OSError, pa.ArrowException):
         if pq.read_metadata(path).num_rows == num_rows:
             return True
-    except FileNotFoundError:
-        return False
-    except (OSError, pa.ArrowException):
-        pass
     path.unlink()
     return False
-
-
-class _ChunkWriter:
-    """Writes one chunk beside its place, and puts it there when its last row is written."""
-
-    def __init__(self, job: Job, chunk: Chunk) -> None:
-        self.chunk, self.num_rows = chunk, 0
-        self._job, self._draft = job, job.part(chunk).with_suffix(".partial")
-        self._draft.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = open_writer(self._draft, job.schema)
-        self._held: list[pa.RecordBatch] = []
-        self._finish_if_whole()
-
-    def add(self, scored: ScoredRows) -> None:
-        """Take the rows of one batch."""
-        probabilities = 1.0 / (1.0 + np.exp(-scored.logits.astype(np.float64)))
-        columns = [pa.array(column.astype(np.float32)) for column in probabilities.T]
-        rows = pa.RecordBatch.from_arrays([*scored.rows.columns, *columns], schema=self._job.schema)
-        self._held.append(rows)
-        self.num_rows += rows.num_rows
-        if sum(each.num_rows for each in self._held) >= WRITTEN_ROWS:
-            self._flush()
-        self._finish_if_whole()
-
-    def _flush(self) -> None:
-        if self._held:
-            self._writer.write_table(pa.Table.from_batches(self._held, self._job.schema))
-        self._held = []
-
-    def _finish_if_whole(self) -> None:
-        if self.num_rows == self.chunk.num_rows:
-            self._flush()
-            self._writer.close()
-            self._job.put(self._draft, self._job.part(self.chunk))
-
-    def abandon(self) -> None:
-        """Remove what there is of a chunk that is not whole: one of its rows was faulty."""
-        self._writer.close()
-        self._draft.unlink(missing_ok=True)
-
-
-def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Open a Parquet file to write, with page checksums."""
-    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
-
-
-def put_in_place(draft: Path, place: Path) -> None:
-    """Rename a whole file to where readers look, once its bytes are on the disk."""
-    with draft.open("rb+") as file:
-        os.fsync(file.fileno())
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft.replace(place)
 
 
 def write_chunks(job: Job, own: Sequence[Chunk], scored: Iterator[ScoredRows]) -> None:
@@ -361,18 +290,34 @@ def write_chunks(job: Job, own: Sequence[Chunk], scored: Iterator[ScoredRows]) -
     """
     for chunk in own:
         if not chunk.num_rows:
-            _ChunkWriter(job, chunk)
-    writer: _ChunkWriter | None = None
+            _write_chunk(job, chunk, [])
+    for chunk, batches in itertools.groupby(scored, lambda batch: batch.chunk):
+        _write_chunk(job, chunk, batches)
+
+
+def _write_chunk(job: Job, chunk: Chunk, batches: Iterable[ScoredRows]) -> None:
+    """Write a chunk beside its place, and put it there with its last row. Nothing is left of one that a faulty row cut short."""
+    draft, num_rows = job.part(chunk).with_suffix(".partial"), 0
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    held: list[pa.RecordBatch] = []
     try:
-        for batch in scored:
-            if writer is None or writer.chunk != batch.chunk:
-                if writer is not None:
-                    writer.abandon()
-                writer = _ChunkWriter(job, batch.chunk)
-            writer.add(batch)
+        with job.open(draft) as writer:
+            for batch in batches:
+                probabilities = 1.0 / (1.0 + np.exp(-batch.logits.astype(np.float64)))
+                columns = [pa.array(column.astype(np.float32)) for column in probabilities.T]
+                rows = pa.RecordBatch.from_arrays([*batch.rows.columns, *columns], schema=job.schema)
+                held.append(rows)
+                num_rows += rows.num_rows
+                whole = num_rows == chunk.num_rows
+                if whole or sum(each.num_rows for each in held) >= WRITTEN_ROWS:
+                    writer.write_table(pa.Table.from_batches(held, job.schema))
+                    held = []
+                if whole:
+                    break
+        if num_rows == chunk.num_rows:
+            job.put(draft, job.part(chunk))
     finally:
-        if writer is not None:
-            writer.abandon()
+        draft.unlink(missing_ok=True)
 
 
 def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
@@ -387,7 +332,7 @@ def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
             continue
         draft = target.with_name(f".{target.name}.partial")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open_writer(draft, job.schema) as writer:
+        with job.open(draft) as writer:
             for chunk in own:
                 with pq.ParquetFile(job.part(chunk)) as parquet:
                     for group in range(parquet.num_row_groups):

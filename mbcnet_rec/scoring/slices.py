@@ -6,7 +6,7 @@ of their own; all others are one slice together.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,24 +25,15 @@ COUNTED_ROWS = 65_536  # at a time
 REST, NULL = "(other)", "(null)"
 
 
-class Slicer(NamedTuple):
-    """Slices of each column, by falling frequency; REST, where there is one, is the last.
-
-    Attributes:
-        names: column as the user named it -> names of its slices.
-    """
-
-    names: dict[str, list[str]]
-
-    def codes(self, rows: pa.RecordBatch) -> np.ndarray:
-        """(n, columns) int64: each row's place in the list of slices of each column."""
-        codes = np.zeros((rows.num_rows, len(self.names)), np.int64)
-        for index, names in enumerate(self.names.values()):
-            place_of = {name: place for place, name in enumerate(names)}
-            values, places = _distinct(rows.column(index))
-            numbers = np.asarray([place_of.get(value, len(names) - 1) for value in values], np.int64)
-            codes[:, index] = numbers[places] if len(values) else 0
-        return codes
+def slice_codes(slices: dict[str, list[str]], rows: pa.RecordBatch) -> np.ndarray:
+    """(n, columns) int64: each row's place in the list of slices of each column, which are those of `count_slices`."""
+    codes = np.zeros((rows.num_rows, len(slices)), np.int64)
+    for index, names in enumerate(slices.values()):
+        place_of = {name: place for place, name in enumerate(names)}
+        values, places = _distinct(rows.column(index))
+        numbers = np.asarray([place_of.get(value, len(names) - 1) for value in values], np.int64)
+        codes[:, index] = numbers[places] if len(values) else 0
+    return codes
 
 
 def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) -> dict[str, str]:
@@ -70,7 +61,7 @@ def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) 
 
 def count_slices(
     by: Sequence[str], reader: RowReader, own: Sequence[Chunk], process: Process, max_slices: int = MAX_SLICES
-) -> Slicer:
+) -> dict[str, list[str]]:
     """Count every column's values over all ranks and choose the slices. Every rank calls it.
 
     Args:
@@ -79,6 +70,9 @@ def count_slices(
         own: chunks of this rank.
         process: this rank.
         max_slices: of one column, besides REST.
+
+    Returns:
+        Column as the user named it -> names of its slices, by falling frequency; REST, where there is one, is the last.
 
     Raises:
         InputError: on every rank, where a file is damaged or a column has more than MAX_VALUES values.
@@ -100,7 +94,7 @@ def count_slices(
         everyone = [None] * process.world_size
         dist.all_gather_object(everyone, counts)
     merged = [sum((each[index] for each in everyone), Counter()) for index in range(len(by))]
-    return Slicer({name: _largest(counter, max_slices) for name, counter in zip(by, merged, strict=True)})
+    return {name: _largest(counter, max_slices) for name, counter in zip(by, merged, strict=True)}
 
 
 def _largest(counter: Counter[str], max_slices: int) -> list[str]:

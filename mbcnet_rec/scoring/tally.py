@@ -6,15 +6,17 @@ whole groups. Either way rank 0 never holds more than about EXACT_ROWS rows.
 Shapes: n rows of one batch, O outputs (the fused one first, then the branches), C columns that cut rows into slices.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from mbcnet_rec.runtime.process import Process, gather_rows
-from mbcnet_rec.scoring.metrics import Estimate, Histogram, gauc
+from mbcnet_rec.scoring.metrics import Estimate, Histogram, exact_metrics, gauc, reliability
+from mbcnet_rec.scoring.slices import REST
 
 EXACT_ROWS = 10_000_000  # 4 outputs: 280 MB of logits, labels and groups on rank 0
 NUM_BINS = 2**20  # of all rows: an AUC's bound is then near 1e-6
@@ -30,19 +32,68 @@ class Rows(NamedTuple):
     slices: np.ndarray  # (N, C) int64
 
 
-class KeptRows:
-    """Keeps every row.
+class Scores(NamedTuple):
+    """Metrics of some rows, named as metrics.exact_metrics names them."""
 
-    Args:
-        num_outputs: O.
-        has_groups: whether rows have group ids.
-        num_columns: C.
+    rows: int
+    positives: int
+    metrics: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out.
+
+    Attributes:
+        exact: whether all logits were kept.
+        everything: of all rows.
+        slices: column -> value -> scores, the largest first and the rest last; those without a row are left out.
+        reliability: of the fused output, as metrics.reliability gives it.
     """
 
-    def __init__(self, num_outputs: int, *, has_groups: bool, num_columns: int = 0) -> None:
-        self._has_groups = has_groups
-        self._rows = [np.zeros((0, num_outputs + 1), np.float32)]  # logits, label
-        self._keys = [np.zeros((0, has_groups + num_columns), np.int64)]  # group id, slices
+    exact: bool
+    everything: Scores
+    slices: dict[str, dict[str, Scores]]
+    reliability: list[list[float]]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What training logs."""
+        values = {name: estimate.value for name, estimate in self.everything.metrics.items()}
+        return values | {"rows": self.everything.rows, "reliability": self.reliability}
+
+
+class Tally:
+    """Keeps every row; or, where they are too many, counts them in bins and keeps a sample of the groups.
+
+    Args:
+        num_rows: of all ranks.
+        branches: names of the outputs after the fused one.
+        has_groups: whether rows have group ids.
+        slices: names of the slices of each of the C columns.
+        exact_rows: up to which all rows are kept.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        branches: tuple[str, ...],
+        *,
+        has_groups: bool,
+        slices: Mapping[str, Sequence[str]] | None = None,
+        exact_rows: int = EXACT_ROWS,
+    ) -> None:
+        self.exact = num_rows <= exact_rows
+        self._branches, self._has_groups, self._names = branches, has_groups, slices or {}
+        # About one group in `stride` has an id that is a multiple of it, since ids are hashes
+        self._stride = -(-num_rows // max(1, exact_rows))
+        self._rows = [np.zeros((0, len(branches) + 2), np.float32)]  # logits, label
+        self._keys = [np.zeros((0, has_groups + len(self._names)), np.int64)]  # group id, slices
+        if not self.exact:
+            self._everything = Histogram(1 + len(branches), NUM_BINS)
+            self._slices = [
+                [Histogram(1 + len(branches), SLICE_BINS) for _ in names] for names in self._names.values()
+            ]
 
     def add(
         self,
@@ -52,12 +103,26 @@ class KeptRows:
         slices: np.ndarray | None = None,
     ) -> None:
         """Take the rows of one batch: logits (n, O), labels (n,), group ids (n,), slices (n, C)."""
-        self._rows.append(np.concatenate([logits, labels[:, None]], axis=1))
-        groups = group_ids[:, None] if group_ids is not None else np.zeros((len(labels), 0), np.int64)
-        self._keys.append(groups if slices is None else np.concatenate([groups, slices], axis=1))
+        rows = np.concatenate([logits, labels[:, None]], axis=1)
+        keys = np.zeros((len(labels), 0), np.int64) if slices is None else slices
+        if group_ids is not None:
+            keys = np.concatenate([group_ids[:, None], keys], axis=1)
+        if not self.exact:
+            self._count(logits, labels, slices)
+            taken = group_ids % self._stride == 0 if group_ids is not None else np.zeros(len(labels), bool)
+            rows, keys = rows[taken], keys[taken]
+        self._rows.append(rows)
+        self._keys.append(keys)
 
-    def gathered(self, process: Process) -> Rows | None:
-        """All ranks' rows on rank 0, None elsewhere. Every rank calls it, once."""
+    def _count(self, logits: np.ndarray, labels: np.ndarray, slices: np.ndarray | None) -> None:
+        self._everything.add(logits, labels)
+        for histograms, places in zip(self._slices, slices.T if slices is not None else (), strict=True):
+            for place in np.unique(places):
+                chosen = places == place
+                histograms[place].add(logits[chosen], labels[chosen])
+
+    def kept(self, process: Process) -> Rows | None:
+        """All ranks' kept rows on rank 0, None elsewhere. Every rank calls it, once."""
         rows = gather_rows(np.concatenate(self._rows), process)
         keys = gather_rows(np.concatenate(self._keys), process)
         if rows is None or keys is None:
@@ -65,55 +130,44 @@ class KeptRows:
         groups = keys[:, 0] if self._has_groups else None
         return Rows(rows[:, :-1], rows[:, -1], groups, keys[:, int(self._has_groups) :])
 
-
-class BinnedRows:
-    """Counts rows in bins and forgets them, but for a sample of the groups.
-
-    Args:
-        branches: names of the outputs after the fused one.
-        group_stride: GAUC is that of the groups whose id is a multiple of it, about one in `group_stride` (ids are hashes); 0:
-            there are no groups.
-        slices: number of slices of each of the C columns; each slice has a histogram of its own.
-    """
-
-    def __init__(self, branches: tuple[str, ...], group_stride: int, slices: Sequence[int] = ()) -> None:
-        self.branches, self._stride = branches, group_stride
-        outputs = 1 + len(branches)
-        self.everything = Histogram(outputs, NUM_BINS)
-        self.slices = [[Histogram(outputs, SLICE_BINS) for _ in range(count)] for count in slices]
-        self.sample = KeptRows(1, has_groups=True)
-
-    def add(
-        self,
-        logits: np.ndarray,
-        labels: np.ndarray,
-        group_ids: np.ndarray | None,
-        slices: np.ndarray | None = None,
-    ) -> None:
-        """Take the rows of one batch, as KeptRows does."""
-        self.everything.add(logits, labels)
-        if slices is not None:
-            for histograms, column in zip(self.slices, slices.T, strict=True):
-                for number in np.unique(column):
-                    chosen = column == number
-                    histograms[number].add(logits[chosen], labels[chosen])
-        if self._stride and group_ids is not None:
-            taken = group_ids % self._stride == 0
-            self.sample.add(logits[taken, :1], labels[taken], group_ids[taken])
-
-    def metrics(self, process: Process) -> dict[str, Estimate]:
-        """Metrics of all ranks' rows; GAUC on rank 0 only. Adds up every histogram over ranks: every rank calls it, once."""
-        for histogram in (self.everything, *(each for column in self.slices for each in column)):
-            if process.world_size > 1:
+    def answer(self, process: Process, *, errors: bool = True) -> Answer | None:
+        """The metrics on rank 0, None elsewhere; exact ones without `errors` in a third of the time. Every rank calls it, once."""
+        rows = self.kept(process)
+        if not self.exact and process.world_size > 1:
+            for histogram in (self._everything, *(each for column in self._slices for each in column)):
                 dist.all_reduce(torch.from_numpy(histogram.counts))
                 dist.all_reduce(torch.from_numpy(histogram.sums))
-        found = self.everything.metrics(self.branches)
-        sample = self.sample.gathered(process)
-        if sample is not None and sample.group_ids is not None and len(sample.labels):
-            found["gauc"] = gauc(sample.logits[:, 0], sample.labels, sample.group_ids)
-        return found
+        if rows is None:
+            return None
+        return self._of_rows(rows, errors) if self.exact else self._of_counts(rows)
+
+    def _of_rows(self, rows: Rows, errors: bool) -> Answer:
+        def scores(chosen: Any) -> Scores:
+            labels = rows.labels[chosen]
+            groups = None if rows.group_ids is None else rows.group_ids[chosen]
+            metrics = exact_metrics(rows.logits[chosen], labels, self._branches, groups, errors=errors)
+            return Scores(len(labels), int(labels.sum()), metrics)
+
+        slices = {
+            column: _by_falling_size({name: scores(places == place) for place, name in enumerate(names)})
+            for (column, names), places in zip(self._names.items(), rows.slices.T, strict=True)
+        }
+        return Answer(True, scores(slice(None)), slices, reliability(rows.logits[:, 0], rows.labels))
+
+    def _of_counts(self, sample: Rows) -> Answer:
+        def scores(histogram: Histogram) -> Scores:
+            return Scores(*histogram.rows_and_positives(), histogram.metrics(self._branches))
+
+        slices = {
+            column: _by_falling_size(dict(zip(names, map(scores, histograms), strict=True)))
+            for (column, names), histograms in zip(self._names.items(), self._slices, strict=True)
+        }
+        everything = scores(self._everything)
+        if sample.group_ids is not None and len(sample.labels):
+            everything.metrics["gauc"] = gauc(sample.logits[:, 0], sample.labels, sample.group_ids)
+        return Answer(False, everything, slices, self._everything.reliability())
 
 
-def group_stride(num_rows: int, exact_rows: int) -> int:
-    """The stride of a sample of groups that has about `exact_rows` of `num_rows` rows."""
-    return -(-num_rows // max(1, exact_rows))
+def _by_falling_size(slices: dict[str, Scores]) -> dict[str, Scores]:
+    kept = [(name, scores) for name, scores in slices.items() if scores.rows]
+    return dict(sorted(kept, key=lambda item: (item[0] == REST, -item[1].rows)))

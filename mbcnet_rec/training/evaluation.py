@@ -17,9 +17,8 @@ from mbcnet_rec.runtime.process import (
     broadcast_value,
     mean_over_ranks,
 )
-from mbcnet_rec.scoring.metrics import evaluate_predictions, reliability
 from mbcnet_rec.scoring.scorer import Autocast, Scorer
-from mbcnet_rec.scoring.tally import EXACT_ROWS, BinnedRows, KeptRows, group_stride
+from mbcnet_rec.scoring.tally import EXACT_ROWS, Tally
 from mbcnet_rec.training.built import Built
 
 
@@ -86,11 +85,8 @@ def evaluate_stream(
     Raises:
         EvaluationStoppedError: `stop_requested` returned True.
     """
-    names, has_groups = built.branch_names, bool(stream.schema.group_column)
-    kept = KeptRows(1 + len(names), has_groups=has_groups)
-    binned = None
-    if stream.num_rows > exact_rows:
-        binned = BinnedRows(names, group_stride(stream.num_rows, exact_rows) if has_groups else 0)
+    has_groups = bool(stream.schema.group_column)
+    tally = Tally(stream.num_rows, built.branch_names, has_groups=has_groups, exact_rows=exact_rows)
     with (
         averaged_buffers(built.model),
         blamed_on(process),
@@ -98,15 +94,8 @@ def evaluate_stream(
     ):
         for each in scored:
             groups = None if each.note is None else each.note.numpy()[each.real]
-            (binned or kept).add(each.logits, each.labels, groups)
+            tally.add(each.logits, each.labels, groups)
             if stop_requested():
                 raise EvaluationStoppedError
-    metrics: dict[str, Any] = {}
-    if binned is not None:
-        metrics = {name: each.value for name, each in binned.metrics(process).items()}
-        metrics["rows"] = binned.everything.rows_and_positives()[0]
-        metrics["reliability"] = binned.everything.reliability()
-    elif rows := kept.gathered(process):
-        metrics = evaluate_predictions(rows.logits, rows.labels, names, rows.group_ids)
-        metrics |= {"rows": len(rows.labels), "reliability": reliability(rows.logits[:, 0], rows.labels)}
-    return broadcast_value(metrics, process)
+    answer = tally.answer(process, errors=False)
+    return broadcast_value(answer.values if answer else {}, process)
