@@ -128,7 +128,7 @@ REPLACED = {
     ("test_model_layers.py", "_product"), ("test_model_layers.py", "get_cpu_capability"), ("test_model_sparse_arch.py", "regroup_op"),
     ("test_reading_selection.py", "open_parquet"), ("test_stream_parquet_stream.py", "open_parquet"),
     ("test_study_runner.py", "train_one"), ("test_study_runs.py", "train_model"), ("test_study_runs.py", "train_one"),
-    ("test_study_tuning.py", "train_one"), ("test_study_tuning.py", "resolve_files"), ("test_synthetic_log.py", "make_block"),
+    ("test_study_tuning.py", "train_one"), ("test_study_tuning.py", "resolve_files"),
 }  # fmt: skip
 
 

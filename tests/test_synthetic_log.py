@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.schema import load_schema, parse_schema, schema_to_toml
-from data.synthetic import write as synthetic
 from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.planted import (
     CLICK_RATE,
@@ -28,7 +28,7 @@ from data.synthetic.planted import (
     taste_of_day,
     true_probability,
 )
-from data.synthetic.write import METADATA_KEY, Tally, make_block, write_synthetic
+from data.synthetic.write import METADATA_KEY, Tally, in_order, make_block, write_synthetic
 
 ROWS, DAYS = 6_000, 6
 
@@ -66,21 +66,19 @@ def rows_of(folder: Path) -> pa.Table:
 
 
 def test_same_seed_same_bytes_whatever_the_threads(schema, log, tmp_path):
-    again = tmp_path / "again"
-    write_synthetic(schema, again, rows=ROWS, days=DAYS, rows_per_file=700, threads=1)
-    bytes_of = [
-        {file.relative_to(folder): file.read_bytes() for file in files_of(folder)} for folder in (log, again)
-    ]
-    assert bytes_of[0] == bytes_of[1] and len(bytes_of[0]) == 2 * DAYS
+    write_synthetic(schema, tmp_path, rows=ROWS, days=DAYS, rows_per_file=700, threads=1)
+    one, two = (
+        {file.relative_to(out): file.read_bytes() for file in files_of(out)} for out in (log, tmp_path)
+    )
+    assert one == two and len(one) == 2 * DAYS
 
 
 def test_block_size_does_not_matter(world):
-    whole, whole_probability = make_block(world, 3, 0, 1000)
-    parts = [make_block(world, 3, first, rows) for first, rows in ((0, 1), (1, 332), (333, 667))]
-    assert pa.Table.from_batches([whole]).equals(
-        pa.Table.from_batches([part for part, _ in parts]).combine_chunks()
-    )
-    assert np.array_equal(whole_probability, np.concatenate([probability for _, probability in parts]))
+    whole, probability = make_block(world, 3, 0, 1000)
+    sizes = ((0, 1), (1, 332), (333, 667))
+    parts, probabilities = zip(*(make_block(world, 3, first, rows) for first, rows in sizes), strict=True)
+    assert pa.Table.from_batches([whole]).equals(pa.Table.from_batches(parts).combine_chunks())
+    assert np.array_equal(probability, np.concatenate(probabilities))
 
 
 def test_another_seed_gives_other_rows(schema, world):
@@ -243,13 +241,6 @@ def test_another_log_is_replaced_only_with_force(schema, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-def test_a_folder_of_something_else_is_never_touched(schema, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds no synthetic log"):
-        write_synthetic(schema, tmp_path, rows=30, days=3, force=True)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
 def test_failure_leaves_nothing_behind(schema, tmp_path):
     def stop(done: int) -> None:
         raise KeyboardInterrupt
@@ -260,20 +251,25 @@ def test_failure_leaves_nothing_behind(schema, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "message"),
-    [({"rows": 2, "days": 3}, "rows = 2: wanted 3"), ({"rows": 9, "days": 2}, "days = 2: wanted 3")],
+    ("options", "message"),
+    [
+        ({"rows": 2}, "rows = 2: wanted 3"),
+        ({"days": 2}, "days = 2: wanted 3"),
+        ({"force": True}, "holds no synthetic log"),
+        ({"field": "query_hour"}, "query_hour.*is missing"),
+    ],
 )
-def test_numbers_out_of_range_are_refused(schema, tmp_path, numbers, message):
-    with pytest.raises(InputError, match=message):
-        write_synthetic(schema, tmp_path / "log", **numbers)
-
-
-def test_another_schema_is_refused(schema, tmp_path):
+def test_mistakes_are_refused_and_nothing_is_touched(schema, tmp_path, options, message):
     top = schema_to_toml(schema)
-    del top["fields"]["query_hour"]
-    with pytest.raises(InputError, match=r"query_hour.*is missing"):
-        write_synthetic(parse_schema(top, "test", tmp_path), tmp_path / "log", rows=30, days=3)
-    assert list(tmp_path.iterdir()) == []
+    top["fields"].pop(options.pop("field", None), None)
+    out = tmp_path / "log"
+    if "force" in options:
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        write_synthetic(parse_schema(top, "test", tmp_path), out, **{"rows": 30, "days": 3} | options)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @settings(max_examples=50, deadline=None)
@@ -310,14 +306,12 @@ def test_memory_is_flat_in_the_number_of_rows(tmp_path):
     assert peaks[1] - peaks[0] < 100, f"{peaks} MiB"
 
 
-def test_blocks_are_made_by_two_threads_at_once(schema, tmp_path, monkeypatch):
+def test_blocks_are_made_by_two_threads_at_once_and_in_order():
     together = threading.Barrier(2)
-    make = synthetic.make_block
 
-    def wait_for_the_other(*arguments):
+    def make(number: int) -> int:
         together.wait(timeout=30)  # breaks, and fails the test, where blocks are made one after another
-        return make(*arguments)
+        return -number
 
-    monkeypatch.setattr(synthetic, "make_block", wait_for_the_other)
-    write_synthetic(schema, tmp_path / "log", rows=40, days=4, threads=2)
-    assert rows_of(tmp_path / "log").num_rows == 40
+    with ThreadPoolExecutor(2) as pool:
+        assert list(in_order(pool, make, iter(range(8)), 3)) == [0, -1, -2, -3, -4, -5, -6, -7]

@@ -76,17 +76,10 @@ def check_files(
     threads: int = 2,
     progress: Callable[[int], object] = lambda done: None,
 ) -> CheckReport:
-    """Check Parquet files against a schema.
+    """Check Parquet files against a schema: their footers, and with `full` every value, by some threads.
 
-    Footers tell missing columns, wrong types, and ids and labels out of range where the writer left statistics.
-
-    Args:
-        files: Parquet files.
-        schema: with `full` it must be fitted.
-        full: whether to decode and check every value as well.
-        max_faults: how many to report; all are counted.
-        threads: of the full check.
-        progress: called with the number of rows checked so far; with `full` only.
+    Footers tell missing columns, wrong types, and ids and labels out of range where the writer left statistics. The full check tells
+    `progress` the number of rows checked so far. Faults above `max_faults` are only counted.
 
     Raises:
         InputError: `full` and the schema still says "fit", or a vocabulary cannot be read.

@@ -7,7 +7,7 @@ where new values are to be expected.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,7 @@ class Moments:
                 f"field {feature.name!r}: constant in training ({self.mean:g}), so std is set to 1; it carries nothing: remove it"
             )
         measured = {"mean": self.mean, "std": std}
-        return {
-            key: measured[key] if getattr(feature, key) == FIT else getattr(feature, key) for key in measured
-        }
+        return {key: value for key, value in measured.items() if getattr(feature, key) == FIT}
 
 
 class Quantiles:
@@ -153,29 +151,24 @@ def finite(column: pa.Array) -> np.ndarray:
 
 def fit_schema(
     schema: Schema,
-    files: Iterable[DataFile | str],
-    out_folder: str | Path,
+    files: Sequence[DataFile],
+    out: Path,
     report: Say = lambda line: None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Schema:
     """Replace every "fit" of a schema by what the files say.
 
-    Writes OUT/vocabulary/<table>.parquet, one column `value` in row order.
-
-    Args:
-        schema: with any number of "fit".
-        files: Parquet files of the training split.
-        out_folder: where schema.toml will stand; vocabulary paths are relative to it.
-        report: called with one line for each field whose fit says little (a constant, an empty column).
-        progress: called with the number of rows read so far.
+    Writes OUT/vocabulary/<table>.parquet, one column `value` in row order, and copies there the vocabularies that the schema names
+    already, so that OUT stands alone. `report` gets a line for each field whose fit says little (a constant, an empty column),
+    `progress` the number of rows read so far.
 
     Raises:
-        InputError: no file, or a column is missing.
+        InputError: no file, one is damaged, or a column is missing.
     """
-    out_folder = Path(out_folder)
+    top = schema_to_toml(schema)
+    _copy_vocabularies(schema, top, out)
     waiting = [feature for feature in schema.features if not feature.is_fitted]
-    sources = [Path(file) if isinstance(file, str) else file for file in files]
-    if waiting and not sources:
+    if waiting and not files:
         raise InputError(
             f"schema {schema.name!r}: no training file to fit {waiting[0].name!r} on; name at least one"
         )
@@ -186,14 +179,13 @@ def fit_schema(
         if feature.vocabulary != FIT
     }
     done = 0
-    for file in sources if waiting else ():
+    for file in files if waiting else ():
         for rows in _record_batches(file, waiting):
             done += rows.num_rows
             for feature in waiting:
                 of_field = numbers.get(feature.name) or counts[feature.table_name]
                 of_field.add(rows.column(feature.source_column))
             progress(done)
-    top = schema_to_toml(schema)
     for feature in waiting:
         entry = top["fields"][feature.name]
         if feature.name in numbers:
@@ -204,12 +196,12 @@ def fit_schema(
         sizes = top["tables"][feature.table] if feature.table else entry
         sizes["num_embeddings"] = len(values) + FIRST_VOCABULARY_ROW
         entry["vocabulary"] = _vocabulary_path(feature)
-        path = out_folder / entry["vocabulary"]
+        path = out / entry["vocabulary"]
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"value": values}), path, compression="zstd", write_page_checksum=True)
         if not len(values):
             report(f"field {feature.name!r}: no value occurs {min_count} times: all are out of vocabulary")
-    return parse_schema(top, f"fit of schema {schema.name!r}", out_folder)
+    return parse_schema(top, f"fit of schema {schema.name!r}", out)
 
 
 def write_fitted(
@@ -221,20 +213,10 @@ def write_fitted(
     report: Say = lambda line: None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Schema:
-    """Fit a schema and write OUT/schema.toml and OUT/vocabulary, whole or not at all.
-
-    Vocabularies that the schema names already are copied, so that OUT stands alone.
-
-    Args:
-        schema: with any number of "fit".
-        files: Parquet files of the training split.
-        out: a folder that is absent or empty, or holds an earlier fit.
-        force: replace an earlier fit.
-        report: see `fit_schema`.
-        progress: see `fit_schema`.
+    """Fit a schema and write OUT/schema.toml and OUT/vocabulary, whole or not at all; see `fit_schema`.
 
     Raises:
-        InputError: see `fit_schema`; or `out` holds something.
+        InputError: see `fit_schema`; or `out` holds something, other than an earlier fit that `force` allows to replace.
     """
     out = Path(out)
     held = {path.name for path in out.iterdir()} if out.is_dir() else {""} if out.exists() else set()
@@ -243,7 +225,7 @@ def write_fitted(
         fix = "pass --force to replace it" if is_earlier_fit else "choose another folder"
         raise InputError(f"{out}: exists already; {fix}")
     with whole_folder(out) as folder:
-        fitted = fit_schema(_with_own_vocabularies(schema, folder), files, folder, report, progress)
+        fitted = fit_schema(schema, files, folder, report, progress)
         header = f"Fitted on {len(files)} training file(s) by mbcnet schema fit."
         (folder / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
     return load_schema(out / "schema.toml")
@@ -253,21 +235,20 @@ def _vocabulary_path(feature: Feature) -> str:
     return f"{VOCABULARY_FOLDER}/{feature.table_name}.parquet"
 
 
-def _with_own_vocabularies(schema: Schema, folder: Path) -> Schema:
+def _copy_vocabularies(schema: Schema, top: dict[str, Any], folder: Path) -> None:
     """Copy the vocabulary files that a schema names into `folder`, and name them there."""
-    top = schema_to_toml(schema)
     for feature in schema.features:
-        if feature.vocabulary not in ("", FIT):
-            (folder / VOCABULARY_FOLDER).mkdir(exist_ok=True)
-            try:
-                shutil.copyfile(schema.folder / feature.vocabulary, folder / _vocabulary_path(feature))
-            except OSError as error:
-                raise InputError(
-                    f"{schema.folder / feature.vocabulary}: the vocabulary of field {feature.name!r} cannot be copied "
-                    f"({error.strerror}); fix the path in the schema"
-                ) from None
-            top["fields"][feature.name]["vocabulary"] = _vocabulary_path(feature)
-    return parse_schema(top, f"schema {schema.name!r}", folder)
+        if feature.vocabulary in ("", FIT):
+            continue
+        source, target = schema.folder / feature.vocabulary, folder / _vocabulary_path(feature)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(source, target)
+        except OSError as error:
+            raise InputError(
+                f"{source}: the vocabulary of field {feature.name!r} cannot be copied ({error.strerror}); fix the path in the schema"
+            ) from None
+        top["fields"][feature.name]["vocabulary"] = _vocabulary_path(feature)
 
 
 def _record_batches(file: DataFile, features: list[Feature]) -> Iterator[pa.RecordBatch]:

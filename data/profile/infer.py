@@ -89,17 +89,10 @@ def infer_schema(
     rows: int = 0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[str, list[str]]:
-    """Profile Parquet files and write a schema.
+    """Profile Parquet files as `profile_files` does, and write a schema.
 
-    Args:
-        files: at least one.
-        name: of the schema.
-        label: the column of 0 and 1; empty: guessed from names and values.
-        rows: about how many rows to read; 0: all.
-        progress: called with the number of rows read so far.
-
-    Returns:
-        The schema file's text, which loads, and one line for each suspicious column.
+    Without a `label`, the column of 0 and 1 is guessed from names and values. Returns the schema file's text, which loads, and one
+    line for each suspicious column.
 
     Raises:
         InputError: no label is found, it holds other values than 0 and 1, a file is faulty, or no column can be a field.

@@ -33,30 +33,23 @@ def column_auc(profile: ColumnProfile, column: pa.Array, labels: np.ndarray) -> 
 
     Rates are learned on even rows and scored on odd ones, so an id that is unique per row gives 0.5 and not 1.
     """
-    found = [0.5]
-    present = column.is_valid().to_numpy(zero_copy_only=False)
+    scores = np.zeros(len(column))
     if profile.is_list:
-        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
-        found.append(auc(lengths, labels))
-        first = pc.list_element(
-            column.filter(pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0)), 0
-        )
+        scores = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+        first = pc.list_element(column.filter(pa.array(scores > 0)), 0)
         keys = np.zeros(len(column), np.uint64)
         if len(first) and is_key(profile.item):
-            keys[lengths > 0] = hash_values(first)
-        found.append(_rate_auc(keys, labels))
+            keys[scores > 0] = hash_values(first)
+    elif is_number(profile.item):
+        numbers = pc.fill_null(column.cast(pa.float64(), safe=False), float("nan"))
+        numbers = numbers.to_numpy(zero_copy_only=False)
+        scores = np.where(np.isfinite(numbers), numbers, -np.inf)
+        keys = np.where(np.isnan(numbers), np.nan, numbers + 0.0).view(np.uint64)
+    elif is_key(profile.item):
+        keys = hash_values(column)
     else:
-        if is_number(profile.item):
-            numbers = pc.fill_null(column.cast(pa.float64(), safe=False), float("nan")).to_numpy(
-                zero_copy_only=False
-            )
-            found.append(auc(np.where(np.isfinite(numbers), numbers, -np.inf), labels))
-            keys = np.where(np.isnan(numbers), np.nan, numbers + 0.0).view(np.uint64)
-        elif is_key(profile.item):
-            keys = hash_values(column)
-        else:
-            keys = present.astype(np.uint64)
-        found.append(_rate_auc(keys, labels))
+        keys = column.is_valid().to_numpy(zero_copy_only=False).astype(np.uint64)
+    found = (auc(scores, labels), _rate_auc(keys, labels))
     return max(max(value, 1 - value) for value in found)
 
 

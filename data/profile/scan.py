@@ -127,12 +127,9 @@ class Profile:
 def profile_files(
     files: Sequence[DataFile], *, rows: int = 0, progress: Callable[[int], object] = lambda done: None
 ) -> Profile:
-    """Read Parquet files once and profile every column.
+    """Read about so many `rows`, spread over the row groups of all files, or all if 0, and profile every column.
 
-    Args:
-        files: Parquet files, here or remote.
-        rows: about how many rows to read, spread over the row groups of all files; 0: all.
-        progress: called with the number of rows read so far.
+    `progress` is told the number of rows read so far.
 
     Raises:
         InputError: a file cannot be read, or two files give one column types that do not fit together.

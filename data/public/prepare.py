@@ -33,31 +33,19 @@ LARGE_ROW_GROUP = 65_536
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a data set's rows come from.
+    """Where a data set's rows come from."""
 
-    Attributes:
-        files: patterns, see data.public.raw_files.find_sources.
-        rows: what they hold, split by split or mixed, each split's rows in order.
-        row_group_rows: rows of a row group.
-    """
-
-    files: tuple[str, ...]
-    rows: Callable[[Sources], Splits]
+    files: tuple[str, ...]  # patterns, see data.public.raw_files.find_sources
+    rows: Callable[[Sources], Splits]  # split by split or mixed, each split's rows in order
     row_group_rows: int = SMALL_ROW_GROUP
 
 
 def prepare(
-    name: str, src: str | Path, out: str | Path, *, progress: Callable[[int], object] | None = None
+    name: str, src: str | Path, out: str | Path, *, progress: Callable[[int], object] = lambda done: None
 ) -> Path:
-    """Write a public data set as this project reads it, and return `out`.
+    """Write one of DATA_SETS, whose files lie in `src`, as this project reads it, and return `out`.
 
-    If `out` was prepared from the same files and schema already, nothing is written.
-
-    Args:
-        name: one of DATA_SETS.
-        src: folder with the data set's files.
-        out: folder to write.
-        progress: called with the number of rows written so far.
+    If `out` was prepared from the same files and schema already, nothing is written. `progress` is told the number of rows so far.
 
     Raises:
         InputError: unknown name, missing or unreadable file, missing column, an empty split, or `out` holds something else.
@@ -77,7 +65,7 @@ def prepare(
             f"{out}: was prepared from other files or with another schema; remove it or choose another folder"
         )
     with whole_folder(out) as folder:
-        counts = _write_splits(data_set, sources, folder, schema, progress or (lambda done: None))
+        counts = _write_splits(data_set, sources, folder, schema, progress)
         notes: list[str] = []
         fitted = fit_schema(schema, sorted((folder / "train").glob("*.parquet")), folder, notes.append)
         header = f"Fitted on the training split by mbcnet data prepare {name}."

@@ -23,12 +23,7 @@ NULLS = ("", "NULL", "null", "nan", "NaN")
 
 
 def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
-    """Find a data set's files in a folder.
-
-    Args:
-        name: of the data set, for messages.
-        src: the folder.
-        patterns: globs; alternatives of one file are parted by "|", the first that is there counts.
+    """Find a data set's files in a folder by patterns: globs, or alternatives parted by "|", the first that is there counts.
 
     Raises:
         InputError: a pattern finds nothing.

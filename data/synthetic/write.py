@@ -8,12 +8,13 @@ The last day is the test split, the one before it validation, all others trainin
 
 import datetime
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,8 @@ from data.synthetic.planted import (
 )
 from data.whole_folder import earlier_summary, whole_folder
 
+T = TypeVar("T")
+R = TypeVar("R")
 FIRST_DAY = datetime.date(2024, 5, 1)
 ROW_GROUP_ROWS = 8_192
 BLOCK_ROWS = 2 * ROW_GROUP_ROWS
@@ -69,24 +72,13 @@ class Tally:
         return found | {"best_auc": auc, "best_log_loss": loss, "prior_log_loss": float(prior)}
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """Rows [first, first + rows) of a day."""
 
     day: int
     file: int
     first: int
     rows: int
-
-
-def split_of_day(day: int, days: int) -> str:
-    """Name the split that a day belongs to."""
-    return {days - 1: "test", days - 2: "valid"}.get(day, "train")
-
-
-def day_folder(day: int) -> str:
-    """Name a day's folder, as Hive would."""
-    return f"ds={FIRST_DAY + datetime.timedelta(days=day)}"
 
 
 def write_synthetic(
@@ -97,7 +89,7 @@ def write_synthetic(
     days: int = 14,
     seed: int = 0,
     rows_per_file: int = 1_000_000,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
     threads: int = 2,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -151,7 +143,7 @@ def write_synthetic(
             )
     world = make_world(schema, seed, days)
     with whole_folder(out) as folder:
-        splits = _write_days(world, folder, request, progress or (lambda done: None), threads)
+        splits = _write_days(world, folder, request, progress, threads)
         summary = request | {"label": schema.label, "logit_variance_shares": SHARES, "splits": splits}
         header = f"Written by mbcnet data synth beside its rows. Seed {seed}."
         (folder / "schema.toml").write_text(format_schema(schema, header))
@@ -164,16 +156,22 @@ def _write_days(
 ) -> dict[str, Any]:
     """Write every day's files; return each split's summary."""
     tallies = {split: Tally() for split in ("train", "valid", "test", "all")}
+    split_of_day = {request["days"] - 1: "test", request["days"] - 2: "valid"}
     done = 0
+
+    def make(block: _Block) -> tuple[_Block, pa.RecordBatch, np.ndarray]:
+        return block, *make_block(world, block.day, block.first, block.rows)
+
     with ThreadPoolExecutor(threads) as pool:
-        made = _in_order(pool, world, _blocks(request), threads + 1)
+        made = in_order(pool, make, _blocks(request), threads + 1)
         for (day, file), blocks in groupby(made, lambda each: (each[0].day, each[0].file)):
             first, file_tally = next(blocks), Tally()
-            path = folder / day_folder(day) / f"part-{file:05d}.parquet"
+            date = FIRST_DAY + datetime.timedelta(days=day)
+            path = folder / f"ds={date}" / f"part-{file:05d}.parquet"
             with open_writer(path, first[1].schema) as writer:
                 for block, batch, probability in chain([first], blocks):
                     labels = batch.column(world.schema.label).to_numpy()
-                    for tally in (file_tally, tallies[split_of_day(day, request["days"])], tallies["all"]):
+                    for tally in (file_tally, tallies[split_of_day.get(day, "train")], tallies["all"]):
                         tally.add(probability, labels)
                     writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROW_GROUP_ROWS)
                     done += block.rows
@@ -200,20 +198,13 @@ def _blocks(request: dict[str, Any]) -> Iterator[_Block]:
                 yield _Block(day, file, first, min(BLOCK_ROWS, end - first))
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, world: World, blocks: Iterator[_Block], ahead: int
-) -> Iterator[tuple[_Block, pa.RecordBatch, np.ndarray]]:
-    """Make blocks in a pool, in order, with at most `ahead` of them waiting, so that memory stays flat."""
-
-    def start(block: _Block) -> tuple[_Block, Future]:
-        return block, pool.submit(make_block, world, block.day, block.first, block.rows)
-
-    waiting = [start(block) for block in islice(blocks, ahead)]
+def in_order(pool: Executor, make: Callable[[T], R], jobs: Iterator[T], ahead: int) -> Iterator[R]:
+    """Make results in a pool, in order, with at most `ahead` of them waiting, so that memory stays flat."""
+    waiting = deque(pool.submit(make, job) for job in islice(jobs, ahead))
     while waiting:
-        block, made = waiting.pop(0)
-        batch, probability = made.result()
-        waiting += [start(each) for each in islice(blocks, 1)]
-        yield block, batch, probability
+        made = waiting.popleft().result()
+        waiting.extend(pool.submit(make, job) for job in islice(jobs, 1))
+        yield made
 
 
 def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
