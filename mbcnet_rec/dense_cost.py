@@ -35,10 +35,7 @@ class _Features(nn.Module):
 
 
 def dense_cost(config: ModelConfig, schema: Schema, sharding: ShardingConfig) -> DenseCost:
-    """Count parameters, forward FLOPs and bytes kept for the backward pass, of one row.
-
-    Activations are those that autograd keeps in float32; autocast halves most of them.
-    """
+    """Count parameters, and of one row forward FLOPs and the float32 bytes that autograd keeps, most of which autocast halves."""
     layout = input_layout(schema, needs_wide(config))
     with torch.device("meta"):
         model = build_model(config, _Features(_widths(layout)), layout)  # type: ignore[arg-type]
@@ -67,13 +64,9 @@ def _kept_bytes(model: nn.Module, rows: int) -> tuple[int, float]:
         storage = tensor.untyped_storage()
         kept[StorageWeakRef(storage).cdata] = storage
 
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, _no_backward):
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda kept: kept):
         model(torch.empty(rows, 1, device="meta"), None, None)
     return sum(storage.nbytes() for storage in kept.values()), counter.get_total_flops()
-
-
-def _no_backward(_: None) -> Tensor:
-    raise AssertionError("only the forward pass is counted")
 
 
 def _widths(layout: InputLayout) -> dict[str, int]:

@@ -128,6 +128,7 @@ def test_what_does_not_fit_leaves_no_file(capsys, tmp_path):
         (["--schema", DEMO, "--cluster", CLUSTER, "--batch-size", "0"], "--batch-size 0: wanted rows in [1,"),
         (["--schema", DEMO, "--cluster", CLUSTER, "--set", "tables.usr.pooling_factor=2"], "sharding.tables.usr is not a known key"),
         (["--schema", DEMO, "--cluster", CLUSTER, "--dense-parameters", "-1"], "--dense-parameters -1: wanted 0 or more"),
+        (["min-gpus", "--schema", DEMO, "--cluster", CLUSTER, "--headroom", "1.5"], "--headroom 1.5: wanted a share in [0, 1)"),
         (["show", "absent.json"], "cannot be read"),
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ plan file and answer at once.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,36 +103,35 @@ def _make(args: argparse.Namespace) -> int:
     title = f"planning {len(task.schema.tables):,} tables on {task.cluster.world_size:,} ranks"
     with shown_progress(title) as tick:
         assessment = solve(task, tick)
-    _publish(args, task, assessment)
-    return 0
+    return _publish(args, task, assessment)
 
 
 def _min_gpus(args: argparse.Namespace) -> int:
     """Find the smallest cluster of a kind that fits, with headroom; --cluster names the kind."""
-    task = task_of(args)
+    headroom, task = _share(args, "headroom"), task_of(args)
     from sharding.search.capacity import smallest_cluster  # torchrec, as in _make
 
-    assessment = smallest_cluster(task, args.headroom, say)
+    assessment = smallest_cluster(task, headroom, say)
     cluster = assessment.cluster
     if not args.json:
         print(
-            f"smallest: {cluster}, {cluster.world_size} devices, {args.headroom:.0%} of each free at least; "
+            f"smallest: {cluster}, {cluster.world_size} devices, {headroom:.0%} of each free at least; "
             f"{assessment.samples_per_second:,.0f} samples a second at most"
         )
-    _publish(args, replace(task, cluster=cluster), assessment)
-    return 0
+    return _publish(args, replace(task, cluster=cluster), assessment)
 
 
-def _publish(args: argparse.Namespace, task: Task, assessment: Assessment) -> None:
+def _publish(args: argparse.Namespace, task: Task, assessment: Assessment) -> int:
     """Write and print what was asked for."""
-    bound = search_bound(all_options(task), assessment.plan, task.cluster)
     if args.output:
         write_plan(assessment.plan, Path(args.output))
+    bound = search_bound(all_options(task), assessment.plan, task.cluster)
     _print_report(args, assessment, bound, assumed_fields(task.schema, task.config))
     if args.output:
         say(
             f"wrote {args.output}; next: mbcnet plan show {args.output}, or mbcnet train --config RUN.toml --plan {args.output}"
         )
+    return 0
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -141,13 +141,12 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _print_report(
-    args: argparse.Namespace, assessment: Assessment, bound: float = 0.0, assumed: list[str] | None = None
+    args: argparse.Namespace, assessment: Assessment, bound: float = 0.0, assumed: Sequence[str] = ()
 ) -> None:
-    fields = assumed or []
     if args.json:
-        print(json.dumps(report_dict(assessment, bound=bound, assumed=tuple(fields))))
+        print(json.dumps(report_dict(assessment, bound=bound, assumed=assumed)))
     else:
-        print("\n".join(report_lines(assessment, full=args.all, bound=bound, assumed=len(fields))))
+        print("\n".join(report_lines(assessment, full=args.all, bound=bound, assumed=assumed)))
     if args.html:
         write_html(assessment, Path(args.html))
         say(f"wrote {args.html}")
@@ -158,7 +157,7 @@ def _explain(args: argparse.Namespace) -> int:
     assessment = _assessed(args)
     if args.table not in assessment.plan.tables:
         raise InputError(unknown_key(f"{args.plan}: tables.{args.table}", args.table, assessment.plan.tables))
-    print("\n".join(explain_lines(assessment, args.table, _room(assessment.cluster, args.reserve))))
+    print("\n".join(explain_lines(assessment, args.table, _room(args, assessment.cluster))))
     return 0
 
 
@@ -188,7 +187,7 @@ def _check(args: argparse.Namespace) -> int:
     problems = schema_differences(plan, load_schema(args.schema)) if args.schema else []
     if args.config:
         problems += config_differences(plan, args.config)
-    for memory, room in _room(cluster, args.reserve)._asdict().items():
+    for memory, room in _room(args, cluster)._asdict().items():
         over = max(getattr(assessment.memory(rank), memory) for rank in assessment.ranks) - room
         if over > 0:
             problems.append(f"{memory.upper()}: a rank needs {over:,} bytes more than {gib(room)}")
@@ -236,8 +235,14 @@ def _cluster_for(plan: Plan, named: str | None, source: str) -> Cluster:
     return cluster
 
 
-def _room(cluster: Cluster, reserve: float) -> Room:
+def _room(args: argparse.Namespace, cluster: Cluster) -> Room:
     """Bytes of a rank without the share that is kept free."""
-    if not 0 <= reserve < 1:
-        raise InputError(f"--reserve {reserve}: wanted a share in [0, 1); 0.1 is usual")
-    return Room(int(cluster.hbm_bytes * (1 - reserve)), int(cluster.ddr_bytes * (1 - reserve)))
+    used = 1 - _share(args, "reserve")
+    return Room(int(cluster.hbm_bytes * used), int(cluster.ddr_bytes * used))
+
+
+def _share(args: argparse.Namespace, option: str) -> float:
+    value = getattr(args, option)
+    if not 0 <= value < 1:
+        raise InputError(f"--{option} {value}: wanted a share in [0, 1); 0.1 or 0.2 is usual")
+    return value

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data.errors import InputError
 from data.schema import load_schema
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value
-from sharding.plan.cluster import read_cluster
+from sharding.plan.cluster import MAX_RANKS, read_cluster
 from sharding.plan.compare import constraint_differences, schema_differences
 from sharding.plan.constraints import ShardingConfig
 from sharding.plan.placement import Plan
@@ -52,26 +52,24 @@ def task_of(args: argparse.Namespace) -> Task:
     from mbcnet_rec.model.models import ModelConfig, schema_with_wide
 
     model = run.model if run else ModelConfig()
+    dense = dense_cost(model, schema, config)
     given = {
         "parameters": args.dense_parameters,
         "forward_flops": args.dense_flops,
         "activation_bytes": args.dense_activation_bytes,
     }
-    known = {key: value for key, value in given.items() if value is not None}
-    dense = replace(dense_cost(model, schema, config), **known)
+    dense = replace(dense, **{key: value for key, value in given.items() if value is not None})
     return replace(task, schema=schema_with_wide(model, schema), dense=dense)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for key in ("batch_size", "global_batch_size"):
-        value = getattr(args, key)
-        if value is not None and not 1 <= value <= MAX_BATCH * (1 if key == "batch_size" else 65_536):
-            raise InputError(
-                f"--{key.replace('_', '-')} {value}: wanted rows in [1, {MAX_BATCH:,}] a rank; 8192 is usual"
-            )
-    for key in ("dense_parameters", "dense_flops", "dense_activation_bytes"):
-        if (getattr(args, key) or 0) < 0:
-            raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)}: wanted 0 or more; raise it")
+    most = {"batch_size": MAX_BATCH, "global_batch_size": MAX_BATCH * MAX_RANKS}
+    for key in (*most, "dense_parameters", "dense_flops", "dense_activation_bytes"):
+        value, option = getattr(args, key), f"--{key.replace('_', '-')}"
+        if key in most and value is not None and not 1 <= value <= most[key]:
+            raise InputError(f"{option} {value}: wanted rows in [1, {MAX_BATCH:,}] a rank; 8192 is usual")
+        if value is not None and value < 0:
+            raise InputError(f"{option} {value}: wanted 0 or more; raise it")
     for key in ("output", "html"):
         path = getattr(args, key)
         if path and not Path(path).absolute().parent.is_dir():

@@ -4,6 +4,7 @@ from dataclasses import replace
 from statistics import median
 
 import numpy as np
+import torch
 
 from data.errors import InputError
 from mbcnet_rec.runtime.process import Process, gather_rows
@@ -11,7 +12,6 @@ from mbcnet_rec.training.built import Built
 from sharding.bridge.allocated import (
     PARTS,
     held_bytes,
-    memory_allocated,
     optimizer_bytes,
     planned_against_held,
 )
@@ -71,7 +71,8 @@ def held_by_rank(built: Built, process: Process) -> list[dict[str, int]] | None:
     for name, keyed in built.optimizer.optimizers:
         if name == "replicated":
             held["state"] += optimizer_bytes(keyed)
-    allocated = memory_allocated(process.device).get("hbm", 0)
+    on_gpu = process.device.type == "cuda"
+    allocated = torch.cuda.max_memory_allocated(process.device) if on_gpu else 0
     table = gather_rows(np.array([[*(held[part] for part in PARTS), allocated]], np.int64), process)
     if table is None:
         return None

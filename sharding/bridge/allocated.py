@@ -1,7 +1,6 @@
 """Bytes of tables and optimizer state that a sharded model has allocated on this rank, and how they compare with the plan."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -43,10 +42,8 @@ def held_bytes(model: nn.Module) -> dict[str, int]:
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state tensors other than step counts."""
-    tensors = [
-        value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-    ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1)
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if torch.is_tensor(value) and value.numel() > 1)
 
 
 def _with_lookups(model: nn.Module) -> Iterator[nn.Module]:
@@ -85,7 +82,7 @@ def planned_against_held(
         assessment: what the running plan costs.
         rank: the rank to compare.
         held: bytes of every rank, from `held_bytes`, with a replicated optimizer's state added to "state"; on cuda also "hbm".
-        step_seconds: measured seconds of a step; 0: left out.
+        step_seconds: measured; 0: left out.
     """
     planned, found = assessment.of_rank(rank).bytes, held[rank]
     ids = " and ids" if any(table.zch_buckets for table in assessment.plan.tables.values()) else ""
@@ -111,8 +108,3 @@ def planned_against_held(
 def _compared(what: str, planned: int, held: int) -> str:
     off = 0.0 if planned == held else 100 * (held - planned) / planned if planned else float("inf")
     return f"{what} {gib(planned)} -> {gib(held)} ({off:+.2f} %)"
-
-
-def memory_allocated(device: torch.device) -> dict[str, Any]:
-    """Most bytes that CUDA has allocated on this device; empty on a CPU."""
-    return {"hbm": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}

@@ -14,17 +14,11 @@ DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF1
 
 
 class Collection(NamedTuple):
-    """One EmbeddingBagCollection. It applies weights to every bag or to none, so weighted fields have collections of their own.
+    """One EmbeddingBagCollection. It applies weights to every bag or to none, so weighted fields have collections of their own."""
 
-    Attributes:
-        name: the attribute of SparseArch that holds it, and so part of its tables' names in checkpoints.
-        weighted: whether its fields have weights.
-        unbounded: whether its tables give rows to unbounded ids (encoding zch).
-    """
-
-    name: str
+    name: str  # the attribute of SparseArch that holds it, and so part of its tables' names in checkpoints
     weighted: bool
-    unbounded: bool
+    unbounded: bool  # whether its tables give rows to unbounded ids (encoding zch)
 
     def configs(self, schema: Schema, data_type: str = "fp32") -> list[EmbeddingBagConfig]:
         """List this collection's tables, with rows of `data_type`."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharding.bridge.blocks import local_blocks
+from sharding.bridge.blocks import LocalBlock, local_blocks
 
 CHUNK_ROWS = 4_096
 
@@ -31,22 +31,11 @@ def table_rows(
 
 
 def initialise_tables(state: dict[str, Any], tables: dict[str, str], *, seed: int, std: float) -> None:
-    """Fill the local shards of every table in place.
-
-    Args:
-        state: state_dict of the sharded model: ShardedTensor or DTensor for sharded tables, Tensor for replicated ones.
-        tables: name in `state` -> table name.
-        seed: random seed of the run.
-        std: standard deviation of the rows.
-    """
+    """Fill the local shards of every table in place. `state` is the sharded model's; `tables`: name in it -> table name."""
     with torch.no_grad():
         for name, table in tables.items():
             value = state[name]
-            blocks = local_blocks(value)
-            if blocks is None:
-                for first, rows in table_rows(seed, table, 0, value.shape[0], value.shape[1], std):
-                    value[first : first + len(rows)].copy_(rows)
-                continue
+            blocks = local_blocks(value) or [LocalBlock(value, (0, 0))]
             for tensor, (row, column) in blocks:
                 height, width = tensor.shape
                 for first, rows in table_rows(seed, table, row, row + height, value.size(1), std):

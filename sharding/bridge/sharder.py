@@ -42,14 +42,9 @@ class AnyTypeSharder(EmbeddingBagCollectionSharder):
 
 
 def sharders_of(plan: Plan, *, seed: int = 0, std: float = 0.0) -> list[Any]:
-    """The sharders that send pooled rows and gradients in the plan's precisions.
+    """The sharders that send pooled rows and gradients in the plan's precisions. gloo has no bf16: TorchRec takes fp16 there instead.
 
-    gloo has no bf16: TorchRec takes fp16 there instead.
-
-    Args:
-        plan: where each table lives.
-        seed: random seed of the run.
-        std: standard deviation of the values of rows that are given to another id (encoding zch).
+    `seed` is the run's, `std` the standard deviation of the values of rows that are given to another id (encoding zch).
     """
     registry = None
     if not plan.forward_precision == plan.backward_precision == "fp32":
@@ -62,12 +57,7 @@ def sharders_of(plan: Plan, *, seed: int = 0, std: float = 0.0) -> list[Any]:
 
 
 def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> ShardingPlan:
-    """Build TorchRec's plan for the EmbeddingBagCollections at the given module paths.
-
-    Args:
-        plan: where each table lives.
-        collections: module path inside the model -> EmbeddingBagCollection, or one with managed collision before it.
-    """
+    """Build TorchRec's plan for the EmbeddingBagCollections, also with managed collision before them, at these module paths."""
     result = {}
     for path, collection in collections.items():
         rows = getattr(collection, EMBEDDING_MODULE, collection)
@@ -77,12 +67,7 @@ def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> Shardi
         }
         sharder: Any = AnyTypeSharder() if rows is collection else CollisionSharder(AnyTypeSharder())
         result[path] = construct_module_sharding_plan(
-            collection,
-            generators,
-            sharder=sharder,
-            local_size=plan.local_group_size,
-            world_size=plan.group_size,
-            device_type=plan.device,
+            collection, generators, sharder, plan.local_group_size, plan.group_size, plan.device
         )
     return ShardingPlan(result)
 
@@ -90,16 +75,17 @@ def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> Shardi
 def _generator(table: TablePlan, plan: Plan) -> Any:
     """TorchRec's way to say the same: a function that makes a ParameterSharding of a parameter."""
     kernel = table.compute_kernel
-    if table.sharding_type == "data_parallel":
-        return data_parallel()
-    if table.sharding_type == "table_wise":
-        generate = table_wise(rank=table.ranks[0], compute_kernel=kernel)
-    elif table.sharding_type == "row_wise":
-        generate = row_wise(compute_kernel=kernel)
-    elif table.sharding_type == "table_row_wise":
-        generate = table_row_wise(host_index=table.ranks[0] // plan.local_group_size)
-    else:
-        generate = column_wise(ranks=list(table.ranks), compute_kernel=kernel)
+    match table.sharding_type:
+        case "data_parallel":
+            return data_parallel()
+        case "table_wise":
+            generate = table_wise(rank=table.ranks[0], compute_kernel=kernel)
+        case "row_wise":
+            generate = row_wise(compute_kernel=kernel)
+        case "table_row_wise":
+            generate = table_row_wise(host_index=table.ranks[0] // plan.local_group_size)
+        case _:
+            generate = column_wise(ranks=list(table.ranks), compute_kernel=kernel)
 
     def finished(*args: Any) -> Any:
         sharding = generate(*args)
@@ -124,9 +110,8 @@ def placed_differences(plan: Plan, model: nn.Module) -> list[str]:
             lines.append(f"{name}: planned, but in no sharded collection")
             continue
         found = held[name]
-        pairs: list[tuple[str, Any, Any]] = [
-            ("sharding_type", table.sharding_type, found.sharding_type),
-            ("compute_kernel", table.compute_kernel, found.compute_kernel),
+        pairs = [
+            (key, getattr(table, key), getattr(found, key)) for key in ("sharding_type", "compute_kernel")
         ]
         if table.ranks and plan.replicas == 1:  # a group's ranks are numbered anew
             pairs.append(("ranks", list(table.ranks), list(found.ranks or ())))

@@ -10,8 +10,7 @@ The last row of each bucket is looked up by the bucket's ids that have no row.
 Shapes: R rows of the table, r rows of this rank, K buckets.
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -66,14 +65,10 @@ def collision_collection(schema: Schema, collection: EmbeddingBagCollection) -> 
 class BucketedCollisions(ManagedCollisionModule):
     """The buckets of one table that a rank holds.
 
-    Their state is kept in tensors of (r,) int64 on which each bucket has a view, so that TorchRec shards it like the rows:
+    `table.zch` says how many buckets there are and what is evicted; [start, stop) are the rows held here, at borders of buckets.
+    The state is kept in tensors of (r,) int64 on which each bucket has a view, so that TorchRec shards it like the rows:
     raw_ids and slots are the ids, ascending in each bucket (FREE where there is none), and the row of each; counts and
-    last_access_iter are what the eviction policies go by.
-
-    Args:
-        table: whose `zch` says how many buckets there are and what is evicted.
-        start, stop: rows of the table that are held here, at borders of buckets.
-        device: of the state; on "meta" nothing is held.
+    last_access_iter are what the eviction policies go by. On the device "meta" nothing is held.
     """
 
     raw_ids: Tensor
@@ -88,11 +83,11 @@ class BucketedCollisions(ManagedCollisionModule):
         self.bucket_rows = table.num_embeddings // self.zch.buckets
         borders = [self.bucket_rows * bucket for bucket in range(self.zch.buckets + 1)]
         super().__init__(device, borders)
-        rows = stop - start
-        self.register_buffer("raw_ids", torch.full((rows,), FREE, dtype=torch.int64, device=device))
-        self.register_buffer("slots", torch.arange(start, stop, dtype=torch.int64, device=device))
-        for name in STATE[2:]:
-            self.register_buffer(name, torch.zeros(rows, dtype=torch.int64, device=device))
+        slots = torch.arange(start, stop, dtype=torch.int64, device=device)
+        self.register_buffer("raw_ids", torch.full_like(slots, FREE))
+        self.register_buffer("slots", slots)
+        self.register_buffer("counts", torch.zeros_like(slots))
+        self.register_buffer("last_access_iter", torch.zeros_like(slots))
         own = () if device.type == "meta" else range(start // self.bucket_rows, stop // self.bucket_rows)
         self.own_buckets = [Bucket(self, bucket) for bucket in own]
 
@@ -200,28 +195,20 @@ class Bucket:
     What differs is what a resumed run needs: every id since the last admission is kept (TorchRec keeps as many as fit into a
     buffer of the first batch's size), admission is due at multiples of `eviction_interval` (not that many steps after a start), and a
     row that is given to an id for the first time keeps its initial values.
-
-    Attributes:
-        number: 0 for the first bucket of the table.
-        state: views of its part of the table's state, by name.
-        evictions: ids that lost their row since the last checkpoint was loaded.
     """
 
     def __init__(self, whole: BucketedCollisions, number: int) -> None:
         first, self.number, self.zch = number * whole.bucket_rows - whole.start, number, whole.zch
+        # views of this bucket's part of the table's state
         self.state = {name: getattr(whole, name)[first : first + whole.bucket_rows] for name in STATE}
         self.last_row = (number + 1) * whole.bucket_rows - 1
         self.policy = POLICIES[self.zch.eviction]()
-        self.metadata = {
-            info.metadata_name: self.state[info.metadata_name]
-            for info in self.policy.metadata_info
-            if info.is_mch_metadata
-        }
-        self.noted: list[
-            Tensor
-        ] = []  # (2, n) each: ids since the last admission, and their step, counted from 1
+        kept = [info.metadata_name for info in self.policy.metadata_info if info.is_mch_metadata]
+        self.metadata = {name: self.state[name] for name in kept}
+        # (2, n) each: ids since the last admission, and their step, counted from 1
+        self.noted: list[Tensor] = []
         self.changed: list[Tensor] = []  # rows that went to another id and have not been reported by `evict`
-        self.evictions = 0
+        self.evictions = 0  # ids that lost their row, over all starts of the run
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return where each id is in the state, and whether it is there."""
@@ -274,9 +261,9 @@ class ShardedCollisions(ShardedManagedCollisionEmbeddingBagCollection):
     TorchRec draws them from torch's generator, so that they would depend on the world size.
     """
 
-    seed = 0
-    std = 0.0
-    fresh: Mapping[str, Tensor] = MappingProxyType({})
+    seed: int
+    std: float
+    fresh: dict[str, Tensor]  # table -> (CHUNK_ROWS, D) to draw from
 
     def _evict(self, evictions_per_table: dict[str, Tensor | None]) -> None:
         for table, rows in evictions_per_table.items():
@@ -284,30 +271,23 @@ class ShardedCollisions(ShardedManagedCollisionEmbeddingBagCollection):
                 continue
             kernel, index = self._table_to_tbe_and_index[table]
             weights = kernel.split_embedding_weights()[int(index)]
+            if (
+                table not in self.fresh
+            ):  # those that the first rows of a table of this name and seed start with
+                (_, first), *_ = table_rows(
+                    self.seed, f"{table}/fresh", 0, CHUNK_ROWS, weights.shape[1], self.std
+                )
+                self.fresh[table] = first.to(weights)
             with torch.no_grad():
                 offset = self._managed_collision_collection._table_to_offset[table]
-                fresh = self._fresh_rows(table, weights)
-                weights[rows] = fresh[(rows + offset) % len(fresh)]
+                weights[rows] = self.fresh[table][(rows + offset) % CHUNK_ROWS]
                 states = kernel.split_optimizer_states()  # of plain SGD, an empty list
                 for state in states[int(index)] if states else ():
                     state[rows] = 0
 
-    def _fresh_rows(self, table: str, weights: Tensor) -> Tensor:
-        """(CHUNK_ROWS, D) to draw from: those that the first rows of a table of this name and seed start with."""
-        if table not in self.fresh:
-            (_, rows), *_ = table_rows(self.seed, f"{table}/fresh", 0, CHUNK_ROWS, weights.shape[1], self.std)
-            self.fresh = {**self.fresh, table: rows.to(weights)}
-        return self.fresh[table]
-
 
 class CollisionSharder(ManagedCollisionEmbeddingBagCollectionSharder):
-    """Makes ShardedCollisions.
-
-    Args:
-        rows: the sharder of the rows.
-        seed: random seed of the run.
-        std: standard deviation of the values of rows that change their id.
-    """
+    """Makes ShardedCollisions; `std` is the standard deviation of the values of rows that change their id."""
 
     def __init__(self, rows: EmbeddingBagCollectionSharder, seed: int = 0, std: float = 0.0) -> None:
         self.rows, self.ids = rows, ManagedCollisionCollectionSharder()
@@ -324,7 +304,7 @@ class CollisionSharder(ManagedCollisionEmbeddingBagCollectionSharder):
     ) -> ShardedCollisions:
         """Shard the rows and the ids of a collection."""
         sharded = ShardedCollisions(module, params, self.rows, self.ids, env, device or torch.device("cpu"))
-        sharded.seed, sharded.std = self.seed, self.std
+        sharded.seed, sharded.std, sharded.fresh = self.seed, self.std, {}
         return sharded
 
 

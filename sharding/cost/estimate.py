@@ -66,7 +66,7 @@ Measure = TypeVar("Measure", int, float)
 
 def plus(left: Costs, right: Costs) -> Costs:
     """Sum part by part."""
-    return left._make(map(add, left, right))
+    return type(left)(*map(add, left, right))  # type: ignore[arg-type]
 
 
 class ShardCost(NamedTuple):

@@ -22,40 +22,26 @@ LINK_EFFICIENCY = 0.8  # of the data sheet, assumed: all-to-all and reduce-scatt
 
 @dataclass(frozen=True)
 class Cluster(Bounded):
-    """Equal hosts with equal devices. GB are 1e9 bytes; bandwidths count one direction. `sharding/clusters` names the sources.
+    """Equal hosts with equal devices. GB are 1e9 bytes; bandwidths count one direction. `sharding/clusters` names the sources."""
 
-    Attributes:
-        name: host type, e.g. "h100-80g".
-        device: cuda, or cpu, where a "device" is one process.
-        hosts, devices_per_host: counts.
-        hbm_gib: memory of one device, in GiB; 0 on cpu.
-        ddr_gib: memory of one host, in GiB.
-        hbm_gb_per_second: memory bandwidth of one device.
-        ddr_gb_per_second: memory bandwidth of one host.
-        host_link_gb_per_second: bandwidth between a device and its host's memory.
-        nvlink_gb_per_second: bandwidth of one device to the others of its host.
-        network_gb_per_second: bandwidth of one device to other hosts.
-        dense_tflops: peak of matrix products of one device, in the dtype that trains.
-        dense_efficiency: share of that peak that a whole training step of the dense part reaches.
-        cores: cores of one host.
-        decode_values_per_second: Parquet values that one core decodes.
-    """
-
-    name: str
-    device: Literal["cuda", "cpu"]
+    name: str  # of the host type, e.g. "h100-80g"
+    device: Literal["cuda", "cpu"]  # on cpu a "device" is one process
     hosts: int = bounded(MISSING, at_least=1, fix=SHAPE)
     devices_per_host: int = bounded(MISSING, at_least=1, fix=SHAPE)
-    hbm_gib: float = bounded(MISSING, at_least=0)
-    ddr_gib: float = bounded(MISSING, above=0, fix=DATA_SHEET)
-    hbm_gb_per_second: float = bounded(MISSING, at_least=0)
-    ddr_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)
-    host_link_gb_per_second: float = bounded(MISSING, at_least=0)
-    nvlink_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)
-    network_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)
-    dense_tflops: float = bounded(MISSING, above=0, fix=DATA_SHEET)
+    hbm_gib: float = bounded(MISSING, at_least=0)  # memory of one device; 0 on cpu
+    ddr_gib: float = bounded(MISSING, above=0, fix=DATA_SHEET)  # memory of one host
+    hbm_gb_per_second: float = bounded(MISSING, at_least=0)  # of one device's memory
+    ddr_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)  # of one host's memory
+    host_link_gb_per_second: float = bounded(MISSING, at_least=0)  # of a device to its host's memory
+    nvlink_gb_per_second: float = bounded(
+        MISSING, above=0, fix=DATA_SHEET
+    )  # of a device to its host's others
+    network_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)  # of a device to other hosts
+    dense_tflops: float = bounded(MISSING, above=0, fix=DATA_SHEET)  # peak of a device, in the training dtype
+    # share of that peak that a whole training step of the dense part reaches
     dense_efficiency: float = bounded(MISSING, above=0, at_most=1, fix="0.2 is usual on a GPU")
-    cores: int = bounded(MISSING, at_least=1)
-    decode_values_per_second: float = bounded(MISSING, above=0)
+    cores: int = bounded(MISSING, at_least=1)  # of one host
+    decode_values_per_second: float = bounded(MISSING, above=0)  # Parquet values that one core decodes
 
     def __post_init__(self) -> None:
         """Raise unless the figures can be those of a machine."""

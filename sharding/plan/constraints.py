@@ -39,46 +39,35 @@ class TableConstraint(Bounded):
 
 @dataclass(frozen=True)
 class ShardingConfig(Bounded):
-    """How tables are placed.
+    """How tables are placed."""
 
-    Attributes:
-        plan: a plan file to run to the letter; empty: plan now and save what was used.
-        cluster: HOSTSxDEVICES:KIND, a preset or a TOML file, as `mbcnet plan --cluster`; empty: what the run finds.
-        sharding_types: types the planner may choose. column_wise is not among the defaults: rowwise Adagrad keeps one state for each row
-            of each column shard, so a column-wise table is trained by another optimizer than any other plan of it. Under SGD and
-            Adagrad it is the same; ask for it there. table_row_wise matters on two hosts or more.
-        compute_kernels: kernels the planner may choose. The uvm ones keep rows in host memory: only where HBM is short.
-        tables: constraints by table.
-        data_type: of the rows. Optimizer state stays fp32.
-        hbm_gib, ddr_gib: memory of one rank that the planner may fill, in GiB; 0: the cluster's.
-        storage_reserve: share of that memory kept free, for CUDA's and NCCL's own buffers and fragments.
-        cache_ratio: share of rows cached in HBM by fused_uvm_caching.
-        assumed_pooling_factor: mean ids a row of multi-valued fields that nobody measured.
-        forward_precision, backward_precision: dtype in which pooled rows and their gradients cross ranks.
-        prefetch: fetch the cached rows of the next batch during this one (fused_uvm_caching, cuda).
-        replicas: groups of ranks that hold all tables each and average them (2-D parallelism); 1: none.
-        proposers: TorchRec's searches, in order; greedy_total sorts by the sum over shards instead of the largest.
-        partitioner: TorchRec's way of dealing shards to ranks.
-        estimator: whose times steer the search: ours (sharding/cost/estimate.py, which is also what reports show) or TorchRec's.
-        search_seconds: budget of the search.
-    """
-
-    plan: str = ""
-    cluster: str = ""
+    plan: str = ""  # a plan file to run to the letter; empty: plan now and save what was used
+    cluster: str = ""  # as of `mbcnet plan --cluster`; empty: what the run finds
+    # column_wise is not among the defaults: rowwise Adagrad keeps one state for each row of each column shard, so a column-wise
+    # table is trained by another optimizer than any other plan of it. Under SGD and Adagrad it is the same; ask for it there.
+    # table_row_wise matters on two hosts or more.
     sharding_types: tuple[ShardingTypeName, ...] = some(("table_wise", "row_wise", "table_row_wise"))
+    # those of uvm keep rows in host memory: only where HBM is short
     compute_kernels: tuple[KernelName, ...] = some(("fused",))
     tables: dict[str, TableConstraint] = field(default_factory=dict)
-    data_type: DtypeName = "fp32"
-    hbm_gib: float = bounded(0.0, at_least=0)
-    ddr_gib: float = bounded(0.0, at_least=0)
+    data_type: DtypeName = "fp32"  # of the rows; optimizer state stays fp32
+    hbm_gib: float = bounded(
+        0.0, at_least=0
+    )  # memory of one rank that the planner may fill; 0: the cluster's
+    ddr_gib: float = bounded(0.0, at_least=0)  # the same of host memory
+    # share of that memory kept free, for CUDA's and NCCL's own buffers and fragments
     storage_reserve: float = bounded(0.1, at_least=0, below=1, fix="0.1 is usual")
+    # share of rows cached in HBM by fused_uvm_caching
     cache_ratio: float = bounded(0.2, at_least=0, at_most=1, fix="0.2 is usual")
+    # mean ids a row of multi-valued fields that nobody measured
     assumed_pooling_factor: float = bounded(10.0, above=0)
-    forward_precision: DtypeName = "fp32"
-    backward_precision: DtypeName = "fp32"
-    prefetch: bool = False
-    replicas: int = bounded(1, at_least=1)
+    forward_precision: DtypeName = "fp32"  # of pooled rows between ranks
+    backward_precision: DtypeName = "fp32"  # of their gradients
+    prefetch: bool = False  # fetch the next batch's cached rows during this one (fused_uvm_caching, cuda)
+    replicas: int = bounded(1, at_least=1)  # groups of ranks that hold all tables each and average them
+    # TorchRec's searches, in order; greedy_total sorts by the sum over shards instead of the largest
     proposers: tuple[ProposerName, ...] = some(("greedy", "greedy_total"))
-    partitioner: Literal["greedy", "memory_balanced"] = "greedy"
+    partitioner: Literal["greedy", "memory_balanced"] = "greedy"  # TorchRec's way of dealing shards to ranks
+    # whose times steer the search: ours (cost/estimate.py, which is also what reports show) or TorchRec's
     estimator: Literal["mbcnet", "torchrec"] = "mbcnet"
-    search_seconds: float = bounded(60.0, above=0)
+    search_seconds: float = bounded(60.0, above=0)  # budget of the search

@@ -25,12 +25,8 @@ def plan_text(plan: Plan) -> str:
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write a plan file.
-
-    Raises:
-        InputError: the path cannot be written.
-    """
-    draft = path.with_name(path.name + ".part")  # a reader never meets half a plan
+    """Write a plan file, at once or not at all."""
+    draft = path.with_name(path.name + ".part")
     try:
         draft.write_text(plan_text(plan))
         draft.replace(path)
@@ -54,10 +50,8 @@ def read_plan(path: Path) -> Plan:
     """
     try:
         text = path.read_text()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError:
-        raise InputError(f"{path}: not text; {REPLAN}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); check the path, or {REPLAN}") from None
     return plan_of_text(text, str(path))
 
 

@@ -30,7 +30,8 @@ def alternatives(assessment: Assessment, name: str, room: Room) -> list[Alternat
     def tried(table: TablePlan) -> Alternative:
         result = assess(replace(plan, tables={**plan.tables, name: table}), cluster)
         total, largest = table_totals(result)[name]
-        fits = all(rank.bytes.hbm <= room.hbm and rank.bytes.ddr <= room.ddr for rank in result.ranks)
+        memory = [result.memory(rank) for rank in result.ranks]
+        fits = all(rank.hbm <= room.hbm and rank.ddr <= room.ddr for rank in memory)
         return Alternative(table, total, largest, result.path.step, result.busiest.times.total, fits)
 
     without = assess(

@@ -43,7 +43,7 @@ def ms(seconds: float) -> str:
 
 
 def report_lines(
-    assessment: Assessment, *, full: bool = False, bound: float = 0.0, assumed: int = 0
+    assessment: Assessment, *, full: bool = False, bound: float = 0.0, assumed: Sequence[str] = ()
 ) -> list[str]:
     """The report for people.
 
@@ -51,7 +51,7 @@ def report_lines(
         assessment: what the plan costs.
         full: whether to list every table and rank.
         bound: least seconds of the busiest rank for any sharding types, if known.
-        assumed: number of fields whose ids per row are assumed.
+        assumed: fields whose ids per row are assumed.
     """
     plan, path, busiest = assessment.plan, assessment.path, assessment.busiest
     rows = sum(table.num_embeddings for table in plan.tables.values())
@@ -86,7 +86,7 @@ def report_lines(
     ]
     if assumed:
         lines.append(
-            f"note: ids a row of {assumed} multi-valued field(s) are assumed; `mbcnet schema infer` measures them (pooling_factor)"
+            f"note: ids a row of {len(assumed)} multi-valued field(s) are assumed; `mbcnet schema infer` measures them (pooling_factor)"
         )
     return lines
 
@@ -132,9 +132,7 @@ def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
     return lines
 
 
-def report_dict(
-    assessment: Assessment, *, bound: float = 0.0, assumed: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def report_dict(assessment: Assessment, *, bound: float = 0.0, assumed: Sequence[str] = ()) -> dict[str, Any]:
     """The same for machines: bytes and seconds."""
     path = assessment.path
     ranks = [

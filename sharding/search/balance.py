@@ -34,15 +34,8 @@ class _Option(NamedTuple):
     load: _Load
 
 
-def rebalanced(
-    plan: Plan,
-    cluster: Cluster,
-    options: Mapping[str, list[TablePlan]],
-    pinned: Mapping[str, set[int]],
-    room: Room,
-    seconds: float = 60.0,
-) -> Plan:
-    """Take load off the busiest rank, and bring pinned tables to ranks they may use.
+class Balance:
+    """Seconds and free bytes of every rank, the option of each movable table, and the steps from one to the next.
 
     Args:
         plan: with ranks.
@@ -50,20 +43,7 @@ def rebalanced(
         options: table -> placements that may be tried.
         pinned: table -> the only ranks that may hold it.
         room: bytes of a rank that tables may fill.
-        seconds: budget; what was reached by then is returned.
     """
-    deadline = time.monotonic() + seconds
-    search = _Search(plan, cluster, options, pinned, room)
-    search.enter_pinned()
-    for _ in range(MAX_STEPS_PER_TABLE * max(1, len(search.now))):
-        if time.monotonic() > deadline or not search.relieve():
-            break
-    moved = {name: replace(option.table, ranks=option.ranks) for name, option in search.now.items()}
-    return replace(plan, tables=plan.tables | moved)
-
-
-class _Search:
-    """Seconds and free bytes of every rank, the option of each movable table, and the steps from one to the next."""
 
     def __init__(
         self,
@@ -77,7 +57,7 @@ class _Search:
             costs = table_costs(table, plan, cluster)
             return [(cost.rank, _Load(cost.times.total, cost.bytes.hbm, cost.bytes.ddr)) for cost in costs]
 
-        self.pinned, local = pinned, plan.local_group_size
+        self.plan, self.pinned, local = plan, pinned, plan.local_group_size
         self.seconds = [0.0] * plan.group_size
         self.free = [list(room) for _ in self.seconds]
         self.now: dict[str, _Option] = {}
@@ -87,41 +67,46 @@ class _Search:
         for name, table in plan.tables.items():
             if table.sharding_type not in MOVABLE:
                 for rank, load in loads(table):
-                    self.add(rank, load)
+                    self._add(rank, load)
                 continue
-            self.put(name, _Option(table, table.ranks, loads(table)[0][1]))  # the first shard is the largest
+            self._put(name, _Option(table, table.ranks, loads(table)[0][1]))  # the first shard is the largest
+            tried = [option for option in options[name] if option.sharding_type in MOVABLE]
             self.choices[name] = [
                 _Option(option, ranks, load)
-                for option in options[name]
-                if option.sharding_type in MOVABLE
-                for load in [loads(option)[0][1]]
+                for option, load in zip(tried, (loads(each)[0][1] for each in tried), strict=True)
                 for ranks in (single if option.sharding_type == "table_wise" else hosts)
                 if name not in pinned or pinned[name].issuperset(ranks)
             ]
 
-    def add(self, rank: int, load: _Load, sign: int = 1) -> None:
+    def improved(self, seconds: float) -> Plan:
+        """Bring pinned tables to ranks they may use, and take load off the busiest rank for so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        for name, ranks in self.pinned.items():
+            if name in self.now and not ranks.issuperset(self.now[name].ranks):
+                self._put(name, min(self.choices[name], key=self._busiest_with))
+        for _ in range(MAX_STEPS_PER_TABLE * max(1, len(self.now))):
+            if time.monotonic() > deadline or not self._relieve():
+                break
+        moved = {name: replace(option.table, ranks=option.ranks) for name, option in self.now.items()}
+        return replace(self.plan, tables=self.plan.tables | moved)
+
+    def _add(self, rank: int, load: _Load, sign: int = 1) -> None:
         self.seconds[rank] += sign * load.seconds
         self.free[rank][0] -= sign * load.hbm
         self.free[rank][1] -= sign * load.ddr
 
-    def put(self, name: str, option: _Option) -> None:
+    def _put(self, name: str, option: _Option) -> None:
         if old := self.now.get(name):
             for rank in old.ranks:
-                self.add(rank, old.load, -1)
+                self._add(rank, old.load, -1)
         self.now[name] = option
         for rank in option.ranks:
-            self.add(rank, option.load)
-
-    def enter_pinned(self) -> None:
-        """Put every pinned table on the least busy ranks of those it may use."""
-        for name, ranks in self.pinned.items():
-            if name in self.now and not ranks.issuperset(self.now[name].ranks):
-                self.put(name, min(self.choices[name], key=self._busiest_with))
+            self._add(rank, option.load)
 
     def _busiest_with(self, option: _Option) -> float:
         return max(self.seconds[rank] for rank in option.ranks) + option.load.seconds
 
-    def relieve(self) -> bool:
+    def _relieve(self) -> bool:
         """Make the step that leaves the least on the ranks it touches; False if none lowers the busiest."""
         busiest = max(range(len(self.seconds)), key=self.seconds.__getitem__)
         ours = [name for name, option in self.now.items() if busiest in option.ranks]
@@ -131,7 +116,7 @@ class _Search:
             if after is not None:
                 best, step = after, trial
         for name, option in step.items():
-            self.put(name, option)
+            self._put(name, option)
         return bool(step)
 
     def _steps(self, names: list[str]) -> Iterator[dict[str, _Option]]:

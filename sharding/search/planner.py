@@ -36,26 +36,22 @@ from torchrec.distributed.types import ParameterSharding
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import AnyTypeSharder
 from sharding.cost.estimate import Room, table_costs
-from sharding.cost.memory import DoesNotFit, find_shortage
+from sharding.cost.memory import find_shortage
 from sharding.plan.cluster import Cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
 from sharding.plan.placement import UNIFORM, Plan, TablePlan, check_shape
-from sharding.search.balance import rebalanced
+from sharding.search.balance import Balance
 from sharding.search.candidates import all_options, check_constraints
 from sharding.search.task import Progress, Task
 
 PROPOSALS_WITHOUT_GAIN = 20  # after which a greedy search ends
 DYNAMIC_BINS = 100
 MILLISECONDS = 1e3
+Constraints = dict[str, ParameterConstraints]
 
 
 def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = True) -> Plan:
-    """Choose a placement for every table.
-
-    Args:
-        task: what is to be planned.
-        progress: called after every proposal.
-        rebalance: whether tables are moved off the busiest rank at the end; without it TorchRec's plan is returned as it is.
+    """Choose a placement for every table. Without `rebalance` TorchRec's plan is returned as it is.
 
     Raises:
         InputError: a constraint names no table, or the dense part leaves no memory.
@@ -65,18 +61,18 @@ def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = Tr
     plan, room, options = task.empty_plan(), task.room(), all_options(task)
     shortage = find_shortage(options, plan, task.cluster, room)
     if shortage.is_certain:
-        raise DoesNotFit(shortage)
+        raise shortage
     start = time.monotonic()
     try:
         tables = _search(task, plan, options, progress)
     except (PlannerError, RuntimeError):
-        raise DoesNotFit(shortage) from None
+        raise shortage from None
     versions = {name: importlib.metadata.version(name) for name in ("mbcnet-rec", "torch", "torchrec")}
     plan = replace(plan, tables={name: tables[name] for name in options}, versions=versions)
     if rebalance:
         left = max(1.0, task.config.search_seconds - (time.monotonic() - start))
         pinned = {name: set(each.ranks) for name, each in task.config.tables.items() if each.ranks}
-        plan = rebalanced(plan, task.cluster, options, pinned, room, left)
+        plan = Balance(plan, task.cluster, options, pinned, room).improved(left)
     check_shape(plan, "sharding")
     return plan
 
@@ -151,13 +147,13 @@ def _proposer(name: str, size: int) -> Any:
 
 def _torchrec_constraints(options: list[TablePlan]) -> ParameterConstraints:
     first = options[0]
-    columns = [
+    columns = (
         each.embedding_dim // len(each.ranks) for each in options if each.sharding_type == "column_wise"
-    ]
+    )
     return ParameterConstraints(
         sharding_types=list(dict.fromkeys(each.sharding_type for each in options)),
         compute_kernels=list(dict.fromkeys(each.compute_kernel for each in options)),
-        min_partition=columns[0] if columns else None,
+        min_partition=next(columns, None),
         pooling_factors=[first.ids / first.bags] * first.bags,
     )
 
@@ -207,14 +203,10 @@ class Ordered(EmbeddingEnumerator):
     """Options in the constraints' order. TorchRec's is that of a set of strings, another one in each process, and ties go to the first."""
 
     def __init__(
-        self,
-        topology: Topology,
-        batch_size: int,
-        constraints: dict[str, ParameterConstraints],
-        estimators: Any,
+        self, topology: Topology, batch_size: int, wanted: Constraints, estimators: list[Any]
     ) -> None:
-        super().__init__(topology, batch_size, constraints, estimators)
-        self.wanted = constraints
+        super().__init__(topology, batch_size, wanted, estimators)
+        self.wanted = wanted
 
     def enumerate(self, module: nn.Module, sharders: list[Any]) -> list[ShardingOption]:
         """List the options of every table."""
