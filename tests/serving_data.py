@@ -43,7 +43,7 @@ place = ["shop", "city", "code"]
 
 
 def serving_table(rows: int, seed: int) -> pa.Table:
-    """small_table and columns for MORE_FIELDS, with nulls, unseen values and faults that the schema mends."""
+    """small_table and columns for MORE_FIELDS, with nulls, unseen values and faults that the schema repairs."""
     rng = np.random.default_rng(seed + 100)
     table = small_table(rows, seed)
     shops = [f"shop {number}" + "é" * (number % 4) for number in rng.integers(0, 200, rows)]

@@ -32,22 +32,17 @@ def test_difference_is_the_paired_t_test():
     assert found.p < unpaired, "pairing takes out what the seeds do to both"
 
 
-def test_one_seed_tells_nothing_of_spread():
-    found = paired_difference([0.8], [0.7])
+def test_one_seed_tells_nothing_of_spread_and_only_shared_seeds_are_compared():
+    found = compare(seeds_of([0.8, 0.9, 0.7]), seeds_of([0.7]), "auc")
     assert found.mean == pytest.approx(0.1) and found.seeds == 1
     assert math.isnan(found.low) and math.isnan(found.p)
     assert math.isnan(mean_and_sd([0.8])[1]) and math.isnan(mean_and_sd([])[0])
+    assert compare(seeds_of([0.8]), {7: {"auc": 0.1}}, "auc") is None
 
 
 @pytest.mark.parametrize(("ours", "p"), [([0.7, 0.7], 1.0), ([0.8, 0.8], 0.0)])
 def test_differences_without_spread(ours, p):
     assert paired_difference(ours, [0.7, 0.7]).p == p
-
-
-def test_only_shared_seeds_are_compared():
-    ours, theirs = seeds_of([0.8, 0.9, 0.7]), seeds_of([0.7])
-    assert compare(ours, theirs, "auc").seeds == 1
-    assert compare(ours, {7: {"auc": 0.1}}, "auc") is None
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,6 @@ ENCODER_FILES = (
 )
 DATA = Path(data.__file__).parent
 CHUNK_ROWS = 65_536  # quantised at a time
-TABLE_KEYS = ("name", "num_embeddings", "embedding_dim")
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def take_apart(
             for name, values in vocabularies.items()
         },
         "tables": {
-            pooling: [{key: getattr(table, key) for key in TABLE_KEYS} for table in members]
+            pooling: [{key: getattr(table, key) for key in serving.TABLE_KEYS} for table in members]
             for pooling, members in tables.items()
         },
         "lookups": lookups,

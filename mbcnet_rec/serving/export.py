@@ -80,7 +80,7 @@ def run_export(
         raise InputError(f"--aot: the compiler failed ({problem}); {target} is written without")
     served = serving.load(target)
     of_float = with_rows(take_apart(weights), weights, "fp32")
-    report: dict[str, Any] = dict(size_report(target, of_float))
+    report: dict[str, Any] = size_report(target, of_float)
     if problem:
         report["not_compiled"] = problem
     elif wanted:
@@ -109,7 +109,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
         )
 
 
-def size_report(out: Path, of_float: Exported) -> dict[str, int]:
+def size_report(out: Path, of_float: Exported) -> dict[str, Any]:
     """Bytes of the artifact and of the same with float32 rows, and of each one's tables."""
     float_rows = sum(rows.nbytes for rows in of_float.rows.values())
     own_rows = (out / serving.TABLES).stat().st_size

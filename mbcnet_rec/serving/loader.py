@@ -44,6 +44,7 @@ COMPILED = "dense_aot.pt2"
 MODEL, DENSE, TABLES, VOCABULARY = "model.json", "dense.safetensors", "tables.safetensors", "vocabulary.json"
 SCHEMA = "schema.toml"
 POOLING = {"sum": PoolingMode.SUM, "mean": PoolingMode.MEAN, "weighted": PoolingMode.SUM}
+TABLE_KEYS = ("name", "num_embeddings", "embedding_dim")
 OVERLOAD = type(torch.ops.aten.add.Tensor)
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv")
@@ -204,20 +205,13 @@ def open_tables(
     """Make FBGEMM's tables of one pooling, their rows still unset: `weights_host` has the size wanted.
 
     Args:
-        tables: name, num_embeddings, embedding_dim of each.
+        tables: TABLE_KEYS of each.
         lookups: (field, index of its table), in the order of the output's columns.
         rows: fp32, fp16, int8 or int4.
         pooling: sum, mean, or weighted (a weighted sum).
     """
     specs = [
-        (
-            each["name"],
-            each["num_embeddings"],
-            each["embedding_dim"],
-            SparseType(rows),
-            EmbeddingLocation.HOST,
-        )
-        for each in tables
+        (*(each[key] for key in TABLE_KEYS), SparseType(rows), EmbeddingLocation.HOST) for each in tables
     ]
     opened = IntNBitTableBatchedEmbeddingBagsCodegen(
         specs,

@@ -33,9 +33,8 @@ class StudyRequest:
     overrides: tuple[str, ...] = ()  # changes of that config, `key.path=value`
     seeds: int = 3  # the config's own and those after it
     models: tuple[str, ...] = ()  # kinds to run; empty: the study's own
-    tuned: Path | None = (
-        None  # folder of `mbcnet tune`, whose KIND.toml stands in for the config of that kind
-    )
+    # folder of `mbcnet tune`, whose KIND.toml stands in for the config of that kind
+    tuned: Path | None = None
     category: str = ""  # the field of Figure 7; "": found by name
     out: Path = Path("studies")  # folder of the runs and the page
     workers: int = 0  # processes; 0: chosen

@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -140,17 +140,15 @@ def train_all(runs: Sequence[Run], workers: int = 0, train: Train = train_one) -
         waiting = {pool.submit(train, run.config, None): run for run in pending.values()}
         try:
             for future in as_completed(waiting):
-                yield waiting[future], _outcome(future)
+                try:
+                    failure = future.result()
+                except (
+                    BrokenProcessPool
+                ):  # every run that had not ended says so, and the next start trains them
+                    failure = "a process of the pool died, perhaps for lack of memory; start again, with fewer --workers if so"
+                yield waiting[future], failure
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _outcome(future: "Future[str]") -> str:
-    try:
-        return future.result()
-    except BrokenProcessPool:  # then every run that had not ended says so, and the next start trains them
-        why = "a process of the pool died, perhaps for lack of memory"
-        return f"{why}; start again, with fewer --workers if so"
 
 
 def _end_with_parent() -> None:
