@@ -22,13 +22,8 @@ sys.stdin.read()
 @contextmanager
 def s3_server(bucket: str) -> Iterator[tuple[int, Any]]:
     """Start one with an empty bucket; yields its port and a client, with the variables set by which others find it."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", CODE],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-c", CODE], text=True, **pipes)
     assert process.stdin and process.stdout
     port = next(int(line.split()[1]) for line in process.stdout if line.startswith("port "))
     variables = {
@@ -40,13 +35,7 @@ def s3_server(bucket: str) -> Iterator[tuple[int, Any]]:
     before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("AWS_")}
     os.environ |= variables
     try:
-        client = boto3.client(
-            "s3",
-            endpoint_url=variables["AWS_ENDPOINT_URL"],
-            region_name="us-east-1",
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-        )
+        client = boto3.client("s3")
         client.create_bucket(Bucket=bucket)
         yield port, client
     finally:

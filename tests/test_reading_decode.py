@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numbered_rows import make_schema, write_rows
 
 from data.errors import InputError
 from data.reading.config import StreamOptions
@@ -14,39 +15,15 @@ from data.reading.encode import Encoder
 from data.reading.files import read_contents
 from data.reading.order import lane_bounds, plan_windows
 from data.reading.selection import Selection
-from data.schema import parse_schema
 
-FIELDS = {
-    "row": {"kind": "categorical", "num_embeddings": 1000, "embedding_dim": 4},
-    "word": {"kind": "categorical", "encoding": "hash", "num_embeddings": 50, "embedding_dim": 4},
-    "tags": {"kind": "multi_valued", "num_embeddings": 9, "embedding_dim": 4},
-}
-SCHEMA = parse_schema({"name": "t", "label": "click", "fields": FIELDS}, "schema.toml", Path())
+SCHEMA = make_schema()
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    rows = range(700)
-    table = pa.table(
-        {
-            "click": [row * row % 7 % 2 for row in rows],
-            "row": list(rows),
-            "word": [f"w{row % 211}" * 9 for row in rows],
-            "tags": pa.array([[row * k % 9 for k in range(row % 4)] for row in rows], pa.list_(pa.int64())),
-        }
-    )
-    path = tmp_path_factory.mktemp("log") / "a.parquet"
     # a dictionary that is soon full: Arrow reads such a column in several chunks
-    pq.write_table(
-        table,
-        path,
-        row_group_size=500,
-        write_page_checksum=True,
-        dictionary_pagesize_limit=512,
-        data_page_size=256,
-        write_batch_size=16,
-    )
-    return path
+    small = {"dictionary_pagesize_limit": 512, "data_page_size": 256, "write_batch_size": 16}
+    return write_rows(tmp_path_factory.mktemp("log") / "a.parquet", 700, row_group_size=500, **small)
 
 
 def reader_and_groups(file, options=StreamOptions(), extra=(), labels=True):
@@ -58,9 +35,7 @@ def reader_and_groups(file, options=StreamOptions(), extra=(), labels=True):
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("sampling", [{}, {"keep_negatives": 0.5}], ids=str)
 def test_a_scan_is_the_file_in_its_order(file, labels, sampling):
-    reader, groups = reader_and_groups(
-        file, StreamOptions(**sampling), extra=("word", "click"), labels=labels
-    )
+    reader, groups = reader_and_groups(file, StreamOptions(**sampling), ("word", "click"), labels)
     scanned = [(group, list(reader.scan(group, 64))) for group in groups]
     assert [len(batches) for _, batches in scanned] == [8, 4]  # of each 64 stored rows
     batches = [batch for _, batches in scanned for batch in batches]
@@ -70,9 +45,7 @@ def test_a_scan_is_the_file_in_its_order(file, labels, sampling):
     assert extra.equals(table.take(rows).select(["word", "click"]))
     assert sampling or rows.tolist() == list(range(700))
     labels_read = np.concatenate([columns.labels for columns, _ in batches])
-    assert labels_read.tolist() == (
-        [float(row * row % 7 % 2) for row in rows] if labels else [0.0] * len(rows)
-    )
+    assert labels_read.tolist() == [float(labels and row % 3 == 0) for row in rows]
     alone = [rows for group in groups for rows, _ in reader.batches(group, 64, ["word", "click"])]
     assert pa.Table.from_batches(alone).equals(extra)
 

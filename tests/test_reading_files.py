@@ -6,41 +6,20 @@ import sys
 import warnings
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from numbered_rows import make_schema, write_rows
 
 from data.errors import InputError
 from data.reading.checksums import has_checksum
 from data.reading.config import StreamOptions
 from data.reading.files import ChecksumWarning, read_contents, resolve_files
 from data.reading.selection import Selection
-from data.schema import parse_schema
 
-FIELDS = {
-    "row": {"kind": "categorical", "num_embeddings": 1000, "embedding_dim": 4},
-    "word": {"kind": "categorical", "encoding": "hash", "num_embeddings": 50, "embedding_dim": 4},
-    "tags": {"kind": "multi_valued", "num_embeddings": 9, "embedding_dim": 4},
-    "price": {"kind": "numeric"},
-}
-SCHEMA = parse_schema({"name": "t", "label": "click", "fields": FIELDS}, "schema.toml", Path())
+SCHEMA = make_schema()
 
 
 def write_file(path: Path, rows: int = 200, **options) -> Path:
-    table = pa.table(
-        {
-            "click": pa.array([row * row % 7 % 2 for row in range(rows)], pa.int8()),
-            "row": pa.array(range(rows), pa.int64()),
-            "word": pa.array([f"w{row % 17}" for row in range(rows)], pa.string()),
-            "tags": pa.array(
-                [[(row * k) % 9 for k in range(row % 4)] for row in range(rows)], pa.list_(pa.int64())
-            ),
-            "price": pa.array([row * 0.37 for row in range(rows)], pa.float64()),
-        }
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, **{"row_group_size": 100, "write_page_checksum": True} | options)
-    return path
+    return write_rows(path, rows, **{"row_group_size": 100} | options)
 
 
 def contents(files, **options):
@@ -65,12 +44,8 @@ def test_folders_globs_and_files_become_one_sorted_list(tmp_path):
 def test_row_groups_are_listed_and_files_without_rows_passed_over(tmp_path):
     files = [write_file(tmp_path / f"{rows}.parquet", rows) for rows in (0, 1, 250)]
     listed = contents(files).row_groups
-    assert [(group.file, group.index, group.num_rows) for group in listed] == [
-        (1, 0, 1),
-        (2, 0, 100),
-        (2, 1, 100),
-        (2, 2, 50),
-    ]
+    found = [(group.file, group.index, group.num_rows) for group in listed]
+    assert found == [(1, 0, 1), (2, 0, 100), (2, 1, 100), (2, 2, 50)]
     with pytest.raises(InputError, match=r"0.parquet and 0 more files hold no rows"):
         contents(files[:1])
 
@@ -79,10 +54,8 @@ def test_what_is_no_parquet_file_is_named(tmp_path):
     bad = tmp_path / "bad.parquet"
     for text in (b"", b"PAR1", b"click,row\n1,2\n" * 10):
         bad.write_bytes(text)
-        with pytest.raises(
-            InputError,
-            match=r"bad.parquet: not a readable Parquet file \(.+\); the file is damaged: write it again or remove it",
-        ):
+        said = r"bad.parquet: not a readable Parquet file \(.+\); the file is damaged: write it again or remove it"
+        with pytest.raises(InputError, match=said):
             contents([bad])
 
 
@@ -99,13 +72,10 @@ def test_checksums_are_seen_in_the_pages_themselves(tmp_path, compression, versi
     with pytest.warns(ChecksumWarning) as seen:
         contents([good, bare, bare])
     assert len(seen) == 1
-    assert "bare.parquet: the pages of column 'click' carry no checksum (so in 2 of 3 files)" in str(
-        seen[0].message
-    )
-    with pytest.raises(
-        InputError,
-        match=r"bare.parquet: .* no checksum .*: require_checksum = true wants them; write the files",
-    ):
+    said = "bare.parquet: the pages of column 'click' carry no checksum (so in 2 of 3 files)"
+    assert said in str(seen[0].message)
+    said = r"bare.parquet: .* no checksum .*: require_checksum = true wants them; write the files"
+    with pytest.raises(InputError, match=said):
         contents([good, bare], require_checksum=True)
 
 
@@ -162,13 +132,9 @@ def test_truncated_and_flipped_files_are_refused_or_read_right(tmp_path, cases):
     """Truncations, and four times as many files with 1 to 8 flipped bits: in a process of its own, because a crash would end this one."""
     good = write_file(tmp_path / "good.parquet", compression="zstd")
     folder = Path(__file__).parent
-    ran = subprocess.run(
-        [sys.executable, "-c", DAMAGE, str(good), str(cases)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": f"{folder}:{folder.parent}"},
-    )
+    command = [sys.executable, "-c", DAMAGE, str(good), str(cases)]
+    path = {"PYTHONPATH": f"{folder}:{folder.parent}"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | path)
     assert ran.returncode == 0, ran.stderr
     truncated, flipped = ran.stdout.splitlines()
     assert truncated == f"truncated {cases} {cases} set()"
