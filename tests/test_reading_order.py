@@ -28,22 +28,16 @@ def test_windows_cover_every_row_once_and_keep_to_their_lane(sizes, lanes, windo
     options, total = StreamOptions(lanes, lanes, order), sum(sizes)
     bounds = lane_bounds(options, total)
     windows = plan_windows(groups_of(sizes), bounds, window_rows)
-    rows = [
-        (row_group.index, row)
-        for window in windows
-        for row_group, start, stop in window.segments
-        for row in range(start, stop)
-    ]
+    segments = [segment for window in windows for segment in window.segments]
+    rows = [(group.index, row) for group, start, stop in segments for row in range(start, stop)]
     assert rows == [(index, row) for index, size in enumerate(sizes) for row in range(size)]
-    position = 0
+    position, longest = 0, max((size for size in sizes if size <= window_rows), default=1)
     for window in windows:
         assert window.first_row == position
         assert window.num_rows == sum(stop - start for _, start, stop in window.segments) > 0
         position += window.num_rows
         assert bounds[window.lane] <= window.first_row < position <= bounds[window.lane + 1]
-        assert window.num_rows < window_rows + max(
-            size for size in [1, *sizes] if size <= window_rows or size == 1
-        )
+        assert window.num_rows < window_rows + longest
         # row groups that fit a window are cut by lanes only
         for row_group, _, stop in window.segments:
             if row_group.num_rows <= window_rows and stop < row_group.num_rows:
@@ -94,10 +88,7 @@ def test_every_world_reads_each_row_once_in_the_same_global_batch(sizes, lanes, 
         ({"keep_negatives": 0.0}, r"keep_negatives = 0.0: wanted a share in \(0, 1\]"),
         ({"keep_negatives": float("nan")}, "keep_negatives = nan: wanted a share"),
         ({"drop_positives": 1.0}, r"drop_positives = 1.0: wanted a share in \[0, 1\)"),
-        (
-            {"negative_weights": "importance"},
-            "negative_weights = 'importance': keep_negatives = 1 drops no negative",
-        ),
+        ({"negative_weights": "importance"}, "negative_weights = 'importance': keep_negatives = 1 drops no"),
         ({"timeout_seconds": 0.0}, "timeout_seconds = 0.0: wanted more than 0"),
     ],
 )

@@ -1,6 +1,6 @@
 """Proves that a batch holds the rows that picking them one by one gives, by key and padded, and moves as a pipeline needs."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +51,7 @@ def make_columns(seed: int, rows: int, dtype=np.int32, missing=True) -> Columns:
 
 
 def items_of(lists: Lists, row: int):
-    parts = [
-        slice(lists.offsets[field, row], lists.offsets[field, row + 1]) for field in range(len(lists.values))
-    ]
+    parts = [slice(offsets[row], offsets[row + 1]) for offsets in lists.offsets]
     weights = lists.weights or [None] * len(parts)
     return [
         (values[part].tolist(), None if weight is None else weight[part].tolist())
@@ -115,23 +113,16 @@ def test_gathered_rows_share_no_memory_with_their_window():
     held = [columns.single_ids, columns.dense, columns.labels, columns.group_ids]
     held += [*columns.lists.values, *columns.weighted_lists.values, *columns.weighted_lists.weights]
     batch = gather([(columns, 0, 9)], 9, make_schema())
-    bags = [
-        batch.sparse_features.values(),
-        batch.weighted_features.values(),
-        batch.weighted_features.weights(),
-    ]
+    sparse, weighted = batch.sparse_features, batch.weighted_features
+    bags = [sparse.values(), weighted.values(), weighted.weights()]
     for part in (*bags, batch.dense_features, batch.labels, batch.group_ids):
         assert not any(np.shares_memory(part.numpy(), source) for source in held)
 
 
 def test_absent_parts_are_none_and_without_lists_there_are_ids_only():
-    columns = make_columns(0, 3, missing=False)
-    none = join_lists([], None, 3)
-    batch = gather(
-        [(Columns(**vars(columns) | {"lists": none, "weighted_lists": none, "group_ids": None}), 0, 3)],
-        3,
-        make_schema("d", "e", "w"),
-    )
+    columns, none = make_columns(0, 3, missing=False), join_lists([], None, 3)
+    columns = replace(columns, lists=none, weighted_lists=none, group_ids=None)
+    batch = gather([(columns, 0, 3)], 3, make_schema("d", "e", "w"))
     assert batch.weighted_features is None and batch.group_ids is None
     assert batch.sparse_features.values().tolist() == columns.single_ids.reshape(-1).tolist()
 
@@ -150,9 +141,7 @@ def test_moving_keeps_every_part():
             assert part.device().type == "meta" and part.keys() == before.keys()
 
 
-@given(
-    counts=st.lists(st.integers(0, 5), min_size=1, max_size=4), weighted=st.booleans(), shuffled=st.booleans()
-)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_joined_lists_are_the_lists_one_after_the_other_permuted(counts, weighted, shuffled):
     draw, rows = np.random.default_rng(sum(counts)), sum(counts)
     fields = [[make_ragged(draw, count, weighted) for count in counts] for _ in range(2)]

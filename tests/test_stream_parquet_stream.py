@@ -1,10 +1,7 @@
 """Proves that the stream gives every row once, in an order that neither world size, workers nor a stop change, and names what is wrong."""
 
 import gc
-import json
 import os
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -107,34 +104,6 @@ def test_every_stop_in_every_world_with_every_number_of_workers(log, order):
                 rest, cursors = global_batches(log, options, world_size, Cursor(0, stop))
                 assert rest == whole[stop:], (world_size, workers, stop)
                 assert cursors == [Cursor(0, step + 1) for step in range(stop, len(whole))]
-
-
-RESUME = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from numbered_rows import make_schema, rows_of
-from test_stream_parquet_stream import LANES, ParquetStream, StreamOptions
-ranks = []
-for rank in range(2):
-    stream = ParquetStream([Path(file) for file in sys.argv[3:]], make_schema(), StreamOptions(2 * LANES, LANES, window_rows=16, workers=2), rank, 2)
-    stream.load_state_dict(json.loads(sys.argv[2]))
-    ranks.append([rows_of(batch) for batch in stream])
-print(json.dumps([[row for rank in step for row in rank] for step in zip(*ranks)]))
-"""
-
-
-@pytest.mark.long
-def test_a_new_process_goes_on_from_a_few_integers(log):
-    options = StreamOptions(2 * LANES, LANES, window_rows=16)
-    whole, cursors = global_batches(log, options, 1)
-    stream = ParquetStream(log, make_schema(), options)
-    state = json.dumps(stream.state_dict(cursors[2]))
-    assert len(state) < 100
-    command = [sys.executable, "-c", RESUME, str(Path(__file__).parent), state, *map(str, log)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout) == whole[3:]
 
 
 def test_order_follows_seed_and_epoch(log):
@@ -288,17 +257,6 @@ def test_a_reader_that_is_stuck_is_named_in_time(tmp_path):
             assert time.monotonic() - start < 10
             with suppress(OSError), open(os.open(file, os.O_WRONLY | os.O_NONBLOCK), "wb"):
                 time.sleep(0.02)
-
-
-@pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (1, 0), (0, 1), (2, 2)])
-def test_an_error_in_a_worker_reaches_the_caller(log, workers, prefetch):
-    def broken(*_, **__):
-        raise SystemError("a defect of ours")
-
-    stream = stream_of(log, workers=workers, prefetch=prefetch)
-    stream.encoder.encode_all = broken
-    with pytest.raises(SystemError, match="a defect of ours"):
-        list(stream)
 
 
 def test_threads_end_when_the_reader_stops_early(log):
