@@ -9,68 +9,52 @@ import pytest
 
 import mbcnet_rec.model
 
-FOLDER = Path(mbcnet_rec.model.__file__).parent
-FILES = sorted(FOLDER.glob("*.py"))
-FORBIDDEN = (
-    "torch.distributed",
-    "torchrec.distributed",
-    "sharding",
-    "mbcnet_rec.training",
-    "mbcnet_rec.config",
-    "mbcnet_rec.train",
-    "mbcnet_rec.build",
-    "mbcnet_rec.study",
-    "data.stream",
-    "data.schema.parse",
-    "data.reading.files",
-    "pathlib",
-    "os",
-    "io",
-    "tomllib",
-    "json",
-    "pyarrow",
-)
+FILES = sorted(Path(mbcnet_rec.model.__file__).parent.rglob("*.py"))
+ALLOWED = {
+    "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "operator", "typing",
+    "torch", "torchrec.modules", "torchrec.sparse", "data.errors", "data.schema", "mbcnet_rec.model",
+}  # fmt: skip
+FORBIDDEN = ("torch.distributed", "data.schema.parse")
 READERS = {"open", "read_text", "read_bytes", "load", "save"}
 
 
-def imported(tree):
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def imported(node):
+    """Full names of what an import statement brings in."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [f"{node.module}.{alias.name}" for alias in node.names]
 
 
-def faults(tree):
-    for name in imported(tree):
-        if any(name == each or name.startswith(each + ".") for each in FORBIDDEN):
-            yield f"imports {name}"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(
-            ("torch.distributed", "torchrec.distributed")
-        ):
+def is_in(name, packages):
+    return any(name == each or name.startswith(each + ".") for each in packages)
+
+
+def faults(text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (n for n in imported(node) if not is_in(n, ALLOWED) or is_in(n, FORBIDDEN))
+        elif isinstance(node, ast.Attribute) and is_in(ast.unparse(node), FORBIDDEN):
             yield f"uses {ast.unparse(node)}"
-        if isinstance(node, ast.Call):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in READERS:
-                yield f"line {node.lineno}: calls {called}"
-        if isinstance(node, ast.FunctionDef):
-            arguments = node.args
-            names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-            if node.name == "__init__" and len(names) > 6:
-                yield f"line {node.lineno}: __init__{tuple(names)}"
-            if any(isinstance(inner, (ast.Import, ast.ImportFrom)) for inner in ast.walk(node)):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in READERS:
+            yield f"line {node.lineno}: calls {ast.unparse(node.func)}"
+        elif isinstance(node, ast.FunctionDef):
+            count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            if node.name == "__init__" and count > 6:
+                yield f"line {node.lineno}: __init__ takes {count - 1} arguments"
+            if any(isinstance(inner, ast.Import | ast.ImportFrom) for inner in ast.walk(node)):
                 yield f"line {node.lineno}: import inside {node.name}"
             if node.end_lineno - node.lineno > 70:
-                yield f"line {node.lineno}: {node.name} has {node.end_lineno - node.lineno} lines"
+                yield f"line {node.lineno}: {node.name} is long"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_file_keeps_the_laws(file):
-    text = file.read_text()
-    assert not list(faults(ast.parse(text)))
-    assert text.count("\n") < 420
+    assert not list(faults(file.read_text()))
+
+
+def test_the_paper_s_model_can_be_read_in_one_sitting():
+    names = ("layers", "branches", "mbcnet", "losses", "objective")
+    assert sum(file.read_text().count("\n") for file in FILES if file.stem in names) < 1000
 
 
 @pytest.mark.parametrize(
@@ -80,23 +64,20 @@ def test_file_keeps_the_laws(file):
         "from torch import distributed",
         "from torchrec.distributed.types import ShardingEnv",
         "import torch\ntorch.distributed.get_rank()",
-        "from mbcnet_rec.training.trainer import train",
-        "from sharding.plan.plan_file import Plan",
         "from mbcnet_rec.config import RunConfig",
+        "import json",
         "open('x')",
-        "from data.stream import ParquetStream",
-        "class A:\n def __init__(self, a, b, c, d, e, f): pass",
         "class A:\n def __init__(self, a, b, c, *, d, e, f): pass",
         "def f():\n import torch",
     ],
 )
 def test_the_check_sees_a_fault(code):
-    assert list(faults(ast.parse(code)))
+    assert list(faults(code))
 
 
 def test_reading_a_config_imports_no_torchrec():
     code = (
-        "import sys, mbcnet_rec.model.models, mbcnet_rec.model.objective, mbcnet_rec.model.zoo.enkd;"
+        "import sys, mbcnet_rec.model.models;"
         "sys.exit(any(name.split('.')[0] in ('torchrec', 'fbgemm_gpu') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,5 +1,6 @@
 """The losses agree with loops over Listing 1 in float64, values and gradients, and keep the promises that training relies on."""
 
+import itertools
 import math
 
 import numpy as np
@@ -33,46 +34,36 @@ def naive_bce(z, y):
 
 def naive_coteaching(logits, labels, scheme, threshold=-math.log(0.5), confidence=False):
     """Listing 1 row by row; the gradient by hand: d/dz_j of CE(p_i, sigmoid(z_j)) is p_j - p_i, teachers get none."""
-    num_branches, num_rows = logits.shape
     loss, count, gradient = 0.0, 0, np.zeros_like(logits)
-    for i in range(num_branches):  # teacher
-        for j in range(num_branches):  # student
-            for b in range(num_rows):
-                if i == j:
-                    continue
-                teacher, student = naive_bce(logits[i, b], labels[b]), naive_bce(logits[j, b], labels[b])
-                strong_weak = teacher < threshold and student > threshold
-                weak_strong = teacher > threshold and student < threshold
-                if {
-                    "strong_to_weak": strong_weak,
-                    "weak_to_strong": weak_strong,
-                    "no_discrimination": True,
-                }[scheme]:
-                    p_i, p_j = sigmoid(logits[i, b]), sigmoid(logits[j, b])
-                    margin = 2 * abs(p_i - 0.5) if confidence else 1.0
-                    loss += margin * (-p_i * math.log(p_j) - (1 - p_i) * math.log(1 - p_j))
-                    gradient[j, b] += margin * (p_j - p_i)
-                    count += 1
+    for i, j in itertools.permutations(range(len(logits)), 2):  # teacher, student
+        for b, y in enumerate(labels):
+            teacher, student = naive_bce(logits[i, b], y), naive_bce(logits[j, b], y)
+            teaches = {
+                "strong_to_weak": teacher < threshold < student,
+                "weak_to_strong": teacher > threshold > student,
+                "no_discrimination": True,
+            }
+            if teaches[scheme]:
+                p_i, p_j = sigmoid(logits[i, b]), sigmoid(logits[j, b])
+                margin = 2 * abs(p_i - 0.5) if confidence else 1.0
+                loss += margin * (-p_i * math.log(p_j) - (1 - p_i) * math.log(1 - p_j))
+                gradient[j, b] += margin * (p_j - p_i)
+                count += 1
     return (loss / count, gradient / count) if count else (0.0, gradient)
 
 
 def naive_differentiation(latents, transforms, norm):
     """Listing 1 with its loops over ordered pairs; the mean over pairs and rows at the end."""
-    num_branches = len(latents)
     matrix = {}
-    for (i, j), w in zip(branch_pairs(num_branches), transforms, strict=True):
+    for (i, j), w in zip(branch_pairs(len(latents)), transforms, strict=True):
         matrix[i, j], matrix[j, i] = w, w.T
     terms = []
-    for i in range(num_branches):
-        for j in range(num_branches):
-            if i != j:
-                mapped = latents[i] @ matrix[i, j]
-                back = mapped @ matrix[j, i]
-                for b in range(latents.shape[1]):
-                    a = np.sum((mapped[b] - latents[j][b]) ** 2)
-                    c = np.sum((back[b] - latents[i][b]) ** 2)
-                    terms.append(a + c if norm == "squared" else math.sqrt(a) + math.sqrt(c))
-    return float(np.mean(terms))
+    for (i, j), w in matrix.items():
+        mapped = latents[i] @ w
+        for error in (mapped - latents[j], mapped @ w.T - latents[i]):
+            squares = np.sum(error**2, axis=1)
+            terms.append(squares if norm == "squared" else np.sqrt(squares))
+    return 2 * float(np.mean(terms))  # two terms a pair
 
 
 def numeric_gradient(function, x, eps=1e-6):
@@ -90,32 +81,21 @@ def random_batch(num_branches=3, num_rows=40, seed=0, scale=2.0):
     return rng.normal(size=(num_branches, num_rows)) * scale, rng.integers(0, 2, num_rows).astype(np.float64)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("confidence", [False, True])
 @pytest.mark.parametrize("num_branches", [2, 3, 5])
 @pytest.mark.parametrize("threshold", [-math.log(0.5), 0.4])
-def test_coteaching_equals_listing_1(scheme, confidence, num_branches, threshold):
+def test_coteaching_equals_listing_1(scheme, confidence, num_branches, threshold, dtype, rtol):
     logits, labels = random_batch(num_branches, seed=num_branches)
-    expected, expected_gradient = naive_coteaching(logits, labels, scheme, threshold, confidence)
-    z = torch.tensor(logits, requires_grad=True)
-    loss = branch_coteaching_loss(
-        z, torch.tensor(labels), scheme=scheme, threshold=threshold, confidence=confidence
-    )
+    z = torch.tensor(logits, dtype=dtype, requires_grad=True)
+    options = {"scheme": scheme, "threshold": threshold, "confidence": confidence}
+    loss = branch_coteaching_loss(z, torch.tensor(labels, dtype=dtype), **options)
     loss.backward()
+    expected, gradient = naive_coteaching(z.detach().double().numpy(), labels, **options)
     assert expected > 0
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
-    np.testing.assert_allclose(z.grad.numpy(), expected_gradient, rtol=1e-9, atol=1e-15)
-    # float32 inputs: the contract's 1e-6 relative
-    z32 = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
-    loss32 = branch_coteaching_loss(
-        z32, torch.tensor(labels).float(), scheme=scheme, threshold=threshold, confidence=confidence
-    )
-    loss32.backward()
-    reference, reference_gradient = naive_coteaching(
-        z32.detach().double().numpy(), labels, scheme, threshold, confidence
-    )
-    assert loss32.item() == pytest.approx(reference, rel=1e-6)
-    assert np.linalg.norm(z32.grad.numpy() - reference_gradient) < 1e-6 * np.linalg.norm(reference_gradient)
+    assert loss.item() == pytest.approx(expected, rel=rtol)
+    assert np.linalg.norm(z.grad.numpy() - gradient) < rtol * np.linalg.norm(gradient)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -124,43 +104,33 @@ def test_differentiation_equals_listing_1(norm, num_branches):
     rng = np.random.default_rng(num_branches)
     latents = rng.normal(size=(num_branches, 5, 4))
     transforms = rng.normal(size=(num_branches * (num_branches - 1) // 2, 4, 4))
-    z, w = torch.tensor(latents, requires_grad=True), torch.tensor(transforms, requires_grad=True)
-    loss = moderate_differentiation_loss(z, w, norm=norm)
-    loss.backward()
-    assert loss.item() == pytest.approx(naive_differentiation(latents, transforms, norm), rel=1e-12)
-    for tensor, expected in (
-        (z, numeric_gradient(lambda x: naive_differentiation(x, transforms, norm), latents)),
-        (w, numeric_gradient(lambda x: naive_differentiation(latents, x, norm), transforms)),
-    ):
-        assert np.linalg.norm(tensor.grad.numpy() - expected) < 1e-7 * np.linalg.norm(expected)
-    z32, w32 = (torch.tensor(x, dtype=torch.float32, requires_grad=True) for x in (latents, transforms))
-    loss32 = moderate_differentiation_loss(z32, w32, norm=norm)
-    loss32.backward()
-    assert loss32.item() == pytest.approx(loss.item(), rel=1e-6)
-    for single, double in ((z32, z), (w32, w)):
-        assert (single.grad - double.grad).norm() < 2e-6 * double.grad.norm()
+    numeric = (
+        numeric_gradient(lambda x: naive_differentiation(x, transforms, norm), latents),
+        numeric_gradient(lambda x: naive_differentiation(latents, x, norm), transforms),
+    )
+    for dtype, rtol, gradient_rtol in ((torch.float64, 1e-12, 1e-7), (torch.float32, 1e-6, 2e-6)):
+        inputs = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in (latents, transforms)]
+        loss = moderate_differentiation_loss(*inputs, norm=norm)
+        loss.backward()
+        assert loss.item() == pytest.approx(naive_differentiation(latents, transforms, norm), rel=rtol)
+        for tensor, expected in zip(inputs, numeric, strict=True):
+            assert np.linalg.norm(tensor.grad.numpy() - expected) < gradient_rtol * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_distance_without_transforms(norm):
     latents = np.random.default_rng(1).normal(size=(3, 6, 4))
-    terms = []
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        for b in range(6):
-            square = np.sum((latents[i, b] - latents[j, b]) ** 2)
-            terms.append(square if norm == "squared" else math.sqrt(square))
-    assert latent_distance(torch.tensor(latents), norm=norm).item() == pytest.approx(
-        np.mean(terms), rel=1e-12
-    )
+    squares = [np.sum((latents[i] - latents[j]) ** 2, axis=1) for i, j in ((0, 1), (0, 2), (1, 2))]
+    expected = np.mean(squares if norm == "squared" else np.sqrt(squares))
+    assert latent_distance(torch.tensor(latents), norm=norm).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("scheme", ["strong_to_weak", "weak_to_strong"])
 @pytest.mark.parametrize("confidence", [False, True])
 def test_without_disagreement_exactly_zero(scheme, confidence):
     labels = torch.tensor([1.0, 0.0, 1.0])
-    logits = torch.tensor(
-        [[2.0, -1.0, -3.0], [1.0, -4.0, -1.0]], requires_grad=True
-    )  # both right or both wrong
+    # both right or both wrong
+    logits = torch.tensor([[2.0, -1.0, -3.0], [1.0, -4.0, -1.0]], requires_grad=True)
     loss = branch_coteaching_loss(logits, labels, scheme=scheme, confidence=confidence)
     loss.backward()
     assert loss.item() == 0.0
@@ -271,17 +241,16 @@ def test_disagreement_rates_by_hand():
     assert disagreement_rates(logits, labels).tolist() == [[0.0, 0.25], [0.25, 0.0]]
 
 
-def test_half_precision_is_promoted():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_promoted(dtype):
     logits, labels = (torch.tensor(x) for x in random_batch())
-    for dtype in (torch.bfloat16, torch.float16):
-        low = logits.to(dtype)
-        loss = branch_coteaching_loss(low, labels)
-        assert loss.dtype == torch.float32
-        assert loss.item() == pytest.approx(branch_coteaching_loss(low.double(), labels).item(), rel=1e-6)
-        assert (
-            moderate_differentiation_loss(torch.randn(2, 3, 4).to(dtype), torch.randn(1, 4, 4)).dtype
-            == torch.float32
-        )
+    loss = branch_coteaching_loss(logits.to(dtype), labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(
+        branch_coteaching_loss(logits.to(dtype).double(), labels).item(), rel=1e-6
+    )
+    latents = torch.randn(2, 3, 4).to(dtype)
+    assert moderate_differentiation_loss(latents, torch.randn(1, 4, 4)).dtype == torch.float32
     assert branch_coteaching_loss(logits, labels).dtype == torch.float64
 
 

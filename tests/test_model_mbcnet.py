@@ -19,7 +19,7 @@ from mbcnet_rec.model.losses import (
     weighted_bce,
 )
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNet, MBCNetConfig
-from mbcnet_rec.model.objective import LossArch, Objective, build_transforms
+from mbcnet_rec.model.objective import Objective, build_transforms
 
 LAYOUT = InputLayout(
     {"user": 4, "item": 8, "tags": 4},
@@ -79,9 +79,8 @@ def test_parameters_at_the_papers_size():
     assert len(layout.groups) == 7 and sum(layout.width(group) for group in layout.groups) == 800
     with torch.device("meta"):
         arch = BranchArch(MBCNetConfig(branches=tuple(BRANCHES)), layout)
-        losses = LossArch(
-            CoteachingConfig(), DifferentiationConfig(), build_transforms(3, 128, DifferentiationConfig())
-        )
+        paper = BranchArch(MBCNetConfig(), layout)
+        transforms = build_transforms(3, 128, DifferentiationConfig())
     branches = arch.branches
     # EFGC: first layers 800 * 1024 + 7 * 1024 =   826,368
     #       second     7 * (1024 * 128 + 128)  =   918,400
@@ -104,9 +103,7 @@ def test_parameters_at_the_papers_size():
     # a logit layer of 128 + 1 for each branch and the fusion
     assert count(arch.branch_logits) == 5 * 129 and count(arch.fused_logit) == 129
     # W: three pairs of 128 * 128
-    assert count(losses) == 49_152
-    with torch.device("meta"):
-        paper = BranchArch(MBCNetConfig(), layout)
+    assert count(transforms) == 49_152
     # 2,204,032 + 8,843,776 + 1,797,416 + 426,880 + 4 * 129 = 13,272,620; with W 13,321,772: 13.3 million
     assert count(paper) == 13_272_620
 
@@ -136,34 +133,10 @@ def test_any_branches_in_any_order(branches):
     torch.testing.assert_close(output.fused_logits, fused)
     assert list(arch.branches) == list(branches)
     # every parameter learns: DistributedDataParallel waits for each gradient
-    model = MBCNet(config, nn.Identity(), LAYOUT)
-    losses = Objective(model).losses
-    loss, _ = losses(output, torch.randint(0, 2, (16,)).float(), torch.ones(16))
+    losses = objective(config)[1].losses
+    loss, _ = losses(output, *ROWS)
     loss.backward()
     assert not [n for m in (arch, losses) for n, p in m.named_parameters() if p.grad is None]
-
-
-def test_order_of_branches_changes_nothing_but_the_order():
-    first, second = (
-        BranchArch(small(branches=order), LAYOUT) for order in (("efgc", "deep"), ("deep", "efgc"))
-    )
-    second.branches.load_state_dict(first.branches.state_dict())
-    second.top.load_state_dict(first.top.state_dict())
-    second.fused_logit.load_state_dict(first.fused_logit.state_dict())
-    for k in (0, 1):
-        second.branch_logits[k].load_state_dict(first.branch_logits[1 - k].state_dict())
-    a, b = first(features()), second(features())
-    torch.testing.assert_close(a.branch_logits, b.branch_logits.flip(0))
-    torch.testing.assert_close(a.fused_logits, b.fused_logits)
-
-
-def test_efgc_sees_its_groups_alone():
-    arch = BranchArch(small(branches=("efgc",)), LAYOUT)
-    changed = features()
-    changed[ALL] = changed[ALL] + 1.0
-    torch.testing.assert_close(arch(changed), arch(features()))
-    changed["looks"] = changed["looks"] + 1.0
-    assert not torch.allclose(arch(changed).fused_logits, arch(features()).fused_logits)
 
 
 def test_gated_fusion_is_a_weighted_mean():
@@ -180,8 +153,7 @@ def objective(config=None, **kwargs):
     return model, Objective(model, **kwargs)
 
 
-def labels_and_weights(rows=16):
-    return torch.tensor([1.0, 0.0] * (rows // 2)), torch.ones(rows)
+ROWS = torch.tensor([1.0, 0.0] * 8), torch.ones(16)  # labels and weights
 
 
 @pytest.mark.parametrize("kind", ["moderate", "max_difference", "min_difference"])
@@ -190,9 +162,8 @@ def test_objective_is_the_sum_of_its_terms(kind, norm):
     coteaching = CoteachingConfig(weight=0.3, scheme="no_discrimination", confidence=True)
     differentiation = DifferentiationConfig(weight=0.7, kind=kind, norm=norm)
     model, whole = objective(coteaching=coteaching, differentiation=differentiation)
-    output = model.dense_arch(features())
-    labels, weights = labels_and_weights()
-    loss, outputs = whole.losses(output, labels, weights)
+    output, (labels, _) = model.dense_arch(features()), ROWS
+    loss, outputs = whole.losses(output, *ROWS)
     bce = weighted_bce(output.fused_logits, labels) + weighted_bce(output.branch_logits, labels).sum()
     taught = branch_coteaching_loss(output.branch_logits, labels, scheme="no_discrimination", confidence=True)
     if kind == "moderate":
@@ -201,44 +172,27 @@ def test_objective_is_the_sum_of_its_terms(kind, norm):
         different = latent_distance(output.latents, norm=norm) * (-1 if kind == "max_difference" else 1)
         assert whole.losses.transforms is None and outputs.transform_distance.shape == (0,)
     torch.testing.assert_close(loss, bce + 0.3 * taught + 0.7 * different)
-    for name, term in (
-        ("loss", loss),
-        ("bce", bce),
-        ("coteaching_loss", taught),
-        ("differentiation_loss", different),
-    ):
-        torch.testing.assert_close(outputs.terms[name], term.detach())
-        assert not outputs.terms[name].requires_grad
+    terms = {"loss": loss, "bce": bce, "coteaching_loss": taught, "differentiation_loss": different}
+    torch.testing.assert_close(outputs.terms, {name: term.detach() for name, term in terms.items()})
+    assert not any(term.requires_grad for term in outputs.terms.values())
     torch.testing.assert_close(outputs.logits[:, 0], output.fused_logits.detach())
     torch.testing.assert_close(outputs.logits[:, 1:], output.branch_logits.detach().t())
 
 
-def test_the_fused_logit_neither_teaches_nor_learns_from_branches():
-    model, whole = objective(differentiation=DifferentiationConfig(weight=0))
-    output = model.dense_arch(features())
-    labels, weights = labels_and_weights()
-    moved = output._replace(fused_logits=output.fused_logits + 3.0)
-    _, before = whole.losses(output, labels, weights)
-    _, after = whole.losses(moved, labels, weights)
-    assert before.terms["coteaching_loss"] > 0
-    assert before.terms["coteaching_loss"] == after.terms["coteaching_loss"]
-
-
 def test_warm_up_grows_in_training_only():
-    config = small()
     model, whole = objective(
-        config, coteaching=CoteachingConfig(weight=1.0, warmup_steps=4, scheme="no_discrimination")
+        coteaching=CoteachingConfig(weight=1.0, warmup_steps=4, scheme="no_discrimination")
     )
-    output, (labels, weights) = model.dense_arch(features()), labels_and_weights()
+    output = model.dense_arch(features())
     factors = []
     for _ in range(6):
-        loss, outputs = whole.losses(output, labels, weights)
+        loss, outputs = whole.losses(output, *ROWS)
         terms = outputs.terms
         rest = terms["bce"] + 0.1 * terms["differentiation_loss"]
         factors.append(((loss - rest) / terms["coteaching_loss"]).item())
     assert factors == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1], abs=1e-5)
     whole.eval()
-    whole.losses(output, labels, weights)
+    whole.losses(output, *ROWS)
     assert whole.losses.step == 6
 
 
@@ -246,10 +200,9 @@ def test_warm_up_grows_in_training_only():
 @pytest.mark.parametrize("parametrization", ["soft", "orthogonal"])
 def test_transforms_start_orthogonal(init, parametrization):
     transforms = build_transforms(3, 6, DifferentiationConfig(init=init, parametrization=parametrization))
+    eye = torch.eye(6).repeat(3, 1, 1)
     matrices = transforms()
-    torch.testing.assert_close(
-        matrices @ matrices.transpose(1, 2), torch.eye(6).repeat(3, 1, 1), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(matrices @ matrices.transpose(1, 2), eye, atol=1e-5, rtol=0)
     if init == "orthogonal":
         assert torch.linalg.matrix_norm(matrices[0] - matrices[1]) > 0.5
     if parametrization == "orthogonal":
@@ -259,9 +212,7 @@ def test_transforms_start_orthogonal(init, parametrization):
             (transforms() * torch.randn(3, 6, 6)).sum().backward()
             optimizer.step()
         moved = transforms()
-        torch.testing.assert_close(
-            moved @ moved.transpose(1, 2), torch.eye(6).repeat(3, 1, 1), atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(moved @ moved.transpose(1, 2), eye, atol=1e-5, rtol=0)
         assert not torch.allclose(moved, matrices)
 
 
@@ -271,15 +222,14 @@ def test_autocast_keeps_the_losses_in_float32(parametrization):
     model, whole = objective(differentiation=differentiation)
     if parametrization == "orthogonal":  # away from where it starts, so that W is computed by products
         whole.losses.transforms.parametrizations.weight.original.data.normal_()
-    labels, weights = labels_and_weights()
     with torch.autocast("cpu", torch.bfloat16):
         output = model.dense_arch(features())
-        loss, outputs = whole.losses(output, labels, weights)
+        loss, outputs = whole.losses(output, *ROWS)
     assert output.latents.dtype == torch.bfloat16  # the products did run in half precision
     assert loss.dtype == torch.float32 and outputs.logits.dtype == torch.float32
     assert all(term.dtype == torch.float32 for term in outputs.terms.values())
     # float32 from where the losses start: equal to the losses of the same numbers outside autocast
-    again, _ = whole.losses(type(output)(*(tensor.float() for tensor in output)), labels, weights)
+    again, _ = whole.losses(type(output)(*(tensor.float() for tensor in output)), *ROWS)
     torch.testing.assert_close(loss, again, rtol=1e-6, atol=0)
     loss.backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in whole.parameters())
@@ -301,8 +251,3 @@ def test_autocast_keeps_the_losses_in_float32(parametrization):
 def test_refuses(kwargs, words):
     with pytest.raises(InputError, match=words):
         small(**kwargs)
-
-
-def test_refuses_efgc_without_groups():
-    with pytest.raises(InputError, match="schema has no groups"):
-        BranchArch(small(), InputLayout({"a": 4}, {}, {}))

@@ -1,6 +1,6 @@
 """Groups are cut by key whatever the plan's order, by either op; wide weights arrive; TorchRec's pipeline drives the whole objective."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDi
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
-from torchrec.streamable import Pipelineable
 
+from data.stream import Batch
 from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
 from mbcnet_rec.model.layers import CrossConfig
@@ -42,25 +42,20 @@ def layout(wide=False):
 
 def keyed_tensors(order, columns, split_at=3):
     """Two KeyedTensors that hold `columns` (key -> (B, width)) in the given order of keys."""
-    parts = [order[:split_at], order[split_at:]]
     return [
         KeyedTensor(
             keys, [columns[key].shape[1] for key in keys], torch.cat([columns[key] for key in keys], 1)
         )
-        for keys in parts
-        if keys
+        for keys in (order[:split_at], order[split_at:])
     ]
 
 
 @pytest.mark.parametrize("op", ["split", "permute"])
 def test_regroup_finds_columns_by_key(op):
-    columns = {key: torch.randn(B, width) for key, width in DIMS.items()}
-    dense = torch.randn(B, 5)
+    columns, dense = {key: torch.randn(B, width) for key, width in DIMS.items()}, torch.randn(B, 5)
     price, age, image = dense[:, :1], dense[:, 1:2], dense[:, 2:]
     expected = {
-        ALL: torch.cat(
-            [columns["user"], columns["item"], columns["tags"], columns["shops"], price, image, age], 1
-        ),
+        ALL: torch.cat([*columns.values(), price, image, age], 1),
         "match": torch.cat([columns["item"], columns["user"]], 1),
         "looks": torch.cat([columns["item"], image, price], 1),
         "cost": torch.cat([price, age], 1),
@@ -113,9 +108,7 @@ def test_keys_of_wide_weights():
 def test_only_what_groups_need_is_cut():
     """Neighbours in every group stay one piece; a group of a whole tensor takes it uncut; a tensor that nobody cuts has no cuts."""
     tensors = [{"user": 4, "item": 8, "tags": 4}, {"shops": 12}]
-    cuts = cuts_of(
-        tensors, {ALL: ("user", "item", "tags", "shops"), "match": ("item", "tags"), "tail": ("tags",)}
-    )
+    cuts = cuts_of(tensors, {ALL: tuple(DIMS), "match": ("item", "tags"), "tail": ("tags",)})
     assert cuts.widths == [[4, 8, 4], []]
     assert cuts.places == {ALL: [(0, None), (1, None)], "match": [(0, 1), (0, 2)], "tail": [(0, 2)]}
     values = [torch.randn(B, 16), torch.randn(B, 12)]
@@ -127,47 +120,25 @@ def test_only_what_groups_need_is_cut():
     assert pair.widths == [[12, 4]] and pair.places == {"match": [(0, 0)]}
 
 
-def tables(weighted):
-    fields = ["shops"] if weighted else ["user", "item", "tags"]
-    return [
-        EmbeddingBagConfig(
-            name=f"table_{key}",
-            num_embeddings=11,
-            embedding_dim=DIMS[key],
-            feature_names=[key],
-            pooling=PoolingType.MEAN if key == "tags" else PoolingType.SUM,
-        )
-        for key in fields
-    ]
-
-
-def collections(wide):
-    def both(weighted):
-        own = tables(weighted)
-        return own + wide_tables(own) if wide else own
-
-    weighted = EmbeddingBagCollection(both(True), is_weighted=True)
-    return [Lookup("ebc", EmbeddingBagCollection(both(False))), Lookup("weighted_ebc", weighted, True)]
-
-
-@dataclass
-class Rows(Pipelineable):
-    """The smallest batch a pipeline takes; the collections' inputs are plain attributes, as the trace wants."""
-
-    dense_features: torch.Tensor
-    sparse_features: KeyedJaggedTensor
-    weighted_features: KeyedJaggedTensor | None
-    labels: torch.Tensor
-    weights: torch.Tensor
-
-    def to(self, device, non_blocking=False):
-        return self
-
-    def record_stream(self, stream):
-        pass
-
-    def pin_memory(self):
-        return self
+def collections(wide, fields=tuple(DIMS)):
+    """Tables of 11 rows, those of shops weighted."""
+    lookups = []
+    for name, weighted in (("ebc", False), ("weighted_ebc", True)):
+        tables = [
+            EmbeddingBagConfig(
+                name=f"table_{key}",
+                num_embeddings=11,
+                embedding_dim=DIMS[key],
+                feature_names=[key],
+                pooling=PoolingType.MEAN if key == "tags" else PoolingType.SUM,
+            )
+            for key in fields
+            if (key == "shops") == weighted
+        ]
+        if tables:
+            both = tables + (wide_tables(tables) if wide else [])  # of TorchRec's kind, with the same fields
+            lookups.append(Lookup(name, EmbeddingBagCollection(both, is_weighted=weighted), weighted))
+    return lookups
 
 
 def batch(seed):
@@ -179,7 +150,7 @@ def batch(seed):
         weights = torch.rand(len(values), generator=generator) if weighted else None
         return KeyedJaggedTensor(keys, values, weights, lengths)
 
-    return Rows(
+    return Batch(
         dense_features=torch.randn(B, 5, generator=generator),
         sparse_features=draw(["user", "item", "tags"], False),
         weighted_features=draw(["shops"], True),
@@ -232,18 +203,6 @@ def test_one_weight_per_id_and_field():
     assert rows.grad.std(1).max() == 0 and rows.grad.abs().sum() > 0  # four columns move as one
 
 
-def test_rowwise_adagrad_moves_a_wide_weight_like_one_number():
-    rows = torch.randn(6, 4, dtype=torch.float64)
-    single, states = rows.mean(1), (torch.zeros(6), torch.zeros(6))
-    for _ in range(5):
-        gradient = torch.randn(6, dtype=torch.float64)  # in the weight
-        columns = (gradient / 4).unsqueeze(1).expand(6, 4)
-        states = (states[0] + columns.square().mean(1), states[1] + gradient.square())
-        rows = rows - 0.1 * columns / states[0].sqrt().unsqueeze(1)
-        single = single - 0.1 * gradient / states[1].sqrt()
-    torch.testing.assert_close(rows.mean(1), single)
-
-
 @pytest.fixture
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -276,14 +235,9 @@ def test_the_pipeline_drives_the_objective(name, one_process):
 
 
 def test_without_weighted_fields():
-    plain = InputLayout(
-        {key: DIMS[key] for key in ("user", "item", "tags")}, DENSE, {"match": ("item", "user")}
-    )
-    ebc = EmbeddingBagCollection(tables(False))
-    arch = SparseArch([Lookup("ebc", ebc)], plain)
-    config = MODELS["mbcnet"]
-    rows = batch(0)
-    rows.weighted_features = None
-    loss, _ = Objective(build_model(config, arch, plain))(rows)
+    plain = InputLayout({"user": 4, "item": 8, "tags": 4}, DENSE, {"match": ("item", "user")})
+    arch = SparseArch(collections(False, ("user", "item", "tags")), plain)
+    rows = replace(batch(0), weighted_features=None)
+    loss, _ = Objective(build_model(MODELS["mbcnet"], arch, plain))(rows)
     loss.backward()
-    assert ebc.embedding_bags["table_user"].weight.grad.abs().sum() > 0
+    assert arch.ebc.embedding_bags["table_user"].weight.grad.abs().sum() > 0
