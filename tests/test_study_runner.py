@@ -10,13 +10,12 @@ from small_data import write_small
 
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
-from mbcnet_rec.report.page import Text
+from mbcnet_rec.report.page import Picture, Table, Text
 from mbcnet_rec.study import runner
 from mbcnet_rec.study.pictures import best_learned
 from mbcnet_rec.study.probe import MISSING, Probe, neuron_outputs, probe_run, tsne_plane
 from mbcnet_rec.study.runs import scores
 from mbcnet_rec.study.studies import MODELS, STUDIES
-from mbcnet_rec.study.summary import summarise
 
 SHORT = ["--set", "train.max_steps=15", "--set", "train.eval_every=5"]
 
@@ -73,14 +72,36 @@ def test_table3_compares_the_models_with_the_paper_beside(home, again):
         assert words in page
 
 
-def test_what_the_paper_does_not_claim_is_called_a_hope(home, tmp_path):
+def blocks_of(study, home, found, failures=None):
+    """A study's page of made-up scores: variant -> AUC of each seed."""
+    scored = {
+        name: {seed: {"auc": auc, "log_loss": 0.5} for seed, auc in enumerate(aucs)}
+        for name, aucs in found.items()
+    }
+    request = runner.StudyRequest(study, home / "rows/run.toml")
+    return runner.report_blocks(request, study, load_config(request.config), [], scored, failures or {})
+
+
+def test_what_the_paper_does_not_claim_is_called_a_hope(home):
     assert [name for name, study in STUDIES.items() if not study.claimed] == ["future"]
     hopes = replace(STUDIES["table3"], claimed=False)
-    request = runner.StudyRequest(hopes, home / "rows/run.toml", out=tmp_path)
-    found = {name: {0: {"auc": auc, "log_loss": 0.5}} for name, auc in (("MBCnet", 0.7), ("DNN", 0.6))}
-    blocks = runner.report_blocks(request, hopes, load_config(request.config), [], found, {})
+    blocks = blocks_of(hopes, home, {"MBCnet": [0.7], "DNN": [0.6]})
     words = " ".join(getattr(block, "text", "") for block in blocks)
     assert "Of 1 hopes: " in words and "What is hoped for" in words and "the paper claims" not in words
+
+
+@pytest.mark.parametrize("name", ["table7", "fig9"])
+def test_pictures_of_scores_have_gaps_where_runs_are_missing(name, home):
+    rows = [row.name for row in STUDIES[name].variants]
+    blocks = blocks_of(STUDIES[name], home, {rows[0]: [0.6, 0.7], rows[1]: [0.7], rows[-1]: [0.8]})
+    assert [block.png[:4] for block in blocks if isinstance(block, Picture)] == [b"\x89PNG"]
+
+
+def test_failed_runs_are_lines_of_the_report(home):
+    blocks = blocks_of(STUDIES["table6"], home, {}, {"w/o BCT": ["seed 0: the loss is not finite"]})
+    assert Text("w/o BCT: seed 0: the loss is not finite") in blocks
+    assert Text("No picture of scores: no run has ended") in blocks
+    assert next(block for block in blocks if isinstance(block, Table)).best == -1, "no row is marked"
 
 
 @pytest.mark.parametrize(
@@ -125,16 +146,6 @@ def test_best_learned_rows_are_those_of_the_lowest_loss():
     ids, counts, base, kept = best_learned(probe)
     assert kept == 2 and ids.tolist() == [5, 7] and counts.tolist() == [[0, 2]]
     assert base.tolist() == [5 * 2 / 8, 2 * 2 / 8]
-
-
-def test_failed_runs_are_lines_of_the_report(home):
-    config = home / "rows/run.toml"
-    request = runner.StudyRequest(STUDIES["table6"], config)
-    why = {"w/o BCT": ["seed 0: the loss is not finite"]}
-    blocks = runner.report_blocks(request, request.study, load_config(config), [], {}, why)
-    assert Text("w/o BCT: seed 0: the loss is not finite") in blocks
-    assert Text("No picture of scores: no run has ended") in blocks
-    assert runner.score_table(summarise(request.study, {}, why)).best == -1
 
 
 def test_tuned_models_stand_in_and_overrides_hold_for_them(home, tmp_path):
