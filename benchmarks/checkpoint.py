@@ -16,16 +16,15 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from crash_storm import rank_main, run_elastic
+from crash_storm import run_elastic
 from side_by_side import parser_of
-from small_log import CONFIG, at_each_step
+from small_log import CONFIG
 
 STEPS = 100  # per checkpoint
 SCHEMA = """
@@ -89,21 +88,12 @@ def overhead(config: Path, folder: Path, model: list[str], pairs: int) -> dict[s
     }
 
 
-def timed_rank(config_file: str, overrides: list[str], schedule: list[dict[str, Any]], notes: str) -> None:
-    """One rank that notes when it began and when each of its steps began."""
-    times = Path(notes) / f"times_{os.environ['TORCHELASTIC_RESTART_COUNT']}_{os.environ['RANK']}"
-    with times.open("a", buffering=1) as file:
-        file.write(f"0 {time.time()}\n")
-        at_each_step(lambda _, step: print(step, time.time(), file=file))
-        rank_main(config_file, overrides, schedule, notes)
-
-
 def restarts(config: Path, folder: Path, model: list[str], kills: int) -> dict[str, Any]:
     """Kill rank 1 a few steps after a checkpoint, each time it has been started; time what follows."""
     run, notes, every = folder / "restarts", folder / "restart-notes", 5
     schedule = [{"kind": "step", "rank": 1, "steps": every + 2, "seconds": 0.0, "tick": 0}] * kills
     settings = [*model, f"train.out={run}", f"train.max_steps={(kills + 2) * every}", "train.log_every=1"]
-    run_elastic(config, [*settings, f"train.checkpoint_every={every}"], schedule, notes, main=timed_rank)
+    run_elastic(config, [*settings, f"train.checkpoint_every={every}"], schedule, notes)
     whole, loads = [], []
     for attempt in range(kills):
         killed = (notes / f"kill_{attempt}").stat().st_mtime

@@ -34,7 +34,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mbcnet_rec.checkpoints.storage import LocalStorage
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.exits import RunStoppedError
-from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.train import run_training
 
 STEPS_BETWEEN_KILLS = 4
@@ -66,8 +65,6 @@ class Executioner:
         (folder / f"pid_{attempt}_{self.rank}").write_text(str(os.getpid()))
         if kill["kind"] == "save":
             self._count_writes()
-        elif self.rank == kill["rank"]:
-            at_each_step(self._count_steps)
 
     def strike(self, place: str) -> None:
         """Write down where, then kill."""
@@ -81,8 +78,9 @@ class Executioner:
                         os.kill(int(path.read_text()), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def _count_steps(self, _: Watchdog, step: int) -> None:
-        self.steps += 1
+    def note_step(self, step: int) -> None:
+        """A step begins on this rank."""
+        self.steps += self.rank == self.kill["rank"]
         if self.kill["kind"] == "step" and self.steps > self.kill["steps"]:
             self.strike(f"at the start of step {step}")
         if self.kill["kind"] == "moment" and self.steps == 1:
@@ -114,21 +112,30 @@ class Executioner:
 
 
 def rank_main(config_file: str, overrides: list[str], schedule: list[dict[str, Any]], notes: str) -> None:
-    """One rank, from fork to end."""
+    """One rank, from fork to end; it notes when it began, as step 0, and when each step began."""
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    began = time.time()
     torch.set_num_threads(1)
-    if attempt < len(schedule):
-        Executioner(schedule[attempt], Path(notes), attempt)
+    killer = Executioner(schedule[attempt], Path(notes), attempt) if attempt < len(schedule) else None
+    times = Path(notes) / f"times_{attempt}_{os.environ['RANK']}"
+
+    def note_step(step: int) -> None:
+        print(step, time.time(), file=file)
+        if killer:
+            killer.note_step(step)
+
     try:
-        run_training(load_config(config_file, overrides), overwrite=attempt == 0)
+        with times.open("a", buffering=1) as file:
+            print(0, began, file=file)
+            run_training(
+                load_config(config_file, overrides), overwrite=attempt == 0, hooks=at_each_step(note_step)
+            )
     except RunStoppedError as error:
         print(f"mbcnet: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)
 
 
-def run_elastic(
-    config: Path, overrides: list[str], schedule: list[Any], notes: Path, main: Any = rank_main
-) -> float:
+def run_elastic(config: Path, overrides: list[str], schedule: list[Any], notes: Path) -> float:
     """Run two ranks to the end under torchelastic; return seconds."""
     start = time.perf_counter()
     notes.mkdir(parents=True, exist_ok=True)
@@ -137,7 +144,7 @@ def run_elastic(
         max_restarts=len(schedule), monitor_interval=0.05, start_method="fork",
         logs_specs=DefaultLogsSpecs(log_dir=str(notes / "logs"), redirects=Std.ALL),
     )  # fmt: skip
-    elastic_launch(launch, main)(str(config), [*LONG_RUN, *overrides], schedule, str(notes))
+    elastic_launch(launch, rank_main)(str(config), [*LONG_RUN, *overrides], schedule, str(notes))
     return time.perf_counter() - start
 
 

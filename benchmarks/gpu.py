@@ -27,6 +27,7 @@ import torch
 from paper_size import (
     MBCNET,
     cut_schema,
+    looked_up_floats,
     matrix_flops,
     objective_of,
     random_batch,
@@ -130,9 +131,7 @@ def lookup_figures(tables: Any, batch: Batch, repeats: int, device: torch.device
             tables.ebc(batch.sparse_features).values()
 
     pooled = tables.ebc(batch.sparse_features)
-    lengths = dict(zip(batch.sparse_features.keys(), batch.sparse_features.length_per_key(), strict=True))
-    widths = zip(pooled.keys(), pooled.length_per_key(), strict=True)
-    floats = sum(width * lengths[key] for key, width in widths)
+    floats = looked_up_floats(pooled, batch.sparse_features)
     moved = 4.0 * (floats + pooled.values().numel())  # rows are read, pooled rows written
     source = torch.ones((2**30 if device.type == "cuda" else 2**26) // 4, device=device)
     target = torch.empty_like(source)

@@ -1,14 +1,12 @@
 """How fast Parquet becomes batches: ratios to a bare Arrow read of the same columns, taken in turns in one run on one core.
 
-    python benchmarks/input.py [--quick] [--json] [--peer-python PYTHON]
+    python benchmarks/input.py [--quick] [--json]
 
 read_table_share_single   rows/s of ParquetStream (shuffled; no threads) over rows/s of pyarrow.parquet.read_table(use_threads=False),
                           both pinned to one core, median of rounds in turns, on 192 single-valued integer columns and a label
 read_table_share_mixed    the same on the synthetic log: 192 fields of every kind
 input_wait_share          median over epochs of the share of its time that a consumer waits which takes 80 % of the stream's own maximum rate (workers = 1,
                           prefetch = 2; the consumer sleeps through its step, as a host does while a GPU works), after the first batch
-fuxictr_rows_per_second   FuxiCTR's Parquet loader on the same 192 columns, on one core too, with its own defaults; null where PYTHON has no fuxictr
-over_fuxictr              stream_rows_per_second_single over that
 
 The files are written as this project writes its own: snappy, dictionaries, page checksums, row groups of ROW_GROUP_ROWS. Arrow's read
 verifies no checksums by default, ours does.
@@ -17,7 +15,6 @@ verifies no checksums by default, ours does.
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,16 +42,14 @@ LARGEST_ID = 2_000_000
 
 
 def main() -> int:
-    parser = parser_of(__doc__)
-    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has fuxictr installed")
-    args = parser.parse_args()
+    args = parser_of(__doc__).parse_args()
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
-        print_figures(measure(Path(folder), args.quick, args.peer_python), args.json)
+        print_figures(measure(Path(folder), args.quick), args.json)
     return 0
 
 
-def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | None]:
+def measure(folder: Path, quick: bool) -> dict[str, float | None]:
     """Write the files and take every figure."""
     rows, rounds = (65_536, 3) if quick else (262_144, 9)
     single, single_schema = write_single(folder / "single.parquet", 192, rows), single_schema_of(192)
@@ -71,10 +66,7 @@ def measure(folder: Path, quick: bool, peer_python: str) -> dict[str, float | No
     several = [single] * 4  # long enough an epoch for windows to come and go
     # in a process without what the reads above have left behind
     with multiprocessing.get_context("spawn").Pool(1, initializer=one_thread) as fresh:
-        figures |= fresh.apply(wait_of_consumer, (several, single_schema, 2 if quick else 6))
-    peer, own = fuxictr_rate(single, peer_python), figures["stream_rows_per_second_single"]
-    over = round(own / peer, 2) if own and peer else None
-    return figures | {"fuxictr_rows_per_second": peer, "over_fuxictr": over}
+        return figures | fresh.apply(wait_of_consumer, (several, single_schema, 2 if quick else 6))
 
 
 def one_thread() -> None:
@@ -163,43 +155,6 @@ def wait_of_consumer(files: list[Path], schema: Schema, epochs: int) -> dict[str
         "input_wait_share": round(statistics.median(shares), 4),
         "maximum_rows_per_second": round(stream.num_rows / statistics.median(free)),
     }
-
-
-FUXICTR = """
-import logging, sys, time
-logging.disable(logging.CRITICAL)
-from fuxictr.pytorch.dataloaders import RankDataLoader
-try:  # the newer releases read through Ray, which takes seconds to start: not counted
-    import ray
-    ray.init(logging_level=logging.CRITICAL, log_to_driver=False)
-except ImportError:
-    ray = None
-class Map:
-    labels = ["label"]
-    features = {f"f{i}": {"type": "categorical"} for i in range(192)}
-    def get_column_index(self, name):
-        return 192 if name == "label" else int(name[1:])
-start = time.perf_counter()
-made = RankDataLoader(
-    Map(), stage="train", train_data=sys.argv[1], batch_size=int(sys.argv[2]), shuffle=True, data_format="parquet", num_workers=0
-)
-loader, _ = made if isinstance(made, tuple) else made.make_iterator()
-rows = sum(len(batch["label"]) for batch in loader)
-print(rows / (time.perf_counter() - start))
-if ray:
-    ray.shutdown()
-"""
-
-
-def fuxictr_rate(file: Path, python: str) -> float | None:
-    """Rows per second of FuxiCTR's training loader, opening included, in a process of its own on one core; None where it is not installed or fails."""
-    pinned = ["taskset", "-c", str(max(os.sched_getaffinity(0))), python]
-    command = [*pinned, "-c", FUXICTR, str(file), str(BATCH_SIZE)]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        return round(float(ran.stdout.splitlines()[-1]))
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
-        return None
 
 
 if __name__ == "__main__":

@@ -131,3 +131,10 @@ def training_step(built: Built, batch: Batch, autocast: bool = False) -> Callabl
 def matrix_flops(module: nn.Module, rows: int) -> float:
     """Training FLOPs of a module's matrices on so many rows: each weight is 3 multiply-adds a row."""
     return 6.0 * rows * sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+
+
+def looked_up_floats(pooled: Any, features: Any) -> float:
+    """Floats of the rows that a batch of features looks up."""
+    lengths = dict(zip(features.keys(), features.length_per_key(), strict=True))
+    widths = zip(pooled.keys(), pooled.length_per_key(), strict=True)
+    return sum(width * lengths[key] for key, width in widths)

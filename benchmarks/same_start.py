@@ -3,19 +3,17 @@
     python benchmarks/same_start.py --data prepared/adult prepared/criteo --peer-python VENV/bin/python --peer-source FUXICTR
 
 Over seeds, test AUCs of two equal models scatter as widely as the test part is small (quality.py). Here nothing is drawn by the peer: our
-initial weights and our batches, in our order, go to it, and dropout is off, or, with --protocol, drops the same elements on both sides. What
-is left is rounding, which training makes larger with every step. Models, Adam, full-table L2 and the gradient clip are those of quality.py.
+initial weights, our batches, in our order, and the masks of our dropout go to it. What is left is rounding, which training makes larger with
+every step. Models and protocol are those of quality.py: Adam, full-table L2, gradient clip, an evaluation each epoch, rates x 0.1 at each
+that does not improve, stop after two in a row; what counts is each side's best epoch by its own predictions of the validation rows.
 FuxiCTR's FinalMLP adds two biases to one sum; its second stays 0. Without a peer only our side is trained, and what compares is null.
 
---protocol trains as quality.py does: dropout, an evaluation each epoch, rates x 0.1 at each that does not improve, stop after two in a row,
-the best epoch by validation AUC is what counts. Each side decides by its own predictions.
-
-largest_difference/DATA/MODEL/epoch_1     of the probability of any test row with any seed, after that many passes over the training rows
+largest_difference/DATA/MODEL/first       of the probability of any test row with any seed, after the first epoch
 auc_ours/..., auc_peer/...                of the test rows then, mean over seeds
 auc_apart/...                             the largest difference of the two with any seed
 auc_difference/...                        mean over seeds of ours less the peer's
-.../DATA/MODEL/best                       with --protocol: the same of each side's best epoch
-other_epoch/DATA/MODEL                    with --protocol: seeds with which the two sides chose another epoch
+.../DATA/MODEL/best                       the same of each side's best epoch
+other_epoch/DATA/MODEL                    seeds with which the two sides chose another epoch
 """
 
 import contextlib
@@ -49,11 +47,6 @@ SPARE_EPOCHS = 4
 Predictions = list[dict[str, np.ndarray]]  # of an epoch: split -> probabilities
 
 
-def layers_of(args: Any) -> quality.Layers:
-    """Without --protocol nothing is dropped."""
-    return quality.Layers() if args.protocol else quality.Layers(dropout=0.0)
-
-
 def initial_weights(built: Built, schema: Schema) -> dict[str, np.ndarray]:
     """Copies of our parameters: table/FIELD, and the dense ones as dense/000 and so on in the order of the model."""
     weights, dense = {}, 0
@@ -70,13 +63,9 @@ def initial_weights(built: Built, schema: Schema) -> dict[str, np.ndarray]:
 
 
 def train_ours(
-    config: RunConfig, schema: Schema, data: Path, folder: Path, valid_labels: np.ndarray | None
+    config: RunConfig, schema: Schema, data: Path, folder: Path, labels: np.ndarray
 ) -> Predictions:
-    """Train epoch by epoch, by the schedule of the protocol where the labels of the validation rows are given; the peer's part is left in the folder.
-
-    Returns:
-        Probabilities of the validation and test rows after each epoch.
-    """
+    """Train by the schedule of the protocol, given the labels of the validation rows; what the peer starts from is left in the folder."""
     scored = {split: list(quality.batches_of(data, split, schema)) for split in ("valid", "test")}
     for split, batches in scored.items():
         rows = quality.joined([quality.rows_of(batch, schema) for batch in batches])
@@ -98,13 +87,12 @@ def train_ours(
             for batch in batches_of(config, schema, data, epoch):
                 pipeline.progress(iter([batch]))
             found.append({split: probabilities(built, batches) for split, batches in scored.items()})
-            if valid_labels is not None:
-                state.note_evaluation(auc(found[-1]["valid"], valid_labels), config.train)
-                scale_rates(built.optimizer, base_rates, state.lr_scale)
+            state.note_evaluation(auc(found[-1]["valid"], labels), config.train)
+            scale_rates(built.optimizer, base_rates, state.lr_scale)
             if state.stopped:
                 break
-    spare = SPARE_EPOCHS if valid_labels is not None else 0  # the peer may want more of them than we did
-    epochs = range(min(config.train.epochs, len(found) + spare))
+    # the peer may want more of them than we did
+    epochs = range(min(config.train.epochs, len(found) + SPARE_EPOCHS))
     passes = (batches_of(config, schema, data, epoch) for epoch in epochs)
     seen = [quality.rows_of(batch, schema) for batches in passes for batch in batches]
     sizes = [len(rows[schema.label]) for rows in seen]
@@ -130,11 +118,11 @@ def probabilities(built: Built, batches: list[Batch]) -> np.ndarray:
 def train_peer(config: RunConfig, schema: Schema, data: Path, folder: Path, args: Any) -> Predictions:
     """Have the peer do the same, by its own Python."""
     kind = config.model.kind
-    params = quality.peer_model(kind, layers_of(args)) | {"embedding_dim": quality.WIDTH}
+    params = quality.peer_model(kind, quality.Layers()) | {"embedding_dim": quality.WIDTH}
     params |= {"dataset_id": data.name, "model_id": kind, "model_root": str(folder / "checkpoints")}
     params["embedding_regularizer"] = args.l2
     steps = batches_of(config, schema, data, 0).steps_per_epoch
-    task = {"kind": kind, "steps_an_epoch": steps, "protocol": args.protocol, "mask_seed": config.train.seed}
+    task = {"kind": kind, "steps_an_epoch": steps, "mask_seed": config.train.seed}
     quality.run_peer("same_start", task | {"params": params}, folder / "same_start.json", args)
     with np.load(folder / "predictions.npz") as answer:
         epochs = len(answer.files) // 2
@@ -158,44 +146,36 @@ def compare(
 
 
 def compare_all(
-    name: str,
-    labels: dict[str, np.ndarray],
-    runs: list[tuple[Predictions, Predictions | None]],
-    protocol: bool,
+    name: str, labels: dict[str, np.ndarray], ours: list[Predictions], peer: list[Predictions]
 ) -> dict[str, float | None]:
-    """Figures of a model: after each epoch, or under the protocol of each side's best."""
+    """Figures of a model after the first epoch and of each side's best."""
+    own_best, peer_best = ([best_epoch(run, labels["valid"]) for run in side] for side in (ours, peer))
     figures: dict[str, float | None] = {}
-    if not protocol:
-        for epoch in range(len(runs[0][0])):
-            ours = [own[epoch]["test"] for own, _ in runs]
-            peer = [theirs[epoch]["test"] for _, theirs in runs if theirs is not None]
-            figures |= compare(f"{name}/epoch_{epoch + 1}", labels["test"], ours, peer)
-        return figures
-    chosen = [
-        [int(np.argmax([auc(epoch["valid"], labels["valid"]) for epoch in side])) for side in run if side]
-        for run in runs
-    ]
-    best = [
-        [side[epoch]["test"] for side, epoch in zip(run, epochs, strict=False) if side]
-        for run, epochs in zip(runs, chosen, strict=True)
-    ]
-    peer = [sides[1] for sides in best if len(sides) > 1]
-    figures |= compare(f"{name}/best", labels["test"], [sides[0] for sides in best], peer)
-    figures[f"other_epoch/{name}"] = sum(len(set(epochs)) > 1 for epochs in chosen) if peer else None
-    return figures
+    for place, own, other in (("first", [0] * len(ours), [0] * len(peer)), ("best", own_best, peer_best)):
+        figures |= compare(f"{name}/{place}", labels["test"], tested(ours, own), tested(peer, other))
+    apart = sum(own != other for own, other in zip(own_best, peer_best, strict=False))
+    return figures | {f"other_epoch/{name}": apart if peer else None}
+
+
+def best_epoch(predictions: Predictions, labels: np.ndarray) -> int:
+    """The epoch whose predictions of the validation rows have the largest AUC."""
+    return int(np.argmax([auc(epoch["valid"], labels) for epoch in predictions]))
+
+
+def tested(runs: list[Predictions], epochs: list[int]) -> list[np.ndarray]:
+    """Predictions of the test rows after one epoch of each run."""
+    return [run[epoch]["test"] for run, epoch in zip(runs, epochs, strict=True)]
 
 
 def main() -> int:
     parser = timing_parser_of(__doc__)
     words = "that `mbcnet data prepare` wrote"
     parser.add_argument("--data", nargs="+", type=Path, metavar="FOLDER", help=words)
-    parser.add_argument("--epochs", type=int, help="default 3, with --protocol at most 20")
-    words = "with dropout, plateau schedule and the best epoch"
-    parser.add_argument("--protocol", action="store_true", help=words)
+    parser.add_argument("--epochs", type=int, default=20, help="at most; 1 with --quick")
     parser.add_argument("--seeds", type=int, default=1, help="starts, each with its own order of rows")
     quality.add_peer_options(parser, l2=1e-5)
     args = quality.parsed(parser)
-    args.epochs = 1 if args.quick else args.epochs or (20 if args.protocol else 3)
+    args.epochs = 1 if args.quick else args.epochs
     torch.set_num_threads(args.threads)
     print(f"prediction: {PREDICTION}")
     figures: dict[str, float | None] = {}
@@ -210,15 +190,14 @@ def main() -> int:
             quality.write_rows(schema, data, folder)
             labels = {split: np.load(folder / f"{split}.npz")[schema.label] for split in ("valid", "test")}
             for kind in args.models:
-                model = quality.our_model(kind, layers_of(args))
-                runs: list[tuple[Predictions, Predictions | None]] = []
+                model = quality.our_model(kind, quality.Layers())
+                ours, peer = [], []
                 for seed in range(args.seeds):
                     config = quality.our_config(data, schema_file, model, args, seed)
-                    valid_labels = labels["valid"] if args.protocol else None
-                    ours = train_ours(config, schema, data, folder, valid_labels)
-                    peer = train_peer(config, schema, data, folder, args) if args.peer_python else None
-                    runs.append((ours, peer))
-                figures |= compare_all(f"{data.name}/{kind}", labels, runs, args.protocol)
+                    ours.append(train_ours(config, schema, data, folder, labels["valid"]))
+                    if args.peer_python:
+                        peer.append(train_peer(config, schema, data, folder, args))
+                figures |= compare_all(f"{data.name}/{kind}", labels, ours, peer)
     print_figures(figures, args.json)
     return 0
 

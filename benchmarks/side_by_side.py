@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils import mkldnn
 
 ROOT = Path(__file__).parents[1]
 Clock = Literal["wall", "cpu"]
@@ -78,8 +80,8 @@ def one_dnn_product(size: int = 2048) -> Callable[[], object] | None:
     """The same product by oneDNN; None where torch was built without it."""
     if not torch.backends.mkldnn.is_available():
         return None
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    return lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    layer = mkldnn.to_mkldnn(torch.nn.Linear(size, size, bias=False).eval())
+    return partial(layer, torch.randn(size, size).to_mkldnn())
 
 
 def large_copy(megabytes: int = 128) -> tuple[Callable[[], object], float]:
@@ -139,13 +141,7 @@ def settings(*pairs: str) -> list[str]:
 
 
 class Answering:
-    """A process that answers each line on its standard input with a line.
-
-    Args:
-        command: that starts it.
-        env: its environment.
-        log: file for its standard error; None: this process's own.
-    """
+    """A process that answers each line on its standard input with a line; its standard error may go to a file."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path | None = None) -> None:
         self._log = log

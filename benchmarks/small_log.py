@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mbcnet_rec.runtime.watchdog import Watchdog
+from mbcnet_rec.training.hooks import Hooks
 
 SCHEMA = """
 name = "kinds"
@@ -108,13 +108,11 @@ def columns(rng: np.random.Generator, rows: int) -> dict[str, Any]:
     }
 
 
-def at_each_step(note: Callable[[Watchdog, int], None]) -> None:
-    """Call note(watchdog, step) in this process, from now on, before every training step of every run."""
-    beat = Watchdog.beat
+def at_each_step(note: Callable[[int], None]) -> Hooks:
+    """Hooks that call note(step) before every training step of a run."""
 
-    def noted(watchdog: Watchdog, place: str) -> None:
+    def reached(place: str) -> None:
         if place.startswith("step "):
-            note(watchdog, int(place[5:]))
-        beat(watchdog, place)
+            note(int(place[5:]))
 
-    Watchdog.beat = noted  # type: ignore[method-assign]
+    return Hooks(on_place=reached)

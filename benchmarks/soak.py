@@ -27,8 +27,8 @@ from small_log import LONG_RUN, at_each_step, write_log
 
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.exits import PreemptedError
-from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.train import run_training
+from mbcnet_rec.training.hooks import Hooks
 
 RANKS = 2
 STEPS = 5  # of a cycle
@@ -61,18 +61,16 @@ def measure(before: list[Measure]) -> Measure:
     return {"resident_bytes": pages * os.sysconf("SC_PAGE_SIZE")} | fewest
 
 
-def stop_after(steps: int) -> None:
-    """Ask this process to stop after that many steps of each cycle."""
-    seen: list[Watchdog] = []  # the watchdog of this cycle, once for each step
+def stop_after(steps: int) -> Hooks:
+    """Ask this process to stop after that many steps of a cycle."""
+    seen: list[int] = []
 
-    def count(watchdog: Watchdog, _: int) -> None:
-        if seen[-1:] != [watchdog]:
-            seen.clear()
-        seen.append(watchdog)
+    def count(step: int) -> None:
+        seen.append(step)
         if len(seen) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    at_each_step(count)
+    return at_each_step(count)
 
 
 def rank_main(rank: int, port: int, config: Path, folder: Path, cycles: int, seconds: float) -> None:
@@ -82,8 +80,6 @@ def rank_main(rank: int, port: int, config: Path, folder: Path, cycles: int, sec
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
-    if rank == 0:
-        stop_after(STEPS)
     settings = [*LONG_RUN, f"train.out={folder / 'run'}", "train.log_every=2", "train.eval_every=1000000"]
     measures: list[Measure] = []
     wanted, start = load_config(config, settings), time.monotonic()
@@ -94,7 +90,7 @@ def rank_main(rank: int, port: int, config: Path, folder: Path, cycles: int, sec
         if store.get(f"go/{cycle}") == b"no":
             break
         try:
-            run_training(wanted, resume=cycle > 0)
+            run_training(wanted, resume=cycle > 0, hooks=stop_after(STEPS) if rank == 0 else Hooks())
         except PreemptedError:
             measures.append(measure(measures))
             (folder / f"measures_{rank}.json").write_text(json.dumps(measures))

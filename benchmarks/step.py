@@ -35,6 +35,7 @@ from paper_size import (
     PREDICTED_FLOPS,
     TWO_BRANCHES,
     cut_schema,
+    looked_up_floats,
     matrix_flops,
     objective_of,
     read_batches,
@@ -55,6 +56,7 @@ from side_by_side import (
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torchrec.distributed import DistributedModelParallel
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from data.schema import Schema
 from data.stream import Batch
@@ -166,8 +168,10 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
     rows, regroup = batch.labels.shape[0], tables.regroup
     pooled = tables.pooled(batch.sparse_features, batch.weighted_features)
     pooled = [tensor.wait() if hasattr(tensor, "wait") else tensor for tensor in pooled]
-    for tensor in pooled:
-        tensor._values = tensor.values().detach().requires_grad_()
+    pooled = [
+        KeyedTensor(each.keys(), each.length_per_key(), each.values().detach().requires_grad_())
+        for each in pooled
+    ]
     features = {
         name: group.detach().requires_grad_() for name, group in regroup(pooled, batch.dense_features).items()
     }
@@ -213,7 +217,11 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
     cross_bytes = 12.0 * 4 * rows * wide * len(cross.crossing.layers)
     parts: dict[str, Part] = {
         # rows are read, and in backward read and written; pooled rows are written, their gradients read
-        "tables and their update": (look_up, 0.0, 5 * 4 * table_floats(batch, pooled)),
+        "tables and their update": (
+            look_up,
+            0.0,
+            20.0 * sum(map(looked_up_floats, pooled, (batch.sparse_features, batch.weighted_features))),
+        ),
         "regroup": (
             lambda: backward(*regroup(pooled, batch.dense_features).values()),
             0.0,
@@ -257,16 +265,6 @@ def on_fresh(module: nn.Module, rows: int, width: int) -> Callable[[], None]:
     """Forward and backward of a module on an input of its own."""
     x = torch.randn(rows, width, requires_grad=True)
     return lambda: backward(module(x))
-
-
-def table_floats(batch: Batch, pooled: list[Any]) -> float:
-    """Floats of the rows that a batch looks up."""
-    total = 0.0
-    for tensor, features in zip(pooled, (batch.sparse_features, batch.weighted_features), strict=False):
-        lengths = dict(zip(features.keys(), features.length_per_key(), strict=True))  # type: ignore[union-attr]
-        widths = zip(tensor.keys(), tensor.length_per_key(), strict=True)
-        total += sum(width * lengths[key] for key, width in widths)
-    return total
 
 
 def print_parts(times: dict[str, list[float]], parts: dict[str, Part], rate: float, bandwidth: float) -> None:

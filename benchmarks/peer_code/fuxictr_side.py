@@ -104,7 +104,7 @@ def load_weights(model: Any, kind: str, weights: Any) -> None:
 
 
 def train_from_start(task: dict[str, Any]) -> None:
-    """Train from given weights on given batches and predict after each epoch; under the protocol slow down and stop as its fit() does."""
+    """Train from given weights on given batches and predict after each epoch; slow down and stop as its fit() does."""
     folder, params, a_pass = Path(task["folder"]), task["params"], task["steps_an_epoch"]
     feature_map, model = made_model(task, task["kind"], params)
     model._max_gradient_norm = params["max_gradient_norm"]
@@ -126,12 +126,10 @@ def train_from_start(task: dict[str, Any]) -> None:
                 for split in ("valid", "test"):
                     output = model(inputs(rows[split], feature_map, slice(None)))["y_pred"]
                     found[f"{split}/{epoch}"] = output[:, 0].numpy()
-            if task["protocol"]:
-                labels = rows["valid"][feature_map.labels[0]][:, 0]
-                metrics = model.evaluate_metrics(labels, found[f"valid/{epoch}"], ["AUC"])
-                model.checkpoint_and_earlystop(metrics)
-                if model._stop_training:
-                    break
+            labels = rows["valid"][feature_map.labels[0]][:, 0]
+            model.checkpoint_and_earlystop(model.evaluate_metrics(labels, found[f"valid/{epoch}"], ["AUC"]))
+            if model._stop_training:
+                break
     np.savez(folder / "predictions.npz", **found)
 
 
