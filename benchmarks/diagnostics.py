@@ -33,7 +33,7 @@ from mbcnet_rec.train import run_training
 from mbcnet_rec.training import trainer
 
 WATCHED: tuple[Any, ...] = (
-    objective.latent_norms, objective.distance_from_identity, trainer.gradient_shares, trainer.average_terms, trainer.own_rows,
+    objective.latent_norms, objective.distance_from_identity, trainer.gradient_shares, trainer.average_terms, trainer.real_rows,
     trainer.evaluate_predictions, trainer.diagnostics,
 )  # fmt: skip
 
