@@ -4,7 +4,8 @@
 
 save_overhead             share of its time that a run loses to one checkpoint per 100 steps of a state of about 200 MB. One run alternates
                           between 100 steps that begin with a checkpoint and 100 that have none; the checkpoint is written beside them
-stall_seconds             of that, how long training stands still
+state_mb                  of the checkpoint
+stall_seconds             of the overhead, how long training stands still
 written_seconds           from the copy to the rename
 restart_seconds           from SIGKILL of a rank to the end of the first step that had not been trained before: torchelastic sees it, ends
                           the other rank, starts both; they build the model, verify and load the state. Without imports: ranks are forked
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from crash_storm import run_elastic
-from side_by_side import parser_of
+from side_by_side import parser_of, print_figures
 from small_log import CONFIG
 
 STEPS = 100  # per checkpoint
@@ -126,14 +127,7 @@ def main() -> int:
         folder = Path(name)
         config = write_data(folder, rows)
         result = overhead(config, folder, model, pairs) | restarts(config, folder, model, kills)
-    print(
-        f"state {result['state_mb']} MB, {result['step_seconds'] * 1e3:.1f} ms a step: a checkpoint per {STEPS} steps costs "
-        f"{result['save_overhead']:.2%} (stall {result['stall_seconds'] * 1e3:.0f} ms, written in {result['written_seconds']:.2f} s)\n"
-        f"from SIGKILL of a rank to the first new step: {result['restart_seconds']:.2f} s, at most "
-        f"{result['slowest_restart_seconds']:.2f} s, of which {result['load_seconds']:.2f} s build and load"
-    )
-    if args.json:
-        print(json.dumps(result))
+    print_figures(result, args.json)
     return 0
 
 

@@ -7,10 +7,10 @@ restart costs no import. The kills, by turns drawn from the seed:
     step    SIGKILL of one rank as it begins a step
     moment  SIGKILL of one rank at a random time, wherever it stands
     save    SIGKILL of all ranks at one write, sync or rename inside a save
+seconds_per_kill is what one costs: detection, restart, loading and the steps since the last checkpoint.
 Then every tensor of the last checkpoint (tables, dense weights, optimizer state) and every metric is compared bit by bit.
 """
 
-import json
 import os
 import random
 import signal
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from same_as import differences, logged, tensors
-from side_by_side import parser_of
+from side_by_side import parser_of, print_figures
 from small_log import LONG_RUN, at_each_step, write_log
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -175,14 +175,10 @@ def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     left = [str(path) for path in struck.rglob("*.partial*")]
     equal, carried = not found and not left, sum(counts.values())
     each = (struck_seconds - calm_seconds) / max(1, carried)
-    print(
-        f"{steps} steps: {calm_seconds:.1f} s untouched, {struck_seconds:.1f} s with {carried} kills {counts}"
-    )
-    print(f"a kill cost {each:.2f} s: detection, restart, loading and the steps since the last checkpoint")
     different = f"DIFFERENT: {found[:10]} left behind: {left}"
     print("every tensor and metric is bitwise equal" if equal else different)
     figures = {"kills": carried, "bitwise_equal": equal, "steps": steps, "seconds_per_kill": round(each, 3)}
-    return figures | {"kinds": counts, "seed": seed}
+    return figures | {"calm_seconds": round(calm_seconds, 1), "kinds": counts, "seed": seed}
 
 
 def main() -> int:
@@ -195,8 +191,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="crash-storm-") as name:
         folder = args.keep or Path(name)
         result = storm(folder, min(args.kills, 3) if args.quick else args.kills, args.seed)
-    if args.json:
-        print(json.dumps(result))
+    print_figures(result, args.json)
     return 0 if result["bitwise_equal"] else 1
 
 

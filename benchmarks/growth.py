@@ -13,7 +13,6 @@ cooperation_exponent    of both cooperation losses alone over 2 to 16 branches; 
 """
 
 import gc
-import multiprocessing
 import os
 import statistics
 import sys
@@ -24,15 +23,7 @@ from typing import Any
 
 import torch
 from paper_size import random_batch, run_config, training_step, uniform_schema
-from side_by_side import (
-    Clock,
-    fitted_exponent,
-    free_port,
-    print_figures,
-    rank_environment,
-    take_turns,
-    timing_parser_of,
-)
+from side_by_side import Clock, answering_ranks, fitted_exponent, print_figures, take_turns, timing_parser_of
 
 from data.schema import Schema
 from mbcnet_rec.build import build
@@ -45,7 +36,6 @@ from mbcnet_rec.runtime.process import Process, joined_process
 FIELDS, ROWS, DIM, BATCH, GROUPS, GROUP_FIELDS = 48, 10_000, 8, 1024, 4, 6
 THREE = ("efgc", "cross", "deep")
 ALL_BRANCHES = ("deep", "cross", "efgc", "fm", "wide")
-BYTES_PER_FLOAT = 4
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # curve -> sizes with --quick, and without
     "fields": ((24, 96), (24, 48, 96, 192, 384, 768)),
     "rows": ((10**4, 10**5), (10**4, 10**5, 10**6, 10**7, 10**8)),
@@ -94,7 +84,7 @@ def step_cases(process: Process, curve: str, sizes: Sequence[int]) -> dict[int, 
 
 def rows_that_fit(sizes: Sequence[int], largest: int) -> list[int]:
     """Sizes whose tables, all of them together, fit into the free memory; what is left out is told."""
-    row_bytes = 4 * (DIM + 1) * BYTES_PER_FLOAT  # of four tables, with the optimizer's number a row
+    row_bytes = 4 * (DIM + 1) * 4  # of four tables, with the optimizer's number a row, in float32
     room = ROOM * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     wanted = [size for size in sizes if size <= largest]
     fits = [size for size in wanted if sum(each for each in wanted if each <= size) * row_bytes < room]
@@ -119,25 +109,17 @@ def cooperation_case(branches: int) -> Case:
 
 def ranks_curve(quick: bool, seconds: float) -> dict[int, float]:
     """Ranks -> processor seconds of all ranks together for a step of BATCH rows each."""
-    context = multiprocessing.get_context("spawn")
     found = {}
     for world in (1, 2) if quick else (1, 2, 4):
-        answers, port = context.SimpleQueue(), free_port()
-        places = [(rank, world, port, seconds / world, answers) for rank in range(world)]
-        ranks = [context.Process(target=one_rank, args=place) for place in places]
-        for each in ranks:
-            each.start()
-        for each in ranks:
-            each.join()
-        if any(each.exitcode for each in ranks):
-            raise SystemExit(f"ranks: one of {world} ended with an error")
-        found[world] = sum(answers.get() for _ in ranks)
+        ranks = answering_ranks(__file__, ["--rank-for", str(seconds / world)], world)
+        found[world] = sum(float(rank.answer()) for rank in ranks)
+        for rank in ranks:
+            rank.end()
     return found
 
 
-def one_rank(rank: int, world: int, port: int, seconds: float, answers: Any) -> None:
-    """Train for a while as one of `world` ranks; answer with processor seconds a step. Ranks step together, so they count alike."""
-    os.environ |= rank_environment(rank, world, port)
+def train_as_rank(seconds: float) -> int:
+    """Train for a while; answer with processor seconds a step. Ranks step together, so they count alike."""
     torch.set_num_threads(1)
     with joined_process("cpu") as process:
         step = step_of(process, schema_of())
@@ -146,12 +128,9 @@ def one_rank(rank: int, world: int, port: int, seconds: float, answers: Any) -> 
             step()
         count = torch.tensor([max(5.0, seconds / ((time.process_time() - start) / 5))])
         torch.distributed.broadcast(count, 0)  # the same number of steps on every rank
-        times = []
-        for _ in range(int(count)):
-            start = time.process_time()
-            step()
-            times.append(time.process_time() - start)
-    answers.put(statistics.median(times))
+        times = take_turns({"step": step}, 0.0, "cpu", least_rounds=int(count))
+    print(statistics.median(times["step"]), flush=True)
+    return 0
 
 
 def fitted(name: str, seconds: dict[int, float]) -> dict[str, Any]:
@@ -161,14 +140,14 @@ def fitted(name: str, seconds: dict[int, float]) -> dict[str, Any]:
         f"{name}_exponent": fitted_exponent(sizes, values) if len(sizes) > 1 else None,
         f"{name}_last_exponent": fitted_exponent(sizes[-2:], values[-2:]) if len(sizes) > 1 else None,
     }
-    print(
-        f"  {name}: " + ", ".join(f"{size:,}: {1e3 * value:.1f} ms" for size, value in seconds.items()),
-        flush=True,
-    )
+    shown = ", ".join(f"{size:,}: {1e3 * value:.1f} ms" for size, value in seconds.items())
+    print(f"  {name}: {shown}", flush=True)
     return figures | {f"{name}_seconds": {str(size): value for size, value in seconds.items()}}
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--rank-for"]:
+        return train_as_rank(float(sys.argv[2]))
     parser = timing_parser_of(__doc__)
     parser.set_defaults(clock="cpu")
     parser.add_argument("--seconds", type=float, help="of measuring for each curve; default 15, quick 0.5")

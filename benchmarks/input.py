@@ -52,7 +52,10 @@ def main() -> int:
 def measure(folder: Path, quick: bool) -> dict[str, float | None]:
     """Write the files and take every figure."""
     rows, rounds = (65_536, 3) if quick else (262_144, 9)
-    single, single_schema = write_single(folder / "single.parquet", 192, rows), single_schema_of(192)
+    single, single_schema = (
+        write_single(folder / "single.parquet", 192, rows),
+        uniform_schema(192, LARGEST_ID, 8),
+    )
     mixed_schema = pailitao_schema("demo")
     write_synthetic(mixed_schema, folder / "mixed", rows=rows, days=3)
     mixed = sorted((folder / "mixed").rglob("*.parquet"))
@@ -82,11 +85,6 @@ def one_core() -> Iterator[None]:
     os.sched_setaffinity(0, {max(cores)})
     yield
     os.sched_setaffinity(0, cores)
-
-
-def single_schema_of(columns: int) -> Schema:
-    """A schema of single-valued integer fields."""
-    return uniform_schema(columns, LARGEST_ID, 8)
 
 
 def write_single(path: Path, columns: int, rows: int) -> Path:

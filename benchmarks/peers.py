@@ -53,26 +53,23 @@ ROW_GROUP = 16_384
 
 @dataclass(frozen=True)
 class Size:
-    """How large the rows and the models of a comparison are.
+    """How large the rows and the models of a comparison are."""
 
-    Attributes:
-        fields, ids, width: single-valued fields, rows of each one's table, its width.
-        batch: rows a step.
-        hidden, gate, cross_layers: of DNN and streams, of FinalMLP's gates, of the full-rank cross network.
-        warm_up, steps: of a turn; the default of log lines is one in 20 steps.
-        numbers: dense columns.
-    """
-
-    fields: int
-    ids: int
-    width: int
+    fields: int  # single-valued
+    ids: int  # rows of each one's table
+    width: int  # of a row
     batch: int
-    hidden: tuple[int, ...]
-    gate: tuple[int, ...] = ()
-    cross_layers: int = 2
-    warm_up: int = 20
-    steps: int = 40
-    numbers: int = 0
+    hidden: tuple[int, ...]  # of DNN and streams
+    gate: tuple[int, ...] = ()  # of FinalMLP
+    cross_layers: int = 2  # of the full-rank cross network
+    warm_up: int = 20  # steps; the default of log lines is one in 20
+    steps: int = 40  # that are timed
+    numbers: int = 0  # dense columns
+
+    @property
+    def layers(self) -> quality.Layers:
+        """As quality.py's models take them."""
+        return quality.Layers(self.hidden, self.gate, self.cross_layers)
 
 
 SIZES = {
@@ -110,16 +107,10 @@ def write_rows(size: Size, folder: Path, uniform: bool = False) -> None:
     field = {"kind": "categorical", "num_embeddings": size.ids, "embedding_dim": size.width}
     fields = dict.fromkeys(names, field)
     fields |= {f"number_{number}": {"kind": "numeric"} for number in range(size.numbers)}
-    (folder / "schema.toml").write_text(
-        tomli_w.dumps({"name": folder.name, "label": "label", "fields": fields})
-    )
+    schema = {"name": folder.name, "label": "label", "fields": fields}
+    (folder / "schema.toml").write_text(tomli_w.dumps(schema))
     features = {name: {"vocab_size": size.ids} for name in names}
     quality.write_feature_map(folder, folder.name, "label", features)
-
-
-def our_model(kind: str, size: Size) -> dict[str, Any]:
-    """The [model] table of our config."""
-    return quality.our_model(kind, quality.Layers(size.hidden, size.gate, size.cross_layers))
 
 
 def our_dlrm() -> dict[str, Any]:
@@ -151,8 +142,11 @@ def our_task(
 def fuxictr_task(kind: str, size: Size, folder: Path, source: str, l2: float, workers: int) -> dict[str, Any]:
     """One epoch of FuxiCTR's model."""
     (folder / "checkpoints" / folder.name).mkdir(parents=True, exist_ok=True)
-    layers = quality.Layers(size.hidden, size.gate, size.cross_layers)
-    params = quality.peer_model(kind, layers) | {"dataset_id": folder.name, "model_id": kind, "epochs": 1}
+    params = quality.peer_model(kind, size.layers) | {
+        "dataset_id": folder.name,
+        "model_id": kind,
+        "epochs": 1,
+    }
     params |= {"model_root": str(folder / "checkpoints"), "data_format": "parquet", "num_workers": workers}
     params |= {"embedding_regularizer": l2, "embedding_dim": size.width, "batch_size": size.batch}
     files = {split: str(folder / f"{split}.parquet") for split in ("train", "valid")}
@@ -164,19 +158,10 @@ def dlrm_task(size: Size) -> dict[str, Any]:
     """One run of dlrm_main.py with its DCN; its learning rate does not change what a step costs."""
     steps = size.warm_up + size.steps + TAIL
     flags = {
-        "interaction_type": "dcn",
-        "batch_size": size.batch,
-        "num_embeddings": size.ids,
-        "embedding_dim": size.width,
-        "dcn_num_layers": size.cross_layers,
-        "dcn_low_rank_dim": DLRM_RANK,
-        "over_arch_layer_sizes": ",".join(map(str, (*size.hidden, 1))),
-        "learning_rate": 0.01,
-        "limit_train_batches": steps,
-        "limit_val_batches": 1,
-        "limit_test_batches": 1,
-        "seed": 0,
-    }
+        "interaction_type": "dcn", "batch_size": size.batch, "num_embeddings": size.ids, "embedding_dim": size.width,
+        "dcn_num_layers": size.cross_layers, "dcn_low_rank_dim": DLRM_RANK, "over_arch_layer_sizes": ",".join(map(str, (*size.hidden, 1))),
+        "learning_rate": 0.01, "limit_train_batches": steps, "limit_val_batches": 1, "limit_test_batches": 1, "seed": 0,
+    }  # fmt: skip
     arguments = ["--adagrad", *(text for key, value in flags.items() for text in (f"--{key}", str(value)))]
     return {"arguments": arguments, "warm_up": size.warm_up, "steps": size.steps, "batch": size.batch}
 
@@ -242,7 +227,7 @@ def beside_fuxictr(sides: Mapping[str, Answering], args: Any, folder: Path) -> d
         size, place = QUICK if args.quick else SIZES[name], folder / name
         write_rows(size, place)
         for kind in args.models:
-            model = our_model(kind, size)
+            model = quality.our_model(kind, size.layers)
             tasks = {
                 "ours": our_task(model, size, place, adam),
                 "ours_without_cpu_fast_path": our_task(model, size, place, adam, cpu_fast_path=False),
@@ -279,9 +264,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=("fuxictr", "dlrm"), default=["fuxictr", "dlrm"])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rounds", type=int, help="default 3, quick 1")
-    parser.add_argument(
-        "--peer-workers", type=int, default=1, help="processes of its loader (default: its own)"
-    )
+    words = "processes of its loader (default: its own)"
+    parser.add_argument("--peer-workers", type=int, default=1, help=words)
     parser.add_argument("--dlrm-source", metavar="FOLDER", help="checkout of facebookresearch/dlrm")
     words = "with torchrec, torchmetrics and pyre_extensions (default: this one)"
     parser.add_argument("--dlrm-python", metavar="FILE", default=sys.executable, help=words)

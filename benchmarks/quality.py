@@ -75,22 +75,21 @@ def peer_model(kind: str, layers: Layers) -> dict[str, Any]:
     """The same model and its training in FuxiCTR's own names."""
     deep, net = list(layers.hidden), {"net_dropout": layers.dropout}
     cross = {"model_structure": "parallel", "num_cross_layers": layers.cross_layers}
-    streams = {f"mlp{n}_hidden_units": deep for n in (1, 2)} | {
-        f"mlp{n}_dropout": layers.dropout for n in (1, 2)
-    }
+    streams = {f"mlp{n}_hidden_units": deep for n in (1, 2)}
+    streams |= {f"mlp{n}_dropout": layers.dropout for n in (1, 2)}
     own: dict[str, dict[str, Any]] = {
         "dnn": {"hidden_units": deep} | net,
         "dcnv2": {"parallel_dnn_hidden_units": deep} | cross | net,
         "finalmlp": {"use_fs": True, "fs_hidden_units": list(layers.gate)} | streams,
     }
-    watched = {
-        "metrics": ["logloss", "AUC"],
-        "monitor": "AUC",
-        "monitor_mode": "max",
-        "early_stop_patience": 2,
-    }
+    watched = {"metrics": ["logloss", "AUC"], "monitor": "AUC", "monitor_mode": "max"}
     training = {"task": "binary_classification", "loss": "binary_crossentropy", "optimizer": "adam"}
-    training |= {"learning_rate": RATE, "max_gradient_norm": CLIP, "net_regularizer": 0}
+    training |= {
+        "early_stop_patience": 2,
+        "learning_rate": RATE,
+        "max_gradient_norm": CLIP,
+        "net_regularizer": 0,
+    }
     return own[kind] | watched | training | {"shuffle": True, "verbose": 0}
 
 
@@ -211,13 +210,10 @@ def write_rows(schema: Schema, data: Path, folder: Path) -> None:
 
 def write_feature_map(folder: Path, name: str, label: str, features: dict[str, dict[str, Any]]) -> None:
     """Write FuxiCTR's description of columns of ids, whose id 0 pads; a feature with max_len is lists."""
-    entries = [
-        {
-            key: {"source": "", "padding_idx": 0, "type": "sequence" if "max_len" in own else "categorical"}
-            | own
-        }
-        for key, own in features.items()
-    ]
+    entries = []
+    for key, own in features.items():
+        kind = "sequence" if "max_len" in own else "categorical"
+        entries.append({key: {"source": "", "padding_idx": 0, "type": kind} | own})
     described = {"dataset_id": name, "labels": [label], "features": entries, "num_fields": len(entries)}
     (folder / "feature_map.json").write_text(json.dumps(described))
 

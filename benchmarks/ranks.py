@@ -12,21 +12,12 @@ rank_step_seconds, thread_step_seconds    median step of each side
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from paper_size import MBCNET, cut_schema, read_batches, run_config, training_step, written_log
-from side_by_side import (
-    Answering,
-    environment,
-    free_port,
-    parser_of,
-    print_figures,
-    rank_environment,
-    ratio,
-    take_turns,
-)
+from side_by_side import Answering, answering_ranks, parser_of, print_figures, ratio, take_turns
 
 from data.schema import load_schema
 from mbcnet_rec.build import build
@@ -36,20 +27,12 @@ STEPS = 2  # of one turn
 CORES = 2
 
 
-class Side:
-    """`world` processes that train together with CORES threads, STEPS steps whenever they are told to."""
-
-    def __init__(self, folder: Path, world: int, batch: int) -> None:
-        port, own = free_port(), environment(threads=CORES // world)
-        command = [sys.executable, __file__, "--rank-of", str(folder), str(batch), str(CORES // world)]
-        self.ranks = [Answering(command, own | rank_environment(rank, world, port)) for rank in range(world)]
-
-    def steps(self) -> None:
-        """Train STEPS steps on every rank."""
-        for rank in self.ranks:
-            rank.ask("go")
-        for rank in self.ranks:
-            rank.answer()
+def steps_of(ranks: list[Answering]) -> None:
+    """Train STEPS steps on every rank."""
+    for rank in ranks:
+        rank.ask("go")
+    for rank in ranks:
+        rank.answer()
 
 
 def train_when_told(folder: Path, batch: int, threads: int) -> int:
@@ -82,10 +65,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         written_log(folder, cut_schema(args.max_rows), 2 * args.batch)
-        sides = {"ranks": Side(folder, CORES, args.batch), "threads": Side(folder, 1, args.batch)}
-        cases: dict[str, Callable[[], object]] = {key: side.steps for key, side in sides.items()}
+        sides = {}
+        for name, world in (("ranks", CORES), ("threads", 1)):
+            words = ["--rank-of", str(folder), str(args.batch), str(CORES // world)]
+            sides[name] = answering_ranks(__file__, words, world, CORES // world)
+        cases = {name: partial(steps_of, ranks) for name, ranks in sides.items()}
         times = take_turns(cases, args.seconds or (4 if args.quick else 90))
-        for rank in (rank for side in sides.values() for rank in side.ranks):
+        for rank in (rank for ranks in sides.values() for rank in ranks):
             rank.end()
     figures = {
         "ranks_efficiency": ratio(times["threads"], times["ranks"]),

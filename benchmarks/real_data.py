@@ -54,12 +54,8 @@ def main() -> int:
             loss = {model: [run["log_loss"] for run in runs[model]] for model in MODELS}
             auc = {model: statistics.fmean(run["auc"] for run in runs[model]) for model in MODELS}
             won = sum(mbcnet < dnn for mbcnet, dnn in zip(loss["mbcnet"], loss["dnn"], strict=True))
-            means = [
-                prior,
-                *(statistics.fmean(loss[model]) for model in ("dnn", "mbcnet")),
-                auc["dnn"],
-                auc["mbcnet"],
-            ]
+            losses = [statistics.fmean(loss[model]) for model in ("dnn", "mbcnet")]
+            means = [prior, *losses, auc["dnn"], auc["mbcnet"]]
             print(f"{name:<12}{''.join(f'{mean:12.4f}' for mean in means)}   {won} of {seeds}", flush=True)
             result[name] = {"label_rate": prior, "log_loss": loss, "auc": auc, "won": won}
     if args.json:

@@ -37,21 +37,13 @@ RUN = (
 
 @dataclass(frozen=True)
 class Case:
-    """One run that both trees make.
-
-    Attributes:
-        name: of the run's folder.
-        config: TOML file, relative to the tree, or to the working folder.
-        scored: the data that `mbcnet predict` scores.
-        out: folder into which data are prepared.
-        prepare: arguments of the `mbcnet` command that writes the data there; empty: they lie there.
-    """
+    """One run that both trees make."""
 
     name: str
-    config: str
-    scored: str
-    out: str = ""
-    prepare: tuple[str, ...] = ()
+    config: str  # TOML file, relative to the tree, or to the working folder
+    scored: str  # the data that `mbcnet predict` scores
+    out: str = ""  # folder into which data are prepared
+    prepare: tuple[str, ...] = ()  # arguments of the `mbcnet` command that does it; empty: they lie there
 
 
 ADULT = ROOT.parent / "shared" / "datasets" / "adult"
@@ -145,30 +137,26 @@ def compare(case: Case, ranks: int, other: Path, work: Path) -> list[str]:
     """Make one run in both trees and compare everything that it left."""
     run, scored = f"runs/{case.name}-{ranks}", f"scored/{case.name}-{ranks}"
     sides = {"here": ROOT, "there": other}
-    seen: dict[str, tuple[dict[str, Any], ...]] = {}
+    seen: dict[str, dict[str, dict[str, Any]]] = {}
     for side, tree in sides.items():
         folder = work / side
         make_run(tree, folder, case, run)
         evaluated = json.loads(mbcnet("evaluate", run, "--json", folder=folder, tree=tree))
         mbcnet("predict", run, "--data", case.scored, "--out", scored, folder=folder, tree=tree)
-        data = files(folder / case.out) if case.prepare else {}
-        seen[side] = (
-            logged(folder / run),
-            tensors(folder / run),
-            data,
-            flat(evaluated),
-            scores(folder / scored),
-        )
+        seen[side] = {
+            "metrics.jsonl": logged(folder / run),
+            "checkpoint": tensors(folder / run),
+            "data": files(folder / case.out) if case.prepare else {},
+            "evaluate": flat(evaluated),
+            "predict": scores(folder / scored),
+        }
     where, found = f"{case.name}, {ranks} rank(s)", []
-    for what, ours, theirs in zip(
-        ("metrics.jsonl", "checkpoint", "data", "evaluate", "predict"),
-        seen["here"],
-        seen["there"],
-        strict=True,
-    ):
-        found += differences(f"{where}: {what}", ours, theirs)
+    for what, theirs in seen["there"].items():
+        found += differences(f"{where}: {what}", seen["here"][what], theirs)
     old_run = json.loads(mbcnet("evaluate", run, "--json", folder=work / "there"))
-    return found + differences(f"{where}: evaluate of the other's run", flat(old_run), seen["there"][3])
+    return found + differences(
+        f"{where}: evaluate of the other's run", flat(old_run), seen["there"]["evaluate"]
+    )
 
 
 def main() -> int:

@@ -53,9 +53,9 @@ def main() -> int:
     parser.add_argument("--sizes", help="comma-separated numbers of GPUs; default 1 to 1,024 by doubling")
     parser.add_argument("--search-seconds", type=float, default=None, help="of the planner at each size")
     args = parser.parse_args()
-    sizes = (
-        [int(text) for text in args.sizes.split(",")] if args.sizes else QUICK_SIZES if args.quick else SIZES
-    )
+    sizes = QUICK_SIZES if args.quick else SIZES
+    if args.sizes:
+        sizes = [int(text) for text in args.sizes.split(",")]
     seconds = args.search_seconds or (3.0 if args.quick else 20.0)
     print(
         "prediction: a single GPU waits for its host's memory (the tables are larger than its own); where they fit, compute and HBM share\n"
@@ -63,9 +63,8 @@ def main() -> int:
     )
     schema = pailitao_schema("paper")
     cells = {}
-    print(
-        f"  {'GPUs':>5} {'rows':>5} {'M samples/s':>12} {'ms/step':>8} {''.join(f'{w:>10}' for w in WALLS)}  wall"
-    )
+    heads = "".join(f"{name:>10}" for name in WALLS)
+    print(f"  {'GPUs':>5} {'rows':>5} {'M samples/s':>12} {'ms/step':>8} {heads}  wall")
     for size in sizes:
         start = time.perf_counter()
         found = assessed(schema, args.kind, size, args.batch, seconds)
@@ -95,11 +94,8 @@ def assessed(
     dense = dense_cost(ModelConfig(), schema, plain)
     by_size = sorted(schema.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
     paged = {table.name: CACHED for table in by_size[:PAGED_TABLES]}
-    for config, rows in (
-        (plain, "fp32"),
-        (replace(plain, data_type="fp16"), "fp16"),
-        (replace(plain, data_type="fp16", tables=paged), "host"),
-    ):
+    half, host = replace(plain, data_type="fp16"), replace(plain, data_type="fp16", tables=paged)
+    for config, rows in ((plain, "fp32"), (half, "fp16"), (host, "host")):
         try:
             return solve(Task(schema, config, cluster, batch, dense=dense)), rows
         except DoesNotFit:

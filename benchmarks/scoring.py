@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from side_by_side import ROOT, environment, parser_of, settings
+from side_by_side import ROOT, environment, parser_of, print_figures, settings
 
 from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.write import write_synthetic
@@ -46,7 +46,7 @@ def peak_bytes(folder: Path, *words: str) -> int:
 
 
 def measure(folder: Path, rows: int, times: int) -> dict[str, Any]:
-    """Train, score both logs with both commands, print a line for each."""
+    """Train, score both logs with both commands."""
     sizes = {"small": rows, "large": rows * times}
     for name, size in sizes.items():
         write_synthetic(pailitao_schema("demo"), folder / name, rows=size, days=3)
@@ -55,14 +55,12 @@ def measure(folder: Path, rows: int, times: int) -> dict[str, Any]:
     common += [f"schema={small}/schema.toml", "train.out=run", "train.max_steps=5", "train.device=cpu"]
     peak_bytes(folder, "train", "--config", str(CONFIG), *settings(*common))
     result: dict[str, Any] = {"rows": rows, "times": times}
-    print(f"{'':10}{'rows':>10}{'largest MB':>12}")
     for command in ("predict", "evaluate"):
         peaks = []
-        for name, size in sizes.items():
+        for name in sizes:
             out = ("--out", f"scores_{name}") if command == "predict" else ()
             peaks.append(peak_bytes(folder, command, "run", "--data", f"{folder / name}/ds=*", *out))
-            print(f"{command:10}{size:>10,}{peaks[-1] / 1e6:>12.1f}")
-        result[f"{command}_mb"] = round(peaks[0] / 1e6, 1)
+        result[f"{command}_mb"], result[f"{command}_large_mb"] = (round(peak / 1e6, 1) for peak in peaks)
         result[f"{command}_memory_growth"] = round(peaks[1] / peaks[0] - 1, 4)
     return result | {"ok": result["predict_memory_growth"] < LARGEST_GROWTH}
 
@@ -74,8 +72,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="scoring-") as name:
         result = measure(Path(name), args.rows // 30 if args.quick else args.rows, args.times)
-    if args.json:
-        print(json.dumps(result))
+    print_figures(result, args.json)
     return 0 if result["ok"] or args.quick else 1
 
 

@@ -185,6 +185,13 @@ class Answering:
             self._process.wait(60)
 
 
+def answering_ranks(script: str, words: Sequence[str], world: int, threads: int = 1) -> list[Answering]:
+    """Start a script as `world` ranks that find each other."""
+    port, command = free_port(), [sys.executable, script, *words]
+    places = (environment(threads) | rank_environment(rank, world, port) for rank in range(world))
+    return [Answering(command, place) for place in places]
+
+
 def print_figures(figures: Mapping[str, Any], as_json: bool) -> None:
     """Print each figure, and all of them as one JSON object on the last line if asked to."""
     for key, value in figures.items():

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from side_by_side import parser_of, rank_environment
+from side_by_side import parser_of, print_figures, rank_environment
 from small_log import LONG_RUN, at_each_step, write_log
 
 from mbcnet_rec.config import load_config
@@ -104,10 +104,8 @@ def growth(measures: list[Measure]) -> dict[str, float]:
     """
     tenth = max(1, len(measures) // 10)
     last = measures[-tenth:]
-    early, late = (
-        statistics.median(each["resident_bytes"] for each in part)
-        for part in (measures[tenth : 2 * tenth], last)
-    )
+    parts = (measures[tenth : 2 * tenth], last)
+    early, late = (statistics.median(each["resident_bytes"] for each in part) for part in parts)
     result = {"memory_growth": round(late / early - 1, 5)}
     for key in measures[0].keys() - {"resident_bytes"}:
         most = max(each[key] for each in measures[tenth:-tenth])
@@ -127,22 +125,18 @@ def soak(folder: Path, cycles: int, seconds: float) -> dict[str, Any]:
         each.start()
     for each in ranks:
         each.join()
-    spent = time.monotonic() - start
+    result: dict[str, Any] = {"cycles": cycles, "seconds": round(time.monotonic() - start, 1)}
     failed = any(each.exitcode for each in ranks)
     if failed:
         print(*((folder / f"log_{rank}").read_text()[-2000:] for rank in range(RANKS)), sep="\n")
-    result: dict[str, Any] = {"cycles": cycles, "seconds": round(spent, 1)}
     for rank in range(RANKS):
         measures = json.loads((folder / f"measures_{rank}.json").read_text())
         print(f"rank {rank}, {len(measures)} cycles: {measures[len(measures) // 10]} -> {measures[-1]}")
         result["cycles"] = min(result["cycles"], len(measures))
         for key, value in growth(measures).items():
             result[key] = max(result.get(key, value), value)
-    added = {key: value for key, value in result.items() if key.endswith("_added")}
-    print(
-        f"{result['cycles']} cycles in {spent:.0f} s: memory {result['memory_growth']:+.2%}, added: {added}"
-    )
-    result["ok"] = not failed and result["memory_growth"] < LARGEST_GROWTH and max(added.values()) <= 0
+    added = max(value for key, value in result.items() if key.endswith("_added"))
+    result["ok"] = not failed and result["memory_growth"] < LARGEST_GROWTH and added <= 0
     return result
 
 
@@ -155,8 +149,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         minutes = min(args.minutes, 0.5) if args.quick else args.minutes
         result = soak(Path(name), min(args.cycles, 12) if args.quick else args.cycles, 60 * minutes)
-    if args.json:
-        print(json.dumps(result))
+    print_figures(result, args.json)
     return 0 if result["ok"] or args.quick else 1
 
 

@@ -10,7 +10,6 @@ first_step_seconds       torchrun --nproc-per-node RANKS until every rank has ma
   join                   the ranks find each other
   build                  files, plan, tables, model
   step                   first batch, forward, backward, optimizers
-imported_modules         by `mbcnet --help`; heavy_modules: torch, torchrec, pyarrow, matplotlib or numpy among them
 """
 
 import json
@@ -29,14 +28,6 @@ from side_by_side import environment, mbcnet, parser_of, print_figures
 
 PHASES = ("agent", "import", "join", "build", "step")
 STAMPS = "BENCHMARK_STAMPS"
-HEAVY = ("torch", "torchrec", "pyarrow", "matplotlib", "numpy")
-IMPORTED = """
-import contextlib, io, sys
-from mbcnet_rec.cli import main
-with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-    main(sys.argv[1:])
-print(" ".join({name.split(".")[0] for name in sys.modules}))
-"""
 WRITE_LOG = """
 import sys
 from pathlib import Path
@@ -71,10 +62,6 @@ def main() -> int:
         key: statistics.median(seconds_of(command) for _ in range(2 * repeats + 1))
         for key, command in COMMANDS.items()
     }
-    command = [sys.executable, "-c", IMPORTED, "--help"]
-    modules = set(subprocess.check_output(command, env=environment(), text=True).split())
-    figures["imported_modules"] = len(modules)
-    figures["heavy_modules"] = [name for name in HEAVY if name in modules]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run([sys.executable, "-c", WRITE_LOG, str(folder)], env=environment(), check=True)
@@ -107,10 +94,8 @@ def first_step(folder: Path, ranks: int) -> dict[str, float]:
         raise SystemExit(f"the ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
     found = [json.loads(path.read_text()) for path in stamps.iterdir()]
     slowest = max(found, key=lambda times: times[-1])
-    return {
-        phase: after - before
-        for phase, before, after in zip(PHASES, [start, *slowest], slowest, strict=False)
-    }
+    phases = zip(PHASES, [start, *slowest], slowest, strict=False)
+    return {phase: after - before for phase, before, after in phases}
 
 
 def train_with_stamps() -> int:
