@@ -19,14 +19,9 @@ TUNED = sorted((ROOT / "mbcnet_rec" / "study" / "tuned").glob("*/*.toml"))
 SHARED = ROOT.parent / "shared" / "datasets"
 # config -> folder of its real files
 REAL = {
-    "adult": "adult",
-    "ali_ccp": "ali_ccp_sample",
-    "aliexpress": "aliexpress_sample",
-    "criteo": "criteo_sample",
-    "movielens": "movielens_latest_small",
-    "slots": "slots_demo",
-    "taobao_ad": "taobao_ad_sample",
-}
+    "adult": "adult", "ali_ccp": "ali_ccp_sample", "aliexpress": "aliexpress_sample", "criteo": "criteo_sample",
+    "movielens": "movielens_latest_small", "slots": "slots_demo", "taobao_ad": "taobao_ad_sample",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -34,9 +29,7 @@ def test_config_loads_and_says_what_it_is(path):
     config = load_config(path)
     assert config.name == path.stem
     assert path.read_text().startswith("# ")
-    assert config.schema == f"prepared/{path.stem}/schema.toml", (
-        "relative to the working directory, as README prints"
-    )
+    assert config.schema == f"prepared/{path.stem}/schema.toml"  # in the working directory, as README prints
 
 
 @pytest.mark.parametrize("path", TUNED, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -58,17 +58,14 @@ class Cluster:
         assert done.returncode == 0, done.stderr
 
     def munge(self) -> None:
-        key = self.folder / "munge.key"
+        key, folder = self.folder / "munge.key", self.folder
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        self.folder.chmod(0o755)
-        files = {"key-file": key, "socket": self.socket}
-        files |= {f"{name}-file": self.folder / f"munged.{name}" for name in ("pid", "seed", "log")}
-        self.daemon("munged", "munged.pid", "--force", *(f"--{name}={path}" for name, path in files.items()))
-
-    @property
-    def socket(self) -> Path:
-        return self.folder / "munge" / "socket"
+        folder.chmod(0o755)
+        files = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "seed", "log")]
+        self.daemon(
+            "munged", "munged.pid", "--force", f"--key-file={key}", f"--socket={folder}/munge/socket", *files
+        )
 
     @property
     def names(self) -> tuple[str, str]:
@@ -84,7 +81,7 @@ SlurmctldPort={self.control}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={self.socket},cred_expire=2
+AuthInfo=socket={folder}/munge/socket,cred_expire=2
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -196,10 +193,8 @@ def test_a_requeued_job_ends_as_if_never_stopped(cluster: Cluster, whole: Path):
     wait_for(lambda: cluster.steps("runs/requeued"), lambda: f"no checkpoint: {cluster.said(handle)}")
     assert "RUNNING" in cluster.torchx("status", handle)
     assert cluster.call("scontrol", "requeue", job_id(handle)).returncode == 0
-    wait_for(
-        lambda: "Restarts=1" in cluster.call("scontrol", "show", "job", job_id(handle)).stdout,
-        "not requeued",
-    )
+    show = ("scontrol", "show", "job", job_id(handle))
+    wait_for(lambda: "Restarts=1" in cluster.call(*show).stdout, "not requeued")
     wait_for(lambda: cluster.started_again(handle), "not started again")
     cluster.finish(handle, "COMPLETED")
     said = cluster.said(handle)
@@ -207,9 +202,10 @@ def test_a_requeued_job_ends_as_if_never_stopped(cluster: Cluster, whole: Path):
     again, calm = learned(cluster.run / "runs/requeued"), learned(whole)
     assert [line[:2] for line in again] == [line[:2] for line in calm]
     different = [line[1] for line, other in zip(again, calm, strict=True) if line != other]
-    assert different in ([], ["train"]), (
-        "but for the first train line after the restart, which covers the steps since"
-    )
+    assert different in (
+        [],
+        ["train"],
+    )  # but for the first train line after the restart, which covers the steps since
     status = cluster.torchx("status", handle)
     assert "SUCCEEDED" in status and "train[0]" in status
     assert "100%" in cluster.torchx("log", f"{handle}/train")
