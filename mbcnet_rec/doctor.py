@@ -1,6 +1,5 @@
 """Checks of the installation and of what this machine offers, each with how to fix its fault."""
 
-import ctypes.util
 import importlib.metadata
 import os
 import platform
@@ -107,13 +106,6 @@ def gpu_names() -> list[str]:
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
-def check_devices(gpus: list[str]) -> Finding:
-    """Name the devices."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpu = f"{cores} CPU cores ({platform.machine()})"
-    return Finding("devices", f"{cpu}, {len(gpus)} NVIDIA GPUs" + "".join(f"; {name}" for name in gpus))
-
-
 def check_cuda(gpus: list[str]) -> list[Finding]:
     """Where the driver lists GPUs: whether torch can compute on them and NCCL can connect them."""
     if not gpus:
@@ -130,43 +122,36 @@ def check_cuda(gpus: list[str]) -> list[Finding]:
     return [Finding("CUDA", found, fix)]
 
 
-def check_schedulers() -> Finding:
-    """Name what torchx can launch on from here."""
+def schedulers() -> list[str]:
+    """What torchx can launch on from here."""
     found = ["local_cwd"]
     found += ["slurm"] if shutil.which("sbatch") else []
     found += ["local_docker"] if shutil.which("docker") else []
     found += ["kubernetes"] if installed("kubernetes") else []
-    return Finding("schedulers", ", ".join(found))
-
-
-def check_openmp() -> Finding:
-    """FBGEMM needs the OpenMP runtime, which slim images lack."""
-    if ctypes.util.find_library("gomp"):
-        return Finding("OpenMP", "libgomp found")
-    return Finding("OpenMP", "libgomp not on the library path (torch brings its own; fbgemm uses that)")
+    return found
 
 
 def examine() -> list[Finding]:
     """Make every check."""
+    torch, gpus, torchx = installed("torch"), gpu_names(), installed("torchx")
     fbgemm, fbgemm_cpu = installed("fbgemm-gpu"), installed("fbgemm-gpu-cpu")
-    torch, gpus = installed("torch"), gpu_names()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = f"{cores} CPU cores ({platform.machine()}), {len(gpus)} NVIDIA GPUs"
     return [
         Finding("python", platform.python_version()),  # pip refuses one below 3.11
         check_triple(torch, fbgemm_cpu or fbgemm, installed("torchrec")),
         check_shadow(fbgemm, fbgemm_cpu, bool(gpus)),
         *map(check_import, ("torch", "fbgemm_gpu", "torchrec")),
         check_floors(torch, installed("pyarrow")),
-        check_openmp(),
-        check_devices(gpus),
+        Finding("devices", "; ".join([devices, *gpus])),
         *check_cuda(gpus),
-        check_schedulers(),
-        Finding("torchx", installed("torchx") or "missing", "" if installed("torchx") else REINSTALL),
+        Finding("schedulers", ", ".join(schedulers())),
+        Finding("torchx", torchx or "missing", "" if torchx else REINSTALL),
     ]
 
 
-def run_doctor() -> int:
-    """Print the report; 0 if nothing is wrong, else 1."""
-    findings = examine()
+def print_report(findings: list[Finding]) -> int:
+    """Print findings; 0 if nothing is wrong, else 1."""
     for finding in findings:
         print(f"{'fault' if finding.fix else 'ok':<6}{finding.topic:<20}{finding.found}")
         if finding.fix:

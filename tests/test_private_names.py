@@ -80,7 +80,7 @@ ELSEWHERE = [
     ("sharding/bridge/zch.py", ManagedCollisionModule, "_current_iter_tensor"),
     ("sharding/bridge/zch.py", MC, "_evict"),
 ]  # fmt: skip
-PYTHONS = {"_asdict", "_fields", "_replace", "_exit"}
+PYTHONS = {"_asdict", "_fields", "_make", "_replace", "_exit"}
 
 
 @pytest.mark.parametrize(("file", "owner", "name"), USED + ELSEWHERE)
@@ -124,7 +124,7 @@ def test_no_other_private_name_is_used():
 # What tests replace although it is no constant: of TorchRec what needs CUDA, by the same on a CPU; and what has no seam yet.
 REPLACED = {
     ("planned_ranks.py", "_allreduce_tensors"), ("planned_ranks.py", "_remap_sharding_plan"), ("planned_ranks.py", "_prefetch"),
-    ("planned_ranks.py", "device_problem"), ("reshard_ranks.py", "suspects"), ("test_doctor.py", "examine"),
+    ("planned_ranks.py", "device_problem"), ("reshard_ranks.py", "suspects"),
     ("test_model_layers.py", "_product"), ("test_model_layers.py", "get_cpu_capability"), ("test_model_sparse_arch.py", "regroup_op"),
     ("test_reading_selection.py", "open_parquet"), ("test_stream_parquet_stream.py", "open_parquet"),
     ("test_study_runner.py", "train_one"), ("test_study_runs.py", "train_model"), ("test_study_runs.py", "train_one"),

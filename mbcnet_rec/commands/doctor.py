@@ -2,9 +2,9 @@
 
 import argparse
 
-from mbcnet_rec.doctor import run_doctor
+from mbcnet_rec.doctor import examine, print_report
 
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Doctor takes no arguments."""
-    parser.set_defaults(run=lambda _: run_doctor())
+    parser.set_defaults(run=lambda _: print_report(examine()))
