@@ -140,15 +140,6 @@ def test_a_mistake_is_named_and_nothing_is_touched(movielens, name, file, conten
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_failure_leaves_nothing_behind(movielens, tmp_path):
-    def stop(done: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare("movielens", movielens, tmp_path / "out", progress=stop)
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
-
-
 def test_aliexpress_validates_on_whole_searches(tmp_path):
     schema = load_schema(SCHEMA_FOLDER / "aliexpress.toml")
     columns: dict[str, list] = {feature.source_column: [0] * 20 for feature in schema.features}
