@@ -204,7 +204,7 @@ def test_streaming_is_flat_in_memory(tmp_path, monkeypatch):
         sources = {pattern: [tmp_path / "train.txt"] for pattern in DATA_SETS["criteo_kaggle"].files}
         pa.default_memory_pool().release_unused()
         peak = 0
-        with SplitWriter(tmp_path, ["label", "C1", "C2"], criteo, 8_192) as writer:
+        with SplitWriter(tmp_path, criteo, 8_192) as writer:
             for split, rows in DATA_SETS["criteo_kaggle"].rows(sources):
                 writer.write(split, rows)
                 peak = max(peak, pa.total_allocated_bytes())
@@ -216,16 +216,19 @@ def test_streaming_is_flat_in_memory(tmp_path, monkeypatch):
 def test_writer_cuts_even_row_groups_and_several_files(tmp_path):
     schema = parse_schema({"name": "s", "label": "y", "fields": {"x": {"kind": "numeric"}}}, "s", tmp_path)
     table = pa.table({"x": range(75), "y": [1] * 75, "z": range(75)})
-    with SplitWriter(tmp_path, ["x", "y"], schema, 10, file_rows=30) as writer:
+    with SplitWriter(tmp_path, schema, 10, file_rows=30) as writer:
         for start in range(0, 75, 7):
             writer.write("train", table.slice(start, 7))
+        writer.write("valid", table.slice(0, 1))
+        writer.write("test", table.slice(0, 2))
         counts = writer.finish()
-    assert counts["train"] == {"rows": 75, "label_rate": 1.0}
-    assert counts["test"] == {"rows": 0, "label_rate": None}
+    assert counts == {
+        split: {"rows": n, "label_rate": 1.0} for split, n in (("train", 75), ("valid", 1), ("test", 2))
+    }
     footers = map(pq.read_metadata, sorted(tmp_path.glob("train/*.parquet")))
     sizes = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
     assert sizes == [[10, 10, 10], [10, 10, 10], [10, 5]]
-    assert split_of(tmp_path, "train") == table.select(["x", "y"])
+    assert split_of(tmp_path, "train") == table.select(["y", "x"])
 
 
 @pytest.mark.parametrize(

@@ -24,19 +24,12 @@ FOOTER_THREADS = 8  # small reads, which mostly wait
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        file: as the user knows it.
-        row_group: its number, or WHOLE_FILE.
-        column: the Parquet column, or empty.
-        message: what was found, what was wanted and how to fix it; of the first faulty row.
-    """
-
-    file: str
-    row_group: int
-    column: str
-    message: str
+    file: str  # as the user knows it
+    row_group: int  # or WHOLE_FILE
+    column: str  # the Parquet column, or empty
+    message: str  # what was found, what was wanted and how to fix it; of the first faulty row
 
 
 @dataclass
@@ -58,11 +51,11 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _Footer:
-    """What one file's footer says: rows of each row group, the columns that can be decoded, and its faults."""
+    """What one file's footer says."""
 
     file: DataFile
-    row_groups: list[int]
-    columns: list[str]
+    row_groups: list[int]  # rows of each
+    columns: list[str]  # those of the schema that can be decoded
     faults: list[Fault]
     is_empty: bool = False
 

@@ -62,14 +62,31 @@ class Proposal:
     """What becomes of a column."""
 
     name: str
-    entry: dict[str, Any] | None = None  # None: no kind of field fits
+    entry: dict[str, Any] = field(default_factory=dict)  # empty: no kind of field fits
     notes: list[str] = field(default_factory=list)  # what was seen
     suspicions: list[str] = field(default_factory=list)  # why it is written as a comment
 
     @property
     def is_used(self) -> bool:
         """Whether the field is written to be trained on."""
-        return self.entry is not None and not self.suspicions
+        return bool(self.entry) and not self.suspicions
+
+    @property
+    def kind(self) -> str:
+        """The kind of field, or empty."""
+        return self.entry.get("kind", "")
+
+    def line(self, width: int) -> str:
+        """The field's line in the schema, with a key so wide."""
+        line = (
+            f"{toml_key(self.name):<{width}} = {inline_table(self.entry)}"
+            if self.entry
+            else toml_key(self.name)
+        )
+        reasons = [f"LEFT OUT: {reason}" for reason in self.suspicions]
+        reasons += [] if self.entry or reasons else ["LEFT OUT"]
+        comment = "; ".join([*reasons, *self.notes])
+        return ("" if self.is_used else "# ") + line + (f"  # {comment}" if comment else "")
 
 
 @dataclass(frozen=True)
@@ -287,7 +304,7 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
     values = column.distinct.estimate()
     if values == 1 and not column.nulls and not column.is_list:
         proposal.suspicions.append("it is constant")
-    is_id = is_key(column.item) and (proposal.entry or {}).get("kind") == "categorical"
+    is_id = is_key(column.item) and proposal.kind == "categorical"
     if is_id and column.rows >= MIN_ROWS_FOR_UNIQUE and values > UNIQUE_SHARE * column.rows:
         proposal.suspicions.append("it is unique per row, so it can only be learned by heart")
     sample = profile.sample[column.name].combine_chunks()
@@ -304,25 +321,21 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
 
 def _groups(used: list[Proposal]) -> dict[str, list[str]]:
     """A first guess: fields whose names begin alike, and the largest ids of the two largest such families (a user and an item)."""
-    families: dict[str, list[str]] = {}
+    families: dict[str, list[Proposal]] = {}
     for each in used:
         if "_" in each.name:
-            families.setdefault(each.name.split("_")[0], []).append(each.name)
-    largest = sorted(
-        (key for key in families if len(families[key]) > 1), key=lambda key: -len(families[key])
-    )[:6]
-    groups = {key: families[key] for key in largest}
-    entries = {each.name: each.entry or {} for each in used}
-    sparse = [name for name, entry in entries.items() if entry["kind"] == "categorical"]
-    ids = {
-        key: max(found, key=lambda name: entries[name]["cardinality"])
-        for key in largest
-        if (found := [name for name in families[key] if name in sparse])
-    }
+            families.setdefault(each.name.split("_")[0], []).append(each)
+    groups, ids = {}, []
+    for family, members in sorted(families.items(), key=lambda item: -len(item[1]))[:6]:
+        if len(members) > 1:
+            groups[family] = [each.name for each in members]
+            sparse = [each for each in members if each.kind == "categorical"]
+            ids += [(family, max(sparse, key=lambda each: each.entry["cardinality"]).name)] if sparse else []
     if len(ids) > 1:
-        (first, one), (second, other) = list(ids.items())[:2]
+        (first, one), (second, other) = ids[:2]
         groups[f"{first}_{second}"] = [one, other]
-    return groups or {"categorical": sparse or [used[0].name]}
+    categorical = [each.name for each in used if each.kind == "categorical"]
+    return groups or {"categorical": categorical or [used[0].name]}
 
 
 def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal]) -> str:
@@ -339,25 +352,15 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
         lines.append(f"# Time {roles.time}: {_time_span(profile, roles.time)}.")
     if profile.rows < profile.total_rows:
         lines.append("# Cardinalities and ranges are those of the rows read: other rows may hold more.")
-    if any("num_embeddings" in (each.entry or {}) for each in used):
+    if any("num_embeddings" in each.entry for each in used):
         lines.append(
             '# An id outside [0, num_embeddings) stops training and is named; on_invalid = "null" or "modulo" would fix it.'
         )
     columns = {"name": name, "label": roles.label, "group_column": roles.group, "time_column": roles.time}
     lines += [f"{key} = {toml_text(value)}" for key, value in columns.items() if value or key == "name"]
     lines += ["", "[fields]"]
-    pad = max(len(toml_key(each.name)) for each in proposals)
-    for each in proposals:
-        line = (
-            f"{toml_key(each.name):<{pad}} = {inline_table(each.entry)}"
-            if each.entry
-            else toml_key(each.name)
-        )
-        reasons = [f"LEFT OUT: {reason}" for reason in each.suspicions] or (
-            [] if each.entry else ["LEFT OUT"]
-        )
-        comment = "; ".join([*reasons, *each.notes])
-        lines.append(("" if each.is_used else "# ") + line + (f"  # {comment}" if comment else ""))
+    width = max(len(toml_key(each.name)) for each in proposals)
+    lines += [each.line(width) for each in proposals]
     lines += [
         "",
         "[groups]",

@@ -27,31 +27,19 @@ SPREAD = 64  # a sample is taken from at least so many row groups, if there are 
 
 @dataclass
 class ColumnProfile:
-    """What one column holds.
-
-    Attributes:
-        kind: Arrow's type; of a list column the list's.
-        rows: rows read.
-        nulls: rows that are null.
-        values: ids or numbers that are not null: of a list column those inside the lists.
-        bad: values that are NaN or infinite.
-        low, high: range of finite numbers, or None.
-        is_integral: whether every number is an integer.
-        distinct: of the values.
-        min_length, max_length: of the lists that are not null.
-    """
+    """What one column holds."""
 
     name: str
-    kind: pa.DataType
-    rows: int = 0
-    nulls: int = 0
-    values: int = 0
-    bad: int = 0
-    low: float | None = None
+    kind: pa.DataType  # of a list column the list's
+    rows: int = 0  # rows read
+    nulls: int = 0  # rows that are null
+    values: int = 0  # ids or numbers that are not null: of a list column those inside the lists
+    bad: int = 0  # values that are NaN or infinite
+    low: float | None = None  # of the finite numbers
     high: float | None = None
-    is_integral: bool = True
-    distinct: Distinct = field(default_factory=Distinct)
-    min_length: int | None = None
+    is_integral: bool = True  # whether every number is an integer
+    distinct: Distinct = field(default_factory=Distinct)  # values
+    min_length: int | None = None  # of the lists that are not null
     max_length: int = 0
 
     @property

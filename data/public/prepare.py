@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +21,7 @@ from data.profile.scan import naming
 from data.public import avazu, criteo, movielens, taobao
 from data.public.raw_files import Sources, Splits, digest, find_sources
 from data.public.splits import SPLITS, SplitWriter, require_columns
-from data.schema import Schema, format_schema, load_schema
+from data.schema import format_schema, load_schema
 from data.whole_folder import earlier_summary, whole_folder
 
 SCHEMA_FOLDER = Path(__file__).parents[1] / "schemas"
@@ -65,7 +64,10 @@ def prepare(
             f"{out}: was prepared from other files or with another schema; remove it or choose another folder"
         )
     with whole_folder(out) as folder:
-        counts = _write_splits(data_set, sources, folder, schema, progress)
+        with SplitWriter(folder, schema, data_set.row_group_rows) as writer:
+            for split, rows in data_set.rows(sources):
+                progress(writer.write(split, rows))
+            counts = writer.finish()
         notes: list[str] = []
         fitted = fit_schema(schema, sorted((folder / "train").glob("*.parquet")), folder, notes.append)
         header = f"Fitted on the training split by mbcnet data prepare {name}."
@@ -73,24 +75,6 @@ def prepare(
         summary = request | {"splits": counts, "notes": notes}
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return out
-
-
-def _write_splits(
-    data_set: DataSet, sources: Sources, folder: Path, schema: Schema, progress: Callable[[int], object]
-) -> dict[str, Any]:
-    columns = list(schema.columns)
-    columns += [schema.time_column] if schema.time_column not in ("", *columns) else []
-    writer = SplitWriter(folder, columns, schema, data_set.row_group_rows)
-    with writer:
-        for split, rows in data_set.rows(sources):
-            progress(writer.write(split, rows))
-        counts = writer.finish()
-    for split, count in counts.items():
-        if not count["rows"]:
-            raise InputError(
-                f"data set {schema.name!r}: the {split} split got no rows of {sum(writer.rows.values()):,}; check that --src holds all of it"
-            )
-    return counts
 
 
 def _read(path: Path) -> pa.Table:

@@ -18,25 +18,14 @@ SPLITS: tuple[str, ...] = ("train", "valid", "test")
 class SplitWriter(ExitStack):
     """Writes FOLDER/{train,valid,test}/part-00000.parquet, ... with page checksums; leaving it closes the files.
 
-    Args:
-        folder: an existing, empty folder.
-        columns: what to keep of the rows.
-        schema: names the data set and the label, whose rate is counted.
-        row_group_rows: rows of a row group; no more than these wait in memory for each split, and one piece.
-        file_rows: rows of a file.
+    Of the rows the schema's columns are kept, and its time column. No more than `row_group_rows` of each split wait in memory, and one
+    piece; `file_rows` are the rows of a file.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        columns: list[str],
-        schema: Schema,
-        row_group_rows: int,
-        file_rows: int = 8_000_000,
-    ) -> None:
+    def __init__(self, folder: Path, schema: Schema, row_group_rows: int, file_rows: int = 8_000_000) -> None:
         super().__init__()
-        self.folder, self.columns, self.schema = folder, columns, schema
-        self.row_group_rows = row_group_rows
+        self.folder, self.schema, self.row_group_rows = folder, schema, row_group_rows
+        self.columns = list(dict.fromkeys(name for name in (*schema.columns, schema.time_column) if name))
         self.file_rows = max(file_rows // row_group_rows, 1) * row_group_rows
         self.waiting: dict[str, pa.Table] = {}
         self.writers: dict[str, pq.ParquetWriter] = {}
@@ -75,11 +64,21 @@ class SplitWriter(ExitStack):
         self.writers[split] = self.enter_context(writer)
 
     def finish(self) -> dict[str, Any]:
-        """Write what waits. Returns rows and label rate of each split."""
-        for split in self.waiting:
+        """Write what waits. Returns rows and label rate of each split.
+
+        Raises:
+            InputError: a split has no rows.
+        """
+        for split, rows in self.rows.items():
+            if not rows:
+                total = f"{sum(self.rows.values()):,}"
+                raise InputError(
+                    f"data set {self.schema.name!r}: the {split} split got no rows of {total}; check that --src holds all of it"
+                )
             self._flush(split, 1)
-        rates = {split: self.ones[split] / rows if rows else None for split, rows in self.rows.items()}
-        return {split: {"rows": self.rows[split], "label_rate": rates[split]} for split in SPLITS}
+        return {
+            split: {"rows": rows, "label_rate": self.ones[split] / rows} for split, rows in self.rows.items()
+        }
 
 
 def require_columns(name: str, rows: pa.Table, columns: Sequence[str]) -> None:

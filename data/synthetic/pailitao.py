@@ -16,10 +16,5 @@ FILES: dict[Scale, Path] = {"paper": FOLDER / "pailitao.toml", "demo": FOLDER / 
 
 
 def pailitao_schema(scale: Scale) -> Schema:
-    """Load the 192-field schema.
-
-    Args:
-        scale: "paper" has the paper's dims and its true numbers of users and items (12 months); "demo" has the same fields and
-            groups, narrow, with small tables.
-    """
+    """Load the 192-field schema: with the paper's dims and true numbers of users and items (12 months), or narrow with small tables."""
     return load_schema(FILES[scale])

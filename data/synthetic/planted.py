@@ -158,11 +158,7 @@ def _require_pailitao(schema: Schema) -> None:
 def draw_facts(world: World, day: np.ndarray, index: np.ndarray, stream: str = "row") -> Facts:
     """Draw who saw what: everything that the truth and the columns are functions of.
 
-    Args:
-        world: sizes and seed.
-        day: (n,) int64.
-        index: (n,) int64, the row's number within its day.
-        stream: "row", or "pilot" for rows that are not written.
+    `day` and `index`, the row's number within its day, are (n,) int64; `stream` is "pilot" for rows that are not written.
     """
     row = world.key(stream, day, index)
     users, items = world.sizes["user_id"], world.sizes["item_id"]
@@ -179,18 +175,13 @@ def draw_facts(world: World, day: np.ndarray, index: np.ndarray, stream: str = "
         "query_hour": world.choose("query_hour", row),
         "query_result_page": world.choose("query_result_page", row, skew=3.0),
     }
-    _draw_profile(world, facts)
+    for name in USER_FACTS:
+        facts[name] = world.choose(name, facts["user_id"], skew=1.3)
+    facts["taste"] = taste_of_day(world, facts["user_id"], day)
     _draw_clusters(world, facts)
     _draw_item(world, facts)
     _draw_images(world, facts)
     return facts
-
-
-def _draw_profile(world: World, facts: Facts) -> None:
-    user = facts["user_id"]
-    for name in USER_FACTS:
-        facts[name] = world.choose(name, user, skew=1.3)
-    facts["taste"] = taste_of_day(world, user, facts["day"])
 
 
 def taste_of_day(world: World, user: np.ndarray, day: np.ndarray) -> np.ndarray:
