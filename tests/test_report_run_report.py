@@ -71,25 +71,25 @@ def test_the_page_has_everything(tmp_path, capsys):
     assert page.count("data:image/png") == 4
 
 
-def test_a_young_run_has_what_is_there(tmp_path):
-    page = write_run_report(write_run(tmp_path / "run", LINES[:1], plan={})).read_text()
-    assert "No validation or test rows were scored" in page and "Plan</h2>" not in page
+NO_BRANCHES = [
+    {key: value for key, value in each.items() if "/" not in key}
+    | {"coteaching_loss": 0.0, "differentiation_loss": 0.0}
+    for each in LINES
+]
 
 
-def test_a_model_without_branches(tmp_path):
-    plain = [
-        {key: value for key, value in each.items() if "/" not in key}
-        | {"coteaching_loss": 0.0, "differentiation_loss": 0.0}
-        for each in LINES
-    ]
-    page = write_run_report(write_run(tmp_path / "run", plain)).read_text()
-    assert "Branches" not in page and "fused" in page
+NULLS = [each | {"auc": None, "grad_norm": None} for each in LINES]
+LESS = {
+    "a young run": (LINES[:1], {}, "No validation or test rows were scored", "Plan</h2>"),
+    "a model without branches": (NO_BRANCHES, PLAN, "fused", "Branches"),
+    "values that are null": (NULLS, PLAN, "No validation or test rows were scored", "GAUC"),
+}
 
 
-def test_values_that_are_null_leave_gaps(tmp_path):
-    broken = [each | {"auc": None, "grad_norm": None} for each in LINES]
-    page = write_run_report(write_run(tmp_path / "run", broken)).read_text()
-    assert "No validation or test rows were scored" in page
+@pytest.mark.parametrize(("lines", "plan", "there", "not_there"), LESS.values(), ids=LESS)
+def test_less_is_shown_where_less_was_logged(lines, plan, there, not_there, tmp_path):
+    page = write_run_report(write_run(tmp_path / "run", lines, plan)).read_text()
+    assert there in page and not_there not in page
 
 
 def test_curves_are_of_what_was_logged_and_not_0_throughout():

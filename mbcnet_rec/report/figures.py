@@ -82,11 +82,7 @@ def panels(count: int, height: float = 2.9) -> tuple[Figure, list[Axes]]:
 
 
 def scores_figure(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
-    """A dot for each seed, a bar for the mean: AUC and log-loss of each row.
-
-    Args:
-        scores: name of a row -> metrics of each seed, rows from top to bottom.
-    """
+    """A dot for each seed, a bar for the mean: AUC and log-loss. `scores`: row, from top to bottom -> metrics of each seed."""
     figure, axes = panels(2, height=max(2.2, 0.34 * len(scores) + 0.9))
     for axis, metric, title, better in (
         (axes[0], "auc", "AUC, higher is better", max),
@@ -130,9 +126,7 @@ def readable_range(means: Sequence[float]) -> tuple[float, float]:
 def curves_figure(plots: Sequence[tuple[str, Mapping[str, Sequence[Curve]]]], xlabel: str = "step") -> bytes:
     """Curves over steps: thin for each seed, thick for their mean where all seeds have the step.
 
-    Args:
-        plots: title and, for each line's name, a curve of each seed.
-        xlabel: of every panel.
+    Each plot is a title and, for each line's name, a curve of each seed.
     """
     figure, axes = panels(len(plots))
     alike = len({tuple(lines) for _, lines in plots}) == 1  # then one legend below serves all panels
@@ -235,12 +229,7 @@ def grid_figure(alphas: Sequence[float], betas: Sequence[float], auc: np.ndarray
 
 
 def calibration_figure(bins: Sequence[Sequence[float]], title: str) -> bytes:
-    """Observed against predicted click rate, with 95 % intervals, and the rows of each bin (binomial, by Wilson).
-
-    Args:
-        bins: mean prediction, observed rate, rows.
-        title: of the panel.
-    """
+    """Observed against predicted click rate, with 95 % intervals (binomial, by Wilson). Bins: mean prediction, observed rate, rows."""
     figure, axes = panels(2, height=3.1)
     predicted, observed, rows = (np.asarray(column, np.float64) for column in zip(*bins, strict=True))
     z = 1.96

@@ -92,11 +92,9 @@ def logged(lines: Lines, split: str, key: str) -> list[tuple[float, float]]:
 
 
 def plots_of(runs: Sequence[Lines], wanted: Wanted) -> Plots:
-    """Draw up each metric and what is logged below it: METRIC, METRIC/BRANCH, METRIC/PAIR; nothing for what is 0 throughout.
+    """Take each metric and what is logged below it, METRIC/BRANCH or METRIC/PAIR, from runs that differ in their seed only.
 
-    Args:
-        runs: the same but for the seed.
-        wanted: what to plot.
+    What was not logged or is 0 throughout is left out.
     """
     plots: Plots = []
     for title, split, metric in wanted:

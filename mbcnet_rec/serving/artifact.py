@@ -143,10 +143,7 @@ def take_apart(
 ) -> Exported:
     """Record the dense part and describe the fields; `with_rows` adds the tables' rows.
 
-    Args:
-        weights: of a run.
-        branches: of an MBCnet to serve; none: all of them.
-        vocabularies: names of vocabulary files -> values in row order; None: read from the schema's folder.
+    Without branches all of an MBCnet's serve. Vocabularies, file name -> values in row order, are read from the schema's folder if not given.
 
     Raises:
         InputError: the model has no such branches, or fuses them by a gate that knows all.

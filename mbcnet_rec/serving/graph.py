@@ -23,11 +23,8 @@ class FusedPath(nn.Module):
     With several branches chosen, the fused layer reads the mean of their latents; with a single one of several,
     that branch's own logit (Eq. 9) serves, which was trained on just that latent. Models without branches serve their logit.
 
-    Args:
-        regroup: of the run.
-        arch: its dense part: BranchArch, or a baseline's.
-        branches: of a BranchArch to serve.
-        widths: name of each lookup -> its columns, in the order in which they stand; dense columns follow.
+    The dense part `arch` is a BranchArch or a baseline's. `widths` gives the columns of each lookup, in the order in which they stand;
+    dense columns follow.
     """
 
     def __init__(

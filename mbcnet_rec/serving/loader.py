@@ -228,11 +228,8 @@ def open_tables(
 def build_graph(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """Make the dense part, (B, N) -> (B,), from its straight list of ATen calls.
 
-    torch.fx writes them as one Python function, which drops each value after its last use.
-
-    Args:
-        spec: input, output and calls; arguments that are nodes read {"node": name}, dtypes {"torch": name}.
-        weights: name -> tensor.
+    torch.fx writes them as one Python function, which drops each value after its last use. In `spec`, arguments that are nodes read
+    {"node": name}, dtypes {"torch": name}.
     """
     graph = fx.Graph()
     nodes = {spec["input"]: graph.placeholder("x")}

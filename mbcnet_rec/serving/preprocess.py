@@ -44,19 +44,12 @@ class Inputs(NamedTuple):
 
 
 class Preprocessor:
-    """Rows -> ids and numbers, by the encoder that training uses.
-
-    Args:
-        schema: of the run.
-        lookups: pooling -> (field, table) pairs.
-        vocabularies: names of vocabulary files -> values in row order.
-        id_rows: as ServingModel has them.
-    """
+    """Rows -> ids and numbers, by the encoder that training uses. Arguments are as ServingModel has them."""
 
     def __init__(
         self,
         schema: Schema,
-        lookups: Mapping[str, Sequence[tuple[str, int]]],
+        lookups: Mapping[str, Sequence[tuple[str, int]]],  # pooling -> (field, table) pairs
         vocabularies: Mapping[str, pa.Array],
         id_rows: Mapping[str, Tensor],
     ) -> None:

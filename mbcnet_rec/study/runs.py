@@ -113,12 +113,8 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
 def train_all(runs: Sequence[Run], workers: int = 0, train: Train = train_one) -> Iterator[tuple[Run, str]]:
     """Train what is not done yet, several at a time; yield each run when it ends, and why it failed or "".
 
-    The same run wanted twice is trained once. A run that fails does not end the study: its row says so.
-
-    Args:
-        runs: in any order.
-        workers: processes; 0: one for each core, or a single one where runs take a GPU.
-        train: what trains a run.
+    The same run wanted twice is trained once. A run that fails does not end the study: its row says so. With 0 workers there is one for
+    each core, or a single one where runs take a GPU.
 
     Raises:
         PreemptedError: this process got a stop request.

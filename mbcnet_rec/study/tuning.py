@@ -80,11 +80,7 @@ class Search(Bounded):
 
 
 def load_search(path: Path, trials: int = 0) -> Search:
-    """Read a space file.
-
-    Args:
-        path: the file.
-        trials: instead of the file's; 0: the file's.
+    """Read a space file; `trials`, unless 0, stands in for the file's.
 
     Raises:
         InputError: naming the file, the key, the value, what was wanted and how to fix it.
