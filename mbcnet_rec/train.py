@@ -55,47 +55,47 @@ def run_training(
     report: Report | None = None,
     hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
 ) -> int:
-    """Train, evaluate the best checkpoint on the test rows, and write it all down. One call per rank.
+    """Train, evaluate the best checkpoint on the test rows, and fill the run folder. Every rank calls it.
 
     Args:
         config: of the run.
-        resume: go on from the latest whole checkpoint of the run folder, if there is one.
+        resume: continue from the latest whole checkpoint of the run folder, if there is one.
         overwrite: remove an earlier run of the same folder first.
         allow_partial: load what fits of a checkpoint of another model.
-        watch: told of every evaluation; may end training there.
-        teach: adds teachers' logits to the training rows; only for model.kind = enkd, see study/enkd.py.
-        report: writes the page of the finished run folder, see study/run_report.py; none is written without it.
-        hooks: for tests, which inject faults through them.
+        watch: is told of every evaluation; may end training there.
+        teach: adds teachers' logits to the training rows; only for model.kind = enkd, see teachers.py.
+        report: writes the page of the finished run folder, see report/run_report.py; none is written without it.
+        hooks: where tests inject faults.
 
     Raises:
         InputError: the config, the schema, a row or the run folder is at fault.
-        RunStoppedError: the run ends before its last step; see training/exits.py.
+        RunStoppedError: the run ends before its last step; see runtime/exits.py.
     """
     schema = load_schema(config.schema)
     schema.require_fitted()
     if config.model.kind == "enkd" and teach is None:
         raise InputError("model.kind = 'enkd': its teachers are trained first; start it by `mbcnet train`")
-    # torchelastic starts the workers again after a fault: they go on where the last checkpoint stands
+    # workers that torchelastic has restarted after a fault continue from the last checkpoint
     resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    settings = config.train
+    settings, folder = config.train, config.run_folder
     require_client(settings.tracking)
     with (
         StopRequest() as stop,
         joined_process(settings.device, settings.timeout_seconds) as process,
-        Watchdog(process, config.run_folder, settings.stall_seconds, hooks.on_place) as watchdog,
+        Watchdog(process, folder, settings.stall_seconds, hooks.on_place) as watchdog,
     ):
-        context = RunContext(
-            process,
-            config.run_folder,
-            storage_of(settings, config.run_folder),
-            stop,
-            watchdog,
-            partial(_records, config),
-            watch,
-            hooks,
-        )
-        refuse_together(_folder_problem(config.run_folder, resume, overwrite), process)
-        refuse_together(_place_problem(context, resume, overwrite), process)
+
+        def open_records(step: int) -> Records:
+            return Records(folder, step, open_sink(settings.tracking, folder, config.name, config))
+
+        storage = storage_of(settings, folder)
+        context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks)
+        problem = ""
+        if process.is_first:
+            problem = _folder_problem(folder, resume, overwrite) or _storage_problem(
+                storage, resume, overwrite
+            )
+        refuse_together(problem, process)
         with agreed(process):
             streams = open_streams(config.data, settings.seed, schema, process)
         built = build(config, schema, process)
@@ -110,18 +110,17 @@ def run_training(
             tell(opening_line(config, schema, process, trainer.total_steps, start))
         watchdog.open_stacks()
         trainer.train()
-        metrics = _test(config, trainer, streams.get("test"), process)
+        metrics = _test(trainer, streams.get("test"))
         if process.is_first:
-            with written(config.run_folder):
-                done = json.dumps({"step": trainer.state.step, **metrics}) + "\n"
-                write_whole(config.run_folder / DONE, done)
-            has_report = _reported(config.run_folder, report)
+            with written(folder):
+                write_whole(folder / DONE, json.dumps({"step": trainer.state.step, **metrics}) + "\n")
+            has_report = _reported(folder, report)
             tell(closing_lines(config, schema, trainer, metrics, has_report))
     return 0
 
 
 def _reported(folder: Path, report: Report | None) -> bool:
-    """Write the run's page: where that fails, say so and go on, since the run is what counts."""
+    """Write the run's page and return whether it was written; a failure is a warning, since the run itself is done."""
     if report is None:
         return False
     try:
@@ -134,11 +133,10 @@ def _reported(folder: Path, report: Report | None) -> bool:
 
 def _start(config: RunConfig, trainer: Trainer, resume: bool, allow_partial: bool) -> int | None:
     """Load the latest checkpoint, or the tables of a warm start; return the step to go on from, None for a fresh start."""
-    process, place = trainer.process, trainer.context.storage
+    process, storage = trainer.process, trainer.context.storage
     step, problem = None, ""
     if resume and process.is_first:
-        step = latest_step(place)
-        steps = place.steps()
+        step, steps = latest_step(storage), storage.steps()
         if step is None and steps:
             problem = f"{config.run_folder}: of {len(steps)} checkpoints none is whole; bring one back, or begin anew with --overwrite"
     refuse_together(problem, process)
@@ -147,9 +145,9 @@ def _start(config: RunConfig, trainer: Trainer, resume: bool, allow_partial: boo
     if step is not None:
         with ExitStack() as fetched:
             with agreed(process):
-                folder = fetched.enter_context(place.fetched(step))
+                folder = fetched.enter_context(storage.fetched(step))
                 # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
-                saved = Saved(folder, hashed=not isinstance(place, LocalStorage))
+                saved = Saved(folder, hashed=not isinstance(storage, LocalStorage))
             notes = trainer.restore(saved, allow_partial=allow_partial)
     elif config.train.warm_start:
         notes = [warm_start(config.train, trainer.built, process)]
@@ -167,27 +165,22 @@ def open_streams(
     Raises:
         InputError: a path leads nowhere, or a file does not fit the schema.
     """
-    options = {
-        "train": config.train_options(seed),
-        "valid": config.eval_options(config.valid_where),
-        "test": config.eval_options(config.test_where),
+    splits = {
+        "train": (config.train, config.train_options(seed)),
+        "valid": (config.valid, config.eval_options(config.valid_where)),
+        "test": (config.test, config.eval_options(config.test_where)),
     }
     streams: dict[str, Callable[[], ParquetStream]] = {}
-    ranks = process.rank, process.world_size
-    for split, paths in (("train", config.train), ("valid", config.valid), ("test", config.test)):
+    for split, (paths, options) in splits.items():
         if paths:
-            streams[split] = partial(ParquetStream, resolve_files(paths), schema, options[split], *ranks)
+            files = resolve_files(paths)
+            streams[split] = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
             streams[split]()  # reads footers only: faults show before anything is built
     return streams
 
 
 def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
-    """Say why the run folder cannot be used, or an empty string. With `overwrite` an earlier run is removed.
-
-    Rank 0's answer counts; the others' is never read.
-    """
-    if int(os.environ.get("RANK", "0")) != 0:
-        return ""
+    """Why the run folder cannot be used, or an empty string. With `overwrite` an earlier run is removed. For rank 0."""
     try:
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
     except (OSError, ValueError) as error:  # a file, a name that is too long, a NUL
@@ -195,35 +188,29 @@ def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
         return f"train.out = {str(folder)[:200]!r}: no folder can be there ({reason}); choose another one"
     if not names or (resume and not overwrite and set(names) <= _OWN | {f".{CONFIG}.partial"}):
         return ""  # a run that died before it wrote its config has left some of these
+    other = "choose another folder with --set train.out=FOLDER"
     if CONFIG not in names:
-        return f"{folder}: exists and holds no run; choose another folder with --set train.out=FOLDER"
+        return f"{folder}: exists and holds no run; {other}"
     if overwrite:
         shutil.rmtree(folder)
-        return ""
-    if resume:
-        return ""
-    return (
-        f"{folder}: holds a run already; go on with --resume, replace it with --overwrite, or choose another "
-        "folder with --set train.out=FOLDER"
-    )
+    elif not resume:
+        return f"{folder}: holds a run already; go on with --resume, replace it with --overwrite, or {other}"
+    return ""
 
 
-def _place_problem(context: RunContext, resume: bool, overwrite: bool) -> str:
-    """Say why checkpoints cannot go to their place, or an empty string; leftovers of dead runs are removed. For rank 0."""
-    if not context.process.is_first:
-        return ""
-    place: CheckpointStorage = context.storage
+def _storage_problem(storage: CheckpointStorage, resume: bool, overwrite: bool) -> str:
+    """Why checkpoints cannot be written, or an empty string; leftovers of dead runs are removed. For rank 0."""
     try:
-        place.clean()
-        place.check_writable()
+        storage.clean()
+        storage.check_writable()
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); repair the storage or choose another place"
-    steps = [] if resume else place.steps()
+    steps = [] if resume else storage.steps()
     if steps and not overwrite:
         return "train.checkpoint_folder: holds checkpoints already; go on with --resume, replace them with --overwrite, or change it"
     for step in steps:
-        place.remove(step)
+        storage.remove(step)
     return ""
 
 
@@ -242,16 +229,11 @@ def _open_folder(config: RunConfig, built: Built, *, fresh: bool) -> None:
         write_whole(folder / PLAN, plan_text(built.plan))
 
 
-def _test(
-    config: RunConfig,
-    trainer: Trainer,
-    open_test: Callable[[], ParquetStream] | None,
-    process: Process,
-) -> dict[str, Any]:
+def _test(trainer: Trainer, open_test: Callable[[], ParquetStream] | None) -> dict[str, Any]:
     """Score the best checkpoint, or the last weights without validation, on the test rows; log it."""
     if open_test is None:
         return {}
-    state = trainer.state
+    state, process = trainer.state, trainer.process
     if state.best_step >= 0 and state.best_step != state.step:
         with trainer.context.storage.fetched(state.best_step) as folder:
             load_checked(Saved(folder), trainer.built, process)
@@ -264,11 +246,6 @@ def _test(
         records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
         records.close()
     return metrics
-
-
-def _records(config: RunConfig, step: int) -> Records:
-    sink = open_sink(config.train.tracking, config.run_folder, config.name, config)
-    return Records(config.run_folder, step, sink)
 
 
 def opening_line(
@@ -303,28 +280,25 @@ def warnings_of(config: RunConfig, device: str, has_bf16: bool) -> list[str]:
     return found
 
 
-def metrics_table(metrics: dict[str, Any], best: tuple[float, float] | None) -> list[str]:
-    """Lines of a table: AUC and log-loss of the fused output, of each branch and, if known, the best reachable."""
-    rows = [("fused", metrics["auc"], metrics["log_loss"])]
-    branches = [key.partition("/")[2] for key in metrics if key.startswith("auc/")]
-    rows += [(name, metrics[f"auc/{name}"], metrics[f"log_loss/{name}"]) for name in branches]
-    if best:
-        rows.append(("best reachable", *best))
-    lines = [f"  {'output':<16}{'AUC':>8}{'log-loss':>10}"]
-    return lines + [f"  {name:<16}{auc:>8.4f}{loss:>10.4f}" for name, auc, loss in rows]
-
-
 def closing_lines(
     config: RunConfig, schema: Schema, trainer: Trainer, metrics: dict[str, Any], has_report: bool
 ) -> str:
-    """What a run ends with: test scores, where everything is, and what to try next."""
+    """What a run ends with: test scores beside the best reachable if known, where everything is, and what to try next."""
     state, folder = trainer.state, config.run_folder
     lines = []
     if metrics:
         where = f"step {state.best_step}, the best on validation" if state.best_step >= 0 else "the last step"
-        lines += [f"test: {metrics['rows']:,} rows, weights of {where}"]
-        lines += metrics_table(metrics, known_best(schema, "test", metrics["rows"]))
-        lines += [f"  normalised entropy {metrics['ne']:.4f} (1: no better than the label rate)"]
+        outputs = {"fused": (metrics["auc"], metrics["log_loss"])}
+        for name in trainer.built.branch_names:
+            outputs[name] = metrics[f"auc/{name}"], metrics[f"log_loss/{name}"]
+        best = known_best(schema, "test", metrics["rows"])
+        outputs |= {"best reachable": best} if best else {}
+        lines = [
+            f"test: {metrics['rows']:,} rows, weights of {where}",
+            f"  {'output':<16}{'AUC':>8}{'log-loss':>10}",
+            *(f"  {name:<16}{auc:>8.4f}{loss:>10.4f}" for name, (auc, loss) in outputs.items()),
+            f"  normalised entropy {metrics['ne']:.4f} (1: no better than the label rate)",
+        ]
     if state.stopped:
         lines.append(f"stopped early: {state.bad_evaluations} evaluations without a better validation AUC")
     first = f"open {folder}/report.html in a browser" if has_report else f"mbcnet report {folder}"

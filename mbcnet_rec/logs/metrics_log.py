@@ -16,7 +16,6 @@ from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.exits import CannotWriteError
 
 METRICS = "metrics.jsonl"
-CURVES_WAITING, CURVES_FLUSH_SECONDS = 1000, 10
 # these keys depend on the machine and on when a run was started: two equal runs differ in them
 TIMING_KEYS = (
     "samples_per_second",
@@ -49,15 +48,10 @@ class Records:
             if kept != text:
                 write_whole(path, kept)
             self._file = path.open("ab", buffering=0)
-        try:
+        with self._curves_if_possible():
             self._curves = SummaryWriter(
-                str(folder / "tb"),
-                purge_step=first_step or None,
-                max_queue=CURVES_WAITING,
-                flush_secs=CURVES_FLUSH_SECONDS,
+                str(folder / "tb"), purge_step=first_step or None, max_queue=1000, flush_secs=10
             )
-        except OSError as error:
-            self._without_curves(error)
 
     def add(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Write one line: step, split, and every value; NaN becomes null, which JSON has. A line is written whole or not at all."""
@@ -73,12 +67,10 @@ class Records:
                 raise
         if self._sink is not None:
             self._sink.add(step, split, clean)
-        try:
+        with self._curves_if_possible():
             for key, value in clean.items():
                 if self._curves is not None and isinstance(value, (int, float)):
                     self._curves.add_scalar(curve_name(split, key), value, step)
-        except OSError as error:
-            self._without_curves(error)
 
     def sync(self) -> None:
         """Make the lines so far durable, before a checkpoint of their step is written."""
@@ -94,13 +86,15 @@ class Records:
         if self._sink is not None:
             self._sink.close(sys.exc_info()[1])
 
-    def _without_curves(self, error: OSError) -> None:
-        """Go on without curves: they are a convenience."""
-        tell(
-            f"mbcnet: warning: {self._path.parent / 'tb'}: no more TensorBoard curves ({error.strerror})",
-            sys.stderr,
-        )
-        self._curves = None
+    @contextmanager
+    def _curves_if_possible(self) -> Iterator[None]:
+        """Continue without curves where they cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            folder = self._path.parent / "tb"
+            tell(f"mbcnet: warning: {folder}: no more TensorBoard curves ({error.strerror})", sys.stderr)
+            self._curves = None
 
 
 @contextmanager

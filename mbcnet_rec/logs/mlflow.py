@@ -1,7 +1,6 @@
-"""Sends the numbers of metrics.jsonl to an MLflow server as well, through MLflow's own client.
+"""Sends the numbers of metrics.jsonl to an MLflow server as well, through MLflow's own client and its environment variables.
 
-Nothing here holds up or ends a run: a thread sends, and a server that fails is reported once. Credentials, the experiment's
-name and retries are set by MLflow's own environment variables (MLFLOW_TRACKING_TOKEN, MLFLOW_EXPERIMENT_NAME, ...).
+Nothing here delays or ends a run: a thread sends, and a server that fails is reported once.
 """
 
 import importlib.util
@@ -31,11 +30,7 @@ PARAMS_AT_ONCE = 100
 
 
 def require_client(address: str) -> None:
-    """Check that MLflow's client is installed where `train.tracking` wants it.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Refuse `train.tracking`, by an InputError, where MLflow's client is not installed."""
     if address and importlib.util.find_spec("mlflow") is None:
         raise InputError(
             f"train.tracking = {address!r}: MLflow's client is not installed; run `pip install mlflow-skinny`, or set train.tracking = ''"
@@ -43,19 +38,19 @@ def require_client(address: str) -> None:
 
 
 def open_sink(address: str, folder: Path, name: str, config: Any) -> "MlflowSink | None":
-    """The sink of a run; None where `address` is empty.
-
-    Args:
-        address: http://HOST:PORT of the server.
-        folder: of the run; keeps the id of the server's run, in which a resumed run goes on.
-        name: of the run.
-        config: dataclass whose keys become the parameters.
-    """
+    """The sink of a run with the config's keys as parameters; None where `address` is empty."""
     return MlflowSink(address, folder, name, dict(parameters(to_toml_value(config)))) if address else None
 
 
 class MlflowSink:
-    """One run on an MLflow server; see open_sink."""
+    """One run on an MLflow server.
+
+    Args:
+        address: http://HOST:PORT of the server.
+        folder: of the run; keeps the id of the server's run, to which a resumed run adds.
+        name: of the run.
+        params: of the run.
+    """
 
     def __init__(self, address: str, folder: Path, name: str, params: Mapping[str, str]) -> None:
         self._address, self._folder, self._name, self._params = address, folder, name, params
@@ -66,11 +61,8 @@ class MlflowSink:
 
     def add(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Send the numbers of one line of metrics.jsonl, later."""
-        numbers = {
-            curve_name(split, key): float(each)
-            for key, each in values.items()
-            if isinstance(each, (int, float))
-        }
+        plain = {key: each for key, each in values.items() if isinstance(each, (int, float))}
+        numbers = {curve_name(split, key): float(each) for key, each in plain.items()}
         try:
             self._lines.put_nowait((step, int(time.time() * 1000), numbers))
         except queue.Full:
@@ -89,7 +81,6 @@ class MlflowSink:
             self._fail(f"did not take the last lines within {CLOSE_SECONDS:g} s")
 
     def _work(self) -> None:
-        """Send one line after the other."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a run reports to nobody but this server
         try:
             requests.get(self._address, timeout=ANSWER_SECONDS)  # the client alone would try for minutes
@@ -109,17 +100,14 @@ class MlflowSink:
             self._fail(f"cannot be used ({' '.join(str(error).split())[:300] or type(error).__name__})")
 
     def _fail(self, why: str) -> None:
-        if not self._failed:
-            self._failed = True
-            tell(
-                f"mbcnet: warning: train.tracking: {self._address} {why}; the run goes on without it: metrics.jsonl and tb/ have "
-                "every number",
-                sys.stderr,
-            )
+        if self._failed:
+            return
+        self._failed = True
+        told = f"mbcnet: warning: train.tracking: {self._address} {why}; the run goes on without it"
+        tell(f"{told}: metrics.jsonl and tb/ have every number", sys.stderr)
 
     def _find_run(self, client: Any) -> str:
         """The run that the run folder names, else a new one."""
-        # beside the client, which is imported by now
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
         from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 

@@ -1,7 +1,7 @@
 """Which ranks are alive, which one stalls the others, and where each rank is when a step stalls.
 
-Each rank's thread leaves a heartbeat in the rendezvous store. A stopped or dead process leaves none, so the others can name it.
-The stacks are written by a timer of the interpreter that needs no lock: a rank that is stuck inside a library writes its own too.
+A thread of each rank leaves heartbeats in the rendezvous store; a stopped or dead process leaves none, so the others can name it.
+A timer of the interpreter that needs no lock writes the stacks, also those of a rank that is stuck inside a library.
 """
 
 import faulthandler
@@ -81,7 +81,7 @@ class Watchdog:
             ) from None
 
     def open_stacks(self) -> None:
-        """Make the file of stacks ready; from now on SIGUSR2 writes them too. The run folder is there."""
+        """Open the file of stacks, in the run folder, which exists now; SIGUSR2 writes them too from now on."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("w")
         faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
@@ -114,16 +114,13 @@ class Watchdog:
         return "; ".join(f"rank {rank} is at {_place_of(after, rank)}" for rank in others)
 
     def _beats(self) -> dict[int, str] | None:
-        """The heartbeats: number of the beat and place. None if the store is gone, which says nothing about anyone."""
+        """The last heartbeat of each rank, NUMBER@PLACE; None if the store is gone, which says nothing about any rank."""
         assert self._store is not None
-        found = {}
         try:
-            for rank in range(self._process.world_size):
-                if self._store.check([str(rank)]):
-                    found[rank] = self._store.get(str(rank)).decode()
+            ranks = [rank for rank in range(self._process.world_size) if self._store.check([str(rank)])]
+            return {rank: self._store.get(str(rank)).decode() for rank in ranks}
         except Exception:
             return None
-        return found
 
     def _watch(self) -> None:
         number, told = 0, 0.0
@@ -156,7 +153,6 @@ def _place_of(beats: dict[int, str], rank: int) -> str:
 
 
 def _first_line(error: BaseException | None) -> str:
-    """What a library says, without paths of its sources and its general advice."""
-    lines = str(error).strip().splitlines()
-    said = re.sub(r"^\[\S*/", "[", lines[0]).split(". This is typically")[0] if lines else ""
-    return said or type(error).__name__
+    """A library's message without paths of its sources and general advice."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[\S*/", "[", line).split(". This is typically")[0] or type(error).__name__

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from mbcnet_rec.training.built import Built
 
 
 class EvaluationStoppedError(Exception):
-    """Somebody asked the run to stop while it evaluated."""
+    """A stop request came during an evaluation."""
 
 
 def average_terms(outputs: list[Outputs]) -> dict[str, float]:
@@ -37,11 +38,11 @@ def average_terms(outputs: list[Outputs]) -> dict[str, float]:
 def diagnostics(
     logits: np.ndarray, labels: np.ndarray, last: Outputs, names: tuple[str, ...], threshold: float
 ) -> dict[str, float]:
-    """Of the branches: disagreement rates of each directed pair; norms of latents and the transforms' distance from the identity.
+    """Disagreement rates of each directed pair of branches; norms of latents and the transforms' distance from the identity.
 
     Args:
         logits: (B, 1 + K) of this rank's real rows since the last line of the log.
-        labels: likewise.
+        labels: (B,) of the same rows.
         last: of the last step, which measured the norms and distances of its batch.
         names: of the branches.
         threshold: below it a branch's BCE is strong, above it weak.
@@ -52,12 +53,8 @@ def diagnostics(
         return values
     branches = torch.from_numpy(np.ascontiguousarray(logits[:, 1:].T))
     rates = disagreement_rates(branches, torch.from_numpy(labels), threshold).tolist()
-    values |= {
-        f"disagreement/{names[i]}>{names[j]}": rates[i][j]
-        for i in range(len(names))
-        for j in range(len(names))
-        if i != j
-    }
+    for i, j in permutations(range(len(names)), 2):
+        values[f"disagreement/{names[i]}>{names[j]}"] = rates[i][j]
     distances = last.transform_distance.tolist()
     for (i, j), distance in zip(branch_pairs(len(names)), distances, strict=False):
         values[f"transform_distance/{names[i]}-{names[j]}"] = distance
@@ -72,7 +69,7 @@ def evaluate_stream(
     stop_requested: Callable[[], bool] = lambda: False,
     exact_rows: int = EXACT_ROWS,
 ) -> dict[str, Any]:
-    """Score every row of a stream once; return its metrics, equal on every rank. Training goes on as if it had not happened.
+    """Score every row of a stream once; return its metrics, equal on every rank. Training continues as if it had not happened.
 
     Args:
         built: the model.

@@ -1,11 +1,11 @@
-"""Diagnostics of a loss that is not finite or that spikes: the batch is dumped, the spike is reported."""
+"""What is kept of a batch whose loss is not finite, and when a loss is an alarm."""
 
 import json
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data.stream import Batch
 from mbcnet_rec.checkpoints.tensor_file import write_tensors
@@ -19,22 +19,14 @@ SPIKE_LINES = 8  # logged losses before the alarm is armed
 
 def batch_tensors(batch: Batch) -> dict[str, Tensor]:
     """A batch as named tensors in CPU memory."""
-    tensors = {
-        "dense_features": batch.dense_features,
-        "labels": batch.labels,
-        "weights": batch.weights,
-        "sparse_features/values": batch.sparse_features.values(),
-        "sparse_features/lengths": batch.sparse_features.lengths(),
-    }
-    if batch.weighted_features is not None:
-        tensors |= {
-            "weighted_features/values": batch.weighted_features.values(),
-            "weighted_features/lengths": batch.weighted_features.lengths(),
-            "weighted_features/weights": batch.weighted_features.weights(),
-        }
-    if batch.group_ids is not None:
-        tensors["group_ids"] = batch.group_ids
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    tensors = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, KeyedJaggedTensor):
+            tensors |= {f"{name}/values": value.values(), f"{name}/lengths": value.lengths()}
+            tensors[f"{name}/weights"] = value.weights_or_none()
+        elif isinstance(value, Tensor):
+            tensors[name] = value
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
 
 
 def dump_batch(folder: Path, step: int, rank: int, batch: Batch, loss: Tensor) -> Path:
@@ -56,21 +48,15 @@ def dump_batch(folder: Path, step: int, rank: int, batch: Batch, loss: Tensor) -
     except OSError:
         draft.unlink(missing_ok=True)
         raise
-    weighted = batch.weighted_features
+    weighted, numbers = batch.weighted_features, batch.dense_features
     about = {
         "step": step,
         "rank": rank,
-        "losses": [
-            finite_or_none(value) for value in torch.atleast_1d(loss.detach()).double().cpu().tolist()
-        ],
+        "losses": [finite_or_none(float(loss))],
         "next_cursor": [batch.cursor.epoch, batch.cursor.step],
         "sparse_keys": batch.sparse_features.keys(),
         "weighted_keys": [] if weighted is None else weighted.keys(),
-        "rows_with_numbers_not_finite": (~torch.isfinite(batch.dense_features))
-        .any(1)
-        .nonzero()
-        .flatten()
-        .tolist(),
+        "rows_with_numbers_not_finite": numbers.isfinite().all(1).logical_not().nonzero().flatten().tolist(),
     }
     target.with_suffix(".json").write_text(json.dumps(about) + "\n")
     return target

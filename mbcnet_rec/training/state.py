@@ -165,9 +165,9 @@ class Feed:
 
 
 def invalid_value_counts(stream: ParquetStream, order: Order, process: Process) -> dict[str, int]:
-    """Count the invalid values that each field's `on_invalid` replaced since this start, over all ranks. Every rank calls it.
+    """Field -> values that its `on_invalid` replaced since this start, on all ranks, where there are any. Every rank calls it.
 
-    In chronological order every rank decodes all rows, so there the counts are one rank's and not the sum.
+    In chronological order every rank decodes all rows, so there the count is one rank's and not the sum.
     """
     names = [feature.name for feature in stream.schema.features if feature.on_invalid != "error"]
     counts = torch.tensor([stream.counters[name] for name in names], dtype=torch.int64)
