@@ -67,14 +67,7 @@ def labelled_rows(
     *,
     warn: bool = False,
 ) -> tuple[RowReader, list[Chunk]]:
-    """Read all footers, and cut into chunks what the options keep of the files.
-
-    Args:
-        files: at least one.
-        schema: what the columns must be.
-        options: which rows to keep.
-        extra: columns to pass through.
-        warn: whether to warn once of pages without checksums.
+    """Read all footers, and cut into chunks what the options keep of the files; `extra` columns are passed through.
 
     Raises:
         InputError: a file is no Parquet file, a column is missing or of a wrong type, or no row is left.
@@ -143,15 +136,9 @@ def score_chunks(
     *,
     title: str = "",
 ) -> Generator[ScoredRows, None, None]:
-    """Yield the scored batches of this rank's chunks in order, with a progress bar on rank 0. Every rank calls it.
+    """Yield the scored batches of this rank's chunks in order, with a progress bar on rank 0.
 
-    Args:
-        scorer: of the model.
-        reader: of the files.
-        dealt: the chunks of each rank, equal on all ranks.
-        process: this rank.
-        batch_rows: rows of one rank's batch.
-        title: of the bar.
+    Every rank calls it with all ranks' chunks, `dealt`; a batch has `batch_rows` rows of one rank.
 
     Raises:
         InputError: on every rank, after the last step, if a row of any rank was faulty: its chunk was cut short.

@@ -32,30 +32,17 @@ from mbcnet_rec.scoring.trained_run import (
 
 @dataclass(frozen=True)
 class Question:
-    """What to evaluate.
+    """What to evaluate."""
 
-    Attributes:
-        split: of the run's config, where no data is named.
-        data: files, folders, globs or URIs; none: the split's.
-        by: columns whose values cut the rows into slices.
-        exact_rows: up to which all logits are kept.
-        max_slices: of one column.
-    """
-
-    split: str = "test"
-    data: tuple[str, ...] = ()
-    by: tuple[str, ...] = ()
-    exact_rows: int = EXACT_ROWS
-    max_slices: int = MAX_SLICES
+    split: str = "test"  # of the run's config, where no data is named
+    data: tuple[str, ...] = ()  # files, folders, globs or URIs; none: the split's
+    by: tuple[str, ...] = ()  # columns whose values cut the rows into slices
+    exact_rows: int = EXACT_ROWS  # up to which all logits are kept
+    max_slices: int = MAX_SLICES  # of one column
 
 
 def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False) -> int:
     """Score a run's best checkpoint, print its metrics, and compare with what training logged. One call per rank.
-
-    Args:
-        run_folder: that `mbcnet train` wrote.
-        question: what to evaluate.
-        as_json: print one JSON object instead of tables.
 
     Raises:
         InputError: no such run, no checkpoint, no rows, or no such column.

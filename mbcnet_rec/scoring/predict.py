@@ -101,7 +101,7 @@ def run_prediction(
     Args:
         run_folder: that `mbcnet train` wrote.
         data: files, folders, globs or URIs.
-        out: folder of the output.
+        out: the output folder.
         keep: columns to pass through; none: the schema's group and time columns, where the files have them.
         overwrite: remove what another prediction left in `out`.
         chunk_rows: of a resumable chunk: it ends with the row group that reaches them.
@@ -168,13 +168,7 @@ def relative_names(files: Sequence[DataFile]) -> list[str]:
 def kept_fields(
     files: Sequence[DataFile], columns: Sequence[pa.Schema], keep: Sequence[str], default: Sequence[str]
 ) -> list[pa.Field]:
-    """Names and types of the columns to pass through.
-
-    Args:
-        files: of the input.
-        columns: of each file.
-        keep: named by the user; none: those of `default` that all files have.
-        default: names; empty ones are left out.
+    """Names and types of the columns to pass through: those of `keep`, or of `default` those that all files have.
 
     Raises:
         InputError: a column is missing in a file, has another type there, or has the name of an output.

@@ -38,12 +38,7 @@ def autocast_of(dtype: str, device: torch.device) -> Autocast:
 
 
 class Scorer:
-    """Runs a sharded model without gradients. Lookups are collective: every rank scores equally many batches.
-
-    Args:
-        model: the sharded objective.
-        autocast: context of the forward pass.
-    """
+    """Runs a sharded model without gradients. Lookups are collective: every rank scores equally many batches."""
 
     def __init__(self, model: DistributedModelParallel, autocast: Autocast = nullcontext) -> None:
         self.model, self.autocast = model, autocast

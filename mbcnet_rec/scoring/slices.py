@@ -64,12 +64,7 @@ def count_slices(
 ) -> dict[str, list[str]]:
     """Count every column's values over all ranks and choose the slices. Every rank calls it.
 
-    Args:
-        by: the columns, as the user named them; they are the reader's extra ones, in this order.
-        reader: of the rows.
-        own: chunks of this rank.
-        process: this rank.
-        max_slices: of one column, besides REST.
+    `by` names the reader's extra columns, in their order, as the user did; `own` are this rank's chunks.
 
     Returns:
         Column as the user named it -> names of its slices, by falling frequency; REST, where there is one, is the last.
@@ -93,14 +88,12 @@ def count_slices(
     if process.world_size > 1 and by:
         everyone = [None] * process.world_size
         dist.all_gather_object(everyone, counts)
-    merged = [sum((each[index] for each in everyone), Counter()) for index in range(len(by))]
-    return {name: _largest(counter, max_slices) for name, counter in zip(by, merged, strict=True)}
-
-
-def _largest(counter: Counter[str], max_slices: int) -> list[str]:
-    """The `max_slices` most frequent values, equal ones by name, and REST if there are more."""
-    ordered = sorted(counter, key=lambda name: (-counter[name], name))
-    return ordered[:max_slices] + ([REST] if len(ordered) > max_slices else [])
+    slices = {}
+    for name, *each in zip(by, *everyone, strict=True):
+        counter = sum(each, Counter())
+        ordered = sorted(counter, key=lambda value: (-counter[value], value))  # equal ones by name
+        slices[name] = ordered[:max_slices] + ([REST] if len(ordered) > max_slices else [])
+    return slices
 
 
 def _distinct(column: pa.Array) -> tuple[list[str], np.ndarray]:

@@ -85,7 +85,7 @@ class Tally:
     ) -> None:
         self.exact = num_rows <= exact_rows
         self._branches, self._has_groups, self._names = branches, has_groups, slices or {}
-        # About one group in `stride` has an id that is a multiple of it, since ids are hashes
+        # ids of groups are hashes: about one in `stride` is a multiple of it
         self._stride = -(-num_rows // max(1, exact_rows))
         self._rows = [np.zeros((0, len(branches) + 2), np.float32)]  # logits, label
         self._keys = [np.zeros((0, has_groups + len(self._names)), np.int64)]  # group id, slices

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -83,13 +84,7 @@ def _fits(path: Path, process: Process) -> bool:
 
 
 def read_whole(config: RunConfig, folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
-    """Copy a checkpoint's logical tensors into whole tensors of one process.
-
-    Args:
-        config: of the run.
-        folder: of the run.
-        step: of the checkpoint.
-        tensors: name in the model's state dict -> where to put it.
+    """Copy a checkpoint's logical tensors into whole ones of one process: name in the model's state dict -> where to put it.
 
     Raises:
         InputError: the checkpoint is damaged, or holds other tensors.
@@ -119,10 +114,8 @@ def weights_digest(config: RunConfig, folder: Path, step: int) -> str:
 
 def known_best(schema: Schema, split: str, rows: int) -> tuple[float, float] | None:
     """The best reachable AUC and log-loss of a synthetic split, as its generator wrote them; None elsewhere."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         summary = json.loads((schema.folder / "synthetic.json").read_text())["splits"][split]
         if summary["rows"] == rows:
             return summary["best_auc"], summary["best_log_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     return None
