@@ -2,7 +2,7 @@
 newest one that verifies is the latest, and a storage that fails at any operation leaves the one before as it was."""
 
 import errno
-import json
+import hashlib
 import os
 import threading
 import time
@@ -48,14 +48,14 @@ def storage(request, bucket, tmp_path):
     return open_storage(f"{roots[request.param]}/checkpoints")
 
 
-def shards(value, rows=50):
-    table = torch.full((rows, 4), float(value))
+def shards(value):
+    table = torch.full((50, 4), float(value))
     return [whole_shard("model/table", table), whole_shard("optim/table/sum", table[:, 0].clone())]
 
 
-def write(storage, step, value=None, keep=Keep(last=5), rows=50):
+def write(storage, step, value=None, keep=Keep(last=5)):
     made = Saver(storage, ALONE, 10.0)
-    made.save(step, shards(step if value is None else value, rows), {"step": step}, keep)
+    made.save(step, shards(value or step), {"step": step}, keep)
     made.finish()
 
 
@@ -78,19 +78,14 @@ def files_of(storage):
     return sorted(info.path.split("checkpoints/", 1)[1] for info in infos if info.is_file)
 
 
-def test_a_checkpoint_is_read_as_it_was_written(storage):
+def test_a_checkpoint_is_read_as_it_was_written_and_replaced_by_another_of_its_step(storage):
     assert storage.steps() == [] and latest_step(storage) is None
     write(storage, 5)
     write(storage, 10)
-    assert storage.steps() == [5, 10] and latest_step(storage) == 10
-    assert (value_of(storage, 5), value_of(storage, 10)) == (5.0, 10.0)
-
-
-def test_a_save_of_the_same_step_replaces_it_and_leaves_nothing(storage):
-    write(storage, 5)
     names = len(files_of(storage))
     write(storage, 5, value=7)
-    assert value_of(storage, 5) == 7.0 and len(files_of(storage)) == names == 2
+    assert storage.steps() == [5, 10] and latest_step(storage) == 10 and len(files_of(storage)) == names == 4
+    assert (value_of(storage, 5), value_of(storage, 10)) == (7.0, 10.0)
 
 
 def test_the_newest_and_the_best_are_kept(storage):
@@ -115,14 +110,11 @@ def test_a_damaged_later_one_is_not_counted_as_the_last(storage):
 def spoil(storage, step):
     """Flip one bit in the file of tensors."""
     name = next(name for name in files_of(storage) if name.startswith(f"step_{step}/rank_"))
+    data = bytearray(storage.read_note(name))
+    data[-3] ^= 1
     if isinstance(storage, LocalStorage):
-        path = storage.root / name
-        data = bytearray(path.read_bytes())
-        data[-3] ^= 1
-        path.write_bytes(data)
+        (storage.root / name).write_bytes(data)
     else:
-        data = bytearray(storage.read_note(name))
-        data[-3] ^= 1
         storage.write_note(name, bytes(data))
 
 
@@ -268,9 +260,7 @@ def test_a_stuck_storage_is_named_in_time(tmp_path):
     made = Saver(LocalStorage(tmp_path), ALONE, 0.3, lambda: gate.wait(10))
     made.save(5, shards(5), {}, Keep(last=2))
     start = time.monotonic()
-    with pytest.raises(
-        CannotWriteError, match=r"rank 0: the checkpoint of step 5 is still being written after 0\.3 s"
-    ):
+    with pytest.raises(CannotWriteError, match=r"rank 0: .* step 5 is still being written after 0\.3 s"):
         made.finish()
     assert time.monotonic() - start < 2
     gate.set()
@@ -299,18 +289,15 @@ def test_a_server_that_goes_away_is_named(bucket, monkeypatch):
     assert latest_step(storage) == 5
 
 
-@pytest.mark.parametrize("uri", ["nonsense://bucket/prefix", "dropbox://bucket/prefix"])
-def test_an_unknown_place_is_refused(uri):
-    with pytest.raises(InputError, match=f"{uri}: cannot be opened .*or use a folder"):
-        open_storage(uri)
+def test_an_unknown_place_is_refused():
+    with pytest.raises(InputError, match=r"nonsense://bucket/prefix: cannot be opened .*or use a folder"):
+        open_storage("nonsense://bucket/prefix")
 
 
 def test_a_manifest_lists_every_file_with_its_sum(tmp_path):
-    import hashlib
-
     write(LocalStorage(tmp_path), 5)
     manifest = read_checkpoint(tmp_path / "step_5")
     (file,) = manifest.files
     assert file.sha256 == hashlib.sha256((tmp_path / "step_5" / file.name).read_bytes()).hexdigest()
-    assert {entry.name for entry in file.shards} == {"model/table", "optim/table/sum"}
-    assert json.loads((tmp_path / "step_5/manifest.json").read_text())["body"]["world_size"] == 1
+    assert [entry.name for entry in file.shards] == ["model/table", "optim/table/sum"]
+    assert manifest.world_size == 1
