@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from forked_ranks import mbcnet, report, run_ranks
@@ -27,7 +28,6 @@ from mbcnet_rec.checkpoints.storage import LocalStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
-from mbcnet_rec.runtime.watchdog import Watchdog
 
 LONG = sys.argv[2:] == ["long"]
 WORLDS = (1, 2, 3, 4) if LONG else (1, 2)
@@ -59,12 +59,6 @@ def reference(folder):
     return {name.split("@")[0]: tensors[str(index)] for index, (name, _, _) in enumerate(file["pieces"])}
 
 
-def spoil(shards):
-    for shard in shards:
-        with torch.no_grad():
-            shard.tensor.fill_(7)
-
-
 def compare(shards, wanted, process):
     """Names of tensors that differ in a bit, or that the ranks do not cover together."""
     wrong, sizes = [], {}
@@ -85,26 +79,47 @@ def compare(shards, wanted, process):
     return sorted(found)
 
 
-def move(config, process, built, source, target=None):
-    """Load a checkpoint; with a target save it there again, else return what differs from the one it comes from."""
-    shards = shards_of(built.model, built.optimizer)
-    spoil(shards)
+def on_ranks(name, action, world=2):
+    """What action(process) returns on rank 0, when it has ended well on every rank."""
+
+    def run(rank):
+        with joined_process("cpu", 30.0) as process:
+            result = action(process)
+            print(json.dumps(result))
+
+    done = run_ranks(run, FOLDER / "logs" / name, world=world, limit=120)
+    assert done["codes"] == [0] * world, done
+    return json.loads(done["words"][0].splitlines()[-1])
+
+
+def built_for(process, values=(), kind=""):
+    config = load_config(CONFIG, values)
+    schema = load_schema(config.schema)
+    plan = plan_of(kind, schema_with_wide(config.model, schema), process) if kind else None
+    return build(config, schema, process, plan)
+
+
+def move(built, process, source, target=None):
+    """Load a checkpoint over other values, and with a target save it there again; return the shards."""
+    for shard in shards_of(built.model, built.optimizer):
+        with torch.no_grad():
+            shard.tensor.fill_(7)
     saved = Saved(source)
     notes = load_checked(saved, built, process)
     assert not notes, notes
     shards = shards_of(built.model, built.optimizer)
-    if target is None:
-        return shards
-    saver = Saver(LocalStorage(target), process, 20.0)
-    saver.save(FIRST, shards, saved.manifest.extra, Keep(last=1))
-    saver.finish()
+    if target is not None:
+        saver = Saver(LocalStorage(target), process, 20.0)
+        saver.save(FIRST, shards, saved.manifest.extra, Keep(last=1))
+        saver.finish()
     return shards
 
 
-def settings(name, *more):
-    args = ["train", "--config", str(CONFIG), "--resume"]
-    out = [
+def run_on(name, world, steps, *more):
+    """Train a run up to a step, from its last checkpoint if it has one."""
+    settings = [
         f"train.out={FOLDER / name}",
+        f"train.max_steps={steps}",
         "train.eval_every=1000",
         "train.log_every=1",
         "train.keep_last=1",
@@ -112,136 +127,102 @@ def settings(name, *more):
         # rounding grows as fast as a run learns: the rates of small_data are for runs of a few steps
         "optim.dense_lr=2e-4",
         "optim.embedding.lr=0.01",
+        *more,
     ]
-    for setting in (*out, *more):
-        args += ["--set", setting]
-    return args
+    args = [
+        "train",
+        "--config",
+        str(CONFIG),
+        "--resume",
+        *(word for each in settings for word in ("--set", each)),
+    ]
+    done = run_ranks(mbcnet(args), FOLDER / "logs" / name, world=world, limit=120)
+    assert done["codes"] == [0] * world, done
+    return FOLDER / name
 
 
 def first_run(name, *more):
-    """A run of one process, stopped after FIRST steps; returns its checkpoint."""
-    result = run_ranks(
-        mbcnet(settings(name, f"train.max_steps={FIRST}", *more)), FOLDER / "logs" / name, world=1
-    )
-    assert result["codes"] == [0], result
-    return FOLDER / name / "checkpoints" / f"step_{FIRST}"
+    """The checkpoint of a run of one process, stopped after FIRST steps."""
+    return run_on(name, 1, FIRST, *more) / "checkpoints" / f"step_{FIRST}"
 
 
 def written_by(world):
     return FOLDER / f"by-{world}"
 
 
-def save_at_each_world_size():
+def every_world_size_reads_every_other():
+    """World size that reads -> world size that wrote -> what differs."""
     source = first_run("one")
+    wanted = reference(source)
 
-    def action(rank):
-        with joined_process("cpu", 30.0) as process:
-            config = load_config(CONFIG)
-            built = build(config, load_schema(config.schema), process)
-            move(config, process, built, source, written_by(process.world_size))
+    def save(process):
+        move(built_for(process), process, source, written_by(process.world_size))
 
-    return {
-        str(world): run_ranks(action, FOLDER / f"logs/save-{world}", world=world)["codes"] for world in WORLDS
-    }
-
-
-def load_at_each_world_size():
-    wanted = reference(FOLDER / "one/checkpoints" / f"step_{FIRST}")
-    results = {}
-
-    def action(rank):
-        with joined_process("cpu", 30.0) as process:
-            config = load_config(CONFIG)
-            built = build(config, load_schema(config.schema), process)
-            found = {}
-            for world in WORLDS:
-                shards = move(config, process, built, written_by(world) / f"step_{FIRST}")
-                found[world] = compare(shards, wanted, process)
-            if process.is_first:
-                (FOLDER / f"found-{process.world_size}.json").write_text(json.dumps(found))
+    def load(process):
+        built = built_for(process)
+        return {
+            world: compare(move(built, process, written_by(world) / f"step_{FIRST}"), wanted, process)
+            for world in WORLDS
+        }
 
     for world in WORLDS:
-        run = run_ranks(action, FOLDER / f"logs/load-{world}", world=world)
-        assert run["codes"] == [0] * world, run
-        results[str(world)] = json.loads((FOLDER / f"found-{world}.json").read_text())
-    return results
+        on_ranks(f"save-{world}", save, world)
+    return {world: on_ranks(f"load-{world}", load, world) for world in WORLDS}
 
 
 def train_on_at_each_world_size():
     """MORE steps from the checkpoint that another world size wrote: world size -> losses."""
     losses = {}
     for world, other in zip(WORLDS, reversed(WORLDS), strict=True):
-        name = f"on-{world}"
-        shutil.copytree(FOLDER / "one", FOLDER / name)
-        shutil.rmtree(FOLDER / name / "checkpoints")
-        shutil.copytree(written_by(other), FOLDER / name / "checkpoints")
-        args = settings(name, f"train.max_steps={FIRST + MORE}")
-        run = run_ranks(mbcnet(args), FOLDER / "logs" / name, world=world, limit=120)
-        assert run["codes"] == [0] * world, run
-        lines = [json.loads(line) for line in (FOLDER / name / "metrics.jsonl").read_text().splitlines()]
-        losses[str(world)] = [
-            line["loss"] for line in lines if line["split"] == "train" and line["step"] > FIRST
-        ]
+        folder = FOLDER / f"on-{world}"
+        shutil.copytree(FOLDER / "one", folder, ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(written_by(other), folder / "checkpoints")
+        run_on(folder.name, world, FIRST + MORE)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[world] = [line["loss"] for line in lines if line["split"] == "train" and line["step"] > FIRST]
     return losses
 
 
 def between_kinds_of_plan():
-    """Each kind of plan saves what it has loaded, and each kind loads that: family -> KIND>KIND -> what differs."""
+    """Each kind of plan saves what it has loaded, and each kind loads that: FAMILY: KIND > KIND -> what differs."""
     sources = {name: first_run(name, *values) for name, (values, _) in FAMILIES.items()}
 
-    def action(rank):
+    def action(process):
         found = {}
-        with joined_process("cpu", 30.0) as process:
-            for name, (values, kinds) in FAMILIES.items():
-                config, wanted = load_config(CONFIG, values), reference(sources[name])
-                schema = load_schema(config.schema)
-                tables = schema_with_wide(config.model, schema)
-                built = {
-                    kind: build(config, schema, process, plan_of(kind, tables, process)) for kind in kinds
-                }
-                for kind in kinds:
-                    move(config, process, built[kind], sources[name], FOLDER / f"{name}-{kind}")
-                for before, after in pairs_of(kinds):
-                    source = FOLDER / f"{name}-{before}" / f"step_{FIRST}"
-                    shards = move(config, process, built[after], source)
-                    found[f"{name}: {before} > {after}"] = compare(shards, wanted, process)
-        if rank == 0:
-            (FOLDER / "kinds.json").write_text(json.dumps(found))
+        for name, (values, kinds) in FAMILIES.items():
+            wanted = reference(sources[name])
+            built = {kind: built_for(process, values, kind) for kind in kinds}
+            for kind in kinds:
+                move(built[kind], process, sources[name], FOLDER / f"{name}-{kind}")
+            for before, after in pairs_of(kinds):
+                shards = move(built[after], process, FOLDER / f"{name}-{before}" / f"step_{FIRST}")
+                found[f"{name}: {before} > {after}"] = compare(shards, wanted, process)
+        return found
 
-    run = run_ranks(action, FOLDER / "logs/kinds", limit=120)
-    assert run["codes"] == [0, 0], run
-    return json.loads((FOLDER / "kinds.json").read_text())
+    return on_ranks("kinds", action)
 
 
-def refused():
-    """Rowwise Adagrad's state into column shards."""
-    source = FOLDER / "one/checkpoints" / f"step_{FIRST}"
+def rowwise_state_into_column_shards():
+    """What each rank is told, though it asked for a partial load; nothing is loaded."""
 
-    def action(rank):
-        with joined_process("cpu", 30.0) as process:
-            config = load_config(CONFIG)
-            schema = load_schema(config.schema)
-            built = build(config, schema, process, plan_of("column_wise", schema, process))
-            before = [shard.tensor.clone() for shard in shards_of(built.model, built.optimizer)]
-            try:
-                load_checked(Saved(source), built, process, allow_partial=True)
-            except InputError as error:
-                print(error)
-            after = [shard.tensor for shard in shards_of(built.model, built.optimizer)]
-            tables = list(zip(before, after, strict=False))
-            assert all(torch.equal(one, other) for one, other in tables), "nothing is loaded"
+    def action(process):
+        built = built_for(process, kind="column_wise")
+        before = [shard.tensor.clone() for shard in shards_of(built.model, built.optimizer)]
+        with pytest.raises(InputError) as caught:
+            load_checked(Saved(FOLDER / f"one/checkpoints/step_{FIRST}"), built, process, allow_partial=True)
+        after = [shard.tensor for shard in shards_of(built.model, built.optimizer)]
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=False))
+        return str(caught.value)
 
-    return run_ranks(action, FOLDER / "logs/refused")
+    return on_ranks("refused", action)
 
 
 SCENARIOS = (
-    save_at_each_world_size, load_at_each_world_size, train_on_at_each_world_size, between_kinds_of_plan, refused,
+    every_world_size_reads_every_other, train_on_at_each_world_size, between_kinds_of_plan, rowwise_state_into_column_shards,
 )  # fmt: skip
 
 if __name__ == "__main__":
     FOLDER = Path(sys.argv[1])
     CONFIG = write_small(FOLDER, train_rows=2_400, other_rows=120)
-    # heartbeats of groups that come and go within one process say nothing here
-    Watchdog.suspects = lambda self: "not asked"
     torch.set_num_threads(1)
     report({each.__name__: each for each in SCENARIOS}, FOLDER / "results.json")
