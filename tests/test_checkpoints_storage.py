@@ -245,14 +245,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     storage, gate = LocalStorage(tmp_path), threading.Event()
     made, table = Saver(storage, ALONE, 10.0, lambda: gate.wait(10)), torch.full((500_000, 4), 5.0)
     start = time.perf_counter()
-    stall = made.save(5, [whole_shard("model/table", table)], {"step": 5}, Keep(last=2))
+    made.save(5, [whole_shard("model/table", table)], {"step": 5}, Keep(last=2))
     returned = time.perf_counter() - start
     table.fill_(6.0)  # the next step
-    assert storage.steps() == [] and stall <= returned
+    assert storage.steps() == [] and 0 < made.stalled_seconds <= returned
     gate.set()
     made.finish()
     assert value_of(storage, 5) == 5.0, "what was saved is the state of its step"
-    assert made.stalled_seconds == stall and made.written_seconds >= returned - stall
+    assert made.written_seconds >= returned - made.stalled_seconds
 
 
 def test_a_stuck_storage_is_named_in_time(tmp_path):

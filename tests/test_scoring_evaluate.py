@@ -23,11 +23,8 @@ from mbcnet_rec.scoring.metrics import (
 from mbcnet_rec.scoring.tally import Tally
 
 ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
-METRICS = [
-    f"{name}{suffix}"
-    for name in ("auc", "log_loss", "ne", "calibration")
-    for suffix in ("", "/efgc", "/cross", "/deep")
-]
+NAMES, BRANCHES = ("auc", "log_loss", "ne", "calibration"), ("", "/efgc", "/cross", "/deep")
+METRICS = [f"{name}{branch}" for name in NAMES for branch in BRANCHES]
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +155,8 @@ def test_binned_auc_is_within_its_bound_even_of_ties():
 def test_other_rows_and_refusals(runs, tmp_path):
     pq.write_table(serving_table(300, 9), tmp_path / "other.parquet", write_page_checksum=True)
     run = runs / "row_wise"
-    code, out, _ = printed_by(
-        "evaluate", run, "--data", tmp_path / "other.parquet", "--by", "city", "--by", "user", "--json"
-    )
+    other = tmp_path / "other.parquet"
+    code, out, _ = printed_by("evaluate", run, "--data", other, "--by", "city", "--by", "user", "--json")
     answer = json.loads(out)
     assert code == 0 and answer["rows"] == 300
     assert answer["slices"]["city"]["(null)"]["rows"] > 0

@@ -31,15 +31,19 @@ def files_in(folder):
     return sorted(str(each.relative_to(folder)) for each in folder.rglob("*.parquet") if each.is_file())
 
 
+def assert_same(one, two):
+    assert one.column_names == two.column_names == COLUMNS and one["user"].equals(two["user"])
+    for name in COLUMNS[1:]:
+        assert np.abs(one[name].to_numpy() - two[name].to_numpy()).max() < 1e-5
+
+
 def test_rows_and_probabilities(runs):
     kind = "row_wise"
     assert rank_results(runs)[f"{kind}_predict_2"]["codes"] == [0, 0]
     source = pq.read_table(runs / "test.parquet")
     one, two = predicted(runs, f"{kind}_predicted_1"), predicted(runs, f"{kind}_predicted_2")
-    assert one.column_names == two.column_names == COLUMNS
-    assert one["user"].equals(source["user"]) and two["user"].equals(source["user"])
-    for name in COLUMNS[1:]:
-        assert np.abs(one[name].to_numpy() - two[name].to_numpy()).max() < 1e-5
+    assert one["user"].equals(source["user"])
+    assert_same(one, two)
     p, y = one["probability"].to_numpy().astype(np.float64), source["click"].to_numpy()
     loss = -np.mean(y * np.log(p) + (1 - y) * np.log1p(-p))
     assert abs(loss - evaluated(runs, f"{kind}_evaluate_1")["log_loss"]) < 1e-6
@@ -52,14 +56,9 @@ def test_killed_on_two_ranks_and_finished_on_one(runs):
     whole = [name for name in killed["left"] if name.endswith(".parquet")]
     assert 1 <= len(whole) < 4 and all(name.startswith("_pieces/test.parquet/") for name in whole)
     assert resumed["codes"] == [0] and "of them were there already" in resumed["words"][0]
-    assert sorted(path.name for path in (runs / "row_wise_killed").iterdir()) == [
-        "_predict.json",
-        "test.parquet",
-    ]
-    calm, found = predicted(runs, "row_wise_predicted_1"), predicted(runs, "row_wise_killed")
-    assert found["user"].equals(calm["user"])
-    for name in COLUMNS[1:]:
-        assert np.abs(found[name].to_numpy() - calm[name].to_numpy()).max() < 1e-5
+    left = {path.name for path in (runs / "row_wise_killed").iterdir()}
+    assert left == {"_predict.json", "test.parquet"}
+    assert_same(predicted(runs, "row_wise_predicted_1"), predicted(runs, "row_wise_killed"))
 
 
 def predict(run, data, out, capfd, **options):
@@ -120,9 +119,8 @@ def test_faults_stop_their_own_chunks_only(runs, tmp_path, capfd):
 def flip_a_byte(path, column):
     """Damage a page of the fourth row group: opening a file looks at the first one."""
     place = pq.read_metadata(path).row_group(3)
-    chunk = next(
-        place.column(i) for i in range(place.num_columns) if place.column(i).path_in_schema.startswith(column)
-    )
+    chunks = map(place.column, range(place.num_columns))
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema.startswith(column))
     data = bytearray(path.read_bytes())
     data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     path.write_bytes(data)

@@ -19,7 +19,7 @@ from data.schema.parse import parse_dataclass, read_toml
 from mbcnet_rec.checkpoints.run_folder import CONFIG, storage_of
 from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, shards_of
 from mbcnet_rec.checkpoints.storage import best_step
-from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zch_buckets, zch_table_of
+from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zch_table_of
 from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
@@ -48,7 +48,7 @@ def describe_run(built: Built) -> dict[str, Any]:
             for name, table in plan.tables.items()
             if table.sharding_type == "column_wise" and len(table.ranks) > 1
         },
-        "zch_buckets": zch_buckets(plan),
+        "zch_buckets": {name: table.zch_buckets for name, table in plan.tables.items() if table.zch_buckets},
         "seed": built.seed,
     }
 

@@ -103,13 +103,7 @@ class Snapshot:
 
 
 def take_snapshot(shards: Iterable[TensorShard], rank: int, reuse: Snapshot | None = None) -> Snapshot:
-    """Copy what this rank has to write.
-
-    Args:
-        shards: of this rank.
-        rank: of this process.
-        reuse: an earlier snapshot that nobody reads any more; its memory is overwritten.
-    """
+    """Copy what this rank has to write, into the memory of an earlier snapshot that nobody reads any more."""
     own = [shard for shard in shards if rank == 0 or not shard.replicated]
     entries, tensors = [], []
     for index, shard in enumerate(own):
@@ -132,12 +126,7 @@ class StoredShard(NamedTuple):
 
 
 class Saved:
-    """A checkpoint on a disk, opened for reading: every size is checked, nothing is read yet.
-
-    Attributes:
-        manifest: of the checkpoint.
-        shapes: logical tensor -> shape, with the per-rank ones under their plain names.
-    """
+    """A checkpoint on a disk, opened for reading: every size is checked, nothing is read yet."""
 
     def __init__(self, folder: Path, *, hashed: bool = True) -> None:
         """Check the manifest and every header; with `hashed` also every file's SHA-256.
@@ -147,7 +136,7 @@ class Saved:
         """
         self.folder = folder
         self.manifest = read_checkpoint(folder, hashed=hashed)
-        self.shapes: dict[str, Shape] = {}
+        self.shapes: dict[str, Shape] = {}  # of logical tensors; per-rank ones stand under their plain names
         self._stored: dict[str, list[StoredShard]] = {}
         for rank_file in self.manifest.files:
             path = folder / rank_file.name

@@ -8,8 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mbcnet_rec.checkpoints.manifest import file_record, manifest_bytes
 from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot
@@ -21,8 +20,7 @@ from mbcnet_rec.runtime.process import Process, broadcast_value, side_store, vot
 POLL_SECONDS = 0.02
 
 
-@dataclass(frozen=True)
-class Keep:
+class Keep(NamedTuple):
     """Which checkpoints are kept: the newest `last`, and those of the steps in `best`."""
 
     last: int
@@ -70,11 +68,8 @@ class Saver:
         """Whether this rank's last checkpoint could not be written."""
         return bool(self._error)
 
-    def save(self, step: int, shards: list[TensorShard], extra: dict[str, Any], keep: Keep) -> float:
+    def save(self, step: int, shards: list[TensorShard], extra: dict[str, Any], keep: Keep) -> None:
         """Copy the shards and begin to write them; every rank calls it.
-
-        Returns:
-            Seconds for which training was paused.
 
         Raises:
             CannotWriteError: the checkpoint before this one failed on some rank.
@@ -83,17 +78,11 @@ class Saver:
         self.finish()
         self._count += 1
         self._snapshot = take_snapshot(shards, self._process.rank, self._snapshot)
-        self._thread = threading.Thread(
-            target=self._write,
-            args=(step, self._snapshot, extra, keep),
-            name="checkpoint-writer",
-            daemon=True,
-        )
+        args = (step, self._snapshot, extra, keep)
+        self._thread = threading.Thread(target=self._write, args=args, name="checkpoint-writer", daemon=True)
         self._thread.start()
         self.saved_step = step
-        stall = time.perf_counter() - start
-        self.stalled_seconds += stall
-        return stall
+        self.stalled_seconds += time.perf_counter() - start
 
     def finish(self) -> None:
         """Wait until the last checkpoint is whole; every rank calls it.

@@ -11,14 +11,8 @@ from data.errors import InputError
 from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, whole_shard
 from mbcnet_rec.runtime.process import Process
 from sharding.bridge.zch import BucketedCollisions, collisions_of
-from sharding.plan.placement import Plan
 
 _STATE = re.compile(r"_managed_collision_modules\.([^/]+)\.[^./]+$")
-
-
-def zch_buckets(plan: Plan) -> dict[str, int]:
-    """Tables of encoding zch, with the number of their buckets."""
-    return {name: table.zch_buckets for name, table in plan.tables.items() if table.zch_buckets}
 
 
 def zch_table_of(name: str) -> str:
@@ -35,11 +29,7 @@ def tables_of_other_ids(
 ) -> set[str]:
     """Tables whose rows belong to other ids in the checkpoint than in this run: their values must not be loaded.
 
-    Args:
-        saved: logical tensor -> shape in the checkpoint.
-        wanted: likewise in this run.
-        buckets: `zch_buckets` of the run that wrote the checkpoint.
-        now: likewise of this run.
+    `saved` and `wanted` are shapes of logical tensors, `buckets` and `now` numbers of buckets, of the checkpoint and of this run.
     """
     names = [name for name in {**saved, **wanted} if zch_table_of(name)]
     resized = {zch_table_of(name) for name in names if saved.get(name) != wanted.get(name)}

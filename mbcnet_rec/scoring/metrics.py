@@ -9,7 +9,6 @@ Shapes: B rows, O outputs (the fused one first, then the branches), S distinct s
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -56,13 +55,7 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray, *, binned: bool 
     If the counts are of bins, pairs of one bin count one half instead of 0 or 1, so the AUC of the rows is at most
     sum_s p_s n_s / (2 P N) away: the bound.
 
-    Args:
-        positives: (S,), by ascending score.
-        negatives: likewise.
-        binned: whether scores were binned.
-
-    Returns:
-        NaN if a class is missing; the error is NaN if a class has a single row.
+    Counts are (S,), by ascending score. NaN if a class is missing; the error is NaN if a class has a single row.
     """
     num_positives, num_negatives = positives.sum(), negatives.sum()
     if num_positives == 0 or num_negatives == 0:
@@ -167,30 +160,22 @@ def gauc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Estim
     return Estimate(value, float(error) if len(values) > 1 else float("nan"))
 
 
-@dataclass
 class Histogram:
     """Counts and moments of rows that are too many to keep: additive over batches and ranks.
 
-    Args:
-        num_outputs: O.
-        num_bins: of the logit, of equal width 2 * BIN_LIMIT / num_bins.
+    The bins of the logit have equal width 2 * BIN_LIMIT / num_bins.
     """
 
-    num_outputs: int
-    num_bins: int
-    counts: np.ndarray = field(init=False)  # (2, O, bins) int64: negatives, positives
-    sums: np.ndarray = field(init=False)  # (O, 8) float64
-
-    def __post_init__(self) -> None:
-        """Start from nothing."""
-        self.counts = np.zeros((2, self.num_outputs, self.num_bins), np.int64)
-        self.sums = np.zeros((self.num_outputs, 8))
+    def __init__(self, num_outputs: int, num_bins: int) -> None:
+        self.num_bins = num_bins
+        self.counts = np.zeros((2, num_outputs, num_bins), np.int64)  # negatives, positives
+        self.sums = np.zeros((num_outputs, 8))  # float64
 
     def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
         """Count rows: logits (B, O), labels (B,)."""
         scaled = np.floor((logits.astype(np.float64) + BIN_LIMIT) * (self.num_bins / (2 * BIN_LIMIT)))
         bins = np.clip(scaled, 0, self.num_bins - 1).astype(np.int64)
-        for output in range(self.num_outputs):
+        for output in range(len(self.sums)):
             for label in (0, 1):
                 chosen = bins[labels == label, output]
                 np.add.at(self.counts[label, output], chosen, 1)
@@ -237,8 +222,7 @@ def exact_metrics(
         errors: whether an AUC has its error, at three times its time.
 
     Returns:
-        auc, log_loss, ne, calibration, gauc of the fused output, and auc/BRANCH, log_loss/BRANCH, ne/BRANCH,
-        calibration/BRANCH.
+        auc, log_loss, ne, calibration, gauc of the fused output; auc/BRANCH, ... calibration/BRANCH of the others.
     """
     columns = [np.ascontiguousarray(column) for column in logits.T]
     if errors:
@@ -271,15 +255,9 @@ def evaluate_predictions(
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = RELIABILITY_BINS) -> list[list[float]]:
-    """Predicted against observed rates: cut rows, by rising prediction, into bins of equal size.
+    """Predicted against observed rates: cut rows, by rising prediction, into at most `bins` bins of equal size.
 
-    Args:
-        logits: (B,) of one output.
-        labels: (B,) of 0 and 1.
-        bins: at most; fewer where there are fewer rows.
-
-    Returns:
-        For each bin: mean predicted probability, observed rate, rows.
+    Logits (B,) of one output and labels (B,) -> for each bin: mean predicted probability, observed rate, rows.
     """
     order = np.argsort(logits, kind="stable")
     probability = 1.0 / (1.0 + np.exp(-logits[order].astype(np.float64)))

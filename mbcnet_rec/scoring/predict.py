@@ -96,16 +96,10 @@ def run_prediction(
     chunk_rows: int = CHUNK_ROWS,
     put: Callable[[Path, Path], None] = put_in_place,
 ) -> int:
-    """Score Parquet files with a run's best checkpoint. One call per rank.
+    """Score Parquet files with a run's best checkpoint into the folder `out`. One call per rank.
 
-    Args:
-        run_folder: that `mbcnet train` wrote.
-        data: files, folders, globs or URIs.
-        out: the output folder.
-        keep: columns to pass through; none: the schema's group and time columns, where the files have them.
-        overwrite: remove what another prediction left in `out`.
-        chunk_rows: of a resumable chunk: it ends with the row group that reaches them.
-        put: puts a finished file in its place.
+    Passed through are the columns of `keep`, else the schema's group and time columns where the files have them. A resumable chunk ends
+    with the row group that reaches `chunk_rows`; `put` puts a finished file in its place.
 
     Raises:
         InputError: no such run, faulty files, or `out` holds something else.
