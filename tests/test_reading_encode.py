@@ -244,6 +244,15 @@ def test_integer_vocabularies_hold_at_both_ends_of_both_types(values, column, si
     assert rows.tolist() == [place.get(value, OUT_OF_VOCABULARY_ROW) for value in asked]
 
 
+@pytest.mark.parametrize("kind", [pa.int8(), pa.int16(), pa.int32(), pa.uint8()], ids=str)
+def test_values_of_narrow_types_have_rows_of_their_own(kind):
+    """The difference of -100 and 100 overflows in eight bits."""
+    info = np.iinfo(kind.to_pandas_dtype())
+    values = np.unique(np.linspace(info.min, info.max, 50_000).astype(np.int64))
+    rows = Vocabulary(pa.array(values, kind)).rows_of(pa.array(values), "here")
+    assert rows.tolist() == list(range(FIRST_VOCABULARY_ROW, FIRST_VOCABULARY_ROW + len(values)))
+
+
 def test_vocabulary_faults_are_named(tmp_path):
     field = vocabulary(tmp_path, [1, 2, 3])
     said = "log.parquet: row group 3, field 'f': column is string, the vocabulary is int64"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,6 @@ from data.reading.order import RowGroup, Window
 from data.reading.selection import Selection
 from data.reading.storage import DataFile, open_parquet
 
-T = TypeVar("T")
 IDLE_FILES, IDLE_COLUMN_CHUNKS = 64, 200_000  # of open files and their parsed footers: about 60 MB
 Rows = tuple[pa.RecordBatch, Place]  # and where they come from
 Decoded = tuple[Columns, Counter[str]]  # rows, and by field the values repaired in them
@@ -92,11 +91,16 @@ class RowReader:
         Raises:
             InputError: the file is damaged or has changed.
         """
+        file, selection = self.files[row_group.file], self.selection
         first_row = found = 0
-        columns = list(dict.fromkeys([*columns, *self.selection.columns]))
-        for stored in _of_exact_size(self._stored(row_group, batch_rows, columns), batch_rows):
-            rows, place = self.keep(stored, row_group, first_row)
-            first_row += stored.num_rows
+        columns = list(dict.fromkeys([*columns, *selection.columns]))
+        for rows in _of_exact_size(self._stored(row_group, batch_rows, columns), batch_rows):
+            place = Place(str(file), row_group.index, first_row)
+            first_row += rows.num_rows
+            kept = selection.mask(rows, file, place) if selection.filters else np.ones(1, bool)
+            if not kept.all():
+                rows = rows.filter(pa.array(kept))
+                place = replace(place, rows=place.first_row + np.flatnonzero(kept))
             found += rows.num_rows
             yield rows, place
         if found != row_group.num_rows:
@@ -118,12 +122,13 @@ class RowReader:
 
     def _stored(self, row_group: RowGroup, batch_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Yield the stored rows as Arrow cuts them. A remote read that fails is begun anew, behind what has been read."""
-        passed, lists = 0, Counter[str]()
+        file, attempts = self.files[row_group.file], self.selection.options.attempts
+        taken = passed = 0  # batches and rows
+        lists = Counter[str]()
         source: tuple[pq.ParquetFile, Iterator[pa.RecordBatch]] | None = None
 
         def read() -> pa.RecordBatch | None:
             nonlocal source
-            skipped = passed if source else 0
             if source:
                 parquet, batches = source
             else:
@@ -131,15 +136,15 @@ class RowReader:
                 batches = parquet.iter_batches(
                     batch_rows, row_groups=[row_group.index], columns=columns, use_threads=False
                 )
+                batches = islice(batches, taken, None)
             source = None  # until the read has gone well
             batch = next(batches, None)
-            while batch is not None and skipped < passed:
-                skipped += batch.num_rows
-                batch = next(batches, None)
             source = parquet, batches
             return batch
 
-        while (batch := self._guarded(row_group, read)) is not None and source:
+        guarded = partial(read_or_name, read, file, self.name(row_group), "cannot be decoded", attempts)
+        while (batch := guarded()) is not None and source:
+            taken += 1
             passed += batch.num_rows
             lists += self._count_lists(batch)
             if lists and passed == row_group.stored_rows:
@@ -167,22 +172,6 @@ class RowReader:
             left = self._idle.pop(0)[1] if is_full else None
         if left is not None:
             left.close()
-
-    def _guarded(self, row_group: RowGroup, read: Callable[[], T]) -> T:
-        """Run a read, a remote one again if it fails."""
-        file, attempts = self.files[row_group.file], self.selection.options.attempts
-        return read_or_name(read, file, self.name(row_group), "cannot be decoded", attempts)
-
-    def keep(self, rows: pa.RecordBatch, row_group: RowGroup, first_row: int) -> Rows:
-        """Leave out the rows that the selection does not keep."""
-        file = self.files[row_group.file]
-        place = Place(str(file), row_group.index, first_row)
-        if not self.selection.filters:
-            return rows, place
-        kept = self.selection.mask(rows, file, place)
-        if kept.all():
-            return rows, place
-        return rows.filter(pa.array(kept)), replace(place, rows=first_row + np.flatnonzero(kept))
 
     def _count_lists(self, rows: pa.RecordBatch) -> Counter[str]:
         """Stored entries of each list column that was read: its values, and one for each list without any."""

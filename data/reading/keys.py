@@ -28,19 +28,18 @@ class Vocabulary:
         self.type = values.type
         if pt.is_integer(values.type):
             numbers = values.to_numpy(zero_copy_only=False)
+            if numbers.dtype != np.uint64:  # in narrower types differences overflow
+                numbers = numbers.astype(np.int64)
             order = np.argsort(numbers, kind="stable")
             self._sorted, self._rows = numbers[order], order + FIRST_VOCABULARY_ROW
-            self._low = int(self._sorted[0]) if len(numbers) else 0
-            span = int(self._sorted[-1]) - self._low + 1 if len(numbers) else 0
+            self._low, self._high = map(int, self._sorted[[0, -1]]) if len(numbers) else (0, -1)
+            span = self._high - self._low + 1
             self._direct: np.ndarray | None = None
             if 0 < span <= max(DIRECT_LOOKUP_SPAN, 4 * len(numbers)):
                 self._direct = np.full(span, OUT_OF_VOCABULARY_ROW, np.int64)
                 self._direct[(self._sorted - self._sorted[0]).astype(np.int64)] = self._rows
         else:
-            texts = values.to_pylist()
-            self._row_of: Mapping[str, int] = {
-                text: row for row, text in enumerate(texts, start=FIRST_VOCABULARY_ROW)
-            }
+            self._row_of = {text: row for row, text in enumerate(values.to_pylist(), FIRST_VOCABULARY_ROW)}
 
     def rows_of(self, column: pa.Array, where: str) -> np.ndarray:
         """Return int64 rows, undefined at nulls. `where` names the column in messages.
@@ -63,10 +62,8 @@ class Vocabulary:
 
     def _integer_rows(self, numbers: np.ndarray) -> np.ndarray:
         rows = np.full(len(numbers), OUT_OF_VOCABULARY_ROW, np.int64)
-        if not len(self._sorted):
-            return rows
         # Compared with Python's integers: a pair of int64 and uint64 arrays would be compared as floats.
-        inside = (numbers >= self._low) & (numbers <= int(self._sorted[-1]))
+        inside = (numbers >= self._low) & (numbers <= self._high)
         wanted = numbers[inside].astype(self._sorted.dtype)
         if self._direct is not None:
             rows[inside] = self._direct[(wanted - self._sorted[0]).astype(np.int64)]
@@ -114,11 +111,12 @@ def make_vocabularies(schema: Schema, values: Mapping[str, pa.Array]) -> dict[st
     """
     vocabularies = {}
     for feature in _with_vocabulary(schema):
-        known, wanted = values[feature.vocabulary], schema.table_of[feature.name].num_embeddings
-        if len(known) + FIRST_VOCABULARY_ROW > wanted:
+        known, num_embeddings = values[feature.vocabulary], schema.table_of[feature.name].num_embeddings
+        rows = len(known) + FIRST_VOCABULARY_ROW
+        if rows > num_embeddings:
             raise InputError(
-                f"{schema.folder / feature.vocabulary}: {len(known)} values need {len(known) + FIRST_VOCABULARY_ROW} rows, but the "
-                f"table of field {feature.name!r} has num_embeddings = {wanted}; set it to {len(known) + FIRST_VOCABULARY_ROW}"
+                f"{schema.folder / feature.vocabulary}: {len(known)} values need {rows} rows, but the table of field "
+                f"{feature.name!r} has num_embeddings = {num_embeddings}; set it to {rows}"
             )
         vocabularies[feature.name] = Vocabulary(known)
     return vocabularies
@@ -148,10 +146,9 @@ def hash_values(column: pa.Array) -> np.ndarray:
         if numbers.dtype != np.uint64:
             numbers = numbers.astype(np.int64).view(np.uint64)
         hashed = splitmix64(numbers)
-    elif pt.is_string(column.type) or pt.is_large_string(column.type):
-        hashed = _hash_strings(column)
     else:
-        hashed = _hash_strings(column.cast(pa.string()))
+        is_text = pt.is_string(column.type) or pt.is_large_string(column.type)
+        hashed = _hash_strings(column if is_text else column.cast(pa.string()))
     if column.null_count:
         hashed = np.where(is_valid(column), hashed, np.uint64(0))
     return hashed

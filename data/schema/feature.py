@@ -93,7 +93,7 @@ class Feature:
     @property
     def is_sparse(self) -> bool:
         """Whether the field looks up rows of an embedding table."""
-        return self.kind not in ("numeric", "vector") or self.is_bucketised
+        return self.is_keyed or self.is_bucketised
 
     @property
     def is_bucketised(self) -> bool:

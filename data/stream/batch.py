@@ -73,7 +73,7 @@ def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = 
     first = runs[0][0]
     num_fields = len(first.single_ids)
     size = num_fields * num_rows
-    pieces, list_lengths = _list_pieces([columns.lists for columns, _, _ in runs], runs, num_rows)
+    pieces, _, list_lengths = _list_pieces([columns.lists for columns, _, _ in runs], runs, num_rows)
     ids = np.empty(size + sum(map(len, pieces)), np.int64)
     single_ids = ids[:size].reshape(num_fields, num_rows)
     dense = np.zeros((num_rows, first.dense.shape[1]), np.float32)
@@ -113,9 +113,7 @@ def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = 
 
 
 def _weighted(runs: Sequence[Run], num_rows: int, schema: Schema) -> KeyedJaggedTensor:
-    lists = [columns.weighted_lists for columns, _, _ in runs]
-    ids, lengths = _list_pieces(lists, runs, num_rows)
-    weights, _ = _list_pieces(lists, runs, num_rows, weights=True)
+    ids, weights, lengths = _list_pieces([columns.weighted_lists for columns, _, _ in runs], runs, num_rows)
     return KeyedJaggedTensor(
         [feature.name for feature in schema.weighted],
         torch.from_numpy(np.concatenate(ids, dtype=np.int64)),
@@ -139,23 +137,24 @@ def _without_absent(
 
 
 def _list_pieces(
-    lists: Sequence[Lists], runs: Sequence[Run], num_rows: int, weights: bool = False
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """The values (or weights) of every field and run, field by field, and the (L, B) int32 lengths."""
-    fields = len(lists[0].values)
-    lengths = np.zeros((fields, num_rows), np.int32)
+    lists: Sequence[Lists], runs: Sequence[Run], num_rows: int
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """The values and the weights of every field and run, field by field, and the (L, B) int32 lengths."""
+    fields = range(len(lists[0].values))
+    lengths = np.zeros((len(fields), num_rows), np.int32)
     if not fields:
-        return [], lengths
-    by_run = []
-    begin = 0
+        return [], [], lengths
+    parts, begin = [], 0
     for part, (_, start, stop) in zip(lists, runs, strict=True):
         end = begin + stop - start
         lengths[:, begin:end] = part.offsets[:, start + 1 : stop + 1] - part.offsets[:, start:stop]
-        bounds = zip(part.offsets[:, start].tolist(), part.offsets[:, stop].tolist(), strict=True)
-        sources = part.weights if weights else part.values
-        by_run.append([source[low:high] for source, (low, high) in zip(sources, bounds, strict=True)])
+        parts.append((part, part.offsets[:, start].tolist(), part.offsets[:, stop].tolist()))
         begin = end
-    return [pieces[field] for field in range(fields) for pieces in by_run], lengths
+    values = [part.values[field][low[field] : high[field]] for field in fields for part, low, high in parts]
+    if not lists[0].weights:
+        return values, [], lengths
+    weights = [part.weights[field][low[field] : high[field]] for field in fields for part, low, high in parts]
+    return values, weights, lengths
 
 
 def permuted_by_fbgemm(ragged: Ragged, permutation: np.ndarray) -> Ragged:
