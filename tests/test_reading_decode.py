@@ -57,7 +57,7 @@ def test_a_scan_encodes_as_training_does_whatever_the_lengths(file):
         options = StreamOptions(4, 1, "partitioned", window_rows)
         decoder = Decoder([file], Encoder(SCHEMA), Selection(options, SCHEMA, [file]))
         windows = plan_windows(groups, lane_bounds(options, 700), window_rows)
-        decoded = [decoder.task(window, None)()[0] for window in windows]
+        decoded = [decoder.task(window, None)() for window in windows]
         for name in ("single_ids", "labels"):
             want = np.concatenate([getattr(columns, name) for columns in scanned], axis=-1)
             got = np.concatenate([getattr(columns, name) for columns in decoded], axis=-1)

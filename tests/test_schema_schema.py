@@ -247,21 +247,6 @@ def test_mutated_schemas_are_valid_or_refused(seed):
     assert passed > 5 and refused > 50
 
 
-def test_mutated_text_is_valid_or_refused(tmp_path):
-    """400 byte-wise mutations of a schema's text."""
-    chooser, path = random.Random(0), tmp_path / "s.toml"
-    text = format_schema(parse()).encode()
-    for _ in range(400):
-        mutated = bytearray(text)
-        for _ in range(chooser.choice((1, 3))):
-            mutated[chooser.randrange(len(mutated))] = chooser.randrange(256)
-        path.write_bytes(mutated)
-        try:
-            load_schema(path)
-        except InputError as error:
-            assert str(error).startswith(str(path))
-
-
 def test_toml_form_holds_only_what_differs_from_the_defaults():
     entry = schema_to_toml(pailitao_schema("demo"))["fields"]["user_id"]
     assert entry == {"kind": "categorical", "num_embeddings": 20_000, "embedding_dim": 8}

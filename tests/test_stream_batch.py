@@ -1,5 +1,6 @@
 """Proves that a batch holds the rows that picking them one by one gives, by key and padded, and moves as a pipeline needs."""
 
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def make_columns(seed: int, rows: int, dtype=np.int32, missing=True) -> Columns:
         dense=draw.random((rows, 2)).astype(np.float32),
         labels=draw.integers(0, 2, rows).astype(np.float32),
         group_ids=draw.integers(0, 9, rows),
+        repaired=Counter(),
     )
 
 

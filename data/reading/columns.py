@@ -7,6 +7,7 @@ is decoded, when a field's ids still fit a core's cache; picking a batch's rows 
 which costs five times as much.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,6 +47,7 @@ class Columns:
     dense: np.ndarray  # (n, D) float32
     labels: np.ndarray  # (n,) float32
     group_ids: np.ndarray | None  # (n,) int64
+    repaired: Counter[str]  # by field: values that on_invalid = "null" or "modulo" changed
 
     @property
     def num_rows(self) -> int:

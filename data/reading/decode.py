@@ -38,7 +38,6 @@ from data.reading.storage import DataFile, open_parquet
 
 IDLE_FILES, IDLE_COLUMN_CHUNKS = 64, 200_000  # of open files and their parsed footers: about 60 MB
 Rows = tuple[pa.RecordBatch, Place]  # and where they come from
-Decoded = tuple[Columns, Counter[str]]  # rows, and by field the values repaired in them
 
 
 class RowReader:
@@ -262,7 +261,7 @@ class Decoder:
         self.reading: dict[int, str] = {}  # thread -> what it reads, for messages about stuck ones
         self._long: dict[int, _LongRowGroup] = {}  # lane -> the last one that it has come to
 
-    def task(self, window: Window, seed: list[int] | None) -> Callable[[], Decoded]:
+    def task(self, window: Window, seed: list[int] | None) -> Callable[[], Columns]:
         """Return what reads and encodes a window's rows, permuted if there is a seed.
 
         The windows of a lane must be asked for in their order, and their tasks begun in that order.
@@ -283,7 +282,7 @@ class Decoder:
 
     def _decode(
         self, sources: list[tuple[RowGroup, Callable[[], list[Rows]]]], num_rows: int, seed: list[int] | None
-    ) -> Decoded:
+    ) -> Columns:
         thread = threading.get_ident()
         parts: list[Rows] = []
         try:
@@ -293,10 +292,8 @@ class Decoder:
                 parts += read()
         finally:
             self.reading.pop(thread, None)
-        repaired: Counter[str] = Counter()
         permutation = None if seed is None else np.random.default_rng(seed).permutation(num_rows)
-        columns = self.reader.encoder.encode_all(parts, repaired, permutation, self.memory.empty)
-        return columns, repaired
+        return self.reader.encoder.encode_all(parts, permutation, self.memory.empty)
 
 
 class _LongRowGroup:

@@ -104,14 +104,13 @@ class Encoder:
         }
         self.id_dtype = np.result_type(np.int32, *(self.list_dtype[each.name] for each in self.single))
 
-    def encode(self, rows: Rows, place: Place, repaired: Counter[str] | None = None) -> Columns:
+    def encode(self, rows: Rows, place: Place) -> Columns:
         """Check and encode rows; see `encode_all`."""
-        return self.encode_all([(rows, place)], repaired)
+        return self.encode_all([(rows, place)])
 
     def encode_all(
         self,
         parts: Sequence[tuple[Rows, Place]],
-        repaired: Counter[str] | None = None,
         permutation: np.ndarray | None = None,
         allocate: Callable[..., np.ndarray] = np.empty,
     ) -> Columns:
@@ -119,14 +118,13 @@ class Encoder:
 
         Args:
             parts: record batches and where they come from; none gives no rows.
-            repaired: counts, by field, the values that `on_invalid` = "null" or "modulo" changed.
             permutation: row i of the result is row permutation[i] of the parts in order.
             allocate: makes the matrix of single-valued ids, by shape and dtype.
 
         Raises:
             InputError: naming file, row group, row, field, the value, what was wanted and how to fix it.
         """
-        repaired = Counter() if repaired is None else repaired
+        repaired: Counter[str] = Counter()
         readers, total = [], 0
         for rows, place in parts:
             readers.append(_Reader(self, rows, total, place, repaired))
@@ -165,6 +163,7 @@ class Encoder:
             dense=in_new_order(dense),
             labels=in_new_order(labels),
             group_ids=in_new_order(groups) if has_groups else None,
+            repaired=repaired,
         )
 
 

@@ -82,23 +82,20 @@ def read_contents(
     time_column = schema.time_column if selection.conditions else ""
     checked = frozenset(schema.columns if selection.options.require_checksum else [schema.label])
 
-    def inspect(file: DataFile) -> tuple[Footer, str]:
-        action = partial(_inspect, file, schema, time_column, checked)
-        return read_or_name(action, file, str(file), "not a readable Parquet file", attempts)
+    def inspect(_: int, file: DataFile) -> tuple[Footer, str]:
+        return _inspect(file, schema, time_column, checked)
 
-    inspected = _in_threads(inspect, files)
+    inspected = _for_each(files, inspect, "not a readable Parquet file", attempts)
     footers = [footer for footer, _ in inspected]
     bare = [(file, column) for file, (_, column) in zip(files, inspected, strict=True) if column]
     if bare:
         _judge_checksums(bare, selection, warn)
     selection.fix_span(footers)
 
-    def count(number: int) -> tuple[list[RowGroup], np.ndarray]:
-        action = partial(_count_rows, files[number], number, footers[number], selection)
-        file = files[number]
-        return read_or_name(action, file, str(file), "cannot be read while counting rows", attempts)
+    def count(number: int, file: DataFile) -> tuple[list[RowGroup], np.ndarray]:
+        return _count_rows(file, number, footers[number], selection)
 
-    counted = _in_threads(count, range(len(files)))
+    counted = _for_each(files, count, "cannot be read while counting rows", attempts)
     row_groups = [row_group for groups, _ in counted for row_group in groups]
     if not row_groups:
         kept = f" that where = {list(selection.options.where)} and sampling keep" if selection.filters else ""
@@ -139,9 +136,16 @@ def prove(parquet: pq.ParquetFile, row_groups: Iterable[int], columns: Iterable[
         next(parquet.iter_batches(1, row_groups=chosen, columns=list(columns), use_threads=False), None)
 
 
-def _in_threads(action: Callable[..., T], items: Sequence) -> list[T]:
+def _for_each(
+    files: Sequence[DataFile], action: Callable[[int, DataFile], T], problem: str, attempts: int
+) -> list[T]:
+    """Run an action with each file and its number, in threads; see `read_or_name`."""
+
+    def run(number: int, file: DataFile) -> T:
+        return read_or_name(partial(action, number, file), file, str(file), problem, attempts)
+
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(action, items))
+        return list(pool.map(run, range(len(files)), files))
 
 
 def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str, attempts: int) -> T:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from data.errors import InputError, first_line
 
 T = TypeVar("T")
+LIST_ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
 CURE = "check the storage service and the network, or raise data.attempts"
@@ -60,7 +61,7 @@ def path_parts(file: DataFile) -> tuple[str, ...]:
     return file.parts if isinstance(file, Path) else tuple(file.uri.split("://", 1)[1].split("/"))
 
 
-def list_remote(uri: str, attempts: int = 5) -> list[RemoteFile]:
+def list_remote(uri: str) -> list[RemoteFile]:
     """List the Parquet files at and below a URI, sorted.
 
     Raises:
@@ -73,51 +74,38 @@ def list_remote(uri: str, attempts: int = 5) -> list[RemoteFile]:
         if info.type == pafs.FileType.File:
             return [RemoteFile(uri)]
         found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+        paths = [item.path for item in found if item.type == pafs.FileType.File]
         prefix = uri[: uri.index(path)] if path in uri else uri.partition("://")[0] + "://"
-        return sorted(
-            RemoteFile(prefix + item.path)
-            for item in found
-            if item.type == pafs.FileType.File and item.path.endswith(".parquet")
-        )
+        return sorted(RemoteFile(prefix + path) for path in paths if path.endswith(".parquet"))
 
-    return retried(find, uri, attempts)
+    return retried(find, uri, LIST_ATTEMPTS)
 
 
 def open_parquet(
-    file: DataFile,
-    *,
-    metadata: pq.FileMetaData | None = None,
-    read_dictionary: Sequence[str] = (),
-    pre_buffer: bool = False,
+    file: DataFile, *, read_dictionary: Sequence[str] = (), pre_buffer: bool = False
 ) -> pq.ParquetFile:
     """Open a Parquet file with page checksums verified.
 
-    Args:
-        file: what to open.
-        metadata: its footer, where it is known, which is then not read again.
-        read_dictionary: string columns to read as dictionary codes.
-        pre_buffer: join the reads of neighbouring columns; always so for remote files, where each read is a request.
+    `read_dictionary` names string columns to read as dictionary codes. `pre_buffer` joins the reads of neighbouring columns; always so
+    for remote files, where each read is a request.
     """
-    options: dict[str, Any] = {
-        "metadata": metadata,
-        "page_checksum_verification": True,
-        "read_dictionary": list(read_dictionary),
-    }
-    if isinstance(file, Path):
-        return pq.ParquetFile(file, pre_buffer=pre_buffer, **options)
-    system, path = file_system(file.uri)
-    return pq.ParquetFile(system.open_input_file(path), pre_buffer=True, **options)
+    return pq.ParquetFile(
+        file if isinstance(file, Path) else _opened(file),
+        read_dictionary=list(read_dictionary),
+        pre_buffer=pre_buffer or isinstance(file, RemoteFile),
+        page_checksum_verification=True,
+    )
 
 
 def read_bytes(file: DataFile, start: int, size: int) -> bytes:
     """Read at most `size` bytes from `start` on."""
-    if isinstance(file, Path):
-        with open(file, "rb") as handle:
-            handle.seek(start)
-            return handle.read(size)
+    with pa.OSFile(str(file)) if isinstance(file, Path) else _opened(file) as source:
+        return source.read_at(size, start)
+
+
+def _opened(file: RemoteFile) -> pa.NativeFile:
     system, path = file_system(file.uri)
-    with system.open_input_file(path) as handle:
-        return handle.read_at(size, start)
+    return system.open_input_file(path)
 
 
 def retried(action: Callable[[], T], what: str, attempts: int, cure: str = CURE) -> T:

@@ -11,7 +11,7 @@ import numpy as np
 from data.errors import InputError
 from data.reading.columns import Columns
 from data.reading.config import StreamOptions
-from data.reading.decode import Decoded, Decoder
+from data.reading.decode import Decoder
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
 from data.reading.order import (
@@ -141,7 +141,7 @@ class ParquetStream:
             return list(windows_of_spans(starts, spans))
 
         upcoming = first_uses(map(cuts_of, range(cursor.step, self.steps_per_epoch)))
-        results: dict[int, Callable[[], Decoded]] = {}  # of windows that are not in use yet
+        results: dict[int, Callable[[], Columns]] = {}  # of windows that are not in use yet
         decoded: dict[int, Columns] = {}  # windows in use
         cuts = cuts_of(cursor.step)
         with closing(Workers(options.workers, limit)) as workers:
@@ -154,8 +154,8 @@ class ParquetStream:
                     seed = [options.seed, cursor.epoch, window.first_row] if is_shuffled else None
                     results[index] = workers.begin(decoder.task(window, seed))
                 for index in [index for index in used if index not in decoded]:
-                    decoded[index], repaired = results.pop(index)()
-                    self.counters.update(repaired)
+                    decoded[index] = results.pop(index)()
+                    self.counters.update(decoded[index].repaired)
                 runs = [
                     (decoded[index], start - starts[index], stop - starts[index])
                     for index, start, stop in cuts
