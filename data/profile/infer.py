@@ -22,8 +22,9 @@ from data.profile.leaks import always_positive, column_auc
 from data.profile.scan import ColumnProfile, Profile, profile_files
 from data.reading.column_types import is_key, is_number
 from data.reading.storage import DataFile
-from data.schema import inline_table, parse_schema, toml_key, toml_text
+from data.schema import parse_schema
 from data.schema.feature import FIT, MAX_NUM_EMBEDDINGS
+from data.schema.schema import inline_table, toml_key, toml_text
 
 LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
 OUTCOME_NAMES = {

@@ -1,17 +1,18 @@
 """Whether a Parquet file's pages carry checksums: read from the header of a page.
 
-A page begins with a Thrift struct in compact encoding: 1 type, 2 uncompressed size, 3 compressed size, 4 crc (optional), 5 and on
-the kind's own header. Arrow verifies a checksum where there is one but does not tell where there is none.
+A page begins with a Thrift struct in compact encoding: 1 type, 2 uncompressed size, 3 compressed size, 4 crc (optional), all int32; 5 and
+on the kind's own header. Arrow verifies a checksum where there is one but does not tell where there is none.
 """
 
+import re
 from collections.abc import Container
 
 import pyarrow.parquet as pq
 
 from data.reading.storage import DataFile, read_bytes
 
-CRC_FIELD = 4
-THRIFT_I32 = 5
+# Fields 1 to 3, each the byte of "the next field, an int32" and a number of one or more bytes, and that byte of field 4.
+CHECKSUM = re.compile(rb"(?:\x15[\x80-\xff]*[\x00-\x7f]){3}\x15")
 HEADER_BYTES = 64
 
 
@@ -45,16 +46,4 @@ def leaves_of(metadata: pq.FileMetaData, columns: Container[str]) -> list[int]:
 
 def has_checksum(header: bytes) -> bool:
     """Whether the page whose first bytes these are carries a checksum."""
-    position = field = 0
-    while position < len(header):
-        byte = header[position]
-        position += 1
-        field += byte >> 4
-        if field == CRC_FIELD:
-            return byte & 15 == THRIFT_I32
-        if field > CRC_FIELD or byte & 15 != THRIFT_I32:
-            return False
-        while position < len(header) and header[position] & 128:  # a number of several bytes
-            position += 1
-        position += 1
-    return False
+    return CHECKSUM.match(header) is not None

@@ -41,14 +41,9 @@ Rows = tuple[pa.RecordBatch, Place]  # and where they come from
 
 
 class RowReader:
-    """Reads the kept rows of row groups.
+    """Reads the kept rows of row groups of `files`: the columns of the encoder's schema, and `extra` ones to pass through as they are.
 
-    Args:
-        files: that the row groups number.
-        encoder: of the schema that says which columns are read.
-        selection: which rows to keep; None: all.
-        extra: columns to pass through as they are.
-        dictionaries: read strings as dictionary codes. Then a value is hashed or looked up once for each read: for long batches.
+    With `dictionaries` strings are read as dictionary codes. Then a value is hashed or looked up once for each read: for long batches.
     """
 
     def __init__(

@@ -44,19 +44,12 @@ MOST_COMPARED, LEAST_COMPARED = 32, 256  # boundaries, numbers
 
 @dataclass(frozen=True)
 class Place:
-    """Where a record batch comes from, for messages.
+    """Where a record batch comes from, for messages."""
 
-    Attributes:
-        file: path of the file, or what else holds the rows.
-        row_group: index of the row group; None where there are none.
-        first_row: index of the record batch's first row in its row group.
-        rows: where only some rows were kept, each one's row in its row group, instead of `first_row`.
-    """
-
-    file: str
-    row_group: int | None
-    first_row: int = 0
-    rows: np.ndarray | None = None
+    file: str  # path of the file, or what else holds the rows
+    row_group: int | None  # its index; None where there are none
+    first_row: int = 0  # of the record batch, in its row group
+    rows: np.ndarray | None = None  # instead of first_row: each row's number, where only some were kept
 
     def __str__(self) -> str:
         return self.file if self.row_group is None else f"{self.file}: row group {self.row_group}"

@@ -92,11 +92,7 @@ def plan_windows(row_groups: Sequence[RowGroup], bounds: Sequence[int], window_r
 
 def _van_der_corput(index: int) -> float:
     """Reverse the bits of `index` behind the point: 0, 1/2, 1/4, 3/4, 1/8, ... Neighbours lie far apart."""
-    value, unit = 0.0, 0.5
-    while index:
-        value += unit * (index & 1)
-        index, unit = index >> 1, unit / 2
-    return value
+    return int(f"{index:b}"[::-1], 2) / 2 ** index.bit_length()
 
 
 def steps_per_epoch(options: StreamOptions, total: int) -> int:

@@ -201,12 +201,12 @@ class Selection:
 
     def columns_to_count(self, stored: Span | None) -> tuple[str, ...] | None:
         """Columns that must be read to know which rows of a row group are kept: () if all are, None if none is."""
-        needed = [self.schema.label] if self.samples else []
-        if self.conditions:
-            if stored and (stored.high <= self.span.low or stored.low >= self.span.high):
+        needed = list(self.columns)
+        if self.conditions and stored:
+            if stored.high <= self.span.low or stored.low >= self.span.high:
                 return None
-            if not stored or stored.low < self.span.low or stored.high > self.span.high:
-                needed.append(self.schema.time_column)
+            if self.span.low <= stored.low and stored.high <= self.span.high:
+                needed.remove(self.schema.time_column)
         return tuple(needed)
 
     def mask(self, rows: pa.RecordBatch, file: DataFile, place: Place) -> np.ndarray:

@@ -1,18 +1,7 @@
 """What a field, a table and a group are: TOML in, checked."""
 
 from .feature import FIRST_VOCABULARY_ROW, FIT, MISSING_ROW, OUT_OF_VOCABULARY_ROW, Feature
-from .schema import (
-    Schema,
-    Table,
-    Zch,
-    format_schema,
-    inline_table,
-    load_schema,
-    parse_schema,
-    schema_to_toml,
-    toml_key,
-    toml_text,
-)
+from .schema import Schema, Table, Zch, format_schema, load_schema, parse_schema, schema_to_toml
 
 __all__ = [
     "FIRST_VOCABULARY_ROW",
@@ -24,10 +13,7 @@ __all__ = [
     "Table",
     "Zch",
     "format_schema",
-    "inline_table",
     "load_schema",
     "parse_schema",
     "schema_to_toml",
-    "toml_key",
-    "toml_text",
 ]
