@@ -40,7 +40,6 @@ CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "greedy+greedy": {"proposers": ("greedy",)},
     "greedy_total+greedy": {"proposers": ("greedy_total",)},
-    "dynamic_programming+greedy": {"proposers": ("dynamic_programming",)},
     "greedy+memory_balanced": {"proposers": ("greedy",), "partitioner": "memory_balanced"},
 }
 

@@ -10,7 +10,7 @@ from data.schema.bounds import Bounded, bounded
 ShardingTypeName = Literal["data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise"]
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
 DtypeName = Literal["fp32", "fp16", "bf16"]
-ProposerName = Literal["greedy", "greedy_total", "dynamic_programming"]
+ProposerName = Literal["greedy", "greedy_total"]
 some = partial(bounded, min_length=1, wanted="at least one", fix="remove the key to have the default")
 
 
@@ -68,6 +68,5 @@ class ShardingConfig(Bounded):
     # TorchRec's searches, in order; greedy_total sorts by the sum over shards instead of the largest
     proposers: tuple[ProposerName, ...] = some(("greedy", "greedy_total"))
     partitioner: Literal["greedy", "memory_balanced"] = "greedy"  # TorchRec's way of dealing shards to ranks
-    # whose times steer the search: ours (cost/estimate.py, which is also what reports show) or TorchRec's
-    estimator: Literal["mbcnet", "torchrec"] = "mbcnet"
+    estimator: Literal["mbcnet"] = "mbcnet"  # was a choice; configs of earlier runs have it
     search_seconds: float = bounded(60.0, above=0)  # budget of the search

@@ -15,12 +15,9 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner
 from torchrec.distributed.planner.perf_models import NoopPerfModel
-from torchrec.distributed.planner.proposers import DynamicProgrammingProposer, GreedyProposer
-from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
+from torchrec.distributed.planner.proposers import GreedyProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
-    HardwareConfig,
-    KernelConfig,
     ParameterConstraints,
     Perf,
     PlannerError,
@@ -28,14 +25,12 @@ from torchrec.distributed.planner.types import (
     ShardingOption,
     Storage,
     Topology,
-    TopologyFactory,
-    TrainerConfig,
 )
 from torchrec.distributed.types import ParameterSharding
 
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import AnyTypeSharder
-from sharding.cost.estimate import Room, table_costs
+from sharding.cost.estimate import table_costs
 from sharding.cost.memory import find_shortage
 from sharding.plan.cluster import Cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
@@ -45,7 +40,6 @@ from sharding.search.candidates import all_options, check_constraints
 from sharding.search.task import Progress, Task
 
 PROPOSALS_WITHOUT_GAIN = 20  # after which a greedy search ends
-DYNAMIC_BINS = 100
 MILLISECONDS = 1e3
 Constraints = dict[str, ParameterConstraints]
 
@@ -77,47 +71,27 @@ def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = Tr
     return plan
 
 
-def topology_of(plan: Plan, cluster: Cluster, room: Room) -> Topology:
-    """TorchRec's view of one group's ranks, with every bandwidth given (its defaults are of old GPUs). Bytes per millisecond."""
-    per_ms = 1e9 / MILLISECONDS
-    on_gpu = cluster.device == "cuda"
-    host_memory = cluster.ddr_gb_per_second / cluster.devices_per_host
-    hardware = HardwareConfig(
-        hbm_cap_bytes=room.hbm,
-        ddr_cap_bytes=room.ddr,
-        ssd_cap_bytes=0,
-        intra_host_bw=per_ms * cluster.nvlink_gb_per_second,
-        inter_host_bw=per_ms * cluster.network_gb_per_second,
-        hbm_mem_bw=per_ms * (cluster.hbm_gb_per_second if on_gpu else host_memory),
-        ddr_mem_bw=per_ms * host_memory,
-        hbm_to_ddr_mem_bw=per_ms * (cluster.host_link_gb_per_second if on_gpu else host_memory),
-        ssd_mem_bw=per_ms,  # no table lives on a disk; TorchRec wants a number above 0
-    )
-    return TopologyFactory.create_topology(
-        trainer_config=TrainerConfig(world_size=plan.group_size, local_world_size=plan.local_group_size),
-        hardware_config=hardware,
-        # without this flag the factory drops the bandwidths it is given and takes its own
-        kernel_config=KernelConfig(compute_device=cluster.device, use_hardware_based_bandwidth=True),
-    )
-
-
 def _search(
     task: Task, plan: Plan, options: dict[str, list[TablePlan]], progress: Progress | None
 ) -> dict[str, TablePlan]:
     """Let TorchRec choose among the candidates: table -> its placement with ranks."""
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
-    config, topology = task.config, topology_of(plan, task.cluster, task.room())
+    config, room = task.config, task.room()
+    topology = Topology(
+        plan.group_size, plan.device, room.hbm, room.ddr, ssd_cap=0, local_world_size=plan.local_group_size
+    )
     constraints = {name: _torchrec_constraints(each) for name, each in options.items()}
-    estimators: list[Any] = [_Estimator(options, plan, task.cluster)]
-    if config.estimator == "torchrec":  # ours still says the bytes
-        estimators.append(EmbeddingPerfEstimator(topology, constraints))
+    estimators = [_Estimator(options, plan, task.cluster)]
     balanced = config.partitioner == "memory_balanced"
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=plan.batch_size_per_rank,
         enumerator=Ordered(topology, plan.batch_size_per_rank, constraints, estimators),
         storage_reservation=FixedPercentageStorageReservation(0.0),
-        proposer=[_proposer(name, plan.group_size) for name in config.proposers],
+        proposer=[
+            GreedyProposer(use_depth=name == "greedy", threshold=PROPOSALS_WITHOUT_GAIN)
+            for name in config.proposers
+        ],
         partitioner=MemoryBalancedPartitioner() if balanced else GreedyPerfPartitioner(),
         performance_model=_Watched(topology, progress),
         stats=[],  # TorchRec's own statistics take longer than the search
@@ -132,17 +106,6 @@ def _search(
         for module_plan in chosen.plan.values()
         for name, parameter in module_plan.items()  # type: ignore[attr-defined]
     }
-
-
-def _proposer(name: str, size: int) -> Any:
-    match name:
-        case "greedy":
-            return GreedyProposer(threshold=PROPOSALS_WITHOUT_GAIN)
-        case "greedy_total":
-            return GreedyProposer(use_depth=False, threshold=PROPOSALS_WITHOUT_GAIN)
-        case _:
-            # its bins count over all devices, and so do its proposals: about 100 of them are enough
-            return DynamicProgrammingProposer(hbm_bins_per_device=max(1, DYNAMIC_BINS // size))
 
 
 def _torchrec_constraints(options: list[TablePlan]) -> ParameterConstraints:
