@@ -33,39 +33,35 @@ from sharding.search.task import Task
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the commands."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    _add_task(parser, _make)
+    parser.set_defaults(run=_make)
+    _add_task(parser)
     actions = parser.add_subparsers(metavar="ACTION", parser_class=type(parser))
 
-    def action(name: str, run: Any, words: str) -> argparse.ArgumentParser:
+    def action(name: str, run: Any, words: str, *parts: Any) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=words, description=run.__doc__)
         added.set_defaults(run=run)
+        for add_part in parts:
+            add_part(added)
         return added
 
-    _add_task(action("make", _make, "plan (the default)"), _make)
-    show = action("show", _show, "what a plan file costs")
-    _add_plan(show)
-    _add_views(show)
+    action("make", _make, "plan (the default)", _add_task)
+    action("show", _show, "what a plan file costs", _add_plan, _add_views)
     explain = action("explain", _explain, "why a table is where it is")
     explain.add_argument("table", metavar="TABLE")
     _add_plan(explain)
-    diff = action("diff", _diff, "how two plans differ")
+    diff = action("diff", _diff, "how two plans differ", _add_json)
     diff.add_argument("old", metavar="OLD")
     diff.add_argument("new", metavar="NEW")
     diff.add_argument("--cluster", metavar="HxD:KIND", help="also compare costs there (default: each plan's own cluster)")  # fmt: skip
-    diff.add_argument("--json", action="store_true", help="print one JSON object")
-    smallest = action("min-gpus", _min_gpus, "the smallest cluster that fits")
-    _add_task(smallest, _min_gpus)
+    smallest = action("min-gpus", _min_gpus, "the smallest cluster that fits", _add_task)
     smallest.add_argument("--headroom", type=float, default=0.2, metavar="SHARE", help="share of each device's memory to leave free (default 0.2)")  # fmt: skip
-    check = action("check", _check, "does a plan fit a schema and a cluster?")
-    _add_plan(check)
+    check = action("check", _check, "does a plan fit a schema and a cluster?", _add_plan, _add_json)
     check.add_argument("--schema", metavar="FILE", help="refuse a plan of another schema")
     check.add_argument("--config", metavar="FILE", help="the same for a run's schema, model, optimizer and [sharding]")  # fmt: skip
-    check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _add_task(parser: argparse.ArgumentParser, run: Any) -> None:
+def _add_task(parser: argparse.ArgumentParser) -> None:
     """What to plan, and what to do with the plan."""
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--schema", metavar="FILE", help="the schema (default: the config's)")
     add("--cluster", metavar="HxD:KIND", help="such as 16x8:h100-80g; KIND is a preset (a100-40g, a100-80g, h100-80g, h200, b200, cpu) or a TOML file")  # fmt: skip
@@ -83,9 +79,13 @@ def _add_task(parser: argparse.ArgumentParser, run: Any) -> None:
     _add_views(parser)
 
 
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _add_views(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser)
     parser.add_argument("--all", action="store_true", help="list every table and rank")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the report")
     parser.add_argument("--html", metavar="FILE", help="write the report with a heat map")
 
 
@@ -169,7 +169,7 @@ def _diff(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
         return int(differ)
-    print("\n".join(diff_lines(plans["old"], plans["new"])) or "no difference")
+    print("\n".join(diff_lines(found)) or "no difference")
     if differ and (args.cluster or all(plan.cluster for plan in plans.values())):
         for label, plan in plans.items():
             result = assess(plan, _cluster_for(plan, args.cluster, getattr(args, label)))
@@ -217,11 +217,7 @@ def _assessed(args: argparse.Namespace) -> Assessment:
 
 
 def _cluster_for(plan: Plan, named: str | None, source: str) -> Cluster:
-    """The cluster to assess a plan on: the named one, else the plan's own.
-
-    Raises:
-        InputError: it is of another size or device than the plan.
-    """
+    """The cluster to assess a plan on: the named one, else the plan's own. It must be of the plan's size and device."""
     text = named or plan.cluster
     if text.endswith(":default") or not text:
         return default_cluster(plan.world_size, plan.local_world_size, plan.device)

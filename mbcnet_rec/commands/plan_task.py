@@ -28,11 +28,7 @@ MAX_BATCH = 2**24
 
 
 def task_of(args: argparse.Namespace) -> Task:
-    """Gather what to plan from the arguments, cheap checks first.
-
-    Raises:
-        InputError: something is missing or out of range.
-    """
+    """Gather what to plan from the arguments, cheap checks first."""
     _check_arguments(args)
     cluster = read_cluster(args.cluster)
     schema = load_schema(args.schema) if args.schema else None

@@ -10,7 +10,7 @@ The last row of each bucket is looked up by the bucket's ids that have no row.
 Shapes: R rows of the table, r rows of this rank, K buckets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -102,9 +102,8 @@ class BucketedCollisions(ManagedCollisionModule):
             self._current_iter_tensor += 1
             step = int(self._current_iter_tensor)
             for feature in features.values():
-                bucket_of = self._bucket_of(feature.values())
-                for bucket in self.own_buckets:
-                    bucket.note(feature.values()[bucket_of == bucket.number], step)
+                for bucket, chosen in self._split(feature.values()):
+                    bucket.note(feature.values()[chosen], step)
         return features
 
     @torch.no_grad()
@@ -118,9 +117,7 @@ class BucketedCollisions(ManagedCollisionModule):
         remapped = {}
         for name, feature in features.items():
             ids, rows = feature.values(), torch.empty_like(feature.values())
-            bucket_of = self._bucket_of(ids)
-            for bucket in self.own_buckets:
-                chosen = (bucket_of == bucket.number).nonzero().squeeze(1)
+            for bucket, chosen in self._split(ids):
                 rows[chosen] = bucket.remap(ids[chosen])
             remapped[name] = JaggedTensor(
                 rows, lengths=feature.lengths(), offsets=feature.offsets(), weights=feature.weights_or_none()
@@ -185,8 +182,11 @@ class BucketedCollisions(ManagedCollisionModule):
         assert start % self.bucket_rows == stop % self.bucket_rows == 0, (output_id_range, self.bucket_rows)
         return BucketedCollisions(self.table, start, stop, device or self.device)
 
-    def _bucket_of(self, ids: Tensor) -> Tensor:
-        return torch.div(ids, -(-ID_RANGE // self.zch.buckets), rounding_mode="floor")
+    def _split(self, ids: Tensor) -> Iterator[tuple["Bucket", Tensor]]:
+        """Every bucket held here, with the positions of its ids."""
+        bucket_of = torch.div(ids, -(-ID_RANGE // self.zch.buckets), rounding_mode="floor")
+        for bucket in self.own_buckets:
+            yield bucket, (bucket_of == bucket.number).nonzero().squeeze(1)
 
 
 class Bucket:

@@ -13,6 +13,7 @@ lookup reaches on an H100) and 0.8 for links. A repeated id is read once from me
 This is a floor, not a forecast: no launches, no stragglers, no skew of hot rows.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from operator import add
@@ -79,15 +80,12 @@ class ShardCost(NamedTuple):
 
 def table_costs(table: TablePlan, plan: Plan, cluster: Cluster) -> list[ShardCost]:
     """Cost of every shard of a table, in shard order."""
-    known: dict[tuple[int, int], tuple[Bytes, Times]] = {}
-    costs = []
-    for shard in shards_of(table, plan):
-        size = (shard.rows, shard.columns)
-        if size not in known:
-            memory = shard_bytes(table, plan, shard.rows, shard.columns)
-            known[size] = memory, shard_times(table, plan, cluster, shard.rows, shard.columns)
-        costs.append(ShardCost(shard.rank, *known[size]))
-    return costs
+
+    @functools.cache  # most shards are of one size
+    def cost(rows: int, columns: int) -> tuple[Bytes, Times]:
+        return shard_bytes(table, plan, rows, columns), shard_times(table, plan, cluster, rows, columns)
+
+    return [ShardCost(rank, *cost(rows, columns)) for rank, rows, columns in shards_of(table, plan)]
 
 
 def least_costs(

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.schema import Schema
-from sharding.plan.constraints import ShardingConfig
+from sharding.plan.constraints import CARRIED, ShardingConfig
 from sharding.plan.placement import REPLAN, Plan, TablePlan, check_shape
 
 HEAD = [each.name for each in fields(Plan) if each.name not in ("tables", "versions", "dense", "format")]
@@ -44,9 +44,8 @@ def ranks_text(ranks: tuple[int, ...]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in spans) or "all"
 
 
-def diff_lines(old: Plan, new: Plan) -> list[str]:
-    """Differences as lines for people; empty if the plans place every table alike."""
-    found = compare_plans(old, new)
+def diff_lines(found: dict[str, Any]) -> list[str]:
+    """What `compare_plans` found, as lines for people."""
     lines = [f"{key}: {_value(before)} -> {_value(after)}" for key, (before, after) in found["head"].items()]
     for name, changes in found["tables"].items():
         if "place" in changes:
@@ -105,7 +104,7 @@ def constraint_differences(plan: Plan, config: ShardingConfig) -> list[str]:
     usual = ShardingConfig()
     pairs = [
         (key, getattr(plan, key), getattr(config, key))
-        for key in ("data_type", "forward_precision", "backward_precision", "prefetch", "replicas")
+        for key in CARRIED
         if getattr(config, key) not in (getattr(usual, key), getattr(plan, key))
     ]
     for name, asked in config.tables.items():

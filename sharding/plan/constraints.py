@@ -11,6 +11,8 @@ ShardingTypeName = Literal["data_parallel", "table_wise", "row_wise", "table_row
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
 DtypeName = Literal["fp32", "fp16", "bf16"]
 ProposerName = Literal["greedy", "greedy_total"]
+# keys of [sharding] that a plan carries
+CARRIED = ("data_type", "forward_precision", "backward_precision", "prefetch", "replicas")
 some = partial(bounded, min_length=1, wanted="at least one", fix="remove the key to have the default")
 
 

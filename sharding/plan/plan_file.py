@@ -43,11 +43,7 @@ def _table_entry(table: TablePlan) -> dict[str, Any]:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan file.
-
-    Raises:
-        InputError: no such file, not JSON, or not a plan.
-    """
+    """Read a plan file; InputError if it is none."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -56,11 +52,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def plan_of_text(text: str, source: str) -> Plan:
-    """Parse the text of a plan file.
-
-    Raises:
-        InputError: not JSON, or not a plan.
-    """
+    """Parse the text of a plan file; InputError if it is none."""
     try:
         table: Any = json.loads(text)
     except ValueError as error:

@@ -83,9 +83,7 @@ def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
         f"{size} with optimizer state{' and ids' if table.zch_buckets else ''}",
         f"planned: {placement_text(table)}, {ms(chosen.times.total)} ms on its busiest rank; step {ms(chosen.step_seconds)} ms",
     ]
-    fitting = [each for each in others if each.fits]
-    if fitting:
-        next_best = fitting[0]
+    if next_best := next((each for each in others if each.fits), None):
         step = next_best.step_seconds - chosen.step_seconds
         busiest = next_best.busiest_seconds - chosen.busiest_seconds
         held = next_best.bytes.hbm + next_best.bytes.ddr - chosen.bytes.hbm - chosen.bytes.ddr

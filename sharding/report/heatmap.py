@@ -29,11 +29,7 @@ def heat(assessment: Assessment) -> dict[str, list[float]]:
 
 
 def write_html(assessment: Assessment, path: Path) -> None:
-    """Write the report with a heat map whose cells say what they are when pointed at. One file, no network.
-
-    Raises:
-        InputError: the path cannot be written.
-    """
+    """Write the report with a heat map whose cells say what they are when pointed at. One file, no network."""
     plan, grid = assessment.plan, heat(assessment)
     ranks = {"all tables": [1e3 * rank.times.total for rank in assessment.ranks]}
     templates = jinja2.Environment(loader=jinja2.PackageLoader("sharding.report"), autoescape=True)

@@ -37,12 +37,7 @@ class _Option(NamedTuple):
 class Balance:
     """Seconds and free bytes of every rank, the option of each movable table, and the steps from one to the next.
 
-    Args:
-        plan: with ranks.
-        cluster: what times are estimated for.
-        options: table -> placements that may be tried.
-        pinned: table -> the only ranks that may hold it.
-        room: bytes of a rank that tables may fill.
+    `options` are the placements that may be tried for each table, `pinned` the only ranks that may hold a table.
     """
 
     def __init__(

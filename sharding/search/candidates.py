@@ -59,11 +59,7 @@ def assumed_fields(schema: Schema, config: ShardingConfig) -> list[str]:
 
 
 def check_constraints(task: Task) -> None:
-    """Refuse constraints that name what is not there or that contradict each other.
-
-    Raises:
-        InputError: naming the key, the value and the fix.
-    """
+    """Refuse constraints that name what is not there or that contradict each other."""
     config, plan = task.config, task.empty_plan()
     tables = {table.name: table for table in task.schema.tables}
     problem = device_problem(plan)
@@ -90,11 +86,7 @@ def check_constraints(task: Task) -> None:
 
 
 def all_options(task: Task) -> dict[str, list[TablePlan]]:
-    """Every table's candidates, with ranks that serve for estimates: the partitioner chooses the real ones.
-
-    Raises:
-        InputError: nothing is left for a table.
-    """
+    """Every table's candidates, with ranks that serve for estimates: the partitioner chooses the real ones."""
     plan = task.empty_plan()
     return {table.name: _candidates(table, task, plan) for table in task.schema.tables}
 

@@ -13,11 +13,7 @@ MOST_HOSTS = 4096  # of a search
 
 
 def solve(task: Task, progress: Progress | None = None) -> Assessment:
-    """Plan and assess.
-
-    Raises:
-        DoesNotFit: nothing fits.
-    """
+    """Plan and assess; DoesNotFit if nothing fits."""
     return assess(make_plan(task, progress), task.cluster)
 
 
@@ -30,9 +26,6 @@ def smallest_cluster(
         task: its cluster says the kind of host, not how many.
         headroom: share of memory to leave free, in place of the config's reserve.
         say: told each size that is tried.
-
-    Raises:
-        InputError: none of the sizes tried fits.
     """
     devices, config = task.cluster.devices_per_host, replace(task.config, storage_reserve=headroom)
 

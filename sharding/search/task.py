@@ -8,7 +8,7 @@ from data.schema import Schema
 from sharding.cost.estimate import Room
 from sharding.cost.memory import gib
 from sharding.plan.cluster import GIB, Cluster, default_cluster, read_cluster
-from sharding.plan.constraints import ShardingConfig
+from sharding.plan.constraints import CARRIED, ShardingConfig
 from sharding.plan.dense_part import DenseCost
 from sharding.plan.placement import Plan
 from sharding.plan.plan_file import FORMAT
@@ -29,7 +29,7 @@ class Task:
 
     def empty_plan(self) -> Plan:
         """The plan without its tables."""
-        config, cluster = self.config, self.cluster
+        cluster = self.cluster
         return Plan(
             world_size=cluster.world_size,
             local_world_size=cluster.devices_per_host,
@@ -38,11 +38,7 @@ class Task:
             tables={},
             batch_size_per_rank=self.batch_size_per_rank,
             optimizer=self.optimizer,  # type: ignore[arg-type]
-            data_type=config.data_type,
-            forward_precision=config.forward_precision,
-            backward_precision=config.backward_precision,
-            prefetch=config.prefetch,
-            replicas=config.replicas,
+            **{key: getattr(self.config, key) for key in CARRIED},
             cluster=str(cluster),
             cluster_fingerprint=cluster.fingerprint(),
             dense=self.dense,
