@@ -105,24 +105,25 @@ def test_avazu(tmp_path):
 
 
 def test_movielens_latest(tmp_path):
-    """Ratings are in time, those of one second by user, then by film; what came later than a rating would leak."""
-    ratings = [(user, 1 + user % 2, 3.5 + user % 2, 2_000 - user // 2 * 2) for user in range(20)]
+    """Ratings are in time, those of one second by user; a tag of the same second is not before, and equal tags count once."""
+    ratings = [(user, 1 + user % 2, 3.5 + user % 2, 2_000 - user // 2 * 2) for user in range(19)]
+    ratings.append((19, 9, 5.0, 1_982))
     lines = [f"{user},{movie},{rating},{moment}" for user, movie, rating, moment in ratings]
     src = src_of(
         tmp_path,
         ratings__csv="\n".join(["userId,movieId,rating,timestamp", *reversed(lines), ""]),
-        movies__csv='movieId,title,genres\n1,"American President, The (1995)",Comedy|Drama|Romance\n'
-        "2,Amélie,(no genres listed)\n",
-        tags__csv="userId,movieId,tag,timestamp\n5,1,Funny ,1985\n6,1,later,1999\n",
+        movies__csv='movieId,title,genres\n1,"Se7en, the (2nd) Film (1995)",Comedy|Drama\n2,Amélie,(no genres listed)\n',
+        tags__csv="userId,movieId,tag,timestamp\n5,1,Funny ,1985\n6,1,later,1999\n7,1,FUNNY,1990\n8,1,now,2000\n",
     )
     splits = prepared("movielens_latest", src, tmp_path / "out")
     in_time = sorted(range(20), key=lambda user: (ratings[user][3], user))
     assert columns_of(splits, "user_id") == [in_time[:16], in_time[16:18], in_time[18:]]
-    second, first = splits["test"].to_pylist()  # users 0 and 1
-    has(first, user_id=1, movie_id=2, label=1, year=None, genres=[], title_words=["amélie"], tags_before=[])
-    has(second, user_id=0, label=0, year=1995, genres=["Comedy", "Drama", "Romance"])
-    has(second, title_words=["american", "president", "the"], tags_before=["funny", "later"])
-    assert splits["train"]["tags_before"].to_pylist()[0] == []
+    of_user = {row["user_id"]: row for table in splits.values() for row in table.to_pylist()}
+    has(of_user[1], movie_id=2, label=1, year=None, genres=[], title_words=["amélie"], tags_before=[])
+    has(of_user[0], label=0, year=1995, genres=["Comedy", "Drama"], rated_hour=0, rated_weekday=3)
+    has(of_user[0], title_words=["se7en", "the", "2nd", "film"], tags_before=["funny", "later"])
+    has(of_user[18], year=1995, tags_before=[])
+    has(of_user[19], year=None, genres=[], title_words=[])  # a film that movies.csv lacks
     assert "rating" not in splits["train"].column_names
 
 

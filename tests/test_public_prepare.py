@@ -32,31 +32,19 @@ def rows_of(out: Path, split: str) -> pa.Table:
 
 
 @pytest.fixture
-def movielens(tmp_path) -> Path:
-    """Four ratings of two users in each split, and tags before, at and after them."""
-    src = tmp_path / "src"
-    src.mkdir()
-    ratings = {
-        "user_id": [7, 7, 8, 8],
-        "movie_id": [1, 2, 1, 2],
-        "rating": [5.0, 1.0, 4.0, 2.0],
-        "label": pa.array([1, 0, 1, 0], pa.int8()),
-        # 2018-09-24 is a Monday; 13:00:00 UTC
-        "timestamp": [1537794000, 1537794000, 1537794001, 1537794000 + 86_400],
-        "title": ["Se7en: the (2nd) Film (1995)", "Amélie (2001)", "Se7en: the (2nd) Film (1995)", None],
-        "year": pa.array([1995, 2001, 1995, None], pa.int32()),
-        "genres": [["Crime", "Drama"], [], ["Crime", "Drama"], ["Comedy"]],
+def src(tmp_path) -> Path:
+    """AliExpress' sample in small: ten searches of two rows each to train, and as many to test."""
+    schema = load_schema(SCHEMA_FOLDER / "aliexpress.toml")
+    columns: dict[str, list] = {feature.source_column: [0] * 20 for feature in schema.features}
+    columns |= {
+        "search_id": [row // 2 for row in range(20)],
+        "click": [1] * 10 + [0] * 10,
+        "conversion": [0] * 20,
     }
-    for split in SPLITS:
-        pq.write_table(pa.table(ratings), src / f"{split}.parquet")
-    tags = {
-        "user_id": [1, 1, 2, 3, 3],
-        "movie_id": [1, 1, 1, 1, 1],
-        "tag": ["Dark ", "twist", "dark", "at that moment", "later"],
-        "timestamp": [100, 200, 300, 1537794000, 1537794001],
-    }
-    pq.write_table(pa.table(tags), src / "tags.parquet")
-    return src
+    (tmp_path / "src").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pa.table(columns), tmp_path / "src" / f"{split}.parquet")
+    return tmp_path / "src"
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -79,55 +67,41 @@ def test_real_files(name, tmp_path):
         assert set(table.column_names) == {*schema.columns} | time, "needed columns and no others"
     for file, digest in summary["sources"].items():
         assert hashlib.sha256((src / file).read_bytes()).hexdigest() == digest
-    for feature in schema.features:
-        if feature.vocabulary:
-            values = pq.read_table(out / feature.vocabulary)["value"]
-            assert schema.table_of[feature.name].num_embeddings == len(values) + 2
-            assert len(values.unique()) == len(values)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_movielens_derives_without_looking_ahead(movielens, tmp_path):
+def test_aliexpress_validates_on_whole_searches(src, tmp_path):
     seen: list[int] = []
-    out = prepare("movielens", movielens, tmp_path / "out", progress=seen.append)
-    assert seen == [4, 8, 12]
-    table = rows_of(out, "train")
-    assert "rating" not in table.column_names
-    assert table["rated_hour"].to_pylist() == [13, 13, 13, 13]
-    assert table["rated_weekday"].to_pylist() == [0, 0, 0, 1]
-    film = ["se7en", "the", "2nd", "film"]
-    assert table["title_words"].to_pylist() == [film, ["amélie"], film, []]
-    # a tag of the same second is not before; equal tags count once
-    tags = ["dark", "twist"]
-    assert table["tags_before"].to_pylist() == [tags, [], [*tags, "at that moment"], []]
-    assert table["timestamp"].to_pylist()[0] == 1537794000
-    # the vocabulary of the training split, by count, then by value
-    genres = pq.read_table(out / "vocabulary/genres.parquet")["value"].to_pylist()
-    assert genres == ["Crime", "Drama", "Comedy"]
+    out = prepare("aliexpress", src, tmp_path / "out", progress=seen.append)
+    assert seen == [16, 20, 40]
+    train, valid = rows_of(out, "train"), rows_of(out, "valid")
+    assert valid["search_id"].to_pylist() == [4, 4, 9, 9]
+    assert valid["click"].to_pylist() == [1, 1, 0, 0]
+    assert not set(train["search_id"].to_pylist()) & {4, 9}
+    assert "conversion" not in train.column_names
 
 
-def test_prepared_again_is_left_alone(movielens, tmp_path):
-    out = prepare("movielens", movielens, tmp_path / "out")
+def test_prepared_again_is_left_alone(src, tmp_path):
+    out = prepare("aliexpress", src, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert prepare("movielens", movielens, out) == out
+    assert prepare("aliexpress", src, out) == out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    tags = movielens / "tags.parquet"
-    pq.write_table(pq.read_table(tags).slice(1), tags)
+    pq.write_table(pq.read_table(src / "test.parquet").slice(1), src / "test.parquet")
     with pytest.raises(InputError, match="other files"):
-        prepare("movielens", movielens, out)
+        prepare("aliexpress", src, out)
 
 
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
         ("netflix", "", None, "'netflix' is not known; use one of: adult, ali_ccp"),
-        ("movielens", "src/valid.parquet", b"not parquet", r"valid\.parquet: cannot be read as Parquet"),
-        ("movielens", "src/test.parquet", "genres", "column 'genres' is missing"),
-        ("movielens", "out/thesis.tex", b"years of work", "holds no prepared data set"),
+        ("aliexpress", "src/test.parquet", b"not parquet", r"test\.parquet: cannot be read as Parquet"),
+        ("aliexpress", "src/test.parquet", "search_id", "column 'search_id' is missing"),
+        ("aliexpress", "out/thesis.tex", b"years of work", "holds no prepared data set"),
     ],
     ids=["name", "damage", "column", "folder of something else"],
 )
-def test_a_mistake_is_named_and_nothing_is_touched(movielens, name, file, content, message, tmp_path):
+def test_a_mistake_is_named_and_nothing_is_touched(src, name, file, content, message, tmp_path):
     path = tmp_path / file
     if isinstance(content, bytes):
         path.parent.mkdir(exist_ok=True)
@@ -136,24 +110,5 @@ def test_a_mistake_is_named_and_nothing_is_touched(movielens, name, file, conten
         pq.write_table(pq.read_table(path).drop_columns([content]), path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=message):
-        prepare(name, movielens, tmp_path / "out")
+        prepare(name, src, tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_aliexpress_validates_on_whole_searches(tmp_path):
-    schema = load_schema(SCHEMA_FOLDER / "aliexpress.toml")
-    columns: dict[str, list] = {feature.source_column: [0] * 20 for feature in schema.features}
-    columns |= {
-        "search_id": [row // 2 for row in range(20)],
-        "click": [1] * 10 + [0] * 10,
-        "conversion": [0] * 20,
-    }
-    (tmp_path / "src").mkdir()
-    for split in ("train", "test"):
-        pq.write_table(pa.table(columns), tmp_path / "src" / f"{split}.parquet")
-    out = prepare("aliexpress", tmp_path / "src", tmp_path / "out")
-    train, valid = rows_of(out, "train"), rows_of(out, "valid")
-    assert valid["search_id"].to_pylist() == [4, 4, 9, 9]
-    assert valid["click"].to_pylist() == [1, 1, 0, 0]
-    assert not set(train["search_id"].to_pylist()) & {4, 9}
-    assert "conversion" not in train.column_names

@@ -140,13 +140,11 @@ def test_click_rate_and_best_scores_are_plausible_and_the_best_is_calibrated(man
 
 
 @pytest.mark.parametrize("group", [name for name in SHARES if name != "main_effects"])
-def test_each_group_matters_through_its_interaction(world, group):
+def test_each_group_matters_through_its_interaction(world, many, group):
     """Pair a group's query side with other rows' items: each side alone stays, the oracle gets worse."""
-    index = np.arange(20_000)
-    facts = draw_facts(world, index % DAYS, index)
-    labels = draw_labels(world, facts, true_probability(world, facts))
+    facts, _, labels = many
     terms = {name: world.scales[name] * term for name, term in raw_terms(world, facts).items()}
-    order = np.random.default_rng(0).permutation(len(index))
+    order = np.random.default_rng(0).permutation(len(labels))
     item_side = ("item", "doc", "category_latent", "brand_latent", "style_latent")
     torn = {name: value[order] if name.startswith(item_side) else value for name, value in facts.items()}
     without = terms | {group: world.scales[group] * raw_terms(world, torn)[group]}
@@ -197,9 +195,7 @@ def test_ids_lists_and_vectors_fit_the_schema(scale):
 
 def test_users_follow_a_power_law(many):
     counts = np.sort(np.bincount(many[0]["user_id"], minlength=20_000))[::-1]
-    assert counts[:2000].sum() > 0.25 * counts.sum(), (
-        "the busiest tenth of the users has a quarter of the rows"
-    )
+    assert counts[:2000].sum() > 0.25 * counts.sum(), "the busiest tenth has a quarter of the rows"
     assert counts[0] < 0.02 * counts.sum(), "but none of them all"
 
 
@@ -297,12 +293,10 @@ def test_memory_is_flat_in_the_number_of_rows(tmp_path):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     peaks = []
-    for rows in (40_000, 200_000):
-        command = [sys.executable, "-c", code, str(tmp_path / str(rows)), str(rows)]
-        root = Path(__file__).parents[1]
-        peaks.append(
-            int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
-        )
+    for rows in ("40000", "200000"):
+        command = [sys.executable, "-c", code, str(tmp_path / rows), rows]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
+        peaks.append(int(done.stdout))
     assert peaks[1] - peaks[0] < 100, f"{peaks} MiB"
 
 
