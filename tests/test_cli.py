@@ -10,7 +10,7 @@ from data.errors import InputError
 from mbcnet_rec import cli
 from mbcnet_rec.runtime.exits import PreemptedError
 
-NAMES = (
+NAMES = [
     "doctor",
     "data",
     "schema",
@@ -22,7 +22,9 @@ NAMES = (
     "export",
     "study",
     "tune",
-)
+    "bench",
+    "report",
+]
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
