@@ -170,12 +170,7 @@ class ServingModel:
         Raises:
             ValueError: a column is missing or a value is one that training would have refused.
         """
-        return torch.sigmoid(self.logits(rows)).numpy()
-
-    @torch.inference_mode()
-    def logits(self, rows: Rows) -> Tensor:
-        """Return the fused logit of each row, (B,) float32."""
-        return self.score(self.preprocess(rows))
+        return torch.sigmoid(self.score(self.preprocess(rows))).numpy()
 
     @torch.inference_mode()
     def score(self, inputs: Inputs) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from scipy.special import softmax
 
 from data.errors import InputError
 from data.schema import load_schema
@@ -13,15 +14,7 @@ from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
 from mbcnet_rec.report.run_report import LEARNING, Wanted, plots_of, read_metrics
 from mbcnet_rec.study.complexity import complexity_blocks
-from mbcnet_rec.study.probe import (
-    MISSING,
-    Probe,
-    category_names,
-    choose_category,
-    neuron_outputs,
-    probe_run,
-    tsne_plane,
-)
+from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, probe_run, tsne_plane
 from mbcnet_rec.study.runs import Run
 from mbcnet_rec.study.studies import DENSITIES, GRID_ALPHA, GRID_BETA, MODELS, Study, density_name, grid_name
 from mbcnet_rec.study.summary import Scores
@@ -114,7 +107,7 @@ def _latents(material: Material) -> list[Block]:
 
 def _neurons(material: Material) -> list[Block]:
     probe = material.probe()
-    outputs = neuron_outputs(probe)
+    outputs = softmax(probe.latents, axis=2).mean(axis=1)  # (K, d)
     width = outputs.shape[1]
     chosen = np.sort(np.random.default_rng(0).choice(width, min(NEURONS, width), replace=False))
     plot = {

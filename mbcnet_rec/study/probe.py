@@ -131,13 +131,6 @@ def category_names(schema: Schema, feature: Feature, ids: np.ndarray) -> list[st
     ]
 
 
-def neuron_outputs(probe: Probe) -> np.ndarray:
-    """Mean over rows of the softmax over the d neurons: (K, d) (Figure 6 b)."""
-    shifted = probe.latents - probe.latents.max(axis=2, keepdims=True)
-    powers = np.exp(shifted)
-    return (powers / powers.sum(axis=2, keepdims=True)).mean(axis=1)
-
-
 def tsne_plane(points: np.ndarray, seed: int = 0) -> np.ndarray:
     """Lay (n, d) points out in (n, 2): PCA to at most 30 components, then t-SNE. Equal for equal seeds."""
     if not np.ptp(points, axis=0).any():  # all points are one: PCA and t-SNE would divide by 0

@@ -93,6 +93,7 @@ def conduct(request: StudyRequest) -> int:
         InputError: the config, the study and the models do not fit together.
     """
     study = with_models(request.study, request.models)
+    request = replace(request, study=study)
     if request.tuned is not None and not any((request.tuned / f"{kind}.toml").is_file() for kind in MODELS):
         raise InputError(
             f"--tuned {request.tuned}: wanted a folder with KIND.toml files, which `mbcnet tune --out {request.tuned}` writes; change it"
@@ -110,7 +111,7 @@ def conduct(request: StudyRequest) -> int:
     found: dict[str, dict[int, Mapping[str, float]]] = {}
     for run in done:
         found.setdefault(run.variant, {})[run.seed] = scores(run.folder)
-    blocks = report_blocks(request, study, base, done, found, failures)
+    blocks = report_blocks(request, base, done, found, failures)
     title = f"{study.reference}: {study.question}"
     lead = f"{base.name}, {request.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
     page = request.out / f"{study.name}_{base.name}.html"
@@ -143,13 +144,13 @@ def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str
 
 def report_blocks(
     request: StudyRequest,
-    study: Study,
     base: RunConfig,
     runs: Sequence[Run],
     found: Mapping[str, Scores],
     failures: Mapping[str, Sequence[str]],
 ) -> list[Block]:
     """Put a study's report together."""
+    study = request.study
     rows = summarise(study, found, failures)
     blocks: list[Block] = []
     if rows:
