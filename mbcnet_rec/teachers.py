@@ -21,7 +21,6 @@ from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
 from mbcnet_rec.scoring.trained_run import find_step, load_built
 from mbcnet_rec.train import Report, Teach, run_training
-from mbcnet_rec.training.trainer import Watch
 
 
 def train_model(
@@ -29,11 +28,10 @@ def train_model(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    allow_partial: bool = False,
-    watch: Watch | None = None,
     report: Report | None = None,
+    **options: Any,
 ) -> int:
-    """`run_training`, for EnKD preceded by its teachers. One call per rank."""
+    """`run_training`, with its options, for EnKD preceded by its teachers. One call per rank."""
     teach: Teach | None = None
     if config.model.kind == "enkd":
         teachers = [teacher_config(config, kind) for kind in config.model.enkd.teachers]
@@ -41,10 +39,7 @@ def train_model(
             if not (resume and (teacher.run_folder / DONE).is_file()):
                 run_training(teacher, resume=resume, overwrite=overwrite, report=report)
         teach = partial(taught_by, teachers)
-    return run_training(
-        config, resume=resume, overwrite=overwrite, allow_partial=allow_partial,
-        watch=watch, teach=teach, report=report,
-    )  # fmt: skip
+    return run_training(config, resume=resume, overwrite=overwrite, report=report, teach=teach, **options)
 
 
 def teacher_config(config: RunConfig, kind: str) -> RunConfig:

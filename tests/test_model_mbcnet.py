@@ -1,14 +1,16 @@
 """MBCNet has the paper's shape and size, any subset and order of branches, and an objective that adds up as Eq. 17."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from data.errors import InputError
-from mbcnet_rec.model.branches import BRANCHES, DeepConfig, EFGCConfig, FMConfig
-from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
+from data.schema import load_schema
+from mbcnet_rec.model.branches import BRANCHES, DeepConfig, EFGCConfig
+from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, input_layout
 from mbcnet_rec.model.layers import CrossConfig
 from mbcnet_rec.model.losses import (
     CoteachingConfig,
@@ -21,22 +23,24 @@ from mbcnet_rec.model.losses import (
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNet, MBCNetConfig
 from mbcnet_rec.model.objective import Objective, build_transforms
 
+ROOT = Path(__file__).parents[1]
 LAYOUT = InputLayout(
     {"user": 4, "item": 8, "tags": 4},
     {"price": (0, 1), "image": (1, 4)},
     {"match": ("user", "item"), "looks": ("image", "user")},
     wide=True,
 )
-SIZES = {
+SMALL = {
     "efgc": EFGCConfig((6, 4)),
-    "cross": CrossConfig(num_layers=2, num_experts=2, low_rank=2),
+    "cross": CrossConfig(low_rank=2),
     "deep": DeepConfig((10, 8)),
-    "fm": FMConfig(),
+    "branch_dim": 8,
+    "top": (7, 5),
 }
 
 
 def small(**kwargs):
-    return MBCNetConfig(**({"branch_dim": 8, "top": (7, 5)} | SIZES | kwargs))
+    return MBCNetConfig(**(SMALL | kwargs))
 
 
 def features(rows=16, seed=0):
@@ -54,58 +58,34 @@ def _seed():
     torch.manual_seed(0)
 
 
-def paper_layout():
-    """192 fields whose widths sum to 2,780, and seven overlapping groups of 800 columns together.
-
-    125 fields of 16, 64 of 8, 1 of 12 and two image vectors of 128: 2000 + 512 + 12 + 256 = 2780.
-    Groups: both images, 256; and 34 fields of 16 over six groups, 544.
-    """
-    dims = {f"f{i}": 16 for i in range(125)} | {f"g{i}": 8 for i in range(64)} | {"h": 12}
-    groups = {"images": ("query", "item")}
-    groups |= {
-        f"group{i}": tuple(f"f{j}" for j in range(3 * i, 3 * i + size))
-        for i, size in enumerate((6, 6, 6, 6, 5, 5))
-    }
-    return InputLayout(dims, {"query": (0, 128), "item": (128, 128)}, groups, wide=True)
-
-
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_parameters_at_the_papers_size():
-    layout = paper_layout()
+    layout = input_layout(load_schema(ROOT / "data/schemas/pailitao.toml"), wide=True)
     assert len(layout.keys(ALL)) == 192 and layout.width() == 2780
     assert len(layout.groups) == 7 and sum(layout.width(group) for group in layout.groups) == 800
     with torch.device("meta"):
         arch = BranchArch(MBCNetConfig(branches=tuple(BRANCHES)), layout)
         paper = BranchArch(MBCNetConfig(), layout)
         transforms = build_transforms(3, 128, DifferentiationConfig())
-    branches = arch.branches
-    # EFGC: first layers 800 * 1024 + 7 * 1024 =   826,368
-    #       second     7 * (1024 * 128 + 128)  =   918,400
-    #       reduction  7 * 128 * 512 + 512     =   459,264
-    assert count(branches["efgc"]) == 826_368 + 918_400 + 459_264 == 2_204_032  # the paper's 2.2 million
-    # Deep weights: 2780 * 2048 + 2048 * 1024 + 1024 * 512 + 512 * 512 + 512 * 512 = 8,839,168
-    # biases: 2048 + 1024 + 3 * 512 = 4,608
-    assert sum(p.numel() for p in branches["deep"].parameters() if p.dim() == 2) == 8_839_168
-    assert count(branches["deep"]) == 8_839_168 + 4_608
-    # Cross, a layer: V 2 * 16 * 2780 = 88,960, U the same, C 2 * 16 * 16 = 512, gates 2 * 2780 = 5,560, bias 2,780
-    # two layers 2 * 186,772 = 373,544; reduction 2780 * 512 + 512 = 1,423,872
-    assert count(branches["cross"].crossing) == 373_544
-    assert count(branches["cross"]) == 373_544 + 1_423_872 == 1_797_416
-    # FM: 125 fields of 16 as they are; 64 * 8 * 16 = 8,192; 12 * 16 = 192; 2 * 128 * 16 = 4,096; 16 * 512 + 512 = 8,704
-    assert count(branches["fm"]) == 8_192 + 192 + 4_096 + 8_704
-    # Wide: 190 weights of ids and 256 numbers to 512
-    assert count(branches["wide"]) == (190 + 256) * 512 + 512
-    # Top: 512 * 512 + 512 + 512 * 256 + 256 + 256 * 128 + 128 = 426,880, once for all branches
-    assert count(arch.top) == 426_880
-    # a logit layer of 128 + 1 for each branch and the fusion
-    assert count(arch.branch_logits) == 5 * 129 and count(arch.fused_logit) == 129
-    # W: three pairs of 128 * 128
-    assert count(transforms) == 49_152
-    # 2,204,032 + 8,843,776 + 1,797,416 + 426,880 + 4 * 129 = 13,272,620; with W 13,321,772: 13.3 million
-    assert count(paper) == 13_272_620
+    # first layers 800 * 1024 + 7 * 1024; second 7 * (1024 * 128 + 128); reduction 7 * 128 * 512 + 512
+    efgc = 826_368 + 918_400 + 459_264
+    assert efgc == 2_204_032  # the paper's 2.2 million
+    # a layer: V 2 * 16 * 2780, U the same, C 2 * 16 * 16, gates 2 * 2780, bias 2780; reduction 2780 * 512 + 512
+    cross = 2 * (88_960 + 88_960 + 512 + 5_560 + 2_780) + 1_423_872
+    # weights 2780 * 2048 + 2048 * 1024 + 1024 * 512 + 2 * 512 * 512, biases 2048 + 1024 + 3 * 512
+    deep = 8_839_168 + 4_608
+    # 77 fields of 16 as they are; 37 of 32, 16 of 8 and 16 of 4; two vectors of 64 and 44 numbers; 16 * 512 + 512
+    fm = (37 * 32 + 16 * 8 + 16 * 4 + 2 * 64 + 44) * 16 + 8_704
+    wide = (146 + 172) * 512 + 512  # weights of ids, and numbers
+    assert [count(branch) for branch in arch.branches.values()] == [efgc, cross, deep, fm, wide]
+    top = 512 * 512 + 512 + 512 * 256 + 256 + 256 * 128 + 128  # once for all branches
+    assert count(arch.top) == top
+    # a logit layer of 128 + 1 for each branch and the fusion: 13.3 million with W
+    assert count(paper) == efgc + cross + deep + top + 4 * 129 == 13_272_620
+    assert count(transforms) == 3 * 128 * 128
 
 
 @pytest.mark.parametrize(

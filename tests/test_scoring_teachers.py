@@ -46,9 +46,8 @@ def scored(config):
     schema = load_schema(config.schema)
     with joined_process("cpu") as process:
         stream = open_streams(config.data, 0, schema, process)["train"]()
-        teachers = [
-            load_teacher(teacher_config(config, kind), process) for kind in config.model.enkd.teachers
-        ]
+        kinds = config.model.enkd.teachers
+        teachers = [load_teacher(teacher_config(config, kind), process) for kind in kinds]
         taught = TaughtStream(stream, teachers)
         batches = list(taught)
         scored = [list(teacher.score((batch, None) for batch in batches)) for teacher in teachers]
@@ -99,9 +98,8 @@ def test_the_student_logs_what_the_teachers_add_and_is_tested_without_them(confi
 
 
 def test_a_resumed_run_keeps_its_teachers(config, capfd):
-    before = {
-        path: path.stat().st_mtime_ns for path in config.run_folder.with_name("run_teachers").glob("*/DONE")
-    }
+    teachers = config.run_folder.with_name("run_teachers")
+    before = {path: path.stat().st_mtime_ns for path in teachers.glob("*/DONE")}
     assert main(["train", "--config", str(config.run_folder / "config.toml"), "--resume"]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
 

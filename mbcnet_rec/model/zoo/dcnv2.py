@@ -1,7 +1,4 @@
-"""DCN-V2 (Wang et al., 2021): cross and deep network in parallel.
-
-Shapes: B batch, N flattened width of all fields.
-"""
+"""DCN-V2 (Wang et al., 2021): cross and deep network. Shapes: B batch, N flattened width of all fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

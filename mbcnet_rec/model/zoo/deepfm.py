@@ -1,7 +1,4 @@
-"""DeepFM (Guo et al., 2017): a factorisation machine and a deep network on the same embeddings.
-
-Shapes: B batch, N flattened width of all fields, F fields.
-"""
+"""DeepFM (Guo et al., 2017). Shapes: B batch, N flattened width of all fields, F sparse fields, D dense columns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

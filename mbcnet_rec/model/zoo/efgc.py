@@ -1,7 +1,4 @@
-"""MBCnet's EFGC branch alone.
-
-Shapes: B batch, N flattened width of all fields, H width in which a branch ends.
-"""
+"""MBCnet's EFGC branch alone. Shapes: B batch, n_g width of group g, H width in which the branch ends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

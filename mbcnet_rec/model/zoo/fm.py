@@ -1,4 +1,4 @@
-"""Factorisation machine (Rendle, 2010). Shapes: B batch, N flattened width of all fields, F fields."""
+"""Factorisation machine (Rendle, 2010). Shapes: B batch, N flattened width of all fields, F sparse fields, D dense columns."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,4 @@
-"""MMoE (Ma et al., 2018) with one task, the paper's MMOE+.
-
-Shapes: B batch, N flattened width of all fields, E experts.
-"""
+"""MMoE (Ma et al., 2018), the paper's MMOE+. Shapes: B batch, N flattened width of all fields, E experts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

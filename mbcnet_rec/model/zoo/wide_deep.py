@@ -1,7 +1,4 @@
-"""Wide & Deep (Cheng et al., 2016): one weight for each id, plus a deep network.
-
-Shapes: B batch, N flattened width of all fields, F fields.
-"""
+"""Wide & Deep (Cheng et al., 2016). Shapes: B batch, N flattened width of all fields, F sparse fields, D dense columns."""
 
 from collections.abc import Mapping
 
