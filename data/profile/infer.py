@@ -161,9 +161,9 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
             f"no column is named like a label ({', '.join(LABEL_NAMES)}) and holds 0 and 1; name it with --label "
             f"(columns of 0 and 1: {listed})"
         )
-    times = [name for name in (*TIME_NAMES, *columns) if name in columns and _time_span(profile, name)]
-    groups = [name for name in GROUP_NAMES if name in columns and is_key(columns[name].kind)]
-    return Roles(label or guesses[0], *(found[0] if found else "" for found in (times, groups)))
+    times = (name for name in (*TIME_NAMES, *columns) if name in columns and _time_span(profile, name))
+    groups = (name for name in GROUP_NAMES if name in columns and is_key(columns[name].kind))
+    return Roles(label or guesses[0], next(times, ""), next(groups, ""))
 
 
 def _is_binary(column: ColumnProfile) -> bool:
@@ -202,7 +202,6 @@ def _weight_columns(profile: Profile) -> dict[str, str]:
 
 def propose(column: ColumnProfile, profile: Profile, weights: str = "") -> Proposal:
     """Choose a kind and sizes for one column."""
-    kind = column.kind.value_type if pt.is_dictionary(column.kind) else column.kind
     proposal = Proposal(column.name)
     if column.null_share:
         proposal.notes.append(f"null {column.null_share:.1%}")
@@ -210,9 +209,9 @@ def propose(column: ColumnProfile, profile: Profile, weights: str = "") -> Propo
         proposal.notes.append(f"missing in {profile.missing[column.name]} of {profile.num_files} files")
     if column.is_list:
         _propose_list(proposal, column, weights)
-    elif is_key(kind) and (not pt.is_integer(kind) or _is_id(column)):
+    elif is_key(column.item) and (not pt.is_integer(column.item) or _is_id(column)):
         proposal.entry = {"kind": "categorical", **_keys(proposal, column)}
-    elif is_number(kind):
+    elif is_number(column.item):
         _propose_number(proposal, column, profile.sample[column.name])
     else:
         proposal.notes.append(f"{column.kind}: no kind of field takes it")

@@ -4,9 +4,12 @@ Counts, ranges and distinct values are of every row read; quantiles and what a c
 row sample of fixed size. Rows are read in pieces, so memory depends on the number of columns and not on the number of rows.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
@@ -143,8 +146,10 @@ Group = tuple[int, int, int]  # file, row group, rows
 
 
 @contextmanager
-def naming(file: DataFile, part: str = "") -> Iterator[None]:
-    """Name a file, and a part of it, in the error where what is read in the block is damaged.
+def naming(
+    file: DataFile, fault: str = "cannot be read as Parquet", cure: str = "fix or remove the file"
+) -> Iterator[None]:
+    """Name a file, with what is wrong and how to fix it, in the error where what is read in the block is damaged.
 
     Raises:
         InputError: it is damaged.
@@ -152,15 +157,12 @@ def naming(file: DataFile, part: str = "") -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        what, cure = "cannot be read as Parquet", "fix or remove the file"
-        if part:
-            what, cure = f"{part} cannot be decoded", "write the file again"
-        raise InputError(f"{file}: {what} ({first_line(error)}); {cure}") from None
+        raise InputError(f"{file}: {fault} ({first_line(error)}); {cure}") from None
 
 
 def _read_footers(files: Sequence[DataFile]) -> tuple[pa.Schema, dict[str, int], list[Group]]:
     schema = pa.schema([])
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     groups: list[Group] = []
     for number, file in enumerate(files):
         with naming(file), open_parquet(file) as parquet:
@@ -172,8 +174,7 @@ def _read_footers(files: Sequence[DataFile]) -> tuple[pa.Schema, dict[str, int],
             raise InputError(
                 f"{file}: its columns do not fit those of {files[0]} ({first_line(error)}); write the column with one type"
             ) from None
-        for name in found.names:
-            seen[name] = seen.get(name, 0) + 1
+        seen.update(found.names)
         groups += [(number, index, count) for index, count in enumerate(counts) if count]
     return schema, {name: len(files) - n for name, n in seen.items() if n < len(files)}, groups
 
@@ -191,10 +192,10 @@ def _spread(groups: list[Group], rows: int) -> list[Group]:
 
 def _pieces(files: Sequence[DataFile], schema: pa.Schema, groups: list[Group]) -> Iterator[pa.Table]:
     piece_rows = max(256, min(65_536, PIECE_CELLS // max(1, len(schema))))
-    for number in dict.fromkeys(file for file, _, _ in groups):
+    for number, of_file in groupby(groups, key=itemgetter(0)):
         with open_parquet(files[number]) as parquet:
-            for _, index, wanted in (group for group in groups if group[0] == number):
-                with naming(files[number], f"row group {index}"):
+            for _, index, wanted in of_file:
+                with naming(files[number], f"row group {index} cannot be decoded", "write the file again"):
                     for batch in parquet.iter_batches(min(piece_rows, wanted), row_groups=[index]):
                         batch = batch.slice(0, wanted)
                         wanted -= batch.num_rows

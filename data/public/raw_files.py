@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from data.errors import InputError, first_line
+from data.profile.scan import naming
 
 Sources = Mapping[str, list[Path]]  # a data set's file pattern -> the files found for it
 Splits = Iterator[tuple[str, pa.Table]]  # split, rows; a split's rows in order
@@ -58,19 +59,17 @@ def digest(path: Path) -> str:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, decompressing what its name says is compressed; name it if it cannot be read."""
-    try:
-        with io.BufferedReader(pa.input_stream(str(path), compression="detect")) as file:  # type: ignore[arg-type]
-            yield file
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, decompressing what its name says is compressed."""
+    stream = pa.input_stream(str(path), compression="detect")
+    with naming(path, "cannot be read", "fetch it again"), io.BufferedReader(stream) as file:  # type: ignore[arg-type]
+        yield file
 
 
 def count_lines(path: Path) -> int:
     """Number of lines, the last one with or without its line end."""
     count, last = 0, b"\n"
-    with _readable(path) as file:
+    with _opened(path) as file:
         while block := file.read(BLOCK_BYTES):
             count += block.count(b"\n")
             last = block[-1:]
@@ -80,20 +79,17 @@ def count_lines(path: Path) -> int:
 def read_csv(
     path: Path, types: Mapping[str, pa.DataType], *, delimiter: str = ",", has_header: bool = True
 ) -> Iterator[pa.Table]:
-    """Read a delimited file in pieces of about 16 MB.
+    """Read a delimited file, compressed or not, in pieces of about 16 MB.
 
-    Args:
-        path: the file; .gz and the like are decompressed.
-        types: the columns wanted, and their types; without a header all columns, in the file's order.
-        delimiter: between two values; "::", as in a small file in Latin-1, too. Only values between commas may be quoted.
-        has_header: whether the first line names the columns.
+    `types` are those of the columns wanted, or without a header of all columns in order. The delimiter "::" stands for a small file in
+    Latin-1. Only values between commas may be quoted.
 
     Raises:
         InputError: the file cannot be read, a column is missing, or a value is not of its type.
     """
     source, encoding = path, "utf8"
     if delimiter == "::":  # Arrow takes one character
-        with _readable(path) as file:
+        with _opened(path) as file:
             source, delimiter, encoding = io.BytesIO(file.read().replace(b"::", b"\t")), "\t", "latin-1"
     reading = pa_csv.ReadOptions(
         block_size=BLOCK_BYTES, column_names=None if has_header else list(types), encoding=encoding

@@ -50,18 +50,16 @@ class SplitWriter(ExitStack):
         """Write row groups while at least so many rows wait."""
         while len(rows := self.waiting[split]) >= least:
             part, self.waiting[split] = rows.slice(0, self.row_group_rows), rows.slice(self.row_group_rows)
-            if self.written[split] % self.file_rows == 0:
-                self._next_file(split, rows.schema)
+            number, rest = divmod(self.written[split], self.file_rows)
+            if rest == 0:
+                if split in self.writers:
+                    self.writers[split].close()
+                path = self.folder / split / f"part-{number:05d}.parquet"
+                path.parent.mkdir(exist_ok=True)
+                writer = pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True)
+                self.writers[split] = self.enter_context(writer)
             self.writers[split].write_table(part, row_group_size=self.row_group_rows)
             self.written[split] += len(part)
-
-    def _next_file(self, split: str, schema: pa.Schema) -> None:
-        if split in self.writers:
-            self.writers[split].close()
-        path = self.folder / split / f"part-{self.written[split] // self.file_rows:05d}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        writer = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
-        self.writers[split] = self.enter_context(writer)
 
     def finish(self) -> dict[str, Any]:
         """Write what waits. Returns rows and label rate of each split.

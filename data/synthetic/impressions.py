@@ -168,10 +168,8 @@ def _noise(world: World, facts: Facts, name: str) -> np.ndarray:
 def _number(world: World, facts: Facts, feature: Feature) -> pa.Array:
     """A numeric column: a statistic, a price, a rating."""
     name = feature.name
-    for endings, compute in NUMBERS_BY_ENDING:
-        if name.endswith(endings):
-            return _nullable(world, facts, name, pa.array(compute(world, facts, name)))
-    return pa.array(_count(world, facts, name))
+    compute = next(compute for endings, compute in NUMBERS_BY_ENDING if name.endswith(endings))
+    return _nullable(world, facts, name, pa.array(compute(world, facts, name)))
 
 
 def _count(world: World, facts: Facts, name: str) -> np.ndarray:
@@ -232,4 +230,5 @@ NUMBERS_BY_ENDING: tuple[tuple[tuple[str, ...], Callable[[World, Facts, str], np
     (("_rating",), _stars),
     (("_rank_in_category", "_object_area", "_sharpness"), _share),
     (("_percent",), _percent),
+    (("",), _count),
 )

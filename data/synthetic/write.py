@@ -95,19 +95,12 @@ def write_synthetic(
 ) -> dict[str, Any]:
     """Write the log and return the content of OUT/synthetic.json.
 
-    The folder appears under its name only when it is complete. If it is there already with the same schema,
-    rows, seed, days and rows_per_file, nothing is written and the summary says `"already_there": true`.
+    The folder appears under its name only when it is complete. If it is there already with the same schema, rows, seed, days and
+    rows_per_file, nothing is written and the summary says `"already_there": true`; `force` replaces another synthetic log.
 
-    Args:
-        schema: pailitao_schema(...), or one with other sizes.
-        out: the folder to write.
-        rows: in all, spread evenly over the days.
-        days: at least 3: one each for test and validation.
-        seed: of everything.
-        rows_per_file: a day with more rows gets several files.
-        progress: called with the number of rows written so far.
-        threads: how many blocks are made at a time.
-        force: replace an earlier synthetic log in `out`.
+    The schema is pailitao_schema(...), or one with other sizes. Rows are spread evenly over the days, at least 3: one each for test
+    and validation. A day of more than `rows_per_file` gets several files. `threads` blocks are made at a time, and `progress` is told
+    the number of rows so far.
 
     Raises:
         InputError: a number is out of range, the schema is not Pailitao-like, or `out` holds something else.
