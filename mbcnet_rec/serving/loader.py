@@ -75,14 +75,15 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
     folder = Path(folder)
     try:
         spec = json.loads((folder / MODEL).read_text())
-        if spec["format"] != FORMAT:
-            raise ValueError(
-                f"format {spec['format']}, wanted {FORMAT}: export it again, or use its own loader"
-            )
+        written = spec["format"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / MODEL}: not an artifact of `mbcnet export` ({error or type(error).__name__})"
         ) from None
+    if written != FORMAT:
+        raise ValueError(
+            f"{folder}: an artifact of format {written}, wanted {FORMAT}: export it again, or use its own loader"
+        )
     for name, sha256 in spec["files"].items() if verify else ():
         if sha256_of(folder / name) != sha256:
             raise ValueError(
