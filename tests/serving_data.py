@@ -6,13 +6,12 @@ import functools
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from forked_ranks import run_script
 from small_data import CONFIG, SCHEMA, small_table
 
 from data.profile.fit import fit_schema
@@ -94,14 +93,7 @@ def trained_runs(base: Path) -> Path:
         if (folder / "whole").exists():
             return folder
         write_serving_data(folder)
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "serving_ranks.py"), str(folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_script("serving_ranks.py", str(folder))
         (folder / "whole").touch()
     return folder
 
