@@ -35,10 +35,6 @@ LOW_RANK = CrossConfig(num_layers=2, num_experts=3, low_rank=2)
 FULL_RANK = CrossConfig(kind="full_rank", num_layers=2)
 
 
-def relu(x):
-    return np.maximum(x, 0)
-
-
 def softmax(x):
     e = np.exp(x - x.max())
     return e / e.sum()
@@ -59,7 +55,7 @@ def affine(x, layer):
 def mlp(x, module):
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            x = relu(affine(x, layer))
+            x = np.maximum(affine(x, layer), 0)
     return x
 
 
@@ -77,9 +73,8 @@ def cross(x_0, module):
 
 
 def wide(w, module):
-    return (
-        sum(w[:3]) + w[3:] @ array(module.dense_weight) + array(module.bias)[0]
-    )  # one weight a sparse field
+    # one weight for each of three sparse fields
+    return sum(w[:3]) + w[3:] @ array(module.dense_weight) + array(module.bias)[0]
 
 
 def fm(x, w, arch):
@@ -91,9 +86,8 @@ def fm(x, w, arch):
 
 
 def efgc(row, arch):
-    groups = [
-        mlp(row[name], own) for name, own in zip(("match", "cost"), arch.branch.crossing.mlps, strict=True)
-    ]
+    match, cost = arch.branch.crossing.mlps
+    groups = [mlp(row["match"], match), mlp(row["cost"], cost)]
     return affine(mlp(mlp(np.concatenate(groups), arch.branch.reduction), arch.top), arch.logit)[0]
 
 
@@ -166,8 +160,8 @@ def config_of(kind, own):
     return ModelConfig(kind, **{kind: own})
 
 
-def features(seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def features():
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, LAYOUT.width(), generator=generator, dtype=torch.float64)
     return {
         ALL: x,

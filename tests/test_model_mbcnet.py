@@ -43,14 +43,10 @@ def small(**kwargs):
     return MBCNetConfig(**(SMALL | kwargs))
 
 
-def features(rows=16, seed=0):
-    x = torch.randn(rows, LAYOUT.width(), generator=torch.Generator().manual_seed(seed))
-    return {
-        ALL: x,
-        WIDE: torch.randn(rows, LAYOUT.width(WIDE), generator=torch.Generator().manual_seed(seed + 1)),
-        "match": x[:, :12],
-        "looks": torch.cat([x[:, :4], x[:, 17:]], 1),
-    }
+def features():
+    generator = torch.Generator().manual_seed(0)
+    x, wide = (torch.randn(16, LAYOUT.width(group), generator=generator) for group in (ALL, WIDE))
+    return {ALL: x, WIDE: wide, "match": x[:, :12], "looks": torch.cat([x[:, :4], x[:, 17:]], 1)}
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -29,6 +28,7 @@ from mbcnet_rec.model.sparse_arch import (
 )
 from mbcnet_rec.model.zoo.deepfm import DeepFMConfig
 from mbcnet_rec.model.zoo.dnn import DNNConfig
+from mbcnet_rec.runtime.process import joined_process
 
 DIMS = {"user": 4, "item": 8, "tags": 4, "shops": 12}
 GROUPS = {"match": ("item", "user"), "looks": ("image", "item", "price"), "cost": ("price", "age")}
@@ -86,16 +86,14 @@ def test_regroup_sends_gradients_to_every_use(op):
 def test_regroup_with_wide_weights(op):
     columns = {f"{key}@table_{key}": torch.randn(B, width) for key, width in DIMS.items()}
     columns |= {wide_key(key): torch.randn(B, 4) for key in DIMS}
-    order = sorted(columns, reverse=True)
     dense = torch.randn(B, 5)
-    groups = FeatureRegroup(layout(wide=True), op)(keyed_tensors(order, columns), dense)
+    tensors = keyed_tensors(sorted(columns, reverse=True), columns)
+    groups = FeatureRegroup(layout(wide=True), op)(tensors, dense)
     weights = [columns[wide_key(key)].mean(1, keepdim=True) for key in DIMS]
-    torch.testing.assert_close(
-        groups[WIDE], torch.cat([*weights, dense[:, :1], dense[:, 2:], dense[:, 1:2]], 1)
-    )
-    assert torch.equal(
-        groups["match"], torch.cat([columns["item@table_item"], columns["user@table_user"]], 1)
-    )
+    numbers = [dense[:, :1], dense[:, 2:], dense[:, 1:2]]
+    torch.testing.assert_close(groups[WIDE], torch.cat([*weights, *numbers], 1))
+    match = [columns["item@table_item"], columns["user@table_user"]]
+    assert torch.equal(groups["match"], torch.cat(match, 1))
     assert groups[WIDE].shape[1] == layout().width(WIDE)
 
 
@@ -205,9 +203,8 @@ def test_one_weight_per_id_and_field():
 
 @pytest.fixture
 def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with joined_process("cpu"):
+        yield
 
 
 @pytest.mark.parametrize("name", MODELS)

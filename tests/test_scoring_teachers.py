@@ -15,29 +15,19 @@ from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.teachers import TaughtStream, load_teacher, teacher_config
 from mbcnet_rec.train import open_streams, run_training
 
-MODEL = """
-[model]
-kind = "enkd"
-
-[model.enkd]
-hidden = [16, 8]
-teachers = ["wide_deep", "dcnv2"]
-
-[model.wide_deep]
-hidden = [16, 8]
-
-[model.dcnv2]
-hidden = [16, 8]
-"""
+SETTINGS = [
+    "model.kind=enkd",
+    "model.enkd.teachers=['wide_deep', 'dcnv2']",
+    *(f"model.{kind}.hidden=[16, 8]" for kind in ("enkd", "wide_deep", "dcnv2")),
+]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """An EnKD run, made by `mbcnet train`."""
     path = write_small(tmp_path_factory.mktemp("enkd"), 1_500, 300)
-    path.write_text(path.read_text().replace("[model.mbcnet]", MODEL + "\n[model.mbcnet]", 1))
-    assert main(["train", "--config", str(path)]) == 0
-    return load_config(path)
+    assert main(["train", "--config", str(path), *(f"--set={each}" for each in SETTINGS)]) == 0
+    return load_config(path, SETTINGS)
 
 
 @pytest.fixture(scope="module")
