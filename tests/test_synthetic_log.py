@@ -101,18 +101,10 @@ def test_layout_and_summary(schema, log):
 
 def test_recorded_best_scores_are_those_of_the_true_probability(world, log):
     """The oracle is recomputed from the generator, the labels are read from the files."""
-    rows = ROWS // DAYS
+    rows, tally = ROWS // DAYS, Tally()
     facts = draw_facts(world, np.full(rows, DAYS - 1), np.arange(rows))
-    probability = true_probability(world, facts) / 65_536
-    last_day = [file for file in files_of(log) if file.parent.name == "ds=2024-05-06"]
-    labels = np.concatenate([pq.ParquetFile(file).read()["click"].to_numpy() for file in last_day])
-    said = json.loads((log / "synthetic.json").read_text())["splits"]["test"]
-    assert said["best_auc"] == pytest.approx(pairwise_auc(probability, labels), rel=1e-12)
-    loss = -np.where(labels == 1, np.log(probability), np.log1p(-probability)).mean()
-    assert said["best_log_loss"] == pytest.approx(loss, rel=1e-12)
-    rate = labels.mean()
-    prior = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
-    assert said["prior_log_loss"] == pytest.approx(prior, rel=1e-12)
+    tally.add(true_probability(world, facts), rows_of(log)["click"].to_numpy()[-rows:])
+    assert json.loads((log / "synthetic.json").read_text())["splits"]["test"] == tally.summary()
 
 
 @pytest.fixture(scope="module")
@@ -219,19 +211,14 @@ def test_files_carry_checksums_and_their_own_scores(log):
         pq.read_table(pa.BufferReader(bytes(damaged)), page_checksum_verification=True)
 
 
-def test_a_second_call_does_nothing(schema, log):
-    before = {file: file.stat().st_mtime_ns for file in files_of(log)}
-    summary = write_synthetic(schema, log, rows=ROWS, days=DAYS, rows_per_file=700)
-    assert summary["already_there"]
-    assert before == {file: file.stat().st_mtime_ns for file in files_of(log)}
-
-
 def test_another_log_is_replaced_only_with_force(schema, tmp_path):
-    out = tmp_path / "log"
+    out, seen = tmp_path / "log", []
     write_synthetic(schema, out, rows=30, days=3)
+    before = {file: file.stat().st_mtime_ns for file in files_of(out)}
+    assert write_synthetic(schema, out, rows=30, days=3)["already_there"]
+    assert before == {file: file.stat().st_mtime_ns for file in files_of(out)}
     with pytest.raises(InputError, match=r"rows = 30 there, 60 wanted.*--force"):
         write_synthetic(schema, out, rows=60, days=3)
-    seen: list[int] = []
     write_synthetic(schema, out, rows=60, days=3, force=True, progress=seen.append)
     assert rows_of(out).num_rows == 60 and seen == [20, 40, 60]
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
@@ -271,17 +258,20 @@ def test_mistakes_are_refused_and_nothing_is_touched(schema, tmp_path, options, 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 65_535), st.integers(0, 1)), min_size=2, max_size=60))
 def test_tally_agrees_with_the_definition(rows):
-    probability, labels = (np.asarray(column) for column in zip(*rows, strict=True))
-    tally = Tally()
-    half = len(rows) // 2
-    tally.add(probability[:half], labels[:half])
-    tally.add(probability[half:], labels[half:])
+    steps, labels = (np.asarray(column) for column in zip(*rows, strict=True))
+    tally, half, rate = Tally(), len(rows) // 2, labels.mean()
+    tally.add(steps[:half], labels[:half])
+    tally.add(steps[half:], labels[half:])
     summary = tally.summary()
-    assert summary["rows"] == len(rows)
-    if 0 < labels.sum() < len(labels):
-        assert summary["best_auc"] == pytest.approx(pairwise_auc(probability, labels), rel=1e-12)
-    else:
+    assert (summary["rows"], summary["label_rate"]) == (len(rows), pytest.approx(rate))
+    if not 0 < rate < 1:
         assert summary["best_auc"] is None
+        return
+    chance = steps / 65_536
+    loss = -np.where(labels == 1, np.log(chance), np.log1p(-chance)).mean()
+    prior = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+    found = (summary["best_auc"], summary["best_log_loss"], summary["prior_log_loss"])
+    assert found == pytest.approx((pairwise_auc(steps, labels), loss, prior), rel=1e-12)
 
 
 @pytest.mark.long

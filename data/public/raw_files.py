@@ -61,8 +61,10 @@ def digest(path: Path) -> str:
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file, decompressing what its name says is compressed."""
-    stream = pa.input_stream(str(path), compression="detect")
-    with naming(path, "cannot be read", "fetch it again"), io.BufferedReader(stream) as file:  # type: ignore[arg-type]
+    with (
+        naming(path, "cannot be read", "fetch it again"),
+        io.BufferedReader(pa.input_stream(str(path), compression="detect")) as file,  # type: ignore[arg-type]
+    ):
         yield file
 
 
