@@ -12,7 +12,6 @@ are loaded.
 
 import copy
 import dataclasses
-import importlib.metadata
 import json
 import shutil
 import warnings
@@ -33,6 +32,7 @@ from data.reading.keys import read_vocabularies
 from data.schema import Schema, Table, format_schema, load_schema
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
+from mbcnet_rec.doctor import installed
 from mbcnet_rec.model.input_layout import input_layout, wide_tables
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.model.models import build_arch, needs_wide
@@ -167,7 +167,9 @@ def take_apart(
         "kind": weights.config.model.kind,
         "branches": chosen,
         "rows": "",
-        "versions": {name: version(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")},
+        "versions": {
+            name: installed(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")
+        },
         "vocabulary_types": {
             name: str(values.type) if pa.types.is_integer(values.type) else "string"
             for name, values in vocabularies.items()
@@ -253,14 +255,6 @@ def pack_rows(
             else:
                 packed[part].copy_((chunk.half() if rows == "fp16" else chunk).view(torch.uint8))
     return opened.weights_host
-
-
-def version(name: str) -> str:
-    """Installed version of a package, or an empty string."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: bool = False) -> str:

@@ -29,6 +29,7 @@ from mbcnet_rec.serving.artifact import take_apart, untrained
 from mbcnet_rec.serving.sample_requests import Requests, draw_requests, read_requests
 
 WARM_UP = 3
+CORES = len(os.sched_getaffinity(0))  # that this process may use
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def run_latency(
     timings = race(models, requests, contest)
     if as_json:
         latency = [dataclasses.asdict(timing) for timing in timings]
-        print(json.dumps({"artefacts": list(folders), "cores": usable_cores(), "latency": latency}))
+        print(json.dumps({"artefacts": list(folders), "cores": CORES, "latency": latency}))
     else:
         print("\n".join(latency_lines(folders, timings)))
     return 0
@@ -217,16 +218,10 @@ def timing_of(name: str, threads: int, rows: int, parts: np.ndarray) -> Timing:
     return Timing(name, threads, rows, p50, p95, p99, preprocess, tables, dense, calls)
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def latency_lines(folders: Sequence[str], timings: Sequence[Timing]) -> list[str]:
     """The table for people, and by how much the first model is slower than the second."""
-    cores = usable_cores()
     lines = [
-        f"{', '.join(folders)}: one request, milliseconds; {cores} cores",
+        f"{', '.join(folders)}: one request, milliseconds; {CORES} cores",
         "",
         f"{'threads':>7}{'rows':>6}  {'model':<18}{'p50':>9}{'p95':>9}{'p99':>9}   "
         f"{'preprocess':>10}{'tables':>9}{'dense':>9}{'calls':>8}",
@@ -238,8 +233,8 @@ def latency_lines(folders: Sequence[str], timings: Sequence[Timing]) -> list[str
             f"{each.threads:>7}{each.rows:>6}  {each.model:<18}{shown}   {each.preprocess:>10.2f}{each.tables:>9.2f}"
             f"{each.dense:>9.2f}{each.calls:>8,}"
         )
-    if max(each.threads for each in timings) > cores:
-        lines.append(f"more threads than the {cores} cores: they wait for each other")
+    if max(each.threads for each in timings) > CORES:
+        lines.append(f"more threads than the {CORES} cores: they wait for each other")
     fewest = min(each.threads for each in timings)
     medians = {(each.model, each.rows): each.p50 for each in timings if each.threads == fewest}
     first, *others = dict.fromkeys(each.model for each in timings)

@@ -133,11 +133,11 @@ def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str
         for run, failure in train_all(runs, workers):
             if failure:
                 failures.setdefault(run.variant, []).append(f"seed {run.seed}: {failure}")
-                bar.write(f"{run.variant}, seed {run.seed}: failed: {failure}")
+                words = f"failed: {failure}"
             else:
                 found = scores(run.folder)
                 words = f"AUC {found['auc']:.4f}, log-loss {found['log_loss']:.4f}"
-                bar.write(f"{run.variant}, seed {run.seed}: {words}")
+            bar.write(f"{run.variant}, seed {run.seed}: {words}")
             bar.update(1)
     return failures
 
