@@ -1,5 +1,6 @@
 """Proves that the tables TorchRec is told of are those of the schema, each in the one collection that can hold it."""
 
+import tomllib
 from pathlib import Path
 
 from torchrec.modules.embedding_configs import DataType, PoolingType
@@ -9,41 +10,24 @@ from data.synthetic.pailitao import pailitao_schema
 from sharding.bridge.collections import COLLECTIONS, ids_name, meta_collections, rows_name
 from sharding.bridge.zch import collision_collection
 
+SCHEMA = """
+name = "s"
+label = "y"
+[tables]
+item = { num_embeddings = 50, embedding_dim = 8 }
+[fields]
+item   = { kind = "categorical", table = "item", pooling = "mean" }
+seen   = { kind = "multi_valued", table = "item", pooling = "mean" }
+liked  = { kind = "weighted_multi_valued", weights = "w", num_embeddings = 9, embedding_dim = 4 }
+user   = { kind = "categorical", encoding = "zch", num_embeddings = 80, embedding_dim = 8 }
+basket = { kind = "weighted_multi_valued", encoding = "zch", weights = "b", num_embeddings = 80, embedding_dim = 8 }
+age    = { kind = "numeric", transform = "bucketise", boundaries = [1.0], num_embeddings = 3, embedding_dim = 4 }
+price  = { kind = "numeric" }
+"""
+
 
 def schema_of():
-    table = {
-        "name": "s",
-        "label": "y",
-        "tables": {"item": {"num_embeddings": 50, "embedding_dim": 8}},
-        "fields": {
-            "item": {"kind": "categorical", "table": "item", "pooling": "mean"},
-            "seen": {"kind": "multi_valued", "table": "item", "pooling": "mean"},
-            "liked": {
-                "kind": "weighted_multi_valued",
-                "weights": "w",
-                "num_embeddings": 9,
-                "embedding_dim": 4,
-            },
-            "user": {"kind": "categorical", "encoding": "zch", "num_embeddings": 80, "embedding_dim": 8},
-            "basket": {
-                "kind": "weighted_multi_valued",
-                "encoding": "zch",
-                "weights": "b",
-                "num_embeddings": 80,
-                "embedding_dim": 8,
-            },
-            "age": {
-                "kind": "numeric",
-                "transform": "bucketise",
-                "boundaries": [1.0],
-                "num_embeddings": 3,
-                "embedding_dim": 4,
-            },
-            "price": {"kind": "numeric"},
-        },
-        "groups": {},
-    }
-    return parse_schema(table, "s.toml", Path())
+    return parse_schema(tomllib.loads(SCHEMA), "s.toml", Path())
 
 
 def test_each_table_is_in_one_collection():

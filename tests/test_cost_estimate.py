@@ -39,16 +39,16 @@ def test_shards_are_those_of_torchrec(kind, rows):
 
 def test_bytes_follow_optimizer_dtype_and_kernel():
     rows = 1_000_000
-    size = shard_bytes(TABLE, PLAN, rows, 32)
-    assert (size.rows, size.state, size.ddr) == (128 * rows, 4 * rows, 0)
-    assert size.hbm == size.rows + size.state + size.activations
-    assert shard_bytes(TABLE, replace(PLAN, optimizer="adagrad"), rows, 32).state == 128 * rows
-    assert shard_bytes(TABLE, replace(PLAN, optimizer="sgd"), rows, 32).state == 0
-    assert shard_bytes(TABLE, replace(PLAN, data_type="bf16"), rows, 32).rows == 64 * rows
-    on_cpu = shard_bytes(TABLE, replace(PLAN, device="cpu"), rows, 32)
-    assert on_cpu.hbm == 0 and on_cpu.ddr == size.hbm
-    cached = replace(TABLE, compute_kernel="fused_uvm_caching", cache_ratio=0.25)
-    paged = shard_bytes(cached, PLAN, rows, 32)
+
+    def size(table=TABLE, **change):
+        return shard_bytes(table, replace(PLAN, **change), rows, 32)
+
+    assert (size().rows, size().state, size().ddr) == (128 * rows, 4 * rows, 0)
+    assert size().hbm == size().rows + size().state + size().activations
+    assert size(optimizer="adagrad").state == 128 * rows and size(optimizer="sgd").state == 0
+    assert size(data_type="bf16").rows == 64 * rows
+    assert (size(device="cpu").hbm, size(device="cpu").ddr) == (0, size().hbm)
+    paged = size(replace(TABLE, compute_kernel="fused_uvm_caching", cache_ratio=0.25))
     assert paged.cache == 250_000 * (128 + 16) + 4 * rows and paged.ddr == 128 * rows
     assert paged.hbm == paged.cache + paged.state + paged.activations  # rowwise state stays on the device
 

@@ -13,9 +13,8 @@ FIELDS = {
     "user": {"kind": "categorical", "num_embeddings": 100, "embedding_dim": 8},
     "item": {"kind": "categorical", "num_embeddings": 50, "embedding_dim": 4},
 }
-SCHEMA = parse_schema(
-    {"name": "two", "label": "click", "fields": FIELDS, "groups": {"taste": ["user", "item"]}}, "two", Path()
-)
+TABLE = {"name": "two", "label": "click", "fields": FIELDS, "groups": {"taste": ["user", "item"]}}
+SCHEMA = parse_schema(TABLE, "two", Path())
 
 
 def test_a_deep_network_costs_its_products():
