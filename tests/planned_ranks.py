@@ -27,8 +27,6 @@ from mbcnet_rec.training.hooks import Hooks
 FOLDER = Path(sys.argv[1])
 CONFIG = write_small(FOLDER, train_rows=2_400, other_rows=120)
 STEPS = 20
-
-
 COMMON = [f"train.max_steps={STEPS}", "train.log_every=5", "train.eval_every=10", "train.timeout_seconds=30"]
 
 
@@ -40,11 +38,8 @@ def run(name, *settings, resume=False, plan="", hooks=lambda rank: Hooks(), **op
 def metrics(name):
     """Lines of training and validation; a run that was cut short has tested its last step too."""
     lines = [json.loads(line) for line in (FOLDER / name / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in TIMING_KEYS}
-        for line in lines
-        if line["split"] != "test"
-    ]
+    kept = [line for line in lines if line["split"] != "test"]
+    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in kept]
 
 
 def again(name, *settings, **options):
@@ -55,24 +50,14 @@ def again(name, *settings, **options):
     return result | {"before": before, "after": metrics(name)}
 
 
-def make_plan(*settings):
-    path = FOLDER / "plan.json"
-    args = ["plan", "--config", str(CONFIG), "--cluster", "1x2:cpu", "-o", str(path)]
-    for setting in settings:
-        args += ["--set", setting]
-    assert main(args) == 0
-    return path
-
-
 def reviewed_plan():
     """A plan file with half rows, half precision between ranks and three types of sharding, made as a user makes it."""
-    plan = make_plan(
-        "data_type=fp16",
-        "forward_precision=fp16",
-        "backward_precision=fp16",
-        'tables.user.sharding_types=["row_wise"]',
-        'tables.likes.sharding_types=["table_row_wise"]',
-    )
+    plan = FOLDER / "plan.json"
+    args = ["plan", "--config", str(CONFIG), "--cluster", "1x2:cpu", "-o", str(plan)]
+    types = ('tables.user.sharding_types=["row_wise"]', 'tables.likes.sharding_types=["table_row_wise"]')
+    for setting in ("data_type=fp16", "forward_precision=fp16", "backward_precision=fp16", *types):
+        args += ["--set", setting]
+    assert main(args) == 0
     result = run("planned", plan=plan)
     result["same_file"] = (FOLDER / "planned" / "plan.json").read_text() == plan.read_text()
     return result | {"again": again("planned", plan=plan)}
@@ -80,23 +65,14 @@ def reviewed_plan():
 
 def no_plan():
     """Nor enough rows for every user: those above have their ids taken modulo, and are counted over the ranks."""
-    mending = (
-        (FOLDER / "schema.toml")
-        .read_text()
-        .replace("num_embeddings = 120,", 'num_embeddings = 100, on_invalid = "modulo",')
-    )
-    (FOLDER / "mending.toml").write_text(mending)
-    result = run(
-        "unplanned",
-        "optim.embedding.name=adam",
-        'sharding.sharding_types=["data_parallel"]',
-        f"schema={FOLDER / 'mending.toml'}",
-    )
-    result["lines"] = metrics("unplanned")
+    schema = (FOLDER / "schema.toml").read_text()
+    short = schema.replace("num_embeddings = 120,", 'num_embeddings = 100, on_invalid = "modulo",')
+    (FOLDER / "short.toml").write_text(short)
+    settings = ('sharding.sharding_types=["data_parallel"]', f"schema={FOLDER / 'short.toml'}")
+    result = run("unplanned", "optim.embedding.name=adam", *settings)
     users = pq.read_table(FOLDER / "train.parquet", columns=["user"])["user"].to_numpy()
-    result["above"] = int((users >= 100).sum())
-    result["plan"] = json.loads((FOLDER / "unplanned" / "plan.json").read_text())
-    return result
+    plan = json.loads((FOLDER / "unplanned" / "plan.json").read_text())
+    return result | {"lines": metrics("unplanned"), "above": int((users >= 100).sum()), "plan": plan}
 
 
 def without_device_checks(rank):

@@ -33,15 +33,16 @@ WORLDS = (2, 4)
 
 def small(rows, dims, **more):
     """A schema of lists and single ids, one table each; `more` holds further fields."""
+    kinds = (
+        {"kind": "categorical"},
+        {"kind": "multi_valued"},
+        {"kind": "categorical"},
+        {"kind": "multi_valued", "pooling": "mean"},
+    )
     fields = {
-        f"f{index}": {
-            "kind": "multi_valued" if index % 2 else "categorical",
-            "num_embeddings": count,
-            "embedding_dim": dim,
-            **({"pooling": "mean"} if index % 4 == 3 else {}),
-        }
+        f"f{index}": kinds[index % 4] | {"num_embeddings": count, "embedding_dim": dim}
         for index, (count, dim) in enumerate(zip(rows, dims, strict=True))
-    }
+    }  # fmt: skip
     return parse_schema({"name": "small", "label": "click", "fields": {**fields, **more}}, "small", Path())
 
 
@@ -49,10 +50,8 @@ def cases():
     """(name, schema, config, optimizer); plans of every type, dtype and optimizer come up."""
     names = ("pailitao_demo", "movielens", "adult", "taobao_ad")
     shipped = {name: fitted(load_schema(SCHEMAS / f"{name}.toml")) for name in names}
-    weighted = {
-        "w": {"kind": "weighted_multi_valued", "num_embeddings": 77, "embedding_dim": 12, "weights": "w_w"}
-    }
-    mixed = small((1001, 50, 333, 2000, 64), (16, 4, 8, 64, 32), **weighted)
+    weighted = {"kind": "weighted_multi_valued", "num_embeddings": 77, "embedding_dim": 12, "weights": "w_w"}
+    mixed = small((1001, 50, 333, 2000, 64), (16, 4, 8, 64, 32), w=weighted)
     by_type = {
         "f0": TableConstraint(sharding_types=("row_wise",)),
         "f1": TableConstraint(sharding_types=("data_parallel",)),
@@ -122,22 +121,19 @@ def step(schema, config, optimizer, machine, rank):
         held["state"] += optimizer_bytes(wrapper._optimizer)
     assessment = assess(plan, cluster)
     planned = assessment.ranks[rank].bytes
-    return (
-        planned,
-        held,
-        planned_against_held(assessment, rank, [held] * machine[0], 0.01),
-        {t.sharding_type for t in plan.tables.values()},
-    )
+    line = planned_against_held(assessment, rank, [held] * machine[0], 0.01)
+    types = {table.sharding_type for table in plan.tables.values()}
+    return (planned.rows, planned.state), (held["rows"], held["state"]), line, types
 
 
 def worker(rank, world, folder):
     """One rank of hosts with two ranks each: all cases, one after the other."""
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2)}
     dist.init_process_group("gloo")
-    found = []
-    for name, schema, config, optimizer in cases():
-        planned, held, line, types = step(schema, config, optimizer, (world, 2, "cpu"), rank)
-        found.append((name, (planned.rows, planned.state), (held["rows"], held["state"]), line, types))
+    found = [
+        (name, *step(schema, config, optimizer, (world, 2, "cpu"), rank))
+        for name, schema, config, optimizer in cases()
+    ]
     torch.save(found, folder / f"{world}_{rank}.pt")
     dist.destroy_process_group()
 

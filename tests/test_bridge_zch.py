@@ -170,32 +170,22 @@ def test_one_and_two_ranks_train_the_same_rows(results):
 
 
 @pytest.mark.long
-def test_plans_count_what_is_kept_of_ids(results):
-    for done in results["one_and_two"]["done"]:
+def test_plans_count_what_is_kept_of_ids_and_the_log_says_how_full_the_tables_are(results):
+    found = results["one_and_two"]
+    for done in found["done"]:
         words = done["words"][0]
         assert re.search(r"optimizer state and ids (\S+ \S+) -> \1 \(\+0\.00 %\)", words), words
+    last = found["logged"][-1]
+    assert last["zch_used/user"] == last["zch_used/thing"] == 1.0 and last["zch_evictions/user"] > 0
+    assert "zch_used/city" not in last
 
 
 @pytest.mark.long
-def test_the_log_says_how_full_the_tables_are(results):
-    last = results["one_and_two"]["logged"][-1]
-    assert last["zch_used/user"] == 1.0 and last["zch_evictions/user"] > 0
-    assert last["zch_used/thing"] == 1.0 and "zch_used/city" not in last
-
-
-@pytest.mark.long
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results):
+def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_ranks_bit_for_bit(results):
     """From a step between two admissions, so that ids which wait for one are in the checkpoint."""
-    found = results["again_on_two"]
-    assert found["done"]["codes"] == [0, 0], found["done"]["words"]
-    assert found["different"] == []
-
-
-@pytest.mark.long
-def test_a_run_goes_on_with_another_number_of_ranks(results):
-    found = results["again_on_one"]
-    assert found["done"]["codes"] == [0], found["done"]["words"]
-    assert found["ids"] == [] and found["largest"] < 1e-5
+    same, fewer = results["again_on_two"], results["again_on_one"]
+    assert same["done"]["codes"] == [0, 0] and same["different"] == [], same
+    assert fewer["done"]["codes"] == [0] and fewer["ids"] == [] and fewer["largest"] < 1e-5, fewer
 
 
 @pytest.mark.long
@@ -209,8 +199,7 @@ def test_an_artifact_serves_what_predict_says(results):
 @pytest.mark.long
 def test_a_warm_start_takes_ids_and_rows_along(results):
     found = results["warm"]
-    assert found["done"]["codes"] == [0], found["done"]["words"]
-    assert found["same"] == [True, True]
+    assert found["done"]["codes"] == [0] and found["same"] == [True, True], found["done"]["words"]
 
 
 REFUSALS = {

@@ -32,6 +32,9 @@ PLAN = Plan(
 )  # fmt: skip
 
 
+REPLICATED = {"sharding_type": "data_parallel", "compute_kernel": "dense", "ranks": ()}
+
+
 def changed(**table):
     """The plan with another placement of `user`."""
     return replace(PLAN, tables=TABLES | {"user": replace(TABLES["user"], **table)})
@@ -68,9 +71,14 @@ def test_plans_of_the_first_format_are_read(tmp_path):
         (plan_text(replace(PLAN, local_world_size=3)), "wanted a divisor of world_size = 4"),
         (plan_text(PLAN).replace('"cpu"', '"tpu"'), "wanted one of 'cpu', 'cuda'"),
         (plan_text(changed(sharding_type="grid_shard")), "with mean pooling TorchRec computes it wrongly"),
+        (plan_text(PLAN)[:-5], "not JSON"),
         (plan_text(changed(sharding_type="diagonal")), "wanted one of data_parallel"),
         (plan_text(changed(compute_kernel="dense")), "table_row_wise wants 'fused'"),
         (plan_text(changed(compute_kernel="fused_uvm")), "a CPU has no device memory"),
+        (
+            plan_text(replace(changed(**REPLICATED), data_type="fp16")),
+            "a replicated table's optimizer computes in the rows' fp16",
+        ),
         (plan_text(changed(ranks=(1, 2))), "wants the ranks of one host; write [0, 1]"),
         (plan_text(changed(sharding_type="table_wise")), "table_wise wants one rank"),
         (plan_text(changed(sharding_type="table_wise", ranks=(4,))), "wanted ranks in [0, 4)"),

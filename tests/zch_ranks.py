@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from forked_ranks import mbcnet, report, run_ranks
+from small_data import CONFIG
 
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.serving import loader as serving
@@ -31,29 +32,10 @@ likes   = { kind = "weighted_multi_valued", encoding = "zch", weights = "like_we
 city    = { kind = "categorical", num_embeddings = 10, embedding_dim = 8 }
 age     = { kind = "numeric" }
 """
-CONFIG = """
-name = "unbounded"
-schema = "{folder}/{schema}.toml"
-[data]
-train = ["{folder}/train.parquet"]
-valid = ["{folder}/valid.parquet"]
-test = ["{folder}/test.parquet"]
-batch_size = 96
-lanes = 12
-[model]
-kind = "dnn"
-[model.dnn]
-hidden = [16, 8]
-[optim.embedding]
-lr = 0.05
-[train]
-device = "cpu"
-log_every = 5
-eval_every = 12
-checkpoint_every = 7
-keep_last = 9
-timeout_seconds = 60
-"""
+SETTINGS = [
+    "model.kind=dnn", "model.dnn.hidden=[16,8]", "train.eval_every=12", "train.checkpoint_every=7", "train.keep_last=9",
+    "train.timeout_seconds=60",
+]  # fmt: skip
 
 
 def rows(count, seed):
@@ -84,15 +66,15 @@ def write_run():
         path = FOLDER / f"{split}.parquet"
         pq.write_table(rows(count, seed), path, row_group_size=200, write_page_checksum=True)
     (FOLDER / "schema.toml").write_text(SCHEMA)
-    (FOLDER / "wider.toml").write_text(SCHEMA.replace("num_embeddings = 200", "num_embeddings = 400"))
     (FOLDER / "cut.toml").write_text(SCHEMA.replace("= 200,", "= 200, zch_buckets = 4,"))
-    for schema in ("schema", "wider", "cut"):
-        (FOLDER / f"{schema}_run.toml").write_text(CONFIG.format(folder=FOLDER, schema=schema))
+    for schema in ("schema", "cut"):
+        config = CONFIG.format(folder=FOLDER).replace("schema.toml", f"{schema}.toml")
+        (FOLDER / f"{schema}_run.toml").write_text(config)
 
 
 def train(name, *settings, world=2, resume=False, schema="schema"):
     args = ["train", "--config", str(FOLDER / f"{schema}_run.toml"), *(["--resume"] if resume else [])]
-    for setting in (f"train.out={FOLDER / name}", *settings):
+    for setting in (f"train.out={FOLDER / name}", *SETTINGS, *settings):
         args += ["--set", setting]
     return run_ranks(mbcnet(args), FOLDER / "logs" / name, world=world)
 
@@ -122,12 +104,12 @@ def metrics(name, split="train"):
 
 def one_and_two():
     done = [train("one", world=1), train("two")]
-    same = compared(tensors("one"), tensors("two"))
-    return {
+    tested = [metrics("one", "test"), metrics("two", "test")]
+    return compared(tensors("one"), tensors("two")) | {
         "done": done,
         "logged": metrics("one"),
-        "tested": [metrics("one", "test"), metrics("two", "test")],
-    } | same
+        "tested": tested,
+    }
 
 
 def again(name, **options):
@@ -156,12 +138,8 @@ def served():
     column = next(name for name in predicted if name.startswith("p"))
     model = serving.load(FOLDER / "artifact")
     from_file = np.concatenate(list(model.predict_parquet(FOLDER / "fresh.parquet")))
-    return {
-        "done": done,
-        "predicted": predicted[column],
-        "from_file": from_file.tolist(),
-        "from_lists": model.predict(fresh).tolist(),
-    }
+    scores = {"from_file": from_file.tolist(), "from_lists": model.predict(fresh).tolist()}
+    return scores | {"done": done, "predicted": predicted[column]}
 
 
 def refused():

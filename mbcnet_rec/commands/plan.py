@@ -7,8 +7,6 @@ plan file and answer at once.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from data.errors import InputError
 from data.schema import load_schema
 from data.schema.parse import unknown_key
 from mbcnet_rec.commands.plan_task import DEFAULT_BATCH, config_differences, say, shown_progress, task_of
-from sharding.cost.assess import Assessment, assess, search_bound
+from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import Room
 from sharding.cost.memory import gib
 from sharding.plan.cluster import Cluster, default_cluster, read_cluster
@@ -26,8 +24,6 @@ from sharding.plan.plan_file import read_plan, write_plan
 from sharding.report.explain import explain_lines
 from sharding.report.heatmap import write_html
 from sharding.report.text import report_dict, report_lines
-from sharding.search.candidates import all_options, assumed_fields
-from sharding.search.task import Task
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +41,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         return added
 
     action("make", _make, "plan (the default)", _add_task)
-    action("show", _show, "what a plan file costs", _add_plan, _add_views)
+    action("show", _show, "what a plan file costs", _add_plan, _add_views).set_defaults(output="")
     explain = action("explain", _explain, "why a table is where it is")
     explain.add_argument("table", metavar="TABLE")
     _add_plan(explain)
@@ -103,7 +99,7 @@ def _make(args: argparse.Namespace) -> int:
     title = f"planning {len(task.schema.tables):,} tables on {task.cluster.world_size:,} ranks"
     with shown_progress(title) as tick:
         assessment = solve(task, tick)
-    return _publish(args, task, assessment)
+    return _publish(args, assessment)
 
 
 def _min_gpus(args: argparse.Namespace) -> int:
@@ -112,44 +108,35 @@ def _min_gpus(args: argparse.Namespace) -> int:
     from sharding.search.capacity import smallest_cluster  # torchrec, as in _make
 
     assessment = smallest_cluster(task, headroom, say)
-    cluster = assessment.cluster
     if not args.json:
         print(
-            f"smallest: {cluster}, {cluster.world_size} devices, {headroom:.0%} of each free at least; "
+            f"smallest: {assessment.cluster}, {assessment.cluster.world_size} devices, {headroom:.0%} of each free at least; "
             f"{assessment.samples_per_second:,.0f} samples a second at most"
         )
-    return _publish(args, replace(task, cluster=cluster), assessment)
+    return _publish(args, assessment)
 
 
-def _publish(args: argparse.Namespace, task: Task, assessment: Assessment) -> int:
+def _show(args: argparse.Namespace) -> int:
+    """Show what a plan file costs on its cluster, or on another."""
+    return _publish(args, _assessed(args))
+
+
+def _publish(args: argparse.Namespace, assessment: Assessment) -> int:
     """Write and print what was asked for."""
     if args.output:
         write_plan(assessment.plan, Path(args.output))
-    bound = search_bound(all_options(task), assessment.plan, task.cluster)
-    _print_report(args, assessment, bound, assumed_fields(task.schema, task.config))
+    if args.json:
+        print(json.dumps(report_dict(assessment)))
+    else:
+        print("\n".join(report_lines(assessment, full=args.all)))
+    if args.html:
+        write_html(assessment, Path(args.html))
+        say(f"wrote {args.html}")
     if args.output:
         say(
             f"wrote {args.output}; next: mbcnet plan show {args.output}, or mbcnet train --config RUN.toml --plan {args.output}"
         )
     return 0
-
-
-def _show(args: argparse.Namespace) -> int:
-    """Show what a plan file costs on its cluster, or on another."""
-    _print_report(args, _assessed(args))
-    return 0
-
-
-def _print_report(
-    args: argparse.Namespace, assessment: Assessment, bound: float = 0.0, assumed: Sequence[str] = ()
-) -> None:
-    if args.json:
-        print(json.dumps(report_dict(assessment, bound=bound, assumed=assumed)))
-    else:
-        print("\n".join(report_lines(assessment, full=args.all, bound=bound, assumed=assumed)))
-    if args.html:
-        write_html(assessment, Path(args.html))
-        say(f"wrote {args.html}")
 
 
 def _explain(args: argparse.Namespace) -> int:

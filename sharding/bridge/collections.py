@@ -9,9 +9,6 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from data.schema import Schema, Table
 from sharding.bridge.zch import EMBEDDING_MODULE, REMAPPERS
 
-POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
-DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
-
 
 class Collection(NamedTuple):
     """One EmbeddingBagCollection. It applies weights to every bag or to none, so weighted fields have collections of their own."""
@@ -28,8 +25,8 @@ class Collection(NamedTuple):
                 num_embeddings=table.num_embeddings,
                 embedding_dim=table.embedding_dim,
                 feature_names=list(table.feature_names),
-                pooling=POOLING[table.pooling],
-                data_type=DATA_TYPES[data_type],
+                pooling=PoolingType[table.pooling.upper()],
+                data_type=DataType[data_type.upper()],
             )
             for table in schema.tables
             if collection_of(table) == self

@@ -20,8 +20,6 @@ from torchrec.distributed.types import CacheParams, ShardingPlan
 from sharding.bridge.zch import EMBEDDING_MODULE, CollisionSharder
 from sharding.plan.placement import SHARDING_TYPES, Plan, TablePlan
 
-COMM_TYPES = {"fp32": CommType.FP32, "fp16": CommType.FP16, "bf16": CommType.BF16}
-
 
 class AnyTypeSharder(EmbeddingBagCollectionSharder):
     """TorchRec's sharder, offering on a CPU every type that was seen to run there with right results.
@@ -48,7 +46,10 @@ def sharders_of(plan: Plan, *, seed: int = 0, std: float = 0.0) -> list[Any]:
     """
     registry = None
     if not plan.forward_precision == plan.backward_precision == "fp32":
-        precisions = QCommsConfig(COMM_TYPES[plan.forward_precision], COMM_TYPES[plan.backward_precision])
+        forward, backward = (
+            CommType[each.upper()] for each in (plan.forward_precision, plan.backward_precision)
+        )
+        precisions = QCommsConfig(forward, backward)
         registry = get_qcomm_codecs_registry(precisions, device=torch.device(plan.device))
     rows = AnyTypeSharder(qcomm_codecs_registry=registry)
     if not any(table.zch_buckets for table in plan.tables.values()):

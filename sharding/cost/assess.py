@@ -1,11 +1,11 @@
 """What a plan costs on a cluster: bytes and seconds of every table and rank, balance, the critical path and what bounds it."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sharding.cost.estimate import Bytes, Room, ShardCost, Times, least_costs, plus, table_costs
 from sharding.plan.cluster import Cluster
-from sharding.plan.placement import UNIFORM, Plan, TablePlan
+from sharding.plan.placement import UNIFORM, Options, Plan
 
 PARTS = Times._fields
 MAIN_PHASES = ("lookup", "output_dist", "dense", "gradient_dist", "update", "all_reduce")
@@ -70,6 +70,10 @@ class Assessment:
     costs: dict[str, list[ShardCost]]  # table -> costs of its shards
     ranks: list[Rank]  # of one group; replicas repeat them
     path: CriticalPath
+    # of a plan that was made just now: the least seconds of the busiest rank for any types that were allowed, and the fields
+    # whose ids per row are assumed
+    any_types_bound: float = 0.0
+    assumed: Sequence[str] = ()
 
     @property
     def busiest(self) -> Rank:
@@ -123,7 +127,7 @@ class Assessment:
         return max(sum(self.memory(rank)) for rank in self.ranks)
 
 
-def search_bound(options: Mapping[str, list[TablePlan]], plan: Plan, cluster: Cluster) -> float:
+def search_bound(options: Options, plan: Plan, cluster: Cluster) -> float:
     """Least seconds of the busiest rank over all plans made of these candidates, on whatever ranks their shards are.
 
     bound = max(sum over tables of the least total / ranks, max over tables of the least largest shard)

@@ -15,12 +15,12 @@ This is a floor, not a forecast: no launches, no stragglers, no skew of hot rows
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from operator import add
 from typing import NamedTuple, TypeVar
 
 from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
-from sharding.plan.placement import Plan, TablePlan, shards_of
+from sharding.plan.placement import Options, Plan, TablePlan, shards_of
 
 ID_BYTES, LENGTH_BYTES, FLOAT_BYTES, BURST_BYTES = 8, 4, 4, 64
 ZCH_BYTES_PER_ROW = 32  # id, row, count and last step, 8 bytes each
@@ -89,7 +89,7 @@ def table_costs(table: TablePlan, plan: Plan, cluster: Cluster) -> list[ShardCos
 
 
 def least_costs(
-    options: Mapping[str, list[TablePlan]],
+    options: Options,
     plan: Plan,
     cluster: Cluster,
     measure: Callable[[ShardCost], Measure],

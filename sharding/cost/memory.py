@@ -1,11 +1,9 @@
 """By how much tables exceed the memory that they may fill."""
 
-from collections.abc import Mapping
-
 from data.errors import InputError
 from sharding.cost.estimate import Room, least_costs
 from sharding.plan.cluster import GIB, Cluster
-from sharding.plan.placement import Plan, TablePlan
+from sharding.plan.placement import Options, Plan
 
 TABLES_NAMED = 3
 
@@ -21,16 +19,10 @@ class DoesNotFit(InputError):
         )
 
 
-def find_shortage(
-    options: Mapping[str, list[TablePlan]], plan: Plan, cluster: Cluster, room: Room
-) -> DoesNotFit:
+def find_shortage(options: Options, plan: Plan, cluster: Cluster, room: Room) -> DoesNotFit:
     """What there is to say of these tables if no plan is found: by how many bytes which tables exceed the room of a rank.
 
-    Args:
-        options: table -> candidates on any ranks, of which the smallest one counts.
-        plan: without tables.
-        cluster: the machines.
-        room: of one rank.
+    Of the candidates for a table the smallest one counts.
     """
     memory, free = ("HBM", room.hbm) if plan.device == "cuda" else ("DDR", room.ddr)
     least = least_costs(options, plan, cluster, lambda cost: getattr(cost.bytes, memory.lower()))

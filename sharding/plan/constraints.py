@@ -72,3 +72,7 @@ class ShardingConfig(Bounded):
     partitioner: Literal["greedy", "memory_balanced"] = "greedy"  # TorchRec's way of dealing shards to ranks
     estimator: Literal["mbcnet"] = "mbcnet"  # was a choice; configs of earlier runs have it
     search_seconds: float = bounded(60.0, above=0)  # budget of the search
+
+    def of(self, table: str) -> TableConstraint:
+        """What is asked of one table."""
+        return self.tables.get(table, TableConstraint())

@@ -1,6 +1,6 @@
 """Where each table lives: the plan as a value, the shards it gives every rank, and what no platform runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -71,6 +71,9 @@ class Plan(Bounded):
     def hosts(self) -> int:
         """Machines."""
         return max(1, self.world_size // self.local_world_size)
+
+
+Options = Mapping[str, list[TablePlan]]  # table -> placements that it may have
 
 
 class Shard(NamedTuple):

@@ -42,17 +42,8 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3f}"
 
 
-def report_lines(
-    assessment: Assessment, *, full: bool = False, bound: float = 0.0, assumed: Sequence[str] = ()
-) -> list[str]:
-    """The report for people.
-
-    Args:
-        assessment: what the plan costs.
-        full: whether to list every table and rank.
-        bound: least seconds of the busiest rank for any sharding types, if known.
-        assumed: fields whose ids per row are assumed.
-    """
+def report_lines(assessment: Assessment, *, full: bool = False) -> list[str]:
+    """The report for people; `full` lists every table and rank."""
     plan, path, busiest = assessment.plan, assessment.path, assessment.busiest
     rows = sum(table.num_embeddings for table in plan.tables.values())
     groups = f"; {plan.replicas} replicas of {plan.group_size} ranks" if plan.replicas > 1 else ""
@@ -69,8 +60,8 @@ def report_lines(
         f"busiest rank {busiest.rank}: {ms(busiest.times.total)} ms, {100 * assessment.over_bound:.1f} % above the lower bound of "
         f"{ms(assessment.bound)} ms for these sharding types",
     ]
-    if bound:
-        lines.append(f"lower bound for any types that were allowed: {ms(bound)} ms")
+    if assessment.any_types_bound:
+        lines.append(f"lower bound for any types that were allowed: {ms(assessment.any_types_bound)} ms")
     lines.append("")
     dense = plan.dense
     if dense.parameters:
@@ -84,9 +75,9 @@ def report_lines(
         f"step {ms(path.step)} ms at least (beside it: input_dist {ms(path.input_dist)}, decode {ms(path.decode)}); "
         f"{assessment.samples_per_second:,.0f} samples a second at most, bound by {path.bound_by}",
     ]
-    if assumed:
+    if assessment.assumed:
         lines.append(
-            f"note: ids a row of {len(assumed)} multi-valued field(s) are assumed; `mbcnet schema infer` measures them (pooling_factor)"
+            f"note: ids a row of {len(assessment.assumed)} multi-valued field(s) are assumed; `mbcnet schema infer` measures them (pooling_factor)"
         )
     return lines
 
@@ -132,7 +123,7 @@ def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
     return lines
 
 
-def report_dict(assessment: Assessment, *, bound: float = 0.0, assumed: Sequence[str] = ()) -> dict[str, Any]:
+def report_dict(assessment: Assessment) -> dict[str, Any]:
     """The same for machines: bytes and seconds."""
     path = assessment.path
     ranks = [
@@ -166,7 +157,7 @@ def report_dict(assessment: Assessment, *, bound: float = 0.0, assumed: Sequence
         "busiest_rank": assessment.busiest.rank,
         "lower_bound_seconds": assessment.bound,
         "over_lower_bound": assessment.over_bound,
-        "lower_bound_any_types_seconds": bound,
+        "lower_bound_any_types_seconds": assessment.any_types_bound,
         "dense": {
             "parameters": dense.parameters,
             "forward_flops": dense.forward_flops,
@@ -176,5 +167,5 @@ def report_dict(assessment: Assessment, *, bound: float = 0.0, assumed: Sequence
         "step_seconds": path.step,
         "samples_per_second": assessment.samples_per_second,
         "bound_by": path.bound_by,
-        "assumed_pooling_factors": list(assumed),
+        "assumed_pooling_factors": list(assessment.assumed),
     }

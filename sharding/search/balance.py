@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sharding.cost.estimate import Room, table_costs
 from sharding.plan.cluster import Cluster
-from sharding.plan.placement import Plan, TablePlan
+from sharding.plan.placement import Options, Plan, TablePlan
 
 LEAST_GAIN = 1e-4  # of the busiest rank's load
 MAX_STEPS_PER_TABLE = 20
@@ -41,12 +41,7 @@ class Balance:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        cluster: Cluster,
-        options: Mapping[str, list[TablePlan]],
-        pinned: Mapping[str, set[int]],
-        room: Room,
+        self, plan: Plan, cluster: Cluster, options: Options, pinned: Mapping[str, set[int]], room: Room
     ) -> None:
         def loads(table: TablePlan) -> list[tuple[int, _Load]]:
             costs = table_costs(table, plan, cluster)

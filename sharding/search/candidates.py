@@ -22,7 +22,7 @@ def described_table(table: Table, schema: Schema, config: ShardingConfig) -> Tab
 
     Ids per row: the constraint's, else what the schema measured, else 1 for single-valued fields and the config's assumption for lists.
     """
-    constraint = config.tables.get(table.name, TableConstraint())
+    constraint = config.of(table.name)
     features = {feature.name: feature for feature in schema.features}
     used = [features[name] for name in table.feature_names]
     ids = sum(constraint.pooling_factor or pooling_factor(feature, config) for feature in used)
@@ -94,7 +94,7 @@ def all_options(task: Task) -> dict[str, list[TablePlan]]:
 def _candidates(table: Table, task: Task, plan: Plan) -> list[TablePlan]:
     """Placements worth trying for a table."""
     config, name, sized = task.config, table.name, described_table(table, task.schema, task.config)
-    constraint = config.tables.get(name, TableConstraint())
+    constraint = config.of(name)
     if sized.zch_buckets:
         return [_unbounded(sized, name, plan, constraint)]
     types = _by_size(sized, constraint.sharding_types, task, plan)
@@ -163,7 +163,7 @@ def _placed(option: TablePlan, name: str, config: ShardingConfig, plan: Plan) ->
         return replace(option, ranks=tuple(range(plan.local_group_size)))
     if option.sharding_type != "column_wise":
         return option
-    constraint, dim = config.tables.get(name, TableConstraint()), option.embedding_dim
+    constraint, dim = config.of(name), option.embedding_dim
     least = constraint.min_partition or min(TORCHREC_LEAST_COLUMNS, dim)
     width = next(width for width in range(least, dim + 1) if not width % 4 and not dim % width)
     free = len(constraint.ranks) or plan.group_size

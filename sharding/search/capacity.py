@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from data.errors import InputError
-from sharding.cost.assess import Assessment, assess
+from sharding.cost.assess import Assessment, assess, search_bound
 from sharding.plan.cluster import MAX_RANKS
+from sharding.search.candidates import all_options, assumed_fields
 from sharding.search.planner import make_plan
 from sharding.search.task import Progress, Task
 
@@ -14,7 +15,10 @@ MOST_HOSTS = 4096  # of a search
 
 def solve(task: Task, progress: Progress | None = None) -> Assessment:
     """Plan and assess; DoesNotFit if nothing fits."""
-    return assess(make_plan(task, progress), task.cluster)
+    plan = make_plan(task, progress)
+    bound = search_bound(all_options(task), plan, task.cluster)
+    assumed = assumed_fields(task.schema, task.config)
+    return replace(assess(plan, task.cluster), any_types_bound=bound, assumed=assumed)
 
 
 def smallest_cluster(

@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -33,8 +34,7 @@ from sharding.bridge.sharder import AnyTypeSharder
 from sharding.cost.estimate import table_costs
 from sharding.cost.memory import find_shortage
 from sharding.plan.cluster import Cluster
-from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.plan.placement import UNIFORM, Plan, TablePlan, check_shape
+from sharding.plan.placement import UNIFORM, Options, Plan, TablePlan, check_shape
 from sharding.search.balance import Balance
 from sharding.search.candidates import all_options, check_constraints
 from sharding.search.task import Progress, Task
@@ -71,9 +71,7 @@ def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = Tr
     return plan
 
 
-def _search(
-    task: Task, plan: Plan, options: dict[str, list[TablePlan]], progress: Progress | None
-) -> dict[str, TablePlan]:
+def _search(task: Task, plan: Plan, options: Options, progress: Progress | None) -> dict[str, TablePlan]:
     """Let TorchRec choose among the candidates: table -> its placement with ranks."""
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     config, room = task.config, task.room()
@@ -82,16 +80,14 @@ def _search(
     )
     constraints = {name: _torchrec_constraints(each) for name, each in options.items()}
     estimators = [_Estimator(options, plan, task.cluster)]
+    greedy = partial(GreedyProposer, threshold=PROPOSALS_WITHOUT_GAIN)
     balanced = config.partitioner == "memory_balanced"
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=plan.batch_size_per_rank,
         enumerator=Ordered(topology, plan.batch_size_per_rank, constraints, estimators),
         storage_reservation=FixedPercentageStorageReservation(0.0),
-        proposer=[
-            GreedyProposer(use_depth=name == "greedy", threshold=PROPOSALS_WITHOUT_GAIN)
-            for name in config.proposers
-        ],
+        proposer=[greedy(use_depth=name == "greedy") for name in config.proposers],
         partitioner=MemoryBalancedPartitioner() if balanced else GreedyPerfPartitioner(),
         performance_model=_Watched(topology, progress),
         stats=[],  # TorchRec's own statistics take longer than the search
@@ -102,7 +98,7 @@ def _search(
     tables = nn.ModuleDict({each.name: module for each, module in collections.items()})
     chosen = planner.plan(tables, [AnyTypeSharder()])  # type: ignore[list-item]
     return {
-        name: _with_ranks(name, parameter, options[name], config)
+        name: _with_ranks(parameter, options[name], config.of(name).ranks)
         for module_plan in chosen.plan.values()
         for name, parameter in module_plan.items()  # type: ignore[attr-defined]
     }
@@ -122,16 +118,15 @@ def _torchrec_constraints(options: list[TablePlan]) -> ParameterConstraints:
 
 
 def _with_ranks(
-    name: str, parameter: ParameterSharding, options: list[TablePlan], config: ShardingConfig
+    parameter: ParameterSharding, options: list[TablePlan], allowed: tuple[int, ...]
 ) -> TablePlan:
     """Our form of what TorchRec chose."""
     option, ranks = _match(parameter, options), tuple(parameter.ranks or ())
+    misplaced = len(set(ranks)) < len(ranks) or (allowed and not set(ranks) <= set(allowed))
     if option.sharding_type in UNIFORM:
         ranks = ()
-    elif option.sharding_type == "column_wise":
-        allowed = config.tables.get(name, TableConstraint()).ranks
-        if len(set(ranks)) < len(ranks) or (allowed and not set(ranks) <= set(allowed)):
-            ranks = tuple(allowed or option.ranks)[: len(ranks)]
+    elif option.sharding_type == "column_wise" and misplaced:
+        ranks = tuple(allowed or option.ranks)[: len(ranks)]
     return replace(option, ranks=ranks)
 
 
@@ -143,7 +138,7 @@ def _match(chosen: ShardingOption | ParameterSharding, options: list[TablePlan])
 class _Estimator(ShardEstimator):
     """estimate.py for TorchRec's enumerator."""
 
-    def __init__(self, options: dict[str, list[TablePlan]], plan: Plan, cluster: Cluster) -> None:
+    def __init__(self, options: Options, plan: Plan, cluster: Cluster) -> None:
         self.options, self.plan, self.cluster = options, plan, cluster
 
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Any = None) -> None:
@@ -165,9 +160,7 @@ class _Estimator(ShardEstimator):
 class Ordered(EmbeddingEnumerator):
     """Options in the constraints' order. TorchRec's is that of a set of strings, another one in each process, and ties go to the first."""
 
-    def __init__(
-        self, topology: Topology, batch_size: int, wanted: Constraints, estimators: list[Any]
-    ) -> None:
+    def __init__(self, topology: Topology, batch_size: int, wanted: Constraints, estimators: Any) -> None:
         super().__init__(topology, batch_size, wanted, estimators)
         self.wanted = wanted
 
