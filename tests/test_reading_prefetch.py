@@ -1,4 +1,4 @@
-"""Proves that work done ahead comes out in order, that its errors reach the caller, and that nobody waits for ever."""
+"""Proves that work done ahead comes out in order, that its errors reach the caller, and that every wait ends."""
 
 import threading
 import time

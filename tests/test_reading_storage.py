@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Connection", "close")
         self.end_headers()
-        if failure == "drop":  # half of the body, and then nobody
+        if failure == "drop":  # half of the body, and then the connection ends
             self.wfile.write(content[: len(content) // 2])
             self.wfile.flush()
             self.connection.close()

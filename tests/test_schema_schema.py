@@ -78,7 +78,7 @@ def test_every_kind_is_read():
 
 REFUSED = {
     "no fields": (top(fields={}), r"\[fields\] is missing or empty"),
-    "field is no table": (lambda t: t["fields"].update(user=3), r"fields\.user = 3: wanted a table"),
+    "field is not a table": (lambda t: t["fields"].update(user=3), r"fields\.user = 3: wanted a table"),
     "unknown key of a field": (field("user", embeding_dim=8), r"fields\.user\.embeding_dim is not.*did you mean 'embedding_dim'"),
     "name inside a field": (field("user", name="x"), r"fields\.user\.name is not a known key"),
     "empty label": (top(label=""), "label = '': wanted the column"),

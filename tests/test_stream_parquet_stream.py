@@ -91,21 +91,6 @@ def test_same_rows_in_the_same_order_after_any_stop_in_any_world(
     assert resumed == whole[step:]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("order", ["shuffled", "chronological"])
-def test_every_stop_in_every_world_with_every_number_of_workers(log, order):
-    """All of world sizes 1 to 4 x workers 0 to 2, read whole and resumed after every step: one sequence of global batches."""
-    whole, _ = global_batches(log, StreamOptions(2 * LANES, LANES, order, 16), 1)
-    assert len(whole) == 6 and sorted(row for batch in whole for row in batch) == list(range(133))
-    for world_size in (1, 2, 3, 4):
-        for workers in (0, 1, 2):
-            options = StreamOptions(2 * LANES, LANES, order, 16, workers=workers)
-            for stop in range(len(whole) + 1):
-                rest, cursors = global_batches(log, options, world_size, Cursor(0, stop))
-                assert rest == whole[stop:], (world_size, workers, stop)
-                assert cursors == [Cursor(0, step + 1) for step in range(stop, len(whole))]
-
-
 def test_order_follows_seed_and_epoch(log):
     def order(seed, epoch, order="shuffled"):
         return global_batches(log, StreamOptions(24, LANES, order, 32, seed), 1, Cursor(epoch))[0]

@@ -62,7 +62,7 @@ def join_lists(
     permute: Permute | None = None,
 ) -> Lists:
     """Join each field's parts, n rows in all, and permute them: row i of the result is row permutation[i] of the parts together."""
-    joined = [_joined(parts, rows) for parts in fields]
+    joined = [_joined(parts) for parts in fields]
     if permutation is not None:
         assert permute is not None
         joined = [permute(ragged, permutation) for ragged in joined]
@@ -74,19 +74,13 @@ def join_lists(
     return Lists(tuple(ragged.values for ragged in joined), offsets, weights)
 
 
-def _joined(parts: Sequence[Ragged], rows: int) -> Ragged:
+def _joined(parts: Sequence[Ragged]) -> Ragged:
     if len(parts) == 1:
         return parts[0]
-    offsets = np.zeros(rows + 1, np.int64)
-    start = 0
-    for part in parts:
-        stop = start + len(part.offsets) - 1
-        np.add(part.offsets[1:], offsets[start], out=offsets[start + 1 : stop + 1])
-        start = stop
     weights = [part.weights for part in parts if part.weights is not None]
     return Ragged(
         np.concatenate([part.values for part in parts]),
-        offsets,
+        offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])),
         np.concatenate(weights) if weights else None,
     )
 

@@ -67,7 +67,7 @@ class RowReader:
         ] + ([schema.group_column] if dictionaries and schema.group_column else [])
         holds_lists = [each for each in schema.features if not each.is_single]
         self.lists = {name for each in holds_lists for name in (each.source_column, each.weights)}
-        self._idle: list[tuple[int, pq.ParquetFile]] = []  # open files that nobody reads, the latest last
+        self._idle: list[tuple[int, pq.ParquetFile]] = []  # open files that are not in use, the latest last
         self._lock = threading.Lock()
 
     def scan(self, row_group: RowGroup, batch_rows: int) -> Iterator[tuple[Columns, pa.RecordBatch]]:
@@ -148,7 +148,7 @@ class RowReader:
             self._leave(row_group, source[0])
 
     def _open(self, row_group: RowGroup) -> pq.ParquetFile:
-        """Open the file of a row group, or take an open one that nobody uses. The caller owns it."""
+        """Open the file of a row group, or take an open one that is not in use. The caller owns it."""
         with self._lock:
             for at, (file, parquet) in enumerate(self._idle):
                 if file == row_group.file:
@@ -234,7 +234,7 @@ class Memory:
         return block[:size].view(dtype).reshape(shape)
 
     def give_back(self, matrix: np.ndarray) -> None:
-        """Take back a matrix that nobody reads any more."""
+        """Take back a matrix that is no longer read."""
         block = matrix
         while isinstance(block.base, np.ndarray):
             block = block.base

@@ -76,7 +76,7 @@ def read_contents(
     without checksums.
 
     Raises:
-        InputError: a file is no Parquet file, a column is missing or of a wrong type, or no row is left.
+        InputError: a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
     """
     attempts = selection.options.attempts
     time_column = schema.time_column if selection.conditions else ""

@@ -16,13 +16,13 @@ _END = object()
 
 
 class TimeLimit(NamedTuple):
-    """How long to wait, and what tells then what is being read."""
+    """How long to wait, and a function that names what is being read when the time is up."""
 
     seconds: float
     reading: Callable[[], list[str]]
 
     def exceeded(self) -> InputError:
-        """The error of who has waited too long."""
+        """The error of a wait that took too long."""
         return InputError(
             f"{'; '.join(self.reading()) or 'the data stream'}: no rows for {self.seconds:g} s (data.timeout_seconds); "
             "check the disk or network that holds the file, or raise the limit"
@@ -67,7 +67,7 @@ class Workers:
         return result
 
     def close(self) -> None:
-        """Let the threads end after the task they are at."""
+        """Let the threads end after their current task."""
         self._closed = True
         for _ in range(self.threads):
             self._tasks.put(None)

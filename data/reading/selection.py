@@ -246,7 +246,7 @@ def _units_of_a_day(kind: pa.DataType, latest: int | None) -> int:
         return SECONDS_OF_A_DAY * 10**3
     if pt.is_timestamp(kind):
         return SECONDS_OF_A_DAY * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit]
-    # integers since 1970: which unit, says their size (until the year 5138)
+    # integers since 1970: their size tells the unit (until the year 5138)
     size = abs(latest or 0)
     scale = 1 if size < 10**11 else 10**3 if size < 10**14 else 10**6 if size < 10**17 else 10**9
     return SECONDS_OF_A_DAY * scale

@@ -135,7 +135,7 @@ def file_system(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a URI and the path in it.
 
     Raises:
-        InputError: nobody knows the URI's scheme, or its client is not installed.
+        InputError: no client for the URI's scheme is known or installed.
     """
     if uri.startswith("s3://"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""

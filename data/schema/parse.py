@@ -71,7 +71,7 @@ def parse_dataclass(cls: type[T], table: Any, source: str, path: str = "") -> T:
 
 
 def unknown_key(where: str, key: str, known: Any) -> str:
-    """One line for a key that nobody reads, with the nearest known one as the fix."""
+    """One line for an unknown key, with the nearest known one as the fix."""
     near = difflib.get_close_matches(key, list(known), n=1)
     fix = f"did you mean {near[0]!r}?" if near else f"remove it, or use one of: {', '.join(sorted(known))}"
     return f"{where} is not a known key; {fix}"

@@ -130,7 +130,7 @@ class Schema:
                 )
 
     def fingerprint(self) -> str:
-        """Twelve hex digits that change whenever fields, tables or groups change. Hints for the planner are no part of it."""
+        """Twelve hex digits that change whenever fields, tables or groups change; the planner's hints do not count."""
         top = schema_to_toml(self)
         for entry in top["fields"].values():
             for key in HINTS:

@@ -70,7 +70,7 @@ def labelled_rows(
     """Read all footers, and cut into chunks what the options keep of the files; `extra` columns are passed through.
 
     Raises:
-        InputError: a file is no Parquet file, a column is missing or of a wrong type, or no row is left.
+        InputError: a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
     """
     selection = Selection(options, schema, files)
     row_groups = read_contents(files, schema, selection, warn=warn).row_groups
@@ -83,7 +83,7 @@ def unlabelled_row_groups(
     """Read all footers and check the columns of all fields: the row groups (of a file without rows one, empty) and each file's columns.
 
     Raises:
-        InputError: a file is no Parquet file, or a column is missing or of a wrong type.
+        InputError: a file is not a Parquet file, or a column is missing or of a wrong type.
     """
     row_groups: list[RowGroup] = []
     columns: list[pa.Schema] = []
