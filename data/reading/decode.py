@@ -7,9 +7,9 @@ Scoring reads row groups in the file's order:
 
 `row_group` is a `RowGroup` of `read_contents`. A scan makes a batch of each `batch_rows` stored rows (the last one of what is left), of
 which the rows that the selection does not keep are then left out; `reader.batches` gives them undecoded, with their `Place`: file, row
-group and row numbers. Training decodes windows (see data/reading/order.py) with a `Decoder`, permuted. A row group is read whole, except
-one that a lane ends in, which each of the two lanes reads, and one longer than a window, which is read as a stream: memory stays near the
-windows that are in use, whatever the writer's row groups. Readers and decoders may be used by many threads.
+group and row numbers. Training decodes windows (see data/reading/order.py) with a `Decoder`, permuted. Each lane reads
+its row groups in batches of a window's rows, and a row group in which a lane ends is read by both lanes: memory stays near the windows
+that are in use, whatever the writer's row groups. Readers and decoders may be used by many threads.
 """
 
 import math
@@ -102,13 +102,6 @@ class RowReader:
                 f"{self.name(row_group)} has {found} rows to read, but had {row_group.num_rows} when the stream was opened; "
                 "the file was changed or is damaged: write it again, and start again"
             )
-
-    def whole(self, row_group: RowGroup) -> Rows:
-        """Read all kept rows of a row group, and where they come from."""
-        rows, *_ = self.batches(
-            row_group, row_group.stored_rows, self.columns
-        )  # to the end, where they are counted
-        return rows
 
     def name(self, row_group: RowGroup) -> str:
         """File and row group, for messages."""
@@ -254,7 +247,7 @@ class Decoder:
         self.reader, self.on_rows = RowReader(files, encoder, selection, dictionaries=True), on_rows
         self.memory = Memory()
         self.reading: dict[int, str] = {}  # thread -> what it reads, for messages about stuck ones
-        self._long: dict[int, _LongRowGroup] = {}  # lane -> the last one that it has come to
+        self._sources: dict[int, _LaneRowGroup] = {}  # lane -> the row group that it has come to
 
     def task(self, window: Window, seed: list[int] | None) -> Callable[[], Columns]:
         """Return what reads and encodes a window's rows, permuted if there is a seed.
@@ -264,16 +257,13 @@ class Decoder:
         Raises:
             InputError: by the task: a file is damaged or has changed, or a value is faulty.
         """
-        sources = [(segment[0], self._source(*segment, window.lane)) for segment in window.segments]
+        sources = []
+        for row_group, start, stop in window.segments:
+            source = self._sources.get(window.lane)
+            if source is None or source.row_group != row_group:
+                source = self._sources[window.lane] = _LaneRowGroup(self.reader, row_group)
+            sources.append((row_group, source.expect(start, stop)))
         return partial(self._decode, sources, window.num_rows, seed)
-
-    def _source(self, row_group: RowGroup, start: int, stop: int, lane: int) -> Callable[[], list[Rows]]:
-        """Return what reads the kept rows [start, stop) of a row group."""
-        if row_group.num_rows <= self.reader.selection.options.window_rows:
-            return lambda: [_cut(*self.reader.whole(row_group), start, stop)]
-        if lane not in self._long or self._long[lane].row_group != row_group:
-            self._long[lane] = _LongRowGroup(self.reader, row_group)
-        return self._long[lane].expect(start, stop)
 
     def _decode(
         self, sources: list[tuple[RowGroup, Callable[[], list[Rows]]]], num_rows: int, seed: list[int] | None
@@ -291,8 +281,8 @@ class Decoder:
         return self.reader.encoder.encode_all(parts, permutation, self.memory.empty)
 
 
-class _LongRowGroup:
-    """A row group that is read as a stream, because one lane's windows cut it. Rows that are not expected are passed over."""
+class _LaneRowGroup:
+    """A row group as one lane reads it: as a stream, for its windows can cut it. Rows that are not expected are passed over."""
 
     def __init__(self, reader: RowReader, row_group: RowGroup) -> None:
         self.row_group = row_group
@@ -326,6 +316,8 @@ class _LongRowGroup:
                 parts.append(_cut(rows, place, skipped, passed))
             self.position += passed
             self.rest = None if passed == rows.num_rows else _cut(rows, place, passed, rows.num_rows)
+        if self.position == self.row_group.num_rows:
+            deque(self.batches, maxlen=0)  # to the end, where the rows are counted
         return parts
 
 
