@@ -190,11 +190,15 @@ def _of_exact_size(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterat
         parts.append(rows)
         held += rows.num_rows
         while held >= batch_rows:
-            joined = pa.concat_batches(parts) if len(parts) > 1 else parts[0]
+            joined = _joined(parts)
             yield joined.slice(0, batch_rows)
             parts, held = [joined.slice(batch_rows)], held - batch_rows
     if held:
-        yield pa.concat_batches(parts)
+        yield _joined(parts)
+
+
+def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return pa.concat_batches(parts) if len(parts) > 1 else parts[0]  # which it would copy
 
 
 def _count_entries(column: pa.Array) -> int:
