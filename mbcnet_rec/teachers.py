@@ -66,7 +66,7 @@ def teacher_config(config: RunConfig, kind: str) -> RunConfig:
 
 
 def taught_by(teachers: Sequence[RunConfig], process: Process, stream: ParquetStream) -> ParquetStream:
-    """Load the teachers' best weights and let them mark the rows of a stream."""
+    """Load the teachers with their best weights, and let them append their logits to a stream's rows."""
     scorers = [load_teacher(config, process) for config in teachers]
     return TaughtStream(stream, scorers)  # type: ignore[return-value]
 

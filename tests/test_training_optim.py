@@ -147,7 +147,7 @@ def test_a_single_process_looks_up_replicated_tables_without_a_wrapper(
     assert lookups, "TorchRec keeps them in a list, out of sight of modules()"
     assert not [each for each in lookups if isinstance(each, DistributedDataParallel)]
     tables: Any = dict(built.optimizer.optimizers)["replicated"]
-    assert len(tables._optimizer._movers[0][0].tensors) < len(tables.params)
+    assert len(tables._optimizer.buckets[0][0].tensors) < len(tables.params)
     tables.init_state()
     for name, table in tables.params.items():
         assert tables.state[table]["exp_avg"].shape == table.shape, name

@@ -26,12 +26,7 @@ _TRIM_THRESHOLD, _TRIM_BYTES = -1, 2**31 - 1
 
 @dataclass(frozen=True)
 class FastPath:
-    """The ways of a run: a CPU's own, or those of TorchRec and torch.
-
-    Attributes:
-        on: whether they are a CPU's own.
-        plan: a single process has more of them.
-    """
+    """What a run is built with: the fast parts for a CPU where `on`, else TorchRec's and torch's. `plan` says whether it is one process."""
 
     on: bool
     plan: Plan

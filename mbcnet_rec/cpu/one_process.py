@@ -45,7 +45,7 @@ class DirectLookup:
     """The forward pass of a collection whose tables all lie here, whole.
 
     Its first call is TorchRec's, which checks the features against the tables and finds the order that the lookups want. So are
-    calls of what only that can do: a batch size a feature, trackers of rows.
+    calls of what only that can do: a batch size for each feature, trackers of rows.
     """
 
     def __init__(self, collection: ShardedEmbeddingBagCollection) -> None:

@@ -1,7 +1,7 @@
 """Adam on whole tensors: for the dense part, and for tables that every rank holds whole, over the memory that they share.
 
 TorchRec keeps the rows of a group of replicated tables in one tensor with one gradient, and gives out a parameter a table: a view
-that looks its gradient up at each use. Adam is the same number by number, so it can move the one tensor; only its state is
+that looks its gradient up at each use. Adam works element by element, so it can update the one tensor; only its state is
 given out by table, as views, which is what checkpoints read and write.
 """
 
@@ -19,33 +19,33 @@ class WholeAdam(torch.optim.Adam):
     Fused Adam makes one pass over parameters and moments, on a CPU 5 times as fast as one operation after another.
 
     Args:
-        params: of nn.Parameter; those that TorchRec cut from one tensor are found by themselves, and move as one where they cover it.
+        params: of nn.Parameter; those that TorchRec cut from one tensor are recognised, and updated as one where they cover it.
         options: lr, eps, weight_decay and decoupled_weight_decay of torch.optim.Adam; its other options keep their defaults.
     """
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
         super().__init__(params, fused=True, **options)
-        self._movers = [movers_of(group["params"]) for group in self.param_groups]
+        self.buckets = [buckets_of(group["params"]) for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; those of parts are forgotten where they are used."""
-        for mover in chain.from_iterable(self._movers):
-            for whole in mover.tensors:  # torch's own would look up the gradient of every part
+        for bucket in chain.from_iterable(self.buckets):
+            for whole in bucket.tensors:  # torch's own would look up the gradient of every part
                 whole.grad = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move every tensor that has a gradient."""
+        """Update every tensor that has a gradient."""
         assert closure is None
-        for group, movers in zip(self.param_groups, self._movers, strict=True):
-            for mover in movers:
-                if not mover.exp_avgs:
-                    self.state.update(mover.make_state())
-                mover.move(group)
+        for group, buckets in zip(self.param_groups, self.buckets, strict=True):
+            for bucket in buckets:
+                if not bucket.exp_avgs:
+                    self.state.update(bucket.make_state())
+                bucket.update(group)
 
 
-class Mover:
-    """Tensors of one device and dtype that one call of fused Adam moves, and what that call wants beside them.
+class Bucket:
+    """Tensors of one device and dtype that one call of fused Adam updates, with their moments and step counts.
 
     Args:
         wholes: each tensor and the parameters that it is made of; itself alone where it is not cut.
@@ -72,7 +72,7 @@ class Mover:
                 state[part] = {"step": count} | cut
         return state
 
-    def move(self, group: Mapping[str, Any]) -> None:
+    def update(self, group: Mapping[str, Any]) -> None:
         """Make a step with the rates of a group of parameters, for those tensors that have a gradient."""
         grads = map(gradient_of, self.tensors, self.parts)
         found = {place: grad for place, grad in enumerate(grads) if grad is not None}
@@ -96,12 +96,12 @@ class Mover:
         )  # fmt: skip
 
 
-def movers_of(params: list[nn.Parameter]) -> list[Mover]:
+def buckets_of(params: list[nn.Parameter]) -> list[Bucket]:
     """Sort the tensors that parameters were cut from by device and dtype."""
     alike: dict[Any, list[tuple[Tensor, list[nn.Parameter]]]] = {}
     for whole, parts in wholes_of(params):
         alike.setdefault((whole.device, whole.dtype), []).append((whole, parts))
-    return [Mover(wholes) for wholes in alike.values()]
+    return [Bucket(wholes) for wholes in alike.values()]
 
 
 def wholes_of(params: list[nn.Parameter]) -> list[tuple[Tensor, list[nn.Parameter]]]:

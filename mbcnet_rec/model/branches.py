@@ -58,7 +58,7 @@ class BranchesConfig(Regularisation):
     Attributes:
         branches: any of efgc, cross, deep, fm, wide, each once, in the order of the outputs. A single branch
             has no cooperation losses.
-        efgc, cross, deep, fm: of the branches; wide has no choices.
+        efgc, cross, deep, fm: of the branches; wide has no settings.
         branch_dim: H, the width in which every branch ends.
     """
 

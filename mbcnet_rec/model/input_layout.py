@@ -10,7 +10,7 @@ from data.schema import Schema, Table
 
 ALL = "all"  # the name of the group of every field
 WIDE = "@wide"  # the name of the group of wide weights; reserved, it cannot clash with a user's group
-WIDE_DIM = 4  # FBGEMM wants widths in multiples of 4, so one weight is the mean of 4 columns
+WIDE_DIM = 4  # FBGEMM needs widths in multiples of 4, so one weight is the mean of 4 columns
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class InputLayout:
             raise InputError(f"groups.{min(taken)}: the model needs this name itself; rename the group")
         if self.wide and (odd := [key for key in self.embedding_dims if "@" in key]):
             raise InputError(
-                f"field {odd[0]!r}: a model with wide weights wants names without '@'; name the field otherwise and "
+                f"field {odd[0]!r}: a model with wide weights needs names without '@'; name the field otherwise and "
                 "give its column by `column`"
             )
 

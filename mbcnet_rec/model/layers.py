@@ -18,7 +18,7 @@ from mbcnet_rec.model.input_layout import ALL, InputLayout
 
 @dataclass(frozen=True, kw_only=True)  # so that the inheriting config's own keys come first
 class Regularisation(Bounded):
-    """What every dense layer carries besides its ReLU. The configs of networks inherit these two keys.
+    """What every dense layer has besides its ReLU. The configs of networks inherit these two keys.
 
     Attributes:
         batch_norm: in every dense layer. Padding rows of a last, partial batch enter its statistics, and
@@ -151,7 +151,7 @@ class LowRankMixture(nn.Module):
 
 
 class FieldVectors(nn.Module):
-    """(B, N) -> (B, F, k): one vector of the same width for every field, as a factorisation machine wants.
+    """(B, N) -> (B, F, k): one vector of the same width for every field, for a factorisation machine.
 
     A sparse field whose table is k wide enters as it is, so fields of equal width give the plain FM. The
     others, and all dense fields, enter through a matrix of their own: v_f = e_f P_f with P_f (n_f, k). For a

@@ -116,14 +116,14 @@ def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLay
 
 
 def build_arch(config: ModelConfig, layout: InputLayout) -> nn.Module:
-    """Build what stands on the tables: features -> ModelOutput."""
+    """Build the dense arch, which stands on the tables: features -> ModelOutput."""
     return ARCHES[config.kind](getattr(config, config.kind), layout)
 
 
 def build_objective(
     config: ModelConfig, model: Model, mean_over_ranks: MeanOverRanks = identity
 ) -> Objective:
-    """Build what a model is trained by, around it."""
+    """Wrap a model in its training objective."""
     if config.kind == "enkd":
         return DistillationObjective(model, config.enkd)
     return Objective(model, config.mbcnet.coteaching, config.mbcnet.differentiation, mean_over_ranks)

@@ -43,7 +43,7 @@ class Rows(Protocol):
 
 
 class Outputs(NamedTuple):
-    """What a step tells the loop, all without gradient."""
+    """What a step returns to the loop, all without gradient."""
 
     logits: Tensor  # (B, 1 + K), the fused one first
     labels: Tensor  # (B,)
@@ -87,7 +87,7 @@ class LossArch(nn.Module):
 
     Attributes:
         transforms: W of each pair of branches, or None: no differentiation, or one of the kinds without W.
-        measures: whether forward passes compute what only the log wants, `transform_distance` and `latent_norms`. The trainer
+        measures: whether forward passes compute what only the log needs, `transform_distance` and `latent_norms`. The trainer
             asks for it in the steps that end with a line of the log: in every step it is 1 % of a small model's time.
         step: forward passes in training mode so far.
     """

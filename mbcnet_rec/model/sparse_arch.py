@@ -166,7 +166,8 @@ def regroup_op(device: torch.device) -> RegroupOp:
 class Cuts:
     """Where tensors (B, sum of widths) are cut, so that every group is made of whole pieces, and of as few as that allows."""
 
-    widths: list[list[int]]  # of the pieces of each tensor; empty where no group wants a part of it only
+    # of the pieces of each tensor; empty where every group takes it whole or not at all
+    widths: list[list[int]]
     # group -> (tensor, piece) in the order of its columns; piece None is the whole tensor, uncut
     places: dict[str, list[tuple[int, int | None]]]
 

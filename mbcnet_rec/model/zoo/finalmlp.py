@@ -115,10 +115,10 @@ class BilinearFusion(nn.Module):
 
 
 def build_stream(config: StreamConfig, layout: InputLayout, key: str) -> nn.Sequential:
-    """Build gate and MLP of a stream: (B, N) -> (B, d). `key` is that of its context in the config.
+    """Build gate and MLP of a stream: (B, N) -> (B, d). `key`: the config key of its context.
 
     Raises:
-        InputError: the context names a field that is none.
+        InputError: the context names something that is not a field.
     """
     unknown = set(config.context) - set(layout.keys(ALL))
     if unknown:
