@@ -115,13 +115,20 @@ def branch_order(name: str) -> tuple[int, str]:
     return (known.index(name) if name in known else len(known), name)
 
 
+def judged_line(lines: Lines, splits: Sequence[str] = ("test", "valid")) -> Mapping[str, Any] | None:
+    """What a run is judged by: its last line of test rows, else its best validation; None where neither has an AUC."""
+    for split in splits:
+        scored = [line for line in lines.get(split, ()) if line.get("auc") is not None]
+        if scored:
+            return scored[-1] if split == "test" else max(scored, key=lambda line: line["auc"])
+    return None
+
+
 def result_blocks(lines: Lines) -> list[Block]:
     """The last test line, or the best validation."""
-    split = "test" if lines.get("test") else "valid"
-    scored = [line for line in lines.get(split, ()) if line.get("auc") is not None]
-    if not scored:
+    line = judged_line(lines)
+    if line is None:
         return [Heading("Result"), Text("No validation or test rows were scored.")]
-    line = scored[-1] if split == "test" else max(scored, key=lambda each: each["auc"])
     branches = sorted((key[4:] for key in line if key.startswith("auc/")), key=branch_order)
     rows = []
     for name in ("fused", *branches):
@@ -131,7 +138,9 @@ def result_blocks(lines: Lines) -> list[Block]:
     group = "" if line.get("gauc") is None else f" GAUC of the fused output {line['gauc']:.4f}."
     return [
         Heading("Result"),
-        Text(f"{split} split, {line.get('rows', 0):,} rows, weights of step {line['step']:,}.{group}"),
+        Text(
+            f"{line['split']} split, {line.get('rows', 0):,} rows, weights of step {line['step']:,}.{group}"
+        ),
         Table(("output", "AUC", "log-loss", "normalised entropy", "calibration"), tuple(rows), 0),
     ]
 

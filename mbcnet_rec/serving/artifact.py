@@ -215,9 +215,7 @@ def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in have if not wanted or name in wanted)
 
 
-def pool_tables(
-    tables: Sequence[Table],
-) -> tuple[dict[str, list[Table]], dict[str, list[tuple[str, int]]]]:
+def pool_tables(tables: Sequence[Table]) -> tuple[dict[str, list[Table]], dict[str, list[tuple[str, int]]]]:
     """Sort tables by pooling, which FBGEMM fixes for a whole group of them: pooling -> tables, and (field, table) lookups."""
     pooled: dict[str, list[Table]] = {}
     lookups: dict[str, list[tuple[str, int]]] = {}

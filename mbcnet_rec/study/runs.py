@@ -23,7 +23,7 @@ from data.reading.files import resolve_files
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS
-from mbcnet_rec.report.run_report import read_metrics, write_run_report
+from mbcnet_rec.report.run_report import judged_line, read_metrics, write_run_report
 from mbcnet_rec.runtime.exits import CannotWriteError, PreemptedError
 from mbcnet_rec.teachers import train_model
 from mbcnet_rec.training.trainer import Watch
@@ -177,10 +177,10 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
     Raises:
         InputError: the run has no AUC of these splits.
     """
-    lines = read_metrics(folder)
-    for split in splits:
-        found = [line for line in lines.get(split, ()) if line.get("auc") is not None]
-        if found:
-            return found[-1] if split == "test" else max(found, key=lambda line: line["auc"])
-    keys = " or ".join(f"data.{split}" for split in splits)
-    raise InputError(f"{folder}/{METRICS}: no AUC of {' or '.join(splits)} rows; name {keys} in the config")
+    line = judged_line(read_metrics(folder), splits)
+    if line is None:
+        keys = " or ".join(f"data.{split}" for split in splits)
+        raise InputError(
+            f"{folder}/{METRICS}: no AUC of {' or '.join(splits)} rows; name {keys} in the config"
+        )
+    return dict(line)
