@@ -143,7 +143,7 @@ class Quantiles:
         return {"boundaries": boundaries, "num_embeddings": len(boundaries) + FIRST_VOCABULARY_ROW}
 
 
-def finite(column: pa.Array) -> np.ndarray:
+def finite(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """The finite numbers of a column, float64."""
     numbers = column.drop_null().cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     return numbers[np.isfinite(numbers)]

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from pyarrow import types as pt
 
 from data.errors import InputError
+from data.profile.fit import finite
 from data.profile.leaks import always_positive, column_auc
 from data.profile.scan import ColumnProfile, Profile, profile_files
 from data.reading.column_types import is_key, is_number
@@ -133,8 +134,7 @@ def infer_schema(
         )
     text = _write(name, roles, profile, proposals)
     parse_schema(tomllib.loads(text), "the inferred schema", Path())  # what we write must load
-    suspicious = [f"{each.name}: {reason}" for each in proposals for reason in each.suspicions]
-    return text, suspicious
+    return text, [f"{each.name}: {reason}" for each in proposals for reason in each.suspicions]
 
 
 def find_roles(profile: Profile, label: str = "") -> Roles:
@@ -275,8 +275,7 @@ def _two_digits(number: float) -> int:
 
 
 def _propose_number(proposal: Proposal, column: ColumnProfile, sample: pa.ChunkedArray) -> None:
-    numbers = sample.cast(pa.float64(), safe=False).drop_null().to_numpy()
-    numbers = numbers[np.isfinite(numbers)]
+    numbers = finite(sample)
     if not len(numbers):
         return
     low, middle, high = (float(np.quantile(numbers, level)) for level in (0.0, 0.5, 0.99))

@@ -84,18 +84,16 @@ def tag_history(tags: pa.Table) -> History:
 
 
 def derive(table: pa.Table, history: History) -> pa.Table:
-    """Add rated_hour, rated_weekday, title_words and tags_before to rows with timestamp, movie_id and title."""
+    """Add rated_hour, rated_weekday, title_words and tags_before to rows with timestamp, movie_id and title.
+
+    Tags are the latest distinct ones that the film had strictly before the rating, oldest first.
+    """
     moments, movies, titles = (table[column].to_pylist() for column in ("timestamp", "movie_id", "title"))
     words = {title: WORD.findall(re.sub(YEAR_IN_TITLE, "", title or "").lower()) for title in set(titles)}
-    tags = [
-        _tags_before(history.get(movie, []), moment) for movie, moment in zip(movies, moments, strict=True)
-    ]
+    tags = []
+    for movie, moment in zip(movies, moments, strict=True):
+        distinct = dict.fromkeys(tag for given, tag in history.get(movie, ()) if given < moment)
+        tags.append(list(distinct)[-MAX_TAGS:])
     table = with_clock(table, table["timestamp"], "rated_hour", "rated_weekday")
     table = table.append_column("title_words", pa.array([words[title] for title in titles], STRINGS))
     return table.append_column("tags_before", pa.array(tags, STRINGS))
-
-
-def _tags_before(history: list[tuple[int, str]], moment: int) -> list[str]:
-    """The latest distinct tags that a movie had strictly before a moment, oldest first."""
-    distinct = dict.fromkeys(tag for given, tag in history if given < moment)
-    return list(distinct)[-MAX_TAGS:]

@@ -20,7 +20,6 @@ Splits = Iterator[tuple[str, pa.Table]]  # split, rows; a split's rows in order
 
 BLOCK_BYTES = 16 * 2**20
 WHOLE_DIGEST_BYTES = 256 * 2**20
-NULLS = ("", "NULL", "null", "nan", "NaN")
 
 
 def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
@@ -93,13 +92,12 @@ def read_csv(
     if delimiter == "::":  # Arrow takes one character
         with _opened(path) as file:
             source, delimiter, encoding = io.BytesIO(file.read().replace(b"::", b"\t")), "\t", "latin-1"
-    reading = pa_csv.ReadOptions(
-        block_size=BLOCK_BYTES, column_names=None if has_header else list(types), encoding=encoding
-    )
+    names = None if has_header else list(types)
+    reading = pa_csv.ReadOptions(block_size=BLOCK_BYTES, column_names=names, encoding=encoding)
     converting = pa_csv.ConvertOptions(
         column_types=dict(types),
         include_columns=list(types),
-        null_values=list(NULLS),
+        null_values=["", "NULL", "null", "nan", "NaN"],
         strings_can_be_null=True,
         quoted_strings_can_be_null=True,
     )

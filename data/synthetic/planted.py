@@ -58,21 +58,14 @@ CLUSTER_ATTRIBUTES_MATCH = ("category", "gender", "age", "season", "style")
 USER_FACTS = ("user_age", "user_gender", "user_consumption_level", "user_life_stage", "user_city")
 
 
-def _latent_sources() -> dict[str, tuple[str, int]]:
-    """Tag of each centred latent -> (the fact it belongs to, its width)."""
-    sources = {
-        f"image<{name}": (name, IMAGE_LATENT) for name in (*PROFILE_LIKES_IMAGES, *QUERY_LIKES_ATTRIBUTES)
-    }
-    for left, right in PROFILE_LIKES_ATTRIBUTES:
-        sources[f"{left}>{right}"] = (left, PAIR_LATENT)
-        sources[f"{left}<{right}"] = (right, PAIR_LATENT)
-    for name in (*CLUSTER_ATTRIBUTES_MATCH, "id"):
-        sources[f"query>{name}"] = (f"query_cluster_{name}", PAIR_LATENT)
-        sources[f"doc>{name}"] = (f"doc_cluster_{name}", PAIR_LATENT)
-    return sources
-
-
-LATENT_SOURCES = _latent_sources()
+# Tag of each centred latent -> (the fact it belongs to, its width)
+LATENT_SOURCES = {
+    **{f"image<{name}": (name, IMAGE_LATENT) for name in (*PROFILE_LIKES_IMAGES, *QUERY_LIKES_ATTRIBUTES)},
+    **{f"{left}>{right}": (left, PAIR_LATENT) for left, right in PROFILE_LIKES_ATTRIBUTES},
+    **{f"{left}<{right}": (right, PAIR_LATENT) for left, right in PROFILE_LIKES_ATTRIBUTES},
+    **{f"query>{name}": (f"query_cluster_{name}", PAIR_LATENT) for name in (*CLUSTER_ATTRIBUTES_MATCH, "id")},
+    **{f"doc>{name}": (f"doc_cluster_{name}", PAIR_LATENT) for name in (*CLUSTER_ATTRIBUTES_MATCH, "id")},
+}
 
 
 @dataclass(frozen=True)
@@ -244,18 +237,15 @@ def _draw_images(world: World, facts: Facts) -> None:
     """Image = (cluster centroid + own part) @ basis + pixel noise, rounded; and the latent read off it."""
     basis = world.image_basis
     r, width = basis.shape
-    for name, side, owner in (
-        ("query_image", "query", facts["row"]),
-        ("item_image", "doc", facts["item_id"]),
-    ):
+    images = (("query_image", "query", facts["row"]), ("item_image", "doc", facts["item_id"]))
+    for name, side, owner in images:
         category = normals(world.key("image_of_category", facts[f"{side}_cluster_category"]), r)
         cluster = normals(world.key("image_of_cluster", facts[f"{side}_cluster_id"]), r)
         own = normals(world.key(name, owner), r)
         latent = 0.8 * (0.6 * category + 0.8 * cluster) + 0.6 * own
         # einsum, not matmul: its sums do not depend on how many rows a block has
-        pixels = np.einsum("nr,rw->nw", latent, basis) + 0.1 * normals(
-            world.key(f"{name}_pixels", owner), width
-        )
+        noise = 0.1 * normals(world.key(f"{name}_pixels", owner), width)
+        pixels = np.einsum("nr,rw->nw", latent, basis) + noise
         facts[name] = (np.round(pixels * PIXEL_STEP) / PIXEL_STEP).astype(np.float32)
         facts[f"{name}_latent"] = np.einsum("nw,rw->nr", facts[name].astype(np.float64), basis) * (r / width)
 
@@ -315,9 +305,8 @@ def true_probability(world: World, facts: Facts) -> np.ndarray:
 
 def draw_labels(world: World, facts: Facts, probability: np.ndarray) -> np.ndarray:
     """(n,) int8 clicks: 1 with exactly the true probability."""
-    return ((world.key("click", facts["row"]) >> np.uint64(48)).astype(np.int64) < probability).astype(
-        np.int8
-    )
+    draw = (world.key("click", facts["row"]) >> np.uint64(48)).astype(np.int64)
+    return (draw < probability).astype(np.int8)
 
 
 def _sigmoid(logit: np.ndarray) -> np.ndarray:
