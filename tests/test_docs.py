@@ -48,16 +48,12 @@ def test_a_schema_of_every_kind_loads():
     assert schema.groups and schema.group_column and schema.time_column
 
 
-def test_splits_and_options_load():
+def test_options_load():
     tables = [tomllib.loads(block) for block in blocks(DOCS / "data.md", "toml") if "[data]" in block]
-    configs = [parse_dataclass(DataConfig, table["data"], "docs/data.md") for table in tables]
-    assert len(configs) == 2 and configs[1].test_where == ("ds >= last 7",)
-
-
-def test_constraints_load():
+    _, config = (parse_dataclass(DataConfig, table["data"], "docs/data.md") for table in tables)
+    assert config.test_where == ("ds >= last 7",)
     (table,) = (tomllib.loads(block) for block in blocks(DOCS / "planning.md", "toml"))
-    config = parse_dataclass(ShardingConfig, table, "docs/planning.md")
-    assert config.tables["item"].cache_ratio == 0.1
+    assert parse_dataclass(ShardingConfig, table, "docs/planning.md").tables["item"].cache_ratio == 0.1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

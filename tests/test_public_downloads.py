@@ -232,22 +232,10 @@ def test_writer_cuts_even_row_groups_and_several_files(tmp_path):
     assert split_of(tmp_path, "train") == table.select(["y", "x"])
 
 
-@pytest.mark.parametrize(
-    ("keys", "wanted"), [([5, 1], [None, "one", None, "five"]), ([], [None] * 4)], ids=["two", "none"]
-)
-def test_a_side_table_is_joined_by_its_key(keys, wanted):
-    side = pa.table(
-        {"k": pa.array(keys, pa.int64()), "v": pa.array(["five", "one"][: len(keys)], pa.string())}
-    )
-    assert raw.join(pa.table({"key": [2, 1, None, 5]}), "key", side, "k")["v"].to_pylist() == wanted
-
-
-def test_lines_and_hex(tmp_path):
+def test_lines_are_counted_with_and_without_a_last_line_end(tmp_path):
     for text, lines in ((b"", 0), (b"a\n", 1), (b"a\nb", 2), (b"\n\n", 2)):
         (tmp_path / "x").write_bytes(text)
         assert raw.count_lines(tmp_path / "x") == lines
-    table = raw.hex_to_int(tmp_path, pa.table({"x": ["0000000a", None, "ffffffff"]}), ["x"])
-    assert table["x"].to_pylist() == [10, None, 2**32 - 1]
 
 
 def test_digest_of_a_large_file_follows_its_ends(tmp_path, monkeypatch):

@@ -68,12 +68,10 @@ def _prepare(args: argparse.Namespace) -> int:
         out = prepare(args.name, args.src, args.out, progress=lambda done: bar.update(done - bar.n))
     print(f"{out}: train, valid, test and schema.toml")
     config = Path("mbcnet_rec") / "configs" / f"{args.name}.toml"
+    step = f"train on {out}/train with schema {out}/schema.toml; start from {config.parent}/demo.toml"
     if (Path(__file__).parents[2] / config).is_file():
-        print(f"next: mbcnet train --config {config}")
-    else:
-        print(
-            f"next: train on {out}/train with schema {out}/schema.toml; start from {config.parent}/demo.toml"
-        )
+        step = f"mbcnet train --config {config}"
+    print(f"next: {step}")
     return 0
 
 
