@@ -10,7 +10,7 @@ from typing import Dict, List, Optional
 from torchx import specs
 from torchx.specs import macros
 
-from launch.job import AGENT, OURS, Job, JobError, environment, environment_folder, parse_shape, shell_words
+from launch.job import AGENT, OURS, PROGRAMS, Job, JobError, environment, parse_shape, shell_words
 
 
 def application(
@@ -94,12 +94,9 @@ def terminal_size(role: str) -> dict[str, str]:
 
 
 def command_line(job: Job) -> str:
-    """What each host runs, for bash. $$ is torchx's spelling of $.
-
-    Schedulers look programs up on PATH, which holds .venv/bin only in an activated shell. Inside a container the folder does
-    not exist and does no harm.
-    """
+    """What each host runs, for bash. $$ is torchx's spelling of $."""
     # Each scheduler names the first host in a variable of its own; AWS Batch leaves it empty on that host itself.
     endpoint = f"$${{{macros.rank0_env}:=localhost}}:{job.port}" if job.shape.hosts > 1 else "localhost:0"
     words = shell_words(job, shlex.quote(macros.app_id), endpoint)
-    return f"export PATH={shlex.quote(environment_folder())}:$$PATH; exec python -m {AGENT} {words}"
+    # PATH holds .venv/bin only in an activated shell. In a container the folder does not exist and does no harm.
+    return f"export PATH={shlex.quote(PROGRAMS)}:$$PATH; exec python -m {AGENT} {words}"

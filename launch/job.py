@@ -20,6 +20,8 @@ GRACE_SECONDS = 300
 USER_ID = 10001
 # Kubernetes' securityContext of a pod: the image's user, to whom the volumes belong too
 POD_SECURITY = {"runAsNonRoot": True, "runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
+# Of this environment's programs. On a cluster with a shared file system it is right on every host.
+PROGRAMS = os.path.dirname(sys.executable)
 # A folder in which the launchers of a local job leave their exit codes
 EXIT_CODES = "LAUNCH_EXIT_CODES"
 # Key in the metadata of a torchx role: what we add to a scheduler's request is for our own jobs only
@@ -148,11 +150,6 @@ def rendezvous(job: Job, run_id: str, endpoint: str) -> list[str]:
 def shell_words(job: Job, run_id: str, endpoint: str) -> str:
     """The same and the worker's own, for a shell, to which run_id and endpoint are given as they are."""
     return " ".join([*rendezvous(job, run_id, endpoint), "-m", WORKER, *map(shlex.quote, job.worker_args)])
-
-
-def environment_folder() -> str:
-    """The folder of this environment's programs. On a cluster with a shared file system it is right on every host."""
-    return os.path.dirname(sys.executable)
 
 
 def shared_memory_mb(memory_mb: int) -> int:

@@ -16,12 +16,12 @@ from launch.job import (
     NON_FINITE,
     POD_SECURITY,
     PREEMPTED,
+    PROGRAMS,
     USER_MISTAKE,
     WORKER,
     Job,
     JobError,
     environment,
-    environment_folder,
     rendezvous,
     shared_memory_mb,
     shell_words,
@@ -113,7 +113,7 @@ def sbatch_script(job: Job) -> str:
 #SBATCH --requeue
 # Add what your cluster wants: --partition, --account, --time (well above the {GRACE_SECONDS} s of --signal)
 set -u
-export PATH={shlex.quote(environment_folder())}:$PATH
+export PATH={shlex.quote(PROGRAMS)}:$PATH
 export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 {exports}
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --wait=60 \\

@@ -47,26 +47,6 @@ def app_state(slurm_state: str) -> AppState:
     return {**SLURM_STATES, **more}.get(slurm_state.partition(" ")[0], AppState.UNKNOWN)
 
 
-def describe_rows(app_id: str, rows: list[Row]) -> DescribeAppResponse | None:
-    """The status of a job from its replicas; None if there are none."""
-    if not rows:
-        return None
-    replicas: dict[str, list[ReplicaStatus]] = {}
-    for name, state in rows:
-        role, _, index = name.rpartition("-")
-        if role and index.isdigit():
-            status = ReplicaStatus(id=int(index), role=role, state=app_state(state), hostname="")
-            replicas.setdefault(role, []).append(status)
-    first = rows[0][1]  # the replica whose state is the job's state
-    return DescribeAppResponse(
-        app_id=app_id,
-        roles=[Role(name=name, num_replicas=len(each), image="") for name, each in replicas.items()],
-        roles_statuses=[RoleStatus(name, each) for name, each in replicas.items()],
-        state=app_state(first),
-        msg=first,
-    )
-
-
 def time_limit_minutes(text: str) -> int:
     """Minutes of `--time`: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
     days, dash, clock = text.rpartition("-")
@@ -94,9 +74,25 @@ class Scheduler(SlurmScheduler):
         return info
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
-        """Status of a job; None if nobody knows it."""
+        """Status of a job from its replicas; None if nobody knows it."""
         rows = accounted(app_id)
-        return describe_rows(app_id, controlled(app_id) if rows is None else rows)
+        rows = controlled(app_id) if rows is None else rows
+        if not rows:
+            return None
+        replicas: dict[str, list[ReplicaStatus]] = {}
+        for name, state in rows:
+            role, _, index = name.rpartition("-")
+            if role and index.isdigit():
+                status = ReplicaStatus(id=int(index), role=role, state=app_state(state), hostname="")
+                replicas.setdefault(role, []).append(status)
+        first = rows[0][1]  # the replica whose state is the job's state
+        return DescribeAppResponse(
+            app_id=app_id,
+            roles=[Role(name=name, num_replicas=len(each), image="") for name, each in replicas.items()],
+            roles_statuses=[RoleStatus(name, each) for name, each in replicas.items()],
+            state=app_state(first),
+            msg=first,
+        )
 
 
 def create_scheduler(session_name: str, **_: Any) -> Scheduler:

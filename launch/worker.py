@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -26,13 +27,8 @@ NOTES = "LAUNCH_NOTES"
 # Done, stopped with a checkpoint, stopped by Ctrl-C: no errors
 STOPPED = (0, PREEMPTED, INTERRUPTED)
 # A rank's error after another rank has failed; the cause is the other rank's error.
-SECONDARY_ERRORS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-    "NCCL",
-    "Timed out waiting",
+SECONDARY_ERROR = re.compile(
+    "Connection (closed|reset) by peer|Broken pipe|remote process exited|NCCL|Timed out waiting"
 )
 # How long a rank whose error is secondary waits for the rank with the cause to report it
 SECONDARY_WAIT_SECONDS = 2.0
@@ -84,7 +80,7 @@ def leave(error: Exception, environ: Mapping[str, str]) -> int:
     """Report why the command ended, once for the whole job, and return the exit code."""
     code, text = int(getattr(error, "exit_code", 1)), describe(error, environ)
     reported = getattr(error, "reported", True)
-    if not reported or code == LOST_RANK or (code == 1 and any(each in text for each in SECONDARY_ERRORS)):
+    if not reported or code == LOST_RANK or (code == 1 and SECONDARY_ERROR.search(text)):
         time.sleep(SECONDARY_WAIT_SECONDS)
     if code in STOPPED:
         first = reported

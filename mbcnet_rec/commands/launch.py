@@ -67,10 +67,7 @@ def _launch(args: argparse.Namespace) -> int:
         return 0
     from torchx.cli.main import main  # after every mistake that is seen without it
 
-    try:
-        main(words[1:])
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(bool(end.code))
+    main(words[1:])  # a job that fails ends this process with its code
     return 0
 
 
