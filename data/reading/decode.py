@@ -60,11 +60,9 @@ class RowReader:
         self.selection = selection or Selection(StreamOptions(), schema, files)
         read = schema.columns if encoder.has_labels else schema.field_columns
         self.columns = list(dict.fromkeys([*read, *self.selection.columns]))
-        self.dictionaries = [
-            feature.source_column
-            for feature in schema.features
-            if dictionaries and feature.kind == "categorical" and feature.encoding != "ids"
-        ] + ([schema.group_column] if dictionaries and schema.group_column else [])
+        keys = [each for each in schema.features if each.kind == "categorical" and each.encoding != "ids"]
+        names = [*(each.source_column for each in keys), schema.group_column]
+        self.dictionaries = [name for name in names if name and dictionaries]
         holds_lists = [each for each in schema.features if not each.is_single]
         self.lists = {name for each in holds_lists for name in (each.source_column, each.weights)}
         self._idle: list[tuple[int, pq.ParquetFile]] = []  # open files that are not in use, the latest last

@@ -84,9 +84,8 @@ class Encoder:
         """
         schema.require_fitted()
         self.schema, self.permute, self.has_labels = schema, permute, has_labels
-        self.vocabularies = make_vocabularies(
-            schema, read_vocabularies(schema) if vocabularies is None else vocabularies
-        )
+        values = read_vocabularies(schema) if vocabularies is None else vocabularies
+        self.vocabularies = make_vocabularies(schema, values)
         self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
         self.single = [feature for feature in schema.sparse if feature.is_single]
         self.lists = [feature for feature in schema.sparse if not feature.is_single]

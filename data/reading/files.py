@@ -43,20 +43,15 @@ def resolve_files(paths: Sequence[str]) -> list[DataFile]:
     Raises:
         InputError: a path leads to no Parquet file.
     """
-    local: set[Path] = set()
-    remote: set[RemoteFile] = set()
+    files: set[DataFile] = set()
     for text in paths:
-        if is_uri(text):
-            found = list_remote(text)
-            remote.update(found)
-        else:
-            found = _find_local(text)
-            local.update(found)
+        found = set(list_remote(text)) if is_uri(text) else _find_local(text)
+        files |= found
         if not found:
             raise InputError(
                 f"{text}: no Parquet file there; check the path, or write the data first (`mbcnet data synth`, `mbcnet data prepare`)"
             )
-    return [*sorted(local), *sorted(remote)]
+    return sorted(files, key=lambda file: (isinstance(file, RemoteFile), file))
 
 
 def _find_local(text: str) -> set[Path]:
