@@ -201,7 +201,7 @@ def test_every_kind_is_tested_and_says_whether_it_is_wide():
 
 def test_dual_mlp_is_finalmlp_without_gates():
     stream = StreamConfig((4,), gate=())
-    arch = build_arch(ModelConfig("finalmlp", finalmlp=FinalMLPConfig(stream, stream)), LAYOUT)
+    arch = build_arch(config_of("finalmlp", FinalMLPConfig(stream, stream)), LAYOUT)
     assert not any("gate" in name for name, _ in arch.named_parameters())
 
 
@@ -225,9 +225,8 @@ def test_distillation_equals_its_formula():
     s, t, g = (torch.tensor(x, requires_grad=True) for x in (student, teachers, gates))
     loss = distillation_loss(s, t, torch.tensor(labels), temperature=3.0, gates=g, soft_weight=0.7)
     loss.backward()
-    assert loss.item() == pytest.approx(
-        naive_distillation(student, teachers, labels, gates, 3.0, 0.7), rel=1e-12
-    )
+    expected = naive_distillation(student, teachers, labels, gates, 3.0, 0.7)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
     soft = sum(gates[i] * sigmoid(teachers[i] / 3) for i in range(3))
     gradient = (sigmoid(student) - labels + 0.7 / 3 * (sigmoid(student / 3) - soft)) / B
     np.testing.assert_allclose(s.grad.numpy(), gradient, rtol=1e-10)

@@ -23,16 +23,11 @@ def _seed():
     torch.manual_seed(0)
 
 
-def randomise(module):
-    """Fill every parameter with noise, so that no bias hides at zero."""
-    for parameter in module.parameters():
-        parameter.data.normal_(std=0.5)
-    return module
-
-
 @pytest.mark.parametrize("num_experts", [1, 2, 4])
 def test_low_rank_mixture_equals_torchrec(num_experts):
-    ours = randomise(Cross(CrossConfig("low_rank_mixture", 2, num_experts, 4), 9).double())
+    ours = Cross(CrossConfig("low_rank_mixture", 2, num_experts, 4), 9).double()
+    for parameter in ours.parameters():  # no bias may hide at zero
+        parameter.data.normal_(std=0.5)
     theirs = LowRankMixtureCrossNet(9, 2, num_experts, 4, activation=torch.tanh).double()
     for number, layer in enumerate(ours.layers):
         if num_experts > 1:

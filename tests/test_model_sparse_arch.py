@@ -94,7 +94,7 @@ def test_regroup_with_wide_weights(op):
     torch.testing.assert_close(groups[WIDE], torch.cat([*weights, *numbers], 1))
     match = [columns["item@table_item"], columns["user@table_user"]]
     assert torch.equal(groups["match"], torch.cat(match, 1))
-    assert groups[WIDE].shape[1] == layout().width(WIDE)
+    assert groups[WIDE].shape[1] == layout(wide=True).width(WIDE)
 
 
 def test_keys_of_wide_weights():

@@ -152,7 +152,6 @@ class WideBranch(nn.Module):
 
     def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
         super().__init__()
-        layout.require_wide()
         self.reduction = MLP(layout.width(WIDE), (config.branch_dim,), config)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:

@@ -48,6 +48,8 @@ class InputLayout:
 
     def width(self, group: str = ALL) -> int:
         """Columns of a group: N for "all", n_g for group g, one a sparse field and the dense columns for the wide one."""
+        if group == WIDE and not self.wide:  # a fault of the composition, not of the user
+            raise ValueError("this model reads wide weights; build its layout and tables with wide=True")
         return sum(
             1 if group == WIDE and key in self.embedding_dims else self.field_width(key)
             for key in self.keys(group)
@@ -75,11 +77,6 @@ class InputLayout:
         """(first column, width) of a field inside "all"."""
         keys = self.keys(ALL)
         return sum(self.field_width(each) for each in keys[: keys.index(key)]), self.field_width(key)
-
-    def require_wide(self) -> None:
-        """Raise ValueError where there are no wide weights: a fault of the composition, not of the user."""
-        if not self.wide:
-            raise ValueError("this model reads wide weights; build its layout and tables with wide=True")
 
 
 def input_layout(schema: Schema, wide: bool = False) -> InputLayout:

@@ -16,7 +16,6 @@ class WideLogit(nn.Module):
 
     def __init__(self, layout: InputLayout) -> None:
         super().__init__()
-        layout.require_wide()
         self._num_sparse = len(layout.embedding_dims)
         self.dense_weight = nn.Parameter(torch.zeros(layout.width(WIDE) - self._num_sparse))
         self.bias = nn.Parameter(torch.zeros(1))
