@@ -296,7 +296,7 @@ def _propose_number(proposal: Proposal, column: ColumnProfile, sample: pa.Chunke
 
 
 def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels: np.ndarray) -> None:
-    """Note what a model had better not see."""
+    """Note why a model should not see the column."""
     if not column.values:
         proposal.suspicions.append("it is empty")
         return

@@ -23,7 +23,7 @@ WHOLE_DIGEST_BYTES = 256 * 2**20
 
 
 def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
-    """Find a data set's files in a folder by patterns: globs, or alternatives parted by "|", the first that is there counts.
+    """Find a data set's files in a folder by patterns: globs, or alternatives separated by "|", of which the first that is there counts.
 
     Raises:
         InputError: a pattern finds nothing.
@@ -159,7 +159,7 @@ def join(rows: pa.Table, column: str, table: pa.Table, key: str) -> pa.Table:
 
 
 def by_split(rows: pa.Table, key: np.ndarray, valid: int, test: int) -> Splits:
-    """Part rows by a number (n,) for each: below `valid` they train, below `test` they validate, from there on they test."""
+    """Split rows by a number (n,) for each: below `valid` they train, below `test` they validate, from there on they test."""
     split = np.searchsorted([valid, test], key, side="right")
     for number, name in enumerate(("train", "valid", "test")):
         chosen = split == number
@@ -170,7 +170,7 @@ def by_split(rows: pa.Table, key: np.ndarray, valid: int, test: int) -> Splits:
 
 
 def by_position(pieces: Iterable[pa.Table], valid: int, test: int) -> Splits:
-    """Part rows as `by_split` does, by their number in order."""
+    """Split rows as `by_split` does, by their position."""
     start = 0
     for rows in pieces:
         yield from by_split(rows, np.arange(start, start + len(rows)), valid, test)
