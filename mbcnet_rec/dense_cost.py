@@ -47,12 +47,8 @@ def dense_cost(config: ModelConfig, schema: Schema, sharding: ShardingConfig) ->
         feature.width if feature.kind == "vector" else pooling_factor(feature, sharding)
         for feature in schema.features
     )
-    return DenseCost(
-        sum(parameter.numel() for parameter in model.parameters()),
-        flops / ROWS,
-        activations + pooled,
-        values + 1,
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return DenseCost(parameters, flops / ROWS, activations + pooled, values + 1)
 
 
 def _kept_bytes(model: nn.Module, rows: int) -> tuple[int, float]:

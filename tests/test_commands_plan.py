@@ -109,7 +109,7 @@ def test_what_does_not_fit_leaves_no_file(capsys, tmp_path):
         (["--cluster", CLUSTER], "no schema; add --schema FILE"),
         (["--schema", DEMO], "no cluster; add --cluster"),
         (["--schema", "absent.toml", "--cluster", CLUSTER], "no such file"),
-        (["--schema", DEMO, "--cluster", "0x8:h200"], "0 devices"),
+        (["--schema", DEMO, "--cluster", "0x8:h200"], "hosts = 0: wanted 1 or more"),
         (["--schema", DEMO, "--cluster", CLUSTER, "--batch-size", "0"], "--batch-size 0: wanted rows in [1,"),
         (["--schema", DEMO, "--cluster", CLUSTER, "--set", "tables.usr.pooling_factor=2"], "sharding.tables.usr is not a known key"),
         (["--schema", DEMO, "--cluster", CLUSTER, "--dense-parameters", "-1"], "--dense-parameters -1: wanted 0 or more"),

@@ -21,11 +21,8 @@ from mbcnet_rec.cpu.one_process import DirectLookup, NoCopies, shorten_lookups
 ROWS, B = 11, 5
 DIMS = {"user": 4, "item": 8, "tags": 4, "shops": 12}
 MEAN = {"tags"}
-KINDS = {  # the tables that are replicated, the others being whole on their rank
-    "replicated": set(DIMS),
-    "whole": set(),
-    "mixed": {"user", "tags"},
-}
+# the tables that are replicated, the others being whole on their rank
+KINDS = {"replicated": set(DIMS), "whole": set(), "mixed": {"user", "tags"}}
 
 
 @pytest.fixture
@@ -38,16 +35,11 @@ def one_process():
 def sharded(kind: str, weighted: bool, shortened: bool) -> tuple[DistributedModelParallel, Any]:
     """A collection in a DistributedModelParallel, equal for equal arguments, and its sharded self."""
     torch.manual_seed(0)
+    pooling = {name: PoolingType.MEAN if name in MEAN else PoolingType.SUM for name in DIMS}
     tables = [
-        EmbeddingBagConfig(
-            name=name,
-            num_embeddings=ROWS,
-            embedding_dim=width,
-            feature_names=[name],
-            pooling=PoolingType.MEAN if name in MEAN else PoolingType.SUM,
-        )
+        EmbeddingBagConfig(name=name, num_embeddings=ROWS, embedding_dim=width, feature_names=[name], pooling=pooling[name])
         for name, width in DIMS.items()
-    ]
+    ]  # fmt: skip
     rows = EmbeddingBagCollection(tables, is_weighted=weighted)
     weights = copy.deepcopy(rows.state_dict())
     replicated = KINDS[kind]
@@ -56,11 +48,8 @@ def sharded(kind: str, weighted: bool, shortened: bool) -> tuple[DistributedMode
     places = {name: data_parallel() if name in replicated else table_wise(rank=0) for name in DIMS}
     plan = construct_module_sharding_plan(rows, places, local_size=1, world_size=1, device_type="cpu")
     model = DistributedModelParallel(
-        torch.nn.Sequential(rows),
-        device=torch.device("cpu"),
-        plan=ShardingPlan({"0": plan}),
-        data_parallel_wrapper=NoCopies(),
-    )
+        torch.nn.Sequential(rows), device=torch.device("cpu"), plan=ShardingPlan({"0": plan}), data_parallel_wrapper=NoCopies()
+    )  # fmt: skip
     if shortened:
         shorten_lookups(model)
     model.load_state_dict(OrderedDict((f"0.{name}", value) for name, value in weights.items()), strict=False)
@@ -77,9 +66,7 @@ def features(seed: int, weighted: bool, order: tuple[str, ...]) -> KeyedJaggedTe
     return KeyedJaggedTensor(list(order), values, weights, lengths)
 
 
-@pytest.mark.parametrize(
-    "order", [tuple(DIMS), ("shops", "user", "tags", "item")], ids=["in order", "mixed up"]
-)
+@pytest.mark.parametrize("order", [tuple(DIMS), ("shops", "user", "tags", "item")], ids=["in order", "mixed"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_direct_lookups_are_torchrecs(
@@ -115,4 +102,4 @@ def test_what_only_torchrec_can_do_is_left_to_it(one_process: None, monkeypatch:
     assert len(seen) == 1 and set(seen[0].keys()) == set(DIMS)
     fresh, _ = sharded("replicated", False, shortened=True)
     with pytest.raises((KeyError, ValueError, AssertionError)):
-        fresh(features(0, False, ("user", "item", "tags", "stranger")))
+        fresh(features(0, False, ("user", "item", "tags", "unknown")))

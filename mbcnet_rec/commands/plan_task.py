@@ -48,13 +48,13 @@ def task_of(args: argparse.Namespace) -> Task:
     from mbcnet_rec.model.models import ModelConfig, schema_with_wide
 
     model = run.model if run else ModelConfig()
-    dense = dense_cost(model, schema, config)
     given = {
         "parameters": args.dense_parameters,
         "forward_flops": args.dense_flops,
         "activation_bytes": args.dense_activation_bytes,
     }
-    dense = replace(dense, **{key: value for key, value in given.items() if value is not None})
+    known = {key: value for key, value in given.items() if value is not None}
+    dense = replace(dense_cost(model, schema, config), **known)
     return replace(task, schema=schema_with_wide(model, schema), dense=dense)
 
 

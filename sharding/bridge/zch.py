@@ -56,9 +56,8 @@ def collision_collection(schema: Schema, collection: EmbeddingBagCollection) -> 
         config.name: BucketedCollisions(tables[config.name], 0, config.num_embeddings, device)
         for config in collection.embedding_bag_configs()
     }
-    collisions = ManagedCollisionCollection(
-        modules, collection.embedding_bag_configs(), need_preprocess=False
-    )
+    configs = collection.embedding_bag_configs()
+    collisions = ManagedCollisionCollection(modules, configs, need_preprocess=False)
     return ManagedCollisionEmbeddingBagCollection(collection, collisions)
 
 

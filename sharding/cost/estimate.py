@@ -197,9 +197,8 @@ def _all_to_all(sent_bytes: float, plan: Plan, cluster: Cluster) -> float:
 def _by_host(sent_bytes: float, plan: Plan, cluster: Cluster) -> float:
     """The same for table_row_wise: reduce-scatter inside the host, then all-to-all of 1 / local of it between hosts."""
     size, local = plan.group_size, plan.local_group_size
-    return _link_seconds(
-        cluster, sent_bytes * (local - 1) / local, sent_bytes / local * (size - local) / size
-    )
+    outside = sent_bytes / local * (size - local) / size
+    return _link_seconds(cluster, sent_bytes * (local - 1) / local, outside)
 
 
 def _link_seconds(cluster: Cluster, inside_bytes: float, outside_bytes: float) -> float:

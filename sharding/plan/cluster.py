@@ -75,10 +75,9 @@ class Cluster(Bounded):
         host_share = self.ddr_gb_per_second / self.devices_per_host
         return 1e9 * (self.hbm_gb_per_second if self.device == "cuda" else host_share)
 
-    def resized(self, hosts: int, devices_per_host: int = 0) -> "Cluster":
+    def resized(self, hosts: int, devices_per_host: int) -> "Cluster":
         """The same hosts in another number; a host with fewer devices keeps its memory and cores."""
-        devices = devices_per_host or self.devices_per_host
-        return dataclasses.replace(self, hosts=hosts, devices_per_host=devices)
+        return dataclasses.replace(self, hosts=hosts, devices_per_host=devices_per_host)
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever a figure does."""
@@ -112,8 +111,6 @@ def read_cluster(text: str) -> Cluster:
             f"{kind!r} is not a known kind of host; use one of {', '.join(preset_names())}, or a TOML file with the keys of "
             f"{PRESETS.name}/h100-80g.toml"
         )
-    elif match and not (int(match[1]) and int(match[2])):
-        problem = f"0 devices; wanted 1 or more hosts and devices; write e.g. 1x8:{kind}"
     if problem:
         raise InputError(f"--cluster {text!r}: {problem}")
     path = Path(kind) if kind.endswith(".toml") else PRESETS / f"{kind}.toml"

@@ -89,9 +89,7 @@ def shards_of(table: TablePlan, plan: Plan) -> list[Shard]:
     rows, dim = table.num_embeddings, table.embedding_dim
     if table.sharding_type == "data_parallel":
         return [Shard(rank, rows, dim) for rank in range(plan.group_size)]
-    if table.sharding_type == "table_wise":
-        return [Shard(table.ranks[0], rows, dim)]
-    if table.sharding_type == "column_wise":
+    if table.sharding_type in ("table_wise", "column_wise"):
         return [Shard(rank, rows, dim // len(table.ranks)) for rank in table.ranks]
     ranks = range(plan.group_size) if table.sharding_type == "row_wise" else table.ranks
     block = -(-rows // len(ranks))
@@ -118,11 +116,8 @@ def check_shape(plan: Plan, source: str) -> None:
     for whole, part in (("world_size", "local_world_size"), ("local_world_size", "replicas")):
         if getattr(plan, whole) % getattr(plan, part):
             problem = f"{part} = {getattr(plan, part)}: wanted a divisor of {whole} = {getattr(plan, whole)}; change it"
-    tables = (
-        f"tables.{name}.{wrong}"
-        for name, table in plan.tables.items()
-        if (wrong := _table_problem(table, plan))
-    )
+    wrong = ((name, _table_problem(table, plan)) for name, table in plan.tables.items())
+    tables = (f"tables.{name}.{found}" for name, found in wrong if found)
     if problem := problem or next(tables, ""):
         raise InputError(f"{source}: {problem}")
 
@@ -173,9 +168,8 @@ def _table_problem(table: TablePlan, plan: Plan) -> str:
         )
     if plan.device == "cpu" and "uvm" in table.compute_kernel:
         return f"compute_kernel = {table.compute_kernel!r}: a CPU has no device memory to page; use 'fused'"
-    if not 0 <= table.cache_ratio <= 1 or (
-        table.compute_kernel == "fused_uvm_caching" and not table.cache_ratio
-    ):
+    cached = table.compute_kernel == "fused_uvm_caching"
+    if not 0 <= table.cache_ratio <= 1 or (cached and not table.cache_ratio):
         return f"cache_ratio = {table.cache_ratio}: wanted a share of rows in (0, 1]; use 0.2"
     return _ranks_problem(table, plan)
 

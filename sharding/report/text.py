@@ -31,10 +31,9 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = ["<" if name.startswith("<") else ">" for name in head]
     return [
-        "  "
-        + "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        "  " + "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
         for row in cells
-    ]
+    ]  # fmt: skip
 
 
 def ms(seconds: float) -> str:
@@ -110,10 +109,9 @@ def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
         (rank.rank, len(rank.tables), *map(gib, assessment.memory(rank)), *map(ms, rank.times), ms(rank.times.total))
         for rank in shown
     ]  # fmt: skip
-    lines = [
-        "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total without input_dist)",
-        *columns(("rank", "tables", "HBM", "DDR", *PARTS, "total"), rows),
-    ]
+    head = ("rank", "tables", "HBM", "DDR", *PARTS, "total")
+    title = "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total without input_dist)"
+    lines = [title, *columns(head, rows)]
     if len(shown) < len(ranked):
         memory = [sum(assessment.memory(rank)) for rank in ranked]
         lines.append(
@@ -140,13 +138,9 @@ def report_dict(assessment: Assessment) -> dict[str, Any]:
         for rank in assessment.ranks
     ]
     tables = {
-        name: {
-            "bytes": size._asdict(),
-            "seconds": times._asdict() | {"total": times.total},
-            "shards": len(assessment.costs[name]),
-        }
+        name: {"bytes": size._asdict(), "seconds": times._asdict() | {"total": times.total}, "shards": len(assessment.costs[name])}
         for name, (size, times) in table_totals(assessment).items()
-    }
+    }  # fmt: skip
     dense = assessment.plan.dense
     return {
         "plan": json.loads(plan_text(assessment.plan)),

@@ -48,14 +48,9 @@ def pooling_factor(feature: Feature, config: ShardingConfig) -> float:
 def assumed_fields(schema: Schema, config: ShardingConfig) -> list[str]:
     """List fields whose ids per row nobody measured."""
     told = {name for name, table in config.tables.items() if table.pooling_factor}
-    return [
-        feature.name
-        for feature in schema.features
-        if feature.is_sparse
-        and not feature.is_single
-        and feature.table_name not in told
-        and not getattr(feature, "pooling_factor", 0.0)
-    ]
+    lists = (each for each in schema.features if each.is_sparse and not each.is_single)
+    unmeasured = (each for each in lists if not getattr(each, "pooling_factor", 0.0))
+    return [each.name for each in unmeasured if each.table_name not in told]
 
 
 def check_constraints(task: Task) -> None:
@@ -74,9 +69,8 @@ def check_constraints(task: Task) -> None:
         absent = [rank for rank in constraint.ranks if rank >= plan.group_size]
         types, columns = constraint.sharding_types or config.sharding_types, tables[name].embedding_dim
         if absent:
-            problem = (
-                f"ranks = {list(constraint.ranks)}: wanted ranks in [0, {plan.group_size}); remove {absent}"
-            )
+            ranks = list(constraint.ranks)
+            problem = f"ranks = {ranks}: wanted ranks in [0, {plan.group_size}); remove {absent}"
         elif constraint.ranks and not set(types) & {"table_wise", "column_wise", "table_row_wise"}:
             problem = f"ranks: {', '.join(types)} use every rank; remove ranks, or allow table_wise"
         elif constraint.min_partition > columns:
@@ -133,11 +127,8 @@ def _unbounded(table: TablePlan, name: str, plan: Plan, constraint: TableConstra
 
 def _by_size(table: TablePlan, asked: tuple[str, ...], task: Task, plan: Plan) -> list[str]:
     """Types for a table: those asked for it by name as they are, else the run's, thinned out by size class."""
-    types = [
-        kind
-        for kind in (asked or task.config.sharding_types)
-        if kind != "table_row_wise" or plan.hosts > 1 or asked
-    ]
+    kinds = asked or task.config.sharding_types
+    types = [kind for kind in kinds if kind != "table_row_wise" or plan.hosts > 1 or asked]
     if plan.group_size == 1 and not asked:
         types = [kind for kind in types if kind in ("table_wise", "data_parallel")] or types
     rows, dim = table.num_embeddings, table.embedding_dim

@@ -106,9 +106,8 @@ def _search(task: Task, plan: Plan, options: Options, progress: Progress | None)
 
 def _torchrec_constraints(options: list[TablePlan]) -> ParameterConstraints:
     first = options[0]
-    columns = (
-        each.embedding_dim // len(each.ranks) for each in options if each.sharding_type == "column_wise"
-    )
+    by_column = (each for each in options if each.sharding_type == "column_wise")
+    columns = (each.embedding_dim // len(each.ranks) for each in by_column)
     return ParameterConstraints(
         sharding_types=list(dict.fromkeys(each.sharding_type for each in options)),
         compute_kernels=list(dict.fromkeys(each.compute_kernel for each in options)),
