@@ -80,13 +80,14 @@ def test_nothing_is_replaced_without_force(train, tmp_path):
 def test_failure_leaves_nothing_behind(train, tmp_path):
     with pytest.raises(InputError, match="column 'z' is missing, which field 'z' is fitted on"):
         write_fitted(schema_of(tmp_path, w=WORD, z=WORD), [train], tmp_path / "out")
-    pq.write_table(pq.read_table(train), tmp_path / "bad.parquet", write_page_checksum=True)
-    damaged = bytearray((tmp_path / "bad.parquet").read_bytes())
-    damaged[pq.read_metadata(train).row_group(0).column(0).data_page_offset + 20] ^= 16
+    bad = tmp_path / "bad.parquet"
+    pq.write_table(pq.read_table(train), bad, use_dictionary=False, write_page_checksum=True)
+    damaged, chunk = bytearray(bad.read_bytes()), pq.read_metadata(bad).row_group(0).column(0)
+    damaged[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 16
     for content in (b"PAR1", damaged):
-        (tmp_path / "bad.parquet").write_bytes(content)
+        bad.write_bytes(content)
         with pytest.raises(InputError, match=r"bad\.parquet: cannot be read as Parquet"):
-            write_fitted(schema_of(tmp_path, w=WORD), [tmp_path / "bad.parquet"], tmp_path / "out")
+            write_fitted(schema_of(tmp_path, w=WORD), [bad], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.parquet", "train.parquet"]
 
 
