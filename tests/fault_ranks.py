@@ -2,14 +2,12 @@
 
 import errno
 import itertools
-import json
 import os
 import resource
 import signal
 import socket
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,9 +15,9 @@ import pyarrow.parquet as pq
 import torch
 from forked_ranks import report, run_ranks, training
 from small_data import write_small
+from tiny_run import lines_of
 
 from mbcnet_rec.checkpoints.shards import Saved
-from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.training.hooks import Hooks
 
 FOLDER = Path(sys.argv[1])
@@ -48,13 +46,7 @@ def tensors(name, step):
 
 def metrics(name):
     """Lines without what tells of the machine; of train lines the step alone, since one tells of the steps since a resume."""
-    lines = [json.loads(line) for line in (FOLDER / name / "metrics.jsonl").read_text().splitlines()]
-    return [
-        line["step"]
-        if line["split"] == "train"
-        else {key: value for key, value in line.items() if key not in TIMING_KEYS}
-        for line in lines
-    ]
+    return [line["step"] if line["split"] == "train" else line for line in lines_of(FOLDER / name)]
 
 
 def equal_to_calm(name):
@@ -255,12 +247,6 @@ def reader_dies():
     return run("dies", "data.timeout_seconds=2", "data.window_rows=64", hooks=read_then(sys.exit))
 
 
-def files_limited():
-    """No file of rank 0 may grow beyond 5 kB from step 5 on, by the kernel: its part of the next checkpoint breaks off."""
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5_000, 5_000))
-    return {"first": run("limited", "train.checkpoint_every=4", hooks=at_place("step 5", limit, guilty=0))}
-
-
 def log_is_full():
     """Nobody can write to rank 0's terminal: training goes on without."""
 
@@ -292,7 +278,7 @@ def disk_full_in_metrics():
 
 SCENARIOS = (
     calm, killed_rank, sigterm, usr1_in_evaluation, nan_stops, nan_skipped, nan_cap, spike, stopped_rank, stuck_rank, absent_rank,
-    port_taken, reader_raises, reader_is_stuck, reader_dies, files_limited, log_is_full, disk_full_in_save, disk_full_in_metrics,
+    port_taken, reader_raises, reader_is_stuck, reader_dies, log_is_full, disk_full_in_save, disk_full_in_metrics,
 )  # fmt: skip
 
 if __name__ == "__main__":

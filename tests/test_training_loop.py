@@ -7,12 +7,11 @@ import shutil
 import numpy as np
 import pytest
 from small_data import write_small
-from tiny_run import train
+from tiny_run import lines_of, train
 
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.config import load_config
 from mbcnet_rec.cpu import linear
-from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.train import warnings_of
 from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
 from mbcnet_rec.training.state import TrainState
@@ -30,15 +29,6 @@ def run(config, folder, *settings, **options):
 
 def steps_of(folder):
     return sorted(int(path.parent.name[5:]) for path in folder.glob("checkpoints/step_*/manifest.json"))
-
-
-def lines_of(folder, split="train"):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in TIMING_KEYS}
-        for line in lines
-        if line["split"] == split
-    ]
 
 
 def tensors_of(folder, step):
@@ -116,7 +106,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
     assert before.keys() == after.keys()
     assert [key for key in before if before[key] != after[key]] == []
     assert lines_of(whole, "valid") == lines_of(parts, "valid")
-    one, other = lines_of(whole), lines_of(parts)
+    one, other = lines_of(whole, "train"), lines_of(parts, "train")
     assert [line["step"] for line in one] == [line["step"] for line in other] == [4, 8, 12]
     assert one[0] == other[0] and one[2] == other[2], (
         "the line of step 8 tells of the steps after the resume only"
@@ -133,7 +123,7 @@ def test_the_fast_path_of_a_cpu_takes_the_same_steps(config, tmp_path, name, mon
         one = [*SWITCHES[name], *settings, f"train.cpu_fast_path={fast}"]  # dropout draws other masks
         code, folder = run(config, tmp_path / fast, *one)
         assert code == 0
-        outputs.append((tensors_of(folder, 30), lines_of(folder)))
+        outputs.append((tensors_of(folder, 30), lines_of(folder, "train")))
     (fast, fast_lines), (slow, slow_lines) = outputs
     assert fast.keys() == slow.keys()
     for key, (shape, values) in fast.items():
@@ -204,7 +194,9 @@ def test_the_norm_is_logged_and_a_clip_changes_the_run(config, tmp_path):
     settings = ["train.max_steps=10", "data.valid=[]"]
     _, free = run(config, tmp_path / "free", *settings)
     _, tight = run(config, tmp_path / "tight", *settings, "train.max_grad_norm=1e-6")
-    free_norms, tight_norms = ([line["grad_norm"] for line in lines_of(each)] for each in (free, tight))
+    free_norms, tight_norms = (
+        [line["grad_norm"] for line in lines_of(each, "train")] for each in (free, tight)
+    )
     assert len(free_norms) == 2 and all(norm > 0.01 for norm in free_norms + tight_norms)
     assert free_norms != tight_norms
 

@@ -1,22 +1,14 @@
 """Adam on whole tensors moves every number as torch's does; clipping and profilers' marks do what torch's do, with less around them."""
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_run import make_run
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from data.schema import load_schema
-from mbcnet_rec.build import build
-from mbcnet_rec.config import load_config
 from mbcnet_rec.cpu.whole_adam import WholeAdam, wholes_of
-from mbcnet_rec.runtime.process import joined_process
 
 RATES = {"lr": 1e-2, "eps": 1e-8}
 TABLES = ((3, 4), (5, 2))
@@ -131,23 +123,3 @@ def test_tables_without_their_neighbours_stand_for_themselves() -> None:
     optimizer.step()
     moved = whole.detach() != before
     assert not moved[: tables[0].numel()].any() and moved[tables[0].numel() :].all()
-
-
-def test_a_single_process_looks_up_replicated_tables_without_a_wrapper(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No lookup is wrapped in DistributedDataParallel, and tables are moved by the tensor, their state is of their shape."""
-    make_run(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    settings = ["sharding.sharding_types=['data_parallel']", "optim.embedding.name=adam"]
-    config = load_config(tmp_path / "tiny.toml", settings)
-    with joined_process("cpu") as process:
-        built = build(config, load_schema(tmp_path / config.schema), process)
-    lookups = [each for module in built.model.modules() for each in getattr(module, "_lookups", ())]
-    assert lookups, "TorchRec keeps them in a list, out of sight of modules()"
-    assert not [each for each in lookups if isinstance(each, DistributedDataParallel)]
-    tables: Any = dict(built.optimizer.optimizers)["replicated"]
-    assert len(tables._optimizer.buckets[0][0].tensors) < len(tables.params)
-    tables.init_state()
-    for name, table in tables.params.items():
-        assert tables.state[table]["exp_avg"].shape == table.shape, name

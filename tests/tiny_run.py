@@ -15,6 +15,7 @@ from small_data import write_small
 
 from mbcnet_rec.cli import exit_code, plain_words
 from mbcnet_rec.config import load_config
+from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[1]
@@ -100,10 +101,17 @@ def free_ports(count: int) -> list[int]:
     raise AssertionError("no free ports")
 
 
-def learned(run: Path) -> list[tuple]:
-    """What a run has learned, step by step: everything but times."""
+def lines_of(run: Path, *splits: str, timing: bool = False) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, of all splits or of these; without `timing` but for what tells of the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        (line["step"], line["split"], line.get("loss"), line.get("auc"), line.get("log_loss"))
+        {key: value for key, value in line.items() if timing or key not in TIMING_KEYS}
         for line in lines
+        if not splits or line["split"] in splits
     ]
+
+
+def learned(run: Path) -> list[tuple]:
+    """What a run has learned, step by step: everything but times."""
+    keys = ("step", "split", "loss", "auc", "log_loss")
+    return [tuple(map(line.get, keys)) for line in lines_of(run)]

@@ -52,7 +52,7 @@ def dump_batch(folder: Path, step: int, rank: int, batch: Batch, loss: Tensor) -
     about = {
         "step": step,
         "rank": rank,
-        "losses": [finite_or_none(float(loss))],
+        "losses": [finite_or_none(float(loss.detach()))],
         "next_cursor": [batch.cursor.epoch, batch.cursor.step],
         "sparse_keys": batch.sparse_features.keys(),
         "weighted_keys": [] if weighted is None else weighted.keys(),
