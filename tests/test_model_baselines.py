@@ -199,12 +199,6 @@ def test_every_kind_is_tested_and_says_whether_it_is_wide():
     assert not needs_wide(ModelConfig())
 
 
-def test_dual_mlp_is_finalmlp_without_gates():
-    stream = StreamConfig((4,), gate=())
-    arch = build_arch(config_of("finalmlp", FinalMLPConfig(stream, stream)), LAYOUT)
-    assert not any("gate" in name for name, _ in arch.named_parameters())
-
-
 def naive_distillation(student, teachers, labels, gates, tau, soft_weight):
     def ce(p, z):
         return -p * np.log(sigmoid(z)) - (1 - p) * np.log(1 - sigmoid(z))

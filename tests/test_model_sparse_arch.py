@@ -20,7 +20,6 @@ from mbcnet_rec.model.sparse_arch import (
     FeatureRegroup,
     Lookup,
     SparseArch,
-    cuts_of,
     field_of,
     join_slices,
     regroup_op,
@@ -101,21 +100,6 @@ def test_keys_of_wide_weights():
     assert field_of("user@table") == "user" and field_of(wide_key("user")) == wide_key("user")
     assert regroup_op(torch.device("cpu")) == "split" and regroup_op(torch.device("cuda")) == "permute"
     assert join_slices([(0, 1), (1, 3), (6, 2), (8, 1)]) == [(0, 4), (6, 3)]
-
-
-def test_only_what_groups_need_is_cut():
-    """Neighbours in every group stay one piece; a group of a whole tensor takes it uncut; a tensor that nobody cuts has no cuts."""
-    tensors = [{"user": 4, "item": 8, "tags": 4}, {"shops": 12}]
-    cuts = cuts_of(tensors, {ALL: tuple(DIMS), "match": ("item", "tags"), "tail": ("tags",)})
-    assert cuts.widths == [[4, 8, 4], []]
-    assert cuts.places == {ALL: [(0, None), (1, None)], "match": [(0, 1), (0, 2)], "tail": [(0, 2)]}
-    values = [torch.randn(B, 16), torch.randn(B, 12)]
-    pieces = cuts.pieces(values)
-    assert pieces[ALL][0] is values[0] and torch.equal(torch.cat(pieces["match"], 1), values[0][:, 4:])
-    alone = cuts_of(tensors[:1], {ALL: ("user", "item", "tags")})
-    assert alone.widths == [[]] and alone.places == {ALL: [(0, None)]}
-    pair = cuts_of(tensors[:1], {"match": ("user", "item")})  # side by side: one piece, and the rest
-    assert pair.widths == [[12, 4]] and pair.places == {"match": [(0, 0)]}
 
 
 def collections(wide, fields=tuple(DIMS)):
