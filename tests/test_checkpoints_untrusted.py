@@ -102,17 +102,8 @@ def test_a_pickle_in_any_file_is_not_opened(folder, tmp_path, name):
 
 
 def test_no_source_imports_a_reader_that_runs_code():
-    words = [
-        "pickle",
-        "marshal",
-        "shelve",
-        "joblib",
-        "cloudpickle",
-        "dill",
-        "torch.load",
-        "allow_pickle",
-        "yaml.load",
-    ]
+    words = ["pickle", "marshal", "shelve", "joblib", "cloudpickle", "dill"]
+    words += ["torch.load", "allow_pickle", "yaml.load"]
     for path in SOURCES:
         code = "\n".join(line for line in path.read_text().splitlines() if "#" not in line)
         found = [word for word in words if f"import {word}" in code or f"{word}(" in code]

@@ -15,15 +15,6 @@ def test_presets_have_the_data_sheets_figures():
     assert str(h100) == "16x8:h100-80g" and read_cluster(str(h100)) == h100
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.toml")))
-def test_every_figure_of_a_preset_has_a_comment(name):
-    for line in (PRESETS / f"{name}.toml").read_text().splitlines():
-        key, _, rest = line.partition("=")
-        figure = key.strip() not in ("name", "device", "hosts", "devices_per_host") and rest.strip()
-        if figure and not line.startswith("#") and rest.split("#")[0].strip() != "0":
-            assert "#" in rest, f"{name}: {line}"
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [

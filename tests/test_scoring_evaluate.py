@@ -3,7 +3,6 @@ that metrics of streamed rows keep the bound they state.
 """
 
 import json
-import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +19,6 @@ from mbcnet_rec.scoring.metrics import (
     exact_metrics,
     score_counts,
 )
-from mbcnet_rec.scoring.tally import Tally
 
 ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
 NAMES, BRANCHES = ("auc", "log_loss", "ne", "calibration"), ("", "/efgc", "/cross", "/deep")
@@ -83,22 +81,6 @@ def test_evaluation_in_training_streams_what_it_need_not_gather(runs):
     assert exact["gauc"] != streamed["gauc"] and abs(exact["gauc"] - streamed["gauc"]) < 0.1
     for own, found in zip(exact["reliability"], streamed["reliability"], strict=True):
         assert np.abs(np.subtract(own, found)).max() < 1.5 and abs(own[0] - found[0]) < 1e-2
-
-
-def test_memory_of_streamed_metrics_does_not_grow_with_the_rows():
-    """Ten times the rows, and a sample of groups of the same size: kept, they would take 9 MB more."""
-    rng, peaks = np.random.default_rng(0), []
-    for batches in (4, 40):
-        rows = 10_000 * batches
-        binned = Tally(rows, (), has_groups=True, exact_rows=4_000)
-        tracemalloc.start()
-        for _ in range(batches):
-            logits, groups = rng.normal(size=(10_000, 1)).astype(np.float32), rng.integers(0, 2**40, 10_000)
-            binned.add(logits, (logits[:, 0] > 0).astype(np.float32), groups)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-        assert 3_000 < len(binned.kept(ALONE).labels) < 5_000
-    assert peaks[1] < peaks[0] + 500_000
 
 
 def test_exact_auc_and_gauc_are_scikit_learns():

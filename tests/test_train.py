@@ -83,19 +83,6 @@ def test_done_holds_the_test_metrics(run):
     assert done["step"] == 51 and done["auc"] == lines_of(run)[-1]["auc"]
 
 
-@pytest.mark.long
-def test_evaluate_reproduces_the_logged_metrics_in_one_process_and_two(run, capfd):
-    logged = lines_of(run)[-1]
-    assert main(["evaluate", str(run), "--json"]) == 0
-    outputs = [capfd.readouterr().out, torchrun("evaluate", str(run), "--json").stdout]
-    for output in outputs:
-        found = json.loads(output.strip().splitlines()[-1])
-        shared = [key for key in found if isinstance(logged.get(key), float)]
-        assert len(shared) > 8
-        for key in shared:
-            assert found[key] == pytest.approx(logged[key], abs=1e-6), key
-
-
 def test_the_same_config_trains_a_dnn(config):
     assert train(config, "model.kind=dnn", f"train.out={config.parent}/dnn") == 0
     test = lines_of(config.parent / "dnn")[-1]
