@@ -23,6 +23,7 @@ from mbcnet_rec.checkpoints.tensor_file import open_tensors
 from sharding.bridge.blocks import is_copy, local_blocks, wrapped_optimizer
 
 Shape = tuple[int, ...]
+Snapshot = list[tuple[ShardEntry, Tensor]]  # copies in CPU memory, which training does not touch
 
 
 @dataclass(frozen=True)
@@ -94,27 +95,17 @@ def _split(name: str, value: Any, copies: bool) -> list[TensorShard]:
     return [whole_shard(name, value)] if isinstance(value, Tensor) else []
 
 
-@dataclass
-class Snapshot:
-    """Copies of this rank's shards in CPU memory, which training does not touch; entry i describes tensor i."""
-
-    entries: list[ShardEntry]
-    tensors: list[Tensor]
-
-
-def take_snapshot(shards: Iterable[TensorShard], rank: int, reuse: Snapshot | None = None) -> Snapshot:
-    """Copy what this rank has to write, into the memory of an earlier snapshot that nobody reads any more."""
-    own = [shard for shard in shards if rank == 0 or not shard.replicated]
-    entries, tensors = [], []
-    for index, shard in enumerate(own):
+def take_snapshot(shards: Iterable[TensorShard], rank: int, reuse: Snapshot) -> Snapshot:
+    """Copy what this rank has to write, into the memory of an earlier snapshot that nobody reads any more where it fits."""
+    snapshot = []
+    for index, shard in enumerate(shard for shard in shards if rank == 0 or not shard.replicated):
         name = f"{shard.name}@{rank}" if shard.per_rank else shard.name
-        entries.append(ShardEntry(name, shard.offsets, shard.global_shape))
         source = shard.tensor.detach()
-        old = reuse.tensors[index] if reuse and index < len(reuse.tensors) else None
-        if old is None or old.shape != source.shape or old.dtype != source.dtype:
-            old = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-        tensors.append(old.copy_(source))
-    return Snapshot(entries, tensors)
+        copy = reuse[index][1] if index < len(reuse) else None
+        if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
+            copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        snapshot.append((ShardEntry(name, shard.offsets, shard.global_shape), copy.copy_(source)))
+    return snapshot
 
 
 class StoredShard(NamedTuple):

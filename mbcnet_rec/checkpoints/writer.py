@@ -55,7 +55,7 @@ class Saver:
         self._store = side_store(process, "checkpoint")
         self._thread: threading.Thread | None = None
         self._error: str = ""
-        self._snapshot: Snapshot | None = None
+        self._snapshot: Snapshot = []
         self._cancelled = threading.Event()
 
     @property
@@ -148,9 +148,8 @@ class Saver:
         name = self.storage.file_name(self._process.rank, self._token)
         with self.storage.write(step, self._token, name) as file:
             self._on_write()
-            tensors = {str(index): tensor for index, tensor in enumerate(snapshot.tensors)}
-            sha256 = write_tensors(tensors, file)
-        return file_record(name, sha256, snapshot.entries)
+            sha256 = write_tensors({str(index): tensor for index, (_, tensor) in enumerate(snapshot)}, file)
+        return file_record(name, sha256, [entry for entry, _ in snapshot])
 
     def _await_others(self, step: int) -> list[dict[str, Any]]:
         records, deadline = [], time.monotonic() + self._timeout
