@@ -3,10 +3,6 @@
 import fnmatch
 import json
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -184,19 +180,3 @@ def test_the_image_holds_every_package_and_nothing_is_ignored_on_the_way():
     for name in copied():
         assert (REPOSITORY / name).exists() and f"!{name}" in rules, name
         assert not any(fnmatch.fnmatch(name, rule) for rule in ignored), name
-
-
-@pytest.mark.long
-def test_what_the_dockerfile_copies_can_be_installed(tmp_path):
-    source, out = tmp_path / "src", tmp_path / "out"
-    for path in (REPOSITORY / name for name in copied()):
-        if path.is_dir():
-            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, source)
-    pip = "-m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check --target"
-    command = [sys.executable, *shlex.split(pip), str(out), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    wanted = "launch/job.py data/schemas/adult.toml mbcnet_rec/configs/demo.toml sharding/clusters/cpu.toml"
-    assert [name for name in wanted.split() if not (out / name).is_file()] == []

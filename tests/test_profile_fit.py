@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.profile.fit import Counts, Moments, Quantiles, write_fitted
+from data.profile.fit import Counts, Quantiles, write_fitted
 from data.schema import Schema, load_schema, parse_schema
 
 WORD = {"kind": "categorical", "encoding": "vocabulary", "vocabulary": "fit", "embedding_dim": 4}
@@ -122,16 +122,6 @@ def test_fields_of_one_table_share_one_vocabulary(tmp_path):
     assert {feature.vocabulary for feature in schema.features} == {"vocabulary/brand.parquet"}
     assert vocabulary(schema, "brand") == [3, 2, 1, 9]
     assert [table.num_embeddings for table in schema.tables] == [6]
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.integers(1, 7))
-def test_moments_in_pieces_agree_with_numpy(numbers, pieces):
-    moments = Moments()
-    for part in np.array_split(np.asarray(numbers), pieces):
-        moments.add(pa.array(part))
-    assert moments.mean == pytest.approx(np.mean(numbers), rel=1e-9, abs=1e-9)
-    assert moments.std() == pytest.approx(np.std(numbers), rel=1e-6, abs=1e-6)
 
 
 def test_standardise_ignores_nulls_and_nan_and_names_a_constant(tmp_path):

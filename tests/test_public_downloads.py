@@ -230,18 +230,3 @@ def test_writer_cuts_even_row_groups_and_several_files(tmp_path):
     sizes = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
     assert sizes == [[10, 10, 10], [10, 10, 10], [10, 5]]
     assert split_of(tmp_path, "train") == table.select(["y", "x"])
-
-
-def test_lines_are_counted_with_and_without_a_last_line_end(tmp_path):
-    for text, lines in ((b"", 0), (b"a\n", 1), (b"a\nb", 2), (b"\n\n", 2)):
-        (tmp_path / "x").write_bytes(text)
-        assert raw.count_lines(tmp_path / "x") == lines
-
-
-def test_digest_of_a_large_file_follows_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(raw, "WHOLE_DIGEST_BYTES", 400)
-    found = []
-    for last in (b"a", b"b"):
-        (tmp_path / "x").write_bytes(b"a" * 999 + last)
-        found.append(raw.digest(tmp_path / "x"))
-    assert found[0] != found[1] and found[0].startswith("ends:")

@@ -13,7 +13,7 @@ from mbcnet_rec.config import load_config
 from mbcnet_rec.report.page import Picture, Table, Text
 from mbcnet_rec.study import runner
 from mbcnet_rec.study.pictures import best_learned
-from mbcnet_rec.study.probe import MISSING, Probe, probe_run, tsne_plane
+from mbcnet_rec.study.probe import MISSING, Probe, probe_run
 from mbcnet_rec.study.runs import scores
 from mbcnet_rec.study.studies import MODELS, STUDIES
 
@@ -178,18 +178,3 @@ def test_mistakes_are_one_line(args, words, home, tmp_path, capfd):
     error = capfd.readouterr().err
     assert words in error and "Traceback" not in error and len(error.strip().splitlines()) == 1, error
     assert not list(tmp_path.iterdir()), "nothing is written before the mistake is told"
-
-
-def test_list_names_every_study(capsys):
-    assert main(["study", "list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(STUDIES)
-
-
-def test_planes_are_equal_for_equal_seeds_and_keep_clusters_apart():
-    rng = np.random.default_rng(0)
-    points = np.concatenate([rng.normal(size=(30, 8)), rng.normal(size=(30, 8)) + 20]).astype(np.float32)
-    plane = tsne_plane(points)
-    assert plane.shape == (60, 2) and np.array_equal(plane, tsne_plane(points))
-    left, right = plane[:30], plane[30:]
-    assert np.linalg.norm(left.mean(0) - right.mean(0)) > max(left.std(), right.std())
-    assert np.array_equal(tsne_plane(np.ones((9, 4))), np.zeros((9, 2))), "all points are one"

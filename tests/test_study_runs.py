@@ -11,7 +11,7 @@ from small_data import write_small
 from data.errors import InputError
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.exits import PreemptedError
-from mbcnet_rec.study.runs import Run, place_run, run_key, scores, share_cores, train_all, train_one
+from mbcnet_rec.study.runs import Run, place_run, run_key, scores, train_all, train_one
 from mbcnet_rec.study.tuning import with_overrides
 
 
@@ -43,16 +43,6 @@ def test_missing_data_is_told(config):
         run_key(replace(config, schema="nowhere.toml"))
     with pytest.raises(InputError, match="nowhere"):
         run_key(replace(config, data=replace(config.data, train=("nowhere",))))
-
-
-@pytest.mark.parametrize(
-    ("num_runs", "workers", "available", "wanted"),
-    [(10, 0, 8, (8, 1)), (2, 0, 8, (2, 4)), (10, 3, 8, (3, 2)), (1, 0, 8, (1, 8)), (10, 16, 8, (10, 1))],
-)
-def test_processes_times_threads_are_at_most_the_cores(num_runs, workers, available, wanted):
-    processes, threads = share_cores(num_runs, workers, available)
-    assert (processes, threads) == wanted
-    assert processes * threads <= max(available, processes)
 
 
 def run_of(config, tmp_path, variant="a", seed=0):

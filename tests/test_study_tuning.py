@@ -76,13 +76,6 @@ def test_every_model_has_as_many_trials_and_the_draws_are_the_same_again(config,
     assert "mbcnet study table3" in capsys.readouterr().out
 
 
-def test_another_start_adds_only_what_is_missing(config, out):
-    trained = Trained()
-    for trials in (3, 3, 4):
-        tune_model(config, replace(SEARCH, trials=trials), "dnn", out, trained)
-        assert len(trained) == trials
-
-
 def test_a_killed_trial_is_tried_again_with_its_values(config, out):
     seen, trained = [], Trained()
 
@@ -135,13 +128,6 @@ def test_the_shipped_space_fits_every_model_of_table_3(kind, config, tmp_path):
         overrides = tuning.draw_overrides(study.ask(), search, kind)
         assert any(each.startswith(f"model.{kind}.") for each in overrides)
         assert with_overrides(base, overrides, "draw").model.kind == kind
-
-
-def test_ranges_of_whole_numbers_and_tables():
-    ranges = {"train.epochs": Range(low=1, high=3), "model": Range(choices=({"dnn.hidden": [4]},))}
-    search = Search(ranges, 1)
-    trial = optuna.trial.FixedTrial({"train.epochs": 2, "model": json.dumps({"dnn.hidden": [4]})})
-    assert tuning.draw_overrides(trial, search, "dnn") == ["train.epochs=2", "model.dnn.hidden=[4]"]
 
 
 @pytest.mark.parametrize(
