@@ -2,23 +2,18 @@
 
 import importlib.util
 import json
-import os
-import shutil
-import subprocess
 import threading
-import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-import requests
-from tiny_run import REPOSITORY, free_ports
+from tiny_run import free_ports
 
 from data.errors import InputError
 from mbcnet_rec.config import DataConfig, RunConfig, TrainConfig
 from mbcnet_rec.logs.metrics_log import Records
-from mbcnet_rec.logs.mlflow import RUN_ID, open_sink, parameters, require_client
+from mbcnet_rec.logs.mlflow import RUN_ID, open_sink, require_client
 from mbcnet_rec.runtime.exits import PreemptedError
 
 API = "/api/2.0/mlflow/"
@@ -82,10 +77,8 @@ class Stub(ThreadingHTTPServer):
                 return 500, {"error_code": "INTERNAL_ERROR", "message": "disk full"}
             case "runs/log-batch":
                 data["params"] += body.get("params", [])
-                new = {each["key"] for each in body.get("metrics", [])}
-                data["metrics"] = [each for each in data["metrics"] if each["key"] not in new] + body.get(
-                    "metrics", []
-                )
+                latest = {each["key"]: each for each in [*data["metrics"], *body.get("metrics", [])]}
+                data["metrics"] = list(latest.values())
                 return 200, {}
         return 200, {"run": self.run}  # fmt: skip
 
@@ -120,59 +113,22 @@ def stub():
         thread.join()
 
 
-@pytest.fixture
-def own_server(tmp_path):
-    """MLflow's own server on a database of its own."""
-    program = shutil.which("mlflow", path=f"{REPOSITORY}/.mlflow/bin:{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("mlflow is not installed; python -m venv .mlflow && .mlflow/bin/pip install mlflow")
-    (port,) = free_ports(1)
-    words = [program, "server", "--port", str(port), "--workers", "1", "--backend-store-uri"]
-    words += [f"sqlite:///{tmp_path}/db", "--default-artifact-root", str(tmp_path)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    started = subprocess.Popen(words, cwd=tmp_path, start_new_session=True, **quiet)
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    while True:
-        try:
-            if requests.get(f"{address}/health", timeout=2).ok:
-                break
-        except requests.RequestException:
-            assert time.monotonic() < end and started.poll() is None, "MLflow's server does not answer"
-            time.sleep(0.3)
-    yield address
-    os.killpg(started.pid, 9)
-    started.wait()
-
-
-def check_run(address, folder):
-    def now() -> dict:
-        return requests.get(f"{address}{API}runs/get", params={"run_id": run_id}, timeout=10).json()["run"]
-
-    run(folder, address, 20, error=PreemptedError("stopped"))
+@with_client
+def test_a_server_has_every_number_and_a_resumed_run_goes_on(stub, tmp_path):
+    folder, info, data = tmp_path / "run", stub.run["info"], stub.run["data"]
+    run(folder, stub.address, 20, error=PreemptedError("stopped"))
     run_id = (folder / RUN_ID).read_text().strip()
-    assert now()["info"]["status"] == "KILLED" and now()["info"]["run_name"] == "tiny"
-    run(folder, address, 40, split="valid")
-    run(folder, address, 60)
-    assert (folder / RUN_ID).read_text().strip() == run_id and now()["info"]["status"] == "FINISHED"
-    metrics = {each["key"]: (each["value"], each["step"]) for each in now()["data"]["metrics"]}
-    assert metrics == {
+    assert info["status"] == "KILLED" and info["run_name"] == "tiny"
+    run(folder, stub.address, 40, split="valid")
+    run(folder, stub.address, 60)
+    assert (folder / RUN_ID).read_text().strip() == run_id and info["status"] == "FINISHED"
+    assert {each["key"]: (each["value"], each["step"]) for each in data["metrics"]} == {
         "train/loss": (0.5, 60), "train/disagreement/efgc_to_deep": (3.0, 60),
         "valid/loss": (0.5, 40), "valid/disagreement/efgc_to_deep": (3.0, 40),
     }  # fmt: skip
-    params = {each["key"]: each["value"] for each in now()["data"]["params"]}
+    params = {each["key"]: each["value"] for each in data["params"]}
     assert params["train.epochs"] == "1" and params["data.batch_size"] == "1024"
-
-
-@with_client
-def test_a_server_has_every_number_and_a_resumed_run_goes_on(stub, tmp_path):
-    check_run(stub.address, tmp_path / "run")
     run(tmp_path / "another", stub.address, 20)  # in the experiment that is there now
-
-
-@with_client
-@pytest.mark.long
-def test_mlflows_own_server_does_as_well(own_server, tmp_path):
-    check_run(own_server, tmp_path / "run")
 
 
 def trouble(tmp_path, capsys, address):
@@ -208,7 +164,3 @@ def test_a_missing_client_and_what_is_no_server_are_refused(monkeypatch):
         require_client("http://host:5000")
     with pytest.raises(InputError, match="http://HOST:5000"):
         TrainConfig(tracking="mlruns")
-
-
-def test_parameters_are_the_configs_keys():
-    assert dict(parameters({"a": {"b": [1, 2]}, "c": "x"})) == {"a.b": "[1, 2]", "c": "x"}

@@ -1,10 +1,8 @@
 """Proves that the stream gives every row once, in an order that neither world size, workers nor a stop change, and names what is wrong."""
 
-import gc
 import os
 import threading
 import time
-import weakref
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +18,6 @@ from numbered_rows import FIELDS, IDS, make_schema, rows_of, rows_table, write_l
 
 import data.reading.decode
 from data.errors import InputError
-from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.order import Cursor
 from data.stream import ParquetStream
@@ -262,27 +259,6 @@ def test_a_file_that_shrinks_after_opening_is_named(log, tmp_path):
     pq.write_table(rows_table(0, 30), files[1], row_group_size=6)
     with pytest.raises(InputError, match=r"part-1.parquet: row group 0 has 6 rows to read, but had 7"):
         list(stream)
-
-
-def test_windows_in_memory_stay_few(tmp_path):
-    files = write_log(tmp_path, [2000], row_group_rows=20)
-    stream = ParquetStream(files, make_schema(), StreamOptions(16, 4, "shuffled", 40, workers=2, prefetch=0))
-    encode_all, alive, held = stream.encoder.encode_all, weakref.WeakSet(), []
-
-    class Watched(Columns):
-        __hash__ = object.__hash__  # by identity
-
-    def watched(*args):
-        columns = Watched(**vars(encode_all(*args)))
-        alive.add(columns)
-        return columns
-
-    stream.encoder.encode_all = watched
-    for _ in stream:
-        gc.collect(0)
-        held.append(len(alive))
-    # four lanes, three ahead, and two in the hands of threads
-    assert len(held) == 125 and 4 < max(held) <= 4 + 3 + 2
 
 
 def test_importance_weights_make_up_for_dropped_negatives(tmp_path):
