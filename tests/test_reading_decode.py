@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 from numbered_rows import make_schema, write_rows
 
-from data.errors import InputError
 from data.reading.config import StreamOptions
 from data.reading.decode import Decoder, RowReader
 from data.reading.encode import Encoder
@@ -74,9 +73,3 @@ def test_row_numbers_are_those_of_the_row_group(file):
             assert [place.row(row) for row in range(rows.num_rows)] == [
                 f"{file}: row group {group.index}, row {number}" for number in numbers
             ]
-
-
-def test_a_row_group_that_is_not_what_was_counted_is_refused(file):
-    reader, groups = reader_and_groups(file)
-    with pytest.raises(InputError, match=r"a.parquet: row group 1 has 200 rows to read, but had 201"):
-        list(reader.scan(groups[1]._replace(num_rows=201), 64))

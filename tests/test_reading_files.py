@@ -10,7 +10,6 @@ import pytest
 from numbered_rows import make_schema, write_rows
 
 from data.errors import InputError
-from data.reading.checksums import has_checksum
 from data.reading.config import StreamOptions
 from data.reading.files import ChecksumWarning, read_contents, resolve_files
 from data.reading.selection import Selection
@@ -77,10 +76,6 @@ def test_checksums_are_seen_in_the_pages_themselves(tmp_path, compression, versi
     said = r"bare.parquet: .* no checksum .*: require_checksum = true wants them; write the files"
     with pytest.raises(InputError, match=said):
         contents([good, bare], require_checksum=True)
-
-
-def test_a_header_that_ends_early_has_no_checksum():
-    assert not any(has_checksum(header) for header in (b"", b"\x15", b"\x15\x04\x15\x80\x80", b"\x2c\x00"))
 
 
 DAMAGE = """

@@ -5,14 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.reading.config import DEPTH, SMALL_BATCH, StreamOptions
+from data.reading.config import StreamOptions
 from data.reading.order import (
     RowGroup,
     lane_bounds,
     plan_windows,
-    spans_of_rank,
-    steps_per_epoch,
-    windows_of_spans,
 )
 
 ROW_GROUPS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
@@ -51,42 +48,13 @@ def test_lanes_need_new_windows_at_different_steps():
     assert sorted(seconds) == [50, 100, 150, 200]
 
 
-@given(sizes=ROW_GROUPS, lanes=st.sampled_from([1, 2, 4, 12]), share=st.integers(1, 9), order=ORDERS)
-def test_every_world_reads_each_row_once_in_the_same_global_batch(sizes, lanes, share, order):
-    options, total = StreamOptions(share * lanes, lanes, order), sum(sizes)
-    steps = steps_per_epoch(options, total)
-    windows = plan_windows(groups_of(sizes), lane_bounds(options, total), 16)
-    starts = [window.first_row for window in windows]
-    seen = []
-    for step in range(steps):
-        batch = spans_of_rank(options, total, step, 0, 1)
-        rows = [row for start, stop in batch for row in range(start, stop)]
-        assert 0 < len(rows) <= share * lanes
-        for world_size in (world for world in (1, 2, 3, 4) if lanes % world == 0):
-            ranks = [spans_of_rank(options, total, step, rank, world_size) for rank in range(world_size)]
-            assert [span for spans in ranks for span in spans] == batch
-        cuts = list(windows_of_spans(starts, batch))
-        assert [row for _, start, stop in cuts for row in range(start, stop)] == rows
-        for index, start, stop in cuts:
-            assert starts[index] <= start < stop <= starts[index] + windows[index].num_rows
-        seen += rows
-    assert sorted(seen) == list(range(total))
-    if order == "chronological":
-        assert seen == list(range(total))
-    assert all(start == stop for start, stop in spans_of_rank(options, total, steps, 0, 1))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size = 0: wanted 1 or more"),
-        ({"lanes": 0}, "lanes = 0: wanted 1 or more"),
-        ({"window_rows": -1}, "window_rows = -1: wanted 1 or more"),
         ({"batch_size": 10, "lanes": 4}, "batch_size = 10: wanted a multiple of lanes = 4; use 8"),
         ({"workers": -1}, "workers = -1: wanted 0 or more"),
-        ({"prefetch": -2}, "prefetch = -2: wanted -1 or more"),
         ({"keep_negatives": 0.0}, r"keep_negatives = 0.0: wanted a share in \(0, 1\]"),
-        ({"keep_negatives": float("nan")}, "keep_negatives = nan: wanted a share"),
         ({"drop_positives": 1.0}, r"drop_positives = 1.0: wanted a share in \[0, 1\)"),
         ({"negative_weights": "importance"}, "negative_weights = 'importance': keep_negatives = 1 drops no"),
         ({"timeout_seconds": 0.0}, "timeout_seconds = 0.0: wanted more than 0"),
@@ -95,11 +63,3 @@ def test_every_world_reads_each_row_once_in_the_same_global_batch(sizes, lanes, 
 def test_options_that_cannot_be_met_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         StreamOptions(**options)
-
-
-def test_small_batches_are_made_by_their_caller_where_workers_decode():
-    """Asked for a depth, the stream has it; else two batches ahead, or none where they are small and a worker keeps the time."""
-    small, large = SMALL_BATCH - 1, SMALL_BATCH
-    assert [StreamOptions(workers=1).depth(values) for values in (small, large)] == [0, DEPTH]
-    assert StreamOptions(workers=0).depth(small) == DEPTH
-    assert [StreamOptions(workers=1, prefetch=depth).depth(small) for depth in (0, 3)] == [0, 3]

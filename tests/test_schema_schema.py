@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.schema import Schema, format_schema, load_schema, parse_schema, schema_to_toml
+from data.schema import Schema, format_schema, load_schema, parse_schema
 from data.schema.feature import MAX_WIDTH, Feature
-from data.synthetic.pailitao import pailitao_schema
 
 SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 BASE = tomllib.loads("""
@@ -84,31 +83,22 @@ REFUSED = {
     "empty label": (top(label=""), "label = '': wanted the column"),
     "kind missing": (field("user", kind=None), r"fields\.user\.kind is missing; wanted one of 'categorical'"),
     "dim 30": (field("user", embedding_dim=30), "embedding_dim = 30: wanted a multiple of 4 .*; use 32"),
-    "dim 0": (field("user", embedding_dim=0), "embedding_dim = 0: wanted a multiple of 4 .*; use 4"),
     "dim 2048": (field("user", embedding_dim=2048), "embedding_dim = 2048: .*; use 1024"),
     "no rows": (field("user", num_embeddings=None), r"num_embeddings = 0: wanted a number of rows"),
     "too many rows": (field("user", num_embeddings=2**41), r"num_embeddings = 2199023255552: wanted"),
-    "negative rows": (field("city", num_embeddings=-1), "num_embeddings = -1: wanted"),
     "one hashed row": (field("device", num_embeddings=1), "num_embeddings = 1: a hashed field needs at least 2"),
     "label as a field's column": (field("price", column="click"), "column = 'click': this column is the label"),
-    "label as weights": (field("brands", weights="click"), "weights = 'click': this column is the label"),
-    "label as time": (top(time_column="click"), "time_column = 'click': this is the label"),
     "label as group": (top(group_column="click"), "group_column = 'click': this is the label"),
     "weighted mean": (field("brands", pooling="mean"), "pooling = 'mean': FBGEMM computes weighted bags as sums"),
-    "weights missing": (field("brands", weights=None), "weights is missing"),
     "weights of others": (field("history", weights="w"), "weights = 'w': only kind = \"weighted_multi_valued\" reads it"),
     "vocabulary missing": (field("city", vocabulary=None), "vocabulary is missing"),
-    "vocabulary of ids": (field("user", vocabulary="fit"), 'vocabulary = \'fit\': only encoding = "vocabulary"'),
     "min_count 0": (field("city", min_count=0), "min_count = 0: wanted 1 or more"),
-    "min_count of ids": (field("user", min_count=2), "min_count = 2: only encoding"),
     "encoding of a number": (field("price", encoding="hash"), "encoding = 'hash': only fields of ids"),
     "zch of uneven buckets": (
         field("device", encoding="zch", num_embeddings=1001),
         "num_embeddings = 1001: encoding = 'zch' wants a multiple of zch_buckets = 8, at least 16; use 1008",
     ),
-    "zch of too few rows": (field("device", encoding="zch", num_embeddings=8), "at least 16; use 16"),
     "zch buckets": (field("device", encoding="zch", zch_buckets=0), "zch_buckets = 0: wanted 1 to 1024"),
-    "zch interval": (field("device", encoding="zch", eviction_interval=0), "eviction_interval = 0: wanted a number"),
     "zch policy": (field("device", encoding="zch", eviction="fifo"), "eviction = 'fifo'.*distance_lfu"),
     "eviction of a hash": (field("device", eviction="lru"), "eviction = 'lru': only encoding = \"zch\" reads it"),
     "zch beside a hash": (field("item", encoding="zch"), "shares table 'item' with|num_embeddings = 50: encoding = 'zch'"),
@@ -119,25 +109,17 @@ REFUSED = {
         lambda t: t["tables"].update(spare={"num_embeddings": 4, "embedding_dim": 4}),
         r"tables\.spare: no field uses this table",
     ),
-    "table of dim 6": (lambda t: t["tables"]["item"].update(embedding_dim=6), r"tables\.item\.embedding_dim = 6"),
-    "table of no rows": (lambda t: t["tables"]["item"].pop("num_embeddings"), r"tables\.item\.num_embeddings = 0"),
     "pools otherwise": (field("item", pooling="sum"), "shares table 'item' with 'item' but pools otherwise"),
-    "encodes otherwise": (field("history", encoding="hash"), "shares table 'item' with 'item' but encodes otherwise"),
     "field named like a table": (
         field("item", table=None, num_embeddings=9, embedding_dim=4),
         r"fields\.item: \[tables\] has an entry of this name",
     ),
     "table of a number": (field("age", table="item", num_embeddings=None, embedding_dim=None), "a table of its own"),
     "dim of a number": (field("price", embedding_dim=4), "embedding_dim = 4: only fields with a table"),
-    "transform of an id": (field("user", transform="log1p"), "transform = 'log1p': only kind = \"numeric\""),
-    "mean without standardise": (field("price", mean="fit"), "mean = 'fit': only transform = \"standardise\""),
     "std 0": (field("score", std=0.0), "std = 0.0: wanted a number above 0"),
-    "width 0": (field("image", width=0), "width = 0: wanted the length"),
     "width huge": (field("image", width=MAX_WIDTH + 1), "width = 65537: wanted the length"),
     "width of an id": (field("user", width=4), 'width = 4: only kind = "vector"'),
-    "projection of a number": (field("price", projection=4), 'projection = 4: only kind = "vector"'),
     "projection negative": (field("image", projection=-1), "projection = -1: wanted a number of columns"),
-    "no boundaries": (field("age", boundaries=[]), "boundaries is missing"),
     "boundaries descend": (field("age", boundaries=[3.0, 1.0]), r"boundaries = \[3.0, 1.0\]: wanted ascending"),
     "rows of boundaries": (field("age", num_embeddings=3), "2 boundaries need 4 rows; set 4"),
     "one bucket": (field("age", boundaries="fit", num_buckets=1), "num_buckets = 1: wanted 2"),
@@ -195,11 +177,6 @@ def test_fingerprint_follows_meaning_and_not_hints():
     assert parse(top(label="buy")).fingerprint() != base
 
 
-def test_unfitted_schema_names_the_field_and_the_command():
-    with pytest.raises(InputError, match="field 'city' still says 'fit'; run `mbcnet schema fit`"):
-        parse().require_fitted()
-
-
 VALUES = [0, 1, -1, 4, 6, 2**63, 1.5, float("nan"), float("inf"), True, "", "fit", "x", "../x", "hash", "ids", "vocabulary",
           "click", "item", "numeric", "vector", "bucketise", "mean", [], [1], [2.0, 1.0], ["user"], ["fit"], {}, {"a": 1}, None]  # fmt: skip
 
@@ -245,8 +222,3 @@ def test_mutated_schemas_are_valid_or_refused(seed):
         assert parse_schema(tomllib.loads(format_schema(schema)), "again", Path()) == schema
         assert schema.width > 0 and schema.columns[0] == schema.label
     assert passed > 5 and refused > 50
-
-
-def test_toml_form_holds_only_what_differs_from_the_defaults():
-    entry = schema_to_toml(pailitao_schema("demo"))["fields"]["user_id"]
-    assert entry == {"kind": "categorical", "num_embeddings": 20_000, "embedding_dim": 8}

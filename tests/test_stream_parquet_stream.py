@@ -189,12 +189,7 @@ def test_a_bad_value_in_one_file_of_many_is_named(tmp_path, column, values, foun
         ("click", None, "column 'click' is missing, which is the schema's label"),
         ("liked_weights", None, "column 'liked_weights' is missing"),
         ("row", pa.array(["a"] * 20), "column 'row' is string: categorical field 'row' wants integers"),
-        ("row", pa.array([1.0] * 20), "column 'row' is double: categorical field 'row' wants integers"),
-        (
-            "tags",
-            pa.array([1] * 20),
-            "column 'tags' is int64: multi_valued field 'tags' wants lists of integers",
-        ),
+        ("tags", pa.array([1] * 20), "column 'tags' is int64: multi_valued field 'tags' wants lists"),
     ],
 )
 def test_a_wrong_column_in_one_file_of_many_is_named_before_any_batch(tmp_path, column, other, found):

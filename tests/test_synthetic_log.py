@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
+from data.reading.encode import Encoder, Place
 from data.schema import load_schema, parse_schema, schema_to_toml
 from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.planted import (
@@ -67,14 +68,6 @@ def test_same_seed_same_bytes_whatever_the_threads(schema, log, tmp_path):
         {file.relative_to(out): file.read_bytes() for file in files_of(out)} for out in (log, tmp_path)
     )
     assert one == two and len(one) == 2 * DAYS
-
-
-def test_block_size_does_not_matter(world):
-    whole, probability = make_block(world, 3, 0, 1000)
-    sizes = ((0, 1), (1, 332), (333, 667))
-    parts, probabilities = zip(*(make_block(world, 3, first, rows) for first, rows in sizes), strict=True)
-    assert pa.Table.from_batches([whole]).equals(pa.Table.from_batches(parts).combine_chunks())
-    assert np.array_equal(probability, np.concatenate(probabilities))
 
 
 def test_layout_and_summary(schema, log):
@@ -142,26 +135,13 @@ def test_taste_drifts(world):
 
 
 @pytest.mark.parametrize("scale", ["demo", "paper"])
-def test_ids_lists_and_vectors_fit_the_schema(scale):
+def test_a_log_is_encoded_by_its_schema(scale):
+    """The encoder refuses an id out of range, a number that is not finite, a vector of another width and uneven weights."""
     schema = pailitao_schema(scale)
     rows, _ = make_block(make_world(schema, 0, DAYS), 1, 0, 400)
     assert set(rows.schema.names) == {*schema.columns, "timestamp"}
-    for feature in schema.features:
-        column = rows.column(feature.source_column)
-        if feature.kind == "vector":
-            assert column.type == pa.list_(pa.float32(), feature.width)
-        elif feature.kind == "numeric":
-            numbers = column.drop_null().to_numpy()
-            assert np.isfinite(numbers).all() and (numbers >= 0).all(), feature.name
-        else:
-            ids = column if feature.is_single else column.flatten()
-            span = pc.min_max(ids).as_py()
-            rows_of_table = schema.table_of[feature.name].num_embeddings
-            assert 0 <= span["min"] <= span["max"] < rows_of_table, feature.name
-        if feature.weights:
-            weights = rows.column(feature.weights)
-            assert pc.list_value_length(weights).equals(pc.list_value_length(column))
-            assert pc.min(weights.flatten()).as_py() > 0
+    encoded = Encoder(schema).encode(rows, Place("synthetic", 0))
+    assert encoded.num_rows == 400 and not encoded.repaired
 
 
 def test_users_follow_a_power_law(many):
