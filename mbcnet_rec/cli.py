@@ -5,6 +5,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from data.errors import InputError
 from mbcnet_rec.runtime.exits import RunStoppedError
 
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
+SILENT_RANK_SECONDS = 3.0
 OURS = ("data", "sharding", "mbcnet_rec")
 # Each is a module of mbcnet_rec/commands, imported when it is chosen.
 COMMANDS = {
@@ -144,6 +146,10 @@ def exit_code(command: Callable[[], int]) -> int:
         if os.environ.get("RANK", "0") == "0" or notes:
             whose = f"{notes[0]}: " if notes and os.environ.get("WORLD_SIZE", "1") != "1" else ""
             _tell(f"{whose}{error}")
+        else:
+            time.sleep(
+                SILENT_RANK_SECONDS
+            )  # a launcher ends all ranks with the first: let it be the one that tells
         return 2
     except RunStoppedError as error:
         if error.reported:

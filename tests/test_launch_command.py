@@ -101,4 +101,5 @@ def test_the_printed_forms_are_one_job(folder, capsys):
 def test_exit_codes_are_the_trainers():
     ours = (job.CANNOT_WRITE, job.PREEMPTED, job.NON_FINITE, job.LOST_RANK)
     assert ours == (exits.CANNOT_WRITE, exits.PREEMPTED, exits.NON_FINITE, exits.LOST_RANK)
+    assert (job.USER_MISTAKE, job.INTERRUPTED) == (2, 130)  # as test_cli.py has it
     assert cli.__name__ == worker.COMMAND_LINE
