@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,11 @@ def report(scenarios: dict[str, Callable[[], dict[str, Any]]], out: Path) -> Non
         out.write_text(json.dumps(results))
 
 
-def run_script(name: str, *args: str, timeout: float = 280) -> None:
+def run_script(name: str, *args: str, flags: Sequence[str] = (), timeout: float = 280) -> None:
     """Run a script of this folder in a process of its own; for the tests, which must not fork themselves."""
     script = Path(__file__).with_name(name)
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(
-        [sys.executable, str(script), *args], env=env, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *flags, str(script), *args], env=env, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stderr[-3000:]

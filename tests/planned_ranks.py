@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from forked_ranks import report, run_ranks, training
 from small_data import write_small
+from tiny_run import lines_of
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 
@@ -21,7 +22,6 @@ import sharding.plan.placement
 import sharding.search.candidates
 from mbcnet_rec.checkpoints.manifest import read_manifest
 from mbcnet_rec.cli import main
-from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 from mbcnet_rec.training.hooks import Hooks
 
 FOLDER = Path(sys.argv[1])
@@ -37,9 +37,7 @@ def run(name, *settings, resume=False, plan="", hooks=lambda rank: Hooks(), **op
 
 def metrics(name):
     """Lines of training and validation; a run that was cut short has tested its last step too."""
-    lines = [json.loads(line) for line in (FOLDER / name / "metrics.jsonl").read_text().splitlines()]
-    kept = [line for line in lines if line["split"] != "test"]
-    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in kept]
+    return lines_of(FOLDER / name, "train", "valid")
 
 
 def again(name, *settings, **options):

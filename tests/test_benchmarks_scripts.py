@@ -27,9 +27,8 @@ KEYS = {  # DESIGN.md names them; null where a peer is not installed
         "non_model_share",
         "cpu_fast_path_speedup",
     ),
-    "crash_storm": ("kills", "bitwise_equal"),
     "growth": ("fields_exponent", "rows_exponent", "batch_exponent", "groups_exponent", "branches_exponent"),
-    "peers": ("fuxictr_speedup/small/dnn", "dlrm_speedup", "cpu_fast_path_speedup/small/dnn"),
+    "peers": ("cpu_fast_path_speedup/small/dnn",),
 }
 VALUES = {
     "crash_storm": {"kills": 3, "bitwise_equal": True},

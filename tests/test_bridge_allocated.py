@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from data.schema import load_schema, parse_schema
+from data.schema import parse_schema
+from data.synthetic.pailitao import pailitao_schema
 from mbcnet_rec.training.config import EmbeddingOptimConfig
 from mbcnet_rec.training.optim import TABLE_OPTIMIZERS, fuse_table_optimizer
 from sharding.bridge.allocated import held_bytes, optimizer_bytes, planned_against_held
@@ -26,7 +26,6 @@ from sharding.plan.constraints import ShardingConfig, TableConstraint
 from sharding.search.planner import make_plan
 from sharding.search.task import Task
 
-SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 ROWS = 16
 WORLDS = (2, 4)
 
@@ -48,8 +47,6 @@ def small(rows, dims, **more):
 
 def cases():
     """(name, schema, config, optimizer); plans of every type, dtype and optimizer come up."""
-    names = ("pailitao_demo", "movielens", "adult", "taobao_ad")
-    shipped = {name: fitted(load_schema(SCHEMAS / f"{name}.toml")) for name in names}
     weighted = {"kind": "weighted_multi_valued", "num_embeddings": 77, "embedding_dim": 12, "weights": "w_w"}
     mixed = small((1001, 50, 333, 2000, 64), (16, 4, 8, 64, 32), w=weighted)
     by_type = {
@@ -60,22 +57,15 @@ def cases():
         "w": TableConstraint(sharding_types=("row_wise",)),
     }
     return [
-        ("pailitao_demo", shipped["pailitao_demo"], ShardingConfig(), "rowwise_adagrad"),
-        ("movielens", shipped["movielens"], ShardingConfig(), "rowwise_adagrad"),
-        ("adult, replicated half rows", shipped["adult"], ShardingConfig(sharding_types=("data_parallel",), data_type="fp16"), "sgd"),
-        ("adult, replicated", shipped["adult"], ShardingConfig(sharding_types=("data_parallel",)), "adam"),
-        ("taobao_ad, half rows", shipped["taobao_ad"], ShardingConfig(data_type="fp16"), "rowwise_adagrad"),
+        ("pailitao_demo", pailitao_schema("demo"), ShardingConfig(), "rowwise_adagrad"),
+        ("replicated half rows", mixed, ShardingConfig(sharding_types=("data_parallel",), data_type="fp16"), "sgd"),
+        ("replicated", mixed, ShardingConfig(sharding_types=("data_parallel",)), "adam"),
+        ("half rows", mixed, ShardingConfig(data_type="fp16"), "rowwise_adagrad"),
         ("every type, adagrad", mixed, ShardingConfig(tables=by_type), "adagrad"),
         ("every type, sgd", mixed, ShardingConfig(tables=by_type), "sgd"),
         ("fp16 across ranks", mixed, ShardingConfig(forward_precision="fp16", backward_precision="fp16"), "rowwise_adagrad"),
         ("rows that no rank count divides", small((1009, 31, 997), (4, 8, 12)), ShardingConfig(sharding_types=("row_wise",)), "adagrad"),
     ]  # fmt: skip
-
-
-def fitted(schema):
-    """The schema with sizes where a fit would measure them."""
-    tables = tuple(replace(table, num_embeddings=table.num_embeddings or 101) for table in schema.tables)
-    return replace(schema, tables=tables)
 
 
 def random_features(schema, weighted, generator):

@@ -6,7 +6,6 @@ from pathlib import Path
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from data.schema import parse_schema
-from data.synthetic.pailitao import pailitao_schema
 from sharding.bridge.collections import COLLECTIONS, ids_name, meta_collections, rows_name
 from sharding.bridge.zch import collision_collection
 
@@ -58,11 +57,3 @@ def test_names_in_checkpoints_are_those_of_the_state():
     for table in schema.tables:
         assert rows_name(table) in state
         assert (f"{ids_name(table)}.slots" in state) == (table.zch is not None)
-
-
-def test_torchrec_takes_the_demo_schema():
-    schema = pailitao_schema("demo")
-    for each, module in meta_collections(schema).items():
-        fields = [name for config in module.embedding_bag_configs() for name in config.feature_names]
-        wanted = schema.weighted if each.weighted else schema.sparse
-        assert sorted(fields) == sorted(feature.name for feature in wanted)

@@ -33,7 +33,3 @@ def test_two_ranks_learn_as_much(tmp_path):
     one = losses(tmp_path)
     two = losses(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     assert learned(two) and abs(two[-1] - one[-1]) < 0.1, "initial rows are drawn by shard: the end agrees"
-
-
-def test_it_fits_on_one_page():
-    assert len(EXAMPLE.read_text().splitlines()) < 120

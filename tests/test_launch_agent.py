@@ -1,14 +1,12 @@
 """The agent: a job's first error is told once, by the rank whose it is; exit codes are the workers'; restarts go on."""
 
-import os
 import shlex
 from pathlib import Path
 
 import pytest
 from tiny_run import program
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from launch import agent, elastic, worker
+from launch import agent, worker
 
 # A worker whose command line is the module `crash` of the working directory
 WORKER = """
@@ -113,12 +111,3 @@ def test_preempted_workers_make_a_preempted_job(tmp_path):
 def test_schedulers_count_starts_each_in_its_own_way(environ, args):
     assert worker.resumed(["train", "--overwrite"], environ) == args
     assert worker.resumed(["evaluate", "run"], environ) == ["evaluate", "run"]
-
-
-def test_the_rank_that_claimed_is_blamed_not_the_earliest():
-    failures = {}
-    for rank in range(2):
-        failures[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=1, error_file=os.devnull + str(rank))
-        failures[rank].timestamp = rank
-    failures[1].error_file_data = {"first": True}
-    assert elastic.first_failure(failures)[0] == 1

@@ -74,7 +74,6 @@ def test_a_job_that_its_plan_was_not_made_for_is_refused(folder, capsys):
         (("--env", "word"), "KEY=VALUE"),
         (("--gpu", "-1"), "--gpu -1"),
         (("-j", "1x8", "--dry-run"), "set data.lanes to 8"),
-        (("--overwrite", "--print", "k8s"), "--overwrite"),
     ],
 )
 def test_what_cannot_run_is_one_line_and_code_2(folder, capsys, args, said):

@@ -125,7 +125,7 @@ def test_many_tables_on_many_ranks_come_within_5_percent_of_the_bound_and_keep_t
     plan = make_plan(task, lambda *seen: told.append(seen))
     assert time.monotonic() - start < 45
     result = assess(plan, cluster)
-    assert result.over_bound < 0.05
+    assert 0 <= result.over_bound < 0.05
     assert result.busiest.times.total >= search_bound(all_options(task), plan, cluster) > 0
     assert [count for count, _ in told] == list(range(1, len(told) + 1)) and told[-1][1] <= told[0][1]
 
@@ -156,43 +156,29 @@ def test_the_smallest_cluster_fits_and_one_size_less_does_not():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "tables", "said"),
     [
-        ({"tables": {"usr": TableConstraint()}}, "sharding.tables.usr is not a known key; did you mean 'user'?"),
-        ({"tables": {"user": TableConstraint(ranks=(8,))}}, "wanted ranks in [0, 8); remove [8]"),
-        ({"tables": {"user": TableConstraint(ranks=(1,), sharding_types=("row_wise",))}}, "row_wise use every rank"),
-        ({"tables": {"city": TableConstraint(min_partition=12)}}, "the table has 8 columns"),
-        ({"tables": {"item": TableConstraint(compute_kernels=("dense",))}}, "leave no choice on cuda"),
-        ({"replicas": 3}, "sharding.replicas = 3: wanted a divisor of the 4 ranks"),
-        ({"sharding_types": ("row_wise",)}, "row_wise of 9 rows leave one of 8 ranks without rows; allow table_wise"),
-        (
-            {"tables": {"item": TableConstraint(sharding_types=("column_wise",), min_partition=4)}},
-            "16 column shards of 4 columns on 8 ranks; raise min_partition to 8",
-        ),
+        ({}, {"usr": {}}, "sharding.tables.usr is not a known key; did you mean 'user'?"),
+        ({}, {"user": {"ranks": (8,)}}, "wanted ranks in [0, 8); remove [8]"),
+        ({}, {"user": {"ranks": (1, 1)}}, "each rank once"),
+        ({}, {"user": {"ranks": (1,), "sharding_types": ("row_wise",)}}, "row_wise use every rank"),
+        ({}, {"city": {"min_partition": 12}}, "the table has 8 columns"),
+        ({}, {"city": {"min_partition": 6}}, "min_partition = 6: wanted a multiple of 4"),
+        ({}, {"city": {"cache_ratio": 1.5}}, "cache_ratio = 1.5"),
+        ({}, {"item": {"compute_kernels": ("dense",)}}, "leave no choice on cuda"),
+        ({}, {"item": {"sharding_types": ("column_wise",), "min_partition": 4}}, "columns on 8 ranks; raise min_partition to 8"),
+        ({"replicas": 3}, {}, "sharding.replicas = 3: wanted a divisor of the 4 ranks"),
+        ({"sharding_types": ("row_wise",)}, {}, "row_wise of 9 rows leave one of 8 ranks without rows; allow table_wise"),
+        ({"sharding_types": ()}, {}, "sharding_types = []"),
+        ({"storage_reserve": 1.0}, {}, "wanted 0 or more and less than 1"),
+        ({"estimator": "torchrec"}, {}, "estimator = 'torchrec': wanted one of 'mbcnet'"),
     ],
 )  # fmt: skip
-def test_constraints_that_cannot_be_kept_are_refused(config, said):
+def test_constraints_that_cannot_be_kept_are_refused(config, tables, said):
     with pytest.raises(InputError) as caught:
-        planned(ShardingConfig(**config), TINY if "9 rows" in said else SMALL)
+        asked = {name: TableConstraint(**values) for name, values in tables.items()}
+        planned(ShardingConfig(**config, tables=asked), TINY if "9 rows" in said else SMALL)
     assert said in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("config", "values", "said"),
-    [
-        (ShardingConfig, {"hbm_gib": -1}, "hbm_gib = -1"),
-        (ShardingConfig, {"storage_reserve": 1.0}, "wanted 0 or more and less than 1"),
-        (ShardingConfig, {"sharding_types": ()}, "sharding_types = []"),
-        (ShardingConfig, {"estimator": "torchrec"}, "estimator = 'torchrec': wanted one of 'mbcnet'"),
-        (TableConstraint, {"min_partition": 6}, "min_partition = 6: wanted a multiple of 4"),
-        (TableConstraint, {"cache_ratio": 1.5}, "cache_ratio = 1.5"),
-        (TableConstraint, {"ranks": (1, 1)}, "each rank once"),
-    ],
-)
-def test_values_out_of_range_are_refused(config, values, said):
-    with pytest.raises(InputError) as caught:
-        config(**values)
-    assert said in str(caught.value)
 
 
 def test_a_run_is_planned_for_the_cluster_it_is_on():

@@ -90,16 +90,3 @@ def test_direct_lookups_are_torchrecs(
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad)
-
-
-def test_what_only_torchrec_can_do_is_left_to_it(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tracker of looked-up rows sees every batch; features that no table has are refused by TorchRec's own check."""
-    model, collection = sharded("replicated", False, shortened=True)
-    model(features(0, False, tuple(DIMS)))
-    seen: list[Any] = []
-    monkeypatch.setattr(collection, "post_lookup_tracker_fn", lambda *each: seen.append(each[0]))
-    model(features(1, False, tuple(DIMS))).values()
-    assert len(seen) == 1 and set(seen[0].keys()) == set(DIMS)
-    fresh, _ = sharded("replicated", False, shortened=True)
-    with pytest.raises((KeyError, ValueError, AssertionError)):
-        fresh(features(0, False, ("user", "item", "tags", "unknown")))

@@ -1,6 +1,5 @@
 """The scenarios of tests/test_bridge_zch.py: runs on a log with unbounded ids, on one and two ranks."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from forked_ranks import mbcnet, report, run_ranks
 from small_data import CONFIG
+from tiny_run import lines_of
 
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.serving import loader as serving
@@ -97,19 +97,11 @@ def compared(left, right):
     }
 
 
-def metrics(name, split="train"):
-    lines = [json.loads(line) for line in (FOLDER / name / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
-
-
 def one_and_two():
     done = [train("one", world=1), train("two")]
-    tested = [metrics("one", "test"), metrics("two", "test")]
-    return compared(tensors("one"), tensors("two")) | {
-        "done": done,
-        "logged": metrics("one"),
-        "tested": tested,
-    }
+    tested = [lines_of(FOLDER / name, "test") for name in ("one", "two")]
+    logged = lines_of(FOLDER / "one", "train")
+    return compared(tensors("one"), tensors("two")) | {"done": done, "logged": logged, "tested": tested}
 
 
 def again(name, **options):
