@@ -2,7 +2,6 @@
 newest one that verifies is the latest, and a storage that fails at any operation leaves the one before as it was."""
 
 import errno
-import hashlib
 import os
 import threading
 import time
@@ -15,7 +14,6 @@ from pyarrow.fs import FileSelector, LocalFileSystem
 
 from data.errors import InputError
 from data.reading.storage import file_system
-from mbcnet_rec.checkpoints.manifest import read_checkpoint
 from mbcnet_rec.checkpoints.shards import Saved, whole_shard
 from mbcnet_rec.checkpoints.storage import (
     DamagedCheckpointWarning,
@@ -287,12 +285,3 @@ def test_a_server_that_goes_away_is_named(bucket, monkeypatch):
 def test_an_unknown_place_is_refused():
     with pytest.raises(InputError, match=r"nonsense://bucket/prefix: cannot be opened .*or use a folder"):
         open_storage("nonsense://bucket/prefix")
-
-
-def test_a_manifest_lists_every_file_with_its_sum(tmp_path):
-    write(LocalStorage(tmp_path), 5)
-    manifest = read_checkpoint(tmp_path / "step_5")
-    (file,) = manifest.files
-    assert file.sha256 == hashlib.sha256((tmp_path / "step_5" / file.name).read_bytes()).hexdigest()
-    assert [entry.name for entry in file.shards] == ["model/table", "optim/table/sum"]
-    assert manifest.world_size == 1

@@ -6,6 +6,7 @@ The one list of them. A library that drops a name fails the test of that row; a 
 
 import ast
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -129,34 +130,21 @@ REPLACED = {
 }  # fmt: skip
 
 
-def first_name(node: ast.AST) -> str:
-    """The `a` of a.b.c."""
-    while isinstance(node, ast.Attribute):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else ""
-
-
 def replaced_names(path: Path) -> set[str]:
-    """Attributes that a test sets on what it has imported, but for constants and the standard library."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    origin = {}
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom | ast.Import):
-            for alias in node.names:
-                module = node.module or "" if isinstance(node, ast.ImportFrom) else alias.name
-                origin[(alias.asname or alias.name).partition(".")[0]] = module.partition(".")[0]
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
-            owner, name = node.args[0], ast.unparse(node.args[1]).strip("'")
-            if isinstance(owner, ast.Constant):  # a dotted path as one string
-                found.add(owner.value.rpartition(".")[2])
-                continue
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            owner, name = node.value, node.attr
-        else:
-            continue
-        module = origin.get(first_name(owner))
+    """Attributes that a test sets by setattr on what it has imported, but for constants and the standard library."""
+    text, found = path.read_text(), set()
+    imported = {
+        alias.asname or alias.name.partition(".")[0]: (getattr(node, "module", None) or alias.name).partition(
+            "."
+        )[0]
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for alias in node.names
+    }
+    for owner, name in re.findall(r"setattr\(\s*([\w.\"]+),\s*\"(\w+)\"", text) + re.findall(
+        r"^\s*([\w.]+)\.(\w+) = ", text, re.M
+    ):
+        module = imported.get(owner.partition(".")[0], "")
         if module and module not in sys.stdlib_module_names and not name.isupper():
             found.add(name)
     return found

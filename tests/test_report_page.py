@@ -79,8 +79,3 @@ def test_means_of_seeds_and_of_neighbouring_points():
     found = figures.smooth([(step, float(step)) for step in range(1, 121)])
     assert len(found) == 60 and found[0] == (2, 1.5) and found[-1][0] == 120
     assert figures.mean_curve([]) == figures.smooth([]) == []
-
-
-def test_a_branch_has_one_colour_and_the_paper_s_name():
-    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
-    assert figures.label("efgc") == "EFGC" and figures.label("cross") == "CrossNet"

@@ -2,9 +2,8 @@
 
 import itertools
 import json
-from types import SimpleNamespace
+import shlex
 
-import numpy as np
 import pytest
 import torch
 from serving_data import printed_by, trained_runs
@@ -23,19 +22,7 @@ def artifact(tmp_path_factory):
 
 def test_side_by_side(artifact):
     before = torch.get_num_threads()
-    argv = (
-        "bench",
-        "latency",
-        artifact,
-        "--rows",
-        "1,16",
-        "--threads",
-        "1,2",
-        "--seconds",
-        "0",
-        "--calls",
-        "20",
-    )
+    argv = ("bench", "latency", artifact, *shlex.split("--rows 1,16 --threads 1,2 --seconds 0 --calls 20"))
     code, out, err = printed_by(*argv, "--json")
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
@@ -58,34 +45,6 @@ def test_rivals_have_the_same_tables_and_the_models_own_widths(artifact):
         assert model.predict(requests[0]).shape == (5,)
         for pooling, tables in own.model.tables.items():
             assert model.tables[pooling].weights_host.data_ptr() == tables.weights_host.data_ptr()
-
-
-def test_percentiles_are_of_whole_calls():
-    """Parts are medians of their own; the percentiles are of the sums."""
-    parts = np.array([[1.0, 2.0, 3.0]] * 98 + [[1.0, 2.0, 97.0]] * 2)
-    timing = latency.timing_of("m", 1, 1, parts)
-    assert (timing.p50, timing.preprocess, timing.tables, timing.dense) == (6.0, 1.0, 2.0, 3.0)
-    assert timing.p95 == 6.0 and timing.p99 == pytest.approx(100.0)
-
-
-def model_that_notes(name, asked):
-    """Stands in for a model."""
-
-    def note(rows):
-        asked.append(name)
-
-    def numbers(rows):
-        return torch.zeros(1)
-
-    return SimpleNamespace(predict=numbers, preprocess=note, embed=numbers, graph=numbers)
-
-
-def test_models_take_turns():
-    """Each model follows each other one equally often."""
-    asked = []
-    models = {name: model_that_notes(name, asked) for name in "abc"}
-    timings = latency.race(models, {1: [{}]}, latency.Contest((1,), (1,), 0.0, 3))
-    assert "".join(asked) == "abcbcacab" and [each.calls for each in timings] == [3, 3, 3]
 
 
 def test_requests_from_a_file_and_refusals(artifact, tmp_path_factory):
