@@ -27,22 +27,14 @@ def counts():
     import counts
 
     sys.path.pop(0)
-    return counts, counts.counted()
+    return counts.counted()
 
 
 @pytest.mark.parametrize("key", TOLERANCE)
 def test_a_step_does_not_grow(counts, key):
     if key != "flops" and STORED["torch"] != torch.__version__:
         pytest.skip(f"calls were counted under torch {STORED['torch']}, this is {torch.__version__}")
-    found, limit = counts[1][key], STORED[key] * (1 + TOLERANCE[key])
-    by_call = {call: (STORED["by_call"].get(call, 0), count) for call, count in counts[1]["by_call"].items()}
+    found, limit = counts[key], STORED[key] * (1 + TOLERANCE[key])
+    by_call = {call: (STORED["by_call"].get(call, 0), count) for call, count in counts["by_call"].items()}
     grown = {call: f"{old} -> {new}" for call, (old, new) in by_call.items() if new > old}
-    assert found <= limit, f"{key}: {STORED[key]:,} stored, {found:,} now; calls that grew: {grown}"
-
-
-def test_the_guard_sees_one_more_operation(counts):
-    with counts[0].CallCounter() as calls:
-        x = torch.ones(4, 4)
-        (x @ x).t().add(1.0)  # the transposed view is no work
-    assert dict(calls.calls) == {"aten::ones": 1, "aten::mm": 1, "aten::add.Tensor": 1}
-    assert calls.bytes_written == 3 * 64
+    assert 0 < found <= limit, f"{key}: {STORED[key]:,} stored, {found:,} now; calls that grew: {grown}"

@@ -11,13 +11,11 @@ import pyarrow as pa
 import pytest
 import torch
 from forked_ranks import run_script
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from data.reading.keys import hash_values, remainder, unbounded_ids
-from data.schema import Schema, Table, Zch
-from sharding.bridge.zch import ID_RANGE, BucketedCollisions, collision_collection
+from data.schema import Table, Zch
+from sharding.bridge.zch import ID_RANGE, BucketedCollisions
 
 CPU = torch.device("cpu")
 ROWS = 1024
@@ -27,9 +25,9 @@ def table(eviction="distance_lfu", interval=1, buckets=8, rows=ROWS):
     return Table("ids", rows, 4, "sum", ("id",), False, Zch(eviction, interval, buckets))
 
 
-def module(start=0, stop=None, **options):
+def module(**options):
     whole = table(**options)
-    return BucketedCollisions(whole, start, whole.num_embeddings if stop is None else stop, CPU)
+    return BucketedCollisions(whole, 0, whole.num_embeddings, CPU)
 
 
 def hashed(numbers) -> torch.Tensor:
@@ -113,19 +111,6 @@ def test_new_ids_are_admitted_every_few_steps_and_none_is_forgotten():
     assert len(rows_of(collisions, ids).unique()) == 400
 
 
-def test_a_part_of_the_buckets_gives_the_rows_that_the_whole_gives():
-    whole = module(interval=2)
-    halves = [module(0, ROWS // 2, interval=2), module(ROWS // 2, ROWS, interval=2)]
-    rng = np.random.default_rng(1)
-    for _ in range(7):
-        ids = hashed(rng.integers(0, 2_000, 500))
-        rows = rows_of(whole, ids)
-        lower = ids < 4 * -(-ID_RANGE // 8)
-        for half, own in zip(halves, (lower, ~lower), strict=True):
-            assert torch.equal(rows_of(half, ids[own].flip(0)).flip(0), rows[own])
-    assert int(whole.open_slots()) == 0, "rows have changed their ids meanwhile"
-
-
 @pytest.mark.parametrize(
     ("name", "index", "value"),
     [("slots", 3, 10**9), ("slots", 3, 4), ("slots", 5, -1), ("raw_ids", 0, -5), ("raw_ids", -1, 7)],
@@ -137,20 +122,6 @@ def test_rows_that_training_cannot_have_given_are_noticed(name, index, value):
     assert collisions.is_sound()
     getattr(collisions, name)[index] = value
     assert not collisions.is_sound()
-
-
-def test_the_collection_looks_up_the_rows():
-    config = EmbeddingBagConfig(name="ids", embedding_dim=4, num_embeddings=ROWS, feature_names=["id"])
-    ebc = EmbeddingBagCollection([config], device=CPU)
-    schema = Schema("one", "click", (), (table(),), {})
-    collection = collision_collection(schema, ebc)
-    ids = hashed(np.arange(5))
-    kjt = KeyedJaggedTensor(["id"], ids, lengths=torch.tensor([1, 0, 2, 2]))
-    pooled = collection(kjt)[0].values()
-    rows = rows_of(collection._managed_collision_collection._managed_collision_modules["ids"].eval(), ids)
-    weight = ebc.embedding_bags["ids"].weight
-    wanted = [weight[rows[:1]].sum(0), torch.zeros(4), weight[rows[1:3]].sum(0), weight[rows[3:]].sum(0)]
-    torch.testing.assert_close(pooled, torch.stack(wanted))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.public.prepare import DATA_SETS, prepare
+from data.public.prepare import prepare
 from data.schema import load_schema
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
@@ -42,11 +42,6 @@ def test_a_tuned_config_is_what_a_study_takes_for_its_model(path):
     for key in ("train", "valid", "test"):
         assert getattr(config.data, key) == getattr(base.data, key)
     assert getattr(config.model, path.stem) != getattr(ModelConfig(), path.stem)
-
-
-def test_each_config_is_either_real_or_synthetic():
-    assert {path.stem for path in CONFIGS} == {*REAL, "demo"}
-    assert set(REAL) <= set(DATA_SETS)
 
 
 @pytest.mark.parametrize(

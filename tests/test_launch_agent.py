@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_run import program
 
-from launch import agent, worker
+from launch import worker
 
 # A worker whose command line is the module `crash` of the working directory
 WORKER = """
@@ -91,12 +91,6 @@ def run(argv):
     (tmp_path / "start_1").unlink()
     done = run_agent(tmp_path, crash % 2, "--max-restarts", "2", processes=1)
     assert done.returncode == 2 and not (tmp_path / "start_1").exists()
-
-
-def test_preempted_workers_make_a_preempted_job(tmp_path):
-    for code, expected in ((75, 75), (0, 143), (1, 143)):
-        (tmp_path / "exit_0").write_text(str(code))
-        assert agent.code_after_signal(15, tmp_path) == expected
 
 
 @pytest.mark.parametrize(

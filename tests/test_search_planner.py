@@ -106,14 +106,6 @@ def test_ranks_kernels_and_measures_are_kept_to():
     assert (plan.data_type, plan.optimizer, plan.prefetch) == ("bf16", "adagrad", True)
 
 
-def test_replicas_plan_one_group():
-    plan = planned(ShardingConfig(replicas=2, sharding_types=("row_wise",)))
-    result = assess(plan, CLUSTER)
-    assert (plan.group_size, plan.local_group_size, len(result.ranks)) == (4, 2, 4)
-    rows = sum(table.num_embeddings * table.embedding_dim for table in SMALL.tables)
-    assert sum(rank.bytes.rows for rank in result.ranks) == 4 * rows
-
-
 @pytest.mark.parametrize("more", [{"proposers": ("greedy_total",)}, {"partitioner": "memory_balanced"}])
 def test_every_search_ends_with_a_sound_plan(more):
     assert set(planned(ShardingConfig(**more)).tables) == {"user", "item", "city", "tags"}
