@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import boto3
 
@@ -26,22 +27,15 @@ def s3_server(bucket: str) -> Iterator[tuple[int, Any]]:
     process = subprocess.Popen([sys.executable, "-c", CODE], text=True, **pipes)
     assert process.stdin and process.stdout
     port = next(int(line.split()[1]) for line in process.stdout if line.startswith("port "))
-    variables = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-    }
-    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("AWS_")}
-    os.environ |= variables
+    others = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+    variables = others | keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     try:
-        client = boto3.client("s3")
-        client.create_bucket(Bucket=bucket)
-        yield port, client
+        with patch.dict(os.environ, variables, clear=True):
+            client = boto3.client("s3")
+            client.create_bucket(Bucket=bucket)
+            yield port, client
     finally:
         process.stdin.close()  # at which it ends
         process.wait()
         process.stdout.close()
-        for name in variables:
-            del os.environ[name]
-        os.environ |= before

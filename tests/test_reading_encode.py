@@ -300,17 +300,6 @@ def test_hashed_rows_leave_row_0_to_missing_values():
         assert got == [value % 6 + 1 for value in hashes] + [MISSING_ROW]
 
 
-def test_several_parts_give_the_rows_of_all():
-    encoder = encoder_of(group_column="f", f=ids(), g=bag(column="l"))
-    parts = [{"y": [0, 1], "f": [1, None], "l": [[1], []]}, {"y": [1], "f": [4], "l": [[2, 3]]}]
-    whole = encoder.encode_all([(pa.RecordBatch.from_pydict(part), PLACE) for part in parts])
-    assert whole.single_ids.tolist() == [[1, ABSENT, 4]] and whole.labels.tolist() == [0, 1, 1]
-    assert [part.tolist() for part in only(whole.lists)[:2]] == [[1, 2, 3], [0, 1, 1, 3]]
-    assert len(set(whole.group_ids.tolist())) == 3
-    none = encoder.encode_all([])
-    assert none.num_rows == 0 and none.single_ids.shape == (1, 0) and only(none.lists).offsets.tolist() == [0]
-
-
 def test_damaged_dictionary_codes_are_refused():
     """Arrow hands on codes that point behind the dictionary; NumPy would raise, or wrap around, without naming the file."""
     codes = pa.Array.from_buffers(pa.int32(), 2, [None, pa.array([0, 9], pa.int32()).buffers()[1]])

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.reading.files
 from data.errors import InputError
 from data.reading.config import StreamOptions
 from data.schema import parse_schema
@@ -77,9 +76,7 @@ def rows_of_days(first, last):
 @pytest.mark.parametrize(
     ("where", "days"),
     [
-        (["ds < last 7"], (0, 3)),
         (["ds >= last 7"], (3, 10)),
-        (["ds = 2024-05-04"], (3, 4)),
         (["ds > 2024-05-04", "ds<=2024-05-06"], (4, 6)),
         (["at < last 7"], (0, 3)),
         (["at >= last 7"], (3, 10)),
@@ -119,18 +116,6 @@ def test_any_interval_is_a_plain_comparison(files, low, span, order):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_log(tmp_path_factory.mktemp("log"))
-
-
-def test_only_row_groups_across_a_bound_are_read_to_plan(files, monkeypatch):
-    read = []
-    original = data.reading.files.open_parquet
-    counted = lambda file, **options: read.append(file) or original(file, **options)  # noqa: E731
-    monkeypatch.setattr(data.reading.files, "open_parquet", counted)
-    ParquetStream(files, SCHEMA, StreamOptions(16, 4, where=("at >= 2024-05-05",)))
-    assert len(read) == DAYS  # every footer once, and no row group again
-    read.clear()
-    ParquetStream(files, SCHEMA, StreamOptions(16, 4, where=("at >= 2024-05-05T03:00",)))
-    assert len(read) == DAYS + 1
 
 
 def test_without_statistics_plain_bounds_work_and_relative_ones_are_refused(tmp_path):

@@ -181,26 +181,25 @@ VALUES = [0, 1, -1, 4, 6, 2**63, 1.5, float("nan"), float("inf"), True, "", "fit
           "click", "item", "numeric", "vector", "bucketise", "mean", [], [1], [2.0, 1.0], ["user"], ["fit"], {}, {"a": 1}, None]  # fmt: skip
 
 
-def mutate(node, chooser: random.Random) -> None:
-    """Change one random place of a nested table or list."""
-    while True:
-        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-        key = chooser.choice(keys) if keys else None
-        if key is not None and isinstance(node[key], dict | list) and chooser.random() < 0.8:
-            node = node[key]
-            continue
-        break
-    action = chooser.random()
-    known = [*Feature.__dataclass_fields__, *BASE, "".join(chooser.choices(string.printable, k=3))]
-    if key is None or action < 0.3:
-        if isinstance(node, dict):
-            node[chooser.choice(known)] = copy.deepcopy(chooser.choice(VALUES))
-        else:
-            node.append(copy.deepcopy(chooser.choice(VALUES)))
-    elif action < 0.5:
-        del node[key]
+def containers(node):
+    """The nested tables and lists, the outermost first."""
+    if isinstance(node, dict | list):
+        yield node
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from containers(child)
+
+
+def mutate(table, chooser: random.Random) -> None:
+    """Set, add or remove one random entry of a nested table or list."""
+    node, value = chooser.choice(list(containers(table))), copy.deepcopy(chooser.choice(VALUES))
+    keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+    if keys and chooser.random() < 0.3:
+        del node[chooser.choice(keys)]
+    elif isinstance(node, dict):
+        unknown = "".join(chooser.choices(string.printable, k=3))
+        node[chooser.choice([*keys, *Feature.__dataclass_fields__, *BASE, unknown])] = value
     else:
-        node[key] = copy.deepcopy(chooser.choice(VALUES))
+        node.insert(chooser.randint(0, len(node)), value)
 
 
 @pytest.mark.parametrize("seed", range(4))

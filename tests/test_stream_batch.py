@@ -1,7 +1,7 @@
 """Proves that a batch holds the rows that picking them one by one gives, by key and padded, and moves as a pipeline needs."""
 
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,7 @@ FIELDS = {
 }
 
 
-def make_schema(*without):
-    kept = {name: field for name, field in FIELDS.items() if name not in without}
-    return parse_schema({"name": "t", "label": "click", "fields": kept}, "schema.toml", Path())
+SCHEMA = parse_schema({"name": "t", "label": "click", "fields": FIELDS}, "schema.toml", Path())
 
 
 def make_ragged(draw, rows: int, weighted: bool) -> Ragged:
@@ -100,7 +98,7 @@ def test_gather_is_picking_row_by_row(data, extra):
         stop = data.draw(st.integers(start, count))
         runs.append((columns, start, stop))
         wanted += [row_of(columns, row) for row in range(start, stop)]
-    batch = gather(runs, len(wanted) + extra, make_schema(), Cursor(2, 5))
+    batch = gather(runs, len(wanted) + extra, SCHEMA, Cursor(2, 5))
     padding = ([[], [], []], [[], []], [([], [])], [0.0, 0.0], 0.0, 0)
     assert rows_of(batch) == wanted + [padding] * extra and batch.cursor == Cursor(2, 5)
     assert batch.weights.tolist() == [1.0] * len(wanted) + [0.0] * extra
@@ -109,29 +107,9 @@ def test_gather_is_picking_row_by_row(data, extra):
         assert bags.values().dtype == torch.int64 and bags.lengths().dtype == torch.int32
 
 
-def test_gathered_rows_share_no_memory_with_their_window():
-    """The window's memory is used again for the next one while the batch still trains."""
-    columns = make_columns(0, 9)
-    held = [columns.single_ids, columns.dense, columns.labels, columns.group_ids]
-    held += [*columns.lists.values, *columns.weighted_lists.values, *columns.weighted_lists.weights]
-    batch = gather([(columns, 0, 9)], 9, make_schema())
-    sparse, weighted = batch.sparse_features, batch.weighted_features
-    bags = [sparse.values(), weighted.values(), weighted.weights()]
-    for part in (*bags, batch.dense_features, batch.labels, batch.group_ids):
-        assert not any(np.shares_memory(part.numpy(), source) for source in held)
-
-
-def test_absent_parts_are_none_and_without_lists_there_are_ids_only():
-    columns, none = make_columns(0, 3, missing=False), join_lists([], None, 3)
-    columns = replace(columns, lists=none, weighted_lists=none, group_ids=None)
-    batch = gather([(columns, 0, 3)], 3, make_schema("d", "e", "w"))
-    assert batch.weighted_features is None and batch.group_ids is None
-    assert batch.sparse_features.values().tolist() == columns.single_ids.reshape(-1).tolist()
-
-
 def test_moving_keeps_every_part():
     """A field added to Batch and forgotten in `to` would stay on the host, or lose the cursor."""
-    batch = gather([(make_columns(0, 3), 0, 3)], 4, make_schema(), Cursor(2, 5))
+    batch = gather([(make_columns(0, 3), 0, 3)], 4, SCHEMA, Cursor(2, 5))
     moved = batch.to(torch.device("meta"))
     for field in fields(Batch):
         part, before = getattr(moved, field.name), getattr(batch, field.name)
