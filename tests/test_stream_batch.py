@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data.reading.columns import ABSENT, Columns, Lists, Ragged, join_lists
 from data.reading.order import Cursor
 from data.schema import parse_schema
-from data.stream.batch import Batch, gather, permuted_by_fbgemm
+from data.stream.batch import Batch, gather
 
 BAGS = {"num_embeddings": 99, "embedding_dim": 4}
 FIELDS = {
@@ -119,19 +119,3 @@ def test_moving_keeps_every_part():
             assert part.device.type == "meta" and part.shape == before.shape
         else:
             assert part.device().type == "meta" and part.keys() == before.keys()
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.booleans(), st.booleans())
-def test_joined_lists_are_the_lists_one_after_the_other_permuted(counts, weighted, shuffled):
-    draw, rows = np.random.default_rng(sum(counts)), sum(counts)
-    fields = [[make_ragged(draw, count, weighted) for count in counts] for _ in range(2)]
-    permutation = draw.permutation(rows) if shuffled else None
-    got = join_lists(fields, permutation, rows, permuted_by_fbgemm)
-    for field, parts in enumerate(fields):
-        one_by_one = [
-            (part.values[a:b].tolist(), part.weights[a:b].tolist() if weighted else None)
-            for part in parts
-            for a, b in zip(part.offsets, part.offsets[1:], strict=False)
-        ]
-        order = range(rows) if permutation is None else permutation
-        assert [items_of(got, row)[field] for row in range(rows)] == [one_by_one[row] for row in order]
