@@ -90,11 +90,6 @@ def test_constraints_file_and_overrides(capsys, tmp_path):
     written = json.loads(out.read_text())
     user = written["tables"]["user_id"]
     assert (written["data_type"], user["sharding_type"], user["ids"]) == ("fp16", "row_wise", 2.0)
-    constraints.write_text("[tables.user_id]\nshardingtypes = []\n")
-    code, _, err = run(capsys, *args)
-    assert (
-        code == 2 and "tables.user_id.shardingtypes is not a known key; did you mean 'sharding_types'?" in err
-    )
 
 
 def test_what_does_not_fit_leaves_no_file(capsys, tmp_path):

@@ -202,10 +202,8 @@ def test_a_requeued_job_ends_as_if_never_stopped(cluster: Cluster, whole: Path):
     again, calm = learned(cluster.run / "runs/requeued"), learned(whole)
     assert [line[:2] for line in again] == [line[:2] for line in calm]
     different = [line[1] for line, other in zip(again, calm, strict=True) if line != other]
-    assert different in (
-        [],
-        ["train"],
-    )  # but for the first train line after the restart, which covers the steps since
+    # the first train line after the restart covers the steps since
+    assert different in ([], ["train"])
     status = cluster.torchx("status", handle)
     assert "SUCCEEDED" in status and "train[0]" in status
     assert "100%" in cluster.torchx("log", f"{handle}/train")

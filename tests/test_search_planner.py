@@ -187,17 +187,13 @@ def test_a_run_is_planned_for_the_cluster_it_is_on():
 @pytest.mark.parametrize(
     ("config", "buckets", "said"),
     [
-        (
-            ShardingConfig(tables={"id": TableConstraint(("table_wise",))}),
-            8,
-            "which runs row_wise only; allow row_wise",
-        ),
+        (ShardingConfig(tables={"id": TableConstraint(("table_wise",))}), 8, "which runs row_wise only; allow row_wise"),
         (ShardingConfig(compute_kernels=("fused_uvm",)), 8, ""),
         (ShardingConfig(sharding_types=("table_wise",)), 8, ""),
         (ShardingConfig(replicas=2), 8, "replicas = 2: not with fields of encoding 'zch'.*set it to 1"),
         (ShardingConfig(), 4, "zch_buckets = 4: wanted a multiple of the 8 ranks.*set zch_buckets = 8"),
     ],
-)
+)  # fmt: skip
 def test_tables_of_unbounded_ids_are_sharded_by_rows_or_refused(config, buckets, said):
     field = {"kind": "categorical", "encoding": "zch", "num_embeddings": 1600, "embedding_dim": 8}
     fields = {"id": field | {"zch_buckets": buckets}}
