@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.schema import Schema, format_schema, load_schema, parse_schema
+from data.schema import Schema, format_schema, parse_schema
 from data.schema.feature import MAX_WIDTH, Feature
 
-SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 BASE = tomllib.loads("""
 name = "shop"
 label = "click"
@@ -139,14 +138,6 @@ def test_refused(case):
     with pytest.raises(InputError, match=message) as caught:
         parse(change)
     assert str(caught.value).startswith("shop.toml: ") and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("path", sorted(SCHEMAS.glob("*.toml")), ids=lambda path: path.stem)
-def test_text_form_gives_the_same_schema_back(path):
-    schema = load_schema(path)
-    again = parse_schema(tomllib.loads(format_schema(schema, "a header")), "again", path.parent)
-    assert again == schema
-    assert again.fingerprint() == schema.fingerprint()
 
 
 def test_comments_follow_their_fields():
