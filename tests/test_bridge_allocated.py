@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,25 +31,21 @@ ROWS = 16
 WORLDS = (2, 4)
 
 
-def small(rows, dims, **more):
-    """A schema of lists and single ids, one table each; `more` holds further fields."""
-    kinds = (
-        {"kind": "categorical"},
-        {"kind": "multi_valued"},
-        {"kind": "categorical"},
-        {"kind": "multi_valued", "pooling": "mean"},
-    )
-    fields = {
-        f"f{index}": kinds[index % 4] | {"num_embeddings": count, "embedding_dim": dim}
-        for index, (count, dim) in enumerate(zip(rows, dims, strict=True))
-    }  # fmt: skip
-    return parse_schema({"name": "small", "label": "click", "fields": {**fields, **more}}, "small", Path())
+MIXED = """
+name = "mixed"
+label = "click"
+[fields]
+f0 = { kind = "categorical", num_embeddings = 1001, embedding_dim = 16 }
+f1 = { kind = "multi_valued", num_embeddings = 50, embedding_dim = 4 }
+f2 = { kind = "categorical", num_embeddings = 333, embedding_dim = 8 }
+f3 = { kind = "multi_valued", num_embeddings = 2000, embedding_dim = 64, pooling = "mean" }
+w = { kind = "weighted_multi_valued", num_embeddings = 77, embedding_dim = 12, weights = "w_w" }
+"""
 
 
 def cases():
     """(name, schema, config, optimizer); plans of every type, dtype and optimizer come up."""
-    weighted = {"kind": "weighted_multi_valued", "num_embeddings": 77, "embedding_dim": 12, "weights": "w_w"}
-    mixed = small((1001, 50, 333, 2000, 64), (16, 4, 8, 64, 32), w=weighted)
+    mixed = parse_schema(tomllib.loads(MIXED), "mixed", Path())
     by_type = {
         "f0": TableConstraint(sharding_types=("row_wise",)),
         "f1": TableConstraint(sharding_types=("data_parallel",)),
@@ -64,7 +61,7 @@ def cases():
         ("every type, adagrad", mixed, ShardingConfig(tables=by_type), "adagrad"),
         ("every type, sgd", mixed, ShardingConfig(tables=by_type), "sgd"),
         ("fp16 across ranks", mixed, ShardingConfig(forward_precision="fp16", backward_precision="fp16"), "rowwise_adagrad"),
-        ("rows that no rank count divides", small((1009, 31, 997), (4, 8, 12)), ShardingConfig(sharding_types=("row_wise",)), "adagrad"),
+        ("rows that no rank count divides", mixed, ShardingConfig(sharding_types=("row_wise",)), "adagrad"),
     ]  # fmt: skip
 
 
