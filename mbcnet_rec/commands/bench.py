@@ -14,21 +14,10 @@ def register(parser: argparse.ArgumentParser) -> None:
     add = latency.add_argument
     add("folders", metavar="DIR", nargs="+", help="what `mbcnet export` wrote")
     add("--beside", type=names, metavar="KIND,...", help="time these models on the same tables too (default: dcnv2,dnn beside one artifact, none beside several)")  # fmt: skip
-    add(
-        "--rows",
-        type=_counts,
-        default=(1, 8, 64, 512),
-        metavar="N,...",
-        help="of a request (default 1,8,64,512)",
-    )
+    add("--rows", type=_counts, default=(1, 8, 64, 512), metavar="N,...", help="default 1,8,64,512")
     add("--threads", type=_counts, default=(1, 2, 4), metavar="N,...", help="default 1,2,4")
     add("--seconds", type=float, default=5.0, help="for each pair of rows and threads (default 5)")
-    add(
-        "--calls",
-        type=int,
-        default=100,
-        help="of each model at least; below 100 there is no p99 (default 100)",
-    )
+    add("--calls", type=int, default=100, help="of each model; below 100 there is no p99 (default 100)")
     add("--data", default="", metavar="FILE", help="Parquet rows as requests; default: drawn")
     add("--compiled", action="store_true", help="also time the compiled dense part")
     add("--json", action="store_true", help="print one JSON object instead of tables")

@@ -7,21 +7,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add = parser.add_argument
     add("run_folder", metavar="RUN", help="the run folder")
-    add(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="Parquet files, folders or globs instead of a split",
-    )
+    add("--data", nargs="+", default=[], metavar="PATH", help="files, folders or globs instead of a split")
     add("--split", choices=("train", "valid", "test"), default="test")
-    add(
-        "--by",
-        action="append",
-        default=[],
-        metavar="FIELD",
-        help="also by the values of this column; repeatable",
-    )
+    add("--by", action="append", default=[], metavar="FIELD", help="also by this column's values; repeatable")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--exact-rows", type=int, default=0, metavar="N", help="rows up to which AUC is exact (default 10,000,000); beyond, it is binned, with a bound")  # fmt: skip
     parser.set_defaults(run=_evaluate)

@@ -21,12 +21,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add = infer.add_argument
     add("paths", nargs="+", metavar="PATH", help="Parquet files, folders, globs or URIs")
     add("-o", "--out", required=True, metavar="FILE", help="the schema to write")
-    add(
-        "--rows",
-        type=int,
-        default=1_000_000,
-        help="about how many rows to read, spread over the files; 0: all",
-    )
+    add("--rows", type=int, default=1_000_000, help="about how many rows to read of all files; 0: all")
     add("--label", default="", metavar="COLUMN", help="default: guessed by name and values")
     add("--name", default="", help="of the schema; default: the file's name")
     add("--force", action="store_true", help="replace FILE")

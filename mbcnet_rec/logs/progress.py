@@ -35,14 +35,7 @@ class _Tolerant:
 
 
 class Progress:
-    """A bar over steps with rate, loss, AUC and time left; where stderr is not a terminal, a line now and then.
-
-    Args:
-        total_steps: at which training ends at the latest.
-        start_step: where it begins.
-        batch_size: samples of a step.
-        shown: False for all ranks but the first.
-    """
+    """A bar over steps of `batch_size` samples with rate, loss, AUC and time left; without a terminal, a line now and then."""
 
     def __init__(self, total_steps: int, start_step: int, batch_size: int, shown: bool) -> None:
         self._stream: Any = _Tolerant(sys.stderr)

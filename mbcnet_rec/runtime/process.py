@@ -73,9 +73,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iterator[Process]:
     """Join the other ranks that torchrun started, or be the only one; leave on exit.
 
-    Args:
-        device: auto, cpu or cuda.
-        timeout_seconds: after which a collective that a rank does not join fails on the others.
+    A collective that a rank does not join fails on the others after `timeout_seconds`.
     """
     alone = "RANK" not in os.environ
     rank, world_size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -223,15 +221,7 @@ def side_store(process: Process, prefix: str) -> dist.Store | None:
 
 
 def gather_rows(rows: np.ndarray, process: Process) -> np.ndarray | None:
-    """Join every rank's rows on rank 0, in rank order.
-
-    Args:
-        rows: (n_r, C); n_r may differ between ranks.
-        process: this rank.
-
-    Returns:
-        (sum of n_r, C) on rank 0; None elsewhere.
-    """
+    """Join every rank's rows (n_r, C), in rank order, on rank 0; None elsewhere. n_r may differ between ranks."""
     if process.world_size == 1:
         return rows
     parts: list[Any] | None = [None] * process.world_size if process.is_first else None

@@ -34,7 +34,6 @@ from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.doctor import installed
 from mbcnet_rec.model.input_layout import input_layout, wide_tables
-from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.model.models import build_arch, needs_wide
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
 from mbcnet_rec.scoring.trained_run import branch_names, read_whole
@@ -98,13 +97,9 @@ class Weights:
 def untrained(config: RunConfig, schema: Schema) -> Weights:
     """Build a model unsharded, without rows and with freshly drawn dense weights."""
     wide = needs_wide(config.model)
-    layout = dataclasses.replace(input_layout(schema), wide=wide)
-    extra = wide_tables(list(schema.tables)) if wide else []
-    tables = (*schema.tables, *extra)
-    if config.model.kind == "mbcnet":
-        arch: nn.Module = BranchArch(config.model.mbcnet, layout)
-    else:
-        arch = build_arch(config.model, layout)
+    layout = input_layout(schema, wide)
+    tables = (*schema.tables, *(wide_tables(list(schema.tables)) if wide else ()))
+    arch = build_arch(config.model, layout)
     return Weights(config, schema, tables, {}, FeatureRegroup(layout).eval(), arch.eval())
 
 

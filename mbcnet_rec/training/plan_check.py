@@ -25,14 +25,7 @@ WARM_UP = 2  # steps whose time is not counted
 
 
 class PlanWatch:
-    """Times the first steps, and then says once how plan and run compare.
-
-    Args:
-        built: the model with its plan.
-        batch_size: rows of a step, over all ranks.
-        process: this rank.
-        steps: that this start of the run will take at most.
-    """
+    """Times the first of at most `steps` steps of `batch_size` rows over all ranks, and then says once how plan and run compare."""
 
     def __init__(self, built: Built, batch_size: int, process: Process, steps: int) -> None:
         self.built, self.batch_size, self.process = built, batch_size, process

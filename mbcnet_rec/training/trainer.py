@@ -56,39 +56,20 @@ Watch = Callable[[int, float], bool]  # (step, valid AUC) of an evaluation -> st
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a trainer runs in.
-
-    Attributes:
-        process: this rank.
-        folder: the run folder.
-        storage: of checkpoints.
-        stop: whether this process was asked to stop.
-        watchdog: is told of every step.
-        open_records: opens the run's log to go on after a step; rank 0 calls it.
-        watch: is told of every evaluation; may end training there.
-        hooks: where tests inject faults.
-    """
+    """What a trainer runs in."""
 
     process: Process
-    folder: Path
+    folder: Path  # RUN
     storage: CheckpointStorage
-    stop: StopRequest
-    watchdog: Watchdog
-    open_records: Callable[[int], Records]
-    watch: Watch | None = None
-    hooks: Hooks = Hooks()
+    stop: StopRequest  # whether this process was asked to stop
+    watchdog: Watchdog  # is told of every step
+    open_records: Callable[[int], Records]  # opens the run's log to continue after a step; rank 0 calls it
+    watch: Watch | None = None  # is told of every evaluation; may end training there
+    hooks: Hooks = Hooks()  # where tests inject faults
 
 
 class Trainer:
-    """Drives a built model over a stream.
-
-    Args:
-        config: of the run.
-        context: this rank and what surrounds it.
-        built: model, optimizers, plan.
-        stream: of training rows.
-        valid: makes a fresh stream of validation rows; None if there are none.
-    """
+    """Drives a built model over a stream of training rows; `valid` makes a fresh stream of validation rows, if there are any."""
 
     def __init__(
         self,
