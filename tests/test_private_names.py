@@ -122,11 +122,10 @@ def test_no_other_private_name_is_used():
     assert all(file.startswith(ALLOWED) or file in EXCEPTIONS for file, _ in found)
 
 
-# What tests replace although it is no constant: of torch and TorchRec what needs CUDA, by the same on a CPU, and the door to a file.
+# What tests replace although it is no constant: of torch and TorchRec what needs CUDA, by the same on a CPU.
 REPLACED = {
     ("planned_ranks.py", "_allreduce_tensors"), ("planned_ranks.py", "_remap_sharding_plan"), ("planned_ranks.py", "_prefetch"),
     ("planned_ranks.py", "device_problem"), ("test_model_layers.py", "get_cpu_capability"),
-    ("test_reading_selection.py", "open_parquet"), ("test_stream_parquet_stream.py", "open_parquet"),
 }  # fmt: skip
 
 
