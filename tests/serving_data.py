@@ -117,3 +117,16 @@ def printed_by(*argv) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(each) for each in argv])
     return code, out.getvalue(), err.getvalue()
+
+
+def artifact_of(runs: Path, kind: str = "row_wise", rows: str = "int8") -> Path:
+    """A trained run as an artifact, exported once for all of pytest's workers."""
+    folder = runs / f"{kind}_{rows}"
+    with (runs / "artifacts.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            argv = ("export", runs / kind, "--out", folder, "--rows", rows, "--no-aot")
+            code, out, err = printed_by(*argv)
+            assert code == 0, err
+            assert "against the float model" in out and "largest change" in out
+    return folder

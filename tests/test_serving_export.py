@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from serving_data import KINDS, ROOT, printed_by, trained_runs
+from serving_data import KINDS, ROOT, artifact_of, printed_by, trained_runs
 
 from data.reading.encode import Encoder
 from mbcnet_rec.serving import loader as serving
@@ -52,10 +52,7 @@ def exported(runs):
     """Artifacts of both runs as fp32 and int8, and of one of them in the other types."""
     for kind in KINDS:
         for rows in BOUNDS if kind == "row_wise" else ("fp32", "int8"):
-            argv = ("export", runs / kind, "--out", runs / f"{kind}_{rows}", "--rows", rows, "--no-aot")
-            code, out, err = printed_by(*argv)
-            assert code == 0, err
-            assert "against the float model" in out and "largest change" in out
+            artifact_of(runs, kind, rows)
     return runs
 
 

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 import torch
-from serving_data import printed_by, trained_runs
+from serving_data import artifact_of, printed_by, trained_runs
 
 from mbcnet_rec.serving import latency
 from mbcnet_rec.serving.sample_requests import draw_requests, read_requests
@@ -14,10 +14,7 @@ from mbcnet_rec.serving.sample_requests import draw_requests, read_requests
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
-    runs = trained_runs(tmp_path_factory.getbasetemp())
-    folder = tmp_path_factory.mktemp("bench") / "served"
-    assert printed_by("export", runs / "row_wise", "--out", folder, "--no-aot")[0] == 0
-    return folder
+    return artifact_of(trained_runs(tmp_path_factory.getbasetemp()))
 
 
 def test_side_by_side(artifact):
