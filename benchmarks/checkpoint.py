@@ -1,4 +1,4 @@
-"""What checkpoints cost a run of two ranks, and how soon a killed one goes on.
+"""What checkpoints cost a run of two ranks, and how soon a killed one continues.
 
     python benchmarks/checkpoint.py [--quick] [--json]
 

@@ -174,7 +174,7 @@ def gpu_figures(
 def compiled_figures(
     built: Any, batch: Batch, plain_seconds: float, steps: int, begun: float
 ) -> dict[str, Any]:
-    """The dense part compiled with static shapes; whatever stops that is told, and the run goes on."""
+    """The dense part compiled with static shapes; whatever stops that is told, and the run continues."""
     if time.perf_counter() - begun > COMPILE_SECONDS:
         return {"compiled_speedup": None, "not_compiled": "no time was left"}
     try:

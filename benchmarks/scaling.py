@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--quick] [--json] [--kind h100-80g] [--batch 8192]
 
 Each size is planned by the project's own planner for the paper's tables (480 M users, 974 M items) and added up by its cost model
-(sharding/cost/estimate.py, sharding/cost/assess.py). What is assumed of overlap: the exchange of ids and the decoding of Parquet go on beside
+(sharding/cost/estimate.py, sharding/cost/assess.py). What is assumed of overlap: the exchange of ids and the decoding of Parquet happen beside
 the step before; the dense all-reduce hides behind two thirds of the dense part; lookup, pooled rows, dense part, gradients and update
 follow one another. Rows are fp32 where they fit, else fp16, else the largest tables live in host memory with a cache. Seconds are a
 floor: no launches, no stragglers, no skew, no contention of links.

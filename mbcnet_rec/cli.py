@@ -115,7 +115,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def plain_words() -> Iterator[None]:
-    """Around a command: warnings of ours are one line each, and a path that cannot be used is the user's mistake."""
+    """Print our own warnings as one line each, and report a path that cannot be used as the user's mistake, while a command runs."""
     with warnings.catch_warnings():  # restores the hook
         warnings.showwarning = show_warning
         try:
@@ -147,9 +147,8 @@ def exit_code(command: Callable[[], int]) -> int:
             whose = f"{notes[0]}: " if notes and os.environ.get("WORLD_SIZE", "1") != "1" else ""
             _tell(f"{whose}{error}")
         else:
-            time.sleep(
-                SILENT_RANK_SECONDS
-            )  # a launcher ends all ranks with the first: let it be the one that tells
+            # A launcher ends all ranks with the first: let that be the one that tells.
+            time.sleep(SILENT_RANK_SECONDS)
         return 2
     except RunStoppedError as error:
         if error.reported:

@@ -132,7 +132,7 @@ def _reported(folder: Path, report: Report | None) -> bool:
 
 
 def _start(config: RunConfig, trainer: Trainer, resume: bool, allow_partial: bool) -> int | None:
-    """Load the latest checkpoint, or the tables of a warm start; return the step to go on from, None for a fresh start."""
+    """Load the latest checkpoint, or the tables of a warm start; return the step to continue from, None for a fresh start."""
     process, storage = trainer.process, trainer.context.storage
     step, problem = None, ""
     if resume and process.is_first:
@@ -194,7 +194,9 @@ def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
     if overwrite:
         shutil.rmtree(folder)
     elif not resume:
-        return f"{folder}: holds a run already; go on with --resume, replace it with --overwrite, or {other}"
+        return (
+            f"{folder}: holds a run already; continue with --resume, replace it with --overwrite, or {other}"
+        )
     return ""
 
 
@@ -208,7 +210,7 @@ def _storage_problem(storage: CheckpointStorage, resume: bool, overwrite: bool) 
         return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); repair the storage or choose another place"
     steps = [] if resume else storage.steps()
     if steps and not overwrite:
-        return "train.checkpoint_folder: holds checkpoints already; go on with --resume, replace them with --overwrite, or change it"
+        return "train.checkpoint_folder: holds checkpoints already; continue with --resume, replace them with --overwrite, or change it"
     for step in steps:
         storage.remove(step)
     return ""

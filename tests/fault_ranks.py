@@ -248,7 +248,7 @@ def reader_dies():
 
 
 def log_is_full():
-    """Nobody can write to rank 0's terminal: training goes on without."""
+    """Nobody can write to rank 0's terminal: training continues without."""
 
     def hooks(rank):
         if rank == 0:

@@ -41,7 +41,7 @@ def metrics(name):
 
 
 def again(name, *settings, **options):
-    """Lose the last checkpoint of a run, go on from the one before, and compare what is said of the same steps."""
+    """Lose the last checkpoint of a run, continue from the one before, and compare what is said of the same steps."""
     before = metrics(name)
     shutil.rmtree(FOLDER / name / "checkpoints" / f"step_{STEPS}")
     result = run(name, *settings, resume=True, **options)

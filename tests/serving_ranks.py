@@ -78,7 +78,7 @@ def evaluated_in_training(rank):
 
 
 def killed():
-    """Killed on 2 ranks, looked at, and gone on with by the same command on 1."""
+    """Killed on 2 ranks, looked at, and resumed by the same command on 1."""
     found = prediction("row_wise", 2, "killed", killed_at_its_second_chunk)()
     out = FOLDER / "row_wise_killed"
     found["left"] = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())

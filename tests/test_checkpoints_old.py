@@ -1,5 +1,5 @@
 """Proves that a checkpoint of an earlier version loads: tests/old_checkpoint was written by two ranks of commit 35643a0 (format 2, with
-the log window that checkpoints had then), and one rank goes on from it with the losses that commit had."""
+the log window that checkpoints had then), and one rank continues from it with the losses that commit had."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
 """Proves that a checkpoint moves: between world sizes and between kinds of plan every logical table and optimizer state is the same bit by
-bit, training goes on with the same losses, and what cannot move is refused. The short lane has worlds 1 and 2, and each kind of plan to
+bit, training continues with the same losses, and what cannot move is refused. The short lane has worlds 1 and 2, and each kind of plan to
 the next one; the long lane has worlds 1 to 4 squared and all pairs of plans."""
 
 import json

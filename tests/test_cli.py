@@ -91,9 +91,11 @@ def test_what_ends_a_command_has_its_own_code(monkeypatch, capsys):
 
 def test_of_many_ranks_one_says_a_mistake(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli, "SILENT_RANK_SECONDS", 0)
+    monkeypatch.setattr(cli, "SILENT_RANK_SECONDS", 0.2)
+    start = time.monotonic()
     assert outcome(InputError("said by rank 0")) == 2
     assert capsys.readouterr().err == ""
+    assert time.monotonic() - start >= 0.2, "a launcher would end rank 0 with this one before it has told"
 
 
 def test_a_path_that_no_file_can_have_is_one_line(capsys):

@@ -1,4 +1,4 @@
-"""The agent: a job's first error is told once, by the rank whose it is; exit codes are the workers'; restarts go on."""
+"""The agent: a job's first error is told once, by the rank whose it is; exit codes are the workers'; restarts continue."""
 
 import shlex
 from pathlib import Path

@@ -95,7 +95,7 @@ def test_hosts_come_and_go(hosts: Hosts):
     second = hosts.start("second")
     hosts.trains_on(2, times=1)
     joined = hosts.begun(2)[0]
-    assert f"after step {joined};" in first.said(), "both go on where the first one stopped"
+    assert f"after step {joined};" in first.said(), "both continue where the first one stopped"
     wait_for((folder / f"run/checkpoints/step_{joined // 20 * 20 + 40}").exists, hosts.said)
     second.process.kill()
     hosts.trains_on(1, times=2)
@@ -110,7 +110,7 @@ def test_hosts_come_and_go(hosts: Hosts):
     elastic = learned(folder / "run")
     assert [step for step, *_ in elastic] == list(range(LINE, elastic[-1][0] + 1, LINE)), "each step once"
 
-    # from 1 to 2 hosts exactly: two hosts that never knew another life go on from the same checkpoint, to the same bits
+    # from 1 to 2 hosts exactly: two hosts that never knew another life continue from the same checkpoint, to the same bits
     (folder / "run").rename(folder / "elastic")
     checkpoint = f"checkpoints/step_{joined}"
     shutil.copytree(folder / "elastic" / checkpoint, folder / "run" / checkpoint)

@@ -1,4 +1,4 @@
-"""Proves that numbers reach an MLflow server through MLflow's own client, and that a run goes on without one: away, failing, or no client."""
+"""Proves that numbers reach an MLflow server through MLflow's own client, and that a run continues without one: away, failing, or no client."""
 
 import importlib.util
 import json
@@ -132,10 +132,10 @@ def test_a_server_has_every_number_and_a_resumed_run_goes_on(stub, tmp_path):
 
 
 def trouble(tmp_path, capsys, address):
-    """What is said while a run of one line goes on without its server."""
+    """What is said while a run of one line continues without its server."""
     run(tmp_path / "run", address, 20)
     said = capsys.readouterr().err
-    assert said.count("train.tracking") == 1 and "the run goes on" in said and "Traceback" not in said
+    assert said.count("train.tracking") == 1 and "the run continues" in said and "Traceback" not in said
     assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == 1
     assert list((tmp_path / "run/tb").iterdir())
     return said

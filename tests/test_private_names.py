@@ -35,10 +35,8 @@ from sharding.bridge.allocated import KERNEL_TENSORS
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = ("sharding/bridge/", "mbcnet_rec/training/pipeline.py", "mbcnet_rec/cpu/", "launch/elastic.py")
-EXCEPTIONS = (
-    "mbcnet_rec/serving/loader.py",
-    "mbcnet_rec/serving/artifact.py",
-)  # a compiled graph has no public loader
+# a compiled graph has no public loader
+EXCEPTIONS = ("mbcnet_rec/serving/loader.py", "mbcnet_rec/serving/artifact.py")
 EBC, LOOKUP, AGENT = ShardedEmbeddingBagCollection, GroupedPooledEmbeddingsLookup, LocalElasticAgent
 MC = BaseShardedManagedCollisionEmbeddingCollection
 USED = [  # file, what owns the name, the name

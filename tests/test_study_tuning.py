@@ -1,4 +1,4 @@
-"""Proves that tuning draws what the space says, gives every model as many trials, goes on after a kill, prunes, and writes the winner."""
+"""Proves that tuning draws what the space says, gives every model as many trials, continues after a kill, prunes, and writes the winner."""
 
 import json
 from dataclasses import replace

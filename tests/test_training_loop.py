@@ -1,5 +1,5 @@
 """Proves when checkpoints are written and kept, that a resumed run is the uninterrupted one bit by bit under every switch that keeps state,
-that gradients are clipped and logged, and that a run which cannot go on from its checkpoints says so."""
+that gradients are clipped and logged, and that a run which cannot continue from its checkpoints says so."""
 
 import json
 import shutil

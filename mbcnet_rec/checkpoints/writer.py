@@ -1,4 +1,4 @@
-"""Writes checkpoints while training goes on: a copy in memory, a thread that writes it, no collective in the thread.
+"""Writes checkpoints while training continues: a copy in memory, a thread that writes it, no collective in the thread.
 
 Ranks report their files to rank 0 through the rendezvous store. Rank 0 writes the manifest when all files are there.
 """
@@ -95,7 +95,7 @@ class Saver:
             if self._thread.is_alive():
                 self._error = (
                     f"rank {self._process.rank}: the checkpoint of step {self.saved_step} is still being written after {self._timeout:g} s "
-                    "of waiting for it; its storage is stuck or too slow: repair it or raise train.timeout_seconds, then go on with --resume"
+                    "of waiting for it; its storage is stuck or too slow: repair it or raise train.timeout_seconds, then continue with --resume"
                 )
             self._thread = None
         (guilty,) = vote([self.failed])
@@ -141,7 +141,7 @@ class Saver:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return (
             f"rank {self._process.rank}: checkpoint of step {step} could not be written ({reason.splitlines()[0]}); "
-            "earlier checkpoints are intact: free space or repair the storage, then go on with --resume"
+            "earlier checkpoints are intact: free space or repair the storage, then continue with --resume"
         )
 
     def _write_part(self, step: int, snapshot: Snapshot) -> dict[str, Any]:

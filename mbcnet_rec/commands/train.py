@@ -29,9 +29,8 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.plan:
         config = _with_plan(config, args.plan)
-    from mbcnet_rec.teachers import (
-        train_model,
-    )  # imports torchrec: after every mistake that is seen without it
+    # imports torchrec: after every mistake that is seen without it
+    from mbcnet_rec.teachers import train_model
 
     return train_model(
         config,

@@ -109,7 +109,7 @@ def written(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CannotWriteError(
             f"rank 0: {error.filename or path}: cannot be written ({error.strerror}); what was written before is intact: free space, "
-            "or choose another folder, then go on with --resume"
+            "or choose another folder, then continue with --resume"
         ) from None
 
 

@@ -103,7 +103,7 @@ class MlflowSink:
         if self._failed:
             return
         self._failed = True
-        told = f"mbcnet: warning: train.tracking: {self._address} {why}; the run goes on without it"
+        told = f"mbcnet: warning: train.tracking: {self._address} {why}; the run continues without it"
         tell(f"{told}: metrics.jsonl and tb/ have every number", sys.stderr)
 
     def _find_run(self, client: Any) -> str:

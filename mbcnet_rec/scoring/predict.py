@@ -5,7 +5,7 @@
     OUT/_pieces/                 finished chunks of files that are not finished; gone at the end
 
 A chunk (chunks.py) is written beside its place and renamed when it is whole; a file appears, by one rename, when all its chunks are there
-and their rows add up to its own. So a run that dies at any point leaves whole files and whole chunks, and the same command goes on there:
+and their rows add up to its own. So a run that dies at any point leaves whole files and whole chunks, and the same command continues there:
 every input row has exactly one output row.
 """
 
@@ -146,7 +146,7 @@ def _naming_write_faults(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CannotWriteError(
-            f"{out}: cannot be written ({error.strerror or error}); repair it and start the same command again: it goes on "
+            f"{out}: cannot be written ({error.strerror or error}); repair it and start the same command again: it continues "
             "where it stopped"
         ) from None
 
@@ -188,7 +188,7 @@ def kept_fields(
 
 
 def describe(job: Job, chunks: Sequence[Chunk], weights: str) -> dict[str, Any]:
-    """What fixes the output; written beside it, and compared when a prediction goes on."""
+    """What fixes the output; written beside it, and compared when a prediction continues."""
     rows: Counter[int] = Counter()
     for chunk in chunks:
         rows[chunk.file] += chunk.num_rows
@@ -203,7 +203,7 @@ def describe(job: Job, chunks: Sequence[Chunk], weights: str) -> dict[str, Any]:
 
 
 def prepare(job: Job, request: dict[str, Any], overwrite: bool) -> str:
-    """Make the output folder, or go on in it. Returns why not, or an empty string.
+    """Make the output folder, or continue in it. Returns why not, or an empty string.
 
     Output of files that have changed since is removed before the note is renewed, so that it is made again whatever happens in between.
     """

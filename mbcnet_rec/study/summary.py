@@ -36,9 +36,8 @@ class Row:
 
     name: str
     seeds: int  # that ended
-    auc: tuple[
-        float, float
-    ]  # mean and standard deviation over seeds (n - 1 below); NaN for one seed's deviation
+    # mean and standard deviation over seeds (n - 1 below); NaN for one seed's deviation
+    auc: tuple[float, float]
     log_loss: tuple[float, float]
     against: str  # the row it is compared with; "" if there is none
     difference: Difference | None  # of AUC to that row

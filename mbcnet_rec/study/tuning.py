@@ -11,7 +11,7 @@
     ] }
 
 A key `model.KIND` or below is drawn only for models of that kind. A study is kept in SQLite (OUT/KIND.db): a later
-start goes on where it stood. The winner, by validation AUC, is written as a whole config (OUT/KIND.toml).
+start continues where it stood. The winner, by validation AUC, is written as a whole config (OUT/KIND.toml).
 """
 
 import json

@@ -351,7 +351,7 @@ class Trainer:
         """The end of a run that was asked to stop and whose last step has a checkpoint."""
         return PreemptedError(
             f"stopped by {self.context.stop.signal_name or 'a signal to another rank'} after step {self.state.step}; its "
-            "checkpoint is written: go on with --resume",
+            "checkpoint is written: continue with --resume",
             reported=self.process.is_first,
         )
 

@@ -149,9 +149,8 @@ def assess(plan: Plan, cluster: Cluster) -> Assessment:
     dense, batch = plan.dense, plan.batch_size_per_rank
     slowest = {part: max(getattr(rank.times, part) for rank in ranks) for part in PARTS}
     seconds = dense.step_seconds(batch, cluster)
-    hidden = (
-        seconds * 2 / 3
-    )  # of the all-reduce: it starts with backward's first gradients, two thirds of the work
+    # of the all-reduce, which starts with backward's first gradients: backward is two thirds of the work
+    hidden = seconds * 2 / 3
     all_reduce = max(0.0, dense.all_reduce_seconds(cluster) - hidden)
     decode = dense.decode_seconds(batch, cluster)
     path = CriticalPath(**slowest, dense=seconds, all_reduce=all_reduce, decode=decode)

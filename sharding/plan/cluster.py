@@ -33,9 +33,7 @@ class Cluster(Bounded):
     hbm_gb_per_second: float = bounded(MISSING, at_least=0)  # of one device's memory
     ddr_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)  # of one host's memory
     host_link_gb_per_second: float = bounded(MISSING, at_least=0)  # of a device to its host's memory
-    nvlink_gb_per_second: float = bounded(
-        MISSING, above=0, fix=DATA_SHEET
-    )  # of a device to its host's others
+    nvlink_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)  # between devices of a host
     network_gb_per_second: float = bounded(MISSING, above=0, fix=DATA_SHEET)  # of a device to other hosts
     dense_tflops: float = bounded(MISSING, above=0, fix=DATA_SHEET)  # peak of a device, in the training dtype
     # share of that peak that a whole training step of the dense part reaches

@@ -53,9 +53,8 @@ class ShardingConfig(Bounded):
     compute_kernels: tuple[KernelName, ...] = some(("fused",))
     tables: dict[str, TableConstraint] = field(default_factory=dict)
     data_type: DtypeName = "fp32"  # of the rows; optimizer state stays fp32
-    hbm_gib: float = bounded(
-        0.0, at_least=0
-    )  # memory of one rank that the planner may fill; 0: the cluster's
+    # memory of one rank that the planner may fill; 0: the cluster's
+    hbm_gib: float = bounded(0.0, at_least=0)
     ddr_gib: float = bounded(0.0, at_least=0)  # the same of host memory
     # share of that memory kept free, for CUDA's and NCCL's own buffers and fragments
     storage_reserve: float = bounded(0.1, at_least=0, below=1, fix="0.1 is usual")
