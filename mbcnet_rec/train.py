@@ -15,6 +15,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.reading.files import resolve_files
+from data.reading.storage import is_uri
 from data.schema import Schema, load_schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import build
@@ -27,6 +28,7 @@ from mbcnet_rec.cpu.linear import bf16_in_hardware
 from mbcnet_rec.logs.metrics_log import METRICS, Records, write_whole, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
+from mbcnet_rec.runtime.lock import clear, locked_together, names_in
 from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_process, refuse_together
 from mbcnet_rec.runtime.watchdog import STACKS, Watchdog
@@ -82,6 +84,7 @@ def run_training(
     with (
         StopRequest() as stop,
         joined_process(settings.device, settings.timeout_seconds) as process,
+        locked_together(process, "train", *_own_folders(config)),
         Watchdog(process, folder, settings.stall_seconds, hooks.on_place) as watchdog,
     ):
 
@@ -179,20 +182,22 @@ def open_streams(
     return streams
 
 
+def _own_folders(config: RunConfig) -> list[Path]:
+    """The folders in which no other process may write meanwhile: of the run, and of its checkpoints where they lie elsewhere."""
+    checkpoints = config.train.checkpoint_folder
+    return [config.run_folder] + ([Path(checkpoints)] if checkpoints and not is_uri(checkpoints) else [])
+
+
 def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
     """Why the run folder cannot be used, or an empty string. With `overwrite` an earlier run is removed. For rank 0."""
-    try:
-        names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    except (OSError, ValueError) as error:  # a file, a name that is too long, a NUL
-        reason = error.strerror if isinstance(error, OSError) else error
-        return f"train.out = {str(folder)[:200]!r}: no folder can be there ({reason}); choose another one"
+    names = names_in(folder)
     if not names or (resume and not overwrite and set(names) <= _OWN | {f".{CONFIG}.partial"}):
         return ""  # a run that died before it wrote its config has left some of these
     other = "choose another folder with --set train.out=FOLDER"
     if CONFIG not in names:
         return f"{folder}: exists and holds no run; {other}"
     if overwrite:
-        shutil.rmtree(folder)
+        clear(folder)
     elif not resume:
         return (
             f"{folder}: holds a run already; continue with --resume, replace it with --overwrite, or {other}"

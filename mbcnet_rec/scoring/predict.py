@@ -31,6 +31,7 @@ from data.reading.files import resolve_files
 from data.reading.storage import DataFile, is_uri, path_parts
 from data.schema import load_schema
 from mbcnet_rec.runtime.exits import CannotWriteError
+from mbcnet_rec.runtime.lock import clear, locked_together, names_in
 from mbcnet_rec.runtime.process import Process, any_rank, broadcast_value, joined_process, refuse_together
 from mbcnet_rec.scoring.chunks import (
     CHUNK_ROWS,
@@ -121,7 +122,9 @@ def run_prediction(
         written = pa.schema([*kept, *(pa.field(name, pa.float32()) for name in outputs)])
         job = Job(files, relative_names(files), Path(out), written, put)
         request = describe(job, chunks, weights_digest(config, folder, step))
-        with _naming_write_faults(job.out):
+        if job.out.exists() and not job.out.is_dir():
+            raise InputError(f"{job.out}: is a file; choose a folder for --out")
+        with _naming_write_faults(job.out), locked_together(process, "predict", job.out):
             refuse_together(prepare(job, request, overwrite) if process.is_first else "", process)
             todo = broadcast_value(unfinished(job, chunks) if process.is_first else None, process)
             if todo:
@@ -211,14 +214,12 @@ def prepare(job: Job, request: dict[str, Any], overwrite: bool) -> str:
     for file in job.files:
         if isinstance(file, Path) and job.out.resolve() in file.resolve().parents:
             return f"{file}: lies in --out {job.out}; choose another output folder"
-    if job.out.exists() and not job.out.is_dir():
-        return f"{job.out}: is a file; choose a folder for --out"
-    if job.out.is_dir() and any(job.out.iterdir()):
+    if names_in(job.out):
         before = _read_request(note)
         if before is None:
             return f"{job.out}: holds something that is not a prediction; choose another --out"
         if overwrite:
-            shutil.rmtree(job.out)
+            clear(job.out)
         else:
             for key, words in (("weights", "other weights"), ("columns", "other columns")):
                 if before[key] != request[key]:

@@ -12,6 +12,7 @@ from mbcnet_rec.config import RunConfig, config_text, load_config
 from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, to_html
+from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.runs import Run, place_run, scores, train_all
 from mbcnet_rec.study.studies import MBCNET, MODELS, Study, Variant
@@ -106,6 +107,12 @@ def conduct(request: StudyRequest) -> int:
         for seed in range(base.train.seed, base.train.seed + request.seeds)
         for variant, config in zip(variants, configs, strict=True)
     ]
+    with locked(request.out, "study"):
+        return _train_and_report(request, base, runs)
+
+
+def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run]) -> int:
+    study = request.study
     failures = train_with_progress(runs, request.workers)
     done = [run for run in runs if run.done]
     found: dict[str, dict[int, Mapping[str, float]]] = {}

@@ -32,6 +32,7 @@ from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
 from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.study.runs import Run, Train, place_run, scores, train_one
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
@@ -253,11 +254,12 @@ def tune_models(
     for kind in kinds:  # a mistake shows before the first model has trained for an hour
         check_keys(search, with_overrides(config, [f"model.kind={kind}"], f"--models {kind}"), kind)
     lines = []
-    for kind in kinds:
-        path, winner = tune_model(config, search, kind, out, train)
-        lines.append(
-            f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {search.trials}: {path}"
-        )
+    with locked(out, "tune"):
+        for kind in kinds:
+            path, winner = tune_model(config, search, kind, out, train)
+            lines.append(
+                f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {search.trials}: {path}"
+            )
     print("\n".join(lines))
     print(f"next: mbcnet train --config {path}")
     print(f"      mbcnet study table3 --config {path} --tuned {out} --models {' '.join(kinds)} --seeds 5")
