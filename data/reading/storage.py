@@ -99,8 +99,20 @@ def open_parquet(
 
 def read_bytes(file: DataFile, start: int, size: int) -> bytes:
     """Read at most `size` bytes from `start` on."""
-    with pa.OSFile(str(file)) if isinstance(file, Path) else _opened(file) as source:
+    with _source(file) as source:
         return source.read_at(size, start)
+
+
+def read_tail(file: DataFile, size: int) -> tuple[int, bytes]:
+    """The bytes that a file has, and its last `size` ones, or all."""
+    with _source(file) as source:
+        whole = source.size()
+        start = max(0, whole - size)
+        return whole, source.read_at(whole - start, start)
+
+
+def _source(file: DataFile) -> pa.NativeFile:
+    return pa.OSFile(str(file)) if isinstance(file, Path) else _opened(file)
 
 
 def _opened(file: RemoteFile) -> pa.NativeFile:

@@ -1,0 +1,76 @@
+"""What tells the files of a split from others: name, size and a SHA-256 of the end of each, which holds the footer.
+
+The footer has the sizes, offsets and statistics of every column chunk, so it changes with nearly every change of the rows; small files
+are read whole. Folders do not count: the same files elsewhere, or named by another path, are the same data.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+from data.reading.files import read_or_name
+from data.reading.storage import LIST_ATTEMPTS, DataFile, read_tail
+
+TAIL_BYTES = 65_536
+MAGIC_BYTES = 8  # the footer's length, 4 bytes little-endian, and PAR1
+THREADS = 16
+SHOWN = 3
+
+
+class FileMark(NamedTuple):
+    """One file: its name without folders, its bytes, and the SHA-256 of its end."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def mark_files(files: Sequence[DataFile], attempts: int = LIST_ATTEMPTS) -> list[FileMark]:
+    """The marks of files, in their order; one or two reads a file.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+
+    def mark(file: DataFile) -> FileMark:
+        read = partial(_mark, file)
+        return read_or_name(read, file, str(file), "cannot be read", attempts)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(mark, files))
+
+
+def _mark(file: DataFile) -> FileMark:
+    size, tail = read_tail(file, TAIL_BYTES)
+    footer = int.from_bytes(tail[-MAGIC_BYTES:-4], "little") + MAGIC_BYTES
+    if TAIL_BYTES < footer <= size:
+        size, tail = read_tail(file, footer)
+    return FileMark(file.name, size, hashlib.sha256(tail).hexdigest())
+
+
+def fingerprint(marks: Iterable[FileMark]) -> str:
+    """SHA-256 of the marks of a split's files, in their order, as 64 hex digits."""
+    return hashlib.sha256(json.dumps(list(marks)).encode()).hexdigest()
+
+
+def mark_differences(before: Iterable[FileMark], now: Iterable[FileMark]) -> str:
+    """In what two lists of files differ, in words; an empty string if in nothing."""
+    before, now = [FileMark(*mark) for mark in before], [FileMark(*mark) for mark in now]
+    old, new = Counter(before), Counter(now)
+    gone, added = (old - new), (new - old)
+    changed = Counter(mark.name for mark in gone) & Counter(mark.name for mark in added)
+    found = {
+        "changed": list(changed.elements()),
+        "no longer there": list((Counter(mark.name for mark in gone) - changed).elements()),
+        "new": list((Counter(mark.name for mark in added) - changed).elements()),
+    }
+    phrases = [
+        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+        for what, names in found.items()
+        if names
+    ]
+    return ", ".join(phrases) or ("in another order" if before != now else "")
