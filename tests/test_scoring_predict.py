@@ -102,7 +102,6 @@ def test_faults_stop_their_own_chunks_only(runs, tmp_path, capfd):
     assert "_pieces/ds=1/a.parquet/000001.parquet" in files_in(out)
     stamp = (out / "_pieces/ds=1/a.parquet/000001.parquet").stat().st_mtime_ns
     assert "_pieces/b.parquet/000000.parquet" in files_in(out)
-    assert "_pieces/b.parquet/000001.parquet" not in files_in(out)
     pq.write_table(source, data / "b.parquet", row_group_size=400, write_page_checksum=True)
     code, text, _ = predict(*argv, keep=keep)
     assert code == 0 and "3,900 rows in 3 files (1,900 of them were there already)" in text
@@ -166,3 +165,107 @@ def test_what_is_not_its_own_is_left_alone(runs, tmp_path):
         with pytest.raises(InputError, match=words):
             run_prediction(run, data, str(out), **options)
     assert (tmp_path / "notes.txt").read_text() == "mine" and not (tmp_path / "x").exists()
+
+
+def everything_in(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def days(runs, tmp_path):
+    """Two days of rows in files of one name: day 2 is day 1 in the opposite order."""
+    source = pq.read_table(runs / "test.parquet").slice(0, 300)
+    for day, table in ((1, source), (2, source.take(list(range(299, -1, -1))))):
+        (tmp_path / f"ds={day}").mkdir()
+        pq.write_table(table, tmp_path / f"ds={day}/part-0.parquet", write_page_checksum=True)
+    return tmp_path
+
+
+def test_scores_of_another_file_are_replaced_only_by_overwrite(runs, days, capfd, monkeypatch):
+    run, out = runs / "row_wise", days / "out"
+    monkeypatch.chdir(days)
+    assert predict(run, "ds=1", out, capfd)[0] == 0
+    first, before = pq.read_table(out / "part-0.parquet"), everything_in(out)
+    code, _, err = predict(run, "ds=2", out, capfd)
+    assert code == 2 and "\n" not in err
+    for words in (
+        f"{days}/ds=1/part-0.parquet",
+        f"{days}/ds=2/part-0.parquet",
+        "another --out",
+        "--overwrite",
+    ):
+        assert words in err
+    code, _, err = predict(run, days / "ds=*", out, capfd)
+    assert code == 2 and f"{days}/ds=1/part-0.parquet: its scores are in {out}/part-0.parquet already" in err
+    for options, words in (({"keep": ["click"]}, "other columns (user, "), ({}, "other weights")):
+        code, _, err = predict(
+            runs / ("table_wise" if not options else "row_wise"), "ds=1", out, capfd, **options
+        )
+        assert code == 2 and words in err
+    assert everything_in(out) == before
+    assert "(300 of them were there already)" in predict(run, days / "ds=1", out, capfd)[1], "by another path"
+    broken = pq.read_table("ds=2/part-0.parquet").to_pydict()
+    broken["user"][7] = 500
+    (days / "bad").mkdir()
+    pq.write_table(pa.table(broken), "bad/part-1.parquet", write_page_checksum=True)
+    assert predict(run, "bad", out, capfd, overwrite=True)[0] == 2
+    assert pq.read_table(out / "part-0.parquet").equals(first), "it stays until what replaces it is whole"
+    broken["user"][7] = 1
+    pq.write_table(pa.table(broken), "bad/part-1.parquet", write_page_checksum=True)
+    assert predict(run, "bad", out, capfd, overwrite=True)[0] == 0
+    assert files_in(out) == ["part-1.parquet"], "and goes then"
+    assert predict(run, "ds=2", out, capfd)[0] == 0, "another name is added"
+    again = pq.read_table(out / "part-0.parquet").take(list(range(299, -1, -1)))
+    assert again["user"].equals(first["user"])
+    assert np.abs(again["probability"].to_numpy() - first["probability"].to_numpy()).max() < 1e-6
+
+
+def test_where_scores_go_is_always_below_out(runs, days, capfd, monkeypatch):
+    (days / "here").mkdir()
+    monkeypatch.chdir(days / "here")
+    run, before = str(runs / "row_wise"), everything_in(days)
+    for number, data in enumerate(
+        (["../ds=1", str(days / "ds=2")], [str(days / "ds=1"), "../ds=2/part-0.parquet"])
+    ):
+        assert run_prediction(run, data, f"out{number}") == 0
+        assert files_in(days / f"here/out{number}") == ["ds=1/part-0.parquet", "ds=2/part-0.parquet"]
+    assert before.items() <= everything_in(days).items()
+    pieces = days / "ds=1/_pieces/x.parquet"
+    pieces.parent.mkdir()
+    pieces.write_bytes((days / "ds=1/part-0.parquet").read_bytes())
+    with pytest.raises(InputError, match=r"cannot be written to a file '_pieces/x.parquet'"):
+        run_prediction(run, [str(pieces), str(days / "ds=1/part-0.parquet")], "out")
+
+
+def test_each_file_keeps_the_type_of_its_columns(runs, days, capfd):
+    table = pq.read_table(days / "ds=1/part-0.parquet")
+    number = [None, *range(-149, 150)]
+    text = [None if each is None else str(each) for each in number]
+    variants = {
+        "int64": pa.array(number), "int16": pa.array(number, pa.int16()), "double": pa.array(number, pa.float64()),
+        "uint64": pa.array([2**64 - 1] * 300, pa.uint64()), "decimal": pa.array(number).cast(pa.decimal128(20)),
+        "string": pa.array(text), "large": pa.array(text, pa.large_string()), "null": pa.nulls(300),
+        "dictionary": pa.array(text).dictionary_encode(), "codes": pa.array(number).dictionary_encode(),
+        "view": pa.array(text, pa.string_view()), "bytes": pa.array(text).cast(pa.binary()), "bool": pa.array([True, None] * 150),
+        "list": pa.array([[each, None] for each in number]), "empty": pa.array([[]] * 300, pa.list_(pa.null())),
+        "struct": pa.array([{"a": each, "b": [{"c": str(each)}]} for each in number]),
+        "map": pa.array([[("k", each)] for each in number], pa.map_(pa.string(), pa.int64())),
+        "time": pa.array(number, pa.timestamp("us", "Europe/Oslo")), "day": pa.array(number, pa.date32()),
+    }  # fmt: skip
+    for name, column in variants.items():
+        pq.write_table(
+            table.append_column("id.of it", column),
+            days / f"ds=2/{name}.parquet",
+            row_group_size=70,
+            write_page_checksum=True,
+        )
+    (days / "ds=2/part-0.parquet").unlink()
+    keep = ["id.of it", "click", "tags"]
+    options = {"keep": keep, "chunk_rows": 100}
+    assert run_prediction(str(runs / "row_wise"), [str(days / "ds=2")], str(days / "out"), **options) == 0
+    for name in variants:
+        source, found = (pq.read_table(days / each / f"{name}.parquet") for each in ("ds=2", "out"))
+        assert found.column_names[:3] == keep and len(found.column_names) == 7
+        for column in keep:
+            assert found[column].type == source[column].type, name
+            assert found[column].to_pylist() == source[column].to_pylist(), name

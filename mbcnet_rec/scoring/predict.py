@@ -1,12 +1,12 @@
 """`mbcnet predict`: Parquet in, Parquet out, with the probabilities of a run's best checkpoint; at any world size, and resumable.
 
     OUT/<file of the input>      kept columns, then probability, probability_efgc, ...; rows in the input's order
-    OUT/_predict.json            what was asked: run, weights, columns, files
+    OUT/_predict.json            what was asked: run, weights, columns, files (prediction_note.py)
     OUT/_pieces/                 finished chunks of files that are not finished; gone at the end
 
 A chunk (chunks.py) is written beside its place and renamed when it is whole; a file appears, by one rename, when all its chunks are there
 and their rows add up to its own. So a run that dies at any point leaves whole files and whole chunks, and the same command continues there:
-every input row has exactly one output row.
+every input row has exactly one output row. What --overwrite replaces stays until then, too.
 """
 
 import itertools
@@ -16,9 +16,8 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +27,11 @@ from data.errors import InputError
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
 from data.reading.files import resolve_files
-from data.reading.storage import DataFile, is_uri, path_parts
+from data.reading.storage import DataFile, is_uri
 from data.schema import load_schema
 from mbcnet_rec.runtime.exits import CannotWriteError
-from mbcnet_rec.runtime.lock import clear, locked_together, names_in
-from mbcnet_rec.runtime.process import Process, any_rank, broadcast_value, joined_process, refuse_together
+from mbcnet_rec.runtime.lock import locked_together
+from mbcnet_rec.runtime.process import Process, agreed, any_rank, broadcast_value, joined_process
 from mbcnet_rec.scoring.chunks import (
     CHUNK_ROWS,
     Chunk,
@@ -41,6 +40,17 @@ from mbcnet_rec.scoring.chunks import (
     deal,
     score_chunks,
     unlabelled_row_groups,
+)
+from mbcnet_rec.scoring.prediction_note import (
+    CHUNKS,
+    REQUEST,
+    Note,
+    changed_sources,
+    describe,
+    join_notes,
+    mark_of,
+    read_note,
+    relative_names,
 )
 from mbcnet_rec.scoring.trained_run import (
     branch_names,
@@ -51,32 +61,43 @@ from mbcnet_rec.scoring.trained_run import (
     weights_digest,
 )
 
-REQUEST, CHUNKS = "_predict.json", "_pieces"
+MARK = b"mbcnet_prediction"  # in the footer of each file
 PROBABILITY = "probability"
 WRITTEN_ROWS = 65_536  # of a row group of the output
 
 
 @dataclass(frozen=True)
 class Job:
-    """One prediction: the input's files, the name of each in the folder `out`, and the columns that are written."""
+    """One prediction into the folder `out`: the name of each input file there, and the columns that are written for it."""
 
-    files: Sequence[DataFile]
-    names: Sequence[str]
     out: Path
-    schema: pa.Schema
+    names: Sequence[str]
+    schemas: Sequence[pa.Schema]
+    note: Note
     put: Callable[[Path, Path], None]  # renames a draft to where readers look
 
-    def target(self, chunk: Chunk) -> Path:
-        """The finished file of a chunk's file."""
-        return self.out / self.names[chunk.file]
+    def target(self, file: int) -> Path:
+        """The finished file of an input file."""
+        return self.out / self.names[file]
 
     def part(self, chunk: Chunk) -> Path:
         """The finished chunk."""
         return self.out / CHUNKS / self.names[chunk.file] / f"{chunk.number:06d}.parquet"
 
-    def open(self, path: Path) -> pq.ParquetWriter:
-        """Open a Parquet file to write, with page checksums."""
-        return pq.ParquetWriter(path, self.schema, compression="zstd", write_page_checksum=True)
+    def open(self, path: Path, file: int) -> pq.ParquetWriter:
+        """Open a Parquet file to write, with page checksums and the mark of this prediction."""
+        schema = self.schemas[file].with_metadata({MARK: mark_of(self.note, self.names[file])})
+        return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+    def holds(self, path: Path, file: int, num_rows: int) -> bool:
+        """Whether a whole Parquet file of that many rows is there, which this prediction has written."""
+        if not path.is_file():
+            return False
+        with suppress(OSError, pa.ArrowException):
+            footer = pq.read_metadata(path)
+            mark = (footer.metadata or {}).get(MARK, b"").decode()
+            return footer.num_rows == num_rows and mark == mark_of(self.note, self.names[file])
+        return False
 
 
 def put_in_place(draft: Path, place: Path) -> None:
@@ -112,25 +133,36 @@ def run_prediction(
     folder = Path(run_folder)
     config = load_run(folder)
     schema = load_schema(config.schema)
+    place = Path(out)
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
         files = resolve_files(data)
+        names = relative_names(files)
+        for file in files:
+            if isinstance(file, Path) and place.resolve() in file.resolve().parents:
+                raise InputError(f"{file}: lies in --out {out}; choose another output folder")
+        if place.exists() and not place.is_dir():
+            raise InputError(f"{place}: is a file; choose a folder for --out")
         row_groups, columns = unlabelled_row_groups(files, schema)
         chunks = chunks_of(row_groups, chunk_rows)
-        kept = kept_fields(files, columns, keep, [schema.group_column, schema.time_column])
         outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(config.model))]
-        written = pa.schema([*kept, *(pa.field(name, pa.float32()) for name in outputs)])
-        job = Job(files, relative_names(files), Path(out), written, put)
-        request = describe(job, chunks, weights_digest(config, folder, step))
-        if job.out.exists() and not job.out.is_dir():
-            raise InputError(f"{job.out}: is a file; choose a folder for --out")
-        with _naming_write_faults(job.out), locked_together(process, "predict", job.out):
-            refuse_together(prepare(job, request, overwrite) if process.is_first else "", process)
+        kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
+        asked = describe(
+            names, files, rows_of(chunks), [*kept, *outputs], weights_digest(config, folder, step)
+        )
+        with _naming_write_faults(place), locked_together(process, "predict", place):
+            note = None
+            with agreed(process):
+                note = join_notes(place, asked, overwrite) if process.is_first else None
+            schemas = [output_schema(found, kept, outputs) for found in columns]
+            job = Job(place, names, schemas, broadcast_value(note, process), put)
             todo = broadcast_value(unfinished(job, chunks) if process.is_first else None, process)
-            if todo:
+            built = load_built(config, schema, folder, step, process) if todo else None
+            if process.is_first:
+                write_note(job)
+            if built is not None:
                 encoder = Encoder(schema, has_labels=False)
-                reader = RowReader(files, encoder, extra=[field.name for field in kept])
-                built = load_built(config, schema, folder, step, process)
+                reader = RowReader(files, encoder, extra=kept)
                 scorer, batch_rows = scorer_of(config, built, process)
                 dealt = deal(todo, process.world_size)
                 scored = score_chunks(scorer, reader, dealt, process, batch_rows, title="predict")
@@ -154,121 +186,60 @@ def _naming_write_faults(out: Path) -> Iterator[None]:
         ) from None
 
 
-def relative_names(files: Sequence[DataFile]) -> list[str]:
-    """Where each file's rows go in the output folder: its path below the folder that all files share."""
-    folders = [path_parts(file)[:-1] for file in files]
-    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
-    shared = sum(1 for _ in levels)
-    return ["/".join(path_parts(file)[shared:]) for file in files]
-
-
-def kept_fields(
+def kept_columns(
     files: Sequence[DataFile], columns: Sequence[pa.Schema], keep: Sequence[str], default: Sequence[str]
-) -> list[pa.Field]:
-    """Names and types of the columns to pass through: those of `keep`, or of `default` those that all files have.
+) -> list[str]:
+    """Names of the columns to pass through: those of `keep`, or of `default` those that all files have.
 
     Raises:
-        InputError: a column is missing in a file, has another type there, or has the name of an output.
+        InputError: a column is missing in a file or there twice, or has the name of an output.
     """
     names = keep or [name for name in default if name and all(name in found.names for found in columns)]
-    kept: dict[str, pa.Field] = {}
     for file, found in zip(files, columns, strict=True):
         for name in names:
-            if name not in found.names:
-                raise InputError(
-                    f"{file}: --keep {name}: no such column; it has {', '.join(found.names[:8])}, ..."
-                )
-            field = pa.field(name, found.field(name).type)
-            if kept.setdefault(name, field) != field:
-                raise InputError(
-                    f"{file}: --keep {name}: {field.type} here, but {kept[name].type} in {files[0]}; cast one of the two"
-                )
+            count = found.names.count(name)
+            if count != 1:
+                there = f"it has {', '.join(found.names[:8])}, ..." if not count else "rename one of them"
+                problem = "no such column" if not count else f"{count} columns of this name"
+                raise InputError(f"{file}: --keep {name}: {problem}; {there}")
             if name.partition("_")[0] == PROBABILITY:
                 raise InputError(
                     f"{file}: --keep {name}: the output has a column of this name; rename it first"
                 )
-    return list(kept.values())
+    return list(dict.fromkeys(names))
 
 
-def describe(job: Job, chunks: Sequence[Chunk], weights: str) -> dict[str, Any]:
-    """What fixes the output; written beside it, and compared when a prediction continues."""
+def output_schema(found: pa.Schema, kept: Sequence[str], outputs: Sequence[str]) -> pa.Schema:
+    """The columns of a file of scores: the kept ones with the types that they have in that input file, then float32 probabilities."""
+    types = [(name, found.field(name).type) for name in kept]
+    return pa.schema([*types, *((name, pa.float32()) for name in outputs)])
+
+
+def rows_of(chunks: Sequence[Chunk]) -> list[int]:
+    """The rows of each file."""
     rows: Counter[int] = Counter()
     for chunk in chunks:
         rows[chunk.file] += chunk.num_rows
-    files = {}
-    for number, (name, file) in enumerate(zip(job.names, job.files, strict=True)):
-        entry: dict[str, Any] = {"from": str(file), "rows": rows[number]}
-        if isinstance(file, Path):
-            entry |= {"bytes": file.stat().st_size, "changed": file.stat().st_mtime_ns}
-        files[name] = entry
-    columns = [f"{field.name}: {field.type}" for field in job.schema]
-    return {"format": 1, "weights": weights, "columns": columns, "files": files}
+    return [rows[file] for file in sorted(rows)]
 
 
-def prepare(job: Job, request: dict[str, Any], overwrite: bool) -> str:
-    """Make the output folder, or continue in it. Returns why not, or an empty string.
-
-    Output of files that have changed since is removed before the note is renewed, so that it is made again whatever happens in between.
-    """
-    note = job.out / REQUEST
-    for file in job.files:
-        if isinstance(file, Path) and job.out.resolve() in file.resolve().parents:
-            return f"{file}: lies in --out {job.out}; choose another output folder"
-    if names_in(job.out):
-        before = _read_request(note)
-        if before is None:
-            return f"{job.out}: holds something that is not a prediction; choose another --out"
-        if overwrite:
-            clear(job.out)
-        else:
-            for key, words in (("weights", "other weights"), ("columns", "other columns")):
-                if before[key] != request[key]:
-                    return (
-                        f"{job.out}: holds a prediction with {words}; choose another --out, or replace it with "
-                        "--overwrite"
-                    )
-            for name, entry in request["files"].items():
-                if before["files"].get(name, entry) != entry:
-                    print(f"{entry['from']} has changed since its rows were scored: scored again")
-                    (job.out / name).unlink(missing_ok=True)
-                    shutil.rmtree(job.out / CHUNKS / name, ignore_errors=True)
-            request["files"] = before["files"] | request["files"]
-    job.out.mkdir(parents=True, exist_ok=True)
+def write_note(job: Job) -> None:
+    """Say which files have changed since their rows were scored, and renew the note."""
+    for source in changed_sources(read_note(job.out / REQUEST), job.note):
+        print(f"{source} has changed since its rows were scored: scored again")
     draft = job.out / f"{REQUEST}.partial"
-    draft.write_text(json.dumps(request, indent=1))
-    job.put(draft, note)
-    return ""
-
-
-def _read_request(note: Path) -> dict[str, Any] | None:
-    """The note that an earlier prediction left, or None."""
-    try:
-        before = json.loads(note.read_text())
-        whole = before["format"] == 1 and {"weights", "columns"} <= before.keys()
-        return before if whole and isinstance(before["files"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    draft.write_text(json.dumps(job.note, indent=1))
+    job.put(draft, job.out / REQUEST)
 
 
 def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The chunks that have no output yet. Output of the wrong length (a disk that lied) is removed."""
+    """The chunks that have no output yet; one of the wrong length (a disk that lied), or of another prediction, is none."""
     todo = []
-    for _, of_file in itertools.groupby(chunks, lambda chunk: chunk.file):
+    for file, of_file in itertools.groupby(chunks, lambda chunk: chunk.file):
         own = list(of_file)
-        if not _holds(job.target(own[0]), sum(chunk.num_rows for chunk in own)):
-            todo += [chunk for chunk in own if not _holds(job.part(chunk), chunk.num_rows)]
+        if not job.holds(job.target(file), file, sum(chunk.num_rows for chunk in own)):
+            todo += [chunk for chunk in own if not job.holds(job.part(chunk), file, chunk.num_rows)]
     return todo
-
-
-def _holds(path: Path, num_rows: int) -> bool:
-    """Whether a Parquet file is there with that many rows; a wrong one is removed."""
-    if not path.exists():
-        return False
-    with suppress(OSError, pa.ArrowException):
-        if pq.read_metadata(path).num_rows == num_rows:
-            return True
-    path.unlink()
-    return False
 
 
 def write_chunks(job: Job, own: Sequence[Chunk], scored: Iterator[ScoredRows]) -> None:
@@ -289,17 +260,18 @@ def _write_chunk(job: Job, chunk: Chunk, batches: Iterable[ScoredRows]) -> None:
     draft, num_rows = job.part(chunk).with_suffix(".partial"), 0
     draft.parent.mkdir(parents=True, exist_ok=True)
     held: list[pa.RecordBatch] = []
+    schema = job.schemas[chunk.file]
     try:
-        with job.open(draft) as writer:
+        with job.open(draft, chunk.file) as writer:
             for batch in batches:
                 probabilities = 1.0 / (1.0 + np.exp(-batch.logits.astype(np.float64)))
                 columns = [pa.array(column.astype(np.float32)) for column in probabilities.T]
-                rows = pa.RecordBatch.from_arrays([*batch.rows.columns, *columns], schema=job.schema)
+                rows = pa.RecordBatch.from_arrays([*batch.rows.columns, *columns], schema=schema)
                 held.append(rows)
                 num_rows += rows.num_rows
                 whole = num_rows == chunk.num_rows
                 if whole or sum(each.num_rows for each in held) >= WRITTEN_ROWS:
-                    writer.write_table(pa.Table.from_batches(held, job.schema))
+                    writer.write_table(pa.Table.from_batches(held, schema))
                     held = []
                 if whole:
                     break
@@ -311,17 +283,17 @@ def _write_chunk(job: Job, chunk: Chunk, batches: Iterable[ScoredRows]) -> None:
 
 def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
     """Make files of chunks; each rank those of some files. A file of one chunk is that chunk, renamed."""
-    for number in range(process.rank, len(job.files), process.world_size):
-        own = [chunk for chunk in chunks if chunk.file == number]
-        target = job.target(own[0])
-        if target.is_file():
+    for file in range(process.rank, len(job.names), process.world_size):
+        own = [chunk for chunk in chunks if chunk.file == file]
+        target = job.target(file)
+        if job.holds(target, file, sum(chunk.num_rows for chunk in own)):
             continue
         if len(own) == 1:
             job.put(job.part(own[0]), target)
             continue
         draft = target.with_name(f".{target.name}.partial")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with job.open(draft) as writer:
+        with job.open(draft, file) as writer:
             for chunk in own:
                 with pq.ParquetFile(job.part(chunk)) as parquet:
                     for group in range(parquet.num_row_groups):
@@ -330,14 +302,20 @@ def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
 
 
 def finish(job: Job, chunks: Sequence[Chunk], step: int, scored: int) -> str:
-    """Count the output's rows against the input's, and remove the chunks. Returns what to tell the user."""
+    """Count the output's rows against the input's, and remove the chunks and what --overwrite leaves out. Returns what to tell the user."""
     wanted = sum(chunk.num_rows for chunk in chunks)
     written = sum(pq.read_metadata(job.out / name).num_rows for name in job.names)
     if written != wanted:
         raise RuntimeError(f"{job.out}: {written} rows for {wanted} of the input")
+    for name in job.note["obsolete"]:
+        (job.out / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            for folder in Path(name).parents[:-1]:
+                (job.out / folder).rmdir()
     shutil.rmtree(job.out / CHUNKS, ignore_errors=True)
+    write_note(replace(job, note=job.note | {"obsolete": [], "whole": True}))
     earlier = f" ({wanted - scored:,} of them were there already)" if scored < wanted else ""
-    columns = ", ".join(job.schema.names)
+    columns = ", ".join(job.schemas[0].names)
     return (
         f"{job.out}: {written:,} rows in {len(job.names)} files{earlier}, weights of step {step}\n"
         f"columns: {columns}\nrows stand in the order of each input file"
