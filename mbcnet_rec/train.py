@@ -3,8 +3,8 @@
 RUN/config.toml  metrics.jsonl  plan.json  schema.toml  checkpoints/step_N/  tb/  DONE
 """
 
-import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -25,13 +25,14 @@ from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, LocalStorage, latest_step
 from mbcnet_rec.config import DataConfig, RunConfig, config_text
 from mbcnet_rec.cpu.linear import bf16_in_hardware
-from mbcnet_rec.logs.metrics_log import METRICS, Records, write_whole, written
+from mbcnet_rec.logs.metrics_log import METRICS, Records, json_line, write_whole, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.lock import clear, locked_together, names_in
 from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_process, refuse_together
 from mbcnet_rec.runtime.watchdog import STACKS, Watchdog
+from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.trained_run import known_best
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.evaluation import EvaluationStoppedError
@@ -116,7 +117,7 @@ def run_training(
         metrics = _test(trainer, streams.get("test"))
         if process.is_first:
             with written(folder):
-                write_whole(folder / DONE, json.dumps({"step": trainer.state.step, **metrics}) + "\n")
+                write_whole(folder / DONE, json_line({"step": trainer.state.step, **metrics}))
             has_report = _reported(folder, report)
             tell(closing_lines(config, schema, trainer, metrics, has_report))
     return 0
@@ -287,6 +288,10 @@ def warnings_of(config: RunConfig, device: str, has_bf16: bool) -> list[str]:
     return found
 
 
+def _shown(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
 def closing_lines(
     config: RunConfig, schema: Schema, trainer: Trainer, metrics: dict[str, Any], has_report: bool
 ) -> str:
@@ -300,11 +305,14 @@ def closing_lines(
             outputs[name] = metrics[f"auc/{name}"], metrics[f"log_loss/{name}"]
         best = known_best(schema, "test", metrics["rows"])
         outputs |= {"best reachable": best} if best else {}
+        reason = why_no_auc(metrics)
         lines = [
             f"test: {metrics['rows']:,} rows, weights of {where}",
             f"  {'output':<16}{'AUC':>8}{'log-loss':>10}",
-            *(f"  {name:<16}{auc:>8.4f}{loss:>10.4f}" for name, (auc, loss) in outputs.items()),
-            f"  normalised entropy {metrics['ne']:.4f} (1: no better than the label rate)",
+            *(f"  {name:<16}{_shown(auc):>8}{_shown(loss):>10}" for name, (auc, loss) in outputs.items()),
+            f"  not defined: {reason}"
+            if reason
+            else f"  normalised entropy {metrics['ne']:.4f} (1: no better than the label rate)",
         ]
     if state.stopped:
         lines.append(f"stopped early: {state.bad_evaluations} evaluations without a better validation AUC")

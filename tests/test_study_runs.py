@@ -106,5 +106,5 @@ def test_scores_are_the_test_rows_else_the_best_validation(tmp_path):
     file.write_text("\n".join(map(json.dumps, [*lines, {"split": "test", "step": 1, "auc": 0.6}])))
     assert scores(tmp_path)["auc"] == 0.6 and scores(tmp_path, ("valid",))["auc"] == 0.8
     file.write_text(json.dumps(lines[0]))
-    with pytest.raises(InputError, match=r"no AUC of test or valid rows; name data.test or data.valid"):
+    with pytest.raises(InputError, match=r"no test or valid rows were scored; name data.test or data.valid"):
         scores(tmp_path)

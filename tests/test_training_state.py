@@ -47,3 +47,13 @@ def test_rates_are_scaled_from_their_base_and_not_below_the_floor():
     for scale in (0.1, 0.01):  # not one upon the other
         scale_rates(optimizer, [1e-2, 1e-5, 1e-7], scale)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4, 1e-6, 1e-7])
+
+
+def test_an_auc_that_is_not_defined_decides_nothing():
+    nan = float("nan")
+    found, state = after([nan, 0.6, nan, nan, nan, 0.7], schedule="plateau", patience=1, keep_best=3)
+    assert [each[0] for each in found] == [False, True, False, False, False, True]
+    assert state.best == [(0.7, 5), (0.6, 1)] and state.lr_scale == 1.0 and not state.stopped
+    # a checkpoint of an earlier version, which crowned its first evaluation
+    old = state.to_json() | {"cursor": {"epoch": 0, "step": 0}, "best": [[None, 1]]}
+    assert TrainState.from_json(old).best_step == -1

@@ -263,8 +263,10 @@ def latest_step(storage: CheckpointStorage) -> int | None:
 def best_step(storage: CheckpointStorage) -> int | None:
     """The step of a run's best checkpoint, else of its latest whole one; None if it has none."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # no such note, or a damaged one
-        step = int(json.loads(storage.read_note(BEST))["step"])
-        if step in storage.steps() and _verifies(storage, step):
+        note = json.loads(storage.read_note(BEST))
+        step = int(note["step"])
+        # earlier versions noted the first evaluation even where none had an AUC
+        if note.get("auc", 0) is not None and step in storage.steps() and _verifies(storage, step):
             return step
     return latest_step(storage)
 

@@ -56,7 +56,7 @@ class Records:
     def add(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Write one line: step, split, and every value; NaN becomes null, which JSON has. A line is written whole or not at all."""
         clean = {key: finite_or_none(value) for key, value in values.items()}
-        line = (json.dumps({"step": step, "split": split, **clean}) + "\n").encode()
+        line = json_line({"step": step, "split": split, **clean}).encode()
         end = os.fstat(self._file.fileno()).st_size
         with written(self._path):
             try:
@@ -144,6 +144,13 @@ def keep_until(lines: list[str], step: int) -> list[str]:
     return kept
 
 
+def json_line(values: dict[str, Any]) -> str:
+    """A JSON object on one line; NaN and infinity, which JSON does not have, become null."""
+    return json.dumps({key: finite_or_none(value) for key, value in values.items()}, allow_nan=False) + "\n"
+
+
 def finite_or_none(value: Any) -> Any:
-    """None for NaN and infinity, which JSON does not have."""
+    """None for NaN and infinity, which JSON does not have; lists are searched."""
+    if isinstance(value, list):
+        return [finite_or_none(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,6 +10,7 @@ from data.errors import InputError
 from mbcnet_rec.logs.metrics_log import METRICS, write_whole
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, to_html
+from mbcnet_rec.scoring.metrics import why_no_auc
 
 REPORT, CONFIG, PLAN = "report.html", "config.toml", "plan.json"
 RELIABILITY = "reliability"
@@ -116,11 +117,17 @@ def branch_order(name: str) -> tuple[int, str]:
 
 
 def judged_line(lines: Lines, splits: Sequence[str] = ("test", "valid")) -> Mapping[str, Any] | None:
-    """What a run is judged by: its last line of test rows, else its best validation; None where neither has an AUC."""
+    """What a run is judged by: its last line of test rows, else its best validation; None where neither was scored.
+
+    Where no validation has an AUC, because it is not defined, the last one counts.
+    """
     for split in splits:
-        scored = [line for line in lines.get(split, ()) if line.get("auc") is not None]
-        if scored:
-            return scored[-1] if split == "test" else max(scored, key=lambda line: line["auc"])
+        found = lines.get(split, ())
+        scored = [line for line in found if line.get("auc") is not None]
+        if split != "test" and scored:
+            return max(scored, key=lambda line: line["auc"])
+        if found:
+            return found[-1]
     return None
 
 
@@ -135,11 +142,13 @@ def result_blocks(lines: Lines) -> list[Block]:
         ending = "" if name == "fused" else f"/{name}"
         values = [line.get(f"{metric}{ending}") for metric in ("auc", "log_loss", "ne", "calibration")]
         rows.append((figures.label(name), *("" if value is None else f"{value:.4f}" for value in values)))
+    reason = why_no_auc(line)
+    undefined = f" AUC is not defined: {reason}." if reason else ""
     group = "" if line.get("gauc") is None else f" GAUC of the fused output {line['gauc']:.4f}."
     return [
         Heading("Result"),
         Text(
-            f"{line['split']} split, {line.get('rows', 0):,} rows, weights of step {line['step']:,}.{group}"
+            f"{line['split']} split, {line.get('rows', 0):,} rows, weights of step {line['step']:,}.{group}{undefined}"
         ),
         Table(("output", "AUC", "log-loss", "normalised entropy", "calibration"), tuple(rows), 0),
     ]

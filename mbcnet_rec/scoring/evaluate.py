@@ -1,6 +1,7 @@
 """`mbcnet evaluate`: metrics of a run's best checkpoint on any rows, with confidence intervals, by slice, at any world size."""
 
 import json
+import math
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none
 from mbcnet_rec.runtime.process import Process, joined_process
 from mbcnet_rec.scoring.chunks import deal, labelled_rows, score_chunks
-from mbcnet_rec.scoring.metrics import Estimate
+from mbcnet_rec.scoring.metrics import Estimate, why_no_auc
 from mbcnet_rec.scoring.slices import MAX_SLICES, count_slices, slice_codes, slice_columns
 from mbcnet_rec.scoring.tally import EXACT_ROWS, Answer, Scores, Tally
 from mbcnet_rec.scoring.trained_run import (
@@ -144,6 +145,11 @@ def tables(answer: Answer, branches: tuple[str, ...], best: tuple[float, float] 
         lines.append(
             f"  binned: an AUC is at most {bound:.1e} from the exact one; GAUC is of a sample of groups"
         )
+    found = {name: estimate.value for name, estimate in answer.everything.metrics.items()}
+    if reason := why_no_auc(found):
+        lines.append(f"  -: not defined, since {reason}")
+    elif math.isnan(found.get("gauc", 0.0)):
+        lines.append("  GAUC is not defined: no group has rows of both classes")
     for column, values in answer.slices.items():
         lines += [
             "",
@@ -152,6 +158,8 @@ def tables(answer: Answer, branches: tuple[str, ...], best: tuple[float, float] 
         for name, (rows, positives, metrics) in values.items():
             cells = "".join(_cell(metrics.get(key)) for key in columns)
             lines.append(f"  {name[:22]:<23}{rows:>10,}{positives / max(rows, 1):>8.3f}{cells}")
+        if any(math.isnan(scores.metrics["auc"].value) for scores in values.values()):
+            lines.append("  -: not defined, since the rows of that value are all of one class")
     return lines
 
 

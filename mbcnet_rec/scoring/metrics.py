@@ -8,7 +8,7 @@ Shapes: B rows, O outputs (the fused one first, then the branches), S distinct s
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -34,12 +34,26 @@ class Estimate(NamedTuple):
 NOT_KNOWN = Estimate(float("nan"), float("nan"))
 
 
+def why_no_auc(metrics: Mapping[str, float | None]) -> str:
+    """Why the fused output has no AUC, in words, given the metrics of `exact_metrics`; empty if it has one. None stands for NaN, as in JSON."""
+
+    def known(name: str) -> bool:
+        value = metrics.get(name)
+        return value is not None and not math.isnan(value)
+
+    if known("auc"):
+        return ""
+    if not known("log_loss"):
+        return "some logits are not numbers"
+    return f"the rows are all of one class, label {int(known('calibration'))}"
+
+
 def score_counts(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count positives and negatives at each distinct score, ascending: two (S,) float64 arrays."""
+    """Count positives and negatives at each distinct score, ascending: two (S,) float64 arrays; empty ones where a score is NaN."""
     order = np.argsort(logits)
     ordered, positive = logits[order], labels[order] > 0
     starts = np.flatnonzero(np.concatenate([[len(ordered) > 0], ordered[1:] != ordered[:-1]]))
-    if not len(starts):
+    if not len(starts) or np.isnan(ordered[-1]):  # NaN is sorted last
         return np.zeros(0), np.zeros(0)
     positives = np.add.reduceat(positive.astype(np.float64), starts)
     totals = np.diff(np.append(starts, len(ordered)))
@@ -73,13 +87,13 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray, *, binned: bool 
 
 
 def auc(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Exact area under the ROC curve, P(a positive outranks a negative), ties one half; NaN if one class is missing.
+    """Exact area under the ROC curve, P(a positive outranks a negative), ties one half; NaN if one class is missing or a logit is NaN.
 
     Two sorts and two merges: a third of the time of `auc_of_counts`, which knows the error too.
     """
     positive = labels > 0
     above, below = np.sort(logits[positive]), np.sort(logits[~positive])
-    if not len(above) or not len(below):
+    if not len(above) or not len(below) or np.isnan(above[-1]) or np.isnan(below[-1]):  # NaN is sorted last
         return float("nan")
     wins = np.searchsorted(below, above, "left").sum() + np.searchsorted(below, above, "right").sum()
     return float(wins / 2 / (len(above) * len(below)))
@@ -132,13 +146,13 @@ def _delta_error(a: float, b: float, var_a: float, var_b: float, cov: float, n: 
 
 
 def gauc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Estimate:
-    """Mean of the AUC within each group, weighted by its rows; groups of one class are left out. NaN if none is left.
+    """Mean of the AUC within each group, weighted by its rows; groups of one class are left out. NaN if none is left, or a logit is NaN.
 
     Its error treats groups as independent draws: error^2 = sum_g (w_g (AUC_g - GAUC))^2 / (sum_g w_g)^2; NaN with one group.
     """
     order = np.lexsort((logits, group_ids))
     groups, scores = group_ids[order], logits[order]
-    if not len(order):
+    if not len(order) or np.isnan(scores).any():
         return NOT_KNOWN
     new_group = np.concatenate([[True], groups[1:] != groups[:-1]])
     starts = np.flatnonzero(new_group | np.concatenate([[True], scores[1:] != scores[:-1]]))
@@ -173,7 +187,9 @@ class Histogram:
 
     def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
         """Count rows: logits (B, O), labels (B,)."""
-        scaled = np.floor((logits.astype(np.float64) + BIN_LIMIT) * (self.num_bins / (2 * BIN_LIMIT)))
+        scaled = np.floor(
+            (np.nan_to_num(logits).astype(np.float64) + BIN_LIMIT) * (self.num_bins / (2 * BIN_LIMIT))
+        )
         bins = np.clip(scaled, 0, self.num_bins - 1).astype(np.int64)
         for output in range(len(self.sums)):
             for label in (0, 1):
@@ -201,6 +217,10 @@ class Histogram:
         """Metrics of every output; `names`: of the branches."""
         negatives, positives = self.counts.astype(np.float64)
         aucs = [auc_of_counts(p, n, binned=True) for p, n in zip(positives, negatives, strict=True)]
+        # a row whose logit is NaN is in a bin, but makes the sums NaN
+        aucs = [
+            NOT_KNOWN if np.isnan(sums).any() else area for area, sums in zip(aucs, self.sums, strict=True)
+        ]
         return _of_outputs(names, aucs, self.sums)
 
 

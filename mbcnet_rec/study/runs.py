@@ -25,6 +25,7 @@ from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.report.run_report import judged_line, read_metrics, write_run_report
 from mbcnet_rec.runtime.exits import CannotWriteError, PreemptedError
+from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.teachers import train_model
 from mbcnet_rec.training.trainer import Watch
 
@@ -175,12 +176,17 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
     """Read what a finished run is judged by: its metrics on the test rows, else those of its best validation.
 
     Raises:
-        InputError: the run has no AUC of these splits.
+        InputError: these splits have no rows, or an AUC that is not defined.
     """
     line = judged_line(read_metrics(folder), splits)
     if line is None:
         keys = " or ".join(f"data.{split}" for split in splits)
         raise InputError(
-            f"{folder}/{METRICS}: no AUC of {' or '.join(splits)} rows; name {keys} in the config"
+            f"{folder}/{METRICS}: no {' or '.join(splits)} rows were scored; name {keys} in the config"
+        )
+    if reason := why_no_auc(line):
+        split = line["split"]
+        raise InputError(
+            f"{folder}/{METRICS}: the AUC of the {split} rows is not defined, since {reason}; name other rows in data.{split}"
         )
     return dict(line)

@@ -19,7 +19,6 @@ from data.errors import InputError
 from data.reading.config import Order
 from data.reading.order import Cursor
 from data.stream import Batch, ParquetStream
-from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.runtime.process import Process, blamed_on
 from mbcnet_rec.training.config import TrainConfig
@@ -37,7 +36,7 @@ class TrainState:
     Attributes:
         step: done so far.
         cursor: of the next batch.
-        best: (validation AUC, step) of the best evaluations, best first; None stands for an AUC that is not defined.
+        best: (validation AUC, step) of the best evaluations, best first; an evaluation without an AUC is none of them.
         bad_evaluations: in a row that did not improve.
         lr_scale: factor on every learning rate.
         stopped: early stop.
@@ -48,7 +47,7 @@ class TrainState:
 
     step: int = 0
     cursor: Cursor = Cursor()
-    best: list[tuple[float | None, int]] = field(default_factory=list)
+    best: list[tuple[float, int]] = field(default_factory=list)
     bad_evaluations: int = 0
     lr_scale: float = 1.0
     stopped: bool = False
@@ -61,7 +60,7 @@ class TrainState:
     @property
     def best_auc(self) -> float:
         """Of the best evaluation; minus infinity before the first."""
-        return float("-inf") if not self.best or self.best[0][0] is None else self.best[0][0]
+        return self.best[0][0] if self.best else float("-inf")
 
     @property
     def best_step(self) -> int:
@@ -69,12 +68,14 @@ class TrainState:
         return self.best[0][1] if self.best else -1
 
     def note_evaluation(self, auc: float, train: TrainConfig) -> bool:
-        """Put an evaluation of this step among the best; slow down and stop as the config says; return whether it is the best so far."""
+        """Put an evaluation of this step among the best; slow down and stop as the config says; return whether it is the best so far.
+
+        Where the AUC is NaN, because it is not defined, nothing is decided.
+        """
+        if math.isnan(auc):
+            return False
         better = not self.best or auc > self.best_auc
-        entry = (finite_or_none(auc), self.step)
-        ranked = sorted(
-            [*self.best, entry], key=lambda pair: (float("-inf") if pair[0] is None else pair[0], -pair[1])
-        )[::-1]
+        ranked = sorted([*self.best, (auc, self.step)], key=lambda pair: (pair[0], -pair[1]))[::-1]
         self.best = ranked[: train.keep_best]
         if better:
             self.bad_evaluations = 0
@@ -99,12 +100,14 @@ class TrainState:
             InputError: they are not a state of training.
         """
         try:
-            cursor, best = Cursor(**values["cursor"]), [(auc, step) for auc, step in values["best"]]
+            # earlier versions ranked evaluations without an AUC too, as null
+            best = [(auc, step) for auc, step in values["best"] if auc is not None]
+            cursor = Cursor(**values["cursor"])
             state = cls(**(values | {"cursor": cursor, "best": best}))
         except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"state of training: {error}; use another checkpoint") from None
         numbers: list[tuple[Any, type]] = [(cursor.epoch, int), (cursor.step, int)]
-        numbers += [(step, int) for _, step in best] + [(auc, float) for auc, _ in best if auc is not None]
+        numbers += [(step, int) for _, step in best] + [(auc, float) for auc, _ in best]
         plain = [each for each in fields(cls) if each.name not in ("cursor", "best")]
         numbers += [(getattr(state, each.name), type(each.default)) for each in plain]
         for number, kind in numbers:

@@ -25,7 +25,7 @@ from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError
 from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, any_rank, vote
 from mbcnet_rec.runtime.watchdog import Watchdog
-from mbcnet_rec.scoring.metrics import evaluate_predictions
+from mbcnet_rec.scoring.metrics import evaluate_predictions, why_no_auc
 from mbcnet_rec.scoring.scorer import autocast_of, real_rows
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
@@ -97,6 +97,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._stop_wanted = self._save_wanted = False
         self._last_auc = float("nan")
+        self._told_no_auc = False
 
     def restore(self, saved: Saved, *, allow_partial: bool = False) -> list[str]:
         """Continue from a checkpoint; every rank calls it.
@@ -295,8 +296,8 @@ class Trainer:
             values |= {f"mended/{name}": count for name, count in replaced.items()}
             self.records.add(state.step, "train", values)
         self._open_window()
-        shown = {"loss": terms["loss"], "auc": values.get("auc", float("nan"))}
-        return shown | ({} if math.isnan(self._last_auc) else {"valid_auc": self._last_auc})
+        shown = {"loss": terms["loss"], "auc": values.get("auc", float("nan")), "valid_auc": self._last_auc}
+        return {name: value for name, value in shown.items() if name == "loss" or not math.isnan(value)}
 
     def _open_window(self) -> None:
         self.window = Window(
@@ -320,13 +321,29 @@ class Trainer:
         self._last_auc = auc = metrics["auc"]
         better = state.note_evaluation(auc, self.config)
         scale_rates(self.built.optimizer, self.base_rates, state.lr_scale)
-        if self.context.watch is not None and any_rank(self.context.watch(state.step, auc)):
-            state.stopped = True
         if self.records is not None:
             self.records.add(state.step, "valid", metrics)
-        mark = "best so far" if better else f"{state.bad_evaluations} without a better one"
-        self.bar.say(f"step {state.step}: valid AUC {auc:.4f}, log-loss {metrics['log_loss']:.4f} ({mark})")
+        reason = why_no_auc(metrics)
+        if reason:
+            self._say_no_auc(reason, metrics["log_loss"])
+        else:
+            if self.context.watch is not None and any_rank(self.context.watch(state.step, auc)):
+                state.stopped = True
+            mark = "best so far" if better else f"{state.bad_evaluations} without a better one"
+            self.bar.say(
+                f"step {state.step}: valid AUC {auc:.4f}, log-loss {metrics['log_loss']:.4f} ({mark})"
+            )
         self.save()
+
+    def _say_no_auc(self, reason: str, log_loss: float) -> None:
+        """Say that an evaluation has no AUC; once, what that means."""
+        self.bar.say(f"step {self.state.step}: valid AUC not defined, log-loss {log_loss:.4f}")
+        if not self._told_no_auc:
+            self.bar.say(
+                f"data.valid: {reason}, so their AUC is not defined: no checkpoint is better than another, the last one counts, and "
+                "patience and plateau do not act; name validation rows with clicks and without"
+            )
+        self._told_no_auc = True
 
     def evaluate(self, stream: ParquetStream) -> dict[str, Any]:
         """Score a stream; its metrics are equal on every rank.
