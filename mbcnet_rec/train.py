@@ -85,7 +85,7 @@ def run_training(
     with (
         StopRequest() as stop,
         joined_process(settings.device, settings.timeout_seconds) as process,
-        locked_together(process, "train", *_own_folders(config)),
+        locked_together(process, "train", _own_folders(config)),
         Watchdog(process, folder, settings.stall_seconds, hooks.on_place) as watchdog,
     ):
 
@@ -183,10 +183,13 @@ def open_streams(
     return streams
 
 
-def _own_folders(config: RunConfig) -> list[Path]:
+def _own_folders(config: RunConfig) -> dict[str, Path]:
     """The folders in which no other process may write meanwhile: of the run, and of its checkpoints where they lie elsewhere."""
     checkpoints = config.train.checkpoint_folder
-    return [config.run_folder] + ([Path(checkpoints)] if checkpoints and not is_uri(checkpoints) else [])
+    elsewhere = (
+        {"train.checkpoint_folder": Path(checkpoints)} if checkpoints and not is_uri(checkpoints) else {}
+    )
+    return {"train.out": config.run_folder} | elsewhere
 
 
 def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:

@@ -82,7 +82,7 @@ NULLS = [each | {"auc": None, "grad_norm": None} for each in LINES]
 LESS = {
     "a young run": (LINES[:1], {}, "No validation or test rows were scored", "Plan</h2>"),
     "a model without branches": (NO_BRANCHES, PLAN, "fused", "Branches"),
-    "values that are null": (NULLS, PLAN, "AUC is not defined", "nan"),
+    "values that are null": (NULLS, PLAN, "AUC is not defined", ">nan<"),
 }
 
 

@@ -166,7 +166,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_the_start(config, tmp_path
     code, folder = run(config, tmp_path / "run", f"train.checkpoint_folder={tmp_path}/file/checkpoints")
     error = capfd.readouterr().err.strip()
     assert code == 2 and len(error.splitlines()) == 1
-    assert "train.checkpoint_folder" in error and "cannot be written (Not a directory)" in error
+    assert "train.checkpoint_folder" in error and "no folder can be there (Not a directory)" in error
     assert not folder.exists()
 
 

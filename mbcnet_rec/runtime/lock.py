@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,12 +123,18 @@ def locked(folder: Path, what: str, *, silent_seconds: float = SILENT_SECONDS) -
 
 
 @contextmanager
-def locked_together(process: Process, what: str, *folders: Path) -> Iterator[None]:
-    """`locked` for all ranks: rank 0 has the folders, and why it cannot have them is raised on every rank."""
+def locked_together(process: Process, what: str, folders: Mapping[str, Path]) -> Iterator[None]:
+    """`locked` for all ranks: rank 0 has the folders, and why it cannot have them is raised on every rank.
+
+    `folders`: what names it, such as a key of the config -> the folder.
+    """
     with ExitStack() as held:
         with agreed(process):
-            for folder in folders if process.is_first else ():
-                held.enter_context(locked(folder, what))
+            for name, folder in folders.items() if process.is_first else ():
+                try:
+                    held.enter_context(locked(folder, what))
+                except InputError as error:
+                    raise InputError(f"{name}: {error}") from None
         yield
 
 

@@ -150,7 +150,7 @@ def run_prediction(
         asked = describe(
             names, files, rows_of(chunks), [*kept, *outputs], weights_digest(config, folder, step)
         )
-        with _naming_write_faults(place), locked_together(process, "predict", place):
+        with _naming_write_faults(place), locked_together(process, "predict", {"--out": place}):
             note = None
             with agreed(process):
                 note = join_notes(place, asked, overwrite) if process.is_first else None
