@@ -72,6 +72,30 @@ def test_table3_compares_the_models_with_the_paper_beside(home, again):
         assert words in page
 
 
+def test_a_page_of_other_data_or_settings_stays(home, tmp_path, capfd):
+    command = [
+        "study",
+        "table3",
+        "--config",
+        str(home / "rows/run.toml"),
+        "--models",
+        "dnn",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+    ]
+    pages = {}
+    for steps in (2, 3, 2, 3):
+        out = ["--set", f"train.max_steps={steps}", "--set", "model.dnn.hidden=[4]", "--out", str(tmp_path)]
+        assert main([*command, *out]) == 0
+        (page,) = re.findall(r"wrote (.*)", capfd.readouterr().out)
+        assert pages.setdefault(steps, page) == page
+    assert (
+        sorted(pages.values()) == sorted(map(str, tmp_path.glob("*.html"))) and len(set(pages.values())) == 2
+    )
+
+
 def blocks_of(study, home, found, failures=None):
     """A study's page of made-up scores: variant -> AUC of each seed."""
     scored = {

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_data import write_small
 
@@ -38,8 +41,38 @@ def test_longer_data_is_another_run(tmp_path):
     assert run_key(config) != key
 
 
+def test_everything_that_a_run_is_read_with_counts_and_nothing_else(tmp_path):
+    config = load_config(write_small(tmp_path / "a", 200, 50))
+    schema = Path(config.schema)
+    items = pa.table({"value": pa.array(["x", "y"])})
+    pq.write_table(items, schema.parent / "items.parquet")
+    vocabulary = 'word = { kind = "categorical", encoding = "vocabulary", vocabulary = "items.parquet", num_embeddings = 4, embedding_dim = 4 }'
+    schema.write_text(schema.read_text().replace("[groups]", f"{vocabulary}\n[groups]"))
+    keys = [run_key(config)]
+
+    def changes():
+        yield with_overrides(config, ["train.timeout_seconds=9", "train.tracking=http://x"], "x")
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        yield load_config(
+            tmp_path / "a/run.toml",
+            [f"schema={tmp_path}/b/schema.toml", f"data.train=['{tmp_path}/b/train.parquet']"],
+        )
+        schema.write_text("# a comment\n" + schema.read_text())
+        yield config
+        pq.write_table(items.take([1, 0]), schema.parent / "items.parquet")
+        yield config
+        table = pq.read_table(tmp_path / "a/train.parquet")
+        pq.write_table(
+            table.take(list(range(len(table)))[::-1]), tmp_path / "a/train.parquet"
+        )  # as many rows, other ones
+        yield config
+
+    keys += [run_key(each) for each in changes()]
+    assert keys[0] == keys[1] == keys[2] == keys[3] and len(set(keys)) == 3
+
+
 def test_missing_data_is_told(config):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such file"):
         run_key(replace(config, schema="nowhere.toml"))
     with pytest.raises(InputError, match="nowhere"):
         run_key(replace(config, data=replace(config.data, train=("nowhere",))))

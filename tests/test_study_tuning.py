@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
-from small_data import CONFIG
+from small_data import CONFIG, SCHEMA
 
 from data.errors import InputError
 from mbcnet_rec.cli import main
@@ -31,7 +31,8 @@ SEARCH = Search(
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
     (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
-    for name in ("schema.toml", "train.parquet", "valid.parquet", "test.parquet"):
+    (tmp_path / "schema.toml").write_text(SCHEMA)
+    for name in ("train.parquet", "valid.parquet", "test.parquet"):
         (tmp_path / name).touch()
     return load_config(tmp_path / "run.toml")
 
@@ -90,6 +91,75 @@ def test_a_killed_trial_is_tried_again_with_its_values(config, out):
         tune_model(config, SEARCH, "dnn", out, trained)
         assert trained[0] == seen[0] == seen[1], "the same draw"
         assert len(trained) == 3, "the kill cost no trial of the budget"
+
+
+OTHER = {  # what changes before a second start, and how that is told
+    "a choice more": (lambda home, config: (config, "choices"), "space model.dnn.hidden [[8], [16, 8]] -> [[8], [16, 8], [4]]"),
+    "sampler": (lambda home, config: (config, "sampler"), "sampler"),
+    "seed": (lambda home, config: (with_overrides(config, ["train.seed=7"], "x"), ""), "train.seed 0 -> 7"),
+    "epochs": (lambda home, config: (with_overrides(config, ["train.epochs=9"], "x"), ""), "train.epochs 1 -> 9"),
+    "data": (
+        lambda home, config: ((home / "valid.parquet").write_text("x" * 9), (config, ""))[1],
+        "data.valid: 1 changed (valid.parquet)",
+    ),
+    "more data": (
+        lambda home, config: (
+            (home / "more.parquet").touch(),
+            (with_overrides(config, [f'data.train=["{home}/more.parquet", "{home}/train.parquet"]'], "x"), ""),
+        )[1],
+        "data.train: 1 new (more.parquet)",
+    ),
+    "schema": (
+        lambda home, config: ((home / "schema.toml").write_text(SCHEMA.replace("width = 4", "width = 5")), (config, ""))[1],
+        "schema image",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_trials_of_other_settings_or_data_are_not_continued(what, config, out, tmp_path):
+    change, words = OTHER[what]
+    trained = Trained()
+    tune_model(config, replace(SEARCH, trials=1), "dnn", out, trained)
+    tune_model(replace(config, name="n"), replace(SEARCH, trials=2), "dnn", out, trained)
+    other, search = change(tmp_path, config)
+    more = {"model.dnn.hidden": Range(choices=([8], [16, 8], [4]))}
+    changed = {
+        "choices": replace(SEARCH, space=SEARCH.space | more),
+        "sampler": replace(SEARCH, sampler="tpe"),
+    }
+    with pytest.raises(InputError, match="choose another --out") as caught:
+        tune_model(other, replace(changed.get(search, SEARCH), trials=3), "dnn", out, trained)
+    assert words in str(caught.value) and "its 2 trials had other settings or data" in str(caught.value)
+    assert len(trained) == 2, "more trials of the same are drawn, of others none"
+
+
+def test_files_that_are_no_study_are_told_in_one_line(config, out):
+    out.mkdir()
+    (out / "dnn.db").write_text("something else" * 500)
+    with pytest.raises(InputError, match=r"dnn.db: cannot be read as a study of Optuna \(") as caught:
+        tune_model(config, SEARCH, "dnn", out, Trained())
+    assert "\n" not in str(caught.value)
+    (out / "dnn.db").unlink()
+    study = tuning.open_study(out / "dnn.db", "dnn")
+    study.add_trial(optuna.trial.create_trial(value=0.9))
+    with pytest.raises(InputError, match="its 1 trials are of an earlier version"):
+        tune_model(config, SEARCH, "dnn", out, Trained())
+
+
+def test_enkd_keeps_the_teachers_of_its_first_trial(config, out, capsys):
+    trained = Trained()
+    for number, width in enumerate((7, 9)):
+        out.mkdir(exist_ok=True)
+        winner = with_overrides(config, ["model.kind=dcnv2", f"model.dcnv2.hidden=[{width}]"], "test")
+        (out / "dcnv2.toml").write_text(config_text(winner))
+        path, _ = tune_model(config, replace(SEARCH, trials=number + 1), "enkd", out, trained)
+    assert (
+        [each.model.dcnv2.hidden for each in trained]
+        == [(7,), (7,)]
+        == [load_config(path).model.dcnv2.hidden] * 2
+    )
+    assert "its trials keep the teachers of the first one" in capsys.readouterr().out
 
 
 def test_poor_trials_are_pruned_and_not_taken_for_whole_runs(config, out):

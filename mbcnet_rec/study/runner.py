@@ -13,6 +13,7 @@ from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, to_html
 from mbcnet_rec.runtime.lock import locked
+from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.runs import Run, place_run, scores, train_all
 from mbcnet_rec.study.studies import MBCNET, MODELS, Study, Variant
@@ -102,8 +103,9 @@ def conduct(request: StudyRequest) -> int:
     base = load_config(request.config, request.overrides)
     variants = study.variants if study.name != "complexity" else ()
     configs = [variant_config(base, each, request.tuned, request.overrides) for each in variants]
+    known: Known = {}
     runs = [
-        Run(variant.name, seed, place_run(config, seed, request.out))
+        Run(variant.name, seed, place_run(config, seed, request.out, known))
         for seed in range(base.train.seed, base.train.seed + request.seeds)
         for variant, config in zip(variants, configs, strict=True)
     ]
@@ -121,14 +123,29 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     blocks = report_blocks(request, base, done, found, failures)
     title = f"{study.reference}: {study.question}"
     lead = f"{base.name}, {request.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
-    page = request.out / f"{study.name}_{base.name}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(page, to_html(title, lead, blocks))
+    mark = page_mark(base, request.tuned) if runs else ""
+    page = free_page(request.out / f"{study.name}_{base.name}.html", mark)
+    write_whole(page, to_html(title, lead, blocks) + mark)
     print(f"wrote {page}")
     print(
         f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again"
     )
     return 0
+
+
+def page_mark(base: RunConfig, tuned: Path | None) -> str:
+    """A comment that ends a page: the hash of what its runs depend on."""
+    winners = sorted(tuned.glob("*.toml")) if tuned is not None else ()
+    depends = dependencies(base, {}) | {"tuned": {file.name: file.read_text() for file in winners}}
+    return f"<!-- depends on {digest_of(depends)} -->\n"
+
+
+def free_page(wanted: Path, mark: str) -> Path:
+    """Where a page goes. One of other data or settings that is there already stays; then a hash is added to the name."""
+    if not mark or not wanted.exists() or mark in wanted.read_text(errors="replace"):
+        return wanted
+    print(f"{wanted}: is of other data or settings, and stays")
+    return wanted.with_name(f"{wanted.stem}_{mark.split()[3][:8]}{wanted.suffix}")
 
 
 def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str]]:

@@ -1,10 +1,9 @@
 """Runs of a study: where each one lives, which are done, and how the rest are trained on the machine's cores.
 
-A run's folder is named by a hash of all that decides its result: the resolved config, the schema and the data files.
+A run's folder is named by a hash of all that decides its result: config, schema, vocabularies and data; see dependencies.py.
 So a study that is started again, or another study that needs the same run, finds it.
 """
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,17 +18,18 @@ from typing import Any
 import torch
 
 from data.errors import InputError
-from data.reading.files import resolve_files
 from mbcnet_rec.checkpoints.run_folder import DONE
-from mbcnet_rec.config import RunConfig, config_text
+from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.report.run_report import judged_line, read_metrics, write_run_report
 from mbcnet_rec.runtime.exits import CannotWriteError, PreemptedError
 from mbcnet_rec.scoring.metrics import why_no_auc
+from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.teachers import train_model
 from mbcnet_rec.training.trainer import Watch
 
 KEY_DIGITS = 16
+PRUNED = "PRUNED"  # in the folder of a run that was ended early, and so is none that its config describes
 Train = Callable[[RunConfig, Watch | None], str]  # why it failed, or ""; see train_one
 
 
@@ -49,38 +49,26 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether it has been trained to its end."""
-        return (self.folder / DONE).is_file()
+        return (self.folder / DONE).is_file() and not (self.folder / PRUNED).exists()
 
 
-def place_run(config: RunConfig, seed: int, out: Path) -> RunConfig:
-    """Give a config its seed and its folder under `out`/runs.
+def place_run(config: RunConfig, seed: int, out: Path, known: Known | None = None) -> RunConfig:
+    """Give a config its seed and its folder under `out`/runs. `known`: what the command has read already.
 
     Raises:
         InputError: the schema or the data files are missing.
     """
     config = replace(config, train=replace(config.train, seed=seed, out=""))
-    return replace(config, train=replace(config.train, out=str(out / "runs" / run_key(config))))
+    return replace(config, train=replace(config.train, out=str(out / "runs" / run_key(config, known))))
 
 
-def run_key(config: RunConfig) -> str:
-    """Hash what decides a run's result: the config but for its name and folder, the schema, each data file's path and size.
+def run_key(config: RunConfig, known: Known | None = None) -> str:
+    """Hash what decides a run's result (dependencies.py).
 
     Raises:
         InputError: the schema or the data files are missing.
     """
-    plain = replace(config, name="run", train=replace(config.train, out=""))
-    digest = hashlib.sha256(config_text(plain).encode())
-    try:
-        digest.update(Path(config.schema).read_bytes())
-    except OSError as error:
-        raise InputError(
-            f"schema = {config.schema!r}: cannot be read ({error.strerror}); write the data first or change the path"
-        ) from None
-    for paths in (config.data.train, config.data.valid, config.data.test):
-        for file in resolve_files(paths) if paths else ():
-            size = file.stat().st_size if isinstance(file, Path) else file
-            digest.update(f"{file}:{size}\n".encode())
-    return digest.hexdigest()[:KEY_DIGITS]
+    return digest_of(dependencies(config, {} if known is None else known))[:KEY_DIGITS]
 
 
 def share_cores(num_runs: int, workers: int, available: int) -> tuple[int, int]:

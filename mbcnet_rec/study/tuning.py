@@ -10,8 +10,9 @@
         { branch_dim = 64, "deep.hidden" = [128, 64] },
     ] }
 
-A key `model.KIND` or below is drawn only for models of that kind. A study is kept in SQLite (OUT/KIND.db): a later
-start continues where it stood. The winner, by validation AUC, is written as a whole config (OUT/KIND.toml).
+A key `model.KIND` or below is drawn only for models of that kind. A study is kept in SQLite (OUT/KIND.db) with what its trials depend on:
+a later start with the same space, config, schema and data continues where it stood. The winner, by validation AUC, is written as a whole
+config (OUT/KIND.toml).
 """
 
 import json
@@ -25,17 +26,21 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.schema.bounds import Bounded, bounded
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown_key
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
 from mbcnet_rec.logs.metrics_log import write_whole
+from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked
-from mbcnet_rec.study.runs import Run, Train, place_run, scores, train_one
+from mbcnet_rec.study.dependencies import Known, dependencies, differences
+from mbcnet_rec.study.runs import PRUNED, Run, Train, place_run, scores, train_one
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+DEPENDS, TEACHERS = "depends_on", "teachers"  # user attributes of a study
 AGAIN = "another_try_of"  # user attribute of a trial: the number of the one that was interrupted
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -153,39 +158,107 @@ def tune_model(
         The winner's config file, and its trial.
 
     Raises:
-        InputError: no trial came to an end.
+        InputError: earlier trials were of another space, config, schema or data; or no trial came to an end.
     """
     out.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = f"sqlite:///{out / f'{kind}.db'}"
-    study = optuna.create_study(
-        study_name=kind,
-        storage=storage,
-        direction="maximize",
-        load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
-    )
+    known: Known = {}
+    base = base_config(config, kind, out)
+    file = out / f"{kind}.db"
+    study = open_study(file, kind)
+    base = with_first_teachers(study, base, out)
+    check_earlier(study, file, search_facts(search, kind) | dependencies(base, known))
     # Trials of a start that was killed get another try with the values that they had drawn; the two count once.
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
-    base = base_config(config, kind, out)
     ended = len(study.get_trials(states=FINISHED)) - sum(AGAIN in trial.user_attrs for trial in study.trials)
     with tqdm(total=search.trials, initial=ended, desc=f"tune {kind}", unit="trial") as bar:
         for number in range(ended, search.trials):
             study.sampler = SAMPLERS[search.sampler](seed=config.train.seed + number)
-            outcome = run_trial(study, base, search, out, train)
+            outcome = run_trial(study, base, search, out, train, known)
             bar.write(f"{kind}: trial {number + 1} of {search.trials}: {outcome}")
             bar.update(1)
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         raise InputError(
-            f"{storage}: none of the {search.trials} trials of {kind} came to an end; see {out}/runs/*.log"
+            f"{file}: none of the {search.trials} trials of {kind} came to an end; see {out}/runs/*.log"
         )
     winner = study.best_trial
     path = out / f"{kind}.toml"
     best = with_overrides(base, winner.user_attrs["overrides"], str(path))
     write_whole(path, config_text(best))
     return path, winner
+
+
+def open_study(file: Path, kind: str) -> optuna.Study:
+    """Open or begin the study of a kind of model.
+
+    Raises:
+        InputError: the file is damaged, or of another version of Optuna.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(
+            study_name=kind,
+            storage=f"sqlite:///{file}",
+            direction="maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+        )
+    except Exception as error:  # of Optuna, and of the database below it
+        raise InputError(
+            f"{file}: cannot be read as a study of Optuna ({first_line(error)}); choose another --out"
+        ) from None
+
+
+def search_facts(search: Search, kind: str) -> dict[str, Any]:
+    """What a draw depends on besides the trials before it."""
+    space = {key: ranges_text(range_) for key, range_ in search.space_of(kind).items()}
+    return {"space": space, "sampler": search.sampler}
+
+
+def ranges_text(range_: Range) -> str:
+    """A range as a space file has it."""
+    if range_.choices:
+        return json.dumps(range_.choices)
+    return f"{range_.low} to {range_.high}{' log' if range_.log else ''}"
+
+
+def check_earlier(study: optuna.Study, file: Path, depends: dict[str, Any]) -> None:
+    """Compare what a study's trials have depended on with what they would depend on now; note it in a new study.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    earlier = study.user_attrs.get(DEPENDS)
+    if earlier is None and study.trials:
+        raise InputError(
+            f"{file}: its {len(study.trials)} trials are of an earlier version, which did not note their data and config; choose another --out"
+        )
+    if earlier is None:
+        study.set_user_attr(DEPENDS, json.dumps(depends))
+    elif words := differences(json.loads(earlier), depends):
+        raise InputError(
+            f"{file}: its {len(study.trials)} trials had other settings or data ({words}); change that back to continue, or choose another --out"
+        )
+
+
+def with_first_teachers(study: optuna.Study, base: RunConfig, out: Path) -> RunConfig:
+    """Give EnKD the tuned teachers that its first trial had: those of OUT/KIND.toml may be other ones by now."""
+    names = [name for name in base.model.enkd.teachers if (out / f"{name}.toml").is_file()]
+    if base.model.kind != "enkd" or not names:
+        return base
+    now = {name: to_toml_value(getattr(base.model, name)) for name in names}
+    if TEACHERS not in study.user_attrs:
+        study.set_user_attr(TEACHERS, now)
+    first = {name: study.user_attrs[TEACHERS].get(name, table) for name, table in now.items()}
+    if first != now:
+        tell(
+            "note: enkd: its trials keep the teachers of the first one; choose another --out for those tuned since"
+        )
+    configs = {
+        name: parse_dataclass(type(getattr(base.model, name)), table, name) for name, table in first.items()
+    }
+    return replace(base, model=replace(base.model, **configs))
 
 
 def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
@@ -207,7 +280,9 @@ def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
     return replace(config, model=model)
 
 
-def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, train: Train) -> str:
+def run_trial(
+    study: optuna.Study, base: RunConfig, search: Search, out: Path, train: Train, known: Known
+) -> str:
     """Draw, train and score one trial; return what came of it in words.
 
     A trial whose validation AUC lies below the median of the earlier ones at the same evaluation is pruned.
@@ -217,7 +292,7 @@ def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, t
     trial.set_user_attr("overrides", overrides)
     shown = ", ".join(overrides)
     try:
-        config = place_run(with_overrides(base, overrides, "the space"), base.train.seed, out)
+        config = place_run(with_overrides(base, overrides, "the space"), base.train.seed, out, known)
     except InputError as error:
         study.tell(trial, state=TrialState.FAIL)
         return f"no valid config ({error}): {shown}"
@@ -227,6 +302,8 @@ def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, t
         nonlocal pruned
         trial.report(auc, step)
         pruned = trial.should_prune()
+        if pruned:
+            (run.folder / PRUNED).touch()
         return pruned
 
     failure = "" if run.done else train(config, watch)
@@ -234,7 +311,7 @@ def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, t
         study.tell(trial, state=TrialState.FAIL)
         return f"failed ({failure}): {shown}"
     if pruned:
-        (run.folder / DONE).unlink()  # it is not the whole run that its config describes
+        (run.folder / DONE).unlink()
         study.tell(trial, state=TrialState.PRUNED)
         return f"pruned: {shown}"
     auc = scores(run.folder, ("valid",))["auc"]
@@ -256,7 +333,13 @@ def tune_models(
     lines = []
     with locked(out, "tune"):
         for kind in kinds:
-            path, winner = tune_model(config, search, kind, out, train)
+            try:
+                path, winner = tune_model(config, search, kind, out, train)
+            except optuna.exceptions.StorageInternalError as error:
+                reason = first_line(error.__cause__ or error)
+                raise CannotWriteError(
+                    f"{out / kind}.db: cannot be written ({reason}); free space, then start again"
+                ) from None
             lines.append(
                 f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {search.trials}: {path}"
             )
