@@ -130,3 +130,20 @@ def test_logits_that_are_no_numbers_have_no_auc():
     assert np.isnan(auc(logits[:, 0], labels))
     for metrics in (exact_metrics(logits, labels, (), groups), histogram.metrics(())):
         assert all(np.isnan(each.value) for each in metrics.values())
+
+
+def test_a_score_that_is_no_number_is_refused_by_its_row(home, tmp_path):
+    """Here for weights that are not finite: predict and evaluate name the first such row, and write nothing of its chunk."""
+    settings = [
+        f"train.out={tmp_path}/bad",
+        "train.max_steps=1",
+        "optim.dense_lr=3e38",
+        "data.valid=[]",
+        "data.test=[]",
+    ]
+    assert train(home / "tiny.toml", *settings) == 0
+    data, out = home / "rows/test.parquet", tmp_path / "out"
+    for command in (("predict", "--out", out), ("evaluate",)):
+        code, _, err = printed_by(command[0], tmp_path / "bad", "--data", data, *command[1:])
+        assert code == 2 and "test.parquet: row group 0, kept row 0: its score is not a number" in err
+        assert not list(tmp_path.rglob("*.parquet"))

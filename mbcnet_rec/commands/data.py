@@ -58,7 +58,10 @@ def _synth(args: argparse.Namespace) -> int:
     test = summary["splits"]["test"]
     verb = "already there" if summary.get("already_there") else "written"
     print(f"{args.out}: {args.rows:,} rows {verb}, {args.days} days; the last day is the test split")
-    print(f"best reachable on it: AUC {test['best_auc']:.4f}, log-loss {test['best_log_loss']:.4f}")
+    if test["best_auc"] is None:
+        print("its rows are all of one class, so it has no AUC: write more --rows")
+    else:
+        print(f"best reachable on it: AUC {test['best_auc']:.4f}, log-loss {test['best_log_loss']:.4f}")
     return 0
 
 

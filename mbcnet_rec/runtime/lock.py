@@ -1,6 +1,6 @@
 """One process at a time in a folder: the file LOCK in it names its owner, who touches it every few seconds and removes it at the end.
 
-    {"machine": "<boot id and process namespace>", "host": "node7", "pid": 4711, "started": "8123", "when": 1764400000.0, "what": "train"}
+    {"machine": "<boot id and process namespace>", "host": "node7", "pid": 4711, "started": "8123", "when": 1764400000.0, "what": "train", ...}
 
 An owner on this machine is asked for by its process id and start time; one elsewhere is alive while its LOCK is touched. A dead owner's
 LOCK is taken over.
@@ -45,6 +45,7 @@ class Owner:
     when: float  # Unix time at which it took the folder
     what: str  # it does there
     token: str  # of this one taking
+    folder: str  # the real path of what it has
 
     def is_alive(self) -> bool:
         """Whether this process runs; only for one of this machine."""
@@ -66,7 +67,7 @@ class Owner:
         return f"`mbcnet {self.what}`, process {self.pid} on host {self.host}, since {since} ({ago})"
 
 
-def this_process(what: str) -> Owner:
+def this_process(folder: Path, what: str) -> Owner:
     """This process as the owner of a folder."""
     machine = started = ""
     with suppress(OSError):
@@ -74,7 +75,16 @@ def this_process(what: str) -> Owner:
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
         started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     host = socket.gethostname()
-    return Owner(machine or host, host, os.getpid(), started, time.time(), what, uuid.uuid4().hex)
+    return Owner(
+        machine or host,
+        host,
+        os.getpid(),
+        started,
+        time.time(),
+        what,
+        uuid.uuid4().hex,
+        os.path.realpath(folder),
+    )
 
 
 @contextmanager
@@ -87,10 +97,10 @@ def locked(folder: Path, what: str, *, silent_seconds: float = SILENT_SECONDS) -
         InputError: another process is at work there, or no folder can be there.
         CannotWriteError: the disk is full.
     """
-    me = this_process(what)
     made: list[Path] = []
     try:
         try:
+            me = this_process(folder, what)
             made = [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             is_nested = not _take(folder / LOCK, me, silent_seconds)
@@ -146,8 +156,9 @@ def clear(folder: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names of what is in a folder besides its LOCK; none where there is no folder."""
-    return [path.name for path in folder.iterdir() if path.name != LOCK] if folder.exists() else []
+    """Names of what is in a folder besides its LOCK and drafts of it; none where there is no folder."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return [name for name in names if name != LOCK and not name.startswith(f".{LOCK}.")]
 
 
 def _take(path: Path, me: Owner, silent_seconds: float) -> bool:
@@ -166,7 +177,7 @@ def _take(path: Path, me: Owner, silent_seconds: float) -> bool:
         if owner is not None and owner.machine == me.machine:
             if (owner.pid, owner.started) == (me.pid, me.started):
                 return False
-            is_dead = not owner.is_alive()
+            is_dead = not owner.is_alive() or _is_copy(path, owner)
             beats = not is_dead
         else:
             if seen is None or found[0] != seen[0]:
@@ -185,6 +196,14 @@ def _take(path: Path, me: Owner, silent_seconds: float) -> bool:
             return True
         time.sleep(POLL_SECONDS)
     return True
+
+
+def _is_copy(path: Path, owner: Owner) -> bool:
+    """Whether somebody has copied a folder, LOCK and all, whose owner is at work in the original."""
+    original = Path(owner.folder) / LOCK
+    with suppress(OSError):
+        return not original.samefile(path) and _is(original, owner)
+    return False
 
 
 def _create(path: Path, me: Owner) -> bool:

@@ -6,6 +6,7 @@ row ends its own chunk only, and is raised on every rank when all other chunks a
 Shapes: n rows of one batch, K branches.
 """
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple
@@ -127,6 +128,18 @@ def deal(chunks: Sequence[Chunk], world_size: int) -> list[list[Chunk]]:
     return [sorted(own) for own in dealt]
 
 
+def _no_number(reader: RowReader, chunk: Chunk, row: int) -> str:
+    """What to say of a kept row of a chunk whose score is NaN or infinite."""
+    for group in chunk.row_groups:
+        if row < group.num_rows:
+            return (
+                f"{reader.name(group)}, kept row {row}: its score is not a number; a value is far beyond those of training, or the run's "
+                "weights are not finite: mend the row, or train again with a lower rate"
+            )
+        row -= group.num_rows
+    raise AssertionError("the row is one of the chunk's")
+
+
 def score_chunks(
     scorer: Scorer,
     reader: RowReader,
@@ -141,9 +154,11 @@ def score_chunks(
     Every rank calls it with all ranks' chunks, `dealt`; a batch has `batch_rows` rows of one rank.
 
     Raises:
-        InputError: on every rank, after the last step, if a row of any rank was faulty: its chunk was cut short.
+        InputError: on every rank, after the last step, if a row of any rank was faulty or has a score that is not a number: its chunk was
+            cut short.
     """
     faults: list[str] = []
+    passed: Counter[Chunk] = Counter()  # rows
     steps = max(sum(chunk.num_steps(batch_rows) for chunk in chunks) for chunks in dealt)
 
     def batch_of(columns: Columns) -> Batch:
@@ -173,6 +188,12 @@ def score_chunks(
             if each.note is not None:
                 chunk, extra, columns = each.note
                 bar.update(min(columns.num_rows * len(dealt), total - bar.n))
+                bad = np.flatnonzero(~np.isfinite(each.logits).all(axis=1))
+                row = passed[chunk] + int(bad[0]) if len(bad) else -1
+                passed[chunk] += columns.num_rows
+                if row >= 0:
+                    faults.append(_no_number(reader, chunk, row))
+                    continue
                 yield ScoredRows(chunk, extra, each.logits, each.labels, columns.group_ids)
     with agreed(process):
         if faults:

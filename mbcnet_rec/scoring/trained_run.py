@@ -117,5 +117,5 @@ def known_best(schema: Schema, split: str, rows: int) -> tuple[float, float] | N
     with suppress(OSError, ValueError, KeyError, TypeError):
         summary = json.loads((schema.folder / "synthetic.json").read_text())["splits"][split]
         if summary["rows"] == rows:
-            return summary["best_auc"], summary["best_log_loss"]
+            return float(summary["best_auc"]), float(summary["best_log_loss"])  # null: rows of one class
     return None

@@ -15,7 +15,7 @@ from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, to_html
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.study.pictures import Material, draw_all
-from mbcnet_rec.study.runs import Run, place_run, scores, train_all
+from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all
 from mbcnet_rec.study.studies import MBCNET, MODELS, Study, Variant
 from mbcnet_rec.study.summary import CONFIDENCE, TESTED, Difference, Row, Scores, judge, summarise
 from mbcnet_rec.study.tuning import with_overrides
@@ -116,7 +116,7 @@ def conduct(request: StudyRequest) -> int:
 def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run]) -> int:
     study = request.study
     failures = train_with_progress(runs, request.workers)
-    done = [run for run in runs if run.done]
+    done = [run for run in runs if run.done and scores(run.folder)["auc"] is not None]
     found: dict[str, dict[int, Mapping[str, float]]] = {}
     for run in done:
         found.setdefault(run.variant, {})[run.seed] = scores(run.folder)
@@ -130,6 +130,10 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     print(
         f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again"
     )
+    if runs and not done:
+        raise InputError(
+            f"none of the {len(runs)} runs came to an end: {next(iter(failures.values()))[0]}; see {request.out}/runs/*.log"
+        )
     return 0
 
 
@@ -155,11 +159,13 @@ def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str
     with tqdm(total=len({run.folder for run in runs}), desc="runs", unit="run") as bar:
         bar.update(bar.total - len(todo))
         for run, failure in train_all(runs, workers):
+            found = {} if failure else scores(run.folder)
+            if not failure and found["auc"] is None:
+                failure = NO_NUMBERS
             if failure:
                 failures.setdefault(run.variant, []).append(f"seed {run.seed}: {failure}")
                 words = f"failed: {failure}"
             else:
-                found = scores(run.folder)
                 words = f"AUC {found['auc']:.4f}, log-loss {found['log_loss']:.4f}"
             bar.write(f"{run.variant}, seed {run.seed}: {words}")
             bar.update(1)

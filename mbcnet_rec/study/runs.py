@@ -30,6 +30,7 @@ from mbcnet_rec.training.trainer import Watch
 
 KEY_DIGITS = 16
 PRUNED = "PRUNED"  # in the folder of a run that was ended early, and so is none that its config describes
+NO_NUMBERS = "some logits are not numbers"  # why a run that has ended has no scores
 Train = Callable[[RunConfig, Watch | None], str]  # why it failed, or ""; see train_one
 
 
@@ -163,8 +164,10 @@ def _child_threads(threads: int) -> Iterator[None]:
 def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str, Any]:
     """Read what a finished run is judged by: its metrics on the test rows, else those of its best validation.
 
+    They are None where the run's logits are not numbers.
+
     Raises:
-        InputError: these splits have no rows, or an AUC that is not defined.
+        InputError: these splits have no rows, or rows of one class.
     """
     line = judged_line(read_metrics(folder), splits)
     if line is None:
@@ -172,7 +175,7 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
         raise InputError(
             f"{folder}/{METRICS}: no {' or '.join(splits)} rows were scored; name {keys} in the config"
         )
-    if reason := why_no_auc(line):
+    if line.get("log_loss") is not None and (reason := why_no_auc(line)):
         split = line["split"]
         raise InputError(
             f"{folder}/{METRICS}: the AUC of the {split} rows is not defined, since {reason}; name other rows in data.{split}"

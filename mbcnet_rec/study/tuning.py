@@ -37,7 +37,7 @@ from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.study.dependencies import Known, dependencies, differences
-from mbcnet_rec.study.runs import PRUNED, Run, Train, place_run, scores, train_one
+from mbcnet_rec.study.runs import NO_NUMBERS, PRUNED, Run, Train, place_run, scores, train_one
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 DEPENDS, TEACHERS = "depends_on", "teachers"  # user attributes of a study
@@ -315,6 +315,9 @@ def run_trial(
         study.tell(trial, state=TrialState.PRUNED)
         return f"pruned: {shown}"
     auc = scores(run.folder, ("valid",))["auc"]
+    if auc is None:
+        study.tell(trial, state=TrialState.FAIL)
+        return f"failed ({NO_NUMBERS}): {shown}"
     study.tell(trial, auc)
     return f"valid AUC {auc:.4f}: {shown}"
 
