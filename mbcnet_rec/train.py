@@ -6,7 +6,6 @@ RUN/config.toml  metrics.jsonl  plan.json  schema.toml  checkpoints/step_N/  tb/
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -20,31 +19,28 @@ from data.schema import Schema, load_schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.compatibility import load_checked, warm_start
-from mbcnet_rec.checkpoints.run_folder import CHECKPOINTS, CONFIG, DONE, PLAN, storage_of
+from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
 from mbcnet_rec.checkpoints.shards import Saved
-from mbcnet_rec.checkpoints.storage import CheckpointStorage, LocalStorage, latest_step
-from mbcnet_rec.config import DataConfig, RunConfig, config_text
+from mbcnet_rec.checkpoints.storage import LocalStorage
+from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.cpu.linear import bf16_in_hardware
-from mbcnet_rec.logs.metrics_log import METRICS, Records, json_line, write_whole, written
+from mbcnet_rec.logs.metrics_log import Records, json_line, write_whole, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
-from mbcnet_rec.runtime.lock import clear, locked_together, names_in
+from mbcnet_rec.run_start import open_folder, refuse_contradiction, start_of
+from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.preemption import StopRequest
-from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, joined_process, refuse_together
-from mbcnet_rec.runtime.watchdog import STACKS, Watchdog
+from mbcnet_rec.runtime.process import Process, agreed, joined_process
+from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.trained_run import known_best
-from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.evaluation import EvaluationStoppedError
-from mbcnet_rec.training.faults import FAULTS
 from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.trainer import RunContext, Trainer, Watch
-from sharding.plan.plan_file import plan_text
 
 Teach = Callable[[Process, ParquetStream], ParquetStream]
 Report = Callable[[Path], object]
 log = logging.getLogger(__name__)
-_OWN = {METRICS, PLAN, CHECKPOINTS, STACKS, FAULTS, "tb"}
 
 
 def run_training(
@@ -63,7 +59,7 @@ def run_training(
     Args:
         config: of the run.
         resume: continue from the latest whole checkpoint of the run folder, if there is one.
-        overwrite: remove an earlier run of the same folder first.
+        overwrite: replace an earlier run of the same folder, when everything that can be checked without training was checked.
         allow_partial: load what fits of a checkpoint of another model.
         watch: is told of every evaluation; may end training there.
         teach: adds teachers' logits to the training rows; only for model.kind = enkd, see teachers.py.
@@ -78,8 +74,9 @@ def run_training(
     schema.require_fitted()
     if config.model.kind == "enkd" and teach is None:
         raise InputError("model.kind = 'enkd': its teachers are trained first; start it by `mbcnet train`")
-    # workers that torchelastic has restarted after a fault continue from the last checkpoint
-    resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    refuse_contradiction(resume, overwrite)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        resume, overwrite = True, False  # workers restarted after a fault continue from the last checkpoint
     settings, folder = config.train, config.run_folder
     require_client(settings.tracking)
     with (
@@ -94,12 +91,7 @@ def run_training(
 
         storage = storage_of(settings, folder)
         context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks)
-        problem = ""
-        if process.is_first:
-            problem = _folder_problem(folder, resume, overwrite) or _storage_problem(
-                storage, resume, overwrite
-            )
-        refuse_together(problem, process)
+        start = start_of(config, storage, process, resume, overwrite)
         with agreed(process):
             streams = open_streams(config.data, settings.seed, schema, process)
         built = build(config, schema, process)
@@ -108,9 +100,9 @@ def run_training(
         if teach is not None:
             train_rows = teach(process, train_rows)
         trainer = Trainer(settings, context, built, train_rows, streams.get("valid"))
-        start = _start(config, trainer, resume, allow_partial)
+        _load(config, trainer, start, allow_partial)
         if process.is_first:
-            _open_folder(config, built, fresh=start is None)
+            open_folder(config, built, storage, fresh=start is None, overwrite=overwrite)
             tell(opening_line(config, schema, process, trainer.total_steps, start))
         watchdog.open_stacks()
         trainer.train()
@@ -135,16 +127,9 @@ def _reported(folder: Path, report: Report | None) -> bool:
     return True
 
 
-def _start(config: RunConfig, trainer: Trainer, resume: bool, allow_partial: bool) -> int | None:
-    """Load the latest checkpoint, or the tables of a warm start; return the step to continue from, None for a fresh start."""
+def _load(config: RunConfig, trainer: Trainer, step: int | None, allow_partial: bool) -> None:
+    """Load the checkpoint of a step, or for a fresh start the tables of a warm start."""
     process, storage = trainer.process, trainer.context.storage
-    step, problem = None, ""
-    if resume and process.is_first:
-        step, steps = latest_step(storage), storage.steps()
-        if step is None and steps:
-            problem = f"{config.run_folder}: of {len(steps)} checkpoints none is whole; bring one back, or begin anew with --overwrite"
-    refuse_together(problem, process)
-    step = broadcast_value(step, process)
     notes: list[str] = []
     if step is not None:
         with ExitStack() as fetched:
@@ -158,7 +143,6 @@ def _start(config: RunConfig, trainer: Trainer, resume: bool, allow_partial: boo
     if process.is_first:
         for note in notes:
             tell(note)
-    return step
 
 
 def open_streams(
@@ -190,54 +174,6 @@ def _own_folders(config: RunConfig) -> dict[str, Path]:
         {"train.checkpoint_folder": Path(checkpoints)} if checkpoints and not is_uri(checkpoints) else {}
     )
     return {"train.out": config.run_folder} | elsewhere
-
-
-def _folder_problem(folder: Path, resume: bool, overwrite: bool) -> str:
-    """Why the run folder cannot be used, or an empty string. With `overwrite` an earlier run is removed. For rank 0."""
-    names = names_in(folder)
-    if not names or (resume and not overwrite and set(names) <= _OWN | {f".{CONFIG}.partial"}):
-        return ""  # a run that died before it wrote its config has left some of these
-    other = "choose another folder with --set train.out=FOLDER"
-    if CONFIG not in names:
-        return f"{folder}: exists and holds no run; {other}"
-    if overwrite:
-        clear(folder)
-    elif not resume:
-        return (
-            f"{folder}: holds a run already; continue with --resume, replace it with --overwrite, or {other}"
-        )
-    return ""
-
-
-def _storage_problem(storage: CheckpointStorage, resume: bool, overwrite: bool) -> str:
-    """Why checkpoints cannot be written, or an empty string; leftovers of dead runs are removed. For rank 0."""
-    try:
-        storage.clean()
-        storage.check_writable()
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); repair the storage or choose another place"
-    steps = [] if resume else storage.steps()
-    if steps and not overwrite:
-        return "train.checkpoint_folder: holds checkpoints already; continue with --resume, replace them with --overwrite, or change it"
-    for step in steps:
-        storage.remove(step)
-    return ""
-
-
-def _open_folder(config: RunConfig, built: Built, *, fresh: bool) -> None:
-    """Write the config and the plan of a run, and remove what a start that died, or an earlier end, has left."""
-    folder = config.run_folder
-    with written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            for name in (CHECKPOINTS, "tb", FAULTS):
-                shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / DONE).unlink(missing_ok=True)
-        write_whole(folder / CONFIG, config_text(config))
-        if fresh:
-            write_whole(folder / METRICS, "")
-        write_whole(folder / PLAN, plan_text(built.plan))
 
 
 def _test(trainer: Trainer, open_test: Callable[[], ParquetStream] | None) -> dict[str, Any]:

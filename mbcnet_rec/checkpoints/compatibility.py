@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import InputError
-from data.schema.parse import parse_dataclass, read_toml
-from mbcnet_rec.checkpoints.run_folder import CONFIG, storage_of
+from mbcnet_rec.checkpoints.run_folder import CONFIG, storage_of, train_config_of
 from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, shards_of
 from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zch_table_of
@@ -225,10 +224,9 @@ def warm_start(train: TrainConfig, built: Built, process: Process) -> str:
         InputError: no such run or table, or a table is wider or longer there.
     """
     other, where = Path(train.warm_start), f"train.warm_start = {train.warm_start!r}"
-    path = other / CONFIG
-    if not path.is_file():
+    theirs = train_config_of(other)
+    if theirs is None:
         raise InputError(f"{where}: no run folder (it has no {CONFIG}); name what `mbcnet train` wrote")
-    theirs = parse_dataclass(TrainConfig, read_toml(path).get("train", {}), str(path), "train")
     storage = storage_of(theirs, other)
     step = best_step(storage)
     if step is None:

@@ -120,6 +120,11 @@ def file_name(rank: int, token: str = "") -> str:
     return f"rank_{rank:05d}{token and f'.{token}'}.safetensors"
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a rank may have written a file of that name."""
+    return _FILE.fullmatch(name) is not None
+
+
 def _rank_file(entry: dict[str, Any]) -> RankFile:
     if not isinstance(entry["file"], str) or not _FILE.fullmatch(entry["file"]):
         raise ValueError(f"file {entry['file']!r}: wanted a name such as {file_name(0)}")

@@ -1,11 +1,23 @@
-"""The names in a run folder, and where a run's checkpoints are."""
+"""The names in a run folder, where a run's checkpoints are, and how a new run takes the place of an earlier one.
 
+A run folder with a config.toml holds a run. A replaced run is moved to RUN/.replaced, its config.toml first, and the new one's files
+come from RUN/.new, its config.toml last: so whenever the process ends, `recover` finds one whole run or the other.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
+from data.errors import InputError
+from data.reading.storage import is_uri
+from data.schema.parse import parse_dataclass, read_toml
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, open_storage
 from mbcnet_rec.training.config import TrainConfig
 
 CONFIG, PLAN, CHECKPOINTS, DONE = "config.toml", "plan.json", "checkpoints", "DONE"
+NEW, REPLACED = ".new", ".replaced"
 
 
 def storage_of(train: TrainConfig, folder: Path) -> CheckpointStorage:
@@ -15,3 +27,70 @@ def storage_of(train: TrainConfig, folder: Path) -> CheckpointStorage:
         InputError: `train.checkpoint_folder` is a URI that cannot be opened.
     """
     return open_storage(train.checkpoint_folder or folder / CHECKPOINTS)
+
+
+def train_config_of(folder: Path) -> TrainConfig | None:
+    """The [train] part of the config of the run in `folder`; None where it holds no run.
+
+    Raises:
+        InputError: the config cannot be read.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    return parse_dataclass(TrainConfig, read_toml(path).get("train", {}), str(path), "train")
+
+
+def other_checkpoints(train: TrainConfig, folder: Path) -> str:
+    """Where the run in `folder` has its checkpoints, if that is elsewhere than `train` says; an empty string if it is there, or no run."""
+    theirs = None
+    with suppress(InputError):  # of a version that knew other keys
+        theirs = train_config_of(folder)
+    if theirs is None or _location(theirs, folder) == _location(train, folder):
+        return ""
+    return theirs.checkpoint_folder or str(folder / CHECKPOINTS)
+
+
+def _location(train: TrainConfig, folder: Path) -> str:
+    place = train.checkpoint_folder
+    return place.rstrip("/") if is_uri(place) else str(Path(place or folder / CHECKPOINTS).resolve())
+
+
+def put_in_place(folder: Path, names: Collection[str], between: Callable[[], object]) -> None:
+    """Make what lies in RUN/.new the run, in place of what lies under `names`; `between`: when the one is gone and the other not there.
+
+    Raises:
+        OSError: it cannot be moved; the earlier run is as it was.
+    """
+    replaced, new = folder / REPLACED, folder / NEW
+    try:
+        replaced.mkdir()
+        for name in sorted(names, key=lambda name: name != CONFIG):
+            if os.path.lexists(folder / name):
+                os.replace(folder / name, replaced / name)
+        between()
+        for path in sorted(new.iterdir(), key=lambda path: path.name == CONFIG):
+            os.replace(path, folder / path.name)
+    except OSError:
+        recover(folder)
+        raise
+    recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Bring back a run whose replacement was cut off; remove what is left of one whose replacement is in place."""
+    replaced = folder / REPLACED
+    if replaced.is_dir() and not (folder / CONFIG).exists():
+        for path in sorted(replaced.iterdir(), key=lambda path: path.name == CONFIG):
+            remove(folder / path.name)
+            os.replace(path, folder / path.name)
+    remove(replaced)
+    remove(folder / NEW)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

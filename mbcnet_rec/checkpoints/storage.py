@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 
 from data.errors import InputError
 from data.reading.storage import file_system, retried
-from mbcnet_rec.checkpoints.manifest import MANIFEST, file_name, read_checkpoint, read_manifest
+from mbcnet_rec.checkpoints.manifest import MANIFEST, file_name, is_file_name, read_checkpoint, read_manifest
 from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 
@@ -104,11 +104,14 @@ class LocalStorage:
             for step in _numbers([path.name.split(".")[1]]):
                 if (path / MANIFEST).is_file() and not self.folder(step).exists():
                     os.replace(path, self.folder(step))
-        for path in self.root.glob(f".*{PARTIAL}"):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for pattern in (f".step_*{PARTIAL}", f".{BEST}{PARTIAL}", f".probe{PARTIAL}"):
+            for path in self.root.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         for path in self.root.glob("step_*"):
-            if path.is_dir() and not path.is_symlink() and not (path / MANIFEST).exists():
-                shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink() and _numbers([path.name]):
+                names = [each.name for each in path.iterdir()]
+                if MANIFEST not in names and all(map(is_file_name, names)):  # others are not ours
+                    shutil.rmtree(path, ignore_errors=True)
 
     def check_writable(self) -> None:
         """Write a small file and remove it; OSError if that fails. A folder that was not there is not left behind."""
@@ -154,7 +157,13 @@ class RemoteStorage:
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending."""
-        return _numbers(path.split("/")[-2] for path in self._files() if path.endswith(f"/{MANIFEST}"))
+        return _numbers(folder for folder, name in self._steps_files() if name == MANIFEST)
+
+    def _steps_files(self) -> list[tuple[str, str]]:
+        """(folder, name) of the files in the folders right below this prefix."""
+        start = len(self._path("")) if self._root.rstrip("/") else 0
+        parts = [path[start:].split("/") for path in self._files()]
+        return [(each[0], each[1]) for each in parts if len(each) == 2]
 
     def file_name(self, rank: int, token: str) -> str:
         """A name with the token, so that the manifest of an earlier try still finds that try's files."""
@@ -205,9 +214,10 @@ class RemoteStorage:
                 self._system.delete_file(path)
 
     def clean(self) -> None:
-        """Remove the files of steps that have no manifest."""
-        for step in set(_numbers(path.split("/")[-2] for path in self._files())) - set(self.steps()):
-            self.remove(step)
+        """Remove the files of steps that have no manifest; others than ours stay."""
+        whole = set(self.steps())
+        for step in set(_numbers(folder for folder, _ in self._steps_files())) - whole:
+            self._delete(path for path in self._files(f"step_{step}") if is_file_name(_name(path)))
 
     def check_writable(self) -> None:
         """Write a small file and remove it."""

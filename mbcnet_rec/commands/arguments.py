@@ -11,6 +11,19 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
+def add_start(parser: argparse.ArgumentParser) -> None:
+    """Add --resume and --overwrite, of which a run takes one at most."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--resume", action="store_true", help="continue from the run folder's latest checkpoint"
+    )
+    either.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier run of the same folder, once all is checked",
+    )
+
+
 def names(text: str) -> list[str]:
     """Read "a, b" as ["a", "b"]."""
     return [name.strip() for name in text.split(",") if name.strip()]

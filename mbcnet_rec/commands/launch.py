@@ -10,7 +10,7 @@ from data.errors import InputError
 from data.schema import load_schema
 from launch import scripts
 from launch.job import Job, JobError, parse_shape
-from mbcnet_rec.commands.arguments import add_config
+from mbcnet_rec.commands.arguments import add_config, add_start
 from sharding.plan.compare import check_plan
 from sharding.plan.plan_file import read_plan
 
@@ -26,8 +26,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add = parser.add_argument
     add("-j", default="1x2", metavar="HOSTSxPROCESSES", help="1x2, 16x8, or 2:4x8 for hosts that come and go")
-    add("--resume", action="store_true", help="continue from the run folder's latest checkpoint")
-    add("--overwrite", action="store_true", help="replace an earlier run of the same folder")
+    add_start(parser)
     add("-s", "--scheduler", choices=SCHEDULERS, default="local_cwd", help="torchx's scheduler (local_cwd)")
     add("-cfg", default="", metavar="KEY=VALUE,...", help="the scheduler's own options, as torchx takes them")
     add = parser.add_mutually_exclusive_group().add_argument

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import InputError
-from mbcnet_rec.commands.arguments import add_config
+from mbcnet_rec.commands.arguments import add_config, add_start
 
 if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig
@@ -17,8 +17,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add = parser.add_argument
     add("--plan", metavar="PLAN", help="run exactly this plan file, or refuse with the difference (short for --set sharding.plan=PLAN)")  # fmt: skip
-    add("--resume", action="store_true", help="continue from the run folder's latest checkpoint")
-    add("--overwrite", action="store_true", help="replace an earlier run of the same folder")
+    add_start(parser)
     add("--allow-partial", action="store_true", help="with --resume: load what fits of a checkpoint of another model, and say what starts fresh")  # fmt: skip
     parser.set_defaults(run=_train)
 

@@ -1,0 +1,130 @@
+"""Whether a run may begin in its folder, from which step it continues, and what it writes there before its first step."""
+
+from pathlib import Path
+
+from data.errors import InputError
+from mbcnet_rec.checkpoints.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    DONE,
+    NEW,
+    PLAN,
+    other_checkpoints,
+    put_in_place,
+    recover,
+)
+from mbcnet_rec.checkpoints.storage import CheckpointStorage, latest_step, open_storage
+from mbcnet_rec.config import RunConfig, config_text
+from mbcnet_rec.logs.metrics_log import METRICS, write_whole, written
+from mbcnet_rec.logs.mlflow import RUN_ID
+from mbcnet_rec.runtime.lock import names_in
+from mbcnet_rec.runtime.process import Process, broadcast_value, refuse_together
+from mbcnet_rec.runtime.watchdog import STACKS
+from mbcnet_rec.training.built import Built
+from mbcnet_rec.training.faults import FAULTS
+from sharding.plan.plan_file import plan_text
+
+# what a run writes
+_OWN = {CONFIG, METRICS, PLAN, CHECKPOINTS, STACKS, FAULTS, "tb", DONE, "report.html", RUN_ID}
+
+
+def refuse_contradiction(resume: bool, overwrite: bool) -> None:
+    """Raise InputError if a run is to be both continued and replaced."""
+    if resume and overwrite:
+        raise InputError(
+            "--resume with --overwrite: the one continues the run of the folder, the other replaces it; leave one of them out"
+        )
+
+
+def start_of(
+    config: RunConfig, storage: CheckpointStorage, process: Process, resume: bool, overwrite: bool
+) -> int | None:
+    """Check folder and storage, and find the step to continue from; None for a fresh start. Nothing of an earlier run is removed."""
+    step, problem = None, ""
+    if process.is_first:
+        with written(config.run_folder):
+            recover(config.run_folder)
+        problem = folder_problem(config, resume, overwrite) or _storage_problem(
+            config, storage, resume, overwrite
+        )
+        if resume and not problem:
+            step = latest_step(storage)
+            problem = "" if step is not None else _lost_checkpoints(config, storage)
+    refuse_together(problem, process)
+    return broadcast_value(step, process)
+
+
+def _lost_checkpoints(config: RunConfig, storage: CheckpointStorage) -> str:
+    """Why a run without a whole checkpoint cannot begin anew unasked, or an empty string: it has had some."""
+    folder, steps = config.run_folder, storage.steps()
+    if steps:
+        return f"{folder}: of {len(steps)} checkpoints none is whole; bring one back, or begin anew with --overwrite"
+    elsewhere = other_checkpoints(config.train, folder)
+    if elsewhere and open_storage(elsewhere).steps():
+        return (
+            f"train.checkpoint_folder = {config.train.checkpoint_folder!r}: no checkpoint is there, those of {folder} are in "
+            f"{elsewhere}; set it so, move them, or begin anew with --overwrite"
+        )
+    if (folder / DONE).exists():
+        return f"{folder}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
+    return ""
+
+
+def folder_problem(config: RunConfig, resume: bool, overwrite: bool) -> str:
+    """Why the run folder cannot be used, or an empty string. For rank 0."""
+    folder = config.run_folder
+    names = set(names_in(folder))
+    other = "choose another folder with --set train.out=FOLDER"
+    if CONFIG not in names:  # a run that died before it wrote its config has left some of its own
+        is_free = not names or ((resume or overwrite) and names <= _OWN | {f".{CONFIG}.partial"})
+        return "" if is_free else f"{folder}: exists and holds no run; {other}"
+    if overwrite:
+        source = config.train.warm_start
+        if source and folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+            return f"train.warm_start = {source!r}: --overwrite replaces this very run; {other}, or start from a copy of the run"
+    elif not resume:
+        return (
+            f"{folder}: holds a run already; continue with --resume, replace it with --overwrite, or {other}"
+        )
+    return ""
+
+
+def _storage_problem(config: RunConfig, storage: CheckpointStorage, resume: bool, overwrite: bool) -> str:
+    """Why checkpoints cannot be written, or an empty string; leftovers of dead runs are removed. For rank 0."""
+    try:
+        storage.clean()
+        storage.check_writable()
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); repair the storage or choose another place"
+    if resume or not storage.steps():
+        return ""
+    place = f"train.checkpoint_folder = {config.train.checkpoint_folder!r}"
+    if not overwrite:
+        return f"{place}: holds checkpoints already; continue with --resume, replace them with --overwrite, or change it"
+    folder = config.run_folder
+    if not (folder / CONFIG).is_file() or other_checkpoints(config.train, folder):
+        return f"{place}: holds checkpoints that are not those of the run in {folder}, which --overwrite replaces; choose another place, or remove them yourself"
+    return ""
+
+
+def open_folder(
+    config: RunConfig, built: Built, storage: CheckpointStorage, *, fresh: bool, overwrite: bool
+) -> None:
+    """Write the config and the plan of a run; a fresh one takes the place of an earlier run, and of what a start that died has left."""
+    folder = config.run_folder
+    target = folder / NEW if fresh else folder
+
+    def remove_checkpoints() -> None:
+        for step in storage.steps():
+            storage.remove(step)
+
+    with written(folder):
+        target.mkdir(parents=True, exist_ok=True)
+        write_whole(target / CONFIG, config_text(config))
+        write_whole(target / PLAN, plan_text(built.plan))
+        if fresh:
+            write_whole(target / METRICS, "")
+            # the stacks of a start that died stay, and its run on an MLflow server
+            put_in_place(folder, _OWN if overwrite else _OWN - {STACKS, RUN_ID}, remove_checkpoints)
+        (folder / DONE).unlink(missing_ok=True)
