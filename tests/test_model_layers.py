@@ -151,7 +151,6 @@ def test_field_vectors(dim):
     [
         ({"groups": {ALL: ("a",)}}, "groups.all: the model needs this name"),
         ({"groups": {WIDE: ("a",)}}, "groups.@wide: the model needs this name"),
-        ({"embedding_dims": {"a@b": 4}, "wide": True}, "without '@'"),
     ],
 )
 def test_layout_refuses(kwargs, words):

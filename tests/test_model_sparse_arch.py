@@ -97,7 +97,11 @@ def test_regroup_with_wide_weights(op):
 
 
 def test_keys_of_wide_weights():
-    assert field_of("user@table") == "user" and field_of(wide_key("user")) == wide_key("user")
+    fields = {"user", "a", "a@b", "user.id"}
+    assert field_of("user@table", fields) == "user" and field_of("user", fields) == "user"
+    assert field_of("a@b@table", fields) == "a@b" and field_of("a@table", fields) == "a"
+    assert all(field_of(wide_key(field), fields) == wide_key(field) for field in fields)
+    assert wide_key("user.id") == "user.id@wide_user%2Eid"  # a table's name is that of a module
     assert regroup_op(torch.device("cpu")) == "split" and regroup_op(torch.device("cuda")) == "permute"
     assert join_slices([(0, 1), (1, 3), (6, 2), (8, 1)]) == [(0, 4), (6, 3)]
 

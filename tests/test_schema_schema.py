@@ -127,7 +127,7 @@ REFUSED = {
     "unknown member": (top(groups={"g": ["user", "usr"]}), r"groups\.g: 'usr' is not a field"),
     "empty group": (top(groups={"g": []}), r"groups\.g = \[\]: wanted names"),
     "member twice": (top(groups={"g": ["user", "user"]}), r"groups\.g: a field is listed twice"),
-    "group all": (top(groups={"all": ["user"]}), "the name 'all' means every field already"),
+    "group all": (top(groups={"all": ["user"]}), "the model has a group of this name itself"),
     "name with a slash": (lambda t: t["fields"].update({"../x": t["fields"].pop("price")}), r"'\.\./x': wanted a name without"),
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ from data.schema import (
     parse_schema,
     schema_to_toml,
 )
+from data.schema.names import file_stems
 from data.whole_folder import whole_folder
 
 VOCABULARY_FOLDER = "vocabulary"
@@ -165,7 +166,7 @@ def fit_schema(
     Raises:
         InputError: no file, one is damaged, or a column is missing.
     """
-    top = schema_to_toml(schema)
+    top, paths = schema_to_toml(schema), _vocabulary_paths(schema)
     _copy_vocabularies(schema, top, out)
     waiting = [feature for feature in schema.features if not feature.is_fitted]
     if waiting and not files:
@@ -195,7 +196,7 @@ def fit_schema(
         values = counts[feature.table_name].vocabulary(min_count)
         sizes = top["tables"][feature.table] if feature.table else entry
         sizes["num_embeddings"] = len(values) + FIRST_VOCABULARY_ROW
-        entry["vocabulary"] = _vocabulary_path(feature)
+        entry["vocabulary"] = paths[feature.name]
         path = out / entry["vocabulary"]
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"value": values}), path, compression="zstd", write_page_checksum=True)
@@ -231,16 +232,21 @@ def write_fitted(
     return load_schema(out / "schema.toml")
 
 
-def _vocabulary_path(feature: Feature) -> str:
-    return f"{VOCABULARY_FOLDER}/{feature.table_name}.parquet"
+def _vocabulary_paths(schema: Schema) -> dict[str, str]:
+    """Field with a table -> the path of its vocabulary, in the folder of the fit."""
+    stems = file_stems(table.name for table in schema.tables)
+    return {
+        name: f"{VOCABULARY_FOLDER}/{stems[table.name]}.parquet" for name, table in schema.table_of.items()
+    }
 
 
 def _copy_vocabularies(schema: Schema, top: dict[str, Any], folder: Path) -> None:
     """Copy the vocabulary files that a schema names into `folder`, and name them there."""
+    paths = _vocabulary_paths(schema)
     for feature in schema.features:
         if feature.vocabulary in ("", FIT):
             continue
-        source, target = schema.folder / feature.vocabulary, folder / _vocabulary_path(feature)
+        source, target = schema.folder / feature.vocabulary, folder / paths[feature.name]
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copyfile(source, target)
@@ -248,7 +254,7 @@ def _copy_vocabularies(schema: Schema, top: dict[str, Any], folder: Path) -> Non
             raise InputError(
                 f"{source}: the vocabulary of field {feature.name!r} cannot be copied ({error.strerror}); fix the path in the schema"
             ) from None
-        top["fields"][feature.name]["vocabulary"] = _vocabulary_path(feature)
+        top["fields"][feature.name]["vocabulary"] = paths[feature.name]
 
 
 def _record_batches(file: DataFile, features: list[Feature]) -> Iterator[pa.RecordBatch]:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from .bounds import bounded, bounds_problem  # relative: an exported artifact carries this file
+from .names import own_table
 
 Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector"]
 Encoding = Literal["ids", "vocabulary", "hash", "zch"]
@@ -36,7 +37,7 @@ class Feature:
             gets a row of its own, which it can lose to another one). For plain modulo, use ids with on_invalid = "modulo".
         num_embeddings: rows of the field's table; 0 where a table or a fit says it.
         embedding_dim: width of the field's table, a multiple of 4, at most 1024; 0 where a table says it.
-        table: name of the table, if fields share one; default: the field's own name.
+        table: name of the table, if fields share one; default: the field's own name (see `own_table`).
         pooling: how a list's rows become one vector.
         vocabulary: "fit", or a Parquet file (relative to the schema) with one column `value`, in row order.
         min_count: values seen fewer times in training become out-of-vocabulary at fit.
@@ -133,7 +134,7 @@ class Feature:
     @property
     def table_name(self) -> str:
         """The table the field looks up."""
-        return self.table or self.name
+        return self.table or own_table(self.name)
 
     @property
     def dense_width(self) -> int:

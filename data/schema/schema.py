@@ -21,7 +21,7 @@ A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary,
 import dataclasses
 import hashlib
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from ..errors import InputError  # relative: an exported artifact carries this file
 from .feature import Eviction, Feature, feature_problem, rows_problem
+from .names import RESERVED_GROUPS, is_module_name, name_problem
 from .parse import parse_dataclass, read_toml, to_toml_value, unknown_key
 
 HINTS = ("pooling_factor", "cardinality")  # keys for the planner, which change no result
@@ -180,7 +181,7 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     if not top.label:
         raise InputError(f"{source}: label = '': wanted the column of 0 and 1; name it")
     features = [_parse_feature(name, entry, top, source) for name, entry in raw_fields.items()]
-    _check_names([*raw_fields, *top.tables], top, source)
+    _check_names(raw_fields, top, source)
     _check_groups(top.groups, raw_fields, source)
     return Schema(
         name=top.name,
@@ -207,13 +208,21 @@ def _parse_feature(name: str, entry: Any, top: _SchemaTop, source: str) -> Featu
     return feature
 
 
-def _check_names(names: list[str], top: _SchemaTop, source: str) -> None:
-    for name in names:
-        # names become names of files, of modules and of checkpoint entries
-        if not name or name.startswith(".") or set(name) & set("/\\") or not name.isprintable():
+def _check_names(fields: Iterable[str], top: _SchemaTop, source: str) -> None:
+    for name in fields:
+        if problem := name_problem(name):
             raise InputError(
-                f"{source}: {name!r}: wanted a name without '/', '\\' or control characters, not starting with '.'; "
-                "rename the field and give its column by `column`"
+                f"{source}: {name!r}: {problem}; rename the field and give its column by `column`"
+            )
+    for section, names in (("tables", top.tables), ("groups", top.groups)):
+        for name in names:
+            if problem := name_problem(name):
+                raise InputError(f"{source}: {section}: {name!r}: {problem}; rename it")
+    for name in top.tables:
+        if not is_module_name(name):
+            raise InputError(
+                f"{source}: tables: {name!r}: wanted a name without '.' that torch's modules do not use themselves; rename the table, "
+                "here and in its fields' `table`"
             )
     for key in ("group_column", "time_column"):
         if getattr(top, key) == top.label:
@@ -223,8 +232,8 @@ def _check_names(names: list[str], top: _SchemaTop, source: str) -> None:
 def _check_groups(groups: dict[str, tuple[str, ...]], names: Container[str], source: str) -> None:
     for group, members in groups.items():
         where = f"{source}: groups.{group}"
-        if group == "all":
-            raise InputError(f"{where}: the name 'all' means every field already; choose another name")
+        if group in RESERVED_GROUPS:
+            raise InputError(f"{where}: the model has a group of this name itself; choose another name")
         if not members:
             raise InputError(f"{where} = []: wanted names of fields; add some or remove the group")
         if len(set(members)) < len(members):
@@ -240,10 +249,15 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
     for feature in features:
         if feature.is_sparse:
             members.setdefault(feature.table_name, []).append(feature)
-            if feature.name in shared and feature.table != feature.name:
+            own, (first, *_) = feature.table_name, members[feature.table_name]
+            where = f"{source}: fields.{feature.name}"
+            if not feature.table and own in shared:
                 raise InputError(
-                    f"{source}: fields.{feature.name}: [tables] has an entry of this name; set table = {feature.name!r} here, "
-                    "or rename one of the two"
+                    f"{where}: [tables] has an entry of this name; set table = {own!r} here, or rename one of the two"
+                )
+            if not feature.table and feature is not first:
+                raise InputError(
+                    f"{where}: field {first.name!r} has a table {own!r} too; rename one of the two fields"
                 )
     for name, table in shared.items():
         if name not in members:

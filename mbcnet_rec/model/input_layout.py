@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from data.errors import InputError
 from data.schema import Schema, Table
+from data.schema.names import own_table
 
 ALL = "all"  # the name of the group of every field
 WIDE = "@wide"  # the name of the group of wide weights; reserved, it cannot clash with a user's group
@@ -35,11 +36,6 @@ class InputLayout:
         """Refuse names that the model needs itself."""
         if taken := {ALL, WIDE} & self.groups.keys():
             raise InputError(f"groups.{min(taken)}: the model needs this name itself; rename the group")
-        if self.wide and (odd := [key for key in self.embedding_dims if "@" in key]):
-            raise InputError(
-                f"field {odd[0]!r}: a model with wide weights needs names without '@'; name the field otherwise and "
-                "give its column by `column`"
-            )
 
     def keys(self, group: str) -> tuple[str, ...]:
         """List the keys of a group, sparse ones first, in the order in which their columns stand."""
@@ -93,10 +89,15 @@ def input_layout(schema: Schema, wide: bool = False) -> InputLayout:
     return InputLayout(dims, slices, schema.groups, wide, projections)
 
 
+def wide_table(field: str) -> str:
+    """The name of the table of a field's wide weights."""
+    return own_table(f"wide_{field}")
+
+
 def wide_tables(tables: Sequence[Table]) -> list[Table]:
     """List the extra tables of a model with wide weights: one weight per id and field.
 
-    Each field gets a table "wide_FIELD" with the rows and pooling of its own table, also where fields share one.
+    Each field gets a table of its own (`wide_table`) with the rows and pooling of its own table, also where fields share one.
     The weight is the mean of its four columns: their gradients are equal, so Adam, Adagrad and rowwise Adagrad
     move it as they would move one number; plain SGD moves it at a quarter of its rate.
 
@@ -104,7 +105,7 @@ def wide_tables(tables: Sequence[Table]) -> list[Table]:
         InputError: a table already has such a name.
     """
     wide = [
-        dataclasses.replace(table, name=f"wide_{field}", embedding_dim=WIDE_DIM, feature_names=(field,))
+        dataclasses.replace(table, name=wide_table(field), embedding_dim=WIDE_DIM, feature_names=(field,))
         for table in tables
         for field in table.feature_names
     ]

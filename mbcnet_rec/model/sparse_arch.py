@@ -3,7 +3,7 @@
 Shapes: B batch, F sparse fields, N flattened width of all fields, n_g width of group g, D dense columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
 from operator import itemgetter
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec.modules.regroup import KTRegroupAsDict
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from mbcnet_rec.model.input_layout import ALL, WIDE, WIDE_DIM, InputLayout
+from mbcnet_rec.model.input_layout import ALL, WIDE, WIDE_DIM, InputLayout, wide_table
 
 RegroupOp = Literal["permute", "split"]
 
@@ -93,7 +93,7 @@ class FeatureRegroup(nn.Module):
         if layout.wide:
             self._sparse[WIDE] = [wide_key(field) for field in layout.embedding_dims]
             self._dense[WIDE] = self._dense[ALL]
-        self._has_wide = layout.wide
+        self._fields = frozenset(layout.embedding_dims)
         self._keys: list[list[str]] = []  # of the collections' outputs at the last call
         self._cuts = Cuts([], {})
         self._permute: KTRegroupAsDict | None = None
@@ -136,7 +136,7 @@ class FeatureRegroup(nn.Module):
         if keys == self._keys:
             return
         self._keys = keys
-        outputs = {field_of(key) if self._has_wide else key: key for each in keys for key in each}
+        outputs = {field_of(key, self._fields): key for each in keys for key in each}
         named = {name: [outputs[key] for key in fields] for name, fields in self._sparse.items() if fields}
         self._permute = KTRegroupAsDict(list(named.values()), list(named))
         widths = [dict(zip(tensor.keys(), tensor.length_per_key(), strict=True)) for tensor in keyed_tensors]
@@ -145,13 +145,16 @@ class FeatureRegroup(nn.Module):
 
 def wide_key(field: str) -> str:
     """Key of a field's wide weight in the output of a collection: two tables serve the field, so TorchRec adds the table's name."""
-    return f"{field}@wide_{field}"
+    return f"{field}@{wide_table(field)}"
 
 
-def field_of(key: str) -> str:
-    """Key of the output of a collection with wide weights -> the field, or `wide_key(field)`."""
-    field = key.partition("@")[0]
-    return key if key == wide_key(field) else field
+def field_of(key: str, fields: Container[str]) -> str:
+    """Key of the output of a collection -> the field, or `wide_key(field)`: where two tables serve a field, it is FIELD@TABLE."""
+    head, parts = key, key.split("@")
+    while head not in fields:  # a name may hold "@" itself
+        parts.pop()
+        head = "@".join(parts)
+    return key if key == wide_key(head) else head
 
 
 def regroup_op(device: torch.device) -> RegroupOp:

@@ -33,7 +33,7 @@ from data.schema import Schema, Table, format_schema, load_schema
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.doctor import installed
-from mbcnet_rec.model.input_layout import input_layout, wide_tables
+from mbcnet_rec.model.input_layout import input_layout, wide_table, wide_tables
 from mbcnet_rec.model.models import build_arch, needs_wide
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
 from mbcnet_rec.scoring.trained_run import branch_names, read_whole
@@ -56,7 +56,7 @@ sys.exit(main())
 ENCODER_FILES = (
     "__init__.py",
     "errors.py",
-    *(f"schema/{name}.py" for name in ("__init__", "bounds", "feature", "parse", "schema")),
+    *(f"schema/{name}.py" for name in ("__init__", "bounds", "feature", "names", "parse", "schema")),
     *(f"reading/{name}.py" for name in ("__init__", "column_types", "columns", "encode", "keys")),
 )
 DATA = Path(data.__file__).parent
@@ -147,7 +147,7 @@ def take_apart(
     tables, lookups = pool_tables(weights.tables)
     pooled = [(field, tables[pooling][index]) for pooling, pairs in lookups.items() for field, index in pairs]
     widths = {
-        wide_key(field) if table.name == f"wide_{field}" else field: table.embedding_dim
+        wide_key(field) if table.name == wide_table(field) else field: table.embedding_dim
         for field, table in pooled
     }
     regroup = copy.deepcopy(weights.regroup)  # it remembers the first layout that it meets
