@@ -5,6 +5,7 @@ that metrics of streamed rows keep the bound they state.
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -151,3 +152,32 @@ def test_other_rows_and_refusals(runs, tmp_path):
     ):
         code, _, err = printed_by("evaluate", *argv)
         assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_a_value_is_one_slice_whatever_type_its_column_has(runs, tmp_path):
+    """Integers one day and doubles, decimals, text or bytes of the next; times in nanoseconds; a column that is there twice is refused."""
+    rows = pq.read_table(runs / "test.parquet").slice(0, 90)
+    numbers = pa.array([index % 3 for index in range(90)])
+    texts = numbers.cast(pa.string())
+    columns = [
+        numbers,
+        numbers.cast(pa.float32()),
+        numbers.cast(pa.decimal128(20, 2)),
+        texts,
+        texts.cast(pa.binary()),
+        texts.dictionary_encode(),
+    ]
+    for index, column in enumerate(columns):
+        times = pa.array(range(90), pa.timestamp("ns"))
+        table = rows.append_column("part", column).append_column("at", times)
+        pq.write_table(table, tmp_path / f"{index}.parquet", write_page_checksum=True)
+    run = runs / "row_wise"
+    code, out, err = printed_by("evaluate", run, "--data", tmp_path, "--by", "part", "--by", "at", "--json")
+    assert code == 0, err
+    slices = json.loads(out)["slices"]
+    assert {name: each["rows"] for name, each in slices["part"].items()} == {"0": 180, "1": 180, "2": 180}
+    assert slices["at"]["1970-01-01 00:00:00.000000007"]["rows"] == 6
+    twice = pa.Table.from_arrays([*rows.columns, numbers, numbers], [*rows.column_names, "part", "part"])
+    pq.write_table(twice, tmp_path / "twice.parquet", write_page_checksum=True)
+    code, _, err = printed_by("evaluate", run, "--data", tmp_path / "twice.parquet", "--by", "part")
+    assert code == 2 and "--by part: 2 columns of this name" in err

@@ -29,6 +29,7 @@ from data.reading.encode import Encoder
 from data.reading.files import resolve_files
 from data.reading.storage import DataFile, is_uri
 from data.schema import load_schema
+from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.process import Process, agreed, any_rank, broadcast_value, joined_process
@@ -227,9 +228,7 @@ def write_note(job: Job) -> None:
     """Say which files have changed since their rows were scored, and renew the note."""
     for source in changed_sources(read_note(job.out / REQUEST), job.note):
         print(f"{source} has changed since its rows were scored: scored again")
-    draft = job.out / f"{REQUEST}.partial"
-    draft.write_text(json.dumps(job.note, indent=1))
-    job.put(draft, job.out / REQUEST)
+    write_whole(job.out / REQUEST, json.dumps(job.note, indent=1))
 
 
 def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:

@@ -1,7 +1,7 @@
 """The note in a prediction's folder: the weights, the columns, and of which source each file's rows are; and what may be added to it.
 
     OUT/_predict.json    {"format": 2, "token": ..., "weights": ..., "columns": [...], "whole": true, "obsolete": [],
-                          "files": {"ds=1/part-0.parquet": {"from": ..., "rows": ..., "bytes": ..., "changed": ...}}}
+                          "files": {"ds=1/part-0.parquet": {"from": ..., "rows": ..., "bytes": ..., "end": ..., "changed": ...}}}
 
 A file of scores carries a mark of all that in its footer: only one with the right mark counts as done. So nothing is removed before what
 replaces it is there, and a mixture of two predictions is never taken for one.
@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.errors import InputError
+from data.reading.fingerprint import mark_files
 from data.reading.storage import LIST_ATTEMPTS, DataFile, file_system, is_uri, path_parts, retried
 from mbcnet_rec.runtime.lock import LOCK, names_in
 
@@ -59,20 +60,21 @@ def describe(
     names: Sequence[str], files: Sequence[DataFile], rows: Sequence[int], columns: Sequence[str], weights: str
 ) -> Note:
     """The note of a prediction that is asked for: what fixes its output."""
+    facts = zip(names, files, rows, mark_files(files), strict=True)
     entries = {
-        name: source_of(file) | {"rows": count} for name, file, count in zip(names, files, rows, strict=True)
+        name: source_of(file) | {"rows": count, "bytes": mark.size, "end": mark.sha256}
+        for name, file, count, mark in facts
     }
     return {"format": 2, "weights": weights, "columns": list(columns), "files": entries}
 
 
 def source_of(file: DataFile) -> dict[str, Any]:
-    """Which file it is, and what tells whether it has changed since."""
+    """Which file it is, and when it was last changed, in nanoseconds."""
     if isinstance(file, Path):
-        stat = file.stat()
-        return {"from": os.path.realpath(file), "bytes": stat.st_size, "changed": stat.st_mtime_ns}
+        return {"from": os.path.realpath(file), "changed": file.stat().st_mtime_ns}
     system, path = file_system(file.uri)
     info = retried(lambda: system.get_file_info(path), file.uri, LIST_ATTEMPTS)
-    return {"from": file.uri, "bytes": info.size, "changed": info.mtime_ns}
+    return {"from": file.uri, "changed": info.mtime_ns}
 
 
 def join_notes(out: Path, asked: Note, overwrite: bool) -> Note:
@@ -82,7 +84,7 @@ def join_notes(out: Path, asked: Note, overwrite: bool) -> Note:
         InputError: the folder holds something else, other weights or columns, or scores of other files in the same places.
     """
     fresh = asked | {"token": uuid.uuid4().hex, "obsolete": [], "whole": False}
-    if not set(names_in(out)) - {f"{REQUEST}.partial"}:
+    if not set(names_in(out)) - {f".{REQUEST}.partial"}:
         _refuse_other_sources(out, {}, asked["files"])
         return fresh
     before = read_note(out / REQUEST)
@@ -132,7 +134,7 @@ def _refuse_other_sources(out: Path, before: Mapping[str, Any], asked: Mapping[s
 def changed_sources(before: Note | None, note: Note) -> list[str]:
     """Sources that have changed since their rows were scored."""
     held = before["files"] if before is not None else {}
-    facts = ("rows", "bytes", "changed")
+    facts = ("rows", "bytes", "end", "changed")
     return [
         entry["from"]
         for name, entry in note["files"].items()

@@ -4,8 +4,10 @@ One pass over just these columns, before any scoring, counts their values. The M
 of their own; all others are one slice together.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -40,17 +42,20 @@ def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) 
     """Names of slices -> columns of the files; a field's name stands for its column.
 
     Raises:
-        InputError: a column is missing, or holds lists.
+        InputError: a column is missing, there twice, or holds lists.
     """
     columns = {name: next((f.source_column for f in schema.features if f.name == name), name) for name in by}
     for file in files if by else ():
         with open_parquet(file) as parquet:
             found = parquet.schema_arrow
         for name, column in columns.items():
-            if column not in found.names:
-                raise InputError(
-                    f"{file}: --by {name}: no such column; it has {', '.join(found.names[:8])}, ..."
+            if found.names.count(column) != 1:
+                problem = (
+                    f"{found.names.count(column)} columns of this name"
+                    if column in found.names
+                    else "no such column"
                 )
+                raise InputError(f"{file}: --by {name}: {problem}; it has {', '.join(found.names[:8])}, ...")
             if pa.types.is_nested(found.field(column).type):
                 raise InputError(
                     f"{file}: --by {name}: column {column!r} is {found.field(column).type}; wanted one value a row: "
@@ -79,7 +84,8 @@ def count_slices(
                 for name, counter, column in zip(by, counts, rows.select(reader.extra).columns, strict=True):
                     values, places = _distinct(column)
                     frequency = np.bincount(places, minlength=len(values)).tolist()
-                    counter.update(dict(zip(values, frequency, strict=True)))
+                    for value, count in zip(values, frequency, strict=True):
+                        counter[value] += count
                     if len(counter) > MAX_VALUES:
                         raise InputError(
                             f"--by {name}: more than {MAX_VALUES:,} different values; choose a column with fewer"
@@ -97,9 +103,22 @@ def count_slices(
 
 
 def _distinct(column: pa.Array) -> tuple[list[str], np.ndarray]:
-    """The different values of a column as text, and each row's place among them."""
+    """The different values of a column as text, and each row's place among them; a text may be there twice, as for 0.0 and -0.0."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     encoded = column.dictionary_encode(null_encoding="encode")
-    names = [NULL if value is None else str(value) for value in encoded.dictionary.to_pylist()]
-    return names, encoded.indices.to_numpy().astype(np.int64)
+    values = encoded.dictionary
+    if getattr(values.type, "unit", "") == "ns" and not pa.types.is_duration(values.type):
+        values = values.cast(pa.string())  # Python's times end with microseconds
+    return [_text(value) for value in values.to_pylist()], encoded.indices.to_numpy().astype(np.int64)
+
+
+def _text(value: Any) -> str:
+    """One name for one value, whatever type the column has in a file: 7 for 7.0, and text for its bytes."""
+    if value is None:
+        return NULL
+    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
+        return str(int(value))
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)

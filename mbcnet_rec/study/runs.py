@@ -93,8 +93,10 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     with folder.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             train_model(config, overwrite=True, watch=watch, report=write_run_report)
-        except (PreemptedError, CannotWriteError):
-            raise
+        except (PreemptedError, CannotWriteError) as error:  # the way out is the study's or the tuning's
+            raise type(error)(
+                str(error).replace("continue with --resume", "start the same command again")
+            ) from None
         except (InputError, RuntimeError) as error:  # a loss that is not finite is a RuntimeError
             return " ".join(str(error).split()) or type(error).__name__
     return ""

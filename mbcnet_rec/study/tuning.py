@@ -196,6 +196,7 @@ def open_study(file: Path, kind: str) -> optuna.Study:
         InputError: the file is damaged, or of another version of Optuna.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    was_there = file.exists()
     try:
         return optuna.create_study(
             study_name=kind,
@@ -205,9 +206,20 @@ def open_study(file: Path, kind: str) -> optuna.Study:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
         )
     except Exception as error:  # of Optuna, and of the database below it
+        if not was_there:
+            file.unlink(missing_ok=True)
+        cause = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
+        if cause.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+            raise _full(file, error) from None
         raise InputError(
             f"{file}: cannot be read as a study of Optuna ({first_line(error)}); choose another --out"
         ) from None
+
+
+def _full(file: Path, error: BaseException) -> CannotWriteError:
+    return CannotWriteError(
+        f"{file}: cannot be written ({first_line(error)}); free space, then start again: it continues"
+    )
 
 
 def search_facts(search: Search, kind: str) -> dict[str, Any]:
@@ -339,12 +351,9 @@ def tune_models(
             try:
                 path, winner = tune_model(config, search, kind, out, train)
             except optuna.exceptions.StorageInternalError as error:
-                reason = first_line(error.__cause__ or error)
-                raise CannotWriteError(
-                    f"{out / kind}.db: cannot be written ({reason}); free space, then start again"
-                ) from None
+                raise _full(out / f"{kind}.db", error.__cause__ or error) from None
             lines.append(
-                f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {search.trials}: {path}"
+                f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {max(search.trials, winner.number + 1)}: {path}"
             )
     print("\n".join(lines))
     print(f"next: mbcnet train --config {path}")
