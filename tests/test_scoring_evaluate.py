@@ -162,7 +162,7 @@ def test_a_value_is_one_slice_whatever_type_its_column_has(runs, tmp_path):
     columns = [
         numbers,
         numbers.cast(pa.float32()),
-        numbers.cast(pa.decimal128(20, 2)),
+        numbers.cast(pa.decimal128(30, 2)),
         texts,
         texts.cast(pa.binary()),
         texts.dictionary_encode(),
