@@ -27,7 +27,18 @@ KINDS = {
     "timestamp[ns]": (pa.timestamp("ns"), lambda s: s * 10**9 + 1),
     "timestamp[ms, UTC]": (pa.timestamp("ms", "UTC"), lambda s: s * 1000),
     "date": (pa.date32(), lambda s: s // DAY),
+    "yyyymmdd": (pa.int32(), lambda s: int(day_of(s).replace("-", ""))),
+    "text": (
+        pa.string(),
+        lambda s: datetime.datetime.fromtimestamp(s, datetime.UTC).strftime("%Y-%m-%dT%H:%M"),
+    ),
+    "text of days": (pa.string(), lambda s: day_of(s).replace("-0", "-")),
 }
+HAS_NO_HOURS = ("date", "yyyymmdd", "text of days")
+
+
+def day_of(seconds: int) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d")
 
 
 def write_rows(path: Path, rows, at: pa.Array, **options) -> Path:
@@ -44,7 +55,7 @@ def write_log(folder: Path, kind: str = "seconds", statistics=True) -> list[Path
     for day in range(DAYS):
         rows = range(day * ROWS_A_DAY, (day + 1) * ROWS_A_DAY)
         at = pa.array([convert(FIRST + row * 3600) for row in rows])
-        at = at.cast(pa.int32() if kind == "date" else pa.int64()).cast(dtype)
+        at = at.cast(pa.int32()).cast(dtype) if kind == "date" else at.cast(dtype)
         path = folder / f"ds=2024-05-{day + 1:02d}" / "part-0.parquet"
         files.append(write_rows(path, rows, at, row_group_size=5, write_statistics=statistics))
     return files
@@ -83,19 +94,30 @@ def rows_of_days(first, last):
         (["at = 2024-05-04"], (3, 4)),
         (["at > 2024-05-04", "at <= 2024-05-06"], (4, 6)),
         (["at >= 2024-05-05", "ds < 2024-05-07"], (4, 6)),
+        (["at >= 2024-5-5 and ds < 2024-5-7"], (4, 6)),
+        (["ds >= '2024-05-05', at < 20240507"], (4, 6)),
+        (['ds == 20240504 AND at <= "2024-05-04"'], (3, 4)),
+        (["`ds` <> 2024-05-01", "at < LAST 8"], (1, 2)),
+        (["ds >= last 1"], (9, 10)),
+        (["at > last 1", "at = last 1"], None),
+        (["at != 2024-05-01", "at <> 2024-05-10", "at < 2024-05-03"], (1, 2)),
     ],
     ids=str,
 )
 def test_whole_days(log, where, days):
     _, files = log
+    if days is None:
+        with pytest.raises(InputError, match="hold no rows that where"):
+            kept(files, *where)
+        return
     assert kept(files, *where) == rows_of_days(*days)
     assert kept(files, *where, world_size=4, order="shuffled", workers=1) == rows_of_days(*days)
 
 
 def test_an_hour_within_a_row_group(log):
     kind, files = log
-    if kind == "date":
-        return  # has no hours
+    if kind in HAS_NO_HOURS:
+        return
     assert kept(files, "at >= 2024-05-01T07:00", "at < 2024-05-02T03:00:00") == list(range(7, 27))
     first = kept(files, "at > 2024-05-01T07:00", "at <= 2024-05-02T03:00")[0]
     assert first == (7 if kind == "timestamp[ns]" else 8)
@@ -118,12 +140,66 @@ def files(tmp_path_factory):
     return write_log(tmp_path_factory.mktemp("log"))
 
 
-def test_without_statistics_plain_bounds_work_and_relative_ones_are_refused(tmp_path):
+def test_without_statistics_the_column_itself_is_read(tmp_path):
     files = write_log(tmp_path, statistics=False)
     assert kept(files, f"at >= {FIRST + 8 * DAY}") == rows_of_days(8, 10)
-    said = r"part-0.parquet: row group 0 has no statistics of the time column 'at'"
-    with pytest.raises(InputError, match=said):
-        kept(files, "at >= last 2")
+    assert kept(files, "at >= last 2") == kept(files, "at >= 2024-05-09") == rows_of_days(8, 10)
+
+
+def test_int96_and_types_that_change_from_day_to_day(tmp_path):
+    kinds = ["timestamp[us]", "timestamp[ns]", "date", "text", "timestamp[ms, UTC]"] * 2
+    files = []
+    for day, kind in enumerate(kinds):
+        files.append(write_log(tmp_path / str(day), kind)[day])
+    table = pq.ParquetFile(files[6]).read()
+    pq.write_table(table, files[6], use_deprecated_int96_timestamps=True, write_page_checksum=True)
+    assert kept(files, "at < 2024-05-04") == rows_of_days(0, 3)
+    assert kept(files, "at >= last 4") == rows_of_days(6, 10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["<", "<=", ">", ">=", "=", "!="]),
+    st.integers(-2, 12),
+    st.sampled_from(["%Y-%m-%d", "%Y%m%d", "'%Y-%m-%d'", "%Y-%-m-%-d"]),
+    st.sampled_from(["at", "ds"]),
+)
+def test_a_day_compares_as_a_day_in_every_type(log, sign, day, form, name):
+    _, files = log
+    meets = {
+        "<": int.__lt__,
+        "<=": int.__le__,
+        ">": int.__gt__,
+        ">=": int.__ge__,
+        "=": int.__eq__,
+        "!=": int.__ne__,
+    }[sign]
+    bound = datetime.datetime.fromtimestamp(FIRST + day * DAY, datetime.UTC).strftime(form)
+    wanted = [row for row in range(DAYS * ROWS_A_DAY) if meets(row // ROWS_A_DAY, day)]
+    if wanted:
+        assert kept(files, f"{name} {sign} {bound}") == wanted
+    else:
+        with pytest.raises(InputError, match=r"none of 10 files is left|hold no rows that where"):
+            kept(files, f"{name} {sign} {bound}")
+
+
+def test_rows_without_a_time_and_hives_null_partition_meet_no_condition(files, tmp_path):
+    null = write_rows(tmp_path / "ds=__HIVE_DEFAULT_PARTITION__" / "a.parquet", [7, 8], pa.array([FIRST] * 2))
+    some = write_rows(
+        tmp_path / "ds=2024-05-11" / "a.parquet", [240, 241], pa.array([FIRST + 10 * DAY, None])
+    )
+    nothing = write_rows(tmp_path / "ds=2024-05-12" / "a.parquet", [242], pa.array([None], pa.int64()))
+    assert kept([*files, null], "ds >= last 1") == rows_of_days(9, 10)
+    assert kept([*files, null], "ds != 2024-05-01") == rows_of_days(1, 10)
+    assert kept([null], "at >= 2024-05-01") == [7, 8]
+    assert kept([*files, some, nothing], "at >= last 1") == [240]
+    assert kept([*files, some, nothing], "at >= 2024-04-01") == [*rows_of_days(0, 10), 240]
+
+
+def test_what_hive_escapes_in_a_folder_is_read(tmp_path):
+    path = tmp_path / "city=new%20york" / "hour=2024-05-01%2007%3A00" / "a.parquet"
+    files = [write_rows(path, [1], pa.array([FIRST]))]
+    assert kept(files, "city = 'new york' and hour = '2024-05-01 07:00'") == [1]
 
 
 def test_conditions_and_sampling_together(files):
@@ -146,14 +222,23 @@ def test_numbers_in_partitions_compare_as_numbers(tmp_path):
     ("where", "message"),
     [
         ("ds", "where = 'ds': wanted NAME OP BOUND, for example 'ds < last 7'"),
+        ("ds < 2024-05-02 or ds > 2024-05-04", "OR, NOT, IN, BETWEEN and LIKE are not known"),
+        ("ds < 2024-05-02 and", "wanted NAME OP BOUND"),
+        ("not ds = 2024-05-02", "wanted NAME OP BOUND"),
+        ("ds in (2024-05-02)", "wanted NAME OP BOUND"),
+        ("2024-05-01 <= ds < 2024-05-04", "wanted NAME OP BOUND"),
         ("dt < 3", r"where = 'dt < 3': .*part-0.parquet lies in no folder dt=..., .* known here: ds, at"),
         ("ds < last 11", "the files have 10 values of ds; lower the number"),
+        ("ds < last 0", "the bound 'last 0' says nothing; write a value"),
+        ("at < last x", "the bound 'last x' says nothing"),
+        ("ds < last", "the bound 'last' says nothing"),
+        ("ds < ''", "the bound '' says nothing"),
         ("ds = 2023-01-01", "none of 10 files is left"),
-        (
-            "at >= tomorrow",
-            "'tomorrow' is not an instant of a column of int64; write a day such as 2024-05-25",
-        ),
-        ("at != 2024-05-05", "!= is for partitions only; use < and >"),
+        ("ds < 2024-02-30", "folders such as ds=2024-05-01 want a day such as 2024-05-25; got '2024-02-30'"),
+        ("ds < today", "want a day such as 2024-05-25; got 'today'"),
+        ("at >= tomorrow", "'tomorrow' is nothing to compare them with; write a day such as 2024-05-25"),
+        ("at < 2024-13-01", "'2024-13-01' is nothing to compare them with"),
+        ("at < 1714521600000", "holds integers up to 17.* .seconds., but 1714521600000 is in milliseconds"),
         ("at > 2030-01-01", "hold no rows that where = .'at > 2030-01-01'. and sampling keep"),
     ],
 )
@@ -163,16 +248,41 @@ def test_faulty_conditions_are_explained(files, where, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_null_instant_and_a_missing_time_column_are_named(files, tmp_path):
+def test_a_time_column_that_is_missing_or_holds_no_times_is_named(files, tmp_path):
     bad = tmp_path / "ds=2024-05-11" / "part-0.parquet"
 
-    def refused(message):
+    def refused(message, where="at >= last 3", before=files):
         with pytest.raises(InputError, match=message):
-            kept([*files, bad], "at >= last 3")
+            kept([*before, bad], where)
 
-    write_rows(bad, [1, 2], pa.array([FIRST + 99 * DAY, None]))
-    refused(r"ds=2024-05-11/part-0.parquet: row group 0, row 1, time column 'at' is null")
+    write_rows(bad, [1], pa.array([1])).unlink()
     pq.write_table(pa.table({"click": [0], "row": [1]}), bad, write_page_checksum=True)
     refused(r"ds=2024-05-11/part-0.parquet: column 'at' is missing")
     write_rows(bad, [1], pa.array([datetime.date(2024, 5, 11)]))
     refused(r"time column 'at' is date32\[day\], but int64 in .*ds=2024-05-01")
+    write_rows(bad, [1], pa.array([1.5]))
+    refused("time column 'at' is double: conditions on it want integers, timestamps, dates or texts")
+    write_rows(bad, [1, 2], pa.array(["2024-05-11", "2024-02-30"]))
+    refused("row group 0, row 1, time column 'at': '2024-02-30' is no day or time", before=[])
+    write_rows(bad, [1, 2], pa.array([7, 900]))
+    refused("holds integers up to 900, which are no times: `last N` cannot be told", before=[])
+    refused("'2024-05-11' is nothing to compare them with; write an integer", "at < 2024-05-11", [])
+    assert kept([bad], "at < 8") == [1]
+    write_rows(bad, [1, 2], pa.array([2024050107, 2024050108]))
+    refused("10 digits that begin with a day.*; write an integer", "at < 2024-05-11", [])
+    assert kept([bad], "at >= 2024050108") == [2]
+
+
+def test_folders_that_are_no_days_want_bounds_of_their_own_form(tmp_path):
+    hours = [
+        write_rows(tmp_path / f"dt=2024-05-01-{hour:02}" / "a.parquet", [hour], pa.array([1]))
+        for hour in (7, 9)
+    ]
+    assert kept(hours, "dt >= 2024-05-01-08") == [9]
+    with pytest.raises(
+        InputError, match="dt=2024-05-01-07 want a bound written as the folders are; got '2024-05-01'"
+    ):
+        kept(hours, "dt <= 2024-05-01")
+    numbers = [write_rows(tmp_path / f"hour={hour}" / "a.parquet", [hour], pa.array([1])) for hour in (7, 9)]
+    with pytest.raises(InputError, match="hour=7 want an integer; got '2024-05-01'"):
+        kept(numbers, "hour < 2024-05-01")

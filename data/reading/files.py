@@ -117,7 +117,7 @@ def _inspect(file: DataFile, schema: Schema, time_column: str, checked: frozense
         prove(parquet, [first_row_group(metadata)], checked)
         if time_column:
             prove(parquet, groups, {time_column})
-        return read_footer(metadata, time_column), column_without_checksum(file, metadata, checked)
+        return read_footer(parquet, time_column, str(file)), column_without_checksum(file, metadata, checked)
 
 
 def prove(parquet: pq.ParquetFile, row_groups: Iterable[int], columns: Iterable[str]) -> None:
@@ -179,7 +179,11 @@ def _count_rows(
     with ExitStack() as stack:
         parquet: pq.ParquetFile | None = None
         for index, stored_rows in enumerate(footer.num_rows):
-            columns = selection.columns_to_count(footer.spans[index]) if stored_rows else None
+            columns = (
+                selection.columns_to_count(footer.spans[index], footer.untimed[index])
+                if stored_rows
+                else None
+            )
             num_rows = 0 if columns is None else stored_rows
             if columns:
                 parquet = parquet or stack.enter_context(open_parquet(file))

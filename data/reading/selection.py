@@ -1,89 +1,74 @@
 """Which rows a stream keeps: conditions on partitions and on time, and sampling by label.
 
-A condition is `NAME OP BOUND`. NAME is the key of a partition folder (`ds` in `ds=2024-05-01/`) or the schema's time column; OP is
-one of = != < <= > >= (!= for partitions only); BOUND is a value, a day such as 2024-05-25 (in UTC), or `last N`: the N-th last
-partition, or the first instant of the last N days that the files hold. So the last seven days held out:
+A condition is `NAME OP BOUND` (data/reading/conditions.py). NAME is the key of a partition folder (`ds` in `ds=2024-05-01/`) or the
+schema's time column; BOUND is a value, a day such as 2024-05-25 or a time (in UTC), or `last N`: the N-th last partition, or the first
+instant of the last N days that the files hold. So the last seven days held out:
 
     train  where = ["ds < last 7"]         or  ["timestamp < last 7"]
     valid  where = ["ds >= last 7"]        or  ["timestamp >= last 7"]
 
-Partitions choose files. Time chooses row groups by their statistics, and rows in those that lie across a bound. Whether sampling keeps a
-row depends on (seed, file, row group, row) only: neither on the world size, nor on the epoch, nor on which other files there are.
+Partitions choose files. Time chooses row groups by their statistics, and rows in those that lie across a bound. As in SQL, a row without
+a time and Hive's null partition meet no condition. Whether sampling keeps a row depends on (seed, file, row group, row) only: neither on
+the world size, nor on the epoch, nor on which other files there are.
 """
 
-import datetime
-import operator
-import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.errors import InputError
 from data.reading.checksums import leaves_of
+from data.reading.conditions import (
+    DAY,
+    NANOSECONDS,
+    OPERATORS,
+    Condition,
+    Instant,
+    compact_day,
+    form_of,
+    parse_conditions,
+    read_instant,
+    unit_of,
+)
 from data.reading.config import StreamOptions
 from data.reading.encode import Place, read_labels
 from data.reading.hashed import keys, uniforms
-from data.reading.keys import is_valid
 from data.reading.storage import DataFile, path_parts
 from data.schema import Schema
 
-CONDITION = re.compile(r"^\s*([^\s<>=!]+)\s*(<=|>=|!=|<|>|=)\s*(.+?)\s*$")
-OPERATORS = {
-    "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-}  # fmt: skip
-SECONDS_OF_A_DAY = 86_400
-FOREVER = 2**63 - 1
-
-
-class Condition(NamedTuple):
-    """One condition, as written and taken apart; `last`: N of `last N`, or 0."""
-
-    text: str
-    name: str
-    operator: str
-    bound: str
-    last: int
+FOREVER = 10**40
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+INT64 = np.iinfo(np.int64)
 
 
 class Span(NamedTuple):
-    """Instants [low, high) in the unit of the time column."""
+    """Instants [low, high): of an integer column in its own numbers, of any other in nanoseconds since 1970."""
 
     low: int
     high: int
 
 
-def parse_condition(text: str) -> Condition:
-    """Take a condition apart.
-
-    Raises:
-        InputError: it is not of the form NAME OP BOUND.
-    """
-    match = CONDITION.match(text)
-    if not match:
-        raise InputError(f"where = {text!r}: wanted NAME OP BOUND, for example 'ds < last 7'; write it so")
-    name, sign, bound = match.groups()
-    last = re.fullmatch(r"last\s+(\d+)", bound)
-    return Condition(text, name, sign, bound, int(last.group(1)) if last else 0)
-
-
 def partition_of(file: DataFile) -> dict[str, str]:
-    """The `key=value` folders on the way to a file."""
-    return dict(part.split("=", 1) for part in path_parts(file)[:-1] if "=" in part)
+    """The `key=value` folders on the way to a file, with what Hive and Spark write as %XX decoded."""
+    pairs = (part.split("=", 1) for part in path_parts(file)[:-1] if "=" in part)
+    return {unquote(key): unquote(value) for key, value in pairs}
 
 
 def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema) -> list[DataFile]:
     """Keep the files whose partitions meet the conditions.
 
     Raises:
-        InputError: a condition is malformed, names nothing known, or leaves no file.
+        InputError: a condition is malformed, names nothing known, cannot be compared with the folders, or leaves no file.
     """
     kept = list(files)
     partitions = {file: partition_of(file) for file in files}
-    for condition in map(parse_condition, where):
+    for condition in (each for text in where for each in parse_conditions(text)):
         if condition.name == schema.time_column:
             continue
         missing = [file for file in files if condition.name not in partitions[file]]
@@ -94,16 +79,8 @@ def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema
                 f"where = {condition.text!r}: {missing[0]} lies in no folder {condition.name}=..., and it is not the schema's "
                 f"time_column; known here: {', '.join(known) or 'nothing'}"
             )
-        values = sorted({partitions[file][condition.name] for file in files}, key=_sort_key)
-        bound = condition.bound
-        if condition.last:
-            if condition.last > len(values):
-                raise InputError(
-                    f"where = {condition.text!r}: the files have {len(values)} values of {condition.name}; lower the number"
-                )
-            bound = values[-condition.last]
-        meets = OPERATORS[condition.operator]
-        kept = [file for file in kept if meets(_sort_key(partitions[file][condition.name]), _sort_key(bound))]
+        met = _values_met(condition, {partitions[file][condition.name] for file in files})
+        kept = [file for file in kept if partitions[file][condition.name] in met]
     if not kept:
         raise InputError(
             f"where = {list(where)}: none of {len(files)} files is left; the first is {files[0]}; change the conditions"
@@ -111,42 +88,131 @@ def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema
     return kept
 
 
-def _sort_key(value: str) -> tuple[bool, int, str]:
-    whole = value.lstrip("-").isdigit()
-    return (not whole, int(value) if whole else 0, value)
+def _values_met(condition: Condition, values: set[str]) -> set[str]:
+    """Which of a partition's values meet a condition; Hive's null meets none."""
+    known = sorted(values - {HIVE_NULL})
+    where, name = f"where = {condition.text!r}", condition.name
+    days = {value: read_instant(value) for value in known}
+    keys: dict[str, Any]
+    bound: Any
+    if all(day and day.is_day for day in days.values()):
+        keys, wanted = (
+            {value: day.nanoseconds for value, day in days.items() if day},
+            "a day such as 2024-05-25",
+        )
+        instant = read_instant(condition.bound)
+        bound = instant.nanoseconds if instant and instant.is_day else None
+    elif all(_is_integer(value) for value in known):
+        keys, wanted = {value: int(value) for value in known}, "an integer"
+        bound = int(condition.bound) if _is_integer(condition.bound) else None
+    else:
+        # as text 2024-05-25-07 comes behind 2024-05-25, but is no later day
+        keys, wanted = {value: value for value in known}, "a bound written as the folders are"
+        bound = None if read_instant(condition.bound) and condition.bound not in keys else condition.bound
+    if condition.last:
+        ordered = sorted(set(keys.values()))
+        if condition.last > len(ordered):
+            raise InputError(f"{where}: the files have {len(ordered)} values of {name}; lower the number")
+        bound = ordered[-condition.last]
+    elif bound is None:
+        example = known[0] if known else HIVE_NULL
+        raise InputError(f"{where}: folders such as {name}={example} want {wanted}; got {condition.bound!r}")
+    return {value for value in known if OPERATORS[condition.operator](keys[value], bound)}
+
+
+def _is_integer(text: str) -> bool:
+    return text.isascii() and text.removeprefix("-").isdigit()
 
 
 class Footer(NamedTuple):
     """What planning needs of one file's footer: by row group, its rows and, with conditions on time, its instants."""
 
     num_rows: list[int]
-    spans: list[Span | None]
+    spans: list[Span | None]  # of rows that have a time; None: none has, or no condition is on time
+    untimed: list[bool]  # whether rows may lack a time
     time_type: pa.DataType | None
 
 
-def read_footer(metadata: pq.FileMetaData, time_column: str) -> Footer:
+def read_footer(parquet: pq.ParquetFile, time_column: str, file: str) -> Footer:
     """Take what planning needs out of a footer, which must have been proved for the time column (see `data.reading.files.prove`).
 
-    `time_column` is empty if no condition names it.
+    Where the statistics do not tell the instants of a row group (text, int96, none written) its time column is read. `time_column` is empty
+    if no condition names it.
+
+    Raises:
+        InputError: the time column is of a type that holds no time, or a text in it is no day or time.
     """
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    num_rows = [group.num_rows for group in groups]
+    metadata = parquet.metadata
+    indices = range(metadata.num_row_groups)
+    num_rows = [metadata.row_group(index).num_rows for index in indices]
     if not time_column:
-        return Footer(num_rows, [None] * len(groups), None)
-    kind = metadata.schema.to_arrow_schema().field(time_column).type
+        return Footer(num_rows, [None] * len(num_rows), [False] * len(num_rows), None)
+    kind = parquet.schema_arrow.field(time_column).type
+    if not (pt.is_integer(kind) or pt.is_timestamp(kind) or pt.is_date(kind) or _is_text(kind)):
+        raise InputError(
+            f"{file}: time column {time_column!r} is {kind}: conditions on it want integers, timestamps, dates or texts such as "
+            "2024-05-25; use partition folders instead"
+        )
+    stored = metadata.schema.to_arrow_schema().field(time_column).type
     (leaf,) = leaves_of(metadata, [time_column])
-    return Footer(num_rows, [_stored_span(group.column(leaf), kind) for group in groups], kind)
+    spans: list[Span | None] = []
+    untimed = []
+    for index in indices:
+        statistics = metadata.row_group(index).column(leaf).statistics
+        if statistics is not None and statistics.has_min_max and not _is_text(kind):
+            # Python's dates cannot hold nanoseconds: the stored integers can, and are in the unit of the stored type.
+            ends = (
+                (statistics.min, statistics.max)
+                if pt.is_integer(stored)
+                else (statistics.min_raw, statistics.max_raw)
+            )
+            unit = 1 if pt.is_integer(stored) else _unit_of(stored)
+            spans.append(Span(ends[0] * unit, ends[1] * unit + 1))
+            untimed.append(not statistics.has_null_count or statistics.null_count > 0)
+        else:
+            column = parquet.read_row_group(index, columns=[time_column], use_threads=False).column(0)
+            instants, valid = _instants(column.combine_chunks(), time_column, Place(file, index))
+            unit = 1 if pt.is_integer(kind) else _unit_of(kind)
+            times = instants[valid]
+            spans.append(Span(int(times.min()) * unit, int(times.max()) * unit + 1) if len(times) else None)
+            untimed.append(not valid.all())
+    return Footer(num_rows, spans, untimed, kind)
 
 
-def _stored_span(column: pq.ColumnChunkMetaData, kind: pa.DataType) -> Span | None:
-    """The instants of one row group from its statistics; None where it has none."""
-    statistics = column.statistics
-    if statistics is None or not statistics.has_min_max:
-        return None
-    # Python's dates cannot hold nanoseconds: the stored integers can, and are in the unit of the type.
-    if pt.is_integer(kind):
-        return Span(statistics.min, statistics.max + 1)
-    return Span(statistics.min_raw, statistics.max_raw + 1)
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
+
+
+def _unit_of(kind: pa.DataType) -> int:
+    """Nanoseconds of one unit of a type's integers; texts are read in nanoseconds."""
+    if pt.is_timestamp(kind):
+        return NANOSECONDS // {"s": 1, "ms": 10**3, "us": 10**6, "ns": NANOSECONDS}[kind.unit]
+    return DAY if pt.is_date32(kind) else 10**6 if pt.is_date64(kind) else 1
+
+
+def _instants(column: pa.Array, name: str, place: Place) -> tuple[np.ndarray, np.ndarray]:
+    """Instants as (n,) int64 in the unit of the column's type, and which rows have one."""
+    valid = np.asarray(column.is_valid())
+    if _is_text(column.type):
+        return _read_texts(column, name, place), valid
+    column = column.fill_null(0) if column.null_count and pt.is_integer(column.type) else column
+    whole = column.cast(pa.int32()) if pt.is_date32(column.type) else column
+    return np.asarray(pc.fill_null(whole.cast(pa.int64()), 0)), valid
+
+
+def _read_texts(column: pa.Array, name: str, place: Place) -> np.ndarray:
+    coded = column if pt.is_dictionary(column.type) else column.cast(pa.large_string()).dictionary_encode()
+    codes = np.asarray(pc.fill_null(coded.indices, 0)).astype(np.int64)
+    found: list[Instant | None] = [read_instant(text or "") for text in coded.dictionary.to_pylist()]
+    bad = np.asarray([instant is None for instant in found] or [False])[codes] & np.asarray(column.is_valid())
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise InputError(
+            f"{place.row(row)}, time column {name!r}: {str(column[row])[:80]!r} is no day or time: wanted texts such as 2024-05-25 or "
+            "2024-05-25T12:00; fix the file, or use partition folders"
+        )
+    return np.asarray([instant.nanoseconds if instant else 0 for instant in found] or [0], np.int64)[codes]
 
 
 class Selection:
@@ -154,58 +220,51 @@ class Selection:
 
     def __init__(self, options: StreamOptions, schema: Schema, files: Sequence[DataFile]) -> None:
         self.options, self.schema, self.files = options, schema, files
-        conditions = map(parse_condition, options.where)
+        conditions = (each for text in options.where for each in parse_conditions(text))
         self.conditions = [each for each in conditions if each.name == schema.time_column]
         self.samples = options.keep_negatives < 1 or options.drop_positives > 0
         self.filters = self.samples or bool(self.conditions)
         # that `mask` reads
         self.columns = [schema.label] if self.samples else []
         self.columns += [schema.time_column] if self.conditions else []
-        self.span, self.time_type = Span(-FOREVER, FOREVER), pa.int64()
+        self.span, self.holes = Span(-FOREVER, FOREVER), list[Span]()  # kept, but for what != leaves out
 
     def fix_span(self, footers: Sequence[Footer]) -> None:
-        """Turn the conditions on time into instants, by the time column's type and the files' statistics.
+        """Turn the conditions on time into instants, by the time column's type and the instants of the files.
 
         Raises:
-            InputError: a bound cannot be read as an instant of the time column's type.
+            InputError: a bound cannot be compared with the time column.
         """
         if not self.conditions:
             return
-        kind = footers[0].time_type
+        first = footers[0].time_type
+        integers = pt.is_integer(first)
         for file, footer in zip(self.files, footers, strict=True):
-            if footer.time_type != kind:
+            if pt.is_integer(footer.time_type) != integers:
                 raise InputError(
-                    f"{file}: time column {self.schema.time_column!r} is {footer.time_type}, but {kind} in {self.files[0]}; "
+                    f"{file}: time column {self.schema.time_column!r} is {footer.time_type}, but {first} in {self.files[0]}; "
                     "write all files with one type"
                 )
-        relative = any(each.last or not each.bound.lstrip("-").isdigit() for each in self.conditions)
-        latest = self._latest(footers) if relative else None
-        low, high = -FOREVER, FOREVER
-        for condition in self.conditions:
-            span = _span_of(condition, kind, latest, str(self.files[0]))
-            low, high = max(low, span.low), min(high, span.high)
-        self.span, self.time_type = Span(low, high), kind
+        ends = [span.high - 1 for footer in footers for span in footer.spans if span is not None]
+        latest = max(ends, default=0)
+        spans = [
+            _span_of_integers(each, latest) if integers else _span_of_times(each, latest)
+            for each in self.conditions
+        ]
+        for condition, span in zip(self.conditions, spans, strict=True):
+            if condition.operator in ("!=", "<>"):
+                self.holes.append(span)
+            else:
+                self.span = Span(max(span.low, self.span.low), min(span.high, self.span.high))
 
-    def _latest(self, footers: Sequence[Footer]) -> int:
-        latest = -FOREVER
-        for file, footer in zip(self.files, footers, strict=True):
-            for index, (rows, span) in enumerate(zip(footer.num_rows, footer.spans, strict=True)):
-                if rows and span is None:
-                    raise InputError(
-                        f"{file}: row group {index} has no statistics of the time column {self.schema.time_column!r}, which a bound "
-                        "relative to the last day or given as a day needs; write statistics, or bound by a plain value"
-                    )
-                if rows and span:
-                    latest = max(latest, span.high - 1)
-        return latest
-
-    def columns_to_count(self, stored: Span | None) -> tuple[str, ...] | None:
+    def columns_to_count(self, stored: Span | None, untimed: bool) -> tuple[str, ...] | None:
         """Columns that must be read to know which rows of a row group are kept: () if all are, None if none is."""
         needed = list(self.columns)
-        if self.conditions and stored:
-            if stored.high <= self.span.low or stored.low >= self.span.high:
+        if self.conditions:
+            if stored is None or stored.high <= self.span.low or stored.low >= self.span.high:
                 return None
-            if self.span.low <= stored.low and stored.high <= self.span.high:
+            cut = any(hole.low < stored.high and stored.low < hole.high for hole in self.holes)
+            if self.span.low <= stored.low and stored.high <= self.span.high and not cut and not untimed:
                 needed.remove(self.schema.time_column)
         return tuple(needed)
 
@@ -214,14 +273,11 @@ class Selection:
         kept = np.ones(rows.num_rows, bool)
         if self.conditions and self.schema.time_column in rows.schema.names:
             column = rows.column(self.schema.time_column)
-            if column.null_count:
-                row = int(np.flatnonzero(~is_valid(column))[0])
-                raise InputError(
-                    f"{place.row(row)}, time column {self.schema.time_column!r} is null: it cannot be compared with where = "
-                    f"{[condition.text for condition in self.conditions]}; fix the file"
-                )
-            instants = _instants(column, self.time_type)
-            kept &= (instants >= self.span.low) & (instants < self.span.high)
+            instants, timed = _instants(column, self.schema.time_column, place)
+            unit = 1 if pt.is_integer(column.type) else _unit_of(column.type)
+            kept &= timed & _within(instants, self.span, unit)
+            for hole in self.holes:
+                kept &= ~_within(instants, hole, unit)
         if self.samples:
             labels = read_labels(rows.column(self.schema.label), self.schema.label, place)
             counter = np.arange(place.first_row, place.first_row + rows.num_rows)
@@ -231,64 +287,73 @@ class Selection:
         return kept
 
 
-def _instants(column: pa.Array, kind: pa.DataType) -> np.ndarray:
-    """Instants as int64 in the unit of `kind`."""
-    column = column.cast(kind)
-    if pt.is_date32(kind):
-        column = column.cast(pa.int32())
-    return column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+def _within(instants: np.ndarray, span: Span, unit: int) -> np.ndarray:
+    """Which instants, in units of so many nanoseconds, a span holds."""
+    low, high = (min(max(-(-end // unit), INT64.min), INT64.max) for end in span)
+    return (instants >= low) & (instants < high)
 
 
-def _units_of_a_day(kind: pa.DataType, latest: int | None) -> int:
-    if pt.is_date32(kind):
-        return 1
-    if pt.is_date64(kind):
-        return SECONDS_OF_A_DAY * 10**3
-    if pt.is_timestamp(kind):
-        return SECONDS_OF_A_DAY * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit]
-    # integers since 1970: their size tells the unit (until the year 5138)
-    size = abs(latest or 0)
-    scale = 1 if size < 10**11 else 10**3 if size < 10**14 else 10**6 if size < 10**17 else 10**9
-    return SECONDS_OF_A_DAY * scale
-
-
-def _span_of(condition: Condition, kind: pa.DataType | None, latest: int | None, file: str) -> Span:
-    """The instants that one condition on time allows."""
-    if kind is None or not (pt.is_integer(kind) or pt.is_timestamp(kind) or pt.is_date(kind)):
-        raise InputError(
-            f"{file}: time column {condition.name!r} is {kind}: where = {condition.text!r} wants integers, timestamps or dates; "
-            "use partition folders instead"
-        )
-    if condition.operator == "!=":
-        raise InputError(f"where = {condition.text!r}: != is for partitions only; use < and >")
-    day = _units_of_a_day(kind, latest)
+def _span_of_times(condition: Condition, latest: int) -> Span:
+    """Instants that one condition allows, in nanoseconds. `latest`: that the files hold."""
     if condition.last:
-        first = ((latest or 0) // day + 1 - condition.last) * day
-        last = first + (1 if condition.operator in ("<", ">=") else condition.last * day)
-    else:
-        first, last = _interval(condition, kind, day)
+        return _span(condition, *_last_days(condition, latest, DAY))
+    instant = read_instant(condition.bound)
+    if instant is None:
+        raise InputError(
+            f"where = {condition.text!r}: {condition.bound!r} is no day or time; write a day such as 2024-05-25, a time such as "
+            "2024-05-25T12:00, or `last N`"
+        )
+    return _span(condition, instant.nanoseconds, instant.nanoseconds + (DAY if instant.is_day else 1))
+
+
+def _last_days(condition: Condition, latest: int, day: int) -> tuple[int, int]:
+    """The first instant of the last N days, and what ends the interval that the operator compares with."""
+    first = (latest // day + 1 - condition.last) * day
+    return first, first + (1 if condition.operator in ("<", ">=") else condition.last * day)
+
+
+def _span_of_integers(condition: Condition, latest: int) -> Span:
+    """Instants that one condition allows, in the numbers of the column. `latest`: the largest that the files hold, which tells their unit."""
+    form, where = form_of(latest), f"where = {condition.text!r}"
+    unit, is_day_form = unit_of(form), form.startswith("days")
+    holds = f"time column {condition.name!r} holds integers up to {latest}" + (f" ({form})" if form else "")
+    if condition.last:
+        if is_day_form:
+            instant = read_instant(str(latest))
+            assert instant is not None
+            days, _ = _last_days(condition, instant.nanoseconds, DAY)
+            first = compact_day(days)
+            return _span(condition, first, first + 1 if condition.operator in ("<", ">=") else latest + 1)
+        if unit:
+            return _span(condition, *_last_days(condition, latest, DAY // unit))
+        raise InputError(
+            f"{where}: {holds}, which are no times: `last N` cannot be told; bound by an integer"
+        )
+    number = int(condition.bound) if _is_integer(condition.bound) else None
+    # in a column of seconds since 1970, 20240525 is no second of August 1970
+    if number is not None and not (unit and form_of(number).startswith("days")):
+        if form and form_of(number) not in ("", form):
+            raise InputError(
+                f"{where}: {holds}, but {number} is in {form_of(number)}; write a bound of the same form"
+            )
+        return _span(condition, number, number + 1)
+    instant = read_instant(condition.bound)
+    if instant is None or not (unit or (is_day_form and instant.is_day)):
+        wanted = "a day such as 2024-05-25" if unit or is_day_form else "an integer"
+        raise InputError(
+            f"{where}: {holds}, and {condition.bound!r} is nothing to compare them with; write {wanted}"
+        )
+    if is_day_form:
+        return _span(condition, compact_day(instant.nanoseconds), compact_day(instant.nanoseconds) + 1)
+    first = -(-instant.nanoseconds // unit)
+    return _span(condition, first, first + (DAY // unit if instant.is_day else 1))
+
+
+def _span(condition: Condition, first: int, last: int) -> Span:
+    """What an operator allows, or != leaves out, compared with the instants [first, last) of a bound."""
     return {
-        "=": Span(first, last),
         "<": Span(-FOREVER, first),
         "<=": Span(-FOREVER, last),
         ">": Span(last, FOREVER),
         ">=": Span(first, FOREVER),
-    }[condition.operator]
-
-
-def _interval(condition: Condition, kind: pa.DataType, day: int) -> tuple[int, int]:
-    """The instants that a bound names: one unit for a number or a time of day, all of a day for a day."""
-    if pt.is_integer(kind) and condition.bound.lstrip("-").isdigit():
-        return int(condition.bound), int(condition.bound) + 1
-    try:
-        instant = datetime.datetime.fromisoformat(condition.bound)
-    except ValueError:
-        raise InputError(
-            f"where = {condition.text!r}: {condition.bound!r} is not an instant of a column of {kind}; write a day such as 2024-05-25, "
-            "a time such as 2024-05-25T12:00, or `last N`"
-        ) from None
-    if instant.tzinfo is None:
-        instant = instant.replace(tzinfo=datetime.UTC)
-    microseconds = round(instant.timestamp() * 10**6)
-    first = microseconds * day // (SECONDS_OF_A_DAY * 10**6)
-    return first, first + (day if len(condition.bound) == len("2024-05-25") else 1)
+    }.get(condition.operator, Span(first, last))
