@@ -7,12 +7,13 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
-from small_data import CONFIG, SCHEMA
+from small_data import CONFIG, SCHEMA, write_small
 
 from data.errors import InputError
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import RunConfig, config_text, load_config
 from mbcnet_rec.study import tuning
+from mbcnet_rec.study.runs import PRUNED, Run, place_run, train_one
 from mbcnet_rec.study.studies import MODELS
 from mbcnet_rec.study.tuning import Range, Search, load_search, tune_model, tune_models, with_overrides
 
@@ -171,6 +172,24 @@ def test_poor_trials_are_pruned_and_not_taken_for_whole_runs(config, out):
     best = study.best_trial.params["optim.dense_lr"]
     assert all(trial.params["optim.dense_lr"] < best for trial in pruned)
     assert sum(not (each.run_folder / "DONE").exists() for each in trained) == len(pruned)
+
+
+def test_a_pruned_run_is_trained_anew_where_a_whole_one_is_wanted(tmp_path):
+    rows = load_config(write_small(tmp_path / "rows", 200, 50))
+    config = place_run(
+        with_overrides(rows, ["model.kind=dnn", "train.epochs=2", "train.eval_every=1"], "x"), 0, tmp_path
+    )
+    run = Run("dnn", 0, config)
+
+    def prune(step, auc):
+        (run.folder / PRUNED).touch()
+        return True
+
+    assert train_one(config, prune) == "" and (run.folder / "DONE").exists() and not run.done, (
+        "killed before it was told"
+    )
+    assert train_one(config) == "" and run.done
+    assert json.loads((run.folder / "DONE").read_text())["step"] == 6
 
 
 def test_failed_trials_are_told_and_none_left_is_an_error(config, out):

@@ -24,7 +24,7 @@ from typing import Any
 from data.errors import InputError
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.exits import CANNOT_WRITE, CannotWriteError
-from mbcnet_rec.runtime.process import Process, agreed
+from mbcnet_rec.runtime.process import Process, first_decides
 
 LOCK = "LOCK"
 BEAT_SECONDS = 5.0
@@ -139,7 +139,7 @@ def locked_together(process: Process, what: str, folders: Mapping[str, Path]) ->
     `folders`: what names it, such as a key of the config -> the folder.
     """
     with ExitStack() as held:
-        with agreed(process):
+        with first_decides(process):
             for name, folder in folders.items() if process.is_first else ():
                 try:
                     held.enter_context(locked(folder, what))

@@ -246,6 +246,17 @@ def refuse_together(problem: str, process: Process) -> None:
 
 
 @contextmanager
+def first_decides(process: Process) -> Iterator[None]:
+    """Raise an InputError of rank 0, which alone acts inside, on every rank."""
+    problem = ""
+    try:
+        yield
+    except InputError as error:
+        problem = str(error)
+    refuse_together(problem, process)
+
+
+@contextmanager
 def averaged_buffers(model: torch.nn.Module) -> Iterator[None]:
     """Give every rank the mean of the ranks' floating-point buffers (running statistics of batch norm), and its own back on exit.
 

@@ -32,7 +32,7 @@ from data.schema import load_schema
 from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked_together
-from mbcnet_rec.runtime.process import Process, agreed, any_rank, broadcast_value, joined_process
+from mbcnet_rec.runtime.process import Process, any_rank, broadcast_value, first_decides, joined_process
 from mbcnet_rec.scoring.chunks import (
     CHUNK_ROWS,
     Chunk,
@@ -153,7 +153,7 @@ def run_prediction(
         )
         with _naming_write_faults(place), locked_together(process, "predict", {"--out": place}):
             note = None
-            with agreed(process):
+            with first_decides(process):
                 note = join_notes(place, asked, overwrite) if process.is_first else None
             schemas = [output_schema(found, kept, outputs) for found in columns]
             job = Job(place, names, schemas, broadcast_value(note, process), put)

@@ -138,7 +138,9 @@ def changed_sources(before: Note | None, note: Note) -> list[str]:
     return [
         entry["from"]
         for name, entry in note["files"].items()
-        if name in held and any(held[name].get(fact, entry[fact]) != entry[fact] for fact in facts)
+        if name in held
+        and _real(held[name]["from"]) == entry["from"]
+        and any(held[name].get(fact, entry[fact]) != entry[fact] for fact in facts)
     ]
 
 
