@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from data.errors import InputError, first_line
 from data.reading.column_types import column_faults
 from data.reading.encode import Encoder, Place, read_labels
-from data.reading.storage import DataFile, open_parquet
+from data.reading.files import prove
+from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import Schema
 
 WHOLE_FILE = -1
@@ -115,9 +116,14 @@ def _ranges(schema: Schema) -> Ranges:
 def _read_footer(schema: Schema, ranges: Ranges, file: DataFile) -> _Footer:
     """Read and judge one file's footer."""
     try:
-        with open_parquet(file) as parquet:
+        with open_parquet(file, pre_buffer=True) as parquet:
             arrow_schema, metadata = parquet.schema_arrow, parquet.metadata
-    except (OSError, pa.ArrowException) as error:
+            prove(
+                parquet,
+                range(metadata.num_row_groups),
+                [each for each in ranges if each in arrow_schema.names],
+            )
+    except DAMAGE as error:
         message = f"not a readable Parquet file ({first_line(error)}); write it again or remove it"
         return _Footer(file, [], [], [Fault(str(file), WHOLE_FILE, "", message)])
     broken: dict[str, str] = {}

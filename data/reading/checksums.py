@@ -24,11 +24,12 @@ def column_without_checksum(file: DataFile, metadata: pq.FileMetaData, columns: 
     index = first_row_group(metadata)
     if index < 0:
         return ""
+    owners = columns_of_leaves(metadata)
     for number in leaves_of(metadata, columns):
         chunk = metadata.row_group(index).column(number)
         start = chunk.dictionary_page_offset or chunk.data_page_offset
         if not has_checksum(read_bytes(file, start, HEADER_BYTES)):
-            return chunk.path_in_schema.split(".")[0]
+            return owners[number]
     return ""
 
 
@@ -40,8 +41,19 @@ def first_row_group(metadata: pq.FileMetaData) -> int:
 
 def leaves_of(metadata: pq.FileMetaData, columns: Container[str]) -> list[int]:
     """The numbers of the leaf columns that the given columns consist of."""
-    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-    return [number for number, path in enumerate(paths) if path.split(".")[0] in columns]
+    return [number for number, column in enumerate(columns_of_leaves(metadata)) if column in columns]
+
+
+def columns_of_leaves(metadata: pq.FileMetaData) -> list[str]:
+    """The column that each leaf column is a part of; a column's name may hold dots."""
+    names = set(metadata.schema.to_arrow_schema().names)
+
+    def column_of(path: str) -> str:
+        while path not in names and "." in path:
+            path = path.rpartition(".")[0]
+        return path
+
+    return [column_of(metadata.schema.column(number).path) for number in range(metadata.num_columns)]
 
 
 def has_checksum(header: bytes) -> bool:

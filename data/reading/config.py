@@ -34,7 +34,7 @@ class StreamOptions(Bounded):
         negative_weights: what makes up for dropped negatives: "importance" weighs each kept one by 1 / keep_negatives
             (weights average 1 over the epoch), "none" leaves predictions too high by a constant: see `logit_correction`.
         drop_positives: share of the rows of label 1 that are left out, in [0, 1): positives that were never observed (Table 7).
-        require_checksum: refuse files whose pages carry no checksum; without it they are read after one warning.
+        require_checksum: refuse files whose pages carry no checksum, so that damage to them could go unseen (Spark and pyarrow write none unless told to).
         timeout_seconds: how long a batch may keep its reader waiting before the stream fails, naming what it waits for.
         attempts: how often a remote read is tried, with growing pauses, before the stream fails.
     """

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.errors import InputError
-from data.reading.checksums import leaves_of
+from data.reading.checksums import columns_of_leaves, leaves_of
 from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.encode import Encoder, Place
@@ -170,9 +170,10 @@ class RowReader:
         if a flipped bit made it smaller. Columns without lists would end early, which Arrow reports.
         """
         group = parquet.metadata.row_group(row_group.index)
+        owners = columns_of_leaves(parquet.metadata)
         for leaf in leaves_of(parquet.metadata, found.keys()):
             chunk = group.column(leaf)
-            name, stored = chunk.path_in_schema.split(".")[0], chunk.num_values
+            name, stored = owners[leaf], chunk.num_values
             if found[name] != stored:
                 raise InputError(
                     f"{self.name(row_group)}: column {name!r} has {found[name]} values to read, but {stored} by the footer; "

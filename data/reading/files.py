@@ -1,7 +1,5 @@
 """Paths -> Parquet files and their row groups: columns checked and kept rows counted, before the first batch."""
 
-import glob
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,15 +17,20 @@ from data.reading.column_types import check_columns
 from data.reading.encode import Place, read_labels
 from data.reading.order import RowGroup
 from data.reading.selection import Footer, Selection, read_footer
-from data.reading.storage import DAMAGE, DataFile, RemoteFile, is_uri, list_remote, open_parquet, retried
+from data.reading.storage import (
+    DAMAGE,
+    DataFile,
+    RemoteFile,
+    is_uri,
+    list_local,
+    list_remote,
+    open_parquet,
+    retried,
+)
 from data.schema import Schema
 
 T = TypeVar("T")
 THREADS = 8  # that read footers: small reads, which mostly wait
-
-
-class ChecksumWarning(UserWarning):
-    """A file's damage could go unseen."""
 
 
 class Contents(NamedTuple):
@@ -38,44 +41,58 @@ class Contents(NamedTuple):
 
 
 def resolve_files(paths: Sequence[str]) -> list[DataFile]:
-    """Turn folders, globs, files and URIs into a sorted list of Parquet files.
+    """Turn folders, globs, files and URIs into a sorted list of Parquet files; a file that has two names is there once.
 
     Raises:
-        InputError: a path leads to no Parquet file.
+        InputError: a path leads to no Parquet file, or cannot be read.
     """
     files: set[DataFile] = set()
     for text in paths:
-        found = set(list_remote(text)) if is_uri(text) else _find_local(text)
+        found = set(list_remote(text)) if is_uri(text) else set(list_local(text))
         files |= found
         if not found:
             raise InputError(
-                f"{text}: no Parquet file there; check the path, or write the data first (`mbcnet data synth`, `mbcnet data prepare`)"
+                f"{text}: no Parquet file there{_other_files(text)}; check the path, or write the data first (`mbcnet data synth`, "
+                "`mbcnet data prepare`)"
             )
-    return sorted(files, key=lambda file: (isinstance(file, RemoteFile), file))
+    kept: dict[object, DataFile] = {}
+    for file in sorted(files, key=lambda file: (isinstance(file, RemoteFile), file)):
+        kept.setdefault(_identity(file), file)
+    return list(kept.values())
 
 
-def _find_local(text: str) -> set[Path]:
-    found: set[Path] = set()
-    for name in [text] if Path(text).exists() else glob.glob(text, recursive=True):
-        path = Path(name)
-        found |= set(path.rglob("*.parquet")) if path.is_dir() else {path}
-    return found
+def _identity(file: DataFile) -> object:
+    """What two names of one file share."""
+    if isinstance(file, RemoteFile):
+        return file
+    status = file.stat()
+    return (status.st_dev, status.st_ino) if status.st_ino else file.resolve()
 
 
-def read_contents(
-    files: Sequence[DataFile], schema: Schema, selection: Selection, *, warn: bool = False
-) -> Contents:
+def _other_files(text: str) -> str:
+    """What lies in a folder without Parquet files, in words."""
+    path = Path(text).expanduser()
+    if is_uri(text) or not path.is_dir():
+        return ""
+    names = sorted(each.name for each in path.iterdir())
+    return (
+        f" (it holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        if names
+        else " (it is empty)"
+    )
+
+
+def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selection) -> Contents:
     """List the row groups of all files, check each file's columns from its footer, and count the rows that the selection keeps.
 
-    Without sampling and conditions on time only footers are read; else also, once, the label or the time column. `warn`: once, of pages
-    without checksums.
+    Without sampling and conditions on time only footers are read; else also, once, the label or the time column.
 
     Raises:
         InputError: a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
     """
     attempts = selection.options.attempts
     time_column = schema.time_column if selection.conditions else ""
-    checked = frozenset(schema.columns if selection.options.require_checksum else [schema.label])
+    checked = frozenset(schema.columns if selection.options.require_checksum else ())
 
     def inspect(_: int, file: DataFile) -> tuple[Footer, str]:
         return _inspect(file, schema, time_column, checked)
@@ -84,7 +101,11 @@ def read_contents(
     footers = [footer for footer, _ in inspected]
     bare = [(file, column) for file, (_, column) in zip(files, inspected, strict=True) if column]
     if bare:
-        _judge_checksums(bare, selection, warn)
+        file, column = bare[0]
+        raise InputError(
+            f"{file}: the pages of column {column!r} carry no checksum (so in {len(bare)} of {len(files)} files): require_checksum = true "
+            "wants them; write the files with page checksums (pyarrow: write_page_checksum=True), or set require_checksum = false"
+        )
     selection.fix_span(footers)
 
     def count(number: int, file: DataFile) -> tuple[list[RowGroup], np.ndarray]:
@@ -114,7 +135,7 @@ def _inspect(file: DataFile, schema: Schema, time_column: str, checked: frozense
         groups = range(metadata.num_row_groups)
         if sum(metadata.row_group(index).num_rows for index in groups) != metadata.num_rows:
             raise pa.ArrowInvalid("the row groups of the footer do not add up to its number of rows")
-        prove(parquet, [first_row_group(metadata)], checked)
+        prove(parquet, [first_row_group(metadata)], checked or {schema.label})
         if time_column:
             prove(parquet, groups, {time_column})
         return read_footer(parquet, time_column, str(file)), column_without_checksum(file, metadata, checked)
@@ -157,18 +178,6 @@ def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str,
         raise InputError(
             f"{name}: {problem} ({first_line(error)}); the file is damaged: write it again or remove it"
         ) from None
-
-
-def _judge_checksums(bare: list[tuple[DataFile, str]], selection: Selection, warn: bool) -> None:
-    file, column = bare[0]
-    found = f"{file}: the pages of column {column!r} carry no checksum (so in {len(bare)} of {len(selection.files)} files)"
-    if selection.options.require_checksum:
-        raise InputError(
-            f"{found}: require_checksum = true wants them; write the files with page checksums "
-            "(pyarrow: write_page_checksum=True), or set require_checksum = false"
-        )
-    if warn:
-        warnings.warn(f"{found}: damage to them can go unseen", ChecksumWarning, stacklevel=4)
 
 
 def _count_rows(

@@ -5,6 +5,7 @@ without Python's lock, and by fsspec's where Arrow has none (memory://, ...). S3
 and another server's address from AWS_ENDPOINT_URL.
 """
 
+import glob
 import logging
 import os
 import time
@@ -30,6 +31,8 @@ CURE = "check the storage service and the network, or raise data.attempts"
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 30.0
 # What Arrow raises on damaged files: names that are not UTF-8 and inconsistent counts are not always ArrowExceptions.
 DAMAGE = (OSError, pa.ArrowException, UnicodeError, IndexError, OverflowError)
+ENDINGS = (".parquet", ".parq", ".pq")
+MAGIC = b"PAR1"
 log = logging.getLogger(__name__)
 
 
@@ -61,8 +64,64 @@ def path_parts(file: DataFile) -> tuple[str, ...]:
     return file.parts if isinstance(file, Path) else tuple(file.uri.split("://", 1)[1].split("/"))
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a name marks what is not data, as Spark says: it begins with . or _, but for a partition folder such as _day=1."""
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def list_local(text: str) -> list[Path]:
+    """List the Parquet files that a file, a folder or a glob names; links are followed, hidden names below it are passed over.
+
+    A file without an ending is taken if it begins as Parquet files do (Hive writes 000000_0).
+
+    Raises:
+        InputError: a folder or a link cannot be read, or a path cannot exist.
+    """
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return _walk(str(path), ())
+        if path.exists():
+            return [path]
+        named = set(path.parts)  # a wildcard does not match what is hidden
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        found = [
+            each for each in found if not any(is_hidden(part) for part in each.parts if part not in named)
+        ]
+        return [file for each in found for file in (_walk(str(each), ()) if each.is_dir() else [each])]
+    except (OSError, RuntimeError, ValueError) as error:
+        where = getattr(error, "filename", None) or text
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(
+            f"{where}: cannot be read ({reason}); fix or remove it, or name other paths"
+        ) from None
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> list[Path]:
+    """The Parquet files at and below a folder. `above`: device and inode of the folders on the way, which a link may lead back to."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return []
+    files = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                files += _walk(entry.path, (*above, here))
+            elif entry.name.lower().endswith(ENDINGS):
+                os.stat(entry.path)  # a link that leads nowhere is named
+                files.append(Path(entry.path))
+            elif "." not in entry.name and entry.is_file():
+                with open(entry.path, "rb") as file:
+                    if file.read(len(MAGIC)) == MAGIC:
+                        files.append(Path(entry.path))
+    return files
+
+
 def list_remote(uri: str) -> list[RemoteFile]:
-    """List the Parquet files at and below a URI, sorted.
+    """List the Parquet files at and below a URI, sorted; hidden names below it are passed over.
 
     Raises:
         InputError: it cannot be listed.
@@ -76,7 +135,9 @@ def list_remote(uri: str) -> list[RemoteFile]:
         found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
         paths = [item.path for item in found if item.type == pafs.FileType.File]
         prefix = uri[: uri.index(path)] if path in uri else uri.partition("://")[0] + "://"
-        return sorted(RemoteFile(prefix + path) for path in paths if path.endswith(".parquet"))
+        below = len(path.rstrip("/")) + 1
+        seen = [each for each in paths if not any(map(is_hidden, each[below:].split("/")))]
+        return sorted(RemoteFile(prefix + each) for each in seen if each.lower().endswith(ENDINGS))
 
     return retried(find, uri, LIST_ATTEMPTS)
 

@@ -65,7 +65,7 @@ class ParquetStream:
         self.rank, self.world_size = rank, world_size
         self.encoder = Encoder(schema, permuted_by_fbgemm)
         self.selection = Selection(options, schema, self.files)
-        self.row_groups, label_counts = read_contents(self.files, schema, self.selection, warn=rank == 0)
+        self.row_groups, label_counts = read_contents(self.files, schema, self.selection)
         self.num_rows = sum(row_group.num_rows for row_group in self.row_groups)
         self.label_weights = _label_weights(options, *label_counts)
         self.cursor = Cursor()

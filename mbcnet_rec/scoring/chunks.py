@@ -65,8 +65,6 @@ def labelled_rows(
     schema: Schema,
     options: StreamOptions,
     extra: Sequence[str],
-    *,
-    warn: bool = False,
 ) -> tuple[RowReader, list[Chunk]]:
     """Read all footers, and cut into chunks what the options keep of the files; `extra` columns are passed through.
 
@@ -74,7 +72,7 @@ def labelled_rows(
         InputError: a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
     """
     selection = Selection(options, schema, files)
-    row_groups = read_contents(files, schema, selection, warn=warn).row_groups
+    row_groups = read_contents(files, schema, selection).row_groups
     return RowReader(files, Encoder(schema), selection, extra=extra), chunks_of(row_groups)
 
 

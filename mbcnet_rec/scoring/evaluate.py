@@ -87,7 +87,7 @@ def evaluate_run(
     files = select_files(resolve_files(paths), where, schema)
     by = slice_columns(files, question.by, schema)
     options = config.data.eval_options(where)
-    reader, chunks = labelled_rows(files, schema, options, tuple(by.values()), warn=process.is_first)
+    reader, chunks = labelled_rows(files, schema, options, tuple(by.values()))
     dealt = deal(chunks, process.world_size)
     slices = count_slices(tuple(by), reader, dealt[process.rank], process, question.max_slices)
     built = load_built(config, schema, folder, step, process)
