@@ -226,7 +226,7 @@ def test_integer_vocabularies_hold_at_both_ends_of_both_types(values, column, si
     column = [value - 2**63 for value in column] if signed else column
     known = Vocabulary(pa.array(values, pa.int64()))
     asked = [*column, *(value for value in values if signed or value >= 0)]
-    rows = known.rows_of(pa.array(asked, pa.int64() if signed else pa.uint64()), "here")
+    rows = known.rows_of(pa.array(asked, pa.int64() if signed else pa.uint64()))
     place = {value: row for row, value in enumerate(values, start=FIRST_VOCABULARY_ROW)}
     assert rows.tolist() == [place.get(value, OUT_OF_VOCABULARY_ROW) for value in asked]
 
@@ -236,13 +236,13 @@ def test_values_of_narrow_types_have_rows_of_their_own(kind):
     """The difference of -100 and 100 overflows in eight bits."""
     info = np.iinfo(kind.to_pandas_dtype())
     values = np.unique(np.linspace(info.min, info.max, 50_000).astype(np.int64))
-    rows = Vocabulary(pa.array(values, kind)).rows_of(pa.array(values), "here")
+    rows = Vocabulary(pa.array(values, kind)).rows_of(pa.array(values))
     assert rows.tolist() == list(range(FIRST_VOCABULARY_ROW, FIRST_VOCABULARY_ROW + len(values)))
 
 
 def test_vocabulary_faults_are_named(tmp_path):
     field = vocabulary(tmp_path, [1, 2, 3])
-    said = "log.parquet: row group 3, field 'f': column is string, the vocabulary is int64"
+    said = "log.parquet: row group 3, row 100, field 'f' = 'x': wanted an integer of 64 bits in plain digits"
     refused(said, field, pa.array(["x"]), folder=tmp_path)
     said = "3 values need 5 rows, but the table of field 'f' has num_embeddings = 4; set it to 5"
     refused(said, field | {"num_embeddings": 4}, pa.array([1]), folder=tmp_path)

@@ -23,6 +23,7 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
@@ -201,8 +202,11 @@ def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def _count_entries(column: pa.Array) -> int:
-    if pt.is_fixed_size_list(column.type):
-        return len(column.flatten()) + column.null_count
+    if pt.is_null(column.type):  # lists that are all null
+        return len(column)
+    if not (pt.is_list(column.type) or pt.is_large_list(column.type)):
+        empty = pc.sum(pc.equal(pc.list_value_length(column), 0)).as_py() or 0
+        return len(column.flatten()) + empty + column.null_count
     offsets = column.offsets.to_numpy()
     empty = int(np.count_nonzero(offsets[1:] == offsets[:-1]))
     if not column.null_count:

@@ -18,7 +18,9 @@ from pyarrow import types as pt
 
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
+from .column_types import is_id, value_type
 from .columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, offsets_of
+from .ids import as_ids, decoded, is_text
 from .keys import (
     hash_values,
     integers,
@@ -86,6 +88,7 @@ class Encoder:
         self.schema, self.permute, self.has_labels = schema, permute, has_labels
         values = read_vocabularies(schema) if vocabularies is None else vocabularies
         self.vocabularies = make_vocabularies(schema, values)
+        self.id_type = {each.name: self._id_type(each) for each in schema.features if each.is_keyed}
         self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
         self.single = [feature for feature in schema.sparse if feature.is_single]
         self.lists = [feature for feature in schema.sparse if not feature.is_single]
@@ -95,6 +98,12 @@ class Encoder:
             for name, table in schema.table_of.items()
         }
         self.id_dtype = np.result_type(np.int32, *(self.list_dtype[each.name] for each in self.single))
+
+    def _id_type(self, feature: Feature) -> str:
+        """What a field's ids are read as, "integer" or "text"; empty: as the type of their column says."""
+        if feature.encoding == "vocabulary":
+            return self.vocabularies[feature.name].id_type
+        return "integer" if feature.encoding == "ids" else feature.type
 
     def encode(self, rows: Rows, place: Place) -> Columns:
         """Check and encode rows; see `encode_all`."""
@@ -196,7 +205,11 @@ class _Reader:
     @_named
     def groups(self) -> np.ndarray:
         """Hashes of the grouping column, int64."""
-        return hash_values(_as_arrow(self.columns[self.encoder.schema.group_column])).view(np.int64)
+        schema = self.encoder.schema
+        column = _as_arrow(self.columns[schema.group_column])
+        if is_id(column.type):
+            column = self._converted(column, f"group_column {schema.group_column!r}", schema.group_type)
+        return hash_values(column).view(np.int64)
 
     @_named
     def single(self, feature: Feature, out: np.ndarray) -> None:
@@ -207,7 +220,7 @@ class _Reader:
             if valid is not None:
                 out[~valid] = MISSING_ROW
             return
-        column = self.columns[feature.source_column]
+        column = self._id_column(self.columns[feature.source_column], feature)
         out[:] = self._ids(column, feature, None)
         if not isinstance(column, np.ndarray) and column.null_count:
             is_absent = feature.encoding in ("ids", "zch")
@@ -218,9 +231,9 @@ class _Reader:
     @_named
     def list(self, feature: Feature) -> Ragged:
         """Read a list column; a null list is an empty one, a null inside a list is no value."""
-        column = _as_arrow(self.columns[feature.source_column])
+        column = _as_lists(self.columns[feature.source_column])
         offsets = _list_offsets(column)
-        items = column.flatten()
+        items = self._id_column(column.flatten(), feature, offsets)
         ids = self._ids(items, feature, offsets)
         ids = ids.astype(self.encoder.list_dtype[feature.name], copy=False)
         weights = self._weights(feature, offsets) if feature.weights else None
@@ -235,7 +248,7 @@ class _Reader:
         return Ragged(ids, offsets, weights)
 
     def _weights(self, feature: Feature, offsets: np.ndarray) -> np.ndarray:
-        column = _as_arrow(self.columns[feature.weights])
+        column = _as_lists(self.columns[feature.weights])
         own_offsets = _list_offsets(column)
         if not np.array_equal(own_offsets, offsets):
             found, wanted = np.diff(own_offsets), np.diff(offsets)
@@ -246,6 +259,30 @@ class _Reader:
             )
         weights, _ = self._numbers(column.flatten(), feature, offsets)
         return weights.astype(np.float32)
+
+    def _id_column(self, column: Column, feature: Feature, offsets: np.ndarray | None = None) -> Column:
+        """The ids in the type that the field reads. `offsets`: of the lists that hold them."""
+        if isinstance(column, np.ndarray) and feature.encoding == "ids":
+            return column
+        wanted = self.encoder.id_type[feature.name]
+        ids = self._converted(_as_arrow(column), f"field {feature.name!r}", wanted, offsets)
+        return decoded(ids) if feature.encoding == "ids" else ids
+
+    def _converted(
+        self, column: pa.Array, owner: str, wanted: str, offsets: np.ndarray | None = None
+    ) -> pa.Array:
+        ids, bad = as_ids(column, wanted)
+        if bad is None:
+            return ids
+        first = int(np.flatnonzero(bad)[0])
+        found = column[first].as_py()
+        if is_text(value_type(column.type)):
+            words = f"{str(found)[:80]!r}: wanted an integer of 64 bits in plain digits, since its ids are integers in training"
+            fix = "fix the file, or train anew on ids that are text"
+        else:
+            words = f"{found}: wanted an id, an integer of 64 bits (as a float, a whole number that its type holds exactly)"
+            fix = "write the column as integers or text"
+        raise InputError(f"{self.place.row(_row_of(first, offsets))}, {owner} = {words}; {fix}")
 
     def _ids(self, column: Column, feature: Feature, offsets: np.ndarray | None) -> np.ndarray:
         """Rows of the table for each value, undefined at nulls. `offsets`: of the lists that hold the values."""
@@ -276,8 +313,7 @@ class _Reader:
             return remainder(hash_values(column), num_embeddings - 1).view(np.int64) + 1
         if feature.encoding == "zch":
             return unbounded_ids(column)
-        vocabulary = self.encoder.vocabularies[feature.name]
-        return vocabulary.rows_of(column, f"{self.place}, field {feature.name!r}")
+        return self.encoder.vocabularies[feature.name].rows_of(column)
 
     @_named
     def dense(self, out: np.ndarray) -> None:
@@ -286,7 +322,7 @@ class _Reader:
         for feature in self.encoder.schema.dense:
             name = feature.source_column
             if feature.kind == "vector":
-                self._vector(_as_arrow(self.columns[name]), feature, out[:, start : start + feature.width])
+                self._vector(_as_lists(self.columns[name]), feature, out[:, start : start + feature.width])
             else:
                 self._numeric(self.columns[name], feature, out[:, start])
             start += feature.dense_width
@@ -324,6 +360,9 @@ class _Reader:
         if isinstance(column, np.ndarray):
             numbers = column
         else:
+            column = decoded(column)
+            if pt.is_null(column.type):
+                column = column.cast(pa.float64())
             if column.null_count:
                 valid = is_valid(column)
                 zero = False if pt.is_boolean(column.type) else pa.scalar(0, column.type)
@@ -348,8 +387,8 @@ class _Reader:
     ) -> InputError:
         """The error that names the first bad value. `offsets`: of the lists that hold the values."""
         first = int(np.flatnonzero(bad)[0])
-        row = first if offsets is None else int(np.searchsorted(offsets, first, side="right")) - 1
-        return InputError(f"{self.place.row(row)}, field {feature.name!r} = {values[first]}: wanted {wanted}")
+        row = self.place.row(_row_of(first, offsets))
+        return InputError(f"{row}, field {feature.name!r} = {values[first]}: wanted {wanted}")
 
 
 def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
@@ -358,6 +397,7 @@ def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
     Raises:
         InputError: a label is null or another number.
     """
+    column = decoded(column)
     if column.null_count:
         row = int(np.flatnonzero(~is_valid(column))[0])
         raise InputError(
@@ -377,6 +417,17 @@ def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
 
 def _as_arrow(column: Column) -> pa.Array:
     return pa.array(column) if isinstance(column, np.ndarray) else column
+
+
+def _as_lists(column: Column) -> pa.Array:
+    """A column of lists; one of type null holds null lists only."""
+    column = _as_arrow(column)
+    return column.cast(pa.list_(pa.null())) if pt.is_null(column.type) else column
+
+
+def _row_of(value: int, offsets: np.ndarray | None) -> int:
+    """The row of a value. `offsets`: of the lists that hold the values."""
+    return value if offsets is None else int(np.searchsorted(offsets, value, side="right")) - 1
 
 
 def _no_lists(feature: Feature) -> Ragged:
@@ -399,7 +450,7 @@ def _buckets(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
 
 def _list_offsets(column: pa.Array) -> np.ndarray:
     """(n + 1,) int64, from 0: where each row's values lie in `column.flatten()`."""
-    if column.null_count == 0 and not pt.is_fixed_size_list(column.type):
+    if column.null_count == 0 and (pt.is_list(column.type) or pt.is_large_list(column.type)):
         offsets = column.offsets.to_numpy().astype(np.int64)
         return offsets - offsets[0]
     return offsets_of(integers(pc.list_value_length(column)))

@@ -25,7 +25,7 @@ class Vocabulary:
     """A fitted list of values: value i is row FIRST_VOCABULARY_ROW + i, all others are row OUT_OF_VOCABULARY_ROW."""
 
     def __init__(self, values: pa.Array) -> None:
-        self.type = values.type
+        self.id_type = "integer" if pt.is_integer(values.type) else "text"
         if pt.is_integer(values.type):
             numbers = values.to_numpy(zero_copy_only=False)
             if numbers.dtype != np.uint64:  # in narrower types differences overflow
@@ -41,24 +41,15 @@ class Vocabulary:
         else:
             self._row_of = {text: row for row, text in enumerate(values.to_pylist(), FIRST_VOCABULARY_ROW)}
 
-    def rows_of(self, column: pa.Array, where: str) -> np.ndarray:
-        """Return int64 rows, undefined at nulls. `where` names the column in messages.
-
-        Raises:
-            InputError: the column's type cannot become the vocabulary's.
-        """
-        if pt.is_integer(self.type):
-            if pt.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            if not pt.is_integer(column.type):
-                column = self._cast(column, where)
-            return self._integer_rows(integers(column))
+    def rows_of(self, column: pa.Array) -> np.ndarray:
+        """Return int64 rows, undefined at nulls, of integers or text as the vocabulary holds; the column may be a dictionary's."""
+        if self.id_type == "integer":
+            return self._integer_rows(
+                integers(column.dictionary_decode() if pt.is_dictionary(column.type) else column)
+            )
         encoded = column if pt.is_dictionary(column.type) else column.dictionary_encode()
-        unique = encoded.dictionary
-        if not (pt.is_string(unique.type) or pt.is_large_string(unique.type)):
-            unique = self._cast(unique, where)
-        rows = [self._row_of.get(text, OUT_OF_VOCABULARY_ROW) for text in unique.to_pylist()]
-        return np.asarray(rows or [0], np.int64)[_codes(encoded)]
+        rows = [self._row_of.get(text, OUT_OF_VOCABULARY_ROW) for text in encoded.dictionary.to_pylist()]
+        return np.asarray(rows or [0], np.int64)[codes_of(encoded)]
 
     def _integer_rows(self, numbers: np.ndarray) -> np.ndarray:
         rows = np.full(len(numbers), OUT_OF_VOCABULARY_ROW, np.int64)
@@ -72,15 +63,6 @@ class Vocabulary:
             found = self._sorted[places] == wanted
             rows[inside] = np.where(found, self._rows[places], OUT_OF_VOCABULARY_ROW)
         return rows
-
-    def _cast(self, column: pa.Array, where: str) -> pa.Array:
-        try:
-            return column.cast(self.type)
-        except pa.ArrowException as error:
-            raise InputError(
-                f"{where}: column is {column.type}, the vocabulary is {self.type} ({first_line(error)}); "
-                "write the column with the type it had when the vocabulary was fitted"
-            ) from None
 
 
 def read_vocabularies(schema: Schema) -> dict[str, pa.Array]:
@@ -140,7 +122,7 @@ def hash_values(column: pa.Array) -> np.ndarray:
     """64-bit hashes, uint64, equal on every machine; of null, 0."""
     if pt.is_dictionary(column.type):
         hashes = hash_values(column.dictionary)
-        hashed = (hashes if len(hashes) else np.zeros(1, np.uint64))[_codes(column)]
+        hashed = (hashes if len(hashes) else np.zeros(1, np.uint64))[codes_of(column)]
     elif pt.is_integer(column.type):
         numbers = integers(column)
         if numbers.dtype != np.uint64:
@@ -194,7 +176,8 @@ def _hash_strings(column: pa.Array) -> np.ndarray:
     return hashed
 
 
-def _codes(encoded: pa.DictionaryArray) -> np.ndarray:
+def codes_of(encoded: pa.DictionaryArray) -> np.ndarray:
+    """Checked codes of a dictionary column, 0 for nulls."""
     codes = integers(encoded.indices)
     # Arrow does not check the codes that it reads: in a damaged file they can point behind the dictionary.
     if codes.size and not 0 <= codes.min() <= codes.max() < max(1, len(encoded.dictionary)):

@@ -10,6 +10,7 @@ from .names import own_table
 
 Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector"]
 Encoding = Literal["ids", "vocabulary", "hash", "zch"]
+IdType = Literal["", "integer", "text"]
 Eviction = Literal["distance_lfu", "lfu", "lru"]
 Transform = Literal["identity", "log1p", "standardise", "bucketise"]
 
@@ -35,6 +36,8 @@ class Feature:
         encoding: how a categorical value becomes a row: ids (integers in [0, num_embeddings)), vocabulary (a fitted list of values),
             hash (64-bit hash, modulo num_embeddings - 1, plus 1), zch (TorchRec's zero-collision hash: an id that comes up in training
             gets a row of its own, which it can lose to another one). For plain modulo, use ids with on_invalid = "modulo".
+        type: what hashed, zch and vocabulary ids are, "integer" or "text"; a column of the other type is converted (7 and "7" are one id).
+            Empty: as the training files say, or the vocabulary.
         num_embeddings: rows of the field's table; 0 where a table or a fit says it.
         embedding_dim: width of the field's table, a multiple of 4, at most 1024; 0 where a table says it.
         table: name of the table, if fields share one; default: the field's own name (see `own_table`).
@@ -62,6 +65,7 @@ class Feature:
     kind: Kind
     column: str = ""
     encoding: Encoding = "ids"
+    type: IdType = ""
     num_embeddings: int = 0
     embedding_dim: int = 0
     table: str = ""
@@ -152,6 +156,7 @@ class Feature:
 # Which fields read a key; on any other field it would be ignored silently, so it is refused there.
 _READERS: tuple[tuple[str, Callable[[Feature], bool], str], ...] = (
     ("encoding", lambda feature: feature.is_keyed, "fields of ids"),
+    ("type", lambda feature: feature.encoding != "ids", 'encoding = "hash", "zch" or "vocabulary"'),
     ("vocabulary min_count", lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
     ("eviction eviction_interval zch_buckets", lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
     ("num_embeddings embedding_dim table pooling", lambda feature: feature.is_sparse, "fields with a table"),

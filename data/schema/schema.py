@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError  # relative: an exported artifact carries this file
-from .feature import Eviction, Feature, feature_problem, rows_problem
+from .feature import Eviction, Feature, IdType, feature_problem, rows_problem
 from .names import RESERVED_GROUPS, is_module_name, name_problem
 from .parse import parse_dataclass, read_toml, to_toml_value, unknown_key
 
-HINTS = ("pooling_factor", "cardinality")  # keys for the planner, which change no result
+HINTS = ("pooling_factor", "cardinality", "type")  # what a plan does not depend on
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Schema:
         groups: EFGC groups, Eq. 2: name -> names of fields. A field may be in many groups and is looked up once.
         group_column: column whose values group rows for GAUC; empty if none.
         time_column: column that orders rows; empty if none.
+        group_type: what the ids of the group column are, as a field's `type`.
         folder: where relative vocabulary paths start.
     """
 
@@ -79,6 +80,7 @@ class Schema:
     groups: dict[str, tuple[str, ...]]
     group_column: str = ""
     time_column: str = ""
+    group_type: IdType = ""
     folder: Path = Path()
 
     @property
@@ -131,8 +133,9 @@ class Schema:
                 )
 
     def fingerprint(self) -> str:
-        """Twelve hex digits that change whenever fields, tables or groups change; the planner's hints do not count."""
+        """Twelve hex digits that change whenever fields, tables or groups change; hints and types of ids, on which no plan depends, do not count."""
         top = schema_to_toml(self)
+        top.pop("group_type", None)
         for entry in top["fields"].values():
             for key in HINTS:
                 entry.pop(key, None)
@@ -158,6 +161,7 @@ class _SchemaTop:
     tables: dict[str, _SharedTable] = dataclasses.field(default_factory=dict)
     group_column: str = ""
     time_column: str = ""
+    group_type: IdType = ""
 
 
 def load_schema(path: str | Path) -> Schema:
@@ -191,6 +195,7 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
         groups=top.groups,
         group_column=top.group_column,
         time_column=top.time_column,
+        group_type=top.group_type,
         folder=folder,
     )
 
@@ -227,6 +232,8 @@ def _check_names(fields: Iterable[str], top: _SchemaTop, source: str) -> None:
     for key in ("group_column", "time_column"):
         if getattr(top, key) == top.label:
             raise InputError(f"{source}: {key} = {top.label!r}: this is the label; name another column")
+    if top.group_type and not top.group_column:
+        raise InputError(f"{source}: group_type = {top.group_type!r}: only group_column reads it; remove it")
 
 
 def _check_groups(groups: dict[str, tuple[str, ...]], names: Container[str], source: str) -> None:
@@ -289,8 +296,11 @@ def _difference(first: Feature, other: Feature) -> str:
             f"{shares} has another eviction, eviction_interval or zch_buckets, which belong to the table: make them equal, "
             "or use two tables"
         )
-    if (other.encoding, other.vocabulary) != (first.encoding, first.vocabulary):
-        return f"{shares} encodes otherwise, so one value would have two rows; make encoding and vocabulary equal, or use two tables"
+    if (other.encoding, other.vocabulary, other.type) != (first.encoding, first.vocabulary, first.type):
+        return (
+            f"{shares} encodes otherwise, so one value would have two rows; make encoding, vocabulary and type equal, or use two "
+            "tables"
+        )
     return ""
 
 
@@ -313,7 +323,8 @@ def schema_to_toml(schema: Schema) -> dict[str, Any]:
     }
     shared = {feature.table for feature in schema.features if feature.table}
     top: dict[str, Any] = {"name": schema.name, "label": schema.label}
-    top |= {key: getattr(schema, key) for key in ("group_column", "time_column") if getattr(schema, key)}
+    names = ("group_column", "group_type", "time_column")
+    top |= {key: getattr(schema, key) for key in names if getattr(schema, key)}
     top["fields"] = fields
     tables = {
         table.name: {"num_embeddings": table.num_embeddings, "embedding_dim": table.embedding_dim}

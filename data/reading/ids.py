@@ -1,0 +1,99 @@
+"""Id columns of every type that is taken -> integers or text: an id is the same whatever type its column has that day.
+
+Floats that hold whole numbers are the integers (pandas makes doubles of ids with missing values), and NaN is missing. Only numbers up to
+which the float type holds every integer are taken: above, an id could be its neighbour.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types as pt
+
+from .keys import codes_of, is_valid
+
+CANONICAL = r"\A(0|-?[1-9][0-9]{0,19})\z"
+WHOLE_BITS = {
+    16: 11,
+    32: 24,
+    64: 53,
+}  # of floats, by their bits: below 2 to this power every integer has its own
+Converted = tuple[
+    pa.Array, np.ndarray | None
+]  # the ids, and where a value is none (null there); None: all are ids
+
+
+def as_ids(column: pa.Array, wanted: str) -> Converted:
+    """Turn a column of ids into integers or text: as `wanted`, "integer" or "text", says, or else as it is. Dictionaries may stay."""
+    kind = column.type
+    if pt.is_dictionary(kind):
+        values, bad = as_ids(column.dictionary, wanted)
+        if values is column.dictionary and not values.null_count:
+            return column, None
+        codes = codes_of(column)
+        taken = values.take(pa.array(codes, mask=~is_valid(column)))
+        return taken, None if bad is None or not len(bad) else bad[codes] & is_valid(column)
+    if is_text(kind):
+        text = column.cast(pa.large_string()) if pt.is_string_view(kind) else column
+        return _integers_of_text(text) if wanted == "integer" else (text, None)
+    numbers, bad = _integers(column)
+    return (numbers.cast(pa.string()) if wanted == "text" else numbers), bad
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type holds text."""
+    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
+
+
+def decoded(column: pa.Array) -> pa.Array:
+    """The values of a dictionary column; any other as it is."""
+    if not pt.is_dictionary(column.type):
+        return column
+    codes_of(column)  # checks them
+    return column.dictionary_decode()
+
+
+def integers_of(values: Sequence[int | None]) -> Converted:
+    """Python's integers as int64 or, where one is above its range, uint64."""
+    present = [value for value in values if value is not None]
+    is_unsigned = max(present, default=0) >= 2**63 and min(present) >= 0
+    low, high, kind = (0, 2**64, pa.uint64()) if is_unsigned else (-(2**63), 2**63, pa.int64())
+    bad = np.asarray([value is not None and not low <= value < high for value in values], bool)
+    if not bad.any():
+        return pa.array(values, kind), None
+    taken = [None if is_bad else value for value, is_bad in zip(values, bad, strict=True)]
+    return pa.array(taken, kind), bad
+
+
+def _integers(column: pa.Array) -> Converted:
+    kind = column.type
+    if pt.is_integer(kind):
+        return column, None
+    if pt.is_null(kind):
+        return column.cast(pa.int64()), None
+    if pt.is_decimal(kind):
+        try:
+            return column.cast(pa.int64()), None
+        except pa.ArrowInvalid:  # beyond int64
+            return integers_of([None if value is None else int(value) for value in column.to_pylist()])
+    valid = is_valid(column)
+    numbers = pc.fill_null(column.cast(pa.float64()), 0.0).to_numpy(zero_copy_only=False)
+    missing = ~valid | np.isnan(numbers)
+    limit = 2.0 ** WHOLE_BITS[kind.bit_width]
+    bad = ~missing & ~((np.abs(numbers) < limit) & (np.floor(numbers) == numbers))
+    absent = missing | bad
+    ids = pa.array(np.where(absent, 0.0, numbers).astype(np.int64), mask=absent)
+    return ids, bad if bad.any() else None
+
+
+def _integers_of_text(column: pa.Array) -> Converted:
+    good = pc.fill_null(pc.match_substring_regex(column, CANONICAL), False)
+    numbers = column if pc.all(good, min_count=0).as_py() else pc.if_else(good, column, None)
+    try:
+        ids, beyond = numbers.cast(pa.int64()), None
+    except pa.ArrowInvalid:  # beyond int64
+        ids, beyond = integers_of([None if value is None else int(value) for value in numbers.to_pylist()])
+    bad = is_valid(column) & ~good.to_numpy(zero_copy_only=False)
+    bad = bad if beyond is None else bad | beyond
+    return ids, bad if bad.any() else None
