@@ -225,7 +225,7 @@ def test_the_loader_refuses_what_training_refuses(exported):
         ("item", [1, 2], "wanted 3, as the other columns have"),
         ("hour", ["noon"] * 3, "column 'hour' is string: numeric field 'hour' wants numbers"),
         ("shop_name", [b"a"] * 3, "column 'shop_name' is binary: categorical field 'shop' wants integers or"),
-        ("shop_name", [1.5, 2.0, 3.0], "column 'shop_name' is double"),
+        ("shop_name", [1.5, 2.0, 3.0], "row 0, field 'shop' = 1.5: wanted an id"),
         ("shop_name", ["a", float("nan"), "b"], "column 'shop_name' of field 'shop' cannot be read"),
         ("words", ["ab"] * 3, "column 'words' is string: multi_valued field 'words' wants lists"),
         ("user", [[1], [2], [3]], "column 'user' is list<"),

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow import types as pt
 from torch import Tensor
 
 if __name__ == "mbcnet_rec.serving.preprocess":
@@ -31,7 +30,6 @@ __all__ = ["ZCH", "Inputs", "Preprocessor", "Rows", "Schema", "load_schema"]
 
 ZCH = "zch/"  # before the name of a table of unbounded ids, among the tables' rows
 REQUEST = "request"  # stands in messages where training has a file's name
-NULL = pa.null()
 NUMBERS = {np.dtype(kind): pa.from_numpy_dtype(kind) for kind in ("int64", "uint64", "float64")}
 Rows = Any  # mapping of column -> list or array, an Arrow table or record batch, or what pyarrow.table takes, such as a DataFrame
 
@@ -137,11 +135,6 @@ class Preprocessor:
             for name, array in arrays.items()
         }
         if types != self.checked:
-            for name, found in types.items():
-                # a column of nothing but missing values has no type of its own: it gets the field's
-                if found == NULL or (_is_list(found) and found.value_type == NULL):
-                    types[name] = self._type_of_missing(name)
-                    arrays[name] = arrays[name].cast(types[name])
             check_columns(pa.schema(list(types.items())), self.schema, REQUEST, has_label=False)
             self.checked = types
         num_rows = len(next(iter(arrays.values()), ()))
@@ -182,15 +175,3 @@ class Preprocessor:
         # as a float, a large id would lose digits
         is_taken = numbers.dtype in NUMBERS and not (name in self.keys and numbers.dtype.kind == "f")
         return numbers if is_taken and numbers.ndim == 1 else None
-
-    def _type_of_missing(self, name: str) -> pa.DataType:
-        feature = self.field_of[name]
-        kind = pa.float64()
-        if feature.is_keyed and name != feature.weights:
-            known = self.encoder.vocabularies.get(feature.name)
-            kind = pa.int64() if known is None else known.type
-        return kind if feature.is_single else pa.list_(kind)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
