@@ -1,8 +1,14 @@
 """Whether a run may begin in its folder, from which step it continues, and what it writes there before its first step."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from data.errors import InputError
+from data.reading.fingerprint import FileMark
+from data.reading.storage import is_uri
+from data.schema import Schema
 from mbcnet_rec.checkpoints.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -12,20 +18,23 @@ from mbcnet_rec.checkpoints.run_folder import (
     other_checkpoints,
     put_in_place,
     recover,
+    remove,
 )
+from mbcnet_rec.checkpoints.run_schema import COPIED, write_copy
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, latest_step, open_storage
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS, write_whole, written
 from mbcnet_rec.logs.mlflow import RUN_ID
+from mbcnet_rec.resume import DATA, data_text
 from mbcnet_rec.runtime.lock import names_in
 from mbcnet_rec.runtime.process import Process, broadcast_value, refuse_together
 from mbcnet_rec.runtime.watchdog import STACKS
-from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.faults import FAULTS
+from sharding.plan.placement import Plan
 from sharding.plan.plan_file import plan_text
 
 # what a run writes
-_OWN = {CONFIG, METRICS, PLAN, CHECKPOINTS, STACKS, FAULTS, "tb", DONE, "report.html", RUN_ID}
+_OWN = {CONFIG, METRICS, PLAN, DATA, *COPIED, CHECKPOINTS, STACKS, FAULTS, "tb", DONE, "report.html", RUN_ID}
 
 
 def refuse_contradiction(resume: bool, overwrite: bool) -> None:
@@ -108,23 +117,49 @@ def _storage_problem(config: RunConfig, storage: CheckpointStorage, resume: bool
     return ""
 
 
+class Beginning(NamedTuple):
+    """What a run folder says of a run before its first step."""
+
+    config: RunConfig
+    schema: Schema
+    files: Mapping[str, str]  # of the schema, see checkpoints/run_schema.py
+    marks: list[FileMark]  # of the training files
+    plan: Plan
+
+
 def open_folder(
-    config: RunConfig, built: Built, storage: CheckpointStorage, *, fresh: bool, overwrite: bool
+    begun: Beginning, storage: CheckpointStorage, earlier: Mapping[str, Any], *, fresh: bool, overwrite: bool
 ) -> None:
-    """Write the config and the plan of a run; a fresh one takes the place of an earlier run, and of what a start that died has left."""
-    folder = config.run_folder
-    target = folder / NEW if fresh else folder
+    """Write what a run begins with; a fresh one takes the place of an earlier run, and of what a start that died has left."""
+    folder = begun.config.run_folder
+    new = folder / NEW
 
     def remove_checkpoints() -> None:
-        for step in storage.steps():
+        for step in storage.steps() if fresh else ():
             storage.remove(step)
 
     with written(folder):
-        target.mkdir(parents=True, exist_ok=True)
-        write_whole(target / CONFIG, config_text(config))
-        write_whole(target / PLAN, plan_text(built.plan))
+        remove(new)
+        new.mkdir(parents=True)
+        write_whole(new / CONFIG, config_text(_lasting(begun.config)))
+        write_whole(new / PLAN, plan_text(begun.plan))
+        write_whole(new / DATA, data_text(begun.marks))
+        names = {CONFIG, PLAN, DATA}
+        # the copy of a run of an earlier version, which has none, would not be that of its first steps
+        if fresh or earlier.get("files", begun.files) != begun.files:
+            write_copy(begun.schema, new, begun.files)
+            names |= {*COPIED}
         if fresh:
-            write_whole(target / METRICS, "")
+            write_whole(new / METRICS, "")
             # the stacks of a start that died stay, and its run on an MLflow server
-            put_in_place(folder, _OWN if overwrite else _OWN - {STACKS, RUN_ID}, remove_checkpoints)
+            names = _OWN if overwrite else _OWN - {STACKS, RUN_ID}
+        put_in_place(folder, names, remove_checkpoints)
         (folder / DONE).unlink(missing_ok=True)
+
+
+def _lasting(config: RunConfig) -> RunConfig:
+    """The config with a place of the checkpoints that holds from every working directory."""
+    place = config.train.checkpoint_folder
+    if not place or is_uri(place):
+        return config
+    return replace(config, train=replace(config.train, checkpoint_folder=str(Path(place).absolute())))

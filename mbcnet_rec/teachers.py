@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from data.errors import InputError
-from data.schema import load_schema
+from data.schema import Schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.checkpoints.run_folder import DONE
+from mbcnet_rec.checkpoints.run_schema import file_sums
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.models import ARCHES, needs_wide
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
-from mbcnet_rec.scoring.trained_run import find_step, load_built
+from mbcnet_rec.scoring.trained_run import find_step, load_built, run_schema
 from mbcnet_rec.train import Report, Teach, run_training
 
 
@@ -67,14 +68,25 @@ def teacher_config(config: RunConfig, kind: str) -> RunConfig:
 
 def taught_by(teachers: Sequence[RunConfig], process: Process, stream: ParquetStream) -> ParquetStream:
     """Load the teachers with their best weights, and let them append their logits to a stream's rows."""
-    scorers = [load_teacher(config, process) for config in teachers]
+    scorers = [load_teacher(config, stream.schema, process) for config in teachers]
     return TaughtStream(stream, scorers)  # type: ignore[return-value]
 
 
-def load_teacher(config: RunConfig, process: Process) -> Scorer:
-    """Build a teacher with its best weights, for evaluation only."""
+def load_teacher(config: RunConfig, schema: Schema, process: Process) -> Scorer:
+    """Build a teacher with its best weights, for evaluation only, of rows that are encoded by this schema.
+
+    Raises:
+        InputError: it has learned rows that mean something else.
+    """
     step = find_step(config, config.run_folder, process)
-    built = load_built(config, load_schema(config.schema), config.run_folder, step, process)
+    own = run_schema(config, config.run_folder, step)
+    theirs, ours = file_sums(own), file_sums(schema)
+    if differ := sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name)):
+        raise InputError(
+            f"{config.run_folder}: this teacher was trained with another schema ({', '.join(differ)} differ); train teachers and student "
+            "anew with --overwrite"
+        )
+    built = load_built(config, own, config.run_folder, step, process)
     built.model.eval()
     return Scorer(built.model)
 

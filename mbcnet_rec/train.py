@@ -1,12 +1,12 @@
 """The composition root of training: config -> streams, model, loop, run folder, report.
 
-RUN/config.toml  metrics.jsonl  plan.json  schema.toml  checkpoints/step_N/  tb/  DONE
+RUN/config.toml  schema.toml  vocabulary/  data.json  plan.json  metrics.jsonl  checkpoints/step_N/  tb/  DONE
 """
 
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from data.errors import InputError
 from data.reading.files import resolve_files
 from data.reading.storage import is_uri
-from data.schema import Schema, load_schema
+from data.schema import Schema
 from data.stream import ParquetStream
 from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.compatibility import load_checked, warm_start
@@ -27,7 +27,18 @@ from mbcnet_rec.cpu.linear import bf16_in_hardware
 from mbcnet_rec.logs.metrics_log import Records, json_line, write_whole, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
-from mbcnet_rec.run_start import open_folder, refuse_contradiction, start_of
+from mbcnet_rec.resume import (
+    agreed_files,
+    agreed_marks,
+    earlier_facts,
+    facts_of,
+    refuse_other_start,
+    schema_note,
+    schema_of,
+    told_differences,
+    with_own_plan,
+)
+from mbcnet_rec.run_start import Beginning, open_folder, refuse_contradiction, start_of
 from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, joined_process
@@ -70,8 +81,6 @@ def run_training(
         InputError: the config, the schema, a row or the run folder is at fault.
         RunStoppedError: the run ends before its last step; see runtime/exits.py.
     """
-    schema = load_schema(config.schema)
-    schema.require_fitted()
     if config.model.kind == "enkd" and teach is None:
         raise InputError("model.kind = 'enkd': its teachers are trained first; start it by `mbcnet train`")
     refuse_contradiction(resume, overwrite)
@@ -90,19 +99,33 @@ def run_training(
             return Records(folder, step, open_sink(settings.tracking, folder, config.name, config))
 
         storage = storage_of(settings, folder)
-        context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks)
         start = start_of(config, storage, process, resume, overwrite)
+        earlier = earlier_facts(config, storage, start, process)
+        with agreed(process):
+            schema = schema_of(config, earlier, allow_partial=allow_partial)
+        files = agreed_files(config, schema, earlier, process)
         with agreed(process):
             streams = open_streams(config.data, settings.seed, schema, process)
-        built = build(config, schema, process)
         train_rows = streams["train"]()
+        marks = agreed_marks(train_rows, process)
+        facts = facts_of(config, files, marks)
+        context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks, facts)
+        notes = refuse_other_start(config, earlier, marks, process, allow_partial=allow_partial)
+        built = build(config if start is None else with_own_plan(config), schema, process)
         train_rows.on_rows = hooks.on_rows
         if teach is not None:
             train_rows = teach(process, train_rows)
         trainer = Trainer(settings, context, built, train_rows, streams.get("valid"))
-        _load(config, trainer, start, allow_partial)
+        notes += _load(config, schema, trainer, start, earlier, allow_partial)
+        with agreed(
+            process
+        ):  # no rank writes into the folder before that of an earlier run is out of the way
+            if process.is_first:
+                begun = Beginning(config, schema, files, marks, built.plan)
+                open_folder(begun, storage, earlier, fresh=start is None, overwrite=overwrite)
         if process.is_first:
-            open_folder(config, built, storage, fresh=start is None, overwrite=overwrite)
+            for note in notes:
+                tell(note)
             tell(opening_line(config, schema, process, trainer.total_steps, start))
         watchdog.open_stacks()
         trainer.train()
@@ -127,8 +150,15 @@ def _reported(folder: Path, report: Report | None) -> bool:
     return True
 
 
-def _load(config: RunConfig, trainer: Trainer, step: int | None, allow_partial: bool) -> None:
-    """Load the checkpoint of a step, or for a fresh start the tables of a warm start."""
+def _load(
+    config: RunConfig,
+    schema: Schema,
+    trainer: Trainer,
+    step: int | None,
+    earlier: Mapping[str, Any],
+    allow_partial: bool,
+) -> list[str]:
+    """Load the checkpoint of a step, or for a fresh start the tables of a warm start; return what there is to say of it."""
     process, storage = trainer.process, trainer.context.storage
     notes: list[str] = []
     if step is not None:
@@ -137,12 +167,15 @@ def _load(config: RunConfig, trainer: Trainer, step: int | None, allow_partial: 
                 folder = fetched.enter_context(storage.fetched(step))
                 # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
                 saved = Saved(folder, hashed=not isinstance(storage, LocalStorage))
-            notes = trainer.restore(saved, allow_partial=allow_partial)
+            try:
+                notes = trainer.restore(saved, allow_partial=allow_partial)
+            except InputError as error:
+                raise InputError(f"{error}{told_differences(earlier, config)}") from None
+        if not allow_partial and earlier.get("files") and (note := schema_note(config, schema)):
+            notes.append(note)
     elif config.train.warm_start:
-        notes = [warm_start(config.train, trainer.built, process)]
-    if process.is_first:
-        for note in notes:
-            tell(note)
+        notes = [warm_start(config.train, trainer.built, schema, process)]
+    return notes
 
 
 def open_streams(

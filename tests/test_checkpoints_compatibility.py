@@ -138,7 +138,7 @@ def warm(config, process, schema_text=SCHEMA, settings=()):
         config, process, schema_text, [f"train.warm_start={config.parent / 'run'}", *settings]
     )
     before = values(built)
-    return warm_start(wanted.train, built, process), before, values(built)
+    return warm_start(wanted.train, built, load_schema(wanted.schema), process), before, values(built)
 
 
 def test_a_run_can_begin_with_another_runs_tables(config, saved, process):

@@ -52,7 +52,7 @@ def folder(tmp_path):
 def load(folder):
     """All that a run reads of a checkpoint."""
     saved = Saved(folder)
-    saved_run(saved)
+    saved_run(saved.manifest, saved.folder)
     TrainState.from_json(saved.manifest.extra.get("state", {}))
     load_shards(saved, pieces(), 0, 1)
     return saved

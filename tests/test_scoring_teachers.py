@@ -37,7 +37,7 @@ def scored(config):
     with joined_process("cpu") as process:
         stream = open_streams(config.data, 0, schema, process)["train"]()
         kinds = config.model.enkd.teachers
-        teachers = [load_teacher(teacher_config(config, kind), process) for kind in kinds]
+        teachers = [load_teacher(teacher_config(config, kind), schema, process) for kind in kinds]
         taught = TaughtStream(stream, teachers)
         batches = list(taught)
         scored = [list(teacher.score((batch, None) for batch in batches)) for teacher in teachers]

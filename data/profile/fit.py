@@ -32,10 +32,9 @@ from data.schema import (
     parse_schema,
     schema_to_toml,
 )
-from data.schema.names import file_stems
+from data.schema.feature import VOCABULARY_FOLDER
 from data.whole_folder import whole_folder
 
-VOCABULARY_FOLDER = "vocabulary"
 BATCH_ROWS = 65_536
 MAX_SAMPLE = 2_000_000  # numbers of a field that quantiles are taken of
 
@@ -166,7 +165,7 @@ def fit_schema(
     Raises:
         InputError: no file, one is damaged, or a column is missing.
     """
-    top, paths = schema_to_toml(schema), _vocabulary_paths(schema)
+    top, paths = schema_to_toml(schema), schema.own_vocabularies
     _copy_vocabularies(schema, top, out)
     waiting = [feature for feature in schema.features if not feature.is_fitted]
     if waiting and not files:
@@ -232,17 +231,9 @@ def write_fitted(
     return load_schema(out / "schema.toml")
 
 
-def _vocabulary_paths(schema: Schema) -> dict[str, str]:
-    """Field with a table -> the path of its vocabulary, in the folder of the fit."""
-    stems = file_stems(table.name for table in schema.tables)
-    return {
-        name: f"{VOCABULARY_FOLDER}/{stems[table.name]}.parquet" for name, table in schema.table_of.items()
-    }
-
-
 def _copy_vocabularies(schema: Schema, top: dict[str, Any], folder: Path) -> None:
     """Copy the vocabulary files that a schema names into `folder`, and name them there."""
-    paths = _vocabulary_paths(schema)
+    paths = schema.own_vocabularies
     for feature in schema.features:
         if feature.vocabulary in ("", FIT):
             continue

@@ -15,6 +15,7 @@ Eviction = Literal["distance_lfu", "lfu", "lru"]
 Transform = Literal["identity", "log1p", "standardise", "bucketise"]
 
 FIT = "fit"  # the value that `mbcnet schema fit` and `mbcnet data prepare` replace by what they measure
+VOCABULARY_FOLDER = "vocabulary"
 MISSING_ROW = 0
 OUT_OF_VOCABULARY_ROW = 1
 FIRST_VOCABULARY_ROW = 2

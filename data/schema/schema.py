@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError  # relative: an exported artifact carries this file
-from .feature import Eviction, Feature, IdType, feature_problem, rows_problem
-from .names import RESERVED_GROUPS, is_module_name, name_problem
+from .feature import FIT, VOCABULARY_FOLDER, Eviction, Feature, IdType, feature_problem, rows_problem
+from .names import RESERVED_GROUPS, file_stems, is_module_name, name_problem
 from .parse import parse_dataclass, read_toml, to_toml_value, unknown_key
 
 HINTS = ("pooling_factor", "cardinality", "type")  # what a plan does not depend on
@@ -132,9 +132,27 @@ class Schema:
                     "files (or `mbcnet data prepare`), which writes a fitted schema.toml, and train with that one"
                 )
 
+    @cached_property
+    def own_vocabularies(self) -> dict[str, str]:
+        """Field with a table -> where its vocabulary lies in a folder that stands alone: as a fit writes it, and a run keeps it."""
+        stems = file_stems(table.name for table in self.tables)
+        return {
+            name: f"{VOCABULARY_FOLDER}/{stems[table.name]}.parquet" for name, table in self.table_of.items()
+        }
+
+    def standing_alone(self) -> "Schema":
+        """The same with every vocabulary at its place in a folder that has the schema and all its vocabularies."""
+        features = (
+            dataclasses.replace(each, vocabulary=self.own_vocabularies[each.name])
+            if each.vocabulary not in ("", FIT)
+            else each
+            for each in self.features
+        )
+        return dataclasses.replace(self, features=tuple(features))
+
     def fingerprint(self) -> str:
-        """Twelve hex digits that change whenever fields, tables or groups change; hints and types of ids, on which no plan depends, do not count."""
-        top = schema_to_toml(self)
+        """Twelve hex digits that change whenever fields, tables or groups change; hints, folders and types of ids, on which no plan depends, do not count."""
+        top = schema_to_toml(self.standing_alone())
         top.pop("group_type", None)
         for entry in top["fields"].values():
             for key in HINTS:

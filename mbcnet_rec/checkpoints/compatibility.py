@@ -7,6 +7,7 @@ number a row and column shard, so its state cannot move between cuts into column
 import hashlib
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import InputError
+from data.schema import Schema, load_schema
+from data.schema.parse import read_toml
+from mbcnet_rec.checkpoints.manifest import Manifest
 from mbcnet_rec.checkpoints.run_folder import CONFIG, storage_of, train_config_of
+from mbcnet_rec.checkpoints.run_schema import checked_files, other_ids, own_schema
 from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, shards_of
 from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zch_table_of
@@ -35,7 +40,7 @@ SHOWN = 8
 
 
 def describe_run(built: Built) -> dict[str, Any]:
-    """The facts about its run that a checkpoint stores besides tensors, as JSON values."""
+    """The facts about its model that a checkpoint stores besides tensors, as JSON values; see run_start.py for those about its start."""
     plan = built.plan
     return {
         "schema": plan.schema,
@@ -52,17 +57,21 @@ def describe_run(built: Built) -> dict[str, Any]:
     }
 
 
-def saved_run(saved: Saved) -> dict[str, Any]:
-    """The facts about its run that a checkpoint stores; see `describe_run`.
+def saved_run(manifest: Manifest, where: object) -> dict[str, Any]:
+    """The facts about its run that the checkpoint at `where` stores; see `describe_run`.
 
     Raises:
         InputError: they are missing or malformed.
     """
-    run = saved.manifest.extra.get("run", {})
+    run = manifest.extra.get("run", {})
     for key in ("column_shards", "zch_buckets"):
         counts = run.get(key, {}) if isinstance(run, dict) else None
         if not isinstance(counts, dict) or any(type(count) is not int for count in counts.values()):
-            raise InputError(f"{saved.folder}: does not say which run wrote it; use another checkpoint")
+            raise InputError(f"{where}: does not say which run wrote it; use another checkpoint")
+    if any(not isinstance(run.get(key, {}), dict) for key in ("config", "versions")) or not checked_files(
+        run.get("files", {})
+    ):
+        raise InputError(f"{where}: does not say which run wrote it; use another checkpoint")
     return run
 
 
@@ -107,7 +116,7 @@ class Differences:
 
 def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences:
     """Compare a checkpoint with a run that wants these logical tensors, of all ranks."""
-    old, run = saved_run(saved), describe_run(built)
+    old, run = saved_run(saved.manifest, saved.folder), describe_run(built)
     other_ids = tables_of_other_ids(saved.shapes, wanted, old.get("zch_buckets", {}), run["zch_buckets"])
     found = Differences(other_ids, old.get("optimizer") != run["optimizer"], _recut(old, run, wanted))
     for key, what, outcome in _FACTS:
@@ -211,17 +220,17 @@ def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial:
     return [f"partial load: {what}{outcome}" for what, outcome in report.phrases]
 
 
-def warm_start(train: TrainConfig, built: Built, process: Process) -> str:
+def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Process) -> str:
     """Copy tables and their optimizer state from the best checkpoint of `train.warm_start`; every rank calls it.
 
-    A table may have more rows here: the first ones are copied, so its ids must mean the same there (hashes of another size and
-    vocabularies in another order do not). Without `train.warm_start_tables` every table that both runs have is taken.
+    A table may have more rows here: the first ones are copied, so its ids must mean the same there (those of another hash size or another
+    vocabulary do not, unless that one has only grown). Without `train.warm_start_tables` every table that both runs have is taken.
 
     Returns:
         One line on what was taken.
 
     Raises:
-        InputError: no such run or table, or a table is wider or longer there.
+        InputError: no such run or table, a table is wider or longer there, or its rows are of other ids.
     """
     other, where = Path(train.warm_start), f"train.warm_start = {train.warm_start!r}"
     theirs = train_config_of(other)
@@ -242,10 +251,13 @@ def warm_start(train: TrainConfig, built: Built, process: Process) -> str:
         taken = {
             name for name in wanted if table_of(name) in tables and (same_state or name.startswith("model/"))
         }
-        for table in sorted(tables & report.other_ids):
+        before = own_schema(other, saved_run(saved.manifest, other)) or _schema_of_config(other)
+        why = other_ids(before, schema) if before is not None else {}
+        why |= dict.fromkeys(report.other_ids, "encoding zch, num_embeddings or zch_buckets differ")
+        for table in sorted(tables & why.keys()):
             raise InputError(
-                f"{where}: table {table}: encoding zch, num_embeddings or zch_buckets differ, so its rows are of other ids; "
-                "make them equal in the schema, or leave the table out of train.warm_start_tables"
+                f"{where}: table {table}: its rows are of other ids ({why[table]}); make the schemas equal there, "
+                f"or leave the table out of train.warm_start_tables = {sorted(tables - why.keys())}"
             )
         for name in sorted(taken & report.fresh):
             raise InputError(
@@ -256,6 +268,13 @@ def warm_start(train: TrainConfig, built: Built, process: Process) -> str:
         _load(saved, built, process, [shard for shard in shards if shard.name in taken])
     note = "with" if same_state else "without"
     return f"warm start from step {step} of {other}: {note} optimizer state: {', '.join(sorted(tables))}"
+
+
+def _schema_of_config(folder: Path) -> Schema | None:
+    """The schema that the config of a run without a copy of its own names, if it is still there."""
+    with suppress(InputError, KeyError, TypeError):
+        return load_schema(read_toml(folder / CONFIG)["schema"])
+    return None
 
 
 def _chosen_tables(train: TrainConfig, saved: Saved, wanted: Iterable[str]) -> set[str]:

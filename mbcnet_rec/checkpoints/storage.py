@@ -20,7 +20,14 @@ import pyarrow.fs as pafs
 
 from data.errors import InputError
 from data.reading.storage import file_system, retried
-from mbcnet_rec.checkpoints.manifest import MANIFEST, file_name, is_file_name, read_checkpoint, read_manifest
+from mbcnet_rec.checkpoints.manifest import (
+    MANIFEST,
+    Manifest,
+    file_name,
+    is_file_name,
+    read_checkpoint,
+    read_manifest,
+)
 from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 
@@ -130,6 +137,10 @@ class LocalStorage:
         """A local folder with the checkpoint."""
         yield self.folder(step)
 
+    def manifest(self, step: int) -> Manifest:
+        """The manifest of a step alone."""
+        return read_manifest(self.folder(step))
+
     def write_note(self, name: str, data: bytes) -> None:
         """Write a small file next to the checkpoints, atomically."""
         write_whole(self.root / name, data.decode())
@@ -233,6 +244,12 @@ class RemoteStorage:
             for rank_file in read_manifest(folder).files:
                 self._fetch(step, rank_file.name, folder)
             yield folder
+
+    def manifest(self, step: int) -> Manifest:
+        """The manifest of a step alone."""
+        with tempfile.TemporaryDirectory(prefix="mbcnet-manifest-") as name:
+            self._fetch(step, MANIFEST, Path(name))
+            return read_manifest(Path(name))
 
     def _fetch(self, step: int, name: str, folder: Path) -> None:
         def copy() -> None:

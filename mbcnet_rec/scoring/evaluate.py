@@ -12,7 +12,6 @@ import numpy as np
 from data.errors import InputError
 from data.reading.files import resolve_files
 from data.reading.selection import select_files
-from data.schema import load_schema
 from mbcnet_rec.checkpoints.run_folder import CONFIG
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none
@@ -27,6 +26,7 @@ from mbcnet_rec.scoring.trained_run import (
     known_best,
     load_built,
     load_run,
+    run_schema,
     scorer_of,
 )
 
@@ -59,7 +59,7 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
             source = {"data": list(data)} if data else {"split": split}
             print(json.dumps(source | {"step": step} | to_json(answer)))
             return 0
-        best = None if data else known_best(load_schema(config.schema), split, answer.everything.rows)
+        best = None if data else known_best(run_schema(config, folder, step), split, answer.everything.rows)
         print(
             f"{folder}: {', '.join(data) or split}, {answer.everything.rows:,} rows, weights of step {step}"
         )
@@ -77,7 +77,7 @@ def evaluate_run(
     Raises:
         InputError: there are no rows, a row is faulty, a slice column is missing, or the checkpoint is damaged.
     """
-    schema = load_schema(config.schema)
+    schema = run_schema(config, folder, step)
     paths = question.data or getattr(config.data, question.split)
     if not paths:
         raise InputError(

@@ -28,7 +28,6 @@ from data.reading.decode import RowReader
 from data.reading.encode import Encoder
 from data.reading.files import resolve_files
 from data.reading.storage import DataFile, is_uri
-from data.schema import load_schema
 from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked_together
@@ -58,6 +57,7 @@ from mbcnet_rec.scoring.trained_run import (
     find_step,
     load_built,
     load_run,
+    run_schema,
     scorer_of,
     weights_digest,
 )
@@ -133,10 +133,10 @@ def run_prediction(
         )
     folder = Path(run_folder)
     config = load_run(folder)
-    schema = load_schema(config.schema)
     place = Path(out)
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
+        schema = run_schema(config, folder, step)
         files = resolve_files(data)
         names = relative_names(files)
         for file in files:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from data.schema import Schema
+from data.schema import Schema, load_schema
 from mbcnet_rec.build import build
+from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.manifest import MANIFEST
-from mbcnet_rec.checkpoints.run_folder import CONFIG, storage_of
+from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN, storage_of
+from mbcnet_rec.checkpoints.run_schema import own_schema
 from mbcnet_rec.checkpoints.shards import Saved, load_shards, shards_of, whole_shard
 from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows
@@ -50,17 +52,26 @@ def find_step(config: RunConfig, folder: Path, process: Process) -> int:
     return step
 
 
+def run_schema(config: RunConfig, folder: Path, step: int) -> Schema:
+    """The schema that a run was trained with: its own copy, or in runs of earlier versions, which have none, the config's.
+
+    Raises:
+        InputError: it cannot be read, or was changed since.
+    """
+    manifest = storage_of(config.train, folder).manifest(step)
+    return own_schema(folder, saved_run(manifest, folder)) or load_schema(config.schema)
+
+
 def load_built(config: RunConfig, schema: Schema, folder: Path, step: int, process: Process) -> Built:
     """Build a run's model on this world size and load a checkpoint.
 
-    A plan file that was made for other ranks or to train on replicas is left aside: the tables are planned anew.
+    The run's plan is left aside where it was made for other ranks or to train on replicas: the tables are planned anew.
 
     Raises:
         InputError: the checkpoint is damaged, or the plan is for another schema.
     """
-    sharding = dataclasses.replace(config.sharding, replicas=1, prefetch=False)
-    if sharding.plan and not _fits(Path(sharding.plan), process):
-        sharding = dataclasses.replace(sharding, plan="")
+    plan = str(folder / PLAN) if config.sharding.plan and _fits(folder / PLAN, process) else ""
+    sharding = dataclasses.replace(config.sharding, replicas=1, prefetch=False, plan=plan)
     built = build(dataclasses.replace(config, sharding=sharding), schema, process)
     shards = [each for each in shards_of(built.model, built.optimizer) if each.name.startswith("model/")]
     with storage_of(config.train, folder).fetched(step) as saved:

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 import data
 from data.errors import InputError, first_line
 from data.reading.keys import read_vocabularies
-from data.schema import Schema, Table, format_schema, load_schema
+from data.schema import Schema, Table, format_schema
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.doctor import installed
 from mbcnet_rec.model.input_layout import input_layout, wide_table, wide_tables
 from mbcnet_rec.model.models import build_arch, needs_wide
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
-from mbcnet_rec.scoring.trained_run import branch_names, read_whole
+from mbcnet_rec.scoring.trained_run import branch_names, read_whole, run_schema
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving import preprocess
 from mbcnet_rec.serving.graph import FusedPath, graph_spec, trace
@@ -109,7 +109,7 @@ def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
     Raises:
         InputError: it is damaged or belongs to another model.
     """
-    weights = untrained(config, load_schema(config.schema))
+    weights = untrained(config, run_schema(config, folder, step))
     tensors = {f"model.dense_arch.{name}": value for name, value in weights.arch.state_dict().items()}
     regroup = weights.regroup.state_dict()
     tensors |= {f"model.sparse_arch.regroup.{name}": value for name, value in regroup.items()}

@@ -8,11 +8,14 @@ import numpy as np
 from scipy.special import softmax
 
 from data.errors import InputError
-from data.schema import load_schema
+from data.schema import Schema
+from mbcnet_rec.checkpoints.run_folder import storage_of
+from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
 from mbcnet_rec.report.run_report import LEARNING, Wanted, plots_of, read_metrics
+from mbcnet_rec.scoring.trained_run import run_schema
 from mbcnet_rec.study.complexity import complexity_blocks
 from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, probe_run, tsne_plane
 from mbcnet_rec.study.runs import Run
@@ -57,6 +60,14 @@ class Material:
         """What the first of these runs computes on the test rows, or on the validation rows where there are no others."""
         run = self.first[0]
         return probe_run(run.folder, "test" if run.config.data.test else "valid", max_rows, category)
+
+    def schema(self) -> Schema:
+        """The schema that the first of these runs was trained with."""
+        run = self.first[0]
+        step = best_step(storage_of(run.config.train, run.folder))
+        if step is None:
+            raise InputError(f"{run.folder}: no whole checkpoint")
+        return run_schema(run.config, run.folder, step)
 
 
 def draw_all(material: Material) -> list[Block]:
@@ -131,7 +142,7 @@ def _neurons(material: Material) -> list[Block]:
 
 
 def _categories(material: Material) -> list[Block]:
-    schema = load_schema(material.first[0].config.schema)
+    schema = material.schema()
     field = choose_category(schema, material.category)
     probe = material.probe(category=field.name)
     ids, counts, base, kept = best_learned(probe)

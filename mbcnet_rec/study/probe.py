@@ -15,11 +15,11 @@ from sklearn.manifold import TSNE
 
 from data.errors import InputError
 from data.reading.keys import read_vocabularies
-from data.schema import Feature, Schema, load_schema
+from data.schema import Feature, Schema
 from data.stream import Batch
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.runtime.process import joined_process
-from mbcnet_rec.scoring.trained_run import find_step, load_built, load_run, scorer_of
+from mbcnet_rec.scoring.trained_run import find_step, load_built, load_run, run_schema, scorer_of
 from mbcnet_rec.train import open_streams
 
 MISSING = -1  # the category of a row that has none
@@ -56,12 +56,13 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
         raise InputError(
             f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted an MBCnet run"
         )
-    schema = load_schema(config.schema)
     with joined_process(config.train.device) as process:
+        step = find_step(config, folder, process)
+        schema = run_schema(config, folder, step)
         streams = open_streams(config.data, config.train.seed, schema, process)
         if split not in streams:
             raise InputError(f"{folder}: data.{split} is empty; name the files of that split")
-        built = load_built(config, schema, folder, find_step(config, folder, process), process)
+        built = load_built(config, schema, folder, step, process)
         scorer, _ = scorer_of(config, built, process)
         outputs: list[Any] = []  # ModelOutput
         fused: list[Any] = []  # (B, d)

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,6 +66,9 @@ class RunContext:
     open_records: Callable[[int], Records]  # opens the run's log to continue after a step; rank 0 calls it
     watch: Watch | None = None  # is told of every evaluation; may end training there
     hooks: Hooks = Hooks()  # where tests inject faults
+    facts: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of the run's start, for its checkpoints; on rank 0
 
 
 class Trainer:
@@ -111,7 +114,9 @@ class Trainer:
         extra = saved.manifest.extra
         state = TrainState.from_json(extra.get("state", {}))
         lines = load_checked(saved, self.built, self.process, allow_partial=allow_partial)
-        if not lines:
+        if lines:  # the best evaluations were another model's
+            state.best, state.bad_evaluations = [], 0
+        else:
             with agreed(self.process):
                 restore_history(saved, self.collisions)
         try:
@@ -384,7 +389,7 @@ class Trainer:
         extra = {
             "state": self.state.to_json(),
             "stream": self.stream.state_dict(self.state.cursor),
-            "run": describe_run(self.built),
+            "run": describe_run(self.built) | dict(self.context.facts),
         }
         shards = shards_of(self.built.model, self.built.optimizer) + history_shards(self.collisions)
         best = tuple((auc, step) for auc, step in self.state.best)

@@ -1,0 +1,160 @@
+"""A run's own copy of its schema and vocabularies: written when the run begins, read by all that reads the run.
+
+    RUN/schema.toml  vocabulary/TABLE.parquet  synthetic.json (of generated data)
+
+Every checkpoint has the SHA-256 of these files, so that a copy which was changed is refused and not read as the run's.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import types as pt
+
+from data.errors import InputError
+from data.reading.keys import read_vocabularies
+from data.schema import Feature, Schema, format_schema, load_schema
+from data.schema.feature import VOCABULARY_FOLDER
+
+SCHEMA, SYNTHETIC = "schema.toml", "synthetic.json"
+COPIED = (SCHEMA, VOCABULARY_FOLDER, SYNTHETIC)  # names in a run folder
+HEADER = (
+    "Of this run: what its rows mean. Its checkpoints have the SHA-256 of this file and of the vocabularies."
+)
+
+
+def schema_text(schema: Schema) -> str:
+    """What RUN/schema.toml says."""
+    return format_schema(schema.standing_alone(), HEADER)
+
+
+def file_sums(schema: Schema) -> dict[str, str]:
+    """Name in a run folder -> SHA-256, of what a run with this schema keeps.
+
+    Raises:
+        InputError: a vocabulary cannot be read.
+    """
+    text = hashlib.sha256(schema_text(schema).encode()).hexdigest()
+    return {SCHEMA: text} | {name: _sha256(path) for name, path in _sources(schema).items()}
+
+
+def _sources(schema: Schema) -> dict[str, Path]:
+    """Name in a run folder -> the file that is copied there."""
+    found = {
+        schema.own_vocabularies[feature.name]: schema.folder / feature.vocabulary
+        for feature in schema.features
+        if feature.vocabulary
+    }
+    synthetic = schema.folder / SYNTHETIC
+    return found | ({SYNTHETIC: synthetic} if synthetic.is_file() else {})
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); bring the file back") from None
+
+
+def write_copy(schema: Schema, folder: Path, sums: Mapping[str, str]) -> None:
+    """Write the copy of a schema whose `file_sums` were taken before it was read.
+
+    Raises:
+        InputError: a file has changed since.
+        OSError: the copy cannot be written.
+    """
+    (folder / SCHEMA).write_text(schema_text(schema), encoding="utf-8")
+    for name, source in _sources(schema).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    for name, sha256 in sums.items():
+        if _sha256(folder / name) != sha256:
+            raise InputError(
+                f"{schema.folder}: {name} has changed while this run was starting; start again when it is whole"
+            )
+
+
+def own_schema(folder: Path, run: Mapping[str, Any]) -> Schema | None:
+    """The schema of the run in `folder`, where a checkpoint's facts (see `describe_run`) name the files of its copy; None without.
+
+    Raises:
+        InputError: a file of the copy is missing, or another than the checkpoint's.
+    """
+    files = run.get("files")
+    if not files:
+        return None
+    for name, sha256 in files.items():
+        if _sha256(folder / name) != sha256:
+            raise InputError(
+                f"{folder / name}: changed since the run was trained (its SHA-256 is not that in the checkpoint); bring the file back"
+            )
+    return load_schema(folder / SCHEMA)
+
+
+def checked_files(files: Any) -> bool:
+    """Whether this is what `file_sums` gives, as far as an untrusted checkpoint can be asked."""
+    return isinstance(files, dict) and all(
+        isinstance(sha256, str) and PurePosixPath(name).parts[:1] and PurePosixPath(name).parts[0] in COPIED
+        and ".." not in PurePosixPath(name).parts
+        for name, sha256 in files.items()
+    )  # fmt: skip
+
+
+def other_ids(before: Schema, now: Schema) -> dict[str, str]:
+    """Tables of both schemas whose rows belong to other values: table -> why. A vocabulary that has only grown keeps its rows.
+
+    Raises:
+        InputError: a vocabulary cannot be read.
+    """
+    found: dict[str, str] = {}
+    values = [read_vocabularies(schema) for schema in (before, now)]
+    tables = [{table.name: table for table in schema.tables} for schema in (before, now)]
+    for name in sorted(tables[0].keys() & tables[1].keys()):
+        old, new = (
+            _Rows(schema, name, vocabularies)
+            for schema, vocabularies in zip((before, now), values, strict=True)
+        )
+        if why := old.difference(new):
+            found[name] = why
+    return found
+
+
+class _Rows:
+    """What says which values the rows of a table belong to."""
+
+    def __init__(self, schema: Schema, table: str, vocabularies: Mapping[str, pa.Array]) -> None:
+        self.features = [each for each in schema.features if each.is_sparse and each.table_name == table]
+        first = self.features[0]
+        self.rows = schema.table_of[first.name].num_embeddings
+        self.values = vocabularies.get(first.vocabulary) if first.vocabulary else None
+
+    def difference(self, new: "_Rows") -> str:
+        """Why the rows are of other values there, or an empty string."""
+        first, other = self.features[0], new.features[0]
+        if _encoding(first) != _encoding(other):
+            return f"encoding {_encoding(first)} -> {_encoding(other)}"
+        if first.is_bucketised:
+            return "" if first.boundaries == other.boundaries else "other boundaries"
+        modulo = first.encoding == "hash" or "modulo" in (first.on_invalid, other.on_invalid)
+        if modulo and self.rows != new.rows:
+            return f"num_embeddings {self.rows:,} -> {new.rows:,}, which divides the ids"
+        if self.values is not None and new.values is not None:
+            return "" if _begins_with(new.values, self.values) else "another vocabulary"
+        return ""
+
+
+def _begins_with(values: pa.Array, first: pa.Array) -> bool:
+    if pt.is_integer(values.type) != pt.is_integer(first.type):
+        return False
+    try:  # integers of another width are the same values
+        return values[: len(first)].cast(first.type).equals(first)
+    except pa.ArrowInvalid:
+        return False
+
+
+def _encoding(feature: Feature) -> str:
+    return feature.transform if feature.is_bucketised else feature.encoding
