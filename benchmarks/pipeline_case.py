@@ -94,6 +94,8 @@ class Case:
         self.time_kind: Any = rng.choice(TIMES)
         self.columns = Columns(rng, self.num_days, self.is_inferred).drawn
         self.of_name = {column.name: column for column in self.columns}
+        pools = [each.pool for each in self.columns if each.family == "numbers"]
+        self.has_large = any(max(pool) > 1e5 for pool in pools)  # beside which nothing else counts
         self.twice = (
             rng.choice(self.columns).name if rng.random() < 0.04 else ""
         )  # a name that two columns have

@@ -286,7 +286,9 @@ class Trial:
         for name, entry in self.fields.items():
             column = entry.get("column", name)
             pair = self.case.two_values(column)
-            if not pair or not total or entry.get("encoding") == "zch":  # some share a row
+            if (
+                not pair or not total or entry.get("encoding") == "zch" or self.case.has_large
+            ):  # ids of zch share rows
                 continue
             found = []
             for value in pair:
