@@ -116,7 +116,8 @@ class Trial:
             elif unnamed:
                 self.note(name, f"refuses {refused.words} without naming {unnamed}: {said[-500:]}")
         elif code:
-            if self.accepted or not self.case.may_refuse or self.case.may_refuse not in said:
+            too_late = self.accepted and not self.case.twice
+            if too_late or not self.case.may_refuse or self.case.may_refuse not in said:
                 self.note(name, f"refuses, and should not: {said[-500:]} ({self.case.words})")
             raise Stop
         self.accepted += not code and not refused
@@ -190,7 +191,11 @@ class Trial:
 
     def scores(self) -> list[np.ndarray]:
         """Read predict's output; its kept column must be the input's, in the same order."""
-        found = {str(path.relative_to("scores")): path for path in Path("scores").rglob("*.parquet")}
+        found = {
+            str(path.relative_to("scores")): path
+            for path in Path("scores").rglob("*.parquet")
+            if path.is_file()
+        }
         shared = os.path.commonpath([part.path.parent for part in self.case.files])
         scores = []
         for part in self.case.files:
@@ -261,7 +266,7 @@ class Trial:
         """The artifact's loader gives predict's scores for each form of the rows."""
         model, names = load("served"), self.columns()
         for part, wanted in zip(self.case.files, scores, strict=True):
-            stored = pq.ParquetFile(part.path).read()
+            stored = read(part.path)
             lists = {name: stored[name].to_pylist() for name in names}
             values = {name: as_json(part.columns[name], part.types[name]) for name in names}
             arrays = {name: np.asarray(each) if is_flat(each) else each for name, each in values.items()}
@@ -285,7 +290,7 @@ class Trial:
         rows = {name: columns[name] for name in self.columns()}
         for name, entry in self.fields.items():
             column = entry.get("column", name)
-            pair = self.case.two_values(column)
+            pair = self.case.two_values(column, entry)
             if (
                 not pair or not total or entry.get("encoding") == "zch" or self.case.has_large
             ):  # ids of zch share rows
@@ -333,13 +338,20 @@ class Trial:
         if bad.of_label or bad.is_damage:
             return
         try:
-            scores = load("served").predict(pq.ParquetFile(next(Path("bad").rglob("*.parquet"))).read())
+            scores = load("served").predict(read(next(Path("bad").rglob("*.parquet"))))
             self.note("loader", f"accepts {bad.words}: {scores[:3]}; types {bad.types}")
         except ValueError as error:
-            if bad.names[-1] not in str(error):
+            if any(name not in str(error) for name in bad.names[1:]):  # which file it has not been told
                 self.note("loader", f"refuses {bad.words} without naming {bad.names[-1]}: {error}")
         except Exception as error:
             self.note("loader", f"{bad.words}: {type(error).__name__}: {error}")
+
+
+def read(path: Path) -> pa.Table:
+    """A file's rows, row group by row group: Arrow joins no dictionaries inside of lists."""
+    with pq.ParquetFile(path) as file:
+        groups = [file.read_row_group(index) for index in range(file.num_row_groups)]
+        return pa.concat_tables(groups).unify_dictionaries().combine_chunks() if groups else file.read()
 
 
 def as_json(values: Sequence[Any], kind: pa.DataType) -> Sequence[Any]:
