@@ -215,28 +215,30 @@ def test_files_that_differ(tmp_path):
     first = saved(tmp_path, "0.parquet", a=pa.array([1, 2], pa.int32()), click=[0, 1])
     second = saved(tmp_path, "1.parquet", a=pa.array([3, 9], pa.int64()), b=["x", "y"], click=[0, 1])
     _, text, _ = inferred([first, second], tmp_path)
-    assert re.search(r"^b .*null 50.0%; missing in 1 of 2 files", text, re.M)
+    left_out = r"^# b .*LEFT OUT: .*0\.parquet: column 'b' is missing.*; null 50.0%; missing in 1 of 2 files"
+    assert re.search(left_out, text, re.M), "training would refuse the file without it"
     assert re.search(r"^a .*4 values; ids 0 to 9", text, re.M)
 
 
 @pytest.mark.parametrize(
     ("columns", "label", "message"),
     [
-        ({"a": ["text"], "click": [1]}, "", r"x\.parquet: its columns do not fit those of .*0\.parquet"),
+        ({"click": ["1"]}, "click", "label .click. is string: wanted 0 and 1"),
         (None, "", r"x\.parquet: cannot be read as Parquet"),
         ({"a": [1, 2], "seen": [0, 1]}, "", r"name it with --label \(columns of 0 and 1: seen\)"),
         ({"a": [1, 2]}, "buy", "label 'buy' is not a column"),
-        ({"price": [0.5, 2.0]}, "price", r"label 'price' is double with values from 0.5 to 2.0 .*: wanted 0 and 1"),
+        ({"price": [0.5, 2.0]}, "price", r"label 'price' is double with values from 0.5 to 2 that .*: wanted 0 and 1"),
+        ({"y": [1.0, None, float("nan")]}, "y", r"label 'y' is double with values from 1 to 1, 1 row\(s\) NaN, 1 row\(s\) null: wanted"),
         ({"a": pa.array([], pa.int64())}, "", "hold no rows"),
     ],
-    ids=["types", "damage", "no label", "unknown label", "bad label", "no rows"],
+    ids=["types", "damage", "no label", "unknown label", "bad label", "nan", "no rows"],
 )  # fmt: skip
 def test_mistakes_are_named(columns, label, message, tmp_path):
     if columns is None:
         (tmp_path / "x.parquet").write_bytes(b"no parquet")
     else:
         saved(tmp_path, "x.parquet", **columns)
-    if "do not fit" in message:
+    if "is string" in message:
         saved(tmp_path, "0.parquet", a=[1], click=[1])
     with pytest.raises(InputError, match=message):
         infer_schema(sorted(tmp_path.iterdir()), label=label)
@@ -268,3 +270,94 @@ def test_real_files(name, left_out, tmp_path):
         pytest.skip(f"the real files are not here ({name})")
     _, _, suspicious = inferred([file], tmp_path)
     assert {line.split(":")[0] for line in suspicious} == left_out
+
+
+def test_columns_of_any_name_get_a_field(tmp_path):
+    names = (
+        "ctx/hour",
+        ".hidden",
+        "tab\tid",
+        "all_clicks_id",
+        "all_views_id",
+        "",
+        "\ufeffid",
+        "ctx_hour",
+        "n" * 2_000,
+        "nul\0",
+        "\x85",
+    )
+    table = pa.table({name: ["u", "v", "w", "u"] for name in names} | {"click": [0, 1, 0, 1]})
+    arrays = [*table.columns, pa.array([1, 2, 3, 4]), pa.array([5, 6, 7, 8])]
+    pq.write_table(
+        pa.Table.from_arrays(arrays, [*table.column_names, "twice", "twice"]), tmp_path / "x.parquet"
+    )
+    schema, text, left_out = inferred([tmp_path / "x.parquet"], tmp_path)
+    assert {feature.source_column for feature in schema.features} == {*names} - {"nul\0", ""}
+    fields = {feature.source_column: feature.name for feature in schema.features}
+    assert fields["ctx/hour"] == "ctx_hour_2" and fields["ctx_hour"] == "ctx_hour", (
+        "another column has that name"
+    )
+    assert fields[".hidden"] == "hidden" and len(fields["n" * 2_000]) == 100
+    assert schema.groups["all_fields"] == ("all_clicks_id", "all_views_id"), "no group may be called 'all'"
+    assert re.search(r"^# twice  # LEFT OUT: .*x\.parquet has 2 columns of this name", text, re.M)
+    assert len(left_out) == 3 and "rename it" in left_out[0] and "without NUL characters" in left_out[1]
+
+
+def test_every_type_is_read_or_left_out_with_the_reason(tmp_path):
+    words = ["a", "b", None, "c"]
+    columns = {
+        "view": pa.array(words, pa.string_view()),
+        "codes": pa.DictionaryArray.from_arrays(pa.array([0, 1, 0, 1], pa.uint32()), pa.array(["a", "b"])),
+        "lists": pa.array([[1, 2], None, [], [3]], pa.list_view(pa.int64())),
+        "nested": pa.array([["a"], ["b", "a"], [], None], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+        "struct": pa.array([{"x": 1}] * 4),
+        "map": pa.array([[("k", 1)]] * 4, pa.map_(pa.string(), pa.int64())),
+        "raw": pa.array([b"x"] * 4, pa.binary_view()),
+        "late": pa.array([2**63 - 1, 0, 1, 2], pa.timestamp("ns")),
+        "plain": [1, 1, 2, 2],
+        "mixed": [1, 2, 3, 4],
+        "odd": [1, 2, 3, 4],
+    }
+    first = saved(tmp_path, "0.parquet", **columns, click=[0, 1, 0, 1])
+    second = columns | {
+        "mixed": pa.array(words),
+        "odd": pa.array([0.5, 1, 2, 3]),
+        "plain": pa.array([{"y": 1}] * 4),
+    }
+    files = [first, saved(tmp_path, "1.parquet", **second, click=[True, False, True, False])]
+    found = profile_files(files)
+    kinds = {name: str(column.kind) for name, column in found.columns.items()}
+    assert (kinds["view"], kinds["codes"], kinds["mixed"], kinds["odd"]) == (
+        "string",
+        "string",
+        "string",
+        "double",
+    )
+    assert (found.columns["lists"].values, found.columns["lists"].distinct.estimate()) == (6, 3)
+    assert found.columns["nested"].item == pa.string()
+    _, text, _ = inferred(files, tmp_path)
+    for name, reason in {
+        "struct": "struct<x: int64>: no kind of field takes it",
+        "map": "map<string, int64.*: no kind",
+        "raw": "binary_view: no kind",
+        "plain": r"struct<y: int64>: no kind",
+    }.items():
+        assert re.search(rf"^# {name} +# LEFT OUT: .*{reason}", text, re.M), text
+
+
+def test_whole_doubles_that_are_ids_are_no_amounts(tmp_path):
+    rng = np.random.default_rng(0)
+    ids = [None if n % 7 == 0 else float(n * 1_000_003) for n in rng.integers(0, 300, 900)]
+    columns = {
+        "user_id": ids,
+        "shopId": pa.array(ids).cast(pa.decimal128(20, 0)),
+        "thing": ids,
+        "price": ids,
+        "clicks": [float(n) for n in rng.integers(0, 300, 900)],
+    }
+    file = saved(tmp_path, "x.parquet", **columns, click=rng.integers(0, 2, 900))
+    text, _ = infer_schema([file])
+    kinds = dict(re.findall(r'^#? ?(\w+) += \{ kind = "(\w+)"', text, re.M))
+    ids_of = {name for name, kind in kinds.items() if kind == "categorical"}
+    assert ids_of == {"user_id", "shopId", "thing"} and kinds["price"] == kinds["clicks"] == "numeric", kinds
+    assert text.count("whole numbers: read as ids") == 3

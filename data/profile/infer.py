@@ -5,12 +5,10 @@ label's outcome, like a constant or like a row number are written as comments: a
 """
 
 import datetime
-import re
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +16,15 @@ import pyarrow.compute as pc
 from pyarrow import types as pt
 
 from data.errors import InputError
-from data.profile.fit import finite
 from data.profile.leaks import always_positive, column_auc
+from data.profile.propose import BUCKETS, GROUP_NAMES, Proposal, holds_names, propose
 from data.profile.scan import ColumnProfile, Profile, profile_files
-from data.reading.column_types import is_key, is_number
+from data.profile.types import is_name
+from data.reading.column_types import check_columns, column_faults, is_number
 from data.reading.storage import DataFile
-from data.schema import parse_schema
-from data.schema.feature import FIT, MAX_NUM_EMBEDDINGS
-from data.schema.schema import inline_table, toml_key, toml_text
+from data.schema import Schema, parse_schema
+from data.schema.names import RESERVED_GROUPS, is_writable
+from data.schema.schema import toml_key, toml_text
 
 LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
 OUTCOME_NAMES = {
@@ -33,62 +32,13 @@ OUTCOME_NAMES = {
     "is_forward", "is_hate", "is_profile_enter", "long_view",
 }  # fmt: skip
 TIME_NAMES = ("timestamp", "time", "event_time", "ts", "time_stamp", "datetime", "time_ms", "date")
-GROUP_NAMES = ("user_id", "userid", "uid", "user", "session_id", "query_id")
-WINDOW = re.compile(r"_\d+[smhdwy]$")  # clicks_7d: a statistic over a window
-ID_WORDS = {
-    "id", "ids", "uid", "code", "type", "category", "cate", "brand", "city", "shop", "level", "gender", "cluster", "slot",
-    "pos", "position", "series", "status", "class", "os",
-}  # fmt: skip
-AMOUNT_WORDS = {
-    "count", "cnt", "num", "number", "price", "rate", "ratio", "ctr", "score", "sum", "avg", "mean", "duration", "amount",
-    "stock", "percent", "area", "size", "length", "width", "height",
-}  # fmt: skip
 WEIGHT_ENDINGS = ("_weights", "_weight", "_scores", "_score", "_w")
-MAX_VOCABULARY = 200_000  # above it a hash: a vocabulary is held in memory by every reader
-HEAVY_TAIL = 5  # a 99th percentile so many times the median wants a logarithm
-LARGEST_AMOUNT = 2.0**53  # integers beyond it, which a double cannot tell apart, are names
-MAX_SMALL_INTEGERS = 50  # integers of fewer values are taken for ids
-DENSE_SPAN = 4  # integers up to so many times their number are taken as rows without a vocabulary
-HASH_HEADROOM = 1.5
-DIMS = (4, 8, 16, 32, 64)  # few distinct widths, so that FBGEMM fuses many tables into one kernel
-NULL_SHARE_WITH_ROW = 0.05  # numbers missing more often get a row of their own for "missing", by buckets
 LEAK_AUC = 0.95
 MAX_FLAG_VALUES = 3  # a column of so few values may be a flag of an outcome
+MAX_NAME = 100  # letters of a field's name; a longer one gets `column`
 UNIQUE_SHARE = 0.95
 MIN_ROWS_FOR_UNIQUE = 200
 EARLIEST, LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in Unix seconds
-
-
-@dataclass
-class Proposal:
-    """What becomes of a column."""
-
-    name: str
-    entry: dict[str, Any] = field(default_factory=dict)  # empty: no kind of field fits
-    notes: list[str] = field(default_factory=list)  # what was seen
-    suspicions: list[str] = field(default_factory=list)  # why it is written as a comment
-
-    @property
-    def is_used(self) -> bool:
-        """Whether the field is written to be trained on."""
-        return bool(self.entry) and not self.suspicions
-
-    @property
-    def kind(self) -> str:
-        """The kind of field, or empty."""
-        return self.entry.get("kind", "")
-
-    def line(self, width: int) -> str:
-        """The field's line in the schema, with a key so wide."""
-        line = (
-            f"{toml_key(self.name):<{width}} = {inline_table(self.entry)}"
-            if self.entry
-            else toml_key(self.name)
-        )
-        reasons = [f"LEFT OUT: {reason}" for reason in self.suspicions]
-        reasons += [] if self.entry or reasons else ["LEFT OUT"]
-        comment = "; ".join([*reasons, *self.notes])
-        return ("" if self.is_used else "# ") + line + (f"  # {comment}" if comment else "")
 
 
 @dataclass(frozen=True)
@@ -119,22 +69,75 @@ def infer_schema(
     profile = profile_files(files, rows=rows, progress=progress)
     roles = find_roles(profile, label)
     labels = profile.sample[roles.label].combine_chunks().cast(pa.float64()).to_numpy(zero_copy_only=False)
+    for file, arrow_schema in profile.footers:
+        check_columns(arrow_schema, Schema(name, roles.label, (), (), {}, roles.group), str(file))
     weights = _weight_columns(profile)
+    names = field_names(profile.columns)
     proposals = []
     for column in profile.columns.values():
-        if column.name in (roles.label, roles.time) or column.name in weights.values():
+        if column.name and column.name in (roles.label, roles.time, *weights.values()):
             continue
-        proposal = propose(column, profile, weights.get(column.name, ""))
+        proposal = propose(column, names[column.name], profile, weights.get(column.name, ""))
         _suspect(proposal, column, profile, labels)
+        _try(proposal, roles, profile)
         proposals.append(proposal)
     used = [proposal for proposal in proposals if proposal.is_used]
     if not used:
         raise InputError(
             f"{files[0]}: no column can be a field of a model ({len(profile.columns)} columns seen); check the files and the label"
         )
+    _give_a_table(used)
     text = _write(name, roles, profile, proposals)
     parse_schema(tomllib.loads(text), "the inferred schema", Path())  # what we write must load
-    return text, [f"{each.name}: {reason}" for each in proposals for reason in each.suspicions]
+    left_out = [(each.column, reason) for each in proposals for reason in each.suspicions]
+    return text, [_one_line(f"{name}: {reason}") for name, reason in (*left_out, *profile.unfit.items())]
+
+
+def field_names(columns: Collection[str]) -> dict[str, str]:
+    """A field's name for each column: the column's own, or where no field may be called so, one like it that no other has."""
+    taken = set(columns)
+    names = {}
+    for column in columns:
+        name, number = column, 1
+        if not is_writable(column) or len(column) > MAX_NAME:
+            plain = "".join(each if is_writable(f"x{each}") else "_" for each in column)[:MAX_NAME].lstrip(
+                "."
+            )
+            name = plain = plain.strip() or "column"
+            while name in taken:
+                number += 1
+                name = f"{plain}_{number}"
+            taken.add(name)
+        names[column] = name
+    return names
+
+
+def _try(proposal: Proposal, roles: Roles, profile: Profile) -> None:
+    """Leave a field out that a schema or a file's column refuses, for the reason that training would give."""
+    if not proposal.column:
+        proposal.suspicions.append("a schema cannot name a column without a name: rename it")
+    if not proposal.is_used:
+        return
+    top = {"name": "inferred", "label": roles.label, "fields": {proposal.name: proposal.entry}}
+    try:
+        schema = parse_schema(top, "infer", Path())
+    except InputError as error:
+        proposal.suspicions.append(str(error).partition(f"fields.{proposal.name}.")[2] or str(error))
+        return
+    for file, arrow_schema in profile.footers:
+        for _, fault in column_faults(arrow_schema, schema, has_label=False):
+            proposal.suspicions.append(f"{file}: {fault}")
+            return
+
+
+def _give_a_table(used: list[Proposal]) -> None:
+    """Training wants a field with a table: where there is none, the first number becomes one."""
+    if all(each.kind in ("numeric", "vector") and "embedding_dim" not in each.entry for each in used):
+        for first in (each for each in used if each.kind == "numeric"):
+            kept = {key: first.entry[key] for key in ("column", "on_invalid") if key in first.entry}
+            first.entry = {"kind": "numeric", **kept, **BUCKETS}
+            first.notes.append("in buckets, since a model needs one field with a table")
+            return
 
 
 def find_roles(profile: Profile, label: str = "") -> Roles:
@@ -144,15 +147,18 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
         InputError: no label, or it has other values than 0 and 1.
     """
     columns = profile.columns
+    if label in profile.unfit:
+        raise InputError(
+            f"label {label!r}: {profile.unfit[label]}; fix the files, or choose another with --label"
+        )
     if label and label not in columns:
         names = ", ".join(sorted(columns)[:20])
         raise InputError(f"label {label!r} is not a column of these files; choose one of: {names}")
-    binary = [name for name, column in columns.items() if _is_binary(column)]
+    binary = [name for name, column in columns.items() if _is_binary(column) and name not in profile.missing]
     if label and label not in binary:
-        column = columns[label]
-        found = f"{column.kind} with values from {column.low} to {column.high} and {column.nulls} nulls"
+        found = _label_fault(columns[label], profile)
         raise InputError(
-            f"label {label!r} is {found}: wanted 0 and 1 and no null; choose another with --label"
+            f"label {label!r} is {found}: wanted 0 and 1 in every row; drop those rows or fix the files, or choose another with --label"
         )
     guesses = [name for name in LABEL_NAMES if name in binary]
     if not label and not guesses:
@@ -162,8 +168,24 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
             f"(columns of 0 and 1: {listed})"
         )
     times = (name for name in (*TIME_NAMES, *columns) if name in columns and _time_span(profile, name))
-    groups = (name for name in GROUP_NAMES if name in columns and is_key(columns[name].kind))
+    groups = (
+        name for name in GROUP_NAMES
+        if name in columns and name not in profile.missing and holds_names(columns[name])
+    )  # fmt: skip
     return Roles(label or guesses[0], next(times, ""), next(groups, ""))
+
+
+def _label_fault(column: ColumnProfile, profile: Profile) -> str:
+    """What a label holds beside 0 and 1, in words."""
+    if column.name in profile.missing:
+        return f"missing in {profile.missing[column.name]} of {profile.num_files} files"
+    if not is_number(column.kind):
+        return f"{column.kind}"
+    span = "without numbers" if column.low is None else f"with values from {column.low:g} to {column.high:g}"
+    whole = "" if column.is_integral else " that are not all whole numbers"
+    faults = ((column.nan, "NaN"), (column.bad - column.nan, "infinite or huge"), (column.nulls, "null"))
+    counts = "".join(f", {count:,} row(s) {what}" for count, what in faults if count)
+    return f"{column.kind} {span}{whole}{counts}"
 
 
 def _is_binary(column: ColumnProfile) -> bool:
@@ -174,9 +196,14 @@ def _is_binary(column: ColumnProfile) -> bool:
 def _time_span(profile: Profile, name: str) -> str:
     """First and last moment of a time column: of Arrow's timestamps, or so named and Unix seconds or milliseconds. Else empty."""
     column = profile.columns[name]
+    if name in profile.missing:
+        return ""
     if pt.is_timestamp(column.kind):
-        both = pc.min_max(profile.sample[name]).as_py()
-        return f"{both['min']} to {both['max']} (in the row sample)"
+        both = pc.min_max(profile.sample[name].cast(pa.timestamp(column.kind.unit)))
+        first, last = (
+            both[end].cast(pa.string()).as_py() for end in ("min", "max")
+        )  # Python has no years beyond 9999
+        return f"{first} to {last} (in the row sample)"
     if name not in TIME_NAMES or not is_number(column.kind) or column.low is None or column.high is None:
         return ""
     for unit in (1, 1_000):
@@ -193,106 +220,11 @@ def _weight_columns(profile: Profile) -> dict[str, str]:
     for name, column in profile.columns.items():
         others = [profile.columns.get(name + ending) for ending in WEIGHT_ENDINGS]
         weights = next((each.name for each in others if each and each.is_list and is_number(each.item)), "")
-        if weights and column.is_list and is_key(column.item):
+        if weights and column.is_list and is_name(column.item):
             lengths, wanted = (pc.list_value_length(profile.sample[each]) for each in (weights, name))
             if lengths.equals(wanted):
                 found[name] = weights
     return found
-
-
-def propose(column: ColumnProfile, profile: Profile, weights: str = "") -> Proposal:
-    """Choose a kind and sizes for one column."""
-    proposal = Proposal(column.name)
-    if column.null_share:
-        proposal.notes.append(f"null {column.null_share:.1%}")
-    if column.name in profile.missing:
-        proposal.notes.append(f"missing in {profile.missing[column.name]} of {profile.num_files} files")
-    if column.is_list:
-        _propose_list(proposal, column, weights)
-    elif is_key(column.item) and (not pt.is_integer(column.item) or _is_id(column)):
-        proposal.entry = {"kind": "categorical", **_keys(proposal, column)}
-    elif is_number(column.item):
-        _propose_number(proposal, column, profile.sample[column.name])
-    else:
-        proposal.notes.append(f"{column.kind}: no kind of field takes it")
-    return proposal
-
-
-def _propose_list(proposal: Proposal, column: ColumnProfile, weights: str) -> None:
-    if column.min_length != column.max_length:
-        proposal.notes.append(f"{column.mean_length:.2f} values a row, at most {column.max_length}")
-    pooled = {"pooling_factor": round(column.mean_length, 2)}
-    if weights:
-        keys = _keys(proposal, column)
-        proposal.entry = {"kind": "weighted_multi_valued", "weights": weights, **keys, **pooled}
-    elif is_key(column.item):
-        proposal.entry = {"kind": "multi_valued", "pooling": "mean", **_keys(proposal, column), **pooled}
-    elif is_number(column.item) and column.max_length and column.min_length == column.max_length:
-        proposal.entry = {"kind": "vector", "width": column.max_length}
-    else:
-        proposal.notes.append(f"{column.kind} of varying length: no kind of field takes it")
-
-
-def _is_id(column: ColumnProfile) -> bool:
-    """Whether integers are names and not amounts: by the name's last word, else by how they are spread."""
-    low, high, name = column.low or 0.0, column.high or 0.0, column.name.lower()
-    if max(-low, high) > LARGEST_AMOUNT:
-        return True
-    if low < 0 or WINDOW.search(name):
-        return False
-    last = re.sub(r"\d+$", "", name).rstrip("_").split("_")[-1]
-    if "_x_" in name or last in ID_WORDS:
-        return True
-    if last in AMOUNT_WORDS or (len(last) > 3 and last.endswith("s")):  # clicks, followers, days
-        return False
-    values = column.distinct.estimate()
-    is_dense = high < DENSE_SPAN * values
-    return values <= MAX_SMALL_INTEGERS or is_dense or (high > 1e6 and high > 100 * values)
-
-
-def _keys(proposal: Proposal, column: ColumnProfile) -> dict[str, Any]:
-    """Encoding and sizes of a column of ids."""
-    values = column.distinct.estimate()
-    about = "" if column.distinct.is_exact else "about "
-    proposal.notes.insert(0, f"{about}{values:,} values")
-    dim = min(DIMS, key=lambda width: abs(np.log(width / (2.0 * max(values, 1) ** 0.25))))
-    sizes: dict[str, Any] = {"embedding_dim": dim, "cardinality": values}
-    high = int(column.high or 0)
-    if pt.is_integer(column.item) and (column.low or 0) >= 0 and high < max(DENSE_SPAN * values, 64):
-        proposal.notes.append(f"ids 0 to {high:,}")
-        return {"num_embeddings": high + 1, **sizes}
-    if values <= MAX_VOCABULARY:
-        return {"encoding": "vocabulary", "vocabulary": FIT, "min_count": 2, **sizes}
-    proposal.notes.append('new ids keep coming? encoding = "zch"')
-    rows = min(MAX_NUM_EMBEDDINGS, _two_digits(HASH_HEADROOM * values))
-    return {"encoding": "hash", "num_embeddings": rows, **sizes}
-
-
-def _two_digits(number: float) -> int:
-    """Round up to two significant digits."""
-    step = 10 ** max(0, len(str(int(number))) - 2)
-    return int(-(-number // step) * step)
-
-
-def _propose_number(proposal: Proposal, column: ColumnProfile, sample: pa.ChunkedArray) -> None:
-    numbers = finite(sample)
-    if not len(numbers):
-        return
-    low, middle, high = (float(np.quantile(numbers, level)) for level in (0.0, 0.5, 0.99))
-    proposal.notes.insert(0, f"{column.low:g} to {column.high:g}, median {middle:g}")
-    if column.bad:
-        proposal.notes.append(
-            f'NaN or infinite {column.bad / column.rows:.1%}: on_invalid = "null" reads it as missing'
-        )
-    if column.null_share + column.bad / column.rows > NULL_SHARE_WITH_ROW:
-        entry = {"transform": "bucketise", "boundaries": FIT, "num_buckets": 32, "embedding_dim": 8}
-    elif 0 <= low <= 1 and high <= 1:
-        entry = {}
-    elif low >= 0 and high > HEAVY_TAIL * max(middle, 1.0):
-        entry = {"transform": "log1p"}
-    else:
-        entry = {"transform": "standardise", "mean": FIT, "std": FIT}
-    proposal.entry = {"kind": "numeric", **entry} | ({"on_invalid": "null"} if column.bad else {})
 
 
 def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels: np.ndarray) -> None:
@@ -303,8 +235,11 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
     values = column.distinct.estimate()
     if values == 1 and not column.nulls and not column.is_list:
         proposal.suspicions.append("it is constant")
-    is_id = is_key(column.item) and proposal.kind == "categorical"
-    if is_id and column.rows >= MIN_ROWS_FOR_UNIQUE and values > UNIQUE_SHARE * column.rows:
+    if (
+        proposal.kind == "categorical"
+        and column.rows >= MIN_ROWS_FOR_UNIQUE
+        and values > UNIQUE_SHARE * column.rows
+    ):
         proposal.suspicions.append("it is unique per row, so it can only be learned by heart")
     sample = profile.sample[column.name].combine_chunks()
     found = column_auc(column, sample, labels)
@@ -322,8 +257,9 @@ def _groups(used: list[Proposal]) -> dict[str, list[str]]:
     """A first guess: fields whose names begin alike, and the largest ids of the two largest such families (a user and an item)."""
     families: dict[str, list[Proposal]] = {}
     for each in used:
-        if "_" in each.name:
-            families.setdefault(each.name.split("_")[0], []).append(each)
+        family, mark, _ = each.name.partition("_")
+        if family and mark:
+            families.setdefault(f"{family}_fields" if family in RESERVED_GROUPS else family, []).append(each)
     groups, ids = {}, []
     for family, members in sorted(families.items(), key=lambda item: -len(item[1]))[:6]:
         if len(members) > 1:
@@ -351,6 +287,10 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
         lines.append(f"# Time {roles.time}: {_time_span(profile, roles.time)}.")
     if profile.rows < profile.total_rows:
         lines.append("# Cardinalities and ranges are those of the rows read: other rows may hold more.")
+    if not any("embedding_dim" in each.entry for each in used):
+        lines.append(
+            "# No column can be a field with an embedding table, and training wants one: add a column of ids."
+        )
     if any("num_embeddings" in each.entry for each in used):
         lines.append(
             '# An id outside [0, num_embeddings) stops training and is named; on_invalid = "null" or "modulo" would fix it.'
@@ -360,6 +300,7 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
     lines += ["", "[fields]"]
     width = max(len(toml_key(each.name)) for each in proposals)
     lines += [each.line(width) for each in proposals]
+    lines += [f"# {toml_key(column)}  # LEFT OUT: {reason}" for column, reason in profile.unfit.items()]
     lines += [
         "",
         "[groups]",

@@ -18,13 +18,16 @@ from pyarrow import types as pt
 
 from data.errors import InputError, first_line
 from data.profile.sketch import Distinct, EvenSample
-from data.reading.column_types import is_key, is_list, is_number
+from data.profile.types import as_plain, is_text, joined_type, plain_type
+from data.reading.column_types import is_list, is_number
 from data.reading.keys import hash_values
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 
 PIECE_CELLS = 4_000_000  # rows x columns read at a time
 SAMPLE_CELLS = 8_000_000  # rows x columns of the row sample
 MAX_SAMPLE_ROWS = 50_000
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_TYPE_WORDS = 80  # letters of a type in a message: those of structs have no end
 SPREAD = 64  # a sample is taken from at least so many row groups, if there are so many
 
 
@@ -33,14 +36,15 @@ class ColumnProfile:
     """What one column holds."""
 
     name: str
-    kind: pa.DataType  # of a list column the list's
+    kind: pa.DataType  # as `joined_type` gives it: of a list column the list's
     rows: int = 0  # rows read
     nulls: int = 0  # rows that are null
     values: int = 0  # ids or numbers that are not null: of a list column those inside the lists
-    bad: int = 0  # values that are NaN or infinite
-    low: float | None = None  # of the finite numbers
+    bad: int = 0  # values that are NaN, infinite, or beyond float32
+    nan: int = 0  # of these, NaN
+    low: float | None = None  # of the other numbers
     high: float | None = None
-    is_integral: bool = True  # whether every number is an integer
+    is_integral: bool = True  # whether every number but NaN is an integer
     distinct: Distinct = field(default_factory=Distinct)  # values
     min_length: int | None = None  # of the lists that are not null
     max_length: int = 0
@@ -53,8 +57,7 @@ class ColumnProfile:
     @property
     def item(self) -> pa.DataType:
         """Type of one value."""
-        kind = self.kind.value_type if self.is_list else self.kind
-        return kind.value_type if pt.is_dictionary(kind) else kind
+        return self.kind.value_type if self.is_list else self.kind
 
     @property
     def null_share(self) -> float:
@@ -82,9 +85,9 @@ class ColumnProfile:
         self.values += len(values)
         if not len(values):
             return
-        if is_number(self.item) and not pt.is_dictionary(values.type):
+        if is_number(self.item):
             self._add_numbers(values)
-        elif is_key(self.item):
+        elif is_text(self.item):
             self.distinct.add(hash_values(values))
 
     def _add_numbers(self, values: pa.Array) -> None:
@@ -93,10 +96,11 @@ class ColumnProfile:
             self.distinct.add(hash_values(values))
         else:
             numbers = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
-            finite = np.isfinite(numbers)
-            self.bad += int((~finite).sum())
-            numbers = numbers[finite] + 0.0  # one zero, not two
-            self.is_integral &= bool((numbers == np.floor(numbers)).all())
+            is_nan, is_good = np.isnan(numbers), np.abs(numbers) <= LARGEST_FLOAT32
+            self.bad += int((~is_good).sum())
+            self.nan += int(is_nan.sum())
+            numbers = numbers[is_good] + 0.0  # one zero, not two
+            self.is_integral &= bool((numbers == np.floor(numbers)).all() and (is_good | is_nan).all())
             self.distinct.add(hash_values(pa.array(numbers.view(np.int64))))
         if len(numbers):
             self.low = min(float(numbers.min()), float("inf") if self.low is None else self.low)
@@ -107,7 +111,9 @@ class ColumnProfile:
 class Profile:
     """What the files hold."""
 
-    columns: dict[str, ColumnProfile]  # in the files' order
+    columns: dict[str, ColumnProfile]  # those that can be a field or have a role, in the files' order
+    unfit: dict[str, str]  # any other -> why not
+    footers: list[tuple[DataFile, pa.Schema]]  # each schema that a file has, and the first file that has it
     sample: pa.Table  # every k-th row read
     rows: int  # read
     total_rows: int
@@ -125,21 +131,23 @@ def profile_files(
     Raises:
         InputError: a file cannot be read, or two files give one column types that do not fit together.
     """
-    schema, missing, groups = _read_footers(files)
-    total = sum(count for _, _, count in groups)
+    footers = _read_footers(files)
+    total = sum(count for _, _, count in footers.groups)
     if not total:
         raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows; nothing can be inferred")
+    schema = footers.schema
     columns = {name: ColumnProfile(name, schema.field(name).type) for name in schema.names}
     sample = EvenSample(max(1_000, min(MAX_SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(schema)))))
     done = 0
-    for table in _pieces(files, schema, _spread(groups, rows or total)):
+    for table in _pieces(files, schema, _spread(footers.groups, rows or total)):
         for name, column in columns.items():
             for chunk in table.column(name).chunks:
                 column.add(chunk)
         sample.add(table)
         done += table.num_rows
         progress(done)
-    return Profile(columns, sample.rows().combine_chunks(), done, total, len(files), missing)
+    rows_held = sample.rows().combine_chunks()
+    return Profile(columns, footers.unfit, footers.found, rows_held, done, total, len(files), footers.missing)
 
 
 Group = tuple[int, int, int]  # file, row group, rows
@@ -160,23 +168,45 @@ def naming(
         raise InputError(f"{file}: {fault} ({first_line(error)}); {cure}") from None
 
 
-def _read_footers(files: Sequence[DataFile]) -> tuple[pa.Schema, dict[str, int], list[Group]]:
-    schema = pa.schema([])
+@dataclass
+class _Footers:
+    """What the footers of all files say together."""
+
+    schema: pa.Schema  # of the columns that can be profiled
+    unfit: dict[str, str]
+    found: list[tuple[DataFile, pa.Schema]]
+    missing: dict[str, int]
+    groups: list[Group]
+
+
+def _read_footers(files: Sequence[DataFile]) -> _Footers:
+    found: dict[pa.Schema, DataFile] = {}
     seen: Counter[str] = Counter()
     groups: list[Group] = []
     for number, file in enumerate(files):
         with naming(file), open_parquet(file) as parquet:
-            found, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
+            names, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
             counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        try:
-            schema = pa.unify_schemas([schema, found], promote_options="permissive")
-        except pa.ArrowException as error:
-            raise InputError(
-                f"{file}: its columns do not fit those of {files[0]} ({first_line(error)}); write the column with one type"
-            ) from None
-        seen.update(found.names)
+        found.setdefault(names, file)
+        seen.update(set(names.names))
         groups += [(number, index, count) for index, count in enumerate(counts) if count]
-    return schema, {name: len(files) - n for name, n in seen.items() if n < len(files)}, groups
+    kinds: dict[str, pa.DataType] = {}
+    unfit: dict[str, str] = {}
+    for schema, file in found.items():
+        times = Counter(schema.names)
+        for name, kind in zip(schema.names, schema.types, strict=True):
+            if times[name] > 1:
+                unfit[name] = f"{file} has {times[name]} columns of this name"
+            elif (plain := plain_type(kind)) is None:
+                unfit[name] = f"{str(kind)[:MAX_TYPE_WORDS]}: no kind of field takes it"
+            elif (joined := joined_type(kinds.get(name, plain), plain)) is None:
+                unfit[name] = f"{kind} in {file}, {kinds[name]} in another file: write it with one type"
+            else:
+                kinds[name] = joined
+    order = dict.fromkeys(name for schema in found for name in schema.names)
+    missing = {name: len(files) - seen[name] for name in order if seen[name] < len(files)}
+    usable = pa.schema([(name, kinds[name]) for name in order if name not in unfit])
+    return _Footers(usable, unfit, [(file, schema) for schema, file in found.items()], missing, groups)
 
 
 def _spread(groups: list[Group], rows: int) -> list[Group]:
@@ -199,15 +229,20 @@ def _pieces(files: Sequence[DataFile], schema: pa.Schema, groups: list[Group]) -
                     for batch in parquet.iter_batches(min(piece_rows, wanted), row_groups=[index]):
                         batch = batch.slice(0, wanted)
                         wanted -= batch.num_rows
-                        yield _conform(batch, schema)
+                        yield _conform(batch, schema, files[number])
                         if not wanted:
                             break
 
 
-def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
-    """Give a batch every column of the unified schema."""
-    table = pa.Table.from_batches([batch])
-    for column in schema:
-        if column.name not in table.column_names:
-            table = table.append_column(column, pa.nulls(batch.num_rows, column.type))
-    return table.select(schema.names).cast(schema)
+def _conform(batch: pa.RecordBatch, schema: pa.Schema, file: DataFile) -> pa.Table:
+    """Give a batch the columns of the joined schema, and no others."""
+    columns = []
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        column = batch.column(name) if name in batch.schema.names else pa.nulls(batch.num_rows, kind)
+        try:
+            columns.append(as_plain(column, kind))
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{file}: column {name!r} is {column.type} and cannot be read as {kind} ({first_line(error)}); write it with one type"
+            ) from None
+    return pa.Table.from_arrays(columns, schema=schema)

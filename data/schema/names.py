@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 
 MAX_STEM_BYTES = 200  # disks take 255 with the ending
+MAX_NAME_BYTES = 500  # a checkpoint's names, which hold those of tables, have a limit
 SHORT_STEM = 40  # characters
 # What torch's ModuleDict, which holds the tables, has of its own and so takes for no module. A test compares it with the torch installed.
 _ATTRIBUTES = """
@@ -33,6 +34,8 @@ RESERVED_GROUPS = ("all", "@wide")  # groups that the model makes itself
 
 def name_problem(name: str) -> str:
     """What keeps text from being the name of a field, a table or a group, or an empty string."""
+    if len(own_table(name).encode()) > MAX_NAME_BYTES:
+        return f"wanted a name of at most {MAX_NAME_BYTES} bytes"
     if is_writable(name):
         return ""
     return "wanted a name without '/', '\\' or control characters, not starting with '.'"
