@@ -41,6 +41,8 @@ UNSIGNED = {
     for dtype in map(np.dtype, ("b", "B", "h", "H", "i", "I", "l", "L", "q", "Q"))
 }
 MAX_INT32 = 2**31 - 1
+LARGEST = float(np.finfo(np.float32).max)  # what the model takes
+LARGEST_DOUBLE, LEAST_NORMAL = float(np.finfo(np.float64).max), float(np.finfo(np.float32).tiny)
 MOST_COMPARED, LEAST_COMPARED = 32, 256  # boundaries, numbers
 
 
@@ -335,7 +337,7 @@ class _Reader:
             logs = np.log(np.add(1.0, np.abs(numbers) if negative else numbers, dtype=np.float64))
             numbers = np.copysign(logs, numbers) if negative else logs
         elif feature.transform == "standardise":
-            numbers = (numbers - float(feature.mean)) / float(feature.std)
+            numbers = (_wide_enough(numbers, feature) - float(feature.mean)) / float(feature.std)
         out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
 
     def _vector(self, column: pa.Array, feature: Feature, out: np.ndarray) -> None:
@@ -370,17 +372,32 @@ class _Reader:
             if not (pt.is_floating(column.type) or pt.is_integer(column.type)) or pt.is_float16(column.type):
                 column = column.cast(pa.float64())
             numbers = column.to_numpy(zero_copy_only=False)
+        low, high = _limits(feature)
         if numbers.dtype.kind in "iu":
             # as float32, integers beyond 2^24 would lose digits before the transform
-            return numbers.astype(np.float64), valid
-        finite = np.isfinite(numbers)
-        if finite.all():
+            numbers = numbers.astype(np.float64)
+        # a NaN is the least and the largest, and in no range
+        if not numbers.size or (float(numbers.min()) >= low and float(numbers.max()) <= high):
             return numbers, valid
+        wide = numbers.astype(np.float64)
+        good = (wide >= low) & (wide <= high)
         if feature.on_invalid != "null":
-            wanted = "a finite number or null; fix the file, or set on_invalid = 'null' to read it as missing"
-            raise self._fault(feature, numbers, ~finite, offsets, wanted)
-        self.repaired[feature.name] += int((~finite).sum())
-        return np.where(finite, numbers, 0.0), finite if valid is None else valid & finite
+            raise self._number_fault(feature, numbers, ~good, offsets)
+        self.repaired[feature.name] += int((~good).sum())
+        return np.where(good, numbers, 0.0), good if valid is None else valid & good
+
+    def _number_fault(
+        self, feature: Feature, numbers: np.ndarray, bad: np.ndarray, offsets: np.ndarray | None
+    ) -> InputError:
+        wanted = "a finite number or null"
+        fix = "set on_invalid = 'null' to read it as missing"
+        if np.isfinite(numbers[bad][0]):
+            wanted = f"a number up to {LARGEST:.1e}, the largest of float32"
+            wanted += ", after (x - mean) / std" if feature.transform == "standardise" else ""
+            fix = "write null where it marks a missing value, " + (
+                fix if feature.kind != "numeric" else f"set transform = 'log1p', or {fix}"
+            )
+        return self._fault(feature, numbers, bad, offsets, f"{wanted}; fix the file, or {fix}")
 
     def _fault(
         self, feature: Feature, values: np.ndarray, bad: np.ndarray, offsets: np.ndarray | None, wanted: str
@@ -417,6 +434,26 @@ def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
 
 def _as_arrow(column: Column) -> pa.Array:
     return pa.array(column) if isinstance(column, np.ndarray) else column
+
+
+def _limits(feature: Feature) -> tuple[float, float]:
+    """The least and the largest number of a field that are finite in float32 after the transform; buckets are found in float64."""
+    if feature.transform in ("log1p", "bucketise"):
+        return -LARGEST_DOUBLE, LARGEST_DOUBLE
+    if feature.transform != "standardise":
+        return -LARGEST, LARGEST
+    mean, reach = float(feature.mean), LARGEST * float(feature.std)
+    return max(-LARGEST_DOUBLE, mean - reach), min(LARGEST_DOUBLE, mean + reach)
+
+
+def _wide_enough(numbers: np.ndarray, feature: Feature) -> np.ndarray:
+    """Numbers to standardise: as float64 where float32 could not hold the mean, std or a difference."""
+    if numbers.dtype != np.float32 or not numbers.size:
+        return numbers
+    mean, std = float(feature.mean), float(feature.std)
+    largest = max(float(numbers.max()) - mean, mean - float(numbers.min()))
+    fits = max(abs(mean), std, largest) <= LARGEST and std >= LEAST_NORMAL
+    return numbers if fits else numbers.astype(np.float64)
 
 
 def _as_lists(column: Column) -> pa.Array:

@@ -33,7 +33,9 @@ def as_ids(column: pa.Array, wanted: str) -> Converted:
             return column, None
         codes = codes_of(column)
         taken = values.take(pa.array(codes, mask=~is_valid(column)))
-        return taken, None if bad is None or not len(bad) else bad[codes] & is_valid(column)
+        if bad is not None:
+            bad = bad[codes] & is_valid(column)
+        return taken, bad if bad is not None and bad.any() else None
     if is_text(kind):
         text = column.cast(pa.large_string()) if pt.is_string_view(kind) else column
         return _integers_of_text(text) if wanted == "integer" else (text, None)

@@ -37,7 +37,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTable
 from torch import Tensor
 
 # relative: an artifact carries it too
-from .preprocess import ZCH, Inputs, Preprocessor, Rows, Schema, load_schema
+from .preprocess import REQUEST, ZCH, Inputs, Preprocessor, Rows, Schema, load_schema
 
 FORMAT = 2
 COMPILED = "dense_aot.pt2"
@@ -171,7 +171,17 @@ class ServingModel:
         Raises:
             ValueError: a column is missing or a value is one that training would have refused.
         """
-        return torch.sigmoid(self.score(self.preprocess(rows))).numpy()
+        return self._predict(rows, REQUEST, 0)
+
+    def _predict(self, rows: Rows, place: str, first_row: int) -> np.ndarray:
+        scores = self.score(self.preprocess(rows, place, first_row))
+        if not scores.isfinite().all():
+            row = first_row + int(scores.isfinite().logical_not().nonzero()[0])
+            raise ValueError(
+                f"{place}: row {row}: its score is not a number; a value is far beyond those of training, or the run's weights are "
+                "not finite: fix the row, or export another run"
+            )
+        return torch.sigmoid(scores).numpy()
 
     @torch.inference_mode()
     def score(self, inputs: Inputs) -> Tensor:
@@ -189,10 +199,12 @@ class ServingModel:
 
     def predict_parquet(self, path: str | Path, batch_rows: int = 4096) -> Iterator[np.ndarray]:
         """Yield the probabilities of a Parquet file's rows, in its order, `batch_rows` at a time."""
+        first_row = 0
         with pq.ParquetFile(path) as file:
             known = [name for name in self.preprocess.columns if name in file.schema_arrow.names]
             for batch in file.iter_batches(batch_rows, columns=known):
-                yield self.predict(batch)
+                yield self._predict(batch, str(path), first_row)
+                first_row += batch.num_rows
 
 
 def open_tables(

@@ -3,33 +3,41 @@
 Shapes: B rows, D dense columns.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from pyarrow import types as pt
 from torch import Tensor
 
 if __name__ == "mbcnet_rec.serving.preprocess":
     from data.errors import InputError
     from data.reading.column_types import check_columns
-    from data.reading.columns import Columns
+    from data.reading.columns import Columns, offsets_of
     from data.reading.encode import Encoder, Place
+    from data.reading.ids import integers_of
     from data.reading.keys import first_line
     from data.schema import Schema, Table, load_schema
 else:  # in an artifact, which carries these files
     from .data.errors import InputError  # type: ignore[import-not-found]
     from .data.reading.column_types import check_columns  # type: ignore[import-not-found]
-    from .data.reading.columns import Columns  # type: ignore[import-not-found]
+    from .data.reading.columns import Columns, offsets_of  # type: ignore[import-not-found]
     from .data.reading.encode import Encoder, Place  # type: ignore[import-not-found]
+    from .data.reading.ids import integers_of  # type: ignore[import-not-found]
     from .data.reading.keys import first_line  # type: ignore[import-not-found]
     from .data.schema import Schema, Table, load_schema  # type: ignore[import-not-found]
 
-__all__ = ["ZCH", "Inputs", "Preprocessor", "Rows", "Schema", "load_schema"]
+__all__ = ["REQUEST", "ZCH", "Inputs", "Preprocessor", "Rows", "Schema", "load_schema"]
 
 ZCH = "zch/"  # before the name of a table of unbounded ids, among the tables' rows
 REQUEST = "request"  # stands in messages where training has a file's name
+SEQUENCES = (list, tuple, range)
+MISSING = {"NoneType", "NAType", "NaTType"}  # Python's, and pandas' own
 NUMBERS = {np.dtype(kind): pa.from_numpy_dtype(kind) for kind in ("int64", "uint64", "float64")}
 Rows = Any  # mapping of column -> list or array, an Arrow table or record batch, or what pyarrow.table takes, such as a DataFrame
 
@@ -66,7 +74,6 @@ class Preprocessor:
             for feature in schema.features
             for column in (feature.source_column, feature.weights)
         }
-        self.keys = {feature.source_column for feature in schema.features if feature.is_keyed}
         self.checked: dict[str, pa.DataType] = {}  # the types that were last found right
         self.id_rows: dict[str, tuple[Table, np.ndarray, np.ndarray]] = {}
         for name, table in schema.table_of.items():
@@ -78,9 +85,9 @@ class Preprocessor:
                     )
                 self.id_rows[name] = table, ids, rows
 
-    def __call__(self, rows: Rows) -> Inputs:
-        """Check and encode rows; see ServingModel.predict."""
-        return self.inputs(self.encoder.encode(self._arrays(rows), Place(REQUEST, None)))
+    def __call__(self, rows: Rows, place: str = REQUEST, first_row: int = 0) -> Inputs:
+        """Check and encode rows; see ServingModel.predict. `place` and `first_row` name them in messages about a value."""
+        return self.inputs(self.encoder.encode(self._arrays(rows), Place(place, None, first_row)))
 
     def inputs(self, columns: Columns) -> Inputs:
         """Join encoded rows as the tables want them, each pooling's lookups one after the other."""
@@ -125,11 +132,8 @@ class Preprocessor:
         return np.where(ids[places] == hashed, rows[places], own)
 
     def _arrays(self, rows: Rows) -> dict[str, Any]:
-        """The columns that fields read, each as one array of a type that training takes: Arrow's, or NumPy's of plain numbers."""
-        if not isinstance(rows, Mapping):
-            table = rows if isinstance(rows, (pa.Table, pa.RecordBatch)) else pa.table(rows)
-            rows = dict(zip(table.schema.names, table.columns, strict=True))
-        arrays = {name: self._array(name, rows[name]) for name in self.columns if name in rows}
+        """The columns that fields read, each as one array: Arrow's, or NumPy's of plain numbers."""
+        arrays = {name: self._array(name, column) for name, column in self._columns_of(rows).items()}
         types = {
             name: NUMBERS[array.dtype] if isinstance(array, np.ndarray) else array.type
             for name, array in arrays.items()
@@ -146,32 +150,132 @@ class Preprocessor:
             )
         return arrays
 
+    def _columns_of(self, rows: Rows) -> dict[str, Any]:
+        """Column name -> what the caller gave, for the columns that fields read."""
+        if not isinstance(rows, Mapping):
+            is_frame = hasattr(rows, "columns") and not isinstance(rows, (pa.Table, pa.RecordBatch))
+            try:
+                if is_frame:  # of pandas or Polars; other columns may hold what Arrow does not take
+                    return {name: rows[name] for name in self.columns if name in set(rows.columns)}
+                table = rows if isinstance(rows, (pa.Table, pa.RecordBatch)) else pa.table(rows)
+            except (TypeError, ValueError, KeyError, pa.ArrowException) as error:
+                raise InputError(
+                    f"{REQUEST}: a {type(rows).__name__} cannot be read ({first_line(error)}); wanted a dict that has the column of each "
+                    "field as a list or an array, an Arrow table or record batch, or a DataFrame"
+                ) from None
+            names = table.schema.names
+            if len(set(names)) < len(names):
+                check_columns(table.schema, self.schema, REQUEST, has_label=False)
+            rows = dict(zip(names, table.columns, strict=True))
+        return {name: rows[name] for name in self.columns if name in rows}
+
     def _array(self, name: str, column: Any) -> pa.Array | np.ndarray:
-        if isinstance(column, pa.Array):
-            return column
-        if isinstance(column, pa.ChunkedArray):
-            return column.combine_chunks()
-        numbers = self._numbers(name, column)
-        if numbers is not None:
-            return numbers
+        feature = self.field_of[name]
         try:
-            if isinstance(column, np.ndarray) and column.ndim == 2:
-                return pa.FixedSizeListArray.from_arrays(column.reshape(-1), column.shape[1])
-            return pa.array(column)
+            return array_of(column, not feature.is_keyed or name == feature.weights)
         except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
             raise InputError(
-                f"{REQUEST}: column {name!r} of field {self.field_of[name].name!r} cannot be read ({first_line(error)}); "
+                f"{REQUEST}: column {name!r} of field {feature.name!r} cannot be read ({first_line(error)}); "
                 "wanted a list of values of one type, None where one is missing"
             ) from None
 
-    def _numbers(self, name: str, column: Any) -> np.ndarray | None:
-        """Python's numbers, in a fraction of the time that Arrow takes; None for anything else."""
-        if not isinstance(column, list) or not column or type(column[0]) not in (int, float):
-            return None
-        try:
-            numbers = np.asarray(column)
-        except (ValueError, OverflowError):
-            return None
-        # as a float, a large id would lose digits
-        is_taken = numbers.dtype in NUMBERS and not (name in self.keys and numbers.dtype.kind == "f")
-        return numbers if is_taken and numbers.ndim == 1 else None
+
+def array_of(column: Any, is_number: bool) -> pa.Array | np.ndarray:
+    """One column of a request as an array. `is_number`: integers and floats may stand side by side, since all become floats.
+
+    Raises:
+        TypeError, ValueError, OverflowError, pa.ArrowException: it is no column, or its values have no type in common.
+    """
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.Array):
+        return pc.run_end_decode(column) if pt.is_run_end_encoded(column.type) else column
+    if isinstance(column, SEQUENCES):
+        return _of_values(column, is_number)
+    if isinstance(column, np.ma.MaskedArray):
+        return _of_values(column.tolist(), is_number)
+    if not isinstance(column, np.ndarray):
+        if type(column).__module__.split(".")[0] == "pandas" or hasattr(column, "__arrow_c_array__"):
+            return array_of(pa.array(column), is_number)
+        if hasattr(column, "__arrow_c_stream__"):
+            return array_of(pa.chunked_array(column), is_number)
+        if not hasattr(column, "__array__"):
+            raise TypeError(f"a {type(column).__name__}")
+        column = np.asarray(column)
+    if column.ndim == 2:
+        offsets = np.arange(len(column) + 1) * column.shape[1]
+        return _of_lists(array_of(column.reshape(-1), is_number), offsets)
+    if column.ndim != 1:
+        raise TypeError(f"an array of {column.ndim} dimensions")
+    if column.dtype.kind in "OUT":  # Arrow cuts NumPy's text at a NUL
+        return _of_values(column.tolist(), is_number)
+    return column if column.dtype in NUMBERS and (is_number or column.dtype.kind != "f") else pa.array(column)
+
+
+def _of_values(values: Sequence[Any], is_number: bool) -> pa.Array | np.ndarray:
+    """A column of Python's values, or of lists of them."""
+    kinds = set(map(type, values))
+    missing = {kind for kind in kinds if kind.__name__ in MISSING}
+    kinds -= missing
+    if any(issubclass(kind, (*SEQUENCES, np.ndarray)) for kind in kinds):
+        return _of_rows(values, is_number)
+    if sets := [kind.__name__ for kind in kinds if issubclass(kind, (set, frozenset))]:
+        raise TypeError(f"a {sets[0]} has no order")
+    integer = {kind for kind in kinds if issubclass(kind, (int, np.integer)) and kind is not bool}
+    others = kinds - integer
+    if integer and others and all(issubclass(kind, (float, np.floating)) for kind in others):
+        if not is_number:
+            raise TypeError("integers and floats in one column")
+        return pa.array([None if type(each) in missing else _as_float(each) for each in values], pa.float64())
+    if integer and not others:
+        if kinds == {int} and not missing and (numbers := _plain(values)) is not None:
+            return numbers
+        integers, bad = integers_of([None if type(each) in missing else int(each) for each in values])
+        if bad is None:
+            return integers
+        if not is_number:
+            row = int(np.flatnonzero(bad)[0])
+            raise OverflowError(
+                f"row {row} = {str(values[row])[:40]}: the column's integers need more than 64 bits"
+            )
+        return pa.array([None if type(each) in missing else _as_float(each) for each in values], pa.float64())
+    if kinds == {float} and not missing and is_number:
+        return np.asarray(values, np.float64)
+    return pa.array(values)
+
+
+def _plain(values: Sequence[int]) -> np.ndarray | None:
+    """Python's integers as int64, in a fraction of the time that Arrow takes; None where they do not fit."""
+    try:
+        return np.asarray(values, np.int64)
+    except OverflowError:
+        return None
+
+
+def _as_float(number: Any) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer of more than 308 digits, which the encoder refuses by its row
+        return math.inf if number > 0 else -math.inf
+
+
+def _of_rows(rows: Sequence[Any], is_number: bool) -> pa.Array:
+    """A column of lists."""
+    lengths = np.zeros(len(rows), np.int64)
+    valid = np.zeros(len(rows), bool)
+    for row, each in enumerate(rows):
+        if isinstance(each, (*SEQUENCES, np.ndarray)):
+            lengths[row], valid[row] = len(each), True
+        elif type(each).__name__ not in MISSING:
+            raise TypeError(f"row {row} is a {type(each).__name__} among lists")
+    present = [each for each, is_list in zip(rows, valid, strict=True) if is_list]
+    if all(isinstance(each, np.ndarray) for each in present) and len({each.dtype for each in present}) == 1:
+        values = array_of(np.concatenate(present), is_number)
+    else:
+        values = _of_values(list(chain.from_iterable(present)), is_number)
+    return _of_lists(values, offsets_of(lengths), None if valid.all() else pa.array(~valid))
+
+
+def _of_lists(values: pa.Array | np.ndarray, offsets: np.ndarray, mask: pa.Array | None = None) -> pa.Array:
+    items = pa.array(values) if isinstance(values, np.ndarray) else values
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items, mask=mask)
