@@ -5,13 +5,21 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from data.errors import InputError
+from data.reading.column_types import pinned
+from data.reading.files import THREADS, read_or_name, resolve_files
 from data.reading.fingerprint import FileMark, fingerprint, mark_differences, mark_files
+from data.reading.selection import select_files
+from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema, load_schema, schema_to_toml
 from data.schema.parse import read_toml, to_toml_value
 from data.stream import ParquetStream
@@ -21,7 +29,7 @@ from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids, own_
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.doctor import installed
-from mbcnet_rec.runtime.process import Process, agreed, broadcast_value
+from mbcnet_rec.runtime.process import Process, agreed, broadcast_value, first_decides
 
 DATA = "data.json"  # in a run folder: the training files, see data/reading/fingerprint.py
 PACKAGES = ("mbcnet-rec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
@@ -54,7 +62,7 @@ def earlier_facts(
         InputError: the checkpoint is damaged.
     """
     run: dict[str, Any] = {}
-    with agreed(process):
+    with first_decides(process):
         if step is not None and process.is_first:
             run = saved_run(storage.manifest(step), config.run_folder)
             with suppress(InputError):  # checkpoints of earlier versions do not have it
@@ -62,33 +70,79 @@ def earlier_facts(
     return broadcast_value(run, process)
 
 
-def schema_of(config: RunConfig, run: Mapping[str, Any], *, allow_partial: bool) -> Schema:
-    """The schema to train with: the config's, or where a run is resumed its own copy.
+def agreed_schema(
+    config: RunConfig, run: Mapping[str, Any], process: Process, *, allow_partial: bool
+) -> tuple[Schema, dict[str, str]]:
+    """The schema to train with, and its `file_sums`: the config's, or where a run is resumed its own copy. Every rank calls it.
+
+    Every field of ids has a type: that which the schema says, else that of the training files.
 
     Raises:
-        InputError: it is not there, or changed since; or with `allow_partial`, rows of a table would belong to other values.
+        InputError: it is not there, or changed since; a rank has other vocabularies than rank 0; or with `allow_partial`, rows of a table
+            would belong to other values.
     """
     folder = config.run_folder
     has_copy = bool(run.get("files")) and (folder / SCHEMA).is_file()
-    if has_copy and not allow_partial:
-        schema = own_schema(folder, run)
-        assert schema is not None
-        return schema
-    schema = load_schema(config.schema)
+    schema: Schema | None = None
+    sums: dict[str, str] = {}
+    with first_decides(process):
+        if process.is_first:
+            if has_copy and not allow_partial:
+                schema, sums = own_schema(folder, run), run["files"]
+            else:
+                schema = _typed(config, load_schema(config.schema))
+                sums = file_sums(schema)
+                _refuse_other_schema(config, schema, sums, run, has_copy)
+    found, sums, has_copy = broadcast_value((schema, sums, has_copy and not allow_partial), process)
+    sees_copy = has_copy and (folder / SCHEMA).is_file()  # another host may see checkpoints only
+    own = replace(found, folder=folder if sees_copy else Path(config.schema).parent)
+    with agreed(process):
+        other = [
+            name for name, sha256 in file_sums(own).items() if name != SCHEMA and sums.get(name) != sha256
+        ]
+        if other:
+            raise InputError(
+                f"{own.folder}: {', '.join(other)}: other than on rank 0; give every host the same"
+            )
+    return own, sums
+
+
+def _typed(config: RunConfig, schema: Schema) -> Schema:
     schema.require_fitted()
-    if has_copy:
-        _refuse_other_ids(config, schema, run)
-    return schema
+    files = select_files(resolve_files(config.data.train), config.data.train_where, schema)
+
+    def footer(file: DataFile) -> pa.Schema:
+        with open_parquet(file) as parquet:
+            return parquet.schema_arrow
+
+    def read(file: DataFile) -> pa.Schema:
+        return read_or_name(
+            partial(footer, file), file, str(file), "not a readable Parquet file", config.data.attempts
+        )
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return pinned(schema, pool.map(read, files))
 
 
-def _refuse_other_ids(config: RunConfig, schema: Schema, run: Mapping[str, Any]) -> None:
+def _refuse_other_schema(
+    config: RunConfig, schema: Schema, sums: Mapping[str, str], run: Mapping[str, Any], has_copy: bool
+) -> None:
+    """Refuse a schema by which the rows of a checkpoint would mean something else."""
+    files, folder = run.get("files"), config.run_folder
+    if not files or files == sums:
+        return
+    if not has_copy:
+        differ = sorted(name for name in files | sums if files.get(name) != sums.get(name))
+        raise InputError(
+            f"{folder / SCHEMA}: is missing, and schema = {config.schema!r} is not that of the checkpoint ({', '.join(differ)} differ); "
+            "bring the run folder back, or begin anew with --overwrite"
+        )
     try:
-        before = own_schema(config.run_folder, run)
+        before = own_schema(folder, run)
     except InputError:
-        copy = load_schema(config.run_folder / SCHEMA)
-        if file_sums(copy) != file_sums(schema):
+        if file_sums(load_schema(folder / SCHEMA)) != sums:
             raise
-        return  # a partial load, of which no checkpoint was written yet
+        return  # it was loaded in part before, and no checkpoint was written since
     assert before is not None
     for table, why in other_ids(before, schema).items():
         raise InputError(
@@ -97,37 +151,10 @@ def _refuse_other_ids(config: RunConfig, schema: Schema, run: Mapping[str, Any])
         )
 
 
-def agreed_files(
-    config: RunConfig, schema: Schema, run: Mapping[str, Any], process: Process
-) -> dict[str, str]:
-    """The SHA-256 of what the schema says, equal on every rank; see `file_sums`. Every rank calls it.
-
-    Raises:
-        InputError: a rank has other files than rank 0, or the run folder has no copy and these are not those of the checkpoint.
-    """
-    own: dict[str, str] = {}
-    with agreed(process):
-        own = file_sums(schema)
-    files = broadcast_value(own, process)
-    with agreed(process):
-        if differ := sorted(name for name in files | own if files.get(name) != own.get(name)):
-            raise InputError(
-                f"{schema.folder}: {', '.join(differ)}: other than on rank 0; give every host the same"
-            )
-        before, folder = run.get("files") or files, config.run_folder
-        differ = sorted(name for name in files | before if files.get(name) != before.get(name))
-        if differ and not (folder / SCHEMA).is_file():
-            raise InputError(
-                f"{folder / SCHEMA}: is missing, and schema = {config.schema!r} is not that of the checkpoint ({', '.join(differ)} differ); "
-                "bring the run folder back, or begin anew with --overwrite"
-            )
-    return files
-
-
 def agreed_marks(stream: ParquetStream, process: Process) -> list[FileMark]:
     """The marks of the training files, on rank 0; it is rank 0's reading error that every rank raises."""
     marks: list[FileMark] = []
-    with agreed(process):
+    with first_decides(process):
         if process.is_first:
             marks = mark_files(stream.files, stream.options.attempts)
     return marks
@@ -142,7 +169,7 @@ def refuse_other_start(
         InputError: an option that fixes the order of the rows differs, or the training files do.
     """
     notes: list[str] = []
-    with agreed(process):
+    with first_decides(process):
         if process.is_first and run:
             changed = option_differences(run, config)
             order = [
@@ -228,6 +255,14 @@ def schema_note(config: RunConfig, own: Schema) -> str:
     except InputError:
         return ""
     tops = [schema_to_toml(schema.standing_alone()) for schema in (own, now)]
+    # types that the run has taken from its files are no difference
+    fields = tops[1]["fields"]
+    for before, after in (
+        (tops[0], tops[1]),
+        *((each, fields.get(name, {})) for name, each in tops[0]["fields"].items()),
+    ):
+        for key in {"type", "group_type"} - after.keys():
+            before.pop(key, None)
     differ = [
         f"field {name}"
         for name in tops[0]["fields"] | tops[1]["fields"]

@@ -20,13 +20,14 @@ from mbcnet_rec.checkpoints.run_folder import (
     recover,
     remove,
 )
-from mbcnet_rec.checkpoints.run_schema import COPIED, write_copy
-from mbcnet_rec.checkpoints.storage import CheckpointStorage, latest_step, open_storage
+from mbcnet_rec.checkpoints.run_schema import COPIED, SCHEMA, write_copy
+from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step, open_storage
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS, write_whole, written
 from mbcnet_rec.logs.mlflow import RUN_ID
 from mbcnet_rec.resume import DATA, data_text
-from mbcnet_rec.runtime.lock import names_in
+from mbcnet_rec.runtime.exits import CannotWriteError
+from mbcnet_rec.runtime.lock import NO_ROOM, names_in
 from mbcnet_rec.runtime.process import Process, broadcast_value, refuse_together
 from mbcnet_rec.runtime.watchdog import STACKS
 from mbcnet_rec.training.faults import FAULTS
@@ -84,7 +85,10 @@ def folder_problem(config: RunConfig, resume: bool, overwrite: bool) -> str:
     folder = config.run_folder
     names = set(names_in(folder))
     other = "choose another folder with --set train.out=FOLDER"
-    if CONFIG not in names:  # a run that died before it wrote its config has left some of its own
+    if CONFIG not in names or not names & {
+        PLAN,
+        METRICS,
+    }:  # a run that died before it wrote its config has left some of its own
         is_free = not names or ((resume or overwrite) and names <= _OWN | {f".{CONFIG}.partial"})
         return "" if is_free else f"{folder}: exists and holds no run; {other}"
     if overwrite:
@@ -104,6 +108,10 @@ def _storage_problem(config: RunConfig, storage: CheckpointStorage, resume: bool
         storage.clean()
         storage.check_writable()
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise CannotWriteError(
+                f"{config.train.checkpoint_folder or config.run_folder}: cannot be written ({error.strerror}); free space, then start again"
+            ) from None
         reason = error.strerror or str(error).splitlines()[0]
         return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); repair the storage or choose another place"
     if resume or not storage.steps():
@@ -135,8 +143,10 @@ def open_folder(
     new = folder / NEW
 
     def remove_checkpoints() -> None:
-        for step in storage.steps() if fresh else ():
-            storage.remove(step)
+        if fresh:
+            for step in storage.steps():
+                storage.remove(step)
+            storage.remove_note(BEST)
 
     with written(folder):
         remove(new)
@@ -145,8 +155,8 @@ def open_folder(
         write_whole(new / PLAN, plan_text(begun.plan))
         write_whole(new / DATA, data_text(begun.marks))
         names = {CONFIG, PLAN, DATA}
-        # the copy of a run of an earlier version, which has none, would not be that of its first steps
-        if fresh or earlier.get("files", begun.files) != begun.files:
+        # a run of an earlier version has no copy yet, and a lost run folder has none any more
+        if fresh or not (folder / SCHEMA).is_file() or earlier.get("files") != begun.files:
             write_copy(begun.schema, new, begun.files)
             names |= {*COPIED}
         if fresh:

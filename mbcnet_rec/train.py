@@ -28,20 +28,19 @@ from mbcnet_rec.logs.metrics_log import Records, json_line, write_whole, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.resume import (
-    agreed_files,
     agreed_marks,
+    agreed_schema,
     earlier_facts,
     facts_of,
     refuse_other_start,
     schema_note,
-    schema_of,
     told_differences,
     with_own_plan,
 )
 from mbcnet_rec.run_start import Beginning, open_folder, refuse_contradiction, start_of
 from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.preemption import StopRequest
-from mbcnet_rec.runtime.process import Process, agreed, joined_process
+from mbcnet_rec.runtime.process import Process, agreed, first_decides, joined_process
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.trained_run import known_best
@@ -101,9 +100,7 @@ def run_training(
         storage = storage_of(settings, folder)
         start = start_of(config, storage, process, resume, overwrite)
         earlier = earlier_facts(config, storage, start, process)
-        with agreed(process):
-            schema = schema_of(config, earlier, allow_partial=allow_partial)
-        files = agreed_files(config, schema, earlier, process)
+        schema, files = agreed_schema(config, earlier, process, allow_partial=allow_partial)
         with agreed(process):
             streams = open_streams(config.data, settings.seed, schema, process)
         train_rows = streams["train"]()
@@ -117,9 +114,8 @@ def run_training(
             train_rows = teach(process, train_rows)
         trainer = Trainer(settings, context, built, train_rows, streams.get("valid"))
         notes += _load(config, schema, trainer, start, earlier, allow_partial)
-        with agreed(
-            process
-        ):  # no rank writes into the folder before that of an earlier run is out of the way
+        # no rank writes into the folder before the files of an earlier run are out of the way
+        with first_decides(process):
             if process.is_first:
                 begun = Beginning(config, schema, files, marks, built.plan)
                 open_folder(begun, storage, earlier, fresh=start is None, overwrite=overwrite)

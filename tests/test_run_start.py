@@ -174,3 +174,11 @@ def test_metrics_of_the_earlier_run_do_not_stay(tiny, run):
     (run / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 0.5}\n')
     assert train(tiny, *SHORT, f"train.out={run}", overwrite=True) == 0
     assert lines_of(run) == []
+
+
+def test_a_folder_with_a_config_of_the_users_is_no_run(tiny, tmp_path, capfd):
+    (tmp_path / CONFIG).write_text(tiny.read_text())
+    for options in ({"overwrite": True}, {"resume": True}, {}):
+        assert train(tmp_path / CONFIG, f"train.out={tmp_path}", **options) == 2
+        assert "exists and holds no run" in capfd.readouterr().err
+    assert contents(tmp_path) == {CONFIG: tiny.read_bytes()}

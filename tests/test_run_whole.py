@@ -267,3 +267,28 @@ def test_resume_notes_the_options_that_may_differ(place, capfd):
         "note: other options than before: optim.dense_lr 0.02 -> 0.01, train.epochs 3 -> 4"
         in capfd.readouterr().out
     )
+
+
+def test_a_run_keeps_the_type_of_its_ids(place):
+    """The row of an id is the same, whatever type the column has another day."""
+    ids = pa.array(np.arange(ROWS) % 7 * 1000)
+    table = pq.read_table("logs/day1/a.parquet").append_column("item", ids)
+    Path("hashed").mkdir()
+    pq.write_table(table, "hashed/a.parquet")
+    text = 'name = "h"\nlabel = "label"\n[fields]\nitem = { kind = "categorical", encoding = "hash", num_embeddings = 50, embedding_dim = 4 }\n'
+    Path("hashed/schema.toml").write_text(text)
+    settings = ("schema=hashed/schema.toml", 'data.train=["hashed"]', "data.test=[]", "train.out=runs/h")
+    assert train(Path("run.toml"), *settings) == 0
+    assert load_schema("runs/h/schema.toml").features[0].type == "integer"
+    Path("later").mkdir()
+    pq.write_table(table.set_column(3, "item", ids.cast(pa.string())), "later/a.parquet")
+    for day in ("hashed", "later"):
+        assert main(["predict", "runs/h", "--data", f"{day}/a.parquet", "--out", f"of_{day}"]) == 0
+    first, second = (pq.read_table(f"of_{day}/a.parquet")["probability"] for day in ("hashed", "later"))
+    assert first.equals(second) and len(first.unique()) == 7
+
+
+def test_a_table_of_another_type_of_ids_has_other_rows(tmp_path):
+    entries = [f'encoding = "hash", type = "{each}", num_embeddings = 9' for each in ("text", "integer")]
+    schemas = [schema_of(tmp_path / str(number), entry) for number, entry in enumerate(entries)]
+    assert other_ids(*schemas) == {"f": "ids are text there, integer here"}

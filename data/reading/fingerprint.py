@@ -1,7 +1,7 @@
-"""What tells the files of a split from others: name, size and a SHA-256 of the end of each, which holds the footer.
+"""What tells the files of a split from others: name, size and a SHA-256 of both ends of each, of which the last holds the footer.
 
-The footer has the sizes, offsets and statistics of every column chunk, so it changes with nearly every change of the rows; small files
-are read whole. Folders do not count: the same files elsewhere, or named by another path, are the same data.
+The footer has the sizes, offsets and statistics of every column chunk, so it changes with nearly every change of the rows; files up to
+1 MiB are read whole. Folders do not count: the same files elsewhere, or named by another path, are the same data.
 """
 
 import hashlib
@@ -13,16 +13,17 @@ from functools import partial
 from typing import NamedTuple
 
 from data.reading.files import read_or_name
-from data.reading.storage import LIST_ATTEMPTS, DataFile, read_tail
+from data.reading.storage import LIST_ATTEMPTS, DataFile, read_bytes, read_tail
 
-TAIL_BYTES = 65_536
+END_BYTES = 65_536
+WHOLE_BYTES = 1 << 20  # up to which a file is read whole
 MAGIC_BYTES = 8  # the footer's length, 4 bytes little-endian, and PAR1
 THREADS = 16
 SHOWN = 3
 
 
 class FileMark(NamedTuple):
-    """One file: its name without folders, its bytes, and the SHA-256 of its end."""
+    """One file: its name without folders, its bytes, and the SHA-256 of its ends."""
 
     name: str
     size: int
@@ -30,7 +31,7 @@ class FileMark(NamedTuple):
 
 
 def mark_files(files: Sequence[DataFile], attempts: int = LIST_ATTEMPTS) -> list[FileMark]:
-    """The marks of files, in their order; one or two reads a file.
+    """The marks of files, in their order; one to three reads a file.
 
     Raises:
         InputError: a file cannot be read.
@@ -45,11 +46,13 @@ def mark_files(files: Sequence[DataFile], attempts: int = LIST_ATTEMPTS) -> list
 
 
 def _mark(file: DataFile) -> FileMark:
-    size, tail = read_tail(file, TAIL_BYTES)
+    size, tail = read_tail(file, END_BYTES)
     footer = int.from_bytes(tail[-MAGIC_BYTES:-4], "little") + MAGIC_BYTES
-    if TAIL_BYTES < footer <= size:
-        size, tail = read_tail(file, footer)
-    return FileMark(file.name, size, hashlib.sha256(tail).hexdigest())
+    wanted = size if size <= WHOLE_BYTES else footer
+    if END_BYTES < wanted <= size:
+        size, tail = read_tail(file, wanted)
+    head = read_bytes(file, 0, END_BYTES) if size > WHOLE_BYTES else b""
+    return FileMark(file.name, size, hashlib.sha256(head + tail).hexdigest())
 
 
 def fingerprint(marks: Iterable[FileMark]) -> str:

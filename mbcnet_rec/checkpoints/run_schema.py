@@ -137,6 +137,9 @@ class _Rows:
         first, other = self.features[0], new.features[0]
         if _encoding(first) != _encoding(other):
             return f"encoding {_encoding(first)} -> {_encoding(other)}"
+        types = {each.type for each in self.features}, {each.type for each in new.features}
+        if "" not in types[0] | types[1] and types[0] != types[1]:
+            return f"ids are {'/'.join(sorted(types[0]))} there, {'/'.join(sorted(types[1]))} here"
         if first.is_bucketised:
             return "" if first.boundaries == other.boundaries else "other boundaries"
         modulo = first.encoding == "hash" or "modulo" in (first.on_invalid, other.on_invalid)

@@ -126,8 +126,10 @@ class LocalStorage:
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             probe = self.root / f".probe{PARTIAL}"
-            probe.write_bytes(b"1")
-            probe.unlink()
+            try:
+                probe.write_bytes(b"1")
+            finally:
+                probe.unlink(missing_ok=True)
         finally:
             for path in made:
                 path.rmdir()
@@ -144,6 +146,10 @@ class LocalStorage:
     def write_note(self, name: str, data: bytes) -> None:
         """Write a small file next to the checkpoints, atomically."""
         write_whole(self.root / name, data.decode())
+
+    def remove_note(self, name: str) -> None:
+        """Remove such a file, if it is there."""
+        (self.root / name).unlink(missing_ok=True)
 
     def read_note(self, name: str) -> bytes:
         """Read such a file; OSError if it does not exist."""
@@ -263,6 +269,10 @@ class RemoteStorage:
         """Write a small object next to the checkpoints."""
         with self._opened(name) as file:
             file.write(data)
+
+    def remove_note(self, name: str) -> None:
+        """Remove such an object, if it is there."""
+        self._delete([self._path(name)])
 
     def read_note(self, name: str) -> bytes:
         """Read such a file; OSError if it does not exist."""

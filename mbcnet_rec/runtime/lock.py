@@ -9,7 +9,6 @@ LOCK is taken over.
 import errno
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -31,7 +30,7 @@ BEAT_SECONDS = 5.0
 SILENT_SECONDS = 30.0  # after which an owner elsewhere counts as dead
 SETTLE_SECONDS = 0.3  # of two processes that take over at once the later one has it
 POLL_SECONDS = 0.2
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def locked(folder: Path, what: str, *, silent_seconds: float = SILENT_SECONDS) -
             is_nested = not _take(folder / LOCK, me, silent_seconds)
         except (OSError, ValueError) as error:  # a file, a name that is too long, a NUL, a full disk
             reason = error.strerror if isinstance(error, OSError) else error
-            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise CannotWriteError(
                     f"{folder}: cannot be written ({reason}); free space, then start again"
                 ) from None
@@ -146,13 +145,6 @@ def locked_together(process: Process, what: str, folders: Mapping[str, Path]) ->
                 except InputError as error:
                     raise InputError(f"{name}: {error}") from None
         yield
-
-
-def clear(folder: Path) -> None:
-    """Remove what is in a folder besides its LOCK."""
-    for name in names_in(folder):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def names_in(folder: Path) -> list[str]:
