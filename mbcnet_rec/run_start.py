@@ -89,7 +89,9 @@ def folder_problem(config: RunConfig, resume: bool, overwrite: bool) -> str:
         PLAN,
         METRICS,
     }:  # a run that died before it wrote its config has left some of its own
-        is_free = not names or ((resume or overwrite) and names <= _OWN | {f".{CONFIG}.partial"})
+        is_free = not names or (
+            CONFIG not in names and (resume or overwrite) and names <= _OWN | {f".{CONFIG}.partial"}
+        )
         return "" if is_free else f"{folder}: exists and holds no run; {other}"
     if overwrite:
         source = config.train.warm_start

@@ -15,7 +15,7 @@ from data.errors import InputError
 from data.schema import Schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.checkpoints.run_folder import DONE
-from mbcnet_rec.checkpoints.run_schema import file_sums
+from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.models import ARCHES, needs_wide
 from mbcnet_rec.runtime.process import Process
@@ -81,7 +81,11 @@ def load_teacher(config: RunConfig, schema: Schema, process: Process) -> Scorer:
     step = find_step(config, config.run_folder, process)
     own = run_schema(config, config.run_folder, step)
     theirs, ours = file_sums(own), file_sums(schema)
-    if differ := sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name)):
+    differ = sorted(name for name in theirs | ours if name != SCHEMA and theirs.get(name) != ours.get(name))
+    # types of ids that one of the two does not say are no difference
+    if own.fingerprint() != schema.fingerprint() or (not differ and other_ids(own, schema)):
+        differ.insert(0, SCHEMA)
+    if differ:
         raise InputError(
             f"{config.run_folder}: this teacher was trained with another schema ({', '.join(differ)} differ); train teachers and student "
             "anew with --overwrite"
