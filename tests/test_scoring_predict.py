@@ -13,7 +13,7 @@ from serving_data import evaluated, rank_results, trained_runs
 
 from data.errors import InputError
 from mbcnet_rec.runtime.exits import CannotWriteError
-from mbcnet_rec.scoring.predict import run_prediction
+from mbcnet_rec.scoring.predict import ColumnLeftOutWarning, kept_columns, run_prediction
 
 COLUMNS = ["user", "probability", *(f"probability_{name}" for name in ("efgc", "cross", "deep"))]
 
@@ -235,6 +235,31 @@ def test_where_scores_go_is_always_below_out(runs, days, capfd, monkeypatch):
     pieces.write_bytes((days / "ds=1/part-0.parquet").read_bytes())
     with pytest.raises(InputError, match=r"cannot be written to a file '_pieces/x.parquet'"):
         run_prediction(run, [str(pieces), str(days / "ds=1/part-0.parquet")], "out")
+
+
+def test_a_folder_that_grows_is_scored_on(runs, days, capfd):
+    logs, out = days / "logs", days / "out"
+    logs.mkdir()
+    (days / "ds=1").rename(logs / "ds=1")
+    assert predict(runs / "row_wise", logs, out, capfd)[0] == 0
+    assert files_in(out) == ["ds=1/part-0.parquet"], "as it will be with a second day"
+    (days / "ds=2").rename(logs / "ds=2")
+    assert (
+        "600 rows in 2 files (300 of them were there already)"
+        in predict(runs / "row_wise", logs, out, capfd)[1]
+    )
+    assert predict(runs / "row_wise", logs / "*/part-*", days / "glob", capfd)[0] == 0
+    assert files_in(days / "glob") == ["ds=1/part-0.parquet", "ds=2/part-0.parquet"]
+
+
+def test_a_group_column_that_some_files_lack_is_left_out_aloud(tmp_path):
+    schema = pa.schema([("user", pa.int64())])
+    files, lacking = [tmp_path / "a", tmp_path / "b"], pa.schema([("item", pa.int64())])
+    assert kept_columns(files, [schema, schema], [], ["user", ""]) == ["user"]
+    with pytest.warns(
+        ColumnLeftOutWarning, match=r"b: has no column 'user', so the scores of no file have it"
+    ):
+        assert kept_columns(files, [schema, lacking], [], ["user", "day"]) == []
 
 
 def test_each_file_keeps_the_type_of_its_columns(runs, days, capfd):

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -65,6 +66,10 @@ from mbcnet_rec.scoring.trained_run import (
 MARK = b"mbcnet_prediction"  # in the footer of each file
 PROBABILITY = "probability"
 WRITTEN_ROWS = 65_536  # of a row group of the output
+
+
+class ColumnLeftOutWarning(UserWarning):
+    """A group or time column is not passed through, since some files lack it."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def run_prediction(
         step = find_step(config, folder, process)
         schema = run_schema(config, folder, step)
         files = resolve_files(data)
-        names = relative_names(files)
+        names = relative_names(files, data)
         for file in files:
             if isinstance(file, Path) and place.resolve() in file.resolve().parents:
                 raise InputError(f"{file}: lies in --out {out}; choose another output folder")
@@ -195,7 +200,14 @@ def kept_columns(
     Raises:
         InputError: a column is missing in a file or there twice, or has the name of an output.
     """
-    names = keep or [name for name in default if name and all(name in found.names for found in columns)]
+    names = list(dict.fromkeys(name for name in keep or default if name))
+    for name in () if keep else tuple(names):
+        without = [file for file, found in zip(files, columns, strict=True) if name not in found.names]
+        if without:
+            names.remove(name)
+        if 0 < len(without) < len(files):
+            words = f"{without[0]}: has no column {name!r}, so the scores of no file have it"
+            warnings.warn(words, ColumnLeftOutWarning, stacklevel=2)
     for file, found in zip(files, columns, strict=True):
         for name in names:
             count = found.names.count(name)
@@ -207,7 +219,7 @@ def kept_columns(
                 raise InputError(
                     f"{file}: --keep {name}: the output has a column of this name; rename it first"
                 )
-    return list(dict.fromkeys(names))
+    return names
 
 
 def output_schema(found: pa.Schema, kept: Sequence[str], outputs: Sequence[str]) -> pa.Schema:

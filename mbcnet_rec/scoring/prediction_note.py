@@ -14,12 +14,13 @@ import os
 import unicodedata
 import uuid
 from collections.abc import Mapping, Sequence
+from glob import has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.errors import InputError
 from data.reading.fingerprint import mark_files
-from data.reading.storage import LIST_ATTEMPTS, DataFile, file_system, is_uri, path_parts, retried
+from data.reading.storage import LIST_ATTEMPTS, DataFile, RemoteFile, file_system, is_uri, path_parts, retried
 from mbcnet_rec.runtime.lock import LOCK, names_in
 
 REQUEST, CHUNKS = "_predict.json", "_pieces"
@@ -27,18 +28,20 @@ WAY_OUT = "choose another --out, or replace the whole prediction with --overwrit
 Note = dict[str, Any]
 
 
-def relative_names(files: Sequence[DataFile]) -> list[str]:
-    """Where each file's rows go in the output folder: its path below the folder that all files share.
+def relative_names(files: Sequence[DataFile], asked: Sequence[str] = ()) -> list[str]:
+    """Where each file's rows go in the output folder: its path below the folder that all files share, and all paths that were `asked` for.
+
+    So a folder that grows by a day gives yesterday's files the names of yesterday.
 
     Raises:
         InputError: two files would go to one place, or a path is none for a file.
     """
-    paths = [
-        Path(os.path.abspath(file)).parts if isinstance(file, Path) else path_parts(file) for file in files
-    ]
-    levels = itertools.takewhile(
-        lambda level: len(set(level)) == 1, zip(*(parts[:-1] for parts in paths), strict=False)
-    )
+    paths = [_parts(file) for file in files]
+    bases = [_parts(RemoteFile(text) if is_uri(text) else Path(text)) for text in asked]
+    bases = [tuple(itertools.takewhile(lambda part: not has_magic(part), base)) for base in bases]
+    above = [base for base in bases if any(parts[: len(base)] == base for parts in paths)]
+    folders = [*above, *(parts[:-1] for parts in paths)]
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
     shared = sum(1 for _ in levels)
     names: dict[str, DataFile] = {}
     for file, parts in zip(files, paths, strict=True):
@@ -54,6 +57,10 @@ def relative_names(files: Sequence[DataFile]) -> list[str]:
             )
         names[name] = file
     return list(names)
+
+
+def _parts(file: DataFile) -> tuple[str, ...]:
+    return Path(os.path.abspath(file)).parts if isinstance(file, Path) else path_parts(file)
 
 
 def describe(
