@@ -37,7 +37,7 @@ def relative_names(files: Sequence[DataFile], asked: Sequence[str] = ()) -> list
         InputError: two files would go to one place, or a path is none for a file.
     """
     paths = [_parts(file) for file in files]
-    bases = [_parts(RemoteFile(text) if is_uri(text) else Path(text)) for text in asked]
+    bases = [_parts(RemoteFile(text) if is_uri(text) else Path(text).expanduser()) for text in asked]
     bases = [tuple(itertools.takewhile(lambda part: not has_magic(part), base)) for base in bases]
     above = [base for base in bases if any(parts[: len(base)] == base for parts in paths)]
     folders = [*above, *(parts[:-1] for parts in paths)]
