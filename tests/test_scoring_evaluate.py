@@ -169,13 +169,17 @@ def test_a_value_is_one_slice_whatever_type_its_column_has(runs, tmp_path):
     ]
     for index, column in enumerate(columns):
         times = pa.array(range(90), pa.timestamp("ns"))
-        table = rows.append_column("part", column).append_column("at", times)
+        no_utf8 = pa.array([b"\xff"] * 90).cast(pa.string(), safe=False)
+        table = rows.append_column("part", column).append_column("at", times).append_column("bytes", no_utf8)
         pq.write_table(table, tmp_path / f"{index}.parquet", write_page_checksum=True)
     run = runs / "row_wise"
-    code, out, err = printed_by("evaluate", run, "--data", tmp_path, "--by", "part", "--by", "at", "--json")
+    code, out, err = printed_by(
+        "evaluate", run, "--data", tmp_path, "--by", "part", "--by", "at", "--by", "bytes", "--json"
+    )
     assert code == 0, err
     slices = json.loads(out)["slices"]
     assert {name: each["rows"] for name, each in slices["part"].items()} == {"0": 180, "1": 180, "2": 180}
+    assert {name: each["rows"] for name, each in slices["bytes"].items()} == {"\\xff": 540}
     assert slices["at"]["1970-01-01 00:00:00.000000007"]["rows"] == 6
     twice = pa.Table.from_arrays([*rows.columns, numbers, numbers], [*rows.column_names, "part", "part"])
     pq.write_table(twice, tmp_path / "twice.parquet", write_page_checksum=True)

@@ -24,6 +24,12 @@ from mbcnet_rec.scoring.chunks import Chunk
 MAX_SLICES = 50  # of one column
 MAX_VALUES = 1_000_000  # different ones of one column, which are counted
 COUNTED_ROWS = 65_536  # at a time
+BYTES_OF = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.large_binary(),
+    pa.binary_view(): pa.large_binary(),
+}
 REST, NULL = "(other)", "(null)"
 
 
@@ -108,6 +114,8 @@ def _distinct(column: pa.Array) -> tuple[list[str], np.ndarray]:
         column = column.storage
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    # bytes, which Python takes even where they are no UTF-8; a null of a view would become an empty text
+    column = column.cast(BYTES_OF.get(column.type, column.type))
     encoded = column.dictionary_encode(null_encoding="encode")
     values = encoded.dictionary
     if getattr(values.type, "unit", "") == "ns" and not pa.types.is_duration(values.type):
