@@ -111,6 +111,26 @@ def test_tune_and_study_say_the_true_cause(home):
     assert code == 2 and "the AUC of the test rows is not defined" in last and "data.test" in last
 
 
+def test_training_rows_of_one_class_are_told(home):
+    code, _, err = printed_by(
+        "train",
+        "--config",
+        home / "tiny.toml",
+        *sets(
+            f"data.train=['{home}/rows/positive.parquet']",
+            "data.valid=[]",
+            "data.batch_size=12",
+            "train.log_every=1",
+            "train.epochs=2",
+            f"train.out={home}/ones",
+        ),
+    )
+    assert (
+        code == 0
+        and err.count("data.train: the rows are all of one class, label 1: nothing can be learned") == 1
+    )
+
+
 def test_a_run_that_had_a_best_checkpoint_keeps_it(home):
     valid = f"data.valid=['{home}/rows/test.parquet']"
     args = (home / "tiny.toml", *EARLY[:1], f"train.out={home}/mixed")

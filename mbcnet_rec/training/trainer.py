@@ -101,6 +101,7 @@ class Trainer:
         self._stop_wanted = self._save_wanted = False
         self._last_auc = float("nan")
         self._told_no_auc = False
+        self._labels_seen: set[int] = set()  # on rank 0, in lines of the log
 
     def restore(self, saved: Saved, *, allow_partial: bool = False) -> list[str]:
         """Continue from a checkpoint; every rank calls it.
@@ -159,6 +160,11 @@ class Trainer:
                 if self.state.step >= self.total_steps or self.state.stopped:
                     break
                 self._segment(pipeline)
+            if len(self._labels_seen) == 1:
+                (label,) = self._labels_seen
+                self.bar.say(
+                    f"data.train: the rows are all of one class, label {label}: nothing can be learned from them; check the label column"
+                )
             self.saver.finish()
         finally:
             self.saver.cancel()
@@ -281,6 +287,8 @@ class Trainer:
             )
         if self.records is not None:
             logits, labels = real_rows(window.outputs)[:2]
+            if len(labels):
+                self._labels_seen |= {int(labels.min()), int(labels.max())}
             values |= evaluate_predictions(logits, labels, names)
             threshold = self.losses[0].coteaching.threshold if self.losses else 0.0
             values |= diagnostics(logits, labels, window.outputs[-1], names, threshold)
