@@ -247,7 +247,32 @@ def test_vocabulary_faults_are_named(tmp_path):
     said = "3 values need 5 rows, but the table of field 'f' has num_embeddings = 4; set it to 5"
     refused(said, field | {"num_embeddings": 4}, pa.array([1]), folder=tmp_path)
     (tmp_path / "v.parquet").unlink()
-    refused(r"v.parquet: the vocabulary of field 'f' cannot be read", field, pa.array([1]), folder=tmp_path)
+    said = r"v.parquet: no such file: it is the vocabulary of field 'f' of the schema in .*; copy the folder of vocabularies along .*schema fit"
+    refused(said, field, pa.array([1]), folder=tmp_path)
+    for values, kind in (([True], "bool"), ([1.5], "double"), ([b"a"], "binary")):
+        said = f"the vocabulary of field 'f' holds {kind}: wanted integers or text"
+        refused(said, vocabulary(tmp_path, values), pa.array([1]), folder=tmp_path)
+    refused(
+        "says type = 'text', but its vocabulary holds int64",
+        vocabulary(tmp_path, [1]) | {"type": "text"},
+        pa.array([1]),
+        folder=tmp_path,
+    )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.float64(), pa.decimal128(20, 0), pa.string_view(), pa.dictionary(pa.int8(), pa.int64())],
+    ids=str,
+)
+def test_a_vocabulary_of_another_type_holds_the_same_ids(tmp_path, kind):
+    """As fits of earlier versions may have written it."""
+    values = pa.array([7, 5]).cast(pa.string()) if kind == pa.string_view() else pa.array([7, 5])
+    values = values.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else values.cast(kind)
+    got = encode(vocabulary(tmp_path, values), pa.array([5, 7, None, 6]), folder=tmp_path)
+    assert got.single_ids.tolist() == [[3, 2, MISSING_ROW, OUT_OF_VOCABULARY_ROW]]
+    nothing = vocabulary(tmp_path, pa.nulls(0))
+    assert encode(nothing, pa.array(["a", None]), folder=tmp_path).single_ids.tolist() == [[1, 0]]
 
 
 def reference_string_hash(text: str) -> int:

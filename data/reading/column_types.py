@@ -9,7 +9,7 @@ from pyarrow import types as pt
 
 from ..errors import InputError  # relative: an exported artifact carries this file
 from ..schema import Feature, Schema
-from .ids import is_text
+from .ids import is_id, is_text, is_whole, value_type
 
 Accepts = Callable[[pa.DataType], bool]
 
@@ -105,33 +105,10 @@ def id_type(kind: pa.DataType) -> str:
     return "text" if is_text(kind) else "integer" if is_id(kind) and not pt.is_null(kind) else ""
 
 
-def value_type(kind: pa.DataType) -> pa.DataType:
-    """The type of one value: of a dictionary's, its values'."""
-    return kind.value_type if pt.is_dictionary(kind) else kind
-
-
 def is_number(kind: pa.DataType) -> bool:
     """Whether a type holds numbers, booleans included."""
     kind = value_type(kind)
     return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind) or pt.is_decimal(kind)
-
-
-def is_key(kind: pa.DataType) -> bool:
-    """Whether a type is that of ids: integers or text."""
-    kind = value_type(kind)
-    return pt.is_integer(kind) or is_text(kind)
-
-
-def is_id(kind: pa.DataType) -> bool:
-    """Whether a field of ids takes a type: floats and decimals are looked at value by value, and null is nothing but missing ids."""
-    return is_key(kind) or _is_whole(kind)
-
-
-def _is_whole(kind: pa.DataType) -> bool:
-    """Whether a type may hold ids that are integers."""
-    kind = value_type(kind)
-    is_whole = pt.is_integer(kind) or pt.is_floating(kind) or pt.is_null(kind)
-    return is_whole or (pt.is_decimal(kind) and kind.scale <= 0)
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -154,7 +131,7 @@ def _accepted(feature: Feature) -> tuple[Accepts, str]:
         return _is_number_or_null, "numbers"
     if feature.kind == "vector":
         return _lists_of(_is_number_or_null), "lists of numbers"
-    item, words = (_is_whole, "integers") if feature.encoding == "ids" else (is_id, "integers or strings")
+    item, words = (is_whole, "integers") if feature.encoding == "ids" else (is_id, "integers or strings")
     hint = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary', 'hash' or 'zch')"
     if feature.kind == "categorical":
         return item, words + hint

@@ -18,13 +18,10 @@ from pyarrow import types as pt
 
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
-from .column_types import is_id, value_type
 from .columns import ABSENT, Columns, Lists, Permute, Ragged, join_lists, offsets_of
-from .ids import as_ids, decoded, is_text
+from .ids import as_ids, decoded, integers, is_id, is_text, is_valid, value_type
 from .keys import (
     hash_values,
-    integers,
-    is_valid,
     make_vocabularies,
     read_vocabularies,
     remainder,

@@ -11,17 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
-from .keys import codes_of, is_valid
-
 CANONICAL = r"\A(0|-?[1-9][0-9]{0,19})\z"
-WHOLE_BITS = {
-    16: 11,
-    32: 24,
-    64: 53,
-}  # of floats, by their bits: below 2 to this power every integer has its own
-Converted = tuple[
-    pa.Array, np.ndarray | None
-]  # the ids, and where a value is none (null there); None: all are ids
+# of floats, by their bits: below 2 to this power every integer has its own
+WHOLE_BITS = {16: 11, 32: 24, 64: 53}
+# the ids, and where a value is none (null there); None: all are ids
+Converted = tuple[pa.Array, np.ndarray | None]
 
 
 def as_ids(column: pa.Array, wanted: str) -> Converted:
@@ -41,6 +35,29 @@ def as_ids(column: pa.Array, wanted: str) -> Converted:
         return _integers_of_text(text) if wanted == "integer" else (text, None)
     numbers, bad = _integers(column)
     return (numbers.cast(pa.string()) if wanted == "text" else numbers), bad
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """The type of one value: of a dictionary's, its values'."""
+    return kind.value_type if pt.is_dictionary(kind) else kind
+
+
+def is_key(kind: pa.DataType) -> bool:
+    """Whether a type is that of ids: integers or text."""
+    kind = value_type(kind)
+    return pt.is_integer(kind) or is_text(kind)
+
+
+def is_id(kind: pa.DataType) -> bool:
+    """Whether a field of ids takes a type: floats and decimals are looked at value by value, and null is nothing but missing ids."""
+    return is_key(kind) or is_whole(kind)
+
+
+def is_whole(kind: pa.DataType) -> bool:
+    """Whether a type may hold ids that are integers."""
+    kind = value_type(kind)
+    whole = pt.is_integer(kind) or pt.is_floating(kind) or pt.is_null(kind)
+    return whole or (pt.is_decimal(kind) and kind.scale <= 0)
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -99,3 +116,22 @@ def _integers_of_text(column: pa.Array) -> Converted:
     bad = is_valid(column) & ~good.to_numpy(zero_copy_only=False)
     bad = bad if beyond is None else bad | beyond
     return ids, bad if bad.any() else None
+
+
+def integers(column: pa.Array) -> np.ndarray:
+    """An integer column as NumPy, with 0 for nulls."""
+    return (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+
+
+def is_valid(column: pa.Array) -> np.ndarray:
+    """Where a column is not null, (n,) bool."""
+    return column.is_valid().to_numpy(zero_copy_only=False)
+
+
+def codes_of(encoded: pa.DictionaryArray) -> np.ndarray:
+    """Checked codes of a dictionary column, 0 for nulls."""
+    codes = integers(encoded.indices)
+    # Arrow does not check the codes that it reads: in a damaged file they can point behind the dictionary.
+    if codes.size and not 0 <= codes.min() <= codes.max() < max(1, len(encoded.dictionary)):
+        raise pa.ArrowInvalid("a dictionary code without a value")
+    return codes

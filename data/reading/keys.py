@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import FIRST_VOCABULARY_ROW, OUT_OF_VOCABULARY_ROW, Feature, Schema
+from .ids import as_ids, codes_of, integers, is_id, is_valid
 
 SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 LARGEST_UNBOUNDED = np.uint64(2**63 - 1)
@@ -74,14 +74,29 @@ def read_vocabularies(schema: Schema) -> dict[str, pa.Array]:
     found: dict[str, pa.Array] = {}
     for feature in _with_vocabulary(schema):
         path = schema.folder / feature.vocabulary
+        way_out = (
+            "copy the folder of vocabularies along with its schema, or run `mbcnet schema fit` (`mbcnet data prepare` for public data) "
+            "again"
+        )
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
-                found[feature.vocabulary] = parquet.read(columns=["value"])["value"].combine_chunks()
+                values = parquet.read(columns=["value"])["value"].combine_chunks()
+        except FileNotFoundError:
+            raise InputError(
+                f"{path}: no such file: it is the vocabulary of field {feature.name!r} of the schema in {schema.folder}; {way_out}"
+            ) from None
         except (OSError, pa.ArrowException, KeyError) as error:
             raise InputError(
-                f"{path}: the vocabulary of field {feature.name!r} cannot be read ({first_line(error)}); "
-                "run `mbcnet data prepare` again"
+                f"{path}: the vocabulary of field {feature.name!r} cannot be read ({first_line(error)}); {way_out}"
             ) from None
+        kind = values.type
+        if pt.is_null(kind):  # of a column without a value: anything is out of vocabulary
+            values = values.cast(pa.string())
+        found[feature.vocabulary], bad = as_ids(values, "") if is_id(kind) else (values, np.ones(1, bool))
+        if bad is not None:
+            raise InputError(
+                f"{path}: the vocabulary of field {feature.name!r} holds {kind}: wanted integers or text; {way_out}"
+            )
     return found
 
 
@@ -100,22 +115,17 @@ def make_vocabularies(schema: Schema, values: Mapping[str, pa.Array]) -> dict[st
                 f"{schema.folder / feature.vocabulary}: {len(known)} values need {rows} rows, but the table of field "
                 f"{feature.name!r} has num_embeddings = {num_embeddings}; set it to {rows}"
             )
-        vocabularies[feature.name] = Vocabulary(known)
+        vocabulary = vocabularies[feature.name] = Vocabulary(known)
+        if feature.type and len(known) and feature.type != vocabulary.id_type:
+            raise InputError(
+                f"{schema.folder / feature.vocabulary}: field {feature.name!r} says type = {feature.type!r}, but its vocabulary holds "
+                f"{known.type}; remove type there, or run `mbcnet schema fit` again"
+            )
     return vocabularies
 
 
 def _with_vocabulary(schema: Schema) -> list[Feature]:
     return [feature for feature in schema.features if feature.is_keyed and feature.encoding == "vocabulary"]
-
-
-def integers(column: pa.Array) -> np.ndarray:
-    """An integer column as NumPy, with 0 for nulls."""
-    return (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
-
-
-def is_valid(column: pa.Array) -> np.ndarray:
-    """Where a column is not null, (n,) bool."""
-    return column.is_valid().to_numpy(zero_copy_only=False)
 
 
 def hash_values(column: pa.Array) -> np.ndarray:
@@ -174,15 +184,6 @@ def _hash_strings(column: pa.Array) -> np.ndarray:
         active = active[left > 8]
         word += 1
     return hashed
-
-
-def codes_of(encoded: pa.DictionaryArray) -> np.ndarray:
-    """Checked codes of a dictionary column, 0 for nulls."""
-    codes = integers(encoded.indices)
-    # Arrow does not check the codes that it reads: in a damaged file they can point behind the dictionary.
-    if codes.size and not 0 <= codes.min() <= codes.max() < max(1, len(encoded.dictionary)):
-        raise pa.ArrowInvalid("a dictionary code without a value")
-    return codes
 
 
 def splitmix64(numbers: np.ndarray) -> np.ndarray:
