@@ -32,7 +32,7 @@ SHUTDOWN_SECONDS = 600
 
 def code_after_signal(signum: int, notes: Path) -> int:
     """Exit code after a signal: PREEMPTED where every worker of this host left with a checkpoint, else 128 + the signal."""
-    preempted, codes = str(PREEMPTED), {path.read_text() for path in notes.glob("exit_*")}
+    preempted, codes = str(PREEMPTED), {path.read_text(encoding="utf-8") for path in notes.glob("exit_*")}
     return PREEMPTED if preempted in codes and codes <= {preempted, "0"} else 128 + signum
 
 
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(args, Path(folder))
     if codes := os.environ.get(EXIT_CODES):
         # `torchx run` of a local job ends with it
-        Path(codes, str(os.getpid())).write_text(str(code))
+        Path(codes, str(os.getpid())).write_text(str(code), encoding="utf-8")
     return code
 
 

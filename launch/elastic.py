@@ -83,7 +83,7 @@ def say(line: str) -> None:
 def pass_on() -> None:
     """Print the messages that workers without a terminal have left in files."""
     for path in sorted(Path(os.environ[NOTES]).glob("said_*")):
-        say(path.read_text().rstrip("\n"))
+        say(path.read_text(encoding="utf-8").rstrip("\n"))
         path.unlink()
 
 

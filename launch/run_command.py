@@ -52,7 +52,7 @@ def join_repeated(words: list[str]) -> list[str]:
 
 def exit_code(folder: Path) -> int:
     """The code of a local job's first host that failed, 1 where none is known."""
-    codes = [int(path.read_text()) for path in folder.iterdir()]
+    codes = [int(path.read_text(encoding="utf-8")) for path in folder.iterdir()]
     # a host that stopped because of another ends by a signal, or with 1
     return max((code for code in codes if code > 0), default=1, key=lambda code: (code < 128, code))
 

@@ -106,7 +106,7 @@ def note(kind: str, text: str, environ: Mapping[str, str]) -> None:
     if folder:
         with contextlib.suppress(OSError):
             draft = Path(folder) / f".{kind}_{rank}"
-            draft.write_text(text)
+            draft.write_text(text, encoding="utf-8")
             draft.rename(Path(folder) / f"{kind}_{rank}")
 
 
@@ -116,7 +116,7 @@ def record(code: int, first: bool, environ: Mapping[str, str]) -> None:
     message = {"message": f"exit code {code}", "extraInfo": extra}
     if path := environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": message, "first": first}))
+            Path(path).write_text(json.dumps({"message": message, "first": first}), encoding="utf-8")
 
 
 def signal_after_parent(signum: signal.Signals) -> None:

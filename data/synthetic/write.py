@@ -139,8 +139,8 @@ def write_synthetic(
         splits = _write_days(world, folder, request, progress, threads)
         summary = request | {"label": schema.label, "logit_variance_shares": SHARES, "splits": splits}
         header = f"Written by mbcnet data synth beside its rows. Seed {seed}."
-        (folder / "schema.toml").write_text(format_schema(schema, header))
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        (folder / "schema.toml").write_text(format_schema(schema, header), encoding="utf-8")
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 

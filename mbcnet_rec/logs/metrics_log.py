@@ -43,7 +43,7 @@ class Records:
         self._curves: SummaryWriter | None = None
         self._sink = sink
         with written(path):
-            text = path.read_text(errors="replace") if path.exists() else ""
+            text = path.read_text(errors="replace", encoding="utf-8") if path.exists() else ""
             kept = "".join(line + "\n" for line in keep_until(text.splitlines(), first_step))
             if kept != text:
                 write_whole(path, kept)
@@ -121,7 +121,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     draft = path.with_name(f".{path.name}.partial")
     try:
-        with draft.open("w") as file:
+        with draft.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -113,7 +113,7 @@ class MlflowSink:
 
         path = self._folder / RUN_ID
         if path.exists():
-            run_id = path.read_text().strip()
+            run_id = path.read_text(encoding="utf-8").strip()
             try:
                 client.update_run(run_id, "RUNNING")
                 return run_id
@@ -128,7 +128,7 @@ class MlflowSink:
         params = [Param(key, each) for key, each in self._params.items()]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             client.log_batch(run_id, params=params[start : start + PARAMS_AT_ONCE])
-        path.write_text(run_id + "\n")
+        path.write_text(run_id + "\n", encoding="utf-8")
         return run_id
 
 

@@ -51,8 +51,8 @@ def write_run_report(folder: Path) -> Path:
     lines = read_metrics(folder)
     if not lines:
         raise InputError(f"{folder}/{METRICS}: it is empty; wait for the first line, or train longer")
-    config = (folder / CONFIG).read_text() if (folder / CONFIG).is_file() else ""
-    plan = json.loads((folder / PLAN).read_text()) if (folder / PLAN).is_file() else {}
+    config = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).is_file() else ""
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else {}
     blocks = [
         *result_blocks(lines),
         *curve_blocks("Curves", lines, LEARNING, LEARNING_CAPTION),
@@ -81,7 +81,7 @@ def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
     if not (folder / METRICS).is_file():
         raise InputError(f"{folder}: no run folder (it has no {METRICS}); pass what `mbcnet train` wrote")
     found: dict[str, list[dict[str, Any]]] = {}
-    for text in (folder / METRICS).read_text().splitlines():
+    for text in (folder / METRICS).read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         found.setdefault(line["split"], []).append(line)
     return found

@@ -49,7 +49,9 @@ class Owner:
     def is_alive(self) -> bool:
         """Whether this process runs; only for one of this machine."""
         with suppress(OSError, IndexError):
-            state, *rest = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            state, *rest = (
+                Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            )
             return state not in "ZX" and rest[18] == self.started
         try:
             os.kill(self.pid, 0)
@@ -70,9 +72,9 @@ def this_process(folder: Path, what: str) -> Owner:
     """This process as the owner of a folder."""
     machine = started = ""
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-        started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        started = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     host = socket.gethostname()
     return Owner(
         machine or host,
@@ -201,7 +203,7 @@ def _is_copy(path: Path, owner: Owner) -> bool:
 def _create(path: Path, me: Owner) -> bool:
     """Write LOCK if there is none."""
     try:
-        file = path.open("x")
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         return False
     try:
@@ -217,7 +219,7 @@ def _take_over(path: Path, me: Owner, dead: tuple[str, int]) -> bool:
     """Replace a dead owner's LOCK; False if another process was faster."""
     draft = path.with_name(f".{LOCK}.{me.token}.partial")
     try:
-        draft.write_text(json.dumps(asdict(me)) + "\n")
+        draft.write_text(json.dumps(asdict(me)) + "\n", encoding="utf-8")
         if _look(path) != dead:
             return False
         draft.replace(path)

@@ -83,7 +83,7 @@ class Watchdog:
     def open_stacks(self) -> None:
         """Open the file of stacks, in the run folder, which exists now; SIGUSR2 writes them too from now on."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("w")
+        self._file = self._path.open("w", encoding="utf-8")
         faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
 
     def beat(self, place: str) -> None:

@@ -173,7 +173,7 @@ def _cell(estimate: Estimate | None) -> str:
 
 def compare_with_log(folder: Path, split: str, step: int, answer: Answer) -> str:
     """Say how far the metrics are from those that training logged for the same rows and step."""
-    entries = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    entries = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     logged = next((e for e in reversed(entries) if e["split"] == split and e["step"] == step), {})
     gaps = [
         abs(value - answer.everything.metrics[key].value)

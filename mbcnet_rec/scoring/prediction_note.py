@@ -160,7 +160,7 @@ def mark_of(note: Note, name: str) -> str:
 def read_note(path: Path) -> Note | None:
     """The note that an earlier prediction left, or None. It is untrusted input: no name leads out of its folder."""
     try:
-        note = {"token": "", "obsolete": [], "whole": False} | json.loads(path.read_text())
+        note = {"token": "", "obsolete": [], "whole": False} | json.loads(path.read_text(encoding="utf-8"))
         if note["format"] == 1:  # no marks yet, and the columns with their types
             note |= {"columns": [each.partition(": ")[0] for each in note["columns"]]}
         texts = [note["token"], note["weights"], *note["columns"], *note["obsolete"]]

@@ -126,7 +126,7 @@ def weights_digest(config: RunConfig, folder: Path, step: int) -> str:
 def known_best(schema: Schema, split: str, rows: int) -> tuple[float, float] | None:
     """The best reachable AUC and log-loss of a synthetic split, as its generator wrote them; None elsewhere."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        summary = json.loads((schema.folder / "synthetic.json").read_text())["splits"][split]
+        summary = json.loads((schema.folder / "synthetic.json").read_text(encoding="utf-8"))["splits"][split]
         if summary["rows"] == rows:
             return float(summary["best_auc"]), float(summary["best_log_loss"])  # null: rows of one class
     return None

@@ -265,16 +265,18 @@ def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: boo
             {name: value.contiguous() for name, value in exported.dense.items()}, partial / serving.DENSE
         )
         vocabularies = {name: values.to_pylist() for name, values in exported.vocabularies.items()}
-        (partial / serving.VOCABULARY).write_text(json.dumps(vocabularies))
-        (partial / serving.SCHEMA).write_text(format_schema(exported.schema))
-        (partial / "config.toml").write_text(config_text(config))
+        (partial / serving.VOCABULARY).write_text(json.dumps(vocabularies), encoding="utf-8")
+        (partial / serving.SCHEMA).write_text(format_schema(exported.schema), encoding="utf-8")
+        (partial / "config.toml").write_text(config_text(config), encoding="utf-8")
         _write_package(partial)
         problem = _compile_dense(exported.program, partial / serving.COMPILED) if aot else ""
         files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
         for path in files:  # safetensors writes for its owner's eyes only
             path.chmod((partial / serving.VOCABULARY).stat().st_mode)
         sums = {path.relative_to(partial).as_posix(): serving.sha256_of(path) for path in files}
-        (partial / serving.MODEL).write_text(json.dumps(exported.spec | {"files": sums}, indent=1))
+        (partial / serving.MODEL).write_text(
+            json.dumps(exported.spec | {"files": sums}, indent=1), encoding="utf-8"
+        )
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -285,7 +287,7 @@ def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: boo
 
 def _write_package(folder: Path) -> None:
     """Copy the loader and the files that encode rows, which a user's own `data` cannot shadow: they are mbcnet_serving.data."""
-    (folder / LOADER).write_text(SCRIPT)
+    (folder / LOADER).write_text(SCRIPT, encoding="utf-8")
     for name in ENCODER_FILES:
         copy_to = folder / PACKAGE / "data" / name
         copy_to.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def run_export(
         report |= compare(served, of_float.model(), weights)
     except (InputError, ValueError) as error:  # the artifact is whole; its rows may lie on another machine
         report["not_compared"] = str(error)
-    (target / CHECK).write_text(json.dumps(report, indent=1) + "\n")
+    (target / CHECK).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n".join(_lines(target, exported.spec, report)))
     return 0
 

@@ -74,7 +74,7 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
     """
     folder = Path(folder)
     try:
-        spec = json.loads((folder / MODEL).read_text())
+        spec = json.loads((folder / MODEL).read_text(encoding="utf-8"))
         written = spec["format"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -107,7 +107,7 @@ def sha256_of(path: Path) -> str:
 
 def load_vocabularies(folder: Path, spec: Mapping[str, Any]) -> dict[str, pa.Array]:
     """Read an artifact's vocabularies: name -> values in row order."""
-    listed = json.loads((folder / VOCABULARY).read_text())
+    listed = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
     return {name: pa.array(values, spec["vocabulary_types"][name]) for name, values in listed.items()}
 
 

@@ -140,13 +140,15 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
 def page_mark(base: RunConfig, tuned: Path | None) -> str:
     """A comment that ends a page: the hash of what its runs depend on."""
     winners = sorted(tuned.glob("*.toml")) if tuned is not None else ()
-    depends = dependencies(base, {}) | {"tuned": {file.name: file.read_text() for file in winners}}
+    depends = dependencies(base, {}) | {
+        "tuned": {file.name: file.read_text(encoding="utf-8") for file in winners}
+    }
     return f"<!-- depends on {digest_of(depends)} -->\n"
 
 
 def free_page(wanted: Path, mark: str) -> Path:
     """Where a page goes. One of other data or settings that is there already stays; then a hash is added to the name."""
-    if not mark or not wanted.exists() or mark in wanted.read_text(errors="replace"):
+    if not mark or not wanted.exists() or mark in wanted.read_text(errors="replace", encoding="utf-8"):
         return wanted
     print(f"{wanted}: is of other data or settings, and stays")
     return wanted.with_name(f"{wanted.stem}_{mark.split()[3][:8]}{wanted.suffix}")

@@ -58,7 +58,7 @@ def dump_batch(folder: Path, step: int, rank: int, batch: Batch, loss: Tensor) -
         "weighted_keys": [] if weighted is None else weighted.keys(),
         "rows_with_numbers_not_finite": numbers.isfinite().all(1).logical_not().nonzero().flatten().tolist(),
     }
-    target.with_suffix(".json").write_text(json.dumps(about) + "\n")
+    target.with_suffix(".json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     return target
 
 

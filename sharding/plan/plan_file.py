@@ -28,7 +28,7 @@ def write_plan(plan: Plan, path: Path) -> None:
     """Write a plan file, at once or not at all."""
     draft = path.with_name(path.name + ".part")
     try:
-        draft.write_text(plan_text(plan))
+        draft.write_text(plan_text(plan), encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         raise InputError(
@@ -45,7 +45,7 @@ def _table_entry(table: TablePlan) -> dict[str, Any]:
 def read_plan(path: Path) -> Plan:
     """Read a plan file; InputError if it is none."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); check the path, or {REPLAN}") from None
     return plan_of_text(text, str(path))

@@ -42,7 +42,7 @@ def write_html(assessment: Assessment, path: Path) -> None:
         report="\n".join(report_lines(assessment, full=True)),
     )  # fmt: skip
     try:
-        path.write_text(page)
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); choose another path with --html"
