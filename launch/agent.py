@@ -13,6 +13,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.interrupt import heed_interrupts
+
+if __name__ == "__main__":
+    heed_interrupts()  # before torch is imported
+
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.multiprocessing import SignalException

@@ -7,6 +7,7 @@ removes, and refuses a second `--set`. Registered in the entry point group `torc
 import argparse
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -17,10 +18,12 @@ from torchx.runner import config
 from torchx.schedulers import DEFAULT_SCHEDULER_MODULES
 from torchx.schedulers.local_scheduler import SignalException
 
-from launch.job import EXIT_CODES, LOGS
+from launch.job import EXIT_CODES, LOGS, USER_MISTAKE
 
 LOCAL = "local_cwd"
 # The image holds this package; torchx would build another one from the working directory at each start.
+PROGRAMS_OF = {"slurm": "sbatch", "lsf": "bsub"}
+PRINTED = {"slurm": "slurm", "kubernetes": "k8s"}
 FROM_IMAGES = ("kubernetes", "aws_batch", "local_docker")
 
 
@@ -57,6 +60,16 @@ def exit_code(folder: Path) -> int:
     return max((code for code in codes if code > 0), default=1, key=lambda code: (code < 128, code))
 
 
+def refusal(scheduler: str, why: str) -> int:
+    """Say why a job cannot be handed to a scheduler, and return the exit code of a user's mistake."""
+    print(
+        f"mbcnet: -s {scheduler}: the job was not handed over ({why}); start it from a machine where that scheduler is set up, run here by "
+        f"-s local_cwd, or print it by `mbcnet launch --print {PRINTED.get(scheduler, 'torchrun')}` and take it there",
+        file=sys.stderr,
+    )
+    return USER_MISTAKE
+
+
 class Run(CmdRun):
     """`torchx run`. Jobs of other components, and jobs of other schedulers, pass through untouched."""
 
@@ -72,10 +85,25 @@ class Run(CmdRun):
             args.component_name_and_args = join_repeated(args.component_name_and_args)
             if args.scheduler in FROM_IMAGES and args.workspace == f"file://{Path.cwd()}":
                 args.workspace = ""
-        if ours and args.scheduler == LOCAL:
+        if not ours:
+            super().run(args)
+        elif args.scheduler == LOCAL:
             self._run_locally(args)
         else:
+            self._submit(args)
+
+    def _submit(self, args: argparse.Namespace) -> None:
+        """Hand a job to a scheduler. What its client or its absence raises, of many types, is one line: no user can read its frames."""
+        program = PROGRAMS_OF.get(args.scheduler, "")
+        if program and not args.dryrun and shutil.which(program) is None:
+            sys.exit(refusal(args.scheduler, f"{program} is not on the PATH of this machine"))
+        try:
             super().run(args)
+        except Exception as error:
+            if "LOGLEVEL" in os.environ:
+                raise
+            words = " ".join(str(error).split())[:300] or type(error).__name__
+            sys.exit(refusal(args.scheduler, words))
 
     def _run_locally(self, args: argparse.Namespace) -> None:
         settings = {}

@@ -17,6 +17,11 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from launch.interrupt import end_with, heed_interrupts
+
+if __name__ == "__main__":
+    heed_interrupts()  # before torch is imported
+
 from torch.distributed import TCPStore
 
 from launch.job import INTERRUPTED, LOST_RANK, PREEMPTED
@@ -152,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
+    end_with(code)
     sys.stdout.flush()
     sys.stderr.flush()
     # A rank that has failed may still hold a process group whose threads wait for the others.

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 import time
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data.errors import InputError
+from data.home import home_path
+from launch.interrupt import end_with, heed_interrupts
 from mbcnet_rec.runtime.exits import RunStoppedError
+from mbcnet_rec.runtime.ranks import is_first_rank
 
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
 SILENT_RANK_SECONDS = 3.0
@@ -36,8 +40,45 @@ COMMANDS = {
 }
 
 
+class _Given(argparse.Action):
+    """Stores an argument's value. One that is a list adds up where it is given again; any other is refused then, as is an empty one."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        several = isinstance(values, list | tuple)
+        shown = option_string or self.metavar or self.dest
+        if (not values and not several and isinstance(values, str)) or (several and "" in values):
+            parser.error(f"{shown} is empty: give it a value, or leave it out")
+        if option_string and self.dest in parser.given:
+            if not several:
+                parser.error(
+                    f"{shown} is given twice ({getattr(namespace, self.dest)} and {values}): leave one out"
+                )
+            values = [*getattr(namespace, self.dest), *values]
+        parser.given.add(self.dest)
+        values = [at_home(each, shown) for each in values] if several else at_home(values, shown)
+        setattr(namespace, self.dest, values)
+
+
+def at_home(value: Any, shown: str) -> Any:
+    """A value as it is, or where it begins with `~` a path from the home folder, of the same type: no name of ours begins so."""
+    return type(value)(home_path(str(value), shown)) if str(value).startswith("~") else value
+
+
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, options in full, and none that is dropped because it is given again."""
+
+    def __init__(self, **words: Any) -> None:
+        super().__init__(**words, allow_abbrev=False)
+        self.given: set[str] = set()
+        for name in (None, "store"):
+            self.register("action", name, _Given)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as if nothing had been given before."""
+        self.given.clear()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Say what is wrong and where help is."""
@@ -78,7 +119,7 @@ def show_warning(
     """Print a warning of ours as one line, on rank 0 alone; anyone else's as Python does."""
     if category.__module__.partition(".")[0] not in OURS:
         _PYTHONS_SHOW_WARNING(message, category, filename, lineno, file, line)
-    elif os.environ.get("RANK", "0") == "0":
+    elif is_first_rank():
         _tell(f"warning: {message}")
 
 
@@ -128,8 +169,34 @@ def plain_words() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; see `exit_code`."""
-    return exit_code(lambda: run(argv))
+    """Run one command and return its exit code; see `exit_code`. Without `argv` it is this process's own command line."""
+    if argv is not None:
+        return exit_code(lambda: run(argv))
+    heed_interrupts()
+    open_output()
+    code = exit_code(lambda: run([readable(word) for word in sys.argv[1:]]))
+    end_with(code)
+    return code
+
+
+def open_output() -> None:
+    """Let stdout and stderr take any name, whatever the locale's encoding, and be there where they are closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: the next file that is opened would take its number
+            with suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the end)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def readable(word: str) -> str:
+    """A word of the command line, which an ASCII locale leaves as bytes, as the UTF-8 that it is."""
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeError:
+        return word
 
 
 def exit_code(command: Callable[[], int]) -> int:
@@ -143,7 +210,7 @@ def exit_code(command: Callable[[], int]) -> int:
     except InputError as error:
         # Every rank meets a mistake in config or schema; one of them says it. A note names the rank whose rows are faulty.
         notes = getattr(error, "__notes__", [])
-        if os.environ.get("RANK", "0") == "0" or notes:
+        if is_first_rank() or notes:
             whose = f"{notes[0]}: " if notes and os.environ.get("WORLD_SIZE", "1") != "1" else ""
             _tell(f"{whose}{error}")
         else:

@@ -9,11 +9,18 @@ from typing import Any
 import tomli_w
 
 from data.errors import InputError
+from data.home import home_path
 from data.reading.config import DataConfig
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value
 from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.training.config import OptimConfig, TrainConfig
 from sharding.plan.constraints import ShardingConfig
+
+# Keys that hold paths, in which `~` is the home folder
+PATH_KEYS = (
+    "schema", "data.train", "data.valid", "data.test", "train.out", "train.checkpoint_folder", "train.warm_start", "sharding.plan",
+    "sharding.cluster",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,41 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: naming the file or override, the key's path, the value, what was wanted and the fix.
     """
     table = read_toml(Path(path))
-    for override in overrides:
-        apply_override(table, override)
+    apply_overrides(table, overrides)
+    _resolve_home(table)
     return parse_dataclass(RunConfig, table, str(path))
+
+
+def _resolve_home(table: dict[str, Any]) -> None:
+    """Replace `~` and `~user` at the beginning of each path by the folder that it stands for, in place."""
+    for key in PATH_KEYS:
+        *sections, name = key.split(".")
+        part: Any = table
+        for section in sections:
+            part = part.get(section) if isinstance(part, dict) else None
+        value = part.get(name) if isinstance(part, dict) else None
+        if isinstance(value, str):
+            part[name] = home_path(value, key)
+        elif isinstance(value, list):
+            part[name] = [home_path(each, key) if isinstance(each, str) else each for each in value]
+
+
+def apply_overrides(table: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply each override in place.
+
+    Raises:
+        InputError: one is not `key.path=value`, or sets again what an earlier one has set.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        again = next((each for each in given if f"{each}.".startswith(f"{key}.")), None)
+        if again is not None:
+            raise InputError(
+                f"--set {override}: --set {given[again]} is given before it, and would be lost; leave one out"
+            )
+        given[key] = override
+        apply_override(table, override)
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

@@ -91,6 +91,7 @@ def test_what_ends_a_command_has_its_own_code(monkeypatch, capsys):
 
 def test_of_many_ranks_one_says_a_mistake(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(cli, "SILENT_RANK_SECONDS", 0.2)
     start = time.monotonic()
     assert outcome(InputError("said by rank 0")) == 2

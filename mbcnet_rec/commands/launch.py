@@ -64,7 +64,13 @@ def _launch(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(_description(args, config, job, words)))
         return 0
-    from torchx.cli.main import main  # after every mistake that is seen without it
+    try:
+        from torchx.cli.main import main  # after every mistake that is seen without it
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"mbcnet launch: {error.name} is not installed; install requirements/cpu.txt or gpu.txt, or start the job without torchx: "
+            "--print torchrun, slurm or k8s"
+        ) from None
 
     main(words[1:])  # a job that fails ends this process with its code
     return 0
@@ -74,9 +80,13 @@ def _job(args: argparse.Namespace, config: "RunConfig") -> Job:
     for key in ("gpu", "retries", "cpu", "memory_mb"):
         if (value := getattr(args, key)) < 0:
             raise InputError(f"--{key.replace('_', '-')} {value}: wanted 0 or more; remove the minus")
+    given: dict[str, str] = {}
     for pair in args.env:
+        key = pair.partition("=")[0]
         if pair.find("=") < 1:
             raise InputError(f"--env {pair}: wanted KEY=VALUE; write it so")
+        if given.setdefault(key, pair) != pair:
+            raise InputError(f"--env {pair}: --env {given[key]} is given before it; leave one out")
     flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
     words = ["--config", args.config, *(f"--set={each}" for each in args.overrides), *flags]
     return Job(

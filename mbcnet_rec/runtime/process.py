@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -18,6 +19,7 @@ from torch import Tensor
 from data.errors import InputError
 from mbcnet_rec.runtime.exits import LostRankError
 from mbcnet_rec.runtime.quiet import quiet_libraries
+from mbcnet_rec.runtime.ranks import Ranks, found_ranks
 
 _TIMES_JOINED = itertools.count()
 
@@ -71,33 +73,72 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 @contextmanager
 def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iterator[Process]:
-    """Join the other ranks that torchrun started, or be the only one; leave on exit.
+    """Join the other ranks that a launcher started (see ranks.py), or be the only one; leave on exit.
 
     A collective that a rank does not join fails on the others after `timeout_seconds`.
+
+    Raises:
+        InputError: the launcher's variables are incomplete or contradict each other, or the device is not there.
     """
-    alone = "RANK" not in os.environ
-    rank, world_size = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    local_rank = 0 if alone else int(os.environ["LOCAL_RANK"])
-    local_world_size = 1 if alone else int(os.environ["LOCAL_WORLD_SIZE"])
-    chosen = choose_device(device, local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    # On a CPU plain "gloo", not "cpu:gloo": with the latter a rank without local shards asks for CUDA when loading.
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    ranks = found_ranks()
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     timeout = timedelta(seconds=timeout_seconds)
     try:
-        store = _meeting_point(alone, timeout)
+        store = _meeting_point(ranks, timeout)
+        local_rank, local_world_size = _on_this_host(ranks, store) if ranks else (0, 1)
+        chosen = choose_device(device, local_rank)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        # On a CPU plain "gloo", not "cpu:gloo": with the latter a rank without local shards asks for CUDA when loading.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, OSError) as error:
         raise _cannot_meet(error, rank, world_size, timeout_seconds) from None
     try:
-        with quiet_libraries():
+        with quiet_libraries(), _as_torchrun_says(rank, world_size, local_rank, local_world_size):
             yield Process(rank, world_size, local_rank, local_world_size, chosen, store)
     finally:
         dist.destroy_process_group()
 
 
-def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
+def _on_this_host(ranks: Ranks, store: dist.Store) -> tuple[int, int]:
+    """This rank's number among the ranks of its host, and how many they are; asked of the others where no variable says it.
+
+    Raises:
+        InputError: hosts have unequal numbers of ranks, or a host's ranks do not follow each other, as TorchRec takes for granted.
+    """
+    if ranks.local_rank is not None and ranks.local_world_size is not None:
+        return ranks.local_rank, ranks.local_world_size
+    store.set(f"host/{ranks.rank}", socket.gethostname())
+    hosts = store.multi_get([f"host/{rank}" for rank in range(ranks.world_size)])
+    mine = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
+    first, size = mine[0], len(mine)
+    if first % size or mine != list(range(first, first + size)) or ranks.world_size % size:
+        raise InputError(
+            f"environment: ranks {', '.join(map(str, mine))} of {ranks.world_size} share a host; wanted the same number on each host, one "
+            "after the other: with srun, --ntasks-per-node and --distribution=block"
+        )
+    return ranks.rank - first if ranks.local_rank is None else ranks.local_rank, size
+
+
+@contextmanager
+def _as_torchrun_says(*values: int) -> Iterator[None]:
+    """Set the variables that TorchRec reads, where another launcher has not set them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    missing = {
+        name: str(value) for name, value in zip(names, values, strict=True) if not os.environ.get(name)
+    }
+    if values[1] == 1:
+        missing = {}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+def _meeting_point(ranks: Ranks | None, timeout: timedelta) -> dist.Store:
     """The store through which ranks find each other.
 
     On one host torchrun keeps one store over all restarts, and torch 2.13 no longer tells them apart: restarted ranks would read
@@ -105,11 +146,11 @@ def _meeting_point(alone: bool, timeout: timedelta) -> dist.Store:
     attempt and, as all ranks join equally often, for each time of joining. Hosts count their attempts independently; for several
     hosts launch/agent.py makes a new store for each attempt.
     """
-    if alone:
+    if ranks is None:
         return dist.HashStore()
     held_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_master = not held_by_agent and os.environ["RANK"] == "0"
+    is_master = not held_by_agent and ranks.rank == 0
     store = _within(
         timeout.total_seconds(),
         lambda: dist.TCPStore(address, port, is_master=is_master, timeout=timeout, wait_for_workers=False),
