@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from data.errors import InputError
 from data.home import home_path
 from launch.interrupt import end_with, heed_interrupts
-from mbcnet_rec.runtime.exits import RunStoppedError
+from mbcnet_rec.runtime.exits import CannotWriteError, RunStoppedError
 from mbcnet_rec.runtime.ranks import is_first_rank
 
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
@@ -47,7 +47,7 @@ class _Given(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         several = isinstance(values, list | tuple)
-        shown = option_string or self.metavar or self.dest
+        shown = option_string or str(self.metavar or self.dest)
         if (not values and not several and isinstance(values, str)) or (several and "" in values):
             parser.error(f"{shown} is empty: give it a value, or leave it out")
         if option_string and self.dest in parser.given:
@@ -102,6 +102,7 @@ class _Command(_Parser):
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of every command."""
     parser = _Parser(prog="mbcnet", description="Train, plan and serve MBCnet, a click-through-rate model.")
+    parser.set_defaults(only_progress=False)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Command)
     for name, help_text in COMMANDS.items():
         subparsers.add_parser(name, help=help_text).module = name
@@ -151,7 +152,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = build_parser().parse_args(argv)
     with plain_words():
-        return int(args.run(args) or 0)
+        code = int(args.run(args) or 0)
+        if not args.only_progress and sys.stdout is not None:  # what was printed is the result
+            sys.stdout.flush()
+        return code
 
 
 @contextmanager
@@ -162,6 +166,10 @@ def plain_words() -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            if error.errno == errno.ENOSPC and error.filename is None:
+                raise CannotWriteError(
+                    f"standard output, or a file: cannot be written ({error.strerror}); free space, and start again"
+                ) from None
             if error.errno not in PATH_FAULTS or not isinstance(error.filename, str | Path):
                 raise
             shown = str(error.filename)[:200]

@@ -1,6 +1,7 @@
 """A schema as tables to read: colours and boxes in a terminal, plain aligned text elsewhere."""
 
 import sys
+from io import StringIO
 from typing import TextIO
 
 from rich import box
@@ -23,7 +24,10 @@ def print_schema(schema: Schema, file: TextIO | None = None) -> None:
     out = file or sys.stdout
     is_terminal = out.isatty()
     width = None if is_terminal else PLAIN_WIDTH
-    console = Console(file=out, width=width, highlight=False, soft_wrap=not is_terminal)
+    shown = StringIO()  # rich itself would end the process where the reader of a pipe is gone
+    console = Console(
+        file=shown, force_terminal=is_terminal, width=width, highlight=False, soft_wrap=not is_terminal
+    )
     largest_first = sorted(schema.tables, key=lambda table: -_bytes(table))
     for title, header, rows in (
         (f"{len(schema.features)} fields", FIELDS, [_field(schema, each) for each in schema.features]),
@@ -42,6 +46,7 @@ def print_schema(schema: Schema, file: TextIO | None = None) -> None:
         console.print(table)
         console.print()
     console.print(summary_line(schema), markup=False)
+    print(shown.getvalue(), end="", file=out)
 
 
 def _field(schema: Schema, feature: Feature) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="PLAN", help="run exactly this plan file, or refuse with the difference (short for --set sharding.plan=PLAN)")  # fmt: skip
     add_start(parser)
     add("--allow-partial", action="store_true", help="with --resume: load what fits of a checkpoint of another model, and say what starts fresh")  # fmt: skip
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_train, only_progress=True)
 
 
 def _train(args: argparse.Namespace) -> int:
