@@ -163,3 +163,18 @@ def test_the_command_exits_1_on_a_fault(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "row group 2, column user: row 5, field 'user' = 10: wanted an id" in out
     assert "1 fault(s) in 1 file(s)" in out
+
+
+def test_statistics_of_a_part_of_another_column_are_not_taken_for_the_columns_own(tmp_path):
+    top = {
+        "name": "s",
+        "label": "y",
+        "fields": {"user.id": {"kind": "categorical", "num_embeddings": 9, "embedding_dim": 4}},
+    }
+    table = pa.table({"user": [{"id": 99}] * 4, "user.id": [1, 2, 3, 8], "y": [0, 1, 0, 1]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    report = check_files([tmp_path / "x.parquet"], parse_schema(top, "s.toml", tmp_path))
+    assert report.faults == []
+    pq.write_table(table.set_column(1, "user.id", pa.array([1, 2, 3, 9])), tmp_path / "x.parquet")
+    report = check_files([tmp_path / "x.parquet"], parse_schema(top, "s.toml", tmp_path))
+    assert [fault.column for fault in report.faults] == ["user.id"]

@@ -78,7 +78,7 @@ def test_nothing_is_replaced_without_force(train, tmp_path):
 
 
 def test_failure_leaves_nothing_behind(train, tmp_path):
-    with pytest.raises(InputError, match="column 'z' is missing, which field 'z' is fitted on"):
+    with pytest.raises(InputError, match="column 'z' is missing, which is the schema's field 'z'"):
         write_fitted(schema_of(tmp_path, w=WORD, z=WORD), [train], tmp_path / "out")
     bad = tmp_path / "bad.parquet"
     pq.write_table(pq.read_table(train), bad, use_dictionary=False, write_page_checksum=True)
@@ -86,7 +86,7 @@ def test_failure_leaves_nothing_behind(train, tmp_path):
     damaged[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 16
     for content in (b"PAR1", damaged):
         bad.write_bytes(content)
-        with pytest.raises(InputError, match=r"bad\.parquet: cannot be read as Parquet"):
+        with pytest.raises(InputError, match=r"bad\.parquet: row group 0, column 'w' cannot be decoded"):
             write_fitted(schema_of(tmp_path, w=WORD), [bad], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.parquet", "train.parquet"]
 
@@ -159,3 +159,82 @@ def test_bucketise_writes_sizes_that_the_schema_accepts(column, boundaries, tmp_
     schema = fitted({"x": BUCKETS | {"num_buckets": 4}}, {"x": column}, tmp_path)
     assert schema.features[0].boundaries == boundaries
     assert schema.table_of["x"].num_embeddings == len(boundaries) + 2
+
+
+ROWS = 8
+DAY = {
+    "city": ["a", "b"] * 4, "price": [float(row) for row in range(ROWS)], "tags": [[row % 3] for row in range(ROWS)], "y": [0, 1] * 4,
+}  # fmt: skip
+LISTS = WORD | {"kind": "multi_valued"}
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("price", pa.array(["N/A"] * ROWS), "1.parquet: column 'price' is string: numeric field 'price' wants numbers"),
+        ("price", pa.array([1] * ROWS, pa.timestamp("us")), "column 'price' is timestamp.*wants numbers"),
+        ("price", pa.array([[1.0]] * ROWS), "column 'price' is list.*wants numbers"),
+        ("city", pa.array([1.5] * ROWS), r"1.parquet: row group 0, row 0, field 'city' = 1\.5: wanted an id"),
+        ("city", pa.array([["a"]] * ROWS), "column 'city' is list.*wants integers or strings"),
+        ("tags", pa.array(list(range(ROWS))), "column 'tags' is int64: multi_valued field 'tags' wants lists"),
+        ("tags", pa.array(["1,2"] * ROWS), "column 'tags' is string: multi_valued field 'tags' wants lists"),
+    ],
+)  # fmt: skip
+def test_another_type_on_the_second_day_is_named(column, values, words, tmp_path):
+    schema = schema_of(tmp_path, city=WORD, price=NUMBER, tags=LISTS)
+    for number, day in enumerate((DAY, DAY | {column: values})):
+        pq.write_table(pa.table(day), tmp_path / f"{number}.parquet")
+    with pytest.raises(InputError, match=words):
+        write_fitted(schema, sorted(tmp_path.glob("*.parquet")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "wanted"),
+    [
+        ("city", pa.array([7] * ROWS), ["7", "a", "b"]),
+        ("city", pa.nulls(ROWS), ["a", "b"]),
+        ("tags", pa.nulls(ROWS), [0, 1, 2]),
+        ("tags", pa.array([["1"]] * ROWS), ["1", "0", "2"]),
+        ("tags", pa.array([[1.0, float("nan")]] * ROWS), [1, 0, 2]),
+        ("tags", pa.array([[2**63 + 1]] * ROWS, pa.list_(pa.uint64())), [2**63 + 1, 0, 1, 2]),
+    ],
+)
+def test_a_vocabulary_holds_ids_of_one_type(column, values, wanted, tmp_path):
+    schema = schema_of(tmp_path, city=WORD, price=NUMBER, tags=LISTS)
+    for number, day in enumerate((DAY, DAY | {column: values})):
+        pq.write_table(pa.table(day), tmp_path / f"{number}.parquet")
+    fit = write_fitted(schema, sorted(tmp_path.glob("*.parquet")), tmp_path / "out")
+    assert vocabulary(fit, column) == wanted
+
+
+def test_a_damaged_page_is_named_by_file_row_group_and_column(tmp_path):
+    path = tmp_path / "train.parquet"
+    many = {name: values * 400 for name, values in DAY.items()}
+    pq.write_table(pa.table(many), path, write_page_checksum=True, compression="none", use_dictionary=False)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    offset = next(
+        chunk.data_page_offset
+        for chunk in map(group.column, range(group.num_columns))
+        if chunk.path_in_schema == "price"
+    )
+    data = bytearray(path.read_bytes())
+    data[offset + 100] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"train\.parquet: row group 0, column 'price' cannot be decoded"):
+        write_fitted(schema_of(tmp_path, city=WORD, price=NUMBER), [path], tmp_path / "out")
+
+
+def test_no_number_beyond_float32_makes_a_schema_of_infinities(tmp_path):
+    columns = {"x": [1.0, 3.0, 1.7e308, -1.7e308, float("inf")], "none": [1.7e308] * 5}
+    notes: list[str] = []
+    schema = schema_of(tmp_path, x=NUMBER, none=NUMBER)
+    fit = write_fitted(schema, [written(columns, tmp_path)], tmp_path / "out", report=notes.append)
+    assert [(each.mean, each.std) for each in fit.features] == [(2.0, 1.0), (0.0, 1.0)]
+    assert notes == ["field 'none': no number in training, so mean is set to 0 and std to 1: remove it"]
+
+
+def test_a_fit_does_not_replace_the_schema_that_it_reads(train, tmp_path):
+    write_fitted(schema_of(tmp_path, w=WORD), [train], tmp_path / "out")
+    with pytest.raises(InputError, match="holds the schema that is fitted"):
+        write_fitted(schema_of(tmp_path / "out", w=WORD), [train], tmp_path / "out", force=True)

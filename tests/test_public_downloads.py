@@ -230,3 +230,14 @@ def test_writer_cuts_even_row_groups_and_several_files(tmp_path):
     sizes = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
     assert sizes == [[10, 10, 10], [10, 10, 10], [10, 5]]
     assert split_of(tmp_path, "train") == table.select(["y", "x"])
+
+
+@pytest.mark.parametrize(
+    ("label", "found"), [("2", "= 2"), ("-1", "= -1"), ("", "is empty"), ("nan", "is empty")]
+)
+def test_a_label_that_is_not_0_or_1_is_named_by_its_line(label, found, tmp_path):
+    lines = [criteo_line(number) for number in range(40)]
+    lines[6] = f"{label}\t{lines[6].partition(chr(9))[2]}"
+    with pytest.raises(InputError, match=rf"train\.txt: line 7: label {found}: wanted 0 or 1"):
+        prepare("criteo_kaggle", src_of(tmp_path, train__txt="".join(lines)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import InputError, first_line
+from data.reading.checksums import columns_of_leaves
 from data.reading.column_types import column_faults
 from data.reading.encode import Encoder, Place, read_labels
 from data.reading.files import prove
@@ -138,13 +139,8 @@ def _read_footer(schema: Schema, ranges: Ranges, file: DataFile) -> _Footer:
 
 def _out_of_range(metadata: pq.FileMetaData, ranges: Ranges) -> Iterator[tuple[int, str, str]]:
     """Row group, column and fault where statistics tell of a value out of range."""
-    leaf_of = {metadata.schema.column(index).path: index for index in range(metadata.num_columns)}
-    wanted = [
-        (leaf_of[path], column)
-        for column in ranges
-        for path in (column, f"{column}.list.element", f"{column}.list.item")
-        if path in leaf_of
-    ]
+    columns = columns_of_leaves(metadata)
+    wanted = [(index, column) for index, column in enumerate(columns) if column in ranges]
     for number in range(metadata.num_row_groups):
         row_group = metadata.row_group(number)
         for index, column in wanted:
@@ -194,19 +190,19 @@ def _check_row_group(checks: list[Check], job: tuple[_Footer, int]) -> list[Faul
                         faults[column] = str(error).removeprefix(f"{place}, ")
                 start += rows.num_rows
     except (OSError, pa.ArrowException):
-        for column, message in _unreadable(footer.file, group, footer.columns):
+        for column, message in unreadable(footer.file, group, footer.columns):
             faults.setdefault(column, message)
     return [Fault(str(footer.file), group, *fault) for fault in faults.items()]
 
 
-def _unreadable(file: DataFile, group: int, names: list[str]) -> Iterator[tuple[str, str]]:
+def unreadable(file: DataFile, group: int, names: list[str]) -> Iterator[tuple[str, str]]:
     """Find the columns of a damaged row group that cannot be decoded."""
     found = False
     for name in names:
         try:
             with open_parquet(file) as parquet:
                 parquet.read_row_group(group, columns=[name], use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+        except DAMAGE as error:
             found = True
             yield name, f"cannot be decoded ({first_line(error)}): the file is damaged; write it again"
     if not found:

@@ -18,10 +18,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.errors import InputError
-from data.profile.scan import naming
+from data.profile.check import unreadable
+from data.profile.scan import LARGEST_FLOAT32, naming
 from data.profile.sketch import EvenSample
-from data.reading.column_types import is_list
-from data.reading.storage import DataFile, open_parquet
+from data.reading.column_types import check_columns, id_type, is_list, pinned
+from data.reading.encode import Place
+from data.reading.files import prove
+from data.reading.ids import as_ids, decoded
+from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import (
     FIRST_VOCABULARY_ROW,
     FIT,
@@ -43,16 +47,16 @@ Say = Callable[[str], object]  # takes one line for the user
 
 @dataclass
 class Counts:
-    """How often each value occurs; `limit`: distinct values held before they are merged."""
+    """How often each value occurs; `limit`: distinct values held before they are merged; `empty`: the type of no value at all."""
 
     limit: int = 1_000_000
+    empty: pa.DataType = field(default_factory=pa.int64)
     pending: list[pa.Table] = field(default_factory=list)
     pending_rows: int = 0
     merged_rows: int = 0
 
     def add(self, values: pa.Array) -> None:
-        """Count values; lists are flattened, and nulls are ignored."""
-        values = values.flatten() if is_list(values.type) else values
+        """Count ids (integers or text); nulls are ignored."""
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
         counted = values.drop_null().value_counts()
@@ -65,8 +69,20 @@ class Counts:
 
     def merged(self) -> pa.Table:
         """All values so far with their counts."""
-        table = pa.concat_tables(self.pending, promote_options="permissive")
+        kinds = {table["value"].type for table in self.pending}
+        if len(kinds) > 1 and pa.uint64() in kinds:  # Arrow joins it with no type of signed integers
+            number = pa.schema([("value", self._widest()), ("count", pa.int64())])
+            self.pending = [table.cast(number) for table in self.pending]
+        nothing = pa.table({"value": pa.array([], self.empty), "count": pa.array([], pa.int64())})
+        table = pa.concat_tables(self.pending or [nothing], promote_options="permissive")
         return table.group_by("value").aggregate([("count", "sum")]).rename_columns({"count_sum": "count"})
+
+    def _widest(self) -> pa.DataType:
+        ends = [pc.min_max(table["value"]) for table in self.pending if len(table)]
+        lowest, highest = min(each["min"].as_py() for each in ends), max(each["max"].as_py() for each in ends)
+        if lowest < 0 and highest >= 2**63:
+            raise InputError(f"ids from {lowest} to {highest} fit no type of integers: write them as text")
+        return pa.uint64() if highest >= 2**63 else pa.int64()
 
     def vocabulary(self, min_count: int) -> pa.Array:
         """Values seen at least `min_count` times, the most frequent first, equal ones by value."""
@@ -100,7 +116,10 @@ class Moments:
     def entry(self, feature: Feature, say: Say) -> dict[str, Any]:
         """The keys of the schema that a fit sets."""
         std = self.std()
-        if not std > 1e-12 * max(1.0, abs(self.mean)):
+        if not self.count:
+            say(f"field {feature.name!r}: no number in training, so mean is set to 0 and std to 1: remove it")
+            std = 1.0
+        elif not std > 1e-12 * max(1.0, abs(self.mean)):
             std = 1.0  # (x - mean) / 1 is 0 for a constant: harmless, and no division by 0
             say(
                 f"field {feature.name!r}: constant in training ({self.mean:g}), so std is set to 1; it carries nothing: remove it"
@@ -144,9 +163,9 @@ class Quantiles:
 
 
 def finite(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """The finite numbers of a column, float64."""
+    """The finite numbers of a column, float64; those beyond float32, which training refuses, are none."""
     numbers = column.drop_null().cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return numbers[np.isfinite(numbers)]
+    return numbers[np.abs(numbers) <= LARGEST_FLOAT32]
 
 
 def fit_schema(
@@ -165,6 +184,8 @@ def fit_schema(
     Raises:
         InputError: no file, one is damaged, or a column is missing.
     """
+    footers = [_footer(file, schema) for file in files]
+    schema = pinned(schema, footers)
     top, paths = schema_to_toml(schema), schema.own_vocabularies
     _copy_vocabularies(schema, top, out)
     waiting = [feature for feature in schema.features if not feature.is_fitted]
@@ -172,7 +193,10 @@ def fit_schema(
         raise InputError(
             f"schema {schema.name!r}: no training file to fit {waiting[0].name!r} on; name at least one"
         )
-    counts = {feature.table_name: Counts() for feature in waiting if feature.vocabulary == FIT}
+    id_types = _id_types(waiting, footers)
+    counts = {
+        table: Counts(empty=pa.string() if kind == "text" else pa.int64()) for table, kind in id_types.items()
+    }
     numbers = {
         feature.name: Quantiles() if feature.boundaries == FIT else Moments()
         for feature in waiting
@@ -180,11 +204,14 @@ def fit_schema(
     }
     done = 0
     for file in files if waiting else ():
-        for rows in _record_batches(file, waiting):
+        for place, rows in _record_batches(file, waiting):
             done += rows.num_rows
             for feature in waiting:
-                of_field = numbers.get(feature.name) or counts[feature.table_name]
-                of_field.add(rows.column(feature.source_column))
+                column = rows.column(feature.source_column)
+                if feature.name in numbers:
+                    numbers[feature.name].add(decoded(column))
+                else:
+                    counts[feature.table_name].add(_ids(column, feature, id_types[feature.table_name], place))
             progress(done)
     for feature in waiting:
         entry = top["fields"][feature.name]
@@ -224,6 +251,10 @@ def write_fitted(
     if held and not (force and is_earlier_fit):
         fix = "pass --force to replace it" if is_earlier_fit else "choose another folder"
         raise InputError(f"{out}: exists already; {fix}")
+    if held and schema.folder.resolve() == out.resolve():
+        raise InputError(
+            f"{out}: holds the schema that is fitted, which would be replaced; choose another folder"
+        )
     with whole_folder(out) as folder:
         fitted = fit_schema(schema, files, folder, report, progress)
         header = f"Fitted on {len(files)} training file(s) by mbcnet schema fit."
@@ -248,13 +279,52 @@ def _copy_vocabularies(schema: Schema, top: dict[str, Any], folder: Path) -> Non
         top["fields"][feature.name]["vocabulary"] = paths[feature.name]
 
 
-def _record_batches(file: DataFile, features: list[Feature]) -> Iterator[pa.RecordBatch]:
+def _footer(file: DataFile, schema: Schema) -> pa.Schema:
+    """The columns of a file, which the schema's fields take."""
     with naming(file), open_parquet(file) as parquet:
-        for feature in features:
-            if feature.source_column not in parquet.schema_arrow.names:
-                raise InputError(
-                    f"{file}: column {feature.source_column!r} is missing, which field {feature.name!r} "
-                    "is fitted on; add the column to the file, or fix the schema"
-                )
-        names = list(dict.fromkeys(feature.source_column for feature in features))
-        yield from parquet.iter_batches(BATCH_ROWS, columns=names)
+        arrow_schema = parquet.schema_arrow
+    check_columns(arrow_schema, schema, str(file), has_label=False)
+    return arrow_schema
+
+
+def _id_types(waiting: Sequence[Feature], footers: Sequence[pa.Schema]) -> dict[str, str]:
+    """Table of a vocabulary that is fitted -> the type of its ids: text where it is text in any file."""
+    found: dict[str, set[str]] = {}
+    for feature in waiting:
+        if feature.vocabulary == FIT:
+            kinds = {id_type(footer.field(feature.source_column).type) for footer in footers}
+            found.setdefault(feature.table_name, set()).update(kinds, {feature.type})
+    return {table: "text" if "text" in kinds else "integer" for table, kinds in found.items()}
+
+
+def _ids(column: pa.Array, feature: Feature, wanted: str, place: Place) -> pa.Array:
+    """The ids of a column, as training takes them."""
+    rows = None
+    if is_list(column.type):
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        rows, column = np.repeat(np.arange(len(column)), lengths), column.flatten()
+    ids, bad = as_ids(column, wanted)
+    if bad is not None and bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        row = place.row(first if rows is None else int(rows[first]))
+        raise InputError(
+            f"{row}, field {feature.name!r} = {column[first].as_py()!r}: wanted an id, {wanted} as in other files or rows; "
+            "fix the file, or write the column with one type"
+        )
+    return ids
+
+
+def _record_batches(file: DataFile, features: list[Feature]) -> Iterator[tuple[Place, pa.RecordBatch]]:
+    """The columns of fields, in pieces of a row group: nested columns of many are more than Arrow can join."""
+    names = list(dict.fromkeys(feature.source_column for feature in features))
+    with naming(file), open_parquet(file, pre_buffer=True) as parquet:
+        for group in range(parquet.num_row_groups):
+            start = 0
+            try:
+                prove(parquet, [group], names)
+                for rows in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=names):
+                    yield Place(str(file), group, start), rows
+                    start += rows.num_rows
+            except DAMAGE:
+                column, message = next(unreadable(file, group, names))
+                raise InputError(f"{Place(str(file), group)}, column {column!r} {message}") from None

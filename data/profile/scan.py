@@ -224,9 +224,12 @@ def _pieces(files: Sequence[DataFile], schema: pa.Schema, groups: list[Group]) -
     piece_rows = max(256, min(65_536, PIECE_CELLS // max(1, len(schema))))
     for number, of_file in groupby(groups, key=itemgetter(0)):
         with open_parquet(files[number]) as parquet:
+            names = [name for name in schema.names if name in parquet.schema_arrow.names]
             for _, index, wanted in of_file:
                 with naming(files[number], f"row group {index} cannot be decoded", "write the file again"):
-                    for batch in parquet.iter_batches(min(piece_rows, wanted), row_groups=[index]):
+                    for batch in parquet.iter_batches(
+                        min(piece_rows, wanted), row_groups=[index], columns=names
+                    ):
                         batch = batch.slice(0, wanted)
                         wanted -= batch.num_rows
                         yield _conform(batch, schema, files[number])

@@ -30,7 +30,8 @@ def plain_type(kind: pa.DataType) -> pa.DataType | None:
         return pa.int64() if kind.scale == 0 and kind.precision <= LARGEST_EXACT_DIGITS else pa.float64()
     if _is_any_list(kind):
         item = plain_type(kind.value_type)
-        if item is None or _is_any_list(item) or pt.is_temporal(item):
+        is_empty = pt.is_fixed_size_list(kind) and not kind.list_size  # Arrow cannot read these back
+        if is_empty or item is None or _is_any_list(item) or pt.is_temporal(item):
             return None
         if pt.is_fixed_size_list(kind):
             return pa.list_(item, kind.list_size)

@@ -23,7 +23,7 @@ VALID_HOUR, TEST_HOUR = 14102900, 14103000  # YYMMDDHH; the log runs from 141021
 def rows(sources: Sources) -> Splits:
     """Eight days train, 29 October validates, 30 October tests. Adds hour_of_day and weekday (Monday is 0)."""
     (path,) = sources[FILES[0]]
-    for piece in read_csv(path, TYPES):
+    for piece in read_csv(path, TYPES, label="click"):
         piece = hex_to_int(path, piece, HEX)
         hour = piece["hour"]
         moments = pc.strptime(hour.cast(pa.string()), format="%y%m%d%H", unit="s", error_is_null=True)

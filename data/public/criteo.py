@@ -54,5 +54,5 @@ def _day_of(path: Path) -> int:
 
 
 def _read(path: Path) -> Iterator[pa.Table]:
-    for rows in read_csv(path, TYPES, delimiter="\t", has_header=False):
+    for rows in read_csv(path, TYPES, delimiter="\t", has_header=False, label="label"):
         yield hex_to_int(path, rows, IDS)

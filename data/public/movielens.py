@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.errors import InputError
 from data.public.raw_files import Sources, Splits, by_position, join, read_csv_whole, with_clock
 
 LIKED = 4.0
@@ -54,6 +55,12 @@ def rows_1m(sources: Sources) -> Splits:
 def _in_time(ratings: pa.Table, movies: pa.Table) -> Splits:
     """Sort by (timestamp, user, movie), add the label, title, year and genres, and cut into splits and pieces."""
     ratings = ratings.rename_columns(["user_id", "movie_id", "rating", "timestamp"])
+    if ratings["rating"].null_count:
+        row = pc.index(ratings["rating"].is_null(), True).as_py()
+        of = f"user {ratings['user_id'][row]}, film {ratings['movie_id'][row]}"
+        raise InputError(
+            f"ratings: row {row} ({of}) has no rating, which the label is made of: fix or remove the line"
+        )
     liked = pc.greater_equal(ratings["rating"], LIKED)
     ratings = ratings.append_column("label", liked.cast(pa.int8()))
     genres = [

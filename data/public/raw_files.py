@@ -78,15 +78,20 @@ def count_lines(path: Path) -> int:
 
 
 def read_csv(
-    path: Path, types: Mapping[str, pa.DataType], *, delimiter: str = ",", has_header: bool = True
+    path: Path,
+    types: Mapping[str, pa.DataType],
+    *,
+    delimiter: str = ",",
+    has_header: bool = True,
+    label: str = "",
 ) -> Iterator[pa.Table]:
     """Read a delimited file, compressed or not, in pieces of about 16 MB.
 
     `types` are those of the columns wanted, or without a header of all columns in order. The delimiter "::" stands for a small file in
-    Latin-1. Only values between commas may be quoted.
+    Latin-1. Only values between commas may be quoted. A column that is the `label` holds 0 and 1.
 
     Raises:
-        InputError: the file cannot be read, a column is missing, or a value is not of its type.
+        InputError: the file cannot be read, a column is missing, a value is not of its type, or a label is another number.
     """
     source, encoding = path, "utf8"
     if delimiter == "::":  # Arrow takes one character
@@ -104,14 +109,29 @@ def read_csv(
     parsing = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if delimiter == "," else False)
     try:
         with pa_csv.open_csv(source, reading, parsing, converting) as reader:
+            line = 1 + has_header
             for batch in reader:
                 if batch.num_rows:
+                    if label:
+                        _check_label(path, batch.column(label), label, line)
                     yield pa.Table.from_batches([batch])
+                line += batch.num_rows
     except (OSError, KeyError, pa.ArrowException) as error:
         raise InputError(
             f"{path}: {first_line(error)}; wanted columns {', '.join(list(types)[:6])}{', ...' if len(types) > 6 else ''}: "
             "check that this is the data set's own file, or fetch it again"
         ) from None
+
+
+def _check_label(path: Path, column: pa.Array, name: str, line: int) -> None:
+    is_good = pc.fill_null(pc.is_in(column, pa.array([0, 1], column.type)), False)
+    if not pc.all(is_good).as_py():
+        row = pc.index(is_good, False).as_py()
+        value = column[row].as_py()
+        found = "is empty" if value is None else f"= {value}"
+        raise InputError(
+            f"{path}: line {line + row}: {name} {found}: wanted 0 or 1; fix or remove the line, or fetch the file again"
+        )
 
 
 def read_csv_whole(path: Path, types: Mapping[str, pa.DataType], **options: Any) -> pa.Table:

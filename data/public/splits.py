@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.errors import InputError
+from data.reading.encode import Place, read_labels
 from data.schema import Schema
 
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
@@ -35,10 +37,14 @@ class SplitWriter(ExitStack):
         """Append rows to a split; return the rows of all splits so far.
 
         Raises:
-            InputError: a column is missing.
+            InputError: a column is missing, or a label is not 0 or 1.
         """
         require_columns(self.schema.name, rows, self.columns)
         rows = rows.select(self.columns)
+        place = Place(f"data set {self.schema.name!r}, {split} split", None, self.rows[split])
+        for labels in rows[self.schema.label].chunks:
+            read_labels(labels, self.schema.label, place)
+            place = replace(place, first_row=place.first_row + len(labels))
         self.rows[split] += rows.num_rows
         self.ones[split] += pc.sum(rows[self.schema.label]).as_py() or 0
         waiting = [self.waiting[split]] if split in self.waiting else []

@@ -38,7 +38,7 @@ def rows(sources: Sources) -> Splits:
     ads = read_csv_whole(sources[ADS][0], AD_TYPES)
     users = read_csv_whole(sources[USERS][0], USER_TYPES)
     users = users.rename_columns([name.strip() for name in users.column_names])
-    for piece in read_csv(sources[SAMPLE][0], SAMPLE_TYPES):
+    for piece in read_csv(sources[SAMPLE][0], SAMPLE_TYPES, label="clk"):
         second = piece["time_stamp"]
         piece = join(join(piece, "adgroup_id", ads, "adgroup_id"), "user", users, "userid")
         piece = with_clock(piece, pc.add(second, BEIJING_SECONDS))

@@ -7,6 +7,7 @@ on the kind's own header. Arrow verifies a checksum where there is one but does 
 import re
 from collections.abc import Container
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.reading.storage import DataFile, read_bytes
@@ -46,14 +47,13 @@ def leaves_of(metadata: pq.FileMetaData, columns: Container[str]) -> list[int]:
 
 def columns_of_leaves(metadata: pq.FileMetaData) -> list[str]:
     """The column that each leaf column is a part of; a column's name may hold dots."""
-    names = set(metadata.schema.to_arrow_schema().names)
+    schema = metadata.schema.to_arrow_schema()
+    return [field.name for field in schema for _ in range(_num_leaves(field.type))]
 
-    def column_of(path: str) -> str:
-        while path not in names and "." in path:
-            path = path.rpartition(".")[0]
-        return path
 
-    return [column_of(metadata.schema.column(number).path) for number in range(metadata.num_columns)]
+def _num_leaves(kind: pa.DataType) -> int:
+    """Leaf columns that a type is stored in. Their paths do not tell: `user.id` may be a column, or a part of the column `user`."""
+    return sum(_num_leaves(kind.field(place).type) for place in range(kind.num_fields)) or 1
 
 
 def has_checksum(header: bytes) -> bool:
