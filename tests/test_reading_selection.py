@@ -222,7 +222,7 @@ def test_numbers_in_partitions_compare_as_numbers(tmp_path):
     ("where", "message"),
     [
         ("ds", "where = 'ds': wanted NAME OP BOUND, for example 'ds < last 7'"),
-        ("ds < 2024-05-02 or ds > 2024-05-04", "OR, NOT, IN, BETWEEN and LIKE are not known"),
+        ("ds < 2024-05-02 or ds > 2024-05-04", "for OR, IN or LIKE name files by globs"),
         ("ds < 2024-05-02 and", "wanted NAME OP BOUND"),
         ("not ds = 2024-05-02", "wanted NAME OP BOUND"),
         ("ds in (2024-05-02)", "wanted NAME OP BOUND"),
@@ -238,7 +238,7 @@ def test_numbers_in_partitions_compare_as_numbers(tmp_path):
         ("ds < today", "want a day such as 2024-05-25; got 'today'"),
         ("at >= tomorrow", "'tomorrow' is nothing to compare them with; write a day such as 2024-05-25"),
         ("at < 2024-13-01", "'2024-13-01' is nothing to compare them with"),
-        ("at < 1714521600000", "holds integers up to 17.* .seconds., but 1714521600000 is in milliseconds"),
+        ("at < 1714521600000", "holds integers up to 17.* .seconds., but 1714521600000 is of another form"),
         ("at > 2030-01-01", "hold no rows that where = .'at > 2030-01-01'. and sampling keep"),
     ],
 )
@@ -280,9 +280,59 @@ def test_folders_that_are_no_days_want_bounds_of_their_own_form(tmp_path):
     ]
     assert kept(hours, "dt >= 2024-05-01-08") == [9]
     with pytest.raises(
-        InputError, match="dt=2024-05-01-07 want a bound written as the folders are; got '2024-05-01'"
+        InputError, match="dt=2024-05-01-09 cannot be ordered by or compared with '2024-05-01'"
     ):
         kept(hours, "dt <= 2024-05-01")
     numbers = [write_rows(tmp_path / f"hour={hour}" / "a.parquet", [hour], pa.array([1])) for hour in (7, 9)]
-    with pytest.raises(InputError, match="hour=7 want an integer; got '2024-05-01'"):
+    with pytest.raises(InputError, match="hour=7 want a number; got '2024-05-01'"):
         kept(numbers, "hour < 2024-05-01")
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "wanted"),
+    [
+        (["2024-5-9", "2024-05-10", "20240511"], "ds < last 1", [0, 1]),
+        (["2024-05-01%2000%3A00%3A00", "2024-05-02%2012%3A00%3A00"], "ds <= 2024-05-01", [0]),
+        (["2024-05-01%2000%3A00%3A00", "2024-05-02%2012%3A00%3A00"], "ds = 2024-05-02", [1]),
+        (["2024-05-01", "2024-05-02"], "ds < '2024-05-02 00:00:00'", [0]),
+        (["2024-05-01", "2024-05-02"], "ds < 2024-05-02T12:00", "lie on both sides of the bound"),
+        (["2024-05-01", "", "2024-05-02"], "ds != 2024-05-01", [2]),
+        (["2024-05-01", "old"], "ds >= last 1", "cannot be ordered by"),
+        (["v2", "v9", "v10"], "ds >= last 1", "cannot be ordered by"),
+        (["v2", "v9", "v10"], "ds != v9", [0, 2]),
+        (["2024-05", "2024-10"], "ds < 2024-06", [0]),
+        (["2024-05", "2024-10"], "ds < 2024-6", "cannot be ordered by"),
+        (["2024050107", "2024050207"], "ds >= 20240502", "want a number of the same form"),
+        (["1.5", "10.5", "9"], "ds < 9.5", [0, 2]),
+    ],
+)  # fmt: skip
+def test_partitions_compare_as_what_all_their_values_are(tmp_path, values, where, wanted):
+    files = [
+        write_rows(tmp_path / f"ds={value}" / "a.parquet", [row], pa.array([FIRST]))
+        for row, value in enumerate(values)
+    ]
+    if isinstance(wanted, list):
+        assert kept(files, where) == wanted
+    else:
+        with pytest.raises(InputError, match=wanted):
+            kept(files, where)
+
+
+def test_integers_of_two_units_and_days_beyond_nanoseconds(tmp_path):
+    first = write_rows(tmp_path / "a.parquet", [0, 1], pa.array([FIRST, 0]))
+    other = write_rows(tmp_path / "b.parquet", [2], pa.array([FIRST * 1000]))
+    assert kept([first], "at < 2024-05-02") == [0, 1] and kept([first], "at != 0") == [0]
+    with pytest.raises(
+        InputError, match=r"a.parquet: time column 'at' holds 1714521600, which looks like seconds, and"
+    ):
+        kept([first, other], "at < 2024-05-02")
+    with pytest.raises(InputError, match="wanted < or >=; write at >= last 3"):
+        kept([first], "at <= last 3")
+    days = pa.array([datetime.datetime(9999, 12, 31), datetime.datetime(2024, 5, 1)], pa.timestamp("us"))
+    far = write_rows(tmp_path / "c.parquet", [3, 4], days, use_deprecated_int96_timestamps=True)
+    assert kept([far], "at > 2024-05-01") == [3] and kept([far], "at <= 9999-12-31") == [3, 4]
+
+
+def test_texts_stored_as_views_are_filtered(tmp_path):
+    texts = pa.array(["2024-05-01", None, "2024-05-02", "2024-05-03"], pa.string_view())
+    assert kept([write_rows(tmp_path / "a.parquet", range(4), texts)], "at != 2024-05-02") == [0, 3]

@@ -6,16 +6,11 @@
 """
 
 import datetime
-import operator
 import re
 from typing import NamedTuple
 
 from data.errors import InputError
 
-OPERATORS = {
-    "=": operator.eq, "==": operator.eq, "!=": operator.ne, "<>": operator.ne,
-    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-}  # fmt: skip
 TERM = re.compile(
     r"""\s*(?:"(?P<quoted>[^"]+)"|`(?P<ticked>[^`]+)`|(?P<name>[^\s<>=!'"`(),;]+))
     \s*(?P<operator><=|>=|<>|==|!=|=|<|>)
@@ -27,6 +22,7 @@ INSTANT = re.compile(
     r"(\d{4})-(\d{1,2})-(\d{1,2})"
     r"(?:[T ](\d{1,2})(?::(\d{2})(?::(\d{2})(?:\.(\d{1,9}))?)?)? ?(?:(Z)|([+-])(\d{2}):?(\d{2}))?)?"
 )
+INTEGER = re.compile(r"-?\d+", re.ASCII)
 NANOSECONDS = 10**9
 DAY = 86_400 * NANOSECONDS
 EPOCH = datetime.date(1970, 1, 1)
@@ -63,7 +59,7 @@ def parse_conditions(text: str) -> list[Condition]:
         if not match:
             raise InputError(
                 f"where = {text!r}: wanted NAME OP BOUND, for example 'ds < last 7', joined by 'and' or commas; OP is one of "
-                "= != < <= > >=; a name or bound with blanks needs quotes, and OR, NOT, IN, BETWEEN and LIKE are not known"
+                "= != < <= > >=; a name or bound with blanks needs quotes; for OR, IN or LIKE name files by globs in place of conditions, for BETWEEN write >= and <="
             )
         part = match.groupdict()
         name = part["quoted"] or part["ticked"] or part["name"]

@@ -92,7 +92,7 @@ class RowReader:
             first_row += rows.num_rows
             kept = selection.mask(rows, file, place) if selection.filters else np.ones(1, bool)
             if not kept.all():
-                rows = rows.filter(pa.array(kept))
+                rows = _filtered(rows, kept)
                 place = replace(place, rows=place.first_row + np.flatnonzero(kept))
             found += rows.num_rows
             yield rows, place
@@ -195,6 +195,18 @@ def _of_exact_size(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterat
             parts, held = [joined.slice(batch_rows)], held - batch_rows
     if held:
         yield _joined(parts)
+
+
+def _filtered(rows: pa.RecordBatch, kept: np.ndarray) -> pa.RecordBatch:
+    """The rows that are kept. Arrow filters no columns of views, but joins slices of them."""
+    try:
+        return rows.filter(pa.array(kept))
+    except pa.ArrowNotImplementedError:
+        edges = np.flatnonzero(np.diff(kept, prepend=False, append=False)).tolist()
+        runs = zip(edges[::2], edges[1::2], strict=True)
+        return pa.concat_batches(
+            [rows.slice(0, 0), *(rows.slice(start, stop - start) for start, stop in runs)]
+        )
 
 
 def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:

@@ -13,8 +13,7 @@ the world size, nor on the epoch, nor on which other files there are.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-from urllib.parse import unquote
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +25,8 @@ from data.errors import InputError
 from data.reading.checksums import leaves_of
 from data.reading.conditions import (
     DAY,
+    INTEGER,
     NANOSECONDS,
-    OPERATORS,
     Condition,
     Instant,
     compact_day,
@@ -43,7 +42,6 @@ from data.reading.storage import DataFile, path_parts
 from data.schema import Schema
 
 FOREVER = 10**40
-HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 INT64 = np.iinfo(np.int64)
 
 
@@ -52,76 +50,6 @@ class Span(NamedTuple):
 
     low: int
     high: int
-
-
-def partition_of(file: DataFile) -> dict[str, str]:
-    """The `key=value` folders on the way to a file, with what Hive and Spark write as %XX decoded."""
-    pairs = (part.split("=", 1) for part in path_parts(file)[:-1] if "=" in part)
-    return {unquote(key): unquote(value) for key, value in pairs}
-
-
-def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema) -> list[DataFile]:
-    """Keep the files whose partitions meet the conditions.
-
-    Raises:
-        InputError: a condition is malformed, names nothing known, cannot be compared with the folders, or leaves no file.
-    """
-    kept = list(files)
-    partitions = {file: partition_of(file) for file in files}
-    for condition in (each for text in where for each in parse_conditions(text)):
-        if condition.name == schema.time_column:
-            continue
-        missing = [file for file in files if condition.name not in partitions[file]]
-        if missing:
-            known = sorted({key for values in partitions.values() for key in values})
-            known += [schema.time_column] if schema.time_column else []
-            raise InputError(
-                f"where = {condition.text!r}: {missing[0]} lies in no folder {condition.name}=..., and it is not the schema's "
-                f"time_column; known here: {', '.join(known) or 'nothing'}"
-            )
-        met = _values_met(condition, {partitions[file][condition.name] for file in files})
-        kept = [file for file in kept if partitions[file][condition.name] in met]
-    if not kept:
-        raise InputError(
-            f"where = {list(where)}: none of {len(files)} files is left; the first is {files[0]}; change the conditions"
-        )
-    return kept
-
-
-def _values_met(condition: Condition, values: set[str]) -> set[str]:
-    """Which of a partition's values meet a condition; Hive's null meets none."""
-    known = sorted(values - {HIVE_NULL})
-    where, name = f"where = {condition.text!r}", condition.name
-    days = {value: read_instant(value) for value in known}
-    keys: dict[str, Any]
-    bound: Any
-    if all(day and day.is_day for day in days.values()):
-        keys, wanted = (
-            {value: day.nanoseconds for value, day in days.items() if day},
-            "a day such as 2024-05-25",
-        )
-        instant = read_instant(condition.bound)
-        bound = instant.nanoseconds if instant and instant.is_day else None
-    elif all(_is_integer(value) for value in known):
-        keys, wanted = {value: int(value) for value in known}, "an integer"
-        bound = int(condition.bound) if _is_integer(condition.bound) else None
-    else:
-        # as text 2024-05-25-07 comes behind 2024-05-25, but is no later day
-        keys, wanted = {value: value for value in known}, "a bound written as the folders are"
-        bound = None if read_instant(condition.bound) and condition.bound not in keys else condition.bound
-    if condition.last:
-        ordered = sorted(set(keys.values()))
-        if condition.last > len(ordered):
-            raise InputError(f"{where}: the files have {len(ordered)} values of {name}; lower the number")
-        bound = ordered[-condition.last]
-    elif bound is None:
-        example = known[0] if known else HIVE_NULL
-        raise InputError(f"{where}: folders such as {name}={example} want {wanted}; got {condition.bound!r}")
-    return {value for value in known if OPERATORS[condition.operator](keys[value], bound)}
-
-
-def _is_integer(text: str) -> bool:
-    return text.isascii() and text.removeprefix("-").isdigit()
 
 
 class Footer(NamedTuple):
@@ -148,6 +76,8 @@ def read_footer(parquet: pq.ParquetFile, time_column: str, file: str) -> Footer:
     if not time_column:
         return Footer(num_rows, [None] * len(num_rows), [False] * len(num_rows), None)
     kind = parquet.schema_arrow.field(time_column).type
+    if pt.is_null(kind):
+        return Footer(num_rows, [None] * len(num_rows), [True] * len(num_rows), kind)
     if not (pt.is_integer(kind) or pt.is_timestamp(kind) or pt.is_date(kind) or _is_text(kind)):
         raise InputError(
             f"{file}: time column {time_column!r} is {kind}: conditions on it want integers, timestamps, dates or texts such as "
@@ -222,6 +152,12 @@ class Selection:
         self.options, self.schema, self.files = options, schema, files
         conditions = (each for text in options.where for each in parse_conditions(text))
         self.conditions = [each for each in conditions if each.name == schema.time_column]
+        for each in self.conditions:
+            if each.last > 1 and each.operator not in ("<", ">="):
+                raise InputError(
+                    f"where = {each.text!r}: with `last N` days of a time column wanted < or >=; write {each.name} >= last {each.last}, or "
+                    f"add {each.name} < last {each.last - 1} for one day"
+                )
         self.samples = options.keep_negatives < 1 or options.drop_positives > 0
         self.filters = self.samples or bool(self.conditions)
         # that `mask` reads
@@ -237,16 +173,20 @@ class Selection:
         """
         if not self.conditions:
             return
-        first = footers[0].time_type
+        typed = [each for each in zip(self.files, footers, strict=True) if any(each[1].spans)]
+        if not typed:
+            return  # no row has a time
+        first = typed[0][1].time_type
         integers = pt.is_integer(first)
-        for file, footer in zip(self.files, footers, strict=True):
+        for file, footer in typed:
             if pt.is_integer(footer.time_type) != integers:
                 raise InputError(
-                    f"{file}: time column {self.schema.time_column!r} is {footer.time_type}, but {first} in {self.files[0]}; "
+                    f"{file}: time column {self.schema.time_column!r} is {footer.time_type}, but {first} in {typed[0][0]}; "
                     "write all files with one type"
                 )
-        ends = [span.high - 1 for footer in footers for span in footer.spans if span is not None]
-        latest = max(ends, default=0)
+        latest = max(span.high - 1 for _, footer in typed for span in footer.spans if span is not None)
+        if integers:
+            self._check_forms(typed, form_of(latest))
         spans = [
             _span_of_integers(each, latest) if integers else _span_of_times(each, latest)
             for each in self.conditions
@@ -256,6 +196,16 @@ class Selection:
                 self.holes.append(span)
             else:
                 self.span = Span(max(span.low, self.span.low), min(span.high, self.span.high))
+
+    def _check_forms(self, typed: Sequence[tuple[DataFile, Footer]], form: str) -> None:
+        """Refuse integers that count time otherwise than the latest does; small ones, such as 0 and -1, stand for no time."""
+        for file, footer in typed:
+            for end in (end for span in footer.spans if span for end in (span.low, span.high - 1)):
+                if form_of(end) not in ("", form):
+                    raise InputError(
+                        f"{file}: time column {self.schema.time_column!r} holds {end}, which looks like {form_of(end)}, and larger ones of "
+                        f"these files like {form or 'no time'}; write all of them in one unit"
+                    )
 
     def columns_to_count(self, stored: Span | None, untimed: bool) -> tuple[str, ...] | None:
         """Columns that must be read to know which rows of a row group are kept: () if all are, None if none is."""
@@ -307,9 +257,9 @@ def _span_of_times(condition: Condition, latest: int) -> Span:
 
 
 def _last_days(condition: Condition, latest: int, day: int) -> tuple[int, int]:
-    """The first instant of the last N days, and what ends the interval that the operator compares with."""
+    """Where the N-th last day begins and ends."""
     first = (latest // day + 1 - condition.last) * day
-    return first, first + (1 if condition.operator in ("<", ">=") else condition.last * day)
+    return first, first + day
 
 
 def _span_of_integers(condition: Condition, latest: int) -> Span:
@@ -323,18 +273,18 @@ def _span_of_integers(condition: Condition, latest: int) -> Span:
             assert instant is not None
             days, _ = _last_days(condition, instant.nanoseconds, DAY)
             first = compact_day(days)
-            return _span(condition, first, first + 1 if condition.operator in ("<", ">=") else latest + 1)
+            return _span(condition, first, first + 1)
         if unit:
             return _span(condition, *_last_days(condition, latest, DAY // unit))
         raise InputError(
             f"{where}: {holds}, which are no times: `last N` cannot be told; bound by an integer"
         )
-    number = int(condition.bound) if _is_integer(condition.bound) else None
+    number = int(condition.bound) if INTEGER.fullmatch(condition.bound) else None
     # in a column of seconds since 1970, 20240525 is no second of August 1970
     if number is not None and not (unit and form_of(number).startswith("days")):
-        if form and form_of(number) not in ("", form):
+        if number and form_of(number) != form:
             raise InputError(
-                f"{where}: {holds}, but {number} is in {form_of(number)}; write a bound of the same form"
+                f"{where}: {holds}, but {number} is of another form; write a bound of the same form"
             )
         return _span(condition, number, number + 1)
     instant = read_instant(condition.bound)

@@ -155,6 +155,7 @@ def open_parquet(
         read_dictionary=list(read_dictionary),
         pre_buffer=pre_buffer or isinstance(file, RemoteFile),
         page_checksum_verification=True,
+        coerce_int96_timestamp_unit="us",  # nanoseconds of 64 bits end in the year 2262: 9999-12-31 would become another day
     )
 
 

@@ -23,8 +23,9 @@ from data.reading.order import (
     steps_per_epoch,
     windows_of_spans,
 )
+from data.reading.partitions import select_files
 from data.reading.prefetch import TimeLimit, Workers, prefetched
-from data.reading.selection import Selection, select_files
+from data.reading.selection import Selection
 from data.reading.storage import DataFile
 from data.schema import Schema
 from data.stream.batch import Batch, Run, gather, permuted_by_fbgemm

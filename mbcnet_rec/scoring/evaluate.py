@@ -11,7 +11,7 @@ import numpy as np
 
 from data.errors import InputError
 from data.reading.files import resolve_files
-from data.reading.selection import select_files
+from data.reading.partitions import select_files
 from mbcnet_rec.checkpoints.run_folder import CONFIG
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.reading.files import resolve_files
-from data.reading.selection import select_files
+from data.reading.partitions import select_files
 from data.reading.storage import is_uri
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.runtime.process import joined_process
