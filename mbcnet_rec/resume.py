@@ -18,7 +18,7 @@ from data.errors import InputError
 from data.reading.column_types import pinned
 from data.reading.files import THREADS, read_or_name, resolve_files
 from data.reading.fingerprint import FileMark, fingerprint, mark_differences, mark_files
-from data.reading.selection import select_files
+from data.reading.partitions import select_files
 from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema, load_schema, schema_to_toml
 from data.schema.parse import read_toml, to_toml_value
