@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from data.reading.files import resolve_files
+from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import is_uri
 from data.schema import Schema
 from data.stream import ParquetStream
@@ -188,11 +188,15 @@ def open_streams(
         "test": (config.test, config.eval_options(config.test_where)),
     }
     streams: dict[str, Callable[[], ParquetStream]] = {}
+    counts = []
     for split, (paths, options) in splits.items():
         if paths:
             files = resolve_files(paths)
             streams[split] = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
-            streams[split]()  # reads footers only: faults show before anything is built
+            opened = streams[split]()  # reads footers only: faults show before anything is built
+            counts.append(f"{split} {opened.num_rows:,} rows of {files_in_words(len(opened.files))}")
+    if process.is_first:
+        tell(f"data: {', '.join(counts)}")
     return streams
 
 

@@ -61,6 +61,11 @@ def resolve_files(paths: Sequence[str]) -> list[DataFile]:
     return list(kept.values())
 
 
+def files_in_words(count: int) -> str:
+    """How many files a command took."""
+    return "1 file" if count == 1 else f"{count:,} files"
+
+
 def _identity(file: DataFile) -> object:
     """What two names of one file share."""
     if isinstance(file, RemoteFile):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from data.errors import InputError
 from data.profile.fit import write_fitted
 from data.profile.infer import infer_schema
-from data.reading.files import resolve_files
+from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.schema.show import print_schema
 
@@ -47,28 +47,29 @@ def _infer(args: argparse.Namespace) -> int:
         raise InputError(f"{out}: exists already; choose another file, or pass --force to replace it")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder; make it first")
+    files = resolve_files(args.paths)
     with tqdm(unit="row", unit_scale=True, desc="infer", disable=None) as bar:
         text, suspicious = infer_schema(
-            resolve_files(args.paths), name=args.name or out.stem, label=args.label, rows=args.rows,
+            files, name=args.name or out.stem, label=args.label, rows=args.rows,
             progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     out.write_text(text, encoding="utf-8")
     for line in suspicious:
         print(f"left out: {line}", file=sys.stderr)
-    print(f"{out}: written; {len(suspicious)} suspicious column(s) are left out as comments")
+    print(f"{out}: written from {bar.n:,} rows of {files_in_words(len(files))}; {len(suspicious)} suspicious column(s) are left out as comments")
     print(f"next: look through it, then mbcnet schema fit {out} TRAINING_FILES -o FOLDER")
     return 0
 
 
 def _fit(args: argparse.Namespace) -> int:
     """Replace every "fit" of a schema (vocabularies, means, boundaries) by what the training files say."""
-    schema = load_schema(args.schema)
+    schema, files = load_schema(args.schema), resolve_files(args.paths)
     with tqdm(unit="row", unit_scale=True, desc="fit", disable=None) as bar:
         write_fitted(
-            schema, resolve_files(args.paths), args.out, force=args.force,
+            schema, files, args.out, force=args.force,
             report=lambda line: tqdm.write(line, file=sys.stderr), progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
-    print(f"{args.out}: schema.toml and vocabularies")
+    print(f"{args.out}: schema.toml and vocabularies of {bar.n:,} rows of {files_in_words(len(files))}")
     print(f"next: mbcnet data check FILES --schema {Path(args.out) / 'schema.toml'}, then train with it")
     return 0
 
