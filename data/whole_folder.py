@@ -1,5 +1,6 @@
-"""A folder of results that appears under its name only when it is complete."""
+"""Folders and files of results that appear under their names only when they are complete."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,17 +11,24 @@ from typing import Any
 
 from data.errors import InputError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` to write to; rename it at the end, or remove it after a failure. What `out` held is replaced."""
     draft = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    earlier = out.with_name(f".{out.name}.earlier-{os.getpid()}")
     try:
         draft.mkdir(parents=True)
         yield draft
-        if out.exists():
-            shutil.rmtree(out)
+        if out.exists():  # removing it takes longer than a rename
+            os.replace(out, earlier)
         os.replace(draft, out)
+        shutil.rmtree(earlier, ignore_errors=True)
+    except OSError as error:
+        error.filename = error.filename or str(out)  # for the message
+        raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -40,3 +48,22 @@ def earlier_summary(out: Path, summary: str, what: str) -> dict[str, Any] | None
     if not isinstance(found, Mapping):
         raise InputError(f"{out}: exists and holds no {what}; choose another folder, or remove it yourself")
     return dict(found)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file's content at once or not at all.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+    """
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise

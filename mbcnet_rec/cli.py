@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from data.errors import InputError
 from data.home import home_path
 from launch.interrupt import end_with, heed_interrupts
-from mbcnet_rec.runtime.exits import CannotWriteError, RunStoppedError
+from mbcnet_rec.runtime.exits import CannotWriteError, RunStoppedError, no_room
 from mbcnet_rec.runtime.ranks import is_first_rank
 
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
@@ -165,12 +165,15 @@ def plain_words() -> Iterator[None]:
         warnings.showwarning = show_warning
         try:
             yield
-        except OSError as error:
-            if error.errno == errno.ENOSPC and error.filename is None:
-                raise CannotWriteError(
-                    f"standard output, or a file: cannot be written ({error.strerror}); free space, and start again"
-                ) from None
-            if error.errno not in PATH_FAULTS or not isinstance(error.filename, str | Path):
+        except Exception as error:
+            known = isinstance(error, InputError | RunStoppedError)
+            if not known and (line := no_room(error)):
+                raise CannotWriteError(line) from None
+            if not (
+                isinstance(error, OSError)
+                and error.errno in PATH_FAULTS
+                and isinstance(error.filename, str | Path)
+            ):
                 raise
             shown = str(error.filename)[:200]
             raise InputError(f"{shown}: {error.strerror}; fix it, or give another path") from None

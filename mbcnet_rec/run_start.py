@@ -9,6 +9,7 @@ from data.errors import InputError
 from data.reading.fingerprint import FileMark
 from data.reading.storage import is_uri
 from data.schema import Schema
+from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -23,7 +24,7 @@ from mbcnet_rec.checkpoints.run_folder import (
 from mbcnet_rec.checkpoints.run_schema import COPIED, SCHEMA, write_copy
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step, open_storage
 from mbcnet_rec.config import RunConfig, config_text
-from mbcnet_rec.logs.metrics_log import METRICS, write_whole, written
+from mbcnet_rec.logs.metrics_log import METRICS, written
 from mbcnet_rec.logs.mlflow import RUN_ID
 from mbcnet_rec.resume import DATA, data_text
 from mbcnet_rec.runtime.exits import CannotWriteError

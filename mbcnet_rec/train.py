@@ -17,6 +17,7 @@ from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import is_uri
 from data.schema import Schema
 from data.stream import ParquetStream
+from data.whole_folder import write_whole
 from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.compatibility import load_checked, warm_start
 from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
@@ -24,7 +25,7 @@ from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.storage import LocalStorage
 from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.cpu.linear import bf16_in_hardware
-from mbcnet_rec.logs.metrics_log import Records, json_line, write_whole, written
+from mbcnet_rec.logs.metrics_log import Records, json_line, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.resume import (

@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 
 from data.errors import InputError
 from data.reading.storage import file_system, retried
+from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.manifest import (
     MANIFEST,
     Manifest,
@@ -28,7 +29,6 @@ from mbcnet_rec.checkpoints.manifest import (
     read_checkpoint,
     read_manifest,
 )
-from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 
 BEST = "best.json"

@@ -12,6 +12,7 @@ from data.profile.infer import infer_schema
 from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.schema.show import print_schema
+from data.whole_folder import write_whole
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +54,12 @@ def _infer(args: argparse.Namespace) -> int:
             files, name=args.name or out.stem, label=args.label, rows=args.rows,
             progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
-    out.write_text(text, encoding="utf-8")
+    write_whole(out, text)
     for line in suspicious:
         print(f"left out: {line}", file=sys.stderr)
-    print(f"{out}: written from {bar.n:,} rows of {files_in_words(len(files))}; {len(suspicious)} suspicious column(s) are left out as comments")
+    print(
+        f"{out}: written from {bar.n:,} rows of {files_in_words(len(files))}; {len(suspicious)} suspicious column(s) are left out as comments"
+    )
     print(f"next: look through it, then mbcnet schema fit {out} TRAINING_FILES -o FOLDER")
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from data.whole_folder import write_whole
 from mbcnet_rec.logs.mlflow import MlflowSink, curve_name
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.exits import CannotWriteError
@@ -111,24 +112,6 @@ def written(path: Path) -> Iterator[None]:
             f"rank 0: {error.filename or path}: cannot be written ({error.strerror}); what was written before is intact: free space, "
             "or choose another folder, then continue with --resume"
         ) from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file's content at once or not at all.
-
-    Raises:
-        OSError: it cannot be written; the file is as it was.
-    """
-    draft = path.with_name(f".{path.name}.partial")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def keep_until(lines: list[str], step: int) -> list[str]:

@@ -7,7 +7,8 @@ from statistics import median_high
 from typing import Any
 
 from data.errors import InputError
-from mbcnet_rec.logs.metrics_log import METRICS, write_whole
+from data.whole_folder import write_whole
+from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, to_html
 from mbcnet_rec.scoring.metrics import why_no_auc

@@ -9,6 +9,11 @@
 130  Ctrl-C
 """
 
+import errno
+import os
+
+from data.whole_folder import NO_ROOM
+
 CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK = 74, 75, 76, 77
 
 
@@ -49,3 +54,21 @@ class LostRankError(RunStoppedError):
     """A collective failed: another rank is stopped, dead or out of reach."""
 
     exit_code = LOST_RANK
+
+
+def no_room(error: BaseException) -> str:
+    """What to say of an error that a full disk or a quota caused, in whichever library it was met; an empty string of any other error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause).lower()
+        number = cause.errno if isinstance(cause, OSError) and cause.errno in NO_ROOM else None
+        # safetensors and SQLite keep no errno
+        number = number or next((each for each in NO_ROOM if os.strerror(each).lower() in text), None)
+        if number or "disk is full" in text:
+            place = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
+            reason = os.strerror(number or errno.ENOSPC)
+            return (
+                f"{place}cannot be written ({reason}): free space or choose another place, then start again"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return ""

@@ -29,7 +29,7 @@ from data.reading.decode import RowReader
 from data.reading.encode import Encoder
 from data.reading.files import resolve_files
 from data.reading.storage import DataFile, is_uri
-from mbcnet_rec.logs.metrics_log import write_whole
+from data.whole_folder import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.process import Process, any_rank, broadcast_value, first_decides, joined_process

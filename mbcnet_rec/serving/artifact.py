@@ -30,6 +30,7 @@ import data
 from data.errors import InputError, first_line
 from data.reading.keys import read_vocabularies
 from data.schema import Schema, Table, format_schema
+from data.whole_folder import whole_folder
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.doctor import installed
@@ -256,10 +257,7 @@ def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: boo
     Returns:
         Why the dense part could not be compiled, or an empty string.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
         save_file(exported.rows, partial / serving.TABLES)
         save_file(
             {name: value.contiguous() for name, value in exported.dense.items()}, partial / serving.DENSE
@@ -277,11 +275,6 @@ def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: boo
         (partial / serving.MODEL).write_text(
             json.dumps(exported.spec | {"files": sums}, indent=1), encoding="utf-8"
         )
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return problem
 
 

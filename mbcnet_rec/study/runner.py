@@ -8,8 +8,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.whole_folder import write_whole
 from mbcnet_rec.config import RunConfig, config_text, load_config
-from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, to_html
 from mbcnet_rec.runtime.lock import locked

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from data.errors import InputError, first_line
 from data.schema.bounds import Bounded, bounded
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown_key
+from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
-from mbcnet_rec.logs.metrics_log import write_whole
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.runtime.exits import CannotWriteError

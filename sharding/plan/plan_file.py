@@ -7,6 +7,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.schema.parse import parse_dataclass
+from data.whole_folder import NO_ROOM, write_whole
 from sharding.plan.placement import REPLAN, Plan, TablePlan, check_shape
 
 FORMAT = 2
@@ -26,11 +27,11 @@ def plan_text(plan: Plan) -> str:
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write a plan file, at once or not at all."""
-    draft = path.with_name(path.name + ".part")
     try:
-        draft.write_text(plan_text(plan), encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, plan_text(plan))
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); choose another path with -o"
         ) from None

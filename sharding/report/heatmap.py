@@ -5,6 +5,7 @@ from pathlib import Path
 import jinja2
 
 from data.errors import InputError
+from data.whole_folder import NO_ROOM, write_whole
 from sharding.cost.assess import Assessment
 from sharding.cost.memory import gib
 from sharding.plan.compare import placement_text
@@ -42,8 +43,10 @@ def write_html(assessment: Assessment, path: Path) -> None:
         report="\n".join(report_lines(assessment, full=True)),
     )  # fmt: skip
     try:
-        path.write_text(page, encoding="utf-8")
+        write_whole(path, page)
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); choose another path with --html"
         ) from None
