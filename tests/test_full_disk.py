@@ -50,7 +50,7 @@ def test_no_command_leaves_half_a_file_on_a_full_disk(tmp_path):
     assert len(said) == len(COMMANDS)
     for place, line in zip(("x.toml", "fitted", "synth", "plan.json"), said, strict=True):
         assert (
-            place in line and "cannot be written (File too large): free space or choose another place" in line
+            place in line and "cannot be written (File too large); free space or choose another place" in line
         )
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     assert (tmp_path / "x.toml").read_text() == "of yesterday"
@@ -63,12 +63,15 @@ def test_no_command_leaves_half_a_file_on_a_full_disk(tmp_path):
             OSError(errno.ENOSPC, "No space left on device", "x.parquet"),
             "x.parquet: cannot be written (No space",
         ),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "cannot be written (Disk quota exceeded): free space"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            "standard output, or a file: cannot be written (Disk quota exceeded); free space",
+        ),
         (
             RuntimeError("I/O error: No space left on device (os error 28)"),
-            "cannot be written (No space left",
+            "a file: cannot be written (No space left",
         ),
-        (ValueError("database or disk is full"), "cannot be written (No space left on device)"),
+        (ValueError("database or disk is full"), "a file: cannot be written (No space left on device)"),
         (OSError(errno.ENOENT, "No such file or directory"), ""),
         (InputError("label 'x': wanted 0 and 1"), ""),
     ],

@@ -65,10 +65,12 @@ def no_room(error: BaseException) -> str:
         # safetensors and SQLite keep no errno
         number = number or next((each for each in NO_ROOM if os.strerror(each).lower() in text), None)
         if number or "disk is full" in text:
-            place = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
+            place = (
+                (cause.filename or "standard output, or a file") if isinstance(cause, OSError) else "a file"
+            )
             reason = os.strerror(number or errno.ENOSPC)
             return (
-                f"{place}cannot be written ({reason}): free space or choose another place, then start again"
+                f"{place}: cannot be written ({reason}); free space or choose another place, then start again"
             )
         cause = cause.__cause__ or cause.__context__
     return ""
