@@ -191,6 +191,17 @@ def refuse_other_start(
     return notes
 
 
+def finished_difference(config: RunConfig, run: Mapping[str, Any], marks: list[FileMark]) -> str:
+    """In what a run that is done was another one than its config says now: rows, model or optimizers; an empty string if in nothing."""
+    found = [
+        f"{key} = {now!r}, but {before!r} in its checkpoint"
+        for key, before, now in option_differences(run, config)
+        if key in ORDER or key.startswith(("model.", "optim."))
+    ]
+    files = _data_difference(config, run, marks)
+    return "; ".join([*found, f"data.train: {files}"] if files else found)
+
+
 def option_differences(run: Mapping[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:
     """(key, value in the checkpoint's config, value now) of each option that differs; those of places do not count."""
     before, now = dict(_flat(run.get("config", {}))), dict(_flat(to_toml_value(config)))

@@ -4,7 +4,9 @@ Every teacher is a run of its own, in RUN_teachers/KIND, on the same data with t
 batch passes through the teachers, which append their logits to its dense features: the student's own columns come before.
 """
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,16 +14,23 @@ from typing import Any
 import torch
 
 from data.errors import InputError
+from data.reading.files import resolve_files
+from data.reading.fingerprint import mark_files
+from data.reading.selection import select_files
 from data.schema import Schema
 from data.stream import Batch, ParquetStream
-from mbcnet_rec.checkpoints.run_folder import DONE
+from mbcnet_rec.checkpoints.compatibility import saved_run
+from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
 from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.models import ARCHES, needs_wide
+from mbcnet_rec.resume import finished_difference
+from mbcnet_rec.run_start import folder_problem, refuse_contradiction
+from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
 from mbcnet_rec.scoring.trained_run import find_step, load_built, run_schema
-from mbcnet_rec.train import Report, Teach, run_training
+from mbcnet_rec.train import Report, run_training
 
 
 def train_model(
@@ -33,14 +42,46 @@ def train_model(
     **options: Any,
 ) -> int:
     """`run_training`, with its options, for EnKD preceded by its teachers. One call per rank."""
-    teach: Teach | None = None
     if config.model.kind == "enkd":
+        refuse_contradiction(resume, overwrite)
         teachers = [teacher_config(config, kind) for kind in config.model.enkd.teachers]
-        for teacher in teachers:
-            if not (resume and (teacher.run_folder / DONE).is_file()):
-                run_training(teacher, resume=resume, overwrite=overwrite, report=report)
-        teach = partial(taught_by, teachers)
-    return run_training(config, resume=resume, overwrite=overwrite, report=report, teach=teach, **options)
+        with ExitStack() as held:
+            # the student's folder is taken for as long as its teachers train, too
+            if os.environ.get("RANK", "0") == "0":
+                held.enter_context(locked(config.run_folder, "train"))
+                if problem := folder_problem(config, resume, overwrite):
+                    raise InputError(problem)
+            for teacher in teachers:
+                if resume and (teacher.run_folder / DONE).is_file():
+                    refuse_other_teacher(teacher)
+                else:
+                    run_training(teacher, resume=resume, overwrite=overwrite, report=report)
+            teach = partial(taught_by, teachers)
+            return run_training(
+                config, resume=resume, overwrite=overwrite, report=report, teach=teach, **options
+            )
+    return run_training(config, resume=resume, overwrite=overwrite, report=report, **options)
+
+
+def refuse_other_teacher(teacher: RunConfig) -> None:
+    """Refuse a teacher that is done, but of other rows or another model than its config says now.
+
+    Raises:
+        InputError: it is so.
+    """
+    folder = teacher.run_folder
+    storage = storage_of(teacher.train, folder)
+    if not (steps := storage.steps()):
+        raise InputError(
+            f"{folder}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
+        )
+    run = saved_run(storage.manifest(steps[-1]), folder)
+    schema = run_schema(teacher, folder, steps[-1])
+    files = select_files(resolve_files(teacher.data.train), teacher.data.train_where, schema)
+    if problem := finished_difference(teacher, run, mark_files(files, teacher.data.attempts)):
+        raise InputError(
+            f"{folder}: this teacher is done, but {problem}; make them equal again, or begin anew with --overwrite"
+        )
 
 
 def teacher_config(config: RunConfig, kind: str) -> RunConfig:

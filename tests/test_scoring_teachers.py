@@ -99,3 +99,12 @@ def test_mistakes_are_told(config):
         teacher_config(config, "mbcent")
     with pytest.raises(InputError, match="start it by `mbcnet train`"):
         run_training(config)
+
+
+def test_a_teacher_that_is_done_is_not_taken_for_one_of_another_model(config, capfd):
+    path = config.run_folder.parent / "config.toml"
+    sets = [f"--set={each}" for each in [*SETTINGS, "optim.dense_lr=0.25"]]
+    name = next(each for each in config.run_folder.parent.glob("*.toml") if each.name != "schema.toml")
+    assert main(["train", "--config", str(path if path.exists() else name), *sets, "--resume"]) == 2
+    said = capfd.readouterr().err
+    assert "this teacher is done, but optim.dense_lr = 0.25, but 0.005 in its checkpoint" in said
