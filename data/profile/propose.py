@@ -62,7 +62,7 @@ class Proposal:
         key = toml_key(self.name)
         line = f"{key:<{width}} = {inline_table(self.entry)}" if self.entry else key
         reasons = [f"LEFT OUT: {reason}" for reason in self.suspicions]
-        reasons += [] if self.entry or reasons else ["LEFT OUT"]
+        reasons += [] if self.entry or reasons else ["LEFT OUT: it holds no value that can be used"]
         comment = "; ".join([*reasons, *self.notes])
         return ("" if self.is_used else "# ") + line + (f"  # {comment}" if comment else "")
 

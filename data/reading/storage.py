@@ -108,10 +108,11 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> list[Path]:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if is_hidden(entry.name):
                 continue
+            if entry.is_symlink():
+                os.stat(entry.path)  # one that leads nowhere is named
             if entry.is_dir():
                 files += _walk(entry.path, (*above, here))
             elif entry.name.lower().endswith(ENDINGS):
-                os.stat(entry.path)  # a link that leads nowhere is named
                 files.append(Path(entry.path))
             elif "." not in entry.name and entry.is_file():
                 with open(entry.path, "rb") as file:

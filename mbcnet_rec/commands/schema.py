@@ -49,16 +49,23 @@ def _infer(args: argparse.Namespace) -> int:
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder; make it first")
     files = resolve_files(args.paths)
+    read = [0]  # rows; a bar that is not shown does not count
     with tqdm(unit="row", unit_scale=True, desc="infer", disable=None) as bar:
+
+        def progress(done: int) -> None:
+            read[0] = done
+            bar.update(done - bar.n)
+
         text, suspicious = infer_schema(
             files, name=args.name or out.stem, label=args.label, rows=args.rows,
-            progress=lambda done: bar.update(done - bar.n),
+            progress=progress,
         )  # fmt: skip
     write_whole(out, text)
     for line in suspicious:
         print(f"left out: {line}", file=sys.stderr)
     print(
-        f"{out}: written from {bar.n:,} rows of {files_in_words(len(files))}; {len(suspicious)} suspicious column(s) are left out as comments"
+        f"{out}: written from {read[0]:,} rows of {files_in_words(len(files))}; "
+        f"{len(suspicious)} suspicious column(s) are left out as comments"
     )
     print(f"next: look through it, then mbcnet schema fit {out} TRAINING_FILES -o FOLDER")
     return 0
@@ -67,12 +74,18 @@ def _infer(args: argparse.Namespace) -> int:
 def _fit(args: argparse.Namespace) -> int:
     """Replace every "fit" of a schema (vocabularies, means, boundaries) by what the training files say."""
     schema, files = load_schema(args.schema), resolve_files(args.paths)
+    read = [0]  # rows; a bar that is not shown does not count
     with tqdm(unit="row", unit_scale=True, desc="fit", disable=None) as bar:
+
+        def progress(done: int) -> None:
+            read[0] = done
+            bar.update(done - bar.n)
+
         write_fitted(
             schema, files, args.out, force=args.force,
-            report=lambda line: tqdm.write(line, file=sys.stderr), progress=lambda done: bar.update(done - bar.n),
+            report=lambda line: tqdm.write(line, file=sys.stderr), progress=progress,
         )  # fmt: skip
-    print(f"{args.out}: schema.toml and vocabularies of {bar.n:,} rows of {files_in_words(len(files))}")
+    print(f"{args.out}: schema.toml and vocabularies of {read[0]:,} rows of {files_in_words(len(files))}")
     print(f"next: mbcnet data check FILES --schema {Path(args.out) / 'schema.toml'}, then train with it")
     return 0
 
