@@ -266,7 +266,6 @@ def test_what_is_no_id_is_refused_by_all(values, kind, found):
         [1, float("nan")], [2**63, -1], [2**64], [1, 2.0], np.zeros((1, 1, 1)), np.asarray(1), [b"a"], ["a", b"b"], [object()],
         (value for value in [1, 2]), ["\ud800"], [[[1]]], np.zeros(2, "M8[s]"), [1j], [Decimal("1.5")], [Decimal(1), 2.5],
     ],
-    ids=repr,
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["categorical", "multi_valued"])
 def test_what_is_no_column_of_ids_is_refused_in_our_words(given, kind):
