@@ -134,9 +134,9 @@ def test_the_command_line_refuses_and_loads_in_part(config, tmp_path, capfd):
 
 
 def warm(config, process, schema_text=SCHEMA, settings=()):
-    built, wanted = built_with(
-        config, process, schema_text, [f"train.warm_start={config.parent / 'run'}", *settings]
-    )
+    if not any(each.startswith("train.warm_start=") for each in settings):
+        settings = [f"train.warm_start={config.parent / 'run'}", *settings]
+    built, wanted = built_with(config, process, schema_text, settings)
     before = values(built)
     return warm_start(wanted.train, built, load_schema(wanted.schema), process), before, values(built)
 

@@ -276,6 +276,7 @@ def test_the_command_line_refuses_in_one_line(folder, tmp_path, capfd):
     run, mark = tmp_path / "rows/run", tmp_path / "ran"
     shutil.copytree(folder.parent, run / "checkpoints")
     (run / "config.toml").write_text(config.read_text())
+    (run / "metrics.jsonl").write_text("")
     (run / "checkpoints/step_5/rank_00000.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
     for args in (["train", "--config", str(config), "--resume"], ["evaluate", str(run)]):
         with warnings.catch_warnings():
