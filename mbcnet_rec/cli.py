@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from data.errors import InputError
 from data.home import home_path
 from launch.interrupt import end_with, heed_interrupts
+from mbcnet_rec.commands.arguments import refuse_repeats
 from mbcnet_rec.runtime.exits import CannotWriteError, RunStoppedError, no_room
 from mbcnet_rec.runtime.ranks import is_first_rank
 
@@ -152,6 +153,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = build_parser().parse_args(argv)
     with plain_words():
+        refuse_repeats(getattr(args, "overrides", ()))
         code = int(args.run(args) or 0)
         if not args.only_progress and sys.stdout is not None:  # what was printed is the result
             sys.stdout.flush()

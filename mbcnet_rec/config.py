@@ -72,7 +72,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: naming the file or override, the key's path, the value, what was wanted and the fix.
     """
     table = read_toml(Path(path))
-    apply_overrides(table, overrides)
+    for override in overrides:
+        apply_override(table, override)
     _resolve_home(table)
     return parse_dataclass(RunConfig, table, str(path))
 
@@ -89,24 +90,6 @@ def _resolve_home(table: dict[str, Any]) -> None:
             part[name] = home_path(value, key)
         elif isinstance(value, list):
             part[name] = [home_path(each, key) if isinstance(each, str) else each for each in value]
-
-
-def apply_overrides(table: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply each override in place.
-
-    Raises:
-        InputError: one is not `key.path=value`, or sets again what an earlier one has set.
-    """
-    given: dict[str, str] = {}
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        again = next((each for each in given if f"{each}.".startswith(f"{key}.")), None)
-        if again is not None:
-            raise InputError(
-                f"--set {override}: --set {given[again]} is given before it, and would be lost; leave one out"
-            )
-        given[key] = override
-        apply_override(table, override)
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

@@ -74,7 +74,8 @@ def write_run():
 
 def train(name, *settings, world=2, resume=False, schema="schema"):
     args = ["train", "--config", str(FOLDER / f"{schema}_run.toml"), *(["--resume"] if resume else [])]
-    for setting in (f"train.out={FOLDER / name}", *SETTINGS, *settings):
+    every = (f"train.out={FOLDER / name}", *SETTINGS, *settings)
+    for setting in {each.partition("=")[0]: each for each in every}.values():  # the last of each
         args += ["--set", setting]
     return run_ranks(mbcnet(args), FOLDER / "logs" / name, world=world)
 

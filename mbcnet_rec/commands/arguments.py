@@ -1,6 +1,9 @@
 """Arguments that several commands share, and how their values are read."""
 
 import argparse
+from collections.abc import Sequence
+
+from data.errors import InputError
 
 
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -9,6 +12,23 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override one key"
     )
+
+
+def refuse_repeats(overrides: Sequence[str]) -> None:
+    """Refuse a --set of the command line that another one would undo.
+
+    Raises:
+        InputError: naming both.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        again = next((each for each in given if f"{each}.".startswith(f"{key}.")), None)
+        if again is not None:
+            raise InputError(
+                f"--set {override}: --set {given[again]} is given before it, and would be lost; leave one out"
+            )
+        given[key] = override
 
 
 def add_start(parser: argparse.ArgumentParser) -> None:

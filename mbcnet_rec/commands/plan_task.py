@@ -85,10 +85,11 @@ def _configs(args: argparse.Namespace) -> "tuple[ShardingConfig, RunConfig | Non
         parse_dataclass(ShardingConfig, constraints, args.constraints)
     run = None
     if args.config or args.overrides:
-        from mbcnet_rec.config import apply_overrides, load_config  # torch
+        from mbcnet_rec.config import apply_override, load_config  # torch
 
         run = load_config(args.config) if args.config else None
-        apply_overrides(constraints, args.overrides)
+        for override in args.overrides:
+            apply_override(constraints, override)
     base = to_toml_value(run.sharding) if run else {}
     return parse_dataclass(ShardingConfig, {**base, **constraints}, args.constraints or "--set"), run
 
