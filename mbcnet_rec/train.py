@@ -102,8 +102,9 @@ def run_training(
         start = start_of(config, storage, process, resume, overwrite)
         earlier = earlier_facts(config, storage, start, process)
         schema, files = agreed_schema(config, earlier, process, allow_partial=allow_partial)
+        counts: list[str] = []
         with agreed(process):
-            streams = open_streams(config.data, settings.seed, schema, process)
+            streams = open_streams(config.data, settings.seed, schema, process, counts)
         train_rows = streams["train"]()
         marks = agreed_marks(train_rows, process)
         facts = facts_of(config, files, marks)
@@ -124,6 +125,7 @@ def run_training(
             for note in notes:
                 tell(note)
             tell(opening_line(config, schema, process, trainer.total_steps, start))
+            tell(f"data: {', '.join(counts)}")
         watchdog.open_stacks()
         trainer.train()
         metrics = _test(trainer, streams.get("test"))
@@ -176,9 +178,11 @@ def _load(
 
 
 def open_streams(
-    config: DataConfig, seed: int, schema: Schema, process: Process
+    config: DataConfig, seed: int, schema: Schema, process: Process, counts: list[str] | None = None
 ) -> dict[str, Callable[[], ParquetStream]]:
     """Check the files of each split that the config names: split -> a function that opens a fresh stream.
+
+    What was found is added to `counts`, in words, by split.
 
     Raises:
         InputError: a path leads nowhere, or a file does not fit the schema.
@@ -189,15 +193,13 @@ def open_streams(
         "test": (config.test, config.eval_options(config.test_where)),
     }
     streams: dict[str, Callable[[], ParquetStream]] = {}
-    counts = []
+    counts = [] if counts is None else counts
     for split, (paths, options) in splits.items():
         if paths:
             files = resolve_files(paths)
             streams[split] = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
             opened = streams[split]()  # reads footers only: faults show before anything is built
             counts.append(f"{split} {opened.num_rows:,} rows of {files_in_words(len(opened.files))}")
-    if process.is_first:
-        tell(f"data: {', '.join(counts)}")
     return streams
 
 

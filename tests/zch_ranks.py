@@ -137,13 +137,10 @@ def served():
 
 def refused():
     warm = f"train.warm_start={FOLDER / 'two'}"
-    shutil.copytree(FOLDER / "one", FOLDER / "other")
-    (FOLDER / "other" / "DONE").unlink()
     return {
         "wide": train("wide", "model.kind=wide_deep", world=1),
         "adam": train("adam", "optim.embedding.name=adam", world=1),
         "warm": train("warm", warm, world=1, schema="cut"),
-        "resumed": train("other", world=1, resume=True, schema="cut"),
         "written": [name for name in ("wide", "adam") if (FOLDER / name).exists()],
     }
 
