@@ -132,7 +132,7 @@ def _no_number(reader: RowReader, chunk: Chunk, row: int) -> str:
         if row < group.num_rows:
             return (
                 f"{reader.name(group)}, kept row {row}: its score is not a number; a value is far beyond those of training, or the run's "
-                "weights are not finite: mend the row, or train again with a lower rate"
+                "weights are not finite: fix the row, or train again with a lower rate"
             )
         row -= group.num_rows
     raise AssertionError("the row is one of the chunk's")
