@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.profile.fit import Counts, Quantiles, write_fitted
+from data.reading.encode import Encoder, Place
 from data.schema import Schema, load_schema, parse_schema
 
 WORD = {"kind": "categorical", "encoding": "vocabulary", "vocabulary": "fit", "embedding_dim": 4}
@@ -209,6 +210,14 @@ def test_a_vocabulary_holds_ids_of_one_type(column, values, wanted, tmp_path):
         pq.write_table(pa.table(day), tmp_path / f"{number}.parquet")
     fit = write_fitted(schema, sorted(tmp_path.glob("*.parquet")), tmp_path / "out")
     assert vocabulary(fit, column) == wanted
+
+
+@pytest.mark.parametrize("values", [["a", "b"], [1, 2], [1.0, 2.0]])
+def test_after_a_fit_on_nulls_alone_another_days_ids_of_any_type_are_out_of_vocabulary(values, tmp_path):
+    fit = fitted({"w": WORD}, {"w": pa.nulls(3), "y": [0, 1, 0]}, tmp_path)
+    rows = pa.record_batch({"w": [*values, None]})
+    columns = Encoder(fit, has_labels=False).encode(rows, Place("x", None))
+    assert columns.single_ids[0].tolist() == [1, 1, 0]
 
 
 def test_a_damaged_page_is_named_by_file_row_group_and_column(tmp_path):

@@ -288,13 +288,13 @@ def _footer(file: DataFile, schema: Schema) -> pa.Schema:
 
 
 def _id_types(waiting: Sequence[Feature], footers: Sequence[pa.Schema]) -> dict[str, str]:
-    """Table of a vocabulary that is fitted -> the type of its ids: text where it is text in any file."""
+    """Table of a vocabulary that is fitted -> the type of its ids: text if any file's are, or none is known: it takes numbers too."""
     found: dict[str, set[str]] = {}
     for feature in waiting:
         if feature.vocabulary == FIT:
             kinds = {id_type(footer.field(feature.source_column).type) for footer in footers}
             found.setdefault(feature.table_name, set()).update(kinds, {feature.type})
-    return {table: "text" if "text" in kinds else "integer" for table, kinds in found.items()}
+    return {table: "integer" if kinds - {""} == {"integer"} else "text" for table, kinds in found.items()}
 
 
 def _ids(column: pa.Array, feature: Feature, wanted: str, place: Place) -> pa.Array:
