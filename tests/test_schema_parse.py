@@ -93,7 +93,7 @@ def test_bounds_hold_for_objects_made_in_python_too():
     [
         (None, "no such file; check the path"),
         (b'a = 1\nb = "\n', "not valid TOML: .*line 2"),
-        (b"\xff\xfe\x00", "not valid TOML"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         ("folder", "cannot be read"),
     ],
 )
@@ -105,3 +105,9 @@ def test_unreadable_files(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(InputError, match=f"{path}: {message}"):
         read_toml(path)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbfname = 'clicks'\n")
+    assert read_toml(path) == {"name": "clicks"}

@@ -22,13 +22,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: the file is missing, not readable, or not TOML (the line and column are in the message).
     """
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte-order mark
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; check the path (it is taken relative to {Path.cwd()})"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}; fix that line") from None
     except OSError as error:
         raise InputError(
