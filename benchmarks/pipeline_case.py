@@ -27,12 +27,12 @@ kind = "{model}"
 [model.dnn]
 hidden = [16]
 [model.mbcnet]
-branch_dim = 8
-top = [8]
+branch_dim = 32
+top = [32]
 [model.mbcnet.efgc]
-hidden = [8]
+hidden = [32]
 [model.mbcnet.deep]
-hidden = [8]
+hidden = [32]
 [optim]
 dense_lr = 0.01
 [optim.embedding]
@@ -111,10 +111,9 @@ class Case:
             "use_dictionary": rng.random() < 0.7, "data_page_version": rng.choice(["1.0", "2.0"]), "data_page_size": rng.choice([64, 2**20]),
             "write_page_checksum": rng.random() < 0.8, "store_schema": rng.random() < 0.8,
         }  # fmt: skip
-        if self.options["data_page_version"] == "2.0":
-            self.options["data_page_size"] = (
-                2**20
-            )  # Arrow cuts lists at smaller pages, and cannot read them back
+        if any(column.is_list or column.of for column in self.columns):
+            # Arrow cuts lists at smaller pages, or writes pages of no value, and cannot read them back
+            self.options["data_page_size"] = 2**20
         self.key, self.spelling = rng.choice(["ds", "dt", "day_of"]), rng.choice(SPELLINGS)
         suffix = rng.choice(["", "", ".parquet"])
         names = (

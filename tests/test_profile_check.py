@@ -10,6 +10,11 @@ import pytest
 
 from data.errors import InputError
 from data.profile.check import WHOLE_FILE, CheckReport, check_files
+from data.profile.fit import write_fitted
+from data.profile.infer import infer_schema
+from data.reading.decode import RowReader
+from data.reading.encode import Encoder
+from data.reading.order import RowGroup
 from data.schema import parse_schema
 from mbcnet_rec.cli import main
 
@@ -125,7 +130,9 @@ def test_statistics_tell_of_bad_ids_without_reading_them(tmp_path):
     files = [write(tmp_path, "a", True, **bad)]
     report = check_files(files, schema_of(), full=False)
     assert {*places(report)} == {("a", 2, "user"), ("a", 0, "click"), ("a", 1, "tags")}
-    assert "the value 77: wanted 0 to 9" in next(f.message for f in report.faults if f.column == "user")
+    assert "statistics tell of field 'user' = 77: wanted 0 to 9" in next(
+        f.message for f in report.faults if f.column == "user"
+    )
     assert len(found(files)) == 3, "the full check does not repeat them"
     lenient = schema_of(user={"on_invalid": "modulo"})
     assert {f.column for f in check_files(files, lenient, full=False).faults} == {"click", "tags"}
@@ -143,6 +150,37 @@ def test_damage_is_named_by_column(tmp_path):
     assert "cannot be decoded" in report.faults[0].message
     path.write_bytes(damaged[: len(damaged) // 2])
     assert found([path], full=False) == [("a", WHOLE_FILE, "")]
+
+
+def test_the_narrowest_field_of_a_column_is_what_statistics_are_compared_with(tmp_path):
+    fields = {f"f{n}": FIELDS["user"] | {"column": "user", "num_embeddings": n} for n in (5, 10, 99)}
+    top = {"name": "s", "label": "click", "fields": fields}
+    report = check_files([write(tmp_path, "a", True)], parse_schema(top, "s.toml", tmp_path))
+    assert "statistics tell of field 'f5' = 9: wanted 0 to 4" in report.faults[0].message
+
+
+def test_rows_that_arrow_leaves_out_are_a_fault_in_every_command(tmp_path):
+    """pyarrow writes dictionaries in lists with a page of no values in front where pages are as small, and ends reading there."""
+    kind = pa.list_(pa.dictionary(pa.int32(), pa.string()))
+    lists = pa.array([["a"], None, ["b"]], kind)
+    path = tmp_path / "x.parquet"
+    pq.write_table(
+        pa.table({"y": [0, 1, 0], "w": lists}), path, data_page_size=64, row_group_size=1, store_schema=False
+    )
+    assert pq.read_table(path, columns=["w"]).num_rows == 0
+    words = {"kind": "multi_valued", "encoding": "vocabulary", "vocabulary": "fit", "embedding_dim": 4}
+    schema = parse_schema({"name": "s", "label": "y", "fields": {"w": words}}, "s.toml", tmp_path)
+    lost = "0 rows to read, but 1 by the footer"
+    with pytest.raises(InputError, match=f"row group 0 cannot be decoded .{lost}"):
+        infer_schema([path])
+    with pytest.raises(InputError, match=f"row group 0, column 'w' cannot be decoded .{lost}"):
+        write_fitted(schema, [path], tmp_path / "out")
+    words |= {"encoding": "hash", "num_embeddings": 9}
+    del words["vocabulary"]
+    schema = parse_schema({"name": "s", "label": "y", "fields": {"w": words}}, "s.toml", tmp_path)
+    assert places(check_files([path], schema, full=True)) == [("x", n, "w") for n in range(3)]
+    with pytest.raises(InputError, match=f"row group 0: cannot be decoded .{lost}"):
+        list(RowReader([path], Encoder(schema)).scan(RowGroup(0, 0, 1, 1), 64))
 
 
 def test_an_unfitted_schema_is_enough_for_footers(tmp_path):

@@ -361,3 +361,26 @@ def test_whole_doubles_that_are_ids_are_no_amounts(tmp_path):
     ids_of = {name for name, kind in kinds.items() if kind == "categorical"}
     assert ids_of == {"user_id", "shopId", "thing"} and kinds["price"] == kinds["clicks"] == "numeric", kinds
     assert text.count("whole numbers: read as ids") == 3
+
+
+@pytest.mark.parametrize(("kind", "largest"), [(pa.float16(), 2.0**11), (pa.float32(), 2.0**24)])
+def test_ids_that_narrow_floats_of_one_file_cannot_tell_apart_are_amounts(kind, largest, tmp_path):
+    kinds = {}
+    for top in (largest - 1, largest):
+        ids = np.array([1.0, 2.0, 3.0, top])
+        files = [
+            saved(
+                tmp_path,
+                f"{n}.parquet",
+                user_id=pa.array(ids.astype(each), each_type),
+                w=["a"] * 4,
+                click=[0, 1, 0, 1],
+            )
+            for n, (each, each_type) in enumerate(
+                [(np.float64, pa.float64()), (kind.to_pandas_dtype(), kind)]
+            )
+        ]
+        found, _, _ = inferred(files, tmp_path)
+        kinds[top] = found.features[0].kind
+        write_fitted(found, files, tmp_path / f"fit{top}")
+    assert kinds == {largest - 1: "categorical", largest: "numeric"}

@@ -3,6 +3,7 @@
 Training stops at the first fault; here they are collected, one for each file, row group and column.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from data.reading.checksums import columns_of_leaves
 from data.reading.column_types import column_faults
 from data.reading.encode import Encoder, Place, read_labels
 from data.reading.files import prove
+from data.reading.row_groups import stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import Schema
 
@@ -102,15 +104,17 @@ def check_files(
     return report
 
 
-Ranges = dict[str, tuple[int, int]]
+Ranges = dict[str, tuple[str, int]]
 
 
 def _ranges(schema: Schema) -> Ranges:
-    """Column -> lowest and highest value that may stand in it, where a value outside is an error."""
-    ranges = {schema.label: (0, 1)}
+    """Column -> whose values it holds, and the highest from 0 that may stand in it, where a value outside is an error."""
+    ranges = {schema.label: (f"label {schema.label!r}", 1)}
     for feature in schema.features:
         if feature.is_keyed and feature.encoding == "ids" and feature.on_invalid == "error":
-            ranges[feature.source_column] = (0, schema.table_of[feature.name].num_embeddings - 1)
+            column, high = feature.source_column, schema.table_of[feature.name].num_embeddings - 1
+            if column not in ranges or high < ranges[column][1]:
+                ranges[column] = (f"field {feature.name!r}", high)
     return ranges
 
 
@@ -147,10 +151,10 @@ def _out_of_range(metadata: pq.FileMetaData, ranges: Ranges) -> Iterator[tuple[i
             found = row_group.column(index).statistics
             if found is None or not found.has_min_max or not isinstance(found.min, int | float):
                 continue
-            low, high = ranges[column]
-            value = found.min if found.min < low else found.max
-            if not low <= value <= high:
-                words = f"statistics tell of the value {value}: wanted {low} to {high}; fix the file or the schema"
+            owner, high = ranges[column]
+            value = found.min if found.min < 0 else found.max
+            if not 0 <= value <= high:
+                words = f"statistics tell of {owner} = {value}: wanted 0 to {high}; fix it or the schema"
                 yield number, column, words
 
 
@@ -178,7 +182,7 @@ def _check_row_group(checks: list[Check], job: tuple[_Footer, int]) -> list[Faul
     start, size = 0, max(256, PIECE_CELLS // max(1, len(footer.columns)))
     try:
         with open_parquet(footer.file) as parquet:
-            for rows in parquet.iter_batches(size, row_groups=[group], columns=footer.columns):
+            for rows in stored_rows(parquet, group, footer.columns, size):
                 columns = dict(zip(rows.schema.names, rows.columns, strict=True))
                 place = Place(str(footer.file), group, start)
                 for column, needed, check in checks:
@@ -201,7 +205,7 @@ def unreadable(file: DataFile, group: int, names: list[str]) -> Iterator[tuple[s
     for name in names:
         try:
             with open_parquet(file) as parquet:
-                parquet.read_row_group(group, columns=[name], use_threads=False)
+                deque(stored_rows(parquet, group, [name], PIECE_CELLS, use_threads=False), maxlen=0)
         except DAMAGE as error:
             found = True
             yield name, f"cannot be decoded ({first_line(error)}): the file is damaged; write it again"

@@ -23,8 +23,8 @@ from data.profile.scan import LARGEST_FLOAT32, naming
 from data.profile.sketch import EvenSample
 from data.reading.column_types import check_columns, id_type, is_list, pinned
 from data.reading.encode import Place
-from data.reading.files import prove
 from data.reading.ids import as_ids, decoded
+from data.reading.row_groups import stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import (
     FIRST_VOCABULARY_ROW,
@@ -321,8 +321,7 @@ def _record_batches(file: DataFile, features: list[Feature]) -> Iterator[tuple[P
         for group in range(parquet.num_row_groups):
             start = 0
             try:
-                prove(parquet, [group], names)
-                for rows in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=names):
+                for rows in stored_rows(parquet, group, names, BATCH_ROWS):
                     yield Place(str(file), group, start), rows
                     start += rows.num_rows
             except DAMAGE:

@@ -114,7 +114,7 @@ def is_id(column: ColumnProfile) -> bool:
     low, high, name = column.low or 0.0, column.high or 0.0, HUMP.sub("_", column.name).lower()
     if pt.is_boolean(column.item) or column.low is None:
         return False
-    if pt.is_floating(column.item) and not (column.is_integral and max(-low, high) < LARGEST_AMOUNT):
+    if pt.is_floating(column.item) and not (column.is_integral and max(-low, high) < column.largest_id):
         return False
     if max(-low, high) > LARGEST_AMOUNT:
         return True

@@ -4,7 +4,7 @@ Counts, ranges and distinct values are of every row read; quantiles and what a c
 row sample of fixed size. Rows are read in pieces, so memory depends on the number of columns and not on the number of rows.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,9 @@ from data.errors import InputError, first_line
 from data.profile.sketch import Distinct, EvenSample
 from data.profile.types import as_plain, is_text, joined_type, plain_type
 from data.reading.column_types import is_list, is_number
+from data.reading.ids import WHOLE_BITS
 from data.reading.keys import hash_values
+from data.reading.row_groups import stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 
 PIECE_CELLS = 4_000_000  # rows x columns read at a time
@@ -37,6 +39,7 @@ class ColumnProfile:
 
     name: str
     kind: pa.DataType  # as `joined_type` gives it: of a list column the list's
+    largest_id: float = 2.0**53  # up to which each file's type of floats holds every integer
     rows: int = 0  # rows read
     nulls: int = 0  # rows that are null
     values: int = 0  # ids or numbers that are not null: of a list column those inside the lists
@@ -136,7 +139,8 @@ def profile_files(
     if not total:
         raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows; nothing can be inferred")
     schema = footers.schema
-    columns = {name: ColumnProfile(name, schema.field(name).type) for name in schema.names}
+    limit = footers.largest_id
+    columns = {name: ColumnProfile(name, schema.field(name).type, limit[name]) for name in schema.names}
     sample = EvenSample(max(1_000, min(MAX_SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(schema)))))
     done = 0
     for table in _pieces(files, schema, _spread(footers.groups, rows or total)):
@@ -173,6 +177,7 @@ class _Footers:
     """What the footers of all files say together."""
 
     schema: pa.Schema  # of the columns that can be profiled
+    largest_id: dict[str, float]  # of their ColumnProfiles
     unfit: dict[str, str]
     found: list[tuple[DataFile, pa.Schema]]
     missing: dict[str, int]
@@ -192,6 +197,7 @@ def _read_footers(files: Sequence[DataFile]) -> _Footers:
         groups += [(number, index, count) for index, count in enumerate(counts) if count]
     kinds: dict[str, pa.DataType] = {}
     unfit: dict[str, str] = {}
+    largest_id: dict[str, float] = defaultdict(lambda: 2.0**53)
     for schema, file in found.items():
         times = Counter(schema.names)
         for name, kind in zip(schema.names, schema.types, strict=True):
@@ -203,10 +209,14 @@ def _read_footers(files: Sequence[DataFile]) -> _Footers:
                 unfit[name] = f"{kind} in {file}, {kinds[name]} in another file: write it with one type"
             else:
                 kinds[name] = joined
+                item = plain.value_type if is_list(plain) else plain
+                if pt.is_floating(item):
+                    largest_id[name] = min(largest_id[name], 2.0 ** WHOLE_BITS[item.bit_width])
     order = dict.fromkeys(name for schema in found for name in schema.names)
     missing = {name: len(files) - seen[name] for name in order if seen[name] < len(files)}
     usable = pa.schema([(name, kinds[name]) for name in order if name not in unfit])
-    return _Footers(usable, unfit, [(file, schema) for schema, file in found.items()], missing, groups)
+    schemas = [(file, schema) for schema, file in found.items()]
+    return _Footers(usable, largest_id, unfit, schemas, missing, groups)
 
 
 def _spread(groups: list[Group], rows: int) -> list[Group]:
@@ -227,9 +237,7 @@ def _pieces(files: Sequence[DataFile], schema: pa.Schema, groups: list[Group]) -
             names = [name for name in schema.names if name in parquet.schema_arrow.names]
             for _, index, wanted in of_file:
                 with naming(files[number], f"row group {index} cannot be decoded", "write the file again"):
-                    for batch in parquet.iter_batches(
-                        min(piece_rows, wanted), row_groups=[index], columns=names
-                    ):
+                    for batch in stored_rows(parquet, index, names, min(piece_rows, wanted)):
                         batch = batch.slice(0, wanted)
                         wanted -= batch.num_rows
                         yield _conform(batch, schema, files[number])

@@ -14,7 +14,7 @@ that are in use, whatever the writer's row groups. Readers and decoders may be u
 
 import math
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -23,17 +23,15 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import types as pt
 
 from data.errors import InputError
-from data.reading.checksums import columns_of_leaves, leaves_of
 from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.encode import Encoder, Place
 from data.reading.files import read_or_name
 from data.reading.order import RowGroup, Window
+from data.reading.row_groups import stored_rows
 from data.reading.selection import Selection
 from data.reading.storage import DataFile, open_parquet
 
@@ -64,8 +62,6 @@ class RowReader:
         keys = [each for each in schema.features if each.kind == "categorical" and each.encoding != "ids"]
         names = [*(each.source_column for each in keys), schema.group_column]
         self.dictionaries = [name for name in names if name and dictionaries]
-        holds_lists = [each for each in schema.features if not each.is_single]
-        self.lists = {name for each in holds_lists for name in (each.source_column, each.weights)}
         self._idle: list[tuple[int, pq.ParquetFile]] = []  # open files that are not in use, the latest last
         self._lock = threading.Lock()
 
@@ -109,8 +105,7 @@ class RowReader:
     def _stored(self, row_group: RowGroup, batch_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Yield the stored rows as Arrow cuts them. A remote read that fails is begun anew, behind what has been read."""
         file, attempts = self.files[row_group.file], self.selection.options.attempts
-        taken = passed = 0  # batches and rows
-        lists = Counter[str]()
+        taken = 0
         source: tuple[pq.ParquetFile, Iterator[pa.RecordBatch]] | None = None
 
         def read() -> pa.RecordBatch | None:
@@ -119,9 +114,7 @@ class RowReader:
                 parquet, batches = source
             else:
                 parquet = self._open(row_group)
-                batches = parquet.iter_batches(
-                    batch_rows, row_groups=[row_group.index], columns=columns, use_threads=False
-                )
+                batches = stored_rows(parquet, row_group.index, columns, batch_rows, use_threads=False)
                 batches = islice(batches, taken, None)
             source = None  # until the read has gone well
             batch = next(batches, None)
@@ -131,10 +124,6 @@ class RowReader:
         guarded = partial(read_or_name, read, file, self.name(row_group), "cannot be decoded", attempts)
         while (batch := guarded()) is not None and source:
             taken += 1
-            passed += batch.num_rows
-            lists += self._count_lists(batch)
-            if lists and passed == row_group.stored_rows:
-                self._check_lists(row_group, lists, source[0])
             yield batch
         if source:
             self._leave(row_group, source[0])
@@ -158,28 +147,6 @@ class RowReader:
             left = self._idle.pop(0)[1] if is_full else None
         if left is not None:
             left.close()
-
-    def _count_lists(self, rows: pa.RecordBatch) -> Counter[str]:
-        """Stored entries of each list column that was read: its values, and one for each list without any."""
-        columns = zip(rows.schema.names, rows.columns, strict=True)
-        return Counter({name: _count_entries(column) for name, column in columns if name in self.lists})
-
-    def _check_lists(self, row_group: RowGroup, found: Counter[str], parquet: pq.ParquetFile) -> None:
-        """Compare the entries of list columns that were read with those that the footer says are stored (see `data.reading.files.prove`).
-
-        Arrow takes a page's number of values from its header, which no checksum covers, and cuts the last list short without a word
-        if a flipped bit made it smaller. Columns without lists would end early, which Arrow reports.
-        """
-        group = parquet.metadata.row_group(row_group.index)
-        owners = columns_of_leaves(parquet.metadata)
-        for leaf in leaves_of(parquet.metadata, found.keys()):
-            chunk = group.column(leaf)
-            name, stored = owners[leaf], chunk.num_values
-            if found[name] != stored:
-                raise InputError(
-                    f"{self.name(row_group)}: column {name!r} has {found[name]} values to read, but {stored} by the footer; "
-                    "the file is damaged: write it again"
-                )
 
 
 def _of_exact_size(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[pa.RecordBatch]:
@@ -211,21 +178,6 @@ def _filtered(rows: pa.RecordBatch, kept: np.ndarray) -> pa.RecordBatch:
 
 def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.concat_batches(parts) if len(parts) > 1 else parts[0]  # which it would copy
-
-
-def _count_entries(column: pa.Array) -> int:
-    if pt.is_null(column.type):  # lists that are all null
-        return len(column)
-    if not (pt.is_list(column.type) or pt.is_large_list(column.type)):
-        empty = pc.sum(pc.equal(pc.list_value_length(column), 0)).as_py() or 0
-        return len(column.flatten()) + empty + column.null_count
-    offsets = column.offsets.to_numpy()
-    empty = int(np.count_nonzero(offsets[1:] == offsets[:-1]))
-    if not column.null_count:
-        return int(offsets[-1] - offsets[0]) + empty
-    # a null list may lie over values that are not part of the column
-    null_but_full = (offsets[1:] != offsets[:-1]) & column.is_null().to_numpy(zero_copy_only=False)
-    return len(column.flatten()) + empty + int(np.count_nonzero(null_but_full))
 
 
 class Memory:
