@@ -199,7 +199,7 @@ def open_streams(
             files = resolve_files(paths)
             streams[split] = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
             opened = streams[split]()  # reads footers only: faults show before anything is built
-            counts.append(f"{split} {opened.num_rows:,} rows of {files_in_words(len(opened.files))}")
+            counts.append(f"{split} {opened.num_rows:,} rows of {files_in_words(opened.files)}")
     return streams
 
 

@@ -128,5 +128,5 @@ def artifact_of(runs: Path, kind: str = "row_wise", rows: str = "int8") -> Path:
             argv = ("export", runs / kind, "--out", folder, "--rows", rows, "--no-aot")
             code, out, err = printed_by(*argv)
             assert code == 0, err
-            assert "against the float model" in out and "largest change" in out
+            assert "test, 2,000 rows of 1 file, against the float model" in out and "largest change" in out
     return folder

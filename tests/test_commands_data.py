@@ -37,7 +37,7 @@ def test_from_a_folder_to_a_fitted_schema(log, tmp_path, capsys):
     assert main(["schema", "fit", str(schema), str(log / "ds=0"), "-o", str(tmp_path / "fit")]) == 0
     fitted = str(tmp_path / "fit" / "schema.toml")
     assert main(["data", "check", str(log), "--schema", fitted, "--full"]) == 0
-    assert "no fault in 2 file(s)" in capsys.readouterr().out
+    assert "no fault in 2 files" in capsys.readouterr().out
     assert main(["schema", "show", fitted]) == 0
     out = capsys.readouterr().out
     assert "3 fields" in out and "vocabulary" in out and "wait for" not in out

@@ -196,11 +196,11 @@ def test_the_command_exits_1_on_a_fault(tmp_path, capsys):
     schema.write_text(f'name = "s"\nlabel = "click"\n[fields]\nuser = {user}\n')
     command = ["data", "check", str(write(tmp_path, "a", **changed("user", 25, 10))), "--schema", str(schema)]
     assert main(command) == 0
-    assert "no fault in 1 file(s), 4 row groups, 40 rows (footers only" in capsys.readouterr().out
+    assert "no fault in 1 file, 4 row groups, 40 rows (footers only" in capsys.readouterr().out
     assert main([*command, "--full"]) == 1
     out = capsys.readouterr().out
     assert "row group 2, column user: row 5, field 'user' = 10: wanted an id" in out
-    assert "1 fault(s) in 1 file(s)" in out
+    assert "1 fault(s) in 1 file" in out
 
 
 def test_statistics_of_a_part_of_another_column_are_not_taken_for_the_columns_own(tmp_path):

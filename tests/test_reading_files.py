@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from numbered_rows import make_schema, write_rows
+from pyarrow.fs import copy_files
 
 from data.errors import InputError
 from data.reading.config import StreamOptions
-from data.reading.files import read_contents, resolve_files
+from data.reading.files import files_in_words, read_contents, resolve_files
 from data.reading.selection import Selection
-from data.reading.storage import RemoteFile
+from data.reading.storage import file_system
 
 SCHEMA = make_schema()
 
@@ -56,7 +57,6 @@ def test_what_spark_and_macos_mark_as_no_data_is_not_read(tmp_path, hidden, text
     wanted = [write_file(tmp_path / "logs" / name, 3) for name in ("_day=1/b.parquet", "ds=1/a.parquet")]
     found = write_file(tmp_path / "logs" / hidden, 3)
     assert resolve_files([str(tmp_path / text)]) == wanted
-    assert resolve_files([f"file://{tmp_path}/logs"]) == [RemoteFile(f"file://{file}") for file in wanted]
     assert resolve_files([str(found)]) == [found]
 
 
@@ -69,9 +69,24 @@ def test_folders_of_part_files_and_files_without_an_ending_are_data(tmp_path):
         "day5/y.pq",
     ]
     files = [write_file(tmp_path / name, 3) for name in names]
-    for name in ("README", "day2/_SUCCESS", "notes.txt", "a.parquet.bak"):
+    assert files_in_words(resolve_files([str(tmp_path)])) == "5 files"
+    for name in ("README", "day2/_SUCCESS", "notes.txt", "a.parquet.bak", "day3/part-0.orc"):
         (tmp_path / name).write_text("PAR1" if name.endswith("bak") else "text")
-    assert resolve_files([str(tmp_path)]) == sorted(files)
+    os.mkfifo(tmp_path / "pipe")
+    for paths in ([str(tmp_path)], [f"{tmp_path}/*"], [f"{tmp_path}/**"]):
+        found = resolve_files(paths)
+        assert found == sorted(files)
+        assert [str(file.relative_to(tmp_path)) for file in found.others] == [
+            "README",
+            "a.parquet.bak",
+            "day3/part-0.orc",
+            "notes.txt",
+            "pipe",
+        ]
+        words = files_in_words(found)
+        assert words.startswith("5 files (no Parquet, by name, and left out: ")
+        assert words.endswith("day3/part-0.orc and 2 more)")
+    assert resolve_files([f"{tmp_path}/day3/*.orc"]) == [tmp_path / "day3/part-0.orc"]
 
 
 def test_one_file_by_two_names_counts_once_and_links_are_followed(tmp_path, monkeypatch):
@@ -92,11 +107,49 @@ def test_one_file_by_two_names_counts_once_and_links_are_followed(tmp_path, monk
         logs / "ds=1/a.parquet",
         logs / "ds=2/b.parquet",
     ]
+    assert resolve_files([f"file://{logs}", "logs/*", f"file://localhost{logs}/ds%3D1/*.parquet"]) == [
+        logs / "ds=1/a.parquet",
+        logs / "ds=2/b.parquet",
+    ]
 
 
 def test_names_with_the_signs_of_globs_are_files_first(tmp_path):
     file = write_file(tmp_path / "a[1]" / "x?.parquet", 3)
-    assert resolve_files([str(tmp_path / "a[1]")]) == resolve_files([str(file)]) == [file]
+    write_file(tmp_path / "a1" / "x1.parquet", 3)
+    for path in ("a[1]", "a[1]/*.parquet", "a[1]/**", "a[1]/x?.parquet", "a[[]1]/*"):
+        assert resolve_files([str(tmp_path / path)]) == [file]
+    assert len(resolve_files([str(tmp_path / "a*" / "x?.parquet")])) == 2
+
+
+@pytest.mark.parametrize("text", ["", "/ds=*", "/ds=*/*.parquet", "/*/a.parquet", "/**/*.parquet"])
+def test_a_folder_that_cannot_be_read_is_named_whatever_path_leads_there(tmp_path, text):
+    write_file(tmp_path / "ds=1" / "a.parquet", 3)
+    (tmp_path / "ds=2").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"ds=2: cannot be read \(No such file or directory\)"):
+        resolve_files([f"{tmp_path}{text}"])
+    (tmp_path / "ds=2").unlink()
+    (tmp_path / "ds=2").symlink_to(tmp_path / "ds=2")
+    with pytest.raises(InputError, match=r"ds=2: cannot be read \(Too many levels of symbolic links\)"):
+        resolve_files([f"{tmp_path}{text}"])
+
+
+def test_a_uri_takes_the_files_that_a_folder_takes(tmp_path):
+    names = ["ds=1/a.parquet", "ds=1/000000_0", "ds=2/_b.parquet", "ds=2/B.PQ", "_day=3/c.parquet"]
+    for name in [*names, "a[1]/x.parquet"]:
+        write_file(tmp_path / name, 3)
+    for name in ("README", "ds=1/part-0.orc"):
+        (tmp_path / name).write_text("text")
+    uri = f"memory://{tmp_path.name}"
+    system, path = file_system(uri)
+    copy_files(str(tmp_path), path, destination_filesystem=system)
+    for text in ("", "/*", "/**", "/ds=*/*", "/**/*.parquet", "/a[1]/*.parquet", "/ds=1", "/ds=2/_b.parquet"):
+        here, there = resolve_files([f"{tmp_path}{text}"]), resolve_files([uri + text])
+        assert here and [file.relative_to(tmp_path).as_posix() for file in here] == [
+            str(file).removeprefix(f"{uri}/") for file in there
+        ]
+        assert [file.name for file in here.others] == [file.name for file in there.others]
+    with pytest.raises(InputError, match=r"ds=9\*: no Parquet file there; check the path"):
+        resolve_files([f"{uri}/ds=9*"])
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

@@ -34,6 +34,20 @@ KINDS = {
     ),
     "text of days": (pa.string(), lambda s: day_of(s).replace("-0", "-")),
 }
+HOURS = {  # of 30 April 23:00, 1 May 7:00 and 13:00, 2 May 0:00: the rows that meet each
+    ">= '2024-05-01'": [1, 2, 3],
+    "<= 2024-05-01": [0, 1, 2],
+    "> 20240501": [3],
+    "< 2024-05-01": [0],
+    "= 2024-5-1": [1, 2],
+    "!= 2024-05-01": [0, 3],
+    "<= 2024-05-01-07": [0, 1],
+    "> 2024050107": [2, 3],
+    "= '2024-05-01 13:00'": [2],
+    ">= 2024-05-01T13": [2, 3],
+    "is not null": [0, 1, 2, 3],
+    "IS NULL": [],
+}
 HAS_NO_HOURS = ("date", "yyyymmdd", "text of days")
 
 
@@ -194,6 +208,10 @@ def test_rows_without_a_time_and_hives_null_partition_meet_no_condition(files, t
     assert kept([null], "at >= 2024-05-01") == [7, 8]
     assert kept([*files, some, nothing], "at >= last 1") == [240]
     assert kept([*files, some, nothing], "at >= 2024-04-01") == [*rows_of_days(0, 10), 240]
+    assert kept([*files, some, nothing], "at is not null and ds > 2024-05-09") == [*rows_of_days(9, 10), 240]
+    assert kept([*files, some, nothing], "at IS NULL") == [241, 242]
+    with pytest.raises(InputError, match="hold no rows that where"):
+        kept([*files, some, nothing], "at IS NULL, at > 2024-05-01")
 
 
 def test_what_hive_escapes_in_a_folder_is_read(tmp_path):
@@ -234,11 +252,17 @@ def test_numbers_in_partitions_compare_as_numbers(tmp_path):
         ("ds < last", "the bound 'last' says nothing"),
         ("ds < ''", "the bound '' says nothing"),
         ("ds = 2023-01-01", "none of 10 files is left"),
-        ("ds < 2024-02-30", "folders such as ds=2024-05-01 want a day such as 2024-05-25; got '2024-02-30'"),
+        (
+            "ds < 2024-02-30",
+            "folders such as ds=2024-05-01, ds=2024-05-02 want a day such as 2024-05-25; got '2024-02-30'",
+        ),
         ("ds < today", "want a day such as 2024-05-25; got 'today'"),
         ("at >= tomorrow", "'tomorrow' is nothing to compare them with; write a day such as 2024-05-25"),
         ("at < 2024-13-01", "'2024-13-01' is nothing to compare them with"),
-        ("at < 1714521600000", "holds integers up to 17.* .seconds., but 1714521600000 is of another form"),
+        (
+            "at < 1714521600000",
+            "holds integers up to 17.* .seconds., and '1714521600000' is nothing to compare .* a day such as 2024-05-25",
+        ),
         ("at > 2030-01-01", "hold no rows that where = .'at > 2030-01-01'. and sampling keep"),
     ],
 )
@@ -268,23 +292,41 @@ def test_a_time_column_that_is_missing_or_holds_no_times_is_named(files, tmp_pat
     refused("holds integers up to 900, which are no times: `last N` cannot be told", before=[])
     refused("'2024-05-11' is nothing to compare them with; write an integer", "at < 2024-05-11", [])
     assert kept([bad], "at < 8") == [1]
-    write_rows(bad, [1, 2], pa.array([2024050107, 2024050108]))
-    refused("10 digits that begin with a day.*; write an integer", "at < 2024-05-11", [])
-    assert kept([bad], "at >= 2024050108") == [2]
+    write_rows(bad, [0, 1, 2, 3], pa.array([2024043023, 2024050107, 2024050113, 2024050200]))
+    for where, rows in HOURS.items():
+        if rows:
+            assert kept([bad], f"at {where}") == rows
+    refused(
+        r"2024050200 .hours written yyyymmddhh.*, and '2024-05-01T07:30' is nothing",
+        "at < 2024-05-01T07:30",
+        [],
+    )
 
 
-def test_folders_that_are_no_days_want_bounds_of_their_own_form(tmp_path):
-    hours = [
-        write_rows(tmp_path / f"dt=2024-05-01-{hour:02}" / "a.parquet", [hour], pa.array([1]))
-        for hour in (7, 9)
+@pytest.mark.parametrize(
+    "form", ["%Y-%m-%d-%H", "%Y%m%d%H", "%Y-%m-%d_%H", "%Y-%m-%d%%20%H%%3A00%%3A00", "%Y%m%dT%H"]
+)
+def test_a_day_as_bound_beside_folders_of_hours_is_the_whole_day(tmp_path, form):
+    hours = [datetime.datetime(2024, *each) for each in ((4, 30, 23), (5, 1, 7), (5, 1, 13), (5, 2, 0))]
+    files = [
+        write_rows(tmp_path / f"dt={hour.strftime(form)}" / "a.parquet", [row], pa.array([1]))
+        for row, hour in enumerate(hours)
     ]
-    assert kept(hours, "dt >= 2024-05-01-08") == [9]
-    with pytest.raises(
-        InputError, match="dt=2024-05-01-09 cannot be ordered by or compared with '2024-05-01'"
-    ):
-        kept(hours, "dt <= 2024-05-01")
+    for where, rows in HOURS.items():
+        if rows:
+            assert kept(files, f"dt {where}") == rows
+        else:
+            with pytest.raises(InputError, match="none of 4 files is left"):
+                kept(files, f"dt {where}")
+    assert kept(files, "dt >= last 2") == [2, 3]
+    if "00" not in form:  # the folder of an hour holds rows before and after half past
+        with pytest.raises(InputError, match="rows of one folder lie on both sides of the bound"):
+            kept(files, "dt < 2024-05-01T07:30")
+
+
+def test_numbers_as_folders_want_numbers(tmp_path):
     numbers = [write_rows(tmp_path / f"hour={hour}" / "a.parquet", [hour], pa.array([1])) for hour in (7, 9)]
-    with pytest.raises(InputError, match="hour=7 want a number; got '2024-05-01'"):
+    with pytest.raises(InputError, match="hour=7, hour=9 want a number; got '2024-05-01'"):
         kept(numbers, "hour < 2024-05-01")
 
 
@@ -297,12 +339,16 @@ def test_folders_that_are_no_days_want_bounds_of_their_own_form(tmp_path):
         (["2024-05-01", "2024-05-02"], "ds < '2024-05-02 00:00:00'", [0]),
         (["2024-05-01", "2024-05-02"], "ds < 2024-05-02T12:00", "lie on both sides of the bound"),
         (["2024-05-01", "", "2024-05-02"], "ds != 2024-05-01", [2]),
-        (["2024-05-01", "old"], "ds >= last 1", "cannot be ordered by"),
-        (["v2", "v9", "v10"], "ds >= last 1", "cannot be ordered by"),
+        (["2024-05-01", "old"], "ds >= last 1", "want a bound of one form with them"),
+        (["v2", "v9", "v10"], "ds >= last 1", "want a bound of one form with them"),
         (["v2", "v9", "v10"], "ds != v9", [0, 2]),
         (["2024-05", "2024-10"], "ds < 2024-06", [0]),
-        (["2024-05", "2024-10"], "ds < 2024-6", "cannot be ordered by"),
-        (["2024050107", "2024050207"], "ds >= 20240502", "want a number of the same form"),
+        (["2024-05", "2024-10"], "ds < 2024-6", "want a bound of one form with them"),
+        (["2024-05-01", "", "__HIVE_DEFAULT_PARTITION__"], "ds is null", [1, 2]),
+        (["2024-05-01", "", "old"], "ds  IS  NOT  NULL", [0, 2]),
+        (["2024-05-01", ""], "ds = null", "the bound 'null' says nothing; .* or ds IS NULL"),
+        ([""], "ds != x", "none of 1 files is left"),
+        (["1714521600", "1714525200"], "ds >= 20240502", "want a number of the same form"),
         (["1.5", "10.5", "9"], "ds < 9.5", [0, 2]),
     ],
 )  # fmt: skip

@@ -132,19 +132,27 @@ def test_binned_auc_is_within_its_bound_even_of_ties():
 
 def test_other_rows_and_refusals(runs, tmp_path):
     pq.write_table(serving_table(300, 9), tmp_path / "other.parquet", write_page_checksum=True)
+    (tmp_path / "part-0.orc").write_text("ORC")
     run = runs / "row_wise"
     other = tmp_path / "other.parquet"
     code, out, _ = printed_by("evaluate", run, "--data", other, "--by", "city", "--by", "user", "--json")
     answer = json.loads(out)
-    assert code == 0 and answer["rows"] == 300
+    assert code == 0 and answer["rows"] == 300 and answer["files"] == 1
     assert answer["slices"]["city"]["(null)"]["rows"] > 0
     users = answer["slices"]["user"]
     assert len(users) == 51 and list(users)[-1] == "(other)"
     assert sum(entry["rows"] for entry in users.values()) == 300
     low, high = answer["intervals"]["auc"]
     assert low < answer["auc"] < high
+    _, out, _ = printed_by("evaluate", run, "--data", tmp_path)
+    assert f"300 rows of 1 file (no Parquet, by name, and left out: {tmp_path}/part-0.orc)" in out
     code, out, _ = printed_by("evaluate", run, "--by", "hour")
-    assert code == 0 and "+-" in out and "largest difference from what training logged" in out
+    assert (
+        code == 0
+        and "+-" in out
+        and "test, 2,000 rows of 1 file, weights" in out
+        and "largest difference from what training logged" in out
+    )
     for argv, words in (
         ((run, "--by", "tags"), "wanted one value a row"),
         ((run, "--by", "nothing"), "no such column"),

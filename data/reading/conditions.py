@@ -1,6 +1,6 @@
 """Conditions as users write them, `NAME OP BOUND` as in SQL, and the days and times that texts and integers stand for.
 
-    ds >= 2024-05-01 and ds < 2024-05-05      ds < last 7      hour = 9, city <> 'new york'      "event time" < '2024-05-05 12:00'
+    ds >= 2024-05-01 and ds < 2024-05-05    ds < last 7    hour = 9, city <> 'new york'    "event time" < '2024-05-05 12:00'    ds IS NOT NULL
 
 `and` and commas join conditions; quotes hold names and bounds with blanks. There is no OR, IN or BETWEEN.
 """
@@ -13,21 +13,41 @@ from data.errors import InputError
 
 TERM = re.compile(
     r"""\s*(?:"(?P<quoted>[^"]+)"|`(?P<ticked>[^`]+)`|(?P<name>[^\s<>=!'"`(),;]+))
-    \s*(?P<operator><=|>=|<>|==|!=|=|<|>)
-    \s*(?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<last>last\s+[^\s,]+)|(?P<time>\d{4}-\d+-\d+\ \d+:[^\s,]+)|(?P<plain>[^\s<>=!'"`(),;]+))
+    \s*(?P<operator>(?P<null>\bis\s+(?:not\s+)?null\b)|<=|>=|<>|==|!=|=|<|>)
+    \s*(?(null)|(?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<last>last\s+[^\s,]+)|(?P<time>\d{4}-\d+-\d+\ \d+:[^\s,]+)|(?P<plain>[^\s<>=!'"`(),;]+)))
     \s*(?P<end>$|,|\band\b)""",
     re.VERBOSE | re.IGNORECASE,
 )
 INSTANT = re.compile(
-    r"(\d{4})-(\d{1,2})-(\d{1,2})"
-    r"(?:[T ](\d{1,2})(?::(\d{2})(?::(\d{2})(?:\.(\d{1,9}))?)?)? ?(?:(Z)|([+-])(\d{2}):?(\d{2}))?)?"
+    r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})"
+    r"(?:(?P<sep>[T _-])(?P<hour>\d{1,2})(?::(?P<minute>\d{2})(?::(?P<second>\d{2})(?:\.(?P<fraction>\d{1,9}))?)?)?"
+    r" ?(?:Z|(?P<sign>[+-])(?P<hours>\d{2}):?(?P<minutes>\d{2}))?)?",
+    re.ASCII,
+)
+COMPACT = re.compile(
+    r"(?P<year>(?:19|2[01])\d{2})(?P<month>\d{2})(?P<day>\d{2})"
+    r"(?:[T _-]?(?P<hour>\d{2})(?::?(?P<minute>\d{2}))?(?::?(?P<second>\d{2}))?)?",
+    re.ASCII,
 )
 INTEGER = re.compile(r"-?\d+", re.ASCII)
 NANOSECONDS = 10**9
-DAY = 86_400 * NANOSECONDS
-EPOCH = datetime.date(1970, 1, 1)
+HOUR, DAY = 3_600 * NANOSECONDS, 86_400 * NANOSECONDS
+EPOCH, SECOND = datetime.datetime(1970, 1, 1), datetime.timedelta(seconds=1)
+IS_NULL, IS_NOT_NULL = "is null", "is not null"
+# integers that are written as days or times: digits -> name and nanoseconds of one
+WRITTEN = {
+    8: ("days written yyyymmdd", DAY),
+    10: ("hours written yyyymmddhh", HOUR),
+    12: ("minutes written yyyymmddhhmm", HOUR // 60),
+    14: ("seconds written yyyymmddhhmmss", NANOSECONDS),
+}
 # integers since 1970: the number of digits tells the unit (from 1973 until the year 5138)
-UNITS = (("seconds", 10**11, NANOSECONDS), ("milliseconds", 10**14, 10**6), ("microseconds", 10**17, 10**3))
+UNITS = (
+    ("seconds", 10**11, NANOSECONDS),
+    ("milliseconds", 10**14, 10**6),
+    ("microseconds", 10**17, 10**3),
+    ("nanoseconds", 10**40, 1),
+)
 
 
 class Condition(NamedTuple):
@@ -41,10 +61,10 @@ class Condition(NamedTuple):
 
 
 class Instant(NamedTuple):
-    """Nanoseconds since 1970 in UTC, and whether a text named a day and no time of day."""
+    """Nanoseconds since 1970 in UTC, and how many of them a text names: a DAY, an HOUR or one."""
 
     nanoseconds: int
-    is_day: bool
+    length: int
 
 
 def parse_conditions(text: str) -> list[Condition]:
@@ -63,16 +83,17 @@ def parse_conditions(text: str) -> list[Condition]:
             )
         part = match.groupdict()
         name = part["quoted"] or part["ticked"] or part["name"]
+        operator = " ".join(part["operator"].lower().split())
         bounds = [part[key] for key in ("single", "double", "last", "time", "plain") if part[key] is not None]
         number = re.fullmatch(r"last\s+0*([1-9]\d*)", part["last"] or "", re.IGNORECASE)
-        if (part["last"] and not number) or bounds[0] == "" or (part["plain"] or "").lower() == "last":
+        says_nothing = (part["plain"] or "").lower() in ("last", "null") or (part["last"] and not number)
+        if bounds == [""] or says_nothing:
             raise InputError(
-                f"where = {text!r}: the bound {bounds[0]!r} says nothing; write a value, a day such as 2024-05-25, or `last N` with N "
-                "of 1 or more"
+                f"where = {text!r}: the bound {bounds[0]!r} says nothing; write a value, a day such as 2024-05-25, `last N` with N of 1 or "
+                f"more, or {name} IS NULL"
             )
-        found.append(
-            Condition(text, name, part["operator"], bounds[0], int(number.group(1)) if number else 0)
-        )
+        last = int(number.group(1)) if number else 0
+        found.append(Condition(text, name, operator, bounds[0] if bounds else "", last))
         position, end = match.end(), part["end"]
     return found
 
@@ -80,56 +101,47 @@ def parse_conditions(text: str) -> list[Condition]:
 def read_instant(text: str) -> Instant | None:
     """The day or time that a text names, in UTC unless it names an offset: 2024-05-25, 2024-5-25, 20240525, 2024-05-25T12:00:30.5Z.
 
-    None if it names none, or one that no calendar has.
+    Whole hours are written 2024-05-25-12 or 2024052512. None if it names none, or one that no calendar has.
     """
-    day = _compact_day(text)
-    if day is not None:
-        return Instant((day - EPOCH).days * DAY, is_day=True)
-    match = INSTANT.fullmatch(text)
+    match = COMPACT.fullmatch(text) or INSTANT.fullmatch(text)
     if not match:
         return None
-    year, month, day_of_month, hour, minute, second, fraction, _, sign, hours, minutes = match.groups()
+    part = match.groupdict(default="")
+    keys = ("year", "month", "day", "hour", "minute", "second")
     try:
-        date = datetime.date(int(year), int(month), int(day_of_month))
-        time = datetime.time(int(hour or 0), int(minute or 0), int(second or 0))
+        year, month, day, hour, minute, second = (int(part[key] or 0) for key in keys)
+        seconds = (datetime.datetime(year, month, day, hour, minute, second) - EPOCH) // SECOND
     except ValueError:
         return None
-    seconds = time.hour * 3600 + time.minute * 60 + time.second
-    if sign:
-        seconds -= int(f"{sign}1") * (int(hours) * 3600 + int(minutes) * 60)
-    nanoseconds = int((fraction or "").ljust(9, "0"))
-    return Instant((date - EPOCH).days * DAY + seconds * NANOSECONDS + nanoseconds, is_day=hour is None)
+    if part.get("sign"):
+        seconds -= int(f"{part['sign']}1") * (int(part["hours"]) * 3600 + int(part["minutes"]) * 60)
+    nanoseconds = seconds * NANOSECONDS + int(part.get("fraction", "").ljust(9, "0"))
+    is_hour = part["hour"] and not part["minute"] and part.get("sep") not in ("T", " ")
+    length = DAY if not part["hour"] else HOUR if is_hour else 1
+    return Instant(nanoseconds, length)
 
 
-def _compact_day(text: str) -> datetime.date | None:
-    """The day that eight digits name."""
-    if len(text) != 8 or not text.isdecimal() or not "1900" <= text[:4] <= "2199":
-        return None
-    try:
-        return datetime.date(int(text[:4]), int(text[4:6]), int(text[6:]))
-    except ValueError:
-        return None
+class Form(NamedTuple):
+    """What integers look like: a name, empty for no time, the nanoseconds of one, and the digits of those that are written as days or times."""
+
+    name: str
+    step: int
+    digits: int
+
+    def first_from(self, nanoseconds: int) -> int:
+        """The first integer of this form that stands for no earlier instant."""
+        whole = -(-nanoseconds // self.step)
+        if not self.digits:
+            return whole
+        when = EPOCH + datetime.timedelta(seconds=whole * self.step // NANOSECONDS)
+        return int(f"{when.year:04}{when:%m%d%H%M%S}"[: self.digits])
 
 
-def compact_day(nanoseconds: int) -> int:
-    """The day of an instant as an integer such as 20240525."""
-    return int((EPOCH + datetime.timedelta(days=nanoseconds // DAY)).strftime("%Y%m%d"))
-
-
-def form_of(number: int) -> str:
-    """What an integer instant looks like: a day such as 20240525, one of UNITS since 1970, digits such as 2024052512, or "" for none."""
+def form_of(number: int) -> Form:
+    """What one integer looks like: a day such as 20240525, an hour such as 2024052512, one of UNITS since 1970, or nothing."""
     text = str(abs(number))
-    if _compact_day(text):
-        return "days written yyyymmdd"
-    if len(text) in (10, 12, 14) and _compact_day(text[:8]):
-        pairs = [int(text[at : at + 2]) for at in range(8, len(text), 2)]
-        if all(pair < most for pair, most in zip(pairs, (24, 60, 60), strict=False)):
-            return f"{len(text)} digits that begin with a day"
+    if read_instant(text):
+        return Form(*WRITTEN[len(text)], len(text))
     if abs(number) < 10**8:
-        return ""
-    return next((name for name, limit, _ in UNITS if abs(number) < limit), "nanoseconds")
-
-
-def unit_of(form: str) -> int:
-    """Nanoseconds of one unit of integers of a form; 0 for those that do not count time."""
-    return 1 if form == "nanoseconds" else next((unit for name, _, unit in UNITS if name == form), 0)
+        return Form("", 0, 0)
+    return next(Form(name, step, 0) for name, limit, step in UNITS if abs(number) < limit)

@@ -19,17 +19,22 @@ from data.reading.order import RowGroup
 from data.reading.selection import Footer, Selection, read_footer
 from data.reading.storage import (
     DAMAGE,
+    ENDINGS,
+    LIST_ATTEMPTS,
+    MAGIC,
     DataFile,
+    FileList,
     RemoteFile,
-    is_uri,
-    list_local,
-    list_remote,
+    list_files,
+    local_path,
     open_parquet,
+    read_bytes,
     retried,
 )
 from data.schema import Schema
 
 T = TypeVar("T")
+SHOWN = 3  # names of what is left out
 THREADS = 8  # that read footers: small reads, which mostly wait
 
 
@@ -40,48 +45,64 @@ class Contents(NamedTuple):
     label_counts: tuple[int, int]
 
 
-def resolve_files(paths: Sequence[str]) -> list[DataFile]:
+def resolve_files(paths: Sequence[str]) -> FileList:
     """Turn folders, globs, files and URIs into a sorted list of Parquet files; a file that has two names is there once.
+
+    In a folder, and by a pattern without an ending, a file is taken if it has an ending of Parquet, or none and begins as Parquet files do
+    (Hive writes 000000_0).
 
     Raises:
         InputError: a path leads to no Parquet file, or cannot be read.
     """
-    files: set[DataFile] = set()
+    identities: dict[DataFile, object] = {}
+    others: set[DataFile] = set()
     for text in paths:
-        found = set(list_remote(text)) if is_uri(text) else set(list_local(text))
-        files |= found
+        listed = list_files(text)
+        is_data = for_each_file([each.file for each in listed], _is_parquet, "cannot be read", LIST_ATTEMPTS)
+        found = {
+            each.file: each.identity
+            for each, by_name in zip(listed, is_data, strict=True)
+            if by_name or each.is_named
+        }
+        identities |= found
+        others |= {each.file for each in listed} - found.keys()
         if not found:
             raise InputError(
                 f"{text}: no Parquet file there{_other_files(text)}; check the path, or write the data first (`mbcnet data synth`, "
                 "`mbcnet data prepare`)"
             )
     kept: dict[object, DataFile] = {}
-    for file in sorted(files, key=lambda file: (isinstance(file, RemoteFile), file)):
-        kept.setdefault(_identity(file), file)
-    return list(kept.values())
+    for file in sorted(identities, key=_rank):
+        kept.setdefault(identities[file], file)
+    return FileList(kept.values(), sorted(others - identities.keys(), key=_rank))
 
 
-def files_in_words(count: int) -> str:
-    """How many files a command took."""
-    return "1 file" if count == 1 else f"{count:,} files"
+def _rank(file: DataFile) -> tuple[bool, DataFile]:
+    return isinstance(file, RemoteFile), file
 
 
-def _identity(file: DataFile) -> object:
-    """What two names of one file share."""
-    if isinstance(file, RemoteFile):
-        return file
-    status = file.stat()
-    return (status.st_dev, status.st_ino) if status.st_ino else file.resolve()
+def _is_parquet(_: int, file: DataFile) -> bool:
+    if "." in file.name or (isinstance(file, Path) and not file.is_file()):
+        return file.name.lower().endswith(ENDINGS)
+    return read_bytes(file, 0, len(MAGIC)) == MAGIC
+
+
+def files_in_words(files: FileList) -> str:
+    """How many files a command took, and what it left out where it found them."""
+    count, left = len(files), [str(file) for file in files.others]
+    names = f"{', '.join(left[:SHOWN])}{f' and {len(left) - SHOWN:,} more' if len(left) > SHOWN else ''}"
+    words = "1 file" if count == 1 else f"{count:,} files"
+    return words + (f" (no Parquet, by name, and left out: {names})" if left else "")
 
 
 def _other_files(text: str) -> str:
     """What lies in a folder without Parquet files, in words."""
-    path = Path(text).expanduser()
-    if is_uri(text) or not path.is_dir():
+    path = local_path(text)
+    if path is None or not path.is_dir():
         return ""
     names = sorted(each.name for each in path.iterdir())
     return (
-        f" (it holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f" (it holds {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
         if names
         else " (it is empty)"
     )
@@ -102,7 +123,7 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
     def inspect(_: int, file: DataFile) -> tuple[Footer, str]:
         return _inspect(file, schema, time_column, checked)
 
-    inspected = _for_each(files, inspect, "not a readable Parquet file", attempts)
+    inspected = for_each_file(files, inspect, "not a readable Parquet file", attempts)
     footers = [footer for footer, _ in inspected]
     bare = [(file, column) for file, (_, column) in zip(files, inspected, strict=True) if column]
     if bare:
@@ -116,7 +137,7 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
     def count(number: int, file: DataFile) -> tuple[list[RowGroup], np.ndarray]:
         return _count_rows(file, number, footers[number], selection)
 
-    counted = _for_each(files, count, "cannot be read while counting rows", attempts)
+    counted = for_each_file(files, count, "cannot be read while counting rows", attempts)
     row_groups = [row_group for groups, _ in counted for row_group in groups]
     if not row_groups:
         kept = f" that where = {list(selection.options.where)} and sampling keep" if selection.filters else ""
@@ -157,7 +178,7 @@ def prove(parquet: pq.ParquetFile, row_groups: Iterable[int], columns: Iterable[
         next(parquet.iter_batches(1, row_groups=chosen, columns=list(columns), use_threads=False), None)
 
 
-def _for_each(
+def for_each_file(
     files: Sequence[DataFile], action: Callable[[int, DataFile], T], problem: str, attempts: int
 ) -> list[T]:
     """Run an action with each file and its number, in threads; see `read_or_name`."""
@@ -179,6 +200,10 @@ def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str,
         return retried(read, name, attempts)
     try:
         return read()
+    except (FileNotFoundError, PermissionError) as error:
+        raise InputError(
+            f"{name}: cannot be read ({first_line(error)}); check the path and the permissions"
+        ) from None
     except DAMAGE as error:
         raise InputError(
             f"{name}: {problem} ({first_line(error)}); the file is damaged: write it again or remove it"

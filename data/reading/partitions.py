@@ -4,14 +4,14 @@ The values of a key are days or times, numbers, or texts: what all of them can b
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
 from data.errors import InputError
-from data.reading.conditions import DAY, Condition, Instant, form_of, parse_conditions, read_instant
-from data.reading.storage import DataFile, path_parts
+from data.reading.conditions import IS_NOT_NULL, IS_NULL, Condition, form_of, parse_conditions, read_instant
+from data.reading.storage import DataFile, FileList, path_parts
 from data.schema import Schema
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -25,7 +25,7 @@ def partition_of(file: DataFile) -> dict[str, str]:
     return {unquote(key): unquote(value) for key, value in pairs}
 
 
-def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema) -> list[DataFile]:
+def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema) -> FileList:
     """Keep the files whose partitions meet the conditions.
 
     Raises:
@@ -50,26 +50,18 @@ def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema
         raise InputError(
             f"where = {list(where)}: none of {len(files)} files is left; the first is {files[0]}; change the conditions"
         )
-    return kept
+    return FileList(kept, files.others if isinstance(files, FileList) else ())
 
 
 def _values_met(condition: Condition, values: set[str]) -> set[str]:
-    """Which of a partition's values meet a condition; Hive's null meets none."""
+    """Which of a partition's values meet a condition; a null meets IS NULL only."""
     known = sorted(values - HIVE_NULLS)
-    instants = {value: instant for value in known if (instant := read_instant(value))}
-    numbers = {value: Decimal(value) for value in known if NUMBER.fullmatch(value)}
-    if len(instants) == len(known):
-        ends = {value: _ends(instant) for value, instant in instants.items()}
-        return _met(condition, ends, _instant_bound(condition, ends))
-    if len(numbers) == len(known):
-        points = {value: (number, number) for value, number in numbers.items()}
-        return _met(condition, points, _number_bound(condition, list(numbers.values())))
-    texts = {value: (value, value) for value in known}
-    return _met(condition, texts, _text_bound(condition, known))
-
-
-def _met(condition: Condition, ends: dict[str, tuple[Any, Any]], bound: tuple[Any, Any]) -> set[str]:
-    """The values that meet a condition, each by where it begins; with `last N` the bound is the N-th last value."""
+    if condition.operator in (IS_NULL, IS_NOT_NULL):
+        return values & HIVE_NULLS if condition.operator == IS_NULL else set(known)
+    if not known:
+        return set()
+    read = next(read for read in (_time, _number, _text) if all(map(read, known)))
+    ends = {value: end for value in known if (end := read(value))}
     if condition.last:
         ordered = sorted(set(ends.values()))
         if condition.last > len(ordered):
@@ -77,6 +69,14 @@ def _met(condition: Condition, ends: dict[str, tuple[Any, Any]], bound: tuple[An
                 f"where = {condition.text!r}: the files have {len(ordered)} values of {condition.name}; lower the number"
             )
         bound = ordered[-condition.last]
+    else:
+        bound = read(condition.bound)
+    if wanted := _unfit(condition, read, ends, bound):
+        such = ", ".join(f"{condition.name}={value}" for value in known[:2])
+        raise InputError(
+            f"where = {condition.text!r}: folders such as {such} want {wanted}; got {condition.bound!r}"
+        )
+    assert bound is not None
     first, last = bound
     is_in = {
         "<": lambda begin: begin < first,
@@ -88,58 +88,49 @@ def _met(condition: Condition, ends: dict[str, tuple[Any, Any]], bound: tuple[An
     return {value for value, (begin, _) in ends.items() if is_in(begin) != negated}
 
 
-def _ends(instant: Instant) -> tuple[int, int]:
-    """Where the day or the nanosecond of an instant begins and ends."""
-    return instant.nanoseconds, instant.nanoseconds + (DAY if instant.is_day else 1)
+Ends = tuple[Any, Any]  # where a value begins and, if it is longer than a point, ends
 
 
-def _refused(condition: Condition, example: str, wanted: str) -> InputError:
-    return InputError(
-        f"where = {condition.text!r}: folders such as {condition.name}={example} want {wanted}; got {condition.bound!r}"
-    )
+def _time(text: str) -> Ends | None:
+    instant = read_instant(text)
+    return instant and (instant.nanoseconds, instant.nanoseconds + instant.length)
 
 
-def _instant_bound(condition: Condition, ends: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    instant = read_instant(condition.bound)
-    example = next(iter(ends), HIVE_NULL)
-    if condition.last:
-        return 0, 0
-    if instant is None:
-        raise _refused(condition, example, "a day such as 2024-05-25")
-    first, last = _ends(instant)
-    cuts = {"<": (first,), ">=": (first,), "<=": (last,), ">": (last,)}.get(condition.operator, (first, last))
-    if any(begin < cut < end for begin, end in ends.values() for cut in cuts):
-        raise _refused(
-            condition,
-            example,
-            "a day such as 2024-05-25, for rows of one folder lie on both sides of the bound",
+def _number(text: str) -> Ends | None:
+    return (Decimal(text), Decimal(text)) if NUMBER.fullmatch(text) else None
+
+
+def _text(text: str) -> Ends:
+    return text, text
+
+
+def _unfit(condition: Condition, read: object, ends: Mapping[str, Ends], bound: Ends | None) -> str:
+    """What folders want in place of a bound, in words; an empty string if they compare with it."""
+    first, last = bound or (None, None)
+    if read is _time:
+        cuts = {"<": [first], ">=": [first], "<=": [last], ">": [last]}.get(condition.operator, [first, last])
+        if bound is None:
+            return "a day such as 2024-05-25"
+        is_equal = condition.operator in ("=", "==", "!=", "<>")
+        within = (end for end in ends.values() if not (is_equal and end[0] == first))
+        cut = any(begin < each < end for begin, end in within for each in cuts)
+        return (
+            "a day such as 2024-05-25, for rows of one folder lie on both sides of the bound" if cut else ""
         )
-    return first, last
-
-
-def _number_bound(condition: Condition, known: list[Decimal]) -> tuple[Decimal, Decimal]:
-    if condition.last:
-        return Decimal(), Decimal()
-    if not NUMBER.fullmatch(condition.bound):
-        raise _refused(condition, str(known[0]), "a number")
-    number = Decimal(condition.bound)
-    if number and form_of(int(number)) not in {form_of(int(each)) for each in known}:
-        raise _refused(condition, str(known[0]), "a number of the same form")
-    return number, number
-
-
-def _text_bound(condition: Condition, known: list[str]) -> tuple[str, str]:
-    """Texts compare letter by letter, which says nothing where digits stand in other places: 2024-6 and 2024-05, v9 and v10."""
-    shapes, own = {re.sub(r"\d", "0", value) for value in known}, re.sub(r"\d", "0", condition.bound)
+    if read is _number:
+        if bound is None:
+            return "a number"
+        forms = {form_of(int(begin)) for begin, _ in ends.values()}
+        return "a number of the same form" if first and form_of(int(first)) not in forms else ""
+    # texts compare letter by letter, which says nothing where digits stand in other places: 2024-6 and 2024-05, v9 and v10
+    shapes, own = {re.sub(r"\d", "0", value) for value in ends}, re.sub(r"\d", "0", condition.bound)
     if condition.last or condition.operator in ("<", "<=", ">", ">="):
         shapes |= set() if condition.last else {own}
         fits = len(shapes) == 1 or not any("0" in shape for shape in shapes)
     else:
         fits = "0" not in own or own in shapes
-    if not fits:
-        such = ", ".join(f"{condition.name}={value}" for value in known[:2])
-        raise InputError(
-            f"where = {condition.text!r}: folders such as {such} cannot be ordered by or compared with {condition.bound!r}: write folders and "
-            "bound in one form (all days, all integers, or texts with digits in the same places)"
-        )
-    return condition.bound, condition.bound
+    return (
+        ""
+        if fits
+        else "a bound of one form with them (all days, all numbers, or texts with digits in the same places); write it so, rename folders, or name them by globs"
+    )

@@ -26,14 +26,15 @@ from data.reading.checksums import leaves_of
 from data.reading.conditions import (
     DAY,
     INTEGER,
+    IS_NOT_NULL,
+    IS_NULL,
     NANOSECONDS,
     Condition,
+    Form,
     Instant,
-    compact_day,
     form_of,
     parse_conditions,
     read_instant,
-    unit_of,
 )
 from data.reading.config import StreamOptions
 from data.reading.encode import Place, read_labels
@@ -152,6 +153,8 @@ class Selection:
         self.options, self.schema, self.files = options, schema, files
         conditions = (each for text in options.where for each in parse_conditions(text))
         self.conditions = [each for each in conditions if each.name == schema.time_column]
+        self.wants_null = any(each.operator == IS_NULL for each in self.conditions)
+        self.bounds = [each for each in self.conditions if each.operator != IS_NULL]
         for each in self.conditions:
             if each.last > 1 and each.operator not in ("<", ">="):
                 raise InputError(
@@ -187,30 +190,34 @@ class Selection:
         latest = max(span.high - 1 for _, footer in typed for span in footer.spans if span is not None)
         if integers:
             self._check_forms(typed, form_of(latest))
+        bounds = [each for each in self.bounds if each.operator != IS_NOT_NULL]
         spans = [
-            _span_of_integers(each, latest) if integers else _span_of_times(each, latest)
-            for each in self.conditions
+            _span_of_integers(each, latest) if integers else _span_of_times(each, latest) for each in bounds
         ]
-        for condition, span in zip(self.conditions, spans, strict=True):
+        for condition, span in zip(bounds, spans, strict=True):
             if condition.operator in ("!=", "<>"):
                 self.holes.append(span)
             else:
                 self.span = Span(max(span.low, self.span.low), min(span.high, self.span.high))
 
-    def _check_forms(self, typed: Sequence[tuple[DataFile, Footer]], form: str) -> None:
+    def _check_forms(self, typed: Sequence[tuple[DataFile, Footer]], form: Form) -> None:
         """Refuse integers that count time otherwise than the latest does; small ones, such as 0 and -1, stand for no time."""
         for file, footer in typed:
             for end in (end for span in footer.spans if span for end in (span.low, span.high - 1)):
-                if form_of(end) not in ("", form):
+                if form_of(end).name not in ("", form.name):
                     raise InputError(
-                        f"{file}: time column {self.schema.time_column!r} holds {end}, which looks like {form_of(end)}, and larger ones of "
-                        f"these files like {form or 'no time'}; write all of them in one unit"
+                        f"{file}: time column {self.schema.time_column!r} holds {end}, which looks like {form_of(end).name}, and larger ones "
+                        f"of these files like {form.name or 'no time'}; write all of them in one unit"
                     )
 
     def columns_to_count(self, stored: Span | None, untimed: bool) -> tuple[str, ...] | None:
         """Columns that must be read to know which rows of a row group are kept: () if all are, None if none is."""
         needed = list(self.columns)
-        if self.conditions:
+        if self.wants_null and not untimed:
+            return None
+        if self.wants_null and stored is None and not self.bounds:
+            needed.remove(self.schema.time_column)
+        if self.bounds:
             if stored is None or stored.high <= self.span.low or stored.low >= self.span.high:
                 return None
             cut = any(hole.low < stored.high and stored.low < hole.high for hole in self.holes)
@@ -225,7 +232,8 @@ class Selection:
             column = rows.column(self.schema.time_column)
             instants, timed = _instants(column, self.schema.time_column, place)
             unit = 1 if pt.is_integer(column.type) else _unit_of(column.type)
-            kept &= timed & _within(instants, self.span, unit)
+            kept &= ~timed if self.wants_null else True
+            kept &= timed & _within(instants, self.span, unit) if self.bounds else True
             for hole in self.holes:
                 kept &= ~_within(instants, hole, unit)
         if self.samples:
@@ -243,60 +251,52 @@ def _within(instants: np.ndarray, span: Span, unit: int) -> np.ndarray:
     return (instants >= low) & (instants < high)
 
 
+def _last_days(condition: Condition, latest: int) -> tuple[int, int]:
+    """Where the N-th last day begins and ends, in nanoseconds."""
+    first = (latest // DAY + 1 - condition.last) * DAY
+    return first, first + DAY
+
+
 def _span_of_times(condition: Condition, latest: int) -> Span:
     """Instants that one condition allows, in nanoseconds. `latest`: that the files hold."""
     if condition.last:
-        return _span(condition, *_last_days(condition, latest, DAY))
+        return _span(condition, *_last_days(condition, latest))
     instant = read_instant(condition.bound)
     if instant is None:
         raise InputError(
             f"where = {condition.text!r}: {condition.bound!r} is no day or time; write a day such as 2024-05-25, a time such as "
             "2024-05-25T12:00, or `last N`"
         )
-    return _span(condition, instant.nanoseconds, instant.nanoseconds + (DAY if instant.is_day else 1))
-
-
-def _last_days(condition: Condition, latest: int, day: int) -> tuple[int, int]:
-    """Where the N-th last day begins and ends."""
-    first = (latest // day + 1 - condition.last) * day
-    return first, first + day
+    return _span(condition, instant.nanoseconds, instant.nanoseconds + instant.length)
 
 
 def _span_of_integers(condition: Condition, latest: int) -> Span:
     """Instants that one condition allows, in the numbers of the column. `latest`: the largest that the files hold, which tells their unit."""
     form, where = form_of(latest), f"where = {condition.text!r}"
-    unit, is_day_form = unit_of(form), form.startswith("days")
-    holds = f"time column {condition.name!r} holds integers up to {latest}" + (f" ({form})" if form else "")
+    holds = f"time column {condition.name!r} holds integers up to {latest}" + (
+        f" ({form.name})" if form.name else ""
+    )
     if condition.last:
-        if is_day_form:
-            instant = read_instant(str(latest))
-            assert instant is not None
-            days, _ = _last_days(condition, instant.nanoseconds, DAY)
-            first = compact_day(days)
-            return _span(condition, first, first + 1)
-        if unit:
-            return _span(condition, *_last_days(condition, latest, DAY // unit))
-        raise InputError(
-            f"{where}: {holds}, which are no times: `last N` cannot be told; bound by an integer"
-        )
-    number = int(condition.bound) if INTEGER.fullmatch(condition.bound) else None
-    # in a column of seconds since 1970, 20240525 is no second of August 1970
-    if number is not None and not (unit and form_of(number).startswith("days")):
-        if number and form_of(number) != form:
+        if not form.name:
             raise InputError(
-                f"{where}: {holds}, but {number} is of another form; write a bound of the same form"
+                f"{where}: {holds}, which are no times: `last N` cannot be told; bound by an integer"
             )
+        instant = read_instant(str(latest)) if form.digits else Instant(latest * form.step, 1)
+        assert instant is not None
+        first, last = _last_days(condition, instant.nanoseconds)
+        return _span(condition, form.first_from(first), form.first_from(last))
+    number = int(condition.bound) if INTEGER.fullmatch(condition.bound) else None
+    if number is not None and (not number or form_of(number) == form):
         return _span(condition, number, number + 1)
-    instant = read_instant(condition.bound)
-    if instant is None or not (unit or (is_day_form and instant.is_day)):
-        wanted = "a day such as 2024-05-25" if unit or is_day_form else "an integer"
+    instant = read_instant(condition.bound) if form.name else None
+    # a day as an integer is the whole day: a time in it lies on neither side
+    if instant is None or (form.digits and instant.nanoseconds % form.step):
+        wanted = "a day such as 2024-05-25" if form.name else "an integer of their form"
         raise InputError(
             f"{where}: {holds}, and {condition.bound!r} is nothing to compare them with; write {wanted}"
         )
-    if is_day_form:
-        return _span(condition, compact_day(instant.nanoseconds), compact_day(instant.nanoseconds) + 1)
-    first = -(-instant.nanoseconds // unit)
-    return _span(condition, first, first + (DAY // unit if instant.is_day else 1))
+    first, last = instant.nanoseconds, instant.nanoseconds + instant.length
+    return _span(condition, form.first_from(first), form.first_from(last))
 
 
 def _span(condition: Condition, first: int, last: int) -> Span:

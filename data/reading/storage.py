@@ -5,16 +5,20 @@ without Python's lock, and by fsspec's where Arrow has none (memory://, ...). S3
 and another server's address from AWS_ENDPOINT_URL.
 """
 
-import glob
 import logging
 import os
+import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from fnmatch import fnmatchcase
+from functools import lru_cache, reduce
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
@@ -33,6 +37,8 @@ CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 30.0
 DAMAGE = (OSError, pa.ArrowException, UnicodeError, IndexError, OverflowError)
 ENDINGS = (".parquet", ".parq", ".pq")
 MAGIC = b"PAR1"
+Patterns = set[tuple[str, ...]]  # each by the parts of it that are left
+WHOLE: Patterns = {(), ("**",)}  # of a pattern that has matched all
 log = logging.getLogger(__name__)
 
 
@@ -54,6 +60,14 @@ class RemoteFile:
 DataFile = Path | RemoteFile
 
 
+class FileList(list[DataFile]):
+    """Parquet files, and `others`: the files beside them that are none by their names."""
+
+    def __init__(self, files: Iterable[DataFile], others: Sequence[DataFile] = ()) -> None:
+        super().__init__(files)
+        self.others = others
+
+
 def is_uri(text: str) -> bool:
     """Whether a path names another machine's file."""
     return "://" in text
@@ -69,78 +83,98 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
-def list_local(text: str) -> list[Path]:
-    """List the Parquet files that a file, a folder or a glob names; links are followed, hidden names below it are passed over.
+def local_path(text: str) -> Path | None:
+    """The path of this machine that a text names, also as file://; None where it is another machine's."""
+    if text.startswith("file://"):
+        return Path(unquote(text.removeprefix("file://").removeprefix("localhost")))
+    return None if is_uri(text) else Path(os.path.expanduser(text))
 
-    A file without an ending is taken if it begins as Parquet files do (Hive writes 000000_0).
+
+class Listed(NamedTuple):
+    """A file that a path leads to, and what two names of one file share."""
+
+    file: DataFile
+    identity: object
+    is_named: bool  # by itself or by a pattern with an ending, and so data whatever it is called
+
+
+def list_files(text: str) -> list[Listed]:
+    """List what a path or URI of a file, a folder or a glob names, with all below a folder; links are followed.
+
+    Leading parts by whose very name something is there are no patterns; hidden names want a part that is hidden itself.
 
     Raises:
-        InputError: a folder or a link cannot be read, or a path cannot exist.
+        InputError: a folder or a link cannot be read.
     """
+    path = local_path(text)
+    if path is None:
+        return retried(lambda: _list_remote(text), text, LIST_ATTEMPTS)
+    parts = path.parts
+    there = (os.path.lexists(Path(*parts[: count + 1])) for count in range(len(parts)))
+    fixed = sum(takewhile(bool, there))
     try:
-        path = Path(text).expanduser()
-        if path.is_dir():
-            return _walk(str(path), ())
-        if path.exists():
-            return [path]
-        named = set(path.parts)  # a wildcard does not match what is hidden
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        found = [
-            each for each in found if not any(is_hidden(part) for part in each.parts if part not in named)
-        ]
-        return [file for each in found for file in (_walk(str(each), ()) if each.is_dir() else [each])]
-    except (OSError, RuntimeError, ValueError) as error:
-        where = getattr(error, "filename", None) or text
-        reason = getattr(error, "strerror", None) or first_line(error)
+        found = list(_below(os.path.join("", *parts[:fixed]), {parts[fixed:]}, ()))
+    except OSError as error:
         raise InputError(
-            f"{where}: cannot be read ({reason}); fix or remove it, or name other paths"
+            f"{error.filename}: cannot be read ({error.strerror}); fix or remove it, or name other paths"
         ) from None
+    return [Listed(Path(name), own, is_whole and _names_files(parts)) for name, own, is_whole in found]
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> list[Path]:
-    """The Parquet files at and below a folder. `above`: device and inode of the folders on the way, which a link may lead back to."""
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return []
-    files = []
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if is_hidden(entry.name):
-                continue
-            if entry.is_symlink():
-                os.stat(entry.path)  # one that leads nowhere is named
-            if entry.is_dir():
-                files += _walk(entry.path, (*above, here))
-            elif entry.name.lower().endswith(ENDINGS):
-                files.append(Path(entry.path))
-            elif "." not in entry.name and entry.is_file():
-                with open(entry.path, "rb") as file:
-                    if file.read(len(MAGIC)) == MAGIC:
-                        files.append(Path(entry.path))
-    return files
+def _below(path: str, patterns: Patterns, above: tuple[object, ...]) -> Iterator[tuple[str, object, bool]]:
+    """Each file that patterns name at and below a path, with its identity, and whether a pattern ends with its name.
 
-
-def list_remote(uri: str) -> list[RemoteFile]:
-    """List the Parquet files at and below a URI, sorted; hidden names below it are passed over.
-
-    Raises:
-        InputError: it cannot be listed.
+    `above`: the identities of the folders on the way, which a link may lead back to.
     """
+    found = os.stat(path or ".")  # a link that leads nowhere is named
+    identity = (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
+    if not stat.S_ISDIR(found.st_mode):
+        if patterns & WHOLE:
+            yield path, identity, () in patterns
+    elif identity not in above:
+        for name in sorted(os.listdir(path or ".")):
+            if left := _after(patterns, name):
+                yield from _below(os.path.join(path, name), left, (*above, identity))
 
-    def find() -> list[RemoteFile]:
-        system, path = file_system(uri)
-        info = system.get_file_info(path)
-        if info.type == pafs.FileType.File:
-            return [RemoteFile(uri)]
-        found = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-        paths = [item.path for item in found if item.type == pafs.FileType.File]
-        prefix = uri[: uri.index(path)] if path in uri else uri.partition("://")[0] + "://"
-        below = len(path.rstrip("/")) + 1
-        seen = [each for each in paths if not any(map(is_hidden, each[below:].split("/")))]
-        return sorted(RemoteFile(prefix + each) for each in seen if each.lower().endswith(ENDINGS))
 
-    return retried(find, uri, LIST_ATTEMPTS)
+def _after(patterns: Patterns, name: str) -> Patterns:
+    """What is left of patterns, part by part, when they have matched a name; one that has ended takes all below."""
+    left: Patterns = set()
+    for pattern in patterns:
+        part, rest = (pattern[0], pattern[1:]) if pattern else ("**", ())
+        if part == "**" and rest:
+            left |= _after({rest}, name)
+        if (part == name or fnmatchcase(name, part)) and (is_hidden(part) or not is_hidden(name)):
+            left.add((part, *rest) if part == "**" else rest)
+    return left
+
+
+def _names_files(parts: Sequence[str]) -> bool:
+    return bool(parts) and ("." in parts[-1] or not has_magic(parts[-1]))
+
+
+def _list_remote(uri: str) -> list[Listed]:
+    system, path = file_system(uri)
+    parts = path.rstrip("/").split("/")
+
+    def is_there(count: int) -> bool:
+        return (
+            not has_magic(parts[count])
+            or system.get_file_info("/".join(parts[: count + 1])).type != pafs.FileType.NotFound
+        )
+
+    fixed = sum(takewhile(bool, map(is_there, range(len(parts)))))
+    base = "/".join(parts[:fixed])
+    prefix = uri[: uri.index(path)] if path in uri else uri.partition("://")[0] + "://"
+    if system.get_file_info(base).type == pafs.FileType.File:
+        return [] if parts[fixed:] else [Listed(RemoteFile(uri), uri, True)]
+    listed = []
+    for item in system.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True)):
+        left = reduce(_after, item.path.removeprefix(base).lstrip("/").split("/"), {tuple(parts[fixed:])})
+        if item.type == pafs.FileType.File and left & WHOLE:
+            name = prefix + item.path
+            listed.append(Listed(RemoteFile(name), name, () in left and _names_files(parts)))
+    return listed
 
 
 def open_parquet(

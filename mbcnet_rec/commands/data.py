@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from data.profile.check import WHOLE_FILE, check_files
 from data.public.prepare import prepare
-from data.reading.files import resolve_files
+from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.write import write_synthetic
@@ -99,6 +99,6 @@ def _check(args: argparse.Namespace) -> int:
     empty = f", {report.empty_files} empty file(s)" if report.empty_files else ""
     what = "every value" if args.full else "footers only; --full checks every value"
     verdict = f"{report.num_faults} fault(s)" if report.num_faults else "no fault"
-    size = f"{report.num_files} file(s), {report.num_row_groups} row groups, {report.num_rows:,} rows"
+    size = f"{files_in_words(files)}, {report.num_row_groups} row groups, {report.num_rows:,} rows"
     print(f"{verdict} in {size}{empty} ({what})")
     return 1 if report.num_faults else 0

@@ -64,7 +64,7 @@ def _infer(args: argparse.Namespace) -> int:
     for line in suspicious:
         print(f"left out: {line}", file=sys.stderr)
     print(
-        f"{out}: written from {read[0]:,} rows of {files_in_words(len(files))}; "
+        f"{out}: written from {read[0]:,} rows of {files_in_words(files)}; "
         f"{len(suspicious)} suspicious column(s) are left out as comments"
     )
     print(f"next: look through it, then mbcnet schema fit {out} TRAINING_FILES -o FOLDER")
@@ -85,7 +85,7 @@ def _fit(args: argparse.Namespace) -> int:
             schema, files, args.out, force=args.force,
             report=lambda line: tqdm.write(line, file=sys.stderr), progress=progress,
         )  # fmt: skip
-    print(f"{args.out}: schema.toml and vocabularies of {read[0]:,} rows of {files_in_words(len(files))}")
+    print(f"{args.out}: schema.toml and vocabularies of {read[0]:,} rows of {files_in_words(files)}")
     print(f"next: mbcnet data check FILES --schema {Path(args.out) / 'schema.toml'}, then train with it")
     return 0
 

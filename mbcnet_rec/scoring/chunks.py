@@ -15,16 +15,16 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data.errors import InputError, first_line
+from data.errors import InputError
 from data.reading.column_types import check_columns
 from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
-from data.reading.files import prove, read_contents
+from data.reading.files import for_each_file, prove, read_contents
 from data.reading.order import RowGroup
 from data.reading.selection import Selection
-from data.reading.storage import DAMAGE, DataFile, open_parquet
+from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema
 from data.stream.batch import Batch, gather
 from mbcnet_rec.runtime.process import Process, agreed
@@ -77,29 +77,25 @@ def labelled_rows(
 
 
 def unlabelled_row_groups(
-    files: Sequence[DataFile], schema: Schema
+    files: Sequence[DataFile], schema: Schema, attempts: int
 ) -> tuple[list[RowGroup], list[pa.Schema]]:
     """Read all footers and check the columns of all fields: the row groups (of a file without rows one, empty) and each file's columns.
 
     Raises:
         InputError: a file is not a Parquet file, or a column is missing or of a wrong type.
     """
-    row_groups: list[RowGroup] = []
-    columns: list[pa.Schema] = []
-    for number, file in enumerate(files):
-        try:
-            with open_parquet(file, pre_buffer=True) as parquet:
-                columns.append(parquet.schema_arrow)
-                check_columns(parquet.schema_arrow, schema, str(file), has_label=False)
-                indices = range(parquet.num_row_groups)
-                prove(parquet, indices, schema.field_columns)
-                sizes = [parquet.metadata.row_group(index).num_rows for index in indices]
-        except DAMAGE as error:
-            raise InputError(
-                f"{file}: not a readable Parquet file ({first_line(error)}); write it again or remove it"
-            ) from None
-        row_groups += [RowGroup(number, index, rows, rows) for index, rows in enumerate(sizes or [0])]
-    return row_groups, columns
+
+    def inspect(number: int, file: DataFile) -> tuple[list[RowGroup], pa.Schema]:
+        with open_parquet(file, pre_buffer=True) as parquet:
+            check_columns(parquet.schema_arrow, schema, str(file), has_label=False)
+            indices = range(parquet.num_row_groups)
+            prove(parquet, indices, schema.field_columns)
+            sizes = [parquet.metadata.row_group(index).num_rows for index in indices]
+            groups = [RowGroup(number, index, rows, rows) for index, rows in enumerate(sizes or [0])]
+            return groups, parquet.schema_arrow
+
+    inspected = for_each_file(files, inspect, "not a readable Parquet file", attempts)
+    return [group for groups, _ in inspected for group in groups], [columns for _, columns in inspected]
 
 
 def chunks_of(row_groups: Sequence[RowGroup], chunk_rows: int = CHUNK_ROWS) -> list[Chunk]:

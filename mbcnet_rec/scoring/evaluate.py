@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError
-from data.reading.files import resolve_files
+from data.reading.files import files_in_words, resolve_files
 from data.reading.partitions import select_files
+from data.reading.storage import FileList
 from mbcnet_rec.checkpoints.run_folder import CONFIG
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none
@@ -52,17 +53,16 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
     config = load_run(folder)
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
-        answer = evaluate_run(config, folder, step, process, question)
+        answer, files = evaluate_run(config, folder, step, process, question)
         if answer is None:
             return 0
         if as_json:
             source = {"data": list(data)} if data else {"split": split}
-            print(json.dumps(source | {"step": step} | to_json(answer)))
+            print(json.dumps(source | {"step": step, "files": len(files)} | to_json(answer)))
             return 0
         best = None if data else known_best(run_schema(config, folder, step), split, answer.everything.rows)
-        print(
-            f"{folder}: {', '.join(data) or split}, {answer.everything.rows:,} rows, weights of step {step}"
-        )
+        rows = f"{answer.everything.rows:,} rows of {files_in_words(files)}"
+        print(f"{folder}: {', '.join(data) or split}, {rows}, weights of step {step}")
         print("\n".join(tables(answer, branch_names(config.model), best)))
         if not data:
             print(compare_with_log(folder, split, step, answer))
@@ -71,8 +71,8 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
 
 def evaluate_run(
     config: RunConfig, folder: Path, step: int, process: Process, question: Question
-) -> Answer | None:
-    """Build the run's model on this world size, load a checkpoint and score rows; the answer is on rank 0.
+) -> tuple[Answer | None, FileList]:
+    """Build the run's model on this world size, load a checkpoint and score rows; the answer is on rank 0, and of which files it is.
 
     Raises:
         InputError: there are no rows, a row is faulty, a slice column is missing, or the checkpoint is damaged.
@@ -102,7 +102,7 @@ def evaluate_run(
     with closing(score_chunks(scorer, reader, dealt, process, batch_rows, title="evaluate")) as scored:
         for batch in scored:
             tally.add(batch.logits, batch.labels, batch.group_ids, slice_codes(slices, batch.rows))
-    return tally.answer(process)
+    return tally.answer(process), files
 
 
 def to_json(answer: Answer) -> dict[str, Any]:

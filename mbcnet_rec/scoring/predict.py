@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from data.errors import InputError
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
-from data.reading.files import resolve_files
+from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import DataFile, is_uri
 from data.whole_folder import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
@@ -149,7 +149,7 @@ def run_prediction(
                 raise InputError(f"{file}: lies in --out {out}; choose another output folder")
         if place.exists() and not place.is_dir():
             raise InputError(f"{place}: is a file; choose a folder for --out")
-        row_groups, columns = unlabelled_row_groups(files, schema)
+        row_groups, columns = unlabelled_row_groups(files, schema, config.data.attempts)
         chunks = chunks_of(row_groups, chunk_rows)
         outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(config.model))]
         kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
@@ -176,7 +176,8 @@ def run_prediction(
             join_chunks(job, chunks, process)
             any_rank(False)  # until every rank's files are there
             if process.is_first:
-                print(finish(job, chunks, step, scored=sum(chunk.num_rows for chunk in todo)))
+                taken = files_in_words(files)
+                print(finish(job, chunks, step, taken, scored=sum(chunk.num_rows for chunk in todo)))
     return 0
 
 
@@ -312,7 +313,7 @@ def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
         job.put(draft, target)
 
 
-def finish(job: Job, chunks: Sequence[Chunk], step: int, scored: int) -> str:
+def finish(job: Job, chunks: Sequence[Chunk], step: int, taken: str, scored: int) -> str:
     """Count the output's rows against the input's, and remove the chunks and what --overwrite leaves out. Returns what to tell the user."""
     wanted = sum(chunk.num_rows for chunk in chunks)
     written = sum(pq.read_metadata(job.out / name).num_rows for name in job.names)
@@ -328,6 +329,6 @@ def finish(job: Job, chunks: Sequence[Chunk], step: int, scored: int) -> str:
     earlier = f" ({wanted - scored:,} of them were there already)" if scored < wanted else ""
     columns = ", ".join(job.schemas[0].names)
     return (
-        f"{job.out}: {written:,} rows in {len(job.names)} files{earlier}, weights of step {step}\n"
+        f"{job.out}: {written:,} rows in {taken}{earlier}, weights of step {step}\n"
         f"columns: {columns}\nrows stand in the order of each input file"
     )

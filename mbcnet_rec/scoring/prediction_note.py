@@ -20,7 +20,15 @@ from typing import Any
 
 from data.errors import InputError
 from data.reading.fingerprint import mark_files
-from data.reading.storage import LIST_ATTEMPTS, DataFile, RemoteFile, file_system, is_uri, path_parts, retried
+from data.reading.storage import (
+    LIST_ATTEMPTS,
+    DataFile,
+    RemoteFile,
+    file_system,
+    local_path,
+    path_parts,
+    retried,
+)
 from mbcnet_rec.runtime.lock import LOCK, names_in
 
 REQUEST, CHUNKS = "_predict.json", "_pieces"
@@ -37,7 +45,7 @@ def relative_names(files: Sequence[DataFile], asked: Sequence[str] = ()) -> list
         InputError: two files would go to one place, or a path is none for a file.
     """
     paths = [_parts(file) for file in files]
-    bases = [_parts(RemoteFile(text) if is_uri(text) else Path(text).expanduser()) for text in asked]
+    bases = [_parts(local_path(text) or RemoteFile(text)) for text in asked]
     bases = [tuple(itertools.takewhile(lambda part: not has_magic(part), base)) for base in bases]
     above = [base for base in bases if any(parts[: len(base)] == base for parts in paths)]
     folders = [*above, *(parts[:-1] for parts in paths)]
@@ -173,4 +181,5 @@ def read_note(path: Path) -> Note | None:
 
 
 def _real(source: str) -> str:
-    return source if is_uri(source) else os.path.realpath(source)
+    path = local_path(source)
+    return source if path is None else os.path.realpath(path)

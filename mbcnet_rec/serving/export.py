@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.reading.files import resolve_files
+from data.reading.files import files_in_words, resolve_files
 from data.reading.partitions import select_files
 from data.reading.storage import is_uri
 from mbcnet_rec.logs.metrics_log import finite_or_none
@@ -149,7 +149,7 @@ def compare(served: serving.ServingModel, of_float: serving.ServingModel, weight
             if not left:
                 break
     y = np.concatenate(labels)
-    found: dict[str, Any] = {"split": split, "rows": len(y)}
+    found: dict[str, Any] = {"split": split, "rows": len(y), "taken": files_in_words(files)}
     for name, own in zip(("", "float_"), logits, strict=True):
         metrics = evaluate_predictions(np.concatenate(own)[:, None], y, ())
         found |= {f"{name}{key}": finite_or_none(metrics[key]) for key in ("auc", "log_loss")}
@@ -174,7 +174,9 @@ def _lines(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> list[str]
     if "not_compared" in report:
         lines.append(f"  not compared with the float model: {report['not_compared']}")
     else:
-        lines.append(f"  {report['split']}, {report['rows']:,} rows, against the float model")
+        lines.append(
+            f"  {report['split']}, {report['rows']:,} rows of {report['taken']}, against the float model"
+        )
         for key, words in (("auc", "AUC"), ("log_loss", "log-loss")):
             now, before = report[key], report[f"float_{key}"]
             if now is not None and before is not None:
