@@ -196,11 +196,18 @@ def test_the_command_exits_1_on_a_fault(tmp_path, capsys):
     schema.write_text(f'name = "s"\nlabel = "click"\n[fields]\nuser = {user}\n')
     command = ["data", "check", str(write(tmp_path, "a", **changed("user", 25, 10))), "--schema", str(schema)]
     assert main(command) == 0
-    assert "no fault in 1 file, 4 row groups, 40 rows (footers only" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no fault in 1 file, 4 row groups, 40 rows (footers only" in out and "label" not in out
     assert main([*command, "--full"]) == 1
     out = capsys.readouterr().out
     assert "row group 2, column user: row 5, field 'user' = 10: wanted an id" in out
     assert "1 fault(s) in 1 file" in out
+    files = [str(write(tmp_path, name, True, click=pa.array([kind] * 40, type))) for name, kind, type in (("b", 1, pa.int8()), ("c", 1.0, pa.float64()))]  # fmt: skip
+    for full in ([], ["--full"]):
+        assert main(["data", "check", *files, "--schema", str(schema), *full]) == 0
+        assert "label 'click' is 1 in every row: nothing can be learned" in capsys.readouterr().out
+        assert main(["data", "check", *files, command[2], "--schema", str(schema), *full]) == bool(full)
+        assert "in every row" not in capsys.readouterr().out
 
 
 def test_statistics_of_a_part_of_another_column_are_not_taken_for_the_columns_own(tmp_path):

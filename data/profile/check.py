@@ -3,12 +3,15 @@
 Training stops at the first fault; here they are collected, one for each file, row group and column.
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -46,6 +49,9 @@ class CheckReport:
     num_row_groups: int = 0
     num_rows: int = 0
     empty_files: int = 0
+    labels: set[float] = field(
+        default_factory=set, compare=False
+    )  # that were seen; NaN where statistics do not tell
 
     def add(self, faults: Sequence[Fault], max_faults: int) -> None:
         """Take in faults; those above `max_faults` are only counted."""
@@ -62,6 +68,7 @@ class _Footer:
     columns: list[str]  # those of the schema that can be decoded
     faults: list[Fault]
     is_empty: bool = False
+    labels: frozenset[float] = frozenset((math.nan,))  # by statistics; NaN: not told
 
 
 def check_files(
@@ -88,14 +95,16 @@ def check_files(
         report.num_row_groups += len(footer.row_groups)
         report.num_rows += sum(footer.row_groups)
         report.empty_files += footer.is_empty
+        report.labels |= footer.labels
         report.add(footer.faults, max_faults)
     if not full:
         return report
+    report.labels.clear()
     reported = {(fault.file, fault.row_group, fault.column) for footer in footers for fault in footer.faults}
     jobs = [(footer, group) for footer in footers for group, rows in enumerate(footer.row_groups) if rows]
     done = 0
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(partial(_check_row_group, _checks(schema)), jobs)
+        found = pool.map(partial(_check_row_group, _checks(schema, report.labels)), jobs)
         for (footer, group), faults in zip(jobs, found, strict=True):
             new = [each for each in faults if (each.file, each.row_group, each.column) not in reported]
             report.add(new, max_faults)
@@ -138,34 +147,49 @@ def _read_footer(schema: Schema, ranges: Ranges, file: DataFile) -> _Footer:
     found += [fault for fault in _out_of_range(metadata, ranges) if fault[1] not in broken]
     rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     names = [name for name in schema.columns if name in arrow_schema.names and name not in broken]
-    return _Footer(file, rows, names, [Fault(str(file), *fault) for fault in found], not sum(rows))
+    labels = {end for _, _, ends in _ends(metadata, {schema.label}) for end in ends or (math.nan,)}
+    faults = [Fault(str(file), *fault) for fault in found]
+    return _Footer(file, rows, names, faults, not sum(rows), frozenset(map(float, labels)))
+
+
+def _ends(
+    metadata: pq.FileMetaData, names: Collection[str]
+) -> Iterator[tuple[int, str, tuple[Any, Any] | None]]:
+    """Row group, column, and the least and the largest number in it by the statistics; None where they do not tell."""
+    wanted = [(index, name) for index, name in enumerate(columns_of_leaves(metadata)) if name in names]
+    for number in range(metadata.num_row_groups):
+        row_group = metadata.row_group(number)
+        for index, name in wanted if row_group.num_rows else ():
+            found = row_group.column(index).statistics
+            if found is None or not found.has_min_max or not isinstance(found.min, int | float):
+                yield number, name, None
+            else:
+                yield number, name, (found.min, found.max)
 
 
 def _out_of_range(metadata: pq.FileMetaData, ranges: Ranges) -> Iterator[tuple[int, str, str]]:
     """Row group, column and fault where statistics tell of a value out of range."""
-    columns = columns_of_leaves(metadata)
-    wanted = [(index, column) for index, column in enumerate(columns) if column in ranges]
-    for number in range(metadata.num_row_groups):
-        row_group = metadata.row_group(number)
-        for index, column in wanted:
-            found = row_group.column(index).statistics
-            if found is None or not found.has_min_max or not isinstance(found.min, int | float):
-                continue
-            owner, high = ranges[column]
-            value = found.min if found.min < 0 else found.max
+    for number, column, ends in _ends(metadata, ranges.keys()):
+        owner, high = ranges[column]
+        for value in ends or ():
             if not 0 <= value <= high:
                 words = f"statistics tell of {owner} = {value}: wanted 0 to {high}; fix it or the schema"
                 yield number, column, words
+                break
 
 
 # source column, the columns needed, what raises InputError on a faulty value
 Check = tuple[str, set[str], Callable[[dict[str, pa.Array], Place], object]]
 
 
-def _checks(schema: Schema) -> list[Check]:
-    """Each field is encoded alone, so that one's fault hides no other's."""
+def _checks(schema: Schema, labels: set[float]) -> list[Check]:
+    """Each field is encoded alone, so that one's fault hides no other's; `labels` takes up those that are seen."""
     label = schema.label
-    checks: list[Check] = [(label, {label}, lambda columns, place: read_labels(columns[label], label, place))]
+
+    def check_labels(columns: dict[str, pa.Array], place: Place) -> None:
+        labels.update(np.unique(read_labels(columns[label], label, place)).tolist())
+
+    checks: list[Check] = [(label, {label}, check_labels)]
     for feature in schema.features:
         table = schema.table_of.get(feature.name)
         tables = (replace(table, feature_names=(feature.name,)),) if table else ()

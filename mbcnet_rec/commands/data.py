@@ -1,6 +1,7 @@
 """`mbcnet data`: write synthetic logs, prepare public data sets, check files against a schema."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -100,5 +101,9 @@ def _check(args: argparse.Namespace) -> int:
     what = "every value" if args.full else "footers only; --full checks every value"
     verdict = f"{report.num_faults} fault(s)" if report.num_faults else "no fault"
     size = f"{files_in_words(files)}, {report.num_row_groups} row groups, {report.num_rows:,} rows"
+    if not report.num_faults and len(report.labels) == 1 and not math.isnan(value := min(report.labels)):
+        print(
+            f"label {schema.label!r} is {value:g} in every row: nothing can be learned from these rows, and their AUC is not defined"
+        )
     print(f"{verdict} in {size}{empty} ({what})")
     return 1 if report.num_faults else 0
