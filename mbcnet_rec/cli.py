@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from data.errors import InputError
 from data.home import home_path
-from launch.interrupt import end_with, heed_interrupts
+from launch.interrupt import end_with, heed_interrupts, heed_termination
 from mbcnet_rec.commands.arguments import refuse_repeats
 from mbcnet_rec.runtime.exits import CannotWriteError, RunStoppedError, no_room
 from mbcnet_rec.runtime.ranks import is_first_rank
@@ -186,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return exit_code(lambda: run(argv))
     heed_interrupts()
+    heed_termination()
     open_output()
     code = exit_code(lambda: run([readable(word) for word in sys.argv[1:]]))
     end_with(code)

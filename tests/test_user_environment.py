@@ -168,6 +168,17 @@ def test_ctrl_c_in_a_finalizer_comes_again_outside_of_it():
     assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
 
 
+def test_sigterm_leaves_nothing_half_written(tmp_path):
+    code = (
+        "import os, pathlib, signal, time\nfrom data.whole_folder import whole_folder\n"
+        "from launch.interrupt import heed_termination\nheed_termination()\n"
+        "with whole_folder(pathlib.Path('out')):\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(20)"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=tmp_path, timeout=15)
+    assert done.returncode == 143 and not list(tmp_path.iterdir())
+
+
 def test_every_text_file_is_opened_with_its_encoding():
     faults = []
     for room in ("data", "sharding", "mbcnet_rec", "launch"):

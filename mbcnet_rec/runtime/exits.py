@@ -7,6 +7,7 @@
 76   the loss is not finite
 77   another rank is stopped, dead or out of reach
 130  Ctrl-C
+143  SIGTERM, where nothing is trained
 """
 
 import errno
