@@ -17,7 +17,8 @@ from data.profile.infer import infer_schema
 from data.profile.leaks import always_positive, column_auc
 from data.profile.scan import ColumnProfile, profile_files
 from data.profile.sketch import Distinct, EvenSample
-from data.reading.encode import Encoder, Place
+from data.reading.columns import Place
+from data.reading.encode import Encoder
 from data.reading.keys import splitmix64
 from data.schema import load_schema
 from data.synthetic.pailitao import pailitao_schema

@@ -12,8 +12,8 @@ from data.reading.config import StreamOptions
 from data.reading.decode import Decoder, RowReader
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
-from data.reading.order import lane_bounds, plan_windows
 from data.reading.selection import Selection
+from data.stream.order import lane_bounds, plan_windows
 
 SCHEMA = make_schema()
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.reading.columns import ABSENT, Ragged
-from data.reading.encode import Encoder, Place
+from data.reading.columns import ABSENT, Place, Ragged
+from data.reading.encode import Encoder
 from data.reading.keys import Vocabulary, hash_values, remainder, splitmix64
 from data.schema import FIRST_VOCABULARY_ROW, MISSING_ROW, OUT_OF_VOCABULARY_ROW, load_schema, parse_schema
 

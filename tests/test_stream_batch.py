@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.reading.columns import ABSENT, Columns, Lists, Ragged, join_lists
-from data.reading.order import Cursor
 from data.schema import parse_schema
 from data.stream.batch import Batch, gather
+from data.stream.order import Cursor
 
 BAGS = {"num_embeddings": 99, "embedding_dim": 4}
 FIELDS = {

@@ -18,8 +18,8 @@ from numbered_rows import FIELDS, IDS, make_schema, rows_of, rows_table, write_l
 
 from data.errors import InputError
 from data.reading.config import StreamOptions
-from data.reading.order import Cursor
 from data.stream import ParquetStream
+from data.stream.order import Cursor
 
 LANES = 12  # every world size from 1 to 4 divides it
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.reading.encode import Encoder, Place
+from data.reading.columns import Place
+from data.reading.encode import Encoder
 from data.schema import load_schema, parse_schema, schema_to_toml
 from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.planted import (

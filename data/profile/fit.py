@@ -21,9 +21,9 @@ from data.errors import InputError
 from data.profile.check import unreadable
 from data.profile.scan import LARGEST_FLOAT32, naming
 from data.profile.sketch import EvenSample
-from data.reading.column_types import check_columns, id_type, is_list, pinned
-from data.reading.encode import Place
-from data.reading.ids import as_ids, decoded
+from data.reading.column_types import check_columns, is_list, pinned
+from data.reading.columns import Place
+from data.reading.ids import decoded, list_offsets, read_ids
 from data.reading.row_groups import stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import (
@@ -182,7 +182,7 @@ def fit_schema(
     `progress` the number of rows read so far.
 
     Raises:
-        InputError: no file, one is damaged, or a column is missing.
+        InputError: no file or no row, a file is damaged, or a column is missing.
     """
     footers = [_footer(file, schema) for file in files]
     schema = pinned(schema, footers)
@@ -193,9 +193,10 @@ def fit_schema(
         raise InputError(
             f"schema {schema.name!r}: no training file to fit {waiting[0].name!r} on; name at least one"
         )
-    id_types = _id_types(waiting, footers)
     counts = {
-        table: Counts(empty=pa.string() if kind == "text" else pa.int64()) for table, kind in id_types.items()
+        each.table_name: Counts(empty=pa.string() if each.type == "text" else pa.int64())
+        for each in waiting
+        if each.vocabulary == FIT
     }
     numbers = {
         feature.name: Quantiles() if feature.boundaries == FIT else Moments()
@@ -211,8 +212,12 @@ def fit_schema(
                 if feature.name in numbers:
                     numbers[feature.name].add(decoded(column))
                 else:
-                    counts[feature.table_name].add(_ids(column, feature, id_types[feature.table_name], place))
+                    counts[feature.table_name].add(_ids(column, feature, place))
             progress(done)
+    if waiting and not done:
+        raise InputError(
+            f"{files[0]} and {len(files) - 1} more files hold no rows: nothing to fit {waiting[0].name!r} on; name the training files"
+        )
     for feature in waiting:
         entry = top["fields"][feature.name]
         if feature.name in numbers:
@@ -287,31 +292,11 @@ def _footer(file: DataFile, schema: Schema) -> pa.Schema:
     return arrow_schema
 
 
-def _id_types(waiting: Sequence[Feature], footers: Sequence[pa.Schema]) -> dict[str, str]:
-    """Table of a vocabulary that is fitted -> the type of its ids: text if any file's are, or none is known: it takes numbers too."""
-    found: dict[str, set[str]] = {}
-    for feature in waiting:
-        if feature.vocabulary == FIT:
-            kinds = {id_type(footer.field(feature.source_column).type) for footer in footers}
-            found.setdefault(feature.table_name, set()).update(kinds, {feature.type})
-    return {table: "integer" if kinds - {""} == {"integer"} else "text" for table, kinds in found.items()}
-
-
-def _ids(column: pa.Array, feature: Feature, wanted: str, place: Place) -> pa.Array:
+def _ids(column: pa.Array, feature: Feature, place: Place) -> pa.Array:
     """The ids of a column, as training takes them."""
-    rows = None
-    if is_list(column.type):
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-        rows, column = np.repeat(np.arange(len(column)), lengths), column.flatten()
-    ids, bad = as_ids(column, wanted)
-    if bad is not None and bad.any():
-        first = int(np.flatnonzero(bad)[0])
-        row = place.row(first if rows is None else int(rows[first]))
-        raise InputError(
-            f"{row}, field {feature.name!r} = {column[first].as_py()!r}: wanted an id, {wanted} as in other files or rows; "
-            "fix the file, or write the column with one type"
-        )
-    return ids
+    offsets = list_offsets(column) if is_list(column.type) else None
+    items = column if offsets is None else column.flatten()
+    return read_ids(items, f"field {feature.name!r}", feature.type, place, offsets)
 
 
 def _record_batches(file: DataFile, features: list[Feature]) -> Iterator[tuple[Place, pa.RecordBatch]]:

@@ -19,8 +19,8 @@ from data.errors import InputError
 from data.profile.leaks import always_positive, column_auc
 from data.profile.propose import BUCKETS, GROUP_NAMES, Proposal, holds_names, propose
 from data.profile.scan import ColumnProfile, Profile, profile_files
-from data.profile.types import is_name
 from data.reading.column_types import check_columns, column_faults, is_number
+from data.reading.ids import is_key
 from data.reading.storage import DataFile
 from data.schema import Schema, parse_schema
 from data.schema.names import RESERVED_GROUPS, is_writable
@@ -220,7 +220,7 @@ def _weight_columns(profile: Profile) -> dict[str, str]:
     for name, column in profile.columns.items():
         others = [profile.columns.get(name + ending) for ending in WEIGHT_ENDINGS]
         weights = next((each.name for each in others if each and each.is_list and is_number(each.item)), "")
-        if weights and column.is_list and is_name(column.item):
+        if weights and column.is_list and is_key(column.item):
             lengths, wanted = (pc.list_value_length(profile.sample[each]) for each in (weights, name))
             if lengths.equals(wanted):
                 found[name] = weights

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.profile.scan import ColumnProfile
-from data.profile.types import is_name
 from data.reading.column_types import is_number
+from data.reading.ids import is_key
 from data.reading.keys import hash_values
 
 SMOOTHING = 10.0  # rows of the base rate added to each value's own
@@ -39,14 +39,14 @@ def column_auc(profile: ColumnProfile, column: pa.Array, labels: np.ndarray) -> 
         scores = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
         first = pc.list_element(column.filter(pa.array(scores > 0)), 0)
         keys = np.zeros(len(column), np.uint64)
-        if len(first) and is_name(profile.item):
+        if len(first) and is_key(profile.item):
             keys[scores > 0] = hash_values(first)
     elif is_number(profile.item):
         numbers = pc.fill_null(column.cast(pa.float64(), safe=False), float("nan"))
         numbers = numbers.to_numpy(zero_copy_only=False)
         scores = np.where(np.isfinite(numbers), numbers, -np.inf)
         keys = np.where(np.isnan(numbers), np.nan, numbers + 0.0).view(np.uint64)
-    elif is_name(profile.item):
+    elif is_key(profile.item):
         keys = hash_values(column)
     else:
         keys = column.is_valid().to_numpy(zero_copy_only=False).astype(np.uint64)

@@ -10,8 +10,8 @@ from pyarrow import types as pt
 
 from data.profile.fit import finite
 from data.profile.scan import ColumnProfile, Profile
-from data.profile.types import is_name, is_text
 from data.reading.column_types import is_number
+from data.reading.ids import is_key, is_text
 from data.schema.feature import FIT, MAX_NUM_EMBEDDINGS
 from data.schema.schema import inline_table, toml_key
 
@@ -97,7 +97,7 @@ def _propose_list(proposal: Proposal, column: ColumnProfile, weights: str) -> No
     if weights:
         keys = _keys(proposal, column)
         proposal.entry = {"kind": "weighted_multi_valued", "weights": weights, **keys, **pooled}
-    elif is_name(column.item) or (column.min_length != column.max_length and is_id(column)):
+    elif is_key(column.item) or (column.min_length != column.max_length and is_id(column)):
         proposal.entry = {"kind": "multi_valued", "pooling": "mean", **_keys(proposal, column), **pooled}
     elif is_number(column.item) and column.max_length and column.min_length == column.max_length:
         proposal.entry = {"kind": "vector", "width": column.max_length}
@@ -179,4 +179,4 @@ def _propose_number(proposal: Proposal, column: ColumnProfile, sample: pa.Chunke
 
 def holds_names(column: ColumnProfile) -> bool:
     """Whether a column's values name things, so that rows can be grouped by them."""
-    return is_name(column.kind) or (is_number(column.kind) and is_id(column))
+    return is_key(column.kind) or (is_number(column.kind) and is_id(column))

@@ -18,9 +18,9 @@ from pyarrow import types as pt
 
 from data.errors import InputError, first_line
 from data.profile.sketch import Distinct, EvenSample
-from data.profile.types import as_plain, is_text, joined_type, plain_type
+from data.profile.types import as_plain, joined_type, plain_type
 from data.reading.column_types import is_list, is_number
-from data.reading.ids import WHOLE_BITS
+from data.reading.ids import WHOLE_BITS, is_text
 from data.reading.keys import hash_values
 from data.reading.row_groups import stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet

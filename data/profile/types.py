@@ -5,19 +5,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
-from data.reading.column_types import is_number
+from data.reading.column_types import is_list, is_number
+from data.reading.ids import is_key, is_text
 
 LARGEST_EXACT_DIGITS = 18  # of decimals without a fraction: int64 holds them all
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a plain type holds text."""
-    return pt.is_string(kind) or pt.is_large_string(kind)
-
-
-def is_name(kind: pa.DataType) -> bool:
-    """Whether a plain type holds what names things: integers or text."""
-    return pt.is_integer(kind) or is_text(kind)
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType | None:
@@ -28,10 +19,10 @@ def plain_type(kind: pa.DataType) -> pa.DataType | None:
         return pa.string()
     if pt.is_decimal(kind):
         return pa.int64() if kind.scale == 0 and kind.precision <= LARGEST_EXACT_DIGITS else pa.float64()
-    if _is_any_list(kind):
+    if is_list(kind):
         item = plain_type(kind.value_type)
         is_empty = pt.is_fixed_size_list(kind) and not kind.list_size  # Arrow cannot read these back
-        if is_empty or item is None or _is_any_list(item) or pt.is_temporal(item):
+        if is_empty or item is None or is_list(item) or pt.is_temporal(item):
             return None
         if pt.is_fixed_size_list(kind):
             return pa.list_(item, kind.list_size)
@@ -48,11 +39,11 @@ def joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return one
     if pt.is_null(one):
         return other
-    if _is_any_list(one) and _is_any_list(other):
+    if is_list(one) and is_list(other):
         item = joined_type(one.value_type, other.value_type)
         is_large = pt.is_large_list(one) or pt.is_large_list(other)
         return None if item is None else pa.large_list(item) if is_large else pa.list_(item)
-    if is_name(one) and is_name(other) and (is_text(one) or is_text(other)):
+    if is_key(one) and is_key(other) and (is_text(one) or is_text(other)):
         return pa.large_string() if pt.is_large_string(one) or pt.is_large_string(other) else pa.string()
     if is_number(one) and is_number(other):
         is_whole = all(
@@ -78,8 +69,3 @@ def as_plain(column: pa.Array, kind: pa.DataType) -> pa.Array:
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
         column = pa.LargeListArray.from_arrays(offsets, column.flatten(), mask=column.is_null())
     return column.cast(kind, safe=False)
-
-
-def _is_any_list(kind: pa.DataType) -> bool:
-    tests = (pt.is_list, pt.is_large_list, pt.is_fixed_size_list, pt.is_list_view, pt.is_large_list_view)
-    return any(test(kind) for test in tests)

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.errors import InputError
-from data.reading.encode import Place, read_labels
+from data.reading.columns import Place
+from data.reading.numbers import read_labels
 from data.schema import Schema
 
 SPLITS: tuple[str, ...] = ("train", "valid", "test")

@@ -8,7 +8,7 @@ import pyarrow as pa
 from pyarrow import types as pt
 
 from ..errors import InputError  # relative: an exported artifact carries this file
-from ..schema import Feature, Schema
+from ..schema import FIT, Feature, Schema
 from .ids import is_id, is_text, is_whole, value_type
 
 Accepts = Callable[[pa.DataType], bool]
@@ -64,15 +64,15 @@ def _is_group(kind: pa.DataType) -> bool:
 
 
 def pinned(schema: Schema, arrow_schemas: Iterable[pa.Schema]) -> Schema:
-    """The schema with the type of ids that the training files hold, where a hashed field, a zch field or the group column declares none.
+    """The schema with the type of ids that the training files hold, wherever a field or the group column declares none.
 
-    "text" if a column of the field, or of another one that shares its table, is text in any file, else "integer"; as it was where all
-    are null or missing.
+    "text" if a column of the field, or of another one that shares its table, is text in any file, else "integer". "text" too where all
+    are null: text takes tomorrow's integers, but integers not its text. As it was where no file has the column, or a vocabulary file tells.
     """
     waiting = [
         each
         for each in schema.features
-        if each.is_keyed and each.encoding in ("hash", "zch") and not each.type
+        if each.is_keyed and not each.type and (each.encoding in ("hash", "zch") or each.vocabulary == FIT)
     ]
     columns = {each.source_column for each in waiting} | {schema.group_column} - {""}
     found: dict[str, set[str]] = {column: set() for column in columns}
@@ -95,7 +95,7 @@ def pinned(schema: Schema, arrow_schemas: Iterable[pa.Schema]) -> Schema:
 
 
 def _type_of(found: set[str]) -> str:
-    return "text" if "text" in found else "integer" if "integer" in found else ""
+    return "" if not found else "text" if "text" in found or found == {""} else "integer"
 
 
 def id_type(kind: pa.DataType) -> str:

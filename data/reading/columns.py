@@ -1,4 +1,4 @@
-"""Columns: decoded, checked and permuted rows as a few NumPy arrays, from which runs of rows are copied into batches.
+"""Place: where rows come from; Columns: checked and permuted rows as a few NumPy arrays, from which runs are copied into batches.
 
 Shapes: n rows of a window, F single-valued sparse fields, L list fields, D dense columns.
 Single-valued ids stay one (F, n) matrix because its rows, laid end to end, are exactly the values of a KeyedJaggedTensor: for a schema
@@ -10,11 +10,39 @@ which costs five times as much.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import InputError  # relative: an exported artifact carries this file
+
 ABSENT = -1  # in Columns.single_ids: no id, an empty bag
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record batch comes from, for messages."""
+
+    file: str  # path of the file, or what else holds the rows
+    row_group: int | None  # its index; None where there are none
+    first_row: int = 0  # of the record batch, in its row group
+    rows: np.ndarray | None = None  # instead of first_row: each row's number, where only some were kept
+
+    def __str__(self) -> str:
+        return self.file if self.row_group is None else f"{self.file}: row group {self.row_group}"
+
+    def row(self, value: int, offsets: np.ndarray | None = None) -> str:
+        """Name the row of one value of the record batch. `offsets`: of the lists that hold the values."""
+        row = value if offsets is None else int(np.searchsorted(offsets, value, side="right")) - 1
+        number = self.first_row + row if self.rows is None else int(self.rows[row])
+        return f"{self}{':' if self.row_group is None else ','} row {number}"
+
+    def fault(
+        self, owner: str, values: Any, bad: np.ndarray, wanted: str, offsets: np.ndarray | None = None
+    ) -> InputError:
+        """The error that names the first bad value, and its owner: a field, the label."""
+        first = int(bad.argmax())
+        return InputError(f"{self.row(first, offsets)}, {owner} = {values[first]}: wanted {wanted}")
 
 
 class Ragged(NamedTuple):

@@ -21,7 +21,7 @@ class StreamOptions(Bounded):
     Attributes:
         batch_size: rows of a global batch, over all ranks.
         lanes: independent streams that a global batch is made of; a multiple of every world size that shall see the same batches.
-        order: shuffled, partitioned or chronological, see data/reading/order.py.
+        order: shuffled, partitioned or chronological, see data/stream/order.py.
         window_rows: rows that are permuted together, and kept decoded, in each lane. A window ends with a row group, so it may be
             longer by less than one row group; only row groups longer than this are cut.
         seed: of the permutations and of the sampling.

@@ -7,7 +7,7 @@ Scoring reads row groups in the file's order:
 
 `row_group` is a `RowGroup` of `read_contents`. A scan makes a batch of each `batch_rows` stored rows (the last one of what is left), of
 which the rows that the selection does not keep are then left out; `reader.batches` gives them undecoded, with their `Place`: file, row
-group and row numbers. Training decodes windows (see data/reading/order.py) with a `Decoder`, permuted. Each lane reads
+group and row numbers. Training decodes windows (see data/stream/order.py) with a `Decoder`, permuted. Each lane reads
 its row groups in batches of a window's rows, and a row group in which a lane ends is read by both lanes: memory stays near the windows
 that are in use, whatever the writer's row groups. Readers and decoders may be used by many threads.
 """
@@ -20,17 +20,17 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import InputError
-from data.reading.columns import Columns
+from data.reading.columns import Columns, Place
 from data.reading.config import StreamOptions
-from data.reading.encode import Encoder, Place
-from data.reading.files import read_or_name
-from data.reading.order import RowGroup, Window
+from data.reading.encode import Encoder
+from data.reading.files import RowGroup, read_or_name
 from data.reading.row_groups import stored_rows
 from data.reading.selection import Selection
 from data.reading.storage import DataFile, open_parquet
@@ -203,6 +203,15 @@ class Memory:
         while isinstance(block.base, np.ndarray):
             block = block.base
         self.free.append(block)
+
+
+class Window(NamedTuple):
+    """Neighbouring rows of one lane that are decoded, and in shuffled order permuted, together."""
+
+    lane: int
+    first_row: int  # place in the epoch's sequence
+    num_rows: int  # of all segments
+    segments: tuple[tuple[RowGroup, int, int], ...]  # row groups, and which of their kept rows: [start, stop)
 
 
 class Decoder:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from data.errors import InputError, first_line
 from data.reading.checksums import column_without_checksum, first_row_group
 from data.reading.column_types import check_columns
-from data.reading.encode import Place, read_labels
-from data.reading.order import RowGroup
+from data.reading.columns import Place
+from data.reading.numbers import read_labels
 from data.reading.selection import Footer, Selection, read_footer
 from data.reading.storage import (
     DAMAGE,
@@ -36,6 +36,15 @@ from data.schema import Schema
 T = TypeVar("T")
 SHOWN = 3  # names of what is left out
 THREADS = 8  # that read footers: small reads, which mostly wait
+
+
+class RowGroup(NamedTuple):
+    """One row group of one file. `num_rows`: the rows that are kept; `stored_rows`: all of them."""
+
+    file: int
+    index: int
+    num_rows: int
+    stored_rows: int
 
 
 class Contents(NamedTuple):

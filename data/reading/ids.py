@@ -11,11 +11,38 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
+from ..errors import InputError  # relative: an exported artifact carries this file
+from .columns import Place, offsets_of
+
+# NumPy's: a flat column of int64, uint64 or float64 without nulls, which needs no Arrow
+Column = pa.Array | np.ndarray
 CANONICAL = r"\A(0|-?[1-9][0-9]{0,19})\z"
 # of floats, by their bits: below 2 to this power every integer has its own
 WHOLE_BITS = {16: 11, 32: 24, 64: 53}
 # the ids, and where a value is none (null there); None: all are ids
 Converted = tuple[pa.Array, np.ndarray | None]
+
+
+def read_ids(
+    column: pa.Array, owner: str, wanted: str, place: Place, offsets: np.ndarray | None = None
+) -> pa.Array:
+    """`as_ids` of `owner`, a field or the group column. `offsets`: of the lists that hold the values.
+
+    Raises:
+        InputError: naming the row of the first value that is no such id.
+    """
+    ids, bad = as_ids(column, wanted)
+    if bad is None:
+        return ids
+    first = int(bad.argmax())
+    found = column[first].as_py()
+    if is_text(value_type(column.type)):
+        words = f"{str(found)[:80]!r}: wanted an integer of 64 bits in plain digits, since its ids are integers in training"
+        fix = "fix the file, or train anew on ids that are text"
+    else:
+        words = f"{found}: wanted an id, an integer of 64 bits (as a float, a whole number that its type holds exactly)"
+        fix = "write the column as integers or text"
+    raise InputError(f"{place.row(first, offsets)}, {owner} = {words}; {fix}")
 
 
 def as_ids(column: pa.Array, wanted: str) -> Converted:
@@ -135,3 +162,22 @@ def codes_of(encoded: pa.DictionaryArray) -> np.ndarray:
     if codes.size and not 0 <= codes.min() <= codes.max() < max(1, len(encoded.dictionary)):
         raise pa.ArrowInvalid("a dictionary code without a value")
     return codes
+
+
+def as_arrow(column: Column) -> pa.Array:
+    """A column as Arrow's."""
+    return pa.array(column) if isinstance(column, np.ndarray) else column
+
+
+def as_lists(column: Column) -> pa.Array:
+    """A column of lists; one of type null holds null lists only."""
+    column = as_arrow(column)
+    return column.cast(pa.list_(pa.null())) if pt.is_null(column.type) else column
+
+
+def list_offsets(column: pa.Array) -> np.ndarray:
+    """(n + 1,) int64, from 0: where each row's values lie in `column.flatten()`."""
+    if column.null_count == 0 and (pt.is_list(column.type) or pt.is_large_list(column.type)):
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        return offsets - offsets[0]
+    return offsets_of(integers(pc.list_value_length(column)))

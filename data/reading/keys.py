@@ -1,10 +1,11 @@
-"""Keys -> table rows: hashes that are equal on every machine, and vocabularies.
+"""Keys -> table rows: hashes that are equal on every machine, random numbers made of them, and vocabularies.
 
 A hash of an integer is splitmix64 of its 64 bits. A hash of a string starts from its length in bytes and mixes in its
 UTF-8 bytes, eight at a time (little-endian, zero-padded): h <- splitmix64(h xor word). Both are written for whole columns at once:
 a digest per value in Python is 50 times slower and holds the interpreter's lock.
 """
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -203,3 +204,17 @@ def remainder(numbers: np.ndarray, divisor: int) -> np.ndarray:
     quotients = numbers // np.uint64(divisor)
     quotients *= np.uint64(divisor)
     return np.subtract(numbers, quotients, out=quotients)
+
+
+def counter_keys(seed: int, tag: str, *counters: np.ndarray) -> np.ndarray:
+    """Hash (seed, tag, counters...) to uint64 (n,). Counters are integer arrays of one shape."""
+    digest = hashlib.blake2b(f"{seed}:{tag}".encode(), digest_size=8).digest()
+    state: np.ndarray = np.asarray(int.from_bytes(digest, "little"), np.uint64)
+    for counter in counters:
+        state = splitmix64(state ^ splitmix64(counter.astype(np.uint64)))
+    return state
+
+
+def uniforms(key: np.ndarray) -> np.ndarray:
+    """Turn keys into float64 in [0, 1)."""
+    return (key >> np.uint64(11)) * 2.0**-53

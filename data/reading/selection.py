@@ -23,6 +23,7 @@ from pyarrow import types as pt
 
 from data.errors import InputError
 from data.reading.checksums import leaves_of
+from data.reading.columns import Place
 from data.reading.conditions import (
     DAY,
     INTEGER,
@@ -37,8 +38,9 @@ from data.reading.conditions import (
     read_instant,
 )
 from data.reading.config import StreamOptions
-from data.reading.encode import Place, read_labels
-from data.reading.hashed import keys, uniforms
+from data.reading.ids import is_text, value_type
+from data.reading.keys import counter_keys, uniforms
+from data.reading.numbers import read_labels
 from data.reading.storage import DataFile, path_parts
 from data.schema import Schema
 
@@ -79,7 +81,7 @@ def read_footer(parquet: pq.ParquetFile, time_column: str, file: str) -> Footer:
     kind = parquet.schema_arrow.field(time_column).type
     if pt.is_null(kind):
         return Footer(num_rows, [None] * len(num_rows), [True] * len(num_rows), kind)
-    if not (pt.is_integer(kind) or pt.is_timestamp(kind) or pt.is_date(kind) or _is_text(kind)):
+    if not (pt.is_integer(kind) or pt.is_timestamp(kind) or pt.is_date(kind) or is_text(value_type(kind))):
         raise InputError(
             f"{file}: time column {time_column!r} is {kind}: conditions on it want integers, timestamps, dates or texts such as "
             "2024-05-25; use partition folders instead"
@@ -90,7 +92,7 @@ def read_footer(parquet: pq.ParquetFile, time_column: str, file: str) -> Footer:
     untimed = []
     for index in indices:
         statistics = metadata.row_group(index).column(leaf).statistics
-        if statistics is not None and statistics.has_min_max and not _is_text(kind):
+        if statistics is not None and statistics.has_min_max and not is_text(value_type(kind)):
             # Python's dates cannot hold nanoseconds: the stored integers can, and are in the unit of the stored type.
             ends = (
                 (statistics.min, statistics.max)
@@ -110,11 +112,6 @@ def read_footer(parquet: pq.ParquetFile, time_column: str, file: str) -> Footer:
     return Footer(num_rows, spans, untimed, kind)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pt.is_dictionary(kind) else kind
-    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
-
-
 def _unit_of(kind: pa.DataType) -> int:
     """Nanoseconds of one unit of a type's integers; texts are read in nanoseconds."""
     if pt.is_timestamp(kind):
@@ -125,7 +122,7 @@ def _unit_of(kind: pa.DataType) -> int:
 def _instants(column: pa.Array, name: str, place: Place) -> tuple[np.ndarray, np.ndarray]:
     """Instants as (n,) int64 in the unit of the column's type, and which rows have one."""
     valid = np.asarray(column.is_valid())
-    if _is_text(column.type):
+    if is_text(value_type(column.type)):
         return _read_texts(column, name, place), valid
     column = column.fill_null(0) if column.null_count and pt.is_integer(column.type) else column
     whole = column.cast(pa.int32()) if pt.is_date32(column.type) else column
@@ -240,7 +237,7 @@ class Selection:
             labels = read_labels(rows.column(self.schema.label), self.schema.label, place)
             counter = np.arange(place.first_row, place.first_row + rows.num_rows)
             tag = "/".join(["sampling", *path_parts(file)[-2:], str(place.row_group)])
-            draws, options = uniforms(keys(self.options.seed, tag, counter)), self.options
+            draws, options = uniforms(counter_keys(self.options.seed, tag, counter)), self.options
             kept &= np.where(labels == 1, draws >= options.drop_positives, draws < options.keep_negatives)
         return kept
 

@@ -14,8 +14,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from data.reading.columns import ABSENT, Columns, Lists, Ragged, offsets_of
-from data.reading.order import Cursor
 from data.schema import Schema
+from data.stream.order import Cursor
 
 START = Cursor()
 Run = tuple[Columns, int, int]  # rows [start, stop) of some columns

@@ -1,4 +1,4 @@
-"""ParquetStream: row groups -> batches of one rank, in the order that data/reading/order.py fixes, from a cursor on."""
+"""ParquetStream: row groups -> batches of one rank, in the order that data/stream/order.py fixes, from a cursor on."""
 
 import hashlib
 from collections import Counter
@@ -14,7 +14,12 @@ from data.reading.config import StreamOptions
 from data.reading.decode import Decoder
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
-from data.reading.order import (
+from data.reading.partitions import select_files
+from data.reading.selection import Selection
+from data.reading.storage import DataFile
+from data.schema import Schema
+from data.stream.batch import Batch, Run, gather, permuted_by_fbgemm
+from data.stream.order import (
     Cursor,
     first_uses,
     lane_bounds,
@@ -23,12 +28,7 @@ from data.reading.order import (
     steps_per_epoch,
     windows_of_spans,
 )
-from data.reading.partitions import select_files
-from data.reading.prefetch import TimeLimit, Workers, prefetched
-from data.reading.selection import Selection
-from data.reading.storage import DataFile
-from data.schema import Schema
-from data.stream.batch import Batch, Run, gather, permuted_by_fbgemm
+from data.stream.prefetch import TimeLimit, Workers, prefetched
 
 
 class ParquetStream:

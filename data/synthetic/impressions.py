@@ -12,8 +12,9 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from data.reading.hashed import choose, normals, power_law_ranks, scatter, uniforms
+from data.reading.keys import uniforms
 from data.schema import Feature
+from data.synthetic.hashed import choose, normals, power_law_ranks, scatter
 from data.synthetic.planted import CLICK_RATE, TASTE, Facts, World
 
 FIRST_SECOND = 1_714_521_600  # 2024-05-01 00:00:00 UTC

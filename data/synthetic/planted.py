@@ -1,6 +1,6 @@
 """The planted world of the synthetic data: who sees which item, and the true click probability.
 
-Everything is a function of (seed, day, row), through data/reading/hashed.py. The true logit is
+Everything is a function of (seed, day, row), through data/synthetic/hashed.py. The true logit is
 
     logit = bias + sum over terms t of scale_t * term_t,    Var(scale_t * term_t) = SHARES[t] * LOGIT_SD^2
 
@@ -18,8 +18,9 @@ from functools import cache, cached_property
 import numpy as np
 
 from data.errors import InputError
-from data.reading.hashed import choose, keys, normals, power_law_ranks, scatter, uniforms
+from data.reading.keys import counter_keys, uniforms
 from data.schema import Schema
+from data.synthetic.hashed import choose, normals, power_law_ranks, scatter
 from data.synthetic.pailitao import pailitao_schema
 
 Facts = dict[str, np.ndarray]
@@ -88,12 +89,12 @@ class World:
         """(r, w), orthogonal rows of equal length: image = latent @ basis, latent = image @ basis.T * r/w."""
         width = next(feature.width for feature in self.schema.features if feature.name == "query_image")
         r = min(IMAGE_LATENT, width)
-        square = normals(keys(self.seed, "image_basis", np.arange(width)), r)
+        square = normals(counter_keys(self.seed, "image_basis", np.arange(width)), r)
         return np.linalg.qr(square)[0].T * np.sqrt(width / r)
 
     def key(self, tag: str, *counters: np.ndarray) -> np.ndarray:
         """Hash a tag and counters under this world's seed."""
-        return keys(self.seed, tag, *counters)
+        return counter_keys(self.seed, tag, *counters)
 
     def choose(self, name: str, *counters: np.ndarray, skew: float = 1.0) -> np.ndarray:
         """Draw an id of field `name` as a function of the counters."""

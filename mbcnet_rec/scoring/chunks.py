@@ -21,8 +21,7 @@ from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
-from data.reading.files import for_each_file, prove, read_contents
-from data.reading.order import RowGroup
+from data.reading.files import RowGroup, for_each_file, prove, read_contents
 from data.reading.selection import Selection
 from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema

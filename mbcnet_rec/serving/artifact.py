@@ -58,7 +58,10 @@ ENCODER_FILES = (
     "__init__.py",
     "errors.py",
     *(f"schema/{name}.py" for name in ("__init__", "bounds", "feature", "names", "parse", "schema")),
-    *(f"reading/{name}.py" for name in ("__init__", "column_types", "columns", "encode", "ids", "keys")),
+    *(
+        f"reading/{name}.py"
+        for name in ("__init__", "column_types", "columns", "encode", "ids", "keys", "numbers")
+    ),
 )
 DATA = Path(data.__file__).parent
 CHUNK_ROWS = 65_536  # quantised at a time

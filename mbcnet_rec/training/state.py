@@ -17,8 +17,8 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.reading.config import Order
-from data.reading.order import Cursor
 from data.stream import Batch, ParquetStream
+from data.stream.order import Cursor
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.runtime.process import Process, blamed_on
 from mbcnet_rec.training.config import TrainConfig

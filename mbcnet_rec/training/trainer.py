@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data.errors import InputError
-from data.reading.order import Cursor
 from data.stream import ParquetStream
+from data.stream.order import Cursor
 from mbcnet_rec.checkpoints.compatibility import describe_run, load_checked
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
 from mbcnet_rec.checkpoints.storage import CheckpointStorage

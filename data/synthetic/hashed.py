@@ -1,35 +1,19 @@
 """Numbers from a counter-based hash: value = f(seed, tag, counters).
 
-A billion items then need no table, and rows may be made in any order. Apart from data/reading/keys.py, whose hashes are a promise to
-readers of data, while these may change with GENERATOR_VERSION.
+A billion items then need no table, and rows may be made in any order. These may change with GENERATOR_VERSION, and the hashes of
+data/reading/keys.py never.
 
 Shapes: n ids, d latent width.
 """
 
-import hashlib
-
 import numpy as np
 
-from data.reading.keys import SPLITMIX_GAMMA, splitmix64
+from data.reading.keys import SPLITMIX_GAMMA, splitmix64, uniforms
 
 LOW_HALVES = np.uint64(0x0000FFFF0000FFFF)
 LOW_WORD = np.uint64(0xFFFFFFFF)
 # makes the sum of four 16-bit uniforms unit variance
 IRWIN_HALL_SCALE = 1.0 / (65536.0 * np.sqrt(4.0 / 12.0))
-
-
-def keys(seed: int, tag: str, *counters: np.ndarray) -> np.ndarray:
-    """Hash (seed, tag, counters...) to uint64 (n,). Counters are integer arrays of one shape."""
-    digest = hashlib.blake2b(f"{seed}:{tag}".encode(), digest_size=8).digest()
-    state: np.ndarray = np.asarray(int.from_bytes(digest, "little"), np.uint64)
-    for counter in counters:
-        state = splitmix64(state ^ splitmix64(counter.astype(np.uint64)))
-    return state
-
-
-def uniforms(key: np.ndarray) -> np.ndarray:
-    """Turn keys into float64 in [0, 1)."""
-    return (key >> np.uint64(11)) * 2.0**-53
 
 
 def normals(key: np.ndarray, d: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from data.errors import InputError
-from data.reading.prefetch import TimeLimit, Workers, prefetched
+from data.stream.prefetch import TimeLimit, Workers, prefetched
 
 
 def limit(seconds=5.0, reading=()):

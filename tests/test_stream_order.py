@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.reading.config import StreamOptions
-from data.reading.order import (
+from data.stream.order import (
     RowGroup,
     lane_bounds,
     plan_windows,

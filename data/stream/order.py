@@ -15,9 +15,10 @@ the same global batches, and a position is two integers: epoch and step.
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from data.reading.config import StreamOptions
+from data.reading.decode import Window
+from data.reading.files import RowGroup
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,6 @@ class Cursor:
 
     epoch: int = 0
     step: int = 0
-
-
-class RowGroup(NamedTuple):
-    """One row group of one file. `num_rows`: the rows that are kept; `stored_rows`: all of them."""
-
-    file: int
-    index: int
-    num_rows: int
-    stored_rows: int
-
-
-class Window(NamedTuple):
-    """Neighbouring rows of one lane that are decoded, and in shuffled order permuted, together."""
-
-    lane: int
-    first_row: int  # place in the epoch's sequence
-    num_rows: int  # of all segments
-    segments: tuple[tuple[RowGroup, int, int], ...]  # row groups, and which of their kept rows: [start, stop)
 
 
 def lane_bounds(options: StreamOptions, total: int) -> list[int]:

@@ -1,0 +1,146 @@
+"""Columns of numbers, vectors and labels -> NumPy, checked: one that float32 does not hold after its transform is named, or missing.
+
+Shapes: n rows, W width of a vector.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types as pt
+
+from ..errors import InputError  # relative: an exported artifact carries this file
+from ..schema import Feature
+from .columns import Place
+from .ids import Column, as_lists, decoded, is_valid, list_offsets
+
+LARGEST = float(np.finfo(np.float32).max)  # what the model takes
+LARGEST_DOUBLE, LEAST_NORMAL = float(np.finfo(np.float64).max), float(np.finfo(np.float32).tiny)
+MOST_COMPARED, LEAST_COMPARED = 32, 256  # boundaries, numbers
+
+
+def write_numbers(
+    column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray
+) -> None:
+    """Write the transformed numbers of a field, (n,); 0 where they are missing."""
+    numbers, valid = read_numbers(column, feature, place, repaired)
+    if feature.transform == "log1p":
+        # log(1 + x) in float64 differs from log1p(x) by less than 2^-52, and is vectorised
+        negative = numbers.size > 0 and numbers.min() < 0
+        logs = np.log(np.add(1.0, np.abs(numbers) if negative else numbers, dtype=np.float64))
+        numbers = np.copysign(logs, numbers) if negative else logs
+    elif feature.transform == "standardise":
+        numbers = (_wide_enough(numbers, feature) - float(feature.mean)) / float(feature.std)
+    out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
+
+
+def write_vectors(
+    column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray
+) -> None:
+    """Write the vectors of a field, (n, W); missing ones are left as they are."""
+    lists = as_lists(column)
+    present = is_valid(lists) if lists.null_count else slice(None)
+    offsets = list_offsets(lists)
+    lengths = np.diff(offsets)[present]
+    if (lengths != feature.width).any():
+        wrong = int(np.flatnonzero(lengths != feature.width)[0])
+        row = int(np.arange(len(lists))[present][wrong])
+        raise InputError(
+            f"{place.row(row)}, field {feature.name!r}: a vector of length {lengths[wrong]}: wanted width = {feature.width}; "
+            "fix the file or the schema's width"
+        )
+    numbers, _ = read_numbers(lists.flatten(), feature, place, repaired, offsets)
+    out[present] = numbers.reshape(-1, feature.width)
+
+
+def read_numbers(
+    column: Column, feature: Feature, place: Place, repaired: Counter[str], offsets: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Numbers, 0 where invalid, and their validity (None: all). NaN and infinity are errors, or missing if on_invalid = 'null'.
+
+    `offsets`: of the lists that hold the numbers.
+    """
+    numbers, valid = (column, None) if isinstance(column, np.ndarray) else _as_numpy(column)
+    low, high = _limits(feature)
+    if numbers.dtype.kind in "iu":
+        # as float32, integers beyond 2^24 would lose digits before the transform
+        numbers = numbers.astype(np.float64)
+    # a NaN is the least and the largest, and in no range
+    if not numbers.size or (float(numbers.min()) >= low and float(numbers.max()) <= high):
+        return numbers, valid
+    wide = numbers.astype(np.float64)
+    good = (wide >= low) & (wide <= high)
+    if feature.on_invalid != "null":
+        bad = ~good
+        wanted = "a finite number or null"
+        fix = "set on_invalid = 'null' to read it as missing"
+        if np.isfinite(numbers[bad][0]):
+            wanted = f"a number up to {LARGEST:.1e}, the largest of float32"
+            wanted += ", after (x - mean) / std" if feature.transform == "standardise" else ""
+            fix = f"set transform = 'log1p', or {fix}" if feature.kind == "numeric" else fix
+            fix = f"write null where it marks a missing value, {fix}"
+        raise place.fault(
+            f"field {feature.name!r}", numbers, bad, f"{wanted}; fix the file, or {fix}", offsets
+        )
+    repaired[feature.name] += int((~good).sum())
+    return np.where(good, numbers, 0.0), good if valid is None else valid & good
+
+
+def _as_numpy(column: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
+    """Any column of numbers, 0 for nulls, and where they are not null (None: all)."""
+    column = decoded(column)
+    valid = is_valid(column) if column.null_count else None
+    if not (pt.is_floating(column.type) or pt.is_integer(column.type)) or pt.is_float16(column.type):
+        column = column.cast(pa.float64())
+    column = column if valid is None else pc.fill_null(column, pa.scalar(0, column.type))
+    return column.to_numpy(zero_copy_only=False), valid
+
+
+def _limits(feature: Feature) -> tuple[float, float]:
+    """The least and the largest number of a field that are finite in float32 after the transform; buckets are found in float64."""
+    if feature.transform in ("log1p", "bucketise"):
+        return -LARGEST_DOUBLE, LARGEST_DOUBLE
+    if feature.transform != "standardise":
+        return -LARGEST, LARGEST
+    mean, reach = float(feature.mean), LARGEST * float(feature.std)
+    return max(-LARGEST_DOUBLE, mean - reach), min(LARGEST_DOUBLE, mean + reach)
+
+
+def _wide_enough(numbers: np.ndarray, feature: Feature) -> np.ndarray:
+    """Numbers to standardise: as float64 where float32 could not hold the mean, std or a difference."""
+    if numbers.dtype != np.float32 or not numbers.size:
+        return numbers
+    mean, std = float(feature.mean), float(feature.std)
+    largest = max(float(numbers.max()) - mean, mean - float(numbers.min()))
+    fits = max(abs(mean), std, largest) <= LARGEST and std >= LEAST_NORMAL
+    return numbers if fits else numbers.astype(np.float64)
+
+
+def buckets_of(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
+    """1 + the number of boundaries <= x. Of many numbers, a few boundaries are faster compared one by one than searched."""
+    if len(boundaries) > MOST_COMPARED or len(numbers) < LEAST_COMPARED:
+        return np.searchsorted(boundaries, numbers, side="right") + 1
+    rows = np.ones(len(numbers), np.uint8)
+    above = np.empty(len(numbers), bool)
+    for boundary in boundaries:
+        np.greater_equal(numbers, boundary, out=above)
+        rows += above.view(np.uint8)
+    return rows
+
+
+def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
+    """Labels as a NumPy array of 0 and 1.
+
+    Raises:
+        InputError: a label is null or another number.
+    """
+    labels, valid = _as_numpy(column)
+    if valid is not None:
+        raise InputError(
+            f"{place.row(int(valid.argmin()))}, label {name!r} is null: wanted 0 or 1; drop the row or fix the file"
+        )
+    bad = (labels != 0) & (labels != 1)
+    if bad.any():
+        raise place.fault(f"label {name!r}", labels, bad, "0 or 1; fix the file or choose another label")
+    return labels
