@@ -106,7 +106,7 @@ def test_files_without_rows_are_refused(tmp_path):
 
 def test_counts_of_many_values_are_merged_seldom():
     """Work grows with the values, not with values times merges: each merge at least doubles what is kept."""
-    counts, merges = Counts(limit=100), 0
+    counts, merges = Counts("w", pa.int64(), limit=100), 0
     for start in range(0, 20_000, 50):
         counts.add(pa.array(range(start, start + 50)))
         merges += not counts.pending_rows
@@ -219,6 +219,21 @@ def test_a_vocabulary_holds_ids_of_one_type(column, values, wanted, tmp_path):
         pq.write_table(pa.table(day), tmp_path / f"{number}.parquet")
     fit = write_fitted(schema, sorted(tmp_path.glob("*.parquet")), tmp_path / "out")
     assert vocabulary(fit, column) == wanted
+
+
+def test_integers_that_no_type_holds_together_are_refused_and_fit_as_text(tmp_path):
+    for number, ids in enumerate(([-1, 5], [2**64 - 1])):
+        pq.write_table(
+            pa.table({"w": pa.array(ids, pa.int64() if ids[0] < 0 else pa.uint64())}),
+            tmp_path / f"{number}.parquet",
+        )
+    files = sorted(tmp_path.glob("*.parquet"))
+    with pytest.raises(
+        InputError, match=r"field 'w': some ids are below 0 .* set type = \"text\" for the field"
+    ):
+        write_fitted(schema_of(tmp_path, w=WORD), files, tmp_path / "out")
+    fit = write_fitted(schema_of(tmp_path, w=WORD | {"type": "text"}), files, tmp_path / "out")
+    assert set(vocabulary(fit, "w")) == {"-1", "5", str(2**64 - 1)}
 
 
 @pytest.mark.parametrize("values", [["a", "b"], [1, 2], [1.0, 2.0]])

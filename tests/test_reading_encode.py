@@ -252,6 +252,9 @@ def test_vocabulary_faults_are_named(tmp_path):
     for values, kind in (([True], "bool"), ([1.5], "double"), ([b"a"], "binary")):
         said = f"the vocabulary of field 'f' holds {kind}: wanted integers or text"
         refused(said, vocabulary(tmp_path, values), pa.array([1]), folder=tmp_path)
+    for values in ([7, None], [7, 8, 7], ["a", "a"], [float("nan")]):
+        said = "vocabulary of field 'f' holds a null, or one value twice: wanted each value once"
+        refused(said, vocabulary(tmp_path, values), pa.array([1]), folder=tmp_path)
     refused(
         "says type = 'text', but its vocabulary holds int64",
         vocabulary(tmp_path, [1]) | {"type": "text"},

@@ -6,9 +6,10 @@ vocabulary, counted over all of them. With min_count = 1 every training value ha
 where new values are to be expected.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,42 +48,46 @@ Say = Callable[[str], object]  # takes one line for the user
 
 @dataclass
 class Counts:
-    """How often each value occurs; `limit`: distinct values held before they are merged; `empty`: the type of no value at all."""
+    """How often each value of a field occurs; `kind`: the type of none at all; `limit`: distinct values held before they are merged."""
 
+    field: str
+    kind: pa.DataType
     limit: int = 1_000_000
-    empty: pa.DataType = field(default_factory=pa.int64)
-    pending: list[pa.Table] = field(default_factory=list)
+    pending: list[pa.Table] = dataclasses.field(default_factory=list)
     pending_rows: int = 0
     merged_rows: int = 0
 
     def add(self, values: pa.Array) -> None:
         """Count ids (integers or text); nulls are ignored."""
-        if pa.types.is_dictionary(values.type):
-            values = values.cast(values.type.value_type)
-        counted = values.drop_null().value_counts()
-        self.pending.append(pa.table({"value": counted.field(0), "count": counted.field(1)}))
-        self.pending_rows += len(counted)
+        counted = decoded(values).drop_null().value_counts()
+        found = counted.field(0)
+        if pa.types.is_integer(found.type):
+            found = found.cast(pa.uint64() if len(found) and pc.max(found).as_py() >= 2**63 else pa.int64())
+        self.pending.append(pa.table({"value": found, "count": counted.field(1)}))
+        self.pending_rows += len(found)
         # As much new as old: the work then grows with the values and not with the values times the number of merges.
         if self.pending_rows > max(self.limit, self.merged_rows):
             self.pending = [self.merged()]
             self.pending_rows, self.merged_rows = 0, self.pending[0].num_rows
 
     def merged(self) -> pa.Table:
-        """All values so far with their counts."""
-        kinds = {table["value"].type for table in self.pending}
-        if len(kinds) > 1 and pa.uint64() in kinds:  # Arrow joins it with no type of signed integers
-            number = pa.schema([("value", self._widest()), ("count", pa.int64())])
-            self.pending = [table.cast(number) for table in self.pending]
-        nothing = pa.table({"value": pa.array([], self.empty), "count": pa.array([], pa.int64())})
+        """All values so far with their counts.
+
+        Raises:
+            InputError: no type of integers holds them all.
+        """
+        if any(table["value"].type == pa.uint64() for table in self.pending):  # Arrow joins it with no other
+            number = pa.schema([("value", pa.uint64()), ("count", pa.int64())])
+            try:
+                self.pending = [table.cast(number) for table in self.pending]
+            except pa.ArrowInvalid:
+                raise InputError(
+                    f"field {self.field!r}: some ids are below 0 and some are 2^63 or more, which no type of integers holds: "
+                    'set type = "text" for the field'
+                ) from None
+        nothing = pa.table({"value": pa.array([], self.kind), "count": pa.array([], pa.int64())})
         table = pa.concat_tables(self.pending or [nothing], promote_options="permissive")
         return table.group_by("value").aggregate([("count", "sum")]).rename_columns({"count_sum": "count"})
-
-    def _widest(self) -> pa.DataType:
-        ends = [pc.min_max(table["value"]) for table in self.pending if len(table)]
-        lowest, highest = min(each["min"].as_py() for each in ends), max(each["max"].as_py() for each in ends)
-        if lowest < 0 and highest >= 2**63:
-            raise InputError(f"ids from {lowest} to {highest} fit no type of integers: write them as text")
-        return pa.uint64() if highest >= 2**63 else pa.int64()
 
     def vocabulary(self, min_count: int) -> pa.Array:
         """Values seen at least `min_count` times, the most frequent first, equal ones by value."""
@@ -194,7 +199,7 @@ def fit_schema(
             f"schema {schema.name!r}: no training file to fit {waiting[0].name!r} on; name at least one"
         )
     counts = {
-        each.table_name: Counts(empty=pa.string() if each.type == "text" else pa.int64())
+        each.table_name: Counts(each.name, pa.string() if each.type == "text" else pa.int64())
         for each in waiting
         if each.vocabulary == FIT
     }

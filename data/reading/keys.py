@@ -15,7 +15,7 @@ from pyarrow import types as pt
 
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import FIRST_VOCABULARY_ROW, OUT_OF_VOCABULARY_ROW, Feature, Schema
-from .ids import as_ids, codes_of, integers, is_id, is_valid
+from .ids import as_ids, codes_of, decoded, integers, is_id, is_valid
 
 SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 LARGEST_UNBOUNDED = np.uint64(2**63 - 1)
@@ -91,13 +91,15 @@ def read_vocabularies(schema: Schema) -> dict[str, pa.Array]:
                 f"{path}: the vocabulary of field {feature.name!r} cannot be read ({first_line(error)}); {way_out}"
             ) from None
         kind = values.type
-        if pt.is_null(kind):  # of a column without a value: anything is out of vocabulary
-            values = values.cast(pa.string())
-        found[feature.vocabulary], bad = as_ids(values, "") if is_id(kind) else (values, np.ones(1, bool))
-        if bad is not None:
-            raise InputError(
-                f"{path}: the vocabulary of field {feature.name!r} holds {kind}: wanted integers or text; {way_out}"
-            )
+        # of type null it has no value at all: anything is out of vocabulary
+        values = values.cast(pa.string()) if pt.is_null(kind) else decoded(values)
+        ids, bad = as_ids(values, "") if is_id(kind) else (values, np.ones(1, bool))
+        fault = "" if bad is None else f"holds {kind}: wanted integers or text"
+        if not fault and (ids.null_count or len(ids.unique()) < len(ids)):
+            fault = "holds a null, or one value twice: wanted each value once, for it is one row"
+        if fault:
+            raise InputError(f"{path}: the vocabulary of field {feature.name!r} {fault}; {way_out}")
+        found[feature.vocabulary] = ids
     return found
 
 
