@@ -5,21 +5,16 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from data.errors import InputError
 from data.reading.column_types import pinned
-from data.reading.files import THREADS, read_or_name, resolve_files
+from data.reading.files import column_sets, resolve_files
 from data.reading.fingerprint import FileMark, fingerprint, mark_differences, mark_files
 from data.reading.partitions import select_files
-from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema, load_schema, schema_to_toml
 from data.schema.parse import read_toml, to_toml_value
 from data.stream import ParquetStream
@@ -110,18 +105,7 @@ def agreed_schema(
 def _typed(config: RunConfig, schema: Schema) -> Schema:
     schema.require_fitted()
     files = select_files(resolve_files(config.data.train), config.data.train_where, schema)
-
-    def footer(file: DataFile) -> pa.Schema:
-        with open_parquet(file) as parquet:
-            return parquet.schema_arrow
-
-    def read(file: DataFile) -> pa.Schema:
-        return read_or_name(
-            partial(footer, file), file, str(file), "not a readable Parquet file", config.data.attempts
-        )
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return pinned(schema, pool.map(read, files))
+    return pinned(schema, column_sets(files, config.data.attempts))
 
 
 def _refuse_other_schema(

@@ -90,7 +90,7 @@ def test_failure_leaves_nothing_behind(train, tmp_path):
         bad.write_bytes(content)
         with pytest.raises(
             InputError,
-            match=r"bad\.parquet: (cannot be read as Parquet|row group 0, column 'w' cannot be decoded)",
+            match=r"bad\.parquet: (not a readable Parquet file|row group 0, column 'w' cannot be decoded)",
         ):
             write_fitted(schema_of(tmp_path, w=WORD), [bad], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.parquet", "train.parquet"]

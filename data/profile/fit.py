@@ -24,9 +24,10 @@ from data.profile.scan import LARGEST_FLOAT32, naming
 from data.profile.sketch import EvenSample
 from data.reading.column_types import check_columns, is_list, pinned
 from data.reading.columns import Place
+from data.reading.files import column_sets
 from data.reading.ids import decoded, list_offsets, read_ids
 from data.reading.row_groups import stored_rows
-from data.reading.storage import DAMAGE, DataFile, open_parquet
+from data.reading.storage import DAMAGE, LIST_ATTEMPTS, DataFile, open_parquet
 from data.schema import (
     FIRST_VOCABULARY_ROW,
     FIT,
@@ -189,8 +190,10 @@ def fit_schema(
     Raises:
         InputError: no file or no row, a file is damaged, or a column is missing.
     """
-    footers = [_footer(file, schema) for file in files]
-    schema = pinned(schema, footers)
+    columns = column_sets(files, LIST_ATTEMPTS)
+    for arrow_schema, file in columns.items():
+        check_columns(arrow_schema, schema, str(file), has_label=False)
+    schema = pinned(schema, columns)
     top, paths = schema_to_toml(schema), schema.own_vocabularies
     _copy_vocabularies(schema, top, out)
     waiting = [feature for feature in schema.features if not feature.is_fitted]
@@ -287,14 +290,6 @@ def _copy_vocabularies(schema: Schema, top: dict[str, Any], folder: Path) -> Non
                 f"{source}: the vocabulary of field {feature.name!r} cannot be copied ({error.strerror}); fix the path in the schema"
             ) from None
         top["fields"][feature.name]["vocabulary"] = paths[feature.name]
-
-
-def _footer(file: DataFile, schema: Schema) -> pa.Schema:
-    """The columns of a file, which the schema's fields take."""
-    with naming(file), open_parquet(file) as parquet:
-        arrow_schema = parquet.schema_arrow
-    check_columns(arrow_schema, schema, str(file), has_label=False)
-    return arrow_schema
 
 
 def _ids(column: pa.Array, feature: Feature, place: Place) -> pa.Array:

@@ -76,13 +76,10 @@ def pinned(schema: Schema, arrow_schemas: Iterable[pa.Schema]) -> Schema:
     ]
     columns = {each.source_column for each in waiting} | {schema.group_column} - {""}
     found: dict[str, set[str]] = {column: set() for column in columns}
-    previous = None
     for arrow_schema in arrow_schemas:
-        if previous is None or not arrow_schema.equals(previous):
-            for field in arrow_schema:
-                if field.name in found:
-                    found[field.name].add(id_type(field.type))
-        previous = arrow_schema
+        for field in arrow_schema:
+            if field.name in found:
+                found[field.name].add(id_type(field.type))
     of_table: dict[str, set[str]] = {}
     for each in waiting:
         of_table.setdefault(each.table_name, set()).update(found[each.source_column])

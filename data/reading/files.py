@@ -35,6 +35,7 @@ from data.schema import Schema
 
 T = TypeVar("T")
 SHOWN = 3  # names of what is left out
+NOT_PARQUET = "not a readable Parquet file"
 THREADS = 8  # that read footers: small reads, which mostly wait
 
 
@@ -132,7 +133,7 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
     def inspect(_: int, file: DataFile) -> tuple[Footer, str]:
         return _inspect(file, schema, time_column, checked)
 
-    inspected = for_each_file(files, inspect, "not a readable Parquet file", attempts)
+    inspected = for_each_file(files, inspect, NOT_PARQUET, attempts)
     footers = [footer for footer, _ in inspected]
     bare = [(file, column) for file, (_, column) in zip(files, inspected, strict=True) if column]
     if bare:
@@ -155,6 +156,25 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
         )
     negatives, positives = np.sum([counts for _, counts in counted], axis=0)
     return Contents(row_groups, (int(negatives), int(positives)))
+
+
+def column_sets(files: Sequence[DataFile], attempts: int) -> dict[pa.Schema, DataFile]:
+    """Each set of columns that files have, by their footers, and the first file that has it.
+
+    Raises:
+        InputError: a file is not a Parquet file.
+    """
+    known: dict[pa.Schema, pa.Schema] = {}  # so that no set is held twice
+
+    def read(_: int, file: DataFile) -> pa.Schema:
+        with open_parquet(file) as parquet:
+            columns = parquet.schema_arrow.remove_metadata()
+        return known.setdefault(columns, columns)
+
+    found: dict[pa.Schema, DataFile] = {}
+    for file, columns in zip(files, for_each_file(files, read, NOT_PARQUET, attempts), strict=True):
+        found.setdefault(columns, file)
+    return found
 
 
 def _inspect(file: DataFile, schema: Schema, time_column: str, checked: frozenset[str]) -> tuple[Footer, str]:
