@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 PATIENCE_SECONDS = 5.0  # threads and processes that are ending may take as long
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Threads that libraries keep for the whole process once they are used: they belong to no test.

@@ -149,7 +149,7 @@ def test_standardise_ignores_nulls_and_nan_and_names_a_constant(tmp_path):
     assert len(notes) == 1 and "'same': constant in training" in notes[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=200), st.integers(2, 40))
 def test_boundaries_are_few_ascending_and_leave_no_bucket_empty(numbers, num_buckets):
     quantiles = Quantiles()

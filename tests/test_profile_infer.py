@@ -40,7 +40,7 @@ def test_sketch_counts_distinct_values(true):
     assert len(sketch.smallest) <= 4_096
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 400), max_size=300), st.integers(1, 9))
 def test_sketch_does_not_depend_on_pieces(values, pieces):
     hashes = splitmix64(np.asarray(values, np.uint64))

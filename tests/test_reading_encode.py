@@ -216,7 +216,7 @@ def test_vocabulary_rows(tmp_path, values, column, dictionary):
     assert got.single_ids.tolist() == [[rows.get(value, OUT_OF_VOCABULARY_ROW) for value in column]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     values=st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=20),
     column=st.lists(st.integers(0, 2**64 - 1), max_size=20),
@@ -294,7 +294,7 @@ def reference_string_hash(text: str) -> int:
     return hashed
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     texts=st.lists(st.none() | st.text(max_size=30), max_size=20), skip=st.integers(0, 3), large=st.booleans()
 )

@@ -137,7 +137,7 @@ def test_an_hour_within_a_row_group(log):
     assert first == (7 if kind == "timestamp[ns]" else 8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(-5, 245), st.integers(0, 250), st.sampled_from(["shuffled", "chronological"]))
 def test_any_interval_is_a_plain_comparison(files, low, span, order):
     wanted = [row for row in range(DAYS * ROWS_A_DAY) if low <= row < low + span]
@@ -171,7 +171,7 @@ def test_int96_and_types_that_change_from_day_to_day(tmp_path):
     assert kept(files, "at >= last 4") == rows_of_days(6, 10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["<", "<=", ">", ">=", "=", "!="]),
     st.integers(-2, 12),

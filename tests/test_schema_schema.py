@@ -147,7 +147,7 @@ def test_comments_follow_their_fields():
     assert parse_schema(tomllib.loads(text), "again", Path()) == parse()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(min_size=1, max_size=8), st.text(max_size=8))
 def test_any_name_is_written_so_that_it_reads_back(name, label):
     groups = {"g\x7f\U0001f600": [name]}

@@ -200,7 +200,7 @@ def test_mistakes_are_refused_and_nothing_is_touched(schema, tmp_path, options, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(1, 65_535), st.integers(0, 1)), min_size=2, max_size=60))
 def test_tally_agrees_with_the_definition(rows):
     steps, labels = (np.asarray(column) for column in zip(*rows, strict=True))
