@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data.reading.order import RowGroup
 
 from data.errors import InputError
 from data.profile.check import WHOLE_FILE, CheckReport, check_files
@@ -15,6 +14,7 @@ from data.profile.fit import write_fitted
 from data.profile.infer import infer_schema
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
+from data.reading.files import RowGroup
 from data.schema import parse_schema
 from mbcnet_rec.cli import main
 

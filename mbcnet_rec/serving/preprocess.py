@@ -16,20 +16,18 @@ from pyarrow import types as pt
 from torch import Tensor
 
 if __name__ == "mbcnet_rec.serving.preprocess":
-    from data.errors import InputError
+    from data.errors import InputError, first_line
     from data.reading.column_types import check_columns
-    from data.reading.columns import Columns, offsets_of
-    from data.reading.encode import Encoder, Place
+    from data.reading.columns import Columns, Place, offsets_of
+    from data.reading.encode import Encoder
     from data.reading.ids import integers_of
-    from data.reading.keys import first_line
     from data.schema import Schema, Table, load_schema
 else:  # in an artifact, which carries these files
-    from .data.errors import InputError  # type: ignore[import-not-found]
+    from .data.errors import InputError, first_line  # type: ignore[import-not-found]
     from .data.reading.column_types import check_columns  # type: ignore[import-not-found]
-    from .data.reading.columns import Columns, offsets_of  # type: ignore[import-not-found]
-    from .data.reading.encode import Encoder, Place  # type: ignore[import-not-found]
+    from .data.reading.columns import Columns, Place, offsets_of  # type: ignore[import-not-found]
+    from .data.reading.encode import Encoder  # type: ignore[import-not-found]
     from .data.reading.ids import integers_of  # type: ignore[import-not-found]
-    from .data.reading.keys import first_line  # type: ignore[import-not-found]
     from .data.schema import Schema, Table, load_schema  # type: ignore[import-not-found]
 
 __all__ = ["REQUEST", "ZCH", "Inputs", "Preprocessor", "Rows", "Schema", "load_schema"]
