@@ -21,7 +21,7 @@ from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
-from data.reading.files import RowGroup, for_each_file, prove, read_contents
+from data.reading.files import NOT_PARQUET, RowGroup, for_each_file, prove, read_contents
 from data.reading.selection import Selection
 from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema
@@ -93,7 +93,7 @@ def unlabelled_row_groups(
             groups = [RowGroup(number, index, rows, rows) for index, rows in enumerate(sizes or [0])]
             return groups, parquet.schema_arrow
 
-    inspected = for_each_file(files, inspect, "not a readable Parquet file", attempts)
+    inspected = for_each_file(files, inspect, NOT_PARQUET, attempts)
     return [group for groups, _ in inspected for group in groups], [columns for _, columns in inspected]
 
 
