@@ -110,7 +110,7 @@ def test_a_run_is_read_as_it_was_trained_after_the_next_days_fit(place, capfd):
     assert json.loads(Path("runs/r/DONE").read_text())["auc"] > 0.8, "not by the vocabulary of the second day"
 
 
-def test_a_run_is_read_without_what_it_was_made_of_from_anywhere_under_any_name(place, tmp_path):
+def test_a_run_is_read_without_what_it_was_made_of_from_anywhere_under_any_name(place, capfd):
     before = pq.read_table("before/a.parquet")["probability"].to_numpy()
     for name in ("fitted", "s.toml", "run.toml"):
         path = Path(name)
@@ -120,6 +120,15 @@ def test_a_run_is_read_without_what_it_was_made_of_from_anywhere_under_any_name(
     with chdir("elsewhere"):
         assert main(["predict", "../renamed", "--data", "../logs/day1", "--out", "out"]) == 0
         np.testing.assert_array_equal(pq.read_table("out/a.parquet")["probability"].to_numpy(), before)
+    for again in ([], ["--resume"], ["--overwrite"]):
+        assert main(["train", "--config", "renamed/config.toml", *again]) == 2
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert f"the run in {place}/renamed, but by its train.out that run is in {place}/runs/r" in said
+        assert f"add --set train.out={place}/renamed" in said and not Path("runs/r").exists()
+    assert (
+        main(["train", "--config", "renamed/config.toml", "--resume", "--set", f"train.out={place}/renamed"])
+        == 0
+    )
 
 
 def test_a_run_resumes_without_the_files_that_it_was_fitted_from(place):

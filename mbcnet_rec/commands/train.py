@@ -1,6 +1,7 @@
 """`mbcnet train`: train in this process, or as one rank where torchrun started it."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ def _train(args: argparse.Namespace) -> int:
     from mbcnet_rec.config import load_config  # imports torch
 
     config = load_config(args.config, args.overrides)
+    _refuse_moved(Path(args.config), config, args.overrides)
     if args.plan:
         config = _with_plan(config, args.plan)
     # imports torchrec: after every mistake that is seen without it
@@ -45,6 +47,20 @@ def _draw_report(folder: Path) -> None:
     from mbcnet_rec.report.run_report import write_run_report
 
     write_run_report(folder)
+
+
+def _refuse_moved(path: Path, config: "RunConfig", overrides: Sequence[str]) -> None:
+    """Refuse the config of a run folder that was moved or copied, by which the run would go on, or begin, in another folder unasked."""
+    from mbcnet_rec.checkpoints.run_folder import CONFIG  # imports torch
+    from mbcnet_rec.logs.metrics_log import METRICS
+
+    own, out = path.absolute().parent, config.run_folder
+    named = {override.partition("=")[0].strip() for override in overrides} & {"train.out", "train", "name"}
+    if path.name == CONFIG and (own / METRICS).is_file() and not named and out.resolve() != own.resolve():
+        raise InputError(
+            f"{path}: is the config of the run in {own}, but by its train.out that run is in {out.absolute()}; say which: add "
+            f"--set train.out={own}, or another folder"
+        )
 
 
 def _with_plan(config: "RunConfig", plan: str) -> "RunConfig":
