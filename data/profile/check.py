@@ -16,13 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import InputError, first_line
-from data.reading.checksums import columns_of_leaves
 from data.reading.column_types import column_faults
 from data.reading.columns import Place
 from data.reading.encode import Encoder
-from data.reading.files import prove
 from data.reading.numbers import read_labels
-from data.reading.row_groups import stored_rows
+from data.reading.row_groups import columns_of_leaves, prove, stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 from data.schema import Schema
 

@@ -1,6 +1,6 @@
 """Paths -> Parquet files and their row groups: columns checked and kept rows counted, before the first batch."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import InputError, first_line
-from data.reading.checksums import column_without_checksum, first_row_group
 from data.reading.column_types import check_columns
 from data.reading.columns import Place
 from data.reading.numbers import read_labels
+from data.reading.row_groups import column_without_checksum, first_row_group, prove
 from data.reading.selection import Footer, Selection, read_footer
 from data.reading.storage import (
     DAMAGE,
@@ -194,17 +194,6 @@ def _inspect(file: DataFile, schema: Schema, time_column: str, checked: frozense
         if time_column:
             prove(parquet, groups, {time_column})
         return read_footer(parquet, time_column, str(file)), column_without_checksum(file, metadata, checked)
-
-
-def prove(parquet: pq.ParquetFile, row_groups: Iterable[int], columns: Iterable[str]) -> None:
-    """Raise an ordinary error if a damaged footer does not describe these column chunks, by planning to read them.
-
-    `row_group(i).column(j)` may be called only after this: on a footer that Arrow finds inconsistent it does not raise but ends the
-    process (seen in pyarrow 26 with flipped bits). The file must have been opened with pre_buffer, which looks at all chunks at once.
-    """
-    if parquet.metadata.num_rows:
-        chosen = [index for index in row_groups if index >= 0]
-        next(parquet.iter_batches(1, row_groups=chosen, columns=list(columns), use_threads=False), None)
 
 
 def for_each_file(

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.errors import InputError
-from data.reading.checksums import leaves_of
 from data.reading.columns import Place
 from data.reading.conditions import (
     DAY,
@@ -41,6 +40,7 @@ from data.reading.config import StreamOptions
 from data.reading.ids import is_text, value_type
 from data.reading.keys import counter_keys, uniforms
 from data.reading.numbers import read_labels
+from data.reading.row_groups import leaves_of
 from data.reading.storage import DataFile, path_parts
 from data.schema import Schema
 
@@ -65,7 +65,7 @@ class Footer(NamedTuple):
 
 
 def read_footer(parquet: pq.ParquetFile, time_column: str, file: str) -> Footer:
-    """Take what planning needs out of a footer, which must have been proved for the time column (see `data.reading.files.prove`).
+    """Take what planning needs out of a footer, which must have been proved for the time column (see `data.reading.row_groups.prove`).
 
     Where the statistics do not tell the instants of a row group (text, int96, none written) its time column is read. `time_column` is empty
     if no condition names it.

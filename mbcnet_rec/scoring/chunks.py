@@ -21,7 +21,8 @@ from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
-from data.reading.files import NOT_PARQUET, RowGroup, for_each_file, prove, read_contents
+from data.reading.files import NOT_PARQUET, RowGroup, for_each_file, read_contents
+from data.reading.row_groups import prove
 from data.reading.selection import Selection
 from data.reading.storage import DataFile, open_parquet
 from data.schema import Schema
