@@ -37,9 +37,15 @@ def test_folders_globs_and_files_become_one_sorted_list(tmp_path):
     assert resolve_files([str(tmp_path)]) == every
     assert resolve_files([str(tmp_path / "ds=*"), str(tmp_path / "ds=1" / "a.parquet")]) == every[:3]
     assert resolve_files([str(tmp_path / "**" / "*.parquet")]) == every
-    for nothing in (tmp_path / "absent", tmp_path / "ds=9*"):
+    for nothing in (tmp_path / "absent", tmp_path / "ds=9*", tmp_path / ("x" * 300)):
         with pytest.raises(InputError, match="no Parquet file there; check the path"):
             resolve_files([str(nothing)])
+    with pytest.raises(
+        InputError, match=r"\{1,2\}: no Parquet file there .globs know .* what stands in braces"
+    ):
+        resolve_files([f"{tmp_path}/ds={{1,2}}"])
+    with pytest.raises(InputError, match="'': is no path"):
+        resolve_files([""])  # an unset variable, and not this folder
 
 
 @pytest.mark.parametrize(
@@ -95,6 +101,7 @@ def test_one_file_by_two_names_counts_once_and_links_are_followed(tmp_path, monk
     far = write_file(tmp_path / "elsewhere" / "b.parquet", 3)
     os.link(file, logs / "ds=1" / "hard.parquet")
     (logs / "ds=1" / "soft.parquet").symlink_to(file)
+    (logs / "current").symlink_to(file.parent)  # sorts before ds=1, which says the partition
     (logs / "ds=2").symlink_to(far.parent)
     (logs / "ds=2" / "back").symlink_to(logs)
     monkeypatch.chdir(tmp_path)
@@ -148,6 +155,7 @@ def test_a_uri_takes_the_files_that_a_folder_takes(tmp_path):
             str(file).removeprefix(f"{uri}/") for file in there
         ]
         assert [file.name for file in here.others] == [file.name for file in there.others]
+    assert len(resolve_files([f"{uri}/ds=1", f"memory:///{tmp_path.name}/ds=1"])) == 2
     with pytest.raises(InputError, match=r"ds=9\*: no Parquet file there; check the path"):
         resolve_files([f"{uri}/ds=9*"])
 

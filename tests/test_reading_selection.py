@@ -348,6 +348,8 @@ def test_numbers_as_folders_want_numbers(tmp_path):
         (["2024-05-01", "", "old"], "ds  IS  NOT  NULL", [0, 2]),
         (["2024-05-01", ""], "ds = null", "the bound 'null' says nothing; .* or ds IS NULL"),
         ([""], "ds != x", "none of 1 files is left"),
+        (["9" * 60, "5"], f"ds > {'8' * 60}", [0]),
+        (["5"], f"ds < {'8' * 5000}", "want a number of the same form"),
         (["1714521600", "1714525200"], "ds >= 20240502", "want a number of the same form"),
         (["1.5", "10.5", "9"], "ds < 9.5", [0, 2]),
     ],

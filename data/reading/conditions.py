@@ -29,7 +29,7 @@ COMPACT = re.compile(
     r"(?:[T _-]?(?P<hour>\d{2})(?::?(?P<minute>\d{2}))?(?::?(?P<second>\d{2}))?)?",
     re.ASCII,
 )
-INTEGER = re.compile(r"-?\d+", re.ASCII)
+INTEGER = re.compile(r"-?\d{1,39}", re.ASCII)
 NANOSECONDS = 10**9
 HOUR, DAY = 3_600 * NANOSECONDS, 86_400 * NANOSECONDS
 EPOCH, SECOND = datetime.datetime(1970, 1, 1), datetime.timedelta(seconds=1)
@@ -42,12 +42,7 @@ WRITTEN = {
     14: ("seconds written yyyymmddhhmmss", NANOSECONDS),
 }
 # integers since 1970: the number of digits tells the unit (from 1973 until the year 5138)
-UNITS = (
-    ("seconds", 10**11, NANOSECONDS),
-    ("milliseconds", 10**14, 10**6),
-    ("microseconds", 10**17, 10**3),
-    ("nanoseconds", 10**40, 1),
-)
+UNITS = (("seconds", 10**11, NANOSECONDS), ("milliseconds", 10**14, 10**6), ("microseconds", 10**17, 10**3))
 
 
 class Condition(NamedTuple):
@@ -139,9 +134,12 @@ class Form(NamedTuple):
 
 def form_of(number: int) -> Form:
     """What one integer looks like: a day such as 20240525, an hour such as 2024052512, one of UNITS since 1970, or nothing."""
-    text = str(abs(number))
+    number = min(abs(number), 10**19)  # of more digits only folders are
+    text = str(number)
     if read_instant(text):
         return Form(*WRITTEN[len(text)], len(text))
-    if abs(number) < 10**8:
+    if number < 10**8:
         return Form("", 0, 0)
-    return next(Form(name, step, 0) for name, limit, step in UNITS if abs(number) < limit)
+    return next(
+        (Form(name, step, 0) for name, limit, step in UNITS if number < limit), Form("nanoseconds", 1, 0)
+    )

@@ -1,5 +1,6 @@
 """Paths -> Parquet files and their row groups: columns checked and kept rows counted, before the first batch."""
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -67,6 +68,8 @@ def resolve_files(paths: Sequence[str]) -> FileList:
     identities: dict[DataFile, object] = {}
     others: set[DataFile] = set()
     for text in paths:
+        if not text.strip():
+            raise InputError(f"{text!r}: is no path; name files, folders, globs or URIs")
         listed = list_files(text)
         is_data = for_each_file([each.file for each in listed], _is_parquet, "cannot be read", LIST_ATTEMPTS)
         found = {
@@ -81,14 +84,20 @@ def resolve_files(paths: Sequence[str]) -> FileList:
                 f"{text}: no Parquet file there{_other_files(text)}; check the path, or write the data first (`mbcnet data synth`, "
                 "`mbcnet data prepare`)"
             )
-    kept: dict[object, DataFile] = {}
+    names: dict[object, list[DataFile]] = {}
     for file in sorted(identities, key=_rank):
-        kept.setdefault(identities[file], file)
-    return FileList(kept.values(), sorted(others - identities.keys(), key=_rank))
+        names.setdefault(identities[file], []).append(file)
+    kept = (own[0] if len(own) == 1 else min(own, key=_is_link) for own in names.values())
+    return FileList(sorted(kept, key=_rank), sorted(others - identities.keys(), key=_rank))
 
 
 def _rank(file: DataFile) -> tuple[bool, DataFile]:
     return isinstance(file, RemoteFile), file
+
+
+def _is_link(file: DataFile) -> bool:
+    """Whether a link leads to a file, so that its folders may not say its partition."""
+    return isinstance(file, Path) and os.path.realpath(file) != os.path.abspath(file)
 
 
 def _is_parquet(_: int, file: DataFile) -> bool:
@@ -108,9 +117,11 @@ def files_in_words(files: FileList) -> str:
 def _other_files(text: str) -> str:
     """What lies in a folder without Parquet files, in words."""
     path = local_path(text)
-    if path is None or not path.is_dir():
+    if "{" in text:
+        return " (globs know *, ?, [..] and **: name what stands in braces one by one)"
+    if path is None or not os.path.isdir(path):
         return ""
-    names = sorted(each.name for each in path.iterdir())
+    names = sorted(os.listdir(path))
     return (
         f" (it holds {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
         if names

@@ -48,7 +48,7 @@ def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema
         kept = [file for file in kept if partitions[file][condition.name] in met]
     if not kept:
         raise InputError(
-            f"where = {list(where)}: none of {len(files)} files is left; the first is {files[0]}; change the conditions"
+            f"where = {list(where)}: none of {len(files)} files is left, from {files[0]} to {files[-1]}; change the conditions"
         )
     return FileList(kept, files.others if isinstance(files, FileList) else ())
 

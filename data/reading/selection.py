@@ -94,26 +94,21 @@ def read_footer(parquet: pq.ParquetFile, time_column: str, file: str) -> Footer:
         statistics = metadata.row_group(index).column(leaf).statistics
         if statistics is not None and statistics.has_min_max and not is_text(value_type(kind)):
             # Python's dates cannot hold nanoseconds: the stored integers can, and are in the unit of the stored type.
-            ends = (
-                (statistics.min, statistics.max)
-                if pt.is_integer(stored)
-                else (statistics.min_raw, statistics.max_raw)
-            )
-            unit = 1 if pt.is_integer(stored) else _unit_of(stored)
-            spans.append(Span(ends[0] * unit, ends[1] * unit + 1))
+            raw = "" if pt.is_integer(stored) else "_raw"
+            first, last = (getattr(statistics, end + raw) for end in ("min", "max"))
+            spans.append(Span(first * _unit_of(stored), last * _unit_of(stored) + 1))
             untimed.append(not statistics.has_null_count or statistics.null_count > 0)
         else:
             column = parquet.read_row_group(index, columns=[time_column], use_threads=False).column(0)
             instants, valid = _instants(column.combine_chunks(), time_column, Place(file, index))
-            unit = 1 if pt.is_integer(kind) else _unit_of(kind)
-            times = instants[valid]
+            times, unit = instants[valid], _unit_of(kind)
             spans.append(Span(int(times.min()) * unit, int(times.max()) * unit + 1) if len(times) else None)
             untimed.append(not valid.all())
     return Footer(num_rows, spans, untimed, kind)
 
 
 def _unit_of(kind: pa.DataType) -> int:
-    """Nanoseconds of one unit of a type's integers; texts are read in nanoseconds."""
+    """Nanoseconds of one of the numbers by which a type holds time; texts are read in nanoseconds, and integers are numbers of their own."""
     if pt.is_timestamp(kind):
         return NANOSECONDS // {"s": 1, "ms": 10**3, "us": 10**6, "ns": NANOSECONDS}[kind.unit]
     return DAY if pt.is_date32(kind) else 10**6 if pt.is_date64(kind) else 1
@@ -228,7 +223,7 @@ class Selection:
         if self.conditions and self.schema.time_column in rows.schema.names:
             column = rows.column(self.schema.time_column)
             instants, timed = _instants(column, self.schema.time_column, place)
-            unit = 1 if pt.is_integer(column.type) else _unit_of(column.type)
+            unit = _unit_of(column.type)
             kept &= ~timed if self.wants_null else True
             kept &= timed & _within(instants, self.span, unit) if self.bounds else True
             for hole in self.holes:

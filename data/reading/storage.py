@@ -167,13 +167,14 @@ def _list_remote(uri: str) -> list[Listed]:
     base = "/".join(parts[:fixed])
     prefix = uri[: uri.index(path)] if path in uri else uri.partition("://")[0] + "://"
     if system.get_file_info(base).type == pafs.FileType.File:
-        return [] if parts[fixed:] else [Listed(RemoteFile(uri), uri, True)]
+        return [] if parts[fixed:] else [Listed(RemoteFile(uri), (system.type_name, base), True)]
     listed = []
     for item in system.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True)):
         left = reduce(_after, item.path.removeprefix(base).lstrip("/").split("/"), {tuple(parts[fixed:])})
         if item.type == pafs.FileType.File and left & WHOLE:
             name = prefix + item.path
-            listed.append(Listed(RemoteFile(name), name, () in left and _names_files(parts)))
+            identity = (system.type_name, item.path)  # memory://x is memory:///x
+            listed.append(Listed(RemoteFile(name), identity, () in left and _names_files(parts)))
     return listed
 
 
