@@ -1,6 +1,7 @@
 """Proves that a check finds every fault by file, row group and column, from footers alone or in every value, and nothing else."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,12 @@ def test_every_bad_value_is_found_in_full(case, tmp_path):
     assert places(report) == [("b", row // 10, column.replace("w", "tags"))]
     assert re.search(message, report.faults[0].message), report.faults[0].message
     assert found(files, full=False) == []
+
+
+def test_the_group_column_is_checked_as_training_reads_it(tmp_path):
+    report = check_files([write(tmp_path, "a")], replace(schema_of(), group_column="price"), full=True)
+    assert places(report) == [("a", row_group, "price") for row_group in range(4)]
+    assert "row 1, group_column 'price' = 0.0256" in report.faults[0].message
 
 
 def test_all_faults_are_listed_and_capped(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
+from data.reading.column_types import check_columns
 from data.reading.columns import ABSENT, Place, Ragged
 from data.reading.encode import Encoder
 from data.reading.keys import Vocabulary, hash_values, remainder, splitmix64
@@ -303,6 +304,7 @@ def test_string_hashes_are_their_definition(texts, skip, large):
     wanted = [0 if text is None else reference_string_hash(text) for text in array.to_pylist()]
     assert hash_values(array).tolist() == wanted
     assert hash_values(array.dictionary_encode()).tolist() == wanted
+    assert hash_values(array.cast(pa.large_binary() if large else pa.binary_view())).tolist() == wanted
 
 
 def test_hashes_are_fixed_for_ever_and_spread():
@@ -326,6 +328,21 @@ def test_hashed_rows_leave_row_0_to_missing_values():
         got = encode(ids(7, encoding="hash"), pa.array([*numbers, None], kind)).single_ids[0].tolist()
         hashes = splitmix64(np.asarray([number % 2**64 for number in numbers], np.uint64)).tolist()
         assert got == [value % 6 + 1 for value in hashes] + [MISSING_ROW]
+
+
+def test_rows_are_grouped_by_bytes_that_are_no_text_and_by_no_list(tmp_path):
+    encoder = encoder_of(group_column="g", f=ids(9))
+    values = pa.array([b"\xff\xfe", b"ab", b"\xff\xfe", None])
+    kinds = (pa.binary(2), pa.binary(), pa.large_binary(), pa.binary_view())
+    for column in (*map(values.cast, kinds), values.dictionary_encode()):
+        rows = pa.record_batch({"y": [0] * 4, "f": [1] * 4, "g": column})
+        found = encoder.encode(rows, PLACE).group_ids
+        assert found[0] == found[2] != found[1] and found[3] == 0, column.type
+    schema = encoder_of(group_column="f", f=ids(9, kind="multi_valued")).schema
+    with pytest.raises(
+        InputError, match="column 'f' is list<item: int64>: the group column wants values, not lists"
+    ):
+        check_columns(pa.schema([("y", pa.int8()), ("f", pa.list_(pa.int64()))]), schema, "log")
 
 
 def test_damaged_dictionary_codes_are_refused():

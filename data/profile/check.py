@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from data.errors import InputError, first_line
 from data.reading.column_types import column_faults
 from data.reading.columns import Place
-from data.reading.encode import Encoder
+from data.reading.encode import Encoder, read_groups
 from data.reading.numbers import read_labels
 from data.reading.row_groups import columns_of_leaves, prove, stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet
@@ -190,6 +190,8 @@ def _checks(schema: Schema, labels: set[float]) -> list[Check]:
         labels.update(np.unique(read_labels(columns[label], label, place)).tolist())
 
     checks: list[Check] = [(label, {label}, check_labels)]
+    if group := schema.group_column:
+        checks.append((group, {group}, lambda columns, place: read_groups(columns[group], schema, place)))
     for feature in schema.features:
         table = schema.table_of.get(feature.name)
         tables = (replace(table, feature_names=(feature.name,)),) if table else ()

@@ -54,7 +54,7 @@ def _wanted(schema: Schema, has_label: bool) -> Iterator[tuple[str, str, str, st
             role = f"weights of {owner}"
             yield source, feature.weights, owner, role, _lists_of(_is_number_or_null), "lists of numbers"
     group = schema.group_column
-    if has_label and group not in ("", *schema.field_columns):
+    if has_label and group:
         yield group, group, "group_column", "the group column", _is_group, "values, not lists or structs"
 
 

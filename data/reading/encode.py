@@ -174,10 +174,7 @@ class _Reader:
     def groups(self) -> np.ndarray:
         """Hashes of the grouping column, int64."""
         schema = self.encoder.schema
-        column = as_arrow(self.columns[schema.group_column])
-        if is_id(column.type):
-            column = read_ids(column, f"group_column {schema.group_column!r}", schema.group_type, self.place)
-        return hash_values(column).view(np.int64)
+        return read_groups(as_arrow(self.columns[schema.group_column]), schema, self.place)
 
     @_named
     def dense(self, out: np.ndarray) -> None:
@@ -277,6 +274,17 @@ class _Reader:
         # Python's modulo: -1 becomes the last row. Small types cannot hold the divisor.
         wide = ids if ids.dtype == np.uint64 else ids.astype(np.int64)
         return (wide % num_embeddings).astype(np.int64)
+
+
+def read_groups(column: pa.Array, schema: Schema, place: Place) -> np.ndarray:
+    """Hashes of the grouping column, (n,) int64.
+
+    Raises:
+        InputError: a value of a column of ids is none.
+    """
+    if is_id(column.type):
+        column = read_ids(column, f"group_column {schema.group_column!r}", schema.group_type, place)
+    return hash_values(column).view(np.int64)
 
 
 def _no_lists(feature: Feature) -> Ragged:

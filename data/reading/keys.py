@@ -142,8 +142,11 @@ def hash_values(column: pa.Array) -> np.ndarray:
             numbers = numbers.astype(np.int64).view(np.uint64)
         hashed = splitmix64(numbers)
     else:
-        is_text = pt.is_string(column.type) or pt.is_large_string(column.type)
-        hashed = _hash_strings(column if is_text else column.cast(pa.string()))
+        tests = (pt.is_string, pt.is_large_string, pt.is_binary, pt.is_large_binary)
+        if not any(test(column.type) for test in tests):
+            is_bytes = pt.is_fixed_size_binary(column.type) or pt.is_binary_view(column.type)
+            column = column.cast(pa.binary() if is_bytes else pa.string())
+        hashed = _hash_strings(column)
     if column.null_count:
         hashed = np.where(is_valid(column), hashed, np.uint64(0))
     return hashed
@@ -161,7 +164,7 @@ def unbounded_ids(column: pa.Array) -> np.ndarray:
 
 
 def _hash_strings(column: pa.Array) -> np.ndarray:
-    width = np.int64 if pt.is_large_string(column.type) else np.int32
+    width = np.int64 if pt.is_large_string(column.type) or pt.is_large_binary(column.type) else np.int32
     _, offset_buffer, data = column.buffers()
     if len(column) == 0 or offset_buffer is None:
         return np.zeros(len(column), np.uint64)

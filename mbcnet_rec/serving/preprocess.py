@@ -200,6 +200,9 @@ def array_of(column: Any, is_number: bool) -> pa.Array | np.ndarray:
         if not hasattr(column, "__array__"):
             raise TypeError(f"a {type(column).__name__}")
         column = np.asarray(column)
+    column = column.astype(
+        column.dtype.newbyteorder("="), copy=False
+    )  # Arrow takes this machine's order only
     if column.ndim == 2:
         offsets = np.arange(len(column) + 1) * column.shape[1]
         return _of_lists(array_of(column.reshape(-1), is_number), offsets)
