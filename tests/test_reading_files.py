@@ -37,7 +37,7 @@ def test_folders_globs_and_files_become_one_sorted_list(tmp_path):
     assert resolve_files([str(tmp_path)]) == every
     assert resolve_files([str(tmp_path / "ds=*"), str(tmp_path / "ds=1" / "a.parquet")]) == every[:3]
     assert resolve_files([str(tmp_path / "**" / "*.parquet")]) == every
-    for nothing in (tmp_path / "absent", tmp_path / "ds=9*", tmp_path / ("x" * 300)):
+    for nothing in (tmp_path / "absent", tmp_path / "ds=9*", tmp_path / "\0"):
         with pytest.raises(InputError, match="no Parquet file there; check the path"):
             resolve_files([str(nothing)])
     with pytest.raises(

@@ -110,15 +110,21 @@ def list_files(text: str) -> list[Listed]:
     if path is None:
         return retried(lambda: _list_remote(text), text, LIST_ATTEMPTS)
     parts = path.parts
-    there = (os.path.lexists(Path(*parts[: count + 1])) for count in range(len(parts)))
-    fixed = sum(takewhile(bool, there))
     try:
+        fixed = sum(takewhile(bool, (_is_there(Path(*parts[: end + 1])) for end in range(len(parts)))))
         found = list(_below(os.path.join("", *parts[:fixed]), {parts[fixed:]}, ()))
     except OSError as error:
         raise InputError(
             f"{error.filename}: cannot be read ({error.strerror}); fix or remove it, or name other paths"
         ) from None
     return [Listed(Path(name), own, is_whole and _names_files(parts)) for name, own, is_whole in found]
+
+
+def _is_there(path: Path) -> bool:
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        path.lstat()
+        return True
+    return False
 
 
 def _below(path: str, patterns: Patterns, above: tuple[object, ...]) -> Iterator[tuple[str, object, bool]]:
