@@ -34,7 +34,7 @@ hidden = [32]
 [model.mbcnet.deep]
 hidden = [32]
 [optim]
-dense_lr = 0.01
+dense_lr = 0.001
 [optim.embedding]
 lr = 0.2
 [train]
