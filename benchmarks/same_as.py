@@ -102,9 +102,10 @@ def scores(folder: Path) -> dict[str, str]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Numbers of nested JSON by path; seconds are left out."""
+    """Numbers of nested JSON by path; seconds, and how many files there were, are left out."""
     if isinstance(value, dict):
-        pairs = [flat(child, f"{prefix}/{key}") for key, child in value.items() if "second" not in key]
+        told = {key: child for key, child in value.items() if "second" not in key and key != "files"}
+        pairs = [flat(child, f"{prefix}/{key}") for key, child in told.items()]
     elif isinstance(value, list):
         pairs = [flat(child, f"{prefix}/{number}") for number, child in enumerate(value)]
     else:

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.reading.files import files_in_words, resolve_files
-from data.reading.storage import is_uri
+from data.reading.storage import DataFile, FileList, is_uri
 from data.schema import Schema
 from data.stream import ParquetStream
 from data.whole_folder import write_whole
@@ -194,12 +194,15 @@ def open_streams(
     }
     streams: dict[str, Callable[[], ParquetStream]] = {}
     counts = [] if counts is None else counts
+    told: set[DataFile] = set()  # what was left out beside several splits is said once
     for split, (paths, options) in splits.items():
         if paths:
             files = resolve_files(paths)
             streams[split] = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
             opened = streams[split]()  # reads footers only: faults show before anything is built
-            counts.append(f"{split} {opened.num_rows:,} rows of {files_in_words(opened.files)}")
+            new = FileList(opened.files, [each for each in opened.files.others if each not in told])
+            told |= {*new.others}
+            counts.append(f"{split} {opened.num_rows:,} rows of {files_in_words(new)}")
     return streams
 
 

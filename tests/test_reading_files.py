@@ -182,7 +182,7 @@ def test_what_is_no_parquet_file_is_named(tmp_path):
     bad = tmp_path / "bad.parquet"
     for text in (b"", b"PAR1", b"click,row\n1,2\n" * 10):
         bad.write_bytes(text)
-        said = r"bad.parquet: not a readable Parquet file \(.+\); the file is damaged: write it again or remove it"
+        said = r"bad.parquet: not a readable Parquet file \(.+\); the file is damaged or of another kind: write it again or remove it"
         with pytest.raises(InputError, match=said):
             contents([bad])
 

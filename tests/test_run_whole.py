@@ -270,12 +270,13 @@ def test_resume_names_the_option_that_differs(place, capfd, option):
     assert OPTIONS[option] in said and "--allow-partial" in said
 
 
-def test_resume_notes_the_options_that_may_differ(place, capfd):
+def test_resume_notes_the_options_that_may_differ_and_says_once_what_is_left_out(place, capfd):
+    Path("logs/day1/part-0.csv").write_text("label,shop,price\n")
     assert train(Path("run.toml"), "train.epochs=4", "optim.dense_lr=0.01", resume=True) == 0
-    assert (
-        "note: other options than before: optim.dense_lr 0.02 -> 0.01, train.epochs 3 -> 4"
-        in capfd.readouterr().out
-    )
+    said = capfd.readouterr().out
+    assert "note: other options than before: optim.dense_lr 0.02 -> 0.01, train.epochs 3 -> 4" in said
+    left = "(no Parquet, by name, and left out: logs/day1/part-0.csv)"
+    assert f"data: train 960 rows of 1 file {left}, test 960 rows of 1 file\n" in said
 
 
 def test_a_run_keeps_the_type_of_its_ids(place):

@@ -235,7 +235,7 @@ def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str,
         ) from None
     except DAMAGE as error:
         raise InputError(
-            f"{name}: {problem} ({first_line(error)}); the file is damaged: write it again or remove it"
+            f"{name}: {problem} ({first_line(error)}); the file is damaged or of another kind: write it again or remove it"
         ) from None
 
 
