@@ -1,6 +1,7 @@
 """Proves that an inferred schema says what the files hold, hides what leaks, loads, and can be fitted and encoded."""
 
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -228,11 +229,12 @@ def test_files_that_differ(tmp_path):
         (None, "", r"x\.parquet: cannot be read as Parquet"),
         ({"a": [1, 2], "seen": [0, 1]}, "", r"name it with --label \(columns of 0 and 1: seen\)"),
         ({"a": [1, 2]}, "buy", "label 'buy' is not a column"),
+        ({"label": ["0", "1"]}, "", "label 'label' is (string): wanted 0 and 1 in every row"),
         ({"price": [0.5, 2.0]}, "price", r"label 'price' is double with values from 0.5 to 2 that .*: wanted 0 and 1"),
         ({"y": [1.0, None, float("nan")]}, "y", r"label 'y' is double with values from 1 to 1, 1 row\(s\) NaN, 1 row\(s\) null: wanted"),
         ({"a": pa.array([], pa.int64())}, "", "hold no rows"),
     ],
-    ids=["types", "damage", "no label", "unknown label", "bad label", "nan", "no rows"],
+    ids=["types", "damage", "no label", "unknown label", "text label", "bad label", "nan", "no rows"],
 )  # fmt: skip
 def test_mistakes_are_named(columns, label, message, tmp_path):
     if columns is None:
@@ -249,6 +251,12 @@ def test_odd_names_survive(tmp_path):
     columns = {name: ["u", "v", "w", "u"] for name in ("a.b", 'quo"te', "é", "1", "#x")}
     schema, _, _ = inferred([saved(tmp_path, "x.parquet", **columns, click=[0, 1, 0, 1])], tmp_path)
     assert {feature.name for feature in schema.features} == columns.keys()
+    twins = dict.fromkeys(
+        ("a%2Eb", "type", "a.b", "%type"), columns["é"]
+    )  # whose own tables would be called alike
+    schema, _, _ = inferred([saved(tmp_path, "x.parquet", **twins, click=[0, 1, 0, 1])], tmp_path)
+    assert [each.source_column for each in schema.features] == [*twins]
+    assert [each.name for each in schema.features] == ["a%2Eb", "type", "a.b_2", "%type_2"]
 
 
 def test_synthetic_log_is_inferred_as_it_was_made(tmp_path):
@@ -361,7 +369,33 @@ def test_whole_doubles_that_are_ids_are_no_amounts(tmp_path):
     kinds = dict(re.findall(r'^#? ?(\w+) += \{ kind = "(\w+)"', text, re.M))
     ids_of = {name for name, kind in kinds.items() if kind == "categorical"}
     assert ids_of == {"user_id", "shopId", "thing"} and kinds["price"] == kinds["clicks"] == "numeric", kinds
-    assert text.count("whole numbers: read as ids") == 3
+    assert text.count("whole numbers: read as ids") == 2
+
+
+def test_unsigned_ids_of_databases_are_told_apart(tmp_path):
+    """Decimals of twenty digits, alone, beside int64 and uint64 of other days; one beyond 64 bits is no id."""
+    large = [2**64 - 1 - n % 300 for n in range(900)]
+    days = {
+        "big": large,
+        "mixed": range(900),
+        "small": large,
+        "beyond": [10**25 * (n % 300) for n in range(900)],
+    }
+    kinds = {"mixed": pa.int64(), "small": pa.uint64()}
+    files = []
+    for number in range(2):
+        columns = {
+            name: pa.array(values, kinds[name]) if number and name in kinds
+            else pa.array([Decimal(7 if name in kinds else value) for value in values], pa.decimal128(38, 0))
+            for name, values in days.items()
+        }  # fmt: skip
+        files.append(
+            saved(tmp_path, f"{number}.parquet", **columns, click=[n * 7 % 10 < 3 for n in range(900)])
+        )
+    schema, _, _ = inferred(files, tmp_path)
+    found = {each.name: (each.kind, each.cardinality) for each in schema.features}
+    assert found["big"] == ("categorical", 300) and found["small"] == ("categorical", 301)
+    assert found["mixed"] == ("categorical", 900) and found["beyond"][0] == "numeric"
 
 
 @pytest.mark.parametrize(("kind", "largest"), [(pa.float16(), 2.0**11), (pa.float32(), 2.0**24)])

@@ -23,7 +23,7 @@ from data.reading.column_types import check_columns, column_faults, is_number
 from data.reading.ids import is_key
 from data.reading.storage import DataFile
 from data.schema import Schema, parse_schema
-from data.schema.names import RESERVED_GROUPS, is_writable
+from data.schema.names import RESERVED_GROUPS, is_writable, own_table
 from data.schema.schema import toml_key, toml_text
 
 LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
@@ -94,20 +94,22 @@ def infer_schema(
 
 
 def field_names(columns: Collection[str]) -> dict[str, str]:
-    """A field's name for each column: the column's own, or where no field may be called so, one like it that no other has."""
+    """A field's name for each column: the column's own, or where no field may be called so, or its table as another's, one like it."""
     taken = set(columns)
+    tables: set[str] = set()
     names = {}
     for column in columns:
         name, number = column, 1
-        if not is_writable(column) or len(column) > MAX_NAME:
+        if not is_writable(column) or len(column) > MAX_NAME or own_table(column) in tables:
             plain = "".join(each if is_writable(f"x{each}") else "_" for each in column)[:MAX_NAME].lstrip(
                 "."
             )
             name = plain = plain.strip() or "column"
-            while name in taken:
+            while name in taken or own_table(name) in tables:
                 number += 1
                 name = f"{plain}_{number}"
             taken.add(name)
+        tables.add(own_table(name))
         names[column] = name
     return names
 
@@ -147,32 +149,33 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
         InputError: no label, or it has other values than 0 and 1.
     """
     columns = profile.columns
+    binary = [name for name, column in columns.items() if _is_binary(column) and name not in profile.missing]
+    if not label:
+        named = [name for name in LABEL_NAMES if name in columns or name in profile.unfit]
+        label = next((name for name in named if name in binary), next(iter(named), ""))
+    if not label:
+        listed = ", ".join(binary[:8]) or "none"
+        raise InputError(
+            f"no column is named like a label ({', '.join(LABEL_NAMES)}); name it with --label (columns of 0 and 1: {listed})"
+        )
     if label in profile.unfit:
         raise InputError(
             f"label {label!r}: {profile.unfit[label]}; fix the files, or choose another with --label"
         )
-    if label and label not in columns:
+    if label not in columns:
         names = ", ".join(sorted(columns)[:20])
         raise InputError(f"label {label!r} is not a column of these files; choose one of: {names}")
-    binary = [name for name, column in columns.items() if _is_binary(column) and name not in profile.missing]
-    if label and label not in binary:
+    if label not in binary:
         found = _label_fault(columns[label], profile)
         raise InputError(
             f"label {label!r} is {found}: wanted 0 and 1 in every row; drop those rows or fix the files, or choose another with --label"
-        )
-    guesses = [name for name in LABEL_NAMES if name in binary]
-    if not label and not guesses:
-        listed = ", ".join(binary[:8]) or "none"
-        raise InputError(
-            f"no column is named like a label ({', '.join(LABEL_NAMES)}) and holds 0 and 1; name it with --label "
-            f"(columns of 0 and 1: {listed})"
         )
     times = (name for name in (*TIME_NAMES, *columns) if name in columns and _time_span(profile, name))
     groups = (
         name for name in GROUP_NAMES
         if name in columns and name not in profile.missing and holds_names(columns[name])
     )  # fmt: skip
-    return Roles(label or guesses[0], next(times, ""), next(groups, ""))
+    return Roles(label, next(times, ""), next(groups, ""))
 
 
 def _label_fault(column: ColumnProfile, profile: Profile) -> str:

@@ -114,10 +114,10 @@ def is_id(column: ColumnProfile) -> bool:
     low, high, name = column.low or 0.0, column.high or 0.0, HUMP.sub("_", column.name).lower()
     if pt.is_boolean(column.item) or column.low is None:
         return False
-    if pt.is_floating(column.item) and not (column.is_integral and max(-low, high) < column.largest_id):
+    if not column.is_integral or (pt.is_floating(column.item) and max(-low, high) >= column.largest_id):
         return False
     if max(-low, high) > LARGEST_AMOUNT:
-        return True
+        return high <= (2.0**63 if low < 0 else 2.0**64)
     last = re.split(r"[\W_]+", re.sub(r"\d+$", "", name).rstrip("_"))[-1]
     if WINDOW.search(name):
         return False

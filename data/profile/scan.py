@@ -20,7 +20,7 @@ from data.errors import InputError, first_line
 from data.profile.sketch import Distinct, EvenSample
 from data.profile.types import as_plain, joined_type, plain_type
 from data.reading.column_types import is_list, is_number
-from data.reading.ids import WHOLE_BITS, is_text
+from data.reading.ids import WHOLE_BITS, as_ids, is_text
 from data.reading.keys import hash_values
 from data.reading.row_groups import stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet
@@ -47,7 +47,7 @@ class ColumnProfile:
     nan: int = 0  # of these, NaN
     low: float | None = None  # of the other numbers
     high: float | None = None
-    is_integral: bool = True  # whether every number but NaN is an integer
+    is_integral: bool = True  # whether every number but NaN is an integer, in decimals one of 64 bits
     distinct: Distinct = field(default_factory=Distinct)  # values
     min_length: int | None = None  # of the lists that are not null
     max_length: int = 0
@@ -94,6 +94,10 @@ class ColumnProfile:
             self.distinct.add(hash_values(values))
 
     def _add_numbers(self, values: pa.Array) -> None:
+        if pt.is_decimal(values.type):
+            ids, beyond = as_ids(values, "")
+            self.is_integral &= beyond is None
+            values = ids if beyond is None else values
         if pt.is_integer(values.type):
             numbers = values.to_numpy(zero_copy_only=False)
             self.distinct.add(hash_values(values))

@@ -6,19 +6,22 @@ import pyarrow.compute as pc
 from pyarrow import types as pt
 
 from data.reading.column_types import is_list, is_number
-from data.reading.ids import is_key, is_text
+from data.reading.ids import is_text
 
+ANY_INTEGER = pa.decimal128(38, 0)  # as databases write unsigned ids: of 20 digits
 LARGEST_EXACT_DIGITS = 18  # of decimals without a fraction: int64 holds them all
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType | None:
-    """The type without dictionaries and views; decimals are integers or doubles. None: neither a field nor a role takes it."""
+    """The type without dictionaries and views; decimals are int64, ANY_INTEGER or doubles. None: neither a field nor a role takes it."""
     if pt.is_dictionary(kind):
         return plain_type(kind.value_type)
     if pt.is_string_view(kind):
         return pa.string()
     if pt.is_decimal(kind):
-        return pa.int64() if kind.scale == 0 and kind.precision <= LARGEST_EXACT_DIGITS else pa.float64()
+        if kind.scale or kind.precision > ANY_INTEGER.precision:
+            return pa.float64()
+        return pa.int64() if kind.precision <= LARGEST_EXACT_DIGITS else ANY_INTEGER
     if is_list(kind):
         item = plain_type(kind.value_type)
         is_empty = pt.is_fixed_size_list(kind) and not kind.list_size  # Arrow cannot read these back
@@ -43,13 +46,12 @@ def joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         item = joined_type(one.value_type, other.value_type)
         is_large = pt.is_large_list(one) or pt.is_large_list(other)
         return None if item is None else pa.large_list(item) if is_large else pa.list_(item)
-    if is_key(one) and is_key(other) and (is_text(one) or is_text(other)):
+    if any(map(is_text, both := (one, other))) and all(is_text(kind) or _is_whole(kind) for kind in both):
         return pa.large_string() if pt.is_large_string(one) or pt.is_large_string(other) else pa.string()
     if is_number(one) and is_number(other):
-        is_whole = all(
-            pt.is_boolean(kind) or (pt.is_integer(kind) and kind != pa.uint64()) for kind in (one, other)
-        )
-        return pa.int64() if is_whole else pa.float64()
+        if all(pt.is_boolean(kind) or (pt.is_integer(kind) and kind != pa.uint64()) for kind in both):
+            return pa.int64()
+        return ANY_INTEGER if all(map(_is_whole, both)) else pa.float64()
     if pt.is_timestamp(one) and pt.is_timestamp(other):
         return pa.timestamp("us", one.tz)
     return None
@@ -69,3 +71,7 @@ def as_plain(column: pa.Array, kind: pa.DataType) -> pa.Array:
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
         column = pa.LargeListArray.from_arrays(offsets, column.flatten(), mask=column.is_null())
     return column.cast(kind, safe=False)
+
+
+def _is_whole(kind: pa.DataType) -> bool:
+    return pt.is_integer(kind) or kind == ANY_INTEGER
