@@ -120,6 +120,14 @@ def test_one_file_by_two_names_counts_once_and_links_are_followed(tmp_path, monk
     ]
 
 
+def test_a_name_that_arrow_cannot_open_is_told(tmp_path):
+    os.rename(write_file(tmp_path / "a.parquet", 3), os.fsencode(tmp_path) + b"/a\xff.parquet")
+    with pytest.raises(
+        InputError, match=r"\.parquet: the name is not UTF-8, by which Arrow opens files; rename it"
+    ):
+        resolve_files([str(tmp_path)])
+
+
 def test_names_with_the_signs_of_globs_are_files_first(tmp_path):
     file = write_file(tmp_path / "a[1]" / "x?.parquet", 3)
     write_file(tmp_path / "a1" / "x1.parquet", 3)

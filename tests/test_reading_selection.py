@@ -281,7 +281,13 @@ def test_a_time_column_that_is_missing_or_holds_no_times_is_named(files, tmp_pat
 
     write_rows(bad, [1], pa.array([1])).unlink()
     pq.write_table(pa.table({"click": [0], "row": [1]}), bad, write_page_checksum=True)
-    refused(r"ds=2024-05-11/part-0.parquet: column 'at' is missing")
+    refused(r"ds=2024-05-11/part-0.parquet: column 'at' is missing, .* add the column to the file")
+    hours = write_rows(tmp_path / "at=3" / "a.parquet", [1], pa.array([1]))
+    pq.write_table(pa.table({"click": [0], "row": [1]}), hours)
+    with pytest.raises(
+        InputError, match="it is a partition folder: remove time_column from the schema, and cond"
+    ):
+        kept([hours], "at >= 3")
     write_rows(bad, [1], pa.array([datetime.date(2024, 5, 11)]))
     refused(r"time column 'at' is date32\[day\], but int64 in .*ds=2024-05-01")
     write_rows(bad, [1], pa.array([1.5]))

@@ -16,6 +16,7 @@ from data.errors import InputError, first_line
 from data.reading.column_types import check_columns
 from data.reading.columns import Place
 from data.reading.numbers import read_labels
+from data.reading.partitions import partition_of
 from data.reading.row_groups import column_without_checksum, first_row_group, prove
 from data.reading.selection import Footer, Selection, read_footer
 from data.reading.storage import (
@@ -86,6 +87,8 @@ def resolve_files(paths: Sequence[str]) -> FileList:
             )
     names: dict[object, list[DataFile]] = {}
     for file in sorted(identities, key=_rank):
+        if str(file).encode(errors="ignore").decode() != str(file):
+            raise InputError(f"{file}: the name is not UTF-8, by which Arrow opens files; rename it")
         names.setdefault(identities[file], []).append(file)
     kept = (own[0] if len(own) == 1 else min(own, key=_is_link) for own in names.values())
     return FileList(sorted(kept, key=_rank), sorted(others - identities.keys(), key=_rank))
@@ -195,7 +198,11 @@ def _inspect(file: DataFile, schema: Schema, time_column: str, checked: frozense
         if time_column and time_column not in parquet.schema_arrow.names:
             raise InputError(
                 f"{file}: column {time_column!r} is missing, which is the schema's time_column and named by where; "
-                "add the column to the file, or change the conditions"
+                + (
+                    "it is a partition folder: remove time_column from the schema, and conditions compare the folders"
+                    if time_column in partition_of(file)
+                    else "add the column to the file, or change the conditions"
+                )
             )
         metadata = parquet.metadata
         groups = range(metadata.num_row_groups)
