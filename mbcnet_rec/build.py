@@ -20,7 +20,7 @@ from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.input_layout import input_layout
 from mbcnet_rec.model.models import build_model, build_objective, needs_wide, schema_with_wide
 from mbcnet_rec.model.sparse_arch import Lookup, SparseArch
-from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks
+from mbcnet_rec.runtime.process import Process, answer_of_first, mean_over_ranks
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
 from sharding.bridge.collections import meta_collections
@@ -62,15 +62,7 @@ def agreed_plan(config: RunConfig, schema: Schema, process: Process) -> Plan:
     Raises:
         InputError: on every rank: the file is faulty or for another run, or nothing fits.
     """
-    text = problem = ""
-    if process.is_first:
-        try:
-            text = plan_text(_plan_of(config, schema, process))
-        except InputError as error:
-            problem = str(error)
-    text, problem = broadcast_value((text, problem), process)
-    if problem:
-        raise InputError(problem)
+    text = answer_of_first(process, lambda: plan_text(_plan_of(config, schema, process)))
     return plan_of_text(text, config.sharding.plan or "the run's plan")
 
 

@@ -1,5 +1,6 @@
 """Whether a run may begin in its folder, from which step it continues, and what it writes there before its first step."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from data.errors import InputError
 from data.reading.fingerprint import FileMark
 from data.reading.storage import is_uri
 from data.schema import Schema
-from data.whole_folder import write_whole
+from data.whole_folder import NO_ROOM, write_whole
 from mbcnet_rec.checkpoints.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -26,10 +27,9 @@ from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step,
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS, written
 from mbcnet_rec.logs.mlflow import RUN_ID
-from mbcnet_rec.resume import DATA, data_text
-from mbcnet_rec.runtime.exits import CannotWriteError
-from mbcnet_rec.runtime.lock import NO_ROOM, names_in
-from mbcnet_rec.runtime.process import Process, broadcast_value, refuse_together
+from mbcnet_rec.resume import DATA
+from mbcnet_rec.runtime.lock import names_in
+from mbcnet_rec.runtime.process import Process, answer_of_first
 from mbcnet_rec.runtime.watchdog import STACKS
 from mbcnet_rec.training.faults import FAULTS
 from sharding.plan.placement import Plan
@@ -37,6 +37,7 @@ from sharding.plan.plan_file import plan_text
 
 # what a run writes
 _OWN = {CONFIG, METRICS, PLAN, DATA, *COPIED, CHECKPOINTS, STACKS, FAULTS, "tb", DONE, "report.html", RUN_ID}
+LOST = "{}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
 
 
 def refuse_contradiction(resume: bool, overwrite: bool) -> None:
@@ -51,81 +52,81 @@ def start_of(
     config: RunConfig, storage: CheckpointStorage, process: Process, resume: bool, overwrite: bool
 ) -> int | None:
     """Check folder and storage, and find the step to continue from; None for a fresh start. Nothing of an earlier run is removed."""
-    step, problem = None, ""
-    if process.is_first:
+
+    def find() -> int | None:
         with written(config.run_folder):
             recover(config.run_folder)
-        problem = folder_problem(config, resume, overwrite) or _storage_problem(
-            config, storage, resume, overwrite
-        )
-        if resume and not problem:
-            step = latest_step(storage)
-            problem = "" if step is not None else _lost_checkpoints(config, storage)
-    refuse_together(problem, process)
-    return broadcast_value(step, process)
+        check_folder(config, resume, overwrite)
+        _check_storage(config, storage, resume, overwrite)
+        step = latest_step(storage) if resume else None
+        if resume and step is None:
+            _refuse_lost_checkpoints(config, storage)
+        return step
+
+    return answer_of_first(process, find)
 
 
-def _lost_checkpoints(config: RunConfig, storage: CheckpointStorage) -> str:
-    """Why a run without a whole checkpoint cannot begin anew unasked, or an empty string: it has had some."""
+def _refuse_lost_checkpoints(config: RunConfig, storage: CheckpointStorage) -> None:
+    """Raise InputError where a run without a whole checkpoint cannot begin anew unasked: it has had some."""
     folder, steps = config.run_folder, storage.steps()
-    if steps:
-        return f"{folder}: of {len(steps)} checkpoints none is whole; bring one back, or begin anew with --overwrite"
     elsewhere = other_checkpoints(config.train, folder)
+    if steps:
+        raise InputError(
+            f"{folder}: of {len(steps)} checkpoints none is whole; bring one back, or begin anew with --overwrite"
+        )
     if elsewhere and open_storage(elsewhere).steps():
-        return (
+        raise InputError(
             f"train.checkpoint_folder = {config.train.checkpoint_folder!r}: no checkpoint is there, those of {folder} are in "
             f"{elsewhere}; set it so, move them, or begin anew with --overwrite"
         )
     if (folder / DONE).exists():
-        return f"{folder}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
-    return ""
+        raise InputError(LOST.format(folder))
 
 
-def folder_problem(config: RunConfig, resume: bool, overwrite: bool) -> str:
-    """Why the run folder cannot be used, or an empty string. For rank 0."""
-    folder = config.run_folder
-    names = set(names_in(folder))
-    other = "choose another folder with --set train.out=FOLDER"
-    if CONFIG not in names or not names & {
-        PLAN,
-        METRICS,
-    }:  # a run that died before it wrote its config has left some of its own
-        is_free = not names or (
-            CONFIG not in names and (resume or overwrite) and names <= _OWN | {f".{CONFIG}.partial"}
-        )
-        return "" if is_free else f"{folder}: exists and holds no run; {other}"
-    if overwrite:
-        source = config.train.warm_start
-        if source and folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
-            return f"train.warm_start = {source!r}: --overwrite replaces this very run; {other}, or start from a copy of the run"
-    elif not resume:
-        return (
+def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Raise InputError where the run folder cannot be used. For rank 0."""
+    folder, source = config.run_folder, config.train.warm_start
+    names, other = set(names_in(folder)), "choose another folder with --set train.out=FOLDER"
+    # a run that died before it wrote its config has left some of its own
+    is_left = CONFIG not in names and (resume or overwrite) and names <= _OWN | {f".{CONFIG}.partial"}
+    if not names or is_left:
+        return
+    if CONFIG not in names or not names & {PLAN, METRICS}:
+        raise InputError(f"{folder}: exists and holds no run; {other}")
+    if not resume and not overwrite:
+        raise InputError(
             f"{folder}: holds a run already; continue with --resume, replace it with --overwrite, or {other}"
         )
-    return ""
+    if overwrite and source and folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+        raise InputError(
+            f"train.warm_start = {source!r}: --overwrite replaces this very run; {other}, or start from a copy of the run"
+        )
 
 
-def _storage_problem(config: RunConfig, storage: CheckpointStorage, resume: bool, overwrite: bool) -> str:
-    """Why checkpoints cannot be written, or an empty string; leftovers of dead runs are removed. For rank 0."""
+def _check_storage(config: RunConfig, storage: CheckpointStorage, resume: bool, overwrite: bool) -> None:
+    """Raise InputError where checkpoints cannot be written; leftovers of dead runs are removed. For rank 0."""
     try:
         storage.clean()
         storage.check_writable()
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise CannotWriteError(
-                f"{config.train.checkpoint_folder or config.run_folder}: cannot be written ({error.strerror}); free space, then start again"
-            ) from None
+            raise
         reason = error.strerror or str(error).splitlines()[0]
-        return f"train.checkpoint_folder: checkpoints cannot be written ({reason}); repair the storage or choose another place"
+        raise InputError(
+            f"train.checkpoint_folder: checkpoints cannot be written ({reason}); repair the storage or choose another place"
+        ) from None
     if resume or not storage.steps():
-        return ""
-    place = f"train.checkpoint_folder = {config.train.checkpoint_folder!r}"
+        return
+    place, folder = f"train.checkpoint_folder = {config.train.checkpoint_folder!r}", config.run_folder
     if not overwrite:
-        return f"{place}: holds checkpoints already; continue with --resume, replace them with --overwrite, or change it"
-    folder = config.run_folder
+        raise InputError(
+            f"{place}: holds checkpoints already; continue with --resume, replace them with --overwrite, or change it"
+        )
     if not (folder / CONFIG).is_file() or other_checkpoints(config.train, folder):
-        return f"{place}: holds checkpoints that are not those of the run in {folder}, which --overwrite replaces; choose another place, or remove them yourself"
-    return ""
+        raise InputError(
+            f"{place}: holds checkpoints that are not those of the run in {folder}, which --overwrite replaces; choose another place, or "
+            "remove them yourself"
+        )
 
 
 class Beginning(NamedTuple):
@@ -156,7 +157,7 @@ def open_folder(
         new.mkdir(parents=True)
         write_whole(new / CONFIG, config_text(_lasting(begun.config)))
         write_whole(new / PLAN, plan_text(begun.plan))
-        write_whole(new / DATA, data_text(begun.marks))
+        write_whole(new / DATA, json.dumps({"train": begun.marks}) + "\n")
         names = {CONFIG, PLAN, DATA}
         # a run of an earlier version has no copy yet, and a lost run folder has none any more
         if fresh or not (folder / SCHEMA).is_file() or earlier.get("files") != begun.files:

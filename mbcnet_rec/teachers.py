@@ -24,8 +24,8 @@ from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
 from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.models import ARCHES, needs_wide
-from mbcnet_rec.resume import finished_difference
-from mbcnet_rec.run_start import folder_problem, refuse_contradiction
+from mbcnet_rec.resume import start_differences
+from mbcnet_rec.run_start import LOST, check_folder, refuse_contradiction
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
@@ -49,8 +49,7 @@ def train_model(
             # the student's folder is taken for as long as its teachers train, too
             if os.environ.get("RANK", "0") == "0":
                 held.enter_context(locked(config.run_folder, "train"))
-                if problem := folder_problem(config, resume, overwrite):
-                    raise InputError(problem)
+                check_folder(config, resume, overwrite)
             for teacher in teachers:
                 if resume and (teacher.run_folder / DONE).is_file():
                     refuse_other_teacher(teacher)
@@ -72,15 +71,14 @@ def refuse_other_teacher(teacher: RunConfig) -> None:
     folder = teacher.run_folder
     storage = storage_of(teacher.train, folder)
     if not (steps := storage.steps()):
-        raise InputError(
-            f"{folder}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
-        )
+        raise InputError(LOST.format(folder))
     run = saved_run(storage.manifest(steps[-1]), folder)
     schema = run_schema(teacher, folder, steps[-1])
     files = select_files(resolve_files(teacher.data.train), teacher.data.train_where, schema)
-    if problem := finished_difference(teacher, run, mark_files(files, teacher.data.attempts)):
+    marks = mark_files(files, teacher.data.attempts)
+    if found := start_differences(teacher, run, marks, ("model.", "optim.")):
         raise InputError(
-            f"{folder}: this teacher is done, but {problem}; make them equal again, or begin anew with --overwrite"
+            f"{folder}: this teacher is done, but {'; '.join(found)}; make them equal again, or begin anew with --overwrite"
         )
 
 

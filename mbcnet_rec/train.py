@@ -14,6 +14,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.reading.files import files_in_words, resolve_files
+from data.reading.fingerprint import mark_files
 from data.reading.storage import DataFile, FileList, is_uri
 from data.schema import Schema
 from data.stream import ParquetStream
@@ -29,7 +30,6 @@ from mbcnet_rec.logs.metrics_log import Records, json_line, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.resume import (
-    agreed_marks,
     agreed_schema,
     earlier_facts,
     facts_of,
@@ -41,7 +41,7 @@ from mbcnet_rec.resume import (
 from mbcnet_rec.run_start import Beginning, open_folder, refuse_contradiction, start_of
 from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.preemption import StopRequest
-from mbcnet_rec.runtime.process import Process, agreed, first_decides, joined_process
+from mbcnet_rec.runtime.process import Process, agreed, answer_of_first, joined_process
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.trained_run import known_best
@@ -106,10 +106,12 @@ def run_training(
         with agreed(process):
             streams = open_streams(config.data, settings.seed, schema, process, counts)
         train_rows = streams["train"]()
-        marks = agreed_marks(train_rows, process)
+        marks = answer_of_first(process, lambda: mark_files(train_rows.files, config.data.attempts))
         facts = facts_of(config, files, marks)
         context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks, facts)
-        notes = refuse_other_start(config, earlier, marks, process, allow_partial=allow_partial)
+        notes = answer_of_first(
+            process, lambda: refuse_other_start(config, earlier, marks, allow_partial=allow_partial)
+        )
         built = build(config if start is None else with_own_plan(config), schema, process)
         train_rows.on_rows = hooks.on_rows
         if teach is not None:
@@ -117,10 +119,10 @@ def run_training(
         trainer = Trainer(settings, context, built, train_rows, streams.get("valid"))
         notes += _load(config, schema, trainer, start, earlier, allow_partial)
         # no rank writes into the folder before the files of an earlier run are out of the way
-        with first_decides(process):
-            if process.is_first:
-                begun = Beginning(config, schema, files, marks, built.plan)
-                open_folder(begun, storage, earlier, fresh=start is None, overwrite=overwrite)
+        begun = Beginning(config, schema, files, marks, built.plan)
+        answer_of_first(
+            process, lambda: open_folder(begun, storage, earlier, fresh=start is None, overwrite=overwrite)
+        )
         if process.is_first:
             for note in notes:
                 tell(note)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_run import train
+from tiny_run import SMALL_MODEL, train
 
 from data.schema import Schema, load_schema
 from mbcnet_rec.checkpoints.run_schema import other_ids
@@ -28,19 +28,13 @@ label = "label"
 shop = { kind = "categorical", encoding = "vocabulary", vocabulary = "fit", embedding_dim = 4 }
 price = { kind = "numeric", transform = "standardise", mean = "fit", std = "fit" }
 """
-CONFIG = """
+CONFIG = f"""
 name = "r"
 schema = "fitted/schema.toml"
 [data]
 train = ["logs/day1"]
 test = ["logs/day1"]
-batch_size = 48
-[model]
-kind = "dnn"
-[model.dnn]
-hidden = [8]
-[train]
-device = "cpu"
+{SMALL_MODEL}
 epochs = 3
 [optim]
 dense_lr = 0.02

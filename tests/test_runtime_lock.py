@@ -80,11 +80,11 @@ def test_a_dead_owner_is_followed_at_once(tmp_path, holder, capfd, end):
 
 def write_lock(folder, **changes):
     folder.mkdir(exist_ok=True)
-    (folder / LOCK).write_text(json.dumps(asdict(this_process(folder, "train")) | changes))
+    (folder / LOCK).write_text(json.dumps(asdict(this_process("train")) | changes))
 
 
 def test_a_process_id_that_is_used_again_is_no_owner(tmp_path, capfd):
-    write_lock(tmp_path, pid=os.getppid(), started="1")
+    write_lock(tmp_path, pid=os.getppid())
     with locked(tmp_path, "train"):
         assert "taken over" in capfd.readouterr().err
 
@@ -114,7 +114,7 @@ def test_an_owner_elsewhere_is_alive_while_it_touches_its_lock(tmp_path, capfd):
     beat.join()
     with locked(tmp_path, "train", silent_seconds=0.3):
         assert "no longer there" in capfd.readouterr().err
-    for damaged in ("[" * 5000, json.dumps(asdict(replace(this_process(tmp_path, "x"), pid=-1)))):
+    for damaged in ("[" * 5000, json.dumps(asdict(replace(this_process("x"), pid=-1)))):
         (tmp_path / LOCK).write_text(damaged)
         with locked(tmp_path, "train", silent_seconds=0.3):
             assert "taken over from a process" in capfd.readouterr().err

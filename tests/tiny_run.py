@@ -19,19 +19,22 @@ from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[1]
-CONFIG = """name = "tiny"
-schema = "rows/schema.toml"
-[data]
-train = ["rows/train.parquet"]
-test = ["rows/test.parquet"]
+SMALL_MODEL = """
 batch_size = 48
-lanes = 12
 [model]
 kind = "dnn"
 [model.dnn]
 hidden = [8]
 [train]
 device = "cpu"
+"""
+CONFIG = f"""name = "tiny"
+schema = "rows/schema.toml"
+[data]
+train = ["rows/train.parquet"]
+test = ["rows/test.parquet"]
+lanes = 12
+{SMALL_MODEL}
 log_every = 5
 """
 

@@ -9,7 +9,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import requests
 
 from data.errors import InputError
 from data.schema.parse import to_toml_value
+from mbcnet_rec.config import RunConfig, flat
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.exits import PreemptedError
 
@@ -37,9 +38,9 @@ def require_client(address: str) -> None:
         )
 
 
-def open_sink(address: str, folder: Path, name: str, config: Any) -> "MlflowSink | None":
+def open_sink(address: str, folder: Path, name: str, config: RunConfig) -> "MlflowSink | None":
     """The sink of a run with the config's keys as parameters; None where `address` is empty."""
-    return MlflowSink(address, folder, name, dict(parameters(to_toml_value(config)))) if address else None
+    return MlflowSink(address, folder, name, dict(flat(to_toml_value(config)))) if address else None
 
 
 class MlflowSink:
@@ -52,7 +53,7 @@ class MlflowSink:
         params: of the run.
     """
 
-    def __init__(self, address: str, folder: Path, name: str, params: Mapping[str, str]) -> None:
+    def __init__(self, address: str, folder: Path, name: str, params: Mapping[str, Any]) -> None:
         self._address, self._folder, self._name, self._params = address, folder, name, params
         self._lines: queue.Queue[tuple[int, int, dict[str, float]] | None] = queue.Queue(WAITING_LINES)
         self._status, self._failed = "FINISHED", False
@@ -125,7 +126,7 @@ class MlflowSink:
         except MlflowException:  # it is there already
             experiment_id = client.get_experiment_by_name(experiment).experiment_id
         run_id = client.create_run(experiment_id, run_name=self._name).info.run_id
-        params = [Param(key, each) for key, each in self._params.items()]
+        params = [Param(key, str(each)) for key, each in self._params.items()]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             client.log_batch(run_id, params=params[start : start + PARAMS_AT_ONCE])
         path.write_text(run_id + "\n", encoding="utf-8")
@@ -135,12 +136,3 @@ class MlflowSink:
 def curve_name(split: str, key: str) -> str:
     """`split/key` in letters that MLflow and TensorBoard take: disagreement/efgc>deep -> train/disagreement/efgc_to_deep."""
     return f"{split}/{key.replace('>', '_to_')}"
-
-
-def parameters(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The config's keys with their paths: ("train.epochs", "1"), ..."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from parameters(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, str(value)

@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from mbcnet_rec.runtime.exits import LostRankError
 from mbcnet_rec.runtime.quiet import quiet_libraries
 from mbcnet_rec.runtime.ranks import Ranks, found_ranks
 
+T = TypeVar("T")
 _TIMES_JOINED = itertools.count()
 
 
@@ -95,8 +96,9 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
     except (RuntimeError, OSError) as error:
         raise _cannot_meet(error, rank, world_size, timeout_seconds) from None
     try:
-        with quiet_libraries(), _as_torchrun_says(rank, world_size, local_rank, local_world_size):
-            yield Process(rank, world_size, local_rank, local_world_size, chosen, store)
+        process = Process(rank, world_size, local_rank, local_world_size, chosen, store)
+        with quiet_libraries(), _as_torchrun_says(process):
+            yield process
     finally:
         dist.destroy_process_group()
 
@@ -122,14 +124,11 @@ def _on_this_host(ranks: Ranks, store: dist.Store) -> tuple[int, int]:
 
 
 @contextmanager
-def _as_torchrun_says(*values: int) -> Iterator[None]:
+def _as_torchrun_says(process: Process) -> Iterator[None]:
     """Set the variables that TorchRec reads, where another launcher has not set them."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    missing = {
-        name: str(value) for name, value in zip(names, values, strict=True) if not os.environ.get(name)
-    }
-    if values[1] == 1:
-        missing = {}
+    names = ("rank", "world_size", "local_rank", "local_world_size") if process.world_size > 1 else ()
+    said = {name.upper(): str(getattr(process, name)) for name in names}
+    missing = {name: value for name, value in said.items() if not os.environ.get(name)}
     os.environ.update(missing)
     try:
         yield
@@ -217,15 +216,12 @@ def agreed(process: Process) -> Iterator[None]:
         yield
     except InputError as error:
         fault = str(error)
-    faults: list[Any] = [fault]
+    faults: list[Any] = [fault] * process.world_size
     if process.world_size > 1:
-        faults = [""] * process.world_size
         dist.all_gather_object(faults, fault)
-    guilty = next((rank for rank, each in enumerate(faults) if each), None)
-    if guilty is None:
-        return
-    everywhere = all(each == faults[guilty] for each in faults)
-    raise InputError(faults[guilty] if everywhere else f"rank {guilty}: {faults[guilty]}")
+    for rank, each in enumerate(faults):
+        if each:
+            raise InputError(each if set(faults) == {each} else f"rank {rank}: {each}")
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
@@ -279,22 +275,18 @@ def broadcast_value(value: Any, process: Process) -> Any:
     return box[0]
 
 
-def refuse_together(problem: str, process: Process) -> None:
-    """Raise rank 0's problem, if it has one, as an InputError on every rank, so that none waits for another."""
-    problem = broadcast_value(problem, process)
+def answer_of_first(process: Process, ask: Callable[[], T]) -> T:
+    """Return on every rank what rank 0, which alone asks, is answered; an InputError of it is raised on every rank. Every rank calls it."""
+    answer, problem = None, ""
+    if process.is_first:
+        try:
+            answer = ask()
+        except InputError as error:
+            problem = str(error)
+    answer, problem = broadcast_value((answer, problem), process)
     if problem:
         raise InputError(problem)
-
-
-@contextmanager
-def first_decides(process: Process) -> Iterator[None]:
-    """Raise an InputError of rank 0, which alone acts inside, on every rank."""
-    problem = ""
-    try:
-        yield
-    except InputError as error:
-        problem = str(error)
-    refuse_together(problem, process)
+    return answer
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from data.reading.storage import DataFile, is_uri
 from data.whole_folder import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked_together
-from mbcnet_rec.runtime.process import Process, any_rank, broadcast_value, first_decides, joined_process
+from mbcnet_rec.runtime.process import Process, answer_of_first, any_rank, joined_process
 from mbcnet_rec.scoring.chunks import (
     CHUNK_ROWS,
     Chunk,
@@ -157,12 +157,10 @@ def run_prediction(
             names, files, rows_of(chunks), [*kept, *outputs], weights_digest(config, folder, step)
         )
         with _naming_write_faults(place), locked_together(process, "predict", {"--out": place}):
-            note = None
-            with first_decides(process):
-                note = join_notes(place, asked, overwrite) if process.is_first else None
+            note = answer_of_first(process, lambda: join_notes(place, asked, overwrite))
             schemas = [output_schema(found, kept, outputs) for found in columns]
-            job = Job(place, names, schemas, broadcast_value(note, process), put)
-            todo = broadcast_value(unfinished(job, chunks) if process.is_first else None, process)
+            job = Job(place, names, schemas, note, put)
+            todo = answer_of_first(process, lambda: unfinished(job, chunks))
             built = load_built(config, schema, folder, step, process) if todo else None
             if process.is_first:
                 write_note(job)

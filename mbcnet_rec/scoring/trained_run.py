@@ -21,7 +21,7 @@ from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelConfig
-from mbcnet_rec.runtime.process import Process, broadcast_value, mean_over_ranks, refuse_together
+from mbcnet_rec.runtime.process import Process, answer_of_first, mean_over_ranks
 from mbcnet_rec.scoring.scorer import Scorer, autocast_of
 from mbcnet_rec.training.built import Built
 from sharding.plan.plan_file import read_plan
@@ -46,10 +46,14 @@ def find_step(config: RunConfig, folder: Path, process: Process) -> int:
     Raises:
         InputError: it has none.
     """
-    step = broadcast_value(best_step(storage_of(config.train, folder)) if process.is_first else None, process)
-    refuse_together("" if step is not None else f"{folder}: no whole checkpoint; train it first", process)
-    assert step is not None
-    return step
+
+    def find() -> int:
+        step = best_step(storage_of(config.train, folder))
+        if step is None:
+            raise InputError(f"{folder}: no whole checkpoint; train it first")
+        return step
+
+    return answer_of_first(process, find)
 
 
 def run_schema(config: RunConfig, folder: Path, step: int) -> Schema:

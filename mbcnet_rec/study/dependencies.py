@@ -20,8 +20,7 @@ from data.schema import format_schema, load_schema
 from data.schema.parse import to_toml_value
 from mbcnet_rec.checkpoints.run_folder import storage_of
 from mbcnet_rec.checkpoints.storage import best_step
-from mbcnet_rec.config import RunConfig
-from mbcnet_rec.logs.mlflow import parameters
+from mbcnet_rec.config import RunConfig, flat
 from mbcnet_rec.scoring.trained_run import load_run, weights_digest
 
 # Keys that change no number, and paths whose content counts instead
@@ -48,7 +47,7 @@ def dependencies(config: RunConfig, known: Known) -> dict[str, Any]:
     splits = {split: getattr(config.data, split) for split in ("train", "valid", "test")}
     started, plan = config.train.warm_start, config.sharding.plan
     return {
-        "config": {key: value for key, value in parameters(to_toml_value(config)) if key not in APART},
+        "config": {key: str(value) for key, value in flat(to_toml_value(config)) if key not in APART},
         **once(("schema", config.schema), partial(_schema, config.schema)),
         "data": {name: once(paths, partial(_marks, paths)) for name, paths in splits.items()},
         "warm start": once(("run", started), partial(_run, started)),
