@@ -65,5 +65,5 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(draft, path)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)
+        error.filename = str(path)  # for the message
         raise

@@ -1,7 +1,6 @@
 """The cost model: shards are TorchRec's, bytes and seconds follow the formulas, and paths and bounds add up."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from sharding.plan.cluster import read_cluster
 from sharding.plan.dense_part import DenseCost
 from sharding.plan.placement import SHARDING_TYPES, Plan, TablePlan, shards_of
 from sharding.report.explain import alternatives, explain_lines
-from sharding.report.heatmap import heat, write_html
+from sharding.report.heatmap import heat, html_page
 from sharding.report.text import report_dict, report_lines
 
 CLUSTER = read_cluster("2x4:h100-80g")
@@ -106,7 +105,7 @@ def test_explain_names_the_next_best_and_every_place():
     assert not any(each.fits for each in alternatives(result, "a", Room(10, 10)))
 
 
-def test_reports_say_the_same_to_people_and_machines(tmp_path: Path):
+def test_reports_say_the_same_to_people_and_machines():
     result = assessment()
     values, lines = report_dict(result), report_lines(result, full=True)
     assert values["step_seconds"] == result.path.step and len(values["ranks"]) == 8
@@ -115,6 +114,5 @@ def test_reports_say_the_same_to_people_and_machines(tmp_path: Path):
     grid = heat(result)
     assert set(grid) == set("abcd") and all(len(row) == 8 for row in grid.values())
     assert sum(map(sum, grid.values())) == pytest.approx(1e3 * sum(rank.times.total for rank in result.ranks))
-    write_html(result, tmp_path / "p.html")
-    page = (tmp_path / "p.html").read_text()
+    page = html_page(result)
     assert page.count("<tr>") == 6 and page.count("b, rank 3: ") == 1 and "http" not in page

@@ -13,6 +13,7 @@ from typing import Any
 from data.errors import InputError
 from data.schema import load_schema
 from data.schema.parse import unknown_key
+from data.whole_folder import write_whole
 from mbcnet_rec.commands.plan_task import DEFAULT_BATCH, config_differences, say, shown_progress, task_of
 from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import Room
@@ -20,9 +21,9 @@ from sharding.cost.memory import gib
 from sharding.plan.cluster import Cluster, default_cluster, read_cluster
 from sharding.plan.compare import compare_plans, diff_lines, schema_differences
 from sharding.plan.placement import Plan
-from sharding.plan.plan_file import read_plan, write_plan
+from sharding.plan.plan_file import plan_text, read_plan
 from sharding.report.explain import explain_lines
-from sharding.report.heatmap import write_html
+from sharding.report.heatmap import html_page
 from sharding.report.text import report_dict, report_lines
 
 
@@ -124,13 +125,13 @@ def _show(args: argparse.Namespace) -> int:
 def _publish(args: argparse.Namespace, assessment: Assessment) -> int:
     """Write and print what was asked for."""
     if args.output:
-        write_plan(assessment.plan, Path(args.output))
+        write_whole(Path(args.output), plan_text(assessment.plan))
     if args.json:
         print(json.dumps(report_dict(assessment)))
     else:
         print("\n".join(report_lines(assessment, full=args.all)))
     if args.html:
-        write_html(assessment, Path(args.html))
+        write_whole(Path(args.html), html_page(assessment))
         say(f"wrote {args.html}")
     if args.output:
         say(

@@ -51,12 +51,11 @@ STATE = ("raw_ids", "slots", "counts", "last_access_iter")
 
 def collision_collection(schema: Schema, collection: EmbeddingBagCollection) -> nn.Module:
     """Put managed collision before a collection of tables that all have a `zch`. On the collection's device."""
-    device, tables = collection.device, {table.name: table for table in schema.tables}
+    configs, tables = collection.embedding_bag_configs(), {table.name: table for table in schema.tables}
     modules: dict[str, ManagedCollisionModule] = {
-        config.name: BucketedCollisions(tables[config.name], 0, config.num_embeddings, device)
-        for config in collection.embedding_bag_configs()
+        config.name: BucketedCollisions(tables[config.name], 0, config.num_embeddings, collection.device)
+        for config in configs
     }
-    configs = collection.embedding_bag_configs()
     collisions = ManagedCollisionCollection(modules, configs, need_preprocess=False)
     return ManagedCollisionEmbeddingBagCollection(collection, collisions)
 
@@ -270,13 +269,9 @@ class ShardedCollisions(ShardedManagedCollisionEmbeddingBagCollection):
                 continue
             kernel, index = self._table_to_tbe_and_index[table]
             weights = kernel.split_embedding_weights()[int(index)]
-            if (
-                table not in self.fresh
-            ):  # those that the first rows of a table of this name and seed start with
-                (_, first), *_ = table_rows(
-                    self.seed, f"{table}/fresh", 0, CHUNK_ROWS, weights.shape[1], self.std
-                )
-                self.fresh[table] = first.to(weights)
+            if table not in self.fresh:  # with what the first rows of a table of this name and seed start
+                values = table_rows(self.seed, f"{table}/fresh", 0, CHUNK_ROWS, weights.shape[1], self.std)
+                self.fresh[table] = next(values)[1].to(weights)
             with torch.no_grad():
                 offset = self._managed_collision_collection._table_to_offset[table]
                 weights[rows] = self.fresh[table][(rows + offset) % CHUNK_ROWS]

@@ -7,7 +7,6 @@ from typing import Any
 
 from data.errors import InputError
 from data.schema.parse import parse_dataclass
-from data.whole_folder import NO_ROOM, write_whole
 from sharding.plan.placement import REPLAN, Plan, TablePlan, check_shape
 
 FORMAT = 2
@@ -15,32 +14,15 @@ FORMAT = 2
 
 def plan_text(plan: Plan) -> str:
     """The plan file: JSON, one line a table; what is as by default is left out."""
-    head = {key: value for key, value in asdict(plan).items() if key not in ("tables", "format")}
-    lines = [
-        f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in ({"format": FORMAT} | head).items()
-    ]
-    tables = [
-        f"    {json.dumps(name)}: {json.dumps(_table_entry(table))}" for name, table in plan.tables.items()
-    ]
-    return "{\n" + "\n".join(lines) + '\n  "tables": {\n' + ",\n".join(tables) + "\n  }\n}\n"
-
-
-def write_plan(plan: Plan, path: Path) -> None:
-    """Write a plan file, at once or not at all."""
-    try:
-        write_whole(path, plan_text(plan))
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); choose another path with -o"
-        ) from None
-
-
-def _table_entry(table: TablePlan) -> dict[str, Any]:
-    required = ("sharding_type", "compute_kernel")
-    defaults = {each.name: each.default for each in fields(TablePlan) if each.name not in required}
-    return {key: value for key, value in asdict(table).items() if key in required or value != defaults[key]}
+    head = {"format": FORMAT} | asdict(plan) | {"format": FORMAT}  # the first key
+    tables: Any = head.pop("tables")
+    usual = {each.name: each.default for each in fields(TablePlan)}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    entries = []
+    for name, table in tables.items():
+        entry = {key: value for key, value in table.items() if value != usual[key]}
+        entries.append(f"    {json.dumps(name)}: {json.dumps(entry)}")
+    return "{\n" + "\n".join(lines) + '\n  "tables": {\n' + ",\n".join(entries) + "\n  }\n}\n"
 
 
 def read_plan(path: Path) -> Plan:

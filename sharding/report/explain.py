@@ -1,6 +1,7 @@
 """Why a table is where it is: every other placement it could have, and what that would cost."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import ZCH_BYTES_PER_ROW, Bytes, Room, Times
@@ -10,8 +11,7 @@ from sharding.plan.placement import TablePlan, with_kernels
 from sharding.report.text import columns, ms, table_totals
 
 
-@dataclass(frozen=True)
-class Alternative:
+class Alternative(NamedTuple):
     """One placement of a table, all else as planned."""
 
     table: TablePlan  # on the ranks that are least busy
@@ -24,26 +24,24 @@ class Alternative:
 
 def alternatives(assessment: Assessment, name: str, room: Room) -> list[Alternative]:
     """The planned placement first, then every other that the platform runs, the one with the shortest step first."""
-    plan, cluster = assessment.plan, assessment.cluster
-    chosen = plan.tables[name]
+    plan = assessment.plan
+    chosen, others = plan.tables[name], {other: each for other, each in plan.tables.items() if other != name}
 
     def tried(table: TablePlan) -> Alternative:
-        result = assess(replace(plan, tables={**plan.tables, name: table}), cluster)
-        total, largest = table_totals(result)[name]
+        result = assess(replace(plan, tables={**plan.tables, name: table}), assessment.cluster)
         memory = [result.memory(rank) for rank in result.ranks]
         fits = all(rank.hbm <= room.hbm and rank.ddr <= room.ddr for rank in memory)
-        return Alternative(table, total, largest, result.path.step, result.busiest.times.total, fits)
+        return Alternative(
+            table, *table_totals(result)[name], result.path.step, result.busiest.times.total, fits
+        )
 
-    without = assess(
-        replace(plan, tables={other: table for other, table in plan.tables.items() if other != name}), cluster
-    )
-    others = [
+    found = [
         tried(each)
-        for each in _placements(chosen, without)
+        for each in _placements(chosen, assess(replace(plan, tables=others), assessment.cluster))
         if (each.sharding_type, each.compute_kernel) != (chosen.sharding_type, chosen.compute_kernel)
     ]
-    others.sort(key=lambda each: (not each.fits, each.step_seconds, each.busiest_seconds))
-    return [tried(chosen), *others]
+    found.sort(key=lambda each: (not each.fits, each.step_seconds, each.busiest_seconds))
+    return [tried(chosen), *found]
 
 
 def _placements(table: TablePlan, without: Assessment) -> list[TablePlan]:

@@ -1,11 +1,7 @@
 """The picture of a plan, ranks by table, as HTML that stands alone."""
 
-from pathlib import Path
-
 import jinja2
 
-from data.errors import InputError
-from data.whole_folder import NO_ROOM, write_whole
 from sharding.cost.assess import Assessment
 from sharding.cost.memory import gib
 from sharding.plan.compare import placement_text
@@ -29,12 +25,12 @@ def heat(assessment: Assessment) -> dict[str, list[float]]:
     return rows
 
 
-def write_html(assessment: Assessment, path: Path) -> None:
-    """Write the report with a heat map whose cells say what they are when pointed at. One file, no network."""
+def html_page(assessment: Assessment) -> str:
+    """The report with a heat map whose cells say what they are when pointed at. One file, no network."""
     plan, grid = assessment.plan, heat(assessment)
     ranks = {"all tables": [1e3 * rank.times.total for rank in assessment.ranks]}
     templates = jinja2.Environment(loader=jinja2.PackageLoader("sharding.report"), autoescape=True)
-    page = templates.get_template("plan.html").render(
+    return templates.get_template("plan.html").render(
         assessment=assessment,
         heat=[(rows, max((max(row) for row in rows.values()), default=1.0)) for rows in (grid, ranks)],
         placements={name: placement_text(table) for name, table in plan.tables.items()},
@@ -42,11 +38,3 @@ def write_html(assessment: Assessment, path: Path) -> None:
         gib=gib,
         report="\n".join(report_lines(assessment, full=True)),
     )  # fmt: skip
-    try:
-        write_whole(path, page)
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); choose another path with --html"
-        ) from None

@@ -26,31 +26,24 @@ def described_table(table: Table, schema: Schema, config: ShardingConfig) -> Tab
     features = {feature.name: feature for feature in schema.features}
     used = [features[name] for name in table.feature_names]
     ids = sum(constraint.pooling_factor or pooling_factor(feature, config) for feature in used)
-    measured = max((int(getattr(feature, "cardinality", 0) or 0) for feature in used), default=0)
+    measured = max((feature.cardinality for feature in used), default=0)
     return TablePlan(
-        "table_wise",
-        "fused",
-        num_embeddings=table.num_embeddings,
-        embedding_dim=table.embedding_dim,
-        bags=len(used),
-        ids=round(ids, 4),
+        "table_wise", "fused", (), table.num_embeddings, table.embedding_dim, len(used), round(ids, 4),
         cardinality=min(constraint.cardinality or measured, table.num_embeddings),
         zch_buckets=table.zch.buckets if table.zch else 0,
-    )
+    )  # fmt: skip
 
 
 def pooling_factor(feature: Feature, config: ShardingConfig) -> float:
     """Mean ids of a field per row."""
-    measured = float(getattr(feature, "pooling_factor", 0.0) or 0.0)
-    return measured or (1.0 if feature.is_single else config.assumed_pooling_factor)
+    return feature.pooling_factor or (1.0 if feature.is_single else config.assumed_pooling_factor)
 
 
 def assumed_fields(schema: Schema, config: ShardingConfig) -> list[str]:
     """List fields whose ids per row nobody measured."""
     told = {name for name, table in config.tables.items() if table.pooling_factor}
     lists = (each for each in schema.features if each.is_sparse and not each.is_single)
-    unmeasured = (each for each in lists if not getattr(each, "pooling_factor", 0.0))
-    return [each.name for each in unmeasured if each.table_name not in told]
+    return [each.name for each in lists if not each.pooling_factor and each.table_name not in told]
 
 
 def check_constraints(task: Task) -> None:
