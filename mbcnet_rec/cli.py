@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data.errors import InputError
 from data.home import home_path
@@ -118,17 +118,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     """Print a warning of ours as one line, on rank 0 alone; anyone else's as Python does."""
     if category.__module__.partition(".")[0] not in OURS:
-        _PYTHONS_SHOW_WARNING(message, category, filename, lineno, file, line)
+        _PYTHONS_SHOW_WARNING(message, category, *where)
     elif is_first_rank():
         _tell(f"warning: {message}")
 
@@ -179,11 +172,8 @@ def plain_words() -> Iterator[None]:
             known = isinstance(error, InputError | RunStoppedError)
             if not known and (line := no_room(error)):
                 raise CannotWriteError(line) from None
-            if not (
-                isinstance(error, OSError)
-                and error.errno in PATH_FAULTS
-                and isinstance(error.filename, str | Path)
-            ):
+            is_path_fault = isinstance(error, OSError) and error.errno in PATH_FAULTS
+            if not is_path_fault or not isinstance(error.filename, str | Path):
                 raise
             shown = str(error.filename)[:200]
             raise InputError(f"{shown}: {error.strerror}; fix it, or give another path") from None

@@ -20,7 +20,7 @@ from data.schema import Schema, load_schema
 from data.schema.parse import read_toml
 from mbcnet_rec.checkpoints.manifest import Manifest
 from mbcnet_rec.checkpoints.run_folder import CONFIG, storage_of, train_config_of
-from mbcnet_rec.checkpoints.run_schema import checked_files, other_ids, own_schema
+from mbcnet_rec.checkpoints.run_schema import are_copied, other_ids, own_schema
 from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, shards_of
 from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zch_table_of
@@ -64,15 +64,12 @@ def saved_run(manifest: Manifest, where: object) -> dict[str, Any]:
         InputError: they are missing or malformed.
     """
     run = manifest.extra.get("run", {})
-    for key in ("column_shards", "zch_buckets"):
-        counts = run.get(key, {}) if isinstance(run, dict) else None
-        if not isinstance(counts, dict) or any(type(count) is not int for count in counts.values()):
-            raise InputError(f"{where}: does not say which run wrote it; use another checkpoint")
-    if any(not isinstance(run.get(key, {}), dict) for key in ("config", "versions")) or not checked_files(
-        run.get("files", {})
-    ):
-        raise InputError(f"{where}: does not say which run wrote it; use another checkpoint")
-    return run
+    parts = ("column_shards", "zch_buckets", "config", "versions", "files")
+    if isinstance(run, dict) and all(isinstance(run.get(key, {}), dict) for key in parts):
+        counts = [*run.get("column_shards", {}).values(), *run.get("zch_buckets", {}).values()]
+        if all(type(count) is int for count in counts) and are_copied(run.get("files", {})):
+            return run
+    raise InputError(f"{where}: does not say which run wrote it; use another checkpoint")
 
 
 def init_states(built: Built) -> None:
@@ -97,21 +94,16 @@ def init_states(built: Built) -> None:
 
 @dataclass
 class Differences:
-    """How a checkpoint and a run differ.
+    """How a checkpoint and a run differ."""
 
-    Attributes:
-        other_ids: tables whose rows belong to other ids.
-        other_optimizer: whether the tables' optimizer is another one.
-        recut: tables whose optimizer state is of another cut into columns, with both numbers of shards.
-        phrases: every difference, each with what starts fresh where the rest is loaded.
-        fresh: logical tensors that cannot be loaded.
-    """
-
-    other_ids: set[str]
-    other_optimizer: bool
-    recut: list[str]
+    other_ids: set[str]  # tables whose rows belong to other ids
+    other_optimizer: bool  # whether the tables' optimizer is another one
+    recut: list[
+        str
+    ]  # tables whose optimizer state is of another cut into columns, with both numbers of shards
+    # every difference, each with what starts fresh where the rest is loaded
     phrases: list[tuple[str, str]] = field(default_factory=list)
-    fresh: set[str] = field(default_factory=set)
+    fresh: set[str] = field(default_factory=set)  # logical tensors that cannot be loaded
 
 
 def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences:

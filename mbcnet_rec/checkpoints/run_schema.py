@@ -95,13 +95,11 @@ def own_schema(folder: Path, run: Mapping[str, Any]) -> Schema | None:
     return load_schema(folder / SCHEMA)
 
 
-def checked_files(files: Any) -> bool:
-    """Whether this is what `file_sums` gives, as far as an untrusted checkpoint can be asked."""
-    return isinstance(files, dict) and all(
-        isinstance(sha256, str) and PurePosixPath(name).parts[:1] and PurePosixPath(name).parts[0] in COPIED
-        and ".." not in PurePosixPath(name).parts
-        for name, sha256 in files.items()
-    )  # fmt: skip
+def are_copied(files: Mapping[str, Any]) -> bool:
+    """Whether these may be what `file_sums` has given; the names and values are untrusted input."""
+    paths = [PurePosixPath(name).parts for name in files]
+    inside = all(parts[:1] in [(name,) for name in COPIED] and ".." not in parts for parts in paths)
+    return inside and all(isinstance(sha256, str) for sha256 in files.values())
 
 
 def other_ids(before: Schema, now: Schema) -> dict[str, str]:
@@ -112,13 +110,9 @@ def other_ids(before: Schema, now: Schema) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     values = [read_vocabularies(schema) for schema in (before, now)]
-    tables = [{table.name: table for table in schema.tables} for schema in (before, now)]
-    for name in sorted(tables[0].keys() & tables[1].keys()):
-        old, new = (
-            _Rows(schema, name, vocabularies)
-            for schema, vocabularies in zip((before, now), values, strict=True)
-        )
-        if why := old.difference(new):
+    names = [{table.name for table in schema.tables} for schema in (before, now)]
+    for name in sorted(names[0] & names[1]):
+        if why := _Rows(before, name, values[0]).difference(_Rows(now, name, values[1])):
             found[name] = why
     return found
 

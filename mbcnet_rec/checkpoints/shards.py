@@ -28,23 +28,16 @@ Snapshot = list[tuple[ShardEntry, Tensor]]  # copies in CPU memory, which traini
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A shard of a logical tensor that this rank holds.
+    """A shard of a logical tensor that this rank holds."""
 
-    Attributes:
-        name: name of the logical tensor, equal on every world size and under every plan.
-        tensor: the live storage, so a load copies into it.
-        offsets: where the shard begins in the logical tensor.
-        global_shape: shape of the logical tensor.
-        replicated: whether a rank before this one holds the same values and writes them: rank 0 alone writes what all have.
-        per_rank: whether each rank has values of its own (running statistics of batch norm). The same world size gets them back
-            as they were, another one gets their mean.
-    """
-
-    name: str
-    tensor: Tensor
-    offsets: tuple[int, ...]
-    global_shape: Shape
+    name: str  # of the logical tensor, equal on every world size and under every plan
+    tensor: Tensor  # the live storage, so a load copies into it
+    offsets: tuple[int, ...]  # where the shard begins in the logical tensor
+    global_shape: Shape  # of the logical tensor
+    # whether a rank before this one holds the same values and writes them: rank 0 alone writes what all have
     replicated: bool
+    # whether each rank has values of its own (running statistics of batch norm). The same world size gets them back as they were,
+    # another one gets their mean.
     per_rank: bool = False
 
 

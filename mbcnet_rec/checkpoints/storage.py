@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -124,13 +124,11 @@ class LocalStorage:
         """Write a small file and remove it; OSError if that fails. A folder that was not there is not left behind."""
         made = [path for path in (self.root, *self.root.parents) if not path.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
+        probe = self.root / f".probe{PARTIAL}"
         try:
-            probe = self.root / f".probe{PARTIAL}"
-            try:
-                probe.write_bytes(b"1")
-            finally:
-                probe.unlink(missing_ok=True)
+            probe.write_bytes(b"1")
         finally:
+            probe.unlink(missing_ok=True)
             for path in made:
                 path.rmdir()
 
@@ -186,17 +184,13 @@ class RemoteStorage:
         """A name with the token, so that the manifest of an earlier try still finds that try's files."""
         return file_name(rank, token)
 
-    @contextmanager
-    def write(self, step: int, token: str, name: str) -> Iterator[pa.NativeFile]:
+    def write(self, step: int, token: str, name: str) -> AbstractContextManager[pa.NativeFile]:
         """A stream into a file of the draft."""
-        with self._opened(f"step_{step}", name) as file:
-            yield file
+        self._system.create_dir(self._path(f"step_{step}"))
+        return self._opened(self._path(f"step_{step}", name))
 
     @contextmanager
-    def _opened(self, *names: str) -> Iterator[pa.NativeFile]:
-        path = self._path(*names)
-        if len(names) > 1:
-            self._system.create_dir(self._path(*names[:-1]))
+    def _opened(self, path: str) -> Iterator[pa.NativeFile]:
         file = self._system.open_output_stream(path)
         try:
             yield file
@@ -267,7 +261,7 @@ class RemoteStorage:
 
     def write_note(self, name: str, data: bytes) -> None:
         """Write a small object next to the checkpoints."""
-        with self._opened(name) as file:
+        with self._opened(self._path(name)) as file:
             file.write(data)
 
     def remove_note(self, name: str) -> None:

@@ -19,18 +19,15 @@ CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK = 74, 75, 76, 77
 
 
 class RunStoppedError(RuntimeError):
-    """The run ends here; the text is one line for the operator.
+    """The run ends here; the text is one line for the operator."""
 
-    Attributes:
-        exit_code: of this process.
-        reported: whether this rank prints the line; where all ranks know the same, one of them does.
-    """
-
-    exit_code = 1
+    exit_code = 1  # of this process
 
     def __init__(self, line: str, *, reported: bool = True) -> None:
         super().__init__(line)
-        self.reported = reported
+        self.reported = (
+            reported  # whether this rank prints the line; where all ranks know the same, one of them does
+        )
 
 
 class CannotWriteError(RunStoppedError):

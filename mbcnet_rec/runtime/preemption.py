@@ -1,21 +1,16 @@
 """SIGTERM and SIGUSR1 as a stop request, honoured at the next step boundary."""
 
 import signal
-from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Records that one of SIGNALS arrived; the previous handlers are restored on exit. For the main thread.
-
-    Attributes:
-        signal_name: of the first that came; empty before.
-    """
+    """Records that one of SIGNALS arrived; the previous handlers are restored on exit. For the main thread."""
 
     def __init__(self) -> None:
-        self.signal_name = ""
+        self.signal_name = ""  # of the first that came
         self._former: dict[int, Any] = {}
 
     @property
@@ -23,7 +18,7 @@ class StopRequest:
         """Whether this process was asked to stop."""
         return bool(self.signal_name)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: object) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name
 
     def __enter__(self) -> Self:
@@ -31,8 +26,6 @@ class StopRequest:
             self._former[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)

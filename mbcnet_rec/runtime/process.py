@@ -27,21 +27,14 @@ _TIMES_JOINED = itertools.count()
 
 @dataclass(frozen=True)
 class Process:
-    """One rank.
+    """One rank."""
 
-    Attributes:
-        rank, world_size: over all hosts.
-        local_rank, local_world_size: on this host.
-        device: what it computes on.
-        store: through which the ranks have found each other.
-    """
-
-    rank: int
+    rank: int  # this and the next: over all hosts
     world_size: int
-    local_rank: int
+    local_rank: int  # this and the next: on this host
     local_world_size: int
-    device: torch.device
-    store: dist.Store | None = None
+    device: torch.device  # what it computes on
+    store: dist.Store | None = None  # through which the ranks have found each other
 
     @property
     def is_first(self) -> bool:

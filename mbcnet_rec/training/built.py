@@ -15,24 +15,14 @@ from sharding.plan.placement import Plan
 
 @dataclass
 class Built:
-    """A model ready to train or to be loaded.
+    """A model ready to train or to be loaded."""
 
-    Attributes:
-        model: the sharded objective.
-        optimizer: fused, dense and replicated parts.
-        plan: where the tables live.
-        branch_names: of the model's outputs after the fused one.
-        dense: parameters that are in no table.
-        optim, sharding, seed: of the config that it was built from.
-        pipeline: makes what takes training steps.
-    """
-
-    model: DistributedModelParallel
-    optimizer: CombinedOptimizer
-    plan: Plan
-    branch_names: tuple[str, ...]
-    dense: list[nn.Parameter]
-    optim: OptimConfig
+    model: DistributedModelParallel  # the sharded objective
+    optimizer: CombinedOptimizer  # fused, dense and replicated parts
+    plan: Plan  # where the tables live
+    branch_names: tuple[str, ...]  # of the model's outputs after the fused one
+    dense: list[nn.Parameter]  # parameters that are in no table
+    optim: OptimConfig  # this and the next two: of the config that it was built from
     sharding: ShardingConfig
     seed: int
-    pipeline: Callable[[CheckedStep], Pipeline]
+    pipeline: Callable[[CheckedStep], Pipeline]  # makes what takes training steps

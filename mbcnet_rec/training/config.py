@@ -10,23 +10,17 @@ from data.schema.bounds import Bounded, bounded
 
 @dataclass(frozen=True)
 class EmbeddingOptimConfig(Bounded):
-    """Optimizer of the tables: w -= lr * g / (sqrt(state) + eps).
+    """Optimizer of the tables: w -= lr * g / (sqrt(state) + eps)."""
 
-    Attributes:
-        name: rowwise_adagrad (one state a row: the mean of squared gradients over the row), adagrad (one an element), sgd, or adam:
-            dense Adam over whole tables, rows that no batch looked up included, as FuxiCTR and BARS train. It wants every table
-            data_parallel (sharding.sharding_types = ["data_parallel"]), and so small tables.
-        lr: learning rate.
-        eps: of adagrad, rowwise_adagrad and adam.
-        init_std: standard deviation of the initial rows.
-        l2: lambda of lambda / 2 ||E||^2 over whole tables at every step, FuxiCTR's embedding_regularizer; of adam only, since the
-            others touch the rows of a batch only.
-    """
-
+    # rowwise_adagrad (one state a row: the mean of squared gradients over the row), adagrad (one an element), sgd, or adam: dense Adam
+    # over whole tables, rows that no batch looked up included, as FuxiCTR and BARS train. It wants every table data_parallel
+    # (sharding.sharding_types = ["data_parallel"]), and so small tables.
     name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
-    lr: float = bounded(0.02, above=0)
-    eps: float = bounded(1e-8, at_least=0)
-    init_std: float = bounded(0.02, at_least=0)
+    lr: float = bounded(0.02, above=0)  # learning rate
+    eps: float = bounded(1e-8, at_least=0)  # of adagrad, rowwise_adagrad and adam
+    init_std: float = bounded(0.02, at_least=0)  # standard deviation of the initial rows
+    # lambda of lambda / 2 ||E||^2 over whole tables at every step, FuxiCTR's embedding_regularizer; of adam only, since the others
+    # touch the rows of a batch only
     l2: float = bounded(0.0, at_least=0, wanted="0 (none) or more")
 
     def __post_init__(self) -> None:
@@ -41,20 +35,14 @@ class EmbeddingOptimConfig(Bounded):
 
 @dataclass(frozen=True)
 class OptimConfig(Bounded):
-    """Optimizers of a run.
+    """Optimizers of a run."""
 
-    Attributes:
-        dense_lr: learning rate of Adam on the dense part.
-        dense_eps: of that Adam. 1e-8 is torch's default; with it parameters whose gradient is mostly rounding
-            noise move as fast as any other, and runs on other world sizes drift apart.
-        weight_decay: decoupled decay of the dense part, where it is above 0.
-        embedding: of the tables.
-    """
-
-    dense_lr: float = bounded(1e-3, above=0)
+    dense_lr: float = bounded(1e-3, above=0)  # of Adam on the dense part
+    # of that Adam. 1e-8 is torch's default; with it parameters whose gradient is mostly rounding noise move as fast as any other, and
+    # runs on other world sizes drift apart.
     dense_eps: float = bounded(1e-6, at_least=0)
-    weight_decay: float = bounded(0.0, at_least=0)
-    embedding: EmbeddingOptimConfig = EmbeddingOptimConfig()
+    weight_decay: float = bounded(0.0, at_least=0)  # decoupled decay of the dense part, where it is above 0
+    embedding: EmbeddingOptimConfig = EmbeddingOptimConfig()  # of the tables
 
 
 def _or_off(default: float) -> Any:
@@ -67,60 +55,44 @@ def _wait(default: float) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig(Bounded):
-    """How long, where, and what to write.
+    """How long, where, and what to write."""
 
-    Attributes:
-        out: the run folder; empty: runs/NAME.
-        seed: of weights, tables and the order of rows.
-        device: auto (cuda where there is one), cpu or cuda.
-        cpu_fast_path: on a CPU, take shorter ways to the same numbers (mbcnet_rec/cpu); nothing changes on cuda.
-        autocast: dtype of matrix products; none is float32.
-        epochs: passes over the training rows.
-        max_steps: stop after that many steps; 0: no limit.
-        log_every: steps between lines of metrics.jsonl.
-        eval_every: steps between evaluations on the validation rows; 0: at the end of each epoch.
-        patience: evaluations without a better validation AUC before training stops; 0: never.
-        schedule: constant, or plateau: dense and table rates x 0.1 at every evaluation that does not improve.
-        checkpoint_every: steps between checkpoints besides those at evaluations; 0: none.
-        checkpoint_minutes: minutes between checkpoints besides the others; 0: none.
-        checkpoint_folder: a folder or URI (s3://bucket/prefix) for checkpoints; empty: RUN/checkpoints.
-        keep_last: checkpoints kept besides the best ones.
-        keep_best: checkpoints kept for the best validation AUCs.
-        max_grad_norm: of the dense part, over all its parameters; 0: not clipped.
-        on_nonfinite: what a NaN or infinite loss does: stop with the batch kept in RUN/faults, or skip the step on every rank.
-        max_skipped: steps of a run that may be skipped so.
-        spike_sigmas: standard deviations above the running mean at which a logged loss is an alarm; 0: never.
-        timeout_seconds: after which a collective that a rank does not join fails on the others.
-        stall_seconds: a step that takes longer has the stacks of all ranks written to RUN/stacks.
-        warm_start: a run folder whose tables are this run's initial ones; empty: none.
-        warm_start_tables: which of them; empty: all that both runs have.
-        tracking: an MLflow server, http://HOST:PORT, that gets every number besides TensorBoard; empty: none.
-    """
-
-    out: str = ""
-    seed: int = bounded(0, at_least=0)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    cpu_fast_path: bool = True
-    autocast: Literal["none", "bf16"] = "none"
-    epochs: int = bounded(1, at_least=1)
-    max_steps: int = _or_off(0)
-    log_every: int = bounded(20, at_least=1)
-    eval_every: int = _or_off(0)
+    out: str = ""  # the run folder; empty: runs/NAME
+    seed: int = bounded(0, at_least=0)  # of weights, tables and the order of rows
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    cpu_fast_path: bool = True  # on a CPU, take shorter ways to the same numbers (mbcnet_rec/cpu)
+    autocast: Literal["none", "bf16"] = "none"  # dtype of matrix products; none is float32
+    epochs: int = bounded(1, at_least=1)  # passes over the training rows
+    max_steps: int = _or_off(0)  # stop after that many steps; 0: no limit
+    log_every: int = bounded(20, at_least=1)  # steps between lines of metrics.jsonl
+    eval_every: int = _or_off(
+        0
+    )  # steps between evaluations on the validation rows; 0: at the end of each epoch
+    # evaluations without a better validation AUC before training stops; 0: never
     patience: int = _or_off(0)
+    # plateau: dense and table rates x 0.1 at every evaluation that does not improve
     schedule: Literal["constant", "plateau"] = "constant"
-    checkpoint_every: int = _or_off(0)
-    checkpoint_minutes: float = _or_off(0.0)
+    checkpoint_every: int = _or_off(0)  # steps between checkpoints besides those at evaluations; 0: none
+    checkpoint_minutes: float = _or_off(0.0)  # minutes between checkpoints besides the others; 0: none
+    # a folder or URI (s3://bucket/prefix) for checkpoints; empty: RUN/checkpoints
     checkpoint_folder: str = ""
-    keep_last: int = bounded(2, at_least=1)
-    keep_best: int = bounded(1, at_least=1)
-    max_grad_norm: float = _or_off(0.0)
+    keep_last: int = bounded(2, at_least=1)  # checkpoints kept besides the best ones
+    keep_best: int = bounded(1, at_least=1)  # checkpoints kept for the best validation AUCs
+    max_grad_norm: float = _or_off(0.0)  # of the dense part, over all its parameters; 0: not clipped
+    # what a NaN or infinite loss does: stop with the batch kept in RUN/faults, or skip the step on every rank
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    max_skipped: int = _or_off(10)
+    max_skipped: int = _or_off(10)  # steps of a run that may be skipped so
+    # standard deviations above the running mean at which a logged loss is an alarm; 0: never
     spike_sigmas: float = _or_off(6.0)
-    timeout_seconds: float = _wait(600.0)
-    stall_seconds: float = _wait(300.0)
-    warm_start: str = ""
-    warm_start_tables: tuple[str, ...] = ()
+    timeout_seconds: float = _wait(
+        600.0
+    )  # after which a collective that a rank does not join fails on the others
+    stall_seconds: float = _wait(
+        300.0
+    )  # a step that takes longer has the stacks of all ranks written to RUN/stacks
+    warm_start: str = ""  # a run folder whose tables are this run's initial ones; empty: none
+    warm_start_tables: tuple[str, ...] = ()  # which of them; empty: all that both runs have
+    # an MLflow server, http://HOST:PORT, that gets every number besides TensorBoard; empty: none
     tracking: str = ""
 
     def __post_init__(self) -> None:

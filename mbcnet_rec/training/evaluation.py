@@ -11,13 +11,7 @@ import torch
 from data.stream import ParquetStream
 from mbcnet_rec.model.losses import branch_pairs, disagreement_rates
 from mbcnet_rec.model.objective import Outputs
-from mbcnet_rec.runtime.process import (
-    Process,
-    averaged_buffers,
-    blamed_on,
-    broadcast_value,
-    mean_over_ranks,
-)
+from mbcnet_rec.runtime.process import Process, averaged_buffers, blamed_on, broadcast_value, mean_over_ranks
 from mbcnet_rec.scoring.scorer import Autocast, Scorer
 from mbcnet_rec.scoring.tally import EXACT_ROWS, Tally
 from mbcnet_rec.training.built import Built

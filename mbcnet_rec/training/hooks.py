@@ -17,16 +17,13 @@ def unchanged(loss: Tensor, outputs: Outputs) -> tuple[Tensor, Outputs]:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Called at points of a run, where a test raises, sleeps, kills the process or changes the loss.
+    """Called at points of a run, where a test raises, sleeps, kills the process or changes the loss."""
 
-    Attributes:
-        on_place: with each place that the watchdog is told of, such as `step 12`, just before.
-        on_loss: with the loss and outputs of every training step; the step continues with what it returns.
-        on_write: before the tensors of a checkpoint are written, in the thread that writes them.
-        on_rows: before training rows are read, in the thread that reads them.
-    """
-
+    # with each place that the watchdog is told of, such as `step 12`, just before
     on_place: Callable[[str], None] = lambda place: None
+    # with the loss and outputs of every training step; the step continues with what it returns
     on_loss: OnLoss = unchanged
-    on_write: Callable[[], None] = lambda: None
-    on_rows: Callable[[], None] = lambda: None
+    on_write: Callable[[], None] = lambda: (
+        None
+    )  # before a checkpoint's tensors are written, in the writing thread
+    on_rows: Callable[[], None] = lambda: None  # before training rows are read, in the thread that reads them

@@ -59,19 +59,15 @@ def build_optimizer(
         adam: makes Adam of parameters and torch.optim.Adam's options.
     """
     sharded = {name for name, _ in model.fused_optimizer.params.items()}
-    dense = {
-        name: param
-        for name, param in model.named_parameters()
-        if name not in sharded and name not in replicated
-    }
+    others = {name: param for name, param in model.named_parameters() if name not in sharded}
+    dense = {name: param for name, param in others.items() if name not in replicated}
     options: dict[str, Any] = {"lr": config.dense_lr, "eps": config.dense_eps}
     options |= {"weight_decay": config.weight_decay, "decoupled_weight_decay": True}  # AdamW
     optimizers: list[Any] = [
         ("fused", model.fused_optimizer),
         ("dense", KeyedOptimizerWrapper(dense, lambda params: adam(params, **options))),
     ]
-    tables = {name: param for name, param in model.named_parameters() if name in replicated}
-    if tables:
+    if tables := {name: param for name, param in others.items() if name in replicated}:
         chosen: Any = adam if config.embedding.name == "adam" else TABLE_OPTIMIZERS[config.embedding.name]
         own = _options(config.embedding)
         optimizers.append(("replicated", KeyedOptimizerWrapper(tables, lambda params: chosen(params, **own))))

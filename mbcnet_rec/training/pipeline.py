@@ -9,10 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.train_pipeline import (
-    PrefetchTrainPipelineSparseDist,
-    TrainPipelineSparseDist,
-)
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
 from data.stream import Batch
 from mbcnet_rec.model.objective import Outputs
@@ -22,11 +19,6 @@ from sharding.bridge.zch import collisions_of
 
 class CheckedStep:
     """What a train pipeline calls in a step: a forward pass that may be taken back, and an optimizer that may be passed over.
-
-    Attributes:
-        batch: of the step that runs, or ran last.
-        skipped: whether the last step was passed over.
-        on_loss: see training/hooks.py.
 
     Args:
         model: the sharded objective.
@@ -45,9 +37,9 @@ class CheckedStep:
         verdict: Callable[[Tensor], bool | None] = lambda loss: None,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
-        self.batch: Batch | None = None
-        self.skipped = False
-        self.on_loss: OnLoss = unchanged
+        self.batch: Batch | None = None  # of the step that runs, or ran last
+        self.skipped = False  # whether the last step was passed over
+        self.on_loss: OnLoss = unchanged  # see training/hooks.py
         self.model, self._optimizer, self._autocast = model, optimizer, autocast
         self._verdict, self._after_backward = verdict, after_backward
         # which row an id has stays as this step has left it: rows have changed with it, and there are as many as in the tables

@@ -10,12 +10,7 @@ import torch
 from data.errors import InputError
 from mbcnet_rec.runtime.process import Process, gather_rows
 from mbcnet_rec.training.built import Built
-from sharding.bridge.allocated import (
-    PARTS,
-    held_bytes,
-    optimizer_bytes,
-    planned_against_held,
-)
+from sharding.bridge.allocated import PARTS, held_bytes, optimizer_bytes, planned_against_held
 from sharding.cost.assess import assess
 from sharding.plan.cluster import Cluster, read_cluster
 from sharding.search.task import cluster_of

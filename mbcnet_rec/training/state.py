@@ -31,28 +31,20 @@ PLATEAU_PATIENCE = 2
 
 @dataclass
 class TrainState:
-    """`step` steps are done; the next batch is `cursor`.
-
-    Attributes:
-        step: done so far.
-        cursor: of the next batch.
-        best: (validation AUC, step) of the best evaluations, best first; an evaluation without an AUC is none of them.
-        bad_evaluations: in a row that did not improve.
-        lr_scale: factor on every learning rate.
-        stopped: early stop.
-        evaluated_step: at which the last evaluation was; a checkpoint may be older than the evaluation of its step.
-        skipped: steps whose loss was not finite and that were passed over.
-        loss_mean, loss_variance, loss_lines: running moments of the logged losses, for the alarm.
-    """
+    """`step` steps are done; the next batch is `cursor`."""
 
     step: int = 0
     cursor: Cursor = Cursor()
+    # (validation AUC, step) of the best evaluations, best first; an evaluation without an AUC is none of them
     best: list[tuple[float, int]] = field(default_factory=list)
-    bad_evaluations: int = 0
-    lr_scale: float = 1.0
-    stopped: bool = False
-    evaluated_step: int = -1
-    skipped: int = 0
+    bad_evaluations: int = 0  # in a row that did not improve
+    lr_scale: float = 1.0  # factor on every learning rate
+    stopped: bool = False  # early stop
+    evaluated_step: int = (
+        -1
+    )  # of the last evaluation; a checkpoint may be older than the evaluation of its step
+    skipped: int = 0  # steps whose loss was not finite and that were passed over
+    # running moments of the logged losses, for the alarm
     loss_mean: float = 0.0
     loss_variance: float = 0.0
     loss_lines: int = 0
@@ -122,11 +114,11 @@ class TrainState:
 class Window:
     """What has come in since the last line of metrics.jsonl, or since this start: a checkpoint does not keep it."""
 
-    outputs: list[Outputs] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
     first_step: int = 0
     waited: float = 0.0
     stalled: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    outputs: list[Outputs] = field(default_factory=list)
     grad_norm: Tensor | None = None
     gradient_shares: dict[str, Tensor] = field(default_factory=dict)
 

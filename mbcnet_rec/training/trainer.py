@@ -29,25 +29,13 @@ from mbcnet_rec.scoring.metrics import evaluate_predictions, why_no_auc
 from mbcnet_rec.scoring.scorer import autocast_of, real_rows
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
-from mbcnet_rec.training.evaluation import (
-    EvaluationStoppedError,
-    average_terms,
-    diagnostics,
-    evaluate_stream,
-)
+from mbcnet_rec.training.evaluation import EvaluationStoppedError, average_terms, diagnostics, evaluate_stream
 from mbcnet_rec.training.faults import dump_batch, loss_spike
 from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
 from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline
 from mbcnet_rec.training.plan_check import PlanWatch
-from mbcnet_rec.training.state import (
-    Feed,
-    TrainState,
-    Window,
-    invalid_value_counts,
-    scale_rates,
-    seed_step,
-)
+from mbcnet_rec.training.state import Feed, TrainState, Window, invalid_value_counts, scale_rates, seed_step
 from sharding.bridge.zch import collisions_of
 
 SECONDS_PER_MINUTE = 60.0
@@ -66,9 +54,7 @@ class RunContext:
     open_records: Callable[[int], Records]  # opens the run's log to continue after a step; rank 0 calls it
     watch: Watch | None = None  # is told of every evaluation; may end training there
     hooks: Hooks = Hooks()  # where tests inject faults
-    facts: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of the run's start, for its checkpoints; on rank 0
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the run's start, for its checkpoints
 
 
 class Trainer:
@@ -190,8 +176,7 @@ class Trainer:
                 outputs = pipeline.progress(batches)
             except StopIteration:
                 break
-            compared = self.planned.after_step(time.perf_counter() - start)
-            if compared:
+            if compared := self.planned.after_step(time.perf_counter() - start):
                 self.bar.say(compared)
             state.step += 1
             state.cursor = self.feed.trained()
@@ -254,11 +239,10 @@ class Trainer:
         )
 
     def _dump(self, losses: Tensor) -> str:
-        assert self.checked.batch is not None
+        step, batch = self.state.step + 1, self.checked.batch
+        assert batch is not None
         try:
-            path = dump_batch(
-                self.context.folder, self.state.step + 1, self.process.rank, self.checked.batch, losses
-            )
+            path = dump_batch(self.context.folder, step, self.process.rank, batch, losses)
         except OSError as error:
             return f" (its batch could not be kept: {error.strerror})"
         return f" (its batch is in {path})"
@@ -301,9 +285,8 @@ class Trainer:
                 "lr_scale": state.lr_scale,
                 "grad_norm": float("nan") if window.grad_norm is None else float(window.grad_norm),
             }
-            values |= {
-                f"gradient_share/{name}": float(share) for name, share in window.gradient_shares.items()
-            }
+            shares = window.gradient_shares.items()
+            values |= {f"gradient_share/{name}": float(share) for name, share in shares}
             values |= {} if spike is None else {"loss_spike": spike}
             values |= {} if not state.skipped else {"skipped_steps": state.skipped}
             values |= {f"mended/{name}": count for name, count in replaced.items()}
@@ -313,9 +296,7 @@ class Trainer:
         return {name: value for name, value in shown.items() if name == "loss" or not math.isnan(value)}
 
     def _open_window(self) -> None:
-        self.window = Window(
-            first_step=self.state.step, waited=self.feed.waited, stalled=self.saver.stalled_seconds
-        )
+        self.window = Window(self.state.step, self.feed.waited, self.saver.stalled_seconds)
 
     def _evaluate_and_decide(self) -> None:
         """Evaluate, keep the best checkpoint, slow down or stop."""
@@ -336,9 +317,14 @@ class Trainer:
         scale_rates(self.built.optimizer, self.base_rates, state.lr_scale)
         if self.records is not None:
             self.records.add(state.step, "valid", metrics)
-        reason = why_no_auc(metrics)
-        if reason:
-            self._say_no_auc(reason, metrics["log_loss"])
+        if reason := why_no_auc(metrics):
+            self.bar.say(f"step {state.step}: valid AUC not defined, log-loss {metrics['log_loss']:.4f}")
+            if not self._told_no_auc:
+                self.bar.say(
+                    f"data.valid: {reason}, so their AUC is not defined: no checkpoint is better than another, the last one counts, and "
+                    "patience and plateau do not act; name validation rows with clicks and without"
+                )
+            self._told_no_auc = True
         else:
             if self.context.watch is not None and any_rank(self.context.watch(state.step, auc)):
                 state.stopped = True
@@ -347,16 +333,6 @@ class Trainer:
                 f"step {state.step}: valid AUC {auc:.4f}, log-loss {metrics['log_loss']:.4f} ({mark})"
             )
         self.save()
-
-    def _say_no_auc(self, reason: str, log_loss: float) -> None:
-        """Say that an evaluation has no AUC; once, what that means."""
-        self.bar.say(f"step {self.state.step}: valid AUC not defined, log-loss {log_loss:.4f}")
-        if not self._told_no_auc:
-            self.bar.say(
-                f"data.valid: {reason}, so their AUC is not defined: no checkpoint is better than another, the last one counts, and "
-                "patience and plateau do not act; name validation rows with clicks and without"
-            )
-        self._told_no_auc = True
 
     def evaluate(self, stream: ParquetStream) -> dict[str, Any]:
         """Score a stream; its metrics are equal on every rank.
@@ -400,6 +376,5 @@ class Trainer:
             "run": describe_run(self.built) | dict(self.context.facts),
         }
         shards = shards_of(self.built.model, self.built.optimizer) + history_shards(self.collisions)
-        best = tuple((auc, step) for auc, step in self.state.best)
-        self.saver.save(self.state.step, shards, extra, Keep(self.config.keep_last, best))
+        self.saver.save(self.state.step, shards, extra, Keep(self.config.keep_last, tuple(self.state.best)))
         self._saved_at = time.monotonic()
