@@ -33,7 +33,9 @@ def heed_interrupts() -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _begins(frame):
-            leave()
+            with suppress(OSError):
+                os.write(2, b"mbcnet: stopped\n")
+            os._exit(INTERRUPTED)
         raise KeyboardInterrupt
 
     def lost(what: "sys.UnraisableHookArgs") -> None:
@@ -53,13 +55,6 @@ def heed_termination() -> None:
     """Make SIGTERM end this process with code 143 and clean up on the way, where nothing else does: the trainer takes it as a stop request."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
-
-
-def leave() -> None:
-    """End this process as Ctrl-C does, at once."""
-    with suppress(OSError):
-        os.write(2, b"mbcnet: stopped\n")
-    os._exit(INTERRUPTED)
 
 
 def end_with(code: int) -> None:

@@ -208,10 +208,7 @@ def _data_difference(config: RunConfig, run: Mapping[str, Any], marks: list[File
     if before is None or before == fingerprint(marks):
         return ""
     with suppress(OSError, ValueError, TypeError, KeyError):  # untrusted, and only for the words
-        then = [
-            FileMark(*mark)
-            for mark in json.loads((config.run_folder / DATA).read_text(encoding="utf-8"))["train"]
-        ]
+        then = json.loads((config.run_folder / DATA).read_text(encoding="utf-8"))["train"]
         if fingerprint(then) == before:
             return mark_differences(then, marks)
     return "other files"

@@ -210,11 +210,10 @@ def open_streams(
 
 def _own_folders(config: RunConfig) -> dict[str, Path]:
     """The folders in which no other process may write meanwhile: of the run, and of its checkpoints where they lie elsewhere."""
-    checkpoints = config.train.checkpoint_folder
-    elsewhere = (
-        {"train.checkpoint_folder": Path(checkpoints)} if checkpoints and not is_uri(checkpoints) else {}
-    )
-    return {"train.out": config.run_folder} | elsewhere
+    folders, elsewhere = {"train.out": config.run_folder}, config.train.checkpoint_folder
+    if elsewhere and not is_uri(elsewhere):
+        folders["train.checkpoint_folder"] = Path(elsewhere)
+    return folders
 
 
 def _test(trainer: Trainer, open_test: Callable[[], ParquetStream] | None) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def read_checkpoint(folder: Path, *, hashed: bool = True) -> Manifest:
         _refuse_link(path)
         if not path.is_file():
             raise InputError(f"{path}: missing; the checkpoint is not whole: use another checkpoint")
-        if hashed and _sha256_of(path) != file.sha256:
+        if hashed and sha256_of(path) != file.sha256:
             raise InputError(
                 f"{path}: changed since it was written (SHA-256 differs); use another checkpoint"
             )
@@ -150,6 +150,10 @@ def _refuse_link(path: Path) -> None:
         raise InputError(f"{path}: is a symbolic link; a checkpoint has none: use another checkpoint")
 
 
-def _sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path) -> str:
+    """The sum of a file's bytes; InputError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); bring the file back") from None

@@ -18,6 +18,7 @@ from data.errors import InputError
 from data.reading.keys import read_vocabularies
 from data.schema import Feature, Schema, format_schema, load_schema
 from data.schema.feature import VOCABULARY_FOLDER
+from mbcnet_rec.checkpoints.manifest import sha256_of
 
 SCHEMA, SYNTHETIC = "schema.toml", "synthetic.json"
 COPIED = (SCHEMA, VOCABULARY_FOLDER, SYNTHETIC)  # names in a run folder
@@ -38,7 +39,7 @@ def file_sums(schema: Schema) -> dict[str, str]:
         InputError: a vocabulary cannot be read.
     """
     text = hashlib.sha256(schema_text(schema).encode()).hexdigest()
-    return {SCHEMA: text} | {name: _sha256(path) for name, path in _sources(schema).items()}
+    return {SCHEMA: text} | {name: sha256_of(path) for name, path in _sources(schema).items()}
 
 
 def _sources(schema: Schema) -> dict[str, Path]:
@@ -50,14 +51,6 @@ def _sources(schema: Schema) -> dict[str, Path]:
     }
     synthetic = schema.folder / SYNTHETIC
     return found | ({SYNTHETIC: synthetic} if synthetic.is_file() else {})
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); bring the file back") from None
 
 
 def write_copy(schema: Schema, folder: Path, sums: Mapping[str, str]) -> None:
@@ -72,7 +65,7 @@ def write_copy(schema: Schema, folder: Path, sums: Mapping[str, str]) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source, folder / name)
     for name, sha256 in sums.items():
-        if _sha256(folder / name) != sha256:
+        if sha256_of(folder / name) != sha256:
             raise InputError(
                 f"{schema.folder}: {name} has changed while this run was starting; start again when it is whole"
             )
@@ -88,7 +81,7 @@ def own_schema(folder: Path, run: Mapping[str, Any]) -> Schema | None:
     if not files:
         return None
     for name, sha256 in files.items():
-        if _sha256(folder / name) != sha256:
+        if sha256_of(folder / name) != sha256:
             raise InputError(
                 f"{folder / name}: changed since the run was trained (its SHA-256 is not that in the checkpoint); bring the file back"
             )

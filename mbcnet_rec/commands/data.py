@@ -5,14 +5,13 @@ import math
 import os
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.profile.check import WHOLE_FILE, check_files
 from data.public.prepare import prepare
 from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.write import write_synthetic
+from mbcnet_rec.commands.arguments import RowBar
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -51,10 +50,10 @@ def _synth(args: argparse.Namespace) -> int:
     """Write a Pailitao-like log of 192 fields as day-partitioned Parquet, with a known best AUC and log-loss."""
     schema = load_schema(args.schema) if args.schema else pailitao_schema("demo")
     threads = args.threads or len(os.sched_getaffinity(0))
-    with tqdm(total=args.rows, unit="row", unit_scale=True, desc="synth", disable=None) as bar:
+    with RowBar("synth", args.rows) as bar:
         summary = write_synthetic(
             schema, args.out, rows=args.rows, days=args.days, seed=args.seed, threads=threads,
-            force=args.force, progress=lambda done: bar.update(done - bar.n),
+            force=args.force, progress=bar.reach,
         )  # fmt: skip
     test = summary["splits"]["test"]
     verb = "already there" if summary.get("already_there") else "written"
@@ -68,8 +67,8 @@ def _synth(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     """Turn a public data set's own files into Parquet splits and a fitted schema."""
-    with tqdm(unit="row", unit_scale=True, desc="prepare", disable=None) as bar:
-        out = prepare(args.name, args.src, args.out, progress=lambda done: bar.update(done - bar.n))
+    with RowBar("prepare") as bar:
+        out = prepare(args.name, args.src, args.out, progress=bar.reach)
     print(f"{out}: train, valid, test and schema.toml")
     config = Path("mbcnet_rec") / "configs" / f"{args.name}.toml"
     step = f"train on {out}/train with schema {out}/schema.toml; start from {config.parent}/demo.toml"
@@ -83,10 +82,10 @@ def _check(args: argparse.Namespace) -> int:
     """Check Parquet files against a schema and list faults by file, row group and column; exit code 1 if there are any."""
     schema = load_schema(args.schema)
     files = resolve_files(args.paths)
-    with tqdm(unit="row", unit_scale=True, desc="check", disable=None if args.full else True) as bar:
+    with RowBar("check", shown=args.full) as bar:
         report = check_files(
             files, schema, full=args.full, max_faults=args.max_faults, threads=len(os.sched_getaffinity(0)),
-            progress=lambda done: bar.update(done - bar.n),
+            progress=bar.reach,
         )  # fmt: skip
     file = None
     for fault in report.faults:

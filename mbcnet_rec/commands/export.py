@@ -15,7 +15,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="FOLDER")
     add("--rows", choices=("int8", "int4", "fp16", "fp32"), default="int8", help="type of the tables' rows")
     add("--branches", type=names, default=[], metavar="NAME,...", help="serve these branches alone")
-    add("--aot", action=argparse.BooleanOptionalAction, default=None, help="also compile the dense part by AOTInductor (default: where a C++ compiler is there)")  # fmt: skip
+    compiled = parser.add_mutually_exclusive_group()
+    compiled.add_argument("--aot", action="store_true", default=None, help="also compile the dense part by AOTInductor (default: where a C++ compiler is there)")  # fmt: skip
+    compiled.add_argument("--no-aot", action="store_false", dest="aot", help="do not")
     add("--overwrite", action="store_true", help="replace an artifact in the folder")
     parser.set_defaults(run=_export)
 

@@ -13,6 +13,7 @@ from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.schema.show import print_schema
 from data.whole_folder import write_whole
+from mbcnet_rec.commands.arguments import RowBar
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -49,22 +50,15 @@ def _infer(args: argparse.Namespace) -> int:
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder; make it first")
     files = resolve_files(args.paths)
-    read = [0]  # rows; a bar that is not shown does not count
-    with tqdm(unit="row", unit_scale=True, desc="infer", disable=None) as bar:
-
-        def progress(done: int) -> None:
-            read[0] = done
-            bar.update(done - bar.n)
-
+    with RowBar("infer") as bar:
         text, suspicious = infer_schema(
-            files, name=args.name or out.stem, label=args.label, rows=args.rows,
-            progress=progress,
-        )  # fmt: skip
+            files, name=args.name or out.stem, label=args.label, rows=args.rows, progress=bar.reach
+        )
     write_whole(out, text)
     for line in suspicious:
         print(f"left out: {line}", file=sys.stderr)
     print(
-        f"{out}: written from {read[0]:,} rows of {files_in_words(files)}; "
+        f"{out}: written from {bar.rows:,} rows of {files_in_words(files)}; "
         f"{len(suspicious)} suspicious column(s) are left out as comments"
     )
     print(f"next: look through it, then mbcnet schema fit {out} TRAINING_FILES -o FOLDER")
@@ -74,18 +68,12 @@ def _infer(args: argparse.Namespace) -> int:
 def _fit(args: argparse.Namespace) -> int:
     """Replace every "fit" of a schema (vocabularies, means, boundaries) by what the training files say."""
     schema, files = load_schema(args.schema), resolve_files(args.paths)
-    read = [0]  # rows; a bar that is not shown does not count
-    with tqdm(unit="row", unit_scale=True, desc="fit", disable=None) as bar:
-
-        def progress(done: int) -> None:
-            read[0] = done
-            bar.update(done - bar.n)
-
+    with RowBar("fit") as bar:
         write_fitted(
             schema, files, args.out, force=args.force,
-            report=lambda line: tqdm.write(line, file=sys.stderr), progress=progress,
+            report=lambda line: tqdm.write(line, file=sys.stderr), progress=bar.reach,
         )  # fmt: skip
-    print(f"{args.out}: schema.toml and vocabularies of {read[0]:,} rows of {files_in_words(files)}")
+    print(f"{args.out}: schema.toml and vocabularies of {bar.rows:,} rows of {files_in_words(files)}")
     print(f"next: mbcnet data check FILES --schema {Path(args.out) / 'schema.toml'}, then train with it")
     return 0
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from data.errors import InputError
 from data.whole_folder import write_whole
+from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN
 from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, to_html
 from mbcnet_rec.scoring.metrics import why_no_auc
 
-REPORT, CONFIG, PLAN = "report.html", "config.toml", "plan.json"
+REPORT = "report.html"
 RELIABILITY = "reliability"
 LARGEST = 10  # tables that are listed by name
 LEARNING_CAPTION = "The fused output serves. Train curves are means over neighbouring lines of the log."

@@ -62,10 +62,9 @@ def no_room(error: BaseException) -> str:
         number = cause.errno if isinstance(cause, OSError) and cause.errno in NO_ROOM else None
         # safetensors and SQLite keep no errno
         number = number or next((each for each in NO_ROOM if os.strerror(each).lower() in text), None)
-        if number or "disk is full" in text:
-            place = (
-                (cause.filename or "standard output, or a file") if isinstance(cause, OSError) else "a file"
-            )
+        if number or "disk is full" in text or "disk i/o error" in text:
+            is_known = isinstance(cause, OSError)
+            place = (cause.filename or "standard output, or a file") if is_known else "a file"
             reason = os.strerror(number or errno.ENOSPC)
             return (
                 f"{place}: cannot be written ({reason}); free space or choose another place, then start again"

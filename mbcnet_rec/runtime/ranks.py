@@ -63,6 +63,16 @@ def found_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     return Ranks(rank, size, local, _number(environ, "LOCAL_WORLD_SIZE", 1) if local is not None else None)
 
 
+def refuse_ranks(command: str) -> None:
+    """Raise InputError where a launcher has started a command as several ranks that starts processes of its own."""
+    ranks = found_ranks()
+    if ranks is not None:
+        raise InputError(
+            f"mbcnet {command}: started as {ranks.world_size} ranks, and it starts processes of its own; start it once, without torchrun, "
+            "srun or mpirun"
+        )
+
+
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process speaks for all: rank 0, one that is alone, or one whose variables make no rank."""
     for rank, size, _ in (TORCHRUN, *LAUNCHERS.values()):

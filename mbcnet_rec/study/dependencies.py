@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import mbcnet_rec.model
-from data.errors import InputError
 from data.reading.files import resolve_files
-from data.reading.fingerprint import FileMark, mark_differences, mark_files
+from data.reading.fingerprint import mark_differences, mark_files
 from data.reading.storage import path_parts
 from data.schema import format_schema, load_schema
 from data.schema.parse import to_toml_value
+from mbcnet_rec.checkpoints.manifest import sha256_of
 from mbcnet_rec.checkpoints.run_folder import storage_of
 from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.config import RunConfig, flat
@@ -29,6 +29,7 @@ APART = (
     "train.warm_start", "train.checkpoint_folder", "train.tracking", "train.timeout_seconds", "train.stall_seconds",
 )  # fmt: skip
 SHOWN = 3
+LONGEST_SHOWN = 120  # characters of a value before and after
 Known = dict[tuple[Any, ...], Any]  # what one command has read already: its runs share schema and data
 
 
@@ -51,7 +52,7 @@ def dependencies(config: RunConfig, known: Known) -> dict[str, Any]:
         **once(("schema", config.schema), partial(_schema, config.schema)),
         "data": {name: once(paths, partial(_marks, paths)) for name, paths in splits.items()},
         "warm start": once(("run", started), partial(_run, started)),
-        "plan": once(("plan", plan), lambda: _sha256(Path(plan)) if plan else ""),
+        "plan": once(("plan", plan), lambda: sha256_of(Path(plan)) if plan else ""),
         "code of the models": _code(),
     }
 
@@ -72,21 +73,20 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             found += [
                 f"data.{split}: {words}"
                 for split in new
-                if (words := mark_differences(_as_marks(old.get(split, [])), _as_marks(new[split])))
+                if (words := mark_differences(old.get(split, []), new[split]))
             ]
         elif isinstance(new, dict):
             prefix = "" if part == "config" else f"{part} "
-            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-            found += [prefix + _change(key, old.get(key, "none"), new.get(key, "none")) for key in keys]
+            pairs = {key: (old.get(key, "none"), new.get(key, "none")) for key in {**old, **new}}
+            found += [
+                f"{prefix}{key}" + (f" {then} -> {here}" if len(then) + len(here) < LONGEST_SHOWN else "")
+                for key, (then, here) in pairs.items()
+                if then != here
+            ]
         else:
             found.append(part)
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return "; ".join(found[:SHOWN]) + more
-
-
-def _change(key: str, old: str, new: str) -> str:
-    is_short = len(old) + len(new) < 120
-    return f"{key} {old} -> {new}" if is_short else key
 
 
 def _schema(path: str) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _schema(path: str) -> dict[str, Any]:
     files = sorted({each.vocabulary for each in schema.features if each.encoding == "vocabulary"})
     return {
         "schema": {line.partition(" = ")[0].strip(): line.partition(" = ")[2] for line in lines},
-        "vocabulary": {name: _sha256(schema.folder / name) for name in files},
+        "vocabulary": {name: sha256_of(schema.folder / name) for name in files},
     }
 
 
@@ -108,25 +108,12 @@ def _marks(paths: tuple[str, ...]) -> list[list[Any]]:
     return [[f"{folder}/{mark.name}".lstrip("/"), mark.size, mark.sha256] for folder, mark in marks]
 
 
-def _as_marks(values: list[list[Any]]) -> list[FileMark]:
-    return [FileMark(*each) for each in values]
-
-
 def _run(folder: str) -> str:
     if not folder:
         return ""
     config = load_run(Path(folder))
     step = best_step(storage_of(config.train, Path(folder)))
     return "" if step is None else weights_digest(config, Path(folder), step)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); write it first, or change the path"
-        ) from None
 
 
 @cache

@@ -13,6 +13,7 @@ from mbcnet_rec.config import RunConfig, config_text, load_config
 from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, to_html
 from mbcnet_rec.runtime.lock import locked
+from mbcnet_rec.runtime.ranks import refuse_ranks
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all
@@ -94,6 +95,7 @@ def conduct(request: StudyRequest) -> int:
     Raises:
         InputError: the config, the study and the models do not fit together.
     """
+    refuse_ranks("study")
     study = with_models(request.study, request.models)
     request = replace(request, study=study)
     if request.tuned is not None and not any((request.tuned / f"{kind}.toml").is_file() for kind in MODELS):

@@ -34,8 +34,9 @@ from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.model.widths import fit_widths
-from mbcnet_rec.runtime.exits import CannotWriteError
+from mbcnet_rec.runtime.exits import no_room
 from mbcnet_rec.runtime.lock import locked
+from mbcnet_rec.runtime.ranks import refuse_ranks
 from mbcnet_rec.study.dependencies import Known, dependencies, differences
 from mbcnet_rec.study.runs import NO_NUMBERS, PRUNED, Run, Train, place_run, scores, train_one
 
@@ -162,10 +163,9 @@ def tune_model(
     """
     out.mkdir(parents=True, exist_ok=True)
     known: Known = {}
-    base = base_config(config, kind, out)
     file = out / f"{kind}.db"
     study = open_study(file, kind)
-    base = with_first_teachers(study, base, out)
+    base = with_first_teachers(study, base_config(config, kind, out), out)
     check_earlier(study, file, search_facts(search, kind) | dependencies(base, known))
     # Trials of a start that was killed get another try with the values that they had drawn; the two count once.
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -208,18 +208,11 @@ def open_study(file: Path, kind: str) -> optuna.Study:
     except Exception as error:  # of Optuna, and of the database below it
         if not was_there:
             file.unlink(missing_ok=True)
-        cause = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
-        if cause.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-            raise _full(file, error) from None
+        if no_room(error):
+            raise
         raise InputError(
             f"{file}: cannot be read as a study of Optuna ({first_line(error)}); choose another --out"
         ) from None
-
-
-def _full(file: Path, error: BaseException) -> CannotWriteError:
-    return CannotWriteError(
-        f"{file}: cannot be written ({first_line(error)}); free space, then start again: it continues"
-    )
 
 
 def search_facts(search: Search, kind: str) -> dict[str, Any]:
@@ -302,12 +295,15 @@ def run_trial(
     trial = study.ask()
     overrides = draw_overrides(trial, search, base.model.kind)
     trial.set_user_attr("overrides", overrides)
-    shown = ", ".join(overrides)
+
+    def ended(words: str, auc: float | None = None, state: TrialState | None = None) -> str:
+        study.tell(trial, auc, state)
+        return f"{words}: {', '.join(overrides)}"
+
     try:
         config = place_run(with_overrides(base, overrides, "the space"), base.train.seed, out, known)
     except InputError as error:
-        study.tell(trial, state=TrialState.FAIL)
-        return f"no valid config ({error}): {shown}"
+        return ended(f"no valid config ({error})", state=TrialState.FAIL)
     run, pruned = Run(base.model.kind, config.train.seed, config), False
 
     def watch(step: int, auc: float) -> bool:
@@ -320,18 +316,14 @@ def run_trial(
 
     failure = "" if run.done else train(config, watch)
     if failure:
-        study.tell(trial, state=TrialState.FAIL)
-        return f"failed ({failure}): {shown}"
+        return ended(f"failed ({failure})", state=TrialState.FAIL)
     if pruned:
         (run.folder / DONE).unlink()
-        study.tell(trial, state=TrialState.PRUNED)
-        return f"pruned: {shown}"
+        return ended("pruned", state=TrialState.PRUNED)
     auc = scores(run.folder, ("valid",))["auc"]
     if auc is None:
-        study.tell(trial, state=TrialState.FAIL)
-        return f"failed ({NO_NUMBERS}): {shown}"
-    study.tell(trial, auc)
-    return f"valid AUC {auc:.4f}: {shown}"
+        return ended(f"failed ({NO_NUMBERS})", state=TrialState.FAIL)
+    return ended(f"valid AUC {auc:.4f}", auc)
 
 
 def tune_models(
@@ -342,18 +334,17 @@ def tune_models(
     Raises:
         InputError: a kind is unknown, the config lacks a key of the space, or no trial came to an end.
     """
+    refuse_ranks("tune")
     kinds = models or (config.model.kind,)
     for kind in kinds:  # a mistake shows before the first model has trained for an hour
         check_keys(search, with_overrides(config, [f"model.kind={kind}"], f"--models {kind}"), kind)
     lines = []
     with locked(out, "tune"):
         for kind in kinds:
-            try:
-                path, winner = tune_model(config, search, kind, out, train)
-            except optuna.exceptions.StorageInternalError as error:
-                raise _full(out / f"{kind}.db", error.__cause__ or error) from None
+            path, winner = tune_model(config, search, kind, out, train)
+            trials = max(search.trials, winner.number + 1)
             lines.append(
-                f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {max(search.trials, winner.number + 1)}: {path}"
+                f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {trials}: {path}"
             )
     print("\n".join(lines))
     print(f"next: mbcnet train --config {path}")
