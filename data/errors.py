@@ -1,5 +1,7 @@
 """The one exception that means "the user can fix this", and how another library's error is quoted in its text."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """A mistake in what the user gave us: a config, a schema, a plan, a file, a value.
@@ -17,3 +19,9 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for one-line messages."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def some_of(phrases: Sequence[str], most: int, between: str = "; ") -> str:
+    """The first of many phrases, and how many more there are."""
+    more = [f"and {len(phrases) - most} more"] if len(phrases) > most else []
+    return between.join([*phrases[:most], *more])

@@ -4,13 +4,13 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
+from data.errors import InputError, some_of
 from data.reading.column_types import pinned
 from data.reading.files import column_sets, resolve_files
 from data.reading.fingerprint import FileMark, fingerprint, mark_differences
@@ -167,17 +167,16 @@ def refuse_other_start(
         )
     notes = [f"partial load: {what}" for what in order]
     changed = option_differences(run, config)
-    others = [f"{key} {before!r} -> {now!r}" for key, before, now in changed if key not in ORDER]
-    if others:
-        notes.append(f"note: other options than before: {_some(others)}")
+    if others := _told(each for each in changed if each[0] not in ORDER):
+        notes.append(f"note: other options than before: {others}")
     versions = run.get("versions", {})
-    others = [
+    updated = [
         f"{name} {versions[name]} -> {installed(name) or 'none'}"
         for name in PACKAGES
         if name in versions and versions[name] != installed(name)
     ]
-    if others:
-        notes.append(f"note: other versions than before: {', '.join(others)}")
+    if updated:
+        notes.append(f"note: other versions than before: {', '.join(updated)}")
     return notes
 
 
@@ -193,13 +192,12 @@ def option_differences(run: Mapping[str, Any], config: RunConfig) -> list[tuple[
 
 def told_differences(run: Mapping[str, Any], config: RunConfig) -> str:
     """What to add to a refusal: the options that differ; an empty string where none does."""
-    changed = [f"{key} {before!r} -> {now!r}" for key, before, now in option_differences(run, config)]
-    return f"; options that differ: {_some(changed)}" if changed else ""
+    changed = _told(option_differences(run, config))
+    return f"; options that differ: {changed}" if changed else ""
 
 
-def _some(phrases: list[str]) -> str:
-    more = f", and {len(phrases) - SHOWN} more" if len(phrases) > SHOWN else ""
-    return ", ".join(phrase[:200] for phrase in phrases[:SHOWN]) + more
+def _told(changed: Iterable[tuple[str, Any, Any]]) -> str:
+    return some_of([f"{key} {before!r} -> {now!r}"[:200] for key, before, now in changed], SHOWN, ", ")
 
 
 def _data_difference(config: RunConfig, run: Mapping[str, Any], marks: list[FileMark]) -> str:
@@ -229,7 +227,7 @@ def schema_note(config: RunConfig, own: Schema) -> str:
     if not differ:
         return ""
     return (
-        f"note: schema = {config.schema!r} is another one now ({_some(differ)}): this run continues with its own copy, "
+        f"note: schema = {config.schema!r} is another one now ({some_of(differ, SHOWN, ', ')}): this run continues with its own copy, "
         f"{config.run_folder / SCHEMA}"
     )
 

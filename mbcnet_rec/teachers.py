@@ -25,7 +25,7 @@ from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.models import ARCHES, needs_wide
 from mbcnet_rec.resume import start_differences
-from mbcnet_rec.run_start import LOST, check_folder, refuse_contradiction
+from mbcnet_rec.run_start import LOST, check_folder
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
@@ -43,7 +43,6 @@ def train_model(
 ) -> int:
     """`run_training`, with its options, for EnKD preceded by its teachers. One call per rank."""
     if config.model.kind == "enkd":
-        refuse_contradiction(resume, overwrite)
         teachers = [teacher_config(config, kind) for kind in config.model.enkd.teachers]
         with ExitStack() as held:
             # the student's folder is taken for as long as its teachers train, too

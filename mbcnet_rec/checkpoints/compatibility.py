@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from data.errors import InputError
+from data.errors import InputError, some_of
 from data.schema import Schema, load_schema
 from data.schema.parse import read_toml
 from mbcnet_rec.checkpoints.manifest import Manifest
@@ -203,9 +203,8 @@ def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial:
         )
     phrases = [what for what, _ in report.phrases]
     if phrases and not allow_partial:
-        more = f"; and {len(phrases) - SHOWN} more" if len(phrases) > SHOWN else ""
         raise InputError(
-            f"{saved.folder}: belongs to another model: {'; '.join(phrases[:SHOWN])}{more}; use that run's config and "
+            f"{saved.folder}: belongs to another model: {some_of(phrases, SHOWN)}; use that run's config and "
             "schema, or load what fits with --allow-partial"
         )
     _load(saved, built, process, [shard for shard in shards if shard.name not in report.fresh])

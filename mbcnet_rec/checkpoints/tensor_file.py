@@ -69,11 +69,7 @@ def open_tensors(path: Path) -> Any:
     """
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: not a safetensors file ({str(error)[:200]}); use another checkpoint"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); use another checkpoint"
         ) from None

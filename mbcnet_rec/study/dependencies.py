@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mbcnet_rec.model
+from data.errors import some_of
 from data.reading.files import resolve_files
 from data.reading.fingerprint import mark_differences, mark_files
 from data.reading.storage import path_parts
@@ -85,8 +86,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             ]
         else:
             found.append(part)
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return "; ".join(found[:SHOWN]) + more
+    return some_of(found, SHOWN)
 
 
 def _schema(path: str) -> dict[str, Any]:

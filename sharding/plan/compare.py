@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from data.errors import InputError
+from data.errors import InputError, some_of
 from data.schema import Schema
 from sharding.plan.constraints import CARRIED, ShardingConfig
 from sharding.plan.placement import REPLAN, Plan, TablePlan, check_shape
@@ -88,9 +88,7 @@ def check_plan(
     elif optimizer and plan.format > 1 and plan.optimizer != optimizer:
         problem = f"optimizer = {plan.optimizer!r}, but this run's tables use {optimizer!r}; "
     elif differences := schema_differences(plan, schema):
-        more = len(differences) - DIFFERENCES_SHOWN
-        rest = f"; and {more} more" if more > 0 else ""
-        problem = f"made for another schema: {'; '.join(differences[:DIFFERENCES_SHOWN])}{rest}; "
+        problem = f"made for another schema: {some_of(differences, DIFFERENCES_SHOWN)}; "
     if problem:
         raise InputError(f"{source}: {problem}{REPLAN}, or leave sharding.plan empty")
     check_shape(plan, source)
