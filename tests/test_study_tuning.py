@@ -13,8 +13,9 @@ from data.errors import InputError
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import RunConfig, config_text, load_config
 from mbcnet_rec.study import tuning
+from mbcnet_rec.study.runner import StudyRequest, conduct
 from mbcnet_rec.study.runs import PRUNED, Run, place_run, train_one
-from mbcnet_rec.study.studies import MODELS
+from mbcnet_rec.study.studies import MODELS, STUDIES
 from mbcnet_rec.study.tuning import Range, Search, load_search, tune_model, tune_models, with_overrides
 
 SHIPPED = Path(tuning.__file__).parent / "spaces" / "small.toml"
@@ -76,6 +77,16 @@ def test_every_model_has_as_many_trials_and_the_draws_are_the_same_again(config,
     assert [each.model.kind for each in one] == ["dnn"] * 3 + ["mbcnet"] * 3
     assert [each.optim.dense_lr for each in one] == [each.optim.dense_lr for each in two]
     assert "mbcnet study table3" in capsys.readouterr().out
+
+
+def test_what_starts_processes_of_its_own_is_not_started_as_ranks(config, out, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "first", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"mbcnet tune: started as 2 ranks.*start it once"):
+        tune_models(config, SEARCH, (), out, Trained())
+    with pytest.raises(InputError, match=r"mbcnet study: started as 2 ranks.*start it once"):
+        conduct(StudyRequest(STUDIES["table3"], out / "run.toml"))
+    assert not out.exists()
 
 
 def test_a_killed_trial_is_tried_again_with_its_values(config, out):

@@ -98,6 +98,7 @@ def test_home_is_the_home_folder_in_configs_overrides_and_arguments(tmp_path, mo
         (["predict", "r", "--data", "a", "--out", ""], "--out is empty"),
         (["data", "check", "", "--schema", "s"], "PATH is empty"),
         (["train", "--config", "a", "--over"], "--over"),  # no option is abbreviated
+        (["export", "r", "--out", "x", "--aot", "--no-aot"], "not allowed with argument --aot"),
     ],
 )
 def test_no_option_is_dropped_empty_or_abbreviated(args, said, capsys):
