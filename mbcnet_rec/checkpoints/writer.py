@@ -30,11 +30,7 @@ class Keep(NamedTuple):
 class Saver:
     """Writes checkpoints of all ranks in the background, one at a time.
 
-    Args:
-        storage: of the checkpoints.
-        process: this rank.
-        timeout_seconds: how long rank 0 waits for the other ranks' files.
-        on_write: called in the writing thread, before tensors are written.
+    Rank 0 waits for the other ranks' files so long; `on_write` is called in the writing thread, before tensors are written.
     """
 
     def __init__(

@@ -28,12 +28,7 @@ TIMING_KEYS = (
 
 
 class Records:
-    """The log of a run, on rank 0.
-
-    Args:
-        folder: the run folder.
-        first_step: lines of later steps are dropped: they belong to steps that a resumed run repeats.
-        sink: an MLflow server; None without one.
+    """The log of a run, on rank 0. Lines of steps after the first one are dropped: a resumed run repeats them.
 
     Raises:
         CannotWriteError: metrics.jsonl cannot be written, when the log is opened and by every method.

@@ -44,14 +44,7 @@ def open_sink(address: str, folder: Path, name: str, config: RunConfig) -> "Mlfl
 
 
 class MlflowSink:
-    """One run on an MLflow server.
-
-    Args:
-        address: http://HOST:PORT of the server.
-        folder: of the run; keeps the id of the server's run, to which a resumed run adds.
-        name: of the run.
-        params: of the run.
-    """
+    """One run on the MLflow server http://HOST:PORT. The run folder keeps its id, so that a resumed run adds to it."""
 
     def __init__(self, address: str, folder: Path, name: str, params: Mapping[str, Any]) -> None:
         self._address, self._folder, self._name, self._params = address, folder, name, params

@@ -188,10 +188,7 @@ def latents_figure(title: str, points: np.ndarray, names: Sequence[str], owner: 
 def categories_figure(names: Sequence[str], counts: Mapping[str, np.ndarray], base: np.ndarray) -> bytes:
     """How often each category is among the samples that a branch learned best (Figure 7).
 
-    Args:
-        names: of the categories.
-        counts: branch -> samples of each category.
-        base: samples expected if the choice were blind to categories.
+    `counts`: branch -> samples of each category; `base`: samples expected if the choice were blind to categories.
     """
     figure, (axis,) = panels(1, height=3.6)
     width = 0.8 / len(counts)

@@ -31,11 +31,8 @@ _COLLECTIVE = re.compile(
 class Watchdog:
     """Watches this rank's steps while it is entered.
 
-    Args:
-        process: this rank.
-        folder: RUN; stacks go to RUN/stacks/rank_N.txt.
-        stall_seconds: a step that takes longer has its stacks written, once for each stall.
-        on_place: called with each place before it is noted.
+    A step that takes longer than `stall_seconds` has its stacks written to FOLDER/stacks/rank_N.txt, once for each stall. `on_place` is
+    called with each place before it is noted.
     """
 
     def __init__(

@@ -34,12 +34,8 @@ def diagnostics(
 ) -> dict[str, float]:
     """Disagreement rates of each directed pair of branches; norms of latents and the transforms' distance from the identity.
 
-    Args:
-        logits: (B, 1 + K) of this rank's real rows since the last line of the log.
-        labels: (B,) of the same rows.
-        last: of the last step, which measured the norms and distances of its batch.
-        names: of the branches.
-        threshold: below it a branch's BCE is strong, above it weak.
+    Logits (B, 1 + K) and labels (B,) are of this rank's real rows since the last line of the log, norms and distances of the `last` step's
+    batch. Below the threshold a branch's BCE is strong, above it weak.
     """
     norms = zip(names, last.latent_norms.tolist(), strict=False)
     values = {f"latent_norm/{name}": norm for name, norm in norms}
@@ -65,13 +61,8 @@ def evaluate_stream(
 ) -> dict[str, Any]:
     """Score every row of a stream once; return its metrics, equal on every rank. Training continues as if it had not happened.
 
-    Args:
-        built: the model.
-        stream: of rows.
-        process: this rank.
-        autocast: context of the forward pass.
-        stop_requested: asked after each batch, with the same answer on every rank.
-        exact_rows: up to which all rows are gathered on rank 0; beyond, AUC is binned and GAUC is of a sample of groups.
+    `stop_requested` is asked after each batch, with the same answer on every rank. Up to `exact_rows` all rows are gathered on rank 0;
+    beyond, AUC is binned and GAUC is of a sample of groups.
 
     Raises:
         EvaluationStoppedError: `stop_requested` returned True.

@@ -50,13 +50,7 @@ def build_optimizer(
 ) -> CombinedOptimizer:
     """Join the fused table optimizer, the same optimizer for replicated tables, and Adam for the dense part.
 
-    TorchRec leaves data-parallel tables to the dense optimizer; here they keep the tables' own.
-
-    Args:
-        model: the sharded model.
-        replicated: parameter names of data-parallel tables.
-        config: rates.
-        adam: makes Adam of parameters and torch.optim.Adam's options.
+    TorchRec leaves data-parallel tables (`replicated`: their parameter names) to the dense optimizer; here they keep the tables' own.
     """
     sharded = {name for name, _ in model.fused_optimizer.params.items()}
     others = {name: param for name, param in model.named_parameters() if name not in sharded}

@@ -20,13 +20,8 @@ from sharding.bridge.zch import collisions_of
 class CheckedStep:
     """What a train pipeline calls in a step: a forward pass that may be taken back, and an optimizer that may be passed over.
 
-    Args:
-        model: the sharded objective.
-        optimizer: of all parts.
-        autocast: context of the forward pass.
-        verdict: called with the loss of every step before backward; raises to stop, or returns True to pass over the step: no
-            gradient, no optimizer.
-        after_backward: called between backward and the optimizers' step.
+    `verdict` is called with the loss of every step before backward; it raises to stop, or returns True to pass over the step: no gradient,
+    no optimizer. `after_backward` is called between backward and the optimizers' step.
     """
 
     def __init__(

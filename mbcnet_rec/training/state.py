@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.reading.config import Order
+from data.schema.parse import parse_dataclass, parse_value
 from data.stream import Batch, ParquetStream
 from data.stream.order import Cursor
 from mbcnet_rec.model.objective import Outputs
@@ -91,22 +92,18 @@ class TrainState:
         Raises:
             InputError: they are not a state of training.
         """
+        where = "state of training"
         try:
+            plain = {key: value for key, value in values.items() if key != "best"}
+            state = parse_dataclass(cls, plain, where)
             # earlier versions ranked evaluations without an AUC too, as null
-            best = [(auc, step) for auc, step in values["best"] if auc is not None]
-            cursor = Cursor(**values["cursor"])
-            state = cls(**(values | {"cursor": cursor, "best": best}))
-        except (TypeError, ValueError, KeyError) as error:
-            raise InputError(f"state of training: {error}; use another checkpoint") from None
-        numbers: list[tuple[Any, type]] = [(cursor.epoch, int), (cursor.step, int)]
-        numbers += [(step, int) for _, step in best] + [(auc, float) for auc, _ in best]
-        plain = [each for each in fields(cls) if each.name not in ("cursor", "best")]
-        numbers += [(getattr(state, each.name), type(each.default)) for each in plain]
-        for number, kind in numbers:
-            if type(number) is not kind or not math.isfinite(number):
-                raise InputError(
-                    f"state of training: {str(number)[:80]!r} is no {kind.__name__}; use another checkpoint"
-                )
+            ranked = [(auc, step) for auc, step in values["best"] if auc is not None]
+            state.best = [
+                (parse_value(float, auc, where, "best"), parse_value(int, step, where, "best"))
+                for auc, step in ranked
+            ]
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{where}: {str(error)[:200]}; use another checkpoint") from None
         return state
 
 

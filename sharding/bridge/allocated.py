@@ -76,13 +76,9 @@ def _kernel_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def planned_against_held(
     assessment: Assessment, rank: int, held: Sequence[Mapping[str, int]], step_seconds: float = 0.0
 ) -> str:
-    """One line: what the plan said of a rank, what it holds, and how far the two are apart.
+    """One line: what the plan said of a rank, what it holds, and how far the two are apart; measured seconds of 0 are left out.
 
-    Args:
-        assessment: what the running plan costs.
-        rank: the rank to compare.
-        held: bytes of every rank, from `held_bytes`, with a replicated optimizer's state added to "state"; on cuda also "hbm".
-        step_seconds: measured; 0: left out.
+    `held`: bytes of every rank, from `held_bytes`, with a replicated optimizer's state added to "state"; on cuda also "hbm".
     """
     planned, found = assessment.of_rank(rank).bytes, held[rank]
     ids = " and ids" if any(table.zch_buckets for table in assessment.plan.tables.values()) else ""

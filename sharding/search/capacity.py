@@ -24,12 +24,9 @@ def solve(task: Task, progress: Progress | None = None) -> Assessment:
 def smallest_cluster(
     task: Task, headroom: float, say: Callable[[str], None] = lambda line: None
 ) -> Assessment:
-    """The fewest devices that fit, leaving a share of each device's memory free: parts of one host, then whole hosts.
+    """The fewest devices that fit: parts of one host, then whole hosts. The task's cluster says the kind of host, not how many.
 
-    Args:
-        task: its cluster says the kind of host, not how many.
-        headroom: share of memory to leave free, in place of the config's reserve.
-        say: told each size that is tried.
+    `headroom`: share of each device's memory to leave free, in place of the config's reserve. `say` is told each size that is tried.
     """
     devices, config = task.cluster.devices_per_host, replace(task.config, storage_reserve=headroom)
 
