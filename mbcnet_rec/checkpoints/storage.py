@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,7 +36,6 @@ BEST = "best.json"
 PARTIAL = ".partial"
 OLD = ".old"  # marks a checkpoint that is being replaced by another one of its step
 READ_ATTEMPTS = 3
-COPY_BYTES = 8 << 20
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -252,11 +252,8 @@ class RemoteStorage:
             return read_manifest(Path(name))
 
     def _fetch(self, step: int, name: str, folder: Path) -> None:
-        def copy() -> None:
-            source = self._system.open_input_stream(self._path(f"step_{step}", name))
-            with source, (folder / name).open("wb") as target:
-                shutil.copyfileobj(source, target, COPY_BYTES)
-
+        source, target = self._path(f"step_{step}", name), str(folder / name)
+        copy = partial(pafs.copy_files, source, target, self._system, pafs.LocalFileSystem())
         retried(copy, f"{self.uri}/step_{step}/{name}", READ_ATTEMPTS, "use another checkpoint")
 
     def write_note(self, name: str, data: bytes) -> None:

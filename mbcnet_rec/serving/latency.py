@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.schema import Schema
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelKind, needs_wide
 from mbcnet_rec.model.widths import fit_widths
@@ -57,13 +58,19 @@ class Timing:
     calls: int
 
 
-class Artifact(NamedTuple):
+@dataclass(frozen=True)
+class Artifact:
     """An exported model, opened, with what lies beside it."""
 
     folder: Path
     model: serving.ServingModel
     config: RunConfig
     vocabularies: Mapping[str, pa.Array]
+
+    @property
+    def schema(self) -> Schema:
+        """Of the run."""
+        return self.model.preprocess.schema
 
 
 def run_latency(
@@ -89,11 +96,12 @@ def run_latency(
     models = contestants(artifacts, beside, compiled=compiled)
     first = artifacts[0]
     columns = list(dict.fromkeys(name for model in models.values() for name in model.preprocess.columns))
-    if data:
-        requests = {rows: read_requests(data, columns, rows) for rows in contest.rows}
-    else:
-        schema = first.model.preprocess.schema
-        requests = {rows: draw_requests(schema, first.vocabularies, rows) for rows in contest.rows}
+    requests = {
+        rows: read_requests(data, columns, rows)
+        if data
+        else draw_requests(first.schema, first.vocabularies, rows)
+        for rows in contest.rows
+    }
     for name, model in models.items():
         try:
             model.predict(next(iter(requests.values()))[0])
@@ -146,9 +154,7 @@ def rival(artifact: Artifact, kind: str) -> serving.ServingModel:
         raise InputError(
             f"--beside {kind}: it needs tables of one weight per id, or lacks those of the artifact; export it instead"
         )
-    exported = take_apart(
-        untrained(config, artifact.model.preprocess.schema), vocabularies=artifact.vocabularies
-    )
+    exported = take_apart(untrained(config, artifact.schema), vocabularies=artifact.vocabularies)
     rows = {pooling: tables.weights_host for pooling, tables in artifact.model.tables.items()}
     spec = exported.spec | {"rows": artifact.model.spec["rows"]}
     return dataclasses.replace(exported, spec=spec, rows=rows | artifact.model.id_rows).model()
