@@ -30,6 +30,7 @@ LOCK = "LOCK"
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 30.0  # after which an owner elsewhere counts as dead
 POLL_SECONDS = 0.2
+ENDING_SECONDS = 0.3  # in which the threads of an owner that was just killed come to their end
 
 
 @dataclass(frozen=True)
@@ -135,24 +136,28 @@ def _take(path: Path, me: Owner, silent_seconds: float) -> TextIO | None:
     Raises:
         InputError: another process has it.
     """
+    until = time.monotonic() + ENDING_SECONDS
     while True:
         with ExitStack() as opened:
             file = opened.enter_context(path.open("a", encoding="utf-8"))
-            is_locked = True
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = _read(path)[1]
-                if owner is not None and (owner.machine, owner.pid) == (me.machine, me.pid):
-                    return None
-                raise _in_use(path, owner) from None
-            except OSError:  # a file system without such locks
-                is_locked = False
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                continue  # its owner has removed it meanwhile
+            is_locked = _flock(file)
             text, owner = _read(path)
+            try:
+                is_there = os.path.samefile(path, file.fileno())
+            except FileNotFoundError:
+                is_there = False
+            if not is_there:  # its owner has removed it meanwhile
+                continue
+            is_ours = owner is not None and owner.machine == me.machine
+            if not is_locked and owner is not None and is_ours and owner.pid == me.pid:
+                return None
+            if is_locked is False and time.monotonic() > until:
+                raise _in_use(path, owner)
+            if is_locked is False:
+                time.sleep(ENDING_SECONDS / 10)
+                continue
             # of an owner on this machine the kernel has just said that it is dead
-            if text and not (is_locked and owner is not None and owner.machine == me.machine):
+            if text and not (is_locked and is_ours):
                 _await_silence(path, owner, silent_seconds)
             try:
                 file.truncate(0)
@@ -166,6 +171,17 @@ def _take(path: Path, me: Owner, silent_seconds: float) -> TextIO | None:
                 tell(f"note: {path}: taken over from {who}, which is no longer there", sys.stderr)
             opened.pop_all()
             return file
+
+
+def _flock(file: TextIO) -> bool | None:
+    """Whether the kernel has locked a file for this process, or another has it; None on a file system without such locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def _await_silence(path: Path, owner: Owner | None, silent_seconds: float) -> None:
@@ -188,7 +204,8 @@ def _in_use(path: Path, owner: Owner | None) -> InputError:
 
 def _read(path: Path) -> tuple[str, Owner | None]:
     """The text of LOCK, and the owner that it names, which is untrusted input; None where it names none."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    text = ""
+    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
         text = file.read(10_000)
     try:
         owner = Owner(**json.loads(text))
