@@ -263,6 +263,19 @@ def test_missing_values_of_every_kind(exported):
     assert np.array_equal(model.predict(stream), expected)
 
 
+def test_a_file_whose_rows_arrow_leaves_out_is_refused(exported, tmp_path):
+    """As tests/test_profile_check.py has it: a page of no values, at which Arrow stops."""
+    model = serving.load(exported / "row_wise_int8")
+    rows = pq.read_table(exported / "test.parquet").slice(0, 3)
+    words = pa.array([["w1"], None, ["w2"]], pa.list_(pa.dictionary(pa.int32(), pa.string())))
+    rows = rows.set_column(rows.column_names.index("words"), "words", words)
+    pq.write_table(rows, tmp_path / "whole.parquet", row_group_size=3)
+    pq.write_table(rows, tmp_path / "cut.parquet", row_group_size=1, data_page_size=64)
+    assert sum(map(len, model.predict_parquet(tmp_path / "whole.parquet"))) == 3
+    with pytest.raises(ValueError, match=r"cut.parquet: 0 rows to read, but 3 by the footer"):
+        list(model.predict_parquet(tmp_path / "cut.parquet"))
+
+
 def test_the_page_for_serving_engineers(exported, tmp_path, monkeypatch, capsys):
     """The Python of docs/serving.md, typed as it stands."""
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.S)

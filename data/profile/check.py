@@ -190,14 +190,14 @@ def _checks(schema: Schema, labels: set[float]) -> list[Check]:
         labels.update(np.unique(read_labels(columns[label], label, place)).tolist())
 
     checks: list[Check] = [(label, {label}, check_labels)]
-    if group := schema.group_column:
-        checks.append((group, {group}, lambda columns, place: read_groups(columns[group], schema, place)))
     for feature in schema.features:
         table = schema.table_of.get(feature.name)
         tables = (replace(table, feature_names=(feature.name,)),) if table else ()
         alone = replace(schema, features=(feature,), tables=tables, groups={}, group_column="")
         needed = {feature.source_column, feature.weights} - {""}
         checks.append((feature.source_column, needed, Encoder(alone, has_labels=False).encode))
+    if group := schema.group_column:
+        checks.append((group, {group}, lambda columns, place: read_groups(columns[group], schema, place)))
     return checks
 
 

@@ -198,13 +198,21 @@ class ServingModel:
         return torch.cat([*pooled, inputs.dense], dim=1)
 
     def predict_parquet(self, path: str | Path, batch_rows: int = 4096) -> Iterator[np.ndarray]:
-        """Yield the probabilities of a Parquet file's rows, in its order, `batch_rows` at a time."""
+        """Yield the probabilities of a Parquet file's rows, in its order, `batch_rows` at a time.
+
+        Raises:
+            ValueError: a value is faulty, or Arrow ends before the file's last row (see `data.reading.row_groups`).
+        """
         first_row = 0
         with pq.ParquetFile(path) as file:
             known = [name for name in self.preprocess.columns if name in file.schema_arrow.names]
             for batch in file.iter_batches(batch_rows, columns=known):
                 yield self._predict(batch, str(path), first_row)
                 first_row += batch.num_rows
+            if first_row != file.metadata.num_rows:
+                raise ValueError(
+                    f"{path}: {first_row} rows to read, but {file.metadata.num_rows} by the footer: it is damaged; write it again"
+                )
 
 
 def open_tables(
