@@ -9,21 +9,9 @@ import pyarrow.compute as pc
 from data.public.raw_files import Sources, Splits, by_split, join, read_csv, read_csv_whole, with_clock
 
 SAMPLE, ADS, USERS = FILES = ("raw_sample.csv*", "ad_feature.csv*", "user_profile.csv*")
-SAMPLE_TYPES = {
-    "user": pa.int64(),
-    "time_stamp": pa.int64(),
-    "adgroup_id": pa.int64(),
-    "pid": pa.string(),
-    "clk": pa.int8(),
-}
-AD_TYPES = {
-    "adgroup_id": pa.int64(),
-    "cate_id": pa.int32(),
-    "campaign_id": pa.int32(),
-    "customer": pa.int32(),
-    "brand": pa.int32(),
-    "price": pa.float64(),
-}
+SAMPLE_IDS, AD_IDS = ("user", "time_stamp", "adgroup_id"), ("cate_id", "campaign_id", "customer", "brand")
+SAMPLE_TYPES = {**dict.fromkeys(SAMPLE_IDS, pa.int64()), "pid": pa.string(), "clk": pa.int8()}
+AD_TYPES = {"adgroup_id": pa.int64(), **dict.fromkeys(AD_IDS, pa.int32()), "price": pa.float64()}
 LAST = "new_user_class_level "  # with a space in the published header
 USER_COLUMNS = (
     "cms_segid", "cms_group_id", "final_gender_code", "age_level", "pvalue_level", "shopping_level", "occupation", LAST,
