@@ -10,12 +10,7 @@ import subprocess
 from typing import Any
 
 from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse
-from torchx.schedulers.slurm_scheduler import (
-    SLURM_STATES,
-    SlurmBatchRequest,
-    SlurmOpts,
-    SlurmScheduler,
-)
+from torchx.schedulers.slurm_scheduler import SLURM_STATES, SlurmBatchRequest, SlurmOpts, SlurmScheduler
 from torchx.specs import AppDef, AppState, ReplicaStatus, Role, RoleStatus
 
 from launch.job import GRACE_SECONDS, OURS

@@ -25,15 +25,10 @@ PATH_KEYS = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: what it reads, what it learns with, where tables live, how long.
+    """One run: what it reads, what it learns with, where tables live, how long."""
 
-    Attributes:
-        name: of the run; names its folder.
-        schema: the schema file, fitted, relative to the working directory.
-    """
-
-    name: str
-    schema: str
+    name: str  # names its folder
+    schema: str  # the schema file, fitted, relative to the working directory
     data: DataConfig
     model: ModelConfig = ModelConfig()
     sharding: ShardingConfig = field(default_factory=ShardingConfig)

@@ -17,11 +17,7 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def refuse_repeats(overrides: Sequence[str]) -> None:
-    """Refuse a --set of the command line that another one would undo.
-
-    Raises:
-        InputError: naming both.
-    """
+    """Raise InputError where a --set of the command line would undo another one."""
     given: dict[str, str] = {}
     for override in overrides:
         key = override.partition("=")[0].strip()

@@ -199,11 +199,7 @@ def blamed_on(process: Process) -> Iterator[None]:
 
 @contextmanager
 def agreed(process: Process) -> Iterator[None]:
-    """Raise an InputError of some ranks on all of them: that of the lowest such rank. Every rank enters; no collective is inside.
-
-    Raises:
-        InputError: of any rank.
-    """
+    """Raise an InputError of some ranks on all of them: that of the lowest such rank. Every rank enters; no collective is inside."""
     fault = ""
     try:
         yield

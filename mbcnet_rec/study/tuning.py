@@ -56,11 +56,7 @@ class Range:
     log: bool = False  # draw evenly on the logarithm
 
     def __post_init__(self) -> None:
-        """Refuse what is neither, or both.
-
-        Raises:
-            InputError: naming the values and what was wanted.
-        """
+        """Raise InputError where it is neither, or both."""
         has_range = self.low <= self.high and (self.low > 0 or not self.log)
         if bool(self.choices) == has_range:
             raise InputError(
@@ -87,11 +83,7 @@ class Search(Bounded):
 
 
 def load_search(path: Path, trials: int = 0) -> Search:
-    """Read a space file; `trials`, unless 0, stands in for the file's.
-
-    Raises:
-        InputError: naming the file, the key, the value, what was wanted and how to fix it.
-    """
+    """Read a space file; InputError if it is faulty. `trials`, unless 0, stands in for the file's."""
     table = read_toml(path)
     space = table.get("space")
     if not isinstance(space, dict) or not space:
@@ -103,11 +95,7 @@ def load_search(path: Path, trials: int = 0) -> Search:
 
 
 def check_keys(search: Search, config: RunConfig, kind: str) -> None:
-    """Refuse keys that the config does not have, before a trial is drawn.
-
-    Raises:
-        InputError: naming the key and the nearest one.
-    """
+    """Raise InputError where the config does not have a key, before a trial is drawn."""
     known = to_toml_value(config)
     for key, range_ in search.space_of(kind).items():
         inner = {name for choice in range_.choices if isinstance(choice, dict) for name in choice}
@@ -229,11 +217,7 @@ def ranges_text(range_: Range) -> str:
 
 
 def check_earlier(study: optuna.Study, file: Path, depends: dict[str, Any]) -> None:
-    """Compare what a study's trials have depended on with what they would depend on now; note it in a new study.
-
-    Raises:
-        InputError: naming what differs.
-    """
+    """Raise InputError where a study's trials have depended on something else than they would now; note it in a new study."""
     earlier = study.user_attrs.get(DEPENDS)
     if earlier is None and study.trials:
         raise InputError(

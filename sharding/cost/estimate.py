@@ -89,10 +89,7 @@ def table_costs(table: TablePlan, plan: Plan, cluster: Cluster) -> list[ShardCos
 
 
 def least_costs(
-    options: Options,
-    plan: Plan,
-    cluster: Cluster,
-    measure: Callable[[ShardCost], Measure],
+    options: Options, plan: Plan, cluster: Cluster, measure: Callable[[ShardCost], Measure]
 ) -> dict[str, tuple[Measure, Measure]]:
     """Each table's least sum over shards, and its least largest shard, among its candidate placements."""
     least = {}
