@@ -139,7 +139,8 @@ def _take(path: Path, me: Owner, silent_seconds: float) -> TextIO | None:
     until = time.monotonic() + ENDING_SECONDS
     while True:
         with ExitStack() as opened:
-            file = opened.enter_context(path.open("a", encoding="utf-8"))
+            is_others = path.exists() and not os.access(path, os.W_OK)  # another user's: it is read only
+            file = opened.enter_context(path.open("r" if is_others else "a", encoding="utf-8"))
             is_locked = _flock(file)
             text, owner = _read(path)
             try:
@@ -159,6 +160,9 @@ def _take(path: Path, me: Owner, silent_seconds: float) -> TextIO | None:
             # of an owner on this machine the kernel has just said that it is dead
             if text and not (is_locked and is_ours):
                 _await_silence(path, owner, silent_seconds)
+            if is_others:
+                path.unlink()
+                continue
             try:
                 file.truncate(0)
                 file.write(json.dumps(asdict(me)) + "\n")
