@@ -1,6 +1,6 @@
 """What a start depends on, which its checkpoints store, and in what a start that resumes may differ from it.
 
-{"files": of the schema's copy, "data": fingerprint of the training files, "config": {...}, "versions": {...}}
+{"files": of the schema's copy, "data" and "valid": fingerprints of the training and validation files, "config": {...}, "versions": {...}}
 """
 
 import json
@@ -13,10 +13,11 @@ from typing import Any
 from data.errors import InputError, some_of
 from data.reading.column_types import pinned
 from data.reading.files import column_sets, resolve_files
-from data.reading.fingerprint import FileMark, fingerprint, mark_differences
+from data.reading.fingerprint import FileMark, fingerprint, mark_differences, mark_files
 from data.reading.partitions import select_files
 from data.schema import Schema, load_schema, schema_to_toml
 from data.schema.parse import read_toml, to_toml_value
+from data.stream import ParquetStream
 from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN
 from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids, own_schema
@@ -25,7 +26,7 @@ from mbcnet_rec.config import RunConfig, flat
 from mbcnet_rec.doctor import installed
 from mbcnet_rec.runtime.process import Process, agreed, answer_of_first
 
-DATA = "data.json"  # in a run folder: the training files, see data/reading/fingerprint.py
+DATA = "data.json"  # in a run folder: the files of training and validation, see data/reading/fingerprint.py
 PACKAGES = ("mbcnet-rec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 # options that fix the order of the rows, and so what a saved position means
 ORDER = (
@@ -35,13 +36,20 @@ ORDER = (
 # where things are; what the rows are is compared by the files
 PLACES = ("name", "schema", "data.train", "train.out", "train.checkpoint_folder")
 SHOWN = 8
+FACTS = {"train": "data", "valid": "valid"}  # split -> where a checkpoint has the fingerprint of its files
+Marks = Mapping[str, list[FileMark]]  # by split
 
 
-def facts_of(config: RunConfig, files: dict[str, str], marks: list[FileMark]) -> dict[str, Any]:
+def marks_of(streams: Mapping[str, ParquetStream], attempts: int) -> Marks:
+    """The marks of the files by which a run's course is another one."""
+    return {split: mark_files(streams[split].files, attempts) for split in FACTS if split in streams}
+
+
+def facts_of(config: RunConfig, files: dict[str, str], marks: Marks) -> dict[str, Any]:
     """The facts about a start that its checkpoints store, as JSON values."""
     return {
         "files": files,
-        "data": fingerprint(marks),
+        **{key: fingerprint(marks.get(split, ())) for split, key in FACTS.items()},
         "config": to_toml_value(config),
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
     }
@@ -137,7 +145,7 @@ def _refuse_other_schema(
 
 
 def start_differences(
-    config: RunConfig, run: Mapping[str, Any], marks: list[FileMark], also: tuple[str, ...] = ()
+    config: RunConfig, run: Mapping[str, Any], marks: Marks, also: tuple[str, ...] = ()
 ) -> list[str]:
     """In what a checkpoint's start was another one: training files, options that fix the rows' order, and those that begin so."""
     found = [
@@ -145,12 +153,12 @@ def start_differences(
         for key, before, now in option_differences(run, config)
         if key in ORDER or key.startswith(also)
     ]
-    files = _data_difference(config, run, marks)
+    files = _data_difference(config, run, marks, "train")
     return [*found, f"data.train: {files}"] if files else found
 
 
 def refuse_other_start(
-    config: RunConfig, run: Mapping[str, Any], marks: list[FileMark], *, allow_partial: bool
+    config: RunConfig, run: Mapping[str, Any], marks: Marks, *, allow_partial: bool
 ) -> list[str]:
     """Refuse to resume where the saved position in the data means nothing; return notes on what else differs. For rank 0.
 
@@ -169,6 +177,10 @@ def refuse_other_start(
     changed = option_differences(run, config)
     if others := _told(each for each in changed if each[0] not in ORDER):
         notes.append(f"note: other options than before: {others}")
+    if files := _data_difference(config, run, marks, "valid"):
+        notes.append(
+            f"note: data.valid: {files}: scores, and which step is the best, do not compare with those before"
+        )
     versions = run.get("versions", {})
     updated = [
         f"{name} {versions[name]} -> {installed(name) or 'none'}"
@@ -200,15 +212,15 @@ def _told(changed: Iterable[tuple[str, Any, Any]]) -> str:
     return some_of([f"{key} {before!r} -> {now!r}"[:200] for key, before, now in changed], SHOWN, ", ")
 
 
-def _data_difference(config: RunConfig, run: Mapping[str, Any], marks: list[FileMark]) -> str:
-    """In what the training files differ from the checkpoint's, in words; an empty string if in nothing that is known."""
-    before = run.get("data")
-    if before is None or before == fingerprint(marks):
+def _data_difference(config: RunConfig, run: Mapping[str, Any], marks: Marks, split: str) -> str:
+    """In what the files of a split differ from the checkpoint's, in words; an empty string if in nothing that is known."""
+    before, now = run.get(FACTS[split]), marks.get(split, [])
+    if before is None or before == fingerprint(now):
         return ""
     with suppress(OSError, ValueError, TypeError, KeyError):  # untrusted, and only for the words
-        then = json.loads((config.run_folder / DATA).read_text(encoding="utf-8"))["train"]
+        then = json.loads((config.run_folder / DATA).read_text(encoding="utf-8"))[split]
         if fingerprint(then) == before:
-            return mark_differences(then, marks)
+            return mark_differences(then, now)
     return "other files"
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.errors import InputError
-from data.reading.fingerprint import FileMark
 from data.reading.storage import is_uri
 from data.schema import Schema
 from data.whole_folder import NO_ROOM, write_whole
@@ -27,7 +26,7 @@ from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step,
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.logs.metrics_log import METRICS, written
 from mbcnet_rec.logs.mlflow import RUN_ID
-from mbcnet_rec.resume import DATA
+from mbcnet_rec.resume import DATA, Marks
 from mbcnet_rec.runtime.lock import names_in
 from mbcnet_rec.runtime.process import Process, answer_of_first
 from mbcnet_rec.runtime.watchdog import STACKS
@@ -135,7 +134,7 @@ class Beginning(NamedTuple):
     config: RunConfig
     schema: Schema
     files: Mapping[str, str]  # of the schema, see checkpoints/run_schema.py
-    marks: list[FileMark]  # of the training files
+    marks: Marks  # of its files
     plan: Plan
 
 
@@ -157,7 +156,7 @@ def open_folder(
         new.mkdir(parents=True)
         write_whole(new / CONFIG, config_text(_lasting(begun.config)))
         write_whole(new / PLAN, plan_text(begun.plan))
-        write_whole(new / DATA, json.dumps({"train": begun.marks}) + "\n")
+        write_whole(new / DATA, json.dumps(begun.marks) + "\n")
         names = {CONFIG, PLAN, DATA}
         # a run of an earlier version has no copy yet, and a lost run folder has none any more
         if fresh or not (folder / SCHEMA).is_file() or earlier.get("files") != begun.files:

@@ -74,7 +74,7 @@ def refuse_other_teacher(teacher: RunConfig) -> None:
     run = saved_run(storage.manifest(steps[-1]), folder)
     schema = run_schema(teacher, folder, steps[-1])
     files = select_files(resolve_files(teacher.data.train), teacher.data.train_where, schema)
-    marks = mark_files(files, teacher.data.attempts)
+    marks = {"train": mark_files(files, teacher.data.attempts)}
     if found := start_differences(teacher, run, marks, ("model.", "optim.")):
         raise InputError(
             f"{folder}: this teacher is done, but {'; '.join(found)}; make them equal again, or begin anew with --overwrite"

@@ -14,7 +14,6 @@ from typing import Any
 
 from data.errors import InputError
 from data.reading.files import files_in_words, resolve_files
-from data.reading.fingerprint import mark_files
 from data.reading.storage import DataFile, FileList, is_uri
 from data.schema import Schema
 from data.stream import ParquetStream
@@ -33,6 +32,7 @@ from mbcnet_rec.resume import (
     agreed_schema,
     earlier_facts,
     facts_of,
+    marks_of,
     refuse_other_start,
     schema_note,
     told_differences,
@@ -102,11 +102,11 @@ def run_training(
         start = start_of(config, storage, process, resume, overwrite)
         earlier = earlier_facts(config, storage, start, process)
         schema, files = agreed_schema(config, earlier, process, allow_partial=allow_partial)
-        counts: list[str] = []
+        opened: dict[str, ParquetStream] = {}
         with agreed(process):
-            streams = open_streams(config.data, settings.seed, schema, process, counts)
-        train_rows = streams["train"]()
-        marks = answer_of_first(process, lambda: mark_files(train_rows.files, config.data.attempts))
+            streams = open_streams(config.data, settings.seed, schema, process, opened)
+        train_rows, counts = opened["train"], _counts(opened)
+        marks = answer_of_first(process, lambda: marks_of(opened, config.data.attempts))
         facts = facts_of(config, files, marks)
         context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks, facts)
         notes = answer_of_first(
@@ -127,7 +127,7 @@ def run_training(
             for note in notes:
                 tell(note)
             tell(opening_line(config, schema, process, trainer.total_steps, start))
-            tell(f"data: {', '.join(counts)}")
+            tell(f"data: {counts}")
         watchdog.open_stacks()
         trainer.train()
         metrics = _test(trainer, streams.get("test"))
@@ -180,11 +180,15 @@ def _load(
 
 
 def open_streams(
-    config: DataConfig, seed: int, schema: Schema, process: Process, counts: list[str] | None = None
+    config: DataConfig,
+    seed: int,
+    schema: Schema,
+    process: Process,
+    opened: dict[str, ParquetStream] | None = None,
 ) -> dict[str, Callable[[], ParquetStream]]:
     """Check the files of each split that the config names: split -> a function that opens a fresh stream.
 
-    What was found is added to `counts`, in words, by split.
+    `opened` takes up the first stream of each split.
 
     Raises:
         InputError: a path leads nowhere, or a file does not fit the schema.
@@ -195,17 +199,24 @@ def open_streams(
         "test": (config.test, config.eval_options(config.test_where)),
     }
     streams: dict[str, Callable[[], ParquetStream]] = {}
-    counts = [] if counts is None else counts
-    told: set[DataFile] = set()  # what was left out beside several splits is said once
+    opened = {} if opened is None else opened
     for split, (paths, options) in splits.items():
         if paths:
             files = resolve_files(paths)
             streams[split] = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
-            opened = streams[split]()  # reads footers only: faults show before anything is built
-            new = FileList(opened.files, [each for each in opened.files.others if each not in told])
-            told |= {*new.others}
-            counts.append(f"{split} {opened.num_rows:,} rows of {files_in_words(new)}")
+            opened[split] = streams[split]()  # reads footers only: faults show before anything is built
     return streams
+
+
+def _counts(opened: Mapping[str, ParquetStream]) -> str:
+    """How many rows and files each split has; what was left out beside several is said once."""
+    told: set[DataFile] = set()
+    counts = []
+    for split, stream in opened.items():
+        new = FileList(stream.files, [each for each in stream.files.others if each not in told])
+        told |= {*new.others}
+        counts.append(f"{split} {stream.num_rows:,} rows of {files_in_words(new)}")
+    return ", ".join(counts)
 
 
 def _own_folders(config: RunConfig) -> dict[str, Path]:

@@ -91,7 +91,7 @@ def test_folders_of_part_files_and_files_without_an_ending_are_data(tmp_path):
         ]
         words = files_in_words(found)
         assert words.startswith("5 files (no Parquet, by name, and left out: ")
-        assert words.endswith("day3/part-0.orc and 2 more)")
+        assert words.endswith("day3/part-0.orc, and 2 more)")
     assert resolve_files([f"{tmp_path}/day3/*.orc"]) == [tmp_path / "day3/part-0.orc"]
 
 

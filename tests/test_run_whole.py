@@ -239,6 +239,19 @@ def test_resume_over_other_training_rows_is_refused_by_name(place, capfd):
     assert "partial load: data.train: 1 changed (a.parquet)" in capfd.readouterr().out
 
 
+def test_resume_over_other_validation_rows_is_noted(place, capfd):
+    shutil.copytree("logs/day2", "valid")
+    more = ('data.valid=["valid"]', "train.out=runs/v")
+    assert train(Path("run.toml"), *more, "train.epochs=1") == 0
+    assert train(Path("run.toml"), *more, "train.epochs=2", resume=True) == 0
+    assert "note: data.valid" not in capfd.readouterr().out
+    shutil.copy("logs/day1/a.parquet", "valid/a.parquet")
+    assert train(Path("run.toml"), *more, resume=True) == 0
+    assert (
+        capfd.readouterr().out.count("note: data.valid: 1 changed (a.parquet): scores, and which step") == 1
+    )
+
+
 def test_the_same_training_rows_elsewhere_are_the_same(place):
     Path("logs/day1").rename("logs/moved")
     moved = ('data.train=["logs/moved/a.parquet"]', "data.test=[]", "train.epochs=4")

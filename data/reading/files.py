@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import InputError, first_line
+from data.errors import InputError, first_line, some_of
 from data.reading.column_types import check_columns
 from data.reading.columns import Place
 from data.reading.numbers import read_labels
@@ -112,9 +112,8 @@ def _is_parquet(_: int, file: DataFile) -> bool:
 def files_in_words(files: FileList) -> str:
     """How many files a command took, and what it left out where it found them."""
     count, left = len(files), [str(file) for file in files.others]
-    names = f"{', '.join(left[:SHOWN])}{f' and {len(left) - SHOWN:,} more' if len(left) > SHOWN else ''}"
     words = "1 file" if count == 1 else f"{count:,} files"
-    return words + (f" (no Parquet, by name, and left out: {names})" if left else "")
+    return words + (f" (no Parquet, by name, and left out: {some_of(left, SHOWN, ', ')})" if left else "")
 
 
 def _other_files(text: str) -> str:
@@ -125,11 +124,7 @@ def _other_files(text: str) -> str:
     if path is None or not os.path.isdir(path):
         return ""
     names = sorted(os.listdir(path))
-    return (
-        f" (it holds {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-        if names
-        else " (it is empty)"
-    )
+    return f" (it holds {some_of(names, SHOWN, ', ')})" if names else " (it is empty)"
 
 
 def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selection) -> Contents:
