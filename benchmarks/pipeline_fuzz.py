@@ -41,7 +41,7 @@ from mbcnet_rec.train import run_training  # noqa: F401 (imports torchrec once, 
 
 CODES = (0, 2, 74, 130)
 SECONDS = 120.0  # of one case
-WARM_UP = 20  # cases before memory is compared
+WARM_UP = 20  # cases before memory is compared; about 1 MiB a case is torch.export's cache and the hooks of TorchRec's optimisers
 ALL = 7  # commands that accept where a case runs to its end
 Said = tuple[int | str, str, str]  # exit code or traceback, stdout, stderr
 Runner = Callable[[Sequence[str]], Said]
