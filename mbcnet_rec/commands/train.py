@@ -54,11 +54,11 @@ def _refuse_moved(path: Path, config: "RunConfig", overrides: Sequence[str]) -> 
     from mbcnet_rec.checkpoints.run_folder import CONFIG  # imports torch
     from mbcnet_rec.logs.metrics_log import METRICS
 
-    own, out = path.absolute().parent, config.run_folder
+    own, out = path.resolve().parent, config.run_folder.resolve()
     named = {override.partition("=")[0].strip() for override in overrides} & {"train.out", "train", "name"}
-    if path.name == CONFIG and (own / METRICS).is_file() and not named and out.resolve() != own.resolve():
+    if path.name == CONFIG and (own / METRICS).is_file() and not named and out != own:
         raise InputError(
-            f"{path}: is the config of the run in {own}, but by its train.out that run is in {out.absolute()}; say which: add "
+            f"{path}: is the config of the run in {own}, but by its train.out that run is in {out}; say which: add "
             f"--set train.out={own}, or another folder"
         )
 
