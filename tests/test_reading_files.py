@@ -76,6 +76,10 @@ def test_folders_of_part_files_and_files_without_an_ending_are_data(tmp_path):
     ]
     files = [write_file(tmp_path / name, 3) for name in names]
     assert files_in_words(resolve_files([str(tmp_path)])) == "5 files"
+    (tmp_path / "_delta_log").mkdir()
+    told = f"5 files ({tmp_path} is a Delta table: rows that it has deleted or replaced are read too)"
+    assert files_in_words(resolve_files([str(tmp_path)])) == told
+    (tmp_path / "_delta_log").rmdir()
     for name in ("README", "day2/_SUCCESS", "notes.txt", "a.parquet.bak", "day3/part-0.orc"):
         (tmp_path / name).write_text("PAR1" if name.endswith("bak") else "text")
     os.mkfifo(tmp_path / "pipe")

@@ -37,6 +37,7 @@ from data.schema import Schema
 
 T = TypeVar("T")
 SHOWN = 3  # names of what is left out
+TABLE_LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi"}  # which we do not read
 NOT_PARQUET = "not a readable Parquet file"
 THREADS = 8  # that read footers: small reads, which mostly wait
 
@@ -113,6 +114,11 @@ def files_in_words(files: FileList) -> str:
     """How many files a command took, and what it left out where it found them."""
     count, left = len(files), [str(file) for file in files.others]
     words = "1 file" if count == 1 else f"{count:,} files"
+    folders = {folder for file in files if isinstance(file, Path) for folder in file.absolute().parents}
+    for folder in sorted(folders):
+        for log, kind in TABLE_LOGS.items():
+            if (folder / log).is_dir():
+                words += f" ({folder} is a {kind} table: rows that it has deleted or replaced are read too)"
     return words + (f" (no Parquet, by name, and left out: {some_of(left, SHOWN, ', ')})" if left else "")
 
 
