@@ -35,9 +35,7 @@ from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.runtime.process import joined_process
 
 ROWS = 64
-NARROW = MBCNetConfig(
-    efgc=EFGCConfig(hidden=(64, 32)), deep=DeepConfig(hidden=(128, 64)), branch_dim=64, top=(64, 32)
-)
+NARROW = MBCNetConfig(efgc=EFGCConfig(hidden=(64, 32)), deep=DeepConfig(hidden=(128, 64)), branch_dim=64, top=(64, 32))
 
 
 def main() -> int:

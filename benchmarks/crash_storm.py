@@ -127,9 +127,7 @@ def rank_main(config_file: str, overrides: list[str], schedule: list[dict[str, A
     try:
         with times.open("a", buffering=1) as file:
             print(0, began, file=file)
-            run_training(
-                load_config(config_file, overrides), overwrite=attempt == 0, hooks=at_each_step(note_step)
-            )
+            run_training(load_config(config_file, overrides), overwrite=attempt == 0, hooks=at_each_step(note_step))
     except RunStoppedError as error:
         print(f"mbcnet: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)

@@ -140,9 +140,7 @@ def lookup_figures(tables: Any, batch: Batch, repeats: int, device: torch.device
     return {"lookup_bandwidth_share": bandwidth / copied, "copy_gb_per_second": copied / 1e9}
 
 
-def gpu_figures(
-    step: Callable[[], object], step_seconds: float, flops: float, device: torch.device
-) -> dict[str, Any]:
+def gpu_figures(step: Callable[[], object], step_seconds: float, flops: float, device: torch.device) -> dict[str, Any]:
     """What only a GPU can tell: share of peak, gaps between kernels, memory."""
     name = torch.cuda.get_device_name(device)
     peak = next((tflops for part, tflops in PEAKS.items() if part in name), None)
@@ -171,9 +169,7 @@ def gpu_figures(
     }
 
 
-def compiled_figures(
-    built: Any, batch: Batch, plain_seconds: float, steps: int, begun: float
-) -> dict[str, Any]:
+def compiled_figures(built: Any, batch: Batch, plain_seconds: float, steps: int, begun: float) -> dict[str, Any]:
     """The dense part compiled with static shapes; whatever stops that is told, and the run continues."""
     if time.perf_counter() - begun > COMPILE_SECONDS:
         return {"compiled_speedup": None, "not_compiled": "no time was left"}

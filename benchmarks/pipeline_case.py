@@ -96,9 +96,7 @@ class Case:
         self.of_name = {column.name: column for column in self.columns}
         pools = [each.pool for each in self.columns if each.family == "numbers"]
         self.has_large = any(max(pool) > 1e5 for pool in pools)  # beside which nothing else counts
-        self.twice = (
-            rng.choice(self.columns).name if rng.random() < 0.04 else ""
-        )  # a name that two columns have
+        self.twice = rng.choice(self.columns).name if rng.random() < 0.04 else ""  # a name that two columns have
         mixed = [column.name for column in self.columns if column.is_mixed and self.is_inferred]
         self.may_refuse = self.twice or "".join(mixed[:1])  # the first command may refuse this column
         labels = [rng.choice(LABELS)] if rng.random() < 0.8 else LABELS[:3]
@@ -135,15 +133,11 @@ class Case:
         for day, folder in enumerate(self.folders):
             for index in range(rng.choice([1, 1, 2])):
                 rows = rng.choice([0, 1, 20] if index else [9, 30, 60])
-                parts.append(
-                    self._part(Path("logs", folder, rng.choice(PLACES).format(index)), day, rows, number)
-                )
+                parts.append(self._part(Path("logs", folder, rng.choice(PLACES).format(index)), day, rows, number))
                 number += rows
         if self.mode == "partitions" and rng.random() < 0.25:
             parts.append(
-                self._part(
-                    Path("logs", f"{self.key}=__HIVE_DEFAULT_PARTITION__", "part.parquet"), 0, 7, number
-                )
+                self._part(Path("logs", f"{self.key}=__HIVE_DEFAULT_PARTITION__", "part.parquet"), 0, 7, number)
             )
             parts[-1].days = [None] * 7
         return parts
@@ -207,13 +201,9 @@ class Case:
         if not isinstance(kind, str) and pt.is_date(kind):
             return list(dates), kind
         midnights = (datetime.datetime.combine(date, datetime.time(), datetime.UTC) for date in dates)
-        instants = [
-            each + datetime.timedelta(seconds=self.rng.choice([0, 1, 86_399, 40_000])) for each in midnights
-        ]
+        instants = [each + datetime.timedelta(seconds=self.rng.choice([0, 1, 86_399, 40_000])) for each in midnights]
         if isinstance(kind, str):
-            return [
-                int(each.timestamp()) * {"s": 1, "ms": 10**3, "us": 10**6}[kind] for each in instants
-            ], pa.int64()
+            return [int(each.timestamp()) * {"s": 1, "ms": 10**3, "us": 10**6}[kind] for each in instants], pa.int64()
         return [each if kind.tz else each.replace(tzinfo=None) for each in instants], kind
 
     def _splits(self) -> None:
@@ -269,9 +259,7 @@ class Case:
         """The splits, as [data] has them."""
         test = ("valid", "test") if self.has_valid else ("test",)
         lists = {"train": self.train_data, "train_where": self.where["train"]}
-        lists |= dict.fromkeys(test, self.test_data) | {
-            f"{split}_where": self.where["test"] for split in test
-        }
+        lists |= dict.fromkeys(test, self.test_data) | {f"{split}_where": self.where["test"] for split in test}
         return "\n".join(f"{key} = {json.dumps(value)}" for key, value in lists.items())
 
     def write(self) -> None:
@@ -292,11 +280,7 @@ class Case:
         """A schema by hand, with every kind of field and encoding."""
         rng, fields = random.Random(self.seed), {}
         for index, column in enumerate(each for each in self.columns if not each.of and each.family != "odd"):
-            plain = (
-                column.name.isprintable()
-                and not column.name.startswith(".")
-                and not set(column.name) & set("/\\")
-            )
+            plain = column.name.isprintable() and not column.name.startswith(".") and not set(column.name) & set("/\\")
             name = (
                 column.name if plain and rng.random() < 0.3 else f"f{index}"
             )  # a schema may refuse the others as names
@@ -320,11 +304,7 @@ class Case:
             is_small = 0 <= min(column.pool) <= max(column.pool) < 30
             encodings = [
                 *ENCODINGS,
-                *(
-                    [{"num_embeddings": 30}] * 3
-                    if is_small
-                    else [{"num_embeddings": 997, "on_invalid": "modulo"}]
-                ),
+                *([{"num_embeddings": 30}] * 3 if is_small else [{"num_embeddings": 997, "on_invalid": "modulo"}]),
             ]
         weights = f"{column.name}_weights"
         kind = (
@@ -332,11 +312,7 @@ class Case:
             if weights in self.of_name
             else {"kind": "multi_valued"}
         )
-        return (
-            (kind if column.is_list else {"kind": "categorical"})
-            | rng.choice(encodings)
-            | {"embedding_dim": 8}
-        )
+        return (kind if column.is_list else {"kind": "categorical"}) | rng.choice(encodings) | {"embedding_dim": 8}
 
     def canonical(self, name: str, value: Any) -> Any:
         """A value as every type and form of it means: an empty list for none, no missing values in lists, numbers as floats."""
@@ -408,8 +384,7 @@ class Case:
         found, column = [*FAULTY_IDS], self.of_name[source]
         if column.family == "integers" and not any(map(is_text, column.types)):
             found += [
-                (f"{text!r} for an integer id", text, pa.string())
-                for text in ("07", "x7", "7.0", " 7", "+7", "")
+                (f"{text!r} for an integer id", text, pa.string()) for text in ("07", "x7", "7.0", " 7", "+7", "")
             ]
             if entry.get("encoding", "ids") == "ids" and "on_invalid" not in entry:
                 size = entry.get("num_embeddings", 0)

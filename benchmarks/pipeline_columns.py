@@ -107,8 +107,7 @@ class Columns:
     def __init__(self, rng: random.Random, num_days: int, has_odd: bool) -> None:
         self.rng, self.num_days = rng, num_days
         names = [
-            plain if rng.random() < 0.6 else odd
-            for plain, odd in zip(PLAIN_NAMES, rng.sample(NAMES, 10), strict=True)
+            plain if rng.random() < 0.6 else odd for plain, odd in zip(PLAIN_NAMES, rng.sample(NAMES, 10), strict=True)
         ]
         self.drawn = [
             self.integers("user_id", INTEGER_POOLS[:6]),
@@ -116,9 +115,7 @@ class Columns:
         ]
         for name in names[: rng.choice([2, 4, 7])]:
             family = rng.choice(FAMILIES if has_odd else FAMILIES[:-1])
-            self.drawn += (
-                getattr(self, family)(name) if family in ("weighted",) else [getattr(self, family)(name)]
-            )
+            self.drawn += getattr(self, family)(name) if family in ("weighted",) else [getattr(self, family)(name)]
 
     def days(self, kinds: list[pa.DataType], pool: list[Any], nulls: bool = True) -> list[pa.DataType]:
         """A type for each day, of those that hold the pool: often one, else changing; rarely one of nothing but missing values."""
@@ -135,9 +132,7 @@ class Columns:
         rng = self.rng
         pool, text = rng.choice(pools), TEXTS if rng.random() < 0.25 else []
         kinds = [*INTEGERS, *INTEGERS, *DECIMALS, *FLOATS, *CODES, *text]
-        return Column(
-            name, "integers", pool, self.days(kinds, pool), rng.choice([0, 0, 0.2]), nan=rng.random() < 0.5
-        )
+        return Column(name, "integers", pool, self.days(kinds, pool), rng.choice([0, 0, 0.2]), nan=rng.random() < 0.5)
 
     def texts(self, name: str) -> Column:
         """Words, some of which look like something else."""
@@ -168,8 +163,7 @@ class Columns:
         inner = self.texts(name) if rng.random() < 0.5 else self.integers(name)
         makes = LISTS if rng.random() < 0.3 else LISTS[:2]
         inner.types = [
-            kind if pt.is_null(kind) and rng.random() < 0.5 else rng.choice(makes)(kind)
-            for kind in inner.types
+            kind if pt.is_null(kind) and rng.random() < 0.5 else rng.choice(makes)(kind) for kind in inner.types
         ]
         inner.is_list = True
         return inner
@@ -177,12 +171,8 @@ class Columns:
     def weighted(self, name: str) -> "list[Column]":
         """Lists of ids and of their weights."""
         kinds, pool = [pa.list_(kind) for kind in (*FLOATS, pa.float16(), pa.int8())], [[1.0, 2.0]]
-        ids = Column(
-            name, "integers", [1, 2, 3, 5], [pa.list_(pa.int64())] * self.num_days, 0.1, is_list=True
-        )
-        weights = Column(
-            f"{name}_weights", "weights", [0.0, 1.0, 2.0], self.days(kinds, pool, nulls=False), of=name
-        )
+        ids = Column(name, "integers", [1, 2, 3, 5], [pa.list_(pa.int64())] * self.num_days, 0.1, is_list=True)
+        weights = Column(f"{name}_weights", "weights", [0.0, 1.0, 2.0], self.days(kinds, pool, nulls=False), of=name)
         return [ids, weights]
 
     def odd(self, name: str) -> Column:

@@ -45,9 +45,7 @@ def field_fault(
             ("a list for a number", [1.0], numbers),
         ]
         faults += (
-            []
-            if "on_invalid" in entry
-            else [("NaN", nan, pa.float64()), ("infinity", -float("inf"), pa.float32())] * 2
+            [] if "on_invalid" in entry else [("NaN", nan, pa.float64()), ("infinity", -float("inf"), pa.float32())] * 2
         )
         faults += (
             []
@@ -80,9 +78,7 @@ def damage_file(path: Path, column: str, words: str) -> None:
     content = bytearray(path.read_bytes())
     if words == "a flipped bit":
         metadata = pq.ParquetFile(path).metadata
-        leaf = next(
-            i for i in range(metadata.num_columns) if metadata.schema.column(i).path.startswith(column)
-        )
+        leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path.startswith(column))
         chunk = metadata.row_group(0).column(leaf)
         start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
         content[start + chunk.total_compressed_size - 1] ^= 1

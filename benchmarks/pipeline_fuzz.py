@@ -164,9 +164,7 @@ class Trial:
         except Stop:
             if self.findings or case.twice:
                 raise
-            file.write_text(
-                case.schema_text(), "utf-8"
-            )  # it has named what it cannot infer: a user goes on by hand
+            file.write_text(case.schema_text(), "utf-8")  # it has named what it cannot infer: a user goes on by hand
             return str(file)
         text, rows = file.read_text("utf-8"), sum(part.num_rows for part in case.files)
         found = numbers(r"Inferred from ([\d,]+) of ([\d,]+) rows of (\d+) file", text)
@@ -191,11 +189,7 @@ class Trial:
 
     def scores(self) -> list[np.ndarray]:
         """Read predict's output; its kept column must be the input's, in the same order."""
-        found = {
-            str(path.relative_to("scores")): path
-            for path in Path("scores").rglob("*.parquet")
-            if path.is_file()
-        }
+        found = {str(path.relative_to("scores")): path for path in Path("scores").rglob("*.parquet") if path.is_file()}
         shared = os.path.commonpath([part.path.parent for part in self.case.files])
         scores = []
         for part in self.case.files:
@@ -211,9 +205,7 @@ class Trial:
             if not np.isfinite(probability).all():
                 self.note("predict", f"{name}: a probability is not finite ({self.case.words})")
             for column in ["rid"] * self.case.keeps_rid:
-                self.count(
-                    "predict", f"{name}: kept {column}", table[column].to_pylist(), part.columns[column]
-                )
+                self.count("predict", f"{name}: kept {column}", table[column].to_pylist(), part.columns[column])
             scores.append(probability)
         self.count("predict", "other outputs", sorted(found), [])
         return scores
@@ -235,9 +227,7 @@ class Trial:
                     types = {name: (str(part.types[name]), str(other.types[name])) for name in columns}
                     unlike = {name: each for name, each in types.items() if each[0] != each[1]}
                     where = f"{part.path} row {row}, {other.path} row {at}: {score:.6f}, {first:.6f}"
-                    self.note(
-                        "predict", f"equal rows score differently: {where}; types {unlike}; {values[:200]}"
-                    )
+                    self.note("predict", f"equal rows score differently: {where}; types {unlike}; {values[:200]}")
                     return
 
     def metrics(self, answer: dict[str, Any], scores: list[np.ndarray]) -> None:
@@ -274,9 +264,7 @@ class Trial:
             types = {name: str(part.types[name]) for name in names}
             for form, rows in forms.items() if part.num_rows else ():
                 found = self.predicted(model, rows, f"{part.path} as {form}")
-                same = (
-                    found is not None and len(found) == len(wanted) and np.abs(found - wanted).max() <= 1e-6
-                )
+                same = found is not None and len(found) == len(wanted) and np.abs(found - wanted).max() <= 1e-6
                 if found is not None and not same:
                     self.note(
                         "loader",
@@ -291,9 +279,7 @@ class Trial:
         for name, entry in self.fields.items():
             column = entry.get("column", name)
             pair = self.case.two_values(column, entry)
-            if (
-                not pair or not total or entry.get("encoding") == "zch" or self.case.has_large
-            ):  # ids of zch share rows
+            if not pair or not total or entry.get("encoding") == "zch" or self.case.has_large:  # ids of zch share rows
                 continue
             found = []
             for value in pair:
@@ -324,9 +310,7 @@ class Trial:
         ):
             taken = words[0] == "predict" and bad.of_label
             try:
-                self.command(
-                    *words, refused=None if taken else bad, out="bad-run/DONE" if words[0] == "train" else ""
-                )
+                self.command(*words, refused=None if taken else bad, out="bad-run/DONE" if words[0] == "train" else "")
             except Stop:
                 continue
         left = [str(path) for path in Path().rglob("*partial*")]
@@ -356,9 +340,7 @@ def read(path: Path) -> pa.Table:
 
 def as_json(values: Sequence[Any], kind: pa.DataType) -> Sequence[Any]:
     """Values as JSON has them: whole numbers of a column of integers without a point."""
-    return [
-        int(value) if pa.types.is_integer(kind) and isinstance(value, float) else value for value in values
-    ]
+    return [int(value) if pa.types.is_integer(kind) and isinstance(value, float) else value for value in values]
 
 
 def numbers(pattern: str, text: str) -> list[int] | None:
@@ -447,9 +429,7 @@ def outcomes(
         except EOFError:
             process.join()
             yield (
-                [
-                    f"seed {left.pop(0)}: process: ended by {process.exitcode} (-9: not over after {SECONDS:g} s)"
-                ],
+                [f"seed {left.pop(0)}: process: ended by {process.exitcode} (-9: not over after {SECONDS:g} s)"],
                 0,
                 0.0,
                 0,

@@ -117,9 +117,7 @@ def differences(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list
     """One line for each key whose values differ; keys of one side only count too. repr: NaN is equal to NaN, and every bit counts."""
     sides = {key: (ours.get(key, "absent"), theirs.get(key, "absent")) for key in {**theirs, **ours}}
     return [
-        f"{what}: {key}: {str(a)[:60]} here, {str(b)[:60]} there"
-        for key, (a, b) in sides.items()
-        if repr(a) != repr(b)
+        f"{what}: {key}: {str(a)[:60]} here, {str(b)[:60]} there" for key, (a, b) in sides.items() if repr(a) != repr(b)
     ]
 
 
@@ -155,9 +153,7 @@ def compare(case: Case, ranks: int, other: Path, work: Path) -> list[str]:
     for what, theirs in seen["there"].items():
         found += differences(f"{where}: {what}", seen["here"][what], theirs)
     old_run = json.loads(mbcnet("evaluate", run, "--json", folder=work / "there"))
-    return found + differences(
-        f"{where}: evaluate of the other's run", flat(old_run), seen["there"]["evaluate"]
-    )
+    return found + differences(f"{where}: evaluate of the other's run", flat(old_run), seen["there"]["evaluate"])
 
 
 def main() -> int:

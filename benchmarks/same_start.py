@@ -62,9 +62,7 @@ def initial_weights(built: Built, schema: Schema) -> dict[str, np.ndarray]:
     return weights
 
 
-def train_ours(
-    config: RunConfig, schema: Schema, data: Path, folder: Path, labels: np.ndarray
-) -> Predictions:
+def train_ours(config: RunConfig, schema: Schema, data: Path, folder: Path, labels: np.ndarray) -> Predictions:
     """Train by the schedule of the protocol, given the labels of the validation rows; what the peer starts from is left in the folder."""
     scored = {split: list(quality.batches_of(data, split, schema)) for split in ("valid", "test")}
     for split, batches in scored.items():
@@ -129,9 +127,7 @@ def train_peer(config: RunConfig, schema: Schema, data: Path, folder: Path, args
         return [{split: answer[f"{split}/{epoch}"] for split in ("valid", "test")} for epoch in range(epochs)]
 
 
-def compare(
-    place: str, labels: np.ndarray, ours: list[np.ndarray], peer: list[np.ndarray]
-) -> dict[str, float | None]:
+def compare(place: str, labels: np.ndarray, ours: list[np.ndarray], peer: list[np.ndarray]) -> dict[str, float | None]:
     """Figures of probabilities of test rows, one array a seed; `peer` is empty without one."""
     own_aucs, peer_aucs = ([auc(rows, labels) for rows in side] for side in (ours, peer))
     pairs = list(zip(own_aucs, peer_aucs, strict=False))

@@ -84,9 +84,7 @@ def main() -> int:
     return 0
 
 
-def assessed(
-    schema: Schema, kind: str, size: int, batch: int, seconds: float
-) -> tuple[Assessment, str] | None:
+def assessed(schema: Schema, kind: str, size: int, batch: int, seconds: float) -> tuple[Assessment, str] | None:
     """Plan for so many GPUs; the kindest rows that fit. None where nothing does."""
     hosts, devices = max(1, size // HOST_DEVICES), min(size, HOST_DEVICES)
     cluster = read_cluster(kind).resized(hosts, devices)

@@ -59,8 +59,7 @@ def main() -> int:
         "(1.7 s), both ranks import torchrec (4 s, at once), the rest is tables and one small step"
     )
     figures: dict[str, Any] = {
-        key: statistics.median(seconds_of(command) for _ in range(2 * repeats + 1))
-        for key, command in COMMANDS.items()
+        key: statistics.median(seconds_of(command) for _ in range(2 * repeats + 1)) for key, command in COMMANDS.items()
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -169,12 +169,9 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
     pooled = tables.pooled(batch.sparse_features, batch.weighted_features)
     pooled = [tensor.wait() if hasattr(tensor, "wait") else tensor for tensor in pooled]
     pooled = [
-        KeyedTensor(each.keys(), each.length_per_key(), each.values().detach().requires_grad_())
-        for each in pooled
+        KeyedTensor(each.keys(), each.length_per_key(), each.values().detach().requires_grad_()) for each in pooled
     ]
-    features = {
-        name: group.detach().requires_grad_() for name, group in regroup(pooled, batch.dense_features).items()
-    }
+    features = {name: group.detach().requires_grad_() for name, group in regroup(pooled, batch.dense_features).items()}
     hidden = {name: branch(features).detach().requires_grad_() for name, branch in dense.branches.items()}
     output = dense(features)
     leaves = type(output)(*(tensor.detach().requires_grad_() for tensor in output))

@@ -89,9 +89,7 @@ def main(epochs: int = 5) -> float:
         # 4. The tables' optimizer runs during backward; it is attached before the tables are sharded.
         optim = OptimConfig(dense_lr=2e-3, embedding=EmbeddingOptimConfig(lr=0.1))
         rows_of = [item for rows in tables.values() for item in rows.named_parameters()]
-        fuse_table_optimizer(
-            (p for name, p in rows_of if name.split(".")[-2] not in replicated), optim.embedding
-        )
+        fuse_table_optimizer((p for name, p in rows_of if name.split(".")[-2] not in replicated), optim.embedding)
         # 5. Sharding, to the letter of the plan; then Adam for the rest.
         paths: Any = {f"model.sparse_arch.{each.name}": rows for each, rows in tables.items()}
         sharded = DistributedModelParallel(

@@ -69,9 +69,7 @@ def run_workers(args: Namespace) -> RunResult:
         local_addr=config.local_addr,
     )
     assert config.logs_specs is not None and config.shutdown_timeout is not None  # config_from_args sets both
-    agent = Agent(
-        spec, config.logs_specs, start_method=config.start_method, shutdown_timeout=config.shutdown_timeout
-    )
+    agent = Agent(spec, config.logs_specs, start_method=config.start_method, shutdown_timeout=config.shutdown_timeout)
     agent.stop_seconds = config.shutdown_timeout
     stopped = False
     try:

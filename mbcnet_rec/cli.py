@@ -61,9 +61,7 @@ class _Given(argparse.Action):
             parser.error(f"{shown} is empty: give it a value, or leave it out")
         if option_string and self.dest in parser.given:
             if not several:
-                parser.error(
-                    f"{shown} is given twice ({getattr(namespace, self.dest)} and {values}): leave one out"
-                )
+                parser.error(f"{shown} is given twice ({getattr(namespace, self.dest)} and {values}): leave one out")
             values = [*getattr(namespace, self.dest), *values]
         parser.given.add(self.dest)
         values = [at_home(each, shown) for each in values] if several else at_home(values, shown)

@@ -96,9 +96,7 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
-        raise InputError(
-            f"--set {override!r}: wanted key.path=value, for example train.epochs=2; write it so"
-        )
+        raise InputError(f"--set {override!r}: wanted key.path=value, for example train.epochs=2; write it so")
     for name in names[:-1]:
         child = table.setdefault(name, {})
         if not isinstance(child, dict):

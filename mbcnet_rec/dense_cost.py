@@ -29,8 +29,7 @@ class _Features(nn.Module):
         """Map anything to (B, width) tensors that want gradients."""
         rows = dense_features.shape[0]
         return {
-            name: torch.empty(rows, width, device="meta", requires_grad=True)
-            for name, width in self.widths.items()
+            name: torch.empty(rows, width, device="meta", requires_grad=True) for name, width in self.widths.items()
         }
 
 
@@ -44,8 +43,7 @@ def dense_cost(config: ModelConfig, schema: Schema, sharding: ShardingConfig) ->
     activations = (large - small) / ROWS  # the slope: what does not grow with the batch is no activation
     pooled = 2 * 4 * sum(_widths(layout).values())  # regrouped features and their gradients
     values = sum(
-        feature.width if feature.kind == "vector" else pooling_factor(feature, sharding)
-        for feature in schema.features
+        feature.width if feature.kind == "vector" else pooling_factor(feature, sharding) for feature in schema.features
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return DenseCost(parameters, flops / ROWS, activations + pooled, values + 1)

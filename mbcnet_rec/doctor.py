@@ -43,9 +43,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def ask(code: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, where a broken library cannot take the doctor with it."""
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
 def check_triple(torch: str, fbgemm: str, torchrec: str) -> Finding:
@@ -110,7 +108,9 @@ def check_cuda(gpus: list[str]) -> list[Finding]:
     """Where the driver lists GPUs: whether torch can compute on them and NCCL can connect them."""
     if not gpus:
         return []
-    question = "import torch; print(torch.cuda.is_available(), torch.version.cuda, torch.distributed.is_nccl_available())"
+    question = (
+        "import torch; print(torch.cuda.is_available(), torch.version.cuda, torch.distributed.is_nccl_available())"
+    )
     usable, cuda, nccl = (ask(question).stdout.split() or ["False", "None", "False"])[-3:]
     found = f"torch built for CUDA {cuda}, usable: {usable}, NCCL: {nccl}"
     fix = "" if nccl == "True" else REINSTALL

@@ -55,9 +55,7 @@ def facts_of(config: RunConfig, files: dict[str, str], marks: Marks) -> dict[str
     }
 
 
-def earlier_facts(
-    config: RunConfig, storage: CheckpointStorage, step: int | None, process: Process
-) -> dict[str, Any]:
+def earlier_facts(config: RunConfig, storage: CheckpointStorage, step: int | None, process: Process) -> dict[str, Any]:
     """The facts that a checkpoint stores, equal on every rank; none for a fresh start. Every rank calls it.
 
     Raises:
@@ -101,13 +99,9 @@ def agreed_schema(
     sees_copy = is_copy and (folder / SCHEMA).is_file()  # another host may see checkpoints only
     own = replace(found, folder=folder if sees_copy else Path(config.schema).parent)
     with agreed(process):
-        other = [
-            name for name, sha256 in file_sums(own).items() if name != SCHEMA and sums.get(name) != sha256
-        ]
+        other = [name for name, sha256 in file_sums(own).items() if name != SCHEMA and sums.get(name) != sha256]
         if other:
-            raise InputError(
-                f"{own.folder}: {', '.join(other)}: other than on rank 0; give every host the same"
-            )
+            raise InputError(f"{own.folder}: {', '.join(other)}: other than on rank 0; give every host the same")
     return own, sums
 
 
@@ -117,9 +111,7 @@ def _typed(config: RunConfig, schema: Schema) -> Schema:
     return pinned(schema, column_sets(files, config.data.attempts))
 
 
-def _refuse_other_schema(
-    config: RunConfig, schema: Schema, sums: Mapping[str, str], run: Mapping[str, Any]
-) -> None:
+def _refuse_other_schema(config: RunConfig, schema: Schema, sums: Mapping[str, str], run: Mapping[str, Any]) -> None:
     """Refuse a schema by which the rows of a checkpoint would mean something else."""
     files, folder = run.get("files"), config.run_folder
     if not files or files == sums:
@@ -144,9 +136,7 @@ def _refuse_other_schema(
         )
 
 
-def start_differences(
-    config: RunConfig, run: Mapping[str, Any], marks: Marks, also: tuple[str, ...] = ()
-) -> list[str]:
+def start_differences(config: RunConfig, run: Mapping[str, Any], marks: Marks, also: tuple[str, ...] = ()) -> list[str]:
     """In what a checkpoint's start was another one: training files, options that fix the rows' order, and those that begin so."""
     found = [
         f"{key} = {now!r}, but {before!r} in its checkpoint"
@@ -157,9 +147,7 @@ def start_differences(
     return [*found, f"data.train: {files}"] if files else found
 
 
-def refuse_other_start(
-    config: RunConfig, run: Mapping[str, Any], marks: Marks, *, allow_partial: bool
-) -> list[str]:
+def refuse_other_start(config: RunConfig, run: Mapping[str, Any], marks: Marks, *, allow_partial: bool) -> list[str]:
     """Refuse to resume where the saved position in the data means nothing; return notes on what else differs. For rank 0.
 
     Raises:
@@ -178,9 +166,7 @@ def refuse_other_start(
     if others := _told(each for each in changed if each[0] not in ORDER):
         notes.append(f"note: other options than before: {others}")
     if files := _data_difference(config, run, marks, "valid"):
-        notes.append(
-            f"note: data.valid: {files}: scores, and which step is the best, do not compare with those before"
-        )
+        notes.append(f"note: data.valid: {files}: scores, and which step is the best, do not compare with those before")
     versions = run.get("versions", {})
     updated = [
         f"{name} {versions[name]} -> {installed(name) or 'none'}"

@@ -55,9 +55,7 @@ def train_model(
                 else:
                     run_training(teacher, resume=resume, overwrite=overwrite, report=report)
             teach = partial(taught_by, teachers)
-            return run_training(
-                config, resume=resume, overwrite=overwrite, report=report, teach=teach, **options
-            )
+            return run_training(config, resume=resume, overwrite=overwrite, report=report, teach=teach, **options)
     return run_training(config, resume=resume, overwrite=overwrite, report=report, **options)
 
 
@@ -88,9 +86,7 @@ def teacher_config(config: RunConfig, kind: str) -> RunConfig:
         InputError: `kind` is no kind of model.
     """
     if kind not in ARCHES:
-        raise InputError(
-            f"model.enkd.teachers: {kind!r} is no kind of model; wanted some of {', '.join(ARCHES)}"
-        )
+        raise InputError(f"model.enkd.teachers: {kind!r} is no kind of model; wanted some of {', '.join(ARCHES)}")
     folder = config.run_folder.with_name(config.run_folder.name + "_teachers") / kind
     model = replace(config.model, kind=kind)
     # a plan file lists the student's tables; a teacher with a wide part has more

@@ -120,9 +120,7 @@ def run_training(
         notes += _load(config, schema, trainer, start, earlier, allow_partial)
         # no rank writes into the folder before the files of an earlier run are out of the way
         begun = Beginning(config, schema, files, marks, built.plan)
-        answer_of_first(
-            process, lambda: open_folder(begun, storage, earlier, fresh=start is None, overwrite=overwrite)
-        )
+        answer_of_first(process, lambda: open_folder(begun, storage, earlier, fresh=start is None, overwrite=overwrite))
         if process.is_first:
             for note in notes:
                 tell(note)
@@ -246,9 +244,7 @@ def _test(trainer: Trainer, open_test: Callable[[], ParquetStream] | None) -> di
     return metrics
 
 
-def opening_line(
-    config: RunConfig, schema: Schema, process: Process, total_steps: int, start: int | None
-) -> str:
+def opening_line(config: RunConfig, schema: Schema, process: Process, total_steps: int, start: int | None) -> str:
     """What is about to be trained, on one line, and what to know of it, a line each."""
     rows = sum(table.num_embeddings for table in schema.tables)
     begin = "from the start" if start is None else f"from step {start}"

@@ -48,9 +48,7 @@ def threads() -> dict[int, str]:
     return {
         thread.ident: thread.name
         for thread in threading.enumerate()
-        if thread.ident
-        and not thread.name.startswith(LIBRARY_THREADS)
-        and thread is not threading.main_thread()
+        if thread.ident and not thread.name.startswith(LIBRARY_THREADS) and thread is not threading.main_thread()
     }
 
 

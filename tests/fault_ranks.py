@@ -135,9 +135,7 @@ def nan_stops():
 
 def nan_skipped():
     """The step is passed over on both ranks: the rows are those of the checkpoint before, bit by bit."""
-    result = run(
-        "skip", "train.on_nonfinite=skip", "train.checkpoint_every=1", "train.keep_last=20", hooks=loss_at(8)
-    )
+    result = run("skip", "train.on_nonfinite=skip", "train.checkpoint_every=1", "train.keep_last=20", hooks=loss_at(8))
     before, after = tensors("skip", 7), tensors("skip", 8)
     changed = [name for name in before if before[name] != after.get(name)]
     return result | {"changed": changed, "next_changed": tensors("skip", 9) != after}

@@ -63,9 +63,7 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     port, start = port or free_port(), time.monotonic()
     logs = [folder / f"rank_{rank}.log" for rank in range(world)]
-    ranks = [
-        CONTEXT.Process(target=child, args=(rank, world, port, action, logs[rank])) for rank in range(world)
-    ]
+    ranks = [CONTEXT.Process(target=child, args=(rank, world, port, action, logs[rank])) for rank in range(world)]
     for each in ranks:
         each.start()
     meanwhile([each.pid or 0 for each in ranks])

@@ -58,9 +58,7 @@ def train_all(config_file, out):
             schema = load_schema(config.schema)
             built = build(config, schema, process, plan_of(kind, schema, process))
             files = [Path(path) for path in config.data.train]
-            stream = ParquetStream(
-                files, schema, config.data.train_options(0), process.rank, process.world_size
-            )
+            stream = ParquetStream(files, schema, config.data.train_options(0), process.rank, process.world_size)
             pipeline = built.pipeline(CheckedStep(built.model, built.optimizer, nullcontext))
             built.model.train()
             batches, losses, disagreements = iter(stream), [], 0.0
@@ -82,7 +80,5 @@ def train_all(config_file, out):
 if __name__ == "__main__":
     config, folder = Path(sys.argv[1]), Path(sys.argv[2])
     for world in map(int, sys.argv[3:]):
-        result = run_ranks(
-            lambda rank: train_all(config, folder), folder / f"logs-{world}", world=world, limit=200
-        )
+        result = run_ranks(lambda rank: train_all(config, folder), folder / f"logs-{world}", world=world, limit=200)
         assert result["codes"] == [0] * world, result

@@ -101,9 +101,7 @@ def prefetching():
 
 def nan_at(step):
     steps = itertools.count(1)
-    return Hooks(
-        on_loss=lambda loss, outputs: (loss * float("nan") if next(steps) == step else loss, outputs)
-    )
+    return Hooks(on_loss=lambda loss, outputs: (loss * float("nan") if next(steps) == step else loss, outputs))
 
 
 def replicas_hooks(rank):

@@ -102,9 +102,7 @@ def dying_worker(seeds, folder, results):
         results.send(([str(seed)], 0, 1.0, 1))
 
 
-@pytest.mark.parametrize(
-    "seed", [*SEEDS, *(pytest.param(seed, marks=pytest.mark.long) for seed in LONG_SEEDS)]
-)
+@pytest.mark.parametrize("seed", [*SEEDS, *(pytest.param(seed, marks=pytest.mark.long) for seed in LONG_SEEDS)])
 def test_a_seed_that_found_a_fault_finds_none(fuzz, tmp_path, seed):
     with contextlib.redirect_stdout(io.StringIO()):
         findings, _ = fuzz.try_case(seed, tmp_path / "case")

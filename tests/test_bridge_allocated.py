@@ -118,8 +118,7 @@ def worker(rank, world, folder):
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2)}
     dist.init_process_group("gloo")
     found = [
-        (name, *step(schema, config, optimizer, (world, 2, "cpu"), rank))
-        for name, schema, config, optimizer in cases()
+        (name, *step(schema, config, optimizer, (world, 2, "cpu"), rank)) for name, schema, config, optimizer in cases()
     ]
     torch.save(found, folder / f"{world}_{rank}.pt")
     dist.destroy_process_group()
@@ -149,8 +148,6 @@ def test_planned_bytes_are_held_bytes(world, folder):
 if __name__ == "__main__":
     for world in WORLDS:
         out = Path(sys.argv[1])
-        done = run_ranks(
-            lambda rank, world=world: worker(rank, world, out), out / f"logs_{world}", world=world
-        )
+        done = run_ranks(lambda rank, world=world: worker(rank, world, out), out / f"logs_{world}", world=world)
         if any(done["codes"]):
             sys.exit("".join(done["words"]))

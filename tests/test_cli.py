@@ -28,9 +28,7 @@ NAMES = [
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "mbcnet_rec.cli", *args], capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run([sys.executable, "-m", "mbcnet_rec.cli", *args], capture_output=True, text=True, timeout=60)
 
 
 def test_help_names_every_command_within_half_a_second():

@@ -69,9 +69,7 @@ def test_mistakes_are_one_line_and_code_2(command, message, log, capsys):
 
 
 def test_show_is_a_table_that_answers_before_torch_is_imported():
-    code = (
-        "import sys; from mbcnet_rec.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from mbcnet_rec.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, "schema", "show", "data/schemas/pailitao.toml"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr
@@ -82,9 +80,7 @@ def test_show_is_a_table_that_answers_before_torch_is_imported():
     words = [line.split() for line in lines]
     assert ["user_id", "categorical", "ids", "480,028,940", "32"] in [each[:5] for each in words]
     assert ["visual_relevance", "2", "128"] in [each[:3] for each in words], "groups with their widths"
-    assert ["item", "974,333,635", "32", "116.1", "GiB"] in [each[:5] for each in words], (
-        "tables with their bytes"
-    )
+    assert ["item", "974,333,635", "32", "116.1", "GiB"] in [each[:5] for each in words], "tables with their bytes"
     assert lines[-1].startswith("pailitao: 192 fields, 2,780 dims")
 
 

@@ -19,9 +19,7 @@ def path(tmp_path) -> Path:
 
 
 def test_resolved_text_gives_the_same_config(path, tmp_path):
-    config = load_config(
-        path, ["optim.dense_lr=0.5", "train.schedule=plateau", "model.mbcnet.branches=['deep']"]
-    )
+    config = load_config(path, ["optim.dense_lr=0.5", "train.schedule=plateau", "model.mbcnet.branches=['deep']"])
     assert config.optim.dense_lr == 0.5 and config.train.schedule == "plateau"
     assert config.model.mbcnet.branches == ("deep",)
     (tmp_path / "resolved.toml").write_text(config_text(config))

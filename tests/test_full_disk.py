@@ -35,9 +35,7 @@ def test_no_command_leaves_half_a_file_on_a_full_disk(tmp_path):
         "hour": [row % 24 for row in rows],
     }
     pq.write_table(pa.table(columns), tmp_path / "logs" / "a.parquet")
-    head = (
-        'name = "s"\nlabel = "label"\n[fields]\nuser = { kind = "categorical", embedding_dim = 4, encoding = '
-    )
+    head = 'name = "s"\nlabel = "label"\n[fields]\nuser = { kind = "categorical", embedding_dim = 4, encoding = '
     (tmp_path / "s.toml").write_text(head + '"vocabulary", vocabulary = "fit" }\n[groups]\ng = ["user"]\n')
     (tmp_path / "s2.toml").write_text(head + '"hash", num_embeddings = 50 }\n[groups]\ng = ["user"]\n')
     (tmp_path / "x.toml").write_text("of yesterday")
@@ -49,9 +47,7 @@ def test_no_command_leaves_half_a_file_on_a_full_disk(tmp_path):
     said = [line for line in ended.stderr.splitlines() if line.startswith("mbcnet: ")]
     assert len(said) == len(COMMANDS)
     for place, line in zip(("x.toml", "fitted", "synth", "plan.json"), said, strict=True):
-        assert (
-            place in line and "cannot be written (File too large); free space or choose another place" in line
-        )
+        assert place in line and "cannot be written (File too large); free space or choose another place" in line
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     assert (tmp_path / "x.toml").read_text() == "of yesterday"
 

@@ -19,9 +19,7 @@ def folder(tmp_path_factory) -> Path:
     made = make_run(tmp_path_factory.mktemp("user"))
     for name in ("data", "launch", "sharding", "mbcnet_rec"):
         (made / name).mkdir()
-        (made / name / "__init__.py").write_text(
-            "raise RuntimeError('the folder of the user was imported')\n"
-        )
+        (made / name / "__init__.py").write_text("raise RuntimeError('the folder of the user was imported')\n")
     return made
 
 
@@ -82,9 +80,7 @@ def test_no_process_outlives_torchx(folder, sent):
     given = (f"train.out={out}", "train.epochs=99999", "train.checkpoint_every=5")
     command = [str(BIN / "torchx"), *words("mbcnet.train", "1x2", *given)]
     env = environment(**dict([mark.split("=")]))
-    job = subprocess.Popen(
-        command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    job = subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: list(folder.glob(f"{out}/checkpoints/step_*")), "no checkpoint")
     assert len(running(mark)) >= 4, "torchx, the agent and two workers run"
     # the terminal sends Ctrl-C to the whole foreground group

@@ -63,9 +63,7 @@ class Cluster:
         key.chmod(0o400)
         folder.chmod(0o755)
         files = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "seed", "log")]
-        self.daemon(
-            "munged", "munged.pid", "--force", f"--key-file={key}", f"--socket={folder}/munge/socket", *files
-        )
+        self.daemon("munged", "munged.pid", "--force", f"--key-file={key}", f"--socket={folder}/munge/socket", *files)
 
     @property
     def names(self) -> tuple[str, str]:

@@ -263,9 +263,7 @@ def test_teacher_gate():
         (lambda: FinalMLPConfig(num_heads=3), "num_heads = 3"),
         (lambda: StreamConfig(gate=(), context=("user",)), "builds no gate"),
         (
-            lambda: build_arch(
-                config_of("finalmlp", FinalMLPConfig(StreamConfig(context=("shop",)))), LAYOUT
-            ),
+            lambda: build_arch(config_of("finalmlp", FinalMLPConfig(StreamConfig(context=("shop",)))), LAYOUT),
             "model.finalmlp.first.context = .*'shop' is not a field",
         ),
         (lambda: build_arch(ModelConfig("efgc"), InputLayout({"a": 4}, {}, {})), "schema has no groups"),
@@ -280,9 +278,7 @@ def test_initial_weights_can_be_those_of_fuxictr():
     """xavier_normal: standard deviation sqrt(2 / (in + out)), biases 0; else torch's own, within 1 / sqrt(in)."""
     torch.manual_seed(0)
     plain, normal = (
-        build_model(
-            ModelConfig("dnn", init, dnn=DNNConfig((400, 300))), nn.Identity(), LAYOUT
-        ).dense_arch.mlp[2]
+        build_model(ModelConfig("dnn", init, dnn=DNNConfig((400, 300))), nn.Identity(), LAYOUT).dense_arch.mlp[2]
         for init in ("torch", "xavier_normal")
     )
     assert plain.weight.abs().max() <= 400**-0.5 and plain.bias.abs().max() > 0

@@ -225,9 +225,7 @@ def test_half_precision_is_promoted(dtype):
     logits, labels = (torch.tensor(x) for x in random_batch())
     loss = branch_coteaching_loss(logits.to(dtype), labels)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(
-        branch_coteaching_loss(logits.to(dtype).double(), labels).item(), rel=1e-6
-    )
+    assert loss.item() == pytest.approx(branch_coteaching_loss(logits.to(dtype).double(), labels).item(), rel=1e-6)
     latents = torch.randn(2, 3, 4).to(dtype)
     assert moderate_differentiation_loss(latents, torch.randn(1, 4, 4)).dtype == torch.float32
     assert branch_coteaching_loss(logits, labels).dtype == torch.float64

@@ -154,9 +154,7 @@ def test_objective_is_the_sum_of_its_terms(kind, norm):
 
 
 def test_warm_up_grows_in_training_only():
-    model, whole = objective(
-        coteaching=CoteachingConfig(weight=1.0, warmup_steps=4, scheme="no_discrimination")
-    )
+    model, whole = objective(coteaching=CoteachingConfig(weight=1.0, warmup_steps=4, scheme="no_discrimination"))
     output = model.dense_arch(features())
     factors = []
     for _ in range(6):

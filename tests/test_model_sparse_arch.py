@@ -42,9 +42,7 @@ def layout(wide=False):
 def keyed_tensors(order, columns, split_at=3):
     """Two KeyedTensors that hold `columns` (key -> (B, width)) in the given order of keys."""
     return [
-        KeyedTensor(
-            keys, [columns[key].shape[1] for key in keys], torch.cat([columns[key] for key in keys], 1)
-        )
+        KeyedTensor(keys, [columns[key].shape[1] for key in keys], torch.cat([columns[key] for key in keys], 1))
         for keys in (order[:split_at], order[split_at:])
     ]
 
@@ -181,8 +179,7 @@ def test_one_weight_per_id_and_field():
     shops = one.weighted_features["shops"]
     row = arch.weighted_ebc.embedding_bags["wide_shops"].weight
     pooled = [
-        (row[i.long()].mean(1) * w).sum()
-        for i, w in zip(shops.to_dense(), shops.to_dense_weights(), strict=True)
+        (row[i.long()].mean(1) * w).sum() for i, w in zip(shops.to_dense(), shops.to_dense_weights(), strict=True)
     ]
     torch.testing.assert_close(groups[WIDE][:, 3], torch.stack(pooled))
     groups[WIDE].sum().backward()

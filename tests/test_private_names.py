@@ -85,9 +85,7 @@ PYTHONS = {"_asdict", "_fields", "_make", "_replace", "_exit"}
 @pytest.mark.parametrize(("file", "owner", "name"), USED + ELSEWHERE)
 def test_the_name_is_still_there(file, owner, name):
     parts = owner.__mro__[:-1] if inspect.isclass(owner) else [owner]
-    assert hasattr(owner, name) or any(name in inspect.getsource(part) for part in parts), (
-        f"{file} uses {owner}.{name}"
-    )
+    assert hasattr(owner, name) or any(name in inspect.getsource(part) for part in parts), f"{file} uses {owner}.{name}"
     assert not name.startswith("_") or name in (ROOT / file).read_text(), "no longer used"
 
 
@@ -96,24 +94,16 @@ def private_names(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     attributes = [each for each in nodes if isinstance(each, ast.Attribute)]
     own = {each.name for each in nodes if isinstance(each, ast.FunctionDef | ast.ClassDef)}
-    own |= {
-        each.attr
-        for each in attributes
-        if isinstance(each.ctx, ast.Store) and ast.unparse(each.value) == "self"
-    }
+    own |= {each.attr for each in attributes if isinstance(each.ctx, ast.Store) and ast.unparse(each.value) == "self"}
     imported = [each.module or "" for each in nodes if isinstance(each, ast.ImportFrom)]
-    imported += [
-        alias.name for each in nodes if isinstance(each, ast.ImportFrom | ast.Import) for alias in each.names
-    ]
+    imported += [alias.name for each in nodes if isinstance(each, ast.ImportFrom | ast.Import) for alias in each.names]
     names = {each.attr for each in attributes} | {part for name in imported for part in name.split(".")}
     return {name for name in names - own - PYTHONS if name.startswith("_") and not name.startswith("__")}
 
 
 def test_no_other_private_name_is_used():
     files = [
-        path
-        for package in ("data", "sharding", "mbcnet_rec", "launch")
-        for path in (ROOT / package).rglob("*.py")
+        path for package in ("data", "sharding", "mbcnet_rec", "launch") for path in (ROOT / package).rglob("*.py")
     ]
     found = {(str(path.relative_to(ROOT)), name) for path in files for name in private_names(path)}
     assert found == {(file, name) for file, _, name in USED}
@@ -131,9 +121,7 @@ def replaced_names(path: Path) -> set[str]:
     """Attributes that a test sets by setattr on what it has imported, but for constants and the standard library."""
     text, found = path.read_text(), set()
     imported = {
-        alias.asname or alias.name.partition(".")[0]: (getattr(node, "module", None) or alias.name).partition(
-            "."
-        )[0]
+        alias.asname or alias.name.partition(".")[0]: (getattr(node, "module", None) or alias.name).partition(".")[0]
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.ImportFrom | ast.Import)
         for alias in node.names

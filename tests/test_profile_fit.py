@@ -46,9 +46,7 @@ def vocabulary(schema: Schema, name: str) -> list:
 
 def test_what_is_written_is_what_is_returned(train, tmp_path):
     seen: list[int] = []
-    fitted = write_fitted(
-        schema_of(tmp_path, w=WORD, x=NUMBER), [train], tmp_path / "out", progress=seen.append
-    )
+    fitted = write_fitted(schema_of(tmp_path, w=WORD, x=NUMBER), [train], tmp_path / "out", progress=seen.append)
     assert load_schema(tmp_path / "out" / "schema.toml") == fitted
     assert fitted.features[1].mean == 3.0 and fitted.features[1].std == pytest.approx(np.std([1, 2, 6]))
     assert vocabulary(fitted, "w") == ["b", "a"]
@@ -98,9 +96,7 @@ def test_failure_leaves_nothing_behind(train, tmp_path):
 
 def test_files_without_rows_are_refused(tmp_path):
     with pytest.raises(InputError, match="hold no rows: nothing to fit 'w' on; name the training files"):
-        fitted(
-            {"w": WORD, "n": {"kind": "numeric"}}, {"w": pa.array([], pa.string()), "n": [1.0][:0]}, tmp_path
-        )
+        fitted({"w": WORD, "n": {"kind": "numeric"}}, {"w": pa.array([], pa.string()), "n": [1.0][:0]}, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
@@ -141,9 +137,7 @@ def test_standardise_ignores_nulls_and_nan_and_names_a_constant(tmp_path):
     columns = {"x": [1.0, None, 3.0, float("nan"), 5.0], "same": [0.1] * 5}
     notes: list[str] = []
     schema = schema_of(tmp_path, x=NUMBER, same=NUMBER)
-    x, same = write_fitted(
-        schema, [written(columns, tmp_path)], tmp_path / "out", report=notes.append
-    ).features
+    x, same = write_fitted(schema, [written(columns, tmp_path)], tmp_path / "out", report=notes.append).features
     assert (x.mean, x.std) == (3.0, pytest.approx(np.std([1, 3, 5])))
     assert (same.mean, same.std) == (pytest.approx(0.1), 1.0)
     assert len(notes) == 1 and "'same': constant in training" in notes[0]
@@ -228,9 +222,7 @@ def test_integers_that_no_type_holds_together_are_refused_and_fit_as_text(tmp_pa
             tmp_path / f"{number}.parquet",
         )
     files = sorted(tmp_path.glob("*.parquet"))
-    with pytest.raises(
-        InputError, match=r"field 'w': some ids are below 0 .* set type = \"text\" for the field"
-    ):
+    with pytest.raises(InputError, match=r"field 'w': some ids are below 0 .* set type = \"text\" for the field"):
         write_fitted(schema_of(tmp_path, w=WORD), files, tmp_path / "out")
     fit = write_fitted(schema_of(tmp_path, w=WORD | {"type": "text"}), files, tmp_path / "out")
     assert set(vocabulary(fit, "w")) == {"-1", "5", str(2**64 - 1)}

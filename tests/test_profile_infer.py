@@ -251,9 +251,7 @@ def test_odd_names_survive(tmp_path):
     columns = {name: ["u", "v", "w", "u"] for name in ("a.b", 'quo"te', "é", "1", "#x")}
     schema, _, _ = inferred([saved(tmp_path, "x.parquet", **columns, click=[0, 1, 0, 1])], tmp_path)
     assert {feature.name for feature in schema.features} == columns.keys()
-    twins = dict.fromkeys(
-        ("a%2Eb", "type", "a.b", "%type"), columns["é"]
-    )  # whose own tables would be called alike
+    twins = dict.fromkeys(("a%2Eb", "type", "a.b", "%type"), columns["é"])  # whose own tables would be called alike
     schema, _, _ = inferred([saved(tmp_path, "x.parquet", **twins, click=[0, 1, 0, 1])], tmp_path)
     assert [each.source_column for each in schema.features] == [*twins]
     assert [each.name for each in schema.features] == ["a%2Eb", "type", "a.b_2", "%type_2"]
@@ -297,15 +295,11 @@ def test_columns_of_any_name_get_a_field(tmp_path):
     )
     table = pa.table({name: ["u", "v", "w", "u"] for name in names} | {"click": [0, 1, 0, 1]})
     arrays = [*table.columns, pa.array([1, 2, 3, 4]), pa.array([5, 6, 7, 8])]
-    pq.write_table(
-        pa.Table.from_arrays(arrays, [*table.column_names, "twice", "twice"]), tmp_path / "x.parquet"
-    )
+    pq.write_table(pa.Table.from_arrays(arrays, [*table.column_names, "twice", "twice"]), tmp_path / "x.parquet")
     schema, text, left_out = inferred([tmp_path / "x.parquet"], tmp_path)
     assert {feature.source_column for feature in schema.features} == {*names} - {"nul\0", ""}
     fields = {feature.source_column: feature.name for feature in schema.features}
-    assert fields["ctx/hour"] == "ctx_hour_2" and fields["ctx_hour"] == "ctx_hour", (
-        "another column has that name"
-    )
+    assert fields["ctx/hour"] == "ctx_hour_2" and fields["ctx_hour"] == "ctx_hour", "another column has that name"
     assert fields[".hidden"] == "hidden" and len(fields["n" * 2_000]) == 100
     assert schema.groups["all_fields"] == ("all_clicks_id", "all_views_id"), "no group may be called 'all'"
     assert re.search(r"^# twice  # LEFT OUT: .*x\.parquet has 2 columns of this name", text, re.M)
@@ -389,9 +383,7 @@ def test_unsigned_ids_of_databases_are_told_apart(tmp_path):
             else pa.array([Decimal(7 if name in kinds else value) for value in values], pa.decimal128(38, 0))
             for name, values in days.items()
         }  # fmt: skip
-        files.append(
-            saved(tmp_path, f"{number}.parquet", **columns, click=[n * 7 % 10 < 3 for n in range(900)])
-        )
+        files.append(saved(tmp_path, f"{number}.parquet", **columns, click=[n * 7 % 10 < 3 for n in range(900)]))
     schema, _, _ = inferred(files, tmp_path)
     found = {each.name: (each.kind, each.cardinality) for each in schema.features}
     assert found["big"] == ("categorical", 300) and found["small"] == ("categorical", 301)
@@ -411,9 +403,7 @@ def test_ids_that_narrow_floats_of_one_file_cannot_tell_apart_are_amounts(kind, 
                 w=["a"] * 4,
                 click=[0, 1, 0, 1],
             )
-            for n, (each, each_type) in enumerate(
-                [(np.float64, pa.float64()), (kind.to_pandas_dtype(), kind)]
-            )
+            for n, (each, each_type) in enumerate([(np.float64, pa.float64()), (kind.to_pandas_dtype(), kind)])
         ]
         found, _, _ = inferred(files, tmp_path)
         kinds[top] = found.features[0].kind

@@ -44,9 +44,7 @@ def src_of(folder: Path, **files: str | bytes) -> Path:
     src.mkdir(exist_ok=True)
     for name, text in files.items():
         content = text if isinstance(text, bytes) else text.encode()
-        (src / name.replace("__", ".")).write_bytes(
-            gzip.compress(content) if name.endswith("gz") else content
-        )
+        (src / name.replace("__", ".")).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     return src
 
 
@@ -138,9 +136,7 @@ def test_movielens_1m(tmp_path):
     assert [len(table) for table in splits.values()] == [16, 2, 2]
     first, second = splits["train"].to_pylist()[:2]
     has(first, label=1, title_words=["misérables", "les"])
-    has(
-        second, user_id=2, gender="F", age="1", occupation="2", zip_code="48067", title_words=["toy", "story"]
-    )
+    has(second, user_id=2, gender="F", age="1", occupation="2", zip_code="48067", title_words=["toy", "story"])
     has(second, label=1, genres=["Animation", "Comedy"])
     assert splits["test"]["gender"].to_pylist() == ["M", None], "a user who is not in users.dat"
     (src / "ratings.dat").write_text("1::2::3\n")
@@ -224,18 +220,14 @@ def test_writer_cuts_even_row_groups_and_several_files(tmp_path):
         writer.write("valid", table.slice(0, 1))
         writer.write("test", table.slice(0, 2))
         counts = writer.finish()
-    assert counts == {
-        split: {"rows": n, "label_rate": 1.0} for split, n in (("train", 75), ("valid", 1), ("test", 2))
-    }
+    assert counts == {split: {"rows": n, "label_rate": 1.0} for split, n in (("train", 75), ("valid", 1), ("test", 2))}
     footers = map(pq.read_metadata, sorted(tmp_path.glob("train/*.parquet")))
     sizes = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
     assert sizes == [[10, 10, 10], [10, 10, 10], [10, 5]]
     assert split_of(tmp_path, "train") == table.select(["y", "x"])
 
 
-@pytest.mark.parametrize(
-    ("label", "found"), [("2", "= 2"), ("-1", "= -1"), ("", "is empty"), ("nan", "is empty")]
-)
+@pytest.mark.parametrize(("label", "found"), [("2", "= 2"), ("-1", "= -1"), ("", "is empty"), ("nan", "is empty")])
 def test_a_label_that_is_not_0_or_1_is_named_by_its_line(label, found, tmp_path):
     lines = [criteo_line(number) for number in range(40)]
     lines[6] = f"{label}\t{lines[6].partition(chr(9))[2]}"

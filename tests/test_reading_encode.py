@@ -96,9 +96,7 @@ def test_lists_of_ids_drop_nulls_and_follow_the_policy(policy):
     assert columns.repaired == {"f": 2}
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_(pa.int64(), 2)], ids=str
-)
+@pytest.mark.parametrize("kind", [pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_(pa.int64(), 2)], ids=str)
 def test_every_list_type(kind):
     got = only(encode(bag(), pa.array([[1, 2], [3, 4]], kind)).lists)
     assert got.values.tolist() == [1, 2, 3, 4] and got.offsets.tolist() == [0, 2, 4]
@@ -296,9 +294,7 @@ def reference_string_hash(text: str) -> int:
 
 
 @settings(max_examples=100)
-@given(
-    texts=st.lists(st.none() | st.text(max_size=30), max_size=20), skip=st.integers(0, 3), large=st.booleans()
-)
+@given(texts=st.lists(st.none() | st.text(max_size=30), max_size=20), skip=st.integers(0, 3), large=st.booleans())
 def test_string_hashes_are_their_definition(texts, skip, large):
     array = pa.array(texts, pa.large_string() if large else pa.string()).slice(min(skip, len(texts)))
     wanted = [0 if text is None else reference_string_hash(text) for text in array.to_pylist()]
@@ -339,9 +335,7 @@ def test_rows_are_grouped_by_bytes_that_are_no_text_and_by_no_list(tmp_path):
         found = encoder.encode(rows, PLACE).group_ids
         assert found[0] == found[2] != found[1] and found[3] == 0, column.type
     schema = encoder_of(group_column="f", f=ids(9, kind="multi_valued")).schema
-    with pytest.raises(
-        InputError, match="column 'f' is list<item: int64>: the group column wants values, not lists"
-    ):
+    with pytest.raises(InputError, match="column 'f' is list<item: int64>: the group column wants values, not lists"):
         check_columns(pa.schema([("y", pa.int8()), ("f", pa.list_(pa.int64()))]), schema, "log")
 
 

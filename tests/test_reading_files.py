@@ -40,9 +40,7 @@ def test_folders_globs_and_files_become_one_sorted_list(tmp_path):
     for nothing in (tmp_path / "absent", tmp_path / "ds=9*", tmp_path / "\0"):
         with pytest.raises(InputError, match="no Parquet file there; check the path"):
             resolve_files([str(nothing)])
-    with pytest.raises(
-        InputError, match=r"\{1,2\}: no Parquet file there .globs know .* what stands in braces"
-    ):
+    with pytest.raises(InputError, match=r"\{1,2\}: no Parquet file there .globs know .* what stands in braces"):
         resolve_files([f"{tmp_path}/ds={{1,2}}"])
     with pytest.raises(InputError, match="'': is no path"):
         resolve_files([""])  # an unset variable, and not this folder
@@ -111,9 +109,7 @@ def test_one_file_by_two_names_counts_once_and_links_are_followed(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     wanted = [Path("logs/ds=1/a.parquet"), Path("logs/ds=2/b.parquet")]
-    assert (
-        resolve_files(["logs"]) == resolve_files(["logs", "logs/", "logs/ds=1/a.parquet", "logs/*"]) == wanted
-    )
+    assert resolve_files(["logs"]) == resolve_files(["logs", "logs/", "logs/ds=1/a.parquet", "logs/*"]) == wanted
     assert resolve_files(["logs", "logs/../logs/ds=1", str(logs), "~/logs"]) == [
         logs / "ds=1/a.parquet",
         logs / "ds=2/b.parquet",
@@ -126,9 +122,7 @@ def test_one_file_by_two_names_counts_once_and_links_are_followed(tmp_path, monk
 
 def test_a_name_that_arrow_cannot_open_is_told(tmp_path):
     os.rename(write_file(tmp_path / "a.parquet", 3), os.fsencode(tmp_path) + b"/a\xff.parquet")
-    with pytest.raises(
-        InputError, match=r"\.parquet: the name is not UTF-8, by which Arrow opens files; rename it"
-    ):
+    with pytest.raises(InputError, match=r"\.parquet: the name is not UTF-8, by which Arrow opens files; rename it"):
         resolve_files([str(tmp_path)])
 
 

@@ -98,9 +98,7 @@ class Both:
             return without_type(error)
 
     def as_lists(self, inputs):
-        bags = {
-            pooling: (rows.tolist(), offsets.tolist()) for pooling, (rows, offsets, _) in inputs.bags.items()
-        }
+        bags = {pooling: (rows.tolist(), offsets.tolist()) for pooling, (rows, offsets, _) in inputs.bags.items()}
         return bags, inputs.dense.tolist()
 
 
@@ -115,9 +113,7 @@ def drawn(rng, kind, nulls=0.2):
             continue
     fits = [value for value in fits if (int(value) < 2**63 if is_signed else int(value) >= 0)]
     values = [fits[at] for at in rng.integers(0, len(fits), 8)]
-    values = [
-        None if missing else value for value, missing in zip(values, rng.random(8) < nulls, strict=True)
-    ]
+    values = [None if missing else value for value, missing in zip(values, rng.random(8) < nulls, strict=True)]
     return pa.array(values, kind)
 
 
@@ -131,9 +127,7 @@ def as_type(values, kind):
         limit = 2 ** {16: 11, 32: 24, 64: 53}[kind.bit_width]
         if any(value is not None and abs(value) >= limit for value in values):
             raise ValueError("a float that does not hold it")
-        return pa.array(
-            [None if value is None else np.float64(value) for value in values], pa.float64()
-        ).cast(kind)
+        return pa.array([None if value is None else np.float64(value) for value in values], pa.float64()).cast(kind)
     return pa.array(values, kind)
 
 
@@ -161,9 +155,7 @@ def python_forms(column):
     yield values
     yield tuple(values)
     yield np.asarray([*values, None], object)[:-1]
-    if not any(isinstance(value, (Decimal, bytes)) for value in values) and not pa.types.is_temporal(
-        column.type
-    ):
+    if not any(isinstance(value, (Decimal, bytes)) for value in values) and not pa.types.is_temporal(column.type):
         yield json.loads(json.dumps(values))
     if not column.null_count and column.type in INTEGERS:
         yield column.to_numpy()
@@ -200,9 +192,7 @@ def test_ids_have_one_row(field, seed):
                 pa.concat_arrays([lists, lists]).slice(3),
             ):
                 assert many.served(container) == many.trained(container) == of_lists, (kind, container.type)
-            views = pa.ListViewArray.from_arrays(
-                offsets[:-1], pa.array([3, 0, len(column) - 3], pa.int32()), form
-            )
+            views = pa.ListViewArray.from_arrays(offsets[:-1], pa.array([3, 0, len(column) - 3], pa.int32()), form)
             assert many.served(views) == many.trained(views) == of_lists
         if field != "ids" or kind not in TEXTS:
             assert isinstance(wanted, tuple), wanted
@@ -325,9 +315,7 @@ def test_numbers_have_one_value(seed):
     for keys in (numeric(), numeric(transform="log1p"), numeric(transform="standardise", mean=3.0, std=2.0)):
         both, vector = Both(keys), Both({"kind": "vector", "width": 4})
         for kind in (*INTEGERS, *WHOLE, pa.bool_(), pa.decimal128(38, 2)):
-            column = (
-                drawn(rng, kind) if kind != pa.bool_() else pa.array([True, None, False] * 2 + [True] * 2)
-            )
+            column = drawn(rng, kind) if kind != pa.bool_() else pa.array([True, None, False] * 2 + [True] * 2)
             wanted = both.trained(column)
             assert isinstance(wanted, tuple)
             lists = pa.ListArray.from_arrays(pa.array([0, 4, 8], pa.int32()), column)
@@ -363,9 +351,9 @@ def test_numbers_beyond_float32_are_refused_or_missing(value):
     vector = Both({"kind": "vector", "width": 1})
     assert "row 1, field 'f' = " in vector.served([[1.0], [value]])
     log = Both(numeric(transform="log1p")).served([1.0, value])
-    buckets = Both(
-        numeric(transform="bucketise", boundaries=[0.5], num_embeddings=3, embedding_dim=4)
-    ).served([1.0, value])
+    buckets = Both(numeric(transform="bucketise", boundaries=[0.5], num_embeddings=3, embedding_dim=4)).served(
+        [1.0, value]
+    )
     if isinstance(value, float) and np.isfinite(value):
         assert np.isfinite(log[1]).all() and buckets[0]["all"][0] == [2, 2 if value > 0 else 1]
 
@@ -403,9 +391,7 @@ def test_types_are_pinned_from_footers_for_each_table():
         "g": pa.int8(),
     }
     one |= {"item": pa.int32(), "items": pa.large_list(pa.dictionary(pa.int8(), pa.string_view()))}
-    found = pinned(
-        schema, [pa.schema(list(one.items())), pa.schema([("b", pa.string()), ("g", pa.large_string())])]
-    )
+    found = pinned(schema, [pa.schema(list(one.items())), pa.schema([("b", pa.string()), ("g", pa.large_string())])])
     types = {each.name: each.type for each in found.features}
     assert types == {
         "a": "integer",
@@ -442,9 +428,7 @@ def test_every_type_that_parquet_keeps_is_read_from_it(tmp_path):
         "v": [pa.list_(pa.float32(), 2), pa.large_list(pa.int8())], "y": [pa.bool_(), pa.float32(), pa.decimal128(9, 0)],
     }  # fmt: skip
     kinds = [{}] + [{name: kind} for name, choices in others.items() for kind in choices]
-    views = pa.ListViewArray.from_arrays(
-        *offsets, pa.array(items), mask=pa.array([False, True, False, False])
-    )
+    views = pa.ListViewArray.from_arrays(*offsets, pa.array(items), mask=pa.array([False, True, False, False]))
     columns = [plain | {name: as_column(plain[name], kind) for name, kind in each.items()} for each in kinds]
     columns += [plain | {"l": views}]
     assert views.type == view(pa.int64())

@@ -199,9 +199,7 @@ def test_a_day_compares_as_a_day_in_every_type(log, sign, day, form, name):
 
 def test_rows_without_a_time_and_hives_null_partition_meet_no_condition(files, tmp_path):
     null = write_rows(tmp_path / "ds=__HIVE_DEFAULT_PARTITION__" / "a.parquet", [7, 8], pa.array([FIRST] * 2))
-    some = write_rows(
-        tmp_path / "ds=2024-05-11" / "a.parquet", [240, 241], pa.array([FIRST + 10 * DAY, None])
-    )
+    some = write_rows(tmp_path / "ds=2024-05-11" / "a.parquet", [240, 241], pa.array([FIRST + 10 * DAY, None]))
     nothing = write_rows(tmp_path / "ds=2024-05-12" / "a.parquet", [242], pa.array([None], pa.int64()))
     assert kept([*files, null], "ds >= last 1") == rows_of_days(9, 10)
     assert kept([*files, null], "ds != 2024-05-01") == rows_of_days(1, 10)
@@ -284,9 +282,7 @@ def test_a_time_column_that_is_missing_or_holds_no_times_is_named(files, tmp_pat
     refused(r"ds=2024-05-11/part-0.parquet: column 'at' is missing, .* add the column to the file")
     hours = write_rows(tmp_path / "at=3" / "a.parquet", [1], pa.array([1]))
     pq.write_table(pa.table({"click": [0], "row": [1]}), hours)
-    with pytest.raises(
-        InputError, match="it is a partition folder: remove time_column from the schema, and cond"
-    ):
+    with pytest.raises(InputError, match="it is a partition folder: remove time_column from the schema, and cond"):
         kept([hours], "at >= 3")
     write_rows(bad, [1], pa.array([datetime.date(2024, 5, 11)]))
     refused(r"time column 'at' is date32\[day\], but int64 in .*ds=2024-05-01")
@@ -309,9 +305,7 @@ def test_a_time_column_that_is_missing_or_holds_no_times_is_named(files, tmp_pat
     )
 
 
-@pytest.mark.parametrize(
-    "form", ["%Y-%m-%d-%H", "%Y%m%d%H", "%Y-%m-%d_%H", "%Y-%m-%d%%20%H%%3A00%%3A00", "%Y%m%dT%H"]
-)
+@pytest.mark.parametrize("form", ["%Y-%m-%d-%H", "%Y%m%d%H", "%Y-%m-%d_%H", "%Y-%m-%d%%20%H%%3A00%%3A00", "%Y%m%dT%H"])
 def test_a_day_as_bound_beside_folders_of_hours_is_the_whole_day(tmp_path, form):
     hours = [datetime.datetime(2024, *each) for each in ((4, 30, 23), (5, 1, 7), (5, 1, 13), (5, 2, 0))]
     files = [
@@ -362,8 +356,7 @@ def test_numbers_as_folders_want_numbers(tmp_path):
 )  # fmt: skip
 def test_partitions_compare_as_what_all_their_values_are(tmp_path, values, where, wanted):
     files = [
-        write_rows(tmp_path / f"ds={value}" / "a.parquet", [row], pa.array([FIRST]))
-        for row, value in enumerate(values)
+        write_rows(tmp_path / f"ds={value}" / "a.parquet", [row], pa.array([FIRST])) for row, value in enumerate(values)
     ]
     if isinstance(wanted, list):
         assert kept(files, where) == wanted

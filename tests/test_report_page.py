@@ -48,9 +48,7 @@ CASES = {
     "panels of other lines": lambda: figures.curves_figure(
         [("a", {"x": [[(1, 1.0)]], "y": [[(1, 2.0)]]}), ("b", {}), ("c", {}), ("d", {}), ("e", {})]
     ),
-    "latents": lambda: figures.latents_figure(
-        "t", np.zeros((4, 2)), ["efgc", "fused"], np.array([0, 0, 1, 1])
-    ),
+    "latents": lambda: figures.latents_figure("t", np.zeros((4, 2)), ["efgc", "fused"], np.array([0, 0, 1, 1])),
     "categories": lambda: figures.categories_figure(
         ["shoes", "bags"], {"efgc": np.array([1, 2]), "deep": np.array([2, 1])}, np.array([1.5, 1.5])
     ),

@@ -97,10 +97,7 @@ def test_a_run_is_read_as_it_was_trained_after_the_next_days_fit(place, capfd):
     capfd.readouterr()
     assert train(Path("run.toml"), "train.epochs=4", resume=True) == 0
     said = capfd.readouterr().out
-    assert (
-        "note: schema = 'fitted/schema.toml' is another one now (field price, vocabulary/shop.parquet)"
-        in said
-    )
+    assert "note: schema = 'fitted/schema.toml' is another one now (field price, vocabulary/shop.parquet)" in said
     assert json.loads(Path("runs/r/DONE").read_text())["auc"] > 0.8, "not by the vocabulary of the second day"
 
 
@@ -119,10 +116,7 @@ def test_a_run_is_read_without_what_it_was_made_of_from_anywhere_under_any_name(
         said = capfd.readouterr().err.splitlines()[-1]
         assert f"the run in {place}/renamed, but by its train.out that run is in {place}/runs/r" in said
         assert f"add --set train.out={place}/renamed" in said and not Path("runs/r").exists()
-    assert (
-        main(["train", "--config", "renamed/config.toml", "--resume", "--set", f"train.out={place}/renamed"])
-        == 0
-    )
+    assert main(["train", "--config", "renamed/config.toml", "--resume", "--set", f"train.out={place}/renamed"]) == 0
 
 
 def test_a_run_resumes_without_the_files_that_it_was_fitted_from(place):
@@ -157,10 +151,7 @@ def test_a_lost_run_folder_resumes_with_the_schema_of_its_checkpoints_only(place
     assert train(Path("run.toml"), checkpoints, "train.out=runs/s", resume=True) == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert "is not that of the checkpoint (schema.toml, vocabulary/shop.parquet differ)" in said
-    assert (
-        train(Path("run.toml"), checkpoints, "train.out=runs/s", "schema=yesterday/schema.toml", resume=True)
-        == 0
-    )
+    assert train(Path("run.toml"), checkpoints, "train.out=runs/s", "schema=yesterday/schema.toml", resume=True) == 0
     assert "from step 20" in capfd.readouterr().out
 
 
@@ -172,10 +163,7 @@ def test_rows_of_other_ids_are_neither_loaded_in_part_nor_at_a_warm_start(place,
     warm = ("train.out=runs/warm", "train.warm_start=runs/r")
     assert train(Path("run.toml"), *warm) == 2
     said = capfd.readouterr().err.splitlines()[-1]
-    assert (
-        "table shop: its rows are of other ids (another vocabulary)" in said
-        and not Path("runs/warm").exists()
-    )
+    assert "table shop: its rows are of other ids (another vocabulary)" in said and not Path("runs/warm").exists()
     grown = pa.concat_arrays(
         [pq.read_table("runs/r/vocabulary/shop.parquet")["value"].combine_chunks(), pa.array(["new"])]
     )
@@ -223,9 +211,7 @@ def test_a_teacher_that_knows_other_rows_is_refused(place, capfd):
         own = load_schema("runs/r/schema.toml")
         load_teacher(config, own, process)
         fit(2)
-        with pytest.raises(
-            ValueError, match=r"another schema \(schema.toml, vocabulary/shop.parquet differ\)"
-        ):
+        with pytest.raises(ValueError, match=r"another schema \(schema.toml, vocabulary/shop.parquet differ\)"):
             load_teacher(config, load_schema("fitted/schema.toml"), process)
 
 
@@ -247,9 +233,7 @@ def test_resume_over_other_validation_rows_is_noted(place, capfd):
     assert "note: data.valid" not in capfd.readouterr().out
     shutil.copy("logs/day1/a.parquet", "valid/a.parquet")
     assert train(Path("run.toml"), *more, resume=True) == 0
-    assert (
-        capfd.readouterr().out.count("note: data.valid: 1 changed (a.parquet): scores, and which step") == 1
-    )
+    assert capfd.readouterr().out.count("note: data.valid: 1 changed (a.parquet): scores, and which step") == 1
 
 
 def test_the_same_training_rows_elsewhere_are_the_same(place):

@@ -31,9 +31,7 @@ with locked(Path(sys.argv[1]), "train"):
 @pytest.fixture
 def holder(tmp_path):
     """Another process, which has the folder tmp_path/run."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -130,9 +128,7 @@ def test_nothing_is_left_whatever_happens_inside(tmp_path):
         raise ValueError  # the inner one, of the same process, leaves the outer one's LOCK
     with pytest.raises(ValueError), locked(tmp_path / "mine", "train"):
         raise ValueError
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"], (
-        "a folder that was made for the lock alone goes"
-    )
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"], "a folder that was made for the lock alone goes"
     (tmp_path / "file").touch()
     for name in ("file", "file/below", "nul\0", "long" * 100):
         with pytest.raises(InputError, match="no folder can be there"), locked(tmp_path / name, "train"):

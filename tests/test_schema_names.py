@@ -22,7 +22,9 @@ NAMES = (
 
 
 def parse(fields="", tables="", groups="g = ['x']"):
-    text = f"name = 's'\nlabel = 'l'\n[tables]\n{tables}\n[fields]\nx = {{kind = 'numeric'}}\n{fields}\n[groups]\n{groups}"
+    text = (
+        f"name = 's'\nlabel = 'l'\n[tables]\n{tables}\n[fields]\nx = {{kind = 'numeric'}}\n{fields}\n[groups]\n{groups}"
+    )
     return parse_schema(tomllib.loads(text), "s.toml", Path())
 
 

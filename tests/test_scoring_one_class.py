@@ -57,9 +57,7 @@ def test_training_goes_on_to_its_end_and_says_why_once(home, run):
     assert said.count("data.valid: the rows are all of one class, label 0, so their AUC is not defined") == 1
     assert said.count("valid AUC not defined, log-loss 0.") == 4
     assert "best so far" not in said and "nan" not in said and "stopped early" not in said
-    assert (
-        "weights of the last step" in said and "not defined: the rows are all of one class, label 1" in said
-    )
+    assert "weights of the last step" in said and "not defined: the rows are all of one class, label 1" in said
     valid = lines_of(run, "valid")
     assert [line["step"] for line in valid] == [5, 10, 15, 20] and {line["auc"] for line in valid} == {None}
     assert {line["lr_scale"] for line in lines_of(run, "train")} == {1.0}
@@ -83,9 +81,7 @@ def test_evaluate_says_it_of_all_rows_of_slices_and_of_groups(home, run):
         code, out, _ = printed_by("evaluate", run, "--json", "--by", "hour", "--exact-rows", exact)
         found = strict(out)
         assert code == 0 and found["auc"] is None and found["ne"] is None and found["gauc"] is None
-        assert (
-            found["log_loss"] > 0 and found["calibration"] > 0 and found["intervals"]["auc"] == [None, None]
-        )
+        assert found["log_loss"] > 0 and found["calibration"] > 0 and found["intervals"]["auc"] == [None, None]
     rows = pq.read_table(home / "rows/test.parquet")
     first = {user: index for index, user in reversed(list(enumerate(rows["user"].to_pylist())))}
     pq.write_table(rows.take(sorted(first.values())), home / "rows/once.parquet", write_page_checksum=True)
@@ -96,13 +92,10 @@ def test_evaluate_says_it_of_all_rows_of_slices_and_of_groups(home, run):
 def test_tune_and_study_say_the_true_cause(home):
     config = ("--config", home / "tiny.toml", *sets("train.max_steps=5"))
     (home / "space.toml").write_text('[space]\n"optim.dense_lr" = { low = 1e-3, high = 1e-2 }\n')
-    code, _, err = printed_by(
-        "tune", *config, "--space", home / "space.toml", "--trials", "1", "--out", home / "t"
-    )
+    code, _, err = printed_by("tune", *config, "--space", home / "space.toml", "--trials", "1", "--out", home / "t")
     last = err.strip().splitlines()[-1]
     assert (
-        code == 2
-        and "the AUC of the valid rows is not defined, since the rows are all of one class, label 0" in last
+        code == 2 and "the AUC of the valid rows is not defined, since the rows are all of one class, label 0" in last
     )
     code, _, err = printed_by(
         "study", "table3", *config, "--models", "dnn", "--seeds", "1", "--workers", "1", "--out", home / "s"
@@ -125,10 +118,7 @@ def test_training_rows_of_one_class_are_told(home):
             f"train.out={home}/ones",
         ),
     )
-    assert (
-        code == 0
-        and err.count("data.train: the rows are all of one class, label 1: nothing can be learned") == 1
-    )
+    assert code == 0 and err.count("data.train: the rows are all of one class, label 1: nothing can be learned") == 1
 
 
 def test_a_run_that_had_a_best_checkpoint_keeps_it(home):

@@ -198,9 +198,7 @@ def test_scores_of_another_file_are_replaced_only_by_overwrite(runs, days, capfd
     code, _, err = predict(run, days / "ds=*", out, capfd)
     assert code == 2 and f"{days}/ds=1/part-0.parquet: its scores are in {out}/part-0.parquet already" in err
     for options, words in (({"keep": ["click"]}, "other columns (user, "), ({}, "other weights")):
-        code, _, err = predict(
-            runs / ("table_wise" if not options else "row_wise"), "ds=1", out, capfd, **options
-        )
+        code, _, err = predict(runs / ("table_wise" if not options else "row_wise"), "ds=1", out, capfd, **options)
         assert code == 2 and words in err
     assert everything_in(out) == before
     assert "(300 of them were there already)" in predict(run, days / "ds=1", out, capfd)[1], "by another path"
@@ -224,9 +222,7 @@ def test_where_scores_go_is_always_below_out(runs, days, capfd, monkeypatch):
     (days / "here").mkdir()
     monkeypatch.chdir(days / "here")
     run, before = str(runs / "row_wise"), everything_in(days)
-    for number, data in enumerate(
-        (["../ds=1", str(days / "ds=2")], [str(days / "ds=1"), "../ds=2/part-0.parquet"])
-    ):
+    for number, data in enumerate((["../ds=1", str(days / "ds=2")], [str(days / "ds=1"), "../ds=2/part-0.parquet"])):
         assert run_prediction(run, data, f"out{number}") == 0
         assert files_in(days / f"here/out{number}") == ["ds=1/part-0.parquet", "ds=2/part-0.parquet"]
     assert before.items() <= everything_in(days).items()
@@ -244,10 +240,7 @@ def test_a_folder_that_grows_is_scored_on(runs, days, capfd):
     assert predict(runs / "row_wise", logs, out, capfd)[0] == 0
     assert files_in(out) == ["ds=1/part-0.parquet"], "as it will be with a second day"
     (days / "ds=2").rename(logs / "ds=2")
-    assert (
-        "600 rows in 2 files (300 of them were there already)"
-        in predict(runs / "row_wise", logs, out, capfd)[1]
-    )
+    assert "600 rows in 2 files (300 of them were there already)" in predict(runs / "row_wise", logs, out, capfd)[1]
     assert predict(runs / "row_wise", logs / "*/part-*", days / "glob", capfd)[0] == 0
     assert files_in(days / "glob") == ["ds=1/part-0.parquet", "ds=2/part-0.parquet"]
 
@@ -256,9 +249,7 @@ def test_a_group_column_that_some_files_lack_is_left_out_aloud(tmp_path):
     schema = pa.schema([("user", pa.int64())])
     files, lacking = [tmp_path / "a", tmp_path / "b"], pa.schema([("item", pa.int64())])
     assert kept_columns(files, [schema, schema], [], ["user", ""]) == ["user"]
-    with pytest.warns(
-        ColumnLeftOutWarning, match=r"b: has no column 'user', so the scores of no file have it"
-    ):
+    with pytest.warns(ColumnLeftOutWarning, match=r"b: has no column 'user', so the scores of no file have it"):
         assert kept_columns(files, [schema, lacking], [], ["user", "day"]) == []
 
 

@@ -46,9 +46,7 @@ def random_schema(count, seed):
     return schema_of(tables, {name for name in tables if rng.random() < 0.33})
 
 
-SMALL = schema_of(
-    {"user": (50_000_000, 32), "item": (10_000_000, 64), "city": (400, 8), "tags": (5000, 16)}, {"tags"}
-)
+SMALL = schema_of({"user": (50_000_000, 32), "item": (10_000_000, 64), "city": (400, 8), "tags": (5000, 16)}, {"tags"})
 TINY = schema_of({"weekday": (9, 8)})
 
 

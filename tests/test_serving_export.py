@@ -162,9 +162,7 @@ def test_a_single_branch_compiled(exported):
     for compiled in (False, True):
         found = serving.load(folder, compiled=compiled).predict(source)
         assert np.abs(found - own).max() < 1e-5
-    small, whole = (
-        (path / "dense.safetensors").stat().st_size for path in (folder, exported / "row_wise_fp32")
-    )
+    small, whole = ((path / "dense.safetensors").stat().st_size for path in (folder, exported / "row_wise_fp32"))
     assert small < whole
     with pytest.raises(ValueError, match=r"holds no dense_aot\.pt2"):
         serving.load(exported / "row_wise_fp32", compiled=True)

@@ -40,9 +40,7 @@ def global_batches(files, options, world_size, cursor=Cursor()):
     ranks = []
     for rank in range(world_size):
         stream = ParquetStream(files, make_schema(), options, rank, world_size)
-        stream.load_state_dict(
-            {"epoch": cursor.epoch, "step": cursor.step, "fingerprint": stream.fingerprint()}
-        )
+        stream.load_state_dict({"epoch": cursor.epoch, "step": cursor.step, "fingerprint": stream.fingerprint()})
         batches = list(stream)
         assert len(batches) == stream.steps_per_epoch - cursor.step
         assert stream.cursor == Cursor(cursor.epoch + 1, 0)

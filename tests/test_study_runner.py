@@ -59,9 +59,7 @@ def test_table3_compares_the_models_with_the_paper_beside(home, again):
     interval = r"[+-]0\.\d{4} \[[+-]\d+\.\d{4}, [+-]\d+\.\d{4}\]"
     assert re.search(interval, row), "a difference with its interval"
     aucs = [scores(folder)["auc"] for folder in folders_of(home, "dnn")]
-    assert f"DNN | 2 | {np.mean(aucs):.4f} ± {np.std(aucs, ddof=1):.4f}" in page, (
-        "the mean is that of the runs"
-    )
+    assert f"DNN | 2 | {np.mean(aucs):.4f} ± {np.std(aucs, ddof=1):.4f}" in page, "the mean is that of the runs"
     assert re.search(r"MBCnet is (ahead of|behind) DNN", page) and "Of 1 claims of the paper" in page
     for words in (
         "MBCnet beats DNN",
@@ -91,16 +89,13 @@ def test_a_page_of_other_data_or_settings_stays(home, tmp_path, capfd):
         assert main([*command, *out]) == 0
         (page,) = re.findall(r"wrote (.*)", capfd.readouterr().out)
         assert pages.setdefault(steps, page) == page
-    assert (
-        sorted(pages.values()) == sorted(map(str, tmp_path.glob("*.html"))) and len(set(pages.values())) == 2
-    )
+    assert sorted(pages.values()) == sorted(map(str, tmp_path.glob("*.html"))) and len(set(pages.values())) == 2
 
 
 def blocks_of(study, home, found, failures=None):
     """A study's page of made-up scores: variant -> AUC of each seed."""
     scored = {
-        name: {seed: {"auc": auc, "log_loss": 0.5} for seed, auc in enumerate(aucs)}
-        for name, aucs in found.items()
+        name: {seed: {"auc": auc, "log_loss": 0.5} for seed, auc in enumerate(aucs)} for name, aucs in found.items()
     }
     request = runner.StudyRequest(study, home / "rows/run.toml")
     return runner.report_blocks(request, load_config(request.config), [], scored, failures or {})

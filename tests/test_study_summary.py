@@ -14,10 +14,7 @@ CLAIM = Claim("ours beats theirs", "ours", "theirs")
 
 def seeds_of(aucs, losses=None):
     losses = losses or [0.5] * len(aucs)
-    return {
-        seed: {"auc": auc, "log_loss": loss}
-        for seed, (auc, loss) in enumerate(zip(aucs, losses, strict=True))
-    }
+    return {seed: {"auc": auc, "log_loss": loss} for seed, (auc, loss) in enumerate(zip(aucs, losses, strict=True))}
 
 
 def test_difference_is_the_paired_t_test():

@@ -166,11 +166,7 @@ def test_enkd_keeps_the_teachers_of_its_first_trial(config, out, capsys):
         winner = with_overrides(config, ["model.kind=dcnv2", f"model.dcnv2.hidden=[{width}]"], "test")
         (out / "dcnv2.toml").write_text(config_text(winner))
         path, _ = tune_model(config, replace(SEARCH, trials=number + 1), "enkd", out, trained)
-    assert (
-        [each.model.dcnv2.hidden for each in trained]
-        == [(7,), (7,)]
-        == [load_config(path).model.dcnv2.hidden] * 2
-    )
+    assert [each.model.dcnv2.hidden for each in trained] == [(7,), (7,)] == [load_config(path).model.dcnv2.hidden] * 2
     assert "its trials keep the teachers of the first one" in capsys.readouterr().out
 
 

@@ -65,9 +65,7 @@ def rows_of(folder: Path) -> pa.Table:
 
 def test_same_seed_same_bytes_whatever_the_threads(schema, log, tmp_path):
     write_synthetic(schema, tmp_path, rows=ROWS, days=DAYS, rows_per_file=700, threads=1)
-    one, two = (
-        {file.relative_to(out): file.read_bytes() for file in files_of(out)} for out in (log, tmp_path)
-    )
+    one, two = ({file.relative_to(out): file.read_bytes() for file in files_of(out)} for out in (log, tmp_path))
     assert one == two and len(one) == 2 * DAYS
 
 

@@ -106,9 +106,7 @@ def test_resume_ends_like_an_uninterrupted_run(config):
     assert train(config, "train.eval_every=10", f"train.out={whole}") == 0
     assert train(config, "train.eval_every=10", f"train.out={parts}", "train.max_steps=20") == 0
     assert train(config, "train.eval_every=10", f"train.out={parts}", resume=True) == 0
-    first, second = (
-        [line for line in lines_of(out, "train", "valid") if line["step"] > 20] for out in (whole, parts)
-    )
+    first, second = ([line for line in lines_of(out, "train", "valid") if line["step"] > 20] for out in (whole, parts))
     assert first == second, "the same numbers to the last digit"
 
 

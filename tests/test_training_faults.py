@@ -54,9 +54,7 @@ def line_of(result, rank):
 def test_a_killed_rank(results):
     first = results["killed_rank"]["first"]
     assert first["codes"] == [77, -9] and first["seconds"] < 20
-    assert "at step 8: rank 1 gives no sign of life, it is stopped or dead (rank 1 last seen at " in line_of(
-        first, 0
-    )
+    assert "at step 8: rank 1 gives no sign of life, it is stopped or dead (rank 1 last seen at " in line_of(first, 0)
     # on a loaded machine the checkpoint of step 6 may still be on its way when rank 1 dies at step 8
     assert first["steps"] in ([5, 6], [5]), "the checkpoints before stand"
     ended_as_calm(results["killed_rank"])
@@ -72,9 +70,7 @@ def test_a_stop_request_is_granted_at_the_step_boundary(request, name, step, lan
     assert first["codes"] == [75, 75], "both ranks leave, although one was asked"
     assert f"after step {step}; its checkpoint is written" in line_of(first, 0) and first["words"][1] == ""
     assert max(first["steps"]) == step, "no step is lost"
-    assert first.get("seconds_after", 0) < 10, (
-        "from the signal to the last rank's end, the checkpoint included"
-    )
+    assert first.get("seconds_after", 0) < 10, "from the signal to the last rank's end, the checkpoint included"
     ended_as_calm(result)
 
 
@@ -194,9 +190,7 @@ def test_a_disk_that_is_full_in_metrics(rare):
     assert first["codes"] == [74, 77]
     assert "metrics.jsonl: cannot be written (File too large)" in line_of(first, 0)
     lines = first["text"].splitlines()
-    assert first["text"].endswith("}\n") and all(json.loads(line)["step"] for line in lines), (
-        "whole lines only"
-    )
+    assert first["text"].endswith("}\n") and all(json.loads(line)["step"] for line in lines), "whole lines only"
     ended_as_calm(rare["disk_full_in_metrics"])
 
 

@@ -108,9 +108,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
     assert lines_of(whole, "valid") == lines_of(parts, "valid")
     one, other = lines_of(whole, "train"), lines_of(parts, "train")
     assert [line["step"] for line in one] == [line["step"] for line in other] == [4, 8, 12]
-    assert one[0] == other[0] and one[2] == other[2], (
-        "the line of step 8 tells of the steps after the resume only"
-    )
+    assert one[0] == other[0] and one[2] == other[2], "the line of step 8 tells of the steps after the resume only"
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -132,13 +130,10 @@ def test_the_fast_path_of_a_cpu_takes_the_same_steps(config, tmp_path, name, mon
         assert shape == slow[key][0], key
         if not key.startswith("window/") and "int" not in key:
             ours, theirs = (
-                np.frombuffer(each, np.float32 if len(each) % 4 == 0 else np.uint8)
-                for each in (values, slow[key][1])
+                np.frombuffer(each, np.float32 if len(each) % 4 == 0 else np.uint8) for each in (values, slow[key][1])
             )
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=key)
-    assert [line["loss"] for line in fast_lines] == pytest.approx(
-        [line["loss"] for line in slow_lines], abs=1e-6
-    )
+    assert [line["loss"] for line in fast_lines] == pytest.approx([line["loss"] for line in slow_lines], abs=1e-6)
 
 
 def test_damaged_checkpoints_are_passed_over_aloud_and_never_thrown_away(config, tmp_path, capfd):
@@ -155,10 +150,7 @@ def test_damaged_checkpoints_are_passed_over_aloud_and_never_thrown_away(config,
         (folder / f"checkpoints/step_{step}/rank_00000.safetensors").write_bytes(b"damage")
     code, _ = run(config, tmp_path / "run", *settings, resume=True)
     error = capfd.readouterr().err.splitlines()[-1]
-    assert (
-        code == 2
-        and "of 2 checkpoints none is whole; bring one back, or begin anew with --overwrite" in error
-    )
+    assert code == 2 and "of 2 checkpoints none is whole; bring one back, or begin anew with --overwrite" in error
     assert steps_of(folder) == [3, 6], "nothing is removed"
 
 
@@ -196,9 +188,7 @@ def test_the_norm_is_logged_and_a_clip_changes_the_run(config, tmp_path):
     settings = ["train.max_steps=10", "data.valid=[]"]
     _, free = run(config, tmp_path / "free", *settings)
     _, tight = run(config, tmp_path / "tight", *settings, "train.max_grad_norm=1e-6")
-    free_norms, tight_norms = (
-        [line["grad_norm"] for line in lines_of(each, "train")] for each in (free, tight)
-    )
+    free_norms, tight_norms = ([line["grad_norm"] for line in lines_of(each, "train")] for each in (free, tight))
     assert len(free_norms) == 2 and all(norm > 0.01 for norm in free_norms + tight_norms)
     assert free_norms != tight_norms
 
@@ -212,8 +202,6 @@ def test_the_alarm_is_armed_by_some_lines_and_rises_for_a_jump():
     assert loss_spike(state, float("nan"), 6.0) is None and state.loss_lines == 41, "another check's affair"
     young = TrainState()
     jumps = [loss_spike(young, 1.0 + line % 2, 6.0) for line in range(SPIKE_LINES - 1)]
-    assert loss_spike(young, 100.0, 6.0) is None and jumps == [None] * (SPIKE_LINES - 1), (
-        "too few lines to judge by"
-    )
+    assert loss_spike(young, 100.0, 6.0) is None and jumps == [None] * (SPIKE_LINES - 1), "too few lines to judge by"
     off = TrainState(loss_mean=1.0, loss_variance=0.01, loss_lines=99)
     assert loss_spike(off, 100.0, 0.0) is None

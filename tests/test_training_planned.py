@@ -56,9 +56,7 @@ def test_without_a_plan_the_run_plans_and_keeps_what_it_used(found):
     assert plan["optimizer"] == "adam" and plan["dense"]["parameters"] > 0
     assert {table["sharding_type"] for table in plan["tables"].values()} == {"data_parallel"}
     counts = [line["mended/user"] for line in result["lines"] if line["split"] == "train"]
-    assert counts == [result["above"]] * 4 and counts[0] > 300, (
-        "repaired values of all ranks, each line's window"
-    )
+    assert counts == [result["above"]] * 4 and counts[0] > 300, "repaired values of all ranks, each line's window"
 
 
 def test_the_prefetching_pipeline_takes_the_same_steps(found):
@@ -74,15 +72,11 @@ def test_replicated_groups_train_save_and_resume(replicas):
     assert again["codes"] == [0, 0, 0, 0], again["words"]
     assert max(said(replicas)) < 1
     # to some bits: over four ranks gloo adds in another order in the first step of a start, in which DDP's buckets are others
-    losses = {
-        when: [line.get("loss", line.get("log_loss")) for line in again[when]] for when in ("before", "after")
-    }
+    losses = {when: [line.get("loss", line.get("log_loss")) for line in again[when]] for when in ("before", "after")}
     assert len(losses["before"]) == 6 and losses["after"] == pytest.approx(losses["before"], rel=1e-6)
     blocks = [(name, tuple(offsets)) for name, offsets in replicas["blocks"]]
     tables = [block for block in blocks if "embedding_bags" in block[0]]
-    assert tables and len(tables) == len(set(tables)), (
-        "each block is written by one of the ranks that hold it"
-    )
+    assert tables and len(tables) == len(set(tables)), "each block is written by one of the ranks that hold it"
 
 
 @pytest.fixture(scope="module")

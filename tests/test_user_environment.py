@@ -79,9 +79,7 @@ def test_home_is_the_home_folder_in_configs_overrides_and_arguments(tmp_path, mo
     config = load_config(path, ["train.out=~/runs/x"])
     assert (config.schema, config.data.train) == (f"{tmp_path}/s.toml", (f"{tmp_path}/logs",))
     assert config.run_folder == tmp_path / "runs/x"
-    args = cli.build_parser().parse_args(
-        ["predict", "~/run", "--data", "~/a", "b", "--data", "c", "--out=~/s"]
-    )
+    args = cli.build_parser().parse_args(["predict", "~/run", "--data", "~/a", "b", "--data", "c", "--out=~/s"])
     assert (args.run_folder, args.out) == (f"{tmp_path}/run", f"{tmp_path}/s")
     assert args.data == [f"{tmp_path}/a", "b", "c"], "given again, lists add up"
     path.write_text(CONFIG, encoding="utf-8")
@@ -130,9 +128,7 @@ def test_names_are_shown_where_output_is_not_utf8(variables, tmp_path):
 def command(*words, folder, closed="", **variables):
     line = f'exec "{sys.executable}" -m mbcnet_rec.cli "$@" {closed}'
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run(
-        ["sh", "-c", line, "sh", *words], cwd=folder, env=environ, capture_output=True, timeout=60
-    )
+    return subprocess.run(["sh", "-c", line, "sh", *words], cwd=folder, env=environ, capture_output=True, timeout=60)
 
 
 def test_ctrl_c_in_an_import_that_swallows_it_ends_with_130(tmp_path):

@@ -58,9 +58,7 @@ def train(config: Path, *settings: str, **options: Any) -> int:
     return exit_code(command)
 
 
-def program(
-    name: str, *args: str, cwd: Path, timeout: float = 120, **env: str
-) -> subprocess.CompletedProcess[str]:
+def program(name: str, *args: str, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a program of this environment as a user without an activated shell would."""
     return subprocess.run(
         [str(BIN / name), *args],
@@ -74,11 +72,7 @@ def program(
 
 def environment(**env: str) -> dict[str, str]:
     """The variables of a plain shell. Nothing of pytest's own process may make a job work that would not elsewhere."""
-    kept = {
-        name: os.environ[name]
-        for name in ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH")
-        if name in os.environ
-    }
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH") if name in os.environ}
     return kept | {"OMP_NUM_THREADS": "1"} | env
 
 

@@ -147,9 +147,7 @@ def refused():
 
 def warm():
     """A warm start takes ids and rows along."""
-    done = train(
-        "warmed", f"train.warm_start={FOLDER / 'two'}", "train.max_steps=1", "train.eval_every=0", world=1
-    )
+    done = train("warmed", f"train.warm_start={FOLDER / 'two'}", "train.max_steps=1", "train.eval_every=0", world=1)
     before, after = tensors("two"), tensors("warmed", step=1)
     names = [name for name in before if name.endswith(("thing.raw_ids", "thing.slots"))]
     return {"done": done, "same": [bool(torch.equal(before[name], after[name])) for name in names]}

@@ -86,9 +86,7 @@ def train_fast(task: dict[str, Any]) -> None:
 def load_weights(model: Any, kind: str, weights: Any) -> None:
     """Copy tables by field, behind a row of padding, and the rest in order; refuse what does not fit."""
     parameters = dict(model.named_parameters())
-    tables = {
-        name: name[len(TABLES) :].removesuffix(".weight") for name in parameters if name.startswith(TABLES)
-    }
+    tables = {name: name[len(TABLES) :].removesuffix(".weight") for name in parameters if name.startswith(TABLES)}
     dense = [name for start in ORDER[kind] for name in parameters if name.startswith(start)]
     given = sorted(name for name in weights.files if name.startswith("dense/"))
     left = set(parameters) - set(tables) - set(dense) - {SPARE}

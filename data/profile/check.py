@@ -49,9 +49,7 @@ class CheckReport:
     num_row_groups: int = 0
     num_rows: int = 0
     empty_files: int = 0
-    labels: set[float] = field(
-        default_factory=set, compare=False
-    )  # that were seen; NaN where statistics do not tell
+    labels: set[float] = field(default_factory=set, compare=False)  # that were seen; NaN where statistics do not tell
 
     def add(self, faults: Sequence[Fault], max_faults: int) -> None:
         """Take in faults; those above `max_faults` are only counted."""
@@ -152,9 +150,7 @@ def _read_footer(schema: Schema, ranges: Ranges, file: DataFile) -> _Footer:
     return _Footer(file, rows, names, faults, not sum(rows), frozenset(map(float, labels)))
 
 
-def _ends(
-    metadata: pq.FileMetaData, names: Collection[str]
-) -> Iterator[tuple[int, str, tuple[Any, Any] | None]]:
+def _ends(metadata: pq.FileMetaData, names: Collection[str]) -> Iterator[tuple[int, str, tuple[Any, Any] | None]]:
     """Row group, column, and the least and the largest number in it by the statistics; None where they do not tell."""
     wanted = [(index, name) for index, name in enumerate(columns_of_leaves(metadata)) if name in names]
     for number in range(metadata.num_row_groups):

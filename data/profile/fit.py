@@ -198,9 +198,7 @@ def fit_schema(
     _copy_vocabularies(schema, top, out)
     waiting = [feature for feature in schema.features if not feature.is_fitted]
     if waiting and not files:
-        raise InputError(
-            f"schema {schema.name!r}: no training file to fit {waiting[0].name!r} on; name at least one"
-        )
+        raise InputError(f"schema {schema.name!r}: no training file to fit {waiting[0].name!r} on; name at least one")
     counts = {
         each.table_name: Counts(each.name, pa.string() if each.type == "text" else pa.int64())
         for each in waiting
@@ -265,9 +263,7 @@ def write_fitted(
         fix = "pass --force to replace it" if is_earlier_fit else "choose another folder"
         raise InputError(f"{out}: exists already; {fix}")
     if held and schema.folder.resolve() == out.resolve():
-        raise InputError(
-            f"{out}: holds the schema that is fitted, which would be replaced; choose another folder"
-        )
+        raise InputError(f"{out}: holds the schema that is fitted, which would be replaced; choose another folder")
     with whole_folder(out) as folder:
         fitted = fit_schema(schema, files, folder, report, progress)
         header = f"Fitted on {len(files)} training file(s) by mbcnet schema fit."

@@ -101,9 +101,7 @@ def field_names(columns: Collection[str]) -> dict[str, str]:
     for column in columns:
         name, number = column, 1
         if not is_writable(column) or len(column) > MAX_NAME or own_table(column) in tables:
-            plain = "".join(each if is_writable(f"x{each}") else "_" for each in column)[:MAX_NAME].lstrip(
-                "."
-            )
+            plain = "".join(each if is_writable(f"x{each}") else "_" for each in column)[:MAX_NAME].lstrip(".")
             name = plain = plain.strip() or "column"
             while name in taken or own_table(name) in tables:
                 number += 1
@@ -159,9 +157,7 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
             f"no column is named like a label ({', '.join(LABEL_NAMES)}); name it with --label (columns of 0 and 1: {listed})"
         )
     if label in profile.unfit:
-        raise InputError(
-            f"label {label!r}: {profile.unfit[label]}; fix the files, or choose another with --label"
-        )
+        raise InputError(f"label {label!r}: {profile.unfit[label]}; fix the files, or choose another with --label")
     if label not in columns:
         names = ", ".join(sorted(columns)[:20])
         raise InputError(f"label {label!r} is not a column of these files; choose one of: {names}")
@@ -203,9 +199,7 @@ def _time_span(profile: Profile, name: str) -> str:
         return ""
     if pt.is_timestamp(column.kind):
         both = pc.min_max(profile.sample[name].cast(pa.timestamp(column.kind.unit)))
-        first, last = (
-            both[end].cast(pa.string()).as_py() for end in ("min", "max")
-        )  # Python has no years beyond 9999
+        first, last = (both[end].cast(pa.string()).as_py() for end in ("min", "max"))  # Python has no years beyond 9999
         return f"{first} to {last} (in the row sample)"
     if name not in TIME_NAMES or not is_number(column.kind) or column.low is None or column.high is None:
         return ""
@@ -238,11 +232,7 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
     values = column.distinct.estimate()
     if values == 1 and not column.nulls and not column.is_list:
         proposal.suspicions.append("it is constant")
-    if (
-        proposal.kind == "categorical"
-        and column.rows >= MIN_ROWS_FOR_UNIQUE
-        and values > UNIQUE_SHARE * column.rows
-    ):
+    if proposal.kind == "categorical" and column.rows >= MIN_ROWS_FOR_UNIQUE and values > UNIQUE_SHARE * column.rows:
         proposal.suspicions.append("it is unique per row, so it can only be learned by heart")
     sample = profile.sample[column.name].combine_chunks()
     found = column_auc(column, sample, labels)
@@ -291,9 +281,7 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
     if profile.rows < profile.total_rows:
         lines.append("# Cardinalities and ranges are those of the rows read: other rows may hold more.")
     if not any("embedding_dim" in each.entry for each in used):
-        lines.append(
-            "# No column can be a field with an embedding table, and training wants one: add a column of ids."
-        )
+        lines.append("# No column can be a field with an embedding table, and training wants one: add a column of ids.")
     if any("num_embeddings" in each.entry for each in used):
         lines.append(
             '# An id outside [0, num_embeddings) stops training and is named; on_invalid = "null" or "modulo" would fix it.'

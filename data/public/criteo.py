@@ -37,9 +37,7 @@ def terabyte_rows(sources: Sources) -> Splits:
     missing = [day for day in range(first, last) if day not in days]
     if first == last or missing:
         wanted = f"day_{missing[0]}" if missing else "at least two days"
-        raise InputError(
-            f"{days[last].parent}: holds day_{first} to day_{last}: wanted {wanted} too; fetch it"
-        )
+        raise InputError(f"{days[last].parent}: holds day_{first} to day_{last}: wanted {wanted} too; fetch it")
     for day in range(first, last):
         for rows in _read(days[day]):
             yield "train", rows

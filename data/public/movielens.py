@@ -33,9 +33,7 @@ History = dict[int, list[tuple[int, str]]]  # movie -> (moment, tag), oldest fir
 def latest_rows(sources: Sources) -> Splits:
     """The first 80 % of the ratings in time train, the next 10 % validate, the rest test."""
     types = (RATING_TYPES, MOVIE_TYPES, TAG_TYPES)
-    ratings, movies, tags = (
-        read_csv_whole(sources[name][0], of) for name, of in zip(LATEST_FILES, types, strict=True)
-    )
+    ratings, movies, tags = (read_csv_whole(sources[name][0], of) for name, of in zip(LATEST_FILES, types, strict=True))
     history = tag_history(tags.rename_columns(["movie_id", "tag", "timestamp"]))
     for split, piece in _in_time(ratings, movies):
         yield split, derive(piece, history)
@@ -58,23 +56,18 @@ def _in_time(ratings: pa.Table, movies: pa.Table) -> Splits:
     if ratings["rating"].null_count:
         row = pc.index(ratings["rating"].is_null(), True).as_py()
         of = f"user {ratings['user_id'][row]}, film {ratings['movie_id'][row]}"
-        raise InputError(
-            f"ratings: row {row} ({of}) has no rating, which the label is made of: fix or remove the line"
-        )
+        raise InputError(f"ratings: row {row} ({of}) has no rating, which the label is made of: fix or remove the line")
     liked = pc.greater_equal(ratings["rating"], LIKED)
     ratings = ratings.append_column("label", liked.cast(pa.int8()))
     genres = [
-        [] if listed in (None, "(no genres listed)") else listed.split("|")
-        for listed in movies["genres"].to_pylist()
+        [] if listed in (None, "(no genres listed)") else listed.split("|") for listed in movies["genres"].to_pylist()
     ]
     year = pc.struct_field(pc.extract_regex(movies["title"], YEAR_IN_TITLE), "year").cast(pa.int32())
     movies = movies.drop_columns(["genres"]).append_column("year", year)
     movies = movies.append_column("genres", pa.array(genres, STRINGS))
     order = np.lexsort([ratings[name].to_numpy() for name in ("movie_id", "user_id", "timestamp")])
     size = len(order)
-    pieces = (
-        ratings.take(pa.array(order[start : start + PIECE_ROWS])) for start in range(0, size, PIECE_ROWS)
-    )
+    pieces = (ratings.take(pa.array(order[start : start + PIECE_ROWS])) for start in range(0, size, PIECE_ROWS))
     for split, piece in by_position(pieces, size * 8 // 10, size * 9 // 10):
         piece = join(piece, "movie_id", movies, "movieId")
         known = pc.coalesce(piece["genres"], pa.scalar([], STRINGS))

@@ -30,9 +30,7 @@ def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
     """
     found: dict[str, list[Path]] = {}
     for pattern in patterns:
-        candidates = (
-            sorted(path for path in src.glob(part) if path.is_file()) for part in pattern.split("|")
-        )
+        candidates = (sorted(path for path in src.glob(part) if path.is_file()) for part in pattern.split("|"))
         files = next(filter(None, candidates), [])
         if not files:
             wanted = ", ".join(each.replace("|", " or ") for each in patterns)
@@ -150,16 +148,12 @@ def hex_to_int(path: Path, rows: pa.Table, names: Sequence[str]) -> pa.Table:
         try:
             numbers = pc.binary_join_element_wise("0x", rows[name], "").cast(pa.uint32()).cast(pa.int64())
         except pa.ArrowInvalid as error:
-            raise InputError(
-                f"{path}: column {name}: wanted 8 hexadecimal digits ({error}); fetch it again"
-            ) from None
+            raise InputError(f"{path}: column {name}: wanted 8 hexadecimal digits ({error}); fetch it again") from None
         rows = rows.set_column(rows.column_names.index(name), name, numbers)
     return rows
 
 
-def with_clock(
-    rows: pa.Table, moments: pa.ChunkedArray, hour: str = "hour", weekday: str = "weekday"
-) -> pa.Table:
+def with_clock(rows: pa.Table, moments: pa.ChunkedArray, hour: str = "hour", weekday: str = "weekday") -> pa.Table:
     """Append hour and weekday (Monday is 0), int32, of moments in seconds."""
     clock = moments.cast(pa.timestamp("s"))
     for name, part in ((hour, pc.hour(clock)), (weekday, pc.day_of_week(clock))):

@@ -81,9 +81,7 @@ class SplitWriter(ExitStack):
                     f"data set {self.schema.name!r}: the {split} split got no rows of {total}; check that --src holds all of it"
                 )
             self._flush(split, 1)
-        return {
-            split: {"rows": rows, "label_rate": self.ones[split] / rows} for split, rows in self.rows.items()
-        }
+        return {split: {"rows": rows, "label_rate": self.ones[split] / rows} for split, rows in self.rows.items()}
 
 
 def require_columns(name: str, rows: pa.Table, columns: Sequence[str]) -> None:
@@ -94,6 +92,4 @@ def require_columns(name: str, rows: pa.Table, columns: Sequence[str]) -> None:
     """
     for column in columns:
         if column not in rows.column_names:
-            raise InputError(
-                f"data set {name!r}: column {column!r} is missing; check that --src holds this data set"
-            )
+            raise InputError(f"data set {name!r}: column {column!r} is missing; check that --src holds this data set")

@@ -24,9 +24,7 @@ def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str, *, has_lab
         raise InputError(f"{file}: {fault}")
 
 
-def column_faults(
-    arrow_schema: pa.Schema, schema: Schema, *, has_label: bool = True
-) -> Iterator[tuple[str, str]]:
+def column_faults(arrow_schema: pa.Schema, schema: Schema, *, has_label: bool = True) -> Iterator[tuple[str, str]]:
     """All that `check_columns` refuses: the field's source column (or the label's, or the group column), and what is wrong."""
     names = Counter(arrow_schema.names)
     for source, column, owner, role, accepts, types in _wanted(schema, has_label):
@@ -84,8 +82,7 @@ def pinned(schema: Schema, arrow_schemas: Iterable[pa.Schema]) -> Schema:
     for each in waiting:
         of_table.setdefault(each.table_name, set()).update(found[each.source_column])
     features = tuple(
-        replace(each, type=_type_of(of_table[each.table_name])) if each in waiting else each
-        for each in schema.features
+        replace(each, type=_type_of(of_table[each.table_name])) if each in waiting else each for each in schema.features
     )
     group_type = schema.group_type or _type_of(found.get(schema.group_column, set()))
     return replace(schema, features=features, group_type=group_type)

@@ -140,6 +140,4 @@ def form_of(number: int) -> Form:
         return Form(*WRITTEN[len(text)], len(text))
     if number < 10**8:
         return Form("", 0, 0)
-    return next(
-        (Form(name, step, 0) for name, limit, step in UNITS if number < limit), Form("nanoseconds", 1, 0)
-    )
+    return next((Form(name, step, 0) for name, limit, step in UNITS if number < limit), Form("nanoseconds", 1, 0))

@@ -171,9 +171,7 @@ def _filtered(rows: pa.RecordBatch, kept: np.ndarray) -> pa.RecordBatch:
     except pa.ArrowNotImplementedError:
         edges = np.flatnonzero(np.diff(kept, prepend=False, append=False)).tolist()
         runs = zip(edges[::2], edges[1::2], strict=True)
-        return pa.concat_batches(
-            [rows.slice(0, 0), *(rows.slice(start, stop - start) for start, stop in runs)]
-        )
+        return pa.concat_batches([rows.slice(0, 0), *(rows.slice(start, stop - start) for start, stop in runs)])
 
 
 def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:

@@ -154,9 +154,7 @@ def _named(read: Callable[..., T]) -> Callable[..., T]:
 class _Reader:
     """The columns of one record batch, read field by field. `rows`: where they go among the rows of all record batches."""
 
-    def __init__(
-        self, encoder: Encoder, rows: Rows, start: int, place: Place, repaired: Counter[str]
-    ) -> None:
+    def __init__(self, encoder: Encoder, rows: Rows, start: int, place: Place, repaired: Counter[str]) -> None:
         self.encoder, self.place, self.repaired = encoder, place, repaired
         self.columns: Mapping[str, Column] = (
             rows if isinstance(rows, Mapping) else dict(zip(rows.schema.names, rows.columns, strict=True))

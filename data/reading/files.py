@@ -75,9 +75,7 @@ def resolve_files(paths: Sequence[str]) -> FileList:
         listed = list_files(text)
         is_data = for_each_file([each.file for each in listed], _is_parquet, "cannot be read", LIST_ATTEMPTS)
         found = {
-            each.file: each.identity
-            for each, by_name in zip(listed, is_data, strict=True)
-            if by_name or each.is_named
+            each.file: each.identity for each, by_name in zip(listed, is_data, strict=True) if by_name or each.is_named
         }
         identities |= found
         others |= {each.file for each in listed} - found.keys()
@@ -238,28 +236,20 @@ def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str,
     try:
         return read()
     except (FileNotFoundError, PermissionError) as error:
-        raise InputError(
-            f"{name}: cannot be read ({first_line(error)}); check the path and the permissions"
-        ) from None
+        raise InputError(f"{name}: cannot be read ({first_line(error)}); check the path and the permissions") from None
     except DAMAGE as error:
         raise InputError(
             f"{name}: {problem} ({first_line(error)}); the file is damaged or of another kind: write it again or remove it"
         ) from None
 
 
-def _count_rows(
-    file: DataFile, number: int, footer: Footer, selection: Selection
-) -> tuple[list[RowGroup], np.ndarray]:
+def _count_rows(file: DataFile, number: int, footer: Footer, selection: Selection) -> tuple[list[RowGroup], np.ndarray]:
     """Kept rows of each row group of a file, and of each label."""
     row_groups, label_counts = [], np.zeros(2, np.int64)
     with ExitStack() as stack:
         parquet: pq.ParquetFile | None = None
         for index, stored_rows in enumerate(footer.num_rows):
-            columns = (
-                selection.columns_to_count(footer.spans[index], footer.untimed[index])
-                if stored_rows
-                else None
-            )
+            columns = selection.columns_to_count(footer.spans[index], footer.untimed[index]) if stored_rows else None
             num_rows = 0 if columns is None else stored_rows
             if columns:
                 parquet = parquet or stack.enter_context(open_parquet(file))

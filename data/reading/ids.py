@@ -23,9 +23,7 @@ WHOLE_BITS = {16: 11, 32: 24, 64: 53}
 Converted = tuple[pa.Array, np.ndarray | None]
 
 
-def read_ids(
-    column: pa.Array, owner: str, wanted: str, place: Place, offsets: np.ndarray | None = None
-) -> pa.Array:
+def read_ids(column: pa.Array, owner: str, wanted: str, place: Place, offsets: np.ndarray | None = None) -> pa.Array:
     """`as_ids` of `owner`, a field or the group column. `offsets`: of the lists that hold the values.
 
     Raises:
@@ -37,7 +35,9 @@ def read_ids(
     first = int(bad.argmax())
     found = column[first].as_py()
     if is_text(value_type(column.type)):
-        words = f"{str(found)[:80]!r}: wanted an integer of 64 bits in plain digits, since its ids are integers in training"
+        words = (
+            f"{str(found)[:80]!r}: wanted an integer of 64 bits in plain digits, since its ids are integers in training"
+        )
         fix = "fix the file, or train anew on ids that are text"
     else:
         words = f"{found}: wanted an id, an integer of 64 bits (as a float, a whole number that its type holds exactly)"

@@ -45,9 +45,7 @@ class Vocabulary:
     def rows_of(self, column: pa.Array) -> np.ndarray:
         """Return int64 rows, undefined at nulls, of integers or text as the vocabulary holds; the column may be a dictionary's."""
         if self.id_type == "integer":
-            return self._integer_rows(
-                integers(column.dictionary_decode() if pt.is_dictionary(column.type) else column)
-            )
+            return self._integer_rows(integers(column.dictionary_decode() if pt.is_dictionary(column.type) else column))
         encoded = column if pt.is_dictionary(column.type) else column.dictionary_encode()
         rows = [self._row_of.get(text, OUT_OF_VOCABULARY_ROW) for text in encoded.dictionary.to_pylist()]
         return np.asarray(rows or [0], np.int64)[codes_of(encoded)]
@@ -183,9 +181,7 @@ def _hash_strings(column: pa.Array) -> np.ndarray:
     while len(active):
         left = lengths[active] - 8 * word
         bits = 8 * np.minimum(left, 8).astype(np.uint64)
-        mask = np.where(
-            left >= 8, np.uint64(2**64 - 1), (np.uint64(1) << (bits % np.uint64(64))) - np.uint64(1)
-        )
+        mask = np.where(left >= 8, np.uint64(2**64 - 1), (np.uint64(1) << (bits % np.uint64(64))) - np.uint64(1))
         hashed[active] = splitmix64(hashed[active] ^ (words[starts[active] + 8 * word] & mask))
         active = active[left > 8]
         word += 1

@@ -20,9 +20,7 @@ LARGEST_DOUBLE, LEAST_NORMAL = float(np.finfo(np.float64).max), float(np.finfo(n
 MOST_COMPARED, LEAST_COMPARED = 32, 256  # boundaries, numbers
 
 
-def write_numbers(
-    column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray
-) -> None:
+def write_numbers(column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray) -> None:
     """Write the transformed numbers of a field, (n,); 0 where they are missing."""
     numbers, valid = read_numbers(column, feature, place, repaired)
     if feature.transform == "log1p":
@@ -35,9 +33,7 @@ def write_numbers(
     out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
 
 
-def write_vectors(
-    column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray
-) -> None:
+def write_vectors(column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray) -> None:
     """Write the vectors of a field, (n, W); missing ones are left as they are."""
     lists = as_lists(column)
     present = is_valid(lists) if lists.null_count else slice(None)
@@ -80,9 +76,7 @@ def read_numbers(
             wanted += ", after (x - mean) / std" if feature.transform == "standardise" else ""
             fix = f"set transform = 'log1p', or {fix}" if feature.kind == "numeric" else fix
             fix = f"write null where it marks a missing value, {fix}"
-        raise place.fault(
-            f"field {feature.name!r}", numbers, bad, f"{wanted}; fix the file, or {fix}", offsets
-        )
+        raise place.fault(f"field {feature.name!r}", numbers, bad, f"{wanted}; fix the file, or {fix}", offsets)
     repaired[feature.name] += int((~good).sum())
     return np.where(good, numbers, 0.0), good if valid is None else valid & good
 

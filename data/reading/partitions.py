@@ -73,9 +73,7 @@ def _values_met(condition: Condition, values: set[str]) -> set[str]:
         bound = read(condition.bound)
     if wanted := _unfit(condition, read, ends, bound):
         such = ", ".join(f"{condition.name}={value}" for value in known[:2])
-        raise InputError(
-            f"where = {condition.text!r}: folders such as {such} want {wanted}; got {condition.bound!r}"
-        )
+        raise InputError(f"where = {condition.text!r}: folders such as {such} want {wanted}; got {condition.bound!r}")
     assert bound is not None
     first, last = bound
     is_in = {
@@ -114,9 +112,7 @@ def _unfit(condition: Condition, read: object, ends: Mapping[str, Ends], bound: 
         is_equal = condition.operator in ("=", "==", "!=", "<>")
         within = (end for end in ends.values() if not (is_equal and end[0] == first))
         cut = any(begin < each < end for begin, end in within for each in cuts)
-        return (
-            "a day such as 2024-05-25, for rows of one folder lie on both sides of the bound" if cut else ""
-        )
+        return "a day such as 2024-05-25, for rows of one folder lie on both sides of the bound" if cut else ""
     if read is _number:
         if bound is None:
             return "a number"

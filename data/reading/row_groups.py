@@ -56,9 +56,7 @@ def stored_rows(
         raise pa.ArrowInvalid(f"{rows} rows to read, but {footer.num_rows} by the footer")
     for leaf, name in enumerate(columns_of_leaves(parquet.metadata) if entries else ()):
         if name in entries and entries[name] != (stored := footer.column(leaf).num_values):
-            raise pa.ArrowInvalid(
-                f"column {name!r} has {entries[name]} values to read, but {stored} by the footer"
-            )
+            raise pa.ArrowInvalid(f"column {name!r} has {entries[name]} values to read, but {stored} by the footer")
 
 
 def _num_entries(column: pa.Array) -> int:

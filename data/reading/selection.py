@@ -183,9 +183,7 @@ class Selection:
         if integers:
             self._check_forms(typed, form_of(latest))
         bounds = [each for each in self.bounds if each.operator != IS_NOT_NULL]
-        spans = [
-            _span_of_integers(each, latest) if integers else _span_of_times(each, latest) for each in bounds
-        ]
+        spans = [_span_of_integers(each, latest) if integers else _span_of_times(each, latest) for each in bounds]
         for condition, span in zip(bounds, spans, strict=True):
             if condition.operator in ("!=", "<>"):
                 self.holes.append(span)
@@ -265,14 +263,10 @@ def _span_of_times(condition: Condition, latest: int) -> Span:
 def _span_of_integers(condition: Condition, latest: int) -> Span:
     """Instants that one condition allows, in the numbers of the column. `latest`: the largest that the files hold, which tells their unit."""
     form, where = form_of(latest), f"where = {condition.text!r}"
-    holds = f"time column {condition.name!r} holds integers up to {latest}" + (
-        f" ({form.name})" if form.name else ""
-    )
+    holds = f"time column {condition.name!r} holds integers up to {latest}" + (f" ({form.name})" if form.name else "")
     if condition.last:
         if not form.name:
-            raise InputError(
-                f"{where}: {holds}, which are no times: `last N` cannot be told; bound by an integer"
-            )
+            raise InputError(f"{where}: {holds}, which are no times: `last N` cannot be told; bound by an integer")
         instant = read_instant(str(latest)) if form.digits else Instant(latest * form.step, 1)
         assert instant is not None
         first, last = _last_days(condition, instant.nanoseconds)
@@ -284,9 +278,7 @@ def _span_of_integers(condition: Condition, latest: int) -> Span:
     # a day as an integer is the whole day: a time in it lies on neither side
     if instant is None or (form.digits and instant.nanoseconds % form.step):
         wanted = "a day such as 2024-05-25" if form.name else "an integer of their form"
-        raise InputError(
-            f"{where}: {holds}, and {condition.bound!r} is nothing to compare them with; write {wanted}"
-        )
+        raise InputError(f"{where}: {holds}, and {condition.bound!r} is nothing to compare them with; write {wanted}")
     first, last = instant.nanoseconds, instant.nanoseconds + instant.length
     return _span(condition, form.first_from(first), form.first_from(last))
 

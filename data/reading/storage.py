@@ -184,9 +184,7 @@ def _list_remote(uri: str) -> list[Listed]:
     return listed
 
 
-def open_parquet(
-    file: DataFile, *, read_dictionary: Sequence[str] = (), pre_buffer: bool = False
-) -> pq.ParquetFile:
+def open_parquet(file: DataFile, *, read_dictionary: Sequence[str] = (), pre_buffer: bool = False) -> pq.ParquetFile:
     """Open a Parquet file with page checksums verified.
 
     `read_dictionary` names string columns to read as dictionary codes. `pre_buffer` joins the reads of neighbouring columns; always so
@@ -238,9 +236,7 @@ def retried(action: Callable[[], T], what: str, attempts: int, cure: str = CURE)
             raise InputError(f"{what}: {first_line(error)}; check the path and the permissions") from None
         except DAMAGE as error:
             if attempt == attempts:
-                raise InputError(
-                    f"{what}: gave up after {attempts} attempts ({first_line(error)}); {cure}"
-                ) from None
+                raise InputError(f"{what}: gave up after {attempts} attempts ({first_line(error)}); {cure}") from None
             log.warning("%s: attempt %d of %d failed (%s)", what, attempt, attempts, first_line(error))
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -63,9 +63,7 @@ class Bounds:
         if isinstance(value, (tuple, list)):
             if len(value) >= self.min_length and all(map(self.allow, value)):
                 return ""
-            wanted = self.wanted or (
-                f"{self.min_length or 'any number of'} or more values, each {self.in_words()}"
-            )
+            wanted = self.wanted or (f"{self.min_length or 'any number of'} or more values, each {self.in_words()}")
             return f"{name} = {list(value)}: wanted {wanted}; {self.fix or 'change the list'}"
         if value is None or isinstance(value, str) or self.allow(value):
             return ""

@@ -189,9 +189,7 @@ def feature_problem(feature: Feature, label: str, shared_tables: Container[str])
                 unread.add(key)
     if feature.on_invalid == "modulo" and not (feature.is_keyed and feature.encoding == "ids"):
         return "on_invalid = 'modulo': only encoding = 'ids' has ids to take modulo num_embeddings; remove it"
-    return bounds_problem(feature, unread) or (
-        _table_problem(feature, shared_tables) if feature.is_sparse else ""
-    )
+    return bounds_problem(feature, unread) or (_table_problem(feature, shared_tables) if feature.is_sparse else "")
 
 
 def _table_problem(feature: Feature, shared_tables: Container[str]) -> str:

@@ -24,17 +24,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte-order mark
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; check the path (it is taken relative to {Path.cwd()})"
-        ) from None
+        raise InputError(f"{path}: no such file; check the path (it is taken relative to {Path.cwd()})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}; fix that line") from None
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
-        ) from None
+        raise InputError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from None
 
 
 def parse_dataclass(cls: type[T], table: Any, source: str, path: str = "") -> T:
@@ -140,9 +136,7 @@ def parse_value(hint: Any, value: Any, source: str, path: str) -> Any:
 def to_toml_value(value: Any) -> Any:
     """Turn a dataclass tree into what a TOML writer takes; None means "not set" and is left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = (
-            (field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
-        )
+        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init)
         return {name: to_toml_value(each) for name, each in pairs if each is not None}
     if isinstance(value, Mapping):
         return {key: to_toml_value(each) for key, each in value.items() if each is not None}

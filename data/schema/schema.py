@@ -136,9 +136,7 @@ class Schema:
     def own_vocabularies(self) -> dict[str, str]:
         """Field with a table -> where its vocabulary lies in a folder that stands alone: as a fit writes it, and a run keeps it."""
         stems = file_stems(table.name for table in self.tables)
-        return {
-            name: f"{VOCABULARY_FOLDER}/{stems[table.name]}.parquet" for name, table in self.table_of.items()
-        }
+        return {name: f"{VOCABULARY_FOLDER}/{stems[table.name]}.parquet" for name, table in self.table_of.items()}
 
     def standing_alone(self) -> "Schema":
         """The same with every vocabulary at its place in a folder that has the schema and all its vocabularies."""
@@ -196,9 +194,7 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     """Turn a parsed schema file into a checked Schema. `source` names it in messages."""
     raw_fields = table.get("fields")
     if not isinstance(raw_fields, dict) or not raw_fields:
-        raise InputError(
-            f'{source}: [fields] is missing or empty; list each column, e.g. age = {{ kind = "numeric" }}'
-        )
+        raise InputError(f'{source}: [fields] is missing or empty; list each column, e.g. age = {{ kind = "numeric" }}')
     top = parse_dataclass(_SchemaTop, {key: value for key, value in table.items() if key != "fields"}, source)
     if not top.label:
         raise InputError(f"{source}: label = '': wanted the column of 0 and 1; name it")
@@ -234,9 +230,7 @@ def _parse_feature(name: str, entry: Any, top: _SchemaTop, source: str) -> Featu
 def _check_names(fields: Iterable[str], top: _SchemaTop, source: str) -> None:
     for name in fields:
         if problem := name_problem(name):
-            raise InputError(
-                f"{source}: {name!r}: {problem}; rename the field and give its column by `column`"
-            )
+            raise InputError(f"{source}: {name!r}: {problem}; rename the field and give its column by `column`")
     for section, names in (("tables", top.tables), ("groups", top.groups)):
         for name in names:
             if problem := name_problem(name):
@@ -281,9 +275,7 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
                     f"{where}: [tables] has an entry of this name; set table = {own!r} here, or rename one of the two"
                 )
             if not feature.table and feature is not first:
-                raise InputError(
-                    f"{where}: field {first.name!r} has a table {own!r} too; rename one of the two fields"
-                )
+                raise InputError(f"{where}: field {first.name!r} has a table {own!r} too; rename one of the two fields")
     for name, table in shared.items():
         if name not in members:
             raise InputError(
@@ -333,9 +325,7 @@ def schema_to_toml(schema: Schema) -> dict[str, Any]:
     defaults = {field.name: to_toml_value(field.default) for field in dataclasses.fields(Feature)}
     fields = {
         feature.name: {
-            key: value
-            for key, value in to_toml_value(feature).items()
-            if key != "name" and value != defaults[key]
+            key: value for key, value in to_toml_value(feature).items() if key != "name" and value != defaults[key]
         }
         for feature in schema.features
     }
@@ -388,9 +378,7 @@ def toml_text(value: Any) -> str:
     """A string, number, boolean or list as TOML, which takes JSON's; what would not be seen is written as its number."""
     text = json.dumps(value, ensure_ascii=False)
     return (
-        text
-        if text.isprintable()
-        else "".join(each if each.isprintable() else f"\\U{ord(each):08X}" for each in text)
+        text if text.isprintable() else "".join(each if each.isprintable() else f"\\U{ord(each):08X}" for each in text)
     )
 
 

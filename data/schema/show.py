@@ -25,9 +25,7 @@ def print_schema(schema: Schema, file: TextIO | None = None) -> None:
     is_terminal = out.isatty()
     width = None if is_terminal else PLAIN_WIDTH
     shown = StringIO()  # rich itself would end the process where the reader of a pipe is gone
-    console = Console(
-        file=shown, force_terminal=is_terminal, width=width, highlight=False, soft_wrap=not is_terminal
-    )
+    console = Console(file=shown, force_terminal=is_terminal, width=width, highlight=False, soft_wrap=not is_terminal)
     largest_first = sorted(schema.tables, key=lambda table: -_bytes(table))
     for title, header, rows in (
         (f"{len(schema.features)} fields", FIELDS, [_field(schema, each) for each in schema.features]),

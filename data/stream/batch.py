@@ -122,9 +122,7 @@ def _weighted(runs: Sequence[Run], num_rows: int, schema: Schema) -> KeyedJagged
     )
 
 
-def _without_absent(
-    ids: np.ndarray, lengths: np.ndarray, single_ids: np.ndarray, absent: np.ndarray
-) -> np.ndarray:
+def _without_absent(ids: np.ndarray, lengths: np.ndarray, single_ids: np.ndarray, absent: np.ndarray) -> np.ndarray:
     """Leave out ABSENT ids and set their lengths to 0. Most fields have none: those are copied in one go between the others."""
     rows = single_ids.shape[1]
     pieces, copied = [], 0

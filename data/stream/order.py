@@ -86,9 +86,7 @@ def steps_per_epoch(options: StreamOptions, total: int) -> int:
     return -(-lane_rows // (options.batch_size // options.lanes))
 
 
-def spans_of_rank(
-    options: StreamOptions, total: int, step: int, rank: int, world_size: int
-) -> list[tuple[int, int]]:
+def spans_of_rank(options: StreamOptions, total: int, step: int, rank: int, world_size: int) -> list[tuple[int, int]]:
     """Return the rows of the epoch's sequence that `rank` trains at `step`, one [start, stop) for each of its lanes."""
     lanes, share, bounds = options.lanes, options.batch_size // options.lanes, lane_bounds(options, total)
 
@@ -104,9 +102,7 @@ def spans_of_rank(
     return [span(lane) for lane in range(rank * own, (rank + 1) * own)]
 
 
-def windows_of_spans(
-    starts: Sequence[int], spans: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, int, int]]:
+def windows_of_spans(starts: Sequence[int], spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
     """Cut spans at windows: yield (window, start, stop), for windows that begin at the ascending rows `starts`."""
     for start, stop in spans:
         while start < stop:

@@ -106,9 +106,7 @@ class ParquetStream:
         try:
             self.cursor = Cursor(int(state["epoch"]), int(state["step"]))
         except (KeyError, TypeError, ValueError):
-            raise InputError(
-                "stream state: epoch and step are not integers; use another checkpoint"
-            ) from None
+            raise InputError("stream state: epoch and step are not integers; use another checkpoint") from None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch; afterwards the cursor stands at the next epoch's start.
@@ -157,10 +155,7 @@ class ParquetStream:
                 for index in [index for index in used if index not in decoded]:
                     decoded[index] = results.pop(index)()
                     self.counters.update(decoded[index].repaired)
-                runs = [
-                    (decoded[index], start - starts[index], stop - starts[index])
-                    for index, start, stop in cuts
-                ]
+                runs = [(decoded[index], start - starts[index], stop - starts[index]) for index, start, stop in cuts]
                 yield self._batch(runs, step, Cursor(cursor.epoch, step + 1))
                 # A lane moves on and never back: what the next step does not use is never used again.
                 cuts = cuts_of(step + 1)
@@ -169,9 +164,7 @@ class ParquetStream:
 
     def _batch(self, runs: list[Run], step: int, cursor: Cursor) -> Batch:
         """Join rows to this rank's batch of a step, padded where another rank has more rows."""
-        per_rank = [
-            sum(stop - start for start, stop in self._spans(step, rank)) for rank in range(self.world_size)
-        ]
+        per_rank = [sum(stop - start for start, stop in self._spans(step, rank)) for rank in range(self.world_size)]
         num_rows, real = max(per_rank), per_rank[self.rank]
         weight = self.world_size * num_rows / sum(per_rank)
         negative, positive = self.label_weights

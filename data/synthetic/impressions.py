@@ -54,9 +54,7 @@ def to_record_batch(world: World, facts: Facts, labels: np.ndarray) -> pa.Record
         elif feature.kind == "numeric":
             arrays[feature.source_column] = _number(world, facts, feature)
         elif feature.is_single:
-            arrays[feature.source_column] = _nullable(
-                world, facts, feature.name, _integers(ids[feature.name])
-            )
+            arrays[feature.source_column] = _nullable(world, facts, feature.name, _integers(ids[feature.name]))
         else:
             arrays |= _list(world, facts, feature)
     second = facts["query_hour"] * 3600 + choose(world.key("second", facts["row"]), 3600)
@@ -178,9 +176,7 @@ def _count(world: World, facts: Facts, name: str) -> np.ndarray:
     if name.startswith("user"):
         level = 4.0 * facts["user_activity"] + 0.8 * _noise(world, facts, name)
     elif name.startswith("item"):
-        level = (
-            6.0 * facts["item_popularity"] + 0.5 * facts["item_quality"] + 0.8 * _noise(world, facts, name)
-        )
+        level = 6.0 * facts["item_popularity"] + 0.5 * facts["item_quality"] + 0.8 * _noise(world, facts, name)
     elif "cluster" in name:
         level = 4.0 + normals(world.key(name, facts[f"{_side(name)}_cluster_id"]), 1)[:, 0]
     else:

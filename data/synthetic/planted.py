@@ -134,14 +134,10 @@ def _require_pailitao(schema: Schema) -> None:
     for name in (*known, *found):
         if name not in found or name not in known:
             fault = "is missing" if name not in found else "is not one of the 192"
-            raise InputError(
-                f"schema {schema.name!r}: field {name!r} {fault}: synthetic data has fixed fields; {fix}"
-            )
+            raise InputError(f"schema {schema.name!r}: field {name!r} {fault}: synthetic data has fixed fields; {fix}")
         same = ("kind", "source_column", "weights", "encoding", "transform")
         if any(getattr(known[name], key) != getattr(found[name], key) for key in same):
-            raise InputError(
-                f"schema {schema.name!r}: field {name!r} was changed in more than its size; {fix}"
-            )
+            raise InputError(f"schema {schema.name!r}: field {name!r} was changed in more than its size; {fix}")
     widths = [found[name].width for name in ("query_image", "item_image")]
     if widths[0] != widths[1]:
         raise InputError(
@@ -229,9 +225,7 @@ def _draw_item(world: World, facts: Facts) -> None:
 @cache
 def price_bands() -> np.ndarray:
     """The shipped schema's boundaries of item_price: what cross features with the price are made of."""
-    return np.asarray(
-        next(each.boundaries for each in pailitao_schema("demo").features if each.name == "item_price")
-    )
+    return np.asarray(next(each.boundaries for each in pailitao_schema("demo").features if each.name == "item_price"))
 
 
 def _draw_images(world: World, facts: Facts) -> None:
@@ -269,23 +263,18 @@ def raw_terms(world: World, facts: Facts) -> dict[str, np.ndarray]:
     consumption = facts["user_consumption_level"] / (world.sizes["user_consumption_level"] - 1) - 0.4
     price_gap = np.abs(facts["query_cluster_log_price"] - facts["doc_cluster_log_price"])
     taste = facts["taste"]
-    attributes_of_item = (
-        0.6 * facts["category_latent"] + 0.5 * facts["brand_latent"] + 0.4 * facts["style_latent"]
-    )
+    attributes_of_item = 0.6 * facts["category_latent"] + 0.5 * facts["brand_latent"] + 0.4 * facts["style_latent"]
     item_latent = attributes_of_item + 0.5 * normals(world.key("taste<item", facts["item_id"]), TASTE)
     return {
         "visual_relevance": matching(query, item),
         "query_image_item_attributes": sum(
             matching(query, latent(f"image<{name}")[:, :r]) for name in QUERY_LIKES_ATTRIBUTES
         ),
-        "user_visual_preference": sum(
-            matching(item, latent(f"image<{name}")[:, :r]) for name in PROFILE_LIKES_IMAGES
-        ),
+        "user_visual_preference": sum(matching(item, latent(f"image<{name}")[:, :r]) for name in PROFILE_LIKES_IMAGES),
         "user_attribute_preference": sum(pair(f"{a}>{b}", f"{a}<{b}") for a, b in PROFILE_LIKES_ATTRIBUTES)
         + 2.0 * consumption * (np.log(facts["item_price"]) - 4.0),
         "user_item": matching(taste, item_latent),
-        "cluster_match": 1.5 * (facts["query_cluster_id"] == facts["doc_cluster_id"])
-        + pair("query>id", "doc>id"),
+        "cluster_match": 1.5 * (facts["query_cluster_id"] == facts["doc_cluster_id"]) + pair("query>id", "doc>id"),
         "cluster_attributes": sum(pair(f"query>{name}", f"doc>{name}") for name in CLUSTER_ATTRIBUTES_MATCH)
         - price_gap,
         "main_effects": facts["item_quality"]

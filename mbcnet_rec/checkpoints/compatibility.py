@@ -98,9 +98,7 @@ class Differences:
 
     other_ids: set[str]  # tables whose rows belong to other ids
     other_optimizer: bool  # whether the tables' optimizer is another one
-    recut: list[
-        str
-    ]  # tables whose optimizer state is of another cut into columns, with both numbers of shards
+    recut: list[str]  # tables whose optimizer state is of another cut into columns, with both numbers of shards
     # every difference, each with what starts fresh where the rest is loaded
     phrases: list[tuple[str, str]] = field(default_factory=list)
     fresh: set[str] = field(default_factory=set)  # logical tensors that cannot be loaded
@@ -239,9 +237,7 @@ def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Proces
         tables = _chosen_tables(train, saved, wanted)
         report = compare(saved, wanted, built)
         same_state = not report.other_optimizer and not report.recut
-        taken = {
-            name for name in wanted if table_of(name) in tables and (same_state or name.startswith("model/"))
-        }
+        taken = {name for name in wanted if table_of(name) in tables and (same_state or name.startswith("model/"))}
         before = own_schema(other, saved_run(saved.manifest, other)) or _schema_of_config(other)
         why = other_ids(before, schema) if before is not None else {}
         why |= dict.fromkeys(report.other_ids, "encoding zch, num_embeddings or zch_buckets differ")

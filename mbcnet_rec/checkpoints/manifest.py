@@ -70,9 +70,7 @@ def read_checkpoint(folder: Path, *, hashed: bool = True) -> Manifest:
         if not path.is_file():
             raise InputError(f"{path}: missing; the checkpoint is not whole: use another checkpoint")
         if hashed and sha256_of(path) != file.sha256:
-            raise InputError(
-                f"{path}: changed since it was written (SHA-256 differs); use another checkpoint"
-            )
+            raise InputError(f"{path}: changed since it was written (SHA-256 differs); use another checkpoint")
     return manifest
 
 
@@ -86,9 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         _refuse_link(path)
         if path.stat().st_size > LARGEST_MANIFEST:
-            raise InputError(
-                f"{path}: {path.stat().st_size:,} bytes, more than any manifest; use another checkpoint"
-            )
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes, more than any manifest; use another checkpoint")
         text = path.read_bytes()
     except OSError as error:
         raise InputError(

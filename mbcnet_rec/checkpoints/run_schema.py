@@ -22,9 +22,7 @@ from mbcnet_rec.checkpoints.manifest import sha256_of
 
 SCHEMA, SYNTHETIC = "schema.toml", "synthetic.json"
 COPIED = (SCHEMA, VOCABULARY_FOLDER, SYNTHETIC)  # names in a run folder
-HEADER = (
-    "Of this run: what its rows mean. Its checkpoints have the SHA-256 of this file and of the vocabularies."
-)
+HEADER = "Of this run: what its rows mean. Its checkpoints have the SHA-256 of this file and of the vocabularies."
 
 
 def schema_text(schema: Schema) -> str:

@@ -126,9 +126,7 @@ class Saved:
             path = folder / rank_file.name
             file = open_tensors(path)
             if set(file.keys()) != {str(index) for index in range(len(rank_file.shards))}:
-                raise InputError(
-                    f"{path}: holds other tensors than the manifest lists; use another checkpoint"
-                )
+                raise InputError(f"{path}: holds other tensors than the manifest lists; use another checkpoint")
             for index, entry in enumerate(rank_file.shards):
                 shape = tuple(file.get_slice(str(index)).get_shape())
                 inside = len(shape) == len(entry.global_shape) and all(
@@ -138,9 +136,7 @@ class Saved:
                 if not inside or self.shapes.setdefault(plain_name(entry.name), entry.global_shape) != (
                     entry.global_shape
                 ):
-                    raise InputError(
-                        f"{path}: {entry.name!r} does not lie inside its tensor; use another checkpoint"
-                    )
+                    raise InputError(f"{path}: {entry.name!r} does not lie inside its tensor; use another checkpoint")
                 stored = StoredShard(entry, shape, partial(file.get_tensor, str(index)))
                 self._stored.setdefault(entry.name, []).append(stored)
 
@@ -203,9 +199,7 @@ def plain_name(name: str) -> str:
 def _copy(stored: StoredShard, target: Tensor, offsets: tuple[int, ...]) -> int:
     """Copy the overlap of a stored shard and a live one; return how many values that was."""
     source, own, count = [], [], 1
-    for begin, size, own_begin, own_size in zip(
-        stored.entry.offsets, stored.shape, offsets, target.shape, strict=True
-    ):
+    for begin, size, own_begin, own_size in zip(stored.entry.offsets, stored.shape, offsets, target.shape, strict=True):
         low, high = max(begin, own_begin), min(begin + size, own_begin + own_size)
         if low >= high:
             return 0

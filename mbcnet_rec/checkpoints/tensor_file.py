@@ -70,6 +70,4 @@ def open_tensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: not a safetensors file ({str(error)[:200]}); use another checkpoint"
-        ) from None
+        raise InputError(f"{path}: not a safetensors file ({str(error)[:200]}); use another checkpoint") from None

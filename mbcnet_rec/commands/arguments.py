@@ -32,9 +32,7 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
 def add_start(parser: argparse.ArgumentParser) -> None:
     """Add --resume and --overwrite, of which a run takes one at most."""
     either = parser.add_mutually_exclusive_group()
-    either.add_argument(
-        "--resume", action="store_true", help="continue from the run folder's latest checkpoint"
-    )
+    either.add_argument("--resume", action="store_true", help="continue from the run folder's latest checkpoint")
     either.add_argument(
         "--overwrite",
         action="store_true",
@@ -47,9 +45,7 @@ class RowBar(tqdm):
 
     def __init__(self, title: str, total: int | None = None, *, shown: bool = True) -> None:
         self.rows = 0
-        super().__init__(
-            unit="row", unit_scale=True, desc=title, total=total, disable=None if shown else True
-        )
+        super().__init__(unit="row", unit_scale=True, desc=title, total=total, disable=None if shown else True)
 
     def reach(self, rows: int) -> None:
         """Say how many rows are done."""

@@ -107,9 +107,7 @@ def _check_plan(config: "RunConfig", job: Job) -> None:
     """Refuse a job on which the config or its plan cannot run: found here, not after an hour in a queue."""
     device = config.train.device
     if device == "cuda" and not job.gpu:
-        raise InputError(
-            f"train.device = 'cuda', but the job asks for no GPU; add --gpu {job.shape.processes}"
-        )
+        raise InputError(f"train.device = 'cuda', but the job asks for no GPU; add --gpu {job.shape.processes}")
     lanes = config.data.lanes
     for size in job.shape.world_sizes:
         if lanes % size:

@@ -88,9 +88,7 @@ class EFGCBranch(nn.Module):
     def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
         super().__init__()
         if not layout.groups:
-            raise InputError(
-                "branches has 'efgc' but the schema has no groups; add [groups] to it or drop the branch"
-            )
+            raise InputError("branches has 'efgc' but the schema has no groups; add [groups] to it or drop the branch")
         self.groups = tuple(layout.groups)
         widths = [layout.width(group) for group in self.groups]
         self.crossing = GroupedMLP(widths, config.efgc.hidden, config)

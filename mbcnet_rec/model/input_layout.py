@@ -47,8 +47,7 @@ class InputLayout:
         if group == WIDE and not self.wide:  # a fault of the composition, not of the user
             raise ValueError("this model reads wide weights; build its layout and tables with wide=True")
         return sum(
-            1 if group == WIDE and key in self.embedding_dims else self.field_width(key)
-            for key in self.keys(group)
+            1 if group == WIDE and key in self.embedding_dims else self.field_width(key) for key in self.keys(group)
         )
 
     def field_width(self, key: str) -> int:
@@ -77,10 +76,7 @@ class InputLayout:
 
 def input_layout(schema: Schema, wide: bool = False) -> InputLayout:
     """Describe a schema's fields and groups to a model. `schema` has no wide tables: a field's own table gives its width."""
-    dims = {
-        feature.name: schema.table_of[feature.name].embedding_dim
-        for feature in (*schema.sparse, *schema.weighted)
-    }
+    dims = {feature.name: schema.table_of[feature.name].embedding_dim for feature in (*schema.sparse, *schema.weighted)}
     slices, start = {}, 0
     for feature in schema.dense:
         slices[feature.name] = (start, feature.dense_width)

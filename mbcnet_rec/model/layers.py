@@ -42,9 +42,7 @@ class MLP(nn.Sequential):
         regularisation: batch norm before each ReLU, dropout after it.
     """
 
-    def __init__(
-        self, in_features: int, hidden: Sequence[int], regularisation: Regularisation = PLAIN
-    ) -> None:
+    def __init__(self, in_features: int, hidden: Sequence[int], regularisation: Regularisation = PLAIN) -> None:
         layers: list[nn.Module] = []
         for out_features in hidden:
             layers.append(nn.Linear(in_features, out_features))
@@ -60,9 +58,7 @@ class MLP(nn.Sequential):
 class GroupedMLP(nn.Module):
     """G MLPs of the same hidden widths on inputs of different widths (Eq. 3)."""
 
-    def __init__(
-        self, in_features: Sequence[int], hidden: Sequence[int], regularisation: Regularisation
-    ) -> None:
+    def __init__(self, in_features: Sequence[int], hidden: Sequence[int], regularisation: Regularisation) -> None:
         super().__init__()
         self.mlps = nn.ModuleList(MLP(width, hidden, regularisation) for width in in_features)
 

@@ -126,9 +126,7 @@ def branch_coteaching_loss(
 
 
 @torch.no_grad()
-def teaching_mask(
-    logits: Tensor, labels: Tensor, scheme: Scheme, threshold: float, weights: Tensor | None
-) -> Tensor:
+def teaching_mask(logits: Tensor, labels: Tensor, scheme: Scheme, threshold: float, weights: Tensor | None) -> Tensor:
     """Say where branch i teaches branch j: I^{ij} of Eq. 10 and 11 as a (K, K, B) tensor of 0 and 1, without gradient."""
     strong, weak = strong_and_weak(logits, labels, threshold)
     if scheme == "strong_to_weak":

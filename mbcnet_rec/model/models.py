@@ -120,9 +120,7 @@ def build_arch(config: ModelConfig, layout: InputLayout) -> nn.Module:
     return ARCHES[config.kind](getattr(config, config.kind), layout)
 
 
-def build_objective(
-    config: ModelConfig, model: Model, mean_over_ranks: MeanOverRanks = identity
-) -> Objective:
+def build_objective(config: ModelConfig, model: Model, mean_over_ranks: MeanOverRanks = identity) -> Objective:
     """Wrap a model in its training objective."""
     if config.kind == "enkd":
         return DistillationObjective(model, config.enkd)

@@ -74,13 +74,10 @@ class FeatureRegroup(nn.Module):
         super().__init__()
         self._op = op
         members = {name: layout.keys(name) for name in (ALL, *layout.groups)}
-        self._sparse = {
-            name: [key for key in keys if key in layout.embedding_dims] for name, keys in members.items()
-        }
+        self._sparse = {name: [key for key in keys if key in layout.embedding_dims] for name, keys in members.items()}
         slices = layout.projected_slices() if layout.projections else layout.dense_slices
         self._dense = {
-            name: join_slices([slices[key] for key in keys if key in slices])
-            for name, keys in members.items()
+            name: join_slices([slices[key] for key in keys if key in slices]) for name, keys in members.items()
         }
         self._raw = list(layout.dense_slices.items())
         self.projections = nn.ModuleDict(
@@ -177,8 +174,7 @@ class Cuts:
     def pieces(self, tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         """Views: group -> one (B, width) for each of its pieces."""
         cut = [
-            tensor.split(widths, dim=1) if widths else ()
-            for tensor, widths in zip(tensors, self.widths, strict=True)
+            tensor.split(widths, dim=1) if widths else () for tensor, widths in zip(tensors, self.widths, strict=True)
         ]
         return {
             name: [tensors[tensor] if piece is None else cut[tensor][piece] for tensor, piece in places]

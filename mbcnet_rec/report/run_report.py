@@ -18,9 +18,7 @@ REPORT = "report.html"
 RELIABILITY = "reliability"
 LARGEST = 10  # tables that are listed by name
 LEARNING_CAPTION = "The fused output serves. Train curves are means over neighbouring lines of the log."
-COOPERATION_CAPTION = (
-    "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
-)
+COOPERATION_CAPTION = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl, by step
 Plots = list[tuple[str, Mapping[str, Sequence[figures.Curve]]]]  # title, name of a line -> its curves
 Wanted = tuple[tuple[str, str, str], ...]  # title, split and metric of each plot
@@ -67,9 +65,7 @@ def write_run_report(folder: Path) -> Path:
         Code(config, "config.toml, every key resolved"),
     ]
     last = max(line["step"] for split in lines.values() for line in split)
-    page = to_html(
-        f"Run {folder.name}", f"{last:,} steps. Written from {METRICS}, {PLAN} and {CONFIG}.", blocks
-    )
+    page = to_html(f"Run {folder.name}", f"{last:,} steps. Written from {METRICS}, {PLAN} and {CONFIG}.", blocks)
     write_whole(folder / REPORT, page)
     return folder / REPORT
 

@@ -25,9 +25,7 @@ class RunStoppedError(RuntimeError):
 
     def __init__(self, line: str, *, reported: bool = True) -> None:
         super().__init__(line)
-        self.reported = (
-            reported  # whether this rank prints the line; where all ranks know the same, one of them does
-        )
+        self.reported = reported  # whether this rank prints the line; where all ranks know the same, one of them does
 
 
 class CannotWriteError(RunStoppedError):
@@ -66,8 +64,6 @@ def no_room(error: BaseException) -> str:
             is_known = isinstance(cause, OSError)
             place = (cause.filename or "standard output, or a file") if is_known else "a file"
             reason = os.strerror(number or errno.ENOSPC)
-            return (
-                f"{place}: cannot be written ({reason}); free space or choose another place, then start again"
-            )
+            return f"{place}: cannot be written ({reason}); free space or choose another place, then start again"
         cause = cause.__cause__ or cause.__context__
     return ""

@@ -83,9 +83,7 @@ def locked(folder: Path, what: str, *, silent_seconds: float = SILENT_SECONDS) -
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise
             reason = error.strerror if isinstance(error, OSError) else error
-            raise InputError(
-                f"{str(folder)[:200]!r}: no folder can be there ({reason}); choose another one"
-            ) from None
+            raise InputError(f"{str(folder)[:200]!r}: no folder can be there ({reason}); choose another one") from None
         if file is None:
             yield
             return

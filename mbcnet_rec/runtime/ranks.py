@@ -14,7 +14,9 @@ LAUNCHERS = {
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
-WAY_OUT = "start the ranks by `mbcnet launch` or torchrun, which set all that is needed, or unset {} to run in one process"
+WAY_OUT = (
+    "start the ranks by `mbcnet launch` or torchrun, which set all that is needed, or unset {} to run in one process"
+)
 
 
 class Ranks(NamedTuple):
@@ -36,9 +38,7 @@ def found_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     if not environ.get("RANK"):
         if _number(environ, "WORLD_SIZE", 1) not in (None, 1):
             _refuse(environ, ("WORLD_SIZE",), "but RANK is not set")
-        names = next(
-            (each for each in LAUNCHERS.values() if _number(environ, each[1], 1) not in (None, 1)), TORCHRUN
-        )
+        names = next((each for each in LAUNCHERS.values() if _number(environ, each[1], 1) not in (None, 1)), TORCHRUN)
         if not environ.get(names[0]):
             return None
     rank, size = _number(environ, names[0], 0), _number(environ, names[1], 1)

@@ -23,9 +23,7 @@ from mbcnet_rec.runtime.process import Process, side_store
 
 STACKS = "stacks"
 SLOWEST_BEAT_SECONDS, FASTEST_BEAT_SECONDS = 0.5, 0.1
-_COLLECTIVE = re.compile(
-    r"gloo|nccl|connection (closed|reset)|recv|broken pipe|timed? ?out|socket", re.IGNORECASE
-)
+_COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|recv|broken pipe|timed? ?out|socket", re.IGNORECASE)
 
 
 class Watchdog:

@@ -112,9 +112,7 @@ def to_json(answer: Answer) -> dict[str, Any]:
         estimates = scores.metrics.items()
         found: dict[str, Any] = {"rows": scores.rows}
         found |= {name: finite_or_none(estimate.value) for name, estimate in estimates}
-        found["intervals"] = {
-            name: [finite_or_none(end) for end in each.interval()] for name, each in estimates
-        }
+        found["intervals"] = {name: [finite_or_none(end) for end in each.interval()] for name, each in estimates}
         bounds = {name: estimate.bound for name, estimate in estimates if estimate.bound}
         return found | ({"bounds": bounds} if bounds else {})
 
@@ -133,8 +131,7 @@ def tables(answer: Answer, branches: tuple[str, ...], best: tuple[float, float] 
     columns = ("auc", "log_loss", "ne", "calibration")
     for suffix, name in (("", "fused"), *((f"/{name}", name) for name in branches)):
         lines.append(
-            f"  {name:<16}"
-            + "".join(_cell(answer.everything.metrics.get(key + suffix)) for key in columns)[1:]
+            f"  {name:<16}" + "".join(_cell(answer.everything.metrics.get(key + suffix)) for key in columns)[1:]
         )
     if best:
         lines.append(f"  {'best reachable':<16}{best[0]:>8.4f}        {best[1]:>9.4f}")
@@ -142,9 +139,7 @@ def tables(answer: Answer, branches: tuple[str, ...], best: tuple[float, float] 
         lines.append(f"  {'GAUC, fused':<16}{_cell(answer.everything.metrics['gauc'])[1:]}")
     if not answer.exact:
         bound = max(estimate.bound for estimate in answer.everything.metrics.values())
-        lines.append(
-            f"  binned: an AUC is at most {bound:.1e} from the exact one; GAUC is of a sample of groups"
-        )
+        lines.append(f"  binned: an AUC is at most {bound:.1e} from the exact one; GAUC is of a sample of groups")
     found = {name: estimate.value for name, estimate in answer.everything.metrics.items()}
     if reason := why_no_auc(found):
         lines.append(f"  -: not defined, since {reason}")

@@ -187,9 +187,7 @@ class Histogram:
 
     def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
         """Count rows: logits (B, O), labels (B,)."""
-        scaled = np.floor(
-            (np.nan_to_num(logits).astype(np.float64) + BIN_LIMIT) * (self.num_bins / (2 * BIN_LIMIT))
-        )
+        scaled = np.floor((np.nan_to_num(logits).astype(np.float64) + BIN_LIMIT) * (self.num_bins / (2 * BIN_LIMIT)))
         bins = np.clip(scaled, 0, self.num_bins - 1).astype(np.int64)
         for output in range(len(self.sums)):
             for label in (0, 1):
@@ -218,9 +216,7 @@ class Histogram:
         negatives, positives = self.counts.astype(np.float64)
         aucs = [auc_of_counts(p, n, binned=True) for p, n in zip(positives, negatives, strict=True)]
         # a row whose logit is NaN is in a bin, but makes the sums NaN
-        aucs = [
-            NOT_KNOWN if np.isnan(sums).any() else area for area, sums in zip(aucs, self.sums, strict=True)
-        ]
+        aucs = [NOT_KNOWN if np.isnan(sums).any() else area for area, sums in zip(aucs, self.sums, strict=True)]
         return _of_outputs(names, aucs, self.sums)
 
 
@@ -255,9 +251,7 @@ def exact_metrics(
     return found
 
 
-def _of_outputs(
-    names: tuple[str, ...], aucs: Iterable[Estimate], sums: Iterable[np.ndarray]
-) -> dict[str, Estimate]:
+def _of_outputs(names: tuple[str, ...], aucs: Iterable[Estimate], sums: Iterable[np.ndarray]) -> dict[str, Estimate]:
     """Name the metrics of every output, given its AUC and its moments."""
     found = {}
     for suffix, area, each in zip(("", *(f"/{name}" for name in names)), aucs, sums, strict=True):

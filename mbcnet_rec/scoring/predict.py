@@ -133,9 +133,7 @@ def run_prediction(
         InputError: no such run, faulty files, or `out` holds something else.
     """
     if is_uri(out):
-        raise InputError(
-            f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards"
-        )
+        raise InputError(f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards")
     folder = Path(run_folder)
     config = load_run(folder)
     place = Path(out)
@@ -153,9 +151,7 @@ def run_prediction(
         chunks = chunks_of(row_groups, chunk_rows)
         outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(config.model))]
         kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
-        asked = describe(
-            names, files, rows_of(chunks), [*kept, *outputs], weights_digest(config, folder, step)
-        )
+        asked = describe(names, files, rows_of(chunks), [*kept, *outputs], weights_digest(config, folder, step))
         with _naming_write_faults(place), locked_together(process, "predict", {"--out": place}):
             note = answer_of_first(process, lambda: join_notes(place, asked, overwrite))
             schemas = [output_schema(found, kept, outputs) for found in columns]
@@ -215,9 +211,7 @@ def kept_columns(
                 problem = "no such column" if not count else f"{count} columns of this name"
                 raise InputError(f"{file}: --keep {name}: {problem}; {there}")
             if name.partition("_")[0] == PROBABILITY:
-                raise InputError(
-                    f"{file}: --keep {name}: the output has a column of this name; rename it first"
-                )
+                raise InputError(f"{file}: --keep {name}: the output has a column of this name; rename it first")
     return names
 
 

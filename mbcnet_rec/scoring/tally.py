@@ -91,9 +91,7 @@ class Tally:
         self._keys = [np.zeros((0, has_groups + len(self._names)), np.int64)]  # group id, slices
         if not self.exact:
             self._everything = Histogram(1 + len(branches), NUM_BINS)
-            self._slices = [
-                [Histogram(1 + len(branches), SLICE_BINS) for _ in names] for names in self._names.values()
-            ]
+            self._slices = [[Histogram(1 + len(branches), SLICE_BINS) for _ in names] for names in self._names.values()]
 
     def add(
         self,

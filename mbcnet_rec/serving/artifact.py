@@ -58,10 +58,7 @@ ENCODER_FILES = (
     "__init__.py",
     "errors.py",
     *(f"schema/{name}.py" for name in ("__init__", "bounds", "feature", "names", "parse", "schema")),
-    *(
-        f"reading/{name}.py"
-        for name in ("__init__", "column_types", "columns", "encode", "ids", "keys", "numbers")
-    ),
+    *(f"reading/{name}.py" for name in ("__init__", "column_types", "columns", "encode", "ids", "keys", "numbers")),
 )
 DATA = Path(data.__file__).parent
 CHUNK_ROWS = 65_536  # quantised at a time
@@ -130,9 +127,7 @@ def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
     for name, pairs in ids.items():
         known = pairs[:, pairs[0] != FREE]
         if known.numel() and not 0 <= int(known[1].min()) <= int(known[1].max()) < pairs.shape[1]:
-            raise InputError(
-                f"{folder}: table {name!r}: an id has a row that the table lacks; use another run"
-            )
+            raise InputError(f"{folder}: table {name!r}: an id has a row that the table lacks; use another run")
         weights.id_rows[name] = known[:, known[0].argsort()].contiguous()
     return weights
 
@@ -151,8 +146,7 @@ def take_apart(
     tables, lookups = pool_tables(weights.tables)
     pooled = [(field, tables[pooling][index]) for pooling, pairs in lookups.items() for field, index in pairs]
     widths = {
-        wide_key(field) if table.name == wide_table(field) else field: table.embedding_dim
-        for field, table in pooled
+        wide_key(field) if table.name == wide_table(field) else field: table.embedding_dim for field, table in pooled
     }
     regroup = copy.deepcopy(weights.regroup)  # it remembers the first layout that it meets
     path = FusedPath(regroup, weights.arch, chosen, widths).eval()
@@ -166,9 +160,7 @@ def take_apart(
         "kind": weights.config.model.kind,
         "branches": chosen,
         "rows": "",
-        "versions": {
-            name: installed(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")
-        },
+        "versions": {name: installed(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")},
         "vocabulary_types": {
             name: str(values.type) if pa.types.is_integer(values.type) else "string"
             for name, values in vocabularies.items()
@@ -208,9 +200,7 @@ def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise InputError(f"{where}: this run has no branch {unknown[0]!r}; it has {', '.join(have)}")
     if wanted and set(wanted) != set(have) and len(set(wanted)) > 1 and config.model.mbcnet.fusion == "gated":
-        raise InputError(
-            f"{where}: fusion = 'gated' weighs all branches together; serve all of them or a single one"
-        )
+        raise InputError(f"{where}: fusion = 'gated' weighs all branches together; serve all of them or a single one")
     return tuple(name for name in have if not wanted or name in wanted)
 
 
@@ -262,9 +252,7 @@ def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: boo
     """
     with whole_folder(out) as partial:
         save_file(exported.rows, partial / serving.TABLES)
-        save_file(
-            {name: value.contiguous() for name, value in exported.dense.items()}, partial / serving.DENSE
-        )
+        save_file({name: value.contiguous() for name, value in exported.dense.items()}, partial / serving.DENSE)
         vocabularies = {name: values.to_pylist() for name, values in exported.vocabularies.items()}
         (partial / serving.VOCABULARY).write_text(json.dumps(vocabularies), encoding="utf-8")
         (partial / serving.SCHEMA).write_text(format_schema(exported.schema), encoding="utf-8")
@@ -275,9 +263,7 @@ def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: boo
         for path in files:  # safetensors writes for its owner's eyes only
             path.chmod((partial / serving.VOCABULARY).stat().st_mode)
         sums = {path.relative_to(partial).as_posix(): serving.sha256_of(path) for path in files}
-        (partial / serving.MODEL).write_text(
-            json.dumps(exported.spec | {"files": sums}, indent=1), encoding="utf-8"
-        )
+        (partial / serving.MODEL).write_text(json.dumps(exported.spec | {"files": sums}, indent=1), encoding="utf-8")
     return problem
 
 

@@ -53,18 +53,14 @@ def run_export(
         InputError: no such run, branches it has not, or `out` holds something else.
     """
     if is_uri(out):
-        raise InputError(
-            f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards"
-        )
+        raise InputError(f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards")
     folder, target = Path(run_folder), Path(out)
     config = load_run(folder)
     check_branches(config, branches)
     _check_target(target, overwrite)
     compiler = shutil.which("g++") or shutil.which("clang++")
     if aot and not compiler:
-        raise InputError(
-            "--aot: no C++ compiler on this machine (g++ or clang++); install one, or leave it out"
-        )
+        raise InputError("--aot: no C++ compiler on this machine (g++ or clang++); install one, or leave it out")
     with joined_process("cpu") as process:
         step = find_step(config, folder, process)
     weights = load_weights(config, folder, step)
@@ -72,9 +68,7 @@ def run_export(
     exported.spec["step"] = step
     wanted = bool(compiler) if aot is None else aot
     if wanted:
-        print(
-            "compiling the dense part for this processor: a minute or so (--no-aot leaves it out)", flush=True
-        )
+        print("compiling the dense part for this processor: a minute or so (--no-aot leaves it out)", flush=True)
     problem = write_artifact(exported, config, target, aot=wanted)
     if problem and aot:
         raise InputError(f"--aot: the compiler failed ({problem}); {target} is written without")
@@ -104,9 +98,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not (out / serving.MODEL).is_file():
         raise InputError(f"{out}: holds something that is not an artifact; choose another --out")
     if not overwrite:
-        raise InputError(
-            f"{out}: holds an artifact already; replace it with --overwrite, or choose another --out"
-        )
+        raise InputError(f"{out}: holds an artifact already; replace it with --overwrite, or choose another --out")
 
 
 def size_report(out: Path, of_float: Exported) -> dict[str, Any]:
@@ -166,17 +158,13 @@ def _lines(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> list[str]
     ]
     if "compiled_change" in report:
         change = report["compiled_change"]
-        lines.append(
-            f"  compiled       {serving.COMPILED} for this kind of processor, largest change {change:.1e}"
-        )
+        lines.append(f"  compiled       {serving.COMPILED} for this kind of processor, largest change {change:.1e}")
     if "not_compiled" in report:
         lines.append(f"  not compiled   {report['not_compiled']}")
     if "not_compared" in report:
         lines.append(f"  not compared with the float model: {report['not_compared']}")
     else:
-        lines.append(
-            f"  {report['split']}, {report['rows']:,} rows of {report['taken']}, against the float model"
-        )
+        lines.append(f"  {report['split']}, {report['rows']:,} rows of {report['taken']}, against the float model")
         for key, words in (("auc", "AUC"), ("log_loss", "log-loss")):
             now, before = report[key], report[f"float_{key}"]
             if now is not None and before is not None:

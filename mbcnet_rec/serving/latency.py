@@ -97,9 +97,7 @@ def run_latency(
     first = artifacts[0]
     columns = list(dict.fromkeys(name for model in models.values() for name in model.preprocess.columns))
     requests = {
-        rows: read_requests(data, columns, rows)
-        if data
-        else draw_requests(first.schema, first.vocabularies, rows)
+        rows: read_requests(data, columns, rows) if data else draw_requests(first.schema, first.vocabularies, rows)
         for rows in contest.rows
     }
     for name, model in models.items():
@@ -239,8 +237,6 @@ def latency_lines(folders: Sequence[str], timings: Sequence[Timing]) -> list[str
     medians = {(each.model, each.rows): each.p50 for each in timings if each.threads == fewest}
     first, *others = dict.fromkeys(each.model for each in timings)
     for other in others:
-        gaps = (
-            f"{medians[first, n] - medians[other, n]:+.2f} ms at {n} rows" for m, n in medians if m == first
-        )
+        gaps = (f"{medians[first, n] - medians[other, n]:+.2f} ms at {n} rows" for m, n in medians if m == first)
         lines.append(f"{first} over {other}, p50, {fewest} threads: {', '.join(gaps)}")
     return lines

@@ -86,9 +86,7 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
         )
     for name, sha256 in spec["files"].items() if verify else ():
         if sha256_of(folder / name) != sha256:
-            raise ValueError(
-                f"{folder / name}: changed since it was written (SHA-256 differs); copy it again"
-            )
+            raise ValueError(f"{folder / name}: changed since it was written (SHA-256 differs); copy it again")
     vocabularies = load_vocabularies(folder, spec)
     tensors = read_safetensors(folder / TABLES), read_safetensors(folder / DENSE)
     model = ServingModel(spec, load_schema(folder / SCHEMA), *tensors, vocabularies)
@@ -192,8 +190,7 @@ class ServingModel:
     def embed(self, inputs: Inputs) -> Tensor:
         """Look up and pool: (B, N), pooled fields first, then dense columns."""
         pooled = [
-            self.tables[pooling](ids, offsets, weights)
-            for pooling, (ids, offsets, weights) in inputs.bags.items()
+            self.tables[pooling](ids, offsets, weights) for pooling, (ids, offsets, weights) in inputs.bags.items()
         ]
         return torch.cat([*pooled, inputs.dense], dim=1)
 
@@ -226,9 +223,7 @@ def open_tables(
         rows: fp32, fp16, int8 or int4.
         pooling: sum, mean, or weighted (a weighted sum).
     """
-    specs = [
-        (*(each[key] for key in TABLE_KEYS), SparseType(rows), EmbeddingLocation.HOST) for each in tables
-    ]
+    specs = [(*(each[key] for key in TABLE_KEYS), SparseType(rows), EmbeddingLocation.HOST) for each in tables]
     opened = IntNBitTableBatchedEmbeddingBagsCodegen(
         specs,
         feature_table_map=[index for _, index in lookups],

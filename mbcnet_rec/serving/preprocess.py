@@ -68,9 +68,7 @@ class Preprocessor:
             for index, feature in enumerate(features)
         }
         self.field_of = {
-            column: feature
-            for feature in schema.features
-            for column in (feature.source_column, feature.weights)
+            column: feature for feature in schema.features for column in (feature.source_column, feature.weights)
         }
         self.checked: dict[str, pa.DataType] = {}  # the types that were last found right
         self.id_rows: dict[str, tuple[Table, np.ndarray, np.ndarray]] = {}
@@ -78,9 +76,7 @@ class Preprocessor:
             if table.zch is not None:
                 ids, rows = id_rows[ZCH + table.name].numpy()
                 if len(rows) and not 0 <= rows.min() <= rows.max() < table.num_embeddings:
-                    raise ValueError(
-                        f"field {name!r}: an id has a row that its table lacks; copy the artifact again"
-                    )
+                    raise ValueError(f"field {name!r}: an id has a row that its table lacks; copy the artifact again")
                 self.id_rows[name] = table, ids, rows
 
     def __call__(self, rows: Rows, place: str = REQUEST, first_row: int = 0) -> Inputs:
@@ -200,9 +196,7 @@ def array_of(column: Any, is_number: bool) -> pa.Array | np.ndarray:
         if not hasattr(column, "__array__"):
             raise TypeError(f"a {type(column).__name__}")
         column = np.asarray(column)
-    column = column.astype(
-        column.dtype.newbyteorder("="), copy=False
-    )  # Arrow takes this machine's order only
+    column = column.astype(column.dtype.newbyteorder("="), copy=False)  # Arrow takes this machine's order only
     if column.ndim == 2:
         offsets = np.arange(len(column) + 1) * column.shape[1]
         return _of_lists(array_of(column.reshape(-1), is_number), offsets)
@@ -236,9 +230,7 @@ def _of_values(values: Sequence[Any], is_number: bool) -> pa.Array | np.ndarray:
             return integers
         if not is_number:
             row = int(np.flatnonzero(bad)[0])
-            raise OverflowError(
-                f"row {row} = {str(values[row])[:40]}: the column's integers need more than 64 bits"
-            )
+            raise OverflowError(f"row {row} = {str(values[row])[:40]}: the column's integers need more than 64 bits")
         return pa.array([None if type(each) in missing else _as_float(each) for each in values], pa.float64())
     if kinds == {float} and not missing and is_number:
         return np.asarray(values, np.float64)

@@ -67,13 +67,9 @@ def read_requests(path: str, columns: Sequence[str], rows: int) -> Requests:
             known = [name for name in columns if name in file.schema_arrow.names]
             table = next(file.iter_batches(rows * NUM_REQUESTS, columns=known), None)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--data {path}: not a readable Parquet file ({error}); choose another one"
-        ) from None
+        raise InputError(f"--data {path}: not a readable Parquet file ({error}); choose another one") from None
     if table is None or table.num_rows < rows:
         found = 0 if table is None else table.num_rows
-        raise InputError(
-            f"--data {path}: {found} rows; wanted at least {rows}, as --rows asks: choose a longer file"
-        )
+        raise InputError(f"--data {path}: {found} rows; wanted at least {rows}, as --rows asks: choose a longer file")
     starts = [number * rows % (table.num_rows - rows + 1) for number in range(NUM_REQUESTS)]
     return [table.slice(start, rows).to_pydict() for start in starts]

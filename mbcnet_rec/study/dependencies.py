@@ -72,9 +72,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             continue
         if part == "data":
             found += [
-                f"data.{split}: {words}"
-                for split in new
-                if (words := mark_differences(old.get(split, []), new[split]))
+                f"data.{split}: {words}" for split in new if (words := mark_differences(old.get(split, []), new[split]))
             ]
         elif isinstance(new, dict):
             prefix = "" if part == "config" else f"{part} "

@@ -86,9 +86,7 @@ def _scores(material: Material) -> list[Block]:
     if not names:
         raise InputError("no run has ended")
     picture = figures.scores_figure({name: list(material.scores[name].values()) for name in names})
-    return [
-        Picture("scores", picture, "A dot is one seed, a bar their mean; the best row of each panel is red.")
-    ]
+    return [Picture("scores", picture, "A dot is one seed, a bar their mean; the best row of each panel is red.")]
 
 
 def _curves(name: str, wanted: Wanted, caption: str) -> Callable[[Material], list[Block]]:
@@ -129,10 +127,7 @@ def _neurons(material: Material) -> list[Block]:
     picture = figures.curves_figure([(title, plot)], xlabel="neuron of the latent")
     agreement = np.corrcoef(outputs)
     shown = [figures.label(name) for name in probe.names]
-    lines = [
-        (f"{shown[i]} and {shown[j]}", f"{agreement[i, j]:.3f}")
-        for i, j in combinations(range(len(shown)), 2)
-    ]
+    lines = [(f"{shown[i]} and {shown[j]}", f"{agreement[i, j]:.3f}") for i, j in combinations(range(len(shown)), 2)]
     table = Table(("branches", "correlation of the mean outputs"), tuple(lines))
     caption = (
         f"Figure 6 b: softmax over the {width} neurons of the latent, mean over {len(probe.labels):,} held-out rows, "

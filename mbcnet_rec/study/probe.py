@@ -53,9 +53,7 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
     """
     config = load_run(folder)
     if config.model.kind != "mbcnet":
-        raise InputError(
-            f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted an MBCnet run"
-        )
+        raise InputError(f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted an MBCnet run")
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
         schema = run_schema(config, folder, step)
@@ -88,9 +86,7 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
         )
 
 
-def _with_categories(
-    batches: Iterable[Batch], category: str, max_rows: int
-) -> Iterator[tuple[Batch, np.ndarray]]:
+def _with_categories(batches: Iterable[Batch], category: str, max_rows: int) -> Iterator[tuple[Batch, np.ndarray]]:
     """Batches and the category of each row (B,), until there are enough rows."""
     rows = 0
     for batch in batches:
@@ -127,9 +123,7 @@ def category_names(schema: Schema, feature: Feature, ids: np.ndarray) -> list[st
     if feature.encoding == "vocabulary":
         values = [str(each) for each in read_vocabularies(schema)[feature.vocabulary].to_pylist()]
     special = {MISSING: "(missing)"} | ({0: "(missing)", 1: "(rare)"} if values else {})
-    return [
-        special.get(int(each), values[each - 2] if 2 <= each < len(values) + 2 else str(each)) for each in ids
-    ]
+    return [special.get(int(each), values[each - 2] if 2 <= each < len(values) + 2 else str(each)) for each in ids]
 
 
 def tsne_plane(points: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -74,9 +74,7 @@ def with_models(study: Study, models: Sequence[str]) -> Study:
     return replace(study, variants=kept)
 
 
-def variant_config(
-    base: RunConfig, variant: Variant, tuned: Path | None, overrides: Sequence[str] = ()
-) -> RunConfig:
+def variant_config(base: RunConfig, variant: Variant, tuned: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Make a variant's config from the base, or from KIND.toml in the folder `tuned`, with the command line's overrides, if that is there.
 
     Raises:
@@ -129,9 +127,7 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     page = free_page(request.out / f"{study.name}_{base.name}.html", mark)
     write_whole(page, to_html(title, lead, blocks) + mark)
     print(f"wrote {page}")
-    print(
-        f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again"
-    )
+    print(f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again")
     if runs and not done:
         raise InputError(
             f"none of the {len(runs)} runs came to an end: {next(iter(failures.values()))[0]}; see {request.out}/runs/*.log"
@@ -142,9 +138,7 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
 def page_mark(base: RunConfig, tuned: Path | None) -> str:
     """A comment that ends a page: the hash of what its runs depend on."""
     winners = sorted(tuned.glob("*.toml")) if tuned is not None else ()
-    depends = dependencies(base, {}) | {
-        "tuned": {file.name: file.read_text(encoding="utf-8") for file in winners}
-    }
+    depends = dependencies(base, {}) | {"tuned": {file.name: file.read_text(encoding="utf-8") for file in winners}}
     return f"<!-- depends on {digest_of(depends)} -->\n"
 
 

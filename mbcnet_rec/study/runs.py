@@ -90,9 +90,7 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     """
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for name in (
-        (DONE, PRUNED) if (folder / PRUNED).exists() else ()
-    ):  # in this order: a crash leaves no whole run
+    for name in (DONE, PRUNED) if (folder / PRUNED).exists() else ():  # in this order: a crash leaves no whole run
         (folder / name).unlink(missing_ok=True)
     with (
         folder.with_suffix(".log").open("w", encoding="utf-8") as log,
@@ -102,9 +100,7 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
         try:
             train_model(config, overwrite=True, watch=watch, report=write_run_report)
         except (PreemptedError, CannotWriteError) as error:  # the way out is the study's or the tuning's
-            raise type(error)(
-                str(error).replace("continue with --resume", "start the same command again")
-            ) from None
+            raise type(error)(str(error).replace("continue with --resume", "start the same command again")) from None
         except (InputError, RuntimeError) as error:  # a loss that is not finite is a RuntimeError
             return " ".join(str(error).split()) or type(error).__name__
     return ""
@@ -138,9 +134,7 @@ def train_all(runs: Sequence[Run], workers: int = 0, train: Train = train_one) -
             for future in as_completed(waiting):
                 try:
                     failure = future.result()
-                except (
-                    BrokenProcessPool
-                ):  # every run that had not ended says so, and the next start trains them
+                except BrokenProcessPool:  # every run that had not ended says so, and the next start trains them
                     failure = "a process of the pool died, perhaps for lack of memory; start again, with fewer --workers if so"
                 yield waiting[future], failure
         finally:
@@ -182,9 +176,7 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
     line = judged_line(read_metrics(folder), splits)
     if line is None:
         keys = " or ".join(f"data.{split}" for split in splits)
-        raise InputError(
-            f"{folder}/{METRICS}: no {' or '.join(splits)} rows were scored; name {keys} in the config"
-        )
+        raise InputError(f"{folder}/{METRICS}: no {' or '.join(splits)} rows were scored; name {keys} in the config")
     if line.get("log_loss") is not None and (reason := why_no_auc(line)):
         split = line["split"]
         raise InputError(

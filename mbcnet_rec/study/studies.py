@@ -101,9 +101,7 @@ def _principle_claims(ours: str) -> tuple[Claim, ...]:
     )
 
 
-_ABLATION_CLAIMS = tuple(
-    Claim(f"removing {what} costs AUC", "MBCnet", row.name) for what, row in _ABLATIONS.items()
-)
+_ABLATION_CLAIMS = tuple(Claim(f"removing {what} costs AUC", "MBCnet", row.name) for what, row in _ABLATIONS.items())
 _DENSITY_PAPER = {
     "dnn": (0.5132, 0.5885, 0.6770, 0.7223, 0.7423),
     "dcnv2": (0.5200, 0.5929, 0.6797, 0.7262, 0.7461),
@@ -220,9 +218,7 @@ _STUDIES = (
     ),
     _of_mbcnet("fig5", "Figure 5", "Do the cooperation losses converge?", ("terms",)),
     _of_mbcnet("fig6", "Figure 6", "Do branches differ at the level of neurons?", ("neurons",)),
-    _of_mbcnet(
-        "fig7", "Figure 7 and Figure 1 a", "Which categories does each branch learn best?", ("categories",)
-    ),
+    _of_mbcnet("fig7", "Figure 7 and Figure 1 a", "Which categories does each branch learn best?", ("categories",)),
     Study(
         "fig8",
         "Figure 8",

@@ -167,9 +167,7 @@ def tune_model(
             bar.write(f"{kind}: trial {number + 1} of {search.trials}: {outcome}")
             bar.update(1)
     if not study.get_trials(states=(TrialState.COMPLETE,)):
-        raise InputError(
-            f"{file}: none of the {search.trials} trials of {kind} came to an end; see {out}/runs/*.log"
-        )
+        raise InputError(f"{file}: none of the {search.trials} trials of {kind} came to an end; see {out}/runs/*.log")
     winner = study.best_trial
     path = out / f"{kind}.toml"
     best = with_overrides(base, winner.user_attrs["overrides"], str(path))
@@ -241,12 +239,8 @@ def with_first_teachers(study: optuna.Study, base: RunConfig, out: Path) -> RunC
         study.set_user_attr(TEACHERS, now)
     first = {name: study.user_attrs[TEACHERS].get(name, table) for name, table in now.items()}
     if first != now:
-        tell(
-            "note: enkd: its trials keep the teachers of the first one; choose another --out for those tuned since"
-        )
-    configs = {
-        name: parse_dataclass(type(getattr(base.model, name)), table, name) for name, table in first.items()
-    }
+        tell("note: enkd: its trials keep the teachers of the first one; choose another --out for those tuned since")
+    configs = {name: parse_dataclass(type(getattr(base.model, name)), table, name) for name, table in first.items()}
     return replace(base, model=replace(base.model, **configs))
 
 
@@ -269,9 +263,7 @@ def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
     return replace(config, model=model)
 
 
-def run_trial(
-    study: optuna.Study, base: RunConfig, search: Search, out: Path, train: Train, known: Known
-) -> str:
+def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, train: Train, known: Known) -> str:
     """Draw, train and score one trial; return what came of it in words.
 
     A trial whose validation AUC lies below the median of the earlier ones at the same evaluation is pruned.
@@ -310,9 +302,7 @@ def run_trial(
     return ended(f"valid AUC {auc:.4f}", auc)
 
 
-def tune_models(
-    config: RunConfig, search: Search, models: Sequence[str], out: Path, train: Train = train_one
-) -> int:
+def tune_models(config: RunConfig, search: Search, models: Sequence[str], out: Path, train: Train = train_one) -> int:
     """Tune each model with the same number of trials; say what won and where it is.
 
     Raises:
@@ -327,9 +317,7 @@ def tune_models(
         for kind in kinds:
             path, winner = tune_model(config, search, kind, out, train)
             trials = max(search.trials, winner.number + 1)
-            lines.append(
-                f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {trials}: {path}"
-            )
+            lines.append(f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {trials}: {path}")
     print("\n".join(lines))
     print(f"next: mbcnet train --config {path}")
     print(f"      mbcnet study table3 --config {path} --tuned {out} --models {' '.join(kinds)} --seeds 5")

@@ -65,9 +65,7 @@ class TrainConfig(Bounded):
     epochs: int = bounded(1, at_least=1)  # passes over the training rows
     max_steps: int = _or_off(0)  # stop after that many steps; 0: no limit
     log_every: int = bounded(20, at_least=1)  # steps between lines of metrics.jsonl
-    eval_every: int = _or_off(
-        0
-    )  # steps between evaluations on the validation rows; 0: at the end of each epoch
+    eval_every: int = _or_off(0)  # steps between evaluations on the validation rows; 0: at the end of each epoch
     # evaluations without a better validation AUC before training stops; 0: never
     patience: int = _or_off(0)
     # plateau: dense and table rates x 0.1 at every evaluation that does not improve
@@ -84,12 +82,8 @@ class TrainConfig(Bounded):
     max_skipped: int = _or_off(10)  # steps of a run that may be skipped so
     # standard deviations above the running mean at which a logged loss is an alarm; 0: never
     spike_sigmas: float = _or_off(6.0)
-    timeout_seconds: float = _wait(
-        600.0
-    )  # after which a collective that a rank does not join fails on the others
-    stall_seconds: float = _wait(
-        300.0
-    )  # a step that takes longer has the stacks of all ranks written to RUN/stacks
+    timeout_seconds: float = _wait(600.0)  # after which a collective that a rank does not join fails on the others
+    stall_seconds: float = _wait(300.0)  # a step that takes longer has the stacks of all ranks written to RUN/stacks
     warm_start: str = ""  # a run folder whose tables are this run's initial ones; empty: none
     warm_start_tables: tuple[str, ...] = ()  # which of them; empty: all that both runs have
     # an MLflow server, http://HOST:PORT, that gets every number besides TensorBoard; empty: none
@@ -103,6 +97,4 @@ class TrainConfig(Bounded):
                 f"tracking = {self.tracking!r}: wanted the address of an MLflow server; write http://HOST:5000, or leave it empty"
             )
         if self.warm_start_tables and not self.warm_start:
-            raise InputError(
-                "warm_start_tables names tables, but warm_start names no run; set both or neither"
-            )
+            raise InputError("warm_start_tables names tables, but warm_start names no run; set both or neither")

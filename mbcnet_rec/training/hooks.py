@@ -23,7 +23,5 @@ class Hooks:
     on_place: Callable[[str], None] = lambda place: None
     # with the loss and outputs of every training step; the step continues with what it returns
     on_loss: OnLoss = unchanged
-    on_write: Callable[[], None] = lambda: (
-        None
-    )  # before a checkpoint's tensors are written, in the writing thread
+    on_write: Callable[[], None] = lambda: None  # before a checkpoint's tensors are written, in the writing thread
     on_rows: Callable[[], None] = lambda: None  # before training rows are read, in the thread that reads them

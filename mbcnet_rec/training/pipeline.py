@@ -94,6 +94,4 @@ def train_pipeline(step: CheckedStep, *, prefetch: bool) -> Pipeline:
     """Make TorchRec's pipeline. `prefetch`: whether the plan has tables in HBM caches, whose next rows are then fetched ahead."""
     kind = _ReattachedPrefetchPipeline if prefetch else TrainPipelineSparseDist
     optimizer: Any = step
-    return kind(
-        step.model, optimizer, step.model.device, execute_all_batches=True, custom_model_fwd=step.forward
-    )
+    return kind(step.model, optimizer, step.model.device, execute_all_batches=True, custom_model_fwd=step.forward)

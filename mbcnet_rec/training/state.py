@@ -41,9 +41,7 @@ class TrainState:
     bad_evaluations: int = 0  # in a row that did not improve
     lr_scale: float = 1.0  # factor on every learning rate
     stopped: bool = False  # early stop
-    evaluated_step: int = (
-        -1
-    )  # of the last evaluation; a checkpoint may be older than the evaluation of its step
+    evaluated_step: int = -1  # of the last evaluation; a checkpoint may be older than the evaluation of its step
     skipped: int = 0  # steps whose loss was not finite and that were passed over
     # running moments of the logged losses, for the alarm
     loss_mean: float = 0.0
@@ -99,8 +97,7 @@ class TrainState:
             # earlier versions ranked evaluations without an AUC too, as null
             ranked = [(auc, step) for auc, step in values["best"] if auc is not None]
             state.best = [
-                (parse_value(float, auc, where, "best"), parse_value(int, step, where, "best"))
-                for auc, step in ranked
+                (parse_value(float, auc, where, "best"), parse_value(int, step, where, "best")) for auc, step in ranked
             ]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{where}: {str(error)[:200]}; use another checkpoint") from None

@@ -329,9 +329,7 @@ class Trainer:
             if self.context.watch is not None and any_rank(self.context.watch(state.step, auc)):
                 state.stopped = True
             mark = "best so far" if better else f"{state.bad_evaluations} without a better one"
-            self.bar.say(
-                f"step {state.step}: valid AUC {auc:.4f}, log-loss {metrics['log_loss']:.4f} ({mark})"
-            )
+            self.bar.say(f"step {state.step}: valid AUC {auc:.4f}, log-loss {metrics['log_loss']:.4f} ({mark})")
         self.save()
 
     def evaluate(self, stream: ParquetStream) -> dict[str, Any]:

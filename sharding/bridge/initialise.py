@@ -12,9 +12,7 @@ from sharding.bridge.blocks import LocalBlock, local_blocks
 CHUNK_ROWS = 4_096
 
 
-def table_rows(
-    seed: int, table: str, start: int, stop: int, dim: int, std: float
-) -> Iterator[tuple[int, Tensor]]:
+def table_rows(seed: int, table: str, start: int, stop: int, dim: int, std: float) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, (rows, dim) float32 normal values) that cover rows [start, stop) of a table.
 
     Each chunk of 4,096 rows has a generator of its own, so a shard draws only the chunks it holds. A chunk is

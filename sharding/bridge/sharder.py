@@ -46,9 +46,7 @@ def sharders_of(plan: Plan, *, seed: int = 0, std: float = 0.0) -> list[Any]:
     """
     registry = None
     if not plan.forward_precision == plan.backward_precision == "fp32":
-        forward, backward = (
-            CommType[each.upper()] for each in (plan.forward_precision, plan.backward_precision)
-        )
+        forward, backward = (CommType[each.upper()] for each in (plan.forward_precision, plan.backward_precision))
         precisions = QCommsConfig(forward, backward)
         registry = get_qcomm_codecs_registry(precisions, device=torch.device(plan.device))
     rows = AnyTypeSharder(qcomm_codecs_registry=registry)
@@ -92,9 +90,7 @@ def _generator(table: TablePlan, plan: Plan) -> Any:
         sharding = generate(*args)
         sharding.compute_kernel = kernel  # table_row_wise takes none
         if kernel == "fused_uvm_caching":
-            sharding.cache_params = CacheParams(
-                load_factor=table.cache_ratio, prefetch_pipeline=plan.prefetch
-            )
+            sharding.cache_params = CacheParams(load_factor=table.cache_ratio, prefetch_pipeline=plan.prefetch)
         return sharding
 
     return finished
@@ -111,9 +107,7 @@ def placed_differences(plan: Plan, model: nn.Module) -> list[str]:
             lines.append(f"{name}: planned, but in no sharded collection")
             continue
         found = held[name]
-        pairs = [
-            (key, getattr(table, key), getattr(found, key)) for key in ("sharding_type", "compute_kernel")
-        ]
+        pairs = [(key, getattr(table, key), getattr(found, key)) for key in ("sharding_type", "compute_kernel")]
         if table.ranks and plan.replicas == 1:  # a group's ranks are numbered anew
             pairs.append(("ranks", list(table.ranks), list(found.ranks or ())))
         changed = [f"{key} {planned} -> {real}" for key, planned, real in pairs if planned != real]

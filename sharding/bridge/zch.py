@@ -122,9 +122,7 @@ class BucketedCollisions(ManagedCollisionModule):
             )
         return remapped
 
-    def forward(
-        self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True
-    ) -> dict[str, JaggedTensor]:
+    def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
         """Note ids, and return their rows."""
         return self.remap(self.profile(features))
 

@@ -82,7 +82,9 @@ def check_plan(
     if plan.world_size != world_size:
         problem = f"world_size = {plan.world_size}, but this run has {world_size} ranks; {shape}"
     elif local_world_size and plan.local_world_size != local_world_size:
-        problem = f"local_world_size = {plan.local_world_size}, but this run has {local_world_size} ranks a host; {shape}"
+        problem = (
+            f"local_world_size = {plan.local_world_size}, but this run has {local_world_size} ranks a host; {shape}"
+        )
     elif plan.device != device:
         problem = f"device = {plan.device!r}, but this run computes on {device!r}; "
     elif optimizer and plan.format > 1 and plan.optimizer != optimizer:
@@ -116,9 +118,7 @@ def constraint_differences(plan: Plan, config: ShardingConfig) -> list[str]:
             ("ranks", table.ranks, asked.ranks, set(table.ranks) <= set(asked.ranks)),
             ("cache_ratio", table.cache_ratio, asked.cache_ratio, table.cache_ratio in (0, asked.cache_ratio)),
         )  # fmt: skip
-        pairs += [
-            (f"{where}.{key}", planned, wanted) for key, planned, wanted, kept in asks if wanted and not kept
-        ]
+        pairs += [(f"{where}.{key}", planned, wanted) for key, planned, wanted, kept in asks if wanted and not kept]
     return [
         f"{key}: plan {json.dumps(planned)}, run {json.dumps(wanted)}" if planned is not None else f"{key}: not in the plan"
         for key, planned, wanted in pairs

@@ -31,9 +31,7 @@ def alternatives(assessment: Assessment, name: str, room: Room) -> list[Alternat
         result = assess(replace(plan, tables={**plan.tables, name: table}), assessment.cluster)
         memory = [result.memory(rank) for rank in result.ranks]
         fits = all(rank.hbm <= room.hbm and rank.ddr <= room.ddr for rank in memory)
-        return Alternative(
-            table, *table_totals(result)[name], result.path.step, result.busiest.times.total, fits
-        )
+        return Alternative(table, *table_totals(result)[name], result.path.step, result.busiest.times.total, fits)
 
     found = [
         tried(each)

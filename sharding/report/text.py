@@ -96,9 +96,7 @@ def _table_lines(assessment: Assessment, full: bool) -> list[str]:
     if len(shown) < len(totals):
         rest = [size for name, (size, _) in totals.items() if name not in shown]
         weights, state = sum(size.rows for size in rest), sum(size.state for size in rest)
-        lines.append(
-            f"  and {len(rest)} more tables: {gib(weights)} rows, {gib(state)} state (--all shows them)"
-        )
+        lines.append(f"  and {len(rest)} more tables: {gib(weights)} rows, {gib(state)} state (--all shows them)")
     return lines
 
 
@@ -110,7 +108,9 @@ def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
         for rank in shown
     ]  # fmt: skip
     head = ("rank", "tables", "HBM", "DDR", *PARTS, "total")
-    title = "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total without input_dist)"
+    title = (
+        "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total without input_dist)"
+    )
     lines = [title, *columns(head, rows)]
     if len(shown) < len(ranked):
         memory = [sum(assessment.memory(rank)) for rank in ranked]
@@ -129,9 +129,7 @@ def report_dict(assessment: Assessment) -> dict[str, Any]:
             "rank": rank.rank,
             "hbm_bytes": assessment.memory(rank).hbm,
             "ddr_bytes": assessment.memory(rank).ddr,
-            "table_bytes": {
-                part: getattr(rank.bytes, part) for part in ("rows", "state", "cache", "activations")
-            },
+            "table_bytes": {part: getattr(rank.bytes, part) for part in ("rows", "state", "cache", "activations")},
             "seconds": rank.times._asdict() | {"total": rank.times.total},
             "tables": rank.tables,
         }

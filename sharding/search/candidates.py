@@ -52,7 +52,9 @@ def check_constraints(task: Task) -> None:
     tables = {table.name: table for table in task.schema.tables}
     problem = device_problem(plan)
     if not problem and plan.local_world_size % config.replicas:
-        problem = f"replicas = {config.replicas}: wanted a divisor of the {plan.local_world_size} ranks of a host; use 1"
+        problem = (
+            f"replicas = {config.replicas}: wanted a divisor of the {plan.local_world_size} ranks of a host; use 1"
+        )
     if problem:
         raise InputError(f"sharding.{problem}")
     for name, constraint in config.tables.items():

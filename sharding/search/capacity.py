@@ -21,9 +21,7 @@ def solve(task: Task, progress: Progress | None = None) -> Assessment:
     return replace(assess(plan, task.cluster), any_types_bound=bound, assumed=assumed)
 
 
-def smallest_cluster(
-    task: Task, headroom: float, say: Callable[[str], None] = lambda line: None
-) -> Assessment:
+def smallest_cluster(task: Task, headroom: float, say: Callable[[str], None] = lambda line: None) -> Assessment:
     """The fewest devices that fit: parts of one host, then whole hosts. The task's cluster says the kind of host, not how many.
 
     `headroom`: share of each device's memory to leave free, in place of the config's reserve. `say` is told each size that is tried.

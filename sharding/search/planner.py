@@ -116,9 +116,7 @@ def _torchrec_constraints(options: list[TablePlan]) -> ParameterConstraints:
     )
 
 
-def _with_ranks(
-    parameter: ParameterSharding, options: list[TablePlan], allowed: tuple[int, ...]
-) -> TablePlan:
+def _with_ranks(parameter: ParameterSharding, options: list[TablePlan], allowed: tuple[int, ...]) -> TablePlan:
     """Our form of what TorchRec chose."""
     option, ranks = _match(parameter, options), tuple(parameter.ranks or ())
     misplaced = len(set(ranks)) < len(ranks) or (allowed and not set(ranks) <= set(allowed))

@@ -122,9 +122,7 @@ def build_stream(config: StreamConfig, layout: InputLayout, key: str) -> nn.Sequ
     """
     unknown = set(config.context) - set(layout.keys(ALL))
     if unknown:
-        raise InputError(
-            f"{key} = {list(config.context)}: {min(unknown)!r} is not a field of the schema; take it out"
-        )
+        raise InputError(f"{key} = {list(config.context)}: {min(unknown)!r} is not a field of the schema; take it out")
     mlp = MLP(layout.width(), config.hidden, config)
     if not config.gate:
         return nn.Sequential(mlp)
