@@ -461,7 +461,7 @@ def run(folder: Path, cases: int, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--cases", type=int, default=500, help="at most 25 with --quick")
+    parser.add_argument("--cases", type=int, default=500, help="at most 10 with --quick")
     parser.add_argument("--seed", type=int, default=1, help="of the first case")
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="run the first case alone, there, and leave its files"
@@ -473,7 +473,7 @@ def main() -> int:
         print_figures({"seed": args.seed, "accepted": accepted, "findings": len(found)}, args.json)
         return int(bool(found))
     with tempfile.TemporaryDirectory(prefix="pipeline-fuzz-") as name:
-        result = run(Path(name), min(args.cases, 25) if args.quick else args.cases, args.seed)
+        result = run(Path(name), min(args.cases, 10) if args.quick else args.cases, args.seed)
     print_figures(result, args.json)
     return int(result["findings"] > 0)
 
