@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,9 +90,18 @@ def tensors(run: Path, step: int = STEPS) -> dict[str, str]:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Digests of every Parquet and TOML file below a folder."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".parquet", ".toml")]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    """Digests of every Parquet file below a folder, and of what every TOML file says, but for the types of ids that `schema fit` adds."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".toml":
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            for entry in (table, *table.get("fields", {}).values()):
+                for key in ("type", "group_type"):
+                    entry.pop(key, None)
+            found[str(path.relative_to(folder))] = hashlib.sha256(repr(table).encode()).hexdigest()
+        elif path.suffix == ".parquet":
+            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def scores(folder: Path) -> dict[str, str]:
