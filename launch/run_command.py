@@ -99,6 +99,9 @@ class Run(CmdRun):
             sys.exit(refusal(args.scheduler, f"{program} is not on the PATH of this machine"))
         try:
             super().run(args)
+        except SystemExit as end:
+            # torchx ends with 1 after it has said which option of the scheduler is wrong or missing
+            sys.exit(USER_MISTAKE if end.code == 1 and not args.wait else end.code)
         except Exception as error:
             if "LOGLEVEL" in os.environ:
                 raise

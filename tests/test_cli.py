@@ -44,7 +44,7 @@ def test_help_names_every_command_within_half_a_second():
 def test_nothing_heavy_is_imported_before_a_command_runs():
     code = (
         "import sys; from mbcnet_rec.cli import build_parser; build_parser(); "
-        "print([name for name in ('torch', 'torchrec', 'pyarrow', 'numpy', 'matplotlib') if name in sys.modules])"
+        "print([name for name in ('torch', 'torchrec', 'pyarrow', 'numpy', 'matplotlib', 'tqdm') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

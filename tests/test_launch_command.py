@@ -8,7 +8,7 @@ import shlex
 import subprocess
 
 import pytest
-from tiny_run import make_run
+from tiny_run import make_run, program
 from torchx.specs.file_linter import get_fn_docstring
 from torchx.specs.finder import get_components
 
@@ -80,6 +80,17 @@ def test_what_cannot_run_is_one_line_and_code_2(folder, capsys, args, said):
     assert launch(*args) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error, error
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [("slurm", "sbatch is not on the PATH"), pytest.param("kubernetes", "`queue`", marks=pytest.mark.long)],
+)
+def test_a_scheduler_that_is_not_set_up_is_named_with_code_2(folder, scheduler, said):
+    """No traceback, and not 1, which is a bug's."""
+    (folder / "bin").mkdir()
+    done = program("mbcnet", "launch", "--config", "tiny.toml", "-s", scheduler, "-j", "1x1", cwd=folder, PATH="bin")
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_the_printed_forms_are_one_job(folder, capsys):

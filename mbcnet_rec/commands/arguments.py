@@ -3,8 +3,6 @@
 import argparse
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from data.errors import InputError
 
 
@@ -38,19 +36,6 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an earlier run of the same folder, once all is checked",
     )
-
-
-class RowBar(tqdm):
-    """A bar of rows, which counts them also where it is not shown."""
-
-    def __init__(self, title: str, total: int | None = None, *, shown: bool = True) -> None:
-        self.rows = 0
-        super().__init__(unit="row", unit_scale=True, desc=title, total=total, disable=None if shown else True)
-
-    def reach(self, rows: int) -> None:
-        """Say how many rows are done."""
-        self.rows = rows
-        self.update(rows - self.n)
 
 
 def names(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.write import write_synthetic
-from mbcnet_rec.commands.arguments import RowBar
+from mbcnet_rec.logs.progress import RowBar
 
 
 def register(parser: argparse.ArgumentParser) -> None:

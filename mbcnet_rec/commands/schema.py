@@ -13,7 +13,7 @@ from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.schema.show import print_schema
 from data.whole_folder import write_whole
-from mbcnet_rec.commands.arguments import RowBar
+from mbcnet_rec.logs.progress import RowBar
 
 
 def register(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,19 @@ def tell(line: str, stream: TextIO | None = None) -> None:
         print(line, file=stream or sys.stdout, flush=True)
 
 
+class RowBar(tqdm):
+    """A bar of rows, which counts them also where it is not shown."""
+
+    def __init__(self, title: str, total: int | None = None, *, shown: bool = True) -> None:
+        self.rows = 0
+        super().__init__(unit="row", unit_scale=True, desc=title, total=total, disable=None if shown else True)
+
+    def reach(self, rows: int) -> None:
+        """Say how many rows are done."""
+        self.rows = rows
+        self.update(rows - self.n)
+
+
 class _Tolerant:
     """A stream that drops what cannot be written."""
 
