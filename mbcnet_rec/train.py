@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.errors import InputError
 from data.reading.files import files_in_words, resolve_files
@@ -102,11 +102,11 @@ def run_training(
         start = start_of(config, storage, process, resume, overwrite)
         earlier = earlier_facts(config, storage, start, process)
         schema, files = agreed_schema(config, earlier, process, allow_partial=allow_partial)
-        opened: dict[str, ParquetStream] = {}
         with agreed(process):
-            streams = open_streams(config.data, settings.seed, schema, process, opened)
-        train_rows, counts = opened["train"], _counts(opened)
-        marks = answer_of_first(process, lambda: marks_of(opened, config.data.attempts))
+            splits = open_splits(config.data, settings.seed, schema, process)
+        streams = {name: split.stream for name, split in splits.items()}
+        train_rows, counts = streams["train"], _counts(streams)
+        marks = answer_of_first(process, lambda: marks_of(streams, config.data.attempts))
         facts = facts_of(config, files, marks)
         context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks, facts)
         notes = answer_of_first(
@@ -116,7 +116,8 @@ def run_training(
         train_rows.on_rows = hooks.on_rows
         if teach is not None:
             train_rows = teach(process, train_rows)
-        trainer = Trainer(settings, context, built, train_rows, streams.get("valid"))
+        valid = splits["valid"].fresh if "valid" in splits else None
+        trainer = Trainer(settings, context, built, train_rows, valid)
         notes += _load(config, schema, trainer, start, earlier, allow_partial)
         # no rank writes into the folder before the files of an earlier run are out of the way
         begun = Beginning(config, schema, files, marks, built.plan)
@@ -177,40 +178,38 @@ def _load(
     return notes
 
 
-def open_streams(
-    config: DataConfig,
-    seed: int,
-    schema: Schema,
-    process: Process,
-    opened: dict[str, ParquetStream] | None = None,
-) -> dict[str, Callable[[], ParquetStream]]:
-    """Check the files of each split that the config names: split -> a function that opens a fresh stream.
+class Split(NamedTuple):
+    """The rows of one split, whose files have been checked."""
 
-    `opened` takes up the first stream of each split.
+    stream: ParquetStream
+    fresh: Callable[[], ParquetStream]  # opens the same stream again, from its first row
+
+
+def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process) -> dict[str, Split]:
+    """Open each split that the config names. Reads footers only, so that faults show before anything is built.
 
     Raises:
         InputError: a path leads nowhere, or a file does not fit the schema.
     """
-    splits = {
+    named = {
         "train": (config.train, config.train_options(seed)),
         "valid": (config.valid, config.eval_options(config.valid_where)),
         "test": (config.test, config.eval_options(config.test_where)),
     }
-    streams: dict[str, Callable[[], ParquetStream]] = {}
-    opened = {} if opened is None else opened
-    for split, (paths, options) in splits.items():
+    splits = {}
+    for name, (paths, options) in named.items():
         if paths:
             files = resolve_files(paths)
-            streams[split] = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
-            opened[split] = streams[split]()  # reads footers only: faults show before anything is built
-    return streams
+            fresh = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
+            splits[name] = Split(fresh(), fresh)
+    return splits
 
 
-def _counts(opened: Mapping[str, ParquetStream]) -> str:
+def _counts(streams: Mapping[str, ParquetStream]) -> str:
     """How many rows and files each split has; what was left out beside several is said once."""
     told: set[DataFile] = set()
     counts = []
-    for split, stream in opened.items():
+    for split, stream in streams.items():
         new = FileList(stream.files, [each for each in stream.files.others if each not in told])
         told |= {*new.others}
         counts.append(f"{split} {stream.num_rows:,} rows of {files_in_words(new)}")
@@ -225,16 +224,16 @@ def _own_folders(config: RunConfig) -> dict[str, Path]:
     return folders
 
 
-def _test(trainer: Trainer, open_test: Callable[[], ParquetStream] | None) -> dict[str, Any]:
+def _test(trainer: Trainer, stream: ParquetStream | None) -> dict[str, Any]:
     """Score the best checkpoint, or the last weights without validation, on the test rows; log it."""
-    if open_test is None:
+    if stream is None:
         return {}
     state, process = trainer.state, trainer.process
     if state.best_step >= 0 and state.best_step != state.step:
         with trainer.context.storage.fetched(state.best_step) as folder:
             load_checked(Saved(folder), trainer.built, process)
     try:
-        metrics = trainer.evaluate(open_test())
+        metrics = trainer.evaluate(stream)
     except EvaluationStoppedError:
         raise trainer.preempted() from None
     if process.is_first:
@@ -308,6 +307,7 @@ def closing_lines(
         f"next: {first}",
         f"      mbcnet evaluate {folder}",
         f"      tensorboard --logdir {folder}/tb",
-        "      the same data without branches: add --set model.kind=dnn --set train.out=runs/dnn",
     ]
+    if trainer.built.branch_names:
+        lines.append("      the same data without branches: add --set model.kind=dnn --set train.out=runs/dnn")
     return "\n".join(lines)

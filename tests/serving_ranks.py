@@ -18,7 +18,7 @@ from mbcnet_rec.scoring.evaluate import Question, run_evaluation
 from mbcnet_rec.scoring.predict import put_in_place, run_prediction
 from mbcnet_rec.scoring.tally import EXACT_ROWS
 from mbcnet_rec.scoring.trained_run import find_step, load_built
-from mbcnet_rec.train import open_streams
+from mbcnet_rec.train import open_splits
 from mbcnet_rec.training.evaluation import evaluate_stream
 
 FOLDER = Path(sys.argv[1])
@@ -71,7 +71,7 @@ def evaluated_in_training(rank):
         )
         found = []
         for exact_rows in (EXACT_ROWS, 500):
-            stream = open_streams(config.data, 0, schema, process)["test"]()
+            stream = open_splits(config.data, 0, schema, process)["test"].stream
             found.append(evaluate_stream(built, stream, process, nullcontext, exact_rows=exact_rows))
         print(json.dumps(found))
     return 0

@@ -13,7 +13,7 @@ from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.teachers import TaughtStream, load_teacher, teacher_config
-from mbcnet_rec.train import open_streams, run_training
+from mbcnet_rec.train import open_splits, run_training
 
 SETTINGS = [
     "model.kind=enkd",
@@ -35,7 +35,7 @@ def scored(config):
     """Training batches as the student sees them, and its teachers' own streams."""
     schema = load_schema(config.schema)
     with joined_process("cpu") as process:
-        stream = open_streams(config.data, 0, schema, process)["train"]()
+        stream = open_splits(config.data, 0, schema, process)["train"].stream
         kinds = config.model.enkd.teachers
         teachers = [load_teacher(teacher_config(config, kind), schema, process) for kind in kinds]
         taught = TaughtStream(stream, teachers)

@@ -20,7 +20,7 @@ from data.stream import Batch
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.trained_run import find_step, load_built, load_run, run_schema, scorer_of
-from mbcnet_rec.train import open_streams
+from mbcnet_rec.train import open_splits
 
 MISSING = -1  # the category of a row that has none
 PCA_WIDTH = 30  # t-SNE works on that many leading components, as van der Maaten and Hinton (2008) do
@@ -57,8 +57,8 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
         schema = run_schema(config, folder, step)
-        streams = open_streams(config.data, config.train.seed, schema, process)
-        if split not in streams:
+        splits = open_splits(config.data, config.train.seed, schema, process)
+        if split not in splits:
             raise InputError(f"{folder}: data.{split} is empty; name the files of that split")
         built = load_built(config, schema, folder, step, process)
         scorer, _ = scorer_of(config, built, process)
@@ -70,7 +70,7 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
             arch.fusion.register_forward_hook(lambda _module, _args, output: fused.append(output)),
         ]
         try:
-            batches = list(scorer.score(_with_categories(streams[split](), category, max_rows)))
+            batches = list(scorer.score(_with_categories(splits[split].stream, category, max_rows)))
         finally:
             for handle in handles:
                 handle.remove()
