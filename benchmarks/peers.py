@@ -117,7 +117,7 @@ def our_dlrm() -> dict[str, Any]:
     """The [model] table that stands beside dlrm's DCN: one expert, its layers."""
     cross = {"kind": "low_rank_mixture", "num_experts": 1}
     cross |= {"num_layers": DLRM.cross_layers, "low_rank": OUR_RANK}
-    return {"kind": "dcnv2", "dcnv2": {"hidden": list(DLRM.hidden), "cross": cross}}
+    return {"kind": "dcnv2", "dcnv2": {"hidden": list(DLRM.hidden), "cross": cross, "top": []}}
 
 
 def our_task(

@@ -65,7 +65,7 @@ def our_model(kind: str, layers: Layers) -> dict[str, Any]:
     stream = deep | {"gate": list(layers.gate)}
     own = {
         "dnn": deep,
-        "dcnv2": deep | {"cross": {"kind": "full_rank", "num_layers": layers.cross_layers}},
+        "dcnv2": deep | {"cross": {"kind": "full_rank", "num_layers": layers.cross_layers}, "top": []},
         "finalmlp": {"first": stream, "second": stream},
     }
     return {"kind": kind, kind: own[kind]}

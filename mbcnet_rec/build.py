@@ -17,8 +17,7 @@ from data.schema import Schema
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.cpu.fast_path import FastPath
 from mbcnet_rec.dense_cost import dense_cost
-from mbcnet_rec.model.input_layout import input_layout
-from mbcnet_rec.model.models import build_model, build_objective, needs_wide, schema_with_wide
+from mbcnet_rec.model.models import build_model, build_objective, model_layout, schema_with_wide
 from mbcnet_rec.model.sparse_arch import Lookup, SparseArch
 from mbcnet_rec.runtime.process import Process, answer_of_first, mean_over_ranks
 from mbcnet_rec.training.built import Built
@@ -101,7 +100,7 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     lookups = build_lookups(schema_with_wide(config.model, schema), plan)
     collections = {f"{SPARSE_ARCH}{lookup.name}": lookup.collection for lookup in lookups}
     replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}
-    layout = input_layout(schema, needs_wide(config.model))
+    layout = model_layout(config.model, schema)
     torch.manual_seed(config.train.seed)  # dense weights: equal on all ranks
     model = build_model(config.model, SparseArch(lookups, layout), layout)
     objective = build_objective(config.model, model, mean_over_ranks)

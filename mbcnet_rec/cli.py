@@ -41,6 +41,7 @@ COMMANDS = {
     "train": "train a model from a config",
     "evaluate": "score a run's best checkpoint on its test rows or any others",
     "predict": "score Parquet files",
+    "compare": "compare two runs on the same rows",
     "export": "write a run as an artifact to serve",
     "bench": "measure an artifact's latency",
     "study": "train a table or figure of the paper on your data",

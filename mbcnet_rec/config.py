@@ -56,6 +56,20 @@ class RunConfig:
         return Path(self.train.out or f"runs/{self.name}")
 
 
+# What runs of earlier versions did, whose config.toml lacks keys that came since
+EARLIER = ("model.mbcnet.top_activation=relu", "model.dcnv2.top=[]")
+RUN_FILES = ("config.toml", "metrics.jsonl")
+
+
+def earlier_options(table: dict[str, Any]) -> dict[str, Any]:
+    """Complete a run's resolved config, in place, by the options that came after its version."""
+    known = dict(flat(table))
+    for option in EARLIER:
+        if option.partition("=")[0] not in known:
+            apply_override(table, option)
+    return table
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's TOML file and apply `key.path=value` overrides.
 
@@ -67,6 +81,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: naming the file or override, the key's path, the value, what was wanted and the fix.
     """
     table = read_toml(Path(path))
+    if Path(path).name == RUN_FILES[0] and all((Path(path).parent / name).is_file() for name in RUN_FILES):
+        earlier_options(table)
     for override in overrides:
         apply_override(table, override)
     _resolve_home(table)

@@ -7,8 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import Schema
-from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, input_layout
-from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
+from mbcnet_rec.model.models import ModelConfig, build_model, model_layout
 from sharding.plan.constraints import ShardingConfig
 from sharding.plan.dense_part import DenseCost
 from sharding.search.candidates import pooling_factor
@@ -35,13 +34,14 @@ class _Features(nn.Module):
 
 def dense_cost(config: ModelConfig, schema: Schema, sharding: ShardingConfig) -> DenseCost:
     """Count parameters, and of one row forward FLOPs and the float32 bytes that autograd keeps, most of which autocast halves."""
-    layout = input_layout(schema, needs_wide(config))
+    layout = model_layout(config, schema)
+    widths = layout.tensor_widths()
     with torch.device("meta"):
-        model = build_model(config, _Features(_widths(layout)), layout)  # type: ignore[arg-type]
+        model = build_model(config, _Features(widths), layout)  # type: ignore[arg-type]
     small, flops = _kept_bytes(model, ROWS)
     large, _ = _kept_bytes(model, 2 * ROWS)
     activations = (large - small) / ROWS  # the slope: what does not grow with the batch is no activation
-    pooled = 2 * 4 * sum(_widths(layout).values())  # regrouped features and their gradients
+    pooled = 2 * 4 * sum(widths.values())  # regrouped features and their gradients
     values = sum(
         feature.width if feature.kind == "vector" else pooling_factor(feature, sharding) for feature in schema.features
     )
@@ -61,8 +61,3 @@ def _kept_bytes(model: nn.Module, rows: int) -> tuple[int, float]:
     with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda kept: kept):
         model(torch.empty(rows, 1, device="meta"), None, None)
     return sum(storage.nbytes() for storage in kept.values()), counter.get_total_flops()
-
-
-def _widths(layout: InputLayout) -> dict[str, int]:
-    groups = (ALL, *layout.groups, *((WIDE,) if layout.wide else ()))
-    return {name: layout.width(name) for name in groups}

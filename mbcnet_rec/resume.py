@@ -22,7 +22,7 @@ from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN
 from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids, own_schema
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
-from mbcnet_rec.config import RunConfig, flat
+from mbcnet_rec.config import RunConfig, earlier_options, flat
 from mbcnet_rec.doctor import installed
 from mbcnet_rec.runtime.process import Process, agreed, answer_of_first
 
@@ -33,6 +33,8 @@ ORDER = (
     "data.batch_size", "data.lanes", "data.order", "data.window_rows", "data.train_where", "data.keep_negatives",
     "data.drop_positives", "train.seed",
 )  # fmt: skip
+# options by which the same weights are another model
+MEANINGS = ("model.mbcnet.top_activation",)
 # where things are; what the rows are is compared by the files
 PLACES = ("name", "schema", "data.train", "train.out", "train.checkpoint_folder")
 SHOWN = 8
@@ -68,6 +70,7 @@ def earlier_facts(config: RunConfig, storage: CheckpointStorage, step: int | Non
         run = saved_run(storage.manifest(step), config.run_folder)
         with suppress(InputError):  # checkpoints of earlier versions do not have it
             run.setdefault("config", read_toml(config.run_folder / CONFIG))
+        earlier_options(run.get("config", {}))
         return run
 
     return answer_of_first(process, read)
@@ -163,6 +166,12 @@ def refuse_other_start(config: RunConfig, run: Mapping[str, Any], marks: Marks, 
         )
     notes = [f"partial load: {what}" for what in order]
     changed = option_differences(run, config)
+    for key, before, now in changed:
+        if key in MEANINGS and not allow_partial:
+            raise InputError(
+                f"{config.run_folder}: {key} = {now!r}, but {before!r} in its checkpoint, whose weights mean something else then; "
+                f"add --set {key}={before}"
+            )
     if others := _told(each for each in changed if each[0] not in ORDER):
         notes.append(f"note: other options than before: {others}")
     if files := _data_difference(config, run, marks, "valid"):

@@ -119,7 +119,7 @@ def deep(x, arch):
 
 def dcnv2(row, arch):
     both = np.concatenate([cross(row[ALL], arch.cross), mlp(row[ALL], arch.mlp)])
-    return affine(both, arch.logit)[0]
+    return affine(mlp(both, arch.top), arch.logit)[0]
 
 
 def crossnet(row, arch):
@@ -138,8 +138,8 @@ CASES = [
     ("crossnet", CrossNetConfig(cross=LOW_RANK), crossnet),
     ("crossnet", CrossNetConfig(cross=FULL_RANK, hidden=(5,)), crossnet),
     ("wide_deep", SMALL, lambda row, arch: wide(row[WIDE], arch.wide) + deep(row[ALL], arch)),
-    ("dcnv2", DCNv2Config(hidden=(6, 5), cross=LOW_RANK), dcnv2),
-    ("dcnv2", DCNv2Config(hidden=(6,), cross=FULL_RANK), dcnv2),
+    ("dcnv2", DCNv2Config(hidden=(6, 5), cross=LOW_RANK, top=(4, 3)), dcnv2),
+    ("dcnv2", DCNv2Config(hidden=(6,), cross=FULL_RANK, top=()), dcnv2),
     (
         "mmoe",
         MMoEConfig(num_experts=3, expert=(6, 4), gate=(5, 3), tower=(3, 2)),

@@ -16,6 +16,7 @@ from mbcnet_rec.model.losses import (
     disagreement_rates,
     latent_distance,
     moderate_differentiation_loss,
+    unit,
     weighted_bce,
 )
 
@@ -211,6 +212,68 @@ def test_ranks_average_to_one_process(scheme, num_ranks):
     torch.testing.assert_close(torch.stack(losses).mean(), expected, rtol=1e-12, atol=0)
     # DistributedDataParallel averages gradients
     torch.testing.assert_close(torch.cat(gradients, 1) / num_ranks, expected_gradient, rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_the_base_rate_as_threshold(num_ranks):
+    """A branch is strong on a row where its BCE is below that of always predicting the share of clicks of all ranks' rows."""
+    rng = np.random.default_rng(0)
+    labels, logits = (rng.random(40) < 0.2).astype(np.float64), rng.normal(size=(3, 40)) - 1.5
+    rate = labels.mean()
+    assert 0.05 < rate < 0.4
+    bounds = [-math.log(rate if y else 1 - rate) for y in labels]
+    rows = [naive_coteaching(logits[:, [b]], labels[[b]], "strong_to_weak", bounds[b]) for b in range(40)]
+    terms = [
+        sum(
+            naive_bce(logits[i, b], labels[b]) < bounds[b] < naive_bce(logits[j, b], labels[b])
+            for i, j in itertools.permutations(range(3), 2)
+        )
+        for b in range(40)
+    ]
+    expected = sum(count * loss for count, (loss, _) in zip(terms, rows, strict=True)) / sum(terms)
+    shards = list(zip(torch.tensor(logits).chunk(num_ranks, 1), torch.tensor(labels).chunk(num_ranks), strict=True))
+    # a padding row of weight 0 on each rank does not count
+    shards = [(padded(z, 1, 1), torch.cat([y, torch.ones(1)])) for z, y in shards]
+    weights = torch.cat([torch.ones(40 // num_ranks), torch.zeros(1)])
+    options = {"threshold": "base_rate", "weights": weights}
+    seen, means = [], []
+    for round_ in range(2):  # of the base rate, then of the number of disagreements
+        seen.append([])
+        for z, y in shards:
+            calls = []
+
+            def mean(own, calls=calls, known=tuple(means)):
+                calls.append(own.clone())
+                return known[len(calls) - 1] if len(calls) <= len(known) else own
+
+            coteaching(z, y, mean_over_ranks=mean, **options)
+            seen[round_].append(calls[round_])
+        means.append(torch.stack(seen[round_]).mean(0))
+    parts = []
+    for z, y in shards:
+        replies = iter(means)
+        parts.append(coteaching(z, y, mean_over_ranks=lambda _, replies=replies: next(replies), **options)[0])
+    assert torch.stack(parts).mean().item() == pytest.approx(expected, rel=1e-9)
+    one = torch.tensor(logits), torch.tensor(labels)
+    assert disagreement_rates(*one, "base_rate").sum().item() == pytest.approx(sum(terms) / 40)
+
+
+def test_a_batch_of_one_class_has_no_base_rate_to_beat():
+    logits, labels = torch.tensor(random_batch()[0]), torch.zeros(40, dtype=torch.float64)
+    loss, gradient = coteaching(logits, labels, threshold="base_rate")
+    assert loss == 0 and not gradient.any()
+
+
+def test_latents_of_unit_length():
+    """Shrinking latents shrinks no loss, and a latent of 0 has gradient 0."""
+    z = torch.randn(3, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(unit(z), unit(1e-3 * z))
+    torch.testing.assert_close(unit(z).norm(dim=2), torch.ones(3, 5, dtype=torch.float64))
+    z[0, 0] = 0
+    z.requires_grad_()
+    distance = latent_distance(unit(z))
+    (gradient,) = torch.autograd.grad(distance, z)
+    assert gradient.isfinite().all() and (gradient[1:] * z[1:]).sum(2).abs().max() < 1e-12, "no push along the latent"
 
 
 def test_disagreement_rates_by_hand():

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from mbcnet_rec.model.losses import (
 )
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNet, MBCNetConfig
 from mbcnet_rec.model.objective import Objective, build_transforms
+from mbcnet_rec.report.run_report import dead_blocks
+from mbcnet_rec.training.evaluation import dead_outputs
 
 ROOT = Path(__file__).parents[1]
 LAYOUT = InputLayout(
@@ -102,8 +105,8 @@ def test_any_branches_in_any_order(branches):
     latents = [arch.top(branch(features())) for branch in arch.branches.values()]
     torch.testing.assert_close(output.latents, torch.stack(latents))
     for k, latent in enumerate(latents):
-        torch.testing.assert_close(output.branch_logits[k], arch.branch_logits[k](latent).squeeze(1))
-    fused = arch.fused_logit(sum(latents) / len(branches)).squeeze(1)
+        torch.testing.assert_close(output.branch_logits[k], arch.branch_logits[k](latent))
+    fused = arch.fused_logit(sum(latents) / len(branches))
     torch.testing.assert_close(output.fused_logits, fused)
     assert list(arch.branches) == list(branches)
     # every parameter learns: DistributedDataParallel waits for each gradient
@@ -119,7 +122,7 @@ def test_gated_fusion_is_a_weighted_mean():
     z = output.latents
     gates = torch.softmax(arch.fusion.gate(torch.cat(list(z), dim=1)), dim=1)  # (B, K)
     mixed = sum(gates[:, k : k + 1] * z[k] for k in range(3))
-    torch.testing.assert_close(output.fused_logits, arch.fused_logit(mixed).squeeze(1))
+    torch.testing.assert_close(output.fused_logits, arch.fused_logit(mixed))
 
 
 def objective(config=None, **kwargs):
@@ -222,3 +225,34 @@ def test_autocast_keeps_the_losses_in_float32(parametrization):
 def test_refuses(kwargs, words):
     with pytest.raises(InputError, match=words):
         small(**kwargs)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_the_activation_of_the_last_layer_of_the_top(activation):
+    arch = BranchArch(small(top_activation=activation), LAYOUT)
+    latents = arch(features()).latents
+    assert bool((latents < 0).any()) == (activation == "none")
+    assert [type(layer).__name__ for layer in arch.top].count("ReLU") == 1 + (activation == "relu")
+
+
+def test_logits_are_float32_under_autocast():
+    """bfloat16 logits would be a few hundred distinct scores among thousands of rows."""
+    arch = BranchArch(small(), LAYOUT)
+    rows = {name: torch.randn(1024, part.shape[1]) for name, part in features().items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = arch(rows)
+    assert output.fused_logits.dtype == output.branch_logits.dtype == torch.float32
+    assert len(output.fused_logits.unique()) > 1000
+
+
+def test_dead_outputs_are_named():
+    logits = np.array([[1.0, 0.2, 0.5, 0.1], [1.1, 0.2, 0.6, 0.3]], np.float32)
+    model, whole = objective()
+    _, outputs = whole.losses(model.dense_arch(features()), *ROWS)
+    norms, names = torch.tensor([0.3, 0.0, 0.2]), ("cross", "deep", "efgc")
+    # cross: one logit for all rows; deep: latents of 0
+    assert dead_outputs(logits, outputs._replace(latent_norms=norms), names) == ["cross", "deep"]
+    assert dead_outputs(logits[:1], outputs._replace(latent_norms=norms + 1), names) == []
+    lines = [{"step": 10}, {"step": 20, "dead": ["deep"]}, {"step": 30, "dead": ["deep"]}]
+    assert "Dead from step 20 to the end: Deep." in dead_blocks({"train": lines})[0].text
+    assert dead_blocks({"train": lines[:1]}) == []

@@ -16,6 +16,7 @@ from mbcnet_rec.study.pictures import best_learned
 from mbcnet_rec.study.probe import MISSING, Probe, probe_run
 from mbcnet_rec.study.runs import scores
 from mbcnet_rec.study.studies import MODELS, STUDIES
+from mbcnet_rec.study.summary import Results
 
 SHORT = ["--set", "train.max_steps=15", "--set", "train.eval_every=5"]
 
@@ -98,7 +99,7 @@ def blocks_of(study, home, found, failures=None):
         name: {seed: {"auc": auc, "log_loss": 0.5} for seed, auc in enumerate(aucs)} for name, aucs in found.items()
     }
     request = runner.StudyRequest(study, home / "rows/run.toml")
-    return runner.report_blocks(request, load_config(request.config), [], scored, failures or {})
+    return runner.report_blocks(request, load_config(request.config), [], Results(scored, {}), failures or {})
 
 
 def test_what_the_paper_does_not_claim_is_called_a_hope(home):

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mbcnet_rec.study.row_scores import RowScores
 from mbcnet_rec.study.studies import Claim, Study, Variant
-from mbcnet_rec.study.summary import best_reference, compare, judge, mean_and_sd, paired_difference, summarise
+from mbcnet_rec.study.summary import (
+    Results,
+    best_reference,
+    compare,
+    judge_all,
+    mean_and_sd,
+    paired_difference,
+    summarise,
+)
 
 CLAIM = Claim("ours beats theirs", "ours", "theirs")
 
@@ -30,11 +39,11 @@ def test_difference_is_the_paired_t_test():
 
 
 def test_one_seed_tells_nothing_of_spread_and_only_shared_seeds_are_compared():
-    found = compare(seeds_of([0.8, 0.9, 0.7]), seeds_of([0.7]), "auc")
-    assert found.mean == pytest.approx(0.1) and found.seeds == 1
-    assert math.isnan(found.low) and math.isnan(found.p)
+    found = compare(results({"ours": [0.8, 0.9, 0.7], "theirs": [0.7]}), "ours", "theirs", "auc")
+    assert found.seeds.mean == pytest.approx(0.1) and found.seeds.seeds == 1
+    assert math.isnan(found.seeds.low) and math.isnan(found.p)
     assert math.isnan(mean_and_sd([0.8])[1]) and math.isnan(mean_and_sd([])[0])
-    assert compare(seeds_of([0.8]), {7: {"auc": 0.1}}, "auc") is None
+    assert compare(Results({"ours": seeds_of([0.8]), "theirs": {7: {"auc": 0.1}}}, {}), "ours", "theirs", "auc") is None
 
 
 @pytest.mark.parametrize(("ours", "p"), [([0.7, 0.7], 1.0), ([0.8, 0.8], 0.0)])
@@ -42,24 +51,58 @@ def test_differences_without_spread(ours, p):
     assert paired_difference(ours, [0.7, 0.7]).p == p
 
 
+def results(aucs, gap=0.0, num_rows=0):
+    """Made-up results: variant -> AUC of each seed; with `num_rows`, row scores of which ours are better by `gap`, if it is positive."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random(num_rows) < 0.3).astype(np.float32)
+    noise, own = rng.normal(size=(2, num_rows))
+    means = {"ours": noise + gap * labels + 0.5 * own, "theirs": noise}
+    rows = {
+        name: {seed: RowScores(("",), means[name][:, None] + 0.01 * seed, labels, None) for seed in range(len(each))}
+        for name, each in aucs.items()
+    }
+    return Results({name: seeds_of(each) for name, each in aucs.items()}, rows if num_rows else {})
+
+
 @pytest.mark.parametrize(
-    ("ours", "said"),
+    ("ours", "gap", "num_rows", "said"),
     [
-        ([0.81, 0.82, 0.83], "reproduced"),
-        ([0.69, 0.685, 0.68], "contradicted"),
-        ([0.60, 0.90, 0.70], "same direction"),
-        ([0.60, 0.50, 0.95], "not reproduced"),
-        ([0.8], "same direction"),
-        ([0.6], "not reproduced"),
+        ([0.81, 0.82, 0.83], 0.5, 3000, "reproduced"),
+        ([0.81, 0.82, 0.83], 0.5, 16, "same direction"),  # seeds are sure, 16 rows are not
+        ([0.60, 0.90, 0.70], 0.5, 3000, "same direction"),  # rows are sure, seeds are not
+        ([0.81, 0.82, 0.83], -0.5, 3000, "same direction"),  # the two point to different sides
+        ([0.69, 0.685, 0.68], -0.5, 3000, "contradicted"),
+        ([0.60, 0.50, 0.95], -0.5, 3000, "not reproduced"),
+        ([0.8], 0.5, 3000, "no verdict"),  # one seed
+        ([0.81, 0.82, 0.83], 0.5, 0, "no verdict"),  # no row scores
     ],
 )
-def test_verdicts(ours, said):
-    found, _ = judge(CLAIM, {"ours": seeds_of(ours), "theirs": seeds_of([0.70, 0.70, 0.70])})
-    assert found == said
+def test_a_verdict_needs_seeds_and_rows(ours, gap, num_rows, said):
+    found = results({"ours": ours, "theirs": [0.70, 0.70, 0.70][: len(ours)]}, gap, num_rows)
+    ((claim, verdict, _, _),) = judge_all([CLAIM], found)
+    assert (claim, verdict) == (CLAIM, said)
+
+
+def test_claims_are_corrected_for_their_number():
+    found = results({"ours": [0.71, 0.715, 0.703], "theirs": [0.70, 0.70, 0.70]}, 0.5, 3000)
+    ((_, _, alone, _),) = judge_all([CLAIM], found)
+    assert alone.p == max(alone.seeds.p, alone.rows.p) < 0.12
+    (_, among, one_of_ten, _), *_ = judge_all([CLAIM] * 10, found)
+    assert one_of_ten.p == pytest.approx(min(1, 10 * alone.p)) and among == "same direction"
 
 
 def test_a_claim_without_its_runs_is_not_tested():
-    assert judge(CLAIM, {"ours": seeds_of([0.8])}) == ("not tested", None)
+    assert judge_all([CLAIM], results({"ours": [0.8]})) == [(CLAIM, "not tested", None, None)]
+
+
+def test_outputs_of_a_variant_are_compared_too():
+    scores = {"ours": {s: {"auc": 0.8, "log_loss": 0.4, "auc/deep": 0.7, "log_loss/deep": 0.5} for s in (0, 1)}}
+    rng = np.random.default_rng(0)
+    labels = (rng.random(500) < 0.3).astype(np.float32)
+    logits = np.stack([labels + rng.normal(size=500), rng.normal(size=500)], 1)
+    rows = {"ours": {seed: RowScores(("", "deep"), logits, labels, None) for seed in (0, 1)}}
+    found = compare(Results(scores, rows), "ours", "ours/deep", "auc")
+    assert found.seeds.mean == pytest.approx(0.1) and found.rows.value > 0.1 and found.rows.p < 1e-6
 
 
 def test_rows_are_compared_with_the_best_reference_but_themselves():
@@ -70,11 +113,13 @@ def test_rows_are_compared_with_the_best_reference_but_themselves():
         "strong": seeds_of([0.75]),
         "ours": seeds_of([0.80, 0.82], [0.4, 0.2]),
     }
-    rows = {row.name: row for row in summarise(study, scores, {"dead": ["seed 0: the loss is not finite"]})}
+    rows = {
+        row.name: row for row in summarise(study, Results(scores, {}), {"dead": ["seed 0: the loss is not finite"]})
+    }
     assert list(rows) == ["weak", "strong", "ours", "dead"], "the study's order; what was not run has no row"
     assert [rows[name].against for name in rows] == ["strong", "weak", "strong", ""]
     assert rows["ours"].auc == pytest.approx((0.81, np.std([0.80, 0.82], ddof=1)))
-    assert rows["ours"].difference.mean == pytest.approx(0.05) and rows["ours"].difference.seeds == 1
-    assert rows["ours"].loss_difference.mean == pytest.approx(-0.1)
+    assert rows["ours"].difference.seeds.mean == pytest.approx(0.05) and rows["ours"].difference.seeds.seeds == 1
+    assert rows["ours"].loss_difference.seeds.mean == pytest.approx(-0.1)
     assert rows["dead"].seeds == 0 and rows["dead"].failures == ("seed 0: the loss is not finite",)
     assert best_reference(study, {"ours": seeds_of([0.8])}) == ""

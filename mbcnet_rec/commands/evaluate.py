@@ -19,5 +19,5 @@ def _evaluate(args: argparse.Namespace) -> int:
     from mbcnet_rec.scoring.evaluate import EXACT_ROWS, Question, run_evaluation  # imports torchrec
 
     by = tuple(dict.fromkeys(args.by))
-    question = Question(args.split, tuple(args.data), by, args.exact_rows or EXACT_ROWS)
+    question = Question(args.split, tuple(args.data), by=by, exact_rows=args.exact_rows or EXACT_ROWS)
     return run_evaluation(args.run_folder, question, as_json=args.json)

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.schema.bounds import Bounded, bounded
-from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
+from mbcnet_rec.model.factorisation import FieldVectors, bi_interaction
+from mbcnet_rec.model.input_layout import ALL, WIDE, Embeddings, InputLayout
 from mbcnet_rec.model.layers import (
     MLP,
     Cross,
     CrossConfig,
-    FieldVectors,
     GroupedMLP,
     Regularisation,
-    bi_interaction,
 )
 
 
@@ -60,6 +59,8 @@ class BranchesConfig(Regularisation):
             has no cooperation losses.
         efgc, cross, deep, fm: of the branches; wide has no settings.
         branch_dim: H, the width in which every branch ends.
+        embeddings: shared: every branch reads whole rows of the tables (Eq. 5 and 7); per_branch: each sparse field's row is cut into
+            one slice for each branch that reads the field, so that branches differ. The same tables, the same lookups.
     """
 
     branches: tuple[str, ...] = ("efgc", "cross", "deep")
@@ -68,6 +69,12 @@ class BranchesConfig(Regularisation):
     deep: DeepConfig = DeepConfig()
     fm: FMConfig = FMConfig()
     branch_dim: int = bounded(512, at_least=1)
+    embeddings: Embeddings = "shared"
+
+    def streams(self, groups: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        """Branch -> the groups that it reads."""
+        own = {"efgc": groups, "wide": (WIDE,)}
+        return {name: own.get(name, (ALL,)) for name in self.branches}
 
     def __post_init__(self) -> None:
         """Refuse values that contradict each other or build no network."""

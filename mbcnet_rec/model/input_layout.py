@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from data.errors import InputError
 from data.schema import Schema, Table
@@ -11,7 +12,16 @@ from data.schema.names import own_table
 
 ALL = "all"  # the name of the group of every field
 WIDE = "@wide"  # the name of the group of wide weights; reserved, it cannot clash with a user's group
+Embeddings = Literal["shared", "per_branch"]  # whether the parts of a model read whole rows, or slices of their own
 WIDE_DIM = 4  # FBGEMM needs widths in multiples of 4, so one weight is the mean of 4 columns
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What one part of a model reads where rows are cut between its parts: see `with_streams`."""
+
+    groups: tuple[str, ...]
+    slices: Mapping[str, tuple[int, int]]  # sparse field -> (first column, width) of its row
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class InputLayout:
         groups: EFGC group -> keys of either kind.
         wide: whether each sparse field also looks up one weight per id, in a table of its own (`wide_tables`).
         projections: dense field -> the width to which a learned linear map brings it before the branches see it.
+        streams: parts of the model that read slices of rows of their own; none: all read whole rows.
     """
 
     embedding_dims: Mapping[str, int]
@@ -31,6 +42,7 @@ class InputLayout:
     groups: Mapping[str, tuple[str, ...]]
     wide: bool = False
     projections: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    streams: Mapping[str, Stream] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse names that the model needs itself."""
@@ -72,6 +84,73 @@ class InputLayout:
         """(first column, width) of a field inside "all"."""
         keys = self.keys(ALL)
         return sum(self.field_width(each) for each in keys[: keys.index(key)]), self.field_width(key)
+
+    def of(self, stream: str) -> "InputLayout":
+        """The layout as one stream sees it: its slices are the rows."""
+        if not self.streams:
+            return self
+        own = self.streams[stream]
+        dims = {field: width for field, (_, width) in own.slices.items()}
+        return dataclasses.replace(self, embedding_dims=dims, streams={}, wide=WIDE in own.groups)
+
+    def tensor_name(self, stream: str, group: str = ALL) -> str:
+        """The name of the tensor that holds a group for a stream."""
+        return f"{group}@{stream}" if self.streams else group
+
+    def reads(self, stream: str) -> dict[str, str]:
+        """Group -> `tensor_name`, for the groups of a stream."""
+        shared = (ALL, *self.groups, *((WIDE,) if self.wide else ()))
+        groups = self.streams[stream].groups if self.streams else shared
+        return {group: self.tensor_name(stream, group) for group in groups}
+
+    def tensors(self) -> dict[str, tuple[str, str]]:
+        """Name of each tensor that the regroup makes -> its group and the stream that reads it, "" where all do."""
+        return {name: (group, stream) for stream in self.streams or ("",) for group, name in self.reads(stream).items()}
+
+    def tensor_widths(self) -> dict[str, int]:
+        """Name of each tensor that the regroup makes -> its columns."""
+        return {name: self.of(stream).width(group) for name, (group, stream) in self.tensors().items()}
+
+    def row_slices(self, field: str) -> list[tuple[str, int]]:
+        """Stream and width of each slice of a field's row, in the order of columns; columns that nobody reads are of stream ""."""
+        cut = sorted((own.slices[field], name) for name, own in self.streams.items() if field in own.slices)
+        rest = self.embedding_dims[field] - sum(width for (_, width), _ in cut)
+        return [*((name, width) for (_, width), name in cut), *([("", rest)] if rest else [])]
+
+
+def with_streams(layout: InputLayout, reads: Mapping[str, tuple[str, ...]]) -> InputLayout:
+    """Cut each sparse field's row into one slice for every stream that reads the field; dense fields go to all.
+
+    Slices are as even as whole columns allow, later streams get what is over. A stream of wide weights gets one column.
+
+    Args:
+        layout: of whole rows.
+        reads: stream -> the groups that it reads, ALL and WIDE among them.
+
+    Raises:
+        InputError: a row has fewer columns than readers.
+    """
+    members = {stream: {key for group in groups for key in layout.keys(group)} for stream, groups in reads.items()}
+    slices: dict[str, dict[str, tuple[int, int]]] = {stream: {} for stream in reads}
+    for field, width in layout.embedding_dims.items():
+        readers = [stream for stream in reads if field in members[stream]]
+        single = [stream for stream in readers if reads[stream] == (WIDE,)]
+        if len(readers) > width:
+            raise InputError(
+                f'embeddings = "per_branch": the row of field {field!r} has {width} columns for {len(readers)} readers '
+                f"({', '.join(readers)}); give it a larger embedding_dim"
+            )
+        share, over = divmod(width - len(single), max(1, len(readers) - len(single)))
+        start = 0
+        for place, stream in enumerate(each for each in readers if each not in single):
+            own = share + (place >= len(readers) - len(single) - over)
+            slices[stream][field] = (start, own)
+            start += own
+        for stream in single:
+            slices[stream][field] = (start, 1)
+            start += 1
+    streams = {stream: Stream(groups, slices[stream]) for stream, groups in reads.items()}
+    return dataclasses.replace(layout, streams=streams)
 
 
 def input_layout(schema: Schema, wide: bool = False) -> InputLayout:

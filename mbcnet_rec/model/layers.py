@@ -1,19 +1,19 @@
 """The layers that branches are made of.
 
-Shapes: B batch, N flattened width of all fields, F fields, n_f width of field f, G groups, n_g width of group g, E experts,
-r low rank, k width of an FM vector. Activations are float32 (bfloat16 inside matrix products under autocast); parameters are float32.
+Shapes: B batch, N flattened width of all fields, G groups, n_g width of group g, E experts,
+r low rank. Activations are float32 (bfloat16 inside matrix products under autocast); parameters are float32.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.schema.bounds import Bounded, bounded
-from mbcnet_rec.model.input_layout import ALL, InputLayout
 
 
 @dataclass(frozen=True, kw_only=True)  # so that the inheriting config's own keys come first
@@ -34,25 +34,53 @@ PLAIN = Regularisation()
 
 
 class MLP(nn.Sequential):
-    """h_{l+1} = dropout(ReLU(norm(W_l h_l + b_l))): ReLU after every layer, the last one included.
+    """h_{l+1} = dropout(ReLU(norm(W_l h_l + b_l))): ReLU after every layer, the last one included unless `last_relu` is False.
 
     Args:
         in_features: width of the input.
         hidden: width of each layer; none is the identity.
         regularisation: batch norm before each ReLU, dropout after it.
+        last_relu: whether the last layer has its ReLU.
     """
 
-    def __init__(self, in_features: int, hidden: Sequence[int], regularisation: Regularisation = PLAIN) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        regularisation: Regularisation = PLAIN,
+        *,
+        last_relu: bool = True,
+    ) -> None:
         layers: list[nn.Module] = []
-        for out_features in hidden:
+        for place, out_features in enumerate(hidden):
             layers.append(nn.Linear(in_features, out_features))
             if regularisation.batch_norm:
                 layers.append(nn.BatchNorm1d(out_features))
-            layers.append(nn.ReLU(inplace=True))  # its own output is all that its gradient needs
+            if last_relu or place < len(hidden) - 1:
+                layers.append(nn.ReLU(inplace=True))  # its own output is all that its gradient needs
             if regularisation.dropout > 0:
                 layers.append(nn.Dropout(regularisation.dropout))
             in_features = out_features
         super().__init__(*layers)
+
+
+class Logit(nn.Linear):
+    """w h + b in float32 also under autocast: (..., n) -> (...). bfloat16 would leave a thousand distinct scores."""
+
+    def __init__(self, in_features: int, *, bias: bool = True) -> None:
+        super().__init__(in_features, 1, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., n) to (...)."""
+        with without_autocast(input.device.type):
+            return super().forward(input.to(self.weight.dtype)).squeeze(-1)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Full precision: entering autocast to switch it off, where it is off, is a hundredth of a small step."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta tensors have none
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class GroupedMLP(nn.Module):
@@ -144,50 +172,3 @@ class LowRankMixture(nn.Module):
     def expert_products(self, low: Tensor) -> Tensor:
         """C_e x_e of each expert: (B, E, r) -> (B, E, r)."""
         return torch.einsum("bes,ers->ber", low, self.c)
-
-
-class FieldVectors(nn.Module):
-    """(B, N) -> (B, F, k): one vector of the same width for every field, for a factorisation machine.
-
-    A sparse field whose table is k wide enters as it is, so fields of equal width give the plain FM. The
-    others, and all dense fields, enter through a matrix of their own: v_f = e_f P_f with P_f (n_f, k). For a
-    number x that is x * v with a learned v (Rendle, 2010).
-
-    Args:
-        layout: gives the fields.
-        dim: k; 0: the most common width of the sparse fields.
-    """
-
-    def __init__(self, layout: InputLayout, dim: int = 0) -> None:
-        super().__init__()
-        self.dim = dim or layout.common_width()
-        alike: dict[tuple[int, bool], list[int]] = {}  # (width, whether sparse) -> first columns
-        for key in layout.keys(ALL):
-            start, width = layout.columns(key)
-            alike.setdefault((width, key in layout.embedding_dims), []).append(start)
-        self.projections = nn.ParameterDict()
-        self._num_kinds = len(alike)
-        for kind, ((width, sparse), starts) in enumerate(alike.items()):
-            columns = torch.tensor(starts).unsqueeze(1) + torch.arange(width)  # (F_kind, width)
-            self.register_buffer(f"columns_{kind}", columns, persistent=False)
-            if not sparse or width != self.dim:
-                # A projection keeps the length of an embedding; the vector of a number starts as small as one.
-                std = width**-0.5 if sparse else 0.01
-                matrices = torch.randn(len(starts), width, self.dim) * std
-                self.projections[str(kind)] = nn.Parameter(matrices)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N) to (B, F, k); fields of one kind and width stand together."""
-        vectors = []
-        for kind in range(self._num_kinds):
-            columns = self.get_buffer(f"columns_{kind}")
-            fields = x.index_select(1, columns.flatten()).unflatten(1, columns.shape)  # (B, F_kind, width)
-            if str(kind) in self.projections:
-                fields = torch.einsum("bfn,fnk->bfk", fields, self.projections[str(kind)])
-            vectors.append(fields)
-        return torch.cat(vectors, dim=1)
-
-
-def bi_interaction(vectors: Tensor) -> Tensor:
-    """sum_{f < g} v_f * v_g, element by element, in O(F k): ((sum_f v_f)^2 - sum_f v_f^2) / 2. (B, F, k) -> (B, k)."""
-    return 0.5 * (vectors.sum(1).square() - vectors.square().sum(1))

@@ -21,6 +21,7 @@ from data.schema.bounds import Bounded, bounded
 Scheme = Literal["strong_to_weak", "weak_to_strong", "no_discrimination"]
 Norm = Literal["l2", "squared"]
 DifferentiationKind = Literal["moderate", "max_difference", "min_difference"]
+Threshold = float | Tensor | Literal["base_rate"]
 MeanOverRanks = Callable[[Tensor], Tensor]
 
 THRESHOLD = -math.log(0.5)  # the BCE of a prediction of one half (Eq. 10)
@@ -33,7 +34,8 @@ class CoteachingConfig(Bounded):
     Attributes:
         weight: alpha of Eq. 17; 0 takes the term out of the objective.
         scheme: who teaches whom: strong_to_weak (the paper), weak_to_strong, no_discrimination (Table 5).
-        threshold: BCE in nats below which a branch is strong on a sample and above which it is weak.
+        threshold: BCE in nats below which a branch is strong on a sample and above which it is weak; or base_rate: the BCE of always
+            predicting the batch's base rate. Where clicks are rare, hardly any row is a disagreement at -log 0.5.
         warmup_steps: training steps over which alpha grows linearly from 0; 0 is no warm-up.
         confidence: weigh each lesson by the teacher's margin 2 |p - 1/2|. Ours, after the paper's remark that
             losses are unreliable early in training.
@@ -41,7 +43,7 @@ class CoteachingConfig(Bounded):
 
     weight: float = bounded(0.1, at_least=0)
     scheme: Scheme = "strong_to_weak"
-    threshold: float = bounded(THRESHOLD, at_least=0)
+    threshold: float | Literal["base_rate"] = bounded(THRESHOLD, at_least=0)
     warmup_steps: int = bounded(0, at_least=0)
     confidence: bool = False
 
@@ -56,6 +58,7 @@ class DifferentiationConfig(Bounded):
             max_difference (push them apart: minus that distance, without a bound). init and parametrization
             are of the first only.
         norm: l2 (Listing 1) or squared (Eq. 14).
+        latents: raw, or unit: of length 1, so that no loss shrinks by shrinking them.
         init: of each transform W: a random orthogonal matrix or the identity.
         parametrization: soft (W is free, the loss pulls it towards orthogonal) or orthogonal (W is orthogonal
             by construction).
@@ -65,6 +68,7 @@ class DifferentiationConfig(Bounded):
     weight: float = bounded(0.1, at_least=0)
     kind: DifferentiationKind = "moderate"
     norm: Norm = "l2"
+    latents: Literal["raw", "unit"] = "raw"
     init: Literal["orthogonal", "identity"] = "orthogonal"
     parametrization: Literal["soft", "orthogonal"] = "soft"
     warmup_steps: int = bounded(0, at_least=0)
@@ -80,7 +84,7 @@ def branch_coteaching_loss(
     labels: Tensor,
     *,
     scheme: Scheme = "strong_to_weak",
-    threshold: float = THRESHOLD,
+    threshold: Threshold = THRESHOLD,
     confidence: bool = False,
     weights: Tensor | None = None,
     mean_over_ranks: MeanOverRanks = identity,
@@ -103,7 +107,7 @@ def branch_coteaching_loss(
         logits: (K, B) of the branches, without the fused one.
         labels: (B,) of 0 and 1.
         scheme: who teaches whom.
-        threshold: in nats.
+        threshold: in nats: a number, (B,), or base_rate (`base_rate_bce` of the rows of all ranks).
         confidence: multiply each term of the sum by the teacher's margin 2 |p^i - 1/2|, which is stopped too. C
             stays the number of terms, so a hesitant teacher teaches less, not merely less than others.
         weights: (B,); rows of weight 0 neither teach, learn nor count. Other values count as 1.
@@ -115,6 +119,8 @@ def branch_coteaching_loss(
         () loss.
     """
     z = at_least_float32(logits)
+    if isinstance(threshold, str):
+        threshold = base_rate_bce(labels, weights, mean_over_ranks)
     teaches = teaching_mask(z, labels, scheme, threshold, weights)  # (K teacher, K student, B)
     teacher = z.detach().unsqueeze(1)
     # sigmoid(-z) is 1 - p, and softplus(-z) is -log p, without the rounding of 1 - p near 1.
@@ -126,7 +132,9 @@ def branch_coteaching_loss(
 
 
 @torch.no_grad()
-def teaching_mask(logits: Tensor, labels: Tensor, scheme: Scheme, threshold: float, weights: Tensor | None) -> Tensor:
+def teaching_mask(
+    logits: Tensor, labels: Tensor, scheme: Scheme, threshold: float | Tensor, weights: Tensor | None
+) -> Tensor:
     """Say where branch i teaches branch j: I^{ij} of Eq. 10 and 11 as a (K, K, B) tensor of 0 and 1, without gradient."""
     strong, weak = strong_and_weak(logits, labels, threshold)
     if scheme == "strong_to_weak":
@@ -226,17 +234,42 @@ def weighted_bce(logits: Tensor, labels: Tensor, weights: Tensor | None = None) 
     return row_mean(bce_with_logits(logits, labels), weights)
 
 
-def strong_and_weak(logits: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Where a branch is right and where it is wrong, as 0 and 1: BCE < threshold and BCE > threshold (Eq. 10), both (K, B)."""
+@torch.no_grad()
+def base_rate_bce(labels: Tensor, weights: Tensor | None = None, mean_over_ranks: MeanOverRanks = identity) -> Tensor:
+    """BCE of always predicting r, the share of clicks among the rows: -log r where the label is 1, -log(1 - r) where it is 0, (B,).
+
+    Rows of weight 0 do not count, other weights count as 1. Where all labels are one class, that is 0: no branch is strong.
+    """
+    y = at_least_float32(labels)
+    real = torch.ones_like(y) if weights is None else (weights > 0).to(y.dtype)
+    clicks, rows = mean_over_ranks(torch.stack([(y * real).sum(), real.sum()])).unbind()
+    rate = clicks / rows.clamp(min=1e-6)
+    return -torch.log(torch.where(y > 0.5, rate, 1.0 - rate))
+
+
+def unit(latents: Tensor) -> Tensor:
+    """Z / ||z|| of each row, and 0 with gradient 0 for a row of zeros: (..., d) -> (..., d), float32 or float64."""
+    z = at_least_float32(latents)
+    norms = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z / torch.where(norms > 0, norms, 1.0)
+
+
+def strong_and_weak(logits: Tensor, labels: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Where a branch is right and where it is wrong, as 0 and 1: BCE < threshold and BCE > threshold (Eq. 10), both (K, B).
+
+    `threshold`: a number, or (B,).
+    """
     losses = bce_with_logits(logits, labels)
     return (losses < threshold).to(losses.dtype), (losses > threshold).to(losses.dtype)
 
 
 @torch.no_grad()
 def disagreement_rates(
-    logits: Tensor, labels: Tensor, threshold: float = THRESHOLD, weights: Tensor | None = None
+    logits: Tensor, labels: Tensor, threshold: Threshold = THRESHOLD, weights: Tensor | None = None
 ) -> Tensor:
     """Share of rows on which branch i is strong and branch j weak: (K, K), diagonal 0, no gradient; rows of weight 0 do not count."""
+    if isinstance(threshold, str):
+        threshold = base_rate_bce(labels, weights)
     strong, weak = strong_and_weak(logits, labels, threshold)
     real = torch.ones_like(strong[0]) if weights is None else (weights > 0).to(strong.dtype)  # (B,)
     # a product of (K, B) matrices: a quarter of the work of the mask (K, K, B), for a log

@@ -8,7 +8,7 @@ its forward has no control flow over data. The dense arch, here BranchArch, hold
 that trace: plain Python is fine in it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from data.schema.bounds import bounded
 from mbcnet_rec.model.branches import BRANCHES, BranchesConfig
 from mbcnet_rec.model.input_layout import InputLayout
-from mbcnet_rec.model.layers import MLP
-from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
+from mbcnet_rec.model.layers import MLP, Logit
+from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig, at_least_float32
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and reading a config needs none of it
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -33,11 +33,14 @@ class MBCNetConfig(BranchesConfig):
 
     Attributes:
         top: widths of the shared top.
+        top_activation: of its last layer, whose outputs are the latents: none or relu. With relu the differentiation loss has its
+            minimum at latents of 0, where nothing learns any more.
         fusion: of the latents: their mean (Eq. 15), or gated: a softmax weight per branch and sample.
         coteaching, differentiation: of the objective.
     """
 
     top: tuple[int, ...] = bounded((512, 256, 128), at_least=1, min_length=1)
+    top_activation: Literal["none", "relu"] = "none"
     fusion: Literal["mean", "gated"] = "mean"
     coteaching: CoteachingConfig = CoteachingConfig()
     differentiation: DifferentiationConfig = DifferentiationConfig()
@@ -96,20 +99,26 @@ class BranchArch(nn.Module):
     def __init__(self, config: MBCNetConfig, layout: InputLayout) -> None:
         super().__init__()
         num_branches, latent_dim = len(config.branches), config.top[-1]
-        self.branches = nn.ModuleDict({name: BRANCHES[name](config, layout) for name in config.branches})
-        self.top = MLP(config.branch_dim, config.top, config)
-        self.branch_logits = nn.ModuleList(nn.Linear(latent_dim, 1) for _ in range(num_branches))
+        self.branches = nn.ModuleDict({name: BRANCHES[name](config, layout.of(name)) for name in config.branches})
+        self._reads = {name: layout.reads(name) for name in config.branches}
+        self.top = MLP(config.branch_dim, config.top, config, last_relu=config.top_activation == "relu")
+        self.branch_logits = nn.ModuleList(Logit(latent_dim) for _ in range(num_branches))
         self.fusion = GatedFusion(num_branches, latent_dim) if config.fusion == "gated" else MeanFusion()
-        self.fused_logit = nn.Linear(latent_dim, 1)
+        self.fused_logit = Logit(latent_dim)
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
-        """Map "all" (B, N) and each group g (B, n_g) to latents (K, B, d) and logits."""
-        hidden = torch.stack([branch(features) for branch in self.branches.values()])  # (K, B, H)
+        """Map "all" (B, N) and each group g (B, n_g), or those of each branch, to latents (K, B, d) and logits."""
+        latents = self.latents(features, list(self.branches))
+        logits = [layer(latent) for layer, latent in zip(self.branch_logits, latents, strict=True)]
+        return ModelOutput(latents, torch.stack(logits), self.fused_logit(self.fusion(at_least_float32(latents))))
+
+    def latents(self, features: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+        """Map features to the latents (K, B, d) of the named branches."""
+        hidden = torch.stack(
+            [self.branches[name]({group: features[own] for group, own in self._reads[name].items()}) for name in names]
+        )  # (K, B, H)
         # Stacked over rows: one large product per layer of the top instead of K small ones.
-        latents = self.top(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (K, B, d)
-        logits = [layer(latent).squeeze(1) for layer, latent in zip(self.branch_logits, latents, strict=True)]
-        fused_logits = self.fused_logit(self.fusion(latents)).squeeze(1)
-        return ModelOutput(latents, torch.stack(logits), fused_logits)
+        return self.top(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
 
 class MeanFusion(nn.Module):

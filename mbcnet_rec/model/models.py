@@ -9,7 +9,7 @@ from torch import nn
 from data.errors import InputError
 from data.schema import Schema
 from mbcnet_rec.model.branches import FMConfig
-from mbcnet_rec.model.input_layout import InputLayout, wide_tables
+from mbcnet_rec.model.input_layout import InputLayout, input_layout, wide_tables, with_streams
 from mbcnet_rec.model.losses import MeanOverRanks, identity
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNet, MBCNetConfig, Model
 from mbcnet_rec.model.objective import Objective
@@ -22,7 +22,7 @@ from mbcnet_rec.model.zoo.enkd import DistillationObjective, EnKDConfig
 from mbcnet_rec.model.zoo.finalmlp import FinalMLPArch, FinalMLPConfig
 from mbcnet_rec.model.zoo.fm import FMArch
 from mbcnet_rec.model.zoo.mmoe import MMoEArch, MMoEConfig
-from mbcnet_rec.model.zoo.wide_deep import WideDeepArch
+from mbcnet_rec.model.zoo.wide_deep import WideDeepArch, WideDeepConfig
 
 if TYPE_CHECKING:
     from mbcnet_rec.model.sparse_arch import SparseArch
@@ -49,7 +49,7 @@ class ModelConfig:
     mbcnet: MBCNetConfig = MBCNetConfig()
     dnn: DNNConfig = DNNConfig()
     crossnet: CrossNetConfig = CrossNetConfig()
-    wide_deep: DNNConfig = DNNConfig()
+    wide_deep: WideDeepConfig = WideDeepConfig()
     dcnv2: DCNv2Config = DCNv2Config()
     mmoe: MMoEConfig = MMoEConfig()
     enkd: EnKDConfig = EnKDConfig()
@@ -75,8 +75,27 @@ ARCHES: dict[ModelKind, Callable[[Any, InputLayout], nn.Module]] = {
 }
 
 
+def has_streams(config: ModelConfig) -> bool:
+    """Whether parts of the model read slices of rows."""
+    return getattr(getattr(config, config.kind), "embeddings", "shared") == "per_branch"
+
+
+def model_layout(config: ModelConfig, schema: Schema) -> InputLayout:
+    """What the model sees of a schema, which has no wide tables.
+
+    Raises:
+        InputError: a row has fewer columns than parts of the model that read it.
+    """
+    layout = input_layout(schema, needs_wide(config))
+    if not has_streams(config):
+        return layout
+    return with_streams(layout, getattr(config, config.kind).streams(tuple(layout.groups)))
+
+
 def needs_wide(config: ModelConfig) -> bool:
-    """Whether the model reads wide weights: then its layout says wide=True and its tables include `wide_tables`."""
+    """Whether the model reads wide weights of tables of their own, `wide_tables`: then its layout says wide=True."""
+    if has_streams(config):
+        return False  # one column of each row
     if config.kind == "mbcnet":
         return "wide" in config.mbcnet.branches
     return config.kind in ("wide_deep", "fm", "deepfm")

@@ -7,13 +7,13 @@ calls its two sub-modules. LossArch is a leaf of that trace.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
+from mbcnet_rec.model.layers import without_autocast
 from mbcnet_rec.model.losses import (
     CoteachingConfig,
     DifferentiationConfig,
@@ -24,6 +24,7 @@ from mbcnet_rec.model.losses import (
     identity,
     latent_distance,
     moderate_differentiation_loss,
+    unit,
     weighted_bce,
 )
 from mbcnet_rec.model.mbcnet import Model, ModelOutput
@@ -165,17 +166,12 @@ class LossArch(nn.Module):
         config = self.differentiation
         if len(latents) < 2 or config.weight == 0:
             return weights.new_zeros(())
+        if config.latents == "unit":
+            latents = unit(latents)
         if matrices is not None:
             return moderate_differentiation_loss(latents, matrices, norm=config.norm, weights=weights)
         sign = -1.0 if config.kind == "max_difference" else 1.0
         return sign * latent_distance(latents, norm=config.norm, weights=weights)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Full precision: entering autocast to switch it off, where it is off, is a hundredth of a small step."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 class Transforms(nn.Module):

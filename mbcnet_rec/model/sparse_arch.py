@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec.modules.regroup import KTRegroupAsDict
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from mbcnet_rec.model.input_layout import ALL, WIDE, WIDE_DIM, InputLayout, wide_table
+from mbcnet_rec.model.input_layout import WIDE, WIDE_DIM, InputLayout, wide_table
 
 RegroupOp = Literal["permute", "split"]
 
@@ -63,7 +63,8 @@ class FeatureRegroup(nn.Module):
 
     Columns are always found by key: the order of keys in the output of a sharded collection depends on the
     plan. Inside a group sparse fields come first, then dense ones, each in the layout's order. A dense vector x with a projection
-    enters every group as W x + b, which is computed once.
+    enters every group as W x + b, which is computed once. Where the layout has streams, each gets tensors of its own, of its slices of
+    the rows.
 
     Args:
         layout: names and widths of the fields and groups.
@@ -73,11 +74,16 @@ class FeatureRegroup(nn.Module):
     def __init__(self, layout: InputLayout, op: RegroupOp | None = None) -> None:
         super().__init__()
         self._op = op
-        members = {name: layout.keys(name) for name in (ALL, *layout.groups)}
-        self._sparse = {name: [key for key in keys if key in layout.embedding_dims] for name, keys in members.items()}
+        self._layout = layout
+        members = {name: (stream, layout.of(stream).keys(group)) for name, (group, stream) in layout.tensors().items()}
+        # (field or wide key, stream) of each slice; the stream of whole rows is ""
+        self._sparse = {
+            name: [(key, stream) for key in keys if key in layout.embedding_dims]
+            for name, (stream, keys) in members.items()
+        }
         slices = layout.projected_slices() if layout.projections else layout.dense_slices
         self._dense = {
-            name: join_slices([slices[key] for key in keys if key in slices]) for name, keys in members.items()
+            name: join_slices([slices[key] for key in keys if key in slices]) for name, (_, keys) in members.items()
         }
         self._raw = list(layout.dense_slices.items())
         self.projections = nn.ModuleDict(
@@ -88,10 +94,10 @@ class FeatureRegroup(nn.Module):
             }
         )
         if layout.wide:
-            self._sparse[WIDE] = [wide_key(field) for field in layout.embedding_dims]
-            self._dense[WIDE] = self._dense[ALL]
+            self._sparse[WIDE] = [(wide_key(field), "") for field in layout.embedding_dims]
         self._fields = frozenset(layout.embedding_dims)
         self._keys: list[list[str]] = []  # of the collections' outputs at the last call
+        self._widths: list[dict[str, int]] = []  # of the slices of each output, in the order of columns
         self._cuts = Cuts([], {})
         self._permute: KTRegroupAsDict | None = None
 
@@ -105,7 +111,13 @@ class FeatureRegroup(nn.Module):
             dense_features = self._project(dense_features)
         if (self._op or regroup_op(dense_features.device)) == "permute":
             assert self._permute is not None
-            sparse = {name: [tensor] for name, tensor in self._permute(list(keyed_tensors)).items()}
+            cut = list(keyed_tensors)
+            if self._layout.streams:
+                cut = [
+                    KeyedTensor(list(widths), list(widths.values()), tensor.values())
+                    for widths, tensor in zip(self._widths, keyed_tensors, strict=True)
+                ]
+            sparse = {name: [tensor] for name, tensor in self._permute(cut).items()}
         else:
             sparse = self._cuts.pieces([tensor.values() for tensor in keyed_tensors])
         groups = {}
@@ -133,11 +145,17 @@ class FeatureRegroup(nn.Module):
         if keys == self._keys:
             return
         self._keys = keys
-        outputs = {field_of(key, self._fields): key for each in keys for key in each}
-        named = {name: [outputs[key] for key in fields] for name, fields in self._sparse.items() if fields}
+        pieces: dict[tuple[str, str], str] = {}
+        self._widths = [{} for _ in keyed_tensors]
+        for own, tensor in zip(self._widths, keyed_tensors, strict=True):
+            for key, width in zip(tensor.keys(), tensor.length_per_key(), strict=True):
+                field = field_of(key, self._fields)
+                for stream, share in self._layout.row_slices(field) if self._layout.streams else [("", width)]:
+                    name = pieces[field, stream] = f"{key}/{stream}" if stream else key
+                    own[name] = share
+        named = {name: [pieces[each] for each in slices] for name, slices in self._sparse.items() if slices}
         self._permute = KTRegroupAsDict(list(named.values()), list(named))
-        widths = [dict(zip(tensor.keys(), tensor.length_per_key(), strict=True)) for tensor in keyed_tensors]
-        self._cuts = cuts_of(widths, named)
+        self._cuts = cuts_of(self._widths, named)
 
 
 def wide_key(field: str) -> str:

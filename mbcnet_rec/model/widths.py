@@ -18,7 +18,7 @@ def fit_widths(model: ModelConfig) -> ModelConfig:
     fitted = {
         **{kind: {"hidden": row, "dropout": drop} for kind in ("dnn", "wide_deep", "enkd", "deepfm")},
         "crossnet": {"cross": ours.cross, "hidden": (ours.branch_dim, *ours.top), "dropout": drop},
-        "dcnv2": {"cross": ours.cross, "hidden": ours.deep.hidden, "dropout": drop},
+        "dcnv2": {"cross": ours.cross, "hidden": ours.deep.hidden, "top": ours.top, "dropout": drop},
         "mmoe": {"expert": row, "gate": ours.top, "tower": ours.top, "dropout": drop},
         "finalmlp": {"first": first, "second": second},
         "efgc": {"efgc": ours.efgc, "branch_dim": ours.branch_dim, "top": ours.top, "dropout": drop},

@@ -81,6 +81,23 @@ def panels(count: int, height: float = 2.9) -> tuple[Figure, list[Axes]]:
     return figure, flat[:count]
 
 
+def intervals_figure(differences: Mapping[str, tuple[float, float, float, float]]) -> bytes:
+    """A difference and its 95 % interval for each name, from top to bottom; those whose interval leaves out 0 are red.
+
+    `differences`: name -> value, low, high, p.
+    """
+    figure, (axis,) = panels(1, height=max(1.6, 0.28 * len(differences) + 0.8))
+    for place, (value, low, high, _) in enumerate(differences.values()):
+        tone = "#D55E00" if low > 0 or high < 0 else "#0072B2"
+        axis.plot([low, high], [place, place], color=tone, lw=1.6, zorder=3)
+        axis.scatter([value], [place], s=22, color=tone, zorder=4)
+    axis.axvline(0.0, color="#888888", lw=1.0)
+    axis.set_yticks(range(len(differences)), list(differences))
+    axis.set_ylim(len(differences) - 0.5, -0.5)
+    axis.grid(axis="y", visible=False)
+    return png(figure)
+
+
 def scores_figure(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
     """A dot for each seed, a bar for the mean: AUC and log-loss. `scores`: row, from top to bottom -> metrics of each seed."""
     figure, axes = panels(2, height=max(2.2, 0.34 * len(scores) + 0.9))

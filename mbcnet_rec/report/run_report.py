@@ -54,6 +54,7 @@ def write_run_report(folder: Path) -> Path:
     config = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).is_file() else ""
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else {}
     blocks = [
+        *dead_blocks(lines),
         *result_blocks(lines),
         *curve_blocks("Curves", lines, LEARNING, LEARNING_CAPTION),
         *calibration_blocks(lines),
@@ -127,6 +128,20 @@ def judged_line(lines: Lines, splits: Sequence[str] = ("test", "valid")) -> Mapp
         if found:
             return found[-1]
     return None
+
+
+def dead_blocks(lines: Lines) -> list[Block]:
+    """A warning where an output died while training."""
+    found = [line for line in lines.get("train", ()) if line.get("dead")]
+    if not found:
+        return []
+    names = ", ".join(figures.label(name) for name in found[-1]["dead"])
+    still = "to the end" if found[-1] is lines["train"][-1] else f"up to step {found[-1]['step']:,}"
+    return [
+        Text(
+            f"Dead from step {found[0]['step']:,} {still}: {names}. Its latents are 0, or its logit is the same for all rows."
+        )
+    ]
 
 
 def result_blocks(lines: Lines) -> list[Block]:

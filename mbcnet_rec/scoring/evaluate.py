@@ -38,6 +38,7 @@ class Question:
 
     split: str = "test"  # of the run's config, where no data is named
     data: tuple[str, ...] = ()  # files, folders, globs or URIs; none: the split's
+    where: tuple[str, ...] = ()  # conditions on `data`
     by: tuple[str, ...] = ()  # columns whose values cut the rows into slices
     exact_rows: int = EXACT_ROWS  # up to which all logits are kept
     max_slices: int = MAX_SLICES  # of one column
@@ -72,7 +73,15 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
 def evaluate_run(
     config: RunConfig, folder: Path, step: int, process: Process, question: Question
 ) -> tuple[Answer | None, FileList]:
-    """Build the run's model on this world size, load a checkpoint and score rows; the answer is on rank 0, and of which files it is.
+    """Score rows as `score_rows` does; the answer is on rank 0, and of which files it is."""
+    tally, files = score_rows(config, folder, step, process, question)
+    return tally.answer(process), files
+
+
+def score_rows(
+    config: RunConfig, folder: Path, step: int, process: Process, question: Question
+) -> tuple[Tally, FileList]:
+    """Build the run's model on this world size, load a checkpoint and score rows of files.
 
     Raises:
         InputError: there are no rows, a row is faulty, a slice column is missing, or the checkpoint is damaged.
@@ -83,7 +92,7 @@ def evaluate_run(
         raise InputError(
             f"{folder}/{CONFIG}: data.{question.split} is empty; name the files of that split, or pass --data"
         )
-    where = () if question.data else getattr(config.data, f"{question.split}_where")
+    where = question.where if question.data else getattr(config.data, f"{question.split}_where")
     files = select_files(resolve_files(paths), where, schema)
     by = slice_columns(files, question.by, schema)
     options = config.data.eval_options(where)
@@ -102,7 +111,7 @@ def evaluate_run(
     with closing(score_chunks(scorer, reader, dealt, process, batch_rows, title="evaluate")) as scored:
         for batch in scored:
             tally.add(batch.logits, batch.labels, batch.group_ids, slice_codes(slices, batch.rows))
-    return tally.answer(process), files
+    return tally, files
 
 
 def to_json(answer: Answer) -> dict[str, Any]:

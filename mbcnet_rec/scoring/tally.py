@@ -66,6 +66,10 @@ class Answer:
 class Tally:
     """Keeps every row; or, where they are too many, counts them in bins and keeps a sample of the groups.
 
+    Attributes:
+        exact: whether every row is kept.
+        names: column -> names of its slices.
+
     Args:
         num_rows: of all ranks.
         branches: names of the outputs after the fused one.
@@ -84,14 +88,14 @@ class Tally:
         exact_rows: int = EXACT_ROWS,
     ) -> None:
         self.exact = num_rows <= exact_rows
-        self._branches, self._has_groups, self._names = branches, has_groups, slices or {}
+        self.branches, self._has_groups, self.names = branches, has_groups, slices or {}
         # ids of groups are hashes: about one in `stride` is a multiple of it
         self._stride = -(-num_rows // max(1, exact_rows))
         self._rows = [np.zeros((0, len(branches) + 2), np.float32)]  # logits, label
-        self._keys = [np.zeros((0, has_groups + len(self._names)), np.int64)]  # group id, slices
+        self._keys = [np.zeros((0, has_groups + len(self.names)), np.int64)]  # group id, slices
         if not self.exact:
             self._everything = Histogram(1 + len(branches), NUM_BINS)
-            self._slices = [[Histogram(1 + len(branches), SLICE_BINS) for _ in names] for names in self._names.values()]
+            self._slices = [[Histogram(1 + len(branches), SLICE_BINS) for _ in names] for names in self.names.values()]
 
     def add(
         self,
@@ -143,22 +147,22 @@ class Tally:
         def scores(chosen: Any) -> Scores:
             labels = rows.labels[chosen]
             groups = None if rows.group_ids is None else rows.group_ids[chosen]
-            metrics = exact_metrics(rows.logits[chosen], labels, self._branches, groups, errors=errors)
+            metrics = exact_metrics(rows.logits[chosen], labels, self.branches, groups, errors=errors)
             return Scores(len(labels), int(labels.sum()), metrics)
 
         slices = {
             column: _by_falling_size({name: scores(places == place) for place, name in enumerate(names)})
-            for (column, names), places in zip(self._names.items(), rows.slices.T, strict=True)
+            for (column, names), places in zip(self.names.items(), rows.slices.T, strict=True)
         }
         return Answer(True, scores(slice(None)), slices, reliability(rows.logits[:, 0], rows.labels))
 
     def _of_counts(self, sample: Rows) -> Answer:
         def scores(histogram: Histogram) -> Scores:
-            return Scores(*histogram.rows_and_positives(), histogram.metrics(self._branches))
+            return Scores(*histogram.rows_and_positives(), histogram.metrics(self.branches))
 
         slices = {
             column: _by_falling_size(dict(zip(names, map(scores, histograms), strict=True)))
-            for (column, names), histograms in zip(self._names.items(), self._slices, strict=True)
+            for (column, names), histograms in zip(self.names.items(), self._slices, strict=True)
         }
         everything = scores(self._everything)
         if sample.group_ids is not None and len(sample.labels):

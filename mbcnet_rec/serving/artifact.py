@@ -34,8 +34,8 @@ from data.whole_folder import whole_folder
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.doctor import installed
-from mbcnet_rec.model.input_layout import input_layout, wide_table, wide_tables
-from mbcnet_rec.model.models import build_arch, needs_wide
+from mbcnet_rec.model.input_layout import wide_table, wide_tables
+from mbcnet_rec.model.models import build_arch, model_layout
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
 from mbcnet_rec.scoring.trained_run import branch_names, read_whole, run_schema
 from mbcnet_rec.serving import loader as serving
@@ -97,9 +97,8 @@ class Weights:
 
 def untrained(config: RunConfig, schema: Schema) -> Weights:
     """Build a model unsharded, without rows and with freshly drawn dense weights."""
-    wide = needs_wide(config.model)
-    layout = input_layout(schema, wide)
-    tables = (*schema.tables, *(wide_tables(list(schema.tables)) if wide else ()))
+    layout = model_layout(config.model, schema)
+    tables = (*schema.tables, *(wide_tables(list(schema.tables)) if layout.wide else ()))
     arch = build_arch(config.model, layout)
     return Weights(config, schema, tables, {}, FeatureRegroup(layout).eval(), arch.eval())
 

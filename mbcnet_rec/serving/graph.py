@@ -42,12 +42,11 @@ class FusedPath(nn.Module):
         features = self.regroup([KeyedTensor(self._keys, self._widths, pooled)], dense)
         if not isinstance(self.arch, BranchArch):
             return self.arch(features).fused_logits
-        hidden = torch.stack([self.arch.branches[name](features) for name in self._branches])  # (K, B, H)
-        latents = self.arch.top(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (K, B, d)
+        latents = self.arch.latents(features, self._branches)  # (K, B, d)
         if len(self._branches) == 1 < len(self.arch.branches):
             own = list(self.arch.branches).index(self._branches[0])
-            return self.arch.branch_logits[own](latents[0]).squeeze(1)
-        return self.arch.fused_logit(self.arch.fusion(latents)).squeeze(1)
+            return self.arch.branch_logits[own](latents[0])
+        return self.arch.fused_logit(self.arch.fusion(latents))
 
 
 def trace(path: FusedPath, width: int) -> torch.export.ExportedProgram:

@@ -1,6 +1,5 @@
 """Table 8: parameters, FLOPs and measured latency of each part of an MBCnet, on this machine, in the forward pass."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import Schema, load_schema
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.model.input_layout import ALL, WIDE, input_layout
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNetConfig
+from mbcnet_rec.model.models import ModelConfig, model_layout
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Table, Text
 from mbcnet_rec.runtime.process import choose_device
@@ -57,14 +56,16 @@ def complexity_blocks(config: RunConfig) -> list[Block]:
 
 def measure_parts(config: MBCNetConfig, schema: Schema, rows: int, device: torch.device) -> list[Part]:
     """Measure every branch, the shared top with the logits, and the whole dense part, on a batch of so many rows."""
-    layout = replace(input_layout(schema), wide="wide" in config.branches)
+    layout = model_layout(ModelConfig(mbcnet=config), schema)
     torch.manual_seed(0)
     arch = BranchArch(config, layout).to(device).eval()
-    names = (ALL, *layout.groups, *((WIDE,) if layout.wide else ()))
-    features = {name: torch.randn(rows, layout.width(name), device=device) for name in names}
+    features = {name: torch.randn(rows, width, device=device) for name, width in layout.tensor_widths().items()}
     hidden = torch.randn(len(arch.branches) * rows, config.branch_dim, device=device)
     return [
-        *(_measure(name, branch, features, rows) for name, branch in arch.branches.items()),
+        *(
+            _measure(name, branch, {group: features[own] for group, own in layout.reads(name).items()}, rows)
+            for name, branch in arch.branches.items()
+        ),
         _measure("shared top, all branches", arch.top, hidden, rows),
         _measure("whole dense part", arch, features, rows),
     ]

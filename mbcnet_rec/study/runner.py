@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,14 +17,30 @@ from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.ranks import refuse_ranks
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.study.pictures import Material, draw_all
-from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all
+from mbcnet_rec.study.row_scores import keep_row_scores, read_row_scores
+from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all, train_one
 from mbcnet_rec.study.studies import MBCNET, MODELS, Study, Variant
-from mbcnet_rec.study.summary import CONFIDENCE, TESTED, Difference, Row, Scores, judge, summarise
+from mbcnet_rec.study.summary import (
+    CONFIDENCE,
+    SIGNIFICANT,
+    TESTED,
+    Compared,
+    Results,
+    Row,
+    judge_all,
+    summarise,
+)
 from mbcnet_rec.study.tuning import with_overrides
+from mbcnet_rec.training.trainer import Watch
 
 VERDICTS = (
-    "reproduced: the interval lies above 0; same direction: the mean does, the interval does not; contradicted: the interval lies "
-    "below 0; not reproduced: the rest. One seed has no interval."
+    "reproduced: the difference of AUC is above 0 with p below 0.05; contradicted: below 0, likewise; same direction: above 0 only; not "
+    "reproduced: the rest. p is the larger of two, over seeds and over test rows, corrected for the number of claims (Holm). One seed has no verdict."
+)
+COMPARED = (
+    f"Differences are paired by seed, with the {CONFIDENCE:.0%} interval of Student's t; behind the stroke the interval over the test rows, of "
+    "the seeds' mean scores (DeLong; rows of one group are taken together). p is the larger of the two, corrected for the number of rows of the "
+    "table (Holm). A positive difference of AUC, and a negative one of log-loss, speaks for the row."
 )
 
 
@@ -117,10 +134,12 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     study = request.study
     failures = train_with_progress(runs, request.workers)
     done = [run for run in runs if run.done and scores(run.folder)["auc"] is not None]
-    found: dict[str, dict[int, Mapping[str, float]]] = {}
+    found: Any = {}, {}
     for run in done:
-        found.setdefault(run.variant, {})[run.seed] = scores(run.folder)
-    blocks = report_blocks(request, base, done, found, failures)
+        found[0].setdefault(run.variant, {})[run.seed] = scores(run.folder)
+        if (rows := read_row_scores(run.folder)) is not None:
+            found[1].setdefault(run.variant, {})[run.seed] = rows
+    blocks = report_blocks(request, base, done, Results(*found), failures)
     title = f"{study.reference}: {study.question}"
     lead = f"{base.name}, {request.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
     mark = page_mark(base, request.tuned) if runs else ""
@@ -156,7 +175,7 @@ def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str
     todo = {run.folder for run in runs if not run.done}
     with tqdm(total=len({run.folder for run in runs}), desc="runs", unit="run") as bar:
         bar.update(bar.total - len(todo))
-        for run, failure in train_all(runs, workers):
+        for run, failure in train_all(runs, workers, train_and_score):
             found = {} if failure else scores(run.folder)
             if not failure and found["auc"] is None:
                 failure = NO_NUMBERS
@@ -174,7 +193,7 @@ def report_blocks(
     request: StudyRequest,
     base: RunConfig,
     runs: Sequence[Run],
-    found: Mapping[str, Scores],
+    found: Results,
     failures: Mapping[str, Sequence[str]],
 ) -> list[Block]:
     """Put a study's report together."""
@@ -185,16 +204,11 @@ def report_blocks(
         blocks += [Heading("Result"), *headline(study, rows, found), score_table(rows)]
         blocks += [Text(f"{row.name}: {failure}") for row in rows for failure in row.failures]
     if any(row.difference for row in rows):
-        blocks.append(
-            Text(
-                f"Differences are paired by seed; in brackets the {CONFIDENCE:.0%} interval of Student's t. A "
-                "positive difference of AUC, and a negative one of log-loss, speaks for the row. Not corrected for the number of rows."
-            )
-        )
+        blocks.append(Text(COMPARED))
     if rows and study.claims:
         asked = "What the paper claims" if study.claimed else "What is hoped for"
         blocks += [Heading(asked), verdict_table(study, found), Text(VERDICTS)]
-    blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found, request.category))]
+    blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found.scores, request.category))]
     configs = [f"{run.variant}, seed {run.seed}: {run.folder}/config.toml" for run in runs]
     return [
         *blocks,
@@ -210,11 +224,12 @@ def score_table(rows: Sequence[Row]) -> Table:
     against = {row.against for row in rows if row.against}
     one = f" to {min(against)}" if len(against) == 1 else ""
     columns = {
-        "": [row.name for row in rows],
+        "": [row.name + (f" (dead in {row.dead} of {row.seeds})" if row.dead else "") for row in rows],
         "seeds": [str(row.seeds) for row in rows],
         "AUC": [_mean_sd(row.auc) for row in rows],
         "log-loss": [_mean_sd(row.log_loss) for row in rows],
         f"difference of AUC{one}": [format_difference(row.difference) for row in rows],
+        "p": [_p(row.difference) for row in rows],
         "of log-loss": [format_difference(row.loss_difference) for row in rows],
         "compared with": ["" if one else row.against for row in rows],
         "paper, 12 months": [_pair(row.paper[:2]) for row in rows],
@@ -231,7 +246,7 @@ def _pair(figures: Sequence[float]) -> str:
     return " / ".join(f"{each:.4f}" for each in figures)
 
 
-def headline(study: Study, rows: Sequence[Row], found: Mapping[str, Scores]) -> list[Block]:
+def headline(study: Study, rows: Sequence[Row], found: Results) -> list[Block]:
     """The study's answer in a sentence or two: who is ahead, by how much, and how many claims hold."""
     said = []
     ended = [row for row in rows if row.seeds]
@@ -240,15 +255,14 @@ def headline(study: Study, rows: Sequence[Row], found: Mapping[str, Scores]) -> 
         said.append(f"The highest mean AUC is that of {best.name}, {best.auc[0]:.4f}.")
     ours = next((row for row in ended if row.name == MBCNET.name and row.against), None)
     if ours is not None and ours.difference is not None:
-        difference = ours.difference
-        sure = difference.seeds > 1 and not difference.low <= 0 <= difference.high
-        place = "ahead of" if difference.mean > 0 else "behind"
+        mean, p = ours.difference.seeds.mean, ours.difference.p
+        place = "ahead of" if mean > 0 else "behind"
+        told = f" (p = {p:.3f})" if p == p else ""
+        sure = "." if p < SIGNIFICANT else ": within what seeds or rows alone can do."
         said.append(
-            f"{ours.name} is {place} {ours.against}, the best it is compared with, by {abs(difference.mean):.4f}"
-            + (f" (p = {difference.p:.3f})" if difference.seeds > 1 else "")
-            + ("." if sure else ": within what seeds alone can do.")
+            f"{ours.name} is {place} {ours.against}, the best it is compared with, by {abs(mean):.4f}{told}{sure}"
         )
-    verdicts = [judge(claim, found)[0] for claim in study.claims]
+    verdicts = [verdict for _, verdict, _, _ in judge_all(study.claims, found)]
     counts = {each: verdicts.count(each) for each in TESTED}
     if tested := sum(counts.values()):
         asked = "claims of the paper" if study.claimed else "hopes"
@@ -256,24 +270,36 @@ def headline(study: Study, rows: Sequence[Row], found: Mapping[str, Scores]) -> 
     return [Text(" ".join(said))] if said else []
 
 
-def verdict_table(study: Study, found: Mapping[str, Scores]) -> Table:
+def verdict_table(study: Study, found: Results) -> Table:
     """What became of each claim."""
-    lines = []
-    for claim in study.claims:
-        said, difference = judge(claim, found)
-        if difference is not None:
-            p = "" if difference.seeds < 2 else f"{difference.p:.3f}"
-            lines.append((claim.text, said, format_difference(difference), p))
-    return Table(("claim", "here", "difference of AUC", "p"), tuple(lines))
+    lines = tuple(
+        (claim.text, said, format_difference(area), _p(area), format_difference(loss))
+        for claim, said, area, loss in judge_all(study.claims, found)
+        if area is not None
+    )
+    return Table(("claim", "here", "difference of AUC", "p", "of log-loss"), lines)
 
 
-def format_difference(difference: Difference | None) -> str:
-    """A difference and its interval."""
-    if difference is None:
+def format_difference(compared: Compared | None) -> str:
+    """A difference, its interval over seeds, and that over rows."""
+    if compared is None:
         return ""
-    if difference.seeds < 2:
-        return f"{difference.mean:+.4f}"
-    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    seeds, rows = compared.seeds, compared.rows
+    over_seeds = "" if seeds.seeds < 2 else f" [{seeds.low:+.4f}, {seeds.high:+.4f}]"
+    over_rows = "" if rows is None else f" / [{rows.low:+.4f}, {rows.high:+.4f}]"
+    return f"{seeds.mean:+.4f}{over_seeds}{over_rows}"
+
+
+def _p(compared: Compared | None) -> str:
+    return "" if compared is None or compared.p != compared.p else f"{compared.p:.3f}"
+
+
+def train_and_score(config: RunConfig, watch: Watch | None = None) -> str:
+    """Train a run as `train_one` does, and keep what it says of each test row."""
+    failure = train_one(config, watch)
+    if not failure and (config.data.test or config.data.valid):
+        keep_row_scores(config)
+    return failure
 
 
 def _mean_sd(value: tuple[float, float]) -> str:

@@ -173,7 +173,8 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
     Raises:
         InputError: these splits have no rows, or rows of one class.
     """
-    line = judged_line(read_metrics(folder), splits)
+    lines = read_metrics(folder)
+    line = judged_line(lines, splits)
     if line is None:
         keys = " or ".join(f"data.{split}" for split in splits)
         raise InputError(f"{folder}/{METRICS}: no {' or '.join(splits)} rows were scored; name {keys} in the config")
@@ -182,4 +183,5 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
         raise InputError(
             f"{folder}/{METRICS}: the AUC of the {split} rows is not defined, since {reason}; name other rows in data.{split}"
         )
-    return dict(line)
+    last = lines.get("train", [{}])[-1]
+    return {**line, "dead": last.get("dead", [])}

@@ -1,21 +1,28 @@
-"""What a study's runs say: means over seeds, paired differences with confidence intervals, verdicts on claims.
+"""What a study's runs say: means over seeds, paired differences over seeds and over rows, verdicts on claims.
 
 Two variants are compared seed by seed: both runs of a seed start from the same tables and see the same rows in the same
 order, so their difference varies less than each of them. With d_s = AUC_s - AUC'_s over n seeds the 95 % interval is
-mean(d) -+ t(0.975, n - 1) sd(d) / sqrt(n), and p is that of the paired t test. No correction for the number of rows.
+mean(d) -+ t(0.975, n - 1) sd(d) / sqrt(n), and p is that of the paired t test.
+
+Seeds say nothing of the test rows, which are the same in all runs. So the seeds' mean score is compared row by row too (paired.py), and
+the p of a comparison is the larger of the two, or 1 where they point to different sides. The p of a table's comparisons are corrected for their number (Holm).
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
 
+from mbcnet_rec.scoring.paired import Difference as RowDifference
+from mbcnet_rec.scoring.paired import holm
+from mbcnet_rec.study.row_scores import RowScores, row_differences
 from mbcnet_rec.study.studies import Claim, Study
 
-CONFIDENCE = 0.95
-TESTED = ("reproduced", "same direction", "not reproduced", "contradicted")
+CONFIDENCE, SIGNIFICANT = 0.95, 0.05
+NO_VERDICT = "no verdict"
+TESTED = ("reproduced", "same direction", "not reproduced", "contradicted", NO_VERDICT)
 Scores = Mapping[int, Mapping[str, float]]  # seed -> metrics of the run
 
 
@@ -31,6 +38,35 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Two variants, or outputs of variants, by one metric."""
+
+    seeds: Difference
+    rows: RowDifference | None  # of the seeds' mean scores; None: not kept
+    p: float  # corrected where it is one of several; NaN where either side tells nothing
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study's runs came to."""
+
+    scores: Mapping[str, Scores]  # variant -> seed -> metrics
+    rows: Mapping[str, Mapping[int, RowScores]]  # the same, row by row, where that was kept
+
+    def of(self, name: str) -> tuple[Scores, Mapping[int, RowScores], str]:
+        """The metrics and row scores of a variant, or of one of its outputs, VARIANT/BRANCH; and that output, "" for the fused one."""
+        variant, _, output = name.partition("/") if name not in self.scores else (name, "", "")
+        own = self.scores.get(variant, {})
+        if output:
+            own = {
+                seed: {metric: each[f"{metric}/{output}"] for metric in ("auc", "log_loss")}
+                for seed, each in own.items()
+                if f"auc/{output}" in each
+            }
+        return own, self.rows.get(variant, {}), output
+
+
+@dataclass(frozen=True)
 class Row:
     """A variant's line of the table."""
 
@@ -40,10 +76,11 @@ class Row:
     auc: tuple[float, float]
     log_loss: tuple[float, float]
     against: str  # the row it is compared with; "" if there is none
-    difference: Difference | None  # of AUC to that row
-    loss_difference: Difference | None
+    difference: Compared | None  # of AUC to that row
+    loss_difference: Compared | None
     paper: tuple[float, ...]  # the paper's own figures
     failures: tuple[str, ...] = ()  # why the other seeds did not end
+    dead: int = 0  # seeds that ended with an output that says the same of every row
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
@@ -65,35 +102,53 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def compare(ours: Scores, theirs: Scores, metric: str) -> Difference | None:
-    """Paired difference over the seeds that both have; None if there is none."""
-    shared = sorted(ours.keys() & theirs.keys())
+def compare(results: Results, ours: str, theirs: str, metric: str) -> Compared | None:
+    """Compare two variants or outputs over the seeds that both have; None if there is none."""
+    own, own_rows, output = results.of(ours)
+    other, other_rows, other_output = results.of(theirs)
+    shared = sorted(own.keys() & other.keys())
     if not shared:
         return None
-    return paired_difference([ours[s][metric] for s in shared], [theirs[s][metric] for s in shared])
+    seeds = paired_difference([own[s][metric] for s in shared], [other[s][metric] for s in shared])
+    rows = row_differences(own_rows, other_rows, (output, other_output)).get(metric)
+    if rows is None:
+        return Compared(seeds, None, math.nan)
+    agree = seeds.mean * rows.value > 0
+    known = not math.isnan(seeds.p) and not math.isnan(rows.p)
+    return Compared(seeds, rows, (max(seeds.p, rows.p) if agree else 1.0) if known else math.nan)
 
 
-def summarise(study: Study, scores: Mapping[str, Scores], failures: Mapping[str, Sequence[str]]) -> list[Row]:
+def corrected(compared: Sequence[Compared | None]) -> list[Compared | None]:
+    """Correct the p of comparisons for their number."""
+    p_values = iter(holm([each.p for each in compared if each is not None]))
+    return [each and replace(each, p=next(p_values)) for each in compared]
+
+
+def summarise(study: Study, results: Results, failures: Mapping[str, Sequence[str]]) -> list[Row]:
     """Make the rows of a study's table, in the study's order: of each variant that has runs, or `failures` of runs."""
+    names = [each.name for each in study.variants if each.name in results.scores or each.name in failures]
+    against = [best_reference(study, results.scores, but=name) if results.scores.get(name) else "" for name in names]
+    differences = [
+        corrected(
+            [
+                compare(results, name, other, metric) if other else None
+                for name, other in zip(names, against, strict=True)
+            ]
+        )
+        for metric in ("auc", "log_loss")
+    ]
+    papers = {variant.name: variant.paper for variant in study.variants}
     rows = []
-    for variant in study.variants:
-        if variant.name not in scores and variant.name not in failures:
-            continue
-        own = scores.get(variant.name, {})
-        against = best_reference(study, scores, but=variant.name) if own else ""
+    for name, other, difference, loss_difference in zip(names, against, *differences, strict=True):
+        own = results.scores.get(name, {}).values()
+        auc, log_loss = (mean_and_sd([each[metric] for each in own]) for metric in ("auc", "log_loss"))
+        dead = sum(bool(each.get("dead")) for each in own)
         rows.append(
             Row(
-                variant.name,
-                len(own),
-                mean_and_sd([each["auc"] for each in own.values()]),
-                mean_and_sd([each["log_loss"] for each in own.values()]),
-                against,
-                compare(own, scores[against], "auc") if against else None,
-                compare(own, scores[against], "log_loss") if against else None,
-                variant.paper,
-                tuple(failures.get(variant.name, ())),
+                name, len(own), auc, log_loss, other, difference, loss_difference, papers[name],
+                tuple(failures.get(name, ())), dead,
             )
-        )
+        )  # fmt: skip
     return rows
 
 
@@ -103,17 +158,25 @@ def best_reference(study: Study, scores: Mapping[str, Scores], but: str = "") ->
     return max(candidates, key=lambda name: np.mean([s["auc"] for s in scores[name].values()]), default="")
 
 
-def judge(claim: Claim, scores: Mapping[str, Scores]) -> tuple[str, Difference | None]:
-    """Say what the runs make of a claim: one of TESTED, or "not tested" where no seed has both runs; and the difference of AUC.
+def judge_all(claims: Sequence[Claim], results: Results) -> list[tuple[Claim, str, Compared | None, Compared | None]]:
+    """Say what the runs make of claims: each with a verdict, and its differences of AUC and log-loss, corrected for their number.
 
-    reproduced: the interval of the difference lies above 0. same direction: the mean does, the interval does not.
-    contradicted: the interval lies below 0. not reproduced: the rest.
+    reproduced: the difference of AUC is above 0 and its corrected p below 0.05. contradicted: below 0, likewise. same direction: above 0
+    only. not reproduced: the rest. With one seed, or without row scores, there is no verdict; without runs of both the claim is not tested.
     """
-    difference = compare(scores.get(claim.better, {}), scores.get(claim.worse, {}), "auc")
-    if difference is None:
-        return "not tested", None
-    if difference.low > 0:
-        return "reproduced", difference
-    if difference.high < 0:
-        return "contradicted", difference
-    return "same direction" if difference.mean > 0 else "not reproduced", difference
+    areas, losses = (
+        corrected([compare(results, claim.better, claim.worse, metric) for claim in claims])
+        for metric in ("auc", "log_loss")
+    )
+    return [(claim, _verdict(area), area, loss) for claim, area, loss in zip(claims, areas, losses, strict=True)]
+
+
+def _verdict(area: Compared | None) -> str:
+    if area is None:
+        return "not tested"
+    if math.isnan(area.p):
+        return NO_VERDICT
+    ahead = area.seeds.mean > 0
+    if area.p < SIGNIFICANT:
+        return "reproduced" if ahead else "contradicted"
+    return "same direction" if ahead else "not reproduced"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.stream import ParquetStream
-from mbcnet_rec.model.losses import branch_pairs, disagreement_rates
+from mbcnet_rec.model.losses import Threshold, branch_pairs, disagreement_rates
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.runtime.process import Process, averaged_buffers, blamed_on, broadcast_value, mean_over_ranks
 from mbcnet_rec.scoring.scorer import Autocast, Scorer
@@ -30,7 +30,7 @@ def average_terms(outputs: list[Outputs]) -> dict[str, float]:
 
 
 def diagnostics(
-    logits: np.ndarray, labels: np.ndarray, last: Outputs, names: tuple[str, ...], threshold: float
+    logits: np.ndarray, labels: np.ndarray, last: Outputs, names: tuple[str, ...], threshold: Threshold
 ) -> dict[str, float]:
     """Disagreement rates of each directed pair of branches; norms of latents and the transforms' distance from the identity.
 
@@ -49,6 +49,17 @@ def diagnostics(
     for (i, j), distance in zip(branch_pairs(len(names)), distances, strict=False):
         values[f"transform_distance/{names[i]}-{names[j]}"] = distance
     return values
+
+
+def dead_outputs(logits: np.ndarray, last: Outputs, names: tuple[str, ...]) -> list[str]:
+    """Names of the outputs that say the same of every row, or whose latents were 0 for all of the last batch.
+
+    `logits`, `last` and `names` as in `diagnostics`; the fused output's name is fused.
+    """
+    norms = [1.0, *last.latent_norms.tolist()]
+    constant = np.ptp(logits, axis=0) == 0 if len(logits) > 1 else np.zeros(logits.shape[1], bool)
+    outputs = zip(("fused", *names), constant.tolist(), norms, strict=False)
+    return [name for name, is_constant, norm in outputs if is_constant or norm == 0]
 
 
 def evaluate_stream(

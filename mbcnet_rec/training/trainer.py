@@ -29,7 +29,13 @@ from mbcnet_rec.scoring.metrics import evaluate_predictions, why_no_auc
 from mbcnet_rec.scoring.scorer import autocast_of, real_rows
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
-from mbcnet_rec.training.evaluation import EvaluationStoppedError, average_terms, diagnostics, evaluate_stream
+from mbcnet_rec.training.evaluation import (
+    EvaluationStoppedError,
+    average_terms,
+    dead_outputs,
+    diagnostics,
+    evaluate_stream,
+)
 from mbcnet_rec.training.faults import dump_batch, loss_spike
 from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
 from mbcnet_rec.training.hooks import Hooks
@@ -86,7 +92,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._stop_wanted = self._save_wanted = False
         self._last_auc = float("nan")
-        self._told_no_auc = False
+        self._told_no_auc = self._told_dead = False
         self._labels_seen: set[int] = set()  # on rank 0, in lines of the log
 
     def restore(self, saved: Saved, *, allow_partial: bool = False) -> list[str]:
@@ -276,6 +282,14 @@ class Trainer:
             values |= evaluate_predictions(logits, labels, names)
             threshold = self.losses[0].coteaching.threshold if self.losses else 0.0
             values |= diagnostics(logits, labels, window.outputs[-1], names, threshold)
+            dead = dead_outputs(logits, window.outputs[-1], names)
+            values |= {"dead": dead} if dead else {}
+            if dead and not self._told_dead:
+                self._told_dead = True
+                self.bar.say(
+                    f"step {state.step}: ALARM: {', '.join(dead)} dead: latents of 0, or one logit for all rows; training continues. "
+                    "A lower model.mbcnet.differentiation.weight or learning rate may help, or top_activation = 'none'"
+                )
             values |= {
                 "samples_per_second": steps * self.stream.options.batch_size / seconds,
                 "step_seconds": seconds / steps,
@@ -293,6 +307,7 @@ class Trainer:
             self.records.add(state.step, "train", values)
         self._open_window()
         shown = {"loss": terms["loss"], "auc": values.get("auc", float("nan")), "valid_auc": self._last_auc}
+        shown |= {"dead": len(values["dead"])} if "dead" in values else {}
         return {name: value for name, value in shown.items() if name == "loss" or not math.isnan(value)}
 
     def _open_window(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, InputLayout
-from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Regularisation
+from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Logit, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
@@ -32,8 +32,8 @@ class CrossNetArch(nn.Module):
         super().__init__()
         self.cross = Cross(config.cross, layout.width())
         self.mlp = MLP(layout.width(), config.hidden, config)
-        self.logit = nn.Linear((layout.width(), *config.hidden)[-1], 1)
+        self.logit = Logit((layout.width(), *config.hidden)[-1])
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) to the logits."""
-        return logits_only(self.logit(self.mlp(self.cross(features[ALL]))).squeeze(1))
+        return logits_only(self.logit(self.mlp(self.cross(features[ALL]))))

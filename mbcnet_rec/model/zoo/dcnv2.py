@@ -7,30 +7,45 @@ import torch
 from torch import Tensor, nn
 
 from data.schema.bounds import bounded
-from mbcnet_rec.model.input_layout import ALL, InputLayout
-from mbcnet_rec.model.layers import MLP, Cross, CrossConfig
+from mbcnet_rec.model.input_layout import ALL, Embeddings, InputLayout
+from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Logit
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 
 @dataclass(frozen=True)
 class DCNv2Config(DNNConfig):
-    """Cross and deep network in parallel. cross: of the one; hidden, batch_norm, dropout: of the other."""
+    """Cross and deep network in parallel.
+
+    Attributes:
+        cross: of the one; hidden, batch_norm, dropout: of the other.
+        top: widths of layers between the two and the logit. Wang et al. have none; the paper ends every model in 128 latents.
+        embeddings: shared, or per_branch: each network reads a slice of every row.
+    """
 
     cross: CrossConfig = CrossConfig()
     hidden: tuple[int, ...] = bounded((2048, 1024, 512, 512, 512), at_least=1, min_length=1)
+    top: tuple[int, ...] = bounded((512, 256, 128), at_least=1)
+    embeddings: Embeddings = "shared"
+
+    def streams(self, groups: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        """Part -> the groups that it reads."""
+        return {"cross": (ALL,), "deep": (ALL,)}
 
 
 class DCNv2Arch(nn.Module):
-    """logit = w (cross(e) + MLP(e)) + b, where + concatenates: the parallel DCN-V2 (Wang et al., 2021)."""
+    """logit = w top(cross(e) + MLP(e)) + b, where + concatenates: the parallel DCN-V2 (Wang et al., 2021)."""
 
     def __init__(self, config: DCNv2Config, layout: InputLayout) -> None:
         super().__init__()
-        self.cross = Cross(config.cross, layout.width())
-        self.mlp = MLP(layout.width(), config.hidden, config)
-        self.logit = nn.Linear(layout.width() + config.hidden[-1], 1)
+        width = layout.of("cross").width()
+        self._cross, self._deep = layout.tensor_name("cross"), layout.tensor_name("deep")
+        self.cross = Cross(config.cross, width)
+        self.mlp = MLP(layout.of("deep").width(), config.hidden, config)
+        self.top = MLP(width + config.hidden[-1], config.top, config)
+        self.logit = Logit((width + config.hidden[-1], *config.top)[-1])
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
-        """Map "all" (B, N) to the logits."""
-        x = features[ALL]
-        return logits_only(self.logit(torch.cat([self.cross(x), self.mlp(x)], dim=1)).squeeze(1))
+        """Map "all" (B, N), or that of either network, to the logits."""
+        crossed, deep = self.cross(features[self._cross]), self.mlp(features[self._deep])
+        return logits_only(self.logit(self.top(torch.cat([crossed, deep], dim=1))))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mbcnet_rec.model.branches import FMConfig
 from mbcnet_rec.model.input_layout import ALL, InputLayout
-from mbcnet_rec.model.layers import MLP
+from mbcnet_rec.model.layers import MLP, Logit
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 from mbcnet_rec.model.zoo.fm import FMArch
@@ -27,9 +27,9 @@ class DeepFMArch(nn.Module):
         super().__init__()
         self.fm = FMArch(config.fm, layout)
         self.mlp = MLP(layout.width(), config.hidden, config)
-        self.logit = nn.Linear(config.hidden[-1], 1, bias=False)
+        self.logit = Logit(config.hidden[-1], bias=False)
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) and the wide weights (B, F + D) to the logits."""
-        deep = self.logit(self.mlp(features[ALL])).squeeze(1)
+        deep = self.logit(self.mlp(features[ALL]))
         return logits_only(self.fm(features).fused_logits + deep)

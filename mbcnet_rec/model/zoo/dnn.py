@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, InputLayout
-from mbcnet_rec.model.layers import MLP, Regularisation
+from mbcnet_rec.model.layers import MLP, Logit, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
@@ -24,8 +24,8 @@ class DNNArch(nn.Module):
     def __init__(self, config: DNNConfig, layout: InputLayout) -> None:
         super().__init__()
         self.mlp = MLP(layout.width(), config.hidden, config)
-        self.logit = nn.Linear(config.hidden[-1], 1)
+        self.logit = Logit(config.hidden[-1])
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) to the logits."""
-        return logits_only(self.logit(self.mlp(features[ALL])).squeeze(1))
+        return logits_only(self.logit(self.mlp(features[ALL])))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from data.schema.bounds import bounded
 from mbcnet_rec.model.branches import BranchesConfig, EFGCBranch, EFGCConfig
 from mbcnet_rec.model.input_layout import InputLayout
-from mbcnet_rec.model.layers import MLP, Regularisation
+from mbcnet_rec.model.layers import MLP, Logit, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
@@ -35,8 +35,8 @@ class EFGCArch(nn.Module):
         )
         self.branch = EFGCBranch(alone, layout)
         self.top = MLP(config.branch_dim, config.top, config)
-        self.logit = nn.Linear(config.top[-1], 1)
+        self.logit = Logit(config.top[-1])
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map each group g's (B, n_g) to the logits."""
-        return logits_only(self.logit(self.top(self.branch(features))).squeeze(1))
+        return logits_only(self.logit(self.top(self.branch(features))))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.schema.bounds import bounded
+from mbcnet_rec.model.layers import without_autocast
 from mbcnet_rec.model.losses import at_least_float32, row_mean, weighted_bce
 from mbcnet_rec.model.mbcnet import Model, ModelOutput
-from mbcnet_rec.model.objective import Objective, Outputs, Rows, without_autocast
+from mbcnet_rec.model.objective import Objective, Outputs, Rows
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 TEACHERS = ("dcnv2", "crossnet", "wide_deep")  # as in the paper

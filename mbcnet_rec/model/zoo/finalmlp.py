@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.schema.bounds import bounded
-from mbcnet_rec.model.input_layout import ALL, InputLayout
-from mbcnet_rec.model.layers import MLP, Regularisation
+from mbcnet_rec.model.input_layout import ALL, Embeddings, InputLayout
+from mbcnet_rec.model.layers import MLP, Logit, Regularisation, without_autocast
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
@@ -41,11 +41,21 @@ class StreamConfig(Regularisation):
 
 @dataclass(frozen=True)
 class FinalMLPConfig:
-    """The two streams and their fusion. num_heads: J, which divides the last width of both streams."""
+    """The two streams and their fusion.
+
+    Attributes:
+        num_heads: J, which divides the last width of both streams.
+        embeddings: shared, or per_branch: each stream reads a slice of every row.
+    """
 
     first: StreamConfig = StreamConfig()
     second: StreamConfig = StreamConfig()
     num_heads: int = 1
+    embeddings: Embeddings = "shared"
+
+    def streams(self, groups: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        """Stream -> the groups that it reads."""
+        return {"first": (ALL,), "second": (ALL,)}
 
     def __post_init__(self) -> None:
         """Refuse heads that do not fit."""
@@ -61,14 +71,14 @@ class FinalMLPArch(nn.Module):
 
     def __init__(self, config: FinalMLPConfig, layout: InputLayout) -> None:
         super().__init__()
-        self.first = build_stream(config.first, layout, "model.finalmlp.first.context")
-        self.second = build_stream(config.second, layout, "model.finalmlp.second.context")
+        self._first, self._second = layout.tensor_name("first"), layout.tensor_name("second")
+        self.first = build_stream(config.first, layout.of("first"), "model.finalmlp.first.context")
+        self.second = build_stream(config.second, layout.of("second"), "model.finalmlp.second.context")
         self.fusion = BilinearFusion(config.first.hidden[-1], config.second.hidden[-1], config.num_heads)
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
-        """Map "all" (B, N) to the logits."""
-        x = features[ALL]
-        return logits_only(self.fusion(self.first(x), self.second(x)))
+        """Map "all" (B, N), or that of either stream, to the logits."""
+        return logits_only(self.fusion(self.first(features[self._first]), self.second(features[self._second])))
 
 
 class FieldGate(nn.Module):
@@ -99,8 +109,7 @@ class BilinearFusion(nn.Module):
 
     def __init__(self, first_dim: int, second_dim: int, num_heads: int) -> None:
         super().__init__()
-        self.first = nn.Linear(first_dim, 1)
-        self.second = nn.Linear(second_dim, 1, bias=False)
+        self.first, self.second = Logit(first_dim), Logit(second_dim, bias=False)
         self.heads = nn.Parameter(torch.empty(num_heads, first_dim // num_heads, second_dim // num_heads))
         # Each W_j seen as the (d_1 d_2 / J, 1) matrix of a linear map of the products, as FuxiCTR draws it.
         nn.init.normal_(self.heads, std=(2.0 / (self.heads.numel() + 1)) ** 0.5)
@@ -108,9 +117,10 @@ class BilinearFusion(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Map (B, d_1) and (B, d_2) to (B,)."""
         num_heads = len(self.heads)
-        linear = (self.first(first) + self.second(second)).squeeze(1)
+        linear = self.first(first) + self.second(second)
         parts_1, parts_2 = first.unflatten(1, (num_heads, -1)), second.unflatten(1, (num_heads, -1))
-        mapped = torch.einsum("bjm,jmn->bjn", parts_1, self.heads)
+        with without_autocast(first.device.type):
+            mapped = torch.einsum("bjm,jmn->bjn", parts_1.to(self.heads.dtype), self.heads)
         return linear + (mapped * parts_2).sum((1, 2))
 
 

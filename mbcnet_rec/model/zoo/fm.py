@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mbcnet_rec.model.branches import FMConfig
+from mbcnet_rec.model.factorisation import FieldVectors, bi_interaction
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
-from mbcnet_rec.model.layers import FieldVectors, bi_interaction
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.zoo.wide_deep import WideLogit
 

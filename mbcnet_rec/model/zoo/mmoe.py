@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, InputLayout
-from mbcnet_rec.model.layers import MLP, Regularisation
+from mbcnet_rec.model.layers import MLP, Logit, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
@@ -37,7 +37,7 @@ class MMoEArch(nn.Module):
         gate_width = (width, *config.gate)[-1]
         self.gate = nn.Sequential(MLP(width, config.gate, config), nn.Linear(gate_width, config.num_experts))
         self.tower = MLP(config.expert[-1], config.tower, config)
-        self.logit = nn.Linear((config.expert[-1], *config.tower)[-1], 1)
+        self.logit = Logit((config.expert[-1], *config.tower)[-1])
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) to the logits."""
@@ -45,4 +45,4 @@ class MMoEArch(nn.Module):
         gates = torch.softmax(self.gate(x), dim=1)  # (B, E)
         experts = torch.stack([expert(x) for expert in self.experts], dim=1)  # (B, E, width)
         mixed = (gates.unsqueeze(2) * experts).sum(1)
-        return logits_only(self.logit(self.tower(mixed)).squeeze(1))
+        return logits_only(self.logit(self.tower(mixed)))

@@ -1,12 +1,13 @@
 """Wide & Deep (Cheng et al., 2016). Shapes: B batch, N flattened width of all fields, F sparse fields, D dense columns."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
-from mbcnet_rec.model.layers import MLP
+from mbcnet_rec.model.input_layout import ALL, WIDE, Embeddings, InputLayout
+from mbcnet_rec.model.layers import MLP, Logit
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
@@ -26,15 +27,33 @@ class WideLogit(nn.Module):
         return of_ids.sum(1) + (numbers * self.dense_weight).sum(1) + self.bias
 
 
+@dataclass(frozen=True)
+class WideDeepConfig(DNNConfig):
+    """A linear model beside a deep network, which hidden, batch_norm and dropout are of.
+
+    Attributes:
+        embeddings: shared: the weights of the linear model have tables of their own; per_branch: they are one column of each row, and
+            the deep network reads the others.
+    """
+
+    embeddings: Embeddings = "shared"
+
+    def streams(self, groups: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        """Part -> the groups that it reads."""
+        return {"wide": (WIDE,), "deep": (ALL,)}
+
+
 class WideDeepArch(nn.Module):
     """logit = wide(x) + w MLP(e) (Wide & Deep; Cheng et al., 2016), without hand-made cross products."""
 
-    def __init__(self, config: DNNConfig, layout: InputLayout) -> None:
+    def __init__(self, config: WideDeepConfig, layout: InputLayout) -> None:
         super().__init__()
-        self.wide = WideLogit(layout)
-        self.mlp = MLP(layout.width(), config.hidden, config)
-        self.logit = nn.Linear(config.hidden[-1], 1, bias=False)
+        self._wide, self._deep = layout.tensor_name("wide", WIDE), layout.tensor_name("deep")
+        self.wide = WideLogit(layout.of("wide"))
+        self.mlp = MLP(layout.of("deep").width(), config.hidden, config)
+        self.logit = Logit(config.hidden[-1], bias=False)
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) and the wide weights (B, F + D) to the logits."""
-        return logits_only(self.wide(features[WIDE]) + self.logit(self.mlp(features[ALL])).squeeze(1))
+        deep = self.logit(self.mlp(features[self._deep]))
+        return logits_only(self.wide(features[self._wide]) + deep)

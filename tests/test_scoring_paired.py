@@ -1,0 +1,99 @@
+"""Paired errors are those of DeLong and of the bootstrap, by row and by group; Holm's correction; clicks of the highest rows, by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mbcnet_rec.scoring.metrics import auc, exact_metrics
+from mbcnet_rec.scoring.paired import expected_clicks, holm, paired_differences
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 200, 2000)
+    z = rng.normal(size=2000) + rng.normal(size=200)[groups]
+    labels = (rng.random(2000) < 1 / (1 + np.exp(2 - z))).astype(np.float32)
+    ours, theirs = ((z + noise * rng.normal(size=2000)).round(1) for noise in (1.0, 1.2))  # with ties
+    return ours, theirs, labels, groups
+
+
+def error(difference):
+    return (difference.high - difference.low) / 2 / 1.959964
+
+
+def test_values_are_those_of_evaluate(rows):
+    ours, theirs, labels, groups = rows
+    exact = exact_metrics(np.stack([ours, theirs], 1), labels, ("x",), groups)
+    found = paired_differences(ours, theirs, labels, groups)
+    for name in ("auc", "log_loss", "ne", "calibration"):
+        assert found[name].value == pytest.approx(exact[name].value - exact[f"{name}/x"].value, abs=1e-12)
+    other = exact_metrics(theirs[:, None], labels, (), groups)["gauc"].value
+    assert found["gauc"].value == pytest.approx(exact["gauc"].value - other, abs=1e-12)
+
+
+def test_the_error_of_auc_is_delongs(rows):
+    ours, theirs, labels, _ = rows
+    positive = labels > 0
+
+    def placements(scores):
+        wins = (scores[positive][:, None] > scores[~positive]) + 0.5 * (scores[positive][:, None] == scores[~positive])
+        return wins.mean(1), wins.mean(0)
+
+    (v10, v01), (w10, w01) = placements(ours), placements(theirs)
+    delong = math.sqrt(np.var(v10 - w10, ddof=1) / positive.sum() + np.var(v01 - w01, ddof=1) / (~positive).sum())
+    assert error(paired_differences(ours, theirs, labels)["auc"]) == pytest.approx(delong, rel=2e-3)
+
+
+def test_errors_are_those_of_a_bootstrap_of_rows_and_of_groups(rows):
+    ours, theirs, labels, groups = rows
+    rng = np.random.default_rng(1)
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    for clusters, given in (([np.array([row]) for row in range(len(labels))], None), (members, groups)):
+        drawn = []
+        for _ in range(300):
+            chosen = np.concatenate([clusters[place] for place in rng.integers(0, len(clusters), len(clusters))])
+            ours_losses, theirs_losses = (
+                exact_metrics(z[chosen, None], labels[chosen], (), errors=False) for z in (ours, theirs)
+            )
+            drawn.append(
+                [
+                    ours_losses[name].value - theirs_losses[name].value
+                    for name in ("auc", "log_loss", "ne", "calibration")
+                ]
+            )
+        found = paired_differences(ours, theirs, labels, given)
+        errors = [error(found[name]) for name in ("auc", "log_loss", "ne", "calibration")]
+        np.testing.assert_allclose(errors, np.std(drawn, axis=0), rtol=0.15)
+
+
+def test_what_is_not_defined_is_nan(rows):
+    ours, theirs, labels, groups = rows
+    found = paired_differences(ours, theirs, np.zeros_like(labels), groups)
+    assert all(math.isnan(found[name].p) for name in ("auc", "ne", "calibration", "gauc"))
+    assert not math.isnan(found["log_loss"].p)
+    same = paired_differences(ours, ours, labels, groups)
+    assert all((each.value, each.p) == (0, 1) for each in same.values())
+    broken = np.where(np.arange(len(ours)) == 7, np.nan, ours)
+    assert all(
+        math.isnan(each.p) for name, each in paired_differences(broken, theirs, labels).items() if name != "gauc"
+    )
+    assert math.isnan(auc(broken, labels))
+
+
+def test_holm():
+    # by hand: .01 * 4, then .02 * 3, .03 * 2 (not below the one before), .6 * 1
+    np.testing.assert_allclose(holm([0.03, 0.01, math.nan, 0.02, 0.6]), [0.06, 0.04, math.nan, 0.06, 0.6])
+
+
+def test_clicks_of_the_highest_rows():
+    groups = np.array([1, 1, 1, 2, 2, 2, 3, 3])
+    labels = np.array([1, 0, 0, 0, 1, 1, 1, 0])
+    ours = np.array([0.9, 0.1, 0.1, 0.3, 0.8, 0.7, 0.5, 0.6])
+    theirs = np.array([0.1, 0.9, 0.1, 0.5, 0.5, 0.5, 0.5, 0.6])
+    clicks, difference = expected_clicks(ours, theirs, labels, groups, 2)
+    # group 1: ours 1, theirs 0 + the mean of two tied rows 1/2; group 2: ours 2, theirs 2/3 * 2; group 3 shows all
+    assert clicks == {"ours": pytest.approx(1.5), "theirs": pytest.approx((0.5 + 4 / 3) / 2), "groups": 2}
+    assert difference.value == pytest.approx(1.5 - (0.5 + 4 / 3) / 2)
+    assert difference.low < difference.value < difference.high
