@@ -21,7 +21,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says that a reader can check: the variant `better` has the higher AUC."""
+    """What the paper says that a reader can check: `better` has the higher AUC. Both are variants, or outputs of them, VARIANT/BRANCH."""
 
     text: str
     better: str
@@ -169,8 +169,10 @@ _FUTURE = (
 )
 
 
-def _of_mbcnet(name: str, reference: str, question: str, pictures: tuple[Picture, ...]) -> Study:
-    return Study(name, reference, question, (MBCNET,), pictures=pictures)
+def _of_mbcnet(
+    name: str, reference: str, question: str, pictures: tuple[Picture, ...], claims: tuple[Claim, ...] = ()
+) -> Study:
+    return Study(name, reference, question, (MBCNET,), claims=claims, pictures=pictures)
 
 
 _STUDIES = (
@@ -182,7 +184,7 @@ _STUDIES = (
         BASELINES,
         (
             *(Claim(f"MBCnet beats {name}", "MBCnet", name) for name in (*BASELINES[:7], "EFGC")),
-            Claim("EFGC alone beats DNN", "EFGC", "DNN"),
+            *(Claim(f"EFGC alone beats {name}", "EFGC", name) for name in BASELINES[:7]),
         ),
     ),
     Study(
@@ -215,6 +217,10 @@ _STUDIES = (
         "Figure 4",
         "How do the branches learn, and where do their latents lie?",
         ("branch_curves", "latents"),
+        tuple(
+            Claim(f"the fused output beats the {branch} branch", "MBCnet", f"MBCnet/{branch}")
+            for branch in ("efgc", "cross", "deep")
+        ),
     ),
     _of_mbcnet("fig5", "Figure 5", "Do the cooperation losses converge?", ("terms",)),
     _of_mbcnet("fig6", "Figure 6", "Do branches differ at the level of neurons?", ("neurons",)),
