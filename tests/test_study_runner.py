@@ -110,6 +110,17 @@ def test_what_the_paper_does_not_claim_is_called_a_hope(home):
     assert "Of 1 hopes: " in words and "What is hoped for" in words and "the paper claims" not in words
 
 
+def test_losses_tells_disagreement_and_dead_runs(home):
+    scored = {seed: {"auc": 0.5, "log_loss": 0.7, "disagreement": 0.25, "dead": ["fused"] * seed} for seed in (0, 1)}
+    study, config = STUDIES["losses"], home / "rows/run.toml"
+    found = Results({study.variants[0].name: scored}, {})
+    blocks = runner.report_blocks(runner.StudyRequest(study, config), load_config(config), [], found, {})
+    table = next(block for block in blocks if isinstance(block, Table))
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert (row[""], row["dead"], row["disagreement"]) == ("no cooperation", "1 of 2", "25.00%")
+    assert "| no cooperation | 2     | 1 of 2 |" in runner.text_table(table), "Markdown for the terminal"
+
+
 @pytest.mark.parametrize("name", ["table7", "fig9"])
 def test_pictures_of_scores_have_gaps_where_runs_are_missing(name, home):
     rows = [row.name for row in STUDIES[name].variants]

@@ -61,6 +61,20 @@ def test_figures_are_the_paper_s():
                 assert printed[claim.better][0] > printed[claim.worse][0], claim.text
 
 
+def test_losses_has_each_reading_of_either_loss_from_0_to_1(config):
+    losses = [with_overrides(config, row.overrides, row.name).model.mbcnet for row in STUDIES["losses"].variants]
+    assert {each.top_activation for each in losses} == {"none"}
+    for threshold, latents in ((pytest.approx(0.693147), "raw"), ("base_rate", "unit")):
+        alpha = {
+            c.coteaching.weight for c in losses if c.coteaching.threshold == threshold and not c.differentiation.weight
+        }
+        beta = {
+            c.differentiation.weight for c in losses if c.differentiation.latents == latents and not c.coteaching.weight
+        }
+        assert {0.01, 0.1, 1.0} <= alpha and {0.01, 0.1, 1.0} <= beta
+    assert any(c.coteaching.weight == c.differentiation.weight == 0 for c in losses)
+
+
 def test_table7_drops_positives_of_training_rows(config):
     row = next(row for row in STUDIES["table7"].variants if row.name == density_name("DCNv2", 20))
     changed = with_overrides(config, row.overrides, "row")

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mbcnet_rec.scoring.compare import p_text
 from mbcnet_rec.study.row_scores import RowScores
+from mbcnet_rec.study.runner import format_difference
 from mbcnet_rec.study.studies import Claim, Study, Variant
 from mbcnet_rec.study.summary import (
     Results,
@@ -103,6 +105,36 @@ def test_outputs_of_a_variant_are_compared_too():
     rows = {"ours": {seed: RowScores(("", "deep"), logits, labels, None) for seed in (0, 1)}}
     found = compare(Results(scores, rows), "ours", "ours/deep", "auc")
     assert found.seeds.mean == pytest.approx(0.1) and found.rows.value > 0.1 and found.rows.p < 1e-6
+
+
+def test_fused_is_compared_with_its_best_branch_and_both_p_are_shown():
+    """The best branch is the one of the highest mean over seeds; p of seeds, of rows and the corrected one stand in the cell."""
+    areas = {0: (0.80, 0.70, 0.78), 1: (0.81, 0.83, 0.77), 2: (0.82, 0.70, 0.795)}  # fused, deep, cross
+    scores = {
+        seed: {
+            "auc": fused,
+            "auc/deep": deep,
+            "auc/cross": cross,
+            "log_loss": 0.4,
+            "log_loss/deep": 0.5,
+            "log_loss/cross": 0.5,
+        }
+        for seed, (fused, deep, cross) in areas.items()
+    }
+    rng = np.random.default_rng(0)
+    labels = (rng.random(900) < 0.3).astype(np.float32)
+    logits = np.stack([labels + rng.normal(size=900), rng.normal(size=900), 0.8 * labels + rng.normal(size=900)], 1)
+    rows = {seed: RowScores(("", "deep", "cross"), logits, labels, None) for seed in scores}
+    study = Study("s", "", "", (Variant("ours"),))
+    (row,) = summarise(study, Results({"ours": scores}, {"ours": rows}), {})
+    p = stats.ttest_rel([0.80, 0.81, 0.82], [0.78, 0.77, 0.795]).pvalue
+    assert row.best_branch == "cross" and row.fused.seeds.p == pytest.approx(p)
+    assert row.fused.p == max(row.fused.seeds.p, row.fused.rows.p)
+    told = format_difference(row.fused)
+    assert told.startswith("+0.0283 [") and f"p {p:.3f} seeds, {p_text(row.fused.rows.p)} rows" in told
+    assert told.endswith(f"{'ahead' if row.fused.p < 0.05 else 'level'}, p {p_text(row.fused.p)}")
+    (alone,) = summarise(study, Results({"ours": {0: scores[0]}}, {"ours": rows}), {})
+    assert format_difference(alone.fused).endswith("no verdict"), "one seed"
 
 
 def test_rows_are_compared_with_the_best_reference_but_themselves():

@@ -15,6 +15,7 @@ from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, to_html
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.ranks import refuse_ranks
+from mbcnet_rec.scoring.compare import p_text
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.row_scores import keep_row_scores, read_row_scores
@@ -22,6 +23,7 @@ from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all,
 from mbcnet_rec.study.studies import MBCNET, MODELS, Study, Variant
 from mbcnet_rec.study.summary import (
     CONFIDENCE,
+    NO_VERDICT,
     SIGNIFICANT,
     TESTED,
     Compared,
@@ -34,13 +36,18 @@ from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.training.trainer import Watch
 
 VERDICTS = (
-    "reproduced: the difference of AUC is above 0 with p below 0.05; contradicted: below 0, likewise; same direction: above 0 only; not "
-    "reproduced: the rest. p is the larger of two, over seeds and over test rows, corrected for the number of claims (Holm). One seed has no verdict."
+    "reproduced: the difference of AUC is above 0 and its corrected p below 0.05; contradicted: below 0, likewise; same direction: above 0 only; "
+    "not reproduced: the rest. One seed has no verdict."
 )
 COMPARED = (
-    f"Differences are paired by seed, with the {CONFIDENCE:.0%} interval of Student's t; behind the stroke the interval over the test rows, of "
-    "the seeds' mean scores (DeLong; rows of one group are taken together). p is the larger of the two, corrected for the number of rows of the "
-    "table (Holm). A positive difference of AUC, and a negative one of log-loss, speaks for the row."
+    f"First the mean difference over seeds, paired by seed, with the {CONFIDENCE:.0%} interval of Student's t; then the interval over the test rows, "
+    "of the seeds' mean scores (DeLong; rows of one group are taken together); then the p of both tests; last the verdict, which needs both: its p "
+    "is the larger of the two, or 1 where they point to different sides, corrected for the number of comparisons in the column (Holm). "
+    "ahead: a higher AUC, or a lower log-loss."
+)
+WATCHED = (
+    "disagreement: the share of the training rows on which one branch teaches another, by the row's own threshold; the mean over directed pairs of "
+    "branches and over the log. dead: seeds that ended with an output that says the same of every row, or with latents of 0."
 )
 
 
@@ -145,6 +152,7 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     mark = page_mark(base, request.tuned) if runs else ""
     page = free_page(request.out / f"{study.name}_{base.name}.html", mark)
     write_whole(page, to_html(title, lead, blocks) + mark)
+    print("\n".join(text_table(block) for block in blocks[:3] if isinstance(block, Table)))
     print(f"wrote {page}")
     print(f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again")
     if runs and not done:
@@ -201,10 +209,12 @@ def report_blocks(
     rows = summarise(study, found, failures)
     blocks: list[Block] = []
     if rows:
-        blocks += [Heading("Result"), *headline(study, rows, found), score_table(rows)]
+        blocks += [Heading("Result"), *headline(study, rows, found), score_table(rows, watched=study.watched)]
         blocks += [Text(f"{row.name}: {failure}") for row in rows for failure in row.failures]
-    if any(row.difference for row in rows):
+    if any(row.difference or row.fused for row in rows):
         blocks.append(Text(COMPARED))
+    if study.watched:
+        blocks.append(Text(WATCHED))
     if rows and study.claims:
         asked = "What the paper claims" if study.claimed else "What is hoped for"
         blocks += [Heading(asked), verdict_table(study, found), Text(VERDICTS)]
@@ -219,19 +229,21 @@ def report_blocks(
     ]
 
 
-def score_table(rows: Sequence[Row]) -> Table:
+def score_table(rows: Sequence[Row], *, watched: bool = False) -> Table:
     """Mean, sd, paired differences, and the paper's figures. Columns that all rows leave empty are left out."""
     against = {row.against for row in rows if row.against}
     one = f" to {min(against)}" if len(against) == 1 else ""
     columns = {
-        "": [row.name + (f" (dead in {row.dead} of {row.seeds})" if row.dead else "") for row in rows],
+        "": [row.name for row in rows],
         "seeds": [str(row.seeds) for row in rows],
+        "dead": [f"{row.dead} of {row.seeds}" if row.dead else "no" if watched else "" for row in rows],
         "AUC": [_mean_sd(row.auc) for row in rows],
         "log-loss": [_mean_sd(row.log_loss) for row in rows],
         f"difference of AUC{one}": [format_difference(row.difference) for row in rows],
-        "p": [_p(row.difference) for row in rows],
-        "of log-loss": [format_difference(row.loss_difference) for row in rows],
+        "of log-loss": [format_difference(row.loss_difference, better=-1) for row in rows],
         "compared with": ["" if one else row.against for row in rows],
+        "fused less its best branch, AUC": [format_difference(row.fused, f"to {row.best_branch}\n") for row in rows],
+        "disagreement": [f"{row.disagreement:.2%}" if watched else "" for row in rows],
         "paper, 12 months": [_pair(row.paper[:2]) for row in rows],
         "paper, 24 months": [_pair(row.paper[2:4]) for row in rows],
     }
@@ -239,6 +251,14 @@ def score_table(rows: Sequence[Row]) -> Table:
     ended = [index for index, row in enumerate(rows) if row.seeds]
     best = max(ended, key=lambda index: rows[index].auc[0], default=-1)
     return Table(tuple(kept), tuple(zip(*kept.values(), strict=True)), best)
+
+
+def text_table(table: Table) -> str:
+    """A table for the terminal, which is Markdown too."""
+    rows = [table.header, *(tuple(cell.replace("\n", "; ") for cell in row) for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def _pair(figures: Sequence[float]) -> str:
@@ -273,25 +293,31 @@ def headline(study: Study, rows: Sequence[Row], found: Results) -> list[Block]:
 def verdict_table(study: Study, found: Results) -> Table:
     """What became of each claim."""
     lines = tuple(
-        (claim.text, said, format_difference(area), _p(area), format_difference(loss))
+        (claim.text, said, format_difference(area), format_difference(loss, better=-1))
         for claim, said, area, loss in judge_all(study.claims, found)
         if area is not None
     )
-    return Table(("claim", "here", "difference of AUC", "p", "of log-loss"), lines)
+    return Table(("claim", "here", "difference of AUC", "of log-loss"), lines)
 
 
-def format_difference(compared: Compared | None) -> str:
-    """A difference, its interval over seeds, and that over rows."""
+def format_difference(compared: Compared | None, before: str = "", better: int = 1) -> str:
+    """A difference with its interval over seeds, that over rows, the p of both, and the verdict with the corrected p, a line each.
+
+    `better`: the sign of a difference that speaks for the first of the two.
+    """
     if compared is None:
         return ""
     seeds, rows = compared.seeds, compared.rows
     over_seeds = "" if seeds.seeds < 2 else f" [{seeds.low:+.4f}, {seeds.high:+.4f}]"
-    over_rows = "" if rows is None else f" / [{rows.low:+.4f}, {rows.high:+.4f}]"
-    return f"{seeds.mean:+.4f}{over_seeds}{over_rows}"
-
-
-def _p(compared: Compared | None) -> str:
-    return "" if compared is None or compared.p != compared.p else f"{compared.p:.3f}"
+    lines = [f"{before}{seeds.mean:+.4f}{over_seeds}"]
+    lines += [f"rows [{rows.low:+.4f}, {rows.high:+.4f}]"] if rows else []
+    of_each = [("seeds", seeds.p), *([("rows", rows.p)] if rows else [])]
+    told = [f"{p_text(p)} {name}" for name, p in of_each if p == p]
+    lines += [f"p {', '.join(told)}"] if told else []
+    known = compared.p == compared.p
+    place = "ahead" if seeds.mean * better > 0 else "behind"
+    lines.append(f"{place if compared.p < SIGNIFICANT else 'level'}, p {p_text(compared.p)}" if known else NO_VERDICT)
+    return "\n".join(lines)
 
 
 def train_and_score(config: RunConfig, watch: Watch | None = None) -> str:

@@ -183,5 +183,7 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
         raise InputError(
             f"{folder}/{METRICS}: the AUC of the {split} rows is not defined, since {reason}; name other rows in data.{split}"
         )
-    last = lines.get("train", [{}])[-1]
-    return {**line, "dead": last.get("dead", [])}
+    trained = lines.get("train", [{}])
+    rates = [value for each in trained for key, value in each.items() if key.startswith("disagreement/")]
+    disagreement = {"disagreement": sum(rates) / len(rates)} if rates else {}
+    return {**line, **disagreement, "dead": trained[-1].get("dead", [])}

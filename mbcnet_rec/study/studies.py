@@ -1,6 +1,7 @@
 """The studies of the paper as plain data: variants are overrides of a config, beside the paper's own figures."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,6 +42,7 @@ class Study:
     claims: tuple[Claim, ...] = ()
     pictures: tuple[Picture, ...] = ("scores",)
     claimed: bool = True  # by the paper; else the claims are hopes, and the page calls them so
+    watched: bool = False  # the table says how often branches disagree, and which runs are dead
 
 
 # model.kind -> its row of Table 3; the last two are not in it
@@ -157,6 +159,39 @@ _MORE_BRANCHES = (
     _ours("MBCnet + Wide", _branches("efgc", "cross", "deep", "wide")),
     _ours("MBCnet + FM + Wide", _branches("efgc", "cross", "deep", "fm", "wide")),
 )
+_NO_COOPERATION = "no cooperation"
+
+
+def _reading(name: str, alpha: float, beta: float, threshold: str, latents: str) -> Variant:
+    keys = (
+        f"{_ALPHA}.weight={alpha}",
+        f"{_ALPHA}.threshold={threshold}",
+        f"{_BETA}.weight={beta}",
+        f"{_BETA}.latents={latents}",
+    )
+    return _ours(name, (*keys, "model.mbcnet.top_activation=none"))
+
+
+_NUMBER, _RAW = ("-log 0.5", repr(math.log(2))), ("raw latents", "raw")
+_RATE, _UNIT = ("base rate", "base_rate"), ("unit latents", "unit")
+_LOSSES = (
+    _reading(_NO_COOPERATION, 0.0, 0.0, _NUMBER[1], _RAW[1]),
+    *(
+        _reading(f"alpha {alpha:g}, {name}", alpha, 0.0, threshold, _RAW[1])
+        for name, threshold in (_NUMBER, _RATE)
+        for alpha in GRID_ALPHA[1:]
+    ),
+    *(
+        _reading(f"beta {beta:g}, {name}", 0.0, beta, _NUMBER[1], latents)
+        for name, latents in (_RAW, _UNIT)
+        for beta in GRID_BETA[1:]
+    ),
+    *(
+        _reading(f"alpha = beta = {both:g}, {first[0]}, {second[0]}", both, both, first[1], second[1])
+        for first, second in ((_NUMBER, _RAW), (_RATE, _UNIT))
+        for both in GRID_ALPHA[1:]
+    ),
+)
 _GATED, _CONFIDENT = ("model.mbcnet.fusion=gated",), (f"{_ALPHA}.confidence=true",)
 _WARM_UP = (f"{_ALPHA}.warmup_steps=200", f"{_BETA}.warmup_steps=200")
 _FUTURE = (
@@ -257,6 +292,14 @@ _STUDIES = (
         (MBCNET, *_PRINCIPLES, *_ABLATIONS.values()),
         ("MBCnet",),
         (*_principle_claims("MBCnet"), *_ABLATION_CLAIMS),
+    ),
+    Study(
+        "losses",
+        "Equations 12 and 14",
+        "What do the readings of the two cooperation losses bring?",
+        _LOSSES,
+        (_NO_COOPERATION,),
+        watched=True,
     ),
     Study(
         "future",

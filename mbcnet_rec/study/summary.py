@@ -79,6 +79,11 @@ class Row:
     difference: Compared | None  # of AUC to that row
     loss_difference: Compared | None
     paper: tuple[float, ...]  # the paper's own figures
+    best_branch: str  # of the highest mean AUC; "" if the variant has no branches
+    fused: Compared | None  # AUC of the fused output less that of its best branch
+    disagreement: (
+        float  # share of the training rows on which a branch teaches another, mean over directed pairs; NaN: not logged
+    )
     failures: tuple[str, ...] = ()  # why the other seeds did not end
     dead: int = 0  # seeds that ended with an output that says the same of every row
 
@@ -128,24 +133,29 @@ def summarise(study: Study, results: Results, failures: Mapping[str, Sequence[st
     """Make the rows of a study's table, in the study's order: of each variant that has runs, or `failures` of runs."""
     names = [each.name for each in study.variants if each.name in results.scores or each.name in failures]
     against = [best_reference(study, results.scores, but=name) if results.scores.get(name) else "" for name in names]
+    branches = [best_branch(results.scores.get(name, {})) for name in names]
+    outputs = [branch and f"{name}/{branch}" for name, branch in zip(names, branches, strict=True)]
     differences = [
         corrected(
             [
                 compare(results, name, other, metric) if other else None
-                for name, other in zip(names, against, strict=True)
+                for name, other in zip(names, others, strict=True)
             ]
         )
-        for metric in ("auc", "log_loss")
+        for others, metric in ((against, "auc"), (against, "log_loss"), (outputs, "auc"))
     ]
     papers = {variant.name: variant.paper for variant in study.variants}
     rows = []
-    for name, other, difference, loss_difference in zip(names, against, *differences, strict=True):
+    for name, other, branch, difference, loss_difference, fused in zip(
+        names, against, branches, *differences, strict=True
+    ):
         own = results.scores.get(name, {}).values()
         auc, log_loss = (mean_and_sd([each[metric] for each in own]) for metric in ("auc", "log_loss"))
         dead = sum(bool(each.get("dead")) for each in own)
         rows.append(
             Row(
                 name, len(own), auc, log_loss, other, difference, loss_difference, papers[name],
+                branch, fused, mean_and_sd([each["disagreement"] for each in own if "disagreement" in each])[0],
                 tuple(failures.get(name, ())), dead,
             )
         )  # fmt: skip
@@ -156,6 +166,13 @@ def best_reference(study: Study, scores: Mapping[str, Scores], but: str = "") ->
     """Name the reference row with the highest mean AUC, other than `but`; "" if there is none."""
     candidates = [name for name in study.reference_rows if name != but and scores.get(name)]
     return max(candidates, key=lambda name: np.mean([s["auc"] for s in scores[name].values()]), default="")
+
+
+def best_branch(scores: Scores) -> str:
+    """Name the branch with the highest mean AUC over seeds; "" if there are none."""
+    keys = {key for each in scores.values() for key in each if key.startswith("auc/")}
+    best = max(sorted(keys), key=lambda key: np.mean([each[key] for each in scores.values()]), default="")
+    return best.removeprefix("auc/")
 
 
 def judge_all(claims: Sequence[Claim], results: Results) -> list[tuple[Claim, str, Compared | None, Compared | None]]:
