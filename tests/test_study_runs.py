@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -38,6 +39,21 @@ def test_longer_data_is_another_run(tmp_path):
     config = load_config(write_small(tmp_path, 200, 50))
     key = run_key(config)
     write_small(tmp_path, 300, 50)
+    assert run_key(config) != key
+
+
+def test_one_changed_label_in_a_large_file_is_another_run(tmp_path):
+    """Contents count: the file keeps its name, size and both ends."""
+    config = load_config(write_small(tmp_path, 200, 50))
+    filler = np.random.default_rng(0).integers(0, 2**62, 250_000)  # 2 MB that no encoding shortens
+    pq.write_table(pa.table({"click": filler}), tmp_path / "train.parquet")
+    assert (tmp_path / "train.parquet").stat().st_size > 1 << 20
+    key = run_key(config)
+    with (tmp_path / "train.parquet").open("r+b") as file:
+        file.seek(1_000_000)
+        byte = file.read(1)[0]
+        file.seek(1_000_000)
+        file.write(bytes([byte ^ 1]))
     assert run_key(config) != key
 
 

@@ -8,7 +8,6 @@ from scipy import stats
 
 from mbcnet_rec.scoring.compare import p_text
 from mbcnet_rec.study.row_scores import RowScores
-from mbcnet_rec.study.runner import format_difference
 from mbcnet_rec.study.studies import Claim, Study, Variant
 from mbcnet_rec.study.summary import (
     Results,
@@ -19,6 +18,7 @@ from mbcnet_rec.study.summary import (
     paired_difference,
     summarise,
 )
+from mbcnet_rec.study.tables import format_difference
 
 CLAIM = Claim("ours beats theirs", "ours", "theirs")
 
@@ -132,7 +132,7 @@ def test_fused_is_compared_with_its_best_branch_and_both_p_are_shown():
     assert row.fused.p == max(row.fused.seeds.p, row.fused.rows.p)
     told = format_difference(row.fused)
     assert told.startswith("+0.0283 [") and f"p {p:.3f} seeds, {p_text(row.fused.rows.p)} rows" in told
-    assert told.endswith(f"{'ahead' if row.fused.p < 0.05 else 'level'}, p {p_text(row.fused.p)}")
+    assert told.endswith(f"{'ahead' if row.fused.p < 0.05 else 'level'}, p {p_text(row.fused.p)} corrected")
     (alone,) = summarise(study, Results({"ours": {0: scores[0]}}, {"ours": rows}), {})
     assert format_difference(alone.fused).endswith("no verdict"), "one seed"
 

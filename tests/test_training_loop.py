@@ -45,6 +45,7 @@ def tensors_of(folder, step):
         (["train.checkpoint_minutes=1e-9", "train.keep_last=99"], list(range(1, 11))),
         (["train.checkpoint_minutes=60", "train.keep_last=99"], [10]),
         (["train.eval_every=3", "train.keep_last=9"], [3, 6, 9, 10]),
+        (["train.eval_every=3", "train.keep_last=1", "train.keep_step=2", "data.valid=[]"], [2, 10]),
     ],
 )
 def test_checkpoints_are_due_by_steps_minutes_and_evaluations(config, tmp_path, settings, steps):

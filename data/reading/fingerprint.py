@@ -19,6 +19,7 @@ END_BYTES = 65_536
 WHOLE_BYTES = 1 << 20  # up to which a file is read whole
 MAGIC_BYTES = 8  # the footer's length, 4 bytes little-endian, and PAR1
 THREADS = 16
+CHUNK_BYTES = 1 << 24
 SHOWN = 3
 
 
@@ -30,15 +31,15 @@ class FileMark(NamedTuple):
     sha256: str
 
 
-def mark_files(files: Sequence[DataFile], attempts: int = LIST_ATTEMPTS) -> list[FileMark]:
-    """The marks of files, in their order; one to three reads a file.
+def mark_files(files: Sequence[DataFile], attempts: int = LIST_ATTEMPTS, *, contents: bool = False) -> list[FileMark]:
+    """The marks of files, in their order; one to three reads a file. With `contents` all of a file is read, and its SHA-256 is of all.
 
     Raises:
         InputError: a file cannot be read.
     """
 
     def mark(file: DataFile) -> FileMark:
-        read = partial(_mark, file)
+        read = partial(_mark_contents if contents else _mark, file)
         return read_or_name(read, file, str(file), "cannot be read", attempts)
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -53,6 +54,14 @@ def _mark(file: DataFile) -> FileMark:
         size, tail = read_tail(file, wanted)
     head = read_bytes(file, 0, END_BYTES) if size > WHOLE_BYTES else b""
     return FileMark(file.name, size, hashlib.sha256(head + tail).hexdigest())
+
+
+def _mark_contents(file: DataFile) -> FileMark:
+    size, digest = 0, hashlib.sha256()
+    while chunk := read_bytes(file, size, CHUNK_BYTES):
+        size += len(chunk)
+        digest.update(chunk)
+    return FileMark(file.name, size, digest.hexdigest())
 
 
 def fingerprint(marks: Iterable[FileMark]) -> str:

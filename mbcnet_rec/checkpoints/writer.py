@@ -21,10 +21,11 @@ POLL_SECONDS = 0.02
 
 
 class Keep(NamedTuple):
-    """Which checkpoints are kept: the newest `last`, and those of the steps in `best`."""
+    """Which checkpoints are kept: the newest `last`, those of the steps in `best`, and that of `step`."""
 
     last: int
     best: tuple[tuple[float | None, int], ...] = ()  # (validation AUC, step), best first
+    step: int = 0
 
 
 class Saver:
@@ -178,7 +179,7 @@ class Saver:
         steps.
         """
         steps = [each for each in self.storage.steps() if each <= step]
-        kept = {step for _, step in keep.best}
+        kept = {keep.step, *(step for _, step in keep.best)}
         if keep.best:
             note = {"step": keep.best[0][1], "auc": keep.best[0][0]}
             self.storage.write_note(BEST, (json.dumps(note) + "\n").encode())

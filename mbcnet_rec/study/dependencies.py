@@ -99,10 +99,10 @@ def _schema(path: str) -> dict[str, Any]:
 
 
 def _marks(paths: tuple[str, ...]) -> list[list[Any]]:
-    """The marks of a split's files; folders of Hive partitions, which hold values, are part of the name."""
+    """The marks of a split's files, by all that they hold; folders of Hive partitions, which hold values, are part of the name."""
     files = resolve_files(paths) if paths else []
     folders = ["/".join(part for part in path_parts(file)[:-1] if "=" in part) for file in files]
-    marks = zip(folders, mark_files(files), strict=True)
+    marks = zip(folders, mark_files(files, contents=True), strict=True)
     return [[f"{folder}/{mark.name}".lstrip("/"), mark.size, mark.sha256] for folder, mark in marks]
 
 

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from scipy.special import softmax
 
 from data.errors import InputError
-from data.schema import Schema
+from data.schema import Feature, Schema
 from mbcnet_rec.checkpoints.run_folder import storage_of
-from mbcnet_rec.checkpoints.storage import best_step
+from mbcnet_rec.checkpoints.storage import best_step, latest_step
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
@@ -20,9 +21,10 @@ from mbcnet_rec.study.complexity import complexity_blocks
 from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, probe_run, tsne_plane
 from mbcnet_rec.study.runs import Run
 from mbcnet_rec.study.studies import DENSITIES, GRID_ALPHA, GRID_BETA, MODELS, Study, density_name, grid_name
-from mbcnet_rec.study.summary import Scores
+from mbcnet_rec.study.summary import Scores, best_reference, mean_and_sd
 
-LATENT_ROWS = 500  # of each output on the plane
+PROBED_ROWS = 50_000
+LATENT_ROWS = 200  # of each output on the plane
 NEURONS = 30  # as many as Figure 6 shows
 BEST_LEARNED = 10_000
 MAX_CATEGORIES = 12
@@ -56,18 +58,24 @@ class Material:
             raise InputError("no run of it has ended")
         return sorted(runs, key=lambda run: run.seed)
 
-    def probe(self, max_rows: int = 0, category: str = "") -> Probe:
-        """What the first of these runs computes on the test rows, or on the validation rows where there are no others."""
-        run = self.first[0]
-        return probe_run(run.folder, "test" if run.config.data.test else "valid", max_rows, category)
+    def probe(self, run: Run, category: str = "", step: int | None = None) -> Probe:
+        """What a run computes on the test rows, or on the validation rows where there are no others; on the first of them, if there are many."""
+        return probe_run(run.folder, "test" if run.config.data.test else "valid", PROBED_ROWS, category, step)
 
-    def schema(self) -> Schema:
-        """The schema that the first of these runs was trained with."""
+    def ages(self, run: Run) -> dict[str, int]:
+        """The steps of a run's early checkpoint, where it has one, and of its last."""
+        storage, early = storage_of(run.config.train, run.folder), run.config.train.keep_step
+        late = latest_step(storage) or 0
+        return {"early": early, "late": late} if early < late and early in storage.steps() else {"late": late}
+
+    def category_field(self) -> tuple[Schema, Feature]:
+        """The schema that the first of these runs was trained with, and its field of Figure 7."""
         run = self.first[0]
         step = best_step(storage_of(run.config.train, run.folder))
         if step is None:
             raise InputError(f"{run.folder}: no whole checkpoint")
-        return run_schema(run.config, run.folder, step)
+        schema = run_schema(run.config, run.folder, step)
+        return schema, choose_category(schema, self.category)
 
 
 def draw_all(material: Material) -> list[Block]:
@@ -100,22 +108,26 @@ def _curves(name: str, wanted: Wanted, caption: str) -> Callable[[Material], lis
 
 
 def _latents(material: Material) -> list[Block]:
-    probe = material.probe(LATENT_ROWS)
-    names = [*probe.names, "fused"]
-    latents = np.concatenate([probe.latents, probe.fused[None]])[:, :LATENT_ROWS]
-    owner = np.repeat(np.arange(len(names)), latents.shape[1])
-    plane = tsne_plane(latents.reshape(len(owner), -1))
-    shown = probe.labels[:LATENT_ROWS]
-    caption = (
-        f"Figure 4 d: t-SNE of the latents of {latents.shape[1]} held-out rows ({int(shown.sum())} of them clicked), seed "
-        f"{material.first[0].seed}. Branches that keep apart have learned different things."
-    )
-    picture = figures.latents_figure("latents of each branch, and fused", plane, names, owner)
-    return [Picture("latents", picture, caption)]
+    run, blocks = material.first[0], []
+    for age, step in material.ages(run).items():
+        probe = material.probe(run, step=step)
+        names = [*probe.names, "fused"]
+        latents = np.concatenate([probe.latents, probe.fused[None]])[:, :LATENT_ROWS]
+        owner = np.repeat(np.arange(len(names)), latents.shape[1])
+        picture = figures.latents_figure(
+            f"{age}, step {step:,}", tsne_plane(latents.reshape(len(owner), -1)), names, owner
+        )
+        shown = probe.labels[:LATENT_ROWS]
+        caption = (
+            f"Figure 4 d: t-SNE of the latents of {len(shown)} held-out rows ({int(shown.sum())} of them clicked), {age} in training, seed "
+            f"{run.seed}. Branches that keep apart have learned different things."
+        )
+        blocks.append(Picture("latents", picture, caption))
+    return blocks
 
 
 def _neurons(material: Material) -> list[Block]:
-    probe = material.probe()
+    probe = material.probe(material.first[0])
     outputs = softmax(probe.latents, axis=2).mean(axis=1)  # (K, d)
     width = outputs.shape[1]
     chosen = np.sort(np.random.default_rng(0).choice(width, min(NEURONS, width), replace=False))
@@ -137,9 +149,8 @@ def _neurons(material: Material) -> list[Block]:
 
 
 def _categories(material: Material) -> list[Block]:
-    schema = material.schema()
-    field = choose_category(schema, material.category)
-    probe = material.probe(category=field.name)
+    schema, field = material.category_field()
+    probe = material.probe(material.first[0], category=field.name)
     ids, counts, base, kept = best_learned(probe)
     names = category_names(schema, field, ids)
     picture = figures.categories_figure(names, dict(zip(probe.names, counts, strict=True)), base)
@@ -191,12 +202,18 @@ def _density(material: Material) -> list[Block]:
 
 
 def _grid(material: Material) -> list[Block]:
-    def mean_auc(row: str) -> float:
-        return float(np.mean([each["auc"] for each in material.scores.get(row, {}).values()] or [np.nan]))
+    def cells(value: Callable[[Mapping[str, Any]], float]) -> np.ndarray:
+        names = [[grid_name(alpha, beta) for beta in GRID_BETA] for alpha in GRID_ALPHA]
+        found = [[[value(each) for each in material.scores.get(name, {}).values()] for name in row] for row in names]
+        return np.array([[np.mean(each or [np.nan]) for each in row] for row in found])
 
-    auc = np.array([[mean_auc(grid_name(alpha, beta)) for beta in GRID_BETA] for alpha in GRID_ALPHA])
-    picture = figures.grid_figure(GRID_ALPHA, GRID_BETA, auc)
-    return [Picture("grid", picture, "Figure 9: the paper uses 0.1 for both.")]
+    auc, dead = cells(lambda each: each["auc"]), cells(lambda each: bool(each.get("dead"))) > 0
+    line = best_reference(material.study, material.scores)
+    drawn = line in {each.name for each in material.study.rivals}
+    level = mean_and_sd([each["auc"] for each in material.scores[line].values()])[0] if drawn else np.nan
+    picture = figures.grid_figure(GRID_ALPHA, GRID_BETA, auc, dead, (line, level))
+    caption = "Figure 9: the paper uses 0.1 for both. The line is the best other model that was run; a cell is dead where a seed of it ended so."
+    return [Picture("grid", picture, caption)]
 
 
 DRAWERS: dict[str, Callable[[Material], list[Block]]] = {

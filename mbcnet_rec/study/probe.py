@@ -36,6 +36,7 @@ class Probe:
     logits: np.ndarray  # (n, 1 + K) float32, fused first
     labels: np.ndarray  # (n,) of 0 and 1
     categories: np.ndarray  # (n,) encoded ids of the category field, MISSING where there is none
+    groups: np.ndarray | None = None  # (n,) ids of the rows that depend on each other
 
     def log_loss(self) -> np.ndarray:
         """Each row's log-loss by each output, in nats: (n, 1 + K)."""
@@ -43,10 +44,10 @@ class Probe:
         return np.logaddexp(0.0, z) - self.labels[:, None] * z
 
 
-def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -> Probe:
+def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", step: int | None = None) -> Probe:
     """Run a trained MBCnet over the valid or test split, and read the ids of a categorical field if one is named.
 
-    With `max_rows` it stops after the batch that reaches them.
+    With `max_rows` it stops after the batch that reaches them; `step` is of the checkpoint, by default the best.
 
     Raises:
         InputError: no such run, split or field, or the model has no branches.
@@ -55,7 +56,7 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
     if config.model.kind != "mbcnet":
         raise InputError(f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted an MBCnet run")
     with joined_process(config.train.device) as process:
-        step = find_step(config, folder, process)
+        step = find_step(config, folder, process) if step is None else step
         schema = run_schema(config, folder, step)
         splits = open_splits(config.data, config.train.seed, schema, process)
         if split not in splits:
@@ -76,18 +77,20 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "") -
                 handle.remove()
         real = np.concatenate([batch.real for batch in batches])
         latents = torch.cat([each.latents.float().cpu() for each in outputs], dim=1).numpy()
+        notes = np.concatenate([batch.note for batch in batches])[real]
         return Probe(
             built.branch_names,
             latents[:, real],
             torch.cat([each.float().cpu() for each in fused]).numpy()[real],
             np.concatenate([batch.logits for batch in batches]),
             np.concatenate([batch.labels for batch in batches]),
-            np.concatenate([batch.note for batch in batches])[real],
+            notes[:, 0],
+            notes[:, 1] if schema.group_column else None,
         )
 
 
 def _with_categories(batches: Iterable[Batch], category: str, max_rows: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Batches and the category of each row (B,), until there are enough rows."""
+    """Batches and the category and group of each row (B, 2), until there are enough rows."""
     rows = 0
     for batch in batches:
         ids = np.full(len(batch.labels), MISSING, np.int64)
@@ -97,7 +100,8 @@ def _with_categories(batches: Iterable[Batch], category: str, max_rows: int) -> 
             known = lengths > 0
             ids[known] = values[(np.cumsum(lengths) - lengths)[known]]
         rows += len(batch.labels)
-        yield batch, ids
+        groups = ids if batch.group_ids is None else batch.group_ids.numpy()
+        yield batch, np.stack([ids, groups], 1)
         if 0 < max_rows <= rows:
             return
 

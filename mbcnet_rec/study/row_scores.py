@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,31 +29,37 @@ class RowScores(NamedTuple):
 
 
 def keep_row_scores(config: RunConfig) -> None:
-    """Score the test rows of a finished run, or its validation rows where it has no others, unless they are too many to keep."""
+    """Score the test rows of a finished run, or its validation rows where it has no others; those that are too many to keep leave an empty file.
+
+    Raises:
+        InputError: a score is not a number.
+    """
     folder = config.run_folder
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
         question = Question("test" if config.data.test else "valid")
         tally, _ = score_rows(config, folder, step, process, question)
-        rows = tally.kept(process) if tally.exact else None
-    if rows is None:
-        return
-    kept = {"outputs": np.array(["", *tally.branches]), "logits": rows.logits, "labels": rows.labels}
+        rows = tally.kept(process)
+    assert rows is not None  # of one process
+    some = slice(None) if tally.exact else slice(0)
+    kept = {"outputs": np.array(["", *tally.branches]), "logits": rows.logits[some], "labels": rows.labels[some]}
     if rows.group_ids is not None:
-        kept["groups"] = rows.group_ids
+        kept["groups"] = rows.group_ids[some]
     draft = folder / f".{ROW_SCORES}.partial"
     with draft.open("wb") as file:
         np.savez(file, **kept)  # pyright: ignore[reportArgumentType]
     os.replace(draft, folder / ROW_SCORES)
 
 
-def read_row_scores(folder: Path) -> RowScores | None:
-    """What `keep_row_scores` has kept; None where it has not."""
-    if not (folder / ROW_SCORES).is_file():
+def read_row_scores(config: RunConfig) -> RowScores | None:
+    """What `keep_row_scores` has kept of a run, which is scored now if it was interrupted before; None where there are too many rows, or none."""
+    if not (config.data.test or config.data.valid):
         return None
-    with np.load(folder / ROW_SCORES, allow_pickle=False) as kept:
-        groups = kept.get("groups")
-        return RowScores(tuple(kept["outputs"].tolist()), kept["logits"], kept["labels"], groups)
+    if not (config.run_folder / ROW_SCORES).is_file():
+        keep_row_scores(config)
+    with np.load(config.run_folder / ROW_SCORES, allow_pickle=False) as kept:
+        found = RowScores(tuple(kept["outputs"].tolist()), kept["logits"], kept["labels"], kept.get("groups"))
+    return found if len(found.labels) else None
 
 
 def row_differences(

@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -15,40 +14,16 @@ from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, to_html
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.ranks import refuse_ranks
-from mbcnet_rec.scoring.compare import p_text
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
+from mbcnet_rec.study.measured import measure_all
 from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.row_scores import keep_row_scores, read_row_scores
 from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all, train_one
-from mbcnet_rec.study.studies import MBCNET, MODELS, Study, Variant
-from mbcnet_rec.study.summary import (
-    CONFIDENCE,
-    NO_VERDICT,
-    SIGNIFICANT,
-    TESTED,
-    Compared,
-    Results,
-    Row,
-    judge_all,
-    summarise,
-)
+from mbcnet_rec.study.studies import MODELS, Study, Variant, with_models
+from mbcnet_rec.study.summary import Results, judge_all, summarise
+from mbcnet_rec.study.tables import COMPARED, VERDICTS, WATCHED, headline, score_table, text_table, verdict_table
 from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.training.trainer import Watch
-
-VERDICTS = (
-    "reproduced: the difference of AUC is above 0 and its corrected p below 0.05; contradicted: below 0, likewise; same direction: above 0 only; "
-    "not reproduced: the rest. One seed has no verdict."
-)
-COMPARED = (
-    f"First the mean difference over seeds, paired by seed, with the {CONFIDENCE:.0%} interval of Student's t; then the interval over the test rows, "
-    "of the seeds' mean scores (DeLong; rows of one group are taken together); then the p of both tests; last the verdict, which needs both: its p "
-    "is the larger of the two, or 1 where they point to different sides, corrected for the number of comparisons in the column (Holm). "
-    "ahead: a higher AUC, or a lower log-loss."
-)
-WATCHED = (
-    "disagreement: the share of the training rows on which one branch teaches another, by the row's own threshold; the mean over directed pairs of "
-    "branches and over the log. dead: seeds that ended with an output that says the same of every row, or with latents of 0."
-)
 
 
 @dataclass(frozen=True)
@@ -75,27 +50,6 @@ class StudyRequest:
         for override in self.overrides:
             parts += ["--set", override]
         return shlex.join([*parts, "--out", str(self.out)])
-
-
-def with_models(study: Study, models: Sequence[str]) -> Study:
-    """Take other models into a study of models, or some of its own.
-
-    Raises:
-        InputError: the study does not compare models, or a kind is unknown.
-    """
-    if not models:
-        return study
-    if unknown := [kind for kind in models if kind not in MODELS]:
-        raise InputError(f"--models {unknown[0]}: wanted one of {', '.join(MODELS)}; change it")
-    if study.name == "table3":
-        return replace(study, variants=tuple(MODELS[kind] for kind in models))
-    wanted = {MODELS[kind].name for kind in models}
-    kept = tuple(variant for variant in study.variants if variant.name.split(",")[0] in wanted)
-    if not kept:
-        raise InputError(
-            f"--models {' '.join(models)}: study {study.name} has no row of these models; leave --models out"
-        )
-    return replace(study, variants=kept)
 
 
 def variant_config(base: RunConfig, variant: Variant, tuned: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -134,25 +88,33 @@ def conduct(request: StudyRequest) -> int:
         for variant, config in zip(variants, configs, strict=True)
     ]
     with locked(request.out, "study"):
-        return _train_and_report(request, base, runs)
+        return _train_and_report(request, base, runs, known)
 
 
-def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run]) -> int:
+def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run], known: Known) -> int:
     study = request.study
     failures = train_with_progress(runs, request.workers)
-    done = [run for run in runs if run.done and scores(run.folder)["auc"] is not None]
-    found: Any = {}, {}
-    for run in done:
-        found[0].setdefault(run.variant, {})[run.seed] = scores(run.folder)
-        if (rows := read_row_scores(run.folder)) is not None:
-            found[1].setdefault(run.variant, {})[run.seed] = rows
-    blocks = report_blocks(request, base, done, Results(*found), failures)
+    done, found = [], Results({}, {})
+    for run in runs:
+        if run.done and (metrics := scores(run.folder))["note"] != NO_NUMBERS:
+            done.append(run)
+            found.scores.setdefault(run.variant, {})[run.seed] = metrics
+            if (rows := read_row_scores(run.config)) is not None:
+                found.rows.setdefault(run.variant, {})[run.seed] = rows
+    blocks = report_blocks(request, base, done, found, failures)
     title = f"{study.reference}: {study.question}"
     lead = f"{base.name}, {request.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
-    mark = page_mark(base, request.tuned) if runs else ""
+    mark = page_mark(base, request.tuned, known) if runs else ""
     page = free_page(request.out / f"{study.name}_{base.name}.html", mark)
     write_whole(page, to_html(title, lead, blocks) + mark)
-    print("\n".join(text_table(block) for block in blocks[:3] if isinstance(block, Table)))
+    shown = blocks[: blocks.index(Heading("Pictures"))]
+    print(
+        "\n\n".join(
+            text_table(each) if isinstance(each, Table) else each.text
+            for each in shown
+            if not isinstance(each, Heading)
+        )
+    )
     print(f"wrote {page}")
     print(f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again")
     if runs and not done:
@@ -162,10 +124,10 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     return 0
 
 
-def page_mark(base: RunConfig, tuned: Path | None) -> str:
-    """A comment that ends a page: the hash of what its runs depend on."""
+def page_mark(base: RunConfig, tuned: Path | None, known: Known) -> str:
+    """A comment that ends a page: the hash of what its runs depend on. `known`: what the command has read already."""
     winners = sorted(tuned.glob("*.toml")) if tuned is not None else ()
-    depends = dependencies(base, {}) | {"tuned": {file.name: file.read_text(encoding="utf-8") for file in winners}}
+    depends = dependencies(base, known) | {"tuned": {file.name: file.read_text(encoding="utf-8") for file in winners}}
     return f"<!-- depends on {digest_of(depends)} -->\n"
 
 
@@ -185,8 +147,7 @@ def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str
         bar.update(bar.total - len(todo))
         for run, failure in train_all(runs, workers, train_and_score):
             found = {} if failure else scores(run.folder)
-            if not failure and found["auc"] is None:
-                failure = NO_NUMBERS
+            failure = failure or (NO_NUMBERS if found["note"] == NO_NUMBERS else "")
             if failure:
                 failures.setdefault(run.variant, []).append(f"seed {run.seed}: {failure}")
                 words = f"failed: {failure}"
@@ -205,20 +166,22 @@ def report_blocks(
     failures: Mapping[str, Sequence[str]],
 ) -> list[Block]:
     """Put a study's report together."""
-    study = request.study
+    study, material = request.study, Material(request.study, base, runs, found.scores, request.category)
     rows = summarise(study, found, failures)
+    measured, told = measure_all(material)
+    judged = judge_all(study.claims, found, measured)
     blocks: list[Block] = []
     if rows:
-        blocks += [Heading("Result"), *headline(study, rows, found), score_table(rows, watched=study.watched)]
-        blocks += [Text(f"{row.name}: {failure}") for row in rows for failure in row.failures]
+        blocks += [Heading("Result"), *headline(study, rows, judged), score_table(rows, watched=study.watched)]
+        blocks += [Text(f"{row.name}: {each}") for row in rows for each in (*row.failures, *row.notes)]
     if any(row.difference or row.fused for row in rows):
         blocks.append(Text(COMPARED))
     if study.watched:
         blocks.append(Text(WATCHED))
     if rows and study.claims:
         asked = "What the paper claims" if study.claimed else "What is hoped for"
-        blocks += [Heading(asked), verdict_table(study, found), Text(VERDICTS)]
-    blocks += [Heading("Pictures"), *draw_all(Material(study, base, runs, found.scores, request.category))]
+        blocks += [Heading(asked), verdict_table(judged), *map(Text, [VERDICTS, *told])]
+    blocks += [Heading("Pictures"), *draw_all(material)]
     configs = [f"{run.variant}, seed {run.seed}: {run.folder}/config.toml" for run in runs]
     return [
         *blocks,
@@ -229,107 +192,12 @@ def report_blocks(
     ]
 
 
-def score_table(rows: Sequence[Row], *, watched: bool = False) -> Table:
-    """Mean, sd, paired differences, and the paper's figures. Columns that all rows leave empty are left out."""
-    against = {row.against for row in rows if row.against}
-    one = f" to {min(against)}" if len(against) == 1 else ""
-    columns = {
-        "": [row.name for row in rows],
-        "seeds": [str(row.seeds) for row in rows],
-        "dead": [f"{row.dead} of {row.seeds}" if row.dead else "no" if watched else "" for row in rows],
-        "AUC": [_mean_sd(row.auc) for row in rows],
-        "log-loss": [_mean_sd(row.log_loss) for row in rows],
-        f"difference of AUC{one}": [format_difference(row.difference) for row in rows],
-        "of log-loss": [format_difference(row.loss_difference, better=-1) for row in rows],
-        "compared with": ["" if one else row.against for row in rows],
-        "fused less its best branch, AUC": [format_difference(row.fused, f"to {row.best_branch}\n") for row in rows],
-        "disagreement": [f"{row.disagreement:.2%}" if watched else "" for row in rows],
-        "paper, 12 months": [_pair(row.paper[:2]) for row in rows],
-        "paper, 24 months": [_pair(row.paper[2:4]) for row in rows],
-    }
-    kept = {header: cells for header, cells in columns.items() if any(cells)}
-    ended = [index for index, row in enumerate(rows) if row.seeds]
-    best = max(ended, key=lambda index: rows[index].auc[0], default=-1)
-    return Table(tuple(kept), tuple(zip(*kept.values(), strict=True)), best)
-
-
-def text_table(table: Table) -> str:
-    """A table for the terminal, which is Markdown too."""
-    rows = [table.header, *(tuple(cell.replace("\n", "; ") for cell in row) for row in table.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-def _pair(figures: Sequence[float]) -> str:
-    """AUC and log-loss as the paper prints them."""
-    return " / ".join(f"{each:.4f}" for each in figures)
-
-
-def headline(study: Study, rows: Sequence[Row], found: Results) -> list[Block]:
-    """The study's answer in a sentence or two: who is ahead, by how much, and how many claims hold."""
-    said = []
-    ended = [row for row in rows if row.seeds]
-    if len(ended) > 1:
-        best = max(ended, key=lambda row: row.auc[0])
-        said.append(f"The highest mean AUC is that of {best.name}, {best.auc[0]:.4f}.")
-    ours = next((row for row in ended if row.name == MBCNET.name and row.against), None)
-    if ours is not None and ours.difference is not None:
-        mean, p = ours.difference.seeds.mean, ours.difference.p
-        place = "ahead of" if mean > 0 else "behind"
-        told = f" (p = {p:.3f})" if p == p else ""
-        sure = "." if p < SIGNIFICANT else ": within what seeds or rows alone can do."
-        said.append(
-            f"{ours.name} is {place} {ours.against}, the best it is compared with, by {abs(mean):.4f}{told}{sure}"
-        )
-    verdicts = [verdict for _, verdict, _, _ in judge_all(study.claims, found)]
-    counts = {each: verdicts.count(each) for each in TESTED}
-    if tested := sum(counts.values()):
-        asked = "claims of the paper" if study.claimed else "hopes"
-        said.append(f"Of {tested} {asked}: {', '.join(f'{count} {each}' for each, count in counts.items())}.")
-    return [Text(" ".join(said))] if said else []
-
-
-def verdict_table(study: Study, found: Results) -> Table:
-    """What became of each claim."""
-    lines = tuple(
-        (claim.text, said, format_difference(area), format_difference(loss, better=-1))
-        for claim, said, area, loss in judge_all(study.claims, found)
-        if area is not None
-    )
-    return Table(("claim", "here", "difference of AUC", "of log-loss"), lines)
-
-
-def format_difference(compared: Compared | None, before: str = "", better: int = 1) -> str:
-    """A difference with its interval over seeds, that over rows, the p of both, and the verdict with the corrected p, a line each.
-
-    `better`: the sign of a difference that speaks for the first of the two.
-    """
-    if compared is None:
-        return ""
-    seeds, rows = compared.seeds, compared.rows
-    over_seeds = "" if seeds.seeds < 2 else f" [{seeds.low:+.4f}, {seeds.high:+.4f}]"
-    lines = [f"{before}{seeds.mean:+.4f}{over_seeds}"]
-    lines += [f"rows [{rows.low:+.4f}, {rows.high:+.4f}]"] if rows else []
-    of_each = [("seeds", seeds.p), *([("rows", rows.p)] if rows else [])]
-    told = [f"{p_text(p)} {name}" for name, p in of_each if p == p]
-    lines += [f"p {', '.join(told)}"] if told else []
-    known = compared.p == compared.p
-    place = "ahead" if seeds.mean * better > 0 else "behind"
-    lines.append(f"{place if compared.p < SIGNIFICANT else 'level'}, p {p_text(compared.p)}" if known else NO_VERDICT)
-    return "\n".join(lines)
-
-
 def train_and_score(config: RunConfig, watch: Watch | None = None) -> str:
     """Train a run as `train_one` does, and keep what it says of each test row."""
     failure = train_one(config, watch)
-    if not failure and (config.data.test or config.data.valid):
-        keep_row_scores(config)
+    try:
+        if not failure and (config.data.test or config.data.valid):
+            keep_row_scores(config)
+    except InputError as error:  # a score that is not a number
+        return str(error)
     return failure
-
-
-def _mean_sd(value: tuple[float, float]) -> str:
-    mean, sd = value
-    if mean != mean:  # no seed ended
-        return ""
-    return f"{mean:.4f}" + (f" ± {sd:.4f}" if sd == sd else "")

@@ -4,6 +4,7 @@ A run's folder is named by a hash of all that decides its result: config, schema
 So a study that is started again, or another study that needs the same run, finds it.
 """
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.report.run_report import judged_line, read_metrics, write_run_report
 from mbcnet_rec.runtime.exits import CannotWriteError, PreemptedError
 from mbcnet_rec.scoring.metrics import why_no_auc
+from mbcnet_rec.scoring.trained_run import branch_names
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.teachers import train_model
 from mbcnet_rec.training.trainer import Watch
@@ -54,12 +56,19 @@ class Run:
 
 
 def place_run(config: RunConfig, seed: int, out: Path, known: Known | None = None) -> RunConfig:
-    """Give a config its seed and its folder under `out`/runs. `known`: what the command has read already.
+    """Give a config its seed and its folder under `out`/runs; a model with branches keeps an early checkpoint, that of the first line of the log.
+
+    Args:
+        config: without them.
+        seed: of its weights and of the order of rows.
+        out: of the study.
+        known: what the command has read already.
 
     Raises:
         InputError: the schema or the data files are missing.
     """
-    config = replace(config, train=replace(config.train, seed=seed, out=""))
+    early = config.train.log_every if branch_names(config.model) else 0
+    config = replace(config, train=replace(config.train, seed=seed, out="", keep_step=early))
     return replace(config, train=replace(config.train, out=str(out / "runs" / run_key(config, known))))
 
 
@@ -166,24 +175,26 @@ def _child_threads(threads: int) -> Iterator[None]:
 
 
 def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str, Any]:
-    """Read what a finished run is judged by: its metrics on the test rows, else those of its best validation.
+    """Read what a finished run is judged by: its metrics on the test rows, else those of its best validation; NaN where one is not defined.
 
-    They are None where the run's logits are not numbers.
+    With them `disagreement`, the mean over directed pairs and the log, of a run with branches; `dead`, the outputs that were so at the end; and
+    `note`, why there is no AUC, or "".
 
     Raises:
-        InputError: these splits have no rows, or rows of one class.
+        InputError: these splits have no rows.
     """
     lines = read_metrics(folder)
     line = judged_line(lines, splits)
     if line is None:
         keys = " or ".join(f"data.{split}" for split in splits)
         raise InputError(f"{folder}/{METRICS}: no {' or '.join(splits)} rows were scored; name {keys} in the config")
-    if line.get("log_loss") is not None and (reason := why_no_auc(line)):
-        split = line["split"]
-        raise InputError(
-            f"{folder}/{METRICS}: the AUC of the {split} rows is not defined, since {reason}; name other rows in data.{split}"
+    note = why_no_auc(line)
+    if note != NO_NUMBERS and note:
+        note = (
+            f"the AUC of the {line['split']} rows is not defined, since {note}; name other rows in data.{line['split']}"
         )
     trained = lines.get("train", [{}])
     rates = [value for each in trained for key, value in each.items() if key.startswith("disagreement/")]
     disagreement = {"disagreement": sum(rates) / len(rates)} if rates else {}
-    return {**line, **disagreement, "dead": trained[-1].get("dead", [])}
+    values = {key: math.nan if value is None else value for key, value in line.items()}
+    return {**values, **disagreement, "dead": trained[-1].get("dead", []), "note": note}

@@ -2,12 +2,18 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from data.errors import InputError
 
 Picture = Literal[
     "scores", "branch_curves", "latents", "terms", "neurons", "categories", "density", "grid", "complexity"
 ]
+
+
+Measure = Literal["separation", "consistency", "dependence"]  # what a claim is about if not AUC; see measured.py
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says that a reader can check: `better` has the higher AUC. Both are variants, or outputs of them, VARIANT/BRANCH."""
+    """What the paper says that a reader can check: `better` has the higher AUC. Both are variants, or outputs of them, VARIANT/BRANCH.
+
+    With a `measure` it is about that, of the study's first variant.
+    """
 
     text: str
     better: str
     worse: str
+    measure: Measure | Literal[""] = ""
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,12 @@ class Study:
     reference: str  # where it is in the paper
     question: str
     variants: tuple[Variant, ...]
-    # each row is compared, by paired seeds, with the best of these other than itself
+    # each row is compared with the best of these other than itself
     reference_rows: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     pictures: tuple[Picture, ...] = ("scores",)
     claimed: bool = True  # by the paper; else the claims are hopes, and the page calls them so
+    rivals: tuple[Variant, ...] = ()  # other models, which the rows are compared with; --models takes others
     watched: bool = False  # the table says how often branches disagree, and which runs are dead
 
 
@@ -216,7 +227,7 @@ _STUDIES = (
         "Table 3",
         "Is MBCnet better than the other models?",
         tuple(MODELS.values())[:9],
-        BASELINES,
+        (*BASELINES, "EFGC"),
         (
             *(Claim(f"MBCnet beats {name}", "MBCnet", name) for name in (*BASELINES[:7], "EFGC")),
             *(Claim(f"EFGC alone beats {name}", "EFGC", name) for name in BASELINES[:7]),
@@ -252,14 +263,29 @@ _STUDIES = (
         "Figure 4",
         "How do the branches learn, and where do their latents lie?",
         ("branch_curves", "latents"),
-        tuple(
-            Claim(f"the fused output beats the {branch} branch", "MBCnet", f"MBCnet/{branch}")
-            for branch in ("efgc", "cross", "deep")
+        (
+            *(
+                Claim(f"the fused output beats the {branch} branch", "MBCnet", f"MBCnet/{branch}")
+                for branch in ("efgc", "cross", "deep")
+            ),
+            Claim("branches are more tangled early than late", "MBCnet/late", "MBCnet/early", "separation"),
         ),
     ),
     _of_mbcnet("fig5", "Figure 5", "Do the cooperation losses converge?", ("terms",)),
-    _of_mbcnet("fig6", "Figure 6", "Do branches differ at the level of neurons?", ("neurons",)),
-    _of_mbcnet("fig7", "Figure 7 and Figure 1 a", "Which categories does each branch learn best?", ("categories",)),
+    _of_mbcnet(
+        "fig6",
+        "Figure 6",
+        "Do branches differ at the level of neurons?",
+        ("neurons",),
+        (Claim("EFGC is closer to CrossNet than to Deep", "MBCnet/cross", "MBCnet/deep", "consistency"),),
+    ),
+    _of_mbcnet(
+        "fig7",
+        "Figure 7 and Figure 1 a",
+        "Which categories does each branch learn best?",
+        ("categories",),
+        (Claim("which branch is best depends on the category", "MBCnet/category", "MBCnet/chance", "dependence"),),
+    ),
     Study(
         "fig8",
         "Figure 8",
@@ -283,6 +309,7 @@ _STUDIES = (
             Claim("beta = 1 is too much", _CENTRE, grid_name(0.1, 1.0)),
         ),
         ("grid",),
+        rivals=(MODELS["dcnv2"], MODELS["finalmlp"]),
     ),
     _of_mbcnet("complexity", "Table 8", "What does each part cost?", ("complexity",)),
     Study(
@@ -312,3 +339,31 @@ _STUDIES = (
     ),
 )
 STUDIES = {study.name: study for study in _STUDIES}
+
+
+def with_models(study: Study, models: Sequence[str]) -> Study:
+    """Take other models into a study of models, or as rivals of its rows, or some of its own.
+
+    Raises:
+        InputError: the study does not compare models, or a kind is unknown.
+    """
+    if unknown := [kind for kind in models if kind not in MODELS]:
+        raise InputError(f"--models {unknown[0]}: wanted one of {', '.join(MODELS)}; change it")
+    if study.rivals:
+        kinds = [MODELS[kind] for kind in models if MODELS[kind] != MBCNET]
+        rivals = tuple(kinds) if models else study.rivals
+        names = tuple(each.name for each in rivals)
+        return replace(
+            study, variants=study.variants + rivals, rivals=rivals, reference_rows=names or study.reference_rows
+        )
+    if not models:
+        return study
+    if study.name == "table3":
+        return replace(study, variants=tuple(MODELS[kind] for kind in models))
+    wanted = {MODELS[kind].name for kind in models}
+    kept = tuple(variant for variant in study.variants if variant.name.split(",")[0] in wanted)
+    if not kept:
+        raise InputError(
+            f"--models {' '.join(models)}: study {study.name} has no row of these models; leave --models out"
+        )
+    return replace(study, variants=kept)

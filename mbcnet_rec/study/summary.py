@@ -11,6 +11,8 @@ the p of a comparison is the larger of the two, or 1 where they point to differe
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -23,7 +25,7 @@ from mbcnet_rec.study.studies import Claim, Study
 CONFIDENCE, SIGNIFICANT = 0.95, 0.05
 NO_VERDICT = "no verdict"
 TESTED = ("reproduced", "same direction", "not reproduced", "contradicted", NO_VERDICT)
-Scores = Mapping[int, Mapping[str, float]]  # seed -> metrics of the run
+Scores = Mapping[int, Mapping[str, Any]]  # seed -> metrics of the run
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Compared:
     seeds: Difference
     rows: RowDifference | None  # of the seeds' mean scores; None: not kept
     p: float  # corrected where it is one of several; NaN where either side tells nothing
+
+
+Judged = tuple[
+    Claim, str, Compared | None, Compared | None
+]  # verdict, differences of AUC (or what it is about) and log-loss
 
 
 @dataclass(frozen=True)
@@ -85,10 +92,13 @@ class Row:
         float  # share of the training rows on which a branch teaches another, mean over directed pairs; NaN: not logged
     )
     failures: tuple[str, ...] = ()  # why the other seeds did not end
+    notes: tuple[str, ...] = ()  # why they have no AUC
     dead: int = 0  # seeds that ended with an output that says the same of every row
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+def paired_difference(
+    ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray | float = 0.0
+) -> Difference:
     """Compare values seed by seed."""
     d = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     mean = float(d.mean()) if len(d) else math.nan
@@ -116,11 +126,14 @@ def compare(results: Results, ours: str, theirs: str, metric: str) -> Compared |
         return None
     seeds = paired_difference([own[s][metric] for s in shared], [other[s][metric] for s in shared])
     rows = row_differences(own_rows, other_rows, (output, other_output)).get(metric)
-    if rows is None:
-        return Compared(seeds, None, math.nan)
-    agree = seeds.mean * rows.value > 0
-    known = not math.isnan(seeds.p) and not math.isnan(rows.p)
-    return Compared(seeds, rows, (max(seeds.p, rows.p) if agree else 1.0) if known else math.nan)
+    return in_both(seeds, rows)
+
+
+def in_both(seeds: Difference, rows: RowDifference | None) -> Compared:
+    """Join what seeds and rows say of one difference: p is the larger of the two, 1 where they point to different sides, NaN where one is."""
+    if rows is None or math.isnan(seeds.p) or math.isnan(rows.p):
+        return Compared(seeds, rows, math.nan)
+    return Compared(seeds, rows, max(seeds.p, rows.p) if seeds.mean * rows.value > 0 else 1.0)
 
 
 def corrected(compared: Sequence[Compared | None]) -> list[Compared | None]:
@@ -156,7 +169,7 @@ def summarise(study: Study, results: Results, failures: Mapping[str, Sequence[st
             Row(
                 name, len(own), auc, log_loss, other, difference, loss_difference, papers[name],
                 branch, fused, mean_and_sd([each["disagreement"] for each in own if "disagreement" in each])[0],
-                tuple(failures.get(name, ())), dead,
+                tuple(failures.get(name, ())), tuple(sorted({each["note"] for each in own if each.get("note")})), dead,
             )
         )  # fmt: skip
     return rows
@@ -165,24 +178,40 @@ def summarise(study: Study, results: Results, failures: Mapping[str, Sequence[st
 def best_reference(study: Study, scores: Mapping[str, Scores], but: str = "") -> str:
     """Name the reference row with the highest mean AUC, other than `but`; "" if there is none."""
     candidates = [name for name in study.reference_rows if name != but and scores.get(name)]
-    return max(candidates, key=lambda name: np.mean([s["auc"] for s in scores[name].values()]), default="")
+    return max(candidates, key=lambda name: _rank([s["auc"] for s in scores[name].values()]), default="")
+
+
+def _rank(values: Sequence[float]) -> float:
+    mean = float(np.mean(values))
+    return -math.inf if math.isnan(mean) else mean
 
 
 def best_branch(scores: Scores) -> str:
     """Name the branch with the highest mean AUC over seeds; "" if there are none."""
     keys = {key for each in scores.values() for key in each if key.startswith("auc/")}
-    best = max(sorted(keys), key=lambda key: np.mean([each[key] for each in scores.values()]), default="")
+    best = max(sorted(keys), key=lambda key: _rank([each[key] for each in scores.values()]), default="")
     return best.removeprefix("auc/")
 
 
-def judge_all(claims: Sequence[Claim], results: Results) -> list[tuple[Claim, str, Compared | None, Compared | None]]:
+def judge_all(
+    claims: Sequence[Claim], results: Results, measured: Mapping[str, Compared] = MappingProxyType({})
+) -> list[Judged]:
     """Say what the runs make of claims: each with a verdict, and its differences of AUC and log-loss, corrected for their number.
 
-    reproduced: the difference of AUC is above 0 and its corrected p below 0.05. contradicted: below 0, likewise. same direction: above 0
+    A claim that is not about AUC is judged by what was `measured` for it, of which more is in its favour. reproduced: the difference of AUC is above 0 and its corrected p below 0.05. contradicted: below 0, likewise. same direction: above 0
     only. not reproduced: the rest. With one seed, or without row scores, there is no verdict; without runs of both the claim is not tested.
     """
     areas, losses = (
-        corrected([compare(results, claim.better, claim.worse, metric) for claim in claims])
+        corrected(
+            [
+                compare(results, claim.better, claim.worse, metric)
+                if not claim.measure
+                else measured.get(claim.measure)
+                if metric == "auc"
+                else None
+                for claim in claims
+            ]
+        )
         for metric in ("auc", "log_loss")
     )
     return [(claim, _verdict(area), area, loss) for claim, area, loss in zip(claims, areas, losses, strict=True)]

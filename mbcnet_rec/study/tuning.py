@@ -32,6 +32,7 @@ from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown
 from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
+from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.runtime.exits import no_room
@@ -296,10 +297,12 @@ def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, t
     if pruned:
         (run.folder / DONE).unlink()
         return ended("pruned", state=TrialState.PRUNED)
-    auc = scores(run.folder, ("valid",))["auc"]
-    if auc is None:
+    found = scores(run.folder, ("valid",))
+    if found["note"] == NO_NUMBERS:
         return ended(f"failed ({NO_NUMBERS})", state=TrialState.FAIL)
-    return ended(f"valid AUC {auc:.4f}", auc)
+    if found["note"]:
+        raise InputError(f"{run.folder}/{METRICS}: {found['note']}")
+    return ended(f"valid AUC {found['auc']:.4f}", found["auc"])
 
 
 def tune_models(config: RunConfig, search: Search, models: Sequence[str], out: Path, train: Train = train_one) -> int:

@@ -74,6 +74,8 @@ class TrainConfig(Bounded):
     checkpoint_minutes: float = _or_off(0.0)  # minutes between checkpoints besides the others; 0: none
     # a folder or URI (s3://bucket/prefix) for checkpoints; empty: RUN/checkpoints
     checkpoint_folder: str = ""
+    # a step whose checkpoint is written and kept to the end; 0: none. Studies compare its latents with those of the last one
+    keep_step: int = _or_off(0)
     keep_last: int = bounded(2, at_least=1)  # checkpoints kept besides the best ones
     keep_best: int = bounded(1, at_least=1)  # checkpoints kept for the best validation AUCs
     max_grad_norm: float = _or_off(0.0)  # of the dense part, over all its parameters; 0: not clipped

@@ -192,7 +192,7 @@ class Trainer:
                 self.window.outputs.append(outputs)
             logs = state.step % train.log_every == 0 and self.window.outputs
             self.bar.step(**(self._log() if logs else {}))
-            due = train.checkpoint_every and state.step % train.checkpoint_every == 0
+            due = state.step == train.keep_step or (train.checkpoint_every and state.step % train.checkpoint_every == 0)
             if self._stop_wanted:
                 self._stop()
             elif (due or self._save_wanted) and not self._evaluation_due():
@@ -389,5 +389,6 @@ class Trainer:
             "run": describe_run(self.built) | dict(self.context.facts),
         }
         shards = shards_of(self.built.model, self.built.optimizer) + history_shards(self.collisions)
-        self.saver.save(self.state.step, shards, extra, Keep(self.config.keep_last, tuple(self.state.best)))
+        keep = Keep(self.config.keep_last, tuple(self.state.best), self.config.keep_step)
+        self.saver.save(self.state.step, shards, extra, keep)
         self._saved_at = time.monotonic()
