@@ -10,7 +10,7 @@ from small_data import write_small
 
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
-from mbcnet_rec.report.page import Picture, Table, Text
+from mbcnet_rec.report.page import Picture, Table, Text, text_table
 from mbcnet_rec.study import runner
 from mbcnet_rec.study.pictures import best_learned
 from mbcnet_rec.study.probe import MISSING, Probe, probe_run
@@ -18,7 +18,6 @@ from mbcnet_rec.study.row_scores import ROW_SCORES, RowScores
 from mbcnet_rec.study.runs import scores
 from mbcnet_rec.study.studies import MODELS, STUDIES, with_models
 from mbcnet_rec.study.summary import Results
-from mbcnet_rec.study.tables import text_table
 
 SHORT = ["--set", "train.max_steps=15", "--set", "train.eval_every=5"]
 

@@ -81,18 +81,18 @@ def panels(count: int, height: float = 2.9) -> tuple[Figure, list[Axes]]:
     return figure, flat[:count]
 
 
-def intervals_figure(differences: Mapping[str, tuple[float, float, float, float]]) -> bytes:
-    """A difference and its 95 % interval for each name, from top to bottom; those whose interval leaves out 0 are red.
+def intervals_figure(differences: Mapping[str, tuple[tuple[float, float, float, float], bool]]) -> bytes:
+    """A difference and its 95 % interval for each name, from top to bottom.
 
-    `differences`: name -> value, low, high, p.
+    `differences`: name -> value, low, high, p; and whether it is significant, and so red.
     """
     figure, (axis,) = panels(1, height=max(1.6, 0.28 * len(differences) + 0.8))
-    for place, (value, low, high, _) in enumerate(differences.values()):
-        tone = "#D55E00" if low > 0 or high < 0 else "#0072B2"
+    for place, ((value, low, high, _), is_significant) in enumerate(differences.values()):
+        tone = "#D55E00" if is_significant else "#0072B2"
         axis.plot([low, high], [place, place], color=tone, lw=1.6, zorder=3)
         axis.scatter([value], [place], s=22, color=tone, zorder=4)
     axis.axvline(0.0, color="#888888", lw=1.0)
-    axis.set_yticks(range(len(differences)), list(differences))
+    axis.set_yticks(range(len(differences)), [name.replace("$", r"\$") for name in differences])
     axis.set_ylim(len(differences) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
     return png(figure)

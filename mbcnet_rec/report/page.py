@@ -63,6 +63,14 @@ class Code:
 Block = Heading | Text | Table | Picture | Code
 
 
+def text_table(table: Table) -> str:
+    """A table for the terminal, which is Markdown too."""
+    rows = [table.header, *(tuple(cell.replace("\n", "; ") for cell in row) for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
 def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
     """Write a page that needs no other file."""
     templates = Environment(

@@ -1,6 +1,8 @@
 """`mbcnet compare`: two runs on the same rows: paired differences of their metrics, by slice, and the clicks that either ranking would get."""
 
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,11 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.errors import InputError
-from data.reading.files import files_in_words
+from data.reading.files import files_in_words, resolve_files
+from data.reading.storage import FileList
+from data.schema import Schema
 from data.whole_folder import write_whole
+from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.report import figures
-from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, to_html
+from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, text_table, to_html
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, score_rows
 from mbcnet_rec.scoring.metrics import exact_metrics
@@ -20,15 +25,9 @@ from mbcnet_rec.scoring.paired import Difference, expected_clicks, holm, paired_
 from mbcnet_rec.scoring.tally import Rows
 from mbcnet_rec.scoring.trained_run import find_step, load_run, run_schema
 
-METRICS = {
-    "auc": "AUC",
-    "gauc": "GAUC",
-    "log_loss": "log-loss",
-    "ne": "normalised entropy",
-    "calibration": "calibration",
-}
-CLICKS = "expected_clicks"
-ALL_ROWS = "all rows"
+CLICKS, SIGNIFICANT = "expected_clicks", 0.05
+METRICS = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log-loss", "calibration": "calibration", CLICKS: "clicks on top"}
+SHOWN_TEXT = 40  # letters of a slice's name where room is short
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,23 @@ class Comparison:
     question: Question  # of which rows
     top: int = 0  # rows of each group whose clicks are counted; 0: none are
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """The runs' names in tables."""
+        names = self.ours.name, self.theirs.name
+        return names if names[0] != names[1] and all(names) else ("ours", "theirs")
+
     def command(self) -> str:
         """The line that does it again."""
+        asked = self.question
         words = ["mbcnet compare", str(self.ours), str(self.theirs)]
-        words += (
-            [f"--data {' '.join(self.question.data)}"] if self.question.data else [f"--split {self.question.split}"]
-        )
-        words += [f"--by {name}" for name in self.question.by]
+        words += [f"--data {' '.join(asked.data)}"] if asked.data else [f"--split {asked.split}"]
+        words += [f"--by {name}" for name in asked.by]
         return " ".join([*words, *([f"--expected-clicks {self.top}"] if self.top else [])])
 
 
 class Line(NamedTuple):
-    """A metric of both runs on the rows of one slice; p is corrected for the number of slices of its column."""
+    """A metric of both runs on the rows of one slice."""
 
     column: str  # that cuts the rows; "" for all of them
     value: str  # of that column
@@ -60,6 +64,12 @@ class Line(NamedTuple):
     ours: float
     theirs: float
     difference: Difference
+    p: float  # of the difference, corrected for the number of slices
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the two runs differ, after the correction."""
+        return self.p < SIGNIFICANT
 
 
 def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path | None = None) -> int:
@@ -68,86 +78,100 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
     Raises:
         InputError: the runs do not score the same rows, or there is no group column for the clicks.
     """
-    question, found = comparison.question, []
-    files: Any = []
-    names: dict[str, Any] = {}
-    config = load_run(comparison.ours)
+    folders, question = (comparison.ours, comparison.theirs), comparison.question
+    configs = [load_run(folder) for folder in folders]
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise InputError(
+            f"--out {page}: wanted a file in a folder that is there; choose another, or make {page.parent}"
+        )
     if not question.data:  # the same files for both
-        paths, where = getattr(config.data, question.split), getattr(config.data, f"{question.split}_where")
+        data = configs[0].data
+        paths, where = getattr(data, question.split), getattr(data, f"{question.split}_where")
         question = replace(question, data=tuple(paths), where=tuple(where))
-    with joined_process(config.train.device) as process:
-        for folder in (comparison.ours, comparison.theirs):
-            config = load_run(folder)
-            step = find_step(config, folder, process)
-            if comparison.top and not run_schema(config, folder, step).group_column:
-                raise InputError(
-                    f"--expected-clicks {comparison.top}: the schema of {folder} names no group_column, whose rows are ranked; leave it out"
-                )
-            tally, files = score_rows(config, folder, step, process, question)
+    files, found, names = FileList([], []), [], {}
+    with joined_process(configs[0].train.device) as process:
+        steps = [find_step(config, folder, process) for config, folder in zip(configs, folders, strict=True)]
+        runs = list(zip(configs, folders, steps, strict=True))
+        groups = _groups_of(comparison, [run_schema(*run) for run in runs])
+        for run in runs:
+            tally, files = score_rows(*run, process, question)
             if not tally.exact:
                 raise InputError(
-                    f"{files_in_words(files)}: too many rows to compare row by row; name fewer with --data"
+                    f"{files_in_words(files)}: more rows than {question.exact_rows:,}, which are compared one by one; name fewer with "
+                    "--data, or raise --exact-rows"
                 )
             found.append(tally.kept(process))
             names = dict(tally.names)
-        if not process.is_first:
-            return 0
     ours, theirs = found
+    if ours is None or theirs is None:  # not the first rank
+        return 0
     if not np.array_equal(ours.labels, theirs.labels) or not np.array_equal(ours.slices, theirs.slices):
         raise InputError(
-            f"{comparison.ours} and {comparison.theirs} do not score the same rows: their labels differ; name rows that both can read with --data"
+            f"{folders[0]} and {folders[1]} do not read the same rows of {files_in_words(files)}; do not change the files meanwhile"
         )
+    if ours.group_ids is None:
+        ours = ours._replace(group_ids=theirs.group_ids)
     lines = compare_rows(ours, theirs, names, comparison.top)
-    if as_json:
-        plain = [
-            {
-                **line._asdict(),
-                "difference": {key: finite_or_none(each) for key, each in line.difference._asdict().items()},
-            }
-            for line in lines
-        ]
-        print(
-            json.dumps(
-                {
-                    "ours": str(comparison.ours),
-                    "theirs": str(comparison.theirs),
-                    "rows": len(ours.labels),
-                    "lines": [{key: finite_or_none(each) for key, each in line.items()} for line in plain],
-                }
-            )
-        )
-    else:
-        print(f"{comparison.ours} less {comparison.theirs}: {len(ours.labels):,} rows of {files_in_words(files)}")
-        print("\n".join(table_lines(lines)))
+    lead = f"{folders[0]} less {folders[1]} on {len(ours.labels):,} rows of {files_in_words(files)}; {groups}."
+    notes = _notes(runs, files, question.where)
     if page is not None:
-        write_whole(
-            page,
-            to_html(
-                f"{comparison.ours.name} and {comparison.theirs.name}",
-                f"{len(ours.labels):,} rows of {files_in_words(files)}.",
-                page_blocks(comparison, lines),
-            ),
-        )
-        print(f"wrote {page}")
+        blocks = [*map(Text, notes), *page_blocks(comparison, lines)]
+        write_whole(page, to_html(" and ".join(comparison.names), lead, blocks))
+    if as_json:
+        told = {"ours": str(folders[0]), "theirs": str(folders[1]), "steps": steps, "files": len(files), "notes": notes}
+        print(json.dumps(told | to_json(lines)))
+        return 0
+    print("\n".join([lead, *notes, *tables(comparison, lines), *([f"wrote {page}"] if page is not None else [])]))
     return 0
+
+
+def _groups_of(comparison: Comparison, schemas: Sequence[Schema]) -> str:
+    """Check that two schemas ask for the same labels, and say which rows are taken together."""
+    labels, groups = ([getattr(each, name) for each in schemas] for name in ("label", "group_column"))
+    if labels[0] != labels[1]:
+        raise InputError(
+            f"{comparison.ours} was trained on label {labels[0]!r}, {comparison.theirs} on {labels[1]!r}: their scores tell of "
+            "different things; compare runs of one label"
+        )
+    if comparison.top and not any(groups):
+        raise InputError(
+            f"--expected-clicks {comparison.top}: neither run's schema names a group_column, whose rows are ranked; leave it out"
+        )
+    column = groups[0] or groups[1]
+    other = f" (the second run's group_column is {groups[1]})" if groups[1] not in ("", column) else ""
+    return f"rows of one {column} are taken together{other}" if column else "rows are taken as independent"
+
+
+def _notes(runs: Sequence[tuple[RunConfig, Path, int]], files: FileList, where: tuple[str, ...]) -> list[str]:
+    """What makes a comparison unfair."""
+    notes = []
+    for config, folder, _ in runs:
+        with suppress(InputError):  # training files that are gone tell nothing
+            seen = set(resolve_files(config.data.train)) & set(files)
+            if seen and config.data.train_where in ((), where):
+                notes.append(f"note: {folder} was trained on rows of {len(seen)} of these files")
+    first, second = (config.data for config, _, _ in runs)
+    if (first.train, first.train_where) != (second.train, second.train_where):
+        notes.append("note: the two were not trained on the same rows: data.train or data.train_where differs")
+    return notes
 
 
 def compare_rows(ours: Rows, theirs: Rows, names: dict[str, Any], top: int = 0) -> list[Line]:
     """Differences of every metric on all rows and on each slice; `names`: column -> its slices, as `Rows.slices` counts them."""
-    lines = _of_slice(ours, theirs, np.ones(len(ours.labels), bool), ("", ALL_ROWS), top)
-    for (column, values), places in zip(names.items(), ours.slices.T, strict=True):
-        own = [
-            _of_slice(ours, theirs, places == place, (column, value), top)
-            for place, value in enumerate(values)
-            if (places == place).any()
+    slices = [
+        _of_slice(ours, theirs, places == place, (column, value), top)
+        for (column, values), places in zip(names.items(), ours.slices.T, strict=True)
+        for place, value in enumerate(values)
+        if (places == place).any()
+    ]
+    for alike in zip(*slices, strict=True):  # one metric on every slice
+        corrected = iter(holm([line.p for line in alike]))
+        slices = [
+            [line._replace(p=next(corrected)) if line.metric == alike[0].metric else line for line in each]
+            for each in slices
         ]
-        for alike in zip(*own, strict=True):  # one metric on every slice
-            corrected = holm([line.difference.p for line in alike])
-            lines += [
-                line._replace(difference=line.difference._replace(p=p))
-                for line, p in zip(alike, corrected, strict=True)
-            ]
-    return lines
+    everything = _of_slice(ours, theirs, np.ones(len(ours.labels), bool), ("", ""), top)
+    return [*everything, *(line for each in slices for line in each)]
 
 
 def _of_slice(ours: Rows, theirs: Rows, chosen: np.ndarray, slice_: tuple[str, str], top: int) -> list[Line]:
@@ -156,66 +180,112 @@ def _of_slice(ours: Rows, theirs: Rows, chosen: np.ndarray, slice_: tuple[str, s
     a, b = ours.logits[chosen, 0], theirs.logits[chosen, 0]
     values = [exact_metrics(each[:, None], labels, (), groups, errors=False) for each in (a, b)]
     differences = paired_differences(a, b, labels, groups)
-    lines = [
-        Line(*slice_, rows, metric, values[0][metric].value, values[1][metric].value, differences[metric])
-        for metric in METRICS
-        if metric in differences
-    ]
+    both = {name: (values[0][name].value, values[1][name].value, each) for name, each in differences.items()}
     if top and groups is not None:
         clicks, difference = expected_clicks(a, b, labels, groups, top)
-        lines.append(Line(*slice_, rows, CLICKS, clicks["ours"], clicks["theirs"], difference))
-    return lines
+        both[CLICKS] = clicks["ours"], clicks["theirs"], difference
+    return [Line(*slice_, rows, metric, *both[metric], both[metric][2].p) for metric in METRICS if metric in both]
 
 
-def table_lines(lines: list[Line]) -> list[str]:
-    """A table for people."""
-    shown = [f"  {'rows':<34}{'metric':<20}{'ours':>9}{'theirs':>9}{'difference':>12}   95 % interval         p"]
+def to_json(lines: Sequence[Line]) -> dict[str, Any]:
+    """One object: rows and each metric of all rows; `slices`, column -> value, of the same form. What is not defined is null."""
+    found: dict[str, Any] = {}
     for line in lines:
-        low, high = line.difference.low, line.difference.high
-        shown.append(
-            f"  {_where(line)[:33]:<34}{_metric(line):<20}{line.ours:>9.4f}{line.theirs:>9.4f}{line.difference.value:>+12.5f}"
-            f"   [{low:+.5f}, {high:+.5f}]  {p_text(line.difference.p)}"
-        )
-    if any(line.column for line in lines):
-        shown.append("  p of slices is corrected for their number (Holm)")
-    return shown
+        place = found
+        for key in ("slices", line.column, line.value) if line.column else ():
+            place = place.setdefault(key, {})
+        value, low, high, p = map(finite_or_none, line.difference)
+        place["rows"] = line.rows
+        place[line.metric] = {
+            "ours": finite_or_none(line.ours),
+            "theirs": finite_or_none(line.theirs),
+            "difference": value,
+            "interval": [low, high],
+            "p": p,
+            "p_corrected": finite_or_none(line.p),
+            "significant": line.is_significant,
+        }
+    return found
 
 
-def _where(line: Line) -> str:
-    return f"{line.column} = {line.value}" if line.column else line.value
+def tables(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
+    """Tables for people."""
+    found = ["", text_table(_of_all(comparison, lines))]
+    for column in dict.fromkeys(line.column for line in lines if line.column):
+        found += ["", text_table(_by_column(column, lines, SHOWN_TEXT))]
+    return [*found, *legend(comparison, lines)]
 
 
-def _metric(line: Line) -> str:
-    return METRICS.get(line.metric, "clicks on top")
+def _of_all(comparison: Comparison, lines: Sequence[Line]) -> Table:
+    rows = [
+        (METRICS[line.metric], _number(line.ours), _number(line.theirs), *_interval(line.difference), p_text(line.p))
+        for line in lines
+        if not line.column
+    ]
+    return Table(("all rows", *comparison.names, "difference", "95 % interval", "p"), tuple(rows))
+
+
+def _interval(difference: Difference) -> tuple[str, str]:
+    value, low, high = (_number(each, "+") for each in difference[:3])
+    return value, f"{low} to {high}" if low != "-" else "-"
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.5f}" if np.isfinite(value) else "-"
+
+
+def _by_column(column: str, lines: Sequence[Line], shown: int | None = None) -> Table:
+    """A row for each slice: differences, with half their interval."""
+    slices: dict[str, list[Line]] = {}
+    for line in lines:
+        if line.column == column:
+            slices.setdefault(line.value, []).append(line)
+    rows = [(name[:shown], f"{own[0].rows:,}", *map(_cell, own)) for name, own in slices.items()]
+    metrics = [METRICS[line.metric] for line in next(iter(slices.values()))]
+    return Table((f"by {column}", "rows", *metrics), tuple(rows))
+
+
+def _cell(line: Line) -> str:
+    value, _, high, _ = line.difference
+    half = f" +-{high - value:.4f}" if np.isfinite(high) else ""
+    return f"{value:+.4f}{half}{' *' if line.is_significant else ''}" if np.isfinite(value) else "-"
+
+
+def legend(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
+    """What the tables' signs mean."""
+    slices = sum(bool(line.column) and line.metric == "log_loss" for line in lines)
+    told = (
+        [f"*: p below {SIGNIFICANT} after Holm's correction for {slices} slices. +- is half a 95 % interval."]
+        if slices
+        else []
+    )
+    if any(not np.isfinite(line.difference.high) for line in lines):
+        told.append("-, or no interval: not defined; too few rows of a class, or too few groups.")
+    if comparison.top:
+        top = f"clicks on top: expected clicks on the {comparison.top} highest rows of a group, mean over groups"
+        told.append(f"{top}; in a slice, of its rows.")
+    return told
 
 
 def p_text(p: float) -> str:
     """A p for people."""
-    return "<.001" if p < 0.001 else f"{p:.3f}"
+    return "-" if p != p else "<.001" if p < 0.001 else f"{p:.3f}"
 
 
-def page_blocks(comparison: Comparison, lines: list[Line]) -> list[Block]:
-    """The page: a table of all rows, and for each column that cuts them a picture and a table."""
-    blocks: list[Block] = [Heading("All rows"), _page_table([line for line in lines if not line.column])]
+def page_blocks(comparison: Comparison, lines: Sequence[Line]) -> list[Block]:
+    """The page: a table of all rows, and for each column that cuts them pictures and a table."""
+    blocks: list[Block] = [Heading("All rows"), _of_all(comparison, lines)]
     for column in dict.fromkeys(line.column for line in lines if line.column):
-        own = [line for line in lines if line.column == column]
-        area = {line.value: line.difference for line in own if line.metric == "auc"}
-        caption = f"Difference of AUC by {column}, with 95 % intervals. Right of 0, {comparison.ours.name} is ahead."
-        blocks += [
-            Heading(f"By {column}"),
-            Picture(f"by {column}", figures.intervals_figure(area), caption),
-            _page_table(own),
-        ]
-    told = "Intervals are of paired differences: both runs see the same rows, and rows of one group are taken together. p of slices is corrected for their number (Holm)."
-    return [*blocks, Text(told), Heading("Again"), Code(comparison.command())]
-
-
-def _page_table(lines: list[Line]) -> Table:
-    cells = tuple(
-        (
-            _where(line), f"{line.rows:,}", _metric(line), f"{line.ours:.4f}", f"{line.theirs:.4f}",
-            f"{line.difference.value:+.5f} [{line.difference.low:+.5f}, {line.difference.high:+.5f}]", p_text(line.difference.p),
-        )
-        for line in lines
-    )  # fmt: skip
-    return Table(("rows", "number", "metric", "ours", "theirs", "difference", "p"), cells)
+        blocks.append(Heading(f"By {column}"))
+        for metric in ("auc", *([CLICKS] if comparison.top else [])):
+            own = [
+                line
+                for line in lines
+                if (line.column, line.metric) == (column, metric) and np.isfinite(line.difference.high)
+            ]
+            if own:
+                drawn = {line.value[:SHOWN_TEXT]: (line.difference, line.is_significant) for line in own}
+                caption = f"{METRICS[metric]} by {column}: differences with 95 % intervals. Right of 0, {comparison.names[0]} is ahead; red: significant."
+                blocks.append(Picture(f"{metric} by {column}", figures.intervals_figure(drawn), caption))
+        blocks.append(_by_column(column, lines))
+    return [*blocks, *map(Text, legend(comparison, lines)), Heading("Again"), Code(comparison.command())]

@@ -150,10 +150,20 @@ def gauc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Estim
 
     Its error treats groups as independent draws: error^2 = sum_g (w_g (AUC_g - GAUC))^2 / (sum_g w_g)^2; NaN with one group.
     """
+    values, weights = group_areas(logits, labels, group_ids)
+    if not len(values):
+        return NOT_KNOWN
+    value = float((weights * values).sum() / weights.sum())
+    error = np.sqrt(((weights * (values - value)) ** 2).sum()) / weights.sum()
+    return Estimate(value, float(error) if len(values) > 1 else float("nan"))
+
+
+def group_areas(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The AUC of each group that has both classes, and its rows, by rising id: two (G,) float64; empty ones where a logit is NaN."""
     order = np.lexsort((logits, group_ids))
     groups, scores = group_ids[order], logits[order]
     if not len(order) or np.isnan(scores).any():
-        return NOT_KNOWN
+        return np.zeros(0), np.zeros(0)
     new_group = np.concatenate([[True], groups[1:] != groups[:-1]])
     starts = np.flatnonzero(new_group | np.concatenate([[True], scores[1:] != scores[:-1]]))
     positives = np.add.reduceat((labels[order] > 0).astype(np.float64), starts)
@@ -165,13 +175,7 @@ def gauc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Estim
     below = before - np.repeat(before[first], sizes) + negatives / 2
     wins = np.add.reduceat(positives * below, first)
     both = (group_positives > 0) & (group_negatives > 0)
-    if not both.any():
-        return NOT_KNOWN
-    values = wins[both] / (group_positives[both] * group_negatives[both])
-    weights = (group_positives + group_negatives)[both]
-    value = float((weights * values).sum() / weights.sum())
-    error = np.sqrt(((weights * (values - value)) ** 2).sum()) / weights.sum()
-    return Estimate(value, float(error) if len(values) > 1 else float("nan"))
+    return wins[both] / (group_positives * group_negatives)[both], (group_positives + group_negatives)[both]
 
 
 class Histogram:

@@ -5,9 +5,11 @@ difference of the influences, and rows of one group (a user's, say), which are n
 
     error^2 = m / (m - 1) sum_c (sum_{i in c} (influence_a(i) - influence_b(i)))^2,    m groups c, or rows where there are no groups
 
-For AUC without groups that is the paired test of DeLong et al. (1988), with groups that of Obuchowski (1997) up to terms of 1 / m.
+Interval and p are those of Student's t with m - 1 degrees of freedom, since a slice may hold few groups. For AUC without groups they are
+those of the paired test of DeLong et al. (1988): n / (n - 1) for each class of n rows, and the normal distribution. With groups they are
+those of Obuchowski (1997) up to terms of 1 / m.
 
-Shapes: B rows.
+Shapes: B rows, G groups.
 """
 
 import math
@@ -15,15 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
-from mbcnet_rec.scoring.metrics import Z_95, softplus
+from mbcnet_rec.scoring.metrics import group_areas, softplus
 
-Influence = tuple[float, np.ndarray]  # the metric's value, and each row's influence on it (B,)
+ROUNDING = 1e-12  # of a difference: an error below it is one of rounding
+Influence = tuple[float, np.ndarray]  # the metric's value, and the influence on it of each row (B,) or group (G,)
 
 
 class Difference(NamedTuple):
-    """A difference of a metric over the same rows, its 95 % interval, and the p of the two-sided normal test. NaN: not defined."""
+    """A difference of a metric over the same rows, its 95 % interval, and the p of the two-sided test. NaN: not defined."""
 
     value: float
     low: float
@@ -48,23 +51,35 @@ def paired_differences(
         "ne": lambda z: loss_influence(z, labels, normalised=True),
         "calibration": lambda z: calibration_influence(z, labels),
     }
-    if groups is not None:
-        metrics["gauc"] = lambda z: gauc_influence(z, labels, groups)
     clusters = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    classes = labels > 0, labels <= 0
+    rows = np.where(classes[0], *(of_class.sum() for of_class in classes))
     found = {}
     for name, influence in metrics.items():
         (value, own), (other_value, other) = influence(ours), influence(theirs)
-        found[name] = difference_of(value - other_value, np.bincount(clusters, own - other))
+        delong = name == "auc" and groups is None
+        gaps = (own - other) * (np.sqrt(rows / np.maximum(1, rows - 1)) if delong else 1.0)
+        found[name] = difference_of(value - other_value, np.bincount(clusters, gaps), delong=delong)
+    if (
+        min(len(np.unique(clusters[of_class])) for of_class in classes) < 2
+    ):  # one draw of a class: how it varies is not known
+        found["auc"] = Difference(found["auc"].value, math.nan, math.nan, math.nan)
+    if groups is not None:
+        (value, own), (other_value, other) = (gauc_influence(z, labels, groups) for z in (ours, theirs))
+        found["gauc"] = difference_of(value - other_value, own - other)
     return found
 
 
-def difference_of(value: float, influences: np.ndarray) -> Difference:
-    """The difference whose independent parts have these influences, (m,)."""
+def difference_of(value: float, influences: np.ndarray, *, delong: bool = False) -> Difference:
+    """The difference whose m independent parts have these influences, (m,). No error is known of one part, nor of a difference that all share."""
     m = len(influences)
-    error = math.sqrt(m / (m - 1) * float(influences @ influences)) if m > 1 else math.nan
-    ratio = abs(value) / error if error > 0 else (0.0 if value == 0 else math.inf)
-    p = float(2 * stats.norm.sf(ratio)) if error == error and value == value else math.nan
-    return Difference(value, value - Z_95 * error, value + Z_95 * error, p)
+    factor, freedom = (1.0, math.inf) if delong else (m / max(1, m - 1), max(1, m - 1))
+    error = math.sqrt(factor * float(influences @ influences)) if m > 1 else math.nan
+    if error <= ROUNDING * abs(value):
+        error = 0.0 if value == 0 else math.nan
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else 1.0
+    return Difference(value, value - half, value + half, p)
 
 
 def auc_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
@@ -104,7 +119,7 @@ def loss_influence(logits: np.ndarray, labels: np.ndarray, *, normalised: bool =
 
 def calibration_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
     """Mean prediction over the labels' rate."""
-    y, p = labels.astype(np.float64), 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+    y, p = labels.astype(np.float64), special.expit(logits.astype(np.float64))
     rate, mean, n = float(y.mean()), float(p.mean()), len(y)
     if rate == 0:
         return math.nan, np.full(n, math.nan)
@@ -112,23 +127,13 @@ def calibration_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
 
 
 def gauc_influence(logits: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Influence:
-    """GAUC, the mean over groups of both classes of their AUC, weighted by rows; the whole influence of a group stands at its first row."""
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(groups[order]) != 0])) if len(order) else order
-    sizes, values, firsts = [], [], []
-    for rows in np.split(order, starts[1:]):
-        area, _ = auc_influence(logits[rows], labels[rows])
-        if area == area:
-            sizes.append(len(rows))
-            values.append(area)
-            firsts.append(rows[0])
-    influence = np.zeros(len(labels))
-    if not values:
-        return math.nan, influence
-    weights = np.asarray(sizes) / sum(sizes)
-    value = float(weights @ values)
-    influence[firsts] = weights * (np.asarray(values) - value)
-    return value, influence
+    """GAUC, the mean over groups of both classes of their AUC, weighted by rows; with the influence of each of these groups, (G,)."""
+    areas, rows = group_areas(logits, labels, groups)
+    if not len(areas):
+        return math.nan, np.full(1, math.nan)
+    weights = rows / rows.sum()
+    value = float(weights @ areas)
+    return value, weights * (areas - value)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -144,30 +149,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def expected_clicks(
     ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray, groups: np.ndarray, top: int
 ) -> tuple[Mapping[str, float], Difference]:
-    """Clicks of the `top` rows of each group under either ranking, a group's mean: an offline stand-in for an A/B test (Table 4, Figure 3).
+    """Clicks on the `top` highest rows of a group under either ranking, a group's mean: an offline stand-in for an A/B test (Table 4, Figure 3).
 
-    Groups of `top` rows or fewer say nothing, since both rankings show all of them, and are left out. Ties count by their mean.
+    A group of fewer rows shows all of them under both. Equal scores are in random order, so theirs count by their mean.
 
     Returns:
         ours, theirs, groups; and the difference.
     """
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(groups[order]) != 0])) if len(order) else order
-    clicks = []
-    for rows in np.split(order, starts[1:]):
-        if len(rows) > top:
-            clicks.append([_clicks_on_top(scores[rows], labels[rows], top) for scores in (ours, theirs)])
-    if not clicks:
-        return {"ours": math.nan, "theirs": math.nan, "groups": 0}, Difference(*[math.nan] * 4)
-    each = np.asarray(clicks)
-    own, other = each.mean(0).tolist()
-    gaps = each[:, 0] - each[:, 1]
-    return {"ours": own, "theirs": other, "groups": len(each)}, difference_of(
-        own - other, (gaps - gaps.mean()) / len(gaps)
-    )
+    own, other = (_clicks_on_top(scores, labels, groups, top) for scores in (ours, theirs))
+    gaps = own - other
+    found = {"ours": float(own.mean()), "theirs": float(other.mean()), "groups": len(own)}
+    return found, difference_of(found["ours"] - found["theirs"], (gaps - gaps.mean()) / len(gaps))
 
 
-def _clicks_on_top(scores: np.ndarray, labels: np.ndarray, top: int) -> float:
-    bound = np.partition(scores, len(scores) - top)[len(scores) - top]
+def _clicks_on_top(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, top: int) -> np.ndarray:
+    """Expected clicks on the highest rows of each group, by rising id, (G,)."""
+    order = np.lexsort((-scores, groups))
+    scores, labels, (_, starts, rows) = scores[order], labels[order], np.unique(groups[order], True, False, True)
+    shown = np.minimum(rows, top)
+    bound = np.repeat(scores[starts + shown - 1], rows)  # the lowest score on top, in each row
     above, tied = scores > bound, scores == bound
-    return float(labels[above].sum() + labels[tied].mean() * (top - above.sum()))
+    clicks, tied_clicks, num_above, num_tied = (
+        np.add.reduceat(each.astype(np.float64), starts) for each in (labels * above, labels * tied, above, tied)
+    )
+    return clicks + tied_clicks / num_tied * (shown - num_above)

@@ -11,7 +11,7 @@ from data.errors import InputError
 from data.whole_folder import write_whole
 from mbcnet_rec.config import RunConfig, config_text, load_config
 from mbcnet_rec.model.widths import fit_widths
-from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, to_html
+from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, text_table, to_html
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.ranks import refuse_ranks
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
@@ -21,7 +21,7 @@ from mbcnet_rec.study.row_scores import keep_row_scores, read_row_scores
 from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all, train_one
 from mbcnet_rec.study.studies import MODELS, Study, Variant, with_models
 from mbcnet_rec.study.summary import Results, judge_all, summarise
-from mbcnet_rec.study.tables import COMPARED, VERDICTS, WATCHED, headline, score_table, text_table, verdict_table
+from mbcnet_rec.study.tables import COMPARED, VERDICTS, WATCHED, headline, score_table, verdict_table
 from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.training.trainer import Watch
 

@@ -52,14 +52,6 @@ def score_table(rows: Sequence[Row], *, watched: bool = False) -> Table:
     return Table(tuple(kept), tuple(zip(*kept.values(), strict=True)), best)
 
 
-def text_table(table: Table) -> str:
-    """A table for the terminal, which is Markdown too."""
-    rows = [table.header, *(tuple(cell.replace("\n", "; ") for cell in row) for row in table.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
 def _pair(figures: Sequence[float]) -> str:
     """AUC and log-loss as the paper prints them."""
     return " / ".join(f"{each:.4f}" for each in figures)
