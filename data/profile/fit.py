@@ -8,7 +8,7 @@ where new values are to be expected.
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ def fit_schema(
     }
     done = 0
     for file in files if waiting else ():
-        for place, rows in _record_batches(file, waiting):
+        for place, rows in record_batches(file, [feature.source_column for feature in waiting]):
             done += rows.num_rows
             for feature in waiting:
                 column = rows.column(feature.source_column)
@@ -295,9 +295,9 @@ def _ids(column: pa.Array, feature: Feature, place: Place) -> pa.Array:
     return read_ids(items, f"field {feature.name!r}", feature.type, place, offsets)
 
 
-def _record_batches(file: DataFile, features: list[Feature]) -> Iterator[tuple[Place, pa.RecordBatch]]:
-    """The columns of fields, in pieces of a row group: nested columns of many are more than Arrow can join."""
-    names = list(dict.fromkeys(feature.source_column for feature in features))
+def record_batches(file: DataFile, columns: Iterable[str]) -> Iterator[tuple[Place, pa.RecordBatch]]:
+    """Some columns, in pieces of a row group: nested columns of many are more than Arrow can join."""
+    names = list(dict.fromkeys(columns))
     with naming(file), open_parquet(file, pre_buffer=True) as parquet:
         for group in range(parquet.num_row_groups):
             start = 0

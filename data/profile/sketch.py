@@ -19,14 +19,29 @@ class Distinct:
 
     def __init__(self, size: int = 4096) -> None:
         self.size = size
-        self.smallest = np.zeros(0, np.uint64)  # ascending, no repeats
+        self._smallest = np.zeros(0, np.uint64)  # ascending, no repeats
+        self._new: list[np.ndarray] = []  # which are taken in together: each time costs as much as sorting all
+        self._num_new = 0
 
     def add(self, hashes: np.ndarray) -> None:
         """Take in 64-bit hashes, uint64, of any number of values, with repeats."""
-        if not self.is_exact:
-            hashes = hashes[hashes < self.smallest[-1]]  # most of a long column leaves here
-        if len(hashes):
-            self.smallest = np.union1d(self.smallest, hashes)[: self.size]
+        if len(self._smallest) == self.size:
+            hashes = hashes[hashes < self._smallest[-1]]  # most of a long column leaves here
+        self._new.append(hashes)
+        self._num_new += len(hashes)
+        if self._num_new > self.size // 4:
+            self._merge()
+
+    def _merge(self) -> None:
+        if self._new:
+            self._smallest = np.union1d(self._smallest, np.concatenate(self._new))[: self.size]
+        self._new, self._num_new = [], 0
+
+    @property
+    def smallest(self) -> np.ndarray:
+        """The hashes kept, ascending, no repeats."""
+        self._merge()
+        return self._smallest
 
     @property
     def is_exact(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.profile.count import table_2
 from data.profile.fit import write_fitted
 from data.profile.infer import infer_schema
 from data.reading.files import files_in_words, resolve_files
@@ -36,7 +37,22 @@ def register(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="replace an earlier fit in FOLDER")
     fit.set_defaults(run=_fit)
     show = actions.add_parser("show", help="print a schema as a table", description=_show.__doc__)
-    show.add_argument("path", metavar="FILE")
+    add = show.add_argument
+    add("path", metavar="FILE")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="count these Parquet files too, as Table 2 of the paper does",
+    )
+    add("--user", default="", metavar="FIELD", help="whose values are users (default: the schema's group_column)")
+    add(
+        "--item",
+        default="",
+        metavar="FIELD",
+        help="whose values are items (default: a field called item_id or the like)",
+    )
     show.set_defaults(run=_show)
 
 
@@ -79,6 +95,15 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    """Print tables, fields and groups with their sizes."""
-    print_schema(load_schema(args.path))
+    """Print tables, fields and groups with their sizes; of --data users, items, samples, clicks and density."""
+    schema = load_schema(args.path)
+    if (args.user or args.item) and not args.data:
+        raise InputError("--user and --item say what to count in the files of --data; name these too")
+    lines = []
+    if args.data:
+        files = resolve_files(args.data)
+        with RowBar("count") as bar:
+            lines = ["", f"{files_in_words(files)}:", *table_2(files, schema, args.user, args.item, bar.reach)]
+    print_schema(schema)
+    print("\n".join(lines), end="\n" if lines else "")
     return 0

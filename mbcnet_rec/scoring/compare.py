@@ -92,9 +92,12 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
     with joined_process(configs[0].train.device) as process:
         steps = [find_step(config, folder, process) for config, folder in zip(configs, folders, strict=True)]
         runs = list(zip(configs, folders, steps, strict=True))
-        groups = _groups_of(comparison, [run_schema(*run) for run in runs])
+        groups = groups_in_words(comparison, [run_schema(*run) for run in runs])
         for run in runs:
-            tally, files = score_rows(*run, process, question)
+            try:
+                tally, files = score_rows(*run, process, question)
+            except InputError as error:  # which may tell of a schema
+                raise InputError(f"{run[1]}: {error}") from None
             if not tally.exact:
                 raise InputError(
                     f"{files_in_words(files)}: more rows than {question.exact_rows:,}, which are compared one by one; name fewer with "
@@ -125,7 +128,7 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
     return 0
 
 
-def _groups_of(comparison: Comparison, schemas: Sequence[Schema]) -> str:
+def groups_in_words(comparison: Comparison, schemas: Sequence[Schema]) -> str:
     """Check that two schemas ask for the same labels, and say which rows are taken together."""
     labels, groups = ([getattr(each, name) for each in schemas] for name in ("label", "group_column"))
     if labels[0] != labels[1]:

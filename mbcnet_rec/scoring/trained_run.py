@@ -33,10 +33,11 @@ def load_run(folder: Path) -> RunConfig:
     Raises:
         InputError: it is no run folder.
     """
-    if not (folder / CONFIG).is_file():
-        raise InputError(
-            f"{folder}: no run folder (it has no {CONFIG}); pass what `mbcnet train` wrote, such as runs/NAME"
-        )
+    others = {"model.json": "an exported artifact", "_predict.json": "scores of `mbcnet predict`"}
+    other = next((what for name, what in others.items() if (folder / name).is_file()), "")
+    if other or not (folder / CONFIG).is_file():
+        found = f"it is {other}" if other else f"it has no {CONFIG}"
+        raise InputError(f"{folder}: no run folder ({found}); pass what `mbcnet train` wrote, such as runs/NAME")
     return load_config(folder / CONFIG)
 
 
