@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from mbcnet_rec.scoring.compare import p_text
-from mbcnet_rec.study.row_scores import RowScores
+from mbcnet_rec.scoring.metrics import auc
+from mbcnet_rec.study.row_scores import RowScores, row_differences
 from mbcnet_rec.study.studies import Claim, Study, Variant
 from mbcnet_rec.study.summary import (
     Results,
@@ -95,6 +96,52 @@ def test_claims_are_corrected_for_their_number():
 
 def test_a_claim_without_its_runs_is_not_tested():
     assert judge_all([CLAIM], results({"ours": [0.8]})) == [(CLAIM, "not tested", None, None)]
+
+
+def test_rows_are_compared_by_delong_of_the_mean_score_and_by_the_mean_loss():
+    """AUC against a direct O(n^2) DeLong and, by groups, a bootstrap of groups; log-loss against the t test of mean row losses."""
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 60, 600)
+    truth = rng.normal(size=600) + rng.normal(size=60)[groups]
+    labels = (rng.random(600) < 1 / (1 + np.exp(1 - truth))).astype(np.float32)
+    logits = {name: truth + noise * rng.normal(size=(3, 600)) for name, noise in (("ours", 0.8), ("theirs", 1.2))}
+
+    def found(by):
+        rows = {name: {s: RowScores(("",), z[s][:, None], labels, by) for s in range(3)} for name, z in logits.items()}
+        return row_differences(rows["ours"], rows["theirs"])
+
+    positive = labels > 0
+
+    def placements(z):
+        wins = (z[positive][:, None] > z[~positive]) + 0.5 * (z[positive][:, None] == z[~positive])
+        return wins.mean(1), wins.mean(0)
+
+    ours, theirs = (placements(logits[name].mean(0)) for name in ("ours", "theirs"))
+    error = math.sqrt(sum(np.var(a - b, ddof=1) / len(a) for a, b in zip(ours, theirs, strict=True)))
+    value = ours[0].mean() - theirs[0].mean()
+    alone = found(None)
+    assert alone["auc"].value == pytest.approx(value)
+    assert alone["auc"].p == pytest.approx(2 * stats.norm.sf(abs(value) / error), rel=0.02)
+
+    losses = {name: (np.logaddexp(0, z) - labels * z).mean(0) for name, z in logits.items()}
+    wanted = stats.ttest_rel(losses["ours"], losses["theirs"])
+    assert alone["log_loss"].value == pytest.approx(losses["ours"].mean() - losses["theirs"].mean())
+    assert alone["log_loss"].p == pytest.approx(wanted.pvalue, rel=0.05)
+
+    members = [np.flatnonzero(groups == group) for group in range(60)]
+    drawn = []
+    for _ in range(400):
+        chosen = np.concatenate([members[place] for place in rng.integers(0, 60, 60)])
+        drawn.append(
+            [
+                auc(logits["ours"].mean(0)[chosen], labels[chosen])
+                - auc(logits["theirs"].mean(0)[chosen], labels[chosen])
+            ]
+            + [(losses["ours"] - losses["theirs"])[chosen].mean()]
+        )
+    together = found(groups)
+    errors = [(together[name].high - together[name].low) / 2 / 1.96 for name in ("auc", "log_loss")]
+    np.testing.assert_allclose(errors, np.std(drawn, axis=0, ddof=1), rtol=0.15)
 
 
 def test_outputs_of_a_variant_are_compared_too():

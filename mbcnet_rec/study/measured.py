@@ -12,9 +12,9 @@ from scipy.special import softmax
 
 from data.errors import InputError
 from mbcnet_rec.scoring.paired import Difference as RowDifference
-from mbcnet_rec.scoring.paired import difference_of
 from mbcnet_rec.study.pictures import Material
 from mbcnet_rec.study.probe import MISSING, Probe
+from mbcnet_rec.study.row_scores import mean_over_rows
 from mbcnet_rec.study.studies import Measure
 from mbcnet_rec.study.summary import Compared, Difference, in_both, paired_difference
 
@@ -65,10 +65,7 @@ def dependence(losses: np.ndarray, categories: np.ndarray) -> tuple[float, float
 
 def over_seeds_and_rows(values: np.ndarray, groups: np.ndarray | None) -> Compared:
     """Compare with 0 what each seed says of each row, (S, n)."""
-    each = values.mean(0)
-    clusters = np.arange(len(each)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    rows = difference_of(float(each.mean()), np.bincount(clusters, (each - each.mean()) / len(each)))
-    return in_both(paired_difference(values.mean(1)), rows)
+    return in_both(paired_difference(values.mean(1)), mean_over_rows(values.mean(0), groups))
 
 
 def measure_separation(material: Material) -> Measured:

@@ -9,7 +9,8 @@ import numpy as np
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, score_rows
-from mbcnet_rec.scoring.paired import Difference, paired_differences
+from mbcnet_rec.scoring.metrics import softplus
+from mbcnet_rec.scoring.paired import Difference, difference_of, paired_differences
 from mbcnet_rec.scoring.trained_run import find_step
 
 ROW_SCORES = "row_scores.npz"
@@ -65,16 +66,28 @@ def read_row_scores(config: RunConfig) -> RowScores | None:
 def row_differences(
     ours: Mapping[int, RowScores], theirs: Mapping[int, RowScores], outputs: tuple[str, str] = ("", "")
 ) -> dict[str, Difference]:
-    """Compare the scores of two variants, each the mean logit of the seeds that both have, row by row; empty where that cannot be."""
+    """Compare two variants row by row over the seeds that both have: AUC of their mean logits, and the mean of their log-losses.
+
+    Log-loss is not that of the mean logits, which are better calibrated than any of them. Empty where the rows are not the same.
+    """
     shared = sorted(ours.keys() & theirs.keys())
     if not shared or not _same_rows([each[seed] for each in (ours, theirs) for seed in shared]):
         return {}
+    labels, groups = ours[shared[0]].labels, ours[shared[0]].groups
     own, other = (
-        np.mean([each[seed].of(output) for seed in shared], axis=0)
+        np.stack([each[seed].of(output) for seed in shared]).astype(np.float64)
         for each, output in zip((ours, theirs), outputs, strict=True)
     )
-    first = ours[shared[0]]
-    return paired_differences(own, other, first.labels, first.groups)
+    losses = softplus(own) - softplus(other) - labels * (own - other)  # (seeds, B)
+    area = paired_differences(own.mean(0), other.mean(0), labels, groups)["auc"]
+    return {"auc": area, "log_loss": mean_over_rows(losses.mean(0), groups)}
+
+
+def mean_over_rows(values: np.ndarray, groups: np.ndarray | None) -> Difference:
+    """Compare the mean of values (B,) with 0; rows of one group are taken together."""
+    clusters = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    mean = float(values.mean())
+    return difference_of(mean, np.bincount(clusters, (values - mean) / len(values)))
 
 
 def _same_rows(scores: Sequence[RowScores]) -> bool:

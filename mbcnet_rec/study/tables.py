@@ -14,7 +14,7 @@ VERDICTS = (
 )
 COMPARED = (
     f"First the mean difference over seeds, paired by seed, with the {CONFIDENCE:.0%} interval of Student's t; then the interval over the test rows, "
-    "of the seeds' mean scores (DeLong; rows of one group are taken together); then the p of both tests; last the verdict, which needs both: its p "
+    "of the seeds' mean scores (AUC, by DeLong) or mean losses, rows of one group taken together; then the p of both tests; last the verdict, which needs both: its p "
     "is the larger of the two, or 1 where they point to different sides, corrected for the number of comparisons in the column (Holm). "
     "ahead: a higher AUC, or a lower log-loss."
 )
