@@ -212,7 +212,7 @@ def _grid(material: Material) -> list[Block]:
     drawn = line in {each.name for each in material.study.rivals}
     level = mean_and_sd([each["auc"] for each in material.scores[line].values()])[0] if drawn else np.nan
     picture = figures.grid_figure(GRID_ALPHA, GRID_BETA, auc, dead, (line, level))
-    caption = "Figure 9: the paper uses 0.1 for both. The line is the best other model that was run; a cell is dead where a seed of it ended so."
+    caption = "Figure 9: alpha is the weight of co-teaching; the paper uses 0.1 for both. The line is the best other model that was run. Dead: a seed ended so."
     return [Picture("grid", picture, caption)]
 
 

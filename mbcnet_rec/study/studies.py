@@ -171,36 +171,26 @@ _MORE_BRANCHES = (
     _ours("MBCnet + FM + Wide", _branches("efgc", "cross", "deep", "fm", "wide")),
 )
 _NO_COOPERATION = "no cooperation"
+_READINGS = {  # what is weighed -> the first and the second reading
+    "alpha": ("-log 0.5", "base rate"),
+    "beta": ("raw latents", "unit latents"),
+    "alpha = beta =": ("-log 0.5, raw latents", "base rate, unit latents"),
+}
 
 
-def _reading(name: str, alpha: float, beta: float, threshold: str, latents: str) -> Variant:
-    keys = (
-        f"{_ALPHA}.weight={alpha}",
-        f"{_ALPHA}.threshold={threshold}",
-        f"{_BETA}.weight={beta}",
-        f"{_BETA}.latents={latents}",
-    )
-    return _ours(name, (*keys, "model.mbcnet.top_activation=none"))
+def _reading(name: str, alpha: float, beta: float, second: bool) -> Variant:
+    threshold, latents = ("base_rate", "unit") if second else (math.log(2), "raw")
+    ours = (f"{_ALPHA}.weight={alpha}", f"{_ALPHA}.threshold={threshold}", f"{_BETA}.weight={beta}")
+    return _ours(name, (*ours, f"{_BETA}.latents={latents}", "model.mbcnet.top_activation=none"))
 
 
-_NUMBER, _RAW = ("-log 0.5", repr(math.log(2))), ("raw latents", "raw")
-_RATE, _UNIT = ("base rate", "base_rate"), ("unit latents", "unit")
 _LOSSES = (
-    _reading(_NO_COOPERATION, 0.0, 0.0, _NUMBER[1], _RAW[1]),
+    _reading(_NO_COOPERATION, 0.0, 0.0, False),
     *(
-        _reading(f"alpha {alpha:g}, {name}", alpha, 0.0, threshold, _RAW[1])
-        for name, threshold in (_NUMBER, _RATE)
-        for alpha in GRID_ALPHA[1:]
-    ),
-    *(
-        _reading(f"beta {beta:g}, {name}", 0.0, beta, _NUMBER[1], latents)
-        for name, latents in (_RAW, _UNIT)
-        for beta in GRID_BETA[1:]
-    ),
-    *(
-        _reading(f"alpha = beta = {both:g}, {first[0]}, {second[0]}", both, both, first[1], second[1])
-        for first, second in ((_NUMBER, _RAW), (_RATE, _UNIT))
-        for both in GRID_ALPHA[1:]
+        _reading(f"{what} {weight:g}, {name}", weight * ("alpha" in what), weight * ("beta" in what), bool(second))
+        for what, names in _READINGS.items()
+        for second, name in enumerate(names)
+        for weight in GRID_ALPHA[1:]
     ),
 )
 _GATED, _CONFIDENT = ("model.mbcnet.fusion=gated",), (f"{_ALPHA}.confidence=true",)
