@@ -13,7 +13,7 @@ from tiny_run import lines_of, train
 
 from data.errors import InputError
 from data.schema import load_schema
-from mbcnet_rec.scoring.compare import Comparison, Line, groups_in_words, tables, to_json
+from mbcnet_rec.scoring.compare import Comparison, Line, groups_in_words, report_blocks, to_json
 from mbcnet_rec.scoring.evaluate import Question
 from mbcnet_rec.scoring.paired import Difference
 
@@ -116,12 +116,14 @@ def test_a_run_is_no_better_than_itself(runs):
 
 def test_what_is_not_defined_is_a_dash_and_null():
     lines = [
-        Line("", "", 3, "auc", NAN, NAN, Difference(NAN, NAN, NAN, NAN), NAN),
-        Line("x", "a|b", 3, "log_loss", 0.5, 0.25, Difference(0.25, NAN, NAN, NAN), NAN),
+        Line("", "", 3, "auc", Difference(*[NAN] * 6), NAN),
+        Line("x", "a|b", 3, "log_loss", Difference(0.25, NAN, NAN, NAN, 0.5, 0.25), NAN),
     ]
-    text = "\n".join(tables(Comparison(Path("runs/a"), Path("runs/b"), Question()), lines))
-    assert "| AUC      | - | - | -          | -             | - |" in text and "| a|b  | 3    | +0.2500  |" in text
-    assert "not defined; too few rows of a class" in text and "nan" not in text
+    _, everything, _, slices, *texts = report_blocks(
+        Comparison(Path("runs/a"), Path("runs/b"), Question()), lines, pictures=True
+    )
+    assert everything.rows == (("AUC", *"-----"),) and everything.header[1:3] == ("a", "b")
+    assert slices.rows == (("a|b", "3", "+0.2500"),) and "too few rows of a class" in texts[-1].text
     entry = {"ours": None, "theirs": None, "difference": None, "interval": [None, None], "p": None, "p_corrected": None}
     assert strict(json.dumps(to_json(lines)))["auc"] == entry | {"significant": False}
 

@@ -5,6 +5,7 @@ A branch has one colour in all pictures; the fused output is black.
 
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,9 @@ def label(name: str) -> str:
 def png(figure: Figure) -> bytes:
     """Draw a figure and let go of it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box then; tables have the name
+        figure.savefig(buffer, format="png", bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()
 
@@ -81,13 +84,13 @@ def panels(count: int, height: float = 2.9) -> tuple[Figure, list[Axes]]:
     return figure, flat[:count]
 
 
-def intervals_figure(differences: Mapping[str, tuple[tuple[float, float, float, float], bool]]) -> bytes:
+def intervals_figure(differences: Mapping[str, tuple[Sequence[float], bool]]) -> bytes:
     """A difference and its 95 % interval for each name, from top to bottom.
 
-    `differences`: name -> value, low, high, p; and whether it is significant, and so red.
+    `differences`: name -> value, low and high; and whether it is significant, and so red.
     """
     figure, (axis,) = panels(1, height=max(1.6, 0.28 * len(differences) + 0.8))
-    for place, ((value, low, high, _), is_significant) in enumerate(differences.values()):
+    for place, ((value, low, high), is_significant) in enumerate(differences.values()):
         tone = "#D55E00" if is_significant else "#0072B2"
         axis.plot([low, high], [place, place], color=tone, lw=1.6, zorder=3)
         axis.scatter([value], [place], s=22, color=tone, zorder=4)

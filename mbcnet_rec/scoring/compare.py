@@ -1,6 +1,7 @@
 """`mbcnet compare`: two runs on the same rows: paired differences of their metrics, by slice, and the clicks that either ranking would get."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,6 @@ from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, text_table, to_html
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, score_rows
-from mbcnet_rec.scoring.metrics import exact_metrics
 from mbcnet_rec.scoring.paired import Difference, expected_clicks, holm, paired_differences
 from mbcnet_rec.scoring.tally import Rows
 from mbcnet_rec.scoring.trained_run import find_step, load_run, run_schema
@@ -48,10 +48,10 @@ class Comparison:
     def command(self) -> str:
         """The line that does it again."""
         asked = self.question
-        words = ["mbcnet compare", str(self.ours), str(self.theirs)]
-        words += [f"--data {' '.join(asked.data)}"] if asked.data else [f"--split {asked.split}"]
-        words += [f"--by {name}" for name in asked.by]
-        return " ".join([*words, *([f"--expected-clicks {self.top}"] if self.top else [])])
+        words = ["mbcnet", "compare", str(self.ours), str(self.theirs)]
+        words += ["--data", *asked.data] if asked.data else ["--split", asked.split]
+        words += [word for name in asked.by for word in ("--by", name)]
+        return shlex.join([*words, *(["--expected-clicks", str(self.top)] if self.top else [])])
 
 
 class Line(NamedTuple):
@@ -61,8 +61,6 @@ class Line(NamedTuple):
     value: str  # of that column
     rows: int
     metric: str
-    ours: float
-    theirs: float
     difference: Difference
     p: float  # of the difference, corrected for the number of slices
 
@@ -118,13 +116,19 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
     lead = f"{folders[0]} less {folders[1]} on {len(ours.labels):,} rows of {files_in_words(files)}; {groups}."
     notes = _notes(runs, files, question.where)
     if page is not None:
-        blocks = [*map(Text, notes), *page_blocks(comparison, lines)]
-        write_whole(page, to_html(" and ".join(comparison.names), lead, blocks))
+        blocks = [*map(Text, notes), *report_blocks(comparison, lines, pictures=True)]
+        again = [Heading("Again"), Code(comparison.command())]
+        write_whole(page, to_html(" and ".join(comparison.names), lead, [*blocks, *again]))
     if as_json:
         told = {"ours": str(folders[0]), "theirs": str(folders[1]), "steps": steps, "files": len(files), "notes": notes}
         print(json.dumps(told | to_json(lines)))
         return 0
-    print("\n".join([lead, *notes, *tables(comparison, lines), *([f"wrote {page}"] if page is not None else [])]))
+    print("\n".join([lead, *notes]))
+    for block in report_blocks(comparison, lines):
+        if not isinstance(block, Heading):
+            print(f"\n{text_table(block)}" if isinstance(block, Table) else block.text)
+    if page is not None:
+        print(f"wrote {page}")
     return 0
 
 
@@ -167,27 +171,25 @@ def compare_rows(ours: Rows, theirs: Rows, names: dict[str, Any], top: int = 0) 
         for place, value in enumerate(values)
         if (places == place).any()
     ]
-    for alike in zip(*slices, strict=True):  # one metric on every slice
-        corrected = iter(holm([line.p for line in alike]))
-        slices = [
-            [line._replace(p=next(corrected)) if line.metric == alike[0].metric else line for line in each]
-            for each in slices
-        ]
-    everything = _of_slice(ours, theirs, np.ones(len(ours.labels), bool), ("", ""), top)
-    return [*everything, *(line for each in slices for line in each)]
+    corrected = [holm([line.p for line in alike]) for alike in zip(*slices, strict=True)]  # a metric's, on every slice
+    return [
+        *_of_slice(ours, theirs, np.ones(len(ours.labels), bool), ("", ""), top),
+        *(
+            line._replace(p=corrected[metric][place])
+            for place, own in enumerate(slices)
+            for metric, line in enumerate(own)
+        ),
+    ]
 
 
 def _of_slice(ours: Rows, theirs: Rows, chosen: np.ndarray, slice_: tuple[str, str], top: int) -> list[Line]:
-    labels, rows = ours.labels[chosen], int(chosen.sum())
+    labels = ours.labels[chosen]
     groups = None if ours.group_ids is None else ours.group_ids[chosen]
     a, b = ours.logits[chosen, 0], theirs.logits[chosen, 0]
-    values = [exact_metrics(each[:, None], labels, (), groups, errors=False) for each in (a, b)]
-    differences = paired_differences(a, b, labels, groups)
-    both = {name: (values[0][name].value, values[1][name].value, each) for name, each in differences.items()}
+    found = paired_differences(a, b, labels, groups)
     if top and groups is not None:
-        clicks, difference = expected_clicks(a, b, labels, groups, top)
-        both[CLICKS] = clicks["ours"], clicks["theirs"], difference
-    return [Line(*slice_, rows, metric, *both[metric], both[metric][2].p) for metric in METRICS if metric in both]
+        found[CLICKS] = expected_clicks(a, b, labels, groups, top)
+    return [Line(*slice_, len(labels), name, found[name], found[name].p) for name in METRICS if name in found]
 
 
 def to_json(lines: Sequence[Line]) -> dict[str, Any]:
@@ -197,98 +199,71 @@ def to_json(lines: Sequence[Line]) -> dict[str, Any]:
         place = found
         for key in ("slices", line.column, line.value) if line.column else ():
             place = place.setdefault(key, {})
-        value, low, high, p = map(finite_or_none, line.difference)
+        value, low, high, p, ours, theirs = map(finite_or_none, line.difference)
         place["rows"] = line.rows
-        place[line.metric] = {
-            "ours": finite_or_none(line.ours),
-            "theirs": finite_or_none(line.theirs),
-            "difference": value,
-            "interval": [low, high],
-            "p": p,
-            "p_corrected": finite_or_none(line.p),
-            "significant": line.is_significant,
-        }
+        place[line.metric] = {"ours": ours, "theirs": theirs, "difference": value, "interval": [low, high], "p": p}
+        place[line.metric] |= {"p_corrected": finite_or_none(line.p), "significant": line.is_significant}
     return found
 
 
-def tables(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
-    """Tables for people."""
-    found = ["", text_table(_of_all(comparison, lines))]
+def report_blocks(comparison: Comparison, lines: Sequence[Line], *, pictures: bool = False) -> list[Block]:
+    """A table of all rows, and one for each column that cuts them, with pictures where wanted."""
+    rows = [_of_all(line) for line in lines if not line.column]
+    header = ("all rows", *comparison.names, "difference", "95 % interval", "p")
+    blocks: list[Block] = [Heading("All rows"), Table(header, tuple(rows))]
     for column in dict.fromkeys(line.column for line in lines if line.column):
-        found += ["", text_table(_by_column(column, lines, SHOWN_TEXT))]
-    return [*found, *legend(comparison, lines)]
+        own = [line for line in lines if line.column == column]
+        blocks.append(Heading(f"By {column}"))
+        for metric in ("auc", CLICKS) if pictures else ():
+            alike = [line for line in own if line.metric == metric and np.isfinite(line.difference.high)]
+            drawn = {line.value[:SHOWN_TEXT]: (line.difference[:3], line.is_significant) for line in alike}
+            what = f"{METRICS[metric]} by {column}"
+            caption = f"{what}: differences with 95 % intervals. Right of 0, {comparison.names[0]} is ahead; red: significant."
+            blocks += [Picture(what, figures.intervals_figure(drawn), caption)] if drawn else []
+        blocks.append(_by_column(column, own))
+    return [*blocks, *map(Text, legend(comparison, lines))]
 
 
-def _of_all(comparison: Comparison, lines: Sequence[Line]) -> Table:
-    rows = [
-        (METRICS[line.metric], _number(line.ours), _number(line.theirs), *_interval(line.difference), p_text(line.p))
-        for line in lines
-        if not line.column
-    ]
-    return Table(("all rows", *comparison.names, "difference", "95 % interval", "p"), tuple(rows))
+def _of_all(line: Line) -> tuple[str, ...]:
+    signs = ("+", "+", "+", "", "", "")
+    numbers = (
+        f"{each:{sign}.5f}" if np.isfinite(each) else "-" for each, sign in zip(line.difference, signs, strict=True)
+    )
+    value, low, high, _, ours, theirs = numbers
+    return METRICS[line.metric], ours, theirs, value, f"{low} to {high}" if low != "-" else "-", p_text(line.p)
 
 
-def _interval(difference: Difference) -> tuple[str, str]:
-    value, low, high = (_number(each, "+") for each in difference[:3])
-    return value, f"{low} to {high}" if low != "-" else "-"
-
-
-def _number(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.5f}" if np.isfinite(value) else "-"
-
-
-def _by_column(column: str, lines: Sequence[Line], shown: int | None = None) -> Table:
+def _by_column(column: str, lines: Sequence[Line]) -> Table:
     """A row for each slice: differences, with half their interval."""
     slices: dict[str, list[Line]] = {}
     for line in lines:
-        if line.column == column:
-            slices.setdefault(line.value, []).append(line)
-    rows = [(name[:shown], f"{own[0].rows:,}", *map(_cell, own)) for name, own in slices.items()]
+        slices.setdefault(line.value, []).append(line)
+    rows = [(name[:SHOWN_TEXT], f"{own[0].rows:,}", *map(_cell, own)) for name, own in slices.items()]
     metrics = [METRICS[line.metric] for line in next(iter(slices.values()))]
     return Table((f"by {column}", "rows", *metrics), tuple(rows))
 
 
 def _cell(line: Line) -> str:
-    value, _, high, _ = line.difference
+    value, _, high = line.difference[:3]
     half = f" +-{high - value:.4f}" if np.isfinite(high) else ""
     return f"{value:+.4f}{half}{' *' if line.is_significant else ''}" if np.isfinite(value) else "-"
 
 
 def legend(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
     """What the tables' signs mean."""
-    slices = sum(bool(line.column) and line.metric == "log_loss" for line in lines)
-    told = (
-        [f"*: p below {SIGNIFICANT} after Holm's correction for {slices} slices. +- is half a 95 % interval."]
-        if slices
-        else []
-    )
-    if any(not np.isfinite(line.difference.high) for line in lines):
+    told, slices = [], len({line[:2] for line in lines if line.column})
+    if slices:
+        told.append(
+            f"*: p below {SIGNIFICANT} after Holm's correction for {slices} slices. +- is half a 95 % interval."
+        )
+    if not all(np.isfinite(line.difference.high) for line in lines):
         told.append("-, or no interval: not defined; too few rows of a class, or too few groups.")
     if comparison.top:
-        top = f"clicks on top: expected clicks on the {comparison.top} highest rows of a group, mean over groups"
-        told.append(f"{top}; in a slice, of its rows.")
+        words = f"expected clicks on the {comparison.top} highest rows of a group, mean over groups; in a slice, of its rows."
+        told.append(f"{METRICS[CLICKS]}: {words}")
     return told
 
 
 def p_text(p: float) -> str:
     """A p for people."""
     return "-" if p != p else "<.001" if p < 0.001 else f"{p:.3f}"
-
-
-def page_blocks(comparison: Comparison, lines: Sequence[Line]) -> list[Block]:
-    """The page: a table of all rows, and for each column that cuts them pictures and a table."""
-    blocks: list[Block] = [Heading("All rows"), _of_all(comparison, lines)]
-    for column in dict.fromkeys(line.column for line in lines if line.column):
-        blocks.append(Heading(f"By {column}"))
-        for metric in ("auc", *([CLICKS] if comparison.top else [])):
-            own = [
-                line
-                for line in lines
-                if (line.column, line.metric) == (column, metric) and np.isfinite(line.difference.high)
-            ]
-            if own:
-                drawn = {line.value[:SHOWN_TEXT]: (line.difference, line.is_significant) for line in own}
-                caption = f"{METRICS[metric]} by {column}: differences with 95 % intervals. Right of 0, {comparison.names[0]} is ahead; red: significant."
-                blocks.append(Picture(f"{metric} by {column}", figures.intervals_figure(drawn), caption))
-        blocks.append(_by_column(column, lines))
-    return [*blocks, *map(Text, legend(comparison, lines)), Heading("Again"), Code(comparison.command())]

@@ -126,6 +126,7 @@ def metrics_of_moments(sums: np.ndarray) -> dict[str, Estimate]:
     if n == 0:
         return dict.fromkeys(("log_loss", "ne", "calibration"), NOT_KNOWN)
     y, p, pp, yp, loss, ll, yl = (total / n for total in totals)
+    n = n if n > 1 else math.nan  # of one row no error is known
     var_y, var_p, var_l = y - y * y, max(0.0, pp - p * p), max(0.0, ll - loss * loss)
     cov_py, cov_ly = yp - y * p, yl - y * loss
     result = {"log_loss": Estimate(loss, math.sqrt(var_l / n))}

@@ -13,7 +13,7 @@ Shapes: B rows, G groups.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,18 +26,20 @@ Influence = tuple[float, np.ndarray]  # the metric's value, and the influence on
 
 
 class Difference(NamedTuple):
-    """A difference of a metric over the same rows, its 95 % interval, and the p of the two-sided test. NaN: not defined."""
+    """A difference of a metric over the same rows, its 95 % interval, the p of the two-sided test, and the two values. NaN: not defined."""
 
     value: float
     low: float
     high: float
     p: float
+    ours: float = math.nan
+    theirs: float = math.nan
 
 
 def paired_differences(
     ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
 ) -> dict[str, Difference]:
-    """auc, log_loss, ne, calibration, and gauc where there are groups: ours less theirs.
+    """auc, log_loss, calibration, and gauc where there are groups: ours less theirs.
 
     Args:
         ours: logits (B,).
@@ -48,7 +50,6 @@ def paired_differences(
     metrics: dict[str, Callable[[np.ndarray], Influence]] = {
         "auc": lambda z: auc_influence(z, labels),
         "log_loss": lambda z: loss_influence(z, labels),
-        "ne": lambda z: loss_influence(z, labels, normalised=True),
         "calibration": lambda z: calibration_influence(z, labels),
     }
     clusters = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -59,27 +60,27 @@ def paired_differences(
         (value, own), (other_value, other) = influence(ours), influence(theirs)
         delong = name == "auc" and groups is None
         gaps = (own - other) * (np.sqrt(rows / np.maximum(1, rows - 1)) if delong else 1.0)
-        found[name] = difference_of(value - other_value, np.bincount(clusters, gaps), delong=delong)
+        found[name] = difference_of(value, other_value, np.bincount(clusters, gaps), delong=delong)
     if (
         min(len(np.unique(clusters[of_class])) for of_class in classes) < 2
     ):  # one draw of a class: how it varies is not known
-        found["auc"] = Difference(found["auc"].value, math.nan, math.nan, math.nan)
+        found["auc"] = found["auc"]._replace(low=math.nan, high=math.nan, p=math.nan)
     if groups is not None:
         (value, own), (other_value, other) = (gauc_influence(z, labels, groups) for z in (ours, theirs))
-        found["gauc"] = difference_of(value - other_value, own - other)
+        found["gauc"] = difference_of(value, other_value, own - other)
     return found
 
 
-def difference_of(value: float, influences: np.ndarray, *, delong: bool = False) -> Difference:
+def difference_of(ours: float, theirs: float, influences: np.ndarray, *, delong: bool = False) -> Difference:
     """The difference whose m independent parts have these influences, (m,). No error is known of one part, nor of a difference that all share."""
-    m = len(influences)
+    value, m = ours - theirs, len(influences)
     factor, freedom = (1.0, math.inf) if delong else (m / max(1, m - 1), max(1, m - 1))
     error = math.sqrt(factor * float(influences @ influences)) if m > 1 else math.nan
     if error <= ROUNDING * abs(value):
         error = 0.0 if value == 0 else math.nan
     half = float(stats.t.ppf(0.975, freedom)) * error
     p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else 1.0
-    return Difference(value, value - half, value + half, p)
+    return Difference(value, value - half, value + half, p, ours, theirs)
 
 
 def auc_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
@@ -103,18 +104,12 @@ def _share_below(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     return (np.searchsorted(ordered, at, "left") + np.searchsorted(ordered, at, "right")) / (2 * len(values))
 
 
-def loss_influence(logits: np.ndarray, labels: np.ndarray, *, normalised: bool = False) -> Influence:
-    """Log-loss, or normalised entropy: log-loss over H(r), the entropy of the labels' own rate r."""
-    z, y = logits.astype(np.float64), labels.astype(np.float64)
-    loss, rate = softplus(z) - y * z, float(y.mean())
-    mean, n = float(loss.mean()), len(y)
-    if not normalised:
-        return mean, (loss - mean) / n
-    if not 0 < rate < 1:
-        return math.nan, np.full(n, math.nan)
-    entropy = -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
-    slope = mean / entropy**2 * math.log(rate / (1 - rate))
-    return mean / entropy, ((loss - mean) / entropy + slope * (y - rate)) / n
+def loss_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
+    """Log-loss."""
+    z = logits.astype(np.float64)
+    loss = softplus(z) - labels * z
+    mean = float(loss.mean())
+    return mean, (loss - mean) / len(loss)
 
 
 def calibration_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
@@ -148,18 +143,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def expected_clicks(
     ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray, groups: np.ndarray, top: int
-) -> tuple[Mapping[str, float], Difference]:
+) -> Difference:
     """Clicks on the `top` highest rows of a group under either ranking, a group's mean: an offline stand-in for an A/B test (Table 4, Figure 3).
 
     A group of fewer rows shows all of them under both. Equal scores are in random order, so theirs count by their mean.
-
-    Returns:
-        ours, theirs, groups; and the difference.
     """
     own, other = (_clicks_on_top(scores, labels, groups, top) for scores in (ours, theirs))
     gaps = own - other
-    found = {"ours": float(own.mean()), "theirs": float(other.mean()), "groups": len(own)}
-    return found, difference_of(found["ours"] - found["theirs"], (gaps - gaps.mean()) / len(gaps))
+    return difference_of(float(own.mean()), float(other.mean()), (gaps - gaps.mean()) / len(gaps))
 
 
 def _clicks_on_top(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, top: int) -> np.ndarray:

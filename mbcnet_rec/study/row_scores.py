@@ -87,7 +87,7 @@ def mean_over_rows(values: np.ndarray, groups: np.ndarray | None) -> Difference:
     """Compare the mean of values (B,) with 0; rows of one group are taken together."""
     clusters = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
     mean = float(values.mean())
-    return difference_of(mean, np.bincount(clusters, (values - mean) / len(values)))
+    return difference_of(mean, 0.0, np.bincount(clusters, (values - mean) / len(values)))
 
 
 def _same_rows(scores: Sequence[RowScores]) -> bool:
