@@ -3,6 +3,7 @@
 Shapes: S seeds, n rows, K branches, d latent width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -104,20 +105,15 @@ def measure_dependence(material: Material) -> Measured:
     _, field = material.category_field()
     probes = [material.probe(run, category=field.name) for run in material.first]
     found = [dependence(each.log_loss()[:, 1:], each.categories) for each in probes]
-    excess = float(np.mean([value for value, _ in found]))
-    least = max(p for _, p in found) if len(found) > 1 else float("nan")
-    mean_logits = np.mean([each.logits for each in probes], axis=0)
-    joint = replace(probes[0], logits=mean_logits)
+    least = max(p for _, p in found) if len(found) > 1 else math.nan
+    seeds = Difference(float(np.mean([value for value, _ in found])), math.nan, math.nan, least, len(found))
+    joint = replace(probes[0], logits=np.mean([each.logits for each in probes], axis=0))
     value, p = dependence(joint.log_loss()[:, 1:], joint.categories)
-    unknown = float("nan")
-    compared = in_both(
-        Difference(excess, unknown, unknown, least, len(found)), RowDifference(value, unknown, unknown, p)
-    )
     words = (
         f"Dependence: chi-square of {field.name} x the branch with the lowest log-loss of a row, less its mean by chance, by row. p over rows is of "
         "the seeds' mean logits, and takes rows as independent; p over seeds is the largest of the seeds' own."
     )
-    return compared, words
+    return in_both(seeds, RowDifference(value, math.nan, math.nan, p)), words
 
 
 def measure_all(material: Material) -> tuple[dict[str, Compared], list[str]]:

@@ -91,10 +91,7 @@ def headline(study: Study, rows: Sequence[Row], judged: Sequence[Judged]) -> lis
 def _sentence(ours: str, theirs: str, compared: Compared) -> str:
     """Who is ahead by how much, and how sure that is."""
     seeds, rows = compared.seeds, compared.rows
-    told = "one seed or no row scores: no verdict"
-    if compared.p == compared.p and rows is not None:
-        told = f"p {p_text(seeds.p)} over seeds, {p_text(rows.p)} over rows, {p_text(compared.p)} corrected"
-        told += "" if compared.p < SIGNIFICANT else ": level, within what seeds or rows alone can do"
+    told = f"p {p_text(seeds.p)} over seeds, {p_text(rows.p) if rows else '-'} over rows, {p_text(compared.p)} corrected: {verdict_of(compared)}"
     return f"{ours} is {'ahead of' if seeds.mean > 0 else 'behind'} {theirs}, by {abs(seeds.mean):.4f} ({told})."
 
 
@@ -103,7 +100,7 @@ def verdict_table(judged: Sequence[Judged]) -> Table:
     lines = tuple(
         (
             claim.text, said,
-            format_difference(area, f"{claim.measure}\n" if claim.measure else "", words=False),
+            format_difference(area, f"{claim.measure}\n" if claim.measure else ""),
             format_difference(loss, better=-1),
         )
         for claim, said, area, loss in judged
@@ -119,7 +116,7 @@ def verdict_of(compared: Compared, better: int = 1) -> str:
     return PLACES[0 if compared.seeds.mean * better > 0 else 2] if compared.p < SIGNIFICANT else PLACES[1]
 
 
-def format_difference(compared: Compared | None, before: str = "", better: int = 1, *, words: bool = True) -> str:
+def format_difference(compared: Compared | None, before: str = "", better: int = 1) -> str:
     """A difference with its interval over seeds, that over rows, the p of both, and the verdict with the corrected p, a line each."""
     if compared is None:
         return ""
@@ -127,12 +124,9 @@ def format_difference(compared: Compared | None, before: str = "", better: int =
     over_seeds = f" [{seeds.low:+.4f}, {seeds.high:+.4f}]" if seeds.low == seeds.low else ""
     lines = [f"{before}{seeds.mean:+.4f}{over_seeds}"]
     lines += [f"rows [{rows.low:+.4f}, {rows.high:+.4f}]"] if rows and rows.low == rows.low else []
-    of_each = [("seeds", seeds.p), *([("rows", rows.p)] if rows else [])]
-    told = [f"{p_text(p)} {name}" for name, p in of_each if p == p]
-    lines += [f"p {', '.join(told)}"] if told else []
-    corrected = f"p {p_text(compared.p)} corrected" if compared.p == compared.p else ""
-    lines += [", ".join(each for each in (verdict_of(compared, better) if words else "", corrected) if each)]
-    return "\n".join(filter(None, lines))
+    lines += [f"p {p_text(seeds.p)} seeds, {p_text(rows.p) if rows else '-'} rows"]
+    lines += [f"{verdict_of(compared, better)}, p {p_text(compared.p)} corrected".removesuffix(", p - corrected")]
+    return "\n".join(lines)
 
 
 def _mean_sd(value: tuple[float, float]) -> str:
