@@ -238,15 +238,19 @@ def grid_figure(
     """
     figure, (axis,) = panels(1, height=3.6)
     places, dead = np.arange(len(betas)), np.zeros(auc.shape, bool) if dead is None else dead
-    for alpha, tone, own, gone in zip(alphas, CYCLE, auc, dead, strict=False):
+    bottom = (
+        axis.get_xaxis_transform()
+    )  # where crosses stand, since an AUC of one half would press the curves into a line
+    for number, (alpha, tone, own, gone) in enumerate(zip(alphas, CYCLE, auc, dead, strict=False)):
         axis.plot(places, np.where(gone, np.nan, own), color=tone, marker="o", ms=4, label=f"alpha {alpha:g}")
-        axis.scatter(places[gone], own[gone], s=60, color=tone, marker="x")
+        across = places[gone] + 0.06 * (number - (len(alphas) - 1) / 2)
+        axis.scatter(across, np.full(len(across), 0.03), s=60, color=tone, marker="x", transform=bottom)
     if dead.any():
         axis.scatter([], [], s=60, color="#111111", marker="x", label="dead")
     if np.isfinite(line[1]):
         axis.axhline(line[1], color="#111111", ls="--", lw=1.4, label=f"{line[0]} {line[1]:.4f}")
     axis.set_xticks(places, [f"{each:g}" for each in betas])
-    axis.set(title="mean test AUC", xlabel="beta, weight of moderate differentiation")
+    axis.set(title="mean test AUC", xlabel="beta, weight of moderate differentiation", xlim=(-0.3, len(betas) - 0.7))
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return png(figure)
 
