@@ -15,9 +15,8 @@ from data.reading.numbers import read_labels
 from data.reading.storage import LIST_ATTEMPTS, DataFile
 from data.schema import Schema
 
-EXACT = (
-    2**24
-)  # ids counted one by one, 128 MiB; of more the number is estimated, with a standard error of EXACT^-1/2, 0.02 %
+# ids counted one by one, 128 MiB; of more the number is estimated, with a standard error of EXACT^-1/2, 0.02 %
+EXACT = 2**24
 ITEM_NAMES = ("item_id", "item", "movie_id", "adgroup_id", "ad_id", "product_id", "goods_id", "sku_id", "video_id", "news_id")  # fmt: skip
 
 

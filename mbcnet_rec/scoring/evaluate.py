@@ -54,7 +54,8 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
     config = load_run(folder)
     with joined_process(config.train.device) as process:
         step = find_step(config, folder, process)
-        answer, files = evaluate_run(config, folder, step, process, question)
+        tally, files = score_rows(config, folder, step, process, question)
+        answer = tally.answer(process)
         if answer is None:
             return 0
         if as_json:
@@ -68,14 +69,6 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
         if not data:
             print(compare_with_log(folder, split, step, answer))
     return 0
-
-
-def evaluate_run(
-    config: RunConfig, folder: Path, step: int, process: Process, question: Question
-) -> tuple[Answer | None, FileList]:
-    """Score rows as `score_rows` does; the answer is on rank 0, and of which files it is."""
-    tally, files = score_rows(config, folder, step, process, question)
-    return tally.answer(process), files
 
 
 def score_rows(

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from mbcnet_rec.runtime.process import Process, gather_rows
 from mbcnet_rec.scoring.metrics import Estimate, Histogram, exact_metrics, gauc, reliability
-from mbcnet_rec.scoring.slices import REST
 
 EXACT_ROWS = 10_000_000  # 4 outputs: 280 MB of logits, labels and groups on rank 0
 NUM_BINS = 2**20  # of all rows: an AUC's bound is then near 1e-6
@@ -47,7 +46,7 @@ class Answer:
     Attributes:
         exact: whether all logits were kept.
         everything: of all rows.
-        slices: column -> value -> scores, the largest first and the rest last; those without a row are left out.
+        slices: column -> value -> scores, the largest first and the rest last.
         reliability: of the fused output, as metrics.reliability gives it.
     """
 
@@ -151,7 +150,7 @@ class Tally:
             return Scores(len(labels), int(labels.sum()), metrics)
 
         slices = {
-            column: _by_falling_size({name: scores(places == place) for place, name in enumerate(names)})
+            column: {name: scores(places == place) for place, name in enumerate(names)}
             for (column, names), places in zip(self.names.items(), rows.slices.T, strict=True)
         }
         return Answer(True, scores(slice(None)), slices, reliability(rows.logits[:, 0], rows.labels))
@@ -161,15 +160,10 @@ class Tally:
             return Scores(*histogram.rows_and_positives(), histogram.metrics(self.branches))
 
         slices = {
-            column: _by_falling_size(dict(zip(names, map(scores, histograms), strict=True)))
+            column: dict(zip(names, map(scores, histograms), strict=True))
             for (column, names), histograms in zip(self.names.items(), self._slices, strict=True)
         }
         everything = scores(self._everything)
         if sample.group_ids is not None and len(sample.labels):
             everything.metrics["gauc"] = gauc(sample.logits[:, 0], sample.labels, sample.group_ids)
         return Answer(False, everything, slices, self._everything.reliability())
-
-
-def _by_falling_size(slices: dict[str, Scores]) -> dict[str, Scores]:
-    kept = [(name, scores) for name, scores in slices.items() if scores.rows]
-    return dict(sorted(kept, key=lambda item: (item[0] == REST, -item[1].rows)))
