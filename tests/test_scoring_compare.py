@@ -13,7 +13,7 @@ from tiny_run import lines_of, train
 
 from data.errors import InputError
 from data.schema import load_schema
-from mbcnet_rec.scoring.compare import Comparison, Line, groups_in_words, report_blocks, to_json
+from mbcnet_rec.scoring.compare import Comparison, Found, groups_in_words, report_blocks, to_json
 from mbcnet_rec.scoring.evaluate import Question
 from mbcnet_rec.scoring.paired import Difference
 
@@ -115,17 +115,16 @@ def test_a_run_is_no_better_than_itself(runs):
 
 
 def test_what_is_not_defined_is_a_dash_and_null():
-    lines = [
-        Line("", "", 3, "auc", Difference(*[NAN] * 6), NAN),
-        Line("x", "a|b", 3, "log_loss", Difference(0.25, NAN, NAN, NAN, 0.5, 0.25), NAN),
-    ]
-    _, everything, _, slices, *texts = report_blocks(
-        Comparison(Path("runs/a"), Path("runs/b"), Question()), lines, pictures=True
+    everything, slice_ = (
+        Found(3, {"auc": Difference(*[NAN] * 4)}),
+        Found(3, {"auc": Difference(0.25, NAN, NAN, NAN, 0.5, 0.25)}),
     )
-    assert everything.rows == (("AUC", *"-----"),) and everything.header[1:3] == ("a", "b")
-    assert slices.rows == (("a|b", "3", "+0.2500"),) and "too few rows of a class" in texts[-1].text
+    comparison, slices = Comparison(Path("runs/a"), Path("runs/b"), Question()), {"x": {"a|b": slice_}}
+    _, table, _, cut, *texts = report_blocks(comparison, everything, slices, pictures=True)
+    assert table.rows == (("AUC", *"-----"),) and table.header[1:3] == ("a", "b")
+    assert cut.rows == (("a|b", "3", "+0.2500"),) and "too few rows of a class" in texts[-1].text
     entry = {"ours": None, "theirs": None, "difference": None, "interval": [None, None], "p": None, "p_corrected": None}
-    assert strict(json.dumps(to_json(lines)))["auc"] == entry | {"significant": False}
+    assert strict(json.dumps(to_json(everything, slices)))["auc"] == entry | {"significant": False}
 
 
 def test_what_cannot_be_compared_is_refused(runs, other, tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,20 +54,14 @@ class Comparison:
         return shlex.join([*words, *(["--expected-clicks", str(self.top)] if self.top else [])])
 
 
-class Line(NamedTuple):
-    """A metric of both runs on the rows of one slice."""
+class Found(NamedTuple):
+    """What was found on some rows."""
 
-    column: str  # that cuts the rows; "" for all of them
-    value: str  # of that column
     rows: int
-    metric: str
-    difference: Difference
-    p: float  # of the difference, corrected for the number of slices
+    metrics: dict[str, Difference]  # by the keys of METRICS
 
-    @property
-    def is_significant(self) -> bool:
-        """Whether the two runs differ, after the correction."""
-        return self.p < SIGNIFICANT
+
+Slices = dict[str, dict[str, Found]]  # column -> its value
 
 
 def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path | None = None) -> int:
@@ -112,19 +106,19 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
         )
     if ours.group_ids is None:
         ours = ours._replace(group_ids=theirs.group_ids)
-    lines = compare_rows(ours, theirs, names, comparison.top)
+    everything, slices = compare_rows(ours, theirs, names, comparison.top)
     lead = f"{folders[0]} less {folders[1]} on {len(ours.labels):,} rows of {files_in_words(files)}; {groups}."
     notes = _notes(runs, files, question.where)
     if page is not None:
-        blocks = [*map(Text, notes), *report_blocks(comparison, lines, pictures=True)]
+        blocks = [*map(Text, notes), *report_blocks(comparison, everything, slices, pictures=True)]
         again = [Heading("Again"), Code(comparison.command())]
         write_whole(page, to_html(" and ".join(comparison.names), lead, [*blocks, *again]))
     if as_json:
         told = {"ours": str(folders[0]), "theirs": str(folders[1]), "steps": steps, "files": len(files), "notes": notes}
-        print(json.dumps(told | to_json(lines)))
+        print(json.dumps(told | to_json(everything, slices)))
         return 0
     print("\n".join([lead, *notes]))
-    for block in report_blocks(comparison, lines):
+    for block in report_blocks(comparison, everything, slices):
         if not isinstance(block, Heading):
             print(f"\n{text_table(block)}" if isinstance(block, Table) else block.text)
     if page is not None:
@@ -163,100 +157,96 @@ def _notes(runs: Sequence[tuple[RunConfig, Path, int]], files: FileList, where: 
     return notes
 
 
-def compare_rows(ours: Rows, theirs: Rows, names: dict[str, Any], top: int = 0) -> list[Line]:
+def compare_rows(ours: Rows, theirs: Rows, names: Mapping[str, Sequence[str]], top: int = 0) -> tuple[Found, Slices]:
     """Differences of every metric on all rows and on each slice; `names`: column -> its slices, as `Rows.slices` counts them."""
-    slices = [
-        _of_slice(ours, theirs, places == place, (column, value), top)
+    slices = {
+        column: {value: _of_rows(ours, theirs, places == place, top) for place, value in enumerate(values)}
         for (column, values), places in zip(names.items(), ours.slices.T, strict=True)
-        for place, value in enumerate(values)
-        if (places == place).any()
-    ]
-    corrected = [holm([line.p for line in alike]) for alike in zip(*slices, strict=True)]  # a metric's, on every slice
-    return [
-        *_of_slice(ours, theirs, np.ones(len(ours.labels), bool), ("", ""), top),
-        *(
-            line._replace(p=corrected[metric][place])
-            for place, own in enumerate(slices)
-            for metric, line in enumerate(own)
-        ),
-    ]
+    }
+    every = [found.metrics for values in slices.values() for found in values.values()]
+    for name in every[0] if every else ():
+        corrected = holm([metrics[name].p for metrics in every])
+        for metrics, p in zip(every, corrected, strict=True):
+            metrics[name] = metrics[name]._replace(corrected=p)
+    return _of_rows(ours, theirs, np.ones(len(ours.labels), bool), top), slices
 
 
-def _of_slice(ours: Rows, theirs: Rows, chosen: np.ndarray, slice_: tuple[str, str], top: int) -> list[Line]:
+def _of_rows(ours: Rows, theirs: Rows, chosen: np.ndarray, top: int) -> Found:
     labels = ours.labels[chosen]
     groups = None if ours.group_ids is None else ours.group_ids[chosen]
     a, b = ours.logits[chosen, 0], theirs.logits[chosen, 0]
     found = paired_differences(a, b, labels, groups)
     if top and groups is not None:
         found[CLICKS] = expected_clicks(a, b, labels, groups, top)
-    return [Line(*slice_, len(labels), name, found[name], found[name].p) for name in METRICS if name in found]
+    return Found(len(labels), {name: found[name] for name in METRICS if name in found})
 
 
-def to_json(lines: Sequence[Line]) -> dict[str, Any]:
+def to_json(everything: Found, slices: Slices) -> dict[str, Any]:
     """One object: rows and each metric of all rows; `slices`, column -> value, of the same form. What is not defined is null."""
-    found: dict[str, Any] = {}
-    for line in lines:
-        place = found
-        for key in ("slices", line.column, line.value) if line.column else ():
-            place = place.setdefault(key, {})
-        value, low, high, p, ours, theirs = map(finite_or_none, line.difference)
-        place["rows"] = line.rows
-        place[line.metric] = {"ours": ours, "theirs": theirs, "difference": value, "interval": [low, high], "p": p}
-        place[line.metric] |= {"p_corrected": finite_or_none(line.p), "significant": line.is_significant}
-    return found
+
+    def plain(found: Found) -> dict[str, Any]:
+        told: dict[str, Any] = {"rows": found.rows}
+        for name, each in found.metrics.items():
+            value, low, high, p, ours, theirs, corrected = map(finite_or_none, each)
+            told[name] = {"ours": ours, "theirs": theirs, "difference": value, "interval": [low, high], "p": p}
+            told[name] |= {"p_corrected": corrected, "significant": is_significant(each)}
+        return told
+
+    cut = {column: {value: plain(found) for value, found in values.items()} for column, values in slices.items()}
+    return plain(everything) | ({"slices": cut} if cut else {})
 
 
-def report_blocks(comparison: Comparison, lines: Sequence[Line], *, pictures: bool = False) -> list[Block]:
+def is_significant(difference: Difference) -> bool:
+    """Whether the two runs differ, after the correction."""
+    return difference.corrected < SIGNIFICANT
+
+
+def report_blocks(comparison: Comparison, everything: Found, slices: Slices, *, pictures: bool = False) -> list[Block]:
     """A table of all rows, and one for each column that cuts them, with pictures where wanted."""
-    rows = [_of_all(line) for line in lines if not line.column]
     header = ("all rows", *comparison.names, "difference", "95 % interval", "p")
+    rows = [_of_all(METRICS[name], each) for name, each in everything.metrics.items()]
     blocks: list[Block] = [Heading("All rows"), Table(header, tuple(rows))]
-    for column in dict.fromkeys(line.column for line in lines if line.column):
-        own = [line for line in lines if line.column == column]
+    for column, values in slices.items():
         blocks.append(Heading(f"By {column}"))
-        for metric in ("auc", CLICKS) if pictures else ():
-            alike = [line for line in own if line.metric == metric and np.isfinite(line.difference.high)]
-            drawn = {line.value[:SHOWN_TEXT]: (line.difference[:3], line.is_significant) for line in alike}
-            what = f"{METRICS[metric]} by {column}"
+        for name in ("auc", CLICKS) if pictures else ():
+            known = {value: found.metrics[name] for value, found in values.items() if name in found.metrics}
+            drawn = {
+                value[:SHOWN_TEXT]: (each[:3], is_significant(each))
+                for value, each in known.items()
+                if np.isfinite(each.high)
+            }
+            what = f"{METRICS[name]} by {column}"
             caption = f"{what}: differences with 95 % intervals. Right of 0, {comparison.names[0]} is ahead; red: significant."
             blocks += [Picture(what, figures.intervals_figure(drawn), caption)] if drawn else []
-        blocks.append(_by_column(column, own))
-    return [*blocks, *map(Text, legend(comparison, lines))]
+        cells = [
+            (value[:SHOWN_TEXT], f"{found.rows:,}", *map(_cell, found.metrics.values()))
+            for value, found in values.items()
+        ]
+        blocks.append(Table((f"by {column}", "rows", *(METRICS[name] for name in everything.metrics)), tuple(cells)))
+    return [*blocks, *map(Text, legend(comparison, everything, slices))]
 
 
-def _of_all(line: Line) -> tuple[str, ...]:
-    signs = ("+", "+", "+", "", "", "")
-    numbers = (
-        f"{each:{sign}.5f}" if np.isfinite(each) else "-" for each, sign in zip(line.difference, signs, strict=True)
-    )
-    value, low, high, _, ours, theirs = numbers
-    return METRICS[line.metric], ours, theirs, value, f"{low} to {high}" if low != "-" else "-", p_text(line.p)
+def _of_all(name: str, difference: Difference) -> tuple[str, ...]:
+    value, low, high = (f"{each:+.5f}" if np.isfinite(each) else "-" for each in difference[:3])
+    ours, theirs = (f"{each:.5f}" if np.isfinite(each) else "-" for each in (difference.ours, difference.theirs))
+    return name, ours, theirs, value, f"{low} to {high}" if low != "-" else "-", p_text(difference.p)
 
 
-def _by_column(column: str, lines: Sequence[Line]) -> Table:
-    """A row for each slice: differences, with half their interval."""
-    slices: dict[str, list[Line]] = {}
-    for line in lines:
-        slices.setdefault(line.value, []).append(line)
-    rows = [(name[:SHOWN_TEXT], f"{own[0].rows:,}", *map(_cell, own)) for name, own in slices.items()]
-    metrics = [METRICS[line.metric] for line in next(iter(slices.values()))]
-    return Table((f"by {column}", "rows", *metrics), tuple(rows))
-
-
-def _cell(line: Line) -> str:
-    value, _, high = line.difference[:3]
+def _cell(difference: Difference) -> str:
+    """A difference with half its interval."""
+    value, _, high = difference[:3]
     half = f" +-{high - value:.4f}" if np.isfinite(high) else ""
-    return f"{value:+.4f}{half}{' *' if line.is_significant else ''}" if np.isfinite(value) else "-"
+    return f"{value:+.4f}{half}{' *' if is_significant(difference) else ''}" if np.isfinite(value) else "-"
 
 
-def legend(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
+def legend(comparison: Comparison, everything: Found, slices: Slices) -> list[str]:
     """What the tables' signs mean."""
-    told, slices = [], len({line[:2] for line in lines if line.column})
+    told, every = [], [everything, *(found for values in slices.values() for found in values.values())]
     if slices:
         told.append(
-            f"*: p below {SIGNIFICANT} after Holm's correction for {slices} slices. +- is half a 95 % interval."
+            f"*: p below {SIGNIFICANT} after Holm's correction for {len(every) - 1} slices. +- is half a 95 % interval."
         )
-    if not all(np.isfinite(line.difference.high) for line in lines):
+    if not all(np.isfinite(each.high) for found in every for each in found.metrics.values()):
         told.append("-, or no interval: not defined; too few rows of a class, or too few groups.")
     if comparison.top:
         words = f"expected clicks on the {comparison.top} highest rows of a group, mean over groups; in a slice, of its rows."

@@ -26,7 +26,10 @@ Influence = tuple[float, np.ndarray]  # the metric's value, and the influence on
 
 
 class Difference(NamedTuple):
-    """A difference of a metric over the same rows, its 95 % interval, the p of the two-sided test, and the two values. NaN: not defined."""
+    """A difference of a metric over the same rows, its 95 % interval, the p of the two-sided test, and the two values. NaN: not defined.
+
+    `corrected`: p, corrected where the difference is one of several.
+    """
 
     value: float
     low: float
@@ -34,6 +37,7 @@ class Difference(NamedTuple):
     p: float
     ours: float = math.nan
     theirs: float = math.nan
+    corrected: float = math.nan
 
 
 def paired_differences(
@@ -64,7 +68,7 @@ def paired_differences(
     if (
         min(len(np.unique(clusters[of_class])) for of_class in classes) < 2
     ):  # one draw of a class: how it varies is not known
-        found["auc"] = found["auc"]._replace(low=math.nan, high=math.nan, p=math.nan)
+        found["auc"] = found["auc"]._replace(low=math.nan, high=math.nan, p=math.nan, corrected=math.nan)
     if groups is not None:
         (value, own), (other_value, other) = (gauc_influence(z, labels, groups) for z in (ours, theirs))
         found["gauc"] = difference_of(value, other_value, own - other)
@@ -80,7 +84,7 @@ def difference_of(ours: float, theirs: float, influences: np.ndarray, *, delong:
         error = 0.0 if value == 0 else math.nan
     half = float(stats.t.ppf(0.975, freedom)) * error
     p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else 1.0
-    return Difference(value, value - half, value + half, p, ours, theirs)
+    return Difference(value, value - half, value + half, p, ours, theirs, p)
 
 
 def auc_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
