@@ -19,7 +19,11 @@ from mbcnet_rec.training.trainer import average_terms, seed_step
 from sharding.plan.placement import Plan, TablePlan
 
 STEPS = 30
-KINDS = ("table_wise", "row_wise", "table_row_wise", "data_parallel", "column_wise")
+KINDS = ("table_wise", "row_wise", "table_row_wise", "data_parallel", "column_wise", "shared")
+# of all but the last one, which has table-row-wise shards
+OPTIONS = (
+    "embeddings=per_branch", "coteaching.threshold=base_rate", "differentiation.latents=unit", "differentiation.weight=0.3",
+)  # fmt: skip
 
 
 def plan_of(kind, schema, process):
@@ -54,9 +58,13 @@ def train_all(config_file, out):
         for kind in KINDS:
             # column shards make rowwise Adagrad another optimizer
             optimizer = "sgd" if kind == "column_wise" else "rowwise_adagrad"
-            config = load_config(config_file, [f"optim.embedding.name={optimizer}"])
+            options = [f"optim.embedding.name={optimizer}"]
+            if kind != "shared":
+                options += [f"model.mbcnet.{option}" for option in OPTIONS]
+            config = load_config(config_file, options)
             schema = load_schema(config.schema)
-            built = build(config, schema, process, plan_of(kind, schema, process))
+            plan = plan_of("table_row_wise" if kind == "shared" else kind, schema, process)
+            built = build(config, schema, process, plan)
             files = [Path(path) for path in config.data.train]
             stream = ParquetStream(files, schema, config.data.train_options(0), process.rank, process.world_size)
             pipeline = built.pipeline(CheckedStep(built.model, built.optimizer, nullcontext))

@@ -3,7 +3,6 @@
 import itertools
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from mbcnet_rec.model.losses import (
     weighted_bce,
 )
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNet, MBCNetConfig
-from mbcnet_rec.model.objective import Objective, build_transforms
+from mbcnet_rec.model.objective import Objective, Outputs, build_transforms
 from mbcnet_rec.report.run_report import dead_blocks
 from mbcnet_rec.training.evaluation import dead_outputs
 
@@ -246,13 +245,18 @@ def test_logits_are_float32_under_autocast():
 
 
 def test_dead_outputs_are_named():
-    logits = np.array([[1.0, 0.2, 0.5, 0.1], [1.1, 0.2, 0.6, 0.3]], np.float32)
-    model, whole = objective()
-    _, outputs = whole.losses(model.dense_arch(features()), *ROWS)
-    norms, names = torch.tensor([0.3, 0.0, 0.2]), ("cross", "deep", "efgc")
-    # cross: one logit for all rows; deep: latents of 0
-    assert dead_outputs(logits, outputs._replace(latent_norms=norms), names) == ["cross", "deep"]
-    assert dead_outputs(logits[:1], outputs._replace(latent_norms=norms + 1), names) == []
+    """Those that say the same of every row in each step; the bias may move between steps, padding and single rows say nothing."""
+    logits = torch.tensor([[1.0, 0.2, 0.5, 0.1], [1.1, 0.2, 0.6, 0.3], [9.0, 9.0, 9.0, 9.0]])
+    one = Outputs(logits, torch.zeros(3), torch.tensor([1.0, 1.0, 0.0]), {}, torch.zeros(3), torch.zeros(3))
+    moved = one._replace(logits=one.logits - torch.tensor([0.0, 0.1, 0.0, 0.0]))
+    names = ("cross", "deep", "efgc")
+    assert dead_outputs([one, moved], names) == ["cross"]
+    single, padding = (one._replace(weights=torch.eye(3)[0] * each) for each in (1, 0))
+    assert dead_outputs([one, single, padding], names) == ["cross"]
+    assert dead_outputs([single, padding], names) == dead_outputs([padding], names) == dead_outputs([], names) == []
+    alive = one._replace(logits=torch.arange(12.0).reshape(3, 4))
+    assert dead_outputs([one, alive], names) == []
+    assert dead_outputs([one._replace(logits=logits[:, :1] * 0)], ()) == ["fused"]
     lines = [{"step": 10}, {"step": 20, "dead": ["deep"]}, {"step": 30, "dead": ["deep"]}]
     assert "Dead from step 20 to the end: Deep." in dead_blocks({"train": lines})[0].text
     assert dead_blocks({"train": lines[:1]}) == []

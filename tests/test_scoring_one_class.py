@@ -11,7 +11,7 @@ from tiny_run import lines_of, make_run, train
 
 from mbcnet_rec.checkpoints.storage import LocalStorage, best_step
 from mbcnet_rec.report.run_report import write_run_report
-from mbcnet_rec.scoring.metrics import Histogram, auc, exact_metrics
+from mbcnet_rec.scoring.metrics import Histogram, auc, exact_metrics, reliability
 
 EARLY = ["train.eval_every=5", "train.patience=1", "train.schedule=plateau", "train.keep_best=2"]
 
@@ -132,16 +132,21 @@ def test_a_run_that_had_a_best_checkpoint_keeps_it(home):
     assert best_step(LocalStorage(home / "mixed/checkpoints")) == best <= 10
 
 
-def test_logits_that_are_no_numbers_have_no_auc():
+@pytest.mark.parametrize("logit", [np.nan, np.inf, -np.inf, 0.0])
+def test_rows_that_cannot_be_scored_have_no_metrics(logit):
+    """Of a logit that is not finite, or a label other than 0 and 1, every metric is NaN, exact or binned, and there is no reliability."""
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(50, 1)).astype(np.float32), (np.arange(50) % 2).astype(np.float32)
     groups = np.arange(50) // 10
-    logits[7] = np.nan
-    histogram = Histogram(1, 64)
-    histogram.add(logits, labels)
-    assert np.isnan(auc(logits[:, 0], labels))
-    for metrics in (exact_metrics(logits, labels, (), groups), histogram.metrics(())):
-        assert all(np.isnan(each.value) for each in metrics.values())
+    logits[7] = logit
+    for label in (labels[7],) if logit else (2.0, 0.5, -1.0, np.nan):
+        labels[7] = label
+        histogram = Histogram(1, 64)
+        histogram.add(logits, labels)
+        assert np.isnan(auc(logits[:, 0], labels))
+        assert reliability(logits[:, 0], labels) == histogram.reliability() == []
+        for metrics in (exact_metrics(logits, labels, (), groups), histogram.metrics(())):
+            assert all(np.isnan(each.value) and np.isnan(each.error) for each in metrics.values())
 
 
 def test_a_score_that_is_no_number_is_refused_by_its_row(home, tmp_path):

@@ -221,6 +221,13 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The greatest of all ranks' values, for each entry. In place for more than one rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; every rank calls it."""
     return vote([flag])[0] is not None

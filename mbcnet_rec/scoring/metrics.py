@@ -44,17 +44,22 @@ def why_no_auc(metrics: Mapping[str, float | None]) -> str:
     if known("auc"):
         return ""
     if not known("log_loss"):
-        return "some logits are not numbers"
+        return "some logits are not finite numbers"
     return f"the rows are all of one class, label {int(known('calibration'))}"
 
 
+def can_be_scored(logits: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether there are rows, every logit is finite and every label 0 or 1. Where not, metrics are NaN."""
+    return len(labels) > 0 and bool(np.isfinite(logits).all() and ((labels == 0) | (labels == 1)).all())
+
+
 def score_counts(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count positives and negatives at each distinct score, ascending: two (S,) float64 arrays; empty ones where a score is NaN."""
+    """Count positives and negatives at each distinct score, ascending: two (S,) float64 arrays; empty ones of rows that cannot be scored."""
+    if not can_be_scored(logits, labels):
+        return np.zeros(0), np.zeros(0)
     order = np.argsort(logits)
     ordered, positive = logits[order], labels[order] > 0
-    starts = np.flatnonzero(np.concatenate([[len(ordered) > 0], ordered[1:] != ordered[:-1]]))
-    if not len(starts) or np.isnan(ordered[-1]):  # NaN is sorted last
-        return np.zeros(0), np.zeros(0)
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     positives = np.add.reduceat(positive.astype(np.float64), starts)
     totals = np.diff(np.append(starts, len(ordered)))
     return positives, totals - positives
@@ -87,13 +92,13 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray, *, binned: bool 
 
 
 def auc(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Exact area under the ROC curve, P(a positive outranks a negative), ties one half; NaN if one class is missing or a logit is NaN.
+    """Exact area under the ROC curve, P(a positive outranks a negative), ties one half; NaN if one class is missing or rows cannot be scored.
 
     Two sorts and two merges: a third of the time of `auc_of_counts`, which knows the error too.
     """
     positive = labels > 0
     above, below = np.sort(logits[positive]), np.sort(logits[~positive])
-    if not len(above) or not len(below) or np.isnan(above[-1]) or np.isnan(below[-1]):  # NaN is sorted last
+    if not len(above) or not len(below) or not can_be_scored(logits, labels):
         return float("nan")
     wins = np.searchsorted(below, above, "left").sum() + np.searchsorted(below, above, "right").sum()
     return float(wins / 2 / (len(above) * len(below)))
@@ -107,8 +112,10 @@ def softplus(z: np.ndarray) -> np.ndarray:
 def moments(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Sums from which log-loss, NE and calibration and their errors follow: (8,) float64, additive over rows.
 
-    n, y, p, p^2, y p, l, l^2, y l, with y the label, p the probability and l the row's log-loss.
+    n, y, p, p^2, y p, l, l^2, y l, with y the label, p the probability and l the row's log-loss. NaN if rows cannot be scored.
     """
+    if len(labels) and not can_be_scored(logits, labels):
+        return np.full(8, np.nan)
     z, y = logits.astype(np.float64), labels.astype(np.float64)
     p, loss = 1.0 / (1.0 + np.exp(-z)), softplus(z) - y * z
     terms = (np.ones_like(z), y, p, p * p, y * p, loss, loss * loss, y * loss)
@@ -147,7 +154,7 @@ def _delta_error(a: float, b: float, var_a: float, var_b: float, cov: float, n: 
 
 
 def gauc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Estimate:
-    """Mean of the AUC within each group, weighted by its rows; groups of one class are left out. NaN if none is left, or a logit is NaN.
+    """Mean of the AUC within each group, weighted by its rows; groups of one class are left out. NaN if none is left, or rows cannot be scored.
 
     Its error treats groups as independent draws: error^2 = sum_g (w_g (AUC_g - GAUC))^2 / (sum_g w_g)^2; NaN with one group.
     """
@@ -160,11 +167,11 @@ def gauc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Estim
 
 
 def group_areas(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The AUC of each group that has both classes, and its rows, by rising id: two (G,) float64; empty ones where a logit is NaN."""
+    """The AUC of each group that has both classes, and its rows, by rising id: two (G,) float64; empty ones of rows that cannot be scored."""
+    if not can_be_scored(logits, labels):
+        return np.zeros(0), np.zeros(0)
     order = np.lexsort((logits, group_ids))
     groups, scores = group_ids[order], logits[order]
-    if not len(order) or np.isnan(scores).any():
-        return np.zeros(0), np.zeros(0)
     new_group = np.concatenate([[True], groups[1:] != groups[:-1]])
     starts = np.flatnonzero(new_group | np.concatenate([[True], scores[1:] != scores[:-1]]))
     positives = np.add.reduceat((labels[order] > 0).astype(np.float64), starts)
@@ -207,6 +214,8 @@ class Histogram:
 
     def reliability(self, bins: int = RELIABILITY_BINS) -> list[list[float]]:
         """`reliability` of the fused output, with a row's probability taken from the middle of its bin of the logit."""
+        if np.isnan(self.sums[0]).any():
+            return []
         totals = self.counts[:, 0].sum(axis=0)
         used = np.flatnonzero(totals)
         middles = (used + 0.5) * (2 * BIN_LIMIT / self.num_bins) - BIN_LIMIT
@@ -220,7 +229,7 @@ class Histogram:
         """Metrics of every output; `names`: of the branches."""
         negatives, positives = self.counts.astype(np.float64)
         aucs = [auc_of_counts(p, n, binned=True) for p, n in zip(positives, negatives, strict=True)]
-        # a row whose logit is NaN is in a bin, but makes the sums NaN
+        # a row whose logit is not finite is in a bin, but makes the sums NaN
         aucs = [NOT_KNOWN if np.isnan(sums).any() else area for area, sums in zip(aucs, self.sums, strict=True)]
         return _of_outputs(names, aucs, self.sums)
 
@@ -278,6 +287,8 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = RELIABILITY_
 
     Logits (B,) of one output and labels (B,) -> for each bin: mean predicted probability, observed rate, rows.
     """
+    if not can_be_scored(logits, labels):
+        return []
     order = np.argsort(logits, kind="stable")
     probability = 1.0 / (1.0 + np.exp(-logits[order].astype(np.float64)))
     parts = np.array_split(np.arange(len(order)), min(bins, len(order)))

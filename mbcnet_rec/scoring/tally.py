@@ -147,7 +147,7 @@ class Tally:
             labels = rows.labels[chosen]
             groups = None if rows.group_ids is None else rows.group_ids[chosen]
             metrics = exact_metrics(rows.logits[chosen], labels, self.branches, groups, errors=errors)
-            return Scores(len(labels), int(labels.sum()), metrics)
+            return Scores(len(labels), int((labels > 0).sum()), metrics)
 
         slices = {
             column: {name: scores(places == place) for place, name in enumerate(names)}

@@ -1,5 +1,6 @@
 """What is computed from a model's outputs: the numbers of a log line, and the metrics of a whole split."""
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from itertools import permutations
@@ -11,7 +12,14 @@ import torch
 from data.stream import ParquetStream
 from mbcnet_rec.model.losses import Threshold, branch_pairs, disagreement_rates
 from mbcnet_rec.model.objective import Outputs
-from mbcnet_rec.runtime.process import Process, averaged_buffers, blamed_on, broadcast_value, mean_over_ranks
+from mbcnet_rec.runtime.process import (
+    Process,
+    averaged_buffers,
+    blamed_on,
+    broadcast_value,
+    max_over_ranks,
+    mean_over_ranks,
+)
 from mbcnet_rec.scoring.scorer import Autocast, Scorer
 from mbcnet_rec.scoring.tally import EXACT_ROWS, Tally
 from mbcnet_rec.training.built import Built
@@ -51,15 +59,22 @@ def diagnostics(
     return values
 
 
-def dead_outputs(logits: np.ndarray, last: Outputs, names: tuple[str, ...]) -> list[str]:
-    """Names of the outputs that say the same of every row, or whose latents were 0 for all of the last batch.
+def dead_outputs(outputs: list[Outputs], names: tuple[str, ...]) -> list[str]:
+    """Names of the outputs that in each of these steps said the same of all ranks' rows, as where latents are 0; fused is the fused one's.
 
-    `logits`, `last` and `names` as in `diagnostics`; the fused output's name is fused.
+    Steps in which no rank has two rows say nothing. Every rank calls it.
     """
-    norms = [1.0, *last.latent_norms.tolist()]
-    constant = np.ptp(logits, axis=0) == 0 if len(logits) > 1 else np.zeros(logits.shape[1], bool)
-    outputs = zip(("fused", *names), constant.tolist(), norms, strict=False)
-    return [name for name, is_constant, norm in outputs if is_constant or norm == 0]
+    if not outputs:
+        return []
+    steps = []
+    for each in outputs:
+        real = each.weights > 0
+        logits = torch.stack([each.logits, -each.logits]).masked_fill(~real[:, None], -math.inf).amax(1).flatten()
+        steps.append(torch.cat([logits, real.sum()[None].to(logits.dtype)]))  # greatest and negated least logits, rows
+    found = max_over_ranks(torch.stack(steps).cpu())
+    highest, lowest = found[found[:, -1] > 1, :-1].unflatten(1, (2, -1)).unbind(1)  # (steps, 1 + K) each
+    same = (highest == -lowest).all(0) & (len(highest) > 0)
+    return [name for name, dead in zip(("fused", *names), same.tolist(), strict=True) if dead]
 
 
 def evaluate_stream(

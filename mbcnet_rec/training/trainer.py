@@ -92,7 +92,8 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._stop_wanted = self._save_wanted = False
         self._last_auc = float("nan")
-        self._told_no_auc = self._told_dead = False
+        self._told_no_auc = False
+        self._told_dead: set[str] = set()
         self._labels_seen: set[int] = set()  # on rank 0, in lines of the log
 
     def restore(self, saved: Saved, *, allow_partial: bool = False) -> list[str]:
@@ -275,6 +276,19 @@ class Trainer:
             self.bar.say(
                 f"step {state.step}: ALARM: loss {terms['loss']:.4f} stands {spike:.1f} standard deviations above the lines before"
             )
+        after_first = window.outputs[1:] if window.first_step == 0 else window.outputs  # some weights are 0 at first
+        dead = dead_outputs(after_first[-2:], names)
+        if new := sorted(set(dead) - self._told_dead):
+            self._told_dead |= set(new)
+            self.bar.say(
+                f"step {state.step}: ALARM: {', '.join(new)} dead: latents of 0, or one logit for all rows; training continues. "
+                + (
+                    "A lower model.mbcnet.differentiation.weight, model.mbcnet.top_activation = 'none' or "
+                    if names
+                    else ""
+                )
+                + "a lower optim.dense_lr may help"
+            )
         if self.records is not None:
             logits, labels = real_rows(window.outputs)[:2]
             if len(labels):
@@ -282,14 +296,7 @@ class Trainer:
             values |= evaluate_predictions(logits, labels, names)
             threshold = self.losses[0].coteaching.threshold if self.losses else 0.0
             values |= diagnostics(logits, labels, window.outputs[-1], names, threshold)
-            dead = dead_outputs(logits, window.outputs[-1], names)
             values |= {"dead": dead} if dead else {}
-            if dead and not self._told_dead:
-                self._told_dead = True
-                self.bar.say(
-                    f"step {state.step}: ALARM: {', '.join(dead)} dead: latents of 0, or one logit for all rows; training continues. "
-                    "A lower model.mbcnet.differentiation.weight or learning rate may help, or top_activation = 'none'"
-                )
             values |= {
                 "samples_per_second": steps * self.stream.options.batch_size / seconds,
                 "step_seconds": seconds / steps,

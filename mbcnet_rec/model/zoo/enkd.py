@@ -1,6 +1,7 @@
-"""EnKD (Zhu et al., CIKM 2020): several trained teachers, a gate that weighs them row by row, a student DNN.
+"""Distillation of several trained teachers into a student DNN, in the spirit of EnKD (Zhu et al., CIKM 2020).
 
-The teachers' logits come from outside, as the last T columns of a training batch's dense features; who trains and runs the
+MBCnet's paper, our source, says of EnKD no more than that it distils an ensemble into a light student. Which teachers there are, the gate
+that weighs them row by row and the loss are our reading. The teachers' logits come from outside, as the last T columns of a training batch's dense features; who trains and runs the
 teachers is not the model's business.
 
 Shapes: B batch, T teachers.
@@ -20,7 +21,7 @@ from mbcnet_rec.model.mbcnet import Model, ModelOutput
 from mbcnet_rec.model.objective import Objective, Outputs, Rows
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
-TEACHERS = ("dcnv2", "crossnet", "wide_deep")  # as in the paper
+TEACHERS = ("dcnv2", "crossnet", "wide_deep")  # ours; other baselines of the paper's Table 3
 
 
 @dataclass(frozen=True)
