@@ -137,4 +137,4 @@ def tsne_plane(points: np.ndarray, seed: int = 0) -> np.ndarray:
     width = min(PCA_WIDTH, *points.shape)
     reduced = PCA(width, random_state=seed).fit_transform(points)
     perplexity = min(30.0, max(2.0, (len(points) - 1) / 4))
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced)
+    return TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(reduced)

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
+from data.errors import InputError
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, score_rows
@@ -53,12 +55,14 @@ def keep_row_scores(config: RunConfig) -> None:
 
 
 def read_row_scores(config: RunConfig) -> RowScores | None:
-    """What `keep_row_scores` has kept of a run, which is scored now if it was interrupted before; None where there are too many rows, or none."""
-    if not (config.data.test or config.data.valid):
+    """What `keep_row_scores` has kept of a run, which is scored now if it was interrupted before; None where that cannot be, or there are too many rows."""
+    path = config.run_folder / ROW_SCORES
+    if not path.is_file():
+        with suppress(InputError):  # its checkpoints are gone, say
+            keep_row_scores(config)
+    if not path.is_file():
         return None
-    if not (config.run_folder / ROW_SCORES).is_file():
-        keep_row_scores(config)
-    with np.load(config.run_folder / ROW_SCORES, allow_pickle=False) as kept:
+    with np.load(path, allow_pickle=False) as kept:
         found = RowScores(tuple(kept["outputs"].tolist()), kept["logits"], kept["labels"], kept.get("groups"))
     return found if len(found.labels) else None
 
