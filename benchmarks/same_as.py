@@ -3,7 +3,7 @@
     python benchmarks/same_as.py --against COMMIT [--quick] [--json]
 
 The other commit is checked out beside this tree (git worktree) and both are driven as a user drives them, by the `mbcnet` command, one after
-the other in folders of their own. Three runs of 30 steps, each by one process and by two ranks: the demo on 20,000 synthetic rows, Adult
+the other in folders of their own, by the other's configs and prepared schemas, since shipped ones may change on purpose. Three runs of 30 steps, each by one process and by two ranks: the demo on 20,000 synthetic rows, Adult
 (left out where its files are not beside the repository), and a log with a field of every kind and encoding. Compared are the data files
 that are written, every number of metrics.jsonl that is not a time, every tensor of the last checkpoint, what `mbcnet evaluate --json`
 prints and what `mbcnet predict` writes; and this tree's evaluation of the other's run folder, for old checkpoints have to load.
@@ -12,6 +12,8 @@ prints and what `mbcnet predict` writes; and this tree's evaluation of the other
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from safetensors.numpy import load_file
 from side_by_side import ROOT, mbcnet, parser_of, settings
 from small_log import write_log
 
+from mbcnet_rec.config import EARLIER
 from mbcnet_rec.logs.metrics_log import TIMING_KEYS
 
 STEPS = 30
@@ -57,12 +60,11 @@ CASES = (
 )  # fmt: skip
 
 
-def make_run(tree: Path, folder: Path, case: Case, run: str) -> None:
-    """Prepare the data of a case once and train."""
-    if case.prepare and not (folder / case.out).exists():
-        mbcnet(*case.prepare, "--out", case.out, folder=folder, tree=tree)
-    config = str(tree / case.config) if (tree / case.config).exists() else case.config
-    words = ("train", "--config", config, *settings(f"train.out={run}", *RUN))
+def make_run(tree: Path, folder: Path, case: Case, run: str, other: Path) -> None:
+    """Train by the other tree's config, with what its defaults were where options have come since."""
+    config = str(other / case.config) if (other / case.config).exists() else case.config
+    options = EARLIER if "EARLIER" in (tree / "mbcnet_rec/config.py").read_text(encoding="utf-8") else ()
+    words = ("train", "--config", config, *settings(f"train.out={run}", *RUN, *options))
     mbcnet(*words, folder=folder, tree=tree, ranks=int(run.rpartition("-")[2]))
 
 
@@ -72,7 +74,7 @@ def logged(run: Path) -> dict[str, Any]:
     for text in (run / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         for key, value in line.items():
-            if key not in TIMING_KEYS:
+            if key not in (*TIMING_KEYS, "dead"):  # an alarm that came later
                 found[f"{line['split']} {line['step']} {key}"] = value
     return found
 
@@ -90,13 +92,13 @@ def tensors(run: Path, step: int = STEPS) -> dict[str, str]:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Digests of every Parquet file below a folder, and of what every TOML file says, but for the types of ids that `schema fit` adds."""
+    """Digests of every Parquet file below a folder, and of what every TOML file says, but for the types of ids that `schema fit` adds, and widths."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".toml":
             table = tomllib.loads(path.read_text(encoding="utf-8"))
             for entry in (table, *table.get("fields", {}).values()):
-                for key in ("type", "group_type"):
+                for key in ("type", "group_type", "embedding_dim"):
                     entry.pop(key, None)
             found[str(path.relative_to(folder))] = hashlib.sha256(repr(table).encode()).hexdigest()
         elif path.suffix == ".parquet":
@@ -145,17 +147,23 @@ def checked_out(commit: str, folder: Path) -> Iterator[Path]:
 def compare(case: Case, ranks: int, other: Path, work: Path) -> list[str]:
     """Make one run in both trees and compare everything that it left."""
     run, scored = f"runs/{case.name}-{ranks}", f"scored/{case.name}-{ranks}"
-    sides = {"here": ROOT, "there": other}
+    sides = {"there": other, "here": ROOT}
     seen: dict[str, dict[str, dict[str, Any]]] = {}
     for side, tree in sides.items():
         folder = work / side
-        make_run(tree, folder, case, run)
+        if case.prepare and not (folder / case.out).exists():
+            mbcnet(*case.prepare, "--out", case.out, folder=folder, tree=tree)
+        written = files(folder / case.out) if case.prepare else {}
+        if case.prepare:
+            shutil.copy(work / "there" / case.out / "schema.toml", folder / case.out / "schema.own.toml")
+            os.replace(folder / case.out / "schema.own.toml", folder / case.out / "schema.toml")
+        make_run(tree, folder, case, run, other)
         evaluated = json.loads(mbcnet("evaluate", run, "--json", folder=folder, tree=tree))
         mbcnet("predict", run, "--data", case.scored, "--out", scored, folder=folder, tree=tree)
         seen[side] = {
             "metrics.jsonl": logged(folder / run),
             "checkpoint": tensors(folder / run),
-            "data": files(folder / case.out) if case.prepare else {},
+            "data": written,
             "evaluate": flat(evaluated),
             "predict": scores(folder / scored),
         }

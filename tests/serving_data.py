@@ -66,7 +66,7 @@ def serving_table(rows: int, seed: int) -> pa.Table:
 
 
 def write_serving_data(folder: Path) -> None:
-    """Write data, the fitted schema and the config of each run: run_table_wise.toml, run_row_wise.toml."""
+    """Write data, the fitted schema and the config of each run: run_table_wise.toml, and run_row_wise.toml, whose branches read slices of rows."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (split, rows) in enumerate((("train", 4_800), ("valid", 500), ("test", 2_000))):
         table = serving_table(rows, number + 1)
@@ -78,7 +78,8 @@ def write_serving_data(folder: Path) -> None:
     (folder / "schema.toml").write_text(format_schema(fitted))
     for kind in KINDS:
         text = CONFIG.format(folder=folder).replace(f'out = "{folder}/run"', f'out = "{folder}/{kind}"')
-        for old, new in WIDER.items():
+        own = {"branch_dim": 'embeddings = "per_branch"\nbranch_dim'} if kind == "row_wise" else {}
+        for old, new in (WIDER | own).items():
             assert old in text
             text = text.replace(old, new)
         (folder / f"run_{kind}.toml").write_text(text + f'\n[sharding]\nsharding_types = ["{kind}"]\n')

@@ -1,5 +1,5 @@
-"""Proves that an exported artifact gives the probabilities of training, from a table-wise and a row-wise run alike, at every row type, and
-that it loads where neither this project nor TorchRec is installed, without unpickling anything.
+"""Proves that an exported artifact gives the probabilities of training, from a table-wise run and a row-wise one with slices for each branch alike,
+at every row type, and that it loads where neither this project nor TorchRec is installed, without unpickling anything.
 """
 
 import importlib.metadata
