@@ -66,7 +66,7 @@ def paired_differences(
         gaps = (own - other) * (np.sqrt(rows / np.maximum(1, rows - 1)) if delong else 1.0)
         found[name] = difference_of(value, other_value, np.bincount(clusters, gaps), delong=delong)
     if (
-        min(len(np.unique(clusters[of_class])) for of_class in classes) < 2
+        min(np.count_nonzero(np.bincount(clusters[of_class])) for of_class in classes) < 2
     ):  # one draw of a class: how it varies is not known
         found["auc"] = found["auc"]._replace(low=math.nan, high=math.nan, p=math.nan, corrected=math.nan)
     if groups is not None:
