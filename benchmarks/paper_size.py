@@ -27,9 +27,12 @@ from mbcnet_rec.training.built import Built
 
 # Training FLOPs of one sample at 2,780 dims and 800 group dims: 6 for each multiply-add of a forward pass.
 PREDICTED_FLOPS = 85.8e6
+# Multiply-adds of a sample's forward pass by the widths of pailitao.toml, of whole rows and of a slice for each branch.
+PREDICTED_SHARED, PREDICTED_PER_BRANCH = 14.1e6, 10.2e6
 TRAIN_FOLDER = "ds=2024-05-01"
 
 MBCNET = ModelConfig()
+PER_BRANCH = ModelConfig(mbcnet=MBCNetConfig(embeddings="per_branch"))
 # Cross and deep branch under the shared top, without a word between them: what EFGC and cooperation come on top of.
 TWO_BRANCHES = ModelConfig(
     mbcnet=MBCNetConfig(

@@ -248,6 +248,18 @@ def test_teacher_gate():
     np.testing.assert_allclose(array(gate(teachers)), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ARCHES)
+def test_logits_are_float32_under_autocast(kind):
+    """bfloat16 logits would be a few hundred distinct scores among thousands of rows."""
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = build_arch(ModelConfig(kind), LAYOUT)(
+            {name: torch.randn(1000, LAYOUT.width(name)) for name in (ALL, WIDE, *LAYOUT.groups)}
+        )
+    for logits in (output.fused_logits, *output.branch_logits):
+        assert logits.dtype == torch.float32 and len(logits.unique()) > 900
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

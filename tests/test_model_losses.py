@@ -214,9 +214,10 @@ def test_ranks_average_to_one_process(scheme, num_ranks):
     torch.testing.assert_close(torch.cat(gradients, 1) / num_ranks, expected_gradient, rtol=1e-12, atol=1e-18)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_the_base_rate_as_threshold(num_ranks):
-    """A branch is strong on a row where its BCE is below that of always predicting the share of clicks of all ranks' rows."""
+@pytest.mark.parametrize("rows_of", [(40,), (20, 20), (25, 12, 3, 0)])
+def test_the_base_rate_as_threshold(rows_of):
+    """A branch is strong on a row where its BCE is below that of always predicting the share of clicks of all ranks' rows, however few one has."""
+    num_ranks = len(rows_of)
     rng = np.random.default_rng(0)
     labels, logits = (rng.random(40) < 0.2).astype(np.float64), rng.normal(size=(3, 40)) - 1.5
     rate = labels.mean()
@@ -231,30 +232,36 @@ def test_the_base_rate_as_threshold(num_ranks):
         for b in range(40)
     ]
     expected = sum(count * loss for count, (loss, _) in zip(terms, rows, strict=True)) / sum(terms)
-    shards = list(zip(torch.tensor(logits).chunk(num_ranks, 1), torch.tensor(labels).chunk(num_ranks), strict=True))
-    # a padding row of weight 0 on each rank does not count
-    shards = [(padded(z, 1, 1), torch.cat([y, torch.ones(1)])) for z, y in shards]
-    weights = torch.cat([torch.ones(40 // num_ranks), torch.zeros(1)])
-    options = {"threshold": "base_rate", "weights": weights}
+    # padding rows of weight 0 fill each rank's batch of 41 and do not count
+    parts = zip(torch.tensor(logits).split(rows_of, 1), torch.tensor(labels).split(rows_of), strict=True)
+    shards = [
+        (padded(z, 1, 41 - len(y)), torch.cat([y, torch.ones(41 - len(y))]), (torch.arange(41) < len(y)).double())
+        for z, y in parts
+    ]
     seen, means = [], []
     for round_ in range(2):  # of the base rate, then of the number of disagreements
         seen.append([])
-        for z, y in shards:
+        for z, y, weights in shards:
             calls = []
 
             def mean(own, calls=calls, known=tuple(means)):
                 calls.append(own.clone())
                 return known[len(calls) - 1] if len(calls) <= len(known) else own
 
-            coteaching(z, y, mean_over_ranks=mean, **options)
+            coteaching(z, y, mean_over_ranks=mean, threshold="base_rate", weights=weights)
             seen[round_].append(calls[round_])
         means.append(torch.stack(seen[round_]).mean(0))
-    parts = []
-    for z, y in shards:
-        replies = iter(means)
-        parts.append(coteaching(z, y, mean_over_ranks=lambda _, replies=replies: next(replies), **options)[0])
-    assert torch.stack(parts).mean().item() == pytest.approx(expected, rel=1e-9)
     one = torch.tensor(logits), torch.tensor(labels)
+    losses, gradients = [], []
+    for (z, y, weights), rows in zip(shards, rows_of, strict=True):
+        replies = iter(means)
+        options = {"threshold": "base_rate", "weights": weights}
+        loss, gradient = coteaching(z, y, mean_over_ranks=lambda _, replies=replies: next(replies), **options)
+        losses.append(loss)
+        gradients.append(gradient[:, :rows])
+    assert torch.stack(losses).mean().item() == pytest.approx(expected, rel=1e-9)
+    of_one_process = coteaching(*one, threshold="base_rate")[1]
+    torch.testing.assert_close(torch.cat(gradients, 1) / num_ranks, of_one_process, rtol=1e-12, atol=1e-18)
     assert disagreement_rates(*one, "base_rate").sum().item() == pytest.approx(sum(terms) / 40)
 
 

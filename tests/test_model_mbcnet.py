@@ -234,16 +234,6 @@ def test_the_activation_of_the_last_layer_of_the_top(activation):
     assert [type(layer).__name__ for layer in arch.top].count("ReLU") == 1 + (activation == "relu")
 
 
-def test_logits_are_float32_under_autocast():
-    """bfloat16 logits would be a few hundred distinct scores among thousands of rows."""
-    arch = BranchArch(small(), LAYOUT)
-    rows = {name: torch.randn(1024, part.shape[1]) for name, part in features().items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = arch(rows)
-    assert output.fused_logits.dtype == output.branch_logits.dtype == torch.float32
-    assert len(output.fused_logits.unique()) > 1000
-
-
 def test_dead_outputs_are_named():
     """Those that say the same of every row in each step; the bias may move between steps, padding and single rows say nothing."""
     logits = torch.tensor([[1.0, 0.2, 0.5, 0.1], [1.1, 0.2, 0.6, 0.3], [9.0, 9.0, 9.0, 9.0]])

@@ -59,10 +59,11 @@ class Progress:
             file=self._stream, dynamic_ncols=True, mininterval=0.3 if self._stream.isatty() else 10.0, disable=not shown,
         )  # fmt: skip
 
-    def step(self, **shown: float) -> None:
-        """One step done; `shown` replaces the numbers behind the bar."""
+    def step(self, **shown: float | str) -> None:
+        """One step done; `shown` replaces what stands behind the bar."""
         if shown:
-            self._bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
+            texts = {key: value if isinstance(value, str) else f"{value:.4f}" for key, value in shown.items()}
+            self._bar.set_postfix(texts, refresh=False)
         self._bar.update(self._batch_size)
 
     def say(self, line: str) -> None:

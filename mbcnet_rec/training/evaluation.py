@@ -73,7 +73,8 @@ def dead_outputs(outputs: list[Outputs], names: tuple[str, ...]) -> list[str]:
         steps.append(torch.cat([logits, real.sum()[None].to(logits.dtype)]))  # greatest and negated least logits, rows
     found = max_over_ranks(torch.stack(steps).cpu())
     highest, lowest = found[found[:, -1] > 1, :-1].unflatten(1, (2, -1)).unbind(1)  # (steps, 1 + K) each
-    same = (highest == -lowest).all(0) & (len(highest) > 0)
+    rounding = 4 * torch.finfo(found.dtype).eps * highest.abs()  # of equal rows in one product of matrices
+    same = (highest + lowest <= rounding).all(0) & (len(highest) > 0)
     return [name for name, dead in zip(("fused", *names), same.tolist(), strict=True) if dead]
 
 

@@ -264,7 +264,7 @@ class Trainer:
         if self._logs_step:
             self.window.gradient_shares = gradient_shares(self.branches)
 
-    def _log(self) -> dict[str, float]:
+    def _log(self) -> dict[str, Any]:
         """Write a line of metrics.jsonl; return what the bar shows."""
         window, state, names = self.window, self.state, self.built.branch_names
         steps, seconds = state.step - window.first_step, time.perf_counter() - window.started
@@ -314,8 +314,8 @@ class Trainer:
             self.records.add(state.step, "train", values)
         self._open_window()
         shown = {"loss": terms["loss"], "auc": values.get("auc", float("nan")), "valid_auc": self._last_auc}
-        shown |= {"dead": len(values["dead"])} if "dead" in values else {}
-        return {name: value for name, value in shown.items() if name == "loss" or not math.isnan(value)}
+        kept = {name: value for name, value in shown.items() if name == "loss" or not math.isnan(value)}
+        return kept | ({"dead": ",".join(dead)} if dead else {})
 
     def _open_window(self) -> None:
         self.window = Window(self.state.step, self.feed.waited, self.saver.stalled_seconds)
