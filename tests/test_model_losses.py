@@ -281,6 +281,10 @@ def test_latents_of_unit_length():
     distance = latent_distance(unit(z))
     (gradient,) = torch.autograd.grad(distance, z)
     assert gradient.isfinite().all() and (gradient[1:] * z[1:]).sum(2).abs().max() < 1e-12, "no push along the latent"
+    half, maps = torch.randn(3, 5, 4).bfloat16(), torch.randn(3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = moderate_differentiation_loss(unit(half), maps)
+    assert loss.dtype == torch.float32 and loss.item() == moderate_differentiation_loss(unit(half.float()), maps).item()
 
 
 def test_disagreement_rates_by_hand():
