@@ -277,7 +277,7 @@ class Trainer:
                 f"step {state.step}: ALARM: loss {terms['loss']:.4f} stands {spike:.1f} standard deviations above the lines before"
             )
         after_first = window.outputs[1:] if window.first_step == 0 else window.outputs  # some weights are 0 at first
-        dead = dead_outputs(after_first[-2:], names)
+        dead = dead_outputs(after_first, names)
         if new := sorted(set(dead) - self._told_dead):
             self._told_dead |= set(new)
             self.bar.say(
