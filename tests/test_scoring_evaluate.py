@@ -104,27 +104,6 @@ def test_exact_auc_and_gauc_are_scikit_learns():
     assert np.isnan(evaluate_predictions(logits[:, None], np.ones(300), ())["auc"])
 
 
-@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
-def test_a_score_that_is_not_finite_has_no_metric(score):
-    """Whichever label its row has, of all rows and of its group, from rows and from bins; the other outputs keep theirs."""
-    logits, labels, groups = (
-        np.array([[0.0, 1.0], [2.0, 2.0], [1.0, 0.0], [-1.0, 3.0]]),
-        np.array([0.0, 1, 0, 1]),
-        np.array([1, 1, 2, 2]),
-    )
-    for row in range(4):
-        wrong = logits.copy()
-        wrong[row, 0] = score
-        histogram = Histogram(2, 64)
-        histogram.add(wrong, labels)
-        logged = evaluate_predictions(wrong, labels, ("efgc",), groups)
-        exact = {name: each.value for name, each in exact_metrics(wrong, labels, ("efgc",), groups).items()}
-        binned = {name: each.value for name, each in histogram.metrics(("efgc",)).items()}
-        for found in (logged, exact, binned):
-            assert np.isnan([found[name] for name in ("auc", "log_loss", *({"gauc"} & found.keys()))]).all()
-            assert found["auc/efgc"] == 1.0
-
-
 def test_intervals_cover():
     """Over 400 samples of one law, 95 % intervals of AUC hold its true value about as often as they say."""
     rng = np.random.default_rng(1)
