@@ -33,8 +33,8 @@ ORDER = (
     "data.batch_size", "data.lanes", "data.order", "data.window_rows", "data.train_where", "data.keep_negatives",
     "data.drop_positives", "train.seed",
 )  # fmt: skip
-# options by which the same weights are another model
-MEANINGS = ("model.mbcnet.top_activation",)
+# options by which the same weights are another model: slices and logits go by the order of branches
+MEANINGS = ("model.mbcnet.top_activation", "model.mbcnet.branches")
 # where things are; what the rows are is compared by the files
 PLACES = ("name", "schema", "data.train", "train.out", "train.checkpoint_folder")
 SHOWN = 8
@@ -167,7 +167,7 @@ def refuse_other_start(config: RunConfig, run: Mapping[str, Any], marks: Marks, 
     notes = [f"partial load: {what}" for what in order]
     changed = option_differences(run, config)
     for key, before, now in changed:
-        if key in MEANINGS and not allow_partial:
+        if key in MEANINGS and config.model.kind == "mbcnet" and not allow_partial:
             raise InputError(
                 f"{config.run_folder}: {key} = {now!r}, but {before!r} in its checkpoint, whose weights mean something else then; "
                 f"add --set {key}={before}"

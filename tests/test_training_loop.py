@@ -63,7 +63,10 @@ def test_the_last_and_the_best_are_kept(config, tmp_path):
 
 
 SWITCHES = {
-    "cooperation warm-up, bf16, importance weights, plateau": [
+    "slices, cooperation warm-up, bf16, importance weights, plateau": [
+        "model.mbcnet.embeddings=per_branch",
+        "model.mbcnet.coteaching.threshold=base_rate",
+        "model.mbcnet.differentiation.latents=unit",
         "model.mbcnet.coteaching.warmup_steps=8",
         "model.mbcnet.differentiation.warmup_steps=8",
         "train.autocast=bf16",
@@ -110,6 +113,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
     one, other = lines_of(whole, "train"), lines_of(parts, "train")
     assert [line["step"] for line in one] == [line["step"] for line in other] == [4, 8, 12]
     assert one[0] == other[0] and one[2] == other[2], "the line of step 8 tells of the steps after the resume only"
+    if "model.kind=dnn" not in settings:  # slices and logits go by the order of branches
+        order = "model.mbcnet.branches=['deep','cross','efgc']"
+        assert run(config, parts, *settings, order, "train.max_steps=16", resume=True)[0] == 2
 
 
 @pytest.mark.parametrize("name", SWITCHES)
