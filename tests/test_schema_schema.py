@@ -140,13 +140,6 @@ def test_refused(case):
     assert str(caught.value).startswith("shop.toml: ") and "\n" not in str(caught.value)
 
 
-def test_comments_follow_their_fields():
-    text = format_schema(parse(), comments={"user": "100 values # and more"})
-    (line,) = [line for line in text.splitlines() if line.startswith("user ")]
-    assert line.endswith("  # 100 values # and more")
-    assert parse_schema(tomllib.loads(text), "again", Path()) == parse()
-
-
 @settings(max_examples=100)
 @given(st.text(min_size=1, max_size=8), st.text(max_size=8))
 def test_any_name_is_written_so_that_it_reads_back(name, label):

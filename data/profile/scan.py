@@ -121,11 +121,11 @@ class Profile:
     columns: dict[str, ColumnProfile]  # those that can be a field or have a role, in the files' order
     unfit: dict[str, str]  # any other -> why not
     footers: list[tuple[DataFile, pa.Schema]]  # each schema that a file has, and the first file that has it
-    sample: pa.Table  # every k-th row read
-    rows: int  # read
     total_rows: int
     num_files: int
     missing: dict[str, int]  # column -> number of files that lack it
+    rows: int = 0  # read
+    sample: pa.Table = field(default_factory=lambda: pa.table({}))  # every k-th row read
 
 
 def profile_files(
@@ -138,24 +138,20 @@ def profile_files(
     Raises:
         InputError: a file cannot be read, or two files give one column types that do not fit together.
     """
-    footers = _read_footers(files)
-    total = sum(count for _, _, count in footers.groups)
-    if not total:
+    profile, groups = _read_footers(files)
+    if not profile.total_rows:
         raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows; nothing can be inferred")
-    schema = footers.schema
-    limit = footers.largest_id
-    columns = {name: ColumnProfile(name, schema.field(name).type, limit[name]) for name in schema.names}
+    schema = pa.schema([(name, column.kind) for name, column in profile.columns.items()])
     sample = EvenSample(max(1_000, min(MAX_SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(schema)))))
-    done = 0
-    for table in _pieces(files, schema, _spread(footers.groups, rows or total)):
-        for name, column in columns.items():
+    for table in _pieces(files, schema, _spread(groups, rows or profile.total_rows)):
+        for name, column in profile.columns.items():
             for chunk in table.column(name).chunks:
                 column.add(chunk)
         sample.add(table)
-        done += table.num_rows
-        progress(done)
-    rows_held = sample.rows().combine_chunks()
-    return Profile(columns, footers.unfit, footers.found, rows_held, done, total, len(files), footers.missing)
+        profile.rows += table.num_rows
+        progress(profile.rows)
+    profile.sample = sample.rows().combine_chunks()
+    return profile
 
 
 Group = tuple[int, int, int]  # file, row group, rows
@@ -176,19 +172,8 @@ def naming(
         raise InputError(f"{file}: {fault} ({first_line(error)}); {cure}") from None
 
 
-@dataclass
-class _Footers:
-    """What the footers of all files say together."""
-
-    schema: pa.Schema  # of the columns that can be profiled
-    largest_id: dict[str, float]  # of their ColumnProfiles
-    unfit: dict[str, str]
-    found: list[tuple[DataFile, pa.Schema]]
-    missing: dict[str, int]
-    groups: list[Group]
-
-
-def _read_footers(files: Sequence[DataFile]) -> _Footers:
+def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[Group]]:
+    """What the footers of all files say together, before any row is read; and the row groups that have rows."""
     found: dict[pa.Schema, DataFile] = {}
     seen: Counter[str] = Counter()
     groups: list[Group] = []
@@ -218,9 +203,10 @@ def _read_footers(files: Sequence[DataFile]) -> _Footers:
                     largest_id[name] = min(largest_id[name], 2.0 ** WHOLE_BITS[item.bit_width])
     order = dict.fromkeys(name for schema in found for name in schema.names)
     missing = {name: len(files) - seen[name] for name in order if seen[name] < len(files)}
-    usable = pa.schema([(name, kinds[name]) for name in order if name not in unfit])
+    columns = {name: ColumnProfile(name, kinds[name], largest_id[name]) for name in order if name not in unfit}
     schemas = [(file, schema) for schema, file in found.items()]
-    return _Footers(usable, largest_id, unfit, schemas, missing, groups)
+    total = sum(count for _, _, count in groups)
+    return Profile(columns, unfit, schemas, total, len(files), missing), groups
 
 
 def _spread(groups: list[Group], rows: int) -> list[Group]:

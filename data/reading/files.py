@@ -142,11 +142,8 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
     attempts = selection.options.attempts
     time_column = schema.time_column if selection.conditions else ""
     checked = frozenset(schema.columns if selection.options.require_checksum else ())
-
-    def inspect(_: int, file: DataFile) -> tuple[Footer, str]:
-        return _inspect(file, schema, time_column, checked)
-
-    inspected = for_each_file(files, inspect, NOT_PARQUET, attempts)
+    inspect = partial(_inspect, schema, time_column, checked)
+    inspected = for_each_file(files, lambda _, file: inspect(file), NOT_PARQUET, attempts)
     footers = [footer for footer, _ in inspected]
     bare = [(file, column) for file, (_, column) in zip(files, inspected, strict=True) if column]
     if bare:
@@ -156,10 +153,7 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
             "wants them; write the files with page checksums (pyarrow: write_page_checksum=True), or set require_checksum = false"
         )
     selection.fix_span(footers)
-
-    def count(number: int, file: DataFile) -> tuple[list[RowGroup], np.ndarray]:
-        return _count_rows(file, number, footers[number], selection)
-
+    count = partial(_count_rows, selection, footers)
     counted = for_each_file(files, count, "cannot be read while counting rows", attempts)
     row_groups = [row_group for groups, _ in counted for row_group in groups]
     if not row_groups:
@@ -190,7 +184,7 @@ def column_sets(files: Sequence[DataFile], attempts: int) -> dict[pa.Schema, Dat
     return found
 
 
-def _inspect(file: DataFile, schema: Schema, time_column: str, checked: frozenset[str]) -> tuple[Footer, str]:
+def _inspect(schema: Schema, time_column: str, checked: frozenset[str], file: DataFile) -> tuple[Footer, str]:
     """Check one file's footer; return what planning needs of it, and a column without checksums."""
     with open_parquet(file, pre_buffer=True) as parquet:
         check_columns(parquet.schema_arrow, schema, str(file))
@@ -243,9 +237,11 @@ def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str,
         ) from None
 
 
-def _count_rows(file: DataFile, number: int, footer: Footer, selection: Selection) -> tuple[list[RowGroup], np.ndarray]:
+def _count_rows(
+    selection: Selection, footers: Sequence[Footer], number: int, file: DataFile
+) -> tuple[list[RowGroup], np.ndarray]:
     """Kept rows of each row group of a file, and of each label."""
-    row_groups, label_counts = [], np.zeros(2, np.int64)
+    row_groups, label_counts, footer = [], np.zeros(2, np.int64), footers[number]
     with ExitStack() as stack:
         parquet: pq.ParquetFile | None = None
         for index, stored_rows in enumerate(footer.num_rows):

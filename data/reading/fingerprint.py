@@ -8,17 +8,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
-from data.reading.files import read_or_name
+from data.reading.files import for_each_file
 from data.reading.storage import LIST_ATTEMPTS, DataFile, read_bytes, read_tail
 
 END_BYTES = 65_536
 WHOLE_BYTES = 1 << 20  # up to which a file is read whole
 MAGIC_BYTES = 8  # the footer's length, 4 bytes little-endian, and PAR1
-THREADS = 16
 CHUNK_BYTES = 1 << 24
 SHOWN = 3
 
@@ -37,13 +34,8 @@ def mark_files(files: Sequence[DataFile], attempts: int = LIST_ATTEMPTS, *, cont
     Raises:
         InputError: a file cannot be read.
     """
-
-    def mark(file: DataFile) -> FileMark:
-        read = partial(_mark_contents if contents else _mark, file)
-        return read_or_name(read, file, str(file), "cannot be read", attempts)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(mark, files))
+    mark = _mark_contents if contents else _mark
+    return for_each_file(files, lambda _, file: mark(file), "cannot be read", attempts)
 
 
 def _mark(file: DataFile) -> FileMark:

@@ -345,11 +345,8 @@ def schema_to_toml(schema: Schema) -> dict[str, Any]:
     return top
 
 
-def format_schema(schema: Schema, header: str = "", comments: dict[str, str] | None = None) -> str:
-    """Schema file text, one line a field, as a person would write it.
-
-    `header` holds comment lines for the top, without the leading `#`; `comments` gives a field's name the comment that follows it.
-    """
+def format_schema(schema: Schema, header: str = "") -> str:
+    """Schema file text, one line a field, as a person would write it. `header`: comment lines for the top, without the leading `#`."""
     top = schema_to_toml(schema)
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
     lines += [f"{key} = {toml_text(value)}" for key, value in top.items() if not isinstance(value, dict)]
@@ -358,10 +355,7 @@ def format_schema(schema: Schema, header: str = "", comments: dict[str, str] | N
         if entries:
             lines += ["", f"[{section}]"]
         pad = max((len(toml_key(name)) for name in entries), default=0)
-        for name, entry in entries.items():
-            comment = (comments or {}).get(name, "") if section == "fields" else ""
-            comment = f"  # {comment}" if comment else ""
-            lines.append(f"{toml_key(name):<{pad}} = {inline_table(entry)}{comment}")
+        lines += [f"{toml_key(name):<{pad}} = {inline_table(entry)}" for name, entry in entries.items()]
     if top["groups"]:
         lines += ["", "[groups]"]
         lines += [f"{toml_key(name)} = {toml_text(members)}" for name, members in top["groups"].items()]

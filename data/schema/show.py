@@ -2,7 +2,6 @@
 
 import sys
 from io import StringIO
-from typing import TextIO
 
 from rich import box
 from rich.console import Console
@@ -19,10 +18,9 @@ TABLES = "table, rows#, dim#, bytes (fp32)#, fields"
 GROUPS = "group, fields#, width#, members"
 
 
-def print_schema(schema: Schema, file: TextIO | None = None) -> None:
-    """Print a schema's fields, tables and groups to `file`, else to standard output."""
-    out = file or sys.stdout
-    is_terminal = out.isatty()
+def print_schema(schema: Schema) -> None:
+    """Print a schema's fields, tables and groups."""
+    is_terminal = sys.stdout.isatty()
     width = None if is_terminal else PLAIN_WIDTH
     shown = StringIO()  # rich itself would end the process where the reader of a pipe is gone
     console = Console(file=shown, force_terminal=is_terminal, width=width, highlight=False, soft_wrap=not is_terminal)
@@ -44,7 +42,7 @@ def print_schema(schema: Schema, file: TextIO | None = None) -> None:
         console.print(table)
         console.print()
     console.print(summary_line(schema), markup=False)
-    print(shown.getvalue(), end="", file=out)
+    print(shown.getvalue(), end="")
 
 
 def _field(schema: Schema, feature: Feature) -> tuple[str, ...]:
