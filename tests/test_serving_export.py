@@ -174,8 +174,8 @@ def test_refusals(exported):
     for argv, words in (
         (("--branches", "fm", "--out", exported / "none"), "has no branch 'fm'"),
         (("--out", exported / "table_wise_int8"), "--overwrite"),
-        (("--out", exported), "not an artifact"),
-        (("--out", exported / "file"), "is a file"),
+        (("--out", exported), "holds no artifact"),
+        (("--out", exported / "file"), "holds no artifact"),
         (("--out", "s3://bucket/model"), "wanted a folder of this machine"),
     ):
         code, _, err = printed_by("export", run, *argv)

@@ -7,7 +7,7 @@ Every checkpoint has the SHA-256 of these files, so that a copy which was change
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -99,40 +99,31 @@ def other_ids(before: Schema, now: Schema) -> dict[str, str]:
     Raises:
         InputError: a vocabulary cannot be read.
     """
-    found: dict[str, str] = {}
     values = [read_vocabularies(schema) for schema in (before, now)]
-    names = [{table.name for table in schema.tables} for schema in (before, now)]
-    for name in sorted(names[0] & names[1]):
-        if why := _Rows(before, name, values[0]).difference(_Rows(now, name, values[1])):
-            found[name] = why
-    return found
+    names = {table.name for table in before.tables} & {table.name for table in now.tables}
+    reasons = {name: _difference((before, now), name, values) for name in sorted(names)}
+    return {name: why for name, why in reasons.items() if why}
 
 
-class _Rows:
-    """What says which values the rows of a table belong to."""
-
-    def __init__(self, schema: Schema, table: str, vocabularies: Mapping[str, pa.Array]) -> None:
-        self.features = [each for each in schema.features if each.is_sparse and each.table_name == table]
-        first = self.features[0]
-        self.rows = schema.table_of[first.name].num_embeddings
-        self.values = vocabularies.get(first.vocabulary) if first.vocabulary else None
-
-    def difference(self, new: "_Rows") -> str:
-        """Why the rows are of other values there, or an empty string."""
-        first, other = self.features[0], new.features[0]
-        if _encoding(first) != _encoding(other):
-            return f"encoding {_encoding(first)} -> {_encoding(other)}"
-        types = {each.type for each in self.features}, {each.type for each in new.features}
-        if "" not in types[0] | types[1] and types[0] != types[1]:
-            return f"ids are {'/'.join(sorted(types[0]))} there, {'/'.join(sorted(types[1]))} here"
-        if first.is_bucketised:
-            return "" if first.boundaries == other.boundaries else "other boundaries"
-        modulo = first.encoding == "hash" or "modulo" in (first.on_invalid, other.on_invalid)
-        if modulo and self.rows != new.rows:
-            return f"num_embeddings {self.rows:,} -> {new.rows:,}, which divides the ids"
-        if self.values is not None and new.values is not None:
-            return "" if _begins_with(new.values, self.values) else "another vocabulary"
-        return ""
+def _difference(schemas: Sequence[Schema], table: str, vocabularies: Sequence[Mapping[str, pa.Array]]) -> str:
+    """Why the rows of a table are of other values in the second schema than in the first, or an empty string."""
+    fields = [[each for each in schema.features if each.is_sparse and each.table_name == table] for schema in schemas]
+    first, other = (of_table[0] for of_table in fields)
+    if _encoding(first) != _encoding(other):
+        return f"encoding {_encoding(first)} -> {_encoding(other)}"
+    types = [{each.type for each in of_table} for of_table in fields]
+    if "" not in types[0] | types[1] and types[0] != types[1]:
+        return f"ids are {'/'.join(sorted(types[0]))} there, {'/'.join(sorted(types[1]))} here"
+    if first.is_bucketised:
+        return "" if first.boundaries == other.boundaries else "other boundaries"
+    modulo = first.encoding == "hash" or "modulo" in (first.on_invalid, other.on_invalid)
+    rows = [schema.table_of[of_table[0].name].num_embeddings for schema, of_table in zip(schemas, fields, strict=True)]
+    if modulo and rows[0] != rows[1]:
+        return f"num_embeddings {rows[0]:,} -> {rows[1]:,}, which divides the ids"
+    if first.vocabulary and other.vocabulary:
+        known, new = vocabularies[0][first.vocabulary], vocabularies[1][other.vocabulary]
+        return "" if _begins_with(new, known) else "another vocabulary"
+    return ""
 
 
 def _begins_with(values: pa.Array, first: pa.Array) -> bool:

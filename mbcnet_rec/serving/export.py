@@ -13,6 +13,7 @@ from data.errors import InputError
 from data.reading.files import files_in_words, resolve_files
 from data.reading.partitions import select_files
 from data.reading.storage import is_uri
+from data.whole_folder import earlier_summary
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.chunks import labelled_rows
@@ -57,7 +58,8 @@ def run_export(
     folder, target = Path(run_folder), Path(out)
     config = load_run(folder)
     check_branches(config, branches)
-    _check_target(target, overwrite)
+    if earlier_summary(target, serving.MODEL, "artifact") is not None and not overwrite:
+        raise InputError(f"{target}: holds an artifact already; replace it with --overwrite, or choose another --out")
     compiler = shutil.which("g++") or shutil.which("clang++")
     if aot and not compiler:
         raise InputError("--aot: no C++ compiler on this machine (g++ or clang++); install one, or leave it out")
@@ -88,17 +90,6 @@ def run_export(
     (target / CHECK).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n".join(_lines(target, exported.spec, report)))
     return 0
-
-
-def _check_target(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file; choose a folder")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not (out / serving.MODEL).is_file():
-        raise InputError(f"{out}: holds something that is not an artifact; choose another --out")
-    if not overwrite:
-        raise InputError(f"{out}: holds an artifact already; replace it with --overwrite, or choose another --out")
 
 
 def size_report(out: Path, of_float: Exported) -> dict[str, Any]:

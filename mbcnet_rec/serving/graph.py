@@ -67,7 +67,10 @@ def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], d
     }
     nodes = list(program.graph.nodes)
     output = next(node for node in nodes if node.op == "output").args[0][0]  # type: ignore[index]
-    needed = _needed(output)
+    needed = {output}
+    for node in reversed(nodes):  # which stand behind what they depend on
+        if node in needed:
+            needed.update(node.all_input_nodes)
     calls = [
         {
             "name": node.name,
@@ -87,16 +90,6 @@ def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], d
         "calls": calls,
     }
     return spec, {name: tensors[name].detach() for name in used.values()}  # type: ignore[union-attr]
-
-
-def _needed(output: fx.Node) -> set[fx.Node]:
-    """The nodes that the output depends on, itself included."""
-    found, open_ends = {output}, [output]
-    while open_ends:
-        fresh = set(open_ends.pop().all_input_nodes) - found
-        found |= fresh
-        open_ends += fresh
-    return found
 
 
 def _call_name(node: fx.Node) -> str:
