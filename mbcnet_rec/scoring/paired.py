@@ -92,7 +92,7 @@ def auc_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
     positive = labels > 0
     ours, theirs = logits[positive], logits[~positive]
     nothing = np.full(len(labels), math.nan)
-    if not len(ours) or not len(theirs) or np.isnan(logits).any():
+    if not len(ours) or not len(theirs) or not np.isfinite(logits).all():
         return math.nan, nothing
     influence = np.empty(len(labels))
     below, above = _share_below(theirs, ours), 1.0 - _share_below(ours, theirs)
