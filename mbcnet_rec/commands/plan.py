@@ -14,7 +14,7 @@ from data.errors import InputError
 from data.schema import load_schema
 from data.schema.parse import unknown_key
 from data.whole_folder import write_whole
-from mbcnet_rec.commands.plan_task import DEFAULT_BATCH, config_differences, say, shown_progress, task_of
+from mbcnet_rec.plan_task import DEFAULT_BATCH, config_differences, say, shown_progress, task_of
 from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import Room
 from sharding.cost.memory import gib
