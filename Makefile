@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The CUDA set where the driver lists a GPU, else the CPU set
 SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+OTHER := $(if $(filter gpu,$(SET)),cpu,gpu)
 BIN := .venv/bin
 # Processes of `make test`; a file's tests share what they set up and stay in one
 WORKERS ?= 2
@@ -49,7 +50,8 @@ bench: $(READY)
 
 $(READY): requirements/$(SET).txt pyproject.toml
 	@echo "installing the $(SET) set into .venv: a minute or two, more where torch must be fetched"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+# one set never on top of the other: both have a package fbgemm_gpu, and pip would mix its files
+	@test -x $(BIN)/python -a ! -e .venv/ready-$(OTHER) || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -q --progress-bar off -r requirements/$(SET).txt
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@

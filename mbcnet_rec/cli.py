@@ -4,9 +4,11 @@ import argparse
 import errno
 import importlib
 import io
+import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +19,7 @@ from data.errors import InputError
 from data.home import home_path
 from launch.interrupt import end_with, heed_interrupts, heed_termination
 from mbcnet_rec.commands.arguments import refuse_repeats
+from mbcnet_rec.doctor import library_fault
 from mbcnet_rec.runtime.exits import CannotWriteError, RunStoppedError, no_room
 from mbcnet_rec.runtime.ranks import is_first_rank
 
@@ -163,19 +166,33 @@ def run(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def plain_words() -> Iterator[None]:
     """Print our own warnings as one line each, and report a path that cannot be used as the user's mistake, while a command runs."""
+    root = logging.getLogger()
     with warnings.catch_warnings():  # restores the hook
         warnings.showwarning = show_warning
+        root.addFilter(_is_no_echo)
         try:
             yield
         except Exception as error:
             known = isinstance(error, InputError | RunStoppedError)
             if not known and (line := no_room(error)):
                 raise CannotWriteError(line) from None
+            if isinstance(error, OSError | ImportError):
+                chain = "".join(traceback.format_exception(error))
+                if line := library_fault(chain):
+                    raise InputError(line) from None
             is_path_fault = isinstance(error, OSError) and error.errno in PATH_FAULTS
             if not is_path_fault or not isinstance(error.filename, str | Path):
                 raise
             shown = str(error.filename)[:200]
             raise InputError(f"{shown}: {error.strerror}; fix it, or give another path") from None
+        finally:
+            root.removeFilter(_is_no_echo)
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(
+        "Could not load the library"
+    )  # FBGEMM logs, by the root logger, what it raises
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -78,14 +79,31 @@ def check_import(module: str) -> Finding:
     done = ask(f"import {module}")
     if done.returncode == 0:
         return Finding(f"import {module}", "works")
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    cuda = "libtorch_cuda" in last or "libcudart" in last
-    why = "this is the CUDA build on a torch without CUDA; " if cuda else ""
-    return Finding(f"import {module}", last, why + REINSTALL)
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    causes = [line for line in said if "cannot open shared object file" in line or "undefined symbol" in line]
+    return Finding(f"import {module}", (causes or said[-1:])[0], library_fault(done.stderr) or REINSTALL)
 
 
-def check_shadow(fbgemm_gpu: str, fbgemm_gpu_cpu: str, has_gpu: bool) -> Finding:
-    """The CPU set stands in for fbgemm-gpu with an empty package; that must not happen on a GPU machine."""
+def library_fault(words: str) -> str:
+    """Why a library of the set does not load and what to do, from all that Python said, causes included; "" where it is not that."""
+    missing = re.search(r"(lib[\w.+-]+): cannot open shared object file", words)
+    name = missing[1] if missing else ""
+    if name.startswith(("libcuda.so", "libnvidia-ml.so")):
+        return (
+            f"no NVIDIA driver on this machine: {name} comes with it, and the CUDA set does not load without; run this where a GPU is "
+            "(srun --gres=gpu:1, docker run --gpus all), or from an environment with requirements/cpu.txt, which plans for GPUs too"
+        )
+    if name.startswith(("libtorch_cuda", "libc10_cuda")):
+        return f"fbgemm is the CUDA build on a torch without CUDA ({name} is missing); {REINSTALL}"
+    if name.startswith(("libcu", "libnv", "libnccl")):
+        return (
+            f"wrong wheels: {name} of CUDA is missing, of another version than torch's, or not installed; {REINSTALL}"
+        )
+    return f"fbgemm is built for another torch; {REINSTALL}" if "undefined symbol" in words else ""
+
+
+def check_shadow(fbgemm_gpu: str, fbgemm_gpu_cpu: str, has_gpu: bool, torch: str = "") -> Finding:
+    """The CPU set stands in for fbgemm-gpu with an empty package; the CUDA build wants a GPU's torch and no CPU build beside it."""
     if fbgemm_gpu.endswith("+cpu"):
         fix = ""
         if has_gpu:
@@ -93,7 +111,12 @@ def check_shadow(fbgemm_gpu: str, fbgemm_gpu_cpu: str, has_gpu: bool) -> Finding
         elif not fbgemm_gpu_cpu:
             fix = f"fbgemm-gpu is our empty stand-in, but fbgemm-gpu-cpu is missing; {REINSTALL}"
         return Finding("fbgemm build", f"CPU (fbgemm-gpu-cpu {fbgemm_gpu_cpu or 'missing'})", fix)
-    return Finding("fbgemm build", f"CUDA (fbgemm-gpu {fbgemm_gpu})" if fbgemm_gpu else "missing")
+    fix = ""
+    if fbgemm_gpu and torch.endswith("+cpu"):
+        fix = f"torch {torch} is a CPU build, and this fbgemm wants CUDA's; {REINSTALL}"
+    elif fbgemm_gpu and fbgemm_gpu_cpu:
+        fix = f"fbgemm-gpu-cpu {fbgemm_gpu_cpu} lies in the same folder, and their files mix; {REINSTALL}"
+    return Finding("fbgemm build", f"CUDA (fbgemm-gpu {fbgemm_gpu})" if fbgemm_gpu else "missing", fix)
 
 
 def gpu_names() -> list[str]:
@@ -140,7 +163,7 @@ def examine() -> list[Finding]:
     return [
         Finding("python", platform.python_version()),  # pip refuses one below 3.11
         check_triple(torch, fbgemm_cpu or fbgemm, installed("torchrec")),
-        check_shadow(fbgemm, fbgemm_cpu, bool(gpus)),
+        check_shadow(fbgemm, fbgemm_cpu, bool(gpus), torch),
         *map(check_import, ("torch", "fbgemm_gpu", "torchrec")),
         check_floors(torch, installed("pyarrow")),
         Finding("devices", "; ".join([devices, *gpus])),

@@ -1,10 +1,16 @@
 """Proves that `mbcnet doctor` tells a whole installation from a broken one, and says how to fix each fault."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+from data.errors import InputError
 from mbcnet_rec import doctor
-from mbcnet_rec.cli import main
-from mbcnet_rec.doctor import check_cuda, check_floors, check_shadow, check_triple
+from mbcnet_rec.cli import main, plain_words
+from mbcnet_rec.doctor import check_cuda, check_floors, check_import, check_shadow, check_triple
+
+GONE = "{}: cannot open shared object file: No such file or directory"
 
 
 @pytest.mark.parametrize(
@@ -21,6 +27,10 @@ from mbcnet_rec.doctor import check_cuda, check_floors, check_shadow, check_trip
         (check_shadow, ("1.8.0+cpu", "1.8.0", True), "the CPU set is installed"),
         (check_shadow, ("1.8.0+cpu", "", False), "fbgemm-gpu-cpu is missing"),
         (check_shadow, ("1.8.0", "", True), ""),
+        # nor does a CPU build of torch, or of fbgemm beside it, serve CUDA's fbgemm
+        (check_shadow, ("1.8.0", "", False, "2.13.0"), ""),
+        (check_shadow, ("1.8.0", "", False, "2.13.0+cpu"), "torch 2.13.0+cpu is a CPU build"),
+        (check_shadow, ("1.8.0", "1.8.0", True, "2.13.0"), "lies in the same folder"),
         # versions with known holes
         (check_floors, ("2.13.0", "26.0.1"), ""),
         (check_floors, ("2.9.1", "26.0.1"), "torch below 2.10"),
@@ -37,6 +47,36 @@ def test_a_gpu_that_this_torch_cannot_use_is_a_fault():
     if "+cpu" in doctor.installed("fbgemm-gpu"):
         (finding,) = check_cuda(["GPU 0: a card"])
         assert finding.fix
+
+
+@pytest.mark.parametrize(
+    ("cause", "fix"),
+    [
+        (GONE.format("libnvidia-ml.so.1"), "no NVIDIA driver on this machine: libnvidia-ml.so.1"),
+        (GONE.format("libcuda.so.1"), "no NVIDIA driver on this machine: libcuda.so.1"),
+        (GONE.format("libtorch_cuda.so"), "CUDA build on a torch without CUDA"),
+        (GONE.format("libcudart.so.13"), "wrong wheels: libcudart.so.13"),
+        ("fbgemm_gpu_config.so: undefined symbol: _ZN5torch8autograd13_wrap", "built for another torch"),
+    ],
+)
+def test_a_library_that_does_not_load_is_told_by_its_cause_and_not_by_the_last_line(cause, fix, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(
+        f"try:\n    raise OSError({cause!r})\nexcept OSError as e:\n    raise OSError('no') from e"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    finding = check_import("broken")
+    assert fix in finding.fix and cause in finding.found
+    with pytest.raises(InputError, match=re.escape(fix)), plain_words():  # what `mbcnet plan` says on a login node
+        try:
+            raise OSError(cause)
+        except OSError as error:
+            raise OSError("Could not load this library: fbgemm_gpu_py.so") from error
+
+
+def test_the_cuda_set_takes_no_build_with_a_label():
+    pins = (Path(__file__).parents[1] / "requirements/gpu.txt").read_text()
+    labelled = {"torch", "fbgemm-gpu", "torchrec", "triton"}  # also built for CPUs, or other versions of CUDA
+    assert set(re.findall(r"^([\w-]+)===[\d.]+$", pins, re.MULTILINE)) == labelled
 
 
 @pytest.mark.long

@@ -74,6 +74,8 @@ def test_plans_of_the_first_format_are_read(tmp_path):
         (plan_text(changed(sharding_type="diagonal")), "wanted one of data_parallel"),
         (plan_text(changed(compute_kernel="dense")), "table_row_wise wants 'fused'"),
         (plan_text(changed(compute_kernel="fused_uvm")), "a CPU has no device memory"),
+        (plan_text(replace(PLAN, data_type="bf16")), "FBGEMM has no kernels for bf16 rows; use 'fp16' or 'fp32'"),
+        (plan_text(replace(PLAN, data_type="bf16", device="cuda")), "FBGEMM has no kernels for bf16 rows"),
         (plan_text(replace(changed(**REPLICATED), data_type="fp16")), "optimizer computes in the rows' fp16"),
         (plan_text(changed(ranks=(1, 2))), "wants the ranks of one host; write [0, 1]"),
         (plan_text(changed(sharding_type="table_wise")), "table_wise wants one rank"),

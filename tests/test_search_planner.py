@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -97,11 +98,11 @@ def test_ranks_kernels_and_measures_are_kept_to():
         "user": TableConstraint(compute_kernels=("fused_uvm_caching",), cache_ratio=0.05, cardinality=1000),
         "tags": TableConstraint(pooling_factor=3.5),
     }
-    plan = planned(ShardingConfig(tables=tables, data_type="bf16", prefetch=True), optimizer="adagrad")
+    plan = planned(ShardingConfig(tables=tables, data_type="fp16", prefetch=True), optimizer="adagrad")
     city, item, user, tags = (plan.tables[name] for name in ("city", "item", "user", "tags"))
     assert (city.ranks, item.ranks, tags.ids) == ((6,), (4, 5, 6, 7), 3.5)
     assert (user.compute_kernel, user.cache_ratio, user.cardinality) == ("fused_uvm_caching", 0.05, 1000)
-    assert (plan.data_type, plan.optimizer, plan.prefetch) == ("bf16", "adagrad", True)
+    assert (plan.data_type, plan.optimizer, plan.prefetch) == ("fp16", "adagrad", True)
 
 
 @pytest.mark.parametrize("more", [{"proposers": ("greedy_total",)}, {"partitioner": "memory_balanced"}])
@@ -157,6 +158,7 @@ def test_the_smallest_cluster_fits_and_one_size_less_does_not():
         ({}, {"city": {"cache_ratio": 1.5}}, "cache_ratio = 1.5"),
         ({}, {"item": {"compute_kernels": ("dense",)}}, "leave no choice on cuda"),
         ({}, {"item": {"sharding_types": ("column_wise",), "min_partition": 4}}, "columns on 8 ranks; raise min_partition to 8"),
+        ({"data_type": "bf16"}, {}, "sharding.data_type = 'bf16': FBGEMM has no kernels for bf16 rows; use 'fp16'"),
         ({"replicas": 3}, {}, "sharding.replicas = 3: wanted a divisor of the 4 ranks"),
         ({"sharding_types": ("row_wise",)}, {}, "row_wise of 9 rows leave one of 8 ranks without rows; allow table_wise"),
         ({"sharding_types": ()}, {}, "sharding_types = []"),
@@ -169,6 +171,9 @@ def test_constraints_that_cannot_be_kept_are_refused(config, tables, said):
         asked = {name: TableConstraint(**values) for name, values in tables.items()}
         planned(ShardingConfig(**config, tables=asked), TINY if "9 rows" in said else SMALL)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+    if "bf16" in said:  # no larger cluster is tried
+        with pytest.raises(InputError, match=f"^{re.escape(said)}"):
+            smallest_cluster(Task(SMALL, ShardingConfig(**config), CLUSTER, 64), 0.1)
 
 
 def test_a_run_is_planned_for_the_cluster_it_is_on():

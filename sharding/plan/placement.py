@@ -130,7 +130,7 @@ def device_problem(plan: Plan) -> str:
     averaged = plan.optimizer in ("rowwise_adagrad", "adagrad")
     zch = "not with fields of encoding 'zch', whose ids are not averaged or fetched ahead; set it to"
     refusals = [
-        (on_cpu and plan.data_type == "bf16", "data_type = 'bf16': FBGEMM's kernels for a CPU know no bf16 rows; use 'fp16' or 'fp32'"),
+        (plan.data_type == "bf16", "data_type = 'bf16': FBGEMM has no kernels for bf16 rows; use 'fp16' or 'fp32'"),
         (on_cpu and plan.prefetch, "prefetch = true: on a CPU there is no cache of rows to fill ahead; set it to false, or plan for cuda"),
     ]  # fmt: skip
     if plan.replicas > 1:

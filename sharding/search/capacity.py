@@ -6,6 +6,7 @@ from dataclasses import replace
 from data.errors import InputError
 from sharding.cost.assess import Assessment, assess, search_bound
 from sharding.plan.cluster import MAX_RANKS
+from sharding.plan.placement import device_problem
 from sharding.search.candidates import all_options, assumed_fields
 from sharding.search.planner import make_plan
 from sharding.search.task import Progress, Task
@@ -26,6 +27,8 @@ def smallest_cluster(task: Task, headroom: float, say: Callable[[str], None] = l
 
     `headroom`: share of each device's memory to leave free, in place of the config's reserve. `say` is told each size that is tried.
     """
+    if problem := device_problem(task.empty_plan()):  # on every size
+        raise InputError(f"sharding.{problem}")
     devices, config = task.cluster.devices_per_host, replace(task.config, storage_reserve=headroom)
 
     def attempt(hosts: int, devices: int) -> Assessment | InputError:

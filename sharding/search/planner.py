@@ -4,11 +4,12 @@ TorchRec enumerates, proposes and partitions. Three things keep that quick and h
 and bytes from estimate.py, which is also what reports show, and a last pass that moves tables off the busiest rank (balance.py).
 """
 
-import importlib.metadata
 import logging
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
@@ -61,7 +62,10 @@ def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = Tr
         tables = _search(task, plan, options, progress)
     except (PlannerError, RuntimeError):
         raise shortage from None
-    versions = {name: importlib.metadata.version(name) for name in ("mbcnet-rec", "torch", "torchrec")}
+    versions = {}
+    for name in ("mbcnet-rec", "torch", "torchrec"):
+        with suppress(PackageNotFoundError):  # a checkout need not be installed
+            versions[name] = version(name)
     plan = replace(plan, tables={name: tables[name] for name in options}, versions=versions)
     if rebalance:
         left = max(1.0, task.config.search_seconds - (time.monotonic() - start))
