@@ -9,16 +9,19 @@ samples_per_second       of a whole step: lookup, dense part, backward with the 
 share_of_peak            its matrix FLOPs against the data sheet's dense bf16 rate of this GPU; null where the GPU is unknown
 share_of_product         the same against this machine's own square bf16 product
 lookup_bandwidth_share   bytes of the looked-up rows over the forward lookup's time, against a large copy on the same device
-launch_gap_share         share of a step in which no kernel runs, from the profiler
+launch_gap_share         share of the time from the first kernel or copy of three steps to their last in which none runs
 compiled_speedup         the step with torch.compile on the dense part against without; null with the reason where it fails
 peak_memory_bytes        that the allocator handed out
 not_measured             names of figures, each with its reason
 """
 
+import faulthandler
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,9 @@ from mbcnet_rec.runtime.process import joined_process
 
 # Dense bf16 peak in TFLOP/s by the data sheets, by a part of the name that CUDA reports
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
-COMPILE_SECONDS = 150.0  # after which the compiled step is not begun any more
+LIMIT_SECONDS = 460  # of the whole run: the process ends then, whatever it waits for
+COMPILED_BY, QUICKLY_BY = 390.0, 40.0  # seconds after the start at which the compiled step is given up; with --quick
+AGAIN_SECONDS = 5.0
 NEEDS_GPU = {
     "share_of_peak": "a CPU has no data-sheet rate here",
     "launch_gap_share": "nothing is launched on a CPU",
@@ -55,10 +60,13 @@ def main() -> int:
     parser = timing_parser_of(__doc__)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--batch", type=int, help="default 8192 on a GPU, 256 on a CPU")
-    parser.add_argument("--max-rows", type=int, help="of a table; default 1,000,000 on a GPU, 1,000 on a CPU")
+    parser.add_argument(
+        "--max-rows", type=int, help="of a table; default 1,000,000 on a GPU (--quick: 100,000), 1,000 on a CPU"
+    )
     parser.add_argument("--steps", type=int, help="timed; default 50 on a GPU, 3 on a CPU or with --quick")
     args = parser.parse_args()
     begun = time.perf_counter()
+    faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)
     torch.set_num_threads(args.threads)
     print(
         "prediction (one H200): 85.8 MFLOP a sample; matrix products alone would allow 9.2 M samples a second, HugeCTR's MLPerf rate is worth\n"
@@ -69,7 +77,8 @@ def main() -> int:
         device, on_gpu = process.device, process.device.type == "cuda"
         batch_size = args.batch or (8192 if on_gpu else 256)
         steps = args.steps or (50 if on_gpu and not args.quick else 3)
-        schema = cut_schema(args.max_rows or (1_000_000 if on_gpu else 1_000), "paper" if on_gpu else "demo")
+        rows_of_a_table = (100_000 if args.quick else 1_000_000) if on_gpu else 1_000
+        schema = cut_schema(args.max_rows or rows_of_a_table, "paper" if on_gpu else "demo")
         config = run_config(Path(), MBCNET, batch_size)
         built = build(replace(config, train=replace(config.train, device=device.type)), schema, process)
         batch = random_batch(schema, batch_size).to(device)
@@ -86,13 +95,16 @@ def main() -> int:
         figures |= lookup_figures(objective_of(built).model.sparse_arch, batch, steps, device)
         if on_gpu:
             figures |= gpu_figures(step, step_seconds, flops, device)
-            figures |= compiled_figures(built, batch, step_seconds, steps, begun)
+            figures |= compiled_figures(
+                built, batch, step_seconds, steps, begun + (QUICKLY_BY if args.quick else COMPILED_BY)
+            )
         else:
             figures |= dict.fromkeys(NEEDS_GPU)
             figures["not_measured"] |= NEEDS_GPU
         figures["device"] = torch.cuda.get_device_name(device) if on_gpu else "cpu"
         figures |= {"batch": batch_size, "fields": len(schema.features), "torch": torch.__version__}
         figures["seconds"] = time.perf_counter() - begun
+    faulthandler.cancel_dump_traceback_later()
     for name, reason in figures["not_measured"].items():
         print(f"  not measured: {name}: {reason}")
     print_figures(figures, args.json)
@@ -145,42 +157,61 @@ def gpu_figures(step: Callable[[], object], step_seconds: float, flops: float, d
     name = torch.cuda.get_device_name(device)
     peak = next((tflops for part, tflops in PEAKS.items() if part in name), None)
     torch.cuda.reset_peak_memory_stats(device)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        start = time.perf_counter()
+    # the host's own events would slow it down, and a user's annotation would cover the gaps
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(3):
             step()
         synchronize(device)
-        wall = time.perf_counter() - start
-    spans = sorted(
+    spans = [
         (event.time_range.start, event.time_range.end)
         for event in profile.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA
-    )
-    busy, last = 0.0, 0.0
-    for begin, end in spans:  # kernels of several streams may overlap
-        busy += max(0.0, end - max(begin, last))
-        last = max(last, end)
+    ]
     return {
         "share_of_peak": None if peak is None else flops / step_seconds / (1e12 * peak),
-        "launch_gap_share": max(0.0, 1 - busy / 1e6 / wall),
+        "launch_gap_share": gap_share(spans),
         "kernels_per_step": len(spans) / 3,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
     }
 
 
-def compiled_figures(built: Any, batch: Batch, plain_seconds: float, steps: int, begun: float) -> dict[str, Any]:
+def gap_share(spans: list[tuple[float, float]]) -> float | None:
+    """Share of the time from the first start to the last end that no (start, end) covers; None without any. Spans may overlap."""
+    busy, last = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, last))
+        last = max(last, end)
+    whole = last - min(spans)[0] if spans else 0.0
+    return 1 - busy / whole if whole > 0 else None
+
+
+def compiled_figures(built: Any, batch: Batch, plain_seconds: float, steps: int, deadline: float) -> dict[str, Any]:
     """The dense part compiled with static shapes; whatever stops that is told, and the run continues."""
-    if time.perf_counter() - begun > COMPILE_SECONDS:
-        return {"compiled_speedup": None, "not_compiled": "no time was left"}
     try:
-        objective_of(built).model.dense_arch.compile(dynamic=False)
-        seconds = seconds_of(training_step(built, batch, autocast=True), steps, batch.labels.device)
+        with time_limit(deadline - time.perf_counter()):
+            objective_of(built).model.dense_arch.compile(dynamic=False)
+            seconds = seconds_of(training_step(built, batch, autocast=True), steps, batch.labels.device)
     except Exception as error:  # any failure of a compiler is a result here
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         return {"compiled_speedup": None, "not_compiled": reason}
     rate = len(batch.labels) / seconds
     return {"compiled_speedup": plain_seconds / seconds, "compiled_samples_per_second": rate}
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what runs longer, and again, since a compiler may take it for a failure of its own."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done when its time was over, after {max(0.0, seconds):.1f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, seconds), AGAIN_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from torch.utils import mkldnn
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # for a checkout that is not installed: what is installed comes first
 Clock = Literal["wall", "cpu"]
 CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 

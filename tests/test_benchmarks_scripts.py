@@ -5,10 +5,12 @@ import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +48,31 @@ def test_a_script_answers_help(name, monkeypatch, capsys):
         importlib.import_module(name).main()
     words = capsys.readouterr().out
     assert ended.value.code == 0 and "--quick" in words and "--json" in words
+
+
+def test_the_gpu_script_counts_gaps_and_ends_in_time_also_while_it_compiles(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = importlib.import_module("gpu")
+    assert str(BENCHMARKS.parent) in sys.path  # so a checkout need not be installed
+    assert gpu.gap_share([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.0), (9.0, 10.0)]) == 0.5
+    assert gpu.gap_share([]) is None
+    assert gpu.COMPILED_BY < gpu.LIMIT_SECONDS < 480 and gpu.QUICKLY_BY < QUICK_SECONDS
+    swallowed = []
+
+    def compiling(**_):
+        while len(swallowed) < 1:
+            try:
+                time.sleep(60)
+            except TimeoutError:  # as a compiler might
+                swallowed.append(1)
+        time.sleep(60)
+
+    arch = SimpleNamespace(compile=compiling)
+    built = SimpleNamespace(model=SimpleNamespace(model=SimpleNamespace(dense_arch=arch)))
+    monkeypatch.setattr(gpu, "AGAIN_SECONDS", 0.05)
+    figures = gpu.compiled_figures(built, SimpleNamespace(), 1.0, 3, time.perf_counter() + 0.05)
+    assert figures["compiled_speedup"] is None and "TimeoutError" in figures["not_compiled"]
+    assert swallowed and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.mark.long
