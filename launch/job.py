@@ -134,6 +134,9 @@ def environment(job: Job) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         # Of the launcher's log lines only the worker's own message matters on a terminal; these two set to INFO show them all.
         "LOGLEVEL": os.environ.get("LOGLEVEL", "CRITICAL"),
+        # Pinned memory of a checkpoint's copy is rounded up to a power of two only below this size: else it could take twice the bytes.
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF")
+        or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "pinned_max_round_threshold_mb:128"),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         **job.env,
     }

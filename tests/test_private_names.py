@@ -45,14 +45,14 @@ USED = [  # file, what owns the name, the name
     ("mbcnet_rec/cpu/linear.py", torch.ops.mkldnn, "_linear_pointwise"),
     ("mbcnet_rec/cpu/linear.py", torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
     *(
-        ("mbcnet_rec/cpu/one_process.py", EBC, name)
+        ("sharding/bridge/one_process.py", EBC, name)
         for name in (
             "_lookups", "_sharding_types", "_has_uninitialized_input_dist", "_has_mean_pooling_callback", "_has_features_permute",
             "_features_order", "_features_order_tensor", "_feature_splits", "_embedding_names", "_embedding_dims",
         )
     ),
-    ("mbcnet_rec/cpu/one_process.py", LOOKUP, "_emb_modules"),
-    ("mbcnet_rec/cpu/one_process.py", DistributedModelParallel, "_dmp_wrapped_module"),
+    ("sharding/bridge/one_process.py", LOOKUP, "_emb_modules"),
+    ("sharding/bridge/one_process.py", DistributedModelParallel, "_dmp_wrapped_module"),
     ("mbcnet_rec/cpu/whole_adam.py", torch, "_fused_adam_"),
     ("mbcnet_rec/cpu/whole_adam.py", torch, "_fused_adamw_"),
     ("mbcnet_rec/serving/artifact.py", torch, "_inductor"),
@@ -62,6 +62,7 @@ USED = [  # file, what owns the name, the name
     ("sharding/bridge/allocated.py", EBC, "_lookups"),
     ("sharding/bridge/blocks.py", DMPCollection, "_default_ctx"),
     ("sharding/bridge/blocks.py", KeyedOptimizerWrapper, "_optimizer"),
+    ("sharding/bridge/groups.py", torch.distributed.distributed_c10d, "_abort_process_group"),
     ("sharding/bridge/zch.py", MC, "_managed_collision_collection"),
     ("sharding/bridge/zch.py", MC, "_table_to_tbe_and_index"),
     ("sharding/bridge/zch.py", ShardedManagedCollisionCollection, "_table_to_offset"),

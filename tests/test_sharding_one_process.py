@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mbcnet_rec.cpu.one_process import DirectLookup, NoCopies, shorten_lookups
+from sharding.bridge.one_process import DirectLookup, NoCopies, shorten_lookups
 
 ROWS, B = 11, 5
 DIMS = {"user": 4, "item": 8, "tags": 4, "shops": 12}

@@ -183,12 +183,16 @@ def test_a_run_whose_report_fails_is_done_all_the_same(config, tmp_path, capfd, 
 
 
 @pytest.mark.parametrize(
-    ("device", "has_bf16", "told"), [("cpu", False, True), ("cpu", True, False), ("cuda", False, False)]
-)
-def test_bf16_on_a_cpu_that_emulates_it_is_told(config, device, has_bf16, told):
-    """Its products are several times slower than float32's there: a user who hoped for speed must not have to find out."""
-    said = " ".join(warnings_of(load_config(config, ["train.autocast=bf16"]), device, has_bf16))
-    assert ("has no bf16 products" in said) == told
+    ("autocast", "device", "has_bf16", "told"),
+    [
+        ("bf16", "cpu", False, "has no bf16 products"), ("bf16", "cpu", True, ""), ("bf16", "cuda", False, ""),
+        ("none", "cuda", False, "without tensor cores"), ("none", "cpu", False, ""),
+    ],
+)  # fmt: skip
+def test_products_of_a_slow_kind_are_told(config, autocast, device, has_bf16, told):
+    """They are several times slower than they could be there: a user who hoped for speed must not have to find out."""
+    said = " ".join(warnings_of(load_config(config, [f"train.autocast={autocast}"]), device, has_bf16))
+    assert told in said and bool(said) == bool(told)
 
 
 def test_the_norm_is_logged_and_a_clip_changes_the_run(config, tmp_path):

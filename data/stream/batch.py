@@ -46,12 +46,30 @@ class Batch(Pipelineable):
     group_ids: Tensor | None = None
     cursor: Cursor = START
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        """Return the batch on `device`."""
-        return self._with(lambda part: part.to(device=device, non_blocking=non_blocking))
+    def to(
+        self, device: torch.device, non_blocking: bool = False, data_copy_stream: torch.Stream | None = None
+    ) -> "Batch":
+        """Return the batch on `device`. With `data_copy_stream` that one copies it, in place, into memory of the stream that will use it."""
+        if data_copy_stream is None:
+            return self._with(lambda part: part.to(device=device, non_blocking=non_blocking))
+        streams = torch.get_device_module(device)
+        copy = self._with(lambda part: _empty_like(part, device))
+        data_copy_stream.wait_stream(
+            streams.current_stream(device)
+        )  # which may still use that memory for an earlier batch
+        with streams.stream(data_copy_stream):
+            for name, part in self._tensors().items():
+                getattr(copy, name).copy_(part, non_blocking=non_blocking)
+        return copy
 
     def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory, which copies to a GPU while it computes."""
+        """Return the batch in page-locked memory, which copies to a GPU while it computes.
+
+        How many ids each field has is counted here: on a GPU the host would wait for it.
+        """
+        for part in self._tensors().values():
+            if isinstance(part, KeyedJaggedTensor):
+                part.sync()
         return self._with(lambda part: part.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -66,6 +84,11 @@ class Batch(Pipelineable):
         """Each Tensor and KeyedJaggedTensor by its field's name."""
         parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cursor"}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def _empty_like(part: Any, device: torch.device) -> Any:
+    kind: Any = KeyedJaggedTensor if isinstance(part, KeyedJaggedTensor) else torch
+    return kind.empty_like(part, device=device)
 
 
 def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = START) -> Batch:

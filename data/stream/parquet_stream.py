@@ -40,6 +40,7 @@ class ParquetStream:
     Attributes:
         num_rows: kept rows of all files.
         on_rows: called before rows are read, in the thread that reads them; tests inject faults there.
+        on_batch: returns the batch to use for each that was made, in the thread that makes it: for a GPU, in pinned memory.
         counters: field -> values that its `on_invalid` changed, in the windows that this rank has decoded for its batches.
     """
 
@@ -71,6 +72,7 @@ class ParquetStream:
         self.label_weights = _label_weights(options, *label_counts)
         self.cursor = Cursor()
         self.on_rows: Callable[[], None] = lambda: None
+        self.on_batch: Callable[[Batch], Batch] = lambda batch: batch
         self.counters: Counter[str] = Counter()
 
     @property
@@ -118,7 +120,7 @@ class ParquetStream:
         """
         decoder = Decoder(self.files, self.encoder, self.selection, self.on_rows)
         limit = TimeLimit(self.options.timeout_seconds, lambda: sorted(set(decoder.reading.copy().values())))
-        batches = self._batches(self.cursor, decoder, limit)
+        batches = map(self.on_batch, self._batches(self.cursor, decoder, limit))
         depth = self.options.depth(self.options.batch_size // self.world_size * len(self.schema.features))
         for batch in prefetched(batches, depth, limit) if depth else batches:
             self.cursor = batch.cursor

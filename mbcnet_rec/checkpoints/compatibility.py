@@ -27,6 +27,7 @@ from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zc
 from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
+from sharding.bridge.caches import purge_caches
 from sharding.plan.plan_file import plan_text
 
 _TABLE = re.compile(r"embedding_bags\.([^/]+)\.weight")
@@ -279,4 +280,5 @@ def _load(saved: Saved, built: Built, process: Process, shards: Iterable[TensorS
     with agreed(process):
         for shard in shards:
             saved.copy_into(shard, process.rank, process.world_size)
+        purge_caches(built.model)
         check_rows(saved, built.model)

@@ -22,6 +22,7 @@ from mbcnet_rec.checkpoints.manifest import ShardEntry, read_checkpoint
 from mbcnet_rec.checkpoints.tensor_file import open_tensors
 from sharding.bridge.blocks import is_copy, local_blocks, wrapped_optimizer
 
+PINNED_BYTES = 8 * 2**30  # of a rank's snapshots: pinned memory is taken from all other programs of the machine
 Shape = tuple[int, ...]
 Snapshot = list[tuple[ShardEntry, Tensor]]  # copies in CPU memory, which training does not touch
 
@@ -89,16 +90,29 @@ def _split(name: str, value: Any, copies: bool) -> list[TensorShard]:
 
 
 def take_snapshot(shards: Iterable[TensorShard], rank: int, reuse: Snapshot) -> Snapshot:
-    """Copy what this rank has to write, into the memory of an earlier snapshot that nobody reads any more where it fits."""
-    snapshot = []
-    for index, shard in enumerate(shard for shard in shards if rank == 0 or not shard.replicated):
+    """Begin to copy what this rank has to write, into the memory of an earlier snapshot that nobody reads any more where it fits.
+
+    Copies of tensors on a GPU go into pinned memory, and are whole once the host has waited for that GPU.
+    """
+    snapshot, own = [], [shard for shard in shards if rank == 0 or not shard.replicated]
+    pins = within_bound([shard.tensor.nbytes * shard.tensor.is_cuda for shard in own])
+    for index, shard in enumerate(own):
         name = f"{shard.name}@{rank}" if shard.per_rank else shard.name
         source = shard.tensor.detach()
         copy = reuse[index][1] if index < len(reuse) else None
         if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
-            copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-        snapshot.append((ShardEntry(name, shard.offsets, shard.global_shape), copy.copy_(source)))
+            copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda and pins[index])
+        snapshot.append((ShardEntry(name, shard.offsets, shard.global_shape), copy.copy_(source, non_blocking=True)))
     return snapshot
+
+
+def within_bound(sizes: Iterable[int], bound: int = PINNED_BYTES) -> list[bool]:
+    """Which copies of these bytes lie in pinned memory: each that still fits."""
+    fits = []
+    for size in sizes:
+        fits.append(size <= bound)
+        bound -= size * fits[-1]
+    return fits
 
 
 class StoredShard(NamedTuple):

@@ -15,7 +15,7 @@ from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage
 from mbcnet_rec.checkpoints.tensor_file import write_tensors
 from mbcnet_rec.runtime.exits import CannotWriteError
-from mbcnet_rec.runtime.process import Process, broadcast_value, side_store, vote
+from mbcnet_rec.runtime.process import Process, broadcast_value, side_store, vote, wait_for_device
 
 POLL_SECONDS = 0.02
 
@@ -75,6 +75,7 @@ class Saver:
         self.finish()
         self._count += 1
         self._snapshot = take_snapshot(shards, self._process.rank, self._snapshot)
+        wait_for_device(self._process)
         args = (step, self._snapshot, extra, keep)
         self._thread = threading.Thread(target=self._write, args=args, name="checkpoint-writer", daemon=True)
         self._thread.start()

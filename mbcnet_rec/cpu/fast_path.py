@@ -1,4 +1,7 @@
-"""The one switch: what building a run takes from this room where `train.cpu_fast_path` is set and the run is on a CPU."""
+"""The one switch: what building a run takes from this room where `train.cpu_fast_path` is set and the run is on a CPU.
+
+A single process takes the shorter way to its rows on a GPU too.
+"""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -12,11 +15,11 @@ from torchrec.distributed.model_parallel import DataParallelWrapper
 
 from data.stream import Batch
 from mbcnet_rec.cpu.layers import use_fast_layers
-from mbcnet_rec.cpu.one_process import NoCopies, shorten_lookups
 from mbcnet_rec.cpu.whole_adam import WholeAdam
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.training.optim import fused_adam
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline, train_pipeline
+from sharding.bridge.one_process import NoCopies, shorten_lookups
 from sharding.plan.placement import Plan
 
 # Of glibc's mallopt. Blocks below the first size come from the heap; free memory below the second stays there.
@@ -33,7 +36,7 @@ class FastPath:
 
     @property
     def _alone(self) -> bool:
-        return self.on and self.plan.world_size == 1
+        return self.plan.world_size == 1 and (self.on or self.plan.device == "cuda")
 
     def prepare(self, model: nn.Module) -> None:
         """Change how a model's layers compute, before it is sharded."""
@@ -59,9 +62,9 @@ class FastPath:
     @property
     def pipeline(self) -> Callable[[CheckedStep], Pipeline]:
         """Makes what takes training steps."""
-        if self._alone and not self.plan.prefetch:
+        if self._alone and self.on:
             return PlainPipeline
-        return partial(train_pipeline, prefetch=self.plan.prefetch)
+        return partial(train_pipeline, prefetch=self.plan.prefetch, alone=self._alone)
 
 
 def keep_freed_memory() -> None:

@@ -20,8 +20,10 @@ from data.errors import InputError
 from mbcnet_rec.runtime.exits import LostRankError
 from mbcnet_rec.runtime.quiet import quiet_libraries
 from mbcnet_rec.runtime.ranks import Ranks, found_ranks
+from sharding.bridge.groups import leave_groups
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 _TIMES_JOINED = itertools.count()
 
 
@@ -43,7 +45,7 @@ class Process:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """Turn `auto`, `cpu` or `cuda` into this rank's device.
+    """Turn `auto`, `cpu` or `cuda` into this rank's device. The only GPU that a rank sees is its own; see `refuse_shared_gpu`.
 
     Raises:
         InputError: cuda is wanted and none is usable, or there are fewer GPUs than ranks on this host.
@@ -57,12 +59,31 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         )
     if wanted == "cpu" or not usable:
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise InputError(
-            f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs; start at most that many "
-            f"processes on it (-j HOSTSx{torch.cuda.device_count()})"
-        )
-    return torch.device("cuda", local_rank)
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else local_rank
+    if index >= count:
+        raise _too_few(local_rank, count)
+    return torch.device("cuda", index)
+
+
+def refuse_shared_gpu(store: dist.Store, rank: int, local_rank: int, local_world_size: int, gpu: str) -> None:
+    """Compare the GPUs of a host's ranks by their UUIDs: a scheduler may show each task one of its own. Every rank calls it.
+
+    Raises:
+        InputError: two ranks have the same one.
+    """
+    store.set(f"gpu/{rank}", gpu)
+    first = rank - local_rank
+    gpus = store.multi_get([f"gpu/{each}" for each in range(first, first + local_world_size)])
+    if len({*gpus}) < local_world_size:
+        raise _too_few(local_rank, len({*gpus}))
+
+
+def _too_few(local_rank: int, count: int) -> InputError:
+    return InputError(
+        f"local rank {local_rank}: this host has {count} GPU{'s' if count > 1 else ''}; start at most that many "
+        f"processes on it (-j HOSTSx{count})"
+    )
 
 
 @contextmanager
@@ -81,10 +102,16 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
         store = _meeting_point(ranks, timeout)
         local_rank, local_world_size = _on_this_host(ranks, store) if ranks else (0, 1)
         chosen = choose_device(device, local_rank)
-        if chosen.type == "cuda":
+        on_gpu = chosen.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(chosen)
+            # NCCL's watchdog ends the communicators of a lost rank and not this process, which then says what was lost (`vote`)
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+            if local_world_size > 1:
+                uuid = str(torch.cuda.get_device_properties(chosen).uuid)
+                refuse_shared_gpu(store, rank, local_rank, local_world_size, uuid)
         # On a CPU plain "gloo", not "cpu:gloo": with the latter a rank without local shards asks for CUDA when loading.
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, OSError) as error:
         raise _cannot_meet(error, rank, world_size, timeout_seconds) from None
@@ -92,8 +119,10 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
         process = Process(rank, world_size, local_rank, local_world_size, chosen, store)
         with quiet_libraries(), _as_torchrun_says(process):
             yield process
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        leave_groups(abort=on_gpu)
+        raise
+    leave_groups()
 
 
 def _on_this_host(ranks: Ranks, store: dist.Store) -> tuple[int, int]:
@@ -233,14 +262,41 @@ def any_rank(flag: bool) -> bool:
     return vote([flag])[0] is not None
 
 
-def vote(flags: Sequence[bool]) -> list[int | None]:
-    """For each flag the lowest rank that sets it, None if none does; one collective, equal on every rank."""
+def vote(flags: Sequence[bool | Tensor], device: torch.device = CPU) -> list[int | None]:
+    """For each flag the lowest rank that sets it, None if none does; one collective, equal on every rank.
+
+    Flags that are tensors of () lie on `device`. On cuda all goes over NCCL, and this host waits once, for the answer.
+
+    Raises:
+        RuntimeError: a rank is lost; over NCCL that shows as an answer that lacks a rank.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [0 if flag else None for flag in flags]
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    votes = torch.tensor([world_size - rank if flag else 0 for flag in flags], dtype=torch.int32)
+    votes = torch.zeros(len(flags) + 2, dtype=torch.int32, device=device)
+    for place, flag in enumerate(flags):
+        if isinstance(flag, Tensor):
+            votes[place] = flag * (world_size - rank)
+        elif flag:
+            votes[place].fill_(world_size - rank)
+    # the greatest of each of these is world_size once all ranks are in it
+    votes[-2].fill_(world_size - rank)
+    votes[-1].fill_(rank + 1)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return [world_size - value if value else None for value in votes.tolist()]
+    *answer, with_first, with_last = votes.tolist()
+    if not with_first == with_last == world_size:
+        raise RuntimeError("NCCL ended a collective that not all ranks had joined")
+    return [world_size - value if value else None for value in answer]
+
+
+def wait_for_device(process: Process) -> None:
+    """Wait until this rank's GPU has done what it was asked to. Every rank calls it.
+
+    Raises:
+        RuntimeError: a rank was lost meanwhile, so what the GPU has computed is not to be used.
+    """
+    if process.device.type == "cuda":
+        vote([torch.zeros((), dtype=torch.bool, device=process.device)], process.device)
 
 
 def side_store(process: Process, prefix: str) -> dist.Store | None:

@@ -22,6 +22,7 @@ from mbcnet_rec.runtime.exits import LostRankError, RunStoppedError
 from mbcnet_rec.runtime.process import Process, side_store
 
 STACKS = "stacks"
+SILENT, NO_ANSWER = "gives no sign of life", "meeting point does not answer"
 SLOWEST_BEAT_SECONDS, FASTEST_BEAT_SECONDS = 0.5, 0.1
 _COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|recv|broken pipe|timed? ?out|socket", re.IGNORECASE)
 
@@ -57,8 +58,16 @@ class Watchdog:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        lost = isinstance(error, RuntimeError) and is_collective_error(error)
-        line = f"rank {self._process.rank}: at {self._place}: {self.suspects()}" if lost else ""
+        lost, line = isinstance(error, RuntimeError) and is_collective_error(error), ""
+        # what NCCL has ended leaves numbers of no meaning, over which any function may stumble
+        unclear = (
+            isinstance(error, RuntimeError)
+            and not isinstance(error, RunStoppedError)
+            and self._process.device.type == "cuda"
+        )
+        if lost or unclear:
+            line = f"rank {self._process.rank}: at {self._place}: {self.suspects()}"
+            lost = lost or any(sign in line for sign in (SILENT, NO_ANSWER))
         self._ended.set()
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
@@ -96,13 +105,13 @@ class Watchdog:
         self._ended.wait(3 * self._period)
         after = self._beats()
         if before is None or after is None:
-            return "the ranks' meeting point does not answer, so the launcher or the rank that holds it (rank 0 without one) is gone"
+            return f"the ranks' {NO_ANSWER}, so the launcher or the rank that holds it (rank 0 without one) is gone"
         others = [rank for rank in range(self._process.world_size) if rank != self._process.rank]
         silent = [rank for rank in others if before.get(rank, "") == after.get(rank, "")]
         if silent:
             names = ", ".join(str(rank) for rank in silent)
             where = "; ".join(f"rank {rank} last seen at {_place_of(after, rank)}" for rank in silent)
-            return f"rank {names} gives no sign of life, it is stopped or dead ({where})"
+            return f"rank {names} {SILENT}, it is stopped or dead ({where})"
         return "; ".join(f"rank {rank} is at {_place_of(after, rank)}" for rank in others)
 
     def _beats(self) -> dict[int, str] | None:

@@ -16,6 +16,7 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
 from data.stream import Batch
 from mbcnet_rec.model.objective import Outputs
+from sharding.bridge.caches import release_cache_lines
 
 T = TypeVar("T")
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -58,7 +59,7 @@ class Scorer:
             try:
                 for batch, note in batches:
                     notes.append(note)
-                    yield batch
+                    yield batch.pin_memory() if self.model.device.type == "cuda" else batch
             except BaseException as error:  # TorchRec's loading thread would swallow it
                 errors.append(error)
 
@@ -80,6 +81,7 @@ class Scorer:
         finally:
             pipeline.detach()
             pipeline.reset()
+            release_cache_lines(self.model)
             self.model.train(was_training)
 
     def score_batch(self, batch: Batch) -> Tensor:

@@ -24,6 +24,7 @@ from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.runtime.process import Process, answer_of_first, mean_over_ranks
 from mbcnet_rec.scoring.scorer import Scorer, autocast_of
 from mbcnet_rec.training.built import Built
+from sharding.bridge.caches import purge_caches
 from sharding.plan.plan_file import read_plan
 
 
@@ -82,6 +83,7 @@ def load_built(config: RunConfig, schema: Schema, folder: Path, step: int, proce
     with storage_of(config.train, folder).fetched(step) as saved:
         checkpoint = Saved(saved)
         load_shards(checkpoint, shards, process.rank, process.world_size)
+        purge_caches(built.model)
         check_rows(checkpoint, built.model)
     for buffer in built.model.buffers():
         if buffer.is_floating_point():

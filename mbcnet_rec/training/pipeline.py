@@ -9,11 +9,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import (
+    PrefetchTrainPipelineSparseDist,
+    TrainPipelineBase,
+    TrainPipelineSparseDist,
+)
 
 from data.stream import Batch
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.training.hooks import OnLoss, unchanged
+from sharding.bridge.caches import release_cache_lines
 from sharding.bridge.zch import collisions_of
 
 
@@ -50,12 +55,23 @@ class CheckedStep:
         with self._autocast():
             loss, outputs = self.on_loss(*self.model(batch))
         self.skipped = bool(self._verdict(loss))
-        return torch.zeros_like(loss, requires_grad=True) if self.skipped else loss, outputs
+        if self.skipped:
+            release_cache_lines(self.model)  # a prefetch pipeline fetches the next batch's rows after this
+            loss = torch.zeros_like(loss, requires_grad=True)
+        return loss, outputs
 
     def take_back(self) -> None:
         """Undo what the last forward pass did to running statistics."""
         for buffer, copy in self._buffers:
             buffer.copy_(copy)
+
+    # TrainPipelineBase takes this for the model
+    __call__ = forward
+
+    @property
+    def training(self) -> bool:
+        """Of the model."""
+        return self.model.training
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -90,8 +106,24 @@ class _ReattachedPrefetchPipeline(PrefetchTrainPipelineSparseDist[Batch, Outputs
         return super().progress(dataloader_iter)
 
 
-def train_pipeline(step: CheckedStep, *, prefetch: bool) -> Pipeline:
-    """Make TorchRec's pipeline. `prefetch`: whether the plan has tables in HBM caches, whose next rows are then fetched ahead."""
+class _CopyAheadPipeline(TrainPipelineBase[Batch, Outputs]):
+    """Copies the next batch to the device during a step, and exchanges nothing."""
+
+    def detach(self) -> None:
+        """Take what the next call of `progress` gives for a new start."""
+        self.reset()
+
+
+def train_pipeline(step: CheckedStep, *, prefetch: bool, alone: bool = False) -> Pipeline:
+    """Make TorchRec's pipeline.
+
+    `prefetch`: whether the plan has tables in HBM caches, whose next rows are then fetched ahead; `alone`: whether this process is the
+    only one. Batches are copied into memory of the computing stream.
+    """
+    model: Any = step
+    if alone and not prefetch:
+        return _CopyAheadPipeline(model, model, step.model.device, enable_inplace_copy_batch=True)
     kind = _ReattachedPrefetchPipeline if prefetch else TrainPipelineSparseDist
-    optimizer: Any = step
-    return kind(step.model, optimizer, step.model.device, execute_all_batches=True, custom_model_fwd=step.forward)
+    return kind(
+        step.model, model, step.model.device, custom_model_fwd=step.forward, enable_inplace_copy_batch=True,
+    )  # fmt: skip

@@ -216,11 +216,11 @@ class Trainer:
         Returns:
             Whether to skip this step.
         """
-        finite = math.isfinite(losses.item())
         minutes = self.config.checkpoint_minutes
         late = 0 < minutes * SECONDS_PER_MINUTE <= time.monotonic() - self._saved_at
         faulty, stop, failed, due = vote(
-            [not finite, self.context.stop.requested, self.saver.failed, late and self.process.is_first]
+            [~losses.isfinite(), self.context.stop.requested, self.saver.failed, late and self.process.is_first],
+            losses.device,
         )
         if failed is not None:
             self.saver.finish()
@@ -228,6 +228,7 @@ class Trainer:
         if faulty is None:
             return False
         self.checked.take_back()
+        finite = math.isfinite(losses.item())
         done, cap = self.state.step, self.config.max_skipped
         where = self._dump(losses) if not finite else ""
         if self.config.on_nonfinite == "skip" and self.state.skipped < cap:

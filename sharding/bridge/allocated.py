@@ -31,7 +31,7 @@ def held_bytes(model: nn.Module) -> dict[str, int]:
     """
     counts = dict.fromkeys(PARTS, 0)
     seen: set[int] = set()
-    for module in _with_lookups(model):
+    for module in with_lookups(model):
         for kind, tensor in _kernel_tensors(module):
             storage = tensor.untyped_storage()
             if storage.data_ptr() and storage.data_ptr() not in seen:
@@ -46,7 +46,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for value in values if torch.is_tensor(value) and value.numel() > 1)
 
 
-def _with_lookups(model: nn.Module) -> Iterator[nn.Module]:
+def with_lookups(model: nn.Module) -> Iterator[nn.Module]:
     """Every module, also the lookups that TorchRec's sharded collections keep in a plain list."""
     for module in model.modules():
         yield module

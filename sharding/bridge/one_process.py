@@ -1,4 +1,4 @@
-"""A single process on a CPU: TorchRec's sharded collections without what several processes need.
+"""A single process: TorchRec's sharded collections without what several processes need.
 
 Around the lookup of a small model TorchRec spends more than the lookup itself takes: it splits the features by shard, wraps them in
 awaitables of an exchange that moves nothing, and copies every gradient of a replicated table.
