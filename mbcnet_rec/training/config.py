@@ -86,6 +86,8 @@ class TrainConfig(Bounded):
     spike_sigmas: float = _or_off(6.0)
     timeout_seconds: float = _wait(600.0)  # after which a collective that a rank does not join fails on the others
     stall_seconds: float = _wait(300.0)  # a step that takes longer has the stacks of all ranks written to RUN/stacks
+    # steps of which RUN/profile gets a Chrome trace, and the screen what each line of code asks of the device; 0: none
+    profile: int = _or_off(0)
     warm_start: str = ""  # a run folder whose tables are this run's initial ones; empty: none
     warm_start_tables: tuple[str, ...] = ()  # which of them; empty: all that both runs have
     # an MLflow server, http://HOST:PORT, that gets every number besides TensorBoard; empty: none

@@ -41,6 +41,7 @@ from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
 from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline
 from mbcnet_rec.training.plan_check import PlanWatch
+from mbcnet_rec.training.profile import StepProfile
 from mbcnet_rec.training.state import Feed, TrainState, Window, invalid_value_counts, scale_rates, seed_step
 from sharding.bridge.zch import collisions_of
 
@@ -142,6 +143,8 @@ class Trainer:
         )
         self.checked.on_loss = self.context.hooks.on_loss
         self.planned = PlanWatch(self.built, batch_size, process, self.total_steps - start)
+        folder, rank = self.context.folder, process.rank
+        self.profile = StepProfile(self.config.profile, folder, rank, start, self.total_steps)
         pipeline = self.built.pipeline(self.checked)
         self.built.model.train()
         self._open_window()
@@ -160,6 +163,7 @@ class Trainer:
                 )
             self.saver.finish()
         finally:
+            self.profile.close(self.state.step)
             self.saver.cancel()
             self.feed.close()
             self.bar.close()
@@ -176,6 +180,7 @@ class Trainer:
             seed_step(train.seed, state.step, self.process.rank)
             if state.step < boundary:
                 self.context.watchdog.beat(f"step {state.step + 1}")
+                self.profile.begin(state.step)
             for losses in self.losses:
                 losses.measures = self._logs_step
             start = time.perf_counter()
@@ -183,6 +188,8 @@ class Trainer:
                 outputs = pipeline.progress(batches)
             except StopIteration:
                 break
+            for line in self.profile.end(state.step):
+                self.bar.say(line)
             if compared := self.planned.after_step(time.perf_counter() - start):
                 self.bar.say(compared)
             state.step += 1
