@@ -97,7 +97,7 @@ def calls_by_line(events: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
                 around.pop()
             kind = each.get("cat", "")
             marks = [outer["name"] for outer in around if outer["name"].startswith((AT, STEP))]
-            line = marks[-1].removeprefix(AT) if marks else ELSEWHERE
+            line = re.sub(f"^{STEP}.*|^{AT}", "", marks[-1]) or "a library" if marks else ELSEWHERE
             if kind == "cpu_op" and not any(outer.get("cat") == "cpu_op" for outer in around):
                 counts[line]["operators"] += 1
             elif kind in ("cuda_runtime", "cuda_driver"):
