@@ -37,7 +37,10 @@ def test_a_short_run_is_profiled_to_its_end(folder, capfd, steps, told):
     """Fewer steps than are asked for, an evaluation between them, and none."""
     wanted = 5 if steps else 0
     settings = ["train.max_steps=8" if steps == 4 else "train.max_steps=1", "train.eval_every=4"]
-    assert train(folder / "run.toml", *SMALL, *settings, f"train.out={folder / str(steps)}", f"train.profile={wanted}") == 0
+    assert (
+        train(folder / "run.toml", *SMALL, *settings, f"train.out={folder / str(steps)}", f"train.profile={wanted}")
+        == 0
+    )
     said = "".join(capfd.readouterr())
     assert (told in said) if told else ("profile of" not in said)
 
