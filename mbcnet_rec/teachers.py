@@ -29,7 +29,7 @@ from mbcnet_rec.run_start import LOST, check_folder
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
-from mbcnet_rec.scoring.trained_run import find_step, load_built, run_schema
+from mbcnet_rec.scoring.trained_run import TrainedRun, find_best
 from mbcnet_rec.train import Report, run_training
 
 
@@ -70,7 +70,7 @@ def refuse_other_teacher(teacher: RunConfig) -> None:
     if not (steps := storage.steps()):
         raise InputError(LOST.format(folder))
     run = saved_run(storage.manifest(steps[-1]), folder)
-    schema = run_schema(teacher, folder, steps[-1])
+    schema = TrainedRun(teacher, folder, steps[-1]).schema
     files = select_files(resolve_files(teacher.data.train), teacher.data.train_where, schema)
     marks = {"train": mark_files(files, teacher.data.attempts)}
     if found := start_differences(teacher, run, marks, ("model.", "optim.")):
@@ -112,8 +112,8 @@ def load_teacher(config: RunConfig, schema: Schema, process: Process) -> Scorer:
     Raises:
         InputError: it has learned rows that mean something else.
     """
-    step = find_step(config, config.run_folder, process)
-    own = run_schema(config, config.run_folder, step)
+    run = find_best(config, config.run_folder, process)
+    own = run.schema
     theirs, ours = file_sums(own), file_sums(schema)
     differ = sorted(name for name in theirs | ours if name != SCHEMA and theirs.get(name) != ours.get(name))
     # types of ids that one of the two does not say are no difference
@@ -124,9 +124,8 @@ def load_teacher(config: RunConfig, schema: Schema, process: Process) -> Scorer:
             f"{config.run_folder}: this teacher was trained with another schema ({', '.join(differ)} differ); train teachers and student "
             "anew with --overwrite"
         )
-    built = load_built(config, own, config.run_folder, step, process)
-    built.model.eval()
-    return Scorer(built.model)
+    model = run.build(process).model
+    return Scorer(model.eval())
 
 
 class TaughtStream:

@@ -17,7 +17,7 @@ from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, run_evaluation
 from mbcnet_rec.scoring.predict import put_in_place, run_prediction
 from mbcnet_rec.scoring.tally import EXACT_ROWS
-from mbcnet_rec.scoring.trained_run import find_step, load_built
+from mbcnet_rec.scoring.trained_run import find_best
 from mbcnet_rec.train import open_splits
 from mbcnet_rec.training.evaluation import evaluate_stream
 
@@ -66,9 +66,7 @@ def evaluated_in_training(rank):
     config = load_config(FOLDER / "run_row_wise.toml")
     schema = load_schema(config.schema)
     with joined_process("cpu") as process:
-        built = load_built(
-            config, schema, FOLDER / "row_wise", find_step(config, FOLDER / "row_wise", process), process
-        )
+        built = find_best(config, FOLDER / "row_wise", process).build(process)
         found = []
         for exact_rows in (EXACT_ROWS, 500):
             stream = open_splits(config.data, 0, schema, process)["test"].stream

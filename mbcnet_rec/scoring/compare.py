@@ -15,7 +15,6 @@ from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import FileList
 from data.schema import Schema
 from data.whole_folder import write_whole
-from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, text_table, to_html
@@ -23,7 +22,7 @@ from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, score_rows
 from mbcnet_rec.scoring.paired import Difference, expected_clicks, holm, paired_differences
 from mbcnet_rec.scoring.tally import Rows
-from mbcnet_rec.scoring.trained_run import find_step, load_run, run_schema
+from mbcnet_rec.scoring.trained_run import TrainedRun, find_best, load_run
 
 CLICKS, SIGNIFICANT = "expected_clicks", 0.05
 METRICS = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log-loss", "calibration": "calibration", CLICKS: "clicks on top"}
@@ -82,14 +81,13 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
         question = replace(question, data=tuple(paths), where=tuple(where))
     files, found, names = FileList([], []), [], {}
     with joined_process(configs[0].train.device) as process:
-        steps = [find_step(config, folder, process) for config, folder in zip(configs, folders, strict=True)]
-        runs = list(zip(configs, folders, steps, strict=True))
-        groups = groups_in_words(comparison, [run_schema(*run) for run in runs])
+        runs = [find_best(config, folder, process) for config, folder in zip(configs, folders, strict=True)]
+        groups = groups_in_words(comparison, [run.schema for run in runs])
         for run in runs:
             try:
-                tally, files = score_rows(*run, process, question)
+                tally, files = score_rows(run, process, question)
             except InputError as error:  # which may tell of a schema
-                raise InputError(f"{run[1]}: {error}") from None
+                raise InputError(f"{run.folder}: {error}") from None
             if not tally.exact:
                 raise InputError(
                     f"{files_in_words(files)}: more rows than {question.exact_rows:,}, which are compared one by one; name fewer with "
@@ -114,7 +112,8 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
         again = [Heading("Again"), Code(comparison.command())]
         write_whole(page, to_html(" and ".join(comparison.names), lead, [*blocks, *again]))
     if as_json:
-        told = {"ours": str(folders[0]), "theirs": str(folders[1]), "steps": steps, "files": len(files), "notes": notes}
+        told = {"ours": str(folders[0]), "theirs": str(folders[1]), "steps": [run.step for run in runs]}
+        told |= {"files": len(files), "notes": notes}
         print(json.dumps(told | to_json(everything, slices)))
         return 0
     print("\n".join([lead, *notes]))
@@ -143,15 +142,15 @@ def groups_in_words(comparison: Comparison, schemas: Sequence[Schema]) -> str:
     return f"rows of one {column} are taken together{other}" if column else "rows are taken as independent"
 
 
-def _notes(runs: Sequence[tuple[RunConfig, Path, int]], files: FileList, where: tuple[str, ...]) -> list[str]:
+def _notes(runs: Sequence[TrainedRun], files: FileList, where: tuple[str, ...]) -> list[str]:
     """What makes a comparison unfair."""
     notes = []
-    for config, folder, _ in runs:
+    for run in runs:
         with suppress(InputError):  # training files that are gone tell nothing
-            seen = set(resolve_files(config.data.train)) & set(files)
-            if seen and config.data.train_where in ((), where):
-                notes.append(f"note: {folder} was trained on rows of {len(seen)} of these files")
-    first, second = (config.data for config, _, _ in runs)
+            seen = set(resolve_files(run.config.data.train)) & set(files)
+            if seen and run.config.data.train_where in ((), where):
+                notes.append(f"note: {run.folder} was trained on rows of {len(seen)} of these files")
+    first, second = (run.config.data for run in runs)
     if (first.train, first.train_where) != (second.train, second.train_where):
         notes.append("note: the two were not trained on the same rows: data.train or data.train_where differs")
     return notes

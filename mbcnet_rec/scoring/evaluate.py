@@ -14,22 +14,13 @@ from data.reading.files import files_in_words, resolve_files
 from data.reading.partitions import select_files
 from data.reading.storage import FileList
 from mbcnet_rec.checkpoints.run_folder import CONFIG
-from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none
-from mbcnet_rec.runtime.process import Process, joined_process
+from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.chunks import deal, labelled_rows, score_chunks
 from mbcnet_rec.scoring.metrics import Estimate, why_no_auc
 from mbcnet_rec.scoring.slices import MAX_SLICES, count_slices, slice_codes, slice_columns
 from mbcnet_rec.scoring.tally import EXACT_ROWS, Answer, Scores, Tally
-from mbcnet_rec.scoring.trained_run import (
-    branch_names,
-    find_step,
-    known_best,
-    load_built,
-    load_run,
-    run_schema,
-    scorer_of,
-)
+from mbcnet_rec.scoring.trained_run import TrainedRun, branch_names, known_best, opened_run
 
 
 @dataclass(frozen=True)
@@ -51,56 +42,50 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
         InputError: no such run, no checkpoint, no rows, or no such column.
     """
     folder, split, data = Path(run_folder), question.split, question.data
-    config = load_run(folder)
-    with joined_process(config.train.device) as process:
-        step = find_step(config, folder, process)
-        tally, files = score_rows(config, folder, step, process, question)
+    with opened_run(folder) as (run, process):
+        tally, files = score_rows(run, process, question)
         answer = tally.answer(process)
         if answer is None:
             return 0
         if as_json:
             source = {"data": list(data)} if data else {"split": split}
-            print(json.dumps(source | {"step": step, "files": len(files)} | to_json(answer)))
+            print(json.dumps(source | {"step": run.step, "files": len(files)} | to_json(answer)))
             return 0
-        best = None if data else known_best(run_schema(config, folder, step), split, answer.everything.rows)
+        best = None if data else known_best(run.schema, split, answer.everything.rows)
         rows = f"{answer.everything.rows:,} rows of {files_in_words(files)}"
-        print(f"{folder}: {', '.join(data) or split}, {rows}, weights of step {step}")
-        print("\n".join(tables(answer, branch_names(config.model), best)))
+        print(f"{folder}: {', '.join(data) or split}, {rows}, weights of step {run.step}")
+        print("\n".join(tables(answer, branch_names(run.config.model), best)))
         if not data:
-            print(compare_with_log(folder, split, step, answer))
+            print(compare_with_log(folder, split, run.step, answer))
     return 0
 
 
-def score_rows(
-    config: RunConfig, folder: Path, step: int, process: Process, question: Question
-) -> tuple[Tally, FileList]:
-    """Build the run's model on this world size, load a checkpoint and score rows of files.
+def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[Tally, FileList]:
+    """Build the run's model on this world size and score rows of files.
 
     Raises:
         InputError: there are no rows, a row is faulty, a slice column is missing, or the checkpoint is damaged.
     """
-    schema = run_schema(config, folder, step)
-    paths = question.data or getattr(config.data, question.split)
+    schema, data = run.schema, run.config.data
+    paths = question.data or getattr(data, question.split)
     if not paths:
         raise InputError(
-            f"{folder}/{CONFIG}: data.{question.split} is empty; name the files of that split, or pass --data"
+            f"{run.folder}/{CONFIG}: data.{question.split} is empty; name the files of that split, or pass --data"
         )
-    where = question.where if question.data else getattr(config.data, f"{question.split}_where")
+    where = question.where if question.data else getattr(data, f"{question.split}_where")
     files = select_files(resolve_files(paths), where, schema)
     by = slice_columns(files, question.by, schema)
-    options = config.data.eval_options(where)
-    reader, chunks = labelled_rows(files, schema, options, tuple(by.values()))
+    reader, chunks = labelled_rows(files, schema, data.eval_options(where), tuple(by.values()))
     dealt = deal(chunks, process.world_size)
     slices = count_slices(tuple(by), reader, dealt[process.rank], process, question.max_slices)
-    built = load_built(config, schema, folder, step, process)
+    scorer, batch_rows = run.scorer(process)
     tally = Tally(
         sum(chunk.num_rows for chunk in chunks),
-        built.branch_names,
+        branch_names(run.config.model),
         has_groups=bool(schema.group_column),
         slices=slices,
         exact_rows=question.exact_rows,
     )
-    scorer, batch_rows = scorer_of(config, built, process)
     with closing(score_chunks(scorer, reader, dealt, process, batch_rows, title="evaluate")) as scored:
         for batch in scored:
             tally.add(batch.logits, batch.labels, batch.group_ids, slice_codes(slices, batch.rows))

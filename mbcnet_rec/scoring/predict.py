@@ -32,7 +32,7 @@ from data.reading.storage import DataFile, is_uri
 from data.whole_folder import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked_together
-from mbcnet_rec.runtime.process import Process, answer_of_first, any_rank, joined_process
+from mbcnet_rec.runtime.process import Process, answer_of_first, any_rank
 from mbcnet_rec.scoring.chunks import (
     CHUNK_ROWS,
     Chunk,
@@ -53,15 +53,7 @@ from mbcnet_rec.scoring.prediction_note import (
     read_note,
     relative_names,
 )
-from mbcnet_rec.scoring.trained_run import (
-    branch_names,
-    find_step,
-    load_built,
-    load_run,
-    run_schema,
-    scorer_of,
-    weights_digest,
-)
+from mbcnet_rec.scoring.trained_run import branch_names, opened_run
 
 MARK = b"mbcnet_prediction"  # in the footer of each file
 PROBABILITY = "probability"
@@ -134,36 +126,30 @@ def run_prediction(
     """
     if is_uri(out):
         raise InputError(f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards")
-    folder = Path(run_folder)
-    config = load_run(folder)
     place = Path(out)
-    with joined_process(config.train.device) as process:
-        step = find_step(config, folder, process)
-        schema = run_schema(config, folder, step)
-        files = resolve_files(data)
+    with opened_run(Path(run_folder)) as (run, process):
+        schema, files = run.schema, resolve_files(data)
         names = relative_names(files, data)
         for file in files:
             if isinstance(file, Path) and place.resolve() in file.resolve().parents:
                 raise InputError(f"{file}: lies in --out {out}; choose another output folder")
         if place.exists() and not place.is_dir():
             raise InputError(f"{place}: is a file; choose a folder for --out")
-        row_groups, columns = unlabelled_row_groups(files, schema, config.data.attempts)
+        row_groups, columns = unlabelled_row_groups(files, schema, run.config.data.attempts)
         chunks = chunks_of(row_groups, chunk_rows)
-        outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(config.model))]
+        outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(run.config.model))]
         kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
-        asked = describe(names, files, rows_of(chunks), [*kept, *outputs], weights_digest(config, folder, step))
+        asked = describe(names, files, rows_of(chunks), [*kept, *outputs], run.digest())
         with _naming_write_faults(place), locked_together(process, "predict", {"--out": place}):
             note = answer_of_first(process, lambda: join_notes(place, asked, overwrite))
             schemas = [output_schema(found, kept, outputs) for found in columns]
             job = Job(place, names, schemas, note, put)
             todo = answer_of_first(process, lambda: unfinished(job, chunks))
-            built = load_built(config, schema, folder, step, process) if todo else None
+            scorer, batch_rows = run.scorer(process) if todo else (None, 0)
             if process.is_first:
                 write_note(job)
-            if built is not None:
-                encoder = Encoder(schema, has_labels=False)
-                reader = RowReader(files, encoder, extra=kept)
-                scorer, batch_rows = scorer_of(config, built, process)
+            if scorer is not None:
+                reader = RowReader(files, Encoder(schema, has_labels=False), extra=kept)
                 dealt = deal(todo, process.world_size)
                 scored = score_chunks(scorer, reader, dealt, process, batch_rows, title="predict")
                 write_chunks(job, dealt[process.rank], scored)
@@ -171,7 +157,7 @@ def run_prediction(
             any_rank(False)  # until every rank's files are there
             if process.is_first:
                 taken = files_in_words(files)
-                print(finish(job, chunks, step, taken, scored=sum(chunk.num_rows for chunk in todo)))
+                print(finish(job, chunks, run.step, taken, scored=sum(chunk.num_rows for chunk in todo)))
     return 0
 
 

@@ -37,7 +37,7 @@ from mbcnet_rec.doctor import installed
 from mbcnet_rec.model.input_layout import wide_table, wide_tables
 from mbcnet_rec.model.models import build_arch, model_layout
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
-from mbcnet_rec.scoring.trained_run import branch_names, read_whole, run_schema
+from mbcnet_rec.scoring.trained_run import TrainedRun, branch_names
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving import preprocess
 from mbcnet_rec.serving.graph import FusedPath, graph_spec, trace
@@ -103,13 +103,13 @@ def untrained(config: RunConfig, schema: Schema) -> Weights:
     return Weights(config, schema, tables, {}, FeatureRegroup(layout).eval(), arch.eval())
 
 
-def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
+def load_weights(run: TrainedRun) -> Weights:
     """Read a checkpoint of a run into one process, whatever world size and plan wrote it. Memory: all tables as float32.
 
     Raises:
         InputError: it is damaged or belongs to another model.
     """
-    weights = untrained(config, run_schema(config, folder, step))
+    weights = untrained(run.config, run.schema)
     tensors = {f"model.dense_arch.{name}": value for name, value in weights.arch.state_dict().items()}
     regroup = weights.regroup.state_dict()
     tensors |= {f"model.sparse_arch.regroup.{name}": value for name, value in regroup.items()}
@@ -122,11 +122,11 @@ def load_weights(config: RunConfig, folder: Path, step: int) -> Weights:
             tensors |= {f"{module}.raw_ids": ids[table.name][0], f"{module}.slots": ids[table.name][1]}
         tensors[f"{SPARSE_ARCH}{rows_name(table)}"] = rows
         weights.rows[table.name] = rows
-    read_whole(config, folder, step, tensors)
+    run.read_whole(tensors)
     for name, pairs in ids.items():
         known = pairs[:, pairs[0] != FREE]
         if known.numel() and not 0 <= int(known[1].min()) <= int(known[1].max()) < pairs.shape[1]:
-            raise InputError(f"{folder}: table {name!r}: an id has a row that the table lacks; use another run")
+            raise InputError(f"{run.folder}: table {name!r}: an id has a row that the table lacks; use another run")
         weights.id_rows[name] = known[:, known[0].argsort()].contiguous()
     return weights
 

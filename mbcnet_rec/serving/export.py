@@ -18,7 +18,7 @@ from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.chunks import labelled_rows
 from mbcnet_rec.scoring.metrics import evaluate_predictions
-from mbcnet_rec.scoring.trained_run import find_step, load_run
+from mbcnet_rec.scoring.trained_run import find_best, load_run
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import (
     LOADER,
@@ -64,10 +64,10 @@ def run_export(
     if aot and not compiler:
         raise InputError("--aot: no C++ compiler on this machine (g++ or clang++); install one, or leave it out")
     with joined_process("cpu") as process:
-        step = find_step(config, folder, process)
-    weights = load_weights(config, folder, step)
+        run = find_best(config, folder, process)
+    weights = load_weights(run)
     exported = with_rows(take_apart(weights, branches), weights, rows)
-    exported.spec["step"] = step
+    exported.spec["step"] = run.step
     wanted = bool(compiler) if aot is None else aot
     if wanted:
         print("compiling the dense part for this processor: a minute or so (--no-aot leaves it out)", flush=True)

@@ -22,7 +22,7 @@ from mbcnet_rec.checkpoints.manifest import sha256_of
 from mbcnet_rec.checkpoints.run_folder import storage_of
 from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.config import RunConfig, flat
-from mbcnet_rec.scoring.trained_run import load_run, weights_digest
+from mbcnet_rec.scoring.trained_run import TrainedRun, load_run
 
 # Keys that change no number, and paths whose content counts instead
 APART = (
@@ -111,7 +111,7 @@ def _run(folder: str) -> str:
         return ""
     config = load_run(Path(folder))
     step = best_step(storage_of(config.train, Path(folder)))
-    return "" if step is None else weights_digest(config, Path(folder), step)
+    return "" if step is None else TrainedRun(config, Path(folder), step).digest()
 
 
 @cache

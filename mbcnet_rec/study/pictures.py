@@ -16,7 +16,7 @@ from mbcnet_rec.config import RunConfig
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
 from mbcnet_rec.report.run_report import LEARNING, Wanted, plots_of, read_metrics
-from mbcnet_rec.scoring.trained_run import run_schema
+from mbcnet_rec.scoring.trained_run import TrainedRun
 from mbcnet_rec.study.complexity import complexity_blocks
 from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, probe_run, tsne_plane
 from mbcnet_rec.study.runs import Run
@@ -74,7 +74,7 @@ class Material:
         step = best_step(storage_of(run.config.train, run.folder))
         if step is None:
             raise InputError(f"{run.folder}: no whole checkpoint")
-        schema = run_schema(run.config, run.folder, step)
+        schema = TrainedRun(run.config, run.folder, step).schema
         return schema, choose_category(schema, self.category)
 
 

@@ -4,7 +4,7 @@ Shapes: n rows, K branches, d latent width.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from data.reading.keys import read_vocabularies
 from data.schema import Feature, Schema
 from data.stream import Batch
 from mbcnet_rec.model.mbcnet import BranchArch
-from mbcnet_rec.runtime.process import joined_process
-from mbcnet_rec.scoring.trained_run import find_step, load_built, load_run, run_schema, scorer_of
+from mbcnet_rec.scoring.trained_run import branch_names, opened_run
 from mbcnet_rec.train import open_splits
 
 MISSING = -1  # the category of a row that has none
@@ -52,20 +51,18 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", s
     Raises:
         InputError: no such run, split or field, or the model has no branches.
     """
-    config = load_run(folder)
-    if config.model.kind != "mbcnet":
-        raise InputError(f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted an MBCnet run")
-    with joined_process(config.train.device) as process:
-        step = find_step(config, folder, process) if step is None else step
-        schema = run_schema(config, folder, step)
+    with opened_run(folder) as (run, process):
+        run = run if step is None else replace(run, step=step)
+        config, schema = run.config, run.schema
+        if config.model.kind != "mbcnet":
+            raise InputError(f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted an MBCnet run")
         splits = open_splits(config.data, config.train.seed, schema, process)
         if split not in splits:
             raise InputError(f"{folder}: data.{split} is empty; name the files of that split")
-        built = load_built(config, schema, folder, step, process)
-        scorer, _ = scorer_of(config, built, process)
+        scorer, _ = run.scorer(process)
         outputs: list[Any] = []  # ModelOutput
         fused: list[Any] = []  # (B, d)
-        arch = next(module for module in built.model.modules() if isinstance(module, BranchArch))
+        arch = next(module for module in scorer.model.modules() if isinstance(module, BranchArch))
         handles = [
             arch.register_forward_hook(lambda _module, _args, output: outputs.append(output)),
             arch.fusion.register_forward_hook(lambda _module, _args, output: fused.append(output)),
@@ -79,7 +76,7 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", s
         latents = torch.cat([each.latents.float().cpu() for each in outputs], dim=1).numpy()
         notes = np.concatenate([batch.note for batch in batches])[real]
         return Probe(
-            built.branch_names,
+            branch_names(config.model),
             latents[:, real],
             torch.cat([each.float().cpu() for each in fused]).numpy()[real],
             np.concatenate([batch.logits for batch in batches]),

@@ -13,7 +13,7 @@ from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, score_rows
 from mbcnet_rec.scoring.metrics import softplus
 from mbcnet_rec.scoring.paired import Difference, difference_of, paired_differences
-from mbcnet_rec.scoring.trained_run import find_step
+from mbcnet_rec.scoring.trained_run import find_best
 
 ROW_SCORES = "row_scores.npz"
 
@@ -39,9 +39,8 @@ def keep_row_scores(config: RunConfig) -> None:
     """
     folder = config.run_folder
     with joined_process(config.train.device) as process:
-        step = find_step(config, folder, process)
         question = Question("test" if config.data.test else "valid")
-        tally, _ = score_rows(config, folder, step, process, question)
+        tally, _ = score_rows(find_best(config, folder, process), process, question)
         rows = tally.kept(process)
     assert rows is not None  # of one process
     some = slice(None) if tally.exact else slice(0)
