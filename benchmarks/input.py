@@ -33,7 +33,7 @@ from side_by_side import parser_of, print_figures, ratio
 from data.reading.config import StreamOptions
 from data.schema import Schema
 from data.stream import ParquetStream
-from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.planted import pailitao_schema
 from data.synthetic.write import ROW_GROUP_ROWS, open_writer, write_synthetic
 
 BATCH_SIZE = 2048

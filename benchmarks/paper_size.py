@@ -18,7 +18,7 @@ from data.reading.files import resolve_files
 from data.schema import Schema, load_schema, parse_schema
 from data.schema.feature import Feature
 from data.stream import Batch, ParquetStream
-from data.synthetic.pailitao import FILES
+from data.synthetic.planted import SCHEMAS
 from data.synthetic.write import write_synthetic
 from mbcnet_rec.config import DataConfig, RunConfig, TrainConfig
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
@@ -49,7 +49,7 @@ def cut_schema(max_rows: int, scale: str = "paper") -> Schema:
     text = re.sub(
         r"num_embeddings = (\d+)",
         lambda match: f"num_embeddings = {min(int(match[1]), max_rows)}",
-        FILES[scale].read_text(),  # type: ignore[index]
+        SCHEMAS[scale].read_text(),
     )
     return parse_schema(tomllib.loads(text), f"{scale} schema, cut", Path())
 

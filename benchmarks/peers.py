@@ -44,7 +44,7 @@ from side_by_side import Answering, environment, print_figures, ratio, timing_pa
 
 from data.schema.parse import parse_dataclass
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.cpu.linear import bf16_in_hardware
+from mbcnet_rec.cpu.layers import bf16_in_hardware
 from mbcnet_rec.train import run_training
 
 TAIL = 5  # steps after the last one that is timed: a pipeline that runs dry is no steady state

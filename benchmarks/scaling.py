@@ -24,7 +24,7 @@ from typing import Any
 from side_by_side import parser_of
 
 from data.schema import Schema
-from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.planted import pailitao_schema
 from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.models import ModelConfig
 from sharding.cost.assess import Assessment

@@ -21,7 +21,7 @@ from typing import Any
 
 from side_by_side import ROOT, environment, parser_of, print_figures, settings
 
-from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.planted import pailitao_schema
 from data.synthetic.write import write_synthetic
 
 LARGEST_GROWTH = 0.05

@@ -87,7 +87,7 @@ def torchrun_line(job: Job) -> str:
     endpoint = f'"$HEAD:{job.port}"' if several else "localhost:0"
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment(job).items()]
     if several:
-        # else a host that joins late waits forever: see launch/elastic.py
+        # else a host that joins late waits forever: see launch/agent.py
         variables.insert(0, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     return " ".join([*variables, "torchrun", shell_words(job, shlex.quote(job_name(job)), endpoint)])
 

@@ -24,7 +24,7 @@ from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.storage import LocalStorage
 from mbcnet_rec.config import DataConfig, RunConfig
-from mbcnet_rec.cpu.linear import bf16_in_hardware
+from mbcnet_rec.cpu.layers import bf16_in_hardware
 from mbcnet_rec.logs.metrics_log import Records, json_line, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell

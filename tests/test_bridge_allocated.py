@@ -15,7 +15,7 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data.schema import parse_schema
-from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.planted import pailitao_schema
 from mbcnet_rec.training.config import EmbeddingOptimConfig
 from mbcnet_rec.training.optim import TABLE_OPTIMIZERS, fuse_table_optimizer
 from sharding.bridge.allocated import held_bytes, optimizer_bytes, planned_against_held

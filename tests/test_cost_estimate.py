@@ -12,8 +12,7 @@ from sharding.plan.cluster import read_cluster
 from sharding.plan.dense_part import DenseCost
 from sharding.plan.placement import SHARDING_TYPES, Plan, TablePlan, shards_of
 from sharding.report.explain import alternatives, explain_lines
-from sharding.report.heatmap import heat, html_page
-from sharding.report.text import report_dict, report_lines
+from sharding.report.text import heat, html_page, report_dict, report_lines
 
 CLUSTER = read_cluster("2x4:h100-80g")
 TABLE = TablePlan("table_wise", "fused", (3,), 1_000_000, 32, 1, 5.0)

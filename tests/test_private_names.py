@@ -34,16 +34,16 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from sharding.bridge.allocated import KERNEL_TENSORS
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = ("sharding/bridge/", "mbcnet_rec/training/pipeline.py", "mbcnet_rec/cpu/", "launch/elastic.py")
+ALLOWED = ("sharding/bridge/", "mbcnet_rec/training/pipeline.py", "mbcnet_rec/cpu/", "launch/agent.py")
 # a compiled graph has no public loader
 EXCEPTIONS = ("mbcnet_rec/serving/loader.py", "mbcnet_rec/serving/artifact.py")
 EBC, LOOKUP, AGENT = ShardedEmbeddingBagCollection, GroupedPooledEmbeddingsLookup, LocalElasticAgent
 MC = BaseShardedManagedCollisionEmbeddingCollection
 USED = [  # file, what owns the name, the name
-    ("launch/elastic.py", DynamicRendezvousHandler, "_bootstrap_store_info"),
-    ("launch/elastic.py", AGENT, "_pcontext"),
-    ("mbcnet_rec/cpu/linear.py", torch.ops.mkldnn, "_linear_pointwise"),
-    ("mbcnet_rec/cpu/linear.py", torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
+    ("launch/agent.py", DynamicRendezvousHandler, "_bootstrap_store_info"),
+    ("launch/agent.py", AGENT, "_pcontext"),
+    ("mbcnet_rec/cpu/layers.py", torch.ops.mkldnn, "_linear_pointwise"),
+    ("mbcnet_rec/cpu/layers.py", torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
     *(
         ("sharding/bridge/one_process.py", EBC, name)
         for name in (
@@ -70,7 +70,7 @@ USED = [  # file, what owns the name, the name
 # overridden in a subclass, or spelled in a string: not seen by the walk below
 ELSEWHERE = [
     *(
-        ("launch/elastic.py", AGENT, name)
+        ("launch/agent.py", AGENT, name)
         for name in ("_monitor_workers", "_shutdown", "_stop_workers", "_remaining_restarts", "_rendezvous", "_restart_workers")
     ),
     *(("sharding/bridge/allocated.py", SplitTableBatchedEmbeddingBagsCodegen, name) for name in KERNEL_TENSORS),

@@ -22,7 +22,7 @@ from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.reading.keys import splitmix64
 from data.schema import load_schema
-from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.planted import pailitao_schema
 from data.synthetic.write import write_synthetic
 
 ROWS = 6_000

@@ -10,8 +10,7 @@ import pytest
 
 from data.errors import InputError
 from data.public import raw_files as raw
-from data.public.prepare import DATA_SETS, SCHEMA_FOLDER, prepare
-from data.public.splits import SplitWriter
+from data.public.prepare import DATA_SETS, SCHEMA_FOLDER, SplitWriter, prepare
 from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.schema import load_schema, parse_schema

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data.schema import Schema, load_schema
-from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.planted import pailitao_schema
 
 SCHEMAS = Path(__file__).parents[1] / "data" / "schemas"
 REAL = sorted({path.stem for path in SCHEMAS.glob("*.toml")} - {"pailitao", "pailitao_demo"})

@@ -35,7 +35,7 @@ def test_difference_is_the_paired_t_test():
     ours, theirs = shared + rng.normal(0.002, 0.001, 5), shared
     found, wanted = paired_difference(ours, theirs), stats.ttest_rel(ours, theirs)
     low, high = wanted.confidence_interval(0.95)
-    assert (found.mean, found.p) == pytest.approx(((ours - theirs).mean(), wanted.pvalue))
+    assert (found.value, found.p) == pytest.approx(((ours - theirs).mean(), wanted.pvalue))
     assert (found.low, found.high) == pytest.approx((low, high))
     unpaired = stats.ttest_ind(ours, theirs).pvalue
     assert found.p < unpaired, "pairing takes out what the seeds do to both"
@@ -43,7 +43,7 @@ def test_difference_is_the_paired_t_test():
 
 def test_one_seed_tells_nothing_of_spread_and_only_shared_seeds_are_compared():
     found = compare(results({"ours": [0.8, 0.9, 0.7], "theirs": [0.7]}), "ours", "theirs", "auc")
-    assert found.seeds.mean == pytest.approx(0.1) and found.seeds.seeds == 1
+    assert found.seeds.value == pytest.approx(0.1)
     assert math.isnan(found.seeds.low) and math.isnan(found.p)
     assert math.isnan(mean_and_sd([0.8])[1]) and math.isnan(mean_and_sd([])[0])
     assert compare(Results({"ours": seeds_of([0.8]), "theirs": {7: {"auc": 0.1}}}, {}), "ours", "theirs", "auc") is None
@@ -146,7 +146,7 @@ def test_outputs_of_a_variant_are_compared_too():
     logits = np.stack([labels + rng.normal(size=500), rng.normal(size=500)], 1)
     rows = {"ours": {seed: RowScores(("", "deep"), logits, labels, None) for seed in (0, 1)}}
     found = compare(Results(scores, rows), "ours", "ours/deep", "auc")
-    assert found.seeds.mean == pytest.approx(0.1) and found.rows.value > 0.1 and found.rows.p < 1e-6
+    assert found.seeds.value == pytest.approx(0.1) and found.rows.value > 0.1 and found.rows.p < 1e-6
 
 
 def test_fused_is_compared_with_its_best_branch_and_both_p_are_shown():
@@ -193,7 +193,7 @@ def test_rows_are_compared_with_the_best_reference_but_themselves():
     assert list(rows) == ["weak", "strong", "ours", "dead"], "the study's order; what was not run has no row"
     assert [rows[name].against for name in rows] == ["strong", "weak", "strong", ""]
     assert rows["ours"].auc == pytest.approx((0.81, np.std([0.80, 0.82], ddof=1)))
-    assert rows["ours"].difference.seeds.mean == pytest.approx(0.05) and rows["ours"].difference.seeds.seeds == 1
-    assert rows["ours"].loss_difference.seeds.mean == pytest.approx(-0.1)
+    assert rows["ours"].difference.seeds.value == pytest.approx(0.05) and math.isnan(rows["ours"].difference.p)
+    assert rows["ours"].loss_difference.seeds.value == pytest.approx(-0.1)
     assert rows["dead"].seeds == 0 and rows["dead"].failures == ("seed 0: the loss is not finite",)
     assert best_reference(study, {"ours": seeds_of([0.8])}) == ""

@@ -15,13 +15,13 @@ from data.errors import InputError
 from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.schema import load_schema, parse_schema, schema_to_toml
-from data.synthetic.pailitao import pailitao_schema
 from data.synthetic.planted import (
     CLICK_RATE,
     SHARES,
     draw_facts,
     draw_labels,
     make_world,
+    pailitao_schema,
     raw_terms,
     taste_of_day,
     true_probability,

@@ -9,7 +9,7 @@ from data.profile.check import WHOLE_FILE, check_files
 from data.public.prepare import prepare
 from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
-from data.synthetic.pailitao import pailitao_schema
+from data.synthetic.planted import pailitao_schema
 from data.synthetic.write import write_synthetic
 from mbcnet_rec.logs.progress import RowBar
 

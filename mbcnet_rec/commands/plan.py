@@ -23,8 +23,7 @@ from sharding.plan.compare import compare_plans, diff_lines, schema_differences
 from sharding.plan.placement import Plan
 from sharding.plan.plan_file import plan_text, read_plan
 from sharding.report.explain import explain_lines
-from sharding.report.heatmap import html_page
-from sharding.report.text import report_dict, report_lines
+from sharding.report.text import html_page, report_dict, report_lines
 
 
 def register(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,12 @@ from scipy import stats
 from scipy.special import softmax
 
 from data.errors import InputError
-from mbcnet_rec.scoring.paired import Difference as RowDifference
+from mbcnet_rec.scoring.paired import Difference
 from mbcnet_rec.study.pictures import Material
 from mbcnet_rec.study.probe import MISSING, Probe
 from mbcnet_rec.study.row_scores import mean_over_rows
 from mbcnet_rec.study.studies import Measure
-from mbcnet_rec.study.summary import Compared, Difference, in_both, paired_difference
+from mbcnet_rec.study.summary import Compared, in_both, paired_difference
 
 LEAST_EXPECTED = 5.0  # samples of a cell, from which on a chi-square test holds (Cochran)
 Measured = tuple[Compared, str]  # the difference that a claim is about, and what it is in words
@@ -106,14 +106,14 @@ def measure_dependence(material: Material) -> Measured:
     probes = [material.probe(run, category=field.name) for run in material.first]
     found = [dependence(each.log_loss()[:, 1:], each.categories) for each in probes]
     least = max(p for _, p in found) if len(found) > 1 else math.nan
-    seeds = Difference(float(np.mean([value for value, _ in found])), math.nan, math.nan, least, len(found))
+    seeds = Difference(float(np.mean([value for value, _ in found])), math.nan, math.nan, least)
     joint = replace(probes[0], logits=np.mean([each.logits for each in probes], axis=0))
     value, p = dependence(joint.log_loss()[:, 1:], joint.categories)
     words = (
         f"Dependence: chi-square of {field.name} x the branch with the lowest log-loss of a row, less its mean by chance, by row. p over rows is of "
         "the seeds' mean logits, and takes rows as independent; p over seeds is the largest of the seeds' own."
     )
-    return in_both(seeds, RowDifference(value, math.nan, math.nan, p)), words
+    return in_both(seeds, Difference(value, math.nan, math.nan, p)), words
 
 
 def measure_all(material: Material) -> tuple[dict[str, Compared], list[str]]:
@@ -138,4 +138,4 @@ MEASURES: dict[Measure, Callable[[Material], Measured]] = {
 
 def _with_interval(values: np.ndarray) -> str:
     found = paired_difference(values)
-    return f"{found.mean:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if found.seeds > 1 else "")
+    return f"{found.value:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if found.low == found.low else "")

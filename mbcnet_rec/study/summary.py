@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mbcnet_rec.scoring.paired import Difference as RowDifference
-from mbcnet_rec.scoring.paired import holm
+from mbcnet_rec.scoring.paired import Difference, holm
 from mbcnet_rec.study.row_scores import RowScores, row_differences
 from mbcnet_rec.study.studies import Claim, Study
 
@@ -29,22 +28,11 @@ Scores = Mapping[int, Mapping[str, Any]]  # seed -> metrics of the run
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A paired difference over `seeds` seeds: its mean, 95 % interval and p. NaN where one seed tells nothing."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    seeds: int
-
-
-@dataclass(frozen=True)
 class Compared:
     """Two variants, or outputs of variants, by one metric."""
 
-    seeds: Difference
-    rows: RowDifference | None  # of the seeds' mean scores; None: not kept
+    seeds: Difference  # paired by seed; its interval and p are NaN where one seed tells nothing
+    rows: Difference | None  # of the seeds' mean scores; None: not kept
     p: float  # corrected where it is one of several; NaN where either side tells nothing
 
 
@@ -103,12 +91,12 @@ def paired_difference(
     d = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     mean = float(d.mean()) if len(d) else math.nan
     if len(d) < 2:
-        return Difference(mean, math.nan, math.nan, math.nan, len(d))
+        return Difference(mean, math.nan, math.nan, math.nan)
     error = float(d.std(ddof=1)) / math.sqrt(len(d))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(d) - 1)) * error
     ratio = abs(mean) / error if error > 0 else (0.0 if mean == 0 else math.inf)
     p = float(2 * stats.t.sf(ratio, len(d) - 1))
-    return Difference(mean, mean - half, mean + half, p, len(d))
+    return Difference(mean, mean - half, mean + half, p)
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -129,11 +117,11 @@ def compare(results: Results, ours: str, theirs: str, metric: str) -> Compared |
     return in_both(seeds, rows)
 
 
-def in_both(seeds: Difference, rows: RowDifference | None) -> Compared:
+def in_both(seeds: Difference, rows: Difference | None) -> Compared:
     """Join what seeds and rows say of one difference: p is the larger of the two, 1 where they point to different sides, NaN where one is."""
     if rows is None or math.isnan(seeds.p) or math.isnan(rows.p):
         return Compared(seeds, rows, math.nan)
-    return Compared(seeds, rows, max(seeds.p, rows.p) if seeds.mean * rows.value > 0 else 1.0)
+    return Compared(seeds, rows, max(seeds.p, rows.p) if seeds.value * rows.value > 0 else 1.0)
 
 
 def corrected(compared: Sequence[Compared | None]) -> list[Compared | None]:
@@ -222,7 +210,7 @@ def _verdict(area: Compared | None) -> str:
         return "not tested"
     if math.isnan(area.p):
         return NO_VERDICT
-    ahead = area.seeds.mean > 0
+    ahead = area.seeds.value > 0
     if area.p < SIGNIFICANT:
         return "reproduced" if ahead else "contradicted"
     return "same direction" if ahead else "not reproduced"

@@ -75,7 +75,7 @@ def headline(study: Study, rows: Sequence[Row], judged: Sequence[Judged]) -> lis
     if rivals and cells:
         places = ["dead" if row.dead else verdict_of(difference) for row, difference in cells]
         counts = ", ".join(f"{each} in {places.count(each)}" for each in dict.fromkeys((*PLACES, *places)))
-        higher = sum(difference.seeds.mean > 0 for row, difference in cells if not row.dead)
+        higher = sum(difference.seeds.value > 0 for row, difference in cells if not row.dead)
         said.append(
             f"Of {len(cells)} pairs of alpha and beta MBCnet has a higher AUC than {cells[0][0].against}, the best other model, in {higher}; "
             f"by both tests it is {counts}."
@@ -92,7 +92,7 @@ def _sentence(ours: str, theirs: str, compared: Compared) -> str:
     """Who is ahead by how much, and how sure that is."""
     seeds, rows = compared.seeds, compared.rows
     told = f"p {p_text(seeds.p)} over seeds, {p_text(rows.p) if rows else '-'} over rows, {p_text(compared.p)} corrected: {verdict_of(compared)}"
-    return f"{ours} is {'ahead of' if seeds.mean > 0 else 'behind'} {theirs}, by {abs(seeds.mean):.4f} ({told})."
+    return f"{ours} is {'ahead of' if seeds.value > 0 else 'behind'} {theirs}, by {abs(seeds.value):.4f} ({told})."
 
 
 def verdict_table(judged: Sequence[Judged]) -> Table:
@@ -113,7 +113,7 @@ def verdict_of(compared: Compared, better: int = 1) -> str:
     """ahead, level, behind or no verdict. `better`: the sign of a difference that speaks for the first of the two."""
     if compared.p != compared.p:
         return NO_VERDICT
-    return PLACES[0 if compared.seeds.mean * better > 0 else 2] if compared.p < SIGNIFICANT else PLACES[1]
+    return PLACES[0 if compared.seeds.value * better > 0 else 2] if compared.p < SIGNIFICANT else PLACES[1]
 
 
 def format_difference(compared: Compared | None, before: str = "", better: int = 1) -> str:
@@ -122,7 +122,7 @@ def format_difference(compared: Compared | None, before: str = "", better: int =
         return ""
     seeds, rows = compared.seeds, compared.rows
     over_seeds = f" [{seeds.low:+.4f}, {seeds.high:+.4f}]" if seeds.low == seeds.low else ""
-    lines = [f"{before}{seeds.mean:+.4f}{over_seeds}"]
+    lines = [f"{before}{seeds.value:+.4f}{over_seeds}"]
     lines += [f"rows [{rows.low:+.4f}, {rows.high:+.4f}]"] if rows and rows.low == rows.low else []
     lines += [f"p {p_text(seeds.p)} seeds, {p_text(rows.p) if rows else '-'} rows"]
     lines += [f"{verdict_of(compared, better)}, p {p_text(compared.p)} corrected".removesuffix(", p - corrected")]

@@ -6,14 +6,17 @@ from dataclasses import asdict
 from functools import reduce
 from typing import Any
 
+import jinja2
+
 from sharding.cost.assess import MAIN_PHASES, PARTS, Assessment
 from sharding.cost.estimate import Bytes, Times, plus
 from sharding.cost.memory import gib
-from sharding.plan.compare import ranks_text
+from sharding.plan.compare import placement_text, ranks_text
 from sharding.plan.plan_file import plan_text
 
 TABLES_SHOWN = 15
 RANKS_SHOWN = 6
+ROWS_SHOWN = 40  # tables with a row of their own in the heat map, by time; the rest share one
 
 
 def table_totals(assessment: Assessment) -> dict[str, tuple[Bytes, Times]]:
@@ -161,3 +164,33 @@ def report_dict(assessment: Assessment) -> dict[str, Any]:
         "bound_by": path.bound_by,
         "assumed_pooling_factors": list(assessment.assumed),
     }
+
+
+def heat(assessment: Assessment) -> dict[str, list[float]]:
+    """Milliseconds of each rank by table: those with most time first, all others summed in the last row."""
+    grid = {}
+    for name, costs in assessment.costs.items():
+        grid[name] = [0.0] * len(assessment.ranks)
+        for cost in costs:
+            grid[name][cost.rank] += 1e3 * cost.times.total
+    names = sorted(grid, key=lambda name: -sum(grid[name]))
+    shown, rest = names[:ROWS_SHOWN], names[ROWS_SHOWN:]
+    rows = {name: grid[name] for name in shown}
+    if rest:
+        rows[f"{len(rest)} other tables"] = [sum(column) for column in zip(*map(grid.get, rest), strict=True)]  # type: ignore[arg-type]
+    return rows
+
+
+def html_page(assessment: Assessment) -> str:
+    """The report with a heat map whose cells say what they are when pointed at. One file, no network."""
+    plan, grid = assessment.plan, heat(assessment)
+    ranks = {"all tables": [1e3 * rank.times.total for rank in assessment.ranks]}
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("sharding.report"), autoescape=True)
+    return templates.get_template("plan.html").render(
+        assessment=assessment,
+        heat=[(rows, max((max(row) for row in rows.values()), default=1.0)) for rows in (grid, ranks)],
+        placements={name: placement_text(table) for name, table in plan.tables.items()},
+        memory=[sum(assessment.memory(rank)) for rank in assessment.ranks],
+        gib=gib,
+        report="\n".join(report_lines(assessment, full=True)),
+    )  # fmt: skip
