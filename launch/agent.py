@@ -29,16 +29,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.run import config_from_args, parse_args
 
-from launch.job import (
-    CANNOT_WRITE,
-    EXIT_CODES,
-    INTERRUPTED,
-    LOGS,
-    LOST_RANK,
-    NON_FINITE,
-    PREEMPTED,
-    USER_MISTAKE,
-)
+from launch.job import CANNOT_WRITE, EXIT_CODES, INTERRUPTED, LOGS, LOST_RANK, NON_FINITE, PREEMPTED, USER_MISTAKE
 from launch.worker import NOTES, signal_after_parent
 
 # torchx kills a local job 10 seconds after Ctrl-C; workers must be gone before.

@@ -10,15 +10,7 @@ from types import FrameType
 
 INTERRUPTED, TERMINATED = 130, 143
 # What a command runs before its work begins
-BEGINNINGS = (
-    "__main__",
-    "runpy",
-    "importlib",
-    "argparse",
-    "launch.",
-    "mbcnet_rec.cli",
-    "mbcnet_rec.commands.",
-)
+BEGINNINGS = ("__main__", "runpy", "importlib", "argparse", "launch.", "mbcnet_rec.cli", "mbcnet_rec.commands.")
 AGAIN_SECONDS = 0.1
 
 

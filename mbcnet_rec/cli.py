@@ -23,15 +23,7 @@ from mbcnet_rec.doctor import library_fault
 from mbcnet_rec.runtime.exits import CannotWriteError, RunStoppedError, no_room
 from mbcnet_rec.runtime.ranks import is_first_rank
 
-PATH_FAULTS = (
-    errno.ENAMETOOLONG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.EROFS,
-)
+PATH_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS)
 SILENT_RANK_SECONDS = 3.0
 OURS = ("data", "sharding", "mbcnet_rec")
 # Each is a module of mbcnet_rec/commands, imported when it is chosen.

@@ -130,11 +130,7 @@ def _read_footer(schema: Schema, ranges: Ranges, file: DataFile) -> _Footer:
     try:
         with open_parquet(file, pre_buffer=True) as parquet:
             arrow_schema, metadata = parquet.schema_arrow, parquet.metadata
-            prove(
-                parquet,
-                range(metadata.num_row_groups),
-                [each for each in ranges if each in arrow_schema.names],
-            )
+            prove(parquet, range(metadata.num_row_groups), [each for each in ranges if each in arrow_schema.names])
     except DAMAGE as error:
         message = f"not a readable Parquet file ({first_line(error)}); write it again or remove it"
         return _Footer(file, [], [], [Fault(str(file), WHOLE_FILE, "", message)])

@@ -76,12 +76,7 @@ def count_lines(path: Path) -> int:
 
 
 def read_csv(
-    path: Path,
-    types: Mapping[str, pa.DataType],
-    *,
-    delimiter: str = ",",
-    has_header: bool = True,
-    label: str = "",
+    path: Path, types: Mapping[str, pa.DataType], *, delimiter: str = ",", has_header: bool = True, label: str = ""
 ) -> Iterator[pa.Table]:
     """Read a delimited file, compressed or not, in pieces of about 16 MB.
 

@@ -32,10 +32,7 @@ def column_faults(arrow_schema: pa.Schema, schema: Schema, *, has_label: bool = 
             missing = f"column {column!r} is missing, which is the schema's {owner}"
             yield source, f"{missing}; add the column to the file, or fix the schema"
         elif names[column] > 1:
-            yield (
-                source,
-                f"column {column!r} is there {names[column]} times, {owner} reads one; rename the others",
-            )
+            yield (source, f"column {column!r} is there {names[column]} times, {owner} reads one; rename the others")
         elif not accepts(found := arrow_schema.field(column).type):
             yield source, f"column {column!r} is {found}: {role} wants {types}; fix the file or the schema"
 

@@ -84,10 +84,7 @@ class Columns:
 
 
 def join_lists(
-    fields: Sequence[Sequence[Ragged]],
-    permutation: np.ndarray | None,
-    rows: int,
-    permute: Permute | None = None,
+    fields: Sequence[Sequence[Ragged]], permutation: np.ndarray | None, rows: int, permute: Permute | None = None
 ) -> Lists:
     """Join each field's parts, n rows in all, and permute them: row i of the result is row permutation[i] of the parts together."""
     joined = [_joined(parts) for parts in fields]

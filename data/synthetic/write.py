@@ -105,12 +105,7 @@ def write_synthetic(
     Raises:
         InputError: a number is out of range, the schema is not Pailitao-like, or `out` holds something else.
     """
-    least = {
-        "days": (days, 3),
-        "rows": (rows, days),
-        "rows_per_file": (rows_per_file, 1),
-        "threads": (threads, 1),
-    }
+    least = {"days": (days, 3), "rows": (rows, days), "rows_per_file": (rows_per_file, 1), "threads": (threads, 1)}
     for name, (value, minimum) in least.items():
         if value < minimum:
             raise InputError(f"{name} = {value}: wanted {minimum} or more; raise it")

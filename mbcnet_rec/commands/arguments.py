@@ -32,9 +32,7 @@ def add_start(parser: argparse.ArgumentParser) -> None:
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue from the run folder's latest checkpoint")
     either.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an earlier run of the same folder, once all is checked",
+        "--overwrite", action="store_true", help="replace an earlier run of the same folder, once all is checked"
     )
 
 

@@ -26,10 +26,5 @@ def _export(args: argparse.Namespace) -> int:
     from mbcnet_rec.serving.export import run_export  # imports torchrec
 
     return run_export(
-        args.run_folder,
-        args.out,
-        rows=args.rows,
-        branches=args.branches,
-        aot=args.aot,
-        overwrite=args.overwrite,
+        args.run_folder, args.out, rows=args.rows, branches=args.branches, aot=args.aot, overwrite=args.overwrite
     )

@@ -34,11 +34,7 @@ def _train(args: argparse.Namespace) -> int:
     from mbcnet_rec.teachers import train_model
 
     return train_model(
-        config,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        allow_partial=args.allow_partial,
-        report=_draw_report,
+        config, resume=args.resume, overwrite=args.overwrite, allow_partial=args.allow_partial, report=_draw_report
     )
 
 

@@ -61,10 +61,7 @@ class ScoredRows(NamedTuple):
 
 
 def labelled_rows(
-    files: Sequence[DataFile],
-    schema: Schema,
-    options: StreamOptions,
-    extra: Sequence[str],
+    files: Sequence[DataFile], schema: Schema, options: StreamOptions, extra: Sequence[str]
 ) -> tuple[RowReader, list[Chunk]]:
     """Read all footers, and cut into chunks what the options keep of the files; `extra` columns are passed through.
 

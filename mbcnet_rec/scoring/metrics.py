@@ -138,10 +138,7 @@ def metrics_of_moments(sums: np.ndarray) -> dict[str, Estimate]:
     cov_py, cov_ly = yp - y * p, yl - y * loss
     result = {"log_loss": Estimate(loss, math.sqrt(var_l / n))}
     if not 0 < y < 1:
-        return result | {
-            "ne": NOT_KNOWN,
-            "calibration": Estimate(p, math.sqrt(var_p / n)) if y else NOT_KNOWN,
-        }
+        return result | {"ne": NOT_KNOWN, "calibration": Estimate(p, math.sqrt(var_p / n)) if y else NOT_KNOWN}
     entropy = -(y * math.log(y) + (1 - y) * math.log1p(-y))
     by_loss, by_rate = 1 / entropy, loss / entropy**2 * math.log(y / (1 - y))
     result["ne"] = Estimate(loss / entropy, _delta_error(by_loss, by_rate, var_l, var_y, cov_ly, n))

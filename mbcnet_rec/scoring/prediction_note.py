@@ -20,15 +20,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.reading.fingerprint import mark_files
-from data.reading.storage import (
-    LIST_ATTEMPTS,
-    DataFile,
-    RemoteFile,
-    file_system,
-    local_path,
-    path_parts,
-    retried,
-)
+from data.reading.storage import LIST_ATTEMPTS, DataFile, RemoteFile, file_system, local_path, path_parts, retried
 from mbcnet_rec.runtime.lock import LOCK, names_in
 
 REQUEST, CHUNKS = "_predict.json", "_pieces"

@@ -97,11 +97,7 @@ class Tally:
             self._slices = [[Histogram(1 + len(branches), SLICE_BINS) for _ in names] for names in self.names.values()]
 
     def add(
-        self,
-        logits: np.ndarray,
-        labels: np.ndarray,
-        group_ids: np.ndarray | None,
-        slices: np.ndarray | None = None,
+        self, logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray | None, slices: np.ndarray | None = None
     ) -> None:
         """Take the rows of one batch: logits (n, O), labels (n,), group ids (n,), slices (n, C)."""
         rows = np.concatenate([logits, labels[:, None]], axis=1)

@@ -161,7 +161,4 @@ def _lines(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> list[str]
             if now is not None and before is not None:
                 lines.append(f"  {words:<14} {now:.6f}, float {before:.6f}, change {now - before:+.1e}")
         lines.append(f"  probability    largest change {report['largest_probability_change']:.1e}")
-    return [
-        *lines,
-        f"next: python {out}/{LOADER} {out} ROWS.parquet   (needs torch, fbgemm-gpu and pyarrow only)",
-    ]
+    return [*lines, f"next: python {out}/{LOADER} {out} ROWS.parquet   (needs torch, fbgemm-gpu and pyarrow only)"]

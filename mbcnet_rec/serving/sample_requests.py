@@ -30,11 +30,7 @@ def draw_requests(schema: Schema, vocabularies: Mapping[str, pa.Array], rows: in
 
 
 def _draw(
-    feature: Feature,
-    schema: Schema,
-    vocabularies: Mapping[str, pa.Array],
-    rows: int,
-    rng: np.random.Generator,
+    feature: Feature, schema: Schema, vocabularies: Mapping[str, pa.Array], rows: int, rng: np.random.Generator
 ) -> dict[str, list[Any]]:
     if feature.kind == "numeric":
         return {feature.source_column: rng.gamma(2.0, 10.0, rows).tolist()}

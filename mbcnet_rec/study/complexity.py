@@ -34,13 +34,7 @@ def complexity_blocks(config: RunConfig) -> list[Block]:
     rows = config.data.eval_batch_size or config.data.batch_size
     parts = measure_parts(config.model.mbcnet, load_schema(config.schema), rows, device)
     lines = [
-        (
-            figures.label(name),
-            FORMULAS.get(name, ""),
-            f"{parameters:,}",
-            f"{flops:,.0f}",
-            f"{milliseconds:.2f}",
-        )
+        (figures.label(name), FORMULAS.get(name, ""), f"{parameters:,}", f"{flops:,.0f}", f"{milliseconds:.2f}")
         for name, parameters, flops, milliseconds in parts
     ]
     header = ("part", "time, by the paper", "parameters", "FLOPs a row", f"ms a batch of {rows:,}")

@@ -194,8 +194,7 @@ def _density(material: Material) -> list[Block]:
         ]
         paper[model] = [[(percent, by_name[row].paper[0]) for percent, row in rows.items()]]
     picture = figures.curves_figure(
-        [("test AUC here", ours), ("test AUC in the paper", paper)],
-        xlabel="% of the positives of the training rows",
+        [("test AUC here", ours), ("test AUC in the paper", paper)], xlabel="% of the positives of the training rows"
     )
     caption = "Table 7: a share of the positives of the training rows is left out; validation and test rows stay. Thin lines are seeds."
     return [Picture("density", picture, caption)]

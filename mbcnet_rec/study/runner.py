@@ -159,11 +159,7 @@ def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str
 
 
 def report_blocks(
-    request: StudyRequest,
-    base: RunConfig,
-    runs: Sequence[Run],
-    found: Results,
-    failures: Mapping[str, Sequence[str]],
+    request: StudyRequest, base: RunConfig, runs: Sequence[Run], found: Results, failures: Mapping[str, Sequence[str]]
 ) -> list[Block]:
     """Put a study's report together."""
     study, material = request.study, Material(request.study, base, runs, found.scores, request.category)

@@ -101,11 +101,7 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for name in (DONE, PRUNED) if (folder / PRUNED).exists() else ():  # in this order: a crash leaves no whole run
         (folder / name).unlink(missing_ok=True)
-    with (
-        folder.with_suffix(".log").open("w", encoding="utf-8") as log,
-        redirect_stdout(log),
-        redirect_stderr(log),
-    ):
+    with folder.with_suffix(".log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             train_model(config, overwrite=True, watch=watch, report=write_run_report)
         except (PreemptedError, CannotWriteError) as error:  # the way out is the study's or the tuning's
