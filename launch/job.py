@@ -97,9 +97,7 @@ class Job:
     def __post_init__(self) -> None:
         """Refuse a job that would remove its own checkpoints as it starts again, contradicts itself, or has fewer GPUs than processes."""
         if {"--resume", "--overwrite"} <= set(self.args):
-            raise JobError(
-                "--resume with --overwrite: the one continues the run, the other replaces it; leave one of them out"
-            )
+            raise JobError("--resume with --overwrite: the one continues the run, the other replaces it; leave one out")
         if (self.retries or self.shape.elastic) and "--overwrite" in self.args:
             why = f"-j {self.shape}" if self.shape.elastic else f"max_retries = {self.retries}"
             raise JobError(

@@ -32,9 +32,7 @@ NOTES = "LAUNCH_NOTES"
 # Done, stopped with a checkpoint, stopped by Ctrl-C: no errors
 STOPPED = (0, PREEMPTED, INTERRUPTED)
 # A rank's error after another rank has failed; the cause is the other rank's error.
-SECONDARY_ERROR = re.compile(
-    "Connection (closed|reset) by peer|Broken pipe|remote process exited|NCCL|Timed out waiting"
-)
+SECONDARY_ERROR = re.compile("Connection (closed|reset)|Broken pipe|remote process exited|NCCL|Timed out waiting")
 # How long a rank whose error is secondary waits for the rank with the cause to report it
 SECONDARY_WAIT_SECONDS = 2.0
 CLAIM_SECONDS = 5.0

@@ -28,17 +28,8 @@ from data.reading.files import column_sets
 from data.reading.ids import decoded, list_offsets, read_ids
 from data.reading.row_groups import stored_rows
 from data.reading.storage import DAMAGE, LIST_ATTEMPTS, DataFile, open_parquet
-from data.schema import (
-    FIRST_VOCABULARY_ROW,
-    FIT,
-    Feature,
-    Schema,
-    format_schema,
-    load_schema,
-    parse_schema,
-    schema_to_toml,
-)
-from data.schema.feature import VOCABULARY_FOLDER
+from data.schema import Feature, Schema, format_schema, load_schema, parse_schema, schema_to_toml
+from data.schema.feature import FIRST_VOCABULARY_ROW, FIT, VOCABULARY_FOLDER
 from data.whole_folder import whole_folder
 
 BATCH_ROWS = 65_536

@@ -241,9 +241,7 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
     elif column.name.lower() in OUTCOME_NAMES:
         proposal.suspicions.append("it is named like an outcome, which is known only afterwards")
     elif values <= MAX_FLAG_VALUES and not column.is_list and (proven := always_positive(sample, labels)):
-        proposal.suspicions.append(
-            f"it leaks the label: all {proven[1]} rows of value {proven[0]} in the sample have label 1"
-        )
+        proposal.suspicions.append(f"it leaks the label: all {proven[1]} rows sampled of {proven[0]} have label 1")
 
 
 def _groups(used: list[Proposal]) -> dict[str, list[str]]:

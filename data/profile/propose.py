@@ -163,9 +163,7 @@ def _propose_number(proposal: Proposal, column: ColumnProfile, sample: pa.Chunke
     low, middle, high = (float(np.quantile(numbers, level)) for level in (0.0, 0.5, 0.99))
     proposal.notes.insert(0, f"{column.low:g} to {column.high:g}, median {middle:g}")
     if column.bad:
-        proposal.notes.append(
-            f'NaN or infinite {column.bad / column.rows:.1%}: on_invalid = "null" reads it as missing'
-        )
+        proposal.notes.append(f'NaN or infinite {column.bad / column.rows:.1%}: on_invalid = "null" reads it as null')
     if column.null_share + column.bad / column.rows > NULL_SHARE_WITH_ROW:
         entry = BUCKETS
     elif 0 <= low <= 1 and high <= 1:

@@ -157,9 +157,7 @@ Group = tuple[int, int, int]  # file, row group, rows
 
 
 @contextmanager
-def naming(
-    file: DataFile, fault: str = "cannot be read as Parquet", cure: str = "fix or remove the file"
-) -> Iterator[None]:
+def naming(file: DataFile, fault: str = "cannot be read as Parquet", cure: str = "fix or remove it") -> Iterator[None]:
     """Name a file, with what is wrong and how to fix it, in the error where what is read in the block is damaged.
 
     Raises:

@@ -34,9 +34,8 @@ class Distinct:
 
     def _merge(self) -> None:
         if self._new:
-            hashes = np.sort(
-                np.concatenate([self._smallest, *self._new])
-            )  # np.unique's hash table takes a hundred times longer
+            # np.unique's hash table takes a hundred times longer
+            hashes = np.sort(np.concatenate([self._smallest, *self._new]))
             self._smallest = hashes[np.append(hashes[1:] != hashes[:-1], True)[: len(hashes)]][: self.size]
         self._new, self._num_new = [], 0
 

@@ -59,9 +59,7 @@ def _in_time(ratings: pa.Table, movies: pa.Table) -> Splits:
         raise InputError(f"ratings: row {row} ({of}) has no rating, which the label is made of: fix or remove the line")
     liked = pc.greater_equal(ratings["rating"], LIKED)
     ratings = ratings.append_column("label", liked.cast(pa.int8()))
-    genres = [
-        [] if listed in (None, "(no genres listed)") else listed.split("|") for listed in movies["genres"].to_pylist()
-    ]
+    genres = [[] if each in (None, "(no genres listed)") else each.split("|") for each in movies["genres"].to_pylist()]
     year = pc.struct_field(pc.extract_regex(movies["title"], YEAR_IN_TITLE), "year").cast(pa.int32())
     movies = movies.drop_columns(["genres"]).append_column("year", year)
     movies = movies.append_column("genres", pa.array(genres, STRINGS))

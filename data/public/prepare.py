@@ -64,9 +64,7 @@ def prepare(
     if earlier is not None:
         if {key: earlier.get(key) for key in request} == request:
             return out
-        raise InputError(
-            f"{out}: was prepared from other files or with another schema; remove it or choose another folder"
-        )
+        raise InputError(f"{out}: was prepared from other files or with another schema; remove it or choose another")
     with whole_folder(out) as folder:
         with SplitWriter(folder, schema, data_set.row_group_rows) as writer:
             for split, rows in data_set.rows(sources):

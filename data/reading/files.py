@@ -158,9 +158,7 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
     row_groups = [row_group for groups, _ in counted for row_group in groups]
     if not row_groups:
         kept = f" that where = {list(selection.options.where)} and sampling keep" if selection.filters else ""
-        raise InputError(
-            f"{files[0]} and {len(files) - 1} more files hold no rows{kept}; check the paths of this split"
-        )
+        raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows{kept}; check the paths")
     negatives, positives = np.sum([counts for _, counts in counted], axis=0)
     return Contents(row_groups, (int(negatives), int(positives)))
 

@@ -35,9 +35,7 @@ def read_ids(column: pa.Array, owner: str, wanted: str, place: Place, offsets: n
     first = int(bad.argmax())
     found = column[first].as_py()
     if is_text(value_type(column.type)):
-        words = (
-            f"{str(found)[:80]!r}: wanted an integer of 64 bits in plain digits, since its ids are integers in training"
-        )
+        words = f"{str(found)[:80]!r}: wanted an integer of 64 bits in plain digits, as its ids are in training"
         fix = "fix the file, or train anew on ids that are text"
     else:
         words = f"{found}: wanted an id, an integer of 64 bits (as a float, a whole number that its type holds exactly)"

@@ -24,22 +24,15 @@ KEY = "bounds"  # in the metadata of a dataclass field
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a field may take; of a list, each of its values.
-
-    Attributes:
-        at_least, above, at_most, below: limits, None where there is none.
-        min_length: values that a list must hold.
-        wanted: the bounds in words, where the plain form ("1 or more") says too little.
-        fix: how to fix it, where "raise it" or "lower it" says too little.
-    """
+    """The values that a field may take, within limits if there are any; of a list, each of its values."""
 
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    min_length: int = 0
-    wanted: str = ""
-    fix: str = ""
+    min_length: int = 0  # values that a list must hold
+    wanted: str = ""  # the bounds in words, where the plain form ("1 or more") says too little
+    fix: str = ""  # how to fix it, where "raise it" or "lower it" says too little
 
     def allow(self, number: float) -> bool:
         """Whether a number lies inside; NaN lies outside of any bound."""

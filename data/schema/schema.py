@@ -59,29 +59,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Schema:
-    """A log's fields, tables and groups.
+    """A log's fields, tables and groups."""
 
-    Attributes:
-        name: of the data set.
-        label: column of 0 and 1.
-        features: every field, in the file's order.
-        tables: the embedding tables, in order of first use.
-        groups: EFGC groups, Eq. 2: name -> names of fields. A field may be in many groups and is looked up once.
-        group_column: column whose values group rows for GAUC; empty if none.
-        time_column: column that orders rows; empty if none.
-        group_type: what the ids of the group column are, as a field's `type`.
-        folder: where relative vocabulary paths start.
-    """
-
-    name: str
-    label: str
-    features: tuple[Feature, ...]
-    tables: tuple[Table, ...]
+    name: str  # of the data set
+    label: str  # column of 0 and 1
+    features: tuple[Feature, ...]  # in the file's order
+    tables: tuple[Table, ...]  # in order of first use
+    # EFGC groups, Eq. 2: name -> names of fields. A field may be in many groups and is looked up once.
     groups: dict[str, tuple[str, ...]]
-    group_column: str = ""
-    time_column: str = ""
-    group_type: IdType = ""
-    folder: Path = Path()
+    group_column: str = ""  # whose values group rows for GAUC; empty if none
+    time_column: str = ""  # that orders rows; empty if none
+    group_type: IdType = ""  # what the ids of the group column are, as a field's `type`
+    folder: Path = Path()  # where relative vocabulary paths start
 
     @property
     def sparse(self) -> tuple[Feature, ...]:
@@ -278,9 +267,7 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
                 raise InputError(f"{where}: field {first.name!r} has a table {own!r} too; rename one of the two fields")
     for name, table in shared.items():
         if name not in members:
-            raise InputError(
-                f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r} in a field"
-            )
+            raise InputError(f"{source}: tables.{name}: no field uses it; remove it or set table = {name!r} in a field")
         problem = rows_problem(table, members[name], "table")
         if problem:
             raise InputError(f"{source}: tables.{name}.{problem}")

@@ -23,13 +23,7 @@ LIST_SLOTS = 5
 TASTE_CANDIDATES = 3
 
 # Fields that are sometimes not known, none of which the truth depends on: field -> null share
-NULL_SHARES = {
-    "user_job": 0.05,
-    "user_phone_brand": 0.03,
-    "item_colour": 0.02,
-    "item_material": 0.10,
-    "item_rating": 0.08,
-}
+NULLS = {"user_job": 0.05, "user_phone_brand": 0.03, "item_colour": 0.02, "item_material": 0.10, "item_rating": 0.08}
 
 # What a taste-driven field is made of -> (the tag of its latent, the field whose ids it holds, the fields)
 _TASTES = (
@@ -79,7 +73,7 @@ def _side(name: str) -> str:
 
 
 def _nullable(world: World, facts: Facts, name: str, values: pa.Array) -> pa.Array:
-    share = NULL_SHARES.get(name, 0.0)
+    share = NULLS.get(name, 0.0)
     if not share:
         return values
     missing = uniforms(world.key(f"{name}_null", _owner(facts, name))) < share

@@ -9,9 +9,7 @@ from data.errors import InputError
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --config and --set."""
     parser.add_argument("--config", required=required, metavar="FILE", help="the run's TOML file")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override one key"
-    )
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="set one key")
 
 
 def refuse_repeats(overrides: Sequence[str]) -> None:
@@ -21,9 +19,7 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
         key = override.partition("=")[0].strip()
         again = next((each for each in given if f"{each}.".startswith(f"{key}.")), None)
         if again is not None:
-            raise InputError(
-                f"--set {override}: --set {given[again]} is given before it, and would be lost; leave one out"
-            )
+            raise InputError(f"--set {override}: --set {given[again]} comes before it and would be lost; leave one out")
         given[key] = override
 
 

@@ -39,20 +39,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="print a schema as a table", description=_show.__doc__)
     add = show.add_argument
     add("path", metavar="FILE")
-    add(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="count these Parquet files too, as Table 2 of the paper does",
-    )
+    add("--data", nargs="+", default=[], metavar="PATH", help="count these files too, as Table 2 of the paper does")
     add("--user", default="", metavar="FIELD", help="whose values are users (default: the schema's group_column)")
-    add(
-        "--item",
-        default="",
-        metavar="FIELD",
-        help="whose values are items (default: a field called item_id or the like)",
-    )
+    add("--item", default="", metavar="FIELD", help="whose values are items (default: item_id or the like)")
     show.set_defaults(run=_show)
 
 

@@ -101,11 +101,7 @@ class Dropout(nn.Dropout):
         return super().forward(x)
 
 
-FAST: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: Linear,
-    nn.Dropout: Dropout,
-    LowRankMixture: FastLowRankMixture,
-}
+FAST = {nn.Linear: Linear, nn.Dropout: Dropout, LowRankMixture: FastLowRankMixture}
 
 
 def use_fast_layers(model: nn.Module) -> None:

@@ -45,9 +45,7 @@ class Records:
                 write_whole(path, kept)
             self._file = path.open("ab", buffering=0)
         with self._curves_if_possible():
-            self._curves = SummaryWriter(
-                str(folder / "tb"), purge_step=first_step or None, max_queue=1000, flush_secs=10
-            )
+            self._curves = SummaryWriter(folder / "tb", purge_step=first_step or None, max_queue=1000, flush_secs=10)
 
     def add(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Write one line: step, split, and every value; NaN becomes null, which JSON has. A line is written whole or not at all."""

@@ -238,9 +238,8 @@ def grid_figure(
     """
     figure, (axis,) = panels(1, height=3.6)
     places, dead = np.arange(len(betas)), np.zeros(auc.shape, bool) if dead is None else dead
-    bottom = (
-        axis.get_xaxis_transform()
-    )  # where crosses stand, since an AUC of one half would press the curves into a line
+    # where crosses stand, since an AUC of one half would press the curves into a line
+    bottom = axis.get_xaxis_transform()
     for number, (alpha, tone, own, gone) in enumerate(zip(alphas, CYCLE, auc, dead, strict=False)):
         axis.plot(places, np.where(gone, np.nan, own), color=tone, marker="o", ms=4, label=f"alpha {alpha:g}")
         across = places[gone] + 0.06 * (number - (len(alphas) - 1) / 2)

@@ -73,7 +73,7 @@ def labelled_rows(
     return RowReader(files, Encoder(schema), selection, extra=extra), chunks_of(row_groups)
 
 
-def unlabelled_row_groups(
+def unlabelled_groups(
     files: Sequence[DataFile], schema: Schema, attempts: int
 ) -> tuple[list[RowGroup], list[pa.Schema]]:
     """Read all footers and check the columns of all fields: the row groups (of a file without rows one, empty) and each file's columns.

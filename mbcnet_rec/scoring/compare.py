@@ -72,9 +72,7 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
     folders, question = (comparison.ours, comparison.theirs), comparison.question
     configs = [load_run(folder) for folder in folders]
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise InputError(
-            f"--out {page}: wanted a file in a folder that is there; choose another, or make {page.parent}"
-        )
+        raise InputError(f"--out {page}: wanted a file in a folder that is there; choose one, or make {page.parent}")
     if not question.data:  # the same files for both
         data = configs[0].data
         paths, where = getattr(data, question.split), getattr(data, f"{question.split}_where")

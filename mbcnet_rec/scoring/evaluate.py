@@ -69,9 +69,7 @@ def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[T
     schema, data = run.schema, run.config.data
     paths = question.data or getattr(data, question.split)
     if not paths:
-        raise InputError(
-            f"{run.folder}/{CONFIG}: data.{question.split} is empty; name the files of that split, or pass --data"
-        )
+        raise InputError(f"{run.folder}/{CONFIG}: data.{question.split} is empty; name its files, or pass --data")
     where = question.where if question.data else getattr(data, f"{question.split}_where")
     files = select_files(resolve_files(paths), where, schema)
     by = slice_columns(files, question.by, schema)

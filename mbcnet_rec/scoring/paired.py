@@ -65,9 +65,8 @@ def paired_differences(
         delong = name == "auc" and groups is None
         gaps = (own - other) * (np.sqrt(rows / np.maximum(1, rows - 1)) if delong else 1.0)
         found[name] = difference_of(value, other_value, np.bincount(clusters, gaps), delong=delong)
-    if (
-        min(np.count_nonzero(np.bincount(clusters[of_class])) for of_class in classes) < 2
-    ):  # one draw of a class: how it varies is not known
+    # of one draw of a class it is not known how it varies
+    if min(np.count_nonzero(np.bincount(clusters[of_class])) for of_class in classes) < 2:
         found["auc"] = found["auc"]._replace(low=math.nan, high=math.nan, p=math.nan, corrected=math.nan)
     if groups is not None:
         (value, own), (other_value, other) = (gauc_influence(z, labels, groups) for z in (ours, theirs))

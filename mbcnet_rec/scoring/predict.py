@@ -33,15 +33,7 @@ from data.whole_folder import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.process import Process, answer_of_first, any_rank
-from mbcnet_rec.scoring.chunks import (
-    CHUNK_ROWS,
-    Chunk,
-    ScoredRows,
-    chunks_of,
-    deal,
-    score_chunks,
-    unlabelled_row_groups,
-)
+from mbcnet_rec.scoring.chunks import CHUNK_ROWS, Chunk, ScoredRows, chunks_of, deal, score_chunks, unlabelled_groups
 from mbcnet_rec.scoring.prediction_note import (
     CHUNKS,
     REQUEST,
@@ -135,7 +127,7 @@ def run_prediction(
                 raise InputError(f"{file}: lies in --out {out}; choose another output folder")
         if place.exists() and not place.is_dir():
             raise InputError(f"{place}: is a file; choose a folder for --out")
-        row_groups, columns = unlabelled_row_groups(files, schema, run.config.data.attempts)
+        row_groups, columns = unlabelled_groups(files, schema, run.config.data.attempts)
         chunks = chunks_of(row_groups, chunk_rows)
         outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(run.config.model))]
         kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])

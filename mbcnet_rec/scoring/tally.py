@@ -41,19 +41,12 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came out.
+    """What came out."""
 
-    Attributes:
-        exact: whether all logits were kept.
-        everything: of all rows.
-        slices: column -> value -> scores, the largest first and the rest last.
-        reliability: of the fused output, as metrics.reliability gives it.
-    """
-
-    exact: bool
-    everything: Scores
-    slices: dict[str, dict[str, Scores]]
-    reliability: list[list[float]]
+    exact: bool  # whether all logits were kept
+    everything: Scores  # of all rows
+    slices: dict[str, dict[str, Scores]]  # column -> value, the largest first and the rest last
+    reliability: list[list[float]]  # of the fused output, as metrics.reliability gives it
 
     @property
     def values(self) -> dict[str, Any]:

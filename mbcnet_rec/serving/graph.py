@@ -83,12 +83,7 @@ def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], d
     ]
     tensors = {**program.state_dict, **program.constants}
     used = {node.name: names[node.name] for node in nodes if node.name in names and node in needed}
-    spec: dict[str, Any] = {
-        "input": next(iter(signature.user_inputs)),
-        "output": output.name,
-        "weights": used,
-        "calls": calls,
-    }
+    spec = {"input": next(iter(signature.user_inputs)), "output": output.name, "weights": used, "calls": calls}
     return spec, {name: tensors[name].detach() for name in used.values()}  # type: ignore[union-attr]
 
 

@@ -114,9 +114,8 @@ def _latents(material: Material) -> list[Block]:
         names = [*probe.names, "fused"]
         latents = np.concatenate([probe.latents, probe.fused[None]])[:, :LATENT_ROWS]
         owner = np.repeat(np.arange(len(names)), latents.shape[1])
-        picture = figures.latents_figure(
-            f"{age}, step {step:,}", tsne_plane(latents.reshape(len(owner), -1)), names, owner
-        )
+        plane = tsne_plane(latents.reshape(len(owner), -1))
+        picture = figures.latents_figure(f"{age}, step {step:,}", plane, names, owner)
         shown = probe.labels[:LATENT_ROWS]
         caption = (
             f"Figure 4 d: t-SNE of the latents of {len(shown)} held-out rows ({int(shown.sum())} of them clicked), {age} in training, seed "

@@ -186,9 +186,7 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
         raise InputError(f"{folder}/{METRICS}: no {' or '.join(splits)} rows were scored; name {keys} in the config")
     note = why_no_auc(line)
     if note != NO_NUMBERS and note:
-        note = (
-            f"the AUC of the {line['split']} rows is not defined, since {note}; name other rows in data.{line['split']}"
-        )
+        note = f"the AUC of the {line['split']} rows is not defined, since {note}; name others in data.{line['split']}"
     trained = lines.get("train", [{}])
     rates = [value for each in trained for key, value in each.items() if key.startswith("disagreement/")]
     disagreement = {"disagreement": sum(rates) / len(rates)} if rates else {}

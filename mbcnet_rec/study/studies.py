@@ -353,7 +353,5 @@ def with_models(study: Study, models: Sequence[str]) -> Study:
     wanted = {MODELS[kind].name for kind in models}
     kept = tuple(variant for variant in study.variants if variant.name.split(",")[0] in wanted)
     if not kept:
-        raise InputError(
-            f"--models {' '.join(models)}: study {study.name} has no row of these models; leave --models out"
-        )
+        raise InputError(f"--models {' '.join(models)}: study {study.name} has no row of these models; leave it out")
     return replace(study, variants=kept)

@@ -36,9 +36,7 @@ class Compared:
     p: float  # corrected where it is one of several; NaN where either side tells nothing
 
 
-Judged = tuple[
-    Claim, str, Compared | None, Compared | None
-]  # verdict, differences of AUC (or what it is about) and log-loss
+Judged = tuple[Claim, str, Compared | None, Compared | None]  # verdict, differences of AUC or measure, and log-loss
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,8 @@ class Search(Bounded):
 
     def space_of(self, kind: str) -> dict[str, Range]:
         """The keys that matter to models of a kind: model.KIND.* does to that kind only."""
-        return {
-            key: range_
-            for key, range_ in self.space.items()
-            if not key.startswith("model.") or key.split(".")[1] == kind
-        }
+        others = {key for key in self.space if key.startswith("model.") and key.split(".")[1] != kind}
+        return {key: range_ for key, range_ in self.space.items() if key not in others}
 
 
 def load_search(path: Path, trials: int = 0) -> Search:

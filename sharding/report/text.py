@@ -111,9 +111,7 @@ def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
         for rank in shown
     ]  # fmt: skip
     head = ("rank", "tables", "HBM", "DDR", *PARTS, "total")
-    title = (
-        "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total without input_dist)"
-    )
+    title = "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total: no input_dist)"
     lines = [title, *columns(head, rows)]
     if len(shown) < len(ranked):
         memory = [sum(assessment.memory(rank)) for rank in ranked]
