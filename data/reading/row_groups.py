@@ -49,7 +49,8 @@ def stored_rows(
         rows += batch.num_rows
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if is_list(column.type) and not pt.is_nested(column.type.value_type):
-                entries[name] += _num_entries(column)
+                # a list without values has an entry too
+                entries[name] += int(np.maximum(integers(pc.list_value_length(column)), 1).sum())
         yield batch
     footer = parquet.metadata.row_group(group)
     if rows != footer.num_rows:
@@ -57,11 +58,6 @@ def stored_rows(
     for leaf, name in enumerate(columns_of_leaves(parquet.metadata) if entries else ()):
         if name in entries and entries[name] != (stored := footer.column(leaf).num_values):
             raise pa.ArrowInvalid(f"column {name!r} has {entries[name]} values to read, but {stored} by the footer")
-
-
-def _num_entries(column: pa.Array) -> int:
-    """Stored entries of a column of lists: its values, and one for each list without any."""
-    return int(np.maximum(integers(pc.list_value_length(column)), 1).sum())
 
 
 def column_without_checksum(file: DataFile, metadata: pq.FileMetaData, columns: frozenset[str]) -> str:
@@ -76,7 +72,7 @@ def column_without_checksum(file: DataFile, metadata: pq.FileMetaData, columns: 
     for number in leaves_of(metadata, columns):
         chunk = metadata.row_group(index).column(number)
         start = chunk.dictionary_page_offset or chunk.data_page_offset
-        if not has_checksum(read_bytes(file, start, HEADER_BYTES)):
+        if not CHECKSUM.match(read_bytes(file, start, HEADER_BYTES)):
             return owners[number]
     return ""
 
@@ -101,8 +97,3 @@ def columns_of_leaves(metadata: pq.FileMetaData) -> list[str]:
 def _num_leaves(kind: pa.DataType) -> int:
     """Leaf columns that a type is stored in. Their paths do not tell: `user.id` may be a column, or a part of the column `user`."""
     return sum(_num_leaves(kind.field(place).type) for place in range(kind.num_fields)) or 1
-
-
-def has_checksum(header: bytes) -> bool:
-    """Whether the page whose first bytes these are carries a checksum."""
-    return CHECKSUM.match(header) is not None

@@ -26,10 +26,8 @@ from data.synthetic.hashed import choose, normals, power_law_ranks, scatter
 
 Facts = dict[str, np.ndarray]
 
-SCHEMAS = {
-    scale: Path(__file__).parents[1] / "schemas" / name
-    for scale, name in (("paper", "pailitao.toml"), ("demo", "pailitao_demo.toml"))
-}
+FOLDER = Path(__file__).parents[1] / "schemas"
+SCHEMAS = {"paper": FOLDER / "pailitao.toml", "demo": FOLDER / "pailitao_demo.toml"}
 CLICK_RATE = 0.09
 LOGIT_SD = 1.4
 PILOT_ROWS = 40_000

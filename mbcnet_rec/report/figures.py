@@ -29,23 +29,12 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too
 LABELS = {"fused": "fused", "efgc": "EFGC", "cross": "CrossNet", "deep": "Deep", "fm": "FM", "wide": "Wide"}
 CYCLE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#888888",
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "legend.frameon": False,
-    "figure.dpi": 130,
-    "savefig.facecolor": "white",
-}
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7,
+    "xtick.color": "#555555", "ytick.color": "#555555", "legend.frameon": False,
+    "figure.dpi": 130, "savefig.facecolor": "white",
+}  # fmt: skip
 plt.rcParams.update(STYLE)
 WIDTH = 9.5  # inches
 FEW = 5  # points of a curve, up to which each one is marked

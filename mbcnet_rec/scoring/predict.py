@@ -134,7 +134,9 @@ def run_prediction(
         asked = describe(names, files, rows_of(chunks), [*kept, *outputs], run.digest())
         with _naming_write_faults(place), locked_together(process, "predict", {"--out": place}):
             note = answer_of_first(process, lambda: join_notes(place, asked, overwrite))
-            schemas = [output_schema(found, kept, outputs) for found in columns]
+            # the kept columns have the types of their input file
+            floats = [pa.field(name, pa.float32()) for name in outputs]
+            schemas = [pa.schema([*((name, found.field(name).type) for name in kept), *floats]) for found in columns]
             job = Job(place, names, schemas, note, put)
             todo = answer_of_first(process, lambda: unfinished(job, chunks))
             scorer, batch_rows = run.scorer(process) if todo else (None, 0)
@@ -191,12 +193,6 @@ def kept_columns(
             if name.partition("_")[0] == PROBABILITY:
                 raise InputError(f"{file}: --keep {name}: the output has a column of this name; rename it first")
     return names
-
-
-def output_schema(found: pa.Schema, kept: Sequence[str], outputs: Sequence[str]) -> pa.Schema:
-    """The columns of a file of scores: the kept ones with the types that they have in that input file, then float32 probabilities."""
-    types = [(name, found.field(name).type) for name in kept]
-    return pa.schema([*types, *((name, pa.float32()) for name in outputs)])
 
 
 def rows_of(chunks: Sequence[Chunk]) -> list[int]:

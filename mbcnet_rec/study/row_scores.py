@@ -1,7 +1,7 @@
 """What each run of a study says of each test row, kept beside its checkpoints, so that models can be compared row by row."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -74,9 +74,11 @@ def row_differences(
     Log-loss is not that of the mean logits, which are better calibrated than any of them. Empty where the rows are not the same.
     """
     shared = sorted(ours.keys() & theirs.keys())
-    if not shared or not _same_rows([each[seed] for each in (ours, theirs) for seed in shared]):
+    labels, groups = (ours[shared[0]].labels, ours[shared[0]].groups) if shared else (None, None)
+    if labels is None or not all(
+        np.array_equal(each[seed].labels, labels) for each in (ours, theirs) for seed in shared
+    ):
         return {}
-    labels, groups = ours[shared[0]].labels, ours[shared[0]].groups
     own, other = (
         np.stack([each[seed].of(output) for seed in shared]).astype(np.float64)
         for each, output in zip((ours, theirs), outputs, strict=True)
@@ -91,7 +93,3 @@ def mean_over_rows(values: np.ndarray, groups: np.ndarray | None) -> Difference:
     clusters = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
     mean = float(values.mean())
     return difference_of(mean, 0.0, np.bincount(clusters, (values - mean) / len(values)))
-
-
-def _same_rows(scores: Sequence[RowScores]) -> bool:
-    return all(np.array_equal(each.labels, scores[0].labels) for each in scores)

@@ -81,12 +81,6 @@ def run_key(config: RunConfig, known: Known | None = None) -> str:
     return digest_of(dependencies(config, {} if known is None else known))[:KEY_DIGITS]
 
 
-def share_cores(num_runs: int, workers: int, available: int) -> tuple[int, int]:
-    """Choose processes, and threads of each: together at most the available cores. 0 workers: as many as there are cores."""
-    processes = max(1, min(workers or available, num_runs))
-    return processes, max(1, available // processes)
-
-
 def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     """Train one run, with `watch` as run_training has it; what it prints goes to a file beside its folder.
 
@@ -125,13 +119,14 @@ def train_all(runs: Sequence[Run], workers: int = 0, train: Train = train_one) -
     if not pending:
         return
     on_gpu = torch.cuda.is_available() and any(run.config.train.device != "cpu" for run in runs)
-    processes, threads = share_cores(len(pending), workers or int(on_gpu), len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    processes = min(workers or int(on_gpu) or cores, len(pending))
     if processes == 1:  # here, where torch is imported already
         for run in pending.values():
             yield run, train(run.config, None)
         return
     with (
-        _child_threads(threads),
+        _child_threads(max(1, cores // processes)),
         ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool,
     ):
         waiting = {pool.submit(train, run.config, None): run for run in pending.values()}

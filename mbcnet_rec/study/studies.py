@@ -130,20 +130,16 @@ def density_name(model: str, percent: int) -> str:
 
 _DENSITY_VARIANTS = tuple(
     Variant(
-        density_name(MODELS[kind].name, percent),
-        (f"model.kind={kind}", f"data.drop_positives={(100 - percent) / 100}"),
+        density_name(MODELS[kind].name, each),
+        (f"model.kind={kind}", f"data.drop_positives={(100 - each) / 100}"),
         (auc,),
     )
     for kind, row in _DENSITY_PAPER.items()
-    for percent, auc in zip(DENSITIES, row, strict=True)
+    for each, auc in zip(DENSITIES, row, strict=True)
 )
 _DENSITY_CLAIMS = tuple(
-    Claim(
-        f"MBCnet beats {worse} at {percent} % of the positives",
-        density_name("MBCnet", percent),
-        density_name(worse, percent),
-    )
-    for percent in DENSITIES
+    Claim(f"MBCnet beats {worse} at {each} % of the positives", density_name("MBCnet", each), density_name(worse, each))
+    for each in DENSITIES
     for worse in ("DNN", "DCNv2")
 )
 GRID_ALPHA = GRID_BETA = (0.0, 0.01, 0.1, 1.0)
@@ -164,12 +160,11 @@ _GRID_VARIANTS = tuple(
     for beta in GRID_BETA
 )
 _CENTRE = grid_name(0.1, 0.1)
-_MORE_BRANCHES = (
-    MBCNET,
-    _ours("MBCnet + FM", _branches("efgc", "cross", "deep", "fm")),
-    _ours("MBCnet + Wide", _branches("efgc", "cross", "deep", "wide")),
-    _ours("MBCnet + FM + Wide", _branches("efgc", "cross", "deep", "fm", "wide")),
-)
+_MORE_BRANCHES = {  # what is added -> the row
+    "FM": _ours("MBCnet + FM", _branches("efgc", "cross", "deep", "fm")),
+    "Wide": _ours("MBCnet + Wide", _branches("efgc", "cross", "deep", "wide")),
+    "FM + Wide": _ours("MBCnet + FM + Wide", _branches("efgc", "cross", "deep", "fm", "wide")),
+}
 _NO_COOPERATION = "no cooperation"
 _READINGS = {  # what is weighed -> the first and the second reading
     "alpha": ("-log 0.5", "base rate"),
@@ -205,129 +200,83 @@ _FUTURE = (
 )
 
 
-def _of_mbcnet(
-    name: str, reference: str, question: str, pictures: tuple[Picture, ...], claims: tuple[Claim, ...] = ()
-) -> Study:
-    return Study(name, reference, question, (MBCNET,), claims=claims, pictures=pictures)
-
-
+# name, where it is in the paper, question; rows, the rows that each is compared with, claims, pictures
 _STUDIES = (
     Study(
-        "table3",
-        "Table 3",
-        "Is MBCnet better than the other models?",
-        tuple(MODELS.values())[:9],
-        (*BASELINES, "EFGC"),
+        "table3", "Table 3", "Is MBCnet better than the other models?",
+        tuple(MODELS.values())[:9], (*BASELINES, "EFGC"),
         (
             *(Claim(f"MBCnet beats {name}", "MBCnet", name) for name in (*BASELINES[:7], "EFGC")),
             *(Claim(f"EFGC alone beats {name}", "EFGC", name) for name in BASELINES[:7]),
         ),
     ),
     Study(
-        "table5",
-        "Table 5",
-        "Who should teach whom, and how much may branches differ?",
-        (*_PRINCIPLES, _STRONG),
-        (_STRONG.name,),
-        _principle_claims(_STRONG.name),
+        "table5", "Table 5", "Who should teach whom, and how much may branches differ?",
+        (*_PRINCIPLES, _STRONG), (_STRONG.name,), _principle_claims(_STRONG.name),
     ),
     Study(
-        "table6",
-        "Table 6",
-        "What does each branch and each loss contribute?",
-        (*_ABLATIONS.values(), MBCNET),
-        ("MBCnet",),
-        _ABLATION_CLAIMS,
+        "table6", "Table 6", "What does each branch and each loss contribute?",
+        (*_ABLATIONS.values(), MBCNET), ("MBCnet",), _ABLATION_CLAIMS,
     ),
     Study(
-        "table7",
-        "Table 7",
-        "Is MBCnet ahead with fewer positives too?",
-        _DENSITY_VARIANTS,
-        (),
-        _DENSITY_CLAIMS,
-        ("density",),
+        "table7", "Table 7", "Is MBCnet ahead with fewer positives too?",
+        _DENSITY_VARIANTS, (), _DENSITY_CLAIMS, ("density",),
     ),
-    _of_mbcnet(
-        "fig4",
-        "Figure 4",
-        "How do the branches learn, and where do their latents lie?",
-        ("branch_curves", "latents"),
+    Study(
+        "fig4", "Figure 4", "How do the branches learn, and where do their latents lie?",
+        (MBCNET,), (),
         (
-            *(
-                Claim(f"the fused output beats the {branch} branch", "MBCnet", f"MBCnet/{branch}")
-                for branch in ("efgc", "cross", "deep")
-            ),
+            Claim("the fused output beats the efgc branch", "MBCnet", "MBCnet/efgc"),
+            Claim("the fused output beats the cross branch", "MBCnet", "MBCnet/cross"),
+            Claim("the fused output beats the deep branch", "MBCnet", "MBCnet/deep"),
             Claim("branches are more tangled early than late", "MBCnet/late", "MBCnet/early", "separation"),
         ),
+        ("branch_curves", "latents"),
     ),
-    _of_mbcnet("fig5", "Figure 5", "Do the cooperation losses converge?", ("terms",)),
-    _of_mbcnet(
-        "fig6",
-        "Figure 6",
-        "Do branches differ at the level of neurons?",
-        ("neurons",),
+    Study("fig5", "Figure 5", "Do the cooperation losses converge?", (MBCNET,), pictures=("terms",)),
+    Study(
+        "fig6", "Figure 6", "Do branches differ at the level of neurons?",
+        (MBCNET,), (),
         (Claim("EFGC is closer to CrossNet than to Deep", "MBCnet/cross", "MBCnet/deep", "consistency"),),
+        ("neurons",),
     ),
-    _of_mbcnet(
-        "fig7",
-        "Figure 7 and Figure 1 a",
-        "Which categories does each branch learn best?",
-        ("categories",),
+    Study(
+        "fig7", "Figure 7 and Figure 1 a", "Which categories does each branch learn best?",
+        (MBCNET,), (),
         (Claim("which branch is best depends on the category", "MBCnet/category", "MBCnet/chance", "dependence"),),
+        ("categories",),
     ),
     Study(
-        "fig8",
-        "Figure 8",
-        "Do FM and Wide branches add anything?",
-        _MORE_BRANCHES,
-        ("MBCnet",),
-        tuple(
-            Claim(f"{row.name.removeprefix('MBCnet + ')} added costs AUC", "MBCnet", row.name)
-            for row in _MORE_BRANCHES[1:]
-        ),
+        "fig8", "Figure 8", "Do FM and Wide branches add anything?",
+        (MBCNET, *_MORE_BRANCHES.values()), ("MBCnet",),
+        tuple(Claim(f"{what} added costs AUC", "MBCnet", row.name) for what, row in _MORE_BRANCHES.items()),
     ),
     Study(
-        "fig9",
-        "Figure 9",
-        "How sensitive is MBCnet to alpha and beta?",
-        _GRID_VARIANTS,
-        (_CENTRE,),
+        "fig9", "Figure 9", "How sensitive is MBCnet to alpha and beta?",
+        _GRID_VARIANTS, (_CENTRE,),
         (
             Claim("alpha = beta = 0.1 beats no cooperation", _CENTRE, grid_name(0.0, 0.0)),
             Claim("alpha = 1 is too much", _CENTRE, grid_name(1.0, 0.1)),
             Claim("beta = 1 is too much", _CENTRE, grid_name(0.1, 1.0)),
         ),
-        ("grid",),
-        rivals=(MODELS["dcnv2"], MODELS["finalmlp"]),
+        ("grid",), rivals=(MODELS["dcnv2"], MODELS["finalmlp"]),
     ),
-    _of_mbcnet("complexity", "Table 8", "What does each part cost?", ("complexity",)),
+    Study("complexity", "Table 8", "What does each part cost?", (MBCNET,), pictures=("complexity",)),
     Study(
-        "claims",
-        "Tables 5 and 6",
-        "Which of the paper's claims hold on this data?",
-        (MBCNET, *_PRINCIPLES, *_ABLATIONS.values()),
-        ("MBCnet",),
-        (*_principle_claims("MBCnet"), *_ABLATION_CLAIMS),
+        "claims", "Tables 5 and 6", "Which of the paper's claims hold on this data?",
+        (MBCNET, *_PRINCIPLES, *_ABLATIONS.values()), ("MBCnet",), (*_principle_claims("MBCnet"), *_ABLATION_CLAIMS),
     ),
     Study(
-        "losses",
-        "Equations 12 and 14",
-        "What do the readings of the two cooperation losses bring?",
-        _LOSSES,
-        (_NO_COOPERATION,),
-        watched=True,
+        "losses", "Equations 12 and 14", "What do the readings of the two cooperation losses bring?",
+        _LOSSES, (_NO_COOPERATION,), watched=True,
     ),
     Study(
-        "future",
-        "Section 5",
-        "Do the options that the paper leaves to future work help?",
-        _FUTURE,
-        ("MBCnet",),
+        "future", "Section 5", "Do the options that the paper leaves to future work help?",
+        _FUTURE, ("MBCnet",),
         tuple(Claim(f"{row.name} beats the paper's MBCnet", row.name, "MBCnet") for row in _FUTURE[1:]),
         claimed=False,
     ),
-)
+)  # fmt: skip
 STUDIES = {study.name: study for study in _STUDIES}
 
 

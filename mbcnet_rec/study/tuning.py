@@ -65,6 +65,10 @@ class Range:
                 "low <= high, and low > 0 with log; change them"
             )
 
+    def __str__(self) -> str:
+        numbers = f"{self.low} to {self.high}{' log' if self.log else ''}"
+        return json.dumps(self.choices) if self.choices else numbers
+
 
 @dataclass(frozen=True)
 class Search(Bounded):
@@ -152,7 +156,8 @@ def tune_model(
     file = out / f"{kind}.db"
     study = open_study(file, kind)
     base = with_first_teachers(study, base_config(config, kind, out), out)
-    check_earlier(study, file, search_facts(search, kind) | dependencies(base, known))
+    facts = {"space": {key: str(each) for key, each in search.space_of(kind).items()}, "sampler": search.sampler}
+    check_earlier(study, file, facts | dependencies(base, known))
     # Trials of a start that was killed get another try with the values that they had drawn; the two count once.
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
@@ -197,19 +202,6 @@ def open_study(file: Path, kind: str) -> optuna.Study:
         raise InputError(
             f"{file}: cannot be read as a study of Optuna ({first_line(error)}); choose another --out"
         ) from None
-
-
-def search_facts(search: Search, kind: str) -> dict[str, Any]:
-    """What a draw depends on besides the trials before it."""
-    space = {key: ranges_text(range_) for key, range_ in search.space_of(kind).items()}
-    return {"space": space, "sampler": search.sampler}
-
-
-def ranges_text(range_: Range) -> str:
-    """A range as a space file has it."""
-    if range_.choices:
-        return json.dumps(range_.choices)
-    return f"{range_.low} to {range_.high}{' log' if range_.log else ''}"
 
 
 def check_earlier(study: optuna.Study, file: Path, depends: dict[str, Any]) -> None:
