@@ -267,7 +267,9 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
                 raise InputError(f"{where}: field {first.name!r} has a table {own!r} too; rename one of the two fields")
     for name, table in shared.items():
         if name not in members:
-            raise InputError(f"{source}: tables.{name}: no field uses it; remove it or set table = {name!r} in a field")
+            raise InputError(
+                f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r} in one"
+            )
         problem = rows_problem(table, members[name], "table")
         if problem:
             raise InputError(f"{source}: tables.{name}.{problem}")
