@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import InputError, first_line
+from data.profile.scan import Progress, unheard
 from data.reading.column_types import column_faults
 from data.reading.columns import Place
 from data.reading.encode import Encoder, read_groups
@@ -76,7 +77,7 @@ def check_files(
     full: bool = False,
     max_faults: int = 100,
     threads: int = 2,
-    progress: Callable[[int], object] = lambda done: None,
+    progress: Progress = unheard,
 ) -> CheckReport:
     """Check Parquet files against a schema: their footers, and with `full` every value, by some threads.
 

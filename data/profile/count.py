@@ -1,11 +1,12 @@
 """Counts a log as Table 2 of the paper does: users, items, samples, clicks, and how densely users and items meet; in one pass and flat memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 
 from data.errors import InputError
 from data.profile.fit import record_batches
+from data.profile.scan import Progress, unheard
 from data.profile.sketch import Distinct
 from data.reading.column_types import check_columns, id_type
 from data.reading.files import column_sets
@@ -21,11 +22,7 @@ ITEM_NAMES = ("item_id", "item", "movie_id", "adgroup_id", "ad_id", "product_id"
 
 
 def table_2(
-    files: Sequence[DataFile],
-    schema: Schema,
-    user: str = "",
-    item: str = "",
-    progress: Callable[[int], object] = lambda done: None,
+    files: Sequence[DataFile], schema: Schema, user: str = "", item: str = "", progress: Progress = unheard
 ) -> list[str]:
     """Read the label and ids of all rows; a line for each figure of Table 2.
 

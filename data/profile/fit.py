@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.profile.check import unreadable
-from data.profile.scan import LARGEST_FLOAT32, naming
+from data.profile.scan import LARGEST_FLOAT32, Progress, naming, unheard
 from data.profile.sketch import EvenSample
 from data.reading.column_types import check_columns, is_list, pinned
 from data.reading.columns import Place
@@ -166,11 +166,7 @@ def finite(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 
 def fit_schema(
-    schema: Schema,
-    files: Sequence[DataFile],
-    out: Path,
-    report: Say = lambda line: None,
-    progress: Callable[[int], object] = lambda done: None,
+    schema: Schema, files: Sequence[DataFile], out: Path, report: Say = unheard, progress: Progress = unheard
 ) -> Schema:
     """Replace every "fit" of a schema by what the files say.
 
@@ -239,8 +235,8 @@ def write_fitted(
     out: str | Path,
     *,
     force: bool = False,
-    report: Say = lambda line: None,
-    progress: Callable[[int], object] = lambda done: None,
+    report: Say = unheard,
+    progress: Progress = unheard,
 ) -> Schema:
     """Fit a schema and write OUT/schema.toml and OUT/vocabulary, whole or not at all; see `fit_schema`.
 

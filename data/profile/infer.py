@@ -6,7 +6,7 @@ label's outcome, like a constant or like a row number are written as comments: a
 
 import datetime
 import tomllib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pyarrow import types as pt
 from data.errors import InputError
 from data.profile.leaks import always_positive, column_auc
 from data.profile.propose import BUCKETS, GROUP_NAMES, Proposal, holds_names, propose
-from data.profile.scan import ColumnProfile, Profile, profile_files
+from data.profile.scan import ColumnProfile, Profile, Progress, profile_files, unheard
 from data.reading.column_types import check_columns, column_faults, is_number
 from data.reading.ids import is_key
 from data.reading.storage import DataFile
@@ -51,12 +51,7 @@ class Roles:
 
 
 def infer_schema(
-    files: Sequence[DataFile],
-    *,
-    name: str = "inferred",
-    label: str = "",
-    rows: int = 0,
-    progress: Callable[[int], object] = lambda done: None,
+    files: Sequence[DataFile], *, name: str = "inferred", label: str = "", rows: int = 0, progress: Progress = unheard
 ) -> tuple[str, list[str]]:
     """Profile Parquet files as `profile_files` does, and write a schema.
 

@@ -24,6 +24,7 @@ from data.reading.keys import hash_values
 from data.reading.row_groups import stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet
 
+Progress = Callable[[int], object]  # is told the number of rows so far
 PIECE_CELLS = 4_000_000  # rows x columns read at a time
 SAMPLE_CELLS = 8_000_000  # rows x columns of the row sample
 MAX_SAMPLE_ROWS = 50_000
@@ -127,9 +128,11 @@ class Profile:
     sample: pa.Table = field(default_factory=lambda: pa.table({}))  # every k-th row read
 
 
-def profile_files(
-    files: Sequence[DataFile], *, rows: int = 0, progress: Callable[[int], object] = lambda done: None
-) -> Profile:
+def unheard(_: object) -> None:
+    """Take no notice: the default of progress and of notes."""
+
+
+def profile_files(files: Sequence[DataFile], *, rows: int = 0, progress: Progress = unheard) -> Profile:
     """Read about so many `rows`, spread over the row groups of all files, or all if 0, and profile every column.
 
     `progress` is told the number of rows read so far.

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.profile.fit import fit_schema
-from data.profile.scan import naming
+from data.profile.scan import Progress, naming, unheard
 from data.public import avazu, criteo, movielens, taobao
 from data.public.raw_files import Sources, Splits, digest, find_sources
 from data.reading.columns import Place
@@ -43,9 +43,7 @@ class DataSet:
     row_group_rows: int = SMALL_ROW_GROUP
 
 
-def prepare(
-    name: str, src: str | Path, out: str | Path, *, progress: Callable[[int], object] = lambda done: None
-) -> Path:
+def prepare(name: str, src: str | Path, out: str | Path, *, progress: Progress = unheard) -> Path:
     """Write one of DATA_SETS, whose files lie in `src`, as this project reads it, and return `out`.
 
     If `out` was prepared from the same files and schema already, nothing is written. `progress` is told the number of rows so far.
