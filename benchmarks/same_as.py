@@ -31,7 +31,7 @@ from side_by_side import ROOT, mbcnet, parser_of, settings
 from small_log import write_log
 
 from mbcnet_rec.config import EARLIER
-from mbcnet_rec.logs.metrics_log import TIMING_KEYS
+from mbcnet_rec.logs.metrics_log import TIMINGS
 
 STEPS = 30
 RUN = (
@@ -74,7 +74,7 @@ def logged(run: Path) -> dict[str, Any]:
     for text in (run / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         for key, value in line.items():
-            if key not in (*TIMING_KEYS, "dead"):  # an alarm that came later
+            if key not in (*TIMINGS, "dead"):  # an alarm that came later
                 found[f"{line['split']} {line['step']} {key}"] = value
     return found
 

@@ -45,14 +45,8 @@ def application(
     try:
         resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
         mounted = specs.parse_mounts(mounts or [])
-        job = Job(
-            command=words[0],
-            args=tuple(words[1:]),
-            shape=parse_shape(j),
-            gpu=resource.gpu,
-            env=env or {},
-            retries=max_retries,
-        )
+        command, *own = words
+        job = Job(command, tuple(own), parse_shape(j), gpu=resource.gpu, env=env or {}, retries=max_retries)
     except (JobError, KeyError, ValueError) as error:
         # torchx would print a traceback under it
         print(f"mbcnet: {error.args[0]}", file=sys.stderr)

@@ -15,7 +15,7 @@ from small_data import write_small
 
 from mbcnet_rec.cli import exit_code, plain_words
 from mbcnet_rec.config import load_config
-from mbcnet_rec.logs.metrics_log import TIMING_KEYS
+from mbcnet_rec.logs.metrics_log import TIMINGS
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def lines_of(run: Path, *splits: str, timing: bool = False) -> list[dict[str, An
     """Lines of metrics.jsonl, of all splits or of these; without `timing` but for what tells of the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if timing or key not in TIMING_KEYS}
+        {key: value for key, value in line.items() if timing or key not in TIMINGS}
         for line in lines
         if not splits or line["split"] in splits
     ]

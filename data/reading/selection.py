@@ -285,9 +285,5 @@ def _span_of_integers(condition: Condition, latest: int) -> Span:
 
 def _span(condition: Condition, first: int, last: int) -> Span:
     """What an operator allows, or != leaves out, compared with the instants [first, last) of a bound."""
-    return {
-        "<": Span(-FOREVER, first),
-        "<=": Span(-FOREVER, last),
-        ">": Span(last, FOREVER),
-        ">=": Span(first, FOREVER),
-    }.get(condition.operator, Span(first, last))
+    spans = {"<": (-FOREVER, first), "<=": (-FOREVER, last), ">": (last, FOREVER), ">=": (first, FOREVER)}
+    return Span(*spans.get(condition.operator, (first, last)))

@@ -164,10 +164,8 @@ def _list_remote(uri: str) -> list[Listed]:
     parts = path.rstrip("/").split("/")
 
     def is_there(count: int) -> bool:
-        return (
-            not has_magic(parts[count])
-            or system.get_file_info("/".join(parts[: count + 1])).type != pafs.FileType.NotFound
-        )
+        name = "/".join(parts[: count + 1])
+        return not has_magic(parts[count]) or system.get_file_info(name).type != pafs.FileType.NotFound
 
     fixed = sum(takewhile(bool, map(is_there, range(len(parts)))))
     base = "/".join(parts[:fixed])

@@ -152,9 +152,8 @@ def _require_pailitao(schema: Schema) -> None:
             raise InputError(f"schema {schema.name!r}: field {name!r} was changed in more than its size; {fix}")
     widths = [found[name].width for name in ("query_image", "item_image")]
     if widths[0] != widths[1]:
-        raise InputError(
-            f"schema {schema.name!r}: query_image is {widths[0]} wide, item_image {widths[1]}: set both alike"
-        )
+        wide = f"query_image is {widths[0]} wide, item_image {widths[1]}"
+        raise InputError(f"schema {schema.name!r}: {wide}: set both alike")
 
 
 def draw_facts(world: World, day: np.ndarray, index: np.ndarray, stream: str = "row") -> Facts:

@@ -18,13 +18,7 @@ from mbcnet_rec.runtime.exits import CannotWriteError
 
 METRICS = "metrics.jsonl"
 # these keys depend on the machine and on when a run was started: two equal runs differ in them
-TIMING_KEYS = (
-    "samples_per_second",
-    "step_seconds",
-    "input_wait_share",
-    "checkpoint_stall_seconds",
-    "checkpoint_seconds",
-)
+TIMINGS = ("samples_per_second", "step_seconds", "input_wait_share", "checkpoint_stall_seconds", "checkpoint_seconds")
 
 
 class Records:

@@ -115,9 +115,8 @@ def tables(answer: Answer, branches: tuple[str, ...], best: tuple[float, float] 
     lines = [f"  {'output':<16}{'AUC':>16}{'log-loss':>17}{'NE':>17}{'calibration':>17}"]
     columns = ("auc", "log_loss", "ne", "calibration")
     for suffix, name in (("", "fused"), *((f"/{name}", name) for name in branches)):
-        lines.append(
-            f"  {name:<16}" + "".join(_cell(answer.everything.metrics.get(key + suffix)) for key in columns)[1:]
-        )
+        cells = "".join(_cell(answer.everything.metrics.get(key + suffix)) for key in columns)
+        lines.append(f"  {name:<16}{cells[1:]}")
     if best:
         lines.append(f"  {'best reachable':<16}{best[0]:>8.4f}        {best[1]:>9.4f}")
     if "gauc" in answer.everything.metrics:
@@ -131,10 +130,8 @@ def tables(answer: Answer, branches: tuple[str, ...], best: tuple[float, float] 
     elif math.isnan(found.get("gauc", 0.0)):
         lines.append("  GAUC is not defined: no group has rows of both classes")
     for column, values in answer.slices.items():
-        lines += [
-            "",
-            f"  by {column:<20}{'rows':>10}{'rate':>8}{'AUC':>12}{'log-loss':>17}{'NE':>17}{'calibration':>17}",
-        ]
+        head = f"{'rows':>10}{'rate':>8}{'AUC':>12}{'log-loss':>17}{'NE':>17}{'calibration':>17}"
+        lines += ["", f"  by {column:<20}{head}"]
         for name, (rows, positives, metrics) in values.items():
             cells = "".join(_cell(metrics.get(key)) for key in columns)
             lines.append(f"  {name[:22]:<23}{rows:>10,}{positives / max(rows, 1):>8.3f}{cells}")

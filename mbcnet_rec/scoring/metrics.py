@@ -289,8 +289,4 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = RELIABILITY_
     order = np.argsort(logits, kind="stable")
     probability = 1.0 / (1.0 + np.exp(-logits[order].astype(np.float64)))
     parts = np.array_split(np.arange(len(order)), min(bins, len(order)))
-    return [
-        [float(probability[part].mean()), float(labels[order][part].mean()), float(len(part))]
-        for part in parts
-        if len(part)
-    ]
+    return [[float(probability[part].mean()), float(labels[order][part].mean()), float(len(part))] for part in parts]

@@ -55,10 +55,8 @@ def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) 
         with open_parquet(file) as parquet:
             found = parquet.schema_arrow
         for name, column in columns.items():
-            if found.names.count(column) != 1:
-                problem = (
-                    f"{found.names.count(column)} columns of this name" if column in found.names else "no such column"
-                )
+            if (count := found.names.count(column)) != 1:
+                problem = f"{count} columns of this name" if count else "no such column"
                 raise InputError(f"{file}: --by {name}: {problem}; it has {', '.join(found.names[:8])}, ...")
             if pa.types.is_nested(found.field(column).type):
                 raise InputError(

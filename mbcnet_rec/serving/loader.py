@@ -179,9 +179,7 @@ class ServingModel:
     @torch.inference_mode()
     def embed(self, inputs: Inputs) -> Tensor:
         """Look up and pool: (B, N), pooled fields first, then dense columns."""
-        pooled = [
-            self.tables[pooling](ids, offsets, weights) for pooling, (ids, offsets, weights) in inputs.bags.items()
-        ]
+        pooled = [self.tables[pooling](*bag) for pooling, bag in inputs.bags.items()]
         return torch.cat([*pooled, inputs.dense], dim=1)
 
     def predict_parquet(self, path: str | Path, batch_rows: int = 4096) -> Iterator[np.ndarray]:

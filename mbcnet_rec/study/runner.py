@@ -107,14 +107,8 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     mark = page_mark(base, request.tuned, known) if runs else ""
     page = free_page(request.out / f"{study.name}_{base.name}.html", mark)
     write_whole(page, to_html(title, lead, blocks) + mark)
-    shown = blocks[: blocks.index(Heading("Pictures"))]
-    print(
-        "\n\n".join(
-            text_table(each) if isinstance(each, Table) else each.text
-            for each in shown
-            if not isinstance(each, Heading)
-        )
-    )
+    shown = [each for each in blocks[: blocks.index(Heading("Pictures"))] if not isinstance(each, Heading)]
+    print("\n\n".join(text_table(each) if isinstance(each, Table) else each.text for each in shown))
     print(f"wrote {page}")
     print(f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again")
     if runs and not done:
