@@ -52,10 +52,7 @@ def main() -> int:
 def measure(folder: Path, quick: bool) -> dict[str, float | None]:
     """Write the files and take every figure."""
     rows, rounds = (65_536, 3) if quick else (262_144, 9)
-    single, single_schema = (
-        write_single(folder / "single.parquet", 192, rows),
-        uniform_schema(192, LARGEST_ID, 8),
-    )
+    single, single_schema = (write_single(folder / "single.parquet", 192, rows), uniform_schema(192, LARGEST_ID, 8))
     mixed_schema = pailitao_schema("demo")
     write_synthetic(mixed_schema, folder / "mixed", rows=rows, days=3)
     mixed = sorted((folder / "mixed").rglob("*.parquet"))

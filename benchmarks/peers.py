@@ -142,11 +142,7 @@ def our_task(
 def fuxictr_task(kind: str, size: Size, folder: Path, source: str, l2: float, workers: int) -> dict[str, Any]:
     """One epoch of FuxiCTR's model."""
     (folder / "checkpoints" / folder.name).mkdir(parents=True, exist_ok=True)
-    params = quality.peer_model(kind, size.layers) | {
-        "dataset_id": folder.name,
-        "model_id": kind,
-        "epochs": 1,
-    }
+    params = quality.peer_model(kind, size.layers) | {"dataset_id": folder.name, "model_id": kind, "epochs": 1}
     params |= {"model_root": str(folder / "checkpoints"), "data_format": "parquet", "num_workers": workers}
     params |= {"embedding_regularizer": l2, "embedding_dim": size.width, "batch_size": size.batch}
     files = {split: str(folder / f"{split}.parquet") for split in ("train", "valid")}

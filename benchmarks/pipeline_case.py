@@ -100,10 +100,7 @@ class Case:
         mixed = [column.name for column in self.columns if column.is_mixed and self.is_inferred]
         self.may_refuse = self.twice or "".join(mixed[:1])  # the first command may refuse this column
         labels = [rng.choice(LABELS)] if rng.random() < 0.8 else LABELS[:3]
-        self.label_types, self.one_class = (
-            [rng.choice(labels) for _ in range(self.num_days)],
-            rng.random() < 0.06,
-        )
+        self.label_types, self.one_class = ([rng.choice(labels) for _ in range(self.num_days)], rng.random() < 0.06)
         self.options: dict[str, Any] = {
             "row_group_size": rng.choice([1, 7, 20, 1000]), "compression": rng.choice(["none", "snappy", "zstd", "gzip"]),
             "use_dictionary": rng.random() < 0.7, "data_page_version": rng.choice(["1.0", "2.0"]), "data_page_size": rng.choice([64, 2**20]),
@@ -122,10 +119,7 @@ class Case:
         self.base: list[dict[str, Any]] = []
         self.files = sorted(self._parts(), key=lambda part: part.path)
         self._splits()
-        kind, rows = (
-            "inferred" if self.is_inferred else "own schema",
-            sum(part.num_rows for part in self.files),
-        )
+        kind, rows = ("inferred" if self.is_inferred else "own schema", sum(part.num_rows for part in self.files))
         self.words = f"{self.mode} {self.where} {kind}, {len(self.files)} files, {rows} rows"
 
     def _parts(self) -> list[Part]:
@@ -372,11 +366,7 @@ class Case:
         is_plain = name.isprintable() and not set(name) & set("'\"\\") and not damage
         types = f"{good.types[source]}, {entry}"
         return Fault(
-            f"{damage or words} ({source!r})",
-            (path.name, name)[: 1 + is_plain],
-            types,
-            chance > 0.8,
-            bool(damage),
+            f"{damage or words} ({source!r})", (path.name, name)[: 1 + is_plain], types, chance > 0.8, bool(damage)
         )
 
     def _faulty_ids(self, entry: dict[str, Any], source: str) -> list[tuple[str, Any, pa.DataType]]:

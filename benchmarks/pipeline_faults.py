@@ -83,9 +83,7 @@ def damage_file(path: Path, column: str, words: str) -> None:
         start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
         content[start + chunk.total_compressed_size - 1] ^= 1
     path.write_bytes(
-        {
-            "a cut file": content[: len(content) * 2 // 3],
-            "text in a file": b"a,b\n" * 50,
-            "no bytes": b"",
-        }.get(words, content)
+        {"a cut file": content[: len(content) * 2 // 3], "text in a file": b"a,b\n" * 50, "no bytes": b""}.get(
+            words, content
+        )
     )

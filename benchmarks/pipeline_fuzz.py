@@ -94,10 +94,7 @@ class Trial:
         lines = [line for line in told.splitlines() if line.startswith("mbcnet: ")]
         errors = [line for line in lines if not line.startswith("mbcnet: warning: ")]
         if isinstance(code, str) or "Traceback" in told:
-            self.note(
-                name,
-                f"traceback: {' / '.join(str(code or told).strip().splitlines()[-3:])} ({self.case.words})",
-            )
+            self.note(name, f"traceback: {' / '.join(str(code or told).strip().splitlines()[-3:])} ({self.case.words})")
             raise Stop
         if code not in CODES and (name, code) != ("data check", 1):
             self.note(name, f"exit code {code}: {told[-300:]}")
@@ -132,10 +129,7 @@ class Trial:
         files, rows = len(case.files), sum(part.num_rows for part in case.files)
         printed = self.command("data", "check", *case.paths, "--schema", "fitted/schema.toml", "--full")
         self.count(
-            "data check",
-            "files and rows",
-            numbers(r"in ([\d,]+) file.*?, ([\d,]+) rows", printed),
-            [files, rows],
+            "data check", "files and rows", numbers(r"in ([\d,]+) file.*?, ([\d,]+) rows", printed), [files, rows]
         )
         self.train()
         tested = json.loads(self.command("evaluate", "run", "--json").splitlines()[-1])

@@ -84,12 +84,7 @@ def peer_model(kind: str, layers: Layers) -> dict[str, Any]:
     }
     watched = {"metrics": ["logloss", "AUC"], "monitor": "AUC", "monitor_mode": "max"}
     training = {"task": "binary_classification", "loss": "binary_crossentropy", "optimizer": "adam"}
-    training |= {
-        "early_stop_patience": 2,
-        "learning_rate": RATE,
-        "max_gradient_norm": CLIP,
-        "net_regularizer": 0,
-    }
+    training |= {"early_stop_patience": 2, "learning_rate": RATE, "max_gradient_norm": CLIP, "net_regularizer": 0}
     return own[kind] | watched | training | {"shuffle": True, "verbose": 0}
 
 

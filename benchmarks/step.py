@@ -235,11 +235,7 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
             0.0,
             20.0 * sum(map(looked_up_floats, pooled, (batch.sparse_features, batch.weighted_features))),
         ),
-        "regroup": (
-            lambda: backward(*regroup(pooled, batch.dense_features).values()),
-            0.0,
-            16.0 * rows * floats,
-        ),
+        "regroup": (lambda: backward(*regroup(pooled, batch.dense_features).values()), 0.0, 16.0 * rows * floats),
         "EFGC groups": (lambda: backward(*efgc.crossing(groups)), flops(efgc.crossing), 0.0),
         "EFGC reduction": (on_fresh(reduction, rows, reduction[0].in_features), flops(reduction), 0.0),
         "cross": (lambda: backward(cross(features)), flops(cross), cross_bytes),

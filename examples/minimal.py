@@ -107,8 +107,7 @@ def main(epochs: int = 5) -> float:
             mean = torch.stack(losses).mean().item()
             if process.is_first:
                 print(
-                    f"epoch {epoch}: log-loss, summed over the fused output and three branches, {mean:.4f}",
-                    flush=True,
+                    f"epoch {epoch}: log-loss, summed over the fused output and three branches, {mean:.4f}", flush=True
                 )
         return mean
 

@@ -34,12 +34,7 @@ from mbcnet_rec.train import Report, run_training
 
 
 def train_model(
-    config: RunConfig,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    report: Report | None = None,
-    **options: Any,
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, report: Report | None = None, **options: Any
 ) -> int:
     """`run_training`, with its options, for EnKD preceded by its teachers. One call per rank."""
     if config.model.kind == "enkd":

@@ -19,15 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Threads that libraries keep for the whole process once they are used: they belong to no test.
 LIBRARY_THREADS = ("pytest_timeout", "execnet", "tqdm_monitor", "TMonitor", "fsspecIO", "asyncio_")
 # pytest's own variables, and those that torch and matplotlib set on import
-LIBRARY_VARIABLES = (
-    "PYTEST_",
-    "KMP_",
-    "TORCHINDUCTOR_",
-    "TRITON_",
-    "MPLBACKEND",
-    "PYDEVD_",
-    "TORCH_CPP_LOG_LEVEL",
-)
+LIBRARY_VARIABLES = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "TRITON_", "MPLBACKEND", "PYDEVD_", "TORCH_CPP_LOG_LEVEL")
 
 
 def children() -> dict[int, str]:

@@ -50,10 +50,7 @@ def metrics(name):
 
 
 def equal_to_calm(name):
-    return {
-        "tensors": tensors(name, STEPS) == tensors("calm", STEPS),
-        "metrics": metrics(name) == metrics("calm"),
-    }
+    return {"tensors": tensors(name, STEPS) == tensors("calm", STEPS), "metrics": metrics(name) == metrics("calm")}
 
 
 def on_rank(guilty, **hooks):

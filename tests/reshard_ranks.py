@@ -129,13 +129,7 @@ def run_on(name, world, steps, *more):
         "optim.embedding.lr=0.01",
         *more,
     ]
-    args = [
-        "train",
-        "--config",
-        str(CONFIG),
-        "--resume",
-        *(word for each in settings for word in ("--set", each)),
-    ]
+    args = ["train", "--config", str(CONFIG), "--resume", *(word for each in settings for word in ("--set", each))]
     done = run_ranks(mbcnet(args), FOLDER / "logs" / name, world=world, limit=120)
     assert done["codes"] == [0] * world, done
     return FOLDER / name

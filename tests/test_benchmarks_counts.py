@@ -12,13 +12,7 @@ import torch
 
 STORED = json.loads((Path(__file__).parent / "step_counts.json").read_text())
 # How much a count may grow: arithmetic not at all, calls by what a release of torch may shift
-TOLERANCE = {
-    "flops": 0.001,
-    "aten_calls": 0.03,
-    "bytes_written": 0.03,
-    "fbgemm_calls": 0.0,
-    "python_calls": 0.05,
-}
+TOLERANCE = {"flops": 0.001, "aten_calls": 0.03, "bytes_written": 0.03, "fbgemm_calls": 0.0, "python_calls": 0.05}
 
 
 @pytest.fixture(scope="module")

@@ -87,11 +87,7 @@ def test_what_no_command_may_say_or_leave_is_found(fuzz, tmp_path, answer, wante
 
 def test_a_case_that_ends_its_process_is_found_and_the_next_ones_run(fuzz, tmp_path):
     outcomes = list(fuzz.outcomes([1, 2, 3], tmp_path, dying_worker))
-    assert [each[0] for each in outcomes] == [
-        ["1"],
-        ["seed 2: process: ended by 7 (-9: not over after 120 s)"],
-        ["3"],
-    ]
+    assert [each[0] for each in outcomes] == [["1"], ["seed 2: process: ended by 7 (-9: not over after 120 s)"], ["3"]]
 
 
 def dying_worker(seeds, folder, results):

@@ -22,13 +22,7 @@ SCRIPTS = [path.stem for path in sorted(BENCHMARKS.glob("*.py")) if "def main()"
 QUICK_SECONDS = 50.0
 KEYS = {  # DESIGN.md names them; null where a peer is not installed
     "input": ("read_table_share_single", "read_table_share_mixed", "input_wait_share"),
-    "step": (
-        "gemm_share",
-        "bf16_speedup",
-        "cooperation_overhead",
-        "non_model_share",
-        "cpu_fast_path_speedup",
-    ),
+    "step": ("gemm_share", "bf16_speedup", "cooperation_overhead", "non_model_share", "cpu_fast_path_speedup"),
     "growth": ("fields_exponent", "rows_exponent", "batch_exponent", "groups_exponent", "branches_exponent"),
     "peers": ("cpu_fast_path_speedup/small/dnn",),
 }

@@ -158,10 +158,7 @@ def test_a_run_can_begin_with_another_runs_tables(config, saved, process):
 
 def test_chosen_tables_alone_and_longer_ones(config, saved, process):
     line, before, after = warm(
-        config,
-        process,
-        changed(USERS, r"\g<1>150"),
-        ["train.warm_start_tables=['user']", "optim.embedding.name=sgd"],
+        config, process, changed(USERS, r"\g<1>150"), ["train.warm_start_tables=['user']", "optim.embedding.name=sgd"]
     )
     assert "without optimizer state: user" in line
     name = f"{EBC}.embedding_bags.%s.weight"

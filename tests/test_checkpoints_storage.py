@@ -15,13 +15,7 @@ from pyarrow.fs import FileSelector, LocalFileSystem
 from data.errors import InputError
 from data.reading.storage import file_system
 from mbcnet_rec.checkpoints.shards import Saved, whole_shard
-from mbcnet_rec.checkpoints.storage import (
-    DamagedCheckpointWarning,
-    LocalStorage,
-    best_step,
-    latest_step,
-    open_storage,
-)
+from mbcnet_rec.checkpoints.storage import DamagedCheckpointWarning, LocalStorage, best_step, latest_step, open_storage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.process import Process

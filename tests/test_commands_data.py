@@ -53,10 +53,7 @@ def test_from_a_folder_to_a_fitted_schema(log, tmp_path, capsys):
         (["schema", "fit", "{log}/none.toml", "{log}", "-o", "{log}/out"], "no such file"),
         (["schema", "show", "{log}/none.toml"], "no such file"),
         (["data", "check", "{log}", "--schema", "{log}/none.toml"], "no such file"),
-        (
-            ["data", "prepare", "none", "--src", "{log}", "--out", "{log}/out"],
-            "'none' is not known; use one of",
-        ),
+        (["data", "prepare", "none", "--src", "{log}", "--out", "{log}/out"], "'none' is not known; use one of"),
         (["data", "synth", "--out", "{log}", "--rows", "9", "--days", "3"], "holds no synthetic log"),
     ],
 )

@@ -55,18 +55,12 @@ def test_no_command_leaves_half_a_file_on_a_full_disk(tmp_path):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (
-            OSError(errno.ENOSPC, "No space left on device", "x.parquet"),
-            "x.parquet: cannot be written (No space",
-        ),
+        (OSError(errno.ENOSPC, "No space left on device", "x.parquet"), "x.parquet: cannot be written (No space"),
         (
             OSError(errno.EDQUOT, "Disk quota exceeded"),
             "standard output, or a file: cannot be written (Disk quota exceeded); free space",
         ),
-        (
-            RuntimeError("I/O error: No space left on device (os error 28)"),
-            "a file: cannot be written (No space left",
-        ),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "a file: cannot be written (No space left"),
         (ValueError("database or disk is full"), "a file: cannot be written (No space left on device)"),
         (OSError(errno.ENOENT, "No such file or directory"), ""),
         (InputError("label 'x': wanted 0 and 1"), ""),

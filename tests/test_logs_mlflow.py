@@ -52,10 +52,7 @@ class Stub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.run = {
-            "info": {"run_id": "r1", "experiment_id": "7", "status": "RUNNING"},
-            "data": defaultdict(list),
-        }
+        self.run = {"info": {"run_id": "r1", "experiment_id": "7", "status": "RUNNING"}, "data": defaultdict(list)}
         self.experiments = set()
 
     def answer(self, path, body):

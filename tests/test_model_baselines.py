@@ -127,9 +127,7 @@ def crossnet(row, arch):
 
 
 FINAL = FinalMLPConfig(
-    first=StreamConfig((8, 6), gate=(5,), context=("item", "age")),
-    second=StreamConfig((4,), gate=(3,)),
-    num_heads=2,
+    first=StreamConfig((8, 6), gate=(5,), context=("item", "age")), second=StreamConfig((4,), gate=(3,)), num_heads=2
 )
 # kind and config of each model -> its formula for a row
 CASES = [
@@ -147,11 +145,7 @@ CASES = [
     ),
     ("finalmlp", FINAL, lambda row, arch: finalmlp(row[ALL], arch, ([4, 5, 6, 7, 13], None))),
     ("fm", FMConfig(), lambda row, arch: fm(row[ALL], row[WIDE], arch)),
-    (
-        "deepfm",
-        DeepFMConfig(hidden=(6, 5)),
-        lambda row, arch: fm(row[ALL], row[WIDE], arch.fm) + deep(row[ALL], arch),
-    ),
+    ("deepfm", DeepFMConfig(hidden=(6, 5)), lambda row, arch: fm(row[ALL], row[WIDE], arch.fm) + deep(row[ALL], arch)),
     ("efgc", EFGCNetConfig(efgc=EFGCConfig((6, 4)), branch_dim=5, top=(4, 3)), efgc),
 ]
 

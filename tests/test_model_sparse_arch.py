@@ -16,15 +16,7 @@ from mbcnet_rec.model.layers import CrossConfig
 from mbcnet_rec.model.mbcnet import MBCNetConfig
 from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
 from mbcnet_rec.model.objective import Objective
-from mbcnet_rec.model.sparse_arch import (
-    FeatureRegroup,
-    Lookup,
-    SparseArch,
-    field_of,
-    join_slices,
-    regroup_op,
-    wide_key,
-)
+from mbcnet_rec.model.sparse_arch import FeatureRegroup, Lookup, SparseArch, field_of, join_slices, regroup_op, wide_key
 from mbcnet_rec.model.zoo.deepfm import DeepFMConfig
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 from mbcnet_rec.runtime.process import joined_process

@@ -87,8 +87,7 @@ def test_failure_leaves_nothing_behind(train, tmp_path):
     for content in (b"PAR1", damaged):
         bad.write_bytes(content)
         with pytest.raises(
-            InputError,
-            match=r"bad\.parquet: (not a readable Parquet file|row group 0, column 'w' cannot be decoded)",
+            InputError, match=r"bad\.parquet: (not a readable Parquet file|row group 0, column 'w' cannot be decoded)"
         ):
             write_fitted(schema_of(tmp_path, w=WORD), [bad], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.parquet", "train.parquet"]
@@ -218,8 +217,7 @@ def test_a_vocabulary_holds_ids_of_one_type(column, values, wanted, tmp_path):
 def test_integers_that_no_type_holds_together_are_refused_and_fit_as_text(tmp_path):
     for number, ids in enumerate(([-1, 5], [2**64 - 1])):
         pq.write_table(
-            pa.table({"w": pa.array(ids, pa.int64() if ids[0] < 0 else pa.uint64())}),
-            tmp_path / f"{number}.parquet",
+            pa.table({"w": pa.array(ids, pa.int64() if ids[0] < 0 else pa.uint64())}), tmp_path / f"{number}.parquet"
         )
     files = sorted(tmp_path.glob("*.parquet"))
     with pytest.raises(InputError, match=r"field 'w': some ids are below 0 .* set type = \"text\" for the field"):

@@ -322,20 +322,11 @@ def test_every_type_is_read_or_left_out_with_the_reason(tmp_path):
         "odd": [1, 2, 3, 4],
     }
     first = saved(tmp_path, "0.parquet", **columns, click=[0, 1, 0, 1])
-    second = columns | {
-        "mixed": pa.array(words),
-        "odd": pa.array([0.5, 1, 2, 3]),
-        "plain": pa.array([{"y": 1}] * 4),
-    }
+    second = columns | {"mixed": pa.array(words), "odd": pa.array([0.5, 1, 2, 3]), "plain": pa.array([{"y": 1}] * 4)}
     files = [first, saved(tmp_path, "1.parquet", **second, click=[True, False, True, False])]
     found = profile_files(files)
     kinds = {name: str(column.kind) for name, column in found.columns.items()}
-    assert (kinds["view"], kinds["codes"], kinds["mixed"], kinds["odd"]) == (
-        "string",
-        "string",
-        "string",
-        "double",
-    )
+    assert (kinds["view"], kinds["codes"], kinds["mixed"], kinds["odd"]) == ("string", "string", "string", "double")
     assert (found.columns["lists"].values, found.columns["lists"].distinct.estimate()) == (6, 3)
     assert found.columns["nested"].item == pa.string()
     _, text, _ = inferred(files, tmp_path)
@@ -369,12 +360,7 @@ def test_whole_doubles_that_are_ids_are_no_amounts(tmp_path):
 def test_unsigned_ids_of_databases_are_told_apart(tmp_path):
     """Decimals of twenty digits, alone, beside int64 and uint64 of other days; one beyond 64 bits is no id."""
     large = [2**64 - 1 - n % 300 for n in range(900)]
-    days = {
-        "big": large,
-        "mixed": range(900),
-        "small": large,
-        "beyond": [10**25 * (n % 300) for n in range(900)],
-    }
+    days = {"big": large, "mixed": range(900), "small": large, "beyond": [10**25 * (n % 300) for n in range(900)]}
     kinds = {"mixed": pa.int64(), "small": pa.uint64()}
     files = []
     for number in range(2):
@@ -397,11 +383,7 @@ def test_ids_that_narrow_floats_of_one_file_cannot_tell_apart_are_amounts(kind, 
         ids = np.array([1.0, 2.0, 3.0, top])
         files = [
             saved(
-                tmp_path,
-                f"{n}.parquet",
-                user_id=pa.array(ids.astype(each), each_type),
-                w=["a"] * 4,
-                click=[0, 1, 0, 1],
+                tmp_path, f"{n}.parquet", user_id=pa.array(ids.astype(each), each_type), w=["a"] * 4, click=[0, 1, 0, 1]
             )
             for n, (each, each_type) in enumerate([(np.float64, pa.float64()), (kind.to_pandas_dtype(), kind)])
         ]

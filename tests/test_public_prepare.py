@@ -36,11 +36,7 @@ def src(tmp_path) -> Path:
     """AliExpress' sample in small: ten searches of two rows each to train, and as many to test."""
     schema = load_schema(SCHEMA_FOLDER / "aliexpress.toml")
     columns: dict[str, list] = {feature.source_column: [0] * 20 for feature in schema.features}
-    columns |= {
-        "search_id": [row // 2 for row in range(20)],
-        "click": [1] * 10 + [0] * 10,
-        "conversion": [0] * 20,
-    }
+    columns |= {"search_id": [row // 2 for row in range(20)], "click": [1] * 10 + [0] * 10, "conversion": [0] * 20}
     (tmp_path / "src").mkdir()
     for split in ("train", "test"):
         pq.write_table(pa.table(columns), tmp_path / "src" / f"{split}.parquet")

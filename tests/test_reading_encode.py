@@ -51,9 +51,7 @@ def bag(num_embeddings=10, **keys):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()],
-    ids=str,
+    "kind", [pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()], ids=str
 )
 @pytest.mark.parametrize("policy", ["error", "null", "modulo"])
 def test_ids_of_every_integer_type_and_policy(kind, policy):
@@ -117,9 +115,7 @@ def test_weights_follow_their_ids():
 
 @pytest.mark.parametrize("transform", ["identity", "log1p", "standardise"])
 @pytest.mark.parametrize(
-    "kind",
-    [pa.int8(), pa.int64(), pa.float32(), pa.float64(), pa.float16(), pa.decimal128(9, 2), pa.bool_()],
-    ids=str,
+    "kind", [pa.int8(), pa.int64(), pa.float32(), pa.float64(), pa.float16(), pa.decimal128(9, 2), pa.bool_()], ids=str
 )
 def test_numbers(transform, kind):
     raw = [True, None, False] if pa.types.is_boolean(kind) else [-3, None, 5]
@@ -263,9 +259,7 @@ def test_vocabulary_faults_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [pa.float64(), pa.decimal128(20, 0), pa.string_view(), pa.dictionary(pa.int8(), pa.int64())],
-    ids=str,
+    "kind", [pa.float64(), pa.decimal128(20, 0), pa.string_view(), pa.dictionary(pa.int8(), pa.int64())], ids=str
 )
 def test_a_vocabulary_of_another_type_holds_the_same_ids(tmp_path, kind):
     """As fits of earlier versions may have written it."""

@@ -65,13 +65,7 @@ def test_what_spark_and_macos_mark_as_no_data_is_not_read(tmp_path, hidden, text
 
 
 def test_folders_of_part_files_and_files_without_an_ending_are_data(tmp_path):
-    names = [
-        "day1.parquet/part-0.snappy.parquet",
-        "day2/000000_0",
-        "day3/A.PARQUET",
-        "day4/x.parq",
-        "day5/y.pq",
-    ]
+    names = ["day1.parquet/part-0.snappy.parquet", "day2/000000_0", "day3/A.PARQUET", "day4/x.parq", "day5/y.pq"]
     files = [write_file(tmp_path / name, 3) for name in names]
     assert files_in_words(resolve_files([str(tmp_path)])) == "5 files"
     (tmp_path / "_delta_log").mkdir()

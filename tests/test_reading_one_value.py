@@ -23,23 +23,9 @@ from mbcnet_rec.serving.preprocess import Preprocessor
 
 INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
 TEXTS = (pa.string(), pa.large_string(), pa.string_view())
-WHOLE = (
-    pa.float16(),
-    pa.float32(),
-    pa.float64(),
-    pa.decimal64(12, 0),
-    pa.decimal128(38, 0),
-    pa.decimal256(60, 0),
-)
+WHOLE = (pa.float16(), pa.float32(), pa.float64(), pa.decimal64(12, 0), pa.decimal128(38, 0), pa.decimal256(60, 0))
 TAKEN = (*INTEGERS, *TEXTS, *WHOLE)
-REFUSED = (
-    pa.bool_(),
-    pa.binary(),
-    pa.timestamp("us"),
-    pa.date32(),
-    pa.decimal128(20, 2),
-    pa.struct({"a": pa.int64()}),
-)
+REFUSED = (pa.bool_(), pa.binary(), pa.timestamp("us"), pa.date32(), pa.decimal128(20, 2), pa.struct({"a": pa.int64()}))
 EXTREMES = (0, 1, 127, -128, 2**24 - 1, 2**31, 2**53 + 1, 2**63 - 1, -(2**63), 2**63, 2**64 - 1)
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2, 3))]
 LARGEST = float(np.finfo(np.float32).max)
@@ -186,11 +172,7 @@ def test_ids_have_one_row(field, seed):
                 continue
             assert single.trained(form) == wanted
             lists = pa.ListArray.from_arrays(offsets, form)
-            for container in (
-                lists,
-                lists.cast(pa.large_list(form.type)),
-                pa.concat_arrays([lists, lists]).slice(3),
-            ):
+            for container in (lists, lists.cast(pa.large_list(form.type)), pa.concat_arrays([lists, lists]).slice(3)):
                 assert many.served(container) == many.trained(container) == of_lists, (kind, container.type)
             views = pa.ListViewArray.from_arrays(offsets[:-1], pa.array([3, 0, len(column) - 3], pa.int32()), form)
             assert many.served(views) == many.trained(views) == of_lists

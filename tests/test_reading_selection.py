@@ -28,10 +28,7 @@ KINDS = {
     "timestamp[ms, UTC]": (pa.timestamp("ms", "UTC"), lambda s: s * 1000),
     "date": (pa.date32(), lambda s: s // DAY),
     "yyyymmdd": (pa.int32(), lambda s: int(day_of(s).replace("-", ""))),
-    "text": (
-        pa.string(),
-        lambda s: datetime.datetime.fromtimestamp(s, datetime.UTC).strftime("%Y-%m-%dT%H:%M"),
-    ),
+    "text": (pa.string(), lambda s: datetime.datetime.fromtimestamp(s, datetime.UTC).strftime("%Y-%m-%dT%H:%M")),
     "text of days": (pa.string(), lambda s: day_of(s).replace("-0", "-")),
 }
 HOURS = {  # of 30 April 23:00, 1 May 7:00 and 13:00, 2 May 0:00: the rows that meet each
@@ -180,14 +177,9 @@ def test_int96_and_types_that_change_from_day_to_day(tmp_path):
 )
 def test_a_day_compares_as_a_day_in_every_type(log, sign, day, form, name):
     _, files = log
-    meets = {
-        "<": int.__lt__,
-        "<=": int.__le__,
-        ">": int.__gt__,
-        ">=": int.__ge__,
-        "=": int.__eq__,
-        "!=": int.__ne__,
-    }[sign]
+    meets = {"<": int.__lt__, "<=": int.__le__, ">": int.__gt__, ">=": int.__ge__, "=": int.__eq__, "!=": int.__ne__}[
+        sign
+    ]
     bound = datetime.datetime.fromtimestamp(FIRST + day * DAY, datetime.UTC).strftime(form)
     wanted = [row for row in range(DAYS * ROWS_A_DAY) if meets(row // ROWS_A_DAY, day)]
     if wanted:
@@ -298,11 +290,7 @@ def test_a_time_column_that_is_missing_or_holds_no_times_is_named(files, tmp_pat
     for where, rows in HOURS.items():
         if rows:
             assert kept([bad], f"at {where}") == rows
-    refused(
-        r"2024050200 .hours written yyyymmddhh.*, and '2024-05-01T07:30' is nothing",
-        "at < 2024-05-01T07:30",
-        [],
-    )
+    refused(r"2024050200 .hours written yyyymmddhh.*, and '2024-05-01T07:30' is nothing", "at < 2024-05-01T07:30", [])
 
 
 @pytest.mark.parametrize("form", ["%Y-%m-%d-%H", "%Y%m%d%H", "%Y-%m-%d_%H", "%Y-%m-%d%%20%H%%3A00%%3A00", "%Y%m%dT%H"])

@@ -43,12 +43,7 @@ def test_it_is_a_front_page():
 
 def typed(folder: Path, command: str) -> None:
     """Run a command as a shell in `folder` would, with our programs in front."""
-    env = {
-        "PATH": f"{BINARIES}:/usr/bin:/bin",
-        "HOME": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    env = {"PATH": f"{BINARIES}:/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = ["bash", "-c", command]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

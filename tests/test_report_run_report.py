@@ -94,12 +94,7 @@ def test_less_is_shown_where_less_was_logged(lines, plan, there, not_there, tmp_
 
 def test_curves_are_of_what_was_logged_and_not_0_throughout():
     run = {"train": LINES[:8], "valid": LINES[8:10]}
-    wanted = (
-        ("a", "valid", "auc"),
-        ("b", "train", "disagreement"),
-        ("c", "train", "dis"),
-        ("d", "valid", "loss"),
-    )
+    wanted = (("a", "valid", "auc"), ("b", "train", "disagreement"), ("c", "train", "dis"), ("d", "valid", "loss"))
     plots = dict(plots_of([run, run], wanted))
     points = [(20, pytest.approx(0.72)), (40, pytest.approx(0.74))]
     assert list(plots) == ["a", "b"] and plots["a"]["fused"] == [points, points]

@@ -120,11 +120,7 @@ def test_an_owner_elsewhere_is_alive_while_it_touches_its_lock(tmp_path, capfd):
 
 def test_nothing_is_left_whatever_happens_inside(tmp_path):
     (tmp_path / "mine").mkdir()
-    with (
-        pytest.raises(ValueError),
-        locked(tmp_path / "a" / "b", "train"),
-        locked(tmp_path / "a" / "b", "train"),
-    ):
+    with pytest.raises(ValueError), locked(tmp_path / "a" / "b", "train"), locked(tmp_path / "a" / "b", "train"):
         raise ValueError  # the inner one, of the same process, leaves the outer one's LOCK
     with pytest.raises(ValueError), locked(tmp_path / "mine", "train"):
         raise ValueError

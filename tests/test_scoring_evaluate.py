@@ -13,13 +13,7 @@ from serving_data import KINDS, evaluated, printed_by, serving_table, trained_ru
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mbcnet_rec.runtime.process import Process
-from mbcnet_rec.scoring.metrics import (
-    Histogram,
-    auc_of_counts,
-    evaluate_predictions,
-    exact_metrics,
-    score_counts,
-)
+from mbcnet_rec.scoring.metrics import Histogram, auc_of_counts, evaluate_predictions, exact_metrics, score_counts
 
 ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
 NAMES, BRANCHES = ("auc", "log_loss", "ne", "calibration"), ("", "/efgc", "/cross", "/deep")

@@ -188,12 +188,7 @@ def test_scores_of_another_file_are_replaced_only_by_overwrite(runs, days, capfd
     first, before = pq.read_table(out / "part-0.parquet"), everything_in(out)
     code, _, err = predict(run, "ds=2", out, capfd)
     assert code == 2 and "\n" not in err
-    for words in (
-        f"{days}/ds=1/part-0.parquet",
-        f"{days}/ds=2/part-0.parquet",
-        "another --out",
-        "--overwrite",
-    ):
+    for words in (f"{days}/ds=1/part-0.parquet", f"{days}/ds=2/part-0.parquet", "another --out", "--overwrite"):
         assert words in err
     code, _, err = predict(run, days / "ds=*", out, capfd)
     assert code == 2 and f"{days}/ds=1/part-0.parquet: its scores are in {out}/part-0.parquet already" in err

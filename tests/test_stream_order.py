@@ -6,11 +6,7 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.reading.config import StreamOptions
-from data.stream.order import (
-    RowGroup,
-    lane_bounds,
-    plan_windows,
-)
+from data.stream.order import RowGroup, lane_bounds, plan_windows
 
 ROW_GROUPS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 ORDERS = st.sampled_from(["shuffled", "partitioned", "chronological"])

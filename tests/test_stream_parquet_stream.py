@@ -259,8 +259,7 @@ def test_importance_weights_make_up_for_dropped_negatives(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [{"keep_negatives": 0.4}, {"drop_positives": 0.5}, {"keep_negatives": 0.3, "drop_positives": 0.2}],
+    "sampling", [{"keep_negatives": 0.4}, {"drop_positives": 0.5}, {"keep_negatives": 0.3, "drop_positives": 0.2}]
 )
 def test_sampled_rows_do_not_depend_on_world_workers_or_other_files(log, sampling):
     def kept(files, world_size, workers, order="shuffled", epoch=0):

@@ -66,12 +66,7 @@ def test_table3_compares_the_models_with_the_paper_beside(home, again):
     aucs = [scores(folder)["auc"] for folder in folders_of(home, "dnn")]
     assert f"DNN | 2 | {np.mean(aucs):.4f} ± {np.std(aucs, ddof=1):.4f}" in page, "the mean is that of the runs"
     assert re.search(r"MBCnet is (ahead of|behind) DNN", page) and "Of 1 claims of the paper" in page
-    for words in (
-        "MBCnet beats DNN",
-        "mbcnet study table3 --config",
-        "every key resolved",
-        "scores: A dot is",
-    ):
+    for words in ("MBCnet beats DNN", "mbcnet study table3 --config", "every key resolved", "scores: A dot is"):
         assert words in page
 
 

@@ -70,8 +70,7 @@ def test_everything_that_a_run_is_read_with_counts_and_nothing_else(tmp_path):
         yield with_overrides(config, ["train.timeout_seconds=9", "train.tracking=http://x"], "x")
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         yield load_config(
-            tmp_path / "a/run.toml",
-            [f"schema={tmp_path}/b/schema.toml", f"data.train=['{tmp_path}/b/train.parquet']"],
+            tmp_path / "a/run.toml", [f"schema={tmp_path}/b/schema.toml", f"data.train=['{tmp_path}/b/train.parquet']"]
         )
         schema.write_text("# a comment\n" + schema.read_text())
         yield config

@@ -23,11 +23,7 @@ def config(tmp_path_factory):
 
 def test_every_table_and_figure_of_the_paper_is_there():
     assert set(PAPER) <= set(STUDIES)
-    assert [len(STUDIES[name].variants) for name in ("table3", "table7", "fig9")] == [
-        9,
-        3 * len(DENSITIES),
-        16,
-    ]
+    assert [len(STUDIES[name].variants) for name in ("table3", "table7", "fig9")] == [9, 3 * len(DENSITIES), 16]
     for name, study in STUDIES.items():
         assert study.name == name and study.reference and study.question.endswith("?")
 

@@ -182,11 +182,7 @@ def test_fused_is_compared_with_its_best_branch_and_both_p_are_shown():
 def test_rows_are_compared_with_the_best_reference_but_themselves():
     variants = tuple(Variant(name, (), (0.7, 0.2)) for name in ("weak", "strong", "ours", "dead", "never"))
     study = Study("s", "", "", variants, ("weak", "strong"))
-    scores = {
-        "weak": seeds_of([0.70]),
-        "strong": seeds_of([0.75]),
-        "ours": seeds_of([0.80, 0.82], [0.4, 0.2]),
-    }
+    scores = {"weak": seeds_of([0.70]), "strong": seeds_of([0.75]), "ours": seeds_of([0.80, 0.82], [0.4, 0.2])}
     rows = {
         row.name: row for row in summarise(study, Results(scores, {}), {"dead": ["seed 0: the loss is not finite"]})
     }

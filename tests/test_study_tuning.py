@@ -136,10 +136,7 @@ def test_trials_of_other_settings_or_data_are_not_continued(what, config, out, t
     tune_model(replace(config, name="n"), replace(SEARCH, trials=2), "dnn", out, trained)
     other, search = change(tmp_path, config)
     more = {"model.dnn.hidden": Range(choices=([8], [16, 8], [4]))}
-    changed = {
-        "choices": replace(SEARCH, space=SEARCH.space | more),
-        "sampler": replace(SEARCH, sampler="tpe"),
-    }
+    changed = {"choices": replace(SEARCH, space=SEARCH.space | more), "sampler": replace(SEARCH, sampler="tpe")}
     with pytest.raises(InputError, match="choose another --out") as caught:
         tune_model(other, replace(changed.get(search, SEARCH), trials=3), "dnn", out, trained)
     assert words in str(caught.value) and "its 2 trials had other settings or data" in str(caught.value)
@@ -232,10 +229,7 @@ def test_the_shipped_space_fits_every_model_of_table_3(kind, config, tmp_path):
         ("", r"\[space\] is missing"),
         ("trails = 3\n[space]\na = {low = 1, high = 2}", "trails is not a known key; did you mean 'trials'"),
         ("trials = 0\n[space]\na = {low = 1, high = 2}", "trials = 0: wanted 1 or more"),
-        (
-            "sampler = 'grid'\n[space]\na = {low = 1, high = 2}",
-            "sampler = 'grid': wanted one of 'tpe', 'random'",
-        ),
+        ("sampler = 'grid'\n[space]\na = {low = 1, high = 2}", "sampler = 'grid': wanted one of 'tpe', 'random'"),
         ("[space]\na = 3", "space.a = 3: wanted"),
         ("[space]\na = {choices = []}", "space.a.low = nan, .* wanted one or more choices"),
         ("[space]\na = {low = 2, high = 1}", "wanted one or more choices, or low <= high"),

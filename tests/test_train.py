@@ -20,17 +20,7 @@ TRAIN_KEYS = {
     "auc", "loss", "bce", "samples_per_second", "input_wait_share", "step_seconds", "coteaching_loss", "differentiation_loss",
     "disagreement/efgc>deep", "transform_distance/efgc-deep", "latent_norm/efgc",
 }  # fmt: skip
-VALID_KEYS = {
-    "auc",
-    "log_loss",
-    "ne",
-    "calibration",
-    "gauc",
-    "auc/efgc",
-    "log_loss/cross",
-    "auc/deep",
-    "rows",
-}
+VALID_KEYS = {"auc", "log_loss", "ne", "calibration", "gauc", "auc/efgc", "log_loss/cross", "auc/deep", "rows"}
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +112,7 @@ DATA_FAULTS = {
         lambda t: with_value(t, "user", 1500, 120),
         ["bad.parquet", "row group 2", "row 100", "'user'", "120", "on_invalid"],
     ),
-    "negative id in a list": (
-        lambda t: with_value(t, "tags", 3, [1, -7]),
-        ["bad.parquet", "row 3", "'tags'", "-7"],
-    ),
+    "negative id in a list": (lambda t: with_value(t, "tags", 3, [1, -7]), ["bad.parquet", "row 3", "'tags'", "-7"]),
     "label 2": (lambda t: with_value(t, "click", 10, 2), ["bad.parquet", "row 10", "'click'", "0 or 1"]),
 }
 

@@ -39,10 +39,7 @@ def test_tables_move_as_torch_moves_them_one_by_one(options: dict[str, float]) -
     whether a number is in the vector part of the loop depends on where its tensor begins."""
     whole, tables = tables_of_one_tensor()
     apart = [nn.Parameter(table.detach().clone()) for table in tables]
-    ours, theirs = (
-        WholeAdam(tables, **RATES, **options),
-        torch.optim.Adam(apart, fused=True, **RATES, **options),
-    )
+    ours, theirs = (WholeAdam(tables, **RATES, **options), torch.optim.Adam(apart, fused=True, **RATES, **options))
     for step, gradient in enumerate(gradients(10, whole.numel())):
         for optimizer in (ours, theirs):
             optimizer.zero_grad()
@@ -112,10 +109,7 @@ def test_tables_without_their_neighbours_stand_for_themselves() -> None:
     """A tensor some of whose tables another optimizer has is not moved as a whole."""
     whole, tables = tables_of_one_tensor()
     other = nn.Parameter(torch.ones(3))
-    assert [(id(each), len(parts)) for each, parts in wholes_of([*tables, other])] == [
-        (id(whole), 2),
-        (id(other), 1),
-    ]
+    assert [(id(each), len(parts)) for each, parts in wholes_of([*tables, other])] == [(id(whole), 2), (id(other), 1)]
     assert [id(each) for each, _ in wholes_of([tables[1], other])] == [id(tables[1]), id(other)]
     before = whole.detach().clone()
     optimizer = WholeAdam([tables[1]], **RATES)

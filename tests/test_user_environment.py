@@ -34,10 +34,7 @@ data = { train = ["~/logs", "~nobody-of-that-name/logs"] }
         ({"LOCAL_RANK": "0"}, None),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **MEETING}, Ranks(1, 2, 1, None)),
-        (
-            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING},
-            Ranks(1, 2, 1, 2),
-        ),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING}, Ranks(1, 2, 1, 2)),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", **MEETING}, Ranks(3, 4, None, None)),
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", **MEETING}, Ranks(0, 2, None, None)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2", **MEETING}, Ranks(1, 2, None, None)),
@@ -140,11 +137,7 @@ def test_ctrl_c_in_an_import_that_swallows_it_ends_with_130(tmp_path):
     code = "from launch.interrupt import heed_interrupts\nheed_interrupts()\nimport swallows\nprint('lost')"
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "mbcnet: stopped\n")
 
@@ -181,10 +174,7 @@ def test_every_text_file_is_opened_with_its_encoding():
     for room in ("data", "sharding", "mbcnet_rec", "launch"):
         for path in (ROOT / room).rglob("*.py"):
             for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in (
-                    "read_text",
-                    "write_text",
-                ):
+                if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("read_text", "write_text"):
                     named = any(word.arg == "encoding" for word in call.keywords)
                     faults += [] if named else [f"{path}:{call.lineno}"]
     assert not faults

@@ -123,9 +123,7 @@ def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = 
     return Batch(
         dense_features=torch.from_numpy(dense),
         sparse_features=KeyedJaggedTensor(
-            [feature.name for feature in schema.sparse],
-            torch.from_numpy(ids),
-            lengths=torch.from_numpy(lengths),
+            [feature.name for feature in schema.sparse], torch.from_numpy(ids), lengths=torch.from_numpy(lengths)
         ),
         weighted_features=_weighted(runs, num_rows, schema) if schema.weighted else None,
         labels=torch.from_numpy(labels),

@@ -45,12 +45,7 @@ class ParquetStream:
     """
 
     def __init__(
-        self,
-        files: Sequence[DataFile],
-        schema: Schema,
-        options: StreamOptions,
-        rank: int = 0,
-        world_size: int = 1,
+        self, files: Sequence[DataFile], schema: Schema, options: StreamOptions, rank: int = 0, world_size: int = 1
     ) -> None:
         """Read all footers; with sampling or conditions on time, also the label or the time column, once.
 

@@ -22,14 +22,7 @@ import pyarrow.fs as pafs
 from data.errors import InputError
 from data.reading.storage import file_system, retried
 from data.whole_folder import write_whole
-from mbcnet_rec.checkpoints.manifest import (
-    MANIFEST,
-    Manifest,
-    file_name,
-    is_file_name,
-    read_checkpoint,
-    read_manifest,
-)
+from mbcnet_rec.checkpoints.manifest import MANIFEST, Manifest, file_name, is_file_name, read_checkpoint, read_manifest
 from mbcnet_rec.runtime.exits import CannotWriteError
 
 BEST = "best.json"

@@ -37,11 +37,7 @@ def write_tensors(tensors: dict[str, Tensor], sink: BinaryIO | pa.NativeFile) ->
     header, start = {}, 0
     for name, tensor in tensors.items():
         stop = start + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, stop],
-        }
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)

@@ -22,10 +22,7 @@ def zch_table_of(name: str) -> str:
 
 
 def tables_of_other_ids(
-    saved: Mapping[str, Shape],
-    wanted: Mapping[str, Shape],
-    buckets: Mapping[str, int],
-    now: Mapping[str, int],
+    saved: Mapping[str, Shape], wanted: Mapping[str, Shape], buckets: Mapping[str, int], now: Mapping[str, int]
 ) -> set[str]:
     """Tables whose rows belong to other ids in the checkpoint than in this run: their values must not be loaded.
 

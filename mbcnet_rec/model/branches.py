@@ -15,13 +15,7 @@ from data.errors import InputError
 from data.schema.bounds import Bounded, bounded
 from mbcnet_rec.model.factorisation import FieldVectors, bi_interaction
 from mbcnet_rec.model.input_layout import ALL, WIDE, Embeddings, InputLayout
-from mbcnet_rec.model.layers import (
-    MLP,
-    Cross,
-    CrossConfig,
-    GroupedMLP,
-    Regularisation,
-)
+from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, GroupedMLP, Regularisation
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,7 @@ class MLP(nn.Sequential):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        hidden: Sequence[int],
-        regularisation: Regularisation = PLAIN,
-        *,
-        last_relu: bool = True,
+        self, in_features: int, hidden: Sequence[int], regularisation: Regularisation = PLAIN, *, last_relu: bool = True
     ) -> None:
         layers: list[nn.Module] = []
         for place, out_features in enumerate(hidden):

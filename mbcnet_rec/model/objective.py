@@ -129,12 +129,7 @@ class LossArch(nn.Module):
             norms, distance = self._measured(output.latents, matrices, weights)
         if self.training:
             self.step.add_(1)
-        terms = {
-            "loss": loss,
-            "bce": bce,
-            "coteaching_loss": coteaching,
-            "differentiation_loss": differentiation,
-        }
+        terms = {"loss": loss, "bce": bce, "coteaching_loss": coteaching, "differentiation_loss": differentiation}
         detached = {name: term.detach() for name, term in terms.items()}
         return loss, Outputs(logits.detach().t(), labels, weights, detached, distance, norms)
 

@@ -35,11 +35,7 @@ class Watchdog:
     """
 
     def __init__(
-        self,
-        process: Process,
-        folder: Path,
-        stall_seconds: float,
-        on_place: Callable[[str], None] = lambda place: None,
+        self, process: Process, folder: Path, stall_seconds: float, on_place: Callable[[str], None] = lambda place: None
     ) -> None:
         self._process, self._on_place = process, on_place
         self._path = folder / STACKS / f"rank_{process.rank}.txt"

@@ -106,10 +106,7 @@ class BucketedCollisions(ManagedCollisionModule):
 
     @torch.no_grad()
     def remap(
-        self,
-        features: dict[str, JaggedTensor],
-        mutate_miss_lengths: bool = True,
-        write_weights: Tensor | None = None,
+        self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True, write_weights: Tensor | None = None
     ) -> dict[str, JaggedTensor]:
         """Return the row in the table, [start, stop), for every id."""
         remapped = {}

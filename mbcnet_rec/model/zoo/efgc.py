@@ -27,11 +27,7 @@ class EFGCArch(nn.Module):
     def __init__(self, config: EFGCNetConfig, layout: InputLayout) -> None:
         super().__init__()
         alone = BranchesConfig(
-            ("efgc",),
-            config.efgc,
-            branch_dim=config.branch_dim,
-            batch_norm=config.batch_norm,
-            dropout=config.dropout,
+            ("efgc",), config.efgc, branch_dim=config.branch_dim, batch_norm=config.batch_norm, dropout=config.dropout
         )
         self.branch = EFGCBranch(alone, layout)
         self.top = MLP(config.branch_dim, config.top, config)
