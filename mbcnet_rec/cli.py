@@ -222,8 +222,7 @@ def readable(word: str) -> str:
 def exit_code(command: Callable[[], int]) -> int:
     """Run a command and print what ends it early as one line.
 
-    Returns:
-        The exit code: 0, or 2 for a user's mistake, 130 after Ctrl-C; see runtime/exits.py for the others.
+    The exit code is 0, or 2 for a user's mistake, 130 after Ctrl-C; see runtime/exits.py for the others.
     """
     try:
         return command()

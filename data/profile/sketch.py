@@ -11,10 +11,7 @@ class Distinct:
 
     Below k distinct values the count is exact. Above, with U_(k) the k-th smallest hash as a share of the hash range,
     the estimate is (k - 1) / U_(k), whose standard error is about 1 / sqrt(k - 2): 1.6 % for k = 4096. The order and the
-    grouping of the input change nothing.
-
-    Args:
-        size: k, hashes kept: 8 bytes each.
+    grouping of the input change nothing. `size` is k; each hash takes 8 bytes.
     """
 
     def __init__(self, size: int = 4096) -> None:

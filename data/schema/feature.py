@@ -224,12 +224,10 @@ def _boundaries_problem(feature: Feature) -> str:
 
 
 def rows_problem(sizes: Any, users: Sequence[Feature], what: str) -> str:
-    """Return what is wrong with a table's sizes, or an empty string. FBGEMM needs dims that are multiples of 4.
+    """Return what is wrong with the sizes of a field or of an entry of [tables], or an empty string.
 
-    Args:
-        sizes: has num_embeddings and embedding_dim: a field, or an entry of [tables].
-        users: the fields that look it up. As long as one of them waits for a fit, there may be 0 rows.
-        what: "field" or "table", for the message.
+    FBGEMM needs dims that are multiples of 4. As long as one of the `users`, the fields that look it up, waits for a fit, there may be 0
+    rows. `what` is "field" or "table", for the message.
     """
     num_embeddings, embedding_dim = sizes.num_embeddings, sizes.embedding_dim
     if embedding_dim < 4 or embedding_dim % 4 or embedding_dim > MAX_EMBEDDING_DIM:

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 class WholeAdam(torch.optim.Adam):
     """torch's fused Adam without what it does in Python around it, on parameters some of which may be views of one tensor.
 
-    Fused Adam makes one pass over parameters and moments, on a CPU 5 times as fast as one operation after another.
-
-    Args:
-        params: of nn.Parameter; those that TorchRec cut from one tensor are recognised, and updated as one where they cover it.
-        options: lr, eps, weight_decay and decoupled_weight_decay of torch.optim.Adam; its other options keep their defaults.
+    Fused Adam makes one pass over parameters and moments, on a CPU 5 times as fast as one operation after another. Parameters that
+    TorchRec cut from one tensor are recognised, and updated as one where they cover it. Options are lr, eps, weight_decay and
+    decoupled_weight_decay; torch.optim.Adam's others keep their defaults.
     """
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
@@ -47,8 +45,7 @@ class WholeAdam(torch.optim.Adam):
 class Bucket:
     """Tensors of one device and dtype that one call of fused Adam updates, with their moments and step counts.
 
-    Args:
-        wholes: each tensor and the parameters that it is made of; itself alone where it is not cut.
+    `wholes` gives each tensor and the parameters that it is made of; itself alone where it is not cut.
     """
 
     def __init__(self, wholes: Sequence[tuple[Tensor, list[nn.Parameter]]]) -> None:

@@ -239,17 +239,10 @@ def exact_metrics(
     *,
     errors: bool = True,
 ) -> dict[str, Estimate]:
-    """Compute every metric of every output from the rows.
+    """Compute every metric of every output: auc, log_loss, ne, calibration of the fused one; auc/BRANCH, ... of the branches in `names`.
 
-    Args:
-        logits: (B, O), fused first.
-        labels: (B,) of 0 and 1.
-        names: of the branches, O - 1 of them.
-        group_ids: (B,) for GAUC of the fused output, or None.
-        errors: whether an AUC has its error, at three times its time.
-
-    Returns:
-        auc, log_loss, ne, calibration, gauc of the fused output; auc/BRANCH, ... calibration/BRANCH of the others.
+    Logits are (B, O), fused first, labels (B,) of 0 and 1. With group ids, (B,), there is gauc of the fused output too. With `errors` an
+    AUC has its error, at three times its time.
     """
     columns = [np.ascontiguousarray(column) for column in logits.T]
     if errors:

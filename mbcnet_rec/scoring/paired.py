@@ -45,11 +45,7 @@ def paired_differences(
 ) -> dict[str, Difference]:
     """auc, log_loss, calibration, and gauc where there are groups: ours less theirs.
 
-    Args:
-        ours: logits (B,).
-        theirs: logits (B,) of the same rows.
-        labels: (B,) of 0 and 1.
-        groups: (B,) ids of groups, within which rows depend on each other; None: rows are independent.
+    Logits (B,) and labels (B,) are of the same rows. `groups` are (B,) ids of what makes rows depend on each other; None: nothing does.
     """
     metrics: dict[str, Callable[[np.ndarray], Influence]] = {
         "auc": lambda z: auc_influence(z, labels),

@@ -71,10 +71,8 @@ def count_slices(
 ) -> dict[str, list[str]]:
     """Count every column's values over all ranks and choose the slices. Every rank calls it.
 
-    `by` names the reader's extra columns, in their order, as the user did; `own` are this rank's chunks.
-
-    Returns:
-        Column as the user named it -> names of its slices, by falling frequency; REST, where there is one, is the last.
+    `by` names the reader's extra columns, in their order, as the user did; `own` are this rank's chunks. Returns for each of `by` the names
+    of its slices, by falling frequency; REST, where there is one, is the last.
 
     Raises:
         InputError: on every rank, where a file is damaged or a column has more than MAX_VALUES values.

@@ -56,18 +56,9 @@ class Answer:
 
 
 class Tally:
-    """Keeps every row; or, where they are too many, counts them in bins and keeps a sample of the groups.
+    """Keeps every row, and is `exact`; or, where they are more than `exact_rows`, counts them in bins and keeps a sample of the groups.
 
-    Attributes:
-        exact: whether every row is kept.
-        names: column -> names of its slices.
-
-    Args:
-        num_rows: of all ranks.
-        branches: names of the outputs after the fused one.
-        has_groups: whether rows have group ids.
-        slices: names of the slices of each of the C columns.
-        exact_rows: up to which all rows are kept.
+    `num_rows` are of all ranks, `branches` the outputs after the fused one, `slices` the names of the slices of each of the C columns.
     """
 
     def __init__(

@@ -246,8 +246,7 @@ def pack_rows(
 def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: bool = False) -> str:
     """Write the folder anew; it appears by one rename. With `aot` the dense part is compiled by AOTInductor besides, for this processor.
 
-    Returns:
-        Why the dense part could not be compiled, or an empty string.
+    Returns why it could not be compiled, or an empty string.
     """
     with whole_folder(out) as partial:
         save_file(exported.rows, partial / serving.TABLES)

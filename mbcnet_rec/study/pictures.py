@@ -164,11 +164,7 @@ def _categories(material: Material) -> list[Block]:
 
 
 def best_learned(probe: Probe) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Count the categories of each branch's best-learned rows.
-
-    Returns:
-        The most frequent categories (C,), counts (K, C), counts expected of a blind choice (C,), rows taken.
-    """
+    """The most frequent categories (C,), their counts among each branch's best-learned rows (K, C), those of a blind choice (C,), rows taken."""
     kept = min(BEST_LEARNED, max(1, len(probe.labels) // 4))
     known = probe.categories != MISSING
     values, sizes = np.unique(probe.categories[known], return_counts=True)

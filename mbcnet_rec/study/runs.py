@@ -58,12 +58,6 @@ class Run:
 def place_run(config: RunConfig, seed: int, out: Path, known: Known | None = None) -> RunConfig:
     """Give a config its seed and its folder under `out`/runs; a model with branches keeps an early checkpoint, that of the first line of the log.
 
-    Args:
-        config: without them.
-        seed: of its weights and of the order of rows.
-        out: of the study.
-        known: what the command has read already.
-
     Raises:
         InputError: the schema or the data files are missing.
     """
@@ -82,10 +76,7 @@ def run_key(config: RunConfig, known: Known | None = None) -> str:
 
 
 def train_one(config: RunConfig, watch: Watch | None = None) -> str:
-    """Train one run, with `watch` as run_training has it; what it prints goes to a file beside its folder.
-
-    Returns:
-        Why it failed, on one line; "" if it did not.
+    """Train one run, with `watch` as run_training has it; what it prints goes to a file beside its folder. Return why it failed, or "".
 
     Raises:
         PreemptedError: this process got a stop request, which is no fault of the run.

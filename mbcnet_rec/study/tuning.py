@@ -143,10 +143,8 @@ def tune_model(
 ) -> tuple[Path, FrozenTrial]:
     """Run the trials of one model that are still missing under a bar, and write the winner's config.
 
-    Every trial has the config's seed. The study file, the trials' runs and the winner lie in `out`.
-
-    Returns:
-        The winner's config file, and its trial.
+    Every trial has the config's seed. The study file, the trials' runs and the winner lie in `out`. Returns the winner's config file, and
+    its trial.
 
     Raises:
         InputError: earlier trials were of another space, config, schema or data; or no trial came to an end.
