@@ -360,9 +360,7 @@ def toml_key(name: str) -> str:
 def toml_text(value: Any) -> str:
     """A string, number, boolean or list as TOML, which takes JSON's; what would not be seen is written as its number."""
     text = json.dumps(value, ensure_ascii=False)
-    return (
-        text if text.isprintable() else "".join(each if each.isprintable() else f"\\U{ord(each):08X}" for each in text)
-    )
+    return "".join(each if each.isprintable() else f"\\U{ord(each):08X}" for each in text)
 
 
 def inline_table(entry: dict[str, Any]) -> str:

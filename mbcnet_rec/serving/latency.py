@@ -29,6 +29,7 @@ from mbcnet_rec.serving.artifact import take_apart, untrained
 from mbcnet_rec.serving.sample_requests import Requests, draw_requests, read_requests
 
 WARM_UP = 3
+Models = dict[str, serving.ServingModel]
 CORES = len(os.sched_getaffinity(0))  # that this process may use
 
 
@@ -128,9 +129,7 @@ def open_artifact(folder: Path, *, compiled: bool = False) -> Artifact:
     return Artifact(folder, model, load_config(folder / "config.toml"), vocabularies)
 
 
-def contestants(
-    artifacts: Sequence[Artifact], beside: Sequence[str], *, compiled: bool
-) -> dict[str, serving.ServingModel]:
+def contestants(artifacts: Sequence[Artifact], beside: Sequence[str], *, compiled: bool) -> Models:
     """Name -> model: the artifacts by their kind, or by their folder where kinds repeat; then the rivals."""
     kinds = [artifact.model.spec["kind"] for artifact in artifacts]
     models = {}
@@ -158,9 +157,7 @@ def rival(artifact: Artifact, kind: str) -> serving.ServingModel:
     return dataclasses.replace(exported, spec=spec, rows=rows | artifact.model.id_rows).model()
 
 
-def race(
-    models: Mapping[str, serving.ServingModel], requests: Mapping[int, Requests], contest: Contest
-) -> list[Timing]:
+def race(models: Models, requests: Mapping[int, Requests], contest: Contest) -> list[Timing]:
     """Time every model at all rows and threads."""
     before = torch.get_num_threads()
     timings = []
@@ -178,9 +175,7 @@ def race(
     return timings
 
 
-def _take_turns(
-    models: Mapping[str, serving.ServingModel], requests: Requests, contest: Contest
-) -> dict[str, np.ndarray]:
+def _take_turns(models: Models, requests: Requests, contest: Contest) -> dict[str, np.ndarray]:
     """Name -> (calls, 3) seconds of the parts."""
     found: dict[str, list[list[float]]] = {name: [] for name in models}
     for model in models.values():

@@ -74,11 +74,10 @@ def row_differences(
     Log-loss is not that of the mean logits, which are better calibrated than any of them. Empty where the rows are not the same.
     """
     shared = sorted(ours.keys() & theirs.keys())
-    labels, groups = (ours[shared[0]].labels, ours[shared[0]].groups) if shared else (None, None)
-    if labels is None or not all(
-        np.array_equal(each[seed].labels, labels) for each in (ours, theirs) for seed in shared
-    ):
+    scores = [each[seed] for each in (ours, theirs) for seed in shared]
+    if not scores or not all(np.array_equal(each.labels, scores[0].labels) for each in scores):
         return {}
+    labels, groups = scores[0].labels, scores[0].groups
     own, other = (
         np.stack([each[seed].of(output) for seed in shared]).astype(np.float64)
         for each, output in zip((ours, theirs), outputs, strict=True)

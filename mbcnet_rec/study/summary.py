@@ -104,7 +104,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def compare(results: Results, ours: str, theirs: str, metric: str) -> Compared | None:
-    """Compare two variants or outputs over the seeds that both have; None if there is none."""
+    """Compare two variants or outputs over the seeds that both have; None if there is none, as for a name that is empty."""
     own, own_rows, output = results.of(ours)
     other, other_rows, other_output = results.of(theirs)
     shared = sorted(own.keys() & other.keys())
@@ -135,25 +135,18 @@ def summarise(study: Study, results: Results, failures: Mapping[str, Sequence[st
     branches = [best_branch(results.scores.get(name, {})) for name in names]
     outputs = [branch and f"{name}/{branch}" for name, branch in zip(names, branches, strict=True)]
     differences = [
-        corrected(
-            [
-                compare(results, name, other, metric) if other else None
-                for name, other in zip(names, others, strict=True)
-            ]
-        )
+        corrected([compare(results, name, other, metric) for name, other in zip(names, others, strict=True)])
         for others, metric in ((against, "auc"), (against, "log_loss"), (outputs, "auc"))
     ]
     papers = {variant.name: variant.paper for variant in study.variants}
     rows = []
-    for name, other, branch, difference, loss_difference, fused in zip(
-        names, against, branches, *differences, strict=True
-    ):
+    for name, other, branch, area, loss, fused in zip(names, against, branches, *differences, strict=True):
         own = results.scores.get(name, {}).values()
         auc, log_loss = (mean_and_sd([each[metric] for each in own]) for metric in ("auc", "log_loss"))
         dead = sum(bool(each.get("dead")) for each in own)
         rows.append(
             Row(
-                name, len(own), auc, log_loss, other, difference, loss_difference, papers[name],
+                name, len(own), auc, log_loss, other, area, loss, papers[name],
                 branch, fused, mean_and_sd([each["disagreement"] for each in own if "disagreement" in each])[0],
                 tuple(failures.get(name, ())), tuple(sorted({each["note"] for each in own if each.get("note")})), dead,
             )
