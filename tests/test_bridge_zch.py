@@ -3,6 +3,7 @@ collide; that rows go to others only when all are taken, and never in evaluation
 ranks, after a resume bit for bit, and in an artifact; and that what does not fit is refused in one line.
 """
 
+import itertools
 import json
 import re
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from forked_ranks import run_script
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from data.reading.keys import hash_values, remainder, unbounded_ids
@@ -109,6 +111,56 @@ def test_new_ids_are_admitted_every_few_steps_and_none_is_forgotten():
     rows_of(collisions, ids[:0])
     collisions.eval()
     assert len(rows_of(collisions, ids).unique()) == 400
+
+
+class Waits(TorchDispatchMode):
+    """Counts calls for whose result the host would wait on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = ("_local_scalar_dense", "nonzero", "_unique2", "index.Tensor", "equal", "masked_select")
+        masks = (
+            [each for each in args[1] if each is not None and each.dtype == torch.bool]
+            if "index.T" in str(func)
+            else [1]
+        )
+        self.count += any(f"aten.{name}" in str(func) for name in names) and bool(masks)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("buckets", [1, 8])
+def test_a_step_without_an_admission_makes_no_host_wait(buckets):
+    collisions = module(interval=3, buckets=buckets)
+    for numbers in (range(100), range(100, 300)):
+        rows_of(collisions, hashed(numbers))
+    rows_of(collisions, hashed([1]))  # step 3 admits
+    with Waits() as waits:
+        rows_of(collisions, hashed(range(50)))
+        collisions.evict()
+    assert waits.count == 0
+
+
+@pytest.mark.parametrize("part", [(0, ROWS), (ROWS // 2, ROWS)])
+def test_all_buckets_are_searched_at_once(part):
+    """Ids at the borders of buckets, in full and in empty ones, on a rank that holds all of them or the second half."""
+    collisions = BucketedCollisions(table(rows=ROWS), *part, CPU)
+    width = -(-ID_RANGE // 8)
+    first = part[0] * 8 // ROWS
+    ends = [min(number * width, ID_RANGE) for number in range(first, 9)]
+    inside = torch.randint(ends[0], ID_RANGE, (3000,), generator=torch.Generator().manual_seed(0))
+    inside = inside[(inside < ends[2]) | (inside > ends[3])]  # a bucket stays nearly empty, others overflow
+    borders = torch.tensor([value for low, high in itertools.pairwise(ends) for value in (low, high - 1)])
+    rows_of(collisions, torch.cat([borders, inside]))
+    asked = torch.cat([borders, borders[:-1] + 1, inside])
+    asked = asked[asked < ID_RANGE]
+    collisions.eval()
+    rows = rows_of(collisions, asked).tolist()
+    known = dict(zip(collisions.raw_ids.tolist(), collisions.slots.tolist(), strict=True))
+    wanted = [known.get(one, (one // width + 1) * (ROWS // 8) - 1) for one in asked.tolist()]
+    assert rows == wanted and len(set(rows)) > 300
 
 
 @pytest.mark.parametrize(

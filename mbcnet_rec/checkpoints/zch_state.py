@@ -37,6 +37,7 @@ def history_shards(modules: Iterable[BucketedCollisions]) -> list[TensorShard]:
     """For each bucket of this rank, the ids since the last admission and how many ids have lost their row; often nothing."""
     shards = []
     for module in modules:
+        module.deal_out()
         for bucket in module.own_buckets:
             name = f"zch/{module.table.name}/{bucket.number}"
             evictions = torch.tensor([bucket.evictions])

@@ -88,6 +88,11 @@ class BucketedCollisions(ManagedCollisionModule):
         self.register_buffer("last_access_iter", torch.zeros_like(slots))
         own = () if device.type == "meta" else range(start // self.bucket_rows, stop // self.bucket_rows)
         self.own_buckets = [Bucket(self, bucket) for bucket in own]
+        self.noted: list[
+            Tensor
+        ] = []  # (2, n) each: ids that no bucket has been given yet, and their step, counted from 1
+        self.forget()
+        self.register_load_state_dict_post_hook(lambda _module, _keys: self.forget())
 
     def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         """Leave ids as they are: the data plane has hashed them."""
@@ -97,11 +102,17 @@ class BucketedCollisions(ManagedCollisionModule):
     def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         """Note the ids of a training step, and admit new ones every `eviction_interval` steps. Evaluation changes nothing."""
         if self.training:
+            if self._step is None:
+                self._step = int(self._current_iter_tensor)
             self._current_iter_tensor += 1
-            step = int(self._current_iter_tensor)
+            self._step += 1
             for feature in features.values():
-                for bucket, chosen in self._split(feature.values()):
-                    bucket.note(feature.values()[chosen], step)
+                self.noted.append(torch.stack([feature.values(), torch.full_like(feature.values(), self._step)]))
+                if self._step % self.zch.eviction_interval == 0:
+                    self.deal_out()
+                    for bucket in self.own_buckets:
+                        bucket.admit(self._step)
+                    self._keys = None
         return features
 
     @torch.no_grad()
@@ -111,9 +122,10 @@ class BucketedCollisions(ManagedCollisionModule):
         """Return the row in the table, [start, stop), for every id."""
         remapped = {}
         for name, feature in features.items():
-            ids, rows = feature.values(), torch.empty_like(feature.values())
-            for bucket, chosen in self._split(ids):
-                rows[chosen] = bucket.remap(ids[chosen])
+            ids, keys = feature.values(), self._searched()
+            found = torch.searchsorted(keys[:-1], ids)
+            last_rows = (self._bucket_of(ids) + 1) * self.bucket_rows - 1
+            rows = self.slots[found].where(self.raw_ids[found] == ids, last_rows)
             remapped[name] = JaggedTensor(
                 rows, lengths=feature.lengths(), offsets=feature.offsets(), weights=feature.weights_or_none()
             )
@@ -122,6 +134,29 @@ class BucketedCollisions(ManagedCollisionModule):
     def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
         """Note ids, and return their rows."""
         return self.remap(self.profile(features))
+
+    def forget(self) -> None:
+        """Forget what follows from the state. Call after the state was loaded."""
+        self._step: int | None = None  # as _current_iter_tensor says, which the host would wait for
+        self._keys: Tensor | None = None
+
+    def _searched(self) -> Tensor:
+        """Return (r,) ascending: raw_ids, where all buckets are searched at once with the greatest id of its bucket in place of FREE."""
+        if len(self.own_buckets) < 2:
+            return self.raw_ids
+        if self._keys is None:
+            width = -(-ID_RANGE // self.zch.buckets)
+            ends = [min((bucket.number + 1) * width - 1, FREE) for bucket in self.own_buckets]
+            greatest = torch.tensor(ends, device=self.raw_ids.device)[:, None]
+            self._keys = self.raw_ids.view(len(ends), -1).minimum(greatest).flatten()
+        return self._keys
+
+    def deal_out(self) -> None:
+        """Give every bucket its part of the noted ids: on a GPU the host waits for each."""
+        noted = torch.cat([self.slots.new_empty(2, 0), *self.noted], dim=1)
+        self.noted = []
+        for bucket, chosen in self._split(noted[0]):
+            bucket.noted.append(noted[:, chosen])
 
     def evict(self) -> Tensor | None:
         """Return rows of the table whose id has changed since the last call, for their values to be drawn anew."""
@@ -135,7 +170,8 @@ class BucketedCollisions(ManagedCollisionModule):
         return int((self.raw_ids != FREE).sum())
 
     def is_sound(self) -> bool:
-        """Whether the state is one that training makes: each bucket's rows once each, and its ids ascending."""
+        """Whether the state, just loaded, is one that training makes: each bucket's rows once each, and its ids ascending."""
+        self.forget()
         for bucket in self.own_buckets:
             ids, slots = bucket.state["raw_ids"], bucket.state["slots"]
             rows = torch.arange(bucket.last_row + 1 - len(ids), bucket.last_row + 1, device=slots.device)
@@ -175,9 +211,12 @@ class BucketedCollisions(ManagedCollisionModule):
         assert start % self.bucket_rows == stop % self.bucket_rows == 0, (output_id_range, self.bucket_rows)
         return BucketedCollisions(self.table, start, stop, device or self.device)
 
+    def _bucket_of(self, ids: Tensor) -> Tensor:
+        return torch.div(ids, -(-ID_RANGE // self.zch.buckets), rounding_mode="floor")
+
     def _split(self, ids: Tensor) -> Iterator[tuple["Bucket", Tensor]]:
         """Every bucket held here, with the positions of its ids."""
-        bucket_of = torch.div(ids, -(-ID_RANGE // self.zch.buckets), rounding_mode="floor")
+        bucket_of = self._bucket_of(ids)
         for bucket in self.own_buckets:
             yield bucket, (bucket_of == bucket.number).nonzero().squeeze(1)
 
@@ -209,18 +248,8 @@ class Bucket:
         found = torch.searchsorted(raw_ids[:-1], ids)
         return found, raw_ids[found] == ids
 
-    def remap(self, ids: Tensor) -> Tensor:
-        """Return the row of every id, which is the bucket's last for those without one."""
-        found, known = self.find(ids)
-        return self.state["slots"][found].where(known, self.last_row)
-
-    def note(self, ids: Tensor, step: int) -> None:
-        """Note the ids of training step `step`, counted from 1, and admit new ones if that is due."""
-        self.noted.append(torch.stack([ids, torch.full_like(ids, step)]))
-        if step % self.zch.eviction_interval == 0:
-            self._admit(step)
-
-    def _admit(self, step: int) -> None:
+    def admit(self, step: int) -> None:
+        """Give noted ids rows after training step `step`, counted from 1."""
         raw_ids, slots = self.state["raw_ids"], self.state["slots"]
         ids, steps = self.history()
         unique, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
