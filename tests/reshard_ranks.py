@@ -35,7 +35,7 @@ FIRST, MORE = 10, (100 if LONG else 20)
 ANY = ("table_wise", "row_wise", "table_row_wise", "data_parallel")
 # settings of a run -> kinds of plan between which its checkpoints go
 FAMILIES = {
-    "adagrad": (["optim.embedding.name=adagrad"], (*ANY, "column_wise")),
+    "adagrad": (["optim.embedding.name=adagrad", "model.mbcnet.embeddings=per_branch"], (*ANY, "column_wise")),
     "batch_norm": (["model.kind=dnn", "model.dnn.batch_norm=true"], ANY[:2]),
 }
 if LONG:

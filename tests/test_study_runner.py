@@ -19,7 +19,7 @@ from mbcnet_rec.study.runs import scores
 from mbcnet_rec.study.studies import MODELS, STUDIES, with_models
 from mbcnet_rec.study.summary import Results
 
-SHORT = ["--set", "train.max_steps=15", "--set", "train.eval_every=5"]
+SHORT = ["--set", "train.max_steps=15", "--set", "train.eval_every=5", "--set", "model.mbcnet.embeddings=per_branch"]
 
 
 @pytest.fixture(scope="module")
