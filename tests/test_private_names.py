@@ -112,6 +112,16 @@ def test_no_other_private_name_is_used():
 REPLACED = {
     ("planned_ranks.py", "_allreduce_tensors"), ("planned_ranks.py", "_remap_sharding_plan"), ("planned_ranks.py", "_prefetch"),
     ("planned_ranks.py", "device_problem"), ("test_model_layers.py", "get_cpu_capability"),
+    ("fake_gpu.py", "_initialized"),
+    ("fake_gpu.py", "current_device"),
+    ("fake_gpu.py", "is_bf16_supported"),
+    ("fake_gpu.py", "is_available"),
+    ("fake_gpu.py", "get_device_properties"),
+    ("fake_gpu.py", "memory_reserved"),
+    ("fake_gpu.py", "Stream"),
+    ("fake_gpu.py", "stream"),
+    ("fake_gpu.py", "current_stream"),
+    ("fake_gpu_cases.py", "_verify_param_shape_across_processes"),
 }  # fmt: skip
 
 

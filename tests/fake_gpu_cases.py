@@ -1,0 +1,207 @@
+"""The cases of tests/test_gpu_fake_device.py, in a process of their own: what the models, tables and plans do on a fake GPU, as JSON.
+
+python tests/fake_gpu_cases.py FOLDER CASE ...
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fake_gpu_guard import COMPILER, load_guard
+
+FOLDER = Path(sys.argv[1])
+if COMPILER:
+    load_guard(FOLDER)  # before torch
+
+# ruff: noqa: E402
+import torch
+import torch.distributed as dist
+import torch.nn.parallel.distributed as data_parallel
+from fake_gpu import CUDA, FakeGPU, install
+from small_data import write_small
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from data.schema import load_schema
+from mbcnet_rec.build import build
+from mbcnet_rec.checkpoints.shards import shards_of as held
+from mbcnet_rec.config import load_config
+from mbcnet_rec.model.models import ARCHES, build_model, build_objective, model_layout
+from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.training.pipeline import CheckedStep
+from sharding.plan.placement import shards_of
+
+ROWS = 8
+CONFIG = write_small(FOLDER / "rows", 400, 100)
+# what a config may say of each kind of model that changes what is computed
+VARIANTS = {
+    **{kind: [f"model.kind={kind}"] for kind in ARCHES},
+    "mbcnet, five branches": [
+        'model.mbcnet.branches=["efgc","cross","deep","fm","wide"]', "model.mbcnet.fusion=gated", "model.mbcnet.batch_norm=true",
+        "model.mbcnet.dropout=0.1", "model.mbcnet.coteaching.warmup_steps=3",
+    ],
+    "mbcnet, a slice for each branch": ["model.mbcnet.embeddings=per_branch", "model.mbcnet.cross.kind=full_rank"],
+    "mbcnet, orthogonal by construction": [
+        "model.mbcnet.differentiation.parametrization=orthogonal", "model.mbcnet.coteaching.threshold=base_rate",
+        "model.mbcnet.differentiation.norm=squared",
+    ],
+    "mbcnet, max difference": ["model.mbcnet.differentiation.kind=max_difference", "model.mbcnet.coteaching.scheme=no_discrimination"],
+}  # fmt: skip
+
+
+def loaded(*settings: str) -> Any:
+    config = load_config(CONFIG, settings)
+    return config, load_schema(Path(config.schema))
+
+
+class Columns(nn.Module):
+    """Stands in for the tables: one parameter for each tensor that a model reads."""
+
+    def __init__(self, widths: dict[str, int]) -> None:
+        super().__init__()
+        self.columns = nn.ParameterDict(
+            {name: nn.Parameter(torch.randn(ROWS, width)) for name, width in widths.items()}
+        )
+
+    def forward(self, dense_features: object, sparse_features: object, weighted_features: object) -> dict[str, Any]:
+        return dict(self.columns.items())
+
+
+def model_step(settings: list[str], device: torch.device, autocast: bool) -> dict[str, Any]:
+    """Forward, loss and backward of a model on stand-in columns."""
+    config, schema = loaded(*settings)
+    layout = model_layout(config.model, schema)
+    torch.manual_seed(0)
+    with device:
+        model = build_model(config.model, Columns(layout.tensor_widths()), layout)  # type: ignore[arg-type]
+        objective = build_objective(config.model, model)
+        width = sum(feature.dense_width for feature in schema.dense)
+        teachers = len(config.model.enkd.teachers) if config.model.kind == "enkd" else 0
+        rows = SimpleNamespace(
+            dense_features=torch.randn(ROWS, width + teachers), sparse_features=None, weighted_features=None,
+            labels=(torch.rand(ROWS) < 0.5).float(), weights=torch.ones(ROWS),
+        )  # fmt: skip
+        with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+            loss, outputs = objective(rows)
+        loss.backward()
+    grads = {name: each.grad for name, each in objective.named_parameters()}
+    tensors = [loss, *outputs.terms.values(), outputs.logits, outputs.latent_norms, outputs.transform_distance]
+    tensors += [each for each in grads.values() if each is not None]
+    return {
+        "devices": sorted({str(each.device) for each in tensors}),
+        "without gradient": sorted(name for name, each in grads.items() if each is None),
+        "dtypes": sorted({str(each.dtype) for each in tensors}),
+        "loss": float("nan") if device.type == "meta" else loss.item(),
+    }
+
+
+def architectures() -> dict[str, Any]:
+    """Each variant on the fake device, and on a CPU."""
+    device = CUDA if COMPILER else torch.device("meta")
+    found = {}
+    for name, settings in VARIANTS.items():
+        for autocast in (True,) if " " in name else (False, True):
+            with FakeGPU() if COMPILER else contextlib.nullcontext():
+                on_gpu = model_step(settings, device, autocast)
+            found[f"{name}{', bf16' if autocast else ''}"] = [
+                on_gpu,
+                model_step(settings, torch.device("cpu"), autocast),
+            ]
+    return found
+
+
+def wrong_device() -> str:
+    """What is said of a tensor that was left on the host."""
+    with FakeGPU():
+        try:
+            torch.ones(2, device=CUDA) + torch.ones(2)
+        except RuntimeError as error:
+            return str(error)
+    return "nothing"
+
+
+@contextlib.contextmanager
+def fake_ranks(world: int, device: torch.device = CUDA) -> Iterator[Process]:
+    """The first of ranks that do nothing, on one host."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield Process(0, world, 0, world, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def built(process: Process, *settings: str) -> Any:
+    config, schema = loaded(f"train.device={process.device.type}", *settings)
+    return build(config, schema, process)
+
+
+def places() -> dict[str, Any]:
+    """What the first of 8 ranks builds for each type of sharding: shards, optimizer state, pipeline."""
+    more = {
+        "data_parallel": ['sharding.sharding_types=["data_parallel"]'],
+        "table_wise": [
+            'sharding.sharding_types=["table_wise"]',
+            "sharding.forward_precision=bf16",
+            "sharding.backward_precision=fp16",
+        ],
+        "row_wise": [
+            'sharding.sharding_types=["row_wise","table_wise"]',
+            'sharding.tables.user.sharding_types=["row_wise"]',
+        ],
+        "table_row_wise": ['sharding.tables.user.sharding_types=["table_row_wise"]'],
+        "column_wise": [
+            'sharding.tables.user.sharding_types=["column_wise"]',
+            "sharding.tables.user.ranks=[0,1]",
+            "optim.embedding.name=adagrad",
+        ],
+        "cached": ['sharding.compute_kernels=["fused_uvm_caching"]', "sharding.prefetch=true"],
+        "replicas": ["sharding.replicas=2", 'sharding.sharding_types=["table_wise","row_wise"]'],
+    }
+    return {name: place(settings) for name, settings in more.items()}
+
+
+def place(settings: list[str]) -> dict[str, Any]:
+    # TorchRec makes a replicated table's parameter a subclass that no fake tensor can be: those stay on the host
+    device = torch.device("cpu") if "data_parallel" in settings[0] else CUDA
+    with fake_ranks(8, device) as process, FakeGPU():
+        made = built(process, *settings)
+        checked = CheckedStep(made.model, made.optimizer, contextlib.nullcontext)
+        plan = made.plan
+        # for a fake group TorchRec registers no state of tables, so the rows are asked of the kernels
+        rows = [
+            (table.name, block)
+            for module in made.model.modules()
+            for lookup in getattr(module, "_lookups", ())
+            for part in getattr(lookup, "module", lookup)._emb_modules
+            for table, block in zip(part.config.embedding_tables, part.split_embedding_weights(), strict=True)
+        ]
+        owned = [each for each in held(made.model, made.optimizer) if each.name.startswith("optim/")]
+        state = [each.tensor for each in owned if "embedding_bags." in each.name]
+        return {
+            "types": {name: table.sharding_type for name, table in plan.tables.items()},
+            "kernels": sorted({table.compute_kernel for table in plan.tables.values()}),
+            "planned": sorted(
+                [name, shard.rows, shard.columns]
+                for name, table in plan.tables.items()
+                for shard in shards_of(table, plan)
+                if shard.rank == 0 and shard.rows
+            ),
+            "held": sorted([name, *each.shape] for name, each in rows if each.numel()),
+            "devices": sorted({str(each.device) for each in [*state, *(each for _, each in rows)]}),
+            "state": len([each for each in state if each.numel()]),
+            "pipeline": type(made.pipeline(checked)).__name__,
+        }
+
+
+if __name__ == "__main__":
+    if COMPILER:
+        install()
+        # it compares shapes over ranks, which a fake group cannot
+        data_parallel._verify_param_shape_across_processes = lambda *args: None
+    cases: dict[str, Callable[[], Any]] = {each.__name__: each for each in (architectures, wrong_device, places)}
+    results = {name: cases[name]() for name in sys.argv[2:]}
+    (FOLDER / "results.json").write_text(json.dumps(results))

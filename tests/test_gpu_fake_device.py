@@ -1,0 +1,62 @@
+"""Without a GPU: every model's step stays on a fake "cuda" device, and the first of 8 ranks builds plan, shards, optimizers and pipeline of every sharding type."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_gpu_guard import COMPILER
+from tiny_run import environment
+
+NEEDS_COMPILER = pytest.mark.skipif(not COMPILER, reason="no C++ compiler for the guard of the fake device")
+SCRIPT = Path(__file__).with_name("fake_gpu_cases.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fake_gpu")
+    cases = ("architectures", "wrong_device", "places") if COMPILER else ("architectures",)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), *cases],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_model_steps_on_the_device_alone_and_computes_what_a_cpu_does(found):
+    assert len(found["architectures"]) == 26
+    for name, (gpu, cpu) in found["architectures"].items():
+        assert gpu["devices"] == ["cuda:0" if COMPILER else "meta"], name
+        assert gpu["dtypes"] == cpu["dtypes"] == ["torch.float32"], (
+            f"{name}: losses and gradients stay float32 under autocast"
+        )
+        assert gpu["without gradient"] == cpu["without gradient"], name
+        if COMPILER and "five" not in name:  # dropout draws otherwise there
+            assert math.isclose(gpu["loss"], cpu["loss"], rel_tol=1e-3 if "bf16" in name else 1e-6), name
+
+
+@NEEDS_COMPILER
+def test_a_tensor_left_on_the_host_is_found(found):
+    assert "at least two devices, cuda:0 and cpu" in found["wrong_device"]
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize(
+    "kind", ["data_parallel", "table_wise", "row_wise", "table_row_wise", "column_wise", "cached", "replicas"]
+)
+def test_the_first_of_eight_ranks_holds_what_the_plan_says(kind, found):
+    place = found["places"][kind]
+    if kind not in ("cached", "replicas"):
+        assert kind in place["types"].values()
+    assert place["held"] == place["planned"] and place["held"]
+    assert place["devices"] == ["cpu" if kind == "data_parallel" else "cuda:0"]
+    # a replicated table's optimizer goes by parameters that are not registered for a fake group
+    assert kind == "data_parallel" or place["state"] == len(place["held"]), "one state of the optimizer for each shard"
+    assert place["kernels"] == [{"data_parallel": "dense", "cached": "fused_uvm_caching"}.get(kind, "fused")]
+    assert place["pipeline"] == ("_ReattachedPrefetchPipeline" if kind == "cached" else "TrainPipelineSparseDist")
