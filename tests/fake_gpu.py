@@ -43,14 +43,17 @@ def install() -> None:
     torch.cuda.is_bf16_supported = lambda *args: True
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(total_memory=80 * 2**30)
-    torch.cuda.memory_reserved = lambda device=None: 0
+    torch._C._cuda_memoryStats = lambda device: {}
     torch.cuda.Stream = torch.cuda.Event = FakeStream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: FakeStream()
 
 
-class FakeStream:
+class FakeStream(torch.Stream):
     """A stream and an event on which nothing is ever unfinished."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__new__(cls, stream_id=0, device_index=0, device_type=1)  # 1: cuda
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 

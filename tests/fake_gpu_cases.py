@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,13 +27,21 @@ from small_data import write_small
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from data.reading.files import resolve_files
 from data.schema import load_schema
+from data.stream import Batch, ParquetStream
 from mbcnet_rec.build import build
+from mbcnet_rec.checkpoints.compatibility import load_checked
+from mbcnet_rec.checkpoints.run_folder import storage_of
+from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.shards import shards_of as held
 from mbcnet_rec.config import load_config
 from mbcnet_rec.model.models import ARCHES, build_model, build_objective, model_layout
+from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.training.pipeline import CheckedStep
+from mbcnet_rec.training.trainer import RunContext, Trainer
+from sharding.bridge.allocated import with_lookups
 from sharding.plan.placement import shards_of
 
 ROWS = 8
@@ -197,11 +206,81 @@ def place(settings: list[str]) -> dict[str, Any]:
         }
 
 
+class Steps:
+    """A watchdog and a log that keep, of each step, what the host waited for and copied from pageable memory."""
+
+    def __init__(self, gpu: FakeGPU) -> None:
+        self.gpu, self.taken, self.name = gpu, {}, "build"
+
+    def beat(self, place: str) -> None:
+        waits = sorted([*key, count] for key, count in self.gpu.waits.items())
+        self.taken[self.name] = {"waits": waits, "pageable": dict(self.gpu.pageable)}
+        self.gpu.waits.clear(), self.gpu.pageable.clear()
+        self.name = place
+
+    def add(self, step: int, split: str, values: dict[str, Any]) -> None:
+        self.loss = values["loss"]
+
+    def sync(self) -> None: ...
+
+    close = sync
+
+
+def waits() -> dict[str, Any]:
+    """The trainer's steps on one GPU; a line of the log ends the 4th and the 8th. And the same on a CPU, for the loss."""
+    return {device.type: trained(device) for device in (CUDA, torch.device("cpu"))}
+
+
+def trained(device: torch.device) -> dict[str, Any]:
+    config, schema = loaded(f"train.device={device.type}", "train.max_steps=8", "train.log_every=4")
+    files = resolve_files([str(CONFIG.parent / "train.parquet")])
+    options = replace(config.data.train_options(0), prefetch=0)  # read in this thread, whose mode sees it
+    folder = FOLDER / f"run_{device.type}"
+    folder.mkdir()
+    on_gpu = device.type == "cuda"
+    with (
+        fake_ranks(1, device) as process,
+        FakeGPU() if on_gpu else contextlib.nullcontext(FakeGPU()) as gpu,
+        StopRequest() as stop,
+    ):
+        steps: Any = Steps(gpu)
+        context = RunContext(process, folder, storage_of(config.train, folder), stop, steps, lambda step: steps)
+        stream = ParquetStream(files, schema, options)
+        if on_gpu:
+            stream.on_batch = Batch.pin_memory
+        trainer = Trainer(config.train, context, build(config, schema, process), stream, None)
+        with contextlib.suppress(StopIteration):
+            trainer.train()
+    return {"steps": steps.taken, "loss": steps.loss}
+
+
+def caches() -> dict[str, Any]:
+    """Rows in a cache and their locks before and after a load of what `waits` has trained: which values there are."""
+    cached = ('sharding.compute_kernels=["fused_uvm_caching"]', "sharding.prefetch=true")
+    with fake_ranks(1) as process, FakeGPU():
+        made = built(process, *cached)
+        found: list[Any] = [each for each in with_lookups(made.model) if hasattr(each, "lxu_cache_locking_counter")]
+        for kernel in found:
+            kernel.lxu_cache_state.fill_(7)
+            kernel.lxu_cache_locking_counter.fill_(1)
+        before = [cache_of(kernel) for kernel in found]
+        load_checked(Saved(FOLDER / "run_cuda" / "checkpoints" / "step_5"), made, process)
+        return {"before": before, "after": [cache_of(kernel) for kernel in found]}
+
+
+def cache_of(kernel: Any) -> list[list[int]]:
+    return [
+        sorted({*each.cpu().flatten().tolist()}) for each in (kernel.lxu_cache_state, kernel.lxu_cache_locking_counter)
+    ]
+
+
 if __name__ == "__main__":
     if COMPILER:
         install()
         # it compares shapes over ranks, which a fake group cannot
         data_parallel._verify_param_shape_across_processes = lambda *args: None
-    cases: dict[str, Callable[[], Any]] = {each.__name__: each for each in (architectures, wrong_device, places)}
+    cases: dict[str, Callable[[], Any]] = {
+        each.__name__: each for each in (architectures, wrong_device, places, waits, caches)
+    }
     results = {name: cases[name]() for name in sys.argv[2:]}
     (FOLDER / "results.json").write_text(json.dumps(results))

@@ -117,7 +117,7 @@ REPLACED = {
     ("fake_gpu.py", "is_bf16_supported"),
     ("fake_gpu.py", "is_available"),
     ("fake_gpu.py", "get_device_properties"),
-    ("fake_gpu.py", "memory_reserved"),
+    ("fake_gpu.py", "_cuda_memoryStats"),
     ("fake_gpu.py", "Stream"),
     ("fake_gpu.py", "stream"),
     ("fake_gpu.py", "current_stream"),
