@@ -11,7 +11,7 @@ from tiny_run import lines_of, train
 
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.config import load_config
-from mbcnet_rec.cpu import linear
+from mbcnet_rec.cpu import layers
 from mbcnet_rec.train import warnings_of
 from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
 from mbcnet_rec.training.state import TrainState
@@ -121,7 +121,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
 @pytest.mark.parametrize("name", SWITCHES)
 def test_the_fast_path_of_a_cpu_takes_the_same_steps(config, tmp_path, name, monkeypatch):
     """With `train.cpu_fast_path` off, TorchRec's own pipeline, lookups, Adam and torch's layers come to the same numbers."""
-    monkeypatch.setattr(linear, "ONE_DNN_FROM", 1)  # small layers too
+    monkeypatch.setattr(layers, "ONE_DNN_FROM", 1)  # small layers too
     settings = ["model.dnn.dropout=0", "train.autocast=none", "train.epochs=4", "train.max_steps=30"]
     outputs = []
     for fast in ("true", "false"):

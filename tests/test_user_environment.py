@@ -104,7 +104,7 @@ def test_no_option_is_dropped_empty_or_abbreviated(args, said, capsys):
 
 @pytest.mark.parametrize("second", ["a.b=2", "a={ b = 2 }"])
 def test_what_one_set_says_no_other_replaces(second):
-    with pytest.raises(InputError, match=r"--set a\.b=1 is given before it"):
+    with pytest.raises(InputError, match=r"--set a\.b=1 comes before it"):
         refuse_repeats(["a.b=1", second])
     refuse_repeats(["a={ c = 3 }", "a.d=4"])
 
