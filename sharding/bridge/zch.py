@@ -88,9 +88,8 @@ class BucketedCollisions(ManagedCollisionModule):
         self.register_buffer("last_access_iter", torch.zeros_like(slots))
         own = () if device.type == "meta" else range(start // self.bucket_rows, stop // self.bucket_rows)
         self.own_buckets = [Bucket(self, bucket) for bucket in own]
-        self.noted: list[
-            Tensor
-        ] = []  # (2, n) each: ids that no bucket has been given yet, and their step, counted from 1
+        # (2, n) each: ids that no bucket has been given yet, and their step, counted from 1
+        self.noted: list[Tensor] = []
         self.forget()
         self.register_load_state_dict_post_hook(lambda _module, _keys: self.forget())
 
