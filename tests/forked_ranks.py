@@ -87,7 +87,7 @@ def report(scenarios: dict[str, Callable[[], dict[str, Any]]], out: Path) -> Non
         out.write_text(json.dumps(results))
 
 
-def run_script(name: str, *args: str, flags: Sequence[str] = (), timeout: float = 280) -> None:
+def run_script(name: str, *args: str, flags: Sequence[str] = (), timeout: float = 840) -> None:
     """Run a script of this folder in a process of its own; for the tests, which must not fork themselves."""
     script = Path(__file__).with_name(name)
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}

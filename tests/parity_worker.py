@@ -88,5 +88,5 @@ def train_all(config_file, out):
 if __name__ == "__main__":
     config, folder = Path(sys.argv[1]), Path(sys.argv[2])
     for world in map(int, sys.argv[3:]):
-        result = run_ranks(lambda rank: train_all(config, folder), folder / f"logs-{world}", world=world, limit=200)
+        result = run_ranks(lambda rank: train_all(config, folder), folder / f"logs-{world}", world=world, limit=500)
         assert result["codes"] == [0] * world, result

@@ -87,7 +87,7 @@ def on_ranks(name, action, world=2):
             result = action(process)
             print(json.dumps(result))
 
-    done = run_ranks(run, FOLDER / "logs" / name, world=world, limit=120)
+    done = run_ranks(run, FOLDER / "logs" / name, world=world, limit=400)
     assert done["codes"] == [0] * world, done
     return json.loads(done["words"][0].splitlines()[-1])
 
@@ -130,7 +130,7 @@ def run_on(name, world, steps, *more):
         *more,
     ]
     args = ["train", "--config", str(CONFIG), "--resume", *(word for each in settings for word in ("--set", each))]
-    done = run_ranks(mbcnet(args), FOLDER / "logs" / name, world=world, limit=120)
+    done = run_ranks(mbcnet(args), FOLDER / "logs" / name, world=world, limit=400)
     assert done["codes"] == [0] * world, done
     return FOLDER / name
 

@@ -14,7 +14,7 @@ def losses(folder: Path, *launcher: str) -> list[float]:
     """The losses that the example prints, with its log in a folder of the test's own."""
     env = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLE)], env=env, capture_output=True, text=True, timeout=240
+        [sys.executable, *launcher, str(EXAMPLE)], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [float(number) for number in re.findall(r"([\d.]+)$", done.stdout, re.M)]

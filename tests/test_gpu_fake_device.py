@@ -26,7 +26,7 @@ def found(tmp_path_factory):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "results.json").read_text())

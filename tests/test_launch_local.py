@@ -85,7 +85,7 @@ def test_no_process_outlives_torchx(folder, sent):
     assert len(running(mark)) >= 4, "torchx, the agent and two workers run"
     # the terminal sends Ctrl-C to the whole foreground group
     os.killpg(job.pid, sent)
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=120)
     wait_for(lambda: not running(mark), lambda: f"still running: {running(mark)}", seconds=15)
     if sent == signal.SIGINT:
         assert job.returncode == 130

@@ -45,7 +45,7 @@ def typed(folder: Path, command: str) -> None:
     """Run a command as a shell in `folder` would, with our programs in front."""
     env = {"PATH": f"{BINARIES}:/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = ["bash", "-c", command]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert "Traceback" not in done.stderr
 

@@ -39,7 +39,7 @@ def run(config) -> Path:
 def torchrun(*args: str) -> subprocess.CompletedProcess:
     launch = [sys.executable, "-m", "launch.agent", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     launch += ["--rdzv_endpoint=localhost:0", "-m", "mbcnet_rec.cli", *args]
-    return subprocess.run(launch, env=ENV, capture_output=True, text=True, timeout=300)
+    return subprocess.run(launch, env=ENV, capture_output=True, text=True, timeout=600)
 
 
 def test_run_folder_has_the_names_of_the_design(run):

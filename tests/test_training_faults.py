@@ -53,7 +53,7 @@ def line_of(result, rank):
 
 def test_a_killed_rank(results):
     first = results["killed_rank"]["first"]
-    assert first["codes"] == [77, -9] and first["seconds"] < 20
+    assert first["codes"] == [77, -9] and first["seconds"] < 60
     assert "at step 8: rank 1 gives no sign of life, it is stopped or dead (rank 1 last seen at " in line_of(first, 0)
     # on a loaded machine the checkpoint of step 6 may still be on its way when rank 1 dies at step 8
     assert first["steps"] in ([5, 6], [5]), "the checkpoints before stand"
@@ -113,7 +113,7 @@ def test_a_loss_that_jumps_is_an_alarm(rare):
 def test_a_stopped_rank_is_named(rare):
     """SIGSTOP: within stall_seconds (1) by the watchdog, within timeout_seconds (4) by the end of the run."""
     result = rare["stopped_rank"]
-    assert result["codes"] == [77, -9] and result["seconds"] < 30
+    assert result["codes"] == [77, -9] and result["seconds"] < 60
     said = [line for line in result["words"][0].splitlines() if "gives no sign of life" in line]
     assert "step 5 has taken" in said[0] and "rank 1 gives no sign of life" in said[0]
     assert said[-1].startswith("mbcnet: rank 0: at step 5: rank 1 gives no sign of life")
@@ -134,14 +134,14 @@ def test_the_stacks_of_all_ranks_are_written_when_a_step_stalls(rare):
 @pytest.mark.long
 def test_a_rank_that_never_comes(rare):
     result = rare["absent_rank"]
-    assert result["codes"] == [77, -9] and result["seconds"] < 20
+    assert result["codes"] == [77, -9] and result["seconds"] < 60
     assert "rank 0: not all of 2 ranks came together within 3 s" in line_of(result, 0)
 
 
 @pytest.mark.long
 def test_a_port_in_use(rare):
     result = rare["port_taken"]
-    assert result["codes"] == [2, 77] and result["seconds"] < 20
+    assert result["codes"] == [2, 77] and result["seconds"] < 60
     assert "another program listens there; start with another port" in line_of(result, 0)
     assert "rank 1: not all of 2 ranks came together within 3 s" in line_of(result, 1)
     assert "does not answer as a meeting point" in line_of(result, 1)
@@ -160,7 +160,7 @@ def test_a_reader_that_raises_names_rank_file_and_row(results, split):
 @pytest.mark.long
 def test_a_reader_that_is_stuck_is_named_in_time(rare):
     result = rare["reader_is_stuck"]
-    assert result["codes"] == [77, 2] and result["seconds"] < 20
+    assert result["codes"] == [77, 2] and result["seconds"] < 60
     said = line_of(result, 1)
     assert said.startswith("mbcnet: rank 1: ") and "train.parquet: row group" in said
     assert "no rows for 2 s (data.timeout_seconds)" in said
@@ -169,7 +169,7 @@ def test_a_reader_that_is_stuck_is_named_in_time(rare):
 @pytest.mark.long
 def test_a_reader_that_dies(rare):
     result = rare["reader_dies"]
-    assert result["codes"] == [77, 1] and result["seconds"] < 20
+    assert result["codes"] == [77, 1] and result["seconds"] < 60
     assert "data-worker-0 ended by SystemExit" in result["words"][1]
     assert "rank 1 gives no sign of life" in line_of(result, 0)
 

@@ -146,14 +146,14 @@ def test_ctrl_c_in_a_finalizer_comes_again_outside_of_it():
     code = (
         "import os, signal, time\nfrom launch.interrupt import heed_interrupts\nheed_interrupts()\n"
         "class Closed:\n    def __del__(self): os.kill(os.getpid(), signal.SIGINT); time.sleep(0)\n"
-        "try:\n    Closed()\n    time.sleep(20)\nexcept KeyboardInterrupt:\n    print('stopped')"
+        "try:\n    Closed()\n    time.sleep(300)\nexcept KeyboardInterrupt:\n    print('stopped')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=15,
+        timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
 
@@ -162,10 +162,10 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
     code = (
         "import os, pathlib, signal, time\nfrom data.whole_folder import whole_folder\n"
         "from launch.interrupt import heed_termination\nheed_termination()\n"
-        "with whole_folder(pathlib.Path('out')):\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(20)"
+        "with whole_folder(pathlib.Path('out')):\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(300)"
     )
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=tmp_path, timeout=15)
+    done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=tmp_path, timeout=60)
     assert done.returncode == 143 and not list(tmp_path.iterdir())
 
 

@@ -58,7 +58,7 @@ def train(config: Path, *settings: str, **options: Any) -> int:
     return exit_code(command)
 
 
-def program(name: str, *args: str, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+def program(name: str, *args: str, cwd: Path, timeout: float = 400, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a program of this environment as a user without an activated shell would."""
     return subprocess.run(
         [str(BIN / name), *args], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment(**env)
