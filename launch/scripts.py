@@ -1,4 +1,4 @@
-"""A job for those without torchx: a torchrun line, an sbatch script, a Kubernetes Job. Pure text.
+"""A job for those without torchx: a torchrun line, an sbatch script, a Kubernetes Job. Pure text, of templates/.
 
 All three run the same command with the same arguments; the container and the cluster need nothing but this package.
 """
@@ -6,79 +6,13 @@ All three run the same command with the same arguments; the container and the cl
 import json
 import re
 import shlex
-from string import Template
+from functools import partial
 
+import jinja2
 import yaml
 
-from launch.job import (
-    AGENT,
-    GRACE_SECONDS,
-    NON_FINITE,
-    POD_SECURITY,
-    PREEMPTED,
-    PROGRAMS,
-    USER_MISTAKE,
-    WORKER,
-    Job,
-    JobError,
-    environment,
-    rendezvous,
-    shared_memory_mb,
-    shell_words,
-)
-
-# A headless Service, by which pods find the first one, and an Indexed Job of one pod a host. Values are JSON, which YAML can read.
-KUBERNETES = """
-apiVersion: v1
-kind: Service
-metadata: {name: $name, labels: {app: $name}}
-spec:
-  clusterIP: "None"
-  selector: {job-name: $name}
-  # The first pod must be found before it is ready: the others' start is what makes it so
-  publishNotReadyAddresses: true
-  ports: [{name: c10d, port: $port}]
----
-apiVersion: batch/v1
-kind: Job
-metadata: {name: $name, labels: {app: $name}}
-spec:
-  completionMode: Indexed
-  completions: $hosts
-  parallelism: $hosts
-  backoffLimit: $restarts
-  podFailurePolicy:
-    rules:
-    # would fail again
-    - {action: FailJob, onExitCodes: {containerName: $name, operator: In, values: $final}}
-    # a drained node or a stop with a checkpoint is no failure
-    - {action: Ignore, onPodConditions: [{type: DisruptionTarget, status: "True"}]}
-    - {action: Ignore, onExitCodes: {containerName: $name, operator: In, values: [$preempted]}}
-  template:
-    metadata: {labels: {app: $name}}
-    spec:
-      restartPolicy: Never
-      subdomain: $name
-      terminationGracePeriodSeconds: $grace
-      securityContext: $security
-      containers:
-      - name: $name
-        image: $image
-        command: [python, -m, $agent]
-        args: $args
-        env: $env
-        ports: [{name: c10d, containerPort: $port}]
-        resources: {limits: $resources, requests: $resources}
-        securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
-        volumeMounts:
-        - {name: shared-memory, mountPath: /dev/shm}
-        - {name: storage, mountPath: /storage}
-        workingDir: /storage
-      volumes:
-      - {name: shared-memory, emptyDir: {medium: Memory, sizeLimit: $shared_memory}}
-      # Data, config and run folder, the same on every host: a ReadWriteMany claim
-      - {name: storage, persistentVolumeClaim: {claimName: storage}}
-"""
+import launch.job
+from launch.job import Job, JobError, environment, rendezvous, shell_words
 
 
 def torchrun_line(job: Job) -> str:
@@ -98,32 +32,7 @@ def sbatch_script(job: Job) -> str:
     srun hands a signal to the job's processes, which write a checkpoint and exit with 75; then the job is requeued and
     continues. Slurm sends that signal before the time limit, at preemption and at `scontrol requeue`.
     """
-    gpus = f"#SBATCH --gpus-per-node={job.gpu}\n" if job.gpu else ""
-    found = " ".join(rendezvous(job, '"$SLURM_JOB_ID"', f'"$HEAD:{job.port}"'))
-    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment(job).items())
-    return f"""#!/bin/bash
-#SBATCH --job-name={job_name(job)}
-#SBATCH --nodes={job.shape.nodes.replace(":", "-")}
-#SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task={job.cpu}
-#SBATCH --mem={job.memory_mb}M
-{gpus}#SBATCH --signal=TERM@{GRACE_SECONDS}
-#SBATCH --open-mode=append
-#SBATCH --output=%x-%j.out
-#SBATCH --requeue
-# Add what your cluster wants: --partition, --account, --time (well above the {GRACE_SECONDS} s of --signal)
-set -u
-export PATH={shlex.quote(PROGRAMS)}:$PATH
-export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-{exports}
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --wait=60 \\
-  python -m {AGENT} {found} \\
-  -m {WORKER} {" ".join(map(shlex.quote, job.worker_args))}
-code=$?
-# {PREEMPTED}: stopped with a checkpoint; a second start continues from it. scancel ends the job for good.
-if [ $code -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-exit $code
-"""
+    return _rendered("slurm.sh", job, words=shell_words(job, '"$SLURM_JOB_ID"', f'"$HEAD:{job.port}"'))
 
 
 def kubernetes_yaml(job: Job) -> str:
@@ -143,26 +52,24 @@ def kubernetes_yaml(job: Job) -> str:
     resources = {"cpu": str(job.cpu), "memory": f"{job.memory_mb}Mi"}
     if job.gpu:
         resources["nvidia.com/gpu"] = str(job.gpu)
-    values = {
-        "name": name,
-        "port": job.port,
-        "hosts": job.shape.hosts,
-        "restarts": max(1, job.retries) * job.shape.hosts,
-        "final": [USER_MISTAKE, NON_FINITE],
-        "preempted": PREEMPTED,
-        "grace": GRACE_SECONDS,
-        "security": POD_SECURITY,
-        "image": job.image,
-        "agent": AGENT,
-        "args": [*rendezvous(job, name, endpoint), "-m", WORKER, *args],
-        "env": [{"name": key, "value": value} for key, value in environment(job).items()],
-        "resources": resources,
-        "shared_memory": f"{shared_memory_mb(job.memory_mb)}Mi",
-    }
-    written = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    words = [*rendezvous(job, name, endpoint), "-m", launch.job.WORKER, *args]
+    env = [{"name": key, "value": value} for key, value in environment(job).items()]
+    text = _rendered("kubernetes.yaml", job, words=words, env=env, resources=resources)
     # read and written again: plain YAML, and only what YAML can hold
-    objects = yaml.safe_load_all(Template(KUBERNETES).substitute(written))
-    return yaml.safe_dump_all(objects, sort_keys=False)
+    return yaml.safe_dump_all(yaml.safe_load_all(text), sort_keys=False)
+
+
+def _rendered(file: str, job: Job, **values: object) -> str:
+    """A template filled in; it may name all that launch/job.py has."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("launch"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    # JSON is what YAML can read
+    templates.filters |= {"json": partial(json.dumps, ensure_ascii=False), "quoted": shlex.quote}
+    return templates.get_template(file).render(vars(launch.job), job=job, name=job_name(job), **values)
 
 
 def job_name(job: Job) -> str:
