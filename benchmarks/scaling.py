@@ -28,10 +28,10 @@ from data.synthetic.planted import pailitao_schema
 from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.models import ModelConfig
 from sharding.cost.assess import Assessment
-from sharding.cost.memory import DoesNotFit
+from sharding.cost.estimate import DoesNotFit
 from sharding.plan.cluster import read_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.search.capacity import solve
+from sharding.search.planner import solve
 from sharding.search.task import Task
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -51,11 +51,7 @@ def earlier_summary(out: Path, summary: str, what: str) -> dict[str, Any] | None
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file's content at once or not at all.
-
-    Raises:
-        OSError: it cannot be written; the file is as it was.
-    """
+    """Replace a file's content at once or not at all; where it cannot be written an OSError, and the file is as it was."""
     draft = path.with_name(f".{path.name}.partial")
     try:
         with draft.open("w", encoding="utf-8") as file:

@@ -36,11 +36,7 @@ def sbatch_script(job: Job) -> str:
 
 
 def kubernetes_yaml(job: Job) -> str:
-    """For `kubectl apply -f -`.
-
-    Raises:
-        JobError: a pod that starts again would remove what it has trained.
-    """
+    """For `kubectl apply -f -`; JobError if a pod that starts again would remove what it has trained."""
     if "--overwrite" in job.args:
         raise JobError(
             "--overwrite: a pod that starts again would remove what it has trained; leave it out and choose a new folder with --set train.out=FOLDER"

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.schema import Schema
 from mbcnet_rec.model.models import ModelConfig, build_model, model_layout
 from sharding.plan.constraints import ShardingConfig
-from sharding.plan.dense_part import DenseCost
+from sharding.plan.placement import DenseCost
 from sharding.search.candidates import pooling_factor
 
 ROWS = 8  # the batch that is counted

@@ -55,11 +55,7 @@ def train_model(
 
 
 def refuse_other_teacher(teacher: RunConfig) -> None:
-    """Refuse a teacher that is done, but of other rows or another model than its config says now.
-
-    Raises:
-        InputError: it is so.
-    """
+    """Refuse a teacher that is done, but of other rows or another model than its config says now; InputError if it is so."""
     folder = teacher.run_folder
     storage = storage_of(teacher.train, folder)
     if not (steps := storage.steps()):
@@ -75,11 +71,7 @@ def refuse_other_teacher(teacher: RunConfig) -> None:
 
 
 def teacher_config(config: RunConfig, kind: str) -> RunConfig:
-    """Config of a teacher of an EnKD run.
-
-    Raises:
-        InputError: `kind` is no kind of model.
-    """
+    """Config of a teacher of an EnKD run; InputError if `kind` is no kind of model."""
     if kind not in ARCHES:
         raise InputError(f"model.enkd.teachers: {kind!r} is no kind of model; wanted some of {', '.join(ARCHES)}")
     folder = config.run_folder.with_name(config.run_folder.name + "_teachers") / kind

@@ -9,8 +9,7 @@ from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from sharding.cost.assess import MAIN_PHASES, assess
 from sharding.cost.estimate import Room, shard_bytes, shard_times
 from sharding.plan.cluster import read_cluster
-from sharding.plan.dense_part import DenseCost
-from sharding.plan.placement import SHARDING_TYPES, Plan, TablePlan, shards_of
+from sharding.plan.placement import SHARDING_TYPES, DenseCost, Plan, TablePlan, shards_of
 from sharding.report.explain import alternatives, explain_lines
 from sharding.report.text import heat, html_page, report_dict, report_lines
 

@@ -16,14 +16,12 @@ from data.schema import load_schema, parse_schema
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import AnyTypeSharder
 from sharding.cost.assess import assess, search_bound
-from sharding.cost.memory import DoesNotFit
+from sharding.cost.estimate import DoesNotFit
 from sharding.plan.cluster import read_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.plan.dense_part import DenseCost
-from sharding.plan.placement import check_shape
+from sharding.plan.placement import DenseCost, check_shape
 from sharding.search.candidates import all_options
-from sharding.search.capacity import smallest_cluster, solve
-from sharding.search.planner import Ordered, make_plan
+from sharding.search.planner import Ordered, make_plan, smallest_cluster, solve
 from sharding.search.task import Task, cluster_of
 
 CLUSTER = read_cluster("2x4:h100-80g")

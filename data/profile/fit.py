@@ -63,11 +63,7 @@ class Counts:
             self.pending_rows, self.merged_rows = 0, self.pending[0].num_rows
 
     def merged(self) -> pa.Table:
-        """All values so far with their counts.
-
-        Raises:
-            InputError: no type of integers holds them all.
-        """
+        """All values so far with their counts; InputError if no type of integers holds them all."""
         if any(table["value"].type == pa.uint64() for table in self.pending):  # Arrow joins it with no other
             number = pa.schema([("value", pa.uint64()), ("count", pa.int64())])
             try:

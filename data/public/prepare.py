@@ -190,11 +190,7 @@ class SplitWriter(ExitStack):
             self.written[split] += len(part)
 
     def finish(self) -> dict[str, Any]:
-        """Write what waits. Returns rows and label rate of each split.
-
-        Raises:
-            InputError: a split has no rows.
-        """
+        """Write what waits. Returns rows and label rate of each split; InputError if a split has no rows."""
         for split, rows in self.rows.items():
             if not rows:
                 total = f"{sum(self.rows.values()):,}"
@@ -206,11 +202,7 @@ class SplitWriter(ExitStack):
 
 
 def require_columns(name: str, rows: pa.Table, columns: Sequence[str]) -> None:
-    """Check that a data set's file has the columns that it should have.
-
-    Raises:
-        InputError: it lacks one.
-    """
+    """Check that a data set's file has the columns that it should have; InputError if it lacks one."""
     for column in columns:
         if column not in rows.column_names:
             raise InputError(f"data set {name!r}: column {column!r} is missing; check that --src holds this data set")

@@ -63,11 +63,7 @@ class Instant(NamedTuple):
 
 
 def parse_conditions(text: str) -> list[Condition]:
-    """Take one entry of `where` apart.
-
-    Raises:
-        InputError: it is not made of conditions NAME OP BOUND.
-    """
+    """Take one entry of `where` apart; InputError if it is not made of conditions NAME OP BOUND."""
     found, position, end = [], 0, ","
     while end:
         match = TERM.match(text, position)

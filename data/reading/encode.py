@@ -275,11 +275,7 @@ class _Reader:
 
 
 def read_groups(column: pa.Array, schema: Schema, place: Place) -> np.ndarray:
-    """Hashes of the grouping column, (n,) int64.
-
-    Raises:
-        InputError: a value of a column of ids is none.
-    """
+    """Hashes of the grouping column, (n,) int64; InputError if a value of a column of ids is none."""
     if is_id(column.type):
         column = read_ids(column, f"group_column {schema.group_column!r}", schema.group_type, place)
     return hash_values(column).view(np.int64)

@@ -124,11 +124,7 @@ def buckets_of(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
 
 
 def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
-    """Labels as a NumPy array of 0 and 1.
-
-    Raises:
-        InputError: a label is null or another number.
-    """
+    """Labels as a NumPy array of 0 and 1; InputError if a label is null or another number."""
     labels, valid = _as_numpy(column)
     if valid is not None:
         raise InputError(

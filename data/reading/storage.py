@@ -242,11 +242,7 @@ def retried(action: Callable[[], T], what: str, attempts: int, cure: str = CURE)
 
 
 def file_system(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a URI and the path in it.
-
-    Raises:
-        InputError: no client for the URI's scheme is known or installed.
-    """
+    """The file system of a URI and the path in it; InputError if no client for the URI's scheme is known or installed."""
     if uri.startswith("s3://"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""

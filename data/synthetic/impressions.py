@@ -14,8 +14,7 @@ import pyarrow as pa
 
 from data.reading.keys import uniforms
 from data.schema import Feature
-from data.synthetic.hashed import choose, normals, power_law_ranks, scatter
-from data.synthetic.planted import CLICK_RATE, TASTE, Facts, World
+from data.synthetic.planted import CLICK_RATE, TASTE, Facts, World, choose, normals, power_law_ranks, scatter
 
 FIRST_SECOND = 1_714_521_600  # 2024-05-01 00:00:00 UTC
 SECONDS_PER_DAY = 86_400

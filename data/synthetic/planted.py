@@ -1,6 +1,7 @@
 """The planted world of the synthetic data: who sees which item, and the true click probability.
 
-Everything is a function of (seed, day, row), through data/synthetic/hashed.py. The true logit is
+Everything is a function of (seed, day, row), through hashes of counters, so a billion items need no table and rows may be made in any
+order. The true logit is
 
     logit = bias + sum over terms t of scale_t * term_t,    Var(scale_t * term_t) = SHARES[t] * LOGIT_SD^2
 
@@ -9,7 +10,7 @@ eighth holds the main effects. Latents inside interactions are centred, so that 
 sees them. The image terms are computed from the published image vectors: a model sees the very numbers that
 the truth is made of.
 
-Shapes: n rows, r image latent width, w image width.
+Shapes: n rows or ids, d latent width, r image latent width, w image width.
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,8 @@ from typing import Literal
 import numpy as np
 
 from data.errors import InputError
-from data.reading.keys import counter_keys, uniforms
+from data.reading.keys import SPLITMIX_GAMMA, counter_keys, splitmix64, uniforms
 from data.schema import Schema, load_schema
-from data.synthetic.hashed import choose, normals, power_law_ranks, scatter
 
 Facts = dict[str, np.ndarray]
 
@@ -36,6 +36,10 @@ PROBABILITY_STEPS = 65_536
 IMAGE_LATENT = 6
 TASTE = 4
 PAIR_LATENT = 3
+LOW_HALVES = np.uint64(0x0000FFFF0000FFFF)
+LOW_WORD = np.uint64(0xFFFFFFFF)
+# makes the sum of four 16-bit uniforms unit variance
+IRWIN_HALL_SCALE = 1.0 / (65536.0 * np.sqrt(4.0 / 12.0))
 PIXEL_STEP = 16.0  # pixels are multiples of 1/16: exact in float32 and small in a file
 DRIFT_RADIANS_PER_DAY = np.pi / 56  # taste on day 14 correlates about 0.75 with taste on day 1
 
@@ -312,3 +316,37 @@ def draw_labels(world: World, facts: Facts, probability: np.ndarray) -> np.ndarr
 
 def _sigmoid(logit: np.ndarray) -> np.ndarray:
     return 1.0 / (1.0 + np.exp(-logit))
+
+
+def normals(key: np.ndarray, d: int) -> np.ndarray:
+    """Turn keys (n,) into (n, d) float64 of mean 0 and variance 1, bell-shaped (Irwin-Hall of four)."""
+    out = np.empty((len(key), d))
+    for k in range(d):
+        counter = np.uint64((k + 1) * int(SPLITMIX_GAMMA) % 2**64)
+        bits = splitmix64(key + counter)
+        # the sum of its four 16-bit parts, in pairs: a third of the time of a sum over an axis of length four
+        pairs = (bits & LOW_HALVES) + ((bits >> np.uint64(16)) & LOW_HALVES)
+        total = (pairs & LOW_WORD) + (pairs >> np.uint64(32))
+        out[:, k] = (total.astype(np.float64) - 2.0 * 65535.0) * IRWIN_HALL_SCALE
+    return out
+
+
+def choose(key: np.ndarray, count: int, skew: float = 1.0) -> np.ndarray:
+    """Turn keys into int64 ids in [0, count); above 1, `skew` makes low ids frequent."""
+    draws = uniforms(key)
+    return np.minimum((count * (draws if skew == 1.0 else draws**skew)).astype(np.int64), count - 1)
+
+
+def power_law_ranks(key: np.ndarray, count: int, exponent: float) -> np.ndarray:
+    """Turn keys into ranks in [0, count) with P(rank r) about (r + 1) ** -exponent, exponent below 1."""
+    rest = 1.0 - exponent
+    ranks = ((float(count + 1) ** rest - 1.0) * uniforms(key) + 1.0) ** (1.0 / rest)
+    return np.minimum(ranks.astype(np.int64) - 1, count - 1)
+
+
+def scatter(ranks: np.ndarray, count: int) -> np.ndarray:
+    """Spread ranks over [0, count) one to one, so that popular ids do not all meet in one row-wise shard."""
+    step = max(1, int(count * 0.6180339887))
+    while np.gcd(step, count) != 1:
+        step += 1
+    return ranks * step % count

@@ -16,8 +16,7 @@ from data.schema.parse import unknown_key
 from data.whole_folder import write_whole
 from mbcnet_rec.plan_task import DEFAULT_BATCH, config_differences, say, shown_progress, task_of
 from sharding.cost.assess import Assessment, assess
-from sharding.cost.estimate import Room
-from sharding.cost.memory import gib
+from sharding.cost.estimate import Room, gib
 from sharding.plan.cluster import Cluster, default_cluster, read_cluster
 from sharding.plan.compare import compare_plans, diff_lines, schema_differences
 from sharding.plan.placement import Plan
@@ -94,7 +93,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _make(args: argparse.Namespace) -> int:
     """Choose a placement for every table, show what it costs, and write the plan file."""
     task = task_of(args)
-    from sharding.search.capacity import solve  # torchrec: after every mistake that is seen without it
+    from sharding.search.planner import solve  # torchrec: after every mistake that is seen without it
 
     title = f"planning {len(task.schema.tables):,} tables on {task.cluster.world_size:,} ranks"
     with shown_progress(title) as tick:
@@ -105,7 +104,7 @@ def _make(args: argparse.Namespace) -> int:
 def _min_gpus(args: argparse.Namespace) -> int:
     """Find the smallest cluster of a kind that fits, with headroom; --cluster names the kind."""
     headroom, task = _share(args, "headroom"), task_of(args)
-    from sharding.search.capacity import smallest_cluster  # torchrec, as in _make
+    from sharding.search.planner import smallest_cluster  # torchrec, as in _make
 
     assessment = smallest_cluster(task, headroom, say)
     if not args.json:

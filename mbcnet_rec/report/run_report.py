@@ -43,11 +43,7 @@ SPEED: Wanted = (
 
 
 def write_run_report(folder: Path) -> Path:
-    """Write RUN/report.html.
-
-    Raises:
-        InputError: it is not a run folder, or nothing has been logged yet.
-    """
+    """Write RUN/report.html; InputError if it is not a run folder, or nothing has been logged yet."""
     lines = read_metrics(folder)
     if not lines:
         raise InputError(f"{folder}/{METRICS}: it is empty; wait for the first line, or train longer")
@@ -72,11 +68,7 @@ def write_run_report(folder: Path) -> Path:
 
 
 def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read a run's metrics.jsonl.
-
-    Raises:
-        InputError: it is not there.
-    """
+    """Read a run's metrics.jsonl; InputError if it is not there."""
     if not (folder / METRICS).is_file():
         raise InputError(f"{folder}: no run folder (it has no {METRICS}); pass what `mbcnet train` wrote")
     found: dict[str, list[dict[str, Any]]] = {}

@@ -88,11 +88,7 @@ class TrainedRun:
 
 
 def load_run(folder: Path) -> RunConfig:
-    """Read the resolved config of a run folder.
-
-    Raises:
-        InputError: it is no run folder.
-    """
+    """Read the resolved config of a run folder; InputError if it is no run folder."""
     others = {"model.json": "an exported artifact", "_predict.json": "scores of `mbcnet predict`"}
     other = next((what for name, what in others.items() if (folder / name).is_file()), "")
     if other or not (folder / CONFIG).is_file():
@@ -102,11 +98,7 @@ def load_run(folder: Path) -> RunConfig:
 
 
 def find_best(config: RunConfig, folder: Path, process: Process) -> TrainedRun:
-    """A run at its best checkpoint.
-
-    Raises:
-        InputError: it has none.
-    """
+    """A run at its best checkpoint; InputError if it has none."""
 
     def find() -> int:
         step = best_step(storage_of(config.train, folder))

@@ -48,11 +48,7 @@ class Material:
 
     @property
     def first(self) -> list[Run]:
-        """The runs of the study's first variant, by seed.
-
-        Raises:
-            InputError: none has ended.
-        """
+        """The runs of the study's first variant, by seed; InputError if none has ended."""
         runs = [run for run in self.runs if run.variant == self.study.variants[0].name]
         if not runs:
             raise InputError("no run of it has ended")

@@ -66,11 +66,7 @@ def variant_config(base: RunConfig, variant: Variant, tuned: Path | None, overri
 
 
 def conduct(request: StudyRequest) -> int:
-    """Run what is missing, and write the report.
-
-    Raises:
-        InputError: the config, the study and the models do not fit together.
-    """
+    """Run what is missing, and write the report; InputError if the config, the study and the models do not fit together."""
     refuse_ranks("study")
     study = with_models(request.study, request.models)
     request = replace(request, study=study)

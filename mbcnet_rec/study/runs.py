@@ -67,11 +67,7 @@ def place_run(config: RunConfig, seed: int, out: Path, known: Known | None = Non
 
 
 def run_key(config: RunConfig, known: Known | None = None) -> str:
-    """Hash what decides a run's result (dependencies.py).
-
-    Raises:
-        InputError: the schema or the data files are missing.
-    """
+    """Hash what decides a run's result (dependencies.py); InputError if the schema or the data files are missing."""
     return digest_of(dependencies(config, {} if known is None else known))[:KEY_DIGITS]
 
 

@@ -127,11 +127,7 @@ def draw_overrides(trial: Trial, search: Search, kind: str) -> list[str]:
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str], source: str) -> RunConfig:
-    """Apply `key=value` overrides to a config.
-
-    Raises:
-        InputError: they make no valid config; `source` says where they come from.
-    """
+    """Apply `key=value` overrides to a config; InputError, which names their `source`, if they make no valid config."""
     table = to_toml_value(config)
     for override in overrides:
         apply_override(table, override)
@@ -177,11 +173,7 @@ def tune_model(
 
 
 def open_study(file: Path, kind: str) -> optuna.Study:
-    """Open or begin the study of a kind of model.
-
-    Raises:
-        InputError: the file is damaged, or of another version of Optuna.
-    """
+    """Open or begin the study of a kind of model; InputError if the file is damaged, or of another version of Optuna."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     was_there = file.exists()
     try:

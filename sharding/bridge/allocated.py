@@ -12,7 +12,7 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from sharding.bridge.zch import STATE, BucketedCollisions
 from sharding.cost.assess import Assessment
-from sharding.cost.memory import gib
+from sharding.cost.estimate import gib
 
 PARTS: tuple[str, ...] = ("rows", "state", "cache")
 # FBGEMM's names of the tensors of a table kernel -> the part of memory that they take

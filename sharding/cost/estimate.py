@@ -1,4 +1,4 @@
-"""Bytes and seconds of one shard, by part, from first principles.
+"""Bytes and seconds of one shard, by part, from first principles; and by how much tables exceed the memory that they may fill.
 
 G rows of a batch over one group's ranks, B of one rank, P ids a row (all fields of the table), F fields, D columns of the shard,
 r rows of the shard, s its share of the lookups (1, or 1/n where n ranks share the rows), w bytes of a weight.
@@ -19,12 +19,14 @@ from collections.abc import Callable
 from operator import add
 from typing import NamedTuple, TypeVar
 
-from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+from data.errors import InputError
+from sharding.plan.cluster import GIB, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from sharding.plan.placement import Options, Plan, TablePlan, shards_of
 
 ID_BYTES, LENGTH_BYTES, FLOAT_BYTES, BURST_BYTES = 8, 4, 4, 64
 ZCH_BYTES_PER_ROW = 32  # id, row, count and last step, 8 bytes each
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+TABLES_NAMED = 3
 SORT_BYTES_PER_ID = 96  # backward sorts (id, position): 12 bytes, read and written in 4 radix passes
 
 
@@ -203,3 +205,54 @@ def _link_seconds(cluster: Cluster, inside_bytes: float, outside_bytes: float) -
     inside = inside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.nvlink_gb_per_second)
     outside = outside_bytes / (LINK_EFFICIENCY * 1e9 * cluster.network_gb_per_second)
     return max(inside, outside)
+
+
+class DoesNotFit(InputError):
+    """No plan fits, which is certain if it holds however the shards are shared out."""
+
+    def __init__(self, problem: str, is_certain: bool) -> None:
+        self.is_certain = is_certain
+        super().__init__(
+            f"no plan fits: {problem}; use more hosts (`mbcnet plan min-gpus` finds how many), fp16 rows (data_type), splits by rows "
+            "(sharding_types) or, on cuda, rows in host memory (compute_kernels = ['fused_uvm_caching'])"
+        )
+
+
+def find_shortage(options: Options, plan: Plan, cluster: Cluster, room: Room) -> DoesNotFit:
+    """What there is to say of these tables if no plan is found: by how many bytes which tables exceed the room of a rank.
+
+    Of the candidates for a table the smallest one counts.
+    """
+    memory, free = ("HBM", room.hbm) if plan.device == "cuda" else ("DDR", room.ddr)
+    least = least_costs(options, plan, cluster, lambda cost: getattr(cost.bytes, memory.lower()))
+    totals = {name: total for name, (total, _) in least.items()}
+    too_large = {name: shard for name, (_, shard) in least.items() if shard > free}
+    needed, have, ranks = sum(totals.values()), plan.group_size * free, plan.group_size
+    names = sorted(totals, key=lambda name: -totals[name])[:TABLES_NAMED]
+    largest = f"largest: {', '.join(f'{name} {gib(totals[name])}' for name in names)}"
+    if needed > have:
+        return DoesNotFit(
+            f"tables need {gib(needed)} of {memory} and {ranks} ranks have {gib(have)} for them ({gib(free)} each), "
+            f"{needed - have:,} bytes short; {largest}",
+            is_certain=True,
+        )
+    if too_large:
+        name = max(too_large, key=too_large.__getitem__)
+        return DoesNotFit(
+            f"the smallest shard of table {name} takes {gib(too_large[name])} and a rank has {gib(free)} of {memory} for tables, "
+            f"{too_large[name] - free:,} bytes short",
+            is_certain=True,
+        )
+    return DoesNotFit(
+        f"tables need {gib(needed)} of {gib(have)} of {memory}, but whole tables do not share out over {ranks} ranks of {gib(free)}; "
+        f"{largest}",
+        is_certain=False,
+    )
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if size >= 0.1 * unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size / 1024:,.1f} KiB" if size else "0"

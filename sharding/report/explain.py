@@ -4,8 +4,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sharding.cost.assess import Assessment, assess
-from sharding.cost.estimate import ZCH_BYTES_PER_ROW, Bytes, Room, Times
-from sharding.cost.memory import gib
+from sharding.cost.estimate import ZCH_BYTES_PER_ROW, Bytes, Room, Times, gib
 from sharding.plan.compare import placement_text
 from sharding.plan.placement import TablePlan, with_kernels
 from sharding.report.text import columns, ms, table_totals

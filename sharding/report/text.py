@@ -9,8 +9,7 @@ from typing import Any
 import jinja2
 
 from sharding.cost.assess import MAIN_PHASES, PARTS, Assessment
-from sharding.cost.estimate import Bytes, Times, plus
-from sharding.cost.memory import gib
+from sharding.cost.estimate import Bytes, Times, gib, plus
 from sharding.plan.compare import placement_text, ranks_text
 from sharding.plan.plan_file import plan_text
 

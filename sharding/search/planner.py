@@ -1,4 +1,4 @@
-"""TorchRec's planner behind one function: what is to be planned -> Plan. Needs no process group and no GPU.
+"""TorchRec's planner behind one function: what is to be planned -> Plan; and the smallest cluster for it. Needs no process group and no GPU.
 
 TorchRec enumerates, proposes and partitions. Three things keep that quick and honest: candidates by size class (candidates.py), times
 and bytes from estimate.py, which is also what reports show, and a last pass that moves tables off the busiest rank (balance.py).
@@ -6,6 +6,7 @@ and bytes from estimate.py, which is also what reports show, and a last pass tha
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -30,16 +31,18 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ParameterSharding
 
+from data.errors import InputError
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import AnyTypeSharder
-from sharding.cost.estimate import table_costs
-from sharding.cost.memory import find_shortage
-from sharding.plan.cluster import Cluster
-from sharding.plan.placement import UNIFORM, Options, Plan, TablePlan, check_shape
+from sharding.cost.assess import Assessment, assess, search_bound
+from sharding.cost.estimate import find_shortage, table_costs
+from sharding.plan.cluster import MAX_RANKS, Cluster
+from sharding.plan.placement import UNIFORM, Options, Plan, TablePlan, check_shape, device_problem
 from sharding.search.balance import Balance
-from sharding.search.candidates import all_options, check_constraints
+from sharding.search.candidates import all_options, assumed_fields, check_constraints
 from sharding.search.task import Progress, Task
 
+MOST_HOSTS = 4096  # of a search for the smallest cluster
 PROPOSALS_WITHOUT_GAIN = 20  # after which a greedy search ends
 MILLISECONDS = 1e3
 Constraints = dict[str, ParameterConstraints]
@@ -73,6 +76,50 @@ def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = Tr
         plan = Balance(plan, task.cluster, options, pinned, room).improved(left)
     check_shape(plan, "sharding")
     return plan
+
+
+def solve(task: Task, progress: Progress | None = None) -> Assessment:
+    """Plan and assess; DoesNotFit if nothing fits."""
+    plan = make_plan(task, progress)
+    bound = search_bound(all_options(task), plan, task.cluster)
+    assumed = assumed_fields(task.schema, task.config)
+    return replace(assess(plan, task.cluster), any_types_bound=bound, assumed=assumed)
+
+
+def smallest_cluster(task: Task, headroom: float, say: Callable[[str], None] = lambda line: None) -> Assessment:
+    """The fewest devices that fit: parts of one host, then whole hosts. The task's cluster says the kind of host, not how many.
+
+    `headroom`: share of each device's memory to leave free, in place of the config's reserve. `say` is told each size that is tried.
+    """
+    if problem := device_problem(task.empty_plan()):  # on every size
+        raise InputError(f"sharding.{problem}")
+    devices, config = task.cluster.devices_per_host, replace(task.config, storage_reserve=headroom)
+
+    def attempt(hosts: int, devices: int) -> Assessment | InputError:
+        cluster = task.cluster.resized(hosts, devices)
+        say(f"trying: {cluster}")
+        try:
+            return solve(replace(task, config=config, cluster=cluster))
+        except InputError as error:
+            return error
+
+    for count in [each for each in (1, 2, 4, 8, 16) if each < devices] + [devices]:
+        found = attempt(1, count)
+        if isinstance(found, Assessment):
+            return found
+    low, high = 1, 2  # `low` hosts do not fit
+    while isinstance(found := attempt(high, devices), InputError):
+        low, high = high, 2 * high
+        if high > MOST_HOSTS or high * devices > MAX_RANKS:
+            raise InputError(f"no cluster of {task.cluster.name} up to {low} hosts fits: {found}")
+    while high - low > 1:
+        middle = (low + high) // 2
+        smaller = attempt(middle, devices)
+        if isinstance(smaller, InputError):
+            low = middle
+        else:
+            found, high = smaller, middle
+    return found
 
 
 def _search(task: Task, plan: Plan, options: Options, progress: Progress | None) -> dict[str, TablePlan]:

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 from data.errors import InputError
 from data.schema import Schema
-from sharding.cost.estimate import Room
-from sharding.cost.memory import gib
+from sharding.cost.estimate import Room, gib
 from sharding.plan.cluster import GIB, Cluster, default_cluster, read_cluster
 from sharding.plan.constraints import CARRIED, ShardingConfig
-from sharding.plan.dense_part import DenseCost
-from sharding.plan.placement import Plan
+from sharding.plan.placement import DenseCost, Plan
 from sharding.plan.plan_file import FORMAT
 
 Progress = Callable[[int, float], None]  # (proposals so far, best milliseconds)
