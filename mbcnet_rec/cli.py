@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -147,6 +148,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     # torch itself would print pages of C++ frames for a lost rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = build_parser().parse_args(argv)
+    args.command_line = shlex.join(["mbcnet", *(sys.argv[1:] if argv is None else argv)])  # to do it again
     with plain_words():
         refuse_repeats(getattr(args, "overrides", ()))
         code = int(args.run(args) or 0)

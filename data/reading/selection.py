@@ -22,20 +22,9 @@ import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.errors import InputError
+from data.reading import conditions
 from data.reading.columns import Place
-from data.reading.conditions import (
-    DAY,
-    INTEGER,
-    IS_NOT_NULL,
-    IS_NULL,
-    NANOSECONDS,
-    Condition,
-    Form,
-    Instant,
-    form_of,
-    parse_conditions,
-    read_instant,
-)
+from data.reading.conditions import Condition, Form, Instant, form_of, parse_conditions, read_instant
 from data.reading.config import StreamOptions
 from data.reading.ids import is_text, value_type
 from data.reading.keys import counter_keys, uniforms
@@ -110,8 +99,8 @@ def read_footer(parquet: pq.ParquetFile, time_column: str, file: str) -> Footer:
 def _unit_of(kind: pa.DataType) -> int:
     """Nanoseconds of one of the numbers by which a type holds time; texts are read in nanoseconds, and integers are numbers of their own."""
     if pt.is_timestamp(kind):
-        return NANOSECONDS // {"s": 1, "ms": 10**3, "us": 10**6, "ns": NANOSECONDS}[kind.unit]
-    return DAY if pt.is_date32(kind) else 10**6 if pt.is_date64(kind) else 1
+        return conditions.NANOSECONDS // {"s": 1, "ms": 10**3, "us": 10**6, "ns": conditions.NANOSECONDS}[kind.unit]
+    return conditions.DAY if pt.is_date32(kind) else 10**6 if pt.is_date64(kind) else 1
 
 
 def _instants(column: pa.Array, name: str, place: Place) -> tuple[np.ndarray, np.ndarray]:
@@ -143,10 +132,10 @@ class Selection:
 
     def __init__(self, options: StreamOptions, schema: Schema, files: Sequence[DataFile]) -> None:
         self.options, self.schema, self.files = options, schema, files
-        conditions = (each for text in options.where for each in parse_conditions(text))
-        self.conditions = [each for each in conditions if each.name == schema.time_column]
-        self.wants_null = any(each.operator == IS_NULL for each in self.conditions)
-        self.bounds = [each for each in self.conditions if each.operator != IS_NULL]
+        asked = (each for text in options.where for each in parse_conditions(text))
+        self.conditions = [each for each in asked if each.name == schema.time_column]
+        self.wants_null = any(each.operator == conditions.IS_NULL for each in self.conditions)
+        self.bounds = [each for each in self.conditions if each.operator != conditions.IS_NULL]
         for each in self.conditions:
             if each.last > 1 and each.operator not in ("<", ">="):
                 raise InputError(
@@ -182,7 +171,7 @@ class Selection:
         latest = max(span.high - 1 for _, footer in typed for span in footer.spans if span is not None)
         if integers:
             self._check_forms(typed, form_of(latest))
-        bounds = [each for each in self.bounds if each.operator != IS_NOT_NULL]
+        bounds = [each for each in self.bounds if each.operator != conditions.IS_NOT_NULL]
         spans = [_span_of_integers(each, latest) if integers else _span_of_times(each, latest) for each in bounds]
         for condition, span in zip(bounds, spans, strict=True):
             if condition.operator in ("!=", "<>"):
@@ -243,8 +232,8 @@ def _within(instants: np.ndarray, span: Span, unit: int) -> np.ndarray:
 
 def _last_days(condition: Condition, latest: int) -> tuple[int, int]:
     """Where the N-th last day begins and ends, in nanoseconds."""
-    first = (latest // DAY + 1 - condition.last) * DAY
-    return first, first + DAY
+    first = (latest // conditions.DAY + 1 - condition.last) * conditions.DAY
+    return first, first + conditions.DAY
 
 
 def _span_of_times(condition: Condition, latest: int) -> Span:
@@ -271,7 +260,7 @@ def _span_of_integers(condition: Condition, latest: int) -> Span:
         assert instant is not None
         first, last = _last_days(condition, instant.nanoseconds)
         return _span(condition, form.first_from(first), form.first_from(last))
-    number = int(condition.bound) if INTEGER.fullmatch(condition.bound) else None
+    number = int(condition.bound) if conditions.INTEGER.fullmatch(condition.bound) else None
     if number is not None and (not number or form_of(number) == form):
         return _span(condition, number, number + 1)
     instant = read_instant(condition.bound) if form.name else None

@@ -22,16 +22,8 @@ import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.schema import Schema, format_schema
+from data.synthetic import planted
 from data.synthetic.impressions import to_record_batch
-from data.synthetic.planted import (
-    PROBABILITY_STEPS,
-    SHARES,
-    World,
-    draw_facts,
-    draw_labels,
-    make_world,
-    true_probability,
-)
 from data.whole_folder import earlier_summary, whole_folder
 
 T = TypeVar("T")
@@ -49,12 +41,12 @@ class Tally:
     """Counts of labels by true probability. It has 65,536 steps, so what follows from the counts is exact."""
 
     # [label, step]
-    counts: np.ndarray = field(default_factory=lambda: np.zeros((2, PROBABILITY_STEPS), np.int64))
+    counts: np.ndarray = field(default_factory=lambda: np.zeros((2, planted.PROBABILITY_STEPS), np.int64))
 
     def add(self, probability: np.ndarray, labels: np.ndarray) -> None:
         """Count rows: true probability in steps (n,) int64, labels (n,) of 0 and 1."""
-        both = labels.astype(np.int64) * PROBABILITY_STEPS + probability
-        self.counts += np.bincount(both, minlength=2 * PROBABILITY_STEPS).reshape(2, -1)
+        both = labels.astype(np.int64) * planted.PROBABILITY_STEPS + probability
+        self.counts += np.bincount(both, minlength=2 * planted.PROBABILITY_STEPS).reshape(2, -1)
 
     def summary(self) -> dict[str, Any]:
         """Rows, label rate, and what the true probability scores: nothing can be expected to do better."""
@@ -65,7 +57,7 @@ class Tally:
             return found | {"best_auc": None, "best_log_loss": None}
         below = np.cumsum(negatives) - negatives
         auc = float((positives * (below + 0.5 * negatives)).sum()) / (clicks * (rows - clicks))
-        step = np.arange(1, PROBABILITY_STEPS) / PROBABILITY_STEPS  # step 0 never occurs
+        step = np.arange(1, planted.PROBABILITY_STEPS) / planted.PROBABILITY_STEPS  # step 0 never occurs
         loss = -float(positives[1:] @ np.log(step) + negatives[1:] @ np.log1p(-step)) / rows
         rate = clicks / rows
         prior = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
@@ -129,10 +121,10 @@ def write_synthetic(
                 f"{out}: holds another synthetic log ({key} = {earlier.get(key)} there, {request[key]} wanted); choose another folder, "
                 "or pass --force"
             )
-    world = make_world(schema, seed, days)
+    world = planted.make_world(schema, seed, days)
     with whole_folder(out) as folder:
         splits = _write_days(world, folder, request, progress, threads)
-        summary = request | {"label": schema.label, "logit_variance_shares": SHARES, "splits": splits}
+        summary = request | {"label": schema.label, "logit_variance_shares": planted.SHARES, "splits": splits}
         header = f"Written by mbcnet data synth beside its rows. Seed {seed}."
         (folder / "schema.toml").write_text(format_schema(schema, header), encoding="utf-8")
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -140,7 +132,7 @@ def write_synthetic(
 
 
 def _write_days(
-    world: World, folder: Path, request: dict[str, Any], progress: Callable[[int], object], threads: int
+    world: planted.World, folder: Path, request: dict[str, Any], progress: Callable[[int], object], threads: int
 ) -> dict[str, Any]:
     """Write every day's files; return each split's summary."""
     tallies = {split: Tally() for split in ("train", "valid", "test", "all")}
@@ -169,11 +161,11 @@ def _write_days(
     return {split: tally.summary() for split, tally in tallies.items()}
 
 
-def make_block(world: World, day: int, first: int, rows: int) -> tuple[pa.RecordBatch, np.ndarray]:
+def make_block(world: planted.World, day: int, first: int, rows: int) -> tuple[pa.RecordBatch, np.ndarray]:
     """Make rows [first, first + rows) of a day: its columns, and the true probability (n,) in 65536ths."""
-    facts = draw_facts(world, np.full(rows, day), np.arange(first, first + rows))
-    probability = true_probability(world, facts)
-    return to_record_batch(world, facts, draw_labels(world, facts, probability)), probability
+    facts = planted.draw_facts(world, np.full(rows, day), np.arange(first, first + rows))
+    probability = planted.true_probability(world, facts)
+    return to_record_batch(world, facts, planted.draw_labels(world, facts, probability)), probability
 
 
 def _blocks(request: dict[str, Any]) -> Iterator[_Block]:

@@ -32,5 +32,5 @@ def _compare(args: argparse.Namespace) -> int:
         raise InputError(f"--expected-clicks {args.expected_clicks}: wanted a number of rows, 1 or more; change it")
     by = tuple(dict.fromkeys(args.by))
     question = Question(args.split, tuple(args.data), by=by, exact_rows=args.exact_rows or EXACT_ROWS)
-    comparison = Comparison(args.ours, args.theirs, question, args.expected_clicks or 0)
+    comparison = Comparison(args.ours, args.theirs, question, args.expected_clicks or 0, args.command_line)
     return run_comparison(comparison, as_json=args.json, page=args.out)

@@ -44,6 +44,6 @@ def _study(args: argparse.Namespace) -> int:
 
     request = StudyRequest(
         STUDIES[args.name], Path(args.config), tuple(args.overrides), args.seeds, tuple(args.models),
-        args.tuned, args.category, args.out, args.workers,
+        args.tuned, args.category, args.out, args.workers, args.command_line,
     )  # fmt: skip
     return conduct(request)

@@ -3,7 +3,6 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -14,7 +13,6 @@ LONGEST_UNBROKEN = 60  # characters of a table's cell that stays on one line
 class Heading:
     """Opens a section."""
 
-    kind: ClassVar = "heading"
     text: str
 
 
@@ -22,7 +20,6 @@ class Heading:
 class Text:
     """A paragraph."""
 
-    kind: ClassVar = "text"
     text: str
 
 
@@ -30,7 +27,6 @@ class Text:
 class Table:
     """A table; `best` is the index of the row to mark, -1 for none."""
 
-    kind: ClassVar = "table"
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     best: int = -1
@@ -40,7 +36,6 @@ class Table:
 class Picture:
     """A PNG; `caption` says what it shows and what to see in it."""
 
-    kind: ClassVar = "picture"
     name: str
     png: bytes
     caption: str
@@ -55,7 +50,6 @@ class Picture:
 class Code:
     """A command or a file: folded under `title` if it has one."""
 
-    kind: ClassVar = "code"
     text: str
     title: str = ""
 
@@ -82,4 +76,5 @@ def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
         keep_trailing_newline=True,
     )
     page = templates.get_template("page.html")
-    return page.render(title=title, lead=lead, blocks=blocks, longest_unbroken=LONGEST_UNBROKEN)
+    kinds = [(type(block).__name__, block) for block in blocks]
+    return page.render(title=title, lead=lead, blocks=kinds, longest_unbroken=LONGEST_UNBROKEN)

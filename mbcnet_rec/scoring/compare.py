@@ -1,7 +1,6 @@
 """`mbcnet compare`: two runs on the same rows: paired differences of their metrics, by slice, and the clicks that either ranking would get."""
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,20 +36,13 @@ class Comparison:
     theirs: Path
     question: Question  # of which rows
     top: int = 0  # rows of each group whose clicks are counted; 0: none are
+    command_line: str = ""  # that asked for it
 
     @property
     def names(self) -> tuple[str, str]:
         """The runs' names in tables."""
         names = self.ours.name, self.theirs.name
         return names if names[0] != names[1] and all(names) else ("ours", "theirs")
-
-    def command(self) -> str:
-        """The line that does it again."""
-        asked = self.question
-        words = ["mbcnet", "compare", str(self.ours), str(self.theirs)]
-        words += ["--data", *asked.data] if asked.data else ["--split", asked.split]
-        words += [word for name in asked.by for word in ("--by", name)]
-        return shlex.join([*words, *(["--expected-clicks", str(self.top)] if self.top else [])])
 
 
 class Found(NamedTuple):
@@ -107,7 +99,7 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
     notes = _notes(runs, files, question.where)
     if page is not None:
         blocks = [*map(Text, notes), *report_blocks(comparison, everything, slices, pictures=True)]
-        again = [Heading("Again"), Code(comparison.command())]
+        again = [Heading("Again"), Code(comparison.command_line)]
         write_whole(page, to_html(" and ".join(comparison.names), lead, [*blocks, *again]))
     if as_json:
         told = {"ours": str(folders[0]), "theirs": str(folders[1]), "steps": [run.step for run in runs]}

@@ -33,18 +33,8 @@ from data.whole_folder import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.process import Process, answer_of_first, any_rank
+from mbcnet_rec.scoring import prediction_note
 from mbcnet_rec.scoring.chunks import CHUNK_ROWS, Chunk, ScoredRows, chunks_of, deal, score_chunks, unlabelled_groups
-from mbcnet_rec.scoring.prediction_note import (
-    CHUNKS,
-    REQUEST,
-    Note,
-    changed_sources,
-    describe,
-    join_notes,
-    mark_of,
-    read_note,
-    relative_names,
-)
 from mbcnet_rec.scoring.trained_run import branch_names, opened_run
 
 MARK = b"mbcnet_prediction"  # in the footer of each file
@@ -63,7 +53,7 @@ class Job:
     out: Path
     names: Sequence[str]
     schemas: Sequence[pa.Schema]
-    note: Note
+    note: prediction_note.Note
     put: Callable[[Path, Path], None]  # renames a draft to where readers look
 
     def target(self, file: int) -> Path:
@@ -72,11 +62,11 @@ class Job:
 
     def part(self, chunk: Chunk) -> Path:
         """The finished chunk."""
-        return self.out / CHUNKS / self.names[chunk.file] / f"{chunk.number:06d}.parquet"
+        return self.out / prediction_note.CHUNKS / self.names[chunk.file] / f"{chunk.number:06d}.parquet"
 
     def open(self, path: Path, file: int) -> pq.ParquetWriter:
         """Open a Parquet file to write, with page checksums and the mark of this prediction."""
-        schema = self.schemas[file].with_metadata({MARK: mark_of(self.note, self.names[file])})
+        schema = self.schemas[file].with_metadata({MARK: prediction_note.mark_of(self.note, self.names[file])})
         return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
     def holds(self, path: Path, file: int, num_rows: int) -> bool:
@@ -86,7 +76,7 @@ class Job:
         with suppress(OSError, pa.ArrowException):
             footer = pq.read_metadata(path)
             mark = (footer.metadata or {}).get(MARK, b"").decode()
-            return footer.num_rows == num_rows and mark == mark_of(self.note, self.names[file])
+            return footer.num_rows == num_rows and mark == prediction_note.mark_of(self.note, self.names[file])
         return False
 
 
@@ -121,7 +111,7 @@ def run_prediction(
     place = Path(out)
     with opened_run(Path(run_folder)) as (run, process):
         schema, files = run.schema, resolve_files(data)
-        names = relative_names(files, data)
+        names = prediction_note.relative_names(files, data)
         for file in files:
             if isinstance(file, Path) and place.resolve() in file.resolve().parents:
                 raise InputError(f"{file}: lies in --out {out}; choose another output folder")
@@ -131,9 +121,9 @@ def run_prediction(
         chunks = chunks_of(row_groups, chunk_rows)
         outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(run.config.model))]
         kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
-        asked = describe(names, files, rows_of(chunks), [*kept, *outputs], run.digest())
+        asked = prediction_note.describe(names, files, rows_of(chunks), [*kept, *outputs], run.digest())
         with _naming_write_faults(place), locked_together(process, "predict", {"--out": place}):
-            note = answer_of_first(process, lambda: join_notes(place, asked, overwrite))
+            note = answer_of_first(process, lambda: prediction_note.join_notes(place, asked, overwrite))
             # the kept columns have the types of their input file
             floats = [pa.field(name, pa.float32()) for name in outputs]
             schemas = [pa.schema([*((name, found.field(name).type) for name in kept), *floats]) for found in columns]
@@ -205,9 +195,10 @@ def rows_of(chunks: Sequence[Chunk]) -> list[int]:
 
 def write_note(job: Job) -> None:
     """Say which files have changed since their rows were scored, and renew the note."""
-    for source in changed_sources(read_note(job.out / REQUEST), job.note):
+    before = prediction_note.read_note(job.out / prediction_note.REQUEST)
+    for source in prediction_note.changed_sources(before, job.note):
         print(f"{source} has changed since its rows were scored: scored again")
-    write_whole(job.out / REQUEST, json.dumps(job.note, indent=1))
+    write_whole(job.out / prediction_note.REQUEST, json.dumps(job.note, indent=1))
 
 
 def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -290,7 +281,7 @@ def finish(job: Job, chunks: Sequence[Chunk], step: int, taken: str, scored: int
         with suppress(OSError):  # not empty
             for folder in Path(name).parents[:-1]:
                 (job.out / folder).rmdir()
-    shutil.rmtree(job.out / CHUNKS, ignore_errors=True)
+    shutil.rmtree(job.out / prediction_note.CHUNKS, ignore_errors=True)
     write_note(replace(job, note=job.note | {"obsolete": [], "whole": True}))
     earlier = f" ({wanted - scored:,} of them were there already)" if scored < wanted else ""
     columns = ", ".join(job.schemas[0].names)

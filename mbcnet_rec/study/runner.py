@@ -1,6 +1,5 @@
 """`mbcnet study NAME`: variants x seeds -> runs -> a page. Started again, it trains only the runs that are missing."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,16 +39,7 @@ class StudyRequest:
     category: str = ""  # the field of Figure 7; "": found by name
     out: Path = Path("studies")  # folder of the runs and the page
     workers: int = 0  # processes; 0: chosen
-
-    def command(self) -> str:
-        """The line that does it again."""
-        parts = ["mbcnet", "study", self.study.name, "--config", str(self.config), "--seeds", str(self.seeds)]
-        parts += ["--models", *self.models] if self.models else []
-        parts += ["--tuned", str(self.tuned)] if self.tuned else []
-        parts += ["--category", self.category] if self.category else []
-        for override in self.overrides:
-            parts += ["--set", override]
-        return shlex.join([*parts, "--out", str(self.out)])
+    command_line: str = ""  # that asked for it
 
 
 def variant_config(base: RunConfig, variant: Variant, tuned: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -172,7 +162,7 @@ def report_blocks(
     return [
         *blocks,
         Heading("Again"),
-        Code(request.command()),
+        Code(request.command_line),
         Code(config_text(base), "the config, every key resolved"),
         Code("\n".join(configs) or "none", "each run's own config"),
     ]
