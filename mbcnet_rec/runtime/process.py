@@ -1,9 +1,11 @@
 """One process among the ranks of a run: its rank and device, and what the ranks exchange besides tensors of the model."""
 
 import itertools
+import logging
 import os
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -18,12 +20,18 @@ from torch import Tensor
 
 from data.errors import InputError
 from mbcnet_rec.runtime.exits import LostRankError
-from mbcnet_rec.runtime.quiet import quiet_libraries
 from mbcnet_rec.runtime.ranks import Ranks, found_ranks
 from sharding.bridge.groups import leave_groups
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+# torch.fx: "is_fx_tracing will return true ..."; torchrec.distributed.utils: "data_parallel: caching params will be ignored";
+# comm: each rank of several hosts names the groups that it made
+LOGGERS = (
+    "torch.fx._symbolic_trace",
+    *(f"torchrec.distributed.{name}" for name in ("planner", "planner.stats", "utils", "logger", "comm")),
+)
+MODULES = ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.autograd")
 _TIMES_JOINED = itertools.count()
 
 
@@ -123,6 +131,30 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
         leave_groups(abort=on_gpu)
         raise
     leave_groups()
+
+
+def _is_ours_to_read(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Sharding spec not found for ")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence known words of torch and TorchRec; on exit loggers and filters are as they were before."""
+    root, loggers = logging.getLogger(), [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for module in MODULES:
+            warnings.filterwarnings("ignore", module=module.replace(".", r"\.") + r"(\..*)?$")
+        warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        root.addFilter(_is_ours_to_read)  # TorchRec logs this one by the root logger itself
+        try:
+            yield
+        finally:
+            root.removeFilter(_is_ours_to_read)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _on_this_host(ranks: Ranks, store: dist.Store) -> tuple[int, int]:

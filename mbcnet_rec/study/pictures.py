@@ -1,23 +1,29 @@
-"""The pictures of a study: what each one reads from the runs, and how it is captioned."""
+"""The pictures of a study: what each one reads from the runs, and how it is captioned; and what each part of an MBCnet costs (Table 8)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy.special import softmax
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.errors import InputError
-from data.schema import Feature, Schema
+from data.schema import Feature, Schema, load_schema
 from mbcnet_rec.checkpoints.run_folder import storage_of
 from mbcnet_rec.checkpoints.storage import best_step, latest_step
 from mbcnet_rec.config import RunConfig
+from mbcnet_rec.model.mbcnet import BranchArch, MBCNetConfig
+from mbcnet_rec.model.models import ModelConfig, model_layout
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
 from mbcnet_rec.report.run_report import LEARNING, Wanted, plots_of, read_metrics
+from mbcnet_rec.runtime.process import choose_device
 from mbcnet_rec.scoring.trained_run import TrainedRun
-from mbcnet_rec.study.complexity import complexity_blocks
 from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, probe_run, tsne_plane
 from mbcnet_rec.study.runs import Run
 from mbcnet_rec.study.studies import DENSITIES, GRID_ALPHA, GRID_BETA, MODELS, Study, density_name, grid_name
@@ -28,6 +34,8 @@ LATENT_ROWS = 200  # of each output on the plane
 NEURONS = 30  # as many as Figure 6 shows
 BEST_LEARNED = 10_000
 MAX_CATEGORIES = 12
+MIN_SECONDS = 0.2  # that each part is timed for
+FORMULAS = {"efgc": "O(N_g L_EFGC d^2)", "cross": "O(L_CrossNet N_experts F d)", "deep": "O(L_Deep d^2)"}
 TERMS: Wanted = (
     ("co-teaching loss", "train", "coteaching_loss"),
     ("moderate differentiation loss", "train", "differentiation_loss"),
@@ -206,6 +214,64 @@ def _grid(material: Material) -> list[Block]:
     return [Picture("grid", picture, caption)]
 
 
+class Part(NamedTuple):
+    """What a branch, the shared top or the whole dense part costs."""
+
+    name: str
+    parameters: int
+    flops: float  # of one row's forward pass
+    milliseconds: float  # median of a batch's forward pass
+
+
+def _complexity(material: Material) -> list[Block]:
+    """Measure the dense part of the config's MBCnet, and say what EFGC adds."""
+    config = material.config
+    device = choose_device(config.train.device, 0)
+    rows = config.data.eval_batch_size or config.data.batch_size
+    parts = measure_parts(config.model.mbcnet, load_schema(config.schema), rows, device)
+    lines = [
+        (figures.label(name), FORMULAS.get(name, ""), f"{parameters:,}", f"{flops:,.0f}", f"{milliseconds:.2f}")
+        for name, parameters, flops, milliseconds in parts
+    ]
+    header = ("part", "time, by the paper", "parameters", "FLOPs a row", f"ms a batch of {rows:,}")
+    text = f"Table 8, measured: dense part only, {device.type}, {torch.get_num_threads()} threads, without the tables."
+    for part in parts:
+        if part.name == "efgc":
+            text += (
+                f" Without EFGC the dense part would have {parts[-1].parameters - part.parameters:,} parameters; the branch adds "
+                f"{part.milliseconds:.2f} ms to a batch. The paper: 2.2 million parameters and 1 ms."
+            )
+    return [Text(text), Table(header, tuple(lines))]
+
+
+def measure_parts(config: MBCNetConfig, schema: Schema, rows: int, device: torch.device) -> list[Part]:
+    """Measure every branch, the shared top with the logits, and the whole dense part, on a batch of so many rows."""
+    layout = model_layout(ModelConfig(mbcnet=config), schema)
+    torch.manual_seed(0)
+    arch = BranchArch(config, layout).to(device).eval()
+    features = {name: torch.randn(rows, width, device=device) for name, width in layout.tensor_widths().items()}
+    hidden = torch.randn(len(arch.branches) * rows, config.branch_dim, device=device)
+    return [
+        *(
+            _measure(name, branch, {group: features[own] for group, own in layout.reads(name).items()}, rows)
+            for name, branch in arch.branches.items()
+        ),
+        _measure("shared top, all branches", arch.top, hidden, rows),
+        _measure("whole dense part", arch, features, rows),
+    ]
+
+
+def _measure(name: str, part: nn.Module, inputs: Any, rows: int) -> Part:
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as counter:
+            part(inputs)
+        names = {"part": part, "inputs": inputs}
+        timer = Timer("part(inputs)", globals=names, num_threads=torch.get_num_threads())
+        seconds = timer.blocked_autorange(min_run_time=MIN_SECONDS).median
+    parameters = sum(parameter.numel() for parameter in part.parameters())
+    return Part(name, parameters, counter.get_total_flops() / rows, 1e3 * seconds)
+
+
 DRAWERS: dict[str, Callable[[Material], list[Block]]] = {
     "scores": _scores,
     "branch_curves": _curves(
@@ -223,5 +289,5 @@ DRAWERS: dict[str, Callable[[Material], list[Block]]] = {
     "categories": _categories,
     "density": _density,
     "grid": _grid,
-    "complexity": lambda material: complexity_blocks(material.config),
+    "complexity": _complexity,
 }
