@@ -6,11 +6,7 @@ from data.errors import InputError
 
 
 def home_path(text: str, source: str) -> str:
-    """Replace `~` or `~user` at the beginning by the home folder. Variables such as $HOME are left to the shell.
-
-    Raises:
-        InputError: nobody knows that folder; `source` is what gave the path.
-    """
+    """Replace `~` or `~user` at the beginning, but no variable, by the home folder; InputError, naming the `source`, if nobody knows it."""
     if not text.startswith("~") or os.path.lexists(text):
         return text
     found = os.path.expanduser(text)

@@ -34,11 +34,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def earlier_summary(out: Path, summary: str, what: str) -> dict[str, Any] | None:
-    """Read the JSON file `summary` of an earlier result in the folder `out`; None if `out` is free to be written.
-
-    Raises:
-        InputError: something is there that is no `what`.
-    """
+    """Read the JSON file `summary` of an earlier result in `out`; None if `out` is free; InputError if something is there that is no `what`."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:

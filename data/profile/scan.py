@@ -161,11 +161,7 @@ Group = tuple[int, int, int]  # file, row group, rows
 
 @contextmanager
 def naming(file: DataFile, fault: str = "cannot be read as Parquet", cure: str = "fix or remove it") -> Iterator[None]:
-    """Name a file, with what is wrong and how to fix it, in the error where what is read in the block is damaged.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """Turn damage of what is read in the block into an InputError that names the file, what is wrong and how to fix it."""
     try:
         yield
     except DAMAGE as error:
@@ -299,11 +295,7 @@ def joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def as_plain(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    """The column as a plain type that holds its values.
-
-    Raises:
-        pa.ArrowException: a value cannot become one.
-    """
+    """The column as a plain type that holds its values; pa.ArrowException if one cannot become so."""
     if column.type == kind:
         return column
     if pt.is_list_view(column.type) or pt.is_large_list_view(column.type):

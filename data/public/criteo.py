@@ -27,11 +27,7 @@ def kaggle_rows(sources: Sources) -> Splits:
 
 
 def terabyte_rows(sources: Sources) -> Splits:
-    """Days in order: all but the last train, the halves of the last validate and test, cut by line.
-
-    Raises:
-        InputError: there are fewer than two days, or one between the first and the last is missing.
-    """
+    """Days in order: all but the last train, the halves of the last validate and test, cut by line; InputError if a day is missing."""
     days = {_day_of(path): path for path in sources[TERABYTE_FILES[0]]}
     first, last = min(days), max(days)
     missing = [day for day in range(first, last) if day not in days]

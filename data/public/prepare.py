@@ -156,11 +156,7 @@ class SplitWriter(ExitStack):
         self.rows, self.written, self.ones = (dict.fromkeys(SPLITS, 0) for _ in range(3))
 
     def write(self, split: str, rows: pa.Table) -> int:
-        """Append rows to a split; return the rows of all splits so far.
-
-        Raises:
-            InputError: a column is missing, or a label is not 0 or 1.
-        """
+        """Append rows to a split; return the rows of all splits so far; InputError if a column is missing, or a label is not 0 or 1."""
         require_columns(self.schema.name, rows, self.columns)
         rows = rows.select(self.columns)
         place = Place(f"data set {self.schema.name!r}, {split} split", None, self.rows[split])

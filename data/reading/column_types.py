@@ -15,11 +15,7 @@ Accepts = Callable[[pa.DataType], bool]
 
 
 def check_columns(arrow_schema: pa.Schema, schema: Schema, file: str, *, has_label: bool = True) -> None:
-    """Check from a file's footer alone that every column is there with a type its field can take.
-
-    Raises:
-        InputError: naming the file, the column, its type and the type wanted.
-    """
+    """Check from a file's footer alone that every column is there with a type its field can take; else InputError."""
     for _, fault in column_faults(arrow_schema, schema, has_label=has_label):
         raise InputError(f"{file}: {fault}")
 

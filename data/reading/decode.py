@@ -66,20 +66,12 @@ class RowReader:
         self._lock = threading.Lock()
 
     def scan(self, row_group: RowGroup, batch_rows: int) -> Iterator[tuple[Columns, pa.RecordBatch]]:
-        """Yield the kept rows of each `batch_rows` stored ones: encoded, and their extra columns.
-
-        Raises:
-            InputError: a value is faulty, or the file is damaged.
-        """
+        """Yield the kept rows of each `batch_rows` stored ones: encoded, and their extra columns; InputError if a value or the file is faulty."""
         for rows, place in self.batches(row_group, batch_rows, [*self.columns, *self.extra]):
             yield self.encoder.encode(rows, place), rows.select(self.extra)
 
     def batches(self, row_group: RowGroup, batch_rows: int, columns: Sequence[str]) -> Iterator[Rows]:
-        """Yield the kept rows of each `batch_rows` stored ones, with these columns, and where they come from.
-
-        Raises:
-            InputError: the file is damaged or has changed.
-        """
+        """Yield the kept rows of each `batch_rows` stored ones, these columns of them, and their place; InputError if the file has changed."""
         file, selection = self.files[row_group.file], self.selection
         first_row = found = 0
         columns = list(dict.fromkeys([*columns, *selection.columns]))

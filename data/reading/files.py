@@ -164,11 +164,7 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
 
 
 def column_sets(files: Sequence[DataFile], attempts: int) -> dict[pa.Schema, DataFile]:
-    """Each set of columns that files have, by their footers, and the first file that has it.
-
-    Raises:
-        InputError: a file is not a Parquet file.
-    """
+    """Each set of columns that files have, by their footers, and the first file that has it; InputError if a file is not a Parquet file."""
     known: dict[pa.Schema, pa.Schema] = {}  # so that no set is held twice
 
     def read(_: int, file: DataFile) -> pa.Schema:
@@ -218,11 +214,7 @@ def for_each_file(
 
 
 def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str, attempts: int) -> T:
-    """Run a read, of a remote file again if it fails.
-
-    Raises:
-        InputError: the file is damaged, in one line that begins with `name` and `problem`.
-    """
+    """Run a read, of a remote file again if it fails; where the file is damaged an InputError begins with `name` and `problem`."""
     if isinstance(file, RemoteFile):
         return retried(read, name, attempts)
     try:

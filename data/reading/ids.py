@@ -24,11 +24,7 @@ Converted = tuple[pa.Array, np.ndarray | None]
 
 
 def read_ids(column: pa.Array, owner: str, wanted: str, place: Place, offsets: np.ndarray | None = None) -> pa.Array:
-    """`as_ids` of `owner`, a field or the group column. `offsets`: of the lists that hold the values.
-
-    Raises:
-        InputError: naming the row of the first value that is no such id.
-    """
+    """`as_ids` of `owner`, a field or the group column; an InputError names the first bad row. `offsets`: of the lists that hold the values."""
     ids, bad = as_ids(column, wanted)
     if bad is None:
         return ids

@@ -65,11 +65,7 @@ class Vocabulary:
 
 
 def read_vocabularies(schema: Schema) -> dict[str, pa.Array]:
-    """Read every vocabulary file of a schema: its name there -> its values in row order.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
+    """Read every vocabulary file of a schema: its name there -> its values in row order; InputError if a file cannot be read."""
     found: dict[str, pa.Array] = {}
     for feature in _with_vocabulary(schema):
         path = schema.folder / feature.vocabulary
@@ -102,11 +98,7 @@ def read_vocabularies(schema: Schema) -> dict[str, pa.Array]:
 
 
 def make_vocabularies(schema: Schema, values: Mapping[str, pa.Array]) -> dict[str, Vocabulary]:
-    """Make the vocabulary of every field that has one, by the field's name.
-
-    Raises:
-        InputError: the values are more than the field's table has rows.
-    """
+    """Make the vocabulary of every field that has one, by the field's name; InputError if its table has too few rows."""
     vocabularies = {}
     for feature in _with_vocabulary(schema):
         known, num_embeddings = values[feature.vocabulary], schema.table_of[feature.name].num_embeddings

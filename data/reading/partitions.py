@@ -26,11 +26,7 @@ def partition_of(file: DataFile) -> dict[str, str]:
 
 
 def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema) -> FileList:
-    """Keep the files whose partitions meet the conditions.
-
-    Raises:
-        InputError: a condition is malformed, names nothing known, cannot be compared with the folders, or leaves no file.
-    """
+    """Keep the files whose partitions meet the conditions; InputError if one is malformed, fits no folder, or leaves no file."""
     kept = list(files)
     partitions = {file: partition_of(file) for file in files}
     for condition in (each for text in where for each in parse_conditions(text)):

@@ -39,11 +39,7 @@ def prove(parquet: pq.ParquetFile, row_groups: Iterable[int], columns: Iterable[
 def stored_rows(
     parquet: pq.ParquetFile, group: int, columns: Sequence[str], batch_rows: int, use_threads: bool = True
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the columns of a row group in batches of at most so many rows.
-
-    Raises:
-        pa.ArrowInvalid: there are fewer rows, or fewer values in a column's lists, than the footer says.
-    """
+    """Yield the columns of a row group in batches of at most so many rows; pa.ArrowInvalid if they are not what the footer says."""
     rows, entries = 0, Counter[str]()
     for batch in parquet.iter_batches(batch_rows, [group], list(columns), use_threads):
         rows += batch.num_rows

@@ -150,11 +150,7 @@ class Selection:
         self.span, self.holes = Span(-FOREVER, FOREVER), list[Span]()  # kept, but for what != leaves out
 
     def fix_span(self, footers: Sequence[Footer]) -> None:
-        """Turn the conditions on time into instants, by the time column's type and the instants of the files.
-
-        Raises:
-            InputError: a bound cannot be compared with the time column.
-        """
+        """Turn the conditions on time into instants, by the time column's type and the files' instants; InputError if a bound is of another form."""
         if not self.conditions:
             return
         typed = [each for each in zip(self.files, footers, strict=True) if any(each[1].spans)]

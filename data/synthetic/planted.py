@@ -118,11 +118,7 @@ class World:
 
 
 def make_world(schema: Schema, seed: int, days: int) -> World:
-    """Calibrate scales, centres and bias on a pilot sample that the written rows do not contain.
-
-    Raises:
-        InputError: the schema's fields are not the Pailitao-like ones, or its images differ in width.
-    """
+    """Calibrate on a pilot sample that the written rows do not contain; InputError if the schema's fields are not the Pailitao-like ones."""
     _require_pailitao(schema)
     world = World(schema, seed, {}, {}, 0.0)
     index = np.arange(PILOT_ROWS)

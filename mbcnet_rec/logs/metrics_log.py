@@ -87,11 +87,7 @@ class Records:
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Around writing what a run cannot do without.
-
-    Raises:
-        CannotWriteError: naming the file, or `path` where the system names none, and the reason.
-    """
+    """Around writing what a run cannot do without; a CannotWriteError names the file, or `path` where the system names none."""
     try:
         yield
     except OSError as error:

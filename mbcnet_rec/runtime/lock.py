@@ -129,11 +129,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def _take(path: Path, me: Owner, silent_seconds: float) -> TextIO | None:
-    """Write LOCK and return it, open and locked; None where this process has it already.
-
-    Raises:
-        InputError: another process has it.
-    """
+    """Write LOCK and return it, open and locked; None where this process has it already; InputError if another process has it."""
     until = time.monotonic() + ENDING_SECONDS
     while True:
         with ExitStack() as opened:

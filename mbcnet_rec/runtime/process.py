@@ -75,11 +75,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def refuse_shared_gpu(store: dist.Store, rank: int, local_rank: int, local_world_size: int, gpu: str) -> None:
-    """Compare the GPUs of a host's ranks by their UUIDs: a scheduler may show each task one of its own. Every rank calls it.
-
-    Raises:
-        InputError: two ranks have the same one.
-    """
+    """InputError if two ranks of a host have one GPU, by its UUID: a scheduler may show each task one of its own. Every rank calls it."""
     store.set(f"gpu/{rank}", gpu)
     first = rank - local_rank
     gpus = store.multi_get([f"gpu/{each}" for each in range(first, first + local_world_size)])
@@ -215,11 +211,7 @@ def _meeting_point(ranks: Ranks | None, timeout: timedelta) -> dist.Store:
 
 
 def _within(seconds: float, action: Callable[[], dist.Store], otherwise: str) -> dist.Store:
-    """Run an action in a thread, since TCPStore waits forever where another program listens and never answers.
-
-    Raises:
-        TimeoutError: it takes longer; the text is `otherwise`. Whatever the action raises.
-    """
+    """Run an action in a thread, since TCPStore waits forever where nothing answers; TimeoutError with the text `otherwise` if it takes longer."""
     result: Future[dist.Store] = Future()
 
     def run() -> None:

@@ -29,11 +29,7 @@ class Ranks(NamedTuple):
 
 
 def found_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
-    """Read this process's rank from the environment; None where it is alone.
-
-    Raises:
-        InputError: the variables are incomplete or contradict each other; the text names them and the way out.
-    """
+    """Read this process's rank from the environment; None where it is alone; InputError, with the way out, if variables contradict each other."""
     names = TORCHRUN
     if not environ.get("RANK"):
         if _number(environ, "WORLD_SIZE", 1) not in (None, 1):

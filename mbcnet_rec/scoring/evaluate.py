@@ -61,11 +61,7 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
 
 
 def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[Tally, FileList]:
-    """Build the run's model on this world size and score rows of files.
-
-    Raises:
-        InputError: there are no rows, a row is faulty, a slice column is missing, or the checkpoint is damaged.
-    """
+    """Build the run's model on this world size and score rows of files; InputError if a row, a column or the checkpoint is faulty."""
     schema, data = run.schema, run.config.data
     paths = question.data or getattr(data, question.split)
     if not paths:

@@ -212,11 +212,7 @@ def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 def write_chunks(job: Job, own: Sequence[Chunk], scored: Iterator[ScoredRows]) -> None:
-    """Write the scored rows of this rank's chunks.
-
-    Raises:
-        InputError: on every rank, when all chunks without a faulty row are written.
-    """
+    """Write the scored rows of this rank's chunks; InputError, on every rank, when all chunks without a faulty row are written."""
     for chunk in own:
         if not chunk.num_rows:
             _write_chunk(job, chunk, [])

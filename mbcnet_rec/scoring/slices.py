@@ -45,11 +45,7 @@ def slice_codes(slices: dict[str, list[str]], rows: pa.RecordBatch) -> np.ndarra
 
 
 def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) -> dict[str, str]:
-    """Names of slices -> columns of the files; a field's name stands for its column.
-
-    Raises:
-        InputError: a column is missing, there twice, or holds lists.
-    """
+    """Names of slices -> columns of the files; a field's name stands for its column. InputError if one is missing, there twice, or nested."""
     columns = {name: next((f.source_column for f in schema.features if f.name == name), name) for name in by}
     for file in files if by else ():
         with open_parquet(file) as parquet:

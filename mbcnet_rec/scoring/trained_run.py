@@ -111,11 +111,7 @@ def find_best(config: RunConfig, folder: Path, process: Process) -> TrainedRun:
 
 @contextmanager
 def opened_run(folder: Path) -> Iterator[tuple[TrainedRun, Process]]:
-    """A run at its best checkpoint, and this rank among those that read it.
-
-    Raises:
-        InputError: it is no run folder, or has no checkpoint.
-    """
+    """A run at its best checkpoint, and this rank among those that read it; InputError if it is no run folder, or has no checkpoint."""
     config = load_run(folder)
     with joined_process(config.train.device) as process:
         yield find_best(config, folder, process), process

@@ -104,11 +104,7 @@ def _with_categories(batches: Iterable[Batch], category: str, max_rows: int) -> 
 
 
 def choose_category(schema: Schema, wanted: str) -> Feature:
-    """Find the field whose ids are the categories of Figure 7; without a name, the first categorical one whose name says so.
-
-    Raises:
-        InputError: no such categorical field.
-    """
+    """Find the field whose ids are Figure 7's categories; unnamed, the first categorical one called so. InputError if there is none."""
     fields = [feature for feature in schema.sparse if feature.kind == "categorical"]
     for feature in fields:
         if feature.name == wanted or (not wanted and "categor" in feature.name.lower()):

@@ -281,11 +281,7 @@ STUDIES = {study.name: study for study in _STUDIES}
 
 
 def with_models(study: Study, models: Sequence[str]) -> Study:
-    """Take other models into a study of models, or as rivals of its rows, or some of its own.
-
-    Raises:
-        InputError: the study does not compare models, or a kind is unknown.
-    """
+    """Take other models into a study of models, as rivals of its rows, or some of its own; InputError if it has no rows of them."""
     if unknown := [kind for kind in models if kind not in MODELS]:
         raise InputError(f"--models {unknown[0]}: wanted one of {', '.join(MODELS)}; change it")
     if study.rivals:

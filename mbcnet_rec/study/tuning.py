@@ -285,11 +285,7 @@ def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, t
 
 
 def tune_models(config: RunConfig, search: Search, models: Sequence[str], out: Path, train: Train = train_one) -> int:
-    """Tune each model with the same number of trials; say what won and where it is.
-
-    Raises:
-        InputError: a kind is unknown, the config lacks a key of the space, or no trial came to an end.
-    """
+    """Tune each model with the same number of trials; say what won and where it is. InputError if a kind or a key is unknown."""
     refuse_ranks("tune")
     kinds = models or (config.model.kind,)
     for kind in kinds:  # a mistake shows before the first model has trained for an hour

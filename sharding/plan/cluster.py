@@ -91,11 +91,7 @@ def preset_names() -> list[str]:
 
 
 def read_cluster(text: str) -> Cluster:
-    """Read `HOSTSxDEVICES:KIND`, or `KIND` alone. KIND is a preset or a TOML file with Cluster's keys.
-
-    Raises:
-        InputError: the text has another form, names nothing, or a figure is out of range.
-    """
+    """Read `HOSTSxDEVICES:KIND`, or `KIND`, a preset or a TOML file with Cluster's keys; InputError if it is none or out of range."""
     shape, colon, kind = text.rpartition(":")
     wanted = "wanted HOSTSxDEVICES:KIND such as 16x8:h100-80g"
     match = re.fullmatch(r"(\d+)x(\d+)", shape)

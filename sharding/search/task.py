@@ -44,11 +44,7 @@ class Task:
         )
 
     def room(self) -> Room:
-        """Bytes of one rank that tables and their activations may fill.
-
-        Raises:
-            InputError: the dense part and the reserve leave nothing.
-        """
+        """Bytes of one rank that tables and their activations may fill; InputError if the dense part and the reserve leave nothing."""
         on_gpu, kept = self.cluster.device == "cuda", 1 - self.config.storage_reserve
         hbm = int(kept * (self.config.hbm_gib * GIB or self.cluster.hbm_bytes)) if on_gpu else 0
         ddr = int(kept * (self.config.ddr_gib * GIB or self.cluster.ddr_bytes))
@@ -64,11 +60,7 @@ class Task:
 
 
 def cluster_of(config: ShardingConfig, world_size: int, local_world_size: int, device: str) -> Cluster:
-    """The cluster a run is on: what its config names, in the run's size, else defaults for the device.
-
-    Raises:
-        InputError: the config names another kind of device.
-    """
+    """The cluster a run is on: what its config names, in the run's size, else the device's default; InputError if the devices differ."""
     if not config.cluster:
         return default_cluster(world_size, local_world_size, device)
     cluster = read_cluster(config.cluster).resized(max(1, world_size // local_world_size), local_world_size)
