@@ -1,6 +1,8 @@
 """Proves that `mbcnet doctor` tells a whole installation from a broken one, and says how to fix each fault."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from mbcnet_rec import doctor
 from mbcnet_rec.cli import main, plain_words
 from mbcnet_rec.doctor import check_cuda, check_floors, check_import, check_shadow, check_triple
 
+ROOT = Path(__file__).parents[1]
 GONE = "{}: cannot open shared object file: No such file or directory"
 
 
@@ -74,9 +77,45 @@ def test_a_library_that_does_not_load_is_told_by_its_cause_and_not_by_the_last_l
 
 
 def test_the_cuda_set_takes_no_build_with_a_label():
-    pins = (Path(__file__).parents[1] / "requirements/gpu.txt").read_text()
+    pins = (ROOT / "requirements/gpu.txt").read_text()
     labelled = {"torch", "fbgemm-gpu", "torchrec", "triton"}  # also built for CPUs, or other versions of CUDA
     assert set(re.findall(r"^([\w-]+)===[\d.]+$", pins, re.MULTILINE)) == labelled
+
+
+PYTHON = """#!/bin/sh
+echo "$(basename $0) $*" >> {log}
+if [ "$2" = venv ]; then
+    for folder in "$@"; do :; done
+    [ "$3" != --clear ] || rm -rf $folder/* $folder/.[!.]*
+    mkdir -p $folder/bin && cp $0 $folder/bin/python
+fi
+"""
+
+
+def test_make_never_lays_one_set_over_the_other(tmp_path):
+    """The recipe run with a Python that only says what it was asked."""
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+    for name in ("requirements/cpu.txt", "requirements/gpu.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+    log, python = tmp_path / "log", tmp_path / "fake_python"
+    python.write_text(PYTHON.format(log=log))
+    python.chmod(0o755)
+
+    def asked(kind: str) -> list[str]:
+        log.write_text("")
+        make = ["make", "test", f"PYTHON={python}", f"SET={kind}"]
+        subprocess.run(make, cwd=tmp_path, env={"PATH": os.environ["PATH"]}, check=True, capture_output=True)
+        return [line for line in log.read_text().splitlines() if "venv" in line or "-r " in line]
+
+    pip = "python -m pip install -q --progress-bar off -r requirements/{}.txt"
+    assert asked("cpu") == ["fake_python -m venv --clear .venv", pip.format("cpu")]
+    assert asked("cpu") == [], "it is there"
+    (tmp_path / ".venv/of_the_cpu_set").touch()
+    assert asked("gpu") == ["fake_python -m venv --clear .venv", pip.format("gpu")]
+    assert sorted(each.name for each in (tmp_path / ".venv").iterdir()) == ["bin", "ready-gpu"]
+    (tmp_path / "requirements/gpu.txt").touch()
+    assert asked("gpu") == [pip.format("gpu")], "the same set is brought up to date"
 
 
 @pytest.mark.long

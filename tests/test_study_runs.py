@@ -1,8 +1,10 @@
 """Proves where runs live: what changes a run's folder and what does not, that each is trained once, how failures and stops are told."""
 
+import importlib.metadata as metadata
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from small_data import write_small
 from data.errors import InputError
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.exits import PreemptedError
+from mbcnet_rec.study.dependencies import dependencies
 from mbcnet_rec.study.runs import Run, place_run, run_key, scores, train_all, train_one
 from mbcnet_rec.study.tuning import with_overrides
 
@@ -33,6 +36,12 @@ def test_what_decides_a_result_decides_the_folder(config, tmp_path):
     schema = tmp_path / "schema.toml"
     schema.write_text(Path(config.schema).read_text().replace("num_embeddings = 40", "num_embeddings = 41"))
     assert run_key(replace(config, schema=str(schema))) != run_key(replace(config, schema=str(config.schema)))
+
+
+def test_a_checkout_that_is_not_installed_has_runs_too(config, monkeypatch):
+    version = dependencies(config, {})["code of the models"].split()[0]
+    monkeypatch.setattr(sys, "path", [])  # where packages say what they are
+    assert dependencies(config, {})["code of the models"].startswith(" ") and version == metadata.version("mbcnet-rec")
 
 
 def test_longer_data_is_another_run(tmp_path):

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mbcnet_rec.checkpoints.manifest import sha256_of
 from mbcnet_rec.checkpoints.run_folder import storage_of
 from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.config import RunConfig, flat
+from mbcnet_rec.doctor import installed
 from mbcnet_rec.scoring.trained_run import TrainedRun, load_run
 
 # Keys that change no number, and paths whose content counts instead
@@ -54,7 +54,7 @@ def dependencies(config: RunConfig, known: Known) -> dict[str, Any]:
         "data": {name: once(paths, partial(_marks, paths)) for name, paths in splits.items()},
         "warm start": once(("run", started), partial(_run, started)),
         "plan": once(("plan", plan), lambda: sha256_of(Path(plan)) if plan else ""),
-        "code of the models": _code(),
+        "code of the models": f"{installed('mbcnet-rec')} {_code()}",  # our version, where it is installed
     }
 
 
@@ -116,7 +116,7 @@ def _run(folder: str) -> str:
 
 @cache
 def _code() -> str:
-    """Our version, and a hash of the models' files, which people change while a study runs."""
+    """A hash of the models' files, which people change while a study runs."""
     root = Path(mbcnet_rec.model.__file__).parent
     texts = [path.read_bytes() for path in sorted(root.rglob("*.py"))]
-    return f"{version('mbcnet-rec')} {hashlib.sha256(b''.join(texts)).hexdigest()}"
+    return hashlib.sha256(b"".join(texts)).hexdigest()
