@@ -14,7 +14,7 @@ BOTH = (1, 2)
 # of every run: 10 steps, whose 5th and 10th end with a line of the log
 SMALL = (
     'model.enkd.teachers=["dcnv2"]', "model.enkd.hidden=[8]", "model.wide_deep.hidden=[8]", "model.dcnv2.hidden=[8]", "train.eval_every=5",
-    "train.max_steps=10", "train.timeout_seconds=100",
+    "train.max_steps=10", "train.timeout_seconds=60",
 )  # fmt: skip
 
 

@@ -325,3 +325,7 @@ STUB CUresult cuCtxGetCurrent(CUcontext* context) {
 }
 STUB CUresult cuDeviceGet(CUdevice* device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
 STUB CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute, CUdevice) { return *value = 1, CUDA_SUCCESS; }
+
+// NVML: how many GPUs there are, which is asked before processes are forked; the rest is unknown
+STUB int nvmlInit() { return 0; }
+STUB int nvmlDeviceGetCount_v2(unsigned* count) { return *count = devices(), 0; }

@@ -53,6 +53,7 @@ def build(python: Path, folder: Path) -> dict[str, str]:
         "LD_LIBRARY_PATH": str(folder),
         "STUB_LIBRARY": str(library),
         "STUB_SHARED": str(shared),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asked otherwise, torch takes CUDA for initialised and refuses to be forked
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # so that new memory is the stub's, whose values show what nobody computed
     }
 
