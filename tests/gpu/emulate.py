@@ -116,6 +116,8 @@ def fill(out: Any, compute: Callable[[], Any], name: str, result: Any = None) ->
 
     def write(values: Any) -> None:
         for mine, theirs in zip(tensors(out), tensors(values), strict=True):
+            if not theirs.numel():  # a CPU's batch norm keeps no statistics of an evaluation
+                continue
             if mine.shape != theirs.shape:
                 raise RuntimeError(f"{name}: {tuple(mine.shape)} on the device, {tuple(theirs.shape)} on a CPU")
             host(mine).copy_(theirs)

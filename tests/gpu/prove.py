@@ -35,14 +35,12 @@ def main() -> int:
         print(f"no case has {args.only!r} in its name", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        (folder / "stub").mkdir(parents=True)
         try:
-            stub = build(args.python, folder / "stub")
+            stub = build(args.python, Path(temporary))
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 2
-        results = run(args.python, stub, folder / "runs", chosen)
+        results = run(args.python, stub, args.folder or Path(temporary) / "runs", chosen)
     if not args.only:
         for name, reason in LEFT_OUT.items():
             print(f"{'left out':<9}{name}: {reason}")
@@ -55,7 +53,7 @@ def main() -> int:
 
 def run(python: Path, stub: dict[str, str], folder: Path, chosen: list[int]) -> list[dict[str, Any]]:
     """Run cases in processes that end with this one, and print each result as it comes."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     paths = [str(each) for each in (HERE, HERE.parent, HERE.parents[1])]
     env = os.environ | stub | {
         "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "STUB_GPUS": "2",
