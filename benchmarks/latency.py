@@ -23,6 +23,7 @@ from side_by_side import print_figures, timing_parser_of
 
 from data.schema import Schema
 from mbcnet_rec.config import DataConfig, RunConfig
+from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import take_apart, untrained, with_rows, write_artifact
 from mbcnet_rec.serving.latency import Contest, Timing, contestants, latency_lines, open_artifact, race
@@ -64,9 +65,9 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def write_drawn(schema: Schema, folder: Path, rows: str, *, compiled: bool) -> None:
+def write_drawn(schema: Schema, folder: Path, rows: str, *, compiled: bool, model: ModelConfig = MBCNET) -> None:
     """Export a model of drawn weights."""
-    config = RunConfig("paper_size", "schema.toml", DataConfig(train=("none",)), MBCNET)
+    config = RunConfig("paper_size", "schema.toml", DataConfig(train=("none",)), model)
     torch.manual_seed(0)
     weights = untrained(config, schema)
     for table in weights.tables:

@@ -39,6 +39,7 @@ COMMANDS = {
     "predict": "score Parquet files",
     "compare": "compare two runs on the same rows",
     "export": "write a run as an artifact to serve",
+    "serve": "answer requests with an artifact's probabilities, over HTTP",
     "bench": "measure an artifact's latency",
     "study": "train a table or figure of the paper on your data",
     "report": "write a run's report.html again",

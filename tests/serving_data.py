@@ -3,9 +3,12 @@
 import contextlib
 import fcntl
 import functools
+import importlib.metadata
 import io
 import json
 import os
+import re
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +134,24 @@ def artifact_of(runs: Path, kind: str = "row_wise", rows: str = "int8") -> Path:
             assert code == 0, err
             assert "test, 2,000 rows of 1 file, against the float model" in out and "largest change" in out
     return folder
+
+
+def bare_environment(folder: Path, packages: list[str]) -> Path:
+    """Make an environment that holds these packages of ours and what they need, and no other; return its Python."""
+    venv.create(folder, symlinks=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    wanted, seen = list(packages), set()
+    while wanted:
+        name = re.split(r"[^A-Za-z0-9._-]", wanted.pop())[0].lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of another platform, or optional
+        wanted += [need for need in found.requires or [] if "extra ==" not in need]
+        for top in {Path(str(file)).parts[0] for file in found.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(found.locate_file(top))).resolve())
+    return folder / "bin" / "python"

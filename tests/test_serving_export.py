@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from serving_data import KINDS, ROOT, artifact_of, printed_by, trained_runs
+from serving_data import KINDS, ROOT, artifact_of, bare_environment, printed_by, trained_runs
 
 from data.reading.encode import Encoder
 from mbcnet_rec.serving import loader as serving
@@ -104,27 +103,6 @@ def test_threads_share_a_model(exported):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda start: model.predict(source.slice(start, 50)), starts))
     assert np.abs(np.concatenate(found) - expected).max() < 1e-6
-
-
-def bare_environment(folder: Path, packages: list[str]) -> Path:
-    """Make an environment that holds these packages of ours and what they need, and no other; return its Python."""
-    venv.create(folder, symlinks=True)
-    site = next(folder.glob("lib/python*/site-packages"))
-    wanted, seen = list(packages), set()
-    while wanted:
-        name = re.split(r"[^A-Za-z0-9._-]", wanted.pop())[0].lower().replace("_", "-")
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            found = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # of another platform, or optional
-        wanted += [need for need in found.requires or [] if "extra ==" not in need]
-        for top in {Path(str(file)).parts[0] for file in found.files or []} - {"..", "__pycache__"}:
-            if not (site / top).exists():
-                (site / top).symlink_to(Path(str(found.locate_file(top))).resolve())
-    return folder / "bin" / "python"
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ place in its file is still known. An exported artifact carries this file and tho
 them), so that serving encodes as training does.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -66,6 +67,14 @@ class Encoder:
             for name, table in schema.table_of.items()
         }
         self.id_dtype = np.result_type(np.int32, *(self.list_dtype[each.name] for each in self.single))
+
+    def of(self, schema: Schema) -> "Encoder":
+        """The same for some of the fields, with the vocabularies that are already there."""
+        part = copy.copy(self)
+        part.schema, part.dense_width = schema, sum(feature.dense_width for feature in schema.dense)
+        part.single = [feature for feature in schema.sparse if feature.is_single]
+        part.lists = [feature for feature in schema.sparse if not feature.is_single]
+        return part
 
     def _id_type(self, feature: Feature) -> str:
         """What a field's ids are read as, "integer" or "text"; empty: as the type of their column says."""

@@ -4,8 +4,8 @@
         mbcnet_serving/  mbcnet_serving.py
     and, with --aot, dense_aot.pt2
 
-What only training needs is left out: branch logits (but for a single branch, whose own logit then serves), transforms, losses and
-optimizer state. The package mbcnet_serving/ loads the artifact without this project: it is loader.py and a copy of the files that encode
+What only training needs is left out: transforms, losses and optimizer state. A second graph gives each branch's logit beside the
+fused one. The package mbcnet_serving/ loads the artifact without this project: it is loader.py and a copy of the files that encode
 rows in training (ENCODER_FILES). The dense part is what torch.export records, written as JSON: torch's own .pt2 files unpickle when they
 are loaded.
 """
@@ -149,8 +149,14 @@ def take_apart(
     }
     regroup = copy.deepcopy(weights.regroup)  # it remembers the first layout that it meets
     path = FusedPath(regroup, weights.arch, chosen, widths).eval()
-    program = trace(path, sum(widths.values()) + sum(feature.dense_width for feature in weights.schema.dense))
+    path_width = sum(widths.values()) + sum(feature.dense_width for feature in weights.schema.dense)
+    program = trace(path, path_width)
     graph, dense = graph_spec(program)
+    branch_graph = None
+    if chosen:
+        each = FusedPath(copy.deepcopy(weights.regroup), weights.arch, chosen, widths, each=True).eval()
+        branch_graph, own = graph_spec(trace(each, path_width))
+        dense |= own
     if vocabularies is None:
         vocabularies = read_vocabularies(weights.schema)
     spec = {
@@ -170,6 +176,7 @@ def take_apart(
         },
         "lookups": lookups,
         "graph": graph,
+        "branch_graph": branch_graph,
     }
     return Exported(spec, weights.schema, {}, dense, vocabularies, program)
 

@@ -115,14 +115,16 @@ def compare(served: serving.ServingModel, of_float: serving.ServingModel, weight
     split = "test" if data.test else "valid" if data.valid else "train"
     where = getattr(data, f"{split}_where")
     files = select_files(resolve_files(getattr(data, split)), where, schema)
-    reader, chunks = labelled_rows(files, schema, data.eval_options(where), ())
+    reader, chunks = labelled_rows(files, schema, data.eval_options(where), schema.field_columns)
     logits: list[list[np.ndarray]] = [[], []]
     labels: list[np.ndarray] = []
     left = min(CHECK_ROWS, sum(chunk.num_rows for chunk in chunks))
     row_groups = (group for chunk in chunks for group in chunk.row_groups)
-    batches = (columns for group in row_groups for columns, _ in reader.scan(group, CHECK_BATCH))
+    batches = (batch for group in row_groups for batch in reader.scan(group, CHECK_BATCH))
+    sample: dict[str, Any] = {}
     with tqdm(total=left, unit="row", unit_scale=True, desc="check", disable=None) as bar:
-        for columns in batches:
+        for columns, raw in batches:
+            sample = sample or raw.slice(0, 1).to_pydict()
             inputs, rows = served.preprocess.inputs(columns), min(left, columns.num_rows)
             labels.append(columns.labels[:rows])
             for model, own in zip((served, of_float), logits, strict=True):
@@ -137,6 +139,11 @@ def compare(served: serving.ServingModel, of_float: serving.ServingModel, weight
         metrics = evaluate_predictions(np.concatenate(own)[:, None], y, ())
         found |= {f"{name}{key}": finite_or_none(metrics[key]) for key in ("auc", "log_loss")}
     p, q = (1 / (1 + np.exp(-np.concatenate(own).astype(np.float64))) for own in logits)
+    found |= {
+        "mean_score": float(p.mean()),
+        "score_deviation": float(p.std()),
+    }  # what `mbcnet serve` compares traffic with
+    found["sample"] = json.loads(json.dumps(sample, default=str), parse_constant=lambda _: None)  # its form begins with
     return found | {"largest_probability_change": float(np.abs(p - q).max())}
 
 

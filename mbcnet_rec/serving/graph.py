@@ -24,29 +24,37 @@ class FusedPath(nn.Module):
     that branch's own logit (Eq. 9) serves, which was trained on just that latent. Models without branches serve their logit.
 
     The dense part `arch` is a BranchArch or a baseline's. `widths` gives the columns of each lookup, in the order in which they stand;
-    dense columns follow.
+    dense columns follow. With `each`, each chosen branch's own logit stands beside the fused one.
     """
 
     def __init__(
-        self, regroup: FeatureRegroup, arch: nn.Module, branches: Sequence[str], widths: Mapping[str, int]
+        self,
+        regroup: FeatureRegroup,
+        arch: nn.Module,
+        branches: Sequence[str],
+        widths: Mapping[str, int],
+        each: bool = False,
     ) -> None:
         super().__init__()
         self.regroup = regroup
         self.arch = arch
-        self._branches = list(branches)
+        self._branches, self._each = list(branches), each
         self._keys, self._widths = list(widths), list(widths.values())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N) to (B,)."""
+        """Map (B, N) to (B,), or with `each` to (B, 1 + K)."""
         pooled, dense = x.split([sum(self._widths), x.shape[1] - sum(self._widths)], dim=1)
         features = self.regroup([KeyedTensor(self._keys, self._widths, pooled)], dense)
         if not isinstance(self.arch, BranchArch):
             return self.arch(features).fused_logits
         latents = self.arch.latents(features, self._branches)  # (K, B, d)
-        if len(self._branches) == 1 < len(self.arch.branches):
-            own = list(self.arch.branches).index(self._branches[0])
-            return self.arch.branch_logits[own](latents[0])
-        return self.arch.fused_logit(self.arch.fusion(latents))
+        names = list(self.arch.branches)
+        alone = len(self._branches) == 1 < len(names)
+        if alone or self._each:
+            layers = [self.arch.branch_logits[names.index(name)] for name in self._branches]
+            own = [layer(latent) for layer, latent in zip(layers, latents, strict=True)]
+        fused = own[0] if alone else self.arch.fused_logit(self.arch.fusion(latents))
+        return torch.stack([fused, *own], dim=1) if self._each else fused
 
 
 def trace(path: FusedPath, width: int) -> torch.export.ExportedProgram:

@@ -11,6 +11,7 @@ Shapes: B rows, D dense columns, N flattened width of all fields.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import operator
@@ -74,6 +75,8 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
         raise ValueError(
             f"{folder}: an artifact of format {written}, wanted {FORMAT}: export it again, or use its own loader"
         )
+    if unlisted := {MODEL, DENSE, TABLES, VOCABULARY, SCHEMA}.difference(spec["files"], [MODEL]):
+        raise ValueError(f"{folder / MODEL}: has no SHA-256 of {min(unlisted)}; export it again")
     for name, sha256 in spec["files"].items() if verify else ():
         if sha256_of(folder / name) != sha256:
             raise ValueError(f"{folder / name}: changed since it was written (SHA-256 differs); copy it again")
@@ -148,6 +151,9 @@ class ServingModel:
                 )
             tables.weights_host = rows[pooling]
         self.graph = build_graph(spec["graph"], dense)
+        self.branches: list[str] = spec["branches"]
+        each = spec.get("branch_graph")  # artifacts of earlier versions have none
+        self.branch_graph = build_graph(each, dense) if each else None  # (B, N) -> (B, 1 + K)
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return the click probability of each row, (B,) float32.
@@ -180,7 +186,8 @@ class ServingModel:
     def embed(self, inputs: Inputs) -> Tensor:
         """Look up and pool: (B, N), pooled fields first, then dense columns."""
         pooled = [self.tables[pooling](*bag) for pooling, bag in inputs.bags.items()]
-        return torch.cat([*pooled, inputs.dense], dim=1)
+        x = torch.cat([*pooled, inputs.dense], dim=1)
+        return x if inputs.shared is None else x.add_(self.embed(inputs.shared)[inputs.owners])
 
     def predict_parquet(self, path: str | Path, batch_rows: int = 4096) -> Iterator[np.ndarray]:
         """Yield the probabilities of a Parquet file's rows, in its order, `batch_rows` at a time.
@@ -230,12 +237,19 @@ def build_graph(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Calla
     torch.fx writes them as one Python function, which drops each value after its last use. In `spec`, arguments that are nodes read
     {"node": name}, dtypes {"torch": name}.
     """
+    run = compile_graph(json.dumps(spec))
+    values = [weights[name] for name in spec["weights"].values()]
+    return lambda x: run(x, *values)
+
+
+@functools.lru_cache(maxsize=16)
+def compile_graph(text: str) -> Callable[..., Tensor]:
+    """The function of a graph, of x and its weights. torch.fx never forgets a function's source: a model's next version takes the same one."""
+    spec = json.loads(text)
     graph = fx.Graph()
     nodes = {spec["input"]: graph.placeholder("x")}
-    values = []
-    for name, weight in spec["weights"].items():
-        nodes[name] = graph.placeholder(f"weight_{len(values)}")
-        values.append(weights[weight])
+    for number, name in enumerate(spec["weights"]):
+        nodes[name] = graph.placeholder(f"weight_{number}")
 
     def read(argument: Any) -> Any:
         if isinstance(argument, list):
@@ -251,8 +265,7 @@ def build_graph(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Calla
         kwargs = {key: read(value) for key, value in call["kwargs"].items()}
         nodes[call["name"]] = graph.call_function(resolve(call["call"]), tuple(read(call["args"])), kwargs)
     graph.output(nodes[spec["output"]])
-    run = fx.GraphModule(torch.nn.Module(), graph).forward
-    return lambda x: run(x, *values)
+    return fx.GraphModule(torch.nn.Module(), graph).forward
 
 
 def resolve(call: str) -> Callable[..., Any]:

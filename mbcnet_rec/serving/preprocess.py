@@ -3,6 +3,7 @@
 Shapes: B rows, D dense columns.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -35,6 +36,7 @@ __all__ = ["REQUEST", "ZCH", "Inputs", "Preprocessor", "Rows", "Schema", "load_s
 ZCH = "zch/"  # before the name of a table of unbounded ids, among the tables' rows
 REQUEST = "request"  # stands in messages where training has a file's name
 SEQUENCES = (list, tuple, range)
+NONE = np.zeros(0, np.int64)
 MISSING = {"NoneType", "NAType", "NaTType"}  # Python's, and pandas' own
 NUMBERS = {np.dtype(kind): pa.from_numpy_dtype(kind) for kind in ("int64", "uint64", "float64")}
 Rows = Any  # mapping of column -> list or array, an Arrow table or record batch, or what pyarrow.table takes, such as a DataFrame
@@ -45,6 +47,9 @@ class Inputs(NamedTuple):
 
     bags: dict[str, tuple[Tensor, Tensor, Tensor | None]]  # pooling -> ids, offsets, weights
     dense: Tensor  # (B, D) float32
+    # of S owners, looked up once and added to their rows: what the rows have themselves is empty there
+    shared: "Inputs | None" = None
+    owners: Tensor | None = None  # (B,) int64, of each row
 
 
 class Preprocessor:
@@ -56,10 +61,12 @@ class Preprocessor:
         lookups: Mapping[str, Sequence[tuple[str, int]]],  # pooling -> (field, table) pairs
         vocabularies: Mapping[str, pa.Array],
         id_rows: Mapping[str, Tensor],
+        encoder: Encoder | None = None,
     ) -> None:
         self.schema, self.columns = schema, schema.field_columns
-        self.encoder = Encoder(schema, vocabularies=vocabularies, has_labels=False)
+        self.encoder = encoder or Encoder(schema, vocabularies=vocabularies, has_labels=False)
         self.lookups = {pooling: [field for field, _ in pairs] for pooling, pairs in lookups.items()}
+        self.arguments = lookups, vocabularies, id_rows
         singles = [feature for feature in schema.sparse if feature.is_single]
         lists = [feature for feature in schema.sparse if not feature.is_single]
         self.places = {  # of each field in Columns
@@ -70,6 +77,9 @@ class Preprocessor:
         self.field_of = {
             column: feature for feature in schema.features for column in (feature.source_column, feature.weights)
         }
+        self.dense_width = sum(feature.dense_width for feature in schema.dense)
+        self.dense_columns: list[int] | None = None  # where a part's own stand among all D
+        self._parts: dict[frozenset[str], Preprocessor] = {}
         self.checked: dict[str, pa.DataType] = {}  # the types that were last found right
         self.id_rows: dict[str, tuple[Table, np.ndarray, np.ndarray]] = {}
         for name, table in schema.table_of.items():
@@ -79,9 +89,39 @@ class Preprocessor:
                     raise ValueError(f"field {name!r}: an id has a row that its table lacks; copy the artifact again")
                 self.id_rows[name] = table, ids, rows
 
+    def part(self, columns: frozenset[str]) -> "Preprocessor":
+        """The same for the fields that read these columns alone: the others' bags are empty, and their dense columns 0.
+
+        Raises:
+            InputError: a field's weights are among them and its values are not, or the other way round.
+        """
+        if columns in self._parts:
+            return self._parts[columns]
+        features, own, start = [], [], 0
+        for feature in self.schema.features:
+            reads = [name in columns for name in (feature.source_column, feature.weights) if name]
+            if any(reads) and not all(reads):
+                words = "values and weights must stand together, shared or in the rows"
+                raise InputError(f"{REQUEST}: row 0, field {feature.name!r}: {words}; move one of them")
+            if all(reads):
+                features.append(feature)
+                own += range(start, start + feature.dense_width)
+            start += feature.dense_width
+        schema = dataclasses.replace(self.schema, features=tuple(features))
+        part = Preprocessor(schema, *self.arguments, self.encoder.of(schema))
+        part.dense_columns, part.dense_width = own, self.dense_width
+        if len(self._parts) > 200:  # who sends requests chooses the columns
+            self._parts.clear()
+        self._parts[columns] = part
+        return part
+
     def __call__(self, rows: Rows, place: str = REQUEST, first_row: int = 0) -> Inputs:
         """Check and encode rows; see ServingModel.predict. `place` and `first_row` name them in messages about a value."""
-        return self.inputs(self.encoder.encode(self._arrays(rows), Place(place, None, first_row)))
+        return self.inputs(self.encode(rows, place, first_row))
+
+    def encode(self, rows: Rows, place: str = REQUEST, first_row: int = 0) -> Columns:
+        """Check and encode rows."""
+        return self.encoder.encode(self._arrays(rows), Place(place, None, first_row))
 
     def inputs(self, columns: Columns) -> Inputs:
         """Join encoded rows as the tables want them, each pooling's lookups one after the other."""
@@ -91,6 +131,8 @@ class Preprocessor:
             offsets = np.zeros(len(fields) * columns.num_rows + 1, np.int64)
             lengths = offsets[1:].reshape(len(fields), columns.num_rows)
             for field, own_lengths in zip(fields, lengths, strict=True):
+                if field not in self.places:  # of another part
+                    continue
                 kind, index = self.places[field]
                 if kind == "single":
                     found = columns.single_ids[index]
@@ -108,11 +150,15 @@ class Preprocessor:
                 ids.append(self._given_rows(field, found) if field in self.id_rows else found)
             np.cumsum(offsets, out=offsets)
             joined[pooling] = (
-                torch.from_numpy(np.concatenate(ids, dtype=np.int64)),
+                torch.from_numpy(np.concatenate([NONE, *ids], dtype=np.int64)),
                 torch.from_numpy(offsets),
-                torch.from_numpy(np.concatenate(weights)) if weights else None,
+                torch.from_numpy(np.concatenate([NONE, *weights], dtype=np.float32)) if pooling == "weighted" else None,
             )
-        return Inputs(joined, torch.from_numpy(columns.dense))
+        dense = columns.dense
+        if self.dense_columns is not None:
+            dense = np.zeros((columns.num_rows, self.dense_width), np.float32)
+            dense[:, self.dense_columns] = columns.dense
+        return Inputs(joined, torch.from_numpy(dense))
 
     def _given_rows(self, field: str, hashed: np.ndarray) -> np.ndarray:
         """The row that training gave to each id of a table of encoding zch, or the last row of its bucket."""
@@ -124,6 +170,12 @@ class Preprocessor:
             return own
         places = np.minimum(np.searchsorted(ids, hashed), len(ids) - 1)
         return np.where(ids[places] == hashed, rows[places], own)
+
+    def without_row(self, field: str, hashed: np.ndarray) -> np.ndarray:
+        """Which ids of a table of encoding zch have no row of their own."""
+        _, ids, _ = self.id_rows[field]
+        places = np.minimum(np.searchsorted(ids, hashed), len(ids) - 1)
+        return ids[places] != hashed if len(ids) else np.ones(len(hashed), bool)
 
     def _arrays(self, rows: Rows) -> dict[str, Any]:
         """The columns that fields read, each as one array: Arrow's, or NumPy's of plain numbers."""

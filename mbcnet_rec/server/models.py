@@ -1,0 +1,206 @@
+"""Which model a worker serves: load and warm up, swap, roll back, follow what another worker or a watched folder asked for.
+
+Workers agree by files in one folder of the start, each written whole: wanted.json, the number and folder that all shall serve, and
+<pid>.json, the number that a worker has. A worker that starts again after a crash finds there what the others serve.
+"""
+
+# pyright: reportMissingImports=false
+
+import dataclasses
+import fcntl
+import gc
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.multiprocess import mark_process_dead
+
+from data.errors import InputError, first_line
+from mbcnet_rec.server.options import Options
+from mbcnet_rec.server.requests import Refused, names_of
+from mbcnet_rec.serving import loader
+from mbcnet_rec.serving.preprocess import Preprocessor
+
+SWAP_SECONDS = 120.0  # within which all workers must have loaded
+KEPT = 20  # models that rollbacks can go back to, one after the other
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One model, and what its artifact says of it."""
+
+    model: loader.ServingModel
+    version: str  # name, step and the first digits of model.json's sum, which has the sums of all other files
+    folder: Path
+    written: float  # seconds since 1970
+    check: dict[str, Any]  # check.json
+    names: dict[str, str]  # requests.names_of
+
+    def description(self) -> dict[str, Any]:
+        """What the page shows."""
+        spec = {name: self.model.spec[name] for name in ("kind", "branches", "rows")}
+        schema, types = self.model.preprocess.schema, self.model.preprocess.encoder.id_type
+        fields = [
+            {"name": each.name, "kind": each.kind, "type": types.get(each.name)}
+            | {"columns": [name for name in (each.source_column, each.weights) if name]}
+            for each in schema.features
+        ]
+        sample = {name: json.dumps(values[0]) for name, values in self.check["sample"].items()}
+        own = {"model": self.version, "has_branches": self.model.branch_graph is not None, "fields": fields}
+        tables = [dataclasses.asdict(each) for each in schema.tables]
+        return spec | own | {"groups": schema.groups, "tables": tables, "check": self.check | {"sample": sample}}
+
+    def parts_of(self, shared: frozenset[str]) -> tuple[Preprocessor, Preprocessor]:
+        """What encodes these shared columns, and what the others."""
+        whole = self.model.preprocess
+        return whole.part(shared), whole.part(frozenset(whole.columns) - shared)
+
+
+def load_model(folder: Path, *, verify: bool = True) -> Loaded:
+    """Load an artifact and score a row: a real one if it has one.
+
+    Raises:
+        InputError: it is no artifact, is damaged, or does not score.
+    """
+    try:
+        file = folder / loader.MODEL
+        model, check = loader.load(folder, verify=verify), read_json(folder / "check.json")
+        sample = check.setdefault("sample", {name: [None] for name in model.preprocess.columns})
+        digest, step = hashlib.sha256(file.read_bytes()).hexdigest()[:8], model.spec.get("step", 0)
+        model.predict(sample)
+        version, names = f"{model.spec['name']}-{step}-{digest}", names_of(model.preprocess.schema)
+        return Loaded(model, version, folder, file.stat().st_mtime, check, names)
+    except Exception as error:  # of any class, for files that somebody else wrote
+        words = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise InputError(f"{folder} cannot be served: {words}{first_line(error)}; export or copy it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file; empty where there is none."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write it whole, by a rename."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content), encoding="utf-8")
+    draft.replace(path)
+
+
+class Models:
+    """The models of one worker."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.state = options, options.state
+        self.folder = options.models.resolve() if options.models else None
+        self.current: Loaded | None = None  # a pass reads it once, so none mixes two
+        self.other: Loaded | None = None
+        self.number = -1
+        self._failed: tuple[Any, ...] = ()
+
+    def start(self) -> None:
+        """Load what all serve. Raises InputError."""
+        gc.freeze()  # a collection after a swap need not look at what is never replaced
+        self.other = load_model(self.options.shadow, verify=False) if self.options.shadow else None
+        self.follow()
+
+    def follow(self) -> None:
+        """Load what all shall serve, if this worker does not yet; and, in one of the workers, look into the watched folder."""
+        wanted = read_json(self.state / "wanted.json")
+        if wanted and wanted["number"] > self.number:
+            try:
+                self._take(load_model(Path(wanted["folder"]), verify=False), wanted["number"])
+            except InputError as error:
+                self._take(None, wanted["number"], str(error))
+                if self.current is None:
+                    raise
+        if self.options.watch and self.current is not None:
+            self._look()
+
+    def _take(self, loaded: Loaded | None, number: int, error: str = "") -> None:
+        self.current, self.number = loaded or self.current, number
+        gc.collect()  # the old one's pages
+        write_json(self.state / f"{os.getpid()}.json", {"number": number, "error": error})
+
+    def switch(self, name: str | None, wait: bool = True) -> list[str]:
+        """Let all workers serve another artifact; None: the one before. Returns what went wrong in workers.
+
+        Raises:
+            Refused: it lies elsewhere or cannot be served; what serves, serves on.
+            BlockingIOError: another change is under way, and `wait` is false.
+        """
+        with (self.state / "lock").open("w") as lock:  # one change at a time, of all workers
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            wanted = read_json(self.state / "wanted.json")
+            number, before = wanted["number"] + 1, wanted["before"]
+            if name is None and not before:
+                raise Refused("there is no model before this one", 409, "model")
+            folder = Path(before[-1]) if name is None else self._inside(name)
+            try:
+                loaded = load_model(folder)
+            except InputError as error:
+                raise Refused(str(error), 400, "model") from None
+            if str(folder) == wanted["folder"] and self.current and loaded.version == self.current.version:
+                return []
+            before = before[:-1] if name is None else [*before, wanted["folder"]][-KEPT:]
+            self._take(loaded, number)
+            write_json(self.state / "wanted.json", {"number": number, "folder": str(folder), "before": before})
+            end = time.monotonic() + SWAP_SECONDS
+            while time.monotonic() < end:
+                told = self.living()
+                if all(each.get("number", 0) >= number for each in told.values()):
+                    return [f"worker {pid}: {each['error']}" for pid, each in told.items() if each["error"]]
+                time.sleep(0.02)
+            return ["a worker has not loaded it in time"]
+
+    def living(self) -> dict[str, dict[str, Any]]:
+        """What each worker has said last, by its process; what one that was killed has left goes."""
+        found = {}
+        for path in self.state.glob("[0-9]*.json"):
+            try:
+                os.kill(int(path.stem), 0)
+                found[path.stem] = read_json(path)
+            except ProcessLookupError:
+                mark_process_dead(int(path.stem))
+                path.unlink(missing_ok=True)
+        return found
+
+    def _inside(self, name: str) -> Path:
+        """A folder below the one that the start named; nothing on the way or in it is a link."""
+        if self.folder is None:
+            raise Refused("the start named no --models FOLDER to take models from", 403, "model")
+        path = self.folder / name
+        if ".." in Path(name).parts or "\0" in name or not path.is_relative_to(self.folder) or path == self.folder:
+            raise Refused(f"{name!r}: wanted the name of a folder below --models", 403, "model")
+        if path.resolve() != path or any(each.is_symlink() for each in path.rglob("*")):
+            raise Refused(f"{name!r}: a link is on the way or in it; copy the artifact itself", 403, "model")
+        return path
+
+    def _look(self) -> None:
+        """Serve what has come into the folder last. A copy that is not whole yet is tried again when it has grown."""
+        assert self.folder is not None
+        found = [(0, "")]
+        for path in self.folder.glob(f"*/{loader.MODEL}"):
+            with suppress(OSError):  # gone by now
+                found.append((max(path.stat().st_ctime_ns, path.parent.stat().st_ctime_ns), path.parent.name))
+        came, name = max(found)
+        seen = read_json(self.state / "seen.json").get("came")
+        sizes = [path.stat().st_size for path in (self.folder / name).rglob("*")] if name else []
+        if seen is None or came <= seen or self._failed == (came, sizes):  # at first what is there already is seen
+            return write_json(self.state / "seen.json", {"came": came}) if seen is None else None
+        with suppress(BlockingIOError):  # another worker is at it, and waits for this thread
+            try:
+                self.switch(name, wait=False)
+                return write_json(self.state / "seen.json", {"came": came})
+            except Refused as error:
+                self._failed = came, sizes
+                print(f"mbcnet serve: {name}: not taken: {error}", flush=True)
+        return None

@@ -1,0 +1,163 @@
+"""Proves that models change under traffic without a lost or mixed answer, by POST /models and by a watched folder, that one call goes back,
+and that damaged artifacts and paths elsewhere are refused while what serves, serves on.
+"""
+
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from asgi_calls import serving
+from serving_data import artifact_of, trained_runs
+from tiny_run import wait_for
+
+from mbcnet_rec.server.models import load_model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return trained_runs(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def folder(runs, tmp_path):
+    """Two models below one folder."""
+    (tmp_path / "models").mkdir()
+    for kind in ("fp32", "int8"):
+        shutil.copytree(artifact_of(runs, "row_wise", kind), tmp_path / "models" / kind)
+    return tmp_path / "models"
+
+
+@pytest.fixture(scope="module")
+def body(runs):
+    return {"rows": pq.read_table(runs / "test.parquet").slice(0, 3).drop_columns(["click", "unread"]).to_pylist()}
+
+
+def test_swap_and_rollback_under_load(folder, body, tmp_path):
+    versions = {name: load_model(folder / name).version for name in ("fp32", "int8")}
+    assert versions["fp32"] != versions["int8"] and versions["fp32"].startswith("small-")
+    with serving(folder / "fp32", tmp_path / "state", models=folder) as call:
+        score = ("POST", "/score", body)
+        found = {
+            name: load_model(folder / name).model.predict(
+                {k: [row[k] for row in body["rows"]] for k in body["rows"][0]}
+            )
+            for name in versions
+        }
+        assert abs(found["fp32"] - found["int8"]).max() > 1e-5
+        seen = set()
+        for number in range(6):
+            change = {"rollback": True} if number % 2 else {"folder": "int8"}
+            *answers, swapped = call([score] * 20 + [("POST", "/models", change)])
+            assert swapped.status == 200, swapped
+            assert swapped.json["model"] == versions["fp32" if number % 2 else "int8"]
+            assert call(*score).json["model"] == swapped.json["model"]
+            for each in answers:
+                name = next(name for name, version in versions.items() if version == each.json["model"])
+                seen.add(name)
+                assert each.json["probability"] == pytest.approx(found[name].tolist(), abs=1e-6)
+        assert seen == {"fp32", "int8"}
+        assert call("POST", "/models", {"rollback": True}).status == 409
+
+
+def test_models_elsewhere_are_refused(folder, body, tmp_path):
+    shutil.copytree(folder / "int8", folder / "damaged")
+    with (folder / "damaged" / "dense.safetensors").open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"damaged!")
+    shutil.copytree(folder / "int8", folder / "unlisted")
+    spec = json.loads((folder / "unlisted" / "model.json").read_text())
+    del spec["files"]["tables.safetensors"]
+    (folder / "unlisted" / "model.json").write_text(json.dumps(spec))
+    shutil.copytree(folder / "int8", tmp_path / "outside")
+    (folder / "link").symlink_to(tmp_path / "outside")
+    shutil.copytree(folder / "int8", folder / "inner")
+    (folder / "inner" / "dense.safetensors").unlink()
+    (folder / "inner" / "dense.safetensors").symlink_to(tmp_path / "outside" / "dense.safetensors")
+    (folder / "empty").mkdir()
+    with serving(folder / "fp32", tmp_path / "state", models=folder, models_token="m") as call:
+        own = {"authorization": "Bearer m"}
+        assert call("POST", "/models", {"folder": "int8"}).status == 401 and call("GET", "/models").status == 401
+        for name, status, words in (
+            ("damaged", 400, "SHA-256 differs"), ("unlisted", 400, "no SHA-256 of tables"), ("empty", 400, "not an artifact"),
+            ("link", 403, "link"), ("inner", 403, "link"), ("../outside", 403, "below --models"), ("int8/../../outside", 403, "below --models"),
+            (str(tmp_path / "outside"), 403, "below --models"), (".", 403, "below --models"), ("", 403, "below --models"), ("a\0b", 403, "below"),
+        ):  # fmt: skip
+            answer = call("POST", "/models", {"folder": name}, own)
+            assert answer.status == status and words in answer.json["error"], (name, answer)
+        for wrong in ({}, {"folder": 3}, {"folder": "int8", "more": 1}, {"rollback": False}, [], b"{"):
+            assert call("POST", "/models", wrong, own).status == 400
+        assert call("POST", "/models", {"folder": "int8"}, own | {"content-type": "text/plain"}).status == 415
+        assert call("GET", "/models", None, own).json["model"] == load_model(folder / "fp32").version
+        assert call("POST", "/score", body).status == 200
+    with serving(folder / "fp32", tmp_path / "state2") as call:
+        assert "--models" in call("POST", "/models", {"folder": "int8"}).json["error"]
+
+
+def test_watched_folder(folder, body, tmp_path, capfd):
+    """What comes is served; a copy that is not whole is taken when it is; a rollback stays."""
+    first, second = (load_model(folder / name).version for name in ("fp32", "int8"))
+    shutil.move(folder / "int8", tmp_path / "made")
+    with serving(folder / "fp32", tmp_path / "state", models=folder, watch=True) as call:
+        wait_for(lambda: call("GET", "/health/live") and (tmp_path / "state" / "seen.json").exists(), "not looked")
+        assert call("GET", "/health/ready").json["model"] == first
+        (folder / "new").mkdir()
+        for file in ("model.json", "check.json", "dense.safetensors"):
+            shutil.copy(tmp_path / "made" / file, folder / "new")
+
+        def serves(version):
+            call([("POST", "/score", body)] * 3)
+            return call("GET", "/health/ready").json["model"] == version
+
+        wait_for(lambda: serves(first) and "new: not taken" in capfd.readouterr().out, "not tried")
+        shutil.copytree(tmp_path / "made", folder / "new", dirs_exist_ok=True)
+        wait_for(lambda: serves(second), "not taken")
+        assert call("POST", "/models", {"rollback": True}).json["model"] == first
+        for _ in range(20):
+            assert serves(first)
+
+
+def test_metrics(folder, body, tmp_path):
+    with serving(folder / "fp32", tmp_path / "state", shadow=folder / "int8", shadow_share=1.0) as call:
+        rows = [dict(each) for each in body["rows"]]
+        rows[0]["city"] = "nowhere"
+        for row in rows[1:]:
+            row["city"] = "city 1"
+        probability = call("POST", "/score", {"rows": rows}).json["probability"]
+        wait_for(lambda: b"mbcnet_shadow_difference_count 3.0" in call("GET", "/metrics").body, "no shadow")
+        text = call("GET", "/metrics").body.decode()
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert float(values['mbcnet_out_of_vocabulary_share{field="city"}']) == pytest.approx(1 / 3)
+        mean = sum(probability) / 3
+        check = json.loads((folder / "fp32" / "check.json").read_text())
+        assert float(values["mbcnet_score_mean"]) == pytest.approx(mean, abs=1e-6)
+        drift = (mean - check["mean_score"]) / check["score_deviation"]
+        assert float(values["mbcnet_score_drift"]) == pytest.approx(drift, abs=1e-4)
+        assert values["mbcnet_pass_rows_sum"] == "6.0" and values["mbcnet_shadow_difference_count"] == "3.0"
+        assert abs(float(values["mbcnet_shadow_mean_change"])) < 5e-3
+        for stage in ("decode", "lookup", "dense", "wait", "whole"):
+            assert float(values[f'mbcnet_seconds_count{{stage="{stage}"}}']) >= 1
+        assert values['mbcnet_answers_total{status="200"}'] == "1.0"
+        version = load_model(folder / "fp32").version
+        assert float(values[f'mbcnet_model_age_seconds{{model="{version}"}}']) > 0
+
+
+def test_split(folder, body, tmp_path):
+    """Half of the users have the second model, always the same ones; answers name arm and model, in passes that arms do not share."""
+    versions = {"a": load_model(folder / "fp32").version, "b": load_model(folder / "int8").version}
+    users = [[dict(body["rows"][0], user=user)] for user in range(100)]
+    options = {"shadow": folder / "int8", "split": "user=0.5", "window_us": 20_000}
+    with serving(folder / "fp32", tmp_path / "state", **options) as call:
+        answers = call([("POST", "/score", {"rows": rows}) for rows in users])
+        arms = [each.json["arm"] for each in answers]
+        assert [each.json["model"] for each in answers] == [versions[arm] for arm in arms] and 35 <= arms.count(
+            "b"
+        ) <= 65
+        shared = {"shared": {"user": 7}, "rows": [{k: v for k, v in body["rows"][1].items() if k != "user"}] * 2}
+        assert call("POST", "/score", shared).json["arm"] == arms[7]
+        mixed = call("POST", "/score", {"rows": [*users[0], *users[1]]})
+        assert mixed.status == 400 and mixed.json["field"] == "user"
+        assert "mbcnet_shadow_difference_count 0.0" in call("GET", "/metrics").body.decode()
+    with serving(folder / "fp32", tmp_path / "other", **options | {"split": "session=0.5"}) as call:
+        assert call("POST", "/score", {"rows": users[0]}).json["field"] == "session"
+        assert call("POST", "/score", {"rows": [users[0][0] | {"session": "x"}]}).json["arm"] in "ab"
