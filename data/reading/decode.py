@@ -30,10 +30,10 @@ from data.errors import InputError
 from data.reading.columns import Columns, Place
 from data.reading.config import StreamOptions
 from data.reading.encode import Encoder
-from data.reading.files import RowGroup, read_or_name
+from data.reading.files import RowGroup
 from data.reading.row_groups import stored_rows
 from data.reading.selection import Selection
-from data.reading.storage import DataFile, open_parquet
+from data.reading.storage import DataFile, open_parquet, read_or_name
 
 IDLE_FILES, IDLE_COLUMN_CHUNKS = 64, 200_000  # of open files and their parsed footers: about 60 MB
 Rows = tuple[pa.RecordBatch, Place]  # and where they come from

@@ -1,45 +1,29 @@
 """Paths -> Parquet files and their row groups: columns checked and kept rows counted, before the first batch."""
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import InputError, first_line, some_of
+from data.errors import InputError, some_of
 from data.reading.column_types import check_columns
 from data.reading.columns import Place
 from data.reading.numbers import read_labels
 from data.reading.partitions import partition_of
 from data.reading.row_groups import column_without_checksum, first_row_group, prove
 from data.reading.selection import Footer, Selection, read_footer
-from data.reading.storage import (
-    DAMAGE,
-    ENDINGS,
-    LIST_ATTEMPTS,
-    MAGIC,
-    DataFile,
-    FileList,
-    RemoteFile,
-    list_files,
-    local_path,
-    open_parquet,
-    read_bytes,
-    retried,
-)
+from data.reading.storage import DataFile, FileList, for_each_file, list_files, local_path, open_parquet
 from data.schema import Schema
 
-T = TypeVar("T")
 SHOWN = 3  # names of what is left out
 TABLE_LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi"}  # which we do not read
 NOT_PARQUET = "not a readable Parquet file"
-THREADS = 8  # that read footers: small reads, which mostly wait
 
 
 class RowGroup(NamedTuple):
@@ -73,10 +57,7 @@ def resolve_files(paths: Sequence[str]) -> FileList:
         if not text.strip():
             raise InputError(f"{text!r}: is no path; name files, folders, globs or URIs")
         listed = list_files(text)
-        is_data = for_each_file([each.file for each in listed], _is_parquet, "cannot be read", LIST_ATTEMPTS)
-        found = {
-            each.file: each.identity for each, by_name in zip(listed, is_data, strict=True) if by_name or each.is_named
-        }
+        found = {each.file: each.identity for each in listed if each.is_data}
         identities |= found
         others |= {each.file for each in listed} - found.keys()
         if not found:
@@ -94,18 +75,12 @@ def resolve_files(paths: Sequence[str]) -> FileList:
 
 
 def _rank(file: DataFile) -> tuple[bool, DataFile]:
-    return isinstance(file, RemoteFile), file
+    return not isinstance(file, Path), file
 
 
 def _is_link(file: DataFile) -> bool:
     """Whether a link leads to a file, so that its folders may not say its partition."""
     return isinstance(file, Path) and os.path.realpath(file) != os.path.abspath(file)
-
-
-def _is_parquet(_: int, file: DataFile) -> bool:
-    if "." in file.name or (isinstance(file, Path) and not file.is_file()):
-        return file.name.lower().endswith(ENDINGS)
-    return read_bytes(file, 0, len(MAGIC)) == MAGIC
 
 
 def files_in_words(files: FileList) -> str:
@@ -199,32 +174,6 @@ def _inspect(schema: Schema, time_column: str, checked: frozenset[str], file: Da
         if time_column:
             prove(parquet, groups, {time_column})
         return read_footer(parquet, time_column, str(file)), column_without_checksum(file, metadata, checked)
-
-
-def for_each_file(
-    files: Sequence[DataFile], action: Callable[[int, DataFile], T], problem: str, attempts: int
-) -> list[T]:
-    """Run an action with each file and its number, in threads; see `read_or_name`."""
-
-    def run(number: int, file: DataFile) -> T:
-        return read_or_name(partial(action, number, file), file, str(file), problem, attempts)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(run, range(len(files)), files))
-
-
-def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str, attempts: int) -> T:
-    """Run a read, of a remote file again if it fails; where the file is damaged an InputError begins with `name` and `problem`."""
-    if isinstance(file, RemoteFile):
-        return retried(read, name, attempts)
-    try:
-        return read()
-    except (FileNotFoundError, PermissionError) as error:
-        raise InputError(f"{name}: cannot be read ({first_line(error)}); check the path and the permissions") from None
-    except DAMAGE as error:
-        raise InputError(
-            f"{name}: {problem} ({first_line(error)}); the file is damaged or of another kind: write it again or remove it"
-        ) from None
 
 
 def _count_rows(

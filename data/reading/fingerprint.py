@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from data.reading.files import for_each_file
-from data.reading.storage import LIST_ATTEMPTS, DataFile, read_bytes, read_tail
+from data.reading.storage import LIST_ATTEMPTS, DataFile, for_each_file, read_bytes, read_tail
 
 END_BYTES = 65_536
 WHOLE_BYTES = 1 << 20  # up to which a file is read whole

@@ -10,10 +10,11 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from glob import has_magic
 from itertools import takewhile
 from pathlib import Path
@@ -29,6 +30,7 @@ from data.errors import InputError, first_line
 
 T = TypeVar("T")
 LIST_ATTEMPTS = 5
+THREADS = 8  # that read footers: small reads, which mostly wait
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
 CURE = "check the storage service and the network, or raise data.attempts"
@@ -95,7 +97,9 @@ class Listed(NamedTuple):
 
     file: DataFile
     identity: object
-    is_named: bool  # by itself or by a pattern with an ending, and so data whatever it is called
+    is_data: (
+        bool  # whatever it is called where it is named by itself or by a pattern with an ending; else if it is Parquet
+    )
 
 
 def list_files(text: str) -> list[Listed]:
@@ -107,9 +111,13 @@ def list_files(text: str) -> list[Listed]:
         InputError: a folder or a link cannot be read.
     """
     path = local_path(text)
-    if path is None:
-        return retried(lambda: _list_remote(text), text, LIST_ATTEMPTS)
-    parts = path.parts
+    listed = retried(lambda: _list_remote(text), text, LIST_ATTEMPTS) if path is None else _list_local(path.parts)
+    are_parquet = for_each_file([each.file for each in listed], _is_parquet, "cannot be read", LIST_ATTEMPTS)
+    both = zip(listed, are_parquet, strict=True)
+    return [each._replace(is_data=each.is_data or is_parquet) for each, is_parquet in both]
+
+
+def _list_local(parts: tuple[str, ...]) -> list[Listed]:
     try:
         fixed = sum(takewhile(bool, (_is_there(Path(*parts[: end + 1])) for end in range(len(parts)))))
         found = list(_below(os.path.join("", *parts[:fixed]), {parts[fixed:]}, ()))
@@ -239,6 +247,38 @@ def retried(action: Callable[[], T], what: str, attempts: int, cure: str = CURE)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
     raise AssertionError("attempts is 1 or more")
+
+
+def _is_parquet(_: int, file: DataFile) -> bool:
+    if "." in file.name or (isinstance(file, Path) and not file.is_file()):
+        return file.name.lower().endswith(ENDINGS)
+    return read_bytes(file, 0, len(MAGIC)) == MAGIC
+
+
+def for_each_file(
+    files: Sequence[DataFile], action: Callable[[int, DataFile], T], problem: str, attempts: int
+) -> list[T]:
+    """Run an action with each file and its number, in threads; see `read_or_name`."""
+
+    def run(number: int, file: DataFile) -> T:
+        return read_or_name(partial(action, number, file), file, str(file), problem, attempts)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(run, range(len(files)), files))
+
+
+def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str, attempts: int) -> T:
+    """Run a read, of a remote file again if it fails; where the file is damaged an InputError begins with `name` and `problem`."""
+    if isinstance(file, RemoteFile):
+        return retried(read, name, attempts)
+    try:
+        return read()
+    except (FileNotFoundError, PermissionError) as error:
+        raise InputError(f"{name}: cannot be read ({first_line(error)}); check the path and the permissions") from None
+    except DAMAGE as error:
+        raise InputError(
+            f"{name}: {problem} ({first_line(error)}); the file is damaged or of another kind: write it again or remove it"
+        ) from None
 
 
 def file_system(uri: str) -> tuple[pafs.FileSystem, str]:

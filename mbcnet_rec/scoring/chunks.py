@@ -21,10 +21,10 @@ from data.reading.columns import Columns
 from data.reading.config import StreamOptions
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
-from data.reading.files import NOT_PARQUET, RowGroup, for_each_file, read_contents
+from data.reading.files import NOT_PARQUET, RowGroup, read_contents
 from data.reading.row_groups import prove
 from data.reading.selection import Selection
-from data.reading.storage import DataFile, open_parquet
+from data.reading.storage import DataFile, for_each_file, open_parquet
 from data.schema import Schema
 from data.stream.batch import Batch, gather
 from mbcnet_rec.runtime.process import Process, agreed

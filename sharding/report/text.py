@@ -140,6 +140,7 @@ def report_dict(assessment: Assessment) -> dict[str, Any]:
         for name, (size, times) in table_totals(assessment).items()
     }  # fmt: skip
     dense = assessment.plan.dense
+    dense_bytes = dense.memory_bytes(assessment.plan.batch_size_per_rank)
     return {
         "plan": json.loads(plan_text(assessment.plan)),
         "cluster": str(assessment.cluster),
@@ -150,11 +151,7 @@ def report_dict(assessment: Assessment) -> dict[str, Any]:
         "lower_bound_seconds": assessment.bound,
         "over_lower_bound": assessment.over_bound,
         "lower_bound_any_types_seconds": assessment.any_types_bound,
-        "dense": {
-            "parameters": dense.parameters,
-            "forward_flops": dense.forward_flops,
-            "bytes": dense.memory_bytes(assessment.plan.batch_size_per_rank),
-        },
+        "dense": {"parameters": dense.parameters, "forward_flops": dense.forward_flops, "bytes": dense_bytes},
         "critical_path_seconds": asdict(path),
         "step_seconds": path.step,
         "samples_per_second": assessment.samples_per_second,

@@ -14,21 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
-from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner
 from torchrec.distributed.planner.perf_models import NoopPerfModel
 from torchrec.distributed.planner.proposers import GreedyProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import (
-    ParameterConstraints,
-    Perf,
-    PlannerError,
-    ShardEstimator,
-    ShardingOption,
-    Storage,
-    Topology,
-)
+from torchrec.distributed.planner.types import Perf, PlannerError, ShardEstimator, ShardingOption, Storage
 from torchrec.distributed.types import ParameterSharding
 
 from data.errors import InputError
