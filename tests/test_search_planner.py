@@ -183,6 +183,10 @@ def test_a_run_is_planned_for_the_cluster_it_is_on():
         cluster_of(ShardingConfig(cluster="h200"), 2, 2, "cpu")
     with pytest.raises(InputError, match="the dense part takes"):
         make_plan(replace(task, dense=DenseCost(10**10)))
+    by_rows = replace(
+        task, config=ShardingConfig(sharding_types=("table_row_wise",))
+    )  # all that is allowed, on one host
+    assert {each.sharding_type for each in make_plan(by_rows).tables.values()} == {"table_row_wise"}
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def _unbounded(table: TablePlan, name: str, plan: Plan, constraint: TableConstra
 def _by_size(table: TablePlan, asked: tuple[str, ...], task: Task, plan: Plan) -> list[str]:
     """Types for a table: those asked for it by name as they are, else the run's, thinned out by size class."""
     kinds = asked or task.config.sharding_types
-    types = [kind for kind in kinds if kind != "table_row_wise" or plan.hosts > 1 or asked]
+    types = [kind for kind in kinds if kind != "table_row_wise" or plan.hosts > 1 or asked] or [*kinds]
     if plan.group_size == 1 and not asked:
         types = [kind for kind in types if kind in ("table_wise", "data_parallel")] or types
     rows, dim = table.num_embeddings, table.embedding_dim

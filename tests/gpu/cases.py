@@ -48,7 +48,8 @@ def all_cases() -> list[Case]:
     cases += on_both(
         "mbcnet of five branches", "model.kind=mbcnet", 'model.mbcnet.branches=["efgc","cross","deep","fm","wide"]', "model.mbcnet.fusion=gated",
     )  # fmt: skip
-    cases += on_both("mbcnet with batch norm", "model.kind=mbcnet", "model.mbcnet.batch_norm=true")
+    # biases before a batch norm have a gradient of rounding alone, of which Adam makes steps that the running statistics follow late
+    cases += on_both("mbcnet with batch norm", "model.kind=mbcnet", "model.mbcnet.batch_norm=true", within=HALF)
     cases += on_both("mbcnet, a slice for each branch", "model.kind=mbcnet", "model.mbcnet.embeddings=per_branch")
     cases += on_both(
         "mbcnet, orthogonal by construction", "model.kind=mbcnet", "model.mbcnet.differentiation.parametrization=orthogonal",

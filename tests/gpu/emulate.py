@@ -27,13 +27,15 @@ SHAPES = re.compile(
 # CUDA's own code would read from the device how large the result is, which no kernel has written
 SIZED = re.compile(
     r"aten::(_local_scalar_dense|nonzero|masked_select|masked_scatter_|equal|is_nonzero|_unique2|unique_dim|unique_consecutive|bincount|"
-    r"repeat_interleave|_assert_async)$"
+    r"repeat_interleave|linalg_matrix_exp|_assert_async)$"
 )
 INDEXED = re.compile(r"aten::_?(index|index_put|index_put_impl|unsafe_index)_?$")
 DENSE_FORWARD = re.compile(r"fbgemm::dense_embedding_codegen_forward_(un)?weighted_cuda$")
 DENSE_BACKWARD = re.compile(r"fbgemm::(split|dense)_embedding_backward_codegen_(dense_)?(un)?weighted_exact_cuda$")
-# the cache of a table: nothing of it is emulated, since rows are read behind it
-CACHE = re.compile(r"fbgemm::(lru_|lfu_|lxu_|linearize_|get_unique_|direct_mapped_)\w+$")
+# nothing is written for these: the cache of a table, behind which rows are read, and a gradient of the ids' weights, which are data
+UNUSED = re.compile(
+    r"fbgemm::((lru_|lfu_|lxu_|linearize_|get_unique_|direct_mapped_)\w+|dense_embedding_codegen_grad_indice_weights_cuda)$"
+)
 STUB = ctypes.CDLL(os.environ["STUB_LIBRARY"])
 NAN_BYTES = 0xFF
 
@@ -73,7 +75,7 @@ class Emulated(TorchDispatchMode):
         )
         writes = any(each.alias_info is not None and each.alias_info.is_write for each in schema.arguments)
         views = any(each.alias_info is not None for each in schema.returns)
-        if not there or func.namespace in PASSED or SHAPES.match(name) or CACHE.match(name) or (views and not writes):
+        if not there or func.namespace in PASSED or SHAPES.match(name) or UNUSED.match(name) or (views and not writes):
             return func(*args, **kwargs)
         if SIZED.match(name) or (INDEXED.match(name) and any(is_mask(each) for each in args[1])):
             if Emulated.captured is not None:
