@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--folder", type=Path, help="keep runs and what they said in this new folder")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by which the worker ends too
     chosen = [number for number, case in enumerate(all_cases()) if args.only in case.name]
     if not chosen:
         print(f"no case has {args.only!r} in its name", file=sys.stderr)
