@@ -39,8 +39,9 @@ from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.metrics import auc
 from mbcnet_rec.training.built import Built
+from mbcnet_rec.training.dense_part import Rates
 from mbcnet_rec.training.pipeline import CheckedStep
-from mbcnet_rec.training.state import TrainState, scale_rates
+from mbcnet_rec.training.state import TrainState
 
 PREDICTION = "equal to 1e-6 after the first pass; rounding grows to 1e-2 of single rows over a thousand steps, AUCs stay within 1e-3"
 SPARE_EPOCHS = 4
@@ -79,14 +80,14 @@ def train_ours(config: RunConfig, schema: Schema, data: Path, folder: Path, labe
 
         step = CheckedStep(built.model, built.optimizer, contextlib.nullcontext, after_backward=clip)
         pipeline = built.pipeline(step)
-        state, base_rates = TrainState(), [group["lr"] for group in built.optimizer.param_groups]
+        state, rates = TrainState(), Rates(built)
         for epoch in range(config.train.epochs):
             built.model.train()
             for batch in batches_of(config, schema, data, epoch):
                 pipeline.progress(iter([batch]))
             found.append({split: probabilities(built, batches) for split, batches in scored.items()})
             state.note_evaluation(auc(found[-1]["valid"], labels), config.train)
-            scale_rates(built.optimizer, base_rates, state.lr_scale)
+            rates.set(0, state.lr_scale)
             if state.stopped:
                 break
     # the peer may want more of them than we did

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,21 @@ class RunConfig:
     def run_folder(self) -> Path:
         """Where the run writes."""
         return Path(self.train.out or f"runs/{self.name}")
+
+
+def next_data(data: DataConfig, given: Sequence[str]) -> DataConfig:
+    """[data] with other training rows: files, folders, globs and URIs, or KEY=VALUE for that partition beside or below those of before."""
+    paths: list[str] = []
+    for value in given:
+        key, equals, _ = value.partition("=")
+        if not equals or "/" in value or Path(value).exists():
+            paths.append(value)
+            continue
+        for path in data.train:
+            parts = path.rstrip("/").split("/")
+            at = next((index for index, part in enumerate(parts) if part.startswith(f"{key}=")), None)
+            paths.append("/".join([*parts, "**", value] if at is None else [*parts[:at], value]))
+    return replace(data, train=tuple(dict.fromkeys(paths)), train_where=())
 
 
 # What runs of earlier versions did, whose config.toml lacks keys that came since

@@ -13,7 +13,7 @@ from typing import Any
 from data.errors import InputError, some_of
 from data.reading.column_types import pinned
 from data.reading.files import column_sets, resolve_files
-from data.reading.fingerprint import FileMark, fingerprint, mark_differences, mark_files
+from data.reading.fingerprint import fingerprint, mark_differences, mark_files
 from data.reading.partitions import select_files
 from data.schema import Schema, load_schema, schema_to_toml
 from data.schema.parse import read_toml, to_toml_value
@@ -24,9 +24,9 @@ from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids, own_
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.config import RunConfig, earlier_options, flat
 from mbcnet_rec.doctor import installed
+from mbcnet_rec.lineage import DATA, Marks
 from mbcnet_rec.runtime.process import Process, agreed, answer_of_first
 
-DATA = "data.json"  # in a run folder: the files of training and validation, see data/reading/fingerprint.py
 PACKAGES = ("mbcnet-rec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 # options that fix the order of the rows, and so what a saved position means
 ORDER = (
@@ -39,7 +39,6 @@ MEANINGS = ("model.mbcnet.top_activation", "model.mbcnet.branches")
 PLACES = ("name", "schema", "data.train", "train.out", "train.checkpoint_folder")
 SHOWN = 8
 FACTS = {"train": "data", "valid": "valid"}  # split -> where a checkpoint has the fingerprint of its files
-Marks = Mapping[str, list[FileMark]]  # by split
 
 
 def marks_of(streams: Mapping[str, ParquetStream], attempts: int) -> Marks:
@@ -150,15 +149,19 @@ def start_differences(config: RunConfig, run: Mapping[str, Any], marks: Marks, a
     return [*found, f"data.train: {files}"] if files else found
 
 
-def refuse_other_start(config: RunConfig, run: Mapping[str, Any], marks: Marks, *, allow_partial: bool) -> list[str]:
+def refuse_other_start(
+    config: RunConfig, run: Mapping[str, Any], marks: Marks, *, begins: bool, allow_partial: bool
+) -> list[str]:
     """Refuse to resume where the saved position in the data means nothing; return notes on what else differs. For rank 0.
+
+    `begins`: another day, for which the position does not count.
 
     Raises:
         InputError: an option that fixes the order of the rows differs, or the training files do.
     """
     if not run:
         return []
-    order = start_differences(config, run, marks)
+    order = [] if begins else start_differences(config, run, marks)
     if order and not allow_partial:
         raise InputError(
             f"{config.run_folder}: {'; '.join(order)}: the place in the data where --resume continues means nothing then; make them equal "

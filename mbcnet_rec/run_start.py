@@ -24,9 +24,9 @@ from mbcnet_rec.checkpoints.run_folder import (
 from mbcnet_rec.checkpoints.run_schema import COPIED, SCHEMA, write_copy
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step, open_storage
 from mbcnet_rec.config import RunConfig, config_text
+from mbcnet_rec.lineage import DATA, LINEAGE, Days, Marks, lineage_text
 from mbcnet_rec.logs.metrics_log import METRICS, written
 from mbcnet_rec.logs.mlflow import RUN_ID
-from mbcnet_rec.resume import DATA, Marks
 from mbcnet_rec.runtime.lock import names_in
 from mbcnet_rec.runtime.process import Process, answer_of_first
 from mbcnet_rec.runtime.watchdog import STACKS
@@ -35,7 +35,7 @@ from sharding.plan.placement import Plan
 from sharding.plan.plan_file import plan_text
 
 # what a run writes
-_OWN = {CONFIG, METRICS, PLAN, DATA, *COPIED, CHECKPOINTS, STACKS, FAULTS, "tb", DONE, "report.html", RUN_ID}
+_OWN = {CONFIG, METRICS, PLAN, DATA, LINEAGE, *COPIED, CHECKPOINTS, STACKS, FAULTS, "tb", DONE, "report.html", RUN_ID}
 LOST = "{}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
 
 
@@ -135,6 +135,7 @@ class Beginning(NamedTuple):
     schema: Schema
     files: Mapping[str, str]  # of the schema, see checkpoints/run_schema.py
     marks: Marks  # of its files
+    days: Days
     plan: Plan
 
 
@@ -146,9 +147,9 @@ def open_folder(
     new = folder / NEW
 
     def remove_checkpoints() -> None:
-        if fresh:
-            for step in storage.steps():
-                storage.remove(step)
+        for step in storage.steps() if fresh else ():
+            storage.remove(step)
+        if fresh or begun.days.begins:  # which is the best of the day before says nothing of this one
             storage.remove_note(BEST)
 
     with written(folder):
@@ -157,7 +158,8 @@ def open_folder(
         write_whole(new / CONFIG, config_text(_lasting(begun.config)))
         write_whole(new / PLAN, plan_text(begun.plan))
         write_whole(new / DATA, json.dumps(begun.marks) + "\n")
-        names = {CONFIG, PLAN, DATA}
+        write_whole(new / LINEAGE, lineage_text(begun.days.lines))
+        names = {CONFIG, PLAN, DATA, LINEAGE}
         # a run of an earlier version has no copy yet, and a lost run folder has none any more
         if fresh or not (folder / SCHEMA).is_file() or earlier.get("files") != begun.files:
             write_copy(begun.schema, new, begun.files)

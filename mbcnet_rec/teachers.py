@@ -38,6 +38,10 @@ def train_model(
 ) -> int:
     """`run_training`, with its options, for EnKD preceded by its teachers. One call per rank."""
     if config.model.kind == "enkd":
+        if options.get("continues") or options.get("progressive"):
+            raise InputError(
+                "--continue, --progressive: model.kind = 'enkd' learns from teachers that know its rows only; train it anew"
+            )
         teachers = [teacher_config(config, kind) for kind in config.model.enkd.teachers]
         with ExitStack() as held:
             # the student's folder is taken for as long as its teachers train, too

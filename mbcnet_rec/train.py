@@ -25,9 +25,11 @@ from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.storage import LocalStorage
 from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.cpu.layers import bf16_in_hardware
-from mbcnet_rec.logs.metrics_log import Records, json_line, written
+from mbcnet_rec.lineage import LINEAGE, Day, close_day, days_of, lineage_text
+from mbcnet_rec.logs.metrics_log import PROGRESSIVE, Records, json_line, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
+from mbcnet_rec.progressive import score_day
 from mbcnet_rec.resume import (
     agreed_schema,
     earlier_facts,
@@ -47,6 +49,7 @@ from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.trained_run import known_best
 from mbcnet_rec.training.evaluation import EvaluationStoppedError
 from mbcnet_rec.training.hooks import Hooks
+from mbcnet_rec.training.state import TrainState
 from mbcnet_rec.training.trainer import RunContext, Trainer, Watch
 
 Teach = Callable[[Process, ParquetStream], ParquetStream]
@@ -60,6 +63,9 @@ def run_training(
     resume: bool = False,
     overwrite: bool = False,
     allow_partial: bool = False,
+    continues: bool = False,
+    again: bool = False,
+    progressive: bool = False,
     watch: Watch | None = None,
     teach: Teach | None = None,
     report: Report | None = None,
@@ -72,6 +78,10 @@ def run_training(
         resume: continue from the latest whole checkpoint of the run folder, if there is one.
         overwrite: replace an earlier run of the same folder, when everything that can be checked without training was checked.
         allow_partial: load what fits of a checkpoint of another model.
+        continues: go on from the finished run of the folder with the config's training files, a day that it has not trained; or go on
+            within that day.
+        again: the same with files that were trained already.
+        progressive: score the day's rows before the first of them is trained.
         watch: is told of every evaluation; may end training there.
         teach: adds teachers' logits to the training rows; only for model.kind = enkd, see teachers.py.
         report: writes the page of the finished run folder, see report/run_report.py; none is written without it.
@@ -85,7 +95,7 @@ def run_training(
         raise InputError("model.kind = 'enkd': its teachers are trained first; start it by `mbcnet train`")
     refuse_contradiction(resume, overwrite)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        resume, overwrite = True, False  # workers restarted after a fault continue from the last checkpoint
+        resume, overwrite = not continues, False  # workers restarted after a fault continue from the last checkpoint
     settings, folder = config.train, config.run_folder
     require_client(settings.tracking)
     with (
@@ -95,11 +105,15 @@ def run_training(
         Watchdog(process, folder, settings.stall_seconds, hooks.on_place) as watchdog,
     ):
 
-        def open_records(step: int) -> Records:
-            return Records(folder, step, open_sink(settings.tracking, folder, config.name, config))
+        def open_records(state: TrainState) -> Records:
+            return Records(
+                folder, state.step, open_sink(settings.tracking, folder, config.name, config), day=state.first_step
+            )
 
         storage = storage_of(settings, folder)
-        start = start_of(config, storage, process, resume, overwrite)
+        start = start_of(config, storage, process, resume or continues, overwrite)
+        if continues and start is None:
+            raise InputError(f"{folder}: holds no run with a checkpoint that could be continued; train it first")
         earlier = earlier_facts(config, storage, start, process)
         schema, files = agreed_schema(config, earlier, process, allow_partial=allow_partial)
         with agreed(process):
@@ -107,10 +121,13 @@ def run_training(
         streams = {name: split.stream for name, split in splits.items()}
         train_rows, counts = streams["train"], _counts(streams)
         marks = answer_of_first(process, lambda: marks_of(streams, config.data.attempts))
-        facts = facts_of(config, files, marks)
+        days = answer_of_first(
+            process, lambda: days_of(config, start, earlier, marks, continues=continues, again=again)
+        )
+        facts = facts_of(config, files, marks) | {"day": len(days.lines)}
         context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks, facts)
         notes = answer_of_first(
-            process, lambda: refuse_other_start(config, earlier, marks, allow_partial=allow_partial)
+            process, lambda: refuse_other_start(config, earlier, marks, begins=days.begins, allow_partial=allow_partial)
         )
         built = build(config if start is None else with_own_plan(config), schema, process)
         train_rows.on_rows = hooks.on_rows
@@ -120,9 +137,11 @@ def run_training(
             train_rows = teach(process, train_rows)
         valid = splits["valid"].fresh if "valid" in splits else None
         trainer = Trainer(settings, context, built, train_rows, valid)
-        notes += _load(config, schema, trainer, start, earlier, allow_partial)
+        notes += _load(config, schema, trainer, start, earlier, allow_partial, days.begins)
+        if start is None or days.begins:
+            days.lines[-1]["first_step"] = trainer.state.step
         # no rank writes into the folder before the files of an earlier run are out of the way
-        begun = Beginning(config, schema, files, marks, built.plan)
+        begun = Beginning(config, schema, files, marks, days, built.plan)
         answer_of_first(process, lambda: open_folder(begun, storage, earlier, fresh=start is None, overwrite=overwrite))
         if process.is_first:
             for note in notes:
@@ -130,13 +149,24 @@ def run_training(
             tell(opening_line(config, schema, process, trainer.total_steps, start))
             tell(f"data: {counts}")
         watchdog.open_stacks()
+        if progressive and "profile" not in days.lines[-1]:
+            _score_day(config, trainer, streams["train"], days.lines)
         trainer.train()
-        metrics = _test(trainer, streams.get("test"))
+        metrics: dict[str, Any] = {}
+        try:
+            metrics = _test(trainer, streams.get("test"))
+        except InputError as error:
+            trainer.faults.append(f"data.test: {error}")
         if process.is_first:
             with written(folder):
+                close_day(folder, days.lines, streams["train"], trainer.state.step, metrics)
                 write_whole(folder / DONE, json_line({"step": trainer.state.step, **metrics}))
             has_report = _reported(folder, report)
             tell(closing_lines(config, schema, trainer, metrics, has_report))
+        if trainer.faults:
+            raise InputError(
+                f"{trainer.faults[0]}; the run is done and its model is whole: mend the rows, then `mbcnet evaluate {folder}`"
+            )
     return 0
 
 
@@ -159,6 +189,7 @@ def _load(
     step: int | None,
     earlier: Mapping[str, Any],
     allow_partial: bool,
+    begins_day: bool,
 ) -> list[str]:
     """Load the checkpoint of a step, or for a fresh start the tables of a warm start; return what there is to say of it."""
     process, storage = trainer.process, trainer.context.storage
@@ -170,7 +201,7 @@ def _load(
                 # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
                 saved = Saved(folder, hashed=not isinstance(storage, LocalStorage))
             try:
-                notes = trainer.restore(saved, allow_partial=allow_partial)
+                notes = trainer.restore(saved, begins_day=begins_day, allow_partial=allow_partial)
             except InputError as error:
                 raise InputError(f"{error}{told_differences(earlier, config)}") from None
         if not allow_partial and earlier.get("files") and (note := schema_note(config, schema)):
@@ -233,16 +264,40 @@ def _test(trainer: Trainer, stream: ParquetStream | None) -> dict[str, Any]:
     state, process = trainer.state, trainer.process
     if state.best_step >= 0 and state.best_step != state.step:
         with trainer.context.storage.fetched(state.best_step) as folder:
-            load_checked(Saved(folder), trainer.built, process)
+            saved = Saved(folder)
+            load_checked(saved, trainer.built, process)
+            trainer.dense.restore(saved, state.best_step)
     try:
         metrics = trainer.evaluate(stream)
     except EvaluationStoppedError:
         raise trainer.preempted() from None
     if process.is_first:
-        records = trainer.context.open_records(state.step)
+        records = trainer.context.open_records(state)
         records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
         records.close()
     return metrics
+
+
+def _score_day(config: RunConfig, trainer: Trainer, rows: ParquetStream, days: list[Day]) -> None:
+    """Score the rows of the day that begins, by the weights of the days before; log what was found, and the alarms."""
+    process, options = trainer.process, config.data.eval_options(config.data.train_where)
+    stream = ParquetStream(rows.files, rows.schema, options, process.rank, process.world_size)
+    try:
+        days[-1] |= score_day(trainer, stream, days[:-1])
+    except EvaluationStoppedError:
+        raise trainer.preempted() from None
+    if not process.is_first:
+        return
+    found = days[-1]["progressive"]
+    with written(config.run_folder):
+        write_whole(config.run_folder / LINEAGE, lineage_text(days))
+    if found:
+        records = trainer.context.open_records(trainer.state)
+        records.add(trainer.state.step, PROGRESSIVE, found)
+        records.close()
+        tell(f"{days[-1]['name']}, before it is trained: AUC {_shown(found['auc'])}, NE {_shown(found['ne'])}")
+    for alarm in days[-1]["alarms"]:
+        tell(f"ALARM: {days[-1]['name']}: {alarm}")
 
 
 def opening_line(config: RunConfig, schema: Schema, process: Process, total_steps: int, start: int | None) -> str:
@@ -305,6 +360,9 @@ def closing_lines(
             if reason
             else f"  normalised entropy {metrics['ne']:.4f} (1: no better than the label rate)",
         ]
+        mended = {key.removeprefix("mended/"): n for key, n in metrics.items() if key.startswith("mended/")}
+        told = ", ".join(f"{name} {count:,}" for name, count in mended.items())
+        lines += [f"  values outside of what their fields take, read as on_invalid says: {told}"] if told else []
     if state.stopped:
         lines.append(f"stopped early: {state.bad_evaluations} evaluations without a better validation AUC")
     first = f"open {folder}/report.html in a browser" if has_report else f"mbcnet report {folder}"

@@ -244,7 +244,7 @@ def trained(device: torch.device) -> dict[str, Any]:
         StopRequest() as stop,
     ):
         steps: Any = Steps(gpu)
-        context = RunContext(process, folder, storage_of(config.train, folder), stop, steps, lambda step: steps)
+        context = RunContext(process, folder, storage_of(config.train, folder), stop, steps, lambda state: steps)
         stream = ParquetStream(files, schema, options)
         if on_gpu:
             stream.on_batch = Batch.pin_memory

@@ -391,3 +391,36 @@ def test_ids_that_narrow_floats_of_one_file_cannot_tell_apart_are_amounts(kind, 
         kinds[top] = found.features[0].kind
         write_fitted(found, files, tmp_path / f"fit{top}")
     assert kinds == {largest - 1: "categorical", largest: "numeric"}
+
+
+def test_whole_numbers_are_names_or_amounts_as_the_label_tells(tmp_path):
+    """Codes without a telling name and spread like numbers, one with -1 among them, are categories; an amount stays a number; both say why.
+    An id above those of the files has no row and is counted, instead of ending tomorrow's run."""
+    rng = np.random.default_rng(0)
+    rows = 20_000
+    country, c20 = (
+        rng.integers(5069, 5149, rows),
+        np.where(rng.random(rows) < 0.4, -1, 100_000 + rng.integers(0, 170, rows)),
+    )
+    depth, seat = rng.integers(1, 800, rows), rng.integers(0, 90, rows)
+    effect = rng.normal(0, 0.8, 100_200)
+    logit = effect[country] + effect[c20] + depth / 200 - 3
+    click = rng.random(rows) < 1 / (1 + np.exp(-logit))
+    columns = {"click": click.astype(int), "country": country, "C20": c20, "depth": depth, "seat": seat}
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(columns), file)
+    text, _ = infer_schema([file])
+    (tmp_path / "schema.toml").write_text(text)
+    fields = {feature.name: feature for feature in load_schema(tmp_path / "schema.toml").features}
+    assert {name: each.kind for name, each in fields.items()} == {
+        "country": "categorical", "C20": "categorical", "depth": "numeric", "seat": "categorical",
+    }  # fmt: skip
+    for name in ("country", "C20", "depth"):
+        assert re.search(rf"(?m)^{name} .*# .*explains \d+\.\d+% of the label as categories", text), name
+    assert (fields["seat"].num_embeddings, fields["seat"].on_invalid) == (90, "null")
+    fitted = write_fitted(load_schema(tmp_path / "schema.toml"), [file], tmp_path / "fit")
+    later = Encoder(fitted).encode(
+        pa.RecordBatch.from_pydict({name: values[:2].tolist() for name, values in columns.items()} | {"seat": [5, 97]}),
+        Place("later", 0),
+    )
+    assert later.repaired["seat"] == 1

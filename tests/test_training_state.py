@@ -1,11 +1,17 @@
 """Proves that the plateau schedule is that of the BARS protocol: rates a tenth at each evaluation that does not improve, not below 1e-6, an end
 after two in a row, and that other schedules keep their rates."""
 
-import pytest
-import torch
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
 
+import pytest
+
+from data.errors import InputError
 from mbcnet_rec.config import TrainConfig
-from mbcnet_rec.training.state import TrainState, scale_rates
+from mbcnet_rec.training.config import EmbeddingOptimConfig, OptimConfig, ScheduleConfig
+from mbcnet_rec.training.dense_part import Rates
+from mbcnet_rec.training.state import TrainState
 
 
 def after(aucs, **settings):
@@ -41,12 +47,45 @@ def test_the_patience_of_the_config_counts_under_plateau():
     assert [each[2] for each in found] == [False, False, False, True]
 
 
+def rates_of(dense: ScheduleConfig, tables: ScheduleConfig) -> tuple[Rates, Callable[[], list[float]]]:
+    parts = {"dense": (1e-2, 1e-5), "fused": (1e-7, 1.0)}
+    groups = {part: [{"lr": rate} for rate in rates] for part, rates in parts.items()}
+    optimizers = [(part, SimpleNamespace(param_groups=each)) for part, each in groups.items()]
+    optim = OptimConfig(dense_schedule=dense, embedding=EmbeddingOptimConfig(schedule=tables))
+    built = SimpleNamespace(optim=optim, optimizer=SimpleNamespace(optimizers=optimizers))
+    return Rates(built), lambda: [group["lr"] for each in groups.values() for group in each]  # type: ignore[arg-type]
+
+
 def test_rates_are_scaled_from_their_base_and_not_below_the_floor():
-    groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in (1e-2, 1e-5, 1e-7)]
-    optimizer = torch.optim.SGD(groups)
+    rates, now = rates_of(ScheduleConfig(), ScheduleConfig())
     for scale in (0.1, 0.01):  # not one upon the other
-        scale_rates(optimizer, [1e-2, 1e-5, 1e-7], scale)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4, 1e-6, 1e-7])
+        rates.set(7, scale)
+    assert now() == pytest.approx([1e-4, 1e-6, 1e-7, 0.01])
+
+
+def test_schedules_of_tables_and_dense_part_are_their_formulas():
+    """A warm-up of 4 steps, then each decay over 8: the shares at its beginning, at a quarter, half way, at the end and long after."""
+    steps, shapes = (0, 3, 4, 6, 8, 12, 100), ("constant", "linear", "cosine", "polynomial")
+    after = {
+        "constant": (1, 1, 1, 1, 1),
+        "linear": (1, 0.775, 0.55, 0.1, 0.1),
+        "cosine": (1, 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2, 0.55, 0.1, 0.1),
+        "polynomial": (1, 0.1 + 0.9 * 0.75**3, 0.1 + 0.9 / 8, 0.1, 0.1),
+    }
+    for shape in shapes:
+        schedule = ScheduleConfig(4, shape, 0 if shape == "constant" else 8, floor=0.1, power=3.0)
+        rates, now = rates_of(ScheduleConfig(), schedule)
+        found = []
+        for step in steps:
+            rates.set(step, 1.0)
+            found.append(now())
+        assert [each[3] for each in found] == pytest.approx([0.25, 1.0, *after[shape]])
+        assert {each[0] for each in found} == {1e-2}, "the dense part's own schedule is constant"
+
+
+def test_a_decay_without_an_end_is_refused():
+    with pytest.raises(InputError, match=r"decay_steps = 0 with decay = 'cosine': wanted 1 or more"):
+        ScheduleConfig(decay="cosine")
 
 
 def test_an_auc_that_is_not_defined_decides_nothing():

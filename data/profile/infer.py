@@ -72,7 +72,7 @@ def infer_schema(
     for column in profile.columns.values():
         if column.name and column.name in (roles.label, roles.time, *weights.values()):
             continue
-        proposal = propose(column, names[column.name], profile, weights.get(column.name, ""))
+        proposal = propose(column, names[column.name], profile, weights.get(column.name, ""), labels)
         _suspect(proposal, column, profile, labels)
         _try(proposal, roles, profile)
         proposals.append(proposal)
@@ -277,7 +277,8 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
         lines.append("# No column can be a field with an embedding table, and training wants one: add a column of ids.")
     if any("num_embeddings" in each.entry for each in used):
         lines.append(
-            '# An id outside [0, num_embeddings) stops training and is named; on_invalid = "null" or "modulo" would fix it.'
+            '# on_invalid = "null": an id outside [0, num_embeddings), as later days bring, has no row and is counted (mended/FIELD); '
+            '"error" names it and stops.'
         )
     columns = {"name": name, "label": roles.label, "group_column": roles.group, "time_column": roles.time}
     lines += [f"{key} = {toml_text(value)}" for key, value in columns.items() if value or key == "name"]

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import types as pt
 
+from data.profile.evidence import are_names
 from data.profile.fit import finite
 from data.profile.scan import ColumnProfile, Profile
 from data.reading.column_types import is_number
@@ -67,8 +68,10 @@ class Proposal:
         return ("" if self.is_used else "# ") + line + (f"  # {comment}" if comment else "")
 
 
-def propose(column: ColumnProfile, name: str, profile: Profile, weights: str = "") -> Proposal:
-    """Choose a kind and sizes for one column, whose field has this name."""
+def propose(
+    column: ColumnProfile, name: str, profile: Profile, weights: str = "", labels: np.ndarray | None = None
+) -> Proposal:
+    """Choose a kind and sizes for one column, whose field has this name. `labels`: of the profile's sample, (n,)."""
     proposal = Proposal(column.name, name)
     if column.null_share:
         proposal.notes.append(f"null {column.null_share:.1%}")
@@ -76,7 +79,7 @@ def propose(column: ColumnProfile, name: str, profile: Profile, weights: str = "
         proposal.notes.append(f"missing in {profile.missing[column.name]} of {profile.num_files} files")
     if column.is_list:
         _propose_list(proposal, column, weights)
-    elif is_text(column.item) or (is_number(column.item) and is_id(column)):
+    elif is_text(column.item) or (is_number(column.item) and _is_id(proposal, column, profile, labels)):
         proposal.entry = {"kind": "categorical", **_keys(proposal, column)}
         if pt.is_floating(column.item):
             proposal.notes.append("whole numbers: read as ids")
@@ -106,11 +109,31 @@ def _propose_list(proposal: Proposal, column: ColumnProfile, weights: str) -> No
         proposal.notes.append(f"{column.kind} of varying length: no kind of field takes it")
 
 
+def _is_id(proposal: Proposal, column: ColumnProfile, profile: Profile, labels: np.ndarray | None) -> bool:
+    """`is_id`, but that where the column's name tells nothing the label does, if it tells anything."""
+    told = _id_by_name(column)
+    if told is None and labels is not None:
+        told, words = are_names(profile.sample[column.name], labels)
+        proposal.notes += [words] if words else []
+    return is_id(column) if told is None else told
+
+
 def is_id(column: ColumnProfile) -> bool:
     """Whether whole numbers are names and not amounts: by the name's last word, else by how they are spread.
 
     Doubles without a fraction are ids where they are called so, or where some are missing, for which pandas makes doubles of integers.
     """
+    told = _id_by_name(column)
+    if told is not None:
+        return told
+    low, high, values = column.low or 0.0, column.high or 0.0, column.distinct.estimate()
+    if low < 0 or (pt.is_floating(column.item) and not (values > MAX_SMALL_INTEGERS and column.nulls + column.nan)):
+        return False
+    return values <= MAX_SMALL_INTEGERS or high < DENSE_SPAN * values or (high > 1e6 and high > 100 * values)
+
+
+def _id_by_name(column: ColumnProfile) -> bool | None:
+    """The same as far as the name, or numbers that cannot be one of the two, say it; else None."""
     low, high, name = column.low or 0.0, column.high or 0.0, HUMP.sub("_", column.name).lower()
     if pt.is_boolean(column.item) or column.low is None:
         return False
@@ -123,13 +146,9 @@ def is_id(column: ColumnProfile) -> bool:
         return False
     if "_x_" in name or last in ID_WORDS or name in GROUP_NAMES:
         return True
-    if low < 0 or last in AMOUNT_WORDS or (len(last) > 3 and last.endswith("s")):  # clicks, followers, days
+    if last in AMOUNT_WORDS or (len(last) > 3 and last.endswith("s")):  # clicks, followers, days
         return False
-    values = column.distinct.estimate()
-    if pt.is_floating(column.item) and not (values > MAX_SMALL_INTEGERS and column.nulls + column.nan):
-        return False
-    is_dense = high < DENSE_SPAN * values
-    return values <= MAX_SMALL_INTEGERS or is_dense or (high > 1e6 and high > 100 * values)
+    return None
 
 
 def _keys(proposal: Proposal, column: ColumnProfile) -> dict[str, Any]:
@@ -142,7 +161,7 @@ def _keys(proposal: Proposal, column: ColumnProfile) -> dict[str, Any]:
     high = int(column.high or 0)
     if not is_text(column.item) and (column.low or 0) >= 0 and high < max(DENSE_SPAN * values, 64):
         proposal.notes.append(f"ids 0 to {high:,}")
-        return {"num_embeddings": high + 1, **sizes}
+        return {"num_embeddings": high + 1, "on_invalid": "null", **sizes}
     if values <= MAX_VOCABULARY:
         return {"encoding": "vocabulary", "vocabulary": FIT, "min_count": 2, **sizes}
     proposal.notes.append('new ids keep coming? encoding = "zch"')

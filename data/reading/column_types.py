@@ -47,6 +47,8 @@ def _wanted(schema: Schema, has_label: bool) -> Iterator[tuple[str, str, str, st
     group = schema.group_column
     if has_label and group:
         yield group, group, "group_column", "the group column", _is_group, "values, not lists or structs"
+    if has_label and (weight := schema.weight_column):
+        yield weight, weight, "weight_column", "the weight column", _is_number_or_null, "numbers"
 
 
 def _is_group(kind: pa.DataType) -> bool:

@@ -76,6 +76,8 @@ class Columns:
     labels: np.ndarray  # (n,) float32
     group_ids: np.ndarray | None  # (n,) int64
     repaired: Counter[str]  # by field: values that on_invalid = "null" or "modulo" changed
+    weights: np.ndarray | None = None  # (n,) float32, of the schema's weight column
+    nulls: Counter[str] | None = None  # by field: rows that have none, of columns of Arrow
 
     @property
     def num_rows(self) -> int:

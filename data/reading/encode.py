@@ -19,7 +19,7 @@ from ..schema import MISSING_ROW, Feature, Schema
 from .columns import ABSENT, Columns, Lists, Permute, Place, Ragged, join_lists, offsets_of
 from .ids import Column, as_arrow, as_lists, decoded, integers, is_id, is_valid, list_offsets, read_ids
 from .keys import hash_values, make_vocabularies, read_vocabularies, remainder, unbounded_ids
-from .numbers import buckets_of, read_labels, read_numbers, write_numbers, write_vectors
+from .numbers import buckets_of, read_labels, read_numbers, read_weights, write_numbers, write_vectors
 
 T = TypeVar("T")
 Rows = pa.RecordBatch | Mapping[str, Column]
@@ -76,6 +76,14 @@ class Encoder:
         part.lists = [feature for feature in schema.sparse if not feature.is_single]
         return part
 
+    def _nulls(self, readers: Sequence["_Reader"]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for feature in self.schema.features:
+            columns = (reader.columns[feature.source_column] for reader in readers)
+            if count := sum(column.null_count for column in columns if isinstance(column, pa.Array)):
+                found[feature.name] = count
+        return found
+
     def _id_type(self, feature: Feature) -> str:
         """What a field's ids are read as, "integer" or "text"; empty: as the type of their column says."""
         if feature.encoding == "vocabulary":
@@ -120,6 +128,7 @@ class Encoder:
         dense = np.zeros((total, self.dense_width), np.float32)
         labels, groups = np.zeros(total, np.float32), np.empty(total, np.int64)
         has_groups = self.has_labels and bool(self.schema.group_column)
+        weights = np.empty(total, np.float32) if self.has_labels and self.schema.weight_column else None
         for index, feature in enumerate(self.single):
             out = single_ids[index] if permutation is None else in_order
             for reader in readers:
@@ -132,6 +141,8 @@ class Encoder:
                 labels[reader.rows] = reader.labels()
             if has_groups:
                 groups[reader.rows] = reader.groups()
+            if weights is not None:
+                weights[reader.rows] = reader.weights()
         absent = {name for reader in readers for name in reader.absent}
         return Columns(
             single_ids=single_ids,
@@ -142,6 +153,8 @@ class Encoder:
             labels=in_new_order(labels),
             group_ids=in_new_order(groups) if has_groups else None,
             repaired=repaired,
+            weights=None if weights is None else in_new_order(weights),
+            nulls=self._nulls(readers) if self.has_labels else None,
         )
 
 
@@ -176,6 +189,12 @@ class _Reader:
         """Labels, 0 and 1."""
         label = self.encoder.schema.label
         return read_labels(as_arrow(self.columns[label]), label, self.place)
+
+    @_named
+    def weights(self) -> np.ndarray:
+        """Weights of rows, float32."""
+        name = self.encoder.schema.weight_column
+        return read_weights(as_arrow(self.columns[name]), name, self.place)
 
     @_named
     def groups(self) -> np.ndarray:

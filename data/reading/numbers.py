@@ -123,6 +123,23 @@ def buckets_of(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
     return rows
 
 
+def read_weights(column: pa.Array, name: str, place: Place) -> np.ndarray:
+    """Weights of rows, (n,) float32.
+
+    Raises:
+        InputError: one is null, or not a finite number above 0.
+    """
+    weights, valid = _as_numpy(column)
+    weights = weights.astype(np.float32)
+    bad = ~((weights > 0) & (weights <= LARGEST))
+    if valid is not None:
+        raise InputError(f"{place.row(int(valid.argmin()))}, weight {name!r} is null: wanted a number; fix the file")
+    if bad.any():
+        wanted = "a finite number above 0; fix the file, or leave such rows out of it"
+        raise place.fault(f"weight {name!r}", weights, bad, wanted)
+    return weights
+
+
 def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
     """Labels as a NumPy array of 0 and 1; InputError if a label is null or another number."""
     labels, valid = _as_numpy(column)

@@ -70,6 +70,9 @@ class Schema:
     group_column: str = ""  # whose values group rows for GAUC; empty if none
     time_column: str = ""  # that orders rows; empty if none
     group_type: IdType = ""  # what the ids of the group column are, as a field's `type`
+    weight_column: str = (
+        ""  # of numbers above 0 by which training weighs each row's loss; empty if none. Metrics count each row once
+    )
     folder: Path = Path()  # where relative vocabulary paths start
 
     @property
@@ -103,7 +106,7 @@ class Schema:
     @property
     def columns(self) -> tuple[str, ...]:
         """Every Parquet column that training reads, without repeats."""
-        names = (self.label, *self.field_columns, self.group_column)
+        names = (self.label, *self.field_columns, self.group_column, self.weight_column)
         return tuple(dict.fromkeys(name for name in names if name))
 
     @property
@@ -167,6 +170,7 @@ class _SchemaTop:
     group_column: str = ""
     time_column: str = ""
     group_type: IdType = ""
+    weight_column: str = ""
 
 
 def load_schema(path: str | Path) -> Schema:
@@ -199,6 +203,7 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
         group_column=top.group_column,
         time_column=top.time_column,
         group_type=top.group_type,
+        weight_column=top.weight_column,
         folder=folder,
     )
 
@@ -230,7 +235,7 @@ def _check_names(fields: Iterable[str], top: _SchemaTop, source: str) -> None:
                 f"{source}: tables: {name!r}: wanted a name without '.' that torch's modules do not use themselves; rename the table, "
                 "here and in its fields' `table`"
             )
-    for key in ("group_column", "time_column"):
+    for key in ("group_column", "time_column", "weight_column"):
         if getattr(top, key) == top.label:
             raise InputError(f"{source}: {key} = {top.label!r}: this is the label; name another column")
     if top.group_type and not top.group_column:
@@ -320,7 +325,7 @@ def schema_to_toml(schema: Schema) -> dict[str, Any]:
     }
     shared = {feature.table for feature in schema.features if feature.table}
     top: dict[str, Any] = {"name": schema.name, "label": schema.label}
-    names = ("group_column", "group_type", "time_column")
+    names = ("group_column", "group_type", "time_column", "weight_column")
     top |= {key: getattr(schema, key) for key in names if getattr(schema, key)}
     top["fields"] = fields
     tables = {

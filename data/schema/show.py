@@ -95,6 +95,7 @@ def summary_line(schema: Schema) -> str:
     roles = [f"label {schema.label}"]
     roles += [f"group {schema.group_column}"] if schema.group_column else []
     roles += [f"time {schema.time_column}"] if schema.time_column else []
+    roles += [f"weight {schema.weight_column}"] if schema.weight_column else []
     waiting = sum(not feature.is_fitted for feature in schema.features)
     fit = f"; {waiting} field(s) wait for `mbcnet schema fit`" if waiting else ""
     return (

@@ -32,7 +32,8 @@ class Batch(Pipelineable):
         labels: (B,) float32 of 0 and 1.
         weights: (B,) float32. 1 in a full batch. A global batch that does not fill all ranks alike is padded: padding rows have
             weight 0, and real rows carry world_size * B / (real rows of all ranks), so that mean(weights * loss), averaged over
-            ranks, is the exact mean over real rows. With negative_weights = "importance" real rows are weighed by label too.
+            ranks, is the exact mean over real rows. With negative_weights = "importance" real rows are weighed by label too, and with
+            a weight column by its value.
         group_ids: (B,) int64, equal for rows of one GAUC group; None if the schema names no group column.
         cursor: the stream's position after this batch. It rides here because a pipeline reads two batches ahead of the one it trains:
             what a checkpoint must keep is the position of the trained batch, not the reader's.
@@ -108,11 +109,11 @@ def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = 
         single_ids[:, begin:end] = columns.single_ids[:, start:stop]
         dense[begin:end] = columns.dense[start:stop]
         labels[begin:end] = columns.labels[start:stop]
+        weights[begin:end] = 1.0 if columns.weights is None else columns.weights[start:stop]
         if group_ids is not None and columns.group_ids is not None:
             group_ids[begin:end] = columns.group_ids[start:stop]
         begin = end
     single_ids[:, begin:] = ABSENT
-    weights[:begin] = 1.0
     lengths = np.ones(size + list_lengths.size, np.int32)
     lengths[size:] = list_lengths.reshape(-1)
     if pieces:

@@ -11,9 +11,10 @@ import numpy as np
 from data.errors import InputError
 from data.reading.columns import Columns
 from data.reading.config import StreamOptions
-from data.reading.decode import Decoder
+from data.reading.decode import Decoder, RowReader
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
+from data.reading.numbers import read_labels
 from data.reading.partitions import select_files
 from data.reading.selection import Selection
 from data.reading.storage import DataFile
@@ -42,6 +43,7 @@ class ParquetStream:
         on_rows: called before rows are read, in the thread that reads them; tests inject faults there.
         on_batch: returns the batch to use for each that was made, in the thread that makes it: for a GPU, in pinned memory.
         counters: field -> values that its `on_invalid` changed, in the windows that this rank has decoded for its batches.
+        nulls: field -> rows without a value, in the same windows.
     """
 
     def __init__(
@@ -69,11 +71,22 @@ class ParquetStream:
         self.on_rows: Callable[[], None] = lambda: None
         self.on_batch: Callable[[Batch], Batch] = lambda batch: batch
         self.counters: Counter[str] = Counter()
+        self.nulls: Counter[str] = Counter()
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch, equal for all ranks."""
         return steps_per_epoch(self.options, self.num_rows)
+
+    def count_clicks(self) -> int:
+        """Kept rows of label 1, of all ranks; reads the label column.
+
+        Raises:
+            InputError: a file is damaged, or gone.
+        """
+        reader, label = RowReader(self.files, self.encoder, self.selection), self.schema.label
+        batches = (reader.batches(each, self.options.window_rows, [label]) for each in self.row_groups)
+        return sum(int(read_labels(rows.column(label), label, place).sum()) for each in batches for rows, place in each)
 
     def fingerprint(self) -> str:
         """Twelve hex digits of what fixes the order: options, file names and kept rows. World size and workers are not part of it."""
@@ -152,6 +165,7 @@ class ParquetStream:
                 for index in [index for index in used if index not in decoded]:
                     decoded[index] = results.pop(index)()
                     self.counters.update(decoded[index].repaired)
+                    self.nulls.update(decoded[index].nulls or ())
                 runs = [(decoded[index], start - starts[index], stop - starts[index]) for index, start, stop in cuts]
                 yield self._batch(runs, step, Cursor(cursor.epoch, step + 1))
                 # A lane moves on and never back: what the next step does not use is never used again.
@@ -167,7 +181,7 @@ class ParquetStream:
         negative, positive = self.label_weights
         batch = gather(runs or [(self.encoder.encode_all([]), 0, 0)], num_rows, self.schema, cursor)
         labels = batch.labels.numpy()
-        batch.weights.numpy()[:real] = np.where(labels[:real] == 1, weight * positive, weight * negative)
+        batch.weights.numpy()[:real] *= np.where(labels[:real] == 1, weight * positive, weight * negative)
         return batch
 
     def _spans(self, step: int, rank: int) -> list[tuple[int, int]]:

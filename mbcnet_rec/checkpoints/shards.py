@@ -6,7 +6,7 @@ Nothing in it is unpickled.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from mbcnet_rec.checkpoints.tensor_file import open_tensors
 from sharding.bridge.blocks import is_copy, local_blocks, wrapped_optimizer
 
 PINNED_BYTES = 8 * 2**30  # of a rank's snapshots: pinned memory is taken from all other programs of the machine
+AVERAGE = "average/"  # before the name of a dense parameter: the moving average of its values
 Shape = tuple[int, ...]
 Snapshot = list[tuple[ShardEntry, Tensor]]  # copies in CPU memory, which training does not touch
 
@@ -223,6 +224,13 @@ def _copy(stored: StoredShard, target: Tensor, offsets: tuple[int, ...]) -> int:
     with torch.no_grad():
         target[tuple(own)].copy_(stored.read()[tuple(source)])
     return count
+
+
+def of_average(saved: Saved, shards: Iterable[TensorShard]) -> Iterator[TensorShard]:
+    """The same shards, but that those of weights whose average the checkpoint has are filled with that."""
+    for shard in shards:
+        average = AVERAGE + shard.name.removeprefix("model/")
+        yield replace(shard, name=average) if average in saved.shapes else shard
 
 
 def load_shards(saved: Saved, shards: Iterable[TensorShard], rank: int, world_size: int) -> None:

@@ -24,12 +24,21 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
 
 
 def add_start(parser: argparse.ArgumentParser) -> None:
-    """Add --resume and --overwrite, of which a run takes one at most."""
+    """Add --resume, --overwrite and --continue, of which a run takes one at most, and what goes with --continue."""
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue from the run folder's latest checkpoint")
     either.add_argument(
         "--overwrite", action="store_true", help="replace an earlier run of the same folder, once all is checked"
     )
+    either.add_argument("--continue", dest="continues", default="", metavar="RUN", help="go on from a finished run with the files of --data")  # fmt: skip
+    add = parser.add_argument
+    add("--data", nargs="+", default=[], metavar="FILES", help="with --continue: files, folders, globs, URIs, or a partition such as ds=2024-06-02")  # fmt: skip
+    add(
+        "--progressive",
+        action="store_true",
+        help="score each day (a partition of data.train, or --data) before it is trained",
+    )
+    add("--again", action="store_true", help="with --continue: files that this run has trained, once more")
 
 
 def names(text: str) -> list[str]:

@@ -5,6 +5,7 @@ The artifact needs torch and fbgemm only; its mbcnet_serving.py loads it.
 
 import argparse
 
+from data.errors import InputError
 from mbcnet_rec.commands.arguments import names
 
 
@@ -13,7 +14,13 @@ def register(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_folder", metavar="RUN", help="the run folder")
     add("--out", required=True, metavar="FOLDER")
-    add("--rows", choices=("int8", "int4", "fp16", "fp32"), default="int8", help="type of the tables' rows")
+    add(
+        "--since",
+        default="",
+        metavar="ARTIFACT",
+        help="write a delta: what has changed since this artifact, with its rows and branches",
+    )
+    add("--rows", choices=("int8", "int4", "fp16", "fp32"), default="", help="type of the tables' rows (default int8)")
     add("--branches", type=names, default=[], metavar="NAME,...", help="serve these branches alone")
     compiled = parser.add_mutually_exclusive_group()
     compiled.add_argument("--aot", action="store_true", default=None, help="also compile the dense part by AOTInductor (default: where a C++ compiler is there)")  # fmt: skip
@@ -23,8 +30,19 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from mbcnet_rec.serving.export import run_export  # imports torchrec
+    if args.since and (args.rows or args.branches or args.aot):
+        raise InputError(
+            "--since: a delta has the rows and branches of its artifact, and nothing compiled; leave --rows, --branches, --aot out"
+        )
+    from mbcnet_rec.serving.export import run_delta, run_export  # imports torchrec
 
+    if args.since:
+        return run_delta(args.run_folder, args.since, args.out, overwrite=args.overwrite)
     return run_export(
-        args.run_folder, args.out, rows=args.rows, branches=args.branches, aot=args.aot, overwrite=args.overwrite
+        args.run_folder,
+        args.out,
+        rows=args.rows or "int8",
+        branches=args.branches,
+        aot=args.aot,
+        overwrite=args.overwrite,
     )

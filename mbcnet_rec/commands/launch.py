@@ -88,6 +88,8 @@ def _job(args: argparse.Namespace, config: "RunConfig") -> Job:
         if given.setdefault(key, pair) != pair:
             raise InputError(f"--env {pair}: --env {given[key]} is given before it; leave one out")
     flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
+    flags += ["--continue", args.continues, "--data", *args.data] if args.continues else []
+    flags += [f"--{name}" for name in ("again", "progressive") if getattr(args, name)]
     words = ["--config", args.config, *(f"--set={each}" for each in args.overrides), *flags]
     return Job(
         command="train",

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    add_config(parser)
+    add_config(parser, required=False)
     add = parser.add_argument
     add("--plan", metavar="PLAN", help="run exactly this plan file, or refuse with the difference (short for --set sharding.plan=PLAN)")  # fmt: skip
     add_start(parser)
@@ -26,16 +27,34 @@ def register(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     from mbcnet_rec.config import load_config  # imports torch
 
-    config = load_config(args.config, args.overrides)
-    _refuse_moved(Path(args.config), config, args.overrides)
+    if not args.continues and not args.config:
+        raise InputError("wanted --config FILE, or --continue RUN --data FILES; see `mbcnet train --help`")
+    config = load_config(args.config or Path(args.continues) / "config.toml", args.overrides)
+    if args.continues:
+        config = _continued(config, args)
+    elif args.data or args.again:
+        raise InputError(
+            "--data and --again go with --continue RUN; name a new run's files in its config, or by --set data.train=[...]"
+        )
+    else:
+        _refuse_moved(Path(args.config), config, args.overrides)
     if args.plan:
         config = _with_plan(config, args.plan)
     # imports torchrec: after every mistake that is seen without it
     from mbcnet_rec.teachers import train_model
 
-    return train_model(
-        config, resume=args.resume, overwrite=args.overwrite, allow_partial=args.allow_partial, report=_draw_report
-    )
+    how = {
+        "allow_partial": args.allow_partial,
+        "again": args.again,
+        "progressive": args.progressive,
+        "report": _draw_report,
+    }
+    start = {"resume": args.resume, "overwrite": args.overwrite}
+    if args.progressive and not args.continues:
+        from mbcnet_rec.progressive import train_days
+
+        return train_days(config, partial(train_model, **how), **start)
+    return train_model(config, continues=bool(args.continues), **start, **how)
 
 
 def _draw_report(folder: Path) -> None:
@@ -43,6 +62,19 @@ def _draw_report(folder: Path) -> None:
     from mbcnet_rec.report.run_report import write_run_report
 
     write_run_report(folder)
+
+
+def _continued(config: "RunConfig", args: argparse.Namespace) -> "RunConfig":
+    """The config of a run's next day, in the folder that was named."""
+    from mbcnet_rec.config import next_data  # imports torch
+
+    if not args.data:
+        raise InputError(f"--continue {args.continues}: wanted its new rows; add --data FILES, or --data ds=2024-06-02")
+    data = next_data(config.data, args.data)
+    own = {override.partition("=")[0].strip() for override in args.overrides}
+    if "data.train_where" in own:
+        data = replace(data, train_where=config.data.train_where)
+    return replace(config, data=data, train=replace(config.train, out=args.continues))
 
 
 def _refuse_moved(path: Path, config: "RunConfig", overrides: Sequence[str]) -> None:

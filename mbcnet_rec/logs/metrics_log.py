@@ -17,6 +17,7 @@ from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.exits import CannotWriteError
 
 METRICS = "metrics.jsonl"
+PROGRESSIVE = "progressive"  # the split of a day's rows before they are trained
 # these keys depend on the machine and on when a run was started: two equal runs differ in them
 TIMINGS = ("samples_per_second", "step_seconds", "input_wait_share", "checkpoint_stall_seconds", "checkpoint_seconds")
 
@@ -24,17 +25,19 @@ TIMINGS = ("samples_per_second", "step_seconds", "input_wait_share", "checkpoint
 class Records:
     """The log of a run, on rank 0. Lines of steps after the first one are dropped: a resumed run repeats them.
 
+    `day`: the step with which the day begins that is trained.
+
     Raises:
         CannotWriteError: metrics.jsonl cannot be written, when the log is opened and by every method.
     """
 
-    def __init__(self, folder: Path, first_step: int, sink: MlflowSink | None = None) -> None:
+    def __init__(self, folder: Path, first_step: int, sink: MlflowSink | None = None, *, day: int = 0) -> None:
         self._path = path = folder / METRICS
         self._curves: SummaryWriter | None = None
         self._sink = sink
         with written(path):
             text = path.read_text(errors="replace", encoding="utf-8") if path.exists() else ""
-            kept = "".join(line + "\n" for line in keep_until(text.splitlines(), first_step))
+            kept = "".join(line + "\n" for line in keep_until(text.splitlines(), first_step, day))
             if kept != text:
                 write_whole(path, kept)
             self._file = path.open("ab", buffering=0)
@@ -97,13 +100,13 @@ def written(path: Path) -> Iterator[None]:
         ) from None
 
 
-def keep_until(lines: list[str], step: int) -> list[str]:
-    """The lines of steps up to `step`, but for one cut off by a crash and those of the test split, with which a run ends."""
+def keep_until(lines: list[str], step: int, day: int = 0) -> list[str]:
+    """The lines of steps up to `step`, without one cut off by a crash, repeats, and those of this day's test, with which it ends."""
     kept = []
     for line in lines:
         try:
             entry = json.loads(line)
-            if entry["step"] <= step and entry["split"] != "test":
+            if entry["step"] <= (day if entry["split"] == "test" else step) and [line] != kept[-1:]:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

@@ -9,6 +9,7 @@ from typing import Any
 from data.errors import InputError
 from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN
+from mbcnet_rec.lineage import read_days
 from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, to_html
@@ -19,6 +20,7 @@ RELIABILITY = "reliability"
 LARGEST = 10  # tables that are listed by name
 LEARNING_CAPTION = "The fused output serves. Train curves are means over neighbouring lines of the log."
 COOPERATION_CAPTION = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
+DAYS = {"auc": "AUC", "gauc": "GAUC", "ne": "normalised entropy", "calibration": "calibration"}
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl, by step
 Plots = list[tuple[str, Mapping[str, Sequence[figures.Curve]]]]  # title, name of a line -> its curves
 Wanted = tuple[tuple[str, str, str], ...]  # title, split and metric of each plot
@@ -53,6 +55,7 @@ def write_run_report(folder: Path) -> Path:
         *dead_blocks(lines),
         *result_blocks(lines),
         *curve_blocks("Curves", lines, LEARNING, LEARNING_CAPTION),
+        *day_blocks(read_days(folder)),
         *calibration_blocks(lines),
         *curve_blocks("Branches", lines, COOPERATION, COOPERATION_CAPTION),
         *speed_blocks(lines),
@@ -166,6 +169,28 @@ def curve_blocks(heading: str, lines: Lines, wanted: Wanted, caption: str) -> li
         return []
     picture = figures.curves_figure(plots)
     return [Heading(heading), Picture(heading.lower(), picture, caption)]
+
+
+def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What each day was and how it was scored before it was trained, where a run has several."""
+    if len(days) < 2:
+        return []
+    scored = [(number, day["progressive"]) for number, day in enumerate(days, 1) if day.get("progressive")]
+    plots: Plots = []
+    for key, title in DAYS.items():
+        curve = [(float(number), each[key]) for number, each in scored if each.get(key) is not None]
+        plots += [(title, {"fused": [curve]})] if curve else []
+    rows = []
+    for day in days:
+        values = [day.get("progressive", {}).get(key) for key in DAYS]
+        cells = ["" if value is None else f"{value:.4f}" for value in (day.get("label_rate"), *values)]
+        rows.append((day["name"], f"{day.get('rows', 0):,}", *cells, "; ".join(day.get("alarms", ()))))
+    caption = "Each day scored by the model of the days before, then trained."
+    return [
+        Heading("Days"),
+        *([Picture("days", figures.curves_figure(plots, "day"), caption)] if plots else []),
+        Table(("day", "rows", "label rate", *DAYS.values(), "alarms"), tuple(rows)),
+    ]
 
 
 def calibration_blocks(lines: Lines) -> list[Block]:

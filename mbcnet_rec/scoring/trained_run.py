@@ -18,7 +18,7 @@ from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.manifest import MANIFEST
 from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN, storage_of
 from mbcnet_rec.checkpoints.run_schema import own_schema
-from mbcnet_rec.checkpoints.shards import Saved, load_shards, shards_of, whole_shard
+from mbcnet_rec.checkpoints.shards import Saved, load_shards, of_average, shards_of, whole_shard
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows
 from mbcnet_rec.config import RunConfig, load_config
@@ -61,7 +61,7 @@ class TrainedRun:
         shards = [each for each in shards_of(built.model, built.optimizer) if each.name.startswith("model/")]
         with self.storage.fetched(self.step) as saved:
             checkpoint = Saved(saved)
-            load_shards(checkpoint, shards, process.rank, process.world_size)
+            load_shards(checkpoint, of_average(checkpoint, shards), process.rank, process.world_size)
             purge_caches(built.model)
             check_rows(checkpoint, built.model)
         for buffer in built.model.buffers():
@@ -78,8 +78,9 @@ class TrainedRun:
         """Copy the logical tensors into whole ones of one process: name in the model's state dict -> where to put it."""
         shards = [whole_shard(f"model/{name}", tensor) for name, tensor in tensors.items()]
         with torch.no_grad(), self.storage.fetched(self.step) as saved:
+            checkpoint = Saved(saved)
             # no world has size 0: statistics that each rank has saved are averaged
-            load_shards(Saved(saved), shards, rank=0, world_size=0)
+            load_shards(checkpoint, of_average(checkpoint, shards), rank=0, world_size=0)
 
     def digest(self) -> str:
         """SHA-256 of the checkpoint's manifest, which holds the sums of its files."""

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from mbcnet_rec.serving.artifact import (
     with_rows,
     write_artifact,
 )
+from mbcnet_rec.serving.delta import write_delta
 from mbcnet_rec.serving.sample_requests import draw_requests
 
 CHECK = "check.json"
@@ -89,6 +91,36 @@ def run_export(
         report["not_compared"] = str(error)
     (target / CHECK).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n".join(_lines(target, exported.spec, report)))
+    return 0
+
+
+def run_delta(run_folder: str, since: str, out: str, *, overwrite: bool = False) -> int:
+    """Export a run's best checkpoint as what it changes of an earlier artifact, with its type of rows and its branches.
+
+    Raises:
+        InputError: no such run or artifact, or `out` holds something else.
+    """
+    folder, parent, target = Path(run_folder), Path(since), Path(out)
+    config = load_run(folder)
+    try:
+        before = serving.load(parent)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--since {since}: {error}") from None
+    if is_uri(out) or (earlier_summary(target, serving.DELTA, "delta") is not None and not overwrite):
+        raise InputError(f"--out {out}: wanted a new folder of this machine; replace a delta with --overwrite")
+    with joined_process("cpu") as process:
+        run = find_best(config, folder, process)
+    weights = load_weights(run)
+    exported = with_rows(take_apart(weights, before.spec["branches"]), weights, before.spec["rows"])
+    exported.spec["step"] = run.step
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as whole:
+        write_artifact(exported, config, Path(whole) / "whole")
+        report = write_delta(before, parent, Path(whole) / "whole", target)
+    print(
+        f"{target}: from step {before.spec['step']} to {run.step}, {report['rows']:,} of {report['all_rows']:,} rows of tables, "
+        f"{report['bytes'] / 1e6:.1f} MB, the whole artifact {report['whole_bytes'] / 1e6:.1f} MB"
+    )
     return 0
 
 

@@ -2,6 +2,7 @@
 
     model = load("artifact")
     model.predict({"user_id": [3, 7], "tags": [[1, 2], []], ...})   # float32 probabilities, one a row
+    model.apply("delta")                                             # what `mbcnet export --since` wrote: the next day's model
 
 Needs torch, fbgemm_gpu, NumPy and pyarrow. Reads safetensors, TOML and JSON, no pickle: the dense part is a list of ATen calls that
 torch.export recorded, and nothing but those calls is run. Tables are mapped, not read, so workers of one host share them. Rows are
@@ -11,6 +12,7 @@ Shapes: B rows, D dense columns, N flattened width of all fields.
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import json
@@ -40,6 +42,7 @@ FORMAT = 2
 COMPILED = "dense_aot.pt2"
 MODEL, DENSE, TABLES, VOCABULARY = "model.json", "dense.safetensors", "tables.safetensors", "vocabulary.json"
 SCHEMA = "schema.toml"
+DELTA, CHANGES = "delta.json", "changes.safetensors"
 POOLING = {"sum": PoolingMode.SUM, "mean": PoolingMode.MEAN, "weighted": PoolingMode.SUM}
 TABLE_KEYS = ("name", "num_embeddings", "embedding_dim")
 OVERLOAD = type(torch.ops.aten.add.Tensor)
@@ -83,6 +86,7 @@ def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> 
     vocabularies = load_vocabularies(folder, spec)
     tensors = read_safetensors(folder / TABLES), read_safetensors(folder / DENSE)
     model = ServingModel(spec, load_schema(folder / SCHEMA), *tensors, vocabularies)
+    model.digest = sha256_of(folder / MODEL)
     if compiled:
         if not (folder / COMPILED).is_file():
             raise ValueError(f"{folder}: holds no {COMPILED}; export it with --aot, or load without compiled")
@@ -136,7 +140,8 @@ class ServingModel:
         dense: dict[str, Tensor],
         vocabularies: Mapping[str, pa.Array],
     ) -> None:
-        self.spec = spec
+        self.spec, self.vocabularies = spec, vocabularies
+        self.digest = ""  # SHA-256 of model.json, by which deltas name what they change
         self.id_rows = {name: values for name, values in rows.items() if name.startswith(ZCH)}
         self.preprocess = Preprocessor(schema, spec["lookups"], vocabularies, self.id_rows)
         self.tables = {
@@ -155,6 +160,63 @@ class ServingModel:
         each = spec.get("branch_graph")  # artifacts of earlier versions have none
         self.branch_graph = build_graph(each, dense) if each else None  # (B, N) -> (B, 1 + K)
 
+    def apply(self, delta: str | Path) -> None:
+        """Become the artifact that a delta leads to. A `predict` that runs meanwhile is of the one or the other; see `updated`."""
+        self.__dict__ = self.updated(delta).__dict__
+
+    def updated(self, delta: str | Path) -> "ServingModel":
+        """The artifact that a delta leads to, byte for byte, in memory of its own; this one serves on.
+
+        Raises:
+            ValueError: the folder is not a delta, is damaged, or changes another artifact than this one.
+        """
+        folder = Path(delta)
+        try:
+            said = json.loads((folder / DELTA).read_text(encoding="utf-8"))
+            parent, files = said["parent"], said["files"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / DELTA}: not a delta of `mbcnet export --since` ({error!r})") from None
+        for name, sha256 in files.items():
+            if sha256_of(folder / name) != sha256:
+                raise ValueError(f"{folder / name}: changed since it was written (SHA-256 differs); copy it again")
+        if parent != self.digest:
+            raise ValueError(
+                f"{folder}: changes the artifact whose model.json has SHA-256 {parent[:12]}, this is {self.digest[:12]}: apply deltas "
+                "in their order, or load a whole artifact"
+            )
+        spec = json.loads((folder / MODEL).read_text(encoding="utf-8"))
+        changes = read_safetensors(folder / CHANGES)
+        rows = {pooling: self._changed_rows(spec, pooling, changes) for pooling in spec["tables"]}
+        rows |= {
+            name: self._changed_ids(name, changes)
+            for name in changes
+            if name.startswith(ZCH) and not name.endswith("/gone")
+        }
+        listed = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
+        vocabularies = {
+            name: pa.array(
+                [*(self.vocabularies[name][:kept].to_pylist() if kept else ()), *new], spec["vocabulary_types"][name]
+            )
+            for name, (kept, new) in listed.items()
+        }
+        model = ServingModel(spec, load_schema(folder / SCHEMA), rows, read_safetensors(folder / DENSE), vocabularies)
+        model.digest = files[MODEL]
+        return model
+
+    def _changed_rows(self, spec: Mapping[str, Any], pooling: str, changes: Mapping[str, Tensor]) -> Tensor:
+        opened = open_tables(spec["tables"][pooling], spec["lookups"][pooling], spec["rows"], pooling)
+        before = rows_of(self.tables[pooling], self.spec["tables"][pooling]) if pooling in self.tables else {}
+        for name, table in rows_of(opened, spec["tables"][pooling]).items():
+            if name in before and before[name].shape[1:] == table.shape[1:]:
+                table[: len(before[name])] = before[name]
+            table[changes[f"{pooling}/{name}/places"]] = changes[f"{pooling}/{name}/rows"]
+        return opened.weights_host
+
+    def _changed_ids(self, name: str, changes: Mapping[str, Tensor]) -> Tensor:
+        pairs = self.id_rows.get(name, torch.empty(2, 0, dtype=torch.int64))
+        pairs = torch.cat([pairs[:, ~torch.isin(pairs[0], changes[f"{name}/gone"])], changes[name]], dim=1)
+        return pairs[:, pairs[0].argsort()].contiguous()
+
     def predict(self, rows: Rows) -> np.ndarray:
         """Return the click probability of each row, (B,) float32.
 
@@ -168,7 +230,8 @@ class ServingModel:
         return self._predict(rows, REQUEST, 0)
 
     def _predict(self, rows: Rows, place: str, first_row: int) -> np.ndarray:
-        scores = self.score(self.preprocess(rows, place, first_row))
+        model = copy.copy(self)  # as it is now, from encoding to score, whatever `apply` does meanwhile
+        scores = model.score(model.preprocess(rows, place, first_row))
         if not scores.isfinite().all():
             row = first_row + int(scores.isfinite().logical_not().nonzero()[0])
             raise ValueError(
@@ -229,6 +292,12 @@ def open_tables(
     )
     opened.initialize_weights()
     return opened
+
+
+def rows_of(opened: IntNBitTableBatchedEmbeddingBagsCodegen, tables: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Views of tables as FBGEMM lays them out: name -> (rows, bytes of a row) uint8."""
+    views = [view for view, _ in opened.split_embedding_weights(split_scale_shifts=False)]
+    return {each["name"]: view for each, view in zip(tables, views, strict=True)}
 
 
 def build_graph(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,11 +1,42 @@
 """How long a run trains and what it writes; which optimizers it uses, and their rates."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from data.errors import InputError
 from data.reading.config import LONGEST_WAIT_SECONDS
 from data.schema.bounds import Bounded, bounded
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(Bounded):
+    """How a learning rate moves with the steps of a run's whole life: a function of the step alone, so resume and continue keep to it."""
+
+    warmup_steps: int = bounded(0, at_least=0)  # in which the rate rises in equal parts to all of it
+    decay: Literal["constant", "linear", "cosine", "polynomial"] = "constant"  # what comes after
+    decay_steps: int = bounded(0, at_least=0)  # from the end of the warm-up until the rate is at its floor
+    floor: float = bounded(0.0, at_least=0, at_most=1, wanted="a share of the rate in [0, 1]")
+    power: float = bounded(2.0, above=0)  # of polynomial: (1 - t) ^ power
+
+    def __post_init__(self) -> None:
+        """Refuse a decay without an end, and an end without a decay."""
+        super().__post_init__()
+        if (self.decay == "constant") != (self.decay_steps == 0):
+            raise InputError(
+                f"decay_steps = {self.decay_steps} with decay = {self.decay!r}: wanted 1 or more steps for linear, cosine and polynomial, "
+                "and 0 for constant; set both"
+            )
+
+    def share(self, done: int) -> float:
+        """The share of the rate that the step after `done` steps has."""
+        if done < self.warmup_steps:
+            return (done + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return 1.0
+        left = max(0.0, 1 - (done - self.warmup_steps) / self.decay_steps)
+        shapes = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "polynomial": left**self.power}
+        return self.floor + (1 - self.floor) * shapes[self.decay]
 
 
 @dataclass(frozen=True)
@@ -22,6 +53,7 @@ class EmbeddingOptimConfig(Bounded):
     # lambda of lambda / 2 ||E||^2 over whole tables at every step, FuxiCTR's embedding_regularizer; of adam only, since the others
     # touch the rows of a batch only
     l2: float = bounded(0.0, at_least=0, wanted="0 (none) or more")
+    schedule: ScheduleConfig = ScheduleConfig()  # of lr
 
     def __post_init__(self) -> None:
         """Refuse a penalty that only some rows would feel."""
@@ -42,6 +74,11 @@ class OptimConfig(Bounded):
     # runs on other world sizes drift apart.
     dense_eps: float = bounded(1e-6, at_least=0)
     weight_decay: float = bounded(0.0, at_least=0)  # decoupled decay of the dense part, where it is above 0
+    dense_schedule: ScheduleConfig = ScheduleConfig()  # of dense_lr
+    # batches whose mean gradient is one step of the dense part. Tables move at every batch, inside its backward pass
+    accumulate: int = bounded(1, at_least=1)
+    # of the moving average of the dense part, which evaluation and export take in place of its weights; 0: none
+    dense_average: float = bounded(0.0, at_least=0, below=1, wanted="0 (none), or a share in (0, 1) such as 0.999")
     embedding: EmbeddingOptimConfig = EmbeddingOptimConfig()  # of the tables
 
 

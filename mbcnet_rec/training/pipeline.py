@@ -40,6 +40,8 @@ class CheckedStep:
         self.batch: Batch | None = None  # of the step that runs, or ran last
         self.skipped = False  # whether the last step was passed over
         self.on_loss: OnLoss = unchanged  # see training/hooks.py
+        # whether this batch is the first, and the last, of those whose gradients are one step of the dense part
+        self.begins = self.moves_dense = True
         self.model, self._optimizer, self._autocast = model, optimizer, autocast
         self._verdict, self._after_backward = verdict, after_backward
         # which row an id has stays as this step has left it: rows have changed with it, and there are as many as in the tables
@@ -74,14 +76,23 @@ class CheckedStep:
         return self.model.training
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
-        self._optimizer.zero_grad()
+        """Forget all gradients, but those of the dense part that more batches add to."""
+        for part, optimizer in self._optimizer.optimizers:
+            if self.begins or part != "dense":
+                optimizer.zero_grad(set_to_none=False)
+
+    @property
+    def moved_dense(self) -> bool:
+        """Whether the last step moved the dense part: it does where the last of several batches is passed over, too."""
+        return self.moves_dense and not (self.skipped and self.begins)
 
     def step(self) -> None:
         """Move the parameters, unless the step is passed over."""
-        if not self.skipped:
+        if self.moved_dense:
             self._after_backward()
-            self._optimizer.step()
+        for part, optimizer in self._optimizer.optimizers:
+            if self.moved_dense if part == "dense" else not self.skipped:
+                optimizer.step()
 
 
 class Pipeline(Protocol):

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,7 +25,6 @@ from mbcnet_rec.runtime.process import Process, blamed_on
 from mbcnet_rec.training.config import TrainConfig
 
 PLATEAU_FACTOR = 0.1
-PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol
 # evaluations in a row without a better one, as in the BARS protocol, unless train.patience says otherwise
 PLATEAU_PATIENCE = 2
 
@@ -35,6 +34,7 @@ class TrainState:
     """`step` steps are done; the next batch is `cursor`."""
 
     step: int = 0
+    first_step: int = 0  # of the day: that of the first of these training files
     cursor: Cursor = Cursor()
     # (validation AUC, step) of the best evaluations, best first; an evaluation without an AUC is none of them
     best: list[tuple[float, int]] = field(default_factory=list)
@@ -57,6 +57,11 @@ class TrainState:
     def best_step(self) -> int:
         """Of the best evaluation; -1 before the first."""
         return self.best[0][1] if self.best else -1
+
+    def begin_day(self) -> None:
+        """Go on with other training files: their first row is next, and which evaluation is the best begins anew."""
+        self.first_step, self.cursor = self.step, Cursor()
+        self.best, self.bad_evaluations, self.stopped = [], 0, False
 
     def note_evaluation(self, auc: float, train: TrainConfig) -> bool:
         """Put an evaluation of this step among the best; slow down and stop as the config says; return whether it is the best so far.
@@ -163,12 +168,6 @@ def invalid_value_counts(stream: ParquetStream, order: Order, process: Process) 
     if names and process.world_size > 1:
         dist.all_reduce(counts, dist.ReduceOp.MAX if order == "chronological" else dist.ReduceOp.SUM)
     return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
-
-
-def scale_rates(optimizer: Any, base_rates: Sequence[float], scale: float) -> None:
-    """Set every learning rate to its base times `scale`, but not below PLATEAU_FLOOR."""
-    for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-        group["lr"] = max(rate * scale, min(rate, PLATEAU_FLOOR))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

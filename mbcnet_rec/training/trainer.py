@@ -29,6 +29,7 @@ from mbcnet_rec.scoring.metrics import evaluate_predictions, why_no_auc
 from mbcnet_rec.scoring.scorer import autocast_of, real_rows
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
+from mbcnet_rec.training.dense_part import DensePart, Rates
 from mbcnet_rec.training.evaluation import (
     EvaluationStoppedError,
     average_terms,
@@ -42,7 +43,7 @@ from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline
 from mbcnet_rec.training.plan_check import PlanWatch
 from mbcnet_rec.training.profile import StepProfile
-from mbcnet_rec.training.state import Feed, TrainState, Window, invalid_value_counts, scale_rates, seed_step
+from mbcnet_rec.training.state import Feed, TrainState, Window, invalid_value_counts, seed_step
 from sharding.bridge.zch import collisions_of
 
 SECONDS_PER_MINUTE = 60.0
@@ -58,7 +59,7 @@ class RunContext:
     storage: CheckpointStorage
     stop: StopRequest  # whether this process was asked to stop
     watchdog: Watchdog  # is told of every step
-    open_records: Callable[[int], Records]  # opens the run's log to continue after a step; rank 0 calls it
+    open_records: Callable[[TrainState], Records]  # opens the run's log to continue from there; rank 0 calls it
     watch: Watch | None = None  # is told of every evaluation; may end training there
     hooks: Hooks = Hooks()  # where tests inject faults
     facts: Mapping[str, Any] = field(default_factory=dict)  # of the run's start, for its checkpoints
@@ -79,12 +80,12 @@ class Trainer:
         self.process, self.stream = context.process, stream
         self.state = TrainState()
         steps = stream.steps_per_epoch * config.epochs
-        self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
+        self.steps = min(steps, config.max_steps) if config.max_steps else steps  # of the day
         self.eval_every = config.eval_every or stream.steps_per_epoch
         self.branches = branch_parameters(built.model)
         self.losses = [module for module in built.model.modules() if isinstance(module, LossArch)]
         self.collisions = collisions_of(built.model)
-        self.base_rates = [group["lr"] for group in built.optimizer.param_groups]
+        self.rates, self.dense = Rates(built), DensePart(built)
         self.autocast = autocast_of(config.autocast, self.process.device)
         self.saver = Saver(context.storage, self.process, config.timeout_seconds, context.hooks.on_write)
         self.feed = Feed(stream, self.process)
@@ -96,9 +97,16 @@ class Trainer:
         self._told_no_auc = False
         self._told_dead: set[str] = set()
         self._labels_seen: set[int] = set()  # on rank 0, in lines of the log
+        self.faults: list[str] = []  # of rows that were to be scored at the end; the model is trained
+        self._readable: set[str] = set()  # fingerprints of streams that every rank has read to their ends
 
-    def restore(self, saved: Saved, *, allow_partial: bool = False) -> list[str]:
-        """Continue from a checkpoint; every rank calls it.
+    @property
+    def total_steps(self) -> int:
+        """The step with which training ends."""
+        return self.state.first_step + self.steps
+
+    def restore(self, saved: Saved, *, begins_day: bool = False, allow_partial: bool = False) -> list[str]:
+        """Continue from a checkpoint, with `begins_day` at the first row of other files; every rank calls it.
 
         Returns:
             What a partial load did; empty where everything fits.
@@ -114,6 +122,12 @@ class Trainer:
         else:
             with agreed(self.process):
                 restore_history(saved, self.collisions)
+        with agreed(self.process):
+            self.dense.restore(saved, state.step)
+        if begins_day:
+            state.begin_day()
+            self.state = state
+            return lines
         try:
             self.stream.load_state_dict(extra.get("stream", {}))
         except InputError as error:
@@ -122,7 +136,6 @@ class Trainer:
             lines.append(f"partial load: the position in the data starts fresh ({error})")
             state.cursor = Cursor()
         self.state = state
-        scale_rates(self.built.optimizer, self.base_rates, state.lr_scale)
         return lines
 
     def train(self) -> TrainState:
@@ -136,7 +149,7 @@ class Trainer:
         """
         process, start, batch_size = self.process, self.state.step, self.stream.options.batch_size
         if process.is_first:
-            self.records = self.context.open_records(start)
+            self.records = self.context.open_records(self.state)
         self.bar = Progress(self.total_steps, start, batch_size, shown=process.is_first)
         self.checked = CheckedStep(
             self.built.model, self.built.optimizer, self.autocast, self._verdict, self._after_backward
@@ -174,10 +187,14 @@ class Trainer:
     def _segment(self, pipeline: Pipeline) -> None:
         """Train up to the next evaluation."""
         train, state = self.config, self.state
-        boundary = min(self.total_steps, (state.step // self.eval_every + 1) * self.eval_every)
+        done = state.step - state.first_step
+        boundary = state.first_step + min(self.steps, (done // self.eval_every + 1) * self.eval_every)
         batches = self.feed.take(boundary - state.step)
         while True:
             seed_step(train.seed, state.step, self.process.rank)
+            self.rates.set(state.step, state.lr_scale)
+            self.checked.begins = state.step % self.dense.every == 0
+            self.checked.moves_dense = self.dense.is_due(state.step)
             if state.step < boundary:
                 self.context.watchdog.beat(f"step {state.step + 1}")
                 self.profile.begin(state.step)
@@ -198,6 +215,8 @@ class Trainer:
                 state.skipped += 1
             else:
                 self.window.outputs.append(outputs)
+            if self.checked.moved_dense:
+                self.dense.note_step()
             logs = state.step % train.log_every == 0 and self.window.outputs
             self.bar.step(**(self._log() if logs else {}))
             due = state.step == train.keep_step or (train.checkpoint_every and state.step % train.checkpoint_every == 0)
@@ -213,9 +232,9 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         """Whether this step ends with an evaluation that has not been made."""
-        step = self.state.step
-        boundary = step > 0 and (step % self.eval_every == 0 or step >= self.total_steps)
-        return boundary and self.state.evaluated_step != step
+        done = self.state.step - self.state.first_step
+        boundary = done > 0 and (done % self.eval_every == 0 or done >= self.steps)
+        return boundary and self.state.evaluated_step != self.state.step
 
     def _verdict(self, losses: Tensor) -> bool:
         """Decide with all ranks, before backward writes a row: is the loss finite, shall we stop, is a checkpoint due?
@@ -263,6 +282,7 @@ class Trainer:
         return f" (its batch is in {path})"
 
     def _after_backward(self) -> None:
+        self.dense.divide()
         limit = self.config.max_grad_norm
         if limit > 0 or self._logs_step:
             grads = [each.grad for each in self.built.dense if each.grad is not None]
@@ -340,11 +360,21 @@ class Trainer:
             metrics = self.evaluate(self.valid())
         except EvaluationStoppedError:
             self._stop()
+        except InputError as error:
+            state.evaluated_step = state.step
+            self.save()
+            if state.step < self.total_steps:
+                self.saver.finish()
+                raise InputError(
+                    f"data.valid: {error}; the checkpoint of step {state.step} is written: mend the rows, or leave data.valid empty, and "
+                    "continue with --resume"
+                ) from None
+            self.faults.append(f"data.valid: {error}")
+            return
         self.window.started += time.perf_counter() - start  # an evaluation is no part of a training step
         state.evaluated_step = state.step
         self._last_auc = auc = metrics["auc"]
         better = state.note_evaluation(auc, self.config)
-        scale_rates(self.built.optimizer, self.base_rates, state.lr_scale)
         if self.records is not None:
             self.records.add(state.step, "valid", metrics)
         if reason := why_no_auc(metrics):
@@ -363,18 +393,29 @@ class Trainer:
         self.save()
 
     def evaluate(self, stream: ParquetStream) -> dict[str, Any]:
-        """Score a stream; its metrics are equal on every rank.
+        """Score a stream; its metrics are equal on every rank, as are the numbers of values that `on_invalid` changed.
 
         Raises:
             EvaluationStoppedError: some rank was asked to stop.
+            InputError: a row is faulty, on every rank.
         """
+        if self.process.world_size > 1 and stream.fingerprint() not in self._readable:
+            with agreed(self.process):  # a rank that met a fault while scoring would leave the others waiting for it
+                for _ in stream:
+                    self.context.watchdog.beat(f"reading rows to score at step {self.state.step}")
+            stream.counters.clear()
+            stream.nulls.clear()
+            self._readable.add(stream.fingerprint())
 
         def stop_requested() -> bool:
             self.context.watchdog.beat(f"evaluation at step {self.state.step}")
             return any_rank(self.context.stop.requested)
 
         self.context.watchdog.beat(f"evaluation at step {self.state.step}")
-        return evaluate_stream(self.built, stream, self.process, self.autocast, stop_requested)
+        with self.dense.averaged():
+            metrics = evaluate_stream(self.built, stream, self.process, self.autocast, stop_requested)
+        mended = invalid_value_counts(stream, "partitioned", self.process)
+        return metrics | {f"mended/{name}": count for name, count in mended.items()}
 
     def _stop(self) -> NoReturn:
         self.save()
@@ -404,6 +445,7 @@ class Trainer:
             "run": describe_run(self.built) | dict(self.context.facts),
         }
         shards = shards_of(self.built.model, self.built.optimizer) + history_shards(self.collisions)
+        shards += self.dense.shards(self.state.step)
         keep = Keep(self.config.keep_last, tuple(self.state.best), self.config.keep_step)
         self.saver.save(self.state.step, shards, extra, keep)
         self._saved_at = time.monotonic()

@@ -1,0 +1,105 @@
+"""A day before it is trained: how the model of the days before scores it, what its rows are like, and what has left the range of those days."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from data.reading.files import resolve_files
+from data.reading.partitions import partition_of, select_files
+from data.schema import OUT_OF_VOCABULARY_ROW, load_schema
+from data.stream import Batch, ParquetStream
+from mbcnet_rec.config import RunConfig
+from mbcnet_rec.lineage import Day, days_done
+from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.training.trainer import Trainer
+
+WORDS = {"label_rate": "label rate", "null": "null share of", "new": "new-id share of", "score": "score distribution,"}
+ERRORS = 4.0  # standard errors of a share of so many rows that a day may stand outside of the range
+SLACK = 0.1  # and this share of the range's far end
+
+
+def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -> Day:
+    """Score a day's rows: its `progressive` metrics, its `profile`, and `alarms`. Every rank calls it, with the lines of the days before.
+
+    Raises:
+        EvaluationStoppedError, InputError: as `Trainer.evaluate` does.
+    """
+    fields = [each for each in stream.schema.sparse if each.encoding == "vocabulary" and each.is_keyed]
+    new, values = Counter[str](), Counter[str]()
+
+    def count(batch: Batch) -> Batch:
+        for each in fields:
+            ids = batch.sparse_features[each.name].values()
+            new[each.name] += int((ids == OUT_OF_VOCABULARY_ROW).sum())
+            values[each.name] += len(ids)
+        return batch
+
+    stream.on_batch = count
+    metrics = trainer.evaluate(stream)
+    bins = metrics.pop("reliability")
+    rows, process = stream.num_rows, trainer.process
+    profile = {"label_rate": sum(rate * size for _, rate, size in bins) / rows if bins else float("nan")}
+    nulls = _summed(stream.nulls, [each.name for each in stream.schema.features], process)
+    profile |= {f"null/{name}": count / rows for name, count in nulls.items()}
+    unknown, whole = (_summed(each, [field.name for field in fields], process) for each in (new, values))
+    profile |= {f"new/{name}": count / max(1, whole[name]) for name, count in unknown.items()}
+    for feature in stream.schema.features:
+        if feature.is_keyed and feature.encoding == "ids":
+            profile[f"new/{feature.name}"] = metrics.get(f"mended/{feature.name}", 0) / rows
+    if earlier:  # the scores of a model that has learned nothing say nothing
+        scores = {"low": bins[0][0], "middle": bins[len(bins) // 2][0], "high": bins[-1][0]} if bins else {}
+        profile |= {f"score/{name}": value for name, value in scores.items()}
+    return {"progressive": metrics if earlier else {}, "profile": profile, "alarms": alarms(profile, earlier, rows)}
+
+
+def _summed(counts: Mapping[str, int], names: Sequence[str], process: Process) -> dict[str, int]:
+    found = torch.tensor([counts.get(name, 0) for name in names], dtype=torch.int64)
+    if process.world_size > 1:
+        torch.distributed.all_reduce(found)
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def alarms(profile: Mapping[str, float], earlier: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
+    """What of a day's profile has left the range of the days before, by field, in words."""
+    found = []
+    for key, value in profile.items():
+        seen = [each["profile"][key] for each in earlier if key in each.get("profile", {})]
+        if not seen:
+            continue
+        low, high = min(seen), max(seen)
+        slack = ERRORS * math.sqrt(max(high * (1 - high), 1 / rows) / rows) + SLACK * high
+        if not low - slack <= value <= high + slack:
+            kind, _, name = key.partition("/")
+            found.append(
+                f"{WORDS[kind]} {name}".rstrip() + f" is {value:.4g}, on the days before it was {low:.4g} to {high:.4g}"
+            )
+    return found
+
+
+def days_in(config: RunConfig) -> list[RunConfig]:
+    """A config for each value of the first partition key of the training files, in their order; the config itself where there is none."""
+    schema = load_schema(config.schema)
+    days: dict[object, list[str]] = {}
+    for file in select_files(resolve_files(config.data.train), config.data.train_where, schema):
+        days.setdefault(next(iter(partition_of(file).items()), None), []).append(str(file))
+    where = tuple(each for each in config.data.train_where if each.split()[0] == schema.time_column)
+    return [
+        replace(config, data=replace(config.data, train=tuple(files), train_where=where)) for files in days.values()
+    ]
+
+
+def train_days(config: RunConfig, train: Callable[..., int], *, resume: bool, overwrite: bool) -> int:
+    """Train a config's days one after the other, each scored before it is trained; with `resume` from where an earlier start has come to."""
+    resume, overwrite = (
+        (True, False) if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else (resume, overwrite)
+    )
+    done = days_done(config.run_folder) if resume else 0
+    for number, day in enumerate(days_in(config)):
+        if number >= done:
+            train(day, resume=resume and not number, overwrite=overwrite and not number, continues=number > 0)
+    return 0
