@@ -93,12 +93,10 @@ def read_days(folder: Path) -> list[Day]:
             old = folder / DATA
             marks = json.loads(old.read_text(encoding="utf-8"))["train"] if old.is_file() else []
             lines = [{"name": "day 1", "files": marks, "first_step": 0}]
-        sizes = [FileMark(*mark).size for each in lines for mark in each["files"]]
-        if all(isinstance(each["name"], str) for each in lines) and all(type(size) is int for size in sizes):
-            return lines
+        [(each["name"], FileMark(*mark)) for each in lines for mark in each["files"]]
     except (ValueError, TypeError, KeyError):
-        pass
-    raise InputError(f"{folder / LINEAGE}: is damaged; bring it back, or begin anew with --overwrite")
+        raise InputError(f"{folder / LINEAGE}: is damaged; bring it back, or begin anew with --overwrite") from None
+    return lines
 
 
 def lineage_text(days: Sequence[Day]) -> str:

@@ -1,4 +1,4 @@
-"""How much one column alone says about the label: a guard against columns written after the click.
+"""How much one column alone says about the label: a guard against columns written after the click; and whether whole numbers are names.
 
 AUC here is P(score of a positive > score of a negative) + P(equal scores) / 2.
 """
@@ -15,6 +15,9 @@ from data.reading.keys import hash_values
 SMOOTHING = 10.0  # rows of the base rate added to each value's own
 MIN_SUPPORT = 20  # rows of a value before it may count as proof
 MAX_CHANCE = 1e-9  # that a value's labels are all 1 by luck
+BUCKETS = 16  # of equal rows: as an amount, a column explains what neighbouring values have in common
+FEWEST_ROWS, ROWS_OF_A_VALUE = 2_000, 20  # of which half are held out; fewer are too few to learn names from
+CLEAR = 3.0  # standard errors of a difference
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -55,13 +58,53 @@ def column_auc(profile: ColumnProfile, column: pa.Array, labels: np.ndarray) -> 
 
 
 def _rate_auc(keys: np.ndarray, labels: np.ndarray) -> float:
-    values, place = np.unique(keys, return_inverse=True)
-    learn = np.arange(len(keys)) % 2 == 0
+    rates = _held_out_rates(np.unique(keys, return_inverse=True)[1], labels)
+    return auc(rates, labels[1::2])
+
+
+def _held_out_rates(place: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The click rate of each odd row's value, as even rows have it; `place`: the values' numbers, (n,)."""
+    size, learn = int(place.max()) + 1, slice(None, None, 2)
     base = labels[learn].mean()
-    rows = np.bincount(place[learn], minlength=len(values))
-    clicks = np.bincount(place[learn], labels[learn], minlength=len(values))
-    rates = (clicks + SMOOTHING * base) / (rows + SMOOTHING)
-    return auc(rates[place[~learn]], labels[~learn])
+    rows = np.bincount(place[learn], minlength=size)
+    clicks = np.bincount(place[learn], labels[learn], minlength=size)
+    return ((clicks + SMOOTHING * base) / (rows + SMOOTHING))[place[1::2]]
+
+
+def are_names(column: pa.ChunkedArray, labels: np.ndarray) -> tuple[bool | None, str]:
+    """Whether whole numbers are names (None: the label does not tell), and what was seen, in words. `labels`: (n,) of 0 and 1.
+
+    By the share of the label's entropy on held-out rows that the values explain, as categories and as an amount.
+    """
+    labels = labels[column.is_valid().to_numpy()]
+    numbers = column.drop_null().cast(pa.float64()).to_numpy()
+    base = float(labels[::2].mean()) if len(labels) else 0.0
+    if len(labels) < FEWEST_ROWS or not 0 < base < 1:
+        return None, ""
+    edges = np.unique(np.quantile(numbers[::2], np.linspace(0, 1, BUCKETS + 1)[1:-1]))
+    values, place = np.unique(numbers, return_inverse=True)
+    held_out = labels[1::2]
+    entropy = _losses(np.full(len(held_out), base), held_out)
+    places = place, np.searchsorted(edges, numbers, side="right")
+    names, amounts = (entropy - _losses(_held_out_rates(each, labels), held_out) for each in places)
+    error = CLEAR * float((names - amounts).std()) / len(held_out) ** 0.5
+    as_names, as_amounts = float(names.mean()), float(amounts.mean())
+    is_seldom = len(values) * ROWS_OF_A_VALUE > len(labels)
+    if (
+        abs(as_names - as_amounts) <= error
+        or max(as_names, as_amounts) <= error
+        or (as_amounts > as_names and is_seldom)
+    ):
+        return None, ""
+    shares = as_names / entropy.mean(), as_amounts / entropy.mean()
+    return (
+        as_names > as_amounts,
+        "explains {:.2%} of the label as categories, {:.2%} as a number (held-out rows)".format(*shares),
+    )
+
+
+def _losses(rates: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return -np.log(np.where(labels == 1, rates, 1 - rates))
 
 
 def always_positive(column: pa.Array, labels: np.ndarray) -> tuple[str, int] | None:

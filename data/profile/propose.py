@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import types as pt
 
-from data.profile.evidence import are_names
 from data.profile.fit import finite
+from data.profile.leaks import are_names
 from data.profile.scan import ColumnProfile, Profile
 from data.reading.column_types import is_number
 from data.reading.ids import is_key, is_text
