@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mbcnet_rec.checkpoints.shards import AVERAGE, Saved, TensorShard, whole_shard
 from mbcnet_rec.training.built import Built
+from mbcnet_rec.training.config import ScheduleConfig
 
 PLATEAU_FLOOR = 1e-6  # of a learning rate, as in the BARS protocol
 GRADIENT = "grad/"  # before a parameter's name: what batches have added since the last step
@@ -19,7 +21,7 @@ class Rates:
     def __init__(self, built: Built) -> None:
         optim = built.optim
         schedules = {"dense": optim.dense_schedule}
-        self._groups = [
+        self._groups: list[tuple[Any, float, ScheduleConfig]] = [
             (group, group["lr"], schedules.get(part, optim.embedding.schedule))
             for part, optimizer in built.optimizer.optimizers
             for group in optimizer.param_groups
