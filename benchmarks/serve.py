@@ -179,7 +179,7 @@ def own_memory(pids: Sequence[int]) -> float:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    command = ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)]
+    command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)]
     lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
     return [int(line.split()[0]) for line in lines if "spawn_main" in line]
 

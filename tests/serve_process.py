@@ -40,6 +40,6 @@ def started(*argv, python=sys.executable, **env):
 def children(process):
     """Processes of the workers."""
     found = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
     ).stdout
     return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]

@@ -65,7 +65,7 @@ async def use(socket: str, url: str, picture) -> dict:
         await until(f"{fused} != {json.dumps(found['loaded'])}")
         found["edited"] = await value(fused)
         await write("user", "120")
-        await until("document.querySelector('.bad')")
+        await until("!!document.querySelector('.bad')")
         found["bad"] = await value("document.querySelector('.bad').innerText")
         picture.with_suffix(".bad.png").write_bytes(base64.b64decode((await tell("Page.captureScreenshot"))["data"]))
         await write("user", found["sample"]["user"])
