@@ -22,6 +22,7 @@ import sharding.plan.placement
 import sharding.search.candidates
 from mbcnet_rec.checkpoints.manifest import read_manifest
 from mbcnet_rec.cli import main
+from mbcnet_rec.runtime.process import any_rank, joined_process
 from mbcnet_rec.training.hooks import Hooks
 
 FOLDER = Path(sys.argv[1])
@@ -135,7 +136,21 @@ def replicas():
     return result | {"blocks": blocks, "again": again("replicas", *settings, **options)}
 
 
+def joined_twice():
+    """As EnKD's student joins after its teachers, by a port that no launcher holds, while something of the first time is still in use."""
+
+    def join(rank):
+        held = []
+        for _ in "ab":
+            with joined_process("cpu", 30.0) as process:
+                held.append(process)
+                assert any_rank(rank == 1)
+        return 0
+
+    return run_ranks(join, FOLDER / "logs" / "twice")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    chosen = (replicas,) if sys.flags.optimize else (reviewed_plan, no_plan, prefetching)
+    chosen = (replicas,) if sys.flags.optimize else (reviewed_plan, no_plan, prefetching, joined_twice)
     report({each.__name__: each for each in chosen}, FOLDER / "results.json")

@@ -49,6 +49,10 @@ def test_a_reviewed_plan_with_half_rows_and_half_precision_is_run_to_the_letter(
     assert again["after"] == again["before"], "half rows come back from a checkpoint as they were"
 
 
+def test_ranks_without_an_agent_join_again(found):
+    assert found["joined_twice"]["codes"] == [0, 0], found["joined_twice"]["words"]
+
+
 def test_without_a_plan_the_run_plans_and_keeps_what_it_used(found):
     result = found["no_plan"]
     assert max(said(result)) < 1, "replicated tables' state counts too"

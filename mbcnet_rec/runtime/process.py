@@ -33,6 +33,9 @@ LOGGERS = (
 )
 MODULES = ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.autograd")
 _TIMES_JOINED = itertools.count()
+_STORES: dict[
+    tuple[str, int], dist.Store
+] = {}  # (address, port) -> what stays open for the next joining: rank 0 listens there
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def _meeting_point(ranks: Ranks | None, timeout: timedelta) -> dist.Store:
     held_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_master = not held_by_agent and ranks.rank == 0
-    store = _within(
+    store = _STORES[address, port] = _STORES.get((address, port)) or _within(
         timeout.total_seconds(),
         lambda: dist.TCPStore(address, port, is_master=is_master, timeout=timeout, wait_for_workers=False),
         f"what listens at {address}:{port} does not answer as a meeting point",
