@@ -10,6 +10,9 @@ share_of_peak            its matrix FLOPs against the data sheet's dense bf16 ra
 share_of_product         the same against this machine's own square bf16 product
 lookup_bandwidth_share   bytes of the looked-up rows over the forward lookup's time, against a large copy on the same device
 launch_gap_share         share of the time from the first kernel or copy of three steps to their last in which none runs
+streams_speedup          the graph of an evaluation's dense part with its branches on CUDA streams against one after the other
+grouped_product_speedup  EFGC's groups, forwards and backwards, with those of equal widths in one product a layer against one by one
+cuda_graph_speedup       the step with train.cuda_graph against without; null with the reason where it fails
 compiled_speedup         the step with torch.compile on the dense part against without; null with the reason where it fails
 peak_memory_bytes        that the allocator handed out
 not_measured             names of figures, each with its reason
@@ -23,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,7 @@ from side_by_side import print_figures, timing_parser_of
 from data.stream import Batch
 from mbcnet_rec.build import build
 from mbcnet_rec.runtime.process import joined_process
+from mbcnet_rec.training.cuda_graph import replay_dense_arch
 
 # Dense bf16 peak in TFLOP/s by the data sheets, by a part of the name that CUDA reports
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
@@ -51,6 +56,9 @@ AGAIN_SECONDS = 5.0
 NEEDS_GPU = {
     "share_of_peak": "a CPU has no data-sheet rate here",
     "launch_gap_share": "nothing is launched on a CPU",
+    "streams_speedup": "a CPU has no streams",
+    "grouped_product_speedup": "on a CPU each group has its own product",
+    "cuda_graph_speedup": "nothing is launched on a CPU",
     "compiled_speedup": "on a CPU compiling was seen not to pay; it takes longer than this run",
     "peak_memory_bytes": "torch counts a GPU's allocations only",
 }
@@ -95,6 +103,8 @@ def main() -> int:
         figures |= lookup_figures(objective_of(built).model.sparse_arch, batch, steps, device)
         if on_gpu:
             figures |= gpu_figures(step, step_seconds, flops, device)
+            figures |= dense_figures(objective_of(built).model, batch, steps)
+            figures |= graph_figures(built, step, steps, device)
             figures |= compiled_figures(
                 built, batch, step_seconds, steps, begun + (QUICKLY_BY if args.quick else COMPILED_BY)
             )
@@ -185,6 +195,60 @@ def gap_share(spans: list[tuple[float, float]]) -> float | None:
     return 1 - busy / whole if whole > 0 else None
 
 
+def dense_figures(model: Any, batch: Batch, repeats: int) -> dict[str, float]:
+    """Ways to keep a GPU busy with the dense part, each beside the same without."""
+    arch, device = model.dense_arch, batch.labels.device
+    with torch.no_grad():
+        features = model.sparse_arch(batch.dense_features, batch.sparse_features, batch.weighted_features)
+    crossing = arch.branches["efgc"].crossing
+    inputs = [features[group] for group in arch.branches["efgc"].groups]
+
+    def seconds(case: Callable[[], object]) -> float:
+        def with_autocast() -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                case()
+
+        return seconds_of(with_autocast, repeats, device)
+
+    together = seconds(lambda: torch.cat(crossing(inputs), dim=1).sum().backward())
+    alone = [partial(mlp, each) for mlp, each in zip(crossing.mlps, inputs, strict=True)]
+    one_by_one = seconds(lambda: torch.cat([mlp() for mlp in alone], dim=1).sum().backward())
+    return {"grouped_product_speedup": one_by_one / together} | stream_figures(arch, features, repeats, device)
+
+
+def stream_figures(arch: Any, features: Any, repeats: int, device: torch.device) -> dict[str, float]:
+    """The graph of an evaluation's dense part on CUDA streams, and with one part after the other, which gradients that nobody wants make."""
+    seconds = {}
+    arch.requires_grad_(False)
+    for streams in (False, True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.set_grad_enabled(not streams), torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            arch(features)
+            with torch.cuda.graph(graph):
+                kept = arch(features)
+        seconds[streams] = seconds_of(graph.replay, repeats, device)
+        del kept
+    arch.requires_grad_(True).zero_grad()
+    return {"streams_speedup": seconds[False] / seconds[True]}
+
+
+def graph_figures(built: Any, step: Callable[[], object], repeats: int, device: torch.device) -> dict[str, Any]:
+    """The step with the dense part as CUDA graphs, beside the same without."""
+    arch = objective_of(built).model.dense_arch
+    plain = seconds_of(step, repeats, device)
+    try:
+        replay_dense_arch(built.model)
+        return {"cuda_graph_speedup": plain / seconds_of(step, repeats, device)}
+    except Exception as error:  # no GPU has run it yet: any failure is a result here
+        return {"cuda_graph_speedup": None, "not_captured": in_short(error)}
+    finally:
+        arch.__dict__.pop("forward", None)
+
+
+def in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 def compiled_figures(built: Any, batch: Batch, plain_seconds: float, steps: int, deadline: float) -> dict[str, Any]:
     """The dense part compiled with static shapes; whatever stops that is told, and the run continues."""
     try:
@@ -192,8 +256,7 @@ def compiled_figures(built: Any, batch: Batch, plain_seconds: float, steps: int,
             objective_of(built).model.dense_arch.compile(dynamic=False)
             seconds = seconds_of(training_step(built, batch, autocast=True), steps, batch.labels.device)
     except Exception as error:  # any failure of a compiler is a result here
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        return {"compiled_speedup": None, "not_compiled": reason}
+        return {"compiled_speedup": None, "not_compiled": in_short(error)}
     rate = len(batch.labels) / seconds
     return {"compiled_speedup": plain_seconds / seconds, "compiled_samples_per_second": rate}
 

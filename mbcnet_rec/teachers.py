@@ -129,6 +129,9 @@ class TaughtStream:
         return getattr(self._stream, name)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._stream:
+        for each in self._stream:
+            batch = each.to(
+                self._teachers[0].model.device, non_blocking=True
+            )  # once for all, and the logits stay there
             logits = [teacher.score_batch(batch)[:, :1] for teacher in self._teachers]
             yield replace(batch, dense_features=torch.cat([batch.dense_features, *logits], dim=1))

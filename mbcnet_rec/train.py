@@ -47,6 +47,7 @@ from mbcnet_rec.runtime.process import Process, agreed, answer_of_first, joined_
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.trained_run import known_best
+from mbcnet_rec.training.cuda_graph import replay_dense_arch
 from mbcnet_rec.training.evaluation import EvaluationStoppedError
 from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.state import TrainState
@@ -104,6 +105,10 @@ def run_training(
         locked_together(process, "train", _own_folders(config)),
         Watchdog(process, folder, settings.stall_seconds, hooks.on_place) as watchdog,
     ):
+        if settings.cuda_graph and process.device.type != "cuda":
+            raise InputError(
+                f"train.cuda_graph = true: this run is on a {process.device.type}, wanted a GPU; use --set train.cuda_graph=false"
+            )
 
         def open_records(state: TrainState) -> Records:
             return Records(
@@ -131,6 +136,8 @@ def run_training(
         )
         built = build(config if start is None else with_own_plan(config), schema, process)
         train_rows.on_rows = hooks.on_rows
+        if settings.cuda_graph:
+            replay_dense_arch(built.model)
         if process.device.type == "cuda":
             train_rows.on_batch = Batch.pin_memory
         if teach is not None:

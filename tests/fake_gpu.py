@@ -1,15 +1,18 @@
 """A CUDA device on torch's CPU build: tensors on it are fake, those of the host are real, and what waits for the device is counted.
 
 A tensor of the device carries the values that the host would find if it asked: every operator that a CPU has runs on them too. What only
-CUDA has (FBGEMM's table kernels) gives zeros. So host code runs as on a GPU, and a wrong device, shape or dtype is an error.
+CUDA has (FBGEMM's table kernels) gives zeros. So host code runs as on a GPU, and a wrong device, shape or dtype is an error; so is an operator
+that reads what another stream writes without a wait between them. A graph's operators run again at each replay, on the values of then.
 """
 
 import contextlib
+import itertools
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -45,21 +48,128 @@ def install() -> None:
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(total_memory=80 * 2**30)
     torch._C._cuda_memoryStats = lambda device: {}
     torch.cuda.Stream = torch.cuda.Event = FakeStream
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: FakeStream()
+    torch.cuda.stream = on_stream
+    STREAMS.append(FakeStream())
+    torch.cuda.current_stream = lambda device=None: STREAMS[-1]
+    torch.cuda.default_stream = lambda device=None: STREAMS[0]
+    torch.cuda.CUDAGraph = FakeGraph
+    torch.cuda.graph_pool_handle = lambda: (0, 1)
+    torch.cuda.synchronize = FakeStream.synchronize_all
+    torch.cuda.empty_cache = torch._C._host_emptyCache = lambda *args: None
+    torch.cuda.is_current_stream_capturing = lambda: FakeGraph.recording is not None
+    # numbers of the device are drawn by the host
+    torch.cuda.get_rng_state = lambda device="cuda": torch.empty(0)
+    torch.cuda.set_rng_state = lambda state, device="cuda": None
+
+
+STREAMS: list[Any] = []  # the default one, and those of the contexts entered since
+
+
+@contextlib.contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    STREAMS.append(stream or STREAMS[-1])
+    try:
+        yield
+    finally:
+        STREAMS.pop()
 
 
 class FakeStream(torch.Stream):
-    """A stream and an event on which nothing is ever unfinished."""
+    """A stream, or an event. `seen`: number of a stream -> its operators that are done before what comes next here."""
+
+    numbers = itertools.count()
+    everyone: ClassVar[list[Any]] = []
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__new__(cls, stream_id=0, device_index=0, device_type=1)  # 1: cuda
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.number, self.seen = next(self.numbers), Counter()
+        self.everyone.append(self)
 
-    def wait_stream(self, *others: Any) -> None: ...
+    def wait_stream(self, other: Any) -> None:
+        self.seen |= other.seen  # the greater of both
 
-    wait_event = record = record_event = wait = synchronize = wait_stream
+    wait_event = wait_stream
+
+    def record_event(self, event: Any = None) -> Any:
+        event = FakeStream() if event is None else event
+        event.seen = Counter(self.seen)
+        return event
+
+    def record(self, stream: Any = None) -> None:
+        (stream or STREAMS[-1]).record_event(self)
+
+    def wait(self, stream: Any = None) -> None:
+        (stream or STREAMS[-1]).wait_stream(self)
+
+    def synchronize(self) -> None: ...
+
+    @classmethod
+    def synchronize_all(cls, *args: Any) -> None:
+        for one in cls.everyone:
+            STREAMS[0].wait_stream(one)
+        for one in cls.everyone:
+            one.wait_stream(STREAMS[0])
+
+
+class FakeGraph:
+    """A graph of the operators that run while it is captured, which leave no trace then."""
+
+    recording: "FakeGraph | None" = None
+    made_so_far: ClassVar[list["FakeGraph"]] = []
+
+    def __init__(self) -> None:
+        self.made_so_far.append(self)
+        self.calls: list[Any] = []
+        self.outside: dict[int, Any] = {}  # values before the capture of what it writes to
+        self.made: set[int] = set()  # storages that it makes
+        self.replays = 0
+
+    def capture_begin(self, *pool: Any, capture_error_mode: str, check_input_liveness: bool) -> None:
+        assert capture_error_mode == "thread_local", "another thread may lock memory"
+        self.random, FakeGraph.recording = torch.get_rng_state(), self
+
+    def capture_end(self) -> None:
+        FakeGraph.recording = None
+        torch.set_rng_state(self.random)
+        for values, before in self.outside.values():
+            values.copy_(before)
+        for *_, out in self.calls:  # whoever reads it before a replay finds no numbers
+            for value in map(values_of, tree_leaves(out)):
+                if storage_of(value) in self.made and value.is_floating_point():
+                    value.fill_(float("nan"))
+
+    def before(self, func: Any, args: Any) -> None:
+        for value in map(values_of, written(func, args)):
+            if storage_of(value) not in self.made:
+                self.outside.setdefault(storage_of(value), (value, value.clone()))
+
+    def after(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        given = {storage_of(values_of(each)) for each in tree_leaves((args, kwargs)) if isinstance(each, FakeTensor)}
+        self.made |= {storage_of(values_of(each)) for each in tree_leaves(out)} - given - {0}
+        self.calls.append((func, args, kwargs, out))
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, out in self.calls:
+            values = func(*tree_map(values_of, args), **kwargs)
+            for old, new in zip(map(values_of, tree_leaves(out)), tree_leaves(values), strict=True):
+                if isinstance(new, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def storage_of(value: Any) -> int:
+    return value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else 0
+
+
+def written(func: Any, args: Any) -> list[Any]:
+    """The arguments that an operator writes to."""
+    named = zip(func._schema.arguments, args, strict=False)
+    found = [arg for each, arg in named if each.alias_info is not None and each.alias_info.is_write]
+    if func._schema.name == "aten::native_batch_norm":  # its schema does not tell
+        found += args[3:5]
+    return tree_leaves(found)
 
 
 class NeverThere(FakeTensorMode):
@@ -75,6 +185,9 @@ class FakeGPU(TorchDispatchMode):
         waits: (operator, the innermost line of ours, file:function) -> how often the host waited.
         pageable: our line -> bytes copied to the device from memory that is not locked.
         calls: operator -> how often it ran on the device.
+        races: operator -> how often it read what another stream may still have been writing.
+        kept: how often memory was kept for another stream.
+        streams: numbers of the streams that ran something.
     """
 
     def __init__(self) -> None:
@@ -83,6 +196,12 @@ class FakeGPU(TorchDispatchMode):
         self.waits: Counter[tuple[str, str]] = Counter()
         self.pageable: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.races: Counter[str] = Counter()
+        self.kept = 0
+        self.streams: set[int] = set()
+        self._writers: dict[
+            int, tuple[int, int]
+        ] = {}  # storage -> stream and number of the operator that wrote to it last
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -92,6 +211,9 @@ class FakeGPU(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if not made_there and not any(isinstance(each, FakeTensor) for each in leaves):
             return self._of_host(name, func, args, kwargs)
+        if name == "record_stream":
+            self.kept += 1
+            return None
         self.calls[name] += 1
         self._count_pageable(name, args)
         on_host = {
@@ -106,6 +228,9 @@ class FakeGPU(TorchDispatchMode):
             return tree_map(self._moved, on_a_cpu(func, tree_map(values_of, args), on_host))
         with self._fake:
             out = func(*args, **kwargs)
+        graph = FakeGraph.recording
+        if graph is not None:
+            graph.before(func, args)
         try:
             values = func(*tree_map(values_of, args), **on_host)
         except NotImplementedError:
@@ -114,7 +239,25 @@ class FakeGPU(TorchDispatchMode):
         for each, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
             if isinstance(each, FakeTensor) and id(each) not in given:
                 each.values_on_host = value
+        if graph is not None:
+            graph.after(func, args, on_host, out)
+        self._order(name, func, args, out)
         return out
+
+    def _order(self, name: str, func: Any, args: Any, out: Any) -> None:
+        """Note what an operator writes on the current stream, and whether what it reads is there by then."""
+        stream = STREAMS[-1]
+        self.streams.add(stream.number)
+        stream.seen[stream.number] += 1
+        given = {storage_of(values_of(each)) for each in tree_leaves(args) if isinstance(each, FakeTensor)}
+        for storage in given & self._writers.keys():
+            writer, place = self._writers[storage]
+            if stream.seen[writer] < place:
+                self.races[name] += 1
+        made = {storage_of(values_of(each)) for each in tree_leaves(out)} - given
+        for storage in made | {storage_of(values_of(each)) for each in written(func, args)}:
+            if storage:  # 0: without memory
+                self._writers[storage] = stream.number, stream.seen[stream.number]
 
     def _of_host(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """An operator of the host, where memory is locked in name only."""

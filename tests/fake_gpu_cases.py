@@ -22,10 +22,11 @@ if COMPILER:
 import torch
 import torch.distributed as dist
 import torch.nn.parallel.distributed as data_parallel
-from fake_gpu import CUDA, FakeGPU, install
+from fake_gpu import CUDA, FakeGPU, FakeGraph, install, values_of
 from small_data import write_small
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_map
 
 from data.reading.files import resolve_files
 from data.schema import load_schema
@@ -39,6 +40,9 @@ from mbcnet_rec.config import load_config
 from mbcnet_rec.model.models import ARCHES, build_model, build_objective, model_layout
 from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.scoring.scorer import Scorer
+from mbcnet_rec.teachers import TaughtStream
+from mbcnet_rec.training.cuda_graph import replay_dense_arch
 from mbcnet_rec.training.pipeline import CheckedStep
 from mbcnet_rec.training.trainer import RunContext, Trainer
 from sharding.bridge.allocated import with_lookups
@@ -65,6 +69,10 @@ VARIANTS = {
 def loaded(*settings: str) -> Any:
     config = load_config(CONFIG, settings)
     return config, load_schema(Path(config.schema))
+
+
+# with running statistics and loss weights that grow; and without branches, where logits are kept as they leave the model
+GRAPHED = ("mbcnet, five branches", "dnn")
 
 
 class Columns(nn.Module):
@@ -121,6 +129,91 @@ def architectures() -> dict[str, Any]:
                 model_step(settings, torch.device("cpu"), autocast),
             ]
     return found
+
+
+def arch_of(settings: list[str], objective: bool = False) -> tuple[Any, Any]:
+    """A model, or its objective, on stand-in columns of the fake device, and the columns."""
+    config, schema = loaded(*settings)
+    layout = model_layout(config.model, schema)
+    torch.manual_seed(0)
+    columns = Columns(layout.tensor_widths())
+    model = build_model(config.model, columns, layout)  # type: ignore[arg-type]
+    return (build_objective(config.model, model) if objective else model), columns
+
+
+def streams() -> dict[str, Any]:
+    """The dense part of each variant in an evaluation: in a graph on CUDA streams, and one part after the other."""
+    found = {}
+    for name, settings in VARIANTS.items():
+        with FakeGPU() as gpu, CUDA:
+            model, columns = arch_of(settings)
+            arch, features = model.eval().dense_arch, dict(columns.columns.items())
+            gpu.streams.clear()
+            plain = arch(features)  # in turn
+            alone = len(gpu.streams)
+            graph = FakeGraph()
+            gpu.streams.clear()
+            with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+                beside = arch(features)
+            graph.replay()
+            found[name] = {
+                "equal": all(map(torch.equal, tree_map(values_of, tuple(plain)), tree_map(values_of, tuple(beside)))),
+                "streams": [alone, len(gpu.streams)], "kept": gpu.kept, "races": sum(gpu.races.values()),
+            }  # fmt: skip
+    with FakeGPU() as gpu, CUDA:  # what is found where nobody waits
+        one, stream = torch.ones(4), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            one.add_(1)
+        one.sum()
+    return found | {"no wait": sum(gpu.races.values())}
+
+
+def graphs() -> dict[str, Any]:
+    """Four steps of some variants, of which one is of a smaller batch, and an evaluation: by CUDA graphs, and without."""
+    found = {}
+    for name in GRAPHED:
+        settings = [*VARIANTS[name], "model.mbcnet.dropout=0.0"]
+        with FakeGPU() as gpu, CUDA:
+            runs = [graph_steps(settings, replayed, gpu) for replayed in (True, False)]
+        (ours, replays, calls), (theirs, _, all_calls) = runs
+        found[name] = {
+            "equal": [torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)],
+            "replays": replays,
+            "calls": [calls, all_calls],
+        }
+    return found
+
+
+def graph_steps(settings: list[str], replayed: bool, gpu: FakeGPU) -> tuple[list[torch.Tensor], list[int], int]:
+    """What each step and the evaluation gave, how often each graph ran, and the operators of the last step."""
+    objective, columns = arch_of(settings, objective=True)
+    FakeGraph.made_so_far.clear()
+    if replayed:
+        replay_dense_arch(objective)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    teachers = 3 * (objective.losses.__class__.__name__ == "DistillationArch")
+    kept: list[torch.Tensor] = []
+    calls = 0
+    for step, rows in enumerate([ROWS, ROWS, ROWS, ROWS - 3, ROWS, ROWS]):
+        objective.train(step < 4)
+        columns.forward = lambda *_, rows=rows: {name: each[:rows] for name, each in columns.columns.items()}
+        torch.manual_seed(step)
+        batch = SimpleNamespace(
+            dense_features=torch.randn(rows, 5 + teachers), sparse_features=None, weighted_features=None,
+            labels=(torch.rand(rows) < 0.5).float(), weights=torch.ones(rows),
+        )  # fmt: skip
+        before = sum(gpu.calls.values())
+        if step != 2:  # gradients of two steps add up there
+            optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(step < 4):
+            loss, outputs = objective(batch)
+        if step < 4:
+            loss.backward()
+            optimizer.step()
+        calls = sum(gpu.calls.values()) - before if step == 2 else calls
+        kept += [loss, outputs.logits]  # as the trainer keeps them for its log
+    kept += [*objective.parameters(), *objective.buffers()]
+    return [values_of(each.detach()) for each in kept], [graph.replays for graph in FakeGraph.made_so_far], calls
 
 
 def wrong_device() -> str:
@@ -231,11 +324,16 @@ def waits() -> dict[str, Any]:
     return {device.type: trained(device) for device in (CUDA, torch.device("cpu"))}
 
 
-def trained(device: torch.device) -> dict[str, Any]:
-    config, schema = loaded(f"train.device={device.type}", "train.max_steps=8", "train.log_every=4")
+def taught() -> dict[str, Any]:
+    """Four of the trainer's steps on one GPU of a student, whose two teachers' logits come with the rows."""
+    return trained(CUDA, "train.max_steps=4", "model.kind=enkd", "model.enkd.teachers=['dnn', 'fm']")
+
+
+def trained(device: torch.device, *settings: str) -> dict[str, Any]:
+    config, schema = loaded(f"train.device={device.type}", "train.max_steps=8", "train.log_every=4", *settings)
     files = resolve_files([str(CONFIG.parent / "train.parquet")])
     options = replace(config.data.train_options(0), prefetch=0)  # read in this thread, whose mode sees it
-    folder = FOLDER / f"run_{device.type}"
+    folder = FOLDER / f"run_{device.type}_{config.model.kind}"
     folder.mkdir()
     on_gpu = device.type == "cuda"
     with (
@@ -248,6 +346,9 @@ def trained(device: torch.device) -> dict[str, Any]:
         stream = ParquetStream(files, schema, options)
         if on_gpu:
             stream.on_batch = Batch.pin_memory
+        if config.model.kind == "enkd":
+            kinds = [f"model.kind={kind}" for kind in config.model.enkd.teachers]
+            stream = TaughtStream(stream, [Scorer(built(process, kind).model.eval()) for kind in kinds])
         trainer = Trainer(config.train, context, build(config, schema, process), stream, None)
         with contextlib.suppress(StopIteration):
             trainer.train()
@@ -264,7 +365,7 @@ def caches() -> dict[str, Any]:
             kernel.lxu_cache_state.fill_(7)
             kernel.lxu_cache_locking_counter.fill_(1)
         before = [cache_of(kernel) for kernel in found]
-        load_checked(Saved(FOLDER / "run_cuda" / "checkpoints" / "step_5"), made, process)
+        load_checked(Saved(FOLDER / "run_cuda_mbcnet" / "checkpoints" / "step_5"), made, process)
         return {"before": before, "after": [cache_of(kernel) for kernel in found]}
 
 
@@ -280,7 +381,7 @@ if __name__ == "__main__":
         # it compares shapes over ranks, which a fake group cannot
         data_parallel._verify_param_shape_across_processes = lambda *args: None
     cases: dict[str, Callable[[], Any]] = {
-        each.__name__: each for each in (architectures, wrong_device, places, waits, caches)
+        each.__name__: each for each in (architectures, streams, graphs, wrong_device, places, waits, taught, caches)
     }
     results = {name: cases[name]() for name in sys.argv[2:]}
     (FOLDER / "results.json").write_text(json.dumps(results))

@@ -2,6 +2,7 @@
 plan, shards, optimizers and pipeline of every sharding type.
 """
 
+import copy
 import json
 import math
 import subprocess
@@ -10,8 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from fake_gpu_guard import COMPILER
 from tiny_run import environment
+
+from mbcnet_rec.model.input_layout import InputLayout
+from mbcnet_rec.model.mbcnet import BranchArch, MBCNetConfig
+from mbcnet_rec.training.cuda_graph import Replayed
 
 NEEDS_COMPILER = pytest.mark.skipif(not COMPILER, reason="no C++ compiler for the guard of the fake device")
 SCRIPT = Path(__file__).with_name("fake_gpu_cases.py")
@@ -20,7 +26,11 @@ SCRIPT = Path(__file__).with_name("fake_gpu_cases.py")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fake_gpu")
-    cases = ("architectures", "wrong_device", "places", "waits", "caches") if COMPILER else ("architectures",)
+    cases = (
+        ("architectures", "streams", "graphs", "wrong_device", "places", "waits", "taught", "caches")
+        if COMPILER
+        else ("architectures",)
+    )
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), *cases],
         env=environment(),
@@ -42,6 +52,60 @@ def test_every_model_steps_on_the_device_alone_and_computes_what_a_cpu_does(foun
         assert gpu["without gradient"] == cpu["without gradient"], name
         if COMPILER and "five" not in name:  # dropout draws otherwise there
             assert math.isclose(gpu["loss"], cpu["loss"], rel_tol=1e-3 if "bf16" in name else 1e-6), name
+
+
+# kind of model -> its parts that do not depend on each other
+PARTS = {"mbcnet": 3, "mbcnet, five branches": 5, "dcnv2": 2, "finalmlp": 2, "deepfm": 2, "wide_deep": 2, "mmoe": 5}
+
+
+@NEEDS_COMPILER
+def test_independent_parts_of_an_evaluation_s_graph_are_on_streams_that_wait_for_each_other(found):
+    """Each part has a stream, its output's memory is kept for the caller's, nothing is read early, and no number changes."""
+    streams = found["streams"]
+    assert streams.pop("no wait") == 2
+    for name, seen in streams.items():
+        parts = PARTS.get(name, 3 if name.startswith("mbcnet") else 0)
+        assert seen == {"equal": True, "streams": [1, 1 + parts], "kept": parts, "races": 0}, name
+
+
+@NEEDS_COMPILER
+def test_a_graph_of_the_dense_part_takes_the_plain_steps(found):
+    """Losses, logits that are kept, parameters and buffers bit for bit; a smaller batch is in no graph; a step calls fewer operators."""
+    for name, seen in found["graphs"].items():
+        assert all(seen["equal"]), name
+        assert seen["replays"] == [2, 2, 1, 0], f"{name}: training forwards and backwards, evaluation forwards"
+        assert seen["calls"][0] < seen["calls"][1], name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_graph_of_the_dense_part_on_a_gpu(autocast):
+    """The same, by real graphs and streams: MBCnet with batch norm, in training and evaluation."""
+    layout = InputLayout(dict.fromkeys("abcd", 32), {}, {"ab": ("a", "b"), "cd": ("c", "d"), "a": ("a",)})
+    config = MBCNetConfig(batch_norm=True, fusion="gated")
+    torch.manual_seed(0)
+    plain = BranchArch(config, layout).cuda()
+    graphed = copy.deepcopy(plain)
+    graphed.forward = Replayed(graphed)
+    results = []
+    for arch in (plain, graphed):
+        optimizer, kept = torch.optim.SGD(arch.parameters(), lr=0.01), []
+        for step, rows in enumerate([512, 512, 512, 100, 512, 512]):
+            torch.manual_seed(step)
+            full = torch.randn(rows, 128).cuda().requires_grad_()
+            features = {"all": full, "ab": full[:, :64], "cd": full[:, 64:], "a": full[:, :32]}
+            arch.train(step < 4)
+            with torch.set_grad_enabled(step < 4), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                output = arch(features)
+            kept += list(output)
+            if step < 4:
+                optimizer.zero_grad()
+                output.fused_logits.square().mean().backward()
+                optimizer.step()
+                kept.append(full.grad)
+        results.append([each.detach().cpu() for each in (*kept, *arch.parameters(), *arch.buffers())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-6)
 
 
 @NEEDS_COMPILER
@@ -86,6 +150,14 @@ def test_a_step_on_one_gpu_waits_once_and_copies_no_pageable_memory(found):
         assert waits_by_file(steps[f"step {step}"]) == VERDICT
     assert waits_by_file(steps["step 4"]) == VERDICT | LINE
     assert not any(steps[f"step {step}"]["pageable"] for step in (2, 3, 4, 5))
+
+
+@NEEDS_COMPILER
+def test_teachers_on_one_gpu_make_no_step_wait(found):
+    """Their logits stay on the device, where the student's batch is not copied again."""
+    steps = found["taught"]["steps"]
+    assert [waits_by_file(steps[f"step {step}"]) for step in (2, 3)] == [VERDICT, VERDICT]
+    assert not any(steps[f"step {step}"]["pageable"] for step in (2, 3))
 
 
 @NEEDS_COMPILER

@@ -9,7 +9,7 @@ from data.schema import Table
 from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout
 from mbcnet_rec.model.factorisation import FieldVectors
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
-from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Regularisation
+from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, GroupedMLP, Regularisation, grouped_product
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +159,26 @@ def test_wide_tables():
     assert wide_tables([shared]) == wide
     with pytest.raises(InputError, match=r"tables\.wide_x: the model keeps wide weights under this name"):
         wide_tables([Table("wide_x", 9, 4, "sum", ("z",), False), shared])
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_groups_of_equal_widths_are_one_product_where_it_is_asked_for(batch_norm):
+    """The numbers and gradients of one MLP a group, whose parameters keep their names; on a CPU, and with batch norm, each has its own product."""
+    widths = [6, 5, 6, 6]
+    grouped = GroupedMLP(widths, (8, 4), Regularisation(batch_norm=batch_norm)).double()
+    inputs = [torch.randn(7, width).double().requires_grad_() for width in widths]
+    names = [name for name, _ in grouped.named_parameters()]
+    assert names[:2] == ["mlps.0.0.weight", "mlps.0.0.bias"] and len(names) == 4 * (8 if batch_norm else 4)
+    plain = grouped(inputs)
+    assert all(map(torch.equal, plain, [mlp(each) for mlp, each in zip(grouped.mlps, inputs, strict=True)]))
+    if batch_norm:
+        return
+    together = grouped_product([grouped.mlps[place] for place in (0, 2, 3)], [inputs[place] for place in (0, 2, 3)])
+    sources = [inputs[0], *grouped.mlps[3].parameters()]
+    for one, other in zip([plain[0], plain[2], plain[3]], together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    ours, theirs = (
+        torch.autograd.grad(first.sin().sum() + last.cos().sum(), sources)
+        for first, last in ((together[0], together[2]), (plain[0], plain[3]))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

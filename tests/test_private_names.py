@@ -121,6 +121,14 @@ REPLACED = {
     ("fake_gpu.py", "Stream"),
     ("fake_gpu.py", "stream"),
     ("fake_gpu.py", "current_stream"),
+    ("fake_gpu.py", "default_stream"),
+    ("fake_gpu.py", "CUDAGraph"),
+    ("fake_gpu.py", "graph_pool_handle"),
+    ("fake_gpu.py", "synchronize"),
+    ("fake_gpu.py", "empty_cache"),
+    ("fake_gpu.py", "is_current_stream_capturing"),
+    ("fake_gpu.py", "get_rng_state"),
+    ("fake_gpu.py", "set_rng_state"),
     ("fake_gpu_cases.py", "_verify_param_shape_across_processes"),
 }  # fmt: skip
 

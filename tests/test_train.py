@@ -136,6 +136,10 @@ CONFIG_FAULTS = {
     "no schema": (["schema=nowhere.toml"], ["nowhere.toml", "no such file"]),
     "no files": (['data.train=["nowhere/*.parquet"]'], ["nowhere", "no Parquet file"]),
     "branch without groups": (["model.mbcnet.branches=['efgc','efgc']"], ["branches", "each once"]),
+    "graphs without a GPU": (
+        ["train.device=cpu", "train.cuda_graph=true"],
+        ["cuda_graph", "on a cpu", "--set train.cuda_graph=false"],
+    ),
     "cuda without a GPU": (["train.device=cuda"], ["train.device", "cuda", "train.device=cpu"]),
 }
 

@@ -50,14 +50,18 @@ class Batch(Pipelineable):
     def to(
         self, device: torch.device, non_blocking: bool = False, data_copy_stream: torch.Stream | None = None
     ) -> "Batch":
-        """Return the batch on `device`. With `data_copy_stream` that one copies it, in place, into memory of the stream that will use it."""
+        """Return the batch on `device`. With `data_copy_stream` that one copies it, in place, into memory of the stream that will use it.
+
+        A batch that no CPU holds lies there already.
+        """
         if data_copy_stream is None:
             return self._with(lambda part: part.to(device=device, non_blocking=non_blocking))
         streams = torch.get_device_module(device)
+        # which may still use the memory for an earlier batch, or still make this one
+        data_copy_stream.wait_stream(streams.current_stream(device))
+        if self.labels.device.type != "cpu":
+            return self
         copy = self._with(lambda part: _empty_like(part, device))
-        data_copy_stream.wait_stream(
-            streams.current_stream(device)
-        )  # which may still use that memory for an earlier batch
         with streams.stream(data_copy_stream):
             for name, part in self._tensors().items():
                 getattr(copy, name).copy_(part, non_blocking=non_blocking)

@@ -79,15 +79,42 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 class GroupedMLP(nn.Module):
-    """G MLPs of the same hidden widths on inputs of different widths (Eq. 3)."""
+    """G MLPs of the same hidden widths on inputs of different widths (Eq. 3).
+
+    On a GPU those on inputs of equal widths are one grouped product a layer, unless they have batch norm.
+    """
 
     def __init__(self, in_features: Sequence[int], hidden: Sequence[int], regularisation: Regularisation) -> None:
         super().__init__()
         self.mlps = nn.ModuleList(MLP(width, hidden, regularisation) for width in in_features)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for place, width in enumerate(in_features):
+            alike.setdefault((width, place * regularisation.batch_norm), []).append(place)
+        self._alike = list(alike.values())  # places of MLPs that are computed together
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Map G tensors (B, n_g) to G tensors (B, hidden[-1])."""
-        return [mlp(features) for mlp, features in zip(self.mlps, inputs, strict=True)]
+        if inputs[0].device.type != "cuda":  # on a CPU torch rounds a grouped product otherwise
+            return [mlp(features) for mlp, features in zip(self.mlps, inputs, strict=True)]
+        outputs: dict[int, Tensor] = {}
+        for places in self._alike:
+            grouped = grouped_product([self.mlps[place] for place in places], [inputs[place] for place in places])
+            outputs |= zip(places, grouped, strict=True)
+        return [outputs[place] for place in range(len(inputs))]
+
+
+def grouped_product(mlps: Sequence[Any], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Map n tensors (B, w) through n MLPs of equal widths, each layer one batched product: n tensors (B, hidden[-1]). Not for batch norm."""
+    if len(mlps) == 1:
+        return [mlps[0](inputs[0])]
+    x = torch.stack(list(inputs))  # (n, B, w)
+    for layers in zip(*mlps, strict=True):
+        if isinstance(layers[0], nn.Linear):
+            weights, biases = torch.stack([each.weight for each in layers]), torch.stack([each.bias for each in layers])
+            x = torch.baddbmm(biases.unsqueeze(1), x, weights.transpose(1, 2))
+        else:
+            x = layers[0](x)  # ReLU and dropout: element by element
+    return x.unbind()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ that trace: plain Python is fine in it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from mbcnet_rec.model.branches import BRANCHES, BranchesConfig
 from mbcnet_rec.model.input_layout import InputLayout
 from mbcnet_rec.model.layers import MLP, Logit
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig, at_least_float32
+from mbcnet_rec.model.side_by_side import side_by_side
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and reading a config needs none of it
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -114,9 +116,11 @@ class BranchArch(nn.Module):
 
     def latents(self, features: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
         """Map features to the latents (K, B, d) of the named branches."""
-        hidden = torch.stack(
-            [self.branches[name]({group: features[own] for group, own in self._reads[name].items()}) for name in names]
-        )  # (K, B, H)
+        calls = [
+            partial(self.branches[name], {group: features[own] for group, own in self._reads[name].items()})
+            for name in names
+        ]
+        hidden = torch.stack(side_by_side(next(iter(features.values())).device, *calls))  # (K, B, H)
         # Stacked over rows: one large product per layer of the top instead of K small ones.
         return self.top(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 

@@ -85,9 +85,9 @@ class Scorer:
             self.model.train(was_training)
 
     def score_batch(self, batch: Batch) -> Tensor:
-        """Logits (B, 1 + K) of one batch, in the caller's thread: for a model that marks the rows of another one's stream."""
+        """Logits (B, 1 + K) of one batch on the device, in the caller's thread: for a model that marks the rows of another one's stream."""
         with torch.no_grad(), self.autocast():
-            return self.model(batch.to(self.model.device))[1].logits.float().cpu()
+            return self.model(batch)[1].logits.float()
 
 
 def real_rows(outputs: list[Outputs]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

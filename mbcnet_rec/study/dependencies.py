@@ -28,6 +28,7 @@ from mbcnet_rec.scoring.trained_run import TrainedRun, load_run
 APART = (
     "name", "schema", "data.train", "data.valid", "data.test", "data.attempts", "data.timeout_seconds", "sharding.plan", "train.out",
     "train.warm_start", "train.checkpoint_folder", "train.tracking", "train.timeout_seconds", "train.stall_seconds", "train.profile",
+    "train.cuda_graph",
 )  # fmt: skip
 SHOWN = 3
 LONGEST_SHOWN = 120  # characters of a value before and after

@@ -98,6 +98,8 @@ class TrainConfig(Bounded):
     seed: int = bounded(0, at_least=0)  # of weights, tables and the order of rows
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     cpu_fast_path: bool = True  # on a CPU, take shorter ways to the same numbers (mbcnet_rec/cpu)
+    # on a GPU, replay the dense part of a full batch as CUDA graphs, in training and its evaluations: no launch of single kernels
+    cuda_graph: bool = False
     autocast: Literal["none", "bf16"] = "none"  # dtype of matrix products; none is float32
     epochs: int = bounded(1, at_least=1)  # passes over the training rows
     max_steps: int = _or_off(0)  # stop after that many steps; 0: no limit

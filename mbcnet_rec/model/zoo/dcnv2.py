@@ -10,6 +10,7 @@ from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, Embeddings, InputLayout
 from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Logit
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
+from mbcnet_rec.model.side_by_side import side_by_side
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 
@@ -47,5 +48,6 @@ class DCNv2Arch(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N), or that of either network, to the logits."""
-        crossed, deep = self.cross(features[self._cross]), self.mlp(features[self._deep])
-        return logits_only(self.logit(self.top(torch.cat([crossed, deep], dim=1))))
+        x, y = features[self._cross], features[self._deep]
+        both = side_by_side(x.device, lambda: self.cross(x), lambda: self.mlp(y))
+        return logits_only(self.logit(self.top(torch.cat(both, dim=1))))

@@ -9,6 +9,7 @@ from mbcnet_rec.model.branches import FMConfig
 from mbcnet_rec.model.input_layout import ALL, InputLayout
 from mbcnet_rec.model.layers import MLP, Logit
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
+from mbcnet_rec.model.side_by_side import side_by_side
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 from mbcnet_rec.model.zoo.fm import FMArch
 
@@ -31,5 +32,7 @@ class DeepFMArch(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) and the wide weights (B, F + D) to the logits."""
-        deep = self.logit(self.mlp(features[ALL]))
-        return logits_only(self.fm(features).fused_logits + deep)
+        deep, pairs = side_by_side(
+            features[ALL].device, lambda: self.logit(self.mlp(features[ALL])), lambda: self.fm(features).fused_logits
+        )
+        return logits_only(pairs + deep)

@@ -14,6 +14,7 @@ from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, Embeddings, InputLayout
 from mbcnet_rec.model.layers import MLP, Logit, Regularisation, without_autocast
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
+from mbcnet_rec.model.side_by_side import side_by_side
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class FinalMLPArch(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N), or that of either stream, to the logits."""
-        return logits_only(self.fusion(self.first(features[self._first]), self.second(features[self._second])))
+        x, y = features[self._first], features[self._second]
+        return logits_only(self.fusion(*side_by_side(x.device, lambda: self.first(x), lambda: self.second(y))))
 
 
 class FieldGate(nn.Module):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, InputLayout
 from mbcnet_rec.model.layers import MLP, Logit, Regularisation
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
+from mbcnet_rec.model.side_by_side import side_by_side
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class MMoEArch(nn.Module):
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) to the logits."""
         x = features[ALL]
-        gates = torch.softmax(self.gate(x), dim=1)  # (B, E)
-        experts = torch.stack([expert(x) for expert in self.experts], dim=1)  # (B, E, width)
-        mixed = (gates.unsqueeze(2) * experts).sum(1)
+        # (B, E) and E times (B, width)
+        gates, *experts = side_by_side(
+            x.device, lambda: torch.softmax(self.gate(x), dim=1), *(partial(expert, x) for expert in self.experts)
+        )
+        mixed = (gates.unsqueeze(2) * torch.stack(experts, dim=1)).sum(1)
         return logits_only(self.logit(self.tower(mixed)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mbcnet_rec.model.input_layout import ALL, WIDE, Embeddings, InputLayout
 from mbcnet_rec.model.layers import MLP, Logit
 from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
+from mbcnet_rec.model.side_by_side import side_by_side
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
 
@@ -55,5 +56,6 @@ class WideDeepArch(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) and the wide weights (B, F + D) to the logits."""
-        deep = self.logit(self.mlp(features[self._deep]))
-        return logits_only(self.wide(features[self._wide]) + deep)
+        x, y = features[self._wide], features[self._deep]
+        deep, wide = side_by_side(y.device, lambda: self.logit(self.mlp(y)), lambda: self.wide(x))
+        return logits_only(wide + deep)
