@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -131,7 +132,7 @@ def test_what_cannot_be_continued_is_said(log, capfd):
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_kill_in_day_two_and_another_world_size_on_day_three(log, ranks):
+def test_a_kill_in_day_two_and_another_world_size_on_day_three(tmp_path, monkeypatch, ranks):
     """By processes: day 2 is killed by SIGKILL after its second checkpoint and begun again; day 3 equals a whole run whose last day was
     trained by that other world size, too."""
 
@@ -144,17 +145,23 @@ def test_a_kill_in_day_two_and_another_world_size_on_day_three(log, ranks):
         assert start(world, *words).wait(300) == 0
 
     config = ["--config", "tiny.toml", *(f"--set={each}" for each in SETTINGS)]
-    second = ["--continue", "run", "--data", "ds=2024-06-02", "--set", "train.checkpoint_every=1"]
+    log, steps = tmp_path, 200
+    monkeypatch.chdir(log)
+    write_days(log, 48 * steps)
+    second = ["--continue", "run", "--data", "ds=2024-06-02", "--set", "train.checkpoint_every=9"]
     run(ranks, *config, "--set", "train.out=run", "--set", 'data.train=["log/ds=2024-06-01"]')
     killed = start(ranks, *second)
-    wait_for(lambda: (log / "run/checkpoints/step_7").exists(), "no checkpoint of step 7")
-    os.killpg(killed.pid, signal.SIGKILL)
+    wait_for(lambda: any(int(path.name[5:]) > steps for path in log.glob("run/checkpoints/step_*")), "no checkpoint")
+    workers = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    for pid in (killed.pid, *map(int, workers)):  # the agent first: it would begin them again
+        os.kill(pid, signal.SIGKILL)
     killed.wait()
+    assert not (log / "run/DONE").exists(), "it was killed within the day"
     run(ranks, *second)
     run(3 - ranks, "--continue", "run", "--data", "ds=2024-06-03")
-    run(ranks, *config, "--set", "train.out=whole", "--set", "train.max_steps=10")
+    run(ranks, *config, "--set", "train.out=whole", "--set", f"train.max_steps={2 * steps}")
     run(3 - ranks, *config, "--set", "train.out=whole", "--resume")
-    assert_equal(log / "run", log / "whole")
+    assert_equal(log / "run", log / "whole", 3 * steps)
 
 
 def test_each_day_is_scored_before_it_is_trained(log, capfd):
