@@ -97,7 +97,9 @@ def test_a_graph_of_the_dense_part_on_a_gpu(autocast):
             arch.train(step < 4)
             with torch.set_grad_enabled(step < 4), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
                 output = arch(features)
-            kept += list(output)
+            kept += [
+                each.detach().clone() for each in output
+            ]  # an earlier step's graph that lives on ties a capture to its stream
             if step < 4:
                 optimizer.zero_grad()
                 output.fused_logits.square().mean().backward()

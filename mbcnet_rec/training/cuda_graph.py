@@ -24,8 +24,8 @@ def replay_dense_arch(model: nn.Module) -> None:
     arch = next(module.dense_arch for module in model.modules() if isinstance(module, Model))
     if any(isinstance(module, nn.Dropout) for module in arch.modules()):
         raise InputError(
-            "train.cuda_graph = true: this model has dropout, and torch was seen to fail at random numbers drawn beside a graph that draws "
-            "some; set the model's dropout to 0, or use --set train.cuda_graph=false"
+            "train.cuda_graph = true: this model has dropout, and a graph that draws random numbers has not been shown to draw a plain step's; "
+            "set the model's dropout to 0, or use --set train.cuda_graph=false"
         )
     arch.forward = Replayed(arch)
 
