@@ -105,6 +105,7 @@ def test_a_graph_of_the_dense_part_on_a_gpu(autocast):
                 output.fused_logits.square().mean().backward()
                 optimizer.step()
                 kept.append(full.grad)
+            del output
         results.append([each.detach().cpu() for each in (*kept, *arch.parameters(), *arch.buffers())])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-6)
