@@ -172,7 +172,7 @@ def run_training(
             tell(closing_lines(config, schema, trainer, metrics, has_report))
         if trainer.faults:
             raise InputError(
-                f"{trainer.faults[0]}; the run is done and its model is whole: mend the rows, then `mbcnet evaluate {folder}`"
+                f"{trainer.faults[0]}; the run is done and its model is whole: fix the rows, then `mbcnet evaluate {folder}`"
             )
     return 0
 

@@ -211,5 +211,5 @@ def test_a_fault_in_rows_that_are_scored_loses_no_model(log, capfd):
         assert json.loads((log / split / "DONE").read_text())["step"] == 2
     early = ("train.eval_every=2", "train.max_steps=4", "train.out=early")
     assert train("tiny.toml", 'data.valid=["bad.parquet"]', *early) == 2
-    assert "the checkpoint of step 2 is written: mend the rows" in capfd.readouterr().err
+    assert "the checkpoint of step 2 is written: fix the rows" in capfd.readouterr().err
     assert train("tiny.toml", 'data.valid=["test.parquet"]', *early, resume=True) == 0

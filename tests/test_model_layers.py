@@ -9,7 +9,8 @@ from data.schema import Table
 from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout
 from mbcnet_rec.model.factorisation import FieldVectors
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
-from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, GroupedMLP, Regularisation, grouped_product
+from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, GroupedMLP, Regularisation
+from mbcnet_rec.model.side_by_side import grouped_product
 
 
 @pytest.fixture(autouse=True)

@@ -249,11 +249,11 @@ def test_faulty_spaces_are_told_in_one_line(text, message, tmp_path):
 def test_command_line_answers_mistakes(tmp_path, config, capfd):
     run = str(tmp_path / "run.toml")
     space = tmp_path / "space.toml"
-    space.write_text('[space]\n"optim.dense_rate" = {low = 1e-3, high = 1e-2}\n')
+    space.write_text('[space]\n"optim.dense_ll" = {low = 1e-3, high = 1e-2}\n')
     for args, words in (
         (["--config", run, "--space", "nowhere.toml"], "nowhere.toml"),
         (["--config", run, "--space", str(SHIPPED), "--models", "dnm"], "dnm"),
-        (["--config", run, "--space", str(space)], "dense_rate is not a known key; did you mean 'dense_lr'?"),
+        (["--config", run, "--space", str(space)], "dense_ll is not a known key; did you mean 'dense_lr'?"),
         (["--config", run, "--space", str(SHIPPED), "--trials", "-1"], "trials"),
     ):
         assert main(["tune", *args, "--out", str(tmp_path / "out")]) == 2

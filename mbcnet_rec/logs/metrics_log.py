@@ -115,11 +115,13 @@ def keep_until(lines: list[str], step: int, day: int = 0) -> list[str]:
 
 def json_line(values: dict[str, Any]) -> str:
     """A JSON object on one line; NaN and infinity, which JSON does not have, become null."""
-    return json.dumps({key: finite_or_none(value) for key, value in values.items()}, allow_nan=False) + "\n"
+    return json.dumps(finite_or_none(dict(values)), allow_nan=False) + "\n"
 
 
 def finite_or_none(value: Any) -> Any:
-    """None for NaN and infinity, which JSON does not have; lists are searched."""
+    """None for NaN and infinity, which JSON does not have; lists and dictionaries are searched."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(each) for key, each in value.items()}
     if isinstance(value, list):
         return [finite_or_none(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.schema.bounds import Bounded, bounded
+from mbcnet_rec.model.side_by_side import grouped_product
 
 
 @dataclass(frozen=True, kw_only=True)  # so that the inheriting config's own keys come first
@@ -101,20 +102,6 @@ class GroupedMLP(nn.Module):
             grouped = grouped_product([self.mlps[place] for place in places], [inputs[place] for place in places])
             outputs |= zip(places, grouped, strict=True)
         return [outputs[place] for place in range(len(inputs))]
-
-
-def grouped_product(mlps: Sequence[Any], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Map n tensors (B, w) through n MLPs of equal widths, each layer one batched product: n tensors (B, hidden[-1]). Not for batch norm."""
-    if len(mlps) == 1:
-        return [mlps[0](inputs[0])]
-    x = torch.stack(list(inputs))  # (n, B, w)
-    for layers in zip(*mlps, strict=True):
-        if isinstance(layers[0], nn.Linear):
-            weights, biases = torch.stack([each.weight for each in layers]), torch.stack([each.bias for each in layers])
-            x = torch.baddbmm(biases.unsqueeze(1), x, weights.transpose(1, 2))
-        else:
-            x = layers[0](x)  # ReLU and dropout: element by element
-    return x.unbind()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Parts of a dense arch that do not depend on each other, at the same time on a GPU."""
+"""Parts of a dense arch that do not depend on each other, at the same time on a GPU. Shapes: B batch, n parts, w width."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def side_by_side(device: torch.device, *parts: Callable[[], Tensor]) -> list[Tensor]:
@@ -33,3 +34,17 @@ def side_by_side(device: torch.device, *parts: Callable[[], Tensor]) -> list[Ten
 @cache  # the allocator keeps memory for each CUDA stream: a new one at each call would have none
 def _stream(device: torch.device, place: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def grouped_product(mlps: Sequence[Any], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Map n tensors (B, w) through n MLPs of equal widths, each layer one batched product: n tensors (B, hidden[-1]). Not for batch norm."""
+    if len(mlps) == 1:
+        return [mlps[0](inputs[0])]
+    x = torch.stack(list(inputs))  # (n, B, w)
+    for layers in zip(*mlps, strict=True):
+        if isinstance(layers[0], nn.Linear):
+            weights, biases = torch.stack([each.weight for each in layers]), torch.stack([each.bias for each in layers])
+            x = torch.baddbmm(biases.unsqueeze(1), x, weights.transpose(1, 2))
+        else:
+            x = layers[0](x)  # ReLU and dropout: element by element
+    return x.unbind()

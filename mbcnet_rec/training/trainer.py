@@ -366,7 +366,7 @@ class Trainer:
             if state.step < self.total_steps:
                 self.saver.finish()
                 raise InputError(
-                    f"data.valid: {error}; the checkpoint of step {state.step} is written: mend the rows, or leave data.valid empty, and "
+                    f"data.valid: {error}; the checkpoint of step {state.step} is written: fix the rows, or leave data.valid empty, and "
                     "continue with --resume"
                 ) from None
             self.faults.append(f"data.valid: {error}")
