@@ -105,9 +105,10 @@ def lineage_text(days: Sequence[Day]) -> str:
 
 
 def close_day(folder: Path, days: Sequence[Day], stream: ParquetStream, step: int, metrics: Mapping[str, Any]) -> None:
-    """Complete the line of the day that is done. Reads the label column."""
-    rate = None
-    with suppress(InputError):  # the files may have gone meanwhile; the model is trained
-        rate = stream.count_clicks() / stream.num_rows
+    """Complete the line of the day that is done. Reads the label column, unless the day was scored before."""
+    rate = days[-1].get("profile", {}).get("label_rate")
+    if rate is None:
+        with suppress(InputError):  # the files may have gone meanwhile; the model is trained
+            rate = stream.count_clicks() / stream.num_rows
     done = {"step": step, "rows": stream.num_rows, "label_rate": rate, "metrics": dict(metrics)}
     write_whole(folder / LINEAGE, lineage_text([*days[:-1], days[-1] | done]))

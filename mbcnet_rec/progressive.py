@@ -50,7 +50,7 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     profile |= {f"new/{name}": count / max(1, whole[name]) for name, count in unknown.items()}
     for feature in stream.schema.features:
         if feature.is_keyed and feature.encoding == "ids":
-            profile[f"new/{feature.name}"] = metrics.get(f"mended/{feature.name}", 0) / rows
+            profile[f"new/{feature.name}"] = metrics.get(f"invalid/{feature.name}", 0) / rows
     if earlier:  # the scores of a model that has learned nothing say nothing
         scores = {"low": bins[0][0], "middle": bins[len(bins) // 2][0], "high": bins[-1][0]} if bins else {}
         profile |= {f"score/{name}": value for name, value in scores.items()}

@@ -367,8 +367,8 @@ def closing_lines(
             if reason
             else f"  normalised entropy {metrics['ne']:.4f} (1: no better than the label rate)",
         ]
-        mended = {key.removeprefix("mended/"): n for key, n in metrics.items() if key.startswith("mended/")}
-        told = ", ".join(f"{name} {count:,}" for name, count in mended.items())
+        invalid = {key.removeprefix("invalid/"): n for key, n in metrics.items() if key.startswith("invalid/")}
+        told = ", ".join(f"{name} {count:,}" for name, count in invalid.items())
         lines += [f"  values outside of what their fields take, read as on_invalid says: {told}"] if told else []
     if state.stopped:
         lines.append(f"stopped early: {state.bad_evaluations} evaluations without a better validation AUC")

@@ -59,7 +59,7 @@ def test_without_a_plan_the_run_plans_and_keeps_what_it_used(found):
     plan = result["plan"]
     assert plan["optimizer"] == "adam" and plan["dense"]["parameters"] > 0
     assert {table["sharding_type"] for table in plan["tables"].values()} == {"data_parallel"}
-    counts = [line["mended/user"] for line in result["lines"] if line["split"] == "train"]
+    counts = [line["invalid/user"] for line in result["lines"] if line["split"] == "train"]
     assert counts == [result["above"]] * 4 and counts[0] > 300, "repaired values of all ranks, each line's window"
 
 

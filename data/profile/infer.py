@@ -277,7 +277,7 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
         lines.append("# No column can be a field with an embedding table, and training wants one: add a column of ids.")
     if any("num_embeddings" in each.entry for each in used):
         lines.append(
-            '# on_invalid = "null": an id outside [0, num_embeddings), as later days bring, has no row and is counted (mended/FIELD); '
+            '# on_invalid = "null": an id outside [0, num_embeddings), as later days bring, has no row and is counted (invalid/FIELD); '
             '"error" names it and stops.'
         )
     columns = {"name": name, "label": roles.label, "group_column": roles.group, "time_column": roles.time}

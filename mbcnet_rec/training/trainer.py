@@ -338,7 +338,7 @@ class Trainer:
             values |= {f"gradient_share/{name}": float(share) for name, share in shares}
             values |= {} if spike is None else {"loss_spike": spike}
             values |= {} if not state.skipped else {"skipped_steps": state.skipped}
-            values |= {f"mended/{name}": count for name, count in replaced.items()}
+            values |= {f"invalid/{name}": count for name, count in replaced.items()}
             self.records.add(state.step, "train", values)
         self._open_window()
         shown = {"loss": terms["loss"], "auc": values.get("auc", float("nan")), "valid_auc": self._last_auc}
@@ -414,8 +414,8 @@ class Trainer:
         self.context.watchdog.beat(f"evaluation at step {self.state.step}")
         with self.dense.averaged():
             metrics = evaluate_stream(self.built, stream, self.process, self.autocast, stop_requested)
-        mended = invalid_value_counts(stream, "partitioned", self.process)
-        return metrics | {f"mended/{name}": count for name, count in mended.items()}
+        invalid = invalid_value_counts(stream, "partitioned", self.process).items()
+        return metrics | {f"invalid/{name}": n for name, n in invalid}
 
     def _stop(self) -> NoReturn:
         self.save()
