@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py [--quick] [--json] [--models mbcnet,...] [--clients 1,8,32,128] [--candidates 1,64,512] [--workers 1]
     python benchmarks/serve.py --soak 30      minutes of load with swaps of models all the time and kill -9 of a worker each minute
+    python benchmarks/serve.py --swaps 1000   under load: a whole artifact, a delta, a rollback, another model, in turn; no kills
 
 Artifacts of the paper's size with drawn weights, rows int8, tables cut to --max-rows rows. A request is one user and query with so many
 candidates: from two on, the fields user_* and query_* stand in "shared". Clients send the next request when the last is answered; the
@@ -11,13 +12,14 @@ MODEL_CLIENTSxCANDIDATES_per_second, _p50_ms, _p95_ms, _p99_ms    of requests
 echo_CLIENTS_..., direct_MODEL_CANDIDATES_per_second             what HTTP costs; predict in this process, one thread
 coalescing_speedup                                               requests a second at 32 clients and one candidate, over --window-us 0
 coalescing_p99_ratio                                             p99 at one client, over --window-us 0; the two take turns
-soak: requests, lost (but those of killed workers: cut_off), mixed, swaps, kills, growth_mb (of all workers' own memory, last fifth over second)
+soak and swaps: requests, lost (but those of killed workers: cut_off), mixed, swaps, failed_swaps, kills, growth_mb (of all workers' own memory, last fifth over second)
 """
 
 import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -33,10 +35,12 @@ import numpy as np
 import torch
 from latency import write_drawn
 from paper_size import MBCNET, PER_BRANCH, cut_schema
+from safetensors.torch import save_file
 from side_by_side import parser_of, print_figures
 
 from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.serving import loader
+from mbcnet_rec.serving.delta import write_delta
 from mbcnet_rec.serving.sample_requests import draw_requests
 
 MODELS = {
@@ -69,6 +73,7 @@ class Load:
     cut_off: int = 0
     mixed: int = 0
     wall: float = 0.0
+    until: float = 0.0  # of time.monotonic
 
     def figures(self, name: str) -> dict[str, float]:
         """Requests a second and milliseconds."""
@@ -88,14 +93,14 @@ async def answer_of(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     return int(head[9:12]), await reader.readexactly(length)
 
 
-async def client(port: int, requests: Sequence[bytes], until: float, load: Load, known: dict[str, list[Any]]) -> None:
+async def client(port: int, requests: Sequence[bytes], load: Load, known: dict[str, list[Any]]) -> None:
     """Send one request after the other. `known`: of each model version the probabilities of each request."""
     turn = 0
-    while time.monotonic() < until:
+    while time.monotonic() < load.until:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             with contextlib.closing(writer):
-                while (start := time.monotonic()) < until:
+                while (start := time.monotonic()) < load.until:
                     turn = (turn + 1) % len(requests)
                     writer.write(requests[turn])
                     status, body = await answer_of(reader)
@@ -110,12 +115,18 @@ async def client(port: int, requests: Sequence[bytes], until: float, load: Load,
 
 
 async def run_clients(
-    port: int, requests: Sequence[bytes], clients: int, seconds: float, known: dict | None = None
+    port: int,
+    requests: Sequence[bytes],
+    clients: int,
+    seconds: float,
+    known: dict | None = None,
+    load: Load | None = None,
 ) -> Load:
-    load, start = Load(), time.monotonic()
-    each = (client(port, [*requests[n % 4 :], *requests[: n % 4]], start + seconds, load, {}) for n in range(clients))
+    load, start = load or Load(), time.monotonic()
+    load.until = start + seconds
+    each = (client(port, [*requests[n % 4 :], *requests[: n % 4]], load, {}) for n in range(clients))
     if known is not None:  # turns are looked up by number, so all clients start alike
-        each = (client(port, requests, start + seconds, load, known) for _ in range(clients))
+        each = (client(port, requests, load, known) for _ in range(clients))
     await asyncio.gather(*each)
     load.wall = time.monotonic() - start
     return load
@@ -184,49 +195,67 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(line.split()[0]) for line in lines if "spawn_main" in line]
 
 
+def write_next_day(parent: Path, child: Path, delta: Path) -> None:
+    """An artifact in which every hundredth row is another one, and the delta that leads there."""
+    shutil.copytree(parent, child)
+    model = loader.load(child)
+    for pooling, tables in model.tables.items():
+        for rows in loader.rows_of(tables, model.spec["tables"][pooling]).values():
+            rows[::100] = 0  # on private pages
+    (child / loader.TABLES).unlink()
+    save_file({pooling: tables.weights_host for pooling, tables in model.tables.items()}, child / loader.TABLES)
+    model.spec["files"][loader.TABLES] = loader.sha256_of(child / loader.TABLES)
+    (child / loader.MODEL).write_text(json.dumps(model.spec | {"step": 1}))
+    write_delta(loader.load(parent), parent, child, delta)
+
+
 def soak(
-    folder: Path, names: Sequence[str], requests: Sequence[dict[str, list[Any]]], minutes: float
+    folder: Path, names: Sequence[str], requests: Sequence[dict[str, list[Any]]], minutes: float, most: int
 ) -> dict[str, float]:
-    """Load for minutes, swaps all the time, and each minute a worker that is killed."""
+    """Load for minutes with a swap every five seconds and each minute a worker that is killed; or for `most` swaps, one after the other, without kills."""
     sent = [request_bytes(body) for body in bodies(requests, 8)]
     known: dict[str, list[Any]] = {}
-    loads: list[Load] = []
-    memory: list[float] = []
-    kills = 0
+    load, memory, kills, failed = Load(), [0.0], 0, 0
+    write_next_day(folder / names[0], folder / "next_day", folder / "delta")
+    turns = [{"folder": names[0]}, {"folder": "delta"}, {"rollback": True}, *({"folder": name} for name in names[1:])]
 
-    async def swap(port: int, name: str) -> str:
-        status, body = await once(port, "/models", json.dumps({"folder": name}).encode())
+    async def swap(port: int, change: dict[str, Any]) -> str:
+        status, body = await once(port, "/models", json.dumps(change).encode())
         return json.loads(body)["model"] if status == 200 else ""
 
     async def run(process: subprocess.Popen[str], port: int) -> int:
-        nonlocal kills
-        end, swaps = time.monotonic() + 60 * minutes, 0
-        for name in names:  # what each version says
-            version = await swap(port, name)
+        nonlocal kills, failed
+        swaps = turn = 0
+        for name in [*names, "next_day"]:  # what each version says
+            version = await swap(port, {"folder": name})
             model = loader.load(folder / name)
             known[version] = [model.predict({c: v[:8] for c, v in as_shared(each).items()}) for each in requests]
-        task = asyncio.create_task(run_clients(port, sent, 4, 60 * minutes, known))
+        task = asyncio.create_task(run_clients(port, sent, 4 if most else 2, 60 * minutes or 1e9, known, load))
+        await asyncio.sleep(1)
         next_kill = time.monotonic() + min(60, 20 * minutes)
-        while time.monotonic() < end - 2:
-            await asyncio.sleep(0.2)
-            if time.monotonic() > next_kill:
+        while time.monotonic() < load.until - 2 and not 0 < most <= swaps:
+            await asyncio.sleep(0 if most else 5)
+            if not most and time.monotonic() > next_kill:
                 os.kill(workers_of(process)[0], signal.SIGKILL)
                 kills, next_kill = kills + 1, next_kill + 60
-                await asyncio.sleep(1)
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                swaps += bool(await swap(port, names[swaps % len(names)]))
+                await asyncio.sleep(5)
+            try:
+                done = bool(await swap(port, turns[turn]))
+            except (OSError, asyncio.IncompleteReadError):
+                done = False
+            swaps, failed, turn = swaps + done, failed + (not done), (turn + 1) % len(turns) if done else 0
             memory.append(own_memory(workers_of(process)))
-        loads.append(await task)
+        load.until = 0.0
+        await task
         return swaps
 
     with serve(folder / names[0], "--workers", "2", "--models", str(folder)) as (process, port):
         swaps = asyncio.run(run(process, port))
-    load, fifth = loads[0], max(1, len(memory) // 5)
+    fifth = max(1, len(memory) // 5)
     growth = statistics.median(memory[-fifth:]) - statistics.median(memory[fifth : 2 * fifth] or memory)
     figures = {"requests": len(load.seconds), "lost": load.refused, "cut_off": load.cut_off, "mixed": load.mixed}
-    return (
-        figures | {"swaps": swaps, "kills": kills, "growth_mb": growth, "memory_mb": memory[-1]} | load.figures("soak")
-    )
+    figures |= {"swaps": swaps, "failed_swaps": failed, "kills": kills, "growth_mb": growth, "memory_mb": memory[-1]}
+    return figures | load.figures("soak")
 
 
 def as_shared(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -270,6 +299,7 @@ def main() -> int:
     parser.add_argument("--max-rows", type=int, default=10_000, help="of a table")
     parser.add_argument("--seconds", type=float, help="of each cell; default 5, quick 1")
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument("--swaps", type=int, default=0)
     args = parser.parse_args()
     names = (args.models or ("mbcnet" if args.quick else ",".join(MODELS))).split(",")
     clients = numbers(args.clients or ("1,32" if args.quick else "1,8,32,128"))
@@ -278,12 +308,12 @@ def main() -> int:
     schema = cut_schema(args.max_rows)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if args.soak:
+        if args.soak or args.swaps:
             names = ["mbcnet", "dnn"]
         for name in names:
             write_drawn(schema, Path(folder) / name, "int8", compiled=False, model=MODELS[name])
-        if args.soak:
-            figures = soak(Path(folder).resolve(), names, draw_requests(schema, {}, 8), args.soak)
+        if args.soak or args.swaps:
+            figures = soak(Path(folder).resolve(), names, draw_requests(schema, {}, 8), args.soak, args.swaps)
             print_figures(figures, args.json)
             return 0
         requests = {count: draw_requests(schema, {}, count) for count in candidates}

@@ -83,6 +83,22 @@ def watched(what: str) -> Iterator[None]:
         pytest.fail(f"{what} left behind: {'; '.join(sorted(found))}", pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of serving_data.py, trained once."""
+    from serving_data import trained_runs  # which imports torch: most tests need neither
+
+    return trained_runs(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def artifact(runs: Path) -> Path:
+    """One of them, as the scorer's tests serve it."""
+    from serving_data import artifact_of
+
+    return artifact_of(runs, "row_wise", "fp32")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def nothing_outlives_a_module(request: pytest.FixtureRequest) -> Iterator[None]:
     """Threads, processes and settings of a module's fixtures end with the module."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from serving_data import artifact_of, evaluated, printed_by, trained_runs
+from serving_data import artifact_of, evaluated, printed_by
 from test_scoring_one_class import strict
 from tiny_run import lines_of, train
 
@@ -18,11 +18,6 @@ from mbcnet_rec.scoring.evaluate import Question
 from mbcnet_rec.scoring.paired import Difference
 
 NAN = float("nan")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return trained_runs(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from serving_data import KINDS, evaluated, printed_by, serving_table, trained_runs
+from serving_data import KINDS, evaluated, printed_by, serving_table
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mbcnet_rec.runtime.process import Process
@@ -18,11 +18,6 @@ from mbcnet_rec.scoring.metrics import Histogram, auc_of_counts, evaluate_predic
 ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
 NAMES, BRANCHES = ("auc", "log_loss", "ne", "calibration"), ("", "/efgc", "/cross", "/deep")
 METRICS = [f"{name}{branch}" for name in NAMES for branch in BRANCHES]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return trained_runs(tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize(("kind", "world"), [("table_wise", 2), ("row_wise", 2), ("row_wise", 4)])

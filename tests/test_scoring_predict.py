@@ -9,18 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from serving_data import evaluated, rank_results, trained_runs
+from serving_data import evaluated, rank_results
 
 from data.errors import InputError
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.scoring.predict import ColumnLeftOutWarning, kept_columns, run_prediction
 
 COLUMNS = ["user", "probability", *(f"probability_{name}" for name in ("efgc", "cross", "deep"))]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return trained_runs(tmp_path_factory.getbasetemp())
 
 
 def predicted(folder, name):

@@ -8,15 +8,12 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 from asgi_calls import serving
-from serving_data import artifact_of, trained_runs
+from serving_data import artifact_of
 from tiny_run import wait_for
 
 from mbcnet_rec.server.models import load_model
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return trained_runs(tmp_path_factory.getbasetemp())
+from mbcnet_rec.serving import loader
+from mbcnet_rec.serving.delta import write_delta
 
 
 @pytest.fixture
@@ -92,6 +89,57 @@ def test_models_elsewhere_are_refused(folder, body, tmp_path):
         assert call("POST", "/score", body).status == 200
     with serving(folder / "fp32", tmp_path / "state2") as call:
         assert "--models" in call("POST", "/models", {"folder": "int8"}).json["error"]
+
+
+@pytest.fixture
+def deltas(folder):
+    """monday leads from fp32 to int8, tuesday back."""
+    for name, (parent, child) in {"monday": ("fp32", "int8"), "tuesday": ("int8", "fp32")}.items():
+        write_delta(loader.load(folder / parent), folder / parent, folder / child, folder / name)
+    return folder
+
+
+def test_deltas(deltas, body, tmp_path):
+    """A delta makes the artifact that it leads to, in each worker's eyes; in another order it is refused; rollbacks go back one by one."""
+    versions = {name: load_model(deltas / name).version for name in ("fp32", "int8")}
+    with serving(deltas / "fp32", tmp_path / "state", models=deltas) as call:
+
+        def serves(change, name):
+            answer = call("POST", "/models", change)
+            assert answer.status == 200 and answer.json["model"] == versions[name], answer
+            score = call("POST", "/score", body).json
+            columns = {column: [row[column] for row in body["rows"]] for column in body["rows"][0]}
+            assert score["model"] == versions[name]
+            assert score["probability"] == load_model(deltas / name).model.predict(columns).tolist()
+            return answer.json["folder"]
+
+        first = call("POST", "/score", body).json
+        answer = call("POST", "/models", {"folder": "tuesday"})
+        assert answer.status == 400 and "apply deltas in their order" in answer.json["error"], answer
+        assert call("POST", "/score", body).json == first
+        assert serves({"folder": "monday"}, "int8") == str(deltas / "monday")
+        serves({"folder": "tuesday"}, "fp32")
+        serves({"folder": "int8"}, "int8")
+        made = tmp_path / "state" / "made"
+        assert len(list(made.iterdir())) == 1, "a rollback needs tuesday's only"
+        serves({"rollback": True}, "fp32")
+        serves({"rollback": True}, "int8")  # monday's, made again
+        serves({"rollback": True}, "fp32")
+        assert list(made.iterdir()) == []
+        damaged = deltas / "monday" / "changes.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+        answer = call("POST", "/models", {"folder": "monday"})
+        assert answer.status == 400 and "SHA-256 differs" in answer.json["error"]
+        assert call("POST", "/score", body).json == first and list(made.iterdir()) == []
+
+
+def test_watched_folder_takes_deltas(deltas, body, tmp_path):
+    shutil.move(deltas / "monday", tmp_path / "monday")
+    version = load_model(deltas / "int8").version
+    with serving(deltas / "fp32", tmp_path / "state", models=deltas, watch=True) as call:
+        wait_for(lambda: call("GET", "/health/live") and (tmp_path / "state" / "seen.json").exists(), "not looked")
+        shutil.copytree(tmp_path / "monday", deltas / "monday")
+        wait_for(lambda: call("POST", "/score", body).json["model"] == version, "not taken")
 
 
 def test_watched_folder(folder, body, tmp_path, capfd):

@@ -6,25 +6,23 @@ Scores, limits and models are proven without processes by test_server_score.py a
 import concurrent.futures
 import importlib.metadata
 import os
+import re
 import shutil
 import signal
 import socket
+import statistics
+import threading
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from serve_process import children, started
-from serving_data import artifact_of, bare_environment, printed_by, trained_runs
+from serving_data import artifact_of, bare_environment, printed_by
 from tiny_run import wait_for
 
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return trained_runs(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def artifact(runs):
-    return artifact_of(runs, "row_wise", "fp32")
+from mbcnet_rec.server.models import load_model
+from mbcnet_rec.serving import loader
+from mbcnet_rec.serving.delta import write_delta
 
 
 def test_what_start_refuses(artifact, tmp_path):
@@ -68,7 +66,18 @@ def test_two_workers(runs, artifact, tmp_path):
     expected = pq.read_table(runs / "row_wise_predicted_1" / "test.parquet")["probability"].to_pylist()[:2]
     arguments = artifact, "--workers", "2", "--models", folder
     fbgemm = importlib.metadata.packages_distributions()["fbgemm_gpu"]  # its name tells the CPU build
-    bare = ["torch", "numpy", "pyarrow", *fbgemm, "uvicorn", "starlette", "prometheus-client", "httptools", "uvloop"]
+    bare = [
+        "torch",
+        "numpy",
+        "pyarrow",
+        "safetensors",
+        *fbgemm,
+        "uvicorn",
+        "starlette",
+        "prometheus-client",
+        "httptools",
+        "uvloop",
+    ]
     python = bare_environment(tmp_path / "venv", bare)
     tokens = {"MBCNET_SCORE_TOKEN": "one", "MBCNET_MODELS_TOKEN": "two"}
     with started(*arguments, python=python, **tokens) as (process, client):
@@ -107,3 +116,49 @@ def test_two_workers(runs, artifact, tmp_path):
             statuses = [each.result().status for each in answers if not each.exception()]
         assert set(statuses) == {200}
         assert process.wait(30) == 0
+
+
+@pytest.mark.long
+def test_swaps_under_load(runs, artifact, tmp_path):
+    """Whole artifacts, a delta and rollbacks in turn, in two workers: no request fails or has another model's scores, and memory stays.
+
+    benchmarks/serve.py --swaps 1000 is the long one.
+    """
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for kind in ("fp32", "int8"):
+        shutil.copytree(artifact_of(runs, "row_wise", kind), folder / kind)
+    models = {name: loader.load(folder / name) for name in ("fp32", "int8")}
+    write_delta(models["fp32"], folder / "fp32", folder / "int8", folder / "delta")
+    table = pq.read_table(runs / "test.parquet").slice(0, 2).drop_columns(["click", "unread"])
+    known = {load_model(folder / name).version: models[name].predict(table).tolist() for name in models}
+    memory, stop, wrong = [], threading.Event(), []
+
+    def ask(client):
+        count = 0
+        while not stop.is_set():
+            answer = client("POST", "/score", {"rows": table.to_pylist()})
+            if answer.status != 200 or answer.json["probability"] != pytest.approx(
+                known[answer.json["model"]], abs=1e-6
+            ):
+                wrong.append(answer)
+            count += 1
+        return count
+
+    with (
+        started(folder / "fp32", "--workers", "2", "--models", folder) as (process, client),
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        wait_for(lambda: {client("GET", "/health/ready").status for _ in range(20)} == {200}, "not ready")
+        try:
+            clients = [pool.submit(ask, client) for _ in range(2)]
+            for turn in range(90):
+                change = ({"folder": "fp32"}, {"folder": "delta"}, {"rollback": True})[turn % 3]
+                answer = client("POST", "/models", change)
+                assert answer.status == 200 and answer.json["faults"] == [], answer
+                status = [Path(f"/proc/{pid}/status").read_text() for pid in children(process)]
+                memory.append(sum(int(re.search(r"RssAnon:\s+(\d+)", each)[1]) for each in status) / 1024)
+        finally:
+            stop.set()
+        assert sum(each.result() for each in clients) > 100 and not wrong, wrong[:2]
+    assert statistics.median(memory[-30:]) - statistics.median(memory[30:60]) < 5, memory

@@ -9,21 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from asgi_calls import serving
-from serving_data import artifact_of, trained_runs
 
 from mbcnet_rec.server.requests import ARROW
 
 ROWS = 40
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return trained_runs(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def artifact(runs):
-    return artifact_of(runs, "row_wise", "fp32")
 
 
 @pytest.fixture(scope="module")

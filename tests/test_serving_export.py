@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from serving_data import KINDS, ROOT, artifact_of, bare_environment, printed_by, trained_runs
+from serving_data import KINDS, ROOT, artifact_of, bare_environment, printed_by
 
 from data.reading.encode import Encoder
 from mbcnet_rec.serving import loader as serving
@@ -39,11 +39,6 @@ model = mbcnet_serving.load(sys.argv[1])
 whole = numpy.concatenate(list(model.predict_parquet(sys.argv[2], 333)))
 print(json.dumps([whole.tolist(), model.predict(json.load(open(sys.argv[3]))).tolist()]))
 """
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return trained_runs(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Which model a worker serves: load and warm up, swap, roll back, follow what another worker or a watched folder asked for.
 
-Workers agree by files in one folder of the start, each written whole: wanted.json, the number and folder that all shall serve, and
-<pid>.json, the number that a worker has. A worker that starts again after a crash finds there what the others serve.
+Workers agree by files in one folder of the start, each written whole: wanted.json, the number and chain that all shall serve, and
+<pid>.json, the number that a worker has. A worker that starts again after a crash finds there what the others serve. A chain is an
+artifact's folder and deltas'; the artifact that deltas lead to is written there too, so that workers share its pages.
 """
 
 # pyright: reportMissingImports=false
@@ -12,9 +13,11 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from data.errors import InputError, first_line
 from mbcnet_rec.server.options import Options
 from mbcnet_rec.server.requests import Refused, names_of
 from mbcnet_rec.serving import loader
+from mbcnet_rec.serving.delta import write_child
 from mbcnet_rec.serving.preprocess import Preprocessor
 
 SWAP_SECONDS = 120.0  # within which all workers must have loaded
@@ -70,14 +74,19 @@ def load_model(folder: Path, *, verify: bool = True) -> Loaded:
     try:
         file = folder / loader.MODEL
         model, check = loader.load(folder, verify=verify), read_json(folder / "check.json")
-        sample = check.setdefault("sample", {name: [None] for name in model.preprocess.columns})
+        sample = check["sample"] = {name: [None] for name in model.preprocess.columns} | check.get("sample", {})
         digest, step = hashlib.sha256(file.read_bytes()).hexdigest()[:8], model.spec.get("step", 0)
         model.predict(sample)
         version, names = f"{model.spec['name']}-{step}-{digest}", names_of(model.preprocess.schema)
         return Loaded(model, version, folder, file.stat().st_mtime, check, names)
-    except Exception as error:  # of any class, for files that somebody else wrote
-        words = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise InputError(f"{folder} cannot be served: {words}{first_line(error)}; export or copy it again") from None
+    except Exception as error:
+        raise _not_served(folder, error) from None
+
+
+def _not_served(folder: Path, error: Exception) -> InputError:
+    """Of any class, for files that somebody else wrote."""
+    words = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return InputError(f"{folder} cannot be served: {words}{first_line(error)}; export or copy it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,7 +126,8 @@ class Models:
         wanted = read_json(self.state / "wanted.json")
         if wanted and wanted["number"] > self.number:
             try:
-                self._take(load_model(Path(wanted["folder"]), verify=False), wanted["number"])
+                loaded = load_model(self._place(wanted["chain"]), verify=False)
+                self._take(replace(loaded, folder=Path(wanted["chain"][-1])), wanted["number"])
             except InputError as error:
                 self._take(None, wanted["number"], str(error))
                 if self.current is None:
@@ -131,7 +141,7 @@ class Models:
         write_json(self.state / f"{os.getpid()}.json", {"number": number, "error": error})
 
     def switch(self, name: str | None, wait: bool = True) -> list[str]:
-        """Let all workers serve another artifact; None: the one before. Returns what went wrong in workers.
+        """Let all workers serve another artifact, or what a delta makes of theirs; None: the one before. Returns what went wrong in workers.
 
         Raises:
             Refused: it lies elsewhere or cannot be served; what serves, serves on.
@@ -140,26 +150,53 @@ class Models:
         with (self.state / "lock").open("w") as lock:  # one change at a time, of all workers
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             wanted = read_json(self.state / "wanted.json")
-            number, before = wanted["number"] + 1, wanted["before"]
+            number, chain, before = wanted["number"] + 1, wanted["chain"], wanted["before"]
             if name is None and not before:
                 raise Refused("there is no model before this one", 409, "model")
-            folder = Path(before[-1]) if name is None else self._inside(name)
+            folder = None if name is None else self._inside(name)
+            is_delta = folder is not None and (folder / loader.DELTA).is_file()
+            wanted_chain = before[-1] if folder is None else [*(chain if is_delta else ()), str(folder)]
             try:
-                loaded = load_model(folder)
+                loaded = replace(load_model(self._whole(wanted_chain)), folder=Path(wanted_chain[-1]))
             except InputError as error:
+                self._clear([chain, *before[-1:]])
                 raise Refused(str(error), 400, "model") from None
-            if str(folder) == wanted["folder"] and self.current and loaded.version == self.current.version:
+            if wanted_chain == chain and self.current and loaded.version == self.current.version:
                 return []
-            before = before[:-1] if name is None else [*before, wanted["folder"]][-KEPT:]
+            before = before[:-1] if folder is None else [*before, chain][-KEPT:]
             self._take(loaded, number)
-            write_json(self.state / "wanted.json", {"number": number, "folder": str(folder), "before": before})
+            write_json(self.state / "wanted.json", {"number": number, "chain": wanted_chain, "before": before})
             end = time.monotonic() + SWAP_SECONDS
             while time.monotonic() < end:
                 told = self.living()
                 if all(each.get("number", 0) >= number for each in told.values()):
+                    self._clear([wanted_chain, *before[-1:]])
                     return [f"worker {pid}: {each['error']}" for pid, each in told.items() if each["error"]]
                 time.sleep(0.02)
             return ["a worker has not loaded it in time"]
+
+    def _place(self, chain: Sequence[str]) -> Path:
+        """Where the artifact that a chain leads to is, or will be."""
+        made = hashlib.sha256(json.dumps(chain).encode()).hexdigest()[:16]
+        return self.state / "made" / made if len(chain) > 1 else Path(chain[0])
+
+    def _whole(self, chain: Sequence[str]) -> Path:
+        """Write the artifact that a chain leads to, where it is not there yet. Raises InputError."""
+        place = self._place(chain)
+        if len(chain) > 1 and not place.exists():
+            parent, delta = self._whole(chain[:-1]), Path(chain[-1])
+            try:
+                write_child(parent, delta, place)
+            except Exception as error:
+                raise _not_served(delta, error) from None
+        return place
+
+    def _clear(self, chains: Sequence[Sequence[str]]) -> None:
+        """Keep on disk what these chains lead to; a rollback makes an earlier one again."""
+        kept = [self._place(chain) for chain in chains]
+        for path in (self.state / "made").glob("*"):
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
     def living(self) -> dict[str, dict[str, Any]]:
         """What each worker has said last, by its process; what one that was killed has left goes."""

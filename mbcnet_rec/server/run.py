@@ -36,7 +36,7 @@ def run_server(options: Options) -> int:
         raise InputError(f"{words}; choose another --port, or an address of this machine") from None
     with tempfile.TemporaryDirectory(prefix="mbcnet_serve_") as name, listener:
         state = Path(name)
-        write_json(state / "wanted.json", {"number": 0, "folder": str(options.artifact.resolve()), "before": []})
+        write_json(state / "wanted.json", {"number": 0, "chain": [str(options.artifact.resolve())], "before": []})
         (state / "metrics").mkdir()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(state / "metrics")  # which the workers read when they start
         config = uvicorn.Config(

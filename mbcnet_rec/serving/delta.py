@@ -18,6 +18,12 @@ from data.whole_folder import whole_folder
 from mbcnet_rec.serving import loader as serving
 
 CHUNK_ROWS = 1 << 20  # compared at a time
+OF_ONE = (
+    serving.DELTA,
+    serving.CHANGES,
+    serving.TABLES,
+    serving.VOCABULARY,
+)  # files that a delta and an artifact write each in their way
 
 
 def write_delta(before: serving.ServingModel, parent: Path, child: Path, out: Path) -> dict[str, Any]:
@@ -53,6 +59,23 @@ def write_delta(before: serving.ServingModel, parent: Path, child: Path, out: Pa
         (partial / serving.DELTA).write_text(json.dumps(said, indent=1), encoding="utf-8")
     size, whole = (sum(path.stat().st_size for path in each.rglob("*") if path.is_file()) for each in (out, child))
     return {"rows": rows, "all_rows": all_rows, "bytes": size, "whole_bytes": whole}
+
+
+def write_child(parent: Path, delta: Path, out: Path) -> None:
+    """Write the whole artifact that a delta leads to, as `mbcnet export` would: its model.json has the sums. check.json stays the parent's.
+
+    Raises:
+        ValueError: the delta is damaged, or changes another artifact.
+    """
+    model = serving.load(parent, verify=False).updated(delta)
+    with whole_folder(out) as partial:
+        for source in (parent, delta):
+            unlike = shutil.ignore_patterns(*OF_ONE, serving.COMPILED)
+            shutil.copytree(source, partial, ignore=unlike, dirs_exist_ok=True)
+        rows = {pooling: tables.weights_host for pooling, tables in model.tables.items()} | model.id_rows
+        save_file(rows, partial / serving.TABLES)
+        vocabularies = {name: values.to_pylist() for name, values in model.vocabularies.items()}
+        (partial / serving.VOCABULARY).write_text(json.dumps(vocabularies), encoding="utf-8")
 
 
 def changed_rows(table: Tensor, before: Tensor) -> Tensor:
