@@ -22,7 +22,7 @@ from mbcnet_rec.checkpoints.run_folder import (
     remove,
 )
 from mbcnet_rec.checkpoints.run_schema import COPIED, SCHEMA, write_copy
-from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step, open_storage
+from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.lineage import DATA, LINEAGE, Days, Marks, lineage_text
 from mbcnet_rec.logs.metrics_log import METRICS, written
@@ -73,7 +73,7 @@ def _refuse_lost_checkpoints(config: RunConfig, storage: CheckpointStorage) -> N
         raise InputError(
             f"{folder}: of {len(steps)} checkpoints none is whole; bring one back, or begin anew with --overwrite"
         )
-    if elsewhere and open_storage(elsewhere).steps():
+    if elsewhere and CheckpointStorage(elsewhere).steps():
         raise InputError(
             f"train.checkpoint_folder = {config.train.checkpoint_folder!r}: no checkpoint is there, those of {folder} are in "
             f"{elsewhere}; set it so, move them, or begin anew with --overwrite"

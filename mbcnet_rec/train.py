@@ -22,7 +22,6 @@ from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.compatibility import load_checked, warm_start
 from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
 from mbcnet_rec.checkpoints.shards import Saved
-from mbcnet_rec.checkpoints.storage import LocalStorage
 from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.cpu.layers import bf16_in_hardware
 from mbcnet_rec.lineage import LINEAGE, Day, close_day, days_of, lineage_text
@@ -206,7 +205,7 @@ def _load(
             with agreed(process):
                 folder = fetched.enter_context(storage.fetched(step))
                 # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
-                saved = Saved(folder, hashed=not isinstance(storage, LocalStorage))
+                saved = Saved(folder, hashed=storage.root is None)
             try:
                 notes = trainer.restore(saved, begins_day=begins_day, allow_partial=allow_partial)
             except InputError as error:

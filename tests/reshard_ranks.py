@@ -24,7 +24,7 @@ from data.schema import load_schema
 from mbcnet_rec.build import build, schema_with_wide
 from mbcnet_rec.checkpoints.compatibility import load_checked
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
-from mbcnet_rec.checkpoints.storage import LocalStorage
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
@@ -109,7 +109,7 @@ def move(built, process, source, target=None):
     assert not notes, notes
     shards = shards_of(built.model, built.optimizer)
     if target is not None:
-        saver = Saver(LocalStorage(target), process, 20.0)
+        saver = Saver(CheckpointStorage(target), process, 20.0)
         saver.save(FIRST, shards, saved.manifest.extra, Keep(last=1))
         saver.finish()
     return shards

@@ -13,7 +13,7 @@ from pathlib import Path
 from data.errors import InputError
 from data.reading.storage import is_uri
 from data.schema.parse import parse_dataclass, read_toml
-from mbcnet_rec.checkpoints.storage import CheckpointStorage, open_storage
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.training.config import TrainConfig
 
 CONFIG, PLAN, CHECKPOINTS, DONE = "config.toml", "plan.json", "checkpoints", "DONE"
@@ -26,7 +26,7 @@ def storage_of(train: TrainConfig, folder: Path) -> CheckpointStorage:
     Raises:
         InputError: `train.checkpoint_folder` is a URI that cannot be opened.
     """
-    return open_storage(train.checkpoint_folder or folder / CHECKPOINTS)
+    return CheckpointStorage(train.checkpoint_folder or folder / CHECKPOINTS)
 
 
 def train_config_of(folder: Path) -> TrainConfig | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from mbcnet_rec.checkpoints.manifest import file_record, manifest_bytes
+from mbcnet_rec.checkpoints.manifest import file_name, file_record, manifest_bytes
 from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage
 from mbcnet_rec.checkpoints.tensor_file import write_tensors
@@ -57,7 +57,7 @@ class Saver:
 
     @property
     def _token(self) -> str:
-        """Names the draft of the last save, equal on all ranks."""
+        """Names the files of the last save, equal on all ranks."""
         return f"{self._run}-{self._count:x}"
 
     @property
@@ -121,7 +121,7 @@ class Saver:
                 return
             records = [record, *self._await_others(step)]
             manifest = manifest_bytes(self._process.world_size, extra, records)
-            self.storage.commit(step, self._token, manifest, [each["file"] for each in records])
+            self.storage.commit(step, manifest, [each["file"] for each in records])
             self._tidy(step, keep)
             self.written_seconds = time.perf_counter() - start
         except Exception as error:  # `finish` raises it, on every rank
@@ -129,7 +129,7 @@ class Saver:
             if self._store is not None and rank != 0:
                 with suppress(Exception):
                     self._store.set(self._key(step, rank), json.dumps({"error": self._error}))
-            if rank == 0:  # alone: another rank may be at work in the draft
+            if rank == 0:  # alone: another rank may still be writing
                 with suppress(Exception):
                     self.storage.discard(step, self._token)
 
@@ -143,8 +143,8 @@ class Saver:
         )
 
     def _write_part(self, step: int, snapshot: Snapshot) -> dict[str, Any]:
-        name = self.storage.file_name(self._process.rank, self._token)
-        with self.storage.write(step, self._token, name) as file:
+        name = file_name(self._process.rank, self._token)
+        with self.storage.write(f"step_{step}/{name}") as file:
             self._on_write()
             sha256 = write_tensors({str(index): tensor for index, (_, tensor) in enumerate(snapshot)}, file)
         return file_record(name, sha256, [entry for entry, _ in snapshot])
