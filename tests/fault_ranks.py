@@ -262,7 +262,7 @@ def disk_full_in_metrics():
     """metrics.jsonl of rank 0 may not grow beyond 3.5 kB: a line is cut off by the kernel."""
 
     def limit():
-        whole = FOLDER / "lines/checkpoints/step_6"
+        whole = FOLDER / "lines/checkpoints/step_6/manifest.json"
         while not whole.exists():
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
