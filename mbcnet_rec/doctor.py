@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 # FBGEMM is compiled against one minor version of torch: another one fails at import with an undefined symbol.
 TORCH_OF_FBGEMM = {"1.9": "2.14", "1.8": "2.13", "1.7": "2.12", "1.6": "2.11", "1.5": "2.10"}
-TORCH_FLOOR = (2, 10)  # below it torch.load(weights_only=True) is known to be unsafe
-PYARROW_FLOOR = (14, 0, 1)  # below it reading a file can run code
 REINSTALL = "remove .venv and run `make` again: it installs the pinned set"
 
 
@@ -37,11 +35,6 @@ def minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """14.0.1 -> (14, 0, 1)."""
-    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
-
-
 def ask(code: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, where a broken library cannot take the doctor with it."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
@@ -62,16 +55,6 @@ def check_triple(torch: str, fbgemm: str, torchrec: str) -> Finding:
     else:
         return Finding("triple", f"{found}: a matching set")
     return Finding("triple", found, fix)
-
-
-def check_floors(torch: str, pyarrow: str) -> Finding:
-    """Refuse versions with known holes."""
-    fix = ""
-    if torch and numbers(torch) < TORCH_FLOOR:
-        fix = "torch below 2.10 loads some weights-only files unsafely; upgrade it"
-    elif pyarrow and numbers(pyarrow) < PYARROW_FLOOR:
-        fix = "pyarrow below 14.0.1 can run code from a file; upgrade it"
-    return Finding("safe floors", f"torch {torch or 'missing'}, pyarrow {pyarrow or 'missing'}", fix)
 
 
 def check_import(module: str) -> Finding:
@@ -165,7 +148,6 @@ def examine() -> list[Finding]:
         check_triple(torch, fbgemm_cpu or fbgemm, installed("torchrec")),
         check_shadow(fbgemm, fbgemm_cpu, bool(gpus), torch),
         *map(check_import, ("torch", "fbgemm_gpu", "torchrec")),
-        check_floors(torch, installed("pyarrow")),
         Finding("devices", "; ".join([devices, *gpus])),
         *check_cuda(gpus),
         Finding("schedulers", ", ".join(schedulers())),

@@ -10,7 +10,7 @@ import pytest
 from data.errors import InputError
 from mbcnet_rec import doctor
 from mbcnet_rec.cli import main, plain_words
-from mbcnet_rec.doctor import check_cuda, check_floors, check_import, check_shadow, check_triple
+from mbcnet_rec.doctor import check_cuda, check_import, check_shadow, check_triple
 
 ROOT = Path(__file__).parents[1]
 GONE = "{}: cannot open shared object file: No such file or directory"
@@ -34,10 +34,6 @@ GONE = "{}: cannot open shared object file: No such file or directory"
         (check_shadow, ("1.8.0", "", False, "2.13.0"), ""),
         (check_shadow, ("1.8.0", "", False, "2.13.0+cpu"), "torch 2.13.0+cpu is a CPU build"),
         (check_shadow, ("1.8.0", "1.8.0", True, "2.13.0"), "lies in the same folder"),
-        # versions with known holes
-        (check_floors, ("2.13.0", "26.0.1"), ""),
-        (check_floors, ("2.9.1", "26.0.1"), "torch below 2.10"),
-        (check_floors, ("2.13.0", "14.0.0"), "pyarrow below 14.0.1"),
     ],
 )
 def test_versions(check, versions, fix):

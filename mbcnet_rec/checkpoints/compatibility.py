@@ -27,7 +27,7 @@ from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zc
 from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
-from sharding.bridge.caches import purge_caches
+from sharding.bridge.allocated import purge_caches
 from sharding.plan.plan_file import plan_text
 
 _TABLE = re.compile(r"embedding_bags\.([^/]+)\.weight")

@@ -16,7 +16,7 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
 from data.stream import Batch
 from mbcnet_rec.model.objective import Outputs
-from sharding.bridge.caches import release_cache_lines
+from sharding.bridge.allocated import release_cache_lines
 
 T = TypeVar("T")
 Autocast = Callable[[], AbstractContextManager[Any]]

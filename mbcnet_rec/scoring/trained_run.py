@@ -26,7 +26,7 @@ from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.runtime.process import Process, answer_of_first, joined_process, mean_over_ranks
 from mbcnet_rec.scoring.scorer import Scorer, autocast_of
 from mbcnet_rec.training.built import Built
-from sharding.bridge.caches import purge_caches
+from sharding.bridge.allocated import purge_caches
 from sharding.plan.plan_file import read_plan
 
 
