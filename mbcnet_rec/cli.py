@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from data.home import home_path
+from data.whole_folder import home_path
 from launch.interrupt import end_with, heed_interrupts, heed_termination
 from mbcnet_rec.commands.arguments import refuse_repeats
 from mbcnet_rec.doctor import library_fault

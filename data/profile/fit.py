@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.profile.check import unreadable
-from data.profile.scan import LARGEST_FLOAT32, Progress, naming, unheard
-from data.profile.sketch import EvenSample
+from data.profile.scan import LARGEST_FLOAT32, EvenSample, Progress, naming, unheard
 from data.reading.column_types import check_columns, is_list, pinned
 from data.reading.columns import Place
 from data.reading.files import column_sets

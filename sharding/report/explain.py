@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from data.schema.show import columns
 from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import Bytes, Room, Times, gib
 from sharding.plan.compare import placement_text
 from sharding.plan.placement import TablePlan, with_kernels
-from sharding.report.text import columns, ms, table_totals
+from sharding.report.text import ms, table_totals
 
 
 class Alternative(NamedTuple):
@@ -77,4 +78,4 @@ def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
     ]
     head = ("<placement", "largest shard: lookup", "output", "gradient", "update", "all bytes", "step")
     note = "; encoding zch: row_wise is the only placement" if table.zch_buckets else ""
-    return [*lines, *columns(head, rows), f"  times in ms{note}"]
+    return [*lines, *columns(head, rows, "  "), f"  times in ms{note}"]
