@@ -21,7 +21,7 @@ from mbcnet_rec.checkpoints.run_folder import (
     recover,
     remove,
 )
-from mbcnet_rec.checkpoints.run_schema import COPIED, SCHEMA, write_copy
+from mbcnet_rec.checkpoints.run_schema import BEFORE, COPIED, SCHEMA, write_copy
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.lineage import DATA, LINEAGE, Days, Marks, lineage_text
@@ -133,6 +133,7 @@ class Beginning(NamedTuple):
 
     config: RunConfig
     schema: Schema
+    own: Schema  # that of the checkpoint: the same, unless its vocabularies have grown since
     files: Mapping[str, str]  # of the schema, see checkpoints/run_schema.py
     marks: Marks  # of its files
     days: Days
@@ -163,6 +164,8 @@ def open_folder(
         # a run of an earlier version has no copy yet, and a lost run folder has none any more
         if fresh or not (folder / SCHEMA).is_file() or earlier.get("files") != begun.files:
             write_copy(begun.schema, new, begun.files)
+            if begun.own is not begun.schema:
+                write_copy(begun.own, new / BEFORE, earlier["files"])
             names |= {*COPIED}
         if fresh:
             write_whole(new / METRICS, "")

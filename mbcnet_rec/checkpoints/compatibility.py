@@ -6,12 +6,15 @@ number a row and column shard, so its state cannot move between cuts into column
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,8 +39,10 @@ _FACTS = (
     ("data_type", "numbers of the tables", ""),
     ("schema", "schema", ""),
 )
-FRESH = ", starts fresh"
+FRESH, NEW_ROWS = ", starts fresh", ", its new rows start fresh"
 SHOWN = 8
+RowsAnew = Mapping[str, np.ndarray]  # table -> ascending rows whose value is another one than in the checkpoint
+NO_ROWS = np.zeros(0, np.int64)
 
 
 def describe_run(built: Built) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences
             continue
         elif longer and not is_state:
             grown.add(name)
-            found.phrases.append((f"table {table}: {_change(before, now)}", ", its new rows start fresh"))
+            found.phrases.append((f"table {table}: {_change(before, now)}", NEW_ROWS))
         else:
             if now is not None:
                 found.fresh.add(name)
@@ -182,8 +187,10 @@ def all_shapes(shards: Iterable[TensorShard], process: Process) -> dict[str, Sha
     return {name: tuple(shape) for part in gathered for name, shape in part.items()}
 
 
-def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial: bool = False) -> list[str]:
-    """Load a checkpoint after a comparison; every rank calls it.
+def load_checked(
+    saved: Saved, built: Built, process: Process, *, allow_partial: bool = False, anew: RowsAnew | None = None
+) -> list[str]:
+    """Load a checkpoint after a comparison; every rank calls it. With `anew` the schema has grown: tables may be longer, and those rows stay as built.
 
     Returns:
         What a partial load did, a line each; empty where everything fits.
@@ -200,13 +207,15 @@ def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial:
             "which cannot be cut or joined; keep the table's columns as they were in the plan, use a plan without column_wise "
             "from the start, or train with optim.embedding.name = 'adagrad'"
         )
+    if anew is not None:
+        report.phrases = [each for each in report.phrases if each[1] != NEW_ROWS and not each[0].startswith("schema: ")]
     phrases = [what for what, _ in report.phrases]
     if phrases and not allow_partial:
         raise InputError(
             f"{saved.folder}: belongs to another model: {some_of(phrases, SHOWN)}; use that run's config and "
             "schema, or load what fits with --allow-partial"
         )
-    _load(saved, built, process, [shard for shard in shards if shard.name not in report.fresh])
+    _load(saved, built, process, [shard for shard in shards if shard.name not in report.fresh], anew or {})
     return [f"partial load: {what}{outcome}" for what, outcome in report.phrases]
 
 
@@ -276,9 +285,23 @@ def _chosen_tables(train: TrainConfig, saved: Saved, wanted: Iterable[str]) -> s
     return set(train.warm_start_tables) or own & theirs
 
 
-def _load(saved: Saved, built: Built, process: Process, shards: Iterable[TensorShard]) -> None:
+def _load(
+    saved: Saved, built: Built, process: Process, shards: Iterable[TensorShard], anew: RowsAnew = MappingProxyType({})
+) -> None:
     with agreed(process):
         for shard in shards:
-            saved.copy_into(shard, process.rank, process.world_size)
+            rows = torch.from_numpy(anew.get(table_of(shard.name), NO_ROWS))
+            if (
+                len(rows) and shard.tensor.dim() and shard.global_shape[0] > int(rows[-1])
+            ):  # else one number for the whole table
+                rows = (
+                    rows[(rows >= shard.offsets[0]) & (rows < shard.offsets[0] + len(shard.tensor))] - shard.offsets[0]
+                )
+                rows = rows.to(shard.tensor.device)
+                kept = shard.tensor.detach()[rows]
+                saved.copy_into(shard, process.rank, process.world_size)
+                shard.tensor.detach()[rows] = kept
+            else:
+                saved.copy_into(shard, process.rank, process.world_size)
         purge_caches(built.model)
         check_rows(saved, built.model)

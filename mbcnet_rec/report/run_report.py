@@ -20,6 +20,8 @@ RELIABILITY = "reliability"
 LARGEST = 10  # tables that are listed by name
 LEARNING_CAPTION = "The fused output serves. Train curves are means over neighbouring lines of the log."
 COOPERATION_CAPTION = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
+COLLISION = "collision"
+IDS = ("rows", "admitted", "expired", "free", "waiting", COLLISION)
 DAYS = {"auc": "AUC", "gauc": "GAUC", "ne": "normalised entropy", "calibration": "calibration"}
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl, by step
 Plots = list[tuple[str, Mapping[str, Sequence[figures.Curve]]]]  # title, name of a line -> its curves
@@ -190,7 +192,22 @@ def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
         Heading("Days"),
         *([Picture("days", figures.curves_figure(plots, "day"), caption)] if plots else []),
         Table(("day", "rows", "label rate", *DAYS.values(), "alarms"), tuple(rows)),
+        *id_blocks(days),
     ]
+
+
+def id_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """For each table the ids that got rows and lost them on the last day that tells, and how many share one."""
+    tables: dict[str, dict[str, str]] = {}
+    for day in days:
+        for name, counts in day.get("growth", {}).items():
+            tables[name] = tables.get(name, {}) | {what: f"{count:,}" for what, count in counts.items()}
+        for key, share in day.get("profile", {}).items():
+            kind, _, name = key.partition("/")
+            if kind == COLLISION:
+                tables[name] = tables.get(name, {}) | {kind: f"{share:.2%}"}
+    rows = tuple((name, *(found.get(what, "") for what in IDS)) for name, found in tables.items())
+    return [Table(("table", *IDS), rows)] if rows else []
 
 
 def calibration_blocks(lines: Lines) -> list[Block]:
