@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +106,13 @@ class MlflowSink:
         from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 
         path = self._folder / RUN_ID
-        with suppress(FileNotFoundError, MlflowException):  # a new run, or one that was removed or is of another server
+        if path.exists():
             run_id = path.read_text(encoding="utf-8").strip()
-            client.update_run(run_id, "RUNNING")
-            return run_id
+            try:
+                client.update_run(run_id, "RUNNING")
+                return run_id
+            except MlflowException:  # removed, or of another server
+                pass
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         try:
             experiment_id = client.create_experiment(experiment)
