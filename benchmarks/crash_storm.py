@@ -31,7 +31,7 @@ from small_log import LONG_RUN, at_each_step, write_log
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mbcnet_rec.checkpoints.storage import LocalStorage
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.exits import RunStoppedError
 from mbcnet_rec.train import run_training
@@ -96,11 +96,11 @@ class Executioner:
                 self.strike(f"rank {self.rank} before {name}, write {self.ticks} of its saves")
 
     def _count_writes(self) -> None:
-        write, replace = LocalStorage.write, os.replace
+        write, replace = CheckpointStorage.write, os.replace
 
         @contextmanager
-        def counted(storage: LocalStorage, step: int, token: str, name: str) -> Iterator[Any]:
-            with write(storage, step, token, name) as file:
+        def counted(storage: CheckpointStorage, name: str) -> Iterator[Any]:
+            with write(storage, name) as file:
                 yield SimpleNamespace(write=lambda data: (self._tick("a write"), file.write(data))[1])
                 self._tick("fsync")
 
@@ -108,7 +108,7 @@ class Executioner:
             self._tick("rename")
             replace(*paths)
 
-        LocalStorage.write, os.replace = counted, renamed  # type: ignore[assignment]
+        CheckpointStorage.write, os.replace = counted, renamed  # type: ignore[assignment]
 
 
 def rank_main(config_file: str, overrides: list[str], schedule: list[dict[str, Any]], notes: str) -> None:

@@ -1,4 +1,4 @@
-"""Folders and files of results that appear under their names only when they are complete."""
+"""Paths that a user gives, and folders and files of results that appear under their names only when they are complete."""
 
 import errno
 import json
@@ -59,3 +59,20 @@ def write_whole(path: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
         error.filename = str(path)  # for the message
         raise
+
+
+def home_path(text: str, source: str) -> str:
+    """Replace `~` or `~user` at the beginning, but no variable, by the home folder: the one rule for configs, --set and arguments.
+
+    Raises:
+        InputError: naming the `source`, if nobody knows that home folder.
+    """
+    if not text.startswith("~") or os.path.lexists(text):
+        return text
+    found = os.path.expanduser(text)
+    if found == text:
+        raise InputError(
+            f"{source} = {text!r}: nobody knows the home folder of {text.partition('/')[0]}; write the path in full, or ./{text} for a name "
+            "that begins with ~"
+        )
+    return found

@@ -9,9 +9,9 @@ from typing import Any
 import tomli_w
 
 from data.errors import InputError
-from data.home import home_path
 from data.reading.config import DataConfig
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value
+from data.whole_folder import home_path
 from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.training.config import OptimConfig, TrainConfig
 from sharding.plan.constraints import ShardingConfig

@@ -20,7 +20,7 @@ from data.schema.parse import read_toml, to_toml_value
 from data.stream import ParquetStream
 from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN
-from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids, own_schema
+from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids, own_schema, rows_begun_anew
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.config import RunConfig, earlier_options, flat
 from mbcnet_rec.doctor import installed
@@ -37,6 +37,7 @@ ORDER = (
 MEANINGS = ("model.mbcnet.top_activation", "model.mbcnet.branches")
 # where things are; what the rows are is compared by the files
 PLACES = ("name", "schema", "data.train", "train.out", "train.checkpoint_folder")
+GROWING = frozenset({"num_embeddings", "min_count", "expire_after"})  # of fields with a vocabulary, from day to day
 SHOWN = 8
 FACTS = {"train": "data", "valid": "valid"}  # split -> where a checkpoint has the fingerprint of its files
 
@@ -57,7 +58,11 @@ def facts_of(config: RunConfig, files: dict[str, str], marks: Marks) -> dict[str
 
 
 def earlier_facts(config: RunConfig, storage: CheckpointStorage, step: int | None, process: Process) -> dict[str, Any]:
-    """The facts that a checkpoint stores, none for a fresh start; InputError if it is damaged. Every rank calls it."""
+    """The facts that a checkpoint stores, equal on every rank; none for a fresh start. Every rank calls it.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
 
     def read() -> dict[str, Any]:
         if step is None:
@@ -72,9 +77,11 @@ def earlier_facts(config: RunConfig, storage: CheckpointStorage, step: int | Non
 
 
 def agreed_schema(
-    config: RunConfig, run: Mapping[str, Any], process: Process, *, allow_partial: bool
+    config: RunConfig, run: Mapping[str, Any], process: Process, *, allow_partial: bool, grown: str = ""
 ) -> tuple[Schema, dict[str, str]]:
     """The schema to train with, and its `file_sums`: the config's, or where a run is resumed its own copy. Every rank calls it.
+
+    `grown`: a schema file to train with where it is the own copy that has grown.
 
     Every field of ids has a type: that which the schema says, else that of the training files.
 
@@ -84,26 +91,41 @@ def agreed_schema(
     """
     folder = config.run_folder
 
-    def find() -> tuple[Schema, dict[str, str], bool]:
+    def find() -> tuple[Schema, dict[str, str]]:
         own = own_schema(folder, run) if not allow_partial and (folder / SCHEMA).is_file() else None
+        if own is not None and grown and (now := _grown(config, own, grown)):
+            return now, file_sums(now)
         if own is not None:
-            return own, run["files"], True
-        schema = load_schema(config.schema)
-        schema.require_fitted()
-        train_files = select_files(resolve_files(config.data.train), config.data.train_where, schema)
-        schema = pinned(schema, column_sets(train_files, config.data.attempts))
+            return own, run["files"]
+        schema = _typed(config, load_schema(config.schema))
         sums = file_sums(schema)
         _refuse_other_schema(config, schema, sums, run)
-        return schema, sums, False
+        return schema, sums
 
-    found, sums, is_copy = answer_of_first(process, find)
-    sees_copy = is_copy and (folder / SCHEMA).is_file()  # another host may see checkpoints only
-    own = replace(found, folder=folder if sees_copy else Path(config.schema).parent)
+    found, sums = answer_of_first(process, find)
+    sees_copy = (found.folder / SCHEMA).is_file()  # another host may see checkpoints only
+    own = replace(found, folder=found.folder if sees_copy else Path(config.schema).parent)
     with agreed(process):
         other = [name for name, sha256 in file_sums(own).items() if name != SCHEMA and sums.get(name) != sha256]
         if other:
             raise InputError(f"{own.folder}: {', '.join(other)}: other than on rank 0; give every host the same")
     return own, sums
+
+
+def _grown(config: RunConfig, own: Schema, path: str) -> Schema | None:
+    """The schema at `path` where it differs from the run's own copy by growth alone; None where it does not differ, or otherwise."""
+    try:
+        now = _typed(config, load_schema(path))
+        is_growth = not _different(own, now, GROWING) and file_sums(now) != file_sums(own)
+        return now if is_growth and rows_begun_anew(own, now) is not None else None
+    except InputError:  # it is gone; see `schema_note`
+        return None
+
+
+def _typed(config: RunConfig, schema: Schema) -> Schema:
+    schema.require_fitted()
+    files = select_files(resolve_files(config.data.train), config.data.train_where, schema)
+    return pinned(schema, column_sets(files, config.data.attempts))
 
 
 def _refuse_other_schema(config: RunConfig, schema: Schema, sums: Mapping[str, str], run: Mapping[str, Any]) -> None:
@@ -172,8 +194,13 @@ def refuse_other_start(
         notes.append(f"note: other options than before: {others}")
     if files := _data_difference(config, run, marks, "valid"):
         notes.append(f"note: data.valid: {files}: scores, and which step is the best, do not compare with those before")
-    versions = {name: (before, installed(name) or "none") for name, before in run.get("versions", {}).items()}
-    if updated := [f"{name} {before} -> {now}" for name, (before, now) in versions.items() if before != now]:
+    versions = run.get("versions", {})
+    updated = [
+        f"{name} {versions[name]} -> {installed(name) or 'none'}"
+        for name in PACKAGES
+        if name in versions and versions[name] != installed(name)
+    ]
+    if updated:
         notes.append(f"note: other versions than before: {', '.join(updated)}")
     return notes
 
@@ -213,19 +240,39 @@ def _data_difference(config: RunConfig, run: Mapping[str, Any], marks: Marks, sp
 def schema_note(config: RunConfig, own: Schema) -> str:
     """That the config's schema has become another than the run's own copy, with which it continues; an empty string if not, or gone."""
     try:
-        schemas = own, load_schema(config.schema)
-        before, now = (dict(flat(schema_to_toml(each.standing_alone()))) | file_sums(each) for each in schemas)
+        differ = _different(own, load_schema(config.schema))
     except InputError:
         return ""
-    # types that the run has taken from its files are no difference
-    taken = {key for key in before.keys() - now if key.endswith((".type", "group_type"))} | {SCHEMA}
-    differ = [key for key in before | now if before.get(key) != now.get(key) and key not in taken]
     if not differ:
         return ""
     return (
         f"note: schema = {config.schema!r} is another one now ({some_of(differ, SHOWN, ', ')}): this run continues with its own copy, "
         f"{config.run_folder / SCHEMA}"
     )
+
+
+def _different(own: Schema, other: Schema, ignored: frozenset[str] = frozenset()) -> list[str]:
+    """In which fields, other keys and vocabularies another schema is not the run's own. With keys that do not count vocabularies do not, either."""
+    before, now = (_entries(each, ignored) for each in (own, other))
+    # types that the run has taken from its files are no difference
+    fields = [(entry, now.get(key, {})) for key, entry in before.items() if key.startswith("field ")]
+    for entry, after in ((before, now), *fields):
+        for key in {"type", "group_type"} - after.keys():
+            entry.pop(key, None)
+    return [key for key in before | now if before.get(key) != now.get(key)]
+
+
+def _entries(schema: Schema, ignored: frozenset[str]) -> dict[str, Any]:
+    """What a schema says, a key or field each, and the hashes of its vocabularies."""
+    top = schema_to_toml(schema.standing_alone())
+    with_vocabulary = {each.table_name for each in schema.features if each.vocabulary}
+    growing = [entry for entry in top["fields"].values() if "vocabulary" in entry]
+    for entry in (*growing, *(entry for name, entry in top.get("tables", {}).items() if name in with_vocabulary)):
+        for key in ignored:
+            entry.pop(key, None)
+    fields = {f"field {name}": entry for name, entry in top.pop("fields").items()}
+    sums = {} if ignored else file_sums(schema)
+    return fields | top | {name: sha256 for name, sha256 in sums.items() if name != SCHEMA}
 
 
 def with_own_plan(config: RunConfig) -> RunConfig:

@@ -21,8 +21,8 @@ from mbcnet_rec.checkpoints.run_folder import (
     recover,
     remove,
 )
-from mbcnet_rec.checkpoints.run_schema import COPIED, SCHEMA, write_copy
-from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step, open_storage
+from mbcnet_rec.checkpoints.run_schema import BEFORE, COPIED, SCHEMA, write_copy
+from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.lineage import DATA, LINEAGE, Days, Marks, lineage_text
 from mbcnet_rec.logs.metrics_log import METRICS, written
@@ -73,7 +73,7 @@ def _refuse_lost_checkpoints(config: RunConfig, storage: CheckpointStorage) -> N
         raise InputError(
             f"{folder}: of {len(steps)} checkpoints none is whole; bring one back, or begin anew with --overwrite"
         )
-    if elsewhere and open_storage(elsewhere).steps():
+    if elsewhere and CheckpointStorage(elsewhere).steps():
         raise InputError(
             f"train.checkpoint_folder = {config.train.checkpoint_folder!r}: no checkpoint is there, those of {folder} are in "
             f"{elsewhere}; set it so, move them, or begin anew with --overwrite"
@@ -133,6 +133,7 @@ class Beginning(NamedTuple):
 
     config: RunConfig
     schema: Schema
+    own: Schema  # that of the checkpoint: the same, unless its vocabularies have grown since
     files: Mapping[str, str]  # of the schema, see checkpoints/run_schema.py
     marks: Marks  # of its files
     days: Days
@@ -143,10 +144,8 @@ def open_folder(
     begun: Beginning, storage: CheckpointStorage, earlier: Mapping[str, Any], *, fresh: bool, overwrite: bool
 ) -> None:
     """Write what a run begins with; a fresh one takes the place of an earlier run, and of what a start that died has left."""
-    config, folder = begun.config, begun.config.run_folder
-    new, place = folder / NEW, config.train.checkpoint_folder
-    if place and not is_uri(place):  # so that it holds from every working directory
-        config = replace(config, train=replace(config.train, checkpoint_folder=str(Path(place).absolute())))
+    folder = begun.config.run_folder
+    new = folder / NEW
 
     def remove_checkpoints() -> None:
         for step in storage.steps() if fresh else ():
@@ -157,7 +156,7 @@ def open_folder(
     with written(folder):
         remove(new)
         new.mkdir(parents=True)
-        write_whole(new / CONFIG, config_text(config))
+        write_whole(new / CONFIG, config_text(_lasting(begun.config)))
         write_whole(new / PLAN, plan_text(begun.plan))
         write_whole(new / DATA, json.dumps(begun.marks) + "\n")
         write_whole(new / LINEAGE, lineage_text(begun.days.lines))
@@ -165,6 +164,8 @@ def open_folder(
         # a run of an earlier version has no copy yet, and a lost run folder has none any more
         if fresh or not (folder / SCHEMA).is_file() or earlier.get("files") != begun.files:
             write_copy(begun.schema, new, begun.files)
+            if begun.own is not begun.schema:
+                write_copy(begun.own, new / BEFORE, earlier["files"])
             names |= {*COPIED}
         if fresh:
             write_whole(new / METRICS, "")
@@ -172,3 +173,11 @@ def open_folder(
             names = _OWN if overwrite else _OWN - {STACKS, RUN_ID}
         put_in_place(folder, names, remove_checkpoints)
         (folder / DONE).unlink(missing_ok=True)
+
+
+def _lasting(config: RunConfig) -> RunConfig:
+    """The config with a place of the checkpoints that holds from every working directory."""
+    place = config.train.checkpoint_folder
+    if not place or is_uri(place):
+        return config
+    return replace(config, train=replace(config.train, checkpoint_folder=str(Path(place).absolute())))

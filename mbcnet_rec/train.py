@@ -13,22 +13,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.errors import InputError
+from data.profile.grow import Changes, growth_lines, read_growth
 from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import DataFile, FileList, is_uri
 from data.schema import Schema
 from data.stream import Batch, ParquetStream
 from data.whole_folder import write_whole
 from mbcnet_rec.build import build
-from mbcnet_rec.checkpoints.compatibility import load_checked, warm_start
+from mbcnet_rec.checkpoints.compatibility import RowsAnew, load_checked, warm_start
 from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
+from mbcnet_rec.checkpoints.run_schema import SCHEMA, rows_begun_anew
 from mbcnet_rec.checkpoints.shards import Saved
-from mbcnet_rec.checkpoints.storage import LocalStorage
 from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.cpu.layers import bf16_in_hardware
 from mbcnet_rec.lineage import LINEAGE, Day, close_day, days_of, lineage_text
 from mbcnet_rec.logs.metrics_log import PROGRESSIVE, Records, json_line, written
 from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
+from mbcnet_rec.model.models import schema_with_wide
 from mbcnet_rec.progressive import score_day
 from mbcnet_rec.resume import (
     agreed_schema,
@@ -120,15 +122,24 @@ def run_training(
         if continues and start is None:
             raise InputError(f"{folder}: holds no run with a checkpoint that could be continued; train it first")
         earlier = earlier_facts(config, storage, start, process)
-        schema, files = agreed_schema(config, earlier, process, allow_partial=allow_partial)
-        with agreed(process):
-            splits = open_splits(config.data, settings.seed, schema, process)
+        own, files = agreed_schema(config, earlier, process, allow_partial=allow_partial)
+        splits = open_splits(config.data, settings.seed, own, process)
         streams = {name: split.stream for name, split in splits.items()}
-        train_rows, counts = streams["train"], _counts(streams)
         marks = answer_of_first(process, lambda: marks_of(streams, config.data.attempts))
         days = answer_of_first(
             process, lambda: days_of(config, start, earlier, marks, continues=continues, again=again)
         )
+        day_rows = _as_scored(config, streams["train"]) if progressive else None
+        schema, anew = own, None
+        if days.begins:
+            source = config.schema if continues else str(folder / SCHEMA)
+            grown, files = agreed_schema(config, earlier, process, allow_partial=allow_partial, grown=source)
+            if files != earlier.get("files"):
+                schema, anew = grown, answer_of_first(process, lambda: rows_begun_anew(own, grown))
+                splits = open_splits(config.data, settings.seed, schema, process)
+                streams = {name: split.stream for name, split in splits.items()}
+                days.lines[-1]["growth"] = read_growth(schema.folder)["tables"]
+        train_rows, counts = streams["train"], _counts(streams)
         facts = facts_of(config, files, marks) | {"day": len(days.lines)}
         context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks, facts)
         notes = answer_of_first(
@@ -144,20 +155,25 @@ def run_training(
             train_rows = teach(process, train_rows)
         valid = splits["valid"].fresh if "valid" in splits else None
         trainer = Trainer(settings, context, built, train_rows, valid)
-        notes += _load(config, schema, trainer, start, earlier, allow_partial, days.begins)
+        if anew is not None:
+            tables = schema_with_wide(config.model, schema).tables
+            anew = {each.name: anew[name] for each in tables for name in each.feature_names if name in anew}
+        notes += _load(config, schema, trainer, start, earlier, allow_partial, days.begins, anew)
         if start is None or days.begins:
             days.lines[-1]["first_step"] = trainer.state.step
         # no rank writes into the folder before the files of an earlier run are out of the way
-        begun = Beginning(config, schema, files, marks, days, built.plan)
+        begun = Beginning(config, schema, own, files, marks, days, built.plan)
         answer_of_first(process, lambda: open_folder(begun, storage, earlier, fresh=start is None, overwrite=overwrite))
         if process.is_first:
             for note in notes:
                 tell(note)
             tell(opening_line(config, schema, process, trainer.total_steps, start))
             tell(f"data: {counts}")
+            if "growth" in days.lines[-1] and days.begins:
+                _tell_growth(trainer, days.lines[-1]["growth"])
         watchdog.open_stacks()
-        if progressive and "profile" not in days.lines[-1]:
-            _score_day(config, trainer, streams["train"], days.lines)
+        if day_rows is not None and "profile" not in days.lines[-1]:
+            _score_day(config, trainer, day_rows, days.lines)
         trainer.train()
         metrics: dict[str, Any] = {}
         try:
@@ -197,6 +213,7 @@ def _load(
     earlier: Mapping[str, Any],
     allow_partial: bool,
     begins_day: bool,
+    anew: RowsAnew | None,
 ) -> list[str]:
     """Load the checkpoint of a step, or for a fresh start the tables of a warm start; return what there is to say of it."""
     process, storage = trainer.process, trainer.context.storage
@@ -206,9 +223,9 @@ def _load(
             with agreed(process):
                 folder = fetched.enter_context(storage.fetched(step))
                 # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
-                saved = Saved(folder, hashed=not isinstance(storage, LocalStorage))
+                saved = Saved(folder, hashed=storage.root is None)
             try:
-                notes = trainer.restore(saved, begins_day=begins_day, allow_partial=allow_partial)
+                notes = trainer.restore(saved, begins_day=begins_day, allow_partial=allow_partial, anew=anew)
             except InputError as error:
                 raise InputError(f"{error}{told_differences(earlier, config)}") from None
         if not allow_partial and earlier.get("files") and (note := schema_note(config, schema)):
@@ -226,7 +243,7 @@ class Split(NamedTuple):
 
 
 def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process) -> dict[str, Split]:
-    """Open each split that the config names. Reads footers only, so that faults show before anything is built.
+    """Open each split that the config names; every rank calls it. Reads footers only, so that faults show before anything is built.
 
     Raises:
         InputError: a path leads nowhere, or a file does not fit the schema.
@@ -237,11 +254,12 @@ def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process)
         "test": (config.test, config.eval_options(config.test_where)),
     }
     splits = {}
-    for name, (paths, options) in named.items():
-        if paths:
-            files = resolve_files(paths)
-            fresh = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
-            splits[name] = Split(fresh(), fresh)
+    with agreed(process):
+        for name, (paths, options) in named.items():
+            if paths:
+                files = resolve_files(paths)
+                fresh = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
+                splits[name] = Split(fresh(), fresh)
     return splits
 
 
@@ -285,15 +303,29 @@ def _test(trainer: Trainer, stream: ParquetStream | None) -> dict[str, Any]:
     return metrics
 
 
+def _tell_growth(trainer: Trainer, changes: Mapping[str, Changes]) -> None:
+    """Log what the day's growth has made of each table's rows. On rank 0."""
+    values = {f"{what}/{table}": count for table, counts in changes.items() for what, count in counts.items()}
+    records = trainer.context.open_records(trainer.state)
+    records.add(trainer.state.step, "growth", values)
+    records.close()
+    for line in growth_lines(changes):
+        tell(line)
+
+
+def _as_scored(config: RunConfig, rows: ParquetStream) -> ParquetStream:
+    """A day's rows as the model of the days before reads them."""
+    options = config.data.eval_options(config.data.train_where)
+    return ParquetStream(rows.files, rows.schema, options, rows.rank, rows.world_size)
+
+
 def _score_day(config: RunConfig, trainer: Trainer, rows: ParquetStream, days: list[Day]) -> None:
     """Score the rows of the day that begins, by the weights of the days before; log what was found, and the alarms."""
-    process, options = trainer.process, config.data.eval_options(config.data.train_where)
-    stream = ParquetStream(rows.files, rows.schema, options, process.rank, process.world_size)
     try:
-        days[-1] |= score_day(trainer, stream, days[:-1])
+        days[-1] |= score_day(trainer, rows, days[:-1])
     except EvaluationStoppedError:
         raise trainer.preempted() from None
-    if not process.is_first:
+    if not trainer.process.is_first:
         return
     found = days[-1]["progressive"]
     with written(config.run_folder):

@@ -95,10 +95,12 @@ def killed_rank():
     first = run("killed", "train.checkpoint_every=5", hooks=hooks)
     path = FOLDER / "killed" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 8, "split": "tra')  # what a crash can leave
-    stale = FOLDER / "killed" / "checkpoints" / ".step_7.dead.partial"
+    stale = FOLDER / "killed" / "checkpoints" / "step_7"
     stale.mkdir()
+    for name in ("rank_00000.dead-1.safetensors", ".manifest.json.partial"):
+        (stale / name).write_text("")
     again = run("killed", "train.checkpoint_every=5", resume=True)
-    return {"first": first, "again": again, "equal": equal_to_calm("killed")}
+    return {"first": first, "again": again, "equal": equal_to_calm("killed"), "stale": stale.exists()}
 
 
 def sigterm():
@@ -260,7 +262,7 @@ def disk_full_in_metrics():
     """metrics.jsonl of rank 0 may not grow beyond 3.5 kB: a line is cut off by the kernel."""
 
     def limit():
-        whole = FOLDER / "lines/checkpoints/step_6"
+        whole = FOLDER / "lines/checkpoints/step_6/manifest.json"
         while not whole.exists():
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))

@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,10 +25,11 @@ from data.schema import load_schema
 from mbcnet_rec.build import build, schema_with_wide
 from mbcnet_rec.checkpoints.compatibility import load_checked
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
-from mbcnet_rec.checkpoints.storage import LocalStorage
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
+from sharding.bridge.initialise import table_rows
 
 LONG = sys.argv[2:] == ["long"]
 WORLDS = (1, 2, 3, 4) if LONG else (1, 2)
@@ -109,7 +111,7 @@ def move(built, process, source, target=None):
     assert not notes, notes
     shards = shards_of(built.model, built.optimizer)
     if target is not None:
-        saver = Saver(LocalStorage(target), process, 20.0)
+        saver = Saver(CheckpointStorage(target), process, 20.0)
         saver.save(FIRST, shards, saved.manifest.extra, Keep(last=1))
         saver.finish()
     return shards
@@ -196,6 +198,30 @@ def between_kinds_of_plan():
     return on_ranks("kinds", action)
 
 
+def into_tables_that_have_grown():
+    """World size and kind of plan -> what differs of the checkpoint's rows, and of initial rows and state where rows are new or begin anew."""
+    name, (values, kinds) = "adagrad", FAMILIES["adagrad"]
+    source, grown, anew = FOLDER / name / "checkpoints" / f"step_{FIRST}", FOLDER / "grown.toml", np.array([2, 70, 119])
+    grown.write_text((FOLDER / "schema.toml").read_text().replace("num_embeddings = 120", "num_embeddings = 151"))
+    wanted, config = reference(source), load_config(CONFIG, values)
+    for key in [key for key in wanted if "embedding_bags.user." in key]:
+        old = wanted[key]
+        ((_, initial),) = table_rows(config.train.seed, "user", 0, 151, 16, config.optim.embedding.init_std)
+        wanted[key] = initial.clone() if key.startswith("model/") else torch.zeros(151, *old.shape[1:])
+        kept = np.setdiff1d(np.arange(len(old)), anew)
+        wanted[key][kept] = old[kept]
+
+    def action(process):
+        found = {}
+        for kind in kinds:
+            built = built_for(process, [*values, f"schema={grown}"], kind)
+            assert load_checked(Saved(source), built, process, anew={"user": anew}) == []
+            found[kind] = compare(shards_of(built.model, built.optimizer), wanted, process)
+        return found
+
+    return {world: on_ranks(f"grown-{world}", action, world) for world in WORLDS}
+
+
 def rowwise_state_into_column_shards():
     """What each rank is told, though it asked for a partial load; nothing is loaded."""
 
@@ -212,7 +238,8 @@ def rowwise_state_into_column_shards():
 
 
 SCENARIOS = (
-    every_world_size_reads_every_other, train_on_at_each_world_size, between_kinds_of_plan, rowwise_state_into_column_shards,
+    every_world_size_reads_every_other, train_on_at_each_world_size, between_kinds_of_plan, into_tables_that_have_grown,
+    rowwise_state_into_column_shards,
 )  # fmt: skip
 
 if __name__ == "__main__":

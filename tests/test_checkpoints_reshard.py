@@ -39,6 +39,13 @@ def test_every_kind_of_plan_reads_another(lane):
     assert len(pairs) == PAIRS[name] and {pair: names for pair, names in pairs.items() if names} == {}
 
 
+def test_tables_grow_under_every_kind_of_plan(lane):
+    name, results = lane
+    kinds = {kind: [] for kind in ("table_wise", "row_wise", "table_row_wise", "data_parallel", "column_wise")}
+    worlds = ["1", "2"] if name == "short" else ["1", "2", "3", "4"]
+    assert results["into_tables_that_have_grown"] == dict.fromkeys(worlds, kinds)
+
+
 def test_rowwise_state_does_not_go_into_column_shards(lane):
     """Not even with --allow-partial: the reason and the cure are said, and nothing is loaded."""
     words = lane[1]["rowwise_state_into_column_shards"]

@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from pyarrow.fs import FileSelector, LocalFileSystem
 
 from data.errors import InputError
 from data.reading.storage import file_system
+from mbcnet_rec.checkpoints.manifest import file_name
 from mbcnet_rec.checkpoints.shards import Saved, whole_shard
-from mbcnet_rec.checkpoints.storage import DamagedCheckpointWarning, LocalStorage, best_step, latest_step, open_storage
+from mbcnet_rec.checkpoints.storage import CheckpointStorage, DamagedCheckpointWarning, best_step, latest_step
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.process import Process
@@ -37,7 +39,7 @@ def bucket():
 @pytest.fixture(params=["disk", "memory", "s3"])
 def storage(request, bucket, tmp_path):
     roots = {"disk": str(tmp_path), "memory": f"memory://{tmp_path.name}", "s3": f"{bucket}/{tmp_path.name}"}
-    return open_storage(f"{roots[request.param]}/checkpoints")
+    return CheckpointStorage(f"{roots[request.param]}/checkpoints")
 
 
 def shards(value):
@@ -62,8 +64,7 @@ def value_of(storage, step):
 
 def tree(storage):
     """The file system behind a storage, and its folder there."""
-    local = isinstance(storage, LocalStorage)
-    return (LocalFileSystem(), str(storage.root)) if local else file_system(storage.uri)
+    return file_system(storage.location) if storage.root is None else (LocalFileSystem(), str(storage.root))
 
 
 def files_of(storage):
@@ -118,7 +119,7 @@ def test_a_damaged_later_one_is_passed_over_and_not_counted_as_the_last(storage)
 def test_a_draft_is_no_checkpoint_and_is_cleaned(storage):
     write(storage, 5)
     for token in ("dead-1", "dead-2"):
-        with storage.write(6, token, storage.file_name(0, token)) as file:
+        with storage.write(f"step_6/{file_name(0, token)}") as file:
             file.write(b"half")
     assert storage.steps() == [5]
     storage.clean()
@@ -177,7 +178,7 @@ def test_a_storage_that_fails_at_any_operation_leaves_the_last_checkpoint(storag
 
 
 def test_files_are_durable_before_the_name_appears(tmp_path, monkeypatch):
-    """Every file and the folder are fsynced, then one rename, then the parent is fsynced."""
+    """Every file and the folder are fsynced, then the manifest comes by one rename, then both folders are fsynced."""
     calls = []
     real_sync, real_replace = os.fsync, os.replace
 
@@ -194,42 +195,30 @@ def test_files_are_durable_before_the_name_appears(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    storage = LocalStorage(tmp_path / "checkpoints")
+    storage = CheckpointStorage(tmp_path / "checkpoints")
     write(storage, 5)
-    assert calls[:2] == ["sync rank_00000.safetensors", "sync manifest.json"]
-    assert calls[2].startswith("sync .step_5.") and calls[3:] == ["rename to step_5", "sync checkpoints"]
+    assert calls[0].startswith("sync rank_00000.") and calls[1:3] == ["sync step_5", "sync .manifest.json.partial"]
+    assert calls[3:] == ["rename to manifest.json", "sync step_5", "sync checkpoints"]
 
 
-class GoneStorage(LocalStorage):
-    """Of a process that is killed: it tidies up nothing."""
-
-    def discard(self, step, token):
-        pass
-
-
-def test_a_crash_between_two_renames_loses_nothing(tmp_path, monkeypatch):
-    storage = GoneStorage(tmp_path / "checkpoints")
+def test_a_crash_at_the_rename_that_would_replace_a_checkpoint_leaves_it(tmp_path, monkeypatch):
+    storage = CheckpointStorage(tmp_path / "checkpoints")
     write(storage, 5)
-    real, count = os.replace, []
-
-    def replace(source, target):
-        count.append(target)
-        if len(count) == 2:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
+    before = files_of(storage)
+    with storage.write(f"step_5/{file_name(0, 'ab')}") as file:
+        file.write(b"half")
+    monkeypatch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        storage.commit(5, "ab", b"{}", [])
+        storage.commit(5, b"{}", [file_name(0, "ab")])
     monkeypatch.undo()
-    assert storage.steps() == [], "the old one has given way, the new one has not come"
     storage.clean()
     assert storage.steps() == [5] and value_of(storage, 5) == 5.0
-    assert [path.name for path in storage.root.iterdir()] == ["step_5"]
+    write(storage, 5, value=6)
+    assert value_of(storage, 5) == 6.0 and len(files_of(storage)) == len(before)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
-    storage, gate = LocalStorage(tmp_path), threading.Event()
+    storage, gate = CheckpointStorage(tmp_path), threading.Event()
     made, table = Saver(storage, ALONE, 10.0, lambda: gate.wait(10)), torch.full((500_000, 4), 5.0)
     start = time.perf_counter()
     made.save(5, [whole_shard("model/table", table)], {"step": 5}, Keep(last=2))
@@ -244,7 +233,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
 
 def test_a_stuck_storage_is_named_in_time(tmp_path):
     gate = threading.Event()
-    made = Saver(LocalStorage(tmp_path), ALONE, 0.3, lambda: gate.wait(10))
+    made = Saver(CheckpointStorage(tmp_path), ALONE, 0.3, lambda: gate.wait(10))
     made.save(5, shards(5), {}, Keep(last=2))
     start = time.monotonic()
     with pytest.raises(CannotWriteError, match=r"rank 0: .* step 5 is still being written after 0\.3 s"):
@@ -255,20 +244,20 @@ def test_a_stuck_storage_is_named_in_time(tmp_path):
 
 def test_folders_that_hosts_do_not_share_are_refused(tmp_path):
     """Rank 0 finds no file of rank 1 in its own folder: no manifest vouches for it."""
-    storage = LocalStorage(tmp_path)
+    storage = CheckpointStorage(tmp_path)
     with pytest.raises(CannotWriteError, match=r"rank_00001.*hosts do not share this folder"):
-        storage.commit(5, "ab", b"{}", ["rank_00001.safetensors"])
+        storage.commit(5, b"{}", ["rank_00001.ab.safetensors"])
     assert storage.steps() == []
 
 
 def test_a_server_that_goes_away_is_named(bucket, monkeypatch):
     import data.reading.storage
 
-    storage = open_storage(f"{bucket}/away/checkpoints")
+    storage = CheckpointStorage(f"{bucket}/away/checkpoints")
     write(storage, 5)
     monkeypatch.setattr(data.reading.storage, "CONNECT_SECONDS", 0.5)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    gone = open_storage(f"{bucket}/away/checkpoints")
+    gone = CheckpointStorage(f"{bucket}/away/checkpoints")
     start = time.monotonic()
     with pytest.raises(CannotWriteError, match="checkpoint of step 6 could not be written"):
         write(gone, 6)
@@ -278,4 +267,4 @@ def test_a_server_that_goes_away_is_named(bucket, monkeypatch):
 
 def test_an_unknown_place_is_refused():
     with pytest.raises(InputError, match=r"nonsense://bucket/prefix: cannot be opened .*or use a folder"):
-        open_storage("nonsense://bucket/prefix")
+        CheckpointStorage("nonsense://bucket/prefix")

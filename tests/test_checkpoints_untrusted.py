@@ -20,7 +20,7 @@ from data.errors import InputError
 from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.manifest import read_checkpoint
 from mbcnet_rec.checkpoints.shards import Saved, load_shards, whole_shard
-from mbcnet_rec.checkpoints.storage import LocalStorage, best_step, open_storage
+from mbcnet_rec.checkpoints.storage import CheckpointStorage, best_step
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.cli import main
 from mbcnet_rec.runtime.process import Process
@@ -38,15 +38,21 @@ def pieces():
     return [whole_shard(name, torch.randn(30, 4, generator=generator)) for name in NAMES]
 
 
+RANK_FILE = "rank_00000.safetensors"
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A whole checkpoint of one rank."""
-    made = Saver(LocalStorage(tmp_path / "checkpoints"), Process(0, 1, 0, 1, torch.device("cpu")), 10.0)
+    made = Saver(CheckpointStorage(tmp_path / "checkpoints"), Process(0, 1, 0, 1, torch.device("cpu")), 10.0)
     run = {"optimizer": "sgd", "schema": "abc", "column_shards": {"user": 2}}
     extra = {"state": STATE.to_json(), "stream": {"epoch": 0, "step": 5, "fingerprint": "f"}, "run": run}
     made.save(5, pieces(), extra, Keep(last=2, best=((0.7, 5),)))
     made.finish()
-    return tmp_path / "checkpoints" / "step_5"
+    folder = tmp_path / "checkpoints" / "step_5"
+    next(folder.glob("rank_*")).rename(folder / RANK_FILE)
+    rewrite(folder, lambda body: body["files"][0].update(file=RANK_FILE))
+    return folder
 
 
 def load(folder):
@@ -257,14 +263,14 @@ def test_altered_manifests_are_read_or_refused_but_never_crash(folder):
 )  # fmt: skip
 def test_a_strange_note_of_the_best_does_not_mislead(folder, note):
     (folder.parent / "best.json").write_bytes(note)
-    assert best_step(LocalStorage(folder.parent)) == 5
+    assert best_step(CheckpointStorage(folder.parent)) == 5
 
 
 def test_a_prefix_behind_a_uri_brings_only_named_files(folder, tmp_path):
     """Names in a remote manifest are checked before anything is fetched by them."""
-    storage = open_storage(f"memory://{tmp_path.name}/checkpoints")
+    storage = CheckpointStorage(f"memory://{tmp_path.name}/checkpoints")
     rewrite(folder, lambda body: body["files"][0].update(file="../../../secret"))
-    with storage.write(5, "token", "manifest.json") as file:
+    with storage.write("step_5/manifest.json") as file:
         file.write((folder / "manifest.json").read_bytes())
     with pytest.raises(InputError, match="wanted a name such as"), storage.fetched(5) as fetched:
         read_checkpoint(fetched)

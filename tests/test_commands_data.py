@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.schema import load_schema, parse_schema
-from data.schema.show import print_schema, size_words, summary_line
+from data.schema.show import bytes_in_words, print_schema, summary_line
 from mbcnet_rec.cli import main
 
 
@@ -89,9 +89,9 @@ def test_show_prints_names_as_they_are(capsys):
     print_schema(schema)
     out = capsys.readouterr().out
     assert "[red]x" in out and "[b]" in out and "8 numbers -> 4" in out
-    assert summary_line(schema) == "s: 2 fields, 5 dims, 0 tables, 0 rows, 0 B (fp32); label y"
+    assert summary_line(schema) == "s: 2 fields, 5 dims, 0 tables, 0 rows, 0 (fp32); label y"
 
 
 def test_sizes_in_words():
-    words = [size_words(n) for n in (0, 1023, 1024, 3 * 2**30, 5 * 2**50)]
-    assert words == ["0 B", "1,023 B", "1.0 KiB", "3.0 GiB", "5,120.0 TiB"]
+    words = [bytes_in_words(n) for n in (0, 1023, 1024, 3 * 2**30, 5 * 2**50)]
+    assert words == ["0", "1.0 KiB", "1.0 KiB", "3.0 GiB", "5,242,880.0 GiB"]

@@ -12,7 +12,6 @@ from mbcnet_rec.cli import main
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "data/schemas/pailitao_demo.toml")
 CLUSTER = "2x2:h100-80g"
-COUNTS = ["--dense-parameters", "13000000", "--dense-flops", "28e6"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def test_diff_exits_as_diff_does(capsys, plan, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(Path(plan).read_text().replace('"data_type": "fp32"', '"data_type": "fp16"'))
     code, out, _ = run(capsys, "diff", plan, str(other))
-    assert code == 1 and "data_type: fp32 -> fp16" in out and "new: " in out
+    assert code == 1 and "data_type: fp32 -> fp16" in out
     found = json.loads(run(capsys, "diff", plan, str(other), "--json")[1])
     assert found["head"] == {"data_type": ["fp32", "fp16"]}
 
@@ -75,7 +74,7 @@ def test_check_names_every_difference(capsys, plan):
 
 
 def test_min_gpus(capsys):
-    task = ["--schema", DEMO, "--cluster", "h100-80g", "--batch-size", "64", *COUNTS]
+    task = ["--schema", DEMO, "--cluster", "h100-80g", "--batch-size", "64"]
     code, out, _ = run(capsys, "min-gpus", *task)
     assert code == 0 and out.startswith("smallest: 1x1:h100-80g, 1 devices")
 
@@ -84,7 +83,7 @@ def test_constraints_file_and_overrides(capsys, tmp_path):
     constraints, out = tmp_path / "c.toml", tmp_path / "p.json"
     table = '[tables.user_id]\nsharding_types = ["row_wise"]\npooling_factor = 2.0\n'
     constraints.write_text(f'data_type = "fp16"\n{table}')
-    args = ["--schema", DEMO, "--cluster", "1x2:cpu", "--batch-size", "64", *COUNTS, "-o", str(out)]
+    args = ["--schema", DEMO, "--cluster", "1x2:cpu", "--batch-size", "64", "-o", str(out)]
     args += ["--constraints", str(constraints)]
     assert run(capsys, *args, "--set", "search_seconds=5")[0] == 0
     written = json.loads(out.read_text())
@@ -94,7 +93,7 @@ def test_constraints_file_and_overrides(capsys, tmp_path):
 
 def test_what_does_not_fit_leaves_no_file(capsys, tmp_path):
     out, paper = tmp_path / "p.json", str(ROOT / "data/schemas/pailitao.toml")
-    code, _, err = run(capsys, "--schema", paper, "--cluster", "1x4:h100-80g", *COUNTS, "-o", str(out))
+    code, _, err = run(capsys, "--schema", paper, "--cluster", "1x4:h100-80g", "-o", str(out))
     assert code == 2 and not out.exists() and "bytes short; largest: item" in err and "min-gpus" in err
 
 
@@ -105,7 +104,6 @@ def test_what_does_not_fit_leaves_no_file(capsys, tmp_path):
         (["--schema", DEMO], "no cluster; add --cluster"),
         (["--schema", "absent.toml", "--cluster", CLUSTER], "no such file"),
         (["--schema", DEMO, "--cluster", CLUSTER, "--batch-size", "0"], "--batch-size 0: wanted rows in [1,"),
-        (["--schema", DEMO, "--cluster", CLUSTER, "--dense-parameters", "-1"], "--dense-parameters -1: wanted 0 or more"),
         (["min-gpus", "--schema", DEMO, "--cluster", CLUSTER, "--headroom", "1.5"], "--headroom 1.5: wanted a share in [0, 1)"),
         (["show", "absent.json"], "cannot be read"),
     ],

@@ -96,7 +96,7 @@ def test_hosts_come_and_go(hosts: Hosts):
     hosts.trains_on(2, times=1)
     joined = hosts.begun(2)[0]
     assert f"after step {joined};" in first.said(), "both continue where the first one stopped"
-    wait_for((folder / f"run/checkpoints/step_{joined // 20 * 20 + 40}").exists, hosts.said)
+    wait_for((folder / f"run/checkpoints/step_{joined // 20 * 20 + 40}/manifest.json").exists, hosts.said)
     second.process.kill()
     hosts.trains_on(1, times=2)
     lost = hosts.begun(1)[1]  # until here both hosts' steps stand

@@ -81,7 +81,7 @@ def test_no_process_outlives_torchx(folder, sent):
     command = [str(BIN / "torchx"), *words("mbcnet.train", "1x2", *given)]
     env = environment(**dict([mark.split("=")]))
     job = subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: list(folder.glob(f"{out}/checkpoints/step_*")), "no checkpoint")
+    wait_for(lambda: list(folder.glob(f"{out}/checkpoints/step_*/manifest.json")), "no checkpoint")
     assert len(running(mark)) >= 4, "torchx, the agent and two workers run"
     # the terminal sends Ctrl-C to the whole foreground group
     os.killpg(job.pid, sent)

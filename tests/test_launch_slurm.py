@@ -148,7 +148,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe
 
     def steps(self, run: str) -> list[int]:
         """Steps of a run's whole checkpoints."""
-        found = [path for path in (self.run / run / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
+        found = [path.parent for path in (self.run / run / "checkpoints").glob("step_*/manifest.json")]
         return sorted(int(path.name[5:]) for path in found)
 
 

@@ -151,7 +151,10 @@ def test_a_kill_in_day_two_and_another_world_size_on_day_three(tmp_path, monkeyp
     second = ["--continue", "run", "--data", "ds=2024-06-02", "--set", "train.checkpoint_every=9"]
     run(ranks, *config, "--set", "train.out=run", "--set", 'data.train=["log/ds=2024-06-01"]')
     killed = start(ranks, *second)
-    wait_for(lambda: any(int(path.name[5:]) > steps for path in log.glob("run/checkpoints/step_*")), "no checkpoint")
+    wait_for(
+        lambda: any(int(path.parent.name[5:]) > steps for path in log.glob("run/checkpoints/step_*/manifest.json")),
+        "no checkpoint",
+    )
     workers = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     for pid in (killed.pid, *map(int, workers)):  # the agent first: it would begin them again
         os.kill(pid, signal.SIGKILL)

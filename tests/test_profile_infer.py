@@ -16,8 +16,7 @@ from data.profile import scan as profile
 from data.profile.fit import write_fitted
 from data.profile.infer import infer_schema
 from data.profile.leaks import always_positive, column_auc
-from data.profile.scan import ColumnProfile, profile_files
-from data.profile.sketch import Distinct, EvenSample
+from data.profile.scan import ColumnProfile, Distinct, EvenSample, profile_files
 from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.reading.keys import splitmix64

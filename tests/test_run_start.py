@@ -7,7 +7,7 @@ import pytest
 from tiny_run import lines_of, make_run, train
 
 from mbcnet_rec.checkpoints.run_folder import CONFIG, NEW, REPLACED, put_in_place, recover
-from mbcnet_rec.checkpoints.storage import open_storage
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 from mbcnet_rec.train import run_training
@@ -123,7 +123,7 @@ def test_checkpoints_elsewhere_are_replaced_with_their_own_run_only(tiny, tmp_pa
     assert train(tiny, *SHORT, place, first, 'data.train=["lgos"]', overwrite=True) == 2
     assert contents(tmp_path / "checkpoints") == before
     assert train(tiny, "train.max_steps=1", "data.test=[]", place, first, overwrite=True) == 0
-    assert open_storage(tmp_path / "checkpoints").steps() == [1]
+    assert CheckpointStorage(tmp_path / "checkpoints").steps() == [1]
 
 
 def test_resume_does_not_begin_a_run_anew_whose_checkpoints_are_elsewhere_or_lost(tiny, run, tmp_path, capfd):
@@ -149,7 +149,7 @@ def test_a_restarted_worker_resumes_what_overwrite_has_begun(tiny, run, capfd, m
 
 def test_what_lies_beside_the_checkpoints_and_is_not_ours_stays(tmp_path):
     for place in (str(tmp_path), f"memory://{tmp_path.name}"):
-        storage = open_storage(place)
+        storage = CheckpointStorage(place)
         theirs = ["step_1000/model.pt", "step_by_step/notes.txt", "runs/step_5/manifest.json"]
         ours = ["step_7/rank_00000.safetensors"]
         for name in theirs + ours:

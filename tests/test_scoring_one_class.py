@@ -9,7 +9,7 @@ import pytest
 from serving_data import printed_by
 from tiny_run import lines_of, make_run, train
 
-from mbcnet_rec.checkpoints.storage import LocalStorage, best_step
+from mbcnet_rec.checkpoints.storage import CheckpointStorage, best_step
 from mbcnet_rec.report.run_report import write_run_report
 from mbcnet_rec.scoring.metrics import Histogram, auc, exact_metrics, reliability
 
@@ -65,9 +65,9 @@ def test_training_goes_on_to_its_end_and_says_why_once(home, run):
     assert done["step"] == 20 and done["auc"] is None and done["gauc"] is None and done["log_loss"] > 0
     for line in (run / "metrics.jsonl").read_text().splitlines():
         strict(line)
-    assert lines_of(run, "test")[0]["step"] == 20 and best_step(LocalStorage(run / "checkpoints")) == 20
+    assert lines_of(run, "test")[0]["step"] == 20 and best_step(CheckpointStorage(run / "checkpoints")) == 20
     (run / "checkpoints/best.json").write_text('{"step": 15, "auc": null}')  # of an earlier version
-    assert best_step(LocalStorage(run / "checkpoints")) == 20
+    assert best_step(CheckpointStorage(run / "checkpoints")) == 20
     (run / "checkpoints/best.json").unlink()
     page = write_run_report(run).read_text()
     assert "test split" in page and "AUC is not defined: the rows are all of one class, label 1." in page
@@ -127,9 +127,9 @@ def test_a_run_that_had_a_best_checkpoint_keeps_it(home):
     valid = f"data.valid=['{home}/rows/test.parquet']"
     args = (home / "tiny.toml", *EARLY[:1], f"train.out={home}/mixed")
     assert train(*args, valid, "train.max_steps=10") == 0
-    best = best_step(LocalStorage(home / "mixed/checkpoints"))
+    best = best_step(CheckpointStorage(home / "mixed/checkpoints"))
     assert train(*args, resume=True) == 0
-    assert best_step(LocalStorage(home / "mixed/checkpoints")) == best <= 10
+    assert best_step(CheckpointStorage(home / "mixed/checkpoints")) == best <= 10
 
 
 @pytest.mark.parametrize("logit", [np.nan, np.inf, -np.inf, 0.0])

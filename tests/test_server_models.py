@@ -3,6 +3,7 @@ and that damaged artifacts and paths elsewhere are refused while what serves, se
 """
 
 import json
+import re
 import shutil
 
 import pyarrow.parquet as pq
@@ -178,9 +179,9 @@ def test_metrics(folder, body, tmp_path):
         assert float(values['mbcnet_out_of_vocabulary_share{field="city"}']) == pytest.approx(1 / 3)
         mean = sum(probability) / 3
         check = json.loads((folder / "fp32" / "check.json").read_text())
-        assert float(values["mbcnet_score_mean"]) == pytest.approx(mean, abs=1e-6)
+        assert float(values['mbcnet_score_mean{arm=""}']) == pytest.approx(mean, abs=1e-6)
         drift = (mean - check["mean_score"]) / check["score_deviation"]
-        assert float(values["mbcnet_score_drift"]) == pytest.approx(drift, abs=1e-4)
+        assert float(values['mbcnet_score_drift{arm=""}']) == pytest.approx(drift, abs=1e-4)
         assert values["mbcnet_pass_rows_sum"] == "6.0" and values["mbcnet_shadow_difference_count"] == "3.0"
         assert abs(float(values["mbcnet_shadow_mean_change"])) < 5e-3
         for stage in ("decode", "lookup", "dense", "wait", "whole"):
@@ -201,6 +202,12 @@ def test_split(folder, body, tmp_path):
         assert [each.json["model"] for each in answers] == [versions[arm] for arm in arms] and 35 <= arms.count(
             "b"
         ) <= 65
+        text, means = call("GET", "/metrics").body.decode(), {"a": [], "b": []}
+        for each in answers:
+            means[each.json["arm"]] += each.json["probability"]
+        for arm, own in means.items():
+            found = re.search(f'mbcnet_score_mean{{arm="{arm}"}} (.*)', text)
+            assert float(found[1]) == pytest.approx(sum(own) / len(own), abs=1e-4)
         shared = {"shared": {"user": 7}, "rows": [{k: v for k, v in body["rows"][1].items() if k != "user"}] * 2}
         assert call("POST", "/score", shared).json["arm"] == arms[7]
         mixed = call("POST", "/score", {"rows": [*users[0], *users[1]]})

@@ -58,6 +58,7 @@ def test_a_killed_rank(results):
     # on a loaded machine the checkpoint of step 6 may still be on its way when rank 1 dies at step 8
     assert first["steps"] in ([5, 6], [5]), "the checkpoints before stand"
     ended_as_calm(results["killed_rank"])
+    assert not results["killed_rank"]["stale"], "what the killed run had begun"
 
 
 @pytest.mark.parametrize(

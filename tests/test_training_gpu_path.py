@@ -25,7 +25,7 @@ from mbcnet_rec.cpu.fast_path import FastPath, PlainPipeline
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.scorer import Scorer
 from mbcnet_rec.training.pipeline import CheckedStep, train_pipeline
-from sharding.bridge.caches import purge_caches
+from sharding.bridge.allocated import purge_caches
 
 CPU = torch.device("cpu")
 STEPS = 5

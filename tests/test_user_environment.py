@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from data.home import home_path
+from data.whole_folder import home_path
 from mbcnet_rec import cli
 from mbcnet_rec.commands.arguments import refuse_repeats
 from mbcnet_rec.config import PATH_KEYS, RunConfig, load_config

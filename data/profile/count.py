@@ -6,8 +6,7 @@ import pyarrow as pa
 
 from data.errors import InputError
 from data.profile.fit import record_batches
-from data.profile.scan import Progress, unheard
-from data.profile.sketch import Distinct
+from data.profile.scan import Distinct, Progress, unheard
 from data.reading.column_types import check_columns, id_type
 from data.reading.files import column_sets
 from data.reading.ids import is_id, read_ids

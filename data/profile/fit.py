@@ -7,8 +7,9 @@ where new values are to be expected.
 """
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,20 @@ import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.profile.check import unreadable
-from data.profile.scan import LARGEST_FLOAT32, Progress, naming, unheard
-from data.profile.sketch import EvenSample
+from data.profile.scan import LARGEST_FLOAT32, EvenSample, Progress, naming, unheard
 from data.reading.column_types import check_columns, is_list, pinned
 from data.reading.columns import Place
 from data.reading.files import column_sets
+from data.reading.fingerprint import mark_files
 from data.reading.ids import decoded, list_offsets, read_ids
 from data.reading.row_groups import stored_rows
 from data.reading.storage import DAMAGE, LIST_ATTEMPTS, DataFile, open_parquet
 from data.schema import Feature, Schema, format_schema, load_schema, parse_schema, schema_to_toml
 from data.schema.feature import FIRST_VOCABULARY_ROW, FIT, VOCABULARY_FOLDER
 from data.whole_folder import whole_folder
+
+# Beside the vocabularies: the sightings of values that have no row yet (value, count, and the growth that has seen it last), and what was counted
+WAITING, GROWTH = f"{VOCABULARY_FOLDER}/waiting", f"{VOCABULARY_FOLDER}/growth.json"
 
 BATCH_ROWS = 65_536
 MAX_SAMPLE = 2_000_000  # numbers of a field that quantiles are taken of
@@ -79,8 +83,13 @@ class Counts:
 
     def vocabulary(self, min_count: int) -> pa.Array:
         """Values seen at least `min_count` times, the most frequent first, equal ones by value."""
-        table = self.merged().filter(pc.field("count") >= min_count)
-        return table.sort_by([("count", "descending"), ("value", "ascending")])["value"].combine_chunks()
+        return often(self.merged(), min_count)
+
+
+def often(counted: pa.Table, min_count: int) -> pa.Array:
+    """The values of a table of values and counts that occur at least `min_count` times, the most frequent first, equal ones by value."""
+    table = counted.filter(pc.field("count") >= min_count)
+    return table.sort_by([("count", "descending"), ("value", "ascending")])["value"].combine_chunks()
 
 
 @dataclass
@@ -192,17 +201,7 @@ def fit_schema(
         for feature in waiting
         if feature.vocabulary != FIT
     }
-    done = 0
-    for file in files if waiting else ():
-        for place, rows in record_batches(file, [feature.source_column for feature in waiting]):
-            done += rows.num_rows
-            for feature in waiting:
-                column = rows.column(feature.source_column)
-                if feature.name in numbers:
-                    numbers[feature.name].add(decoded(column))
-                else:
-                    counts[feature.table_name].add(_ids(column, feature, place))
-            progress(done)
+    done = measure(waiting, files, numbers, counts, progress)
     if waiting and not done:
         raise InputError(
             f"{files[0]} and {len(files) - 1} more files hold no rows: nothing to fit {waiting[0].name!r} on; name the training files"
@@ -213,16 +212,47 @@ def fit_schema(
             entry |= numbers[feature.name].entry(feature, report)
             continue
         min_count = min(each.min_count for each in waiting if each.table_name == feature.table_name)
-        values = counts[feature.table_name].vocabulary(min_count)
+        counted = counts[feature.table_name].merged()
+        values = often(counted, min_count)
         sizes = top["tables"][feature.table] if feature.table else entry
         sizes["num_embeddings"] = len(values) + FIRST_VOCABULARY_ROW
         entry["vocabulary"] = paths[feature.name]
-        path = out / entry["vocabulary"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"value": values}), path, compression="zstd", write_page_checksum=True)
+        write_rows(out / entry["vocabulary"], pa.table({"value": values}))
+        if len(values) < len(counted):
+            rare = counted.filter(pc.field("count") < min_count).sort_by("value")
+            rare = rare.append_column("seen", pa.array(np.zeros(len(rare), np.int32)))
+            write_rows(out / WAITING / Path(paths[feature.name]).name, rare)
         if not len(values):
             report(f"field {feature.name!r}: no value occurs {min_count} times: all are out of vocabulary")
     return parse_schema(top, f"fit of schema {schema.name!r}", out)
+
+
+def measure(
+    fields: Sequence[Feature],
+    files: Sequence[DataFile],
+    numbers: Mapping[str, Moments | Quantiles],
+    counts: Mapping[str, Counts],
+    progress: Progress,
+) -> int:
+    """Read the files' rows into each field's numbers, or else into the counts of its table; return how many there were."""
+    done = 0
+    for file in files if fields else ():
+        for place, rows in record_batches(file, [feature.source_column for feature in fields]):
+            done += rows.num_rows
+            for feature in fields:
+                column = rows.column(feature.source_column)
+                if feature.name in numbers:
+                    numbers[feature.name].add(decoded(column))
+                else:
+                    counts[feature.table_name].add(_ids(column, feature, place))
+            progress(done)
+    return done
+
+
+def write_rows(path: Path, table: pa.Table) -> None:
+    """Write a vocabulary's file, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def write_fitted(
@@ -251,6 +281,8 @@ def write_fitted(
         fitted = fit_schema(schema, files, folder, report, progress)
         header = f"Fitted on {len(files)} training file(s) by mbcnet schema fit."
         (folder / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
+        if (folder / VOCABULARY_FOLDER).is_dir():
+            (folder / GROWTH).write_text(json.dumps({"day": 0, "files": mark_files(files), "tables": {}}))
     return load_schema(out / "schema.toml")
 
 

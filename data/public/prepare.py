@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from data.errors import InputError
 from data.profile.fit import fit_schema
 from data.profile.scan import Progress, naming, unheard
-from data.public import avazu, criteo, movielens, taobao
+from data.public import click_logs, movielens
 from data.public.raw_files import Sources, Splits, digest, find_sources
 from data.reading.columns import Place
 from data.reading.numbers import read_labels
@@ -130,12 +130,12 @@ DATA_SETS = {
     "movielens": DataSet((*_THREE_FILES, "tags.parquet"), _movielens),
     "aliexpress": DataSet(("train.parquet", "test.parquet"), _aliexpress),
     "slots": DataSet(("all.parquet",), _slots),
-    "criteo_kaggle": DataSet(criteo.KAGGLE_FILES, criteo.kaggle_rows, LARGE_ROW_GROUP),
-    "criteo_1tb": DataSet(criteo.TERABYTE_FILES, criteo.terabyte_rows, LARGE_ROW_GROUP),
-    "avazu": DataSet(avazu.FILES, avazu.rows, LARGE_ROW_GROUP),
+    "criteo_kaggle": DataSet(click_logs.KAGGLE_FILES, click_logs.kaggle_rows, LARGE_ROW_GROUP),
+    "criteo_1tb": DataSet(click_logs.TERABYTE_FILES, click_logs.terabyte_rows, LARGE_ROW_GROUP),
+    "avazu": DataSet(click_logs.AVAZU_FILES, click_logs.avazu_rows, LARGE_ROW_GROUP),
     "movielens_latest": DataSet(movielens.LATEST_FILES, movielens.latest_rows),
     "movielens_1m": DataSet(movielens.FILES_1M, movielens.rows_1m),
-    "taobao_ad_raw": DataSet(taobao.FILES, taobao.rows, LARGE_ROW_GROUP),
+    "taobao_ad_raw": DataSet(click_logs.TAOBAO_FILES, click_logs.taobao_rows, LARGE_ROW_GROUP),
 }
 
 

@@ -19,20 +19,21 @@ from .ids import as_ids, codes_of, decoded, integers, is_id, is_valid
 
 SPLITMIX_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 LARGEST_UNBOUNDED = np.uint64(2**63 - 1)
+SINCE = "since"  # a column of vocabularies that have grown: the growth that gave the row to its value, or to nobody
 DIRECT_LOOKUP_SPAN = 2**22  # integer vocabularies up to this span of values are looked up in an array of it
 
 
 class Vocabulary:
-    """A fitted list of values: value i is row FIRST_VOCABULARY_ROW + i, all others are row OUT_OF_VOCABULARY_ROW."""
+    """A fitted list of values: value i is row FIRST_VOCABULARY_ROW + i, a null is a row that is free, all others are row OUT_OF_VOCABULARY_ROW."""
 
     def __init__(self, values: pa.Array) -> None:
         self.id_type = "integer" if pt.is_integer(values.type) else "text"
         if pt.is_integer(values.type):
-            numbers = values.to_numpy(zero_copy_only=False)
+            numbers = values.drop_null().to_numpy(zero_copy_only=False)
             if numbers.dtype != np.uint64:  # in narrower types differences overflow
                 numbers = numbers.astype(np.int64)
             order = np.argsort(numbers, kind="stable")
-            self._sorted, self._rows = numbers[order], order + FIRST_VOCABULARY_ROW
+            self._sorted, self._rows = numbers[order], np.flatnonzero(is_valid(values))[order] + FIRST_VOCABULARY_ROW
             self._low, self._high = map(int, self._sorted[[0, -1]]) if len(numbers) else (0, -1)
             span = self._high - self._low + 1
             self._direct: np.ndarray | None = None
@@ -41,6 +42,7 @@ class Vocabulary:
                 self._direct[(self._sorted - self._sorted[0]).astype(np.int64)] = self._rows
         else:
             self._row_of = {text: row for row, text in enumerate(values.to_pylist(), FIRST_VOCABULARY_ROW)}
+            self._row_of.pop(None, None)
 
     def rows_of(self, column: pa.Array) -> np.ndarray:
         """Return int64 rows, undefined at nulls, of integers or text as the vocabulary holds; the column may be a dictionary's."""
@@ -76,6 +78,7 @@ def read_vocabularies(schema: Schema) -> dict[str, pa.Array]:
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
                 values = parquet.read(columns=["value"])["value"].combine_chunks()
+                may_have_free = SINCE in parquet.schema_arrow.names
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such file: it is the vocabulary of field {feature.name!r} of the schema in {schema.folder}; {way_out}"
@@ -89,7 +92,8 @@ def read_vocabularies(schema: Schema) -> dict[str, pa.Array]:
         values = values.cast(pa.string()) if pt.is_null(kind) else decoded(values)
         ids, bad = as_ids(values, "") if is_id(kind) else (values, np.ones(1, bool))
         fault = "" if bad is None else f"holds {kind}: wanted integers or text"
-        if not fault and (ids.null_count or len(ids.unique()) < len(ids)):
+        known = ids.drop_null()
+        if not fault and (len(known) < len(ids) * (not may_have_free) or len(known.unique()) < len(known)):
             fault = "holds a null, or one value twice: wanted each value once, for it is one row"
         if fault:
             raise InputError(f"{path}: the vocabulary of field {feature.name!r} {fault}; {way_out}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial, reduce
 from glob import has_magic
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
@@ -34,6 +34,7 @@ THREADS = 8  # that read footers: small reads, which mostly wait
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
 CURE = "check the storage service and the network, or raise data.attempts"
+DAMAGED = "the file is damaged or of another kind: write it again or remove it"
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 30.0
 # What Arrow raises on damaged files: names that are not UTF-8 and inconsistent counts are not always ArrowExceptions.
 DAMAGE = (OSError, pa.ArrowException, UnicodeError, IndexError, OverflowError)
@@ -97,9 +98,7 @@ class Listed(NamedTuple):
 
     file: DataFile
     identity: object
-    is_data: (
-        bool  # whatever it is called where it is named by itself or by a pattern with an ending; else if it is Parquet
-    )
+    is_data: bool  # Parquet, or named by itself or by a pattern with an ending, whatever it is then called
 
 
 def list_files(text: str) -> list[Listed]:
@@ -119,20 +118,13 @@ def list_files(text: str) -> list[Listed]:
 
 def _list_local(parts: tuple[str, ...]) -> list[Listed]:
     try:
-        fixed = sum(takewhile(bool, (_is_there(Path(*parts[: end + 1])) for end in range(len(parts)))))
+        fixed = sum(takewhile(bool, map(os.path.lexists, accumulate(parts, os.path.join))))
         found = list(_below(os.path.join("", *parts[:fixed]), {parts[fixed:]}, ()))
     except OSError as error:
         raise InputError(
             f"{error.filename}: cannot be read ({error.strerror}); fix or remove it, or name other paths"
         ) from None
     return [Listed(Path(name), own, is_whole and _names_files(parts)) for name, own, is_whole in found]
-
-
-def _is_there(path: Path) -> bool:
-    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
-        path.lstat()
-        return True
-    return False
 
 
 def _below(path: str, patterns: Patterns, above: tuple[object, ...]) -> Iterator[tuple[str, object, bool]]:
@@ -228,21 +220,24 @@ def _opened(file: RemoteFile) -> pa.NativeFile:
     return system.open_input_file(path)
 
 
-def retried(action: Callable[[], T], what: str, attempts: int, cure: str = CURE) -> T:
+def retried(action: Callable[[], T], what: str, attempts: int, cure: str = CURE, problem: str = "") -> T:
     """Run `action` until it succeeds, with pauses that double, at most `attempts` times.
 
     Raises:
-        InputError: naming `what`, the last cause and the cure. Missing files and permissions are not retried.
+        InputError: naming `what`, the problem, the last cause and the cure. Missing files and permissions are not retried.
     """
     pause = FIRST_PAUSE_SECONDS
     for attempt in range(1, attempts + 1):
         try:
             return action()
         except (FileNotFoundError, PermissionError) as error:
-            raise InputError(f"{what}: {first_line(error)}; check the path and the permissions") from None
+            raise InputError(
+                f"{what}: cannot be read ({first_line(error)}); check the path and the permissions"
+            ) from None
         except DAMAGE as error:
             if attempt == attempts:
-                raise InputError(f"{what}: gave up after {attempts} attempts ({first_line(error)}); {cure}") from None
+                problem = problem or f"gave up after {attempts} attempts"
+                raise InputError(f"{what}: {problem} ({first_line(error)}); {cure}") from None
             log.warning("%s: attempt %d of %d failed (%s)", what, attempt, attempts, first_line(error))
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
@@ -269,16 +264,7 @@ def for_each_file(
 
 def read_or_name(read: Callable[[], T], file: DataFile, name: str, problem: str, attempts: int) -> T:
     """Run a read, of a remote file again if it fails; where the file is damaged an InputError begins with `name` and `problem`."""
-    if isinstance(file, RemoteFile):
-        return retried(read, name, attempts)
-    try:
-        return read()
-    except (FileNotFoundError, PermissionError) as error:
-        raise InputError(f"{name}: cannot be read ({first_line(error)}); check the path and the permissions") from None
-    except DAMAGE as error:
-        raise InputError(
-            f"{name}: {problem} ({first_line(error)}); the file is damaged or of another kind: write it again or remove it"
-        ) from None
+    return retried(read, name, attempts) if isinstance(file, RemoteFile) else retried(read, name, 1, DAMAGED, problem)
 
 
 def file_system(uri: str) -> tuple[pafs.FileSystem, str]:

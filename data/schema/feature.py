@@ -44,7 +44,8 @@ class Feature:
         table: name of the table, if fields share one; default: the field's own name (see `own_table`).
         pooling: how a list's rows become one vector.
         vocabulary: "fit", or a Parquet file (relative to the schema) with one column `value`, in row order.
-        min_count: values seen fewer times in training become out-of-vocabulary at fit.
+        min_count: values seen fewer times in training, over all days, read the out-of-vocabulary row.
+        expire_after: days, growths of a fit, after which a value that none of them had loses its row; 0: never.
         eviction: of zch: whose row a new id gets when all are taken. distance_lfu: the fewest uses over steps since the last one;
             lfu: the fewest uses; lru: the longest unused.
         eviction_interval: of zch: steps from one admission of new ids to the next.
@@ -73,6 +74,7 @@ class Feature:
     pooling: Literal["sum", "mean"] = "sum"
     vocabulary: str = ""
     min_count: int = bounded(1, at_least=1, fix="use 1 to keep every value")
+    expire_after: int = bounded(0, at_least=0, fix="use 0 to keep every value")
     eviction: Eviction = "distance_lfu"
     eviction_interval: int = bounded(5, at_least=1, wanted="a number of steps, 1 or more", fix="use 5")
     zch_buckets: int = bounded(
@@ -158,7 +160,7 @@ class Feature:
 _READERS: tuple[tuple[str, Callable[[Feature], bool], str], ...] = (
     ("encoding", lambda feature: feature.is_keyed, "fields of ids"),
     ("type", lambda feature: feature.encoding != "ids", 'encoding = "hash", "zch" or "vocabulary"'),
-    ("vocabulary min_count", lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
+    ("vocabulary min_count expire_after", lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
     ("eviction eviction_interval zch_buckets", lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
     ("num_embeddings embedding_dim table pooling", lambda feature: feature.is_sparse, "fields with a table"),
     ("weights", lambda feature: feature.is_weighted, 'kind = "weighted_multi_valued"'),

@@ -6,12 +6,15 @@ number a row and column shard, so its state cannot move between cuts into column
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,7 +30,7 @@ from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zc
 from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
-from sharding.bridge.caches import purge_caches
+from sharding.bridge.allocated import purge_caches
 from sharding.plan.plan_file import plan_text
 
 _TABLE = re.compile(r"embedding_bags\.([^/]+)\.weight")
@@ -36,8 +39,10 @@ _FACTS = (
     ("data_type", "numbers of the tables", ""),
     ("schema", "schema", ""),
 )
-FRESH = ", starts fresh"
+FRESH, NEW_ROWS = ", starts fresh", ", its new rows start fresh"
 SHOWN = 8
+RowsAnew = Mapping[str, np.ndarray]  # table -> ascending rows whose value is another one than in the checkpoint
+NO_ROWS = np.zeros(0, np.int64)
 
 
 def describe_run(built: Built) -> dict[str, Any]:
@@ -59,7 +64,11 @@ def describe_run(built: Built) -> dict[str, Any]:
 
 
 def saved_run(manifest: Manifest, where: object) -> dict[str, Any]:
-    """The facts about its run that the checkpoint at `where` stores; InputError if they are missing or malformed."""
+    """The facts about its run that the checkpoint at `where` stores; see `describe_run`.
+
+    Raises:
+        InputError: they are missing or malformed.
+    """
     run = manifest.extra.get("run", {})
     parts = ("column_shards", "zch_buckets", "config", "versions", "files")
     if isinstance(run, dict) and all(isinstance(run.get(key, {}), dict) for key in parts):
@@ -105,13 +114,7 @@ def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences
     """Compare a checkpoint with a run that wants these logical tensors, of all ranks."""
     old, run = saved_run(saved.manifest, saved.folder), describe_run(built)
     other_ids = tables_of_other_ids(saved.shapes, wanted, old.get("zch_buckets", {}), run["zch_buckets"])
-    recut: list[str] = []
-    if old.get("optimizer") == run["optimizer"] == "rowwise_adagrad":
-        before, now = old.get("column_shards", {}), run["column_shards"]
-        for table in sorted({table_of(name) for name in wanted} & {*before, *now}):
-            if before.get(table, 1) != now.get(table, 1):
-                recut.append(f"table {table}: {before.get(table, 1)} -> {now.get(table, 1)}")
-    found = Differences(other_ids, old.get("optimizer") != run["optimizer"], recut)
+    found = Differences(other_ids, old.get("optimizer") != run["optimizer"], _recut(old, run, wanted))
     for key, what, outcome in _FACTS:
         if old.get(key) != run[key]:
             found.phrases.append((f"{what}: {str(old.get(key))[:80]} -> {run[key]}", outcome))
@@ -134,7 +137,7 @@ def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences
             continue
         elif longer and not is_state:
             grown.add(name)
-            found.phrases.append((f"table {table}: {_change(before, now)}", ", its new rows start fresh"))
+            found.phrases.append((f"table {table}: {_change(before, now)}", NEW_ROWS))
         else:
             if now is not None:
                 found.fresh.add(name)
@@ -149,11 +152,23 @@ def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences
     return found
 
 
+def _recut(old: dict[str, Any], run: dict[str, Any], wanted: Iterable[str]) -> list[str]:
+    if {old.get("optimizer"), run["optimizer"]} != {"rowwise_adagrad"}:
+        return []
+    before, now = old.get("column_shards", {}), run["column_shards"]
+    tables = {table_of(name) for name in wanted} & {*before, *now}
+    cuts = [(table, before.get(table, 1), now.get(table, 1)) for table in sorted(tables)]
+    return [f"table {table}: {theirs} -> {own}" for table, theirs, own in cuts if theirs != own]
+
+
 def _change(before: Shape | None, now: Shape | None) -> str:
     if before is None or now is None:
         return "added" if before is None else "removed"
-    then, here = ("x".join(map(str, shape)) or "scalar" for shape in (before, now))
-    return f"shape {then} -> {here}"
+    return f"shape {_text(before)} -> {_text(now)}"
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(f"{size}" for size in shape) or "scalar"
 
 
 def table_of(name: str) -> str:
@@ -172,10 +187,16 @@ def all_shapes(shards: Iterable[TensorShard], process: Process) -> dict[str, Sha
     return {name: tuple(shape) for part in gathered for name, shape in part.items()}
 
 
-def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial: bool = False) -> list[str]:
-    """Load a checkpoint after a comparison; return what a partial load did, a line each. Every rank calls it.
+def load_checked(
+    saved: Saved, built: Built, process: Process, *, allow_partial: bool = False, anew: RowsAnew | None = None
+) -> list[str]:
+    """Load a checkpoint after a comparison; every rank calls it. With `anew` the schema has grown: tables may be longer, and those rows stay as built.
 
-    InputError if they differ and `allow_partial` is not set, or no partial load bridges the difference.
+    Returns:
+        What a partial load did, a line each; empty where everything fits.
+
+    Raises:
+        InputError: they differ and `allow_partial` is not set, or no partial load bridges the difference.
     """
     init_states(built)
     shards = shards_of(built.model, built.optimizer)
@@ -186,21 +207,26 @@ def load_checked(saved: Saved, built: Built, process: Process, *, allow_partial:
             "which cannot be cut or joined; keep the table's columns as they were in the plan, use a plan without column_wise "
             "from the start, or train with optim.embedding.name = 'adagrad'"
         )
+    if anew is not None:
+        report.phrases = [each for each in report.phrases if each[1] != NEW_ROWS and not each[0].startswith("schema: ")]
     phrases = [what for what, _ in report.phrases]
     if phrases and not allow_partial:
         raise InputError(
             f"{saved.folder}: belongs to another model: {some_of(phrases, SHOWN)}; use that run's config and "
             "schema, or load what fits with --allow-partial"
         )
-    _load(saved, built, process, [shard for shard in shards if shard.name not in report.fresh])
+    _load(saved, built, process, [shard for shard in shards if shard.name not in report.fresh], anew or {})
     return [f"partial load: {what}{outcome}" for what, outcome in report.phrases]
 
 
 def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Process) -> str:
-    """Copy tables and their optimizer state from the best checkpoint of `train.warm_start`; return a line on it. Every rank calls it.
+    """Copy tables and their optimizer state from the best checkpoint of `train.warm_start`; every rank calls it.
 
     A table may have more rows here: the first ones are copied, so its ids must mean the same there (those of another hash size or another
     vocabulary do not, unless that one has only grown). Without `train.warm_start_tables` every table that both runs have is taken.
+
+    Returns:
+        One line on what was taken.
 
     Raises:
         InputError: no such run or table, a table is wider or longer there, or its rows are of other ids.
@@ -222,11 +248,7 @@ def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Proces
         report = compare(saved, wanted, built)
         same_state = not report.other_optimizer and not report.recut
         taken = {name for name in wanted if table_of(name) in tables and (same_state or name.startswith("model/"))}
-        before = own_schema(other, saved_run(saved.manifest, other))
-        with suppress(
-            InputError, KeyError, TypeError
-        ):  # a run without a copy: what its config names, if it is still there
-            before = before or load_schema(read_toml(other / CONFIG)["schema"])
+        before = own_schema(other, saved_run(saved.manifest, other)) or _schema_of_config(other)
         why = other_ids(before, schema) if before is not None else {}
         why |= dict.fromkeys(report.other_ids, "encoding zch, num_embeddings or zch_buckets differ")
         for table in sorted(tables & why.keys()):
@@ -245,6 +267,13 @@ def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Proces
     return f"warm start from step {step} of {other}: {note} optimizer state: {', '.join(sorted(tables))}"
 
 
+def _schema_of_config(folder: Path) -> Schema | None:
+    """The schema that the config of a run without a copy of its own names, if it is still there."""
+    with suppress(InputError, KeyError, TypeError):
+        return load_schema(read_toml(folder / CONFIG)["schema"])
+    return None
+
+
 def _chosen_tables(train: TrainConfig, saved: Saved, wanted: Iterable[str]) -> set[str]:
     own, theirs = ({table_of(name) for name in names} - {""} for names in (wanted, saved.shapes))
     for name in train.warm_start_tables:
@@ -256,9 +285,23 @@ def _chosen_tables(train: TrainConfig, saved: Saved, wanted: Iterable[str]) -> s
     return set(train.warm_start_tables) or own & theirs
 
 
-def _load(saved: Saved, built: Built, process: Process, shards: Iterable[TensorShard]) -> None:
+def _load(
+    saved: Saved, built: Built, process: Process, shards: Iterable[TensorShard], anew: RowsAnew = MappingProxyType({})
+) -> None:
     with agreed(process):
         for shard in shards:
-            saved.copy_into(shard, process.rank, process.world_size)
+            rows = torch.from_numpy(anew.get(table_of(shard.name), NO_ROWS))
+            if (
+                len(rows) and shard.tensor.dim() and shard.global_shape[0] > int(rows[-1])
+            ):  # else one number for the whole table
+                rows = (
+                    rows[(rows >= shard.offsets[0]) & (rows < shard.offsets[0] + len(shard.tensor))] - shard.offsets[0]
+                )
+                rows = rows.to(shard.tensor.device)
+                kept = shard.tensor.detach()[rows]
+                saved.copy_into(shard, process.rank, process.world_size)
+                shard.tensor.detach()[rows] = kept
+            else:
+                saved.copy_into(shard, process.rank, process.world_size)
         purge_caches(built.model)
         check_rows(saved, built.model)

@@ -13,7 +13,7 @@ from pathlib import Path
 from data.errors import InputError
 from data.reading.storage import is_uri
 from data.schema.parse import parse_dataclass, read_toml
-from mbcnet_rec.checkpoints.storage import CheckpointStorage, open_storage
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.training.config import TrainConfig
 
 CONFIG, PLAN, CHECKPOINTS, DONE = "config.toml", "plan.json", "checkpoints", "DONE"
@@ -21,12 +21,20 @@ NEW, REPLACED = ".new", ".replaced"
 
 
 def storage_of(train: TrainConfig, folder: Path) -> CheckpointStorage:
-    """The storage of the checkpoints of the run in `folder`; InputError if it is a URI that cannot be opened."""
-    return open_storage(train.checkpoint_folder or folder / CHECKPOINTS)
+    """The storage of the checkpoints of the run in `folder`.
+
+    Raises:
+        InputError: `train.checkpoint_folder` is a URI that cannot be opened.
+    """
+    return CheckpointStorage(train.checkpoint_folder or folder / CHECKPOINTS)
 
 
 def train_config_of(folder: Path) -> TrainConfig | None:
-    """The [train] part of the config of the run in `folder`, None where it holds no run; InputError if it cannot be read."""
+    """The [train] part of the config of the run in `folder`; None where it holds no run.
+
+    Raises:
+        InputError: the config cannot be read.
+    """
     path = folder / CONFIG
     if not path.is_file():
         return None

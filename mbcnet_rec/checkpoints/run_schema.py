@@ -1,6 +1,7 @@
 """A run's own copy of its schema and vocabularies: written when the run begins, read by all that reads the run.
 
-    RUN/schema.toml  vocabulary/TABLE.parquet  synthetic.json (of generated data)
+    RUN/schema.toml  vocabulary/ (with the sightings of ids that have no row yet)  synthetic.json (of generated data)
+    RUN/schema_before/  the same of the day before, of a run whose vocabularies have grown with its days
 
 Every checkpoint has the SHA-256 of these files, so that a copy which was changed is refused and not read as the run's.
 """
@@ -11,17 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import types as pt
 
 from data.errors import InputError
+from data.profile.fit import GROWTH, WAITING
+from data.profile.grow import given_rows, read_growth
 from data.reading.keys import read_vocabularies
 from data.schema import Feature, Schema, format_schema, load_schema
-from data.schema.feature import VOCABULARY_FOLDER
+from data.schema.feature import FIRST_VOCABULARY_ROW, VOCABULARY_FOLDER
 from mbcnet_rec.checkpoints.manifest import sha256_of
 
-SCHEMA, SYNTHETIC = "schema.toml", "synthetic.json"
-COPIED = (SCHEMA, VOCABULARY_FOLDER, SYNTHETIC)  # names in a run folder
+SCHEMA, SYNTHETIC, BEFORE = "schema.toml", "synthetic.json", "schema_before"
+COPIED = (SCHEMA, VOCABULARY_FOLDER, SYNTHETIC, BEFORE)  # names in a run folder
 HEADER = "Of this run: what its rows mean. Its checkpoints have the SHA-256 of this file and of the vocabularies."
 
 
@@ -47,8 +52,8 @@ def _sources(schema: Schema) -> dict[str, Path]:
         for feature in schema.features
         if feature.vocabulary
     }
-    synthetic = schema.folder / SYNTHETIC
-    return found | ({SYNTHETIC: synthetic} if synthetic.is_file() else {})
+    waiting = (f"{WAITING}/{Path(name).name}" for name in dict.fromkeys(found))
+    return found | {name: path for name in (*waiting, GROWTH, SYNTHETIC) if (path := schema.folder / name).is_file()}
 
 
 def write_copy(schema: Schema, folder: Path, sums: Mapping[str, str]) -> None:
@@ -58,9 +63,10 @@ def write_copy(schema: Schema, folder: Path, sums: Mapping[str, str]) -> None:
         InputError: a file has changed since.
         OSError: the copy cannot be written.
     """
+    folder.mkdir(exist_ok=True)
     (folder / SCHEMA).write_text(schema_text(schema), encoding="utf-8")
     for name, source in _sources(schema).items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
     for name, sha256 in sums.items():
         if sha256_of(folder / name) != sha256:
@@ -78,6 +84,8 @@ def own_schema(folder: Path, run: Mapping[str, Any]) -> Schema | None:
     files = run.get("files")
     if not files:
         return None
+    if (folder / BEFORE / SCHEMA).is_file() and sha256_of(folder / SCHEMA) != files.get(SCHEMA):
+        folder = folder / BEFORE  # another day has begun, and has no checkpoint yet
     for name, sha256 in files.items():
         if sha256_of(folder / name) != sha256:
             raise InputError(
@@ -103,6 +111,34 @@ def other_ids(before: Schema, now: Schema) -> dict[str, str]:
     names = {table.name for table in before.tables} & {table.name for table in now.tables}
     reasons = {name: _difference((before, now), name, values) for name in sorted(names)}
     return {name: why for name, why in reasons.items() if why}
+
+
+def rows_begun_anew(before: Schema, now: Schema) -> dict[str, np.ndarray] | None:
+    """Field with a vocabulary -> rows that have become another value's, or nobody's; None where the one schema is no growth of the other.
+
+    Raises:
+        InputError: a vocabulary cannot be read.
+    """
+    known, values = (read_vocabularies(each) for each in (before, now))
+    day, found = read_growth(before.folder)["day"], {}
+    for old, new in zip(before.features, now.features, strict=True):
+        if not new.vocabulary:
+            continue
+        had, has = known[old.vocabulary], values[new.vocabulary]
+        if len(has) < len(had) or pt.is_integer(has.type) != pt.is_integer(had.type):
+            return None
+        try:
+            had, has = had.cast(has.type), has[: len(had)]
+        except pa.ArrowInvalid:
+            return None
+        both_free = pc.and_(had.is_null(), has.is_null())
+        places = np.flatnonzero(
+            ~pc.or_(both_free, pc.fill_null(pc.equal(had, has), False)).to_numpy(zero_copy_only=False)
+        )
+        if len(places) and not (given_rows(now.folder / new.vocabulary)[places] > day).all():
+            return None
+        found[new.name] = places + FIRST_VOCABULARY_ROW
+    return found
 
 
 def _difference(schemas: Sequence[Schema], table: str, vocabularies: Sequence[Mapping[str, pa.Array]]) -> str:

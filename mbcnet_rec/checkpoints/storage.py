@@ -1,17 +1,15 @@
-"""Where checkpoints lie: a folder on a disk, or a prefix behind a URI (s3://, gs://, memory://).
+"""Where checkpoints lie: a folder on a disk that every rank sees, or a prefix behind a URI (s3://, gs://, memory://).
 
-On a disk a checkpoint is written to a hidden folder and appears by one rename. Object stores have no rename: there the
-files of each try have names of their own, and the manifest, which is one object that names them, is written last.
-A draft is a checkpoint that is being written; its token, equal on all ranks, tells it from other tries of its step.
+Object stores have no rename, so none is needed: the files of each try of a step have names of their own, and the manifest, which names
+them, appears last and whole. Until then an earlier checkpoint of the step stands. A try's token is equal on all ranks.
 """
 
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -20,14 +18,13 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from data.errors import InputError
-from data.reading.storage import file_system, retried
+from data.reading.storage import file_system, is_uri, local_path, retried
 from data.whole_folder import write_whole
-from mbcnet_rec.checkpoints.manifest import MANIFEST, Manifest, file_name, is_file_name, read_checkpoint, read_manifest
+from mbcnet_rec.checkpoints.manifest import MANIFEST, Manifest, is_file_name, read_checkpoint, read_manifest
 from mbcnet_rec.runtime.exits import CannotWriteError
 
 BEST = "best.json"
-PARTIAL = ".partial"
-OLD = ".old"  # marks a checkpoint that is being replaced by another one of its step
+PROBE = "probe"
 READ_ATTEMPTS = 3
 
 
@@ -35,148 +32,48 @@ class DamagedCheckpointWarning(UserWarning):
     """A checkpoint did not verify, and an older one is used instead."""
 
 
-class LocalStorage:
-    """A folder on a disk that every rank sees."""
+class CheckpointStorage:
+    """The checkpoints of a run; names are relative to their place. `root`: their folder on a disk; None behind a URI."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, location: str | Path) -> None:
+        """Raise InputError if a URI's scheme is unknown or its client is not installed."""
+        self.location = str(location)
+        self.root = local_path(self.location) if is_uri(self.location) else Path(location)
+        local = pafs.LocalFileSystem(), str(self.root)
+        self._system, self._base = file_system(self.location.rstrip("/")) if self.root is None else local
 
-    def folder(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
-        return self.root / f"step_{step}"
+    def _path(self, name: str) -> str:
+        return f"{self._base.rstrip('/')}/{name}"
 
-    def _draft(self, step: int, token: str) -> Path:
-        return self.root / f".step_{step}.{token}{PARTIAL}"
+    def _files(self) -> list[tuple[str, str]]:
+        """(folder, name) of each file in the folders right below this place."""
+        if self.root is not None:
+            return [(path.parent.name, path.name) for path in self.root.glob("step_*/*")]
+        selector = pafs.FileSelector(self._path(""), recursive=True, allow_not_found=True)
+        start = len(self._path("").lstrip("/"))
+        paths = [info.path.lstrip("/") for info in self._system.get_file_info(selector) if info.is_file]
+        parts = [path[start:].split("/") for path in paths]
+        return [(each[0], each[1]) for each in parts if len(each) == 2]
 
-    def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending; whether they verify is not asked."""
-        return _numbers(path.parent.name for path in self.root.glob(f"step_*/{MANIFEST}"))
-
-    def file_name(self, rank: int, token: str) -> str:
-        """The file of a rank in a draft."""
-        return file_name(rank)
-
-    @contextmanager
-    def write(self, step: int, token: str, name: str) -> Iterator[BinaryIO]:
-        """A stream into a file of the draft, safe on storage when it closes without an error."""
-        draft = self._draft(step, token)
-        draft.mkdir(parents=True, exist_ok=True)
-        with (draft / name).open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-
-    def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
-        """Make the draft of these files the checkpoint of its step; an earlier one is replaced atomically.
-
-        Raises:
-            CannotWriteError: a rank's file is missing, because its host has another disk.
-        """
-        draft, final = self._draft(step, token), self.folder(step)
-        for name in names:
-            if not (draft / name).is_file():
-                raise CannotWriteError(
-                    f"{self.root}: {name} of step {step} was written but is not there: the ranks' hosts do not share this folder; set "
-                    "train.checkpoint_folder to one that they share, or to a URI"
-                )
-        with self.write(step, token, MANIFEST) as file:
-            file.write(manifest)
-        _sync_folder(draft)
-        old = self._draft(step, f"{token}{OLD}")
-        if final.exists():
-            os.replace(final, old)
-        os.replace(draft, final)
-        _sync_folder(self.root)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def discard(self, step: int, token: str) -> None:
-        """Remove a draft."""
-        shutil.rmtree(self._draft(step, token), ignore_errors=True)
-
-    def remove(self, step: int) -> None:
-        """Remove a checkpoint. The manifest goes first: what a crash leaves after that does not count as a checkpoint."""
-        (self.folder(step) / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.folder(step), ignore_errors=True)
-
-    def clean(self) -> None:
-        """Remove drafts of dead runs. A checkpoint that was being replaced by one that never came is put back."""
-        for path in self.root.glob(f".step_*{OLD}{PARTIAL}"):
-            for step in _numbers([path.name.split(".")[1]]):
-                if (path / MANIFEST).is_file() and not self.folder(step).exists():
-                    os.replace(path, self.folder(step))
-        for pattern in (f".step_*{PARTIAL}", f".{BEST}{PARTIAL}", f".probe{PARTIAL}"):
-            for path in self.root.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        for path in self.root.glob("step_*"):
-            if path.is_dir() and not path.is_symlink() and _numbers([path.name]):
-                names = [each.name for each in path.iterdir()]
-                if MANIFEST not in names and all(map(is_file_name, names)):  # others are not ours
-                    shutil.rmtree(path, ignore_errors=True)
-
-    def check_writable(self) -> None:
-        """Write a small file and remove it; OSError if that fails. A folder that was not there is not left behind."""
-        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
-        self.root.mkdir(parents=True, exist_ok=True)
-        probe = self.root / f".probe{PARTIAL}"
-        try:
-            probe.write_bytes(b"1")
-        finally:
-            probe.unlink(missing_ok=True)
-            for path in made:
-                path.rmdir()
-
-    @contextmanager
-    def fetched(self, step: int) -> Iterator[Path]:
-        """A local folder with the checkpoint."""
-        yield self.folder(step)
-
-    def manifest(self, step: int) -> Manifest:
-        """The manifest of a step alone."""
-        return read_manifest(self.folder(step))
-
-    def write_note(self, name: str, data: bytes) -> None:
-        """Write a small file next to the checkpoints, atomically."""
-        write_whole(self.root / name, data.decode())
-
-    def remove_note(self, name: str) -> None:
-        """Remove such a file, if it is there."""
-        (self.root / name).unlink(missing_ok=True)
-
-    def read_note(self, name: str) -> bytes:
-        """Read such a file; OSError if it does not exist."""
-        return (self.root / name).read_bytes()
-
-
-class RemoteStorage:
-    """A prefix behind a URI; its methods do what those of LocalStorage do."""
-
-    def __init__(self, uri: str) -> None:
-        """Raise InputError if the URI's scheme is unknown or its client is not installed."""
-        self.uri = uri.rstrip("/")
-        system, root = file_system(self.uri)
-        self._system = pafs.SubTreeFileSystem(root, system)  # paths are below the prefix
-
-    def _files(self, folder: str = "") -> list[str]:
-        """Paths of all files at and below a folder."""
-        selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
-        return [info.path for info in self._system.get_file_info(selector) if info.is_file]
+    def _names(self, step: int) -> list[str]:
+        return [name for folder, name in self._files() if folder == f"step_{step}"]
 
     def steps(self) -> list[int]:
-        """Steps that have a manifest, ascending."""
-        return _numbers(path.removesuffix(f"/{MANIFEST}") for path in self._files())
-
-    def file_name(self, rank: int, token: str) -> str:
-        """A name with the token, so that the manifest of an earlier try still finds that try's files."""
-        return file_name(rank, token)
-
-    def write(self, step: int, token: str, name: str) -> AbstractContextManager[pa.NativeFile]:
-        """A stream into a file of the draft."""
-        self._system.create_dir(f"step_{step}")
-        return self._opened(f"step_{step}/{name}")
+        """Steps that have a manifest, ascending; whether they verify is not asked."""
+        return _numbers(folder for folder, name in self._files() if name == MANIFEST)
 
     @contextmanager
-    def _opened(self, path: str) -> Iterator[pa.NativeFile]:
-        file = self._system.open_output_stream(path)
+    def write(self, name: str) -> Iterator[BinaryIO | pa.NativeFile]:
+        """A stream into a file, safe on storage when it closes without an error."""
+        if "/" in name:
+            self._system.create_dir(self._path(name).rpartition("/")[0])
+        if self.root is not None:
+            with (self.root / name).open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            return
+        file = self._system.open_output_stream(self._path(name))
         try:
             yield file
         finally:
@@ -185,81 +82,115 @@ class RemoteStorage:
                 file.close()
             except OSError:
                 # An object is there whole or not at all, and some servers (moto) answer in words that Arrow takes for a failure
-                if self._system.get_file_info(path).size != written:
+                if self._system.get_file_info(self._path(name)).size != written:
                     raise
 
-    def commit(self, step: int, token: str, manifest: bytes, names: Sequence[str]) -> None:
-        """Write the manifest, then remove the files of other tries."""
-        with self.write(step, token, MANIFEST) as file:
-            file.write(manifest)
-        self._delete(path for path in self._files(f"step_{step}") if _name(path) not in {MANIFEST, *names})
+    def commit(self, step: int, manifest: bytes, names: Sequence[str]) -> None:
+        """Make these files, in place of all others, the checkpoint of a step.
+
+        Raises:
+            CannotWriteError: a rank's file is missing, because its host has another disk.
+        """
+        there = self._names(step)
+        for name in names:
+            if name not in there:
+                raise CannotWriteError(
+                    f"{self.location}: {name} of step {step} was written but is not there: the ranks' hosts do not share this folder; set "
+                    "train.checkpoint_folder to one that they share, or to a URI"
+                )
+        self._sync_folders(f"step_{step}")
+        self.write_note(f"step_{step}/{MANIFEST}", manifest)
+        self._sync_folders(f"step_{step}", "")
+        self._delete(step, (name for name in there if name not in {MANIFEST, *names}))
+
+    def _sync_folders(self, *folders: str) -> None:
+        """Make names in folders durable."""
+        for folder in folders if self.root is not None else ():
+            handle = os.open(self._path(folder), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
     def discard(self, step: int, token: str) -> None:
-        """Remove the files of a draft."""
-        self._delete(path for path in self._files(f"step_{step}") if f".{token}." in _name(path))
+        """Remove the files of a try."""
+        self._delete(step, (name for name in self._names(step) if f".{token}." in name))
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint, the manifest first."""
-        self._delete([f"step_{step}/{MANIFEST}"])
-        with suppress(FileNotFoundError):
-            self._system.delete_dir(f"step_{step}")
+        """Remove a checkpoint. The manifest goes first: what a crash leaves after that does not count as a checkpoint."""
+        self._delete(step, [MANIFEST])
+        with suppress(OSError):
+            self._system.delete_dir(self._path(f"step_{step}"))
 
-    def _delete(self, paths: Iterable[str]) -> None:
-        for path in paths:
-            with suppress(FileNotFoundError):
-                self._system.delete_file(path)
+    def _delete(self, step: int, names: Iterable[str]) -> None:
+        """Remove files of a step, and on a disk its folder with the last one."""
+        for name in names:
+            self.remove_note(f"step_{step}/{name}")
+        if self.root is not None:
+            with suppress(OSError):
+                (self.root / f"step_{step}").rmdir()
 
     def clean(self) -> None:
-        """Remove the files of steps that have no manifest; others than ours stay."""
-        for step in set(_numbers(path.rpartition("/")[0] for path in self._files())).difference(self.steps()):
-            self._delete(path for path in self._files(f"step_{step}") if is_file_name(_name(path)))
+        """Remove what dead runs have left of checkpoints that never came; files of others stay."""
+        for pattern in (f".{BEST}.partial", f".{PROBE}.partial", f"step_*/.{MANIFEST}.partial"):
+            for path in self.root.glob(pattern) if self.root is not None else ():
+                path.unlink(missing_ok=True)
+        files = self._files()
+        for step in set(_numbers(folder for folder, _ in files)) - set(self.steps()):
+            self._delete(step, (name for folder, name in files if folder == f"step_{step}" and is_file_name(name)))
 
     def check_writable(self) -> None:
-        """Write a small file and remove it."""
-        self.write_note("probe", b"1")
-        self._system.delete_file("probe")
+        """Write a small file and remove it; OSError if that fails. A folder that was not there is not left behind."""
+        made = [] if self.root is None else [path for path in (self.root, *self.root.parents) if not path.exists()]
+        try:
+            self.write_note(PROBE, b"1")
+            self.remove_note(PROBE)
+        finally:
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
 
     @contextmanager
-    def fetched(self, step: int) -> Iterator[Path]:
-        """A copy of the files that the manifest names, and of no others."""
+    def fetched(self, step: int, *, tensors: bool = True) -> Iterator[Path]:
+        """A local folder with the files that a step's manifest names and no others, or the manifest alone; on a disk the step's own."""
+        if self.root is not None:
+            yield self.root / f"step_{step}"
+            return
         with tempfile.TemporaryDirectory(prefix="mbcnet-checkpoint-") as name:
             folder = Path(name)
             self._fetch(step, MANIFEST, folder)
-            for rank_file in read_manifest(folder).files:
+            for rank_file in read_manifest(folder).files if tensors else ():
                 self._fetch(step, rank_file.name, folder)
             yield folder
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step alone."""
-        with tempfile.TemporaryDirectory(prefix="mbcnet-manifest-") as name:
-            self._fetch(step, MANIFEST, Path(name))
-            return read_manifest(Path(name))
+        with self.fetched(step, tensors=False) as folder:
+            return read_manifest(folder)
 
     def _fetch(self, step: int, name: str, folder: Path) -> None:
-        copy = partial(pafs.copy_files, f"step_{step}/{name}", str(folder / name), self._system, pafs.LocalFileSystem())
-        retried(copy, f"{self.uri}/step_{step}/{name}", READ_ATTEMPTS, "use another checkpoint")
+        source, target = self._path(f"step_{step}/{name}"), str(folder / name)
+        copy = partial(pafs.copy_files, source, target, self._system, pafs.LocalFileSystem())
+        retried(copy, f"{self.location}/step_{step}/{name}", READ_ATTEMPTS, "use another checkpoint")
 
     def write_note(self, name: str, data: bytes) -> None:
-        """Write a small object next to the checkpoints."""
-        with self._opened(name) as file:
-            file.write(data)
+        """Write a small file at once or not at all."""
+        if self.root is not None:
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.root / name, data.decode())
+        else:
+            with self.write(name) as file:
+                file.write(data)
 
     def remove_note(self, name: str) -> None:
-        """Remove such an object, if it is there."""
-        self._delete([name])
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self._system.delete_file(self._path(name))
 
     def read_note(self, name: str) -> bytes:
-        """Read such a file; OSError if it does not exist."""
-        with self._system.open_input_stream(name) as file:
+        """Read a small file; OSError if it does not exist."""
+        with self._system.open_input_stream(self._path(name)) as file:
             return file.read()
-
-
-CheckpointStorage = LocalStorage | RemoteStorage
-
-
-def open_storage(location: str | Path) -> CheckpointStorage:
-    """The storage of a path or URI; InputError if the URI's scheme is unknown or its client is not installed."""
-    return RemoteStorage(str(location)) if "://" in str(location) else LocalStorage(Path(location))
 
 
 def latest_step(storage: CheckpointStorage) -> int | None:
@@ -291,16 +222,3 @@ def _verifies(storage: CheckpointStorage, step: int) -> bool:
 
 def _numbers(names: Iterable[str]) -> list[int]:
     return sorted({int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdecimal()})
-
-
-def _name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
-
-
-def _sync_folder(path: Path) -> None:
-    """Make names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

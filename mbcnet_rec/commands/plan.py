@@ -47,20 +47,19 @@ def register(parser: argparse.ArgumentParser) -> None:
 
     def action(name: str, run: Any, words: str, *parts: Any) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=words, description=run.__doc__)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, output="")
         for add_part in parts:
             add_part(added)
         return added
 
     action("make", _make, "plan (the default)", _add_task)
-    action("show", _show, "what a plan file costs", _add_plan, _add_views).set_defaults(output="")
+    action("show", _show, "what a plan file costs", _add_plan, _add_views)
     explain = action("explain", _explain, "why a table is where it is")
     explain.add_argument("table", metavar="TABLE")
     _add_plan(explain)
     diff = action("diff", _diff, "how two plans differ", _add_json)
     diff.add_argument("old", metavar="OLD")
     diff.add_argument("new", metavar="NEW")
-    diff.add_argument("--cluster", metavar="HxD:KIND", help="also compare costs there (default: each plan's own cluster)")  # fmt: skip
     smallest = action("min-gpus", _min_gpus, "the smallest cluster that fits", _add_task)
     smallest.add_argument("--headroom", type=float, default=0.2, metavar="SHARE", help="share of each device's memory to leave free (default 0.2)")  # fmt: skip
     check = action("check", _check, "does a plan fit a schema and a cluster?", _add_plan, _add_json)
@@ -80,9 +79,6 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--batch-size", type=int, metavar="N", help=f"rows of ONE rank's batch (default {DEFAULT_BATCH}, or the config's share)")  # fmt: skip
     size.add_argument("--global-batch-size", type=int, metavar="N", help="rows of a step over all ranks")
     add("--optimizer", choices=("rowwise_adagrad", "adagrad", "sgd"), help="of the tables (default: the config's, else rowwise_adagrad)")  # fmt: skip
-    add("--dense-parameters", type=int, metavar="N", help="of the dense part, instead of counting the model's")  # fmt: skip
-    add("--dense-flops", type=float, metavar="N", help="forward, of one row")
-    add("--dense-activation-bytes", type=float, metavar="N", help="kept for backward, of one row")
     add("-o", "--output", metavar="PLAN", help="write the plan file")
     _add_views(parser)
 
@@ -162,21 +158,9 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _diff(args: argparse.Namespace) -> int:
     """Show how two plans differ. Exits with 1 where they do, as diff does."""
-    plans = {"old": read_plan(Path(args.old)), "new": read_plan(Path(args.new))}
-    found = compare_plans(plans["old"], plans["new"])
-    differ = bool(found["head"] or found["tables"])
-    if args.json:
-        print(json.dumps(found))
-        return int(differ)
-    print("\n".join(diff_lines(found)) or "no difference")
-    if differ and (args.cluster or all(plan.cluster for plan in plans.values())):
-        for label, plan in plans.items():
-            result = assess(plan, _cluster_for(plan, args.cluster, getattr(args, label)))
-            print(
-                f"{label}: {1e3 * result.path.step:.3f} ms a step, {result.samples_per_second:,.0f} samples a second; busiest "
-                f"rank {1e3 * result.busiest.times.total:.3f} ms, most memory {result.fullest_bytes:,} bytes"
-            )
-    return int(differ)
+    found = compare_plans(read_plan(Path(args.old)), read_plan(Path(args.new)))
+    print(json.dumps(found) if args.json else "\n".join(diff_lines(found)) or "no difference")
+    return int(bool(found["head"] or found["tables"]))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -206,28 +190,24 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _assessed(args: argparse.Namespace) -> Assessment:
+    """What a plan costs on the named cluster, which must be of the plan's size and device, else on the plan's own."""
     plan = read_plan(Path(args.plan))
     unsized = [name for name, table in plan.tables.items() if not table.num_embeddings]
     if unsized:
         raise InputError(
             f"{args.plan}: tables.{unsized[0]} has no sizes (a file of the first format); write a new one with `mbcnet plan make`"
         )
-    return assess(plan, _cluster_for(plan, args.cluster, args.plan))
-
-
-def _cluster_for(plan: Plan, named: str | None, source: str) -> Cluster:
-    """The cluster to assess a plan on: the named one, else the plan's own. It must be of the plan's size and device."""
-    text = named or plan.cluster
+    text = args.cluster or plan.cluster
     if text.endswith(":default") or not text:
-        return default_cluster(plan.world_size, plan.local_world_size, plan.device)
+        return assess(plan, default_cluster(plan.world_size, plan.local_world_size, plan.device))
     cluster = read_cluster(text)
     wanted = (plan.world_size, plan.local_world_size, plan.device)
     if (cluster.world_size, cluster.devices_per_host, cluster.device) != wanted:
         raise InputError(
-            f"{source}: for {plan.hosts}x{plan.local_world_size} on {plan.device}, but --cluster {text} is {cluster.hosts}x"
+            f"{args.plan}: for {plan.hosts}x{plan.local_world_size} on {plan.device}, but --cluster {text} is {cluster.hosts}x"
             f"{cluster.devices_per_host} on {cluster.device}; name a cluster of the plan's size, or plan again with `mbcnet plan make`"
         )
-    return cluster
+    return assess(plan, cluster)
 
 
 def _room(args: argparse.Namespace, cluster: Cluster) -> Room:
@@ -264,24 +244,16 @@ def task_of(args: argparse.Namespace) -> Task:
     from mbcnet_rec.model.models import ModelConfig, schema_with_wide
 
     model = run.model if run else ModelConfig()
-    given = {
-        "parameters": args.dense_parameters,
-        "forward_flops": args.dense_flops,
-        "activation_bytes": args.dense_activation_bytes,
-    }
-    known = {key: value for key, value in given.items() if value is not None}
-    dense = replace(dense_cost(model, schema, config), **known)
-    return replace(task, schema=schema_with_wide(model, schema), dense=dense)
+    return replace(task, schema=schema_with_wide(model, schema), dense=dense_cost(model, schema, config))
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    most = {"batch_size": MAX_BATCH, "global_batch_size": MAX_BATCH * MAX_RANKS}
-    for key in (*most, "dense_parameters", "dense_flops", "dense_activation_bytes"):
-        value, option = getattr(args, key), f"--{key.replace('_', '-')}"
-        if key in most and value is not None and not 1 <= value <= most[key]:
+    for option, value, most in (
+        ("--batch-size", args.batch_size, MAX_BATCH),
+        ("--global-batch-size", args.global_batch_size, MAX_BATCH * MAX_RANKS),
+    ):
+        if value is not None and not 1 <= value <= most:
             raise InputError(f"{option} {value}: wanted rows in [1, {MAX_BATCH:,}] a rank; 8192 is usual")
-        if value is not None and value < 0:
-            raise InputError(f"{option} {value}: wanted 0 or more; raise it")
     for key in ("output", "html"):
         path = getattr(args, key)
         if path and not Path(path).absolute().parent.is_dir():

@@ -9,9 +9,11 @@ from tqdm import tqdm
 from data.errors import InputError
 from data.profile.count import table_2
 from data.profile.fit import write_fitted
+from data.profile.grow import grow_fitted, growth_lines
 from data.profile.infer import infer_schema
 from data.reading.files import files_in_words, resolve_files
-from data.schema import load_schema
+from data.reading.storage import FileList
+from data.schema import Schema, load_schema
 from data.schema.show import print_schema
 from data.whole_folder import write_whole
 from mbcnet_rec.logs.progress import RowBar
@@ -31,9 +33,14 @@ def register(parser: argparse.ArgumentParser) -> None:
     infer.set_defaults(run=_infer)
     fit = actions.add_parser("fit", help='measure every "fit" on training files', description=_fit.__doc__)
     add = fit.add_argument
-    add("schema", metavar="SCHEMA")
+    add("schema", metavar="SCHEMA", help="with --grow, the folder of an earlier fit")
     add("paths", nargs="+", metavar="PATH", help="Parquet files of the training split only")
-    add("-o", "--out", required=True, metavar="FOLDER")
+    add("-o", "--out", default="", metavar="FOLDER", help="with --grow: default the folder that grows")
+    add(
+        "--grow",
+        action="store_true",
+        help="add another day's files to a fit: values get rows or lose them, no row moves",
+    )
     add("--force", action="store_true", help="replace an earlier fit in FOLDER")
     fit.set_defaults(run=_fit)
     show = actions.add_parser("show", help="print a schema as a table", description=_show.__doc__)
@@ -72,7 +79,12 @@ def _infer(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     """Replace every "fit" of a schema (vocabularies, means, boundaries) by what the training files say."""
-    schema, files = load_schema(args.schema), resolve_files(args.paths)
+    path, files = Path(args.schema), resolve_files(args.paths)
+    schema = load_schema(path / "schema.toml" if args.grow and path.is_dir() else path)
+    if args.grow:
+        return _grow(schema, files, Path(args.out) if args.out else schema.folder)
+    if not args.out:
+        raise InputError("wanted -o FOLDER, where the fitted schema goes; add it")
     with RowBar("fit") as bar:
         write_fitted(
             schema, files, args.out, force=args.force,
@@ -80,6 +92,17 @@ def _fit(args: argparse.Namespace) -> int:
         )  # fmt: skip
     print(f"{args.out}: schema.toml and vocabularies of {bar.rows:,} rows of {files_in_words(files)}")
     print(f"next: mbcnet data check FILES --schema {Path(args.out) / 'schema.toml'}, then train with it")
+    return 0
+
+
+def _grow(schema: Schema, files: FileList, out: Path) -> int:
+    with RowBar("grow") as bar:
+        changes = grow_fitted(schema, files, out, bar.reach)
+    if not changes:
+        print(f"{out}: all of {files_in_words(files)} were counted before; nothing changes")
+    for line in growth_lines(changes):
+        print(line)
+    print(f"next: mbcnet train --continue RUN --data FILES, of a run whose schema is {out / 'schema.toml'}")
     return 0
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,10 @@ class MlflowSink:
         from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 
         path = self._folder / RUN_ID
-        if path.exists():
+        with suppress(FileNotFoundError, MlflowException):  # a new run, or one that was removed or is of another server
             run_id = path.read_text(encoding="utf-8").strip()
-            try:
-                client.update_run(run_id, "RUNNING")
-                return run_id
-            except MlflowException:  # removed, or of another server
-                pass
+            client.update_run(run_id, "RUNNING")
+            return run_id
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         try:
             experiment_id = client.create_experiment(experiment)

@@ -45,6 +45,10 @@ class Chunk(NamedTuple):
         """Kept rows."""
         return sum(group.num_rows for group in self.row_groups)
 
+    def num_steps(self, batch_rows: int) -> int:
+        """Batches that a `RowReader` makes of it."""
+        return sum(-(-group.stored_rows // batch_rows) for group in self.row_groups)
+
 
 class ScoredRows(NamedTuple):
     """Rows of one batch of one chunk, in the file's order."""
@@ -61,7 +65,8 @@ def labelled_rows(
 ) -> tuple[RowReader, list[Chunk]]:
     """Read all footers, and cut into chunks what the options keep of the files; `extra` columns are passed through.
 
-    InputError if a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
+    Raises:
+        InputError: a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
     """
     selection = Selection(options, schema, files)
     row_groups = read_contents(files, schema, selection).row_groups
@@ -71,9 +76,10 @@ def labelled_rows(
 def unlabelled_groups(
     files: Sequence[DataFile], schema: Schema, attempts: int
 ) -> tuple[list[RowGroup], list[pa.Schema]]:
-    """Read all footers and check all fields' columns: the row groups (of a file without rows one, empty) and each file's columns.
+    """Read all footers and check the columns of all fields: the row groups (of a file without rows one, empty) and each file's columns.
 
-    InputError if a file is not a Parquet file, or a column is missing or of a wrong type.
+    Raises:
+        InputError: a file is not a Parquet file, or a column is missing or of a wrong type.
     """
 
     def inspect(number: int, file: DataFile) -> tuple[list[RowGroup], pa.Schema]:
@@ -113,6 +119,18 @@ def deal(chunks: Sequence[Chunk], world_size: int) -> list[list[Chunk]]:
     return [sorted(own) for own in dealt]
 
 
+def _no_number(reader: RowReader, chunk: Chunk, row: int) -> str:
+    """What to say of a kept row of a chunk whose score is NaN or infinite."""
+    for group in chunk.row_groups:
+        if row < group.num_rows:
+            return (
+                f"{reader.name(group)}, kept row {row}: its score is not a number; a value is far beyond those of training, or the run's "
+                "weights are not finite: fix the row, or train again with a lower rate"
+            )
+        row -= group.num_rows
+    raise AssertionError("the row is one of the chunk's")
+
+
 def score_chunks(
     scorer: Scorer,
     reader: RowReader,
@@ -131,27 +149,25 @@ def score_chunks(
             cut short.
     """
     faults: list[str] = []
-    passed: Counter[RowGroup] = Counter()  # rows
-    steps = max(
-        sum(-(-group.stored_rows // batch_rows) for chunk in own for group in chunk.row_groups) for own in dealt
-    )
+    passed: Counter[Chunk] = Counter()  # rows
+    steps = max(sum(chunk.num_steps(batch_rows) for chunk in chunks) for chunks in dealt)
 
-    def batches() -> Iterator[tuple[Batch, tuple[Chunk, RowGroup, pa.RecordBatch, Columns] | None]]:
-        schema, made = reader.encoder.schema, 0
+    def batch_of(columns: Columns) -> Batch:
+        return gather([(columns, 0, columns.num_rows)], batch_rows, reader.encoder.schema)
+
+    def batches() -> Iterator[tuple[Batch, tuple[Chunk, pa.RecordBatch, Columns] | None]]:
+        made = 0
         for chunk in dealt[process.rank]:
             try:
                 for group in chunk.row_groups:
                     for columns, extra in reader.scan(group, batch_rows):
                         made += 1
-                        yield (
-                            gather([(columns, 0, columns.num_rows)], batch_rows, schema),
-                            (chunk, group, extra, columns),
-                        )
+                        yield batch_of(columns), (chunk, extra, columns)
             except InputError as error:
                 faults.append(str(error))
         empty = reader.encoder.encode_all([])
         for _ in range(steps - made):
-            yield gather([(empty, 0, 0)], batch_rows, schema), None
+            yield batch_of(empty), None
 
     total = sum(chunk.num_rows for chunks in dealt for chunk in chunks)
     shown = None if process.is_first else True
@@ -161,16 +177,13 @@ def score_chunks(
     ):
         for each in scored:
             if each.note is not None:
-                chunk, group, extra, columns = each.note
+                chunk, extra, columns = each.note
                 bar.update(min(columns.num_rows * len(dealt), total - bar.n))
                 bad = np.flatnonzero(~np.isfinite(each.logits).all(axis=1))
-                before = passed[group]
-                passed[group] += columns.num_rows
-                if len(bad):
-                    faults.append(
-                        f"{reader.name(group)}, kept row {before + int(bad[0])}: its score is not a number; a value is far beyond those of "
-                        "training, or the run's weights are not finite: fix the row, or train again with a lower rate"
-                    )
+                row = passed[chunk] + int(bad[0]) if len(bad) else -1
+                passed[chunk] += columns.num_rows
+                if row >= 0:
+                    faults.append(_no_number(reader, chunk, row))
                     continue
                 yield ScoredRows(chunk, extra, each.logits, each.labels, columns.group_ids)
     with agreed(process):

@@ -23,8 +23,9 @@ from mbcnet_rec.scoring.paired import Difference, expected_clicks, holm, paired_
 from mbcnet_rec.scoring.tally import Rows
 from mbcnet_rec.scoring.trained_run import TrainedRun, find_best, load_run
 
-CLICKS, SIGNIFICANT = "expected_clicks", 0.05
+CLICKS, CTR, LIFT, SIGNIFICANT = "expected_clicks", "ctr", "relative_ctr", 0.05
 METRICS = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log-loss", "calibration": "calibration", CLICKS: "clicks on top"}
+METRICS |= {CTR: "CTR", LIFT: "relative change"}
 SHOWN_TEXT = 40  # letters of a slice's name where room is short
 
 
@@ -63,8 +64,7 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
     """
     folders, question = (comparison.ours, comparison.theirs), comparison.question
     configs = [load_run(folder) for folder in folders]
-    if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise InputError(f"--out {page}: wanted a file in a folder that is there; choose one, or make {page.parent}")
+    check_page(page)
     if not question.data:  # the same files for both
         data = configs[0].data
         paths, where = getattr(data, question.split), getattr(data, f"{question.split}_where")
@@ -96,23 +96,46 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
         ours = ours._replace(group_ids=theirs.group_ids)
     everything, slices = compare_rows(ours, theirs, names, comparison.top)
     lead = f"{folders[0]} less {folders[1]} on {len(ours.labels):,} rows of {files_in_words(files)}; {groups}."
+    told = {
+        "ours": str(folders[0]),
+        "theirs": str(folders[1]),
+        "steps": [run.step for run in runs],
+        "files": len(files),
+    }
     notes = _notes(runs, files, question.where)
+    tell(comparison, [lead, *notes], everything, slices, told if as_json else None, page)
+    return 0
+
+
+def check_page(page: Path | None) -> None:
+    """Raise InputError where a page could not be written there."""
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise InputError(f"--out {page}: wanted a file in a folder that is there; choose one, or make {page.parent}")
+
+
+def tell(
+    comparison: Comparison,
+    lines: Sequence[str],
+    everything: Found,
+    slices: Slices,
+    told: Mapping[str, Any] | None,
+    page: Path | None,
+) -> None:
+    """Print tables, below `lines`, or one JSON object that has `told` too; and write a page."""
+    lead, *notes = lines
     if page is not None:
         blocks = [*map(Text, notes), *report_blocks(comparison, everything, slices, pictures=True)]
         again = [Heading("Again"), Code(comparison.command_line)]
         write_whole(page, to_html(" and ".join(comparison.names), lead, [*blocks, *again]))
-    if as_json:
-        told = {"ours": str(folders[0]), "theirs": str(folders[1]), "steps": [run.step for run in runs]}
-        told |= {"files": len(files), "notes": notes}
-        print(json.dumps(told | to_json(everything, slices)))
-        return 0
-    print("\n".join([lead, *notes]))
+    if told is not None:
+        print(json.dumps({**told, "notes": notes} | to_json(everything, slices)))
+        return
+    print("\n".join(lines))
     for block in report_blocks(comparison, everything, slices):
         if not isinstance(block, Heading):
             print(f"\n{text_table(block)}" if isinstance(block, Table) else block.text)
     if page is not None:
         print(f"wrote {page}")
-    return 0
 
 
 def groups_in_words(comparison: Comparison, schemas: Sequence[Schema]) -> str:
@@ -152,12 +175,17 @@ def compare_rows(ours: Rows, theirs: Rows, names: Mapping[str, Sequence[str]], t
         column: {value: _of_rows(ours, theirs, places == place, top) for place, value in enumerate(values)}
         for (column, values), places in zip(names.items(), ours.slices.T, strict=True)
     }
+    correct(slices)
+    return _of_rows(ours, theirs, np.ones(len(ours.labels), bool), top), slices
+
+
+def correct(slices: Slices) -> None:
+    """Fill in the p corrected for the number of slices."""
     every = [found.metrics for values in slices.values() for found in values.values()]
     for name in every[0] if every else ():
         corrected = holm([metrics[name].p for metrics in every])
         for metrics, p in zip(every, corrected, strict=True):
             metrics[name] = metrics[name]._replace(corrected=p)
-    return _of_rows(ours, theirs, np.ones(len(ours.labels), bool), top), slices
 
 
 def _of_rows(ours: Rows, theirs: Rows, chosen: np.ndarray, top: int) -> Found:
@@ -197,7 +225,7 @@ def report_blocks(comparison: Comparison, everything: Found, slices: Slices, *, 
     blocks: list[Block] = [Heading("All rows"), Table(header, tuple(rows))]
     for column, values in slices.items():
         blocks.append(Heading(f"By {column}"))
-        for name in ("auc", CLICKS) if pictures else ():
+        for name in ("auc", CLICKS, LIFT) if pictures else ():
             known = {value: found.metrics[name] for value, found in values.items() if name in found.metrics}
             drawn = {
                 value[:SHOWN_TEXT]: (each[:3], is_significant(each))

@@ -16,7 +16,7 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
 from data.stream import Batch
 from mbcnet_rec.model.objective import Outputs
-from sharding.bridge.caches import release_cache_lines
+from sharding.bridge.allocated import release_cache_lines
 
 T = TypeVar("T")
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -47,7 +47,10 @@ class Scorer:
     def score(self, batches: Iterable[tuple[Batch, T]]) -> Generator[Scored[T], None, None]:
         """Score batches, each with a note of the caller's; the model is in evaluation mode meanwhile.
 
-        `batches` is read in another thread, a few batches ahead, and what it raises is raised. Close the generator where it is left early.
+        `batches` is read in another thread, a few batches ahead. Close the generator where it is left early.
+
+        Raises:
+            Exception: as `batches` raises it.
         """
         notes: deque[T] = deque()
         errors: list[BaseException] = []

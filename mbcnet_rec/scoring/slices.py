@@ -38,7 +38,7 @@ def slice_codes(slices: dict[str, list[str]], rows: pa.RecordBatch) -> np.ndarra
     codes = np.zeros((rows.num_rows, len(slices)), np.int64)
     for index, names in enumerate(slices.values()):
         place_of = {name: place for place, name in enumerate(names)}
-        values, places = _distinct(rows.column(index))
+        values, places = distinct(rows.column(index))
         numbers = np.asarray([place_of.get(value, len(names) - 1) for value in values], np.int64)
         codes[:, index] = numbers[places] if len(values) else 0
     return codes
@@ -78,7 +78,7 @@ def count_slices(
         for group in (group for chunk in own if by for group in chunk.row_groups):
             for rows, _ in reader.batches(group, COUNTED_ROWS, reader.extra):
                 for name, counter, column in zip(by, counts, rows.select(reader.extra).columns, strict=True):
-                    values, places = _distinct(column)
+                    values, places = distinct(column)
                     frequency = np.bincount(places, minlength=len(values)).tolist()
                     for value, count in zip(values, frequency, strict=True):
                         counter[value] += count
@@ -98,7 +98,7 @@ def count_slices(
     return slices
 
 
-def _distinct(column: pa.Array) -> tuple[list[str], np.ndarray]:
+def distinct(column: pa.Array) -> tuple[list[str], np.ndarray]:
     """The different values of a column as text, and each row's place among them; a text may be there twice, as for 0.0 and -0.0."""
     if isinstance(column, pa.ExtensionArray):
         column = column.storage

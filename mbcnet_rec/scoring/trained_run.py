@@ -26,7 +26,7 @@ from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.runtime.process import Process, answer_of_first, joined_process, mean_over_ranks
 from mbcnet_rec.scoring.scorer import Scorer, autocast_of
 from mbcnet_rec.training.built import Built
-from sharding.bridge.caches import purge_caches
+from sharding.bridge.allocated import purge_caches
 from sharding.plan.plan_file import read_plan
 
 
@@ -100,10 +100,14 @@ def load_run(folder: Path) -> RunConfig:
 
 def find_best(config: RunConfig, folder: Path, process: Process) -> TrainedRun:
     """A run at its best checkpoint; InputError if it has none."""
-    step = answer_of_first(process, lambda: best_step(storage_of(config.train, folder)))
-    if step is None:
-        raise InputError(f"{folder}: no whole checkpoint; train it first")
-    return TrainedRun(config, folder, step)
+
+    def find() -> int:
+        step = best_step(storage_of(config.train, folder))
+        if step is None:
+            raise InputError(f"{folder}: no whole checkpoint; train it first")
+        return step
+
+    return TrainedRun(config, folder, answer_of_first(process, find))
 
 
 @contextmanager

@@ -39,8 +39,8 @@ class Metrics:
         self.answers = Counter("mbcnet_answers", "Answers to /score", ["status"], **ours)
         self.refused = Counter("mbcnet_refused_rows", "Rows refused", ["field", "reason"], **ours)
         self.unknown = Gauge("mbcnet_out_of_vocabulary_share", "Of recent values", ["field"], **recent)
-        self.mean = Gauge("mbcnet_score_mean", "Of recent rows", **recent)
-        self.drift = Gauge("mbcnet_score_drift", "Mean less that of the artifact's test rows, in deviations of a score there", **recent)  # fmt: skip
+        self.mean = Gauge("mbcnet_score_mean", "Of recent rows", ["arm"], **recent)
+        self.drift = Gauge("mbcnet_score_drift", "Mean less that of the artifact's test rows, in deviations of a score there", ["arm"], **recent)  # fmt: skip
         self.shadow = Histogram("mbcnet_shadow_difference", "Change of a probability in the second model", buckets=DIFFERENCES, **ours)  # fmt: skip
         self.shadow_change = Gauge("mbcnet_shadow_mean_change", "Second model less the first, recent rows", **recent)
         self._recent: dict[str, tuple[float, float]] = {}
@@ -53,12 +53,12 @@ class Metrics:
         self._recent[what] = total, count = fade * total + float(values.sum()), fade * count + len(values)
         return total / max(count, 1)
 
-    def scored(self, loaded: Loaded, scores: np.ndarray) -> None:
-        """Count the probabilities of a pass."""
-        mean = self.recent("/score", scores)
-        self.mean.set(mean)
+    def scored(self, loaded: Loaded, scores: np.ndarray, arm: str) -> None:
+        """Count the probabilities of a pass; `arm` is empty without a split."""
+        mean = self.recent(f"/score{arm}", scores)
+        self.mean.labels(arm).set(mean)
         if spread := loaded.check.get("score_deviation"):
-            self.drift.set((mean - loaded.check["mean_score"]) / spread)
+            self.drift.labels(arm).set((mean - loaded.check["mean_score"]) / spread)
 
     def encoded(self, *parts: tuple[Preprocessor, Columns]) -> None:
         """Count values that no fit has seen, of vocabularies and of unbounded ids; a hash knows no value from another."""

@@ -103,8 +103,8 @@ class Scorer:
             return [explained(error, own.encode, request, is_shared)]
         except Exception as error:  # ours: it must reach who waits, and not end the thread
             return [error] * len(requests)
-        if loaded is not self.models.other:
-            self.metrics.scored(loaded, scores[np.isfinite(scores[:, 0]), 0])
+        if requests[0].arm or loaded is not self.models.other:
+            self.metrics.scored(loaded, scores[np.isfinite(scores[:, 0]), 0], requests[0].arm)
         results: list[Any] = []
         ends = np.cumsum([each.num_rows for each in requests])
         for request, own in zip(requests, np.split(scores, ends[:-1]), strict=True):

@@ -7,7 +7,6 @@ Rows are compared as they are served, so a row whose quantised bytes are the sam
 
 import json
 import shutil
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +83,14 @@ def changed_rows(table: Tensor, before: Tensor) -> Tensor:
     if table.shape[1:] != before.shape[1:]:
         return torch.arange(len(table))
     common = min(len(table), len(before))
-    pairs = zip(table[:common].split(CHUNK_ROWS), before[:common].split(CHUNK_ROWS), strict=True)
-    is_new = torch.ones(len(table) - common, dtype=torch.bool)
-    return torch.cat([*((now != then).any(1) for now, then in pairs), is_new]).nonzero()[:, 0]
+    found = [
+        first
+        + (table[first : min(first + CHUNK_ROWS, common)] != before[first : min(first + CHUNK_ROWS, common)])
+        .any(1)
+        .nonzero()[:, 0]
+        for first in range(0, common, CHUNK_ROWS)
+    ]
+    return torch.cat([*found, torch.arange(common, len(table))])
 
 
 def _held(pairs: Tensor, others: Tensor) -> Tensor:
@@ -100,5 +104,8 @@ def _held(pairs: Tensor, others: Tensor) -> Tensor:
 def _appended(before: serving.ServingModel, name: str, values: list[Any]) -> tuple[int, list[Any]]:
     """How many of the first values were there before, and those after them."""
     old = before.vocabularies[name].to_pylist() if name in before.vocabularies else []
-    kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(old, values, strict=False)))
+    kept = next(
+        (place for place, (one, other) in enumerate(zip(old, values, strict=False)) if one != other),
+        min(len(old), len(values)),
+    )
     return kept, values[kept:]

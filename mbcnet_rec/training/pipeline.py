@@ -18,7 +18,7 @@ from torchrec.distributed.train_pipeline import (
 from data.stream import Batch
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.training.hooks import OnLoss, unchanged
-from sharding.bridge.caches import release_cache_lines
+from sharding.bridge.allocated import release_cache_lines
 from sharding.bridge.zch import collisions_of
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from data.errors import InputError
 from data.stream import ParquetStream
 from data.stream.order import Cursor
-from mbcnet_rec.checkpoints.compatibility import describe_run, load_checked
+from mbcnet_rec.checkpoints.compatibility import RowsAnew, describe_run, load_checked
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
@@ -105,8 +105,10 @@ class Trainer:
         """The step with which training ends."""
         return self.state.first_step + self.steps
 
-    def restore(self, saved: Saved, *, begins_day: bool = False, allow_partial: bool = False) -> list[str]:
-        """Continue from a checkpoint, with `begins_day` at the first row of other files; every rank calls it.
+    def restore(
+        self, saved: Saved, *, begins_day: bool = False, allow_partial: bool = False, anew: RowsAnew | None = None
+    ) -> list[str]:
+        """Continue from a checkpoint, with `begins_day` at the first row of other files; every rank calls it. `anew`: see `load_checked`.
 
         Returns:
             What a partial load did; empty where everything fits.
@@ -116,7 +118,7 @@ class Trainer:
         """
         extra = saved.manifest.extra
         state = TrainState.from_json(extra.get("state", {}))
-        lines = load_checked(saved, self.built, self.process, allow_partial=allow_partial)
+        lines = load_checked(saved, self.built, self.process, allow_partial=allow_partial, anew=anew)
         if lines:  # the best evaluations were another model's
             state.best, state.bad_evaluations = [], 0
         else:

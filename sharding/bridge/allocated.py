@@ -1,6 +1,7 @@
-"""Bytes of tables and optimizer state that a sharded model has allocated on this rank, and how they compare with the plan."""
+"""Bytes of tables and optimizer state that a sharded model has allocated on this rank beside the planned ones, and its caches of rows in HBM."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -104,3 +105,29 @@ def planned_against_held(
 def _compared(what: str, planned: int, held: int) -> str:
     off = 0.0 if planned == held else 100 * (held - planned) / planned if planned else float("inf")
     return f"{what} {gib(planned)} -> {gib(held)} ({off:+.2f} %)"
+
+
+def purge_caches(model: nn.Module) -> None:
+    """Forget what the caches hold. Call after rows were written behind them; what is in them alone is lost, so flush before."""
+    for kernel in _cached_kernels(model):
+        kernel.reset_cache_states()
+    release_cache_lines(model)
+
+
+def release_cache_lines(model: nn.Module) -> None:
+    """Unlock all rows in the caches. Call after forward passes without a backward pass, while no batch is fetched ahead.
+
+    With prefetch a forward pass locks its rows and its backward pass unlocks them: rows of others would stay for good.
+    """
+    for kernel in _cached_kernels(model):
+        locks = kernel.lxu_cache_locking_counter
+        locks.zero_()
+        if locks.is_cuda:  # before rows are fetched on another stream
+            torch.cuda.current_stream(locks.device).synchronize()
+
+
+def _cached_kernels(model: nn.Module) -> Iterator[Any]:
+    """The kernels of tables that lie in host memory (fused_uvm_caching), with a cache in HBM; most models have none."""
+    for kernel in with_lookups(model):
+        if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen) and kernel.lxu_cache_weights.numel():
+            yield kernel

@@ -20,7 +20,8 @@ from operator import add
 from typing import NamedTuple, TypeVar
 
 from data.errors import InputError
-from sharding.plan.cluster import GIB, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+from data.schema.show import bytes_in_words as gib
+from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from sharding.plan.placement import Options, Plan, TablePlan, shards_of
 
 ID_BYTES, LENGTH_BYTES, FLOAT_BYTES, BURST_BYTES = 8, 4, 4, 64
@@ -248,11 +249,3 @@ def find_shortage(options: Options, plan: Plan, cluster: Cluster, room: Room) ->
         f"{largest}",
         is_certain=False,
     )
-
-
-def gib(size: float) -> str:
-    """Bytes for people."""
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
-        if size >= 0.1 * unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size / 1024:,.1f} KiB" if size else "0"

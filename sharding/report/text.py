@@ -1,13 +1,13 @@
 """What a plan looks like to a person and to a machine: tables, ranks, balance, critical path, speed."""
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import reduce
 from typing import Any
 
 import jinja2
 
+from data.schema.show import columns
 from sharding.cost.assess import MAIN_PHASES, PARTS, Assessment
 from sharding.cost.estimate import Bytes, Times, gib, plus
 from sharding.plan.compare import placement_text, ranks_text
@@ -25,17 +25,6 @@ def table_totals(assessment: Assessment) -> dict[str, tuple[Bytes, Times]]:
         slowest = max((cost.times for cost in costs), key=lambda times: times.total)
         totals[name] = reduce(plus, (cost.bytes for cost in costs)), slowest
     return dict(sorted(totals.items(), key=lambda pair: -(pair[1][0].rows + pair[1][0].state)))
-
-
-def columns(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a table, each column as wide as its widest cell; to the left where its head begins with "<"."""
-    cells = [[name.lstrip("<") for name in head], *(list(map(str, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    sides = ["<" if name.startswith("<") else ">" for name in head]
-    return [
-        "  " + "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
-        for row in cells
-    ]  # fmt: skip
 
 
 def ms(seconds: float) -> str:
@@ -94,7 +83,7 @@ def _table_lines(assessment: Assessment, full: bool) -> list[str]:
         how = (table.sharding_type, table.compute_kernel, shards, where)
         rows.append((*what, *how, gib(size.rows), gib(size.state), ms(times.total)))
     head = ("<table", "rows", "dim", "ids", "<type", "<kernel", "shards", "<ranks", "rows", "state", "ms")
-    lines = ["tables, largest first; ms: of the shard that takes longest", *columns(head, rows)]
+    lines = ["tables, largest first; ms: of the shard that takes longest", *columns(head, rows, "  ")]
     if len(shown) < len(totals):
         rest = [size for name, (size, _) in totals.items() if name not in shown]
         weights, state = sum(size.rows for size in rest), sum(size.state for size in rest)
@@ -111,7 +100,7 @@ def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
     ]  # fmt: skip
     head = ("rank", "tables", "HBM", "DDR", *PARTS, "total")
     title = "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total: no input_dist)"
-    lines = [title, *columns(head, rows)]
+    lines = [title, *columns(head, rows, "  ")]
     if len(shown) < len(ranked):
         memory = [sum(assessment.memory(rank)) for rank in ranked]
         lines.append(

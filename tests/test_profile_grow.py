@@ -1,0 +1,156 @@
+"""A fit grows by the days' files: values get rows after so many sightings, none moves, those long unseen make room, each file counts once; and a
+run that continues trains with the grown tables as one that had those rows from the start, at 1 and 2 ranks."""
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_data import SCHEMA, small_table
+from test_lineage import days, tensors
+from tiny_run import CONFIG, lines_of, train
+
+from data.profile.grow import grow_fitted
+from data.reading.columns import Place
+from data.reading.encode import Encoder
+from data.schema import load_schema
+from mbcnet_rec.cli import main
+
+CITY = 'city = { kind = "categorical", encoding = "vocabulary", vocabulary = "fit", embedding_dim = 4, min_count = 2, expire_after = 2 }'
+HEAD = 'name = "s"\nlabel = "y"\n[groups]\n[fields]\n'
+
+
+def grown(folder, field, *columns):
+    """The vocabulary after each day, the first one fitted, and after each growth what waits."""
+    (folder / "s.toml").write_text(HEAD + field)
+    found = []
+    for day, values in enumerate(columns):
+        pq.write_table(pa.table({"city": values, "y": [0] * len(values)}), folder / f"{day}.parquet")
+        words = ["--grow", "fit"] if day else ["s.toml", "-o", "fit"]
+        assert main(["schema", "fit", words[0], *words[1:], f"{day}.parquet"]) == 0
+        waiting = folder / "fit/vocabulary/waiting/city.parquet"
+        counts = pq.read_table(waiting).to_pydict() if waiting.is_file() else {"value": [], "count": []}
+        rows = pq.read_table(folder / "fit/vocabulary/city.parquet")["value"].to_pylist()
+        found.append((rows, dict(zip(counts["value"], counts["count"], strict=True))))
+    return found
+
+
+@pytest.mark.parametrize("kind", [str, int])
+def test_values_get_rows_and_lose_them(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    letters = ["aabbc", "aacdd", "aaeef", "aagge", "abbbf"]
+    names = {each: each if kind is str else 2**40 + ord(each) for each in "abcdefg"}
+    found = grown(tmp_path, CITY, *([names[each] for each in day] for day in letters))
+    back = {value: letter for letter, value in names.items()}
+    rows = ["".join(back.get(value, "-") for value in values) for values, _ in found]
+    assert rows == ["ab", "abcd", "aecd", "aeg-", "aegbf"], (
+        "b leaves after two days, c and d after two more, b comes back into a free row"
+    )
+    waits = [{back[value]: count for value, count in waiting.items()} for _, waiting in found]
+    assert waits == [{"c": 1}, {}, {"f": 1}, {"f": 1}, {}]
+    assert [each.num_embeddings for each in load_schema(tmp_path / "fit/schema.toml").features] == [7]
+    ids = pa.record_batch({"city": pa.array([*names.values(), None])})
+    read = (
+        Encoder(load_schema(tmp_path / "fit/schema.toml"), has_labels=False).encode(ids, Place("x", None)).single_ids[0]
+    )
+    assert read.tolist() == [2, 5, 1, 1, 3, 6, 4, 0], "what has lost its row is out of vocabulary"
+    before = {path: path.read_bytes() for path in (tmp_path / "fit").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["schema", "fit", "--grow", "fit", "3.parquet"]) == 0
+    assert "were counted before; nothing changes" in capsys.readouterr().out
+    pq.write_table(pa.table({"city": [names["a"]], "y": [1]}), "new.parquet")
+    assert main(["schema", "fit", "--grow", "fit", "new.parquet", "2.parquet"]) == 2
+    assert "2.parquet: was counted before (1 of 2 files" in capsys.readouterr().err
+    (tmp_path / "fit/mine.txt").write_text("mine")
+    assert main(["schema", "fit", "--grow", "fit", "new.parquet"]) == 2
+    assert "fit: holds something else than the fit that grows; name a new folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_each_file_counts_once_whoever_grows_it(tmp_path):
+    """Over days of a power law: what every day has keeps its row, what has gone for two days has none, and nobody has one who was seen once."""
+    (tmp_path / "s.toml").write_text(HEAD + CITY)
+    rng, files = np.random.default_rng(1), []
+    for day in range(6):
+        files.append(tmp_path / f"{day}.parquet")
+        pq.write_table(pa.table({"city": rng.zipf(1.3, 400) % 500, "y": [0] * 400}), files[-1])
+    assert main(["schema", "fit", str(tmp_path / "s.toml"), str(files[0]), "-o", str(tmp_path / "fit")]) == 0
+    schema = load_schema(tmp_path / "fit/schema.toml")
+    for number, file in enumerate(files[1:], 1):
+        grow_fitted(schema, [file], tmp_path / f"{number}")
+        schema = load_schema(tmp_path / f"{number}/schema.toml")
+    seen = [pq.read_table(each)["city"].to_pylist() for each in files]
+    counts = Counter(value for day in seen for value in day)
+    rows = set(pq.read_table(tmp_path / "5/vocabulary/city.parquet")["value"].to_pylist())
+    lasting = {value for value in counts if all(value in day for day in seen)}
+    gone = {value for value in seen[0] if not any(value in day for day in seen[-2:])}
+    assert len(lasting) > 5 and lasting <= rows
+    assert len(gone) > 5 and not gone & rows
+    assert min(counts[value] for value in rows - {None}) >= 2
+
+
+VOCABULARY = 'encoding = "vocabulary", vocabulary = "fit", expire_after = {0}'
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """Three days, of which each brings users and things of its own; a schema fitted on the first, grown by each."""
+    monkeypatch.chdir(tmp_path)
+    write_growing(tmp_path)
+    return tmp_path
+
+
+def write_growing(folder, expire_after=0, kind="adagrad"):
+    for day in range(1, 4):
+        (folder / f"log/ds=2024-06-0{day}").mkdir(parents=True)
+        table = small_table(240, day)
+        users = table["user"].to_numpy() % 50 + 20 * day
+        things = pa.array(table["item"].to_numpy(zero_copy_only=False) % 20 + 10 * day, pa.int64(), from_pandas=True)
+        table = table.set_column(table.column_names.index("user"), "user", pa.array([f"u{each}" for each in users]))
+        table = table.set_column(table.column_names.index("item"), "item", things)
+        history = [[each % 20 + 10 * day for each in row] for row in table["history"].to_pylist()]
+        table = table.set_column(table.column_names.index("history"), "history", pa.array(history))
+        pq.write_table(table, folder / f"log/ds=2024-06-0{day}/part.parquet", row_group_size=100)
+    settings = VOCABULARY.format(expire_after)
+    text = SCHEMA.replace('"categorical", num_embeddings = 120', f'"categorical", {settings}')
+    text = text.replace("thing = { num_embeddings = 60,", "thing = {").replace(
+        'table = "thing"', f'table = "thing", {settings}'
+    )
+    (folder / "schema.toml").write_text(text)
+    config = (
+        CONFIG.replace("rows/schema", "fit/schema")
+        .replace("rows/train.parquet", "log")
+        .replace('test = ["rows/test.parquet"]', "")
+    )
+    config = config.replace("lanes = 12", 'lanes = 12\norder = "chronological"')
+    (folder / "tiny.toml").write_text(f'{config}[optim.embedding]\nname = "{kind}"\nlr = 0.1\n')
+    assert main(["schema", "fit", "schema.toml", "log/ds=2024-06-01", "-o", "fit"]) == 0
+
+
+def night(day, *words):
+    assert main(["schema", "fit", "--grow", "fit", f"log/ds=2024-06-0{day}"]) == 0
+    assert main(["train", "--continue", "run", "--data", f"ds=2024-06-0{day}", *words]) == 0
+
+
+def test_days_with_growth_equal_a_run_that_had_the_rows_from_the_start(log, capsys):
+    assert train("tiny.toml", "train.out=run", 'data.train=["log/ds=2024-06-01"]') == 0
+    before = load_schema(log / "run/schema.toml")
+    night(2, "--progressive")
+    night(3, "--progressive")
+    after = load_schema(log / "run/schema.toml")
+    assert [each.num_embeddings for each in after.tables[:2]] > [each.num_embeddings for each in before.tables[:2]]
+    assert train("tiny.toml", "train.out=whole") == 0
+    ours, theirs = tensors(log / "run", 15), tensors(log / "whole", 15)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    found = days(log / "run")
+    assert [each.get("growth", {}).get("user", {}).get("admitted") for each in found] == [None, 21, 19]
+    assert all(each["profile"]["new/user"] > 0.1 for each in found[1:]), (
+        "a day is scored as the model of the days before reads it"
+    )
+    assert " 10 admitted" in capsys.readouterr().out
+    (line,) = [each for each in lines_of(log / "run", "growth") if each["step"] == 5]
+    assert (line["admitted/user"], line["expired/user"]) == (21, 0)
+    assert "admitted" in (log / "run/report.html").read_text()
