@@ -27,8 +27,7 @@ from sharding.bridge.initialise import initialise_tables
 from sharding.bridge.sharder import placed_differences, sharders_of, to_sharding_plan
 from sharding.bridge.zch import collision_collection
 from sharding.plan.compare import check_plan, constraint_differences
-from sharding.plan.placement import Plan
-from sharding.plan.plan_file import plan_of_text, plan_text, read_plan
+from sharding.plan.placement import Plan, plan_of_text, plan_text, read_plan
 from sharding.search.planner import make_plan
 from sharding.search.task import Task, cluster_of
 

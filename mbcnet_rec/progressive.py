@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from data.reading.conditions import partition_of, select_files
 from data.reading.files import resolve_files
-from data.reading.partitions import partition_of, select_files
 from data.schema import OUT_OF_VOCABULARY_ROW, load_schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.config import RunConfig

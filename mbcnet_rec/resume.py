@@ -12,9 +12,9 @@ from typing import Any
 
 from data.errors import InputError, some_of
 from data.reading.column_types import pinned
+from data.reading.conditions import select_files
 from data.reading.files import column_sets, resolve_files
 from data.reading.fingerprint import fingerprint, mark_differences, mark_files
-from data.reading.partitions import select_files
 from data.schema import Schema, load_schema, schema_to_toml
 from data.schema.parse import read_toml, to_toml_value
 from data.stream import ParquetStream

@@ -31,8 +31,7 @@ from mbcnet_rec.runtime.lock import names_in
 from mbcnet_rec.runtime.process import Process, answer_of_first
 from mbcnet_rec.runtime.watchdog import STACKS
 from mbcnet_rec.training.faults import FAULTS
-from sharding.plan.placement import Plan
-from sharding.plan.plan_file import plan_text
+from sharding.plan.placement import Plan, plan_text
 
 # what a run writes
 _OWN = {CONFIG, METRICS, PLAN, DATA, LINEAGE, *COPIED, CHECKPOINTS, STACKS, FAULTS, "tb", DONE, "report.html", RUN_ID}

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from data.errors import InputError
+from data.reading.conditions import select_files
 from data.reading.files import resolve_files
 from data.reading.fingerprint import mark_files
-from data.reading.partitions import select_files
 from data.schema import Schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.checkpoints.compatibility import saved_run

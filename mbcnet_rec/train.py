@@ -43,8 +43,8 @@ from mbcnet_rec.resume import (
     with_own_plan,
 )
 from mbcnet_rec.run_start import Beginning, open_folder, refuse_contradiction, start_of
+from mbcnet_rec.runtime.exits import StopRequest
 from mbcnet_rec.runtime.lock import locked_together
-from mbcnet_rec.runtime.preemption import StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, answer_of_first, joined_process
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import why_no_auc

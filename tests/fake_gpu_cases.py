@@ -38,7 +38,7 @@ from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.shards import shards_of as held
 from mbcnet_rec.config import load_config
 from mbcnet_rec.model.models import ARCHES, build_model, build_objective, model_layout
-from mbcnet_rec.runtime.preemption import StopRequest
+from mbcnet_rec.runtime.exits import StopRequest
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
 from mbcnet_rec.teachers import TaughtStream

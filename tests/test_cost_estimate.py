@@ -10,8 +10,7 @@ from sharding.cost.assess import MAIN_PHASES, assess
 from sharding.cost.estimate import Room, shard_bytes, shard_times
 from sharding.plan.cluster import read_cluster
 from sharding.plan.placement import SHARDING_TYPES, DenseCost, Plan, TablePlan, shards_of
-from sharding.report.explain import alternatives, explain_lines
-from sharding.report.text import heat, html_page, report_dict, report_lines
+from sharding.report.text import alternatives, explain_lines, heat, html_page, report_dict, report_lines
 
 CLUSTER = read_cluster("2x4:h100-80g")
 TABLE = TablePlan("table_wise", "fused", (3,), 1_000_000, 32, 1, 5.0)

@@ -8,8 +8,7 @@ import pytest
 from data.errors import InputError
 from data.schema import parse_schema
 from sharding.plan.compare import check_plan, compare_plans, diff_lines, ranks_text, schema_differences
-from sharding.plan.placement import DenseCost, Plan, TablePlan
-from sharding.plan.plan_file import plan_text, read_plan
+from sharding.plan.placement import DenseCost, Plan, TablePlan, plan_text, read_plan
 
 FIELDS = {
     "user": {"kind": "categorical", "num_embeddings": 100, "embedding_dim": 16},

@@ -125,24 +125,6 @@ def test_movielens_latest(tmp_path):
     assert "rating" not in splits["train"].column_names
 
 
-def test_movielens_1m(tmp_path):
-    ratings = [f"{user}::{1 + user % 2}::{3 + user % 3}::{978_300_000 + user}\n" for user in range(1, 21)]
-    movies = "1::Toy Story (1995)::Animation|Comedy\n2::Misérables, Les (1995)::Drama\n"
-    users = [f"{user}::{'FM'[user % 2]}::1::{user % 4}::{48_067 + user % 2}\n" for user in range(1, 20)]
-    texts = {"ratings__dat": "".join(ratings), "movies__dat": movies, "users__dat": "".join(users)}
-    src = src_of(tmp_path, **{name: text.encode("latin-1") for name, text in texts.items()})
-    splits = prepared("movielens_1m", src, tmp_path / "out")
-    assert [len(table) for table in splits.values()] == [16, 2, 2]
-    first, second = splits["train"].to_pylist()[:2]
-    has(first, label=1, title_words=["misérables", "les"])
-    has(second, user_id=2, gender="F", age="1", occupation="2", zip_code="48067", title_words=["toy", "story"])
-    has(second, label=1, genres=["Animation", "Comedy"])
-    assert splits["test"]["gender"].to_pylist() == ["M", None], "a user who is not in users.dat"
-    (src / "ratings.dat").write_text("1::2::3\n")
-    with pytest.raises(InputError, match=r"ratings\.dat: .*Expected 4 columns, got 3"):
-        prepare("movielens_1m", src, tmp_path / "other")
-
-
 def test_taobao_ad_raw(tmp_path):
     first = 1_494_000_000
     moments = [first + 3_300, first + 6 * 86_400 - 1, first + 6 * 86_400, first + 7 * 86_400 + 36_000]

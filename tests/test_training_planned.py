@@ -8,7 +8,7 @@ from forked_ranks import run_script
 from small_data import write_small
 
 from mbcnet_rec.cli import main
-from sharding.plan.plan_file import read_plan
+from sharding.plan.placement import read_plan
 
 LINE = re.compile(
     r"after 20 steps, planned against held \(rank \d of \d, the farthest off\): rows \S+ KiB -> \S+ KiB \((\S+) %\), "

@@ -1,4 +1,4 @@
-"""MovieLens from GroupLens' own files: the csv releases (latest, latest-small, 20M, 25M, 32M) and 1M with its users.
+"""MovieLens from GroupLens' own files: the csv releases (latest, latest-small, 20M, 25M, 32M).
 
 A rating of four stars or more is the label. Splits follow the clock over all users, so ratings are sorted in memory
 (32 bytes each); titles, genres and tags are joined piece by piece.
@@ -20,38 +20,19 @@ WORD = re.compile(r"[^\W_]+")  # letters of any alphabet, and digits
 YEAR_IN_TITLE = r"\((?P<year>\d{4})\)\s*$"
 STRINGS = pa.list_(pa.string())
 
-LATEST_FILES = ("ratings.csv*", "movies.csv*", "tags.csv*")
-FILES_1M = ("ratings.dat", "movies.dat", "users.dat")
+FILES = ("ratings.csv*", "movies.csv*", "tags.csv*")
 RATING_TYPES = {"userId": pa.int64(), "movieId": pa.int64(), "rating": pa.float32(), "timestamp": pa.int64()}
 MOVIE_TYPES = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
 TAG_TYPES = {"movieId": pa.int64(), "tag": pa.string(), "timestamp": pa.int64()}
-USER_TYPES = {"userId": pa.int64(), **dict.fromkeys(("gender", "age", "occupation", "zip_code"), pa.string())}
 
 History = dict[int, list[tuple[int, str]]]  # movie -> (moment, tag), oldest first
 
 
-def latest_rows(sources: Sources) -> Splits:
-    """The first 80 % of the ratings in time train, the next 10 % validate, the rest test."""
+def rows(sources: Sources) -> Splits:
+    """Sorted by (timestamp, user, movie), the first 80 % of the ratings train, the next 10 % validate, the rest test."""
     types = (RATING_TYPES, MOVIE_TYPES, TAG_TYPES)
-    ratings, movies, tags = (read_csv_whole(sources[name][0], of) for name, of in zip(LATEST_FILES, types, strict=True))
+    ratings, movies, tags = (read_csv_whole(sources[name][0], of) for name, of in zip(FILES, types, strict=True))
     history = tag_history(tags.rename_columns(["movie_id", "tag", "timestamp"]))
-    for split, piece in _in_time(ratings, movies):
-        yield split, derive(piece, history)
-
-
-def rows_1m(sources: Sources) -> Splits:
-    """As `latest_rows`; no tags, but each user's gender, age band, occupation and zip code."""
-    types = (RATING_TYPES, MOVIE_TYPES, USER_TYPES)
-    ratings, movies, users = (
-        read_csv_whole(sources[name][0], of, delimiter="::", has_header=False)
-        for name, of in zip(FILES_1M, types, strict=True)
-    )
-    for split, piece in _in_time(ratings, movies):
-        yield split, join(derive(piece, {}), "user_id", users, "userId")
-
-
-def _in_time(ratings: pa.Table, movies: pa.Table) -> Splits:
-    """Sort by (timestamp, user, movie), add the label, title, year and genres, and cut into splits and pieces."""
     ratings = ratings.rename_columns(["user_id", "movie_id", "rating", "timestamp"])
     if ratings["rating"].null_count:
         row = pc.index(ratings["rating"].is_null(), True).as_py()
@@ -69,7 +50,7 @@ def _in_time(ratings: pa.Table, movies: pa.Table) -> Splits:
     for split, piece in by_position(pieces, size * 8 // 10, size * 9 // 10):
         piece = join(piece, "movie_id", movies, "movieId")
         known = pc.coalesce(piece["genres"], pa.scalar([], STRINGS))
-        yield split, piece.set_column(piece.column_names.index("genres"), "genres", known)
+        yield split, derive(piece.set_column(piece.column_names.index("genres"), "genres", known), history)
 
 
 def tag_history(tags: pa.Table) -> History:

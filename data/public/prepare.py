@@ -133,8 +133,7 @@ DATA_SETS = {
     "criteo_kaggle": DataSet(click_logs.KAGGLE_FILES, click_logs.kaggle_rows, LARGE_ROW_GROUP),
     "criteo_1tb": DataSet(click_logs.TERABYTE_FILES, click_logs.terabyte_rows, LARGE_ROW_GROUP),
     "avazu": DataSet(click_logs.AVAZU_FILES, click_logs.avazu_rows, LARGE_ROW_GROUP),
-    "movielens_latest": DataSet(movielens.LATEST_FILES, movielens.latest_rows),
-    "movielens_1m": DataSet(movielens.FILES_1M, movielens.rows_1m),
+    "movielens_latest": DataSet(movielens.FILES, movielens.rows),
     "taobao_ad_raw": DataSet(click_logs.TAOBAO_FILES, click_logs.taobao_rows, LARGE_ROW_GROUP),
 }
 

@@ -1,11 +1,9 @@
 """Files as people download them: found, opened and read in pieces, with faults named."""
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,20 +53,10 @@ def digest(path: Path) -> str:
     return f"ends:{hasher.hexdigest()}"
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, decompressing what its name says is compressed."""
-    with (
-        naming(path, "cannot be read", "fetch it again"),
-        io.BufferedReader(pa.input_stream(str(path), compression="detect")) as file,  # type: ignore[arg-type]
-    ):
-        yield file
-
-
 def count_lines(path: Path) -> int:
-    """Number of lines, the last one with or without its line end."""
+    """Number of lines, the last one with or without its line end, decompressing what its name says is compressed."""
     count, last = 0, b"\n"
-    with _opened(path) as file:
+    with naming(path, "cannot be read", "fetch it again"), pa.input_stream(str(path), compression="detect") as file:
         while block := file.read(BLOCK_BYTES):
             count += block.count(b"\n")
             last = block[-1:]
@@ -80,18 +68,13 @@ def read_csv(
 ) -> Iterator[pa.Table]:
     """Read a delimited file, compressed or not, in pieces of about 16 MB.
 
-    `types` are those of the columns wanted, or without a header of all columns in order. The delimiter "::" stands for a small file in
-    Latin-1. Only values between commas may be quoted. A column that is the `label` holds 0 and 1.
+    `types` are those of the columns wanted, or without a header of all columns in order. Only values between commas may be quoted. A
+    column that is the `label` holds 0 and 1.
 
     Raises:
         InputError: the file cannot be read, a column is missing, a value is not of its type, or a label is another number.
     """
-    source, encoding = path, "utf8"
-    if delimiter == "::":  # Arrow takes one character
-        with _opened(path) as file:
-            source, delimiter, encoding = io.BytesIO(file.read().replace(b"::", b"\t")), "\t", "latin-1"
-    names = None if has_header else list(types)
-    reading = pa_csv.ReadOptions(block_size=BLOCK_BYTES, column_names=names, encoding=encoding)
+    reading = pa_csv.ReadOptions(block_size=BLOCK_BYTES, column_names=None if has_header else list(types))
     converting = pa_csv.ConvertOptions(
         column_types=dict(types),
         include_columns=list(types),
@@ -101,7 +84,7 @@ def read_csv(
     )
     parsing = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if delimiter == "," else False)
     try:
-        with pa_csv.open_csv(source, reading, parsing, converting) as reader:
+        with pa_csv.open_csv(path, reading, parsing, converting) as reader:
             line = 1 + has_header
             for batch in reader:
                 if batch.num_rows:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from data.errors import InputError, some_of
 from data.reading.column_types import check_columns
 from data.reading.columns import Place
+from data.reading.conditions import partition_of
 from data.reading.numbers import read_labels
-from data.reading.partitions import partition_of
 from data.reading.row_groups import column_without_checksum, first_row_group, prove
 from data.reading.selection import Footer, Selection, read_footer
 from data.reading.storage import DataFile, FileList, for_each_file, list_files, local_path, open_parquet

@@ -226,17 +226,16 @@ def _within(instants: np.ndarray, span: Span, unit: int) -> np.ndarray:
     return (instants >= low) & (instants < high)
 
 
-def _last_days(condition: Condition, latest: int) -> tuple[int, int]:
-    """Where the N-th last day begins and ends, in nanoseconds."""
-    first = (latest // conditions.DAY + 1 - condition.last) * conditions.DAY
-    return first, first + conditions.DAY
+def _instant_of(condition: Condition, latest: int) -> Instant | None:
+    """The day or time that a bound names; of `last N` the N-th last day before `latest`, in nanoseconds. None if it names none."""
+    if condition.last:
+        return Instant((latest // conditions.DAY + 1 - condition.last) * conditions.DAY, conditions.DAY)
+    return read_instant(condition.bound)
 
 
 def _span_of_times(condition: Condition, latest: int) -> Span:
     """Instants that one condition allows, in nanoseconds. `latest`: that the files hold."""
-    if condition.last:
-        return _span(condition, *_last_days(condition, latest))
-    instant = read_instant(condition.bound)
+    instant = _instant_of(condition, latest)
     if instant is None:
         raise InputError(
             f"where = {condition.text!r}: {condition.bound!r} is no day or time; write a day such as 2024-05-25, a time such as "
@@ -249,19 +248,15 @@ def _span_of_integers(condition: Condition, latest: int) -> Span:
     """Instants that one condition allows, in the numbers of the column. `latest`: the largest that the files hold, which tells their unit."""
     form, where = form_of(latest), f"where = {condition.text!r}"
     holds = f"time column {condition.name!r} holds integers up to {latest}" + (f" ({form.name})" if form.name else "")
-    if condition.last:
-        if not form.name:
-            raise InputError(f"{where}: {holds}, which are no times: `last N` cannot be told; bound by an integer")
-        instant = read_instant(str(latest)) if form.digits else Instant(latest * form.step, 1)
-        assert instant is not None
-        first, last = _last_days(condition, instant.nanoseconds)
-        return _span(condition, form.first_from(first), form.first_from(last))
+    if condition.last and not form.name:
+        raise InputError(f"{where}: {holds}, which are no times: `last N` cannot be told; bound by an integer")
     number = int(condition.bound) if conditions.INTEGER.fullmatch(condition.bound) else None
     if number is not None and (not number or form_of(number) == form):
         return _span(condition, number, number + 1)
-    instant = read_instant(condition.bound) if form.name else None
+    now = read_instant(str(latest)) if form.digits else Instant(latest * form.step, 1)
+    instant = _instant_of(condition, now.nanoseconds) if form.name and now else None
     # a day as an integer is the whole day: a time in it lies on neither side
-    if instant is None or (form.digits and instant.nanoseconds % form.step):
+    if instant is None or (form.digits and instant.nanoseconds % form.step and not condition.last):
         wanted = "a day such as 2024-05-25" if form.name else "an integer of their form"
         raise InputError(f"{where}: {holds}, and {condition.bound!r} is nothing to compare them with; write {wanted}")
     first, last = instant.nanoseconds, instant.nanoseconds + instant.length

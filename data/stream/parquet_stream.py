@@ -10,12 +10,12 @@ import numpy as np
 
 from data.errors import InputError
 from data.reading.columns import Columns
+from data.reading.conditions import select_files
 from data.reading.config import StreamOptions
 from data.reading.decode import Decoder, RowReader
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
 from data.reading.numbers import read_labels
-from data.reading.partitions import select_files
 from data.reading.selection import Selection
 from data.reading.storage import DataFile
 from data.schema import Schema

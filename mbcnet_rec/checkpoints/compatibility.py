@@ -31,7 +31,7 @@ from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
 from sharding.bridge.allocated import purge_caches
-from sharding.plan.plan_file import plan_text
+from sharding.plan.placement import plan_text
 
 _TABLE = re.compile(r"embedding_bags\.([^/]+)\.weight")
 _FACTS = (

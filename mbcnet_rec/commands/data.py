@@ -31,7 +31,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add = public.add_argument
     add(
         "name", metavar="NAME",
-        help="criteo_kaggle, criteo_1tb, avazu, movielens_latest, movielens_1m or taobao_ad_raw, from their own downloads; "
+        help="criteo_kaggle, criteo_1tb, avazu, movielens_latest or taobao_ad_raw, from their own downloads; "
         "or a sample: adult, criteo, movielens, taobao_ad, ali_ccp, aliexpress, slots",
     )  # fmt: skip
     add("--src", required=True, metavar="FOLDER", help="folder with the data set's own files")

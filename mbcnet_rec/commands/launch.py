@@ -12,7 +12,7 @@ from launch import scripts
 from launch.job import Job, JobError, parse_shape
 from mbcnet_rec.commands.arguments import add_config, add_start
 from sharding.plan.compare import check_plan
-from sharding.plan.plan_file import read_plan
+from sharding.plan.placement import read_plan
 
 if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig

@@ -24,10 +24,8 @@ from sharding.cost.estimate import Room, gib
 from sharding.plan.cluster import MAX_RANKS, Cluster, default_cluster, read_cluster
 from sharding.plan.compare import compare_plans, constraint_differences, diff_lines, schema_differences
 from sharding.plan.constraints import ShardingConfig
-from sharding.plan.placement import Plan
-from sharding.plan.plan_file import plan_text, read_plan
-from sharding.report.explain import explain_lines
-from sharding.report.text import html_page, report_dict, report_lines
+from sharding.plan.placement import Plan, plan_text, read_plan
+from sharding.report.text import explain_lines, html_page, report_dict, report_lines
 from sharding.search.candidates import check_constraints
 from sharding.search.task import Progress, Task
 

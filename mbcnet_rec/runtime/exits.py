@@ -12,10 +12,13 @@
 
 import errno
 import os
+import signal
+from typing import Any, Self
 
 from data.whole_folder import NO_ROOM
 
 CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK = 74, 75, 76, 77
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class RunStoppedError(RuntimeError):
@@ -67,3 +70,28 @@ def no_room(error: BaseException) -> str:
             return f"{place}: cannot be written ({reason}); free space or choose another place, then start again"
         cause = cause.__cause__ or cause.__context__
     return ""
+
+
+class StopRequest:
+    """A stop request, honoured at the next step boundary: one of SIGNALS arrived. The previous handlers are restored on exit. For the main thread."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""  # of the first that came
+        self._former: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self.signal_name)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

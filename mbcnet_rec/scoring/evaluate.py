@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError
+from data.reading.conditions import select_files
 from data.reading.files import files_in_words, resolve_files
-from data.reading.partitions import select_files
 from data.reading.storage import FileList
 from mbcnet_rec.checkpoints.run_folder import CONFIG
 from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none

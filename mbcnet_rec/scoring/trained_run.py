@@ -27,7 +27,7 @@ from mbcnet_rec.runtime.process import Process, answer_of_first, joined_process,
 from mbcnet_rec.scoring.scorer import Scorer, autocast_of
 from mbcnet_rec.training.built import Built
 from sharding.bridge.allocated import purge_caches
-from sharding.plan.plan_file import read_plan
+from sharding.plan.placement import read_plan
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.reading.conditions import select_files
 from data.reading.files import files_in_words, resolve_files
-from data.reading.partitions import select_files
 from data.reading.storage import is_uri
 from data.whole_folder import earlier_summary
 from mbcnet_rec.logs.metrics_log import finite_or_none

@@ -21,8 +21,7 @@ from mbcnet_rec.checkpoints.zch_state import history_shards, restore_history, zc
 from mbcnet_rec.logs.metrics_log import Records
 from mbcnet_rec.logs.progress import Progress
 from mbcnet_rec.model.objective import LossArch
-from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError
-from mbcnet_rec.runtime.preemption import StopRequest
+from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError, StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, any_rank, vote
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import evaluate_predictions, why_no_auc

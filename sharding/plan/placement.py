@@ -1,16 +1,20 @@
-"""Where each table lives: the plan as a value, the shards it gives every rank, what the dense part costs, and what no platform runs."""
+"""Where each table lives: the plan as a value and as a file that a person can review, the shards it gives every rank, what the dense part costs, and what no platform runs."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, get_args
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 from data.errors import InputError
 from data.schema.bounds import Bounded, bounded
+from data.schema.parse import parse_dataclass
 from sharding.plan.cluster import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from sharding.plan.constraints import DtypeName, KernelName, ShardingTypeName
 
 SHARDING_TYPES = get_args(ShardingTypeName)
 KERNELS = get_args(KernelName)
+FORMAT = 2  # of the plan file
 REPLAN = "plan again with `mbcnet plan make`"
 UNIFORM = ("row_wise", "data_parallel")  # types that use every rank
 FLOAT_BYTES = 4
@@ -258,3 +262,40 @@ def _ranks_problem(table: TablePlan, plan: Plan) -> str:
 def leaves_empty(rows: int, ranks: int) -> bool:
     """Whether a split of rows in blocks of ceil(rows / ranks) gives some rank none: FBGEMM was seen to fail there on a CPU."""
     return ranks > 1 and -(-rows // ranks) * (ranks - 1) >= rows
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan file: JSON, one line a table; what is as by default is left out."""
+    head = {"format": FORMAT} | asdict(plan) | {"format": FORMAT}  # the first key
+    tables: Any = head.pop("tables")
+    usual = {each.name: each.default for each in fields(TablePlan)}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    entries = []
+    for name, table in tables.items():
+        entry = {key: value for key, value in table.items() if value != usual[key]}
+        entries.append(f"    {json.dumps(name)}: {json.dumps(entry)}")
+    return "{\n" + "\n".join(lines) + '\n  "tables": {\n' + ",\n".join(entries) + "\n  }\n}\n"
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan file; InputError if it is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); check the path, or {REPLAN}") from None
+    return plan_of_text(text, str(path))
+
+
+def plan_of_text(text: str, source: str) -> Plan:
+    """Parse the text of a plan file; InputError if it is none."""
+    try:
+        table: Any = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{source}: not JSON ({error}); {REPLAN}") from None
+    if isinstance(table, dict) and isinstance(table.get("format"), int) and table["format"] > FORMAT:
+        raise InputError(
+            f"{source}: format = {table['format']}, this version reads up to {FORMAT}; update mbcnet, or {REPLAN}"
+        )
+    plan = parse_dataclass(Plan, table, source)
+    check_shape(plan, source)
+    return plan

@@ -8,8 +8,7 @@ from data.schema import Schema
 from sharding.cost.estimate import Room, gib
 from sharding.plan.cluster import GIB, Cluster, default_cluster, read_cluster
 from sharding.plan.constraints import CARRIED, ShardingConfig
-from sharding.plan.placement import DenseCost, Plan
-from sharding.plan.plan_file import FORMAT
+from sharding.plan.placement import FORMAT, DenseCost, Plan
 
 Progress = Callable[[int, float], None]  # (proposals so far, best milliseconds)
 
