@@ -1,6 +1,7 @@
 """A fit grows by the days' files: values get rows after so many sightings, none moves, those long unseen make room, each file counts once; and a
 run that continues trains with the grown tables as one that had those rows from the start, at 1 and 2 ranks."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -17,6 +18,10 @@ from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.schema import load_schema
 from mbcnet_rec.cli import main
+from mbcnet_rec.config import load_config
+from mbcnet_rec.serving import loader as serving
+from mbcnet_rec.training.hooks import Hooks
+from sharding.bridge.initialise import table_rows
 
 CITY = 'city = { kind = "categorical", encoding = "vocabulary", vocabulary = "fit", embedding_dim = 4, min_count = 2, expire_after = 2 }'
 HEAD = 'name = "s"\nlabel = "y"\n[groups]\n[fields]\n'
@@ -106,7 +111,7 @@ def write_growing(folder, expire_after=0, kind="adagrad"):
     for day in range(1, 4):
         (folder / f"log/ds=2024-06-0{day}").mkdir(parents=True)
         table = small_table(240, day)
-        users = table["user"].to_numpy() % 50 + 20 * day
+        users = table["user"].to_numpy() % (50 - 5 * day) + 20 * day
         things = pa.array(table["item"].to_numpy(zero_copy_only=False) % 20 + 10 * day, pa.int64(), from_pandas=True)
         table = table.set_column(table.column_names.index("user"), "user", pa.array([f"u{each}" for each in users]))
         table = table.set_column(table.column_names.index("item"), "item", things)
@@ -146,11 +151,61 @@ def test_days_with_growth_equal_a_run_that_had_the_rows_from_the_start(log, caps
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     found = days(log / "run")
-    assert [each.get("growth", {}).get("user", {}).get("admitted") for each in found] == [None, 21, 19]
+    assert [each.get("growth", {}).get("user", {}).get("admitted") for each in found] == [None, 16, 15]
     assert all(each["profile"]["new/user"] > 0.1 for each in found[1:]), (
         "a day is scored as the model of the days before reads it"
     )
     assert " 10 admitted" in capsys.readouterr().out
     (line,) = [each for each in lines_of(log / "run", "growth") if each["step"] == 5]
-    assert (line["admitted/user"], line["expired/user"]) == (21, 0)
+    assert (line["admitted/user"], line["expired/user"]) == (16, 0)
     assert "admitted" in (log / "run/report.html").read_text()
+
+
+def test_a_row_that_expires_begins_anew_also_where_the_day_died_before_its_first_checkpoint(log, capsys):
+    """Freed rows have initial values and state; the day goes on from the growth that it began with; serving gets the change as a delta."""
+    write = (log / "schema.toml").read_text().replace("expire_after = 0", "expire_after = 1")
+    (log / "schema.toml").write_text(write)
+    assert main(["schema", "fit", "schema.toml", "log/ds=2024-06-01", "-o", "fit", "--force"]) == 0
+    first = ("tiny.toml", 'data.train=["log/ds=2024-06-01"]', "train.out=run")
+    assert train(*first) == 0
+    assert main(["export", "run", "--out", "before", "--no-aot"]) == 0
+    shutil.copytree("run", "died")
+
+    def die(loss, outputs):
+        raise RuntimeError("died")
+
+    assert main(["schema", "fit", "--grow", "fit", "log/ds=2024-06-02"]) == 0
+    second = ("run/config.toml", 'data.train=["log/ds=2024-06-02"]', "train.keep_last=9")
+    assert train(*second, continues=True) == 0
+    with pytest.raises(RuntimeError, match="died"):
+        train(*second, "train.out=died", continues=True, hooks=Hooks(on_loss=die))
+    assert pq.read_table("died/schema_before/vocabulary/user.parquet")["value"].null_count == 0
+    assert main(["evaluate", "died", "--data", "log/ds=2024-06-02"]) == 0, (
+        "its last checkpoint is read with the vocabulary of its day"
+    )
+    assert main(["schema", "fit", "--grow", "fit", "log/ds=2024-06-03"]) == 0
+    assert train("died/config.toml", resume=True) == 0, "the day goes on with the vocabulary that it began with"
+    ours, theirs = tensors(log / "run", 10), tensors(log / "died", 10)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+    values = pq.read_table("run/vocabulary/user.parquet")["value"].to_pylist()
+    free = torch.tensor([row for row, value in enumerate(values, 2) if value is None])
+    assert len(free) > 2 and days(log / "run")[-1]["growth"]["user"]["expired"] > len(free), "some were given to others"
+    config = load_config("tiny.toml")
+    ((_, initial),) = table_rows(config.train.seed, "user", 0, len(values) + 2, 16, config.optim.embedding.init_std)
+    (rows, state) = (
+        next(each for name, each in ours.items() if name.startswith(part) and ".user." in name)
+        for part in ("model/", "optim/")
+    )
+    assert torch.equal(rows[free], initial[free]) and not state[free].any()
+
+    capsys.readouterr()
+    assert main(["export", "run", "--since", "before", "--out", "delta"]) == 0
+    nulls = sum(pq.read_table(path)["value"].null_count for path in (log / "run/vocabulary").glob("*.parquet"))
+    assert f"{nulls} freed" in capsys.readouterr().out
+    assert main(["export", "run", "--out", "after", "--no-aot"]) == 0
+    model, whole = serving.load("before"), serving.load("after")
+    model.apply("delta")
+    assert model.digest == whole.digest and model.vocabularies == whole.vocabularies
+    assert all(torch.equal(each.weights_host, whole.tables[name].weights_host) for name, each in model.tables.items())
+    night(3)

@@ -84,14 +84,16 @@ def own_schema(folder: Path, run: Mapping[str, Any]) -> Schema | None:
     files = run.get("files")
     if not files:
         return None
-    if (folder / BEFORE / SCHEMA).is_file() and sha256_of(folder / SCHEMA) != files.get(SCHEMA):
-        folder = folder / BEFORE  # another day has begun, and has no checkpoint yet
-    for name, sha256 in files.items():
-        if sha256_of(folder / name) != sha256:
-            raise InputError(
-                f"{folder / name}: changed since the run was trained (its SHA-256 is not that in the checkpoint); bring the file back"
-            )
-    return load_schema(folder / SCHEMA)
+    changed = None
+    # the day before's: another day has begun with grown vocabularies, and has no checkpoint yet
+    for place in (folder, folder / BEFORE) if (folder / BEFORE).is_dir() else (folder,):
+        other = next((place / name for name, sha256 in files.items() if sha256_of(place / name) != sha256), None)
+        if other is None:
+            return load_schema(place / SCHEMA)
+        changed = changed or other
+    raise InputError(
+        f"{changed}: changed since the run was trained (its SHA-256 is not that in the checkpoint); bring the file back"
+    )
 
 
 def are_copied(files: Mapping[str, Any]) -> bool:

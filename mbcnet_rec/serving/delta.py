@@ -44,7 +44,7 @@ def write_delta(before: serving.ServingModel, parent: Path, child: Path, out: Pa
         changes[f"{name}/gone"] = old[0, ~_held(old, pairs)].contiguous()
     with whole_folder(out) as partial:
         save_file(changes, partial / serving.CHANGES)
-        listed = {name: _appended(before, name, values.to_pylist()) for name, values in after.vocabularies.items()}
+        listed = {name: _changed(before, name, values.to_pylist()) for name, values in after.vocabularies.items()}
         (partial / serving.VOCABULARY).write_text(json.dumps(listed), encoding="utf-8")
         sums = {serving.MODEL: after.digest} | after.spec["files"]
         always = (serving.MODEL, serving.DENSE, serving.SCHEMA)
@@ -58,7 +58,8 @@ def write_delta(before: serving.ServingModel, parent: Path, child: Path, out: Pa
         said = {"parent": before.digest, "files": written}
         (partial / serving.DELTA).write_text(json.dumps(said, indent=1), encoding="utf-8")
     size, whole = (sum(path.stat().st_size for path in each.rglob("*") if path.is_file()) for each in (out, child))
-    return {"rows": rows, "all_rows": all_rows, "bytes": size, "whole_bytes": whole}
+    freed = sum(values[: len(places)].count(None) for _, places, values in listed.values())
+    return {"rows": rows, "all_rows": all_rows, "freed": freed, "bytes": size, "whole_bytes": whole}
 
 
 def write_child(parent: Path, delta: Path, out: Path) -> None:
@@ -101,11 +102,8 @@ def _held(pairs: Tensor, others: Tensor) -> Tensor:
     return (others[:, place] == pairs).all(0)
 
 
-def _appended(before: serving.ServingModel, name: str, values: list[Any]) -> tuple[int, list[Any]]:
-    """How many of the first values were there before, and those after them."""
+def _changed(before: serving.ServingModel, name: str, values: list[Any]) -> tuple[int, list[int], list[Any]]:
+    """How many values there are, the places of those that take another's place (null: a row that is free), and these and the new ones at the end."""
     old = before.vocabularies[name].to_pylist() if name in before.vocabularies else []
-    kept = next(
-        (place for place, (one, other) in enumerate(zip(old, values, strict=False)) if one != other),
-        min(len(old), len(values)),
-    )
-    return kept, values[kept:]
+    places = [place for place, (one, other) in enumerate(zip(old, values, strict=False)) if one != other]
+    return len(values), places, [values[place] for place in places] + values[len(old) :]

@@ -118,7 +118,7 @@ def run_delta(run_folder: str, since: str, out: str, *, overwrite: bool = False)
         write_artifact(exported, config, Path(whole) / "whole")
         report = write_delta(before, parent, Path(whole) / "whole", target)
     print(
-        f"{target}: from step {before.spec['step']} to {run.step}, {report['rows']:,} of {report['all_rows']:,} rows of tables, "
+        f"{target}: from step {before.spec['step']} to {run.step}, {report['rows']:,} of {report['all_rows']:,} rows of tables, {report['freed']:,} freed, "
         f"{report['bytes'] / 1e6:.1f} MB, the whole artifact {report['whole_bytes'] / 1e6:.1f} MB"
     )
     return 0

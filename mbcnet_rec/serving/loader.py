@@ -193,12 +193,7 @@ class ServingModel:
             if name.startswith(ZCH) and not name.endswith("/gone")
         }
         listed = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
-        vocabularies = {
-            name: pa.array(
-                [*(self.vocabularies[name][:kept].to_pylist() if kept else ()), *new], spec["vocabulary_types"][name]
-            )
-            for name, (kept, new) in listed.items()
-        }
+        vocabularies = {name: self._changed_values(name, spec, *changed) for name, changed in listed.items()}
         model = ServingModel(spec, load_schema(folder / SCHEMA), rows, read_safetensors(folder / DENSE), vocabularies)
         model.digest = files[MODEL]
         return model
@@ -211,6 +206,14 @@ class ServingModel:
                 table[: len(before[name])] = before[name]
             table[changes[f"{pooling}/{name}/places"]] = changes[f"{pooling}/{name}/rows"]
         return opened.weights_host
+
+    def _changed_values(
+        self, name: str, spec: Mapping[str, Any], length: int, places: list[int], changed: list[Any]
+    ) -> pa.Array:
+        values = self.vocabularies[name][:length].to_pylist() if name in self.vocabularies else []
+        for place, value in zip(places, changed, strict=False):
+            values[place] = value
+        return pa.array(values + changed[len(places) :], spec["vocabulary_types"][name])
 
     def _changed_ids(self, name: str, changes: Mapping[str, Tensor]) -> Tensor:
         pairs = self.id_rows.get(name, torch.empty(2, 0, dtype=torch.int64))
