@@ -26,8 +26,7 @@ from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import take_apart, untrained, with_rows, write_artifact
-from mbcnet_rec.serving.latency import Contest, Timing, contestants, latency_lines, open_artifact, race
-from mbcnet_rec.serving.sample_requests import draw_requests
+from mbcnet_rec.serving.latency import Contest, Timing, contestants, draw_requests, latency_lines, race
 
 
 def main() -> int:
@@ -49,8 +48,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "mbcnet"
         write_drawn(schema, folder, args.format, compiled=args.compiled)
-        artifact = open_artifact(folder)
-        models = contestants([artifact], ("dcnv2", "dnn"), compiled=args.compiled)
+        models = contestants([folder], ("dcnv2", "dnn"), compiled=args.compiled)
         requests = {rows: draw_requests(schema, {}, rows) for rows in contest.rows}
         timings = race(models, requests, contest)
         stored = (folder / serving.TABLES).stat().st_size

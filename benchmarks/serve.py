@@ -41,7 +41,7 @@ from side_by_side import parser_of, print_figures
 from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.serving import loader
 from mbcnet_rec.serving.delta import write_delta
-from mbcnet_rec.serving.sample_requests import draw_requests
+from mbcnet_rec.serving.latency import draw_requests
 
 MODELS = {
     "mbcnet": MBCNET,

@@ -35,11 +35,7 @@ SPARSE_ARCH = "model.sparse_arch."
 
 
 def build_lookups(schema: Schema, plan: Plan) -> list[Lookup]:
-    """Build the tables' collections on the meta device, with rows of the plan's dtype.
-
-    Raises:
-        InputError: no field without weights looks up a table.
-    """
+    """Build the tables' collections on the meta device, of the plan's dtype; InputError if no field without weights has a table."""
     lookups = []
     for each, rows in meta_collections(schema, plan.data_type).items():
         collection = collision_collection(schema, rows) if each.unbounded else rows
@@ -53,12 +49,9 @@ def build_lookups(schema: Schema, plan: Plan) -> list[Lookup]:
 
 
 def agreed_plan(config: RunConfig, schema: Schema, process: Process) -> Plan:
-    """The plan file that the config names, checked against this run, or a plan made now. Rank 0 reads or makes it for all.
+    """The plan file that the config names, checked against this run, or a plan made now, by rank 0 for all. Every rank calls it.
 
-    Every rank calls it, with the schema that lacks the tables of a wide part.
-
-    Raises:
-        InputError: on every rank: the file is faulty or for another run, or nothing fits.
+    `schema` lacks the tables of a wide part. InputError, on every rank, if the file is faulty or for another run, or nothing fits.
     """
     text = answer_of_first(process, lambda: plan_text(_plan_of(config, schema, process)))
     return plan_of_text(text, config.sharding.plan or "the run's plan")
@@ -88,12 +81,14 @@ def _plan_of(config: RunConfig, schema: Schema, process: Process) -> Plan:
 def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None = None) -> Built:
     """Build, plan, shard and initialise a model; equal on every world size and plan for the same config.
 
-    `schema` is fitted; without a plan it is the one that the config says.
-
-    Raises:
-        InputError: the schema, the model and the plan do not fit together.
+    `schema` is fitted; without a plan it is the one that the config says. InputError if schema, model and plan do not fit together.
     """
-    _refuse_adam(config, schema)
+    unbounded = [table.feature_names[0] for table in schema.tables if table.zch is not None]
+    if config.optim.embedding.name == "adam" and unbounded:
+        raise InputError(
+            f"optim.embedding.name = 'adam': field {unbounded[0]!r} is of encoding 'zch', whose table is sharded by rows, and adam is for "
+            "tables that every rank holds whole; use rowwise_adagrad, adagrad or sgd"
+        )
     if plan is None:
         plan = agreed_plan(config, schema, process)
     lookups = build_lookups(schema_with_wide(config.model, schema), plan)
@@ -137,15 +132,6 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
         sharded, optimizer, plan, model.branch_names, dense, config.optim, config.sharding, config.train.seed,
         path.pipeline,
     )  # fmt: skip
-
-
-def _refuse_adam(config: RunConfig, schema: Schema) -> None:
-    unbounded = [table.feature_names[0] for table in schema.tables if table.zch is not None]
-    if config.optim.embedding.name == "adam" and unbounded:
-        raise InputError(
-            f"optim.embedding.name = 'adam': field {unbounded[0]!r} is of encoding 'zch', whose table is sharded by rows, and adam is for "
-            "tables that every rank holds whole; use rowwise_adagrad, adagrad or sgd"
-        )
 
 
 def _sharded(

@@ -131,14 +131,6 @@ def _tell(line: str) -> None:
         print(f"mbcnet: {line}", file=sys.stderr, flush=True)
 
 
-def _close_output() -> None:
-    """Flush stdout. What a full disk or a closed pipe does not take is dropped: Python would end with a code of its own."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command and leave its errors to the caller: main, or launch/worker.py, which prints them once for a whole job.
 
@@ -249,7 +241,10 @@ def exit_code(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has read enough
         return 0
     finally:
-        _close_output()
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk or a closed pipe: Python would end with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -128,21 +128,17 @@ def check_cuda(gpus: list[str]) -> list[Finding]:
     return [Finding("CUDA", found, fix)]
 
 
-def schedulers() -> list[str]:
-    """What torchx can launch on from here."""
-    found = ["local_cwd"]
-    found += ["slurm"] if shutil.which("sbatch") else []
-    found += ["local_docker"] if shutil.which("docker") else []
-    found += ["kubernetes"] if installed("kubernetes") else []
-    return found
-
-
 def examine() -> list[Finding]:
     """Make every check."""
     torch, gpus, torchx = installed("torch"), gpu_names(), installed("torchx")
     fbgemm, fbgemm_cpu = installed("fbgemm-gpu"), installed("fbgemm-gpu-cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = f"{cores} CPU cores ({platform.machine()}), {len(gpus)} NVIDIA GPUs"
+    launched_by = {
+        "slurm": shutil.which("sbatch"),
+        "local_docker": shutil.which("docker"),
+        "kubernetes": installed("kubernetes"),
+    }
     return [
         Finding("python", platform.python_version()),  # pip refuses one below 3.11
         check_triple(torch, fbgemm_cpu or fbgemm, installed("torchrec")),
@@ -150,7 +146,7 @@ def examine() -> list[Finding]:
         *map(check_import, ("torch", "fbgemm_gpu", "torchrec")),
         Finding("devices", "; ".join([devices, *gpus])),
         *check_cuda(gpus),
-        Finding("schedulers", ", ".join(schedulers())),
+        Finding("schedulers", ", ".join(["local_cwd", *(name for name, found in launched_by.items() if found)])),
         Finding("torchx", torchx or "missing", "" if torchx else REINSTALL),
     ]
 

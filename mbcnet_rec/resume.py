@@ -58,11 +58,7 @@ def facts_of(config: RunConfig, files: dict[str, str], marks: Marks) -> dict[str
 
 
 def earlier_facts(config: RunConfig, storage: CheckpointStorage, step: int | None, process: Process) -> dict[str, Any]:
-    """The facts that a checkpoint stores, equal on every rank; none for a fresh start. Every rank calls it.
-
-    Raises:
-        InputError: the checkpoint is damaged.
-    """
+    """The facts that a checkpoint stores, none for a fresh start; InputError if it is damaged. Every rank calls it."""
 
     def read() -> dict[str, Any]:
         if step is None:
@@ -194,13 +190,8 @@ def refuse_other_start(
         notes.append(f"note: other options than before: {others}")
     if files := _data_difference(config, run, marks, "valid"):
         notes.append(f"note: data.valid: {files}: scores, and which step is the best, do not compare with those before")
-    versions = run.get("versions", {})
-    updated = [
-        f"{name} {versions[name]} -> {installed(name) or 'none'}"
-        for name in PACKAGES
-        if name in versions and versions[name] != installed(name)
-    ]
-    if updated:
+    versions = {name: (before, installed(name) or "none") for name, before in run.get("versions", {}).items()}
+    if updated := [f"{name} {before} -> {now}" for name, (before, now) in versions.items() if before != now]:
         notes.append(f"note: other versions than before: {', '.join(updated)}")
     return notes
 

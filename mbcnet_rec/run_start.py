@@ -143,8 +143,10 @@ def open_folder(
     begun: Beginning, storage: CheckpointStorage, earlier: Mapping[str, Any], *, fresh: bool, overwrite: bool
 ) -> None:
     """Write what a run begins with; a fresh one takes the place of an earlier run, and of what a start that died has left."""
-    folder = begun.config.run_folder
-    new = folder / NEW
+    config, folder = begun.config, begun.config.run_folder
+    new, place = folder / NEW, config.train.checkpoint_folder
+    if place and not is_uri(place):  # so that it holds from every working directory
+        config = replace(config, train=replace(config.train, checkpoint_folder=str(Path(place).absolute())))
 
     def remove_checkpoints() -> None:
         for step in storage.steps() if fresh else ():
@@ -155,7 +157,7 @@ def open_folder(
     with written(folder):
         remove(new)
         new.mkdir(parents=True)
-        write_whole(new / CONFIG, config_text(_lasting(begun.config)))
+        write_whole(new / CONFIG, config_text(config))
         write_whole(new / PLAN, plan_text(begun.plan))
         write_whole(new / DATA, json.dumps(begun.marks) + "\n")
         write_whole(new / LINEAGE, lineage_text(begun.days.lines))
@@ -172,11 +174,3 @@ def open_folder(
             names = _OWN if overwrite else _OWN - {STACKS, RUN_ID}
         put_in_place(folder, names, remove_checkpoints)
         (folder / DONE).unlink(missing_ok=True)
-
-
-def _lasting(config: RunConfig) -> RunConfig:
-    """The config with a place of the checkpoints that holds from every working directory."""
-    place = config.train.checkpoint_folder
-    if not place or is_uri(place):
-        return config
-    return replace(config, train=replace(config.train, checkpoint_folder=str(Path(place).absolute())))

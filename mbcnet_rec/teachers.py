@@ -21,7 +21,7 @@ from data.schema import Schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
-from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids
+from mbcnet_rec.checkpoints.run_schema import other_ids
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.models import ARCHES, needs_wide
 from mbcnet_rec.resume import start_differences
@@ -98,25 +98,15 @@ def taught_by(teachers: Sequence[RunConfig], process: Process, stream: ParquetSt
 
 
 def load_teacher(config: RunConfig, schema: Schema, process: Process) -> Scorer:
-    """Build a teacher with its best weights, for evaluation only, of rows that are encoded by this schema.
-
-    Raises:
-        InputError: it has learned rows that mean something else.
-    """
+    """Build a teacher with its best weights, for evaluation only; InputError if it has learned rows that mean something else."""
     run = find_best(config, config.run_folder, process)
-    own = run.schema
-    theirs, ours = file_sums(own), file_sums(schema)
-    differ = sorted(name for name in theirs | ours if name != SCHEMA and theirs.get(name) != ours.get(name))
-    # types of ids that one of the two does not say are no difference
-    if own.fingerprint() != schema.fingerprint() or (not differ and other_ids(own, schema)):
-        differ.insert(0, SCHEMA)
-    if differ:
+    differ = [f"table {name}: {why}" for name, why in other_ids(run.schema, schema).items()]
+    if differ or run.schema.fingerprint() != schema.fingerprint():
         raise InputError(
-            f"{config.run_folder}: this teacher was trained with another schema ({', '.join(differ)} differ); train teachers and student "
-            "anew with --overwrite"
+            f"{config.run_folder}: this teacher was trained with another schema ({'; '.join(differ) or 'fields, tables or groups differ'}); "
+            "train teachers and student anew with --overwrite"
         )
-    model = run.build(process).model
-    return Scorer(model.eval())
+    return Scorer(run.build(process).model.eval())
 
 
 class TaughtStream:

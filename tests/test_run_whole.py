@@ -211,7 +211,7 @@ def test_a_teacher_that_knows_other_rows_is_refused(place, capfd):
         own = load_schema("runs/r/schema.toml")
         load_teacher(config, own, process)
         fit(2)
-        with pytest.raises(ValueError, match=r"another schema \(schema.toml, vocabulary/shop.parquet differ\)"):
+        with pytest.raises(ValueError, match=r"another schema \(table shop: another vocabulary\)"):
             load_teacher(config, load_schema("fitted/schema.toml"), process)
 
 

@@ -83,7 +83,6 @@ def test_faults_stop_their_own_chunks_only(runs, tmp_path, capfd):
         "_pieces/b.parquet/000000.parquet",
         "_pieces/b.parquet/000001.parquet",
         "_pieces/ds=1/a.parquet/000000.parquet",
-        "_pieces/empty.parquet/000000.parquet",
     ]
     code, _, err = predict(*argv, keep=["user"])
     assert code == 2 and "other columns" in err

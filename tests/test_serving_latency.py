@@ -1,4 +1,4 @@
-"""Proves that `mbcnet bench latency` times what it says: every model, at all rows and threads, on rows drawn or read."""
+"""Proves that `mbcnet bench latency` times what it says: every model, at all rows and threads."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import torch
 from serving_data import artifact_of, printed_by, trained_runs
 
 from mbcnet_rec.serving import latency
-from mbcnet_rec.serving.sample_requests import draw_requests, read_requests
+from mbcnet_rec.serving.latency import draw_requests
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +36,20 @@ def test_side_by_side(artifact):
 
 def test_rivals_have_the_same_tables_and_the_models_own_widths(artifact):
     own = latency.open_artifact(artifact)
-    models = latency.contestants([own], ("dcnv2", "dnn"), compiled=False)
-    requests = draw_requests(own.schema, own.vocabularies, 5)
+    models = latency.contestants([artifact], ("dcnv2", "dnn"), compiled=False)
+    requests = draw_requests(own.preprocess.schema, own.vocabularies, 5)
     for model in models.values():
         assert model.predict(requests[0]).shape == (5,)
-        for pooling, tables in own.model.tables.items():
+        for pooling, tables in models["mbcnet"].tables.items():
             assert model.tables[pooling].weights_host.data_ptr() == tables.weights_host.data_ptr()
 
 
-def test_requests_from_a_file_and_refusals(artifact, tmp_path_factory):
+def test_alone_and_refusals(artifact, tmp_path_factory):
     runs = trained_runs(tmp_path_factory.getbasetemp())
-    requests = read_requests(str(runs / "test.parquet"), ["user", "hour"], 300)
-    assert {len(request["user"]) for request in requests} == {300} and requests[0] != requests[1]
     argv = ("bench", "latency", artifact, "--rows", "2", "--threads", "1", "--seconds", "0", "--calls", "1")
-    code, out, _ = printed_by(*argv, "--data", runs / "test.parquet", "--beside", "", "--json")
+    code, out, _ = printed_by(*argv, "--beside", "", "--json")
     assert code == 0 and {each["model"] for each in json.loads(out)["latency"]} == {"mbcnet"}
     for more, words in (
-        (("--data", runs / "test.parquet", "--rows", "5000"), "2000 rows; wanted at least 5000"),
-        (("--data", runs / "none.parquet"), "not a readable Parquet file"),
         (("--beside", "gpt"), "wanted some of mbcnet"),
         (("--beside", "fm"), "one weight per id"),
         (("--compiled",), "holds no dense_aot.pt2"),
@@ -70,5 +66,5 @@ def test_drawn_requests_are_valid_rows(artifact):
     """Every kind of field is drawn within its table, at every number of rows."""
     own = latency.open_artifact(artifact)
     for rows in (1, 33):
-        for request in draw_requests(own.schema, own.vocabularies, rows):
-            assert own.model.predict(request).shape == (rows,)
+        for request in draw_requests(own.preprocess.schema, own.vocabularies, rows):
+            assert own.predict(request).shape == (rows,)

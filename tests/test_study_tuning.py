@@ -152,19 +152,21 @@ def test_files_that_are_no_study_are_told_in_one_line(config, out):
     (out / "dnn.db").unlink()
     study = tuning.open_study(out / "dnn.db", "dnn")
     study.add_trial(optuna.trial.create_trial(value=0.9))
-    with pytest.raises(InputError, match="its 1 trials are of an earlier version"):
+    with pytest.raises(InputError, match="its 1 trials had other settings or data"):
         tune_model(config, SEARCH, "dnn", out, Trained())
 
 
-def test_enkd_keeps_the_teachers_of_its_first_trial(config, out, capsys):
+def test_enkd_is_not_continued_with_other_teachers_than_its_first_trials_had(config, out):
     trained = Trained()
-    for number, width in enumerate((7, 9)):
-        out.mkdir(exist_ok=True)
+    out.mkdir()
+    for width in (7, 9):
         winner = with_overrides(config, ["model.kind=dcnv2", f"model.dcnv2.hidden=[{width}]"], "test")
         (out / "dcnv2.toml").write_text(config_text(winner))
-        path, _ = tune_model(config, replace(SEARCH, trials=number + 1), "enkd", out, trained)
-    assert [each.model.dcnv2.hidden for each in trained] == [(7,), (7,)] == [load_config(path).model.dcnv2.hidden] * 2
-    assert "its trials keep the teachers of the first one" in capsys.readouterr().out
+        if width == 7:
+            tune_model(config, replace(SEARCH, trials=1), "enkd", out, trained)
+    with pytest.raises(InputError, match=r"model.dcnv2.hidden \[7\] -> \[9\].*choose another --out"):
+        tune_model(config, replace(SEARCH, trials=2), "enkd", out, trained)
+    assert [each.model.dcnv2.hidden for each in trained] == [(7,)]
 
 
 def test_poor_trials_are_pruned_and_not_taken_for_whole_runs(config, out):

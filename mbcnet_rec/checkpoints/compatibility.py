@@ -64,11 +64,7 @@ def describe_run(built: Built) -> dict[str, Any]:
 
 
 def saved_run(manifest: Manifest, where: object) -> dict[str, Any]:
-    """The facts about its run that the checkpoint at `where` stores; see `describe_run`.
-
-    Raises:
-        InputError: they are missing or malformed.
-    """
+    """The facts about its run that the checkpoint at `where` stores; InputError if they are missing or malformed."""
     run = manifest.extra.get("run", {})
     parts = ("column_shards", "zch_buckets", "config", "versions", "files")
     if isinstance(run, dict) and all(isinstance(run.get(key, {}), dict) for key in parts):
@@ -114,7 +110,13 @@ def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences
     """Compare a checkpoint with a run that wants these logical tensors, of all ranks."""
     old, run = saved_run(saved.manifest, saved.folder), describe_run(built)
     other_ids = tables_of_other_ids(saved.shapes, wanted, old.get("zch_buckets", {}), run["zch_buckets"])
-    found = Differences(other_ids, old.get("optimizer") != run["optimizer"], _recut(old, run, wanted))
+    recut: list[str] = []
+    if old.get("optimizer") == run["optimizer"] == "rowwise_adagrad":
+        before, now = old.get("column_shards", {}), run["column_shards"]
+        for table in sorted({table_of(name) for name in wanted} & {*before, *now}):
+            if before.get(table, 1) != now.get(table, 1):
+                recut.append(f"table {table}: {before.get(table, 1)} -> {now.get(table, 1)}")
+    found = Differences(other_ids, old.get("optimizer") != run["optimizer"], recut)
     for key, what, outcome in _FACTS:
         if old.get(key) != run[key]:
             found.phrases.append((f"{what}: {str(old.get(key))[:80]} -> {run[key]}", outcome))
@@ -152,23 +154,11 @@ def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences
     return found
 
 
-def _recut(old: dict[str, Any], run: dict[str, Any], wanted: Iterable[str]) -> list[str]:
-    if {old.get("optimizer"), run["optimizer"]} != {"rowwise_adagrad"}:
-        return []
-    before, now = old.get("column_shards", {}), run["column_shards"]
-    tables = {table_of(name) for name in wanted} & {*before, *now}
-    cuts = [(table, before.get(table, 1), now.get(table, 1)) for table in sorted(tables)]
-    return [f"table {table}: {theirs} -> {own}" for table, theirs, own in cuts if theirs != own]
-
-
 def _change(before: Shape | None, now: Shape | None) -> str:
     if before is None or now is None:
         return "added" if before is None else "removed"
-    return f"shape {_text(before)} -> {_text(now)}"
-
-
-def _text(shape: Shape) -> str:
-    return "x".join(f"{size}" for size in shape) or "scalar"
+    then, here = ("x".join(map(str, shape)) or "scalar" for shape in (before, now))
+    return f"shape {then} -> {here}"
 
 
 def table_of(name: str) -> str:
@@ -190,13 +180,10 @@ def all_shapes(shards: Iterable[TensorShard], process: Process) -> dict[str, Sha
 def load_checked(
     saved: Saved, built: Built, process: Process, *, allow_partial: bool = False, anew: RowsAnew | None = None
 ) -> list[str]:
-    """Load a checkpoint after a comparison; every rank calls it. With `anew` the schema has grown: tables may be longer, and those rows stay as built.
+    """Load a checkpoint after a comparison; return what a partial load did, a line each. Every rank calls it.
 
-    Returns:
-        What a partial load did, a line each; empty where everything fits.
-
-    Raises:
-        InputError: they differ and `allow_partial` is not set, or no partial load bridges the difference.
+    With `anew` the schema has grown: tables may be longer, and those rows stay as built. InputError if they differ and `allow_partial` is
+    not set, or no partial load bridges the difference.
     """
     init_states(built)
     shards = shards_of(built.model, built.optimizer)
@@ -220,13 +207,10 @@ def load_checked(
 
 
 def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Process) -> str:
-    """Copy tables and their optimizer state from the best checkpoint of `train.warm_start`; every rank calls it.
+    """Copy tables and their optimizer state from the best checkpoint of `train.warm_start`; return a line on it. Every rank calls it.
 
     A table may have more rows here: the first ones are copied, so its ids must mean the same there (those of another hash size or another
     vocabulary do not, unless that one has only grown). Without `train.warm_start_tables` every table that both runs have is taken.
-
-    Returns:
-        One line on what was taken.
 
     Raises:
         InputError: no such run or table, a table is wider or longer there, or its rows are of other ids.
@@ -248,7 +232,10 @@ def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Proces
         report = compare(saved, wanted, built)
         same_state = not report.other_optimizer and not report.recut
         taken = {name for name in wanted if table_of(name) in tables and (same_state or name.startswith("model/"))}
-        before = own_schema(other, saved_run(saved.manifest, other)) or _schema_of_config(other)
+        before = own_schema(other, saved_run(saved.manifest, other))
+        # a run without a copy: what its config names, if it is still there
+        with suppress(InputError, KeyError, TypeError):
+            before = before or load_schema(read_toml(other / CONFIG)["schema"])
         why = other_ids(before, schema) if before is not None else {}
         why |= dict.fromkeys(report.other_ids, "encoding zch, num_embeddings or zch_buckets differ")
         for table in sorted(tables & why.keys()):
@@ -265,13 +252,6 @@ def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Proces
         _load(saved, built, process, [shard for shard in shards if shard.name in taken])
     note = "with" if same_state else "without"
     return f"warm start from step {step} of {other}: {note} optimizer state: {', '.join(sorted(tables))}"
-
-
-def _schema_of_config(folder: Path) -> Schema | None:
-    """The schema that the config of a run without a copy of its own names, if it is still there."""
-    with suppress(InputError, KeyError, TypeError):
-        return load_schema(read_toml(folder / CONFIG)["schema"])
-    return None
 
 
 def _chosen_tables(train: TrainConfig, saved: Saved, wanted: Iterable[str]) -> set[str]:

@@ -47,22 +47,13 @@ class Manifest(NamedTuple):
 
 
 def manifest_bytes(world_size: int, extra: dict[str, Any], files: list[dict[str, Any]]) -> bytes:
-    """The manifest of files that have been written; see `file_record` for their form."""
+    """The manifest of files that have been written: {"file": name, "sha256": ..., "pieces": [ShardEntry, ...]} each."""
     body = json.dumps({"format": FORMAT, "world_size": world_size, "extra": extra, "files": files})
     return f'{{"sha256": "{hashlib.sha256(body.encode()).hexdigest()}", "body": {body}}}\n'.encode()
 
 
-def file_record(file: str, sha256: str, entries: list[ShardEntry]) -> dict[str, Any]:
-    """One file of a manifest as JSON values."""
-    return {"file": file, "sha256": sha256, "pieces": entries}
-
-
 def read_checkpoint(folder: Path, *, hashed: bool = True) -> Manifest:
-    """Read a checkpoint's manifest and check that every file is there and, with `hashed`, that it has its SHA-256.
-
-    Raises:
-        InputError: as `read_manifest` does; or a file is missing, a symbolic link, or changed.
-    """
+    """Read a manifest, and check that every file is there and, with `hashed`, unchanged; InputError if it is not so."""
     manifest = read_manifest(folder)
     for file in manifest.files:
         path = folder / file.name
@@ -75,11 +66,7 @@ def read_checkpoint(folder: Path, *, hashed: bool = True) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest alone.
-
-    Raises:
-        InputError: the folder holds no checkpoint, or its manifest is damaged, of another format, or not to be trusted.
-    """
+    """Read and check a manifest alone; InputError if there is none, or it is damaged, of another format, or not to be trusted."""
     path = folder / MANIFEST
     try:
         _refuse_link(path)

@@ -21,20 +21,12 @@ NEW, REPLACED = ".new", ".replaced"
 
 
 def storage_of(train: TrainConfig, folder: Path) -> CheckpointStorage:
-    """The storage of the checkpoints of the run in `folder`.
-
-    Raises:
-        InputError: `train.checkpoint_folder` is a URI that cannot be opened.
-    """
+    """The storage of the checkpoints of the run in `folder`; InputError if it is a URI that cannot be opened."""
     return CheckpointStorage(train.checkpoint_folder or folder / CHECKPOINTS)
 
 
 def train_config_of(folder: Path) -> TrainConfig | None:
-    """The [train] part of the config of the run in `folder`; None where it holds no run.
-
-    Raises:
-        InputError: the config cannot be read.
-    """
+    """The [train] part of the config of the run in `folder`, None where it holds no run; InputError if it cannot be read."""
     path = folder / CONFIG
     if not path.is_file():
         return None

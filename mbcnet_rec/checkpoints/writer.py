@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from mbcnet_rec.checkpoints.manifest import file_name, file_record, manifest_bytes
+from mbcnet_rec.checkpoints.manifest import file_name, manifest_bytes
 from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage
 from mbcnet_rec.checkpoints.tensor_file import write_tensors
@@ -66,11 +66,7 @@ class Saver:
         return bool(self._error)
 
     def save(self, step: int, shards: list[TensorShard], extra: dict[str, Any], keep: Keep) -> None:
-        """Copy the shards and begin to write them; every rank calls it.
-
-        Raises:
-            CannotWriteError: the checkpoint before this one failed on some rank.
-        """
+        """Copy the shards and begin to write them; CannotWriteError if the one before failed on some rank. Every rank calls it."""
         start = time.perf_counter()
         self.finish()
         self._count += 1
@@ -83,11 +79,7 @@ class Saver:
         self.stalled_seconds += time.perf_counter() - start
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is whole; every rank calls it.
-
-        Raises:
-            CannotWriteError: some rank could not write its file; the checkpoint before it is intact.
-        """
+        """Wait until the last checkpoint is whole; CannotWriteError if some rank could not write it. Every rank calls it."""
         if self._thread is not None:
             self._thread.join(self._timeout)
             if self._thread.is_alive():
@@ -114,7 +106,11 @@ class Saver:
         start = time.perf_counter()
         rank = self._process.rank
         try:
-            record = self._write_part(step, snapshot)
+            name = file_name(rank, self._token)
+            with self.storage.write(f"step_{step}/{name}") as file:
+                self._on_write()
+                sha256 = write_tensors({str(index): tensor for index, (_, tensor) in enumerate(snapshot)}, file)
+            record = {"file": name, "sha256": sha256, "pieces": [entry for entry, _ in snapshot]}
             if rank != 0:
                 assert self._store is not None
                 self._store.set(self._key(step, rank), json.dumps(record))
@@ -141,13 +137,6 @@ class Saver:
             f"rank {self._process.rank}: checkpoint of step {step} could not be written ({reason.splitlines()[0]}); "
             "earlier checkpoints are intact: free space or repair the storage, then continue with --resume"
         )
-
-    def _write_part(self, step: int, snapshot: Snapshot) -> dict[str, Any]:
-        name = file_name(self._process.rank, self._token)
-        with self.storage.write(f"step_{step}/{name}") as file:
-            self._on_write()
-            sha256 = write_tensors({str(index): tensor for index, (_, tensor) in enumerate(snapshot)}, file)
-        return file_record(name, sha256, [entry for entry, _ in snapshot])
 
     def _await_others(self, step: int) -> list[dict[str, Any]]:
         records, deadline = [], time.monotonic() + self._timeout

@@ -18,7 +18,6 @@ def register(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=_counts, default=(1, 2, 4), metavar="N,...", help="default 1,2,4")
     add("--seconds", type=float, default=5.0, help="for each pair of rows and threads (default 5)")
     add("--calls", type=int, default=100, help="of each model; below 100 there is no p99 (default 100)")
-    add("--data", default="", metavar="FILE", help="Parquet rows as requests; default: drawn")
     add("--compiled", action="store_true", help="also time the compiled dense part")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     latency.set_defaults(run=_latency)
@@ -43,6 +42,4 @@ def _latency(args: argparse.Namespace) -> int:
     if beside is None:
         beside = RIVALS if len(args.folders) == 1 else []
     contest = Contest(args.rows, args.threads, args.seconds, max(1, args.calls))
-    return run_latency(
-        args.folders, contest, beside=tuple(beside), data=args.data, compiled=args.compiled, as_json=args.json
-    )
+    return run_latency(args.folders, contest, beside=tuple(beside), compiled=args.compiled, as_json=args.json)

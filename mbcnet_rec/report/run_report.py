@@ -148,10 +148,9 @@ def result_blocks(lines: Lines) -> list[Block]:
         return [Heading("Result"), Text("No validation or test rows were scored.")]
     branches = sorted((key[4:] for key in line if key.startswith("auc/")), key=branch_order)
     rows = []
-    for name in ("fused", *branches):
-        ending = "" if name == "fused" else f"/{name}"
-        values = [line.get(f"{metric}{ending}") for metric in ("auc", "log_loss", "ne", "calibration")]
-        rows.append((figures.label(name), *("" if value is None else f"{value:.4f}" for value in values)))
+    for name, ending in (("fused", ""), *((name, f"/{name}") for name in branches)):
+        values = [line.get(metric + ending) for metric in ("auc", "log_loss", "ne", "calibration")]
+        rows.append((figures.label(name), *map(_four_digits, values)))
     reason = why_no_auc(line)
     undefined = f" AUC is not defined: {reason}." if reason else ""
     group = "" if line.get("gauc") is None else f" GAUC of the fused output {line['gauc']:.4f}."
@@ -162,6 +161,10 @@ def result_blocks(lines: Lines) -> list[Block]:
         ),
         Table(("output", "AUC", "log-loss", "normalised entropy", "calibration"), tuple(rows), 0),
     ]
+
+
+def _four_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def curve_blocks(heading: str, lines: Lines, wanted: Wanted, caption: str) -> list[Block]:
@@ -184,9 +187,9 @@ def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
         plots += [(title, {"fused": [curve]})] if curve else []
     rows = []
     for day in days:
-        values = [day.get("progressive", {}).get(key) for key in DAYS]
-        cells = ["" if value is None else f"{value:.4f}" for value in (day.get("label_rate"), *values)]
-        rows.append((day["name"], f"{day.get('rows', 0):,}", *cells, "; ".join(day.get("alarms", ()))))
+        values = [day.get("label_rate"), *(day.get("progressive", {}).get(key) for key in DAYS)]
+        alarms = "; ".join(day.get("alarms", ()))
+        rows.append((day["name"], f"{day.get('rows', 0):,}", *map(_four_digits, values), alarms))
     caption = "Each day scored by the model of the days before, then trained."
     return [
         Heading("Days"),
@@ -212,13 +215,12 @@ def id_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 def calibration_blocks(lines: Lines) -> list[Block]:
     """Predicted against observed rates of the last scored line that has them."""
-    for split in ("test", "valid"):
-        for line in reversed(lines.get(split, ())):
-            if line.get(RELIABILITY):
-                picture = figures.calibration_figure(line[RELIABILITY], f"{split}, step {line['step']:,}")
-                caption = "Rows by rising prediction, in bins of equal size; bars are 95 % intervals of the observed rate (Wilson)."
-                return [Heading("Calibration"), Picture("calibration", picture, caption)]
-    return []
+    scored = (line for split in ("test", "valid") for line in reversed(lines.get(split, ())) if line.get(RELIABILITY))
+    if (line := next(scored, None)) is None:
+        return []
+    picture = figures.calibration_figure(line[RELIABILITY], f"{line['split']}, step {line['step']:,}")
+    caption = "Rows by rising prediction, in bins of equal size; bars are 95 % intervals of the observed rate (Wilson)."
+    return [Heading("Calibration"), Picture("calibration", picture, caption)]
 
 
 def speed_blocks(lines: Lines) -> list[Block]:
@@ -239,31 +241,23 @@ def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
     tables = plan.get("tables", {})
     if not tables:
         return []
-    kinds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for table in tables.values():
-        kinds.setdefault((table["sharding_type"], table["compute_kernel"]), []).append(table)
-    by_kind = tuple(
-        (
-            f"{sharding}, {kernel}",
-            str(len(members)),
-            f"{sum(each['num_embeddings'] for each in members):,}",
-            f"{sum(each['num_embeddings'] * each['embedding_dim'] for each in members):,}",
-        )
-        for (sharding, kernel), members in sorted(kinds.items())
-    )
-    sizes = {name: table["num_embeddings"] * table["embedding_dim"] for name, table in tables.items()}
-    by_size = tuple(
-        (
-            name,
-            f"{table['num_embeddings']:,} x {table['embedding_dim']}",
-            table["sharding_type"],
-            ", ".join(map(str, table.get("ranks") or ())) or "all",
-        )
-        for name, table in sorted(tables.items(), key=lambda item: -sizes[item[0]])[:LARGEST]
-    )
+    rows_of = {name: table["num_embeddings"] for name, table in tables.items()}
+    sizes = {name: rows_of[name] * table["embedding_dim"] for name, table in tables.items()}
+    kinds: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        kinds.setdefault(f"{table['sharding_type']}, {table['compute_kernel']}", []).append(name)
+    by_kind = []
+    for kind, names in sorted(kinds.items()):
+        sums = (sum(each[name] for name in names) for each in (rows_of, sizes))
+        by_kind.append((kind, str(len(names)), *(f"{each:,}" for each in sums)))
+    by_size = []
+    for name in sorted(tables, key=lambda name: -sizes[name])[:LARGEST]:
+        table = tables[name]
+        size = f"{rows_of[name]:,} x {table['embedding_dim']}"
+        by_size.append((name, size, table["sharding_type"], ", ".join(map(str, table.get("ranks") or ())) or "all"))
     return [
         Heading("Plan"),
         Text(f"{len(tables)} tables on {plan.get('world_size', 1)} ranks, {plan.get('device', '')}."),
-        Table(("sharding, kernel", "tables", "rows", "weights"), by_kind),
-        Table(("largest tables", "size", "sharding", "ranks"), by_size),
+        Table(("sharding, kernel", "tables", "rows", "weights"), tuple(by_kind)),
+        Table(("largest tables", "size", "sharding", "ranks"), tuple(by_size)),
     ]

@@ -45,10 +45,6 @@ class Chunk(NamedTuple):
         """Kept rows."""
         return sum(group.num_rows for group in self.row_groups)
 
-    def num_steps(self, batch_rows: int) -> int:
-        """Batches that a `RowReader` makes of it."""
-        return sum(-(-group.stored_rows // batch_rows) for group in self.row_groups)
-
 
 class ScoredRows(NamedTuple):
     """Rows of one batch of one chunk, in the file's order."""
@@ -65,8 +61,7 @@ def labelled_rows(
 ) -> tuple[RowReader, list[Chunk]]:
     """Read all footers, and cut into chunks what the options keep of the files; `extra` columns are passed through.
 
-    Raises:
-        InputError: a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
+    InputError if a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
     """
     selection = Selection(options, schema, files)
     row_groups = read_contents(files, schema, selection).row_groups
@@ -76,10 +71,9 @@ def labelled_rows(
 def unlabelled_groups(
     files: Sequence[DataFile], schema: Schema, attempts: int
 ) -> tuple[list[RowGroup], list[pa.Schema]]:
-    """Read all footers and check the columns of all fields: the row groups (of a file without rows one, empty) and each file's columns.
+    """Read all footers and check all fields' columns: the row groups (of a file without rows one, empty) and each file's columns.
 
-    Raises:
-        InputError: a file is not a Parquet file, or a column is missing or of a wrong type.
+    InputError if a file is not a Parquet file, or a column is missing or of a wrong type.
     """
 
     def inspect(number: int, file: DataFile) -> tuple[list[RowGroup], pa.Schema]:
@@ -119,18 +113,6 @@ def deal(chunks: Sequence[Chunk], world_size: int) -> list[list[Chunk]]:
     return [sorted(own) for own in dealt]
 
 
-def _no_number(reader: RowReader, chunk: Chunk, row: int) -> str:
-    """What to say of a kept row of a chunk whose score is NaN or infinite."""
-    for group in chunk.row_groups:
-        if row < group.num_rows:
-            return (
-                f"{reader.name(group)}, kept row {row}: its score is not a number; a value is far beyond those of training, or the run's "
-                "weights are not finite: fix the row, or train again with a lower rate"
-            )
-        row -= group.num_rows
-    raise AssertionError("the row is one of the chunk's")
-
-
 def score_chunks(
     scorer: Scorer,
     reader: RowReader,
@@ -149,25 +131,27 @@ def score_chunks(
             cut short.
     """
     faults: list[str] = []
-    passed: Counter[Chunk] = Counter()  # rows
-    steps = max(sum(chunk.num_steps(batch_rows) for chunk in chunks) for chunks in dealt)
+    passed: Counter[RowGroup] = Counter()  # rows
+    steps = max(
+        sum(-(-group.stored_rows // batch_rows) for chunk in own for group in chunk.row_groups) for own in dealt
+    )
 
-    def batch_of(columns: Columns) -> Batch:
-        return gather([(columns, 0, columns.num_rows)], batch_rows, reader.encoder.schema)
-
-    def batches() -> Iterator[tuple[Batch, tuple[Chunk, pa.RecordBatch, Columns] | None]]:
-        made = 0
+    def batches() -> Iterator[tuple[Batch, tuple[Chunk, RowGroup, pa.RecordBatch, Columns] | None]]:
+        schema, made = reader.encoder.schema, 0
         for chunk in dealt[process.rank]:
             try:
                 for group in chunk.row_groups:
                     for columns, extra in reader.scan(group, batch_rows):
                         made += 1
-                        yield batch_of(columns), (chunk, extra, columns)
+                        yield (
+                            gather([(columns, 0, columns.num_rows)], batch_rows, schema),
+                            (chunk, group, extra, columns),
+                        )
             except InputError as error:
                 faults.append(str(error))
         empty = reader.encoder.encode_all([])
         for _ in range(steps - made):
-            yield batch_of(empty), None
+            yield gather([(empty, 0, 0)], batch_rows, schema), None
 
     total = sum(chunk.num_rows for chunks in dealt for chunk in chunks)
     shown = None if process.is_first else True
@@ -177,13 +161,16 @@ def score_chunks(
     ):
         for each in scored:
             if each.note is not None:
-                chunk, extra, columns = each.note
+                chunk, group, extra, columns = each.note
                 bar.update(min(columns.num_rows * len(dealt), total - bar.n))
                 bad = np.flatnonzero(~np.isfinite(each.logits).all(axis=1))
-                row = passed[chunk] + int(bad[0]) if len(bad) else -1
-                passed[chunk] += columns.num_rows
-                if row >= 0:
-                    faults.append(_no_number(reader, chunk, row))
+                before = passed[group]
+                passed[group] += columns.num_rows
+                if len(bad):
+                    faults.append(
+                        f"{reader.name(group)}, kept row {before + int(bad[0])}: its score is not a number; a value is far beyond those of "
+                        "training, or the run's weights are not finite: fix the row, or train again with a lower rate"
+                    )
                     continue
                 yield ScoredRows(chunk, extra, each.logits, each.labels, columns.group_ids)
     with agreed(process):

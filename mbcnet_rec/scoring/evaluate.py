@@ -2,12 +2,11 @@
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from data.errors import InputError
 from data.reading.conditions import select_files
@@ -15,9 +14,10 @@ from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import FileList
 from mbcnet_rec.checkpoints.run_folder import CONFIG
 from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none
+from mbcnet_rec.report.page import Table, text_table
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.chunks import deal, labelled_rows, score_chunks
-from mbcnet_rec.scoring.metrics import Estimate, why_no_auc
+from mbcnet_rec.scoring.metrics import NOT_KNOWN, Estimate, why_no_auc
 from mbcnet_rec.scoring.slices import MAX_SLICES, count_slices, slice_codes, slice_columns
 from mbcnet_rec.scoring.tally import EXACT_ROWS, Answer, Scores, Tally
 from mbcnet_rec.scoring.trained_run import TrainedRun, branch_names, known_best, opened_run
@@ -108,40 +108,41 @@ def to_json(answer: Answer) -> dict[str, Any]:
 
 def tables(answer: Answer, branches: tuple[str, ...], best: tuple[float, float] | None) -> list[str]:
     """Tables for people: outputs, then the slices of each column. Numbers behind +- are half a 95 % interval."""
-    lines = [f"  {'output':<16}{'AUC':>16}{'log-loss':>17}{'NE':>17}{'calibration':>17}"]
-    columns = ("auc", "log_loss", "ne", "calibration")
-    for suffix, name in (("", "fused"), *((f"/{name}", name) for name in branches)):
-        cells = "".join(_cell(answer.everything.metrics.get(key + suffix)) for key in columns)
-        lines.append(f"  {name:<16}{cells[1:]}")
+    header = ("AUC", "log-loss", "NE", "calibration")
+    found = answer.everything.metrics
+    rows = [("fused", *_cells(found)), *((name, *_cells(found, f"/{name}")) for name in branches)]
     if best:
-        lines.append(f"  {'best reachable':<16}{best[0]:>8.4f}        {best[1]:>9.4f}")
-    if "gauc" in answer.everything.metrics:
-        lines.append(f"  {'GAUC, fused':<16}{_cell(answer.everything.metrics['gauc'])[1:]}")
+        rows.append(("best reachable", f"{best[0]:.4f}", f"{best[1]:.4f}", "", ""))
+    if "gauc" in found:
+        rows.append(("GAUC, fused", _cell(found["gauc"]), "", "", ""))
+    lines = [text_table(Table(("output", *header), tuple(rows)))]
     if not answer.exact:
-        bound = max(estimate.bound for estimate in answer.everything.metrics.values())
-        lines.append(f"  binned: an AUC is at most {bound:.1e} from the exact one; GAUC is of a sample of groups")
-    found = {name: estimate.value for name, estimate in answer.everything.metrics.items()}
-    if reason := why_no_auc(found):
-        lines.append(f"  -: not defined, since {reason}")
-    elif math.isnan(found.get("gauc", 0.0)):
-        lines.append("  GAUC is not defined: no group has rows of both classes")
-    for column, values in answer.slices.items():
-        head = f"{'rows':>10}{'rate':>8}{'AUC':>12}{'log-loss':>17}{'NE':>17}{'calibration':>17}"
-        lines += ["", f"  by {column:<20}{head}"]
-        for name, (rows, positives, metrics) in values.items():
-            cells = "".join(_cell(metrics.get(key)) for key in columns)
-            lines.append(f"  {name[:22]:<23}{rows:>10,}{positives / max(rows, 1):>8.3f}{cells}")
-        if any(math.isnan(scores.metrics["auc"].value) for scores in values.values()):
-            lines.append("  -: not defined, since the rows of that value are all of one class")
+        bound = max(estimate.bound for estimate in found.values())
+        lines.append(f"binned: an AUC is at most {bound:.1e} from the exact one; GAUC is of a sample of groups")
+    values = {name: estimate.value for name, estimate in found.items()}
+    if reason := why_no_auc(values):
+        lines.append(f"-: not defined, since {reason}")
+    elif math.isnan(values.get("gauc", 0.0)):
+        lines.append("GAUC is not defined: no group has rows of both classes")
+    for column, slices in answer.slices.items():
+        rows = [
+            (name[:40], f"{each.rows:,}", f"{each.positives / max(each.rows, 1):.3f}", *_cells(each.metrics))
+            for name, each in slices.items()
+        ]
+        lines += ["", text_table(Table((f"by {column}", "rows", "rate", *header), tuple(rows)))]
+        if any(math.isnan(scores.metrics["auc"].value) for scores in slices.values()):
+            lines.append("-: not defined, since the rows of that value are all of one class")
     return lines
 
 
-def _cell(estimate: Estimate | None) -> str:
-    if estimate is None or not np.isfinite(estimate.value):
-        return f"{'-':>17}"
+def _cells(metrics: Mapping[str, Estimate], suffix: str = "") -> tuple[str, ...]:
+    return tuple(_cell(metrics.get(key + suffix, NOT_KNOWN)) for key in ("auc", "log_loss", "ne", "calibration"))
+
+
+def _cell(estimate: Estimate) -> str:
     low, high = estimate.interval()
-    half = (high - low) / 2
-    return f"{estimate.value:>9.4f} +-{half:.4f}" if np.isfinite(half) else f"{estimate.value:>9.4f}        "
+    half = f" +-{(high - low) / 2:.4f}" if math.isfinite(high) else ""
+    return f"{estimate.value:.4f}{half}" if math.isfinite(estimate.value) else "-"
 
 
 def compare_with_log(folder: Path, split: str, step: int, answer: Answer) -> str:

@@ -53,23 +53,27 @@ def can_be_scored(logits: np.ndarray, labels: np.ndarray) -> bool:
     return len(labels) > 0 and bool(np.isfinite(logits).all() and ((labels == 0) | (labels == 1)).all())
 
 
-def score_counts(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count positives and negatives at each distinct score, ascending: two (S,) float64 arrays; empty ones of rows that cannot be scored."""
-    if not can_be_scored(logits, labels):
-        return np.zeros(0), np.zeros(0)
-    order = np.argsort(logits)
-    ordered, positive = logits[order], labels[order] > 0
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    positives = np.add.reduceat(positive.astype(np.float64), starts)
-    totals = np.diff(np.append(starts, len(ordered)))
-    return positives, totals - positives
+def score_counts(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count positives and negatives at each distinct score, ascending: two (S,) float64 arrays; and which score each row has, (B,)."""
+    _, place = np.unique(logits, return_inverse=True)
+    positives = np.bincount(place, labels > 0)
+    return positives, np.bincount(place) - positives, place
+
+
+def shares_outranked(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a positive of each score outranks of the negatives, and by how much of the positives a negative is outranked, ties one half: (S,) both.
+
+    V10(s) = (negatives below s + 1/2 negatives at s) / N      for a positive of score s; V01 likewise
+    """
+    num_positives, num_negatives = positives.sum(), negatives.sum()
+    below = (np.cumsum(negatives) - negatives / 2) / num_negatives
+    return below, (num_positives - np.cumsum(positives) + positives / 2) / num_positives
 
 
 def auc_of_counts(positives: np.ndarray, negatives: np.ndarray, *, binned: bool = False) -> Estimate:
     """Area under the ROC curve, P(a positive outranks a negative), ties one half, and its error by DeLong (1988).
 
-        V10(s) = (negatives below s + 1/2 negatives at s) / N      for a positive of score s; V01 likewise
-        AUC = mean V10,   error^2 = var(V10) / P + var(V01) / N
+        AUC = mean V10,   error^2 = var(V10) / P + var(V01) / N      (V: see shares_outranked)
 
     If the counts are of bins, pairs of one bin count one half instead of 0 or 1, so the AUC of the rows is at most
     sum_s p_s n_s / (2 P N) away: the bound.
@@ -79,8 +83,7 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray, *, binned: bool 
     num_positives, num_negatives = positives.sum(), negatives.sum()
     if num_positives == 0 or num_negatives == 0:
         return NOT_KNOWN
-    below = (np.cumsum(negatives) - negatives / 2) / num_negatives  # V10 of a positive at each score
-    above = (num_positives - np.cumsum(positives) + positives / 2) / num_positives  # V01
+    below, above = shares_outranked(positives, negatives)
     value = float((positives * below).sum() / num_positives)
     bound = float((positives * negatives).sum() / (2 * num_positives * num_negatives)) if binned else 0.0
     if min(num_positives, num_negatives) < 2:
@@ -151,16 +154,18 @@ def _delta_error(a: float, b: float, var_a: float, var_b: float, cov: float, n: 
 
 
 def gauc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Estimate:
-    """Mean of the AUC within each group, weighted by its rows; groups of one class are left out. NaN if none is left, or rows cannot be scored.
+    """GAUC; groups are independent draws: error^2 = sum of the squares of their influences. NaN if no group has both classes, or rows cannot be scored."""
+    value, influences = gauc_influence(logits, labels, group_ids)
+    return Estimate(value, float(np.sqrt((influences**2).sum())) if len(influences) > 1 else float("nan"))
 
-    Its error treats groups as independent draws: error^2 = sum_g (w_g (AUC_g - GAUC))^2 / (sum_g w_g)^2; NaN with one group.
-    """
+
+def gauc_influence(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> tuple[float, np.ndarray]:
+    """GAUC, the mean over groups of both classes of their AUC, weighted by rows; with the influence of each of these groups, (G,)."""
     values, weights = group_areas(logits, labels, group_ids)
     if not len(values):
-        return NOT_KNOWN
+        return math.nan, np.full(1, math.nan)
     value = float((weights * values).sum() / weights.sum())
-    error = np.sqrt(((weights * (values - value)) ** 2).sum()) / weights.sum()
-    return Estimate(value, float(error) if len(values) > 1 else float("nan"))
+    return value, weights * (values - value) / weights.sum()
 
 
 def group_areas(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -204,11 +209,6 @@ class Histogram:
                 np.add.at(self.counts[label, output], chosen, 1)
             self.sums[output] += moments(logits[:, output], labels)
 
-    def rows_and_positives(self) -> tuple[int, int]:
-        """How many rows were counted, and how many of them are positive."""
-        negatives, positives = self.counts[:, 0].sum(axis=1)
-        return int(negatives + positives), int(positives)
-
     def reliability(self, bins: int = RELIABILITY_BINS) -> list[list[float]]:
         """`reliability` of the fused output, with a row's probability taken from the middle of its bin of the logit."""
         if np.isnan(self.sums[0]).any():
@@ -246,7 +246,10 @@ def exact_metrics(
     """
     columns = [np.ascontiguousarray(column) for column in logits.T]
     if errors:
-        aucs = [auc_of_counts(*score_counts(column, labels)) for column in columns]
+        aucs = [
+            auc_of_counts(*score_counts(column, labels)[:2]) if can_be_scored(column, labels) else NOT_KNOWN
+            for column in columns
+        ]
     else:
         aucs = [Estimate(auc(column, labels), float("nan")) for column in columns]
     found = _of_outputs(names, aucs, [moments(column, labels) for column in columns])

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special, stats
 
-from mbcnet_rec.scoring.metrics import group_areas, softplus
+from mbcnet_rec.scoring.metrics import gauc_influence, score_counts, shares_outranked, softplus
 
 ROUNDING = 1e-12  # of a difference: an error below it is one of rounding
 Influence = tuple[float, np.ndarray]  # the metric's value, and the influence on it of each row (B,) or group (G,)
@@ -82,25 +82,22 @@ def difference_of(ours: float, theirs: float, influences: np.ndarray, *, delong:
     return Difference(value, value - half, value + half, p, ours, theirs, p)
 
 
+def mean_difference(values: np.ndarray, groups: np.ndarray | None = None) -> Difference:
+    """Compare the mean of values (B,) with 0, as a paired t test does; values of one group are taken together."""
+    clusters = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    mean = float(values.mean())
+    return difference_of(mean, 0.0, np.bincount(clusters, (values - mean) / len(values)))
+
+
 def auc_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
-    """AUC = mean over positives of V, the share of negatives below (ties one half); a row's influence is (V - AUC) / rows of its class."""
-    positive = labels > 0
-    ours, theirs = logits[positive], logits[~positive]
-    nothing = np.full(len(labels), math.nan)
-    if not len(ours) or not len(theirs) or not np.isfinite(logits).all():
-        return math.nan, nothing
-    influence = np.empty(len(labels))
-    below, above = _share_below(theirs, ours), 1.0 - _share_below(ours, theirs)
-    value = float(below.mean())
-    influence[positive] = (below - value) / len(ours)
-    influence[~positive] = (above - value) / len(theirs)
-    return value, influence
-
-
-def _share_below(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The share of `values` below each of `at`, equal ones counted one half."""
-    ordered = np.sort(values)
-    return (np.searchsorted(ordered, at, "left") + np.searchsorted(ordered, at, "right")) / (2 * len(values))
+    """AUC = mean over positives of the share of negatives that they outrank; a row's influence is (its share - AUC) / rows of its class."""
+    positives, negatives, place = score_counts(logits, labels)
+    if not positives.any() or not negatives.any() or not np.isfinite(logits).all():
+        return math.nan, np.full(len(labels), math.nan)
+    below, above = shares_outranked(positives, negatives)
+    value = float((positives * below).sum() / positives.sum())
+    of_positive, of_negative = (below - value) / positives.sum(), (above - value) / negatives.sum()
+    return value, np.where(labels > 0, of_positive[place], of_negative[place])
 
 
 def loss_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
@@ -118,16 +115,6 @@ def calibration_influence(logits: np.ndarray, labels: np.ndarray) -> Influence:
     if rate == 0:
         return math.nan, np.full(n, math.nan)
     return mean / rate, ((p - mean) / rate - mean / rate**2 * (y - rate)) / n
-
-
-def gauc_influence(logits: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Influence:
-    """GAUC, the mean over groups of both classes of their AUC, weighted by rows; with the influence of each of these groups, (G,)."""
-    areas, rows = group_areas(logits, labels, groups)
-    if not len(areas):
-        return math.nan, np.full(1, math.nan)
-    weights = rows / rows.sum()
-    value = float(weights @ areas)
-    return value, weights * (areas - value)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,7 +1,7 @@
 """`mbcnet predict`: Parquet in, Parquet out, with the probabilities of a run's best checkpoint; at any world size, and resumable.
 
     OUT/<file of the input>      kept columns, then probability, probability_efgc, ...; rows in the input's order
-    OUT/_predict.json            what was asked: run, weights, columns, files (prediction_note.py)
+    OUT/_predict.json            the weights and the columns (prediction_note.py)
     OUT/_pieces/                 finished chunks of files that are not finished; gone at the end
 
 A chunk (chunks.py) is written beside its place and renamed when it is whole; a file appears, by one rename, when all its chunks are there
@@ -15,9 +15,9 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +33,19 @@ from data.whole_folder import write_whole
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.process import Process, answer_of_first, any_rank
-from mbcnet_rec.scoring import prediction_note
 from mbcnet_rec.scoring.chunks import CHUNK_ROWS, Chunk, ScoredRows, chunks_of, deal, score_chunks, unlabelled_groups
+from mbcnet_rec.scoring.prediction_note import (
+    CHUNKS,
+    MARK,
+    REQUEST,
+    Facts,
+    describe,
+    footer_of,
+    relative_names,
+    what_is_replaced,
+)
 from mbcnet_rec.scoring.trained_run import branch_names, opened_run
 
-MARK = b"mbcnet_prediction"  # in the footer of each file
 PROBABILITY = "probability"
 WRITTEN_ROWS = 65_536  # of a row group of the output
 
@@ -53,7 +61,7 @@ class Job:
     out: Path
     names: Sequence[str]
     schemas: Sequence[pa.Schema]
-    note: prediction_note.Note
+    facts: Mapping[str, Facts]  # name -> what its footer says
     put: Callable[[Path, Path], None]  # renames a draft to where readers look
 
     def target(self, file: int) -> Path:
@@ -62,22 +70,16 @@ class Job:
 
     def part(self, chunk: Chunk) -> Path:
         """The finished chunk."""
-        return self.out / prediction_note.CHUNKS / self.names[chunk.file] / f"{chunk.number:06d}.parquet"
+        return self.out / CHUNKS / self.names[chunk.file] / f"{chunk.number:06d}.parquet"
 
     def open(self, path: Path, file: int) -> pq.ParquetWriter:
         """Open a Parquet file to write, with page checksums and the mark of this prediction."""
-        schema = self.schemas[file].with_metadata({MARK: prediction_note.mark_of(self.note, self.names[file])})
+        schema = self.schemas[file].with_metadata({MARK: json.dumps(self.facts[self.names[file]])})
         return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
     def holds(self, path: Path, file: int, num_rows: int) -> bool:
         """Whether a whole Parquet file of that many rows is there, which this prediction has written."""
-        if not path.is_file():
-            return False
-        with suppress(OSError, pa.ArrowException):
-            footer = pq.read_metadata(path)
-            mark = (footer.metadata or {}).get(MARK, b"").decode()
-            return footer.num_rows == num_rows and mark == prediction_note.mark_of(self.note, self.names[file])
-        return False
+        return footer_of(path) == (num_rows, self.facts[self.names[file]])
 
 
 def put_in_place(draft: Path, place: Path) -> None:
@@ -101,17 +103,15 @@ def run_prediction(
     """Score Parquet files with a run's best checkpoint into the folder `out`. One call per rank.
 
     Passed through are the columns of `keep`, else the schema's group and time columns where the files have them. A resumable chunk ends
-    with the row group that reaches `chunk_rows`; `put` puts a finished file in its place.
-
-    Raises:
-        InputError: no such run, faulty files, or `out` holds something else.
+    with the row group that reaches `chunk_rows`; `put` puts a finished file in its place. InputError if there is no such run, a file is
+    faulty, or `out` holds something else.
     """
     if is_uri(out):
         raise InputError(f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards")
     place = Path(out)
     with opened_run(Path(run_folder)) as (run, process):
         schema, files = run.schema, resolve_files(data)
-        names = prediction_note.relative_names(files, data)
+        names = relative_names(files, data)
         for file in files:
             if isinstance(file, Path) and place.resolve() in file.resolve().parents:
                 raise InputError(f"{file}: lies in --out {out}; choose another output folder")
@@ -119,29 +119,38 @@ def run_prediction(
             raise InputError(f"{place}: is a file; choose a folder for --out")
         row_groups, columns = unlabelled_groups(files, schema, run.config.data.attempts)
         chunks = chunks_of(row_groups, chunk_rows)
+        rows = Counter[int]()
+        for group in row_groups:
+            rows[group.file] += group.num_rows
         outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(run.config.model))]
         kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
-        asked = prediction_note.describe(names, files, rows_of(chunks), [*kept, *outputs], run.digest())
+        note = {"format": 3, "weights": run.digest(), "columns": [*kept, *outputs]}
+        asked = describe(names, files, [rows[file] for file in range(len(files))], note)
         with _naming_write_faults(place), locked_together(process, "predict", {"--out": place}):
-            note = answer_of_first(process, lambda: prediction_note.join_notes(place, asked, overwrite))
+            facts, replaced, changed = answer_of_first(
+                process, lambda: (asked, *what_is_replaced(place, asked, overwrite))
+            )
             # the kept columns have the types of their input file
             floats = [pa.field(name, pa.float32()) for name in outputs]
             schemas = [pa.schema([*((name, found.field(name).type) for name in kept), *floats]) for found in columns]
-            job = Job(place, names, schemas, note, put)
+            job = Job(place, names, schemas, facts, put)
             todo = answer_of_first(process, lambda: unfinished(job, chunks))
             scorer, batch_rows = run.scorer(process) if todo else (None, 0)
             if process.is_first:
-                write_note(job)
+                for source in changed:
+                    print(f"{source} has changed since its rows were scored: scored again")
+                write_whole(place / REQUEST, json.dumps(note, indent=1))
             if scorer is not None:
                 reader = RowReader(files, Encoder(schema, has_labels=False), extra=kept)
                 dealt = deal(todo, process.world_size)
                 scored = score_chunks(scorer, reader, dealt, process, batch_rows, title="predict")
-                write_chunks(job, dealt[process.rank], scored)
+                for chunk, batches in itertools.groupby(scored, lambda batch: batch.chunk):
+                    write_chunk(job, chunk, batches)
             join_chunks(job, chunks, process)
             any_rank(False)  # until every rank's files are there
             if process.is_first:
                 taken = files_in_words(files)
-                print(finish(job, chunks, run.step, taken, scored=sum(chunk.num_rows for chunk in todo)))
+                print(finish(job, chunks, replaced, run.step, taken, scored=sum(chunk.num_rows for chunk in todo)))
     return 0
 
 
@@ -162,8 +171,7 @@ def kept_columns(
 ) -> list[str]:
     """Names of the columns to pass through: those of `keep`, or of `default` those that all files have.
 
-    Raises:
-        InputError: a column is missing in a file or there twice, or has the name of an output.
+    InputError if a column is missing in a file or there twice, or has the name of an output.
     """
     names = list(dict.fromkeys(name for name in keep or default if name))
     for name in () if keep else tuple(names):
@@ -185,42 +193,17 @@ def kept_columns(
     return names
 
 
-def rows_of(chunks: Sequence[Chunk]) -> list[int]:
-    """The rows of each file."""
-    rows: Counter[int] = Counter()
-    for chunk in chunks:
-        rows[chunk.file] += chunk.num_rows
-    return [rows[file] for file in sorted(rows)]
-
-
-def write_note(job: Job) -> None:
-    """Say which files have changed since their rows were scored, and renew the note."""
-    before = prediction_note.read_note(job.out / prediction_note.REQUEST)
-    for source in prediction_note.changed_sources(before, job.note):
-        print(f"{source} has changed since its rows were scored: scored again")
-    write_whole(job.out / prediction_note.REQUEST, json.dumps(job.note, indent=1))
-
-
 def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:
     """The chunks that have no output yet; one of the wrong length (a disk that lied), or of another prediction, is none."""
     todo = []
     for file, of_file in itertools.groupby(chunks, lambda chunk: chunk.file):
         own = list(of_file)
         if not job.holds(job.target(file), file, sum(chunk.num_rows for chunk in own)):
-            todo += [chunk for chunk in own if not job.holds(job.part(chunk), file, chunk.num_rows)]
+            todo += [chunk for chunk in own if chunk.num_rows and not job.holds(job.part(chunk), file, chunk.num_rows)]
     return todo
 
 
-def write_chunks(job: Job, own: Sequence[Chunk], scored: Iterator[ScoredRows]) -> None:
-    """Write the scored rows of this rank's chunks; InputError, on every rank, when all chunks without a faulty row are written."""
-    for chunk in own:
-        if not chunk.num_rows:
-            _write_chunk(job, chunk, [])
-    for chunk, batches in itertools.groupby(scored, lambda batch: batch.chunk):
-        _write_chunk(job, chunk, batches)
-
-
-def _write_chunk(job: Job, chunk: Chunk, batches: Iterable[ScoredRows]) -> None:
+def write_chunk(job: Job, chunk: Chunk, batches: Iterable[ScoredRows]) -> None:
     """Write a chunk beside its place, and put it there with its last row. Nothing is left of one that a faulty row cut short."""
     draft, num_rows = job.part(chunk).with_suffix(".partial"), 0
     draft.parent.mkdir(parents=True, exist_ok=True)
@@ -253,32 +236,32 @@ def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
         target = job.target(file)
         if job.holds(target, file, sum(chunk.num_rows for chunk in own)):
             continue
-        if len(own) == 1:
-            job.put(job.part(own[0]), target)
+        parts = [job.part(chunk) for chunk in own if chunk.num_rows]
+        if len(parts) == 1:
+            job.put(parts[0], target)
             continue
         draft = target.with_name(f".{target.name}.partial")
         target.parent.mkdir(parents=True, exist_ok=True)
         with job.open(draft, file) as writer:
-            for chunk in own:
-                with pq.ParquetFile(job.part(chunk)) as parquet:
+            for part in parts:
+                with pq.ParquetFile(part) as parquet:
                     for group in range(parquet.num_row_groups):
                         writer.write_table(parquet.read_row_group(group))
         job.put(draft, target)
 
 
-def finish(job: Job, chunks: Sequence[Chunk], step: int, taken: str, scored: int) -> str:
+def finish(job: Job, chunks: Sequence[Chunk], replaced: Sequence[str], step: int, taken: str, scored: int) -> str:
     """Count the output's rows against the input's, and remove the chunks and what --overwrite leaves out. Returns what to tell the user."""
     wanted = sum(chunk.num_rows for chunk in chunks)
     written = sum(pq.read_metadata(job.out / name).num_rows for name in job.names)
     if written != wanted:
         raise RuntimeError(f"{job.out}: {written} rows for {wanted} of the input")
-    for name in job.note["obsolete"]:
+    for name in replaced:
         (job.out / name).unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             for folder in Path(name).parents[:-1]:
                 (job.out / folder).rmdir()
-    shutil.rmtree(job.out / prediction_note.CHUNKS, ignore_errors=True)
-    write_note(replace(job, note=job.note | {"obsolete": [], "whole": True}))
+    shutil.rmtree(job.out / CHUNKS, ignore_errors=True)
     earlier = f" ({wanted - scored:,} of them were there already)" if scored < wanted else ""
     columns = ", ".join(job.schemas[0].names)
     return (

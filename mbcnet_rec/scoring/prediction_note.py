@@ -1,22 +1,23 @@
-"""The note in a prediction's folder: the weights, the columns, and of which source each file's rows are; and what may be added to it.
+"""What is in a prediction's folder, and what may be added to it.
 
-    OUT/_predict.json    {"format": 2, "token": ..., "weights": ..., "columns": [...], "whole": true, "obsolete": [],
-                          "files": {"ds=1/part-0.parquet": {"from": ..., "rows": ..., "bytes": ..., "end": ..., "changed": ...}}}
+    OUT/_predict.json    {"format": 3, "weights": ..., "columns": [...]}
 
-A file of scores carries a mark of all that in its footer: only one with the right mark counts as done. So nothing is removed before what
-replaces it is there, and a mixture of two predictions is never taken for one.
+The footer of a file of scores says that too, and of which source its rows are: {..., "from": ..., "rows": ..., "bytes": ..., "end": ...,
+"changed": ...}. Only a file that says what is asked for counts as done. So nothing is removed before what replaces it is there, and a mixture
+of two predictions is never taken for one.
 """
 
-import hashlib
 import itertools
 import json
 import os
-import unicodedata
-import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from glob import has_magic
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.reading.fingerprint import mark_files
@@ -24,17 +25,15 @@ from data.reading.storage import LIST_ATTEMPTS, DataFile, RemoteFile, file_syste
 from mbcnet_rec.runtime.lock import LOCK, names_in
 
 REQUEST, CHUNKS = "_predict.json", "_pieces"
+MARK = b"mbcnet_prediction"  # in the footer of each file
 WAY_OUT = "choose another --out, or replace the whole prediction with --overwrite"
-Note = dict[str, Any]
+Facts = dict[str, Any]  # that fix the content of a file of scores
 
 
 def relative_names(files: Sequence[DataFile], asked: Sequence[str] = ()) -> list[str]:
-    """Where each file's rows go in the output folder: its path below the folder that all files share, and all paths that were `asked` for.
+    """Where each file's rows go in the output folder: its path below the folder that all files and all `asked` paths share.
 
-    So a folder that grows by a day gives yesterday's files the names of yesterday.
-
-    Raises:
-        InputError: two files would go to one place, or a path is none for a file.
+    So a folder that grows by a day gives yesterday's files the names of yesterday. InputError if two files would go to one place.
     """
     paths = [_parts(file) for file in files]
     bases = [_parts(local_path(text) or RemoteFile(text)) for text in asked]
@@ -63,19 +62,16 @@ def _parts(file: DataFile) -> tuple[str, ...]:
     return Path(os.path.abspath(file)).parts if isinstance(file, Path) else path_parts(file)
 
 
-def describe(
-    names: Sequence[str], files: Sequence[DataFile], rows: Sequence[int], columns: Sequence[str], weights: str
-) -> Note:
-    """The note of a prediction that is asked for: what fixes its output."""
+def describe(names: Sequence[str], files: Sequence[DataFile], rows: Sequence[int], note: Facts) -> dict[str, Facts]:
+    """What is asked for: name of an output -> what fixes its content."""
     facts = zip(names, files, rows, mark_files(files), strict=True)
-    entries = {
-        name: source_of(file) | {"rows": count, "bytes": mark.size, "end": mark.sha256}
+    return {
+        name: note | _source_of(file) | {"rows": count, "bytes": mark.size, "end": mark.sha256}
         for name, file, count, mark in facts
     }
-    return {"format": 2, "weights": weights, "columns": list(columns), "files": entries}
 
 
-def source_of(file: DataFile) -> dict[str, Any]:
+def _source_of(file: DataFile) -> dict[str, Any]:
     """Which file it is, and when it was last changed, in nanoseconds."""
     if isinstance(file, Path):
         return {"from": os.path.realpath(file), "changed": file.stat().st_mtime_ns}
@@ -84,94 +80,65 @@ def source_of(file: DataFile) -> dict[str, Any]:
     return {"from": file.uri, "changed": info.mtime_ns}
 
 
-def join_notes(out: Path, asked: Note, overwrite: bool) -> Note:
-    """What the note will be: `asked`, with what the folder holds already. Nothing is written.
+def footer_of(path: Path) -> tuple[int, Facts]:
+    """How many rows a file of scores has, and what its footer says of them; (-1, {}) of a file that is none, or not whole."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException):  # it is untrusted input
+        footer = pq.read_metadata(path)
+        facts = json.loads(footer.metadata[MARK])
+        return footer.num_rows, facts | {"from": str(facts["from"])}
+    return -1, {}
 
-    Raises:
-        InputError: the folder holds something else, other weights or columns, or scores of other files in the same places.
+
+def what_is_replaced(out: Path, asked: Mapping[str, Facts], overwrite: bool) -> tuple[list[str], list[str]]:
+    """Names of scores in the folder that the asked ones leave no room for; and sources that have changed since they were scored.
+
+    InputError if the folder holds something else, other weights or columns, or scores of other files in the same places.
     """
-    fresh = asked | {"token": uuid.uuid4().hex, "obsolete": [], "whole": False}
-    if not set(names_in(out)) - {f".{REQUEST}.partial"}:
-        _refuse_other_sources(out, {}, asked["files"])
-        return fresh
-    before = read_note(out / REQUEST)
-    if before is None:
-        raise InputError(f"{out}: holds something that is not a prediction; choose another --out")
-    kept = {"token": before["token"], "obsolete": before["obsolete"]}
-    if overwrite:
-        _refuse_other_sources(out, {}, asked["files"])
-        left = {*before["files"], *before["obsolete"]} - asked["files"].keys()
-        # one that was cut short continues
-        goes_on = not before["whole"] and all(before[key] == asked[key] for key in ("weights", "columns"))
-        return fresh | (kept if goes_on else {}) | {"obsolete": sorted(left)}
-    if before["weights"] != asked["weights"]:
-        raise InputError(f"{out}: holds a prediction with other weights; {WAY_OUT}")
-    if before["columns"] != asked["columns"]:
-        held, wanted = (", ".join(note["columns"]) for note in (before, asked))
-        raise InputError(f"{out}: holds a prediction with other columns ({held}; wanted {wanted}); {WAY_OUT}")
-    _refuse_other_sources(out, before["files"], asked["files"])
-    return fresh | kept | {"files": before["files"] | asked["files"]}
+    held, pieces = {}, {}
+    ours = {key: next(iter(asked.values()))[key] for key in ("weights", "columns")}
+    if set(names_in(out)) - {f".{REQUEST}.partial"}:
+        note = _read_note(out)
+        if note["weights"] != ours["weights"] and not overwrite:
+            raise InputError(f"{out}: holds a prediction with other weights; {WAY_OUT}")
+        if note["columns"] != ours["columns"] and not overwrite:
+            shown, wanted = (", ".join(each["columns"]) for each in (note, ours))
+            raise InputError(f"{out}: holds a prediction with other columns ({shown}; wanted {wanted}); {WAY_OUT}")
+        for path in out.rglob("*"):
+            facts, place = footer_of(path)[1], path.relative_to(out)
+            if facts and place.parts[0] == CHUNKS:
+                pieces[place.parent.relative_to(CHUNKS).as_posix()] = facts
+            elif facts:
+                held[place.as_posix()] = facts
+    replaced = {name for name, facts in held.items() if overwrite or not ours.items() <= facts.items()}
+    _refuse_other_sources(out, {name: held[name]["from"] for name in held.keys() - replaced}, asked)
+    changed = []
+    for name, facts in asked.items():
+        before = held.get(name) or pieces.get(name) or facts
+        if before != facts and before.items() >= (ours | {"from": facts["from"]}).items():
+            changed.append(facts["from"])
+    return sorted(replaced - asked.keys()), changed
 
 
-def _refuse_other_sources(out: Path, before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise InputError where scores would replace those of another file, or stand there twice."""
-    ignores_case = (out / LOCK.lower()).exists()
+def _read_note(out: Path) -> Facts:
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        note = json.loads((out / REQUEST).read_text(encoding="utf-8"))
+        if note["format"] == 3 and note["weights"] and all(isinstance(each, str) for each in note["columns"]):
+            return note
+    raise InputError(f"{out}: holds something that is not a prediction of this version; choose another --out")
 
-    def key(name: object) -> str:
-        return unicodedata.normalize("NFC", str(name)).casefold() if ignores_case else str(name)
 
-    files: dict[str, str] = {}  # place -> the source whose scores are there
-    folders: dict[str, str] = {}  # folder -> the source of a file in it
-    names: dict[str, str] = {}  # source -> place
-    for name, entry in [*before.items(), *asked.items()]:
-        source, parents = _real(entry["from"]), [key(each) for each in PurePosixPath(name).parents][:-1]
-        places = [files.get(key(name)), folders.get(key(name)), *map(files.get, parents)]
-        other = next((each for each in places if each not in (None, source)), None)
-        if name in asked and other:
+def _refuse_other_sources(out: Path, before: Mapping[str, str], asked: Mapping[str, Facts]) -> None:
+    """Raise InputError where scores would replace those of another file, or stand there twice. `before`: name -> source."""
+    folded = str.casefold if (out / LOCK.lower()).exists() else str  # a disk may take two names for one
+    sources = {folded(name): source for name, source in before.items()}
+    places = {source: name for name, source in before.items()}
+    for name, facts in asked.items():
+        source = facts["from"]
+        other = sources.setdefault(folded(name), source)
+        if other != source:
             raise InputError(f"{out / name}: holds the scores of {other}, not of {source}; {WAY_OUT}")
-        if name in asked and names.get(source, name) != name:
+        if places.get(source, name) != name:
             raise InputError(
-                f"{source}: its scores are in {out / names[source]} already, and would be in {out / name} too, since --data names other "
+                f"{source}: its scores are in {out / places[source]} already, and would be in {out / name} too, since --data names other "
                 f"folders now; {WAY_OUT}"
             )
-        files[key(name)], names[source] = source, name
-        folders |= dict.fromkeys(parents, source)
-
-
-def changed_sources(before: Note | None, note: Note) -> list[str]:
-    """Sources that have changed since their rows were scored."""
-    held = before["files"] if before is not None else {}
-    facts = ("rows", "bytes", "end", "changed")
-    return [
-        entry["from"]
-        for name, entry in note["files"].items()
-        if name in held
-        and _real(held[name]["from"]) == entry["from"]
-        and any(held[name].get(fact, entry[fact]) != entry[fact] for fact in facts)
-    ]
-
-
-def mark_of(note: Note, name: str) -> str:
-    """What a file of scores has in its footer: a hash of all that fixes its content."""
-    fixed = [note["token"], note["weights"], note["columns"], note["files"][name]]
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
-
-
-def read_note(path: Path) -> Note | None:
-    """The note that an earlier prediction left, or None. It is untrusted input: no name leads out of its folder."""
-    try:
-        note = {"token": "", "obsolete": [], "whole": False} | json.loads(path.read_text(encoding="utf-8"))
-        if note["format"] == 1:  # no marks yet, and the columns with their types
-            note |= {"columns": [each.partition(": ")[0] for each in note["columns"]]}
-        texts = [note["token"], note["weights"], *note["columns"], *note["obsolete"]]
-        texts += [entry["from"] for entry in note["files"].values()]
-        parts = [PurePosixPath(name).parts for name in (*note["files"], *note["obsolete"])]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    leads_out = any(not each or {"/", "..", REQUEST, CHUNKS} & set(each) for each in parts)
-    return None if leads_out or not all(isinstance(each, str) for each in texts) else note
-
-
-def _real(source: str) -> str:
-    path = local_path(source)
-    return source if path is None else os.path.realpath(path)

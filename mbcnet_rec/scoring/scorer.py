@@ -47,10 +47,7 @@ class Scorer:
     def score(self, batches: Iterable[tuple[Batch, T]]) -> Generator[Scored[T], None, None]:
         """Score batches, each with a note of the caller's; the model is in evaluation mode meanwhile.
 
-        `batches` is read in another thread, a few batches ahead. Close the generator where it is left early.
-
-        Raises:
-            Exception: as `batches` raises it.
+        `batches` is read in another thread, a few batches ahead, and what it raises is raised. Close the generator where it is left early.
         """
         notes: deque[T] = deque()
         errors: list[BaseException] = []

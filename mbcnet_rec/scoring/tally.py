@@ -137,7 +137,8 @@ class Tally:
 
     def _of_counts(self, sample: Rows) -> Answer:
         def scores(histogram: Histogram) -> Scores:
-            return Scores(*histogram.rows_and_positives(), histogram.metrics(self.branches))
+            negatives, positives = map(int, histogram.counts[:, 0].sum(axis=1))
+            return Scores(negatives + positives, positives, histogram.metrics(self.branches))
 
         slices = {
             column: dict(zip(names, map(scores, histograms), strict=True))

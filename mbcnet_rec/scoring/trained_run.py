@@ -100,14 +100,10 @@ def load_run(folder: Path) -> RunConfig:
 
 def find_best(config: RunConfig, folder: Path, process: Process) -> TrainedRun:
     """A run at its best checkpoint; InputError if it has none."""
-
-    def find() -> int:
-        step = best_step(storage_of(config.train, folder))
-        if step is None:
-            raise InputError(f"{folder}: no whole checkpoint; train it first")
-        return step
-
-    return TrainedRun(config, folder, answer_of_first(process, find))
+    step = answer_of_first(process, lambda: best_step(storage_of(config.train, folder)))
+    if step is None:
+        raise InputError(f"{folder}: no whole checkpoint; train it first")
+    return TrainedRun(config, folder, step)
 
 
 @contextmanager

@@ -104,11 +104,7 @@ def untrained(config: RunConfig, schema: Schema) -> Weights:
 
 
 def load_weights(run: TrainedRun) -> Weights:
-    """Read a checkpoint of a run into one process, whatever world size and plan wrote it. Memory: all tables as float32.
-
-    Raises:
-        InputError: it is damaged or belongs to another model.
-    """
+    """Read a checkpoint into one process, all tables as float32; InputError if it is damaged or of another model."""
     weights = untrained(run.config, run.schema)
     tensors = {f"model.dense_arch.{name}": value for name, value in weights.arch.state_dict().items()}
     regroup = weights.regroup.state_dict()
@@ -134,12 +130,9 @@ def load_weights(run: TrainedRun) -> Weights:
 def take_apart(
     weights: Weights, branches: Sequence[str] = (), vocabularies: Mapping[str, pa.Array] | None = None
 ) -> Exported:
-    """Record the dense part and describe the fields; `with_rows` adds the tables' rows.
+    """Record the dense part and describe the fields; `with_rows` adds the tables' rows. InputError if the branches cannot serve.
 
     Without branches all of an MBCnet's serve. Vocabularies, file name -> values in row order, are read from the schema's folder if not given.
-
-    Raises:
-        InputError: the model has no such branches, or fuses them by a gate that knows all.
     """
     chosen = check_branches(weights.config, branches)
     tables, lookups = pool_tables(weights.tables)
@@ -182,22 +175,33 @@ def take_apart(
 
 
 def with_rows(exported: Exported, weights: Weights, rows: str) -> Exported:
-    """The same with its tables' rows packed as fp32, fp16, int8 or int4."""
+    """The same with its tables' rows packed as fp32, fp16, int8 or int4: a block of bytes for each pooling, laid out as FBGEMM reads it.
+
+    int8 and int4 are row-wise: x ~ scale * q + bias, q of 8 or 4 bits, scale and bias float16, so the largest error of a
+    row is (max - min) / 2 / (2^bits - 1), plus float16's rounding.
+    """
     spec: dict[str, Any] = exported.spec | {"rows": rows}
-    packed = {
-        pooling: pack_rows(tables, spec["lookups"][pooling], rows, pooling, weights.rows)
-        for pooling, tables in spec["tables"].items()
-    }
-    packed |= {f"{serving.ZCH}{name}": pairs for name, pairs in weights.id_rows.items()}
+    packed = {f"{serving.ZCH}{name}": pairs for name, pairs in weights.id_rows.items()}
+    for pooling, tables in spec["tables"].items():
+        opened = serving.open_tables(tables, spec["lookups"][pooling], rows, pooling)
+        for entry, (into, scales) in zip(tables, opened.split_embedding_weights(), strict=True):
+            table = weights.rows[entry["name"]]
+            for first in range(0, len(table), CHUNK_ROWS):
+                chunk, part = table[first : first + CHUNK_ROWS], slice(first, first + CHUNK_ROWS)
+                if rows.startswith("int"):
+                    bits = SparseType(rows).bit_rate()
+                    quantised = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(chunk, bits)
+                    assert scales is not None
+                    into[part].copy_(quantised[:, : into.shape[1]])
+                    scales[part].copy_(quantised[:, into.shape[1] :])
+                else:
+                    into[part].copy_((chunk.half() if rows == "fp16" else chunk).view(torch.uint8))
+        packed[pooling] = opened.weights_host
     return dataclasses.replace(exported, spec=spec, rows=packed)
 
 
 def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
-    """The branches to serve, in the model's order; none for models without.
-
-    Raises:
-        InputError: the model cannot serve these.
-    """
+    """The branches to serve, in the model's order, none for models without; InputError if the model cannot serve these."""
     have = branch_names(config.model)
     where = f"--branches {','.join(wanted)}"
     if wanted and not have:
@@ -220,34 +224,6 @@ def pool_tables(tables: Sequence[Table]) -> tuple[dict[str, list[Table]], dict[s
         lookups.setdefault(pooling, []).extend((field, len(group)) for field in table.feature_names)
         group.append(table)
     return pooled, lookups
-
-
-def pack_rows(
-    tables: Sequence[Mapping[str, Any]],
-    lookups: Sequence[tuple[str, int]],
-    rows: str,
-    pooling: str,
-    values: Mapping[str, Tensor],
-) -> Tensor:
-    """Quantise tables into one block of bytes, laid out as FBGEMM reads it.
-
-    int8 and int4 are row-wise: x ~ scale * q + bias, q of 8 or 4 bits, scale and bias float16, so the largest error of a
-    row is (max - min) / 2 / (2^bits - 1), plus float16's rounding.
-    """
-    opened = serving.open_tables(tables, lookups, rows, pooling)
-    for entry, (packed, scales) in zip(tables, opened.split_embedding_weights(), strict=True):
-        table = values[entry["name"]]
-        for first in range(0, len(table), CHUNK_ROWS):
-            chunk, part = table[first : first + CHUNK_ROWS], slice(first, first + CHUNK_ROWS)
-            if rows.startswith("int"):
-                bits = SparseType(rows).bit_rate()
-                quantised = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(chunk, bits)
-                assert scales is not None
-                packed[part].copy_(quantised[:, : packed.shape[1]])
-                scales[part].copy_(quantised[:, packed.shape[1] :])
-            else:
-                packed[part].copy_((chunk.half() if rows == "fp16" else chunk).view(torch.uint8))
-    return opened.weights_host
 
 
 def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: bool = False) -> str:

@@ -84,14 +84,9 @@ def changed_rows(table: Tensor, before: Tensor) -> Tensor:
     if table.shape[1:] != before.shape[1:]:
         return torch.arange(len(table))
     common = min(len(table), len(before))
-    found = [
-        first
-        + (table[first : min(first + CHUNK_ROWS, common)] != before[first : min(first + CHUNK_ROWS, common)])
-        .any(1)
-        .nonzero()[:, 0]
-        for first in range(0, common, CHUNK_ROWS)
-    ]
-    return torch.cat([*found, torch.arange(common, len(table))])
+    pairs = zip(table[:common].split(CHUNK_ROWS), before[:common].split(CHUNK_ROWS), strict=True)
+    is_new = torch.ones(len(table) - common, dtype=torch.bool)
+    return torch.cat([*((now != then).any(1) for now, then in pairs), is_new]).nonzero()[:, 0]
 
 
 def _held(pairs: Tensor, others: Tensor) -> Tensor:

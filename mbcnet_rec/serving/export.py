@@ -32,7 +32,7 @@ from mbcnet_rec.serving.artifact import (
     write_artifact,
 )
 from mbcnet_rec.serving.delta import write_delta
-from mbcnet_rec.serving.sample_requests import draw_requests
+from mbcnet_rec.serving.latency import draw_requests
 
 CHECK = "check.json"
 CHECK_BATCH, ROWS_TO_COMPARE = 4096, 64

@@ -10,9 +10,8 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,21 +19,62 @@ import torch
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.schema import Schema
+from data.schema import Feature, Schema
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import ModelKind, needs_wide
 from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.report.page import Table, text_table
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import take_apart, untrained
-from mbcnet_rec.serving.sample_requests import Requests, draw_requests, read_requests
+from sharding.plan.constraints import ShardingConfig
+from sharding.search.candidates import pooling_factor
+
+NUM_REQUESTS = 8  # different ones, in turn: the same one again would find all its rows in the cache
+Requests = list[dict[str, list[Any]]]
+
+
+def draw_requests(schema: Schema, vocabularies: Mapping[str, pa.Array], rows: int) -> Requests:
+    """Draw requests: ids evenly over each table, which is the worst for caches; lists of the schema's mean length."""
+    rng = np.random.default_rng(rows)
+    return [
+        {
+            column: values
+            for feature in schema.features
+            for column, values in _draw(feature, schema, vocabularies, rows, rng).items()
+        }
+        for _ in range(NUM_REQUESTS)
+    ]
+
+
+def _draw(
+    feature: Feature, schema: Schema, vocabularies: Mapping[str, pa.Array], rows: int, rng: np.random.Generator
+) -> dict[str, list[Any]]:
+    if feature.kind == "numeric":
+        return {feature.source_column: rng.gamma(2.0, 10.0, rows).tolist()}
+    if feature.kind == "vector":
+        return {feature.source_column: rng.normal(size=(rows, feature.width)).tolist()}
+    known = vocabularies[feature.vocabulary].to_pylist() if feature.encoding == "vocabulary" else None
+    limit = len(known) if known is not None else schema.table_of[feature.name].num_embeddings
+
+    def values(count: int) -> list[Any]:
+        ids = rng.integers(0, max(limit, 1), count).tolist()
+        return [known[place] for place in ids] if known else ids
+
+    if feature.kind == "categorical":
+        return {feature.source_column: values(rows)}
+    lengths = rng.poisson(pooling_factor(feature, ShardingConfig()), rows)
+    drawn = {feature.source_column: [values(length) for length in lengths]}
+    if feature.is_weighted:
+        drawn[feature.weights] = [rng.random(length).tolist() for length in lengths]
+    return drawn
+
 
 WARM_UP = 3
 Models = dict[str, serving.ServingModel]
 CORES = len(os.sched_getaffinity(0))  # that this process may use
 
 
-@dataclass(frozen=True)
-class Contest:
+class Contest(NamedTuple):
     """What is timed."""
 
     rows: tuple[int, ...] = (1, 8, 64, 512)  # of a request
@@ -43,8 +83,7 @@ class Contest:
     calls: int = 100  # of each model at least, for each such pair
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """One line of the table; milliseconds. A percentile that the calls are too few for is None."""
 
     model: str
@@ -59,48 +98,24 @@ class Timing:
     calls: int
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """An exported model, opened, with what lies beside it."""
-
-    folder: Path
-    model: serving.ServingModel
-    config: RunConfig
-    vocabularies: Mapping[str, pa.Array]
-
-    @property
-    def schema(self) -> Schema:
-        """Of the run."""
-        return self.model.preprocess.schema
-
-
 def run_latency(
     folders: Sequence[str],
     contest: Contest,
     *,
     beside: Sequence[str] = (),
-    data: str = "",
     compiled: bool = False,
     as_json: bool = False,
 ) -> int:
     """Time artifacts, and models of the kinds `beside` on the first one's tables; print the table, or one JSON object.
 
-    Requests are rows of the Parquet file `data`, or drawn from the schema. `compiled` also times what `mbcnet export` compiled.
-
-    Raises:
-        InputError: a folder is not an artifact, or the file has too few rows.
+    `compiled` also times what `mbcnet export` compiled. InputError if a folder is not an artifact.
     """
     unknown = [kind for kind in beside if kind not in get_args(ModelKind)]
     if unknown:
         raise InputError(f"--beside {unknown[0]}: wanted some of {', '.join(get_args(ModelKind))}")
-    artifacts = [open_artifact(Path(folder)) for folder in folders]
-    models = contestants(artifacts, beside, compiled=compiled)
-    first = artifacts[0]
-    columns = list(dict.fromkeys(name for model in models.values() for name in model.preprocess.columns))
-    requests = {
-        rows: read_requests(data, columns, rows) if data else draw_requests(first.schema, first.vocabularies, rows)
-        for rows in contest.rows
-    }
+    models = contestants([Path(folder) for folder in folders], beside, compiled=compiled)
+    first = next(iter(models.values()))
+    requests = {rows: draw_requests(first.preprocess.schema, first.vocabularies, rows) for rows in contest.rows}
     for name, model in models.items():
         try:
             model.predict(next(iter(requests.values()))[0])
@@ -108,53 +123,49 @@ def run_latency(
             raise InputError(f"{name}: {error}; artifacts side by side need the same columns") from None
     timings = race(models, requests, contest)
     if as_json:
-        latency = [dataclasses.asdict(timing) for timing in timings]
+        latency = [timing._asdict() for timing in timings]
         print(json.dumps({"artefacts": list(folders), "cores": CORES, "latency": latency}))
     else:
         print("\n".join(latency_lines(folders, timings)))
     return 0
 
 
-def open_artifact(folder: Path, *, compiled: bool = False) -> Artifact:
-    """Load an artifact with the config and schema that lie in it.
-
-    Raises:
-        InputError: it is not an artifact, or damaged.
-    """
+def open_artifact(folder: Path, *, compiled: bool = False) -> serving.ServingModel:
+    """Load an artifact; InputError if it is none, or damaged."""
     try:
-        model = serving.load(folder, compiled=compiled)
+        return serving.load(folder, compiled=compiled)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
-    vocabularies = serving.load_vocabularies(folder, model.spec)
-    return Artifact(folder, model, load_config(folder / "config.toml"), vocabularies)
 
 
-def contestants(artifacts: Sequence[Artifact], beside: Sequence[str], *, compiled: bool) -> Models:
+def contestants(folders: Sequence[Path], beside: Sequence[str], *, compiled: bool) -> Models:
     """Name -> model: the artifacts by their kind, or by their folder where kinds repeat; then the rivals."""
-    kinds = [artifact.model.spec["kind"] for artifact in artifacts]
-    models = {}
-    for artifact, kind in zip(artifacts, kinds, strict=True):
-        name = kind if kinds.count(kind) == 1 else artifact.folder.name
+    artifacts = [open_artifact(folder) for folder in folders]
+    kinds = [artifact.spec["kind"] for artifact in artifacts]
+    models: Models = {}
+    for folder, artifact, kind in zip(folders, artifacts, kinds, strict=True):
+        name = kind if kinds.count(kind) == 1 else folder.name
         if name in models:
-            raise InputError(f"{artifact.folder}: two artifacts of that name; rename one of the folders")
-        models[name] = artifact.model
+            raise InputError(f"{folder}: two artifacts of that name; rename one of the folders")
+        models[name] = artifact
         if compiled:
-            models[f"{name}, compiled"] = open_artifact(artifact.folder, compiled=True).model
-    return models | {kind: rival(artifacts[0], kind) for kind in beside if kind not in kinds}
+            models[f"{name}, compiled"] = open_artifact(folder, compiled=True)
+    config = load_config(folders[0] / "config.toml")
+    return models | {kind: rival(artifacts[0], config, kind) for kind in beside if kind not in kinds}
 
 
-def rival(artifact: Artifact, kind: str) -> serving.ServingModel:
-    """Another model on an artifact's fields and tables."""
-    model = dataclasses.replace(fit_widths(artifact.config.model), kind=kind)
-    config = dataclasses.replace(artifact.config, model=model)
-    if needs_wide(model) != needs_wide(artifact.config.model):
+def rival(artifact: serving.ServingModel, config: RunConfig, kind: str) -> serving.ServingModel:
+    """Another model on the fields and tables of an artifact of this config."""
+    model = dataclasses.replace(fit_widths(config.model), kind=kind)
+    if needs_wide(model) != needs_wide(config.model):
         raise InputError(
             f"--beside {kind}: it needs tables of one weight per id, or lacks those of the artifact; export it instead"
         )
-    exported = take_apart(untrained(config, artifact.schema), vocabularies=artifact.vocabularies)
-    rows = {pooling: tables.weights_host for pooling, tables in artifact.model.tables.items()}
-    spec = exported.spec | {"rows": artifact.model.spec["rows"]}
-    return dataclasses.replace(exported, spec=spec, rows=rows | artifact.model.id_rows).model()
+    weights = untrained(dataclasses.replace(config, model=model), artifact.preprocess.schema)
+    exported = take_apart(weights, vocabularies=artifact.vocabularies)
+    rows = {pooling: tables.weights_host for pooling, tables in artifact.tables.items()}
+    spec = exported.spec | {"rows": artifact.spec["rows"]}
+    return dataclasses.replace(exported, spec=spec, rows=rows | artifact.id_rows).model()
 
 
 def race(models: Models, requests: Mapping[int, Requests], contest: Contest) -> list[Timing]:
@@ -168,7 +179,11 @@ def race(models: Models, requests: Mapping[int, Requests], contest: Contest) -> 
                 torch.set_num_threads(threads)
                 for rows in contest.rows:
                     for name, seconds in _take_turns(models, requests[rows], contest).items():
-                        timings.append(timing_of(name, threads, rows, 1e3 * seconds))
+                        p50, p95, p99 = (1e3 * np.percentile(seconds.sum(axis=1), (50, 95, 99))).tolist()
+                        preprocess, tables, dense = (1e3 * np.median(seconds, axis=0)).tolist()
+                        calls = len(seconds)
+                        p95, p99 = p95 if calls >= 20 else None, p99 if calls >= 100 else None
+                        timings.append(Timing(name, threads, rows, p50, p95, p99, preprocess, tables, dense, calls))
                     bar.update()
     finally:
         torch.set_num_threads(before)
@@ -202,30 +217,11 @@ def _time_call(model: serving.ServingModel, request: Mapping[str, Any]) -> list[
     return [prepared - start, embedded - prepared, time.perf_counter() - embedded]
 
 
-def timing_of(name: str, threads: int, rows: int, parts: np.ndarray) -> Timing:
-    """Percentiles of whole calls and medians of their parts, (calls, 3) milliseconds."""
-    calls = len(parts)
-    p50, p95, p99 = np.percentile(parts.sum(axis=1), (50, 95, 99)).tolist()
-    preprocess, tables, dense = np.median(parts, axis=0).tolist()
-    p95, p99 = p95 if calls >= 20 else None, p99 if calls >= 100 else None
-    return Timing(name, threads, rows, p50, p95, p99, preprocess, tables, dense, calls)
-
-
 def latency_lines(folders: Sequence[str], timings: Sequence[Timing]) -> list[str]:
     """The table for people, and by how much the first model is slower than the second."""
-    lines = [
-        f"{', '.join(folders)}: one request, milliseconds; {CORES} cores",
-        "",
-        f"{'threads':>7}{'rows':>6}  {'model':<18}{'p50':>9}{'p95':>9}{'p99':>9}   "
-        f"{'preprocess':>10}{'tables':>9}{'dense':>9}{'calls':>8}",
-    ]
-    for each in timings:
-        tails = (each.p50, each.p95, each.p99)
-        shown = "".join(f"{'-' if value is None else f'{value:.2f}':>9}" for value in tails)
-        lines.append(
-            f"{each.threads:>7}{each.rows:>6}  {each.model:<18}{shown}   {each.preprocess:>10.2f}{each.tables:>9.2f}"
-            f"{each.dense:>9.2f}{each.calls:>8,}"
-        )
+    cells = [[f"{each:.2f}" if isinstance(each, float) else str(each or "-") for each in timing] for timing in timings]
+    table = Table(Timing._fields, tuple(map(tuple, cells)))
+    lines = [f"{', '.join(folders)}: one request, milliseconds; {CORES} cores", "", text_table(table)]
     if max(each.threads for each in timings) > CORES:
         lines.append(f"more threads than the {CORES} cores: they wait for each other")
     fewest = min(each.threads for each in timings)

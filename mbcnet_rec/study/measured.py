@@ -12,12 +12,11 @@ from scipy import stats
 from scipy.special import softmax
 
 from data.errors import InputError
-from mbcnet_rec.scoring.paired import Difference
+from mbcnet_rec.scoring.paired import Difference, mean_difference
 from mbcnet_rec.study.pictures import Material
 from mbcnet_rec.study.probe import MISSING, Probe
-from mbcnet_rec.study.row_scores import mean_over_rows
 from mbcnet_rec.study.studies import Measure
-from mbcnet_rec.study.summary import Compared, in_both, paired_difference
+from mbcnet_rec.study.summary import Compared, in_both
 
 LEAST_EXPECTED = 5.0  # samples of a cell, from which on a chi-square test holds (Cochran)
 Measured = tuple[Compared, str]  # the difference that a claim is about, and what it is in words
@@ -50,10 +49,7 @@ def dependence(losses: np.ndarray, categories: np.ndarray) -> tuple[float, float
     Categories with too few rows for the test are taken together.
     """
     known = categories != MISSING
-    codes = np.unique(categories[known], return_inverse=True)[1]
-    table = np.zeros((codes.max(initial=0) + 1, losses.shape[1]))
-    np.add.at(table, (codes, losses[known].argmin(1)), 1)
-    table = table[:, table.any(0)]
+    table = np.asarray(stats.contingency.crosstab(categories[known], losses[known].argmin(1))[1])
     rows = table.sum()
     rare = table.sum(1) * table.sum(0).min(initial=rows) < LEAST_EXPECTED * rows
     table = np.vstack([table[~rare], table[rare].sum(0)])
@@ -66,7 +62,7 @@ def dependence(losses: np.ndarray, categories: np.ndarray) -> tuple[float, float
 
 def over_seeds_and_rows(values: np.ndarray, groups: np.ndarray | None) -> Compared:
     """Compare with 0 what each seed says of each row, (S, n)."""
-    return in_both(paired_difference(values.mean(1)), mean_over_rows(values.mean(0), groups))
+    return in_both(mean_difference(values.mean(1)), mean_difference(values.mean(0), groups))
 
 
 def measure_separation(material: Material) -> Measured:
@@ -137,5 +133,5 @@ MEASURES: dict[Measure, Callable[[Material], Measured]] = {
 
 
 def _with_interval(values: np.ndarray) -> str:
-    found = paired_difference(values)
+    found = mean_difference(values)
     return f"{found.value:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if found.low == found.low else "")

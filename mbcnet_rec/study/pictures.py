@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from data.schema import Feature, Schema, load_schema
 from mbcnet_rec.checkpoints.run_folder import storage_of
 from mbcnet_rec.checkpoints.storage import best_step, latest_step
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.model.mbcnet import BranchArch, MBCNetConfig
+from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.model.models import ModelConfig, model_layout
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
@@ -101,14 +102,10 @@ def _scores(material: Material) -> list[Block]:
     return [Picture("scores", picture, "A dot is one seed, a bar their mean; the best row of each panel is red.")]
 
 
-def _curves(name: str, wanted: Wanted, caption: str) -> Callable[[Material], list[Block]]:
-    """Draws metrics of the study's first variant, over all its seeds."""
-
-    def draw(material: Material) -> list[Block]:
-        plots = plots_of([read_metrics(run.folder) for run in material.first], wanted)
-        return [Picture(name, figures.curves_figure(plots), caption)]
-
-    return draw
+def _curves(name: str, wanted: Wanted, caption: str, material: Material) -> list[Block]:
+    """Metrics of the study's first variant, over all its seeds."""
+    plots = plots_of([read_metrics(run.folder) for run in material.first], wanted)
+    return [Picture(name, figures.curves_figure(plots), caption)]
 
 
 def _latents(material: Material) -> list[Block]:
@@ -214,73 +211,58 @@ def _grid(material: Material) -> list[Block]:
     return [Picture("grid", picture, caption)]
 
 
-class Part(NamedTuple):
-    """What a branch, the shared top or the whole dense part costs."""
-
-    name: str
-    parameters: int
-    flops: float  # of one row's forward pass
-    milliseconds: float  # median of a batch's forward pass
-
-
 def _complexity(material: Material) -> list[Block]:
-    """Measure the dense part of the config's MBCnet, and say what EFGC adds."""
-    config = material.config
-    device = choose_device(config.train.device, 0)
-    rows = config.data.eval_batch_size or config.data.batch_size
-    parts = measure_parts(config.model.mbcnet, load_schema(config.schema), rows, device)
-    lines = [
-        (figures.label(name), FORMULAS.get(name, ""), f"{parameters:,}", f"{flops:,.0f}", f"{milliseconds:.2f}")
-        for name, parameters, flops, milliseconds in parts
-    ]
-    header = ("part", "time, by the paper", "parameters", "FLOPs a row", f"ms a batch of {rows:,}")
-    text = f"Table 8, measured: dense part only, {device.type}, {torch.get_num_threads()} threads, without the tables."
-    for part in parts:
-        if part.name == "efgc":
-            text += (
-                f" Without EFGC the dense part would have {parts[-1].parameters - part.parameters:,} parameters; the branch adds "
-                f"{part.milliseconds:.2f} ms to a batch. The paper: 2.2 million parameters and 1 ms."
-            )
-    return [Text(text), Table(header, tuple(lines))]
-
-
-def measure_parts(config: MBCNetConfig, schema: Schema, rows: int, device: torch.device) -> list[Part]:
-    """Measure every branch, the shared top with the logits, and the whole dense part, on a batch of so many rows."""
-    layout = model_layout(ModelConfig(mbcnet=config), schema)
+    """Measure every branch, the shared top with the logits, and the whole dense part of the config's MBCnet on a batch; say what EFGC adds."""
+    config = material.config.model.mbcnet
+    device = choose_device(material.config.train.device, 0)
+    rows = material.config.data.eval_batch_size or material.config.data.batch_size
+    layout = model_layout(ModelConfig(mbcnet=config), load_schema(material.config.schema))
     torch.manual_seed(0)
     arch = BranchArch(config, layout).to(device).eval()
     features = {name: torch.randn(rows, width, device=device) for name, width in layout.tensor_widths().items()}
     hidden = torch.randn(len(arch.branches) * rows, config.branch_dim, device=device)
-    return [
-        *(
-            _measure(name, branch, {group: features[own] for group, own in layout.reads(name).items()}, rows)
-            for name, branch in arch.branches.items()
-        ),
-        _measure("shared top, all branches", arch.top, hidden, rows),
-        _measure("whole dense part", arch, features, rows),
+    parts: dict[str, tuple[nn.Module, Any]] = {
+        name: (branch, {group: features[own] for group, own in layout.reads(name).items()})
+        for name, branch in arch.branches.items()
+    }
+    parts |= {"shared top, all branches": (arch.top, hidden), "whole dense part": (arch, features)}
+    sizes = {name: sum(weights.numel() for weights in part.parameters()) for name, (part, _) in parts.items()}
+    costs = {name: _cost(part, inputs) for name, (part, inputs) in parts.items()}
+    lines = [
+        (figures.label(name), FORMULAS.get(name, ""), f"{sizes[name]:,}", f"{flops / rows:,.0f}", f"{milliseconds:.2f}")
+        for name, (flops, milliseconds) in costs.items()
     ]
+    header = ("part", "time, by the paper", "parameters", "FLOPs a row", f"ms a batch of {rows:,}")
+    text = f"Table 8, measured: dense part only, {device.type}, {torch.get_num_threads()} threads, without the tables."
+    if "efgc" in parts:
+        text += (
+            f" Without EFGC the dense part would have {sizes['whole dense part'] - sizes['efgc']:,} parameters; the branch adds "
+            f"{costs['efgc'][1]:.2f} ms to a batch. The paper: 2.2 million parameters and 1 ms."
+        )
+    return [Text(text), Table(header, tuple(lines))]
 
 
-def _measure(name: str, part: nn.Module, inputs: Any, rows: int) -> Part:
+def _cost(part: nn.Module, inputs: Any) -> tuple[float, float]:
+    """FLOPs of a forward pass, and its median milliseconds."""
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counter:
             part(inputs)
         names = {"part": part, "inputs": inputs}
         timer = Timer("part(inputs)", globals=names, num_threads=torch.get_num_threads())
-        seconds = timer.blocked_autorange(min_run_time=MIN_SECONDS).median
-    parameters = sum(parameter.numel() for parameter in part.parameters())
-    return Part(name, parameters, counter.get_total_flops() / rows, 1e3 * seconds)
+        return counter.get_total_flops(), 1e3 * timer.blocked_autorange(min_run_time=MIN_SECONDS).median
 
 
 DRAWERS: dict[str, Callable[[Material], list[Block]]] = {
     "scores": _scores,
-    "branch_curves": _curves(
+    "branch_curves": partial(
+        _curves,
         "branch_curves",
         LEARNING,
         "Figure 4 a to c: each branch and the fused output while training; thin lines are seeds.",
     ),
     "latents": _latents,
-    "terms": _curves(
+    "terms": partial(
+        _curves,
         "terms",
         TERMS,
         "Figure 5: the two cooperation losses before their weights, the transforms' distance from the identity, and the AUC.",

@@ -46,10 +46,8 @@ class Probe:
 def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", step: int | None = None) -> Probe:
     """Run a trained MBCnet over the valid or test split, and read the ids of a categorical field if one is named.
 
-    With `max_rows` it stops after the batch that reaches them; `step` is of the checkpoint, by default the best.
-
-    Raises:
-        InputError: no such run, split or field, or the model has no branches.
+    With `max_rows` it stops after the batch that reaches them; `step` is of the checkpoint, by default the best. InputError if there is no
+    such run, split or field, or the model has no branches.
     """
     with opened_run(folder) as (run, process):
         run = run if step is None else replace(run, step=step)
@@ -60,25 +58,17 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", s
         if split not in splits:
             raise InputError(f"{folder}: data.{split} is empty; name the files of that split")
         scorer, _ = run.scorer(process)
-        outputs: list[Any] = []  # ModelOutput
-        fused: list[Any] = []  # (B, d)
+        seen: list[Any] = []  # latents (K, B, d), and what the fused logit is computed from, (B, d)
         arch = next(module for module in scorer.model.modules() if isinstance(module, BranchArch))
-        handles = [
-            arch.register_forward_hook(lambda _module, _args, output: outputs.append(output)),
-            arch.fusion.register_forward_hook(lambda _module, _args, output: fused.append(output)),
-        ]
-        try:
-            batches = list(scorer.score(_with_categories(splits[split].stream, category, max_rows)))
-        finally:
-            for handle in handles:
-                handle.remove()
+        arch.fusion.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
+        batches = list(scorer.score(_with_categories(splits[split].stream, category, max_rows)))
         real = np.concatenate([batch.real for batch in batches])
-        latents = torch.cat([each.latents.float().cpu() for each in outputs], dim=1).numpy()
+        latents, fused = (torch.cat(each, dim=-2).float().cpu().numpy() for each in zip(*seen, strict=True))
         notes = np.concatenate([batch.note for batch in batches])[real]
         return Probe(
             branch_names(config.model),
             latents[:, real],
-            torch.cat([each.float().cpu() for each in fused]).numpy()[real],
+            fused[real],
             np.concatenate([batch.logits for batch in batches]),
             np.concatenate([batch.labels for batch in batches]),
             notes[:, 0],
@@ -92,10 +82,8 @@ def _with_categories(batches: Iterable[Batch], category: str, max_rows: int) -> 
     for batch in batches:
         ids = np.full(len(batch.labels), MISSING, np.int64)
         if category:
-            bags = batch.sparse_features[category]
-            lengths, values = bags.lengths().numpy(), bags.values().numpy()
-            known = lengths > 0
-            ids[known] = values[(np.cumsum(lengths) - lengths)[known]]
+            bags = batch.sparse_features[category]  # of one id, or none
+            ids[bags.lengths().numpy() > 0] = bags.values().numpy()
         rows += len(batch.labels)
         groups = ids if batch.group_ids is None else batch.group_ids.numpy()
         yield batch, np.stack([ids, groups], 1)

@@ -12,7 +12,7 @@ from mbcnet_rec.config import RunConfig
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, score_rows
 from mbcnet_rec.scoring.metrics import softplus
-from mbcnet_rec.scoring.paired import Difference, difference_of, paired_differences
+from mbcnet_rec.scoring.paired import Difference, mean_difference, paired_differences
 from mbcnet_rec.scoring.trained_run import find_best
 
 ROW_SCORES = "row_scores.npz"
@@ -32,10 +32,9 @@ class RowScores(NamedTuple):
 
 
 def keep_row_scores(config: RunConfig) -> None:
-    """Score the test rows of a finished run, or its validation rows where it has no others; those that are too many to keep leave an empty file.
+    """Score the test rows of a finished run, or its validation rows where it has no others; too many to keep leave an empty file.
 
-    Raises:
-        InputError: a score is not a number.
+    InputError if a score is not a number.
     """
     folder = config.run_folder
     with joined_process(config.train.device) as process:
@@ -84,11 +83,4 @@ def row_differences(
     )
     losses = softplus(own) - softplus(other) - labels * (own - other)  # (seeds, B)
     area = paired_differences(own.mean(0), other.mean(0), labels, groups)["auc"]
-    return {"auc": area, "log_loss": mean_over_rows(losses.mean(0), groups)}
-
-
-def mean_over_rows(values: np.ndarray, groups: np.ndarray | None) -> Difference:
-    """Compare the mean of values (B,) with 0; rows of one group are taken together."""
-    clusters = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    mean = float(values.mean())
-    return difference_of(mean, 0.0, np.bincount(clusters, (values - mean) / len(values)))
+    return {"auc": area, "log_loss": mean_difference(losses.mean(0), groups)}

@@ -19,8 +19,17 @@ from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.row_scores import keep_row_scores, read_row_scores
 from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all, train_one
 from mbcnet_rec.study.studies import MODELS, Study, Variant, with_models
-from mbcnet_rec.study.summary import Results, judge_all, summarise
-from mbcnet_rec.study.tables import COMPARED, VERDICTS, WATCHED, headline, score_table, verdict_table
+from mbcnet_rec.study.summary import (
+    COMPARED,
+    VERDICTS,
+    WATCHED,
+    Results,
+    headline,
+    judge_all,
+    score_table,
+    summarise,
+    verdict_table,
+)
 from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.training.trainer import Watch
 
@@ -43,10 +52,9 @@ class StudyRequest:
 
 
 def variant_config(base: RunConfig, variant: Variant, tuned: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Make a variant's config from the base, or from KIND.toml in the folder `tuned`, with the command line's overrides, if that is there.
+    """Make a variant's config from the base, or from KIND.toml in the folder `tuned`, if that is there, with the command's overrides.
 
-    Raises:
-        InputError: its overrides do not fit the config.
+    InputError if its own overrides do not fit the config.
     """
     config = with_overrides(base, variant.overrides, f"variant {variant.name!r}")
     if tuned is not None and (tuned / f"{config.model.kind}.toml").is_file():
@@ -90,7 +98,9 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     blocks = report_blocks(request, base, done, found, failures)
     title = f"{study.reference}: {study.question}"
     lead = f"{base.name}, {request.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
-    mark = page_mark(base, request.tuned, known) if runs else ""
+    winners = sorted(request.tuned.glob("*.toml")) if request.tuned is not None else ()
+    tuned = {file.name: file.read_text(encoding="utf-8") for file in winners}
+    mark = f"<!-- depends on {digest_of(dependencies(base, known) | {'tuned': tuned})} -->\n" if runs else ""
     page = free_page(request.out / f"{study.name}_{base.name}.html", mark)
     write_whole(page, to_html(title, lead, blocks) + mark)
     shown = [each for each in blocks[: blocks.index(Heading("Pictures"))] if not isinstance(each, Heading)]
@@ -104,15 +114,8 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     return 0
 
 
-def page_mark(base: RunConfig, tuned: Path | None, known: Known) -> str:
-    """A comment that ends a page: the hash of what its runs depend on. `known`: what the command has read already."""
-    winners = sorted(tuned.glob("*.toml")) if tuned is not None else ()
-    depends = dependencies(base, known) | {"tuned": {file.name: file.read_text(encoding="utf-8") for file in winners}}
-    return f"<!-- depends on {digest_of(depends)} -->\n"
-
-
 def free_page(wanted: Path, mark: str) -> Path:
-    """Where a page goes. One of other data or settings that is there already stays; then a hash is added to the name."""
+    """Where a page goes that ends with this hash of what its runs depend on. One of others that is there stays; the new name has the hash."""
     if not mark or not wanted.exists() or mark in wanted.read_text(errors="replace", encoding="utf-8"):
         return wanted
     print(f"{wanted}: is of other data or settings, and stays")

@@ -56,10 +56,9 @@ class Run:
 
 
 def place_run(config: RunConfig, seed: int, out: Path, known: Known | None = None) -> RunConfig:
-    """Give a config its seed and its folder under `out`/runs; a model with branches keeps an early checkpoint, that of the first line of the log.
+    """Give a config its seed and its folder under `out`/runs; InputError if the schema or the data files are missing.
 
-    Raises:
-        InputError: the schema or the data files are missing.
+    A model with branches keeps an early checkpoint, that of the first line of the log.
     """
     early = config.train.log_every if branch_names(config.model) else 0
     config = replace(config, train=replace(config.train, seed=seed, out="", keep_step=early))
@@ -93,14 +92,10 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
 
 
 def train_all(runs: Sequence[Run], workers: int = 0, train: Train = train_one) -> Iterator[tuple[Run, str]]:
-    """Train what is not done yet, several at a time; yield each run when it ends, and why it failed or "".
+    """Train what is not done yet, several at a time; yield each run when it ends, and why it failed or "". It raises as `train_one` does.
 
     The same run wanted twice is trained once. A run that fails does not end the study: its row says so. With 0 workers there is one for
     each core, or a single one where runs take a GPU.
-
-    Raises:
-        PreemptedError: this process got a stop request.
-        CannotWriteError: the disk is full, or is not ours to write.
     """
     pending = {run.folder: run for run in runs if not run.done}
     if not pending:
@@ -153,13 +148,10 @@ def _child_threads(threads: int) -> Iterator[None]:
 
 
 def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str, Any]:
-    """Read what a finished run is judged by: its metrics on the test rows, else those of its best validation; NaN where one is not defined.
+    """Read what a finished run is judged by: its metrics on the test rows, else those of its best validation; NaN where not defined.
 
     With them `disagreement`, the mean over directed pairs and the log, of a run with branches; `dead`, the outputs that were so at the end; and
-    `note`, why there is no AUC, or "".
-
-    Raises:
-        InputError: these splits have no rows.
+    `note`, why there is no AUC, or "". InputError if these splits have no rows.
     """
     lines = read_metrics(folder)
     line = judged_line(lines, splits)
@@ -167,7 +159,7 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
         keys = " or ".join(f"data.{split}" for split in splits)
         raise InputError(f"{folder}/{METRICS}: no {' or '.join(splits)} rows were scored; name {keys} in the config")
     note = why_no_auc(line)
-    if note != NO_NUMBERS and note:
+    if note not in ("", NO_NUMBERS):
         note = f"the AUC of the {line['split']} rows is not defined, since {note}; name others in data.{line['split']}"
     trained = lines.get("train", [{}])
     rates = [value for each in trained for key, value in each.items() if key.startswith("disagreement/")]

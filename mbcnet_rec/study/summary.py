@@ -1,4 +1,4 @@
-"""What a study's runs say: means over seeds, paired differences over seeds and over rows, verdicts on claims.
+"""What a study's runs say: means over seeds, paired differences over seeds and over rows, verdicts on claims; and the tables of its page.
 
 Two variants are compared seed by seed: both runs of a seed start from the same tables and see the same rows in the same
 order, so their difference varies less than each of them. With d_s = AUC_s - AUC'_s over n seeds the 95 % interval is
@@ -15,11 +15,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from mbcnet_rec.scoring.paired import Difference, holm
+from mbcnet_rec.report.page import Block, Table, Text
+from mbcnet_rec.scoring.compare import p_text
+from mbcnet_rec.scoring.paired import Difference, holm, mean_difference
 from mbcnet_rec.study.row_scores import RowScores, row_differences
-from mbcnet_rec.study.studies import Claim, Study
+from mbcnet_rec.study.studies import MBCNET, Claim, Study
 
 CONFIDENCE, SIGNIFICANT = 0.95, 0.05
 NO_VERDICT = "no verdict"
@@ -82,21 +83,6 @@ class Row:
     dead: int = 0  # seeds that ended with an output that says the same of every row
 
 
-def paired_difference(
-    ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray | float = 0.0
-) -> Difference:
-    """Compare values seed by seed."""
-    d = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
-    mean = float(d.mean()) if len(d) else math.nan
-    if len(d) < 2:
-        return Difference(mean, math.nan, math.nan, math.nan)
-    error = float(d.std(ddof=1)) / math.sqrt(len(d))
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(d) - 1)) * error
-    ratio = abs(mean) / error if error > 0 else (0.0 if mean == 0 else math.inf)
-    p = float(2 * stats.t.sf(ratio, len(d) - 1))
-    return Difference(mean, mean - half, mean + half, p)
-
-
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation; NaN where there are too few values."""
     mean = float(np.mean(values)) if values else math.nan
@@ -110,7 +96,7 @@ def compare(results: Results, ours: str, theirs: str, metric: str) -> Compared |
     shared = sorted(own.keys() & other.keys())
     if not shared:
         return None
-    seeds = paired_difference([own[s][metric] for s in shared], [other[s][metric] for s in shared])
+    seeds = mean_difference(np.array([own[s][metric] - other[s][metric] for s in shared]))
     rows = row_differences(own_rows, other_rows, (output, other_output)).get(metric)
     return in_both(seeds, rows)
 
@@ -157,19 +143,18 @@ def summarise(study: Study, results: Results, failures: Mapping[str, Sequence[st
 def best_reference(study: Study, scores: Mapping[str, Scores], but: str = "") -> str:
     """Name the reference row with the highest mean AUC, other than `but`; "" if there is none."""
     candidates = [name for name in study.reference_rows if name != but and scores.get(name)]
-    return max(candidates, key=lambda name: _rank([s["auc"] for s in scores[name].values()]), default="")
+    return max(candidates, key=lambda name: _mean_auc(scores[name], "auc"), default="")
 
 
-def _rank(values: Sequence[float]) -> float:
-    mean = float(np.mean(values))
-    return -math.inf if math.isnan(mean) else mean
+def _mean_auc(scores: Scores, key: str) -> float:
+    """The mean over seeds; one that is not defined ranks last."""
+    return float(np.nan_to_num(np.mean([each[key] for each in scores.values()]), nan=-math.inf))
 
 
 def best_branch(scores: Scores) -> str:
     """Name the branch with the highest mean AUC over seeds; "" if there are none."""
     keys = {key for each in scores.values() for key in each if key.startswith("auc/")}
-    best = max(sorted(keys), key=lambda key: _rank([each[key] for each in scores.values()]), default="")
-    return best.removeprefix("auc/")
+    return max(sorted(keys), key=lambda key: _mean_auc(scores, key), default="").removeprefix("auc/")
 
 
 def judge_all(
@@ -205,3 +190,132 @@ def _verdict(area: Compared | None) -> str:
     if area.p < SIGNIFICANT:
         return "reproduced" if ahead else "contradicted"
     return "same direction" if ahead else "not reproduced"
+
+
+PLACES = ("ahead", "level", "behind")
+VERDICTS = (
+    "reproduced: the difference of AUC is above 0 and its corrected p below 0.05; contradicted: below 0, likewise; same direction: above 0 only; "
+    "not reproduced: the rest. One seed has no verdict."
+)
+COMPARED = (
+    f"First the mean difference over seeds, paired by seed, with the {CONFIDENCE:.0%} interval of Student's t; then the interval over the test rows, "
+    "of the seeds' mean scores (AUC, by DeLong) or mean losses, rows of one group taken together; then the p of both tests; last the verdict, which needs both: its p "
+    "is the larger of the two, or 1 where they point to different sides, corrected for the number of comparisons in the column (Holm). "
+    "ahead: a higher AUC, or a lower log-loss."
+)
+WATCHED = (
+    "disagreement: the share of the training rows on which one branch teaches another, by the row's own threshold; the mean over directed pairs of "
+    "branches and over the log. dead: seeds that ended with an output that says the same of every row, or with latents of 0."
+)
+
+
+def score_table(rows: Sequence[Row], *, watched: bool = False) -> Table:
+    """Mean, sd, paired differences, and the paper's figures. Columns that all rows leave empty are left out."""
+    against = {row.against for row in rows if row.against}
+    one = f" to {min(against)}" if len(against) == 1 else ""
+    to = ["" if one else f"to {row.against}\n" for row in rows]
+    columns = {
+        "": [row.name for row in rows],
+        "seeds": [str(row.seeds) for row in rows],
+        "dead": [f"{row.dead} of {row.seeds}" if row.dead else "no" if watched else "" for row in rows],
+        "AUC": [_mean_sd(row.auc) if row.seeds else "" for row in rows],
+        "log-loss": [_mean_sd(row.log_loss) if row.seeds else "" for row in rows],
+        f"difference of AUC{one}": [
+            format_difference(row.difference, each) for row, each in zip(rows, to, strict=True)
+        ],
+        f"of log-loss{one}": [
+            format_difference(row.loss_difference, each, better=-1) for row, each in zip(rows, to, strict=True)
+        ],
+        "fused less its best branch, AUC": [format_difference(row.fused, f"to {row.best_branch}\n") for row in rows],
+        "disagreement": [f"{row.disagreement:.2%}" if watched else "" for row in rows],
+        "paper, 12 months": [_pair(row.paper[:2]) for row in rows],
+        "paper, 24 months": [_pair(row.paper[2:4]) for row in rows],
+    }
+    kept = {header: cells for header, cells in columns.items() if any(cells)}
+    ended = [index for index, row in enumerate(rows) if row.auc[0] == row.auc[0]]
+    best = max(ended, key=lambda index: rows[index].auc[0], default=-1)
+    return Table(tuple(kept), tuple(zip(*kept.values(), strict=True)), best)
+
+
+def _pair(figures: Sequence[float]) -> str:
+    """AUC and log-loss as the paper prints them."""
+    return " / ".join(f"{each:.4f}" for each in figures)
+
+
+def headline(study: Study, rows: Sequence[Row], judged: Sequence[Judged]) -> list[Block]:
+    """The study's answer in a few sentences: who is ahead, by how much, and how many claims hold."""
+    said = []
+    ended = [row for row in rows if row.auc[0] == row.auc[0]]
+    if len(ended) > 1:
+        best = max(ended, key=lambda row: row.auc[0])
+        said.append(f"The highest mean AUC is that of {best.name}, {best.auc[0]:.4f}.")
+    ours = next((row for row in ended if row.name == MBCNET.name), None)
+    if ours is not None and ours.difference is not None:
+        said.append(_sentence(ours.name, f"{ours.against}, the best of the others", ours.difference))
+        named = {claim.worse: area for claim, _, area, _ in judged if claim.better == ours.name and area is not None}
+        if "FinalMLP" in named and ours.against != "FinalMLP":
+            said.append(_sentence(ours.name, "FinalMLP", named["FinalMLP"]))
+    rivals = {each.name for each in study.rivals}
+    cells = [(row, row.difference) for row in rows if row.name not in rivals and row.difference is not None]
+    if rivals and cells:
+        places = ["dead" if row.dead else verdict_of(difference) for row, difference in cells]
+        counts = ", ".join(f"{each} in {places.count(each)}" for each in dict.fromkeys((*PLACES, *places)))
+        higher = sum(difference.seeds.value > 0 for row, difference in cells if not row.dead)
+        said.append(
+            f"Of {len(cells)} pairs of alpha and beta MBCnet has a higher AUC than {cells[0][0].against}, the best other model, in {higher}; "
+            f"by both tests it is {counts}."
+        )
+    verdicts = [verdict for _, verdict, _, _ in judged]
+    counted = {each: verdicts.count(each) for each in TESTED}
+    if tested := sum(counted.values()):
+        asked = "claims of the paper" if study.claimed else "hopes"
+        said.append(f"Of {tested} {asked}: {', '.join(f'{count} {each}' for each, count in counted.items())}.")
+    return [Text(" ".join(said))] if said else []
+
+
+def _sentence(ours: str, theirs: str, compared: Compared) -> str:
+    """Who is ahead by how much, and how sure that is."""
+    seeds, rows = compared.seeds, compared.rows
+    told = f"p {p_text(seeds.p)} over seeds, {p_text(rows.p) if rows else '-'} over rows, {p_text(compared.p)} corrected: {verdict_of(compared)}"
+    return f"{ours} is {'ahead of' if seeds.value > 0 else 'behind'} {theirs}, by {abs(seeds.value):.4f} ({told})."
+
+
+def verdict_table(judged: Sequence[Judged]) -> Table:
+    """What became of each claim."""
+    lines = tuple(
+        (
+            claim.text, said,
+            format_difference(area, f"{claim.measure}\n" if claim.measure else ""),
+            format_difference(loss, better=-1),
+        )
+        for claim, said, area, loss in judged
+        if area is not None or claim.measure
+    )  # fmt: skip
+    return Table(("claim", "here", "difference of AUC, or of what is named", "of log-loss"), lines)
+
+
+def verdict_of(compared: Compared, better: int = 1) -> str:
+    """ahead, level, behind or no verdict. `better`: the sign of a difference that speaks for the first of the two."""
+    if compared.p != compared.p:
+        return NO_VERDICT
+    return PLACES[0 if compared.seeds.value * better > 0 else 2] if compared.p < SIGNIFICANT else PLACES[1]
+
+
+def format_difference(compared: Compared | None, before: str = "", better: int = 1) -> str:
+    """A difference with its interval over seeds, that over rows, the p of both, and the verdict with the corrected p, a line each."""
+    if compared is None:
+        return ""
+    seeds, rows = compared.seeds, compared.rows
+    over_seeds = f" [{seeds.low:+.4f}, {seeds.high:+.4f}]" if seeds.low == seeds.low else ""
+    lines = [f"{before}{seeds.value:+.4f}{over_seeds}"]
+    lines += [f"rows [{rows.low:+.4f}, {rows.high:+.4f}]"] if rows and rows.low == rows.low else []
+    lines += [f"p {p_text(seeds.p)} seeds, {p_text(rows.p) if rows else '-'} rows"]
+    lines += [f"{verdict_of(compared, better)}, p {p_text(compared.p)} corrected".removesuffix(", p - corrected")]
+    return "\n".join(lines)
+
+
+def _mean_sd(value: tuple[float, float]) -> str:
+    mean, sd = value
+    if mean != mean:
+        return "NaN"
+    return f"{mean:.4f}" + (f" ± {sd:.4f}" if sd == sd else "")

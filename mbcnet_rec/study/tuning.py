@@ -33,7 +33,6 @@ from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
 from mbcnet_rec.logs.metrics_log import METRICS
-from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.model.widths import fit_widths
 from mbcnet_rec.runtime.exits import no_room
 from mbcnet_rec.runtime.lock import locked
@@ -42,7 +41,7 @@ from mbcnet_rec.study.dependencies import Known, dependencies, differences
 from mbcnet_rec.study.runs import NO_NUMBERS, PRUNED, Run, Train, place_run, scores, train_one
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-DEPENDS, TEACHERS = "depends_on", "teachers"  # user attributes of a study
+DEPENDS = "depends_on"  # user attribute of a study
 AGAIN = "another_try_of"  # user attribute of a trial: the number of the one that was interrupted
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -137,21 +136,27 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], source: str) -> 
 def tune_model(
     config: RunConfig, search: Search, kind: str, out: Path, train: Train = train_one
 ) -> tuple[Path, FrozenTrial]:
-    """Run the trials of one model that are still missing under a bar, and write the winner's config.
+    """Run the trials of one model that are still missing, all with the config's seed; return the winner's config file, and its trial.
 
-    Every trial has the config's seed. The study file, the trials' runs and the winner lie in `out`. Returns the winner's config file, and
-    its trial.
-
-    Raises:
-        InputError: earlier trials were of another space, config, schema or data; or no trial came to an end.
+    The study file, the trials' runs and the winner lie in `out`. InputError if earlier trials were of another space, config, schema or
+    data, or none came to an end.
     """
     out.mkdir(parents=True, exist_ok=True)
     known: Known = {}
     file = out / f"{kind}.db"
     study = open_study(file, kind)
-    base = with_first_teachers(study, base_config(config, kind, out), out)
-    facts = {"space": {key: str(each) for key, each in search.space_of(kind).items()}, "sampler": search.sampler}
-    check_earlier(study, file, facts | dependencies(base, known))
+    base = base_config(config, kind, out)
+    facts: dict[str, Any] = {
+        "space": {key: str(each) for key, each in search.space_of(kind).items()},
+        "sampler": search.sampler,
+    }
+    facts |= dependencies(base, known)
+    if not study.trials:
+        study.set_user_attr(DEPENDS, json.dumps(facts))
+    elif words := differences(json.loads(study.user_attrs.get(DEPENDS, "{}")), facts):
+        raise InputError(
+            f"{file}: its {len(study.trials)} trials had other settings or data ({words}); change that back to continue, or choose another --out"
+        )
     # Trials of a start that was killed get another try with the values that they had drawn; the two count once.
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
@@ -194,44 +199,10 @@ def open_study(file: Path, kind: str) -> optuna.Study:
         ) from None
 
 
-def check_earlier(study: optuna.Study, file: Path, depends: dict[str, Any]) -> None:
-    """Raise InputError where a study's trials have depended on something else than they would now; note it in a new study."""
-    earlier = study.user_attrs.get(DEPENDS)
-    if earlier is None and study.trials:
-        raise InputError(
-            f"{file}: its {len(study.trials)} trials are of an earlier version, which did not note their data and config; choose another --out"
-        )
-    if earlier is None:
-        study.set_user_attr(DEPENDS, json.dumps(depends))
-    elif words := differences(json.loads(earlier), depends):
-        raise InputError(
-            f"{file}: its {len(study.trials)} trials had other settings or data ({words}); change that back to continue, or choose another --out"
-        )
-
-
-def with_first_teachers(study: optuna.Study, base: RunConfig, out: Path) -> RunConfig:
-    """Give EnKD the tuned teachers that its first trial had: those of OUT/KIND.toml may be other ones by now."""
-    names = [name for name in base.model.enkd.teachers if (out / f"{name}.toml").is_file()]
-    if base.model.kind != "enkd" or not names:
-        return base
-    now = {name: to_toml_value(getattr(base.model, name)) for name in names}
-    if TEACHERS not in study.user_attrs:
-        study.set_user_attr(TEACHERS, now)
-    first = {name: study.user_attrs[TEACHERS].get(name, table) for name, table in now.items()}
-    if first != now:
-        tell("note: enkd: its trials keep the teachers of the first one; choose another --out for those tuned since")
-    configs = {name: parse_dataclass(type(getattr(base.model, name)), table, name) for name, table in first.items()}
-    return replace(base, model=replace(base.model, **configs))
-
-
 def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
-    """Make what the draws of a kind override.
+    """Make what the draws of a kind override; InputError if there is no such kind, or a winner's file is faulty.
 
-    Widths that the config leaves open are those of its MBCnet. EnKD's teachers, where they have been tuned in the same
-    folder, are those winners.
-
-    Raises:
-        InputError: there is no such kind, or a winner's file is faulty.
+    Widths that the config leaves open are those of its MBCnet. EnKD's teachers, where tuned in the same folder, are those winners.
     """
     config = with_overrides(config, [f"model.kind={kind}"], f"--models {kind}")
     model = fit_widths(config.model)
