@@ -38,6 +38,7 @@ COMMANDS = {
     "evaluate": "score a run's best checkpoint on its test rows or any others",
     "predict": "score Parquet files",
     "compare": "compare two runs on the same rows",
+    "importance": "measure what each field and group is worth to a run",
     "export": "write a run as an artifact to serve",
     "serve": "answer requests with an artifact's probabilities, over HTTP",
     "bench": "measure an artifact's latency",

@@ -16,7 +16,9 @@ from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, t
 from mbcnet_rec.scoring.metrics import why_no_auc
 
 REPORT = "report.html"
+IMPORTANCE = "importance.json"  # of `mbcnet importance`
 RELIABILITY = "reliability"
+MOST_IMPORTANT = 40  # fields of a picture
 LARGEST = 10  # tables that are listed by name
 LEARNING_CAPTION = "The fused output serves. Train curves are means over neighbouring lines of the log."
 COOPERATION_CAPTION = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
@@ -59,6 +61,7 @@ def write_run_report(folder: Path) -> Path:
         *curve_blocks("Curves", lines, LEARNING, LEARNING_CAPTION),
         *day_blocks(read_days(folder)),
         *calibration_blocks(lines),
+        *importance_blocks(folder),
         *curve_blocks("Branches", lines, COOPERATION, COOPERATION_CAPTION),
         *speed_blocks(lines),
         *plan_blocks(plan),
@@ -125,6 +128,36 @@ def judged_line(lines: Lines, splits: Sequence[str] = ("test", "valid")) -> Mapp
         if found:
             return found[-1]
     return None
+
+
+def importance_blocks(folder: Path) -> list[Block]:
+    """What `mbcnet importance` found, if it was asked."""
+    if not (folder / IMPORTANCE).is_file():
+        return []
+    found = json.loads((folder / IMPORTANCE).read_text(encoding="utf-8"))
+    blocks: list[Block] = [Heading("Importance")]
+    for kind in ("groups", "fields"):
+        if found[kind]:
+            header, rows = importance_cells(kind, found[kind], MOST_IMPORTANT)
+            drawn = {name: (found[kind][name]["auc"], found[kind][name]["auc"][1] > 0) for name, *_ in rows}
+            caption = f"AUC lost where the {kind[:-1]} has other rows' values: mean and 95 % interval of {found['repeats']} repeats, {found['rows']:,} rows, step {found['step']:,}."
+            blocks += [Picture(f"AUC lost by {kind}", figures.intervals_figure(drawn), caption), Table(header, rows)]
+    return blocks
+
+
+def importance_cells(
+    kind: str, lost: Mapping[str, Mapping[str, Sequence[float]]], most: int
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Header and rows of a table: what is lost by each of the `most` worst; of groups also what the EFGC branch loses. +- is half an interval."""
+    metrics = {"auc": "AUC lost", "log_loss": "log-loss"}
+    if kind == "groups" and all("auc/efgc" in each for each in lost.values()):
+        metrics["auc/efgc"] = "AUC lost by EFGC"
+    worst = sorted(lost, key=lambda name: -lost[name]["auc"][0])[:most]
+    rows = [
+        (name, *(f"{lost[name][key][0]:+.5f} +-{lost[name][key][2] - lost[name][key][0]:.5f}" for key in metrics))
+        for name in worst
+    ]
+    return (kind, *metrics.values()), tuple(rows)
 
 
 def dead_blocks(lines: Lines) -> list[Block]:

@@ -134,7 +134,7 @@ class Scorer:
         with stage.labels("dense").time():
             wants = model.branch_graph is not None and any(each.branches for each in requests)
             logits = model.branch_graph(x) if wants and model.branch_graph else model.graph(x)[:, None]
-            scores = torch.where(logits.isfinite(), logits.sigmoid(), torch.nan).numpy()
+            scores = np.where(logits.isfinite().numpy(), model.probabilities(logits), np.nan)
         self.metrics.pass_requests.observe(len(requests))
         self.metrics.pass_rows.observe(len(scores))
         return scores

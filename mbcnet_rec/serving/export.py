@@ -8,6 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import InputError
@@ -31,6 +33,7 @@ from mbcnet_rec.serving.artifact import (
     with_rows,
     write_artifact,
 )
+from mbcnet_rec.serving.calibration import entropy_of, fit_calibration
 from mbcnet_rec.serving.delta import write_delta
 from mbcnet_rec.serving.latency import draw_requests
 
@@ -46,11 +49,13 @@ def run_export(
     rows: str = "int8",
     branches: Sequence[str] = (),
     aot: bool | None = None,
+    calibrate: str = "",
     overwrite: bool = False,
 ) -> int:
     """Export a run's best checkpoint, and compare the artifact with the float model on the test rows. In one process.
 
     Without branches all serve. `aot` compiles the dense part besides, for this machine's processor; None: where a C++ compiler is there.
+    `calibrate`: isotonic or platt.
 
     Raises:
         InputError: no such run, branches it has not, or `out` holds something else.
@@ -70,6 +75,7 @@ def run_export(
     weights = load_weights(run)
     exported = with_rows(take_apart(weights, branches), weights, rows)
     exported.spec["step"] = run.step
+    _calibrate(exported, calibrate, weights)
     wanted = bool(compiler) if aot is None else aot
     if wanted:
         print("compiling the dense part for this processor: a minute or so (--no-aot leaves it out)", flush=True)
@@ -78,6 +84,7 @@ def run_export(
         raise InputError(f"--aot: the compiler failed ({problem}); {target} is written without")
     served = serving.load(target)
     of_float = with_rows(take_apart(weights), weights, "fp32")
+    of_float.spec["calibration"] = exported.spec.get("calibration")
     report: dict[str, Any] = size_report(target, of_float)
     if problem:
         report["not_compiled"] = problem
@@ -113,6 +120,7 @@ def run_delta(run_folder: str, since: str, out: str, *, overwrite: bool = False)
     weights = load_weights(run)
     exported = with_rows(take_apart(weights, before.spec["branches"]), weights, before.spec["rows"])
     exported.spec["step"] = run.step
+    _calibrate(exported, (before.spec.get("calibration") or {"kind": ""})["kind"], weights)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as whole:
         write_artifact(exported, config, Path(whole) / "whole")
@@ -137,45 +145,68 @@ def size_report(out: Path, of_float: Exported) -> dict[str, Any]:
     }
 
 
+def _calibrate(exported: Exported, kind: str, weights: Weights) -> None:
+    """Fit on validation rows, as they will be served."""
+    if kind:
+        if not weights.config.data.valid:
+            raise InputError(f"--calibrate {kind}: the run has no data.valid to fit it on; leave it out")
+        (logits,), labels, _ = score_split((exported.model(),), weights, "valid")
+        exported.spec["calibration"] = fit_calibration(kind, logits.numpy(), labels)
+
+
+def score_split(
+    models: Sequence[serving.ServingModel], weights: Weights, split: str
+) -> tuple[list[Tensor], np.ndarray, dict[str, Any]]:
+    """Fused logits of each model, labels, and what was read: `rows`, `taken` and a row as `sample`.
+
+    Raises:
+        InputError: the rows are not there, or a value is faulty.
+    """
+    data, schema = weights.config.data, weights.schema
+    where = getattr(data, f"{split}_where")
+    files = select_files(resolve_files(getattr(data, split)), where, schema)
+    reader, chunks = labelled_rows(files, schema, data.eval_options(where), schema.field_columns)
+    logits: list[list[Tensor]] = [[] for _ in models]
+    labels: list[np.ndarray] = []
+    left = min(CHECK_ROWS, sum(chunk.num_rows for chunk in chunks))
+    row_groups = (group for chunk in chunks for group in chunk.row_groups)
+    batches = (batch for group in row_groups for batch in reader.scan(group, CHECK_BATCH))
+    sample: dict[str, Any] = {}
+    with tqdm(total=left, unit="row", unit_scale=True, desc=split, disable=None) as bar:
+        for columns, raw in batches:
+            sample = sample or raw.slice(0, 1).to_pydict()
+            inputs, rows = models[0].preprocess.inputs(columns), min(left, columns.num_rows)
+            labels.append(columns.labels[:rows])
+            for model, own in zip(models, logits, strict=True):
+                own.append(model.score(inputs)[:rows])
+            left -= rows
+            bar.update(rows)
+            if not left:
+                break
+    y = np.concatenate(labels)
+    sample = json.loads(json.dumps(sample, default=str), parse_constant=lambda _: None)
+    return [torch.cat(own) for own in logits], y, {"rows": len(y), "taken": files_in_words(files), "sample": sample}
+
+
 def compare(served: serving.ServingModel, of_float: serving.ServingModel, weights: Weights) -> dict[str, Any]:
     """Score test rows, else validation rows, by the artifact and by the float model with all its branches.
 
     Raises:
         InputError: the rows are not there, or a value is faulty.
     """
-    data, schema = weights.config.data, weights.schema
+    data = weights.config.data
     split = "test" if data.test else "valid" if data.valid else "train"
-    where = getattr(data, f"{split}_where")
-    files = select_files(resolve_files(getattr(data, split)), where, schema)
-    reader, chunks = labelled_rows(files, schema, data.eval_options(where), schema.field_columns)
-    logits: list[list[np.ndarray]] = [[], []]
-    labels: list[np.ndarray] = []
-    left = min(CHECK_ROWS, sum(chunk.num_rows for chunk in chunks))
-    row_groups = (group for chunk in chunks for group in chunk.row_groups)
-    batches = (batch for group in row_groups for batch in reader.scan(group, CHECK_BATCH))
-    sample: dict[str, Any] = {}
-    with tqdm(total=left, unit="row", unit_scale=True, desc="check", disable=None) as bar:
-        for columns, raw in batches:
-            sample = sample or raw.slice(0, 1).to_pydict()
-            inputs, rows = served.preprocess.inputs(columns), min(left, columns.num_rows)
-            labels.append(columns.labels[:rows])
-            for model, own in zip((served, of_float), logits, strict=True):
-                own.append(model.score(inputs).numpy()[:rows])
-            left -= rows
-            bar.update(rows)
-            if not left:
-                break
-    y = np.concatenate(labels)
-    found: dict[str, Any] = {"split": split, "rows": len(y), "taken": files_in_words(files)}
+    logits, y, found = score_split((served, of_float), weights, split)
+    found["split"] = split
     for name, own in zip(("", "float_"), logits, strict=True):
-        metrics = evaluate_predictions(np.concatenate(own)[:, None], y, ())
+        metrics = evaluate_predictions(own.numpy()[:, None], y, ())
         found |= {f"{name}{key}": finite_or_none(metrics[key]) for key in ("auc", "log_loss")}
-    p, q = (1 / (1 + np.exp(-np.concatenate(own).astype(np.float64))) for own in logits)
-    found |= {
-        "mean_score": float(p.mean()),
-        "score_deviation": float(p.std()),
-    }  # what `mbcnet serve` compares traffic with
-    found["sample"] = json.loads(json.dumps(sample, default=str), parse_constant=lambda _: None)  # its form begins with
+    p, q = (served.probabilities(own).astype(np.float64) for own in logits)
+    if served.spec.get("calibration"):
+        raw = evaluate_predictions(logits[0].numpy()[:, None], y, ())["ne"]
+        found |= {"ne_before": finite_or_none(raw), "ne_after": finite_or_none(entropy_of(p, y))}
+    # what `mbcnet serve` compares traffic with
+    found |= {"mean_score": float(p.mean()), "score_deviation": float(p.std())}
     return found | {"largest_probability_change": float(np.abs(p - q).max())}
 
 
@@ -199,5 +230,9 @@ def _lines(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> list[str]
             now, before = report[key], report[f"float_{key}"]
             if now is not None and before is not None:
                 lines.append(f"  {words:<14} {now:.6f}, float {before:.6f}, change {now - before:+.1e}")
+        if None not in (before := report.get("ne_before"), after := report.get("ne_after")):
+            lines.append(
+                f"  NE             {before:.6f} before calibration ({spec['calibration']['kind']}), {after:.6f} after"
+            )
         lines.append(f"  probability    largest change {report['largest_probability_change']:.1e}")
     return [*lines, f"next: python {out}/{LOADER} {out} ROWS.parquet   (needs torch, fbgemm-gpu and pyarrow only)"]

@@ -241,7 +241,18 @@ class ServingModel:
                 f"{place}: row {row}: its score is not a number; a value is far beyond those of training, or the run's weights are "
                 "not finite: fix the row, or export another run"
             )
-        return torch.sigmoid(scores).numpy()
+        return model.probabilities(scores)
+
+    def probabilities(self, logits: Tensor) -> np.ndarray:
+        """Of fused logits (B,), or with those of the branches (B, 1 + K): the sigmoid, and of fused ones what the calibration says."""
+        found, own = torch.sigmoid(logits).numpy(), self.spec.get("calibration")
+        if own:
+            z = logits.numpy().reshape(len(logits), -1)[:, 0].astype(np.float64)
+            isotonic = own["kind"] == "isotonic"
+            with np.errstate(over="ignore"):  # of e^large, whose 1 / (1 + e^large) is 0
+                p = np.interp(z, own["x"], own["y"]) if isotonic else 1 / (1 + np.exp(-own["a"] * z - own["b"]))
+            found.reshape(len(found), -1)[:, 0] = p
+        return found
 
     @torch.inference_mode()
     def score(self, inputs: Inputs) -> Tensor:
