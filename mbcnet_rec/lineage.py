@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from data.errors import InputError
 from data.reading.fingerprint import FileMark
-from data.stream import ParquetStream
 from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import json_line
+from mbcnet_rec.training.state import TrainState
 
 LINEAGE = "lineage.jsonl"
 DATA = "data.json"  # in a run folder: the files of training and validation, see data/reading/fingerprint.py
@@ -104,11 +104,8 @@ def lineage_text(days: Sequence[Day]) -> str:
     return "".join(map(json_line, days))
 
 
-def close_day(folder: Path, days: Sequence[Day], stream: ParquetStream, step: int, metrics: Mapping[str, Any]) -> None:
-    """Complete the line of the day that is done. Reads the label column, unless the day was scored before."""
-    rate = days[-1].get("profile", {}).get("label_rate")
-    if rate is None:
-        with suppress(InputError):  # the files may have gone meanwhile; the model is trained
-            rate = stream.count_clicks() / stream.num_rows
-    done = {"step": step, "rows": stream.num_rows, "label_rate": rate, "metrics": dict(metrics)}
+def close_day(folder: Path, days: Sequence[Day], rows: int, state: TrainState, metrics: Mapping[str, Any]) -> None:
+    """Complete the line of the day that is done, of so many rows."""
+    rate = state.clicks / state.rows if state.rows else None  # none: its checkpoint is of a version that did not count
+    done = {"step": state.step, "rows": rows, "label_rate": rate, "metrics": dict(metrics)}
     write_whole(folder / LINEAGE, lineage_text([*days[:-1], days[-1] | done]))

@@ -15,11 +15,18 @@ from data.schema import OUT_OF_VOCABULARY_ROW, load_schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.lineage import Day, days_done
-from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.runtime.process import Process, max_over_ranks
 from mbcnet_rec.training.trainer import Trainer
 
-WORDS = {"label_rate": "label rate", "null": "null share of", "new": "new-id share of", "score": "score distribution,"}
+WORDS = {
+    "label_rate": "label rate",
+    "null": "null share of",
+    "new": "new-id share of",
+    "score": "score distribution,",
+    "collision": "share of colliding ids of table",
+}
 ERRORS = 4.0  # standard errors of a share of so many rows that a day may stand outside of the range
+HASHED_ROWS = 1 << 20  # of a table, which tell of all: hashes fall evenly
 SLACK = 0.1  # and this share of the range's far end
 
 
@@ -31,12 +38,18 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     """
     fields = [each for each in stream.schema.sparse if each.encoding == "vocabulary" and each.is_keyed]
     new, values = Counter[str](), Counter[str]()
+    hashed = [each for each in stream.schema.sparse if each.encoding == "hash"]
+    heights = {each.table_name: stream.schema.table_of[each.name].num_embeddings for each in hashed}
+    used = {name: torch.zeros(min(rows, HASHED_ROWS), dtype=torch.uint8) for name, rows in heights.items()}
 
     def count(batch: Batch) -> Batch:
         for each in fields:
             ids = batch.sparse_features[each.name].values()
             new[each.name] += int((ids == OUT_OF_VOCABULARY_ROW).sum())
             values[each.name] += len(ids)
+        for each in hashed:
+            ids, rows = batch.sparse_features[each.name].values(), used[each.table_name]
+            rows[ids[ids < len(rows)]] = 1
         return batch
 
     stream.on_batch = count
@@ -51,9 +64,14 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     for feature in stream.schema.features:
         if feature.is_keyed and feature.encoding == "ids":
             profile[f"new/{feature.name}"] = metrics.get(f"invalid/{feature.name}", 0) / rows
+    for name, rows_used in used.items():
+        share = max_over_ranks(rows_used)[1:].float().mean().item()
+        # of R rows that n ids fall into evenly 1 - exp(-n/R) are used (linear counting); what is not the first of its row collides
+        profile[f"collision/{name}"] = 1 - share / -math.log1p(-share) if 0 < share < 1 else share
     if earlier:  # the scores of a model that has learned nothing say nothing
         scores = {"low": bins[0][0], "middle": bins[len(bins) // 2][0], "high": bins[-1][0]} if bins else {}
         profile |= {f"score/{name}": value for name, value in scores.items()}
+    metrics |= {key: value for key, value in profile.items() if key.startswith("collision/")}
     return {"progressive": metrics if earlier else {}, "profile": profile, "alarms": alarms(profile, earlier, rows)}
 
 

@@ -182,7 +182,7 @@ def run_training(
             trainer.faults.append(f"data.test: {error}")
         if process.is_first:
             with written(folder):
-                close_day(folder, days.lines, streams["train"], trainer.state.step, metrics)
+                close_day(folder, days.lines, streams["train"].num_rows, trainer.state, metrics)
                 write_whole(folder / DONE, json_line({"step": trainer.state.step, **metrics}))
             has_report = _reported(folder, report)
             tell(closing_lines(config, schema, trainer, metrics, has_report))

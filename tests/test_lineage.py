@@ -114,6 +114,8 @@ def test_what_died_in_a_day_goes_on_within_it(log, capfd):
     assert main(["train", "--continue", "run", "--data", "ds=2024-06-03"]) == 2
     assert "run: 'ds=2024-06-02' is not done, and its files are others; finish it with" in capfd.readouterr().err
     assert train("run/config.toml", "train.checkpoint_every=0", resume=True) == 0
+    clicks = pq.read_table(log / "log/ds=2024-06-02/part.parquet")["click"].to_numpy()
+    assert days(log / "run")[1]["label_rate"] == clicks.mean(), "what was trained before the fault counts once"
     assert train("run/config.toml", 'data.train=["log/ds=2024-06-03"]', continues=True) == 0
     assert_equal(log / "whole", log / "run")
 

@@ -12,10 +12,9 @@ from data.errors import InputError
 from data.reading.columns import Columns
 from data.reading.conditions import select_files
 from data.reading.config import StreamOptions
-from data.reading.decode import Decoder, RowReader
+from data.reading.decode import Decoder
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
-from data.reading.numbers import read_labels
 from data.reading.selection import Selection
 from data.reading.storage import DataFile
 from data.schema import Schema
@@ -77,16 +76,6 @@ class ParquetStream:
     def steps_per_epoch(self) -> int:
         """Batches of one epoch, equal for all ranks."""
         return steps_per_epoch(self.options, self.num_rows)
-
-    def count_clicks(self) -> int:
-        """Kept rows of label 1, of all ranks; reads the label column.
-
-        Raises:
-            InputError: a file is damaged, or gone.
-        """
-        reader, label = RowReader(self.files, self.encoder, self.selection), self.schema.label
-        batches = (reader.batches(each, self.options.window_rows, [label]) for each in self.row_groups)
-        return sum(int(read_labels(rows.column(label), label, place).sum()) for each in batches for rows, place in each)
 
     def fingerprint(self) -> str:
         """Twelve hex digits of what fixes the order: options, file names and kept rows. World size and workers are not part of it."""

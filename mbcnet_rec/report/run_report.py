@@ -22,8 +22,9 @@ MOST_IMPORTANT = 40  # fields of a picture
 LARGEST = 10  # tables that are listed by name
 LEARNING_CAPTION = "The fused output serves. Train curves are means over neighbouring lines of the log."
 COOPERATION_CAPTION = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
-COLLISION = "collision"
-IDS = ("rows", "admitted", "expired", "free", "waiting", COLLISION)
+IDS = {name: name for name in ("rows", "admitted", "expired", "free", "waiting")} | {
+    "collision": "colliding (hash)", "zch_used": "rows used (zch)", "zch_evictions": "evicted (zch)",
+}  # fmt: skip
 DAYS = {"auc": "AUC", "gauc": "GAUC", "ne": "normalised entropy", "calibration": "calibration"}
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl, by step
 Plots = list[tuple[str, Mapping[str, Sequence[figures.Curve]]]]  # title, name of a line -> its curves
@@ -53,13 +54,15 @@ def write_run_report(folder: Path) -> Path:
     lines = read_metrics(folder)
     if not lines:
         raise InputError(f"{folder}/{METRICS}: it is empty; wait for the first line, or train longer")
+    days = read_days(folder)
     config = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).is_file() else ""
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else {}
     blocks = [
         *dead_blocks(lines),
         *result_blocks(lines),
         *curve_blocks("Curves", lines, LEARNING, LEARNING_CAPTION),
-        *day_blocks(read_days(folder)),
+        *day_blocks(days),
+        *id_blocks(days, lines),
         *calibration_blocks(lines),
         *importance_blocks(folder),
         *curve_blocks("Branches", lines, COOPERATION, COOPERATION_CAPTION),
@@ -228,22 +231,22 @@ def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
         Heading("Days"),
         *([Picture("days", figures.curves_figure(plots, "day"), caption)] if plots else []),
         Table(("day", "rows", "label rate", *DAYS.values(), "alarms"), tuple(rows)),
-        *id_blocks(days),
     ]
 
 
-def id_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """For each table the ids that got rows and lost them on the last day that tells, and how many share one."""
-    tables: dict[str, dict[str, str]] = {}
+def id_blocks(days: Sequence[Mapping[str, Any]], lines: Lines) -> list[Block]:
+    """For each table the ids that got rows and lost them on the last day that tells, and which share of them collides."""
+    found: dict[str, float] = {}
     for day in days:
-        for name, counts in day.get("growth", {}).items():
-            tables[name] = tables.get(name, {}) | {what: f"{count:,}" for what, count in counts.items()}
-        for key, share in day.get("profile", {}).items():
-            kind, _, name = key.partition("/")
-            if kind == COLLISION:
-                tables[name] = tables.get(name, {}) | {kind: f"{share:.2%}"}
-    rows = tuple((name, *(found.get(what, "") for what in IDS)) for name, found in tables.items())
-    return [Table(("table", *IDS), rows)] if rows else []
+        found |= {f"{what}/{name}": n for name, each in day.get("growth", {}).items() for what, n in each.items()}
+        found |= day.get("profile", {})
+    for line in lines.get("train", ()):
+        found |= line
+    names = dict.fromkeys(name for kind, _, name in (key.partition("/") for key in found) if kind in IDS)
+    shown = [[found.get(f"{kind}/{name}") for kind in IDS] for name in names]
+    cells = (["" if n is None else f"{n:.2%}" if isinstance(n, float) else f"{n:,}" for n in each] for each in shown)
+    rows = tuple((name, *each) for name, each in zip(names, cells, strict=True))
+    return [Heading("Ids"), Table(("table", *IDS.values()), rows)] if rows else []
 
 
 def calibration_blocks(lines: Lines) -> list[Block]:

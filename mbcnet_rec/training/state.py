@@ -36,6 +36,8 @@ class TrainState:
     step: int = 0
     first_step: int = 0  # of the day: that of the first of these training files
     cursor: Cursor = Cursor()
+    rows: int = 0  # trained since the day began, of all ranks; `Trainer.save` counts
+    clicks: int = 0  # of these
     # (validation AUC, step) of the best evaluations, best first; an evaluation without an AUC is none of them
     best: list[tuple[float, int]] = field(default_factory=list)
     bad_evaluations: int = 0  # in a row that did not improve
@@ -60,7 +62,7 @@ class TrainState:
 
     def begin_day(self) -> None:
         """Go on with other training files: their first row is next, and which evaluation is the best begins anew."""
-        self.first_step, self.cursor = self.step, Cursor()
+        self.first_step, self.cursor, self.rows, self.clicks = self.step, Cursor(), 0, 0
         self.best, self.bad_evaluations, self.stopped = [], 0, False
 
     def note_evaluation(self, auc: float, train: TrainConfig) -> bool:
@@ -131,7 +133,8 @@ class Feed:
     def __init__(self, stream: ParquetStream, process: Process) -> None:
         self._stream = stream
         self._process = process
-        self._cursors: deque[Cursor] = deque()
+        self._ahead: deque[tuple[Cursor, Tensor]] = deque()  # of batches that are not trained yet
+        self._counts = torch.zeros(2, dtype=torch.int64)
         self.waited = 0.0
         self._batches = self._endless()
 
@@ -146,7 +149,7 @@ class Feed:
             with blamed_on(self._process):
                 batch = next(self._batches)
             self.waited += time.perf_counter() - start
-            self._cursors.append(batch.cursor)
+            self._ahead.append((batch.cursor, torch.stack([(batch.weights > 0).sum(), batch.labels.sum().long()])))
             yield batch
 
     def close(self) -> None:
@@ -155,7 +158,17 @@ class Feed:
 
     def trained(self) -> Cursor:
         """Return the cursor behind the batch that was just trained."""
-        return self._cursors.popleft()
+        cursor, counts = self._ahead.popleft()
+        self._counts += counts
+        return cursor
+
+    def counts(self) -> tuple[int, int]:
+        """Rows and clicks that all ranks have trained since the last call. Every rank calls it."""
+        counts, self._counts = self._counts, torch.zeros(2, dtype=torch.int64)
+        if self._process.world_size > 1:
+            dist.all_reduce(counts)
+        rows, clicks = counts.tolist()
+        return rows, clicks
 
 
 def invalid_value_counts(stream: ParquetStream, order: Order, process: Process) -> dict[str, int]:

@@ -440,6 +440,8 @@ class Trainer:
         self.context.watchdog.beat(f"checkpoint of step {self.state.step}")
         if self.records is not None:
             self.records.sync()
+        rows, clicks = self.feed.counts()
+        self.state.rows, self.state.clicks = self.state.rows + rows, self.state.clicks + clicks
         extra = {
             "state": self.state.to_json(),
             "stream": self.stream.state_dict(self.state.cursor),
