@@ -1,12 +1,17 @@
 """The cases of tests/test_gpu_fake_device.py, in a process of their own: what the models, tables and plans do on a fake GPU, as JSON.
 
-python tests/fake_gpu_cases.py FOLDER CASE ...
+python tests/fake_gpu_cases.py FOLDER CASE,... ...
+
+Each list of cases has a process, forked when all is imported.
 """
 
 import contextlib
+import gc
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +20,7 @@ from typing import Any
 from fake_gpu_guard import COMPILER, load_guard
 
 FOLDER = Path(sys.argv[1])
+gc.disable()  # it would go through all that is imported again and again
 if COMPILER:
     load_guard(FOLDER)  # before torch
 
@@ -175,17 +181,18 @@ def graphs() -> dict[str, Any]:
         settings = [*VARIANTS[name], "model.mbcnet.dropout=0.0"]
         with FakeGPU() as gpu, CUDA:
             runs = [graph_steps(settings, replayed, gpu) for replayed in (True, False)]
-        (ours, replays, calls), (theirs, _, all_calls) = runs
+        (ours, replays, calls, hooked), (theirs, _, all_calls, all_hooked) = runs
         found[name] = {
             "equal": [torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)],
             "replays": replays,
             "calls": [calls, all_calls],
+            "hooked": [hooked, all_hooked],
         }
     return found
 
 
-def graph_steps(settings: list[str], replayed: bool, gpu: FakeGPU) -> tuple[list[torch.Tensor], list[int], int]:
-    """What each step and the evaluation gave, how often each graph ran, and the operators of the last step."""
+def graph_steps(settings: list[str], replayed: bool, gpu: FakeGPU) -> tuple[list[torch.Tensor], list[int], int, int]:
+    """What each step and the evaluation gave, how often each graph ran, the operators of a step, and how often parameters' hooks were called."""
     objective, columns = arch_of(settings, objective=True)
     FakeGraph.made_so_far.clear()
     if replayed:
@@ -193,6 +200,10 @@ def graph_steps(settings: list[str], replayed: bool, gpu: FakeGPU) -> tuple[list
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     teachers = 3 * (objective.losses.__class__.__name__ == "DistillationArch")
     kept: list[torch.Tensor] = []
+    hooked: list[torch.Tensor] = []
+    for name, each in objective.named_parameters():
+        if "columns" not in name:
+            each.register_hook(hooked.append)
     calls = 0
     for step, rows in enumerate([ROWS, ROWS, ROWS, ROWS - 3, ROWS, ROWS]):
         objective.train(step < 4)
@@ -213,7 +224,8 @@ def graph_steps(settings: list[str], replayed: bool, gpu: FakeGPU) -> tuple[list
         calls = sum(gpu.calls.values()) - before if step == 2 else calls
         kept += [loss, outputs.logits]  # as the trainer keeps them for its log
     kept += [*objective.parameters(), *objective.buffers()]
-    return [values_of(each.detach()) for each in kept], [graph.replays for graph in FakeGraph.made_so_far], calls
+    replays = [graph.replays for graph in FakeGraph.made_so_far]
+    return [values_of(each.detach()) for each in kept], replays, calls, len(hooked)
 
 
 def wrong_device() -> str:
@@ -375,13 +387,17 @@ def cache_of(kernel: Any) -> list[list[int]]:
     ]
 
 
+def results_of(names: str) -> dict[str, Any]:
+    cases: tuple[Callable[[], Any], ...] = (architectures, streams, graphs, wrong_device, places, waits, taught, caches)
+    known = {each.__name__: each for each in cases}
+    return {name: known[name]() for name in names.split(",")}
+
+
 if __name__ == "__main__":
     if COMPILER:
         install()
         # it compares shapes over ranks, which a fake group cannot
         data_parallel._verify_param_shape_across_processes = lambda *args: None
-    cases: dict[str, Callable[[], Any]] = {
-        each.__name__: each for each in (architectures, streams, graphs, wrong_device, places, waits, taught, caches)
-    }
-    results = {name: cases[name]() for name in sys.argv[2:]}
-    (FOLDER / "results.json").write_text(json.dumps(results))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        found = pool.map(results_of, sys.argv[2:])
+        (FOLDER / "results.json").write_text(json.dumps({name: each for some in found for name, each in some.items()}))

@@ -36,6 +36,7 @@ SAID = {
     'compute_kernels=["': get_args(KernelName),
     "sharding.prefetch=": ("true",),
     "sharding.replicas=": ("2",),
+    "train.cuda_graph=": ("true",),
 }
 DEFAULTS = {"train.autocast=none", "sharding.data_type=fp32"}
 ON_TWO_ONLY = ("sharding.forward_precision=", "sharding.backward_precision=", "sharding.replicas=")

@@ -1,18 +1,17 @@
 """The dense arch as CUDA graphs: its kernels at one batch size, launched at once, forwards and backwards."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from data.errors import InputError
 from mbcnet_rec.model.layers import without_autocast
 from mbcnet_rec.model.mbcnet import Model, ModelOutput
-
-Forward = Callable[[Mapping[str, Tensor]], ModelOutput]
 
 
 def replay_dense_arch(model: nn.Module) -> None:
@@ -43,6 +42,8 @@ class Replayed:
 
     def __call__(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map what the arch maps."""
+        if torch.cuda.is_current_stream_capturing():
+            return self._plain(features)
         first = next(iter(features.values()))
         mode = (self._arch.training, torch.is_grad_enabled(), torch.is_autocast_enabled(first.device.type))
         if mode not in self._captured:
@@ -51,7 +52,7 @@ class Replayed:
         captured = self._captured[mode]
         if captured is None or len(first) > captured.rows:
             self._captured[mode] = None  # its memory first
-            captured = self._captured[mode] = Captured(self._plain, features, list(self._arch.parameters()))
+            captured = self._captured[mode] = Captured(self._arch, features)
         if len(first) < captured.rows:
             return self._plain(features)
         return ModelOutput(*_Replay.apply(captured, *features.values(), *self._arch.parameters()))
@@ -60,9 +61,11 @@ class Replayed:
 class Captured:
     """Graphs of one batch size, and what they read and write: inputs and outputs, and gradients of both, those of parameters after inputs'."""
 
-    def __init__(self, plain: Forward, features: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> None:
+    def __init__(self, arch: nn.Module, features: Mapping[str, Tensor]) -> None:
         self.inputs = {key: each.detach().clone().requires_grad_(each.requires_grad) for key, each in features.items()}
-        sources: list[Tensor] = [*self.inputs.values(), *parameters]
+        # not the parameters themselves: a kept loss, or DDP, may hold their nodes of autograd, which belong to a stream that no capture may wait for
+        leaves = {name: each.detach().requires_grad_(each.requires_grad) for name, each in arch.named_parameters()}
+        sources = [*self.inputs.values(), *leaves.values()]
         self.rows, kind = len(sources[0]), sources[0].device.type
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: the thread that reads ahead may lock memory meanwhile
@@ -70,7 +73,7 @@ class Captured:
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         # without a cache: each replay rounds the weights of then
         with torch.autocast(kind, dtype, enabled, cache_enabled=False), capture(self.forward):
-            outputs = plain(self.inputs)
+            outputs = functional_call(arch, leaves, (self.inputs,))
         self.outputs = [each.detach() for each in outputs]
         self.output_grads = [torch.zeros_like(each) if each.requires_grad else None for each in outputs]
         if torch.is_grad_enabled():

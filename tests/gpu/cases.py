@@ -9,7 +9,7 @@ KINDS = ("mbcnet", "dnn", "crossnet", "wide_deep", "dcnv2", "mmoe", "enkd", "fin
 EXACT, HALF, COARSE = 1e-5, 2e-3, 1e-1
 DNN = "model.kind=dnn"
 # a CPU's run goes without what only a GPU has, and is not profiled
-GPU_ONLY = ("sharding.compute_kernels", "sharding.prefetch", "sharding.replicas", "train.profile")
+GPU_ONLY = ("sharding.compute_kernels", "sharding.prefetch", "sharding.replicas", "train.profile", "train.cuda_graph")
 BOTH = (1, 2)
 # of every run: 10 steps, whose 5th and 10th end with a line of the log
 SMALL = (
@@ -26,7 +26,7 @@ class Case:
     settings: tuple[str, ...]
     ranks: int
     within: float = EXACT  # largest relative difference from the CPU's run, of any number of the log
-    then: tuple[str, ...] = ()  # resume, evaluate, predict, export, profile
+    then: tuple[str, ...] = ()  # resume, evaluate, predict, export, profile, graphs
     data: str = "small"  # or unbounded: fields of encoding zch
     refused: str = ""  # words with which the run must be refused
 
@@ -46,16 +46,31 @@ def all_cases() -> list[Case]:
     cases: list[Case] = []
     for kind in KINDS:
         cases += on_both(f"model {kind}", f"model.kind={kind}")
-    cases += on_both(
-        "mbcnet of five branches", "model.kind=mbcnet", 'model.mbcnet.branches=["efgc","cross","deep","fm","wide"]', "model.mbcnet.fusion=gated",
-    )  # fmt: skip
+    five = (
+        "model.kind=mbcnet",
+        'model.mbcnet.branches=["efgc","cross","deep","fm","wide"]',
+        "model.mbcnet.fusion=gated",
+    )
+    cases += on_both("mbcnet of five branches", *five)
+    # in training one stream, in evaluations one more for each branch
+    graphs = "train.cuda_graph=true"
+    cases += on_both("CUDA graphs of five branches", *five, graphs, then=("graphs",))
     # biases before a batch norm have a gradient of rounding alone, of which Adam makes steps that the running statistics follow late
     cases += on_both("mbcnet with batch norm", "model.kind=mbcnet", "model.mbcnet.batch_norm=true", within=HALF)
-    cases += on_both("mbcnet, a slice for each branch", "model.kind=mbcnet", "model.mbcnet.embeddings=per_branch")
     cases += on_both(
-        "mbcnet, orthogonal by construction", "model.kind=mbcnet", "model.mbcnet.differentiation.parametrization=orthogonal",
-        "model.mbcnet.coteaching.threshold=base_rate",
+        "CUDA graphs with batch norm",
+        "model.kind=mbcnet",
+        "model.mbcnet.batch_norm=true",
+        graphs,
+        within=HALF,
+        then=("graphs",),
+    )
+    cases += on_both("mbcnet, a slice for each branch", "model.kind=mbcnet", "model.mbcnet.embeddings=per_branch")
+    orthogonal = (
+        "model.kind=mbcnet", "model.mbcnet.differentiation.parametrization=orthogonal", "model.mbcnet.coteaching.threshold=base_rate",
     )  # fmt: skip
+    cases += on_both("mbcnet, orthogonal by construction", *orthogonal)
+    cases += on_both("CUDA graphs of orthogonal transforms", *orthogonal, graphs, then=("graphs",))
     for name in ("rowwise_adagrad", "adagrad", "sgd"):
         cases += on_both(f"optimizer {name}", DNN, f"optim.embedding.name={name}")
     replicated = 'sharding.sharding_types=["data_parallel"]'
@@ -105,6 +120,7 @@ LEFT_OUT = {
     "table_row_wise over several hosts": "all ranks run on one host",
     "precisions between ranks on one rank": "nothing is sent",
     "hits of the caches of fused_uvm_caching": "rows are read behind the cache, which no kernel fills",
+    "several streams at once": "what is launched on any stream is done at once; a wait that CUDA refuses in a capture is refused",
     "dropout": "a CPU's kernel draws other numbers",
     "torch.compile": "it writes kernels of its own, which a CPU cannot repeat",
     "lost ranks": "the stub of NCCL has no network that could fail",

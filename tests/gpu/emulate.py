@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from fake_gpu import on_a_cpu
@@ -114,7 +114,7 @@ class Emulated(TorchDispatchMode):
 
 
 def fill(out: Any, compute: Callable[[], Any], name: str, result: Any = None) -> None:
-    """Write what a CPU computes, or has computed, into what the device was to have written; again at each replay of a graph that is captured."""
+    """Write what a CPU computes, or has computed, into what the device was to have written: now, or at each replay of a graph being captured."""
 
     def write(values: Any) -> None:
         for mine, theirs in zip(tensors(out), tensors(values), strict=True):
@@ -124,8 +124,9 @@ def fill(out: Any, compute: Callable[[], Any], name: str, result: Any = None) ->
                 raise RuntimeError(f"{name}: {tuple(mine.shape)} on the device, {tuple(theirs.shape)} on a CPU")
             host(mine).copy_(theirs)
 
-    write(compute() if result is None else result)
-    if Emulated.captured is not None:
+    if Emulated.captured is None:
+        write(compute() if result is None else result)
+    else:
         Emulated.captured.append(lambda: write(compute()))
 
 
@@ -186,11 +187,14 @@ def gradient_of_rows(given: dict[str, Any]) -> torch.Tensor:
 
 
 class Graph(torch.cuda.CUDAGraph):
-    """A CUDA graph whose replay computes again what was computed while it was captured."""
+    """A CUDA graph whose replay computes what was launched while it was captured; the capture itself writes nothing."""
+
+    captures: ClassVar[int] = 0
 
     def capture_begin(self, *args: Any, **kwargs: Any) -> None:
         super().capture_begin(*args, **kwargs)
         self.calls = Emulated.captured = []
+        Graph.captures += 1
 
     def capture_end(self) -> None:
         Emulated.captured = None

@@ -18,6 +18,7 @@ struct __nv_bfloat16;
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 
 #define STUB extern "C" __attribute__((visibility("default")))
 
@@ -37,8 +38,20 @@ struct Block {
 thread_local int current = 0;
 thread_local int fill = 0xff;
 std::atomic<size_t> used{0};
-std::atomic<cudaStream_t> capturing{nullptr};
-std::atomic<bool> is_capturing{false};
+
+// one capture at a time: its stream, those that have waited for it since, and those among them for which it has not waited in turn
+struct Capture {
+  cudaStream_t origin;
+  std::set<cudaStream_t> streams, apart;
+};
+
+std::atomic<int> most_streams{0};  // of a capture
+
+// what an event was recorded in
+struct Recorded {
+  cudaStream_t stream;
+  bool captured;
+};
 
 int devices() {
   const char* said = getenv("STUB_GPUS");
@@ -49,6 +62,11 @@ int devices() {
 std::mutex& lock() {
   static auto* mutex = new std::mutex;
   return *mutex;
+}
+
+Capture& capture() {
+  static auto* now = new Capture{};
+  return *now;
 }
 
 std::map<uintptr_t, Block>& blocks() {
@@ -101,6 +119,7 @@ cublasStatus_t make_blas(Handle* handle) {
 }  // namespace
 
 STUB void stub_fill(int byte) { fill = byte; }
+STUB int stub_most_streams() { return most_streams; }
 
 // devices
 STUB cudaError_t cudaGetDeviceCount(int* count) { return *count = devices(), cudaSuccess; }
@@ -164,7 +183,11 @@ STUB cudaError_t cudaDeviceGetPCIBusId(char* name, int size, int device) {
 STUB cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 STUB cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 STUB const char* cudaGetErrorName(cudaError_t) { return "an error of the stub"; }
-STUB const char* cudaGetErrorString(cudaError_t) { return "an error of the stub of CUDA"; }
+STUB const char* cudaGetErrorString(cudaError_t error) {
+  thread_local char said[64];
+  snprintf(said, sizeof said, "error %d of the stub of CUDA", error);
+  return said;
+}
 STUB cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
                                                   cudaDriverEntryPointQueryResult* result) {
   static int (*succeed)() = [] { return 0; };
@@ -229,18 +252,43 @@ STUB cudaError_t cudaEventCreate(cudaEvent_t* event) { return make(event); }
 STUB cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return make(event); }
 STUB cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) { return *milliseconds = 0.01f, cudaSuccess; }
 
+STUB cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  std::lock_guard guard(lock());
+  *(Recorded*)event = {stream, capture().streams.contains(stream)};
+  return cudaSuccess;
+}
+STUB cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) { return cudaEventRecord(event, stream); }
+STUB cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  std::lock_guard guard(lock());
+  auto& [origin, streams, apart] = capture();
+  const auto [other, captured] = *(Recorded*)event;
+  if (!captured || !streams.contains(other)) return streams.contains(stream) ? cudaErrorStreamCaptureIsolation : cudaSuccess;
+  if (!stream) return cudaErrorStreamCaptureImplicit;  // what autograd asks where a node was made on the default stream before
+  streams.insert(stream);
+  most_streams = std::max<int>(most_streams, streams.size());
+  if (stream == origin)
+    apart.erase(other);
+  else if (stream != other)
+    apart.insert(stream);
+  return cudaSuccess;
+}
+
 // graphs: what is captured is run as it comes; emulate.py keeps it for a replay
 STUB cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-  capturing = stream;
-  is_capturing = true;
+  std::lock_guard guard(lock());
+  if (!stream || !capture().streams.empty()) return cudaErrorStreamCaptureUnsupported;
+  capture() = {stream, {stream}, {}};
   return cudaSuccess;
 }
 STUB cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
-  is_capturing = false;
-  return make(graph);
+  std::lock_guard guard(lock());
+  const bool joined = capture().apart.empty();
+  capture() = {};
+  return joined ? make(graph) : cudaErrorStreamCaptureUnjoined;
 }
 STUB cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  *status = is_capturing && capturing == stream ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  std::lock_guard guard(lock());
+  *status = capture().streams.contains(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 STUB cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph,

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from cases import COARSE, SMALL, Case, all_cases
-from emulate import Emulated, install
+from emulate import STUB, Emulated, Graph, install
 from forked_ranks import OVERDUE, Action, run_ranks
 from safetensors.numpy import load_file
 from small_data import write_small
@@ -39,7 +40,9 @@ def on_gpu(action: Action) -> Action:
     def emulated(rank: int) -> int | None:
         install()
         with Emulated():
-            return action(rank)
+            code = action(rank)
+        print(f"captured {Graph.captures} graphs, on {STUB.stub_most_streams()} streams at most")
+        return code
 
     return emulated
 
@@ -166,10 +169,16 @@ def compared(case: Case, runs: Runs) -> Iterator[tuple[float, str]]:
         # rounding grows with the steps, by ReLUs at 0 and parameters whose gradient is rounding: what comes later counts a hundredth
         yield apart / (1 if one["step"] <= 5 else 100), f"{key} of step {one['step']}, {one['split']}"
     for step in case.then:
-        if step not in ("resume", "profile"):
+        if step in AFTERWARDS:
             yield AFTERWARDS[step](case, runs, gpu, cpu)
     if "profile" in case.then and not any((gpu / "profile").glob("rank_*.json")):
         raise FailedError("no trace was written")
+    if "graphs" in case.then:
+        said = (gpu.with_name(f"{gpu.name}_said") / "rank_0.log").read_text()
+        if not re.search(
+            r"^captured 3 graphs, on [46] streams", said, re.MULTILINE
+        ):  # training both ways, evaluation: a stream for each branch
+            raise FailedError("not all was captured")
 
 
 def evaluated(case: Case, runs: Runs, gpu: Path, cpu: Path) -> tuple[float, str]:
