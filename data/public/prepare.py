@@ -47,9 +47,7 @@ def prepare(name: str, src: str | Path, out: str | Path, *, progress: Progress =
     """Write one of DATA_SETS, whose files lie in `src`, as this project reads it, and return `out`.
 
     If `out` was prepared from the same files and schema already, nothing is written. `progress` is told the number of rows so far.
-
-    Raises:
-        InputError: unknown name, missing or unreadable file, missing column, an empty split, or `out` holds something else.
+    InputError if the name is not known, a file or column is missing, a split is empty, or `out` holds something else.
     """
     if name not in DATA_SETS:
         raise InputError(f"data set {name!r} is not known; use one of: {', '.join(sorted(DATA_SETS))}")

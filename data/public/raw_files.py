@@ -70,9 +70,7 @@ def read_csv(
 
     `types` are those of the columns wanted, or without a header of all columns in order. Only values between commas may be quoted. A
     column that is the `label` holds 0 and 1.
-
-    Raises:
-        InputError: the file cannot be read, a column is missing, a value is not of its type, or a label is another number.
+    InputError if the file cannot be read, a column is missing, a value is not of its type, or a label is another number.
     """
     reading = pa_csv.ReadOptions(block_size=BLOCK_BYTES, column_names=None if has_header else list(types))
     converting = pa_csv.ConvertOptions(

@@ -46,10 +46,7 @@ def resolve_files(paths: Sequence[str]) -> FileList:
     """Turn folders, globs, files and URIs into a sorted list of Parquet files; a file that has two names is there once.
 
     In a folder, and by a pattern without an ending, a file is taken if it has an ending of Parquet, or none and begins as Parquet files do
-    (Hive writes 000000_0).
-
-    Raises:
-        InputError: a path leads to no Parquet file, or cannot be read.
+    (Hive writes 000000_0). InputError if a path leads to no Parquet file, or cannot be read.
     """
     identities: dict[DataFile, object] = {}
     others: set[DataFile] = set()
@@ -110,9 +107,7 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
     """List the row groups of all files, check each file's columns from its footer, and count the rows that the selection keeps.
 
     Without sampling and conditions on time only footers are read; else also, once, the label or the time column.
-
-    Raises:
-        InputError: a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
+    InputError if a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
     """
     attempts = selection.options.attempts
     time_column = schema.time_column if selection.conditions else ""

@@ -124,11 +124,7 @@ def buckets_of(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
 
 
 def read_weights(column: pa.Array, name: str, place: Place) -> np.ndarray:
-    """Weights of rows, (n,) float32.
-
-    Raises:
-        InputError: one is null, or not a finite number above 0.
-    """
+    """Weights of rows, (n,) float32; InputError if one is null, or not a finite number above 0."""
     weights, valid = _as_numpy(column)
     weights = weights.astype(np.float32)
     bad = ~((weights > 0) & (weights <= LARGEST))

@@ -57,10 +57,7 @@ def read_footer(parquet: pq.ParquetFile, time_column: str, file: str) -> Footer:
     """Take what planning needs out of a footer, which must have been proved for the time column (see `data.reading.row_groups.prove`).
 
     Where the statistics do not tell the instants of a row group (text, int96, none written) its time column is read. `time_column` is empty
-    if no condition names it.
-
-    Raises:
-        InputError: the time column is of a type that holds no time, or a text in it is no day or time.
+    if no condition names it. InputError if the time column is of a type that holds no time, or a text in it is no day or time.
     """
     metadata = parquet.metadata
     indices = range(metadata.num_row_groups)

@@ -105,9 +105,7 @@ def list_files(text: str) -> list[Listed]:
     """List what a path or URI of a file, a folder or a glob names, with all below a folder; links are followed.
 
     Leading parts by whose very name something is there are no patterns; hidden names want a part that is hidden itself.
-
-    Raises:
-        InputError: a folder or a link cannot be read.
+    InputError if a folder or a link cannot be read.
     """
     path = local_path(text)
     listed = retried(lambda: _list_remote(text), text, LIST_ATTEMPTS) if path is None else _list_local(path.parts)

@@ -16,11 +16,7 @@ T = TypeVar("T")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file.
-
-    Raises:
-        InputError: the file is missing, not readable, or not TOML (the line and column are in the message).
-    """
+    """Parse a TOML file; InputError if the file is missing, not readable, or not TOML (the line and column are in the message)."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte-order mark
     except FileNotFoundError:

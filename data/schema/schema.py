@@ -174,11 +174,7 @@ class _SchemaTop:
 
 
 def load_schema(path: str | Path) -> Schema:
-    """Read and check a schema file.
-
-    Raises:
-        InputError: naming file, field, value, what was wanted and how to fix it.
-    """
+    """Read and check a schema file; InputError, naming file, field, value, what was wanted and how to fix it."""
     path = Path(path)
     return parse_schema(read_toml(path), str(path), path.parent)
 

@@ -91,11 +91,7 @@ class ParquetStream:
         return {"epoch": cursor.epoch, "step": cursor.step, "fingerprint": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Continue from a saved position.
-
-        Raises:
-            InputError: the position belongs to other files or options.
-        """
+        """Continue from a saved position; InputError if the position belongs to other files or options."""
         found = state.get("fingerprint")
         if found != self.fingerprint():
             raise InputError(
@@ -111,9 +107,7 @@ class ParquetStream:
         """Yield the rest of the current epoch; afterwards the cursor stands at the next epoch's start.
 
         With prefetch or workers no batch is waited for longer than `timeout_seconds`; without both, the caller reads and waits itself.
-
-        Raises:
-            InputError: a file is damaged, a value is faulty, or no rows came in time; named by file and row group.
+        InputError if a file is damaged, a value is faulty, or no rows came in time; named by file and row group.
         """
         decoder = Decoder(self.files, self.encoder, self.selection, self.on_rows)
         limit = TimeLimit(self.options.timeout_seconds, lambda: sorted(set(decoder.reading.copy().values())))

@@ -83,11 +83,7 @@ class Workers:
 
 
 def prefetched(items: Iterator[T], depth: int, limit: TimeLimit) -> Iterator[T]:
-    """Make items ahead in one thread, at most `depth` of them. Errors are raised in the caller.
-
-    Raises:
-        InputError: no item in time.
-    """
+    """Make items ahead in one thread, at most `depth` of them. Errors are raised in the caller; InputError if one takes too long."""
     with closing(Workers(1, limit, "data-prefetch")) as maker:
         make = partial(next, items, _END)
         results = deque(maker.begin(make) for _ in range(depth))

@@ -92,10 +92,7 @@ def write_synthetic(
 
     The schema is pailitao_schema(...), or one with other sizes. Rows are spread evenly over the days, at least 3: one each for test
     and validation. A day of more than `rows_per_file` gets several files. `threads` blocks are made at a time, and `progress` is told
-    the number of rows so far.
-
-    Raises:
-        InputError: a number is out of range, the schema is not Pailitao-like, or `out` holds something else.
+    the number of rows so far. InputError if a number is out of range, the schema is not Pailitao-like, or `out` holds something else.
     """
     least = {"days": (days, 3), "rows": (rows, days), "rows_per_file": (rows_per_file, 1), "threads": (threads, 1)}
     for name, (value, minimum) in least.items():

@@ -26,9 +26,7 @@ class Records:
     """The log of a run, on rank 0. Lines of steps after the first one are dropped: a resumed run repeats them.
 
     `day`: the step with which the day begins that is trained.
-
-    Raises:
-        CannotWriteError: metrics.jsonl cannot be written, when the log is opened and by every method.
+    CannotWriteError if metrics.jsonl cannot be written, when the log is opened and by every method.
     """
 
     def __init__(self, folder: Path, first_step: int, sink: MlflowSink | None = None, *, day: int = 0) -> None:

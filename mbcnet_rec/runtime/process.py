@@ -98,9 +98,7 @@ def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iter
     """Join the other ranks that a launcher started (see ranks.py), or be the only one; leave on exit.
 
     A collective that a rank does not join fails on the others after `timeout_seconds`.
-
-    Raises:
-        InputError: the launcher's variables are incomplete or contradict each other, or the device is not there.
+    InputError if the launcher's variables are incomplete or contradict each other, or the device is not there.
     """
     ranks = found_ranks()
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
@@ -293,9 +291,7 @@ def vote(flags: Sequence[bool | Tensor], device: torch.device = CPU) -> list[int
     """For each flag the lowest rank that sets it, None if none does; one collective, equal on every rank.
 
     Flags that are tensors of () lie on `device`. On cuda all goes over NCCL, and this host waits once, for the answer.
-
-    Raises:
-        RuntimeError: a rank is lost; over NCCL that shows as an answer that lacks a rank.
+    RuntimeError if a rank is lost; over NCCL that shows as an answer that lacks a rank.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [0 if flag else None for flag in flags]
