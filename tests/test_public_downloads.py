@@ -10,7 +10,7 @@ import pytest
 
 from data.errors import InputError
 from data.public import raw_files as raw
-from data.public.prepare import DATA_SETS, SCHEMA_FOLDER, SplitWriter, prepare
+from data.public.prepare import DATA_SETS, SCHEMA_FOLDER, prepare, write_splits
 from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.schema import load_schema, parse_schema
@@ -182,25 +182,19 @@ def test_streaming_is_flat_in_memory(tmp_path, monkeypatch):
         (tmp_path / "train.txt").write_text(block * 20 * copies)
         sources = {pattern: [tmp_path / "train.txt"] for pattern in DATA_SETS["criteo_kaggle"].files}
         pa.default_memory_pool().release_unused()
-        peak = 0
-        with SplitWriter(tmp_path, criteo, 8_192) as writer:
-            for split, rows in DATA_SETS["criteo_kaggle"].rows(sources):
-                writer.write(split, rows)
-                peak = max(peak, pa.total_allocated_bytes())
-            assert sum(part["rows"] for part in writer.finish().values()) == 40_000 * copies
-        peaks.append(peak)
+        held, splits = [], DATA_SETS["criteo_kaggle"].rows(sources)
+        counts = write_splits(tmp_path, criteo, splits, 8_192, lambda rows: held.append(pa.total_allocated_bytes()))
+        assert sum(part["rows"] for part in counts.values()) == 40_000 * copies
+        peaks.append(max(held))
     assert peaks[1] < 1.5 * peaks[0], peaks
 
 
 def test_writer_cuts_even_row_groups_and_several_files(tmp_path):
     schema = parse_schema({"name": "s", "label": "y", "fields": {"x": {"kind": "numeric"}}}, "s", tmp_path)
     table = pa.table({"x": range(75), "y": [1] * 75, "z": range(75)})
-    with SplitWriter(tmp_path, schema, 10, file_rows=30) as writer:
-        for start in range(0, 75, 7):
-            writer.write("train", table.slice(start, 7))
-        writer.write("valid", table.slice(0, 1))
-        writer.write("test", table.slice(0, 2))
-        counts = writer.finish()
+    pieces = [("train", table.slice(start, 7)) for start in range(0, 75, 7)]
+    pieces += [("valid", table.slice(0, 1)), ("test", table.slice(0, 2))]
+    counts = write_splits(tmp_path, schema, iter(pieces), 10, lambda rows: None, file_rows=30)
     assert counts == {split: {"rows": n, "label_rate": 1.0} for split, n in (("train", 75), ("valid", 1), ("test", 2))}
     footers = map(pq.read_metadata, sorted(tmp_path.glob("train/*.parquet")))
     sizes = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]

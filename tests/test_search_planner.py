@@ -15,12 +15,11 @@ from data.errors import InputError
 from data.schema import load_schema, parse_schema
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import AnyTypeSharder
-from sharding.cost.assess import assess, search_bound
+from sharding.cost.assess import assess
 from sharding.cost.estimate import DoesNotFit
 from sharding.plan.cluster import read_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
 from sharding.plan.placement import DenseCost, check_shape
-from sharding.search.candidates import all_options
 from sharding.search.planner import Ordered, make_plan, smallest_cluster, solve
 from sharding.search.task import Task, cluster_of
 
@@ -115,7 +114,6 @@ def test_many_tables_on_many_ranks_come_within_5_percent_of_the_bound_and_keep_t
     assert time.monotonic() - start < 45
     result = assess(plan, cluster)
     assert 0 <= result.over_bound < 0.05
-    assert result.busiest.times.total >= search_bound(all_options(task), plan, cluster) > 0
     assert [count for count, _ in told] == list(range(1, len(told) + 1)) and told[-1][1] <= told[0][1]
 
 

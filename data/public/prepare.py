@@ -7,14 +7,15 @@ already are small and read whole.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from data.errors import InputError
@@ -29,7 +30,7 @@ from data.whole_folder import earlier_summary, whole_folder
 
 SCHEMA_FOLDER = Path(__file__).parents[1] / "schemas"
 SUMMARY = "prepared.json"
-SPLITS: tuple[str, ...] = ("train", "valid", "test")
+SPLIT, SPLITS = "@split", ("train", "valid", "test")
 SMALL_ROW_GROUP = 8_192
 LARGE_ROW_GROUP = 65_536
 
@@ -62,10 +63,7 @@ def prepare(name: str, src: str | Path, out: str | Path, *, progress: Progress =
             return out
         raise InputError(f"{out}: was prepared from other files or with another schema; remove it or choose another")
     with whole_folder(out) as folder:
-        with SplitWriter(folder, schema, data_set.row_group_rows) as writer:
-            for split, rows in data_set.rows(sources):
-                progress(writer.write(split, rows))
-            counts = writer.finish()
+        counts = write_splits(folder, schema, data_set.rows(sources), data_set.row_group_rows, progress)
         notes: list[str] = []
         fitted = fit_schema(schema, sorted((folder / "train").glob("*.parquet")), folder, notes.append)
         header = f"Fitted on the training split by mbcnet data prepare {name}."
@@ -136,62 +134,46 @@ DATA_SETS = {
 }
 
 
-class SplitWriter(ExitStack):
-    """Writes FOLDER/{train,valid,test}/part-00000.parquet, ... with page checksums; leaving it closes the files.
+def write_splits(
+    folder: Path, schema: Schema, splits: Splits, row_group_rows: int, progress: Progress, file_rows: int = 8_000_000
+) -> dict[str, Any]:
+    """Write FOLDER/{train,valid,test}/part-00000.parquet, ... with page checksums; return rows and label rate of each split.
 
-    Of the rows the schema's columns are kept, and its time column. No more than `row_group_rows` of each split wait in memory, and one
-    piece; `file_rows` are the rows of a file.
+    Of the rows the schema's columns are kept, and its time column. No more than a row group of each split waits in memory, and some pieces.
+    InputError if a column is missing, a label is not 0 or 1, or a split has no rows.
     """
+    columns = list(dict.fromkeys(name for name in (*schema.columns, schema.time_column) if name))
+    rows, ones = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
 
-    def __init__(self, folder: Path, schema: Schema, row_group_rows: int, file_rows: int = 8_000_000) -> None:
-        super().__init__()
-        self.folder, self.schema, self.row_group_rows = folder, schema, row_group_rows
-        self.columns = list(dict.fromkeys(name for name in (*schema.columns, schema.time_column) if name))
-        self.file_rows = max(file_rows // row_group_rows, 1) * row_group_rows
-        self.waiting: dict[str, pa.Table] = {}
-        self.writers: dict[str, pq.ParquetWriter] = {}
-        self.rows, self.written, self.ones = (dict.fromkeys(SPLITS, 0) for _ in range(3))
+    def checked() -> Iterator[pa.RecordBatch]:
+        for split, piece in splits:
+            require_columns(schema.name, piece, columns)
+            piece = piece.select(columns)
+            for labels in piece[schema.label].chunks:
+                place = Place(f"data set {schema.name!r}, {split} split", None, rows[split])
+                ones[split] += int(read_labels(labels, schema.label, place).sum())
+                rows[split] += len(labels)
+            progress(sum(rows.values()))
+            yield from piece.append_column(SPLIT, pa.repeat(split, len(piece))).to_batches()
 
-    def write(self, split: str, rows: pa.Table) -> int:
-        """Append rows to a split; return the rows of all splits so far; InputError if a column is missing, or a label is not 0 or 1."""
-        require_columns(self.schema.name, rows, self.columns)
-        rows = rows.select(self.columns)
-        place = Place(f"data set {self.schema.name!r}, {split} split", None, self.rows[split])
-        for labels in rows[self.schema.label].chunks:
-            read_labels(labels, self.schema.label, place)
-            place = replace(place, first_row=place.first_row + len(labels))
-        self.rows[split] += rows.num_rows
-        self.ones[split] += pc.sum(rows[self.schema.label]).as_py() or 0
-        waiting = [self.waiting[split]] if split in self.waiting else []
-        self.waiting[split] = pa.concat_tables([*waiting, rows])
-        self._flush(split, self.row_group_rows)
-        return sum(self.rows.values())
-
-    def _flush(self, split: str, least: int) -> None:
-        """Write row groups while at least so many rows wait."""
-        while len(rows := self.waiting[split]) >= least:
-            part, self.waiting[split] = rows.slice(0, self.row_group_rows), rows.slice(self.row_group_rows)
-            number, rest = divmod(self.written[split], self.file_rows)
-            if rest == 0:
-                if split in self.writers:
-                    self.writers[split].close()
-                path = self.folder / split / f"part-{number:05d}.parquet"
-                path.parent.mkdir(exist_ok=True)
-                writer = pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True)
-                self.writers[split] = self.enter_context(writer)
-            self.writers[split].write_table(part, row_group_size=self.row_group_rows)
-            self.written[split] += len(part)
-
-    def finish(self) -> dict[str, Any]:
-        """Write what waits. Returns rows and label rate of each split; InputError if a split has no rows."""
-        for split, rows in self.rows.items():
-            if not rows:
-                total = f"{sum(self.rows.values()):,}"
-                raise InputError(
-                    f"data set {self.schema.name!r}: the {split} split got no rows of {total}; check that --src holds all of it"
-                )
-            self._flush(split, 1)
-        return {split: {"rows": rows, "label_rate": self.ones[split] / rows} for split, rows in self.rows.items()}
+    batches = checked()
+    form = ds.ParquetFileFormat()
+    if first := next(batches, None):
+        ds.write_dataset(
+            chain([first], batches), folder, schema=first.schema, format=form, basename_template="part-{i}.parquet",
+            file_options=form.make_write_options(compression="zstd", write_page_checksum=True),
+            partitioning=ds.partitioning(pa.schema([(SPLIT, pa.string())])), existing_data_behavior="overwrite_or_ignore",
+            min_rows_per_group=row_group_rows, max_rows_per_group=row_group_rows,
+            max_rows_per_file=max(file_rows // row_group_rows, 1) * row_group_rows, use_threads=False, preserve_order=True,
+        )  # fmt: skip
+    for path in folder.glob("*/part-*.parquet"):
+        path.rename(path.with_stem(f"part-{int(path.stem[5:]):05d}"))
+    if empty := [split for split, count in rows.items() if not count]:
+        total = f"{sum(rows.values()):,}"
+        raise InputError(
+            f"data set {schema.name!r}: the {empty[0]} split got no rows of {total}; check that --src holds all of it"
+        )
+    return {split: {"rows": count, "label_rate": ones[split] / count} for split, count in rows.items()}
 
 
 def require_columns(name: str, rows: pa.Table, columns: Sequence[str]) -> None:

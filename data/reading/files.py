@@ -153,14 +153,13 @@ def _inspect(schema: Schema, time_column: str, checked: frozenset[str], file: Da
     with open_parquet(file, pre_buffer=True) as parquet:
         check_columns(parquet.schema_arrow, schema, str(file))
         if time_column and time_column not in parquet.schema_arrow.names:
-            raise InputError(
-                f"{file}: column {time_column!r} is missing, which is the schema's time_column and named by where; "
-                + (
+            way_out = "add the column to the file, or change the conditions"
+            if time_column in partition_of(file):
+                way_out = (
                     "it is a partition folder: remove time_column from the schema, and conditions compare the folders"
-                    if time_column in partition_of(file)
-                    else "add the column to the file, or change the conditions"
                 )
-            )
+            missing = f"column {time_column!r} is missing, which is the schema's time_column and named by where"
+            raise InputError(f"{file}: {missing}; {way_out}")
         metadata = parquet.metadata
         groups = range(metadata.num_row_groups)
         if sum(metadata.row_group(index).num_rows for index in groups) != metadata.num_rows:

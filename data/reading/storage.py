@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial, reduce
 from glob import has_magic
@@ -45,19 +44,13 @@ WHOLE: Patterns = {(), ("**",)}  # of a pattern that has matched all
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, order=True)
-class RemoteFile:
-    """A file behind a URI."""
-
-    uri: str
+class RemoteFile(str):
+    """The URI of a file."""
 
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return self.uri.rsplit("/", 1)[-1]
-
-    def __str__(self) -> str:
-        return self.uri
+        return self.rsplit("/", 1)[-1]
 
 
 DataFile = Path | RemoteFile
@@ -78,7 +71,7 @@ def is_uri(text: str) -> bool:
 
 def path_parts(file: DataFile) -> tuple[str, ...]:
     """The folders and the name of a file."""
-    return file.parts if isinstance(file, Path) else tuple(file.uri.split("://", 1)[1].split("/"))
+    return file.parts if isinstance(file, Path) else tuple(file.split("://", 1)[1].split("/"))
 
 
 def is_hidden(name: str) -> bool:
@@ -214,7 +207,7 @@ def _source(file: DataFile) -> pa.NativeFile:
 
 
 def _opened(file: RemoteFile) -> pa.NativeFile:
-    system, path = file_system(file.uri)
+    system, path = file_system(file)
     return system.open_input_file(path)
 
 

@@ -15,6 +15,7 @@ Shapes: n rows or ids, d latent width, r image latent width, w image width.
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -140,20 +141,16 @@ def make_world(schema: Schema, seed: int, days: int) -> World:
 
 
 def _require_pailitao(schema: Schema) -> None:
-    known = {feature.name: feature for feature in pailitao_schema("demo").features}
-    found = {feature.name: feature for feature in schema.features}
-    fix = "start from data/schemas/pailitao_demo.toml and change only sizes"
+    same = attrgetter("kind", "source_column", "weights", "encoding", "transform")
+    known, found = ({each.name: same(each) for each in of.features} for of in (pailitao_schema("demo"), schema))
     for name in (*known, *found):
-        if name not in found or name not in known:
-            fault = "is missing" if name not in found else "is not one of the 192"
-            raise InputError(f"schema {schema.name!r}: field {name!r} {fault}: synthetic data has fixed fields; {fix}")
-        same = ("kind", "source_column", "weights", "encoding", "transform")
-        if any(getattr(known[name], key) != getattr(found[name], key) for key in same):
-            raise InputError(f"schema {schema.name!r}: field {name!r} was changed in more than its size; {fix}")
-    widths = [found[name].width for name in ("query_image", "item_image")]
+        if known.get(name) != found.get(name):
+            fault = "is missing" if name not in found else "is not one of the 192, or was changed in more than its size"
+            fix = "synthetic data has fixed fields; start from data/schemas/pailitao_demo.toml and change only sizes"
+            raise InputError(f"schema {schema.name!r}: field {name!r} {fault}: {fix}")
+    widths = [each.width for each in schema.features if each.name in ("query_image", "item_image")]
     if widths[0] != widths[1]:
-        wide = f"query_image is {widths[0]} wide, item_image {widths[1]}"
-        raise InputError(f"schema {schema.name!r}: {wide}: set both alike")
+        raise InputError(f"schema {schema.name!r}: query_image and item_image are {widths} wide: set both alike")
 
 
 def draw_facts(world: World, day: np.ndarray, index: np.ndarray, stream: str = "row") -> Facts:

@@ -75,9 +75,9 @@ def _source_of(file: DataFile) -> dict[str, Any]:
     """Which file it is, and when it was last changed, in nanoseconds."""
     if isinstance(file, Path):
         return {"from": os.path.realpath(file), "changed": file.stat().st_mtime_ns}
-    system, path = file_system(file.uri)
-    info = retried(lambda: system.get_file_info(path), file.uri, LIST_ATTEMPTS)
-    return {"from": file.uri, "changed": info.mtime_ns}
+    system, path = file_system(file)
+    info = retried(lambda: system.get_file_info(path), file, LIST_ATTEMPTS)
+    return {"from": file, "changed": info.mtime_ns}
 
 
 def footer_of(path: Path) -> tuple[int, Facts]:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sharding.cost.estimate import Bytes, Room, ShardCost, Times, least_costs, plus, table_costs
+from sharding.cost.estimate import Bytes, Room, ShardCost, Times, plus, table_costs
 from sharding.plan.cluster import Cluster
-from sharding.plan.placement import UNIFORM, Options, Plan
+from sharding.plan.placement import UNIFORM, Plan
 
 PARTS = Times._fields
 MAIN_PHASES = ("lookup", "output_dist", "dense", "gradient_dist", "update", "all_reduce")
@@ -70,10 +70,7 @@ class Assessment:
     costs: dict[str, list[ShardCost]]  # table -> costs of its shards
     ranks: list[Rank]  # of one group; replicas repeat them
     path: CriticalPath
-    # of a plan that was made just now: the least seconds of the busiest rank for any types that were allowed, and the fields
-    # whose ids per row are assumed
-    any_types_bound: float = 0.0
-    assumed: Sequence[str] = ()
+    assumed: Sequence[str] = ()  # of a plan that was made just now: fields whose ids per row nobody measured
 
     @property
     def busiest(self) -> Rank:
@@ -125,16 +122,6 @@ class Assessment:
     def fullest_bytes(self) -> int:
         """Most memory of a rank, HBM and DDR together."""
         return max(sum(self.memory(rank)) for rank in self.ranks)
-
-
-def search_bound(options: Options, plan: Plan, cluster: Cluster) -> float:
-    """Least seconds of the busiest rank over all plans made of these candidates, on whatever ranks their shards are.
-
-    bound = max(sum over tables of the least total / ranks, max over tables of the least largest shard)
-    """
-    least = least_costs(options, plan, cluster, lambda cost: cost.times.total)
-    everything = sum(total for total, _ in least.values())
-    return max(everything / plan.group_size, max((shard for _, shard in least.values()), default=0.0))
 
 
 def assess(plan: Plan, cluster: Cluster) -> Assessment:

@@ -226,26 +226,15 @@ def find_shortage(options: Options, plan: Plan, cluster: Cluster, room: Room) ->
     """
     memory, free = ("HBM", room.hbm) if plan.device == "cuda" else ("DDR", room.ddr)
     least = least_costs(options, plan, cluster, lambda cost: getattr(cost.bytes, memory.lower()))
-    totals = {name: total for name, (total, _) in least.items()}
-    too_large = {name: shard for name, (_, shard) in least.items() if shard > free}
-    needed, have, ranks = sum(totals.values()), plan.group_size * free, plan.group_size
-    names = sorted(totals, key=lambda name: -totals[name])[:TABLES_NAMED]
-    largest = f"largest: {', '.join(f'{name} {gib(totals[name])}' for name in names)}"
+    names = sorted(least, key=lambda name: -least[name][0])
+    needed, have = sum(total for total, _ in least.values()), plan.group_size * free
+    name, (_, shard) = max(least.items(), key=lambda item: item[1][1])
+    problem = f"tables need {gib(needed)} of {memory} and {plan.group_size} ranks have {gib(have)} for them ({gib(free)} each), "
     if needed > have:
-        return DoesNotFit(
-            f"tables need {gib(needed)} of {memory} and {ranks} ranks have {gib(have)} for them ({gib(free)} each), "
-            f"{needed - have:,} bytes short; {largest}",
-            is_certain=True,
-        )
-    if too_large:
-        name = max(too_large, key=too_large.__getitem__)
-        return DoesNotFit(
-            f"the smallest shard of table {name} takes {gib(too_large[name])} and a rank has {gib(free)} of {memory} for tables, "
-            f"{too_large[name] - free:,} bytes short",
-            is_certain=True,
-        )
-    return DoesNotFit(
-        f"tables need {gib(needed)} of {gib(have)} of {memory}, but whole tables do not share out over {ranks} ranks of {gib(free)}; "
-        f"{largest}",
-        is_certain=False,
-    )
+        problem += f"{needed - have:,} bytes short"
+    elif shard > free:
+        problem += f"and the smallest shard of table {name} takes {gib(shard)}, {shard - free:,} bytes short"
+    else:
+        problem += "but whole tables do not share out over them"
+    largest = ", ".join(f"{name} {gib(least[name][0])}" for name in names[:TABLES_NAMED])
+    return DoesNotFit(f"{problem}; largest: {largest}", is_certain=needed > have or shard > free)

@@ -50,10 +50,8 @@ def report_lines(assessment: Assessment, *, full: bool = False) -> list[str]:
         f"balance: time {assessment.balance:.3f}, memory {sum(memory) / len(memory) / max(memory):.3f} (mean over largest; 1 is perfect)",
         f"busiest rank {busiest.rank}: {ms(busiest.times.total)} ms, {100 * assessment.over_bound:.1f} % above the lower bound of "
         f"{ms(assessment.bound)} ms for these sharding types",
+        "",
     ]
-    if assessment.any_types_bound:
-        lines.append(f"lower bound for any types that were allowed: {ms(assessment.any_types_bound)} ms")
-    lines.append("")
     dense = plan.dense
     if dense.parameters:
         used, weights = dense.memory_bytes(plan.batch_size_per_rank), dense.weight_bytes()
@@ -140,7 +138,6 @@ def report_dict(assessment: Assessment) -> dict[str, Any]:
         "busiest_rank": assessment.busiest.rank,
         "lower_bound_seconds": assessment.bound,
         "over_lower_bound": assessment.over_bound,
-        "lower_bound_any_types_seconds": assessment.any_types_bound,
         "dense": {"parameters": dense.parameters, "forward_flops": dense.forward_flops, "bytes": dense_bytes},
         "critical_path_seconds": asdict(path),
         "step_seconds": path.step,

@@ -26,7 +26,7 @@ from torchrec.distributed.types import ParameterSharding
 from data.errors import InputError
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import AnyTypeSharder
-from sharding.cost.assess import Assessment, assess, search_bound
+from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import find_shortage, table_costs
 from sharding.plan.cluster import MAX_RANKS, Cluster
 from sharding.plan.placement import UNIFORM, Options, Plan, TablePlan, check_shape, device_problem
@@ -72,10 +72,7 @@ def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = Tr
 
 def solve(task: Task, progress: Progress | None = None) -> Assessment:
     """Plan and assess; DoesNotFit if nothing fits."""
-    plan = make_plan(task, progress)
-    bound = search_bound(all_options(task), plan, task.cluster)
-    assumed = assumed_fields(task.schema, task.config)
-    return replace(assess(plan, task.cluster), any_types_bound=bound, assumed=assumed)
+    return replace(assess(make_plan(task, progress), task.cluster), assumed=assumed_fields(task.schema, task.config))
 
 
 def smallest_cluster(task: Task, headroom: float, say: Callable[[str], None] = lambda line: None) -> Assessment:
