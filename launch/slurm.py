@@ -21,17 +21,13 @@ SHORTEST_WARNED = 6
 Row = tuple[str, str]
 
 
-def accounted(app_id: str) -> list[Row] | None:
-    """Replicas as sacct lists them; None where the cluster keeps no accounts."""
+def replicas_of(app_id: str) -> list[Row]:
+    """Replicas as sacct lists them or, where the cluster keeps no accounts, as the controller knows them until some minutes after their end."""
     words = ["sacct", "--parsable2", "--noheader", "--format=JobID,JobName,State", "-j", app_id]
     result = subprocess.run(words, capture_output=True, text=True)
-    # JOB.batch and JOB.0 are steps of a replica
-    found = re.findall(r"^[^.|]*\|([^|]*)\|([^|]*)$", result.stdout, re.MULTILINE)
-    return None if result.returncode else found
-
-
-def controlled(app_id: str) -> list[Row]:
-    """Replicas as the controller knows them, until some minutes after their end."""
+    if not result.returncode:
+        # JOB.batch and JOB.0 are steps of a replica
+        return re.findall(r"^[^.|]*\|([^|]*)\|([^|]*)$", result.stdout, re.MULTILINE)
     result = subprocess.run(["scontrol", "show", "job", "-o", app_id], capture_output=True, text=True)
     return re.findall(r"\bJobName=(\S*).*?\bJobState=(\S*)", result.stdout)
 
@@ -70,8 +66,7 @@ class Scheduler(SlurmScheduler):
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         """Status of a job from its replicas; None if nobody knows it."""
-        rows = accounted(app_id)
-        rows = controlled(app_id) if rows is None else rows
+        rows = replicas_of(app_id)
         if not rows:
             return None
         replicas: dict[str, list[ReplicaStatus]] = {}

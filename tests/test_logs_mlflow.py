@@ -63,6 +63,8 @@ class Stub(ThreadingHTTPServer):
             case "experiments/create":
                 self.experiments.add(body["name"])
                 return 200, {"experiment_id": "7"}
+            case "experiments/get-by-name" if body["experiment_name"] not in self.experiments:
+                return 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "there is none"}
             case "experiments/get-by-name":
                 return 200, {"experiment": {"experiment_id": "7", "name": body["experiment_name"]}}
             case "runs/create":

@@ -1,15 +1,8 @@
 """Row groups -> checked, encoded rows: the one reader of rows, for training, scoring and serving's samples.
 
-Scoring reads row groups in the file's order:
-
-    reader = RowReader(files, encoder, selection, extra=("user",))
-    for columns, extra in reader.scan(row_group, batch_rows): ...   # Columns and a pa.RecordBatch of the same kept rows
-
-`row_group` is a `RowGroup` of `read_contents`. A scan makes a batch of each `batch_rows` stored rows (the last one of what is left), of
-which the rows that the selection does not keep are then left out; `reader.batches` gives them undecoded, with their `Place`: file, row
-group and row numbers. Training decodes windows (see data/stream/order.py) with a `Decoder`, permuted. Each lane reads
-its row groups in batches of a window's rows, and a row group in which a lane ends is read by both lanes: memory stays near the windows
-that are in use, whatever the writer's row groups. Readers and decoders may be used by many threads.
+Scoring reads row groups in the file's order by `RowReader.scan`. Training decodes windows (see data/stream/order.py) with a `Decoder`,
+permuted. Each lane reads its row groups in batches of a window's rows, and a row group in which a lane ends is read by both lanes: memory
+stays near the windows that are in use, whatever the writer's row groups. Readers and decoders may be used by many threads.
 """
 
 import math

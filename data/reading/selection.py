@@ -1,15 +1,8 @@
-"""Which rows a stream keeps: conditions on partitions and on time, and sampling by label.
+"""Which rows a stream keeps: conditions on partitions and on time (see conditions.py), and sampling by label.
 
-A condition is `NAME OP BOUND` (data/reading/conditions.py). NAME is the key of a partition folder (`ds` in `ds=2024-05-01/`) or the
-schema's time column; BOUND is a value, a day such as 2024-05-25 or a time (in UTC), or `last N`: the N-th last partition, or the first
-instant of the last N days that the files hold. So the last seven days held out:
-
-    train  where = ["ds < last 7"]         or  ["timestamp < last 7"]
-    valid  where = ["ds >= last 7"]        or  ["timestamp >= last 7"]
-
-Partitions choose files. Time chooses row groups by their statistics, and rows in those that lie across a bound. As in SQL, a row without
-a time and Hive's null partition meet no condition. Whether sampling keeps a row depends on (seed, file, row group, row) only: neither on
-the world size, nor on the epoch, nor on which other files there are.
+Partitions choose files. Time chooses row groups by their statistics, and rows in those that lie across a bound; `last N` is the first instant
+of the last N days that the files hold. As in SQL, a row without a time meets no condition. Whether sampling keeps a row depends on
+(seed, file, row group, row) only: neither on the world size, nor on the epoch, nor on which other files there are.
 """
 
 from collections.abc import Sequence

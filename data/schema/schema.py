@@ -132,12 +132,10 @@ class Schema:
 
     def standing_alone(self) -> "Schema":
         """The same with every vocabulary at its place in a folder that has the schema and all its vocabularies."""
-        features = (
-            dataclasses.replace(each, vocabulary=self.own_vocabularies[each.name])
-            if each.vocabulary not in ("", FIT)
-            else each
-            for each in self.features
-        )
+        own = {
+            each.name: self.own_vocabularies[each.name] for each in self.features if each.vocabulary not in ("", FIT)
+        }
+        features = (dataclasses.replace(each, vocabulary=own.get(each.name, each.vocabulary)) for each in self.features)
         return dataclasses.replace(self, features=tuple(features))
 
     def fingerprint(self) -> str:
@@ -190,18 +188,8 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     features = [_parse_feature(name, entry, top, source) for name, entry in raw_fields.items()]
     _check_names(raw_fields, top, source)
     _check_groups(top.groups, raw_fields, source)
-    return Schema(
-        name=top.name,
-        label=top.label,
-        features=tuple(features),
-        tables=_build_tables(features, top.tables, source),
-        groups=top.groups,
-        group_column=top.group_column,
-        time_column=top.time_column,
-        group_type=top.group_type,
-        weight_column=top.weight_column,
-        folder=folder,
-    )
+    tables = _build_tables(features, top.tables, source)
+    return Schema(**vars(top) | {"features": tuple(features), "tables": tables, "folder": folder})
 
 
 def _parse_feature(name: str, entry: Any, top: _SchemaTop, source: str) -> Feature:

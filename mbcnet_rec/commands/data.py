@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+from itertools import groupby
 from pathlib import Path
 
 from data.profile.check import WHOLE_FILE, check_files
@@ -70,11 +71,10 @@ def _prepare(args: argparse.Namespace) -> int:
     with RowBar("prepare") as bar:
         out = prepare(args.name, args.src, args.out, progress=bar.reach)
     print(f"{out}: train, valid, test and schema.toml")
-    config = Path("mbcnet_rec") / "configs" / f"{args.name}.toml"
-    step = f"train on {out}/train with schema {out}/schema.toml; start from {config.parent}/demo.toml"
-    if (Path(__file__).parents[2] / config).is_file():
-        step = f"mbcnet train --config {config}"
-    print(f"next: {step}")
+    config = f"mbcnet_rec/configs/{args.name}.toml"
+    is_shipped = (Path(__file__).parents[2] / config).is_file()
+    others = f"train on {out}/train with schema {out}/schema.toml; start from mbcnet_rec/configs/demo.toml"
+    print(f"next: {f'mbcnet train --config {config}' if is_shipped else others}")
     return 0
 
 
@@ -87,13 +87,11 @@ def _check(args: argparse.Namespace) -> int:
             files, schema, full=args.full, max_faults=args.max_faults, threads=len(os.sched_getaffinity(0)),
             progress=bar.reach,
         )  # fmt: skip
-    file = None
-    for fault in report.faults:
-        if fault.file != file:
-            file = fault.file
-            print(file)
-        row_group = "" if fault.row_group == WHOLE_FILE else f"row group {fault.row_group}, "
-        print(f"  {row_group}{f'column {fault.column}' if fault.column else 'file'}: {fault.message}")
+    for file, faults in groupby(report.faults, lambda fault: fault.file):
+        print(file)
+        for fault in faults:
+            row_group = "" if fault.row_group == WHOLE_FILE else f"row group {fault.row_group}, "
+            print(f"  {row_group}{f'column {fault.column}' if fault.column else 'file'}: {fault.message}")
     if report.num_faults > len(report.faults):
         print(f"... and {report.num_faults - len(report.faults)} more (--max-faults)")
     empty = f", {report.empty_files} empty file(s)" if report.empty_files else ""

@@ -98,8 +98,8 @@ class MlflowSink:
         if self._failed:
             return
         self._failed = True
-        told = f"mbcnet: warning: train.tracking: {self._address} {why}; the run continues without it"
-        tell(f"{told}: metrics.jsonl and tb/ have every number", sys.stderr)
+        words = f"train.tracking: {self._address} {why}; the run continues without it: metrics.jsonl and tb/ have every number"
+        tell(f"mbcnet: warning: {words}", sys.stderr)
 
     def _find_run(self, client: Any) -> str:
         """The run that the run folder names, else a new one."""
@@ -111,12 +111,10 @@ class MlflowSink:
             run_id = path.read_text(encoding="utf-8").strip()
             client.update_run(run_id, "RUNNING")
             return run_id
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        try:
-            experiment_id = client.create_experiment(experiment)
-        except MlflowException:  # it is there already
-            experiment_id = client.get_experiment_by_name(experiment).experiment_id
-        run_id = client.create_run(experiment_id, run_name=self._name).info.run_id
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        found = client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else client.create_experiment(name)
+        run_id = client.create_run(experiment, run_name=self._name).info.run_id
         params = [Param(key, str(each)) for key, each in self._params.items()]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             client.log_batch(run_id, params=params[start : start + PARAMS_AT_ONCE])

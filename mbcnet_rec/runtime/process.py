@@ -87,10 +87,8 @@ def refuse_shared_gpu(store: dist.Store, rank: int, local_rank: int, local_world
 
 
 def _too_few(local_rank: int, count: int) -> InputError:
-    return InputError(
-        f"local rank {local_rank}: this host has {count} GPU{'s' if count > 1 else ''}; start at most that many "
-        f"processes on it (-j HOSTSx{count})"
-    )
+    fix = f"start at most that many processes on it (-j HOSTSx{count})"
+    return InputError(f"local rank {local_rank}: this host has {count} GPU{'s' if count > 1 else ''}; {fix}")
 
 
 @contextmanager
