@@ -49,22 +49,14 @@ def test_file_round_trips_and_keeps_one_line_a_table(tmp_path):
     assert path.read_text().count('"cardinality"') == 1  # defaults are left out
 
 
-def test_plans_of_the_first_format_are_read(tmp_path):
-    path = tmp_path / "plan.json"
-    table = '{"sharding_type": "row_wise", "compute_kernel": "fused", "ranks": [0, 1]}'
-    path.write_text(
-        f'{{"world_size": 2, "local_world_size": 2, "device": "cpu", "schema": "x", "tables": {{"user": {table}}}}}'
-    )
-    assert read_plan(path).tables == {"user": TablePlan("row_wise", "fused", (0, 1))}
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (None, "cannot be read"),
         ("{", "not JSON"),
-        ('{"format": 9}', "reads up to 2"),
-        ('{"world_size": 2}', "local_world_size is missing"),
+        ('{"format": 9}', "format = 9, this version reads 2; plan again"),
+        ('{"world_size": 2}', "format = 1, this version reads 2; plan again"),
+        ('{"format": 2, "world_size": 2}', "local_world_size is missing"),
         (plan_text(PLAN).replace('"world_size": 4', '"world_size": 0'), "wanted 1 or more of each"),
         (plan_text(replace(PLAN, local_world_size=3)), "wanted a divisor of world_size = 4"),
         (plan_text(PLAN).replace('"cpu"', '"tpu"'), "wanted one of 'cpu', 'cuda'"),

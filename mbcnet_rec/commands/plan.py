@@ -190,11 +190,6 @@ def _check(args: argparse.Namespace) -> int:
 def _assessed(args: argparse.Namespace) -> Assessment:
     """What a plan costs on the named cluster, which must be of the plan's size and device, else on the plan's own."""
     plan = read_plan(Path(args.plan))
-    unsized = [name for name, table in plan.tables.items() if not table.num_embeddings]
-    if unsized:
-        raise InputError(
-            f"{args.plan}: tables.{unsized[0]} has no sizes (a file of the first format); write a new one with `mbcnet plan make`"
-        )
     text = args.cluster or plan.cluster
     if text.endswith(":default") or not text:
         return assess(plan, default_cluster(plan.world_size, plan.local_world_size, plan.device))

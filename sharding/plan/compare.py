@@ -87,7 +87,7 @@ def check_plan(
         )
     elif plan.device != device:
         problem = f"device = {plan.device!r}, but this run computes on {device!r}; "
-    elif optimizer and plan.format > 1 and plan.optimizer != optimizer:
+    elif optimizer and plan.optimizer != optimizer:
         problem = f"optimizer = {plan.optimizer!r}, but this run's tables use {optimizer!r}; "
     elif differences := schema_differences(plan, schema):
         problem = f"made for another schema: {some_of(differences, DIFFERENCES_SHOWN)}; "
@@ -131,7 +131,7 @@ def schema_differences(plan: Plan, schema: Schema) -> list[str]:
     lines = [f"table {name} is not planned" for name in tables if name not in plan.tables]
     lines += [f"table {name} is not in the schema" for name in plan.tables if name not in tables]
     for name, planned in plan.tables.items():
-        if name not in tables or not planned.num_embeddings:
+        if name not in tables:
             continue
         table = tables[name]
         pairs = (

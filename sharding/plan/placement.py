@@ -33,7 +33,7 @@ class TablePlan:
     sharding_type: str
     compute_kernel: str  # dense for data_parallel, else fused, fused_uvm or fused_uvm_caching
     ranks: tuple[int, ...] = ()
-    num_embeddings: int = 0  # 0, as embedding_dim, in files of the first format
+    num_embeddings: int = 0
     embedding_dim: int = 0
     bags: int = 1  # fields that look it up
     ids: float = 1.0  # mean ids that one row of data looks up, over all its fields
@@ -99,7 +99,7 @@ class Plan(Bounded):
     cluster_fingerprint: str = ""  # of that cluster's figures
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that made it
     dense: DenseCost = DenseCost()  # the dense part of the model; zeros: unknown
-    format: int = 1  # version of the file format
+    format: int = FORMAT
 
     @property
     def group_size(self) -> int:
@@ -266,7 +266,7 @@ def leaves_empty(rows: int, ranks: int) -> bool:
 
 def plan_text(plan: Plan) -> str:
     """The plan file: JSON, one line a table; what is as by default is left out."""
-    head = {"format": FORMAT} | asdict(plan) | {"format": FORMAT}  # the first key
+    head = {"format": FORMAT} | asdict(plan)  # the first key
     tables: Any = head.pop("tables")
     usual = {each.name: each.default for each in fields(TablePlan)}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
@@ -292,10 +292,8 @@ def plan_of_text(text: str, source: str) -> Plan:
         table: Any = json.loads(text)
     except ValueError as error:
         raise InputError(f"{source}: not JSON ({error}); {REPLAN}") from None
-    if isinstance(table, dict) and isinstance(table.get("format"), int) and table["format"] > FORMAT:
-        raise InputError(
-            f"{source}: format = {table['format']}, this version reads up to {FORMAT}; update mbcnet, or {REPLAN}"
-        )
+    if isinstance(table, dict) and table.get("format", 1) != FORMAT:
+        raise InputError(f"{source}: format = {table.get('format', 1)}, this version reads {FORMAT}; {REPLAN}")
     plan = parse_dataclass(Plan, table, source)
     check_shape(plan, source)
     return plan

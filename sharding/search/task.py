@@ -8,7 +8,7 @@ from data.schema import Schema
 from sharding.cost.estimate import Room, gib
 from sharding.plan.cluster import GIB, Cluster, default_cluster, read_cluster
 from sharding.plan.constraints import CARRIED, ShardingConfig
-from sharding.plan.placement import FORMAT, DenseCost, Plan
+from sharding.plan.placement import DenseCost, Plan
 
 Progress = Callable[[int, float], None]  # (proposals so far, best milliseconds)
 
@@ -39,7 +39,6 @@ class Task:
             cluster=str(cluster),
             cluster_fingerprint=cluster.fingerprint(),
             dense=self.dense,
-            format=FORMAT,
         )
 
     def room(self) -> Room:
