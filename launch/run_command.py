@@ -105,8 +105,7 @@ class Run(CmdRun):
         except Exception as error:
             if "LOGLEVEL" in os.environ:
                 raise
-            words = " ".join(str(error).split())[:300] or type(error).__name__
-            sys.exit(refusal(args.scheduler, words))
+            sys.exit(refusal(args.scheduler, " ".join(str(error).split())[:300] or type(error).__name__))
 
     def _run_locally(self, args: argparse.Namespace) -> None:
         settings = {}

@@ -38,8 +38,7 @@ def rows(sources: Sources) -> Splits:
         row = pc.index(ratings["rating"].is_null(), True).as_py()
         of = f"user {ratings['user_id'][row]}, film {ratings['movie_id'][row]}"
         raise InputError(f"ratings: row {row} ({of}) has no rating, which the label is made of: fix or remove the line")
-    liked = pc.greater_equal(ratings["rating"], LIKED)
-    ratings = ratings.append_column("label", liked.cast(pa.int8()))
+    ratings = ratings.append_column("label", pc.greater_equal(ratings["rating"], LIKED).cast(pa.int8()))
     genres = [[] if each in (None, "(no genres listed)") else each.split("|") for each in movies["genres"].to_pylist()]
     year = pc.struct_field(pc.extract_regex(movies["title"], YEAR_IN_TITLE), "year").cast(pa.int32())
     movies = movies.drop_columns(["genres"]).append_column("year", year)

@@ -57,7 +57,9 @@ class Encoder:
         self.schema, self.permute, self.has_labels = schema, permute, has_labels
         values = read_vocabularies(schema) if vocabularies is None else vocabularies
         self.vocabularies = make_vocabularies(schema, values)
-        self.id_type = {each.name: self._id_type(each) for each in schema.features if each.is_keyed}
+        # what a field's ids are read as, "integer" or "text"; empty: as the type of their column says
+        self.id_type = {each.name: "integer" if each.encoding == "ids" else each.type for each in schema.features}
+        self.id_type |= {name: vocabulary.id_type for name, vocabulary in self.vocabularies.items()}
         self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
         self.single = [feature for feature in schema.sparse if feature.is_single]
         self.lists = [feature for feature in schema.sparse if not feature.is_single]
@@ -83,12 +85,6 @@ class Encoder:
             if count := sum(column.null_count for column in columns if isinstance(column, pa.Array)):
                 found[feature.name] = count
         return found
-
-    def _id_type(self, feature: Feature) -> str:
-        """What a field's ids are read as, "integer" or "text"; empty: as the type of their column says."""
-        if feature.encoding == "vocabulary":
-            return self.vocabularies[feature.name].id_type
-        return "integer" if feature.encoding == "ids" else feature.type
 
     def encode(self, rows: Rows, place: Place) -> Columns:
         """Check and encode rows; see `encode_all`."""
@@ -126,8 +122,8 @@ class Encoder:
         single_ids = allocate((len(self.single), total), self.id_dtype)
         in_order = np.empty(total, self.id_dtype)  # one field, before it is permuted
         dense = np.zeros((total, self.dense_width), np.float32)
-        labels, groups = np.zeros(total, np.float32), np.empty(total, np.int64)
-        has_groups = self.has_labels and bool(self.schema.group_column)
+        labels = np.zeros(total, np.float32)
+        groups = np.empty(total, np.int64) if self.has_labels and self.schema.group_column else None
         weights = np.empty(total, np.float32) if self.has_labels and self.schema.weight_column else None
         for index, feature in enumerate(self.single):
             out = single_ids[index] if permutation is None else in_order
@@ -138,11 +134,7 @@ class Encoder:
         for reader in readers:
             reader.dense(dense[reader.rows])
             if self.has_labels:
-                labels[reader.rows] = reader.labels()
-            if has_groups:
-                groups[reader.rows] = reader.groups()
-            if weights is not None:
-                weights[reader.rows] = reader.weights()
+                reader.targets(labels, groups, weights)
         absent = {name for reader in readers for name in reader.absent}
         return Columns(
             single_ids=single_ids,
@@ -151,7 +143,7 @@ class Encoder:
             weighted_lists=lists_of(self.schema.weighted),
             dense=in_new_order(dense),
             labels=in_new_order(labels),
-            group_ids=in_new_order(groups) if has_groups else None,
+            group_ids=None if groups is None else in_new_order(groups),
             repaired=repaired,
             weights=None if weights is None else in_new_order(weights),
             nulls=self._nulls(readers) if self.has_labels else None,
@@ -185,22 +177,14 @@ class _Reader:
         self.absent: set[str] = set()  # fields in which an ABSENT was written
 
     @_named
-    def labels(self) -> np.ndarray:
-        """Labels, 0 and 1."""
-        label = self.encoder.schema.label
-        return read_labels(as_arrow(self.columns[label]), label, self.place)
-
-    @_named
-    def weights(self) -> np.ndarray:
-        """Weights of rows, float32."""
-        name = self.encoder.schema.weight_column
-        return read_weights(as_arrow(self.columns[name]), name, self.place)
-
-    @_named
-    def groups(self) -> np.ndarray:
-        """Hashes of the grouping column, int64."""
-        schema = self.encoder.schema
-        return read_groups(as_arrow(self.columns[schema.group_column]), schema, self.place)
+    def targets(self, labels: np.ndarray, groups: np.ndarray | None, weights: np.ndarray | None) -> None:
+        """Write what a row has besides its fields: its label, the hash of its grouping column and its weight."""
+        schema, columns, place = self.encoder.schema, self.columns, self.place
+        labels[self.rows] = read_labels(as_arrow(columns[schema.label]), schema.label, place)
+        if groups is not None:
+            groups[self.rows] = read_groups(as_arrow(columns[schema.group_column]), schema, place)
+        if weights is not None:
+            weights[self.rows] = read_weights(as_arrow(columns[schema.weight_column]), schema.weight_column, place)
 
     @_named
     def dense(self, out: np.ndarray) -> None:

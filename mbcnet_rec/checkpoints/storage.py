@@ -40,19 +40,15 @@ class CheckpointStorage:
         self.location = str(location)
         self.root = local_path(self.location) if is_uri(self.location) else Path(location)
         local = pafs.LocalFileSystem(), str(self.root)
-        self._system, self._base = file_system(self.location.rstrip("/")) if self.root is None else local
-
-    def _path(self, name: str) -> str:
-        return f"{self._base.rstrip('/')}/{name}"
+        system, base = file_system(self.location.rstrip("/")) if self.root is None else local
+        self._system = pafs.SubTreeFileSystem(base, system)
 
     def _files(self) -> list[tuple[str, str]]:
         """(folder, name) of each file in the folders right below this place."""
         if self.root is not None:
             return [(path.parent.name, path.name) for path in self.root.glob("step_*/*")]
-        selector = pafs.FileSelector(self._path(""), recursive=True, allow_not_found=True)
-        start = len(self._path("").lstrip("/"))
-        paths = [info.path.lstrip("/") for info in self._system.get_file_info(selector) if info.is_file]
-        parts = [path[start:].split("/") for path in paths]
+        selector = pafs.FileSelector("", recursive=True, allow_not_found=True)
+        parts = [info.path.split("/") for info in self._system.get_file_info(selector) if info.is_file]
         return [(each[0], each[1]) for each in parts if len(each) == 2]
 
     def _names(self, step: int) -> list[str]:
@@ -66,14 +62,14 @@ class CheckpointStorage:
     def write(self, name: str) -> Iterator[BinaryIO | pa.NativeFile]:
         """A stream into a file, safe on storage when it closes without an error."""
         if "/" in name:
-            self._system.create_dir(self._path(name).rpartition("/")[0])
+            self._system.create_dir(name.rpartition("/")[0])
         if self.root is not None:
             with (self.root / name).open("wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             return
-        file = self._system.open_output_stream(self._path(name))
+        file = self._system.open_output_stream(name)
         try:
             yield file
         finally:
@@ -82,7 +78,7 @@ class CheckpointStorage:
                 file.close()
             except OSError:
                 # An object is there whole or not at all, and some servers (moto) answer in words that Arrow takes for a failure
-                if self._system.get_file_info(self._path(name)).size != written:
+                if self._system.get_file_info(name).size != written:
                     raise
 
     def commit(self, step: int, manifest: bytes, names: Sequence[str]) -> None:
@@ -105,8 +101,8 @@ class CheckpointStorage:
 
     def _sync_folders(self, *folders: str) -> None:
         """Make names in folders durable."""
-        for folder in folders if self.root is not None else ():
-            handle = os.open(self._path(folder), os.O_RDONLY)
+        for path in [self.root / folder for folder in folders] if self.root is not None else []:
+            handle = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
@@ -120,7 +116,7 @@ class CheckpointStorage:
         """Remove a checkpoint. The manifest goes first: what a crash leaves after that does not count as a checkpoint."""
         self._delete(step, [MANIFEST])
         with suppress(OSError):
-            self._system.delete_dir(self._path(f"step_{step}"))
+            self._system.delete_dir(f"step_{step}")
 
     def _delete(self, step: int, names: Iterable[str]) -> None:
         """Remove files of a step, and on a disk its folder with the last one."""
@@ -169,9 +165,9 @@ class CheckpointStorage:
             return read_manifest(folder)
 
     def _fetch(self, step: int, name: str, folder: Path) -> None:
-        source, target = self._path(f"step_{step}/{name}"), str(folder / name)
-        copy = partial(pafs.copy_files, source, target, self._system, pafs.LocalFileSystem())
-        retried(copy, f"{self.location}/step_{step}/{name}", READ_ATTEMPTS, "use another checkpoint")
+        source = f"step_{step}/{name}"
+        copy = partial(pafs.copy_files, source, str(folder / name), self._system, pafs.LocalFileSystem())
+        retried(copy, f"{self.location}/{source}", READ_ATTEMPTS, "use another checkpoint")
 
     def write_note(self, name: str, data: bytes) -> None:
         """Write a small file at once or not at all."""
@@ -185,11 +181,11 @@ class CheckpointStorage:
     def remove_note(self, name: str) -> None:
         """Remove a file, if it is there."""
         with suppress(FileNotFoundError):
-            self._system.delete_file(self._path(name))
+            self._system.delete_file(name)
 
     def read_note(self, name: str) -> bytes:
         """Read a small file; OSError if it does not exist."""
-        with self._system.open_input_stream(self._path(name)) as file:
+        with self._system.open_input_stream(name) as file:
             return file.read()
 
 

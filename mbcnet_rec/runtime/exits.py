@@ -64,8 +64,7 @@ def no_room(error: BaseException) -> str:
         # safetensors and SQLite keep no errno
         number = number or next((each for each in NO_ROOM if os.strerror(each).lower() in text), None)
         if number or "disk is full" in text or "disk i/o error" in text:
-            is_known = isinstance(cause, OSError)
-            place = (cause.filename or "standard output, or a file") if is_known else "a file"
+            place = (cause.filename or "standard output, or a file") if isinstance(cause, OSError) else "a file"
             reason = os.strerror(number or errno.ENOSPC)
             return f"{place}: cannot be written ({reason}); free space or choose another place, then start again"
         cause = cause.__cause__ or cause.__context__

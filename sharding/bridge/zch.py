@@ -79,8 +79,7 @@ class BucketedCollisions(ManagedCollisionModule):
         assert table.zch is not None
         self.table, self.zch, self.start = table, table.zch, start
         self.bucket_rows = table.num_embeddings // self.zch.buckets
-        borders = [self.bucket_rows * bucket for bucket in range(self.zch.buckets + 1)]
-        super().__init__(device, borders)
+        super().__init__(device, [self.bucket_rows * bucket for bucket in range(self.zch.buckets + 1)])
         slots = torch.arange(start, stop, dtype=torch.int64, device=device)
         self.register_buffer("raw_ids", torch.full_like(slots, FREE))
         self.register_buffer("slots", slots)

@@ -139,6 +139,5 @@ def assess(plan: Plan, cluster: Cluster) -> Assessment:
     # of the all-reduce, which starts with backward's first gradients: backward is two thirds of the work
     hidden = seconds * 2 / 3
     all_reduce = max(0.0, dense.all_reduce_seconds(cluster) - hidden)
-    decode = dense.decode_seconds(batch, cluster)
-    path = CriticalPath(**slowest, dense=seconds, all_reduce=all_reduce, decode=decode)
+    path = CriticalPath(**slowest, dense=seconds, all_reduce=all_reduce, decode=dense.decode_seconds(batch, cluster))
     return Assessment(plan, cluster, costs, ranks, path)
