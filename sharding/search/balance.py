@@ -60,10 +60,10 @@ class Balance:
                     self._add(rank, load)
                 continue
             self._put(name, _Option(table, table.ranks, loads(table)[0][1]))  # the first shard is the largest
-            tried = [option for option in options[name] if option.sharding_type in MOVABLE]
+            tried = [(option, loads(option)[0][1]) for option in options[name] if option.sharding_type in MOVABLE]
             self.choices[name] = [
                 _Option(option, ranks, load)
-                for option, load in zip(tried, (loads(each)[0][1] for each in tried), strict=True)
+                for option, load in tried
                 for ranks in (single if option.sharding_type == "table_wise" else hosts)
                 if name not in pinned or pinned[name].issuperset(ranks)
             ]
@@ -128,22 +128,13 @@ class Balance:
 
     def _after(self, step: dict[str, _Option], best: float) -> float | None:
         """Largest seconds of the ranks that a step touches; None if that is not below `best`, or if one overflows."""
-        come: dict[int, list[_Load]] = {}
-        go: dict[int, list[_Load]] = {}
-        for name, option in step.items():
-            for rank in option.ranks:
-                come.setdefault(rank, []).append(option.load)
-            for rank in self.now[name].ranks:
-                go.setdefault(rank, []).append(self.now[name].load)
-        largest = 0.0
-        for rank in come.keys() | go.keys():
-            new, old = come.get(rank, []), go.get(rank, [])
-            after = self.seconds[rank] + sum(load.seconds for load in new) - sum(load.seconds for load in old)
-            if after >= best:
+        after: dict[int, list[float]] = {}  # rank -> its seconds, and how much more of either memory it needs
+        for sign, options in ((1, step), (-1, {name: self.now[name] for name in step})):
+            for option in options.values():
+                for rank in option.ranks:
+                    sums = after.setdefault(rank, [self.seconds[rank], 0, 0])
+                    after[rank] = [total + sign * part for total, part in zip(sums, option.load, strict=True)]
+        for rank, (seconds, *more) in after.items():
+            if seconds >= best or any(need > max(0, free) for need, free in zip(more, self.free[rank], strict=True)):
                 return None
-            for index, free in enumerate(self.free[rank], 1):
-                more = sum(load[index] for load in new) - sum(load[index] for load in old)
-                if more > 0 and more > free:
-                    return None
-            largest = max(largest, after)
-        return largest
+        return max(seconds for seconds, *_ in after.values())
