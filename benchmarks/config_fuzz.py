@@ -24,7 +24,7 @@ from small_log import LONG_RUN, write_log
 
 from mbcnet_rec.cli import main as mbcnet
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.train import run_training  # noqa: F401 (imports torchrec once, before the forks)
+from mbcnet_rec.run_training import run_training  # noqa: F401 (imports torchrec once, before the forks)
 
 NUMBERS = (0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**18, 0.5, 1e-300, 1e300, -0.0)
 TEXTS = ("", "x", "none", "../..", "/dev/null/x", "a\nb", "\x00", "é" * 300, "s3://", "auto", "true", "[0]")

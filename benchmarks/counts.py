@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 from mbcnet_rec.build import build
 from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.mbcnet import MBCNetConfig
-from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.plugins import model_config
 from mbcnet_rec.runtime.process import joined_process
 
 ROWS = 64
@@ -55,7 +55,7 @@ def main() -> int:
 def counted() -> dict[str, Any]:
     """Counts of one step, after two that fill caches."""
     with tempfile.TemporaryDirectory() as name, joined_process("cpu") as process:
-        folder, model = Path(name), ModelConfig(mbcnet=NARROW)
+        folder, model = Path(name), model_config(mbcnet=NARROW)
         schema = written_log(folder, cut_schema(1_000, "demo"), 4 * ROWS)
         batch = read_batches(folder, schema, ROWS)[0]
         step = training_step(build(run_config(folder, model, ROWS), schema, process), batch)

@@ -33,8 +33,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.config import load_config
+from mbcnet_rec.run_training import run_training
 from mbcnet_rec.runtime.exits import RunStoppedError
-from mbcnet_rec.train import run_training
 
 STEPS_BETWEEN_KILLS = 4
 CHECKPOINT_EVERY = 2

@@ -29,7 +29,7 @@ from small_log import at_each_step
 
 from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model import objective
-from mbcnet_rec.train import run_training
+from mbcnet_rec.run_training import run_training
 from mbcnet_rec.training import trainer
 
 WATCHED: tuple[Any, ...] = (

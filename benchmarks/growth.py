@@ -31,6 +31,7 @@ from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.losses import branch_coteaching_loss, branch_pairs, moderate_differentiation_loss
 from mbcnet_rec.model.mbcnet import MBCNetConfig
 from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.plugins import model_config
 from mbcnet_rec.runtime.process import Process, joined_process
 
 FIELDS, ROWS, DIM, BATCH, GROUPS, GROUP_FIELDS = 48, 10_000, 8, 1024, 4, 6
@@ -52,7 +53,7 @@ def model(branches: Sequence[str] = THREE) -> ModelConfig:
     """Narrow layers: the framework's own cost is not hidden behind products."""
     efgc, deep = EFGCConfig(hidden=(64, 32)), DeepConfig(hidden=(256, 128))
     mbcnet = MBCNetConfig(branches=tuple(branches), efgc=efgc, deep=deep, branch_dim=128, top=(128, 64))
-    return ModelConfig(mbcnet=mbcnet)
+    return model_config(mbcnet=mbcnet)
 
 
 def schema_of(fields: int = FIELDS, rows: int = ROWS, groups: int = GROUPS, dim: int = DIM) -> Schema:

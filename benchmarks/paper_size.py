@@ -24,6 +24,7 @@ from mbcnet_rec.config import DataConfig, RunConfig, TrainConfig
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig
 from mbcnet_rec.model.mbcnet import MBCNetConfig
 from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.plugins import model_config
 from mbcnet_rec.training.built import Built
 
 # Training FLOPs of one sample at 2,780 dims and 800 group dims: 6 for each multiply-add of a forward pass.
@@ -32,10 +33,10 @@ PREDICTED_FLOPS = 85.8e6
 PREDICTED_SHARED, PREDICTED_PER_BRANCH = 14.1e6, 10.2e6
 TRAIN_FOLDER = "ds=2024-05-01"
 
-MBCNET = ModelConfig()
-PER_BRANCH = ModelConfig(mbcnet=MBCNetConfig(embeddings="per_branch"))
+MBCNET = model_config()
+PER_BRANCH = model_config(mbcnet=MBCNetConfig(embeddings="per_branch"))
 # Cross and deep branch under the shared top, without a word between them: what EFGC and cooperation come on top of.
-TWO_BRANCHES = ModelConfig(
+TWO_BRANCHES = model_config(
     mbcnet=MBCNetConfig(
         branches=("cross", "deep"),
         coteaching=CoteachingConfig(weight=0.0),

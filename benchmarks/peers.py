@@ -42,10 +42,9 @@ import torch
 from peer_code.timed_steps import answer_tasks
 from side_by_side import Answering, environment, print_figures, ratio, timing_parser_of
 
-from data.schema.parse import parse_dataclass
-from mbcnet_rec.config import RunConfig
+from mbcnet_rec.config import config_of
 from mbcnet_rec.cpu.layers import bf16_in_hardware
-from mbcnet_rec.train import run_training
+from mbcnet_rec.run_training import run_training
 
 TAIL = 5  # steps after the last one that is timed: a pipeline that runs dry is no steady state
 ROW_GROUP = 16_384
@@ -164,7 +163,7 @@ def dlrm_task(size: Size) -> dict[str, Any]:
 
 def train_ours(task: dict[str, Any]) -> None:
     """One run, as `mbcnet train` makes it."""
-    run_training(parse_dataclass(RunConfig, task["config"], "the task"), overwrite=True)
+    run_training(config_of(task["config"], "the task"), overwrite=True)
 
 
 def started_sides(args: Any, folder: Path, stack: ExitStack) -> dict[str, Answering]:

@@ -36,8 +36,8 @@ from pipeline_faults import Fault
 from side_by_side import parser_of, print_figures, settings
 
 from mbcnet_rec.cli import main as mbcnet
+from mbcnet_rec.run_training import run_training  # noqa: F401 (imports torchrec once, before the forks)
 from mbcnet_rec.serving.loader import load
-from mbcnet_rec.train import run_training  # noqa: F401 (imports torchrec once, before the forks)
 
 CODES = (0, 2, 74, 130)
 SECONDS = 120.0  # of one case

@@ -35,9 +35,8 @@ from side_by_side import print_figures, timing_parser_of
 from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
 from data.schema import Schema, load_schema, schema_to_toml
-from data.schema.parse import parse_dataclass
 from data.stream import Batch, ParquetStream
-from mbcnet_rec.config import RunConfig
+from mbcnet_rec.config import RunConfig, config_of
 from mbcnet_rec.study.runs import Run, place_run, scores, train_all
 
 PEER_CODE = Path(__file__).parent / "peer_code"
@@ -225,7 +224,7 @@ def our_config(data: Path, schema: Path, model: dict[str, Any], args: Any, seed:
         "train": {"device": "cpu", "epochs": args.epochs, "schedule": "plateau", "seed": seed}
         | {"max_grad_norm": CLIP, "log_every": 200},
     }
-    return parse_dataclass(RunConfig, table, "the protocol")
+    return config_of(table, "the protocol")
 
 
 def train_ours(data: Path, schema: Path, args: Any) -> Scores:

@@ -26,7 +26,7 @@ from side_by_side import parser_of
 from data.schema import Schema
 from data.synthetic.planted import pailitao_schema
 from mbcnet_rec.dense_cost import dense_cost
-from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.plugins import model_config
 from sharding.cost.assess import Assessment
 from sharding.cost.estimate import DoesNotFit
 from sharding.plan.cluster import read_cluster
@@ -89,7 +89,7 @@ def assessed(schema: Schema, kind: str, size: int, batch: int, seconds: float) -
     hosts, devices = max(1, size // HOST_DEVICES), min(size, HOST_DEVICES)
     cluster = read_cluster(kind).resized(hosts, devices)
     plain = ShardingConfig(search_seconds=seconds)
-    dense = dense_cost(ModelConfig(), schema, plain)
+    dense = dense_cost(model_config(), schema, plain)
     by_size = sorted(schema.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
     paged = {table.name: CACHED for table in by_size[:PAGED_TABLES]}
     half, host = replace(plain, data_type="fp16"), replace(plain, data_type="fp16", tables=paged)

@@ -38,7 +38,7 @@ from paper_size import MBCNET, PER_BRANCH, cut_schema
 from safetensors.torch import save_file
 from side_by_side import parser_of, print_figures
 
-from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.model.models import fit_widths
 from mbcnet_rec.serving import loader
 from mbcnet_rec.serving.delta import write_delta
 from mbcnet_rec.serving.latency import draw_requests

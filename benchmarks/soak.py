@@ -26,8 +26,8 @@ from side_by_side import parser_of, print_figures, rank_environment
 from small_log import LONG_RUN, at_each_step, write_log
 
 from mbcnet_rec.config import load_config
+from mbcnet_rec.run_training import run_training
 from mbcnet_rec.runtime.exits import PreemptedError
-from mbcnet_rec.train import run_training
 from mbcnet_rec.training.hooks import Hooks
 
 RANKS = 2

@@ -102,11 +102,11 @@ def train_with_stamps() -> int:
     stamps = [time.time()]
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    import mbcnet_rec.train
+    import mbcnet_rec.run_training
     from mbcnet_rec.config import load_config
 
     stamps.append(time.time())
-    join, build = mbcnet_rec.train.joined_process, mbcnet_rec.train.build
+    join, build = mbcnet_rec.run_training.joined_process, mbcnet_rec.run_training.build
 
     @contextmanager
     def joined(*args: Any) -> Iterator[Any]:
@@ -124,9 +124,9 @@ def train_with_stamps() -> int:
             stamps.append(time.time())
             Path(os.environ[STAMPS], os.environ["RANK"]).write_text(json.dumps(stamps))
 
-    mbcnet_rec.train.joined_process, mbcnet_rec.train.build = joined, built  # type: ignore[assignment]
+    mbcnet_rec.run_training.joined_process, mbcnet_rec.run_training.build = joined, built  # type: ignore[assignment]
     register_optimizer_step_post_hook(stepped)
-    return mbcnet_rec.train.run_training(load_config(sys.argv[1], []), overwrite=True)
+    return mbcnet_rec.run_training.run_training(load_config(sys.argv[1], []), overwrite=True)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ from data.stream import Batch
 from mbcnet_rec.build import build
 from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.input_layout import ALL
+from mbcnet_rec.run_training import run_training
 from mbcnet_rec.runtime.process import Process, joined_process
-from mbcnet_rec.train import run_training
 from mbcnet_rec.training.built import Built
 from sharding.plan.constraints import ShardingConfig
 

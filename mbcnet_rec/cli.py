@@ -32,6 +32,7 @@ COMMANDS = {
     "doctor": "check the installation",
     "data": "write, prepare and check data",
     "schema": "infer, fit or show a schema",
+    "model": "write the skeleton of a model of your own",
     "plan": "place a schema's tables on a cluster, and review the plan",
     "launch": "start a training job on this machine or a cluster",
     "train": "train a model from a config",

@@ -9,16 +9,18 @@ from typing import Any
 import tomli_w
 
 from data.errors import InputError
+from data.plugins import pinned
 from data.reading.config import DataConfig
-from data.schema.parse import parse_dataclass, read_toml, to_toml_value
+from data.schema.parse import parse_dataclass, parse_value, read_toml, to_toml_value
 from data.whole_folder import home_path
 from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.plugins import model_class, model_config
 from mbcnet_rec.training.config import OptimConfig, TrainConfig
 from sharding.plan.constraints import ShardingConfig
 
 # Keys that hold paths, in which `~` is the home folder
 PATH_KEYS = (
-    "schema", "data.train", "data.valid", "data.test", "train.out", "train.checkpoint_folder", "train.warm_start", "sharding.plan",
+    "schema", "plugins", "data.train", "data.valid", "data.test", "train.out", "train.checkpoint_folder", "train.warm_start", "sharding.plan",
     "sharding.cluster",
 )  # fmt: skip
 
@@ -30,10 +32,12 @@ class RunConfig:
     name: str  # names its folder
     schema: str  # the schema file, fitted, relative to the working directory
     data: DataConfig
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = field(default_factory=model_config)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    # Python files that bring models, branches and losses; a resolved config pins each: FILE#sha256=HEX
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what no part can check alone."""
@@ -54,6 +58,10 @@ class RunConfig:
     def run_folder(self) -> Path:
         """Where the run writes."""
         return Path(self.train.out or f"runs/{self.name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the values: the classes of plug-ins are made in each process."""
+        return config_of, (to_toml_value(self), self.name)
 
 
 def next_data(data: DataConfig, given: Sequence[str]) -> DataConfig:
@@ -101,7 +109,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         apply_override(table, override)
     _resolve_home(table)
-    return parse_dataclass(RunConfig, table, str(path))
+    return config_of(table, str(path))
+
+
+def config_of(table: Mapping[str, Any], source: str) -> RunConfig:
+    """A run's config of a parsed TOML table; InputError as `load_config`."""
+    plugins = parse_value(tuple[str, ...], table.get("plugins", []), source, "plugins")
+    plugins = tuple(pinned(each, source) for each in plugins)
+    model = parse_dataclass(model_class(plugins), table.get("model", {}), source, "model")
+    return parse_dataclass(RunConfig, {**table, "model": model, "plugins": plugins}, source)
 
 
 def _resolve_home(table: dict[str, Any]) -> None:
@@ -119,7 +135,7 @@ def _resolve_home(table: dict[str, Any]) -> None:
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:
-    """Set one dotted key of a parsed TOML table in place.
+    """Set one dotted key of a parsed TOML table in place; `key.path+=value` adds a value to a list.
 
     Raises:
         InputError: the override is not `key.path=value`, or its path leads through a value.
@@ -133,7 +149,8 @@ def apply_override(table: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise InputError(f"--set {override}: {name!r} is {child!r}, not a table of keys; check the path")
         table = child
-    table[names[-1]] = _toml_value(text.strip())
+    value, last = _toml_value(text.strip()), names[-1].rstrip("+ ")
+    table[last] = [*table.get(last, []), value] if last != names[-1] else value
 
 
 def _toml_value(text: str) -> Any:

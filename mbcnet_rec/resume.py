@@ -34,7 +34,7 @@ ORDER = (
     "data.drop_positives", "train.seed",
 )  # fmt: skip
 # options by which the same weights are another model: slices and logits go by the order of branches
-MEANINGS = ("model.mbcnet.top_activation", "model.mbcnet.branches")
+MEANINGS = ("model.mbcnet.top_activation", "model.mbcnet.branches", "plugins")
 # where things are; what the rows are is compared by the files
 PLACES = ("name", "schema", "data.train", "train.out", "train.checkpoint_folder")
 GROWING = frozenset({"num_embeddings", "min_count", "expire_after"})  # of fields with a vocabulary, from day to day
@@ -181,7 +181,7 @@ def refuse_other_start(
     notes = [f"partial load: {what}" for what in order]
     changed = option_differences(run, config)
     for key, before, now in changed:
-        if key in MEANINGS and config.model.kind == "mbcnet" and not allow_partial:
+        if key in MEANINGS and key.startswith(("plugins", f"model.{config.model.kind}.")) and not allow_partial:
             raise InputError(
                 f"{config.run_folder}: {key} = {now!r}, but {before!r} in its checkpoint, whose weights mean something else then; "
                 f"add --set {key}={before}"
@@ -202,8 +202,13 @@ def option_differences(run: Mapping[str, Any], config: RunConfig) -> list[tuple[
     return [
         (key, before[key], value)
         for key, value in now.items()
-        if key in before and before[key] != value and key not in PLACES
+        if key in before and _meant(before[key], key) != _meant(value, key) and key not in PLACES
     ]
+
+
+def _meant(value: Any, key: str) -> Any:
+    """Of plug-ins their texts, wherever they lie."""
+    return [each.partition("#")[2] for each in value] if key == "plugins" else value
 
 
 def told_differences(run: Mapping[str, Any], config: RunConfig) -> str:

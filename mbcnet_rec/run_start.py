@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.errors import InputError
+from data.plugins import PLUGINS, plugin_text
 from data.reading.storage import is_uri
 from data.schema import Schema
 from data.whole_folder import NO_ROOM, write_whole
@@ -34,7 +35,22 @@ from mbcnet_rec.training.faults import FAULTS
 from sharding.plan.placement import Plan, plan_text
 
 # what a run writes
-_OWN = {CONFIG, METRICS, PLAN, DATA, LINEAGE, *COPIED, CHECKPOINTS, STACKS, FAULTS, "tb", DONE, "report.html", RUN_ID}
+_OWN = {
+    CONFIG,
+    METRICS,
+    PLAN,
+    DATA,
+    LINEAGE,
+    *COPIED,
+    CHECKPOINTS,
+    STACKS,
+    FAULTS,
+    "tb",
+    DONE,
+    "report.html",
+    RUN_ID,
+    PLUGINS,
+}
 LOST = "{}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
 
 
@@ -161,7 +177,10 @@ def open_folder(
         write_whole(new / PLAN, plan_text(begun.plan))
         write_whole(new / DATA, json.dumps(begun.marks) + "\n")
         write_whole(new / LINEAGE, lineage_text(begun.days.lines))
-        names = {CONFIG, PLAN, DATA, LINEAGE}
+        names = {CONFIG, PLAN, DATA, LINEAGE, PLUGINS}
+        for name, text in map(plugin_text, begun.config.plugins):
+            (new / PLUGINS).mkdir(exist_ok=True)
+            (new / PLUGINS / name).write_bytes(text)
         # a run of an earlier version has no copy yet, and a lost run folder has none any more
         if fresh or not (folder / SCHEMA).is_file() or earlier.get("files") != begun.files:
             write_copy(begun.schema, new, begun.files)

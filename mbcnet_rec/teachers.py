@@ -23,26 +23,26 @@ from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
 from mbcnet_rec.checkpoints.run_schema import other_ids
 from mbcnet_rec.config import RunConfig
-from mbcnet_rec.model.models import ARCHES, needs_wide
+from mbcnet_rec.model.models import needs_wide
 from mbcnet_rec.resume import start_differences
 from mbcnet_rec.run_start import LOST, check_folder
+from mbcnet_rec.run_training import Report, run_training
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
 from mbcnet_rec.scoring.trained_run import TrainedRun, find_best
-from mbcnet_rec.train import Report, run_training
 
 
 def train_model(
     config: RunConfig, *, resume: bool = False, overwrite: bool = False, report: Report | None = None, **options: Any
 ) -> int:
     """`run_training`, with its options, for EnKD preceded by its teachers. One call per rank."""
-    if config.model.kind == "enkd":
+    if config.model.teacher_kinds:
         if options.get("continues") or options.get("progressive"):
             raise InputError(
-                "--continue, --progressive: model.kind = 'enkd' learns from teachers that know its rows only; train it anew"
+                f"--continue, --progressive: model.kind = {config.model.kind!r} learns from teachers that know its rows only; train it anew"
             )
-        teachers = [teacher_config(config, kind) for kind in config.model.enkd.teachers]
+        teachers = [teacher_config(config, kind) for kind in config.model.teacher_kinds]
         with ExitStack() as held:
             # the student's folder is taken for as long as its teachers train, too
             if os.environ.get("RANK", "0") == "0":
@@ -76,8 +76,9 @@ def refuse_other_teacher(teacher: RunConfig) -> None:
 
 def teacher_config(config: RunConfig, kind: str) -> RunConfig:
     """Config of a teacher of an EnKD run; InputError if `kind` is no kind of model."""
-    if kind not in ARCHES:
-        raise InputError(f"model.enkd.teachers: {kind!r} is no kind of model; wanted some of {', '.join(ARCHES)}")
+    if kind not in config.model.kinds:
+        where, known = f"model.{config.model.kind}.teachers", ", ".join(config.model.kinds)
+        raise InputError(f"{where}: {kind!r} is no kind of model; wanted some of {known}")
     folder = config.run_folder.with_name(config.run_folder.name + "_teachers") / kind
     model = replace(config.model, kind=kind)
     # a plan file lists the student's tables; a teacher with a wide part has more

@@ -43,7 +43,8 @@ from mbcnet_rec.checkpoints.run_folder import storage_of
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.checkpoints.shards import shards_of as held
 from mbcnet_rec.config import load_config
-from mbcnet_rec.model.models import ARCHES, build_model, build_objective, model_layout
+from mbcnet_rec.model.models import build_model, build_objective, model_layout
+from mbcnet_rec.plugins import model_class
 from mbcnet_rec.runtime.exits import StopRequest
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.scorer import Scorer
@@ -58,7 +59,7 @@ ROWS = 8
 CONFIG = write_small(FOLDER / "rows", 400, 100)
 # what a config may say of each kind of model that changes what is computed
 VARIANTS = {
-    **{kind: [f"model.kind={kind}"] for kind in ARCHES},
+    **{kind: [f"model.kind={kind}"] for kind in model_class().kinds},
     "mbcnet, five branches": [
         'model.mbcnet.branches=["efgc","cross","deep","fm","wide"]', "model.mbcnet.fusion=gated", "model.mbcnet.batch_norm=true",
         "model.mbcnet.dropout=0.1", "model.mbcnet.coteaching.warmup_steps=3",

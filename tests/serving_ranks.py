@@ -13,12 +13,12 @@ from serving_data import KINDS
 
 from data.schema import load_schema
 from mbcnet_rec.config import load_config
+from mbcnet_rec.run_training import open_splits
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, run_evaluation
 from mbcnet_rec.scoring.predict import put_in_place, run_prediction
 from mbcnet_rec.scoring.tally import EXACT_ROWS
 from mbcnet_rec.scoring.trained_run import find_best
-from mbcnet_rec.train import open_splits
 from mbcnet_rec.training.evaluation import evaluate_stream
 
 FOLDER = Path(sys.argv[1])

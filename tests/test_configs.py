@@ -9,7 +9,7 @@ from data.public.prepare import prepare
 from data.schema import load_schema
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
-from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.plugins import model_config
 from mbcnet_rec.study.runner import variant_config
 from mbcnet_rec.study.studies import MODELS
 
@@ -41,7 +41,7 @@ def test_a_tuned_config_is_what_a_study_takes_for_its_model(path):
     assert config.model.kind == path.stem and config.model.init == "xavier_normal"
     for key in ("train", "valid", "test"):
         assert getattr(config.data, key) == getattr(base.data, key)
-    assert getattr(config.model, path.stem) != getattr(ModelConfig(), path.stem)
+    assert getattr(config.model, path.stem) != getattr(model_config(), path.stem)
 
 
 @pytest.mark.parametrize(

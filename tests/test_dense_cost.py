@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.schema import parse_schema
 from mbcnet_rec.dense_cost import dense_cost
-from mbcnet_rec.model.models import ModelConfig
+from mbcnet_rec.plugins import model_config
 from sharding.plan.constraints import ShardingConfig
 
 FIELDS = {
@@ -17,7 +17,7 @@ SCHEMA = parse_schema(TABLE, "two", Path())
 
 
 def test_a_deep_network_costs_its_products():
-    config = ModelConfig(kind="dnn")
+    config = model_config(kind="dnn")
     cost = dense_cost(config, SCHEMA, ShardingConfig())
     widths = [12, *config.dnn.hidden, 1]
     products = sum(a * b for a, b in pairwise(widths))

@@ -1,7 +1,6 @@
 """Every model of Table 3, and FM and DeepFM, computes its paper's formula, written here row by row in NumPy."""
 
 import dataclasses
-import typing
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,7 +12,7 @@ from data.errors import InputError
 from mbcnet_rec.model.branches import EFGCConfig, FMConfig
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
 from mbcnet_rec.model.layers import CrossConfig
-from mbcnet_rec.model.models import ARCHES, ModelConfig, ModelKind, build_arch, build_model, needs_wide
+from mbcnet_rec.model.models import build_arch, build_model, needs_wide
 from mbcnet_rec.model.zoo.crossnet import CrossNetConfig
 from mbcnet_rec.model.zoo.dcnv2 import DCNv2Config
 from mbcnet_rec.model.zoo.deepfm import DeepFMConfig
@@ -22,6 +21,7 @@ from mbcnet_rec.model.zoo.efgc import EFGCNetConfig
 from mbcnet_rec.model.zoo.enkd import EnKDConfig, TeacherGate, distillation_loss
 from mbcnet_rec.model.zoo.finalmlp import FinalMLPConfig, StreamConfig
 from mbcnet_rec.model.zoo.mmoe import MMoEConfig
+from mbcnet_rec.plugins import model_class, model_config
 
 B = 9
 LAYOUT = InputLayout(
@@ -151,7 +151,7 @@ CASES = [
 
 
 def config_of(kind, own):
-    return ModelConfig(kind, **{kind: own})
+    return model_config(kind, **{kind: own})
 
 
 def features():
@@ -184,13 +184,13 @@ def test_equals_its_formula(kind, own, naive):
 
 
 def test_every_kind_is_tested_and_says_whether_it_is_wide():
-    assert {kind for kind, _, _ in CASES} | {"mbcnet"} == set(ARCHES) == set(typing.get_args(ModelKind))
+    assert {kind for kind, _, _ in CASES} | {"mbcnet"} == set(model_class().kinds)
     plain = dataclasses.replace(LAYOUT, wide=False)
     for kind, own, _ in CASES:
         wide = needs_wide(config_of(kind, own))
         with pytest.raises(ValueError, match="wide=True") if wide else nullcontext():
             build_arch(config_of(kind, own), plain)
-    assert not needs_wide(ModelConfig())
+    assert not needs_wide(model_config())
 
 
 def naive_distillation(student, teachers, labels, gates, tau, soft_weight):
@@ -242,12 +242,12 @@ def test_teacher_gate():
     np.testing.assert_allclose(array(gate(teachers)), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ARCHES)
+@pytest.mark.parametrize("kind", model_class().kinds)
 def test_logits_are_float32_under_autocast(kind):
     """bfloat16 logits would be a few hundred distinct scores among thousands of rows."""
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = build_arch(ModelConfig(kind), LAYOUT)(
+        output = build_arch(model_config(kind), LAYOUT)(
             {name: torch.randn(1000, LAYOUT.width(name)) for name in (ALL, WIDE, *LAYOUT.groups)}
         )
     for logits in (output.fused_logits, *output.branch_logits):
@@ -272,7 +272,7 @@ def test_logits_are_float32_under_autocast(kind):
             lambda: build_arch(config_of("finalmlp", FinalMLPConfig(StreamConfig(context=("shop",)))), LAYOUT),
             "model.finalmlp.first.context = .*'shop' is not a field",
         ),
-        (lambda: build_arch(ModelConfig("efgc"), InputLayout({"a": 4}, {}, {})), "schema has no groups"),
+        (lambda: build_arch(model_config("efgc"), InputLayout({"a": 4}, {}, {})), "schema has no groups"),
     ],
 )
 def test_refuses(call, words):
@@ -284,7 +284,7 @@ def test_initial_weights_can_be_those_of_fuxictr():
     """xavier_normal: standard deviation sqrt(2 / (in + out)), biases 0; else torch's own, within 1 / sqrt(in)."""
     torch.manual_seed(0)
     plain, normal = (
-        build_model(ModelConfig("dnn", init, dnn=DNNConfig((400, 300))), nn.Identity(), LAYOUT).dense_arch.mlp[2]
+        build_model(model_config("dnn", init, dnn=DNNConfig((400, 300))), nn.Identity(), LAYOUT).dense_arch.mlp[2]
         for init in ("torch", "xavier_normal")
     )
     assert plain.weight.abs().max() <= 400**-0.5 and plain.bias.abs().max() > 0

@@ -14,11 +14,12 @@ from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
 from mbcnet_rec.model.layers import CrossConfig
 from mbcnet_rec.model.mbcnet import MBCNetConfig
-from mbcnet_rec.model.models import ModelConfig, build_model, needs_wide
+from mbcnet_rec.model.models import build_model, needs_wide
 from mbcnet_rec.model.objective import Objective
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, Lookup, SparseArch, field_of, join_slices, regroup_op, wide_key
 from mbcnet_rec.model.zoo.deepfm import DeepFMConfig
 from mbcnet_rec.model.zoo.dnn import DNNConfig
+from mbcnet_rec.plugins import model_config
 from mbcnet_rec.runtime.process import joined_process
 
 DIMS = {"user": 4, "item": 8, "tags": 4, "shops": 12}
@@ -143,12 +144,12 @@ SMALL = {
     "top": (7, 5),
 }
 MODELS = {
-    "mbcnet": ModelConfig("mbcnet", mbcnet=MBCNetConfig(**SMALL)),
-    "five branches": ModelConfig(
+    "mbcnet": model_config("mbcnet", mbcnet=MBCNetConfig(**SMALL)),
+    "five branches": model_config(
         "mbcnet", mbcnet=MBCNetConfig(branches=("efgc", "cross", "deep", "fm", "wide"), **SMALL)
     ),
-    "deepfm": ModelConfig("deepfm", deepfm=DeepFMConfig(hidden=(6, 5))),
-    "dnn": ModelConfig("dnn", dnn=DNNConfig(hidden=(6, 5))),
+    "deepfm": model_config("deepfm", deepfm=DeepFMConfig(hidden=(6, 5))),
+    "dnn": model_config("dnn", dnn=DNNConfig(hidden=(6, 5))),
 }
 
 

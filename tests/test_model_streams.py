@@ -12,11 +12,12 @@ from data.schema import load_schema
 from mbcnet_rec.model.branches import BranchesConfig, DeepConfig, EFGCConfig
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, with_streams
 from mbcnet_rec.model.mbcnet import BranchArch, MBCNetConfig
-from mbcnet_rec.model.models import ModelConfig, build_arch, model_layout, needs_wide, schema_with_wide
+from mbcnet_rec.model.models import build_arch, model_layout, needs_wide, schema_with_wide
 from mbcnet_rec.model.sparse_arch import FeatureRegroup
 from mbcnet_rec.model.zoo.dcnv2 import DCNv2Config
 from mbcnet_rec.model.zoo.finalmlp import FinalMLPConfig
 from mbcnet_rec.model.zoo.wide_deep import WideDeepConfig
+from mbcnet_rec.plugins import model_config
 
 ROOT = Path(__file__).parents[1]
 LAYOUT = InputLayout(DIMS, DENSE, GROUPS)  # user 4, item 8, tags 4, shops 12; efgc reads user and item
@@ -90,7 +91,7 @@ def test_branches_read_their_slices_only():
 )
 def test_other_models_have_streams_too(kind, own, names):
     schema = load_schema(ROOT / "data/schemas/pailitao.toml")
-    config = dataclasses.replace(ModelConfig(kind=kind), **{kind: own})
+    config = dataclasses.replace(model_config(kind=kind), **{kind: own})
     layout = model_layout(config, schema)
     assert list(layout.tensors()) == names
     assert not needs_wide(config) and schema_with_wide(config, schema) is schema  # no tables of its own
@@ -101,7 +102,7 @@ def test_other_models_have_streams_too(kind, own, names):
     logits = arch({name: torch.randn(3, width) for name, width in widths.items()}).fused_logits
     assert logits.shape == (3,)
     shared = build_arch(
-        dataclasses.replace(ModelConfig(kind=kind), **{kind: dataclasses.replace(own, embeddings="shared")}),
+        dataclasses.replace(model_config(kind=kind), **{kind: dataclasses.replace(own, embeddings="shared")}),
         dataclasses.replace(LAYOUT, wide=True),
     )
     assert shared({ALL: torch.randn(3, 33), WIDE: torch.randn(3, 9)}).fused_logits.shape == (3,)

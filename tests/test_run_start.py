@@ -10,7 +10,7 @@ from mbcnet_rec.checkpoints.run_folder import CONFIG, NEW, REPLACED, put_in_plac
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
-from mbcnet_rec.train import run_training
+from mbcnet_rec.run_training import run_training
 
 SHORT = ("train.max_steps=2", "data.test=[]")
 

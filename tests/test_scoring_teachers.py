@@ -11,9 +11,9 @@ from data.errors import InputError
 from data.schema import load_schema
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
+from mbcnet_rec.run_training import open_splits, run_training
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.teachers import TaughtStream, load_teacher, teacher_config
-from mbcnet_rec.train import open_splits, run_training
 
 SETTINGS = [
     "model.kind=enkd",

@@ -122,7 +122,7 @@ def test_losses_tells_disagreement_and_dead_runs(home):
 
 def test_fig9_compares_every_cell_with_the_best_rival_and_marks_dead_ones(home):
     """Ahead of FinalMLP in one cell of two that live, both by far; a third is dead; --models takes other rivals."""
-    study = with_models(STUDIES["fig9"], ())
+    study = with_models(STUDIES["fig9"], (), {})
     cells = [row.name for row in study.variants[:3]]
     rng = np.random.default_rng(0)
     labels = (rng.random(2000) < 0.3).astype(np.float32)
@@ -152,7 +152,7 @@ def test_fig9_compares_every_cell_with_the_best_rival_and_marks_dead_ones(home):
     )
     assert "by both tests it is ahead in 1, level in 0, behind in 1, dead in 1." in blocks[1].text
     assert blocks[2].rows[2][2] == "3 of 3" and "to FinalMLP" in blocks[2].rows[0][5]
-    assert [row.name for row in with_models(STUDIES["fig9"], ["mbcnet", "dnn"]).variants[16:]] == ["DNN"]
+    assert [row.name for row in with_models(STUDIES["fig9"], ["mbcnet", "dnn"], {}).variants[16:]] == ["DNN"]
     assert [row.name for row in study.variants[16:]] == ["DCNv2", "FinalMLP"]
 
 

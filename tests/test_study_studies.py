@@ -7,7 +7,7 @@ import pytest
 from small_data import CONFIG
 
 from mbcnet_rec.config import config_text, load_config
-from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.model.models import fit_widths
 from mbcnet_rec.study.studies import DENSITIES, MBCNET, MODELS, STUDIES, density_name
 from mbcnet_rec.study.tuning import with_overrides
 

@@ -13,7 +13,7 @@ from tiny_run import lines_of, train
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.config import load_config
 from mbcnet_rec.cpu import layers
-from mbcnet_rec.train import warnings_of
+from mbcnet_rec.run_training import warnings_of
 from mbcnet_rec.training.faults import SPIKE_LINES, loss_spike
 from mbcnet_rec.training.state import TrainState
 

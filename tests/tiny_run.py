@@ -50,7 +50,7 @@ def train(config: Path, *settings: str, **options: Any) -> int:
     """The exit code of `mbcnet train --config CONFIG --set SETTING ...`, which draws no report; options are run_training's."""
 
     def command() -> int:
-        from mbcnet_rec.train import run_training  # imports torchrec, which the launch tests do without
+        from mbcnet_rec.run_training import run_training  # imports torchrec, which the launch tests do without
 
         with plain_words():
             return run_training(load_config(config, settings), **options)

@@ -93,12 +93,13 @@ def parse_value(hint: Any, value: Any, source: str, path: str) -> Any:
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
-        for arg in typing.get_args(hint):
-            if arg is not type(None):
-                try:
-                    return parse_value(arg, value, source, path)
-                except InputError:
-                    continue
+        kinds = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        for arg in kinds:
+            try:
+                return parse_value(arg, value, source, path)
+            except InputError:
+                if len(kinds) == 1:  # it says more
+                    raise
         raise wrong
     if origin is Literal:
         if not any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(hint)):
@@ -115,6 +116,8 @@ def parse_value(hint: Any, value: Any, source: str, path: str) -> Any:
         item = typing.get_args(hint)[1]
         return {str(key): parse_value(item, each, source, f"{path}.{key}") for key, each in value.items()}
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
         return parse_dataclass(hint, value, source, path)  # type: ignore[arg-type]
     if isinstance(value, bool) and hint is not bool:  # an int to Python
         raise wrong

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from data.errors import InputError
 
@@ -10,6 +11,16 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --config and --set."""
     parser.add_argument("--config", required=required, metavar="FILE", help="the run's TOML file")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="set one key")
+    parser.add_argument("--plugin", action=_Plugin, dest="overrides", metavar="FILE", help="a Python file with a model, branch or loss of your own (short for --set plugins+=FILE)")  # fmt: skip
+
+
+class _Plugin(argparse.Action):
+    """Adds a file to the config's `plugins`."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        namespace.overrides = [*namespace.overrides, f"plugins+={values}"]
 
 
 def refuse_repeats(overrides: Sequence[str]) -> None:
@@ -17,6 +28,8 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
     given: dict[str, str] = {}
     for override in overrides:
         key = override.partition("=")[0].strip()
+        if key.endswith("+"):
+            continue
         again = next((each for each in given if f"{each}.".startswith(f"{key}.")), None)
         if again is not None:
             raise InputError(f"--set {override}: --set {given[again]} comes before it and would be lost; leave one out")

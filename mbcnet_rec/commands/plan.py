@@ -234,9 +234,10 @@ def task_of(args: argparse.Namespace) -> Task:
         check_constraints(task)
     # torch: after every mistake that is seen without it
     from mbcnet_rec.dense_cost import dense_cost
-    from mbcnet_rec.model.models import ModelConfig, schema_with_wide
+    from mbcnet_rec.model.models import schema_with_wide
+    from mbcnet_rec.plugins import model_config
 
-    model = run.model if run else ModelConfig()
+    model = run.model if run else model_config()
     return replace(task, schema=schema_with_wide(model, schema), dense=dense_cost(model, schema, config))
 
 

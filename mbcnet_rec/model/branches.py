@@ -5,8 +5,9 @@ Every dense layer carries ReLU, the one fully-connected layer that ends EFGC (Eq
 included: the paper calls both "FC" and writes no activation; we read "ReLU on every layer".
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from data.errors import InputError
 from data.schema.bounds import Bounded, bounded
 from mbcnet_rec.model.factorisation import FieldVectors, bi_interaction
 from mbcnet_rec.model.input_layout import ALL, WIDE, Embeddings, InputLayout
+from mbcnet_rec.model.kinds import GROUPS, BranchKind
 from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, GroupedMLP, Regularisation
 
 
@@ -44,6 +46,93 @@ class FMConfig(Bounded):
     dim: int = bounded(0, at_least=0, wanted="0 (the fields' own width) or more")
 
 
+class EFGCBranch(nn.Module):
+    """h = FC(h_1 + ... + h_G), h_g = MLP_g(e_g), where + concatenates (Eq. 2 to 4). It uses every group of the layout."""
+
+    def __init__(self, config: "BranchesConfig", layout: InputLayout) -> None:
+        super().__init__()
+        if not layout.groups:
+            raise InputError("branches has 'efgc' but the schema has no groups; add [groups] to it or drop the branch")
+        self.groups = tuple(layout.groups)
+        widths = [layout.width(group) for group in self.groups]
+        self.crossing = GroupedMLP(widths, config.efgc.hidden, config)
+        self.reduction = MLP(len(widths) * config.efgc.hidden[-1], (config.branch_dim,), config)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Map each group g's (B, n_g) to (B, H)."""
+        crossed = self.crossing([features[group] for group in self.groups])
+        return self.reduction(torch.cat(crossed, dim=1))
+
+
+class CrossBranch(nn.Module):
+    """h = FC(f(e)), f a low-rank mixture or full-rank cross network over all fields (Eq. 7)."""
+
+    def __init__(self, config: "BranchesConfig", layout: InputLayout) -> None:
+        super().__init__()
+        self.crossing = Cross(config.cross, layout.width())
+        self.reduction = MLP(layout.width(), (config.branch_dim,), config)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Map "all" (B, N) to (B, H)."""
+        return self.reduction(self.crossing(features[ALL]))
+
+
+class DeepBranch(nn.Module):
+    """h = MLP(e), e all fields concatenated (Eq. 5 and 6); H is the MLP's last width."""
+
+    def __init__(self, config: "BranchesConfig", layout: InputLayout) -> None:
+        super().__init__()
+        self.mlp = MLP(layout.width(), config.deep.hidden, config)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Map "all" (B, N) to (B, H)."""
+        return self.mlp(features[ALL])
+
+
+class FMBranch(nn.Module):
+    """h = FC(sum_{f < g} v_f * v_g): the products of all pairs of fields, not yet summed over their k entries.
+
+    Figure 8 adds "the factorisation machine of DeepFM"; its scalar carries no latent, so we keep the vector of
+    products (bi-interaction pooling; He and Chua, Neural Factorization Machines, 2017, Eq. 3).
+    """
+
+    def __init__(self, config: "BranchesConfig", layout: InputLayout) -> None:
+        super().__init__()
+        self.vectors = FieldVectors(layout, config.fm.dim)
+        self.reduction = MLP(self.vectors.dim, (config.branch_dim,), config)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Map "all" (B, N) to (B, H)."""
+        return self.reduction(bi_interaction(self.vectors(features[ALL])))
+
+
+class WideBranch(nn.Module):
+    """h = FC(w_1[x_1] + ... + w_F[x_F] + x_dense), where + concatenates: one weight per id and field.
+
+    The linear part of Wide & Deep (Cheng et al., 2016), with its sum left to the layer that leads to H.
+    """
+
+    def __init__(self, config: "BranchesConfig", layout: InputLayout) -> None:
+        super().__init__()
+        self.reduction = MLP(layout.width(WIDE), (config.branch_dim,), config)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Map the wide weights (B, F + D) to (B, H)."""
+        return self.reduction(features[WIDE])
+
+
+BRANCHES = {
+    kind.name: kind
+    for kind in (
+        BranchKind("efgc", EFGCBranch, EFGCConfig, GROUPS),
+        BranchKind("cross", CrossBranch, CrossConfig),
+        BranchKind("deep", DeepBranch, DeepConfig),
+        BranchKind("fm", FMBranch, FMConfig),
+        BranchKind("wide", WideBranch, reads=WIDE),
+    )
+}
+
+
 @dataclass(frozen=True)
 class BranchesConfig(Regularisation):
     """Which branches there are, and what each is made of.
@@ -64,105 +153,21 @@ class BranchesConfig(Regularisation):
     fm: FMConfig = FMConfig()
     branch_dim: int = bounded(512, at_least=1)
     embeddings: Embeddings = "shared"
+    available: ClassVar[Mapping[str, BranchKind]] = BRANCHES  # those that `branches` can name
 
     def streams(self, groups: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         """Branch -> the groups that it reads."""
-        own = {"efgc": groups, "wide": (WIDE,)}
-        return {name: own.get(name, (ALL,)) for name in self.branches}
+        reads = {name: self.available[name].reads for name in self.branches}
+        return {name: groups if own == GROUPS else (own,) for name, own in reads.items()}
 
     def __post_init__(self) -> None:
         """Refuse values that contradict each other or build no network."""
         super().__post_init__()
         branches = list(self.branches)
-        if not branches or len(set(branches)) != len(branches) or not set(branches) <= set(BRANCHES):
-            raise InputError(f"branches = {branches}: wanted one or more of {', '.join(BRANCHES)}, each once")
+        if not branches or len(set(branches)) != len(branches) or not set(branches) <= self.available.keys():
+            raise InputError(f"branches = {branches}: wanted one or more of {', '.join(self.available)}, each once")
         if "deep" in branches and self.deep.hidden[-1] != self.branch_dim:
             raise InputError(
                 f"deep.hidden = {list(self.deep.hidden)}: wanted the last width to be branch_dim = {self.branch_dim}, "
                 "since all branches share one top; change one of the two"
             )
-
-
-class EFGCBranch(nn.Module):
-    """h = FC(h_1 + ... + h_G), h_g = MLP_g(e_g), where + concatenates (Eq. 2 to 4). It uses every group of the layout."""
-
-    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
-        super().__init__()
-        if not layout.groups:
-            raise InputError("branches has 'efgc' but the schema has no groups; add [groups] to it or drop the branch")
-        self.groups = tuple(layout.groups)
-        widths = [layout.width(group) for group in self.groups]
-        self.crossing = GroupedMLP(widths, config.efgc.hidden, config)
-        self.reduction = MLP(len(widths) * config.efgc.hidden[-1], (config.branch_dim,), config)
-
-    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Map each group g's (B, n_g) to (B, H)."""
-        crossed = self.crossing([features[group] for group in self.groups])
-        return self.reduction(torch.cat(crossed, dim=1))
-
-
-class CrossBranch(nn.Module):
-    """h = FC(f(e)), f a low-rank mixture or full-rank cross network over all fields (Eq. 7)."""
-
-    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
-        super().__init__()
-        self.crossing = Cross(config.cross, layout.width())
-        self.reduction = MLP(layout.width(), (config.branch_dim,), config)
-
-    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Map "all" (B, N) to (B, H)."""
-        return self.reduction(self.crossing(features[ALL]))
-
-
-class DeepBranch(nn.Module):
-    """h = MLP(e), e all fields concatenated (Eq. 5 and 6); H is the MLP's last width."""
-
-    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
-        super().__init__()
-        self.mlp = MLP(layout.width(), config.deep.hidden, config)
-
-    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Map "all" (B, N) to (B, H)."""
-        return self.mlp(features[ALL])
-
-
-class FMBranch(nn.Module):
-    """h = FC(sum_{f < g} v_f * v_g): the products of all pairs of fields, not yet summed over their k entries.
-
-    Figure 8 adds "the factorisation machine of DeepFM"; its scalar carries no latent, so we keep the vector of
-    products (bi-interaction pooling; He and Chua, Neural Factorization Machines, 2017, Eq. 3).
-    """
-
-    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
-        super().__init__()
-        self.vectors = FieldVectors(layout, config.fm.dim)
-        self.reduction = MLP(self.vectors.dim, (config.branch_dim,), config)
-
-    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Map "all" (B, N) to (B, H)."""
-        return self.reduction(bi_interaction(self.vectors(features[ALL])))
-
-
-class WideBranch(nn.Module):
-    """h = FC(w_1[x_1] + ... + w_F[x_F] + x_dense), where + concatenates: one weight per id and field.
-
-    The linear part of Wide & Deep (Cheng et al., 2016), with its sum left to the layer that leads to H.
-    """
-
-    def __init__(self, config: BranchesConfig, layout: InputLayout) -> None:
-        super().__init__()
-        self.reduction = MLP(layout.width(WIDE), (config.branch_dim,), config)
-
-    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Map the wide weights (B, F + D) to (B, H)."""
-        return self.reduction(features[WIDE])
-
-
-# name of a branch -> what builds it of the config and the layout: features -> (B, H)
-BRANCHES: dict[str, Callable[[BranchesConfig, InputLayout], nn.Module]] = {
-    "efgc": EFGCBranch,
-    "cross": CrossBranch,
-    "deep": DeepBranch,
-    "fm": FMBranch,
-    "wide": WideBranch,
-}

@@ -11,21 +11,20 @@ that trace: plain Python is fine in it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from data.schema.bounds import bounded
-from mbcnet_rec.model.branches import BRANCHES, BranchesConfig
-from mbcnet_rec.model.input_layout import InputLayout
+from mbcnet_rec.model.branches import BranchesConfig
+from mbcnet_rec.model.input_layout import WIDE, InputLayout
+from mbcnet_rec.model.kinds import Model, ModelKind, ModelOutput
 from mbcnet_rec.model.layers import MLP, Logit
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig, at_least_float32
 from mbcnet_rec.model.side_by_side import side_by_side
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and reading a config needs none of it
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
     from mbcnet_rec.model.sparse_arch import SparseArch
 
 
@@ -48,48 +47,11 @@ class MBCNetConfig(BranchesConfig):
     differentiation: DifferentiationConfig = DifferentiationConfig()
 
 
-class ModelOutput(NamedTuple):
-    """What every model returns. K = 0 for models without branches."""
-
-    latents: Tensor  # (K, B, d)
-    branch_logits: Tensor  # (K, B)
-    fused_logits: Tensor  # (B,), the prediction that serves
-
-
-def logits_only(logits: Tensor) -> ModelOutput:
-    """Wrap (B,) logits as the output of a model without branches."""
-    rows = logits.shape[0]  # len() would fix the batch size of an exported graph
-    return ModelOutput(logits.new_empty(0, rows, 0), logits.new_empty(0, rows), logits)
-
-
-class Model(nn.Module):
-    """Tables, and a dense arch (features -> ModelOutput) on top of them: MBCnet, or a model of the zoo, which has no branches."""
-
-    branch_names: tuple[str, ...] = ()
-    latent_dim = 0
-
-    def __init__(self, sparse_arch: "SparseArch", dense_arch: nn.Module) -> None:
-        super().__init__()
-        self.sparse_arch = sparse_arch
-        self.dense_arch = dense_arch
-
-    def forward(
-        self,
-        dense_features: Tensor,
-        sparse_features: "KeyedJaggedTensor",
-        weighted_features: "KeyedJaggedTensor | None" = None,
-    ) -> ModelOutput:
-        """Map a batch to latents, branch logits and the fused logit."""
-        return self.dense_arch(self.sparse_arch(dense_features, sparse_features, weighted_features))
-
-
 class MBCNet(Model):
     """The multi-branch cooperation network (Figure 2), on tables that are regrouped by the same layout."""
 
     def __init__(self, config: MBCNetConfig, sparse_arch: "SparseArch", layout: InputLayout) -> None:
         super().__init__(sparse_arch, BranchArch(config, layout))
-        self.branch_names = config.branches
-        self.latent_dim = config.top[-1]
 
 
 class BranchArch(nn.Module):
@@ -101,7 +63,10 @@ class BranchArch(nn.Module):
     def __init__(self, config: MBCNetConfig, layout: InputLayout) -> None:
         super().__init__()
         num_branches, latent_dim = len(config.branches), config.top[-1]
-        self.branches = nn.ModuleDict({name: BRANCHES[name](config, layout.of(name)) for name in config.branches})
+        self.latent_dim = latent_dim
+        self.branches = nn.ModuleDict(
+            {name: config.available[name].build(config, layout.of(name)) for name in config.branches}
+        )
         self._reads = {name: layout.reads(name) for name in config.branches}
         self.top = MLP(config.branch_dim, config.top, config, last_relu=config.top_activation == "relu")
         self.branch_logits = nn.ModuleList(Logit(latent_dim) for _ in range(num_branches))
@@ -113,6 +78,19 @@ class BranchArch(nn.Module):
         latents = self.latents(features, list(self.branches))
         logits = [layer(latent) for layer, latent in zip(self.branch_logits, latents, strict=True)]
         return ModelOutput(latents, torch.stack(logits), self.fused_logit(self.fusion(at_least_float32(latents))))
+
+    def serve(self, features: Mapping[str, Tensor], names: Sequence[str], *, each: bool = False) -> Tensor:
+        """Map features to the logit that the named branches serve (B,), or with `each` and their own beside it (B, 1 + K).
+
+        Several fuse their latents; of a single one of several its own logit (Eq. 9) serves, which was trained on just that latent.
+        """
+        latents = self.latents(features, names)  # (K, B, d)
+        alone = len(names) == 1 < len(self.branches)
+        if alone or each:
+            layers = [self.branch_logits[list(self.branches).index(name)] for name in names]
+            own = [layer(latent) for layer, latent in zip(layers, latents, strict=True)]
+        fused = own[0] if alone else self.fused_logit(self.fusion(latents))
+        return torch.stack([fused, *own], dim=1) if each else fused
 
     def latents(self, features: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
         """Map features to the latents (K, B, d) of the named branches."""
@@ -144,3 +122,11 @@ class GatedFusion(nn.Module):
         """Map (K, B, d) to (B, d)."""
         gates = torch.softmax(self.gate(latents.transpose(0, 1).flatten(1)), dim=1)  # (B, K)
         return (gates.t().unsqueeze(2) * latents).sum(0)
+
+
+MODEL = ModelKind(
+    "mbcnet",
+    MBCNetConfig,
+    BranchArch,
+    reads_wide=lambda config: any(config.available[name].reads == WIDE for name in config.branches),
+)

@@ -1,83 +1,103 @@
-"""Which model: one config that holds them all, and the one place that turns it into modules."""
+"""Which model: one config that holds those of every kind, and the one place that turns it into modules."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, make_dataclass, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from data.errors import InputError
 from data.schema import Schema
-from mbcnet_rec.model.branches import FMConfig
+from data.schema.bounds import Bounded
+from mbcnet_rec.model.branches import BranchesConfig
 from mbcnet_rec.model.input_layout import InputLayout, input_layout, wide_tables, with_streams
-from mbcnet_rec.model.losses import MeanOverRanks, identity
-from mbcnet_rec.model.mbcnet import BranchArch, MBCNet, MBCNetConfig, Model
+from mbcnet_rec.model.kinds import BranchKind, LossKind, Model, ModelKind
+from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig, MeanOverRanks, identity
 from mbcnet_rec.model.objective import Objective
-from mbcnet_rec.model.zoo.crossnet import CrossNetArch, CrossNetConfig
-from mbcnet_rec.model.zoo.dcnv2 import DCNv2Arch, DCNv2Config
-from mbcnet_rec.model.zoo.deepfm import DeepFMArch, DeepFMConfig
-from mbcnet_rec.model.zoo.dnn import DNNArch, DNNConfig
-from mbcnet_rec.model.zoo.efgc import EFGCArch, EFGCNetConfig
-from mbcnet_rec.model.zoo.enkd import DistillationObjective, EnKDConfig
-from mbcnet_rec.model.zoo.finalmlp import FinalMLPArch, FinalMLPConfig
-from mbcnet_rec.model.zoo.fm import FMArch
-from mbcnet_rec.model.zoo.mmoe import MMoEArch, MMoEConfig
-from mbcnet_rec.model.zoo.wide_deep import WideDeepArch, WideDeepConfig
 
 if TYPE_CHECKING:
     from mbcnet_rec.model.sparse_arch import SparseArch
 
-ModelKind = Literal[
-    "mbcnet", "dnn", "crossnet", "wide_deep", "dcnv2", "mmoe", "enkd", "finalmlp", "deepfm", "fm", "efgc"
-]
-
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The model of a run.
+class ModelConfig(Bounded):
+    """The model of a run. `config_class` makes the class that has the table of each kind: model.mbcnet, model.dnn, ...
 
     Attributes:
-        kind: which of the models below is built; the others' tables are ignored.
+        kind: which model is built; the others' tables are ignored.
         init: of the weights of linear layers: torch's own, uniform within 1 / sqrt(fan_in); or xavier_normal with biases of 0, as
             FuxiCTR has it: twice as wide where a layer narrows much.
-        mbcnet, dnn, ...: the config of each kind, described there; `wide_deep` is one weight per id and field plus the deep
-            network of its config, `enkd` the student of EnKD and its distillation.
     """
 
-    kind: ModelKind = "mbcnet"
+    kind: str = "mbcnet"
     init: Literal["torch", "xavier_normal"] = "torch"
-    mbcnet: MBCNetConfig = MBCNetConfig()
-    dnn: DNNConfig = DNNConfig()
-    crossnet: CrossNetConfig = CrossNetConfig()
-    wide_deep: WideDeepConfig = WideDeepConfig()
-    dcnv2: DCNv2Config = DCNv2Config()
-    mmoe: MMoEConfig = MMoEConfig()
-    enkd: EnKDConfig = EnKDConfig()
-    finalmlp: FinalMLPConfig = FinalMLPConfig()
-    deepfm: DeepFMConfig = DeepFMConfig()
-    fm: FMConfig = FMConfig()
-    efgc: EFGCNetConfig = EFGCNetConfig()
+    kinds: ClassVar[Mapping[str, ModelKind]] = {}  # those that `kind` can name
+    terms: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}  # of [model.losses]
+
+    def __post_init__(self) -> None:
+        """Refuse a kind that is not there."""
+        super().__post_init__()
+        if self.kind not in self.kinds:
+            raise InputError(
+                f"kind = {self.kind!r}: wanted one of {', '.join(map(repr, self.kinds))}; change the value, or name the file of a model of your "
+                "own in plugins"
+            )
+
+    @property
+    def own(self) -> Any:
+        """The config of the kind that is built."""
+        return getattr(self, self.kind)
+
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        """Branches of the model, in the order of its outputs."""
+        return tuple(getattr(self.own, "branches", ()))
+
+    @property
+    def teacher_kinds(self) -> tuple[str, ...]:
+        """Kinds of models that are trained first, to teach this one."""
+        return tuple(getattr(self.own, "teachers", ()))
 
 
-# kind of a model -> what builds its dense arch of its config, the key of that name, and the layout
-ARCHES: dict[ModelKind, Callable[[Any, InputLayout], nn.Module]] = {
-    "mbcnet": BranchArch,
-    "dnn": DNNArch,
-    "crossnet": CrossNetArch,
-    "wide_deep": WideDeepArch,
-    "dcnv2": DCNv2Arch,
-    "mmoe": MMoEArch,
-    "enkd": DNNArch,
-    "finalmlp": FinalMLPArch,
-    "deepfm": DeepFMArch,
-    "fm": FMArch,
-    "efgc": EFGCArch,
-}
+@cache  # or the same kinds would have configs of two classes, which are never equal
+def config_class(
+    kinds: tuple[ModelKind, ...], branches: tuple[BranchKind, ...] = (), losses: tuple[LossKind, ...] = ()
+) -> type[ModelConfig]:
+    """The class of configs of these models, whose branches can be these besides ours, and whose objectives can have these losses besides."""
+    tables = []
+    more = {each.name: each for each in branches}
+    for kind in kinds:
+        own = with_branches(kind.config, more) if more and issubclass(kind.config, BranchesConfig) else kind.config
+        tables.append((kind.name, own, field(default_factory=own)))
+    if losses:
+        terms = make_dataclass("Losses", [(each.name, each.config | None, None) for each in losses], frozen=True)
+        tables.append(("losses", terms, field(default_factory=terms)))
+    namespace = {"kinds": {kind.name: kind for kind in kinds}, "terms": {each.name: each.term for each in losses}}
+    namespace["__doc__"] = ModelConfig.__doc__
+    return make_dataclass("ModelConfig", tables, bases=(ModelConfig,), namespace=namespace, frozen=True)
+
+
+def with_branches(config: type, branches: Mapping[str, BranchKind]) -> type:
+    """The class of a config of branches, with more that can be named: the table of each becomes a field of it."""
+    tables = [(each.name, each.config, field(default_factory=each.config)) for each in branches.values() if each.config]
+    more = {"available": {**config.available, **branches}, "__doc__": config.__doc__}  # type: ignore[attr-defined]
+    return make_dataclass(config.__name__, tables, bases=(config,), namespace=more, frozen=True)
+
+
+def fit_widths(model: ModelConfig) -> ModelConfig:
+    """Give models that the config says nothing about the widths of its MBCnet, as the paper does."""
+    unsaid = {}
+    for name, kind in model.kinds.items():
+        plain = type(getattr(model, name))()
+        if kind.widths is not None and getattr(model, name) == plain:
+            unsaid[name] = replace(plain, **kind.widths(model.mbcnet))  # pyright: ignore[reportAttributeAccessIssue]
+    return replace(model, **unsaid)
 
 
 def has_streams(config: ModelConfig) -> bool:
     """Whether parts of the model read slices of rows."""
-    return getattr(getattr(config, config.kind), "embeddings", "shared") == "per_branch"
+    return getattr(config.own, "embeddings", "shared") == "per_branch"
 
 
 def model_layout(config: ModelConfig, schema: Schema) -> InputLayout:
@@ -89,16 +109,13 @@ def model_layout(config: ModelConfig, schema: Schema) -> InputLayout:
     layout = input_layout(schema, needs_wide(config))
     if not has_streams(config):
         return layout
-    return with_streams(layout, getattr(config, config.kind).streams(tuple(layout.groups)))
+    return with_streams(layout, config.own.streams(tuple(layout.groups)))
 
 
 def needs_wide(config: ModelConfig) -> bool:
     """Whether the model reads wide weights of tables of their own, `wide_tables`: then its layout says wide=True."""
-    if has_streams(config):
-        return False  # one column of each row
-    if config.kind == "mbcnet":
-        return "wide" in config.mbcnet.branches
-    return config.kind in ("wide_deep", "fm", "deepfm")
+    # a stream of wide weights is one column of each row
+    return not has_streams(config) and config.kinds[config.kind].reads_wide(config.own)
 
 
 def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
@@ -121,10 +138,7 @@ def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
 
 def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLayout) -> Model:
     """Build the model that `config.kind` names, on the given tables."""
-    if config.kind == "mbcnet":
-        model: Model = MBCNet(config.mbcnet, sparse_arch, layout)
-    else:
-        model = Model(sparse_arch, build_arch(config, layout))
+    model = Model(sparse_arch, build_arch(config, layout))
     if config.init == "xavier_normal":
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -136,11 +150,18 @@ def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLay
 
 def build_arch(config: ModelConfig, layout: InputLayout) -> nn.Module:
     """Build the dense arch, which stands on the tables: features -> ModelOutput."""
-    return ARCHES[config.kind](getattr(config, config.kind), layout)
+    return config.kinds[config.kind].arch(config.own, layout)
 
 
-def build_objective(config: ModelConfig, model: Model, mean_over_ranks: MeanOverRanks = identity) -> Objective:
+def build_objective(config: ModelConfig, model: Model, mean_over_ranks: MeanOverRanks = identity) -> nn.Module:
     """Wrap a model in its training objective."""
-    if config.kind == "enkd":
-        return DistillationObjective(model, config.enkd)
-    return Objective(model, config.mbcnet.coteaching, config.mbcnet.differentiation, mean_over_ranks)
+    own, build, losses = config.own, config.kinds[config.kind].objective, getattr(config, "losses", None)
+    used = {name: each for name in config.terms if (each := getattr(losses, name)) is not None}
+    if build is not None:
+        if used:
+            raise InputError(f"model.losses.{min(used)}: a {config.kind} has an objective of its own; remove the table")
+        return build(model, own, mean_over_ranks)
+    terms = {name: partial(config.terms[name], each) for name, each in used.items()}
+    coteaching = getattr(own, "coteaching", CoteachingConfig(weight=0.0))
+    differentiation = getattr(own, "differentiation", DifferentiationConfig(weight=0.0))
+    return Objective(model, coteaching, differentiation, mean_over_ranks, terms)

@@ -7,12 +7,14 @@ calls its two sub-modules. LossArch is a leaf of that trace.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
+from mbcnet_rec.model.kinds import Model, ModelOutput
 from mbcnet_rec.model.layers import without_autocast
 from mbcnet_rec.model.losses import (
     CoteachingConfig,
@@ -27,7 +29,6 @@ from mbcnet_rec.model.losses import (
     unit,
     weighted_bce,
 )
-from mbcnet_rec.model.mbcnet import Model, ModelOutput
 
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -63,6 +64,7 @@ class Objective(nn.Module):
         model: with or without branches; the cooperation losses take two or more.
         coteaching, differentiation: of the cooperation losses.
         mean_over_ranks: averages a scalar over data-parallel ranks; see branch_coteaching_loss.
+        terms: name -> what it adds to the loss, see LossKind.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Objective(nn.Module):
         coteaching: CoteachingConfig = CoteachingConfig(),  # noqa: B008 (frozen)
         differentiation: DifferentiationConfig = DifferentiationConfig(),  # noqa: B008 (frozen)
         mean_over_ranks: MeanOverRanks = identity,
+        terms: Mapping[str, Callable[..., Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        transforms = build_transforms(len(model.branch_names), model.latent_dim, differentiation)
-        self.losses = LossArch(coteaching, differentiation, transforms, mean_over_ranks)
+        latent_dim = getattr(model.dense_arch, "latent_dim", 0)
+        transforms = build_transforms(len(model.branch_names), latent_dim, differentiation)
+        self.losses = LossArch(coteaching, differentiation, transforms, mean_over_ranks, terms)
 
     def forward(self, batch: Rows) -> tuple[Tensor, Outputs]:
         """Compute the loss of one batch."""
@@ -101,8 +105,10 @@ class LossArch(nn.Module):
         differentiation: DifferentiationConfig,
         transforms: "Transforms | None",
         mean_over_ranks: MeanOverRanks = identity,
+        terms: Mapping[str, Callable[..., Tensor]] | None = None,
     ) -> None:
         super().__init__()
+        self._terms = terms or {}
         self.measures = True
         self.coteaching = coteaching
         self.differentiation = differentiation
@@ -126,11 +132,15 @@ class LossArch(nn.Module):
             differentiation = self._differentiation_loss(output.latents, matrices, weights)
             loss = bce + warm(self.coteaching, self.step) * coteaching
             loss = loss + warm(self.differentiation, self.step) * differentiation
+            others = {
+                name: term(output, labels, weights, self._mean_over_ranks[0]) for name, term in self._terms.items()
+            }
+            loss = sum(others.values(), loss)
             norms, distance = self._measured(output.latents, matrices, weights)
         if self.training:
             self.step.add_(1)
         terms = {"loss": loss, "bce": bce, "coteaching_loss": coteaching, "differentiation_loss": differentiation}
-        detached = {name: term.detach() for name, term in terms.items()}
+        detached = {name: term.detach() for name, term in (terms | others).items()}
         return loss, Outputs(logits.detach().t(), labels, weights, detached, distance, norms)
 
     def _measured(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:

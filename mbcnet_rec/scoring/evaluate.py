@@ -20,7 +20,7 @@ from mbcnet_rec.scoring.chunks import deal, labelled_rows, score_chunks
 from mbcnet_rec.scoring.metrics import NOT_KNOWN, Estimate, why_no_auc
 from mbcnet_rec.scoring.slices import MAX_SLICES, count_slices, slice_codes, slice_columns
 from mbcnet_rec.scoring.tally import EXACT_ROWS, Answer, Scores, Tally
-from mbcnet_rec.scoring.trained_run import TrainedRun, branch_names, known_best, opened_run
+from mbcnet_rec.scoring.trained_run import TrainedRun, known_best, opened_run
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
         best = None if data else known_best(run.schema, split, answer.everything.rows)
         rows = f"{answer.everything.rows:,} rows of {files_in_words(files)}"
         print(f"{folder}: {', '.join(data) or split}, {rows}, weights of step {run.step}")
-        print("\n".join(tables(answer, branch_names(run.config.model), best)))
+        print("\n".join(tables(answer, run.config.model.branch_names, best)))
         if not data:
             print(compare_with_log(folder, split, run.step, answer))
     return 0
@@ -75,7 +75,7 @@ def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[T
     scorer, batch_rows = run.scorer(process)
     tally = Tally(
         sum(chunk.num_rows for chunk in chunks),
-        branch_names(run.config.model),
+        run.config.model.branch_names,
         has_groups=bool(schema.group_column),
         slices=slices,
         exact_rows=question.exact_rows,

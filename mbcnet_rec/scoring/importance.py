@@ -29,7 +29,7 @@ from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.chunks import labelled_rows
 from mbcnet_rec.scoring.evaluate import Question
 from mbcnet_rec.scoring.metrics import evaluate_predictions
-from mbcnet_rec.scoring.trained_run import TrainedRun, branch_names
+from mbcnet_rec.scoring.trained_run import TrainedRun
 
 SHOWN = 15  # fields in the terminal
 Target = tuple[str, str]  # "fields" or "groups", and a name
@@ -57,7 +57,7 @@ def run_importance(
     schema, config = run.schema, run.config.data
     where = getattr(config, f"{question.split}_where") if not question.data else ()
     files = select_files(resolve_files(question.data or getattr(config, question.split)), where, schema)
-    names = branch_names(run.config.model)
+    names = run.config.model.branch_names
     measured: dict[Target, list[dict[str, float]]] = {}
     rows = 0
     for target, logits, labels in _scored(

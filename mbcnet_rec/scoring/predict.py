@@ -44,7 +44,7 @@ from mbcnet_rec.scoring.prediction_note import (
     relative_names,
     what_is_replaced,
 )
-from mbcnet_rec.scoring.trained_run import branch_names, opened_run
+from mbcnet_rec.scoring.trained_run import opened_run
 
 PROBABILITY = "probability"
 WRITTEN_ROWS = 65_536  # of a row group of the output
@@ -122,7 +122,7 @@ def run_prediction(
         rows = Counter[int]()
         for group in row_groups:
             rows[group.file] += group.num_rows
-        outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in branch_names(run.config.model))]
+        outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in run.config.model.branch_names)]
         kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
         note = {"format": 3, "weights": run.digest(), "columns": [*kept, *outputs]}
         asked = describe(names, files, [rows[file] for file in range(len(files))], note)

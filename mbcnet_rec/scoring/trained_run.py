@@ -22,7 +22,6 @@ from mbcnet_rec.checkpoints.shards import Saved, load_shards, of_average, shards
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows
 from mbcnet_rec.config import RunConfig, load_config
-from mbcnet_rec.model.models import ModelConfig
 from mbcnet_rec.runtime.process import Process, answer_of_first, joined_process, mean_over_ranks
 from mbcnet_rec.scoring.scorer import Scorer, autocast_of
 from mbcnet_rec.training.built import Built
@@ -122,11 +121,6 @@ def _fits(path: Path, process: Process) -> bool:
     ranks = (plan.world_size, plan.local_world_size, plan.device)
     here = (process.world_size, process.local_world_size, process.device.type)
     return ranks == here and plan.replicas == 1 and not plan.prefetch
-
-
-def branch_names(config: ModelConfig) -> tuple[str, ...]:
-    """Branches of a model, in the order of its outputs."""
-    return config.mbcnet.branches if config.kind == "mbcnet" else ()
 
 
 def known_best(schema: Schema, split: str, rows: int) -> tuple[float, float] | None:

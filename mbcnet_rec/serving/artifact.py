@@ -37,7 +37,7 @@ from mbcnet_rec.doctor import installed
 from mbcnet_rec.model.input_layout import wide_table, wide_tables
 from mbcnet_rec.model.models import build_arch, model_layout
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
-from mbcnet_rec.scoring.trained_run import TrainedRun, branch_names
+from mbcnet_rec.scoring.trained_run import TrainedRun
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving import preprocess
 from mbcnet_rec.serving.graph import FusedPath, graph_spec, trace
@@ -202,14 +202,19 @@ def with_rows(exported: Exported, weights: Weights, rows: str) -> Exported:
 
 def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
     """The branches to serve, in the model's order, none for models without; InputError if the model cannot serve these."""
-    have = branch_names(config.model)
+    have = config.model.branch_names
     where = f"--branches {','.join(wanted)}"
     if wanted and not have:
         raise InputError(f"{where}: a {config.model.kind} has no branches; leave the option out")
     unknown = [name for name in wanted if name not in have]
     if unknown:
         raise InputError(f"{where}: this run has no branch {unknown[0]!r}; it has {', '.join(have)}")
-    if wanted and set(wanted) != set(have) and len(set(wanted)) > 1 and config.model.mbcnet.fusion == "gated":
+    if (
+        wanted
+        and set(wanted) != set(have)
+        and len(set(wanted)) > 1
+        and getattr(config.model.own, "fusion", "") == "gated"
+    ):
         raise InputError(f"{where}: fusion = 'gated' weighs all branches together; serve all of them or a single one")
     return tuple(name for name in have if not wanted or name in wanted)
 

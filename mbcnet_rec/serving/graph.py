@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.model.sparse_arch import FeatureRegroup
 from mbcnet_rec.serving import loader as serving
 
@@ -20,10 +19,7 @@ TRACED_ROWS = 7  # of the example that torch.export looks at; any number that no
 class FusedPath(nn.Module):
     """Regroup -> the chosen branches -> shared top -> fusion -> the fused logit (Eq. 15).
 
-    With several branches chosen, the fused layer reads the mean of their latents; with a single one of several,
-    that branch's own logit (Eq. 9) serves, which was trained on just that latent. Models without branches serve their logit.
-
-    The dense part `arch` is a BranchArch or a baseline's. `widths` gives the columns of each lookup, in the order in which they stand;
+    The dense part `arch` serves the chosen branches by its `serve` if it has that (see BranchArch), else its fused logit. `widths` gives the columns of each lookup, in the order in which they stand;
     dense columns follow. With `each`, each chosen branch's own logit stands beside the fused one.
     """
 
@@ -45,16 +41,10 @@ class FusedPath(nn.Module):
         """Map (B, N) to (B,), or with `each` to (B, 1 + K)."""
         pooled, dense = x.split([sum(self._widths), x.shape[1] - sum(self._widths)], dim=1)
         features = self.regroup([KeyedTensor(self._keys, self._widths, pooled)], dense)
-        if not isinstance(self.arch, BranchArch):
-            return self.arch(features).fused_logits
-        latents = self.arch.latents(features, self._branches)  # (K, B, d)
-        names = list(self.arch.branches)
-        alone = len(self._branches) == 1 < len(names)
-        if alone or self._each:
-            layers = [self.arch.branch_logits[names.index(name)] for name in self._branches]
-            own = [layer(latent) for layer, latent in zip(layers, latents, strict=True)]
-        fused = own[0] if alone else self.arch.fused_logit(self.arch.fusion(latents))
-        return torch.stack([fused, *own], dim=1) if self._each else fused
+        if self._branches and hasattr(self.arch, "serve"):
+            return self.arch.serve(features, self._branches, each=self._each)  # pyright: ignore[reportCallIssue]
+        output = self.arch(features)
+        return torch.stack([output.fused_logits, *output.branch_logits], dim=1) if self._each else output.fused_logits
 
 
 def trace(path: FusedPath, width: int) -> torch.export.ExportedProgram:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,7 @@ from tqdm import tqdm
 from data.errors import InputError
 from data.schema import Feature, Schema
 from mbcnet_rec.config import RunConfig, load_config
-from mbcnet_rec.model.models import ModelKind, needs_wide
-from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.model.models import fit_widths, needs_wide
 from mbcnet_rec.report.page import Table, text_table
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import take_apart, untrained
@@ -110,9 +109,6 @@ def run_latency(
 
     `compiled` also times what `mbcnet export` compiled. InputError if a folder is not an artifact.
     """
-    unknown = [kind for kind in beside if kind not in get_args(ModelKind)]
-    if unknown:
-        raise InputError(f"--beside {unknown[0]}: wanted some of {', '.join(get_args(ModelKind))}")
     models = contestants([Path(folder) for folder in folders], beside, compiled=compiled)
     first = next(iter(models.values()))
     requests = {rows: draw_requests(first.preprocess.schema, first.vocabularies, rows) for rows in contest.rows}
@@ -150,7 +146,11 @@ def contestants(folders: Sequence[Path], beside: Sequence[str], *, compiled: boo
         models[name] = artifact
         if compiled:
             models[f"{name}, compiled"] = open_artifact(folder, compiled=True)
+    if not beside:  # the config of a plug-in's artifact loads its code
+        return models
     config = load_config(folders[0] / "config.toml")
+    if unknown := [kind for kind in beside if kind not in config.model.kinds]:
+        raise InputError(f"--beside {unknown[0]}: wanted some of {', '.join(config.model.kinds)}")
     return models | {kind: rival(artifacts[0], config, kind) for kind in beside if kind not in kinds}
 
 

@@ -19,7 +19,8 @@ from mbcnet_rec.checkpoints.run_folder import storage_of
 from mbcnet_rec.checkpoints.storage import best_step, latest_step
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.mbcnet import BranchArch
-from mbcnet_rec.model.models import ModelConfig, model_layout
+from mbcnet_rec.model.models import model_layout
+from mbcnet_rec.plugins import model_config
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
 from mbcnet_rec.report.run_report import LEARNING, Wanted, plots_of, read_metrics
@@ -216,7 +217,7 @@ def _complexity(material: Material) -> list[Block]:
     config = material.config.model.mbcnet
     device = choose_device(material.config.train.device, 0)
     rows = material.config.data.eval_batch_size or material.config.data.batch_size
-    layout = model_layout(ModelConfig(mbcnet=config), load_schema(material.config.schema))
+    layout = model_layout(model_config(mbcnet=config), load_schema(material.config.schema))
     torch.manual_seed(0)
     arch = BranchArch(config, layout).to(device).eval()
     features = {name: torch.randn(rows, width, device=device) for name, width in layout.tensor_widths().items()}

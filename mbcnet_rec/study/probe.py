@@ -17,9 +17,9 @@ from data.errors import InputError
 from data.reading.keys import read_vocabularies
 from data.schema import Feature, Schema
 from data.stream import Batch
-from mbcnet_rec.model.mbcnet import BranchArch
-from mbcnet_rec.scoring.trained_run import branch_names, opened_run
-from mbcnet_rec.train import open_splits
+from mbcnet_rec.model.kinds import dense_arch_of
+from mbcnet_rec.run_training import open_splits
+from mbcnet_rec.scoring.trained_run import opened_run
 
 MISSING = -1  # the category of a row that has none
 PCA_WIDTH = 30  # t-SNE works on that many leading components, as van der Maaten and Hinton (2008) do
@@ -52,21 +52,21 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", s
     with opened_run(folder) as (run, process):
         run = run if step is None else replace(run, step=step)
         config, schema = run.config, run.schema
-        if config.model.kind != "mbcnet":
-            raise InputError(f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted an MBCnet run")
+        if not config.model.branch_names:
+            raise InputError(f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted a model with some")
         splits = open_splits(config.data, config.train.seed, schema, process)
         if split not in splits:
             raise InputError(f"{folder}: data.{split} is empty; name the files of that split")
         scorer, _ = run.scorer(process)
         seen: list[Any] = []  # latents (K, B, d), and what the fused logit is computed from, (B, d)
-        arch = next(module for module in scorer.model.modules() if isinstance(module, BranchArch))
+        arch = dense_arch_of(scorer.model)
         arch.fusion.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
         batches = list(scorer.score(_with_categories(splits[split].stream, category, max_rows)))
         real = np.concatenate([batch.real for batch in batches])
         latents, fused = (torch.cat(each, dim=-2).float().cpu().numpy() for each in zip(*seen, strict=True))
         notes = np.concatenate([batch.note for batch in batches])[real]
         return Probe(
-            branch_names(config.model),
+            config.model.branch_names,
             latents[:, real],
             fused[real],
             np.concatenate([batch.logits for batch in batches]),

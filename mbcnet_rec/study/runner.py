@@ -9,7 +9,7 @@ from tqdm import tqdm
 from data.errors import InputError
 from data.whole_folder import write_whole
 from mbcnet_rec.config import RunConfig, config_text, load_config
-from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.model.models import fit_widths
 from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, text_table, to_html
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.ranks import refuse_ranks
@@ -18,7 +18,7 @@ from mbcnet_rec.study.measured import measure_all
 from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.row_scores import keep_row_scores, read_row_scores
 from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all, train_one
-from mbcnet_rec.study.studies import MODELS, Study, Variant, with_models
+from mbcnet_rec.study.studies import Study, Variant, with_models
 from mbcnet_rec.study.summary import (
     COMPARED,
     VERDICTS,
@@ -66,13 +66,15 @@ def variant_config(base: RunConfig, variant: Variant, tuned: Path | None, overri
 def conduct(request: StudyRequest) -> int:
     """Run what is missing, and write the report; InputError if the config, the study and the models do not fit together."""
     refuse_ranks("study")
-    study = with_models(request.study, request.models)
+    base = load_config(request.config, request.overrides)
+    study = with_models(
+        request.study, request.models, {name: kind.title or name for name, kind in base.model.kinds.items()}
+    )
     request = replace(request, study=study)
-    if request.tuned is not None and not any((request.tuned / f"{kind}.toml").is_file() for kind in MODELS):
+    if request.tuned is not None and not any((request.tuned / f"{kind}.toml").is_file() for kind in base.model.kinds):
         raise InputError(
             f"--tuned {request.tuned}: wanted a folder with KIND.toml files, which `mbcnet tune --out {request.tuned}` writes; change it"
         )
-    base = load_config(request.config, request.overrides)
     variants = study.variants if study.name != "complexity" else ()
     configs = [variant_config(base, each, request.tuned, request.overrides) for each in variants]
     known: Known = {}

@@ -25,7 +25,6 @@ from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.report.run_report import judged_line, read_metrics, write_run_report
 from mbcnet_rec.runtime.exits import CannotWriteError, PreemptedError
 from mbcnet_rec.scoring.metrics import why_no_auc
-from mbcnet_rec.scoring.trained_run import branch_names
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.teachers import train_model
 from mbcnet_rec.training.trainer import Watch
@@ -60,7 +59,7 @@ def place_run(config: RunConfig, seed: int, out: Path, known: Known | None = Non
 
     A model with branches keeps an early checkpoint, that of the first line of the log.
     """
-    early = config.train.log_every if branch_names(config.model) else 0
+    early = config.train.log_every if config.model.branch_names else 0
     config = replace(config, train=replace(config.train, seed=seed, out="", keep_step=early))
     return replace(config, train=replace(config.train, out=str(out / "runs" / run_key(config, known))))
 

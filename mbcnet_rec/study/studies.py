@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -56,7 +56,7 @@ class Study:
     watched: bool = False  # the table says how often branches disagree, and which runs are dead
 
 
-# model.kind -> its row of Table 3; the last two are not in it
+# model.kind -> its row of the paper's Table 3
 MODELS = {
     kind: Variant(name, (f"model.kind={kind}",), paper)
     for kind, name, paper in (
@@ -69,12 +69,10 @@ MODELS = {
         ("finalmlp", "FinalMLP", (0.7427, 0.2891, 0.7556, 0.2838)),
         ("efgc", "EFGC", (0.7490, 0.2880, 0.7600, 0.2825)),
         ("mbcnet", "MBCnet", (0.7522, 0.2866, 0.7642, 0.2800)),
-        ("deepfm", "DeepFM", ()),
-        ("fm", "FM", ()),
     )
 }
 MBCNET = MODELS["mbcnet"]
-BASELINES = ("DNN", "CrossNetV2", "Wide&Deep", "DCNv2", "MMOE+", "EnKD", "FinalMLP", "DeepFM", "FM")
+_RIVALS = tuple(row.name for row in MODELS.values() if row.name not in ("MBCnet", "EFGC"))
 
 _ALPHA, _BETA = "model.mbcnet.coteaching", "model.mbcnet.differentiation"
 
@@ -204,10 +202,10 @@ _FUTURE = (
 _STUDIES = (
     Study(
         "table3", "Table 3", "Is MBCnet better than the other models?",
-        tuple(MODELS.values())[:9], (*BASELINES, "EFGC"),
+        tuple(MODELS.values()), (*_RIVALS, "EFGC"),
         (
-            *(Claim(f"MBCnet beats {name}", "MBCnet", name) for name in (*BASELINES[:7], "EFGC")),
-            *(Claim(f"EFGC alone beats {name}", "EFGC", name) for name in BASELINES[:7]),
+            *(Claim(f"MBCnet beats {name}", "MBCnet", name) for name in (*_RIVALS, "EFGC")),
+            *(Claim(f"EFGC alone beats {name}", "EFGC", name) for name in _RIVALS),
         ),
     ),
     Study(
@@ -280,13 +278,18 @@ _STUDIES = (
 STUDIES = {study.name: study for study in _STUDIES}
 
 
-def with_models(study: Study, models: Sequence[str]) -> Study:
-    """Take other models into a study of models, as rivals of its rows, or some of its own; InputError if it has no rows of them."""
-    if unknown := [kind for kind in models if kind not in MODELS]:
-        raise InputError(f"--models {unknown[0]}: wanted one of {', '.join(MODELS)}; change it")
+def with_models(study: Study, models: Sequence[str], titles: Mapping[str, str]) -> Study:
+    """Take other models into a study of models, as rivals of its rows, or some of its own; InputError if it has no rows of them.
+
+    `titles`: of every model that the config can name.
+    """
+    more = {kind: Variant(title, (f"model.kind={kind}",)) for kind, title in titles.items() if kind not in MODELS}
+    rows = MODELS | more
+    if unknown := [kind for kind in models if kind not in rows]:
+        raise InputError(f"--models {unknown[0]}: wanted one of {', '.join(rows)}; change it")
+    chosen = tuple(rows[kind] for kind in models)
     if study.rivals:
-        kinds = [MODELS[kind] for kind in models if MODELS[kind] != MBCNET]
-        rivals = tuple(kinds) if models else study.rivals
+        rivals = tuple(row for row in chosen if row != MBCNET) if models else study.rivals
         names = tuple(each.name for each in rivals)
         return replace(
             study, variants=study.variants + rivals, rivals=rivals, reference_rows=names or study.reference_rows
@@ -294,8 +297,8 @@ def with_models(study: Study, models: Sequence[str]) -> Study:
     if not models:
         return study
     if study.name == "table3":
-        return replace(study, variants=tuple(MODELS[kind] for kind in models))
-    wanted = {MODELS[kind].name for kind in models}
+        return replace(study, variants=chosen, reference_rows=tuple(row.name for row in chosen if row != MBCNET))
+    wanted = {row.name for row in chosen}
     kept = tuple(variant for variant in study.variants if variant.name.split(",")[0] in wanted)
     if not kept:
         raise InputError(f"--models {' '.join(models)}: study {study.name} has no row of these models; leave it out")

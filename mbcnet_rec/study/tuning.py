@@ -31,9 +31,9 @@ from data.schema.bounds import Bounded, bounded
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown_key
 from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import DONE
-from mbcnet_rec.config import RunConfig, apply_override, config_text, load_config
+from mbcnet_rec.config import RunConfig, apply_override, config_of, config_text, load_config
 from mbcnet_rec.logs.metrics_log import METRICS
-from mbcnet_rec.model.widths import fit_widths
+from mbcnet_rec.model.models import fit_widths
 from mbcnet_rec.runtime.exits import no_room
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.ranks import refuse_ranks
@@ -130,7 +130,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], source: str) -> 
     table = to_toml_value(config)
     for override in overrides:
         apply_override(table, override)
-    return parse_dataclass(RunConfig, table, source)
+    return config_of(table, source)
 
 
 def tune_model(
@@ -206,11 +206,10 @@ def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
     """
     config = with_overrides(config, [f"model.kind={kind}"], f"--models {kind}")
     model = fit_widths(config.model)
-    if kind == "enkd":
-        for teacher in model.enkd.teachers:
-            if (out / f"{teacher}.toml").is_file():
-                winner = load_config(out / f"{teacher}.toml").model
-                model = replace(model, **{teacher: getattr(winner, teacher)})
+    for teacher in model.teacher_kinds:
+        if (out / f"{teacher}.toml").is_file():
+            winner = load_config(out / f"{teacher}.toml").model
+            model = replace(model, **{teacher: getattr(winner, teacher)})
     return replace(config, model=model)
 
 

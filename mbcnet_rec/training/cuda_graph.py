@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from data.errors import InputError
+from mbcnet_rec.model.kinds import ModelOutput, dense_arch_of
 from mbcnet_rec.model.layers import without_autocast
-from mbcnet_rec.model.mbcnet import Model, ModelOutput
 
 
 def replay_dense_arch(model: nn.Module) -> None:
@@ -20,7 +20,7 @@ def replay_dense_arch(model: nn.Module) -> None:
     Raises:
         InputError: it has dropout.
     """
-    arch = next(module.dense_arch for module in model.modules() if isinstance(module, Model))
+    arch = dense_arch_of(model)
     if any(isinstance(module, nn.Dropout) for module in arch.modules()):
         raise InputError(
             "train.cuda_graph = true: this model has dropout, and a graph that draws random numbers has not been shown to draw a plain step's; "

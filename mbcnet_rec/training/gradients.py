@@ -4,15 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from mbcnet_rec.model.mbcnet import BranchArch
+from mbcnet_rec.model.kinds import dense_arch_of
 
 
 def branch_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Branch -> its own parameters, without the shared top and the tables; empty for a model without branches."""
-    for module in model.modules():
-        if isinstance(module, BranchArch):
-            return {name: list(branch.parameters()) for name, branch in module.branches.items()}
-    return {}
+    branches = getattr(dense_arch_of(model), "branches", nn.ModuleDict())
+    return {name: list(branch.parameters()) for name, branch in branches.items()}
 
 
 def gradient_shares(branches: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
 from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Logit, Regularisation
-from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,11 @@ class CrossNetArch(nn.Module):
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) to the logits."""
         return logits_only(self.logit(self.mlp(self.cross(features[ALL]))))
+
+
+MODEL = ModelKind(
+    "crossnet",
+    CrossNetConfig,
+    CrossNetArch,
+    widths=lambda ours: {"cross": ours.cross, "hidden": (ours.branch_dim, *ours.top), "dropout": ours.dropout},
+)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, Embeddings, InputLayout
+from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
 from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Logit
-from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.side_by_side import side_by_side
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
@@ -51,3 +51,11 @@ class DCNv2Arch(nn.Module):
         x, y = features[self._cross], features[self._deep]
         both = side_by_side(x.device, lambda: self.cross(x), lambda: self.mlp(y))
         return logits_only(self.logit(self.top(torch.cat(both, dim=1))))
+
+
+MODEL = ModelKind(
+    "dcnv2",
+    DCNv2Config,
+    DCNv2Arch,
+    widths=lambda ours: {"cross": ours.cross, "hidden": ours.deep.hidden, "top": ours.top, "dropout": ours.dropout},
+)

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from mbcnet_rec.model.branches import FMConfig
 from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
 from mbcnet_rec.model.layers import MLP, Logit
-from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.side_by_side import side_by_side
-from mbcnet_rec.model.zoo.dnn import DNNConfig
+from mbcnet_rec.model.zoo.dnn import DNNConfig, as_deep
 from mbcnet_rec.model.zoo.fm import FMArch
 
 
@@ -36,3 +36,6 @@ class DeepFMArch(nn.Module):
             features[ALL].device, lambda: self.logit(self.mlp(features[ALL])), lambda: self.fm(features).fused_logits
         )
         return logits_only(pairs + deep)
+
+
+MODEL = ModelKind("deepfm", DeepFMConfig, DeepFMArch, "DeepFM", reads_wide=lambda _: True, widths=as_deep)

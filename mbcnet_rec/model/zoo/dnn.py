@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
 from mbcnet_rec.model.layers import MLP, Logit, Regularisation
-from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,11 @@ class DNNArch(nn.Module):
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) to the logits."""
         return logits_only(self.logit(self.mlp(features[ALL])))
+
+
+def as_deep(ours: Any) -> dict[str, Any]:
+    """The layers of MBCnet's deep branch and its top in a row, and its dropout."""
+    return {"hidden": (*ours.deep.hidden, *ours.top), "dropout": ours.dropout}
+
+
+MODEL = ModelKind("dnn", DNNConfig, DNNArch, widths=as_deep)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from data.schema.bounds import bounded
 from mbcnet_rec.model.branches import BranchesConfig, EFGCBranch, EFGCConfig
 from mbcnet_rec.model.input_layout import InputLayout
+from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
 from mbcnet_rec.model.layers import MLP, Logit, Regularisation
-from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,11 @@ class EFGCArch(nn.Module):
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map each group g's (B, n_g) to the logits."""
         return logits_only(self.logit(self.top(self.branch(features))))
+
+
+MODEL = ModelKind(
+    "efgc",
+    EFGCNetConfig,
+    EFGCArch,
+    widths=lambda ours: {"efgc": ours.efgc, "branch_dim": ours.branch_dim, "top": ours.top, "dropout": ours.dropout},
+)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.schema.bounds import bounded
+from mbcnet_rec.model.kinds import Model, ModelKind, ModelOutput
 from mbcnet_rec.model.layers import without_autocast
-from mbcnet_rec.model.losses import at_least_float32, row_mean, weighted_bce
-from mbcnet_rec.model.mbcnet import Model, ModelOutput
+from mbcnet_rec.model.losses import MeanOverRanks, at_least_float32, identity, row_mean, weighted_bce
 from mbcnet_rec.model.objective import Objective, Outputs, Rows
-from mbcnet_rec.model.zoo.dnn import DNNConfig
+from mbcnet_rec.model.zoo.dnn import DNNArch, DNNConfig, as_deep
 
 TEACHERS = ("dcnv2", "crossnet", "wide_deep")  # ours; other baselines of the paper's Table 3
 
@@ -101,7 +101,7 @@ def distillation_loss(
 class DistillationObjective(Objective):
     """Batch -> (loss, Outputs) of a student: in training its dense features end with the teachers' T logits, which it does not read."""
 
-    def __init__(self, model: Model, config: EnKDConfig) -> None:
+    def __init__(self, model: Model, config: EnKDConfig, mean_over_ranks: MeanOverRanks = identity) -> None:
         super().__init__(model)
         self.losses = DistillationArch(config)
 
@@ -143,3 +143,6 @@ class DistillationArch(nn.Module):
         detached = {name: term.detach() for name, term in (terms | {"distillation_loss": loss - bce}).items()}
         unmeasured = bce.new_empty(0)
         return loss, Outputs(student.detach().unsqueeze(1), labels, weights, detached, unmeasured, unmeasured)
+
+
+MODEL = ModelKind("enkd", EnKDConfig, DNNArch, objective=DistillationObjective, widths=as_deep)

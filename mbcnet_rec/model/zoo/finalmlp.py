@@ -5,6 +5,7 @@ Shapes: B batch, N flattened width of all fields, J heads, d_1 and d_2 last widt
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from data.errors import InputError
 from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, Embeddings, InputLayout
+from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
 from mbcnet_rec.model.layers import MLP, Logit, Regularisation, without_autocast
-from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.side_by_side import side_by_side
+from mbcnet_rec.model.zoo.dnn import as_deep
 
 
 @dataclass(frozen=True)
@@ -139,3 +141,11 @@ def build_stream(config: StreamConfig, layout: InputLayout, key: str) -> nn.Sequ
     if not config.gate:
         return nn.Sequential(mlp)
     return nn.Sequential(FieldGate(layout, config.context, config.gate), mlp)
+
+
+def _streams(ours: Any) -> dict[str, Any]:
+    stream = StreamConfig(**as_deep(ours), gate=ours.top[-1:])
+    return {"first": stream, "second": stream}
+
+
+MODEL = ModelKind("finalmlp", FinalMLPConfig, FinalMLPArch, widths=_streams)

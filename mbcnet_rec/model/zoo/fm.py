@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mbcnet_rec.model.branches import FMConfig
 from mbcnet_rec.model.factorisation import FieldVectors, bi_interaction
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout
-from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
+from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
 from mbcnet_rec.model.zoo.wide_deep import WideLogit
 
 
@@ -23,3 +23,6 @@ class FMArch(nn.Module):
         """Map "all" (B, N) and the wide weights (B, F + D) to the logits."""
         pairs = bi_interaction(self.vectors(features[ALL])).sum(1)
         return logits_only(self.wide(features[WIDE]) + pairs)
+
+
+MODEL = ModelKind("fm", FMConfig, FMArch, "FM", reads_wide=lambda _: True)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, InputLayout
+from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
 from mbcnet_rec.model.layers import MLP, Logit, Regularisation
-from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.side_by_side import side_by_side
+from mbcnet_rec.model.zoo.dnn import as_deep
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,16 @@ class MMoEArch(nn.Module):
         )
         mixed = (gates.unsqueeze(2) * torch.stack(experts, dim=1)).sum(1)
         return logits_only(self.logit(self.tower(mixed)))
+
+
+MODEL = ModelKind(
+    "mmoe",
+    MMoEConfig,
+    MMoEArch,
+    widths=lambda ours: {
+        "expert": as_deep(ours)["hidden"],
+        "gate": ours.top,
+        "tower": ours.top,
+        "dropout": ours.dropout,
+    },
+)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from mbcnet_rec.model.input_layout import ALL, WIDE, Embeddings, InputLayout
+from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
 from mbcnet_rec.model.layers import MLP, Logit
-from mbcnet_rec.model.mbcnet import ModelOutput, logits_only
 from mbcnet_rec.model.side_by_side import side_by_side
-from mbcnet_rec.model.zoo.dnn import DNNConfig
+from mbcnet_rec.model.zoo.dnn import DNNConfig, as_deep
 
 
 class WideLogit(nn.Module):
@@ -59,3 +59,6 @@ class WideDeepArch(nn.Module):
         x, y = features[self._wide], features[self._deep]
         deep, wide = side_by_side(y.device, lambda: self.logit(self.mlp(y)), lambda: self.wide(x))
         return logits_only(wide + deep)
+
+
+MODEL = ModelKind("wide_deep", WideDeepConfig, WideDeepArch, reads_wide=lambda _: True, widths=as_deep)

@@ -86,7 +86,7 @@ def run_training(
         again: the same with files that were trained already.
         progressive: score the day's rows before the first of them is trained.
         watch: is told of every evaluation; may end training there.
-        teach: adds teachers' logits to the training rows; only for model.kind = enkd, see teachers.py.
+        teach: adds teachers' logits to the training rows; only for a model that has teachers, see teachers.py.
         report: writes the page of the finished run folder, see report/run_report.py; none is written without it.
         hooks: where tests inject faults.
 
@@ -94,8 +94,10 @@ def run_training(
         InputError: the config, the schema, a row or the run folder is at fault.
         RunStoppedError: the run ends before its last step; see runtime/exits.py.
     """
-    if config.model.kind == "enkd" and teach is None:
-        raise InputError("model.kind = 'enkd': its teachers are trained first; start it by `mbcnet train`")
+    if config.model.teacher_kinds and teach is None:
+        raise InputError(
+            f"model.kind = {config.model.kind!r}: its teachers are trained first; start it by `mbcnet train`"
+        )
     refuse_contradiction(resume, overwrite)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         resume, overwrite = not continues, False  # workers restarted after a fault continue from the last checkpoint
