@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # A week on the synthetic log: train day by day, each day scored before it is trained, and each night a delta that a scorer takes.
 # The delta is compared with the whole artifact of that night, byte for byte.
-#   examples/daily.sh [FOLDER] [ROWS]
+#   examples/daily.sh [FOLDER] [ROWS] [DAYS]
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
-work=$(realpath -m "${1:-runs/daily}") rows=${2:-60000} bin=$here/.venv/bin
+work=$(realpath -m "${1:-runs/daily}") rows=${2:-60000} bin=$(dirname "${PYTHON:-$here/.venv/bin/python}")
 [ ! -e "$work" ] || { echo "$work: exists already; name another folder" >&2; exit 2; }
 mkdir -p "$work"
 "$bin"/mbcnet data synth --out "$work/log" --rows "$rows"
 settings=(--config "$here/mbcnet_rec/configs/demo.toml" --set schema="$work/log/schema.toml" --set train.out="$work/run"
   --set data.valid=[] --set data.test=[] --set data.order=chronological)
-days=$(cd "$work/log" && ls -d ds=* | head -7)
+days=$(cd "$work/log" && ls -d ds=* | head -n "${3:-7}")
 before=
 for day in $days; do
   if [ -z "$before" ]; then

@@ -36,7 +36,10 @@ def write_delta(before: serving.ServingModel, parent: Path, child: Path, out: Pa
         earlier = serving.rows_of(known, before.spec["tables"][pooling]) if known is not None else {}
         for name, table in serving.rows_of(tables, after.spec["tables"][pooling]).items():
             places = changed_rows(table, earlier.get(name, table[:0]))
-            changes |= {f"{pooling}/{name}/places": places, f"{pooling}/{name}/rows": table[places]}
+            changes |= {
+                f"{pooling}/{name}/places": places.int() if len(table) < 2**31 else places,
+                f"{pooling}/{name}/rows": table[places],
+            }
             rows, all_rows = rows + len(places), all_rows + len(table)
     for name, pairs in after.id_rows.items():
         old = before.id_rows.get(name, pairs[:, :0])

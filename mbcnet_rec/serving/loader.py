@@ -204,7 +204,7 @@ class ServingModel:
         for name, table in rows_of(opened, spec["tables"][pooling]).items():
             if name in before and before[name].shape[1:] == table.shape[1:]:
                 table[: len(before[name])] = before[name]
-            table[changes[f"{pooling}/{name}/places"]] = changes[f"{pooling}/{name}/rows"]
+            table[changes[f"{pooling}/{name}/places"].long()] = changes[f"{pooling}/{name}/rows"]
         return opened.weights_host
 
     def _changed_values(
