@@ -116,7 +116,7 @@ def test_a_delta_holds_what_has_changed(week, tmp_path):
     code, _, err = printed_by(
         "export", week / "run", "--since", week / "int8_2", "--rows", "fp16", "--out", tmp_path / "x"
     )
-    assert code == 2 and "--since: a delta has the rows and branches of its artifact" in err
+    assert code == 2 and "--since: a delta has the rows, branches and calibration of its artifact" in err
     before = torch.zeros(3_000_000, 4, dtype=torch.uint8)
     for share in (1, 10, 100):
         after = before.clone()
