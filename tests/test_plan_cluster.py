@@ -18,10 +18,10 @@ def test_presets_have_the_data_sheets_figures():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("16x8:h9000", "'h9000' is not a known kind of host; use one of a100-40g"),
-        ("16:h200", "'16' is not HOSTSxDEVICES"),
+        ("16x8:h9000", "wanted HOSTSxDEVICES:KIND such as 16x8:h100-80g; KIND is one of a100-40g"),
+        ("16:h200", "--cluster '16:h200': wanted HOSTSxDEVICES:KIND"),
         ("0x8:h200", "--cluster '0x8:h200': hosts = 0: wanted 1 or more"),
-        ("16x8", "names no kind of host"),
+        ("16x8", "--cluster '16x8': wanted HOSTSxDEVICES:KIND"),
         ("99999x8:h200", "wanted at most 65,536"),
         ("1x1:absent.toml", "no such file"),
     ],

@@ -81,9 +81,9 @@ def refuse_shared_gpu(store: dist.Store, rank: int, local_rank: int, local_world
     """InputError if two ranks of a host have one GPU, by its UUID: a scheduler may show each task one of its own. Every rank calls it."""
     store.set(f"gpu/{rank}", gpu)
     first = rank - local_rank
-    gpus = store.multi_get([f"gpu/{each}" for each in range(first, first + local_world_size)])
-    if len({*gpus}) < local_world_size:
-        raise _too_few(local_rank, len({*gpus}))
+    gpus = {*store.multi_get([f"gpu/{each}" for each in range(first, first + local_world_size)])}
+    if len(gpus) < local_world_size:
+        raise _too_few(local_rank, len(gpus))
 
 
 def _too_few(local_rank: int, count: int) -> InputError:

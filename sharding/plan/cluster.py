@@ -92,25 +92,17 @@ def preset_names() -> list[str]:
 
 def read_cluster(text: str) -> Cluster:
     """Read `HOSTSxDEVICES:KIND`, or `KIND`, a preset or a TOML file with Cluster's keys; InputError if it is none or out of range."""
-    shape, colon, kind = text.rpartition(":")
-    wanted = "wanted HOSTSxDEVICES:KIND such as 16x8:h100-80g"
-    match = re.fullmatch(r"(\d+)x(\d+)", shape)
-    problem = ""
-    if colon and not match:
-        problem = f"{shape!r} is not HOSTSxDEVICES; {wanted}; write e.g. 2x8:{kind}"
-    elif re.fullmatch(r"\d+x\d+", kind):
-        problem = f"names no kind of host; {wanted}; write {kind}:h100-80g"
-    elif not kind.endswith(".toml") and kind not in preset_names():
-        problem = (
-            f"{kind!r} is not a known kind of host; use one of {', '.join(preset_names())}, or a TOML file with the keys of "
-            f"{PRESETS.name}/h100-80g.toml"
+    match = re.fullmatch(r"(?:(\d+)x(\d+):)?([^:]+)", text)
+    kind, known = match[3] if match else "", preset_names()
+    if not kind.endswith(".toml") and kind not in known:
+        raise InputError(
+            f"--cluster {text!r}: wanted HOSTSxDEVICES:KIND such as 16x8:h100-80g; KIND is one of {', '.join(known)}, or a TOML file with the "
+            f"keys of {PRESETS.name}/h100-80g.toml"
         )
-    if problem:
-        raise InputError(f"--cluster {text!r}: {problem}")
     path = Path(kind) if kind.endswith(".toml") else PRESETS / f"{kind}.toml"
     cluster = parse_dataclass(Cluster, read_toml(path), str(path))
     try:
-        return cluster.resized(int(match[1]), int(match[2])) if match else cluster
+        return cluster.resized(int(match[1]), int(match[2])) if match and match[1] else cluster
     except InputError as error:
         raise InputError(f"--cluster {text!r}: {error}") from None
 
