@@ -93,7 +93,7 @@ def check_plan(
         problem = f"made for another schema: {some_of(differences, DIFFERENCES_SHOWN)}; "
     if problem:
         raise InputError(f"{source}: {problem}{REPLAN}, or leave sharding.plan empty")
-    check_shape(plan, source)
+    check_shape(plan, f"{source}: ")
 
 
 def constraint_differences(plan: Plan, config: ShardingConfig) -> list[str]:

@@ -152,10 +152,10 @@ def with_kernels(table: TablePlan, kind: str, kernels: Sequence[str], cache_rati
 
 
 def check_shape(plan: Plan, source: str) -> None:
-    """Refuse, naming the fix, a plan that contradicts itself or that the platform computes wrongly."""
+    """Refuse, naming the fix, a plan that contradicts itself or that the platform computes wrongly; `source` stands before the key."""
     if plan.world_size < 1 or plan.local_world_size < 1:
         sizes = f"world_size = {plan.world_size}, local_world_size = {plan.local_world_size}"
-        raise InputError(f"{source}: {sizes}: wanted 1 or more of each; {REPLAN}")
+        raise InputError(f"{source}{sizes}: wanted 1 or more of each; {REPLAN}")
     problem = device_problem(plan)
     for whole, part in (("world_size", "local_world_size"), ("local_world_size", "replicas")):
         if getattr(plan, whole) % getattr(plan, part):
@@ -163,7 +163,7 @@ def check_shape(plan: Plan, source: str) -> None:
     wrong = ((name, _table_problem(table, plan)) for name, table in plan.tables.items())
     tables = (f"tables.{name}.{found}" for name, found in wrong if found)
     if problem := problem or next(tables, ""):
-        raise InputError(f"{source}: {problem}")
+        raise InputError(source + problem)
 
 
 def device_problem(plan: Plan) -> str:
@@ -295,5 +295,5 @@ def plan_of_text(text: str, source: str) -> Plan:
     if isinstance(table, dict) and table.get("format", 1) != FORMAT:
         raise InputError(f"{source}: format = {table.get('format', 1)}, this version reads {FORMAT}; {REPLAN}")
     plan = parse_dataclass(Plan, table, source)
-    check_shape(plan, source)
+    check_shape(plan, f"{source}: ")
     return plan

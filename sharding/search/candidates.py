@@ -7,7 +7,7 @@ from data.schema import Feature, Schema, Table
 from data.schema.parse import unknown_key
 from sharding.cost.estimate import DTYPE_BYTES, state_bytes
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.plan.placement import Plan, TablePlan, device_problem, leaves_empty, with_kernels, zch_problem
+from sharding.plan.placement import Plan, TablePlan, check_shape, leaves_empty, with_kernels, zch_problem
 from sharding.search.task import Task
 
 ROWS_PER_RANK = 8  # a table with fewer rows for each rank is not split by rows
@@ -50,18 +50,12 @@ def check_constraints(task: Task) -> None:
     """Refuse constraints that name what is not there or that contradict each other."""
     config, plan = task.config, task.empty_plan()
     tables = {table.name: table for table in task.schema.tables}
-    problem = device_problem(plan)
-    if not problem and plan.local_world_size % config.replicas:
-        problem = (
-            f"replicas = {config.replicas}: wanted a divisor of the {plan.local_world_size} ranks of a host; use 1"
-        )
-    if problem:
-        raise InputError(f"sharding.{problem}")
+    check_shape(plan, "sharding.")
     for name, constraint in config.tables.items():
         where = f"sharding.tables.{name}"
         if name not in tables:
             raise InputError(unknown_key(where, name, tables))
-        absent = [rank for rank in constraint.ranks if rank >= plan.group_size]
+        problem, absent = "", [rank for rank in constraint.ranks if rank >= plan.group_size]
         types, columns = constraint.sharding_types or config.sharding_types, tables[name].embedding_dim
         if absent:
             ranks = list(constraint.ranks)
@@ -87,20 +81,15 @@ def _candidates(table: Table, task: Task, plan: Plan) -> list[TablePlan]:
     if sized.zch_buckets:
         return [_unbounded(sized, name, plan, constraint)]
     types = _by_size(sized, constraint.sharding_types, task, plan)
-    if not types:
-        asked = constraint.sharding_types or config.sharding_types
-        raise InputError(
-            f"sharding.tables.{name}: {', '.join(asked)} of {sized.num_embeddings} rows leave one of {plan.group_size} ranks without "
-            "rows; allow table_wise"
-        )
     kernels = constraint.compute_kernels or config.compute_kernels
     fused = [each for each in kernels if each != "dense" and not (plan.device == "cpu" and "uvm" in each)]
     ratio = constraint.cache_ratio or config.cache_ratio
     options = [each for kind in types for each in with_kernels(sized, kind, fused, ratio)]
     if not options:
+        asked = list(constraint.sharding_types or config.sharding_types)
         raise InputError(
-            f"sharding.tables.{name}: sharding_types {list(types)} with compute_kernels {list(kernels)} leave no choice on "
-            f"{plan.device}; allow table_wise or row_wise with fused, or data_parallel"
+            f"sharding.tables.{name}: sharding_types {asked} with compute_kernels {list(kernels)} leave no choice for {sized.num_embeddings} "
+            f"rows on {plan.group_size} ranks of {plan.device}, each of which needs a row; allow table_wise with fused, or data_parallel"
         )
     return [_placed(option, name, config, plan) for option in options]
 

@@ -66,7 +66,7 @@ def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = Tr
         left = max(1.0, task.config.search_seconds - (time.monotonic() - start))
         pinned = {name: set(each.ranks) for name, each in task.config.tables.items() if each.ranks}
         plan = Balance(plan, task.cluster, options, pinned, room).improved(left)
-    check_shape(plan, "sharding")
+    check_shape(plan, "sharding.")
     return plan
 
 
