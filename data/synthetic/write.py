@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ ROW_GROUP_ROWS = 8_192
 BLOCK_ROWS = 2 * ROW_GROUP_ROWS
 SUMMARY = "synthetic.json"
 METADATA_KEY = "mbcnet.synthetic"
+Block = tuple[int, int, int, int]  # day, file, first row of the day, rows
 GENERATOR_VERSION = 1  # raise it whenever the same arguments give other rows
 
 
@@ -62,15 +64,6 @@ class Tally:
         rate = clicks / rows
         prior = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
         return found | {"best_auc": auc, "best_log_loss": loss, "prior_log_loss": float(prior)}
-
-
-class _Block(NamedTuple):
-    """Rows [first, first + rows) of a day."""
-
-    day: int
-    file: int
-    first: int
-    rows: int
 
 
 def write_synthetic(
@@ -136,22 +129,23 @@ def _write_days(
     split_of_day = {request["days"] - 1: "test", request["days"] - 2: "valid"}
     done = 0
 
-    def make(block: _Block) -> tuple[_Block, pa.RecordBatch, np.ndarray]:
-        return block, *make_block(world, block.day, block.first, block.rows)
+    def make(block: Block) -> tuple[tuple[int, int], pa.RecordBatch, np.ndarray]:
+        day, file, first, rows = block
+        return (day, file), *make_block(world, day, first, rows)
 
     with ThreadPoolExecutor(threads) as pool:
         made = in_order(pool, make, _blocks(request), threads + 1)
-        for (day, file), blocks in groupby(made, lambda each: (each[0].day, each[0].file)):
+        for (day, file), blocks in groupby(made, itemgetter(0)):
             first, file_tally = next(blocks), Tally()
             date = FIRST_DAY + datetime.timedelta(days=day)
             path = folder / f"ds={date}" / f"part-{file:05d}.parquet"
             with open_writer(path, first[1].schema) as writer:
-                for block, batch, probability in chain([first], blocks):
+                for _, batch, probability in chain([first], blocks):
                     labels = batch.column(world.schema.label).to_numpy()
                     for tally in (file_tally, tallies[split_of_day.get(day, "train")], tallies["all"]):
                         tally.add(probability, labels)
                     writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROW_GROUP_ROWS)
-                    done += block.rows
+                    done += batch.num_rows
                     progress(done)
                 # the file's own best AUC and log-loss
                 writer.add_key_value_metadata({METADATA_KEY: json.dumps(request | file_tally.summary())})
@@ -165,14 +159,14 @@ def make_block(world: planted.World, day: int, first: int, rows: int) -> tuple[p
     return to_record_batch(world, facts, planted.draw_labels(world, facts, probability)), probability
 
 
-def _blocks(request: dict[str, Any]) -> Iterator[_Block]:
+def _blocks(request: dict[str, Any]) -> Iterator[Block]:
     each, extra = divmod(request["rows"], request["days"])
     for day in range(request["days"]):
         rows = each + (day < extra)
         for file, start in enumerate(range(0, rows, request["rows_per_file"])):
             end = min(rows, start + request["rows_per_file"])
             for first in range(start, end, BLOCK_ROWS):
-                yield _Block(day, file, first, min(BLOCK_ROWS, end - first))
+                yield day, file, first, min(BLOCK_ROWS, end - first)
 
 
 def in_order(pool: Executor, make: Callable[[T], R], jobs: Iterator[T], ahead: int) -> Iterator[R]:
