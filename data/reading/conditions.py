@@ -251,8 +251,5 @@ def _unfit(condition: Condition, read: object, ends: Mapping[str, Ends], bound: 
         fits = len(shapes) == 1 or not any("0" in shape for shape in shapes)
     else:
         fits = "0" not in own or own in shapes
-    return (
-        ""
-        if fits
-        else "a bound of one form with them (all days, all numbers, or texts with digits in the same places); write it so, rename folders, or name them by globs"
-    )
+    one_form = "a bound of one form with them (all days, all numbers, or texts with digits in the same places)"
+    return "" if fits else f"{one_form}; write it so, rename folders, or name them by globs"
