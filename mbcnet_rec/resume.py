@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError, some_of
+from data.profile.fit import GROWTH, WAITING
 from data.reading.column_types import pinned
 from data.reading.conditions import select_files
 from data.reading.files import column_sets, resolve_files
@@ -268,7 +269,9 @@ def _entries(schema: Schema, ignored: frozenset[str]) -> dict[str, Any]:
             entry.pop(key, None)
     fields = {f"field {name}": entry for name, entry in top.pop("fields").items()}
     sums = {} if ignored else file_sums(schema)
-    return fields | top | {name: sha256 for name, sha256 in sums.items() if name != SCHEMA}
+    return (
+        fields | top | {name: sha256 for name, sha256 in sums.items() if not name.startswith((SCHEMA, GROWTH, WAITING))}
+    )
 
 
 def with_own_plan(config: RunConfig) -> RunConfig:

@@ -3,6 +3,8 @@ run that continues trains with the grown tables as one that had those rows from 
 
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from small_data import SCHEMA, small_table
 from test_lineage import days, tensors
+from test_train import ENV
 from tiny_run import CONFIG, lines_of, train
 
 from data.profile.grow import grow_fitted
@@ -229,3 +232,30 @@ def test_a_row_that_expires_begins_anew_also_where_the_day_died_before_its_first
     assert model.digest == whole.digest and model.vocabularies == whole.vocabularies
     assert all(torch.equal(each.weights_host, whole.tables[name].weights_host) for name, each in model.tables.items())
     night(3)
+
+
+@pytest.mark.long
+def test_two_ranks_grow_as_one_run_of_two_ranks(log):
+    """By processes: day by day with growth equals the whole run of two ranks with the last vocabulary, bit for bit."""
+
+    def start(*words):
+        launch = [
+            sys.executable,
+            "-m",
+            "launch.agent",
+            "--nproc_per_node=2",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+        ]
+        subprocess.run([*launch, "-m", "mbcnet_rec.cli", "train", *words], env=ENV, check=True, timeout=300)
+
+    kinds = ["--set", 'sharding.sharding_types=["table_wise"]']
+    start("--config", "tiny.toml", *kinds, "--set", "train.out=run", "--set", 'data.train=["log/ds=2024-06-01"]')
+    for day in (2, 3):
+        assert main(["schema", "fit", "--grow", "fit", f"log/ds=2024-06-0{day}"]) == 0
+        start("--continue", "run", "--data", f"ds=2024-06-0{day}", "--progressive")
+    start("--config", "tiny.toml", *kinds, "--set", "train.out=whole")
+    ours, theirs = tensors(log / "run", 15), tensors(log / "whole", 15)
+    assert ours.keys() == theirs.keys() and [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    rates = [each["label_rate"] for each in days(log / "run")]
+    assert rates == [pq.read_table(log / f"log/ds=2024-06-0{day}")["click"].to_numpy().mean() for day in (1, 2, 3)]
