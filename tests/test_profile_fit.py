@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.profile.fit import Counts, Quantiles, write_fitted
+from data.profile.fit import boundaries_of, write_fitted
 from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.schema import Schema, load_schema, parse_schema
@@ -99,18 +99,6 @@ def test_files_without_rows_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_counts_of_many_values_are_merged_seldom():
-    """Work grows with the values, not with values times merges: each merge at least doubles what is kept."""
-    counts, merges = Counts("w", pa.int64(), limit=100), 0
-    for start in range(0, 20_000, 50):
-        counts.add(pa.array(range(start, start + 50)))
-        merges += not counts.pending_rows
-    assert merges <= 9
-    counts.add(pa.array([7, 7, 9, None]))
-    assert counts.vocabulary(2).to_pylist() == [7, 9]
-    assert len(counts.vocabulary(1)) == 20_000
-
-
 def test_vocabulary_drops_rare_values_and_nulls(tmp_path):
     cities = ["b", "a", None, "b", "a", "c", None, None, "d", "d", "d"]
     schema = fitted({"city": WORD | {"min_count": 2}}, {"city": cities}, tmp_path)
@@ -145,9 +133,7 @@ def test_standardise_ignores_nulls_and_nan_and_names_a_constant(tmp_path):
 @settings(max_examples=30)
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=200), st.integers(2, 40))
 def test_boundaries_are_few_ascending_and_leave_no_bucket_empty(numbers, num_buckets):
-    quantiles = Quantiles()
-    quantiles.add(pa.array(numbers, pa.float64()))
-    boundaries = quantiles.boundaries(num_buckets)
+    boundaries = boundaries_of(np.asarray(numbers, np.float64), num_buckets)
     assert 1 <= len(boundaries) <= num_buckets - 1
     assert boundaries == sorted(set(boundaries))
     assert set(boundaries) <= set(map(float, numbers))

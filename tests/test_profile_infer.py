@@ -16,7 +16,8 @@ from data.profile import scan as profile
 from data.profile.fit import write_fitted
 from data.profile.infer import infer_schema
 from data.profile.leaks import always_positive, column_auc
-from data.profile.scan import ColumnProfile, Distinct, EvenSample, profile_files
+from data.profile.scan import ColumnProfile, Distinct, profile_files
+from data.profile.units import RowSample, row_hashes
 from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.reading.keys import splitmix64
@@ -204,12 +205,16 @@ def test_groups_are_guessed_from_names(tmp_path):
     assert pairs == {"user": users, "item": items, "user_item": {"user_id", "item_id"}}
 
 
-def test_an_even_sample_is_bounded_and_takes_every_kth_row():
-    table, sample = pa.table({"x": np.arange(70_000)}), EvenSample(1_000)
-    for start in range(0, 70_000, 777):
-        sample.add(table.slice(start, 777))
-    assert sample.rows()["x"].to_pylist() == list(range(0, 70_000, sample.stride))
-    assert 500 <= len(sample.rows()) <= 1_000
+def test_a_sample_is_bounded_and_the_same_however_rows_come():
+    table, hashes = pa.table({"x": np.arange(70_000)}), row_hashes(0, 70_000)
+    found = []
+    for size in (777, 70_000):
+        sample = RowSample(1_000)
+        for start in range(0, 70_000, size):
+            sample.add(hashes[start : start + size], table.slice(start, size))
+        found.append(sample.rows()["x"].to_pylist())
+    assert found[0] == found[1] == sorted(found[0]) and len(found[0]) == 1_000
+    assert abs(np.mean(found[0]) - 35_000) < 2_500, "from all over the rows"
 
 
 def test_files_that_differ(tmp_path):

@@ -3,30 +3,32 @@
 Training stops at the first fault; here they are collected, one for each file, row group and column.
 """
 
+import json
 import math
-from collections import deque
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.engine import HERE, Engine, run_tasks, write_result
 from data.errors import InputError, first_line
-from data.profile.scan import Progress, unheard
+from data.profile.units import PIECE_CELLS, Progress, Unit, require_mark, results_folder, unheard, units_of, unreadable
 from data.reading.column_types import column_faults
 from data.reading.columns import Place
 from data.reading.encode import Encoder, read_groups
 from data.reading.numbers import read_labels
 from data.reading.row_groups import columns_of_leaves, prove, stored_rows
 from data.reading.storage import DAMAGE, DataFile, open_parquet
-from data.schema import Schema
+from data.schema import Schema, schema_to_toml
 
 WHOLE_FILE = -1
-PIECE_CELLS = 8_000_000  # rows x columns decoded at a time
 FOOTER_THREADS = 8  # small reads, which mostly wait
 
 
@@ -76,10 +78,10 @@ def check_files(
     *,
     full: bool = False,
     max_faults: int = 100,
-    threads: int = 2,
     progress: Progress = unheard,
+    engine: Engine = HERE,
 ) -> CheckReport:
-    """Check Parquet files against a schema: their footers, and with `full` every value, by some threads.
+    """Check Parquet files against a schema: their footers, and with `full` every value, by an engine's tasks.
 
     Footers tell missing columns, wrong types, and ids and labels out of range where the writer left statistics. The full check tells
     `progress` the number of rows checked so far. Faults above `max_faults` are only counted.
@@ -100,16 +102,49 @@ def check_files(
         return report
     report.labels.clear()
     reported = {(fault.file, fault.row_group, fault.column) for footer in footers for fault in footer.faults}
-    jobs = [(footer, group) for footer in footers for group, rows in enumerate(footer.row_groups) if rows]
-    done = 0
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(partial(_check_row_group, _checks(schema, report.labels)), jobs)
-        for (footer, group), faults in zip(jobs, found, strict=True):
-            new = [each for each in faults if (each.file, each.row_group, each.column) not in reported]
-            report.add(new, max_faults)
-            done += footer.row_groups[group]
-            progress(done)
+    columns = {footer.file: footer.columns for footer in footers if footer.row_groups}
+    Encoder(schema)  # whose faults are the schema's
+    with tempfile.TemporaryDirectory() as own:
+        # the other hosts see the folder in which the command was given
+        place = Path(own) if engine.name == "local" else Path.cwd()
+        with results_folder(place / "check", engine, schema_to_toml(schema)) as folder:
+            tasks = {}
+            for unit in units_of(list(columns)):
+                path = folder / f"{unit.key()}.json"
+                tasks[path] = CheckUnit(path, schema, unit, {span.file: columns[span.file] for span in unit.spans})
+            done = 0
+            for path in run_tasks(engine, check_unit, tasks, last=True):
+                done += tasks[path].unit.rows
+                progress(done)
+            for path in tasks if engine.is_first else ():
+                found = json.loads(path.read_text(encoding="utf-8"))
+                report.labels |= set(found["labels"])
+                faults = [Fault(*fault) for fault in found["faults"]]
+                new = [each for each in faults if (each.file, each.row_group, each.column) not in reported]
+                report.add(new, max_faults)
     return report
+
+
+class CheckUnit(NamedTuple):
+    """A task: every value of a unit, its faults and labels written to `path`."""
+
+    path: Path
+    schema: Schema
+    unit: Unit
+    columns: dict[DataFile, list[str]]  # of each file: those of the schema that can be decoded
+
+
+def check_unit(task: CheckUnit) -> None:
+    """Check every value of a unit."""
+    labels: set[float] = set()
+    checks, faults = _checks(task.schema, labels), []
+    for span in task.unit.spans:
+        require_mark(span.file, span.mark)
+        for group in span.groups:
+            faults += _check_row_group(checks, span.file, group, task.columns[span.file])
+    found = {"labels": sorted(labels), "faults": [astuple(fault) for fault in faults]}
+    with write_result(task.path) as draft:
+        draft.write_text(json.dumps(found), encoding="utf-8")
 
 
 Ranges = dict[str, tuple[str, int]]
@@ -194,16 +229,15 @@ def _checks(schema: Schema, labels: set[float]) -> list[Check]:
     return checks
 
 
-def _check_row_group(checks: list[Check], job: tuple[_Footer, int]) -> list[Fault]:
+def _check_row_group(checks: list[Check], file: DataFile, group: int, names: list[str]) -> list[Fault]:
     """Decode and encode every value of a file's row group; return the first fault of each column."""
-    footer, group = job
     faults: dict[str, str] = {}
-    start, size = 0, max(256, PIECE_CELLS // max(1, len(footer.columns)))
+    start, size = 0, max(256, PIECE_CELLS // max(1, len(names)))
     try:
-        with open_parquet(footer.file) as parquet:
-            for rows in stored_rows(parquet, group, footer.columns, size):
+        with open_parquet(file) as parquet:
+            for rows in stored_rows(parquet, group, names, size):
                 columns = dict(zip(rows.schema.names, rows.columns, strict=True))
-                place = Place(str(footer.file), group, start)
+                place = Place(str(file), group, start)
                 for column, needed, check in checks:
                     if column in faults or not needed <= columns.keys():
                         continue
@@ -213,20 +247,6 @@ def _check_row_group(checks: list[Check], job: tuple[_Footer, int]) -> list[Faul
                         faults[column] = str(error).removeprefix(f"{place}, ")
                 start += rows.num_rows
     except (OSError, pa.ArrowException):
-        for column, message in unreadable(footer.file, group, footer.columns):
+        for column, message in unreadable(file, group, names):
             faults.setdefault(column, message)
-    return [Fault(str(footer.file), group, *fault) for fault in faults.items()]
-
-
-def unreadable(file: DataFile, group: int, names: list[str]) -> Iterator[tuple[str, str]]:
-    """Find the columns of a damaged row group that cannot be decoded."""
-    found = False
-    for name in names:
-        try:
-            with open_parquet(file) as parquet:
-                deque(stored_rows(parquet, group, [name], PIECE_CELLS, use_threads=False), maxlen=0)
-        except DAMAGE as error:
-            found = True
-            yield name, f"cannot be decoded ({first_line(error)}): the file is damaged; write it again"
-    if not found:
-        yield "", "could not be read, yet each column alone could: try again"
+    return [Fault(str(file), group, *fault) for fault in faults.items()]

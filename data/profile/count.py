@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from data.errors import InputError
-from data.profile.fit import record_batches
-from data.profile.scan import Distinct, Progress, unheard
+from data.profile.scan import Distinct
+from data.profile.units import Progress, batches_of, unheard, units_of
 from data.reading.column_types import check_columns, id_type
 from data.reading.files import column_sets
 from data.reading.ids import is_id, read_ids
@@ -46,8 +46,8 @@ def table_2(
             text |= {column} if id_type(arrow_schema.field(column).type) == "text" else set()
     found = {what: Distinct(EXACT) for what in columns}
     samples = clicks = 0
-    for file in files:
-        for place, rows in record_batches(file, [schema.label, *columns.values()]):
+    for unit in units_of(files):
+        for place, _, rows in batches_of(unit, [schema.label, *columns.values()]):
             for what, column in columns.items():
                 ids = rows.column(column)
                 if is_id(ids.type):

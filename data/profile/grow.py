@@ -19,16 +19,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
+from data.engine import HERE
 from data.errors import InputError
-from data.profile.fit import GROWTH, WAITING, Counts, measure, often, write_rows
-from data.profile.scan import Progress, unheard
+from data.profile.fit import GROWTH, WAITING, measure, write_rows
+from data.profile.units import Progress, results_folder, unheard
+from data.profile.values import BY_COUNT, merged
 from data.reading.column_types import check_columns
 from data.reading.files import column_sets
 from data.reading.fingerprint import mark_files
 from data.reading.keys import SINCE, read_vocabularies
 from data.reading.storage import LIST_ATTEMPTS, DataFile
 from data.schema import Feature, Schema, format_schema, parse_schema, schema_to_toml
-from data.schema.feature import FIRST_VOCABULARY_ROW, VOCABULARY_FOLDER
+from data.schema.feature import FIRST_VOCABULARY_ROW, FIT, VOCABULARY_FOLDER
 from data.whole_folder import whole_folder
 
 SEEN = "seen"
@@ -89,19 +91,17 @@ def grow_fitted(
         raise InputError(
             f"schema {schema.name!r}: no field has a vocabulary, so nothing grows; a hash or zch table needs no growth"
         )
-    counts = {each.table_name: Counts(each.name, values[each.vocabulary].type) for each in fields}
-    measure(fields, files, {}, counts, progress)
     top, changes, day = schema_to_toml(schema.standing_alone()), {}, state["day"] + 1
     with whole_folder(out) as folder:
-        for table, found in counts.items():
+        for table, found in _counted(schema, fields, files, folder, progress).items():
             users = [each for each in fields if each.table_name == table]
             name, path = schema.own_vocabularies[users[0].name], schema.folder / users[0].vocabulary
             waiting = schema.folder / WAITING / Path(name).name
             rows = {"value": values[users[0].vocabulary]} | {name: given_rows(path, name) for name in (SINCE, SEEN)}
             sightings = pq.read_table(waiting) if waiting.is_file() else None
-            grown, left, changes[table] = _grown(pa.table(rows), sightings, found.merged(), users, day)
-            write_rows(folder / name, grown)
-            write_rows(folder / WAITING / Path(name).name, left)
+            grown, left, changes[table] = _grown(pa.table(rows), sightings, found, users, day)
+            write_rows(folder / name, [grown])
+            write_rows(folder / WAITING / Path(name).name, [left])
             sizes = top["tables"][table] if users[0].table else top["fields"][users[0].name]
             sizes["num_embeddings"] = max(sizes["num_embeddings"], changes[table]["rows"])
         grown_files = {"day": day, "files": [*state["files"], *marks], "tables": changes}
@@ -110,6 +110,22 @@ def grow_fitted(
         text = format_schema(parse_schema(top, f"growth of schema {schema.name!r}", folder), header)
         (folder / "schema.toml").write_text(text, encoding="utf-8")
     return changes
+
+
+def _counted(
+    schema: Schema, fields: Sequence[Feature], files: Sequence[DataFile], folder: Path, progress: Progress
+) -> dict[str, pa.Table]:
+    """How often each value of a table occurs in the files, by table."""
+    waiting = [dataclasses.replace(each, vocabulary=FIT) for each in fields]
+    nothing = {each.table_name: pa.string() if each.type == "text" else pa.int64() for each in fields}
+    with results_folder(folder / "fit", HERE) as results:
+        found = merged(measure(schema, waiting, files, results, HERE, progress).merges)
+    counts = {}
+    for name, kind in nothing.items():
+        runs = found.get(name) or [pa.table({"value": pa.array([], kind), "count": pa.array([], pa.int64())})]
+        kind = runs[0]["value"].type if kind != pa.string() else kind
+        counts[name] = pa.concat_tables(runs).cast(pa.schema([("value", kind), ("count", pa.int64())]))
+    return counts
 
 
 def growth_lines(changes: Mapping[str, Changes]) -> list[str]:
@@ -144,7 +160,8 @@ def _grown(
     new = new.append_column(SEEN, pa.array(np.full(len(new), day, np.int32)))
     waiting = pa.concat_tables([waiting.set_column(0, "value", waits), new]).group_by("value")
     waiting = waiting.aggregate([("count", "sum"), (SEEN, "max")]).rename_columns(["value", "count", SEEN])
-    admitted = often(waiting, min(each.min_count for each in users))
+    often = waiting.filter(pc.field("count") >= min(each.min_count for each in users))
+    admitted = often.sort_by(BY_COUNT)["value"].combine_chunks()
     waiting = waiting.filter((pc.field("count") < min(each.min_count for each in users)) & (pc.field(SEEN) > oldest))
 
     free = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[: len(admitted)]

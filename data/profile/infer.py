@@ -15,10 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
+from data.engine import HERE, Engine
 from data.errors import InputError
 from data.profile.leaks import always_positive, column_auc
 from data.profile.propose import BUCKETS, GROUP_NAMES, Proposal, holds_names, propose
-from data.profile.scan import ColumnProfile, Profile, Progress, profile_files, unheard
+from data.profile.scan import ColumnProfile, Profile, profile_files
+from data.profile.units import Progress, unheard
 from data.reading.column_types import check_columns, column_faults, is_number
 from data.reading.ids import is_key
 from data.reading.storage import DataFile
@@ -51,17 +53,26 @@ class Roles:
 
 
 def infer_schema(
-    files: Sequence[DataFile], *, name: str = "inferred", label: str = "", rows: int = 0, progress: Progress = unheard
+    files: Sequence[DataFile],
+    *,
+    name: str = "inferred",
+    label: str = "",
+    rows: int = 0,
+    progress: Progress = unheard,
+    engine: Engine = HERE,
+    work: Path | None = None,
 ) -> tuple[str, list[str]]:
     """Profile Parquet files as `profile_files` does, and write a schema.
 
     Without a `label`, the column of 0 and 1 is guessed from names and values. Returns the schema file's text, which loads, and one
-    line for each suspicious column.
+    line for each suspicious column; nothing by torchrun's ranks but the first.
 
     Raises:
         InputError: no label is found, it holds other values than 0 and 1, a file is faulty, or no column can be a field.
     """
-    profile = profile_files(files, rows=rows, progress=progress)
+    profile = profile_files(files, rows=rows, progress=progress, engine=engine, work=work)
+    if not engine.is_first:
+        return "", []
     roles = find_roles(profile, label)
     labels = profile.sample[roles.label].combine_chunks().cast(pa.float64()).to_numpy(zero_copy_only=False)
     for file, arrow_schema in profile.footers:

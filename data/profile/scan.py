@@ -4,30 +4,47 @@ Counts, ranges and distinct values are of every row read; quantiles and what a c
 row sample of fixed size. Rows are read in pieces, so memory depends on the number of columns and not on the number of rows.
 """
 
+import hashlib
+import json
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
+from data.engine import HERE, Engine, run_tasks, write_result
 from data.errors import InputError, first_line
+from data.profile.units import (
+    LARGEST_FLOAT32,
+    Progress,
+    RowSample,
+    naming,
+    require_mark,
+    results_folder,
+    row_hashes,
+    unheard,
+)
 from data.reading.column_types import is_list, is_number
+from data.reading.fingerprint import FileMark, mark_files
 from data.reading.ids import WHOLE_BITS, as_ids, is_text
 from data.reading.keys import hash_values
 from data.reading.row_groups import stored_rows
-from data.reading.storage import DAMAGE, DataFile, open_parquet
+from data.reading.storage import DataFile, open_parquet
 
-Progress = Callable[[int], object]  # is told the number of rows so far
 PIECE_CELLS = 4_000_000  # rows x columns read at a time
+UNIT_CELLS = 2**25  # rows x columns that a task reads, at least one row group
+ADDED = ("rows", "nulls", "values", "bad", "nan")  # what a profile counts
+HASH = ".row hash"  # beside the columns of a unit's sample
 SAMPLE_CELLS = 8_000_000  # rows x columns of the row sample
 MAX_SAMPLE_ROWS = 50_000
-LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 MAX_TYPE_WORDS = 80  # letters of a type in a message: those of structs have no end
 HASH_SPAN = 2.0**64
 SPREAD = 64  # a sample is taken from at least so many row groups, if there are so many
@@ -81,28 +98,6 @@ class Distinct:
         return round((self.size - 1) / ((float(self.smallest[-1]) + 1.0) / HASH_SPAN))
 
 
-class EvenSample:
-    """Every k-th row; k doubles when more than `limit` are held. Bounded, the same on every run."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.parts: list[pa.Table] = []
-        self.stride, self.seen = 1, 0
-
-    def add(self, rows: pa.Table) -> None:
-        """Take in the next rows."""
-        self.parts.append(rows.take(np.arange((-self.seen) % self.stride, len(rows), self.stride)))
-        self.seen += len(rows)
-        while sum(map(len, self.parts)) > self.limit:
-            held = self.rows()
-            self.parts = [held.take(np.arange(0, len(held), 2))]
-            self.stride *= 2
-
-    def rows(self) -> pa.Table:
-        """What is held of at least one piece."""
-        return pa.concat_tables(self.parts)
-
-
 @dataclass
 class ColumnProfile:
     """What one column holds."""
@@ -121,6 +116,28 @@ class ColumnProfile:
     distinct: Distinct = field(default_factory=Distinct)  # values
     min_length: int | None = None  # of the lists that are not null
     max_length: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """What was counted, for JSON."""
+        counted = {
+            name: getattr(self, name) for name in (*ADDED, "low", "high", "is_integral", "min_length", "max_length")
+        }
+        return counted | {"hashes": self.distinct.smallest.tolist()}
+
+    def join(self, facts: Mapping[str, Any]) -> None:
+        """Take in what another has counted of other rows."""
+        for name in ADDED:
+            setattr(self, name, getattr(self, name) + facts[name])
+        for name, choose in (
+            ("low", min),
+            ("high", max),
+            ("min_length", min),
+            ("max_length", max),
+            ("is_integral", min),
+        ):
+            both = [value for value in (getattr(self, name), facts[name]) if value is not None]
+            setattr(self, name, choose(both, default=None))
+        self.distinct.add(np.asarray(facts["hashes"], np.uint64))
 
     @property
     def is_list(self) -> bool:
@@ -198,14 +215,17 @@ class Profile:
     sample: pa.Table = field(default_factory=lambda: pa.table({}))  # every k-th row read
 
 
-def unheard(_: object) -> None:
-    """Take no notice: the default of progress and of notes."""
-
-
-def profile_files(files: Sequence[DataFile], *, rows: int = 0, progress: Progress = unheard) -> Profile:
+def profile_files(
+    files: Sequence[DataFile],
+    *,
+    rows: int = 0,
+    progress: Progress = unheard,
+    engine: Engine = HERE,
+    work: Path | None = None,
+) -> Profile:
     """Read about so many `rows`, spread over the row groups of all files, or all if 0, and profile every column.
 
-    `progress` is told the number of rows read so far.
+    `progress` is told the number of rows read so far. The results of `engine`'s tasks lie beside `work`, by default in a folder of the system's.
 
     Raises:
         InputError: a file cannot be read, or two files give one column types that do not fit together.
@@ -214,28 +234,76 @@ def profile_files(files: Sequence[DataFile], *, rows: int = 0, progress: Progres
     if not profile.total_rows:
         raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows; nothing can be inferred")
     schema = pa.schema([(name, column.kind) for name, column in profile.columns.items()])
-    sample = EvenSample(max(1_000, min(MAX_SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(schema)))))
-    for table in _pieces(files, schema, _spread(groups, rows or profile.total_rows)):
-        for name, column in profile.columns.items():
-            for chunk in table.column(name).chunks:
-                column.add(chunk)
-        sample.add(table)
-        profile.rows += table.num_rows
-        progress(profile.rows)
-    profile.sample = sample.rows().combine_chunks()
+    sample_rows = max(1_000, min(MAX_SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(schema))))
+    marks, tasks = mark_files(files), {}
+    with (
+        tempfile.TemporaryDirectory() as own,
+        results_folder(work or Path(own) / "infer", engine, "infer", rows) as folder,
+    ):
+        for groups_of in _units(_spread(groups, rows or profile.total_rows), len(schema)):
+            numbers = sorted({group.file for group in groups_of})
+            read = {number: (files[number], marks[number]) for number in numbers}
+            key = hashlib.sha256(json.dumps([[mark for _, mark in read.values()], groups_of, str(schema)]).encode())
+            path = folder / f"{key.hexdigest()[:16]}.arrow"
+            tasks[path] = ProfileUnit(path, read, groups_of, schema, sample_rows)
+        for path in run_tasks(engine, profile_unit, tasks, last=True):
+            profile.rows += sum(group.rows for group in tasks[path].groups)
+            progress(profile.rows)
+        sample = RowSample(sample_rows)
+        for path in tasks if engine.is_first else ():
+            with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+                part, found = reader.read_all(), json.loads(reader.schema.metadata[b"columns"])
+            sample.add(part[HASH].to_numpy(), part.drop_columns([HASH]))
+            for name, column in profile.columns.items():
+                column.join(found[name])
+        profile.sample = sample.rows() if engine.is_first else schema.empty_table()
     return profile
 
 
-Group = tuple[int, int, int]  # file, row group, rows
+class Group(NamedTuple):
+    """A row group that is read."""
+
+    file: int  # its number
+    index: int
+    rows: int  # that are read
+    first_row: int  # the number of its first row, among those of all files
 
 
-@contextmanager
-def naming(file: DataFile, fault: str = "cannot be read as Parquet", cure: str = "fix or remove it") -> Iterator[None]:
-    """Turn damage of what is read in the block into an InputError that names the file, what is wrong and how to fix it."""
-    try:
-        yield
-    except DAMAGE as error:
-        raise InputError(f"{file}: {fault} ({first_line(error)}); {cure}") from None
+class ProfileUnit(NamedTuple):
+    """A task: what the columns of some row groups hold, written to `path`."""
+
+    path: Path
+    files: dict[int, tuple[DataFile, FileMark]]
+    groups: list[Group]
+    schema: pa.Schema
+    sample_rows: int
+
+
+def profile_unit(task: ProfileUnit) -> None:
+    """Profile every column of a unit, and take a sample of its rows."""
+    columns = {name: ColumnProfile(name, kind) for name, kind in zip(task.schema.names, task.schema.types, strict=True)}
+    sample = RowSample(task.sample_rows)
+    for first_row, table in _pieces(task):
+        for name, column in columns.items():
+            for chunk in table.column(name).chunks:
+                column.add(chunk)
+        sample.add(row_hashes(first_row, table.num_rows), table)
+    rows = sample.rows().append_column(HASH, pa.array(sample.hashes))
+    found = {name: column.facts() for name, column in columns.items()}
+    rows = rows.replace_schema_metadata({"columns": json.dumps(found)})
+    with write_result(task.path) as draft, pa.ipc.new_file(str(draft), rows.schema) as writer:
+        writer.write_table(rows)
+
+
+def _units(groups: Sequence[Group], columns: int) -> Iterator[list[Group]]:
+    held: list[Group] = []
+    for group in groups:
+        held.append(group)
+        if sum(each.rows for each in held) * columns >= UNIT_CELLS:
+            yield held
+            held = []
+    if held:
+        yield held
 
 
 def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[Group]]:
@@ -243,13 +311,16 @@ def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[Group]]:
     found: dict[pa.Schema, DataFile] = {}
     seen: Counter[str] = Counter()
     groups: list[Group] = []
+    total = 0
     for number, file in enumerate(files):
         with naming(file), open_parquet(file) as parquet:
             names, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
             counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         found.setdefault(names, file)
         seen.update(set(names.names))
-        groups += [(number, index, count) for index, count in enumerate(counts) if count]
+        for index, count in enumerate(counts):
+            groups += [Group(number, index, count, total)] if count else []
+            total += count
     kinds: dict[str, pa.DataType] = {}
     unfit: dict[str, str] = {}
     largest_id: dict[str, float] = defaultdict(lambda: 2.0**53)
@@ -271,32 +342,37 @@ def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[Group]]:
     missing = {name: len(files) - seen[name] for name in order if seen[name] < len(files)}
     columns = {name: ColumnProfile(name, kinds[name], largest_id[name]) for name in order if name not in unfit}
     schemas = [(file, schema) for schema, file in found.items()]
-    total = sum(count for _, _, count in groups)
     return Profile(columns, unfit, schemas, total, len(files), missing), groups
 
 
 def _spread(groups: list[Group], rows: int) -> list[Group]:
     """Choose row groups evenly, and how many rows of each, so that about `rows` are read."""
-    total = sum(count for _, _, count in groups)
+    total = sum(group.rows for group in groups)
     if rows >= total:
         return groups
     number = min(len(groups), max(SPREAD, -(-rows * len(groups) // total)))
     chosen = [groups[index * len(groups) // number] for index in range(number)]
     share = -(-rows // number)
-    return [(file, index, min(count, share)) for file, index, count in chosen]
+    return [group._replace(rows=min(group.rows, share)) for group in chosen]
 
 
-def _pieces(files: Sequence[DataFile], schema: pa.Schema, groups: list[Group]) -> Iterator[pa.Table]:
+def _pieces(task: ProfileUnit) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of a unit's row groups, and the number of the first of each piece."""
+    schema = task.schema
     piece_rows = max(256, min(65_536, PIECE_CELLS // max(1, len(schema))))
-    for number, of_file in groupby(groups, key=itemgetter(0)):
-        with open_parquet(files[number]) as parquet:
+    for number, of_file in groupby(task.groups, key=itemgetter(0)):
+        file, mark = task.files[number]
+        require_mark(file, mark)
+        with open_parquet(file) as parquet:
             names = [name for name in schema.names if name in parquet.schema_arrow.names]
-            for _, index, wanted in of_file:
-                with naming(files[number], f"row group {index} cannot be decoded", "write the file again"):
-                    for batch in stored_rows(parquet, index, names, min(piece_rows, wanted)):
+            for group in of_file:
+                wanted, row = group.rows, group.first_row
+                with naming(file, f"row group {group.index} cannot be decoded", "write the file again"):
+                    for batch in stored_rows(parquet, group.index, names, min(piece_rows, wanted)):
                         batch = batch.slice(0, wanted)
                         wanted -= batch.num_rows
-                        yield _conform(batch, schema, files[number])
+                        yield row, _conform(batch, schema, file)
+                        row += batch.num_rows
                         if not wanted:
                             break
 

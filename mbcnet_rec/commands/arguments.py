@@ -1,9 +1,11 @@
 """Arguments that several commands share, and how their values are read."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any
 
+from data.engine import ENGINES, Engine
 from data.errors import InputError
 
 
@@ -52,6 +54,26 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         help="score each day (a partition of data.train, or --data) before it is trained",
     )
     add("--again", action="store_true", help="with --continue: files that this run has trained, once more")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add --engine and what goes with it."""
+    add = parser.add_argument
+    add(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="processes of this machine, a Ray cluster, or torchrun's ranks",
+    )
+    add("--workers", type=int, default=0, help="processes of the local engine; default: one for each core")
+    add("--address", default="auto", help="of the Ray cluster")
+
+
+def engine_of(args: argparse.Namespace) -> Engine:
+    """The engine that --engine, --workers and --address name."""
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: wanted 1 or more; change it")
+    return Engine(args.engine, args.workers or len(os.sched_getaffinity(0)), args.address)
 
 
 def names(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.synthetic.planted import pailitao_schema
 from data.synthetic.write import write_synthetic
+from mbcnet_rec.commands.arguments import add_engine, engine_of
 from mbcnet_rec.logs.progress import RowBar
 
 
@@ -44,6 +45,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add("--schema", required=True, metavar="FILE")
     add("--full", action="store_true", help="every value; default: footers only")
     add("--max-faults", type=int, default=100, help="how many to list; all are counted")
+    add_engine(check)
     check.set_defaults(run=_check)
 
 
@@ -82,11 +84,13 @@ def _check(args: argparse.Namespace) -> int:
     """Check Parquet files against a schema and list faults by file, row group and column; exit code 1 if there are any."""
     schema = load_schema(args.schema)
     files = resolve_files(args.paths)
-    with RowBar("check", shown=args.full) as bar:
+    engine = engine_of(args)
+    with RowBar("check", shown=args.full and engine.is_first) as bar:
         report = check_files(
-            files, schema, full=args.full, max_faults=args.max_faults, threads=len(os.sched_getaffinity(0)),
-            progress=bar.reach,
-        )  # fmt: skip
+            files, schema, full=args.full, max_faults=args.max_faults, progress=bar.reach, engine=engine
+        )
+    if not engine.is_first:
+        return 0
     for file, faults in groupby(report.faults, lambda fault: fault.file):
         print(file)
         for fault in faults:

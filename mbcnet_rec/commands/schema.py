@@ -16,6 +16,7 @@ from data.reading.storage import FileList
 from data.schema import Schema, load_schema
 from data.schema.show import print_schema
 from data.whole_folder import write_whole
+from mbcnet_rec.commands.arguments import add_engine, engine_of
 from mbcnet_rec.logs.progress import RowBar
 
 
@@ -30,6 +31,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add("--label", default="", metavar="COLUMN", help="default: guessed by name and values")
     add("--name", default="", help="of the schema; default: the file's name")
     add("--force", action="store_true", help="replace FILE")
+    add_engine(infer)
     infer.set_defaults(run=_infer)
     fit = actions.add_parser("fit", help='measure every "fit" on training files', description=_fit.__doc__)
     add = fit.add_argument
@@ -42,6 +44,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         help="add another day's files to a fit: values get rows or lose them, no row moves",
     )
     add("--force", action="store_true", help="replace an earlier fit in FOLDER")
+    add_engine(fit)
     fit.set_defaults(run=_fit)
     show = actions.add_parser("show", help="print a schema as a table", description=_show.__doc__)
     add = show.add_argument
@@ -62,10 +65,19 @@ def _infer(args: argparse.Namespace) -> int:
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder; make it first")
     files = resolve_files(args.paths)
-    with RowBar("infer") as bar:
+    engine = engine_of(args)
+    with RowBar("infer", shown=engine.is_first) as bar:
         text, suspicious = infer_schema(
-            files, name=args.name or out.stem, label=args.label, rows=args.rows, progress=bar.reach
+            files,
+            name=args.name or out.stem,
+            label=args.label,
+            rows=args.rows,
+            progress=bar.reach,
+            engine=engine,
+            work=out,
         )
+    if not engine.is_first:
+        return 0
     write_whole(out, text)
     for line in suspicious:
         print(f"left out: {line}", file=sys.stderr)
@@ -85,11 +97,14 @@ def _fit(args: argparse.Namespace) -> int:
         return _grow(schema, files, Path(args.out) if args.out else schema.folder)
     if not args.out:
         raise InputError("wanted -o FOLDER, where the fitted schema goes; add it")
-    with RowBar("fit") as bar:
+    engine = engine_of(args)
+    with RowBar("fit", shown=engine.is_first) as bar:
         write_fitted(
-            schema, files, args.out, force=args.force,
+            schema, files, args.out, force=args.force, engine=engine,
             report=lambda line: tqdm.write(line, file=sys.stderr), progress=bar.reach,
         )  # fmt: skip
+    if not engine.is_first:
+        return 0
     print(f"{args.out}: schema.toml and vocabularies of {bar.rows:,} rows of {files_in_words(files)}")
     print(f"next: mbcnet data check FILES --schema {Path(args.out) / 'schema.toml'}, then train with it")
     return 0

@@ -1,0 +1,255 @@
+"""infer, fit and check give the same bytes whoever reads which unit: one process, several, torchrun's ranks, Ray, in another order, after a worker
+was killed, and after a job that ended half-way; a file that changes under a job is refused."""
+
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import engine as engines
+from data.engine import HERE, Engine, run_tasks
+from data.errors import InputError
+from data.profile import fit, scan, units
+from data.profile.check import check_files
+from data.profile.fit import count_unit, write_fitted
+from data.profile.infer import infer_schema
+from data.profile.values import BY_COUNT, Counts, in_order
+from data.schema import load_schema
+
+ROWS = 3_000
+SCHEMA = """
+name = "s"
+label = "click"
+[fields]
+city = { kind = "categorical", encoding = "vocabulary", vocabulary = "fit", min_count = 2, embedding_dim = 4 }
+user = { kind = "categorical", encoding = "vocabulary", vocabulary = "fit", min_count = 1, embedding_dim = 4 }
+seen = { kind = "multi_valued", encoding = "vocabulary", vocabulary = "fit", min_count = 3, embedding_dim = 4 }
+price = { kind = "numeric", transform = "standardise", mean = "fit", std = "fit" }
+age = { kind = "numeric", transform = "bucketise", boundaries = "fit", num_buckets = 8, embedding_dim = 4 }
+[groups]
+"""
+SMALL_UNITS = (
+    "import data.profile.units as u, data.profile.scan as s, sys; u.UNIT_BYTES, s.UNIT_CELLS = 30_000, 4_000; "
+)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    """Three files of several row groups, and a schema to fit."""
+    folder, draw = tmp_path_factory.mktemp("log"), np.random.default_rng(0)
+    for name in "abc":
+        columns = {
+            "city": [f"c{n}" for n in (30 * draw.random(ROWS) ** 3).astype(int)],
+            "user": (2**40 * draw.random(ROWS) ** 8).astype(np.int64),
+            "seen": [draw.integers(0, 500, size).tolist() for size in draw.integers(0, 4, ROWS)],
+            "price": draw.lognormal(size=ROWS),
+            "age": pa.array(draw.integers(18, 90, ROWS), mask=draw.random(ROWS) < 0.1),
+            "click": draw.integers(0, 2, ROWS),
+        }
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet", row_group_size=700, write_page_checksum=True)
+    (folder / "s.toml").write_text(SCHEMA)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 30_000)
+    monkeypatch.setattr(scan, "UNIT_CELLS", 4_000)
+
+
+def files_of(log: Path) -> list[Path]:
+    return sorted(log.glob("*.parquet"))
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fitted(log: Path, out: Path, engine: Engine = HERE) -> dict[str, bytes]:
+    write_fitted(load_schema(log / "s.toml"), files_of(log), out, engine=engine)
+    assert not out.with_name(f".{out.name}.work").exists()
+    return bytes_of(out)
+
+
+def in_another_order(engine, run, tasks, **options):
+    shuffled = list(tasks.items())
+    random.Random(1).shuffle(shuffled)
+    yield from run_tasks(engine, run, dict(shuffled), **options)
+
+
+def test_one_process_several_and_another_order_give_the_same_bytes(log, small, tmp_path, monkeypatch):
+    assert len(units.units_of(files_of(log))) > 5
+    one = fitted(log, tmp_path / "one")
+    assert one == fitted(log, tmp_path / "several", Engine("local", 2))
+    monkeypatch.setattr(fit, "run_tasks", in_another_order)
+    assert one == fitted(log, tmp_path / "shuffled")
+    monkeypatch.setattr(fit, "shares_of", partial(fit.shares_of, merge_rows=500))
+    assert one == fitted(log, tmp_path / "shared"), "many merges, each of a few buckets"
+    text, _ = infer_schema(files_of(log))
+    assert text == infer_schema(files_of(log), engine=Engine("local", 2))[0]
+    schema = load_schema(tmp_path / "one" / "schema.toml")
+    assert check_files(files_of(log), schema, full=True) == check_files(
+        files_of(log), schema, full=True, engine=Engine("local", 2)
+    )
+
+
+def test_units_change_no_count_and_no_vocabulary(log, small, tmp_path, monkeypatch):
+    in_units = fitted(log, tmp_path / "units")
+    monkeypatch.setattr(units, "UNIT_BYTES", 1 << 30)
+    whole = fitted(log, tmp_path / "whole")
+    assert {name for name in whole if whole[name] != in_units[name]} <= {"schema.toml"}, (
+        "but moments, in the last digit"
+    )
+
+
+def killed_once(marker: Path, task) -> None:
+    """Count a unit in a process that the first to come here kills."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return count_unit(task)
+    return os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_and_a_job_that_ended_half_way_change_nothing(log, small, tmp_path, monkeypatch):
+    one = fitted(log, tmp_path / "one")
+    monkeypatch.setattr(fit, "count_unit", partial(killed_once, tmp_path / "killed"))
+    assert one == fitted(log, tmp_path / "killed_worker", Engine("local", 2))
+    assert (tmp_path / "killed").exists()
+    ran: list[Path] = []
+
+    def third_fails(task) -> None:
+        ran.append(task.path)
+        if len(ran) == 3:
+            raise InputError("the power is gone")
+        count_unit(task)
+
+    monkeypatch.setattr(fit, "count_unit", third_fails)
+    with pytest.raises(InputError, match="power"):
+        fitted(log, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert one == fitted(log, tmp_path / "again")
+    assert len(ran) == 1 + len(units.units_of(files_of(log))), "the two that were done were not done again"
+
+
+def test_workers_that_are_lost_again_and_again_end_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "LOST_WORKERS", 1)
+    with pytest.raises(InputError, match="1 worker processes were lost, by the system's memory limit"):
+        list(run_tasks(Engine("local", 2), os._exit, {tmp_path / "a": 9, tmp_path / "b": 9}))
+
+
+def test_a_file_that_changes_under_the_job_is_refused(log, small, tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes((log / "a.parquet").read_bytes())
+
+    def changes(task) -> None:
+        pq.write_table(pq.read_table(log / "b.parquet"), path)
+        count_unit(task)
+
+    monkeypatch.setattr(fit, "count_unit", changes)
+    with pytest.raises(InputError, match=r"a\.parquet: was changed while its rows were counted; run the command again"):
+        write_fitted(load_schema(log / "s.toml"), [path], tmp_path / "out")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.parquet"]
+
+
+def test_two_ranks_of_torchrun_give_the_same_bytes(log, small, tmp_path):
+    one = fitted(log, tmp_path / "one")
+    text, _ = infer_schema(files_of(log), name="two")
+    script = SMALL_UNITS + "from mbcnet_rec.cli import main; sys.exit(main(sys.argv[1:]))"
+    data = [str(path) for path in files_of(log)]
+    commands = (
+        ["schema", "fit", str(log / "s.toml"), *data, "-o", str(tmp_path / "two")],
+        ["schema", "infer", *data, "-o", str(tmp_path / "two.toml")],
+        ["data", "check", *data, "--schema", str(tmp_path / "one" / "schema.toml"), "--full"],
+    )
+    for command in commands:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, *command, "--engine", "torchrun"],
+                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
+                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        told = [each.communicate(timeout=120)[0] for each in ranks]
+        assert [each.returncode for each in ranks] == [0, 0], told
+        assert told[1] == "", "the first rank speaks for all"
+    assert bytes_of(tmp_path / "two") == one
+    assert (tmp_path / "two.toml").read_text() == text
+    assert not list(tmp_path.glob(".*.work"))
+
+
+def test_without_ray_its_engine_says_how_to_install_it(log, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r'Ray is not installed; pip install "mbcnet-rec\[ray\]"'):
+        list(run_tasks(Engine("ray"), count_unit, {Path("x"): None}))
+
+
+@pytest.mark.parametrize("kind", [str, np.int64])
+def test_counts_that_outgrow_their_memory_are_exact(kind, tmp_path):
+    draw, rows = np.random.default_rng(0), []
+    values = (5_000 * draw.random(60_000) ** 2).astype(np.int64).astype(kind)
+    counts = Counts(lambda owner, **columns: rows.append(columns), held_bytes=20_000)
+    for start in range(0, len(values), 1_000):
+        counts.add("x", pa.array(values[start : start + 1_000].tolist()))
+        counts._count("x")
+    counts.write()
+    assert len(rows) > 3
+    total: dict = {}
+    for row in rows:
+        found = row["text" if kind is str else "integer"].to_pylist()
+        assert len(set(found)) == len(found)
+        for value, count in zip(found, row["counts"].to_pylist(), strict=True):
+            total[value] = total.get(value, 0) + count
+    assert total == dict(zip(*(each.tolist() for each in np.unique(values, return_counts=True)), strict=True))
+
+
+def test_stretches_of_sorted_runs_are_row_groups_of_their_sorted_whole(monkeypatch):
+    from data.profile import values as module  # its sizes
+
+    monkeypatch.setattr(module, "STRETCH_ROWS", 64)
+    monkeypatch.setattr(module, "STEP_ROWS", 8)
+    draw = np.random.default_rng(0)
+    whole = pa.table({"value": draw.permutation(1_000), "count": draw.integers(1, 5, 1_000)})
+    runs = [whole.filter(pa.array(whole["value"].to_numpy() % 3 == part)).sort_by(BY_COUNT) for part in range(3)]
+    pieces = list(in_order(runs, BY_COUNT, pa.int64()))
+    assert pa.concat_tables(pieces).equals(whole.sort_by(BY_COUNT))
+    assert {len(piece) for piece in pieces[:-1]} == {64}
+
+
+@pytest.mark.long
+def test_ray_with_two_workers_gives_the_same_bytes(log, small, tmp_path):
+    if importlib.util.find_spec("ray") is None:  # which changes the process that imports it
+        pytest.skip("Ray is not installed")
+    one = fitted(log, tmp_path / "one")
+    text, _ = infer_schema(files_of(log), name="ray")
+    script = f"""
+{SMALL_UNITS}
+import ray
+from mbcnet_rec.cli import main
+ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+schema, *data, out = sys.argv[1:]
+for words in (["schema", "fit", schema, *data, "-o", out], ["schema", "infer", *data, "-o", out + ".toml"],
+              ["data", "check", *data, "--schema", out + "/schema.toml", "--full"]):
+    assert main([*words, "--engine", "ray"]) == 0
+ray.shutdown()
+"""
+    words = [str(log / "s.toml"), *map(str, files_of(log)), str(tmp_path / "ray")]
+    subprocess.run(
+        [sys.executable, "-c", script, *words],
+        cwd=tmp_path,
+        env=os.environ | {"HOME": str(tmp_path)},
+        timeout=300,
+        check=True,
+    )
+    assert bytes_of(tmp_path / "ray") == one
+    assert (tmp_path / "ray.toml").read_text() == text
