@@ -116,9 +116,7 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     path.shorten(sharded)
     moved = placed_differences(plan, sharded)
     if moved:
-        raise InputError(
-            f"the tables are not where the plan says: {'; '.join(moved)}; plan again with `mbcnet plan make`"
-        )
+        raise InputError(f"tables are not where the plan says: {'; '.join(moved)}; plan again with `mbcnet plan make`")
     tables = {
         name: name.split(".")[-2]
         for name in sharded.state_dict()

@@ -52,9 +52,7 @@ COMMANDS = {
 class _Given(argparse.Action):
     """Stores an argument's value. One that is a list adds up where it is given again; any other is refused then, as is an empty one."""
 
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         several = isinstance(values, list | tuple)
         shown = option_string or str(self.metavar or self.dest)
         if (not values and not several and isinstance(values, str)) or (several and "" in values):
@@ -179,9 +177,8 @@ def plain_words() -> Iterator[None]:
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(
-        "Could not load the library"
-    )  # FBGEMM logs, by the root logger, what it raises
+    # FBGEMM logs, by the root logger, what it raises
+    return not str(record.msg).startswith("Could not load the library")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

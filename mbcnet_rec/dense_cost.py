@@ -27,9 +27,7 @@ def dense_cost(config: ModelConfig, schema: Schema, sharding: ShardingConfig) ->
     large, _ = _kept_bytes(arch, widths, 2 * ROWS)
     activations = (large - small) / ROWS  # the slope: what does not grow with the batch is no activation
     pooled = 2 * 4 * sum(widths.values())  # regrouped features and their gradients
-    values = sum(
-        feature.width if feature.kind == "vector" else pooling_factor(feature, sharding) for feature in schema.features
-    )
+    values = sum(each.width if each.kind == "vector" else pooling_factor(each, sharding) for each in schema.features)
     parameters = sum(parameter.numel() for parameter in arch.parameters())
     return DenseCost(parameters, flops / ROWS, activations + pooled, values + 1)
 

@@ -79,9 +79,7 @@ def library_fault(words: str) -> str:
     if name.startswith(("libtorch_cuda", "libc10_cuda")):
         return f"fbgemm is the CUDA build on a torch without CUDA ({name} is missing); {REINSTALL}"
     if name.startswith(("libcu", "libnv", "libnccl")):
-        return (
-            f"wrong wheels: {name} of CUDA is missing, of another version than torch's, or not installed; {REINSTALL}"
-        )
+        return f"wrong wheels: {name} of CUDA is missing, or of another version than torch's; {REINSTALL}"
     return f"fbgemm is built for another torch; {REINSTALL}" if "undefined symbol" in words else ""
 
 
@@ -114,9 +112,7 @@ def check_cuda(gpus: list[str]) -> list[Finding]:
     """Where the driver lists GPUs: whether torch can compute on them and NCCL can connect them."""
     if not gpus:
         return []
-    question = (
-        "import torch; print(torch.cuda.is_available(), torch.version.cuda, torch.distributed.is_nccl_available())"
-    )
+    question = "import torch as t; print(t.cuda.is_available(), t.version.cuda, t.distributed.is_nccl_available())"
     usable, cuda, nccl = (ask(question).stdout.split() or ["False", "None", "False"])[-3:]
     found = f"torch built for CUDA {cuda}, usable: {usable}, NCCL: {nccl}"
     fix = "" if nccl == "True" else REINSTALL
@@ -134,11 +130,8 @@ def examine() -> list[Finding]:
     fbgemm, fbgemm_cpu = installed("fbgemm-gpu"), installed("fbgemm-gpu-cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = f"{cores} CPU cores ({platform.machine()}), {len(gpus)} NVIDIA GPUs"
-    launched_by = {
-        "slurm": shutil.which("sbatch"),
-        "local_docker": shutil.which("docker"),
-        "kubernetes": installed("kubernetes"),
-    }
+    schedulers = [name for name, tool in (("slurm", "sbatch"), ("local_docker", "docker")) if shutil.which(tool)]
+    schedulers += ["kubernetes"] if installed("kubernetes") else []
     return [
         Finding("python", platform.python_version()),  # pip refuses one below 3.11
         check_triple(torch, fbgemm_cpu or fbgemm, installed("torchrec")),
@@ -146,7 +139,7 @@ def examine() -> list[Finding]:
         *map(check_import, ("torch", "fbgemm_gpu", "torchrec")),
         Finding("devices", "; ".join([devices, *gpus])),
         *check_cuda(gpus),
-        Finding("schedulers", ", ".join(["local_cwd", *(name for name, found in launched_by.items() if found)])),
+        Finding("schedulers", ", ".join(["local_cwd", *schedulers])),
         Finding("torchx", torchx or "missing", "" if torchx else REINSTALL),
     ]
 

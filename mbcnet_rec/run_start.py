@@ -57,9 +57,7 @@ LOST = "{}: is done, but has no checkpoint; bring one back, or begin anew with -
 def refuse_contradiction(resume: bool, overwrite: bool) -> None:
     """Raise InputError if a run is to be both continued and replaced."""
     if resume and overwrite:
-        raise InputError(
-            "--resume with --overwrite: the one continues the run of the folder, the other replaces it; leave one of them out"
-        )
+        raise InputError("--resume with --overwrite: the one continues the run, the other replaces it; leave one out")
 
 
 def start_of(

@@ -39,9 +39,7 @@ def train_model(
     """`run_training`, with its options, for EnKD preceded by its teachers. One call per rank."""
     if config.model.teacher_kinds:
         if options.get("continues") or options.get("progressive"):
-            raise InputError(
-                f"--continue, --progressive: model.kind = {config.model.kind!r} learns from teachers that know its rows only; train it anew"
-            )
+            raise InputError("--continue, --progressive: EnKD learns from teachers that know its rows; train it anew")
         teachers = [teacher_config(config, kind) for kind in config.model.teacher_kinds]
         with ExitStack() as held:
             # the student's folder is taken for as long as its teachers train, too
@@ -83,13 +81,9 @@ def teacher_config(config: RunConfig, kind: str) -> RunConfig:
     model = replace(config.model, kind=kind)
     # a plan file lists the student's tables; a teacher with a wide part has more
     plan = "" if needs_wide(model) else config.sharding.plan
-    return replace(
-        config,
-        name=f"{config.name}_{kind}",
-        model=model,
-        sharding=replace(config.sharding, plan=plan),
-        train=replace(config.train, out=str(folder), checkpoint_folder=""),
-    )
+    sharding = replace(config.sharding, plan=plan)
+    train = replace(config.train, out=str(folder), checkpoint_folder="")
+    return replace(config, name=f"{config.name}_{kind}", model=model, sharding=sharding, train=train)
 
 
 def taught_by(teachers: Sequence[RunConfig], process: Process, stream: ParquetStream) -> ParquetStream:
@@ -121,8 +115,7 @@ class TaughtStream:
 
     def __iter__(self) -> Iterator[Batch]:
         for each in self._stream:
-            batch = each.to(
-                self._teachers[0].model.device, non_blocking=True
-            )  # once for all, and the logits stay there
+            # once for all, and the logits stay there
+            batch = each.to(self._teachers[0].model.device, non_blocking=True)
             logits = [teacher.score_batch(batch)[:, :1] for teacher in self._teachers]
             yield replace(batch, dense_features=torch.cat([batch.dense_features, *logits], dim=1))

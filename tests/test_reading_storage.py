@@ -17,7 +17,7 @@ from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
 from data.reading.storage import RemoteFile, file_system, retried
 from data.stream import ParquetStream
-from mbcnet_rec.scoring.chunks import unlabelled_groups
+from mbcnet_rec.scoring.chunks import unlabelled_rows
 
 pytest.importorskip("boto3", reason="needs the S3 client and server of the pinned requirements")
 pytest.importorskip("moto.server", reason="needs the S3 client and server of the pinned requirements")
@@ -145,7 +145,7 @@ def test_every_request_failing_once_costs_time_and_no_row(proxy, failure):
     assert rows_read([RemoteFile(FILES[0])], workers=1) == list(range(40))
     assert sum(request[2] is not None for request in proxy.requests) >= 4
     seen.clear()
-    row_groups, _ = unlabelled_groups([RemoteFile(FILES[0])], SCHEMA, 5)  # what `predict` begins with
+    row_groups, _ = unlabelled_rows([RemoteFile(FILES[0])], SCHEMA, 5)  # what `predict` begins with
     assert sum(group.num_rows for group in row_groups) == 40 and seen
 
 

@@ -67,4 +67,4 @@ def test_a_measured_claim_is_one_of_the_claims_that_are_corrected():
     claim = Claim("x", "MBCnet/late", "MBCnet/early", "separation")
     ((_, verdict, area, loss),) = judge_all([claim], Results({}, {}), {"separation": found})
     assert (verdict, area, loss) == ("reproduced", found, None)
-    assert judge_all([claim], Results({}, {}))[0][1] == "not tested"
+    assert judge_all([claim], Results({}, {}), {})[0][1] == "not tested"

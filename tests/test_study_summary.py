@@ -82,20 +82,20 @@ def results(aucs, gap=0.0, num_rows=0):
 )
 def test_a_verdict_needs_seeds_and_rows(ours, gap, num_rows, said):
     found = results({"ours": ours, "theirs": [0.70, 0.70, 0.70][: len(ours)]}, gap, num_rows)
-    ((claim, verdict, _, _),) = judge_all([CLAIM], found)
+    ((claim, verdict, _, _),) = judge_all([CLAIM], found, {})
     assert (claim, verdict) == (CLAIM, said)
 
 
 def test_claims_are_corrected_for_their_number():
     found = results({"ours": [0.71, 0.715, 0.703], "theirs": [0.70, 0.70, 0.70]}, 0.5, 3000)
-    ((_, _, alone, _),) = judge_all([CLAIM], found)
+    ((_, _, alone, _),) = judge_all([CLAIM], found, {})
     assert alone.p == max(alone.seeds.p, alone.rows.p) < 0.12
-    (_, among, one_of_ten, _), *_ = judge_all([CLAIM] * 10, found)
+    (_, among, one_of_ten, _), *_ = judge_all([CLAIM] * 10, found, {})
     assert one_of_ten.p == pytest.approx(min(1, 10 * alone.p)) and among == "same direction"
 
 
 def test_a_claim_without_its_runs_is_not_tested():
-    assert judge_all([CLAIM], results({"ours": [0.8]})) == [(CLAIM, "not tested", None, None)]
+    assert judge_all([CLAIM], results({"ours": [0.8]}), {}) == [(CLAIM, "not tested", None, None)]
 
 
 def test_rows_are_compared_by_delong_of_the_mean_score_and_by_the_mean_loss():

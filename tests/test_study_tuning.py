@@ -146,7 +146,7 @@ def test_trials_of_other_settings_or_data_are_not_continued(what, config, out, t
 def test_files_that_are_no_study_are_told_in_one_line(config, out):
     out.mkdir()
     (out / "dnn.db").write_text("something else" * 500)
-    with pytest.raises(InputError, match=r"dnn.db: cannot be read as a study of Optuna \(") as caught:
+    with pytest.raises(InputError, match=r"dnn.db: is no study of Optuna's \(") as caught:
         tune_model(config, SEARCH, "dnn", out, Trained())
     assert "\n" not in str(caught.value)
     (out / "dnn.db").unlink()

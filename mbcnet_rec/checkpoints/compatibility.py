@@ -121,9 +121,7 @@ def compare(saved: Saved, wanted: dict[str, Shape], built: Built) -> Differences
         if old.get(key) != run[key]:
             found.phrases.append((f"{what}: {str(old.get(key))[:80]} -> {run[key]}", outcome))
     for table in sorted(other_ids):
-        found.phrases.append(
-            (f"table {table}: its rows are of other ids (encoding zch, num_embeddings or zch_buckets)", FRESH)
-        )
+        found.phrases.append((f"table {table}: rows of other ids (encoding zch, num_embeddings or zch_buckets)", FRESH))
     dense: dict[tuple[bool, ...], list[str]] = {}  # hundreds of tensors: told by kind of difference
     grown: set[str] = set()
     parameters = {name for name in saved.shapes if name.startswith("model/")}

@@ -74,9 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise InputError(f"{path}: {path.stat().st_size:,} bytes, more than any manifest; use another checkpoint")
         text = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"{folder}: not a checkpoint ({error.strerror}: {MANIFEST}); choose a folder that `mbcnet train` wrote"
-        ) from None
+        raise InputError(f"{folder}: not a checkpoint ({error.strerror}: {MANIFEST}); choose another folder") from None
     shell = _SHELL.fullmatch(text)
     if shell is None or hashlib.sha256(shell[2]).hexdigest().encode() != shell[1]:
         raise InputError(f"{path}: changed since it was written, or no manifest; use another checkpoint")

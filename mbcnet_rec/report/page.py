@@ -68,13 +68,9 @@ def text_table(table: Table) -> str:
 def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
     """Write a page that needs no other file."""
     templates = Environment(
-        loader=PackageLoader("mbcnet_rec.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+        loader=PackageLoader("mbcnet_rec.report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     page = templates.get_template("page.html")
     kinds = [(type(block).__name__, block) for block in blocks]
     return page.render(title=title, lead=lead, blocks=kinds, longest_unbroken=LONGEST_UNBROKEN)

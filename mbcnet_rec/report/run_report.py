@@ -170,11 +170,8 @@ def dead_blocks(lines: Lines) -> list[Block]:
         return []
     names = ", ".join(figures.label(name) for name in found[-1]["dead"])
     still = "to the end" if found[-1] is lines["train"][-1] else f"up to step {found[-1]['step']:,}"
-    return [
-        Text(
-            f"Dead from step {found[0]['step']:,} {still}: {names}. Its latents are 0, or its logit is the same for all rows."
-        )
-    ]
+    words = "Its latents are 0, or its logit is the same for all rows."
+    return [Text(f"Dead from step {found[0]['step']:,} {still}: {names}. {words}")]
 
 
 def result_blocks(lines: Lines) -> list[Block]:
@@ -188,13 +185,11 @@ def result_blocks(lines: Lines) -> list[Block]:
         values = [line.get(metric + ending) for metric in ("auc", "log_loss", "ne", "calibration")]
         rows.append((figures.label(name), *map(_four_digits, values)))
     reason = why_no_auc(line)
-    undefined = f" AUC is not defined: {reason}." if reason else ""
-    group = "" if line.get("gauc") is None else f" GAUC of the fused output {line['gauc']:.4f}."
+    told = "" if line.get("gauc") is None else f" GAUC of the fused output {line['gauc']:.4f}."
+    told += f" AUC is not defined: {reason}." if reason else ""
     return [
         Heading("Result"),
-        Text(
-            f"{line['split']} split, {line.get('rows', 0):,} rows, weights of step {line['step']:,}.{group}{undefined}"
-        ),
+        Text(f"{line['split']} split, {line.get('rows', 0):,} rows, weights of step {line['step']:,}.{told}"),
         Table(("output", "AUC", "log-loss", "normalised entropy", "calibration"), tuple(rows), 0),
     ]
 

@@ -68,9 +68,7 @@ def labelled_rows(
     return RowReader(files, Encoder(schema), selection, extra=extra), chunks_of(row_groups)
 
 
-def unlabelled_groups(
-    files: Sequence[DataFile], schema: Schema, attempts: int
-) -> tuple[list[RowGroup], list[pa.Schema]]:
+def unlabelled_rows(files: Sequence[DataFile], schema: Schema, attempts: int) -> tuple[list[RowGroup], list[pa.Schema]]:
     """Read all footers and check all fields' columns: the row groups (of a file without rows one, empty) and each file's columns.
 
     InputError if a file is not a Parquet file, or a column is missing or of a wrong type.
@@ -132,9 +130,7 @@ def score_chunks(
     """
     faults: list[str] = []
     passed: Counter[RowGroup] = Counter()  # rows
-    steps = max(
-        sum(-(-group.stored_rows // batch_rows) for chunk in own for group in chunk.row_groups) for own in dealt
-    )
+    steps = max(sum(-(-part.stored_rows // batch_rows) for chunk in own for part in chunk.row_groups) for own in dealt)
 
     def batches() -> Iterator[tuple[Batch, tuple[Chunk, RowGroup, pa.RecordBatch, Columns] | None]]:
         schema, made = reader.encoder.schema, 0
@@ -143,10 +139,8 @@ def score_chunks(
                 for group in chunk.row_groups:
                     for columns, extra in reader.scan(group, batch_rows):
                         made += 1
-                        yield (
-                            gather([(columns, 0, columns.num_rows)], batch_rows, schema),
-                            (chunk, group, extra, columns),
-                        )
+                        batch = gather([(columns, 0, columns.num_rows)], batch_rows, schema)
+                        yield batch, (chunk, group, extra, columns)
             except InputError as error:
                 faults.append(str(error))
         empty = reader.encoder.encode_all([])

@@ -73,13 +73,9 @@ def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[T
     dealt = deal(chunks, process.world_size)
     slices = count_slices(tuple(by), reader, dealt[process.rank], process, question.max_slices)
     scorer, batch_rows = run.scorer(process)
-    tally = Tally(
-        sum(chunk.num_rows for chunk in chunks),
-        run.config.model.branch_names,
-        has_groups=bool(schema.group_column),
-        slices=slices,
-        exact_rows=question.exact_rows,
-    )
+    num_rows, branches = sum(chunk.num_rows for chunk in chunks), run.config.model.branch_names
+    has_groups, exact_rows = bool(schema.group_column), question.exact_rows
+    tally = Tally(num_rows, branches, has_groups=has_groups, slices=slices, exact_rows=exact_rows)
     with closing(score_chunks(scorer, reader, dealt, process, batch_rows, title="evaluate")) as scored:
         for batch in scored:
             tally.add(batch.logits, batch.labels, batch.group_ids, slice_codes(slices, batch.rows))
@@ -149,11 +145,8 @@ def compare_with_log(folder: Path, split: str, step: int, answer: Answer) -> str
     """Say how far the metrics are from those that training logged for the same rows and step."""
     entries = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     logged = next((e for e in reversed(entries) if e["split"] == split and e["step"] == step), {})
-    gaps = [
-        abs(value - answer.everything.metrics[key].value)
-        for key, value in logged.items()
-        if key in answer.everything.metrics and isinstance(value, float)
-    ]
+    found = answer.everything.metrics
+    gaps = [abs(value - found[key].value) for key, value in logged.items() if key in found and isinstance(value, float)]
     if not gaps:
         return f"training logged no {split} metrics of step {step} to compare with"
     return f"largest difference from what training logged: {max(gaps):.1e}"

@@ -1,12 +1,14 @@
 """`mbcnet predict`: Parquet in, Parquet out, with the probabilities of a run's best checkpoint; at any world size, and resumable.
 
     OUT/<file of the input>      kept columns, then probability, probability_efgc, ...; rows in the input's order
-    OUT/_predict.json            the weights and the columns (prediction_note.py)
+    OUT/_predict.json            {"format": 3, "weights": ..., "columns": [...]}
     OUT/_pieces/                 finished chunks of files that are not finished; gone at the end
 
 A chunk (chunks.py) is written beside its place and renamed when it is whole; a file appears, by one rename, when all its chunks are there
 and their rows add up to its own. So a run that dies at any point leaves whole files and whole chunks, and the same command continues there:
-every input row has exactly one output row. What --overwrite replaces stays until then, too.
+every input row has exactly one output row. What --overwrite replaces stays until then, too: the footer of a file of scores says by which
+weights, with which columns and of which source it was made, and only one that says what is asked for counts as done, so a mixture of two
+predictions is never taken for one.
 """
 
 import itertools
@@ -15,10 +17,12 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,23 +32,140 @@ from data.errors import InputError
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
 from data.reading.files import files_in_words, resolve_files
-from data.reading.storage import DataFile, is_uri
-from data.whole_folder import write_whole
-from mbcnet_rec.runtime.exits import CannotWriteError
-from mbcnet_rec.runtime.lock import locked_together
-from mbcnet_rec.runtime.process import Process, answer_of_first, any_rank
-from mbcnet_rec.scoring.chunks import CHUNK_ROWS, Chunk, ScoredRows, chunks_of, deal, score_chunks, unlabelled_groups
-from mbcnet_rec.scoring.prediction_note import (
-    CHUNKS,
-    MARK,
-    REQUEST,
-    Facts,
-    describe,
-    footer_of,
-    relative_names,
-    what_is_replaced,
+from data.reading.fingerprint import mark_files
+from data.reading.storage import (
+    LIST_ATTEMPTS,
+    DataFile,
+    RemoteFile,
+    file_system,
+    is_uri,
+    local_path,
+    path_parts,
+    retried,
 )
+from data.whole_folder import write_whole
+from mbcnet_rec.runtime.lock import LOCK, locked_together, names_in
+from mbcnet_rec.runtime.process import Process, answer_of_first, any_rank
+from mbcnet_rec.scoring.chunks import CHUNK_ROWS, Chunk, ScoredRows, chunks_of, deal, score_chunks, unlabelled_rows
 from mbcnet_rec.scoring.trained_run import opened_run
+
+REQUEST, CHUNKS = "_predict.json", "_pieces"
+MARK = b"mbcnet_prediction"  # in the footer of each file
+WAY_OUT = "choose another --out, or replace the whole prediction with --overwrite"
+Facts = dict[str, Any]  # that fix the content of a file of scores
+
+
+def relative_names(files: Sequence[DataFile], asked: Sequence[str] = ()) -> list[str]:
+    """Where each file's rows go in the output folder: its path below the folder that all files and all `asked` paths share.
+
+    So a folder that grows by a day gives yesterday's files the names of yesterday. InputError if two files would go to one place.
+    """
+    paths = [_parts(file) for file in files]
+    bases = [_parts(local_path(text) or RemoteFile(text)) for text in asked]
+    bases = [tuple(itertools.takewhile(lambda part: not has_magic(part), base)) for base in bases]
+    above = [base for base in bases if any(parts[: len(base)] == base for parts in paths)]
+    folders = [*above, *(parts[:-1] for parts in paths)]
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
+    shared = sum(1 for _ in levels)
+    names: dict[str, DataFile] = {}
+    for file, parts in zip(files, paths, strict=True):
+        kept = [part for part in parts[shared:] if part != os.sep]
+        name = "/".join(kept)
+        if kept[0] in (REQUEST, CHUNKS, LOCK) or {"", ".", ".."} & set(kept):
+            raise InputError(f"{file}: scores cannot be written to a file {name!r}; rename it, or name a folder above")
+        if name in names:
+            raise InputError(
+                f"{file} and {names[name]}: the scores of both would be {name!r} in --out; predict each into an --out of its own"
+            )
+        names[name] = file
+    return list(names)
+
+
+def _parts(file: DataFile) -> tuple[str, ...]:
+    return Path(os.path.abspath(file)).parts if isinstance(file, Path) else path_parts(file)
+
+
+def describe(names: Sequence[str], files: Sequence[DataFile], rows: Sequence[int], note: Facts) -> dict[str, Facts]:
+    """What is asked for: name of an output -> what fixes its content."""
+    facts = zip(names, files, rows, mark_files(files), strict=True)
+    return {
+        name: note | _source_of(file) | {"rows": count, "bytes": mark.size, "end": mark.sha256}
+        for name, file, count, mark in facts
+    }
+
+
+def _source_of(file: DataFile) -> dict[str, Any]:
+    """Which file it is, and when it was last changed, in nanoseconds."""
+    if isinstance(file, Path):
+        return {"from": os.path.realpath(file), "changed": file.stat().st_mtime_ns}
+    system, path = file_system(file)
+    info = retried(lambda: system.get_file_info(path), file, LIST_ATTEMPTS)
+    return {"from": file, "changed": info.mtime_ns}
+
+
+def footer_of(path: Path) -> tuple[int, Facts]:
+    """How many rows a file of scores has, and what its footer says of them; (-1, {}) of a file that is none, or not whole."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException):  # it is untrusted input
+        footer = pq.read_metadata(path)
+        facts = json.loads(footer.metadata[MARK])
+        return footer.num_rows, facts | {"from": str(facts["from"])}
+    return -1, {}
+
+
+def what_is_replaced(out: Path, asked: Mapping[str, Facts], overwrite: bool) -> tuple[list[str], list[str]]:
+    """Names of scores in the folder that the asked ones leave no room for; and sources that have changed since they were scored.
+
+    InputError if the folder holds something else, other weights or columns, or scores of other files in the same places.
+    """
+    held, pieces = {}, {}
+    ours = {key: next(iter(asked.values()))[key] for key in ("weights", "columns")}
+    if set(names_in(out)) - {f".{REQUEST}.partial"}:
+        note = _read_note(out)
+        if note["weights"] != ours["weights"] and not overwrite:
+            raise InputError(f"{out}: holds a prediction with other weights; {WAY_OUT}")
+        if note["columns"] != ours["columns"] and not overwrite:
+            shown, wanted = (", ".join(each["columns"]) for each in (note, ours))
+            raise InputError(f"{out}: holds a prediction with other columns ({shown}; wanted {wanted}); {WAY_OUT}")
+        for path in out.rglob("*"):
+            facts, place = footer_of(path)[1], path.relative_to(out)
+            if facts and place.parts[0] == CHUNKS:
+                pieces[place.parent.relative_to(CHUNKS).as_posix()] = facts
+            elif facts:
+                held[place.as_posix()] = facts
+    replaced = {name for name, facts in held.items() if overwrite or not ours.items() <= facts.items()}
+    _refuse_other_sources(out, {name: held[name]["from"] for name in held.keys() - replaced}, asked)
+    changed = []
+    for name, facts in asked.items():
+        before = held.get(name) or pieces.get(name) or facts
+        if before != facts and before.items() >= (ours | {"from": facts["from"]}).items():
+            changed.append(facts["from"])
+    return sorted(replaced - asked.keys()), changed
+
+
+def _read_note(out: Path) -> Facts:
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        note = json.loads((out / REQUEST).read_text(encoding="utf-8"))
+        if note["format"] == 3 and note["weights"] and all(isinstance(each, str) for each in note["columns"]):
+            return note
+    raise InputError(f"{out}: holds something that is not a prediction of this version; choose another --out")
+
+
+def _refuse_other_sources(out: Path, before: Mapping[str, str], asked: Mapping[str, Facts]) -> None:
+    """Raise InputError where scores would replace those of another file, or stand there twice. `before`: name -> source."""
+    folded = str.casefold if (out / LOCK.lower()).exists() else str  # a disk may take two names for one
+    sources = {folded(name): source for name, source in before.items()}
+    places = {source: name for name, source in before.items()}
+    for name, facts in asked.items():
+        source = facts["from"]
+        other = sources.setdefault(folded(name), source)
+        if other != source:
+            raise InputError(f"{out / name}: holds the scores of {other}, not of {source}; {WAY_OUT}")
+        if places.get(source, name) != name:
+            raise InputError(
+                f"{source}: its scores are in {out / places[source]} already, and would be in {out / name} too, since --data names other "
+                f"folders now; {WAY_OUT}"
+            )
+
 
 PROBABILITY = "probability"
 WRITTEN_ROWS = 65_536  # of a row group of the output
@@ -117,7 +238,7 @@ def run_prediction(
                 raise InputError(f"{file}: lies in --out {out}; choose another output folder")
         if place.exists() and not place.is_dir():
             raise InputError(f"{place}: is a file; choose a folder for --out")
-        row_groups, columns = unlabelled_groups(files, schema, run.config.data.attempts)
+        row_groups, columns = unlabelled_rows(files, schema, run.config.data.attempts)
         chunks = chunks_of(row_groups, chunk_rows)
         rows = Counter[int]()
         for group in row_groups:
@@ -126,10 +247,8 @@ def run_prediction(
         kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
         note = {"format": 3, "weights": run.digest(), "columns": [*kept, *outputs]}
         asked = describe(names, files, [rows[file] for file in range(len(files))], note)
-        with _naming_write_faults(place), locked_together(process, "predict", {"--out": place}):
-            facts, replaced, changed = answer_of_first(
-                process, lambda: (asked, *what_is_replaced(place, asked, overwrite))
-            )
+        with locked_together(process, "predict", {"--out": place}):
+            facts, left, changed = answer_of_first(process, lambda: (asked, *what_is_replaced(place, asked, overwrite)))
             # the kept columns have the types of their input file
             floats = [pa.field(name, pa.float32()) for name in outputs]
             schemas = [pa.schema([*((name, found.field(name).type) for name in kept), *floats]) for found in columns]
@@ -150,20 +269,8 @@ def run_prediction(
             any_rank(False)  # until every rank's files are there
             if process.is_first:
                 taken = files_in_words(files)
-                print(finish(job, chunks, replaced, run.step, taken, scored=sum(chunk.num_rows for chunk in todo)))
+                print(finish(job, chunks, left, run.step, taken, scored=sum(chunk.num_rows for chunk in todo)))
     return 0
-
-
-@contextmanager
-def _naming_write_faults(out: Path) -> Iterator[None]:
-    """Say what a full disk or a folder without permission means here. Faults of reading are InputErrors already."""
-    try:
-        yield
-    except OSError as error:
-        raise CannotWriteError(
-            f"{out}: cannot be written ({error.strerror or error}); repair it and start the same command again: it continues "
-            "where it stopped"
-        ) from None
 
 
 def kept_columns(
@@ -250,13 +357,13 @@ def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
         job.put(draft, target)
 
 
-def finish(job: Job, chunks: Sequence[Chunk], replaced: Sequence[str], step: int, taken: str, scored: int) -> str:
+def finish(job: Job, chunks: Sequence[Chunk], left: Sequence[str], step: int, taken: str, scored: int) -> str:
     """Count the output's rows against the input's, and remove the chunks and what --overwrite leaves out. Returns what to tell the user."""
     wanted = sum(chunk.num_rows for chunk in chunks)
     written = sum(pq.read_metadata(job.out / name).num_rows for name in job.names)
     if written != wanted:
         raise RuntimeError(f"{job.out}: {written} rows for {wanted} of the input")
-    for name in replaced:
+    for name in left:
         (job.out / name).unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             for folder in Path(name).parents[:-1]:

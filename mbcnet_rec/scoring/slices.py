@@ -25,11 +25,9 @@ MAX_SLICES = 50  # of one column
 MAX_VALUES = 1_000_000  # different ones of one column, which are counted
 COUNTED_ROWS = 65_536  # at a time
 BYTES_OF = {
-    pa.string(): pa.binary(),
-    pa.large_string(): pa.large_binary(),
-    pa.string_view(): pa.large_binary(),
-    pa.binary_view(): pa.large_binary(),
-}
+    pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.large_binary(), pa.binary_view(): pa.large_binary(),
+}  # fmt: skip
 REST, NULL = "(other)", "(null)"
 
 
@@ -83,9 +81,7 @@ def count_slices(
                     for value, count in zip(values, frequency, strict=True):
                         counter[value] += count
                     if len(counter) > MAX_VALUES:
-                        raise InputError(
-                            f"--by {name}: more than {MAX_VALUES:,} different values; choose a column with fewer"
-                        )
+                        raise InputError(f"--by {name}: more than {MAX_VALUES:,} different values; choose another")
     everyone: list[Any] = [counts]
     if process.world_size > 1 and by:
         everyone = [None] * process.world_size

@@ -35,14 +35,11 @@ Requests = list[dict[str, list[Any]]]
 def draw_requests(schema: Schema, vocabularies: Mapping[str, pa.Array], rows: int) -> Requests:
     """Draw requests: ids evenly over each table, which is the worst for caches; lists of the schema's mean length."""
     rng = np.random.default_rng(rows)
-    return [
-        {
-            column: values
-            for feature in schema.features
-            for column, values in _draw(feature, schema, vocabularies, rows, rng).items()
-        }
-        for _ in range(NUM_REQUESTS)
-    ]
+    requests: Requests = [{} for _ in range(NUM_REQUESTS)]
+    for request in requests:
+        for feature in schema.features:
+            request.update(_draw(feature, schema, vocabularies, rows, rng))
+    return requests
 
 
 def _draw(
@@ -159,7 +156,7 @@ def rival(artifact: serving.ServingModel, config: RunConfig, kind: str) -> servi
     model = dataclasses.replace(fit_widths(config.model), kind=kind)
     if needs_wide(model) != needs_wide(config.model):
         raise InputError(
-            f"--beside {kind}: it needs tables of one weight per id, or lacks those of the artifact; export it instead"
+            f"--beside {kind}: needs tables of one weight per id, or lacks the artifact's; export it instead"
         )
     weights = untrained(dataclasses.replace(config, model=model), artifact.preprocess.schema)
     exported = take_apart(weights, vocabularies=artifact.vocabularies)

@@ -6,6 +6,7 @@ Shapes: B rows, D dense columns.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -74,9 +75,7 @@ class Preprocessor:
             for kind, features in (("single", singles), ("list", lists), ("weighted", schema.weighted))
             for index, feature in enumerate(features)
         }
-        self.field_of = {
-            column: feature for feature in schema.features for column in (feature.source_column, feature.weights)
-        }
+        self.field_of = {column: each for each in schema.features for column in (each.source_column, each.weights)}
         self.dense_width = sum(feature.dense_width for feature in schema.dense)
         self.dense_columns: list[int] | None = None  # where a part's own stand among all D
         self._parts: dict[frozenset[str], Preprocessor] = {}
@@ -270,31 +269,25 @@ def _of_values(values: Sequence[Any], is_number: bool) -> pa.Array | np.ndarray:
         raise TypeError(f"a {sets[0]} has no order")
     integer = {kind for kind in kinds if issubclass(kind, (int, np.integer)) and kind is not bool}
     others = kinds - integer
-    if integer and others and all(issubclass(kind, (float, np.floating)) for kind in others):
-        if not is_number:
+    if integer and all(issubclass(kind, (float, np.floating)) for kind in others):
+        if others and not is_number:
             raise TypeError("integers and floats in one column")
-        return pa.array([None if type(each) in missing else _as_float(each) for each in values], pa.float64())
-    if integer and not others:
-        if kinds == {int} and not missing and (numbers := _plain(values)) is not None:
-            return numbers
-        integers, bad = integers_of([None if type(each) in missing else int(each) for each in values])
-        if bad is None:
-            return integers
-        if not is_number:
-            row = int(np.flatnonzero(bad)[0])
-            raise OverflowError(f"row {row} = {str(values[row])[:40]}: the column's integers need more than 64 bits")
+        if not others:
+            if kinds == {int} and not missing:
+                with suppress(OverflowError):  # in a fraction of the time that Arrow takes
+                    return np.asarray(values, np.int64)
+            integers, bad = integers_of([None if type(each) in missing else int(each) for each in values])
+            if bad is None:
+                return integers
+            if not is_number:
+                row = int(np.flatnonzero(bad)[0])
+                raise OverflowError(
+                    f"row {row} = {str(values[row])[:40]}: the column's integers need more than 64 bits"
+                )
         return pa.array([None if type(each) in missing else _as_float(each) for each in values], pa.float64())
     if kinds == {float} and not missing and is_number:
         return np.asarray(values, np.float64)
     return pa.array(values)
-
-
-def _plain(values: Sequence[int]) -> np.ndarray | None:
-    """Python's integers as int64, in a fraction of the time that Arrow takes; None where they do not fit."""
-    try:
-        return np.asarray(values, np.int64)
-    except OverflowError:
-        return None
 
 
 def _as_float(number: Any) -> float:

@@ -156,11 +156,9 @@ def _categories(material: Material) -> list[Block]:
     names = category_names(schema, field, ids)
     picture = figures.categories_figure(names, dict(zip(probe.names, counts, strict=True)), base)
     share = f"the {kept:,} rows with the lowest log-loss of {len(probe.labels):,}"
-    note = (
-        ""
-        if kept == BEST_LEARNED
-        else f" The paper takes {BEST_LEARNED:,}; here that would be too large a part of the held-out rows, so a quarter is taken."
-    )
+    note = ""
+    if kept < BEST_LEARNED:
+        note = f" The paper takes {BEST_LEARNED:,}; here that would be too large a part of the held-out rows, so a quarter is taken."
     caption = f"Figure 7: {share}, by branch, counted by {field.name}, seed {material.first[0].seed}.{note}"
     return [Picture("categories", picture, caption)]
 

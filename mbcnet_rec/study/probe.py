@@ -61,19 +61,12 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", s
         seen: list[Any] = []  # latents (K, B, d), and what the fused logit is computed from, (B, d)
         arch = dense_arch_of(scorer.model)
         arch.fusion.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
-        batches = list(scorer.score(_with_categories(splits[split].stream, category, max_rows)))
-        real = np.concatenate([batch.real for batch in batches])
+        scored = list(scorer.score(_with_categories(splits[split].stream, category, max_rows)))
+        notes, logits, labels, real = (np.concatenate(each) for each in zip(*scored, strict=True))
         latents, fused = (torch.cat(each, dim=-2).float().cpu().numpy() for each in zip(*seen, strict=True))
-        notes = np.concatenate([batch.note for batch in batches])[real]
-        return Probe(
-            config.model.branch_names,
-            latents[:, real],
-            fused[real],
-            np.concatenate([batch.logits for batch in batches]),
-            np.concatenate([batch.labels for batch in batches]),
-            notes[:, 0],
-            notes[:, 1] if schema.group_column else None,
-        )
+        categories, groups = notes[real].T
+        names, groups = config.model.branch_names, groups if schema.group_column else None
+        return Probe(names, latents[:, real], fused[real], logits, labels, categories, groups)
 
 
 def _with_categories(batches: Iterable[Batch], category: str, max_rows: int) -> Iterator[tuple[Batch, np.ndarray]]:

@@ -72,9 +72,7 @@ def conduct(request: StudyRequest) -> int:
     )
     request = replace(request, study=study)
     if request.tuned is not None and not any((request.tuned / f"{kind}.toml").is_file() for kind in base.model.kinds):
-        raise InputError(
-            f"--tuned {request.tuned}: wanted a folder with KIND.toml files, which `mbcnet tune --out {request.tuned}` writes; change it"
-        )
+        raise InputError(f"--tuned {request.tuned}: holds no KIND.toml; name a folder that `mbcnet tune --out` wrote")
     variants = study.variants if study.name != "complexity" else ()
     configs = [variant_config(base, each, request.tuned, request.overrides) for each in variants]
     known: Known = {}
@@ -111,7 +109,7 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     print(f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again")
     if runs and not done:
         raise InputError(
-            f"none of the {len(runs)} runs came to an end: {next(iter(failures.values()))[0]}; see {request.out}/runs/*.log"
+            f"none of {len(runs)} runs ended: {next(iter(failures.values()))[0]}; see {request.out}/runs/*.log"
         )
     return 0
 

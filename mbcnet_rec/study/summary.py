@@ -11,7 +11,6 @@ the p of a comparison is the larger of the two, or 1 where they point to differe
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -75,9 +74,8 @@ class Row:
     paper: tuple[float, ...]  # the paper's own figures
     best_branch: str  # of the highest mean AUC; "" if the variant has no branches
     fused: Compared | None  # AUC of the fused output less that of its best branch
-    disagreement: (
-        float  # share of the training rows on which a branch teaches another, mean over directed pairs; NaN: not logged
-    )
+    # share of the training rows on which a branch teaches another, mean over directed pairs; NaN: not logged
+    disagreement: float
     failures: tuple[str, ...] = ()  # why the other seeds did not end
     notes: tuple[str, ...] = ()  # why they have no AUC
     dead: int = 0  # seeds that ended with an output that says the same of every row
@@ -157,39 +155,24 @@ def best_branch(scores: Scores) -> str:
     return max(sorted(keys), key=lambda key: _mean_auc(scores, key), default="").removeprefix("auc/")
 
 
-def judge_all(
-    claims: Sequence[Claim], results: Results, measured: Mapping[str, Compared] = MappingProxyType({})
-) -> list[Judged]:
+def judge_all(claims: Sequence[Claim], results: Results, measured: Mapping[str, Compared]) -> list[Judged]:
     """Say what the runs make of claims: each with a verdict, and its differences of AUC and log-loss, corrected for their number.
 
     A claim that is not about AUC is judged by what was `measured` for it, of which more is in its favour. reproduced: the difference of AUC is above 0 and its corrected p below 0.05. contradicted: below 0, likewise. same direction: above 0
     only. not reproduced: the rest. With one seed, or without row scores, there is no verdict; without runs of both the claim is not tested.
     """
-    areas, losses = (
-        corrected(
-            [
-                compare(results, claim.better, claim.worse, metric)
-                if not claim.measure
-                else measured.get(claim.measure)
-                if metric == "auc"
-                else None
-                for claim in claims
-            ]
-        )
-        for metric in ("auc", "log_loss")
-    )
+    areas = [compare(results, one.better, one.worse, "auc") for one in claims]
+    areas = [measured.get(one.measure) if one.measure else area for one, area in zip(claims, areas, strict=True)]
+    losses = [None if one.measure else compare(results, one.better, one.worse, "log_loss") for one in claims]
+    areas, losses = corrected(areas), corrected(losses)
     return [(claim, _verdict(area), area, loss) for claim, area, loss in zip(claims, areas, losses, strict=True)]
 
 
 def _verdict(area: Compared | None) -> str:
     if area is None:
         return "not tested"
-    if math.isnan(area.p):
-        return NO_VERDICT
-    ahead = area.seeds.value > 0
-    if area.p < SIGNIFICANT:
-        return "reproduced" if ahead else "contradicted"
-    return "same direction" if ahead else "not reproduced"
+    level = "same direction" if area.seeds.value > 0 else "not reproduced"
+    return {"ahead": "reproduced", "level": level, "behind": "contradicted"}.get(verdict_of(area), NO_VERDICT)
 
 
 PLACES = ("ahead", "level", "behind")
@@ -213,19 +196,18 @@ def score_table(rows: Sequence[Row], *, watched: bool = False) -> Table:
     """Mean, sd, paired differences, and the paper's figures. Columns that all rows leave empty are left out."""
     against = {row.against for row in rows if row.against}
     one = f" to {min(against)}" if len(against) == 1 else ""
-    to = ["" if one else f"to {row.against}\n" for row in rows]
+
+    def to(row: Row) -> str:
+        return "" if one else f"to {row.against}\n"
+
     columns = {
         "": [row.name for row in rows],
         "seeds": [str(row.seeds) for row in rows],
         "dead": [f"{row.dead} of {row.seeds}" if row.dead else "no" if watched else "" for row in rows],
         "AUC": [_mean_sd(row.auc) if row.seeds else "" for row in rows],
         "log-loss": [_mean_sd(row.log_loss) if row.seeds else "" for row in rows],
-        f"difference of AUC{one}": [
-            format_difference(row.difference, each) for row, each in zip(rows, to, strict=True)
-        ],
-        f"of log-loss{one}": [
-            format_difference(row.loss_difference, each, better=-1) for row, each in zip(rows, to, strict=True)
-        ],
+        f"difference of AUC{one}": [format_difference(row.difference, to(row)) for row in rows],
+        f"of log-loss{one}": [format_difference(row.loss_difference, to(row), better=-1) for row in rows],
         "fused less its best branch, AUC": [format_difference(row.fused, f"to {row.best_branch}\n") for row in rows],
         "disagreement": [f"{row.disagreement:.2%}" if watched else "" for row in rows],
         "paper, 12 months": [_pair(row.paper[:2]) for row in rows],

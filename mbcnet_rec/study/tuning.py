@@ -146,11 +146,8 @@ def tune_model(
     file = out / f"{kind}.db"
     study = open_study(file, kind)
     base = base_config(config, kind, out)
-    facts: dict[str, Any] = {
-        "space": {key: str(each) for key, each in search.space_of(kind).items()},
-        "sampler": search.sampler,
-    }
-    facts |= dependencies(base, known)
+    space = {key: str(each) for key, each in search.space_of(kind).items()}
+    facts = {"space": space, "sampler": search.sampler, **dependencies(base, known)}
     if not study.trials:
         study.set_user_attr(DEPENDS, json.dumps(facts))
     elif words := differences(json.loads(study.user_attrs.get(DEPENDS, "{}")), facts):
@@ -194,9 +191,7 @@ def open_study(file: Path, kind: str) -> optuna.Study:
             file.unlink(missing_ok=True)
         if no_room(error):
             raise
-        raise InputError(
-            f"{file}: cannot be read as a study of Optuna ({first_line(error)}); choose another --out"
-        ) from None
+        raise InputError(f"{file}: is no study of Optuna's ({first_line(error)}); choose another --out") from None
 
 
 def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
