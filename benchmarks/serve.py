@@ -1,7 +1,7 @@
 """`mbcnet serve` under load, by an HTTP client of its own, beside a bare starlette echo and the loader called directly.
 
     python benchmarks/serve.py [--quick] [--json] [--models mbcnet,...] [--clients 1,8,32,128] [--candidates 1,64,512] [--workers 1]
-    python benchmarks/serve.py --soak 30      minutes of load with swaps of models all the time and kill -9 of a worker each minute
+    python benchmarks/serve.py --soak 30      minutes of light load with a swap of models every ten seconds and kill -9 of a worker each minute
     python benchmarks/serve.py --swaps 1000   under load: a whole artifact, a delta, a rollback, another model, in turn; no kills
 
 Artifacts of the paper's size with drawn weights, rows int8, tables cut to --max-rows rows. A request is one user and query with so many
@@ -74,6 +74,7 @@ class Load:
     mixed: int = 0
     wall: float = 0.0
     until: float = 0.0  # of time.monotonic
+    pause_seconds: float = 0.0  # of a client before its next request
 
     def figures(self, name: str) -> dict[str, float]:
         """Requests a second and milliseconds."""
@@ -105,6 +106,7 @@ async def client(port: int, requests: Sequence[bytes], load: Load, known: dict[s
                     writer.write(requests[turn])
                     status, body = await answer_of(reader)
                     load.seconds.append(time.monotonic() - start)
+                    await asyncio.sleep(load.pause_seconds)
                     load.refused += status != 200
                     if known and status == 200:
                         found = json.loads(body)
@@ -212,10 +214,10 @@ def write_next_day(parent: Path, child: Path, delta: Path) -> None:
 def soak(
     folder: Path, names: Sequence[str], requests: Sequence[dict[str, list[Any]]], minutes: float, most: int
 ) -> dict[str, float]:
-    """Load for minutes with a swap every five seconds and each minute a worker that is killed; or for `most` swaps, one after the other, without kills."""
+    """Load for minutes with a swap every ten seconds and each minute a worker that is killed; or for `most` swaps, one after the other, without kills."""
     sent = [request_bytes(body) for body in bodies(requests, 8)]
     known: dict[str, list[Any]] = {}
-    load, memory, kills, failed = Load(), [0.0], 0, 0
+    load, memory, kills, failed = Load(pause_seconds=0.0 if most else 0.2), [0.0], 0, 0
     write_next_day(folder / names[0], folder / "next_day", folder / "delta")
     turns = [{"folder": names[0]}, {"folder": "delta"}, {"rollback": True}, *({"folder": name} for name in names[1:])]
 
@@ -234,7 +236,7 @@ def soak(
         await asyncio.sleep(1)
         next_kill = time.monotonic() + min(60, 20 * minutes)
         while time.monotonic() < load.until - 2 and not 0 < most <= swaps:
-            await asyncio.sleep(0 if most else 5)
+            await asyncio.sleep(0 if most else 10)
             if not most and time.monotonic() > next_kill:
                 os.kill(workers_of(process)[0], signal.SIGKILL)
                 kills, next_kill = kills + 1, next_kill + 60

@@ -54,10 +54,11 @@ async def _ready(app):
 
 
 @contextlib.contextmanager
-def serving(artifact, state, wait=True, **options):
+def serving(artifact, state, wait=True, named=True, **options):
     """Yields a function: call(method, path, body, headers), or call([(method, ...), ...]) all at once."""
     state.mkdir(exist_ok=True)
-    write_json(state / "wanted.json", {"number": 0, "chain": [str(artifact)], "before": []})
+    if named:
+        write_json(state / "wanted.json", {"number": 0, "chain": [str(artifact)], "before": []})
     with asyncio.Runner() as runner:
         app = build(Options(artifact, state, threads=1, **options))
         context = app.router.lifespan_context(app)

@@ -1,5 +1,6 @@
 """What goes to Kubernetes and AWS Batch fits their own schemas and says what a training job needs; the image holds what it must."""
 
+import argparse
 import fnmatch
 import json
 import re
@@ -17,6 +18,7 @@ from torchx.schedulers import aws_batch_scheduler
 from torchx.specs import AppDef, macros
 
 from launch import components, job, scripts, slurm, volcano
+from mbcnet_rec.commands.serve import register
 
 MOUNTS = ["type=volume", "src=storage", "dst=/storage"]  # torchx takes the parts
 
@@ -114,6 +116,32 @@ def test_plain_kubernetes(shape):
     assert endpoint == ("my-run-0.my-run:29500" if hosts > 1 else "localhost:0") and args[-1] == "--resume"
 
 
+def test_the_scorer_on_kubernetes():
+    """Not root, probes that are served, a stop that lets requests end, and options that the command knows and accepts."""
+    deployment, service = yaml.safe_load_all((REPOSITORY / "examples/serve.yaml").read_text())
+    as_kubernetes_has_it("V1Deployment", deployment)
+    as_kubernetes_has_it("V1Service", service)
+    template = deployment["spec"]["template"]
+    pod, (container,) = template["spec"], template["spec"]["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == job.USER_ID
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+    app = (REPOSITORY / "mbcnet_rec/server/app.py").read_text()
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert f'Route("{container[probe]["httpGet"]["path"]}"' in app and container[probe]["httpGet"]["port"] == "http"
+    parser = argparse.ArgumentParser()
+    register(parser)
+    words, (pause, seconds) = container["args"], container["lifecycle"]["preStop"]["exec"]["command"]
+    given = parser.parse_args(words[2:])
+    assert words[:2] == ["mbcnet", "serve"] and given.host == "0.0.0.0" and pause == "sleep"
+    assert given.drain_seconds + int(seconds) < pod["terminationGracePeriodSeconds"]
+    assert given.port == container["ports"][0]["containerPort"]
+    labels = template["metadata"]["labels"]
+    assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    token, probed = container["env"][0], {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert token["name"] == "MBCNET_SCORE_TOKEN" and probed == {"/models", "/tmp"}
+
+
 def test_aws_batch():
     made = request(aws_batch_scheduler.create_scheduler("test"), described(), queue="gpus", image_repo="repo")
     model = get_session().get_service_model("batch")
@@ -161,7 +189,8 @@ def copied() -> list[str]:
 
 
 def test_the_image_is_pinned_and_not_roots():
-    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    stages = re.findall(r" AS (\S+)$", DOCKERFILE, re.MULTILINE)
+    bases = [base for base in re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) if base not in stages]
     assert bases and all(re.fullmatch(r"\S+:\d+\.\d+\.\d+-\S+", base) for base in bases), "a version"
     assert re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE)[-1] == f"{job.USER_ID}:{job.USER_ID}"
     assert f"--uid {job.USER_ID} --gid {job.USER_ID}" in DOCKERFILE

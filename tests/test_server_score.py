@@ -3,14 +3,20 @@ that a bad value is named by field and row as in training; and that limits, toke
 """
 
 import io
+import threading
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from asgi_calls import serving
+from tiny_run import wait_for
 
-from mbcnet_rec.server.requests import ARROW
+from data.errors import InputError
+from mbcnet_rec.server import run
+from mbcnet_rec.server.models import write_json
+from mbcnet_rec.server.options import Options
+from mbcnet_rec.server.requests import ARROW, unpacked_bytes
 
 ROWS = 40
 
@@ -37,9 +43,9 @@ def close(found, expected, column="probability"):
     return True
 
 
-def stream(table):
+def stream(table, options=None):
     sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     return sink.getvalue()
 
@@ -181,6 +187,59 @@ def test_requests_share_passes(artifact, table, expected, tmp_path):
             assert (one.status, two.status, three.status) == (200, 400, 200) and two.json["row"] == 0
             assert one.json["probability"] == pytest.approx(answers[0].json["probability"], abs=1e-6)
             assert three.json["probability"] == pytest.approx(answers[1].json["probability"], abs=1e-6)
+
+
+def test_a_compressed_stream_is_measured_before_it_is_unpacked(ask, table, expected):
+    """Zeros of 64 MB in a few kilobytes are refused; a stream within the limit scores, also of dictionaries and with buffers left as they are."""
+    wanted = {"content-type": ARROW, "accept": "application/json"}
+    for codec in ("lz4", "zstd"):
+        options = pa.ipc.IpcWriteOptions(compression=codec)
+        for own in (
+            table,
+            table.set_column(table.column_names.index("city"), "city", table["city"].dictionary_encode()),
+        ):
+            body = stream(own, options)
+            assert 0 < unpacked_bytes(body) < 2**20 and unpacked_bytes(stream(own)) == 0
+            assert close(ask("POST", "/score", body, wanted).json["probability"], expected)
+        large = pa.table({"user": np.zeros(8_000_000, np.int64)})
+        small = stream(large, options)
+        assert len(small) < 2**20 and 64e6 <= unpacked_bytes(small) < 65e6
+        for body in (small, stream(table.slice(0, 1).select(["user"])) + small):
+            answer = ask("POST", "/score", body, wanted)
+            assert answer.status == 413 and "decompressed" in answer.json["error"]
+        for cut in range(1, len(body := stream(table, options)), 997):
+            assert ask("POST", "/score", body[:-cut], wanted).status == 400
+
+
+def test_live_before_the_artifact_is_checked(artifact, tmp_path):
+    """As run.py starts workers: what they shall serve is named when its check has ended."""
+    with serving(artifact, tmp_path / "state", wait=False, named=False, models=tmp_path) as call:
+        assert call("GET", "/health/live").status == 200 and call("GET", "/health/ready").status == 503
+        assert "being checked" in call("POST", "/models", {"folder": "x"}).json["error"]
+        write_json(tmp_path / "state" / "wanted.json", {"number": 0, "chain": [str(artifact)], "before": []})
+        wait_for(lambda: call("GET", "/health/ready").status == 200, "not loaded")
+
+
+def test_a_check_that_takes_long_ends_a_server_that_is_up(artifact, tmp_path, monkeypatch):
+    class Supervisor:
+        def __init__(self, config, sockets):
+            self.should_exit = None
+
+        def run(self):
+            up.set()
+            assert self.should_exit.wait(20)
+
+    def slowly(folder):
+        assert up.wait(20)
+        raise InputError(f"{folder}: damaged")
+
+    up = threading.Event()
+    monkeypatch.setattr(run, "QUICK_SECONDS", 0.01)
+    monkeypatch.setattr(run, "Multiprocess", Supervisor)
+    monkeypatch.setattr(run, "load_model", slowly)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
+    with pytest.raises(InputError, match="damaged"):
+        run.run_server(Options(artifact, port=0))
 
 
 def test_live_before_ready(artifact, tmp_path):

@@ -23,6 +23,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add("--rows", choices=("int8", "int4", "fp16", "fp32"), default="", help="type of the tables' rows (default int8)")
     add("--branches", type=names, default=[], metavar="NAME,...", help="serve these branches alone")
     add("--calibrate", choices=("isotonic", "platt"), default="", help="fit probabilities to the validation rows; NE before and after is told of the test rows")  # fmt: skip
+    add("--triton", action="store_true", help="--out is REPOSITORY/MODEL/VERSION of NVIDIA Triton: also config.pbtxt and model.py for its Python backend")  # fmt: skip
     compiled = parser.add_mutually_exclusive_group()
     compiled.add_argument("--aot", action="store_true", default=None, help="also compile the dense part by AOTInductor (default: where a C++ compiler is there)")  # fmt: skip
     compiled.add_argument("--no-aot", action="store_false", dest="aot", help="do not")
@@ -31,9 +32,9 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    if args.since and (args.rows or args.branches or args.aot or args.calibrate):
+    if args.since and (args.rows or args.branches or args.aot or args.calibrate or args.triton):
         raise InputError(
-            "--since: a delta has the rows, branches and calibration of its artifact, and nothing compiled; leave --rows, --branches, --calibrate, --aot out"
+            "--since: a delta has the rows, branches and calibration of its artifact, and nothing compiled; leave --rows, --branches, --calibrate, --triton, --aot out"
         )
     from mbcnet_rec.serving.export import run_delta, run_export  # imports torchrec
 
@@ -46,5 +47,6 @@ def _export(args: argparse.Namespace) -> int:
         branches=args.branches,
         aot=args.aot,
         calibrate=args.calibrate,
+        triton=args.triton,
         overwrite=args.overwrite,
     )

@@ -48,7 +48,7 @@ def run_arms(
     """
     check_page(page)
     files, by = resolve_files(question.data), question.by
-    names = list(dict.fromkeys([ARM, log.label, *([log.key] if log.key else []), *by]))
+    names: list[str] = list(dict.fromkeys([ARM, log.label, *([log.key] if log.key else []), *by]))
     tables = for_each_file(files, partial(_read, names), NOT_PARQUET, attempts=3)
     if (rows := sum(map(len, tables))) > question.exact_rows:
         raise InputError(f"--log: {rows:,} rows; name fewer, or raise --exact-rows {question.exact_rows:,}")

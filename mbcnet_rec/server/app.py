@@ -81,7 +81,7 @@ class Worker:
         more = {"arms": arms, "branches": branches == "1", "arrived": arrived, "deadline": deadline}
         body = await self.read_body(http)
         with self.metrics.seconds.labels("parse").time():
-            request = parse(body, headers.get("content-type", ""), names, **more)
+            request = parse(body, headers.get("content-type", ""), names, self.options.max_body_mb << 20, **more)
         if request.num_rows > most:
             raise Refused(f"{request.num_rows} rows: wanted {most} at most; send several requests", 413, "rows")
         scores, loaded = await self.scorer.score(request)

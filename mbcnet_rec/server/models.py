@@ -118,13 +118,14 @@ class Models:
     def start(self) -> None:
         """Load what all serve. Raises InputError."""
         gc.freeze()  # a collection after a swap need not look at what is never replaced
-        self.other = load_model(self.options.shadow, verify=False) if self.options.shadow else None
         self.follow()
 
     def follow(self) -> None:
         """Load what all shall serve, if this worker does not yet; and, in one of the workers, look into the watched folder."""
         wanted = read_json(self.state / "wanted.json")
         if wanted and wanted["number"] > self.number:
+            if self.options.shadow and self.other is None:
+                self.other = load_model(self.options.shadow, verify=False)
             try:
                 loaded = load_model(self._place(wanted["chain"]), verify=False)
                 self._take(replace(loaded, folder=Path(wanted["chain"][-1])), wanted["number"])
@@ -150,6 +151,8 @@ class Models:
         with (self.state / "lock").open("w") as lock:  # one change at a time, of all workers
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             wanted = read_json(self.state / "wanted.json")
+            if not wanted:
+                raise Refused("the artifact of the start is still being checked; ask /health/ready", 503, "start")
             number, chain, before = wanted["number"] + 1, wanted["chain"], wanted["before"]
             if name is None and not before:
                 raise Refused("there is no model before this one", 409, "model")

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -53,7 +54,7 @@ def names_of(schema: Schema) -> dict[str, str]:
     return besides | fields | {column: column for column in schema.field_columns}
 
 
-def parse_json(body: bytes, names: Mapping[str, str]) -> list[tuple[Columns, int]]:
+def parse_json(body: bytes, names: Mapping[str, str], _: int) -> list[tuple[Columns, int]]:
     """The columns of the rows and their number, and before them those of the shared row if there is one. Raises Refused."""
     try:
         given = json.loads(body)
@@ -91,14 +92,50 @@ def _known(given: Iterable[str], names: Mapping[str, str], where: str) -> dict[s
     return found
 
 
-def parse_arrow(body: bytes, names: Mapping[str, str]) -> list[tuple[Columns, int]]:
-    """The same of one or two Arrow IPC streams, one after the other."""
+def unpacked_bytes(body: bytes) -> int:
+    """The size of all buffers of Arrow IPC streams once they are decompressed, without doing it.
+
+    A compressed buffer begins with its size, or with -1 where it is stored as it is. Where buffers lie tells each message's header, a
+    flatbuffer: a table begins with the distance to its list of fields, whose k-th entry is the place of field k, or 0.
+    """
+
+    def field(data: pa.Buffer, table: int, number: int) -> int:
+        fields = table - struct.unpack_from("<i", data, table)[0]
+        size = struct.unpack_from("<H", data, fields)[0]
+        place = struct.unpack_from("<H", data, fields + 4 + 2 * number)[0] if 4 + 2 * number < size else 0
+        return table + place if place else 0
+
+    def follow(data: pa.Buffer, place: int) -> int:
+        return place + struct.unpack_from("<I", data, place)[0]
+
+    source, total = pa.BufferReader(body), 0
+    while source.tell() < source.size():
+        for message in pa.ipc.MessageReader.open_stream(source):
+            header = message.metadata
+            root = follow(header, 0)
+            kind, batch = message.type, follow(header, field(header, root, 2))
+            if kind == "dictionary":
+                batch = follow(header, field(header, batch, 1))
+            if kind in ("dictionary", "record batch") and field(header, batch, 3):  # compressed
+                buffers = follow(header, field(header, batch, 2))
+                for number in range(struct.unpack_from("<I", header, buffers)[0]):
+                    start, size = struct.unpack_from("<qq", header, buffers + 4 + 16 * number)
+                    total += max(0, struct.unpack_from("<q", message.body, start)[0]) if size else 0
+    return total
+
+
+def parse_arrow(body: bytes, names: Mapping[str, str], most: int) -> list[tuple[Columns, int]]:
+    """The same of one or two Arrow IPC streams, one after the other; `most` bytes once decompressed."""
     source, tables = pa.BufferReader(body), []
     try:
+        if unpacked_bytes(body) > most:
+            raise Refused(f"a body of more than {most} bytes once decompressed; send fewer rows at a time", 413, "body")
         while source.tell() < source.size() and len(tables) < 3:
             tables.append(pa.ipc.open_stream(source).read_all())
             tables[-1].validate(full=True)  # offsets of untrusted input may point anywhere
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except Refused:
+        raise
+    except (pa.ArrowException, ValueError, OSError, struct.error) as error:
         raise Refused(f"the body is not an Arrow IPC stream ({first_line(error)})") from None
     if [len(table) for table in tables[:-1]] not in ([], [1]) or not tables or not len(tables[-1]):
         raise Refused("wanted an Arrow IPC stream of rows, or two: one row of shared fields, then the rows")
@@ -119,9 +156,14 @@ def arm_of(columns: Columns, key: str, share: float, seed: int) -> str:
 
 
 def parse(
-    body: bytes, content_type: str, names: Mapping[str, str], arms: tuple[str, float, int] | None, **more: Any
+    body: bytes,
+    content_type: str,
+    names: Mapping[str, str],
+    most: int,
+    arms: tuple[str, float, int] | None,
+    **more: Any,
 ) -> Request:
-    """Read a body by its content type. `arms` are the split's key, share and seed; `more` goes into the Request.
+    """Read a body by its content type, of `most` bytes once decompressed. `arms` are the split's key, share and seed; `more` goes into the Request.
 
     Raises:
         Refused: it cannot be read, or its fields are not the model's.
@@ -130,7 +172,7 @@ def parse(
     kind = content_type.partition(";")[0].strip().lower()
     if kind not in readers:
         raise Refused(f"Content-Type {content_type[:99]!r}: wanted {JSON} or {ARROW}", 415)
-    *before, (rows, num_rows) = readers[kind](body, names)
+    *before, (rows, num_rows) = readers[kind](body, names, most)
     shared = before[0][0] if before else None
     is_table = kind == ARROW
     ours, theirs = (set() if each is None else set(each.column_names if is_table else each) for each in (shared, rows))

@@ -1,6 +1,7 @@
 """`mbcnet export`: a run's best checkpoint -> an artifact (artifact.py), compared with the float model on the test rows."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,17 @@ CHECK = "check.json"
 CHECK_BATCH, ROWS_TO_COMPARE = 4096, 64
 CHECK_ROWS = 1_000_000  # of the test split, scored by the artifact and by the float model
 
+# One JSON object a row; Triton's batcher joins the rows of requests that come within a moment
+TRITON = """\
+name: {name}
+backend: "python"
+max_batch_size: 4096
+input [ {{ name: "ROW", data_type: TYPE_STRING, dims: [ 1 ] }} ]
+output [ {{ name: "PROBABILITY", data_type: TYPE_FP32, dims: [ 1 ] }} ]
+instance_group [ {{ kind: KIND_CPU, count: 1 }} ]
+dynamic_batching {{ max_queue_delay_microseconds: 100 }}
+"""
+
 
 def run_export(
     run_folder: str,
@@ -50,12 +62,13 @@ def run_export(
     branches: Sequence[str] = (),
     aot: bool | None = None,
     calibrate: str = "",
+    triton: bool = False,
     overwrite: bool = False,
 ) -> int:
     """Export a run's best checkpoint, and compare the artifact with the float model on the test rows. In one process.
 
     Without branches all serve. `aot` compiles the dense part besides, for this machine's processor; None: where a C++ compiler is there.
-    `calibrate`: isotonic or platt.
+    `calibrate`: isotonic or platt. With `triton` the artifact is a version in a model repository of Triton.
 
     Raises:
         InputError: no such run, branches it has not, or `out` holds something else.
@@ -67,6 +80,8 @@ def run_export(
     check_branches(config, branches)
     if earlier_summary(target, serving.MODEL, "artifact") is not None and not overwrite:
         raise InputError(f"{target}: holds an artifact already; replace it with --overwrite, or choose another --out")
+    if triton and not re.fullmatch(r"[1-9]\d*", target.absolute().name):
+        raise InputError(f"--triton --out {out}: wanted REPOSITORY/MODEL/VERSION, the version a number such as 1")
     compiler = shutil.which("g++") or shutil.which("clang++")
     if aot and not compiler:
         raise InputError("--aot: no C++ compiler on this machine (g++ or clang++); install one, or leave it out")
@@ -82,6 +97,10 @@ def run_export(
     problem = write_artifact(exported, config, target, aot=wanted)
     if problem and aot:
         raise InputError(f"--aot: the compiler failed ({problem}); {target} is written without")
+    if triton:
+        shutil.copyfile(Path(__file__).with_name("triton_model.py"), target / "model.py")
+        model = target.absolute().parent
+        (model / "config.pbtxt").write_text(TRITON.format(name=json.dumps(model.name)), encoding="utf-8")
     served = serving.load(target)
     of_float = with_rows(take_apart(weights), weights, "fp32")
     of_float.spec["calibration"] = exported.spec.get("calibration")
