@@ -20,11 +20,11 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def _importance(args: argparse.Namespace) -> int:
     from mbcnet_rec.scoring.evaluate import Question  # imports torchrec
-    from mbcnet_rec.scoring.importance import Effort, run_importance
+    from mbcnet_rec.scoring.importance import run_importance
     from mbcnet_rec.scoring.trained_run import opened_run
 
     if args.rows < 2 or args.repeats < 2:
         raise InputError(f"--rows {args.rows} --repeats {args.repeats}: wanted 2 or more; change it")
     with opened_run(args.run_folder) as (run, process):
         question = Question(args.split, tuple(args.data))
-        return run_importance(run, process, question, Effort(args.rows, args.repeats), as_json=args.json)
+        return run_importance(run, process, question, args.rows, args.repeats, as_json=args.json)

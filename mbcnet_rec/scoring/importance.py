@@ -7,10 +7,9 @@ Shapes: n rows of a batch, K branches.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from scipy import stats
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from data.errors import InputError
 from data.reading.columns import Columns, Lists
 from data.reading.conditions import select_files
+from data.reading.decode import RowReader, Rows
 from data.reading.files import files_in_words, resolve_files
 from data.schema import Schema
 from data.stream.batch import Batch, gather
@@ -26,7 +26,7 @@ from data.whole_folder import write_whole
 from mbcnet_rec.report.page import Table, text_table
 from mbcnet_rec.report.run_report import IMPORTANCE, importance_cells, write_run_report
 from mbcnet_rec.runtime.process import Process
-from mbcnet_rec.scoring.chunks import labelled_rows
+from mbcnet_rec.scoring.chunks import Chunk, labelled_rows
 from mbcnet_rec.scoring.evaluate import Question
 from mbcnet_rec.scoring.metrics import evaluate_predictions
 from mbcnet_rec.scoring.trained_run import TrainedRun
@@ -36,16 +36,8 @@ Target = tuple[str, str]  # "fields" or "groups", and a name
 Lost = dict[str, dict[str, list[float]]]  # name -> metric -> mean, low, high
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much is scored."""
-
-    rows: int = 10_000
-    repeats: int = 5
-
-
 def run_importance(
-    run: TrainedRun, process: Process, question: Question, effort: Effort, *, as_json: bool = False
+    run: TrainedRun, process: Process, question: Question, rows: int, repeats: int, *, as_json: bool = False
 ) -> int:
     """Permute each field and each group, print what is lost, keep it in RUN/importance.json, and write the report again.
 
@@ -57,45 +49,28 @@ def run_importance(
     schema, config = run.schema, run.config.data
     where = getattr(config, f"{question.split}_where") if not question.data else ()
     files = select_files(resolve_files(question.data or getattr(config, question.split)), where, schema)
-    names = run.config.model.branch_names
+    reader, chunks = labelled_rows(files, schema, config.eval_options(where), ())
     measured: dict[Target, list[dict[str, float]]] = {}
-    rows = 0
-    for target, logits, labels in _scored(
-        run, process, effort, labelled_rows(files, schema, config.eval_options(where), ())
-    ):
+    for target, logits, labels in _scored(run, process, reader, chunks, rows, repeats):
         rows = len(labels)
-        measured.setdefault(target, []).append(evaluate_predictions(logits, labels, names))
+        measured.setdefault(target, []).append(evaluate_predictions(logits, labels, run.config.model.branch_names))
     (before,) = measured.pop(("", ""))
+    words = f"{rows:,} rows of {files_in_words(files)}"
     if np.isnan(before["auc"]):
-        raise InputError(
-            f"{files_in_words(files)}: AUC is not defined on {rows:,} rows; raise --rows, or name other --data"
-        )
+        raise InputError(f"importance: AUC is not defined on {words}; raise --rows, or name other --data")
     found: dict[str, Lost] = {"fields": {}, "groups": {}}
     for (kind, name), after in measured.items():
-        found[kind][name] = {
-            metric: _interval(metric, before[metric], [each[metric] for each in after])
-            for metric in before
-            if metric.startswith(("auc", "log_loss"))
-        }
-    told: dict[str, Any] = {
-        "split": question.split,
-        "data": list(question.data),
-        "step": run.step,
-        "rows": rows,
-        "repeats": effort.repeats,
-    }
-    told |= {"before": before, **found}
+        metrics = [metric for metric in before if metric.startswith(("auc", "log_loss"))]
+        found[kind][name] = {each: _interval(each, before[each], [own[each] for own in after]) for each in metrics}
+    told = {"taken": words, "step": run.step, "rows": rows, "repeats": repeats, "before": before, **found}
     write_whole(run.folder / IMPORTANCE, json.dumps(told))
     page = write_run_report(run.folder)
     if as_json:
         print(json.dumps(told))
         return 0
-    print(
-        f"{run.folder}: lost on {rows:,} rows of {files_in_words(files)}, {effort.repeats} repeats, weights of step {run.step}"
-    )
+    print(f"{run.folder}: what is lost on {words}, {repeats} repeats, weights of step {run.step}")
     for kind, own in found.items():
-        if own:
-            print(f"\n{text_table(Table(*importance_cells(kind, own, SHOWN)))}")
+        print(f"\n{text_table(Table(*importance_cells(kind, own, SHOWN)))}" if own else "")
     print(f"wrote {page}")
     return 0
 
@@ -107,53 +82,46 @@ def _interval(metric: str, before: float, after: list[float]) -> list[float]:
 
 
 def _scored(
-    run: TrainedRun, process: Process, effort: Effort, source: Any
+    run: TrainedRun, process: Process, reader: RowReader, chunks: Sequence[Chunk], most: int, repeats: int
 ) -> Iterator[tuple[Target, np.ndarray, np.ndarray]]:
-    """Logits (rows, 1 + K) and labels of the rows as they are, ("", ""), and of each target and repeat."""
-    schema = run.schema
+    """Logits (rows, 1 + K) and labels of the first rows as they are, ("", ""), and of each target and repeat."""
+    schema, encode = run.schema, reader.encoder.encode
     scorer, batch_rows = run.scorer(process)
-    reader, chunks = source
-    kept, left = [], effort.rows
-    for group in (group for chunk in chunks for group in chunk.row_groups):
-        for rows, place in reader.batches(group, batch_rows, reader.columns) if left else ():
-            rows = rows.slice(0, left)
-            left -= rows.num_rows
-            kept.append((rows, place, reader.encoder.encode(rows, place)))
+    read = (
+        rows
+        for chunk in chunks
+        for group in chunk.row_groups
+        for rows in reader.batches(group, batch_rows, reader.columns)
+    )
+    kept: list[Rows] = []
+    while most > 0 and (found := next(read, None)):
+        kept.append((found[0].slice(0, most), found[1]))
+        most -= found[0].num_rows
+    read.close()
     groups = {("groups", name): fields for name, fields in schema.groups.items()}
     targets = {("fields", each.name): (each.name,) for each in schema.features} | groups
     choices = {target: chosen(schema, fields) for target, fields in targets.items()}
 
     def batches() -> Iterator[tuple[Batch, Target]]:
-        yield from ((of(columns), ("", "")) for _, _, columns in kept)
-        for repeat in range(effort.repeats):
-            orders = [
-                np.random.default_rng([repeat, n]).permutation(rows.num_rows) for n, (rows, _, _) in enumerate(kept)
-            ]
-            others = [
-                reader.encoder.encode(rows.take(order), place)
-                for (rows, place, _), order in zip(kept, orders, strict=True)
-            ]
+        own = [encode(*each) for each in kept]
+        yield from ((of(columns), ("", "")) for columns in own)
+        for repeat in range(repeats):
+            draw = np.random.default_rng(repeat)
+            others = [encode(rows.take(draw.permutation(rows.num_rows)), place) for rows, place in kept]
             for target, choice in choices.items():
-                for (_, _, columns), other in zip(kept, others, strict=True):
-                    yield of(mixed(columns, other, choice)), target
+                yield from ((of(mixed(*pair, choice)), target) for pair in zip(own, others, strict=True))
 
     def of(columns: Columns) -> Batch:
         return gather([(columns, 0, columns.num_rows)], batch_rows, schema)
 
-    total = len(kept) * (1 + effort.repeats * len(targets))
-    with (
-        closing(scorer.score(batches())) as scored,
-        tqdm(scored, total=total, unit="batch", desc="importance", disable=None) as bar,
-    ):
+    total = len(kept) * (1 + repeats * len(targets))
+    with closing(scorer.score(batches())) as scored:
         parts = []
-        for each in bar:
+        for each in tqdm(scored, total=total, unit="batch", desc="importance", disable=None):
             parts.append(each)
             if len(parts) == len(kept):
-                yield (
-                    each.note,
-                    np.concatenate([part.logits for part in parts]),
-                    np.concatenate([part.labels for part in parts]),
-                )
+                logits, labels = ([getattr(part, name) for part in parts] for name in ("logits", "labels"))
+                yield each.note, np.concatenate(logits), np.concatenate(labels)
                 parts = []
 
 
