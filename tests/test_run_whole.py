@@ -150,7 +150,7 @@ def test_a_lost_run_folder_resumes_with_the_schema_of_its_checkpoints_only(place
     fit(2)
     assert train(Path("run.toml"), checkpoints, "train.out=runs/s", resume=True) == 2
     said = capfd.readouterr().err.splitlines()[-1]
-    assert "is not that of the checkpoint (schema.toml, vocabulary/shop.parquet differ)" in said
+    assert "is not that of the checkpoint (schema.toml, vocabulary/growth.json, vocabulary/shop.parquet differ)" in said
     assert train(Path("run.toml"), checkpoints, "train.out=runs/s", "schema=yesterday/schema.toml", resume=True) == 0
     assert "from step 20" in capfd.readouterr().out
 

@@ -159,12 +159,12 @@ class Feed:
     def trained(self) -> Cursor:
         """Return the cursor behind the batch that was just trained."""
         cursor, counts = self._ahead.popleft()
-        self._counts += counts
+        self._counts = self._counts.to(counts.device) + counts  # EnKD's batches are on the GPU already: no wait for it
         return cursor
 
     def counts(self) -> tuple[int, int]:
         """Rows and clicks that all ranks have trained since the last call. Every rank calls it."""
-        counts, self._counts = self._counts, torch.zeros(2, dtype=torch.int64)
+        counts, self._counts = self._counts.cpu(), torch.zeros(2, dtype=torch.int64)
         if self._process.world_size > 1:
             dist.all_reduce(counts)
         rows, clicks = counts.tolist()
