@@ -10,6 +10,7 @@ import gc
 import json
 import multiprocessing
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -149,9 +150,10 @@ def arch_of(settings: list[str], objective: bool = False) -> tuple[Any, Any]:
 
 
 def streams() -> dict[str, Any]:
-    """The dense part of each variant in an evaluation: in a graph on CUDA streams, and one part after the other."""
+    """The dense part of each kind that has parts in an evaluation, and of one that has none: in a graph on CUDA streams, and one after the other."""
     found = {}
-    for name, settings in VARIANTS.items():
+    for name in ("mbcnet", "mbcnet, five branches", "dcnv2", "finalmlp", "deepfm", "wide_deep", "mmoe", "dnn"):
+        settings = VARIANTS[name]
         with FakeGPU() as gpu, CUDA:
             model, columns = arch_of(settings)
             arch, features = model.eval().dense_arch, dict(columns.columns.items())
@@ -391,7 +393,10 @@ def cache_of(kernel: Any) -> list[list[int]]:
 def results_of(names: str) -> dict[str, Any]:
     cases: tuple[Callable[[], Any], ...] = (architectures, streams, graphs, wrong_device, places, waits, taught, caches)
     known = {each.__name__: each for each in cases}
-    return {name: known[name]() for name in names.split(",")}
+    try:
+        return {name: known[name]() for name in names.split(",")}
+    except Exception:  # not every exception of torch goes between processes
+        raise SystemError(traceback.format_exc()) from None
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def test_every_model_steps_on_the_device_alone_and_computes_what_a_cpu_does(foun
 
 
 # kind of model -> its parts that do not depend on each other
-PARTS = {"mbcnet": 3, "mbcnet, five branches": 5, "dcnv2": 2, "finalmlp": 2, "deepfm": 2, "wide_deep": 2, "mmoe": 5}
+PARTS = {
+    "mbcnet": 3, "mbcnet, five branches": 5, "dcnv2": 2, "finalmlp": 2, "deepfm": 2, "wide_deep": 2, "mmoe": 5, "dnn": 0,
+}  # fmt: skip
 
 
 @NEEDS_COMPILER
@@ -57,8 +59,9 @@ def test_independent_parts_of_an_evaluation_s_graph_are_on_streams_that_wait_for
     """Each part has a stream, its output's memory is kept for the caller's, nothing is read early, and no number changes."""
     streams = found["streams"]
     assert streams.pop("no wait") == 2
-    for name, seen in streams.items():
-        parts = PARTS.get(name, 3 if name.startswith("mbcnet") else 0)
+    assert streams.keys() == PARTS.keys()
+    for name, parts in PARTS.items():
+        seen = streams[name]
         assert seen == {"equal": True, "streams": [1, 1 + parts], "kept": parts, "races": 0}, name
 
 
