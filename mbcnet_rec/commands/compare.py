@@ -44,7 +44,7 @@ def _compare(args: argparse.Namespace) -> int:
         raise InputError("compare: wanted RUN_A and RUN_B, or --log PATH without --data and --expected-clicks")
     if (args.key or args.label) and not args.log:
         raise InputError("--key and --label name columns of --log; leave them out")
-    from mbcnet_rec.scoring.arms import ClickLog, run_arms
+    from mbcnet_rec.scoring.arms import run_arms
     from mbcnet_rec.scoring.compare import Comparison, run_comparison  # imports torchrec
     from mbcnet_rec.scoring.evaluate import EXACT_ROWS, Question
 
@@ -53,7 +53,6 @@ def _compare(args: argparse.Namespace) -> int:
     by = tuple(dict.fromkeys(args.by))
     question = Question(args.split, tuple(args.log or args.data), by=by, exact_rows=args.exact_rows or EXACT_ROWS)
     if args.log:
-        log = ClickLog(args.label or "click", args.key)
-        return run_arms(question, log, args.command_line, as_json=args.json, page=args.out)
+        return run_arms(question, args.label or "click", args.key, args.command_line, as_json=args.json, page=args.out)
     comparison = Comparison(args.ours, args.theirs, question, args.expected_clicks or 0, args.command_line)
     return run_comparison(comparison, as_json=args.json, page=args.out)

@@ -9,9 +9,7 @@ Shapes: B rows.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,25 +28,17 @@ ARM = "arm"
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
 
 
-@dataclass(frozen=True)
-class ClickLog:
-    """A log of clicks, and its columns."""
-
-    label: str = "click"
-    key: str = ""  # by which the scorer split; empty: rows are taken as independent
-
-
-def run_arms(
-    question: Question, log: ClickLog, command_line: str, *, as_json: bool = False, page: Path | None = None
-) -> int:
+def run_arms(question: Question, label: str, key: str, command_line: str, *, as_json: bool, page: Path | None) -> int:
     """Print by how much the click rate of arm b differs from that of arm a, on all rows and by slice; and write a page.
+
+    `key`: by which the scorer split; empty: rows are taken as independent.
 
     Raises:
         InputError: no such file or column, an arm that is neither a nor b, or a label that is neither 0 nor 1.
     """
     check_page(page)
     files, by = resolve_files(question.data), question.by
-    names: list[str] = list(dict.fromkeys([ARM, log.label, *([log.key] if log.key else []), *by]))
+    names: list[str] = list(dict.fromkeys([ARM, label, key or label, *by]))
     tables = for_each_file(files, partial(_read, names), NOT_PARQUET, attempts=3)
     if (rows := sum(map(len, tables))) > question.exact_rows:
         raise InputError(f"--log: {rows:,} rows; name fewer, or raise --exact-rows {question.exact_rows:,}")
@@ -58,27 +48,23 @@ def run_arms(
             f"--log: column {ARM!r} = {odd[0]!r}: wanted a or b, as the scorer answers; leave other rows out"
         )
     in_b = np.asarray([name == "b" for name in arms], bool)[in_arm]
-    labels = np.concatenate([_labels(table, file, log.label) for table, file in zip(tables, files, strict=True)])
-    clusters = _codes([table[log.key] for table in tables])[1] if log.key else np.arange(rows)
+    labels = np.concatenate([_labels(table, file, label) for table, file in zip(tables, files, strict=True)])
+    clusters = _codes([table[key] for table in tables])[1] if key else np.arange(rows)
     slices: Slices = {}
     for column in by:
         values, places = _codes([table[column] for table in tables])
-        common = [value for value, _ in Counter(dict(enumerate(np.bincount(places)))).most_common(MAX_SLICES)]
+        common = np.argsort(-np.bincount(places), kind="stable")[:MAX_SLICES].tolist()
         chosen = {values[place]: places == place for place in common}
         if len(values) > len(common):
             chosen[REST] = ~np.isin(places, common)
         slices[column] = {name: compare_arms(in_b[own], labels[own], clusters[own]) for name, own in chosen.items()}
     correct(slices)
     taken = (
-        f"rows of one {log.key} are taken together"
-        if log.key
-        else "rows are taken as independent (--key names the split's)"
+        f"rows of one {key} are taken together" if key else "rows are taken as independent (--key names the split's)"
     )
     lines = [f"arm b less arm a on {rows:,} rows of {files_in_words(files)}; {taken}."]
-    if log.key and (both := len(np.intersect1d(clusters[in_b], clusters[~in_b]))):
-        lines.append(
-            f"note: {both:,} values of {log.key} are in both arms: the split has changed, or is by another key"
-        )
+    if key and (both := len(np.intersect1d(clusters[in_b], clusters[~in_b]))):
+        lines.append(f"note: {both:,} values of {key} are in both arms: the split has changed, or is by another key")
     comparison = Comparison(Path("arm b"), Path("arm a"), question, command_line=command_line)
     told = {"ours": "b", "theirs": "a", "files": len(files)} if as_json else None
     tell(comparison, lines, compare_arms(in_b, labels, clusters), slices, told, page)
