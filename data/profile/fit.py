@@ -303,7 +303,9 @@ def write_rows(path: Path, tables: Iterable[pa.Table], kind: pa.DataType | None 
     path.parent.mkdir(parents=True, exist_ok=True)
     first = next(tables := iter(tables), pa.table({"value": pa.array([], kind)}))
     rows = len(first)
-    with pq.ParquetWriter(path, first.schema, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(
+        path, first.schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+    ) as writer:
         writer.write_table(first)
         for table in tables:
             writer.write_table(table)

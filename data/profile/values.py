@@ -27,7 +27,8 @@ from data.reading.keys import hash_values
 
 BUCKETS = 256
 HELD_BYTES = 128 << 20  # of values and counts that a unit holds
-COUNTED_ROWS = 1 << 17  # values that are counted together
+COUNTED_ROWS = 1 << 18  # values that are counted together
+DENSE_SPAN = 4  # integers that lie so close, places for each, are counted in an array of all places
 MERGE_ROWS = 4_000_000  # values of all units that a merge takes at once; at least a bucket
 STRETCH_ROWS = 1 << 20  # of a vocabulary that are sorted together, and of its file's row groups
 STEP_ROWS = 1 << 16  # of a merge that a stretch takes whole, or not
@@ -100,15 +101,7 @@ class Counts:
         for values in self.new.pop(owner, ()):
             by_type.setdefault(values.type, []).append(values)
         for arrays in by_type.values():
-            counted = pa.chunked_array(arrays).value_counts()
-            values, counts = counted.field(0), counted.field(1)
-            if values.null_count:
-                there = values.is_valid()
-                values, counts = values.filter(there), counts.filter(there)
-            kind = "text"
-            if pt.is_integer(values.type):
-                kind = "unsigned" if len(values) and pc.max(values).as_py() >= 2**63 else "integer"
-            table = pa.table({"value": values.cast(KINDS[kind]), "count": counts})
+            table = _counted_values(pa.chunked_array(arrays))
             self.held.setdefault(owner, []).append(table)
             self.new_bytes += table.nbytes
         # As much new as old: the work then grows with the values and not with the values times the number of merges.
@@ -129,12 +122,32 @@ class Counts:
         for owner, tables in self.held.items():
             for table in summed(tables):
                 values = table["value"].combine_chunks()
-                bucket = (hash_values(values) >> np.uint64(56)).astype(np.int64)
+                bucket = (hash_values(values) >> np.uint64(56)).astype(np.uint8)
                 order = pa.array(np.argsort(bucket, kind="stable"))
                 ends = np.cumsum(np.bincount(bucket, minlength=BUCKETS))
                 counts = table["count"].combine_chunks().take(order)
                 self.write_row(owner, **{kind_of(table): values.take(order)}, counts=counts, ends=ends)
         self.held, self.new_bytes, self.merged_bytes = {}, 0, 0
+
+
+def _counted_values(values: pa.ChunkedArray) -> pa.Table:
+    """Each value once, and how often it occurs; integers in ascending order."""
+    values = values.drop_null()
+    if not pt.is_integer(values.type):
+        counted = values.value_counts()
+        return pa.table({"value": counted.field(0).cast(pa.large_string()), "count": counted.field(1)})
+    numbers = values.to_numpy()
+    if numbers.dtype != np.uint64 or not len(numbers) or int(numbers.max()) < 2**63:
+        numbers = numbers.astype(np.int64, copy=False)
+    low, high = (numbers.min(), numbers.max()) if len(numbers) else (numbers.dtype.type(0),) * 2
+    if int(high) - int(low) < DENSE_SPAN * len(
+        numbers
+    ):  # five times as fast as sorting, which is three times as fast as hashing
+        counts = np.bincount((numbers - low).astype(np.int64, copy=False))
+        found = np.flatnonzero(counts)
+        return pa.table({"value": found.astype(numbers.dtype) + low, "count": counts[found]})
+    found, counts = np.unique(numbers, return_counts=True)
+    return pa.table({"value": found, "count": counts})
 
 
 def summed(tables: Sequence[pa.Table]) -> list[pa.Table]:

@@ -1,0 +1,131 @@
+"""How fast `mbcnet schema fit` counts: ratios to a bare Arrow read of the same columns, and to other libraries' value_counts, in turns.
+
+    python benchmarks/schema_fit.py [--quick] [--json]
+
+fit_share            rows/s of fit_schema in one process over rows/s of pyarrow.parquet.read_table(use_threads=False), on one core, of a log
+                     whose columns of ids have 100, 20,000 and up to 200,000 values
+two_workers          time of one worker over that of two, on two cores
+pandas_, polars_     their value_counts of the same columns, time over fit's; null where they are not installed
+rows, columns, distinct   fitted exponents of the time's growth
+
+Prediction, written first: .5; 1.8; 2; .5; 1, 1 and below 1.
+"""
+
+import importlib
+import importlib.util
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from input import one_core
+from side_by_side import parser_of, print_figures, ratio
+
+from data.engine import HERE, Engine
+from data.profile import units
+from data.profile.fit import write_fitted
+from data.schema import Schema, parse_schema
+from data.synthetic.write import open_writer
+
+ROW_GROUP_ROWS = 65_536
+VALUES = (100, 20_000, 200_000)
+
+
+def main() -> int:
+    args = parser_of(__doc__).parse_args()
+    pa.set_cpu_count(1)
+    rows, columns, rounds = (65_536, 24, 2) if args.quick else (524_288, 96, 5)
+    with tempfile.TemporaryDirectory() as name:
+        print_figures(measure(Path(name), rows, columns, rounds), args.json)
+    return 0
+
+
+def measure(folder: Path, rows: int, columns: int, rounds: int) -> dict[str, float | None]:
+    """Write the log and take every figure."""
+    log = write_log(folder / "log.parquet", rows, columns, VALUES)
+    schema = schema_of(columns)
+    times: dict[str, list[float]] = {"read": [], "fit": [], "pandas": [], "polars": []}
+    with one_core():
+        for _ in range(rounds):
+            times["read"].append(seconds_of(lambda: pq.read_table(log, columns=names(columns), use_threads=False)))
+            times["fit"].append(seconds_of(lambda: fit(schema, log, folder / "fit", HERE)))
+            for library in ("pandas", "polars"):
+                if importlib.util.find_spec(library):
+                    times[library].append(seconds_of(lambda library=library: by_library(library, log, columns)))
+    units.UNIT_BYTES = log.stat().st_size // 8
+    one, two = [], []
+    for _ in range(rounds):
+        one.append(seconds_of(lambda: fit(schema, log, folder / "fit", HERE)))
+        two.append(seconds_of(lambda: fit(schema, log, folder / "fit", Engine("local", 2))))
+    figures: dict[str, float | None] = {
+        "fit_share": round(ratio(times["read"], times["fit"]), 3),
+        "two_workers": round(ratio(one, two), 3),
+        "fit_rows_per_second": round(rows / statistics.median(times["fit"])),
+    }
+    for library in ("pandas", "polars"):
+        figures[f"{library}_over_fit"] = round(ratio(times[library], times["fit"]), 3) if times[library] else None
+    units.UNIT_BYTES = 256 << 20
+    with one_core():
+        for what in ("rows", "columns", "distinct"):
+            figures[what] = growth(folder, rows // 4, columns // 4, what)
+    return figures
+
+
+def growth(folder: Path, rows: int, columns: int, what: str) -> float:
+    """The exponent with which the time of a fit grows with rows, columns or different values, over a factor of four."""
+    taken = []
+    for factor in (1, 2, 4):
+        size = {"rows": rows, "columns": columns, "distinct": 10_000}
+        size[what] *= factor
+        log = write_log(folder / f"{what}.parquet", size["rows"], size["columns"], (size["distinct"],))
+        schema = schema_of(size["columns"])
+        taken.append(min(seconds_of(lambda s=schema, log=log: fit(s, log, folder / "fit", HERE)) for _ in range(2)))
+    return round(float(np.polyfit(np.log([1, 2, 4]), np.log(taken), 1)[0]), 2)
+
+
+def names(columns: int) -> list[str]:
+    return [f"f{number}" for number in range(columns)]
+
+
+def schema_of(columns: int) -> Schema:
+    field = {"kind": "categorical", "encoding": "vocabulary", "vocabulary": "fit", "min_count": 2, "embedding_dim": 8}
+    return parse_schema(
+        {"name": "s", "label": "y", "groups": {}, "fields": dict.fromkeys(names(columns), field)}, "s.toml", Path()
+    )
+
+
+def write_log(path: Path, rows: int, columns: int, values: tuple[int, ...]) -> Path:
+    """Write columns of power-law ids."""
+    draw = np.random.default_rng(0)
+    with open_writer(path, pa.schema([(name, pa.int64()) for name in names(columns)])) as writer:
+        for start in range(0, rows, ROW_GROUP_ROWS):
+            count = min(ROW_GROUP_ROWS, rows - start)
+            ids = [(values[i % len(values)] * draw.random(count) ** 3).astype(np.int64) for i in range(columns)]
+            writer.write_table(pa.table(ids, names=names(columns)), row_group_size=ROW_GROUP_ROWS)
+    return path
+
+
+def fit(schema: Schema, log: Path, out: Path, engine: Engine) -> None:
+    write_fitted(schema, [log], out, force=True, engine=engine)
+
+
+def by_library(library: str, log: Path, columns: int) -> None:
+    """Count the values of each column of what pandas or polars reads."""
+    frame = importlib.import_module(library).read_parquet(log)
+    for name in names(columns):
+        frame[name].value_counts()
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())
