@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -73,10 +73,12 @@ def load_plugin(plugin: str) -> ModuleType:
     return module
 
 
-def plugin_text(plugin: str) -> tuple[str, bytes]:
-    """Name and text of the file of FILE#sha256=HEX."""
-    path, _, wanted = plugin.partition(_SHA)
-    return Path(path).name, _find(path, wanted, path)[1]
+def write_plugins(folder: Path, plugins: Iterable[str]) -> None:
+    """Keep the texts of FILE#sha256=HEX in FOLDER/plugins, which is not made where there are none."""
+    for plugin in plugins:
+        path, _, wanted = plugin.partition(_SHA)
+        (folder / PLUGINS).mkdir(exist_ok=True)
+        (folder / PLUGINS / Path(path).name).write_bytes(_find(path, wanted, path)[1])
 
 
 def offered(modules: list[ModuleType], kind: type) -> Iterator[Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.errors import InputError
-from data.plugins import PLUGINS, plugin_text
+from data.plugins import PLUGINS, write_plugins
 from data.reading.storage import is_uri
 from data.schema import Schema
+from data.schema.transforms import FILE
 from data.whole_folder import NO_ROOM, write_whole
 from mbcnet_rec.checkpoints.run_folder import (
     CHECKPOINTS,
@@ -176,9 +177,8 @@ def open_folder(
         write_whole(new / DATA, json.dumps(begun.marks) + "\n")
         write_whole(new / LINEAGE, lineage_text(begun.days.lines))
         names = {CONFIG, PLAN, DATA, LINEAGE, PLUGINS}
-        for name, text in map(plugin_text, begun.config.plugins):
-            (new / PLUGINS).mkdir(exist_ok=True)
-            (new / PLUGINS / name).write_bytes(text)
+        transforms = [each[FILE] for each in begun.schema.transforms.values() if FILE in each]
+        write_plugins(new, [*begun.config.plugins, *transforms])
         # a run of an earlier version has no copy yet, and a lost run folder has none any more
         if fresh or not (folder / SCHEMA).is_file() or earlier.get("files") != begun.files:
             write_copy(begun.schema, new, begun.files)

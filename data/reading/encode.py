@@ -195,7 +195,7 @@ class _Reader:
             if feature.kind == "vector":
                 write_vectors(column, feature, self.place, self.repaired, out[:, start:stop])
             else:
-                write_numbers(column, feature, self.place, self.repaired, out[:, start])
+                write_numbers(column, feature, self.place, self.repaired, out[:, start], self.encoder.schema.transforms)
             start = stop
 
     @_named

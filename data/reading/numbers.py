@@ -12,6 +12,7 @@ from pyarrow import types as pt
 
 from ..errors import InputError  # relative: an exported artifact carries this file
 from ..schema import Feature
+from ..schema.transforms import Entries, transform_of
 from .columns import Place
 from .ids import Column, as_lists, decoded, is_valid, list_offsets
 
@@ -20,8 +21,10 @@ LARGEST_DOUBLE, LEAST_NORMAL = float(np.finfo(np.float64).max), float(np.finfo(n
 MOST_COMPARED, LEAST_COMPARED = 32, 256  # boundaries, numbers
 
 
-def write_numbers(column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray) -> None:
-    """Write the transformed numbers of a field, (n,); 0 where they are missing."""
+def write_numbers(
+    column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray, others: Entries
+) -> None:
+    """Write the transformed numbers of a field, (n,); 0 where they are missing. `others`: the schema's transforms."""
     numbers, valid = read_numbers(column, feature, place, repaired)
     if feature.transform == "log1p":
         # log(1 + x) in float64 differs from log1p(x) by less than 2^-52, and is vectorised
@@ -30,6 +33,19 @@ def write_numbers(column: Column, feature: Feature, place: Place, repaired: Coun
         numbers = np.copysign(logs, numbers) if negative else logs
     elif feature.transform == "standardise":
         numbers = (_wide_enough(numbers, feature) - float(feature.mean)) / float(feature.std)
+    elif (transform := transform_of(others, feature)) is not None:
+        made = np.asarray(transform(numbers.astype(np.float64)), np.float64)
+        if made.shape != numbers.shape:
+            raise InputError(
+                f"transform {feature.transform!r}: wanted {numbers.shape} numbers, got {made.shape}; fix it"
+            )
+        bad = ~(np.abs(made) <= LARGEST) & (True if valid is None else valid)
+        if bad.any():
+            wanted = (
+                f"one that transform {feature.transform!r} makes a finite float32 of; fix the file or the transform"
+            )
+            raise place.fault(f"field {feature.name!r}", numbers, bad, wanted, None)
+        numbers = made
     out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
 
 
@@ -93,10 +109,10 @@ def _as_numpy(column: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _limits(feature: Feature) -> tuple[float, float]:
     """The least and the largest number of a field that are finite in float32 after the transform; buckets are found in float64."""
-    if feature.transform in ("log1p", "bucketise"):
-        return -LARGEST_DOUBLE, LARGEST_DOUBLE
-    if feature.transform != "standardise":
+    if feature.transform == "identity":
         return -LARGEST, LARGEST
+    if feature.transform != "standardise":
+        return -LARGEST_DOUBLE, LARGEST_DOUBLE
     mean, reach = float(feature.mean), LARGEST * float(feature.std)
     return max(-LARGEST_DOUBLE, mean - reach), min(LARGEST_DOUBLE, mean + reach)
 

@@ -82,7 +82,7 @@ class Feature:
     )  # fmt: skip
     on_invalid: Literal["error", "null", "modulo"] = "error"
     weights: str = ""
-    transform: Transform = "identity"
+    transform: str = "identity"  # a Transform, or one that others bring, see transforms.py
     mean: float | Literal["fit"] = 0.0
     std: float | Literal["fit"] = bounded(
         1.0, above=0, wanted="a number above 0", fix="a constant column carries nothing: remove the field"

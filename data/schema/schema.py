@@ -31,6 +31,7 @@ from ..errors import InputError  # relative: an exported artifact carries this f
 from .feature import FIT, VOCABULARY_FOLDER, Eviction, Feature, IdType, feature_problem, rows_problem
 from .names import RESERVED_GROUPS, file_stems, is_module_name, name_problem
 from .parse import parse_dataclass, read_toml, to_toml_value, unknown_key
+from .transforms import checked_transforms
 
 HINTS = ("pooling_factor", "cardinality", "type")  # what a plan does not depend on
 
@@ -74,6 +75,7 @@ class Schema:
         ""  # of numbers above 0 by which training weighs each row's loss; empty if none. Metrics count each row once
     )
     folder: Path = Path()  # where relative vocabulary paths start
+    transforms: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of others: name -> its entry
 
     @property
     def sparse(self) -> tuple[Feature, ...]:
@@ -145,6 +147,8 @@ class Schema:
         for entry in top["fields"].values():
             for key in HINTS:
                 entry.pop(key, None)
+        for name, entry in self.transforms.items():  # the file's text counts, not its place
+            top["transforms"][name] = {key: str(value).rpartition("#")[2] for key, value in entry.items()}
         text = json.dumps(top, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -169,6 +173,7 @@ class _SchemaTop:
     time_column: str = ""
     group_type: IdType = ""
     weight_column: str = ""
+    transforms: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def load_schema(path: str | Path) -> Schema:
@@ -188,8 +193,9 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     features = [_parse_feature(name, entry, top, source) for name, entry in raw_fields.items()]
     _check_names(raw_fields, top, source)
     _check_groups(top.groups, raw_fields, source)
+    own = {"transforms": checked_transforms(top.transforms, features, source, folder)}
     tables = _build_tables(features, top.tables, source)
-    return Schema(**vars(top) | {"features": tuple(features), "tables": tables, "folder": folder})
+    return Schema(**vars(top) | own | {"features": tuple(features), "tables": tables, "folder": folder})
 
 
 def _parse_feature(name: str, entry: Any, top: _SchemaTop, source: str) -> Feature:
@@ -319,6 +325,8 @@ def schema_to_toml(schema: Schema) -> dict[str, Any]:
     }
     if tables:
         top["tables"] = tables
+    if schema.transforms:
+        top["transforms"] = {name: dict(entry) for name, entry in schema.transforms.items()}
     top["groups"] = {name: list(members) for name, members in schema.groups.items()}
     return top
 
@@ -328,7 +336,7 @@ def format_schema(schema: Schema, header: str = "") -> str:
     top = schema_to_toml(schema)
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
     lines += [f"{key} = {toml_text(value)}" for key, value in top.items() if not isinstance(value, dict)]
-    for section in ("tables", "fields"):
+    for section in ("tables", "transforms", "fields"):
         entries = top.get(section, {})
         if entries:
             lines += ["", f"[{section}]"]

@@ -29,8 +29,10 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 import data
 from data.errors import InputError, first_line
+from data.plugins import write_plugins
 from data.reading.keys import read_vocabularies
 from data.schema import Schema, Table, format_schema
+from data.schema.transforms import FILE
 from data.whole_folder import whole_folder
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
@@ -57,7 +59,8 @@ sys.exit(main())
 ENCODER_FILES = (
     "__init__.py",
     "errors.py",
-    *(f"schema/{name}.py" for name in ("__init__", "bounds", "feature", "names", "parse", "schema")),
+    "plugins.py",
+    *(f"schema/{name}.py" for name in ("__init__", "bounds", "feature", "names", "parse", "schema", "transforms")),
     *(f"reading/{name}.py" for name in ("__init__", "column_types", "columns", "encode", "ids", "keys", "numbers")),
 )
 DATA = Path(data.__file__).parent
@@ -241,6 +244,7 @@ def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: boo
         (partial / serving.VOCABULARY).write_text(json.dumps(vocabularies), encoding="utf-8")
         (partial / serving.SCHEMA).write_text(format_schema(exported.schema), encoding="utf-8")
         (partial / "config.toml").write_text(config_text(config), encoding="utf-8")
+        write_plugins(partial, [each[FILE] for each in exported.schema.transforms.values() if FILE in each])
         _write_package(partial)
         problem = _compile_dense(exported.program, partial / serving.COMPILED) if aot else ""
         files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
