@@ -193,7 +193,7 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     features = [_parse_feature(name, entry, top, source) for name, entry in raw_fields.items()]
     _check_names(raw_fields, top, source)
     _check_groups(top.groups, raw_fields, source)
-    own = {"transforms": checked_transforms(top.transforms, features, source, folder)}
+    own: dict[str, Any] = {"transforms": checked_transforms(top.transforms, features, source, folder)}
     tables = _build_tables(features, top.tables, source)
     return Schema(**vars(top) | own | {"features": tuple(features), "tables": tables, "folder": folder})
 

@@ -55,7 +55,7 @@ def _transform(name: str, entry: str, source: str) -> Callable[[np.ndarray], np.
     table = json.loads(entry)
     file = table.pop(FILE, "")
     offered = vars(load_plugin(file)) if file else {each.__name__: each for each in entry_points("mbcnet.transforms")}
-    function = offered.get(name)
+    function: Any = offered.get(name)
     if not hasattr(function, "config"):
         known = ", ".join(map(repr, get_args(Transform)))
         raise InputError(
