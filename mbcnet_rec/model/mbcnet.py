@@ -125,8 +125,6 @@ class GatedFusion(nn.Module):
 
 
 MODEL = ModelKind(
-    "mbcnet",
-    MBCNetConfig,
-    BranchArch,
+    "mbcnet", MBCNetConfig, BranchArch,
     reads_wide=lambda config: any(config.available[name].reads == WIDE for name in config.branches),
-)
+)  # fmt: skip

@@ -40,8 +40,6 @@ class CrossNetArch(nn.Module):
 
 
 MODEL = ModelKind(
-    "crossnet",
-    CrossNetConfig,
-    CrossNetArch,
+    "crossnet", CrossNetConfig, CrossNetArch,
     widths=lambda ours: {"cross": ours.cross, "hidden": (ours.branch_dim, *ours.top), "dropout": ours.dropout},
-)
+)  # fmt: skip

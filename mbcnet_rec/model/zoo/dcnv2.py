@@ -54,8 +54,6 @@ class DCNv2Arch(nn.Module):
 
 
 MODEL = ModelKind(
-    "dcnv2",
-    DCNv2Config,
-    DCNv2Arch,
+    "dcnv2", DCNv2Config, DCNv2Arch,
     widths=lambda ours: {"cross": ours.cross, "hidden": ours.deep.hidden, "top": ours.top, "dropout": ours.dropout},
-)
+)  # fmt: skip

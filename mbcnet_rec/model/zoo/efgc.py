@@ -39,8 +39,6 @@ class EFGCArch(nn.Module):
 
 
 MODEL = ModelKind(
-    "efgc",
-    EFGCNetConfig,
-    EFGCArch,
+    "efgc", EFGCNetConfig, EFGCArch,
     widths=lambda ours: {"efgc": ours.efgc, "branch_dim": ours.branch_dim, "top": ours.top, "dropout": ours.dropout},
-)
+)  # fmt: skip

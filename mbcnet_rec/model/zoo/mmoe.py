@@ -54,13 +54,6 @@ class MMoEArch(nn.Module):
 
 
 MODEL = ModelKind(
-    "mmoe",
-    MMoEConfig,
-    MMoEArch,
-    widths=lambda ours: {
-        "expert": as_deep(ours)["hidden"],
-        "gate": ours.top,
-        "tower": ours.top,
-        "dropout": ours.dropout,
-    },
-)
+    "mmoe", MMoEConfig, MMoEArch,
+    widths=lambda ours: {"expert": as_deep(ours)["hidden"], "gate": ours.top, "tower": ours.top, "dropout": ours.dropout},
+)  # fmt: skip
