@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from small_data import write_small
 from test_train import torchrun
 from tiny_run import lines_of
+from torch import nn
 
 import mbcnet_rec
 from data.errors import InputError
@@ -18,6 +20,7 @@ from data.plugins import ALSO
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 from mbcnet_rec.plugins import model_class
+from mbcnet_rec.serving.artifact import graph_spec
 
 ROOT = Path(__file__).parents[1]
 GDCN = ROOT / "examples" / "custom_model.py"
@@ -205,6 +208,15 @@ def test_it_is_studied_tuned_and_planned(home, monkeypatch, capfd):
         assert main(["plan", "make", "--config", file, "--cluster", "1x2:cpu", "-o", f"{file}.plan"]) == 0
         costs.append(json.loads((home / f"{file}.plan").read_text()))
     assert costs[0] != costs[1]
+
+
+def test_a_call_that_is_no_aten_operator_is_refused_by_its_name():
+    class Foreign(nn.Module):
+        def forward(self, x):
+            return torch.ops.prims.neg(x)
+
+    with pytest.raises(InputError, match=r"the model calls prims\.neg"):
+        graph_spec(torch.export.export(Foreign(), (torch.ones(3),)))
 
 
 def test_faults_name_the_key_the_file_and_the_line(home, tmp_path):

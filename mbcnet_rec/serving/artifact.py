@@ -345,7 +345,12 @@ def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], d
 def _call_name(node: fx.Node) -> str:
     """The name by which the loader finds a call; it would refuse others, so they are not written."""
     name = str(node.target) if isinstance(node.target, serving.OVERLOAD) else node.target.__name__  # type: ignore[union-attr]
-    serving.resolve(name)
+    try:
+        serving.resolve(name)
+    except ValueError:
+        raise InputError(
+            f"the model calls {name}, which an artifact does not hold: it wants ATen operators; rewrite that call"
+        ) from None
     return name
 
 
