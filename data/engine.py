@@ -16,8 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-
 from data.errors import InputError
 
 ENGINES = ("local", "ray", "torchrun")
@@ -102,7 +100,7 @@ def write_result(path: Path) -> Iterator[Path]:
 
 
 def _one_thread() -> None:
-    pa.set_cpu_count(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # Arrow, which is imported with the first task, heeds it too
 
 
 def _in_processes(workers: int, run: Callable[[Any], object], left: dict[Path, Any]) -> Iterator[Path]:
