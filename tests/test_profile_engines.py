@@ -3,7 +3,6 @@ was killed, and after a job that ended half-way; a file that changes under a job
 
 import importlib.util
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,9 +17,9 @@ import pytest
 from data import engine as engines
 from data.engine import HERE, Engine, run_tasks
 from data.errors import InputError
-from data.profile import fit, scan, units
+from data.profile import scan, units, values
 from data.profile.check import check_files
-from data.profile.fit import count_unit, write_fitted
+from data.profile.fit import CountUnit, count_unit, write_fitted
 from data.profile.infer import infer_schema
 from data.profile.values import BY_COUNT, Counts, in_order
 from data.schema import load_schema
@@ -80,19 +79,11 @@ def fitted(log: Path, out: Path, engine: Engine = HERE) -> dict[str, bytes]:
     return bytes_of(out)
 
 
-def in_another_order(engine, run, tasks, **options):
-    shuffled = list(tasks.items())
-    random.Random(1).shuffle(shuffled)
-    yield from run_tasks(engine, run, dict(shuffled), **options)
-
-
-def test_one_process_several_and_another_order_give_the_same_bytes(log, small, tmp_path, monkeypatch):
+def test_one_process_several_and_other_merges_give_the_same_bytes(log, small, tmp_path, monkeypatch):
     assert len(units.units_of(files_of(log))) > 5
     one = fitted(log, tmp_path / "one")
     assert one == fitted(log, tmp_path / "several", Engine("local", 2))
-    monkeypatch.setattr(fit, "run_tasks", in_another_order)
-    assert one == fitted(log, tmp_path / "shuffled")
-    monkeypatch.setattr(fit, "shares_of", partial(fit.shares_of, merge_rows=500))
+    monkeypatch.setattr(values, "MERGE_ROWS", 500)
     assert one == fitted(log, tmp_path / "shared"), "many merges, each of a few buckets"
     text, _ = infer_schema(files_of(log))
     assert text == infer_schema(files_of(log), engine=Engine("local", 2))[0]
@@ -111,7 +102,7 @@ def test_units_change_no_count_and_no_vocabulary(log, small, tmp_path, monkeypat
     )
 
 
-def killed_once(marker: Path, task) -> None:
+def killed_once(marker: Path, task: CountUnit) -> None:
     """Count a unit in a process that the first to come here kills."""
     try:
         marker.touch(exist_ok=False)
@@ -120,25 +111,45 @@ def killed_once(marker: Path, task) -> None:
     return os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_and_a_job_that_ended_half_way_change_nothing(log, small, tmp_path, monkeypatch):
+def tasks_of(log: Path, folder: Path) -> dict[Path, CountUnit]:
+    folder.mkdir()
+    fields = load_schema(log / "s.toml").features
+    paths = {folder / f"{number}": unit for number, unit in enumerate(units.units_of(files_of(log)))}
+    return {
+        path: CountUnit(path, unit, fields, tuple(each.table_name for each in fields)) for path, unit in paths.items()
+    }
+
+
+def test_results_are_the_same_in_another_order_and_after_a_worker_was_killed(log, small, tmp_path):
+    one, other, shuffled = (tasks_of(log, tmp_path / name) for name in ("one", "killed", "shuffled"))
+    assert set(run_tasks(HERE, count_unit, one)) == set(one)
+    assert set(run_tasks(Engine("local", 2), partial(killed_once, tmp_path / "marker"), other)) == set(other)
+    assert (tmp_path / "marker").exists()
+    list(run_tasks(HERE, count_unit, dict(sorted(shuffled.items(), key=lambda each: hash(each[0].name)))))
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "shuffled")
+
+
+def test_a_job_that_ended_half_way_goes_on_with_what_is_missing(log, small, tmp_path):
     one = fitted(log, tmp_path / "one")
-    monkeypatch.setattr(fit, "count_unit", partial(killed_once, tmp_path / "killed"))
-    assert one == fitted(log, tmp_path / "killed_worker", Engine("local", 2))
-    assert (tmp_path / "killed").exists()
-    ran: list[Path] = []
+    results: dict[str, int] = {}
 
-    def third_fails(task) -> None:
-        ran.append(task.path)
-        if len(ran) == 3:
+    def ends(rows: int) -> None:
+        if rows > ROWS:
+            results.update({path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".again.work/*/*")})
             raise InputError("the power is gone")
-        count_unit(task)
 
-    monkeypatch.setattr(fit, "count_unit", third_fails)
+    schema = load_schema(log / "s.toml")
     with pytest.raises(InputError, match="power"):
-        fitted(log, tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-    assert one == fitted(log, tmp_path / "again")
-    assert len(ran) == 1 + len(units.units_of(files_of(log))), "the two that were done were not done again"
+        write_fitted(schema, files_of(log), tmp_path / "again", progress=ends)
+    assert not (tmp_path / "again").exists() and len(results) > 1
+    seen: dict[str, int] = {}
+
+    def looks(rows: int) -> None:
+        seen.update({path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".again.work/*/*")})
+
+    write_fitted(schema, files_of(log), tmp_path / "again", progress=looks)
+    assert results.items() <= seen.items(), "what was done was not done again"
+    assert bytes_of(tmp_path / "again") == one
 
 
 def test_workers_that_are_lost_again_and_again_end_in_a_line(tmp_path, monkeypatch):
@@ -147,18 +158,17 @@ def test_workers_that_are_lost_again_and_again_end_in_a_line(tmp_path, monkeypat
         list(run_tasks(Engine("local", 2), os._exit, {tmp_path / "a": 9, tmp_path / "b": 9}))
 
 
-def test_a_file_that_changes_under_the_job_is_refused(log, small, tmp_path, monkeypatch):
-    path = tmp_path / "a.parquet"
-    path.write_bytes((log / "a.parquet").read_bytes())
+def test_a_file_that_changes_under_the_job_is_refused(log, small, tmp_path):
+    for name in ("a.parquet", "b.parquet"):
+        (tmp_path / name).write_bytes((log / name).read_bytes())
 
-    def changes(task) -> None:
-        pq.write_table(pq.read_table(log / "b.parquet"), path)
-        count_unit(task)
+    def changes(rows: int) -> None:
+        pq.write_table(pq.read_table(log / "c.parquet"), tmp_path / "b.parquet")
 
-    monkeypatch.setattr(fit, "count_unit", changes)
-    with pytest.raises(InputError, match=r"a\.parquet: was changed while its rows were counted; run the command again"):
-        write_fitted(load_schema(log / "s.toml"), [path], tmp_path / "out")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.parquet"]
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    with pytest.raises(InputError, match=r"b\.parquet: was changed while its rows were counted; run the command again"):
+        write_fitted(load_schema(log / "s.toml"), files, tmp_path / "out", progress=changes)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_ranks_of_torchrun_give_the_same_bytes(log, small, tmp_path):
@@ -197,10 +207,10 @@ def test_without_ray_its_engine_says_how_to_install_it(log, monkeypatch):
 @pytest.mark.parametrize("kind", [str, np.int64])
 def test_counts_that_outgrow_their_memory_are_exact(kind, tmp_path):
     draw, rows = np.random.default_rng(0), []
-    values = (5_000 * draw.random(60_000) ** 2).astype(np.int64).astype(kind)
+    drawn = (5_000 * draw.random(60_000) ** 2).astype(np.int64).astype(kind)
     counts = Counts(lambda owner, **columns: rows.append(columns), held_bytes=20_000)
-    for start in range(0, len(values), 1_000):
-        counts.add("x", pa.array(values[start : start + 1_000].tolist()))
+    for start in range(0, len(drawn), 1_000):
+        counts.add("x", pa.array(drawn[start : start + 1_000].tolist()))
         counts._count("x")
     counts.write()
     assert len(rows) > 3
@@ -210,14 +220,12 @@ def test_counts_that_outgrow_their_memory_are_exact(kind, tmp_path):
         assert len(set(found)) == len(found)
         for value, count in zip(found, row["counts"].to_pylist(), strict=True):
             total[value] = total.get(value, 0) + count
-    assert total == dict(zip(*(each.tolist() for each in np.unique(values, return_counts=True)), strict=True))
+    assert total == dict(zip(*(each.tolist() for each in np.unique(drawn, return_counts=True)), strict=True))
 
 
 def test_stretches_of_sorted_runs_are_row_groups_of_their_sorted_whole(monkeypatch):
-    from data.profile import values as module  # its sizes
-
-    monkeypatch.setattr(module, "STRETCH_ROWS", 64)
-    monkeypatch.setattr(module, "STEP_ROWS", 8)
+    monkeypatch.setattr(values, "STRETCH_ROWS", 64)
+    monkeypatch.setattr(values, "STEP_ROWS", 8)
     draw = np.random.default_rng(0)
     whole = pa.table({"value": draw.permutation(1_000), "count": draw.integers(1, 5, 1_000)})
     runs = [whole.filter(pa.array(whole["value"].to_numpy() % 3 == part)).sort_by(BY_COUNT) for part in range(3)]

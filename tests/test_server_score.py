@@ -3,7 +3,9 @@ that a bad value is named by field and row as in training; and that limits, toke
 """
 
 import io
-import threading
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +14,7 @@ import pytest
 from asgi_calls import serving
 from tiny_run import wait_for
 
-from data.errors import InputError
-from mbcnet_rec.server import run
 from mbcnet_rec.server.models import write_json
-from mbcnet_rec.server.options import Options
 from mbcnet_rec.server.requests import ARROW, unpacked_bytes
 
 ROWS = 40
@@ -220,26 +219,16 @@ def test_live_before_the_artifact_is_checked(artifact, tmp_path):
         wait_for(lambda: call("GET", "/health/ready").status == 200, "not loaded")
 
 
-def test_a_check_that_takes_long_ends_a_server_that_is_up(artifact, tmp_path, monkeypatch):
-    class Supervisor:
-        def __init__(self, config, sockets):
-            self.should_exit = None
-
-        def run(self):
-            up.set()
-            assert self.should_exit.wait(20)
-
-    def slowly(folder):
-        assert up.wait(20)
-        raise InputError(f"{folder}: damaged")
-
-    up = threading.Event()
-    monkeypatch.setattr(run, "QUICK_SECONDS", 0.01)
-    monkeypatch.setattr(run, "Multiprocess", Supervisor)
-    monkeypatch.setattr(run, "load_model", slowly)
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
-    with pytest.raises(InputError, match="damaged"):
-        run.run_server(Options(artifact, port=0))
+@pytest.mark.long
+def test_a_check_that_takes_long_ends_a_server_that_is_up(artifact, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(artifact, damaged)
+    tables = max(damaged.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    tables.write_bytes(tables.read_bytes()[:-1] + b"?")
+    script = "import sys, mbcnet_rec.server.run as r; r.QUICK_SECONDS = 0; from mbcnet_rec.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", script, "serve", str(damaged), "--port", "0"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "being checked" in done.stdout and "damaged" in done.stderr, done
 
 
 def test_live_before_ready(artifact, tmp_path):

@@ -181,7 +181,7 @@ class Merge(NamedTuple):
     field: Mapping[str, str]  # by owner: a field, for messages
 
 
-def shares_of(units: Iterable[Path], merge_rows: int = MERGE_ROWS) -> tuple[list[tuple[Share, ...]], frozenset[str]]:
+def shares_of(units: Iterable[Path]) -> tuple[list[tuple[Share, ...]], frozenset[str]]:
     """Cut what the units have counted into the shares of merges; and the owners that have an id of 2^63 or more."""
     sizes: dict[str, np.ndarray] = {}
     unsigned = set()
@@ -196,7 +196,7 @@ def shares_of(units: Iterable[Path], merge_rows: int = MERGE_ROWS) -> tuple[list
     for owner, size in sizes.items():
         start = 0
         for bucket, rows in enumerate(size.tolist()):
-            if held + rows > merge_rows and held:
+            if held + rows > MERGE_ROWS and held:
                 shares += [Share(owner, start, bucket)] if bucket > start else []
                 merges, shares, held, start = [*merges, tuple(shares)], [], 0, bucket
             held += rows

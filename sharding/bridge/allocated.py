@@ -129,5 +129,7 @@ def release_cache_lines(model: nn.Module) -> None:
 def _cached_kernels(model: nn.Module) -> Iterator[Any]:
     """The kernels of tables that lie in host memory (fused_uvm_caching), with a cache in HBM; most models have none."""
     for kernel in with_lookups(model):
-        if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen) and kernel.lxu_cache_weights.numel():
-            yield kernel
+        if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen):
+            cached: Any = kernel.lxu_cache_weights
+            if cached.numel():
+                yield kernel
