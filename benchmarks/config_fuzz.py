@@ -24,6 +24,7 @@ from small_log import LONG_RUN, write_log
 
 from mbcnet_rec.cli import main as mbcnet
 from mbcnet_rec.config import RunConfig
+from mbcnet_rec.plugins import model_class
 from mbcnet_rec.run_training import run_training  # noqa: F401 (imports torchrec once, before the forks)
 
 NUMBERS = (0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**18, 0.5, 1e-300, 1e300, -0.0)
@@ -35,8 +36,9 @@ OK = (0, 2)
 
 
 def keys_of(cls: Any, path: str = "") -> dict[str, Any]:
-    """Dotted key -> type hint, for every leaf of a config."""
+    """Dotted key -> type hint, for every leaf of a config; of [model] with the tables of all models."""
     found, hints = {}, typing.get_type_hints(cls)
+    hints |= {"model": model_class()} if cls is RunConfig else {}
     for name in (each.name for each in dataclasses.fields(cls) if each.init):
         inner = dataclasses.is_dataclass(hints[name])
         found |= keys_of(hints[name], f"{path}{name}.") if inner else {f"{path}{name}": hints[name]}

@@ -85,6 +85,20 @@ def run_tasks(
         yield from _in_processes(engine.workers, run, left)
 
 
+def meet(engine: Engine, folder: Path) -> None:
+    """Let torchrun's first rank wait until no other looks for results in a folder any more."""
+    if engine.name != "torchrun":
+        return
+    rank, size = rank_and_size()
+    start = "-".join(
+        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    )
+    if rank:
+        (folder / f"left-{start}-{rank}").touch()  # by this start: an earlier one may have left its own
+    while not rank and not all((folder / f"left-{start}-{other}").exists() for other in range(1, size)):
+        time.sleep(LOOK_SECONDS)
+
+
 @contextmanager
 def write_result(path: Path) -> Iterator[Path]:
     """Give a name to write to, which becomes `path` at the end. A task that runs twice at once writes twice."""

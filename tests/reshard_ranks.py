@@ -219,7 +219,8 @@ def into_tables_that_have_grown():
             found[kind] = compare(shards_of(built.model, built.optimizer), wanted, process)
         return found
 
-    return {world: on_ranks(f"grown-{world}", action, world) for world in WORLDS}
+    # 16 columns cannot be cut in three
+    return {world: on_ranks(f"grown-{world}", action, world) for world in WORLDS if world != 3}
 
 
 def rowwise_state_into_column_shards():

@@ -190,7 +190,11 @@ def test_two_ranks_of_torchrun_give_the_same_bytes(log, small, tmp_path):
             )
             for rank in range(2)
         ]  # fmt: skip
-        told = [each.communicate(timeout=120)[0] for each in ranks]
+        try:
+            told = [each.communicate(timeout=120)[0] for each in ranks]
+        finally:
+            for each in ranks:
+                each.kill()
         assert [each.returncode for each in ranks] == [0, 0], told
         assert told[1] == "", "the first rank speaks for all"
     assert bytes_of(tmp_path / "two") == one

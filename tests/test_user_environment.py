@@ -181,5 +181,5 @@ def test_every_text_file_is_opened_with_its_encoding():
 
 
 def test_path_keys_are_keys_of_the_config():
-    known = {"schema": RunConfig}
+    known = {"schema": RunConfig, "plugins": RunConfig}
     assert all(key in known or key.count(".") == 1 for key in PATH_KEYS) and signal.SIGINT == 2

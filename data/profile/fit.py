@@ -343,7 +343,8 @@ def write_fitted(
         header = f"Fitted on {len(files)} training file(s) by mbcnet schema fit."
         (folder / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
         if (folder / VOCABULARY_FOLDER).is_dir():
-            (folder / GROWTH).write_text(json.dumps({"day": 0, "files": mark_files(files), "tables": {}}))
+            begun = {"day": 0, "files": mark_files(files), "tables": {}}
+            (folder / GROWTH).write_text(json.dumps(begun), encoding="utf-8")
     return load_schema(out / "schema.toml")
 
 

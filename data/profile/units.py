@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data.engine import Engine
+from data.engine import Engine, meet
 from data.errors import InputError, first_line
 from data.reading.columns import Place
 from data.reading.fingerprint import FileMark, mark_files
@@ -196,5 +196,6 @@ def results_folder(out: Path, engine: Engine, *facts: Any) -> Iterator[Path]:
         if not any(own.iterdir()):
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    meet(engine, own)
     if engine.is_first:
         shutil.rmtree(folder, ignore_errors=True)
