@@ -63,8 +63,8 @@ def _variant(entry: Mapping[str, Any]) -> Variant:
 def _study(name: str, entry: dict[str, Any]) -> Study:
     rows = {key: tuple(map(_variant, entry.pop(key, ()))) for key in ("variants", "rivals")}
     claims = tuple(Claim(**each) for each in entry.pop("claims", ()))
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return Study(name, claims=claims, **rows, **lists)
+    others: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Study(name, claims=claims, **rows, **others)
 
 
 STUDIES = {
