@@ -26,6 +26,7 @@ from mbcnet_rec.server.requests import ARROW, JSON, Refused, answer, parse
 from mbcnet_rec.server.scorer import Scorer
 
 FOLLOW_SECONDS = 0.1
+START_SECONDS = 10.0  # for which a request waits for the model of a worker that starts
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -68,12 +69,15 @@ class Worker:
         """Score rows."""
         arrived, headers, most = time.monotonic(), http.headers, self.options.max_rows
         _authorise(http, self.options.score_token)
+        deadline = arrived + _seconds(headers.get("x-deadline-ms"))
+        # A worker that is new, since another was killed, takes requests before it has loaded what the others serve
+        while self.models.current is None and time.monotonic() < min(deadline, arrived + START_SECONDS):
+            await asyncio.sleep(FOLLOW_SECONDS)
         loaded = self._loaded()
         branches = http.query_params.get("branches", "0")
         if branches not in ("0", "1") or (branches == "1" and loaded.model.branch_graph is None):
             why = "wanted 0 or 1" if branches != "1" else "its artifact has no branches, or is of an earlier version"
             raise Refused(f"branches={branches[:9]}: {why}; leave it out", reason="branches")
-        deadline = arrived + _seconds(headers.get("x-deadline-ms"))
         names, arms = loaded.names, self.options.arms
         if arms:
             key = names.get(arms[0]) or arms[0]  # a column that no field reads, too
