@@ -1,4 +1,4 @@
-"""Proves that what `export --calibrate` fits on validation rows is what the loader and the scorer answer with, and that it mends probabilities
+"""Proves that what `export --calibrate` fits on validation rows is what the loader and the scorer answer with, and that it corrects probabilities
 that are off."""
 
 import json

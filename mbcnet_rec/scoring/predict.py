@@ -104,7 +104,7 @@ def _source_of(file: DataFile) -> dict[str, Any]:
 
 
 def footer_of(path: Path) -> tuple[int, Facts]:
-    """How many rows a file of scores has, and what its footer says of them; (-1, {}) of a file that is none, or not whole."""
+    """How many rows a file of scores has, and what its footer says of them; (-1, {}) if it is incomplete or no Parquet file."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException):  # it is untrusted input
         footer = pq.read_metadata(path)
         facts = json.loads(footer.metadata[MARK])
