@@ -235,4 +235,4 @@ def test_live_before_ready(artifact, tmp_path):
     with serving(artifact, tmp_path / "state", wait=False) as call:
         assert call("GET", "/health/live").status == 200
         answer = call("POST", "/score", {"rows": [{}]})
-        assert answer.status == 503 or call("GET", "/health/ready").status == 200
+        assert answer.status != 503 and call("GET", "/health/ready").status == 200, "it waits for the model"
