@@ -19,7 +19,7 @@ from typing import Any
 from data.errors import InputError
 from data.whole_folder import home_path
 from launch.interrupt import end_with, heed_interrupts, heed_termination
-from mbcnet_rec.commands.arguments import refuse_repeats
+from mbcnet_rec.commands.arguments import DECLARED, add_command, refuse_repeats
 from mbcnet_rec.doctor import library_fault
 from mbcnet_rec.runtime.exits import CannotWriteError, RunStoppedError, no_room
 from mbcnet_rec.runtime.ranks import is_first_rank
@@ -27,26 +27,6 @@ from mbcnet_rec.runtime.ranks import is_first_rank
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS)
 SILENT_RANK_SECONDS = 3.0
 OURS = ("data", "sharding", "mbcnet_rec")
-# Each is a module of mbcnet_rec/commands, imported when it is chosen.
-COMMANDS = {
-    "doctor": "check the installation",
-    "data": "write, prepare and check data",
-    "schema": "infer, fit or show a schema",
-    "model": "write the skeleton of a model of your own",
-    "plan": "place a schema's tables on a cluster, and review the plan",
-    "launch": "start a training job on this machine or a cluster",
-    "train": "train a model from a config",
-    "evaluate": "score a run's best checkpoint on its test rows or any others",
-    "predict": "score Parquet files",
-    "compare": "compare two runs on the same rows",
-    "importance": "measure what each field and group is worth to a run",
-    "export": "write a run as an artifact to serve",
-    "serve": "answer requests with an artifact's probabilities, over HTTP",
-    "bench": "measure an artifact's latency",
-    "study": "train a table or figure of the paper on your data",
-    "report": "write a run's report.html again",
-    "tune": "search ranges of a config by Optuna",
-}
 
 
 class _Given(argparse.Action):
@@ -91,16 +71,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Command(_Parser):
-    """The parser of one command, whose module adds its arguments when the command is chosen."""
+    """The parser of one command, which gets its arguments when the command is chosen."""
 
-    module = ""
+    name = ""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Import the module first."""
-        if self.module:
-            command, self.module = importlib.import_module(f"mbcnet_rec.commands.{self.module}"), ""
-            self.description = command.__doc__
-            command.register(self)
+        """Import the module of the command's function first."""
+        if self.name:
+            command = DECLARED["commands"][self.name]
+            module = importlib.import_module(f"mbcnet_rec.{command.get('module', f'commands.{self.name}')}")
+            add_command(self, command, module, self.name)
+            self.name = ""
         return super().parse_known_args(args, namespace)
 
 
@@ -109,8 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mbcnet", description="Train, plan and serve MBCnet, a click-through-rate model.")
     parser.set_defaults(only_progress=False)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Command)
-    for name, help_text in COMMANDS.items():
-        subparsers.add_parser(name, help=help_text).module = name
+    for name, command in DECLARED["commands"].items():
+        subparsers.add_parser(name, help=command["help"]).name = name
     return parser
 
 

@@ -144,6 +144,11 @@ def examine() -> list[Finding]:
     ]
 
 
+def doctor(_: object) -> int:
+    """Tell whether torch, fbgemm and torchrec match, which devices and schedulers are there, and how to fix each fault."""
+    return print_report(examine())
+
+
 def print_report(findings: list[Finding]) -> int:
     """Print findings; 0 if nothing is wrong, else 1."""
     for finding in findings:

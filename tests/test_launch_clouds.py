@@ -1,6 +1,5 @@
 """What goes to Kubernetes and AWS Batch fits their own schemas and says what a training job needs; the image holds what it must."""
 
-import argparse
 import fnmatch
 import json
 import re
@@ -18,7 +17,7 @@ from torchx.schedulers import aws_batch_scheduler
 from torchx.specs import AppDef, macros
 
 from launch import components, job, scripts, slurm, volcano
-from mbcnet_rec.commands.serve import register
+from mbcnet_rec.cli import build_parser
 
 MOUNTS = ["type=volume", "src=storage", "dst=/storage"]  # torchx takes the parts
 
@@ -129,10 +128,8 @@ def test_the_scorer_on_kubernetes():
     app = (REPOSITORY / "mbcnet_rec/server/app.py").read_text()
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert f'Route("{container[probe]["httpGet"]["path"]}"' in app and container[probe]["httpGet"]["port"] == "http"
-    parser = argparse.ArgumentParser()
-    register(parser)
     words, (pause, seconds) = container["args"], container["lifecycle"]["preStop"]["exec"]["command"]
-    given = parser.parse_args(words[2:])
+    given = build_parser().parse_args(words[1:])
     assert words[:2] == ["mbcnet", "serve"] and given.host == "0.0.0.0" and pause == "sleep"
     assert given.drain_seconds + int(seconds) < pod["terminationGracePeriodSeconds"]
     assert given.port == container["ports"][0]["containerPort"]

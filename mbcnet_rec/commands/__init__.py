@@ -1,1 +1,1 @@
-"""The subcommands of `mbcnet`: each file adds its arguments with `register` and imports what it runs only when it runs."""
+"""The subcommands of `mbcnet`: options.toml declares their arguments; a function each imports what it runs only when it runs."""

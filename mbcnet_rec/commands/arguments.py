@@ -1,28 +1,68 @@
-"""Arguments that several commands share, and how their values are read."""
+"""Arguments of the commands, as options.toml has them, and how their values are read."""
 
 import argparse
 import os
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from data.engine import ENGINES, Engine
+from data.engine import Engine
 from data.errors import InputError
 
-
-def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --config and --set."""
-    parser.add_argument("--config", required=required, metavar="FILE", help="the run's TOML file")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="set one key")
-    parser.add_argument("--plugin", action=_Plugin, dest="overrides", metavar="FILE", help="a Python file with a model, branch or loss of your own (short for --set plugins+=FILE)")  # fmt: skip
+DECLARED: dict[str, Any] = tomllib.loads(Path(__file__).with_name("options.toml").read_text(encoding="utf-8"))
 
 
-class _Plugin(argparse.Action):
-    """Adds a file to the config's `plugins`."""
+def names(text: str) -> list[str]:
+    """Read "a, b" as ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        namespace.overrides = [*namespace.overrides, f"plugins+={values}"]
+
+def counts(text: str) -> tuple[int, ...]:
+    """Read "1,8,64"."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted whole numbers of at least 1, such as 1,8,64")
+    return found
+
+
+TYPES = {"int": int, "float": float, "path": Path, "names": names, "counts": counts, "plugin": "plugins+={}".format}
+
+
+def add_command(parser: argparse.ArgumentParser, command: Mapping[str, Any], module: ModuleType, name: str) -> None:
+    """Add the arguments of a command, or its actions with theirs; each has its function of `module`, whose docstring describes it."""
+    if "actions" not in command:
+        run = getattr(module, name.replace("-", "_"))
+        parser.description = run.__doc__
+        parser.set_defaults(run=run)
+        _add_arguments(parser, command.get("arguments", {}), {})
+        return
+    actions, usual = command["actions"], command.get("default", "")
+    if usual:
+        add_command(parser, actions[usual], module, usual)
+    parser.description = command.get("description", module.__doc__)
+    added = parser.add_subparsers(metavar="ACTION", required=not usual, parser_class=type(parser))
+    for action, own in actions.items():
+        add_command(added.add_parser(action, help=own["help"]), own, module, action)
+
+
+def _add_arguments(parser: Any, arguments: Mapping[str, Any], groups: dict[str, Any]) -> None:
+    for name, declared in arguments.items():
+        if declared == "shared":
+            _add_arguments(parser, DECLARED["shared"][name], groups)
+            continue
+        words, owner = dict(declared), parser
+        if group := words.pop("one_of", ""):
+            owner = groups[group] = groups.get(group) or parser.add_mutually_exclusive_group()
+        if "type" in words:
+            words["type"] = TYPES[words["type"]]
+        elif isinstance(words.get("default"), int | float):
+            words["type"] = type(words["default"])
+        owner.add_argument(*name.split(), **words)
 
 
 def refuse_repeats(overrides: Sequence[str]) -> None:
@@ -38,44 +78,8 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
         given[key] = override
 
 
-def add_start(parser: argparse.ArgumentParser) -> None:
-    """Add --resume, --overwrite and --continue, of which a run takes one at most, and what goes with --continue."""
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="continue from the run folder's latest checkpoint")
-    either.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier run of the same folder, once all is checked"
-    )
-    either.add_argument("--continue", dest="continues", default="", metavar="RUN", help="go on from a finished run with the files of --data")  # fmt: skip
-    add = parser.add_argument
-    add("--data", nargs="+", default=[], metavar="FILES", help="with --continue: files, folders, globs, URIs, or a partition such as ds=2024-06-02")  # fmt: skip
-    add(
-        "--progressive",
-        action="store_true",
-        help="score each day (a partition of data.train, or --data) before it is trained",
-    )
-    add("--again", action="store_true", help="with --continue: files that this run has trained, once more")
-
-
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Add --engine and what goes with it."""
-    add = parser.add_argument
-    add(
-        "--engine",
-        choices=ENGINES,
-        default="local",
-        help="processes of this machine, a Ray cluster, or torchrun's ranks",
-    )
-    add("--workers", type=int, default=0, help="processes of the local engine; default: one for each core")
-    add("--address", default="auto", help="of the Ray cluster")
-
-
 def engine_of(args: argparse.Namespace) -> Engine:
     """The engine that --engine, --workers and --address name."""
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: wanted 1 or more; change it")
     return Engine(args.engine, args.workers or len(os.sched_getaffinity(0)), args.address)
-
-
-def names(text: str) -> list[str]:
-    """Read "a, b" as ["a", "b"]."""
-    return [name.strip() for name in text.split(",") if name.strip()]

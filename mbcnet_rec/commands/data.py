@@ -7,49 +7,16 @@ from itertools import groupby
 from pathlib import Path
 
 from data.profile.check import WHOLE_FILE, check_files
-from data.public.prepare import prepare
+from data.public.prepare import prepare as prepare_public
 from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.synthetic.planted import pailitao_schema
 from data.synthetic.write import write_synthetic
-from mbcnet_rec.commands.arguments import add_engine, engine_of
+from mbcnet_rec.commands.arguments import engine_of
 from mbcnet_rec.logs.progress import RowBar
 
 
-def register(parser: argparse.ArgumentParser) -> None:
-    """Add the commands."""
-    actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser))
-    synth = actions.add_parser("synth", help="write a synthetic log", description=_synth.__doc__)
-    add = synth.add_argument
-    add("--out", required=True, metavar="FOLDER")
-    add("--rows", type=int, default=100_000)
-    add("--days", type=int, default=14)
-    add("--seed", type=int, default=0)
-    add("--schema", metavar="FILE", help="a Pailitao-like schema; default: the demo's")
-    add("--threads", type=int, default=0, help="default: one for each core")
-    add("--force", action="store_true", help="replace another synthetic log")
-    synth.set_defaults(run=_synth)
-    public = actions.add_parser("prepare", help="prepare a public data set", description=_prepare.__doc__)
-    add = public.add_argument
-    add(
-        "name", metavar="NAME",
-        help="criteo_kaggle, criteo_1tb, avazu, movielens_latest or taobao_ad_raw, from their own downloads; "
-        "or a sample: adult, criteo, movielens, taobao_ad, ali_ccp, aliexpress, slots",
-    )  # fmt: skip
-    add("--src", required=True, metavar="FOLDER", help="folder with the data set's own files")
-    add("--out", required=True, metavar="FOLDER")
-    public.set_defaults(run=_prepare)
-    check = actions.add_parser("check", help="check files against a schema", description=_check.__doc__)
-    add = check.add_argument
-    add("paths", nargs="+", metavar="PATH", help="Parquet files, folders, globs or URIs")
-    add("--schema", required=True, metavar="FILE")
-    add("--full", action="store_true", help="every value; default: footers only")
-    add("--max-faults", type=int, default=100, help="how many to list; all are counted")
-    add_engine(check)
-    check.set_defaults(run=_check)
-
-
-def _synth(args: argparse.Namespace) -> int:
+def synth(args: argparse.Namespace) -> int:
     """Write a Pailitao-like log of 192 fields as day-partitioned Parquet, with a known best AUC and log-loss."""
     schema = load_schema(args.schema) if args.schema else pailitao_schema("demo")
     threads = args.threads or len(os.sched_getaffinity(0))
@@ -68,10 +35,10 @@ def _synth(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(args: argparse.Namespace) -> int:
+def prepare(args: argparse.Namespace) -> int:
     """Turn a public data set's own files into Parquet splits and a fitted schema."""
     with RowBar("prepare") as bar:
-        out = prepare(args.name, args.src, args.out, progress=bar.reach)
+        out = prepare_public(args.name, args.src, args.out, progress=bar.reach)
     print(f"{out}: train, valid, test and schema.toml")
     config = f"mbcnet_rec/configs/{args.name}.toml"
     is_shipped = (Path(__file__).parents[2] / config).is_file()
@@ -80,7 +47,7 @@ def _prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> int:
     """Check Parquet files against a schema and list faults by file, row group and column; exit code 1 if there are any."""
     schema = load_schema(args.schema)
     files = resolve_files(args.paths)

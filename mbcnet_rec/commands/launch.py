@@ -10,7 +10,6 @@ from data.errors import InputError
 from data.schema import load_schema
 from launch import scripts
 from launch.job import Job, JobError, parse_shape
-from mbcnet_rec.commands.arguments import add_config, add_start
 from sharding.plan.compare import check_plan
 from sharding.plan.placement import read_plan
 
@@ -18,37 +17,10 @@ if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig
 
 FORMATS = {"torchrun": scripts.torchrun_line, "slurm": scripts.sbatch_script, "k8s": scripts.kubernetes_yaml}
-SCHEDULERS = ("local_cwd", "local_docker", "slurm", "kubernetes", "aws_batch")
 
 
-def register(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    add_config(parser)
-    add = parser.add_argument
-    add("-j", default="1x2", metavar="HOSTSxPROCESSES", help="1x2, 16x8, or 2:4x8 for hosts that come and go")
-    add_start(parser)
-    add("-s", "--scheduler", choices=SCHEDULERS, default="local_cwd", help="torchx's scheduler (local_cwd)")
-    add("-cfg", default="", metavar="KEY=VALUE,...", help="the scheduler's own options, as torchx takes them")
-    add = parser.add_mutually_exclusive_group().add_argument
-    words = "print what starts the job without torchx, and start nothing"
-    add("--print", choices=FORMATS, dest="format", help=words)
-    words = "say what would run, where and on how many GPUs, and start nothing"
-    add("--dry-run", action="store_true", help=words)
-    add = parser.add_argument_group("each host").add_argument
-    add("--gpu", type=int, default=0, metavar="N", help="GPUs (0: none; one for each process otherwise)")
-    add("--cpu", type=int, default=0, metavar="N", help="CPU cores (0: 12 a GPU, 2 without)")
-    add("--memory-mb", type=int, default=0, metavar="MB", help="memory (0: 131072 a GPU, 8192 without)")
-    add("--name", default="", help="of the job; by default the run's")
-    add("--image", default="mbcnet-rec", help="container image, for schedulers that use one")
-    add("--env", action="append", default=[], metavar="KEY=VALUE", help="one further environment variable")
-    words = "what torchx mounts into the container: the file system of data and runs"
-    add("--mounts", default="", metavar="type=volume,src=CLAIM,dst=/storage", help=words)
-    words = "how often the scheduler starts a failed job again"
-    add("--retries", type=int, default=0, metavar="N", help=words)
-    parser.set_defaults(run=_launch)
-
-
-def _launch(args: argparse.Namespace) -> int:
+def launch(args: argparse.Namespace) -> int:
+    """Check that config, plan and job agree, then start the job through torchx, or print it for another launcher."""
     from mbcnet_rec.config import load_config  # imports torch
 
     config = load_config(args.config, args.overrides)

@@ -12,16 +12,8 @@ from data.whole_folder import write_whole
 TEMPLATES = {"model.txt": "{}.py", "model_test.txt": "test_{}.py"}
 
 
-def register(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    new = parser.add_subparsers(metavar="ACTION", required=True).add_parser(
-        "new", help="write NAME.py and test_NAME.py here"
-    )
-    new.add_argument("name", metavar="NAME", help="of model.kind, such as gdcn")
-    new.set_defaults(run=_new)
-
-
-def _new(args: argparse.Namespace) -> int:
+def new(args: argparse.Namespace) -> int:
+    """Write the skeleton of a model of your own, and its test."""
     name = args.name
     if not name.isidentifier() or keyword.iskeyword(name) or not name.islower():
         raise InputError(f"NAME {name!r}: wanted a word of small letters, digits and _, such as gdcn; change it")

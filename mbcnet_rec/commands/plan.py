@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -36,68 +36,7 @@ DEFAULT_BATCH = 8192
 MAX_BATCH = 2**24
 
 
-def register(parser: argparse.ArgumentParser) -> None:
-    """Add the commands."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(run=_make)
-    _add_task(parser)
-    actions = parser.add_subparsers(metavar="ACTION", parser_class=type(parser))
-
-    def action(name: str, run: Any, words: str, *parts: Any) -> argparse.ArgumentParser:
-        added = actions.add_parser(name, help=words, description=run.__doc__)
-        added.set_defaults(run=run, output="")
-        for add_part in parts:
-            add_part(added)
-        return added
-
-    action("make", _make, "plan (the default)", _add_task)
-    action("show", _show, "what a plan file costs", _add_plan, _add_views)
-    explain = action("explain", _explain, "why a table is where it is")
-    explain.add_argument("table", metavar="TABLE")
-    _add_plan(explain)
-    diff = action("diff", _diff, "how two plans differ", _add_json)
-    diff.add_argument("old", metavar="OLD")
-    diff.add_argument("new", metavar="NEW")
-    smallest = action("min-gpus", _min_gpus, "the smallest cluster that fits", _add_task)
-    smallest.add_argument("--headroom", type=float, default=0.2, metavar="SHARE", help="share of each device's memory to leave free (default 0.2)")  # fmt: skip
-    check = action("check", _check, "does a plan fit a schema and a cluster?", _add_plan, _add_json)
-    check.add_argument("--schema", metavar="FILE", help="refuse a plan of another schema")
-    check.add_argument("--config", metavar="FILE", help="the same for a run's schema, model, optimizer and [sharding]")  # fmt: skip
-
-
-def _add_task(parser: argparse.ArgumentParser) -> None:
-    """What to plan, and what to do with the plan."""
-    add = parser.add_argument
-    add("--schema", metavar="FILE", help="the schema (default: the config's)")
-    add("--cluster", metavar="HxD:KIND", help="such as 16x8:h100-80g; KIND is a preset (a100-40g, a100-80g, h100-80g, h200, b200, cpu) or a TOML file")  # fmt: skip
-    add("--config", metavar="FILE", help="a run's TOML file: its schema, model, optimizer and [sharding]")
-    add("--constraints", metavar="FILE", help="a TOML file with the keys of [sharding]")
-    add("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override one key of [sharding], e.g. data_type=fp16")  # fmt: skip
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--batch-size", type=int, metavar="N", help=f"rows of ONE rank's batch (default {DEFAULT_BATCH}, or the config's share)")  # fmt: skip
-    size.add_argument("--global-batch-size", type=int, metavar="N", help="rows of a step over all ranks")
-    add("--optimizer", choices=("rowwise_adagrad", "adagrad", "sgd"), help="of the tables (default: the config's, else rowwise_adagrad)")  # fmt: skip
-    add("-o", "--output", metavar="PLAN", help="write the plan file")
-    _add_views(parser)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _add_views(parser: argparse.ArgumentParser) -> None:
-    _add_json(parser)
-    parser.add_argument("--all", action="store_true", help="list every table and rank")
-    parser.add_argument("--html", metavar="FILE", help="write the report with a heat map")
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", metavar="PLAN", help="the plan file")
-    parser.add_argument("--cluster", metavar="HxD:KIND", help="(default: the plan's own)")
-    parser.add_argument("--reserve", type=float, default=0.1, metavar="SHARE", help="of memory to keep free (default 0.1)")  # fmt: skip
-
-
-def _make(args: argparse.Namespace) -> int:
+def make(args: argparse.Namespace) -> int:
     """Choose a placement for every table, show what it costs, and write the plan file."""
     task = task_of(args)
     from sharding.search.planner import solve  # torchrec: after every mistake that is seen without it
@@ -108,7 +47,7 @@ def _make(args: argparse.Namespace) -> int:
     return _publish(args, assessment)
 
 
-def _min_gpus(args: argparse.Namespace) -> int:
+def min_gpus(args: argparse.Namespace) -> int:
     """Find the smallest cluster of a kind that fits, with headroom; --cluster names the kind."""
     headroom, task = _share(args, "headroom"), task_of(args)
     from sharding.search.planner import smallest_cluster  # torchrec, as in _make
@@ -122,7 +61,7 @@ def _min_gpus(args: argparse.Namespace) -> int:
     return _publish(args, assessment)
 
 
-def _show(args: argparse.Namespace) -> int:
+def show(args: argparse.Namespace) -> int:
     """Show what a plan file costs on its cluster, or on another."""
     return _publish(args, _assessed(args))
 
@@ -145,7 +84,7 @@ def _publish(args: argparse.Namespace, assessment: Assessment) -> int:
     return 0
 
 
-def _explain(args: argparse.Namespace) -> int:
+def explain(args: argparse.Namespace) -> int:
     """Say why a table is where it is, and what every other placement would cost."""
     assessment = _assessed(args)
     if args.table not in assessment.plan.tables:
@@ -154,14 +93,14 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
-def _diff(args: argparse.Namespace) -> int:
+def diff(args: argparse.Namespace) -> int:
     """Show how two plans differ. Exits with 1 where they do, as diff does."""
     found = compare_plans(read_plan(Path(args.old)), read_plan(Path(args.new)))
     print(json.dumps(found) if args.json else "\n".join(diff_lines(found)) or "no difference")
     return int(bool(found["head"] or found["tables"]))
 
 
-def _check(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> int:
     """Check a plan against a schema and a cluster: every difference, and whether it fits."""
     assessment = _assessed(args)
     plan, cluster = assessment.plan, assessment.cluster

@@ -16,46 +16,11 @@ from data.reading.storage import FileList
 from data.schema import Schema, load_schema
 from data.schema.show import print_schema
 from data.whole_folder import write_whole
-from mbcnet_rec.commands.arguments import add_engine, engine_of
+from mbcnet_rec.commands.arguments import engine_of
 from mbcnet_rec.logs.progress import RowBar
 
 
-def register(parser: argparse.ArgumentParser) -> None:
-    """Add the commands."""
-    actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser))
-    infer = actions.add_parser("infer", help="write a schema from Parquet files", description=_infer.__doc__)
-    add = infer.add_argument
-    add("paths", nargs="+", metavar="PATH", help="Parquet files, folders, globs or URIs")
-    add("-o", "--out", required=True, metavar="FILE", help="the schema to write")
-    add("--rows", type=int, default=1_000_000, help="about how many rows to read of all files; 0: all")
-    add("--label", default="", metavar="COLUMN", help="default: guessed by name and values")
-    add("--name", default="", help="of the schema; default: the file's name")
-    add("--force", action="store_true", help="replace FILE")
-    add_engine(infer)
-    infer.set_defaults(run=_infer)
-    fit = actions.add_parser("fit", help='measure every "fit" on training files', description=_fit.__doc__)
-    add = fit.add_argument
-    add("schema", metavar="SCHEMA", help="with --grow, the folder of an earlier fit")
-    add("paths", nargs="+", metavar="PATH", help="Parquet files of the training split only")
-    add("-o", "--out", default="", metavar="FOLDER", help="with --grow: default the folder that grows")
-    add(
-        "--grow",
-        action="store_true",
-        help="add another day's files to a fit: values get rows or lose them, no row moves",
-    )
-    add("--force", action="store_true", help="replace an earlier fit in FOLDER")
-    add_engine(fit)
-    fit.set_defaults(run=_fit)
-    show = actions.add_parser("show", help="print a schema as a table", description=_show.__doc__)
-    add = show.add_argument
-    add("path", metavar="FILE")
-    add("--data", nargs="+", default=[], metavar="PATH", help="count these files too, as Table 2 of the paper does")
-    add("--user", default="", metavar="FIELD", help="whose values are users (default: the schema's group_column)")
-    add("--item", default="", metavar="FIELD", help="whose values are items (default: item_id or the like)")
-    show.set_defaults(run=_show)
-
-
-def _infer(args: argparse.Namespace) -> int:
+def infer(args: argparse.Namespace) -> int:
     """Profile Parquet files in bounded memory and write a commented schema to look through."""
     out = Path(args.out)
     if args.rows < 0:
@@ -89,7 +54,7 @@ def _infer(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(args: argparse.Namespace) -> int:
+def fit(args: argparse.Namespace) -> int:
     """Replace every "fit" of a schema (vocabularies, means, boundaries) by what the training files say."""
     path, files = Path(args.schema), resolve_files(args.paths)
     schema = load_schema(path / "schema.toml" if args.grow and path.is_dir() else path)
@@ -121,7 +86,7 @@ def _grow(schema: Schema, files: FileList, out: Path) -> int:
     return 0
 
 
-def _show(args: argparse.Namespace) -> int:
+def show(args: argparse.Namespace) -> int:
     """Print tables, fields and groups with their sizes; of --data users, items, samples, clicks and density."""
     schema = load_schema(args.path)
     if (args.user or args.item) and not args.data:

@@ -1,28 +1,14 @@
-"""`mbcnet study`: train the variants of a table or figure of the paper with several seeds, and write a report."""
+"""`mbcnet study` and `tune`: the paper's tables and figures on one's own data, and a search for each model's best config."""
 
 import argparse
 from pathlib import Path
 
 from data.errors import InputError
-from mbcnet_rec.commands.arguments import add_config
 from mbcnet_rec.study.studies import STUDIES
 
 
-def register(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    add = parser.add_argument
-    add("name", metavar="NAME", help="which; `list` lists them")
-    add_config(parser, required=False)
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default: 3)")
-    add("--models", nargs="+", default=[], metavar="KIND", help="only these models")
-    add("--tuned", type=Path, metavar="FOLDER", help="take KIND.toml of `mbcnet tune` for each model")
-    add("--category", default="", metavar="FIELD", help="the categories of fig7")
-    add("--out", type=Path, default=Path("studies"), metavar="FOLDER", help="default: studies")
-    add("--workers", type=int, default=0, metavar="N", help="processes (default: one for each core)")
-    parser.set_defaults(run=_study)
-
-
-def _study(args: argparse.Namespace) -> int:
+def study(args: argparse.Namespace) -> int:
+    """Train the variants of a table or figure of the paper with several seeds, and write a report."""
     if args.name == "list":
         width = max(map(len, STUDIES))
         for study in STUDIES.values():
@@ -47,3 +33,16 @@ def _study(args: argparse.Namespace) -> int:
         args.tuned, args.category, args.out, args.workers, args.command_line,
     )  # fmt: skip
     return conduct(request)
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Search each model's ranges with the same number of trials, and write the winner as a config.
+
+    Started again, it continues.
+    """
+    from mbcnet_rec.config import load_config  # imports torch
+
+    config = load_config(args.config, args.overrides)  # its mistakes show before torchrec is imported
+    from mbcnet_rec.study.tuning import load_search, tune_models
+
+    return tune_models(config, load_search(args.space, args.trials), args.models, args.out)

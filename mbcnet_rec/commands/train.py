@@ -8,25 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import InputError
-from mbcnet_rec.commands.arguments import add_config, add_start
 
 if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig
 
 
-def register(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    add_config(parser, required=False)
-    add = parser.add_argument
-    add("--plan", metavar="PLAN", help="run exactly this plan file, or refuse with the difference (short for --set sharding.plan=PLAN)")  # fmt: skip
-    add_start(parser)
-    add("--allow-partial", action="store_true", help="with --resume: load what fits of a checkpoint of another model, and say what starts fresh")  # fmt: skip
-    parser.set_defaults(run=_train, only_progress=True)
-
-
-def _train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace) -> int:
+    """Train in this process, or as one rank where torchrun started it."""
     from mbcnet_rec.config import load_config  # imports torch
 
+    args.only_progress = True
     if not args.continues and not args.config:
         raise InputError("wanted --config FILE, or --continue RUN --data FILES; see `mbcnet train --help`")
     config = load_config(args.config or Path(args.continues) / "config.toml", args.overrides)
@@ -57,11 +48,17 @@ def _train(args: argparse.Namespace) -> int:
     return train_model(config, continues=bool(args.continues), **start, **how)
 
 
-def _draw_report(folder: Path) -> None:
+def report(args: argparse.Namespace) -> int:
+    """Write report.html of a training run from what it logged."""
+    print(f"wrote {_draw_report(args.run_folder)}")
+    return 0
+
+
+def _draw_report(folder: Path) -> Path:
     """Write report.html. matplotlib is loaded now, not before the first step, and by rank 0 alone."""
     from mbcnet_rec.report.run_report import write_run_report
 
-    write_run_report(folder)
+    return write_run_report(folder)
 
 
 def _continued(config: "RunConfig", args: argparse.Namespace) -> "RunConfig":

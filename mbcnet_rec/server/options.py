@@ -1,46 +1,39 @@
-"""The options of `mbcnet serve`: each is declared here once, for the command line and for the workers."""
+"""What `mbcnet serve` was asked for, with the values that hold where nothing was said."""
 
 import ipaddress
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data.errors import InputError
-
-
-def option(default: Any, words: str, least: float = 0) -> Any:
-    """An option of the command line; `least` of a number."""
-    return field(default=default, metadata={"help": words, "least": least})
+from data.schema.bounds import bounded, bounds_problem
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `mbcnet serve` was asked for."""
+    """What `mbcnet serve` was asked for; mbcnet_rec/commands/options.toml says what each is."""
 
     artifact: Path
     state: Path = Path()  # the folder by which workers agree, see models.py
     score_token: str = ""  # empty: none is wanted
     models_token: str = ""
-    host: str = option("127.0.0.1", "address to listen at")
-    port: int = option(8080, "0: any free one")
-    workers: int = option(1, "processes; they share the tables' pages", 1)
-    threads: int = option(0, "of each worker's arithmetic; 0: the cores, divided")
-    drain_seconds: int = option(20, "a stop waits so long for requests under way", 1)
-    max_rows: int = option(4096, "of a request and of a pass; more is answered by 413", 1)
-    max_body_mb: int = option(16, "of a request; more is answered by 413", 1)
-    queue: int = option(256, "requests that wait in a worker; more is answered by 429", 1)
-    window_us: int = option(100, "microseconds that requests wait for others to share a pass; 0: none is shared")
-    adaptive: bool = option(False, "do not wait after a pass of a single request")
-    models: Path | None = option(None, "POST /models takes artifacts below this folder")
-    watch: bool = option(False, "serve what comes into that folder")
-    shadow: Path | None = option(None, "another artifact, which scores some of the passes too, for /metrics")
-    shadow_share: float = option(0.1, "of the passes")
-    split: str = option("", "KEY=SHARE: --shadow answers this share of KEY's values; answers name their arm, a or b")
-    split_seed: int = option(0, "of which values these are")
-    score_token_file: Path | None = option(None, "/score wants this bearer token; or MBCNET_SCORE_TOKEN")
-    models_token_file: Path | None = option(None, "/models wants this one; or MBCNET_MODELS_TOKEN")
+    host: str = "127.0.0.1"
+    port: int = bounded(8080, at_least=0, at_most=65535)
+    workers: int = bounded(1, at_least=1)
+    threads: int = bounded(0, at_least=0)
+    drain_seconds: int = bounded(20, at_least=1)
+    max_rows: int = bounded(4096, at_least=1)
+    max_body_mb: int = bounded(16, at_least=1)
+    queue: int = bounded(256, at_least=1)
+    window_us: int = bounded(100, at_least=0)
+    adaptive: bool = False
+    models: Path | None = None
+    watch: bool = False
+    shadow: Path | None = None
+    shadow_share: float = bounded(0.1, at_least=0, at_most=1)
+    split: str = ""
+    split_seed: int = bounded(0, at_least=0)
 
     @property
     def arms(self) -> tuple[str, float] | None:
@@ -52,11 +45,8 @@ class Options:
 
     def check(self) -> None:
         """Raise InputError where a value is out of its range, or two contradict."""
-        for each in fields(self):
-            value, name = getattr(self, each.name), each.name.replace("_", "-")
-            most = {"port": 65535, "shadow_share": 1}.get(each.name, 10**9)
-            if each.type in ("int", "float", int, float) and not each.metadata["least"] <= value <= most:
-                raise InputError(f"--{name} {value}: wanted {each.metadata['least']} to {most}; change it")
+        if problem := bounds_problem(self):
+            raise InputError(f"--{problem}".replace("_", "-"))
         if self.models and not self.models.is_dir():
             raise InputError(f"--models {self.models}: not a folder; make it, or name another one")
         if self.watch and not self.models:

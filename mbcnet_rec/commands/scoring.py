@@ -1,0 +1,61 @@
+"""`mbcnet evaluate`, `predict`, `compare` and `importance`: what a run says of rows."""
+
+import argparse
+
+from data.errors import InputError
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """AUC, GAUC, log-loss, normalised entropy and calibration with 95 % intervals, in any number of processes."""
+    from mbcnet_rec.scoring.evaluate import EXACT_ROWS, Question, run_evaluation  # imports torchrec
+
+    by = tuple(dict.fromkeys(args.by))
+    question = Question(args.split, tuple(args.data), by=by, exact_rows=args.exact_rows or EXACT_ROWS)
+    return run_evaluation(args.run_folder, question, as_json=args.json)
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Write each row's probability, fused and by branch, in the order of the input files.
+
+    Started again, it continues where it stopped. Labels are not needed.
+    """
+    from mbcnet_rec.scoring.predict import run_prediction  # imports torchrec
+
+    return run_prediction(args.run_folder, args.data, args.out, keep=args.keep, overwrite=args.overwrite)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Compare two runs on the same rows: paired differences of AUC, GAUC, log-loss and calibration with 95 % intervals, RUN_A less RUN_B.
+
+    With --expected-clicks also the clicks that either ranking would get: an offline stand-in for an A/B test. With --log and no runs
+    the click rates of the arms of `mbcnet serve --split`, arm b less arm a.
+    """
+    if bool(args.log) == bool(args.theirs) or (args.log and (args.ours or args.data or args.expected_clicks)):
+        raise InputError("compare: wanted RUN_A and RUN_B, or --log PATH without --data and --expected-clicks")
+    if (args.key or args.label) and not args.log:
+        raise InputError("--key and --label name columns of --log; leave them out")
+    from mbcnet_rec.scoring.arms import run_arms
+    from mbcnet_rec.scoring.compare import Comparison, run_comparison  # imports torchrec
+    from mbcnet_rec.scoring.evaluate import EXACT_ROWS, Question
+
+    if args.expected_clicks is not None and args.expected_clicks < 1:
+        raise InputError(f"--expected-clicks {args.expected_clicks}: wanted a number of rows, 1 or more; change it")
+    by = tuple(dict.fromkeys(args.by))
+    question = Question(args.split, tuple(args.log or args.data), by=by, exact_rows=args.exact_rows or EXACT_ROWS)
+    if args.log:
+        return run_arms(question, args.label or "click", args.key, args.command_line, as_json=args.json, page=args.out)
+    comparison = Comparison(args.ours, args.theirs, question, args.expected_clicks or 0, args.command_line)
+    return run_comparison(comparison, as_json=args.json, page=args.out)
+
+
+def importance(args: argparse.Namespace) -> int:
+    """What AUC and log-loss lose where a field's or a group's values are those of other rows; in the report, too."""
+    from mbcnet_rec.scoring.evaluate import Question  # imports torchrec
+    from mbcnet_rec.scoring.importance import run_importance
+    from mbcnet_rec.scoring.trained_run import opened_run
+
+    if args.rows < 2 or args.repeats < 2:
+        raise InputError(f"--rows {args.rows} --repeats {args.repeats}: wanted 2 or more; change it")
+    with opened_run(args.run_folder) as (run, process):
+        question = Question(args.split, tuple(args.data))
+        return run_importance(run, process, question, args.rows, args.repeats, as_json=args.json)
