@@ -6,6 +6,7 @@ Seconds are of the processor, one thread.
 one_run_seconds           `mbcnet train` over all days at once, from the command to its end; likewise days_seconds, a command a day
 continue_seconds          of that what a further day costs beside its rows: start, load, plan and a checkpoint
 grow_rows_per_second      of `mbcnet schema fit --grow` for a day with a vocabulary of as many values as the table has rows, a tenth of them new
+collisions_seconds        at the end of a day, to find which rows of a hash table of as many rows were trained
 whole_seconds             to write a whole artifact of int8 rows; whole_bytes
 delta_seconds/1           to compare with it the artifact of another day, in which 1 % of the rows of the table are others, and to write the
                           delta; likewise 10 and 100 %, and delta_bytes/1 and so on, and delta_share/1 of the whole
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from checkpoint import SCHEMA
 from side_by_side import mbcnet, parser_of, print_figures, settings
 from small_log import CONFIG
@@ -32,6 +34,8 @@ from mbcnet_rec.scoring.trained_run import opened_run
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import load_weights, take_apart, with_rows, write_artifact
 from mbcnet_rec.serving.delta import write_delta
+from mbcnet_rec.table_use import HASHED_ROWS
+from sharding.bridge.initialise import initial_rows
 
 PREDICTION = (
     "prediction: a day costs 6 to 10 s beside its rows, nearly all of them the imports; a delta has 28 bytes a row that was touched (20 of int8\n"
@@ -98,6 +102,12 @@ def growing(folder: Path, rows: int) -> float:
     return rows / timed(lambda: grow_fitted(fitted, [folder / "words_1.parquet"], folder / "grown"))
 
 
+def collisions_seconds(rows: int) -> float:
+    table = torch.zeros(rows, 16)
+    pieces = initial_rows({"user": table}, {"user": "user"}, seed=1, std=0.01, most=HASHED_ROWS)
+    return timed(lambda: sum(int((held != initial).any(1).sum()) for _, _, held, initial in pieces))
+
+
 def deltas(folder: Path) -> dict[str, float]:
     """Write the delta of a share of the rows of the large table, for several."""
     with opened_run(folder / "run") as (run, _):
@@ -128,7 +138,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="daily-") as name:
         folder = Path(name)
         config = write_days(folder, days, count, rows)
-        figures = continuing(folder, config, days) | {"grow_rows_per_second": growing(folder, rows)} | deltas(folder)
+        figures = (
+            continuing(folder, config, days)
+            | {"grow_rows_per_second": growing(folder, rows), "collisions_seconds": collisions_seconds(rows)}
+            | deltas(folder)
+        )
     print_figures(figures, args.json)
     return 0
 

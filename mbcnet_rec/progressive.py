@@ -15,18 +15,18 @@ from data.schema import OUT_OF_VOCABULARY_ROW, load_schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.lineage import Day, days_done
-from mbcnet_rec.runtime.process import Process, max_over_ranks
+from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.table_use import trained_rows
 from mbcnet_rec.training.trainer import Trainer
 
 WORDS = {
     "label_rate": "label rate",
     "null": "null share of",
     "new": "new-id share of",
+    "unseen": "new-id share of",
     "score": "score distribution,",
-    "collision": "share of colliding ids of table",
 }
 ERRORS = 4.0  # standard errors of a share of so many rows that a day may stand outside of the range
-HASHED_ROWS = 1 << 20  # of a table, which tell of all: hashes fall evenly
 SLACK = 0.1  # and this share of the range's far end
 
 
@@ -36,20 +36,25 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     Raises:
         EvaluationStoppedError, InputError: as `Trainer.evaluate` does.
     """
-    fields = [each for each in stream.schema.sparse if each.encoding == "vocabulary" and each.is_keyed]
+    known = trained_rows(trainer.built, stream.schema)
+    fields = [
+        each
+        for each in stream.schema.features
+        if each.is_keyed and (each.encoding == "vocabulary" or each.table_name in known)
+    ]
     new, values = Counter[str](), Counter[str]()
-    hashed = [each for each in stream.schema.sparse if each.encoding == "hash"]
-    heights = {each.table_name: stream.schema.table_of[each.name].num_embeddings for each in hashed}
-    used = {name: torch.zeros(min(rows, HASHED_ROWS), dtype=torch.uint8) for name, rows in heights.items()}
 
     def count(batch: Batch) -> Batch:
         for each in fields:
-            ids = batch.sparse_features[each.name].values()
-            new[each.name] += int((ids == OUT_OF_VOCABULARY_ROW).sum())
+            weighted = batch.weighted_features if each.is_weighted else None
+            ids = (batch.sparse_features if weighted is None else weighted)[each.name].values()
+            if each.encoding == "hash":
+                rows = known[each.table_name]
+                ids = ids[(ids > 0) & (ids < len(rows))]
+                new[each.name] += int((rows[ids] == 0).sum())
+            else:
+                new[each.name] += int((ids == OUT_OF_VOCABULARY_ROW).sum())
             values[each.name] += len(ids)
-        for each in hashed:
-            ids, rows = batch.sparse_features[each.name].values(), used[each.table_name]
-            rows[ids[ids < len(rows)]] = 1
         return batch
 
     stream.on_batch = count
@@ -60,18 +65,19 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     nulls = _summed(stream.nulls, [each.name for each in stream.schema.features], process)
     profile |= {f"null/{name}": count / rows for name, count in nulls.items()}
     unknown, whole = (_summed(each, [field.name for field in fields], process) for each in (new, values))
-    profile |= {f"new/{name}": count / max(1, whole[name]) for name, count in unknown.items()}
     for feature in stream.schema.features:
-        if feature.is_keyed and feature.encoding == "ids":
+        if feature in fields:
+            is_hash, share = feature.encoding == "hash", unknown[feature.name] / max(1, whole[feature.name])
+            profile |= {f"{'unseen' if is_hash else 'new'}/{feature.name}": share}
+        elif feature.is_keyed and feature.encoding == "ids":
             profile[f"new/{feature.name}"] = metrics.get(f"invalid/{feature.name}", 0) / rows
-    for name, rows_used in used.items():
-        share = max_over_ranks(rows_used)[1:].float().mean().item()
-        # of R rows that n ids fall into evenly 1 - exp(-n/R) are used (linear counting); what is not the first of its row collides
-        profile[f"collision/{name}"] = 1 - share / -math.log1p(-share) if 0 < share < 1 else share
-    if earlier:  # the scores of a model that has learned nothing say nothing
+    profile |= {key: value for key, value in metrics.items() if key.startswith("unseen/")}
+    if earlier:
         scores = {"low": bins[0][0], "middle": bins[len(bins) // 2][0], "high": bins[-1][0]} if bins else {}
         profile |= {f"score/{name}": value for name, value in scores.items()}
-    metrics |= {key: value for key, value in profile.items() if key.startswith("collision/")}
+    else:  # to a model that has learned nothing all rows are new, and its scores say nothing
+        profile = {key: value for key, value in profile.items() if not key.startswith("unseen/")}
+    metrics |= {key: value for key, value in profile.items() if key.startswith(("new/", "unseen/"))}
     return {"progressive": metrics if earlier else {}, "profile": profile, "alarms": alarms(profile, earlier, rows)}
 
 
@@ -91,8 +97,8 @@ def alarms(profile: Mapping[str, float], earlier: Sequence[Mapping[str, Any]], r
             continue
         low, high = min(seen), max(seen)
         slack = ERRORS * math.sqrt(max(high * (1 - high), 1 / rows) / rows) + SLACK * high
-        if not low - slack <= value <= high + slack:
-            kind, _, name = key.partition("/")
+        kind, _, name = key.partition("/")
+        if value > high + slack or (value < low - slack and kind != "unseen"):  # ever fewer ids are new to a model
             found.append(
                 f"{WORDS[kind]} {name}".rstrip() + f" is {value:.4g}, on the days before it was {low:.4g} to {high:.4g}"
             )

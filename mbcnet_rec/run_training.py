@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.errors import InputError
-from data.profile.grow import Changes, growth_lines, read_growth
+from data.profile.grow import read_growth
 from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import DataFile, FileList, is_uri
 from data.schema import Schema
@@ -49,6 +49,7 @@ from mbcnet_rec.runtime.process import Process, agreed, answer_of_first, joined_
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.trained_run import known_best
+from mbcnet_rec.table_use import collisions, tell_collisions, tell_growth
 from mbcnet_rec.training.cuda_graph import replay_dense_arch
 from mbcnet_rec.training.evaluation import EvaluationStoppedError
 from mbcnet_rec.training.hooks import Hooks
@@ -172,17 +173,19 @@ def run_training(
             tell(opening_line(config, schema, process, trainer.total_steps, start))
             tell(f"data: {counts}")
             if "growth" in days.lines[-1] and days.begins:
-                _tell_growth(trainer, days.lines[-1]["growth"])
+                tell_growth(trainer, days.lines[-1]["growth"])
         watchdog.open_stacks()
         if day_rows is not None and "profile" not in days.lines[-1]:
             _score_day(config, trainer, day_rows, days.lines)
         trainer.train()
+        shares = collisions(built, schema)
         metrics: dict[str, Any] = {}
         try:
             metrics = _test(trainer, streams.get("test"))
         except InputError as error:
             trainer.faults.append(f"data.test: {error}")
         if process.is_first:
+            tell_collisions(trainer, shares)
             with written(folder):
                 close_day(folder, days.lines, streams["train"].num_rows, trainer.state, metrics)
                 write_whole(folder / DONE, json_line({"step": trainer.state.step, **metrics}))
@@ -303,16 +306,6 @@ def _test(trainer: Trainer, stream: ParquetStream | None) -> dict[str, Any]:
         records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
         records.close()
     return metrics
-
-
-def _tell_growth(trainer: Trainer, changes: Mapping[str, Changes]) -> None:
-    """Log what the day's growth has made of each table's rows. On rank 0."""
-    values = {f"{what}/{table}": count for table, counts in changes.items() for what, count in counts.items()}
-    records = trainer.context.open_records(trainer.state)
-    records.add(trainer.state.step, "growth", values)
-    records.close()
-    for line in growth_lines(changes):
-        tell(line)
 
 
 def _as_scored(config: RunConfig, rows: ParquetStream) -> ParquetStream:

@@ -1,7 +1,6 @@
 """A fit grows by the days' files: values get rows after so many sightings, none moves, those long unseen make room, each file counts once; and a
 run that continues trains with the grown tables as one that had those rows from the start, at 1 and 2 ranks."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from tiny_run import CONFIG, lines_of, train
 from data.profile.grow import grow_fitted
 from data.reading.columns import Place
 from data.reading.encode import Encoder
-from data.reading.keys import hash_values
 from data.schema import load_schema
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
@@ -110,24 +108,6 @@ def log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_growing(tmp_path)
     return tmp_path
-
-
-def test_collisions_of_a_hash_table_are_estimated_and_reported(log, capsys):
-    """Of the ids of a day those beyond the first of their row, beside a count of the values themselves."""
-    write = (log / "fit/schema.toml").read_text()
-    write = re.sub(
-        "(?m)^tags .*$",
-        'tags = { kind = "multi_valued", encoding = "hash", num_embeddings = 41, embedding_dim = 16 }',
-        write,
-    )
-    (log / "fit/schema.toml").write_text(write)
-    assert main(["train", "--config", "tiny.toml", "--set", "train.out=run", "--progressive"]) == 0
-    found = [each["profile"]["collision/tags"] for each in days(log / "run")]
-    used = len(set((hash_values(pa.array(range(40))) % 40).tolist()))  # all 40 come up on each day
-    assert found == [found[0]] * 3 and abs(found[0] - (1 - used / 40)) < 0.1
-    assert lines_of(log / "run", "progressive")[-1]["collision/tags"] == found[-1]
-    page = (log / "run/report.html").read_text()
-    assert "colliding (hash)" in page and f"{found[-1]:.2%}" in page
 
 
 def write_growing(folder, expire_after=0, kind="adagrad"):

@@ -79,17 +79,25 @@ def check_rows(saved: Saved, model: nn.Module) -> None:
 
 
 def zch_counters(modules: Sequence[BucketedCollisions], process: Process) -> dict[str, float]:
-    """For each table: the share of its rows that have an id, and the ids that have lost theirs so far. Every rank calls it."""
-    if not modules:
-        return {}
-    counts = torch.tensor(
-        [[module.used_rows(), sum(bucket.evictions for bucket in module.own_buckets)] for module in modules]
-    )
-    if process.world_size > 1:
-        dist.all_reduce(counts)
+    """For each table: the share of its rows that have an id, and the ids that have got a row and lost it so far. Every rank calls it."""
+    counts = [(module.used_rows(), sum(bucket.evictions for bucket in module.own_buckets)) for module in modules]
     values = {}
-    for module, (used, evictions) in zip(modules, counts.tolist(), strict=True):
+    for module, (used, evictions) in zip(modules, _summed(counts, process), strict=True):
         table = module.table
         values[f"zch_used/{table.name}"] = used / (table.num_embeddings - module.zch.buckets)
+        values[f"zch_admissions/{table.name}"] = used + evictions
         values[f"zch_evictions/{table.name}"] = evictions
     return values
+
+
+def zch_unseen(modules: Sequence[BucketedCollisions], process: Process) -> dict[str, float]:
+    """For each table, by its fields: the share without a row among the ids `looked_up` by all ranks. Every rank calls it."""
+    pairs = zip(modules, _summed([module.looked_up.tolist() for module in modules], process), strict=True)
+    return {f"unseen/{'+'.join(each.table.feature_names)}": lost / max(1, ids) for each, (ids, lost) in pairs}
+
+
+def _summed(counts: Sequence[Sequence[int]], process: Process) -> list[list[int]]:
+    found = torch.tensor(counts, dtype=torch.int64)
+    if process.world_size > 1 and len(counts):
+        dist.all_reduce(found)
+    return found.tolist()

@@ -23,7 +23,8 @@ LARGEST = 10  # tables that are listed by name
 LEARNING_CAPTION = "The fused output serves. Train curves are means over neighbouring lines of the log."
 COOPERATION_CAPTION = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
 IDS = {name: name for name in ("rows", "admitted", "expired", "free", "waiting")} | {
-    "collision": "colliding (hash)", "zch_used": "rows used (zch)", "zch_evictions": "evicted (zch)",
+    "hash_used": "rows used (hash)", "collision": "colliding (hash)", "zch_used": "rows used (zch)",
+    "zch_admissions": "admitted (zch)", "zch_evictions": "evicted (zch)", "new": "new ids",
 }  # fmt: skip
 DAYS = {"auc": "AUC", "gauc": "GAUC", "ne": "normalised entropy", "calibration": "calibration"}
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl, by step
@@ -230,18 +231,20 @@ def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def id_blocks(days: Sequence[Mapping[str, Any]], lines: Lines) -> list[Block]:
-    """For each table the ids that got rows and lost them on the last day that tells, and which share of them collides."""
+    """For each table or field the ids that got rows and lost them on the last day that tells, which share collides, and which was new."""
     found: dict[str, float] = {}
     for day in days:
         found |= {f"{what}/{name}": n for name, each in day.get("growth", {}).items() for what, n in each.items()}
-        found |= day.get("profile", {})
-    for line in lines.get("train", ()):
+        found |= {key.replace("unseen/", "new/"): value for key, value in day.get("profile", {}).items()}
+    for line in (*lines.get("train", ()), *lines.get("ids", ())):
         found |= line
     names = dict.fromkeys(name for kind, _, name in (key.partition("/") for key in found) if kind in IDS)
-    shown = [[found.get(f"{kind}/{name}") for kind in IDS] for name in names]
-    cells = (["" if n is None else f"{n:.2%}" if isinstance(n, float) else f"{n:,}" for n in each] for each in shown)
-    rows = tuple((name, *each) for name, each in zip(names, cells, strict=True))
-    return [Heading("Ids"), Table(("table", *IDS.values()), rows)] if rows else []
+    rows = []
+    for name in names:
+        values = [found.get(f"{kind}/{name}") for kind in IDS]
+        cells = ("" if n is None else f"{n:.2%}" if isinstance(n, float) else f"{n:,}" for n in values)
+        rows += [(name, *cells)] if any(values) else []
+    return [Heading("Ids"), Table(("table or field", *IDS.values()), tuple(rows))] if rows else []
 
 
 def calibration_blocks(lines: Lines) -> list[Block]:

@@ -17,7 +17,7 @@ from mbcnet_rec.checkpoints.compatibility import RowsAnew, describe_run, load_ch
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
-from mbcnet_rec.checkpoints.zch_state import history_shards, restore_history, zch_counters
+from mbcnet_rec.checkpoints.zch_state import history_shards, restore_history, zch_counters, zch_unseen
 from mbcnet_rec.logs.metrics_log import Records
 from mbcnet_rec.logs.progress import Progress
 from mbcnet_rec.model.objective import LossArch
@@ -394,7 +394,7 @@ class Trainer:
         self.save()
 
     def evaluate(self, stream: ParquetStream) -> dict[str, Any]:
-        """Score a stream; its metrics are equal on every rank, as are the numbers of values that `on_invalid` changed.
+        """Score a stream; its metrics are equal on every rank, as are the numbers of values that `on_invalid` changed, and zch ids without a row.
 
         Raises:
             EvaluationStoppedError: some rank was asked to stop.
@@ -413,10 +413,12 @@ class Trainer:
             return any_rank(self.context.stop.requested)
 
         self.context.watchdog.beat(f"evaluation at step {self.state.step}")
+        for each in self.collisions:
+            each.looked_up.zero_()
         with self.dense.averaged():
             metrics = evaluate_stream(self.built, stream, self.process, self.autocast, stop_requested)
         invalid = invalid_value_counts(stream, "partitioned", self.process).items()
-        return metrics | {f"invalid/{name}": n for name, n in invalid}
+        return metrics | {f"invalid/{name}": n for name, n in invalid} | zch_unseen(self.collisions, self.process)
 
     def _stop(self) -> NoReturn:
         self.save()

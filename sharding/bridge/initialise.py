@@ -28,13 +28,24 @@ def table_rows(seed: int, table: str, start: int, stop: int, dim: int, std: floa
         yield low, values[low - first : high - first]
 
 
+def initial_rows(
+    state: dict[str, Any], tables: dict[str, str], *, seed: int, std: float, most: int | None = None
+) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+    """Yield (table, first row, held, initial), both of (rows, columns): a piece that this rank holds, live, and its float32 initial values.
+
+    `state` is the sharded model's; `tables`: name in it -> table name; `most`: of each table only so many rows, the first ones.
+    """
+    for name, table in tables.items():
+        value = state[name]
+        for tensor, (row, column) in local_blocks(value) or [LocalBlock(value, (0, 0))]:
+            height, width = tensor.shape
+            stop = row + height if most is None else min(row + height, most)
+            for first, rows in table_rows(seed, table, row, stop, value.size(1), std) if row < stop else ():
+                yield table, first, tensor[first - row : first - row + len(rows)], rows[:, column : column + width]
+
+
 def initialise_tables(state: dict[str, Any], tables: dict[str, str], *, seed: int, std: float) -> None:
-    """Fill the local shards of every table in place. `state` is the sharded model's; `tables`: name in it -> table name."""
+    """Fill the local shards of every table in place; see `initial_rows`."""
     with torch.no_grad():
-        for name, table in tables.items():
-            value = state[name]
-            blocks = local_blocks(value) or [LocalBlock(value, (0, 0))]
-            for tensor, (row, column) in blocks:
-                height, width = tensor.shape
-                for first, rows in table_rows(seed, table, row, row + height, value.size(1), std):
-                    tensor[first - row : first - row + len(rows)].copy_(rows[:, column : column + width])
+        for _, _, held, initial in initial_rows(state, tables, seed=seed, std=std):
+            held.copy_(initial)

@@ -89,6 +89,9 @@ class BucketedCollisions(ManagedCollisionModule):
         self.own_buckets = [Bucket(self, bucket) for bucket in own]
         # (2, n) each: ids that no bucket has been given yet, and their step, counted from 1
         self.noted: list[Tensor] = []
+        self.looked_up = torch.zeros(
+            2, dtype=torch.int64, device=device
+        )  # outside of training: ids, and those without a row
         self.forget()
         self.register_load_state_dict_post_hook(lambda _module, _keys: self.forget())
 
@@ -123,7 +126,10 @@ class BucketedCollisions(ManagedCollisionModule):
             ids, keys = feature.values(), self._searched()
             found = torch.searchsorted(keys[:-1], ids)
             last_rows = (self._bucket_of(ids) + 1) * self.bucket_rows - 1
-            rows = self.slots[found].where(self.raw_ids[found] == ids, last_rows)
+            is_known = self.raw_ids[found] == ids
+            rows = self.slots[found].where(is_known, last_rows)
+            if not self.training:
+                self.looked_up += torch.stack([torch.ones_like(is_known), ~is_known]).sum(1)
             remapped[name] = JaggedTensor(
                 rows, lengths=feature.lengths(), offsets=feature.offsets(), weights=feature.weights_or_none()
             )
