@@ -16,6 +16,7 @@ from data.reading.column_types import pinned
 from data.reading.conditions import select_files
 from data.reading.files import column_sets, resolve_files
 from data.reading.fingerprint import fingerprint, mark_differences, mark_files
+from data.reading.snapshots import is_snapshot, pinned_paths
 from data.schema import Schema, load_schema, schema_to_toml
 from data.schema.parse import read_toml, to_toml_value
 from data.stream import ParquetStream
@@ -71,6 +72,18 @@ def earlier_facts(config: RunConfig, storage: CheckpointStorage, step: int | Non
         return run
 
     return answer_of_first(process, read)
+
+
+def with_versions(config: RunConfig, run: Mapping[str, Any], process: Process) -> RunConfig:
+    """The config with the version of each table that [data] names without one: a checkpoint's, or else the newest. Every rank calls it."""
+    splits = {name: getattr(config.data, name) for name in ("train", "valid", "test")}
+    if not any(is_snapshot(path) for paths in splits.values() for path in paths):
+        return config
+    before = run.get("config", {}).get("data", {})
+    found = answer_of_first(
+        process, lambda: {name: pinned_paths(paths, before.get(name, ())) for name, paths in splits.items()}
+    )
+    return replace(config, data=replace(config.data, **found))
 
 
 def agreed_schema(

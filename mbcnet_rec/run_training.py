@@ -41,6 +41,7 @@ from mbcnet_rec.resume import (
     schema_note,
     told_differences,
     with_own_plan,
+    with_versions,
 )
 from mbcnet_rec.run_start import Beginning, open_folder, refuse_contradiction, start_of
 from mbcnet_rec.runtime.exits import StopRequest
@@ -125,6 +126,7 @@ def run_training(
         if continues and start is None:
             raise InputError(f"{folder}: holds no run with a checkpoint that could be continued; train it first")
         earlier = earlier_facts(config, storage, start, process)
+        config = with_versions(config, {} if continues else earlier, process)
         own, files = agreed_schema(config, earlier, process, allow_partial=allow_partial)
         splits = open_splits(config.data, settings.seed, own, process)
         streams = {name: split.stream for name, split in splits.items()}

@@ -193,7 +193,7 @@ def results_folder(out: Path, engine: Engine, *facts: Any) -> Iterator[Path]:
     try:
         yield own
     except BaseException:
-        if not any(own.iterdir()):
+        if not any(own.glob("*")):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     meet(engine, own)

@@ -18,6 +18,7 @@ Splits = Iterator[tuple[str, pa.Table]]  # split, rows; a split's rows in order
 
 BLOCK_BYTES = 16 * 2**20
 WHOLE_DIGEST_BYTES = 256 * 2**20
+NULLS = ["", "NULL", "null", "nan", "NaN"]
 
 
 def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
@@ -76,7 +77,7 @@ def read_csv(
     converting = pa_csv.ConvertOptions(
         column_types=dict(types),
         include_columns=list(types),
-        null_values=["", "NULL", "null", "nan", "NaN"],
+        null_values=NULLS,
         strings_can_be_null=True,
         quoted_strings_can_be_null=True,
     )

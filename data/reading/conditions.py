@@ -176,7 +176,7 @@ def select_files(files: Sequence[DataFile], where: Sequence[str], schema: Schema
         raise InputError(
             f"where = {list(where)}: none of {len(files)} files is left, from {files[0]} to {files[-1]}; change the conditions"
         )
-    return FileList(kept, files.others if isinstance(files, FileList) else ())
+    return FileList(kept, files.others, files.versions) if isinstance(files, FileList) else FileList(kept)
 
 
 def _values_met(condition: Condition, values: set[str]) -> set[str]:

@@ -18,6 +18,7 @@ from data.reading.conditions import partition_of
 from data.reading.numbers import read_labels
 from data.reading.row_groups import column_without_checksum, first_row_group, prove
 from data.reading.selection import Footer, Selection, read_footer
+from data.reading.snapshots import is_snapshot, open_snapshot
 from data.reading.storage import DataFile, FileList, for_each_file, list_files, local_path, open_parquet
 from data.schema import Schema
 
@@ -50,9 +51,19 @@ def resolve_files(paths: Sequence[str]) -> FileList:
     """
     identities: dict[DataFile, object] = {}
     others: set[DataFile] = set()
+    versions: list[int] = []
     for text in paths:
         if not text.strip():
             raise InputError(f"{text!r}: is no path; name files, folders, globs or URIs")
+        if is_snapshot(text):
+            snapshot = open_snapshot(text)
+            if snapshot.field_ids:
+                raise InputError(
+                    f"{text}: the files of an Iceberg table are read by `mbcnet data convert`; name what it has written"
+                )
+            versions.append(snapshot.version)
+            identities |= {file: (file,) for file in snapshot.files}
+            continue
         listed = list_files(text)
         found = {each.file: each.identity for each in listed if each.is_data}
         identities |= found
@@ -68,7 +79,7 @@ def resolve_files(paths: Sequence[str]) -> FileList:
             raise InputError(f"{file}: the name is not UTF-8, by which Arrow opens files; rename it")
         names.setdefault(identities[file], []).append(file)
     kept = (own[0] if len(own) == 1 else min(own, key=_is_link) for own in names.values())
-    return FileList(sorted(kept, key=_rank), sorted(others - identities.keys(), key=_rank))
+    return FileList(sorted(kept, key=_rank), sorted(others - identities.keys(), key=_rank), versions)
 
 
 def _rank(file: DataFile) -> tuple[bool, DataFile]:
@@ -85,6 +96,8 @@ def files_in_words(files: FileList) -> str:
     count, left = len(files), [str(file) for file in files.others]
     words = "1 file" if count == 1 else f"{count:,} files"
     folders = {folder for file in files if isinstance(file, Path) for folder in file.absolute().parents}
+    if files.versions:
+        return f"{words} (of a Delta table's version {some_of([*map(str, files.versions)], SHOWN, ', ')})"
     for folder in sorted(folders):
         for log, kind in TABLE_LOGS.items():
             if (folder / log).is_dir():

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from data.reading.storage import LIST_ATTEMPTS, DataFile, for_each_file, read_bytes, read_tail
+from data.reading.storage import LIST_ATTEMPTS, MAGIC, DataFile, for_each_file, read_bytes, read_tail
 
 END_BYTES = 65_536
 WHOLE_BYTES = 1 << 20  # up to which a file is read whole
@@ -39,7 +39,7 @@ def mark_files(files: Sequence[DataFile], attempts: int = LIST_ATTEMPTS, *, cont
 
 def _mark(file: DataFile) -> FileMark:
     size, tail = read_tail(file, END_BYTES)
-    footer = int.from_bytes(tail[-MAGIC_BYTES:-4], "little") + MAGIC_BYTES
+    footer = int.from_bytes(tail[-MAGIC_BYTES:-4], "little") + MAGIC_BYTES if tail.endswith(MAGIC) else 0
     wanted = size if size <= WHOLE_BYTES else footer
     if END_BYTES < wanted <= size:
         size, tail = read_tail(file, wanted)

@@ -57,11 +57,13 @@ DataFile = Path | RemoteFile
 
 
 class FileList(list[DataFile]):
-    """Parquet files, and `others`: the files beside them that are none by their names."""
+    """Parquet files; `others`: the files beside them that are none by their names; `versions`: of the tables that they are from."""
 
-    def __init__(self, files: Iterable[DataFile], others: Sequence[DataFile] = ()) -> None:
+    def __init__(
+        self, files: Iterable[DataFile], others: Sequence[DataFile] = (), versions: Sequence[int] = ()
+    ) -> None:
         super().__init__(files)
-        self.others = others
+        self.others, self.versions = others, versions
 
 
 def is_uri(text: str) -> bool:
@@ -190,19 +192,20 @@ def open_parquet(file: DataFile, *, read_dictionary: Sequence[str] = (), pre_buf
 
 def read_bytes(file: DataFile, start: int, size: int) -> bytes:
     """Read at most `size` bytes from `start` on."""
-    with _source(file) as source:
+    with open_bytes(file) as source:
         return source.read_at(size, start)
 
 
 def read_tail(file: DataFile, size: int) -> tuple[int, bytes]:
     """The bytes that a file has, and its last `size` ones, or all."""
-    with _source(file) as source:
+    with open_bytes(file) as source:
         whole = source.size()
         start = max(0, whole - size)
         return whole, source.read_at(whole - start, start)
 
 
-def _source(file: DataFile) -> pa.NativeFile:
+def open_bytes(file: DataFile) -> pa.NativeFile:
+    """Open any file to read bytes."""
     return pa.OSFile(str(file)) if isinstance(file, Path) else _opened(file)
 
 

@@ -78,12 +78,13 @@ class ParquetStream:
         return steps_per_epoch(self.options, self.num_rows)
 
     def fingerprint(self) -> str:
-        """Twelve hex digits of what fixes the order: options, file names and kept rows. World size and workers are not part of it."""
+        """Twelve hex digits of what fixes the order: options, file names, kept rows and the versions of tables. World size and workers are not part of it."""
         groups = [(self.files[group.file].name, group.index, group.num_rows) for group in self.row_groups]
         options = self.options
         fixed = (options.batch_size, options.lanes, options.order, options.window_rows, options.seed)
         chosen = (options.where, options.keep_negatives, options.drop_positives)
-        return hashlib.sha256(repr((groups, fixed, chosen)).encode()).hexdigest()[:12]
+        versions = (tuple(self.files.versions),) if self.files.versions else ()
+        return hashlib.sha256(repr((groups, fixed, chosen, *versions)).encode()).hexdigest()[:12]
 
     def state_dict(self, cursor: Cursor | None = None) -> dict[str, int | str]:
         """The position as two integers and a fingerprint. Pass the cursor of the last trained batch where a pipeline reads ahead."""

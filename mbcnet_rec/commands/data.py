@@ -1,4 +1,4 @@
-"""`mbcnet data`: write synthetic logs, prepare public data sets, check files against a schema."""
+"""`mbcnet data`: write synthetic logs, prepare public data sets, convert logs, check files against a schema."""
 
 import argparse
 import math
@@ -6,8 +6,12 @@ import os
 from itertools import groupby
 from pathlib import Path
 
+from data.errors import InputError
 from data.profile.check import WHOLE_FILE, check_files
+from data.public.convert import REJECTS, Request
+from data.public.convert import convert as convert_logs
 from data.public.prepare import prepare as prepare_public
+from data.public.text_rows import Form
 from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.synthetic.planted import pailitao_schema
@@ -44,6 +48,29 @@ def prepare(args: argparse.Namespace) -> int:
     is_shipped = (Path(__file__).parents[2] / config).is_file()
     others = f"train on {out}/train with schema {out}/schema.toml; start from mbcnet_rec/configs/demo.toml"
     print(f"next: {f'mbcnet train --config {config}' if is_shipped else others}")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Turn CSV, JSON lines, Parquet, Delta or Iceberg into day-partitioned Parquet with page checksums; rows that cannot be read go to rejects.jsonl."""
+    given = dict(each.split("=", 1) for each in args.type if "=" in each)
+    if len(given) < len(args.type):
+        raise InputError(f"--type {' --type '.join(args.type)}: wanted COLUMN=TYPE, once for each column; write it so")
+    form = Form(args.delimiter.encode().decode("unicode_escape"), tuple(args.names), args.list_separator)
+    request = Request(args.day, load_schema(args.schema) if args.schema else None, given, form)
+    engine = engine_of(args)
+    with RowBar("convert", shown=engine.is_first) as bar:
+        made = convert_logs(args.paths, args.out, request, progress=bar.reach, engine=engine)
+    if not engine.is_first:
+        return 0
+    print(f"{args.out}: {made.rows:,} rows" + (f" of {made.days} days" if args.day else ""))
+    if made.rejected:
+        print(f"{made.rejected:,} rows rejected, see {args.out}/{REJECTS}; the first: {made.first}")
+    if made.unread:
+        print(
+            f"left out, since no file begins with them: columns {', '.join(made.unread)}; name them by --schema or --type"
+        )
+    print(f"next: mbcnet schema infer {args.out} -o schema.toml")
     return 0
 
 

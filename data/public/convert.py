@@ -1,0 +1,309 @@
+"""Logs in CSV, JSON lines, Parquet, Delta or Iceberg -> day-partitioned Parquet with page checksums, a task for each file.
+
+    OUT/ds=2024-05-01/part-00000.parquet ...  OUT/rejects.jsonl  OUT/converted.json
+
+A part is what one file has of a day, its rows in the file's order, so the bytes depend on the files alone.
+"""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import types as pt
+
+from data.engine import HERE, Engine, run_tasks, write_result
+from data.errors import InputError
+from data.profile.scan import as_plain
+from data.profile.units import BATCH_ROWS, Progress, naming, require_mark, results_folder, unheard
+from data.public.first_types import Source, find_sources, types_of
+from data.public.text_rows import Form, NoDayError, Reject, TextFile
+from data.reading.column_types import check_columns
+from data.reading.conditions import HIVE_NULL, HIVE_NULLS, NANOSECONDS, form_of, partition_of, read_instant
+from data.reading.fingerprint import mark_files
+from data.reading.ids import is_text
+from data.reading.row_groups import stored_rows
+from data.reading.snapshots import FIELD_ID
+from data.reading.storage import open_parquet
+from data.schema import Schema, schema_to_toml
+from data.whole_folder import earlier_summary
+
+ROW_GROUP_ROWS = 65_536
+HELD_BYTES = 512 << 20  # of rows that wait for their day's row group to be full
+KEY, DAY = "ds", "@day"  # of the partitions; of the rows that a task holds
+YEARS = (1980, 2200)  # beyond which a time is taken for a mistake
+SUMMARY, REJECTS = "converted.json", "rejects.jsonl"
+
+
+class Request(NamedTuple):
+    """How files are to be converted."""
+
+    day: str = ""  # the column that tells each row's day; empty: no partitions
+    schema: Schema | None = None
+    types: Mapping[str, str] = {}  # of columns, by Arrow's names
+    form: Form = Form()
+
+
+class ConvertFile(NamedTuple):
+    """A task: one file, its parts written below `path`'s folder and what became of its rows to `path`."""
+
+    path: Path
+    number: int
+    source: Source
+    types: pa.Schema
+    day: str
+    form: Form
+
+
+class Converted(NamedTuple):
+    """What a conversion came to."""
+
+    rows: int
+    rejected: int
+    days: int
+    first: str  # of the rejects, in words
+    unread: list[str]  # columns of JSON that no file's beginning has
+
+
+def convert(
+    inputs: Sequence[str], out: str | Path, request: Request, *, progress: Progress = unheard, engine: Engine = HERE
+) -> Converted:
+    """Convert files; `out` appears when it is complete. Of torchrun's ranks only the first says what came of it.
+
+    Raises:
+        InputError: a file cannot be read, the types do not fit the schema, more rows are rejected than kept, or `out` holds something else.
+    """
+    out, day = Path(out), request.day
+    sources = find_sources(inputs)
+    types = types_of(sources, request.schema, request.types, request.form)
+    if day and day not in types.names:
+        raise InputError(f"--day {day}: no such column; the files have {', '.join(types.names)}")
+    if request.schema:
+        check_columns(types, request.schema, str(sources[0].file))
+    marks = mark_files([source.file for source in sources])
+    schema = schema_to_toml(request.schema) if request.schema else {}
+    facts = [marks, str(types), day, schema, request.form]
+    asked = json.loads(json.dumps({"types": str(types), "day": day, "files": marks}))
+    earlier = earlier_summary(out, SUMMARY, "converted log")
+    if earlier is not None:
+        if {key: earlier.get(key) for key in asked} != asked:
+            raise InputError(f"{out}: was converted from other files or otherwise; remove it or choose another")
+        return Converted(*(earlier[name] for name in Converted._fields))
+    with results_folder(out, engine, *facts) as folder:
+        tasks = {}
+        for number, (source, mark) in enumerate(zip(sources, marks, strict=True)):
+            path = folder / f"{number:05d}.json"
+            tasks[path] = ConvertFile(path, number, source._replace(mark=mark), types, day, request.form)
+        rows = 0
+        for path in run_tasks(engine, convert_file, tasks, last=True):
+            rows += _result(path)["rows"]
+            progress(rows)
+        return _joined(list(tasks), folder, out, asked) if engine.is_first else Converted(0, 0, 0, "", [])
+
+
+def _result(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _joined(results: Sequence[Path], folder: Path, out: Path, asked: dict) -> Converted:
+    """Give the parts of all files, and nothing else, the name of the result."""
+    found = [_result(path) for path in results]
+    whole, names = folder / "whole", {name for each in found for name in each["parts"]}
+    rejected, rows = sum(each["rejected"] for each in found), sum(each["rows"] for each in found)
+    first = next((Reject(*each["first"]) for each in found if each["first"]), None)
+    words = (
+        f"{first.file}: line {first.line}"
+        + (f", column {first.column}" if first.column else "")
+        + f": {first.value[:80]!r} ({first.reason})"
+        if first
+        else ""
+    )
+    if rejected > rows or not rows:
+        shutil.rmtree(folder)
+        why = (
+            f"{rejected:,} of {rejected + rows:,} rows cannot be read, the first at {words}"
+            if rejected
+            else "the files hold no rows"
+        )
+        raise InputError(f"{why}; check --delimiter, --names, --type and the schema")
+    for path in whole.rglob("*"):
+        if path.is_file() and str(path.relative_to(whole)) not in names:
+            path.unlink()  # a killed worker's
+    with open(whole / REJECTS, "wb") as joined:
+        for path in results:
+            with open(path.with_suffix(".rejects"), "rb") as part:
+                shutil.copyfileobj(part, joined)
+    days = len({Path(name).parent for name in names})
+    made = Converted(rows, rejected, days, words, sorted({name for each in found for name in each["unread"]}))
+    (whole / SUMMARY).write_text(json.dumps(asked | made._asdict(), indent=2) + "\n", encoding="utf-8")
+    os.replace(whole, out)
+    return made
+
+
+def convert_file(task: ConvertFile) -> None:
+    """Write one file's parts, its rejects and what became of its rows."""
+    names = [name for name in task.types.names if not (name == KEY == task.day)]
+    first: list[Reject] = []
+    rejected, unread = 0, set[str]()
+
+    def reject(one: Reject) -> None:
+        nonlocal rejected
+        rejected += 1
+        first[:] = first or [one]
+        lines.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
+
+    def make(table: pa.Table) -> pa.Table:
+        unread.update(set(table.column_names) - set(task.types.names))
+        columns = [
+            table[name] if name in table.column_names else pa.nulls(len(table), kind)
+            for name, kind in zip(task.types.names, task.types.types, strict=True)
+        ]
+        return with_day(pa.table(columns, schema=task.types), task.day)
+
+    with ExitStack() as stack:
+        draft = stack.enter_context(write_result(task.path.with_suffix(".rejects")))
+        lines = stack.enter_context(open(draft, "w", encoding="utf-8"))
+        parts = _Parts(stack, task.path.parent / "whole", f"part-{task.number:05d}.parquet")
+        source = task.source
+        for table in (
+            parquet_rows(source, task.types, make)
+            if source.kind == "parquet"
+            else TextFile(source.file, task.form).tables(task.types, reject, make)
+        ):
+            days = table[DAY].to_numpy(zero_copy_only=False) if task.day else np.zeros(len(table), "datetime64[D]")
+            for day in np.unique(days):
+                chosen = np.isnat(days) if np.isnat(day) else days == day
+                own = table if chosen.all() else table.filter(pa.array(chosen))
+                parts.add(f"{KEY}={HIVE_NULL if np.isnat(day) else day}" if task.day else "", own.select(names))
+        parts.end()
+    require_mark(source.file, source.mark)
+    found = {
+        "rows": parts.rows,
+        "rejected": rejected,
+        "first": first[0] if first else None,
+        "parts": sorted(parts.writers),
+        "unread": sorted(unread),
+    }
+    with write_result(task.path) as draft:
+        draft.write_text(json.dumps(found), encoding="utf-8")
+
+
+class _Parts:
+    """Writes rows to a file for each day, in row groups of ROW_GROUP_ROWS unless they take too much memory."""
+
+    def __init__(self, stack: ExitStack, folder: Path, name: str) -> None:
+        self.stack, self.folder, self.name = stack, folder, name
+        self.writers: dict[str, pq.ParquetWriter] = {}  # by the part's path
+        self.held: dict[str, list[pa.Table]] = defaultdict(list)
+        self.rows = 0
+
+    def add(self, day: str, rows: pa.Table) -> None:
+        own = self.held[day]
+        own.append(rows)
+        self.rows += len(rows)
+        if sum(map(len, own)) >= ROW_GROUP_ROWS:
+            self._write(day, ROW_GROUP_ROWS)
+        sizes = {day: sum(table.nbytes for table in tables) for day, tables in self.held.items()}
+        if sum(sizes.values()) > HELD_BYTES:
+            self._write(max(sizes, key=sizes.__getitem__), 1)
+
+    def end(self) -> None:
+        for day in list(self.held):
+            self._write(day, 1)
+
+    def _write(self, day: str, least: int) -> None:
+        """Write row groups of a day until fewer than `least` rows wait."""
+        rows = pa.concat_tables(self.held.pop(day))
+        part = os.path.join(day, self.name)
+        if part not in self.writers and len(rows):
+            path = self.folder / part
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.stack.enter_context(write_result(path))
+            self.writers[part] = self.stack.enter_context(
+                pq.ParquetWriter(draft, rows.schema, compression="zstd", write_page_checksum=True)
+            )
+        while len(rows) >= least:
+            self.writers[part].write_table(rows.slice(0, ROW_GROUP_ROWS))
+            rows = rows.slice(ROW_GROUP_ROWS)
+        if len(rows):
+            self.held[day] = [rows]
+
+
+def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
+    """The rows of a Parquet file as columns of `types`; partition columns are filled from its path.
+
+    Raises:
+        InputError: the file is damaged, or a value is no day.
+    """
+    partition = partition_of(source.file)
+    with naming(source.file), open_parquet(source.file, pre_buffer=True) as parquet:
+        ids = {
+            field.metadata[FIELD_ID]: field.name for field in parquet.schema_arrow if FIELD_ID in (field.metadata or {})
+        }
+        names = {name: ids.get(number) for name, number in source.field_ids.items()} if ids and source.field_ids else {}
+        wanted = {name: names.get(name, name) for name in types.names}
+        wanted = {name: own for name, own in wanted.items() if own in parquet.schema_arrow.names}
+        for group in range(parquet.metadata.num_row_groups):
+            for batch in stored_rows(parquet, group, list(wanted.values()), BATCH_ROWS):
+                columns = {name: as_plain(batch.column(own), types.field(name).type) for name, own in wanted.items()}
+                for name in types.names:
+                    if name not in columns and partition.get(name, "") not in HIVE_NULLS:
+                        value = pa.scalar(partition[name]).cast(types.field(name).type)
+                        columns[name] = pa.repeat(value, batch.num_rows)
+                try:
+                    table = make(pa.table(columns))
+                except NoDayError as error:
+                    raise InputError(
+                        f"{source.file}, row group {group}: {error}; fix the file, or name another column"
+                    ) from None
+                yield table
+
+
+def with_day(table: pa.Table, column: str) -> pa.Table:
+    """Add the day of each row, null where it has none, as its column tells: dates, times, text or integers as conditions on time take them.
+
+    Raises:
+        NoDayError: a value tells none.
+    """
+    if not column:
+        return table
+    values = table[column]
+    days = _days(values, column)
+    years = pc.year(days)
+    if len(wrong := values.filter(pc.fill_null(pc.or_(pc.less(years, YEARS[0]), pc.greater(years, YEARS[1])), False))):
+        raise NoDayError(column, wrong[0].as_py())
+    return table.append_column(DAY, days)
+
+
+def _days(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
+    kind = values.type
+    if pt.is_integer(kind) and len(known := values.drop_null()):
+        middle = np.sort(known.to_numpy())[
+            len(known) // 2
+        ].item()  # one that is no time, such as 0, does not tell the form
+        form = form_of(middle)
+        if form.digits:
+            values, kind = pc.utf8_slice_codeunits(values.cast(pa.string()), 0, 8), pa.string()
+        elif form.name:
+            return (
+                pc.divide(values.cast(pa.int64()), 86_400 * NANOSECONDS // form.step).cast(pa.int32()).cast(pa.date32())
+            )
+        else:
+            raise NoDayError(column, middle)
+    with suppress(pa.ArrowInvalid):
+        return (values.cast(pa.timestamp("us")) if is_text(kind) else values).cast(pa.date32(), safe=False)
+    found: list[int | None] = []
+    coded = values.cast(pa.string()).combine_chunks().dictionary_encode()
+    for text in coded.dictionary.to_pylist():
+        if (instant := read_instant(text)) is None:
+            raise NoDayError(column, text)
+        found.append(instant.nanoseconds // (86_400 * NANOSECONDS))
+    return pa.chunked_array([pa.array(found, pa.int32()).cast(pa.date32()).take(coded.indices)])

@@ -1,0 +1,238 @@
+"""Rows of CSV and JSON lines, compressed or not, by Arrow's readers: a block at a time, typed, and what cannot be read set aside.
+
+A block ends with a record, so each is read by itself. Where Arrow refuses a block, its records are halved until the faulty ones stand alone:
+a log without faults costs nothing more, and each fault some ten reads of a part of a block.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
+
+from data.errors import InputError, first_line
+from data.public.raw_files import BLOCK_BYTES, NULLS
+from data.reading.column_types import is_list
+from data.reading.storage import DataFile, open_bytes
+
+FIRST_BYTES = 1 << 20  # of each file that its types are taken from
+SHOWN = 1_000  # letters of a rejected value that are kept
+LONGEST_RECORD = 64  # lines, of a quoted value
+TEXT_ENDINGS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4"}
+MARK = b"\xef\xbb\xbf"  # UTF-8's, at the beginning of a file
+Make = Callable[[pa.Table], pa.Table]  # may raise pa.ArrowInvalid
+
+
+class Form(NamedTuple):
+    """How CSV is written."""
+
+    delimiter: str = ""  # empty: a tab in .tsv, else a comma
+    names: tuple[str, ...] = ()  # of the columns of files without a header
+    list_separator: str = "|"
+
+
+class Reject(NamedTuple):
+    """A record that was left out."""
+
+    file: str
+    line: int  # its first, from 1
+    column: str  # empty: the record as a whole
+    value: str
+    reason: str
+
+
+class NoDayError(pa.ArrowInvalid):
+    """A value that names no day: of what column, and why."""
+
+    def __init__(self, column: str, value: object) -> None:
+        super().__init__(f"column {column!r}: {value!r} is no day or time")
+        self.column, self.value, self.reason = column, str(value), "no day or time"
+
+
+class TextFile:
+    """One file."""
+
+    def __init__(self, file: DataFile, form: Form) -> None:
+        self.file, self.form = file, form
+        name = file.name.lower()
+        self.compression = next((kind for ending, kind in COMPRESSIONS.items() if name.endswith(ending)), "")
+        self.is_csv = kind_of(file) != "json"
+        self.delimiter = form.delimiter or ("\t" if ".tsv" in name else ",")
+        self.names = list(form.names)
+
+    def tables(
+        self, types: pa.Schema | None, reject: Callable[[Reject], object], make: Make = lambda table: table
+    ) -> Iterator[pa.Table]:
+        """Yield the rows of the file as columns of `types`, as `make` takes them; without types those of the first block, in types of Arrow's choice.
+
+        Raises:
+            InputError: the file cannot be decompressed, or has no header.
+        """
+        for line, block in self._blocks(FIRST_BYTES if types is None else BLOCK_BYTES):
+            yield from self._readable([(line, block)], types, reject, make)
+            if types is None:
+                return
+
+    def _blocks(self, size: int) -> Iterator[tuple[int, bytes]]:
+        """Whole records, and the line that they begin with."""
+        held, line = b"", 1
+        try:
+            with open_bytes(self.file) as raw, _decompressed(raw, self.compression) as source:
+                while piece := source.read(size):
+                    held = held + piece if held else bytes(piece).removeprefix(MARK)
+                    cut = self._end_of_record(held)
+                    if self.is_csv and not self.names and cut:
+                        start = held.index(b"\n") + 1
+                        self.names, held, line, cut = self._header(held[:start]), held[start:], 2, cut - start
+                    if cut:
+                        yield line, held[:cut]
+                        line, held = line + held.count(b"\n", 0, cut), held[cut:]
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(
+                f"{self.file}: line {line}: cannot be read ({first_line(error)}); fetch or write it again"
+            ) from None
+        if held and self.is_csv and not self.names:
+            self._header(held)
+        elif held:
+            yield line, held
+
+    def _header(self, line: bytes) -> list[str]:
+        try:
+            names = self._read_csv(line, None, header=True).column_names
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{self.file}: line 1 is no header ({first_line(error)}); fix it, or pass --names"
+            ) from None
+        if repeated := [name for name in names if names.count(name) > 1 or not name]:
+            raise InputError(
+                f"{self.file}: the header names {repeated[0]!r} {names.count(repeated[0])} times; name each column once, or pass --names"
+            )
+        return names
+
+    def _end_of_record(self, block: bytes) -> int:
+        """Where the last record ends that is whole: at a line's end outside of quotes."""
+        last = end = block.rfind(b"\n") + 1
+        quotes = block.count(b'"', 0, end) if self.is_csv else 0
+        while quotes % 2 and end:
+            before = block.rfind(b"\n", 0, end - 1) + 1
+            quotes -= block.count(b'"', before, end)
+            end = before
+        return end or last  # a quote that nothing closes is a letter like any other
+
+    def _records(self, block: bytes) -> list[tuple[int, bytes]]:
+        """The records of a block, and of each the number of its first line in the block."""
+        lines = (
+            block.splitlines(keepends=True)
+            if b"\r" not in block
+            else block.replace(b"\r\n", b"\n").splitlines(keepends=True)
+        )
+        found, start = [], 0
+        while start < len(lines):
+            quotes, stop = lines[start].count(b'"') if self.is_csv else 0, start + 1
+            while quotes % 2 and stop < min(len(lines), start + LONGEST_RECORD):
+                quotes, stop = quotes + lines[stop].count(b'"'), stop + 1
+            stop = start + 1 if quotes % 2 else stop
+            if record := b"".join(lines[start:stop]).strip(b"\r\n"):
+                found.append((start, record + b"\n"))
+            start = stop
+        return found
+
+    def _readable(
+        self, records: list[tuple[int, bytes]], types: pa.Schema | None, reject: Callable[[Reject], object], make: Make
+    ) -> Iterator[pa.Table]:
+        """The tables of records, in their order, without those that cannot be read. One alone may be a block of many."""
+        block = b"".join(record for _, record in records)
+        try:
+            table = make(self._read(block, types))
+        except pa.ArrowException as error:
+            if len(records) == 1:
+                line = records[0][0]
+                records = [(line + offset, record) for offset, record in self._records(block)]
+            if len(records) > 1:
+                for half in (records[: len(records) // 2], records[len(records) // 2 :]):
+                    yield from self._readable(half, types, reject, make)
+            elif records:
+                reject(self._reason(*records[0], types, error))
+        else:
+            yield table
+
+    def _read(self, block: bytes, types: pa.Schema | None) -> pa.Table:
+        if self.is_csv:
+            return self._read_csv(block, types)
+        reading = pa_json.ReadOptions(use_threads=False, block_size=len(block) + 1)
+        return pa_json.read_json(pa.BufferReader(block), reading, pa_json.ParseOptions(explicit_schema=types))
+
+    def _read_csv(self, block: bytes, types: pa.Schema | None, header: bool = False) -> pa.Table:
+        lists = [field for field in types or () if is_list(field.type) and field.name in self.names]
+        kinds = (
+            dict.fromkeys(self.names, pa.string())
+            if types is None
+            else dict(zip(types.names, types.types, strict=True))
+        )
+        table = pa_csv.read_csv(
+            pa.BufferReader(block),
+            pa_csv.ReadOptions(
+                use_threads=False, block_size=len(block) + 1, column_names=None if header else self.names
+            ),
+            pa_csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
+            pa_csv.ConvertOptions(
+                column_types=kinds | {field.name: pa.string() for field in lists},
+                null_values=NULLS,
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=True,
+            ),
+        )
+        for field in lists:
+            place = table.column_names.index(field.name)
+            parts = pc.split_pattern(table.column(place), self.form.list_separator)
+            parts = pc.if_else(pc.equal(table.column(place), ""), pa.scalar([], parts.type), parts)
+            table = table.set_column(place, field, parts.cast(field.type))
+        return table
+
+    def _reason(self, line: int, record: bytes, types: pa.Schema | None, error: pa.ArrowException) -> Reject:
+        """Find the column of a record that cannot be read."""
+        if isinstance(error, NoDayError):
+            return Reject(str(self.file), line, error.column, error.value[:SHOWN], error.reason)
+        values: dict[str, Any] = {}
+        try:
+            if self.is_csv:
+                values = self._read_csv(record, pa.schema([(name, pa.binary()) for name in self.names])).to_pylist()[0]
+            elif isinstance(read := json.loads(record), dict):
+                values = read
+        except (ValueError, IndexError):  # pa.ArrowInvalid is a ValueError
+            pass
+        for name, value in values.items():
+            if types is None or name not in types.names or value is None:
+                continue
+            try:
+                own = pa.schema([types.field(name)])
+                self._read(record if self.is_csv else json.dumps({name: value}).encode(), own)
+            except pa.ArrowException as fault:
+                text = value.decode(errors="replace") if isinstance(value, bytes) else json.dumps(value)
+                return Reject(str(self.file), line, name, text[:SHOWN], _why(fault))
+        return Reject(str(self.file), line, "", record.decode(errors="replace").rstrip("\n")[:SHOWN], _why(error))
+
+
+def _decompressed(raw: pa.NativeFile, compression: str) -> pa.NativeFile:
+    return pa.CompressedInputStream(raw, compression) if compression else raw
+
+
+def _why(error: pa.ArrowException) -> str:
+    return re.sub(r"(In CSV column|Row) #\d+: ", "", first_line(error))  # of a record that was read alone
+
+
+def kind_of(file: DataFile) -> str:
+    """What a file's name says that it is: csv, json, or nothing of these."""
+    return next(
+        (
+            TEXT_ENDINGS[part]
+            for part in (f".{each}" for each in file.name.lower().split(".")[:0:-1])
+            if part in TEXT_ENDINGS
+        ),
+        "",
+    )
