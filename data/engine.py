@@ -7,17 +7,21 @@ who ran which task, when, or how often: a task that was begun twice writes the s
 import importlib
 import os
 import socket
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 
+Run = Callable[[Any], object]
+Lost = Callable[[Path], object]
 ENGINES = ("local", "ray", "torchrun")
 LOST_WORKERS = 3  # that a task may cost before it is taken to be the cause
 LOOK_SECONDS = 0.2  # between looks for what other ranks have written
@@ -29,8 +33,8 @@ class Engine(NamedTuple):
     name: str = "local"  # one of ENGINES
     workers: int = 1  # processes of "local"; 1: this one
     address: str = "auto"  # of "ray": the cluster's
-    cpus: float = 1  # of "ray": what a task takes
-    gpus: float = 0
+    cpus: float = 1  # that a task takes, which "ray" sets aside, and "local" has as threads
+    gpus: float = 0  # the same, of "ray"
 
     @property
     def is_first(self) -> bool:
@@ -56,7 +60,14 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def run_tasks(
-    engine: Engine, run: Callable[[Any], object], tasks: Mapping[Path, Any], *, last: bool = False
+    engine: Engine,
+    run: Run,
+    tasks: Mapping[Path, Any],
+    *,
+    last: bool = False,
+    is_done: Callable[[Path], bool] = Path.exists,
+    held: bool = False,
+    lost: Lost | None = None,
 ) -> Iterator[Path]:
     """Run each task whose result is not there, and yield each result's path when it is, in no order.
 
@@ -65,24 +76,38 @@ def run_tasks(
         run: a function of a module. Writes the result of a task whole or not at all (`write_result`).
         tasks: path of the result -> what `run` takes; both can be pickled.
         last: whether only torchrun's first rank goes on afterwards; the others then wait for no results but their own.
+        is_done: whether a result is there.
+        held: whether `run` keeps what it loads for the next task of its process: on Ray, tasks of actors then.
+        lost: is told the result of a task that has cost LOST_WORKERS workers, and which is given up then.
 
     Raises:
-        InputError: a task's, or workers were lost again and again.
+        InputError: a task's, or workers were lost again and again and nobody wants to be told.
     """
     if engine.name == "torchrun":
-        yield from _among_ranks(run, tasks, last)
+        yield from _among_ranks(run, tasks, last, is_done)
         return
-    there = [path for path in tasks if path.exists()]
+    there = {path for path in tasks if is_done(path)}
     yield from there
-    left = {path: task for path, task in tasks.items() if path not in set(there)}
+    left = {path: task for path, task in tasks.items() if path not in there}
     if engine.name == "ray":
-        yield from _on_ray(engine, run, left)
+        yield from _on_ray(engine, run, left, held, lost)
     elif engine.workers == 1 or len(left) < 2:
         for path, task in left.items():
             run(task)
             yield path
     else:
-        yield from _in_processes(engine.workers, run, left)
+        yield from _in_processes(engine, run, left, lost)
+
+
+def follow(engine: Engine, folder: Path) -> None:
+    """Let torchrun's other ranks wait until the first has come here."""
+    if engine.name == "torchrun":
+        begun = folder / f"begun-{_start()}"
+        if engine.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            begun.touch()
+        while not begun.exists():
+            time.sleep(LOOK_SECONDS)
 
 
 def meet(engine: Engine, folder: Path) -> None:
@@ -90,13 +115,16 @@ def meet(engine: Engine, folder: Path) -> None:
     if engine.name != "torchrun":
         return
     rank, size = rank_and_size()
-    start = "-".join(
-        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
-    )
     if rank:
-        (folder / f"left-{start}-{rank}").touch()  # by this start: an earlier one may have left its own
-    while not rank and not all((folder / f"left-{start}-{other}").exists() for other in range(1, size)):
+        (folder / f"left-{_start()}-{rank}").touch()
+    while not rank and not all((folder / f"left-{_start()}-{other}").exists() for other in range(1, size)):
         time.sleep(LOOK_SECONDS)
+
+
+def _start() -> str:
+    """Names this start of a torchrun job: an earlier one may have left marks of its own."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    return "-".join(os.environ.get(name, "") for name in names)
 
 
 @contextmanager
@@ -113,58 +141,125 @@ def write_result(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # Arrow, which is imported with the first task, heeds it too
+def _begin(threads: int) -> None:
+    """In a worker: leave when the process that started it is gone, however it went."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # Arrow, which is imported with the first task, heeds it too
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _in_processes(workers: int, run: Callable[[Any], object], left: dict[Path, Any]) -> Iterator[Path]:
-    for _ in range(LOST_WORKERS):
-        with ProcessPoolExecutor(min(workers, len(left)), get_context("spawn"), _one_thread) as pool:
-            begun: dict[Future[object], Path] = {pool.submit(run, task): path for path, task in left.items()}
-            try:
-                while begun:
-                    for future in wait(begun, return_when=FIRST_COMPLETED).done:
-                        future.result()
-                        path = begun.pop(future)
-                        del left[path]
-                        yield path
-                return
-            except BrokenProcessPool:  # a worker was killed; those tasks that are done stay done
-                continue
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-    raise InputError(
-        f"{LOST_WORKERS} worker processes were lost, by the system's memory limit as a rule; take fewer --workers, then run the command again: "
-        "it goes on where it was"
-    )
+def _in_processes(engine: Engine, run: Run, left: Mapping[Path, Any], lost: Lost | None) -> Iterator[Path]:
+    """Each worker is a pool of its own: where one is killed, the others' tasks go on."""
+
+    def worker() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, get_context("spawn"), _begin, (max(1, int(engine.cpus)),))
+
+    waiting, losses = list(left)[::-1], Counter[Path]()
+    idle = [worker() for _ in range(min(engine.workers, len(left)))]
+    begun: dict[Future[object], tuple[Path, ProcessPoolExecutor]] = {}
+    try:
+        while waiting or begun:
+            while waiting and idle:
+                path, pool = waiting.pop(), idle.pop()
+                begun[pool.submit(run, left[path])] = path, pool
+            for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                path, pool = begun.pop(future)
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    idle.append(worker())
+                    losses[path] += 1
+                    if losses[path] < LOST_WORKERS:
+                        waiting.append(path)
+                    else:
+                        _give_up(path, lost)
+                    continue
+                idle.append(pool)
+                yield path
+    finally:
+        for pool in (*idle, *(pool for _, pool in begun.values())):
+            pool.shutdown(cancel_futures=True)
 
 
-def _among_ranks(run: Callable[[Any], object], tasks: Mapping[Path, Any], last: bool) -> Iterator[Path]:
+def _give_up(path: Path, lost: Lost | None) -> None:
+    if lost is None:
+        raise InputError(
+            f"{LOST_WORKERS} worker processes were lost, by the system's memory limit as a rule; take fewer --workers, then run the command "
+            "again: it goes on where it was"
+        ) from None
+    lost(path)
+
+
+def _among_ranks(run: Run, tasks: Mapping[Path, Any], last: bool, is_done: Callable[[Path], bool]) -> Iterator[Path]:
     rank, size = rank_and_size()
     for path, task in list(tasks.items())[rank::size]:
-        if not path.exists():
+        if not is_done(path):
             run(task)
         yield path
     left = [path for number, path in enumerate(tasks) if number % size != rank]
     while left and not (last and rank):  # torchrun ends all ranks when one fails
-        yield from (path for path in left if path.exists())
-        left = [path for path in left if not path.exists()]
+        done = {path for path in left if is_done(path)}
+        yield from done
+        left = [path for path in left if path not in done]
         time.sleep(LOOK_SECONDS if left else 0)
 
 
-def _on_ray(engine: Engine, run: Callable[[Any], object], left: dict[Path, Any]) -> Iterator[Path]:
-    ray = import_ray()
+def _there(folder: str, run: Run, task: Any) -> None:
+    """Run a task in the folder where the command was given: relative paths are meant from there."""
+    os.chdir(folder)
+    run(task)
+
+
+class _Worker:
+    """Of an actor: one process for many tasks."""
+
+    def do(self, path: Path, *call: Any) -> Path:
+        """Run one; the path of its result."""
+        _there(*call)
+        return path
+
+
+def _on_ray(engine: Engine, run: Run, left: Mapping[Path, Any], held: bool, lost: Lost | None) -> Iterator[Path]:
+    ray, here = import_ray(), os.getcwd()
     if not ray.is_initialized():
-        ray.init(address=engine.address, log_to_driver=False)
-    remote = ray.remote(num_cpus=engine.cpus, num_gpus=engine.gpus, max_retries=LOST_WORKERS)(run)
-    begun = {remote.remote(task): path for path, task in left.items()}
+        try:
+            ray.init(address=engine.address, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"--engine ray --address {engine.address}: no cluster can be reached ({first_line(error)}); start one (`ray start --head`, or "
+                "`mbcnet launch ray-up`), or choose --engine local"
+            ) from None
+    options = {"num_cpus": engine.cpus, "num_gpus": engine.gpus}
+    begun: dict[Any, Path] = {}
     try:
+        if held:
+            has, takes = ray.cluster_resources(), {"CPU": engine.cpus, "GPU": engine.gpus}
+            slots = [int(has.get(name, 0) / share) for name, share in takes.items() if share]
+            actor = ray.remote(**options, max_restarts=-1, max_task_retries=LOST_WORKERS - 1)(_Worker)
+            actors = [actor.remote() for _ in range(max(1, min(len(left), *slots)))]
+            pool = importlib.import_module("ray.util").ActorPool(actors)
+            yield from pool.map_unordered(lambda each, path: each.do.remote(path, here, run, left[path]), list(left))
+        remote = ray.remote(**options, max_retries=LOST_WORKERS - 1)(_there)
+        begun = {} if held else {remote.remote(here, run, task): path for path, task in left.items()}
         while begun:
             (ready,), _ = ray.wait(list(begun), num_returns=1)
-            ray.get(ready)
-            yield begun.pop(ready)
+            path = begun.pop(ready)
+            try:
+                ray.get(ready)
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError):
+                _give_up(path, lost)
+                continue
+            yield path
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except ray.exceptions.RayActorError:
+        _give_up(Path(), None)
     finally:
         for each in begun:
             ray.cancel(each)

@@ -79,7 +79,12 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
 
 
 def engine_of(args: argparse.Namespace) -> Engine:
-    """The engine that --engine, --workers and --address name."""
-    if args.workers < 0:
-        raise InputError(f"--workers {args.workers}: wanted 1 or more; change it")
-    return Engine(args.engine, args.workers or len(os.sched_getaffinity(0)), args.address)
+    """The engine that --engine and what goes with it name."""
+    share = {name: getattr(args, name, 0) for name in ("cpus", "gpus")}  # of a cluster, that a task takes
+    for name, value in {"workers": args.workers, **share}.items():
+        if value < 0:
+            raise InputError(f"--{name} {value:g}: wanted 0 (chosen) or more; remove the minus")
+    if any(share.values()) and args.engine != "ray":
+        raise InputError("--cpus and --gpus: what Ray sets aside for a task; add --engine ray, or leave them out")
+    cores = len(os.sched_getaffinity(0))
+    return Engine(args.engine or "local", args.workers or cores, args.address, share["cpus"] or 1, share["gpus"])

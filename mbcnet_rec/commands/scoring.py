@@ -3,6 +3,7 @@
 import argparse
 
 from data.errors import InputError
+from mbcnet_rec.commands.arguments import engine_of
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -17,8 +18,15 @@ def evaluate(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     """Write each row's probability, fused and by branch, in the order of the input files.
 
-    Started again, it continues where it stopped. Labels are not needed.
+    Started again, it continues where it stopped. Labels are not needed. With --engine each file is a task of its own.
     """
+    engine = engine_of(args)
+    if args.engine:
+        from mbcnet_rec.scoring.predict_files import predict_files  # imports torchrec
+
+        return predict_files(args.run_folder, args.data, args.out, engine, keep=args.keep, overwrite=args.overwrite)
+    if args.workers:
+        raise InputError(f"--workers {args.workers}: of an engine; add --engine local")
     from mbcnet_rec.scoring.predict import run_prediction  # imports torchrec
 
     return run_prediction(args.run_folder, args.data, args.out, keep=args.keep, overwrite=args.overwrite)

@@ -1,7 +1,8 @@
 """Which rank of how many this process is, by the variables of the launcher that started it. Imports no torch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
 from data.errors import InputError
@@ -67,6 +68,25 @@ def refuse_ranks(command: str) -> None:
             f"mbcnet {command}: started as {ranks.world_size} ranks, and it starts processes of its own; start it once, without torchrun, "
             "srun or mpirun"
         )
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hide the launcher from what runs inside, which then is no rank. Of several GPUs a local rank keeps the one of its number.
+
+    A task of an engine is for itself, also where torchrun has started its process, or srun the Ray worker.
+    """
+    before, local = dict(os.environ), os.environ.get("LOCAL_RANK", "")
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if local:
+        os.environ["CUDA_VISIBLE_DEVICES"] = local if gpus == [""] else gpus[int(local) % len(gpus)]
+    for name in ("LOCAL_WORLD_SIZE", *(name for names in (TORCHRUN, *LAUNCHERS.values()) for name in names)):
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:

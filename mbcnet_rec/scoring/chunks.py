@@ -120,7 +120,7 @@ def score_chunks(
     *,
     title: str = "",
 ) -> Generator[ScoredRows, None, None]:
-    """Yield the scored batches of this rank's chunks in order, with a progress bar on rank 0.
+    """Yield the scored batches of this rank's chunks in order, with a progress bar on rank 0 where it has a title.
 
     Every rank calls it with all ranks' chunks, `dealt`; a batch has `batch_rows` rows of one rank.
 
@@ -148,7 +148,7 @@ def score_chunks(
             yield gather([(empty, 0, 0)], batch_rows, schema), None
 
     total = sum(chunk.num_rows for chunks in dealt for chunk in chunks)
-    shown = None if process.is_first else True
+    shown = None if process.is_first and title else True
     with (
         tqdm(total=total, unit="row", unit_scale=True, desc=title, disable=shown) as bar,
         closing(scorer.score(batches())) as scored,
@@ -157,17 +157,25 @@ def score_chunks(
             if each.note is not None:
                 chunk, group, extra, columns = each.note
                 bar.update(min(columns.num_rows * len(dealt), total - bar.n))
-                bad = np.flatnonzero(~np.isfinite(each.logits).all(axis=1))
-                before = passed[group]
-                passed[group] += columns.num_rows
-                if len(bad):
-                    faults.append(
-                        f"{reader.name(group)}, kept row {before + int(bad[0])}: its score is not a number; a value is far beyond those of "
-                        "training, or the run's weights are not finite: fix the row, or train again with a lower rate"
-                    )
+                try:
+                    require_finite(each.logits, reader.name(group), passed[group])
+                except InputError as error:
+                    faults.append(str(error))
                     continue
+                finally:
+                    passed[group] += columns.num_rows
                 yield ScoredRows(chunk, extra, each.logits, each.labels, columns.group_ids)
     with agreed(process):
         if faults:
             more = f" (and faults in {len(faults) - 1} more chunks)" if len(faults) > 1 else ""
             raise InputError(faults[0] + more)
+
+
+def require_finite(logits: np.ndarray, place: str, first_row: int) -> None:
+    """Raise InputError where a logit of (n, 1 + K) is not a number, in rows from `first_row` on of a row group."""
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad):
+        raise InputError(
+            f"{place}, kept row {first_row + int(bad[0])}: its score is not a number; a value is far beyond those of training, or the run's "
+            "weights are not finite: fix the row, or train again with a lower rate"
+        )

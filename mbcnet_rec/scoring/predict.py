@@ -15,14 +15,15 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -43,11 +44,12 @@ from data.reading.storage import (
     path_parts,
     retried,
 )
+from data.schema import Schema
 from data.whole_folder import write_whole
 from mbcnet_rec.runtime.lock import LOCK, locked_together, names_in
-from mbcnet_rec.runtime.process import Process, answer_of_first, any_rank
+from mbcnet_rec.runtime.process import answer_of_first, any_rank
 from mbcnet_rec.scoring.chunks import CHUNK_ROWS, Chunk, ScoredRows, chunks_of, deal, score_chunks, unlabelled_rows
-from mbcnet_rec.scoring.trained_run import opened_run
+from mbcnet_rec.scoring.trained_run import TrainedRun, opened_run
 
 REQUEST, CHUNKS = "_predict.json", "_pieces"
 MARK = b"mbcnet_prediction"  # in the footer of each file
@@ -198,6 +200,11 @@ class Job:
         schema = self.schemas[file].with_metadata({MARK: json.dumps(self.facts[self.names[file]])})
         return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
+    def of(self, file: int) -> "Job":
+        """The part of one input file, whose number is 0 there."""
+        name = self.names[file]
+        return replace(self, names=(name,), schemas=(self.schemas[file],), facts={name: self.facts[name]})
+
     def holds(self, path: Path, file: int, num_rows: int) -> bool:
         """Whether a whole Parquet file of that many rows is there, which this prediction has written."""
         return footer_of(path) == (num_rows, self.facts[self.names[file]])
@@ -209,6 +216,57 @@ def put_in_place(draft: Path, place: Path) -> None:
         os.fsync(file.fileno())
     place.parent.mkdir(parents=True, exist_ok=True)
     draft.replace(place)
+
+
+class Weights(NamedTuple):
+    """What a prediction must know of the model before anyone has loaded it."""
+
+    schema: Schema
+    branches: Sequence[str]  # in the order of its outputs behind the fused one
+    digest: str
+    attempts: int  # at reading a remote file
+    words: str  # that name it
+
+
+class Plan(NamedTuple):
+    """One prediction before its files are looked at in the output folder."""
+
+    job: Job
+    chunks: list[Chunk]
+    files: Sequence[DataFile]
+    note: Facts  # for REQUEST
+    kept: list[str]  # columns that are passed through
+
+
+def plan_prediction(
+    weights: Weights,
+    data: Sequence[str],
+    out: str,
+    keep: Sequence[str],
+    chunk_rows: int,
+    put: Callable[[Path, Path], None] = put_in_place,
+) -> Plan:
+    """Find the files, and what is to be written of each; InputError if a file is faulty, or `out` is no place for scores."""
+    place = Path(out)
+    schema, files = weights.schema, resolve_files(data)
+    names = relative_names(files, data)
+    for file in files:
+        if isinstance(file, Path) and place.resolve() in file.resolve().parents:
+            raise InputError(f"{file}: lies in --out {out}; choose another output folder")
+    if place.exists() and not place.is_dir():
+        raise InputError(f"{place}: is a file; choose a folder for --out")
+    row_groups, columns = unlabelled_rows(files, schema, weights.attempts)
+    rows = Counter[int]()
+    for group in row_groups:
+        rows[group.file] += group.num_rows
+    outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in weights.branches)]
+    kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
+    note = {"format": 3, "weights": weights.digest, "columns": [*kept, *outputs]}
+    asked = describe(names, files, [rows[file] for file in range(len(files))], note)
+    # the kept columns have the types of their input file
+    floats = [pa.field(name, pa.float32()) for name in outputs]
+    schemas = [pa.schema([*((name, found.field(name).type) for name in kept), *floats]) for found in columns]
+    return Plan(Job(place, names, schemas, asked, put), chunks_of(row_groups, chunk_rows), files, note, kept)
 
 
 def run_prediction(
@@ -227,50 +285,50 @@ def run_prediction(
     with the row group that reaches `chunk_rows`; `put` puts a finished file in its place. InputError if there is no such run, a file is
     faulty, or `out` holds something else.
     """
-    if is_uri(out):
-        raise InputError(f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards")
-    place = Path(out)
+    refuse_remote(out)
     with opened_run(Path(run_folder)) as (run, process):
-        schema, files = run.schema, resolve_files(data)
-        names = relative_names(files, data)
-        for file in files:
-            if isinstance(file, Path) and place.resolve() in file.resolve().parents:
-                raise InputError(f"{file}: lies in --out {out}; choose another output folder")
-        if place.exists() and not place.is_dir():
-            raise InputError(f"{place}: is a file; choose a folder for --out")
-        row_groups, columns = unlabelled_rows(files, schema, run.config.data.attempts)
-        chunks = chunks_of(row_groups, chunk_rows)
-        rows = Counter[int]()
-        for group in row_groups:
-            rows[group.file] += group.num_rows
-        outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in run.config.model.branch_names)]
-        kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
-        note = {"format": 3, "weights": run.digest(), "columns": [*kept, *outputs]}
-        asked = describe(names, files, [rows[file] for file in range(len(files))], note)
-        with locked_together(process, "predict", {"--out": place}):
-            facts, left, changed = answer_of_first(process, lambda: (asked, *what_is_replaced(place, asked, overwrite)))
-            # the kept columns have the types of their input file
-            floats = [pa.field(name, pa.float32()) for name in outputs]
-            schemas = [pa.schema([*((name, found.field(name).type) for name in kept), *floats]) for found in columns]
-            job = Job(place, names, schemas, facts, put)
+        weights = weights_of(run)
+        job, chunks, files, note, kept = plan_prediction(weights, data, out, keep, chunk_rows, put)
+        with locked_together(process, "predict", {"--out": job.out}):
+            facts, left, changed = answer_of_first(
+                process, lambda: (job.facts, *what_is_replaced(job.out, job.facts, overwrite))
+            )
+            job = replace(job, facts=facts)
             todo = answer_of_first(process, lambda: unfinished(job, chunks))
             scorer, batch_rows = run.scorer(process) if todo else (None, 0)
             if process.is_first:
-                for source in changed:
-                    print(f"{source} has changed since its rows were scored: scored again")
-                write_whole(place / REQUEST, json.dumps(note, indent=1))
+                begin(job, note, changed)
             if scorer is not None:
-                reader = RowReader(files, Encoder(schema, has_labels=False), extra=kept)
+                reader = RowReader(files, Encoder(run.schema, has_labels=False), extra=kept)
                 dealt = deal(todo, process.world_size)
                 scored = score_chunks(scorer, reader, dealt, process, batch_rows, title="predict")
-                for chunk, batches in itertools.groupby(scored, lambda batch: batch.chunk):
-                    write_chunk(job, chunk, batches)
-            join_chunks(job, chunks, process)
+                write_chunks(job, scored, job.part)
+            join_chunks(job, chunks, range(process.rank, len(job.names), process.world_size))
             any_rank(False)  # until every rank's files are there
             if process.is_first:
-                taken = files_in_words(files)
-                print(finish(job, chunks, left, run.step, taken, scored=sum(chunk.num_rows for chunk in todo)))
+                print(finish(job, chunks, left, weights.words, files, scored=sum(chunk.num_rows for chunk in todo)))
     return 0
+
+
+def refuse_remote(out: str) -> None:
+    """Raise InputError where scores would go to a URI."""
+    if is_uri(out):
+        raise InputError(f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards")
+
+
+def weights_of(run: TrainedRun) -> Weights:
+    """What a prediction by a run's checkpoint must know."""
+    config = run.config
+    return Weights(
+        run.schema, config.model.branch_names, run.digest(), config.data.attempts, f"weights of step {run.step}"
+    )
+
+
+def begin(job: Job, note: Facts, changed: Sequence[str]) -> None:
+    """Say whose scores are of an earlier state of their file, and note what the folder is for."""
+    for source in changed:
+        print(f"{source} has changed since its rows were scored: scored again")
+    write_whole(job.out / REQUEST, json.dumps(note, indent=1))
 
 
 def kept_columns(
@@ -310,18 +368,27 @@ def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:
     return todo
 
 
-def write_chunk(job: Job, chunk: Chunk, batches: Iterable[ScoredRows]) -> None:
-    """Write a chunk beside its place, and put it there with its last row. Nothing is left of one that a faulty row cut short."""
-    draft, num_rows = job.part(chunk).with_suffix(".partial"), 0
+def write_chunks(job: Job, scored: Iterable[ScoredRows], place: Callable[[Chunk], Path]) -> None:
+    """Write the probabilities of chunks, each to its place."""
+    for chunk, batches in itertools.groupby(scored, lambda batch: batch.chunk):
+        rows = ((each.rows, 1.0 / (1.0 + np.exp(-each.logits.astype(np.float64)))) for each in batches)
+        write_chunk(job, chunk, rows, place(chunk))
+
+
+def write_chunk(job: Job, chunk: Chunk, batches: Iterable[tuple[pa.RecordBatch, np.ndarray]], place: Path) -> None:
+    """Write a chunk's kept columns and probabilities (n, 1 + K) beside its place, and put it there with its last row.
+
+    Nothing is left of one that a faulty row cut short.
+    """
+    draft, num_rows = job.part(chunk).with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial"), 0
     draft.parent.mkdir(parents=True, exist_ok=True)
     held: list[pa.RecordBatch] = []
     schema = job.schemas[chunk.file]
     try:
         with job.open(draft, chunk.file) as writer:
-            for batch in batches:
-                probabilities = 1.0 / (1.0 + np.exp(-batch.logits.astype(np.float64)))
+            for kept, probabilities in batches:
                 columns = [pa.array(column.astype(np.float32)) for column in probabilities.T]
-                rows = pa.RecordBatch.from_arrays([*batch.rows.columns, *columns], schema=schema)
+                rows = pa.RecordBatch.from_arrays([*kept.columns, *columns], schema=schema)
                 held.append(rows)
                 num_rows += rows.num_rows
                 whole = num_rows == chunk.num_rows
@@ -331,14 +398,14 @@ def write_chunk(job: Job, chunk: Chunk, batches: Iterable[ScoredRows]) -> None:
                 if whole:
                     break
         if num_rows == chunk.num_rows:
-            job.put(draft, job.part(chunk))
+            job.put(draft, place)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
-    """Make files of chunks; each rank those of some files. A file of one chunk is that chunk, renamed."""
-    for file in range(process.rank, len(job.names), process.world_size):
+def join_chunks(job: Job, chunks: Sequence[Chunk], files: Iterable[int]) -> None:
+    """Make some files of their chunks. A file of one chunk is that chunk, renamed."""
+    for file in files:
         own = [chunk for chunk in chunks if chunk.file == file]
         target = job.target(file)
         if job.holds(target, file, sum(chunk.num_rows for chunk in own)):
@@ -357,7 +424,9 @@ def join_chunks(job: Job, chunks: Sequence[Chunk], process: Process) -> None:
         job.put(draft, target)
 
 
-def finish(job: Job, chunks: Sequence[Chunk], left: Sequence[str], step: int, taken: str, scored: int) -> str:
+def finish(
+    job: Job, chunks: Sequence[Chunk], left: Sequence[str], weights: str, files: Sequence[DataFile], scored: int
+) -> str:
     """Count the output's rows against the input's, and remove the chunks and what --overwrite leaves out. Returns what to tell the user."""
     wanted = sum(chunk.num_rows for chunk in chunks)
     written = sum(pq.read_metadata(job.out / name).num_rows for name in job.names)
@@ -372,6 +441,6 @@ def finish(job: Job, chunks: Sequence[Chunk], left: Sequence[str], step: int, ta
     earlier = f" ({wanted - scored:,} of them were there already)" if scored < wanted else ""
     columns = ", ".join(job.schemas[0].names)
     return (
-        f"{job.out}: {written:,} rows in {taken}{earlier}, weights of step {step}\n"
+        f"{job.out}: {written:,} rows in {files_in_words(files)}{earlier}, {weights}\n"
         f"columns: {columns}\nrows stand in the order of each input file"
     )

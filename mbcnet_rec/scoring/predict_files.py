@@ -1,0 +1,169 @@
+"""`mbcnet predict --engine`: each input file is a task of workers that hold the weights, of a run or of an artifact.
+
+A worker scores all of a file, alone and in batches of its own size, into one output file that appears when it is whole: the bytes do not
+depend on who scored what, and a prediction that was killed goes on with the files that are missing. What the output folder may hold, and
+what is left of an earlier prediction, is as predict.py says.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from data.engine import Engine, follow, meet, run_tasks
+from data.errors import InputError
+from data.reading.decode import RowReader
+from data.reading.encode import Encoder
+from data.reading.storage import DataFile
+from mbcnet_rec.runtime.lock import locked
+from mbcnet_rec.runtime.process import CPU, Process
+from mbcnet_rec.runtime.ranks import alone
+from mbcnet_rec.scoring.chunks import Chunk, require_finite, score_chunks
+from mbcnet_rec.scoring.predict import (
+    CHUNKS,
+    PROBABILITY,
+    Job,
+    Weights,
+    begin,
+    finish,
+    join_chunks,
+    plan_prediction,
+    refuse_remote,
+    weights_of,
+    what_is_replaced,
+    write_chunk,
+    write_chunks,
+)
+from mbcnet_rec.scoring.trained_run import find_best, load_run, opened_run
+from mbcnet_rec.serving import loader
+
+BATCH_ROWS = 4096  # that an artifact scores at a time
+_HELD = ExitStack()  # what this process has opened for its tasks
+
+
+class FileTask(NamedTuple):
+    """What one task scores."""
+
+    weights: str  # a run folder or an artifact
+    file: DataFile
+    job: Job  # of this file alone
+    chunk: Chunk  # all of it
+
+
+class Loaded(NamedTuple):
+    """Weights in a worker."""
+
+    digest: str
+    encoder: Encoder
+    write: Callable[[FileTask, RowReader], None]  # scores a file into its place
+
+
+def predict_files(
+    folder: str, data: Sequence[str], out: str, engine: Engine, *, keep: Sequence[str] = (), overwrite: bool = False
+) -> int:
+    """Score Parquet files with a run's best checkpoint or an artifact into the folder `out`, over an engine; see run_prediction."""
+    refuse_remote(out)
+    weights = describe_weights(Path(folder))
+    job, chunks, files, note, _ = plan_prediction(weights, data, out, keep, sys.maxsize)
+    own = {job.target(each.file): each for each in chunks if each.num_rows}
+    tasks = {
+        path: FileTask(
+            folder,
+            files[each.file],
+            job.of(each.file),
+            Chunk(0, 0, tuple(group._replace(file=0) for group in each.row_groups)),
+        )
+        for path, each in own.items()
+    }
+
+    def is_done(path: Path) -> bool:
+        return job.holds(path, own[path].file, own[path].num_rows)
+
+    with locked(job.out, "predict") if engine.is_first else nullcontext():
+        left: list[str] = []
+        if engine.is_first:
+            left, changed = what_is_replaced(job.out, job.facts, overwrite)
+            begin(job, note, changed)
+        follow(engine, job.out / CHUNKS)
+        total, todo = (sum(own[path].num_rows for path in own if every or not is_done(path)) for every in (True, False))
+        try:
+            with tqdm(total=total, unit="row", unit_scale=True, desc="predict", disable=not engine.is_first) as bar:
+                for path in run_tasks(engine, score_file, tasks, last=True, is_done=is_done, held=True):
+                    bar.update(own[path].num_rows)
+        finally:
+            load_weights.cache_clear()
+            _HELD.close()
+        meet(engine, job.out / CHUNKS)
+        if engine.is_first:
+            join_chunks(job, chunks, range(len(files)))  # those without rows
+            print(finish(job, chunks, left, weights.words, files, scored=todo))
+    return 0
+
+
+def describe_weights(folder: Path) -> Weights:
+    """What a prediction must know of a run folder or an artifact."""
+    if (folder / loader.MODEL).is_file():
+        model = _artifact(folder, verify=False)
+        branches = model.branches if model.branch_graph else ()
+        return Weights(model.preprocess.schema, branches, model.digest, 3, f"weights of {folder}")
+    return weights_of(find_best(load_run(folder), folder, Process(0, 1, 0, 1, CPU)))
+
+
+def score_file(task: FileTask) -> None:
+    """Score a file into its place."""
+    with alone():
+        held = load_weights(task.weights)
+        (facts,) = task.job.facts.values()
+        if held.digest != facts["weights"]:
+            raise InputError(f"{task.weights}: has other weights than when the prediction began; start it again")
+        kept = [name for name in facts["columns"] if name.partition("_")[0] != PROBABILITY]
+        held.write(task, RowReader([task.file], held.encoder, extra=kept))
+
+
+@cache
+def load_weights(folder: str) -> Loaded:
+    """Load a run's best checkpoint or an artifact, once for each process."""
+    if (Path(folder) / loader.MODEL).is_file():
+        return _load_artifact(Path(folder))
+    run, process = _HELD.enter_context(opened_run(Path(folder)))
+    scorer, batch_rows = run.scorer(process)
+
+    def write(task: FileTask, reader: RowReader) -> None:
+        scored = score_chunks(scorer, reader, [[task.chunk]], process, batch_rows)
+        write_chunks(task.job, scored, lambda chunk: task.job.target(0))
+
+    return Loaded(run.digest(), Encoder(run.schema, has_labels=False), write)
+
+
+def _load_artifact(folder: Path) -> Loaded:
+    model = _artifact(folder)
+    graph = model.branch_graph or (lambda x: model.graph(x)[:, None])
+
+    def score(task: FileTask, reader: RowReader) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        for group in task.chunk.row_groups:
+            first_row = 0
+            for columns, rows in reader.scan(group, BATCH_ROWS):
+                with torch.inference_mode():
+                    logits = graph(model.embed(model.preprocess.inputs(columns)))
+                require_finite(logits.numpy(), reader.name(group), first_row)
+                first_row += rows.num_rows
+                yield rows, model.probabilities(logits)
+
+    def write(task: FileTask, reader: RowReader) -> None:
+        write_chunk(task.job, task.chunk, score(task, reader), task.job.target(0))
+
+    return Loaded(model.digest, model.preprocess.encoder, write)
+
+
+def _artifact(folder: Path, *, verify: bool = True) -> loader.ServingModel:
+    try:
+        return loader.load(folder, verify=verify)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
