@@ -40,7 +40,7 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     fields = [
         each
         for each in stream.schema.features
-        if each.is_keyed and (each.encoding == "vocabulary" or each.table_name in known)
+        if each.table_name in known or (each.is_keyed and each.encoding == "vocabulary")
     ]
     new, values = Counter[str](), Counter[str]()
 
@@ -48,7 +48,7 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
         for each in fields:
             weighted = batch.weighted_features if each.is_weighted else None
             ids = (batch.sparse_features if weighted is None else weighted)[each.name].values()
-            if each.encoding == "hash":
+            if each.is_hashed:
                 rows = known[each.table_name]
                 ids = ids[(ids > 0) & (ids < len(rows))]
                 new[each.name] += int((rows[ids] == 0).sum())
@@ -67,7 +67,7 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     unknown, whole = (_summed(each, [field.name for field in fields], process) for each in (new, values))
     for feature in stream.schema.features:
         if feature in fields:
-            is_hash, share = feature.encoding == "hash", unknown[feature.name] / max(1, whole[feature.name])
+            is_hash, share = feature.is_hashed, unknown[feature.name] / max(1, whole[feature.name])
             profile |= {f"{'unseen' if is_hash else 'new'}/{feature.name}": share}
         elif feature.is_keyed and feature.encoding == "ids":
             profile[f"new/{feature.name}"] = metrics.get(f"invalid/{feature.name}", 0) / rows

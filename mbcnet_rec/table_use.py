@@ -26,7 +26,7 @@ def trained_rows(built: Built, schema: Schema) -> dict[str, torch.Tensor]:
 
     Empty with Adam's `l2`, which moves every row.
     """
-    names = {each.table_name for each in schema.features if each.is_keyed and each.encoding == "hash"}
+    names = {each.table_name for each in schema.features if each.is_hashed}
     state = built.model.state_dict() if names and not built.optim.embedding.l2 else {}
     tables = {name: table_of(name) for name in state if table_of(name) in names}
     found = {

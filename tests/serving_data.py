@@ -38,9 +38,11 @@ code    = { kind = "categorical", encoding = "vocabulary", vocabulary = "fit", m
 clamped = { kind = "categorical", num_embeddings = 10, embedding_dim = 8, on_invalid = "modulo" }
 lost    = { kind = "multi_valued", num_embeddings = 10, embedding_dim = 8, on_invalid = "null" }
 weight  = { kind = "numeric", transform = "standardise", mean = "fit", std = "fit", on_invalid = "null" }
+shop_city  = { kind = "cross", of = ["shop", "city"], num_embeddings = 90, embedding_dim = 8 }
+user_words = { kind = "cross", of = ["user", "words"], max_length = 2, num_embeddings = 70, embedding_dim = 8, pooling = "mean" }
 
 [groups]
-place = ["shop", "city", "code"]
+place = ["shop", "city", "code", "shop_city"]
 """
 
 

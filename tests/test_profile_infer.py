@@ -428,3 +428,27 @@ def test_whole_numbers_are_names_or_amounts_as_the_label_tells(tmp_path):
         Place("later", 0),
     )
     assert later.repaired["seat"] == 1
+
+
+def test_proposed_crosses_load_once_the_comment_goes(tmp_path):
+    """Of a user's and an item's fields, as comments that change nothing until a person takes the # away."""
+    generator = np.random.default_rng(5)
+    draw = {"user_city": 30, "user_age": 5, "item_brand": 40, "item_category": 9, "item_shop": 200}
+    table = {
+        name: pa.array([f"{name} {value}" for value in generator.integers(0, size, 3_000)])
+        for name, size in draw.items()
+    }
+    pq.write_table(pa.table(table | {"click": generator.integers(0, 2, 3_000)}), tmp_path / "log.parquet")
+    text, _ = infer_schema([tmp_path / "log.parquet"])
+    crosses = re.findall(r"^# (?=\w+ = \{ \"?kind\"? = \"cross\")", text, re.M)
+    assert len(crosses) == 4 and "item_category_x_user_age" in text
+    told = re.sub(r"^# (?=\w+ = \{ kind = \"cross\")", "", text, flags=re.M)
+    (tmp_path / "schema.toml").write_text(told)
+    fitted = write_fitted(load_schema(tmp_path / "schema.toml"), [tmp_path / "log.parquet"], tmp_path / "fit")
+    rows = pq.read_table(tmp_path / "log.parquet").combine_chunks().to_batches()[0]
+    found = Encoder(fitted).encode(rows, Place("log.parquet", 0))
+    sizes = {each.name: fitted.table_of[each.name].num_embeddings for each in fitted.sparse if each.is_cross}
+    assert len(sizes) == 4 and max(sizes.values()) < 3_000
+    for place, each in enumerate(fitted.sparse):
+        if each.is_cross:
+            assert found.single_ids[place].min() > 0 and found.single_ids[place].max() < sizes[each.name]

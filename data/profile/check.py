@@ -219,6 +219,8 @@ def _checks(schema: Schema, labels: set[float]) -> list[Check]:
 
     checks: list[Check] = [(label, {label}, check_labels)]
     for feature in schema.features:
+        if feature.is_cross:  # of values that are checked as its fields'
+            continue
         table = schema.table_of.get(feature.name)
         tables = (replace(table, feature_names=(feature.name,)),) if table else ()
         alone = replace(schema, features=(feature,), tables=tables, groups={}, group_column="")

@@ -8,6 +8,7 @@ import datetime
 import tomllib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,15 @@ from pyarrow import types as pt
 from data.engine import HERE, Engine
 from data.errors import InputError
 from data.profile.leaks import always_positive, column_auc
-from data.profile.propose import BUCKETS, GROUP_NAMES, Proposal, holds_names, propose
+from data.profile.propose import BUCKETS, GROUP_NAMES, HASH_HEADROOM, Proposal, holds_names, propose, two_digits
 from data.profile.scan import ColumnProfile, Profile, profile_files
 from data.profile.units import Progress, unheard
 from data.reading.column_types import check_columns, column_faults, is_number
 from data.reading.ids import is_key
 from data.reading.storage import DataFile
 from data.schema import Schema, parse_schema
-from data.schema.names import RESERVED_GROUPS, is_writable, own_table
-from data.schema.schema import toml_key, toml_text
+from data.schema.names import RESERVED_GROUPS, is_writable, name_problem, own_table
+from data.schema.schema import inline_table, toml_key, toml_text
 
 LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
 OUTCOME_NAMES = {
@@ -40,6 +41,7 @@ MAX_FLAG_VALUES = 3  # a column of so few values may be a flag of an outcome
 MAX_NAME = 100  # letters of a field's name; a longer one gets `column`
 UNIQUE_SHARE = 0.95
 MIN_ROWS_FOR_UNIQUE = 200
+MAX_CROSS_ROWS = 1_000_000  # of a cross that is proposed
 EARLIEST, LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in Unix seconds
 
 
@@ -250,15 +252,35 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
         proposal.suspicions.append(f"it leaks the label: all {proven[1]} rows sampled of {proven[0]} have label 1")
 
 
-def _groups(used: list[Proposal]) -> dict[str, list[str]]:
-    """A first guess: fields whose names begin alike, and the largest ids of the two largest such families (a user and an item)."""
+def _families(used: list[Proposal]) -> list[tuple[str, list[Proposal]]]:
+    """Fields whose names begin alike, the most first."""
     families: dict[str, list[Proposal]] = {}
     for each in used:
         family, mark, _ = each.name.partition("_")
         if family and mark:
             families.setdefault(f"{family}_fields" if family in RESERVED_GROUPS else family, []).append(each)
+    return sorted(families.items(), key=lambda item: -len(item[1]))
+
+
+def _crosses(used: list[Proposal]) -> list[str]:
+    """Lines that cross fields of the two largest families of names (a user and an item), those of few values before those of many."""
+    sparse = [[each for each in members if each.kind == "categorical"] for _, members in _families(used)]
+    sides = [sorted(each, key=lambda each: each.entry["cardinality"]) for each in sparse if each][:2]
+    names, lines = {each.name for each in used}, []
+    for one, other in product(*(side[:2] for side in sides)) if len(sides) == 2 else ():
+        values = one.entry["cardinality"] * other.entry["cardinality"]
+        rows = min(MAX_CROSS_ROWS, max(2, two_digits(HASH_HEADROOM * values)))
+        entry = {"kind": "cross", "of": [one.name, other.name], "num_embeddings": rows, "embedding_dim": 8}
+        if (name := f"{one.name}_x_{other.name}") not in names and not name_problem(name):
+            lines.append(f"# {toml_key(name)} = {inline_table(entry)}")
+    head = "# Crosses of two fields, which logs need not hold, for what only both together tell. Remove the # before those to try:"
+    return [head, *lines] if lines else []
+
+
+def _groups(used: list[Proposal]) -> dict[str, list[str]]:
+    """A first guess: the largest families of names, and the largest ids of the first two (a user and an item)."""
     groups, ids = {}, []
-    for family, members in sorted(families.items(), key=lambda item: -len(item[1]))[:6]:
+    for family, members in _families(used)[:6]:
         if len(members) > 1:
             groups[family] = [each.name for each in members]
             sparse = [each for each in members if each.kind == "categorical"]
@@ -297,6 +319,7 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
     width = max(len(toml_key(each.name)) for each in proposals)
     lines += [each.line(width) for each in proposals]
     lines += [f"# {toml_key(column)}  # LEFT OUT: {reason}" for column, reason in profile.unfit.items()]
+    lines += _crosses(used)
     lines += [
         "",
         "[groups]",

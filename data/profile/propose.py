@@ -165,11 +165,11 @@ def _keys(proposal: Proposal, column: ColumnProfile) -> dict[str, Any]:
     if values <= MAX_VOCABULARY:
         return {"encoding": "vocabulary", "vocabulary": FIT, "min_count": 2, **sizes}
     proposal.notes.append('new ids keep coming? encoding = "zch"')
-    rows = min(MAX_NUM_EMBEDDINGS, _two_digits(HASH_HEADROOM * values))
+    rows = min(MAX_NUM_EMBEDDINGS, two_digits(HASH_HEADROOM * values))
     return {"encoding": "hash", "num_embeddings": rows, **sizes}
 
 
-def _two_digits(number: float) -> int:
+def two_digits(number: float) -> int:
     """Round up to two significant digits."""
     step = 10 ** max(0, len(str(int(number))) - 2)
     return int(-(-number // step) * step)

@@ -39,6 +39,8 @@ def _wanted(schema: Schema, has_label: bool) -> Iterator[tuple[str, str, str, st
         types = "0 and 1 as integers, floats or booleans"
         yield schema.label, schema.label, "label", "the label", _is_number_or_null, types
     for feature in schema.features:
+        if feature.is_cross:
+            continue
         source, owner = feature.source_column, f"field {feature.name!r}"
         yield source, source, owner, f"{feature.kind} {owner}", *_accepted(feature)
         if feature.weights:

@@ -17,8 +17,9 @@ import pyarrow as pa
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
 from .columns import ABSENT, Columns, Lists, Permute, Place, Ragged, join_lists, offsets_of
+from .crosses import Part, cross
 from .ids import Column, as_arrow, as_lists, decoded, integers, is_id, is_valid, list_offsets, read_ids
-from .keys import hash_values, make_vocabularies, read_vocabularies, remainder, unbounded_ids
+from .keys import hash_values, make_vocabularies, read_vocabularies, remainder, splitmix64, unbounded_ids
 from .numbers import buckets_of, read_labels, read_numbers, read_weights, write_numbers, write_vectors
 
 T = TypeVar("T")
@@ -60,6 +61,8 @@ class Encoder:
         # what a field's ids are read as, "integer" or "text"; empty: as the type of their column says
         self.id_type = {each.name: "integer" if each.encoding == "ids" else each.type for each in schema.features}
         self.id_type |= {name: vocabulary.id_type for name, vocabulary in self.vocabularies.items()}
+        fields = {each.name: each for each in schema.features}
+        self.parts = {each.name: [fields[name] for name in each.of] for each in schema.features}  # of crosses
         self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
         self.single = [feature for feature in schema.sparse if feature.is_single]
         self.lists = [feature for feature in schema.sparse if not feature.is_single]
@@ -81,7 +84,7 @@ class Encoder:
     def _nulls(self, readers: Sequence["_Reader"]) -> Counter[str]:
         found: Counter[str] = Counter()
         for feature in self.schema.features:
-            columns = (reader.columns[feature.source_column] for reader in readers)
+            columns = (reader.columns.get(feature.source_column) for reader in readers)
             if count := sum(column.null_count for column in columns if isinstance(column, pa.Array)):
                 found[feature.name] = count
         return found
@@ -175,6 +178,7 @@ class _Reader:
         )
         self.rows = slice(start, start + len(next(iter(self.columns.values()))))
         self.absent: set[str] = set()  # fields in which an ABSENT was written
+        self.hashes: dict[str, Part] = {}  # of fields that crosses combine
 
     @_named
     def targets(self, labels: np.ndarray, groups: np.ndarray | None, weights: np.ndarray | None) -> None:
@@ -201,6 +205,9 @@ class _Reader:
     @_named
     def single(self, feature: Feature, out: np.ndarray) -> None:
         """Write one row of the table, or ABSENT, for each row of the log."""
+        if feature.is_cross:
+            out[:] = self._cross(feature).values
+            return
         column = self.columns[feature.source_column]
         if feature.kind == "numeric":
             numbers, valid = read_numbers(column, feature, self.place, self.repaired)
@@ -216,6 +223,8 @@ class _Reader:
     @_named
     def list(self, feature: Feature) -> Ragged:
         """Read a list column; a null list is an empty one, a null inside a list is no value."""
+        if feature.is_cross:
+            return self._cross(feature)
         column = as_lists(self.columns[feature.source_column])
         offsets = list_offsets(column)
         ids, valid = self._ids(column.flatten(), feature, offsets)
@@ -227,6 +236,40 @@ class _Reader:
             weights = None if weights is None else weights[keep]
             offsets = offsets_of(keep)[offsets]
         return Ragged(ids, offsets, weights)
+
+    def _cross(self, feature: Feature) -> Ragged:
+        parts = self.encoder.parts[feature.name]
+        for part in parts:
+            if part.name not in self.hashes:
+                self.hashes[part.name] = self._hashes(part)
+        num_embeddings = self.encoder.num_embeddings[feature.name]
+        found = cross([self.hashes[each.name] for each in parts], num_embeddings, feature.max_length or 1)
+        if found.cut:
+            self.repaired[feature.name] += found.cut
+        return Ragged(found.rows.astype(self.encoder.list_dtype[feature.name], copy=False), found.offsets, None)
+
+    def _hashes(self, part: Feature) -> Part:
+        """Hash what a column holds; what its field takes for missing is no value."""
+        column, offsets = self.columns[part.source_column], None
+        if part.is_bucketised:
+            numbers, valid = read_numbers(
+                column, part, self.place, Counter()
+            )  # the field itself counts what is repaired
+            hashes = splitmix64(buckets_of(numbers, np.asarray(part.boundaries, np.float64)).astype(np.uint64))
+        else:
+            if not part.is_single:
+                column = as_lists(column)
+                offsets, column = list_offsets(column), column.flatten()
+            owner, wanted = f"field {part.name!r}", self.encoder.id_type[part.name]
+            ids = read_ids(as_arrow(column), owner, wanted, self.place, offsets)
+            hashes, valid = hash_values(ids), is_valid(ids) if ids.null_count else None
+            if part.encoding == "ids" and part.on_invalid == "null":
+                numbers = integers(decoded(ids))
+                inside = (numbers >= 0) & (numbers < self.encoder.num_embeddings[part.name])
+                valid = inside if valid is None else valid & inside
+        keep = np.ones(len(hashes), bool) if valid is None else valid
+        lengths = keep.astype(np.int64) if offsets is None else np.diff(offsets_of(keep)[offsets])
+        return Part(hashes if valid is None else hashes[keep], lengths)
 
     def _weights(self, feature: Feature, offsets: np.ndarray) -> np.ndarray:
         column = as_lists(self.columns[feature.weights])

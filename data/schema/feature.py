@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .bounds import bounded, bounds_problem  # relative: an exported artifact carries this file
 from .names import own_table
 
-Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector"]
+Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector", "cross"]
 Encoding = Literal["ids", "vocabulary", "hash", "zch"]
 IdType = Literal["", "integer", "text"]
 Eviction = Literal["distance_lfu", "lfu", "lru"]
@@ -32,7 +32,7 @@ class Feature:
 
     Attributes:
         kind: categorical (one id), multi_valued (a list of ids), weighted_multi_valued (a list of ids and a list of weights), numeric
-            (one number), vector (a fixed-size list of numbers).
+            (one number), vector (a fixed-size list of numbers), cross (the hashed combination of other fields' values, of no column).
         column: the Parquet column, if it is not named like the field.
         encoding: how a categorical value becomes a row: ids (integers in [0, num_embeddings)), vocabulary (a fitted list of values),
             hash (64-bit hash, modulo num_embeddings - 1, plus 1), zch (TorchRec's zero-collision hash: an id that comes up in training
@@ -61,6 +61,8 @@ class Feature:
         projection: columns that a learned linear map makes of a vector before it enters the branches; 0: it enters as it is.
         pooling_factor: ids per row on average, for the planner; 0: not known. It changes no result.
         cardinality: distinct values, for the planner; 0: not known. It changes no result.
+        of: the two or three fields whose values a cross combines, as they stand in the columns.
+        max_length: of a cross of lists: combinations that a row keeps, the first ones; 0: none of its fields is a list.
     """
 
     name: str
@@ -97,11 +99,13 @@ class Feature:
     )  # fmt: skip
     pooling_factor: float = bounded(0.0, at_least=0, fix="remove the minus")
     cardinality: int = bounded(0, at_least=0, fix="remove the minus")
+    of: tuple[str, ...] = ()
+    max_length: int = bounded(0, at_least=0, at_most=MAX_WIDTH, wanted=f"1 to {MAX_WIDTH}", fix="change it")
 
     @property
     def is_sparse(self) -> bool:
         """Whether the field looks up rows of an embedding table."""
-        return self.is_keyed or self.is_bucketised
+        return self.is_keyed or self.is_bucketised or self.is_cross
 
     @property
     def is_bucketised(self) -> bool:
@@ -111,7 +115,17 @@ class Feature:
     @property
     def is_keyed(self) -> bool:
         """Whether the column holds ids."""
-        return self.kind not in ("numeric", "vector")
+        return self.kind not in ("numeric", "vector", "cross")
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether the field combines the values of others."""
+        return self.kind == "cross"
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether the field's row is a hash modulo the rows."""
+        return self.is_cross or (self.is_keyed and self.encoding == "hash")
 
     @property
     def is_unbounded(self) -> bool:
@@ -121,7 +135,7 @@ class Feature:
     @property
     def is_single(self) -> bool:
         """Whether the field has at most one id per row."""
-        return self.kind in ("categorical", "numeric")
+        return self.kind in ("categorical", "numeric") or (self.is_cross and not self.max_length)
 
     @property
     def is_weighted(self) -> bool:
@@ -135,8 +149,8 @@ class Feature:
 
     @property
     def source_column(self) -> str:
-        """The Parquet column the field reads."""
-        return self.column or self.name
+        """The Parquet column the field reads; a cross has none."""
+        return "" if self.is_cross else self.column or self.name
 
     @property
     def table_name(self) -> str:
@@ -164,6 +178,8 @@ _READERS: tuple[tuple[str, Callable[[Feature], bool], str], ...] = (
     ("eviction eviction_interval zch_buckets", lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
     ("num_embeddings embedding_dim table pooling", lambda feature: feature.is_sparse, "fields with a table"),
     ("weights", lambda feature: feature.is_weighted, 'kind = "weighted_multi_valued"'),
+    ("of max_length", lambda feature: feature.is_cross, 'kind = "cross"'),
+    ("column on_invalid table", lambda feature: not feature.is_cross, "fields with a column"),
     ("transform", lambda feature: feature.kind == "numeric", 'kind = "numeric"'),
     ("mean std", lambda feature: feature.transform == "standardise", 'transform = "standardise"'),
     ("boundaries num_buckets", lambda feature: feature.is_bucketised, 'transform = "bucketise"'),
@@ -239,7 +255,7 @@ def rows_problem(sizes: Any, users: Sequence[Feature], what: str) -> str:
     is_fitted = all(user.is_fitted for user in users)
     if not is_fitted <= num_embeddings <= MAX_NUM_EMBEDDINGS:
         return f"num_embeddings = {num_embeddings}: wanted a number of rows in [1, 2**40]; set it to the field's number of ids"
-    if is_fitted and num_embeddings < 2 and any(user.encoding == "hash" for user in users):
+    if is_fitted and num_embeddings < 2 and any(user.is_hashed for user in users):
         return f"num_embeddings = {num_embeddings}: a hashed {what} needs at least 2 rows, row 0 being the missing one; raise it"
     buckets = users[0].zch_buckets
     least = ZCH_LEAST_ROWS * buckets

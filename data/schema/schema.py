@@ -13,7 +13,7 @@ A schema is one TOML file, one line a field:
     taste = ["user_id", "tags", "image"]
 
 What a missing value (null) means, by kind: categorical "ids" and "zch" -> an empty bag, which looks up the zero vector; "vocabulary", "hash"
-and bucketised numerics -> row 0, which is learned; multi-valued -> an empty list, and a null inside a list is no value; a null weight -> 0;
+and bucketised numerics -> row 0, which is learned; cross -> row 0, where any of its fields has no value; multi-valued -> an empty list, and a null inside a list is no value; a null weight -> 0;
 numeric -> 0 after the transform, which is the mean of a standardised one; vector -> zeros. A null label is an error.
 A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary, row 2 + i the i-th value.
 """
@@ -21,7 +21,7 @@ A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary,
 import dataclasses
 import hashlib
 import json
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -192,6 +192,7 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
         raise InputError(f"{source}: label = '': wanted the column of 0 and 1; name it")
     features = [_parse_feature(name, entry, top, source) for name, entry in raw_fields.items()]
     _check_names(raw_fields, top, source)
+    _check_crosses(features, source)
     _check_groups(top.groups, raw_fields, source)
     own: dict[str, Any] = {"transforms": checked_transforms(top.transforms, features, source, folder)}
     tables = _build_tables(features, top.tables, source)
@@ -230,6 +231,28 @@ def _check_names(fields: Iterable[str], top: _SchemaTop, source: str) -> None:
             raise InputError(f"{source}: {key} = {top.label!r}: this is the label; name another column")
     if top.group_type and not top.group_column:
         raise InputError(f"{source}: group_type = {top.group_type!r}: only group_column reads it; remove it")
+
+
+def _check_crosses(features: Sequence[Feature], source: str) -> None:
+    """Refuse a cross of fields that are not there or have no ids, and one whose `max_length` does not fit them."""
+    fields = {feature.name: feature for feature in features}
+    for cross in (feature for feature in features if feature.is_cross):
+        where, parts = f"{source}: fields.{cross.name}", [fields.get(name) for name in cross.of]
+        if len(set(cross.of)) != len(parts) or not 2 <= len(parts) <= 3:
+            raise InputError(f"{where}.of = {list(cross.of)}: wanted the names of two or three other fields; change it")
+        for name, part in zip(cross.of, parts, strict=True):
+            if part is None or part.is_cross or part.is_weighted or not part.is_sparse:
+                found = "no field" if part is None else f"of kind {part.kind}"
+                raise InputError(
+                    f"{where}.of: {name!r} is {found}: wanted fields that are categorical, multi_valued, or numeric with transform = "
+                    "'bucketise'; name another one"
+                )
+        if bool(cross.max_length) != any(part is not None and not part.is_single for part in parts):
+            wanted = "no list is among its fields; remove it" if cross.max_length else "a list is among its fields"
+            raise InputError(
+                f"{where}.max_length = {cross.max_length}: {wanted}"
+                + ("" if cross.max_length else ": wanted how many combinations a row keeps; set it, to 64 for instance")
+            )
 
 
 def _check_groups(groups: dict[str, tuple[str, ...]], names: Container[str], source: str) -> None:

@@ -37,6 +37,10 @@ def _field(schema: Schema, feature: Feature) -> tuple[object, ...]:
     table = schema.table_of.get(feature.name)
     if feature.kind == "vector":
         encoding = f"{feature.width} numbers" + (f" -> {feature.projection}" if feature.projection else "")
+    elif feature.is_cross:
+        encoding = f"hash of {' x '.join(feature.of)}" + (
+            f", {feature.max_length} at most" if feature.max_length else ""
+        )
     elif feature.is_unbounded:
         encoding = f"zch, {feature.eviction}"
     else:

@@ -154,7 +154,13 @@ def _difference(schemas: Sequence[Schema], table: str, vocabularies: Sequence[Ma
         return f"ids are {'/'.join(sorted(types[0]))} there, {'/'.join(sorted(types[1]))} here"
     if first.is_bucketised:
         return "" if first.boundaries == other.boundaries else "other boundaries"
-    modulo = first.encoding == "hash" or "modulo" in (first.on_invalid, other.on_invalid)
+    if first.is_cross:  # a number's buckets, or text in place of integers, are other values
+        whole = [{each.name: each for each in schema.features} for schema in schemas]
+        for name in first.of:
+            (was, now) = (fields[name] for fields in whole)
+            if was.boundaries != now.boundaries or (was.type and now.type and was.type != now.type):
+                return f"field {name!r}, which it combines, has other boundaries or ids of another type"
+    modulo = first.is_hashed or "modulo" in (first.on_invalid, other.on_invalid)
     rows = [schema.table_of[of_table[0].name].num_embeddings for schema, of_table in zip(schemas, fields, strict=True)]
     if modulo and rows[0] != rows[1]:
         return f"num_embeddings {rows[0]:,} -> {rows[1]:,}, which divides the ids"
@@ -174,4 +180,6 @@ def _begins_with(values: pa.Array, first: pa.Array) -> bool:
 
 
 def _encoding(feature: Feature) -> str:
+    if feature.is_cross:
+        return f"cross of {' x '.join(feature.of)}"
     return feature.transform if feature.is_bucketised else feature.encoding

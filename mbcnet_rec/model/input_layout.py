@@ -35,6 +35,7 @@ class InputLayout:
         wide: whether each sparse field also looks up one weight per id, in a table of its own (`wide_tables`).
         projections: dense field -> the width to which a learned linear map brings it before the branches see it.
         streams: parts of the model that read slices of rows of their own; none: all read whole rows.
+        wide_only: sparse fields that are in the wide group alone.
     """
 
     embedding_dims: Mapping[str, int]
@@ -43,6 +44,7 @@ class InputLayout:
     wide: bool = False
     projections: Mapping[str, int] = dataclasses.field(default_factory=dict)
     streams: Mapping[str, Stream] = dataclasses.field(default_factory=dict)
+    wide_only: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Refuse names that the model needs itself."""
@@ -52,6 +54,7 @@ class InputLayout:
     def keys(self, group: str) -> tuple[str, ...]:
         """List the keys of a group, sparse ones first, in the order in which their columns stand."""
         members = (*self.embedding_dims, *self.dense_slices) if group in (ALL, WIDE) else self.groups[group]
+        members = tuple(key for key in members if group == WIDE or key not in self.wide_only)
         return tuple(sorted(members, key=lambda key: key in self.dense_slices))  # a stable sort
 
     def width(self, group: str = ALL) -> int:
@@ -153,7 +156,7 @@ def with_streams(layout: InputLayout, reads: Mapping[str, tuple[str, ...]]) -> I
     return dataclasses.replace(layout, streams=streams)
 
 
-def input_layout(schema: Schema, wide: bool = False) -> InputLayout:
+def input_layout(schema: Schema, wide: bool = False, wide_only: frozenset[str] = frozenset()) -> InputLayout:
     """Describe a schema's fields and groups to a model. `schema` has no wide tables: a field's own table gives its width."""
     dims = {feature.name: schema.table_of[feature.name].embedding_dim for feature in (*schema.sparse, *schema.weighted)}
     slices, start = {}, 0
@@ -161,7 +164,7 @@ def input_layout(schema: Schema, wide: bool = False) -> InputLayout:
         slices[feature.name] = (start, feature.dense_width)
         start += feature.dense_width
     projections = {feature.name: feature.projection for feature in schema.dense if feature.projection}
-    return InputLayout(dims, slices, schema.groups, wide, projections)
+    return InputLayout(dims, slices, schema.groups, wide, projections, wide_only=wide_only)
 
 
 def wide_table(field: str) -> str:

@@ -52,6 +52,7 @@ class ModelKind:
             the width of a latent in `latent_dim`; with `serve` it can serve some of them.
         title: in tables of studies, unless the paper has one for it.
         reads_wide: whether a model of this config reads one weight per id and field, of tables of their own.
+        wide_crosses: whether the schema's crosses go to the wide part alone.
         objective: (model, config, mean_over_ranks) -> its training objective; None: BCE, with the cooperation losses of its branches.
         widths: MBCnet's config -> values that a config which says nothing of this model takes, as the paper does.
     """
@@ -61,6 +62,7 @@ class ModelKind:
     arch: Callable[[Any, InputLayout], nn.Module]
     title: str = ""
     reads_wide: Callable[[Any], bool] = reads_no_wide
+    wide_crosses: bool = False
     objective: Callable[..., nn.Module] | None = None
     widths: Callable[[Any], Mapping[str, Any]] | None = None
 

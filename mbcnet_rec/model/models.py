@@ -106,10 +106,15 @@ def model_layout(config: ModelConfig, schema: Schema) -> InputLayout:
     Raises:
         InputError: a row has fewer columns than parts of the model that read it.
     """
-    layout = input_layout(schema, needs_wide(config))
+    layout = input_layout(schema, needs_wide(config), _wide_only(config, schema))
     if not has_streams(config):
         return layout
     return with_streams(layout, config.own.streams(tuple(layout.groups)))
+
+
+def _wide_only(config: ModelConfig, schema: Schema) -> frozenset[str]:
+    crosses = frozenset(each.name for each in schema.features if each.is_cross)
+    return crosses if config.kinds[config.kind].wide_crosses else frozenset()
 
 
 def needs_wide(config: ModelConfig) -> bool:
@@ -120,6 +125,8 @@ def needs_wide(config: ModelConfig) -> bool:
 
 def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
     """Add a table of one weight per id for each field, where the model has a wide part; else return the schema.
+
+    A field that only the wide part reads has no other table.
 
     Raises:
         InputError: a field's ids are unbounded: TorchRec looks each one up in one table only.
@@ -133,7 +140,8 @@ def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
             "up in a second table, as TorchRec's managed collision cannot; use encoding = 'hash' for the field, or a model without a "
             "wide part"
         )
-    return replace(schema, tables=(*schema.tables, *wide_tables(schema.tables)))
+    kept = [table for table in schema.tables if not _wide_only(config, schema).issuperset(table.feature_names)]
+    return replace(schema, tables=(*kept, *wide_tables(schema.tables)))
 
 
 def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLayout) -> Model:

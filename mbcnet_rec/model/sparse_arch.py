@@ -96,6 +96,9 @@ class FeatureRegroup(nn.Module):
         if layout.wide:
             self._sparse[WIDE] = [(wide_key(field), "") for field in layout.embedding_dims]
         self._fields = frozenset(layout.embedding_dims)
+        self._wide_only = (
+            layout.wide_only if layout.wide else frozenset()
+        )  # one table serves each: their key is the field
         self._keys: list[list[str]] = []  # of the collections' outputs at the last call
         self._widths: list[dict[str, int]] = []  # of the slices of each output, in the order of columns
         self._cuts = Cuts([], {})
@@ -150,6 +153,7 @@ class FeatureRegroup(nn.Module):
         for own, tensor in zip(self._widths, keyed_tensors, strict=True):
             for key, width in zip(tensor.keys(), tensor.length_per_key(), strict=True):
                 field = field_of(key, self._fields)
+                field = wide_key(field) if field in self._wide_only else field
                 for stream, share in self._layout.row_slices(field) if self._layout.streams else [("", width)]:
                     name = pieces[field, stream] = f"{key}/{stream}" if stream else key
                     own[name] = share

@@ -8,7 +8,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -185,6 +185,19 @@ def parse(
     types = (rows.schema, shared and shared.schema) if is_table else ()
     arm = arm_of(shared if arms[0] in ours else rows, *arms) if arms else ""
     return Request(rows, shared, num_rows, (kind, frozenset(ours), arm, *types), arm=arm, **more)
+
+
+def unshared(request: Request) -> Request:
+    """The same with what its rows share in each of them."""
+    if request.shared is None:
+        return request
+    if isinstance(request.rows, pa.Table):
+        rows = request.rows
+        for name, column in zip(request.shared.column_names, request.shared.columns, strict=True):
+            rows = rows.append_column(name, column.take([0] * request.num_rows))
+    else:
+        rows = request.rows | {name: values * request.num_rows for name, values in request.shared.items()}
+    return replace(request, rows=rows, shared=None)
 
 
 def merged(parts: list[Columns]) -> Columns:

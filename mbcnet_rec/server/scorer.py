@@ -14,7 +14,7 @@ from data.errors import InputError
 from mbcnet_rec.server.metrics import Metrics
 from mbcnet_rec.server.models import Loaded, Models
 from mbcnet_rec.server.options import Options
-from mbcnet_rec.server.requests import Refused, Request, explained, merged
+from mbcnet_rec.server.requests import Refused, Request, explained, merged, unshared
 from mbcnet_rec.serving.preprocess import REQUEST, Inputs
 
 SHARED = "shared"  # stands in messages where others have REQUEST
@@ -93,6 +93,8 @@ class Scorer:
 
     def _score(self, requests: list[Request], loaded: Loaded) -> list[Any]:
         """For each request its scores and the model, or what is wrong with it."""
+        if requests[0].shared is not None and loaded.model.preprocess.spans(requests[0].kind[1]):
+            requests = [unshared(each) for each in requests]
         try:
             scores = self._probabilities(requests, loaded)
         except InputError as error:

@@ -37,8 +37,8 @@ from data.whole_folder import whole_folder
 from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.doctor import installed
-from mbcnet_rec.model.input_layout import wide_table, wide_tables
-from mbcnet_rec.model.models import build_arch, model_layout
+from mbcnet_rec.model.input_layout import wide_table
+from mbcnet_rec.model.models import build_arch, model_layout, schema_with_wide
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
 from mbcnet_rec.scoring.trained_run import TrainedRun
 from mbcnet_rec.serving import loader as serving
@@ -61,7 +61,10 @@ ENCODER_FILES = (
     "errors.py",
     "plugins.py",
     *(f"schema/{name}.py" for name in ("__init__", "bounds", "feature", "names", "parse", "schema", "transforms")),
-    *(f"reading/{name}.py" for name in ("__init__", "column_types", "columns", "encode", "ids", "keys", "numbers")),
+    *(
+        f"reading/{name}.py"
+        for name in ("__init__", "column_types", "columns", "crosses", "encode", "ids", "keys", "numbers")
+    ),
 )
 DATA = Path(data.__file__).parent
 CHUNK_ROWS = 65_536  # quantised at a time
@@ -101,7 +104,7 @@ class Weights:
 def untrained(config: RunConfig, schema: Schema) -> Weights:
     """Build a model unsharded, without rows and with freshly drawn dense weights."""
     layout = model_layout(config.model, schema)
-    tables = (*schema.tables, *(wide_tables(list(schema.tables)) if layout.wide else ()))
+    tables = schema_with_wide(config.model, schema).tables
     arch = build_arch(config.model, layout)
     return Weights(config, schema, tables, {}, FeatureRegroup(layout).eval(), arch.eval())
 

@@ -45,6 +45,8 @@ def draw_requests(schema: Schema, vocabularies: Mapping[str, pa.Array], rows: in
 def _draw(
     feature: Feature, schema: Schema, vocabularies: Mapping[str, pa.Array], rows: int, rng: np.random.Generator
 ) -> dict[str, list[Any]]:
+    if feature.is_cross:
+        return {}
     if feature.kind == "numeric":
         return {feature.source_column: rng.gamma(2.0, 10.0, rows).tolist()}
     if feature.kind == "vector":

@@ -88,6 +88,12 @@ class Preprocessor:
                     raise ValueError(f"field {name!r}: an id has a row that its table lacks; copy the artifact again")
                 self.id_rows[name] = table, ids, rows
 
+    def spans(self, columns: frozenset[str]) -> bool:
+        """Whether a cross combines fields of these columns with others, so that rows of either alone do not tell it."""
+        column_of = {each.name: each.source_column for each in self.schema.features}
+        inside = ([column_of[name] in columns for name in each.of] for each in self.schema.features)
+        return any(any(each) and not all(each) for each in inside)
+
     def part(self, columns: frozenset[str]) -> "Preprocessor":
         """The same for the fields that read these columns alone: the others' bags are empty, and their dense columns 0.
 
@@ -97,10 +103,13 @@ class Preprocessor:
         if columns in self._parts:
             return self._parts[columns]
         features, own, start = [], [], 0
+        fields = {feature.name: feature for feature in self.schema.features}
         for feature in self.schema.features:
-            reads = [name in columns for name in (feature.source_column, feature.weights) if name]
+            parts = [fields[name] for name in feature.of] or [feature]
+            reads = [name in columns for part in parts for name in (part.source_column, part.weights) if name]
             if any(reads) and not all(reads):
                 words = "values and weights must stand together, shared or in the rows"
+                words = f"{' and '.join(feature.of)}, which it combines, {words[19:]}" if feature.is_cross else words
                 raise InputError(f"{REQUEST}: row 0, field {feature.name!r}: {words}; move one of them")
             if all(reads):
                 features.append(feature)

@@ -172,11 +172,11 @@ class Feed:
 
 
 def invalid_value_counts(stream: ParquetStream, order: Order, process: Process) -> dict[str, int]:
-    """Field -> values that its `on_invalid` replaced since this start, on all ranks, where there are any. Every rank calls it.
+    """Field -> values that its `on_invalid` replaced, or rows that its `max_length` cut, since this start, on all ranks, where there are any. Every rank calls it.
 
     In chronological order every rank decodes all rows, so there the count is one rank's and not the sum.
     """
-    names = [feature.name for feature in stream.schema.features if feature.on_invalid != "error"]
+    names = [feature.name for feature in stream.schema.features if feature.on_invalid != "error" or feature.max_length]
     counts = torch.tensor([stream.counters[name] for name in names], dtype=torch.int64)
     if names and process.world_size > 1:
         dist.all_reduce(counts, dist.ReduceOp.MAX if order == "chronological" else dist.ReduceOp.SUM)

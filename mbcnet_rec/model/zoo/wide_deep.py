@@ -45,7 +45,7 @@ class WideDeepConfig(DNNConfig):
 
 
 class WideDeepArch(nn.Module):
-    """logit = wide(x) + w MLP(e) (Wide & Deep; Cheng et al., 2016), without hand-made cross products."""
+    """logit = wide(x) + w MLP(e) (Wide & Deep; Cheng et al., 2016, Eq. 3). The schema's crosses are phi(x), which only the wide part reads."""
 
     def __init__(self, config: WideDeepConfig, layout: InputLayout) -> None:
         super().__init__()
@@ -61,4 +61,6 @@ class WideDeepArch(nn.Module):
         return logits_only(wide + deep)
 
 
-MODEL = ModelKind("wide_deep", WideDeepConfig, WideDeepArch, reads_wide=lambda _: True, widths=as_deep)
+MODEL = ModelKind(
+    "wide_deep", WideDeepConfig, WideDeepArch, reads_wide=lambda _: True, wide_crosses=True, widths=as_deep
+)
