@@ -181,13 +181,14 @@ def run_training(
             _score_day(config, trainer, day_rows, days.lines)
         trainer.train()
         shares = collisions(built, schema)
+        if process.is_first:  # before the test rows are scored: a log that is opened again begins at the test's line
+            tell_collisions(trainer, shares)
         metrics: dict[str, Any] = {}
         try:
             metrics = _test(trainer, streams.get("test"))
         except InputError as error:
             trainer.faults.append(f"data.test: {error}")
         if process.is_first:
-            tell_collisions(trainer, shares)
             with written(folder):
                 close_day(folder, days.lines, streams["train"].num_rows, trainer.state, metrics)
                 write_whole(folder / DONE, json_line({"step": trainer.state.step, **metrics}))
