@@ -237,7 +237,7 @@ def _check_row_group(checks: list[Check], file: DataFile, group: int, names: lis
     start, size = 0, max(256, PIECE_CELLS // max(1, len(names)))
     try:
         with open_parquet(file) as parquet:
-            for rows in stored_rows(parquet, group, names, size):
+            for rows in stored_rows(parquet, [group], names, size):
                 columns = dict(zip(rows.schema.names, rows.columns, strict=True))
                 place = Place(str(file), group, start)
                 for column, needed, check in checks:

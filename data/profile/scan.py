@@ -368,7 +368,7 @@ def _pieces(task: ProfileUnit) -> Iterator[tuple[int, pa.Table]]:
             for group in of_file:
                 wanted, row = group.rows, group.first_row
                 with naming(file, f"row group {group.index} cannot be decoded", "write the file again"):
-                    for batch in stored_rows(parquet, group.index, names, min(piece_rows, wanted)):
+                    for batch in stored_rows(parquet, [group.index], names, min(piece_rows, wanted)):
                         batch = batch.slice(0, wanted)
                         wanted -= batch.num_rows
                         yield row, _conform(batch, schema, file)

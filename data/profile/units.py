@@ -109,7 +109,7 @@ def batches_of(
                 start = row
                 try:
                     # nested columns of a whole row group are more than Arrow can join
-                    for rows in stored_rows(parquet, group, names, batch_rows):
+                    for rows in stored_rows(parquet, [group], names, batch_rows):
                         yield Place(str(span.file), group, row - start), row, rows
                         row += rows.num_rows
                 except DAMAGE:
@@ -132,7 +132,7 @@ def unreadable(file: DataFile, group: int, names: list[str]) -> Iterator[tuple[s
     for name in names:
         try:
             with open_parquet(file) as parquet:
-                deque(stored_rows(parquet, group, [name], PIECE_CELLS, use_threads=False), maxlen=0)
+                deque(stored_rows(parquet, [group], [name], PIECE_CELLS, use_threads=False), maxlen=0)
         except DAMAGE as error:
             found = True
             yield name, f"cannot be decoded ({first_line(error)}): the file is damaged; write it again"

@@ -26,7 +26,7 @@ from data.reading.encode import Encoder
 from data.reading.files import RowGroup
 from data.reading.row_groups import stored_rows
 from data.reading.selection import Selection
-from data.reading.storage import DataFile, open_parquet, read_or_name
+from data.reading.storage import DAMAGE, DataFile, open_parquet, read_or_name
 
 IDLE_FILES, IDLE_COLUMN_CHUNKS = 64, 200_000  # of open files and their parsed footers: about 60 MB
 Rows = tuple[pa.RecordBatch, Place]  # and where they come from
@@ -83,6 +83,25 @@ class RowReader:
                 "the file was changed or is damaged: write it again, and start again"
             )
 
+    def whole(self, row_groups: Sequence[RowGroup]) -> Iterator[list[Rows]]:
+        """Read whole row groups of one file at once, for Arrow sets every column up for each read: the rows of each, and their places.
+
+        Where that fails they are read one at a time, which tries again where it may help and names the row group at fault.
+        """
+        try:
+            parquet = self._open(row_groups[0])
+            indices = [row_group.index for row_group in row_groups]
+            is_same = all(parquet.metadata.row_group(each.index).num_rows == each.num_rows for each in row_groups)
+            num_rows = sum(row_group.num_rows for row_group in row_groups)
+            read = [*stored_rows(parquet, indices, self.columns, num_rows, use_threads=False)] if is_same else []
+            self._leave(row_groups[0], parquet)
+        except (InputError, *DAMAGE):
+            read = []
+        rest = deque(read)
+        for each in row_groups:
+            place = Place(str(self.files[each.file]), each.index)
+            yield _taken(rest, each.num_rows, place) if read else [*self.batches(each, each.num_rows, self.columns)]
+
     def name(self, row_group: RowGroup) -> str:
         """File and row group, for messages."""
         return f"{self.files[row_group.file]}: row group {row_group.index}"
@@ -99,7 +118,7 @@ class RowReader:
                 parquet, batches = source
             else:
                 parquet = self._open(row_group)
-                batches = stored_rows(parquet, row_group.index, columns, batch_rows, use_threads=False)
+                batches = stored_rows(parquet, [row_group.index], columns, batch_rows, use_threads=False)
                 batches = islice(batches, taken, None)
             source = None  # until the read has gone well
             batch = next(batches, None)
@@ -147,6 +166,20 @@ def _of_exact_size(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterat
             parts, held = [joined.slice(batch_rows)], held - batch_rows
     if held:
         yield _joined(parts)
+
+
+def _taken(rest: deque[pa.RecordBatch], num_rows: int, place: Place) -> list[Rows]:
+    """Take the first rows off record batches; of each part its place."""
+    parts: list[Rows] = []
+    while num_rows:
+        rows = rest.popleft()
+        if rows.num_rows > num_rows:
+            rest.appendleft(rows.slice(num_rows))
+            rows = rows.slice(0, num_rows)
+        parts.append((rows, place))
+        place = replace(place, first_row=place.first_row + rows.num_rows)
+        num_rows -= rows.num_rows
+    return parts
 
 
 def _filtered(rows: pa.RecordBatch, kept: np.ndarray) -> pa.RecordBatch:
@@ -220,28 +253,40 @@ class Decoder:
         Raises:
             InputError: by the task: a file is damaged or has changed, or a value is faulty.
         """
-        sources = []
+        whole: dict[int, list[RowGroup]] = {}  # by file
+        cut: dict[RowGroup, Callable[[], list[Rows]]] = {}
         for row_group, start, stop in window.segments:
+            if stop - start == row_group.stored_rows:
+                whole.setdefault(row_group.file, []).append(row_group)
+                continue
             source = self._sources.get(window.lane)
             if source is None or source.row_group != row_group:
                 source = self._sources[window.lane] = _LaneRowGroup(self.reader, row_group)
-            sources.append((row_group, source.expect(start, stop)))
-        return partial(self._decode, sources, window.num_rows, seed)
+            cut[row_group] = source.expect(start, stop)
+        return partial(self._decode, window, [*whole.values()], cut, seed)
 
     def _decode(
-        self, sources: list[tuple[RowGroup, Callable[[], list[Rows]]]], num_rows: int, seed: list[int] | None
+        self,
+        window: Window,
+        whole: list[list[RowGroup]],
+        cut: dict[RowGroup, Callable[[], list[Rows]]],
+        seed: list[int] | None,
     ) -> Columns:
         thread = threading.get_ident()
-        parts: list[Rows] = []
+        parts: dict[RowGroup, list[Rows]] = {}
+        reads = [(each, partial(self.reader.whole, each)) for each in whole]
+        reads += [([row_group], lambda read=read: [read()]) for row_group, read in cut.items()]
         try:
-            for row_group, read in sources:
-                self.reading[thread] = self.reader.name(row_group)
-                self.on_rows()
-                parts += read()
+            for row_groups, read in reads:
+                self.reading[thread] = self.reader.name(row_groups[0])
+                for _ in row_groups:
+                    self.on_rows()
+                parts.update(zip(row_groups, read(), strict=True))
         finally:
             self.reading.pop(thread, None)
-        permutation = None if seed is None else np.random.default_rng(seed).permutation(num_rows)
-        return self.reader.encoder.encode_all(parts, permutation, self.memory.empty)
+        rows = [part for row_group, _, _ in window.segments for part in parts[row_group]]
+        permutation = None if seed is None else np.random.default_rng(seed).permutation(window.num_rows)
+        return self.reader.encoder.encode_all(rows, permutation, self.memory.empty)
 
 
 class _LaneRowGroup:

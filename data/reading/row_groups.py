@@ -37,22 +37,22 @@ def prove(parquet: pq.ParquetFile, row_groups: Iterable[int], columns: Iterable[
 
 
 def stored_rows(
-    parquet: pq.ParquetFile, group: int, columns: Sequence[str], batch_rows: int, use_threads: bool = True
+    parquet: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str], batch_rows: int, use_threads: bool = True
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the columns of a row group in batches of at most so many rows; pa.ArrowInvalid if they are not what the footer says."""
+    """Yield the columns of row groups in batches of at most so many rows; pa.ArrowInvalid if they are not what the footer says."""
     rows, entries = 0, Counter[str]()
-    for batch in parquet.iter_batches(batch_rows, [group], list(columns), use_threads):
+    for batch in parquet.iter_batches(batch_rows, list(groups), list(columns), use_threads):
         rows += batch.num_rows
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if is_list(column.type) and not pt.is_nested(column.type.value_type):
                 # a list without values has an entry too
                 entries[name] += int(np.maximum(integers(pc.list_value_length(column)), 1).sum())
         yield batch
-    footer = parquet.metadata.row_group(group)
-    if rows != footer.num_rows:
-        raise pa.ArrowInvalid(f"{rows} rows to read, but {footer.num_rows} by the footer")
+    footers = [parquet.metadata.row_group(group) for group in groups]
+    if rows != (wanted := sum(footer.num_rows for footer in footers)):
+        raise pa.ArrowInvalid(f"{rows} rows to read, but {wanted} by the footer")
     for leaf, name in enumerate(columns_of_leaves(parquet.metadata) if entries else ()):
-        if name in entries and entries[name] != (stored := footer.column(leaf).num_values):
+        if name in entries and entries[name] != (stored := sum(each.column(leaf).num_values for each in footers)):
             raise pa.ArrowInvalid(f"column {name!r} has {entries[name]} values to read, but {stored} by the footer")
 
 

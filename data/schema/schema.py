@@ -77,18 +77,18 @@ class Schema:
     folder: Path = Path()  # where relative vocabulary paths start
     transforms: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of others: name -> its entry
 
-    @property
+    @cached_property
     def sparse(self) -> tuple[Feature, ...]:
         """Unweighted fields with a table, in the key order of `Batch.sparse_features`: single-valued, then lists."""
         sparse = [feature for feature in self.features if feature.is_sparse and not feature.is_weighted]
         return tuple(sorted(sparse, key=lambda feature: not feature.is_single))
 
-    @property
+    @cached_property
     def weighted(self) -> tuple[Feature, ...]:
         """Weighted multi-valued fields, in the key order of `Batch.weighted_features`."""
         return tuple(feature for feature in self.features if feature.is_weighted)
 
-    @property
+    @cached_property
     def dense(self) -> tuple[Feature, ...]:
         """Fields that enter as numbers, in the column order of `Batch.dense_features`."""
         return tuple(feature for feature in self.features if not feature.is_sparse)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from data.reading.columns import ABSENT, Columns, Lists, Ragged, offsets_of
+from data.reading.columns import Columns, Lists, Ragged, offsets_of
 from data.schema import Schema
 from data.stream.order import Cursor
 
@@ -99,32 +99,27 @@ def _empty_like(part: Any, device: torch.device) -> Any:
 def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = START) -> Batch:
     """Copy runs of rows (at least one run, which may be empty) into a batch of B = `num_rows`, padded by no ids, zeros, label 0, weight 0."""
     first = runs[0][0]
-    num_fields = len(first.single_ids)
-    size = num_fields * num_rows
     pieces, _, list_lengths = _list_pieces([columns.lists for columns, _, _ in runs], runs, num_rows)
-    ids = np.empty(size + sum(map(len, pieces)), np.int64)
-    single_ids = ids[:size].reshape(num_fields, num_rows)
     dense = np.zeros((num_rows, first.dense.shape[1]), np.float32)
     labels, weights = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.float32)
     group_ids = None if first.group_ids is None else np.zeros(num_rows, np.int64)
     begin = 0
     for columns, start, stop in runs:
         end = begin + stop - start
-        single_ids[:, begin:end] = columns.single_ids[:, start:stop]
         dense[begin:end] = columns.dense[start:stop]
         labels[begin:end] = columns.labels[start:stop]
         weights[begin:end] = 1.0 if columns.weights is None else columns.weights[start:stop]
         if group_ids is not None and columns.group_ids is not None:
             group_ids[begin:end] = columns.group_ids[start:stop]
         begin = end
-    single_ids[:, begin:] = ABSENT
+    size = len(first.single_ids) * num_rows
     lengths = np.ones(size + list_lengths.size, np.int32)
     lengths[size:] = list_lengths.reshape(-1)
+    ids = np.empty(size + sum(map(len, pieces)), np.int64)
+    used = _copy_single(runs, ids, lengths[:size].reshape(len(first.single_ids), num_rows))
+    ids = ids[: used + sum(map(len, pieces))]
     if pieces:
-        np.concatenate(pieces, out=ids[size:])
-    absent = np.any([columns.absent for columns, _, _ in runs], axis=0) | (begin < num_rows)
-    if absent.any():
-        ids = _without_absent(ids, lengths, single_ids, absent)
+        np.concatenate(pieces, out=ids[used:])
     return Batch(
         dense_features=torch.from_numpy(dense),
         sparse_features=KeyedJaggedTensor(
@@ -148,16 +143,31 @@ def _weighted(runs: Sequence[Run], num_rows: int, schema: Schema) -> KeyedJagged
     )
 
 
-def _without_absent(ids: np.ndarray, lengths: np.ndarray, single_ids: np.ndarray, absent: np.ndarray) -> np.ndarray:
-    """Leave out ABSENT ids and set their lengths to 0. Most fields have none: those are copied in one go between the others."""
-    rows = single_ids.shape[1]
-    pieces, copied = [], 0
-    for field in np.flatnonzero(absent).tolist():
-        present = single_ids[field] >= 0
-        lengths[field * rows : (field + 1) * rows] = present
-        pieces += [ids[copied : field * rows], single_ids[field][present]]
-        copied = (field + 1) * rows
-    return np.concatenate([*pieces, ids[copied:]])
+def _copy_single(runs: Sequence[Run], ids: np.ndarray, lengths: np.ndarray) -> int:
+    """Copy single-valued ids, field by field, to the front of `ids`, and set (F, B) lengths to 0 where there is none; how many were copied.
+
+    Most fields have an id in every row: neighbouring ones are copied in one go.
+    """
+    num_fields, num_rows = lengths.shape
+    edges = np.cumsum([0, *(stop - start for _, start, stop in runs)]).tolist()
+    absent = np.any([columns.absent for columns, _, _ in runs], axis=0) | (edges[-1] < num_rows)
+    used = copied = 0
+    for field in [*np.flatnonzero(absent).tolist(), num_fields]:
+        full = ids[used : used + (field - copied) * num_rows].reshape(field - copied, num_rows)
+        for (columns, start, stop), begin, end in zip(runs, edges, edges[1:], strict=False):
+            full[:, begin:end] = columns.single_ids[copied:field, start:stop]
+        used += full.size
+        if field == num_fields:
+            break
+        lengths[field, edges[-1] :] = 0
+        for (columns, start, stop), begin, end in zip(runs, edges, edges[1:], strict=False):
+            found = columns.single_ids[field, start:stop]
+            present = lengths[field, begin:end] = found >= 0
+            some = found[present]
+            ids[used : used + len(some)] = some
+            used += len(some)
+        copied = field + 1
+    return used
 
 
 def _list_pieces(
