@@ -9,7 +9,8 @@ work=$(realpath -m "${1:-runs/daily}") rows=${2:-60000} bin=$(dirname "${PYTHON:
 mkdir -p "$work"
 "$bin"/mbcnet data synth --out "$work/log" --rows "$rows"
 settings=(--config "$here/mbcnet_rec/configs/demo.toml" --set schema="$work/log/schema.toml" --set train.out="$work/run"
-  --set data.valid=[] --set data.test=[] --set data.order=chronological)
+  --set data.valid=[] --set data.test=[] --set data.order=chronological
+  --set data.batch_size=128 --set train.log_every=5)
 days=$(cd "$work/log" && ls -d ds=* | head -n "${3:-7}")
 before=
 for day in $days; do

@@ -99,9 +99,8 @@ def alarms(profile: Mapping[str, float], earlier: Sequence[Mapping[str, Any]], r
         slack = ERRORS * math.sqrt(max(high * (1 - high), 1 / rows) / rows) + SLACK * high
         kind, _, name = key.partition("/")
         if value > high + slack or (value < low - slack and kind != "unseen"):  # ever fewer ids are new to a model
-            found.append(
-                f"{WORDS[kind]} {name}".rstrip() + f" is {value:.4g}, on the days before it was {low:.4g} to {high:.4g}"
-            )
+            was = f"{low:.4g} to {high:.4g}" if high > low else f"{low:.4g}"
+            found.append(f"{WORDS[kind]} {name}".rstrip() + f" is {value:.4g}, on the days before it was {was}")
     return found
 
 

@@ -161,7 +161,8 @@ def test_days_with_growth_equal_a_run_that_had_the_rows_from_the_start(log, caps
     assert " 10 admitted" in capsys.readouterr().out
     (line,) = [each for each in lines_of(log / "run", "growth") if each["step"] == 5]
     assert (line["admitted/user"], line["expired/user"]) == (16, 0)
-    assert "admitted" in (log / "run/report.html").read_text()
+    page = (log / "run/report.html").read_text()
+    assert "admitted" in page and "progressive split, 240 rows, weights of step 10" in page
 
 
 def test_a_row_that_expires_begins_anew_also_where_the_day_died_before_its_first_checkpoint(log, capsys):

@@ -2,11 +2,13 @@
 hash and zch tables beside a count of the days' values, and admission after so many sightings, counted exactly from day to day."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from forked_ranks import run_script
+from tiny_run import lines_of, make_run, train
 
 from data.reading.keys import hash_values
 from mbcnet_rec.progressive import alarms
@@ -87,3 +89,18 @@ def test_fewer_new_ids_are_no_alarm_and_more_are():
     assert found == "new-id share of item is 0.6, on the days before it was 0.2 to 0.4"
     (found,) = alarms({"unseen/item": 0.2, "new/user": 0.01}, earlier, 10_000)
     assert found.startswith("new-id share of user is 0.01")
+    (found,) = alarms({"new/user": 0.9}, earlier[:1], 10_000)
+    assert found == "new-id share of user is 0.9, on the days before it was 0.4"
+
+
+def test_the_line_of_the_test_rows_stays_beside_the_collisions(tmp_path, monkeypatch):
+    """In a plain run of one day, whose table of tags has 30 rows for 40 ids."""
+    monkeypatch.chdir(make_run(tmp_path))
+    schema = tmp_path / "rows/schema.toml"
+    hashed = 'tags = { kind = "multi_valued", encoding = "hash", num_embeddings = 31, embedding_dim = 16 }'
+    schema.write_text(re.sub("(?m)^tags .*$", hashed, schema.read_text()))
+    assert train("tiny.toml", "train.out=run") == 0
+    assert [line["step"] for line in lines_of(tmp_path / "run", "ids", "test")] == [20, 20]
+    (line,) = lines_of(tmp_path / "run", "ids")
+    used = len(set((hash_values(pa.array(range(40))) % 30).tolist()))
+    assert line["hash_used/tags"] == pytest.approx(used / 30) and abs(line["collision/tags"] - (1 - used / 40)) < 0.15

@@ -10,7 +10,7 @@ from data.errors import InputError
 from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN
 from mbcnet_rec.lineage import read_days
-from mbcnet_rec.logs.metrics_log import METRICS
+from mbcnet_rec.logs.metrics_log import METRICS, PROGRESSIVE
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, to_html
 from mbcnet_rec.scoring.metrics import why_no_auc
@@ -127,7 +127,7 @@ def judged_line(lines: Lines, splits: Sequence[str] = ("test", "valid")) -> Mapp
     for split in splits:
         found = lines.get(split, ())
         scored = [line for line in found if line.get("auc") is not None]
-        if split != "test" and scored:
+        if split == "valid" and scored:
             return max(scored, key=lambda line: line["auc"])
         if found:
             return found[-1]
@@ -176,8 +176,8 @@ def dead_blocks(lines: Lines) -> list[Block]:
 
 
 def result_blocks(lines: Lines) -> list[Block]:
-    """The last test line, or the best validation."""
-    line = judged_line(lines)
+    """The last test line, or the best validation, or the last day as it was scored before it was trained."""
+    line = judged_line(lines, ("test", "valid", PROGRESSIVE))
     if line is None:
         return [Heading("Result"), Text("No validation or test rows were scored.")]
     branches = sorted((key[4:] for key in line if key.startswith("auc/")), key=branch_order)

@@ -40,6 +40,7 @@ from mbcnet_rec.doctor import installed
 from mbcnet_rec.model.input_layout import wide_table
 from mbcnet_rec.model.models import build_arch, model_layout, schema_with_wide
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
+from mbcnet_rec.runtime.process import quiet_libraries
 from mbcnet_rec.scoring.trained_run import TrainedRun
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving import preprocess
@@ -319,7 +320,7 @@ def trace(path: FusedPath, width: int) -> torch.export.ExportedProgram:
     """Record the path's calls for any number of rows. `width`: N."""
     example = torch.zeros(TRACED_ROWS, width)
     rows = torch.export.Dim("rows", min=1)
-    with torch.no_grad():
+    with quiet_libraries(), torch.no_grad():
         return torch.export.export(path, (example,), dynamic_shapes=({0: rows},))
 
 
