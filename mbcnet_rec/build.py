@@ -39,7 +39,7 @@ def build_lookups(schema: Schema, plan: Plan) -> list[Lookup]:
     lookups = []
     for each, rows in meta_collections(schema, plan.data_type).items():
         collection = collision_collection(schema, rows) if each.unbounded else rows
-        lookups.append(Lookup(each.name, collection, each.weighted, each.unbounded))
+        lookups.append(Lookup(each.name, collection, each.weighted, each.unbounded, each.sequences))
     if all(lookup.weighted for lookup in lookups):
         raise InputError(
             f"schema {schema.name!r}: no categorical, multi-valued or bucketised field; wanted at least one field "

@@ -9,6 +9,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from data.schema import Table
 from data.stream import Batch
 from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
@@ -113,7 +114,17 @@ def collections(wide, fields=tuple(DIMS)):
             if (key == "shops") == weighted
         ]
         if tables:
-            both = tables + (wide_tables(tables) if wide else [])  # of TorchRec's kind, with the same fields
+            ours = [
+                Table(each.name, 11, each.embedding_dim, each.pooling, tuple(each.feature_names), weighted)
+                for each in tables
+            ]
+            both = tables + [
+                EmbeddingBagConfig(
+                    name=each.name, num_embeddings=11, embedding_dim=each.embedding_dim, feature_names=list(each.feature_names),
+                    pooling=each.pooling,
+                )
+                for each in (wide_tables(ours) if wide else [])
+            ]  # fmt: skip
             lookups.append(Lookup(name, EmbeddingBagCollection(both, is_weighted=weighted), weighted))
     return lookups
 

@@ -120,7 +120,7 @@ def _accepted(feature: Feature) -> tuple[Accepts, str]:
     """The type test of a field's column, and its description."""
     if feature.kind == "numeric":
         return _is_number_or_null, "numbers"
-    if feature.kind == "vector":
+    if feature.kind == "vector" or feature.encoding == "gap":
         return _lists_of(_is_number_or_null), "lists of numbers"
     item, words = (is_whole, "integers") if feature.encoding == "ids" else (is_id, "integers or strings")
     hint = "" if feature.encoding != "ids" else " (strings need encoding = 'vocabulary', 'hash' or 'zch')"

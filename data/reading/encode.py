@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
+from ..schema.sequences import lengths_of
 from .columns import ABSENT, Columns, Lists, Permute, Place, Ragged, join_lists, offsets_of
 from .crosses import Part, cross
 from .ids import Column, as_arrow, as_lists, decoded, integers, is_id, is_valid, list_offsets, read_ids
@@ -66,6 +67,7 @@ class Encoder:
         self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
         self.single = [feature for feature in schema.sparse if feature.is_single]
         self.lists = [feature for feature in schema.sparse if not feature.is_single]
+        self.longest = lengths_of(schema.features)
         self.dense_width = sum(feature.dense_width for feature in schema.dense)
         self.list_dtype = {
             name: np.int32 if table.zch is None and table.num_embeddings <= MAX_INT32 else np.int64
@@ -227,6 +229,8 @@ class _Reader:
             return self._cross(feature)
         column = as_lists(self.columns[feature.source_column])
         offsets = list_offsets(column)
+        if feature.is_sequence:
+            return self._sequence(feature, column.flatten(), offsets)
         ids, valid = self._ids(column.flatten(), feature, offsets)
         ids = ids.astype(self.encoder.list_dtype[feature.name], copy=False)
         weights = self._weights(feature, offsets) if feature.weights else None
@@ -271,16 +275,39 @@ class _Reader:
         lengths = keep.astype(np.int64) if offsets is None else np.diff(offsets_of(keep)[offsets])
         return Part(hashes if valid is None else hashes[keep], lengths)
 
-    def _weights(self, feature: Feature, offsets: np.ndarray) -> np.ndarray:
-        column = as_lists(self.columns[feature.weights])
-        own_offsets = list_offsets(column)
+    def _sequence(self, feature: Feature, values: pa.Array, offsets: np.ndarray) -> Ragged:
+        """Read the newest events, which are the last ones; an event without a value reads the missing row."""
+        first = next((each for each in self.encoder.schema.features if each.name == feature.beside), None)
+        if first is not None:
+            self._check_lengths(first, offsets, f"values in column {feature.source_column!r}, which is beside it")
+        lengths = np.minimum(np.diff(offsets), self.encoder.longest[feature.name])
+        kept = offsets_of(lengths)
+        if kept[-1] < offsets[-1]:
+            places = np.repeat(offsets[1:] - kept[1:], lengths)
+            values = values.take(pa.array(places + np.arange(len(places))))
+        ids, valid = self._ids(values, feature, kept)
+        ids = ids.astype(self.encoder.list_dtype[feature.name], copy=False)
+        if valid is not None:
+            if feature.encoding == "ids":
+                wanted = "an id: a sequence keeps a place for each event; use encoding = 'vocabulary' or 'hash', which have a row for it"
+                raise self.place.fault(f"field {feature.name!r}", values, ~valid, wanted, kept)
+            ids = np.where(valid, ids, MISSING_ROW).astype(ids.dtype)
+        return Ragged(ids, kept, None)
+
+    def _check_lengths(self, feature: Feature, offsets: np.ndarray, others: str) -> None:
+        """Refuse lists that are not as long as the field's own."""
+        own_offsets = list_offsets(as_lists(self.columns[feature.source_column]))
         if not np.array_equal(own_offsets, offsets):
-            found, wanted = np.diff(own_offsets), np.diff(offsets)
+            found, wanted = np.diff(offsets), np.diff(own_offsets)
             row = int((found != wanted).argmax())
             raise InputError(
-                f"{self.place.row(row)}, field {feature.name!r}: {wanted[row]} values but {found[row]} weights in column "
-                f"{feature.weights!r}; the lists must be equally long: fix the writer of this file"
+                f"{self.place.row(row)}, field {feature.name!r}: {wanted[row]} values but {found[row]} {others}; the lists must be "
+                "equally long: fix the writer of this file"
             )
+
+    def _weights(self, feature: Feature, offsets: np.ndarray) -> np.ndarray:
+        column = as_lists(self.columns[feature.weights])
+        self._check_lengths(feature, list_offsets(column), f"weights in column {feature.weights!r}")
         weights, _ = read_numbers(column.flatten(), feature, self.place, self.repaired, offsets)
         return weights.astype(np.float32)
 
@@ -292,6 +319,17 @@ class _Reader:
         `offsets`: of the lists that hold the values.
         """
         num_embeddings = self.encoder.num_embeddings[feature.name]
+        if feature.encoding == "gap":
+            gaps, valid = read_numbers(column, feature, self.place, self.repaired, offsets)
+            if gaps.size and gaps.min() < 0:
+                raise self.place.fault(
+                    f"field {feature.name!r}",
+                    gaps,
+                    gaps < 0,
+                    "a time since the event, 0 or more; fix the file",
+                    offsets,
+                )
+            return np.minimum(1 + np.log2(1.0 + gaps.astype(np.float64)).astype(np.int64), num_embeddings - 1), valid
         if isinstance(column, np.ndarray) and feature.encoding == "ids":
             return self._in_range(column, feature, num_embeddings, offsets), None
         wanted = self.encoder.id_type[feature.name]

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from .bounds import bounded, bounds_problem  # relative: an exported artifact carries this file
 from .names import own_table
 
-Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "numeric", "vector", "cross"]
-Encoding = Literal["ids", "vocabulary", "hash", "zch"]
+Kind = Literal["categorical", "multi_valued", "weighted_multi_valued", "sequence", "numeric", "vector", "cross"]
+Encoding = Literal["ids", "vocabulary", "hash", "zch", "gap"]
+Pooling = Literal["sum", "mean", "target_attention", "transformer"]
 IdType = Literal["", "integer", "text"]
 Eviction = Literal["distance_lfu", "lfu", "lru"]
 Transform = Literal["identity", "log1p", "standardise", "bucketise"]
@@ -23,6 +24,7 @@ MAX_EMBEDDING_DIM = 1024  # above it FBGEMM returns zeros without a word (torchr
 MAX_NUM_EMBEDDINGS = 2**40
 MAX_ZCH_BUCKETS = 1024  # TorchRec's own bound
 ZCH_LEAST_ROWS = 2  # of a bucket: one for an id, and the one of ids without a row
+MAX_LENGTH = 4_096  # of sequences
 MAX_WIDTH = 65_536  # of vectors and projections, and of buckets
 
 
@@ -31,18 +33,25 @@ class Feature:
     """One field of the log.
 
     Attributes:
-        kind: categorical (one id), multi_valued (a list of ids), weighted_multi_valued (a list of ids and a list of weights), numeric
-            (one number), vector (a fixed-size list of numbers), cross (the hashed combination of other fields' values, of no column).
+        kind: categorical (one id), multi_valued (a list of ids), weighted_multi_valued (a list of ids and a list of weights), sequence (a
+            list of ids in their order, the newest last, see sequences.py), numeric (one number), vector (a fixed-size list of numbers),
+            cross (the hashed combination of other fields' values, of no column).
         column: the Parquet column, if it is not named like the field.
         encoding: how a categorical value becomes a row: ids (integers in [0, num_embeddings)), vocabulary (a fitted list of values),
             hash (64-bit hash, modulo num_embeddings - 1, plus 1), zch (TorchRec's zero-collision hash: an id that comes up in training
-            gets a row of its own, which it can lose to another one). For plain modulo, use ids with on_invalid = "modulo".
+            gets a row of its own, which it can lose to another one), gap (of a sequence: times since each event, in any unit; a gap g has
+            row 1 + floor(log2(1 + g)), at most the last row). For plain modulo, use ids with on_invalid = "modulo".
         type: what hashed, zch and vocabulary ids are, "integer" or "text"; a column of the other type is converted (7 and "7" are one id).
             Empty: as the training files say, or the vocabulary.
         num_embeddings: rows of the field's table; 0 where a table or a fit says it.
         embedding_dim: width of the field's table, a multiple of 4, at most 1024; 0 where a table says it.
         table: name of the table, if fields share one; default: the field's own name (see `own_table`).
-        pooling: how a list's rows become one vector.
+        pooling: how a list's rows become one vector. Of a sequence also target_attention (each row's weight is what an MLP makes of it and
+            the target's row) or transformer (one encoder layer over the rows, then attention by the target, or without a target their mean).
+        max_length: how many values of a sequence are kept, the newest; of a cross of lists: combinations that a row keeps, the first ones,
+            0: none of its fields is a list.
+        target: the categorical field of the same table whose id a sequence's ids are compared with.
+        beside: the sequence whose events these values belong to, one value an event; its weights pool these rows too.
         vocabulary: "fit", or a Parquet file (relative to the schema) with one column `value`, in row order.
         min_count: values seen fewer times in training, over all days, read the out-of-vocabulary row.
         expire_after: days, growths of a fit, after which a value that none of them had loses its row; 0: never.
@@ -62,7 +71,6 @@ class Feature:
         pooling_factor: ids per row on average, for the planner; 0: not known. It changes no result.
         cardinality: distinct values, for the planner; 0: not known. It changes no result.
         of: the two or three fields whose values a cross combines, as they stand in the columns.
-        max_length: of a cross of lists: combinations that a row keeps, the first ones; 0: none of its fields is a list.
     """
 
     name: str
@@ -73,7 +81,9 @@ class Feature:
     num_embeddings: int = 0
     embedding_dim: int = 0
     table: str = ""
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Pooling = "sum"
+    target: str = ""
+    beside: str = ""
     vocabulary: str = ""
     min_count: int = bounded(1, at_least=1, fix="use 1 to keep every value")
     expire_after: int = bounded(0, at_least=0, fix="use 0 to keep every value")
@@ -105,7 +115,12 @@ class Feature:
     @property
     def is_sparse(self) -> bool:
         """Whether the field looks up rows of an embedding table."""
-        return self.is_keyed or self.is_bucketised or self.is_cross
+        return self.kind not in ("numeric", "vector") or self.is_bucketised
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the column holds lists whose order counts."""
+        return self.kind == "sequence"
 
     @property
     def is_bucketised(self) -> bool:
@@ -115,7 +130,7 @@ class Feature:
     @property
     def is_keyed(self) -> bool:
         """Whether the column holds ids."""
-        return self.kind not in ("numeric", "vector", "cross")
+        return self.kind not in ("numeric", "vector", "cross") and self.encoding != "gap"
 
     @property
     def is_cross(self) -> bool:
@@ -172,13 +187,19 @@ class Feature:
 
 # Which fields read a key; on any other field it would be ignored silently, so it is refused there.
 _READERS: tuple[tuple[str, Callable[[Feature], bool], str], ...] = (
-    ("encoding", lambda feature: feature.is_keyed, "fields of ids"),
-    ("type", lambda feature: feature.encoding != "ids", 'encoding = "hash", "zch" or "vocabulary"'),
+    ("encoding", lambda feature: feature.is_keyed or feature.is_sequence, "fields of ids"),
+    ("target beside", lambda feature: feature.is_sequence, 'kind = "sequence"'),
+    ("type", lambda feature: feature.encoding not in ("ids", "gap"), 'encoding = "hash", "zch" or "vocabulary"'),
     ("vocabulary min_count expire_after", lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
     ("eviction eviction_interval zch_buckets", lambda feature: feature.encoding == "zch", 'encoding = "zch"'),
     ("num_embeddings embedding_dim table pooling", lambda feature: feature.is_sparse, "fields with a table"),
     ("weights", lambda feature: feature.is_weighted, 'kind = "weighted_multi_valued"'),
-    ("of max_length", lambda feature: feature.is_cross, 'kind = "cross"'),
+    ("of", lambda feature: feature.is_cross, 'kind = "cross"'),
+    (
+        "max_length",
+        lambda feature: feature.is_cross or (feature.is_sequence and not feature.beside),
+        'kind = "cross", and kind = "sequence" that is not beside another,',
+    ),
     ("column on_invalid table", lambda feature: not feature.is_cross, "fields with a column"),
     ("transform", lambda feature: feature.kind == "numeric", 'kind = "numeric"'),
     ("mean std", lambda feature: feature.transform == "standardise", 'transform = "standardise"'),
@@ -207,7 +228,27 @@ def feature_problem(feature: Feature, label: str, shared_tables: Container[str])
                 unread.add(key)
     if feature.on_invalid == "modulo" and not (feature.is_keyed and feature.encoding == "ids"):
         return "on_invalid = 'modulo': only encoding = 'ids' has ids to take modulo num_embeddings; remove it"
+    if problem := _sequence_problem(feature):
+        return problem
     return bounds_problem(feature, unread) or (_table_problem(feature, shared_tables) if feature.is_sparse else "")
+
+
+def _sequence_problem(feature: Feature) -> str:
+    if not feature.is_sequence:
+        if feature.pooling not in ("sum", "mean"):
+            return f"pooling = {feature.pooling!r}: wanted 'sum' or 'mean'; change it, or the kind to 'sequence'"
+        return "encoding = 'gap': only sequences have gaps; use kind = 'sequence'" if feature.encoding == "gap" else ""
+    if feature.encoding == "zch":
+        return "encoding = 'zch': TorchRec gives rows to unbounded ids of pooled fields only; use encoding = 'hash'"
+    if feature.on_invalid == "null":
+        return "on_invalid = 'null': a sequence keeps a place for each event; use 'error' or 'modulo'"
+    if feature.beside and feature.pooling != "sum":
+        return f"pooling = {feature.pooling!r}: the sequence {feature.beside!r} pools the fields beside it; remove it"
+    if not feature.beside and not 1 <= feature.max_length <= MAX_LENGTH:
+        return f"max_length = {feature.max_length}: wanted how many values to keep, 1 to {MAX_LENGTH}; use 50"
+    if feature.pooling == "target_attention" and not feature.target:
+        return "target is missing: wanted the categorical field that the sequence is compared with; add it"
+    return ""
 
 
 def _table_problem(feature: Feature, shared_tables: Container[str]) -> str:

@@ -31,6 +31,7 @@ from ..errors import InputError  # relative: an exported artifact carries this f
 from .feature import FIT, VOCABULARY_FOLDER, Eviction, Feature, IdType, feature_problem, rows_problem
 from .names import RESERVED_GROUPS, file_stems, is_module_name, name_problem
 from .parse import parse_dataclass, read_toml, to_toml_value, unknown_key
+from .sequences import check_sequences, lengths_of
 from .transforms import checked_transforms
 
 HINTS = ("pooling_factor", "cardinality", "type")  # what a plan does not depend on
@@ -47,7 +48,10 @@ class Zch:
 
 @dataclass(frozen=True)
 class Table:
-    """One embedding table: rows, width, pooling, the fields that look it up, and `zch` if it gives rows to unbounded ids."""
+    """One embedding table: rows, width, pooling, the fields that look it up, and `zch` if it gives rows to unbounded ids.
+
+    `positions`: the most rows that a row of the log looks up, where a sequence is among the fields, so that the table does not pool; else 0.
+    """
 
     name: str
     num_embeddings: int
@@ -56,6 +60,7 @@ class Table:
     feature_names: tuple[str, ...]
     weighted: bool
     zch: Zch | None = None
+    positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,7 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     _check_names(raw_fields, top, source)
     _check_crosses(features, source)
     _check_groups(top.groups, raw_fields, source)
+    check_sequences(features, source)
     own: dict[str, Any] = {"transforms": checked_transforms(top.transforms, features, source, folder)}
     tables = _build_tables(features, top.tables, source)
     return Schema(**vars(top) | own | {"features": tuple(features), "tables": tables, "folder": folder})
@@ -241,7 +247,7 @@ def _check_crosses(features: Sequence[Feature], source: str) -> None:
         if len(set(cross.of)) != len(parts) or not 2 <= len(parts) <= 3:
             raise InputError(f"{where}.of = {list(cross.of)}: wanted the names of two or three other fields; change it")
         for name, part in zip(cross.of, parts, strict=True):
-            if part is None or part.is_cross or part.is_weighted or not part.is_sparse:
+            if part is None or part.is_cross or part.is_weighted or part.is_sequence or not part.is_sparse:
                 found = "no field" if part is None else f"of kind {part.kind}"
                 raise InputError(
                     f"{where}.of: {name!r} is {found}: wanted fields that are categorical, multi_valued, or numeric with transform = "
@@ -291,7 +297,7 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
         problem = rows_problem(table, members[name], "table")
         if problem:
             raise InputError(f"{source}: tables.{name}.{problem}")
-    tables = []
+    tables, longest = [], lengths_of(features)
     for name, (first, *others) in members.items():
         for other in others:
             difference = _difference(first, other)
@@ -299,14 +305,21 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
                 raise InputError(f"{source}: fields.{other.name}: {difference}")
         sizes, names = shared.get(name, first), tuple(user.name for user in members[name])
         rows, dim = sizes.num_embeddings, sizes.embedding_dim
-        tables.append(Table(name, rows, dim, first.pooling, names, first.is_weighted, _zch_of(first)))
+        is_pooled = not longest.keys() & names
+        tables.append(
+            Table(
+                name, rows, dim, first.pooling if is_pooled else "sum", names, first.is_weighted, _zch_of(first),  # type: ignore[arg-type]
+                0 if is_pooled else sum(longest.get(user, 1) for user in names),
+            )
+        )  # fmt: skip
     return tuple(tables)
 
 
 def _difference(first: Feature, other: Feature) -> str:
     """What keeps two fields from sharing a table, or an empty string."""
     shares = f"shares table {first.table_name!r} with {first.name!r} but"
-    if other.pooling != first.pooling or other.is_weighted != first.is_weighted:
+    differ = other.pooling != first.pooling and not (other.is_sequence or first.is_sequence)
+    if differ or other.is_weighted != first.is_weighted:
         return f"{shares} pools otherwise; pooling and weights belong to the table: make them equal, or use two tables"
     if _zch_of(other) and _zch_of(first) and _zch_of(other) != _zch_of(first):
         return (

@@ -33,7 +33,7 @@ from mbcnet_rec.training.config import TrainConfig
 from sharding.bridge.allocated import purge_caches
 from sharding.plan.placement import plan_text
 
-_TABLE = re.compile(r"embedding_bags\.([^/]+)\.weight")
+_TABLE = re.compile(r"embedding(?:_bag)?s\.([^/]+)\.weight")
 _FACTS = (
     ("optimizer", "optimizer of the tables", ", its state starts fresh"),
     ("data_type", "numbers of the tables", ""),

@@ -9,6 +9,7 @@ from typing import Literal
 from data.errors import InputError
 from data.schema import Schema, Table
 from data.schema.names import own_table
+from data.schema.sequences import sequences_of
 
 ALL = "all"  # the name of the group of every field
 WIDE = "@wide"  # the name of the group of wide weights; reserved, it cannot clash with a user's group
@@ -25,6 +26,16 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class SequenceInput:
+    """A sequence: its field and those beside it, the targets of the first of them, and how it is pooled (see Feature)."""
+
+    fields: tuple[str, ...]
+    targets: tuple[str, ...]
+    max_length: int
+    pooling: str
+
+
+@dataclass(frozen=True)
 class InputLayout:
     """What the fields are called, how wide they are and which groups they form. A field may be in many groups.
 
@@ -36,6 +47,8 @@ class InputLayout:
         projections: dense field -> the width to which a learned linear map brings it before the branches see it.
         streams: parts of the model that read slices of rows of their own; none: all read whole rows.
         wide_only: sparse fields that are in the wide group alone.
+        sequences: of fields of `embedding_dims`, whose rows the model pools itself.
+        singles: fields of one id that read the same tables.
     """
 
     embedding_dims: Mapping[str, int]
@@ -45,6 +58,13 @@ class InputLayout:
     projections: Mapping[str, int] = dataclasses.field(default_factory=dict)
     streams: Mapping[str, Stream] = dataclasses.field(default_factory=dict)
     wide_only: frozenset[str] = frozenset()
+    sequences: tuple[SequenceInput, ...] = ()
+    singles: tuple[str, ...] = ()
+
+    @property
+    def unpooled(self) -> frozenset[str]:
+        """Fields whose tables do not pool."""
+        return frozenset(self.singles).union(*(each.fields for each in self.sequences))
 
     def __post_init__(self) -> None:
         """Refuse names that the model needs itself."""
@@ -164,7 +184,18 @@ def input_layout(schema: Schema, wide: bool = False, wide_only: frozenset[str] =
         slices[feature.name] = (start, feature.dense_width)
         start += feature.dense_width
     projections = {feature.name: feature.projection for feature in schema.dense if feature.projection}
-    return InputLayout(dims, slices, schema.groups, wide, projections, wide_only=wide_only)
+    named = {feature.name: feature for feature in schema.features}
+    sequences = tuple(
+        SequenceInput(
+            tuple(each.name for each in fields), tuple(each.target for each in fields if each.target),
+            named[name].max_length, named[name].pooling,
+        )
+        for name, fields in sequences_of(schema.features).items()
+    )  # fmt: skip
+    singles = tuple(each.name for each in schema.sparse if each.is_single and schema.table_of[each.name].positions)
+    return InputLayout(
+        dims, slices, schema.groups, wide, projections, sequences=sequences, singles=singles, wide_only=wide_only
+    )
 
 
 def wide_table(field: str) -> str:
@@ -183,7 +214,7 @@ def wide_tables(tables: Sequence[Table]) -> list[Table]:
         InputError: a table already has such a name.
     """
     wide = [
-        dataclasses.replace(table, name=wide_table(field), embedding_dim=WIDE_DIM, feature_names=(field,))
+        dataclasses.replace(table, name=wide_table(field), embedding_dim=WIDE_DIM, feature_names=(field,), positions=0)
         for table in tables
         for field in table.feature_names
     ]

@@ -15,6 +15,7 @@ from torchrec.modules.regroup import KTRegroupAsDict
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from mbcnet_rec.model.input_layout import WIDE, WIDE_DIM, InputLayout, wide_table
+from mbcnet_rec.model.sequences import SequencePooling
 
 RegroupOp = Literal["permute", "split"]
 
@@ -23,9 +24,11 @@ class Lookup(NamedTuple):
     """An embedding collection of a model."""
 
     name: str  # the attribute of SparseArch that holds it, and so part of its tables' names in checkpoints
-    collection: nn.Module  # KeyedJaggedTensor -> KeyedTensor, or where `unbounded` -> (KeyedTensor, None)
+    # KeyedJaggedTensor -> KeyedTensor, or where `unbounded` -> (KeyedTensor, None), or where `sequences` -> field -> JaggedTensor
+    collection: nn.Module
     weighted: bool = False  # whether it looks up the fields with weights, or all others
     unbounded: bool = False  # whether its tables give rows to unbounded ids
+    sequences: bool = False  # whether its rows are not pooled
 
 
 class SparseArch(nn.Module):
@@ -35,7 +38,10 @@ class SparseArch(nn.Module):
         super().__init__()
         for lookup in lookups:
             self.add_module(lookup.name, lookup.collection)
-        self._inputs = [(lookup.name, lookup.weighted, lookup.unbounded) for lookup in lookups]
+        self._inputs = [(each.name, each.weighted, each.unbounded) for each in lookups if not each.sequences]
+        self._unpooled = [each.name for each in lookups if each.sequences]
+        if self._unpooled:
+            self.sequences = SequencePooling(layout)
         self.regroup = FeatureRegroup(layout)
 
     def forward(
@@ -55,6 +61,8 @@ class SparseArch(nn.Module):
         for name, weighted, unbounded in self._inputs:
             output = getattr(self, name)(weighted_features if weighted else sparse_features)
             outputs.append(output[0] if unbounded else output)
+        if self._unpooled:
+            outputs.append(self.sequences([getattr(self, name)(sparse_features) for name in self._unpooled]))
         return outputs
 
 
@@ -152,8 +160,9 @@ class FeatureRegroup(nn.Module):
         self._widths = [{} for _ in keyed_tensors]
         for own, tensor in zip(self._widths, keyed_tensors, strict=True):
             for key, width in zip(tensor.keys(), tensor.length_per_key(), strict=True):
-                field = field_of(key, self._fields)
-                field = wide_key(field) if field in self._wide_only else field
+                # where a collection has a field's wide weights alone, they stand under the field's own key
+                alone = key in self._wide_only or key in self._layout.unpooled
+                field = wide_key(key) if alone else field_of(key, self._fields)
                 for stream, share in self._layout.row_slices(field) if self._layout.streams else [("", width)]:
                     name = pieces[field, stream] = f"{key}/{stream}" if stream else key
                     own[name] = share

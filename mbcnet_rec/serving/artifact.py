@@ -17,6 +17,8 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from data.errors import InputError, first_line
 from data.plugins import write_plugins
 from data.reading.keys import read_vocabularies
 from data.schema import Schema, Table, format_schema
+from data.schema.sequences import lengths_of
 from data.schema.transforms import FILE
 from data.whole_folder import whole_folder
 from mbcnet_rec.build import SPARSE_ARCH
@@ -39,6 +42,7 @@ from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.doctor import installed
 from mbcnet_rec.model.input_layout import wide_table
 from mbcnet_rec.model.models import build_arch, model_layout, schema_with_wide
+from mbcnet_rec.model.sequences import SequencePooling
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
 from mbcnet_rec.runtime.process import quiet_libraries
 from mbcnet_rec.scoring.trained_run import TrainedRun
@@ -61,7 +65,10 @@ ENCODER_FILES = (
     "__init__.py",
     "errors.py",
     "plugins.py",
-    *(f"schema/{name}.py" for name in ("__init__", "bounds", "feature", "names", "parse", "schema", "transforms")),
+    *(
+        f"schema/{name}.py"
+        for name in ("__init__", "bounds", "feature", "names", "parse", "schema", "sequences", "transforms")
+    ),
     *(
         f"reading/{name}.py"
         for name in ("__init__", "column_types", "columns", "crosses", "encode", "ids", "keys", "numbers")
@@ -98,6 +105,7 @@ class Weights:
     rows: dict[str, Tensor]  # table name -> (rows, width) float32
     regroup: FeatureRegroup  # with its weights loaded, in evaluation mode, as `arch`
     arch: nn.Module
+    sequences: SequencePooling | None = None  # as `regroup`
     # of each table of unbounded ids: (2, n) int64, ascending hashes of the ids that have a row, and the rows
     id_rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -107,7 +115,8 @@ def untrained(config: RunConfig, schema: Schema) -> Weights:
     layout = model_layout(config.model, schema)
     tables = schema_with_wide(config.model, schema).tables
     arch = build_arch(config.model, layout)
-    return Weights(config, schema, tables, {}, FeatureRegroup(layout).eval(), arch.eval())
+    sequences = SequencePooling(layout).eval() if layout.sequences else None
+    return Weights(config, schema, tables, {}, FeatureRegroup(layout).eval(), arch.eval(), sequences)
 
 
 def load_weights(run: TrainedRun) -> Weights:
@@ -116,6 +125,8 @@ def load_weights(run: TrainedRun) -> Weights:
     tensors = {f"model.dense_arch.{name}": value for name, value in weights.arch.state_dict().items()}
     regroup = weights.regroup.state_dict()
     tensors |= {f"model.sparse_arch.regroup.{name}": value for name, value in regroup.items()}
+    pools = weights.sequences.state_dict() if weights.sequences else {}
+    tensors |= {f"model.sparse_arch.sequences.{name}": value for name, value in pools.items()}
     ids: dict[str, Tensor] = {}
     for table in weights.tables:
         rows = torch.empty(table.num_embeddings, table.embedding_dim)
@@ -142,18 +153,12 @@ def take_apart(
     Without branches all of an MBCnet's serve. Vocabularies, file name -> values in row order, are read from the schema's folder if not given.
     """
     chosen = check_branches(weights.config, branches)
-    tables, lookups = pool_tables(weights.tables)
-    pooled = [(field, tables[pooling][index]) for pooling, pairs in lookups.items() for field, index in pairs]
-    widths = {wide_key(name) if table.name == wide_table(name) else name: table.embedding_dim for name, table in pooled}
-    regroup = copy.deepcopy(weights.regroup)  # it remembers the first layout that it meets
-    path = FusedPath(regroup, weights.arch, chosen, widths).eval()
-    path_width = sum(widths.values()) + sum(feature.dense_width for feature in weights.schema.dense)
-    program = trace(path, path_width)
+    tables, lookups = pool_tables(weights.tables, lengths_of(weights.schema.features))
+    program = trace(FusedPath(weights, chosen, tables, lookups))
     graph, dense = graph_spec(program)
     branch_graph = None
     if chosen:
-        each = FusedPath(copy.deepcopy(weights.regroup), weights.arch, chosen, widths, each=True).eval()
-        branch_graph, own = graph_spec(trace(each, path_width))
+        branch_graph, own = graph_spec(trace(FusedPath(weights, chosen, tables, lookups, each=True)))
         dense |= own
     if vocabularies is None:
         vocabularies = read_vocabularies(weights.schema)
@@ -224,14 +229,22 @@ def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in have if not wanted or name in wanted)
 
 
-def pool_tables(tables: Sequence[Table]) -> tuple[dict[str, list[Table]], dict[str, list[tuple[str, int]]]]:
-    """Sort tables by pooling, which FBGEMM fixes for a whole group of them: pooling -> tables, and (field, table) lookups."""
-    pooled: dict[str, list[Table]] = {}
-    lookups: dict[str, list[tuple[str, int]]] = {}
-    for table in tables:
-        pooling = "weighted" if table.weighted else table.pooling
-        group = pooled.setdefault(pooling, [])
-        lookups.setdefault(pooling, []).extend((field, len(group)) for field in table.feature_names)
+Tables = dict[str, list[Table]]  # by pooling
+Lookups = dict[str, list[tuple[str, int]]]  # pooling -> (field, index of its table)
+
+
+def pool_tables(tables: Sequence[Table], lengths: Mapping[str, int]) -> tuple[Tables, Lookups]:
+    """Sort tables by pooling, which FBGEMM fixes for a whole group of them: those that sequences read stand last.
+
+    `lengths`: of each field of a sequence, which has a lookup for each position.
+    """
+    pooled: Tables = {}
+    lookups: Lookups = {}
+    for table in sorted(tables, key=lambda table: table.positions > 0):
+        pooling = "sequence" if table.positions else "weighted" if table.weighted else table.pooling
+        group, own = pooled.setdefault(pooling, []), lookups.setdefault(pooling, [])
+        for field in table.feature_names:
+            own += [(field, len(group))] * (lengths[field] if table.positions and field in lengths else 1)
         group.append(table)
     return pooled, lookups
 
@@ -285,40 +298,54 @@ TRACED_ROWS = 7  # of the example that torch.export looks at; any number that no
 
 
 class FusedPath(nn.Module):
-    """Regroup -> the chosen branches -> shared top -> fusion -> the fused logit (Eq. 15).
+    """Pooling of sequences -> regroup -> the chosen branches -> shared top -> fusion -> the fused logit (Eq. 15).
 
-    The dense part `arch` serves the chosen branches by its `serve` if it has that (see BranchArch), else its fused logit. `widths` gives
-    the columns of each lookup, in the order in which they stand; dense columns follow. With `each`, each chosen branch's own logit stands
-    beside the fused one.
+    The dense part serves the chosen branches by its `serve` if it has that (see BranchArch), else its fused logit. `tables` and `lookups`
+    give the columns of each lookup, in the order in which they stand; dense columns and the lengths of sequences follow. With `each`,
+    each chosen branch's own logit stands beside the fused one.
     """
 
     def __init__(
-        self,
-        regroup: FeatureRegroup,
-        arch: nn.Module,
-        branches: Sequence[str],
-        widths: Mapping[str, int],
-        each: bool = False,
+        self, weights: Weights, branches: Sequence[str], tables: Tables, lookups: Lookups, each: bool = False
     ) -> None:
         super().__init__()
-        self.regroup = regroup
-        self.arch = arch
+        self.regroup = copy.deepcopy(weights.regroup)  # it remembers the first layout that it meets
+        self.arch, self.sequences = weights.arch, weights.sequences
         self._branches, self._each = list(branches), each
-        self._keys, self._widths = list(widths), list(widths.values())
+        columns = {
+            pooling: [(field, tables[pooling][index]) for field, index in own] for pooling, own in lookups.items()
+        }
+        pooled = [each for pooling, own in columns.items() if pooling != "sequence" for each in own]
+        named = ((wide_key(name) if table.name == wide_table(name) else name, table) for name, table in pooled)
+        self._widths = {key: table.embedding_dim for key, table in named}
+        positions = groupby(columns.get("sequence", []), key=itemgetter(0))
+        self._padded = {field: [table.embedding_dim for _, table in own] for field, own in positions}
+        self._first = [each.name for each in weights.schema.features if each.is_sequence and not each.beside]
+        self._dense = sum(feature.dense_width for feature in weights.schema.dense)
+        self._parts = [sum(self._widths.values()), *map(sum, self._padded.values()), self._dense, len(self._first)]
+        self.width = sum(self._parts)  # N
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N) to (B,), or with `each` to (B, 1 + K)."""
-        pooled, dense = x.split([sum(self._widths), x.shape[1] - sum(self._widths)], dim=1)
-        features = self.regroup([KeyedTensor(self._keys, self._widths, pooled)], dense)
+        pooled, *rows, dense, lengths = x.split(self._parts, dim=1)
+        tensors = [KeyedTensor(list(self._widths), list(self._widths.values()), pooled)] if self._widths else []
+        if self.sequences is not None:
+            padded = {
+                field: own.unflatten(1, (len(widths), widths[0]))
+                for (field, widths), own in zip(self._padded.items(), rows, strict=True)
+            }
+            tensors.append(self.sequences.pooled(padded, dict(zip(self._first, lengths.unbind(1), strict=True))))
+        features = self.regroup(tensors, dense)
         if self._branches and hasattr(self.arch, "serve"):
             return self.arch.serve(features, self._branches, each=self._each)  # pyright: ignore[reportCallIssue]
         output = self.arch(features)
         return torch.stack([output.fused_logits, *output.branch_logits], dim=1) if self._each else output.fused_logits
 
 
-def trace(path: FusedPath, width: int) -> torch.export.ExportedProgram:
-    """Record the path's calls for any number of rows. `width`: N."""
-    example = torch.zeros(TRACED_ROWS, width)
+def trace(path: FusedPath) -> torch.export.ExportedProgram:
+    """Record the path's calls for any number of rows."""
+    example = torch.zeros(TRACED_ROWS, path.width)
     rows = torch.export.Dim("rows", min=1)
     with quiet_libraries(), torch.no_grad():
         return torch.export.export(path, (example,), dynamic_shapes=({0: rows},))

@@ -37,20 +37,30 @@ def draw_requests(schema: Schema, vocabularies: Mapping[str, pa.Array], rows: in
     rng = np.random.default_rng(rows)
     requests: Requests = [{} for _ in range(NUM_REQUESTS)]
     for request in requests:
+        drawn: dict[str, np.ndarray] = {}  # lengths of lists; fields beside a sequence have its own
         for feature in schema.features:
-            request.update(_draw(feature, schema, vocabularies, rows, rng))
+            lengths = rng.poisson(pooling_factor(feature, ShardingConfig()), rows)
+            lengths = drawn.setdefault(feature.beside or feature.name, lengths)
+            request.update(_draw(feature, schema, vocabularies, lengths, rng))
     return requests
 
 
 def _draw(
-    feature: Feature, schema: Schema, vocabularies: Mapping[str, pa.Array], rows: int, rng: np.random.Generator
+    feature: Feature,
+    schema: Schema,
+    vocabularies: Mapping[str, pa.Array],
+    lengths: np.ndarray,
+    rng: np.random.Generator,
 ) -> dict[str, list[Any]]:
+    rows = len(lengths)
     if feature.is_cross:
         return {}
     if feature.kind == "numeric":
         return {feature.source_column: rng.gamma(2.0, 10.0, rows).tolist()}
     if feature.kind == "vector":
         return {feature.source_column: rng.normal(size=(rows, feature.width)).tolist()}
+    if feature.encoding == "gap":
+        return {feature.source_column: [sorted(rng.gamma(2.0, 10.0, length), reverse=True) for length in lengths]}
     known = vocabularies[feature.vocabulary].to_pylist() if feature.encoding == "vocabulary" else None
     limit = len(known) if known is not None else schema.table_of[feature.name].num_embeddings
 
@@ -60,7 +70,6 @@ def _draw(
 
     if feature.kind == "categorical":
         return {feature.source_column: values(rows)}
-    lengths = rng.poisson(pooling_factor(feature, ShardingConfig()), rows)
     drawn = {feature.source_column: [values(length) for length in lengths]}
     if feature.is_weighted:
         drawn[feature.weights] = [rng.random(length).tolist() for length in lengths]

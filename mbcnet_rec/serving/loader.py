@@ -43,7 +43,8 @@ COMPILED = "dense_aot.pt2"
 MODEL, DENSE, TABLES, VOCABULARY = "model.json", "dense.safetensors", "tables.safetensors", "vocabulary.json"
 SCHEMA = "schema.toml"
 DELTA, CHANGES = "delta.json", "changes.safetensors"
-POOLING = {"sum": PoolingMode.SUM, "mean": PoolingMode.MEAN, "weighted": PoolingMode.SUM}
+# of "sequence" each position is a bag of one row, or of none
+POOLING = {"sum": PoolingMode.SUM, "mean": PoolingMode.MEAN, "weighted": PoolingMode.SUM, "sequence": PoolingMode.SUM}
 TABLE_KEYS = ("name", "num_embeddings", "embedding_dim")
 OVERLOAD = type(torch.ops.aten.add.Tensor)
 ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -261,7 +262,7 @@ class ServingModel:
 
     @torch.inference_mode()
     def embed(self, inputs: Inputs) -> Tensor:
-        """Look up and pool: (B, N), pooled fields first, then dense columns."""
+        """Look up and pool: (B, N), pooled fields first, then rows of sequences, dense columns and lengths of sequences."""
         pooled = [self.tables[pooling](*bag) for pooling, bag in inputs.bags.items()]
         x = torch.cat([*pooled, inputs.dense], dim=1)
         return x if inputs.shared is None else x.add_(self.embed(inputs.shared)[inputs.owners])
@@ -293,7 +294,7 @@ def open_tables(
         tables: TABLE_KEYS of each.
         lookups: (field, index of its table), in the order of the output's columns.
         rows: fp32, fp16, int8 or int4.
-        pooling: sum, mean, or weighted (a weighted sum).
+        pooling: sum, mean, weighted (a weighted sum), or sequence.
     """
     specs = [(*(each[key] for key in TABLE_KEYS), SparseType(rows), EmbeddingLocation.HOST) for each in tables]
     opened = IntNBitTableBatchedEmbeddingBagsCodegen(

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,14 +20,14 @@ from torch import Tensor
 if __name__ == "mbcnet_rec.serving.preprocess":
     from data.errors import InputError, first_line
     from data.reading.column_types import check_columns
-    from data.reading.columns import Columns, Place, offsets_of
+    from data.reading.columns import Columns, Lists, Place, offsets_of
     from data.reading.encode import Encoder
     from data.reading.ids import integers_of
     from data.schema import Schema, Table, load_schema
 else:  # in an artifact, which carries these files
     from .data.errors import InputError, first_line  # type: ignore[import-not-found]
     from .data.reading.column_types import check_columns  # type: ignore[import-not-found]
-    from .data.reading.columns import Columns, Place, offsets_of  # type: ignore[import-not-found]
+    from .data.reading.columns import Columns, Lists, Place, offsets_of  # type: ignore[import-not-found]
     from .data.reading.encode import Encoder  # type: ignore[import-not-found]
     from .data.reading.ids import integers_of  # type: ignore[import-not-found]
     from .data.schema import Schema, Table, load_schema  # type: ignore[import-not-found]
@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
     """Rows ready for the tables."""
 
     bags: dict[str, tuple[Tensor, Tensor, Tensor | None]]  # pooling -> ids, offsets, weights
-    dense: Tensor  # (B, D) float32
+    dense: Tensor  # (B, D + S) float32: the last S are lengths of sequences
     # of S owners, looked up once and added to their rows: what the rows have themselves is empty there
     shared: "Inputs | None" = None
     owners: Tensor | None = None  # (B,) int64, of each row
@@ -66,7 +66,12 @@ class Preprocessor:
     ) -> None:
         self.schema, self.columns = schema, schema.field_columns
         self.encoder = encoder or Encoder(schema, vocabularies=vocabularies, has_labels=False)
-        self.lookups = {pooling: [field for field, _ in pairs] for pooling, pairs in lookups.items()}
+        # each field, and how often it stands there: a sequence has a lookup for each position
+        self.lookups = {
+            pooling: [(field, len(list(own))) for field, own in groupby(field for field, _ in pairs)]
+            for pooling, pairs in lookups.items()
+        }
+        self.sequences = [each.name for each in schema.features if each.is_sequence and not each.beside]
         self.arguments = lookups, vocabularies, id_rows
         singles = [feature for feature in schema.sparse if feature.is_single]
         lists = [feature for feature in schema.sparse if not feature.is_single]
@@ -115,8 +120,14 @@ class Preprocessor:
                 features.append(feature)
                 own += range(start, start + feature.dense_width)
             start += feature.dense_width
+        names = {feature.name for feature in features}
+        for feature in self.schema.features:
+            if feature.beside and (feature.name in names) != (feature.beside in names):
+                words = f"must stand with {feature.beside!r}, shared or in the rows"
+                raise InputError(f"{REQUEST}: row 0, field {feature.name!r}: {words}; move one of them")
         schema = dataclasses.replace(self.schema, features=tuple(features))
         part = Preprocessor(schema, *self.arguments, self.encoder.of(schema))
+        part.sequences = self.sequences
         part.dense_columns, part.dense_width = own, self.dense_width
         if len(self._parts) > 200:  # who sends requests chooses the columns
             self._parts.clear()
@@ -136,12 +147,18 @@ class Preprocessor:
         joined = {}
         for pooling, fields in self.lookups.items():
             ids, weights = [], []
-            offsets = np.zeros(len(fields) * columns.num_rows + 1, np.int64)
-            lengths = offsets[1:].reshape(len(fields), columns.num_rows)
-            for field, own_lengths in zip(fields, lengths, strict=True):
+            offsets = np.zeros(sum(count for _, count in fields) * columns.num_rows + 1, np.int64)
+            lengths, place = offsets[1:].reshape(-1, columns.num_rows), 0
+            for field, count in fields:
+                own_lengths, place = lengths[place], place + count
                 if field not in self.places:  # of another part
                     continue
                 kind, index = self.places[field]
+                if pooling == "sequence" and kind == "list":
+                    starts, there = self._positions(columns.lists, index, count)
+                    lengths[place - count : place] = there
+                    ids.append(columns.lists.values[index][starts[there]])
+                    continue
                 if kind == "single":
                     found = columns.single_ids[index]
                     if columns.absent[index]:
@@ -166,7 +183,19 @@ class Preprocessor:
         if self.dense_columns is not None:
             dense = np.zeros((columns.num_rows, self.dense_width), np.float32)
             dense[:, self.dense_columns] = columns.dense
+        if self.sequences:
+            found = np.zeros((columns.num_rows, len(self.sequences)), np.float32)
+            for place, field in enumerate(self.sequences):
+                if field in self.places:
+                    found[:, place] = np.diff(columns.lists.offsets[self.places[field][1]])
+            dense = np.concatenate([dense, found], axis=1)
         return Inputs(joined, torch.from_numpy(dense))
+
+    def _positions(self, lists: Lists, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the value at each position of each row's list stands, (L, B), and whether there is one."""
+        offsets = lists.offsets[index]
+        positions = np.arange(count)[:, None]
+        return offsets[:-1] + positions, positions < np.diff(offsets)
 
     def _given_rows(self, field: str, hashed: np.ndarray) -> np.ndarray:
         """The row that training gave to each id of a table of encoding zch, or the last row of its bucket."""

@@ -9,6 +9,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from sharding.bridge.zch import STATE, BucketedCollisions
@@ -51,7 +52,7 @@ def with_lookups(model: nn.Module) -> Iterator[nn.Module]:
     """Every module, also the lookups that TorchRec's sharded collections keep in a plain list."""
     for module in model.modules():
         yield module
-        if isinstance(module, ShardedEmbeddingBagCollection):
+        if isinstance(module, (ShardedEmbeddingBagCollection, ShardedEmbeddingCollection)):
             for lookup in module._lookups:
                 # a replicated table's lookup is wrapped for gradients to be averaged
                 yield from getattr(lookup, "module", lookup).modules()

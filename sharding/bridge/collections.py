@@ -1,32 +1,37 @@
 """The model's embedding collections: the one list of them, which table is in which, and TorchRec's configurations of the tables."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from data.schema import Schema, Table
 from sharding.bridge.zch import EMBEDDING_MODULE, REMAPPERS
 
 
 class Collection(NamedTuple):
-    """One EmbeddingBagCollection. It applies weights to every bag or to none, so weighted fields have collections of their own."""
+    """One EmbeddingBagCollection, or of tables that sequences read an EmbeddingCollection, which does not pool.
+
+    The first applies weights to every bag or to none, so weighted fields have collections of their own; the second has rows of one width.
+    """
 
     name: str  # the attribute of SparseArch that holds it, and so part of its tables' names in checkpoints
     weighted: bool
     unbounded: bool  # whether its tables give rows to unbounded ids (encoding zch)
+    sequences: bool = False
 
-    def configs(self, schema: Schema, data_type: str = "fp32") -> list[EmbeddingBagConfig]:
+    def configs(self, schema: Schema, data_type: str = "fp32") -> list[Any]:
         """List this collection's tables, with rows of `data_type`."""
+        kind: Any = EmbeddingConfig if self.sequences else EmbeddingBagConfig
         return [
-            EmbeddingBagConfig(
+            kind(
                 name=table.name,
                 num_embeddings=table.num_embeddings,
                 embedding_dim=table.embedding_dim,
                 feature_names=list(table.feature_names),
-                pooling=PoolingType[table.pooling.upper()],
                 data_type=DataType[data_type.upper()],
+                **({} if self.sequences else {"pooling": PoolingType[table.pooling.upper()]}),
             )
             for table in schema.tables
             if collection_of(table) == self
@@ -43,16 +48,21 @@ COLLECTIONS = (
 
 def collection_of(table: Table) -> Collection:
     """The collection that holds a table."""
+    if table.positions:
+        return Collection(f"ec_{table.embedding_dim}", weighted=False, unbounded=False, sequences=True)
     wanted = (table.weighted, table.zch is not None)
     return next(each for each in COLLECTIONS if (each.weighted, each.unbounded) == wanted)
 
 
-def meta_collections(schema: Schema, data_type: str = "fp32") -> dict[Collection, EmbeddingBagCollection]:
+def meta_collections(schema: Schema, data_type: str = "fp32") -> dict[Collection, Any]:
     """Build the collections that have tables, on the meta device and without managed collision."""
     meta = torch.device("meta")
+    every = (*COLLECTIONS, *(each for each in dict.fromkeys(map(collection_of, schema.tables)) if each.sequences))
     return {
-        each: EmbeddingBagCollection(configs, device=meta, is_weighted=each.weighted)
-        for each in COLLECTIONS
+        each: EmbeddingCollection(configs, device=meta)
+        if each.sequences
+        else EmbeddingBagCollection(configs, device=meta, is_weighted=each.weighted)
+        for each in every
         if (configs := each.configs(schema, data_type))
     }
 
@@ -61,7 +71,7 @@ def rows_name(table: Table) -> str:
     """Name of a table's rows in the state of SparseArch."""
     collection = collection_of(table)
     module = f"{collection.name}.{EMBEDDING_MODULE}" if collection.unbounded else collection.name
-    return f"{module}.embedding_bags.{table.name}.weight"
+    return f"{module}.{'embeddings' if collection.sequences else 'embedding_bags'}.{table.name}.weight"
 
 
 def ids_name(table: Table) -> str:

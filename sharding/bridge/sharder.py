@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.sharding_plan import (
@@ -16,9 +17,10 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.types import CacheParams, ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from sharding.bridge.zch import EMBEDDING_MODULE, CollisionSharder
-from sharding.plan.placement import SHARDING_TYPES, Plan, TablePlan
+from sharding.plan.placement import SEQUENCE_TYPES, SHARDING_TYPES, Plan, TablePlan
 
 
 class AnyTypeSharder(EmbeddingBagCollectionSharder):
@@ -39,6 +41,18 @@ class AnyTypeSharder(EmbeddingBagCollectionSharder):
         return ["fused"] if compute_device_type == "cpu" else ["fused", "fused_uvm", "fused_uvm_caching"]
 
 
+class SequenceSharder(EmbeddingCollectionSharder):
+    """The same for tables that sequences read. Grid and host-wise shards raise on a CPU, and replicated tables are not offered."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Return the types a plan may use."""
+        return list(SEQUENCE_TYPES)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Return the one kernel."""
+        return ["fused"]
+
+
 def sharders_of(plan: Plan, *, seed: int = 0, std: float = 0.0) -> list[Any]:
     """The sharders that send pooled rows and gradients in the plan's precisions. gloo has no bf16: TorchRec takes fp16 there instead.
 
@@ -49,22 +63,25 @@ def sharders_of(plan: Plan, *, seed: int = 0, std: float = 0.0) -> list[Any]:
         forward, backward = (CommType[each.upper()] for each in (plan.forward_precision, plan.backward_precision))
         precisions = QCommsConfig(forward, backward)
         registry = get_qcomm_codecs_registry(precisions, device=torch.device(plan.device))
-    rows = AnyTypeSharder(qcomm_codecs_registry=registry)
-    if not any(table.zch_buckets for table in plan.tables.values()):
-        return [rows]
-    return [rows, CollisionSharder(AnyTypeSharder(qcomm_codecs_registry=registry), seed, std)]
+    sharders: list[Any] = [AnyTypeSharder(qcomm_codecs_registry=registry)]
+    if any(table.positions for table in plan.tables.values()):
+        sharders.append(SequenceSharder(qcomm_codecs_registry=registry))
+    if any(table.zch_buckets for table in plan.tables.values()):
+        sharders.append(CollisionSharder(AnyTypeSharder(qcomm_codecs_registry=registry), seed, std))
+    return sharders
 
 
 def to_sharding_plan(plan: Plan, collections: Mapping[str, nn.Module]) -> ShardingPlan:
-    """Build TorchRec's plan for the EmbeddingBagCollections, also with managed collision before them, at these module paths."""
+    """Build TorchRec's plan for collections, also with managed collision before them, at these module paths."""
     result = {}
     for path, collection in collections.items():
-        rows = getattr(collection, EMBEDDING_MODULE, collection)
-        generators = {
-            config.name: _generator(plan.tables[config.name], plan)
-            for config in rows.embedding_bag_configs()  # type: ignore[operator]
-        }
-        sharder: Any = AnyTypeSharder() if rows is collection else CollisionSharder(AnyTypeSharder())
+        rows: Any = getattr(collection, EMBEDDING_MODULE, collection)
+        unpooled = isinstance(rows, EmbeddingCollection)
+        configs = rows.embedding_configs() if unpooled else rows.embedding_bag_configs()
+        generators = {config.name: _generator(plan.tables[config.name], plan) for config in configs}
+        sharder: Any = SequenceSharder() if unpooled else AnyTypeSharder()
+        if rows is not collection:
+            sharder = CollisionSharder(sharder)
         result[path] = construct_module_sharding_plan(
             collection, generators, sharder, plan.local_group_size, plan.group_size, plan.device
         )

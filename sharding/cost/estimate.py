@@ -1,7 +1,8 @@
 """Bytes and seconds of one shard, by part, from first principles; and by how much tables exceed the memory that they may fill.
 
 G rows of a batch over one group's ranks, B of one rank, P ids a row (all fields of the table), F fields, D columns of the shard,
-r rows of the shard, s its share of the lookups (1, or 1/n where n ranks share the rows), w bytes of a weight.
+r rows of the shard, s its share of the lookups (1, or 1/n where n ranks share the rows), w bytes of a weight. Of a table
+that sequences read F is the rows that one row of data may get: the lengths that its fields keep, and 1 of a field of one id.
 
 Memory. rows r D w, state 4 r (rowwise_adagrad), 4 r D (adagrad), 8 r D (adam, of replicated tables), 0 (sgd),
 and 32 r where ids are given rows (encoding zch). Activations: ids 2 * 8 G P s (two batches in flight),
@@ -116,7 +117,7 @@ def shard_bytes(table: TablePlan, plan: Plan, rows: int, columns: int) -> Bytes:
         state += ZCH_BYTES_PER_ROW * rows
     global_rows = plan.batch_size_per_rank * (1 if replicated else plan.group_size)
     ids = 2 * ID_BYTES * global_rows * table.ids * _lookup_share(table, plan)
-    pooled = 2 * FLOAT_BYTES * global_rows * table.bags * columns
+    pooled = 2 * FLOAT_BYTES * global_rows * table.outputs * columns
     if replicated:
         state = state * width // FLOAT_BYTES  # a dense optimizer keeps its state in the rows' dtype
         pooled += 2 * weights  # a dense gradient, and its all-reduce bucket
@@ -143,7 +144,7 @@ def shard_times(table: TablePlan, plan: Plan, cluster: Cluster, rows: int, colum
     row_bytes = max(BURST_BYTES, columns * width)
     speed, slow = MEMORY_EFFICIENCY * cluster.memory_bytes_per_second, _slow_share(table)
     host = LINK_EFFICIENCY * 1e9 * cluster.host_link_gb_per_second if slow else math.inf
-    pooled = global_rows * table.bags * columns
+    pooled = global_rows * table.outputs * columns
     hidden = plan.prefetch and table.compute_kernel == "fused_uvm_caching"
     paging = distinct * row_bytes * slow / host * (0.0 if hidden else 1.0)
     lookup = (lookups * ID_BYTES + distinct * row_bytes + pooled * FLOAT_BYTES) / speed + paging

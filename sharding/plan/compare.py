@@ -139,6 +139,7 @@ def schema_differences(plan: Plan, schema: Schema) -> list[str]:
             ("embedding_dim", planned.embedding_dim, table.embedding_dim),
             ("fields", planned.bags, len(table.feature_names)),
             ("zch_buckets", planned.zch_buckets, table.zch.buckets if table.zch else 0),
+            ("positions", planned.positions, table.positions),
         )
         changed = [f"{key} {old:,} -> {new:,}" for key, old, new in pairs if old != new]
         if changed:

@@ -14,6 +14,7 @@ from sharding.plan.constraints import DtypeName, KernelName, ShardingTypeName
 
 SHARDING_TYPES = get_args(ShardingTypeName)
 KERNELS = get_args(KernelName)
+SEQUENCE_TYPES = ("table_wise", "row_wise", "column_wise")  # of tables that sequences read
 FORMAT = 2  # of the plan file
 REPLAN = "plan again with `mbcnet plan make`"
 UNIFORM = ("row_wise", "data_parallel")  # types that use every rank
@@ -40,6 +41,14 @@ class TablePlan:
     cardinality: int = 0  # distinct ids that occur; 0: unknown
     cache_ratio: float = 0.0  # share of rows cached in HBM; 0 unless fused_uvm_caching
     zch_buckets: int = 0  # parts of a table that gives rows to unbounded ids; 0: it does not
+    positions: int = (
+        0  # of a table that sequences read: the rows that one row of data may get of it, none of them pooled
+    )
+
+    @property
+    def outputs(self) -> int:
+        """Rows that leave the table for one row of data."""
+        return self.positions or self.bags
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,7 @@ def device_problem(plan: Plan) -> str:
     on_cpu, replicas = plan.device == "cpu", f"replicas = {plan.replicas}:"
     cached = any(table.compute_kernel == "fused_uvm_caching" for table in plan.tables.values())
     unbounded = any(table.zch_buckets for table in plan.tables.values())
+    sequences = any(table.positions for table in plan.tables.values())
     averaged = plan.optimizer in ("rowwise_adagrad", "adagrad")
     zch = "not with fields of encoding 'zch', whose ids are not averaged or fetched ahead; set it to"
     refusals = [
@@ -183,11 +193,13 @@ def device_problem(plan: Plan) -> str:
             (not averaged, f"{replicas} TorchRec averages an Adagrad's state, and {plan.optimizer} has none; set it to 1"),
             (cached, f"{replicas} TorchRec averages rows without those in the cache of fused_uvm_caching; set it to 1, or keep these tables fused"),
             (unbounded, f"{replicas} {zch} 1"),
+            (sequences, f"{replicas} not with sequences, whose tables were not seen to be averaged; set it to 1"),
         ]  # fmt: skip
     if plan.prefetch:
         nothing = "no table has the kernel fused_uvm_caching, so there is no cache to fill ahead"
         refusals += [
             (unbounded, f"prefetch = true: {zch} false"),
+            (sequences, "prefetch = true: not with sequences, whose rows are not fetched ahead; set it to false"),
             (plan.tables and not cached, f"prefetch = true: {nothing}; set it to false"),
         ]
     return next((words for refused, words in refusals if refused), "")
@@ -201,6 +213,10 @@ def _table_problem(table: TablePlan, plan: Plan) -> str:
         return f"sharding_type = {table.sharding_type!r}: wanted one of {', '.join(SHARDING_TYPES)}"
     if table.zch_buckets and (problem := zch_problem(table, plan)):
         return problem
+    if table.positions and table.sharding_type not in SEQUENCE_TYPES:
+        return f"sharding_type = {table.sharding_type!r}: a sequence reads this table; use one of {', '.join(SEQUENCE_TYPES)}"
+    if table.positions and table.compute_kernel != "fused":
+        return f"compute_kernel = {table.compute_kernel!r}: a sequence reads this table; use 'fused'"
     replicated = table.sharding_type == "data_parallel"
     if table.compute_kernel not in KERNELS or replicated != (table.compute_kernel == "dense"):
         wanted = "'dense'" if replicated else "'fused' (or fused_uvm, fused_uvm_caching on cuda)"

@@ -7,7 +7,15 @@ from data.schema import Feature, Schema, Table
 from data.schema.parse import unknown_key
 from sharding.cost.estimate import DTYPE_BYTES, state_bytes
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.plan.placement import Plan, TablePlan, check_shape, leaves_empty, with_kernels, zch_problem
+from sharding.plan.placement import (
+    SEQUENCE_TYPES,
+    Plan,
+    TablePlan,
+    check_shape,
+    leaves_empty,
+    with_kernels,
+    zch_problem,
+)
 from sharding.search.task import Task
 
 ROWS_PER_RANK = 8  # a table with fewer rows for each rank is not split by rows
@@ -30,7 +38,7 @@ def described_table(table: Table, schema: Schema, config: ShardingConfig) -> Tab
     return TablePlan(
         "table_wise", "fused", (), table.num_embeddings, table.embedding_dim, len(used), round(ids, 4),
         cardinality=min(constraint.cardinality or measured, table.num_embeddings),
-        zch_buckets=table.zch.buckets if table.zch else 0,
+        zch_buckets=table.zch.buckets if table.zch else 0, positions=table.positions,
     )  # fmt: skip
 
 
@@ -83,13 +91,16 @@ def _candidates(table: Table, task: Task, plan: Plan) -> list[TablePlan]:
     types = _by_size(sized, constraint.sharding_types, task, plan)
     kernels = constraint.compute_kernels or config.compute_kernels
     fused = [each for each in kernels if each != "dense" and not (plan.device == "cpu" and "uvm" in each)]
+    if sized.positions:
+        types, fused = [each for each in types if each in SEQUENCE_TYPES], ["fused"] if "fused" in kernels else []
     ratio = constraint.cache_ratio or config.cache_ratio
     options = [each for kind in types for each in with_kernels(sized, kind, fused, ratio)]
     if not options:
         asked = list(constraint.sharding_types or config.sharding_types)
         raise InputError(
             f"sharding.tables.{name}: sharding_types {asked} with compute_kernels {list(kernels)} leave no choice for {sized.num_embeddings} "
-            f"rows on {plan.group_size} ranks of {plan.device}, each of which needs a row; allow table_wise with fused, or data_parallel"
+            f"rows on {plan.group_size} ranks of {plan.device}, each of which needs a row; allow table_wise with fused"
+            + ("" if sized.positions else ", or data_parallel")
         )
     return [_placed(option, name, config, plan) for option in options]
 

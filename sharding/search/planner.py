@@ -25,7 +25,7 @@ from torchrec.distributed.types import ParameterSharding
 
 from data.errors import InputError
 from sharding.bridge.collections import meta_collections
-from sharding.bridge.sharder import AnyTypeSharder
+from sharding.bridge.sharder import AnyTypeSharder, SequenceSharder
 from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import find_shortage, table_costs
 from sharding.plan.cluster import MAX_RANKS, Cluster
@@ -136,7 +136,7 @@ def _search(task: Task, plan: Plan, options: Options, progress: Progress | None)
     )
     collections = meta_collections(task.schema, config.data_type)
     tables = nn.ModuleDict({each.name: module for each, module in collections.items()})
-    chosen = planner.plan(tables, [AnyTypeSharder()])  # type: ignore[list-item]
+    chosen = planner.plan(tables, [AnyTypeSharder(), SequenceSharder()])  # type: ignore[list-item]
     return {
         name: _with_ranks(parameter, options[name], config.of(name).ranks)
         for module_plan in chosen.plan.values()
