@@ -53,7 +53,7 @@ def _field(schema: Schema, feature: Feature) -> tuple[object, ...]:
         table.name if table and table.name != feature.name else "",
         f"{table.num_embeddings:,}" if table else "",
         table.embedding_dim if table else feature.model_width,
-        table.pooling if table and not feature.is_single else "",
+        "" if not table or feature.is_single else feature.pooling if feature.is_sequence else table.pooling,
         f"{feature.pooling_factor:g}" if feature.pooling_factor else "",
         f"{feature.cardinality:,}" if feature.cardinality else "",
         feature.column,

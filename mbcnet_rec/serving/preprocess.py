@@ -147,8 +147,9 @@ class Preprocessor:
         joined = {}
         for pooling, fields in self.lookups.items():
             ids, weights = [], []
-            offsets = np.zeros(sum(count for _, count in fields) * columns.num_rows + 1, np.int64)
-            lengths, place = offsets[1:].reshape(-1, columns.num_rows), 0
+            total, place = sum(count for _, count in fields), 0
+            offsets = np.zeros(total * columns.num_rows + 1, np.int64)
+            lengths = offsets[1:].reshape(total, columns.num_rows)
             for field, count in fields:
                 own_lengths, place = lengths[place], place + count
                 if field not in self.places:  # of another part
