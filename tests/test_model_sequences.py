@@ -149,7 +149,7 @@ REFUSED = {
     "null": ('encoding = "gap"', 'on_invalid = "null"', "fields.ages.on_invalid = 'null': a sequence keeps a place for each event"),
     "a bag in the table": ("num_embeddings = 20, embedding_dim = 8", 'table = "kind"', "fields.tags: shares table 'kind' with the sequence 'kinds'"),
     "a mean has no target": ('"target_attention"', '"mean"', "pooling = 'mean' has no target; remove it"),
-    "max_length of others": ('kind = "numeric"', 'kind = "numeric", max_length = 3', "max_length = 3: only kind = \"sequence\""),
+    "max_length of others": ('kind = "numeric"', 'kind = "numeric", max_length = 3', "max_length = 3: only kind = \"cross\" or \"sequence\""),
 }  # fmt: skip
 
 

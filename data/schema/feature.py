@@ -187,7 +187,7 @@ class Feature:
 
 # Which fields read a key; on any other field it would be ignored silently, so it is refused there.
 _READERS: tuple[tuple[str, Callable[[Feature], bool], str], ...] = (
-    ("encoding", lambda feature: feature.is_keyed or feature.is_sequence, "fields of ids"),
+    ("encoding", lambda feature: feature.kind not in ("numeric", "vector", "cross"), "fields of ids"),
     ("target beside", lambda feature: feature.is_sequence, 'kind = "sequence"'),
     ("type", lambda feature: feature.encoding not in ("ids", "gap"), 'encoding = "hash", "zch" or "vocabulary"'),
     ("vocabulary min_count expire_after", lambda feature: feature.encoding == "vocabulary", 'encoding = "vocabulary"'),
@@ -198,7 +198,7 @@ _READERS: tuple[tuple[str, Callable[[Feature], bool], str], ...] = (
     (
         "max_length",
         lambda feature: feature.is_cross or (feature.is_sequence and not feature.beside),
-        'kind = "cross", and kind = "sequence" that is not beside another,',
+        'kind = "cross" or "sequence" (not beside another)',
     ),
     ("column on_invalid table", lambda feature: not feature.is_cross, "fields with a column"),
     ("transform", lambda feature: feature.kind == "numeric", 'kind = "numeric"'),
