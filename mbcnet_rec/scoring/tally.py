@@ -1,7 +1,7 @@
 """Scored rows of all ranks -> metrics: exact from every row up to EXACT_ROWS of them, beyond that from counts in bins of the logit.
 
-Binned, log-loss, NE and calibration stay exact, an AUC carries the bound that metrics.py derives, and GAUC is that of a sample of
-whole groups. Either way rank 0 never holds more than about EXACT_ROWS rows.
+Binned, log-loss, NE and calibration stay exact, an AUC carries the bound that metrics.py derives, and GAUC and the metrics of ranking.py,
+at the places `ranking_k`, are those of a sample of whole groups. Either way rank 0 never holds more than about EXACT_ROWS rows.
 
 Shapes: n rows of one batch, O outputs (the fused one first, then the branches), C columns that cut rows into slices.
 """
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mbcnet_rec.runtime.process import Process, gather_rows
 from mbcnet_rec.scoring.metrics import Estimate, Histogram, exact_metrics, gauc, reliability
+from mbcnet_rec.scoring.ranking import ranking_metrics
 
 EXACT_ROWS = 10_000_000  # 4 outputs: 280 MB of logits, labels and groups on rank 0
 NUM_BINS = 2**20  # of all rows: an AUC's bound is then near 1e-6
@@ -69,8 +70,10 @@ class Tally:
         has_groups: bool,
         slices: Mapping[str, Sequence[str]] | None = None,
         exact_rows: int = EXACT_ROWS,
+        ranking_k: Sequence[int] = (),
     ) -> None:
         self.exact = num_rows <= exact_rows
+        self.ranking_k = ranking_k
         self.branches, self._has_groups, self.names = branches, has_groups, slices or {}
         # ids of groups are hashes: about one in `stride` is a multiple of it
         self._stride = -(-num_rows // max(1, exact_rows))
@@ -127,6 +130,7 @@ class Tally:
             labels = rows.labels[chosen]
             groups = None if rows.group_ids is None else rows.group_ids[chosen]
             metrics = exact_metrics(rows.logits[chosen], labels, self.branches, groups, errors=errors)
+            metrics |= ranking_metrics(rows.logits[chosen, 0], labels, groups, self.ranking_k)
             return Scores(len(labels), int((labels > 0).sum()), metrics)
 
         slices = {
@@ -146,5 +150,6 @@ class Tally:
         }
         everything = scores(self._everything)
         if sample.group_ids is not None and len(sample.labels):
-            everything.metrics["gauc"] = gauc(sample.logits[:, 0], sample.labels, sample.group_ids)
+            kept = sample.logits[:, 0], sample.labels, sample.group_ids
+            everything.metrics |= {"gauc": gauc(*kept)} | ranking_metrics(*kept, self.ranking_k)
         return Answer(False, everything, slices, self._everything.reliability())

@@ -1,0 +1,111 @@
+"""Proves that ranking metrics are the mean over all orders of tied rows, whatever the order of the rows, and that ranks and samples keep them."""
+
+import math
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+import torch
+
+from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.scoring.ranking import names_of, ranking_metrics, ranking_values
+from mbcnet_rec.scoring.tally import Tally
+
+KS = (1, 2, 3, 10)
+
+
+def of_order(labels, k):
+    """NDCG, recall and hit rate at k, and MRR, of labels from the top down."""
+    top = labels[:k]
+    best = sorted(labels, reverse=True)[:k]
+    gain = [sum(y / math.log2(place + 2) for place, y in enumerate(each)) for each in (top, best)]
+    first = labels.index(1)
+    return {
+        f"ndcg@{k}": gain[0] / gain[1], f"recall@{k}": sum(top) / sum(labels), f"hit_rate@{k}": float(any(top)), "mrr": 1 / (first + 1),
+    }  # fmt: skip
+
+
+def naive(logits, labels, groups):
+    """Every order of a group's rows that the scores allow, one after the other."""
+    found = {}
+    for group in sorted(set(groups.tolist())):
+        own = [(z, int(y)) for z, y, g in zip(logits.tolist(), labels, groups, strict=True) if g == group]
+        if not any(y for _, y in own):
+            continue
+        orders = [
+            [y for _, y in order]
+            for order in permutations(own)
+            if all(a[0] >= b[0] for a, b in pairwise(order))
+        ]
+        for k in KS:
+            values = [of_order(order, k) for order in orders]
+            for name in values[0]:
+                if name != "mrr" or k == KS[0]:
+                    found.setdefault(name, []).append(float(np.mean([each[name] for each in values])))
+    return found
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 100])
+def test_every_metric_is_the_mean_over_the_orders_of_ties(levels):
+    rng = np.random.default_rng(levels)
+    groups = np.repeat(rng.integers(-(2**62), 2**62, 12), rng.integers(1, 7, 12))
+    logits = rng.integers(0, levels, len(groups)).astype(np.float32) / 7
+    labels = (rng.random(len(groups)) < 0.35).astype(np.float32)
+    shuffle = rng.permutation(len(groups))
+    logits, labels, groups = logits[shuffle], labels[shuffle], groups[shuffle]
+    wanted, found = naive(logits, labels, groups), ranking_values(logits, labels, groups, KS)
+    assert list(found) == names_of(KS) and set(wanted) == set(found)
+    for name, values in found.items():
+        assert values == pytest.approx(wanted[name], abs=1e-12), name
+        estimate = ranking_metrics(logits, labels, groups, KS)[name]
+        assert estimate.value == pytest.approx(np.mean(wanted[name]))
+        assert estimate.error == pytest.approx(np.std(wanted[name], ddof=1) / len(values) ** 0.5)
+
+
+def some_rows(rows=4_000, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = np.round(rng.normal(size=(rows, 2)), 1).astype(np.float32)
+    groups = rng.integers(0, 2**62, 400)[rng.integers(0, 400, rows)]
+    return logits, (rng.random(rows) < 0.2).astype(np.float32), groups
+
+
+def test_the_order_of_rows_and_batches_does_not_matter():
+    """Bit for bit; a large group of one score has what a draw has, and no group or a NaN has nothing."""
+    logits, labels, groups = some_rows()
+    first = ranking_metrics(logits[:, 0], labels, groups, KS)
+    shuffle = np.random.default_rng(1).permutation(len(labels))
+    assert ranking_metrics(logits[shuffle, 0], labels[shuffle], groups[shuffle], KS) == first
+    tied = ranking_values(
+        np.zeros(500_000, np.float32), np.arange(500_000) % 50 == 7, np.zeros(500_000, np.int64), (10,)
+    )
+    assert tied["recall@10"][0] == pytest.approx(10 / 500_000) and tied["hit_rate@10"][0] == pytest.approx(
+        1 - 0.98**10, rel=1e-4
+    )
+    nothing = ranking_metrics(logits[:0, 0], labels[:0], groups[:0], KS)
+    assert list(nothing) == names_of(KS) and all(math.isnan(each.value) for each in nothing.values())
+    assert math.isnan(ranking_metrics(logits[:, 0] * np.nan, labels, groups, KS)["mrr"].value)
+    assert ranking_metrics(logits[:, 0], labels, groups, ()) == {} == ranking_metrics(logits[:, 0], labels, None, KS)
+
+
+def test_a_tally_keeps_them_by_slice_and_of_a_sample_of_whole_groups():
+    logits, labels, groups = some_rows()
+    places = (np.arange(len(labels)) % 2)[:, None]
+    whole = ranking_metrics(logits[:, 0], labels, groups, KS)
+    tally = Tally(len(labels), ("deep",), has_groups=True, slices={"half": ["even", "odd"]}, ranking_k=KS)
+    sample = Tally(len(labels), ("deep",), has_groups=True, exact_rows=len(labels) // 2, ranking_k=KS)
+    for part in np.array_split(np.arange(len(labels)), 7):
+        tally.add(logits[part], labels[part], groups[part], places[part])
+        sample.add(logits[part], labels[part], groups[part])
+    one = Process(0, 1, 0, 1, torch.device("cpu"))
+    found = tally.answer(one)
+    assert {name: found.everything.metrics[name] for name in whole} == whole
+    odd = places[:, 0] == 1
+    assert (
+        found.slices["half"]["odd"].metrics["ndcg@2"]
+        == ranking_metrics(logits[odd, 0], labels[odd], groups[odd], KS)["ndcg@2"]
+    )
+    kept = groups % 2 == 0
+    assert (
+        sample.answer(one).everything.metrics["mrr"]
+        == ranking_metrics(logits[kept, 0], labels[kept], groups[kept], KS)["mrr"]
+    )
