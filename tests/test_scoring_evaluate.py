@@ -17,6 +17,7 @@ from mbcnet_rec.scoring.metrics import Histogram, auc_of_counts, evaluate_predic
 
 ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
 NAMES, BRANCHES = ("auc", "log_loss", "ne", "calibration"), ("", "/efgc", "/cross", "/deep")
+RANKING = ("ndcg@2", "recall@5", "hit_rate@2", "mrr")
 METRICS = [f"{name}{branch}" for name in NAMES for branch in BRANCHES]
 
 
@@ -24,7 +25,7 @@ METRICS = [f"{name}{branch}" for name in NAMES for branch in BRANCHES]
 def test_world_size_changes_nothing(runs, kind, world):
     one, more = evaluated(runs, f"{kind}_evaluate_1"), evaluated(runs, f"{kind}_evaluate_{world}")
     assert one["rows"] == more["rows"] == 2_000 and one["exact"] and one["auc"] > 0.75
-    for key in (*METRICS, "gauc"):
+    for key in (*METRICS, "gauc", *RANKING):
         assert abs(one[key] - more[key]) < 1e-6, key
         assert np.abs(np.subtract(one["intervals"][key], more["intervals"][key])).max() < 1e-5, key
     own, others = one["slices"]["hour"], more["slices"]["hour"]
@@ -42,7 +43,7 @@ def test_training_logged_the_same(runs, kind):
     logged = next(line for line in lines if line["split"] == "test")
     answer = evaluated(runs, f"{kind}_evaluate_1")
     assert {*METRICS, "gauc"} <= logged.keys()
-    for key in (*METRICS, "gauc"):
+    for key in (*METRICS, "gauc", *RANKING):
         assert abs(answer[key] - logged[key]) < 1e-6, key
 
 
@@ -58,7 +59,8 @@ def test_streamed_metrics_keep_their_bound(runs):
             # no bin with both a positive and a negative row: exact, and without a bound
             bound = found.get("bounds", {}).get(key, 0.0) if key.startswith("auc") else 1e-6
             assert abs(found[key] - own[key]) <= bound + 1e-9, key
-    assert abs(streamed["gauc"] - exact["gauc"]) < 0.1  # of every fourth group
+    for key in ("gauc", *RANKING):
+        assert abs(streamed[key] - exact[key]) < 0.1  # of every fourth group
 
 
 def test_evaluation_in_training_streams_what_it_need_not_gather(runs):

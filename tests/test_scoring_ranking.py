@@ -32,11 +32,7 @@ def naive(logits, labels, groups):
         own = [(z, int(y)) for z, y, g in zip(logits.tolist(), labels, groups, strict=True) if g == group]
         if not any(y for _, y in own):
             continue
-        orders = [
-            [y for _, y in order]
-            for order in permutations(own)
-            if all(a[0] >= b[0] for a, b in pairwise(order))
-        ]
+        orders = [[y for _, y in order] for order in permutations(own) if all(a[0] >= b[0] for a, b in pairwise(order))]
         for k in KS:
             values = [of_order(order, k) for order in orders]
             for name in values[0]:

@@ -1,6 +1,7 @@
 """`mbcnet evaluate`, `predict`, `compare` and `importance`: what a run says of rows."""
 
 import argparse
+from dataclasses import replace
 
 from data.errors import InputError
 from mbcnet_rec.commands.arguments import engine_of
@@ -12,6 +13,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     by = tuple(dict.fromkeys(args.by))
     question = Question(args.split, tuple(args.data), by=by, exact_rows=args.exact_rows or EXACT_ROWS)
+    question = replace(question, ranking_k=args.ranking_k)
     return run_evaluation(args.run_folder, question, as_json=args.json)
 
 

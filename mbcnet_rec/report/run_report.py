@@ -14,6 +14,7 @@ from mbcnet_rec.logs.metrics_log import METRICS, PROGRESSIVE
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, to_html
 from mbcnet_rec.scoring.metrics import why_no_auc
+from mbcnet_rec.scoring.ranking import title_of
 
 REPORT = "report.html"
 IMPORTANCE = "importance.json"  # of `mbcnet importance`
@@ -187,6 +188,8 @@ def result_blocks(lines: Lines) -> list[Block]:
         rows.append((figures.label(name), *map(_four_digits, values)))
     reason = why_no_auc(line)
     told = "" if line.get("gauc") is None else f" GAUC of the fused output {line['gauc']:.4f}."
+    ranks = [f"{title} {line[key]:.4f}" for key in line if (title := title_of(key)) and line[key] is not None]
+    told += f" Inside groups: {', '.join(ranks)}." if ranks else ""
     told += f" AUC is not defined: {reason}." if reason else ""
     return [
         Heading("Result"),

@@ -18,6 +18,7 @@ from mbcnet_rec.report.page import Table, text_table
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.chunks import deal, labelled_rows, score_chunks
 from mbcnet_rec.scoring.metrics import NOT_KNOWN, Estimate, why_no_auc
+from mbcnet_rec.scoring.ranking import require_groups, title_of
 from mbcnet_rec.scoring.slices import MAX_SLICES, count_slices, slice_codes, slice_columns
 from mbcnet_rec.scoring.tally import EXACT_ROWS, Answer, Scores, Tally
 from mbcnet_rec.scoring.trained_run import TrainedRun, known_best, opened_run
@@ -33,6 +34,7 @@ class Question:
     by: tuple[str, ...] = ()  # columns whose values cut the rows into slices
     exact_rows: int = EXACT_ROWS  # up to which all logits are kept
     max_slices: int = MAX_SLICES  # of one column
+    ranking_k: tuple[int, ...] = ()  # places of ranking metrics; none: the run's train.ranking_k
 
 
 def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False) -> int:
@@ -74,8 +76,10 @@ def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[T
     slices = count_slices(tuple(by), reader, dealt[process.rank], process, question.max_slices)
     scorer, batch_rows = run.scorer(process)
     num_rows, branches = sum(chunk.num_rows for chunk in chunks), run.config.model.branch_names
+    ks = question.ranking_k or run.config.train.ranking_k
+    require_groups(schema, ks)
     has_groups, exact_rows = bool(schema.group_column), question.exact_rows
-    tally = Tally(num_rows, branches, has_groups=has_groups, slices=slices, exact_rows=exact_rows)
+    tally = Tally(num_rows, branches, has_groups=has_groups, slices=slices, exact_rows=exact_rows, ranking_k=ks)
     with closing(score_chunks(scorer, reader, dealt, process, batch_rows, title="evaluate")) as scored:
         for batch in scored:
             tally.add(batch.logits, batch.labels, batch.group_ids, slice_codes(slices, batch.rows))
@@ -111,10 +115,13 @@ def tables(answer: Answer, branches: tuple[str, ...], best: tuple[float, float] 
         rows.append(("best reachable", f"{best[0]:.4f}", f"{best[1]:.4f}", "", ""))
     if "gauc" in found:
         rows.append(("GAUC, fused", _cell(found["gauc"]), "", "", ""))
+    rows += [(f"{title}, fused", _cell(each), "", "", "") for key, each in found.items() if (title := title_of(key))]
     lines = [text_table(Table(("output", *header), tuple(rows)))]
     if not answer.exact:
         bound = max(estimate.bound for estimate in found.values())
-        lines.append(f"binned: an AUC is at most {bound:.1e} from the exact one; GAUC is of a sample of groups")
+        lines.append(
+            f"binned: an AUC is at most {bound:.1e} from the exact one; GAUC and ranks are of a sample of groups"
+        )
     values = {name: estimate.value for name, estimate in found.items()}
     if reason := why_no_auc(values):
         lines.append(f"-: not defined, since {reason}")

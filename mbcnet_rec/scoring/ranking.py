@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.errors import InputError
+from data.schema import Schema
 from mbcnet_rec.scoring.metrics import NOT_KNOWN, Estimate, can_be_scored
 
 TITLES = {"ndcg": "NDCG", "recall": "recall", "hit_rate": "hit rate", "mrr": "MRR"}
@@ -29,6 +31,16 @@ class Ties(NamedTuple):
 def names_of(ks: Sequence[int]) -> list[str]:
     """The metrics' names: ndcg@5, recall@5, hit_rate@5, ..., mrr. Without a k there are none."""
     return [*(f"{name}@{k}" for k in ks for name in ("ndcg", "recall", "hit_rate")), "mrr"] if ks else []
+
+
+def require_groups(schema: Schema, ks: Sequence[int]) -> None:
+    """Refuse places of a ranking without groups, and the same one twice."""
+    if ks and not schema.group_column:
+        raise InputError(
+            f"ranking_k = {list(ks)}: the schema has no group_column, whose rows are ranked; name one, or set []"
+        )
+    if len(set(ks)) < len(ks):
+        raise InputError(f"ranking_k = {list(ks)}: a place stands there twice; remove the repeat")
 
 
 def title_of(name: str) -> str:

@@ -151,5 +151,5 @@ class Tally:
         everything = scores(self._everything)
         if sample.group_ids is not None and len(sample.labels):
             kept = sample.logits[:, 0], sample.labels, sample.group_ids
-            everything.metrics |= {"gauc": gauc(*kept)} | ranking_metrics(*kept, self.ranking_k)
+            everything.metrics.update({"gauc": gauc(*kept)} | ranking_metrics(*kept, self.ranking_k))
         return Answer(False, everything, slices, self._everything.reliability())

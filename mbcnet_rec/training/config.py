@@ -107,6 +107,11 @@ class TrainConfig(Bounded):
     eval_every: int = _or_off(0)  # steps between evaluations on the validation rows; 0: at the end of each epoch
     # evaluations without a better validation AUC before training stops; 0: never
     patience: int = _or_off(0)
+    # places k at which evaluations also measure the ranking inside each group of the schema's group_column: ndcg@k, recall@k, hit_rate@k,
+    # and mrr; empty: none
+    ranking_k: tuple[int, ...] = bounded(
+        (), at_least=1, wanted="places, each 1 or more", fix="write [5, 10], or [] for none"
+    )
     # plateau: dense and table rates x 0.1 at every evaluation that does not improve
     schedule: Literal["constant", "plateau"] = "constant"
     checkpoint_every: int = _or_off(0)  # steps between checkpoints besides those at evaluations; 0: none

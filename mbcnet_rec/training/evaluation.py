@@ -1,7 +1,7 @@
 """What is computed from a model's outputs: the numbers of a log line, and the metrics of a whole split."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import permutations
 from typing import Any
@@ -85,6 +85,7 @@ def evaluate_stream(
     autocast: Autocast,
     stop_requested: Callable[[], bool] = lambda: False,
     exact_rows: int = EXACT_ROWS,
+    ranking_k: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Score every row of a stream once; return its metrics, equal on every rank. Training continues as if it had not happened.
 
@@ -95,7 +96,9 @@ def evaluate_stream(
         EvaluationStoppedError: `stop_requested` returned True.
     """
     has_groups = bool(stream.schema.group_column)
-    tally = Tally(stream.num_rows, built.branch_names, has_groups=has_groups, exact_rows=exact_rows)
+    tally = Tally(
+        stream.num_rows, built.branch_names, has_groups=has_groups, exact_rows=exact_rows, ranking_k=ranking_k
+    )
     with (
         averaged_buffers(built.model),
         blamed_on(process),

@@ -25,6 +25,7 @@ from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError, StopReq
 from mbcnet_rec.runtime.process import Process, agreed, any_rank, vote
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import evaluate_predictions, why_no_auc
+from mbcnet_rec.scoring.ranking import require_groups
 from mbcnet_rec.scoring.scorer import autocast_of, real_rows
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
@@ -92,6 +93,7 @@ class Trainer:
         self.records: Records | None = None
         self._saved_at = time.monotonic()
         self._stop_wanted = self._save_wanted = False
+        require_groups(stream.schema, config.ranking_k)
         self._last_auc = float("nan")
         self._told_no_auc = False
         self._told_dead: set[str] = set()
@@ -416,7 +418,9 @@ class Trainer:
         for each in self.collisions:
             each.looked_up.zero_()
         with self.dense.averaged():
-            metrics = evaluate_stream(self.built, stream, self.process, self.autocast, stop_requested)
+            metrics = evaluate_stream(
+                self.built, stream, self.process, self.autocast, stop_requested, ranking_k=self.config.ranking_k
+            )
         invalid = invalid_value_counts(stream, "partitioned", self.process).items()
         return metrics | {f"invalid/{name}": n for name, n in invalid} | zch_unseen(self.collisions, self.process)
 
