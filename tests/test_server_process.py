@@ -40,7 +40,7 @@ def test_what_start_refuses(artifact, tmp_path):
             ),
             ((artifact, "--port", "70000"), "--port 70000: wanted"),
             ((artifact, "--host", "203.0.113.7"), "cannot listen there"),
-            ((artifact, "--workers", "0"), "--workers 0: wanted 1 to"),
+            ((artifact, "--workers", "0"), "--workers 0: wanted 1 or more"),
             (
                 (artifact, "--split", "user=0.1"),
                 "--split user=0.1: wanted KEY=SHARE, such as user_id=0.1, and --shadow OTHER",

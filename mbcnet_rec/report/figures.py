@@ -7,7 +7,7 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import matplotlib
 
@@ -28,14 +28,7 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too
 }
 LABELS = {"fused": "fused", "efgc": "EFGC", "cross": "CrossNet", "deep": "Deep", "fm": "FM", "wide": "Wide"}
 CYCLE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
-STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7,
-    "xtick.color": "#555555", "ytick.color": "#555555", "legend.frameon": False,
-    "figure.dpi": 130, "savefig.facecolor": "white",
-}  # fmt: skip
-plt.rcParams.update(STYLE)
+plt.style.use(Path(__file__).with_name("figures.mplstyle"))
 WIDTH = 9.5  # inches
 FEW = 5  # points of a curve, up to which each one is marked
 Curve = Sequence[tuple[float, float]]  # (step, value)

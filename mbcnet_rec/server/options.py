@@ -46,7 +46,8 @@ class Options:
     def check(self) -> None:
         """Raise InputError where a value is out of its range, or two contradict."""
         if problem := bounds_problem(self):
-            raise InputError(f"--{problem}".replace("_", "-"))
+            name, _, rest = problem.partition(" = ")
+            raise InputError(f"--{name.replace('_', '-')} {rest}")
         if self.models and not self.models.is_dir():
             raise InputError(f"--models {self.models}: not a folder; make it, or name another one")
         if self.watch and not self.models:

@@ -15,7 +15,7 @@ from data.errors import InputError
 from mbcnet_rec.scoring.paired import Difference, mean_difference
 from mbcnet_rec.study.pictures import Material
 from mbcnet_rec.study.probe import MISSING, Probe
-from mbcnet_rec.study.studies import Measure
+from mbcnet_rec.study.studies import WORDS, Measure
 from mbcnet_rec.study.summary import Compared, in_both
 
 LEAST_EXPECTED = 5.0  # samples of a cell, from which on a chi-square test holds (Cochran)
@@ -81,10 +81,7 @@ def measure_separation(material: Material) -> Measured:
             shares[age].append(separation(probe.latents))
             groups = probe.groups
     told = ", ".join(f"{age} {_with_interval(np.mean(each, axis=1))}" for age, each in shares.items())
-    words = (
-        "Separation is the share of latents that lie nearest to the centroid of their own branch, of other rows; branches that cannot be told "
-        f"apart have 1 over their number. {told}, with intervals over seeds."
-    )
+    words = WORDS["measures"]["separation"].format(told=told)
     return over_seeds_and_rows(np.subtract(shares["late"], shares["early"]), groups), words
 
 
@@ -92,8 +89,7 @@ def measure_consistency(material: Material) -> Measured:
     """Figure 6: EFGC agrees more with the cross branch than with the deep branch."""
     probes = [material.probe(run) for run in material.first]
     values = np.stack([nearer_to_cross(each) for each in probes])
-    words = "Distance of neurons: half the sum over neurons of |difference| of a row's softmax outputs; EFGC to Deep less EFGC to CrossNet."
-    return over_seeds_and_rows(values, probes[0].groups), words
+    return over_seeds_and_rows(values, probes[0].groups), WORDS["measures"]["consistency"]
 
 
 def measure_dependence(material: Material) -> Measured:
@@ -105,10 +101,7 @@ def measure_dependence(material: Material) -> Measured:
     seeds = Difference(float(np.mean([value for value, _ in found])), math.nan, math.nan, least)
     joint = replace(probes[0], logits=np.mean([each.logits for each in probes], axis=0))
     value, p = dependence(joint.log_loss()[:, 1:], joint.categories)
-    words = (
-        f"Dependence: chi-square of {field.name} x the branch with the lowest log-loss of a row, less its mean by chance, by row. p over rows is of "
-        "the seeds' mean logits, and takes rows as independent; p over seeds is the largest of the seeds' own."
-    )
+    words = WORDS["measures"]["dependence"].format(field=field.name)
     return in_both(seeds, Difference(value, math.nan, math.nan, p)), words
 
 

@@ -28,7 +28,7 @@ from mbcnet_rec.runtime.process import choose_device
 from mbcnet_rec.scoring.trained_run import TrainedRun
 from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, probe_run, tsne_plane
 from mbcnet_rec.study.runs import Run
-from mbcnet_rec.study.studies import DENSITIES, GRID_ALPHA, GRID_BETA, MODELS, Study, density_name, grid_name
+from mbcnet_rec.study.studies import DENSITIES, GRID_ALPHA, GRID_BETA, MODELS, WORDS, Study, density_name, grid_name
 from mbcnet_rec.study.summary import Scores, best_reference, mean_and_sd
 
 PROBED_ROWS = 50_000
@@ -37,6 +37,7 @@ NEURONS = 30  # as many as Figure 6 shows
 BEST_LEARNED = 10_000
 MAX_CATEGORIES = 12
 MIN_SECONDS = 0.2  # that each part is timed for
+CAPTIONS: dict[str, str] = WORDS["captions"]
 FORMULAS = {"efgc": "O(N_g L_EFGC d^2)", "cross": "O(L_CrossNet N_experts F d)", "deep": "O(L_Deep d^2)"}
 TERMS: Wanted = (
     ("co-teaching loss", "train", "coteaching_loss"),
@@ -100,13 +101,13 @@ def _scores(material: Material) -> list[Block]:
     if not names:
         raise InputError("no run has ended")
     picture = figures.scores_figure({name: list(material.scores[name].values()) for name in names})
-    return [Picture("scores", picture, "A dot is one seed, a bar their mean; the best row of each panel is red.")]
+    return [Picture("scores", picture, CAPTIONS["scores"])]
 
 
-def _curves(name: str, wanted: Wanted, caption: str, material: Material) -> list[Block]:
+def _curves(name: str, wanted: Wanted, material: Material) -> list[Block]:
     """Metrics of the study's first variant, over all its seeds."""
     plots = plots_of([read_metrics(run.folder) for run in material.first], wanted)
-    return [Picture(name, figures.curves_figure(plots), caption)]
+    return [Picture(name, figures.curves_figure(plots), CAPTIONS[name])]
 
 
 def _latents(material: Material) -> list[Block]:
@@ -119,11 +120,8 @@ def _latents(material: Material) -> list[Block]:
         plane = tsne_plane(latents.reshape(len(owner), -1))
         picture = figures.latents_figure(f"{age}, step {step:,}", plane, names, owner)
         shown = probe.labels[:LATENT_ROWS]
-        caption = (
-            f"Figure 4 d: t-SNE of the latents of {len(shown)} held-out rows ({int(shown.sum())} of them clicked), {age} in training, seed "
-            f"{run.seed}. Branches that keep apart have learned different things."
-        )
-        blocks.append(Picture("latents", picture, caption))
+        facts = {"rows": len(shown), "clicked": int(shown.sum()), "age": age, "seed": run.seed}
+        blocks.append(Picture("latents", picture, CAPTIONS["latents"].format(**facts)))
     return blocks
 
 
@@ -142,11 +140,8 @@ def _neurons(material: Material) -> list[Block]:
     shown = [figures.label(name) for name in probe.names]
     lines = [(f"{shown[i]} and {shown[j]}", f"{agreement[i, j]:.3f}") for i, j in combinations(range(len(shown)), 2)]
     table = Table(("branches", "correlation of the mean outputs"), tuple(lines))
-    caption = (
-        f"Figure 6 b: softmax over the {width} neurons of the latent, mean over {len(probe.labels):,} held-out rows, "
-        f"{len(chosen)} neurons drawn at random, seed {material.first[0].seed}."
-    )
-    return [Picture("neurons", picture, caption), table]
+    facts = {"width": width, "rows": len(probe.labels), "chosen": len(chosen), "seed": material.first[0].seed}
+    return [Picture("neurons", picture, CAPTIONS["neurons"].format(**facts)), table]
 
 
 def _categories(material: Material) -> list[Block]:
@@ -155,12 +150,9 @@ def _categories(material: Material) -> list[Block]:
     ids, counts, base, kept = best_learned(probe)
     names = category_names(schema, field, ids)
     picture = figures.categories_figure(names, dict(zip(probe.names, counts, strict=True)), base)
-    share = f"the {kept:,} rows with the lowest log-loss of {len(probe.labels):,}"
-    note = ""
-    if kept < BEST_LEARNED:
-        note = f" The paper takes {BEST_LEARNED:,}; here that would be too large a part of the held-out rows, so a quarter is taken."
-    caption = f"Figure 7: {share}, by branch, counted by {field.name}, seed {material.first[0].seed}.{note}"
-    return [Picture("categories", picture, caption)]
+    caption = CAPTIONS["categories"] + (CAPTIONS["fewer"] if kept < BEST_LEARNED else "")
+    facts = {"kept": kept, "rows": len(probe.labels), "field": field.name, "seed": material.first[0].seed}
+    return [Picture("categories", picture, caption.format(**facts, wanted=BEST_LEARNED))]
 
 
 def best_learned(probe: Probe) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -191,8 +183,7 @@ def _density(material: Material) -> list[Block]:
     picture = figures.curves_figure(
         [("test AUC here", ours), ("test AUC in the paper", paper)], xlabel="% of the positives of the training rows"
     )
-    caption = "Table 7: a share of the positives of the training rows is left out; validation and test rows stay. Thin lines are seeds."
-    return [Picture("density", picture, caption)]
+    return [Picture("density", picture, CAPTIONS["density"])]
 
 
 def _grid(material: Material) -> list[Block]:
@@ -206,8 +197,7 @@ def _grid(material: Material) -> list[Block]:
     drawn = line in {each.name for each in material.study.rivals}
     level = mean_and_sd([each["auc"] for each in material.scores[line].values()])[0] if drawn else np.nan
     picture = figures.grid_figure(GRID_ALPHA, GRID_BETA, auc, dead, (line, level))
-    caption = "Figure 9: alpha is the weight of co-teaching; the paper uses 0.1 for both. The line is the best other model that was run. Dead: a seed ended so."
-    return [Picture("grid", picture, caption)]
+    return [Picture("grid", picture, CAPTIONS["grid"])]
 
 
 def _complexity(material: Material) -> list[Block]:
@@ -232,12 +222,10 @@ def _complexity(material: Material) -> list[Block]:
         for name, (flops, milliseconds) in costs.items()
     ]
     header = ("part", "time, by the paper", "parameters", "FLOPs a row", f"ms a batch of {rows:,}")
-    text = f"Table 8, measured: dense part only, {device.type}, {torch.get_num_threads()} threads, without the tables."
+    text = CAPTIONS["complexity"].format(device=device.type, threads=torch.get_num_threads())
     if "efgc" in parts:
-        text += (
-            f" Without EFGC the dense part would have {sizes['whole dense part'] - sizes['efgc']:,} parameters; the branch adds "
-            f"{costs['efgc'][1]:.2f} ms to a batch. The paper: 2.2 million parameters and 1 ms."
-        )
+        rest, milliseconds = sizes["whole dense part"] - sizes["efgc"], costs["efgc"][1]
+        text += CAPTIONS["efgc"].format(rest=rest, milliseconds=milliseconds)
     return [Text(text), Table(header, tuple(lines))]
 
 
@@ -253,19 +241,9 @@ def _cost(part: nn.Module, inputs: Any) -> tuple[float, float]:
 
 DRAWERS: dict[str, Callable[[Material], list[Block]]] = {
     "scores": _scores,
-    "branch_curves": partial(
-        _curves,
-        "branch_curves",
-        LEARNING,
-        "Figure 4 a to c: each branch and the fused output while training; thin lines are seeds.",
-    ),
+    "branch_curves": partial(_curves, "branch_curves", LEARNING),
     "latents": _latents,
-    "terms": partial(
-        _curves,
-        "terms",
-        TERMS,
-        "Figure 5: the two cooperation losses before their weights, the transforms' distance from the identity, and the AUC.",
-    ),
+    "terms": partial(_curves, "terms", TERMS),
     "neurons": _neurons,
     "categories": _categories,
     "density": _density,

@@ -18,18 +18,8 @@ from mbcnet_rec.study.measured import measure_all
 from mbcnet_rec.study.pictures import Material, draw_all
 from mbcnet_rec.study.row_scores import keep_row_scores, read_row_scores
 from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all, train_one
-from mbcnet_rec.study.studies import Study, Variant, with_models
-from mbcnet_rec.study.summary import (
-    COMPARED,
-    VERDICTS,
-    WATCHED,
-    Results,
-    headline,
-    judge_all,
-    score_table,
-    summarise,
-    verdict_table,
-)
+from mbcnet_rec.study.studies import WORDS, Study, Variant, with_models
+from mbcnet_rec.study.summary import Results, headline, judge_all, score_table, summarise, verdict_table
 from mbcnet_rec.study.tuning import with_overrides
 from mbcnet_rec.training.trainer import Watch
 
@@ -154,12 +144,12 @@ def report_blocks(
         blocks += [Heading("Result"), *headline(study, rows, judged), score_table(rows, watched=study.watched)]
         blocks += [Text(f"{row.name}: {each}") for row in rows for each in (*row.failures, *row.notes)]
     if any(row.difference or row.fused for row in rows):
-        blocks.append(Text(COMPARED))
+        blocks.append(Text(WORDS["compared"]))
     if study.watched:
-        blocks.append(Text(WATCHED))
+        blocks.append(Text(WORDS["watched"]))
     if rows and study.claims:
         asked = "What the paper claims" if study.claimed else "What is hoped for"
-        blocks += [Heading(asked), verdict_table(judged), *map(Text, [VERDICTS, *told])]
+        blocks += [Heading(asked), verdict_table(judged), *map(Text, [WORDS["verdicts"], *told])]
     blocks += [Heading("Pictures"), *draw_all(material)]
     configs = [f"{run.variant}, seed {run.seed}: {run.folder}/config.toml" for run in runs]
     return [

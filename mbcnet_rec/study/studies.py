@@ -67,10 +67,12 @@ def _study(name: str, entry: dict[str, Any]) -> Study:
     return Study(name, claims=claims, **rows, **others)
 
 
-STUDIES = {
-    name: _study(name, entry)
-    for name, entry in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()
-}
+def _toml(name: str) -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+STUDIES = {name: _study(name, entry) for name, entry in _toml("studies.toml").items()}
+WORDS = _toml("words.toml")
 # model.kind -> its row of the paper's Table 3
 MODELS = {row.overrides[0].partition("=")[2]: row for row in STUDIES["table3"].variants}
 MBCNET = MODELS["mbcnet"]

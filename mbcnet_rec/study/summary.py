@@ -21,7 +21,7 @@ from mbcnet_rec.scoring.paired import Difference, holm, mean_difference
 from mbcnet_rec.study.row_scores import RowScores, row_differences
 from mbcnet_rec.study.studies import MBCNET, Claim, Study
 
-CONFIDENCE, SIGNIFICANT = 0.95, 0.05
+SIGNIFICANT = 0.05
 NO_VERDICT = "no verdict"
 TESTED = ("reproduced", "same direction", "not reproduced", "contradicted", NO_VERDICT)
 Scores = Mapping[int, Mapping[str, Any]]  # seed -> metrics of the run
@@ -176,20 +176,6 @@ def _verdict(area: Compared | None) -> str:
 
 
 PLACES = ("ahead", "level", "behind")
-VERDICTS = (
-    "reproduced: the difference of AUC is above 0 and its corrected p below 0.05; contradicted: below 0, likewise; same direction: above 0 only; "
-    "not reproduced: the rest. One seed has no verdict."
-)
-COMPARED = (
-    f"First the mean difference over seeds, paired by seed, with the {CONFIDENCE:.0%} interval of Student's t; then the interval over the test rows, "
-    "of the seeds' mean scores (AUC, by DeLong) or mean losses, rows of one group taken together; then the p of both tests; last the verdict, which needs both: its p "
-    "is the larger of the two, or 1 where they point to different sides, corrected for the number of comparisons in the column (Holm). "
-    "ahead: a higher AUC, or a lower log-loss."
-)
-WATCHED = (
-    "disagreement: the share of the training rows on which one branch teaches another, by the row's own threshold; the mean over directed pairs of "
-    "branches and over the log. dead: seeds that ended with an output that says the same of every row, or with latents of 0."
-)
 
 
 def score_table(rows: Sequence[Row], *, watched: bool = False) -> Table:

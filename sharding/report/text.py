@@ -35,78 +35,43 @@ def ms(seconds: float) -> str:
 
 def report_lines(assessment: Assessment, *, full: bool = False) -> list[str]:
     """The report for people; `full` lists every table and rank."""
-    plan, path, busiest = assessment.plan, assessment.path, assessment.busiest
-    rows = sum(table.num_embeddings for table in plan.tables.values())
-    groups = f"; {plan.replicas} replicas of {plan.group_size} ranks" if plan.replicas > 1 else ""
-    memory = [sum(assessment.memory(rank)) for rank in assessment.ranks]
-    lines = [
-        f"{len(plan.tables)} tables, {rows:,} rows, {plan.data_type} rows, {plan.optimizer}; {assessment.cluster}, "
-        f"{plan.batch_size_per_rank:,} rows a rank, {plan.batch_size_per_rank * plan.world_size:,} a step{groups}",
-        "",
-        *_table_lines(assessment, full),
-        "",
-        *_rank_lines(assessment, full),
-        "",
-        f"balance: time {assessment.balance:.3f}, memory {sum(memory) / len(memory) / max(memory):.3f} (mean over largest; 1 is perfect)",
-        f"busiest rank {busiest.rank}: {ms(busiest.times.total)} ms, {100 * assessment.over_bound:.1f} % above the lower bound of "
-        f"{ms(assessment.bound)} ms for these sharding types",
-        "",
-    ]
-    dense = plan.dense
-    if dense.parameters:
-        used, weights = dense.memory_bytes(plan.batch_size_per_rank), dense.weight_bytes()
-        lines.append(
-            f"dense part: {dense.parameters:,} parameters, {dense.forward_flops / 1e6:.1f} MFLOP forward a row, {gib(used)} a rank "
-            f"({gib(weights)} weights, gradients and Adam; {gib(used - weights)} activations)"
-        )
-    lines += [
-        "critical path, ms: " + ", ".join(f"{name} {ms(getattr(path, name))}" for name in MAIN_PHASES),
-        f"step {ms(path.step)} ms at least (beside it: input_dist {ms(path.input_dist)}, decode {ms(path.decode)}); "
-        f"{assessment.samples_per_second:,.0f} samples a second at most, bound by {path.bound_by}",
-    ]
-    if assessment.assumed:
-        lines.append(
-            f"note: ids a row of {len(assessment.assumed)} multi-valued field(s) are assumed; `mbcnet schema infer` measures them (pooling_factor)"
-        )
-    return lines
-
-
-def _table_lines(assessment: Assessment, full: bool) -> list[str]:
-    totals = table_totals(assessment)
-    shown = list(totals) if full else list(totals)[:TABLES_SHOWN]
-    rows = []
-    for name in shown:
-        table, (size, times) = assessment.plan.tables[name], totals[name]
+    totals, tables = table_totals(assessment), assessment.plan.tables
+    listed = list(totals) if full else list(totals)[:TABLES_SHOWN]
+    ranks = sorted(assessment.ranks, key=lambda rank: (-rank.times.total, rank.rank))
+    busy = ranks if full else ranks[:RANKS_SHOWN]
+    cells = []
+    for name in listed:
+        table, (size, times) = tables[name], totals[name]
         shards, where = len(assessment.costs[name]), ranks_text(table.ranks)
         what = (name, f"{table.num_embeddings:,}", table.embedding_dim, f"{table.ids:.4g}")
         how = (table.sharding_type, table.compute_kernel, shards, where)
-        rows.append((*what, *how, gib(size.rows), gib(size.state), ms(times.total)))
-    head = ("<table", "rows", "dim", "ids", "<type", "<kernel", "shards", "<ranks", "rows", "state", "ms")
-    lines = ["tables, largest first; ms: of the shard that takes longest", *columns(head, rows, "  ")]
-    if len(shown) < len(totals):
-        rest = [size for name, (size, _) in totals.items() if name not in shown]
-        weights, state = sum(size.rows for size in rest), sum(size.state for size in rest)
-        lines.append(f"  and {len(rest)} more tables: {gib(weights)} rows, {gib(state)} state (--all shows them)")
-    return lines
-
-
-def _rank_lines(assessment: Assessment, full: bool) -> list[str]:
-    ranked = sorted(assessment.ranks, key=lambda rank: (-rank.times.total, rank.rank))
-    shown = ranked if full else ranked[:RANKS_SHOWN]
-    rows = [
+        cells.append((*what, *how, gib(size.rows), gib(size.state), ms(times.total)))
+    loads = [
         (rank.rank, len(rank.tables), *map(gib, assessment.memory(rank)), *map(ms, rank.times), ms(rank.times.total))
-        for rank in shown
+        for rank in busy
     ]  # fmt: skip
-    head = ("rank", "tables", "HBM", "DDR", *PARTS, "total")
-    title = "ranks, busiest first; HBM and DDR with activations and the dense part; ms by part (total: no input_dist)"
-    lines = [title, *columns(head, rows, "  ")]
-    if len(shown) < len(ranked):
-        memory = [sum(assessment.memory(rank)) for rank in ranked]
-        lines.append(
-            f"  and {len(ranked) - len(shown)} more (--all); least busy {ms(ranked[-1].times.total)} ms; memory "
-            f"{gib(min(memory))} to {gib(max(memory))}"
-        )
-    return lines
+    head = ("<table", "rows", "dim", "ids", "<type", "<kernel", "shards", "<ranks", "rows", "state", "ms")
+    return _rendered(
+        "plan.txt",
+        assessment=assessment,
+        rows=sum(table.num_embeddings for table in tables.values()),
+        tables="\n".join(columns(head, cells, "  ")),
+        unlisted=[size for name, (size, _) in totals.items() if name not in listed],
+        ranks="\n".join(columns(("rank", "tables", "HBM", "DDR", *PARTS, "total"), loads, "  ")),
+        unlisted_ranks=ranks[len(busy) :],
+        memory=[sum(assessment.memory(rank)) for rank in ranks],
+        phases=MAIN_PHASES,
+    ).splitlines()
+
+
+def _rendered(file: str, **values: Any) -> str:
+    """A template filled in, with numbers in the units of reports."""
+    loader = jinja2.PackageLoader("sharding.report")
+    templates = jinja2.Environment(
+        loader=loader, autoescape=file.endswith(".html"), trim_blocks=not file.endswith(".html")
+    )
+    templates.filters |= {"ms": ms, "gib": gib, "whole": "{:,.0f}".format}
+    return templates.get_template(file).render(values)
 
 
 def report_dict(assessment: Assessment) -> dict[str, Any]:
@@ -166,15 +131,14 @@ def html_page(assessment: Assessment) -> str:
     """The report with a heat map whose cells say what they are when pointed at. One file, no network."""
     plan, grid = assessment.plan, heat(assessment)
     ranks = {"all tables": [1e3 * rank.times.total for rank in assessment.ranks]}
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("sharding.report"), autoescape=True)
-    return templates.get_template("plan.html").render(
+    return _rendered(
+        "plan.html",
         assessment=assessment,
         heat=[(rows, max((max(row) for row in rows.values()), default=1.0)) for rows in (grid, ranks)],
         placements={name: placement_text(table) for name, table in plan.tables.items()},
         memory=[sum(assessment.memory(rank)) for rank in assessment.ranks],
-        gib=gib,
         report="\n".join(report_lines(assessment, full=True)),
-    )  # fmt: skip
+    )
 
 
 class Alternative(NamedTuple):
@@ -185,6 +149,11 @@ class Alternative(NamedTuple):
     times: Times  # of its largest shard
     step_seconds: float  # of the whole step with it
     fits: bool  # whether every rank has room
+
+    @property
+    def all_bytes(self) -> int:
+        """HBM and DDR of all shards."""
+        return self.bytes.hbm + self.bytes.ddr
 
 
 def alternatives(assessment: Assessment, name: str, room: Room) -> list[Alternative]:
@@ -218,29 +187,22 @@ def _placements(chosen: TablePlan, without: Assessment) -> Iterator[TablePlan]:
 
 def explain_lines(assessment: Assessment, name: str, room: Room) -> list[str]:
     """Why this placement, what the next best would cost, and every other."""
-    chosen, *others = alternatives(assessment, name, room)
-    table, size = chosen.table, gib(chosen.bytes.rows + chosen.bytes.state)
-    lines = [
-        f"{name}: {table.num_embeddings:,} x {table.embedding_dim}, {table.ids:g} ids a row over {table.bags} field(s), "
-        f"{size} with optimizer state",
-        f"planned: {placement_text(table)}, {ms(chosen.times.total)} ms on its busiest rank; step {ms(chosen.step_seconds)} ms",
-    ]
-    if next_best := next((each for each in others if each.fits), None):
-        step = next_best.step_seconds - chosen.step_seconds
-        held = next_best.bytes.hbm + next_best.bytes.ddr - chosen.bytes.hbm - chosen.bytes.ddr
-        lines.append(
-            f"next best: {placement_text(next_best.table)}: step {1e3 * step:+.3f} ms ({100 * step / chosen.step_seconds:+.1f} %), "
-            f"memory over all ranks {'+' if held >= 0 else '-'}{gib(abs(held))}"
-        )
+    found = alternatives(assessment, name, room)
     rows = [
         (
             f"{each.table.sharding_type} {each.table.compute_kernel}",
             *map(ms, each.times[1:]),
-            gib(each.bytes.hbm + each.bytes.ddr),
+            gib(each.all_bytes),
             f"{ms(each.step_seconds)} ms" if each.fits else "no room",
         )
-        for each in (chosen, *others)
+        for each in found
     ]
     head = ("<placement", "largest shard: lookup", "output", "gradient", "update", "all bytes", "step")
-    note = "; encoding zch: row_wise is the only placement" if table.zch_buckets else ""
-    return [*lines, *columns(head, rows, "  "), f"  times in ms{note}"]
+    return _rendered(
+        "explain.txt",
+        name=name,
+        chosen=found[0],
+        next_best=next((each for each in found[1:] if each.fits), None),
+        placement=placement_text,
+        others="\n".join(columns(head, rows, "  ")),
+    ).splitlines()
