@@ -35,7 +35,7 @@ from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import load_weights, take_apart, with_rows, write_artifact
 from mbcnet_rec.serving.delta import write_delta
 from mbcnet_rec.table_use import HASHED_ROWS
-from sharding.bridge.initialise import initial_rows
+from sharding.bridge.blocks import initial_rows
 
 PREDICTION = (
     "prediction: a day costs 6 to 10 s beside its rows, nearly all of them the imports; a delta has 28 bytes a row that was touched (20 of int8\n"

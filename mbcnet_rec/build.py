@@ -22,8 +22,8 @@ from mbcnet_rec.model.sparse_arch import Lookup, SparseArch
 from mbcnet_rec.runtime.process import Process, answer_of_first, mean_over_ranks
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
+from sharding.bridge.blocks import initialise_tables
 from sharding.bridge.collections import meta_collections
-from sharding.bridge.initialise import initialise_tables
 from sharding.bridge.sharder import placed_differences, sharders_of, to_sharding_plan
 from sharding.bridge.zch import collision_collection
 from sharding.plan.compare import check_plan, constraint_differences

@@ -15,7 +15,7 @@ from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.process import max_over_ranks
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.trainer import Trainer
-from sharding.bridge.initialise import initial_rows
+from sharding.bridge.blocks import initial_rows
 
 HASHED_ROWS = 1 << 20  # of a hash table, which tell of all: hashes fall evenly
 WORST = 5  # tables that the console names

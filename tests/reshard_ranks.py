@@ -29,7 +29,7 @@ from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
-from sharding.bridge.initialise import table_rows
+from sharding.bridge.blocks import table_rows
 
 LONG = sys.argv[2:] == ["long"]
 WORLDS = (1, 2, 3, 4) if LONG else (1, 2)

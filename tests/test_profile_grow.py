@@ -24,7 +24,7 @@ from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.training.hooks import Hooks
-from sharding.bridge.initialise import table_rows
+from sharding.bridge.blocks import table_rows
 
 CITY = 'city = { kind = "categorical", encoding = "vocabulary", vocabulary = "fit", embedding_dim = 4, min_count = 2, expire_after = 2 }'
 HEAD = 'name = "s"\nlabel = "y"\n[groups]\n[fields]\n'

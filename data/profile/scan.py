@@ -4,14 +4,11 @@ Counts, ranges and distinct values are of every row read; quantiles and what a c
 row sample of fixed size. Rows are read in pieces, so memory depends on the number of columns and not on the number of rows.
 """
 
-import hashlib
 import json
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,17 +23,18 @@ from data.profile.units import (
     LARGEST_FLOAT32,
     Progress,
     RowSample,
+    Span,
+    Unit,
+    batches_of,
     naming,
-    require_mark,
     results_folder,
     row_hashes,
     unheard,
 )
 from data.reading.column_types import is_list, is_number
-from data.reading.fingerprint import FileMark, mark_files
+from data.reading.fingerprint import mark_files
 from data.reading.ids import WHOLE_BITS, as_ids, is_text
 from data.reading.keys import hash_values
-from data.reading.row_groups import stored_rows
 from data.reading.storage import DataFile, open_parquet
 
 PIECE_CELLS = 4_000_000  # rows x columns read at a time
@@ -128,13 +126,8 @@ class ColumnProfile:
         """Take in what another has counted of other rows."""
         for name in ADDED:
             setattr(self, name, getattr(self, name) + facts[name])
-        for name, choose in (
-            ("low", min),
-            ("high", max),
-            ("min_length", min),
-            ("max_length", max),
-            ("is_integral", min),
-        ):
+        ends = {"low": min, "high": max, "min_length": min, "max_length": max, "is_integral": min}
+        for name, choose in ends.items():
             both = [value for value in (getattr(self, name), facts[name]) if value is not None]
             setattr(self, name, choose(both, default=None))
         self.distinct.add(np.asarray(facts["hashes"], np.uint64))
@@ -235,19 +228,16 @@ def profile_files(
         raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows; nothing can be inferred")
     schema = pa.schema([(name, column.kind) for name, column in profile.columns.items()])
     sample_rows = max(1_000, min(MAX_SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(schema))))
-    marks, tasks = mark_files(files), {}
+    tasks = {}
     with (
         tempfile.TemporaryDirectory() as own,
         results_folder(work or Path(own) / "infer", engine, "infer", rows) as folder,
     ):
-        for groups_of in _units(_spread(groups, rows or profile.total_rows), len(schema)):
-            numbers = sorted({group.file for group in groups_of})
-            read = {number: (files[number], marks[number]) for number in numbers}
-            key = hashlib.sha256(json.dumps([[mark for _, mark in read.values()], groups_of, str(schema)]).encode())
-            path = folder / f"{key.hexdigest()[:16]}.arrow"
-            tasks[path] = ProfileUnit(path, read, groups_of, schema, sample_rows)
+        for unit in _units(_spread(groups, rows or profile.total_rows), len(schema)):
+            path = folder / f"{unit.key(str(schema))}.arrow"
+            tasks[path] = ProfileUnit(path, unit, schema, sample_rows)
         for path in run_tasks(engine, profile_unit, tasks, last=True):
-            profile.rows += sum(group.rows for group in tasks[path].groups)
+            profile.rows += tasks[path].unit.rows
             progress(profile.rows)
         sample = RowSample(sample_rows)
         for path in tasks if engine.is_first else ():
@@ -260,21 +250,11 @@ def profile_files(
     return profile
 
 
-class Group(NamedTuple):
-    """A row group that is read."""
-
-    file: int  # its number
-    index: int
-    rows: int  # that are read
-    first_row: int  # the number of its first row, among those of all files
-
-
 class ProfileUnit(NamedTuple):
     """A task: what the columns of some row groups hold, written to `path`."""
 
     path: Path
-    files: dict[int, tuple[DataFile, FileMark]]
-    groups: list[Group]
+    unit: Unit
     schema: pa.Schema
     sample_rows: int
 
@@ -283,7 +263,9 @@ def profile_unit(task: ProfileUnit) -> None:
     """Profile every column of a unit, and take a sample of its rows."""
     columns = {name: ColumnProfile(name, kind) for name, kind in zip(task.schema.names, task.schema.types, strict=True)}
     sample = RowSample(task.sample_rows)
-    for first_row, table in _pieces(task):
+    piece_rows = max(256, min(65_536, PIECE_CELLS // max(1, len(task.schema))))
+    for place, first_row, batch in batches_of(task.unit, task.schema.names, piece_rows):
+        table = _conform(batch, task.schema, place.file)
         for name, column in columns.items():
             for chunk in table.column(name).chunks:
                 column.add(chunk)
@@ -295,31 +277,31 @@ def profile_unit(task: ProfileUnit) -> None:
         writer.write_table(rows)
 
 
-def _units(groups: Sequence[Group], columns: int) -> Iterator[list[Group]]:
-    held: list[Group] = []
+def _units(groups: Sequence[Span], columns: int) -> Iterator[Unit]:
+    held: list[Span] = []
     for group in groups:
         held.append(group)
         if sum(each.rows for each in held) * columns >= UNIT_CELLS:
-            yield held
+            yield Unit(tuple(held))
             held = []
     if held:
-        yield held
+        yield Unit(tuple(held))
 
 
-def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[Group]]:
-    """What the footers of all files say together, before any row is read; and the row groups that have rows."""
+def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[Span]]:
+    """What the footers of all files say together, before any row is read; and the row groups that have rows, a span each."""
     found: dict[pa.Schema, DataFile] = {}
     seen: Counter[str] = Counter()
-    groups: list[Group] = []
+    groups: list[Span] = []
     total = 0
-    for number, file in enumerate(files):
+    for file, mark in zip(files, mark_files(files), strict=True):
         with naming(file), open_parquet(file) as parquet:
             names, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
             counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         found.setdefault(names, file)
         seen.update(set(names.names))
         for index, count in enumerate(counts):
-            groups += [Group(number, index, count, total)] if count else []
+            groups += [Span(file, mark, range(index, index + 1), total, count)] if count else []
             total += count
     kinds: dict[str, pa.DataType] = {}
     unfit: dict[str, str] = {}
@@ -345,7 +327,7 @@ def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[Group]]:
     return Profile(columns, unfit, schemas, total, len(files), missing), groups
 
 
-def _spread(groups: list[Group], rows: int) -> list[Group]:
+def _spread(groups: list[Span], rows: int) -> list[Span]:
     """Choose row groups evenly, and how many rows of each, so that about `rows` are read."""
     total = sum(group.rows for group in groups)
     if rows >= total:
@@ -356,28 +338,7 @@ def _spread(groups: list[Group], rows: int) -> list[Group]:
     return [group._replace(rows=min(group.rows, share)) for group in chosen]
 
 
-def _pieces(task: ProfileUnit) -> Iterator[tuple[int, pa.Table]]:
-    """The rows of a unit's row groups, and the number of the first of each piece."""
-    schema = task.schema
-    piece_rows = max(256, min(65_536, PIECE_CELLS // max(1, len(schema))))
-    for number, of_file in groupby(task.groups, key=itemgetter(0)):
-        file, mark = task.files[number]
-        require_mark(file, mark)
-        with open_parquet(file) as parquet:
-            names = [name for name in schema.names if name in parquet.schema_arrow.names]
-            for group in of_file:
-                wanted, row = group.rows, group.first_row
-                with naming(file, f"row group {group.index} cannot be decoded", "write the file again"):
-                    for batch in stored_rows(parquet, [group.index], names, min(piece_rows, wanted)):
-                        batch = batch.slice(0, wanted)
-                        wanted -= batch.num_rows
-                        yield row, _conform(batch, schema, file)
-                        row += batch.num_rows
-                        if not wanted:
-                            break
-
-
-def _conform(batch: pa.RecordBatch, schema: pa.Schema, file: DataFile) -> pa.Table:
+def _conform(batch: pa.RecordBatch, schema: pa.Schema, file: str) -> pa.Table:
     """Give a batch the columns of the joined schema, and no others."""
     columns = []
     for name, kind in zip(schema.names, schema.types, strict=True):

@@ -38,7 +38,7 @@ def unheard(_: object) -> None:
 
 
 class Span(NamedTuple):
-    """Neighbouring row groups of one file."""
+    """Neighbouring row groups of one file, or the first rows of one."""
 
     file: DataFile
     mark: FileMark  # of the file when the job began
@@ -95,21 +95,25 @@ def units_of(files: Sequence[DataFile]) -> list[Unit]:
 def batches_of(
     unit: Unit, columns: Iterable[str], batch_rows: int = BATCH_ROWS
 ) -> Iterator[tuple[Place, int, pa.RecordBatch]]:
-    """Some columns of a unit, in pieces of a row group: where each is from, the number of its first row, and its rows.
+    """Some columns of a unit, those that a file has, in pieces of a row group: where each is from, the number of its first row, and its rows.
 
     Raises:
         InputError: a file is damaged, or another one than when the job began.
     """
-    names = list(dict.fromkeys(columns))
+    wanted = list(dict.fromkeys(columns))
     for span in unit.spans:
         require_mark(span.file, span.mark)
         row = span.first_row
         with naming(span.file), open_parquet(span.file, pre_buffer=True) as parquet:
+            names = [name for name in wanted if name in parquet.schema_arrow.names]
             for group in span.groups:
                 start = row
                 try:
                     # nested columns of a whole row group are more than Arrow can join
                     for rows in stored_rows(parquet, [group], names, batch_rows):
+                        rows = rows.slice(0, span.first_row + span.rows - row)
+                        if not rows.num_rows:
+                            break
                         yield Place(str(span.file), group, row - start), row, rows
                         row += rows.num_rows
                 except DAMAGE:

@@ -4,14 +4,18 @@ A checkpoint is a folder: one safetensors file for each rank, and a manifest (ma
 Nothing in it is unpickled.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import pyarrow as pa
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -19,13 +23,18 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from data.errors import InputError
 from mbcnet_rec.checkpoints.manifest import ShardEntry, read_checkpoint
-from mbcnet_rec.checkpoints.tensor_file import open_tensors
 from sharding.bridge.blocks import is_copy, local_blocks, wrapped_optimizer
 
 PINNED_BYTES = 8 * 2**30  # of a rank's snapshots: pinned memory is taken from all other programs of the machine
 AVERAGE = "average/"  # before the name of a dense parameter: the moving average of its values
 Shape = tuple[int, ...]
 Snapshot = list[tuple[ShardEntry, Tensor]]  # copies in CPU memory, which training does not touch
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+CHUNK_BYTES = 8 << 20
+ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -247,3 +256,43 @@ def load_shards(saved: Saved, shards: Iterable[TensorShard], rank: int, world_si
                 "config and schema"
             )
         saved.copy_into(shard, rank, world_size)
+
+
+def write_tensors(tensors: dict[str, Tensor], sink: BinaryIO | pa.NativeFile) -> str:
+    """Write a safetensors file of tensors that live in CPU memory; return the SHA-256 of what was written.
+
+    The library itself writes to a path or to bytes in memory: an object store would need a second copy of the state, the sum a second pass.
+    """
+    header, start = {}, 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    digest = hashlib.sha256()
+    for data in (len(text).to_bytes(8, "little"), text):
+        digest.update(data)
+        sink.write(data)
+    for tensor in tensors.values():
+        if not tensor.numel():
+            continue
+        values: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(values)
+        for begin in range(0, len(data), CHUNK_BYTES):
+            chunk = data[begin : begin + CHUNK_BYTES]
+            digest.update(chunk)
+            sink.write(chunk)
+    return digest.hexdigest()
+
+
+def open_tensors(path: Path) -> Any:
+    """Map a file into memory: `get_slice(name).get_shape()`, `get_tensor(name)`. The library checks that the header claims what the file has.
+
+    Raises:
+        InputError: it is not a safetensors file, or its header contradicts its size. Nothing of the claimed size was allocated.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a safetensors file ({str(error)[:200]}); use another checkpoint") from None

@@ -11,9 +11,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mbcnet_rec.checkpoints.manifest import file_name, manifest_bytes
-from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot
+from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot, write_tensors
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage
-from mbcnet_rec.checkpoints.tensor_file import write_tensors
 from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.process import Process, broadcast_value, side_store, vote, wait_for_device
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data.stream import Batch
-from mbcnet_rec.checkpoints.tensor_file import write_tensors
+from mbcnet_rec.checkpoints.shards import write_tensors
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.training.state import TrainState
 

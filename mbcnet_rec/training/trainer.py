@@ -29,7 +29,7 @@ from mbcnet_rec.scoring.ranking import require_groups
 from mbcnet_rec.scoring.scorer import autocast_of, real_rows
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
-from mbcnet_rec.training.dense_part import DensePart, Rates
+from mbcnet_rec.training.dense_part import DensePart, Rates, branch_parameters, gradient_shares
 from mbcnet_rec.training.evaluation import (
     EvaluationStoppedError,
     average_terms,
@@ -38,7 +38,6 @@ from mbcnet_rec.training.evaluation import (
     evaluate_stream,
 )
 from mbcnet_rec.training.faults import dump_batch, loss_spike
-from mbcnet_rec.training.gradients import branch_parameters, gradient_shares
 from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline
 from mbcnet_rec.training.plan_check import PlanWatch

@@ -34,7 +34,7 @@ from torchrec.modules.mc_modules import (
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from data.schema import Schema, Table
-from sharding.bridge.initialise import CHUNK_ROWS, table_rows
+from sharding.bridge.blocks import CHUNK_ROWS, table_rows
 
 POLICIES: dict[str, Callable[[], MCHEvictionPolicy]] = {
     "distance_lfu": DistanceLFU_EvictionPolicy,
