@@ -1,6 +1,7 @@
 """Writes a run's report.html from its metrics.jsonl, plan.json and config.toml; reads no weights and no data."""
 
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median_high
@@ -21,34 +22,10 @@ IMPORTANCE = "importance.json"  # of `mbcnet importance`
 RELIABILITY = "reliability"
 MOST_IMPORTANT = 40  # fields of a picture
 LARGEST = 10  # tables that are listed by name
-LEARNING_CAPTION = "The fused output serves. Train curves are means over neighbouring lines of the log."
-COOPERATION_CAPTION = "A directed pair a>b disagrees on a row where a is right and b is wrong: there a teaches b."
-IDS = {name: name for name in ("rows", "admitted", "expired", "free", "waiting")} | {
-    "hash_used": "rows used (hash)", "collision": "colliding (hash)", "zch_used": "rows used (zch)",
-    "zch_admissions": "admitted (zch)", "zch_evictions": "evicted (zch)", "new": "new ids",
-}  # fmt: skip
-DAYS = {"auc": "AUC", "gauc": "GAUC", "ne": "normalised entropy", "calibration": "calibration"}
+_SHOWN = tomllib.loads(Path(__file__).with_name("run.toml").read_text(encoding="utf-8"))
+CURVES, CAPTIONS, DAYS, IDS = (_SHOWN[name] for name in ("curves", "captions", "days", "ids"))
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # split -> lines of metrics.jsonl, by step
 Plots = list[tuple[str, Mapping[str, Sequence[figures.Curve]]]]  # title, name of a line -> its curves
-Wanted = tuple[tuple[str, str, str], ...]  # title, split and metric of each plot
-LEARNING: Wanted = (
-    ("train log-loss", "train", "log_loss"),
-    ("validation log-loss", "valid", "log_loss"),
-    ("validation AUC", "valid", "auc"),
-)
-COOPERATION: Wanted = (
-    ("co-teaching loss", "train", "coteaching_loss"),
-    ("differentiation loss", "train", "differentiation_loss"),
-    ("disagreement of directed pairs", "train", "disagreement"),
-    ("||W - I||", "train", "transform_distance"),
-    ("mean norm of the latents", "train", "latent_norm"),
-    ("share of the gradient", "train", "gradient_share"),
-)
-SPEED: Wanted = (
-    ("samples a second", "train", "samples_per_second"),
-    ("share of time waiting for input", "train", "input_wait_share"),
-    ("gradient norm, dense part", "train", "grad_norm"),
-)
 
 
 def write_run_report(folder: Path) -> Path:
@@ -62,12 +39,12 @@ def write_run_report(folder: Path) -> Path:
     blocks = [
         *dead_blocks(lines),
         *result_blocks(lines),
-        *curve_blocks("Curves", lines, LEARNING, LEARNING_CAPTION),
+        *curve_blocks("Curves", lines, "learning"),
         *day_blocks(days),
         *id_blocks(days, lines),
         *calibration_blocks(lines),
         *importance_blocks(folder),
-        *curve_blocks("Branches", lines, COOPERATION, COOPERATION_CAPTION),
+        *curve_blocks("Branches", lines, "cooperation"),
         *speed_blocks(lines),
         *plan_blocks(plan),
         Heading("Again"),
@@ -96,8 +73,8 @@ def logged(lines: Lines, split: str, key: str) -> list[tuple[float, float]]:
     return [(line["step"], line[key]) for line in lines.get(split, ()) if line.get(key) is not None]
 
 
-def plots_of(runs: Sequence[Lines], wanted: Wanted) -> Plots:
-    """Take each metric and what is logged below it, METRIC/BRANCH or METRIC/PAIR, from runs that differ in their seed only.
+def plots_of(runs: Sequence[Lines], wanted: Sequence[Sequence[str]]) -> Plots:
+    """Take each metric, of (title, split, metric), and what is logged below it, METRIC/BRANCH or METRIC/PAIR, from runs that differ in their seed only.
 
     What was not logged or is 0 throughout is left out.
     """
@@ -145,7 +122,7 @@ def importance_blocks(folder: Path) -> list[Block]:
         if found[kind]:
             header, rows = importance_cells(kind, found[kind], MOST_IMPORTANT)
             drawn = {name: (found[kind][name]["auc"], found[kind][name]["auc"][1] > 0) for name, *_ in rows}
-            caption = f"AUC lost where the {kind[:-1]} has other rows' values: mean and 95 % interval of {found['repeats']} repeats, {found['rows']:,} rows, step {found['step']:,}."
+            caption = CAPTIONS["importance"].format(**found | {"kind": kind[:-1]})
             blocks += [Picture(f"AUC lost by {kind}", figures.intervals_figure(drawn), caption), Table(header, rows)]
     return blocks
 
@@ -202,13 +179,12 @@ def _four_digits(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def curve_blocks(heading: str, lines: Lines, wanted: Wanted, caption: str) -> list[Block]:
+def curve_blocks(heading: str, lines: Lines, curves: str) -> list[Block]:
     """A section with one picture of all plots; nothing where there are none."""
-    plots = plots_of([lines], wanted)
+    plots = plots_of([lines], CURVES[curves])
     if not plots:
         return []
-    picture = figures.curves_figure(plots)
-    return [Heading(heading), Picture(heading.lower(), picture, caption)]
+    return [Heading(heading), Picture(heading.lower(), figures.curves_figure(plots), CAPTIONS[curves])]
 
 
 def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
@@ -225,10 +201,9 @@ def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
         values = [day.get("label_rate"), *(day.get("progressive", {}).get(key) for key in DAYS)]
         alarms = "; ".join(day.get("alarms", ()))
         rows.append((day["name"], f"{day.get('rows', 0):,}", *map(_four_digits, values), alarms))
-    caption = "Each day scored by the model of the days before, then trained."
     return [
         Heading("Days"),
-        *([Picture("days", figures.curves_figure(plots, "day"), caption)] if plots else []),
+        *([Picture("days", figures.curves_figure(plots, "day"), CAPTIONS["days"])] if plots else []),
         Table(("day", "rows", "label rate", *DAYS.values(), "alarms"), tuple(rows)),
     ]
 
@@ -256,14 +231,13 @@ def calibration_blocks(lines: Lines) -> list[Block]:
     if (line := next(scored, None)) is None:
         return []
     picture = figures.calibration_figure(line[RELIABILITY], f"{line['split']}, step {line['step']:,}")
-    caption = "Rows by rising prediction, in bins of equal size; bars are 95 % intervals of the observed rate (Wilson)."
-    return [Heading("Calibration"), Picture("calibration", picture, caption)]
+    return [Heading("Calibration"), Picture("calibration", picture, CAPTIONS["calibration"])]
 
 
 def speed_blocks(lines: Lines) -> list[Block]:
     """Samples a second, and which share of the time training waited for input."""
-    blocks = curve_blocks("Speed", lines, SPEED, "Over steps.")
-    speeds, waits = ([value for _, value in logged(lines, "train", key)] for _, _, key in SPEED[:2])
+    blocks = curve_blocks("Speed", lines, "speed")
+    speeds, waits = ([value for _, value in logged(lines, "train", key)] for _, _, key in CURVES["speed"][:2])
     if speeds and waits:
         text = (
             f"Median of the log's lines: {median_high(speeds):,.0f} samples a second, "

@@ -23,7 +23,7 @@ from mbcnet_rec.model.models import model_layout
 from mbcnet_rec.plugins import model_config
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
-from mbcnet_rec.report.run_report import LEARNING, Wanted, plots_of, read_metrics
+from mbcnet_rec.report.run_report import CURVES, plots_of, read_metrics
 from mbcnet_rec.runtime.process import choose_device
 from mbcnet_rec.scoring.trained_run import TrainedRun
 from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, probe_run, tsne_plane
@@ -39,12 +39,6 @@ MAX_CATEGORIES = 12
 MIN_SECONDS = 0.2  # that each part is timed for
 CAPTIONS: dict[str, str] = WORDS["captions"]
 FORMULAS = {"efgc": "O(N_g L_EFGC d^2)", "cross": "O(L_CrossNet N_experts F d)", "deep": "O(L_Deep d^2)"}
-TERMS: Wanted = (
-    ("co-teaching loss", "train", "coteaching_loss"),
-    ("moderate differentiation loss", "train", "differentiation_loss"),
-    ("||W - I||", "train", "transform_distance"),
-    ("validation AUC", "valid", "auc"),
-)
 
 
 @dataclass(frozen=True)
@@ -104,9 +98,9 @@ def _scores(material: Material) -> list[Block]:
     return [Picture("scores", picture, CAPTIONS["scores"])]
 
 
-def _curves(name: str, wanted: Wanted, material: Material) -> list[Block]:
+def _curves(name: str, curves: str, material: Material) -> list[Block]:
     """Metrics of the study's first variant, over all its seeds."""
-    plots = plots_of([read_metrics(run.folder) for run in material.first], wanted)
+    plots = plots_of([read_metrics(run.folder) for run in material.first], CURVES[curves])
     return [Picture(name, figures.curves_figure(plots), CAPTIONS[name])]
 
 
@@ -241,9 +235,9 @@ def _cost(part: nn.Module, inputs: Any) -> tuple[float, float]:
 
 DRAWERS: dict[str, Callable[[Material], list[Block]]] = {
     "scores": _scores,
-    "branch_curves": partial(_curves, "branch_curves", LEARNING),
+    "branch_curves": partial(_curves, "branch_curves", "learning"),
     "latents": _latents,
-    "terms": partial(_curves, "terms", TERMS),
+    "terms": partial(_curves, "terms", "terms"),
     "neurons": _neurons,
     "categories": _categories,
     "density": _density,
