@@ -36,22 +36,8 @@ from mbcnet_rec.training.faults import FAULTS
 from sharding.plan.placement import Plan, plan_text
 
 # what a run writes
-_OWN = {
-    CONFIG,
-    METRICS,
-    PLAN,
-    DATA,
-    LINEAGE,
-    *COPIED,
-    CHECKPOINTS,
-    STACKS,
-    FAULTS,
-    "tb",
-    DONE,
-    "report.html",
-    RUN_ID,
-    PLUGINS,
-}
+_OWN = {CONFIG, METRICS, PLAN, DATA, LINEAGE, DONE, RUN_ID, "report.html"}
+_OWN |= {*COPIED, CHECKPOINTS, STACKS, FAULTS, PLUGINS, "tb"}
 LOST = "{}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
 
 

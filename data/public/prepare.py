@@ -126,11 +126,11 @@ DATA_SETS = {
     "movielens": DataSet((*_THREE_FILES, "tags.parquet"), _movielens),
     "aliexpress": DataSet(("train.parquet", "test.parquet"), _aliexpress),
     "slots": DataSet(("all.parquet",), _slots),
-    "criteo_kaggle": DataSet(click_logs.KAGGLE_FILES, click_logs.kaggle_rows, LARGE_ROW_GROUP),
-    "criteo_1tb": DataSet(click_logs.TERABYTE_FILES, click_logs.terabyte_rows, LARGE_ROW_GROUP),
-    "avazu": DataSet(click_logs.AVAZU_FILES, click_logs.avazu_rows, LARGE_ROW_GROUP),
+    "criteo_kaggle": DataSet(tuple(click_logs.CRITEO["kaggle_files"]), click_logs.kaggle_rows, LARGE_ROW_GROUP),
+    "criteo_1tb": DataSet(tuple(click_logs.CRITEO["terabyte_files"]), click_logs.terabyte_rows, LARGE_ROW_GROUP),
+    "avazu": DataSet(tuple(click_logs.AVAZU["files"]), click_logs.avazu_rows, LARGE_ROW_GROUP),
     "movielens_latest": DataSet(movielens.FILES, movielens.rows),
-    "taobao_ad_raw": DataSet(click_logs.TAOBAO_FILES, click_logs.taobao_rows, LARGE_ROW_GROUP),
+    "taobao_ad_raw": DataSet(tuple(click_logs.TAOBAO["files"]), click_logs.taobao_rows, LARGE_ROW_GROUP),
 }
 
 

@@ -14,26 +14,17 @@ import pyarrow as pa
 
 from data.reading.keys import uniforms
 from data.schema import Feature
-from data.synthetic.planted import CLICK_RATE, TASTE, Facts, World, choose, normals, power_law_ranks, scatter
+from data.synthetic.planted import PLANTED, TASTE, Facts, World, choose, normals, power_law_ranks, scatter
 
 FIRST_SECOND = 1_714_521_600  # 2024-05-01 00:00:00 UTC
 SECONDS_PER_DAY = 86_400
 LIST_SLOTS = 5
 TASTE_CANDIDATES = 3
 
-# Fields that are sometimes not known, none of which the truth depends on: field -> null share
-NULLS = {"user_job": 0.05, "user_phone_brand": 0.03, "item_colour": 0.02, "item_material": 0.10, "item_rating": 0.08}
-
-# What a taste-driven field is made of -> (the tag of its latent, the field whose ids it holds, the fields)
-_TASTES = (
-    (
-        ("taste<category", "item_category"),
-        "user_clicked_categories user_cart_categories user_bought_categories user_favourite_category user_category_preferences",
-    ),
-    (("taste<brand", "item_brand"), "user_clicked_brands user_brand_preferences"),
-    (("taste<style", "item_style"), "user_clicked_styles user_favourite_style user_style_preferences"),
-)
-TASTE_FIELDS = {name: source for source, names in _TASTES for name in names.split()}
+# Field that a taste drives -> the tag of the taste's latent, and the field whose ids it holds
+TASTE_FIELDS = {
+    name: (f"taste<{taste}", each["source"]) for taste, each in PLANTED["tastes"].items() for name in each["fields"]
+}
 
 
 def to_record_batch(world: World, facts: Facts, labels: np.ndarray) -> pa.RecordBatch:
@@ -72,7 +63,7 @@ def _side(name: str) -> str:
 
 
 def _nullable(world: World, facts: Facts, name: str, values: pa.Array) -> pa.Array:
-    share = NULLS.get(name, 0.0)
+    share = PLANTED["nulls"].get(name, 0.0)
     if not share:
         return values
     missing = uniforms(world.key(f"{name}_null", _owner(facts, name))) < share
@@ -188,7 +179,7 @@ def _rate(world: World, facts: Facts, name: str) -> np.ndarray:
         noise = 0.4 * normals(world.key(name, facts["user_id"], facts["item_id"]), 1)[:, 0]
     else:
         liking = 0.4 * normals(world.key("user_openness", facts["user_id"]), 1)[:, 0]
-    return np.round(np.minimum(CLICK_RATE * np.exp(liking + noise), 1.0), 3).astype(np.float32)
+    return np.round(np.minimum(PLANTED["click_rate"] * np.exp(liking + noise), 1.0), 3).astype(np.float32)
 
 
 def _price(world: World, facts: Facts, name: str) -> np.ndarray:

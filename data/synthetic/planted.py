@@ -13,6 +13,7 @@ the truth is made of.
 Shapes: n rows or ids, d latent width, r image latent width, w image width.
 """
 
+import tomllib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from operator import attrgetter
@@ -29,7 +30,6 @@ Facts = dict[str, np.ndarray]
 
 FOLDER = Path(__file__).parents[1] / "schemas"
 SCHEMAS = {"paper": FOLDER / "pailitao.toml", "demo": FOLDER / "pailitao_demo.toml"}
-CLICK_RATE = 0.09
 LOGIT_SD = 1.4
 PILOT_ROWS = 40_000
 # the true probability is a multiple of 1 / 65536, so a histogram gives exact AUC and log-loss
@@ -44,36 +44,17 @@ IRWIN_HALL_SCALE = 1.0 / (65536.0 * np.sqrt(4.0 / 12.0))
 PIXEL_STEP = 16.0  # pixels are multiples of 1/16: exact in float32 and small in a file
 DRIFT_RADIANS_PER_DAY = np.pi / 56  # taste on day 14 correlates about 0.75 with taste on day 1
 
-SHARES = {
-    "visual_relevance": 0.20,
-    "query_image_item_attributes": 0.13,
-    "user_visual_preference": 0.12,
-    "user_attribute_preference": 0.16,
-    "user_item": 0.09,
-    "cluster_match": 0.10,
-    "cluster_attributes": 0.10,
-    "main_effects": 0.10,
-}
-
-PROFILE_LIKES_IMAGES = ("user_age", "user_gender", "user_life_stage")
-QUERY_LIKES_ATTRIBUTES = ("item_category", "item_style")
-PROFILE_LIKES_ATTRIBUTES = (
-    ("user_age", "item_category"),
-    ("user_gender", "item_category"),
-    ("user_life_stage", "item_style"),
-    ("user_age", "item_style"),
-)
-CLUSTER_ATTRIBUTES_MATCH = ("category", "gender", "age", "season", "style")
-USER_FACTS = ("user_age", "user_gender", "user_consumption_level", "user_life_stage", "user_city")
-
-
+PLANTED = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+SHARES, CLUSTER_ATTRIBUTES = PLANTED["shares"], PLANTED["cluster_attributes_match"]
+PROFILE_LIKES_IMAGES, QUERY_LIKES_ATTRIBUTES = PLANTED["profile_likes_images"], PLANTED["query_likes_attributes"]
+PROFILE_LIKES_ATTRIBUTES = PLANTED["profile_likes_attributes"]
 # Tag of each centred latent -> (the fact it belongs to, its width)
 LATENT_SOURCES = {
     **{f"image<{name}": (name, IMAGE_LATENT) for name in (*PROFILE_LIKES_IMAGES, *QUERY_LIKES_ATTRIBUTES)},
     **{f"{left}>{right}": (left, PAIR_LATENT) for left, right in PROFILE_LIKES_ATTRIBUTES},
     **{f"{left}<{right}": (right, PAIR_LATENT) for left, right in PROFILE_LIKES_ATTRIBUTES},
-    **{f"query>{name}": (f"query_cluster_{name}", PAIR_LATENT) for name in (*CLUSTER_ATTRIBUTES_MATCH, "id")},
-    **{f"doc>{name}": (f"doc_cluster_{name}", PAIR_LATENT) for name in (*CLUSTER_ATTRIBUTES_MATCH, "id")},
+    **{f"query>{name}": (f"query_cluster_{name}", PAIR_LATENT) for name in (*CLUSTER_ATTRIBUTES, "id")},
+    **{f"doc>{name}": (f"doc_cluster_{name}", PAIR_LATENT) for name in (*CLUSTER_ATTRIBUTES, "id")},
 }
 
 
@@ -136,7 +117,7 @@ def make_world(schema: Schema, seed: int, days: int) -> World:
     low, high = -20.0, 20.0
     for _ in range(60):  # the click rate rises with the bias
         middle = (low + high) / 2
-        low, high = (middle, high) if _sigmoid(logit + middle).mean() < CLICK_RATE else (low, middle)
+        low, high = (middle, high) if _sigmoid(logit + middle).mean() < PLANTED["click_rate"] else (low, middle)
     return World(schema, seed, scales, centres, low - offset)
 
 
@@ -173,7 +154,7 @@ def draw_facts(world: World, day: np.ndarray, index: np.ndarray, stream: str = "
         "query_hour": world.choose("query_hour", row),
         "query_result_page": world.choose("query_result_page", row, skew=3.0),
     }
-    for name in USER_FACTS:
+    for name in PLANTED["user_facts"]:
         facts[name] = world.choose(name, facts["user_id"], skew=1.3)
     facts["taste"] = taste_of_day(world, facts["user_id"], day)
     _draw_clusters(world, facts)
@@ -199,7 +180,7 @@ def _draw_clusters(world: World, facts: Facts) -> None:
     clusters = {"query": query % world.sizes["query_cluster_id"], "doc": doc}
     for side, cluster in clusters.items():
         facts[f"{side}_cluster_id"] = cluster
-        for name in (*CLUSTER_ATTRIBUTES_MATCH, "scene"):
+        for name in (*CLUSTER_ATTRIBUTES, "scene"):
             size = world.sizes[f"{side}_cluster_{name}"]
             # one tag for both sides: an attribute belongs to the cluster, not to the side
             facts[f"{side}_cluster_{name}"] = choose(world.key(f"cluster_{name}", cluster), size, 1.2)
@@ -283,8 +264,7 @@ def raw_terms(world: World, facts: Facts) -> dict[str, np.ndarray]:
         + 2.0 * consumption * (np.log(facts["item_price"]) - 4.0),
         "user_item": matching(taste, item_latent),
         "cluster_match": 1.5 * (facts["query_cluster_id"] == facts["doc_cluster_id"]) + pair("query>id", "doc>id"),
-        "cluster_attributes": sum(pair(f"query>{name}", f"doc>{name}") for name in CLUSTER_ATTRIBUTES_MATCH)
-        - price_gap,
+        "cluster_attributes": sum(pair(f"query>{name}", f"doc>{name}") for name in CLUSTER_ATTRIBUTES) - price_gap,
         "main_effects": facts["item_quality"]
         + 0.7 * normals(world.key("user_openness", facts["user_id"]), 1)[:, 0]
         + 1.5 * facts["item_popularity"]
