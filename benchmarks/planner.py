@@ -31,9 +31,8 @@ from sharding.cost.assess import assess
 from sharding.cost.estimate import least_costs
 from sharding.plan.cluster import Cluster, read_cluster
 from sharding.plan.constraints import ShardingConfig
-from sharding.search.candidates import all_options
+from sharding.search.candidates import Task, all_options
 from sharding.search.planner import make_plan
-from sharding.search.task import Task
 
 PAPER = Path(__file__).parents[1] / "data" / "schemas" / "pailitao.toml"
 BATCH_SIZE = 8192  # rows of one rank

@@ -31,8 +31,8 @@ from sharding.cost.assess import Assessment
 from sharding.cost.estimate import DoesNotFit
 from sharding.plan.cluster import read_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
+from sharding.search.candidates import Task
 from sharding.search.planner import solve
-from sharding.search.task import Task
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 QUICK_SIZES = (1, 8, 128, 1024)

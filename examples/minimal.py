@@ -33,8 +33,8 @@ from mbcnet_rec.training.optim import build_optimizer, fuse_table_optimizer
 from sharding.bridge.collections import meta_collections
 from sharding.bridge.sharder import sharders_of, to_sharding_plan
 from sharding.plan.constraints import ShardingConfig
+from sharding.search.candidates import Task, cluster_of
 from sharding.search.planner import make_plan
-from sharding.search.task import Task, cluster_of
 
 SCHEMA = """
 name = "minimal"

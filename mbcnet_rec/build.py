@@ -28,8 +28,8 @@ from sharding.bridge.sharder import placed_differences, sharders_of, to_sharding
 from sharding.bridge.zch import collision_collection
 from sharding.plan.compare import check_plan, constraint_differences
 from sharding.plan.placement import Plan, plan_of_text, plan_text, read_plan
+from sharding.search.candidates import Task, cluster_of
 from sharding.search.planner import make_plan
-from sharding.search.task import Task, cluster_of
 
 SPARSE_ARCH = "model.sparse_arch."
 

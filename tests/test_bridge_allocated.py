@@ -24,8 +24,8 @@ from sharding.bridge.sharder import sharders_of, to_sharding_plan
 from sharding.cost.assess import assess
 from sharding.plan.cluster import default_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
+from sharding.search.candidates import Task
 from sharding.search.planner import make_plan
-from sharding.search.task import Task
 
 ROWS = 16
 WORLDS = (2, 4)

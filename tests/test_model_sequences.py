@@ -27,7 +27,7 @@ from mbcnet_rec.serving import loader as serving
 from sharding.plan.cluster import default_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
 from sharding.search.planner import make_plan
-from sharding.search.task import Task
+from sharding.search.candidates import Task
 
 POOLINGS = ("target_attention", "transformer", "mean", "sum")
 B = 9

@@ -20,8 +20,8 @@ from sharding.cost.estimate import DoesNotFit
 from sharding.plan.cluster import read_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
 from sharding.plan.placement import DenseCost, check_shape
+from sharding.search.candidates import Task, cluster_of
 from sharding.search.planner import Ordered, make_plan, smallest_cluster, solve
-from sharding.search.task import Task, cluster_of
 
 CLUSTER = read_cluster("2x4:h100-80g")
 PAPER = Path(__file__).parents[1] / "data/schemas/pailitao.toml"

@@ -92,14 +92,8 @@ def write_synthetic(
         if value < minimum:
             raise InputError(f"{name} = {value}: wanted {minimum} or more; raise it")
     out = Path(out)
-    request = {
-        "generator": GENERATOR_VERSION,
-        "schema": schema.fingerprint(),
-        "rows": rows,
-        "days": days,
-        "seed": seed,
-        "rows_per_file": rows_per_file,
-    }
+    sizes = {"rows": rows, "days": days, "seed": seed, "rows_per_file": rows_per_file}
+    request = {"generator": GENERATOR_VERSION, "schema": schema.fingerprint()} | sizes
     earlier = earlier_summary(out, SUMMARY, "synthetic log")
     if earlier is not None:
         differs = [key for key, value in request.items() if earlier.get(key) != value]

@@ -26,8 +26,7 @@ from sharding.plan.compare import compare_plans, constraint_differences, diff_li
 from sharding.plan.constraints import ShardingConfig
 from sharding.plan.placement import Plan, plan_text, read_plan
 from sharding.report.text import explain_lines, html_page, report_dict, report_lines
-from sharding.search.candidates import check_constraints
-from sharding.search.task import Progress, Task
+from sharding.search.candidates import Progress, Task, check_constraints
 
 if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig

@@ -13,7 +13,7 @@ from mbcnet_rec.training.built import Built
 from sharding.bridge.allocated import PARTS, held_bytes, optimizer_bytes, planned_against_held
 from sharding.cost.assess import assess
 from sharding.plan.cluster import Cluster, read_cluster
-from sharding.search.task import cluster_of
+from sharding.search.candidates import cluster_of
 
 STEPS = 20  # after which the line is due; a shorter run has it after its last step
 WARM_UP = 2  # steps whose time is not counted

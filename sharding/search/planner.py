@@ -31,8 +31,7 @@ from sharding.cost.estimate import find_shortage, table_costs
 from sharding.plan.cluster import MAX_RANKS, Cluster
 from sharding.plan.placement import UNIFORM, Options, Plan, TablePlan, check_shape, device_problem
 from sharding.search.balance import Balance
-from sharding.search.candidates import all_options, assumed_fields, check_constraints
-from sharding.search.task import Progress, Task
+from sharding.search.candidates import Progress, Task, all_options, assumed_fields, check_constraints
 
 MOST_HOSTS = 4096  # of a search for the smallest cluster
 PROPOSALS_WITHOUT_GAIN = 20  # after which a greedy search ends
