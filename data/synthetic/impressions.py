@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from data.reading.keys import uniforms
 from data.schema import Feature
-from data.synthetic.planted import PLANTED, TASTE, Facts, World, choose, normals, power_law_ranks, scatter
+from data.synthetic.planted import CLICK_RATE, PLANTED, TASTE, Facts, World, choose, normals, power_law_ranks, scatter
 
 FIRST_SECOND = 1_714_521_600  # 2024-05-01 00:00:00 UTC
 SECONDS_PER_DAY = 86_400
@@ -179,7 +179,7 @@ def _rate(world: World, facts: Facts, name: str) -> np.ndarray:
         noise = 0.4 * normals(world.key(name, facts["user_id"], facts["item_id"]), 1)[:, 0]
     else:
         liking = 0.4 * normals(world.key("user_openness", facts["user_id"]), 1)[:, 0]
-    return np.round(np.minimum(PLANTED["click_rate"] * np.exp(liking + noise), 1.0), 3).astype(np.float32)
+    return np.round(np.minimum(CLICK_RATE * np.exp(liking + noise), 1.0), 3).astype(np.float32)
 
 
 def _price(world: World, facts: Facts, name: str) -> np.ndarray:

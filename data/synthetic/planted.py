@@ -45,7 +45,7 @@ PIXEL_STEP = 16.0  # pixels are multiples of 1/16: exact in float32 and small in
 DRIFT_RADIANS_PER_DAY = np.pi / 56  # taste on day 14 correlates about 0.75 with taste on day 1
 
 PLANTED = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-SHARES, CLUSTER_ATTRIBUTES = PLANTED["shares"], PLANTED["cluster_attributes_match"]
+CLICK_RATE, SHARES, CLUSTER_ATTRIBUTES = (PLANTED[key] for key in ("click_rate", "shares", "cluster_attributes_match"))
 PROFILE_LIKES_IMAGES, QUERY_LIKES_ATTRIBUTES = PLANTED["profile_likes_images"], PLANTED["query_likes_attributes"]
 PROFILE_LIKES_ATTRIBUTES = PLANTED["profile_likes_attributes"]
 # Tag of each centred latent -> (the fact it belongs to, its width)
@@ -117,7 +117,7 @@ def make_world(schema: Schema, seed: int, days: int) -> World:
     low, high = -20.0, 20.0
     for _ in range(60):  # the click rate rises with the bias
         middle = (low + high) / 2
-        low, high = (middle, high) if _sigmoid(logit + middle).mean() < PLANTED["click_rate"] else (low, middle)
+        low, high = (middle, high) if _sigmoid(logit + middle).mean() < CLICK_RATE else (low, middle)
     return World(schema, seed, scales, centres, low - offset)
 
 
