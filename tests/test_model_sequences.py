@@ -26,8 +26,8 @@ from mbcnet_rec.model.sequences import SequencePooling
 from mbcnet_rec.serving import loader as serving
 from sharding.plan.cluster import default_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
-from sharding.search.planner import make_plan
 from sharding.search.candidates import Task
+from sharding.search.planner import make_plan
 
 POOLINGS = ("target_attention", "transformer", "mean", "sum")
 B = 9
