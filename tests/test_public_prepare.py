@@ -21,6 +21,7 @@ REAL = {
     "aliexpress": ("aliexpress_sample", (68, 32, 20)),
     "criteo": ("criteo_sample", (7_200, 409, 391)),
     "movielens": ("movielens_latest_small", (80_668, 10_084, 10_084)),
+    "movielens_history": ("movielens_latest_small", (80_668, 10_084, 10_084)),
     "slots": ("slots_demo", (6, 2, 2)),
     "taobao_ad": ("taobao_ad_sample", (173, 66, 65)),
 }

@@ -5,6 +5,7 @@ A rating of four stars or more is the label. Splits follow the clock over all us
 """
 
 import re
+from bisect import bisect_left, insort
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from data.public.raw_files import Sources, Splits, by_position, join, read_csv_w
 
 LIKED = 4.0
 MAX_TAGS = 20
+MAX_HISTORY = 30
 PIECE_ROWS = 65_536
 WORD = re.compile(r"[^\W_]+")  # letters of any alphabet, and digits
 YEAR_IN_TITLE = r"\((?P<year>\d{4})\)\s*$"
@@ -26,6 +28,7 @@ MOVIE_TYPES = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string(
 TAG_TYPES = {"movieId": pa.int64(), "tag": pa.string(), "timestamp": pa.int64()}
 
 History = dict[int, list[tuple[int, str]]]  # movie -> (moment, tag), oldest first
+Rated = dict[int, list[tuple[int, int, int]]]  # user -> (moment, movie, whether it was liked), oldest first
 
 
 def rows(sources: Sources) -> Splits:
@@ -75,3 +78,21 @@ def derive(table: pa.Table, history: History) -> pa.Table:
     table = with_clock(table, table["timestamp"], "rated_hour", "rated_weekday")
     table = table.append_column("title_words", pa.array([words[title] for title in titles], STRINGS))
     return table.append_column("tags_before", pa.array(tags, STRINGS))
+
+
+def with_history(table: pa.Table, rated: Rated) -> pa.Table:
+    """Add history, history_liked and history_age: what the user had rated strictly before each rating, the newest last.
+
+    Rows are in order of time; `rated` holds those of the calls before, and takes these. Ages are in seconds.
+    """
+    columns = [table[name].to_pylist() for name in ("timestamp", "user_id", "movie_id", "label")]
+    found = []
+    for moment, user, movie, label in zip(*columns, strict=True):
+        own = rated.setdefault(user, [])
+        before = bisect_left(own, (moment,))
+        found.append([(seen, liked, moment - then) for then, seen, liked in own[max(0, before - MAX_HISTORY) : before]])
+        insort(own, (moment, movie, label))
+    for place, name in enumerate(("history", "history_liked", "history_age")):
+        values = [[event[place] for event in events] for events in found]
+        table = table.append_column(name, pa.array(values, pa.list_(pa.int64())))
+    return table

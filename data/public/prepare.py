@@ -119,11 +119,20 @@ def _movielens(sources: Sources) -> Splits:
         yield split, movielens.derive(table, history)
 
 
+def _movielens_history(sources: Sources) -> Splits:
+    """Train, validation and test rows follow each other in time, so a history of the later ones holds the earlier ones' labels."""
+    rated: movielens.Rated = {}
+    for split, table in _movielens(sources):
+        require_columns("movielens_history", table, ("user_id", "label"))
+        yield split, movielens.with_history(table, rated)
+
+
 _THREE_FILES = tuple(f"{split}.parquet" for split in SPLITS)
 
 DATA_SETS = {
     **dict.fromkeys(("adult", "criteo", "taobao_ad", "ali_ccp"), DataSet(_THREE_FILES, _three_files)),
     "movielens": DataSet((*_THREE_FILES, "tags.parquet"), _movielens),
+    "movielens_history": DataSet((*_THREE_FILES, "tags.parquet"), _movielens_history),
     "aliexpress": DataSet(("train.parquet", "test.parquet"), _aliexpress),
     "slots": DataSet(("all.parquet",), _slots),
     "criteo_kaggle": DataSet(tuple(click_logs.CRITEO["kaggle_files"]), click_logs.kaggle_rows, LARGE_ROW_GROUP),
