@@ -163,6 +163,21 @@ def test_what_a_sequence_cannot_be_is_refused(case, tmp_path):
     assert words in str(caught.value)
 
 
+def test_a_check_finds_lists_of_other_lengths(tmp_path, capfd):
+    config = write_seen(tmp_path, 200, 50)
+    table = pq.read_table(tmp_path / "train.parquet")
+    shorter = pa.array([each[1:] for each in table["ages"].to_pylist()])
+    pq.write_table(table.set_column(table.column_names.index("ages"), "ages", shorter), tmp_path / "train.parquet")
+    assert (
+        main(
+            ["data", "check", "--full", str(tmp_path / "train.parquet"), "--schema", str(config.parent / "schema.toml")]
+        )
+        != 0
+    )
+    words = capfd.readouterr()
+    assert "in column 'ages', which is beside it" in words.out + words.err
+
+
 def test_a_schema_of_sequences_is_written_as_it_was_read(schema, tmp_path):
     again = schema_of(tmp_path, format_schema(schema))
     assert (again.features, again.tables, again.fingerprint()) == (schema.features, schema.tables, schema.fingerprint())

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.errors import InputError
+from data.public import movielens
 from data.public.prepare import SCHEMA_FOLDER, prepare
 from data.schema import load_schema
 
@@ -109,3 +110,21 @@ def test_a_mistake_is_named_and_nothing_is_touched(src, name, file, content, mes
     with pytest.raises(InputError, match=message):
         prepare(name, src, tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_history_is_what_the_user_had_rated_before():
+    table = pa.table(
+        {
+            "timestamp": [1, 5, 5, 9, 9], "user_id": [7, 7, 7, 8, 7], "movie_id": [10, 11, 12, 10, 13], "label": [1, 0, 1, 1, 1],
+        }
+    )  # fmt: skip
+    rated: movielens.Rated = {}
+    first, later = (movielens.with_history(part, rated) for part in (table.slice(0, 2), table.slice(2)))
+    assert first["history"].to_pylist() == [[], [10]]
+    # ratings of the same second do not know each other, in another part either
+    assert later["history"].to_pylist() == [[10], [], [10, 11, 12]]
+    assert later["history_liked"].to_pylist() == [[1], [], [1, 0, 1]]
+    assert later["history_age"].to_pylist() == [[4], [], [8, 4, 4]]
+    many = {1: [(moment, moment, 1) for moment in range(99)]}
+    late = pa.table({"timestamp": [200], "user_id": [1], "movie_id": [3], "label": [0]})
+    assert movielens.with_history(late, many)["history"].to_pylist() == [list(range(69, 99))]

@@ -221,10 +221,11 @@ def _checks(schema: Schema, labels: set[float]) -> list[Check]:
     for feature in schema.features:
         if feature.is_cross:  # of values that are checked as its fields'
             continue
-        table = schema.table_of.get(feature.name)
-        tables = (replace(table, feature_names=(feature.name,)),) if table else ()
-        alone = replace(schema, features=(feature,), tables=tables, groups={}, group_column="")
-        needed = {feature.source_column, feature.weights} - {""}
+        used = [*(each for each in schema.features if each.name == feature.beside), feature]  # as long as the other
+        own = ((each.name, schema.table_of.get(each.name)) for each in used)
+        tables = tuple(replace(table, feature_names=(name,)) for name, table in own if table)
+        alone = replace(schema, features=tuple(used), tables=tables, groups={}, group_column="")
+        needed = {name for each in used for name in (each.source_column, each.weights) if name}
         checks.append((feature.source_column, needed, Encoder(alone, has_labels=False).encode))
     if group := schema.group_column:
         checks.append((group, {group}, lambda columns, place: read_groups(columns[group], schema, place)))
