@@ -14,6 +14,7 @@ import torch
 from forked_ranks import run_script
 from sequence_data import schema_text, seen_table, write_seen
 from tiny_run import lines_of, train
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from data.errors import InputError
@@ -21,8 +22,10 @@ from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.schema import format_schema, load_schema
 from mbcnet_rec.cli import main
+from mbcnet_rec.dense_cost import dense_cost
 from mbcnet_rec.model.input_layout import input_layout
 from mbcnet_rec.model.sequences import SequencePooling
+from mbcnet_rec.plugins import model_config
 from mbcnet_rec.serving import loader as serving
 from sharding.plan.cluster import default_cluster
 from sharding.plan.constraints import ShardingConfig, TableConstraint
@@ -91,6 +94,38 @@ def test_weights_are_float32_under_autocast(schema):
     with torch.autocast("cpu", torch.bfloat16):
         pooled = module([found]).values()
     assert pooled.dtype == torch.float32 and torch.equal(pooled, module([found]).values())
+
+
+class Waits(TorchDispatchMode):
+    """Collects what the host would wait for on a GPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        waits = {
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        }
+        assert operation not in waits, operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_host_waits_for_no_length(pooling, tmp_path):
+    layout = input_layout(schema_of(tmp_path, schema_text(pooling)))
+    module, found = SequencePooling(layout), jagged(layout)
+    with Waits():
+        module([found]).values().sum()
+
+
+def test_the_planner_sees_what_attention_costs(schema, tmp_path):
+    costs = {}
+    for pooling in ("sum", "target_attention"):
+        costs[pooling] = dense_cost(model_config(), schema_of(tmp_path, schema_text(pooling)), ShardingConfig())
+    first, second = costs.values()
+    weights = (16 + 8 + 4 + 3 * 24) * 64 + 64 * 16 + 16
+    assert second.parameters - first.parameters == weights + 64 + 16 + 1
+    assert second.forward_flops - first.forward_flops == 2 * 8 * weights, "of eight events"
+    assert second.activation_bytes > first.activation_bytes + 4 * 8 * (16 + 8 + 4 + 3 * 24 + 64 + 16)
 
 
 def encoded(schema, table):
