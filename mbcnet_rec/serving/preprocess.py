@@ -300,6 +300,11 @@ def array_of(column: Any, is_number: bool) -> pa.Array | np.ndarray:
 def _of_values(values: Sequence[Any], is_number: bool) -> pa.Array | np.ndarray:
     """A column of Python's values, or of lists of them."""
     kinds = set(map(type, values))
+    if kinds == {int}:
+        with suppress(OverflowError):  # in a fraction of the time that Arrow takes
+            return np.asarray(values, np.int64)
+    if kinds == {float} and is_number:
+        return np.asarray(values, np.float64)
     missing = {kind for kind in kinds if kind.__name__ in MISSING}
     kinds -= missing
     if any(issubclass(kind, (*SEQUENCES, np.ndarray)) for kind in kinds):
@@ -312,9 +317,6 @@ def _of_values(values: Sequence[Any], is_number: bool) -> pa.Array | np.ndarray:
         if others and not is_number:
             raise TypeError("integers and floats in one column")
         if not others:
-            if kinds == {int} and not missing:
-                with suppress(OverflowError):  # in a fraction of the time that Arrow takes
-                    return np.asarray(values, np.int64)
             integers, bad = integers_of([None if type(each) in missing else int(each) for each in values])
             if bad is None:
                 return integers
@@ -324,8 +326,6 @@ def _of_values(values: Sequence[Any], is_number: bool) -> pa.Array | np.ndarray:
                     f"row {row} = {str(values[row])[:40]}: the column's integers need more than 64 bits"
                 )
         return pa.array([None if type(each) in missing else _as_float(each) for each in values], pa.float64())
-    if kinds == {float} and not missing and is_number:
-        return np.asarray(values, np.float64)
     return pa.array(values)
 
 
