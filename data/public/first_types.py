@@ -1,7 +1,7 @@
 """The files of a log that is to be converted, and the types of its columns: by what each file begins with, a schema, and the user."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -47,12 +47,14 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     Raises:
         InputError: one names no file that could be converted.
     """
-    found: dict[object, Source] = {}
+    found: dict[Any, Source] = {}
     for text in inputs:
         if is_snapshot(text):
             snapshot = open_snapshot(text)
             plain = snapshot.schema.remove_metadata()
-            own = {(snapshot.name, file): Source(file, "parquet", snapshot.field_ids, plain) for file in snapshot.files}
+            own: dict[Any, Source] = {
+                (snapshot.name, file): Source(file, "parquet", snapshot.field_ids, plain) for file in snapshot.files
+            }
         else:
             kinds = [(each, _kind_of(each.file, each.is_data)) for each in list_files(text)]
             own = {each.identity: Source(each.file, kind) for each, kind in kinds if kind}
