@@ -399,7 +399,11 @@ def closing_lines(
         ]
         invalid = {key.removeprefix("invalid/"): n for key, n in metrics.items() if key.startswith("invalid/")}
         told = ", ".join(f"{name} {count:,}" for name, count in invalid.items())
-        lines += [f"  values outside of what their fields take, read as on_invalid says: {told}"] if told else []
+        lines += (
+            [f"  values outside of what their fields take, read as on_invalid says, and rows cut to max_length: {told}"]
+            if told
+            else []
+        )
     if state.stopped:
         lines.append(f"stopped early: {state.bad_evaluations} evaluations without a better validation AUC")
     first = f"open {folder}/report.html in a browser" if has_report else f"mbcnet report {folder}"

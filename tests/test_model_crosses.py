@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
     write_log(folder / "train.parquet", 24_000, 1)
     write_log(folder / "test.parquet", 4_000, 2)
     (folder / "plain.toml").write_text(FIELDS)
-    (folder / "crossed.toml").write_text(FIELDS + CROSS)
+    (folder / "crossed.toml").write_text(FIELDS + CROSS + '[groups]\npair = ["x"]\nrest = ["x", "a"]\n')
     return folder
 
 

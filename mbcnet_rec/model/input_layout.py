@@ -192,9 +192,10 @@ def input_layout(schema: Schema, wide: bool = False, wide_only: frozenset[str] =
         )
         for name, fields in sequences_of(schema.features).items()
     )  # fmt: skip
+    groups = {name: members for name, members in schema.groups.items() if not wide_only.issuperset(members)}
     singles = tuple(each.name for each in schema.sparse if each.is_single and schema.table_of[each.name].positions)
     return InputLayout(
-        dims, slices, schema.groups, wide, projections, sequences=sequences, singles=singles, wide_only=wide_only
+        dims, slices, groups, wide, projections, sequences=sequences, singles=singles, wide_only=wide_only
     )
 
 
