@@ -15,9 +15,8 @@ from typing import Any
 
 from .errors import InputError, first_line
 
-ALSO = (
-    "MBCNET_PLUGINS"  # environment: files that may stand in for those of a run, by their SHA-256, separated as in PATH
-)
+# environment: files that may stand in for those of a run, by their SHA-256, separated as in PATH
+ALSO = "MBCNET_PLUGINS"
 PLUGINS = "plugins"  # in a run folder: the texts of those that it was trained with
 _SHA = "#sha256="
 

@@ -42,9 +42,8 @@ def days_of(
     folder, files = config.run_folder, [list(mark) for mark in marks["train"]]
     lines = [] if step is None else read_days(folder)
     saved, done = run.get("day", 1), _done_step(folder)
-    behind = (
-        len(lines) - saved if lines and type(saved) is int else 0
-    )  # 1: the last day has begun, and has no checkpoint yet
+    # 1 where the last day has begun, and has no checkpoint yet
+    behind = len(lines) - saved if lines and type(saved) is int else 0
     if behind > 1 or (continues and not behind and done not in (None, step)):
         raise InputError(
             f"{folder}: its last whole checkpoint, of step {step}, is not of the end of the day before; bring the later one back, or finish "

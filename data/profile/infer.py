@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +20,7 @@ from pyarrow import types as pt
 from data.engine import HERE, Engine
 from data.errors import InputError
 from data.profile.leaks import always_positive, column_auc
-from data.profile.propose import BUCKETS, GROUP_NAMES, HASH_HEADROOM, Proposal, holds_names, propose, two_digits
+from data.profile.propose import BUCKETS, HASH_HEADROOM, NAMES, Proposal, holds_names, propose, two_digits
 from data.profile.scan import ColumnProfile, Profile, profile_files
 from data.profile.units import Progress, unheard
 from data.reading.column_types import check_columns, column_faults, is_number
@@ -29,13 +30,6 @@ from data.schema import Schema, parse_schema
 from data.schema.names import RESERVED_GROUPS, is_writable, name_problem, own_table
 from data.schema.schema import inline_table, toml_key, toml_text
 
-LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
-OUTCOME_NAMES = {
-    *LABEL_NAMES, "purchase", "purchased", "buy", "is_buy", "order", "converted", "is_like", "is_follow", "is_comment",
-    "is_forward", "is_hate", "is_profile_enter", "long_view",
-}  # fmt: skip
-TIME_NAMES = ("timestamp", "time", "event_time", "ts", "time_stamp", "datetime", "time_ms", "date")
-WEIGHT_ENDINGS = ("_weights", "_weight", "_scores", "_score", "_w")
 LEAK_AUC = 0.95
 MAX_FLAG_VALUES = 3  # a column of so few values may be a flag of an outcome
 MAX_NAME = 100  # letters of a field's name; a longer one gets `column`
@@ -157,12 +151,12 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
     columns = profile.columns
     binary = [name for name, column in columns.items() if _is_binary(column) and name not in profile.missing]
     if not label:
-        named = [name for name in LABEL_NAMES if name in columns or name in profile.unfit]
+        named = [name for name in NAMES["labels"] if name in columns or name in profile.unfit]
         label = next((name for name in named if name in binary), next(iter(named), ""))
     if not label:
         listed = ", ".join(binary[:8]) or "none"
         raise InputError(
-            f"no column is named like a label ({', '.join(LABEL_NAMES)}); name it with --label (columns of 0 and 1: {listed})"
+            f"no column is named like a label ({', '.join(NAMES['labels'])}); name it with --label (columns of 0 and 1: {listed})"
         )
     if label in profile.unfit:
         raise InputError(f"label {label!r}: {profile.unfit[label]}; fix the files, or choose another with --label")
@@ -174,9 +168,9 @@ def find_roles(profile: Profile, label: str = "") -> Roles:
         raise InputError(
             f"label {label!r} is {found}: wanted 0 and 1 in every row; drop those rows or fix the files, or choose another with --label"
         )
-    times = (name for name in (*TIME_NAMES, *columns) if name in columns and _time_span(profile, name))
+    times = (name for name in (*NAMES["times"], *columns) if name in columns and _time_span(profile, name))
     groups = (
-        name for name in GROUP_NAMES
+        name for name in NAMES["groups"]
         if name in columns and name not in profile.missing and holds_names(columns[name])
     )  # fmt: skip
     return Roles(label, next(times, ""), next(groups, ""))
@@ -209,7 +203,7 @@ def _time_span(profile: Profile, name: str) -> str:
         both = pc.min_max(profile.sample[name].cast(pa.timestamp(column.kind.unit)))
         first, last = (both[end].cast(pa.string()).as_py() for end in ("min", "max"))  # Python has no years beyond 9999
         return f"{first} to {last} (in the row sample)"
-    if name not in TIME_NAMES or not is_number(column.kind) or column.low is None or column.high is None:
+    if name not in NAMES["times"] or not is_number(column.kind) or column.low is None or column.high is None:
         return ""
     for unit in (1, 1_000):
         low, high = column.low / unit, column.high / unit
@@ -223,7 +217,7 @@ def _weight_columns(profile: Profile) -> dict[str, str]:
     """List of ids -> the list of numbers of equal lengths that is named for it."""
     found = {}
     for name, column in profile.columns.items():
-        others = [profile.columns.get(name + ending) for ending in WEIGHT_ENDINGS]
+        others = [profile.columns.get(name + ending) for ending in NAMES["weight_endings"]]
         weights = next((each.name for each in others if each and each.is_list and is_number(each.item)), "")
         if weights and column.is_list and is_key(column.item):
             lengths, wanted = (pc.list_value_length(profile.sample[each]) for each in (weights, name))
@@ -246,7 +240,7 @@ def _suspect(proposal: Proposal, column: ColumnProfile, profile: Profile, labels
     found = column_auc(column, sample, labels)
     if found > LEAK_AUC:
         proposal.suspicions.append(f"it leaks the label: AUC {found:.3f} of this column alone")
-    elif column.name.lower() in OUTCOME_NAMES:
+    elif column.name.lower() in (*NAMES["labels"], *NAMES["outcomes"]):
         proposal.suspicions.append("it is named like an outcome, which is known only afterwards")
     elif values <= MAX_FLAG_VALUES and not column.is_list and (proven := always_positive(sample, labels)):
         proposal.suspicions.append(f"it leaks the label: all {proven[1]} rows sampled of {proven[0]} have label 1")
@@ -296,38 +290,26 @@ def _write(name: str, roles: Roles, profile: Profile, proposals: list[Proposal])
     used = [each for each in proposals if each.is_used]
     label = profile.columns[roles.label]
     rate = float(np.mean(profile.sample[roles.label].cast(pa.float64()).to_numpy()))
-    read = f"{profile.rows:,} of {profile.total_rows:,} rows of {profile.num_files} file(s)"
-    one_class = rate in (0.0, 1.0) or label.low == label.high
-    lines = [
-        f"# Inferred from {read}. Look at every line, then run `mbcnet schema fit` on the training files.",
-        f"# Label {roles.label}: {rate:.2%} ones{' (the sample has one class only!)' if one_class else ''}.",
-    ]
-    if roles.time:
-        lines.append(f"# Time {roles.time}: {_time_span(profile, roles.time)}.")
-    if profile.rows < profile.total_rows:
-        lines.append("# Cardinalities and ranges are those of the rows read: other rows may hold more.")
-    if not any("embedding_dim" in each.entry for each in used):
-        lines.append("# No column can be a field with an embedding table, and training wants one: add a column of ids.")
-    if any("num_embeddings" in each.entry for each in used):
-        lines.append(
-            '# on_invalid = "null": an id outside [0, num_embeddings), as later days bring, has no row and is counted (invalid/FIELD); '
-            '"error" names it and stops.'
-        )
     columns = {"name": name, "label": roles.label, "group_column": roles.group, "time_column": roles.time}
-    lines += [f"{key} = {toml_text(value)}" for key, value in columns.items() if value or key == "name"]
-    lines += ["", "[fields]"]
     width = max(len(toml_key(each.name)) for each in proposals)
-    lines += [each.line(width) for each in proposals]
-    lines += [f"# {toml_key(column)}  # LEFT OUT: {reason}" for column, reason in profile.unfit.items()]
-    lines += _crosses(used)
-    lines += [
-        "",
-        "[groups]",
-        "# a first guess by names: put together what belongs together (a user and an item, an image and its attributes)",
-    ]
-    lines += [f"{toml_key(group)} = {toml_text(members)}" for group, members in _groups(used).items()]
-    return "\n".join(map(_one_line, lines)) + "\n"
+    fields = [each.line(width) for each in proposals]
+    fields += [f"# {toml_key(column)}  # LEFT OUT: {reason}" for column, reason in profile.unfit.items()]
+    loader = jinja2.PackageLoader("data.profile")
+    templates = jinja2.Environment(loader=loader, finalize=_one_line, trim_blocks=True, keep_trailing_newline=True)
+    return templates.get_template("schema.toml").render(
+        profile=profile,
+        roles=roles,
+        read=f"{profile.rows:,} of {profile.total_rows:,} rows of {profile.num_files} file(s)",
+        rate=f"{rate:.2%}",
+        one_class=rate in (0.0, 1.0) or label.low == label.high,
+        span=_time_span(profile, roles.time) if roles.time else "",
+        has_table=any("embedding_dim" in each.entry for each in used),
+        has_ids=any("num_embeddings" in each.entry for each in used),
+        top=[(key, toml_text(value)) for key, value in columns.items() if value or key == "name"],
+        fields=[*fields, *_crosses(used)],
+        groups=[(toml_key(group), toml_text(members)) for group, members in _groups(used).items()],
+    )
 
 
-def _one_line(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+def _one_line(text: object) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))

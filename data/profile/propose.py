@@ -1,7 +1,9 @@
 """Which kind of field a column becomes, of which sizes, and what was seen: rules of thumb, by its values and its name."""
 
 import re
+import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,9 @@ from data.reading.ids import is_key, is_text
 from data.schema.feature import FIT, MAX_NUM_EMBEDDINGS
 from data.schema.schema import inline_table, toml_key
 
-GROUP_NAMES = ("user_id", "userid", "uid", "user", "session_id", "query_id")
+NAMES = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
 HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # userId
 WINDOW = re.compile(r"_\d+[smhdwy]$")  # clicks_7d: a statistic over a window
-ID_WORDS = {
-    "id", "ids", "uid", "code", "type", "category", "cate", "brand", "city", "shop", "level", "gender", "cluster", "slot",
-    "pos", "position", "series", "status", "class", "os",
-}  # fmt: skip
-AMOUNT_WORDS = {
-    "count", "cnt", "num", "number", "price", "rate", "ratio", "ctr", "score", "sum", "avg", "mean", "duration", "amount",
-    "stock", "percent", "area", "size", "length", "width", "height",
-}  # fmt: skip
 MAX_VOCABULARY = 200_000  # above it a hash: a vocabulary is held in memory by every reader
 HEAVY_TAIL = 5  # a 99th percentile so many times the median wants a logarithm
 LARGEST_AMOUNT = 2.0**53  # integers beyond it, which a double cannot tell apart, are names
@@ -144,9 +138,9 @@ def _id_by_name(column: ColumnProfile) -> bool | None:
     last = re.split(r"[\W_]+", re.sub(r"\d+$", "", name).rstrip("_"))[-1]
     if WINDOW.search(name):
         return False
-    if "_x_" in name or last in ID_WORDS or name in GROUP_NAMES:
+    if "_x_" in name or last in NAMES["ids"] or name in NAMES["groups"]:
         return True
-    if last in AMOUNT_WORDS or (len(last) > 3 and last.endswith("s")):  # clicks, followers, days
+    if last in NAMES["amounts"] or (len(last) > 3 and last.endswith("s")):  # clicks, followers, days
         return False
     return None
 

@@ -286,9 +286,8 @@ def with_day(table: pa.Table, column: str) -> pa.Table:
 def _days(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
     kind = values.type
     if pt.is_integer(kind) and len(known := values.drop_null()):
-        middle = np.sort(known.to_numpy())[
-            len(known) // 2
-        ].item()  # one that is no time, such as 0, does not tell the form
+        # one that is no time, such as 0, does not tell the form
+        middle = np.sort(known.to_numpy())[len(known) // 2].item()
         form = form_of(middle)
         if form.digits:
             values, kind = pc.utf8_slice_codeunits(values.cast(pa.string()), 0, 8), pa.string()

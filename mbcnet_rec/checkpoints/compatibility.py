@@ -268,18 +268,15 @@ def _load(
 ) -> None:
     with agreed(process):
         for shard in shards:
-            rows = torch.from_numpy(anew.get(table_of(shard.name), NO_ROWS))
-            if (
-                len(rows) and shard.tensor.dim() and shard.global_shape[0] > int(rows[-1])
-            ):  # else one number for the whole table
-                rows = (
-                    rows[(rows >= shard.offsets[0]) & (rows < shard.offsets[0] + len(shard.tensor))] - shard.offsets[0]
-                )
-                rows = rows.to(shard.tensor.device)
-                kept = shard.tensor.detach()[rows]
-                saved.copy_into(shard, process.rank, process.world_size)
-                shard.tensor.detach()[rows] = kept
-            else:
-                saved.copy_into(shard, process.rank, process.world_size)
+            rows, live = torch.from_numpy(anew.get(table_of(shard.name), NO_ROWS)), shard.tensor.detach()
+            # a state that is one number for the whole table has no rows
+            stays = live.dim() > 0 and len(rows) > 0 and shard.global_shape[0] > int(rows[-1])
+            if stays:
+                rows = rows - shard.offsets[0]
+                rows = rows[(rows >= 0) & (rows < len(live))].to(live.device)
+            kept = live[rows] if stays else None
+            saved.copy_into(shard, process.rank, process.world_size)
+            if kept is not None:
+                live[rows] = kept
         purge_caches(built.model)
         check_rows(saved, built.model)

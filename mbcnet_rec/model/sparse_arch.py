@@ -104,9 +104,8 @@ class FeatureRegroup(nn.Module):
         if layout.wide:
             self._sparse[WIDE] = [(wide_key(field), "") for field in layout.embedding_dims]
         self._fields = frozenset(layout.embedding_dims)
-        self._wide_only = (
-            layout.wide_only if layout.wide else frozenset()
-        )  # one table serves each: their key is the field
+        # one table serves each: their key is the field
+        self._wide_only = layout.wide_only if layout.wide else frozenset()
         self._keys: list[list[str]] = []  # of the collections' outputs at the last call
         self._widths: list[dict[str, int]] = []  # of the slices of each output, in the order of columns
         self._cuts = Cuts([], {})

@@ -33,9 +33,8 @@ LOGGERS = (
 )
 MODULES = ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.autograd")
 _TIMES_JOINED = itertools.count()
-_STORES: dict[
-    tuple[str, int], dist.Store
-] = {}  # (address, port) -> what stays open for the next joining: rank 0 listens there
+# (address, port) -> what stays open for the next joining: rank 0 listens there
+_STORES: dict[tuple[str, int], dist.Store] = {}
 
 
 @dataclass(frozen=True)

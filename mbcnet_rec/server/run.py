@@ -49,9 +49,8 @@ def run_server(options: Options) -> int:
         if not faults:
             with _listener(options) as listener:
                 (state / "metrics").mkdir()
-                os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(
-                    state / "metrics"
-                )  # which the workers read when they start
+                # the workers read it when they start
+                os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(state / "metrics")
                 config = uvicorn.Config(
                     functools.partial(build, replace(options, state=state, threads=threads)),
                     factory=True,

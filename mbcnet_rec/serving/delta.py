@@ -18,12 +18,8 @@ from data.whole_folder import whole_folder
 from mbcnet_rec.serving import loader as serving
 
 CHUNK_ROWS = 1 << 20  # compared at a time
-OF_ONE = (
-    serving.DELTA,
-    serving.CHANGES,
-    serving.TABLES,
-    serving.VOCABULARY,
-)  # files that a delta and an artifact write each in their way
+# files that a delta and an artifact write each in their way
+OF_ONE = (serving.DELTA, serving.CHANGES, serving.TABLES, serving.VOCABULARY)
 
 
 def write_delta(before: serving.ServingModel, parent: Path, child: Path, out: Path) -> dict[str, Any]:

@@ -89,9 +89,8 @@ class BucketedCollisions(ManagedCollisionModule):
         self.own_buckets = [Bucket(self, bucket) for bucket in own]
         # (2, n) each: ids that no bucket has been given yet, and their step, counted from 1
         self.noted: list[Tensor] = []
-        self.looked_up = torch.zeros(
-            2, dtype=torch.int64, device=device
-        )  # outside of training: ids, and those without a row
+        # outside of training: ids, and those without a row
+        self.looked_up = torch.zeros(2, dtype=torch.int64, device=device)
         self.forget()
         self.register_load_state_dict_post_hook(lambda _module, _keys: self.forget())
 

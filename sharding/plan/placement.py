@@ -41,9 +41,8 @@ class TablePlan:
     cardinality: int = 0  # distinct ids that occur; 0: unknown
     cache_ratio: float = 0.0  # share of rows cached in HBM; 0 unless fused_uvm_caching
     zch_buckets: int = 0  # parts of a table that gives rows to unbounded ids; 0: it does not
-    positions: int = (
-        0  # of a table that sequences read: the rows that one row of data may get of it, none of them pooled
-    )
+    # of a table that sequences read: the rows that one row of data may get of it, none of them pooled
+    positions: int = 0
 
     @property
     def outputs(self) -> int:
