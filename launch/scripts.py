@@ -55,6 +55,11 @@ def kubernetes_yaml(job: Job) -> str:
     return yaml.safe_dump_all(yaml.safe_load_all(text), sort_keys=False)
 
 
+def dry_run(job: Job, **values: object) -> str:
+    """What would run, one fact a line; the values are those of the command."""
+    return _rendered("dry_run.txt", job, **values)
+
+
 def _rendered(file: str, job: Job, **values: object) -> str:
     """A template filled in; it may name all that launch/job.py has."""
     templates = jinja2.Environment(

@@ -34,7 +34,8 @@ def launch(args: argparse.Namespace) -> int:
         raise InputError(str(error)) from None
     words = _torchx_words(args, job)
     if args.dry_run:
-        print("\n".join(_description(args, config, job, words)))
+        told = {"command": shlex.join(["mbcnet", *job.worker_args]), "next": shlex.join(words).rstrip(" -")}
+        print(scripts.dry_run(job, config=config, scheduler=args.scheduler, cfg=args.cfg, **told), end="")
         return 0
     try:
         from torchx.cli.main import main  # after every mistake that is seen without it
@@ -120,25 +121,3 @@ def _torchx_words(args: argparse.Namespace, job: Job) -> list[str]:
     words = [word for name, value in options.items() if str(value) for word in (name, str(value))]
     given = ["-cfg", args.cfg] if args.cfg else []
     return ["torchx", "run", "-s", args.scheduler, *given, "mbcnet.train", *words, "--", *job.args[2:]]
-
-
-def _description(args: argparse.Namespace, config: "RunConfig", job: Job, words: list[str]) -> list[str]:
-    """What would run, one fact a line."""
-    sizes = job.shape.world_sizes
-    ranks = f"{sizes[0]} to {sizes[-1]}" if job.shape.elastic else str(sizes[0])
-    hosts = f"{job.shape.min_hosts} to {job.shape.hosts}" if job.shape.elastic else str(job.shape.hosts)
-    gpus = f"{job.gpu * job.shape.hosts:,} ({job.gpu} a host)" if job.gpu else "none asked for"
-    plan = config.sharding.plan or "none; made at the start and kept in the run folder"
-    asked = f"{job.cpu} cores, {job.memory_mb:,} MB of memory a host, image {job.image}"
-    if args.scheduler == "local_cwd":
-        asked = "this machine's"
-    return [
-        f"run        {job.name}: {config.model.kind}, {config.data.batch_size:,} rows a step, folder {config.run_folder}",
-        f"ranks      {ranks}: {hosts} hosts x {job.shape.processes} processes",
-        f"GPUs       {gpus}",
-        f"resources  {asked}",
-        f"plan       {plan}",
-        f"where      {args.scheduler}{' (' + args.cfg + ')' if args.cfg else ''}",
-        f"command    {shlex.join(['mbcnet', *job.worker_args])}",
-        f"next       {shlex.join(words).rstrip(' -')}",
-    ]
