@@ -252,7 +252,7 @@ def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa
         wanted = {name: names.get(name, name) for name in types.names}
         wanted = {name: own for name, own in wanted.items() if own in parquet.schema_arrow.names}
         for group in range(parquet.metadata.num_row_groups):
-            for batch in stored_rows(parquet, group, list(wanted.values()), BATCH_ROWS):
+            for batch in stored_rows(parquet, [group], list(wanted.values()), BATCH_ROWS):
                 columns = {name: as_plain(batch.column(own), types.field(name).type) for name, own in wanted.items()}
                 for name in types.names:
                     if name not in columns and partition.get(name, "") not in HIVE_NULLS:
