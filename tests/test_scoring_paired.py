@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import t, ttest_1samp
+from scipy.stats import t, ttest_1samp, ttest_rel
 
 from mbcnet_rec.scoring.metrics import auc, exact_metrics
 from mbcnet_rec.scoring.paired import expected_clicks, holm, paired_differences
+from mbcnet_rec.scoring.ranking import ranking_values
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,16 @@ def test_one_draw_of_a_class_or_one_group_knows_no_error():
     assert found["auc"].value == pytest.approx(0.5) and math.isnan(found["auc"].p) and math.isnan(found["auc"].low)
     found = paired_differences(z, -z, labels, np.array([1, 1, 1, 1, 2]))
     assert all(math.isnan(found[name].p) for name in ("auc", "gauc")), "one group has both classes"
+
+
+def test_ranking_metrics_are_compared_group_by_group():
+    """As a paired t test over the groups does."""
+    rng = np.random.default_rng(4)
+    groups, labels = rng.integers(0, 60, 900), (rng.random(900) < 0.2).astype(np.float32)
+    a, b = (np.round(rng.normal(size=900) + strength * labels, 1).astype(np.float32) for strength in (1.0, 0.6))
+    found = paired_differences(a, b, labels, groups, (3,))
+    for name in ("ndcg@3", "recall@3", "hit_rate@3", "mrr"):
+        own, other = (ranking_values(z, labels, groups, (3,))[name] for z in (a, b))
+        assert found[name].value == pytest.approx(own.mean() - other.mean())
+        assert found[name].p == pytest.approx(ttest_rel(own, other).pvalue)
+    assert np.isnan(paired_differences(a, b, labels * 0, groups, (3,))["mrr"].value)

@@ -40,8 +40,12 @@ def compare(args: argparse.Namespace) -> int:
     With --expected-clicks also the clicks that either ranking would get: an offline stand-in for an A/B test. With --log and no runs
     the click rates of the arms of `mbcnet serve --split`, arm b less arm a.
     """
-    if bool(args.log) == bool(args.theirs) or (args.log and (args.ours or args.data or args.expected_clicks)):
-        raise InputError("compare: wanted RUN_A and RUN_B, or --log PATH without --data and --expected-clicks")
+    if bool(args.log) == bool(args.theirs) or (
+        args.log and (args.ours or args.data or args.expected_clicks or args.ranking_k)
+    ):
+        raise InputError(
+            "compare: wanted RUN_A and RUN_B, or --log PATH without --data, --expected-clicks and --ranking-k"
+        )
     if (args.key or args.label) and not args.log:
         raise InputError("--key and --label name columns of --log; leave them out")
     from mbcnet_rec.scoring.arms import run_arms
@@ -52,6 +56,7 @@ def compare(args: argparse.Namespace) -> int:
         raise InputError(f"--expected-clicks {args.expected_clicks}: wanted a number of rows, 1 or more; change it")
     by = tuple(dict.fromkeys(args.by))
     question = Question(args.split, tuple(args.log or args.data), by=by, exact_rows=args.exact_rows or EXACT_ROWS)
+    question = replace(question, ranking_k=args.ranking_k)
     if args.log:
         return run_arms(question, args.label or "click", args.key, args.command_line, as_json=args.json, page=args.out)
     comparison = Comparison(args.ours, args.theirs, question, args.expected_clicks or 0, args.command_line)

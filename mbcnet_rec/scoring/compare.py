@@ -20,6 +20,7 @@ from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, t
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import Question, score_rows
 from mbcnet_rec.scoring.paired import Difference, expected_clicks, holm, paired_differences
+from mbcnet_rec.scoring.ranking import title_of
 from mbcnet_rec.scoring.tally import Rows
 from mbcnet_rec.scoring.trained_run import TrainedRun, find_best, load_run
 
@@ -94,7 +95,8 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
         )
     if ours.group_ids is None:
         ours = ours._replace(group_ids=theirs.group_ids)
-    everything, slices = compare_rows(ours, theirs, names, comparison.top)
+    ks = question.ranking_k or configs[0].train.ranking_k
+    everything, slices = compare_rows(ours, theirs, names, comparison.top, ks)
     lead = f"{folders[0]} less {folders[1]} on {len(ours.labels):,} rows of {files_in_words(files)}; {groups}."
     told = {
         "ours": str(folders[0]),
@@ -169,14 +171,16 @@ def _notes(runs: Sequence[TrainedRun], files: FileList, where: tuple[str, ...]) 
     return notes
 
 
-def compare_rows(ours: Rows, theirs: Rows, names: Mapping[str, Sequence[str]], top: int = 0) -> tuple[Found, Slices]:
+def compare_rows(
+    ours: Rows, theirs: Rows, names: Mapping[str, Sequence[str]], top: int = 0, ks: Sequence[int] = ()
+) -> tuple[Found, Slices]:
     """Differences of every metric on all rows and on each slice; `names`: column -> its slices, as `Rows.slices` counts them."""
     slices = {
-        column: {value: _of_rows(ours, theirs, places == place, top) for place, value in enumerate(values)}
+        column: {value: _of_rows(ours, theirs, places == place, top, ks) for place, value in enumerate(values)}
         for (column, values), places in zip(names.items(), ours.slices.T, strict=True)
     }
     correct(slices)
-    return _of_rows(ours, theirs, np.ones(len(ours.labels), bool), top), slices
+    return _of_rows(ours, theirs, np.ones(len(ours.labels), bool), top, ks), slices
 
 
 def correct(slices: Slices) -> None:
@@ -188,14 +192,15 @@ def correct(slices: Slices) -> None:
             metrics[name] = metrics[name]._replace(corrected=p)
 
 
-def _of_rows(ours: Rows, theirs: Rows, chosen: np.ndarray, top: int) -> Found:
+def _of_rows(ours: Rows, theirs: Rows, chosen: np.ndarray, top: int, ks: Sequence[int]) -> Found:
     labels = ours.labels[chosen]
     groups = None if ours.group_ids is None else ours.group_ids[chosen]
     a, b = ours.logits[chosen, 0], theirs.logits[chosen, 0]
-    found = paired_differences(a, b, labels, groups)
+    found = paired_differences(a, b, labels, groups, ks)
     if top and groups is not None:
         found[CLICKS] = expected_clicks(a, b, labels, groups, top)
-    return Found(len(labels), {name: found[name] for name in METRICS if name in found})
+    order = [name for name in (*METRICS, *found) if name in found]
+    return Found(len(labels), {name: found[name] for name in dict.fromkeys(order)})
 
 
 def to_json(everything: Found, slices: Slices) -> dict[str, Any]:
@@ -221,7 +226,7 @@ def is_significant(difference: Difference) -> bool:
 def report_blocks(comparison: Comparison, everything: Found, slices: Slices, *, pictures: bool = False) -> list[Block]:
     """A table of all rows, and one for each column that cuts them, with pictures where wanted."""
     header = ("all rows", *comparison.names, "difference", "95 % interval", "p")
-    rows = [_of_all(METRICS[name], each) for name, each in everything.metrics.items()]
+    rows = [_of_all(title_of(name) or METRICS[name], each) for name, each in everything.metrics.items()]
     blocks: list[Block] = [Heading("All rows"), Table(header, tuple(rows))]
     for column, values in slices.items():
         blocks.append(Heading(f"By {column}"))
@@ -239,7 +244,12 @@ def report_blocks(comparison: Comparison, everything: Found, slices: Slices, *, 
             (value[:SHOWN_TEXT], f"{found.rows:,}", *map(_cell, found.metrics.values()))
             for value, found in values.items()
         ]
-        blocks.append(Table((f"by {column}", "rows", *(METRICS[name] for name in everything.metrics)), tuple(cells)))
+        blocks.append(
+            Table(
+                (f"by {column}", "rows", *(title_of(name) or METRICS[name] for name in everything.metrics)),
+                tuple(cells),
+            )
+        )
     return [*blocks, *map(Text, legend(comparison, everything, slices))]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from scipy import special, stats
 
 from mbcnet_rec.scoring.metrics import gauc_influence, score_counts, shares_outranked, softplus
+from mbcnet_rec.scoring.ranking import ranking_values
 
 ROUNDING = 1e-12  # of a difference: an error below it is one of rounding
 Influence = tuple[float, np.ndarray]  # the metric's value, and the influence on it of each row (B,) or group (G,)
@@ -41,9 +42,13 @@ class Difference(NamedTuple):
 
 
 def paired_differences(
-    ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    ranking_k: Sequence[int] = (),
 ) -> dict[str, Difference]:
-    """auc, log_loss, calibration, and gauc where there are groups: ours less theirs.
+    """auc, log_loss, calibration, and where there are groups gauc and the ranking metrics at `ranking_k`: ours less theirs.
 
     Logits (B,) and labels (B,) are of the same rows. `groups` are (B,) ids of what makes rows depend on each other; None: nothing does.
     """
@@ -67,6 +72,11 @@ def paired_differences(
     if groups is not None:
         (value, own), (other_value, other) = (gauc_influence(z, labels, groups) for z in (ours, theirs))
         found["gauc"] = difference_of(value, other_value, own - other)
+        both = [ranking_values(z, labels, groups, ranking_k) for z in (ours, theirs)]
+        for name in both[0]:
+            mine, others = (each[name] if len(each[name]) else np.full(1, math.nan) for each in both)
+            value, other_value = float(mine.mean()), float(others.mean())
+            found[name] = difference_of(value, other_value, (mine - value - others + other_value) / len(mine))
     return found
 
 
