@@ -34,7 +34,7 @@ from mbcnet_rec.training import trainer
 
 WATCHED: tuple[Any, ...] = (
     objective.latent_norms, objective.distance_from_identity, trainer.gradient_shares, trainer.average_terms, trainer.real_rows,
-    trainer.evaluate_predictions, trainer.diagnostics,
+    trainer.evaluate_predictions, trainer.disagreements, trainer.latent_measures,
 )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ class Run:
         return cls(Path(folder), load_run(Path(folder)))
 
     def predict(self, rows: Rows) -> np.ndarray:
-        """Click probabilities (n,) float32 of an Arrow table, a DataFrame or columns of values, with float32 rows of tables in this process.
+        """Click probabilities (n,) float32, of several tasks (n, T), of an Arrow table, a DataFrame or columns of values, with float32 rows of tables in this process.
 
         Raises:
             ValueError: a column is missing, or a value is one that training would have refused.
@@ -78,8 +78,8 @@ class Run:
         """
         question = Question(split, tuple(map(str, data)), by=tuple(by))
         with opened_run(self.folder) as (run, process):
-            answer = score_rows(run, process, question)[0].answer(process)
-        return {} if answer is None else to_json(answer)
+            answers = score_rows(run, process, question)[0].answer(process)
+        return {} if answers is None else to_json(answers)
 
     def metrics(self) -> pa.Table:
         """The lines of metrics.jsonl, in their order: `step`, `split` and a column for every metric, null where a line lacks it."""

@@ -127,7 +127,7 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
     optimizer = build_optimizer(sharded, kept, config.optim, path.adam)
     dense = [parameter for name, parameter in sharded.named_parameters() if name not in tables]
     return Built(
-        sharded, optimizer, plan, model.branch_names, dense, config.optim, config.sharding, config.train.seed,
+        sharded, optimizer, plan, model.branch_names, tuple(model.tasks), dense, config.optim, config.sharding, config.train.seed,
         path.pipeline,
     )  # fmt: skip
 

@@ -49,6 +49,7 @@ from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.process import Process, agreed, answer_of_first, joined_process
 from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import why_no_auc
+from mbcnet_rec.scoring.tasks import output_names
 from mbcnet_rec.scoring.trained_run import known_best
 from mbcnet_rec.table_use import collisions, tell_collisions, tell_growth
 from mbcnet_rec.training.cuda_graph import replay_dense_arch
@@ -383,9 +384,10 @@ def closing_lines(
     lines = []
     if metrics:
         where = f"step {state.best_step}, the best on validation" if state.best_step >= 0 else "the last step"
-        outputs = {"fused": (metrics["auc"], metrics["log_loss"])}
-        for name in trainer.built.branch_names:
-            outputs[name] = metrics[f"auc/{name}"], metrics[f"log_loss/{name}"]
+        outputs = {}
+        for name in output_names(trainer.built.tasks, trainer.built.branch_names):
+            own = f"/{name}" if name else ""
+            outputs[name or "fused"] = metrics[f"auc{own}"], metrics[f"log_loss{own}"]
         best = known_best(schema, "test", metrics["rows"])
         outputs |= {"best reachable": best} if best else {}
         reason = why_no_auc(metrics)
@@ -405,7 +407,9 @@ def closing_lines(
             else []
         )
     if state.stopped:
-        lines.append(f"stopped early: {state.bad_evaluations} evaluations without a better validation AUC")
+        lines.append(
+            f"stopped early: {state.bad_evaluations} evaluations without a better validation {trainer.judge.title}"
+        )
     first = f"open {folder}/report.html in a browser" if has_report else f"mbcnet report {folder}"
     lines += [
         f"run folder: {folder} ({'report.html, ' if has_report else ''}config.toml, plan.json, metrics.jsonl, tb/, checkpoints/)",

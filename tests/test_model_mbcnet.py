@@ -239,14 +239,14 @@ def test_dead_outputs_are_named():
     logits = torch.tensor([[1.0, 0.2, 0.5, 0.1], [1.1, 0.2, 0.6, 0.3], [9.0, 9.0, 9.0, 9.0]])
     one = Outputs(logits, torch.zeros(3), torch.tensor([1.0, 1.0, 0.0]), {}, torch.zeros(3), torch.zeros(3))
     moved = one._replace(logits=one.logits - torch.tensor([0.0, 0.1, 0.0, 0.0]))
-    names = ("cross", "deep", "efgc")
+    names = ("fused", "cross", "deep", "efgc")
     assert dead_outputs([one, moved], names) == ["cross"]
     single, padding = (one._replace(weights=torch.eye(3)[0] * each) for each in (1, 0))
     assert dead_outputs([one, single, padding], names) == ["cross"]
     assert dead_outputs([single, padding], names) == dead_outputs([padding], names) == dead_outputs([], names) == []
     alive = one._replace(logits=torch.arange(12.0).reshape(3, 4))
     assert dead_outputs([one, alive], names) == []
-    assert dead_outputs([one._replace(logits=logits[:, :1] * 0)], ()) == ["fused"]
+    assert dead_outputs([one._replace(logits=logits[:, :1] * 0)], ["fused"]) == ["fused"]
     lines = [{"step": 10}, {"step": 20, "dead": ["deep"]}, {"step": 30, "dead": ["deep"]}]
     assert "Dead from step 20 to the end: Deep." in dead_blocks({"train": lines})[0].text
     assert dead_blocks({"train": lines[:1]}) == []

@@ -152,7 +152,7 @@ Ranges = dict[str, tuple[str, int]]
 
 def _ranges(schema: Schema) -> Ranges:
     """Column -> whose values it holds, and the highest from 0 that may stand in it, where a value outside is an error."""
-    ranges = {schema.label: (f"label {schema.label!r}", 1)}
+    ranges = {each: (f"label {each!r}", 1) for each in schema.labels}
     for feature in schema.features:
         if feature.is_keyed and feature.encoding == "ids" and feature.on_invalid == "error":
             column, high = feature.source_column, schema.table_of[feature.name].num_embeddings - 1
@@ -212,12 +212,12 @@ Check = tuple[str, set[str], Callable[[dict[str, pa.Array], Place], object]]
 
 def _checks(schema: Schema, labels: set[float]) -> list[Check]:
     """Each field is encoded alone, so that one's fault hides no other's; `labels` takes up those that are seen."""
-    label = schema.label
 
-    def check_labels(columns: dict[str, pa.Array], place: Place) -> None:
-        labels.update(np.unique(read_labels(columns[label], label, place)).tolist())
+    def check_labels(label: str, columns: dict[str, pa.Array], place: Place) -> None:
+        found = np.unique(read_labels(columns[label], label, place, nulls=bool(schema.tasks))).tolist()
+        labels.update(found if label == schema.label else ())
 
-    checks: list[Check] = [(label, {label}, check_labels)]
+    checks: list[Check] = [(each, {each}, partial(check_labels, each)) for each in schema.labels]
     for feature in schema.features:
         if feature.is_cross:  # of values that are checked as its fields'
             continue

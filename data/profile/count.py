@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from data.errors import InputError
@@ -45,15 +46,17 @@ def table_2(
                 )
             text |= {column} if id_type(arrow_schema.field(column).type) == "text" else set()
     found = {what: Distinct(EXACT) for what in columns}
-    samples = clicks = 0
+    samples, clicks = 0, dict.fromkeys(schema.labels, 0)
     for unit in units_of(files):
-        for place, _, rows in batches_of(unit, [schema.label, *columns.values()]):
+        for place, _, rows in batches_of(unit, [*schema.labels, *columns.values()]):
             for what, column in columns.items():
                 ids = rows.column(column)
                 if is_id(ids.type):
                     ids = read_ids(ids, f"column {column!r}", "text" if column in text else "", place)
                 found[what].add(hash_values(ids.drop_null()))
-            clicks += int(read_labels(rows.column(schema.label), schema.label, place).sum())
+            for label in clicks:
+                labels = read_labels(rows.column(label), label, place, nulls=bool(schema.tasks))
+                clicks[label] += int(np.nansum(labels))
             samples += rows.num_rows
             progress(samples)
     counts = {what: distinct.estimate() for what, distinct in found.items()}
@@ -63,7 +66,9 @@ def table_2(
         "feature fields": f"{len(schema.features):,}",
         "feature dims": f"{schema.width:,}",
         "samples": f"{samples:,}",
-        "clicks": f"{clicks:,} ({clicks / max(1, samples):.2%} of the samples)",
+    } | {
+        label if schema.tasks else "clicks": f"{count:,} ({count / max(1, samples):.2%} of the samples)"
+        for label, count in clicks.items()
     }
     if len(counts) == 2 and all(counts.values()):
         shown["density"] = f"{100 * samples / (counts['users'] * counts['items']):.3g} % (samples / (users x items))"

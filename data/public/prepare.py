@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -130,7 +131,7 @@ def _movielens_history(sources: Sources) -> Splits:
 _THREE_FILES = tuple(f"{split}.parquet" for split in SPLITS)
 
 DATA_SETS = {
-    **dict.fromkeys(("adult", "criteo", "taobao_ad", "ali_ccp"), DataSet(_THREE_FILES, _three_files)),
+    **dict.fromkeys(("adult", "criteo", "taobao_ad", "ali_ccp", "ali_ccp_tasks"), DataSet(_THREE_FILES, _three_files)),
     "movielens": DataSet((*_THREE_FILES, "tags.parquet"), _movielens),
     "movielens_history": DataSet((*_THREE_FILES, "tags.parquet"), _movielens_history),
     "aliexpress": DataSet(("train.parquet", "test.parquet"), _aliexpress),
@@ -158,10 +159,14 @@ def write_splits(
         for split, piece in splits:
             require_columns(schema.name, piece, columns)
             piece = piece.select(columns)
-            for labels in piece[schema.label].chunks:
-                place = Place(f"data set {schema.name!r}, {split} split", None, rows[split])
-                ones[split] += int(read_labels(labels, schema.label, place).sum())
-                rows[split] += len(labels)
+            for name in schema.labels:
+                start = rows[split]
+                for labels in piece[name].chunks:
+                    place = Place(f"data set {schema.name!r}, {split} split", None, start)
+                    found = read_labels(labels, name, place, nulls=bool(schema.tasks))
+                    ones[split] += int(np.nansum(found)) if name == schema.label else 0
+                    start += len(labels)
+            rows[split] += len(piece)
             progress(sum(rows.values()))
             yield from piece.append_column(SPLIT, pa.repeat(split, len(piece))).to_batches()
 

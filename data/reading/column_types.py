@@ -37,7 +37,7 @@ def _wanted(schema: Schema, has_label: bool) -> Iterator[tuple[str, str, str, st
     """For each use of a column: source column, column, who misses it, who wants its type, the type's test and its description."""
     if has_label:
         types = "0 and 1 as integers, floats or booleans"
-        yield schema.label, schema.label, "label", "the label", _is_number_or_null, types
+        yield from ((each, each, "label", "the label", _is_number_or_null, types) for each in schema.labels)
     for feature in schema.features:
         if feature.is_cross:
             continue

@@ -73,7 +73,7 @@ class Columns:
     lists: Lists
     weighted_lists: Lists
     dense: np.ndarray  # (n, D) float32
-    labels: np.ndarray  # (n,) float32
+    labels: np.ndarray  # (n,) float32; of several labels (n, T), NaN where null
     group_ids: np.ndarray | None  # (n,) int64
     repaired: Counter[str]  # by field: values that on_invalid = "null" or "modulo" changed
     weights: np.ndarray | None = None  # (n,) float32, of the schema's weight column

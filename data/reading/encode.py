@@ -136,7 +136,7 @@ class Encoder:
         single_ids = allocate((len(self.single), total), self.id_dtype)
         in_order = np.empty(total, self.id_dtype)  # one field, before it is permuted
         dense = np.zeros((total, self.dense_width), np.float32)
-        labels = np.zeros(total, np.float32)
+        labels = np.zeros((total, len(self.schema.tasks)) if self.schema.tasks else total, np.float32)
         groups = np.empty(total, np.int64) if self.has_labels and self.schema.group_column else None
         weights = np.empty(total, np.float32) if self.has_labels and self.schema.weight_column else None
         done = readers[0].plain(single_ids) if len(readers) == 1 and permutation is None else {}
@@ -198,7 +198,10 @@ class _Reader:
     def targets(self, labels: np.ndarray, groups: np.ndarray | None, weights: np.ndarray | None) -> None:
         """Write what a row has besides its fields: its label, the hash of its grouping column and its weight."""
         schema, columns, place = self.encoder.schema, self.columns, self.place
-        labels[self.rows] = read_labels(as_arrow(columns[schema.label]), schema.label, place)
+        if not schema.tasks:
+            labels[self.rows] = read_labels(as_arrow(columns[schema.label]), schema.label, place)
+        for task, name in enumerate(schema.tasks):
+            labels[self.rows, task] = read_labels(as_arrow(columns[name]), name, place, nulls=True)
         if groups is not None:
             groups[self.rows] = read_groups(as_arrow(columns[schema.group_column]), schema, place)
         if weights is not None:

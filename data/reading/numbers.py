@@ -152,14 +152,14 @@ def read_weights(column: pa.Array, name: str, place: Place) -> np.ndarray:
     return weights
 
 
-def read_labels(column: pa.Array, name: str, place: Place) -> np.ndarray:
-    """Labels as a NumPy array of 0 and 1; InputError if a label is null or another number."""
+def read_labels(column: pa.Array, name: str, place: Place, *, nulls: bool = False) -> np.ndarray:
+    """Labels as a NumPy array of 0 and 1; InputError if a label is another number, or null. With `nulls` a null is NaN instead."""
     labels, valid = _as_numpy(column)
-    if valid is not None:
+    if valid is not None and not nulls:
         raise InputError(
             f"{place.row(int(valid.argmin()))}, label {name!r} is null: wanted 0 or 1; drop the row or fix the file"
         )
     bad = (labels != 0) & (labels != 1)
     if bad.any():
         raise place.fault(f"label {name!r}", labels, bad, "0 or 1; fix the file or choose another label")
-    return labels
+    return labels if valid is None else np.where(valid, labels, np.nan)

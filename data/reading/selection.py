@@ -133,6 +133,8 @@ class Selection:
                     f"add {each.name} < last {each.last - 1} for one day"
                 )
         self.samples = options.keep_negatives < 1 or options.drop_positives > 0
+        if self.samples:
+            schema.require_one_label("data.keep_negatives and data.drop_positives")
         self.filters = self.samples or bool(self.conditions)
         # that `mask` reads
         self.columns = [schema.label] if self.samples else []

@@ -210,13 +210,13 @@ _READERS: tuple[tuple[str, Callable[[Feature], bool], str], ...] = (
 _DEFAULTS = {field.name: field.default for field in fields(Feature)}
 
 
-def feature_problem(feature: Feature, label: str, shared_tables: Container[str]) -> str:
+def feature_problem(feature: Feature, labels: Container[str], shared_tables: Container[str]) -> str:
     """Return what is wrong with one field, as `key = value: wanted ...; how to fix it`, or an empty string.
 
-    `label` is the schema's label column, `shared_tables` are the names in its [tables].
+    `labels` are the schema's label columns, `shared_tables` are the names in its [tables].
     """
     for role, column in (("column", feature.source_column), ("weights", feature.weights)):
-        if column == label:
+        if column in labels:
             return f"{role} = {column!r}: this column is the label; a model must not see it; remove the field"
     unread = set() if feature.boundaries == FIT else {"num_buckets"}  # only a fit reads it
     for keys, reads, where in _READERS:

@@ -14,7 +14,8 @@ A schema is one TOML file, one line a field:
 
 What a missing value (null) means, by kind: categorical "ids" and "zch" -> an empty bag, which looks up the zero vector; "vocabulary", "hash"
 and bucketised numerics -> row 0, which is learned; cross -> row 0, where any of its fields has no value; multi-valued -> an empty list, and a null inside a list is no value; a null weight -> 0;
-numeric -> 0 after the transform, which is the mean of a standardised one; vector -> zeros. A null label is an error.
+numeric -> 0 after the transform, which is the mean of a standardised one; vector -> zeros. A null label is an error; of several
+(`labels = ["click", "buy"]` instead of `label`) a null one says that the row tells nothing of that label.
 A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary, row 2 + i the i-th value.
 """
 
@@ -68,7 +69,7 @@ class Schema:
     """A log's fields, tables and groups."""
 
     name: str  # of the data set
-    label: str  # column of 0 and 1
+    label: str  # column of 0 and 1; of several the first
     features: tuple[Feature, ...]  # in the file's order
     tables: tuple[Table, ...]  # in order of first use
     # EFGC groups, Eq. 2: name -> names of fields. A field may be in many groups and is looked up once.
@@ -81,6 +82,12 @@ class Schema:
     )
     folder: Path = Path()  # where relative vocabulary paths start
     transforms: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of others: name -> its entry
+    tasks: tuple[str, ...] = ()  # label columns where there are several, `label` first; each is a task of its own
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every label column."""
+        return self.tasks or (self.label,)
 
     @cached_property
     def sparse(self) -> tuple[Feature, ...]:
@@ -113,7 +120,7 @@ class Schema:
     @property
     def columns(self) -> tuple[str, ...]:
         """Every Parquet column that training reads, without repeats."""
-        names = (self.label, *self.field_columns, self.group_column, self.weight_column)
+        names = (*self.labels, *self.field_columns, self.group_column, self.weight_column)
         return tuple(dict.fromkeys(name for name in names if name))
 
     @property
@@ -130,6 +137,14 @@ class Schema:
                     f"schema {self.name!r}: field {feature.name!r} still says 'fit'; run `mbcnet schema fit` on the training "
                     "files (or `mbcnet data prepare`), which writes a fitted schema.toml, and train with that one"
                 )
+
+    def require_one_label(self, what: str) -> None:
+        """Raise InputError where there are several labels; `what` takes one."""
+        if self.tasks:
+            found = ", ".join(self.tasks)
+            raise InputError(
+                f"{what}: takes one label, and schema {self.name!r} has {found}; use a schema of one of them"
+            )
 
     @cached_property
     def own_vocabularies(self) -> dict[str, str]:
@@ -171,7 +186,8 @@ class _SchemaTop:
     """A schema file's top level, as written, without its fields."""
 
     name: str
-    label: str
+    label: str = ""
+    labels: tuple[str, ...] = ()
     groups: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     tables: dict[str, _SharedTable] = dataclasses.field(default_factory=dict)
     group_column: str = ""
@@ -193,32 +209,47 @@ def parse_schema(table: dict[str, Any], source: str, folder: Path) -> Schema:
     if not isinstance(raw_fields, dict) or not raw_fields:
         raise InputError(f'{source}: [fields] is missing or empty; list each column, e.g. age = {{ kind = "numeric" }}')
     top = parse_dataclass(_SchemaTop, {key: value for key, value in table.items() if key != "fields"}, source)
-    if not top.label:
-        raise InputError(f"{source}: label = '': wanted the column of 0 and 1; name it")
-    features = [_parse_feature(name, entry, top, source) for name, entry in raw_fields.items()]
-    _check_names(raw_fields, top, source)
+    labels = _labels_of(top, source)
+    features = [_parse_feature(name, entry, top, labels, source) for name, entry in raw_fields.items()]
+    _check_names(raw_fields, top, labels, source)
     _check_crosses(features, source)
     _check_groups(top.groups, raw_fields, source)
     check_sequences(features, source)
     own: dict[str, Any] = {"transforms": checked_transforms(top.transforms, features, source, folder)}
     tables = _build_tables(features, top.tables, source)
-    return Schema(**vars(top) | own | {"features": tuple(features), "tables": tables, "folder": folder})
+    own |= {"features": tuple(features), "tables": tables, "folder": folder, "label": labels[0]}
+    top_level = {key: value for key, value in vars(top).items() if key != "labels"}
+    return Schema(**top_level | own, tasks=labels if len(labels) > 1 else ())
 
 
-def _parse_feature(name: str, entry: Any, top: _SchemaTop, source: str) -> Feature:
+def _labels_of(top: _SchemaTop, source: str) -> tuple[str, ...]:
+    """The label columns that `label` or `labels` names."""
+    if bool(top.label) == bool(top.labels):
+        said = "both label and labels" if top.label else "label = ''"
+        raise InputError(
+            f"{source}: {said}: wanted the column of 0 and 1, or labels = [...] of several; name one of the two"
+        )
+    labels = top.labels or (top.label,)
+    bad = [each for each in top.labels if not each or "/" in each or top.labels.count(each) > 1]
+    if bad:
+        raise InputError(f"{source}: labels: {bad[0]!r}: wanted column names without '/', each once; change the list")
+    return labels
+
+
+def _parse_feature(name: str, entry: Any, top: _SchemaTop, labels: tuple[str, ...], source: str) -> Feature:
     where = f"{source}: fields.{name}"
     if not isinstance(entry, dict):
         raise InputError(f'{where} = {entry!r}: wanted a table such as {{ kind = "categorical" }}')
     if "name" in entry:  # the dataclass has it, the file says it by the key
         raise InputError(unknown_key(f"{where}.name", "name", ["column"]))
     feature = parse_dataclass(Feature, {"name": name, **entry}, source, f"fields.{name}")
-    problem = feature_problem(feature, top.label, top.tables)
+    problem = feature_problem(feature, labels, top.tables)
     if problem:
         raise InputError(f"{where}.{problem}")
     return feature
 
 
-def _check_names(fields: Iterable[str], top: _SchemaTop, source: str) -> None:
+def _check_names(fields: Iterable[str], top: _SchemaTop, labels: tuple[str, ...], source: str) -> None:
     for name in fields:
         if problem := name_problem(name):
             raise InputError(f"{source}: {name!r}: {problem}; rename the field and give its column by `column`")
@@ -233,8 +264,8 @@ def _check_names(fields: Iterable[str], top: _SchemaTop, source: str) -> None:
                 "here and in its fields' `table`"
             )
     for key in ("group_column", "time_column", "weight_column"):
-        if getattr(top, key) == top.label:
-            raise InputError(f"{source}: {key} = {top.label!r}: this is the label; name another column")
+        if getattr(top, key) in labels:
+            raise InputError(f"{source}: {key} = {getattr(top, key)!r}: this is the label; name another column")
     if top.group_type and not top.group_column:
         raise InputError(f"{source}: group_type = {top.group_type!r}: only group_column reads it; remove it")
 
@@ -350,7 +381,8 @@ def schema_to_toml(schema: Schema) -> dict[str, Any]:
         for feature in schema.features
     }
     shared = {feature.table for feature in schema.features if feature.table}
-    top: dict[str, Any] = {"name": schema.name, "label": schema.label}
+    top: dict[str, Any] = {"name": schema.name}
+    top |= {"labels": list(schema.tasks)} if schema.tasks else {"label": schema.label}
     names = ("group_column", "group_type", "time_column", "weight_column")
     top |= {key: getattr(schema, key) for key in names if getattr(schema, key)}
     top["fields"] = fields

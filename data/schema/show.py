@@ -81,7 +81,8 @@ def summary_line(schema: Schema) -> str:
     num_rows = sum(table.num_embeddings for table in schema.tables)
     num_bytes = sum(map(_bytes, schema.tables))
     columns = {"group": schema.group_column, "time": schema.time_column, "weight": schema.weight_column}
-    roles = [f"label {schema.label}", *(f"{role} {column}" for role, column in columns.items() if column)]
+    roles = [f"label {each}" for each in schema.labels]
+    roles += [f"{role} {column}" for role, column in columns.items() if column]
     waiting = sum(not feature.is_fitted for feature in schema.features)
     fit = f"; {waiting} field(s) wait for `mbcnet schema fit`" if waiting else ""
     return (

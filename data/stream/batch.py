@@ -29,7 +29,7 @@ class Batch(Pipelineable):
         dense_features: (B, D) float32; D may be 0.
         sparse_features: keys of `Schema.sparse`; values int64.
         weighted_features: keys of `Schema.weighted`, with weights float32; None if the schema has none.
-        labels: (B,) float32 of 0 and 1.
+        labels: (B,) float32 of 0 and 1; of several labels (B, T), NaN where a row has none.
         weights: (B,) float32. 1 in a full batch. A global batch that does not fill all ranks alike is padded: padding rows have
             weight 0, and real rows carry world_size * B / (real rows of all ranks), so that mean(weights * loss), averaged over
             ranks, is the exact mean over real rows. With negative_weights = "importance" real rows are weighed by label too, and with
@@ -101,7 +101,7 @@ def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = 
     first = runs[0][0]
     pieces, _, list_lengths = _list_pieces([columns.lists for columns, _, _ in runs], runs, num_rows)
     dense = np.zeros((num_rows, first.dense.shape[1]), np.float32)
-    labels, weights = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.float32)
+    labels, weights = np.zeros((num_rows, *first.labels.shape[1:]), np.float32), np.zeros(num_rows, np.float32)
     group_ids = None if first.group_ids is None else np.zeros(num_rows, np.int64)
     begin = 0
     for columns, start, stop in runs:

@@ -49,6 +49,7 @@ class InputLayout:
         wide_only: sparse fields that are in the wide group alone.
         sequences: of fields of `embedding_dims`, whose rows the model pools itself.
         singles: fields of one id that read the same tables.
+        tasks: where the schema has several labels, those of the model: name -> weight in the loss.
     """
 
     embedding_dims: Mapping[str, int]
@@ -60,11 +61,17 @@ class InputLayout:
     wide_only: frozenset[str] = frozenset()
     sequences: tuple[SequenceInput, ...] = ()
     singles: tuple[str, ...] = ()
+    tasks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def unpooled(self) -> frozenset[str]:
         """Fields whose tables do not pool."""
         return frozenset(self.singles).union(*(each.fields for each in self.sequences))
+
+    @property
+    def num_tasks(self) -> int:
+        """T, 1 where there is one label."""
+        return len(self.tasks) or 1
 
     def __post_init__(self) -> None:
         """Refuse names that the model needs itself."""

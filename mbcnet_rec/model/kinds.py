@@ -4,7 +4,7 @@ The files of zoo/ and mbcnet.py export ours; a package of yours does it by an en
 Shapes: B batch, K branches, d latent width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,14 +24,19 @@ class ModelOutput(NamedTuple):
     """What every model returns. K = 0 for models without branches."""
 
     latents: Tensor  # (K, B, d)
-    branch_logits: Tensor  # (K, B)
-    fused_logits: Tensor  # (B,), the prediction that serves
+    branch_logits: Tensor  # (K, B), or (K, B, T) of T tasks
+    fused_logits: Tensor  # (B,) or (B, T), the prediction that serves
 
 
 def logits_only(logits: Tensor) -> ModelOutput:
-    """Wrap (B,) logits as the output of a model without branches."""
+    """Wrap (B,) or (B, T) logits as the output of a model without branches."""
     rows = logits.shape[0]  # len() would fix the batch size of an exported graph
-    return ModelOutput(logits.new_empty(0, rows, 0), logits.new_empty(0, rows), logits)
+    return ModelOutput(logits.new_empty(0, rows, 0), logits.new_empty(0, *logits.shape), logits)
+
+
+def each_label(labels: Sequence[str]) -> dict[str, float]:
+    """Tasks of a model with one output for each label."""
+    return dict.fromkeys(labels, 1.0)
 
 
 def reads_no_wide(config: Any) -> bool:
@@ -55,6 +60,8 @@ class ModelKind:
         wide_crosses: whether the schema's crosses go to the wide part alone.
         objective: (model, config, mean_over_ranks) -> its training objective; None: BCE, with the cooperation losses of its branches.
         widths: MBCnet's config -> values that a config which says nothing of this model takes, as the paper does.
+        tasks: names of several labels -> names of the tasks in the order of the logits, with their weights in the loss; a method `targets`
+            of the arch makes what they learn where it is not the labels. None: the model has one logit.
     """
 
     name: str
@@ -65,6 +72,7 @@ class ModelKind:
     wide_crosses: bool = False
     objective: Callable[..., nn.Module] | None = None
     widths: Callable[[Any], Mapping[str, Any]] | None = None
+    tasks: Callable[[Sequence[str]], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,11 @@ class LossKind:
 class Model(nn.Module):
     """Tables, and a dense arch (features -> ModelOutput) on top of them."""
 
-    def __init__(self, sparse_arch: "SparseArch", dense_arch: nn.Module) -> None:
+    def __init__(
+        self, sparse_arch: "SparseArch", dense_arch: nn.Module, tasks: Mapping[str, float] | None = None
+    ) -> None:
         super().__init__()
+        self.tasks = dict(tasks or {})  # of several labels: name -> weight in the loss, in the order of the logits
         self.sparse_arch = sparse_arch
         self.dense_arch = dense_arch
 

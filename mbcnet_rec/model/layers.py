@@ -61,13 +61,13 @@ class MLP(nn.Sequential):
 
 
 class Logit(nn.Linear):
-    """w h + b in float32 also under autocast: (..., n) -> (...). bfloat16 would leave a thousand distinct scores."""
+    """w h + b in float32 also under autocast: (..., n) -> (...), or (..., T) of T tasks. bfloat16 would leave a thousand distinct scores."""
 
-    def __init__(self, in_features: int, *, bias: bool = True) -> None:
-        super().__init__(in_features, 1, bias=bias)
+    def __init__(self, in_features: int, num_tasks: int = 1, *, bias: bool = True) -> None:
+        super().__init__(in_features, num_tasks, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map (..., n) to (...)."""
+        """Map (..., n) to the logits."""
         with without_autocast(input.device.type):
             return super().forward(input.to(self.weight.dtype)).squeeze(-1)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data.schema.bounds import bounded
 from mbcnet_rec.model.branches import BranchesConfig
 from mbcnet_rec.model.input_layout import WIDE, InputLayout
-from mbcnet_rec.model.kinds import Model, ModelKind, ModelOutput
+from mbcnet_rec.model.kinds import Model, ModelKind, ModelOutput, each_label
 from mbcnet_rec.model.layers import MLP, Logit
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig, at_least_float32
 from mbcnet_rec.model.side_by_side import side_by_side
@@ -69,9 +69,9 @@ class BranchArch(nn.Module):
         )
         self._reads = {name: layout.reads(name) for name in config.branches}
         self.top = MLP(config.branch_dim, config.top, config, last_relu=config.top_activation == "relu")
-        self.branch_logits = nn.ModuleList(Logit(latent_dim) for _ in range(num_branches))
+        self.branch_logits = nn.ModuleList(Logit(latent_dim, layout.num_tasks) for _ in range(num_branches))
         self.fusion = GatedFusion(num_branches, latent_dim) if config.fusion == "gated" else MeanFusion()
-        self.fused_logit = Logit(latent_dim)
+        self.fused_logit = Logit(latent_dim, layout.num_tasks)
 
     def forward(self, features: Mapping[str, Tensor]) -> ModelOutput:
         """Map "all" (B, N) and each group g (B, n_g), or those of each branch, to latents (K, B, d) and logits."""
@@ -125,6 +125,6 @@ class GatedFusion(nn.Module):
 
 
 MODEL = ModelKind(
-    "mbcnet", MBCNetConfig, BranchArch,
+    "mbcnet", MBCNetConfig, BranchArch, tasks=each_label,
     reads_wide=lambda config: any(config.available[name].reads == WIDE for name in config.branches),
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Which model: one config that holds those of every kind, and the one place that turns it into modules."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from functools import cache, partial
@@ -15,6 +16,7 @@ from mbcnet_rec.model.input_layout import InputLayout, input_layout, wide_tables
 from mbcnet_rec.model.kinds import BranchKind, LossKind, Model, ModelKind
 from mbcnet_rec.model.losses import CoteachingConfig, DifferentiationConfig, MeanOverRanks, identity
 from mbcnet_rec.model.objective import Objective
+from mbcnet_rec.model.tasks import TaskLosses
 
 if TYPE_CHECKING:
     from mbcnet_rec.model.sparse_arch import SparseArch
@@ -28,10 +30,12 @@ class ModelConfig(Bounded):
         kind: which model is built; the others' tables are ignored.
         init: of the weights of linear layers: torch's own, uniform within 1 / sqrt(fan_in); or xavier_normal with biases of 0, as
             FuxiCTR has it: twice as wide where a layer narrows much.
+        task_weights: task -> its weight in the loss, where the schema has several labels; 1 unless said.
     """
 
     kind: str = "mbcnet"
     init: Literal["torch", "xavier_normal"] = "torch"
+    task_weights: dict[str, float] = field(default_factory=dict)
     kinds: ClassVar[Mapping[str, ModelKind]] = {}  # those that `kind` can name
     terms: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}  # of [model.losses]
 
@@ -107,6 +111,7 @@ def model_layout(config: ModelConfig, schema: Schema) -> InputLayout:
         InputError: a row has fewer columns than parts of the model that read it.
     """
     layout = input_layout(schema, needs_wide(config), _wide_only(config, schema))
+    layout = replace(layout, tasks=tasks_of(config, schema))
     if not has_streams(config):
         return layout
     return with_streams(layout, config.own.streams(tuple(layout.groups)))
@@ -115,6 +120,29 @@ def model_layout(config: ModelConfig, schema: Schema) -> InputLayout:
 def _wide_only(config: ModelConfig, schema: Schema) -> frozenset[str]:
     crosses = frozenset(each.name for each in schema.features if each.is_cross)
     return crosses if config.kinds[config.kind].wide_crosses else frozenset()
+
+
+def tasks_of(config: ModelConfig, schema: Schema) -> dict[str, float]:
+    """The tasks of the model in the order of its logits, with their weights in the loss; none where the schema has one label.
+
+    Raises:
+        InputError: the model has one logit, or takes other labels, or a weight is of no task.
+    """
+    build = config.kinds[config.kind].tasks
+    if schema.tasks and build is None:
+        able = ", ".join(sorted(name for name, kind in config.kinds.items() if kind.tasks is not None))
+        schema.require_one_label(f"model.kind = {config.kind!r} (of several labels: {able})")
+    tasks = build(schema.tasks) if build is not None else {}
+    for name, weight in config.task_weights.items():
+        if name not in tasks or not 0 <= weight < math.inf:
+            wanted = (
+                f"a number of 0 or more for one of {', '.join(tasks)}" if tasks else "none, since there is one label"
+            )
+            raise InputError(f"model.task_weights.{name} = {weight}: wanted {wanted}; change it")
+    tasks |= config.task_weights
+    if tasks and not any(tasks.values()):
+        raise InputError("model.task_weights: all are 0, so nothing would be learned; raise one")
+    return tasks
 
 
 def needs_wide(config: ModelConfig) -> bool:
@@ -146,7 +174,7 @@ def schema_with_wide(config: ModelConfig, schema: Schema) -> Schema:
 
 def build_model(config: ModelConfig, sparse_arch: "SparseArch", layout: InputLayout) -> Model:
     """Build the model that `config.kind` names, on the given tables."""
-    model = Model(sparse_arch, build_arch(config, layout))
+    model = Model(sparse_arch, build_arch(config, layout), layout.tasks)
     if config.init == "xavier_normal":
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -172,4 +200,11 @@ def build_objective(config: ModelConfig, model: Model, mean_over_ranks: MeanOver
     terms = {name: partial(config.terms[name], each) for name, each in used.items()}
     coteaching = getattr(own, "coteaching", CoteachingConfig(weight=0.0))
     differentiation = getattr(own, "differentiation", DifferentiationConfig(weight=0.0))
-    return Objective(model, coteaching, differentiation, mean_over_ranks, terms)
+    objective = Objective(model, coteaching, differentiation, mean_over_ranks, terms)
+    if model.tasks:
+        if terms:
+            raise InputError(
+                f"model.losses.{min(terms)}: it is of one label, and the schema has several; remove the table"
+            )
+        objective.losses = TaskLosses(objective.losses, model.tasks, getattr(model.dense_arch, "targets", None))
+    return objective

@@ -79,13 +79,14 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
                 tally, files = score_rows(run, process, question)
             except InputError as error:  # which may tell of a schema
                 raise InputError(f"{run.folder}: {error}") from None
-            if not tally.exact:
+            (own,) = tally.of.values()
+            if not own.exact:
                 raise InputError(
                     f"{files_in_words(files)}: more rows than {question.exact_rows:,}, which are compared one by one; name fewer with "
                     "--data, or raise --exact-rows"
                 )
-            found.append(tally.kept(process))
-            names = dict(tally.names)
+            found.append(own.kept(process))
+            names = dict(own.names)
     ours, theirs = found
     if ours is None or theirs is None:  # not the first rank
         return 0
@@ -142,6 +143,8 @@ def tell(
 
 def groups_in_words(comparison: Comparison, schemas: Sequence[Schema]) -> str:
     """Check that two schemas ask for the same labels, and say which rows are taken together."""
+    for each in schemas:
+        each.require_one_label("compare")
     labels, groups = ([getattr(each, name) for each in schemas] for name in ("label", "group_column"))
     if labels[0] != labels[1]:
         raise InputError(

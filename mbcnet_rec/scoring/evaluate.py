@@ -14,13 +14,15 @@ from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import FileList
 from mbcnet_rec.checkpoints.run_folder import CONFIG
 from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none
+from mbcnet_rec.model.models import tasks_of
 from mbcnet_rec.report.page import Table, text_table
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.chunks import deal, labelled_rows, score_chunks
 from mbcnet_rec.scoring.metrics import NOT_KNOWN, Estimate, why_no_auc
 from mbcnet_rec.scoring.ranking import require_groups, title_of
 from mbcnet_rec.scoring.slices import MAX_SLICES, count_slices, slice_codes, slice_columns
-from mbcnet_rec.scoring.tally import EXACT_ROWS, Answer, Scores, Tally
+from mbcnet_rec.scoring.tally import EXACT_ROWS, Answer, Answers, Scores, Tallies
+from mbcnet_rec.scoring.tasks import joined
 from mbcnet_rec.scoring.trained_run import TrainedRun, known_best, opened_run
 
 
@@ -46,23 +48,26 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
     folder, split, data = Path(run_folder), question.split, question.data
     with opened_run(folder) as (run, process):
         tally, files = score_rows(run, process, question)
-        answer = tally.answer(process)
-        if answer is None:
+        answers = tally.answer(process)
+        if answers is None:
             return 0
         if as_json:
             source = {"data": list(data)} if data else {"split": split}
-            print(json.dumps(source | {"step": run.step, "files": len(files)} | to_json(answer)))
+            print(json.dumps(source | {"step": run.step, "files": len(files)} | to_json(answers)))
             return 0
-        best = None if data else known_best(run.schema, split, answer.everything.rows)
-        rows = f"{answer.everything.rows:,} rows of {files_in_words(files)}"
+        best = None if data else known_best(run.schema, split, tally.num_rows)
+        rows = f"{tally.num_rows:,} rows of {files_in_words(files)}"
         print(f"{folder}: {', '.join(data) or split}, {rows}, weights of step {run.step}")
-        print("\n".join(tables(answer, run.config.model.branch_names, best)))
+        for task, answer in answers.items():
+            if task:
+                print(f"\n{task}, {answer.everything.rows:,} rows:")
+            print("\n".join(tables(answer, run.config.model.branch_names, best)))
         if not data:
-            print(compare_with_log(folder, split, run.step, answer))
+            print(compare_with_log(folder, split, run.step, answers))
     return 0
 
 
-def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[Tally, FileList]:
+def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[Tallies, FileList]:
     """Build the run's model on this world size and score rows of files; InputError if a row, a column or the checkpoint is faulty."""
     schema, data = run.schema, run.config.data
     paths = question.data or getattr(data, question.split)
@@ -75,34 +80,43 @@ def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[T
     dealt = deal(chunks, process.world_size)
     slices = count_slices(tuple(by), reader, dealt[process.rank], process, question.max_slices)
     scorer, batch_rows = run.scorer(process)
-    num_rows, branches = sum(chunk.num_rows for chunk in chunks), run.config.model.branch_names
+    num_rows, model = sum(chunk.num_rows for chunk in chunks), run.config.model
     ks = question.ranking_k or run.config.train.ranking_k
     require_groups(schema, ks)
-    has_groups, exact_rows = bool(schema.group_column), question.exact_rows
-    tally = Tally(num_rows, branches, has_groups=has_groups, slices=slices, exact_rows=exact_rows, ranking_k=ks)
+    options = {
+        "has_groups": bool(schema.group_column),
+        "slices": slices,
+        "exact_rows": question.exact_rows,
+        "ranking_k": ks,
+    }
+    tally = Tallies(tuple(tasks_of(model, schema)), num_rows, model.branch_names, **options)
     with closing(score_chunks(scorer, reader, dealt, process, batch_rows, title="evaluate")) as scored:
         for batch in scored:
             tally.add(batch.logits, batch.labels, batch.group_ids, slice_codes(slices, batch.rows))
     return tally, files
 
 
-def to_json(answer: Answer) -> dict[str, Any]:
+def to_json(answers: Answers) -> dict[str, Any]:
     """One flat object: each metric's value; `intervals` and, where binned, `bounds`; `slices` of the same form."""
+    first = next(iter(answers.values()))
 
-    def plain(scores: Scores) -> dict[str, Any]:
-        estimates = scores.metrics.items()
-        found: dict[str, Any] = {"rows": scores.rows}
+    def plain(scores: Mapping[str, Scores]) -> dict[str, Any]:
+        estimates = joined({task: each.metrics for task, each in scores.items()}).items()
+        found: dict[str, Any] = joined({task: {"rows": each.rows} for task, each in scores.items()})
         found |= {name: finite_or_none(estimate.value) for name, estimate in estimates}
         found["intervals"] = {name: [finite_or_none(end) for end in each.interval()] for name, each in estimates}
         bounds = {name: estimate.bound for name, estimate in estimates if estimate.bound}
         return found | ({"bounds": bounds} if bounds else {})
 
-    found = plain(answer.everything) | {"exact": answer.exact}
-    if answer.slices:
-        found["slices"] = {
-            column: {name: plain(each) | {"positives": each.positives} for name, each in values.items()}
-            for column, values in answer.slices.items()
-        }
+    found = plain({task: each.everything for task, each in answers.items()}) | {"exact": first.exact}
+    if first.slices:
+        found["slices"] = {}
+        for column, values in first.slices.items():
+            of_value = {name: {task: each.slices[column][name] for task, each in answers.items()} for name in values}
+            found["slices"][column] = {
+                name: plain(each) | joined({task: {"positives": own.positives} for task, own in each.items()})
+                for name, each in of_value.items()
+            }
     return found
 
 
@@ -148,11 +162,11 @@ def _cell(estimate: Estimate) -> str:
     return f"{estimate.value:.4f}{half}" if math.isfinite(estimate.value) else "-"
 
 
-def compare_with_log(folder: Path, split: str, step: int, answer: Answer) -> str:
+def compare_with_log(folder: Path, split: str, step: int, answers: Answers) -> str:
     """Say how far the metrics are from those that training logged for the same rows and step."""
     entries = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     logged = next((e for e in reversed(entries) if e["split"] == split and e["step"] == step), {})
-    found = answer.everything.metrics
+    found = joined({task: answer.everything.metrics for task, answer in answers.items()})
     gaps = [abs(value - found[key].value) for key, value in logged.items() if key in found and isinstance(value, float)]
     if not gaps:
         return f"training logged no {split} metrics of step {step} to compare with"

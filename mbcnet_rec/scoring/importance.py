@@ -47,6 +47,7 @@ def run_importance(
     if process.world_size > 1:
         raise InputError("importance: wanted one process; start it without torchrun")
     schema, config = run.schema, run.config.data
+    schema.require_one_label("importance")
     where = getattr(config, f"{question.split}_where") if not question.data else ()
     files = select_files(resolve_files(question.data or getattr(config, question.split)), where, schema)
     reader, chunks = labelled_rows(files, schema, config.eval_options(where), ())

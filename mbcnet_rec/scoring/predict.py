@@ -1,6 +1,7 @@
 """`mbcnet predict`: Parquet in, Parquet out, with the probabilities of a run's best checkpoint; at any world size, and resumable.
 
     OUT/<file of the input>      kept columns, then probability, probability_efgc, ...; rows in the input's order
+                                 of tasks probability_click, probability_click_efgc, ..., probability_buy, ...
     OUT/_predict.json            {"format": 3, "weights": ..., "columns": [...]}
     OUT/_pieces/                 finished chunks of files that are not finished; gone at the end
 
@@ -46,9 +47,11 @@ from data.reading.storage import (
 )
 from data.schema import Schema
 from data.whole_folder import write_whole
+from mbcnet_rec.model.models import tasks_of
 from mbcnet_rec.runtime.lock import LOCK, locked_together, names_in
 from mbcnet_rec.runtime.process import answer_of_first, any_rank
 from mbcnet_rec.scoring.chunks import CHUNK_ROWS, Chunk, ScoredRows, chunks_of, deal, score_chunks, unlabelled_rows
+from mbcnet_rec.scoring.tasks import output_names
 from mbcnet_rec.scoring.trained_run import TrainedRun, opened_run
 
 REQUEST, CHUNKS = "_predict.json", "_pieces"
@@ -222,7 +225,7 @@ class Weights(NamedTuple):
     """What a prediction must know of the model before anyone has loaded it."""
 
     schema: Schema
-    branches: Sequence[str]  # in the order of its outputs behind the fused one
+    outputs: Sequence[str]  # of the model, as `output_names` gives them
     digest: str
     attempts: int  # at reading a remote file
     words: str  # that name it
@@ -259,7 +262,7 @@ def plan_prediction(
     rows = Counter[int]()
     for group in row_groups:
         rows[group.file] += group.num_rows
-    outputs = [PROBABILITY, *(f"{PROBABILITY}_{name}" for name in weights.branches)]
+    outputs = ["_".join(filter(None, [PROBABILITY, *each.split("/")])) for each in weights.outputs]
     kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
     note = {"format": 3, "weights": weights.digest, "columns": [*kept, *outputs]}
     asked = describe(names, files, [rows[file] for file in range(len(files))], note)
@@ -319,9 +322,8 @@ def refuse_remote(out: str) -> None:
 def weights_of(run: TrainedRun) -> Weights:
     """What a prediction by a run's checkpoint must know."""
     config = run.config
-    return Weights(
-        run.schema, config.model.branch_names, run.digest(), config.data.attempts, f"weights of step {run.step}"
-    )
+    outputs = output_names(tuple(tasks_of(config.model, run.schema)), config.model.branch_names)
+    return Weights(run.schema, outputs, run.digest(), config.data.attempts, f"weights of step {run.step}")
 
 
 def begin(job: Job, note: Facts, changed: Sequence[str]) -> None:

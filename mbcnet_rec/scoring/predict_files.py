@@ -41,6 +41,7 @@ from mbcnet_rec.scoring.predict import (
     write_chunk,
     write_chunks,
 )
+from mbcnet_rec.scoring.tasks import output_names
 from mbcnet_rec.scoring.trained_run import find_best, load_run, opened_run
 from mbcnet_rec.serving import loader
 
@@ -112,7 +113,8 @@ def describe_weights(folder: Path) -> Weights:
     if (folder / loader.MODEL).is_file():
         model = _artifact(folder, verify=False)
         branches = model.branches if model.branch_graph else ()
-        return Weights(model.preprocess.schema, branches, model.digest, 3, f"weights of {folder}")
+        outputs = output_names(model.tasks, branches)
+        return Weights(model.preprocess.schema, outputs, model.digest, 3, f"weights of {folder}")
     return weights_of(find_best(load_run(folder), folder, Process(0, 1, 0, 1, CPU)))
 
 
@@ -144,7 +146,7 @@ def load_weights(folder: str) -> Loaded:
 
 def _load_artifact(folder: Path) -> Loaded:
     model = _artifact(folder)
-    graph = model.branch_graph or (lambda x: model.graph(x)[:, None])
+    graph = model.branch_graph or (lambda x: model.graph(x).reshape(len(x), -1))
 
     def score(task: FileTask, reader: RowReader) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
         for group in task.chunk.row_groups:

@@ -88,8 +88,12 @@ class Scorer:
 
 
 def real_rows(outputs: list[Outputs]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join steps without their padding: logits (n, 1 + K) float32, labels (n,), and which rows are real (B,)."""
-    columns = [[each.logits.float(), each.labels[:, None], each.weights[:, None]] for each in outputs]
+    """Join steps without their padding: logits (n, 1 + K) float32, labels (n,), and which rows are real (B,). Of tasks (n, T (1 + K)), (n, T)."""
+    ends = [outputs[0].logits.shape[1], -1]
+    columns = [
+        [each.logits.float(), each.labels.reshape(len(each.labels), -1), each.weights[:, None]] for each in outputs
+    ]
     rows = torch.cat([torch.cat(each, dim=1) for each in columns]).cpu().numpy()
     real = rows[:, -1] > 0
-    return rows[real, :-2], rows[real, -2], real
+    logits, labels, _ = np.split(rows[real], ends, axis=1)
+    return logits, labels if outputs[0].labels.dim() > 1 else labels[:, 0], real

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mbcnet_rec.runtime.process import Process, gather_rows
 from mbcnet_rec.scoring.metrics import Estimate, Histogram, exact_metrics, gauc, reliability
 from mbcnet_rec.scoring.ranking import ranking_metrics
+from mbcnet_rec.scoring.tasks import by_task, joined
 
 EXACT_ROWS = 10_000_000  # 4 outputs: 280 MB of logits, labels and groups on rank 0
 NUM_BINS = 2**20  # of all rows: an AUC's bound is then near 1e-6
@@ -153,3 +154,33 @@ class Tally:
             kept = sample.logits[:, 0], sample.labels, sample.group_ids
             everything.metrics.update({"gauc": gauc(*kept)} | ranking_metrics(*kept, self.ranking_k))
         return Answer(False, everything, slices, self._everything.reliability())
+
+
+Answers = dict[str, Answer]  # task -> what came out; "" of one label
+
+
+def values_of(answers: Answers) -> dict[str, Any]:
+    """What training logs of all tasks."""
+    return joined({task: answer.values for task, answer in answers.items()})
+
+
+class Tallies:
+    """A Tally for each task, of the rows that have its label; of one label a single one, of task ""."""
+
+    def __init__(self, tasks: Sequence[str], num_rows: int, branches: tuple[str, ...], **options: Any) -> None:
+        """`num_rows`, `branches` and options as of each Tally."""
+        self.tasks, self.num_rows = tuple(tasks), num_rows
+        self.of = {task: Tally(num_rows, branches, **options) for task in tasks or ("",)}
+
+    def add(
+        self, logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray | None, slices: np.ndarray | None = None
+    ) -> None:
+        """Take the rows of one batch, of T tasks logits (n, T O) and labels (n, T); the rest as `Tally.add`."""
+        for task, known, own, own_labels in by_task(self.tasks, logits, labels):
+            more = [None if each is None else each[known] for each in (group_ids, slices)]
+            self.of[task].add(own, own_labels, *more)
+
+    def answer(self, process: Process, *, errors: bool = True) -> Answers | None:
+        """As `Tally.answer`, of each task."""
+        found = {task: tally.answer(process, errors=errors) for task, tally in self.of.items()}
+        return {task: answer for task, answer in found.items() if answer} or None

@@ -91,7 +91,7 @@ class Worker:
         scores, loaded = await self.scorer.score(request)
         accepts = headers.get("accept", "")
         kind = ARROW if ARROW in accepts or (JSON not in accepts and request.kind[0] == ARROW) else JSON
-        found = answer(kind, loaded.version, loaded.model.branches, scores, request.arm)
+        found = answer(kind, loaded.version, loaded.model, scores, request.arm)
         self.metrics.answers.labels(200).inc()
         self.metrics.seconds.labels("whole").observe(time.monotonic() - arrived)
         return Response(found, media_type=kind)

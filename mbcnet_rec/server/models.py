@@ -48,6 +48,7 @@ class Loaded:
     def description(self) -> dict[str, Any]:
         """What the page shows."""
         spec = {name: self.model.spec[name] for name in ("kind", "branches", "rows")}
+        spec |= {"tasks": self.model.tasks} if self.model.tasks else {}
         schema, types = self.model.preprocess.schema, self.model.preprocess.encoder.id_type
         fields = [
             {"name": each.name, "kind": each.kind, "type": types.get(each.name)}

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from data.errors import InputError, first_line
 from data.schema import Schema
+from mbcnet_rec.serving.loader import ServingModel
 
 ARROW, JSON = "application/vnd.apache.arrow.stream", "application/json"
 NAMED = re.compile(r"field (['\"])(.+?)\1")
@@ -49,7 +50,7 @@ class Request:
 
 def names_of(schema: Schema) -> dict[str, str]:
     """What a request may call its values: fields and columns -> column; what else the log has, such as the label -> empty."""
-    besides = dict.fromkeys((schema.label, schema.group_column, schema.time_column), "")
+    besides = dict.fromkeys((*schema.labels, schema.group_column, schema.time_column), "")
     fields = {each.name: each.source_column for each in schema.features}
     return besides | fields | {column: column for column in schema.field_columns}
 
@@ -228,16 +229,20 @@ def explained(error: InputError, encode: Callable[[Columns], Any], request: Requ
     return Refused(text.replace(":", f": row {bad - 1}:", 1), reason="type", field=name, row=bad - 1)
 
 
-def answer(kind: str, version: str, branches: list[str], scores: np.ndarray, arm: str) -> bytes:
-    """The body: the fused probability, then each branch's if there, of (rows, 1 + branches)."""
+def answer(kind: str, version: str, model: ServingModel, scores: np.ndarray, arm: str) -> bytes:
+    """The body: the fused probability, then each branch's if there, of (rows, 1 + branches); of tasks by `probability_TASK`, one after the other."""
     told = {"model": version} | ({"arm": arm} if arm else {})
-    names = ["probability", *(f"probability_{name}" for name in branches)][: scores.shape[1]]
+    tasks, branches = model.tasks, model.branches if scores.shape[1] > (len(model.tasks) or 1) else []
+    outputs = [(task, branch) for task in tasks or [""] for branch in ("", *branches)]
+    names = ["_".join(filter(None, ("probability", *each))) for each in outputs]
     if kind == ARROW:
         table = pa.table({name: np.ascontiguousarray(own) for name, own in zip(names, scores.T, strict=True)})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema.with_metadata(told)) as writer:
             writer.write_table(table)
         return sink.getvalue().to_pybytes()
+    if tasks:
+        return json.dumps(told | {name: own.tolist() for name, own in zip(names, scores.T, strict=True)}).encode()
     found: dict[str, Any] = told | {"probability": scores[:, 0].tolist()}
     if len(names) > 1:
         found["branches"] = {name: own.tolist() for name, own in zip(branches, scores.T[1:], strict=True)}

@@ -34,7 +34,7 @@ class Scorer:
         self.last_requests = 0
 
     async def score(self, request: Request) -> tuple[np.ndarray, Loaded]:
-        """Probabilities (rows, 1, and 1 for each branch if asked for), and the model that gave them.
+        """Probabilities (rows, 1, and 1 for each branch if asked for; of each task), and the model that gave them.
 
         Raises:
             Refused: too many wait, it is too late, or a value is bad.
@@ -115,7 +115,8 @@ class Scorer:
                 row = int(bad.argmax())
                 results.append(Refused(f"{REQUEST}: row {row}: {words}", reason="score", row=row))
             else:
-                results.append((own if request.branches else own[:, :1], loaded))
+                outputs = own.shape[1] // (len(loaded.model.tasks) or 1)  # of a task, the fused one first
+                results.append((own if request.branches else own[:, ::outputs], loaded))
         return results
 
     def _shadow(self, requests: list[Request], results: list[Any], other: Loaded) -> None:
@@ -127,7 +128,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _probabilities(self, requests: list[Request], loaded: Loaded) -> np.ndarray:
-        """Of one pass, (rows, 1) or (rows, 1 + branches)."""
+        """Of one pass, (rows, 1) or (rows, 1 + branches); those of each task one after the other."""
         model, stage = loaded.model, self.metrics.seconds
         with stage.labels("decode").time():
             inputs = self._inputs(requests, loaded)
@@ -135,7 +136,7 @@ class Scorer:
             x = model.embed(inputs)
         with stage.labels("dense").time():
             wants = model.branch_graph is not None and any(each.branches for each in requests)
-            logits = model.branch_graph(x) if wants and model.branch_graph else model.graph(x)[:, None]
+            logits = model.branch_graph(x) if wants and model.branch_graph else model.graph(x).reshape(len(x), -1)
             scores = np.where(logits.isfinite().numpy(), model.probabilities(logits), np.nan)
         self.metrics.pass_requests.observe(len(requests))
         self.metrics.pass_rows.observe(len(scores))

@@ -41,7 +41,7 @@ from mbcnet_rec.build import SPARSE_ARCH
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.doctor import installed
 from mbcnet_rec.model.input_layout import wide_table
-from mbcnet_rec.model.models import build_arch, model_layout, schema_with_wide
+from mbcnet_rec.model.models import build_arch, model_layout, schema_with_wide, tasks_of
 from mbcnet_rec.model.sequences import SequencePooling
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
 from mbcnet_rec.runtime.process import quiet_libraries
@@ -167,6 +167,7 @@ def take_apart(
         "name": weights.config.name,
         "kind": weights.config.model.kind,
         "branches": chosen,
+        **({"tasks": list(tasks)} if (tasks := tasks_of(weights.config.model, weights.schema)) else {}),
         "rows": "",
         "versions": {name: installed(name) for name in ("mbcnet-rec", "torch", "fbgemm-gpu", "fbgemm-gpu-cpu")},
         "vocabulary_types": {
@@ -327,7 +328,7 @@ class FusedPath(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N) to (B,), or with `each` to (B, 1 + K)."""
+        """Map (B, N) to (B,), or with `each` to (B, 1 + K); of T tasks to (B, T) or (B, T (1 + K))."""
         pooled, *rows, dense, lengths = x.split(self._parts, dim=1)
         tensors = [KeyedTensor(list(self._widths), list(self._widths.values()), pooled)] if self._widths else []
         if self.sequences is not None:
@@ -338,9 +339,11 @@ class FusedPath(nn.Module):
             tensors.append(self.sequences.pooled(padded, dict(zip(self._first, lengths.unbind(1), strict=True))))
         features = self.regroup(tensors, dense)
         if self._branches and hasattr(self.arch, "serve"):
-            return self.arch.serve(features, self._branches, each=self._each)  # pyright: ignore[reportCallIssue]
-        output = self.arch(features)
-        return torch.stack([output.fused_logits, *output.branch_logits], dim=1) if self._each else output.fused_logits
+            found = self.arch.serve(features, self._branches, each=self._each)  # pyright: ignore[reportCallIssue]
+        else:
+            own = self.arch(features)
+            found = torch.stack([own.fused_logits, *own.branch_logits], dim=1) if self._each else own.fused_logits
+        return found.transpose(1, 2).flatten(1) if found.dim() > 2 else found
 
 
 def trace(path: FusedPath) -> torch.export.ExportedProgram:

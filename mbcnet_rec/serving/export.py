@@ -22,6 +22,7 @@ from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.chunks import labelled_rows
 from mbcnet_rec.scoring.metrics import evaluate_predictions
+from mbcnet_rec.scoring.tasks import by_task, joined
 from mbcnet_rec.scoring.trained_run import find_best, load_run
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import (
@@ -48,7 +49,7 @@ name: {name}
 backend: "python"
 max_batch_size: 4096
 input [ {{ name: "ROW", data_type: TYPE_STRING, dims: [ 1 ] }} ]
-output [ {{ name: "PROBABILITY", data_type: TYPE_FP32, dims: [ 1 ] }} ]
+output [ {{ name: "PROBABILITY", data_type: TYPE_FP32, dims: [ {tasks} ] }} ]
 instance_group [ {{ kind: KIND_CPU, count: 1 }} ]
 dynamic_batching {{ max_queue_delay_microseconds: 100 }}
 """
@@ -100,7 +101,9 @@ def run_export(
     if triton:
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), target / "model.py")
         model = target.absolute().parent
-        (model / "config.pbtxt").write_text(TRITON.format(name=json.dumps(model.name)), encoding="utf-8")
+        (model / "config.pbtxt").write_text(
+            TRITON.format(name=json.dumps(model.name), tasks=len(exported.spec.get("tasks", "1"))), encoding="utf-8"
+        )
     served = serving.load(target)
     of_float = with_rows(take_apart(weights), weights, "fp32")
     of_float.spec["calibration"] = exported.spec.get("calibration")
@@ -167,6 +170,7 @@ def size_report(out: Path, of_float: Exported) -> dict[str, Any]:
 def _calibrate(exported: Exported, kind: str, weights: Weights) -> None:
     """Fit on validation rows, as they will be served."""
     if kind:
+        weights.schema.require_one_label(f"--calibrate {kind}")
         if not weights.config.data.valid:
             raise InputError(f"--calibrate {kind}: the run has no data.valid to fit it on; leave it out")
         (logits,), labels, _ = score_split((exported.model(),), weights, "valid")
@@ -176,7 +180,7 @@ def _calibrate(exported: Exported, kind: str, weights: Weights) -> None:
 def score_split(
     models: Sequence[serving.ServingModel], weights: Weights, split: str
 ) -> tuple[list[Tensor], np.ndarray, dict[str, Any]]:
-    """Fused logits of each model, labels, and what was read: `rows`, `taken` and a row as `sample`.
+    """Fused logits of each model, what its tasks learn or the labels, and what was read: `rows`, `taken` and a row as `sample`.
 
     Raises:
         InputError: the rows are not there, or a value is faulty.
@@ -202,7 +206,8 @@ def score_split(
             bar.update(rows)
             if not left:
                 break
-    y = np.concatenate(labels)
+    y, targets = np.concatenate(labels), getattr(weights.arch, "targets", None)
+    y = y if targets is None else targets(torch.from_numpy(y)).numpy()
     sample = json.loads(json.dumps(sample, default=str), parse_constant=lambda _: None)
     return [torch.cat(own) for own in logits], y, {"rows": len(y), "taken": files_in_words(files), "sample": sample}
 
@@ -218,14 +223,18 @@ def compare(served: serving.ServingModel, of_float: serving.ServingModel, weight
     logits, y, found = score_split((served, of_float), weights, split)
     found["split"] = split
     for name, own in zip(("", "float_"), logits, strict=True):
-        metrics = evaluate_predictions(own.numpy()[:, None], y, ())
-        found |= {f"{name}{key}": finite_or_none(metrics[key]) for key in ("auc", "log_loss")}
+        parts = by_task(served.tasks, own.numpy().reshape(len(own), -1), y)
+        metrics = joined({part.task: evaluate_predictions(part.logits, part.labels, ()) for part in parts})
+        found |= {
+            f"{name}{key}": finite_or_none(metrics[key]) for key in metrics if key.startswith(("auc", "log_loss"))
+        }
     p, q = (served.probabilities(own).astype(np.float64) for own in logits)
     if served.spec.get("calibration"):
         raw = evaluate_predictions(logits[0].numpy()[:, None], y, ())["ne"]
         found |= {"ne_before": finite_or_none(raw), "ne_after": finite_or_none(entropy_of(p, y))}
     # what `mbcnet serve` compares traffic with
-    found |= {"mean_score": float(p.mean()), "score_deviation": float(p.std())}
+    first = p.reshape(len(p), -1)[:, 0]
+    found |= {"mean_score": float(first.mean()), "score_deviation": float(first.std())}
     return found | {"largest_probability_change": float(np.abs(p - q).max())}
 
 
@@ -245,10 +254,11 @@ def _lines(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> list[str]
         lines.append(f"  not compared with the float model: {report['not_compared']}")
     else:
         lines.append(f"  {report['split']}, {report['rows']:,} rows of {report['taken']}, against the float model")
-        for key, words in (("auc", "AUC"), ("log_loss", "log-loss")):
-            now, before = report[key], report[f"float_{key}"]
-            if now is not None and before is not None:
-                lines.append(f"  {words:<14} {now:.6f}, float {before:.6f}, change {now - before:+.1e}")
+        for task in ("", *(f"/{each}" for each in spec.get("tasks", ()))):
+            for key, words in ((f"auc{task}", "AUC"), (f"log_loss{task}", "log-loss")):
+                now, before = report[key], report[f"float_{key}"]
+                if now is not None and before is not None and bool(task) == ("tasks" in spec):
+                    lines.append(f"  {words + task:<14} {now:.6f}, float {before:.6f}, change {now - before:+.1e}")
         if None not in (before := report.get("ne_before"), after := report.get("ne_after")):
             lines.append(
                 f"  NE             {before:.6f} before calibration ({spec['calibration']['kind']}), {after:.6f} after"

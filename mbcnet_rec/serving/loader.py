@@ -159,7 +159,8 @@ class ServingModel:
         self.graph = build_graph(spec["graph"], dense)
         self.branches: list[str] = spec["branches"]
         each = spec.get("branch_graph")  # artifacts of earlier versions have none
-        self.branch_graph = build_graph(each, dense) if each else None  # (B, N) -> (B, 1 + K)
+        self.branch_graph = build_graph(each, dense) if each else None  # (B, N) -> (B, 1 + K), or (B, T (1 + K))
+        self.tasks: list[str] = spec.get("tasks", [])  # of several labels, in the order of the probabilities
 
     def apply(self, delta: str | Path) -> None:
         """Become the artifact that a delta leads to. A `predict` that runs meanwhile is of the one or the other; see `updated`."""
@@ -222,7 +223,7 @@ class ServingModel:
         return pairs[:, pairs[0].argsort()].contiguous()
 
     def predict(self, rows: Rows) -> np.ndarray:
-        """Return the click probability of each row, (B,) float32.
+        """Return the click probability of each row, (B,) float32; of T tasks (B, T).
 
         Args:
             rows: column name -> list or array of values (None: missing; lists of lists for list columns), an Arrow table or
@@ -237,7 +238,7 @@ class ServingModel:
         model = copy.copy(self)  # as it is now, from encoding to score, whatever `apply` does meanwhile
         scores = model.score(model.preprocess(rows, place, first_row))
         if not scores.isfinite().all():
-            row = first_row + int(scores.isfinite().logical_not().nonzero()[0])
+            row = first_row + int(scores.isfinite().logical_not().nonzero()[0, 0])
             raise ValueError(
                 f"{place}: row {row}: its score is not a number; a value is far beyond those of training, or the run's weights are "
                 "not finite: fix the row, or export another run"
@@ -257,7 +258,7 @@ class ServingModel:
 
     @torch.inference_mode()
     def score(self, inputs: Inputs) -> Tensor:
-        """Return the fused logit of preprocessed rows, (B,)."""
+        """Return the fused logit of preprocessed rows, (B,) or (B, T)."""
         return self.graph(self.embed(inputs))
 
     @torch.inference_mode()
@@ -369,14 +370,15 @@ def resolve(call: str) -> Callable[..., Any]:
 
 
 def main() -> int:
-    """Score a Parquet file: one probability a line."""
+    """Score a Parquet file: the probability of a row a line, or those of its tasks with tabs between them."""
     parser = argparse.ArgumentParser(description="Score the rows of a Parquet file with an exported model.")
     parser.add_argument("folder", help="the artifact")
     parser.add_argument("parquet", help="rows")
     args = parser.parse_args()
     try:
         for probabilities in load(args.folder).predict_parquet(args.parquet):
-            sys.stdout.writelines(f"{value:.7f}\n" for value in probabilities)
+            rows = probabilities.reshape(len(probabilities), -1)
+            sys.stdout.writelines("\t".join(f"{value:.7f}" for value in row) + "\n" for row in rows)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

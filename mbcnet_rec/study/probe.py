@@ -52,6 +52,7 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", s
     with opened_run(folder) as (run, process):
         run = run if step is None else replace(run, step=step)
         config, schema = run.config, run.schema
+        schema.require_one_label("study")
         if not config.model.branch_names:
             raise InputError(f"{folder}: model.kind = {config.model.kind!r} has no branches; wanted a model with some")
         splits = open_splits(config.data, config.train.seed, schema, process)

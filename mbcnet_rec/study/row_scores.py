@@ -39,7 +39,8 @@ def keep_row_scores(config: RunConfig) -> None:
     folder = config.run_folder
     with joined_process(config.train.device) as process:
         question = Question("test" if config.data.test else "valid")
-        tally, _ = score_rows(find_best(config, folder, process), process, question)
+        tallies, _ = score_rows(find_best(config, folder, process), process, question)
+        (tally,) = tallies.of.values()
         rows = tally.kept(process)
     assert rows is not None  # of one process
     some = slice(None) if tally.exact else slice(0)

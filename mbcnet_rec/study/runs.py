@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from data.errors import InputError
+from data.schema import load_schema
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import METRICS
@@ -82,6 +83,7 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
         (folder / name).unlink(missing_ok=True)
     with folder.with_suffix(".log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
+            load_schema(config.schema).require_one_label("study and tune")
             train_model(config, overwrite=True, watch=watch, report=write_run_report)
         except (PreemptedError, CannotWriteError) as error:  # the way out is the study's or the tuning's
             raise type(error)(str(error).replace("continue with --resume", "start the same command again")) from None

@@ -21,6 +21,7 @@ class Built:
     optimizer: CombinedOptimizer  # fused, dense and replicated parts
     plan: Plan  # where the tables live
     branch_names: tuple[str, ...]  # of the model's outputs after the fused one
+    tasks: tuple[str, ...]  # of several labels, each of which has all these outputs
     dense: list[nn.Parameter]  # parameters that are in no table
     optim: OptimConfig  # this and the next two: of the config that it was built from
     sharding: ShardingConfig

@@ -105,7 +105,10 @@ class TrainConfig(Bounded):
     max_steps: int = _or_off(0)  # stop after that many steps; 0: no limit
     log_every: int = bounded(20, at_least=1)  # steps between lines of metrics.jsonl
     eval_every: int = _or_off(0)  # steps between evaluations on the validation rows; 0: at the end of each epoch
-    # evaluations without a better validation AUC before training stops; 0: never
+    # the metric of the validation rows by which one evaluation is better than another: the best checkpoint, patience and plateau go by it.
+    # log_loss and ne are better where lower, others where higher; of several labels METRIC/LABEL, or METRIC for the first
+    early_stop: str = "auc"
+    # evaluations without a better one before training stops; 0: never
     patience: int = _or_off(0)
     # places k at which evaluations also measure the ranking inside each group of the schema's group_column: ndcg@k, recall@k, hit_rate@k,
     # and mrr; empty: none
@@ -121,7 +124,7 @@ class TrainConfig(Bounded):
     # a step whose checkpoint is written and kept to the end; 0: none. Studies compare its latents with those of the last one
     keep_step: int = _or_off(0)
     keep_last: int = bounded(2, at_least=1)  # checkpoints kept besides the best ones
-    keep_best: int = bounded(1, at_least=1)  # checkpoints kept for the best validation AUCs
+    keep_best: int = bounded(1, at_least=1)  # checkpoints kept for the best evaluations
     max_grad_norm: float = _or_off(0.0)  # of the dense part, over all its parameters; 0: not clipped
     # what a NaN or infinite loss does: stop with the batch kept in RUN/faults, or skip the step on every rank
     on_nonfinite: Literal["stop", "skip"] = "stop"

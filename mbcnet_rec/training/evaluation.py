@@ -21,7 +21,7 @@ from mbcnet_rec.runtime.process import (
     mean_over_ranks,
 )
 from mbcnet_rec.scoring.scorer import Autocast, Scorer
-from mbcnet_rec.scoring.tally import EXACT_ROWS, Tally
+from mbcnet_rec.scoring.tally import EXACT_ROWS, Tallies, values_of
 from mbcnet_rec.training.built import Built
 
 
@@ -37,30 +37,30 @@ def average_terms(outputs: list[Outputs]) -> dict[str, float]:
     return dict(zip(names, means.tolist(), strict=True))
 
 
-def diagnostics(
-    logits: np.ndarray, labels: np.ndarray, last: Outputs, names: tuple[str, ...], threshold: Threshold
+def disagreements(
+    logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...], threshold: Threshold
 ) -> dict[str, float]:
-    """Disagreement rates of each directed pair of branches; norms of latents and the transforms' distance from the identity.
+    """Disagreement rates of each directed pair of branches. Below the threshold a branch's BCE is strong, above it weak.
 
-    Logits (B, 1 + K) and labels (B,) are of this rank's real rows since the last line of the log, norms and distances of the `last` step's
-    batch. Below the threshold a branch's BCE is strong, above it weak.
+    Logits (B, 1 + K) and labels (B,) are of this rank's real rows since the last line of the log.
     """
-    norms = zip(names, last.latent_norms.tolist(), strict=False)
-    values = {f"latent_norm/{name}": norm for name, norm in norms}
     if len(names) < 2:
-        return values
+        return {}
     branches = torch.from_numpy(np.ascontiguousarray(logits[:, 1:].T))
     rates = disagreement_rates(branches, torch.from_numpy(labels), threshold).tolist()
-    for i, j in permutations(range(len(names)), 2):
-        values[f"disagreement/{names[i]}>{names[j]}"] = rates[i][j]
-    distances = last.transform_distance.tolist()
-    for (i, j), distance in zip(branch_pairs(len(names)), distances, strict=False):
-        values[f"transform_distance/{names[i]}-{names[j]}"] = distance
-    return values
+    return {f"disagreement/{names[i]}>{names[j]}": rates[i][j] for i, j in permutations(range(len(names)), 2)}
 
 
-def dead_outputs(outputs: list[Outputs], names: tuple[str, ...]) -> list[str]:
-    """Names of the outputs that in each of these steps said the same of all ranks' rows, as where latents are 0; fused is the fused one's.
+def latent_measures(last: Outputs, names: tuple[str, ...]) -> dict[str, float]:
+    """Norms of latents and the transforms' distance from the identity, of the last step's batch."""
+    norms = zip(names, last.latent_norms.tolist(), strict=False)
+    distances = zip(branch_pairs(len(names)), last.transform_distance.tolist(), strict=False)
+    values = {f"latent_norm/{name}": norm for name, norm in norms}
+    return values | {f"transform_distance/{names[i]}-{names[j]}": distance for (i, j), distance in distances}
+
+
+def dead_outputs(outputs: list[Outputs], names: Sequence[str]) -> list[str]:
+    """Those of all `names` of outputs that in each of these steps said the same of all ranks' rows, as where latents are 0.
 
     Steps in which no rank has two rows say nothing. Every rank calls it.
     """
@@ -75,7 +75,7 @@ def dead_outputs(outputs: list[Outputs], names: tuple[str, ...]) -> list[str]:
     highest, lowest = found[found[:, -1] > 1, :-1].unflatten(1, (2, -1)).unbind(1)  # (steps, 1 + K) each
     rounding = 4 * torch.finfo(found.dtype).eps * highest.abs()  # of equal rows in one product of matrices
     same = (highest + lowest <= rounding).all(0) & (len(highest) > 0)
-    return [name for name, dead in zip(("fused", *names), same.tolist(), strict=True) if dead]
+    return [name for name, dead in zip(names, same.tolist(), strict=True) if dead]
 
 
 def evaluate_stream(
@@ -96,9 +96,8 @@ def evaluate_stream(
         EvaluationStoppedError: `stop_requested` returned True.
     """
     has_groups = bool(stream.schema.group_column)
-    tally = Tally(
-        stream.num_rows, built.branch_names, has_groups=has_groups, exact_rows=exact_rows, ranking_k=ranking_k
-    )
+    options = {"has_groups": has_groups, "exact_rows": exact_rows, "ranking_k": ranking_k}
+    tally = Tallies(built.tasks, stream.num_rows, built.branch_names, **options)
     with (
         averaged_buffers(built.model),
         blamed_on(process),
@@ -109,5 +108,5 @@ def evaluate_stream(
             tally.add(each.logits, each.labels, groups)
             if stop_requested():
                 raise EvaluationStoppedError
-    answer = tally.answer(process, errors=False)
-    return broadcast_value(answer.values if answer else {}, process)
+    answers = tally.answer(process, errors=False)
+    return broadcast_value(values_of(answers) if answers else {}, process)

@@ -38,7 +38,7 @@ class TrainState:
     cursor: Cursor = Cursor()
     rows: int = 0  # trained since the day began, of all ranks; `Trainer.save` counts
     clicks: int = 0  # of these
-    # (validation AUC, step) of the best evaluations, best first; an evaluation without an AUC is none of them
+    # (validation AUC or what train.early_stop names, step) of the best evaluations, best first; one without an AUC is none of them
     best: list[tuple[float, int]] = field(default_factory=list)
     bad_evaluations: int = 0  # in a row that did not improve
     lr_scale: float = 1.0  # factor on every learning rate
@@ -149,7 +149,8 @@ class Feed:
             with blamed_on(self._process):
                 batch = next(self._batches)
             self.waited += time.perf_counter() - start
-            self._ahead.append((batch.cursor, torch.stack([(batch.weights > 0).sum(), batch.labels.sum().long()])))
+            first = batch.labels.reshape(len(batch.labels), -1)[:, 0]  # of several labels
+            self._ahead.append((batch.cursor, torch.stack([(batch.weights > 0).sum(), first.nansum().long()])))
             yield batch
 
     def close(self) -> None:

@@ -24,9 +24,10 @@ from mbcnet_rec.model.objective import LossArch
 from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError, StopRequest
 from mbcnet_rec.runtime.process import Process, agreed, any_rank, vote
 from mbcnet_rec.runtime.watchdog import Watchdog
-from mbcnet_rec.scoring.metrics import evaluate_predictions, why_no_auc
+from mbcnet_rec.scoring.metrics import evaluate_predictions
 from mbcnet_rec.scoring.ranking import require_groups
 from mbcnet_rec.scoring.scorer import autocast_of, real_rows
+from mbcnet_rec.scoring.tasks import Judge, by_task, joined, output_names
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
 from mbcnet_rec.training.dense_part import DensePart, Rates, branch_parameters, gradient_shares
@@ -34,8 +35,9 @@ from mbcnet_rec.training.evaluation import (
     EvaluationStoppedError,
     average_terms,
     dead_outputs,
-    diagnostics,
+    disagreements,
     evaluate_stream,
+    latent_measures,
 )
 from mbcnet_rec.training.faults import dump_batch, loss_spike
 from mbcnet_rec.training.hooks import Hooks
@@ -46,7 +48,9 @@ from mbcnet_rec.training.state import Feed, TrainState, Window, invalid_value_co
 from sharding.bridge.zch import collisions_of
 
 SECONDS_PER_MINUTE = 60.0
-Watch = Callable[[int, float], bool]  # (step, valid AUC) of an evaluation -> stop now?
+Watch = Callable[
+    [int, float], bool
+]  # (step, what train.early_stop names, larger is better) of an evaluation -> stop now?
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,12 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._stop_wanted = self._save_wanted = False
         require_groups(stream.schema, config.ranking_k)
-        self._last_auc = float("nan")
+        ks = config.ranking_k if stream.schema.group_column else None
+        self.judge = Judge(config.early_stop, built.tasks, built.branch_names, ranking_k=ks)
+        self._last_value = float("nan")
         self._told_no_auc = False
         self._told_dead: set[str] = set()
-        self._labels_seen: set[int] = set()  # on rank 0, in lines of the log
+        self._labels_seen: dict[str, set[int]] = {}  # by task, on rank 0, in lines of the log
         self.faults: list[str] = []  # of rows that were to be scored at the end; the model is trained
         self._readable: set[str] = set()  # fingerprints of streams that every rank has read to their ends
 
@@ -171,10 +177,12 @@ class Trainer:
                 if self.state.step >= self.total_steps or self.state.stopped:
                     break
                 self._segment(pipeline)
-            if len(self._labels_seen) == 1:
-                (label,) = self._labels_seen
+            for task, (label, *others) in self._labels_seen.items():
+                if others:
+                    continue
+                of_task = f" of {task}" if task else ""
                 self.bar.say(
-                    f"data.train: the rows are all of one class, label {label}: nothing can be learned from them; check the label column"
+                    f"data.train: the rows are all of one class, label {label}{of_task}: nothing can be learned from them; check the label column"
                 )
             self.saver.finish()
         finally:
@@ -307,7 +315,7 @@ class Trainer:
                 f"step {state.step}: ALARM: loss {terms['loss']:.4f} stands {spike:.1f} standard deviations above the lines before"
             )
         after_first = window.outputs[1:] if window.first_step == 0 else window.outputs  # some weights are 0 at first
-        dead = dead_outputs(after_first, names)
+        dead = dead_outputs(after_first, [each or "fused" for each in output_names(self.built.tasks, names)])
         if new := sorted(set(dead) - self._told_dead):
             self._told_dead |= set(new)
             self.bar.say(
@@ -321,11 +329,13 @@ class Trainer:
             )
         if self.records is not None:
             logits, labels = real_rows(window.outputs)[:2]
-            if len(labels):
-                self._labels_seen |= {int(labels.min()), int(labels.max())}
-            values |= evaluate_predictions(logits, labels, names)
             threshold = self.losses[0].coteaching.threshold if self.losses else 0.0
-            values |= diagnostics(logits, labels, window.outputs[-1], names, threshold)
+            scored = {}
+            for task, _, own, y in by_task(self.built.tasks, logits, labels):
+                if len(y):
+                    self._labels_seen.setdefault(task, set()).update({int(y.min()), int(y.max())})
+                scored[task] = evaluate_predictions(own, y, names) | disagreements(own, y, names, threshold)
+            values |= joined(scored) | latent_measures(window.outputs[-1], names)
             values |= {"dead": dead} if dead else {}
             values |= {
                 "samples_per_second": steps * self.stream.options.batch_size / seconds,
@@ -343,7 +353,7 @@ class Trainer:
             values |= {f"invalid/{name}": count for name, count in replaced.items()}
             self.records.add(state.step, "train", values)
         self._open_window()
-        shown = {"loss": terms["loss"], "auc": values.get("auc", float("nan")), "valid_auc": self._last_auc}
+        shown = {"loss": terms["loss"], "auc": values.get("auc", float("nan")), "valid_auc": self._last_value}
         kept = {name: value for name, value in shown.items() if name == "loss" or not math.isnan(value)}
         return kept | ({"dead": ",".join(dead)} if dead else {})
 
@@ -375,23 +385,25 @@ class Trainer:
             return
         self.window.started += time.perf_counter() - start  # an evaluation is no part of a training step
         state.evaluated_step = state.step
-        self._last_auc = auc = metrics["auc"]
-        better = state.note_evaluation(auc, self.config)
+        judge = self.judge
+        self._last_value = metrics[judge.key]
+        better = state.note_evaluation(judge.value(metrics), self.config)
+        log_loss = f"log-loss {judge.log_loss(metrics):.4f}"
         if self.records is not None:
             self.records.add(state.step, "valid", metrics)
-        if reason := why_no_auc(metrics):
-            self.bar.say(f"step {state.step}: valid AUC not defined, log-loss {metrics['log_loss']:.4f}")
+        if math.isnan(self._last_value):
+            self.bar.say(f"step {state.step}: valid {judge.title} not defined, {log_loss}")
             if not self._told_no_auc:
                 self.bar.say(
-                    f"data.valid: {reason}, so their AUC is not defined: no checkpoint is better than another, the last one counts, and "
+                    f"data.valid: {judge.why_none(metrics)}, so their {judge.title} is not defined: no checkpoint is better than another, the last one counts, and "
                     "patience and plateau do not act; name validation rows with clicks and without"
                 )
             self._told_no_auc = True
         else:
-            if self.context.watch is not None and any_rank(self.context.watch(state.step, auc)):
+            if self.context.watch is not None and any_rank(self.context.watch(state.step, judge.value(metrics))):
                 state.stopped = True
             mark = "best so far" if better else f"{state.bad_evaluations} without a better one"
-            self.bar.say(f"step {state.step}: valid AUC {auc:.4f}, log-loss {metrics['log_loss']:.4f} ({mark})")
+            self.bar.say(f"step {state.step}: valid {judge.title} {self._last_value:.4f}, {log_loss} ({mark})")
         self.save()
 
     def evaluate(self, stream: ParquetStream) -> dict[str, Any]:
