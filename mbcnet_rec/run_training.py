@@ -418,5 +418,6 @@ def closing_lines(
         f"      tensorboard --logdir {folder}/tb",
     ]
     if trainer.built.branch_names:
-        lines.append("      the same data without branches: add --set model.kind=dnn --set train.out=runs/dnn")
+        kind = "shared_bottom" if trainer.built.tasks else "dnn"
+        lines.append(f"      the same data without branches: add --set model.kind={kind} --set train.out=runs/{kind}")
     return "\n".join(lines)
