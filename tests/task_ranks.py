@@ -74,7 +74,7 @@ if __name__ == "__main__":
                     "--rows",
                     "fp32",
                     "--no-aot",
-                )  # fmt: skip
+                )
                 for name in ("two", "esmm")
             },
             "calibrate": lambda: command(

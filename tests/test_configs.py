@@ -19,7 +19,7 @@ TUNED = sorted((ROOT / "mbcnet_rec" / "study" / "tuned").glob("*/*.toml"))
 SHARED = ROOT.parent / "shared" / "datasets"
 # config -> folder of its real files
 REAL = {
-    "adult": "adult", "ali_ccp": "ali_ccp_sample", "aliexpress": "aliexpress_sample", "criteo": "criteo_sample",
+    "adult": "adult", "ali_ccp": "ali_ccp_sample", "ali_ccp_tasks": "ali_ccp_sample", "aliexpress": "aliexpress_sample", "criteo": "criteo_sample",
     "movielens": "movielens_latest_small", "movielens_history": "movielens_latest_small", "slots": "slots_demo", "taobao_ad": "taobao_ad_sample",
 }  # fmt: skip
 

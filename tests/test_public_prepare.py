@@ -19,6 +19,7 @@ SHARED = Path(__file__).parents[1].parent / "shared" / "datasets"
 REAL = {
     "adult": ("adult", (29_305, 3_256, 16_281)),
     "ali_ccp": ("ali_ccp_sample", (100, 50, 50)),
+    "ali_ccp_tasks": ("ali_ccp_sample", (100, 50, 50)),
     "aliexpress": ("aliexpress_sample", (68, 32, 20)),
     "criteo": ("criteo_sample", (7_200, 409, 391)),
     "movielens": ("movielens_latest_small", (80_668, 10_084, 10_084)),
