@@ -160,7 +160,8 @@ def result_blocks(lines: Lines) -> list[Block]:
         return [Heading("Result"), Text("No validation or test rows were scored.")]
     branches = sorted((key[4:] for key in line if key.startswith("auc/")), key=branch_order)
     rows = []
-    for name, ending in (("fused", ""), *((name, f"/{name}") for name in branches)):
+    fused = () if any(f"rows/{name}" in line for name in branches) else (("fused", ""),)  # of one label
+    for name, ending in (*fused, *((name, f"/{name}") for name in branches)):
         values = [line.get(metric + ending) for metric in ("auc", "log_loss", "ne", "calibration")]
         rows.append((figures.label(name), *map(_four_digits, values)))
     reason = why_no_auc(line)
@@ -230,8 +231,14 @@ def calibration_blocks(lines: Lines) -> list[Block]:
     scored = (line for split in ("test", "valid") for line in reversed(lines.get(split, ())) if line.get(RELIABILITY))
     if (line := next(scored, None)) is None:
         return []
-    picture = figures.calibration_figure(line[RELIABILITY], f"{line['split']}, step {line['step']:,}")
-    return [Heading("Calibration"), Picture("calibration", picture, CAPTIONS["calibration"])]
+    found = {key.partition("/")[2]: key for key in line if key.startswith(f"{RELIABILITY}/")} or {"": RELIABILITY}
+    pictures: list[Block] = []
+    for task, key in found.items():
+        if line[key]:
+            title = f"{task} {line['split']}, step {line['step']:,}".strip()
+            picture = figures.calibration_figure(line[key], title)
+            pictures.append(Picture(f"calibration {task}".strip(), picture, CAPTIONS["calibration"]))
+    return [Heading("Calibration"), *pictures]
 
 
 def speed_blocks(lines: Lines) -> list[Block]:
