@@ -114,7 +114,7 @@ class LossArch(nn.Module):
         self.differentiation = differentiation
         self.transforms = transforms
         # in a tuple, or a callable nn.Module would become a sub-module
-        self._mean_over_ranks = (mean_over_ranks,)
+        self.mean_over_ranks = (mean_over_ranks,)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, output: ModelOutput, labels: Tensor, weights: Tensor) -> tuple[Tensor, Outputs]:
@@ -127,23 +127,23 @@ class LossArch(nn.Module):
             parts = torch.cat([fused, output.branch_logits]) if len(output.branch_logits) else fused
             logits = at_least_float32(parts)  # (1 + K, B)
             bce = weighted_bce(logits, labels, weights).sum()
-            coteaching = self._coteaching_loss(logits[1:], labels, weights)
+            coteaching = self.coteaching_loss(logits[1:], labels, weights)
             matrices = None if self.transforms is None else self.transforms()
-            differentiation = self._differentiation_loss(output.latents, matrices, weights)
+            differentiation = self.differentiation_loss(output.latents, matrices, weights)
             loss = bce + warm(self.coteaching, self.step) * coteaching
             loss = loss + warm(self.differentiation, self.step) * differentiation
             others = {
-                name: term(output, labels, weights, self._mean_over_ranks[0]) for name, term in self._terms.items()
+                name: term(output, labels, weights, self.mean_over_ranks[0]) for name, term in self._terms.items()
             }
             loss = sum(others.values(), loss)
-            norms, distance = self._measured(output.latents, matrices, weights)
+            norms, distance = self.measured(output.latents, matrices, weights)
         if self.training:
             self.step.add_(1)
         terms = {"loss": loss, "bce": bce, "coteaching_loss": coteaching, "differentiation_loss": differentiation}
         detached = {name: term.detach() for name, term in (terms | others).items()}
         return loss, Outputs(logits.detach().t(), labels, weights, detached, distance, norms)
 
-    def _measured(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Norms of latents (K,) and distances of transforms (P,), or NaN."""
         norms = weights.new_full((len(latents),), math.nan)
         distance = weights.new_full((0 if matrices is None else len(matrices),), math.nan)
@@ -153,7 +153,8 @@ class LossArch(nn.Module):
                 distance = distance_from_identity(matrices)
         return norms, distance
 
-    def _coteaching_loss(self, branch_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def coteaching_loss(self, branch_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """L_BCT of branch logits (K, B) and labels (B,), before alpha; 0 where it is not part of the objective."""
         config = self.coteaching
         if len(branch_logits) < 2 or config.weight == 0:
             return weights.new_zeros(())
@@ -164,10 +165,11 @@ class LossArch(nn.Module):
             threshold=config.threshold,
             confidence=config.confidence,
             weights=weights,
-            mean_over_ranks=self._mean_over_ranks[0],
+            mean_over_ranks=self.mean_over_ranks[0],
         )
 
-    def _differentiation_loss(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> Tensor:
+    def differentiation_loss(self, latents: Tensor, matrices: Tensor | None, weights: Tensor) -> Tensor:
+        """L_MDR of latents (K, B, d), before beta; 0 where it is not part of the objective."""
         config = self.differentiation
         if len(latents) < 2 or config.weight == 0:
             return weights.new_zeros(())

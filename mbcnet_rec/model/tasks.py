@@ -30,7 +30,7 @@ class TaskLosses(LossArch):
     """
 
     def __init__(self, plain: LossArch, tasks: Mapping[str, float], targets: Targets | None) -> None:
-        super().__init__(plain.coteaching, plain.differentiation, plain.transforms, plain._mean_over_ranks[0])
+        super().__init__(plain.coteaching, plain.differentiation, plain.transforms, plain.mean_over_ranks[0])
         self.tasks, self._targets = dict(tasks), (targets,)
 
     def forward(self, output: ModelOutput, labels: Tensor, weights: Tensor) -> tuple[Tensor, Outputs]:
@@ -48,14 +48,14 @@ class TaskLosses(LossArch):
                 if weight:
                     of_task = targets[:, place], own[:, place]
                     terms[f"bce/{task}"] = weighted_bce(logits[place], *of_task).sum()
-                    terms[f"coteaching_loss/{task}"] = self._coteaching_loss(logits[place, 1:], *of_task)
+                    terms[f"coteaching_loss/{task}"] = self.coteaching_loss(logits[place, 1:], *of_task)
                     bce = bce + weight * terms[f"bce/{task}"]
                     coteaching = coteaching + weight * terms[f"coteaching_loss/{task}"]
             matrices = None if self.transforms is None else self.transforms()
-            differentiation = self._differentiation_loss(output.latents, matrices, weights)
+            differentiation = self.differentiation_loss(output.latents, matrices, weights)
             loss = bce + warm(self.coteaching, self.step) * coteaching
             loss = loss + warm(self.differentiation, self.step) * differentiation
-            norms, distance = self._measured(output.latents, matrices, weights)
+            norms, distance = self.measured(output.latents, matrices, weights)
         if self.training:
             self.step.add_(1)
         whole = {"loss": loss, "bce": bce, "coteaching_loss": coteaching, "differentiation_loss": differentiation}
@@ -66,7 +66,7 @@ class TaskLosses(LossArch):
         """Each row's weight in each task (B, T): 0 without its label, and so much more with it that a mean over B is one over those rows."""
         real = (weights > 0).unsqueeze(1)
         counts = torch.cat([real, known & real], dim=1).to(weights.dtype).sum(0)
-        counts = self._mean_over_ranks[0](counts)
+        counts = self.mean_over_ranks[0](counts)
         share = counts[1:] / counts[0]
         return torch.where(known, weights.unsqueeze(1) / torch.where(share > 0, share, 1.0), 0.0)
 
