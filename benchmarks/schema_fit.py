@@ -2,21 +2,26 @@
 
     python benchmarks/schema_fit.py [--quick] [--json]
 
-fit_share            rows/s of fit_schema in one process over rows/s of pyarrow.parquet.read_table(use_threads=False), on one core, of a log
-                     whose columns of ids have 100, 20,000 and up to 200,000 values
-two_workers          time of one worker over that of two, on two cores
-pandas_, polars_     their value_counts of the same columns, time over fit's; null where they are not installed
-rows, columns, distinct   fitted exponents of the time's growth
+fit_share            processor seconds of pyarrow.parquet.read_table(use_threads=False) over those of a fit in one process, of a log whose
+                     columns of ids have 100, 20,000 and up to 200,000 values
+stream_share         the same of ParquetFile.iter_batches, which reads in fit's pieces and keeps none
+two_workers          seconds of one worker over those of two, on two cores
+pandas_, polars_     their reading and value_counts of the same columns, processor seconds over fit's; null where they are not installed
+rows, columns, distinct   fitted exponents of the seconds' growth
+peak_mib             of `mbcnet schema fit` in one process of a column of 20 million different values (--quick: one million), resident
 
-Prediction, written first: .5; 1.8; 2; .5; 1, 1 and below 1.
+Prediction, written first: 1 (.55 with --quick); .4; 1.8; 2; .5; 1, 1 and below 1; 1,000.
 """
 
 import importlib
 import importlib.util
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +34,7 @@ from side_by_side import parser_of, print_figures, ratio
 from data.engine import HERE, Engine
 from data.profile import units
 from data.profile.fit import write_fitted
-from data.schema import Schema, parse_schema
+from data.schema import Schema, format_schema, parse_schema
 from data.synthetic.write import open_writer
 
 ROW_GROUP_ROWS = 65_536
@@ -39,9 +44,11 @@ VALUES = (100, 20_000, 200_000)
 def main() -> int:
     args = parser_of(__doc__).parse_args()
     pa.set_cpu_count(1)
-    rows, columns, rounds = (65_536, 24, 2) if args.quick else (524_288, 96, 5)
+    rows, columns, rounds = (65_536, 24, 2) if args.quick else (2_097_152, 24, 7)
     with tempfile.TemporaryDirectory() as name:
-        print_figures(measure(Path(name), rows, columns, rounds), args.json)
+        figures = measure(Path(name), rows, columns, rounds)
+        figures["peak_mib"] = peak_mib(Path(name), 1_000_000 if args.quick else 20_000_000)
+        print_figures(figures, args.json)
     return 0
 
 
@@ -49,10 +56,13 @@ def measure(folder: Path, rows: int, columns: int, rounds: int) -> dict[str, flo
     """Write the log and take every figure."""
     log = write_log(folder / "log.parquet", rows, columns, VALUES)
     schema = schema_of(columns)
-    times: dict[str, list[float]] = {"read": [], "fit": [], "pandas": [], "polars": []}
+    times: dict[str, list[float]] = {"read": [], "stream": [], "fit": [], "pandas": [], "polars": []}
     with one_core():
         for _ in range(rounds):
             times["read"].append(seconds_of(lambda: pq.read_table(log, columns=names(columns), use_threads=False)))
+            times["stream"].append(
+                seconds_of(lambda: deque(pq.ParquetFile(log).iter_batches(units.BATCH_ROWS), maxlen=0))
+            )
             times["fit"].append(seconds_of(lambda: fit(schema, log, folder / "fit", HERE)))
             for library in ("pandas", "polars"):
                 if importlib.util.find_spec(library):
@@ -60,10 +70,11 @@ def measure(folder: Path, rows: int, columns: int, rounds: int) -> dict[str, flo
     units.UNIT_BYTES = log.stat().st_size // 8
     one, two = [], []
     for _ in range(rounds):
-        one.append(seconds_of(lambda: fit(schema, log, folder / "fit", HERE)))
-        two.append(seconds_of(lambda: fit(schema, log, folder / "fit", Engine("local", 2))))
+        one.append(seconds_of(lambda: fit(schema, log, folder / "fit", HERE), time.perf_counter))
+        two.append(seconds_of(lambda: fit(schema, log, folder / "fit", Engine("local", 2)), time.perf_counter))
     figures: dict[str, float | None] = {
         "fit_share": round(ratio(times["read"], times["fit"]), 3),
+        "stream_share": round(ratio(times["stream"], times["fit"]), 3),
         "two_workers": round(ratio(one, two), 3),
         "fit_rows_per_second": round(rows / statistics.median(times["fit"])),
     }
@@ -121,10 +132,30 @@ def by_library(library: str, log: Path, columns: int) -> None:
         frame[name].value_counts()
 
 
-def seconds_of(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds_of(action: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    start = clock()
     action()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def peak_mib(folder: Path, distinct: int) -> int:
+    """The largest resident memory of a fit of so many different ids, each of which occurs once or twice."""
+    log, step = folder / "ids.parquet", 2**20
+    with open_writer(log, pa.schema([("f0", pa.int64())])) as writer:
+        for start in range(0, distinct * 6 // 5, step):
+            ids = (
+                np.arange(start, start + step) % distinct * np.int64(0x9E3779B97F4A7C15 - 2**64)
+            )  # spread over all integers
+            writer.write_table(pa.table({"f0": ids}), row_group_size=ROW_GROUP_ROWS)
+    (folder / "s.toml").write_text(format_schema(schema_of(1), "One field."), encoding="utf-8")
+    words = ["schema", "fit", str(folder / "s.toml"), str(log), "-o", str(folder / "ids"), "--workers", "1"]
+    command = [sys.executable, "-m", "mbcnet_rec.cli", *words]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(started.pid, 0)
+    started.returncode = os.waitstatus_to_exitcode(status)
+    if started.returncode:
+        raise RuntimeError(f"{' '.join(command)}: ended with {started.returncode}")
+    return used.ru_maxrss // 1024
 
 
 if __name__ == "__main__":
