@@ -256,6 +256,31 @@ def test_mistakes_are_one_line_and_nothing_is_left(words, message, log, tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_ranks_that_come_late_are_waited_for(log, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "mbcnet_rec.cli",
+        "data",
+        "convert",
+        str(log / "a.csv"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--engine", "torchrun"]
+    first, second = ({"RANK": rank, "WORLD_SIZE": "2"} for rank in "01")
+    with subprocess.Popen(command, env=os.environ | first) as early:
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                early.wait(4)
+            assert not (tmp_path / "out").exists(), "the second rank would take the result for an earlier one"
+            subprocess.run(command, env=os.environ | second, check=True, timeout=60)
+            assert early.wait(60) == 0
+        finally:
+            early.kill()
+    assert len(rows_of(tmp_path / "out")) == 500
+
+
 def test_other_results_are_not_replaced(log, tmp_path):
     convert([str(log)], tmp_path / "out", Request(day="ts"))
     with pytest.raises(InputError, match="was converted from other files or otherwise"):

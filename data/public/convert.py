@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
-from data.engine import HERE, Engine, run_tasks, write_result
+from data.engine import HERE, Engine, meet, run_tasks, write_result
 from data.errors import InputError
 from data.profile.scan import as_plain
 from data.profile.units import BATCH_ROWS, Progress, naming, require_mark, results_folder, unheard
@@ -91,7 +91,7 @@ def convert(
     marks = mark_files([source.file for source in sources])
     schema = schema_to_toml(request.schema) if request.schema else {}
     facts = [marks, str(types), day, schema, request.form]
-    asked = json.loads(json.dumps({"types": str(types), "day": day, "files": marks}))
+    asked = json.loads(json.dumps({"types": str(types), "day": day, "form": request.form, "files": marks}))
     earlier = earlier_summary(out, SUMMARY, "converted log")
     if earlier is not None:
         if {key: earlier.get(key) for key in asked} != asked:
@@ -106,7 +106,10 @@ def convert(
         for path in run_tasks(engine, convert_file, tasks, last=True):
             rows += _result(path)["rows"]
             progress(rows)
-        return _joined(list(tasks), folder, out, asked) if engine.is_first else Converted(0, 0, 0, "", [])
+        if not engine.is_first:
+            return Converted(0, 0, 0, "", [])
+        meet(engine, folder)  # no rank may still have to find that there is no result yet
+        return _joined(list(tasks), folder, out, asked)
 
 
 def _result(path: Path) -> dict:
@@ -250,7 +253,7 @@ def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa
         }
         names = {name: ids.get(number) for name, number in source.field_ids.items()} if ids and source.field_ids else {}
         wanted = {name: names.get(name, name) for name in types.names}
-        wanted = {name: own for name, own in wanted.items() if own in parquet.schema_arrow.names}
+        wanted = {name: own for name, own in wanted.items() if own and own in parquet.schema_arrow.names}
         for group in range(parquet.metadata.num_row_groups):
             for batch in stored_rows(parquet, [group], list(wanted.values()), BATCH_ROWS):
                 columns = {name: as_plain(batch.column(own), types.field(name).type) for name, own in wanted.items()}
