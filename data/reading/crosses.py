@@ -16,8 +16,9 @@ from .keys import remainder, splitmix64
 class Part(NamedTuple):
     """The values of one field, as 64-bit hashes of what stands in the column, not of a table's rows: those move as a vocabulary grows."""
 
-    hashes: np.ndarray  # uint64
-    lengths: np.ndarray  # (n,) int64: values of each row, which stand one after the other in `hashes`
+    hashes: np.ndarray  # uint64; (n,) of a field with one value a row, undefined where a row has none
+    lengths: np.ndarray  # (n,) int64: values of each row, which of lists stand one after the other in `hashes`
+    is_list: bool
 
 
 class Crossed(NamedTuple):
@@ -33,21 +34,34 @@ def cross(parts: Sequence[Part], num_embeddings: int, max_length: int) -> Crosse
 
     h = splitmix64(h_1),   h <- splitmix64(h xor h_i) for i = 2, ...,   row = 1 + h mod (num_embeddings - 1)
     """
-    whole = np.ones(len(parts[0].lengths), np.int64)
-    for part in parts:  # no product overflows: lengths are below 2^31
-        whole = np.minimum(whole * part.lengths, max_length + 1)
+    whole = parts[0].lengths
+    for part in parts[1:]:  # no product overflows: lengths are below 2^31
+        whole = np.minimum(whole, max_length + 1) * part.lengths
+    if not any(part.is_list for part in parts):
+        rows = _rows([part.hashes for part in parts], num_embeddings)
+        rows[whole == 0] = MISSING_ROW
+        return Crossed(rows, np.arange(len(rows) + 1), 0)
     offsets = offsets_of(np.clip(whole, 1, max_length))
     owner = np.repeat(np.arange(len(whole)), np.diff(offsets))
     place = np.arange(len(owner)) - offsets[owner]
     picked = []
     for part in reversed(parts):
+        if not part.is_list:
+            picked.append(part.hashes[owner])
+            continue
         lengths = np.maximum(part.lengths, 1)[owner]
         first = (np.cumsum(part.lengths) - part.lengths)[owner]
         picked.append(np.append(part.hashes, np.uint64(0)).take(first + place % lengths, mode="clip"))
         place //= lengths
-    mixed = splitmix64(picked.pop())
-    while picked:
-        mixed = splitmix64(mixed ^ picked.pop())
-    rows = remainder(mixed, num_embeddings - 1).view(np.int64) + 1
+    rows = _rows(picked[::-1], num_embeddings)
     rows[whole[owner] == 0] = MISSING_ROW
     return Crossed(rows, offsets, int((whole > max_length).sum()))
+
+
+def _rows(hashes: Sequence[np.ndarray], num_embeddings: int) -> np.ndarray:
+    mixed = splitmix64(hashes[0])
+    for other in hashes[1:]:
+        mixed = splitmix64(mixed ^ other)
+    rows = remainder(mixed, num_embeddings - 1)
+    rows += np.uint64(1)
+    return rows.view(np.int64)

@@ -301,8 +301,9 @@ class _Reader:
                 inside = (numbers >= 0) & (numbers < self.encoder.num_embeddings[part.name])
                 valid = inside if valid is None else valid & inside
         keep = np.ones(len(hashes), bool) if valid is None else valid
-        lengths = keep.astype(np.int64) if offsets is None else np.diff(offsets_of(keep)[offsets])
-        return Part(hashes if valid is None else hashes[keep], lengths)
+        if offsets is None:
+            return Part(hashes, keep.astype(np.int64), False)
+        return Part(hashes[keep], np.diff(offsets_of(keep)[offsets]), True)
 
     def _sequence(self, feature: Feature, values: pa.Array, offsets: np.ndarray) -> Ragged:
         """Read the newest events, which are the last ones; an event without a value reads the missing row."""
