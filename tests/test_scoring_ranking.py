@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mbcnet_rec.runtime.process import Process
-from mbcnet_rec.scoring.ranking import names_of, ranking_metrics, ranking_values
+from mbcnet_rec.scoring.ranking import names_of, ranking_metrics, ranking_values, title_of
 from mbcnet_rec.scoring.tally import Tally
 
 KS = (1, 2, 3, 10)
@@ -56,6 +56,13 @@ def test_every_metric_is_the_mean_over_the_orders_of_ties(levels):
         estimate = ranking_metrics(logits, labels, groups, KS)[name]
         assert estimate.value == pytest.approx(np.mean(wanted[name]))
         assert estimate.error == pytest.approx(np.std(wanted[name], ddof=1) / len(values) ** 0.5)
+
+
+def test_titles():
+    names = (*names_of((5,)), "ndcg@5/buy", "mrr/buy", "auc", "auc/buy")
+    assert [title_of(name) for name in names] == [
+        "NDCG@5", "recall@5", "hit rate@5", "MRR", "NDCG@5 of buy", "MRR of buy", "", "",
+    ]  # fmt: skip
 
 
 def some_rows(rows=4_000, seed=0):

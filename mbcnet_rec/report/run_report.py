@@ -166,7 +166,8 @@ def result_blocks(lines: Lines) -> list[Block]:
         rows.append((figures.label(name), *map(_four_digits, values)))
     reason = why_no_auc(line)
     told = "" if line.get("gauc") is None else f" GAUC of the fused output {line['gauc']:.4f}."
-    ranks = [f"{title} {line[key]:.4f}" for key in line if (title := title_of(key)) and line[key] is not None]
+    titles = {key: title_of(key) for key in line if line[key] is not None and ("/" in key) != bool(fused)}
+    ranks = [f"{title} {line[key]:.4f}" for key, title in titles.items() if title]
     told += f" Inside groups: {', '.join(ranks)}." if ranks else ""
     told += f" AUC is not defined: {reason}." if reason else ""
     return [

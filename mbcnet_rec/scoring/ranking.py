@@ -44,9 +44,10 @@ def require_groups(schema: Schema, ks: Sequence[int]) -> None:
 
 
 def title_of(name: str) -> str:
-    """A metric for people, such as NDCG@5; empty if it is none of these."""
-    metric, at, k = name.partition("@")
-    return TITLES[metric] + at + k if metric in TITLES else ""
+    """A metric for people, such as NDCG@5, or NDCG@5 of buy for ndcg@5/buy; empty if it is none of these."""
+    own, _, task = name.partition("/")
+    metric, at, k = own.partition("@")
+    return TITLES[metric] + at + k + (f" of {task}" if task else "") if metric in TITLES else ""
 
 
 def ranking_metrics(
