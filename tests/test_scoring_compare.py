@@ -29,7 +29,14 @@ def other(runs, tmp_path_factory):
         text.replace('group_type = "integer"\n', "").replace("vocabulary/", f"{runs}/vocabulary/")
     )
     data = f"data.train=['{runs}/train.parquet','{runs}/test.parquet']"
-    settings = ("model.kind=dnn", f"schema={folder}/schema.toml", f"train.out={folder}/dnn", "train.max_steps=1", data)
+    settings = (
+        "model.kind=dnn",
+        f"schema={folder}/schema.toml",
+        f"train.out={folder}/dnn",
+        "train.max_steps=1",
+        data,
+        "train.ranking_k=[]",
+    )
     assert train(runs / "run_row_wise.toml", *settings, "data.valid=[]") == 0
     return folder / "dnn"
 

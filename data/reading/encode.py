@@ -95,7 +95,9 @@ class Encoder:
     def _nulls(self, readers: Sequence["_Reader"]) -> Counter[str]:
         found: Counter[str] = Counter()
         for feature in self.schema.features:
-            columns = (reader.columns.get(feature.source_column) for reader in readers)
+            if feature.is_cross:
+                continue
+            columns = (reader.columns[feature.source_column] for reader in readers)
             if count := sum(column.null_count for column in columns if isinstance(column, pa.Array)):
                 found[feature.name] = count
         return found
