@@ -38,6 +38,7 @@ from data.reading.fingerprint import mark_files
 from data.reading.storage import (
     LIST_ATTEMPTS,
     DataFile,
+    FileList,
     RemoteFile,
     file_system,
     is_uri,
@@ -236,7 +237,7 @@ class Plan(NamedTuple):
 
     job: Job
     chunks: list[Chunk]
-    files: Sequence[DataFile]
+    files: FileList
     note: Facts  # for REQUEST
     kept: list[str]  # columns that are passed through
 
@@ -426,9 +427,7 @@ def join_chunks(job: Job, chunks: Sequence[Chunk], files: Iterable[int]) -> None
         job.put(draft, target)
 
 
-def finish(
-    job: Job, chunks: Sequence[Chunk], left: Sequence[str], weights: str, files: Sequence[DataFile], scored: int
-) -> str:
+def finish(job: Job, chunks: Sequence[Chunk], left: Sequence[str], weights: str, files: FileList, scored: int) -> str:
     """Count the output's rows against the input's, and remove the chunks and what --overwrite leaves out. Returns what to tell the user."""
     wanted = sum(chunk.num_rows for chunk in chunks)
     written = sum(pq.read_metadata(job.out / name).num_rows for name in job.names)
