@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 import tomli_w
 from side_by_side import print_figures, timing_parser_of
 
+from data.engine import Engine
 from data.reading.config import StreamOptions
 from data.reading.files import resolve_files
 from data.schema import Schema, load_schema, schema_to_toml
@@ -235,7 +236,7 @@ def train_ours(data: Path, schema: Path, args: Any) -> Scores:
         for kind, config in configs.items()
         for seed in range(args.seeds)
     ]
-    for run, failure in train_all(runs, args.workers):
+    for run, failure in train_all(runs, Engine("local", args.workers)):
         if failure:
             raise SystemExit(f"{run.variant}, seed {run.seed}: {failure}; see {run.folder}.log")
         print(f"  ours: {run.variant}, seed {run.seed}: AUC {scores(run.folder)['auc']:.4f}", flush=True)

@@ -33,7 +33,7 @@ class Engine(NamedTuple):
     name: str = "local"  # one of ENGINES
     workers: int = 1  # processes of "local"; 1: this one
     address: str = "auto"  # of "ray": the cluster's
-    cpus: float = 1  # that a task takes, which "ray" sets aside, and "local" has as threads
+    cpus: float = 1  # that a task takes, of "local" as threads; 0: its share of this machine's, on "ray" one
     gpus: float = 0  # the same, of "ray"
 
     @property
@@ -78,7 +78,7 @@ def run_tasks(
         last: whether only torchrun's first rank goes on afterwards; the others then wait for no results but their own.
         is_done: whether a result is there.
         held: whether `run` keeps what it loads for the next task of its process: on Ray, tasks of actors then.
-        lost: is told the result of a task that has cost LOST_WORKERS workers, and which is given up then.
+        lost: writes the result of a task that has cost LOST_WORKERS workers, which is given up then.
 
     Raises:
         InputError: a task's, or workers were lost again and again and nobody wants to be told.
@@ -158,8 +158,9 @@ def _in_processes(engine: Engine, run: Run, left: Mapping[Path, Any], lost: Lost
     """Each worker is a pool of its own: where one is killed, the others' tasks go on."""
 
     def worker() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, get_context("spawn"), _begin, (max(1, int(engine.cpus)),))
+        return ProcessPoolExecutor(1, get_context("spawn"), _begin, (threads,))
 
+    threads = int(engine.cpus) or max(1, len(os.sched_getaffinity(0)) // engine.workers)
     waiting, losses = list(left)[::-1], Counter[Path]()
     idle = [worker() for _ in range(min(engine.workers, len(left)))]
     begun: dict[Future[object], tuple[Path, ProcessPoolExecutor]] = {}
@@ -177,10 +178,10 @@ def _in_processes(engine: Engine, run: Run, left: Mapping[Path, Any], lost: Lost
                     losses[path] += 1
                     if losses[path] < LOST_WORKERS:
                         waiting.append(path)
-                    else:
-                        _give_up(path, lost)
-                    continue
-                idle.append(pool)
+                        continue
+                    _give_up(path, lost)
+                else:
+                    idle.append(pool)
                 yield path
     finally:
         for pool in (*idle, *(pool for _, pool in begun.values())):
@@ -235,11 +236,11 @@ def _on_ray(engine: Engine, run: Run, left: Mapping[Path, Any], held: bool, lost
                 f"--engine ray --address {engine.address}: no cluster can be reached ({first_line(error)}); start one (`ray start --head`, or "
                 "`mbcnet launch ray-up`), or choose --engine local"
             ) from None
-    options = {"num_cpus": engine.cpus, "num_gpus": engine.gpus}
+    options = {"num_cpus": engine.cpus or 1, "num_gpus": engine.gpus}
     begun: dict[Any, Path] = {}
     try:
         if held:
-            has, takes = ray.cluster_resources(), {"CPU": engine.cpus, "GPU": engine.gpus}
+            has, takes = ray.cluster_resources(), {"CPU": engine.cpus or 1, "GPU": engine.gpus}
             slots = [int(has.get(name, 0) / share) for name, share in takes.items() if share]
             actor = ray.remote(**options, max_restarts=-1, max_task_retries=LOST_WORKERS - 1)(_Worker)
             actors = [actor.remote() for _ in range(max(1, min(len(left), *slots)))]
@@ -254,7 +255,6 @@ def _on_ray(engine: Engine, run: Run, left: Mapping[Path, Any], held: bool, lost
                 ray.get(ready)
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError):
                 _give_up(path, lost)
-                continue
             yield path
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None

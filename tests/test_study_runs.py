@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import write_small
 
+from data.engine import HERE, Engine
 from data.errors import InputError
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.exits import PreemptedError
@@ -114,7 +115,7 @@ def test_each_run_is_trained_once_and_done_ones_are_not(config, tmp_path):
     assert first.folder == same.folder != other.folder
     other.folder.mkdir(parents=True)
     (other.folder / "DONE").touch()
-    noted = train_all([first, same, other], 1, lambda config, watch: trained.append(config.train.seed) or "")
+    noted = train_all([first, same, other], HERE, lambda config, watch: trained.append(config.train.seed) or "")
     assert [failure for _, failure in noted] == [""] and trained == [0]
 
 
@@ -134,7 +135,7 @@ def test_a_stop_request_ends_the_study(config, tmp_path):
         raise PreemptedError("stopped at step 3")
 
     with pytest.raises(PreemptedError):
-        list(train_all([run_of(config, tmp_path, seed=seed) for seed in range(3)], 1, stop))
+        list(train_all([run_of(config, tmp_path, seed=seed) for seed in range(3)], HERE, stop))
 
 
 @pytest.mark.long
@@ -144,7 +145,7 @@ def test_several_processes_train_for_real_and_each_knows_its_threads(config, tmp
     before = os.environ.get("OMP_NUM_THREADS")
     pending = [run_of(quick, tmp_path, seed=seed) for seed in range(2)]
     broken = run_of(with_overrides(quick, ["data.train_where=['nonsense <']"], "x"), tmp_path, "c")
-    outcome = {(run.variant, run.seed): failure for run, failure in train_all([*pending, broken], workers=2)}
+    outcome = {(run.variant, run.seed): failure for run, failure in train_all([*pending, broken], Engine("local", 2))}
     assert outcome[("a", 0)] == outcome[("a", 1)] == "" and len(outcome[("c", 0)].splitlines()) == 1
     assert all(run.done for run in pending) and not broken.done
     assert os.environ.get("OMP_NUM_THREADS") == before

@@ -144,13 +144,14 @@ def test_trials_of_other_settings_or_data_are_not_continued(what, config, out, t
 
 
 def test_files_that_are_no_study_are_told_in_one_line(config, out):
-    out.mkdir()
-    (out / "dnn.db").write_text("something else" * 500)
-    with pytest.raises(InputError, match=r"dnn.db: is no study of Optuna's \(") as caught:
+    folder = out / "trials" / "dnn"
+    folder.mkdir(parents=True)
+    (folder / "journal.log").write_text("something else\n" * 500)
+    with pytest.raises(InputError, match=r"journal.log: is no study of Optuna's \(") as caught:
         tune_model(config, SEARCH, "dnn", out, Trained())
     assert "\n" not in str(caught.value)
-    (out / "dnn.db").unlink()
-    study = tuning.open_study(out / "dnn.db", "dnn")
+    (folder / "journal.log").unlink()
+    study = tuning.open_study(folder, "dnn")
     study.add_trial(optuna.trial.create_trial(value=0.9))
     with pytest.raises(InputError, match="its 1 trials had other settings or data"):
         tune_model(config, SEARCH, "dnn", out, Trained())
@@ -172,7 +173,7 @@ def test_enkd_is_not_continued_with_other_teachers_than_its_first_trials_had(con
 def test_poor_trials_are_pruned_and_not_taken_for_whole_runs(config, out):
     trained = Trained()
     tune_model(config, replace(SEARCH, trials=8), "dnn", out, trained)
-    study = optuna.load_study(study_name="dnn", storage=f"sqlite:///{out / 'dnn.db'}")
+    study = tuning.open_study(out / "trials" / "dnn", "dnn")
     pruned = study.get_trials(states=(TrialState.PRUNED,))
     assert pruned and len(study.trials) == 8
     best = study.best_trial.params["optim.dense_lr"]

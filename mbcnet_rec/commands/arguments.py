@@ -80,11 +80,11 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
 
 def engine_of(args: argparse.Namespace) -> Engine:
     """The engine that --engine and what goes with it name."""
-    share = {name: getattr(args, name, 0) for name in ("cpus", "gpus")}  # of a cluster, that a task takes
-    for name, value in {"workers": args.workers, **share}.items():
+    cpus, gpus = (getattr(args, name, None) for name in ("cpus", "gpus"))  # of a cluster, that a run or a file takes
+    for name, value in (("workers", args.workers), ("cpus", cpus or 0), ("gpus", gpus or 0)):
         if value < 0:
             raise InputError(f"--{name} {value:g}: wanted 0 (chosen) or more; remove the minus")
-    if any(share.values()) and args.engine != "ray":
+    if (cpus or gpus) and args.engine != "ray":
         raise InputError("--cpus and --gpus: what Ray sets aside for a task; add --engine ray, or leave them out")
-    cores = len(os.sched_getaffinity(0))
-    return Engine(args.engine or "local", args.workers or cores, args.address, share["cpus"] or 1, share["gpus"])
+    workers = args.workers or len(os.sched_getaffinity(0))
+    return Engine(args.engine or "local", workers, args.address, 1 if cpus is None else cpus, gpus or 0)

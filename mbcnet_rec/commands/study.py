@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from data.errors import InputError
+from mbcnet_rec.commands.arguments import engine_of
 from mbcnet_rec.study.studies import STUDIES
 
 
@@ -21,8 +22,9 @@ def study(args: argparse.Namespace) -> int:
         raise InputError(f"study {args.name!r}: wanted one of {', '.join(STUDIES)}; see `mbcnet study list`")
     if not args.config:
         raise InputError(f"study {args.name}: --config is missing; name a run's TOML file")
-    if args.seeds < 1 or args.workers < 0:
-        raise InputError(f"--seeds {args.seeds}, --workers {args.workers}: wanted 1 or more, and 0 or more")
+    engine = engine_of(args)._replace(workers=args.workers)
+    if args.seeds < 1:
+        raise InputError(f"--seeds {args.seeds}: wanted 1 or more; change it")
     from mbcnet_rec.config import load_config  # imports torch
 
     load_config(args.config, args.overrides)  # its mistakes show before torchrec is imported
@@ -30,7 +32,7 @@ def study(args: argparse.Namespace) -> int:
 
     request = StudyRequest(
         STUDIES[args.name], Path(args.config), tuple(args.overrides), args.seeds, tuple(args.models),
-        args.tuned, args.category, args.out, args.workers, args.command_line,
+        args.tuned, args.category, args.out, engine, args.command_line,
     )  # fmt: skip
     return conduct(request)
 
@@ -40,9 +42,10 @@ def tune(args: argparse.Namespace) -> int:
 
     Started again, it continues.
     """
+    engine = engine_of(args)._replace(workers=args.workers or 1)
     from mbcnet_rec.config import load_config  # imports torch
 
     config = load_config(args.config, args.overrides)  # its mistakes show before torchrec is imported
     from mbcnet_rec.study.tuning import load_search, tune_models
 
-    return tune_models(config, load_search(args.space, args.trials), args.models, args.out)
+    return tune_models(config, load_search(args.space, args.trials), args.models, args.out, engine=engine)

@@ -1,11 +1,13 @@
 """`mbcnet study NAME`: variants x seeds -> runs -> a page. Started again, it trains only the runs that are missing."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from data.engine import Engine
 from data.errors import InputError
 from data.whole_folder import write_whole
 from mbcnet_rec.config import RunConfig, config_text, load_config
@@ -37,7 +39,7 @@ class StudyRequest:
     tuned: Path | None = None
     category: str = ""  # the field of Figure 7; "": found by name
     out: Path = Path("studies")  # folder of the runs and the page
-    workers: int = 0  # processes; 0: chosen
+    engine: Engine = Engine(workers=0)  # who trains
     command_line: str = ""  # that asked for it
 
 
@@ -55,7 +57,8 @@ def variant_config(base: RunConfig, variant: Variant, tuned: Path | None, overri
 
 def conduct(request: StudyRequest) -> int:
     """Run what is missing, and write the report; InputError if the config, the study and the models do not fit together."""
-    refuse_ranks("study")
+    if request.engine.name != "torchrun":
+        refuse_ranks("study")
     base = load_config(request.config, request.overrides)
     study = with_models(
         request.study, request.models, {name: kind.title or name for name, kind in base.model.kinds.items()}
@@ -71,13 +74,15 @@ def conduct(request: StudyRequest) -> int:
         for seed in range(base.train.seed, base.train.seed + request.seeds)
         for variant, config in zip(variants, configs, strict=True)
     ]
-    with locked(request.out, "study"):
+    with locked(request.out, "study") if request.engine.is_first else nullcontext():
         return _train_and_report(request, base, runs, known)
 
 
 def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run], known: Known) -> int:
     study = request.study
-    failures = train_with_progress(runs, request.workers)
+    failures = train_with_progress(runs, request.engine)
+    if not request.engine.is_first:
+        return 0
     done, found = [], Results({}, {})
     for run in runs:
         if run.done and (metrics := scores(run.folder))["note"] != NO_NUMBERS:
@@ -112,13 +117,14 @@ def free_page(wanted: Path, mark: str) -> Path:
     return wanted.with_name(f"{wanted.stem}_{mark.split()[3][:8]}{wanted.suffix}")
 
 
-def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str]]:
+def train_with_progress(runs: Sequence[Run], engine: Engine) -> dict[str, list[str]]:
     """Train what is missing under a bar over runs; return variant -> why seeds of it failed."""
     failures: dict[str, list[str]] = {}
     todo = {run.folder for run in runs if not run.done}
-    with tqdm(total=len({run.folder for run in runs}), desc="runs", unit="run") as bar:
-        bar.update(bar.total - len(todo))
-        for run, failure in train_all(runs, workers, train_and_score):
+    count, shown = len({run.folder for run in runs}), engine.is_first
+    with tqdm(total=count, desc="runs", unit="run", disable=not shown) as bar:
+        bar.update(count - len(todo))
+        for run, failure in train_all(runs, engine, train_and_score):
             found = {} if failure else scores(run.folder)
             failure = failure or (NO_NUMBERS if found["note"] == NO_NUMBERS else "")
             if failure:
@@ -126,7 +132,8 @@ def train_with_progress(runs: Sequence[Run], workers: int) -> dict[str, list[str
                 words = f"failed: {failure}"
             else:
                 words = f"AUC {found['auc']:.4f}, log-loss {found['log_loss']:.4f}"
-            bar.write(f"{run.variant}, seed {run.seed}: {words}")
+            if shown:
+                bar.write(f"{run.variant}, seed {run.seed}: {words}")
             bar.update(1)
     return failures
 

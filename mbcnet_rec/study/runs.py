@@ -6,25 +6,24 @@ So a study that is started again, or another study that needs the same run, find
 
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from data.engine import LOST_WORKERS, Engine, follow, meet, run_tasks
 from data.errors import InputError
 from data.schema import load_schema
+from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import DONE
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.report.run_report import judged_line, read_metrics, write_run_report
 from mbcnet_rec.runtime.exits import CannotWriteError, PreemptedError
+from mbcnet_rec.runtime.ranks import alone
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.teachers import train_model
@@ -33,6 +32,7 @@ from mbcnet_rec.training.trainer import Watch
 KEY_DIGITS = 16
 PRUNED = "PRUNED"  # in the folder of a run that was ended early, and so is none that its config describes
 NO_NUMBERS = "some logits are not numbers"  # why a run that has ended has no scores
+LOST = f"{LOST_WORKERS} processes that trained it died, perhaps for lack of memory; start again, with fewer --workers if so"
 Train = Callable[[RunConfig, Watch | None], str]  # why it failed, or ""; see train_one
 
 
@@ -92,60 +92,51 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     return ""
 
 
-def train_all(runs: Sequence[Run], workers: int = 0, train: Train = train_one) -> Iterator[tuple[Run, str]]:
-    """Train what is not done yet, several at a time; yield each run when it ends, and why it failed or "". It raises as `train_one` does.
+class TrainTask(NamedTuple):
+    """One run for a worker."""
 
-    The same run wanted twice is trained once. A run that fails does not end the study: its row says so. With 0 workers there is one for
-    each core, or a single one where runs take a GPU.
+    config: RunConfig
+    train: Train
+    ended: Path  # file of why it failed, or of nothing
+
+
+def train_task(task: TrainTask) -> None:
+    """Train a run, and say how it ended."""
+    with alone():
+        failure = task.train(task.config, None)
+    write_whole(task.ended, failure)
+
+
+def train_all(runs: Sequence[Run], engine: Engine, train: Train = train_one) -> Iterator[tuple[Run, str]]:
+    """Train what is not done yet, each run a task of the engine; yield each when it ends, and why it failed or "". It raises as `train_one` does.
+
+    The same run wanted twice is trained once. A run that fails does not end the study: its row says so. 0 workers of the local engine are one
+    for each core, or a single one where runs take a GPU. Of torchrun's ranks only the first hears of the others' runs.
     """
-    pending = {run.folder: run for run in runs if not run.done}
-    if not pending:
+    wanted = {run.folder.with_suffix(".ended"): run for run in runs}
+    tasks = {path: TrainTask(run.config, train, path) for path, run in wanted.items()}
+    todo = {path for path, run in wanted.items() if not run.done}
+    if not tasks:
         return
-    on_gpu = torch.cuda.is_available() and any(run.config.train.device != "cpu" for run in runs)
-    cores = len(os.sched_getaffinity(0))
-    processes = min(workers or int(on_gpu) or cores, len(pending))
-    if processes == 1:  # here, where torch is imported already
-        for run in pending.values():
-            yield run, train(run.config, None)
-        return
-    with (
-        _child_threads(max(1, cores // processes)),
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool,
-    ):
-        waiting = {pool.submit(train, run.config, None): run for run in pending.values()}
-        try:
-            for future in as_completed(waiting):
-                try:
-                    failure = future.result()
-                except BrokenProcessPool:  # every run that had not ended says so, and the next start trains them
-                    failure = "a process of the pool died, perhaps for lack of memory; start again, with fewer --workers if so"
-                yield waiting[future], failure
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """In a worker: leave when the process that started it is gone, however it went."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _child_threads(threads: int) -> Iterator[None]:
-    """Children started inside read OMP_NUM_THREADS before they import anything."""
-    before = dict(os.environ)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if engine.name == "local":
+        on_gpu = torch.cuda.is_available() and any(run.config.train.device != "cpu" for run in runs)
+        workers = engine.workers or int(on_gpu) or len(os.sched_getaffinity(0))
+        engine = engine._replace(workers=max(1, min(workers, len(todo))), cpus=0)
+    folder = next(iter(tasks)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in tasks if engine.is_first else ():
+        path.unlink(missing_ok=True)  # of an earlier start
+        if path not in todo:
+            write_whole(path, "")
+    follow(engine, folder)
     try:
-        yield
+        for path in run_tasks(engine, train_task, tasks, last=True, lost=lambda path: write_whole(path, LOST)):
+            if path in todo:
+                yield wanted[path], path.read_text(encoding="utf-8")
+        meet(engine, folder)
     finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        os.environ.update(before)
+        for path in tasks if engine.is_first else ():
+            path.unlink(missing_ok=True)
 
 
 def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str, Any]:

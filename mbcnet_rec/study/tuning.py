@@ -10,22 +10,27 @@
         { branch_dim = 64, "deep.hidden" = [128, 64] },
     ] }
 
-A key `model.KIND` or below is drawn only for models of that kind. A study is kept in SQLite (OUT/KIND.db) with what its trials depend on:
-a later start with the same space, config, schema and data continues where it stood. The winner, by validation AUC, is written as a whole
-config (OUT/KIND.toml).
+A key `model.KIND` or below is drawn only for models of that kind. A trial's values are drawn by its number's own seed, and each is a task of
+an engine: its workers share one study, Optuna's journal (OUT/trials/KIND/journal.log), which has what the trials depend on, too. A later
+start with the same space, config, schema and data continues where it stood. The winner, by validation AUC, is written as a whole config
+(OUT/KIND.toml).
 """
 
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
+from data.engine import HERE, Engine, follow, meet, run_tasks
 from data.errors import InputError, first_line
 from data.schema.bounds import Bounded, bounded
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown_key
@@ -36,14 +41,15 @@ from mbcnet_rec.logs.metrics_log import METRICS
 from mbcnet_rec.model.models import fit_widths
 from mbcnet_rec.runtime.exits import no_room
 from mbcnet_rec.runtime.lock import locked
-from mbcnet_rec.runtime.ranks import refuse_ranks
+from mbcnet_rec.runtime.ranks import alone, refuse_ranks
 from mbcnet_rec.study.dependencies import Known, dependencies, differences
-from mbcnet_rec.study.runs import NO_NUMBERS, PRUNED, Run, Train, place_run, scores, train_one
+from mbcnet_rec.study.runs import LOST, NO_NUMBERS, PRUNED, Run, Train, place_run, scores, train_one
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 DEPENDS = "depends_on"  # user attribute of a study
-AGAIN = "another_try_of"  # user attribute of a trial: the number of the one that was interrupted
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+# user attributes of a trial: which of the search's it is, and what came of it; of one that was interrupted there are several
+NUMBER, OUTCOME = "number", "outcome"
+JOURNAL = "journal.log"
 
 
 @dataclass(frozen=True)
@@ -133,60 +139,76 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], source: str) -> 
     return config_of(table, source)
 
 
+class TrialTask(NamedTuple):
+    """One trial for a worker."""
+
+    result: Path  # file of what came of it in words, beside the journal
+    number: int
+    base: RunConfig
+    search: Search
+    out: Path
+    train: Train
+    known: Known
+
+
 def tune_model(
-    config: RunConfig, search: Search, kind: str, out: Path, train: Train = train_one
-) -> tuple[Path, FrozenTrial]:
+    config: RunConfig, search: Search, kind: str, out: Path, train: Train = train_one, engine: Engine = HERE
+) -> tuple[Path, FrozenTrial] | None:
     """Run the trials of one model that are still missing, all with the config's seed; return the winner's config file, and its trial.
 
-    The study file, the trials' runs and the winner lie in `out`. InputError if earlier trials were of another space, config, schema or
-    data, or none came to an end.
+    The study, the trials' runs and the winner lie in `out`. None on torchrun's other ranks. InputError if earlier trials were of another
+    space, config, schema or data, or none came to an end.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    known: Known = {}
-    file = out / f"{kind}.db"
-    study = open_study(file, kind)
-    base = base_config(config, kind, out)
+    folder, known = out / "trials" / kind, {}
+    if engine.is_first:
+        open_study(folder, kind)
+    follow(engine, folder)
+    study, base = open_study(folder, kind), base_config(config, kind, out)
     space = {key: str(each) for key, each in search.space_of(kind).items()}
     facts = {"space": space, "sampler": search.sampler, **dependencies(base, known)}
     if not study.trials:
         study.set_user_attr(DEPENDS, json.dumps(facts))
     elif words := differences(json.loads(study.user_attrs.get(DEPENDS, "{}")), facts):
         raise InputError(
-            f"{file}: its {len(study.trials)} trials had other settings or data ({words}); change that back to continue, or choose another --out"
+            f"{folder}: its {len(study.trials)} trials had other settings or data ({words}); change that back to continue, or choose another --out"
         )
-    # Trials of a start that was killed get another try with the values that they had drawn; the two count once.
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
-    ended = len(study.get_trials(states=FINISHED)) - sum(AGAIN in trial.user_attrs for trial in study.trials)
-    with tqdm(total=search.trials, initial=ended, desc=f"tune {kind}", unit="trial") as bar:
-        for number in range(ended, search.trials):
-            study.sampler = SAMPLERS[search.sampler](seed=config.train.seed + number)
-            outcome = run_trial(study, base, search, out, train, known)
-            bar.write(f"{kind}: trial {number + 1} of {search.trials}: {outcome}")
+    paths = [folder / f"{number}.txt" for number in range(search.trials)]
+    tasks = {path: TrialTask(path, number, base, search, out, train, known) for number, path in enumerate(paths)}
+    before = {path for path in paths if path.exists()}
+    with tqdm(total=search.trials, desc=f"tune {kind}", unit="trial", disable=not engine.is_first) as bar:
+        for path in run_tasks(engine, run_trial, tasks, last=True, lost=lambda path: give_up(tasks[path])):
+            if engine.is_first and path not in before:
+                told = path.read_text(encoding="utf-8")
+                bar.write(f"{kind}: trial {tasks[path].number + 1} of {search.trials}: {told}")
             bar.update(1)
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
-        raise InputError(f"{file}: none of the {search.trials} trials of {kind} came to an end; see {out}/runs/*.log")
-    winner = study.best_trial
+    meet(engine, folder)
+    if not engine.is_first:
+        return None
+    ended = study.get_trials(states=(TrialState.COMPLETE,))
+    if not ended:
+        raise InputError(f"{folder}: none of the {search.trials} trials of {kind} came to an end; see {out}/runs/*.log")
+    winner = max(ended, key=lambda trial: (trial.value, -trial.user_attrs[NUMBER]))
     path = out / f"{kind}.toml"
     best = with_overrides(base, winner.user_attrs["overrides"], str(path))
     write_whole(path, config_text(best))
     return path, winner
 
 
-def open_study(file: Path, kind: str) -> optuna.Study:
+def open_study(folder: Path, kind: str) -> optuna.Study:
     """Open or begin the study of a kind of model; InputError if the file is damaged, or of another version of Optuna."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    file = folder / JOURNAL
     was_there = file.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         return optuna.create_study(
             study_name=kind,
-            storage=f"sqlite:///{file}",
+            storage=JournalStorage(JournalFileBackend(str(file))),
             direction="maximize",
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
         )
-    except Exception as error:  # of Optuna, and of the database below it
+    except Exception as error:  # of Optuna, and of the file below it
         if not was_there:
             file.unlink(missing_ok=True)
         if no_room(error):
@@ -208,24 +230,53 @@ def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
     return replace(config, model=model)
 
 
-def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, train: Train, known: Known) -> str:
-    """Draw, train and score one trial; return what came of it in words.
+def run_trial(task: TrialTask) -> None:
+    """Draw, train and score one trial, and write what came of it in words.
 
-    A trial whose validation AUC lies below the median of the earlier ones at the same evaluation is pruned.
+    A trial whose validation AUC lies below the median of those that have ended at the same evaluation is pruned. One that was interrupted
+    is tried again; the two count once.
     """
+    study = open_study(task.result.parent, task.base.model.kind)
+    earlier = tries_of(study, task.number)
+    if earlier and earlier[-1].state.is_finished() and OUTCOME in earlier[-1].user_attrs:
+        write_whole(task.result, earlier[-1].user_attrs[OUTCOME])  # it was killed in between
+        return
+    for each in earlier:
+        if not each.state.is_finished():
+            study.tell(each.number, state=TrialState.FAIL)
+    study.sampler = SAMPLERS[task.search.sampler](seed=task.base.train.seed + task.number)
     trial = study.ask()
-    overrides = draw_overrides(trial, search, base.model.kind)
+    trial.set_user_attr(NUMBER, task.number)
+    overrides = draw_overrides(trial, task.search, task.base.model.kind)
     trial.set_user_attr("overrides", overrides)
+    words, auc, state = _outcome(trial, overrides, task)
+    told = f"{words}: {', '.join(overrides)}"
+    trial.set_user_attr(OUTCOME, told)
+    study.tell(trial, auc, state)
+    write_whole(task.result, told)
 
-    def ended(words: str, auc: float | None = None, state: TrialState | None = None) -> str:
-        study.tell(trial, auc, state)
-        return f"{words}: {', '.join(overrides)}"
 
+def tries_of(study: optuna.Study, number: int) -> list[FrozenTrial]:
+    """A trial of the search as Optuna has it, one for each time that it was begun."""
+    return [each for each in study.get_trials(deepcopy=False) if each.user_attrs.get(NUMBER) == number]
+
+
+def give_up(task: TrialTask) -> None:
+    """Mark a trial whose worker was lost again and again as failed."""
+    study = open_study(task.result.parent, task.base.model.kind)
+    for each in tries_of(study, task.number):
+        if not each.state.is_finished():
+            study.tell(each.number, state=TrialState.FAIL)
+    write_whole(task.result, f"failed ({LOST})")
+
+
+def _outcome(trial: Trial, overrides: list[str], task: TrialTask) -> tuple[str, float | None, TrialState | None]:
     try:
-        config = place_run(with_overrides(base, overrides, "the space"), base.train.seed, out, known)
+        config = with_overrides(task.base, overrides, "the space")
+        config = place_run(config, task.base.train.seed, task.out, task.known)
     except InputError as error:
-        return ended(f"no valid config ({error})", state=TrialState.FAIL)
-    run, pruned = Run(base.model.kind, config.train.seed, config), False
+        return f"no valid config ({error})", None, TrialState.FAIL
+    run, pruned = Run(task.base.model.kind, config.train.seed, config), False
 
     def watch(step: int, auc: float) -> bool:
         nonlocal pruned
@@ -235,33 +286,41 @@ def run_trial(study: optuna.Study, base: RunConfig, search: Search, out: Path, t
             (run.folder / PRUNED).touch()
         return pruned
 
-    failure = "" if run.done else train(config, watch)
+    with alone():
+        failure = "" if run.done else task.train(config, watch)
     if failure:
-        return ended(f"failed ({failure})", state=TrialState.FAIL)
+        return f"failed ({failure})", None, TrialState.FAIL
     if pruned:
         (run.folder / DONE).unlink()
-        return ended("pruned", state=TrialState.PRUNED)
+        return "pruned", None, TrialState.PRUNED
     found = scores(run.folder, ("valid",))
     if found["note"] == NO_NUMBERS:
-        return ended(f"failed ({NO_NUMBERS})", state=TrialState.FAIL)
+        return f"failed ({NO_NUMBERS})", None, TrialState.FAIL
     if found["note"]:
         raise InputError(f"{run.folder}/{METRICS}: {found['note']}")
-    return ended(f"valid AUC {found['auc']:.4f}", found["auc"])
+    return f"valid AUC {found['auc']:.4f}", found["auc"], None
 
 
-def tune_models(config: RunConfig, search: Search, models: Sequence[str], out: Path, train: Train = train_one) -> int:
+def tune_models(
+    config: RunConfig, search: Search, models: Sequence[str], out: Path, train: Train = train_one, engine: Engine = HERE
+) -> int:
     """Tune each model with the same number of trials; say what won and where it is. InputError if a kind or a key is unknown."""
-    refuse_ranks("tune")
+    if engine.name != "torchrun":
+        refuse_ranks("tune")
     kinds = models or (config.model.kind,)
     for kind in kinds:  # a mistake shows before the first model has trained for an hour
         check_keys(search, with_overrides(config, [f"model.kind={kind}"], f"--models {kind}"), kind)
     lines = []
-    with locked(out, "tune"):
+    with locked(out, "tune") if engine.is_first else nullcontext():
         for kind in kinds:
-            path, winner = tune_model(config, search, kind, out, train)
-            trials = max(search.trials, winner.number + 1)
-            lines.append(f"{kind}: valid AUC {winner.value:.4f} by trial {winner.number + 1} of {trials}: {path}")
-    print("\n".join(lines))
-    print(f"next: mbcnet train --config {path}")
-    print(f"      mbcnet study table3 --config {path} --tuned {out} --models {' '.join(kinds)} --seeds 5")
+            won = tune_model(config, search, kind, out, train, engine)
+            if won is not None:
+                path, winner = won
+                number = winner.user_attrs[NUMBER] + 1
+                trials = max(search.trials, number)
+                lines.append(f"{kind}: valid AUC {winner.value:.4f} by trial {number} of {trials}: {path}")
+    if lines:
+        print("\n".join(lines))
+        print(f"next: mbcnet train --config {path}")
+        print(f"      mbcnet study table3 --config {path} --tuned {out} --models {' '.join(kinds)} --seeds 5")
     return 0
