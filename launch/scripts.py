@@ -1,6 +1,6 @@
-"""A job for those without torchx: a torchrun line, an sbatch script, a Kubernetes Job. Pure text, of templates/.
+"""A job for those without torchx: a torchrun line, an sbatch script, a Kubernetes Job; and one over a Ray cluster of its own. Pure text, of templates/.
 
-All three run the same command with the same arguments; the container and the cluster need nothing but this package.
+All run the same command with the same arguments; the container and the cluster need nothing but this package, and Ray where it is asked for.
 """
 
 import json
@@ -45,12 +45,27 @@ def kubernetes_yaml(job: Job) -> str:
     if job.command == "train" and "--resume" not in args:
         args = (*args, "--resume")  # a pod cannot tell that it is not the first
     endpoint = f"{name}-0.{name}:{job.port}" if job.shape.hosts > 1 else "localhost:0"
+    return _manifest("kubernetes.yaml", job, words=[*rendezvous(job, name, endpoint), "-m", launch.job.WORKER, *args])
+
+
+def ray_script(job: Job) -> str:
+    """An sbatch script that starts Ray on its hosts, runs the command on the first, and ends Ray."""
+    return _rendered("ray.sh", job, words=shlex.join(["mbcnet", *job.worker_args]))
+
+
+def ray_job(job: Job) -> str:
+    """A RayJob of the KubeRay operator, for `kubectl apply -f -`."""
+    # KubeRay puts it into a shell line of its own
+    words = shlex.join(["sh", "-c", f"cd /storage && exec {shlex.join(['mbcnet', *job.worker_args])}"])
+    return _manifest("rayjob.yaml", job, words=words)
+
+
+def _manifest(file: str, job: Job, **values: object) -> str:
     resources = {"cpu": str(job.cpu), "memory": f"{job.memory_mb}Mi"}
     if job.gpu:
         resources["nvidia.com/gpu"] = str(job.gpu)
-    words = [*rendezvous(job, name, endpoint), "-m", launch.job.WORKER, *args]
     env = [{"name": key, "value": value} for key, value in environment(job).items()]
-    text = _rendered("kubernetes.yaml", job, words=words, env=env, resources=resources)
+    text = _rendered(file, job, env=env, resources=resources, **values)
     # read and written again: plain YAML, and only what YAML can hold
     return yaml.safe_dump_all(yaml.safe_load_all(text), sort_keys=False)
 

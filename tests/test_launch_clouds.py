@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -113,6 +114,30 @@ def test_plain_kubernetes(shape):
     args = pod["containers"][0]["args"]
     endpoint = args[args.index("--rdzv-endpoint") + 1]
     assert endpoint == ("my-run-0.my-run:29500" if hosts > 1 else "localhost:0") and args[-1] == "--resume"
+
+
+@pytest.mark.parametrize("hosts", [1, 5])
+def test_a_ray_job_on_kubernetes(hosts):
+    """By hand what KubeRay's definition of a RayJob (ray.io/v1, of August 2026) requires and knows; the pods by Kubernetes' own API."""
+    size = {"shape": job.Shape(hosts, hosts, 1), "cpu": 96, "gpu": 8, "memory_mb": 800_000}
+    words = ("fit", "s.toml", "logs/ds=*", "-o", "fitted", "--engine", "ray")
+    made = yaml.safe_load(scripts.ray_job(job.Job("schema", words, name="My fit", **size)))
+    assert made["apiVersion"] == "ray.io/v1" and made["kind"] == "RayJob" and made["metadata"]["name"] == "my-fit"
+    spec = made["spec"]
+    assert set(spec) == {"entrypoint", "shutdownAfterJobFinishes", "backoffLimit", "rayClusterSpec"}
+    assert spec["shutdownAfterJobFinishes"] is True and spec["backoffLimit"] == 0
+    first, c, line = shlex.split(spec["entrypoint"])  # KubeRay puts it into a shell line of its own
+    assert (first, c) == ("sh", "-c") and shlex.split(line)[:4] == ["cd", "/storage", "&&", "exec"]
+    assert shlex.split(line)[4:] == ["mbcnet", "schema", *words]
+    cluster = spec["rayClusterSpec"]
+    assert set(cluster) == {"headGroupSpec", "workerGroupSpecs"} - ({"workerGroupSpecs"} if hosts == 1 else set())
+    workers = cluster.get("workerGroupSpecs", [])
+    assert [each["groupName"] for each in workers] == ["workers"] * (hosts > 1)
+    assert all(each[key] == hosts - 1 for each in workers for key in ("replicas", "minReplicas", "maxReplicas"))
+    for group in (cluster["headGroupSpec"], *workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        as_kubernetes_has_it("V1PodTemplateSpec", group["template"])
+        stops_and_goes_on({"restartPolicy": "Never", **group["template"]["spec"]})  # KubeRay sets the policy
 
 
 def test_the_scorer_on_kubernetes():

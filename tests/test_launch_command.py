@@ -108,6 +108,20 @@ def test_the_printed_forms_are_one_job(folder, capsys):
         assert "launch.worker" in text and "tiny.toml" in text and "PYTHONSAFEPATH" in text
 
 
+def test_a_command_over_ray_is_printed_as_one_job(folder, capsys):
+    given = ("--hosts", "3", "--cpu", "4", "--", "schema", "fit", "s.toml", "logs/ds=*", "-o", "fitted")
+    made = {}
+    for form in ("slurm", "k8s"):
+        assert cli.main(["launch", "ray-up", "--print", form, *given]) == 0
+        made[form] = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=made["slurm"], text=True, capture_output=True).stderr == ""
+    assert made["slurm"].splitlines()[-1] == "mbcnet schema fit s.toml 'logs/ds=*' -o fitted --engine ray"
+    assert "#SBATCH --nodes=3" in made["slurm"] and "replicas: 2" in made["k8s"]
+    for args, said in ((["--hosts", "0", "--print", "k8s"], "--hosts 0"), (["--print", "k8s", "--cpu", "-1"], "--cpu -1")):  # fmt: skip
+        assert cli.main(["launch", "ray-up", *args, "--", "data", "check", "x"]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_exit_codes_are_the_trainers():
     ours = (job.CANNOT_WRITE, job.PREEMPTED, job.NON_FINITE, job.LOST_RANK)
     assert ours == (exits.CANNOT_WRITE, exits.PREEMPTED, exits.NON_FINITE, exits.LOST_RANK)

@@ -4,6 +4,7 @@ Skips where slurm-wlm is not installed or the tests do not run as root.
 """
 
 import contextlib
+import importlib.util
 import os
 import shlex
 import shutil
@@ -218,3 +219,26 @@ def test_a_cancelled_job_of_two_nodes_leaves_its_last_step(cluster: Cluster):
     assert cluster.steps("runs/stopped")[-1] == step
     status = cluster.torchx("status", handle)
     assert "CANCELLED" in status and "train[1]" in status
+
+
+def test_a_printed_job_over_ray_counts_on_two_nodes(cluster: Cluster):
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    paths = ["rows/schema.toml", "rows/train.parquet"]
+    words = ["launch", "ray-up", "--print", "slurm", "--cpu", "1", "--memory-mb", "2000", "--"]
+    script = program("mbcnet", *words, "schema", "fit", *paths, "-o", "fitted", cwd=cluster.run)
+    assert script.returncode == 0, script.stderr
+    (cluster.run / "ray.sh").write_text(script.stdout)
+    sent = cluster.call("sbatch", "--parsable", "--partition=main", "ray.sh")
+    assert sent.returncode == 0, sent.stderr
+    job = sent.stdout.strip()
+    try:
+        cluster.finish(job, "COMPLETED")
+    finally:
+        said = (cluster.run / f"mbcnet-schema-{job}.out").read_text()
+    here = program("mbcnet", "schema", "fit", *paths, "-o", "here", cwd=cluster.run)
+    assert here.returncode == 0, here.stderr
+    found, wanted = (
+        {path.name: path.read_bytes() for path in (cluster.run / name).iterdir()} for name in ("fitted", "here")
+    )
+    assert found == wanted, said

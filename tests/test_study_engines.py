@@ -68,6 +68,7 @@ def test_two_workers_find_the_winner_that_one_process_finds(config, tmp_path):
     assert all(any(each.state == TrialState.PRUNED for each in trials) for trials in found)
 
 
+@pytest.mark.long
 def test_a_killed_worker_costs_its_trial_alone_which_is_tried_again(config, tmp_path):
     one = tune_model(config, SEARCH, "dnn", tmp_path / "one", trained)
     run = partial(killed, tmp_path / "marker", True)
@@ -79,6 +80,7 @@ def test_a_killed_worker_costs_its_trial_alone_which_is_tried_again(config, tmp_
     assert len(trials) == 9 and len(again) == 2 and again[0].params == again[1].params
 
 
+@pytest.mark.long
 def test_what_kills_each_worker_is_given_up_and_a_later_start_goes_on(config, tmp_path):
     run = partial(killed, tmp_path / "marker", False)
     _, winner = tune_model(config, Search(SEARCH.space, 4, "random"), "dnn", tmp_path / "out", run, TWO)
@@ -92,7 +94,8 @@ def test_what_kills_each_worker_is_given_up_and_a_later_start_goes_on(config, tm
     assert len(list((tmp_path / "out/trials/dnn").glob("*.txt"))) == 8
 
 
-def test_a_killed_worker_costs_a_study_its_run_alone(config, tmp_path, monkeypatch):
+@pytest.mark.long
+def test_a_killed_worker_costs_a_study_its_run_alone(config, tmp_path):
     runs = [Run("a", seed, place_run(config, seed, tmp_path / "out")) for seed in range(4)]
     run = partial(killed, tmp_path / "marker", False)
     failures = [failure for _, failure in train_all(runs, TWO, run)]
@@ -117,9 +120,7 @@ def home(tmp_path_factory) -> Path:
     """Data, and what one process makes of it."""
     folder = tmp_path_factory.mktemp("home")
     write_small(folder / "rows", 480, 96)
-    text = (folder / "rows/run.toml").read_text()
     (folder / "space.toml").write_text('sampler = "random"\n' + SPACE)
-    assert text
     script = "import sys, json; from mbcnet_rec.cli import main; [main(words) for words in json.loads(sys.argv[1])]"
     done = started(folder, script, json.dumps([[*words, "--workers", "1"] for words in commands(folder, "one")]))
     assert done.wait(400) == 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from data.errors import InputError
 from data.schema import load_schema
 from launch import scripts
-from launch.job import Job, JobError, parse_shape
+from launch.job import Job, JobError, Shape, parse_shape
 from sharding.plan.compare import check_plan
 from sharding.plan.placement import read_plan
 
@@ -17,15 +17,29 @@ if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig
 
 FORMATS = {"torchrun": scripts.torchrun_line, "slurm": scripts.sbatch_script, "k8s": scripts.kubernetes_yaml}
+RAY_FORMATS = {"slurm": scripts.ray_script, "k8s": scripts.ray_job}
 
 
-def launch(args: argparse.Namespace) -> int:
+def ray_up(args: argparse.Namespace) -> int:
+    """Print a job that starts Ray on its hosts and runs a command of `mbcnet` with --engine ray there: -- schema fit SCHEMA FILES -o FOLDER."""
+    words = args.words if "--engine" in args.words else [*args.words, "--engine", "ray"]
+    try:
+        job = _job(args, words[0], words[1:], f"mbcnet-{words[0]}", parse_shape(f"{args.hosts}x1"))
+    except JobError:
+        raise InputError(f"--hosts {args.hosts}: wanted 1 or more; change it") from None
+    print(RAY_FORMATS[args.format](job).rstrip("\n"))
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
     """Check that config, plan and job agree, then start the job through torchx, or print it for another launcher."""
+    if not args.config:
+        raise InputError("mbcnet launch: --config is missing; name the run's TOML file")
     from mbcnet_rec.config import load_config  # imports torch
 
     config = load_config(args.config, args.overrides)
     try:
-        job = _job(args, config)
+        job = _job(args, "train", _train_words(args), config.name, parse_shape(args.j))
         _check_plan(config, job)
         if args.format:
             print(FORMATS[args.format](job).rstrip("\n"))
@@ -49,7 +63,14 @@ def launch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _job(args: argparse.Namespace, config: "RunConfig") -> Job:
+def _train_words(args: argparse.Namespace) -> list[str]:
+    flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
+    flags += ["--continue", args.continues, "--data", *args.data] if args.continues else []
+    flags += [f"--{name}" for name in ("again", "progressive") if getattr(args, name)]
+    return ["--config", args.config, *(f"--set={each}" for each in args.overrides), *flags]
+
+
+def _job(args: argparse.Namespace, command: str, words: list[str], name: str, shape: Shape) -> Job:
     for key in ("gpu", "retries", "cpu", "memory_mb"):
         if (value := getattr(args, key)) < 0:
             raise InputError(f"--{key.replace('_', '-')} {value}: wanted 0 or more; remove the minus")
@@ -60,15 +81,11 @@ def _job(args: argparse.Namespace, config: "RunConfig") -> Job:
             raise InputError(f"--env {pair}: wanted KEY=VALUE; write it so")
         if given.setdefault(key, pair) != pair:
             raise InputError(f"--env {pair}: --env {given[key]} is given before it; leave one out")
-    flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
-    flags += ["--continue", args.continues, "--data", *args.data] if args.continues else []
-    flags += [f"--{name}" for name in ("again", "progressive") if getattr(args, name)]
-    words = ["--config", args.config, *(f"--set={each}" for each in args.overrides), *flags]
     return Job(
-        command="train",
+        command=command,
         args=tuple(words),
-        shape=parse_shape(args.j),
-        name=args.name or config.name,
+        shape=shape,
+        name=args.name or name,
         image=args.image,
         cpu=args.cpu or 12 * args.gpu or 2,
         gpu=args.gpu,

@@ -57,7 +57,7 @@ def variant_config(base: RunConfig, variant: Variant, tuned: Path | None, overri
 
 def conduct(request: StudyRequest) -> int:
     """Run what is missing, and write the report; InputError if the config, the study and the models do not fit together."""
-    if request.engine.name != "torchrun":
+    if request.engine.name == "local":
         refuse_ranks("study")
     base = load_config(request.config, request.overrides)
     study = with_models(

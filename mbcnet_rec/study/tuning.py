@@ -305,7 +305,7 @@ def tune_models(
     config: RunConfig, search: Search, models: Sequence[str], out: Path, train: Train = train_one, engine: Engine = HERE
 ) -> int:
     """Tune each model with the same number of trials; say what won and where it is. InputError if a kind or a key is unknown."""
-    if engine.name != "torchrun":
+    if engine.name == "local":
         refuse_ranks("tune")
     kinds = models or (config.model.kind,)
     for kind in kinds:  # a mistake shows before the first model has trained for an hour
