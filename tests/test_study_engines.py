@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
-from serving_data import artifact_of
 from small_data import CONFIG, SCHEMA, write_small
 
 from data import engine as engines
@@ -156,11 +155,9 @@ def test_two_ranks_of_torchrun_find_what_one_process_finds(home):
 
 
 @pytest.mark.long
-def test_ray_with_two_workers_finds_what_one_process_finds_and_scores_the_same_bytes(home, runs):
+def test_ray_with_two_workers_finds_what_one_process_finds_and_scores_the_same_bytes(home):
     if importlib.util.find_spec("ray") is None:  # which changes the process that imports it
         pytest.skip("Ray is not installed")
-    data, artifact = str(runs / "test.parquet"), str(artifact_of(runs))
-    predict = [["predict", each, "--data", data, "--engine"] for each in (artifact, str(runs / "row_wise"))]
     script = """
 import json, sys
 import ray
@@ -170,8 +167,13 @@ codes = [main(words) for words in json.loads(sys.argv[1])]
 ray.shutdown()
 sys.exit(sum(codes))
 """
-    lines = [[*each, "--engine", "ray"] for each in commands(home, "ray")]
-    lines += [[*each, engine, "--out", f"{engine}_{number}"] for number, each in enumerate(predict) for engine in ("local", "ray")]  # fmt: skip
+    run = str(next((home / "one/studies/runs").glob("*/DONE")).parent)
+    lines = [["export", run, "--out", "artifact", "--no-aot"]]
+    lines += [[*each, "--engine", "ray"] for each in commands(home, "ray")]
+    for number, scored in enumerate(("artifact", run)):
+        words = ["predict", scored, "--data", "rows/test.parquet", "rows/valid.parquet"]
+        one = ["--engine", "local", "--workers", "1", "--out", f"local_{number}"]
+        lines += [[*words, *one], [*words, "--engine", "ray", "--out", f"ray_{number}"]]
     done = started(home, script, json.dumps(lines))
     try:
         assert done.wait(500) == 0
@@ -179,8 +181,9 @@ sys.exit(sum(codes))
         done.kill()
     assert outcome(home, "ray") == outcome(home, "one")
     for number in range(2):
-        ours, theirs = (home / f"{engine}_{number}" / "test.parquet" for engine in ("local", "ray"))
-        assert ours.read_bytes() == theirs.read_bytes()
+        for split in ("test", "valid"):
+            ours, theirs = (home / f"{engine}_{number}" / f"{split}.parquet" for engine in ("local", "ray"))
+            assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_without_ray_its_engine_says_how_to_install_it(config, tmp_path, monkeypatch):
