@@ -102,7 +102,7 @@ def run_tasks(
 def follow(engine: Engine, folder: Path) -> None:
     """Let torchrun's other ranks wait until the first has come here."""
     if engine.name == "torchrun":
-        begun = folder / f"begun-{_start()}"
+        begun = _mark(folder, 0)
         if engine.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             begun.touch()
@@ -116,15 +116,19 @@ def meet(engine: Engine, folder: Path) -> None:
         return
     rank, size = rank_and_size()
     if rank:
-        (folder / f"left-{_start()}-{rank}").touch()
-    while not rank and not all((folder / f"left-{_start()}-{other}").exists() for other in range(1, size)):
+        _mark(folder, rank).touch()
+        return
+    others = [_mark(folder, other) for other in range(1, size)]
+    while not all(each.exists() for each in others):
         time.sleep(LOOK_SECONDS)
+    for each in (_mark(folder, 0), *others):
+        each.unlink(missing_ok=True)
 
 
-def _start() -> str:
-    """Names this start of a torchrun job: an earlier one may have left marks of its own."""
+def _mark(folder: Path, rank: int) -> Path:
+    """What a rank leaves when it has come so far, in this start of a torchrun job: an earlier one may have left marks of its own."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
-    return "-".join(os.environ.get(name, "") for name in names)
+    return folder / f"rank-{'-'.join(os.environ.get(name, '') for name in names)}-{rank}"
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def started(folder: Path, script: str, *words: str, **env: str) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(folder)} | env
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(folder), "RAY_worker_niceness": "0"} | env
     return subprocess.Popen([sys.executable, "-c", script, *words], cwd=folder, env=env)
 
 
