@@ -2,7 +2,7 @@
 
     python benchmarks/tasks.py [--rows 60000] [--seeds 3] [--quick] [--json]
 
-A planted log of 400 users and 300 items: one row in ten is clicked, and one click in eight leads to a purchase; both follow from tastes that they share in
+A planted log of 400 users and 300 items: one row in ten is clicked, and one click in four leads to a purchase; both follow from tastes that they share in
 part. `dnn` and `mbcnet, buy alone` learn the purchase as their only label; the rest learn click and purchase. ESMM's purchase is its product.
 Beside them: the AUC of the probabilities that the labels are drawn from, and a step's milliseconds on this machine with one thread.
 Prediction: each model of two labels is above the one of the same network that learns the purchase alone.
