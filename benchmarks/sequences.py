@@ -32,13 +32,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="0 to N - 1")
     parser.add_argument("--poolings", default="none,mean,target_attention,transformer")
     args = parser.parse_args()
+    poolings = ["mean", "target_attention"] if args.quick else args.poolings.split(",")
     config, result = str(ROOT / "mbcnet_rec/configs/movielens_history.toml"), {}
     print(f"{'pooling':<20}{'AUC':>20}{'log-loss':>20}{'GAUC':>20}")
     with tempfile.TemporaryDirectory() as temporary:
         folder, prepared = Path(temporary), Path(temporary) / "prepared/movielens_history"
         mbcnet("data", "prepare", "movielens_history", "--src", str(args.src), "--out", str(prepared))
         text = (prepared / "schema.toml").read_text()
-        for pooling in args.poolings.split(","):
+        for pooling in poolings:
             schema = prepared / f"{pooling}.toml"
             schema.write_text(schema_with(text, pooling))
             runs = []
