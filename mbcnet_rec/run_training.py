@@ -4,7 +4,6 @@ RUN/config.toml  schema.toml  vocabulary/  data.json  plan.json  metrics.jsonl  
 """
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -32,6 +31,7 @@ from mbcnet_rec.logs.mlflow import open_sink, require_client
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.model.models import schema_with_wide
 from mbcnet_rec.progressive import score_day
+from mbcnet_rec.report.page import shown, to_text
 from mbcnet_rec.resume import (
     agreed_schema,
     earlier_facts,
@@ -55,8 +55,8 @@ from mbcnet_rec.table_use import collisions, tell_collisions, tell_growth
 from mbcnet_rec.training.cuda_graph import replay_dense_arch
 from mbcnet_rec.training.evaluation import EvaluationStoppedError
 from mbcnet_rec.training.hooks import Hooks
-from mbcnet_rec.training.state import TrainState
-from mbcnet_rec.training.trainer import RunContext, Trainer, Watch
+from mbcnet_rec.training.state import RunContext, TrainState, Watch
+from mbcnet_rec.training.trainer import Trainer
 
 Teach = Callable[[Process, ParquetStream], ParquetStream]
 Report = Callable[[Path], object]
@@ -333,7 +333,7 @@ def _score_day(config: RunConfig, trainer: Trainer, rows: ParquetStream, days: l
         records = trainer.context.open_records(trainer.state)
         records.add(trainer.state.step, PROGRESSIVE, found)
         records.close()
-        tell(f"{days[-1]['name']}, before it is trained: AUC {_shown(found['auc'])}, NE {_shown(found['ne'])}")
+        tell(f"{days[-1]['name']}, before it is trained: AUC {shown(found['auc'])}, NE {shown(found['ne'])}")
     for alarm in days[-1]["alarms"]:
         tell(f"ALARM: {days[-1]['name']}: {alarm}")
 
@@ -372,52 +372,26 @@ def warnings_of(config: RunConfig, device: str, has_bf16: bool) -> list[str]:
     return found
 
 
-def _shown(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"
-
-
 def closing_lines(
     config: RunConfig, schema: Schema, trainer: Trainer, metrics: dict[str, Any], has_report: bool
 ) -> str:
     """What a run ends with: test scores beside the best reachable if known, where everything is, and what to try next."""
-    state, folder = trainer.state, config.run_folder
-    lines = []
-    if metrics:
-        where = f"step {state.best_step}, the best on validation" if state.best_step >= 0 else "the last step"
-        outputs = {}
-        for name in output_names(trainer.built.tasks, trainer.built.branch_names):
-            own = f"/{name}" if name else ""
-            outputs[name or "fused"] = metrics[f"auc{own}"], metrics[f"log_loss{own}"]
-        best = known_best(schema, "test", metrics["rows"])
-        outputs |= {"best reachable": best} if best else {}
-        reason = why_no_auc(metrics)
-        lines = [
-            f"test: {metrics['rows']:,} rows, weights of {where}",
-            f"  {'output':<16}{'AUC':>8}{'log-loss':>10}",
-            *(f"  {name:<16}{_shown(auc):>8}{_shown(loss):>10}" for name, (auc, loss) in outputs.items()),
-            f"  not defined: {reason}"
-            if reason
-            else f"  normalised entropy {metrics['ne']:.4f} (1: no better than the label rate)",
-        ]
-        invalid = {key.removeprefix("invalid/"): n for key, n in metrics.items() if key.startswith("invalid/")}
-        told = ", ".join(f"{name} {count:,}" for name, count in invalid.items())
-        lines += (
-            [f"  values outside of what their fields take, read as on_invalid says, and rows cut to max_length: {told}"]
-            if told
-            else []
-        )
-    if state.stopped:
-        lines.append(
-            f"stopped early: {state.bad_evaluations} evaluations without a better validation {trainer.judge.title}"
-        )
-    first = f"open {folder}/report.html in a browser" if has_report else f"mbcnet report {folder}"
-    lines += [
-        f"run folder: {folder} ({'report.html, ' if has_report else ''}config.toml, plan.json, metrics.jsonl, tb/, checkpoints/)",
-        f"next: {first}",
-        f"      mbcnet evaluate {folder}",
-        f"      tensorboard --logdir {folder}/tb",
-    ]
-    if trainer.built.branch_names:
-        kind = "shared_bottom" if trainer.built.tasks else "dnn"
-        lines.append(f"      the same data without branches: add --set model.kind={kind} --set train.out=runs/{kind}")
-    return "\n".join(lines)
+    outputs: dict[str, tuple[float, float]] = {}
+    for name in output_names(trainer.built.tasks, trainer.built.branch_names) if metrics else ():
+        own = f"/{name}" if name else ""
+        outputs[name or "fused"] = metrics[f"auc{own}"], metrics[f"log_loss{own}"]
+    if metrics and (best := known_best(schema, "test", metrics["rows"])):
+        outputs["best reachable"] = best
+    invalid = {key.removeprefix("invalid/"): n for key, n in metrics.items() if key.startswith("invalid/")}
+    return to_text(
+        "closing.txt",
+        metrics=metrics,
+        outputs=outputs,
+        reason=why_no_auc(metrics) if metrics else "",
+        invalid=", ".join(f"{name} {count:,}" for name, count in invalid.items()),
+        state=trainer.state,
+        judged_by=trainer.judge.title,
+        folder=config.run_folder,
+        has_report=has_report,
+        plain="" if not trainer.built.branch_names else "shared_bottom" if trainer.built.tasks else "dnn",
+    )

@@ -52,7 +52,8 @@ from mbcnet_rec.scoring.scorer import Scorer
 from mbcnet_rec.teachers import TaughtStream
 from mbcnet_rec.training.cuda_graph import replay_dense_arch
 from mbcnet_rec.training.pipeline import CheckedStep
-from mbcnet_rec.training.trainer import RunContext, Trainer
+from mbcnet_rec.training.state import RunContext
+from mbcnet_rec.training.trainer import Trainer
 from sharding.bridge.allocated import with_lookups
 from sharding.plan.placement import shards_of
 

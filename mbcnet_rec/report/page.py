@@ -1,6 +1,7 @@
 """Pages of text, tables and pictures, each a self-contained HTML file."""
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,12 +66,26 @@ def text_table(table: Table) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
-    """Write a page that needs no other file."""
+def _rendered(template: str, **values: object) -> str:
     templates = Environment(
-        loader=PackageLoader("mbcnet_rec.report"), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("mbcnet_rec.report"), autoescape=template.endswith(".html"), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    page = templates.get_template("page.html")
+    templates.filters |= {"shown": shown, "mb": lambda size: f"{size / 1e6:.1f}"}
+    return templates.get_template(template).render(values)
+
+
+def shown(value: float) -> str:
+    """A metric with four digits, a dash where it is not defined."""
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def to_text(template: str, **values: object) -> str:
+    """One of templates/ for the terminal, without its last line's end."""
+    return _rendered(template, **values).removesuffix("\n")
+
+
+def to_html(title: str, lead: str, blocks: Sequence[Block]) -> str:
+    """Write a page that needs no other file."""
     kinds = [(type(block).__name__, block) for block in blocks]
-    return page.render(title=title, lead=lead, blocks=kinds, longest_unbroken=LONGEST_UNBROKEN)
+    return _rendered("page.html", title=title, lead=lead, blocks=kinds, longest_unbroken=LONGEST_UNBROKEN)

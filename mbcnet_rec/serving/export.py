@@ -19,6 +19,7 @@ from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import is_uri
 from data.whole_folder import earlier_summary
 from mbcnet_rec.logs.metrics_log import finite_or_none
+from mbcnet_rec.report.page import to_text
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.chunks import labelled_rows
 from mbcnet_rec.scoring.metrics import evaluate_predictions
@@ -119,7 +120,7 @@ def run_export(
     except (InputError, ValueError) as error:  # the artifact is whole; its rows may lie on another machine
         report["not_compared"] = str(error)
     (target / CHECK).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(_lines(target, exported.spec, report)))
+    print(_told(target, exported.spec, report))
     return 0
 
 
@@ -238,30 +239,12 @@ def compare(served: serving.ServingModel, of_float: serving.ServingModel, weight
     return found | {"largest_probability_change": float(np.abs(p - q).max())}
 
 
-def _lines(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> list[str]:
-    branches = f", branches {' '.join(spec['branches'])}" if spec["branches"] else ""
-    lines = [
-        f"{out}: {spec['kind']}{branches}, rows {spec['rows']}, weights of step {spec['step']}",
-        f"  size           {report['bytes'] / 1e6:.1f} MB, of float rows {report['float_bytes'] / 1e6:.1f} MB "
-        f"(tables {report['table_bytes'] / 1e6:.1f} and {report['float_table_bytes'] / 1e6:.1f} MB)",
-    ]
-    if "compiled_change" in report:
-        change = report["compiled_change"]
-        lines.append(f"  compiled       {serving.COMPILED} for this kind of processor, largest change {change:.1e}")
-    if "not_compiled" in report:
-        lines.append(f"  not compiled   {report['not_compiled']}")
-    if "not_compared" in report:
-        lines.append(f"  not compared with the float model: {report['not_compared']}")
-    else:
-        lines.append(f"  {report['split']}, {report['rows']:,} rows of {report['taken']}, against the float model")
-        for task in ("", *(f"/{each}" for each in spec.get("tasks", ()))):
-            for key, words in ((f"auc{task}", "AUC"), (f"log_loss{task}", "log-loss")):
-                now, before = report[key], report[f"float_{key}"]
-                if now is not None and before is not None and bool(task) == ("tasks" in spec):
-                    lines.append(f"  {words + task:<14} {now:.6f}, float {before:.6f}, change {now - before:+.1e}")
-        if None not in (before := report.get("ne_before"), after := report.get("ne_after")):
-            lines.append(
-                f"  NE             {before:.6f} before calibration ({spec['calibration']['kind']}), {after:.6f} after"
-            )
-        lines.append(f"  probability    largest change {report['largest_probability_change']:.1e}")
-    return [*lines, f"next: python {out}/{LOADER} {out} ROWS.parquet   (needs torch, fbgemm-gpu and pyarrow only)"]
+def _told(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> str:
+    metrics = []
+    for task in (f"/{each}" for each in spec["tasks"]) if "tasks" in spec else ("",):
+        for key, words in ((f"auc{task}", f"AUC{task}"), (f"log_loss{task}", f"log-loss{task}")):
+            pair = report.get(key), report.get(f"float_{key}")
+            metrics += [(words, *pair)] if None not in pair else []
+    return to_text(
+        "export.txt", out=out, spec=spec, report=report, metrics=metrics, compiled=serving.COMPILED, loader=LOADER
+    )

@@ -23,7 +23,7 @@ from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all,
 from mbcnet_rec.study.studies import WORDS, Study, Variant, with_models
 from mbcnet_rec.study.summary import Results, headline, judge_all, score_table, summarise, verdict_table
 from mbcnet_rec.study.tuning import with_overrides
-from mbcnet_rec.training.trainer import Watch
+from mbcnet_rec.training.state import Watch
 
 
 @dataclass(frozen=True)

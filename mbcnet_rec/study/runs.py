@@ -27,7 +27,7 @@ from mbcnet_rec.runtime.ranks import alone
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
 from mbcnet_rec.teachers import train_model
-from mbcnet_rec.training.trainer import Watch
+from mbcnet_rec.training.state import Watch
 
 KEY_DIGITS = 16
 PRUNED = "PRUNED"  # in the folder of a run that was ended early, and so is none that its config describes

@@ -7,8 +7,9 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,14 @@ from data.reading.config import Order
 from data.schema.parse import parse_dataclass, parse_value
 from data.stream import Batch, ParquetStream
 from data.stream.order import Cursor
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
+from mbcnet_rec.logs.metrics_log import Records
 from mbcnet_rec.model.objective import Outputs
+from mbcnet_rec.runtime.exits import StopRequest
 from mbcnet_rec.runtime.process import Process, blamed_on
+from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.training.config import TrainConfig
+from mbcnet_rec.training.hooks import Hooks
 
 PLATEAU_FACTOR = 0.1
 # evaluations in a row without a better one, as in the BARS protocol, unless train.patience says otherwise
@@ -193,3 +199,22 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)
+
+
+# (step, what train.early_stop names, larger is better) of an evaluation -> stop now?
+Watch = Callable[[int, float], bool]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a trainer runs in."""
+
+    process: Process
+    folder: Path  # RUN
+    storage: CheckpointStorage
+    stop: StopRequest  # whether this process was asked to stop
+    watchdog: Watchdog  # is told of every step
+    open_records: Callable[[TrainState], Records]  # opens the run's log to continue from there; rank 0 calls it
+    watch: Watch | None = None  # is told of every evaluation; may end training there
+    hooks: Hooks = Hooks()  # where tests inject faults
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the run's start, for its checkpoints

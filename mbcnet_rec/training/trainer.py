@@ -2,9 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -15,15 +13,13 @@ from data.stream import ParquetStream
 from data.stream.order import Cursor
 from mbcnet_rec.checkpoints.compatibility import RowsAnew, describe_run, load_checked
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
-from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.checkpoints.zch_state import history_shards, restore_history, zch_counters, zch_unseen
 from mbcnet_rec.logs.metrics_log import Records
 from mbcnet_rec.logs.progress import Progress
 from mbcnet_rec.model.objective import LossArch
-from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError, StopRequest
-from mbcnet_rec.runtime.process import Process, agreed, any_rank, vote
-from mbcnet_rec.runtime.watchdog import Watchdog
+from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError
+from mbcnet_rec.runtime.process import agreed, any_rank, vote
 from mbcnet_rec.scoring.metrics import evaluate_predictions
 from mbcnet_rec.scoring.ranking import require_groups
 from mbcnet_rec.scoring.scorer import autocast_of, real_rows
@@ -40,32 +36,13 @@ from mbcnet_rec.training.evaluation import (
     latent_measures,
 )
 from mbcnet_rec.training.faults import dump_batch, loss_spike
-from mbcnet_rec.training.hooks import Hooks
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline
 from mbcnet_rec.training.plan_check import PlanWatch
 from mbcnet_rec.training.profile import StepProfile
-from mbcnet_rec.training.state import Feed, TrainState, Window, invalid_value_counts, seed_step
+from mbcnet_rec.training.state import Feed, RunContext, TrainState, Window, invalid_value_counts, seed_step
 from sharding.bridge.zch import collisions_of
 
 SECONDS_PER_MINUTE = 60.0
-Watch = Callable[
-    [int, float], bool
-]  # (step, what train.early_stop names, larger is better) of an evaluation -> stop now?
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What a trainer runs in."""
-
-    process: Process
-    folder: Path  # RUN
-    storage: CheckpointStorage
-    stop: StopRequest  # whether this process was asked to stop
-    watchdog: Watchdog  # is told of every step
-    open_records: Callable[[TrainState], Records]  # opens the run's log to continue from there; rank 0 calls it
-    watch: Watch | None = None  # is told of every evaluation; may end training there
-    hooks: Hooks = Hooks()  # where tests inject faults
-    facts: Mapping[str, Any] = field(default_factory=dict)  # of the run's start, for its checkpoints
 
 
 class Trainer:
@@ -318,14 +295,12 @@ class Trainer:
         dead = dead_outputs(after_first, [each or "fused" for each in output_names(self.built.tasks, names)])
         if new := sorted(set(dead) - self._told_dead):
             self._told_dead |= set(new)
+            more = (
+                "A lower model.mbcnet.differentiation.weight, model.mbcnet.top_activation = 'none' or " if names else ""
+            )
             self.bar.say(
-                f"step {state.step}: ALARM: {', '.join(new)} dead: latents of 0, or one logit for all rows; training continues. "
-                + (
-                    "A lower model.mbcnet.differentiation.weight, model.mbcnet.top_activation = 'none' or "
-                    if names
-                    else ""
-                )
-                + "a lower optim.dense_lr may help"
+                f"step {state.step}: ALARM: {', '.join(new)} dead: latents of 0, or one logit for all rows; training continues. {more}a "
+                "lower optim.dense_lr may help"
             )
         if self.records is not None:
             logits, labels = real_rows(window.outputs)[:2]
