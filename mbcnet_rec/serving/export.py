@@ -17,7 +17,7 @@ from data.errors import InputError
 from data.reading.conditions import select_files
 from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import is_uri
-from data.whole_folder import earlier_summary
+from data.whole_folder import earlier_summary, write_whole
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.report.page import to_text
 from mbcnet_rec.runtime.process import joined_process
@@ -43,17 +43,6 @@ from mbcnet_rec.serving.latency import draw_requests
 CHECK = "check.json"
 CHECK_BATCH, ROWS_TO_COMPARE = 4096, 64
 CHECK_ROWS = 1_000_000  # of the test split, scored by the artifact and by the float model
-
-# One JSON object a row; Triton's batcher joins the rows of requests that come within a moment
-TRITON = """\
-name: {name}
-backend: "python"
-max_batch_size: 4096
-input [ {{ name: "ROW", data_type: TYPE_STRING, dims: [ 1 ] }} ]
-output [ {{ name: "PROBABILITY", data_type: TYPE_FP32, dims: [ {tasks} ] }} ]
-instance_group [ {{ kind: KIND_CPU, count: 1 }} ]
-dynamic_batching {{ max_queue_delay_microseconds: 100 }}
-"""
 
 
 def run_export(
@@ -102,9 +91,8 @@ def run_export(
     if triton:
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), target / "model.py")
         model = target.absolute().parent
-        (model / "config.pbtxt").write_text(
-            TRITON.format(name=json.dumps(model.name), tasks=len(exported.spec.get("tasks", "1"))), encoding="utf-8"
-        )
+        facts = {"name": json.dumps(model.name), "tasks": len(exported.spec.get("tasks", "1"))}
+        write_whole(model / "config.pbtxt", to_text("triton.pbtxt", **facts) + "\n")
     served = serving.load(target)
     of_float = with_rows(take_apart(weights), weights, "fp32")
     of_float.spec["calibration"] = exported.spec.get("calibration")
