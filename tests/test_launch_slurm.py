@@ -232,13 +232,14 @@ def test_a_printed_job_over_ray_counts_on_two_nodes(cluster: Cluster):
     sent = cluster.call("sbatch", "--parsable", "--partition=main", "ray.sh")
     assert sent.returncode == 0, sent.stderr
     job = sent.stdout.strip()
+    said = cluster.run / f"mbcnet-schema-{job}.out"
     try:
-        cluster.finish(job, "COMPLETED")
+        wait_for(lambda: cluster.state(job) == "COMPLETED", lambda: said.read_text(), seconds=240)
     finally:
-        said = (cluster.run / f"mbcnet-schema-{job}.out").read_text()
+        cluster.call("scancel", job)
     here = program("mbcnet", "schema", "fit", *paths, "-o", "here", cwd=cluster.run)
     assert here.returncode == 0, here.stderr
     found, wanted = (
         {path.name: path.read_bytes() for path in (cluster.run / name).iterdir()} for name in ("fitted", "here")
     )
-    assert found == wanted, said
+    assert found == wanted, said.read_text()

@@ -16,6 +16,8 @@ export {{ key }}={{ value | quoted }}
 {% endfor %}
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_ADDRESS="$(getent ahostsv4 "$HEAD" | awk '{ print $1; exit }'):$((20000 + SLURM_JOB_ID % 10000))"
+# Nobody but this job may use its Ray
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 # One Ray process a host; the others join when the first one's answers. They end with this script.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
   share="--num-cpus={{ job.cpu }} --num-gpus={{ job.gpu }} --disable-usage-stats --block"
