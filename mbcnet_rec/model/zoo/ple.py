@@ -46,7 +46,8 @@ class Extraction(nn.Module):
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """Map the inputs of the tasks and of the shared experts, T + 1 times (B, n), to as many outputs, or T of the last level."""
         found = [
-            torch.stack([expert(x) for expert in own], dim=1) for own, x in zip(self.experts, inputs, strict=True)
+            torch.stack([expert(x) for expert in own.children()], dim=1)
+            for own, x in zip(self.experts, inputs, strict=True)
         ]  # (B, E, n) each
         mixtures = [torch.cat([own, found[-1]], dim=1) for own in found[:-1]] + [torch.cat(found, dim=1)]
         return [gate(x, mixture) for gate, x, mixture in zip(self.gates, inputs, mixtures, strict=False)]
