@@ -97,7 +97,7 @@ def convert(
         if {key: earlier.get(key) for key in asked} != asked:
             raise InputError(f"{out}: was converted from other files or otherwise; remove it or choose another")
         return Converted(*(earlier[name] for name in Converted._fields))
-    with results_folder(out, engine, *facts) as folder:
+    with results_folder(out, HERE if engine.is_first else engine, *facts) as folder:  # the first meets the others here
         tasks = {}
         for number, (source, mark) in enumerate(zip(sources, marks, strict=True)):
             path = folder / f"{number:05d}.json"
