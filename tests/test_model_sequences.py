@@ -347,3 +347,17 @@ def test_target_attention_finds_what_a_mean_hides(tmp_path):
         assert train(config, "train.epochs=3", "train.eval_every=200") == 0
         found[pooling] = lines_of(tmp_path / pooling / "run", "test")[-1]["auc"]
     assert min(found["target_attention"], found["transformer"]) > found["mean"] + 0.02, found
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [("ages", [[float("nan")]], "or write null where it is not known"), ("seen", [[241]], "on_invalid = 'modulo' for")],
+)
+def test_a_faulty_event_is_not_told_to_be_read_as_missing(schema, column, values, words):
+    table = seen_table(1, 0).drop_columns(["seen", "kinds", "ages"])
+    lists = {"seen": [[1]], "kinds": [[1]], "ages": [[1.0]]} | {column: values}
+    for name, each in lists.items():
+        table = table.append_column(name, pa.array(each))
+    with pytest.raises(InputError) as caught:
+        encoded(schema, table)
+    assert words in str(caught.value) and "'null'" not in str(caught.value)

@@ -219,6 +219,9 @@ def test_what_takes_one_label_says_so(tmp_path):
         InputError, match=r"task_weights.cart = 1.0: wanted a number of 0 or more for one of click, buy"
     ):
         tasks_of(model_config(task_weights={"cart": 1.0}), two)
+    clash = dataclasses.replace(two, label="buy", tasks=("buy", "buy_efgc"))
+    with pytest.raises(InputError, match=r"label 'buy_efgc': branch efgc of 'buy' has a column of this name"):
+        tasks_of(model_config(), clash)
     with pytest.raises(InputError, match=r"task_weights.click = 1.0: wanted none, since there is one label"):
         tasks_of(model_config(task_weights={"click": 1.0}), one)
     with pytest.raises(InputError, match="all are 0"):

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from forked_ranks import run_script
-from tiny_run import lines_of
+from tasks_data import write_tasks
+from tiny_run import lines_of, train
 
 from mbcnet_rec.scoring.metrics import auc
 from mbcnet_rec.serving import loader as serving
@@ -179,3 +181,13 @@ def test_the_scorer_answers_by_task(folder, tmp_path, branches):
         assert set(answer.json) == {"model", *names}
         for name in names:
             assert np.abs(np.array(answer.json[name]) - wanted[name].to_numpy()).max() < 1e-5
+
+
+def test_a_label_that_no_row_has_is_told(tmp_path, capfd):
+    config = write_tasks(tmp_path, 200, 100)
+    table = pq.read_table(tmp_path / "train.parquet")
+    nothing = table.set_column(table.column_names.index("buy"), "buy", pa.nulls(len(table)))
+    pq.write_table(nothing, tmp_path / "train.parquet")
+    assert train(config, "train.epochs=1", "train.log_every=1") == 0
+    said = "".join(capfd.readouterr())
+    assert "data.train: the rows have no label of buy: nothing can be learned from them" in said

@@ -387,7 +387,8 @@ class _Reader:
             return ids
         bad = (ids < 0) | (ids >= num_embeddings)
         if feature.on_invalid == "error":
-            fix = "fix the file, raise num_embeddings, or set on_invalid = 'null' or 'modulo' for this field"
+            able = "'modulo'" if feature.is_sequence else "'null' or 'modulo'"
+            fix = f"fix the file, raise num_embeddings, or set on_invalid = {able} for this field"
             wanted = f"an id in [0, {num_embeddings}); {fix}"
             raise self.place.fault(f"field {feature.name!r}", ids, bad, wanted, offsets)
         self.repaired[feature.name] += int(bad.sum())

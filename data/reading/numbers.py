@@ -86,7 +86,12 @@ def read_numbers(
     if feature.on_invalid != "null":
         bad = ~good
         wanted = "a finite number or null"
-        fix = "set on_invalid = 'null' to read it as missing"
+        # a sequence, which keeps a place for each event, takes no on_invalid = 'null'
+        fix = (
+            "write null where it is not known"
+            if feature.is_sequence
+            else "set on_invalid = 'null' to read it as missing"
+        )
         if np.isfinite(numbers[bad][0]):
             wanted = f"a number up to {LARGEST:.1e}, the largest of float32"
             wanted += ", after (x - mean) / std" if feature.transform == "standardise" else ""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from functools import cache, partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -133,6 +134,12 @@ def tasks_of(config: ModelConfig, schema: Schema) -> dict[str, float]:
         able = ", ".join(sorted(name for name, kind in config.kinds.items() if kind.tasks is not None))
         schema.require_one_label(f"model.kind = {config.kind!r} (of several labels: {able})")
     tasks = build(schema.tasks) if build is not None else {}
+    for task, branch in product(tasks, config.branch_names):
+        if (name := f"{task}_{branch}") in tasks:
+            raise InputError(
+                f"schema {schema.name!r}: label {name!r}: branch {branch} of {task!r} has a column of this name in what predict writes; "
+                "rename the label column, or the branch"
+            )
     for name, weight in config.task_weights.items():
         if name not in tasks or not 0 <= weight < math.inf:
             wanted = (

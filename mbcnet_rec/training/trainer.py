@@ -154,12 +154,13 @@ class Trainer:
                 if self.state.step >= self.total_steps or self.state.stopped:
                     break
                 self._segment(pipeline)
-            for task, (label, *others) in self._labels_seen.items():
-                if others:
+            for task, labels in self._labels_seen.items():
+                if len(labels) > 1:
                     continue
+                found = f"are all of one class, label {min(labels)}" if labels else "have no label"
                 of_task = f" of {task}" if task else ""
                 self.bar.say(
-                    f"data.train: the rows are all of one class, label {label}{of_task}: nothing can be learned from them; check the label column"
+                    f"data.train: the rows {found}{of_task}: nothing can be learned from them; check the label column"
                 )
             self.saver.finish()
         finally:
@@ -307,8 +308,7 @@ class Trainer:
             threshold = self.losses[0].coteaching.threshold if self.losses else 0.0
             scored = {}
             for task, _, own, y in by_task(self.built.tasks, logits, labels):
-                if len(y):
-                    self._labels_seen.setdefault(task, set()).update({int(y.min()), int(y.max())})
+                self._labels_seen.setdefault(task, set()).update({int(y.min()), int(y.max())} if len(y) else ())
                 scored[task] = evaluate_predictions(own, y, names) | disagreements(own, y, names, threshold)
             values |= joined(scored) | latent_measures(window.outputs[-1], names)
             values |= {"dead": dead} if dead else {}
