@@ -133,9 +133,7 @@ def tables(answer: Answer, branches: tuple[str, ...], best: tuple[float, float] 
     lines = [text_table(Table(("output", *header), tuple(rows)))]
     if not answer.exact:
         bound = max(estimate.bound for estimate in found.values())
-        lines.append(
-            f"binned: an AUC is at most {bound:.1e} from the exact one; GAUC and ranks are of a sample of groups"
-        )
+        lines.append(f"binned: an AUC is at most {bound:.1e} from the exact one")
     values = {name: estimate.value for name, estimate in found.items()}
     if reason := why_no_auc(values):
         lines.append(f"-: not defined, since {reason}")

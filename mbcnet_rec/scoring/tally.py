@@ -1,7 +1,7 @@
 """Scored rows of all ranks -> metrics: exact from every row up to EXACT_ROWS of them, beyond that from counts in bins of the logit.
 
-Binned, log-loss, NE and calibration stay exact, an AUC carries the bound that metrics.py derives, and GAUC and the metrics of ranking.py,
-at the places `ranking_k`, are those of a sample of whole groups. Either way rank 0 never holds more than about EXACT_ROWS rows.
+Binned, log-loss, NE and calibration stay exact, as do GAUC and the metrics of ranking.py at the places `ranking_k` (group_shares.py), and an AUC
+carries the bound that metrics.py derives. Either way rank 0 never holds more than about EXACT_ROWS rows.
 
 Shapes: n rows of one batch, O outputs (the fused one first, then the branches), C columns that cut rows into slices.
 """
@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from mbcnet_rec.runtime.process import Process, gather_rows
-from mbcnet_rec.scoring.metrics import Estimate, Histogram, exact_metrics, gauc, reliability
+from mbcnet_rec.scoring.group_shares import GroupShares
+from mbcnet_rec.scoring.metrics import Estimate, Histogram, exact_metrics, reliability
 from mbcnet_rec.scoring.ranking import ranking_metrics
 from mbcnet_rec.scoring.tasks import by_task, joined
 
@@ -58,7 +59,7 @@ class Answer:
 
 
 class Tally:
-    """Keeps every row, and is `exact`; or, where they are more than `exact_rows`, counts them in bins and keeps a sample of the groups.
+    """Keeps every row, and is `exact`; or, where they are more than `exact_rows`, counts them in bins, and leaves groups to the disk.
 
     `num_rows` are of all ranks, `branches` the outputs after the fused one, `slices` the names of the slices of each of the C columns.
     """
@@ -74,14 +75,16 @@ class Tally:
         ranking_k: Sequence[int] = (),
     ) -> None:
         self.exact = num_rows <= exact_rows
+        self._groups: GroupShares | None = None
         self.ranking_k = ranking_k
         self.branches, self._has_groups, self.names = branches, has_groups, slices or {}
-        # ids of groups are hashes: about one in `stride` is a multiple of it
-        self._stride = -(-num_rows // max(1, exact_rows))
         self._rows = [np.zeros((0, len(branches) + 2), np.float32)]  # logits, label
         self._keys = [np.zeros((0, has_groups + len(self.names)), np.int64)]  # group id, slices
         if not self.exact:
             self._everything = Histogram(1 + len(branches), NUM_BINS)
+            # ids of groups are hashes, so shares are about equal
+            shares = -(-num_rows // max(1, exact_rows))
+            self._groups = GroupShares(shares, ranking_k) if has_groups else None
             self._slices = [[Histogram(1 + len(branches), SLICE_BINS) for _ in names] for names in self.names.values()]
 
     def add(
@@ -94,8 +97,9 @@ class Tally:
             keys = np.concatenate([group_ids[:, None], keys], axis=1)
         if not self.exact:
             self._count(logits, labels, slices)
-            taken = group_ids % self._stride == 0 if group_ids is not None else np.zeros(len(labels), bool)
-            rows, keys = rows[taken], keys[taken]
+            if self._groups is not None and group_ids is not None:
+                self._groups.add(logits[:, 0], labels, group_ids)
+            return
         self._rows.append(rows)
         self._keys.append(keys)
 
@@ -117,14 +121,15 @@ class Tally:
 
     def answer(self, process: Process, *, errors: bool = True) -> Answer | None:
         """The metrics on rank 0, None elsewhere; exact ones without `errors` in a third of the time. Every rank calls it, once."""
-        rows = self.kept(process)
-        if not self.exact and process.world_size > 1:
+        if self.exact:
+            rows = self.kept(process)
+            return None if rows is None else self._of_rows(rows, errors)
+        if process.world_size > 1:
             for histogram in (self._everything, *(each for column in self._slices for each in column)):
                 dist.all_reduce(torch.from_numpy(histogram.counts))
                 dist.all_reduce(torch.from_numpy(histogram.sums))
-        if rows is None:
-            return None
-        return self._of_rows(rows, errors) if self.exact else self._of_counts(rows)
+        of_groups = self._groups.metrics(process) if self._groups is not None else {}
+        return self._of_counts(of_groups) if process.is_first else None
 
     def _of_rows(self, rows: Rows, errors: bool) -> Answer:
         def scores(chosen: Any) -> Scores:
@@ -140,7 +145,7 @@ class Tally:
         }
         return Answer(True, scores(slice(None)), slices, reliability(rows.logits[:, 0], rows.labels))
 
-    def _of_counts(self, sample: Rows) -> Answer:
+    def _of_counts(self, of_groups: dict[str, Estimate]) -> Answer:
         def scores(histogram: Histogram) -> Scores:
             negatives, positives = map(int, histogram.counts[:, 0].sum(axis=1))
             return Scores(negatives + positives, positives, histogram.metrics(self.branches))
@@ -150,9 +155,7 @@ class Tally:
             for (column, names), histograms in zip(self.names.items(), self._slices, strict=True)
         }
         everything = scores(self._everything)
-        if sample.group_ids is not None and len(sample.labels):
-            kept = sample.logits[:, 0], sample.labels, sample.group_ids
-            everything.metrics.update({"gauc": gauc(*kept)} | ranking_metrics(*kept, self.ranking_k))
+        everything.metrics.update(of_groups)
         return Answer(False, everything, slices, self._everything.reliability())
 
 

@@ -90,7 +90,7 @@ def evaluate_stream(
     """Score every row of a stream once; return its metrics, equal on every rank. Training continues as if it had not happened.
 
     `stop_requested` is asked after each batch, with the same answer on every rank. Up to `exact_rows` all rows are gathered on rank 0;
-    beyond, AUC is binned and GAUC is of a sample of groups.
+    beyond, AUC is binned, and metrics of groups are of rows that wait on the disk.
 
     Raises:
         EvaluationStoppedError: `stop_requested` returned True.
