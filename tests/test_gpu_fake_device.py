@@ -37,7 +37,7 @@ def found(tmp_path_factory):
 
 
 def test_every_model_steps_on_the_device_alone_and_computes_what_a_cpu_does(found):
-    assert len(found["architectures"]) == 26
+    assert len(found["architectures"]) == 30
     for name, (gpu, cpu) in found["architectures"].items():
         assert gpu["devices"] == ["cuda:0" if COMPILER else "meta"], name
         assert gpu["dtypes"] == cpu["dtypes"] == ["torch.float32"], (

@@ -248,7 +248,7 @@ def test_ray_with_two_workers_gives_the_same_bytes(log, small, tmp_path):
 {SMALL_UNITS}
 import ray
 from mbcnet_rec.cli import main
-ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
 schema, *data, out = sys.argv[1:]
 for words in (["schema", "fit", schema, *data, "-o", out], ["schema", "infer", *data, "-o", out + ".toml"],
               ["data", "check", *data, "--schema", out + "/schema.toml", "--full"]):

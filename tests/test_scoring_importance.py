@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +17,8 @@ from mbcnet_rec.scoring.importance import chosen, mixed
 
 def test_only_the_chosen_fields_change(runs):
     schema = load_schema(runs / "schema.toml")
+    # a cross is a field of its own, which no column alone changes
+    schema = replace(schema, features=tuple(each for each in schema.features if not each.is_cross))
     rows = pq.read_table(runs / "test.parquet").slice(0, 50).combine_chunks().to_batches()[0]
     order = np.random.default_rng(0).permutation(50)
     encoder, place = Encoder(schema), Place("here", None, 0)

@@ -162,7 +162,7 @@ def test_ray_with_two_workers_finds_what_one_process_finds_and_scores_the_same_b
 import json, sys
 import ray
 from mbcnet_rec.cli import main
-ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
 codes = [main(words) for words in json.loads(sys.argv[1])]
 ray.shutdown()
 sys.exit(sum(codes))

@@ -5,7 +5,21 @@ No torch: tests/test_gpu_stub_cases.py compares this list with what a config may
 
 from dataclasses import dataclass
 
-KINDS = ("mbcnet", "dnn", "crossnet", "wide_deep", "dcnv2", "mmoe", "enkd", "finalmlp", "deepfm", "fm", "efgc")
+KINDS = (
+    "mbcnet",
+    "dnn",
+    "crossnet",
+    "wide_deep",
+    "dcnv2",
+    "mmoe",
+    "enkd",
+    "finalmlp",
+    "deepfm",
+    "fm",
+    "efgc",
+    "shared_bottom",
+    "ple",
+)
 EXACT, HALF, COARSE = 1e-5, 2e-3, 1e-1
 DNN = "model.kind=dnn"
 # a CPU's run goes without what only a GPU has, and is not profiled
