@@ -92,6 +92,14 @@ def test_less_is_shown_where_less_was_logged(lines, plan, there, not_there, tmp_
     assert there in page and not_there not in page
 
 
+def test_the_best_validation_is_that_of_the_metric_that_training_stops_by(tmp_path):
+    lines = [*LINES[:8], *(line("valid", step) | {"log_loss": step / 100} for step in (20, 40))]
+    for key, step in (("auc", 40), ("log_loss", 20)):
+        run = write_run(tmp_path / key, lines)
+        (run / "config.toml").write_text(f'[train]\nearly_stop = "{key}"\n')
+        assert f"weights of step {step}" in write_run_report(run).read_text()
+
+
 def test_curves_are_of_what_was_logged_and_not_0_throughout():
     run = {"train": LINES[:8], "valid": LINES[8:10]}
     wanted = (("a", "valid", "auc"), ("b", "train", "disagreement"), ("c", "train", "dis"), ("d", "valid", "loss"))

@@ -16,6 +16,7 @@ from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, to_html
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.ranking import title_of
+from mbcnet_rec.scoring.tasks import LOWER
 
 REPORT = "report.html"
 IMPORTANCE = "importance.json"  # of `mbcnet importance`
@@ -38,7 +39,7 @@ def write_run_report(folder: Path) -> Path:
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else {}
     blocks = [
         *dead_blocks(lines),
-        *result_blocks(lines),
+        *result_blocks(lines, tomllib.loads(config).get("train", {}).get("early_stop", "auc")),
         *curve_blocks("Curves", lines, "learning"),
         *day_blocks(days),
         *id_blocks(days, lines),
@@ -97,16 +98,17 @@ def branch_order(name: str) -> tuple[int, str]:
     return (known.index(name) if name in known else len(known), name)
 
 
-def judged_line(lines: Lines, splits: Sequence[str] = ("test", "valid")) -> Mapping[str, Any] | None:
-    """What a run is judged by: its last line of test rows, else its best validation; None where neither was scored.
+def judged_line(lines: Lines, splits: Sequence[str] = ("test", "valid"), key: str = "auc") -> Mapping[str, Any] | None:
+    """What a run is judged by: its last line of test rows, else its best validation by `key`; None where neither was scored.
 
-    Where no validation has an AUC, because it is not defined, the last one counts.
+    Where no validation has this metric, because it is not defined, the last one counts.
     """
+    better = min if key.partition("/")[0] in LOWER else max
     for split in splits:
         found = lines.get(split, ())
-        scored = [line for line in found if line.get("auc") is not None]
+        scored = [line for line in found if line.get(key) is not None]
         if split == "valid" and scored:
-            return max(scored, key=lambda line: line["auc"])
+            return better(scored, key=lambda line: line[key])
         if found:
             return found[-1]
     return None
@@ -153,9 +155,9 @@ def dead_blocks(lines: Lines) -> list[Block]:
     return [Text(f"Dead from step {found[0]['step']:,} {still}: {names}. {words}")]
 
 
-def result_blocks(lines: Lines) -> list[Block]:
-    """The last test line, or the best validation, or the last day as it was scored before it was trained."""
-    line = judged_line(lines, ("test", "valid", PROGRESSIVE))
+def result_blocks(lines: Lines, key: str) -> list[Block]:
+    """The last test line, or the best validation by `key`, or the last day as it was scored before it was trained."""
+    line = judged_line(lines, ("test", "valid", PROGRESSIVE), key)
     if line is None:
         return [Heading("Result"), Text("No validation or test rows were scored.")]
     branches = sorted((key[4:] for key in line if key.startswith("auc/")), key=branch_order)
