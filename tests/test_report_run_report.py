@@ -7,7 +7,7 @@ import pytest
 
 from data.errors import InputError
 from mbcnet_rec.cli import main
-from mbcnet_rec.report.run_report import plots_of, write_run_report
+from mbcnet_rec.report.run_report import day_plots, plots_of, write_run_report
 
 
 def line(split, step, **more):
@@ -98,6 +98,14 @@ def test_the_best_validation_is_that_of_the_metric_that_training_stops_by(tmp_pa
         run = write_run(tmp_path / key, lines)
         (run / "config.toml").write_text(f'[train]\nearly_stop = "{key}"\n')
         assert f"weights of step {step}" in write_run_report(run).read_text()
+
+
+def test_days_of_several_labels_have_a_curve_for_each():
+    metrics = {"auc": 0.6, "auc/click": 0.6, "auc/buy": 0.7, "rows/click": 9, "rows/buy": 4}
+    (plot,) = day_plots([(1, metrics), (2, metrics)])
+    assert plot[1] == {"buy": [[(1.0, 0.7), (2.0, 0.7)]], "click": [[(1.0, 0.6), (2.0, 0.6)]]}
+    (plot,) = day_plots([(1, {"auc": 0.6})])
+    assert plot[1] == {"fused": [[(1.0, 0.6)]]}
 
 
 def test_curves_are_of_what_was_logged_and_not_0_throughout():

@@ -196,10 +196,7 @@ def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
     if len(days) < 2:
         return []
     scored = [(number, day["progressive"]) for number, day in enumerate(days, 1) if day.get("progressive")]
-    plots: Plots = []
-    for key, title in DAYS.items():
-        curve = [(float(number), each[key]) for number, each in scored if each.get(key) is not None]
-        plots += [(title, {"fused": [curve]})] if curve else []
+    plots = day_plots(scored)
     rows = []
     for day in days:
         values = [day.get("label_rate"), *(day.get("progressive", {}).get(key) for key in DAYS)]
@@ -210,6 +207,20 @@ def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
         *([Picture("days", figures.curves_figure(plots, "day"), CAPTIONS["days"])] if plots else []),
         Table(("day", "rows", "label rate", *DAYS.values(), "alarms"), tuple(rows)),
     ]
+
+
+def day_plots(scored: Sequence[tuple[int, Mapping[str, Any]]]) -> Plots:
+    """The curves of days, (number, metrics), of the fused output; of several labels one for each."""
+    plots: Plots = []
+    tasks = sorted({key[5:] for _, each in scored for key in each if key.startswith("rows/")})  # none of one label
+    for key, title in DAYS.items():
+        keys = {task: f"{key}/{task}" for task in tasks} or {"fused": key}
+        curves = {
+            name: [[(float(number), each[own]) for number, each in scored if each.get(own) is not None]]
+            for name, own in keys.items()
+        }
+        plots += [(title, curves)] if any(curve for (curve,) in curves.values()) else []
+    return plots
 
 
 def id_blocks(days: Sequence[Mapping[str, Any]], lines: Lines) -> list[Block]:
