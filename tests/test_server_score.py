@@ -3,6 +3,7 @@ that a bad value is named by field and row as in training; and that limits, toke
 """
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -224,11 +225,19 @@ def test_a_check_that_takes_long_ends_a_server_that_is_up(artifact, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(artifact, damaged)
     tables = max(damaged.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
-    tables.write_bytes(tables.read_bytes()[:-1] + b"?")
+    tables.unlink()
+    os.mkfifo(tables)  # the check waits here until the server has said that it is up
     script = "import sys, mbcnet_rec.server.run as r; r.QUICK_SECONDS = 0; from mbcnet_rec.cli import main; sys.exit(main(sys.argv[1:]))"
     words = [sys.executable, "-c", script, "serve", str(damaged), "--port", "0"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and "being checked" in done.stdout and "damaged" in done.stderr, done
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = server.stdout.readline()
+        assert "being checked" in said
+        tables.write_bytes(b"?")
+        _, told = server.communicate(timeout=120)
+    finally:
+        server.kill()
+    assert server.returncode == 2 and "damaged" in told, told
 
 
 def test_live_before_ready(artifact, tmp_path):
