@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -225,6 +226,26 @@ def test_counts_that_outgrow_their_memory_are_exact(kind, tmp_path):
         for value, count in zip(found, row["counts"].to_pylist(), strict=True):
             total[value] = total.get(value, 0) + count
     assert total == dict(zip(*(each.tolist() for each in np.unique(drawn, return_counts=True)), strict=True))
+
+
+def test_integers_are_counted_exactly_wherever_they_lie(monkeypatch):
+    monkeypatch.setattr(values, "COUNTED_ROWS", 64)
+    ends = [-(2**63), 2**63 - 1]
+    close, far = [3, 5, 5, None, -2] * 40, [2**40, -(2**40), 5]
+    pieces = [close, [7], [], [None], [200, 201], close, far, ends, list(range(4_000)), [-4], ends, close]
+    rows = []
+    counts = Counts(lambda owner, **columns: rows.append(columns))
+    for piece in pieces:
+        counts.add("x", pa.array(piece, pa.int64()))
+    assert counts.places, "nothing lay close"
+    counts.add("x", pa.array([2**63 + 5, 5], pa.uint64()))
+    counts.write()
+    total = Counter()
+    for row in rows:
+        found = row["integer" if "integer" in row else "unsigned"].to_pylist()
+        total.update(dict(zip(found, row["counts"].to_pylist(), strict=True)))
+    whole = [each for piece in pieces for each in piece if each is not None] + [2**63 + 5, 5]
+    assert total == Counter(whole)
 
 
 def test_stretches_of_sorted_runs_are_row_groups_of_their_sorted_whole(monkeypatch):

@@ -26,7 +26,7 @@ from data.reading.ids import decoded
 from data.reading.keys import hash_values
 
 BUCKETS = 256
-HELD_BYTES = 64 << 20  # of values and counts that a unit holds; summing them takes several times as much
+HELD_BYTES = 32 << 20  # of values and counts that a unit holds; summing them takes several times as much
 COUNTED_ROWS = 1 << 18  # values that are counted together
 DENSE_SPAN = 4  # integers that lie so close, places for each, are counted in an array of all places
 MERGE_ROWS = 4_000_000  # values of all units that a merge takes at once; at least a bucket
@@ -87,6 +87,7 @@ class Counts:
     def __init__(self, write: Write, held_bytes: int = HELD_BYTES) -> None:
         self.write_row, self.held_bytes = write, held_bytes
         self.new: dict[str, list[pa.Array]] = {}  # not counted yet
+        self.places: dict[str, tuple[int, np.ndarray]] = {}  # the lowest integer, and counts of it and of all above it
         self.held: dict[str, list[pa.Table]] = {}
         self.new_bytes = self.merged_bytes = 0  # of what is held
 
@@ -94,15 +95,24 @@ class Counts:
         """Take in ids (integers or text); nulls are ignored."""
         new = self.new.setdefault(owner, [])
         new.append(decoded(values))
-        if sum(map(len, new)) >= COUNTED_ROWS:
+        if owner in self.places or sum(map(len, new)) >= COUNTED_ROWS:
             self._count(owner)
 
     def _count(self, owner: str) -> None:
         by_type: dict[pa.DataType, list[pa.Array]] = {}
         for values in self.new.pop(owner, ()):
             by_type.setdefault(values.type, []).append(values)
-        for arrays in by_type.values():
-            table = _counted_values(pa.chunked_array(arrays))
+        for kind, arrays in by_type.items():
+            values = pa.chunked_array(arrays).drop_null()
+            if pt.is_integer(kind):
+                numbers = _int64(values.to_numpy())
+                if self._placed(owner, numbers):
+                    continue
+                found, counts = np.unique(numbers, return_counts=True)
+                table = pa.table({"value": found, "count": counts})
+            else:
+                counted = values.value_counts()
+                table = pa.table({"value": counted.field(0).cast(pa.large_string()), "count": counted.field(1)})
             self.held.setdefault(owner, []).append(table)
             self.new_bytes += table.nbytes
         # As much new as old: the work then grows with the values and not with the values times the number of merges.
@@ -113,6 +123,25 @@ class Counts:
             if self.merged_bytes > self.held_bytes:
                 self._write_held()
 
+    def _placed(self, owner: str, numbers: np.ndarray) -> bool:
+        """Count integers that lie close together, and so need neither a sort nor a hash table; False, and nothing is done, if they do not."""
+        if not len(numbers) or numbers.dtype == np.uint64:
+            return not len(numbers)
+        low, high = int(numbers.min()), int(numbers.max())
+        first, counts = self.places.get(owner, (low, np.zeros(0, np.int64)))
+        if not first <= low <= high < first + len(counts):
+            low, high = min(low, first), max(high, first + len(counts) - 1)
+            size = 1 << (high - low).bit_length()  # twice as many at least when it grows again
+            held = sum(each.nbytes for _, each in self.places.values()) - counts.nbytes
+            if size > DENSE_SPAN * max(len(numbers), len(counts)) or held + 8 * size > 2 * self.held_bytes:
+                return False
+            start = first - low if len(counts) else 0
+            wider = np.zeros(size, np.int64)
+            wider[start : start + len(counts)] = counts
+            first, counts = self.places[owner] = low, wider
+        np.add.at(counts, numbers - first if first else numbers, 1)
+        return True
+
     def write(self) -> None:
         """Write all that was counted."""
         for owner in list(self.new):
@@ -120,6 +149,9 @@ class Counts:
         self._write_held()
 
     def _write_held(self) -> None:
+        for owner, (low, counts) in self.places.items():
+            found = np.flatnonzero(counts)
+            self.held.setdefault(owner, []).append(pa.table({"value": found + low, "count": counts[found]}))
         for owner, tables in self.held.items():
             for table in summed(tables):
                 values = table["value"].combine_chunks()
@@ -128,27 +160,13 @@ class Counts:
                 ends = np.cumsum(np.bincount(bucket, minlength=BUCKETS))
                 counts = table["count"].combine_chunks().take(order)
                 self.write_row(owner, **{kind_of(table): values.take(order)}, counts=counts, ends=ends)
-        self.held, self.new_bytes, self.merged_bytes = {}, 0, 0
+        self.places, self.held, self.new_bytes, self.merged_bytes = {}, {}, 0, 0
 
 
-def _counted_values(values: pa.ChunkedArray) -> pa.Table:
-    """Each value once, and how often it occurs; integers in ascending order."""
-    values = values.drop_null()
-    if not pt.is_integer(values.type):
-        counted = values.value_counts()
-        return pa.table({"value": counted.field(0).cast(pa.large_string()), "count": counted.field(1)})
-    numbers = values.to_numpy()
-    if numbers.dtype != np.uint64 or not len(numbers) or int(numbers.max()) < 2**63:
-        numbers = numbers.astype(np.int64, copy=False)
-    low, high = (numbers.min(), numbers.max()) if len(numbers) else (numbers.dtype.type(0),) * 2
-    if int(high) - int(low) < DENSE_SPAN * len(
-        numbers
-    ):  # five times as fast as sorting, which is three times as fast as hashing
-        counts = np.bincount((numbers - low).astype(np.int64, copy=False))
-        found = np.flatnonzero(counts)
-        return pa.table({"value": found.astype(numbers.dtype) + low, "count": counts[found]})
-    found, counts = np.unique(numbers, return_counts=True)
-    return pa.table({"value": found, "count": counts})
+def _int64(numbers: np.ndarray) -> np.ndarray:
+    """Integers as int64, or as uint64 where one is above its range."""
+    is_unsigned = numbers.dtype == np.uint64 and len(numbers) and int(numbers.max()) >= 2**63
+    return numbers if is_unsigned else numbers.astype(np.int64, copy=False)
 
 
 def summed(tables: Sequence[pa.Table]) -> list[pa.Table]:
