@@ -76,7 +76,7 @@ def measure(folder: Path, rows: int, files: int, columns: int, rounds: int) -> d
         figures[f"{library}_over_fit"] = round(ratio(times[library], times["fit"]), 3) if times[library] else None
     with one_core():
         for what in ("rows", "columns", "distinct"):
-            figures[what] = growth(folder, rows // 4, columns // 4, what)
+            figures[what] = growth(folder, rows, columns // 4, what)
     return figures
 
 

@@ -24,6 +24,7 @@ from data.profile.fit import CountUnit, count_unit, write_fitted
 from data.profile.infer import infer_schema
 from data.profile.values import BY_COUNT, Counts, in_order
 from data.schema import load_schema
+from mbcnet_rec.cli import main
 
 ROWS = 3_000
 SCHEMA = """
@@ -265,6 +266,11 @@ def test_ray_with_two_workers_gives_the_same_bytes(log, small, tmp_path):
         pytest.skip("Ray is not installed")
     one = fitted(log, tmp_path / "one")
     text, _ = infer_schema(files_of(log), name="ray")
+    for number in range(3):
+        rows = "".join(f"{row},2024-05-0{row % 3 + 1}\n" for row in range(100 * number, 100 * number + 100))
+        (tmp_path / f"{number}.csv").write_text(f"user_id,day\n{rows}", encoding="utf-8")
+    convert = ["data", "convert", *(str(tmp_path / f"{number}.csv") for number in range(3)), "--day", "day", "--out"]
+    assert main([*convert, str(tmp_path / "days")]) == 0
     script = f"""
 {SMALL_UNITS}
 import ray
@@ -272,7 +278,7 @@ from mbcnet_rec.cli import main
 ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
 schema, *data, out = sys.argv[1:]
 for words in (["schema", "fit", schema, *data, "-o", out], ["schema", "infer", *data, "-o", out + ".toml"],
-              ["data", "check", *data, "--schema", out + "/schema.toml", "--full"]):
+              ["data", "check", *data, "--schema", out + "/schema.toml", "--full"], {[*convert, str(tmp_path / "ray_days")]}):
     assert main([*words, "--engine", "ray"]) == 0
 ray.shutdown()
 """
@@ -280,9 +286,10 @@ ray.shutdown()
     subprocess.run(
         [sys.executable, "-c", script, *words],
         cwd=tmp_path,
-        env=os.environ | {"HOME": str(tmp_path)},
+        env=os.environ | {"HOME": str(tmp_path), "RAY_worker_niceness": "0"},
         timeout=300,
         check=True,
     )
     assert bytes_of(tmp_path / "ray") == one
+    assert bytes_of(tmp_path / "ray_days") == bytes_of(tmp_path / "days")
     assert (tmp_path / "ray.toml").read_text() == text
