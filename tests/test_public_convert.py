@@ -215,7 +215,7 @@ def test_a_conversion_that_ended_half_way_goes_on_with_what_is_missing(log, smal
     seen: list[dict[str, int]] = []
 
     def look(rows: int) -> None:
-        seen.append({path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".out.work/*/*.json")})
+        seen.append({path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob(".out.work/*/*/found.json")})
         if len(seen) == 2:
             raise InputError("the power is gone")
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
-from data.engine import HERE, Engine, meet, run_tasks, write_result
+from data.engine import HERE, Engine, meet, run_tasks
 from data.errors import InputError
 from data.profile.scan import as_plain
 from data.profile.units import BATCH_ROWS, Progress, naming, require_mark, results_folder, unheard
 from data.public.first_types import Source, find_sources, types_of
-from data.public.text_rows import Form, NoDayError, Reject, TextFile
+from data.public.text_rows import FaultyValueError, Form, Reject, TextFile
 from data.reading.column_types import check_columns
 from data.reading.conditions import HIVE_NULL, HIVE_NULLS, NANOSECONDS, form_of, partition_of, read_instant
 from data.reading.fingerprint import mark_files
@@ -34,13 +34,14 @@ from data.reading.row_groups import stored_rows
 from data.reading.snapshots import FIELD_ID
 from data.reading.storage import open_parquet
 from data.schema import Schema, schema_to_toml
-from data.whole_folder import earlier_summary
+from data.whole_folder import earlier_summary, whole_folder
 
 ROW_GROUP_ROWS = 65_536
 HELD_BYTES = 512 << 20  # of rows that wait for their day's row group to be full
 KEY, DAY = "ds", "@day"  # of the partitions; of the rows that a task holds
+NO_DAY = "no day or time"
 YEARS = (1980, 2200)  # beyond which a time is taken for a mistake
-SUMMARY, REJECTS = "converted.json", "rejects.jsonl"
+SUMMARY, REJECTS, FOUND = "converted.json", "rejects.jsonl", "found.json"
 
 
 class Request(NamedTuple):
@@ -53,9 +54,9 @@ class Request(NamedTuple):
 
 
 class ConvertFile(NamedTuple):
-    """A task: one file, its parts written below `path`'s folder and what became of its rows to `path`."""
+    """A task: one file, whose parts, rejects and what became of its rows go to a folder."""
 
-    path: Path
+    folder: Path
     number: int
     source: Source
     types: pa.Schema
@@ -98,13 +99,12 @@ def convert(
             raise InputError(f"{out}: was converted from other files or otherwise; remove it or choose another")
         return Converted(*(earlier[name] for name in Converted._fields))
     with results_folder(out, HERE if engine.is_first else engine, *facts) as folder:  # the first meets the others here
-        tasks = {}
+        tasks, rows = {}, 0
         for number, (source, mark) in enumerate(zip(sources, marks, strict=True)):
-            path = folder / f"{number:05d}.json"
-            tasks[path] = ConvertFile(path, number, source._replace(mark=mark), types, day, request.form)
-        rows = 0
-        for path in run_tasks(engine, convert_file, tasks, last=True):
-            rows += _result(path)["rows"]
+            own = folder / f"{number:05d}"
+            tasks[own] = ConvertFile(own, number, source._replace(mark=mark), types, day, request.form)
+        for own in run_tasks(engine, convert_file, tasks, last=True):
+            rows += _found(own)["rows"]
             progress(rows)
         if not engine.is_first:
             return Converted(0, 0, 0, "", [])
@@ -112,40 +112,31 @@ def convert(
         return _joined(list(tasks), folder, out, asked)
 
 
-def _result(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _found(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / FOUND).read_text(encoding="utf-8"))
 
 
-def _joined(results: Sequence[Path], folder: Path, out: Path, asked: dict) -> Converted:
-    """Give the parts of all files, and nothing else, the name of the result."""
-    found = [_result(path) for path in results]
-    whole, names = folder / "whole", {name for each in found for name in each["parts"]}
-    rejected, rows = sum(each["rejected"] for each in found), sum(each["rows"] for each in found)
-    first = next((Reject(*each["first"]) for each in found if each["first"]), None)
-    words = (
-        f"{first.file}: line {first.line}"
-        + (f", column {first.column}" if first.column else "")
-        + f": {first.value[:80]!r} ({first.reason})"
-        if first
-        else ""
-    )
+def _joined(results: Sequence[Path], folder: Path, out: Path, asked: dict[str, Any]) -> Converted:
+    """Give the parts of all files the name of the result. Those that an earlier start has moved stay where they are."""
+    found = [_found(each) for each in results]
+    rejected, rows = (sum(each[name] for each in found) for name in ("rejected", "rows"))
+    first = next((each["first"] for each in found if each["first"]), "")
     if rejected > rows or not rows:
         shutil.rmtree(folder)
-        why = (
-            f"{rejected:,} of {rejected + rows:,} rows cannot be read, the first at {words}"
-            if rejected
-            else "the files hold no rows"
+        told = f"{rejected:,} of {rejected + rows:,} rows cannot be read, the first at {first}"
+        raise InputError(
+            f"{told if rejected else 'the files hold no rows'}; check --delimiter, --names, --type and the schema"
         )
-        raise InputError(f"{why}; check --delimiter, --names, --type and the schema")
-    for path in whole.rglob("*"):
-        if path.is_file() and str(path.relative_to(whole)) not in names:
-            path.unlink()  # a killed worker's
+    whole = folder / "whole"
+    for part in (part for each in results for part in each.rglob("*.parquet")):
+        place = whole / part.relative_to(folder).relative_to(part.relative_to(folder).parts[0])
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part, place)
     with open(whole / REJECTS, "wb") as joined:
-        for path in results:
-            with open(path.with_suffix(".rejects"), "rb") as part:
-                shutil.copyfileobj(part, joined)
-    days = len({Path(name).parent for name in names})
-    made = Converted(rows, rejected, days, words, sorted({name for each in found for name in each["unread"]}))
+        for each in results:
+            joined.write((each / REJECTS).read_bytes())
+    days = len({part.parent for part in whole.rglob("*.parquet")})
+    made = Converted(rows, rejected, days, first, sorted({name for each in found for name in each["unread"]}))
     (whole / SUMMARY).write_text(json.dumps(asked | made._asdict(), indent=2) + "\n", encoding="utf-8")
     os.replace(whole, out)
     return made
@@ -153,70 +144,61 @@ def _joined(results: Sequence[Path], folder: Path, out: Path, asked: dict) -> Co
 
 def convert_file(task: ConvertFile) -> None:
     """Write one file's parts, its rejects and what became of its rows."""
-    names = [name for name in task.types.names if not (name == KEY == task.day)]
-    first: list[Reject] = []
-    rejected, unread = 0, set[str]()
+    source, types, day = task.source, task.types, task.day
+    names = [name for name in types.names if not (name == KEY == day)]
+    found: dict[str, Any] = {"rows": 0, "rejected": 0, "first": ""}
+    unread: set[str] = set()
 
     def reject(one: Reject) -> None:
-        nonlocal rejected
-        rejected += 1
-        first[:] = first or [one]
-        lines.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
+        found["rejected"] += 1
+        column = f", column {one.column}" if one.column else ""
+        found["first"] = found["first"] or f"{one.file}: line {one.line}{column}: {one.value[:80]!r} ({one.reason})"
+        rejects.write(json.dumps(one._asdict(), ensure_ascii=False) + "\n")
 
     def make(table: pa.Table) -> pa.Table:
-        unread.update(set(table.column_names) - set(task.types.names))
+        unread.update(set(table.column_names) - set(types.names))
         columns = [
-            table[name] if name in table.column_names else pa.nulls(len(table), kind)
-            for name, kind in zip(task.types.names, task.types.types, strict=True)
+            table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+            for field in types
         ]
-        return with_day(pa.table(columns, schema=task.types), task.day)
+        return with_day(pa.table(columns, schema=types), day)
 
-    with ExitStack() as stack:
-        draft = stack.enter_context(write_result(task.path.with_suffix(".rejects")))
-        lines = stack.enter_context(open(draft, "w", encoding="utf-8"))
-        parts = _Parts(stack, task.path.parent / "whole", f"part-{task.number:05d}.parquet")
-        source = task.source
-        for table in (
-            parquet_rows(source, task.types, make)
-            if source.kind == "parquet"
-            else TextFile(source.file, task.form).tables(task.types, reject, make)
-        ):
-            days = table[DAY].to_numpy(zero_copy_only=False) if task.day else np.zeros(len(table), "datetime64[D]")
-            for day in np.unique(days):
-                chosen = np.isnat(days) if np.isnat(day) else days == day
+    with (
+        whole_folder(task.folder) as folder,
+        open(folder / REJECTS, "w", encoding="utf-8") as rejects,
+        ExitStack() as stack,
+    ):
+        parts = _Parts(folder, f"part-{task.number:05d}.parquet", stack)
+        if source.kind == "parquet":
+            tables = parquet_rows(source, types, make)
+        else:
+            tables = TextFile(source.file, task.form).tables(types, reject, make)
+        for table in tables:
+            found["rows"] += len(table)
+            days = table[DAY].to_numpy(zero_copy_only=False) if day else np.zeros(len(table), "datetime64[D]")
+            for each in np.unique(days):
+                chosen = np.isnat(days) if np.isnat(each) else days == each
                 own = table if chosen.all() else table.filter(pa.array(chosen))
-                parts.add(f"{KEY}={HIVE_NULL if np.isnat(day) else day}" if task.day else "", own.select(names))
+                parts.add(f"{KEY}={HIVE_NULL if np.isnat(each) else each}" if day else "", own.select(names))
         parts.end()
-    require_mark(source.file, source.mark)
-    found = {
-        "rows": parts.rows,
-        "rejected": rejected,
-        "first": first[0] if first else None,
-        "parts": sorted(parts.writers),
-        "unread": sorted(unread),
-    }
-    with write_result(task.path) as draft:
-        draft.write_text(json.dumps(found), encoding="utf-8")
+        require_mark(source.file, source.mark)
+        (folder / FOUND).write_text(json.dumps(found | {"unread": sorted(unread)}), encoding="utf-8")
 
 
 class _Parts:
     """Writes rows to a file for each day, in row groups of ROW_GROUP_ROWS unless they take too much memory."""
 
-    def __init__(self, stack: ExitStack, folder: Path, name: str) -> None:
-        self.stack, self.folder, self.name = stack, folder, name
-        self.writers: dict[str, pq.ParquetWriter] = {}  # by the part's path
+    def __init__(self, folder: Path, name: str, stack: ExitStack) -> None:
+        self.folder, self.name, self.stack = folder, name, stack
+        self.writers: dict[str, pq.ParquetWriter] = {}
         self.held: dict[str, list[pa.Table]] = defaultdict(list)
-        self.rows = 0
 
     def add(self, day: str, rows: pa.Table) -> None:
-        own = self.held[day]
-        own.append(rows)
-        self.rows += len(rows)
-        if sum(map(len, own)) >= ROW_GROUP_ROWS:
+        self.held[day].append(rows)
+        if sum(map(len, self.held[day])) >= ROW_GROUP_ROWS:
             self._write(day, ROW_GROUP_ROWS)
-        sizes = {day: sum(table.nbytes for table in tables) for day, tables in self.held.items()}
-        if sum(sizes.values()) > HELD_BYTES:
-            self._write(max(sizes, key=sizes.__getitem__), 1)
+        if sum(table.nbytes for tables in self.held.values() for table in tables) > HELD_BYTES:
+            self.end()
 
     def end(self) -> None:
         for day in list(self.held):
@@ -225,16 +207,14 @@ class _Parts:
     def _write(self, day: str, least: int) -> None:
         """Write row groups of a day until fewer than `least` rows wait."""
         rows = pa.concat_tables(self.held.pop(day))
-        part = os.path.join(day, self.name)
-        if part not in self.writers and len(rows):
-            path = self.folder / part
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.stack.enter_context(write_result(path))
-            self.writers[part] = self.stack.enter_context(
-                pq.ParquetWriter(draft, rows.schema, compression="zstd", write_page_checksum=True)
+        if day not in self.writers and len(rows):
+            (self.folder / day).mkdir(exist_ok=True)
+            writer = pq.ParquetWriter(
+                self.folder / day / self.name, rows.schema, compression="zstd", write_page_checksum=True
             )
+            self.writers[day] = self.stack.enter_context(writer)
         while len(rows) >= least:
-            self.writers[part].write_table(rows.slice(0, ROW_GROUP_ROWS))
+            self.writers[day].write_table(rows.slice(0, ROW_GROUP_ROWS))
             rows = rows.slice(ROW_GROUP_ROWS)
         if len(rows):
             self.held[day] = [rows]
@@ -263,7 +243,7 @@ def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa
                         columns[name] = pa.repeat(value, batch.num_rows)
                 try:
                     table = make(pa.table(columns))
-                except NoDayError as error:
+                except FaultyValueError as error:
                     raise InputError(
                         f"{source.file}, row group {group}: {error}; fix the file, or name another column"
                     ) from None
@@ -274,7 +254,7 @@ def with_day(table: pa.Table, column: str) -> pa.Table:
     """Add the day of each row, null where it has none, as its column tells: dates, times, text or integers as conditions on time take them.
 
     Raises:
-        NoDayError: a value tells none.
+        FaultyValueError: a value tells none.
     """
     if not column:
         return table
@@ -282,7 +262,7 @@ def with_day(table: pa.Table, column: str) -> pa.Table:
     days = _days(values, column)
     years = pc.year(days)
     if len(wrong := values.filter(pc.fill_null(pc.or_(pc.less(years, YEARS[0]), pc.greater(years, YEARS[1])), False))):
-        raise NoDayError(column, wrong[0].as_py())
+        raise FaultyValueError(column, wrong[0].as_py(), NO_DAY)
     return table.append_column(DAY, days)
 
 
@@ -299,13 +279,13 @@ def _days(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
                 pc.divide(values.cast(pa.int64()), 86_400 * NANOSECONDS // form.step).cast(pa.int32()).cast(pa.date32())
             )
         else:
-            raise NoDayError(column, middle)
+            raise FaultyValueError(column, middle, NO_DAY)
     with suppress(pa.ArrowInvalid):
         return (values.cast(pa.timestamp("us")) if is_text(kind) else values).cast(pa.date32(), safe=False)
     found: list[int | None] = []
     coded = values.cast(pa.string()).combine_chunks().dictionary_encode()
     for text in coded.dictionary.to_pylist():
         if (instant := read_instant(text)) is None:
-            raise NoDayError(column, text)
+            raise FaultyValueError(column, text, NO_DAY)
         found.append(instant.nanoseconds // (86_400 * NANOSECONDS))
     return pa.chunked_array([pa.array(found, pa.int32()).cast(pa.date32()).take(coded.indices)])

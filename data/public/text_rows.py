@@ -7,6 +7,7 @@ a log without faults costs nothing more, and each fault some ten reads of a part
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ LONGEST_RECORD = 64  # lines, of a quoted value
 TEXT_ENDINGS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4"}
 MARK = b"\xef\xbb\xbf"  # UTF-8's, at the beginning of a file
-Make = Callable[[pa.Table], pa.Table]  # may raise pa.ArrowInvalid
+Make = Callable[[pa.Table], pa.Table]  # may raise FaultyValueError
 
 
 class Form(NamedTuple):
@@ -46,12 +47,12 @@ class Reject(NamedTuple):
     reason: str
 
 
-class NoDayError(pa.ArrowInvalid):
-    """A value that names no day: of what column, and why."""
+class FaultyValueError(pa.ArrowInvalid):
+    """What is wrong with a value of some rows; of one row it is that row's."""
 
-    def __init__(self, column: str, value: object) -> None:
-        super().__init__(f"column {column!r}: {value!r} is no day or time")
-        self.column, self.value, self.reason = column, str(value), "no day or time"
+    def __init__(self, column: str, value: object, reason: str) -> None:
+        super().__init__(f"column {column!r}: {value!r}: {reason}")
+        self.column, self.value, self.reason = column, str(value), reason
 
 
 class TextFile:
@@ -82,7 +83,8 @@ class TextFile:
         """Whole records, and the line that they begin with."""
         held, line = b"", 1
         try:
-            with open_bytes(self.file) as raw, _decompressed(raw, self.compression) as source:
+            with open_bytes(self.file) as raw:
+                source = pa.CompressedInputStream(raw, self.compression) if self.compression else raw
                 while piece := source.read(size):
                     held = held + piece if held else bytes(piece).removeprefix(MARK)
                     cut = self._end_of_record(held)
@@ -126,11 +128,7 @@ class TextFile:
 
     def _records(self, block: bytes) -> list[tuple[int, bytes]]:
         """The records of a block, and of each the number of its first line in the block."""
-        lines = (
-            block.splitlines(keepends=True)
-            if b"\r" not in block
-            else block.replace(b"\r\n", b"\n").splitlines(keepends=True)
-        )
+        lines = block.replace(b"\r\n", b"\n").splitlines(keepends=True)
         found, start = [], 0
         while start < len(lines):
             quotes, stop = lines[start].count(b'"') if self.is_csv else 0, start + 1
@@ -190,36 +188,33 @@ class TextFile:
         for field in lists:
             place = table.column_names.index(field.name)
             parts = pc.split_pattern(table.column(place), self.form.list_separator)
-            parts = pc.if_else(pc.equal(table.column(place), ""), pa.scalar([], parts.type), parts)
             table = table.set_column(place, field, parts.cast(field.type))
         return table
 
     def _reason(self, line: int, record: bytes, types: pa.Schema | None, error: pa.ArrowException) -> Reject:
         """Find the column of a record that cannot be read."""
-        if isinstance(error, NoDayError):
-            return Reject(str(self.file), line, error.column, error.value[:SHOWN], error.reason)
-        values: dict[str, Any] = {}
-        try:
-            if self.is_csv:
-                values = self._read_csv(record, pa.schema([(name, pa.binary()) for name in self.names])).to_pylist()[0]
-            elif isinstance(read := json.loads(record), dict):
-                values = read
-        except (ValueError, IndexError):  # pa.ArrowInvalid is a ValueError
-            pass
-        for name, value in values.items():
-            if types is None or name not in types.names or value is None:
-                continue
-            try:
-                own = pa.schema([types.field(name)])
-                self._read(record if self.is_csv else json.dumps({name: value}).encode(), own)
-            except pa.ArrowException as fault:
+        text = record.decode(errors="replace").rstrip("\n")
+        found = FaultyValueError("", text, _why(error))
+        if isinstance(error, FaultyValueError):
+            found = error
+        elif types is not None:
+            found = next(self._faulty_values(record, types), found)
+        return Reject(str(self.file), line, found.column, found.value[:SHOWN], found.reason)
+
+    def _faulty_values(self, record: bytes, types: pa.Schema) -> Iterator[FaultyValueError]:
+        """Each value of a record that alone cannot be read as its column's type; none where the record is no record."""
+        values: Any = {}
+        with suppress(ValueError, IndexError):  # pa.ArrowInvalid is a ValueError
+            own = pa.schema([(name, pa.binary()) for name in self.names])
+            values = self._read_csv(record, own).to_pylist()[0] if self.is_csv else json.loads(record)
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if name in types.names and value is not None:
                 text = value.decode(errors="replace") if isinstance(value, bytes) else json.dumps(value)
-                return Reject(str(self.file), line, name, text[:SHOWN], _why(fault))
-        return Reject(str(self.file), line, "", record.decode(errors="replace").rstrip("\n")[:SHOWN], _why(error))
-
-
-def _decompressed(raw: pa.NativeFile, compression: str) -> pa.NativeFile:
-    return pa.CompressedInputStream(raw, compression) if compression else raw
+                alone = record if self.is_csv else json.dumps({name: value}).encode()
+                try:
+                    self._read(alone, pa.schema([types.field(name)]))
+                except pa.ArrowException as error:
+                    yield FaultyValueError(name, text, _why(error))
 
 
 def _why(error: pa.ArrowException) -> str:
@@ -228,11 +223,5 @@ def _why(error: pa.ArrowException) -> str:
 
 def kind_of(file: DataFile) -> str:
     """What a file's name says that it is: csv, json, or nothing of these."""
-    return next(
-        (
-            TEXT_ENDINGS[part]
-            for part in (f".{each}" for each in file.name.lower().split(".")[:0:-1])
-            if part in TEXT_ENDINGS
-        ),
-        "",
-    )
+    endings = (f".{each}" for each in file.name.lower().split(".")[:0:-1])
+    return next((TEXT_ENDINGS[each] for each in endings if each in TEXT_ENDINGS), "")
