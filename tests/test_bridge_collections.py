@@ -6,7 +6,7 @@ from pathlib import Path
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from data.schema import parse_schema
-from sharding.bridge.collections import COLLECTIONS, ids_name, meta_collections, rows_name
+from sharding.bridge.collections import Collection, ids_name, meta_collections, rows_name
 from sharding.bridge.zch import collision_collection
 
 SCHEMA = """
@@ -43,7 +43,7 @@ def test_each_table_is_in_one_collection():
         "collision_ebc": [("user", 80, 8, ["user"], PoolingType.SUM)],
         "weighted_collision_ebc": [("basket", 80, 8, ["basket"], PoolingType.SUM)],
     }
-    (liked,) = COLLECTIONS[1].configs(schema_of(), "fp16")
+    (liked,) = Collection("weighted_ebc", weighted=True, unbounded=False).configs(schema_of(), "fp16")
     assert liked.data_type == DataType.FP16
 
 

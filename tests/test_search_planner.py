@@ -154,9 +154,10 @@ def test_the_smallest_cluster_fits_and_one_size_less_does_not():
         ({}, {"city": {"cache_ratio": 1.5}}, "cache_ratio = 1.5"),
         ({}, {"item": {"compute_kernels": ("dense",)}}, "leave no choice for "),
         ({}, {"item": {"sharding_types": ("column_wise",), "min_partition": 4}}, "columns on 8 ranks; raise min_partition to 8"),
+        ({"sharding_types": ("table_row_wise",)}, {"user": {"ranks": (0,)}}, "sharding.tables.user.ranks = [0]: no placement of it lies on these ranks"),
         ({"data_type": "bf16"}, {}, "sharding.data_type = 'bf16': FBGEMM has no kernels for bf16 rows; use 'fp16'"),
         ({"replicas": 3}, {}, "sharding.replicas = 3: wanted a divisor of local_world_size = 4"),
-        ({"sharding_types": ("row_wise",)}, {}, "leave no choice for 9 rows on 8 ranks of cuda, each of which needs a row; allow table_wise"),
+        ({"sharding_types": ("row_wise",)}, {}, "leave no choice for 9 rows on 8 ranks of cuda: sharding_type = 'row_wise': 9 rows over 8 ranks leave a rank without rows; use 'table_wise'"),
         ({"sharding_types": ()}, {}, "sharding_types = []"),
         ({"storage_reserve": 1.0}, {}, "wanted 0 or more and less than 1"),
         ({"estimator": "torchrec"}, {}, "estimator = 'torchrec': wanted one of 'mbcnet'"),
@@ -190,7 +191,7 @@ def test_a_run_is_planned_for_the_cluster_it_is_on():
 @pytest.mark.parametrize(
     ("config", "buckets", "said"),
     [
-        (ShardingConfig(tables={"id": TableConstraint(("table_wise",))}), 8, "which runs row_wise only; allow row_wise"),
+        (ShardingConfig(tables={"id": TableConstraint(("table_wise",))}), 8, "a table of encoding 'zch' is sharded by rows.*; use 'row_wise'"),
         (ShardingConfig(compute_kernels=("fused_uvm",)), 8, ""),
         (ShardingConfig(sharding_types=("table_wise",)), 8, ""),
         (ShardingConfig(replicas=2), 8, "replicas = 2: not with fields of encoding 'zch'.*set it to 1"),

@@ -38,32 +38,26 @@ class Collection(NamedTuple):
         ]
 
 
-COLLECTIONS = (
-    Collection("ebc", weighted=False, unbounded=False),
-    Collection("weighted_ebc", weighted=True, unbounded=False),
-    Collection("collision_ebc", weighted=False, unbounded=True),
-    Collection("weighted_collision_ebc", weighted=True, unbounded=True),
-)
-
-
 def collection_of(table: Table) -> Collection:
     """The collection that holds a table."""
     if table.positions:
         return Collection(f"ec_{table.embedding_dim}", weighted=False, unbounded=False, sequences=True)
-    wanted = (table.weighted, table.zch is not None)
-    return next(each for each in COLLECTIONS if (each.weighted, each.unbounded) == wanted)
+    weighted, unbounded = table.weighted, table.zch is not None
+    return Collection(f"{'weighted_' if weighted else ''}{'collision_' if unbounded else ''}ebc", weighted, unbounded)
 
 
 def meta_collections(schema: Schema, data_type: str = "fp32") -> dict[Collection, Any]:
     """Build the collections that have tables, on the meta device and without managed collision."""
     meta = torch.device("meta")
-    every = (*COLLECTIONS, *(each for each in dict.fromkeys(map(collection_of, schema.tables)) if each.sequences))
+    every = sorted(
+        dict.fromkeys(map(collection_of, schema.tables)),
+        key=lambda each: (each.sequences, each.unbounded, each.weighted),
+    )
     return {
-        each: EmbeddingCollection(configs, device=meta)
+        each: EmbeddingCollection(each.configs(schema, data_type), device=meta)
         if each.sequences
-        else EmbeddingBagCollection(configs, device=meta, is_weighted=each.weighted)
+        else EmbeddingBagCollection(each.configs(schema, data_type), device=meta, is_weighted=each.weighted)
         for each in every
-        if (configs := each.configs(schema, data_type))
     }
 
 

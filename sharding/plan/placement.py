@@ -168,7 +168,7 @@ def check_shape(plan: Plan, source: str) -> None:
     for whole, part in (("world_size", "local_world_size"), ("local_world_size", "replicas")):
         if getattr(plan, whole) % getattr(plan, part):
             problem = f"{part} = {getattr(plan, part)}: wanted a divisor of {whole} = {getattr(plan, whole)}; change it"
-    wrong = ((name, _table_problem(table, plan)) for name, table in plan.tables.items())
+    wrong = ((name, table_problem(table, plan)) for name, table in plan.tables.items())
     tables = (f"tables.{name}.{found}" for name, found in wrong if found)
     if problem := problem or next(tables, ""):
         raise InputError(source + problem)
@@ -204,13 +204,13 @@ def device_problem(plan: Plan) -> str:
     return next((words for refused, words in refusals if refused), "")
 
 
-def _table_problem(table: TablePlan, plan: Plan) -> str:
+def table_problem(table: TablePlan, plan: Plan) -> str:
     """What is wrong with one table's placement, as `key = value: wanted ...; fix`, or an empty string."""
     if table.sharding_type == "grid_shard":
         return "sharding_type = 'grid_shard': with mean pooling TorchRec computes it wrongly; use 'table_row_wise' or 'column_wise'"
     if table.sharding_type not in SHARDING_TYPES:
         return f"sharding_type = {table.sharding_type!r}: wanted one of {', '.join(SHARDING_TYPES)}"
-    if table.zch_buckets and (problem := zch_problem(table, plan)):
+    if table.zch_buckets and (problem := _zch_problem(table, plan)):
         return problem
     if table.positions and table.sharding_type not in SEQUENCE_TYPES:
         return f"sharding_type = {table.sharding_type!r}: a sequence reads this table; use one of {', '.join(SEQUENCE_TYPES)}"
@@ -233,7 +233,7 @@ def _table_problem(table: TablePlan, plan: Plan) -> str:
     return _ranks_problem(table, plan)
 
 
-def zch_problem(table: TablePlan, plan: Plan) -> str:
+def _zch_problem(table: TablePlan, plan: Plan) -> str:
     """The same for a table of encoding zch."""
     if table.sharding_type != "row_wise":
         return f"sharding_type = {table.sharding_type!r}: a table of encoding 'zch' is sharded by rows, each rank giving rows to its ids; use 'row_wise'"
@@ -255,7 +255,7 @@ def _ranks_problem(table: TablePlan, plan: Plan) -> str:
         return f"{where}wanted ranks in [0, {size}); change them"
     kind = table.sharding_type
     over = {"row_wise": size, "table_row_wise": local}.get(kind, 1)
-    if table.num_embeddings and leaves_empty(table.num_embeddings, over):
+    if table.num_embeddings and _leaves_empty(table.num_embeddings, over):
         return f"sharding_type = {kind!r}: {table.num_embeddings} rows over {over} ranks leave a rank without rows; use 'table_wise'"
     if kind in ("row_wise", "data_parallel"):
         if ranks and sorted(ranks) != list(range(size)):
@@ -274,7 +274,7 @@ def _ranks_problem(table: TablePlan, plan: Plan) -> str:
     return ""
 
 
-def leaves_empty(rows: int, ranks: int) -> bool:
+def _leaves_empty(rows: int, ranks: int) -> bool:
     """Whether a split of rows in blocks of ceil(rows / ranks) gives some rank none: FBGEMM was seen to fail there on a CPU."""
     return ranks > 1 and -(-rows // ranks) * (ranks - 1) >= rows
 

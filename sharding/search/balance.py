@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from data.errors import InputError
 from sharding.cost.estimate import Room, table_costs
 from sharding.plan.cluster import Cluster
 from sharding.plan.placement import Options, Plan, TablePlan
@@ -73,6 +74,11 @@ class Balance:
         deadline = time.monotonic() + seconds
         for name, ranks in self.pinned.items():
             if name in self.now and not ranks.issuperset(self.now[name].ranks):
+                if not self.choices[name]:
+                    raise InputError(
+                        f"sharding.tables.{name}.ranks = {sorted(ranks)}: no placement of it lies on these ranks; allow table_wise, or name "
+                        "all ranks of a host"
+                    )
                 self._put(name, min(self.choices[name], key=self._busiest_with))
         for _ in range(MAX_STEPS_PER_TABLE * max(1, len(self.now))):
             if time.monotonic() > deadline or not self._relieve():

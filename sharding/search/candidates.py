@@ -8,17 +8,8 @@ from data.schema import Feature, Schema, Table
 from data.schema.parse import unknown_key
 from sharding.cost.estimate import DTYPE_BYTES, Room, gib, state_bytes
 from sharding.plan.cluster import GIB, Cluster, default_cluster, read_cluster
-from sharding.plan.constraints import CARRIED, ShardingConfig, TableConstraint
-from sharding.plan.placement import (
-    SEQUENCE_TYPES,
-    DenseCost,
-    Plan,
-    TablePlan,
-    check_shape,
-    leaves_empty,
-    with_kernels,
-    zch_problem,
-)
+from sharding.plan.constraints import CARRIED, ShardingConfig
+from sharding.plan.placement import DenseCost, Plan, TablePlan, check_shape, table_problem, with_kernels
 
 ROWS_PER_RANK = 8  # a table with fewer rows for each rank is not split by rows
 TORCHREC_LEAST_COLUMNS = 128  # of a column shard where nobody says otherwise
@@ -143,63 +134,46 @@ def all_options(task: Task) -> dict[str, list[TablePlan]]:
 
 
 def _candidates(table: Table, task: Task, plan: Plan) -> list[TablePlan]:
-    """Placements worth trying for a table."""
+    """Placements of a table that the platform runs and that are worth trying."""
     config, name, sized = task.config, table.name, described_table(table, task.schema, task.config)
     constraint = config.of(name)
-    if sized.zch_buckets:
-        return [_unbounded(sized, name, plan, constraint)]
-    types = _by_size(sized, constraint.sharding_types, task, plan)
-    kernels = constraint.compute_kernels or config.compute_kernels
-    fused = [each for each in kernels if each != "dense" and not (plan.device == "cpu" and "uvm" in each)]
-    if sized.positions:
-        types, fused = [each for each in types if each in SEQUENCE_TYPES], ["fused"] if "fused" in kernels else []
+    types, kernels = config.sharding_types, config.compute_kernels
+    if sized.zch_buckets:  # there is one, whatever the run allows for other tables
+        types, kernels = ("row_wise",), ("fused",)
+    types, kernels = constraint.sharding_types or types, constraint.compute_kernels or kernels
     ratio = constraint.cache_ratio or config.cache_ratio
-    options = [each for kind in types for each in with_kernels(sized, kind, fused, ratio)]
-    if not options:
-        asked = list(constraint.sharding_types or config.sharding_types)
+    options = [each for kind in types for each in with_kernels(sized, kind, kernels, ratio)]
+    options = [_placed(option, name, config, plan) for option in options]
+    problems = [table_problem(option, plan) for option in options]
+    sound = [option for option, problem in zip(options, problems, strict=True) if not problem]
+    if not sound:
         raise InputError(
-            f"sharding.tables.{name}: sharding_types {asked} with compute_kernels {list(kernels)} leave no choice for {sized.num_embeddings} "
-            f"rows on {plan.group_size} ranks of {plan.device}, each of which needs a row; allow table_wise with fused"
-            + ("" if sized.positions else ", or data_parallel")
+            f"sharding.tables.{name}: sharding_types {list(types)} with compute_kernels {list(kernels)} leave no choice for "
+            f"{sized.num_embeddings} rows on {plan.group_size} ranks of {plan.device}: {problems[0]}"
         )
-    return [_placed(option, name, config, plan) for option in options]
+    return sound if constraint.sharding_types else _by_size(sound, task, plan)
 
 
-def _unbounded(table: TablePlan, name: str, plan: Plan, constraint: TableConstraint) -> TablePlan:
-    """The one placement of a table of encoding zch, whatever the run allows for other tables."""
-    where = f"sharding.tables.{name}"
-    for key, only in (("sharding_types", "row_wise"), ("compute_kernels", "fused")):
-        allowed = getattr(constraint, key)
-        if allowed and only not in allowed:
-            raise InputError(
-                f"{where}.{key} = {list(allowed)}: its fields are of encoding 'zch', which runs {only} only; allow {only}, or remove it"
-            )
-    placed = replace(table, sharding_type="row_wise", compute_kernel="fused", ranks=())
-    if problem := zch_problem(placed, plan):
-        raise InputError(f"table {name}: {problem}")
-    return placed
+def _by_size(options: list[TablePlan], task: Task, plan: Plan) -> list[TablePlan]:
+    """Those of a table's placements that suit its size class and the number of ranks."""
 
+    def of(*types: str) -> list[TablePlan]:
+        return [each for each in options if each.sharding_type in types]
 
-def _by_size(table: TablePlan, asked: tuple[str, ...], task: Task, plan: Plan) -> list[str]:
-    """Types for a table: those asked for it by name as they are, else the run's, thinned out by size class."""
-    kinds = asked or task.config.sharding_types
-    types = [kind for kind in kinds if kind != "table_row_wise" or plan.hosts > 1 or asked] or [*kinds]
-    if plan.group_size == 1 and not asked:
-        types = [kind for kind in types if kind in ("table_wise", "data_parallel")] or types
+    whole_types = ("table_wise", "data_parallel", "column_wise")
+    if plan.hosts == 1:
+        options = of("row_wise", *whole_types) or options
+    if plan.group_size == 1:
+        options = of("table_wise", "data_parallel") or options
+    table, split, whole = options[0], of("row_wise", "table_row_wise"), of(*whole_types)
     rows, dim = table.num_embeddings, table.embedding_dim
-    over = {"row_wise": plan.group_size, "table_row_wise": plan.local_group_size}
-    types = [kind for kind in types if not leaves_empty(rows, over.get(kind, 1))]
-    if asked or len(types) <= 1:
-        return types
     size = rows * dim * DTYPE_BYTES[plan.data_type] + state_bytes(plan.optimizer, rows, dim)
-    split = [kind for kind in types if kind in ("row_wise", "table_row_wise")]
-    whole = [kind for kind in types if kind not in split]
     single = table.ids <= 2 * table.bags
     if whole and (rows < ROWS_PER_RANK * plan.group_size or (size < SMALL_BYTES and single)):
         return whole
     room = task.room()
     large = size > LARGE_SHARE * (room.hbm if plan.device == "cuda" else room.ddr)
-    return split if split and large else types
+    return split if split and large else options
 
 
 def _placed(option: TablePlan, name: str, config: ShardingConfig, plan: Plan) -> TablePlan:
@@ -207,7 +181,7 @@ def _placed(option: TablePlan, name: str, config: ShardingConfig, plan: Plan) ->
         return replace(option, ranks=(0,))
     if option.sharding_type == "table_row_wise":
         return replace(option, ranks=tuple(range(plan.local_group_size)))
-    if option.sharding_type != "column_wise":
+    if option.sharding_type != "column_wise" or option.zch_buckets:
         return option
     constraint, dim = config.of(name), option.embedding_dim
     least = constraint.min_partition or min(TORCHREC_LEAST_COLUMNS, dim)

@@ -91,15 +91,15 @@ def smallest_cluster(task: Task, headroom: float, say: Callable[[str], None] = l
         except InputError as error:
             return error
 
-    for count in [each for each in (1, 2, 4, 8, 16) if each < devices] + [devices]:
-        found = attempt(1, count)
-        if isinstance(found, Assessment):
-            return found
-    low, high = 1, 2  # `low` hosts do not fit
-    while isinstance(found := attempt(high, devices), InputError):
-        low, high = high, 2 * high
-        if high > MOST_HOSTS or high * devices > MAX_RANKS:
-            raise InputError(f"no cluster of {task.cluster.name} up to {low} hosts fits: {found}")
+    powers = [1 << power for power in range(MOST_HOSTS.bit_length())]
+    sizes = [(1, count) for count in powers if count < devices]
+    sizes += [(hosts, devices) for hosts in powers if hosts * devices <= MAX_RANKS]
+    for high, count in sizes:
+        if isinstance(found := attempt(high, count), Assessment):
+            break
+    else:
+        raise InputError(f"no cluster of {task.cluster.name} up to {high} hosts fits: {found}")
+    low = high // 2  # so many hosts do not fit
     while high - low > 1:
         middle = (low + high) // 2
         smaller = attempt(middle, devices)
