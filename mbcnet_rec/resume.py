@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.errors import InputError, some_of
 from data.profile.fit import GROWTH, WAITING
@@ -20,9 +20,8 @@ from data.reading.snapshots import is_snapshot, pinned_paths
 from data.schema import Schema, load_schema, schema_to_toml
 from data.schema.parse import read_toml, to_toml_value
 from data.stream import ParquetStream
-from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN
-from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids, own_schema, rows_begun_anew
+from mbcnet_rec.checkpoints.run_schema import SCHEMA, file_sums, other_ids, own_schema, rows_begun_anew, saved_run
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.config import RunConfig, earlier_options, flat
 from mbcnet_rec.doctor import installed
@@ -59,8 +58,16 @@ def facts_of(config: RunConfig, files: dict[str, str], marks: Marks) -> dict[str
     }
 
 
-def earlier_facts(config: RunConfig, storage: CheckpointStorage, step: int | None, process: Process) -> dict[str, Any]:
-    """The facts that a checkpoint stores, none for a fresh start; InputError if it is damaged. Every rank calls it."""
+class Before(NamedTuple):
+    """The checkpoint that a start goes on from."""
+
+    storage: CheckpointStorage
+    step: int | None  # none of a fresh start
+    run: dict[str, Any]  # the facts that it stores
+
+
+def earlier_start(config: RunConfig, storage: CheckpointStorage, step: int | None, process: Process) -> Before:
+    """What a start goes on from; InputError if it is damaged. Every rank calls it."""
 
     def read() -> dict[str, Any]:
         if step is None:
@@ -71,7 +78,7 @@ def earlier_facts(config: RunConfig, storage: CheckpointStorage, step: int | Non
         earlier_options(run.get("config", {}))
         return run
 
-    return answer_of_first(process, read)
+    return Before(storage, step, answer_of_first(process, read))
 
 
 def with_versions(config: RunConfig, run: Mapping[str, Any], process: Process) -> RunConfig:
@@ -87,11 +94,9 @@ def with_versions(config: RunConfig, run: Mapping[str, Any], process: Process) -
 
 
 def agreed_schema(
-    config: RunConfig, run: Mapping[str, Any], process: Process, *, allow_partial: bool, grown: str = ""
+    config: RunConfig, before: Before, process: Process, *, allow_partial: bool
 ) -> tuple[Schema, dict[str, str]]:
-    """The schema to train with, and its `file_sums`: the config's, or where a run is resumed its own copy. Every rank calls it.
-
-    `grown`: a schema file to train with where it is the own copy that has grown.
+    """The schema to train with, and its `file_sums`: the config's, or where a run is resumed its own. Every rank calls it.
 
     Every field of ids has a type: that which the schema says, else that of the training files.
 
@@ -99,30 +104,56 @@ def agreed_schema(
         InputError: it is not there, or changed since; a rank has other vocabularies than rank 0; or with `allow_partial`, rows of a table
             would belong to other values.
     """
-    folder = config.run_folder
 
     def find() -> tuple[Schema, dict[str, str]]:
-        own = own_schema(folder, run) if not allow_partial and (folder / SCHEMA).is_file() else None
-        if own is not None and grown and (now := _grown(config, own, grown)):
-            return now, file_sums(now)
-        if own is not None:
-            return own, run["files"]
+        if not allow_partial:
+            try:
+                if own := own_schema(config.run_folder, before.storage, before.step):
+                    return own, before.run["files"]
+            except InputError:  # it has no copy either: the config's schema may still be the same
+                if (config.run_folder / SCHEMA).is_file():
+                    raise
         schema = _typed(config, load_schema(config.schema))
         sums = file_sums(schema)
-        _refuse_other_schema(config, schema, sums, run)
+        _refuse_other_schema(config, schema, sums, before)
         return schema, sums
 
-    found, sums = answer_of_first(process, find)
-    sees_copy = (found.folder / SCHEMA).is_file()  # another host may see checkpoints only
-    own = replace(found, folder=found.folder if sees_copy else Path(config.schema).parent)
+    return _on_this_host(config, process, before, *answer_of_first(process, find))
+
+
+def grown_schema(
+    config: RunConfig, own: Schema, before: Before, process: Process, *, continues: bool
+) -> tuple[Schema, dict[str, str]] | None:
+    """What a run's own schema has grown to for the day that begins, as `agreed_schema`; None where it has not. Every rank calls it.
+
+    A day that had begun goes on with the copy in the run folder, or where that is lost with the config's schema.
+    """
+    copy = config.run_folder / SCHEMA
+    paths = [config.schema] if continues else [copy] if own.folder == copy.parent else [copy, config.schema]
+
+    def find() -> tuple[Schema, dict[str, str]] | None:
+        found = (_grown(config, own, path) for path in paths)
+        return next(((each, file_sums(each)) for each in found if each), None)
+
+    found = answer_of_first(process, find)
+    return _on_this_host(config, process, before._replace(step=None), *found) if found else None
+
+
+def _on_this_host(
+    config: RunConfig, process: Process, before: Before, schema: Schema, sums: dict[str, str]
+) -> tuple[Schema, dict[str, str]]:
+    """Rank 0's schema with vocabularies that this rank sees: another host may see checkpoints, or what the config names, and no run folder."""
     with agreed(process):
-        other = [name for name, sha256 in file_sums(own).items() if name != SCHEMA and sums.get(name) != sha256]
+        if not (schema.folder / SCHEMA).is_file():
+            own = own_schema(config.run_folder, before.storage, before.step)
+            schema = replace(schema, folder=own.folder if own else Path(config.schema).parent)
+        other = [name for name, sha256 in file_sums(schema).items() if name != SCHEMA and sums.get(name) != sha256]
         if other:
-            raise InputError(f"{own.folder}: {', '.join(other)}: other than on rank 0; give every host the same")
-    return own, sums
+            raise InputError(f"{schema.folder}: {', '.join(other)}: other than on rank 0; give every host the same")
+    return schema, sums
 
 
-def _grown(config: RunConfig, own: Schema, path: str) -> Schema | None:
+def _grown(config: RunConfig, own: Schema, path: str | Path) -> Schema | None:
     """The schema at `path` where it differs from the run's own copy by growth alone; None where it does not differ, or otherwise."""
     try:
         now = _typed(config, load_schema(path))
@@ -138,25 +169,13 @@ def _typed(config: RunConfig, schema: Schema) -> Schema:
     return pinned(schema, column_sets(files, config.data.attempts))
 
 
-def _refuse_other_schema(config: RunConfig, schema: Schema, sums: Mapping[str, str], run: Mapping[str, Any]) -> None:
+def _refuse_other_schema(config: RunConfig, schema: Schema, sums: Mapping[str, str], before: Before) -> None:
     """Refuse a schema by which the rows of a checkpoint would mean something else."""
-    files, folder = run.get("files"), config.run_folder
-    if not files or files == sums:
+    if (before.run.get("files") or sums) == sums:
         return
-    if not (folder / SCHEMA).is_file():
-        differ = sorted(name for name in files | sums if files.get(name) != sums.get(name))
-        raise InputError(
-            f"{folder / SCHEMA}: is missing, and schema = {config.schema!r} is not that of the checkpoint ({', '.join(differ)} differ); "
-            "bring the run folder back, or begin anew with --overwrite"
-        )
-    try:
-        before = own_schema(folder, run)
-    except InputError:
-        if file_sums(load_schema(folder / SCHEMA)) != sums:
-            raise
-        return  # it was loaded in part before, and no checkpoint was written since
-    assert before is not None
-    for table, why in other_ids(before, schema).items():
+    own = own_schema(config.run_folder, before.storage, before.step)
+    assert own is not None
+    for table, why in other_ids(own, schema).items():
         raise InputError(
             f"{config.schema}: table {table}: its rows in the checkpoint are of other ids ({why}); use the schema of the run, or begin "
             "another run with train.warm_start and the other tables in train.warm_start_tables"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data.errors import InputError
 from data.plugins import PLUGINS, write_plugins
@@ -23,12 +23,13 @@ from mbcnet_rec.checkpoints.run_folder import (
     recover,
     remove,
 )
-from mbcnet_rec.checkpoints.run_schema import BEFORE, COPIED, SCHEMA, write_copy
+from mbcnet_rec.checkpoints.run_schema import BEFORE, COPIED, write_copy
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step
 from mbcnet_rec.config import RunConfig, config_text
 from mbcnet_rec.lineage import DATA, LINEAGE, Days, Marks, lineage_text
 from mbcnet_rec.logs.metrics_log import METRICS, written
 from mbcnet_rec.logs.mlflow import RUN_ID
+from mbcnet_rec.resume import Before
 from mbcnet_rec.runtime.lock import names_in
 from mbcnet_rec.runtime.process import Process, answer_of_first
 from mbcnet_rec.runtime.watchdog import STACKS
@@ -140,11 +141,9 @@ class Beginning(NamedTuple):
     plan: Plan
 
 
-def open_folder(
-    begun: Beginning, storage: CheckpointStorage, earlier: Mapping[str, Any], *, fresh: bool, overwrite: bool
-) -> None:
+def open_folder(begun: Beginning, before: Before, *, overwrite: bool) -> None:
     """Write what a run begins with; a fresh one takes the place of an earlier run, and of what a start that died has left."""
-    config, folder = begun.config, begun.config.run_folder
+    config, folder, storage, fresh = begun.config, begun.config.run_folder, before.storage, before.step is None
     new, place = folder / NEW, config.train.checkpoint_folder
     if place and not is_uri(place):  # so that it holds from every working directory
         config = replace(config, train=replace(config.train, checkpoint_folder=str(Path(place).absolute())))
@@ -165,11 +164,10 @@ def open_folder(
         names = {CONFIG, PLAN, DATA, LINEAGE, PLUGINS}
         transforms = [each[FILE] for each in begun.schema.transforms.values() if FILE in each]
         write_plugins(new, [*begun.config.plugins, *transforms])
-        # a run of an earlier version has no copy yet, and a lost run folder has none any more
-        if fresh or not (folder / SCHEMA).is_file() or earlier.get("files") != begun.files:
+        if fresh or begun.schema.folder.resolve() != folder.resolve():
             write_copy(begun.schema, new, begun.files)
-            if begun.own is not begun.schema:
-                write_copy(begun.own, new / BEFORE, earlier["files"])
+            if before.step is not None and begun.own is not begun.schema and not storage.manifest(before.step).copies:
+                write_copy(begun.own, new / BEFORE, before.run["files"])
             names |= {*COPIED}
         if fresh:
             write_whole(new / METRICS, "")

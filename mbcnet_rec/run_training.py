@@ -21,7 +21,7 @@ from data.whole_folder import write_whole
 from mbcnet_rec.build import build
 from mbcnet_rec.checkpoints.compatibility import RowsAnew, load_checked, warm_start
 from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
-from mbcnet_rec.checkpoints.run_schema import SCHEMA, rows_begun_anew
+from mbcnet_rec.checkpoints.run_schema import rows_begun_anew
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.cpu.layers import bf16_in_hardware
@@ -33,9 +33,11 @@ from mbcnet_rec.model.models import schema_with_wide
 from mbcnet_rec.progressive import score_day
 from mbcnet_rec.report.page import shown, to_text
 from mbcnet_rec.resume import (
+    Before,
     agreed_schema,
-    earlier_facts,
+    earlier_start,
     facts_of,
+    grown_schema,
     marks_of,
     refuse_other_start,
     schema_note,
@@ -126,30 +128,29 @@ def run_training(
         start = start_of(config, storage, process, resume or continues, overwrite)
         if continues and start is None:
             raise InputError(f"{folder}: holds no run with a checkpoint that could be continued; train it first")
-        earlier = earlier_facts(config, storage, start, process)
-        config = with_versions(config, {} if continues else earlier, process)
-        own, files = agreed_schema(config, earlier, process, allow_partial=allow_partial)
+        before = earlier_start(config, storage, start, process)
+        config = with_versions(config, {} if continues else before.run, process)
+        own, files = agreed_schema(config, before, process, allow_partial=allow_partial)
         splits = open_splits(config.data, settings.seed, own, process)
         streams = {name: split.stream for name, split in splits.items()}
         marks = answer_of_first(process, lambda: marks_of(streams, config.data.attempts))
         days = answer_of_first(
-            process, lambda: days_of(config, start, earlier, marks, continues=continues, again=again)
+            process, lambda: days_of(config, start, before.run, marks, continues=continues, again=again)
         )
         day_rows = _as_scored(config, streams["train"]) if progressive else None
         schema, anew = own, None
-        if days.begins:
-            source = config.schema if continues else str(folder / SCHEMA)
-            grown, files = agreed_schema(config, earlier, process, allow_partial=allow_partial, grown=source)
-            if files != earlier.get("files"):
-                schema, anew = grown, answer_of_first(process, lambda: rows_begun_anew(own, grown))
-                splits = open_splits(config.data, settings.seed, schema, process)
-                streams = {name: split.stream for name, split in splits.items()}
-                days.lines[-1]["growth"] = read_growth(schema.folder)["tables"]
+        if days.begins and (grown := grown_schema(config, own, before, process, continues=continues)):
+            schema, files = grown
+            anew = answer_of_first(process, lambda: rows_begun_anew(own, schema))
+            splits = open_splits(config.data, settings.seed, schema, process)
+            streams = {name: split.stream for name, split in splits.items()}
+            days.lines[-1]["growth"] = read_growth(schema.folder)["tables"]
         train_rows, counts = streams["train"], _counts(streams)
         facts = facts_of(config, files, marks) | {"day": len(days.lines)}
         context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks, facts)
         notes = answer_of_first(
-            process, lambda: refuse_other_start(config, earlier, marks, begins=days.begins, allow_partial=allow_partial)
+            process,
+            lambda: refuse_other_start(config, before.run, marks, begins=days.begins, allow_partial=allow_partial),
         )
         built = build(config if start is None else with_own_plan(config), schema, process)
         train_rows.on_rows = hooks.on_rows
@@ -164,12 +165,12 @@ def run_training(
         if anew is not None:
             tables = schema_with_wide(config.model, schema).tables
             anew = {each.name: anew[name] for each in tables for name in each.feature_names if name in anew}
-        notes += _load(config, schema, trainer, start, earlier, allow_partial, days.begins, anew)
+        notes += _load(config, schema, trainer, before, allow_partial, days.begins, anew)
         if start is None or days.begins:
             days.lines[-1]["first_step"] = trainer.state.step
         # no rank writes into the folder before the files of an earlier run are out of the way
         begun = Beginning(config, schema, own, files, marks, days, built.plan)
-        answer_of_first(process, lambda: open_folder(begun, storage, earlier, fresh=start is None, overwrite=overwrite))
+        answer_of_first(process, lambda: open_folder(begun, before, overwrite=overwrite))
         if process.is_first:
             for note in notes:
                 tell(note)
@@ -218,26 +219,24 @@ def _load(
     config: RunConfig,
     schema: Schema,
     trainer: Trainer,
-    step: int | None,
-    earlier: Mapping[str, Any],
+    before: Before,
     allow_partial: bool,
     begins_day: bool,
     anew: RowsAnew | None,
 ) -> list[str]:
     """Load the checkpoint of a step, or for a fresh start the tables of a warm start; return what there is to say of it."""
-    process, storage = trainer.process, trainer.context.storage
-    notes: list[str] = []
-    if step is not None:
+    process, storage, notes = trainer.process, before.storage, list[str]()
+    if before.step is not None:
         with ExitStack() as fetched:
             with agreed(process):
-                folder = fetched.enter_context(storage.fetched(step))
+                folder = fetched.enter_context(storage.fetched(before.step))
                 # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
                 saved = Saved(folder, hashed=storage.root is None)
             try:
                 notes = trainer.restore(saved, begins_day=begins_day, allow_partial=allow_partial, anew=anew)
             except InputError as error:
-                raise InputError(f"{error}{told_differences(earlier, config)}") from None
-        if not allow_partial and earlier.get("files") and (note := schema_note(config, schema)):
+                raise InputError(f"{error}{told_differences(before.run, config)}") from None
+        if not allow_partial and before.run.get("files") and (note := schema_note(config, schema)):
             notes.append(note)
     elif config.train.warm_start:
         notes = [warm_start(config.train, trainer.built, schema, process)]

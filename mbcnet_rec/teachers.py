@@ -19,9 +19,8 @@ from data.reading.files import resolve_files
 from data.reading.fingerprint import mark_files
 from data.schema import Schema
 from data.stream import Batch, ParquetStream
-from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
-from mbcnet_rec.checkpoints.run_schema import other_ids
+from mbcnet_rec.checkpoints.run_schema import other_ids, saved_run
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.models import needs_wide
 from mbcnet_rec.resume import start_differences

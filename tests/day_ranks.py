@@ -66,7 +66,7 @@ def dies():
 
 
 def play(world):
-    """Three days; on the third the fitted folder is lost and grows again from the run's copy, and training dies once and goes on."""
+    """Three days; on the third the fitted folder and the run's copy are lost and grow again from the checkpoint, and training dies once and goes on."""
     here = FOLDER / f"on-{world}"
     for day in range(3):
         (here / f"log/ds={day}").mkdir(parents=True)
@@ -89,6 +89,7 @@ def play(world):
             source = here / "fit"
             if day == 2:
                 shutil.rmtree(source)
+                shutil.rmtree(here / "run/vocabulary")
                 source = here / "run"
             run("schema", "fit", "--grow", source, here / f"log/ds={day}", "-o", here / "fit")
         if day == 2:

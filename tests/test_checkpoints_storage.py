@@ -2,6 +2,7 @@
 newest one that verifies is the latest, and a storage that fails at any operation leaves the one before as it was."""
 
 import errno
+import hashlib
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from pyarrow.fs import FileSelector, LocalFileSystem
 
 from data.errors import InputError
 from data.reading.storage import file_system
-from mbcnet_rec.checkpoints.manifest import file_name
+from mbcnet_rec.checkpoints.manifest import file_name, read_checkpoint
 from mbcnet_rec.checkpoints.shards import Saved, whole_shard
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, DamagedCheckpointWarning, best_step, latest_step
 from mbcnet_rec.checkpoints.writer import Keep, Saver
@@ -268,3 +269,38 @@ def test_a_server_that_goes_away_is_named(bucket, monkeypatch):
 def test_an_unknown_place_is_refused():
     with pytest.raises(InputError, match=r"nonsense://bucket/prefix: cannot be opened .*or use a folder"):
         CheckpointStorage("nonsense://bucket/prefix")
+
+
+def test_checkpoints_share_copies_of_the_runs_files(storage, tmp_path):
+    """The first takes a file from the run folder, the later ones from the checkpoint before, at no bytes on a disk, until the file is another one;
+    where it cannot be had the try leaves nothing."""
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def files(text):
+        (run / "schema.toml").write_text(text)
+        return {"run": {"files": {"schema.toml": hashlib.sha256(text.encode()).hexdigest()}}}
+
+    def text_of(step):
+        with storage.fetched(step) as folder:
+            ((file, _),) = read_checkpoint(folder).copies.values()
+            return (folder / file).read_text()
+
+    made = Saver(storage, ALONE, 10.0, folder=run)
+    extra = files("one")
+    for step in (1, 2):
+        made.save(step, shards(step), extra, Keep(last=2))
+        made.finish()
+        (run / "schema.toml").unlink(missing_ok=True)
+    if storage.root is not None:
+        one, two = storage.root.glob("step_*/copy_*")
+        assert one.samefile(two) and one.stat().st_nlink == 2
+    made.save(3, shards(3), files("three"), Keep(last=2))
+    made.finish()
+    assert storage.steps() == [2, 3] and [text_of(2), text_of(3)] == ["one", "three"]
+    before = files_of(storage)
+    other = Saver(storage, ALONE, 10.0, folder=run)
+    other.save(4, shards(4), extra, Keep(last=2))
+    with pytest.raises(CannotWriteError, match=r"run/schema.toml: changed since this run began"):
+        other.finish()
+    assert files_of(storage) == before

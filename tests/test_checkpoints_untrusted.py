@@ -17,8 +17,8 @@ import torch
 from small_data import write_small
 
 from data.errors import InputError
-from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.manifest import read_checkpoint
+from mbcnet_rec.checkpoints.run_schema import saved_run
 from mbcnet_rec.checkpoints.shards import Saved, load_shards, whole_shard
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, best_step
 from mbcnet_rec.checkpoints.writer import Keep, Saver
@@ -39,13 +39,19 @@ def pieces():
 
 
 RANK_FILE = "rank_00000.safetensors"
+COPIED = ("schema.toml", "vocabulary/user.parquet")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A whole checkpoint of one rank."""
-    made = Saver(CheckpointStorage(tmp_path / "checkpoints"), Process(0, 1, 0, 1, torch.device("cpu")), 10.0)
-    run = {"optimizer": "sgd", "schema": "abc", "column_shards": {"user": 2}}
+    """A whole checkpoint of one rank, with copies of two files of its run."""
+    (tmp_path / "run/vocabulary").mkdir(parents=True)
+    for name in COPIED:
+        (tmp_path / "run" / name).write_text(name)
+    alone = Process(0, 1, 0, 1, torch.device("cpu"))
+    made = Saver(CheckpointStorage(tmp_path / "checkpoints"), alone, 10.0, folder=tmp_path / "run")
+    files = {name: hashlib.sha256(name.encode()).hexdigest() for name in COPIED}
+    run = {"optimizer": "sgd", "schema": "abc", "column_shards": {"user": 2}, "files": files}
     extra = {"state": STATE.to_json(), "stream": {"epoch": 0, "step": 5, "fingerprint": "f"}, "run": run}
     made.save(5, pieces(), extra, Keep(last=2, best=((0.7, 5),)))
     made.finish()
@@ -130,14 +136,13 @@ def test_a_link_is_refused(folder, tmp_path, name):
 
 def test_one_flipped_bit_anywhere_is_refused(folder):
     rng = random.Random(0)
-    for name in ("manifest.json", "rank_00000.safetensors"):
-        path = folder / name
+    for path in (folder / "manifest.json", folder / "rank_00000.safetensors", *folder.glob("copy_*")):
         data = path.read_bytes()
-        for place in [*range(16), *(rng.randrange(len(data)) for _ in range(100))]:
+        for place in [*range(min(16, len(data))), *(rng.randrange(len(data)) for _ in range(100))]:
             flipped = bytearray(data)
             flipped[place] ^= 1 << rng.randrange(8)
             path.write_bytes(flipped)
-            with pytest.raises(InputError):
+            with pytest.raises(InputError, match=path.name):
                 load(folder)
         path.write_bytes(data)
     assert TrainState.from_json(load(folder).manifest.extra["state"]) == STATE, "whole again, it is read"
@@ -217,6 +222,25 @@ def test_a_path_out_of_the_folder_or_a_block_outside_its_tensor_is_refused(folde
     with pytest.raises(InputError, match=words) as caught:
         load(folder)
     assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "words"),
+    [
+        ("schema.toml", "../../secret", "wanted the name of a file of the run, that of its copy"),
+        ("schema.toml", "copy_00000.ab/..", "wanted the name of a file of the run, that of its copy"),
+        ("schema.toml", RANK_FILE, "wanted the name of a file of the run, that of its copy"),
+        ("schema.toml\x1b[2J", "copy_00000.ab.toml", "wanted the name of a file of the run, that of its copy"),
+        ("../secret", "", "does not say which run wrote it"),
+    ],
+)
+def test_a_copy_has_no_path_out_of_either_folder(folder, name, file, words):
+    def change(body):
+        body["copies"][name] = [file or body["copies"]["schema.toml"][0], body["copies"].pop("schema.toml")[1]]
+
+    rewrite(folder, change)
+    with pytest.raises(InputError, match=words):
+        load(folder)
 
 
 WEIRD = (None, True, -1, 0, 0.5, HUGE, 1e308, "", "x" * 9, [], {}, [[]], {"a": 1}, "../..", "\x00")

@@ -1,6 +1,7 @@
 """A fit grows by the days' files: values get rows after so many sightings, none moves, those long unseen make room, each file counts once; and a
 run that continues trains with the grown tables as one that had those rows from the start, at 1 and 2 ranks."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from data.profile.grow import grow_fitted
 from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.schema import load_schema
+from mbcnet_rec.checkpoints.manifest import read_checkpoint
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 from mbcnet_rec.serving import loader as serving
@@ -183,7 +185,7 @@ def test_a_row_that_expires_begins_anew_also_where_the_day_died_before_its_first
     assert train(*second, continues=True) == 0
     with pytest.raises(RuntimeError, match="died"):
         train(*second, "train.out=died", continues=True, hooks=Hooks(on_loss=die))
-    assert pq.read_table("died/schema_before/vocabulary/user.parquet")["value"].null_count == 0
+    assert not (log / "died/schema_before").exists(), "the checkpoint has the vocabulary of its day"
     assert main(["evaluate", "died", "--data", "log/ds=2024-06-02"]) == 0, (
         "its last checkpoint is read with the vocabulary of its day"
     )
@@ -215,9 +217,123 @@ def test_a_row_that_expires_begins_anew_also_where_the_day_died_before_its_first
     night(3)
 
 
+def often(log, min_count=9):
+    """Make ids wait for a row: fit anew, and train the first day."""
+    text = (log / "schema.toml").read_text()
+    (log / "schema.toml").write_text(text.replace("expire_after = 0", f"expire_after = 0, min_count = {min_count}"))
+    assert main(["schema", "fit", "schema.toml", "log/ds=2024-06-01", "-o", "fit", "--force"]) == 0
+    assert train("tiny.toml", "train.out=run", 'data.train=["log/ds=2024-06-01"]', "train.checkpoint_every=2") == 0
+
+
+def copy_in(run, step, name):
+    """Where a checkpoint has its copy of a file of the run folder."""
+    folder = run / f"checkpoints/step_{step}"
+    return folder / read_checkpoint(folder).copies[name][0]
+
+
+def rows_and_counts(run, step):
+    """What a checkpoint has of users: those with a row, and the sightings of the others."""
+    rows, waiting = (pq.read_table(copy_in(run, step, f"vocabulary/{name}user.parquet")) for name in ("", "waiting/"))
+    return set(rows["value"].to_pylist()), dict(zip(waiting["value"].to_pylist(), waiting["count"].to_pylist()))
+
+
+def test_a_checkpoint_has_the_counts_themselves(log, recwarn):
+    """Exactly those of all rows so far, in files that the checkpoints of a day share; and with nothing else left the next day grows, and trains,
+    to the same bit."""
+    often(log)
+    copies = {name: [copy_in(log / "run", step, name) for step in (4, 5)] for name in COUNTS}
+    for name, (one, other) in copies.items():
+        assert one.samefile(other), "an unchanged vocabulary costs no bytes"
+        assert not one.samefile(log / "run" / name), "what overwrites the one in the run folder leaves them as they are"
+    seen, known = Counter(), set()
+    for day in (1, 2):
+        if day == 2:
+            night(2)
+        seen.update(pq.read_table(f"log/ds=2024-06-0{day}")["user"].to_pylist())
+        known |= {value for value, count in seen.items() if count >= 9}
+        waiting = {value: count for value, count in seen.items() if value not in known}
+        assert rows_and_counts(log / "run", 5 * day) == (known, waiting) and len(known) > 5 and len(waiting) > 5
+    shutil.copytree("run", "lost")
+    assert main(["schema", "fit", "--grow", "fit", "log/ds=2024-06-03"]) == 0
+    assert train("run/config.toml", 'data.train=["log/ds=2024-06-03"]', continues=True) == 0
+
+    shutil.rmtree("lost/vocabulary")
+    os.remove("lost/schema.toml")
+    assert main(["schema", "fit", "--grow", "lost", "log/ds=2024-06-03", "-o", "again"]) == 0
+    assert "lost/schema.toml: is not that of the checkpoint of step 10" in str(recwarn.pop(UserWarning).message)
+    for name in COUNTS:
+        assert (log / "again" / name).read_bytes() == (log / "fit" / name).read_bytes()
+    third = ("run/config.toml", 'data.train=["log/ds=2024-06-03"]', "train.out=lost", "schema=again/schema.toml")
+    assert train(*third, continues=True) == 0
+    ours, theirs = tensors(log / "run", 15), tensors(log / "lost", 15)
+    assert ours.keys() == theirs.keys() and [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert rows_and_counts(log / "run", 15) == rows_and_counts(log / "lost", 15)
+    assert days(log / "lost")[-1]["growth"] == days(log / "run")[-1]["growth"]
+
+
+COUNTS = ("vocabulary/user.parquet", "vocabulary/waiting/user.parquet", "vocabulary/growth.json")
+
+
+def test_a_run_folder_that_is_newer_than_the_checkpoint_does_not_count(log):
+    """A day that died after its vocabulary had grown: it counts again from the checkpoint, and goes on though the run folder has lost what it began
+    with; a run that goes back to an older checkpoint trains the day again, all to the same bit."""
+    often(log)
+    shutil.copytree("run", "died")
+    shutil.copytree("run/checkpoints", "kept")
+
+    def die(loss, outputs):
+        raise RuntimeError("died")
+
+    second = ("run/config.toml", 'data.train=["log/ds=2024-06-02"]')
+    assert main(["schema", "fit", "--grow", "fit", "log/ds=2024-06-02"]) == 0
+    assert train(*second, continues=True) == 0
+    with pytest.raises(RuntimeError, match="died"):
+        train(*second, "train.out=died", continues=True, hooks=Hooks(on_loss=die))
+    with pytest.warns(
+        UserWarning, match="died/schema.toml: is not that of the checkpoint of step 5, whose own is read"
+    ):
+        assert main(["schema", "fit", "--grow", "died", "log/ds=2024-06-02", "-o", "again"]) == 0
+        shutil.rmtree("died/vocabulary")
+        assert train("died/config.toml", resume=True) == 0
+    for name in COUNTS:
+        found = {(log / each / name).read_bytes() for each in ("fit", "again", "died", "run")}
+        assert len(found) == 1, name
+    wanted = tensors(log / "run", 10)
+    shutil.copytree("run", "back", ignore=shutil.ignore_patterns("step_*"))
+    shutil.copytree("kept/step_5", "back/checkpoints/step_5")
+    assert train(*second, "train.out=back", continues=True) == 0
+    for other in ("died", "back"):
+        found = tensors(log / other, 10)
+        assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+
+
+def test_damaged_counts_are_refused_by_name(log, capfd, recwarn):
+    often(log)
+    (log / "run/checkpoints/step_4").rename(log / "step_4")
+    copy = copy_in(log / "run", 5, "vocabulary/waiting/user.parquet")
+    data = bytearray(copy.read_bytes())
+    data[len(data) // 2] ^= 1
+    copy.write_bytes(data)
+    shutil.rmtree("run/vocabulary")
+    capfd.readouterr()
+    words = f"{copy.relative_to(log)} (vocabulary/waiting/user.parquet): changed since it was written (SHA-256 differs)"
+    assert main(["schema", "fit", "--grow", "run", "log/ds=2024-06-02", "-o", "again"]) == 2
+    assert words in capfd.readouterr().err and not (log / "again").exists()
+    assert main(["train", "--continue", "run", "--data", "ds=2024-06-02"]) == 2
+    said = capfd.readouterr().err
+    assert f"warning: {words}" in said and "run: of 1 checkpoints none is whole" in said
+    waiting = log / "fit/vocabulary/waiting/user.parquet"
+    data = bytearray(waiting.read_bytes())
+    data[20] ^= 1
+    waiting.write_bytes(data)
+    assert main(["schema", "fit", "--grow", "fit", "log/ds=2024-06-02"]) == 2
+    assert "fit/vocabulary/waiting/user.parquet: cannot be read (" in capfd.readouterr().err
+
+
 @pytest.mark.long
 def test_two_ranks_grow_as_one_run_of_two_ranks(log):
-    """By processes: day by day with growth equals the whole run of two ranks with the last vocabulary, bit for bit."""
+    """By processes: day by day with growth equals the whole run of two ranks with the last vocabulary, bit for bit, also where before the last day
+    all but the checkpoints was lost."""
 
     def start(*words):
         launch = [
@@ -233,7 +349,12 @@ def test_two_ranks_grow_as_one_run_of_two_ranks(log):
     kinds = ["--set", 'sharding.sharding_types=["table_wise"]']
     start("--config", "tiny.toml", *kinds, "--set", "train.out=run", "--set", 'data.train=["log/ds=2024-06-01"]')
     for day in (2, 3):
-        assert main(["schema", "fit", "--grow", "fit", f"log/ds=2024-06-0{day}"]) == 0
+        source = "fit"
+        if day == 3:
+            shutil.rmtree("fit")
+            shutil.rmtree("run/vocabulary")
+            source = "run"
+        assert main(["schema", "fit", "--grow", source, f"log/ds=2024-06-0{day}", "-o", "fit"]) == 0
         start("--continue", "run", "--data", f"ds=2024-06-0{day}", "--progressive")
     start("--config", "tiny.toml", *kinds, "--set", "train.out=whole")
     ours, theirs = tensors(log / "run", 15), tensors(log / "whole", 15)

@@ -1,5 +1,6 @@
 """Proves that a run is read as it was trained, whatever became of schema, vocabulary, plan and data since, and refuses what would not be."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -126,7 +127,34 @@ def test_a_run_resumes_without_the_files_that_it_was_fitted_from(place):
 
 @pytest.mark.parametrize("name", ["schema.toml", "vocabulary/shop.parquet"])
 @pytest.mark.parametrize("change", ["other bytes", "gone"])
-def test_a_copy_that_was_changed_is_refused_by_all_that_read_it(place, capfd, name, change):
+def test_where_a_copy_was_changed_the_checkpoints_own_is_read(place, name, change):
+    path, before = Path("runs/r") / name, pq.read_table("before/a.parquet")["probability"].to_numpy()
+    whole = path.read_bytes()
+    path.unlink() if change == "gone" else path.write_bytes(whole + b"\n")
+    with pytest.warns(UserWarning, match=f"^runs/r/{name}: is not that of the checkpoint of step 60"):
+        np.testing.assert_array_equal(predict("runs/r", "out"), before)
+        assert main(["export", "runs/r", "--out", "served", "--no-aot"]) == 0
+        assert path.exists() == (change != "gone"), "what only reads a run writes nothing there"
+        assert main(["train", "--config", "run.toml", "--resume", "--set", "train.epochs=4"]) == 0
+    assert path.read_bytes() == whole, "a run that goes on brings it back"
+
+
+def without_copies(*checkpoints: Path) -> None:
+    """Make checkpoints what earlier versions wrote: with the SHA-256 of the schema's files alone."""
+    for folder in checkpoints:
+        body = json.loads((folder / "manifest.json").read_text())["body"]
+        for file, _ in body.pop("copies").values():
+            (folder / file).unlink()
+        text = json.dumps(body)
+        shell = f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", "body": {text}}}\n'
+        (folder / "manifest.json").write_text(shell)
+
+
+@pytest.mark.parametrize("name", ["schema.toml", "vocabulary/shop.parquet"])
+@pytest.mark.parametrize("change", ["other bytes", "gone"])
+def test_beside_checkpoints_of_earlier_versions_a_changed_copy_is_refused(place, capfd, name, change):
+    without_copies(*Path("runs/r/checkpoints").glob("step_*"))
+    predict("runs/r", "whole")
     path = Path("runs/r") / name
     path.unlink() if change == "gone" else path.write_bytes(path.read_bytes() + b"\n")
     commands = [
@@ -148,11 +176,18 @@ def test_a_lost_run_folder_resumes_with_the_schema_of_its_checkpoints_only(place
     shutil.rmtree("runs/s")
     shutil.copytree("fitted", "yesterday")
     fit(2)
-    assert train(Path("run.toml"), checkpoints, "train.out=runs/s", resume=True) == 2
-    said = capfd.readouterr().err.splitlines()[-1]
-    assert "is not that of the checkpoint (schema.toml, vocabulary/growth.json, vocabulary/shop.parquet differ)" in said
-    assert train(Path("run.toml"), checkpoints, "train.out=runs/s", "schema=yesterday/schema.toml", resume=True) == 0
-    assert "from step 20" in capfd.readouterr().out
+    shutil.copytree("kept", "earlier")
+    without_copies(*Path("earlier").glob("step_*"))
+    earlier = ("train.checkpoint_folder=earlier", "train.out=runs/e")
+    assert train(Path("run.toml"), *earlier, resume=True) == 2
+    assert "runs/e/schema.toml: changed since the run was trained" in capfd.readouterr().err.splitlines()[-1]
+    assert train(Path("run.toml"), *earlier, "schema=yesterday/schema.toml", resume=True) == 0
+    with pytest.warns(UserWarning, match="runs/s/schema.toml: is not that of the checkpoint of step 20"):
+        assert train(Path("run.toml"), checkpoints, "train.out=runs/s", resume=True) == 0
+    assert capfd.readouterr().out.count("from step 20") == 2
+    found, wanted = (Path(each, "vocabulary/shop.parquet").read_bytes() for each in ("runs/s", "yesterday"))
+    assert found == wanted != Path("fitted/vocabulary/shop.parquet").read_bytes()
+    assert other_ids(load_schema("runs/s/schema.toml"), load_schema("yesterday/schema.toml")) == {}
 
 
 def test_rows_of_other_ids_are_neither_loaded_in_part_nor_at_a_warm_start(place, capfd):

@@ -65,8 +65,8 @@ def test_ids_that_share_a_row_are_told_also_of_a_plain_run(played):
 
 @pytest.mark.long
 def test_an_id_has_a_row_of_its_own_after_so_many_sightings(played):
-    """Below, at and above `min_count` on one day, and once on each of three days: counts go on exactly, also where the fitted folder was lost and
-    grew again from the run's own copy; before that an id scores as one that nobody has seen."""
+    """Below, at and above `min_count` on one day, and once on each of three days: counts go on exactly, also where the fitted folder and the
+    run's copy were lost and grew again from the checkpoint; before that an id scores as one that nobody has seen."""
     _, found = played
     one = found["1"]
     for day, (rows, scores) in enumerate(zip(one["rows"], one["scores"], strict=True)):

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.engine import HERE
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.profile.fit import GROWTH, WAITING, measure, write_rows
 from data.profile.units import Progress, results_folder, unheard
 from data.profile.values import BY_COUNT, merged
@@ -98,7 +98,8 @@ def grow_fitted(
             name, path = schema.own_vocabularies[users[0].name], schema.folder / users[0].vocabulary
             waiting = schema.folder / WAITING / Path(name).name
             rows = {"value": values[users[0].vocabulary]} | {name: given_rows(path, name) for name in (SINCE, SEEN)}
-            sightings = pq.read_table(waiting) if waiting.is_file() else None
+            # without rare values the fit has written none, a growth always has
+            sightings = _read(waiting) if state["day"] or waiting.is_file() else None
             grown, left, changes[table] = _grown(pa.table(rows), sightings, found, users, day)
             write_rows(folder / name, [grown])
             write_rows(folder / WAITING / Path(name).name, [left])
@@ -136,9 +137,18 @@ def growth_lines(changes: Mapping[str, Changes]) -> list[str]:
     ]
 
 
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{path}: cannot be read ({first_line(error)}); bring it back, or grow what the run has: mbcnet schema fit --grow RUN"
+        ) from None
+
+
 def given_rows(path: Path, column: str = SINCE) -> np.ndarray:
     """The growth that gave each row of a vocabulary's file to its value, or to nobody; 0: the fit itself. Or another of its notes."""
-    kept = pq.read_table(path)
+    kept = _read(path)
     return kept[column].to_numpy() if column in kept.column_names else np.zeros(len(kept), np.int32)
 
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from data.errors import InputError, some_of
 from data.schema import Schema, load_schema
 from data.schema.parse import read_toml
-from mbcnet_rec.checkpoints.manifest import Manifest
 from mbcnet_rec.checkpoints.run_folder import CONFIG, storage_of, train_config_of
-from mbcnet_rec.checkpoints.run_schema import are_copied, other_ids, own_schema
+from mbcnet_rec.checkpoints.run_schema import other_ids, own_schema, saved_run
 from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, shards_of
 from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zch_table_of
@@ -61,17 +60,6 @@ def describe_run(built: Built) -> dict[str, Any]:
         "zch_buckets": {name: table.zch_buckets for name, table in plan.tables.items() if table.zch_buckets},
         "seed": built.seed,
     }
-
-
-def saved_run(manifest: Manifest, where: object) -> dict[str, Any]:
-    """The facts about its run that the checkpoint at `where` stores; InputError if they are missing or malformed."""
-    run = manifest.extra.get("run", {})
-    parts = ("column_shards", "zch_buckets", "config", "versions", "files")
-    if isinstance(run, dict) and all(isinstance(run.get(key, {}), dict) for key in parts):
-        counts = [*run.get("column_shards", {}).values(), *run.get("zch_buckets", {}).values()]
-        if all(type(count) is int for count in counts) and are_copied(run.get("files", {})):
-            return run
-    raise InputError(f"{where}: does not say which run wrote it; use another checkpoint")
 
 
 def init_states(built: Built) -> None:
@@ -230,7 +218,7 @@ def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Proces
         report = compare(saved, wanted, built)
         same_state = not report.other_optimizer and not report.recut
         taken = {name for name in wanted if table_of(name) in tables and (same_state or name.startswith("model/"))}
-        before = own_schema(other, saved_run(saved.manifest, other))
+        before = own_schema(other, storage, step)
         # a run without a copy: what its config names, if it is still there
         with suppress(InputError, KeyError, TypeError):
             before = before or load_schema(read_toml(other / CONFIG)["schema"])

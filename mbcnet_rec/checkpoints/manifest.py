@@ -1,6 +1,6 @@
 """A checkpoint's manifest: which files it has, their SHA-256, and which shard of which logical tensor lies where.
 
-    {"sha256": "<of the body's text>", "body": {"format": 2, "world_size": 2, "extra": {...}, "files": [...]}}
+    {"sha256": "<of the body's text>", "body": {"format": 2, "world_size": 2, "extra": {...}, "files": [...], "copies": {...}}}
 
 Everything read here is untrusted input: it is parsed as JSON, checked in full, and names no path outside its folder.
 """
@@ -19,6 +19,7 @@ LARGEST_MANIFEST = 1 << 30
 MOST_DIMENSIONS = 8
 _SHELL = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "body": (.*)\}\n', re.DOTALL)
 _FILE = re.compile(r"(rank_\d{5})(\.[0-9a-f-]{1,64})?\.safetensors")
+_COPY = re.compile(r"copy_\d{5}\.[0-9a-f-]{1,64}\.(json|parquet|toml)")
 LONGEST_NAME = 1000
 
 
@@ -38,17 +39,22 @@ class RankFile(NamedTuple):
     shards: tuple[ShardEntry, ...]
 
 
+Copies = dict[str, tuple[str, str]]  # name in the run folder -> name in the checkpoint, SHA-256
+
+
 class Manifest(NamedTuple):
     """A whole checkpoint, written by `world_size` ranks with a file each."""
 
     world_size: int
     extra: dict[str, Any]  # JSON values of the trainer
     files: tuple[RankFile, ...]
+    copies: Copies  # of files of the run folder; none in checkpoints of earlier versions
 
 
-def manifest_bytes(world_size: int, extra: dict[str, Any], files: list[dict[str, Any]]) -> bytes:
+def manifest_bytes(world_size: int, extra: dict[str, Any], files: list[dict[str, Any]], copies: Copies) -> bytes:
     """The manifest of files that have been written: {"file": name, "sha256": ..., "pieces": [ShardEntry, ...]} each."""
-    body = json.dumps({"format": FORMAT, "world_size": world_size, "extra": extra, "files": files})
+    parts = {"world_size": world_size, "extra": extra, "files": files, "copies": copies}
+    body = json.dumps({"format": FORMAT} | parts)
     return f'{{"sha256": "{hashlib.sha256(body.encode()).hexdigest()}", "body": {body}}}\n'.encode()
 
 
@@ -56,13 +62,20 @@ def read_checkpoint(folder: Path, *, hashed: bool = True) -> Manifest:
     """Read a manifest, and check that every file is there and, with `hashed`, unchanged; InputError if it is not so."""
     manifest = read_manifest(folder)
     for file in manifest.files:
-        path = folder / file.name
-        _refuse_link(path)
-        if not path.is_file():
-            raise InputError(f"{path}: missing; the checkpoint is not whole: use another checkpoint")
-        if hashed and sha256_of(path) != file.sha256:
-            raise InputError(f"{path}: changed since it was written (SHA-256 differs); use another checkpoint")
+        check_file(folder / file.name, file.sha256 if hashed else "")
+    for name, (file, sha256) in manifest.copies.items():
+        check_file(folder / file, sha256 if hashed else "", name)
     return manifest
+
+
+def check_file(path: Path, sha256: str, copy_of: str = "") -> None:
+    """Refuse a file of a checkpoint that is missing, a link, or of another sum (not asked where that is empty); InputError."""
+    _refuse_link(path)
+    what = f"{path}{copy_of and f' ({copy_of})'}"
+    if not path.is_file():
+        raise InputError(f"{what}: missing; the checkpoint is not whole: use another checkpoint")
+    if sha256 and sha256_of(path) != sha256:
+        raise InputError(f"{what}: changed since it was written (SHA-256 differs); use another checkpoint")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -90,10 +103,15 @@ def _parse(body: dict[str, Any]) -> Manifest:
     world_size, extra, files = body["world_size"], body["extra"], body["files"]
     if type(world_size) is not int or not isinstance(extra, dict) or len(files) != world_size:
         raise ValueError("world_size, extra and files do not fit together")
+    copies = {name: (file, sha256) for name, (file, sha256) in body.get("copies", {}).items()}
+    if not all(
+        name.isprintable() and _COPY.fullmatch(file) and type(sha256) is str for name, (file, sha256) in copies.items()
+    ):
+        raise ValueError("copies: wanted the name of a file of the run, that of its copy, and a SHA-256 each")
     files = tuple(_rank_file(entry) for entry in files)
     if [file.name.split(".")[0] for file in files] != [f"rank_{rank:05d}" for rank in range(world_size)]:
         raise ValueError("wanted the files of ranks 0 to world_size - 1, each once")
-    return Manifest(world_size, extra, files)
+    return Manifest(world_size, extra, files, copies)
 
 
 def file_name(rank: int, token: str = "") -> str:
@@ -102,8 +120,8 @@ def file_name(rank: int, token: str = "") -> str:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a rank may have written a file of that name."""
-    return _FILE.fullmatch(name) is not None
+    """Whether a run may have written a file of that name."""
+    return _FILE.fullmatch(name) is not None or _COPY.fullmatch(name) is not None
 
 
 def _rank_file(entry: dict[str, Any]) -> RankFile:

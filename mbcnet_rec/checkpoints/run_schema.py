@@ -1,13 +1,17 @@
 """A run's own copy of its schema and vocabularies: written when the run begins, read by all that reads the run.
 
     RUN/schema.toml  vocabulary/ (with the sightings of ids that have no row yet)  synthetic.json (of generated data)
-    RUN/schema_before/  the same of the day before, of a run whose vocabularies have grown with its days
 
-Every checkpoint has the SHA-256 of these files, so that a copy which was changed is refused and not read as the run's.
+Every checkpoint has these files, too, as they were for its rows, and is read with them where those in the run folder are others.
+Checkpoints of earlier versions have their SHA-256 alone, so there a copy which was changed is refused; the files of the day before
+may lie in RUN/schema_before/.
 """
 
+import atexit
 import hashlib
 import shutil
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,11 +27,13 @@ from data.profile.grow import given_rows, read_growth
 from data.reading.keys import read_vocabularies
 from data.schema import Feature, Schema, format_schema, load_schema
 from data.schema.feature import FIRST_VOCABULARY_ROW, VOCABULARY_FOLDER
-from mbcnet_rec.checkpoints.manifest import sha256_of
+from mbcnet_rec.checkpoints.manifest import Manifest, check_file, sha256_of
+from mbcnet_rec.checkpoints.run_folder import storage_of, train_config_of
+from mbcnet_rec.checkpoints.storage import CheckpointStorage
 
 SCHEMA, SYNTHETIC, BEFORE = "schema.toml", "synthetic.json", "schema_before"
 COPIED = (SCHEMA, VOCABULARY_FOLDER, SYNTHETIC, BEFORE)  # names in a run folder
-HEADER = "Of this run: what its rows mean. Its checkpoints have the SHA-256 of this file and of the vocabularies."
+HEADER = "Of this run: what its rows mean. Its checkpoints have a copy of this file and of the vocabularies."
 
 
 def schema_text(schema: Schema) -> str:
@@ -65,6 +71,8 @@ def write_copy(schema: Schema, folder: Path, sums: Mapping[str, str]) -> None:
     """
     folder.mkdir(exist_ok=True)
     (folder / SCHEMA).write_text(schema_text(schema), encoding="utf-8")
+    if not _first_changed(schema.folder, {SCHEMA: sums[SCHEMA]}):  # a run's own, which another version may have written
+        shutil.copyfile(schema.folder / SCHEMA, folder / SCHEMA)
     for name, source in _sources(schema).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
@@ -75,28 +83,75 @@ def write_copy(schema: Schema, folder: Path, sums: Mapping[str, str]) -> None:
             )
 
 
-def own_schema(folder: Path, run: Mapping[str, Any]) -> Schema | None:
-    """The schema of the run in `folder`, where a checkpoint's facts (see `describe_run`) name the files of its copy; None without.
+def saved_run(manifest: Manifest, where: object) -> dict[str, Any]:
+    """The facts about its run that the checkpoint at `where` stores; InputError if they are missing or malformed."""
+    run = manifest.extra.get("run", {})
+    parts = ("column_shards", "zch_buckets", "config", "versions", "files")
+    if isinstance(run, dict) and all(isinstance(run.get(key, {}), dict) for key in parts):
+        counts = [*run.get("column_shards", {}).values(), *run.get("zch_buckets", {}).values()]
+        files, held = run.get("files", {}), {name: sha256 for name, (_, sha256) in manifest.copies.items()}
+        if all(type(count) is int for count in counts) and _are_copied(files) and held in ({}, files):
+            return run
+    raise InputError(f"{where}: does not say which run wrote it; use another checkpoint")
+
+
+def own_schema(folder: Path, storage: CheckpointStorage, step: int | None) -> Schema | None:
+    """The schema of a run's checkpoint: of the run folder where its files are the checkpoint's, else of the checkpoint itself.
+
+    None without a checkpoint, and of the first versions, which kept no copy. The checkpoint's own lies in a folder that goes with this process.
 
     Raises:
-        InputError: a file of the copy is missing, or another than the checkpoint's.
+        InputError: a file of the checkpoint is missing or damaged; or it has no copy, and the folder's is another.
     """
-    files = run.get("files")
-    if not files:
+    if step is None:
         return None
-    changed = None
-    # the day before's: another day has begun with grown vocabularies, and has no checkpoint yet
-    for place in (folder, folder / BEFORE) if (folder / BEFORE).is_dir() else (folder,):
-        other = next((place / name for name, sha256 in files.items() if sha256_of(place / name) != sha256), None)
-        if other is None:
-            return load_schema(place / SCHEMA)
-        changed = changed or other
+    manifest = storage.manifest(step)
+    if not (files := saved_run(manifest, folder).get("files")):
+        return None
+    changed = _first_changed(folder, files)
+    if not changed:
+        return load_schema(folder / SCHEMA)
+    if manifest.copies:
+        warnings.warn(f"{changed}: is not that of the checkpoint of step {step}, whose own is read", stacklevel=2)
+        return load_schema(_fetched_copy(storage, step, manifest) / SCHEMA)
+    if not _first_changed(folder / BEFORE, files):
+        return load_schema(folder / BEFORE / SCHEMA)
     raise InputError(
-        f"{changed}: changed since the run was trained (its SHA-256 is not that in the checkpoint); bring the file back"
+        f"{changed}: changed since the run was trained (its SHA-256 is not that in the checkpoint), or gone; bring the file back"
     )
 
 
-def are_copied(files: Mapping[str, Any]) -> bool:
+def newest_schema(folder: Path) -> Schema:
+    """The schema of the newest checkpoint of the run in a folder; where there is none, that which lies there.
+
+    Raises:
+        InputError: see `own_schema`.
+    """
+    train = train_config_of(folder)
+    storage = train and storage_of(train, folder)
+    own = storage and own_schema(folder, storage, max(storage.steps(), default=None))
+    return own or load_schema(folder / SCHEMA)
+
+
+def _first_changed(folder: Path, files: Mapping[str, str]) -> Path | None:
+    """The first of these files that is not there with this sum."""
+    paths = ((folder / name, sha256) for name, sha256 in files.items())
+    return next((path for path, sha256 in paths if not path.is_file() or sha256_of(path) != sha256), None)
+
+
+def _fetched_copy(storage: CheckpointStorage, step: int, manifest: Manifest) -> Path:
+    """The files of a checkpoint's copy at their names, in a folder that goes with this process."""
+    place = Path(tempfile.mkdtemp(prefix="mbcnet-schema-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    with storage.fetched(step, tensors=False) as saved:
+        for name, (file, sha256) in manifest.copies.items():
+            check_file(saved / file, sha256, name)
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(saved / file, place / name)
+    return place
+
+
+def _are_copied(files: Mapping[str, Any]) -> bool:
     """Whether these may be what `file_sums` has given; the names and values are untrusted input."""
     paths = [PurePosixPath(name).parts for name in files]
     inside = all(parts[:1] in [(name,) for name in COPIED] and ".." not in parts for parts in paths)

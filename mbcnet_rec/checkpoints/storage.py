@@ -6,6 +6,7 @@ them, appears last and whole. Until then an earlier checkpoint of the step stand
 
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ import pyarrow.fs as pafs
 from data.errors import InputError
 from data.reading.storage import file_system, is_uri, local_path, retried
 from data.whole_folder import write_whole
-from mbcnet_rec.checkpoints.manifest import MANIFEST, Manifest, is_file_name, read_checkpoint, read_manifest
+from mbcnet_rec.checkpoints.manifest import MANIFEST, Manifest, is_file_name, read_checkpoint, read_manifest, sha256_of
 from mbcnet_rec.runtime.exits import CannotWriteError
 
 BEST = "best.json"
@@ -80,6 +81,24 @@ class CheckpointStorage:
                 # An object is there whole or not at all, and some servers (moto) answer in words that Arrow takes for a failure
                 if self._system.get_file_info(name).size != written:
                     raise
+
+    def copy(self, name: str, source: Path, sha256: str, before: str) -> None:
+        """Put a file there: that of an earlier checkpoint, `before`, linked where the file system can, or else the source.
+
+        Raises:
+            InputError: the source is gone or has another sum.
+        """
+        if before:
+            with suppress(OSError, pa.ArrowException):
+                if self.root is not None:
+                    os.link(self.root / before, self.root / name)
+                else:  # within the object store
+                    self._system.copy_file(before, name)
+                return
+        if sha256_of(source) != sha256:
+            raise InputError(f"{source}: changed since this run began; bring the file back")
+        with source.open("rb") as file, self.write(name) as sink:
+            shutil.copyfileobj(file, sink)
 
     def commit(self, step: int, manifest: bytes, names: Sequence[str]) -> None:
         """Make these files, in place of all others, the checkpoint of a step.
@@ -147,21 +166,23 @@ class CheckpointStorage:
                     path.rmdir()
 
     @contextmanager
-    def fetched(self, step: int, *, tensors: bool = True) -> Iterator[Path]:
-        """A local folder with the files that a step's manifest names and no others, or the manifest alone; on a disk the step's own."""
+    def fetched(self, step: int, *, tensors: bool = True, copies: bool = True) -> Iterator[Path]:
+        """A local folder with the manifest of a step and those files that it names, and no others; on a disk the step's own."""
         if self.root is not None:
             yield self.root / f"step_{step}"
             return
-        with tempfile.TemporaryDirectory(prefix="mbcnet-checkpoint-") as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory(prefix="mbcnet-checkpoint-") as place:
+            folder = Path(place)
             self._fetch(step, MANIFEST, folder)
-            for rank_file in read_manifest(folder).files if tensors else ():
-                self._fetch(step, rank_file.name, folder)
+            manifest = read_manifest(folder)
+            files = [each.name for each in manifest.files if tensors]
+            for name in (*files, *(file for file, _ in manifest.copies.values() if copies)):
+                self._fetch(step, name, folder)
             yield folder
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step alone."""
-        with self.fetched(step, tensors=False) as folder:
+        with self.fetched(step, tensors=False, copies=False) as folder:
             return read_manifest(folder)
 
     def _fetch(self, step: int, name: str, folder: Path) -> None:

@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from mbcnet_rec.checkpoints.manifest import file_name, manifest_bytes
+from mbcnet_rec.checkpoints.manifest import Copies, file_name, manifest_bytes
 from mbcnet_rec.checkpoints.shards import Snapshot, TensorShard, take_snapshot, write_tensors
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage
 from mbcnet_rec.runtime.exits import CannotWriteError
@@ -30,7 +31,8 @@ class Keep(NamedTuple):
 class Saver:
     """Writes checkpoints of all ranks in the background, one at a time.
 
-    Rank 0 waits for the other ranks' files so long; `on_write` is called in the writing thread, before tensors are written.
+    Rank 0 waits for the other ranks' files so long; `on_write` is called in the writing thread, before tensors are written. Files of the
+    run's `folder` that extra["run"]["files"] names, with their SHA-256, are in every checkpoint, too.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class Saver:
         process: Process,
         timeout_seconds: float,
         on_write: Callable[[], None] = lambda: None,
+        folder: Path = Path(),
     ) -> None:
         self.storage = storage
         self.saved_step: int | None = None
         self.stalled_seconds = 0.0
         self.written_seconds = 0.0
-        self._process, self._on_write = process, on_write
+        self.held: dict[str, str] = {}  # SHA-256 -> where the checkpoint before this one has that file
+        self._process, self._on_write, self._folder = process, on_write, folder
         self._timeout = timeout_seconds
         self._run = broadcast_value(f"{time.time_ns():x}", process)
         self._count = 0
@@ -97,6 +101,10 @@ class Saver:
         own = self._error or f"rank {guilty} could not write its part of a checkpoint"
         raise CannotWriteError(own, reported=self.failed)
 
+    def hold(self, step: int, copies: Copies) -> None:
+        """Take these copies of a checkpoint for those of the next one, where they are the same."""
+        self.held = {sha256: f"step_{step}/{file}" for file, sha256 in copies.values()}
+
     def cancel(self) -> None:
         """Stop waiting for other ranks: the run ends."""
         self._cancelled.set()
@@ -114,9 +122,17 @@ class Saver:
                 assert self._store is not None
                 self._store.set(self._key(step, rank), json.dumps(record))
                 return
+            copies: Copies = {}
+            for name, sha256 in extra.get("run", {}).get("files", {}).items():
+                copies[name] = (f"copy_{len(copies):05d}.{self._token}{Path(name).suffix}", sha256)
+                place, before = f"step_{step}/{copies[name][0]}", self.held.get(sha256, "")
+                self.storage.copy(place, self._folder / name, sha256, before)
             records = [record, *self._await_others(step)]
-            manifest = manifest_bytes(self._process.world_size, extra, records)
-            self.storage.commit(step, manifest, [each["file"] for each in records])
+            manifest = manifest_bytes(self._process.world_size, extra, records, copies)
+            self.storage.commit(
+                step, manifest, [each["file"] for each in records] + [file for file, _ in copies.values()]
+            )
+            self.hold(step, copies)
             self._tidy(step, keep)
             self.written_seconds = time.perf_counter() - start
         except Exception as error:  # `finish` raises it, on every rank

@@ -16,6 +16,7 @@ from data.reading.storage import FileList
 from data.schema import Schema, load_schema
 from data.schema.show import print_schema
 from data.whole_folder import write_whole
+from mbcnet_rec.checkpoints.run_schema import newest_schema
 from mbcnet_rec.commands.arguments import engine_of
 from mbcnet_rec.logs.progress import RowBar
 
@@ -57,9 +58,10 @@ def infer(args: argparse.Namespace) -> int:
 def fit(args: argparse.Namespace) -> int:
     """Replace every "fit" of a schema (vocabularies, means, boundaries) by what the training files say."""
     path, files = Path(args.schema), resolve_files(args.paths)
-    schema = load_schema(path / "schema.toml" if args.grow and path.is_dir() else path)
     if args.grow:
-        return _grow(schema, files, Path(args.out) if args.out else schema.folder)
+        schema = newest_schema(path) if path.is_dir() else load_schema(path)
+        return _grow(schema, files, Path(args.out or (path if path.is_dir() else path.parent)))
+    schema = load_schema(path)
     if not args.out:
         raise InputError("wanted -o FOLDER, where the fitted schema goes; add it")
     engine = engine_of(args)

@@ -14,7 +14,6 @@ from torch import Tensor
 from data.errors import InputError
 from data.schema import Schema, load_schema
 from mbcnet_rec.build import build
-from mbcnet_rec.checkpoints.compatibility import saved_run
 from mbcnet_rec.checkpoints.manifest import MANIFEST
 from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN, storage_of
 from mbcnet_rec.checkpoints.run_schema import own_schema
@@ -45,8 +44,7 @@ class TrainedRun:
     @cached_property
     def schema(self) -> Schema:
         """The schema that it was trained with: its own copy, or in runs of earlier versions, which have none, the config's."""
-        manifest = self.storage.manifest(self.step)
-        return own_schema(self.folder, saved_run(manifest, self.folder)) or load_schema(self.config.schema)
+        return own_schema(self.folder, self.storage, self.step) or load_schema(self.config.schema)
 
     def build(self, process: Process) -> Built:
         """Build the model on this world size, with the checkpoint's weights.

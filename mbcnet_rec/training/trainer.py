@@ -67,7 +67,8 @@ class Trainer:
         self.collisions = collisions_of(built.model)
         self.rates, self.dense = Rates(built), DensePart(built)
         self.autocast = autocast_of(config.autocast, self.process.device)
-        self.saver = Saver(context.storage, self.process, config.timeout_seconds, context.hooks.on_write)
+        on_write, seconds = context.hooks.on_write, config.timeout_seconds
+        self.saver = Saver(context.storage, self.process, seconds, on_write, context.folder)
         self.feed = Feed(stream, self.process)
         self.window = Window()
         self.records: Records | None = None
@@ -101,6 +102,7 @@ class Trainer:
         """
         extra = saved.manifest.extra
         state = TrainState.from_json(extra.get("state", {}))
+        self.saver.hold(state.step, saved.manifest.copies)
         lines = load_checked(saved, self.built, self.process, allow_partial=allow_partial, anew=anew)
         if lines:  # the best evaluations were another model's
             state.best, state.bad_evaluations = [], 0
