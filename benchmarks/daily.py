@@ -30,11 +30,11 @@ from small_log import CONFIG
 from data.profile.fit import write_fitted
 from data.profile.grow import grow_fitted
 from data.schema import load_schema
+from mbcnet_rec.daily import HASHED_ROWS
 from mbcnet_rec.scoring.trained_run import opened_run
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving.artifact import load_weights, take_apart, with_rows, write_artifact
 from mbcnet_rec.serving.delta import write_delta
-from mbcnet_rec.table_use import HASHED_ROWS
 from sharding.bridge.blocks import initial_rows
 
 PREDICTION = (

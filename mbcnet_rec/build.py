@@ -48,16 +48,11 @@ def build_lookups(schema: Schema, plan: Plan) -> list[Lookup]:
     return lookups
 
 
-def agreed_plan(config: RunConfig, schema: Schema, process: Process) -> Plan:
-    """The plan file that the config names, checked against this run, or a plan made now, by rank 0 for all. Every rank calls it.
+def plan_of(config: RunConfig, schema: Schema, process: Process) -> Plan:
+    """The plan file that the config names, checked against this run, or a plan made now. For rank 0.
 
-    `schema` lacks the tables of a wide part. InputError, on every rank, if the file is faulty or for another run, or nothing fits.
+    `schema` lacks the tables of a wide part. InputError if the file is faulty or for another run, or nothing fits.
     """
-    text = answer_of_first(process, lambda: plan_text(_plan_of(config, schema, process)))
-    return plan_of_text(text, config.sharding.plan or "the run's plan")
-
-
-def _plan_of(config: RunConfig, schema: Schema, process: Process) -> Plan:
     tables_schema, optimizer = schema_with_wide(config.model, schema), config.optim.embedding.name
     source, device = config.sharding.plan, process.device.type
     if not source:
@@ -90,7 +85,8 @@ def build(config: RunConfig, schema: Schema, process: Process, plan: Plan | None
             "tables that every rank holds whole; use rowwise_adagrad, adagrad or sgd"
         )
     if plan is None:
-        plan = agreed_plan(config, schema, process)
+        text = answer_of_first(process, lambda: plan_text(plan_of(config, schema, process)))
+        plan = plan_of_text(text, config.sharding.plan or "the run's plan")
     lookups = build_lookups(schema_with_wide(config.model, schema), plan)
     collections = {f"{SPARSE_ARCH}{lookup.name}": lookup.collection for lookup in lookups}
     replicated = {name for name, table in plan.tables.items() if table.sharding_type == "data_parallel"}

@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import logging
+import math
 import os
 import shlex
 import sys
@@ -30,13 +31,23 @@ OURS = ("data", "sharding", "mbcnet_rec")
 
 
 class _Given(argparse.Action):
-    """Stores an argument's value. One that is a list adds up where it is given again; any other is refused then, as is an empty one."""
+    """Stores an argument's value. One that is a list adds up where it is given again; any other is refused then, as is an empty one.
+
+    A number outside of [at_least, below) is refused.
+    """
+
+    def __init__(self, *, at_least: float = -math.inf, below: float = math.inf, **words: Any) -> None:
+        super().__init__(**words)
+        self.at_least, self.below = at_least, below
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         several = isinstance(values, list | tuple)
         shown = option_string or str(self.metavar or self.dest)
         if (not values and not several and isinstance(values, str)) or (several and "" in values):
             parser.error(f"{shown} is empty: give it a value, or leave it out")
+        if self._is_outside(values):
+            end = f", and less than {self.below:,}" if self.below < math.inf else ""
+            parser.error(f"{shown} {values}: wanted {self.at_least} or more{end}")
         if option_string and self.dest in parser.given:
             if not several:
                 parser.error(f"{shown} is given twice ({getattr(namespace, self.dest)} and {values}): leave one out")
@@ -44,6 +55,9 @@ class _Given(argparse.Action):
         parser.given.add(self.dest)
         values = [at_home(each, shown) for each in values] if several else at_home(values, shown)
         setattr(namespace, self.dest, values)
+
+    def _is_outside(self, value: object) -> bool:
+        return isinstance(value, int | float) and not self.at_least <= value < self.below
 
 
 def at_home(value: Any, shown: str) -> Any:

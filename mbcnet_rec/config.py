@@ -108,8 +108,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         earlier_options(table)
     for override in overrides:
         apply_override(table, override)
-    _resolve_home(table)
-    return config_of(table, str(path))
+    return config_of(_at_home(table), str(path))
 
 
 def config_of(table: Mapping[str, Any], source: str) -> RunConfig:
@@ -120,18 +119,13 @@ def config_of(table: Mapping[str, Any], source: str) -> RunConfig:
     return parse_dataclass(RunConfig, {**table, "model": model, "plugins": plugins}, source)
 
 
-def _resolve_home(table: dict[str, Any]) -> None:
-    """Replace `~` and `~user` at the beginning of each path by the folder that it stands for, in place."""
-    for key in PATH_KEYS:
-        *sections, name = key.split(".")
-        part: Any = table
-        for section in sections:
-            part = part.get(section) if isinstance(part, dict) else None
-        value = part.get(name) if isinstance(part, dict) else None
-        if isinstance(value, str):
-            part[name] = home_path(value, key)
-        elif isinstance(value, list):
-            part[name] = [home_path(each, key) if isinstance(each, str) else each for each in value]
+def _at_home(value: Any, key: str = "") -> Any:
+    """A TOML value in which `~` and `~user` at the beginning of each path are the folders that they stand for."""
+    if isinstance(value, dict):
+        return {name: _at_home(each, f"{key}.{name}".lstrip(".")) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_at_home(each, key) for each in value]
+    return home_path(value, key) if key in PATH_KEYS and isinstance(value, str) else value
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:
@@ -149,15 +143,12 @@ def apply_override(table: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise InputError(f"--set {override}: {name!r} is {child!r}, not a table of keys; check the path")
         table = child
-    value, last = _toml_value(text.strip()), names[-1].rstrip("+ ")
-    table[last] = [*table.get(last, []), value] if last != names[-1] else value
-
-
-def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
-        return text
+        value = text.strip()  # a bare string
+    last = names[-1].rstrip("+ ")
+    table[last] = [*table.get(last, []), value] if last != names[-1] else value
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,17 +12,7 @@ from data.reading.storage import is_uri
 from data.schema import Schema
 from data.schema.transforms import FILE
 from data.whole_folder import NO_ROOM, write_whole
-from mbcnet_rec.checkpoints.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
-    DONE,
-    NEW,
-    PLAN,
-    other_checkpoints,
-    put_in_place,
-    recover,
-    remove,
-)
+from mbcnet_rec.checkpoints import run_folder
 from mbcnet_rec.checkpoints.run_schema import BEFORE, COPIED, write_copy
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step
 from mbcnet_rec.config import RunConfig, config_text
@@ -37,8 +27,8 @@ from mbcnet_rec.training.faults import FAULTS
 from sharding.plan.placement import Plan, plan_text
 
 # what a run writes
-_OWN = {CONFIG, METRICS, PLAN, DATA, LINEAGE, DONE, RUN_ID, "report.html"}
-_OWN |= {*COPIED, CHECKPOINTS, STACKS, FAULTS, PLUGINS, "tb"}
+_OWN = {run_folder.CONFIG, METRICS, run_folder.PLAN, DATA, LINEAGE, run_folder.DONE, RUN_ID, "report.html"}
+_OWN |= {*COPIED, run_folder.CHECKPOINTS, STACKS, FAULTS, PLUGINS, "tb"}
 LOST = "{}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
 
 
@@ -55,7 +45,7 @@ def start_of(
 
     def find() -> int | None:
         with written(config.run_folder):
-            recover(config.run_folder)
+            run_folder.recover(config.run_folder)
         check_folder(config, resume, overwrite)
         _check_storage(config, storage, resume, overwrite)
         step = latest_step(storage) if resume else None
@@ -69,7 +59,7 @@ def start_of(
 def _refuse_lost_checkpoints(config: RunConfig, storage: CheckpointStorage) -> None:
     """Raise InputError where a run without a whole checkpoint cannot begin anew unasked: it has had some."""
     folder, steps = config.run_folder, storage.steps()
-    elsewhere = other_checkpoints(config.train, folder)
+    elsewhere = run_folder.other_checkpoints(config.train, folder)
     if steps:
         raise InputError(
             f"{folder}: of {len(steps)} checkpoints none is whole; bring one back, or begin anew with --overwrite"
@@ -79,7 +69,7 @@ def _refuse_lost_checkpoints(config: RunConfig, storage: CheckpointStorage) -> N
             f"train.checkpoint_folder = {config.train.checkpoint_folder!r}: no checkpoint is there, those of {folder} are in "
             f"{elsewhere}; set it so, move them, or begin anew with --overwrite"
         )
-    if (folder / DONE).exists():
+    if (folder / run_folder.DONE).exists():
         raise InputError(LOST.format(folder))
 
 
@@ -88,10 +78,12 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
     folder, source = config.run_folder, config.train.warm_start
     names, other = set(names_in(folder)), "choose another folder with --set train.out=FOLDER"
     # a run that died before it wrote its config has left some of its own
-    is_left = CONFIG not in names and (resume or overwrite) and names <= _OWN | {f".{CONFIG}.partial"}
+    is_left = (
+        run_folder.CONFIG not in names and (resume or overwrite) and names <= _OWN | {f".{run_folder.CONFIG}.partial"}
+    )
     if not names or is_left:
         return
-    if CONFIG not in names or not names & {PLAN, METRICS}:
+    if run_folder.CONFIG not in names or not names & {run_folder.PLAN, METRICS}:
         raise InputError(f"{folder}: exists and holds no run; {other}")
     if not resume and not overwrite:
         raise InputError(
@@ -122,7 +114,7 @@ def _check_storage(config: RunConfig, storage: CheckpointStorage, resume: bool, 
         raise InputError(
             f"{place}: holds checkpoints already; continue with --resume, replace them with --overwrite, or change it"
         )
-    if not (folder / CONFIG).is_file() or other_checkpoints(config.train, folder):
+    if not (folder / run_folder.CONFIG).is_file() or run_folder.other_checkpoints(config.train, folder):
         raise InputError(
             f"{place}: holds checkpoints that are not those of the run in {folder}, which --overwrite replaces; choose another place, or "
             "remove them yourself"
@@ -144,7 +136,7 @@ class Beginning(NamedTuple):
 def open_folder(begun: Beginning, before: Before, *, overwrite: bool) -> None:
     """Write what a run begins with; a fresh one takes the place of an earlier run, and of what a start that died has left."""
     config, folder, storage, fresh = begun.config, begun.config.run_folder, before.storage, before.step is None
-    new, place = folder / NEW, config.train.checkpoint_folder
+    new, place = folder / run_folder.NEW, config.train.checkpoint_folder
     if place and not is_uri(place):  # so that it holds from every working directory
         config = replace(config, train=replace(config.train, checkpoint_folder=str(Path(place).absolute())))
 
@@ -155,13 +147,13 @@ def open_folder(begun: Beginning, before: Before, *, overwrite: bool) -> None:
             storage.remove_note(BEST)
 
     with written(folder):
-        remove(new)
+        run_folder.remove(new)
         new.mkdir(parents=True)
-        write_whole(new / CONFIG, config_text(config))
-        write_whole(new / PLAN, plan_text(begun.plan))
+        write_whole(new / run_folder.CONFIG, config_text(config))
+        write_whole(new / run_folder.PLAN, plan_text(begun.plan))
         write_whole(new / DATA, json.dumps(begun.marks) + "\n")
         write_whole(new / LINEAGE, lineage_text(begun.days.lines))
-        names = {CONFIG, PLAN, DATA, LINEAGE, PLUGINS}
+        names = {run_folder.CONFIG, run_folder.PLAN, DATA, LINEAGE, PLUGINS}
         transforms = [each[FILE] for each in begun.schema.transforms.values() if FILE in each]
         write_plugins(new, [*begun.config.plugins, *transforms])
         if fresh or begun.schema.folder.resolve() != folder.resolve():
@@ -173,5 +165,5 @@ def open_folder(begun: Beginning, before: Before, *, overwrite: bool) -> None:
             write_whole(new / METRICS, "")
             # the stacks of a start that died stay, and its run on an MLflow server
             names = _OWN if overwrite else _OWN - {STACKS, RUN_ID}
-        put_in_place(folder, names, remove_checkpoints)
-        (folder / DONE).unlink(missing_ok=True)
+        run_folder.put_in_place(folder, names, remove_checkpoints)
+        (folder / run_folder.DONE).unlink(missing_ok=True)

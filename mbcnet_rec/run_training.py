@@ -6,11 +6,12 @@ RUN/config.toml  schema.toml  vocabulary/  data.json  plan.json  metrics.jsonl  
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import mbcnet_rec.resume as resuming
 from data.errors import InputError
 from data.profile.grow import read_growth
 from data.reading.files import files_in_words, resolve_files
@@ -25,26 +26,13 @@ from mbcnet_rec.checkpoints.run_schema import rows_begun_anew
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.config import DataConfig, RunConfig
 from mbcnet_rec.cpu.layers import bf16_in_hardware
+from mbcnet_rec.daily import collisions, score_day, tell_collisions, tell_growth
 from mbcnet_rec.lineage import LINEAGE, Day, close_day, days_of, lineage_text
 from mbcnet_rec.logs.metrics_log import PROGRESSIVE, Records, json_line, written
-from mbcnet_rec.logs.mlflow import open_sink, require_client
+from mbcnet_rec.logs.mlflow import MlflowSink, require_client
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.model.models import schema_with_wide
-from mbcnet_rec.progressive import score_day
 from mbcnet_rec.report.page import shown, to_text
-from mbcnet_rec.resume import (
-    Before,
-    agreed_schema,
-    earlier_start,
-    facts_of,
-    grown_schema,
-    marks_of,
-    refuse_other_start,
-    schema_note,
-    told_differences,
-    with_own_plan,
-    with_versions,
-)
 from mbcnet_rec.run_start import Beginning, open_folder, refuse_contradiction, start_of
 from mbcnet_rec.runtime.exits import StopRequest
 from mbcnet_rec.runtime.lock import locked_together
@@ -53,7 +41,6 @@ from mbcnet_rec.runtime.watchdog import Watchdog
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.tasks import output_names
 from mbcnet_rec.scoring.trained_run import known_best
-from mbcnet_rec.table_use import collisions, tell_collisions, tell_growth
 from mbcnet_rec.training.cuda_graph import replay_dense_arch
 from mbcnet_rec.training.evaluation import EvaluationStoppedError
 from mbcnet_rec.training.hooks import Hooks
@@ -120,39 +107,41 @@ def run_training(
             )
 
         def open_records(state: TrainState) -> Records:
-            return Records(
-                folder, state.step, open_sink(settings.tracking, folder, config.name, config), day=state.first_step
-            )
+            sink = MlflowSink(config) if settings.tracking else None
+            return Records(folder, state.step, sink, day=state.first_step)
 
         storage = storage_of(settings, folder)
         start = start_of(config, storage, process, resume or continues, overwrite)
         if continues and start is None:
             raise InputError(f"{folder}: holds no run with a checkpoint that could be continued; train it first")
-        before = earlier_start(config, storage, start, process)
-        config = with_versions(config, {} if continues else before.run, process)
-        own, files = agreed_schema(config, before, process, allow_partial=allow_partial)
-        splits = open_splits(config.data, settings.seed, own, process)
-        streams = {name: split.stream for name, split in splits.items()}
-        marks = answer_of_first(process, lambda: marks_of(streams, config.data.attempts))
+        before = resuming.earlier_start(config, storage, start, process)
+        config = resuming.with_versions(config, {} if continues else before.run, process)
+        own, files = resuming.agreed_schema(config, before, process, allow_partial=allow_partial)
+        streams = open_splits(config.data, settings.seed, own, process)
+        marks = answer_of_first(process, lambda: resuming.marks_of(streams, config.data.attempts))
         days = answer_of_first(
             process, lambda: days_of(config, start, before.run, marks, continues=continues, again=again)
         )
-        day_rows = _as_scored(config, streams["train"]) if progressive else None
+        day_rows: ParquetStream | None = None
+        if progressive:  # as the model of the days before reads them
+            options = config.data.eval_options(config.data.train_where)
+            day_rows = ParquetStream(streams["train"].files, own, options, process.rank, process.world_size)
         schema, anew = own, None
-        if days.begins and (grown := grown_schema(config, own, before, process, continues=continues)):
+        if days.begins and (grown := resuming.grown_schema(config, own, before, process, continues=continues)):
             schema, files = grown
             anew = answer_of_first(process, lambda: rows_begun_anew(own, schema))
-            splits = open_splits(config.data, settings.seed, schema, process)
-            streams = {name: split.stream for name, split in splits.items()}
+            streams = open_splits(config.data, settings.seed, schema, process)
             days.lines[-1]["growth"] = read_growth(schema.folder)["tables"]
         train_rows, counts = streams["train"], _counts(streams)
-        facts = facts_of(config, files, marks) | {"day": len(days.lines)}
+        facts = resuming.facts_of(config, files, marks) | {"day": len(days.lines)}
         context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks, facts)
         notes = answer_of_first(
             process,
-            lambda: refuse_other_start(config, before.run, marks, begins=days.begins, allow_partial=allow_partial),
+            lambda: resuming.refuse_other_start(
+                config, before.run, marks, begins=days.begins, allow_partial=allow_partial
+            ),
         )
-        built = build(config if start is None else with_own_plan(config), schema, process)
+        built = build(config if start is None else resuming.with_own_plan(config), schema, process)
         train_rows.on_rows = hooks.on_rows
         if settings.cuda_graph:
             replay_dense_arch(built.model)
@@ -160,7 +149,7 @@ def run_training(
             train_rows.on_batch = Batch.pin_memory
         if teach is not None:
             train_rows = teach(process, train_rows)
-        valid = splits["valid"].fresh if "valid" in splits else None
+        valid = partial(opened_again, streams["valid"]) if "valid" in streams else None
         trainer = Trainer(settings, context, built, train_rows, valid)
         if anew is not None:
             tables = schema_with_wide(config.model, schema).tables
@@ -219,7 +208,7 @@ def _load(
     config: RunConfig,
     schema: Schema,
     trainer: Trainer,
-    before: Before,
+    before: resuming.Before,
     allow_partial: bool,
     begins_day: bool,
     anew: RowsAnew | None,
@@ -235,22 +224,15 @@ def _load(
             try:
                 notes = trainer.restore(saved, begins_day=begins_day, allow_partial=allow_partial, anew=anew)
             except InputError as error:
-                raise InputError(f"{error}{told_differences(before.run, config)}") from None
-        if not allow_partial and before.run.get("files") and (note := schema_note(config, schema)):
+                raise InputError(f"{error}{resuming.told_differences(before.run, config)}") from None
+        if not allow_partial and before.run.get("files") and (note := resuming.schema_note(config, schema)):
             notes.append(note)
     elif config.train.warm_start:
         notes = [warm_start(config.train, trainer.built, schema, process)]
     return notes
 
 
-class Split(NamedTuple):
-    """The rows of one split, whose files have been checked."""
-
-    stream: ParquetStream
-    fresh: Callable[[], ParquetStream]  # opens the same stream again, from its first row
-
-
-def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process) -> dict[str, Split]:
+def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process) -> dict[str, ParquetStream]:
     """Open each split that the config names; every rank calls it. Reads footers only, so that faults show before anything is built.
 
     Raises:
@@ -261,14 +243,17 @@ def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process)
         "valid": (config.valid, config.eval_options(config.valid_where)),
         "test": (config.test, config.eval_options(config.test_where)),
     }
-    splits = {}
     with agreed(process):
-        for name, (paths, options) in named.items():
-            if paths:
-                files = resolve_files(paths)
-                fresh = partial(ParquetStream, files, schema, options, process.rank, process.world_size)
-                splits[name] = Split(fresh(), fresh)
-    return splits
+        return {
+            name: ParquetStream(resolve_files(paths), schema, options, process.rank, process.world_size)
+            for name, (paths, options) in named.items()
+            if paths
+        }
+
+
+def opened_again(stream: ParquetStream) -> ParquetStream:
+    """The same rows, from the first one."""
+    return ParquetStream(stream.files, stream.schema, stream.options, stream.rank, stream.world_size)
 
 
 def _counts(streams: Mapping[str, ParquetStream]) -> str:
@@ -305,16 +290,9 @@ def _test(trainer: Trainer, stream: ParquetStream | None) -> dict[str, Any]:
     except EvaluationStoppedError:
         raise trainer.preempted() from None
     if process.is_first:
-        records = trainer.context.open_records(state)
-        records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
-        records.close()
+        with closing(trainer.context.open_records(state)) as records:
+            records.add(state.best_step if state.best_step >= 0 else state.step, "test", metrics)
     return metrics
-
-
-def _as_scored(config: RunConfig, rows: ParquetStream) -> ParquetStream:
-    """A day's rows as the model of the days before reads them."""
-    options = config.data.eval_options(config.data.train_where)
-    return ParquetStream(rows.files, rows.schema, options, rows.rank, rows.world_size)
 
 
 def _score_day(config: RunConfig, trainer: Trainer, rows: ParquetStream, days: list[Day]) -> None:
@@ -329,9 +307,8 @@ def _score_day(config: RunConfig, trainer: Trainer, rows: ParquetStream, days: l
     with written(config.run_folder):
         write_whole(config.run_folder / LINEAGE, lineage_text(days))
     if found:
-        records = trainer.context.open_records(trainer.state)
-        records.add(trainer.state.step, PROGRESSIVE, found)
-        records.close()
+        with closing(trainer.context.open_records(trainer.state)) as records:
+            records.add(trainer.state.step, PROGRESSIVE, found)
         tell(f"{days[-1]['name']}, before it is trained: AUC {shown(found['auc'])}, NE {shown(found['ne'])}")
     for alarm in days[-1]["alarms"]:
         tell(f"ALARM: {days[-1]['name']}: {alarm}")

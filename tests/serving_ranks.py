@@ -69,7 +69,7 @@ def evaluated_in_training(rank):
         built = find_best(config, FOLDER / "row_wise", process).build(process)
         found = []
         for exact_rows in (EXACT_ROWS, 500):
-            stream = open_splits(config.data, 0, schema, process)["test"].stream
+            stream = open_splits(config.data, 0, schema, process)["test"]
             found.append(evaluate_stream(built, stream, process, nullcontext, exact_rows=exact_rows, ranking_k=(2, 5)))
         print(json.dumps(found))
     return 0

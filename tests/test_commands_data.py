@@ -47,7 +47,7 @@ def test_from_a_folder_to_a_fitted_schema(log, tmp_path, capsys):
     ("command", "message"),
     [
         (["schema", "infer", "{log}", "-o", "{log}/ds=0/part.parquet"], "exists already"),
-        (["schema", "infer", "{log}", "-o", "{log}/none/s.toml"], "no such folder"),
+        (["schema", "infer", "{log}", "-o", "{log}/none/s.toml"], "wanted a file in a folder that is there"),
         (["schema", "infer", "{log}", "-o", "{log}/s.toml", "--rows", "-1"], "--rows -1: wanted 0"),
         (["schema", "infer", "{log}/none", "-o", "{log}/s.toml"], "no Parquet file there"),
         (["schema", "fit", "{log}/none.toml", "{log}", "-o", "{log}/out"], "no such file"),

@@ -13,7 +13,7 @@ from tiny_run import free_ports
 from data.errors import InputError
 from mbcnet_rec.config import DataConfig, RunConfig, TrainConfig
 from mbcnet_rec.logs.metrics_log import Records
-from mbcnet_rec.logs.mlflow import RUN_ID, open_sink, require_client
+from mbcnet_rec.logs.mlflow import RUN_ID, MlflowSink, require_client
 from mbcnet_rec.runtime.exits import PreemptedError
 
 API = "/api/2.0/mlflow/"
@@ -32,8 +32,10 @@ def no_telemetry(monkeypatch):
 def run(folder, address, step, split="train", error=None):
     """One start of a run that writes one line, and how it ends."""
     folder.mkdir(exist_ok=True)
-    config = RunConfig("tiny", "schema.toml", DataConfig(train=("rows",)), train=TrainConfig(out=str(folder)))
-    records = Records(folder, 0, open_sink(address, folder, "tiny", config))
+    config = RunConfig(
+        "tiny", "schema.toml", DataConfig(train=("rows",)), train=TrainConfig(out=str(folder), tracking=address)
+    )
+    records = Records(folder, 0, MlflowSink(config))
     try:
         records.add(step, split, NUMBERS)
         if error is not None:

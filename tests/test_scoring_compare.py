@@ -137,7 +137,7 @@ def test_what_cannot_be_compared_is_refused(runs, other, tmp_path):
         ((run, artifact_of(runs)), "no run folder (it is an exported artifact)"),
         ((run, runs / "row_wise_predicted_1"), "no run folder (it is scores of `mbcnet predict`)"),
         ((other, other, "--expected-clicks", 3), "neither run's schema names a group_column"),
-        ((run, other, "--expected-clicks", 0), "wanted a number of rows, 1 or more"),
+        ((run, other, "--expected-clicks", 0), "--expected-clicks 0: wanted 1 or more"),
         ((run, other, "--exact-rows", 100), "more rows than 100"),
         ((run, other, "--by", "tags"), "wanted one value a row"),
         ((run, other, "-o", tmp_path / "no/page.html"), "wanted a file in a folder that is there"),

@@ -35,7 +35,7 @@ def scored(config):
     """Training batches as the student sees them, and its teachers' own streams."""
     schema = load_schema(config.schema)
     with joined_process("cpu") as process:
-        stream = open_splits(config.data, 0, schema, process)["train"].stream
+        stream = open_splits(config.data, 0, schema, process)["train"]
         kinds = config.model.enkd.teachers
         teachers = [load_teacher(teacher_config(config, kind), schema, process) for kind in kinds]
         taught = TaughtStream(stream, teachers)

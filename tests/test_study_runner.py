@@ -14,8 +14,7 @@ from mbcnet_rec.report.page import Picture, Table, Text, text_table
 from mbcnet_rec.study import runner
 from mbcnet_rec.study.pictures import best_learned
 from mbcnet_rec.study.probe import MISSING, Probe, probe_run
-from mbcnet_rec.study.row_scores import ROW_SCORES, RowScores
-from mbcnet_rec.study.runs import scores
+from mbcnet_rec.study.runs import ROW_SCORES, RowScores, scores
 from mbcnet_rec.study.studies import MODELS, STUDIES, with_models
 from mbcnet_rec.study.summary import Results
 

@@ -18,8 +18,7 @@ from data.engine import HERE, Engine
 from data.errors import InputError
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.exits import PreemptedError
-from mbcnet_rec.study.dependencies import dependencies
-from mbcnet_rec.study.runs import Run, place_run, run_key, scores, train_all, train_one
+from mbcnet_rec.study.runs import Run, dependencies, place_run, run_key, scores, train_all, train_one
 from mbcnet_rec.study.tuning import with_overrides
 
 
@@ -145,7 +144,10 @@ def test_several_processes_train_for_real_and_each_knows_its_threads(config, tmp
     before = os.environ.get("OMP_NUM_THREADS")
     pending = [run_of(quick, tmp_path, seed=seed) for seed in range(2)]
     broken = run_of(with_overrides(quick, ["data.train_where=['nonsense <']"], "x"), tmp_path, "c")
-    outcome = {(run.variant, run.seed): failure for run, failure in train_all([*pending, broken], Engine("local", 2))}
+    outcome = {
+        (run.variant, run.seed): failure
+        for run, failure in train_all([*pending, broken], Engine("local", 2), train_one)
+    }
     assert outcome[("a", 0)] == outcome[("a", 1)] == "" and len(outcome[("c", 0)].splitlines()) == 1
     assert all(run.done for run in pending) and not broken.done
     assert os.environ.get("OMP_NUM_THREADS") == before

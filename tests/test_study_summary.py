@@ -9,7 +9,7 @@ from scipy import stats
 from mbcnet_rec.scoring.compare import p_text
 from mbcnet_rec.scoring.metrics import auc
 from mbcnet_rec.scoring.paired import mean_difference
-from mbcnet_rec.study.row_scores import RowScores, row_differences
+from mbcnet_rec.study.runs import RowScores
 from mbcnet_rec.study.studies import Claim, Study, Variant
 from mbcnet_rec.study.summary import (
     Results,
@@ -18,6 +18,7 @@ from mbcnet_rec.study.summary import (
     format_difference,
     judge_all,
     mean_and_sd,
+    row_differences,
     summarise,
 )
 

@@ -30,7 +30,16 @@ def counts(text: str) -> tuple[int, ...]:
     return found
 
 
-TYPES = {"int": int, "float": float, "path": Path, "names": names, "counts": counts, "plugin": "plugins+={}".format}
+def new_file(text: str) -> Path:
+    """A path that a file can be written to."""
+    path = Path(text).expanduser()
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: wanted a file in a folder that is there; choose one, or make it")
+    return path
+
+
+TYPES = {"int": int, "float": float, "path": Path, "new_file": new_file, "names": names, "counts": counts}
+TYPES |= {"plugin": "plugins+={}".format}
 
 
 def add_command(parser: argparse.ArgumentParser, command: Mapping[str, Any], module: ModuleType, name: str) -> None:
@@ -81,9 +90,6 @@ def refuse_repeats(overrides: Sequence[str]) -> None:
 def engine_of(args: argparse.Namespace) -> Engine:
     """The engine that --engine and what goes with it name."""
     cpus, gpus = (getattr(args, name, None) for name in ("cpus", "gpus"))  # of a cluster, that a run or a file takes
-    for name, value in (("workers", args.workers), ("cpus", cpus or 0), ("gpus", gpus or 0)):
-        if value < 0:
-            raise InputError(f"--{name} {value:g}: wanted 0 (chosen) or more; remove the minus")
     if (cpus or gpus) and args.engine != "ray":
         raise InputError("--cpus and --gpus: what Ray sets aside for a task; add --engine ray, or leave them out")
     workers = args.workers or len(os.sched_getaffinity(0))

@@ -23,10 +23,7 @@ RAY_FORMATS = {"slurm": scripts.ray_script, "k8s": scripts.ray_job}
 def ray_up(args: argparse.Namespace) -> int:
     """Print a job that starts Ray on its hosts and runs a command of `mbcnet` with --engine ray there: -- schema fit SCHEMA FILES -o FOLDER."""
     words = args.words if "--engine" in args.words else [*args.words, "--engine", "ray"]
-    try:
-        job = _job(args, words[0], words[1:], f"mbcnet-{words[0]}", parse_shape(f"{args.hosts}x1"))
-    except JobError:
-        raise InputError(f"--hosts {args.hosts}: wanted 1 or more; change it") from None
+    job = _job(args, words[0], words[1:], f"mbcnet-{words[0]}", Shape(args.hosts, args.hosts, 1))
     print(RAY_FORMATS[args.format](job).rstrip("\n"))
     return 0
 
@@ -71,9 +68,6 @@ def _train_words(args: argparse.Namespace) -> list[str]:
 
 
 def _job(args: argparse.Namespace, command: str, words: list[str], name: str, shape: Shape) -> Job:
-    for key in ("gpu", "retries", "cpu", "memory_mb"):
-        if (value := getattr(args, key)) < 0:
-            raise InputError(f"--{key.replace('_', '-')} {value}: wanted 0 or more; remove the minus")
     given: dict[str, str] = {}
     for pair in args.env:
         key = pair.partition("=")[0]

@@ -21,7 +21,7 @@ from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown
 from data.whole_folder import write_whole
 from sharding.cost.assess import Assessment, assess
 from sharding.cost.estimate import Room, gib
-from sharding.plan.cluster import MAX_RANKS, Cluster, default_cluster, read_cluster
+from sharding.plan.cluster import Cluster, default_cluster, read_cluster
 from sharding.plan.compare import compare_plans, constraint_differences, diff_lines, schema_differences
 from sharding.plan.constraints import ShardingConfig
 from sharding.plan.placement import Plan, plan_text, read_plan
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from mbcnet_rec.config import RunConfig
 
 DEFAULT_BATCH = 8192
-MAX_BATCH = 2**24
 
 
 def make(args: argparse.Namespace) -> int:
@@ -48,7 +47,7 @@ def make(args: argparse.Namespace) -> int:
 
 def min_gpus(args: argparse.Namespace) -> int:
     """Find the smallest cluster of a kind that fits, with headroom; --cluster names the kind."""
-    headroom, task = _share(args, "headroom"), task_of(args)
+    headroom, task = args.headroom, task_of(args)
     from sharding.search.planner import smallest_cluster  # torchrec, as in _make
 
     assessment = smallest_cluster(task, headroom, say)
@@ -68,13 +67,13 @@ def show(args: argparse.Namespace) -> int:
 def _publish(args: argparse.Namespace, assessment: Assessment) -> int:
     """Write and print what was asked for."""
     if args.output:
-        write_whole(Path(args.output), plan_text(assessment.plan))
+        write_whole(args.output, plan_text(assessment.plan))
     if args.json:
         print(json.dumps(report_dict(assessment)))
     else:
         print("\n".join(report_lines(assessment, full=args.all)))
     if args.html:
-        write_whole(Path(args.html), html_page(assessment))
+        write_whole(args.html, html_page(assessment))
         say(f"wrote {args.html}")
     if args.output:
         say(
@@ -143,20 +142,18 @@ def _assessed(args: argparse.Namespace) -> Assessment:
 
 def _room(args: argparse.Namespace, cluster: Cluster) -> Room:
     """Bytes of a rank without the share that is kept free."""
-    used = 1 - _share(args, "reserve")
+    used = 1 - args.reserve
     return Room(int(cluster.hbm_bytes * used), int(cluster.ddr_bytes * used))
-
-
-def _share(args: argparse.Namespace, option: str) -> float:
-    value = getattr(args, option)
-    if not 0 <= value < 1:
-        raise InputError(f"--{option} {value}: wanted a share in [0, 1); 0.1 or 0.2 is usual")
-    return value
 
 
 def task_of(args: argparse.Namespace) -> Task:
     """Gather what to plan from the arguments, cheap checks first."""
-    _check_arguments(args)
+    if not args.schema and not args.config:
+        raise InputError("mbcnet plan: no schema; add --schema FILE, or --config RUN.toml, which names one")
+    if not args.cluster:
+        raise InputError(
+            "mbcnet plan: no cluster; add --cluster HOSTSxDEVICES:KIND, for example 16x8:h100-80g or 1x2:cpu"
+        )
     cluster = read_cluster(args.cluster)
     schema = load_schema(args.schema) if args.schema else None
     config, run = _configs(args)
@@ -177,25 +174,6 @@ def task_of(args: argparse.Namespace) -> Task:
 
     model = run.model if run else model_config()
     return replace(task, schema=schema_with_wide(model, schema), dense=dense_cost(model, schema, config))
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    for option, value, most in (
-        ("--batch-size", args.batch_size, MAX_BATCH),
-        ("--global-batch-size", args.global_batch_size, MAX_BATCH * MAX_RANKS),
-    ):
-        if value is not None and not 1 <= value <= most:
-            raise InputError(f"{option} {value}: wanted rows in [1, {MAX_BATCH:,}] a rank; 8192 is usual")
-    for key in ("output", "html"):
-        path = getattr(args, key)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise InputError(f"--{key} {path}: no such folder; make it first, or choose another path")
-    if not args.schema and not args.config:
-        raise InputError("mbcnet plan: no schema; add --schema FILE, or --config RUN.toml, which names one")
-    if not args.cluster:
-        raise InputError(
-            "mbcnet plan: no cluster; add --cluster HOSTSxDEVICES:KIND, for example 16x8:h100-80g or 1x2:cpu"
-        )
 
 
 def _configs(args: argparse.Namespace) -> "tuple[ShardingConfig, RunConfig | None]":

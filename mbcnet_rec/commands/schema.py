@@ -12,8 +12,7 @@ from data.profile.fit import write_fitted
 from data.profile.grow import grow_fitted, growth_lines
 from data.profile.infer import infer_schema
 from data.reading.files import files_in_words, resolve_files
-from data.reading.storage import FileList
-from data.schema import Schema, load_schema
+from data.schema import load_schema
 from data.schema.show import print_schema
 from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_schema import newest_schema
@@ -23,15 +22,9 @@ from mbcnet_rec.logs.progress import RowBar
 
 def infer(args: argparse.Namespace) -> int:
     """Profile Parquet files in bounded memory and write a commented schema to look through."""
-    out = Path(args.out)
-    if args.rows < 0:
-        raise InputError(f"--rows {args.rows}: wanted 0 (all) or more; change it")
+    out, files, engine = args.out, resolve_files(args.paths), engine_of(args)
     if out.exists() and not args.force:
         raise InputError(f"{out}: exists already; choose another file, or pass --force to replace it")
-    if not out.parent.is_dir():
-        raise InputError(f"{out.parent}: no such folder; make it first")
-    files = resolve_files(args.paths)
-    engine = engine_of(args)
     with RowBar("infer", shown=engine.is_first) as bar:
         text, suspicious = infer_schema(
             files,
@@ -60,7 +53,15 @@ def fit(args: argparse.Namespace) -> int:
     path, files = Path(args.schema), resolve_files(args.paths)
     if args.grow:
         schema = newest_schema(path) if path.is_dir() else load_schema(path)
-        return _grow(schema, files, Path(args.out or (path if path.is_dir() else path.parent)))
+        out = Path(args.out or (path if path.is_dir() else path.parent))
+        with RowBar("grow") as bar:
+            changes = grow_fitted(schema, files, out, bar.reach)
+        if not changes:
+            print(f"{out}: all of {files_in_words(files)} were counted before; nothing changes")
+        for line in growth_lines(changes):
+            print(line)
+        print(f"next: mbcnet train --continue RUN --data FILES, of a run whose schema is {out / 'schema.toml'}")
+        return 0
     schema = load_schema(path)
     if not args.out:
         raise InputError("wanted -o FOLDER, where the fitted schema goes; add it")
@@ -74,17 +75,6 @@ def fit(args: argparse.Namespace) -> int:
         return 0
     print(f"{args.out}: schema.toml and vocabularies of {bar.rows:,} rows of {files_in_words(files)}")
     print(f"next: mbcnet data check FILES --schema {Path(args.out) / 'schema.toml'}, then train with it")
-    return 0
-
-
-def _grow(schema: Schema, files: FileList, out: Path) -> int:
-    with RowBar("grow") as bar:
-        changes = grow_fitted(schema, files, out, bar.reach)
-    if not changes:
-        print(f"{out}: all of {files_in_words(files)} were counted before; nothing changes")
-    for line in growth_lines(changes):
-        print(line)
-    print(f"next: mbcnet train --continue RUN --data FILES, of a run whose schema is {out / 'schema.toml'}")
     return 0
 
 

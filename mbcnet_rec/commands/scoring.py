@@ -1,20 +1,29 @@
 """`mbcnet evaluate`, `predict`, `compare` and `importance`: what a run says of rows."""
 
 import argparse
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from data.errors import InputError
 from mbcnet_rec.commands.arguments import engine_of
 
+if TYPE_CHECKING:
+    from mbcnet_rec.scoring.evaluate import Question
+
 
 def evaluate(args: argparse.Namespace) -> int:
     """AUC, GAUC, log-loss, normalised entropy and calibration with 95 % intervals, in any number of processes."""
-    from mbcnet_rec.scoring.evaluate import EXACT_ROWS, Question, run_evaluation  # imports torchrec
+    from mbcnet_rec.scoring.evaluate import run_evaluation  # imports torchrec
 
-    by = tuple(dict.fromkeys(args.by))
-    question = Question(args.split, tuple(args.data), by=by, exact_rows=args.exact_rows or EXACT_ROWS)
-    question = replace(question, ranking_k=args.ranking_k)
-    return run_evaluation(args.run_folder, question, as_json=args.json)
+    return run_evaluation(args.run_folder, _question(args, args.data), as_json=args.json)
+
+
+def _question(args: argparse.Namespace, data: Sequence[str]) -> "Question":
+    """Which rows, cut how."""
+    from mbcnet_rec.scoring.evaluate import EXACT_ROWS, Question  # imports torchrec
+
+    by, ks, exact_rows = tuple(dict.fromkeys(args.by)), tuple(args.ranking_k), args.exact_rows or EXACT_ROWS
+    return Question(args.split, tuple(data), by=by, exact_rows=exact_rows, ranking_k=ks)
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -48,15 +57,9 @@ def compare(args: argparse.Namespace) -> int:
         )
     if (args.key or args.label) and not args.log:
         raise InputError("--key and --label name columns of --log; leave them out")
-    from mbcnet_rec.scoring.arms import run_arms
-    from mbcnet_rec.scoring.compare import Comparison, run_comparison  # imports torchrec
-    from mbcnet_rec.scoring.evaluate import EXACT_ROWS, Question
+    from mbcnet_rec.scoring.compare import Comparison, run_arms, run_comparison  # imports torchrec
 
-    if args.expected_clicks is not None and args.expected_clicks < 1:
-        raise InputError(f"--expected-clicks {args.expected_clicks}: wanted a number of rows, 1 or more; change it")
-    by = tuple(dict.fromkeys(args.by))
-    question = Question(args.split, tuple(args.log or args.data), by=by, exact_rows=args.exact_rows or EXACT_ROWS)
-    question = replace(question, ranking_k=args.ranking_k)
+    question = _question(args, args.log or args.data)
     if args.log:
         return run_arms(question, args.label or "click", args.key, args.command_line, as_json=args.json, page=args.out)
     comparison = Comparison(args.ours, args.theirs, question, args.expected_clicks or 0, args.command_line)
@@ -69,8 +72,6 @@ def importance(args: argparse.Namespace) -> int:
     from mbcnet_rec.scoring.importance import run_importance
     from mbcnet_rec.scoring.trained_run import opened_run
 
-    if args.rows < 2 or args.repeats < 2:
-        raise InputError(f"--rows {args.rows} --repeats {args.repeats}: wanted 2 or more; change it")
     with opened_run(args.run_folder) as (run, process):
         question = Question(args.split, tuple(args.data))
         return run_importance(run, process, question, args.rows, args.repeats, as_json=args.json)

@@ -23,8 +23,6 @@ def study(args: argparse.Namespace) -> int:
     if not args.config:
         raise InputError(f"study {args.name}: --config is missing; name a run's TOML file")
     engine = engine_of(args)._replace(workers=args.workers)
-    if args.seeds < 1:
-        raise InputError(f"--seeds {args.seeds}: wanted 1 or more; change it")
     from mbcnet_rec.config import load_config  # imports torch
 
     load_config(args.config, args.overrides)  # its mistakes show before torchrec is imported

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
 
@@ -30,19 +30,17 @@ def train(args: argparse.Namespace) -> int:
     else:
         _refuse_moved(Path(args.config), config, args.overrides)
     if args.plan:
-        config = _with_plan(config, args.plan)
+        if (named := config.sharding.plan) and named != args.plan:
+            raise InputError(f"--plan {args.plan}: the config's sharding.plan is {named!r}; remove one of the two")
+        config = replace(config, sharding=replace(config.sharding, plan=args.plan))
     # imports torchrec: after every mistake that is seen without it
     from mbcnet_rec.teachers import train_model
 
-    how = {
-        "allow_partial": args.allow_partial,
-        "again": args.again,
-        "progressive": args.progressive,
-        "report": _draw_report,
-    }
+    how: dict[str, Any] = {name: getattr(args, name) for name in ("allow_partial", "again", "progressive")}
+    how["report"] = _draw_report
     start = {"resume": args.resume, "overwrite": args.overwrite}
     if args.progressive and not args.continues:
-        from mbcnet_rec.progressive import train_days
+        from mbcnet_rec.daily import train_days
 
         return train_days(config, partial(train_model, **how), **start)
     return train_model(config, continues=bool(args.continues), **start, **how)
@@ -86,10 +84,3 @@ def _refuse_moved(path: Path, config: "RunConfig", overrides: Sequence[str]) -> 
             f"{path}: is the config of the run in {own}, but by its train.out that run is in {out}; say which: add "
             f"--set train.out={own}, or another folder"
         )
-
-
-def _with_plan(config: "RunConfig", plan: str) -> "RunConfig":
-    named = config.sharding.plan
-    if named and named != plan:
-        raise InputError(f"--plan {plan}: the config's sharding.plan is {named!r}; remove one of the two")
-    return replace(config, sharding=replace(config.sharding, plan=plan))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from data.errors import InputError
 from data.whole_folder import write_whole
 from mbcnet_rec.logs.mlflow import MlflowSink, curve_name
 from mbcnet_rec.logs.progress import tell
@@ -96,6 +97,17 @@ def written(path: Path) -> Iterator[None]:
             f"rank 0: {error.filename or path}: cannot be written ({error.strerror}); what was written before is intact: free space, "
             "or choose another folder, then continue with --resume"
         ) from None
+
+
+def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read a run's metrics.jsonl; InputError if it is not there."""
+    if not (folder / METRICS).is_file():
+        raise InputError(f"{folder}: no run folder (it has no {METRICS}); pass what `mbcnet train` wrote")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for text in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        found.setdefault(line["split"], []).append(line)
+    return found
 
 
 def keep_until(lines: list[str], step: int, day: int = 0) -> list[str]:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import requests
@@ -39,16 +38,11 @@ def require_client(address: str) -> None:
         )
 
 
-def open_sink(address: str, folder: Path, name: str, config: RunConfig) -> "MlflowSink | None":
-    """The sink of a run with the config's keys as parameters; None where `address` is empty."""
-    return MlflowSink(address, folder, name, dict(flat(to_toml_value(config)))) if address else None
-
-
 class MlflowSink:
-    """One run on the MLflow server http://HOST:PORT. The run folder keeps its id, so that a resumed run adds to it."""
+    """One run on the MLflow server http://HOST:PORT that train.tracking names. The run folder keeps its id, so that a resumed run adds to it."""
 
-    def __init__(self, address: str, folder: Path, name: str, params: Mapping[str, Any]) -> None:
-        self._address, self._folder, self._name, self._params = address, folder, name, params
+    def __init__(self, config: RunConfig) -> None:
+        self._address, self._config = config.train.tracking, config
         self._lines: queue.Queue[tuple[int, int, dict[str, float]] | None] = queue.Queue(WAITING_LINES)
         self._status, self._failed = "FINISHED", False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -106,7 +100,7 @@ class MlflowSink:
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
         from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 
-        path = self._folder / RUN_ID
+        path = self._config.run_folder / RUN_ID
         with suppress(FileNotFoundError, MlflowException):  # a new run, or one that was removed or is of another server
             run_id = path.read_text(encoding="utf-8").strip()
             client.update_run(run_id, "RUNNING")
@@ -114,8 +108,8 @@ class MlflowSink:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         found = client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else client.create_experiment(name)
-        run_id = client.create_run(experiment, run_name=self._name).info.run_id
-        params = [Param(key, str(each)) for key, each in self._params.items()]
+        run_id = client.create_run(experiment, run_name=self._config.name).info.run_id
+        params = [Param(key, str(each)) for key, each in flat(to_toml_value(self._config))]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             client.log_batch(run_id, params=params[start : start + PARAMS_AT_ONCE])
         path.write_text(run_id + "\n", encoding="utf-8")

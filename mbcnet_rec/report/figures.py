@@ -27,16 +27,12 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too
     "wide": "#56B4E9",
 }
 LABELS = {"fused": "fused", "efgc": "EFGC", "cross": "CrossNet", "deep": "Deep", "fm": "FM", "wide": "Wide"}
+OTHER_COLOUR = "#777777"  # of outputs that the paper does not have
 CYCLE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 plt.style.use(Path(__file__).with_name("figures.mplstyle"))
 WIDTH = 9.5  # inches
 FEW = 5  # points of a curve, up to which each one is marked
 Curve = Sequence[tuple[float, float]]  # (step, value)
-
-
-def colour(name: str) -> str:
-    """The colour of an output."""
-    return COLOURS.get(name, "#777777")
 
 
 def label(name: str) -> str:
@@ -174,10 +170,11 @@ def latents_figure(title: str, points: np.ndarray, names: Sequence[str], owner: 
     """Points of a plane (n, 2), coloured by output; `owner` (n,) is each point's index among `names`."""
     figure, (axis,) = panels(1, height=4.2)
     order = np.random.default_rng(0).permutation(len(points))  # so that no output lies on top
-    tones = [colour(names[int(index)]) for index in owner[order]]
+    colours = [COLOURS.get(name, OTHER_COLOUR) for name in names]
+    tones = [colours[index] for index in owner[order]]
     axis.scatter(*points[order].T, s=7, c=tones, alpha=0.55, linewidths=0)
-    for name in names:
-        axis.scatter([], [], s=26, color=colour(name), label=label(name))
+    for name, tone in zip(names, colours, strict=True):
+        axis.scatter([], [], s=26, color=tone, label=label(name))
     axis.set_title(title)
     axis.set_xticks([])
     axis.set_yticks([])
@@ -197,7 +194,7 @@ def categories_figure(names: Sequence[str], counts: Mapping[str, np.ndarray], ba
     places = np.arange(len(names))
     for number, (name, values) in enumerate(counts.items()):
         left = places + (number - (len(counts) - 1) / 2) * width
-        axis.bar(left, values, width, color=colour(name), label=label(name))
+        axis.bar(left, values, width, color=COLOURS.get(name, OTHER_COLOUR), label=label(name))
     axis.hlines(base, places - 0.45, places + 0.45, color="#111111", lw=1.2, label="if blind to categories")
     axis.set_xticks(places, list(names), rotation=35, ha="right")
     axis.set_ylabel("samples")
@@ -208,18 +205,14 @@ def categories_figure(names: Sequence[str], counts: Mapping[str, np.ndarray], ba
 
 
 def grid_figure(
-    alphas: Sequence[float],
-    betas: Sequence[float],
-    auc: np.ndarray,
-    dead: np.ndarray | None = None,
-    line: tuple[str, float] = ("", math.nan),
+    alphas: Sequence[float], betas: Sequence[float], auc: np.ndarray, dead: np.ndarray, line: tuple[str, float]
 ) -> bytes:
     """Mean AUC over beta, a curve for each alpha, and another model's as a line (Figure 9).
 
     auc: (alphas, betas), NaN where not run; `dead`: likewise, cells that get a cross; `line`: the model and its AUC.
     """
     figure, (axis,) = panels(1, height=3.6)
-    places, dead = np.arange(len(betas)), np.zeros(auc.shape, bool) if dead is None else dead
+    places = np.arange(len(betas))
     # where crosses stand, since an AUC of one half would press the curves into a line
     bottom = axis.get_xaxis_transform()
     for number, (alpha, tone, own, gone) in enumerate(zip(alphas, CYCLE, auc, dead, strict=False)):

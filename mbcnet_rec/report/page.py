@@ -75,9 +75,14 @@ def _rendered(template: str, **values: object) -> str:
     return templates.get_template(template).render(values)
 
 
-def shown(value: float) -> str:
+def shown(value: float | None, form: str = ".4f") -> str:
     """A metric with four digits, a dash where it is not defined."""
-    return "-" if math.isnan(value) else f"{value:.4f}"
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def with_half(value: float, high: float, form: str = ".4f") -> str:
+    """A metric with half its 95 % interval, which ends at `high`."""
+    return shown(value, form) + (f" +-{high - value:{form.lstrip('+')}}" if math.isfinite(high) else "")
 
 
 def to_text(template: str, **values: object) -> str:

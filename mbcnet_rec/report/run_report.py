@@ -11,9 +11,9 @@ from data.errors import InputError
 from data.whole_folder import write_whole
 from mbcnet_rec.checkpoints.run_folder import CONFIG, PLAN
 from mbcnet_rec.lineage import read_days
-from mbcnet_rec.logs.metrics_log import METRICS, PROGRESSIVE
+from mbcnet_rec.logs.metrics_log import METRICS, PROGRESSIVE, read_metrics
 from mbcnet_rec.report import figures
-from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, to_html
+from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, shown, to_html, with_half
 from mbcnet_rec.scoring.metrics import why_no_auc
 from mbcnet_rec.scoring.ranking import title_of
 from mbcnet_rec.scoring.tasks import LOWER
@@ -56,17 +56,6 @@ def write_run_report(folder: Path) -> Path:
     page = to_html(f"Run {folder.name}", f"{last:,} steps. Written from {METRICS}, {PLAN} and {CONFIG}.", blocks)
     write_whole(folder / REPORT, page)
     return folder / REPORT
-
-
-def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read a run's metrics.jsonl; InputError if it is not there."""
-    if not (folder / METRICS).is_file():
-        raise InputError(f"{folder}: no run folder (it has no {METRICS}); pass what `mbcnet train` wrote")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for text in (folder / METRICS).read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        found.setdefault(line["split"], []).append(line)
-    return found
 
 
 def logged(lines: Lines, split: str, key: str) -> list[tuple[float, float]]:
@@ -137,10 +126,7 @@ def importance_cells(
     if kind == "groups" and all("auc/efgc" in each for each in lost.values()):
         metrics["auc/efgc"] = "AUC lost by EFGC"
     worst = sorted(lost, key=lambda name: -lost[name]["auc"][0])[:most]
-    rows = [
-        (name, *(f"{lost[name][key][0]:+.5f} +-{lost[name][key][2] - lost[name][key][0]:.5f}" for key in metrics))
-        for name in worst
-    ]
+    rows = [(name, *(with_half(lost[name][key][0], lost[name][key][2], "+.5f") for key in metrics)) for name in worst]
     return (kind, *metrics.values()), tuple(rows)
 
 
@@ -165,7 +151,7 @@ def result_blocks(lines: Lines, key: str) -> list[Block]:
     fused = () if any(f"rows/{name}" in line for name in branches) else (("fused", ""),)  # of one label
     for name, ending in (*fused, *((name, f"/{name}") for name in branches)):
         values = [line.get(metric + ending) for metric in ("auc", "log_loss", "ne", "calibration")]
-        rows.append((figures.label(name), *map(_four_digits, values)))
+        rows.append((figures.label(name), *map(shown, values)))
     reason = why_no_auc(line)
     told = "" if line.get("gauc") is None else f" GAUC of the fused output {line['gauc']:.4f}."
     titles = {key: title_of(key) for key in line if line[key] is not None and ("/" in key) != bool(fused)}
@@ -177,10 +163,6 @@ def result_blocks(lines: Lines, key: str) -> list[Block]:
         Text(f"{line['split']} split, {line.get('rows', 0):,} rows, weights of step {line['step']:,}.{told}"),
         Table(("output", "AUC", "log-loss", "normalised entropy", "calibration"), tuple(rows), 0),
     ]
-
-
-def _four_digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def curve_blocks(heading: str, lines: Lines, curves: str) -> list[Block]:
@@ -201,7 +183,7 @@ def day_blocks(days: Sequence[Mapping[str, Any]]) -> list[Block]:
     for day in days:
         values = [day.get("label_rate"), *(day.get("progressive", {}).get(key) for key in DAYS)]
         alarms = "; ".join(day.get("alarms", ()))
-        rows.append((day["name"], f"{day.get('rows', 0):,}", *map(_four_digits, values), alarms))
+        rows.append((day["name"], f"{day.get('rows', 0):,}", *map(shown, values), alarms))
     return [
         Heading("Days"),
         *([Picture("days", figures.curves_figure(plots, "day"), CAPTIONS["days"])] if plots else []),

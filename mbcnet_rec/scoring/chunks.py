@@ -6,7 +6,6 @@ row ends its own chunk only, and is raised on every rank when all other chunks a
 Shapes: n rows of one batch, K branches.
 """
 
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple
@@ -129,18 +128,19 @@ def score_chunks(
             cut short.
     """
     faults: list[str] = []
-    passed: Counter[RowGroup] = Counter()  # rows
     steps = max(sum(-(-part.stored_rows // batch_rows) for chunk in own for part in chunk.row_groups) for own in dealt)
 
-    def batches() -> Iterator[tuple[Batch, tuple[Chunk, RowGroup, pa.RecordBatch, Columns] | None]]:
+    def batches() -> Iterator[tuple[Batch, tuple[Chunk, RowGroup, int, pa.RecordBatch, Columns] | None]]:
         schema, made = reader.encoder.schema, 0
         for chunk in dealt[process.rank]:
             try:
                 for group in chunk.row_groups:
+                    first_row = 0
                     for columns, extra in reader.scan(group, batch_rows):
                         made += 1
                         batch = gather([(columns, 0, columns.num_rows)], batch_rows, schema)
-                        yield batch, (chunk, group, extra, columns)
+                        yield batch, (chunk, group, first_row, extra, columns)
+                        first_row += columns.num_rows
             except InputError as error:
                 faults.append(str(error))
         empty = reader.encoder.encode_all([])
@@ -155,15 +155,13 @@ def score_chunks(
     ):
         for each in scored:
             if each.note is not None:
-                chunk, group, extra, columns = each.note
+                chunk, group, first_row, extra, columns = each.note
                 bar.update(min(columns.num_rows * len(dealt), total - bar.n))
                 try:
-                    require_finite(each.logits, reader.name(group), passed[group])
+                    require_finite(each.logits, reader.name(group), first_row)
                 except InputError as error:
                     faults.append(str(error))
                     continue
-                finally:
-                    passed[group] += columns.num_rows
                 yield ScoredRows(chunk, extra, each.logits, each.labels, columns.group_ids)
     with agreed(process):
         if faults:

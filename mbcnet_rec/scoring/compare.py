@@ -1,25 +1,41 @@
-"""`mbcnet compare`: two runs on the same rows: paired differences of their metrics, by slice, and the clicks that either ranking would get."""
+"""`mbcnet compare`: two runs on the same rows: paired differences of their metrics, by slice, and the clicks that either ranking would get.
+
+With --log the click rates of the two arms of `mbcnet serve --split`, from clicks logged beside the arm (Table 4, Figure 3):
+
+    CTR = clicks / rows of an arm;   relative change = CTR_b / CTR_a - 1, its interval by the logarithm of the ratio
+
+A row's influence on CTR is (y - CTR) / rows of its arm. Influences are summed over the rows of one value of the split's key, which are not
+independent draws; error, interval and p follow as in paired.py.
+
+Shapes: B rows.
+"""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from data.errors import InputError
-from data.reading.files import files_in_words, resolve_files
-from data.reading.storage import FileList
+from data.reading.column_types import is_number
+from data.reading.columns import Place
+from data.reading.files import NOT_PARQUET, files_in_words, resolve_files
+from data.reading.numbers import read_labels
+from data.reading.storage import DataFile, FileList, for_each_file, open_parquet
 from data.schema import Schema
 from data.whole_folder import write_whole
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.report import figures
-from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, text_table, to_html
+from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, shown, text_table, to_html, with_half
 from mbcnet_rec.runtime.process import joined_process
-from mbcnet_rec.scoring.evaluate import Question, score_rows
-from mbcnet_rec.scoring.paired import Difference, expected_clicks, holm, paired_differences
+from mbcnet_rec.scoring.evaluate import MAX_SLICES, REST, Question, distinct, score_rows
+from mbcnet_rec.scoring.paired import Difference, difference_of, expected_clicks, holm, paired_differences
 from mbcnet_rec.scoring.ranking import title_of
 from mbcnet_rec.scoring.tally import Rows
 from mbcnet_rec.scoring.trained_run import TrainedRun, find_best, load_run
@@ -28,6 +44,8 @@ CLICKS, CTR, LIFT, SIGNIFICANT = "expected_clicks", "ctr", "relative_ctr", 0.05
 METRICS = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log-loss", "calibration": "calibration", CLICKS: "clicks on top"}
 METRICS |= {CTR: "CTR", LIFT: "relative change"}
 SHOWN_TEXT = 40  # letters of a slice's name where room is short
+ARM = "arm"
+UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,6 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
     """
     folders, question = (comparison.ours, comparison.theirs), comparison.question
     configs = [load_run(folder) for folder in folders]
-    check_page(page)
     if not question.data:  # the same files for both
         data = configs[0].data
         paths, where = getattr(data, question.split), getattr(data, f"{question.split}_where")
@@ -99,21 +116,11 @@ def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path 
     ks = question.ranking_k or configs[0].train.ranking_k
     everything, slices = compare_rows(ours, theirs, names, comparison.top, ks)
     lead = f"{folders[0]} less {folders[1]} on {len(ours.labels):,} rows of {files_in_words(files)}; {groups}."
-    told = {
-        "ours": str(folders[0]),
-        "theirs": str(folders[1]),
-        "steps": [run.step for run in runs],
-        "files": len(files),
-    }
+    told = {"ours": str(folders[0]), "theirs": str(folders[1])}
+    told |= {"steps": [run.step for run in runs], "files": len(files)}
     notes = _notes(runs, files, question.where)
     tell(comparison, [lead, *notes], everything, slices, told if as_json else None, page)
     return 0
-
-
-def check_page(page: Path | None) -> None:
-    """Raise InputError where a page could not be written there."""
-    if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise InputError(f"--out {page}: wanted a file in a folder that is there; choose one, or make {page.parent}")
 
 
 def tell(
@@ -229,44 +236,33 @@ def is_significant(difference: Difference) -> bool:
 def report_blocks(comparison: Comparison, everything: Found, slices: Slices, *, pictures: bool = False) -> list[Block]:
     """A table of all rows, and one for each column that cuts them, with pictures where wanted."""
     header = ("all rows", *comparison.names, "difference", "95 % interval", "p")
-    rows = [_of_all(title_of(name) or METRICS[name], each) for name, each in everything.metrics.items()]
+    titles = {name: title_of(name) or METRICS[name] for name in everything.metrics}
+    rows = [_of_all(titles[name], each) for name, each in everything.metrics.items()]
     blocks: list[Block] = [Heading("All rows"), Table(header, tuple(rows))]
     for column, values in slices.items():
         blocks.append(Heading(f"By {column}"))
         for name in ("auc", CLICKS, LIFT) if pictures else ():
-            known = {value: found.metrics[name] for value, found in values.items() if name in found.metrics}
-            drawn = {
-                value[:SHOWN_TEXT]: (each[:3], is_significant(each))
-                for value, each in known.items()
-                if np.isfinite(each.high)
-            }
+            known = [(value, found.metrics[name]) for value, found in values.items() if name in found.metrics]
+            known = [(value[:SHOWN_TEXT], each) for value, each in known if np.isfinite(each.high)]
+            drawn = {value: (each[:3], is_significant(each)) for value, each in known}
             what = f"{METRICS[name]} by {column}"
             caption = f"{what}: differences with 95 % intervals. Right of 0, {comparison.names[0]} is ahead; red: significant."
             blocks += [Picture(what, figures.intervals_figure(drawn), caption)] if drawn else []
-        cells = [
-            (value[:SHOWN_TEXT], f"{found.rows:,}", *map(_cell, found.metrics.values()))
-            for value, found in values.items()
+        lines = [
+            (name[:SHOWN_TEXT], f"{each.rows:,}", *map(_cell, each.metrics.values())) for name, each in values.items()
         ]
-        blocks.append(
-            Table(
-                (f"by {column}", "rows", *(title_of(name) or METRICS[name] for name in everything.metrics)),
-                tuple(cells),
-            )
-        )
+        blocks.append(Table((f"by {column}", "rows", *titles.values()), tuple(lines)))
     return [*blocks, *map(Text, legend(comparison, everything, slices))]
 
 
 def _of_all(name: str, difference: Difference) -> tuple[str, ...]:
-    value, low, high = (f"{each:+.5f}" if np.isfinite(each) else "-" for each in difference[:3])
-    ours, theirs = (f"{each:.5f}" if np.isfinite(each) else "-" for each in (difference.ours, difference.theirs))
+    value, low, high = (shown(each, "+.5f") for each in difference[:3])
+    ours, theirs = (shown(each, ".5f") for each in (difference.ours, difference.theirs))
     return name, ours, theirs, value, f"{low} to {high}" if low != "-" else "-", p_text(difference.p)
 
 
 def _cell(difference: Difference) -> str:
-    """A difference with half its interval."""
-    value, _, high = difference[:3]
-    half = f" +-{high - value:.4f}" if np.isfinite(high) else ""
-    return f"{value:+.4f}{half}{' *' if is_significant(difference) else ''}" if np.isfinite(value) else "-"
+    return with_half(difference.value, difference.high, "+.4f") + (" *" if is_significant(difference) else "")
 
 
 def legend(comparison: Comparison, everything: Found, slices: Slices) -> list[str]:
@@ -286,4 +282,89 @@ def legend(comparison: Comparison, everything: Found, slices: Slices) -> list[st
 
 def p_text(p: float) -> str:
     """A p for people."""
-    return "-" if p != p else "<.001" if p < 0.001 else f"{p:.3f}"
+    return "<.001" if p < 0.001 else shown(p, ".3f")
+
+
+def run_arms(question: Question, label: str, key: str, command_line: str, *, as_json: bool, page: Path | None) -> int:
+    """Print by how much the click rate of arm b differs from that of arm a, on all rows and by slice; and write a page.
+
+    `key`: by which the scorer split; empty: rows are taken as independent.
+
+    Raises:
+        InputError: no such file or column, an arm that is neither a nor b, or a label that is neither 0 nor 1.
+    """
+    files, by = resolve_files(question.data), question.by
+    names: list[str] = list(dict.fromkeys([ARM, label, key or label, *by]))
+    tables = for_each_file(files, partial(_read, names), NOT_PARQUET, attempts=3)
+    if (rows := sum(map(len, tables))) > question.exact_rows:
+        raise InputError(f"--log: {rows:,} rows; name fewer, or raise --exact-rows {question.exact_rows:,}")
+    arms, in_arm = _codes([table[ARM] for table in tables])
+    if odd := sorted({*arms} - {"a", "b"}):
+        raise InputError(
+            f"--log: column {ARM!r} = {odd[0]!r}: wanted a or b, as the scorer answers; leave other rows out"
+        )
+    in_b = np.asarray([name == "b" for name in arms], bool)[in_arm]
+    labels = np.concatenate([_labels(table[label], file, label) for table, file in zip(tables, files, strict=True)])
+    clusters = _codes([table[key] for table in tables])[1] if key else np.arange(rows)
+    slices: Slices = {}
+    for column in by:
+        values, places = _codes([table[column] for table in tables])
+        common = np.argsort(-np.bincount(places), kind="stable")[:MAX_SLICES].tolist()
+        chosen = {values[place]: places == place for place in common}
+        if len(values) > len(common):
+            chosen[REST] = ~np.isin(places, common)
+        slices[column] = {name: compare_arms(in_b[own], labels[own], clusters[own]) for name, own in chosen.items()}
+    correct(slices)
+    taken = (
+        f"rows of one {key} are taken together" if key else "rows are taken as independent (--key names the split's)"
+    )
+    lines = [f"arm b less arm a on {rows:,} rows of {files_in_words(files)}; {taken}."]
+    if key and (both := len(np.intersect1d(clusters[in_b], clusters[~in_b]))):
+        lines.append(f"note: {both:,} values of {key} are in both arms: the split has changed, or is by another key")
+    comparison = Comparison(Path("arm b"), Path("arm a"), question, command_line=command_line)
+    told = {"ours": "b", "theirs": "a", "files": len(files)} if as_json else None
+    tell(comparison, lines, compare_arms(in_b, labels, clusters), slices, told, page)
+    return 0
+
+
+def compare_arms(in_b: np.ndarray, labels: np.ndarray, clusters: np.ndarray) -> Found:
+    """Difference and relative change of the click rate; all (B,). Not known where an arm has no row, or, of the change, no click."""
+    rows = len(labels)
+    counts, clicks = (np.asarray([each[~in_b].sum(), each[in_b].sum()]) for each in (np.ones(rows), labels))
+    if not counts.all():
+        return Found(rows, {CTR: UNKNOWN, LIFT: UNKNOWN})
+    rates = clicks / counts
+    own = in_b.astype(int)
+    influence = np.where(in_b, 1, -1) * (labels - rates[own]) / counts[own]
+    place = np.unique(clusters, return_inverse=True)[1]
+    found = {CTR: difference_of(rates[1], rates[0], np.bincount(place, influence)), LIFT: UNKNOWN}
+    if clicks.all():
+        log = difference_of(math.log(rates[1]), math.log(rates[0]), np.bincount(place, influence / rates[own]))
+        value, low, high = (math.expm1(each) for each in log[:3])
+        found[LIFT] = Difference(value, low, high, log.p, corrected=log.p)
+    return Found(rows, found)
+
+
+def _read(names: Sequence[str], _: int, file: DataFile) -> pa.Table:
+    with open_parquet(file) as parquet:
+        if missing := [name for name in names if parquet.schema_arrow.names.count(name) != 1]:
+            have = ", ".join(parquet.schema_arrow.names[:8])
+            raise InputError(f"{file}: wanted one column {missing[0]!r}; it has {have}, ...: join it, or name another")
+        return parquet.read(columns=list(names))
+
+
+def _codes(columns: Sequence[pa.ChunkedArray]) -> tuple[list[str], np.ndarray]:
+    """The different values of a column of all files as text, and each row's place among them, (B,)."""
+    place_of: dict[str, int] = {}
+    parts = [np.zeros(0, np.int64)]
+    for chunk in (chunk for column in columns for chunk in column.chunks):
+        values, places = distinct(chunk)
+        own = np.asarray([place_of.setdefault(value, len(place_of)) for value in values], np.int64)
+        parts.append(own[places])
+    return list(place_of), np.concatenate(parts)
+
+
+def _labels(column: pa.ChunkedArray, file: DataFile, name: str) -> np.ndarray:
+    if not is_number(column.type):
+        raise InputError(f"{file}: column {name!r} is {column.type}: wanted numbers 0 and 1; name another --label")
+    return read_labels(column.combine_chunks(), name, Place(str(file), None)).astype(np.float64)

@@ -1,29 +1,49 @@
-"""`mbcnet evaluate`: metrics of a run's best checkpoint on any rows, with confidence intervals, by slice, at any world size."""
+"""`mbcnet evaluate`: metrics of a run's best checkpoint on any rows, with confidence intervals, by slice, at any world size.
+
+Slices are by the values of columns, and the same on every rank: one pass over just these columns, before any scoring, counts their values. The
+MAX_SLICES most frequent values of a column are slices of their own; all others are one slice together.
+"""
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import torch.distributed as dist
+
 from data.errors import InputError
 from data.reading.conditions import select_files
+from data.reading.decode import RowReader
 from data.reading.files import files_in_words, resolve_files
-from data.reading.storage import FileList
+from data.reading.storage import DataFile, FileList, open_parquet
+from data.schema import Schema
 from mbcnet_rec.checkpoints.run_folder import CONFIG
-from mbcnet_rec.logs.metrics_log import METRICS, finite_or_none
+from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.model.models import tasks_of
-from mbcnet_rec.report.page import Table, text_table
-from mbcnet_rec.runtime.process import Process
-from mbcnet_rec.scoring.chunks import deal, labelled_rows, score_chunks
+from mbcnet_rec.report.page import Table, text_table, with_half
+from mbcnet_rec.runtime.process import Process, agreed
+from mbcnet_rec.scoring.chunks import Chunk, deal, labelled_rows, score_chunks
 from mbcnet_rec.scoring.metrics import NOT_KNOWN, Estimate, why_no_auc
 from mbcnet_rec.scoring.ranking import require_groups, title_of
-from mbcnet_rec.scoring.slices import MAX_SLICES, count_slices, slice_codes, slice_columns
 from mbcnet_rec.scoring.tally import EXACT_ROWS, Answer, Answers, Scores, Tallies
 from mbcnet_rec.scoring.tasks import joined
 from mbcnet_rec.scoring.trained_run import TrainedRun, known_best, opened_run
+
+MAX_SLICES = 50  # of one column
+MAX_VALUES = 1_000_000  # different ones of one column, which are counted
+COUNTED_ROWS = 65_536  # at a time
+BYTES_OF = {
+    pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.large_binary(), pa.binary_view(): pa.large_binary(),
+}  # fmt: skip
+REST, NULL = "(other)", "(null)"
 
 
 @dataclass(frozen=True)
@@ -62,19 +82,13 @@ def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False
             if task:
                 print(f"\n{task}, {answer.everything.rows:,} rows:")
             print("\n".join(tables(answer, run.config.model.branch_names, best)))
-        if not data:
-            print(compare_with_log(folder, split, run.step, answers))
     return 0
 
 
 def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[Tallies, FileList]:
     """Build the run's model on this world size and score rows of files; InputError if a row, a column or the checkpoint is faulty."""
     schema, data = run.schema, run.config.data
-    paths = question.data or getattr(data, question.split)
-    if not paths:
-        raise InputError(f"{run.folder}/{CONFIG}: data.{question.split} is empty; name its files, or pass --data")
-    where = question.where if question.data else getattr(data, f"{question.split}_where")
-    files = select_files(resolve_files(paths), where, schema)
+    files, where = files_of(run, question)
     by = slice_columns(files, question.by, schema)
     reader, chunks = labelled_rows(files, schema, data.eval_options(where), tuple(by.values()))
     dealt = deal(chunks, process.world_size)
@@ -83,17 +97,24 @@ def score_rows(run: TrainedRun, process: Process, question: Question) -> tuple[T
     num_rows, model = sum(chunk.num_rows for chunk in chunks), run.config.model
     ks = question.ranking_k or run.config.train.ranking_k
     require_groups(schema, ks)
-    options = {
-        "has_groups": bool(schema.group_column),
-        "slices": slices,
-        "exact_rows": question.exact_rows,
-        "ranking_k": ks,
-    }
-    tally = Tallies(tuple(tasks_of(model, schema)), num_rows, model.branch_names, **options)
+    tally = Tallies(
+        tuple(tasks_of(model, schema)), num_rows, model.branch_names, has_groups=bool(schema.group_column),
+        slices=slices, exact_rows=question.exact_rows, ranking_k=ks,
+    )  # fmt: skip
     with closing(score_chunks(scorer, reader, dealt, process, batch_rows, title="evaluate")) as scored:
         for batch in scored:
             tally.add(batch.logits, batch.labels, batch.group_ids, slice_codes(slices, batch.rows))
     return tally, files
+
+
+def files_of(run: TrainedRun, question: Question) -> tuple[FileList, tuple[str, ...]]:
+    """The files that are asked for, and the conditions on their rows; InputError if there are none."""
+    data = run.config.data
+    paths = question.data or getattr(data, question.split)
+    if not paths:
+        raise InputError(f"{run.folder}/{CONFIG}: data.{question.split} is empty; name its files, or pass --data")
+    where = question.where if question.data else getattr(data, f"{question.split}_where")
+    return select_files(resolve_files(paths), where, run.schema), where
 
 
 def to_json(answers: Answers) -> dict[str, Any]:
@@ -155,17 +176,91 @@ def _cells(metrics: Mapping[str, Estimate], suffix: str = "") -> tuple[str, ...]
 
 
 def _cell(estimate: Estimate) -> str:
-    low, high = estimate.interval()
-    half = f" +-{(high - low) / 2:.4f}" if math.isfinite(high) else ""
-    return f"{estimate.value:.4f}{half}" if math.isfinite(estimate.value) else "-"
+    return with_half(estimate.value, estimate.interval()[1])
 
 
-def compare_with_log(folder: Path, split: str, step: int, answers: Answers) -> str:
-    """Say how far the metrics are from those that training logged for the same rows and step."""
-    entries = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
-    logged = next((e for e in reversed(entries) if e["split"] == split and e["step"] == step), {})
-    found = joined({task: answer.everything.metrics for task, answer in answers.items()})
-    gaps = [abs(value - found[key].value) for key, value in logged.items() if key in found and isinstance(value, float)]
-    if not gaps:
-        return f"training logged no {split} metrics of step {step} to compare with"
-    return f"largest difference from what training logged: {max(gaps):.1e}"
+def slice_codes(slices: dict[str, list[str]], rows: pa.RecordBatch) -> np.ndarray:
+    """(n, columns) int64: each row's place in the list of slices of each column, which are those of `count_slices`."""
+    codes = np.zeros((rows.num_rows, len(slices)), np.int64)
+    for index, names in enumerate(slices.values()):
+        place_of = {name: place for place, name in enumerate(names)}
+        values, places = distinct(rows.column(index))
+        numbers = np.asarray([place_of.get(value, len(names) - 1) for value in values], np.int64)
+        codes[:, index] = numbers[places] if len(values) else 0
+    return codes
+
+
+def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) -> dict[str, str]:
+    """Names of slices -> columns of the files; a field's name stands for its column. InputError if one is missing, there twice, or nested."""
+    columns = {name: next((f.source_column for f in schema.features if f.name == name), name) for name in by}
+    for file in files if by else ():
+        with open_parquet(file) as parquet:
+            found = parquet.schema_arrow
+        for name, column in columns.items():
+            if (count := found.names.count(column)) != 1:
+                problem = f"{count} columns of this name" if count else "no such column"
+                raise InputError(f"{file}: --by {name}: {problem}; it has {', '.join(found.names[:8])}, ...")
+            if pa.types.is_nested(found.field(column).type):
+                raise InputError(
+                    f"{file}: --by {name}: column {column!r} is {found.field(column).type}; wanted one value a row: "
+                    "choose another column"
+                )
+    return columns
+
+
+def count_slices(
+    by: Sequence[str], reader: RowReader, own: Sequence[Chunk], process: Process, max_slices: int = MAX_SLICES
+) -> dict[str, list[str]]:
+    """Count every column's values over all ranks and choose the slices. Every rank calls it.
+
+    `by` names the reader's extra columns, in their order, as the user did; `own` are this rank's chunks. Returns for each of `by` the names
+    of its slices, by falling frequency; REST, where there is one, is the last.
+
+    Raises:
+        InputError: on every rank, where a file is damaged or a column has more than MAX_VALUES values.
+    """
+    counts: list[Counter[str]] = [Counter() for _ in by]
+    with agreed(process):
+        for group in (group for chunk in own if by for group in chunk.row_groups):
+            for rows, _ in reader.batches(group, COUNTED_ROWS, reader.extra):
+                for name, counter, column in zip(by, counts, rows.select(reader.extra).columns, strict=True):
+                    values, places = distinct(column)
+                    frequency = np.bincount(places, minlength=len(values)).tolist()
+                    for value, count in zip(values, frequency, strict=True):
+                        counter[value] += count
+                    if len(counter) > MAX_VALUES:
+                        raise InputError(f"--by {name}: more than {MAX_VALUES:,} different values; choose another")
+    everyone: list[Any] = [counts]
+    if process.world_size > 1 and by:
+        everyone = [None] * process.world_size
+        dist.all_gather_object(everyone, counts)
+    slices = {}
+    for name, *each in zip(by, *everyone, strict=True):
+        counter = sum(each, Counter())
+        ordered = sorted(counter, key=lambda value: (-counter[value], value))  # equal ones by name
+        slices[name] = ordered[:max_slices] + ([REST] if len(ordered) > max_slices else [])
+    return slices
+
+
+def distinct(column: pa.Array) -> tuple[list[str], np.ndarray]:
+    """The different values of a column as text, and each row's place among them; a text may be there twice, as for 0.0 and -0.0."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    # bytes, which Python takes even where they are no UTF-8; a null of a view would become an empty text
+    column = column.cast(BYTES_OF.get(column.type, column.type))
+    encoded = column.dictionary_encode(null_encoding="encode")
+    values = encoded.dictionary
+    if getattr(values.type, "unit", "") == "ns" and not pa.types.is_duration(values.type):
+        values = values.cast(pa.string())  # Python's times end with microseconds
+    return [_text(value) for value in values.to_pylist()], encoded.indices.to_numpy().astype(np.int64)
+
+
+def _text(value: Any) -> str:
+    """One name for one value, whatever type the column has in a file: 7 for 7.0, and text for its bytes."""
+    if value is None:
+        return NULL
+    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
+        return str(int(value))
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)

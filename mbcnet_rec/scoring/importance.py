@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.reading.columns import Columns, Lists
-from data.reading.conditions import select_files
 from data.reading.decode import RowReader, Rows
-from data.reading.files import files_in_words, resolve_files
+from data.reading.files import files_in_words
 from data.schema import Schema
 from data.stream.batch import Batch, gather
 from data.whole_folder import write_whole
@@ -27,7 +26,7 @@ from mbcnet_rec.report.page import Table, text_table
 from mbcnet_rec.report.run_report import IMPORTANCE, importance_cells, write_run_report
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.chunks import Chunk, labelled_rows
-from mbcnet_rec.scoring.evaluate import Question
+from mbcnet_rec.scoring.evaluate import Question, files_of
 from mbcnet_rec.scoring.metrics import evaluate_predictions
 from mbcnet_rec.scoring.trained_run import TrainedRun
 
@@ -46,11 +45,9 @@ def run_importance(
     """
     if process.world_size > 1:
         raise InputError("importance: wanted one process; start it without torchrun")
-    schema, config = run.schema, run.config.data
-    schema.require_one_label("importance")
-    where = getattr(config, f"{question.split}_where") if not question.data else ()
-    files = select_files(resolve_files(question.data or getattr(config, question.split)), where, schema)
-    reader, chunks = labelled_rows(files, schema, config.eval_options(where), ())
+    run.schema.require_one_label("importance")
+    files, where = files_of(run, question)
+    reader, chunks = labelled_rows(files, run.schema, run.config.data.eval_options(where), ())
     measured: dict[Target, list[dict[str, float]]] = {}
     for target, logits, labels in _scored(run, process, reader, chunks, rows, repeats):
         rows = len(labels)

@@ -153,41 +153,6 @@ def _delta_error(a: float, b: float, var_a: float, var_b: float, cov: float, n: 
     return math.sqrt(max(0.0, a * a * var_a + b * b * var_b + 2 * a * b * cov) / n)
 
 
-def gauc(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Estimate:
-    """GAUC; groups are independent draws: error^2 = sum of the squares of their influences. NaN if no group has both classes, or rows cannot be scored."""
-    value, influences = gauc_influence(logits, labels, group_ids)
-    return Estimate(value, float(np.sqrt((influences**2).sum())) if len(influences) > 1 else float("nan"))
-
-
-def gauc_influence(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> tuple[float, np.ndarray]:
-    """GAUC, the mean over groups of both classes of their AUC, weighted by rows; with the influence of each of these groups, (G,)."""
-    values, weights = group_areas(logits, labels, group_ids)
-    if not len(values):
-        return math.nan, np.full(1, math.nan)
-    value = float((weights * values).sum() / weights.sum())
-    return value, weights * (values - value) / weights.sum()
-
-
-def group_areas(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The AUC of each group that has both classes, and its rows, by rising id: two (G,) float64; empty ones of rows that cannot be scored."""
-    if not can_be_scored(logits, labels):
-        return np.zeros(0), np.zeros(0)
-    order = np.lexsort((logits, group_ids))
-    groups, scores = group_ids[order], logits[order]
-    new_group = np.concatenate([[True], groups[1:] != groups[:-1]])
-    starts = np.flatnonzero(new_group | np.concatenate([[True], scores[1:] != scores[:-1]]))
-    positives = np.add.reduceat((labels[order] > 0).astype(np.float64), starts)
-    negatives = np.diff(np.append(starts, len(order))) - positives
-    first = np.flatnonzero(new_group[starts])  # of each group, among the distinct scores
-    group_positives, group_negatives = np.add.reduceat(positives, first), np.add.reduceat(negatives, first)
-    sizes = np.diff(np.append(first, len(starts)))
-    before = np.cumsum(negatives) - negatives
-    below = before - np.repeat(before[first], sizes) + negatives / 2
-    wins = np.add.reduceat(positives * below, first)
-    both = (group_positives > 0) & (group_negatives > 0)
-    return wins[both] / (group_positives * group_negatives)[both], (group_positives + group_negatives)[both]
-
-
 class Histogram:
     """Counts and moments of rows that are too many to keep: additive over batches and ranks.
 
@@ -232,17 +197,11 @@ class Histogram:
 
 
 def exact_metrics(
-    logits: np.ndarray,
-    labels: np.ndarray,
-    names: tuple[str, ...],
-    group_ids: np.ndarray | None = None,
-    *,
-    errors: bool = True,
+    logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...], *, errors: bool = True
 ) -> dict[str, Estimate]:
     """Compute every metric of every output: auc, log_loss, ne, calibration of the fused one; auc/BRANCH, ... of the branches in `names`.
 
-    Logits are (B, O), fused first, labels (B,) of 0 and 1. With group ids, (B,), there is gauc of the fused output too. With `errors` an
-    AUC has its error, at three times its time.
+    Logits are (B, O), fused first, labels (B,) of 0 and 1. With `errors` an AUC has its error, at three times its time.
     """
     columns = [np.ascontiguousarray(column) for column in logits.T]
     if errors:
@@ -252,10 +211,7 @@ def exact_metrics(
         ]
     else:
         aucs = [Estimate(auc(column, labels), float("nan")) for column in columns]
-    found = _of_outputs(names, aucs, [moments(column, labels) for column in columns])
-    if group_ids is not None:
-        found["gauc"] = gauc(logits[:, 0], labels, group_ids)
-    return found
+    return _of_outputs(names, aucs, [moments(column, labels) for column in columns])
 
 
 def _of_outputs(names: tuple[str, ...], aucs: Iterable[Estimate], sums: Iterable[np.ndarray]) -> dict[str, Estimate]:
@@ -267,11 +223,9 @@ def _of_outputs(names: tuple[str, ...], aucs: Iterable[Estimate], sums: Iterable
     return found
 
 
-def evaluate_predictions(
-    logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...], group_ids: np.ndarray | None = None
-) -> dict[str, float]:
-    """Values of `exact_metrics` without their errors: what training logs."""
-    found = exact_metrics(logits, labels, names, group_ids, errors=False)
+def evaluate_predictions(logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
+    """Values of `exact_metrics` without their errors."""
+    found = exact_metrics(logits, labels, names, errors=False)
     return {name: estimate.value for name, estimate in found.items()}
 
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special, stats
 
-from mbcnet_rec.scoring.metrics import gauc_influence, score_counts, shares_outranked, softplus
-from mbcnet_rec.scoring.ranking import ranking_values
+from mbcnet_rec.scoring.metrics import score_counts, shares_outranked, softplus
+from mbcnet_rec.scoring.ranking import Ties, gauc_influence, ranking_values
 
 ROUNDING = 1e-12  # of a difference: an error below it is one of rounding
 Influence = tuple[float, np.ndarray]  # the metric's value, and the influence on it of each row (B,) or group (G,)
@@ -151,12 +151,5 @@ def expected_clicks(
 
 def _clicks_on_top(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, top: int) -> np.ndarray:
     """Expected clicks on the highest rows of each group, by rising id, (G,)."""
-    order = np.lexsort((-scores, groups))
-    scores, labels, (_, starts, rows) = scores[order], labels[order], np.unique(groups[order], True, False, True)
-    shown = np.minimum(rows, top)
-    bound = np.repeat(scores[starts + shown - 1], rows)  # the lowest score on top, in each row
-    above, tied = scores > bound, scores == bound
-    clicks, tied_clicks, num_above, num_tied = (
-        np.add.reduceat(each.astype(np.float64), starts) for each in (labels * above, labels * tied, above, tied)
-    )
-    return clicks + tied_clicks / num_tied * (shown - num_above)
+    ties = Ties.of(scores, labels, groups)
+    return ties.total(ties.positives / ties.rows * ties.among_first(top))

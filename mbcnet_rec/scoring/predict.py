@@ -31,21 +31,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import InputError
+from data.reading import storage
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
 from data.reading.files import files_in_words, resolve_files
 from data.reading.fingerprint import mark_files
-from data.reading.storage import (
-    LIST_ATTEMPTS,
-    DataFile,
-    FileList,
-    RemoteFile,
-    file_system,
-    is_uri,
-    local_path,
-    path_parts,
-    retried,
-)
 from data.schema import Schema
 from data.whole_folder import write_whole
 from mbcnet_rec.model.models import tasks_of
@@ -61,19 +51,19 @@ WAY_OUT = "choose another --out, or replace the whole prediction with --overwrit
 Facts = dict[str, Any]  # that fix the content of a file of scores
 
 
-def relative_names(files: Sequence[DataFile], asked: Sequence[str] = ()) -> list[str]:
+def relative_names(files: Sequence[storage.DataFile], asked: Sequence[str] = ()) -> list[str]:
     """Where each file's rows go in the output folder: its path below the folder that all files and all `asked` paths share.
 
     So a folder that grows by a day gives yesterday's files the names of yesterday. InputError if two files would go to one place.
     """
     paths = [_parts(file) for file in files]
-    bases = [_parts(local_path(text) or RemoteFile(text)) for text in asked]
+    bases = [_parts(storage.local_path(text) or storage.RemoteFile(text)) for text in asked]
     bases = [tuple(itertools.takewhile(lambda part: not has_magic(part), base)) for base in bases]
     above = [base for base in bases if any(parts[: len(base)] == base for parts in paths)]
     folders = [*above, *(parts[:-1] for parts in paths)]
     levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
     shared = sum(1 for _ in levels)
-    names: dict[str, DataFile] = {}
+    names: dict[str, storage.DataFile] = {}
     for file, parts in zip(files, paths, strict=True):
         kept = [part for part in parts[shared:] if part != os.sep]
         name = "/".join(kept)
@@ -87,26 +77,8 @@ def relative_names(files: Sequence[DataFile], asked: Sequence[str] = ()) -> list
     return list(names)
 
 
-def _parts(file: DataFile) -> tuple[str, ...]:
-    return Path(os.path.abspath(file)).parts if isinstance(file, Path) else path_parts(file)
-
-
-def describe(names: Sequence[str], files: Sequence[DataFile], rows: Sequence[int], note: Facts) -> dict[str, Facts]:
-    """What is asked for: name of an output -> what fixes its content."""
-    facts = zip(names, files, rows, mark_files(files), strict=True)
-    return {
-        name: note | _source_of(file) | {"rows": count, "bytes": mark.size, "end": mark.sha256}
-        for name, file, count, mark in facts
-    }
-
-
-def _source_of(file: DataFile) -> dict[str, Any]:
-    """Which file it is, and when it was last changed, in nanoseconds."""
-    if isinstance(file, Path):
-        return {"from": os.path.realpath(file), "changed": file.stat().st_mtime_ns}
-    system, path = file_system(file)
-    info = retried(lambda: system.get_file_info(path), file, LIST_ATTEMPTS)
-    return {"from": file, "changed": info.mtime_ns}
+def _parts(file: storage.DataFile) -> tuple[str, ...]:
+    return Path(os.path.abspath(file)).parts if isinstance(file, Path) else storage.path_parts(file)
 
 
 def footer_of(path: Path) -> tuple[int, Facts]:
@@ -118,13 +90,14 @@ def footer_of(path: Path) -> tuple[int, Facts]:
     return -1, {}
 
 
-def what_is_replaced(out: Path, asked: Mapping[str, Facts], overwrite: bool) -> tuple[list[str], list[str]]:
+def what_is_replaced(job: "Job", overwrite: bool) -> tuple[list[str], list[str]]:
     """Names of scores in the folder that the asked ones leave no room for; and sources that have changed since they were scored.
 
     InputError if the folder holds something else, other weights or columns, or scores of other files in the same places.
     """
-    held, pieces = {}, {}
-    ours = {key: next(iter(asked.values()))[key] for key in ("weights", "columns")}
+    held, pieces, out = {}, {}, job.out
+    asked = {each.name: each.facts for each in job.outputs}
+    ours = {key: job.note[key] for key in ("weights", "columns")}
     if set(names_in(out)) - {f".{REQUEST}.partial"}:
         note = _read_note(out)
         if note["weights"] != ours["weights"] and not overwrite:
@@ -181,45 +154,75 @@ class ColumnLeftOutWarning(UserWarning):
     """A group or time column is not passed through, since some files lack it."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One prediction into the folder `out`: the name of each input file there, and the columns that are written for it."""
-
-    out: Path
-    names: Sequence[str]
-    schemas: Sequence[pa.Schema]
-    facts: Mapping[str, Facts]  # name -> what its footer says
-    put: Callable[[Path, Path], None]  # renames a draft to where readers look
-
-    def target(self, file: int) -> Path:
-        """The finished file of an input file."""
-        return self.out / self.names[file]
-
-    def part(self, chunk: Chunk) -> Path:
-        """The finished chunk."""
-        return self.out / CHUNKS / self.names[chunk.file] / f"{chunk.number:06d}.parquet"
-
-    def open(self, path: Path, file: int) -> pq.ParquetWriter:
-        """Open a Parquet file to write, with page checksums and the mark of this prediction."""
-        schema = self.schemas[file].with_metadata({MARK: json.dumps(self.facts[self.names[file]])})
-        return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
-
-    def of(self, file: int) -> "Job":
-        """The part of one input file, whose number is 0 there."""
-        name = self.names[file]
-        return replace(self, names=(name,), schemas=(self.schemas[file],), facts={name: self.facts[name]})
-
-    def holds(self, path: Path, file: int, num_rows: int) -> bool:
-        """Whether a whole Parquet file of that many rows is there, which this prediction has written."""
-        return footer_of(path) == (num_rows, self.facts[self.names[file]])
-
-
 def put_in_place(draft: Path, place: Path) -> None:
     """Rename a whole file to where readers look, once its bytes are on the disk."""
     with draft.open("rb+") as file:
         os.fsync(file.fileno())
     place.parent.mkdir(parents=True, exist_ok=True)
     draft.replace(place)
+
+
+class Output(NamedTuple):
+    """The scores of one input file."""
+
+    source: storage.DataFile
+    name: str  # path below the output folder
+    schema: pa.Schema  # kept columns with the types of their source, then probabilities
+    facts: Facts  # what its footer says
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prediction into the folder `out`."""
+
+    out: Path
+    outputs: Sequence[Output]  # a chunk's `file` is an index of it
+    chunks: Sequence[Chunk]
+    put: Callable[[Path, Path], None] = put_in_place  # puts a draft where readers look
+
+    @property
+    def note(self) -> Facts:
+        """What REQUEST says."""
+        return {key: self.outputs[0].facts[key] for key in ("format", "weights", "columns")}
+
+    @property
+    def num_rows(self) -> int:
+        """Of all files."""
+        return sum(chunk.num_rows for chunk in self.chunks)
+
+    def target(self, file: int) -> Path:
+        """The finished file of an input file."""
+        return self.out / self.outputs[file].name
+
+    def part(self, chunk: Chunk) -> Path:
+        """The finished chunk."""
+        return self.out / CHUNKS / self.outputs[chunk.file].name / f"{chunk.number:06d}.parquet"
+
+    def open(self, path: Path, file: int) -> pq.ParquetWriter:
+        """Open a Parquet file to write, with page checksums and the mark of this prediction."""
+        schema = self.outputs[file].schema.with_metadata({MARK: json.dumps(self.outputs[file].facts)})
+        return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+    def of(self, file: int) -> "Job":
+        """The part of one input file, as a single chunk."""
+        groups = (group._replace(file=0) for chunk in self.chunks if chunk.file == file for group in chunk.row_groups)
+        return replace(self, outputs=(self.outputs[file],), chunks=(Chunk(0, 0, tuple(groups)),))
+
+    def is_done(self, file: int) -> bool:
+        """Whether this prediction has written the file, and it is whole."""
+        facts = self.outputs[file].facts
+        return footer_of(self.target(file)) == (facts["rows"], facts)
+
+    def unfinished(self) -> list[Chunk]:
+        """The chunks that have no output yet; one of the wrong length (a disk that lied), or of another prediction, is none."""
+        done = {file for file in range(len(self.outputs)) if self.is_done(file)}
+        return [
+            chunk
+            for chunk in self.chunks
+            if chunk.num_rows
+            and chunk.file not in done
+            and footer_of(self.part(chunk)) != (chunk.num_rows, self.outputs[chunk.file].facts)
+        ]
 
 
 class Weights(NamedTuple):
@@ -232,27 +235,11 @@ class Weights(NamedTuple):
     words: str  # that name it
 
 
-class Plan(NamedTuple):
-    """One prediction before its files are looked at in the output folder."""
-
-    job: Job
-    chunks: list[Chunk]
-    files: FileList
-    note: Facts  # for REQUEST
-    kept: list[str]  # columns that are passed through
-
-
 def plan_prediction(
-    weights: Weights,
-    data: Sequence[str],
-    out: str,
-    keep: Sequence[str],
-    chunk_rows: int,
-    put: Callable[[Path, Path], None] = put_in_place,
-) -> Plan:
+    weights: Weights, data: Sequence[str], out: str, keep: Sequence[str], chunk_rows: int
+) -> tuple[Job, storage.FileList]:
     """Find the files, and what is to be written of each; InputError if a file is faulty, or `out` is no place for scores."""
-    place = Path(out)
-    schema, files = weights.schema, resolve_files(data)
+    place, schema, files = Path(out), weights.schema, resolve_files(data)
     names = relative_names(files, data)
     for file in files:
         if isinstance(file, Path) and place.resolve() in file.resolve().parents:
@@ -263,14 +250,24 @@ def plan_prediction(
     rows = Counter[int]()
     for group in row_groups:
         rows[group.file] += group.num_rows
-    outputs = ["_".join(filter(None, [PROBABILITY, *each.split("/")])) for each in weights.outputs]
+    probabilities = ["_".join(filter(None, [PROBABILITY, *each.split("/")])) for each in weights.outputs]
     kept = kept_columns(files, columns, keep, [schema.group_column, schema.time_column])
-    note = {"format": 3, "weights": weights.digest, "columns": [*kept, *outputs]}
-    asked = describe(names, files, [rows[file] for file in range(len(files))], note)
-    # the kept columns have the types of their input file
-    floats = [pa.field(name, pa.float32()) for name in outputs]
-    schemas = [pa.schema([*((name, found.field(name).type) for name in kept), *floats]) for found in columns]
-    return Plan(Job(place, names, schemas, asked, put), chunks_of(row_groups, chunk_rows), files, note, kept)
+    note = {"format": 3, "weights": weights.digest, "columns": [*kept, *probabilities]}
+    floats, outputs = [pa.field(name, pa.float32()) for name in probabilities], []
+    for number, (file, name, found, mark) in enumerate(zip(files, names, columns, mark_files(files), strict=True)):
+        facts = note | _source_of(file) | {"rows": rows[number], "bytes": mark.size, "end": mark.sha256}
+        types = [(each, found.field(each).type) for each in kept]
+        outputs.append(Output(file, name, pa.schema([*types, *floats]), facts))
+    return Job(place, outputs, chunks_of(row_groups, chunk_rows)), files
+
+
+def _source_of(file: storage.DataFile) -> dict[str, Any]:
+    """Which file it is, and when it was last changed, in nanoseconds."""
+    if isinstance(file, Path):
+        return {"from": os.path.realpath(file), "changed": file.stat().st_mtime_ns}
+    system, path = storage.file_system(file)
+    info = storage.retried(lambda: system.get_file_info(path), file, storage.LIST_ATTEMPTS)
+    return {"from": file, "changed": info.mtime_ns}
 
 
 def run_prediction(
@@ -292,31 +289,30 @@ def run_prediction(
     refuse_remote(out)
     with opened_run(Path(run_folder)) as (run, process):
         weights = weights_of(run)
-        job, chunks, files, note, kept = plan_prediction(weights, data, out, keep, chunk_rows, put)
+        job, files = answer_of_first(process, lambda: plan_prediction(weights, data, out, keep, chunk_rows))
+        job = replace(job, put=put)
         with locked_together(process, "predict", {"--out": job.out}):
-            facts, left, changed = answer_of_first(
-                process, lambda: (job.facts, *what_is_replaced(job.out, job.facts, overwrite))
-            )
-            job = replace(job, facts=facts)
-            todo = answer_of_first(process, lambda: unfinished(job, chunks))
+            left, changed = answer_of_first(process, lambda: what_is_replaced(job, overwrite))
+            todo = answer_of_first(process, job.unfinished)
             scorer, batch_rows = run.scorer(process) if todo else (None, 0)
             if process.is_first:
-                begin(job, note, changed)
+                begin(job, changed)
             if scorer is not None:
-                reader = RowReader(files, Encoder(run.schema, has_labels=False), extra=kept)
-                dealt = deal(todo, process.world_size)
-                scored = score_chunks(scorer, reader, dealt, process, batch_rows, title="predict")
+                reader = RowReader(files, Encoder(run.schema, has_labels=False), extra=kept_of(job))
+                scored = score_chunks(
+                    scorer, reader, deal(todo, process.world_size), process, batch_rows, title="predict"
+                )
                 write_chunks(job, scored, job.part)
-            join_chunks(job, chunks, range(process.rank, len(job.names), process.world_size))
+            join_chunks(job, range(process.rank, len(job.outputs), process.world_size))
             any_rank(False)  # until every rank's files are there
             if process.is_first:
-                print(finish(job, chunks, left, weights.words, files, scored=sum(chunk.num_rows for chunk in todo)))
+                print(finish(job, left, weights.words, files, scored=sum(chunk.num_rows for chunk in todo)))
     return 0
 
 
 def refuse_remote(out: str) -> None:
     """Raise InputError where scores would go to a URI."""
-    if is_uri(out):
+    if storage.is_uri(out):
         raise InputError(f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards")
 
 
@@ -327,15 +323,20 @@ def weights_of(run: TrainedRun) -> Weights:
     return Weights(run.schema, outputs, run.digest(), config.data.attempts, f"weights of step {run.step}")
 
 
-def begin(job: Job, note: Facts, changed: Sequence[str]) -> None:
+def begin(job: Job, changed: Sequence[str]) -> None:
     """Say whose scores are of an earlier state of their file, and note what the folder is for."""
     for source in changed:
         print(f"{source} has changed since its rows were scored: scored again")
-    write_whole(job.out / REQUEST, json.dumps(note, indent=1))
+    write_whole(job.out / REQUEST, json.dumps(job.note, indent=1))
+
+
+def kept_of(job: Job) -> list[str]:
+    """Names of the columns that a prediction passes through."""
+    return [name for name in job.note["columns"] if name.partition("_")[0] != PROBABILITY]
 
 
 def kept_columns(
-    files: Sequence[DataFile], columns: Sequence[pa.Schema], keep: Sequence[str], default: Sequence[str]
+    files: Sequence[storage.DataFile], columns: Sequence[pa.Schema], keep: Sequence[str], default: Sequence[str]
 ) -> list[str]:
     """Names of the columns to pass through: those of `keep`, or of `default` those that all files have.
 
@@ -361,16 +362,6 @@ def kept_columns(
     return names
 
 
-def unfinished(job: Job, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The chunks that have no output yet; one of the wrong length (a disk that lied), or of another prediction, is none."""
-    todo = []
-    for file, of_file in itertools.groupby(chunks, lambda chunk: chunk.file):
-        own = list(of_file)
-        if not job.holds(job.target(file), file, sum(chunk.num_rows for chunk in own)):
-            todo += [chunk for chunk in own if chunk.num_rows and not job.holds(job.part(chunk), file, chunk.num_rows)]
-    return todo
-
-
 def write_chunks(job: Job, scored: Iterable[ScoredRows], place: Callable[[Chunk], Path]) -> None:
     """Write the probabilities of chunks, each to its place."""
     for chunk, batches in itertools.groupby(scored, lambda batch: batch.chunk):
@@ -386,7 +377,7 @@ def write_chunk(job: Job, chunk: Chunk, batches: Iterable[tuple[pa.RecordBatch, 
     draft, num_rows = job.part(chunk).with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial"), 0
     draft.parent.mkdir(parents=True, exist_ok=True)
     held: list[pa.RecordBatch] = []
-    schema = job.schemas[chunk.file]
+    schema = job.outputs[chunk.file].schema
     try:
         with job.open(draft, chunk.file) as writer:
             for kept, probabilities in batches:
@@ -406,13 +397,12 @@ def write_chunk(job: Job, chunk: Chunk, batches: Iterable[tuple[pa.RecordBatch, 
         draft.unlink(missing_ok=True)
 
 
-def join_chunks(job: Job, chunks: Sequence[Chunk], files: Iterable[int]) -> None:
+def join_chunks(job: Job, files: Iterable[int]) -> None:
     """Make some files of their chunks. A file of one chunk is that chunk, renamed."""
     for file in files:
-        own = [chunk for chunk in chunks if chunk.file == file]
-        target = job.target(file)
-        if job.holds(target, file, sum(chunk.num_rows for chunk in own)):
+        if job.is_done(file):
             continue
+        target, own = job.target(file), [chunk for chunk in job.chunks if chunk.file == file]
         parts = [job.part(chunk) for chunk in own if chunk.num_rows]
         if len(parts) == 1:
             job.put(parts[0], target)
@@ -427,10 +417,10 @@ def join_chunks(job: Job, chunks: Sequence[Chunk], files: Iterable[int]) -> None
         job.put(draft, target)
 
 
-def finish(job: Job, chunks: Sequence[Chunk], left: Sequence[str], weights: str, files: FileList, scored: int) -> str:
+def finish(job: Job, left: Sequence[str], weights: str, files: storage.FileList, scored: int) -> str:
     """Count the output's rows against the input's, and remove the chunks and what --overwrite leaves out. Returns what to tell the user."""
-    wanted = sum(chunk.num_rows for chunk in chunks)
-    written = sum(pq.read_metadata(job.out / name).num_rows for name in job.names)
+    wanted = job.num_rows
+    written = sum(pq.read_metadata(job.out / each.name).num_rows for each in job.outputs)
     if written != wanted:
         raise RuntimeError(f"{job.out}: {written} rows for {wanted} of the input")
     for name in left:
@@ -440,7 +430,7 @@ def finish(job: Job, chunks: Sequence[Chunk], left: Sequence[str], weights: str,
                 (job.out / folder).rmdir()
     shutil.rmtree(job.out / CHUNKS, ignore_errors=True)
     earlier = f" ({wanted - scored:,} of them were there already)" if scored < wanted else ""
-    columns = ", ".join(job.schemas[0].names)
+    columns = ", ".join(job.note["columns"])
     return (
         f"{job.out}: {written:,} rows in {files_in_words(files)}{earlier}, {weights}\n"
         f"columns: {columns}\nrows stand in the order of each input file"

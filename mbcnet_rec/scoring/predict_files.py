@@ -21,26 +21,11 @@ from data.engine import Engine, follow, meet, run_tasks
 from data.errors import InputError
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
-from data.reading.storage import DataFile
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.process import CPU, Process
 from mbcnet_rec.runtime.ranks import alone
-from mbcnet_rec.scoring.chunks import Chunk, require_finite, score_chunks
-from mbcnet_rec.scoring.predict import (
-    CHUNKS,
-    PROBABILITY,
-    Job,
-    Weights,
-    begin,
-    finish,
-    join_chunks,
-    plan_prediction,
-    refuse_remote,
-    weights_of,
-    what_is_replaced,
-    write_chunk,
-    write_chunks,
-)
+from mbcnet_rec.scoring import predict
+from mbcnet_rec.scoring.chunks import require_finite, score_chunks
 from mbcnet_rec.scoring.tasks import output_names
 from mbcnet_rec.scoring.trained_run import find_best, load_run, opened_run
 from mbcnet_rec.serving import loader
@@ -53,9 +38,7 @@ class FileTask(NamedTuple):
     """What one task scores."""
 
     weights: str  # a run folder or an artifact
-    file: DataFile
-    job: Job  # of this file alone
-    chunk: Chunk  # all of it
+    job: predict.Job  # of this file alone
 
 
 class Loaded(NamedTuple):
@@ -63,70 +46,63 @@ class Loaded(NamedTuple):
 
     digest: str
     encoder: Encoder
-    write: Callable[[FileTask, RowReader], None]  # scores a file into its place
+    write: Callable[[predict.Job, RowReader], None]  # scores a file into its place
 
 
 def predict_files(
     folder: str, data: Sequence[str], out: str, engine: Engine, *, keep: Sequence[str] = (), overwrite: bool = False
 ) -> int:
     """Score Parquet files with a run's best checkpoint or an artifact into the folder `out`, over an engine; see run_prediction."""
-    refuse_remote(out)
+    predict.refuse_remote(out)
     weights = describe_weights(Path(folder))
-    job, chunks, files, note, _ = plan_prediction(weights, data, out, keep, sys.maxsize)
-    own = {job.target(each.file): each for each in chunks if each.num_rows}
-    tasks = {
-        path: FileTask(
-            folder,
-            files[each.file],
-            job.of(each.file),
-            Chunk(0, 0, tuple(group._replace(file=0) for group in each.row_groups)),
-        )
-        for path, each in own.items()
-    }
+    job, files = predict.plan_prediction(weights, data, out, keep, sys.maxsize)
+    number_of = {job.target(chunk.file): chunk.file for chunk in job.chunks if chunk.num_rows}
+    tasks = {path: FileTask(folder, job.of(number)) for path, number in number_of.items()}
 
     def is_done(path: Path) -> bool:
-        return job.holds(path, own[path].file, own[path].num_rows)
+        return job.is_done(number_of[path])
 
     with locked(job.out, "predict") if engine.is_first else nullcontext():
         left: list[str] = []
         if engine.is_first:
-            left, changed = what_is_replaced(job.out, job.facts, overwrite)
-            begin(job, note, changed)
-        follow(engine, job.out / CHUNKS)
-        total, todo = (sum(own[path].num_rows for path in own if every or not is_done(path)) for every in (True, False))
+            left, changed = predict.what_is_replaced(job, overwrite)
+            predict.begin(job, changed)
+        follow(engine, job.out / predict.CHUNKS)
+        todo = sum(task.job.num_rows for path, task in tasks.items() if not is_done(path))
         try:
-            with tqdm(total=total, unit="row", unit_scale=True, desc="predict", disable=not engine.is_first) as bar:
+            with tqdm(
+                total=job.num_rows, unit="row", unit_scale=True, desc="predict", disable=not engine.is_first
+            ) as bar:
                 for path in run_tasks(engine, score_file, tasks, last=True, is_done=is_done, held=True):
-                    bar.update(own[path].num_rows)
+                    bar.update(tasks[path].job.num_rows)
         finally:
             load_weights.cache_clear()
             _HELD.close()
-        meet(engine, job.out / CHUNKS)
+        meet(engine, job.out / predict.CHUNKS)
         if engine.is_first:
-            join_chunks(job, chunks, range(len(files)))  # those without rows
-            print(finish(job, chunks, left, weights.words, files, scored=todo))
+            predict.join_chunks(job, range(len(files)))  # those without rows
+            print(predict.finish(job, left, weights.words, files, scored=todo))
     return 0
 
 
-def describe_weights(folder: Path) -> Weights:
+def describe_weights(folder: Path) -> predict.Weights:
     """What a prediction must know of a run folder or an artifact."""
     if (folder / loader.MODEL).is_file():
         model = _artifact(folder, verify=False)
         branches = model.branches if model.branch_graph else ()
         outputs = output_names(model.tasks, branches)
-        return Weights(model.preprocess.schema, outputs, model.digest, 3, f"weights of {folder}")
-    return weights_of(find_best(load_run(folder), folder, Process(0, 1, 0, 1, CPU)))
+        return predict.Weights(model.preprocess.schema, outputs, model.digest, 3, f"weights of {folder}")
+    return predict.weights_of(find_best(load_run(folder), folder, Process(0, 1, 0, 1, CPU)))
 
 
 def score_file(task: FileTask) -> None:
     """Score a file into its place."""
     with alone():
         held = load_weights(task.weights)
-        (facts,) = task.job.facts.values()
-        if held.digest != facts["weights"]:
+        (output,) = task.job.outputs
+        if held.digest != output.facts["weights"]:
             raise InputError(f"{task.weights}: has other weights than when the prediction began; start it again")
-        kept = [name for name in facts["columns"] if name.partition("_")[0] != PROBABILITY]
-        held.write(task, RowReader([task.file], held.encoder, extra=kept))
+        held.write(task.job, RowReader([output.source], held.encoder, extra=predict.kept_of(task.job)))
 
 
 @cache
@@ -137,9 +113,9 @@ def load_weights(folder: str) -> Loaded:
     run, process = _HELD.enter_context(opened_run(Path(folder)))
     scorer, batch_rows = run.scorer(process)
 
-    def write(task: FileTask, reader: RowReader) -> None:
-        scored = score_chunks(scorer, reader, [[task.chunk]], process, batch_rows)
-        write_chunks(task.job, scored, lambda chunk: task.job.target(0))
+    def write(job: predict.Job, reader: RowReader) -> None:
+        scored = score_chunks(scorer, reader, [job.chunks], process, batch_rows)
+        predict.write_chunks(job, scored, lambda chunk: job.target(0))
 
     return Loaded(run.digest(), Encoder(run.schema, has_labels=False), write)
 
@@ -148,8 +124,8 @@ def _load_artifact(folder: Path) -> Loaded:
     model = _artifact(folder)
     graph = model.branch_graph or (lambda x: model.graph(x).reshape(len(x), -1))
 
-    def score(task: FileTask, reader: RowReader) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-        for group in task.chunk.row_groups:
+    def score(job: predict.Job, reader: RowReader) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        for group in job.chunks[0].row_groups:
             first_row = 0
             for columns, rows in reader.scan(group, BATCH_ROWS):
                 with torch.inference_mode():
@@ -158,8 +134,8 @@ def _load_artifact(folder: Path) -> Loaded:
                 first_row += rows.num_rows
                 yield rows, model.probabilities(logits)
 
-    def write(task: FileTask, reader: RowReader) -> None:
-        write_chunk(task.job, task.chunk, score(task, reader), task.job.target(0))
+    def write(job: predict.Job, reader: RowReader) -> None:
+        predict.write_chunk(job, job.chunks[0], score(job, reader), job.target(0))
 
     return Loaded(model.digest, model.preprocess.encoder, write)
 

@@ -1,13 +1,14 @@
-"""Metrics of the ranking inside each group (a user's or a query's rows), by the fused output: NDCG@k, recall@k, hit rate@k and MRR.
+"""Metrics inside groups (a user's or a query's rows), by the fused output: GAUC, NDCG@k, recall@k, hit rate@k and MRR.
 
-Groups without a positive row rank nothing and are left out; the others count alike. Rows of one score in one group stand in any order with
-equal probability, and a metric is its expected value over these orders: it depends neither on the order of the rows nor on the ranks.
-Groups are independent draws: error = standard deviation over groups / sqrt(groups).
+GAUC is the mean over groups of both classes of their AUC, weighted by rows. The others are means over groups that have a positive row, all
+alike. Rows of one score in one group stand in any order with equal probability, and a metric is its expected value over these orders: it
+depends neither on the order of the rows nor on the ranks. Groups are independent draws.
 
-Shapes: B rows, G groups that have a positive row, T ties: rows of one group and one score, by rising group and falling score.
+Shapes: B rows, G groups, T ties: rows of one group and one score, by rising group and falling score.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,14 +23,37 @@ TITLES = {"ndcg": "NDCG", "recall": "recall", "hit_rate": "hit rate", "mrr": "MR
 class Ties(NamedTuple):
     """What stands on each place of the groups' rankings, as far as the scores tell."""
 
-    above: np.ndarray  # (T,) rows of the group that stand above
     rows: np.ndarray  # (T,)
     positives: np.ndarray  # (T,)
     first: np.ndarray  # (G,) of each group, its first tie
 
+    @classmethod
+    def of(cls, logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> "Ties":
+        """Count the rows of each group and score; all are (B,)."""
+        order = np.lexsort((-logits, group_ids))
+        groups, scores = group_ids[order], logits[order]
+        new_group = np.concatenate([[True], groups[1:] != groups[:-1]])
+        starts = np.flatnonzero(new_group | np.concatenate([[True], scores[1:] != scores[:-1]]))
+        positives = np.add.reduceat((labels[order] > 0).astype(np.int64), starts)
+        return cls(np.diff(np.append(starts, len(order))), positives, np.flatnonzero(new_group[starts]))
+
+    def total(self, counts: np.ndarray) -> np.ndarray:
+        """The sum of each group's counts (T,), (G,)."""
+        return np.add.reduceat(counts, self.first)
+
+    def above(self, counts: np.ndarray) -> np.ndarray:
+        """The sum of the counts of the same group's earlier ties, (T,)."""
+        before = np.cumsum(counts) - counts
+        return before - np.repeat(before[self.first], np.diff(np.append(self.first, len(counts))))
+
+    def among_first(self, k: int) -> np.ndarray:
+        """How many of a tie's rows are among the first k of its group, (T,)."""
+        above = self.above(self.rows)
+        return np.minimum(above + self.rows, k) - np.minimum(above, k)
+
 
 def names_of(ks: Sequence[int]) -> list[str]:
-    """The metrics' names: ndcg@5, recall@5, hit_rate@5, ..., mrr. Without a k there are none."""
+    """The ranking metrics' names: ndcg@5, recall@5, hit_rate@5, ..., mrr. Without a k there are none."""
     return [*(f"{name}@{k}" for k in ks for name in ("ndcg", "recall", "hit_rate")), "mrr"] if ks else []
 
 
@@ -50,25 +74,70 @@ def title_of(name: str) -> str:
     return TITLES[metric] + at + k + (f" of {task}" if task else "") if metric in TITLES else ""
 
 
-def ranking_metrics(
-    logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray | None, ks: Sequence[int]
-) -> dict[str, Estimate]:
-    """The mean over groups of each metric of `names_of`, NaN if no group has a positive row; nothing without group ids. All are (B,)."""
-    if group_ids is None:
-        return {}
-    found = ranking_values(logits, labels, group_ids, ks)
-    return {name: _mean(values) if len(values) else NOT_KNOWN for name, values in found.items()}
+def group_sums(
+    logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray, ks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """What `group_estimates` needs of rows (B,): gauc and each metric of `names_of` -> sums (6,) that add up over sets of whole groups.
+
+    NaN if there are rows that cannot be scored.
+    """
+    if len(labels) and not can_be_scored(logits, labels):
+        return {name: np.full(6, math.nan) for name in ("gauc", *names_of(ks))}
+    found = {"gauc": _sums(*group_areas(logits, labels, group_ids))}
+    values = ranking_values(logits, labels, group_ids, ks)
+    return found | {name: _sums(each, np.ones(len(each))) for name, each in values.items()}
 
 
-def _mean(values: np.ndarray) -> Estimate:
-    error = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return Estimate(float(values.mean()), error)
+def _sums(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Groups; their weights w, and w v of their values v; w^2, w^2 v and w^2 v^2."""
+    w2 = weights**2
+    return np.array([len(values), weights.sum(), (weights * values).sum(), w2.sum(), w2 @ values, w2 @ values**2])
+
+
+def group_estimates(sums: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+    """Means over groups and their errors; NaN where no group counts.
+
+    error^2 = sum over groups of (w / sum w)^2 (v - mean)^2; for means of equal weight times G / (G - 1), as of a standard deviation
+    """
+    found = {}
+    for name, (groups, w, wv, w2, w2v, w2v2) in ((name, each.tolist()) for name, each in sums.items()):
+        if not groups > 0:
+            found[name] = NOT_KNOWN
+            continue
+        mean = wv / w
+        variance = max(0.0, w2v2 - 2 * mean * w2v + mean**2 * w2) / w**2
+        sample = 1 if name == "gauc" else groups / max(1, groups - 1)
+        found[name] = Estimate(mean, math.sqrt(variance * sample) if groups > 1 else math.nan)
+    return found
+
+
+def gauc_influence(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> tuple[float, np.ndarray]:
+    """GAUC; with the influence of each group that has both classes, (G,)."""
+    values, weights = group_areas(logits, labels, group_ids)
+    if not len(values):
+        return math.nan, np.full(1, math.nan)
+    value = float((weights * values).sum() / weights.sum())
+    return value, weights * (values - value) / weights.sum()
+
+
+def group_areas(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The AUC of each group that has both classes, and its rows, by rising id: two (G,) float64; empty ones of rows that cannot be scored."""
+    if not can_be_scored(logits, labels):
+        return np.zeros(0), np.zeros(0)
+    ties = Ties.of(logits, labels, group_ids)
+    negatives = ties.rows - ties.positives
+    # pairs of a positive and a negative that stands above it, or beside it, which counts one half
+    lost = ties.total(ties.positives * (ties.above(negatives) + negatives / 2))
+    positive, negative = ties.total(ties.positives), ties.total(negatives)
+    both = (positive > 0) & (negative > 0)
+    pairs = (positive * negative)[both]
+    return (pairs - lost[both]) / pairs, (positive + negative)[both].astype(np.float64)
 
 
 def ranking_values(
     logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray, ks: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """The metrics of each group, (G,) by rising id.
+    """The ranking metrics of each group that has a positive row, (G,) by rising id.
 
     With p of m tied rows positive, and s rows above them:
 
@@ -79,23 +148,25 @@ def ranking_values(
     """
     if not ks or not can_be_scored(logits, labels) or not (labels > 0).any():
         return {name: np.zeros(0) for name in names_of(ks)}
-    above, rows, positives, first = _ties(logits, labels, group_ids)
-    all_positives = np.add.reduceat(positives, first)
+    known = np.isin(group_ids, np.unique(group_ids[labels > 0]))
+    ties = Ties.of(logits[known], labels[known], group_ids[known])
+    rows, positives, above, all_positives = ties.rows, ties.positives, ties.above(ties.rows), ties.total(ties.positives)
     longest = int((above + rows).max())
     gains = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, longest + 2)))])  # of the first i places
     factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, longest + 1)))])  # its logarithm
     found = {}
     for k in ks:
         start, stop = np.minimum(above, k), np.minimum(above + rows, k)
-        gained = np.add.reduceat(positives / rows * (gains[stop] - gains[start]), first)
+        gained = ties.total(positives / rows * (gains[stop] - gains[start]))
         found[f"ndcg@{k}"] = gained / gains[np.minimum(all_positives, k)]
-        found[f"recall@{k}"] = np.add.reduceat(positives / rows * (stop - start), first) / all_positives
-        others, taken = rows - positives, stop - start
+        taken, others = ties.among_first(k), rows - positives
+        found[f"recall@{k}"] = ties.total(positives / rows * taken) / all_positives
         none = (
             factorial[others] - factorial[np.maximum(others - taken, 0)] - (factorial[rows] - factorial[rows - taken])
         )
-        found[f"hit_rate@{k}"] = 1 - np.multiply.reduceat(np.where(taken > others, 0.0, np.exp(none)), first)
-    leading = np.flatnonzero((positives > 0) & (_before(positives, first) == 0))  # a tie of each group
+        missed = np.where(taken > others, 0.0, np.exp(none))
+        found[f"hit_rate@{k}"] = 1 - np.multiply.reduceat(missed, ties.first)
+    leading = np.flatnonzero((positives > 0) & (ties.above(positives) == 0))  # a tie of each group
     p, m, s = positives[leading], rows[leading], above[leading]
     reach = m - p + 1  # places at which its first positive row may stand
     starts = np.cumsum(reach) - reach
@@ -109,23 +180,3 @@ def ranking_values(
     )
     found["mrr"] = np.add.reduceat(np.exp(chance) / (s + j), starts)
     return found
-
-
-def _ties(logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> Ties:
-    known = np.unique(group_ids[labels > 0])
-    kept = known[np.minimum(np.searchsorted(known, group_ids), len(known) - 1)] == group_ids
-    logits, labels, group_ids = logits[kept], labels[kept], group_ids[kept]
-    order = np.lexsort((-logits, group_ids))
-    groups, scores = group_ids[order], logits[order]
-    new_group = np.concatenate([[True], groups[1:] != groups[:-1]])
-    starts = np.flatnonzero(new_group | np.concatenate([[True], scores[1:] != scores[:-1]]))
-    rows = np.diff(np.append(starts, len(order)))
-    positives = np.add.reduceat((labels[order] > 0).astype(np.int64), starts)
-    first = np.flatnonzero(new_group[starts])
-    return Ties(_before(rows, first), rows, positives, first)
-
-
-def _before(counts: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The sum of the counts of a group's earlier ties, (T,)."""
-    before = np.cumsum(counts) - counts
-    return before - np.repeat(before[first], np.diff(np.append(first, len(counts))))

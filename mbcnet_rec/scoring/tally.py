@@ -1,11 +1,12 @@
 """Scored rows of all ranks -> metrics: exact from every row up to EXACT_ROWS of them, beyond that from counts in bins of the logit.
 
-Binned, log-loss, NE and calibration stay exact, as do GAUC and the metrics of ranking.py at the places `ranking_k` (group_shares.py), and an AUC
+Binned, log-loss, NE and calibration stay exact, as do the metrics of ranking.py at the places `ranking_k`, whose rows wait on the disk, and an AUC
 carries the bound that metrics.py derives. Either way rank 0 never holds more than about EXACT_ROWS rows.
 
 Shapes: n rows of one batch, O outputs (the fused one first, then the branches), C columns that cut rows into slices.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,14 +16,15 @@ import torch
 import torch.distributed as dist
 
 from mbcnet_rec.runtime.process import Process, gather_rows
-from mbcnet_rec.scoring.group_shares import GroupShares
 from mbcnet_rec.scoring.metrics import Estimate, Histogram, exact_metrics, reliability
-from mbcnet_rec.scoring.ranking import ranking_metrics
+from mbcnet_rec.scoring.ranking import group_estimates, group_sums
 from mbcnet_rec.scoring.tasks import by_task, joined
 
 EXACT_ROWS = 10_000_000  # 4 outputs: 280 MB of logits, labels and groups on rank 0
 NUM_BINS = 2**20  # of all rows: an AUC's bound is then near 1e-6
 SLICE_BINS = 2**14  # of each slice: near 1e-4
+ROW = np.dtype([("group", np.int64), ("logit", np.float32), ("label", np.float32)])
+MOST_SHARES = 512  # files that are open at once
 
 
 class Rows(NamedTuple):
@@ -56,6 +58,35 @@ class Answer:
         """What training logs."""
         values = {name: estimate.value for name, estimate in self.everything.metrics.items()}
         return values | {"rows": self.everything.rows, "reliability": self.reliability}
+
+
+class GroupShares:
+    """The fused logits, labels and group ids of this rank's rows, 16 bytes a row in temporary files. `shares`: that they are cut into."""
+
+    def __init__(self, shares: int, ranking_k: Sequence[int]) -> None:
+        # closed by `metrics`, and without a name, so that they are gone with the process
+        self._files = [tempfile.TemporaryFile() for _ in range(min(shares, MOST_SHARES))]  # noqa: SIM115
+        self._ranking_k = ranking_k
+
+    def add(self, logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> None:
+        """Take rows: all (B,)."""
+        rows = np.empty(len(labels), ROW)
+        rows["group"], rows["logit"], rows["label"] = group_ids, logits, labels
+        shares = group_ids % len(self._files)
+        for share in np.unique(shares).tolist():
+            self._files[share].write(rows[shares == share].tobytes())
+
+    def metrics(self, process: Process) -> dict[str, Estimate]:
+        """Exact metrics of all ranks' rows, whatever rank has them, on rank 0; nothing elsewhere. Every rank calls it, once."""
+        sums: dict[str, np.ndarray] = {}
+        for file in self._files:
+            with file:
+                file.seek(0)
+                rows = gather_rows(np.frombuffer(file.read(), ROW), process)
+            if rows is not None:
+                of_share = group_sums(rows["logit"], rows["label"], rows["group"], self._ranking_k)
+                sums = {name: each + sums.get(name, 0) for name, each in of_share.items()}
+        return group_estimates(sums)
 
 
 class Tally:
@@ -134,9 +165,10 @@ class Tally:
     def _of_rows(self, rows: Rows, errors: bool) -> Answer:
         def scores(chosen: Any) -> Scores:
             labels = rows.labels[chosen]
-            groups = None if rows.group_ids is None else rows.group_ids[chosen]
-            metrics = exact_metrics(rows.logits[chosen], labels, self.branches, groups, errors=errors)
-            metrics |= ranking_metrics(rows.logits[chosen, 0], labels, groups, self.ranking_k)
+            metrics = exact_metrics(rows.logits[chosen], labels, self.branches, errors=errors)
+            if rows.group_ids is not None:
+                fused, groups = rows.logits[chosen, 0], rows.group_ids[chosen]
+                metrics |= group_estimates(group_sums(fused, labels, groups, self.ranking_k))
             return Scores(len(labels), int((labels > 0).sum()), metrics)
 
         slices = {

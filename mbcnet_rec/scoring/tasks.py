@@ -67,8 +67,8 @@ class Judge:
     def __init__(
         self, key: str, tasks: Sequence[str], branches: tuple[str, ...], *, ranking_k: Sequence[int] | None
     ) -> None:
-        none = np.zeros((0, 1 + len(branches))), np.zeros(0), branches, np.zeros(0) if ranking_k is not None else None
-        own = {**exact_metrics(*none, errors=False), **dict.fromkeys(names_of(ranking_k or ()))}
+        own = dict.fromkeys(exact_metrics(np.zeros((0, 1 + len(branches))), np.zeros(0), branches, errors=False))
+        own |= dict.fromkeys(() if ranking_k is None else ("gauc", *names_of(ranking_k)))
         known = joined(dict.fromkeys(tasks or ("",), own))
         fit = [each for each in known if each.partition("/")[0] != "calibration"]
         if key not in fit:

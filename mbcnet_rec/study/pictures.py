@@ -1,7 +1,6 @@
 """The pictures of a study: what each one reads from the runs, and how it is captioned; and what each part of an MBCnet costs (Table 8)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -14,24 +13,19 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.errors import InputError
-from data.schema import Feature, Schema, load_schema
-from mbcnet_rec.checkpoints.run_folder import storage_of
-from mbcnet_rec.checkpoints.storage import best_step, latest_step
-from mbcnet_rec.config import RunConfig
+from data.schema import load_schema
+from mbcnet_rec.logs.metrics_log import read_metrics
 from mbcnet_rec.model.mbcnet import BranchArch
 from mbcnet_rec.model.models import model_layout
 from mbcnet_rec.plugins import model_config
 from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Picture, Table, Text
-from mbcnet_rec.report.run_report import CURVES, plots_of, read_metrics
+from mbcnet_rec.report.run_report import CURVES, plots_of
 from mbcnet_rec.runtime.process import choose_device
-from mbcnet_rec.scoring.trained_run import TrainedRun
-from mbcnet_rec.study.probe import MISSING, Probe, category_names, choose_category, probe_run, tsne_plane
-from mbcnet_rec.study.runs import Run
-from mbcnet_rec.study.studies import DENSITIES, GRID_ALPHA, GRID_BETA, MODELS, WORDS, Study, density_name, grid_name
-from mbcnet_rec.study.summary import Scores, best_reference, mean_and_sd
+from mbcnet_rec.study.probe import MISSING, Material, Probe, category_names, tsne_plane
+from mbcnet_rec.study.studies import DENSITIES, GRID_ALPHA, GRID_BETA, MODELS, WORDS, density_name, grid_name
+from mbcnet_rec.study.summary import best_reference, mean_and_sd
 
-PROBED_ROWS = 50_000
 LATENT_ROWS = 200  # of each output on the plane
 NEURONS = 30  # as many as Figure 6 shows
 BEST_LEARNED = 10_000
@@ -39,44 +33,6 @@ MAX_CATEGORIES = 12
 MIN_SECONDS = 0.2  # that each part is timed for
 CAPTIONS: dict[str, str] = WORDS["captions"]
 FORMULAS = {"efgc": "O(N_g L_EFGC d^2)", "cross": "O(L_CrossNet N_experts F d)", "deep": "O(L_Deep d^2)"}
-
-
-@dataclass(frozen=True)
-class Material:
-    """What pictures are made of."""
-
-    study: Study
-    config: RunConfig  # that the study's variants start from
-    runs: Sequence[Run]  # those that ended
-    scores: Mapping[str, Scores]  # variant -> seed -> metrics
-    category: str = ""  # the field of Figure 7; "": found by name
-
-    @property
-    def first(self) -> list[Run]:
-        """The runs of the study's first variant, by seed; InputError if none has ended."""
-        runs = [run for run in self.runs if run.variant == self.study.variants[0].name]
-        if not runs:
-            raise InputError("no run of it has ended")
-        return sorted(runs, key=lambda run: run.seed)
-
-    def probe(self, run: Run, category: str = "", step: int | None = None) -> Probe:
-        """What a run computes on the test rows, or on the validation rows where there are no others; on the first of them, if there are many."""
-        return probe_run(run.folder, "test" if run.config.data.test else "valid", PROBED_ROWS, category, step)
-
-    def ages(self, run: Run) -> dict[str, int]:
-        """The steps of a run's early checkpoint, where it has one, and of its last."""
-        storage, early = storage_of(run.config.train, run.folder), run.config.train.keep_step
-        late = latest_step(storage) or 0
-        return {"early": early, "late": late} if early < late and early in storage.steps() else {"late": late}
-
-    def category_field(self) -> tuple[Schema, Feature]:
-        """The schema that the first of these runs was trained with, and its field of Figure 7."""
-        run = self.first[0]
-        step = best_step(storage_of(run.config.train, run.folder))
-        if step is None:
-            raise InputError(f"{run.folder}: no whole checkpoint")
-        schema = TrainedRun(run.config, run.folder, step).schema
-        return schema, choose_category(schema, self.category)
 
 
 def draw_all(material: Material) -> list[Block]:

@@ -1,15 +1,20 @@
 """What a trained MBCnet computes on rows: latents, logits, and the category of each row; and latents laid out on a plane. One process.
 
-Shapes: n rows, K branches, d latent width.
+And what the paper says of the branches' latents and losses (Figures 4 d, 6 and 7) as numbers, each with a p over seeds and one over test rows.
+
+Shapes: S seeds, n rows, K branches, d latent width.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
+from scipy.special import softmax
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -17,12 +22,22 @@ from data.errors import InputError
 from data.reading.keys import read_vocabularies
 from data.schema import Feature, Schema
 from data.stream import Batch
+from mbcnet_rec.checkpoints.run_folder import storage_of
+from mbcnet_rec.checkpoints.storage import best_step, latest_step
+from mbcnet_rec.config import RunConfig
 from mbcnet_rec.model.kinds import dense_arch_of
 from mbcnet_rec.run_training import open_splits
-from mbcnet_rec.scoring.trained_run import opened_run
+from mbcnet_rec.scoring.paired import Difference, mean_difference
+from mbcnet_rec.scoring.trained_run import TrainedRun, opened_run
+from mbcnet_rec.study.runs import Run
+from mbcnet_rec.study.studies import WORDS, Measure, Study
+from mbcnet_rec.study.summary import Compared, Scores, in_both
 
 MISSING = -1  # the category of a row that has none
 PCA_WIDTH = 30  # t-SNE works on that many leading components, as van der Maaten and Hinton (2008) do
+PROBED_ROWS = 50_000
+LEAST_EXPECTED = 5.0  # samples of a cell, from which on a chi-square test holds (Cochran)
+Measured = tuple[Compared, str]  # the difference that a claim is about, and what it is in words
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", s
         seen: list[Any] = []  # latents (K, B, d), and what the fused logit is computed from, (B, d)
         arch = dense_arch_of(scorer.model)
         arch.fusion.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
-        scored = list(scorer.score(_with_categories(splits[split].stream, category, max_rows)))
+        scored = list(scorer.score(_with_categories(splits[split], category, max_rows)))
         notes, logits, labels, real = (np.concatenate(each) for each in zip(*scored, strict=True))
         latents, fused = (torch.cat(each, dim=-2).float().cpu().numpy() for each in zip(*seen, strict=True))
         categories, groups = notes[real].T
@@ -113,3 +128,149 @@ def tsne_plane(points: np.ndarray, seed: int = 0) -> np.ndarray:
     reduced = PCA(width, random_state=seed).fit_transform(points)
     perplexity = min(30.0, max(2.0, (len(points) - 1) / 4))
     return TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(reduced)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What pictures are made of."""
+
+    study: Study
+    config: RunConfig  # that the study's variants start from
+    runs: Sequence[Run]  # those that ended
+    scores: Mapping[str, Scores]  # variant -> seed -> metrics
+    category: str = ""  # the field of Figure 7; "": found by name
+
+    @property
+    def first(self) -> list[Run]:
+        """The runs of the study's first variant, by seed; InputError if none has ended."""
+        runs = [run for run in self.runs if run.variant == self.study.variants[0].name]
+        if not runs:
+            raise InputError("no run of it has ended")
+        return sorted(runs, key=lambda run: run.seed)
+
+    def probe(self, run: Run, category: str = "", step: int | None = None) -> Probe:
+        """What a run computes on the test rows, or on the validation rows where there are no others; on the first of them, if there are many."""
+        return probe_run(run.folder, "test" if run.config.data.test else "valid", PROBED_ROWS, category, step)
+
+    def ages(self, run: Run) -> dict[str, int]:
+        """The steps of a run's early checkpoint, where it has one, and of its last."""
+        storage, early = storage_of(run.config.train, run.folder), run.config.train.keep_step
+        late = latest_step(storage) or 0
+        return {"early": early, "late": late} if early < late and early in storage.steps() else {"late": late}
+
+    def category_field(self) -> tuple[Schema, Feature]:
+        """The schema that the first of these runs was trained with, and its field of Figure 7."""
+        run = self.first[0]
+        step = best_step(storage_of(run.config.train, run.folder))
+        if step is None:
+            raise InputError(f"{run.folder}: no whole checkpoint")
+        schema = TrainedRun(run.config, run.folder, step).schema
+        return schema, choose_category(schema, self.category)
+
+
+def separation(latents: np.ndarray) -> np.ndarray:
+    """Share of a row's latents that lie nearest to the centroid of their own branch, (K, n, d) -> (n,); 1 / K: branches cannot be told apart.
+
+    Centroids are of every second row, and judge the others.
+    """
+    hits = np.empty(latents.shape[1])
+    for half in (0, 1):
+        centroids = latents[:, 1 - half :: 2].mean(1)
+        distances = ((latents[:, half::2, None] - centroids) ** 2).sum(-1)  # (K, n / 2, K)
+        hits[half::2] = (distances.argmin(-1) == np.arange(len(latents))[:, None]).mean(0)
+    return hits
+
+
+def nearer_to_cross(probe: Probe) -> np.ndarray:
+    """By how much EFGC's neurons are nearer to the cross branch's than to the deep branch's, (n,): softmax outputs by total variation."""
+    if missing := {"efgc", "cross", "deep"} - {*probe.names}:
+        raise InputError(f"the model has no branch {min(missing)}")
+    efgc, cross, deep = (softmax(probe.latents[probe.names.index(name)], axis=1) for name in ("efgc", "cross", "deep"))
+    return 0.5 * (np.abs(efgc - deep) - np.abs(efgc - cross)).sum(1)
+
+
+def dependence(losses: np.ndarray, categories: np.ndarray) -> tuple[float, float]:
+    """Whether the branch of a row's lowest loss (n, K) depends on its category (n,): chi-square above chance by row, and its p.
+
+    Categories with too few rows for the test are taken together.
+    """
+    known = categories != MISSING
+    table = np.asarray(stats.contingency.crosstab(categories[known], losses[known].argmin(1))[1])
+    rows = table.sum()
+    rare = table.sum(1) * table.sum(0).min(initial=rows) < LEAST_EXPECTED * rows
+    table = np.vstack([table[~rare], table[rare].sum(0)])
+    table = table[table.sum(1) * table.sum(0).min(initial=rows) >= LEAST_EXPECTED * rows]
+    if min(table.shape) < 2:
+        raise InputError("one branch is best on all rows, or there are too few rows of each category")
+    found = stats.chi2_contingency(table, correction=False)
+    return float((found.statistic - found.dof) / rows), float(found.pvalue)
+
+
+def over_seeds_and_rows(values: np.ndarray, groups: np.ndarray | None) -> Compared:
+    """Compare with 0 what each seed says of each row, (S, n)."""
+    return in_both(mean_difference(values.mean(1)), mean_difference(values.mean(0), groups))
+
+
+def measure_separation(material: Material) -> Measured:
+    """Figure 4 d: branches are more tangled early in training than at its end."""
+    shares: dict[str, list[np.ndarray]] = {"early": [], "late": []}
+    groups = None
+    for run in material.first:
+        steps = material.ages(run)
+        if "early" not in steps:
+            raise InputError(
+                f"{run.folder} has no checkpoint of step {run.config.train.keep_step}, the first line of the log, beside a later one; "
+                "set train.log_every lower, or train longer"
+            )
+        for age, step in steps.items():
+            probe = material.probe(run, step=step)
+            shares[age].append(separation(probe.latents))
+            groups = probe.groups
+    told = ", ".join(f"{age} {_with_interval(np.mean(each, axis=1))}" for age, each in shares.items())
+    words = WORDS["measures"]["separation"].format(told=told)
+    return over_seeds_and_rows(np.subtract(shares["late"], shares["early"]), groups), words
+
+
+def measure_consistency(material: Material) -> Measured:
+    """Figure 6: EFGC agrees more with the cross branch than with the deep branch."""
+    probes = [material.probe(run) for run in material.first]
+    values = np.stack([nearer_to_cross(each) for each in probes])
+    return over_seeds_and_rows(values, probes[0].groups), WORDS["measures"]["consistency"]
+
+
+def measure_dependence(material: Material) -> Measured:
+    """Figure 7: which branch is best depends on the category. The p over seeds is that of the seed that says least."""
+    _, field = material.category_field()
+    probes = [material.probe(run, category=field.name) for run in material.first]
+    found = [dependence(each.log_loss()[:, 1:], each.categories) for each in probes]
+    least = max(p for _, p in found) if len(found) > 1 else math.nan
+    seeds = Difference(float(np.mean([value for value, _ in found])), math.nan, math.nan, least)
+    joint = replace(probes[0], logits=np.mean([each.logits for each in probes], axis=0))
+    value, p = dependence(joint.log_loss()[:, 1:], joint.categories)
+    words = WORDS["measures"]["dependence"].format(field=field.name)
+    return in_both(seeds, Difference(value, math.nan, math.nan, p)), words
+
+
+def measure_all(material: Material) -> tuple[dict[str, Compared], list[str]]:
+    """What the study's claims are about beside AUC, where there are runs; and words on each: what it is, or why it is not there."""
+    found, told = {}, []
+    for claim in material.study.claims:
+        if claim.measure and material.runs:
+            try:
+                found[claim.measure], words = MEASURES[claim.measure](material)
+            except InputError as error:
+                words = f"Not tested: {claim.text}. {error}"
+            told.append(words)
+    return found, told
+
+
+MEASURES: dict[Measure, Callable[[Material], Measured]] = {
+    "separation": measure_separation,
+    "consistency": measure_consistency,
+    "dependence": measure_dependence,
+}
+
+
+def _with_interval(values: np.ndarray) -> str:
+    found = mean_difference(values)
+    return f"{found.value:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if found.low == found.low else "")

@@ -15,15 +15,12 @@ from mbcnet_rec.model.models import fit_widths
 from mbcnet_rec.report.page import Block, Code, Heading, Table, Text, text_table, to_html
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.ranks import refuse_ranks
-from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
-from mbcnet_rec.study.measured import measure_all
 from mbcnet_rec.study.pictures import Material, draw_all
-from mbcnet_rec.study.row_scores import keep_row_scores, read_row_scores
-from mbcnet_rec.study.runs import NO_NUMBERS, Run, place_run, scores, train_all, train_one
+from mbcnet_rec.study.probe import measure_all
+from mbcnet_rec.study.runs import NO_NUMBERS, Run, digest_of, place_run, read_row_scores, run_key, scores, train_all
 from mbcnet_rec.study.studies import WORDS, Study, Variant, with_models
 from mbcnet_rec.study.summary import Results, headline, judge_all, score_table, summarise, verdict_table
 from mbcnet_rec.study.tuning import with_overrides
-from mbcnet_rec.training.state import Watch
 
 
 @dataclass(frozen=True)
@@ -68,17 +65,20 @@ def conduct(request: StudyRequest) -> int:
         raise InputError(f"--tuned {request.tuned}: holds no KIND.toml; name a folder that `mbcnet tune --out` wrote")
     variants = study.variants if study.name != "complexity" else ()
     configs = [variant_config(base, each, request.tuned, request.overrides) for each in variants]
-    known: Known = {}
+    known = {}
     runs = [
         Run(variant.name, seed, place_run(config, seed, request.out, known))
         for seed in range(base.train.seed, base.train.seed + request.seeds)
         for variant, config in zip(variants, configs, strict=True)
     ]
+    winners = sorted(request.tuned.glob("*.toml")) if request.tuned is not None else ()
+    tuned = {file.name: file.read_text(encoding="utf-8") for file in winners}
+    mark = f"<!-- depends on {digest_of({'run': run_key(base, known), 'tuned': tuned})} -->\n" if runs else ""
     with locked(request.out, "study") if request.engine.is_first else nullcontext():
-        return _train_and_report(request, base, runs, known)
+        return _train_and_report(request, base, runs, mark)
 
 
-def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run], known: Known) -> int:
+def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run], mark: str) -> int:
     study = request.study
     failures = train_with_progress(runs, request.engine)
     if not request.engine.is_first:
@@ -93,9 +93,6 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     blocks = report_blocks(request, base, done, found, failures)
     title = f"{study.reference}: {study.question}"
     lead = f"{base.name}, {request.seeds} seeds, schema {base.schema}. Study {study.name} of MBCnet (arXiv 2411.13057)."
-    winners = sorted(request.tuned.glob("*.toml")) if request.tuned is not None else ()
-    tuned = {file.name: file.read_text(encoding="utf-8") for file in winners}
-    mark = f"<!-- depends on {digest_of(dependencies(base, known) | {'tuned': tuned})} -->\n" if runs else ""
     page = free_page(request.out / f"{study.name}_{base.name}.html", mark)
     write_whole(page, to_html(title, lead, blocks) + mark)
     shown = [each for each in blocks[: blocks.index(Heading("Pictures"))] if not isinstance(each, Heading)]
@@ -124,7 +121,7 @@ def train_with_progress(runs: Sequence[Run], engine: Engine) -> dict[str, list[s
     count, shown = len({run.folder for run in runs}), engine.is_first
     with tqdm(total=count, desc="runs", unit="run", disable=not shown) as bar:
         bar.update(count - len(todo))
-        for run, failure in train_all(runs, engine, train_and_score):
+        for run, failure in train_all(runs, engine):
             found = {} if failure else scores(run.folder)
             failure = failure or (NO_NUMBERS if found["note"] == NO_NUMBERS else "")
             if failure:
@@ -166,14 +163,3 @@ def report_blocks(
         Code(config_text(base), "the config, every key resolved"),
         Code("\n".join(configs) or "none", "each run's own config"),
     ]
-
-
-def train_and_score(config: RunConfig, watch: Watch | None = None) -> str:
-    """Train a run as `train_one` does, and keep what it says of each test row."""
-    failure = train_one(config, watch)
-    try:
-        if not failure and (config.data.test or config.data.valid):
-            keep_row_scores(config)
-    except InputError as error:  # a score that is not a number
-        return str(error)
-    return failure

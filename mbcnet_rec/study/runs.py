@@ -1,39 +1,152 @@
-"""Runs of a study: where each one lives, which are done, and how the rest are trained on the machine's cores.
+"""Runs of a study: what each one depends on, where it lives, which are done, and how the rest are trained on the machine's cores.
 
-A run's folder is named by a hash of all that decides its result: config, schema, vocabularies and data; see dependencies.py.
-So a study that is started again, or another study that needs the same run, finds it.
+A run's folder is named by a hash of all that decides its result: config, schema, vocabularies, data, other runs and plans, the models' code.
+So a study that is started again, or another study that needs the same run, finds it. Tuning keeps the same facts beside its trials, and says
+what differs when it is started again.
 """
 
+import hashlib
+import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+import mbcnet_rec.model
 from data.engine import LOST_WORKERS, Engine, follow, meet, run_tasks
-from data.errors import InputError
-from data.schema import load_schema
+from data.errors import InputError, some_of
+from data.reading.files import resolve_files
+from data.reading.fingerprint import mark_differences, mark_files
+from data.reading.storage import path_parts
+from data.schema import format_schema, load_schema
+from data.schema.parse import to_toml_value
 from data.whole_folder import write_whole
-from mbcnet_rec.checkpoints.run_folder import DONE
-from mbcnet_rec.config import RunConfig
-from mbcnet_rec.logs.metrics_log import METRICS
-from mbcnet_rec.report.run_report import judged_line, read_metrics, write_run_report
+from mbcnet_rec.checkpoints.manifest import sha256_of
+from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
+from mbcnet_rec.checkpoints.storage import best_step
+from mbcnet_rec.config import RunConfig, flat
+from mbcnet_rec.doctor import installed
+from mbcnet_rec.logs.metrics_log import METRICS, read_metrics
+from mbcnet_rec.report.run_report import judged_line, write_run_report
 from mbcnet_rec.runtime.exits import CannotWriteError, PreemptedError
+from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.runtime.ranks import alone
+from mbcnet_rec.scoring.evaluate import Question, score_rows
 from mbcnet_rec.scoring.metrics import why_no_auc
-from mbcnet_rec.study.dependencies import Known, dependencies, digest_of
+from mbcnet_rec.scoring.trained_run import TrainedRun, find_best, load_run
 from mbcnet_rec.teachers import train_model
 from mbcnet_rec.training.state import Watch
 
+# Keys that change no number, and paths whose content counts instead
+APART = (
+    "name", "schema", "data.train", "data.valid", "data.test", "data.attempts", "data.timeout_seconds", "sharding.plan", "train.out",
+    "train.warm_start", "train.checkpoint_folder", "train.tracking", "train.timeout_seconds", "train.stall_seconds", "train.profile",
+    "train.cuda_graph",
+)  # fmt: skip
+SHOWN = 3
+LONGEST_SHOWN = 120  # characters of a value before and after
+Known = dict[tuple[Any, ...], Any]  # what one command has read already: its runs share schema and data
 KEY_DIGITS = 16
+ROW_SCORES = "row_scores.npz"  # what a run says of each test row, so that models can be compared row by row
 PRUNED = "PRUNED"  # in the folder of a run that was ended early, and so is none that its config describes
 NO_NUMBERS = "some logits are not numbers"  # why a run that has ended has no scores
 LOST = f"{LOST_WORKERS} processes that trained it died, perhaps for lack of memory; start again, with fewer --workers if so"
 Train = Callable[[RunConfig, Watch | None], str]  # why it failed, or ""; see train_one
+
+
+def dependencies(config: RunConfig, known: Known) -> dict[str, Any]:
+    """All that decides what a run of this config learns.
+
+    Raises:
+        InputError: the schema, a vocabulary, the data or the run of a warm start is missing.
+    """
+
+    def once(key: tuple[Any, ...], read: Callable[[], Any]) -> Any:
+        if key not in known:
+            known[key] = read()
+        return known[key]
+
+    splits = {split: getattr(config.data, split) for split in ("train", "valid", "test")}
+    started, plan = config.train.warm_start, config.sharding.plan
+    return {
+        "config": {key: str(value) for key, value in flat(to_toml_value(config)) if key not in APART},
+        **once(("schema", config.schema), partial(_schema, config.schema)),
+        "data": {name: once(paths, partial(_marks, paths)) for name, paths in splits.items()},
+        "warm start": once(("run", started), partial(_run, started)),
+        "plan": once(("plan", plan), lambda: sha256_of(Path(plan)) if plan else ""),
+        "code of the models": f"{installed('mbcnet-rec')} {_code()}",  # our version, where it is installed
+    }
+
+
+def digest_of(depends: Mapping[str, Any]) -> str:
+    """SHA-256 of dependencies, as hex digits."""
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In what dependencies differ, in words; an empty string if in nothing."""
+    found: list[str] = []
+    for part in now:
+        old, new = before.get(part, {}), now[part]
+        if old == new:
+            continue
+        if part == "data":
+            found += [
+                f"data.{split}: {words}" for split in new if (words := mark_differences(old.get(split, []), new[split]))
+            ]
+        elif isinstance(new, dict):
+            prefix = "" if part == "config" else f"{part} "
+            pairs = {key: (old.get(key, "none"), new.get(key, "none")) for key in {**old, **new}}
+            found += [
+                f"{prefix}{key}" + (f" {then} -> {here}" if len(then) + len(here) < LONGEST_SHOWN else "")
+                for key, (then, here) in pairs.items()
+                if then != here
+            ]
+        else:
+            found.append(part)
+    return some_of(found, SHOWN)
+
+
+def _schema(path: str) -> dict[str, Any]:
+    """A schema line by line, without comments and blanks, and its vocabularies' hashes."""
+    schema = load_schema(path)
+    lines = [line for line in format_schema(schema).splitlines() if line]
+    files = sorted({each.vocabulary for each in schema.features if each.encoding == "vocabulary"})
+    return {
+        "schema": {line.partition(" = ")[0].strip(): line.partition(" = ")[2] for line in lines},
+        "vocabulary": {name: sha256_of(schema.folder / name) for name in files},
+    }
+
+
+def _marks(paths: tuple[str, ...]) -> list[list[Any]]:
+    """The marks of a split's files, by all that they hold; folders of Hive partitions, which hold values, are part of the name."""
+    files = resolve_files(paths) if paths else []
+    folders = ["/".join(part for part in path_parts(file)[:-1] if "=" in part) for file in files]
+    marks = zip(folders, mark_files(files, contents=True), strict=True)
+    return [[f"{folder}/{mark.name}".lstrip("/"), mark.size, mark.sha256] for folder, mark in marks]
+
+
+def _run(folder: str) -> str:
+    if not folder:
+        return ""
+    config = load_run(Path(folder))
+    step = best_step(storage_of(config.train, Path(folder)))
+    return "" if step is None else TrainedRun(config, Path(folder), step).digest()
+
+
+@cache
+def _code() -> str:
+    """A hash of the models' files, which people change while a study runs."""
+    root = Path(mbcnet_rec.model.__file__).parent
+    texts = [path.read_bytes() for path in sorted(root.rglob("*.py"))]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -66,7 +179,7 @@ def place_run(config: RunConfig, seed: int, out: Path, known: Known | None = Non
 
 
 def run_key(config: RunConfig, known: Known | None = None) -> str:
-    """Hash what decides a run's result (dependencies.py); InputError if the schema or the data files are missing."""
+    """Hash what decides a run's result; InputError if the schema or the data files are missing."""
     return digest_of(dependencies(config, {} if known is None else known))[:KEY_DIGITS]
 
 
@@ -92,6 +205,17 @@ def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     return ""
 
 
+def train_and_score(config: RunConfig, watch: Watch | None = None) -> str:
+    """Train a run as `train_one` does, and keep what it says of each test row."""
+    failure = train_one(config, watch)
+    try:
+        if not failure and (config.data.test or config.data.valid):
+            keep_row_scores(config)
+    except InputError as error:  # a score that is not a number
+        return str(error)
+    return failure
+
+
 class TrainTask(NamedTuple):
     """One run for a worker."""
 
@@ -107,7 +231,7 @@ def train_task(task: TrainTask) -> None:
     write_whole(task.ended, failure)
 
 
-def train_all(runs: Sequence[Run], engine: Engine, train: Train = train_one) -> Iterator[tuple[Run, str]]:
+def train_all(runs: Sequence[Run], engine: Engine, train: Train = train_and_score) -> Iterator[tuple[Run, str]]:
     """Train what is not done yet, each run a task of the engine; yield each when it ends, and why it failed or "". It raises as `train_one` does.
 
     The same run wanted twice is trained once. A run that fails does not end the study: its row says so. 0 workers of the local engine are one
@@ -158,3 +282,51 @@ def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str,
     disagreement = {"disagreement": sum(rates) / len(rates)} if rates else {}
     values = {key: math.nan if value is None else value for key, value in line.items()}
     return {**values, **disagreement, "dead": trained[-1].get("dead", []), "note": note}
+
+
+class RowScores(NamedTuple):
+    """Of one run; B rows, O outputs."""
+
+    outputs: tuple[str, ...]  # "" for the fused one, then the branches
+    logits: np.ndarray  # (B, O) float32
+    labels: np.ndarray  # (B,) of 0 and 1
+    groups: np.ndarray | None  # (B,) int64
+
+    def of(self, output: str) -> np.ndarray:
+        """Logits of one output, (B,)."""
+        return self.logits[:, self.outputs.index(output)]
+
+
+def keep_row_scores(config: RunConfig) -> None:
+    """Score the test rows of a finished run, or its validation rows where it has no others; too many to keep leave an empty file.
+
+    InputError if a score is not a number.
+    """
+    folder = config.run_folder
+    with joined_process(config.train.device) as process:
+        question = Question("test" if config.data.test else "valid")
+        tallies, _ = score_rows(find_best(config, folder, process), process, question)
+        (tally,) = tallies.of.values()
+        rows = tally.kept(process)
+    assert rows is not None  # of one process
+    some = slice(None) if tally.exact else slice(0)
+    kept = {"outputs": np.array(["", *tally.branches]), "logits": rows.logits[some], "labels": rows.labels[some]}
+    if rows.group_ids is not None:
+        kept["groups"] = rows.group_ids[some]
+    draft = folder / f".{ROW_SCORES}.partial"
+    with draft.open("wb") as file:
+        np.savez(file, **kept)  # pyright: ignore[reportArgumentType]
+    os.replace(draft, folder / ROW_SCORES)
+
+
+def read_row_scores(config: RunConfig) -> RowScores | None:
+    """What `keep_row_scores` has kept of a run, which is scored now if it was interrupted before; None where that cannot be, or there are too many rows."""
+    path = config.run_folder / ROW_SCORES
+    if not path.is_file():
+        with suppress(InputError):  # its checkpoints are gone, say
+            keep_row_scores(config)
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as kept:
+        found = RowScores(tuple(kept["outputs"].tolist()), kept["logits"], kept["labels"], kept.get("groups"))
+    return found if len(found.labels) else None

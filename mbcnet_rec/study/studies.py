@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import InputError
+from data.schema.parse import parse_dataclass
 
 Picture = Literal[
     "scores", "branch_curves", "latents", "terms", "neurons", "categories", "density", "grid", "complexity"
 ]
 
 
-Measure = Literal["separation", "consistency", "dependence"]  # what a claim is about if not AUC; see measured.py
+Measure = Literal["separation", "consistency", "dependence"]  # what a claim is about if not AUC; see probe.py
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,14 @@ class Study:
     watched: bool = False  # the table says how often branches disagree, and which runs are dead
 
 
-def _variant(entry: Mapping[str, Any]) -> Variant:
-    return Variant(entry["name"], tuple(entry.get("set", ())), tuple(entry.get("paper", ())))
-
-
-def _study(name: str, entry: dict[str, Any]) -> Study:
-    rows = {key: tuple(map(_variant, entry.pop(key, ()))) for key in ("variants", "rivals")}
-    claims = tuple(Claim(**each) for each in entry.pop("claims", ()))
-    others: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return Study(name, claims=claims, **rows, **others)
-
-
 def _toml(name: str) -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-STUDIES = {name: _study(name, entry) for name, entry in _toml("studies.toml").items()}
+STUDIES = {
+    name: parse_dataclass(Study, {"name": name, **entry}, "studies.toml", name)
+    for name, entry in _toml("studies.toml").items()
+}
 WORDS = _toml("words.toml")
 # model.kind -> its row of the paper's Table 3
 MODELS = {row.overrides[0].partition("=")[2]: row for row in STUDIES["table3"].variants}

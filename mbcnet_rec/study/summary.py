@@ -17,8 +17,9 @@ import numpy as np
 
 from mbcnet_rec.report.page import Block, Table, Text
 from mbcnet_rec.scoring.compare import p_text
-from mbcnet_rec.scoring.paired import Difference, holm, mean_difference
-from mbcnet_rec.study.row_scores import RowScores, row_differences
+from mbcnet_rec.scoring.metrics import softplus
+from mbcnet_rec.scoring.paired import Difference, holm, mean_difference, paired_differences
+from mbcnet_rec.study.runs import RowScores
 from mbcnet_rec.study.studies import MBCNET, Claim, Study
 
 SIGNIFICANT = 0.05
@@ -97,6 +98,27 @@ def compare(results: Results, ours: str, theirs: str, metric: str) -> Compared |
     seeds = mean_difference(np.array([own[s][metric] - other[s][metric] for s in shared]))
     rows = row_differences(own_rows, other_rows, (output, other_output)).get(metric)
     return in_both(seeds, rows)
+
+
+def row_differences(
+    ours: Mapping[int, RowScores], theirs: Mapping[int, RowScores], outputs: tuple[str, str] = ("", "")
+) -> dict[str, Difference]:
+    """Compare two variants row by row over the seeds that both have: AUC of their mean logits, and the mean of their log-losses.
+
+    Log-loss is not that of the mean logits, which are better calibrated than any of them. Empty where the rows are not the same.
+    """
+    shared = sorted(ours.keys() & theirs.keys())
+    scores = [each[seed] for each in (ours, theirs) for seed in shared]
+    if not scores or not all(np.array_equal(each.labels, scores[0].labels) for each in scores):
+        return {}
+    labels, groups = scores[0].labels, scores[0].groups
+    own, other = (
+        np.stack([each[seed].of(output) for seed in shared]).astype(np.float64)
+        for each, output in zip((ours, theirs), outputs, strict=True)
+    )
+    losses = softplus(own) - softplus(other) - labels * (own - other)  # (seeds, B)
+    area = paired_differences(own.mean(0), other.mean(0), labels, groups)["auc"]
+    return {"auc": area, "log_loss": mean_difference(losses.mean(0), groups)}
 
 
 def in_both(seeds: Difference, rows: Difference | None) -> Compared:

@@ -1,14 +1,4 @@
-"""Tuning: Optuna searches ranges that a TOML file gives, for each model with the same number of trials.
-
-    trials = 12                                                  # of each model
-    sampler = "tpe"                                              # or "random"
-    [space]
-    "optim.dense_lr" = { low = 3e-4, high = 3e-3, log = true }
-    "model.dcnv2.cross.num_layers" = { low = 1, high = 4 }
-    "model.mbcnet" = { choices = [                               # values that only fit together: one choice is a table
-        { branch_dim = 32, "deep.hidden" = [64, 32] },
-        { branch_dim = 64, "deep.hidden" = [128, 64] },
-    ] }
+"""Tuning: Optuna searches ranges that a TOML file gives (docs/studies.md), for each model with the same number of trials.
 
 A key `model.KIND` or below is drawn only for models of that kind. A trial's values are drawn by its number's own seed, and each is a task of
 an engine: its workers share one study, Optuna's journal (OUT/trials/KIND/journal.log), which has what the trials depend on, too. A later
@@ -42,8 +32,7 @@ from mbcnet_rec.model.models import fit_widths
 from mbcnet_rec.runtime.exits import no_room
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.ranks import alone, refuse_ranks
-from mbcnet_rec.study.dependencies import Known, dependencies, differences
-from mbcnet_rec.study.runs import LOST, NO_NUMBERS, PRUNED, Run, Train, place_run, scores, train_one
+from mbcnet_rec.study import runs
 
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 DEPENDS = "depends_on"  # user attribute of a study
@@ -147,12 +136,12 @@ class TrialTask(NamedTuple):
     base: RunConfig
     search: Search
     out: Path
-    train: Train
-    known: Known
+    train: runs.Train
+    known: runs.Known
 
 
 def tune_model(
-    config: RunConfig, search: Search, kind: str, out: Path, train: Train = train_one, engine: Engine = HERE
+    config: RunConfig, search: Search, kind: str, out: Path, train: runs.Train = runs.train_one, engine: Engine = HERE
 ) -> tuple[Path, FrozenTrial] | None:
     """Run the trials of one model that are still missing, all with the config's seed; return the winner's config file, and its trial.
 
@@ -165,10 +154,10 @@ def tune_model(
     follow(engine, folder)
     study, base = open_study(folder, kind), base_config(config, kind, out)
     space = {key: str(each) for key, each in search.space_of(kind).items()}
-    facts = {"space": space, "sampler": search.sampler, **dependencies(base, known)}
+    facts = {"space": space, "sampler": search.sampler, **runs.dependencies(base, known)}
     if not study.trials:
         study.set_user_attr(DEPENDS, json.dumps(facts))
-    elif words := differences(json.loads(study.user_attrs.get(DEPENDS, "{}")), facts):
+    elif words := runs.differences(json.loads(study.user_attrs.get(DEPENDS, "{}")), facts):
         raise InputError(
             f"{folder}: its {len(study.trials)} trials had other settings or data ({words}); change that back to continue, or choose another --out"
         )
@@ -241,9 +230,7 @@ def run_trial(task: TrialTask) -> None:
     if earlier and earlier[-1].state.is_finished() and OUTCOME in earlier[-1].user_attrs:
         write_whole(task.result, earlier[-1].user_attrs[OUTCOME])  # it was killed in between
         return
-    for each in earlier:
-        if not each.state.is_finished():
-            study.tell(each.number, state=TrialState.FAIL)
+    fail(study, earlier)
     study.sampler = SAMPLERS[task.search.sampler](seed=task.base.train.seed + task.number)
     trial = study.ask()
     trial.set_user_attr(NUMBER, task.number)
@@ -261,29 +248,34 @@ def tries_of(study: optuna.Study, number: int) -> list[FrozenTrial]:
     return [each for each in study.get_trials(deepcopy=False) if each.user_attrs.get(NUMBER) == number]
 
 
+def fail(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Mark those that nobody works on any more."""
+    for each in trials:
+        if not each.state.is_finished():
+            study.tell(each.number, state=TrialState.FAIL)
+
+
 def give_up(task: TrialTask) -> None:
     """Mark a trial whose worker was lost again and again as failed."""
     study = open_study(task.result.parent, task.base.model.kind)
-    for each in tries_of(study, task.number):
-        if not each.state.is_finished():
-            study.tell(each.number, state=TrialState.FAIL)
-    write_whole(task.result, f"failed ({LOST})")
+    fail(study, tries_of(study, task.number))
+    write_whole(task.result, f"failed ({runs.LOST})")
 
 
 def _outcome(trial: Trial, overrides: list[str], task: TrialTask) -> tuple[str, float | None, TrialState | None]:
     try:
         config = with_overrides(task.base, overrides, "the space")
-        config = place_run(config, task.base.train.seed, task.out, task.known)
+        config = runs.place_run(config, task.base.train.seed, task.out, task.known)
     except InputError as error:
         return f"no valid config ({error})", None, TrialState.FAIL
-    run, pruned = Run(task.base.model.kind, config.train.seed, config), False
+    run, pruned = runs.Run(task.base.model.kind, config.train.seed, config), False
 
     def watch(step: int, auc: float) -> bool:
         nonlocal pruned
         trial.report(auc, step)
         pruned = trial.should_prune()
         if pruned:
-            (run.folder / PRUNED).touch()
+            (run.folder / runs.PRUNED).touch()
         return pruned
 
     with alone():
@@ -293,16 +285,21 @@ def _outcome(trial: Trial, overrides: list[str], task: TrialTask) -> tuple[str, 
     if pruned:
         (run.folder / DONE).unlink()
         return "pruned", None, TrialState.PRUNED
-    found = scores(run.folder, ("valid",))
-    if found["note"] == NO_NUMBERS:
-        return f"failed ({NO_NUMBERS})", None, TrialState.FAIL
+    found = runs.scores(run.folder, ("valid",))
+    if found["note"] == runs.NO_NUMBERS:
+        return f"failed ({runs.NO_NUMBERS})", None, TrialState.FAIL
     if found["note"]:
         raise InputError(f"{run.folder}/{METRICS}: {found['note']}")
     return f"valid AUC {found['auc']:.4f}", found["auc"], None
 
 
 def tune_models(
-    config: RunConfig, search: Search, models: Sequence[str], out: Path, train: Train = train_one, engine: Engine = HERE
+    config: RunConfig,
+    search: Search,
+    models: Sequence[str],
+    out: Path,
+    train: runs.Train = runs.train_one,
+    engine: Engine = HERE,
 ) -> int:
     """Tune each model with the same number of trials; say what won and where it is. InputError if a kind or a key is unknown."""
     if engine.name == "local":

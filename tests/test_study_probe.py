@@ -5,8 +5,7 @@ import pytest
 from scipy import stats
 
 from data.errors import InputError
-from mbcnet_rec.study.measured import dependence, nearer_to_cross, over_seeds_and_rows, separation
-from mbcnet_rec.study.probe import MISSING, Probe
+from mbcnet_rec.study.probe import MISSING, Probe, dependence, nearer_to_cross, over_seeds_and_rows, separation
 from mbcnet_rec.study.studies import Claim
 from mbcnet_rec.study.summary import Results, judge_all
 

@@ -12,7 +12,7 @@ from forked_ranks import run_script
 from tiny_run import lines_of, make_run, train
 
 from data.reading.keys import hash_values
-from mbcnet_rec.progressive import alarms
+from mbcnet_rec.daily import alarms
 
 
 @pytest.fixture(scope="module")

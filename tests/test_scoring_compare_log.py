@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from serving_data import printed_by
 
-from mbcnet_rec.scoring.arms import compare_arms
-from mbcnet_rec.scoring.compare import CTR, LIFT
+from mbcnet_rec.scoring.compare import CTR, LIFT, compare_arms
 
 
 def drawn(seed, users=400, effect=0.0):
@@ -65,7 +64,7 @@ def test_command(tmp_path):
     pq.write_table(bad, tmp_path / "bad.parquet")
     pq.write_table(table.set_column(0, "arm", pa.array(["c"] * len(table))), tmp_path / "arms.parquet")
     for more, words in (
-        (("--log", tmp_path / "bad.parquet"), "bad.parquet: row 0, column 'click' = 2: wanted 0 or 1"),
+        (("--log", tmp_path / "bad.parquet"), "bad.parquet: row 0, label 'click' = 2: wanted 0 or 1"),
         (("--log", tmp_path / "arms.parquet"), "column 'arm' = 'c': wanted a or b"),
         (("--log", tmp_path / "scores", "--key", "who"), "wanted one column 'who'"),
         (("--log", tmp_path / "scores", "--data", "x"), "wanted RUN_A and RUN_B, or --log"),
