@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -112,7 +112,7 @@ def test_an_owner_elsewhere_is_alive_while_it_touches_its_lock(tmp_path, capfd):
     beat.join()
     with locked(tmp_path, "train", silent_seconds=0.3):
         assert "no longer there" in capfd.readouterr().err
-    for damaged in ("[" * 5000, json.dumps(asdict(replace(this_process("x"), pid=-1)))):
+    for damaged in ("[" * 5000, json.dumps(asdict(this_process("x")) | {"pid": "7"})):
         (tmp_path / LOCK).write_text(damaged)
         with locked(tmp_path, "train", silent_seconds=0.3):
             assert "taken over from a process" in capfd.readouterr().err

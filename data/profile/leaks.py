@@ -53,13 +53,9 @@ def column_auc(profile: ColumnProfile, column: pa.Array, labels: np.ndarray) -> 
         keys = hash_values(column)
     else:
         keys = column.is_valid().to_numpy(zero_copy_only=False).astype(np.uint64)
-    found = (auc(scores, labels), _rate_auc(keys, labels))
-    return max(max(value, 1 - value) for value in found)
-
-
-def _rate_auc(keys: np.ndarray, labels: np.ndarray) -> float:
     rates = _held_out_rates(np.unique(keys, return_inverse=True)[1], labels)
-    return auc(rates, labels[1::2])
+    found = (auc(scores, labels), auc(rates, labels[1::2]))
+    return max(max(value, 1 - value) for value in found)
 
 
 def _held_out_rates(place: np.ndarray, labels: np.ndarray) -> np.ndarray:

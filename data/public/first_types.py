@@ -70,13 +70,10 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 def _kind_of(file: DataFile, is_named: bool) -> str:
     if file.name.lower().endswith(ENDINGS):
         return "parquet"
-    if kind := kind_of(file):
-        return kind
-    if not is_named:
-        return ""
-    return (
-        "parquet" if read_bytes(file, 0, len(MAGIC)) == MAGIC else "csv"
-    )  # a file that is named by itself, whatever it is called
+    kind = kind_of(file)
+    if not kind and is_named:  # by itself, whatever it is called
+        kind = "parquet" if read_bytes(file, 0, len(MAGIC)) == MAGIC else "csv"
+    return kind
 
 
 def types_of(sources: Sequence[Source], schema: Schema | None, given: Mapping[str, str], form: Form) -> pa.Schema:

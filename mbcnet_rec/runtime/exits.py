@@ -13,7 +13,7 @@
 import errno
 import os
 import signal
-from typing import Any, Self
+from typing import Self
 
 from data.whole_folder import NO_ROOM
 
@@ -74,9 +74,7 @@ def no_room(error: BaseException) -> str:
 class StopRequest:
     """A stop request, honoured at the next step boundary: one of SIGNALS arrived. The previous handlers are restored on exit. For the main thread."""
 
-    def __init__(self) -> None:
-        self.signal_name = ""  # of the first that came
-        self._former: dict[int, Any] = {}
+    signal_name = ""  # of the first that came
 
     @property
     def requested(self) -> bool:
@@ -87,8 +85,7 @@ class StopRequest:
         self.signal_name = self.signal_name or signal.Signals(number).name
 
     def __enter__(self) -> Self:
-        for number in SIGNALS:
-            self._former[number] = signal.signal(number, self._note)
+        self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_error: object) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data.errors import InputError
+from data.schema.parse import parse_dataclass
 from data.whole_folder import NO_ROOM
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.runtime.exits import CANNOT_WRITE
@@ -206,11 +207,9 @@ def _read(path: Path) -> tuple[str, Owner | None]:
     with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
         text = file.read(10_000)
     try:
-        owner = Owner(**json.loads(text))
-    except (ValueError, TypeError, RecursionError):
+        return text, parse_dataclass(Owner, json.loads(text), str(path))
+    except (ValueError, RecursionError):
         return text, None
-    kinds = [type(value) for value in asdict(owner).values()]
-    return text, owner if kinds == [str, str, int, float, str, str] and owner.pid > 0 else None
 
 
 def _beat(path: Path, me: Owner, ended: threading.Event) -> None:

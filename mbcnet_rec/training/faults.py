@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from data.engine import write_result
 from data.stream import Batch
 from mbcnet_rec.checkpoints.shards import write_tensors
 from mbcnet_rec.logs.metrics_log import finite_or_none
@@ -39,15 +40,9 @@ def dump_batch(folder: Path, step: int, rank: int, batch: Batch, loss: Tensor) -
         OSError: it cannot be written; nothing is left behind.
     """
     target = folder / FAULTS / f"step_{step}_rank_{rank}.safetensors"
-    draft = target.with_name(f".{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with draft.open("wb") as file:
-            write_tensors(batch_tensors(batch), file)
-        draft.replace(target)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    with write_result(target) as draft, draft.open("wb") as file:
+        write_tensors(batch_tensors(batch), file)
     weighted, numbers = batch.weighted_features, batch.dense_features
     about = {
         "step": step,

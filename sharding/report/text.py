@@ -20,7 +20,7 @@ ROWS_SHOWN = 40  # tables with a row of their own in the heat map, by time; the 
 
 
 def table_totals(assessment: Assessment) -> dict[str, tuple[Bytes, Times]]:
-    """Bytes of all shards, and seconds of the largest: table -> both, most seconds first."""
+    """Bytes of all shards, and seconds of the largest: table -> both, most bytes first."""
     totals = {}
     for name, costs in assessment.costs.items():
         slowest = max((cost.times for cost in costs), key=lambda times: times.total)
