@@ -7,7 +7,7 @@ them), so that serving encodes as training does.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from .crosses import Part, cross
 from .ids import Column, as_arrow, as_lists, decoded, integers, is_id, is_valid, list_offsets, read_ids
 from .keys import hash_values, make_vocabularies, read_vocabularies, remainder, splitmix64, unbounded_ids
 from .numbers import buckets_of, read_labels, read_numbers, read_weights, write_numbers, write_vectors
+from .plain import Plain
 
 T = TypeVar("T")
 Rows = pa.RecordBatch | Mapping[str, Column]
@@ -74,14 +75,6 @@ class Encoder:
             for name, table in schema.table_of.items()
         }
         self.id_dtype = np.result_type(np.int32, *(self.list_dtype[each.name] for each in self.single))
-        self.limits = self._limits()
-
-    def _limits(self) -> dict[int, int]:
-        """Place among the single-valued fields -> rows of its table, for fields whose values are rows themselves."""
-        plain = {
-            at: each for at, each in enumerate(self.single) if each.kind == "categorical" and each.encoding == "ids"
-        }
-        return {at: self.num_embeddings[feature.name] for at, feature in plain.items()}
 
     def of(self, schema: Schema) -> "Encoder":
         """The same for some of the fields, with the vocabularies that are already there."""
@@ -89,7 +82,6 @@ class Encoder:
         part.schema, part.dense_width = schema, sum(feature.dense_width for feature in schema.dense)
         part.single = [feature for feature in schema.sparse if feature.is_single]
         part.lists = [feature for feature in schema.sparse if not feature.is_single]
-        part.limits = part._limits()
         return part
 
     def _nulls(self, readers: Sequence["_Reader"]) -> Counter[str]:
@@ -102,15 +94,17 @@ class Encoder:
                 found[feature.name] = count
         return found
 
-    def encode(self, rows: Rows, place: Place) -> Columns:
-        """Check and encode rows; see `encode_all`."""
-        return self.encode_all([(rows, place)])
+    def encode(self, rows: Rows, place: Place, plain: Plain | None = None) -> Columns:
+        """Check and encode rows; see `encode_all`. `plain`: what is read of them already."""
+        return self.encode_all([(rows, place)], plain=plain)
 
     def encode_all(
         self,
         parts: Sequence[tuple[Rows, Place]],
         permutation: np.ndarray | None = None,
         allocate: Callable[..., np.ndarray] = np.empty,
+        *,
+        plain: Plain | None = None,
     ) -> Columns:
         """Check and encode the rows of several record batches.
 
@@ -118,6 +112,7 @@ class Encoder:
             parts: record batches and where they come from; none gives no rows.
             permutation: row i of the result is row permutation[i] of the parts in order.
             allocate: makes the matrix of single-valued ids, by shape and dtype.
+            plain: fields of the only part that are read already; nothing is permuted then.
 
         Raises:
             InputError: naming file, row group, row, field, the value, what was wanted and how to fix it.
@@ -127,12 +122,22 @@ class Encoder:
         for rows, place in parts:
             readers.append(_Reader(self, rows, total, place, repaired))
             total = readers[-1].rows.stop
+        done: Container[str] = ()
+        if plain is not None:  # what is left may have no column
+            done, total = plain.fields, plain.num_rows
+            readers[0].rows = slice(0, total)
 
         def in_new_order(array: np.ndarray) -> np.ndarray:
             return array if permutation is None else array.take(permutation, axis=0, mode="clip")
 
         def lists_of(features: Sequence[Feature]) -> Lists:
-            fields = [[reader.list(each) for reader in readers] or [_no_lists(each)] for each in features]
+            read = plain.lists if plain is not None else {}
+            fields = [
+                [read[each.name]]
+                if each.name in read
+                else [reader.list(each) for reader in readers] or [_no_lists(each)]
+                for each in features
+            ]
             return join_lists(fields, permutation, total, self.permute)
 
         single_ids = allocate((len(self.single), total), self.id_dtype)
@@ -141,23 +146,27 @@ class Encoder:
         labels = np.zeros((total, len(self.schema.tasks)) if self.schema.tasks else total, np.float32)
         groups = np.empty(total, np.int64) if self.has_labels and self.schema.group_column else None
         weights = np.empty(total, np.float32) if self.has_labels and self.schema.weight_column else None
-        done = readers[0].plain(single_ids) if len(readers) == 1 and permutation is None else {}
-        for index, feature in enumerate(self.single):
-            if index in done:
-                continue
+        if plain is not None:
+            single_ids[plain.single_places], dense[:, plain.dense_columns] = plain.single_ids, plain.dense
+            readers[0].absent = set(plain.absent)
+        for index in range(len(self.single)) if plain is None else plain.other_singles:
+            feature = self.single[index]
             out = single_ids[index] if permutation is None else in_order
             for reader in readers:
                 reader.single(feature, out[reader.rows])
             if permutation is not None:
                 in_order.take(permutation, out=single_ids[index], mode="clip")
         for reader in readers:
-            reader.dense(dense[reader.rows])
+            if plain is None or len(plain.dense_columns) < self.dense_width:
+                reader.dense(dense[reader.rows], done)
             if self.has_labels:
                 reader.targets(labels, groups, weights)
         absent = {name for reader in readers for name in reader.absent}
         return Columns(
             single_ids=single_ids,
-            absent=np.asarray([feature.name in absent for feature in self.single], bool),
+            absent=np.asarray(
+                [each.name in absent for each in self.single] if absent else [False] * len(self.single), bool
+            ),
             lists=lists_of(self.lists),
             weighted_lists=lists_of(self.schema.weighted),
             dense=in_new_order(dense),
@@ -192,7 +201,7 @@ class _Reader:
         self.columns: Mapping[str, Column] = (
             rows if isinstance(rows, Mapping) else dict(zip(rows.schema.names, rows.columns, strict=True))
         )
-        self.rows = slice(start, start + len(next(iter(self.columns.values()))))
+        self.rows = slice(start, start + len(next(iter(self.columns.values()), ())))
         self.absent: set[str] = set()  # fields in which an ABSENT was written
         self.hashes: dict[str, Part] = {}  # of fields that crosses combine
 
@@ -210,30 +219,18 @@ class _Reader:
             weights[self.rows] = read_weights(as_arrow(columns[schema.weight_column]), schema.weight_column, place)
 
     @_named
-    def dense(self, out: np.ndarray) -> None:
-        """Fill (n, D) with numbers and vectors; missing ones are left 0."""
-        start = 0
+    def dense(self, out: np.ndarray, done: Container[str]) -> None:
+        """Fill (n, D) with numbers and vectors, but for fields that are done; missing ones are left 0."""
+        stop = 0
         for feature in self.encoder.schema.dense:
-            column, stop = self.columns[feature.source_column], start + feature.dense_width
+            start, stop = stop, stop + feature.dense_width
+            if feature.name in done:
+                continue
+            column = self.columns[feature.source_column]
             if feature.kind == "vector":
                 write_vectors(column, feature, self.place, self.repaired, out[:, start:stop])
             else:
                 write_numbers(column, feature, self.place, self.repaired, out[:, start], self.encoder.schema.transforms)
-            start = stop
-
-    def plain(self, out: np.ndarray) -> Mapping[int, np.ndarray]:
-        """Write the fields whose columns are NumPy's integers at once: a small request spends its time between fields, not in them.
-
-        Where one value is not a row of its table, none is written: field by field, the value is named or repaired.
-        """
-        fields, own = self.encoder.single, self.columns
-        columns = {at: own[fields[at].source_column] for at in self.encoder.limits}
-        columns = {at: column for at, column in columns.items() if isinstance(column, np.ndarray)}
-        ids, limits = np.asarray([*columns.values()]), [self.encoder.limits[at] for at in columns]
-        if ids.dtype != np.int64 or not ids.size or ids.min() < 0 or (ids.max(axis=1) >= limits).any():
-            return {}
-        out[[*columns]] = ids
-        return columns
 
     @_named
     def single(self, feature: Feature, out: np.ndarray) -> None:

@@ -27,10 +27,7 @@ def write_numbers(
     """Write the transformed numbers of a field, (n,); 0 where they are missing. `others`: the schema's transforms."""
     numbers, valid = read_numbers(column, feature, place, repaired)
     if feature.transform == "log1p":
-        # log(1 + x) in float64 differs from log1p(x) by less than 2^-52, and is vectorised
-        negative = numbers.size > 0 and numbers.min() < 0
-        logs = np.log(np.add(1.0, np.abs(numbers) if negative else numbers, dtype=np.float64))
-        numbers = np.copysign(logs, numbers) if negative else logs
+        numbers = signed_log(numbers)
     elif feature.transform == "standardise":
         numbers = (_wide_enough(numbers, feature) - float(feature.mean)) / float(feature.std)
     elif (transform := transform_of(others, feature)) is not None:
@@ -47,6 +44,13 @@ def write_numbers(
             raise place.fault(f"field {feature.name!r}", numbers, bad, wanted, None)
         numbers = made
     out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
+
+
+def signed_log(numbers: np.ndarray) -> np.ndarray:
+    """log(1 + |x|) with the sign of x. In float64 it differs from log1p by less than 2^-52, and is vectorised."""
+    negative = numbers.size > 0 and numbers.min() < 0
+    logs = np.log(np.add(1.0, np.abs(numbers) if negative else numbers, dtype=np.float64))
+    return np.copysign(logs, numbers) if negative else logs
 
 
 def write_vectors(column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray) -> None:
@@ -74,7 +78,7 @@ def read_numbers(
     `offsets`: of the lists that hold the numbers.
     """
     numbers, valid = (column, None) if isinstance(column, np.ndarray) else _as_numpy(column)
-    low, high = _limits(feature)
+    low, high = limits_of(feature)
     if numbers.dtype.kind in "iu":
         # as float32, integers beyond 2^24 would lose digits before the transform
         numbers = numbers.astype(np.float64)
@@ -112,7 +116,7 @@ def _as_numpy(column: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
     return column.to_numpy(zero_copy_only=False), valid
 
 
-def _limits(feature: Feature) -> tuple[float, float]:
+def limits_of(feature: Feature) -> tuple[float, float]:
     """The least and the largest number of a field that are finite in float32 after the transform; buckets are found in float64."""
     if feature.transform == "identity":
         return -LARGEST, LARGEST

@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from safetensors.torch import save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 import data
@@ -44,10 +44,10 @@ from mbcnet_rec.model.input_layout import wide_table
 from mbcnet_rec.model.models import build_arch, model_layout, schema_with_wide, tasks_of
 from mbcnet_rec.model.sequences import SequencePooling
 from mbcnet_rec.model.sparse_arch import FeatureRegroup, wide_key
-from mbcnet_rec.runtime.process import quiet_libraries
 from mbcnet_rec.scoring.trained_run import TrainedRun
 from mbcnet_rec.serving import loader as serving
 from mbcnet_rec.serving import preprocess
+from mbcnet_rec.serving.dense_graph import graph_spec, trace
 from sharding.bridge.collections import ids_name, rows_name
 from sharding.bridge.zch import FREE
 
@@ -71,7 +71,7 @@ ENCODER_FILES = (
     ),
     *(
         f"reading/{name}.py"
-        for name in ("__init__", "column_types", "columns", "crosses", "encode", "ids", "keys", "numbers")
+        for name in ("__init__", "column_types", "columns", "crosses", "encode", "ids", "keys", "numbers", "plain")
     ),
 )
 DATA = Path(data.__file__).parent
@@ -153,12 +153,14 @@ def take_apart(
     Without branches all of an MBCnet's serve. Vocabularies, file name -> values in row order, are read from the schema's folder if not given.
     """
     chosen = check_branches(weights.config, branches)
-    tables, lookups = pool_tables(weights.tables, lengths_of(weights.schema.features))
-    program = trace(FusedPath(weights, chosen, tables, lookups))
+    tables, lookups = pool_tables(weights.tables, weights.schema)
+    path = FusedPath(weights, chosen, tables, lookups)
+    program = trace(path, path.width)
     graph, dense = graph_spec(program)
     branch_graph = None
     if chosen:
-        branch_graph, own = graph_spec(trace(FusedPath(weights, chosen, tables, lookups, each=True)))
+        path = FusedPath(weights, chosen, tables, lookups, each=True)
+        branch_graph, own = graph_spec(trace(path, path.width))
         dense |= own
     if vocabularies is None:
         vocabularies = read_vocabularies(weights.schema)
@@ -234,14 +236,17 @@ Tables = dict[str, list[Table]]  # by pooling
 Lookups = dict[str, list[tuple[str, int]]]  # pooling -> (field, index of its table)
 
 
-def pool_tables(tables: Sequence[Table], lengths: Mapping[str, int]) -> tuple[Tables, Lookups]:
+def pool_tables(tables: Sequence[Table], schema: Schema) -> tuple[Tables, Lookups]:
     """Sort tables by pooling, which FBGEMM fixes for a whole group of them: those that sequences read stand last.
 
-    `lengths`: of each field of a sequence, which has a lookup for each position.
+    Inside a group tables of lists stand behind others, so that the lookups of one id a row are joined at once. A field of a sequence
+    has a lookup for each position.
     """
     pooled: Tables = {}
     lookups: Lookups = {}
-    for table in sorted(tables, key=lambda table: table.positions > 0):
+    lengths = lengths_of(schema.features)
+    lists = {each.name for each in schema.features if not each.is_single}
+    for table in sorted(tables, key=lambda table: (table.positions > 0, not lists.isdisjoint(table.feature_names))):
         pooling = "sequence" if table.positions else "weighted" if table.weighted else table.pooling
         group, own = pooled.setdefault(pooling, []), lookups.setdefault(pooling, [])
         for field in table.feature_names:
@@ -295,9 +300,6 @@ def _compile_dense(program: torch.export.ExportedProgram, path: Path) -> str:
     return ""
 
 
-TRACED_ROWS = 7  # of the example that torch.export looks at; any number that no width equals
-
-
 class FusedPath(nn.Module):
     """Pooling of sequences -> regroup -> the chosen branches -> shared top -> fusion -> the fused logit (Eq. 15).
 
@@ -344,61 +346,3 @@ class FusedPath(nn.Module):
             own = self.arch(features)
             found = torch.stack([own.fused_logits, *own.branch_logits], dim=1) if self._each else own.fused_logits
         return found.transpose(1, 2).flatten(1) if found.dim() > 2 else found
-
-
-def trace(path: FusedPath) -> torch.export.ExportedProgram:
-    """Record the path's calls for any number of rows."""
-    example = torch.zeros(TRACED_ROWS, path.width)
-    rows = torch.export.Dim("rows", min=1)
-    with quiet_libraries(), torch.no_grad():
-        return torch.export.export(path, (example,), dynamic_shapes=({0: rows},))
-
-
-def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Write an exported program as `serving.build_graph` reads it, with the weights that its output depends on."""
-    signature = program.graph_signature
-    names = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
-    names |= signature.inputs_to_lifted_tensor_constants
-    nodes = list(program.graph.nodes)
-    output = next(node for node in nodes if node.op == "output").args[0][0]  # type: ignore[index]
-    needed = {output}
-    for node in reversed(nodes):  # which stand behind what they depend on
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    calls = [
-        {"name": node.name, "call": _call_name(node), "args": _plain(node.args), "kwargs": _plain(dict(node.kwargs))}
-        for node in nodes
-        if node.op == "call_function" and node in needed
-    ]
-    tensors = {**program.state_dict, **program.constants}
-    used = {node.name: names[node.name] for node in nodes if node.name in names and node in needed}
-    spec = {"input": next(iter(signature.user_inputs)), "output": output.name, "weights": used, "calls": calls}
-    return spec, {name: tensors[name].detach() for name in used.values()}  # type: ignore[union-attr]
-
-
-def _call_name(node: fx.Node) -> str:
-    """The name by which the loader finds a call; it would refuse others, so they are not written."""
-    name = str(node.target) if isinstance(node.target, serving.OVERLOAD) else node.target.__name__  # type: ignore[union-attr]
-    try:
-        serving.resolve(name)
-    except ValueError:
-        raise InputError(
-            f"the model calls {name}, which an artifact does not hold: it wants ATen operators; rewrite that call"
-        ) from None
-    return name
-
-
-def _plain(value: Any) -> Any:
-    """JSON of an argument: nodes and dtypes as one-entry dicts."""
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (torch.dtype, torch.layout)):
-        return {"torch": str(value).partition(".")[2]}
-    if isinstance(value, torch.device):
-        return str(value)
-    assert value is None or isinstance(value, (bool, int, float, str)), value
-    return value

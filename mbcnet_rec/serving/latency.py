@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ class Contest(NamedTuple):
     threads: tuple[int, ...] = (1, 2, 4)  # of torch
     seconds: float = 5.0  # for each pair of rows and threads, all models together
     calls: int = 100  # of each model at least, for each such pair
+    clock: Callable[[], float] = time.perf_counter
 
 
 class Timing(NamedTuple):
@@ -208,21 +209,21 @@ def _take_turns(models: Models, requests: Requests, contest: Contest) -> dict[st
     call = 0
     while call < contest.calls or time.perf_counter() < end:
         for name, model in turns:
-            found[name].append(_time_call(model, requests[call % len(requests)]))
+            found[name].append(_time_call(model, requests[call % len(requests)], contest.clock))
         turns.append(turns.pop(0))  # who follows whom must not decide
         call += 1
     return {name: np.asarray(times) for name, times in found.items()}
 
 
 @torch.inference_mode()
-def _time_call(model: serving.ServingModel, request: Mapping[str, Any]) -> list[float]:
-    start = time.perf_counter()
+def _time_call(model: serving.ServingModel, request: Mapping[str, Any], clock: Callable[[], float]) -> list[float]:
+    start = clock()
     inputs = model.preprocess(request)
-    prepared = time.perf_counter()
+    prepared = clock()
     pooled = model.embed(inputs)
-    embedded = time.perf_counter()
+    embedded = clock()
     torch.sigmoid(model.graph(pooled)).numpy()
-    return [prepared - start, embedded - prepared, time.perf_counter() - embedded]
+    return [prepared - start, embedded - prepared, clock() - embedded]
 
 
 def latency_lines(folders: Sequence[str], timings: Sequence[Timing]) -> list[str]:

@@ -23,6 +23,7 @@ if __name__ == "mbcnet_rec.serving.preprocess":
     from data.reading.columns import Columns, Lists, Place, offsets_of
     from data.reading.encode import Encoder
     from data.reading.ids import integers_of
+    from data.reading.plain import Plain, PlainRows
     from data.schema import Schema, Table, load_schema
 else:  # in an artifact, which carries these files
     from .data.errors import InputError, first_line  # type: ignore[import-not-found]
@@ -30,6 +31,7 @@ else:  # in an artifact, which carries these files
     from .data.reading.columns import Columns, Lists, Place, offsets_of  # type: ignore[import-not-found]
     from .data.reading.encode import Encoder  # type: ignore[import-not-found]
     from .data.reading.ids import integers_of  # type: ignore[import-not-found]
+    from .data.reading.plain import Plain, PlainRows  # type: ignore[import-not-found]
     from .data.schema import Schema, Table, load_schema  # type: ignore[import-not-found]
 
 __all__ = ["REQUEST", "ZCH", "Inputs", "Preprocessor", "Rows", "Schema", "load_schema"]
@@ -66,11 +68,9 @@ class Preprocessor:
     ) -> None:
         self.schema, self.columns = schema, schema.field_columns
         self.encoder = encoder or Encoder(schema, vocabularies=vocabularies, has_labels=False)
-        # each field, and how often it stands there: a sequence has a lookup for each position
-        self.lookups = {
-            pooling: [(field, len(list(own))) for field, own in groupby(field for field, _ in pairs)]
-            for pooling, pairs in lookups.items()
-        }
+        self.plain = PlainRows(schema, self.encoder.num_embeddings)
+        rest = tuple(each for each in schema.features if each.name not in self.plain.fields)
+        self.rest = dataclasses.replace(schema, features=rest)
         self.sequences = [each.name for each in schema.features if each.is_sequence and not each.beside]
         self.arguments = lookups, vocabularies, id_rows
         singles = [feature for feature in schema.sparse if feature.is_single]
@@ -92,6 +92,19 @@ class Preprocessor:
                 if len(rows) and not 0 <= rows.min() <= rows.max() < table.num_embeddings:
                     raise ValueError(f"field {name!r}: an id has a row that its table lacks; copy the artifact again")
                 self.id_rows[name] = table, ids, rows
+        self.runs = {pooling: self._runs([field for field, _ in pairs]) for pooling, pairs in lookups.items()}
+
+    def _runs(self, fields: Sequence[str]) -> list[tuple[str, int, list[int], str]]:
+        """Lookups that are joined at once: kind, empty of another part's fields, lookups, places in Columns, and the first field.
+
+        Fields of one id share a run; a list has its own, and in it a lookup for each position if it is a sequence.
+        """
+        kinds = {field: self.places.get(field, ("", 0))[0] for field in fields}
+        keys = [field if kinds[field] != "single" or field in self.id_rows else "single" for field in fields]
+        runs = [[fields[at] for at in run] for _, run in groupby(range(len(fields)), key=keys.__getitem__)]
+        return [
+            (kinds[run[0]], len(run), [self.places[field][1] for field in run if kinds[field]], run[0]) for run in runs
+        ]
 
     def spans(self, columns: frozenset[str]) -> bool:
         """Whether a cross combines fields of these columns with others, so that rows of either alone do not tell it."""
@@ -140,40 +153,36 @@ class Preprocessor:
 
     def encode(self, rows: Rows, place: str = REQUEST, first_row: int = 0) -> Columns:
         """Check and encode rows."""
-        return self.encoder.encode(self._arrays(rows), Place(place, None, first_row))
+        plain = self.plain.read(rows) if isinstance(rows, Mapping) else None
+        return self.encoder.encode(self._arrays(rows, plain), Place(place, None, first_row), plain)
 
     def inputs(self, columns: Columns) -> Inputs:
         """Join encoded rows as the tables want them, each pooling's lookups one after the other."""
         joined = {}
-        for pooling, fields in self.lookups.items():
-            ids, weights = [], []
-            total, place = sum(count for _, count in fields), 0
+        both = {"list": columns.lists, "weighted": columns.weighted_lists}
+        counts = {kind: lists.offsets[:, 1:] - lists.offsets[:, :-1] for kind, lists in both.items()}
+        for pooling, runs in self.runs.items():
+            ids, weights, stop = [], [], 0
+            total = sum(count for _, count, _, _ in runs)
             offsets = np.zeros(total * columns.num_rows + 1, np.int64)
             lengths = offsets[1:].reshape(total, columns.num_rows)
-            for field, count in fields:
-                own_lengths, place = lengths[place], place + count
-                if field not in self.places:  # of another part
-                    continue
-                kind, index = self.places[field]
-                if pooling == "sequence" and kind == "list":
-                    starts, there = self._positions(columns.lists, index, count)
-                    lengths[place - count : place] = there
-                    ids.append(columns.lists.values[index][starts[there]])
-                    continue
+            for kind, count, places, field in runs:
+                own, stop = lengths[stop : stop + count], stop + count
                 if kind == "single":
-                    found = columns.single_ids[index]
-                    if columns.absent[index]:
-                        own_lengths[:] = found >= 0
-                        found = found[found >= 0]
-                    else:
-                        own_lengths[:] = 1
+                    found = columns.single_ids[places]
+                    np.greater_equal(found, 0, out=own, casting="unsafe")
+                    found = found[found >= 0]
+                elif kind:
+                    lists = both[kind]
+                    found, own[:] = lists.values[places[0]], counts[kind][places[0]]
+                    if pooling == "sequence":
+                        starts, there = self._positions(lists, places[0], count)
+                        own[:], found = there, found[starts[there]]
+                    elif lists.weights:
+                        weights.append(lists.weights[places[0]])
                 else:
-                    lists = columns.lists if kind == "list" else columns.weighted_lists
-                    found = lists.values[index]
-                    own_lengths[:] = np.diff(lists.offsets[index])
-                    if lists.weights:
-                        weights.append(lists.weights[index])
-                ids.append(self._given_rows(field, found) if field in self.id_rows else found)
+                    continue
+                ids.append(self._given_rows(field, found) if field in self.id_rows and pooling != "sequence" else found)
             np.cumsum(offsets, out=offsets)
             joined[pooling] = (
                 torch.from_numpy(np.concatenate([NONE, *ids], dtype=np.int64)),
@@ -215,17 +224,19 @@ class Preprocessor:
         places = np.minimum(np.searchsorted(ids, hashed), len(ids) - 1)
         return ids[places] != hashed if len(ids) else np.ones(len(hashed), bool)
 
-    def _arrays(self, rows: Rows) -> dict[str, Any]:
-        """The columns that fields read, each as one array: Arrow's, or NumPy's of plain numbers."""
-        arrays = {name: self._array(name, column) for name, column in self._columns_of(rows).items()}
+    def _arrays(self, rows: Rows, plain: Plain | None) -> dict[str, Any]:
+        """The columns that fields read, but for plain ones, each as one array: Arrow's, or NumPy's of plain numbers."""
+        schema = self.schema if plain is None else self.rest
+        found = self._columns_of(rows, schema.field_columns)
+        arrays = {name: self._array(name, column) for name, column in found.items()}
         types = {
             name: NUMBERS[array.dtype] if isinstance(array, np.ndarray) else array.type
             for name, array in arrays.items()
         }
         if types != self.checked:
-            check_columns(pa.schema(list(types.items())), self.schema, REQUEST, has_label=False)
+            check_columns(pa.schema(list(types.items())), schema, REQUEST, has_label=False)
             self.checked = types
-        num_rows = len(next(iter(arrays.values()), ()))
+        num_rows = len(next(iter(arrays.values()), ())) if plain is None else plain.num_rows
         wrong = [name for name, array in arrays.items() if len(array) != num_rows]
         if wrong:
             raise InputError(
@@ -234,13 +245,13 @@ class Preprocessor:
             )
         return arrays
 
-    def _columns_of(self, rows: Rows) -> dict[str, Any]:
-        """Column name -> what the caller gave, for the columns that fields read."""
+    def _columns_of(self, rows: Rows, wanted: Sequence[str]) -> dict[str, Any]:
+        """Column name -> what the caller gave, for the columns that are wanted."""
         if not isinstance(rows, Mapping):
             is_frame = hasattr(rows, "columns") and not isinstance(rows, (pa.Table, pa.RecordBatch))
             try:
                 if is_frame:  # of pandas or Polars; other columns may hold what Arrow does not take
-                    return {name: rows[name] for name in self.columns if name in set(rows.columns)}
+                    return {name: rows[name] for name in wanted if name in set(rows.columns)}
                 table = rows if isinstance(rows, (pa.Table, pa.RecordBatch)) else pa.table(rows)
             except (TypeError, ValueError, KeyError, pa.ArrowException) as error:
                 raise InputError(
@@ -251,7 +262,7 @@ class Preprocessor:
             if len(set(names)) < len(names):
                 check_columns(table.schema, self.schema, REQUEST, has_label=False)
             rows = dict(zip(names, table.columns, strict=True))
-        return {name: rows[name] for name in self.columns if name in rows}
+        return {name: rows[name] for name in wanted if name in rows}
 
     def _array(self, name: str, column: Any) -> pa.Array | np.ndarray:
         feature = self.field_of[name]
