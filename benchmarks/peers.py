@@ -228,7 +228,9 @@ def beside_fuxictr(sides: Mapping[str, Answering], args: Any, folder: Path) -> d
                 "ours_without_cpu_fast_path": our_task(model, size, place, adam, cpu_fast_path=False),
                 "ours_as_shipped": our_task(model, size, place, {}),
             }
-            if bf16_in_hardware():
+            if args.pairs:
+                tasks = {"ours": tasks["ours"]}
+            elif bf16_in_hardware():
                 tasks["ours_bf16"] = our_task(model, size, place, adam, autocast="bf16")
             cases = {case: (sides["ours"], task) for case, task in tasks.items()}
             if "fuxictr" in sides:
@@ -259,6 +261,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=("fuxictr", "dlrm"), default=["fuxictr", "dlrm"])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rounds", type=int, help="default 3, quick 1")
+    parser.add_argument("--pairs", action="store_true", help="ours and the peer alone, without our other settings")
     words = "processes of its loader (default: its own)"
     parser.add_argument("--peer-workers", type=int, default=1, help=words)
     parser.add_argument("--dlrm-source", metavar="FOLDER", help="checkout of facebookresearch/dlrm")

@@ -1,12 +1,15 @@
 """The low-rank mixture agrees with TorchRec's; a CPU's own layers with torch's; field vectors and layouts with what they say. Formulas: test_model_baselines."""
 
+import copy
+
 import pytest
 import torch
 from torchrec.modules.crossnet import LowRankMixtureCrossNet
 
 from data.errors import InputError
 from data.schema import Table
-from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout
+from mbcnet_rec.cpu import layers
+from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout, use_fast_layers
 from mbcnet_rec.model.factorisation import FieldVectors
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
 from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, GroupedMLP, Regularisation
@@ -48,6 +51,7 @@ def one_dnn_products(call):
 @pytest.mark.parametrize(("wide", "narrow", "view"), [(300, 256, False), (257, 301, True), (1000, 70, False)])
 def test_linear_by_one_dnn_is_a_linear(wide, narrow, view, capability, monkeypatch):
     """Also where the gradient of weights of aligned rows is left to MKL."""
+    monkeypatch.setattr(layers, "INTEL", False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     ours, plain = Linear(wide, narrow), torch.nn.Linear(wide, narrow).double()
     plain.load_state_dict(ours.state_dict())
@@ -67,8 +71,12 @@ def test_linear_by_one_dnn_is_a_linear(wide, narrow, view, capability, monkeypat
         assert a.grad.is_contiguous()
 
 
-def test_linear_leaves_the_rest_to_torch():
+def test_linear_leaves_the_rest_to_torch(monkeypatch):
     x = torch.randn(5, 300)
+    monkeypatch.setattr(layers, "INTEL", True)
+    assert one_dnn_products(lambda: Linear(300, 256)(x).sum().backward()) == 0
+    monkeypatch.setattr(layers, "INTEL", False)
+    assert one_dnn_products(lambda: Linear(300, 256)(x)) == 1
 
     def rest():
         Linear(30, 20)(x[:, :30])  # small
@@ -81,6 +89,24 @@ def test_linear_leaves_the_rest_to_torch():
         assert "mkldnn" not in str(torch.export.export(Linear(300, 256), (x,)).graph)
 
     assert one_dnn_products(rest) == 0
+
+
+@pytest.mark.parametrize("kind", ["low_rank_mixture", "full_rank"])
+def test_fast_cross_is_a_cross(kind):
+    """Values and the gradients of input and parameters; the first layer's input is x_0 itself."""
+    plain = Cross(CrossConfig(kind, 3, 2, 4), 9).double()
+    fast = copy.deepcopy(plain)
+    use_fast_layers(fast)
+    x = torch.randn(5, 9).double()
+    inputs, weight = [x.clone().requires_grad_() for _ in range(2)], torch.randn(5, 9).double()
+    outputs = [network(own) for network, own in zip((plain, fast), inputs, strict=True)]
+    assert type(fast) is not Cross and "Cross" in type(outputs[1].grad_fn).__name__
+    for output in outputs:
+        (output * weight).sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*(own.grad for own in inputs), rtol=1e-12, atol=1e-12)
+    for first, second in zip(plain.parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(first.grad, second.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_mlp_regularisation():

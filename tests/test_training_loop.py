@@ -124,6 +124,8 @@ def test_the_fast_path_of_a_cpu_takes_the_same_steps(config, tmp_path, name, mon
     """With `train.cpu_fast_path` off, TorchRec's own pipeline, lookups, Adam and torch's layers come to the same numbers."""
     monkeypatch.setattr(layers, "ONE_DNN_FROM", 1)  # small layers too
     settings = ["model.dnn.dropout=0", "train.autocast=none", "train.epochs=4", "train.max_steps=30"]
+    # early predictions lie near the base rate, where rounding alone makes a branch strong or weak
+    settings.append("model.mbcnet.coteaching.threshold=0.5")
     outputs = []
     for fast in ("true", "false"):
         mine = [each.partition("=")[0] for each in settings]  # dropout draws other masks

@@ -14,7 +14,8 @@ from torch import nn
 from torchrec.distributed.model_parallel import DataParallelWrapper
 
 from data.stream import Batch
-from mbcnet_rec.cpu.layers import use_fast_layers
+from mbcnet_rec.cpu.layers import INTEL, use_fast_layers
+from mbcnet_rec.cpu.rowwise_adagrad import use_compiled_update
 from mbcnet_rec.cpu.whole_adam import WholeAdam
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.training.optim import fused_adam
@@ -45,9 +46,11 @@ class FastPath:
             keep_freed_memory()
 
     def shorten(self, sharded: nn.Module) -> None:
-        """Change how a sharded model looks rows up."""
+        """Change how a sharded model looks rows up and updates them."""
         if self._alone:
             shorten_lookups(sharded)
+        if self.on and INTEL:
+            use_compiled_update(sharded)
 
     @property
     def data_parallel_wrapper(self) -> DataParallelWrapper | None:
