@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.metrics import Histogram, auc_of_counts, evaluate_predictions, exact_metrics, score_counts
-from mbcnet_rec.scoring.ranking import group_estimates, group_sums
+from mbcnet_rec.scoring.ranking import group_metrics
 
 ALONE = Process(0, 1, 0, 1, torch.device("cpu"))
 NAMES, BRANCHES = ("auc", "log_loss", "ne", "calibration"), ("", "/efgc", "/cross", "/deep")
@@ -88,7 +88,7 @@ def test_exact_auc_and_gauc_are_scikit_learns():
     own = [groups == group for group in range(20) if 0 < labels[groups == group].mean() < 1]
     values = [roc_auc_score(labels[chosen], logits[chosen]) for chosen in own]
     sizes = [chosen.sum() for chosen in own]
-    gauc = group_estimates(group_sums(logits, labels, groups, ()))["gauc"]
+    gauc = group_metrics(logits, labels, groups, ())["gauc"]
     assert gauc.value == pytest.approx(np.average(values, weights=sizes), abs=1e-12)
     three = np.stack([logits, -logits, logits.round()], axis=1)
     exact = exact_metrics(three, labels, ("efgc", "deep"))

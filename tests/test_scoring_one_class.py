@@ -12,7 +12,7 @@ from tiny_run import lines_of, make_run, train
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, best_step
 from mbcnet_rec.report.run_report import write_run_report
 from mbcnet_rec.scoring.metrics import Histogram, auc, exact_metrics, reliability
-from mbcnet_rec.scoring.ranking import group_estimates, group_sums
+from mbcnet_rec.scoring.ranking import group_metrics
 
 EARLY = ["train.eval_every=5", "train.patience=1", "train.schedule=plateau", "train.keep_best=2"]
 
@@ -148,7 +148,7 @@ def test_rows_that_cannot_be_scored_have_no_metrics(logit):
         assert reliability(logits[:, 0], labels) == histogram.reliability() == []
         for metrics in (
             exact_metrics(logits, labels, ()), histogram.metrics(()),
-            group_estimates(group_sums(logits[:, 0], labels, groups, (2,))),
+            group_metrics(logits[:, 0], labels, groups, (2,)),
         ):  # fmt: skip
             assert all(np.isnan(each.value) and np.isnan(each.error) for each in metrics.values())
 

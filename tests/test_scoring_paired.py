@@ -8,7 +8,7 @@ from scipy.stats import t, ttest_1samp, ttest_rel
 
 from mbcnet_rec.scoring.metrics import auc, exact_metrics
 from mbcnet_rec.scoring.paired import expected_clicks, holm, paired_differences
-from mbcnet_rec.scoring.ranking import group_estimates, group_sums, ranking_values
+from mbcnet_rec.scoring.ranking import group_metrics, ranking_values
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_values_are_those_of_evaluate(rows):
     found = paired_differences(ours, theirs, labels, groups)
     for name in ("auc", "log_loss", "calibration"):
         assert found[name].value == pytest.approx(exact[name].value - exact[f"{name}/x"].value, abs=1e-12)
-    own, other = (group_estimates(group_sums(z, labels, groups, ()))["gauc"].value for z in (ours, theirs))
+    own, other = (group_metrics(z, labels, groups, ())["gauc"].value for z in (ours, theirs))
     assert found["gauc"].value == pytest.approx(own - other, abs=1e-12)
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from mbcnet_rec.runtime.process import Process
-from mbcnet_rec.scoring.ranking import group_estimates, group_sums, names_of, ranking_values, title_of
+from mbcnet_rec.scoring.ranking import group_metrics, names_of, ranking_values, title_of
 from mbcnet_rec.scoring.tally import Tally
 
 KS = (1, 2, 3, 10)
 
 
 def ranking_metrics(logits, labels, groups, ks):
-    found = group_estimates(group_sums(logits, labels, groups, ks))
+    found = group_metrics(logits, labels, groups, ks)
     return {name: found[name] for name in names_of(ks)}
 
 

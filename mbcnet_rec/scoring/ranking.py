@@ -74,6 +74,18 @@ def title_of(name: str) -> str:
     return TITLES[metric] + at + k + (f" of {task}" if task else "") if metric in TITLES else ""
 
 
+def group_metrics(
+    logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray, ks: Sequence[int]
+) -> dict[str, Estimate]:
+    """Gauc and each metric of `names_of` of rows in memory (B,); NaN if no group counts, or rows cannot be scored."""
+    value, influences = gauc_influence(logits, labels, group_ids)
+    found = {"gauc": Estimate(value, float(np.sqrt((influences**2).sum())) if len(influences) > 1 else math.nan)}
+    for name, values in ranking_values(logits, labels, group_ids, ks).items():
+        error = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else math.nan
+        found[name] = Estimate(float(values.mean()), error) if len(values) else NOT_KNOWN
+    return found
+
+
 def group_sums(
     logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray, ks: Sequence[int]
 ) -> dict[str, np.ndarray]:
@@ -95,7 +107,7 @@ def _sums(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def group_estimates(sums: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
-    """Means over groups and their errors; NaN where no group counts.
+    """The same of sums: means over groups and their errors.
 
     error^2 = sum over groups of (w / sum w)^2 (v - mean)^2; for means of equal weight times G / (G - 1), as of a standard deviation
     """

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mbcnet_rec.runtime.process import Process, gather_rows
 from mbcnet_rec.scoring.metrics import Estimate, Histogram, exact_metrics, reliability
-from mbcnet_rec.scoring.ranking import group_estimates, group_sums
+from mbcnet_rec.scoring.ranking import group_estimates, group_metrics, group_sums
 from mbcnet_rec.scoring.tasks import by_task, joined
 
 EXACT_ROWS = 10_000_000  # 4 outputs: 280 MB of logits, labels and groups on rank 0
@@ -168,7 +168,7 @@ class Tally:
             metrics = exact_metrics(rows.logits[chosen], labels, self.branches, errors=errors)
             if rows.group_ids is not None:
                 fused, groups = rows.logits[chosen, 0], rows.group_ids[chosen]
-                metrics |= group_estimates(group_sums(fused, labels, groups, self.ranking_k))
+                metrics |= group_metrics(fused, labels, groups, self.ranking_k)
             return Scores(len(labels), int((labels > 0).sum()), metrics)
 
         slices = {
