@@ -41,6 +41,7 @@ USED = [  # file, what owns the name, the name
     ("launch/agent.py", AGENT, "_pcontext"),
     ("mbcnet_rec/cpu/layers.py", torch.ops.mkldnn, "_linear_pointwise"),
     ("mbcnet_rec/cpu/layers.py", torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
+    ("mbcnet_rec/cpu/layers.py", torch.cpu, "_is_amx_tile_supported"),
     *(
         ("sharding/bridge/one_process.py", EBC, name)
         for name in (

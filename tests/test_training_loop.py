@@ -193,7 +193,7 @@ def test_a_run_whose_report_fails_is_done_all_the_same(config, tmp_path, capfd, 
 @pytest.mark.parametrize(
     ("autocast", "device", "has_bf16", "told"),
     [
-        ("bf16", "cpu", False, "has no bf16 products"), ("bf16", "cpu", True, ""), ("bf16", "cuda", False, ""),
+        ("bf16", "cpu", False, "has no fast bf16 products"), ("bf16", "cpu", True, ""), ("bf16", "cuda", False, ""),
         ("none", "cuda", False, "without tensor cores"), ("none", "cpu", False, ""),
     ],
 )  # fmt: skip
