@@ -74,7 +74,7 @@ def test_the_same_as_field_by_field():
     ("column", "values"),
     [
         ("item", [10, 0, 0]), ("item", [-1, 0, 0]), ("item", [True, 0, 0]), ("item", [2**70, 0, 0]), ("item", [1.0, 0, 0]),
-        ("item", ["1", 0, 0]), ("item", [1, 2]), ("item", np.arange(3)), ("item", "123"), ("item", [[1], [2], [3]]),
+        ("item", ["1", 0, 0]), ("item", [1, 2]), ("item", np.zeros(3, np.float32)), ("item", "123"), ("item", [[1], [2], [3]]),
         ("price", [float("nan"), 1, None]), ("raw", [1e39, 0, 0]), ("age", [float("inf"), 0, 0]), ("raw", [10**400, 0, 0]),
         ("score", [False, 0, 0]), ("tags", [[10], [], []]), ("tags", [[None], [], []]), ("tags", [1, [], []]),
         ("likes_by", [[0.1, 2], None, [1, 2]]), ("likes_by", [[float("nan")], None, [1, 2]]),
@@ -83,7 +83,7 @@ def test_the_same_as_field_by_field():
 )  # fmt: skip
 def test_what_is_not_plain_is_left_alone(column, values):
     reader = PlainRows(SCHEMA, {name: table.num_embeddings for name, table in SCHEMA.table_of.items()})
-    assert reader.read(ROWS) is not None
+    assert reader.read(ROWS) is not None and reader.read(ROWS | {"user": np.arange(3)}) is not None
     assert reader.read(ROWS | {column: values}) is None
     assert reader.read({name: each for name, each in ROWS.items() if name != column}) is None
     assert reader.read({name: [] for name in ROWS}) is None

@@ -19,13 +19,13 @@ from ..schema import MISSING_ROW, Feature, Schema
 from ..schema.sequences import lengths_of
 from .columns import ABSENT, Columns, Lists, Permute, Place, Ragged, join_lists, offsets_of
 from .crosses import Part, cross
-from .ids import Column, as_arrow, as_lists, decoded, integers, is_id, is_valid, list_offsets, read_ids
+from .ids import as_lists, decoded, integers, is_id, is_valid, list_offsets, read_ids
 from .keys import hash_values, make_vocabularies, read_vocabularies, remainder, splitmix64, unbounded_ids
 from .numbers import buckets_of, read_labels, read_numbers, read_weights, write_numbers, write_vectors
 from .plain import Plain
 
 T = TypeVar("T")
-Rows = pa.RecordBatch | Mapping[str, Column]
+Rows = pa.RecordBatch | Mapping[str, pa.Array]
 # for each integer type: its unsigned twin, and the largest value that is the same in both
 UNSIGNED = {
     dtype.char: (np.dtype(f"u{dtype.itemsize}"), int(np.iinfo(dtype).max))
@@ -90,7 +90,7 @@ class Encoder:
             if feature.is_cross:
                 continue
             columns = (reader.columns[feature.source_column] for reader in readers)
-            if count := sum(column.null_count for column in columns if isinstance(column, pa.Array)):
+            if count := sum(column.null_count for column in columns):
                 found[feature.name] = count
         return found
 
@@ -198,7 +198,7 @@ class _Reader:
 
     def __init__(self, encoder: Encoder, rows: Rows, start: int, place: Place, repaired: Counter[str]) -> None:
         self.encoder, self.place, self.repaired = encoder, place, repaired
-        self.columns: Mapping[str, Column] = (
+        self.columns: Mapping[str, pa.Array] = (
             rows if isinstance(rows, Mapping) else dict(zip(rows.schema.names, rows.columns, strict=True))
         )
         self.rows = slice(start, start + len(next(iter(self.columns.values()), ())))
@@ -210,13 +210,13 @@ class _Reader:
         """Write what a row has besides its fields: its label, the hash of its grouping column and its weight."""
         schema, columns, place = self.encoder.schema, self.columns, self.place
         if not schema.tasks:
-            labels[self.rows] = read_labels(as_arrow(columns[schema.label]), schema.label, place)
+            labels[self.rows] = read_labels(columns[schema.label], schema.label, place)
         for task, name in enumerate(schema.tasks):
-            labels[self.rows, task] = read_labels(as_arrow(columns[name]), name, place, nulls=True)
+            labels[self.rows, task] = read_labels(columns[name], name, place, nulls=True)
         if groups is not None:
-            groups[self.rows] = read_groups(as_arrow(columns[schema.group_column]), schema, place)
+            groups[self.rows] = read_groups(columns[schema.group_column], schema, place)
         if weights is not None:
-            weights[self.rows] = read_weights(as_arrow(columns[schema.weight_column]), schema.weight_column, place)
+            weights[self.rows] = read_weights(columns[schema.weight_column], schema.weight_column, place)
 
     @_named
     def dense(self, out: np.ndarray, done: Container[str]) -> None:
@@ -293,7 +293,7 @@ class _Reader:
                 column = as_lists(column)
                 offsets, column = list_offsets(column), column.flatten()
             owner, wanted = f"field {part.name!r}", self.encoder.id_type[part.name]
-            ids = read_ids(as_arrow(column), owner, wanted, self.place, offsets)
+            ids = read_ids(column, owner, wanted, self.place, offsets)
             hashes, valid = hash_values(ids), is_valid(ids) if ids.null_count else None
             if part.encoding == "ids" and part.on_invalid == "null":
                 numbers = integers(decoded(ids))
@@ -341,7 +341,7 @@ class _Reader:
         return weights.astype(np.float32)
 
     def _ids(
-        self, column: Column, feature: Feature, offsets: np.ndarray | None = None
+        self, column: pa.Array, feature: Feature, offsets: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Rows of the table for each value, undefined where it is null, and where it is not (None: nowhere).
 
@@ -359,10 +359,8 @@ class _Reader:
                     offsets,
                 )
             return np.minimum(1 + np.log2(1.0 + gaps.astype(np.float64)).astype(np.int64), num_embeddings - 1), valid
-        if isinstance(column, np.ndarray) and feature.encoding == "ids":
-            return self._in_range(column, feature, num_embeddings, offsets), None
         wanted = self.encoder.id_type[feature.name]
-        ids = read_ids(as_arrow(column), f"field {feature.name!r}", wanted, self.place, offsets)
+        ids = read_ids(column, f"field {feature.name!r}", wanted, self.place, offsets)
         if feature.encoding == "ids":
             ids = decoded(ids)
             rows = self._in_range(integers(ids), feature, num_embeddings, offsets)

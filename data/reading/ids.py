@@ -14,8 +14,6 @@ from pyarrow import types as pt
 from ..errors import InputError  # relative: an exported artifact carries this file
 from .columns import Place, offsets_of
 
-# NumPy's: a flat column of int64, uint64 or float64 without nulls, which needs no Arrow
-Column = pa.Array | np.ndarray
 CANONICAL = r"\A(0|-?[1-9][0-9]{0,19})\z"
 # of floats, by their bits: below 2 to this power every integer has its own
 WHOLE_BITS = {16: 11, 32: 24, 64: 53}
@@ -158,14 +156,8 @@ def codes_of(encoded: pa.DictionaryArray) -> np.ndarray:
     return codes
 
 
-def as_arrow(column: Column) -> pa.Array:
-    """A column as Arrow's."""
-    return pa.array(column) if isinstance(column, np.ndarray) else column
-
-
-def as_lists(column: Column) -> pa.Array:
+def as_lists(column: pa.Array) -> pa.Array:
     """A column of lists; one of type null holds null lists only."""
-    column = as_arrow(column)
     return column.cast(pa.list_(pa.null())) if pt.is_null(column.type) else column
 
 

@@ -14,7 +14,7 @@ from ..errors import InputError  # relative: an exported artifact carries this f
 from ..schema import Feature
 from ..schema.transforms import Entries, transform_of
 from .columns import Place
-from .ids import Column, as_lists, decoded, is_valid, list_offsets
+from .ids import as_lists, decoded, is_valid, list_offsets
 
 LARGEST = float(np.finfo(np.float32).max)  # what the model takes
 LARGEST_DOUBLE, LEAST_NORMAL = float(np.finfo(np.float64).max), float(np.finfo(np.float32).tiny)
@@ -22,7 +22,7 @@ MOST_COMPARED, LEAST_COMPARED = 32, 256  # boundaries, numbers
 
 
 def write_numbers(
-    column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray, others: Entries
+    column: pa.Array, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray, others: Entries
 ) -> None:
     """Write the transformed numbers of a field, (n,); 0 where they are missing. `others`: the schema's transforms."""
     numbers, valid = read_numbers(column, feature, place, repaired)
@@ -53,7 +53,7 @@ def signed_log(numbers: np.ndarray) -> np.ndarray:
     return np.copysign(logs, numbers) if negative else logs
 
 
-def write_vectors(column: Column, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray) -> None:
+def write_vectors(column: pa.Array, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray) -> None:
     """Write the vectors of a field, (n, W); missing ones are left as they are."""
     lists = as_lists(column)
     present = is_valid(lists) if lists.null_count else slice(None)
@@ -71,13 +71,13 @@ def write_vectors(column: Column, feature: Feature, place: Place, repaired: Coun
 
 
 def read_numbers(
-    column: Column, feature: Feature, place: Place, repaired: Counter[str], offsets: np.ndarray | None = None
+    column: pa.Array, feature: Feature, place: Place, repaired: Counter[str], offsets: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Numbers, 0 where invalid, and their validity (None: all). NaN and infinity are errors, or missing if on_invalid = 'null'.
 
     `offsets`: of the lists that hold the numbers.
     """
-    numbers, valid = (column, None) if isinstance(column, np.ndarray) else _as_numpy(column)
+    numbers, valid = _as_numpy(column)
     low, high = limits_of(feature)
     if numbers.dtype.kind in "iu":
         # as float32, integers beyond 2^24 would lose digits before the transform

@@ -84,7 +84,13 @@ class PlainRows:
     def read(self, rows: Mapping[str, Any]) -> Plain | None:
         """Read these fields of columns; None where a column or a value is not plain, which says nothing against it."""
         try:
-            return self._read([rows[name] for name in self.columns])
+            columns = [rows[name] for name in self.columns]
+            return self._read(
+                [
+                    each.tolist() if isinstance(each, np.ndarray) and each.dtype != np.float32 else each
+                    for each in columns
+                ]
+            )
         except (NotPlain, KeyError, OverflowError):
             return None
 

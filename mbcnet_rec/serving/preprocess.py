@@ -41,7 +41,6 @@ REQUEST = "request"  # stands in messages where training has a file's name
 SEQUENCES = (list, tuple, range)
 NONE = np.zeros(0, np.int64)
 MISSING = {"NoneType", "NAType", "NaTType"}  # Python's, and pandas' own
-NUMBERS = {np.dtype(kind): pa.from_numpy_dtype(kind) for kind in ("int64", "uint64", "float64")}
 Rows = Any  # mapping of column -> list or array, an Arrow table or record batch, or what pyarrow.table takes, such as a DataFrame
 
 
@@ -225,14 +224,11 @@ class Preprocessor:
         return ids[places] != hashed if len(ids) else np.ones(len(hashed), bool)
 
     def _arrays(self, rows: Rows, plain: Plain | None) -> dict[str, Any]:
-        """The columns that fields read, but for plain ones, each as one array: Arrow's, or NumPy's of plain numbers."""
+        """The columns that fields read, but for plain ones, each as one array."""
         schema = self.schema if plain is None else self.rest
         found = self._columns_of(rows, schema.field_columns)
         arrays = {name: self._array(name, column) for name, column in found.items()}
-        types = {
-            name: NUMBERS[array.dtype] if isinstance(array, np.ndarray) else array.type
-            for name, array in arrays.items()
-        }
+        types = {name: array.type for name, array in arrays.items()}
         if types != self.checked:
             check_columns(pa.schema(list(types.items())), schema, REQUEST, has_label=False)
             self.checked = types
@@ -264,7 +260,7 @@ class Preprocessor:
             rows = dict(zip(names, table.columns, strict=True))
         return {name: rows[name] for name in wanted if name in rows}
 
-    def _array(self, name: str, column: Any) -> pa.Array | np.ndarray:
+    def _array(self, name: str, column: Any) -> pa.Array:
         feature = self.field_of[name]
         try:
             return array_of(column, not feature.is_keyed or name == feature.weights)
@@ -275,7 +271,7 @@ class Preprocessor:
             ) from None
 
 
-def array_of(column: Any, is_number: bool) -> pa.Array | np.ndarray:
+def array_of(column: Any, is_number: bool) -> pa.Array:
     """One column of a request as an array. `is_number`: integers and floats may stand side by side, since all become floats.
 
     Raises:
@@ -305,17 +301,15 @@ def array_of(column: Any, is_number: bool) -> pa.Array | np.ndarray:
         raise TypeError(f"an array of {column.ndim} dimensions")
     if column.dtype.kind in "OUT":  # Arrow cuts NumPy's text at a NUL
         return _of_values(column.tolist(), is_number)
-    return column if column.dtype in NUMBERS and (is_number or column.dtype.kind != "f") else pa.array(column)
+    return pa.array(column)
 
 
-def _of_values(values: Sequence[Any], is_number: bool) -> pa.Array | np.ndarray:
+def _of_values(values: Sequence[Any], is_number: bool) -> pa.Array:
     """A column of Python's values, or of lists of them."""
     kinds = set(map(type, values))
     if kinds == {int}:
         with suppress(OverflowError):  # in a fraction of the time that Arrow takes
-            return np.asarray(values, np.int64)
-    if kinds == {float} and is_number:
-        return np.asarray(values, np.float64)
+            return pa.array(np.asarray(values, np.int64))
     missing = {kind for kind in kinds if kind.__name__ in MISSING}
     kinds -= missing
     if any(issubclass(kind, (*SEQUENCES, np.ndarray)) for kind in kinds):
@@ -364,6 +358,5 @@ def _of_rows(rows: Sequence[Any], is_number: bool) -> pa.Array:
     return _of_lists(values, offsets_of(lengths), None if valid.all() else pa.array(~valid))
 
 
-def _of_lists(values: pa.Array | np.ndarray, offsets: np.ndarray, mask: pa.Array | None = None) -> pa.Array:
-    items = pa.array(values) if isinstance(values, np.ndarray) else values
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items, mask=mask)
+def _of_lists(values: pa.Array, offsets: np.ndarray, mask: pa.Array | None = None) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=mask)
