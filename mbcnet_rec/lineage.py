@@ -29,6 +29,7 @@ class Days(NamedTuple):
 
     lines: list[Day]
     begins: bool  # whether its files are read from the start, with the weights of the day before
+    note: str  # which days are given up
 
 
 def days_of(
@@ -41,32 +42,36 @@ def days_of(
     """
     folder, files = config.run_folder, [list(mark) for mark in marks["train"]]
     lines = [] if step is None else read_days(folder)
-    saved, done = run.get("day", 1), _done_step(folder)
-    # 1 where the last day has begun, and has no checkpoint yet
-    behind = len(lines) - saved if lines and type(saved) is int else 0
-    if behind > 1 or (continues and not behind and done not in (None, step)):
+    saved = run.get("day", 1)
+    # days without a checkpoint: one has only begun, or the run goes back to an older checkpoint
+    lines, lost = (lines[:saved], lines[saved:]) if type(saved) is int and saved > 0 else (lines, [])
+    ended = lines[-1].get("step", step) if lost else _done_step(folder)
+    is_inside = ended not in (None, step)
+    if is_inside and (continues or (lost and lines[-1]["files"] != files)):
         raise InputError(
-            f"{folder}: its last whole checkpoint, of step {step}, is not of the end of the day before; bring the later one back, or finish "
-            "that day again from it: --config config.toml --resume with that day's files in data.train"
+            f"{folder}: its last whole checkpoint, of step {step}, is not of the end of {lines[-1]['name']!r}; bring the later one back, or "
+            "finish that day again from it: --config config.toml --resume with that day's files in data.train"
         )
-    earlier = lines[:-1] if behind else lines
-    parts = config.data.train[-1].split("/")
-    name = next((part for part in reversed(parts) if "=" in part), f"day {len(earlier) + 1}")
-    if not lines or behind or (continues and done is not None):
-        trained = {tuple(mark[1:]): each["name"] for each in earlier for mark in each["files"]}
+    done = [each["name"] for each in lost if "step" in each]
+    note = f"note: no checkpoint has {', '.join(done)}: the run goes on from step {step}, before that" if done else ""
+    begins = bool(lines) and not is_inside and (bool(lost) or (continues and ended is not None))
+    if begins or not lines:
+        parts = config.data.train[-1].split("/")
+        name = next((part for part in reversed(parts) if "=" in part), f"day {len(lines) + 1}")
+        trained = {tuple(mark[1:]): each["name"] for each in lines for mark in each["files"]}
         twice = [mark for mark in files if tuple(mark[1:]) in trained]
         if twice and continues and not again:
             raise InputError(
                 f"{folder}: {twice[0][0]} was trained already, in {trained[tuple(twice[0][1:])]!r} ({len(twice)} of {len(files)} files, by "
                 "size and SHA-256); name the new files, or add --again to train these once more"
             )
-        return Days([*earlier, {"name": name, "files": files}], begins=bool(lines))
+        return Days([*lines, {"name": name, "files": files}], begins, note)
     if continues and lines[-1]["files"] != files:
         raise InputError(
             f"{folder}: {lines[-1]['name']!r} is not done, and its files are others; finish it with --config {folder}/config.toml "
             "--resume, then continue"
         )
-    return Days([*earlier[:-1], lines[-1] | {"files": files}], begins=False)
+    return Days([*lines[:-1], lines[-1] | {"files": files}], False, note)
 
 
 def _done_step(folder: Path) -> int | None:

@@ -154,6 +154,7 @@ def run_training(
         if anew is not None:
             tables = schema_with_wide(config.model, schema).tables
             anew = {each.name: anew[name] for each in tables for name in each.feature_names if name in anew}
+        notes += [days.note] * bool(days.note)
         notes += _load(config, schema, trainer, before, allow_partial, days.begins, anew)
         if start is None or days.begins:
             days.lines[-1]["first_step"] = trainer.state.step

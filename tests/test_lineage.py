@@ -4,6 +4,7 @@ a run knows its days, and refuses what it has trained, what is not done and what
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,34 @@ def test_what_died_in_a_day_goes_on_within_it(log, capfd):
     assert days(log / "run")[1]["label_rate"] == clicks.mean(), "what was trained before the fault counts once"
     assert train("run/config.toml", 'data.train=["log/ds=2024-06-03"]', continues=True) == 0
     assert_equal(log / "whole", log / "run")
+
+
+def test_a_run_goes_back_to_an_older_checkpoint(log, capfd):
+    """To the end of a day, from which the next one is trained again, whatever days came after; to the inside of one, which is finished first."""
+    second, third = (('data.train=["log/ds=2024-06-02"]',), ('data.train=["log/ds=2024-06-03"]',))
+    kept = ("train.keep_last=9", "train.checkpoint_every=3", "train.out=run")
+    assert train("tiny.toml", *kept, 'data.train=["log/ds=2024-06-01"]') == 0
+    for day in (second, third):
+        assert train("run/config.toml", *day, continues=True) == 0
+    for folder, last in (("end", 5), ("inside", 8)):
+        shutil.copytree("run", folder)
+        for path in (log / folder / "checkpoints").glob("step_*"):
+            if int(path.name[5:]) > last:
+                shutil.rmtree(path)
+    capfd.readouterr()
+    assert train("run/config.toml", *second, "train.out=end", continues=True) == 0
+    assert (
+        "no checkpoint has ds=2024-06-02, ds=2024-06-03: the run goes on from step 5, before" in capfd.readouterr().out
+    )
+    for options in ({"continues": True}, {"resume": True}):
+        assert train("run/config.toml", *third, "train.out=inside", **options) == 2
+        assert "of step 6, is not of the end of 'ds=2024-06-02'; bring the later one back" in capfd.readouterr().err
+    assert train("run/config.toml", *second, "train.out=inside", resume=True) == 0
+    for folder in ("end", "inside"):
+        assert_equal(log / "run", log / folder, 10)
+        assert [each["name"] for each in days(log / folder)] == ["ds=2024-06-01", "ds=2024-06-02"]
+        assert train("run/config.toml", *third, f"train.out={folder}", continues=True) == 0
+        assert_equal(log / "run", log / folder)
 
 
 def test_what_cannot_be_continued_is_said(log, capfd):

@@ -237,7 +237,7 @@ def rows_and_counts(run, step):
     return set(rows["value"].to_pylist()), dict(zip(waiting["value"].to_pylist(), waiting["count"].to_pylist()))
 
 
-def test_a_checkpoint_has_the_counts_themselves(log, recwarn):
+def test_a_checkpoint_has_the_counts_themselves(log, capfd):
     """Exactly those of all rows so far, in files that the checkpoints of a day share; and with nothing else left the next day grows, and trains,
     to the same bit."""
     often(log)
@@ -260,7 +260,7 @@ def test_a_checkpoint_has_the_counts_themselves(log, recwarn):
     shutil.rmtree("lost/vocabulary")
     os.remove("lost/schema.toml")
     assert main(["schema", "fit", "--grow", "lost", "log/ds=2024-06-03", "-o", "again"]) == 0
-    assert "lost/schema.toml: is not that of the checkpoint of step 10" in str(recwarn.pop(UserWarning).message)
+    assert "warning: lost/schema.toml: is not that of the checkpoint of step 10" in capfd.readouterr().err
     for name in COUNTS:
         assert (log / "again" / name).read_bytes() == (log / "fit" / name).read_bytes()
     third = ("run/config.toml", 'data.train=["log/ds=2024-06-03"]', "train.out=lost", "schema=again/schema.toml")
@@ -274,7 +274,7 @@ def test_a_checkpoint_has_the_counts_themselves(log, recwarn):
 COUNTS = ("vocabulary/user.parquet", "vocabulary/waiting/user.parquet", "vocabulary/growth.json")
 
 
-def test_a_run_folder_that_is_newer_than_the_checkpoint_does_not_count(log):
+def test_a_run_folder_that_is_newer_than_the_checkpoint_does_not_count(log, capfd):
     """A day that died after its vocabulary had grown: it counts again from the checkpoint, and goes on though the run folder has lost what it began
     with; a run that goes back to an older checkpoint trains the day again, all to the same bit."""
     often(log)
@@ -288,13 +288,17 @@ def test_a_run_folder_that_is_newer_than_the_checkpoint_does_not_count(log):
     assert main(["schema", "fit", "--grow", "fit", "log/ds=2024-06-02"]) == 0
     assert train(*second, continues=True) == 0
     with pytest.raises(RuntimeError, match="died"):
-        train(*second, "train.out=died", continues=True, hooks=Hooks(on_loss=die))
-    with pytest.warns(
-        UserWarning, match="died/schema.toml: is not that of the checkpoint of step 5, whose own is read"
-    ):
-        assert main(["schema", "fit", "--grow", "died", "log/ds=2024-06-02", "-o", "again"]) == 0
-        shutil.rmtree("died/vocabulary")
-        assert train("died/config.toml", resume=True) == 0
+        train(*second, "train.out=died", continues=True, progressive=True, hooks=Hooks(on_loss=die))
+    capfd.readouterr()
+    assert main(["schema", "fit", "--grow", "died", "log/ds=2024-06-02", "-o", "again"]) == 0
+    assert (
+        "warning: died/schema.toml: is not that of the checkpoint of step 5, whose own is read"
+        in capfd.readouterr().err
+    )
+    shutil.rmtree("died/vocabulary")
+    assert train("died/config.toml", resume=True, progressive=True) == 0
+    begun = [line["split"] for line in lines_of(log / "died", "growth", "progressive")]
+    assert begun == ["growth", "progressive"], "what was begun twice is told once"
     for name in COUNTS:
         found = {(log / each / name).read_bytes() for each in ("fit", "again", "died", "run")}
         assert len(found) == 1, name
@@ -307,7 +311,7 @@ def test_a_run_folder_that_is_newer_than_the_checkpoint_does_not_count(log):
         assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
 
 
-def test_damaged_counts_are_refused_by_name(log, capfd, recwarn):
+def test_damaged_counts_are_refused_by_name(log, capfd):
     often(log)
     (log / "run/checkpoints/step_4").rename(log / "step_4")
     copy = copy_in(log / "run", 5, "vocabulary/waiting/user.parquet")

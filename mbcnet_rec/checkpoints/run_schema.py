@@ -36,6 +36,10 @@ COPIED = (SCHEMA, VOCABULARY_FOLDER, SYNTHETIC, BEFORE)  # names in a run folder
 HEADER = "Of this run: what its rows mean. Its checkpoints have a copy of this file and of the vocabularies."
 
 
+class OtherCopyWarning(UserWarning):
+    """The run folder has other files than a checkpoint, which is read with its own."""
+
+
 def schema_text(schema: Schema) -> str:
     """What RUN/schema.toml says."""
     return format_schema(schema.standing_alone(), HEADER)
@@ -112,7 +116,8 @@ def own_schema(folder: Path, storage: CheckpointStorage, step: int | None) -> Sc
     if not changed:
         return load_schema(folder / SCHEMA)
     if manifest.copies:
-        warnings.warn(f"{changed}: is not that of the checkpoint of step {step}, whose own is read", stacklevel=2)
+        note = f"{changed}: is not that of the checkpoint of step {step}, whose own is read"
+        warnings.warn(note, OtherCopyWarning, stacklevel=2)
         return load_schema(_fetched_copy(storage, step, manifest) / SCHEMA)
     if not _first_changed(folder / BEFORE, files):
         return load_schema(folder / BEFORE / SCHEMA)

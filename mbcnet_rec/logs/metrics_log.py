@@ -111,16 +111,16 @@ def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def keep_until(lines: list[str], step: int, day: int = 0) -> list[str]:
-    """The lines of steps up to `step`, without one cut off by a crash, repeats, and those of this day's test, with which it ends."""
-    kept = []
+    """The lines of steps up to `step`, the last one of each split, without one cut off by a crash and those of this day's test, with which it ends."""
+    kept: dict[tuple[int, str], str] = {}
     for line in lines:
         try:
             entry = json.loads(line)
-            if entry["step"] <= (day if entry["split"] == "test" else step) and [line] != kept[-1:]:
-                kept.append(line)
+            if entry["step"] <= (day if entry["split"] == "test" else step):
+                kept[entry["step"], entry["split"]] = line
         except (ValueError, KeyError, TypeError):
             continue
-    return kept
+    return list(kept.values())
 
 
 def json_line(values: dict[str, Any]) -> str:
