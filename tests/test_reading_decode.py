@@ -73,3 +73,16 @@ def test_row_numbers_are_those_of_the_row_group(file):
             assert [place.row(row) for row in range(rows.num_rows)] == [
                 f"{file}: row group {group.index}, row {number}" for number in numbers
             ]
+
+
+def test_a_row_group_in_which_one_lane_ends_and_the_next_begins_is_read_once(tmp_path):
+    file = write_rows(tmp_path / "a.parquet", 700, row_group_size=700)
+    options = StreamOptions(4, 2, "partitioned")
+    selection = Selection(options, SCHEMA, [file])
+    groups = read_contents([file], SCHEMA, selection).row_groups
+    decoder = Decoder([file], Encoder(SCHEMA), selection)
+    windows = plan_windows(groups, lane_bounds(options, 700), options.window_rows)
+    first, second = (decoder.task(window, None) for window in windows)
+    begun = first().single_ids[0].tolist()
+    file.unlink()  # to be read no more
+    assert begun + second().single_ids[0].tolist() == list(range(700))

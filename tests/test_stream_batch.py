@@ -28,9 +28,9 @@ SCHEMA = parse_schema({"name": "t", "label": "click", "fields": FIELDS}, "schema
 
 
 def make_ragged(draw, rows: int, weighted: bool) -> Ragged:
-    offsets = np.concatenate([[0], np.cumsum(draw.integers(0, 4, rows))]).astype(np.int64)
-    values = draw.integers(0, 99, offsets[-1], np.int32)
-    return Ragged(values, offsets, draw.random(offsets[-1]).astype(np.float32) if weighted else None)
+    lengths = draw.integers(0, 4, rows)
+    values = draw.integers(0, 99, lengths.sum(), np.int32)
+    return Ragged(values, lengths, draw.random(len(values)).astype(np.float32) if weighted else None)
 
 
 def make_columns(seed: int, rows: int, dtype=np.int32, missing=True) -> Columns:

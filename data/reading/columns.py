@@ -46,10 +46,10 @@ class Place:
 
 
 class Ragged(NamedTuple):
-    """A list column: row i holds values[offsets[i]:offsets[i + 1]]."""
+    """A list column: row i holds the next lengths[i] values."""
 
     values: np.ndarray  # int32 or int64
-    offsets: np.ndarray  # (n + 1,) int64
+    lengths: np.ndarray  # (n,) int32 or int64
     weights: np.ndarray | None  # float32, like values
 
 
@@ -72,12 +72,13 @@ class Columns:
     absent: np.ndarray  # (F,) bool: fields that hold an ABSENT
     lists: Lists
     weighted_lists: Lists
-    dense: np.ndarray  # (n, D) float32
+    dense: np.ndarray  # (n, D) float32, in the order of reading: row order[i] of it belongs to row i
     labels: np.ndarray  # (n,) float32; of several labels (n, T), NaN where null
     group_ids: np.ndarray | None  # (n,) int64
     repaired: Counter[str]  # by field: values that on_invalid = "null" or "modulo" changed
     weights: np.ndarray | None = None  # (n,) float32, of the schema's weight column
     nulls: Counter[str] | None = None  # by field: rows that have none, of columns of Arrow
+    order: np.ndarray | None = None  # (n,) int64; None: as they were read
 
     @property
     def num_rows(self) -> int:
@@ -93,10 +94,10 @@ def join_lists(
     if permutation is not None:
         assert permute is not None
         joined = [permute(ragged, permutation) for ragged in joined]
-    longest = max((int(ragged.offsets[-1]) for ragged in joined), default=0)
+    longest = max((len(ragged.values) for ragged in joined), default=0)
     offsets = np.zeros((len(fields), rows + 1), np.int32 if longest < 2**31 else np.int64)
     for field, ragged in enumerate(joined):
-        offsets[field] = ragged.offsets
+        np.cumsum(ragged.lengths, dtype=offsets.dtype, out=offsets[field, 1:])
     weights = tuple(ragged.weights for ragged in joined if ragged.weights is not None)
     return Lists(tuple(ragged.values for ragged in joined), offsets, weights)
 
@@ -104,12 +105,9 @@ def join_lists(
 def _joined(parts: Sequence[Ragged]) -> Ragged:
     if len(parts) == 1:
         return parts[0]
-    weights = [part.weights for part in parts if part.weights is not None]
-    return Ragged(
-        np.concatenate([part.values for part in parts]),
-        offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])),
-        np.concatenate(weights) if weights else None,
-    )
+    values, lengths, weights = zip(*parts, strict=True)
+    joined = None if weights[0] is None else np.concatenate(weights)
+    return Ragged(np.concatenate(values), np.concatenate(lengths), joined)
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ class Crossed(NamedTuple):
     """The combinations of each row, of which there is always one at least."""
 
     rows: np.ndarray  # of the table, int64
-    offsets: np.ndarray  # (n + 1,) int64
+    lengths: np.ndarray  # (n,) int64
     cut: int  # rows that had more combinations than they keep
 
 
@@ -40,10 +40,10 @@ def cross(parts: Sequence[Part], num_embeddings: int, max_length: int) -> Crosse
     if not any(part.is_list for part in parts):
         rows = _rows([part.hashes for part in parts], num_embeddings)
         rows[whole == 0] = MISSING_ROW
-        return Crossed(rows, np.arange(len(rows) + 1), 0)
-    offsets = offsets_of(np.clip(whole, 1, max_length))
-    owner = np.repeat(np.arange(len(whole)), np.diff(offsets))
-    place = np.arange(len(owner)) - offsets[owner]
+        return Crossed(rows, np.ones(len(rows), np.int64), 0)
+    kept = np.clip(whole, 1, max_length)
+    owner = np.repeat(np.arange(len(whole)), kept)
+    place = np.arange(len(owner)) - offsets_of(kept)[owner]
     picked = []
     for part in reversed(parts):
         if not part.is_list:
@@ -55,7 +55,7 @@ def cross(parts: Sequence[Part], num_embeddings: int, max_length: int) -> Crosse
         place //= lengths
     rows = _rows(picked[::-1], num_embeddings)
     rows[whole[owner] == 0] = MISSING_ROW
-    return Crossed(rows, offsets, int((whole > max_length).sum()))
+    return Crossed(rows, kept, int((whole > max_length).sum()))
 
 
 def _rows(hashes: Sequence[np.ndarray], num_embeddings: int) -> np.ndarray:

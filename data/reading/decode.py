@@ -261,7 +261,11 @@ class Decoder:
                 continue
             source = self._sources.get(window.lane)
             if source is None or source.row_group != row_group:
-                source = self._sources[window.lane] = _LaneRowGroup(self.reader, row_group)
+                source = self._sources.get(window.lane - 1)
+                # a lane goes on in the row group that the one before ends in, where both are asked for at once
+                if source is None or (source.row_group, source.stop) != (row_group, start):
+                    source = _LaneRowGroup(self.reader, row_group)
+                self._sources[window.lane] = source
             cut[row_group] = source.expect(start, stop)
         return partial(self._decode, window, [*whole.values()], cut, seed)
 
@@ -297,13 +301,14 @@ class _LaneRowGroup:
         self.expected: deque[tuple[int, int]] = deque()  # rows [start, stop)
         self.ready: dict[int, list[Rows]] = {}  # by start
         self.batches = reader.batches(row_group, reader.selection.options.window_rows, reader.columns)
-        self.position = 0  # kept rows passed so far
+        self.position = self.stop = 0  # kept rows passed so far, and asked for
         self.rest: Rows | None = None  # read, and not yet passed
         self.lock = threading.Lock()
 
     def expect(self, start: int, stop: int) -> Callable[[], list[Rows]]:
         """Return what reads the kept rows [start, stop), which come after those asked for before."""
         self.expected.append((start, stop))
+        self.stop = stop
         return partial(self._take, start)
 
     def _take(self, start: int) -> list[Rows]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import types as pt
 
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
@@ -57,7 +58,7 @@ class Encoder:
             InputError: the schema is not fitted, or a vocabulary cannot be read.
         """
         schema.require_fitted()
-        self.schema, self.permute, self.has_labels = schema, permute, has_labels
+        self.permute, self.has_labels = permute, has_labels
         values = read_vocabularies(schema) if vocabularies is None else vocabularies
         self.vocabularies = make_vocabularies(schema, values)
         # what a field's ids are read as, "integer" or "text"; empty: as the type of their column says
@@ -66,10 +67,8 @@ class Encoder:
         fields = {each.name: each for each in schema.features}
         self.parts = {each.name: [fields[name] for name in each.of] for each in schema.features}  # of crosses
         self.num_embeddings = {name: table.num_embeddings for name, table in schema.table_of.items()}
-        self.single = [feature for feature in schema.sparse if feature.is_single]
-        self.lists = [feature for feature in schema.sparse if not feature.is_single]
         self.longest = lengths_of(schema.features)
-        self.dense_width = sum(feature.dense_width for feature in schema.dense)
+        self._take_fields(schema)
         self.list_dtype = {
             name: np.int32 if table.zch is None and table.num_embeddings <= MAX_INT32 else np.int64
             for name, table in schema.table_of.items()
@@ -79,10 +78,13 @@ class Encoder:
     def of(self, schema: Schema) -> "Encoder":
         """The same for some of the fields, with the vocabularies that are already there."""
         part = copy.copy(self)
-        part.schema, part.dense_width = schema, sum(feature.dense_width for feature in schema.dense)
-        part.single = [feature for feature in schema.sparse if feature.is_single]
-        part.lists = [feature for feature in schema.sparse if not feature.is_single]
+        part._take_fields(schema)
         return part
+
+    def _take_fields(self, schema: Schema) -> None:
+        self.schema, self.dense_width = schema, sum(feature.dense_width for feature in schema.dense)
+        self.single = [feature for feature in schema.sparse if feature.is_single]
+        self.lists = [feature for feature in schema.sparse if not feature.is_single]
 
     def _nulls(self, readers: Sequence["_Reader"]) -> Counter[str]:
         found: Counter[str] = Counter()
@@ -169,12 +171,13 @@ class Encoder:
             ),
             lists=lists_of(self.lists),
             weighted_lists=lists_of(self.schema.weighted),
-            dense=in_new_order(dense),
+            dense=dense,
             labels=in_new_order(labels),
             group_ids=None if groups is None else in_new_order(groups),
             repaired=repaired,
             weights=None if weights is None else in_new_order(weights),
             nulls=self._nulls(readers) if self.has_labels else None,
+            order=permutation,
         )
 
 
@@ -267,7 +270,7 @@ class _Reader:
             ids = ids[keep]
             weights = None if weights is None else weights[keep]
             offsets = offsets_of(keep)[offsets]
-        return Ragged(ids, offsets, weights)
+        return Ragged(ids, np.diff(offsets), weights)
 
     def _cross(self, feature: Feature) -> Ragged:
         parts = self.encoder.parts[feature.name]
@@ -278,15 +281,14 @@ class _Reader:
         found = cross([self.hashes[each.name] for each in parts], num_embeddings, feature.max_length or 1)
         if found.cut:
             self.repaired[feature.name] += found.cut
-        return Ragged(found.rows.astype(self.encoder.list_dtype[feature.name], copy=False), found.offsets, None)
+        return Ragged(found.rows.astype(self.encoder.list_dtype[feature.name], copy=False), found.lengths, None)
 
     def _hashes(self, part: Feature) -> Part:
         """Hash what a column holds; what its field takes for missing is no value."""
         column, offsets = self.columns[part.source_column], None
         if part.is_bucketised:
-            numbers, valid = read_numbers(
-                column, part, self.place, Counter()
-            )  # the field itself counts what is repaired
+            # the field itself counts what is repaired
+            numbers, valid = read_numbers(column, part, self.place, Counter())
             hashes = splitmix64(buckets_of(numbers, np.asarray(part.boundaries, np.float64)).astype(np.uint64))
         else:
             if not part.is_single:
@@ -321,7 +323,7 @@ class _Reader:
                 wanted = "an id: a sequence keeps a place for each event; use encoding = 'vocabulary' or 'hash', which have a row for it"
                 raise self.place.fault(f"field {feature.name!r}", values, ~valid, wanted, kept)
             ids = np.where(valid, ids, MISSING_ROW).astype(ids.dtype)
-        return Ragged(ids, kept, None)
+        return Ragged(ids, lengths, None)
 
     def _check_lengths(self, feature: Feature, offsets: np.ndarray, others: str) -> None:
         """Refuse lists that are not as long as the field's own."""
@@ -351,14 +353,11 @@ class _Reader:
         if feature.encoding == "gap":
             gaps, valid = read_numbers(column, feature, self.place, self.repaired, offsets)
             if gaps.size and gaps.min() < 0:
-                raise self.place.fault(
-                    f"field {feature.name!r}",
-                    gaps,
-                    gaps < 0,
-                    "a time since the event, 0 or more; fix the file",
-                    offsets,
-                )
+                wanted = "a time since the event, 0 or more; fix the file"
+                raise self.place.fault(f"field {feature.name!r}", gaps, gaps < 0, wanted, offsets)
             return np.minimum(1 + np.log2(1.0 + gaps.astype(np.float64)).astype(np.int64), num_embeddings - 1), valid
+        if feature.encoding == "ids" and pt.is_integer(column.type) and not column.null_count:
+            return self._in_range(integers(column), feature, num_embeddings, offsets), None
         wanted = self.encoder.id_type[feature.name]
         ids = read_ids(column, f"field {feature.name!r}", wanted, self.place, offsets)
         if feature.encoding == "ids":
@@ -405,4 +404,4 @@ def read_groups(column: pa.Array, schema: Schema, place: Place) -> np.ndarray:
 def _no_lists(feature: Feature) -> Ragged:
     """A list field of no rows."""
     weights = np.zeros(0, np.float32) if feature.is_weighted else None
-    return Ragged(np.zeros(0, np.int64), np.zeros(1, np.int64), weights)
+    return Ragged(np.zeros(0, np.int64), np.zeros(0, np.int64), weights)

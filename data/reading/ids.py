@@ -162,8 +162,8 @@ def as_lists(column: pa.Array) -> pa.Array:
 
 
 def list_offsets(column: pa.Array) -> np.ndarray:
-    """(n + 1,) int64, from 0: where each row's values lie in `column.flatten()`."""
+    """(n + 1,) int32 or int64, from 0: where each row's values lie in `column.flatten()`."""
     if column.null_count == 0 and (pt.is_list(column.type) or pt.is_large_list(column.type)):
-        offsets = column.offsets.to_numpy().astype(np.int64)
+        offsets = column.offsets.to_numpy()
         return offsets - offsets[0]
     return offsets_of(integers(pc.list_value_length(column)))

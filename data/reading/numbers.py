@@ -38,9 +38,7 @@ def write_numbers(
             )
         bad = ~(np.abs(made) <= LARGEST) & (True if valid is None else valid)
         if bad.any():
-            wanted = (
-                f"one that transform {feature.transform!r} makes a finite float32 of; fix the file or the transform"
-            )
+            wanted = f"one that transform {feature.transform!r} makes a finite float32 of; fix the file or transform"
             raise place.fault(f"field {feature.name!r}", numbers, bad, wanted, None)
         numbers = made
     out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
@@ -90,12 +88,9 @@ def read_numbers(
     if feature.on_invalid != "null":
         bad = ~good
         wanted = "a finite number or null"
-        # a sequence, which keeps a place for each event, takes no on_invalid = 'null'
-        fix = (
-            "write null where it is not known"
-            if feature.is_sequence
-            else "set on_invalid = 'null' to read it as missing"
-        )
+        fix = "set on_invalid = 'null' to read it as missing"
+        if feature.is_sequence:  # which keeps a place for each event
+            fix = "write null where it is not known"
         if np.isfinite(numbers[bad][0]):
             wanted = f"a number up to {LARGEST:.1e}, the largest of float32"
             wanted += ", after (x - mean) / std" if feature.transform == "standardise" else ""
@@ -140,6 +135,11 @@ def buckets_of(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
     """1 + the number of boundaries <= x. Of many numbers, a few boundaries are faster compared one by one than searched."""
     if len(boundaries) > MOST_COMPARED or len(numbers) < LEAST_COMPARED:
         return np.searchsorted(boundaries, numbers, side="right") + 1
+    if numbers.dtype == np.float32:
+        # x >= boundary where x >= the least float32 that is: half the bytes to compare
+        with np.errstate(over="ignore"):
+            near = boundaries.astype(np.float32)
+        boundaries = np.where(near < boundaries, np.nextafter(near, np.float32(np.inf)), near)
     rows = np.ones(len(numbers), np.uint8)
     above = np.empty(len(numbers), bool)
     for boundary in boundaries:

@@ -162,12 +162,10 @@ class PlainRows:
         if (weights[1] != lengths[: len(self.weights)]).any() or not (np.abs(of_weights) <= LARGEST).all():
             raise NotPlain
         stops, floats = counts.cumsum(), of_weights.astype(np.float32)
-        offsets = np.zeros((len(lengths), lengths.shape[1] + 1), np.int64)
-        np.cumsum(lengths, axis=1, out=offsets[:, 1:])
         found = {}
         for at, (feature, count, stop) in enumerate(zip(self.lists, counts, stops, strict=True)):
             own = slice(stop - count, stop)
-            found[feature.name] = Ragged(ids[own], offsets[at], floats[own] if feature.weights else None)
+            found[feature.name] = Ragged(ids[own], lengths[at], floats[own] if feature.weights else None)
         return found
 
 

@@ -12,12 +12,11 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.reading.column_types import is_list
-from data.reading.ids import integers
+from data.reading.ids import list_offsets
 from data.reading.storage import DataFile, read_bytes
 
 # Fields 1 to 3, each the byte of "the next field, an int32" and a number of one or more bytes, and that byte of field 4.
@@ -45,8 +44,9 @@ def stored_rows(
         rows += batch.num_rows
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if is_list(column.type) and not pt.is_nested(column.type.value_type):
+                offsets = list_offsets(column)
                 # a list without values has an entry too
-                entries[name] += int(np.maximum(integers(pc.list_value_length(column)), 1).sum())
+                entries[name] += int(offsets[-1]) + int(np.count_nonzero(offsets[1:] == offsets[:-1]))
         yield batch
     footers = [parquet.metadata.row_group(group) for group in groups]
     if rows != (wanted := sum(footer.num_rows for footer in footers)):

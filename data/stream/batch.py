@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from data.reading.columns import Columns, Lists, Ragged, offsets_of
+from data.reading.columns import Columns, Lists, Ragged
 from data.schema import Schema
 from data.stream.order import Cursor
 
@@ -106,7 +106,7 @@ def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = 
     begin = 0
     for columns, start, stop in runs:
         end = begin + stop - start
-        dense[begin:end] = columns.dense[start:stop]
+        dense[begin:end] = columns.dense[slice(start, stop) if columns.order is None else columns.order[start:stop]]
         labels[begin:end] = columns.labels[start:stop]
         weights[begin:end] = 1.0 if columns.weights is None else columns.weights[start:stop]
         if group_ids is not None and columns.group_ids is not None:
@@ -195,12 +195,12 @@ def permuted_by_fbgemm(ragged: Ragged, permutation: np.ndarray) -> Ragged:
     """Permute rows, a list at a time: 1.5 times as fast as NumPy's take of single ids on lists of one id, 5 times on lists of thirty."""
     lengths, values, weights = torch.ops.fbgemm.permute_1D_sparse_data(
         torch.from_numpy(permutation.astype(np.int32)),
-        torch.from_numpy(np.diff(ragged.offsets)),
+        torch.from_numpy(ragged.lengths),
         _writable(ragged.values),
         None if ragged.weights is None else _writable(ragged.weights),
         None,
     )
-    return Ragged(values.numpy(), offsets_of(lengths.numpy()), None if weights is None else weights.numpy())
+    return Ragged(values.numpy(), lengths.numpy(), None if weights is None else weights.numpy())
 
 
 def _writable(array: np.ndarray) -> Tensor:
