@@ -33,7 +33,7 @@ from mbcnet_rec.checkpoints.storage import CheckpointStorage
 
 SCHEMA, SYNTHETIC, BEFORE = "schema.toml", "synthetic.json", "schema_before"
 COPIED = (SCHEMA, VOCABULARY_FOLDER, SYNTHETIC, BEFORE)  # names in a run folder
-HEADER = "Of this run: what its rows mean. Its checkpoints have a copy of this file and of the vocabularies."
+HEADER = "Of this run: what its rows mean. Its checkpoints have the SHA-256 of this file and of the vocabularies."  # as earlier versions wrote
 
 
 class OtherCopyWarning(UserWarning):
