@@ -85,12 +85,10 @@ class PlainRows:
         """Read these fields of columns; None where a column or a value is not plain, which says nothing against it."""
         try:
             columns = [rows[name] for name in self.columns]
-            return self._read(
-                [
-                    each.tolist() if isinstance(each, np.ndarray) and each.dtype != np.float32 else each
-                    for each in columns
-                ]
-            )
+            if not {*map(type, columns)} <= SEQUENCES:
+                exact = (isinstance(each, np.ndarray) and each.dtype != np.float32 for each in columns)
+                columns = [each.tolist() if is_exact else each for each, is_exact in zip(columns, exact, strict=True)]
+            return self._read(columns)
         except (NotPlain, KeyError, OverflowError):
             return None
 

@@ -91,15 +91,16 @@ class Preprocessor:
                 if len(rows) and not 0 <= rows.min() <= rows.max() < table.num_embeddings:
                     raise ValueError(f"field {name!r}: an id has a row that its table lacks; copy the artifact again")
                 self.id_rows[name] = table, ids, rows
-        self.runs = {pooling: self._runs([field for field, _ in pairs]) for pooling, pairs in lookups.items()}
+        self.runs = {pooling: self._runs(pooling, [field for field, _ in own]) for pooling, own in lookups.items()}
 
-    def _runs(self, fields: Sequence[str]) -> list[tuple[str, int, list[int], str]]:
+    def _runs(self, pooling: str, fields: Sequence[str]) -> list[tuple[str, int, list[int], str]]:
         """Lookups that are joined at once: kind, empty of another part's fields, lookups, places in Columns, and the first field.
 
-        Fields of one id share a run; a list has its own, and in it a lookup for each position if it is a sequence.
+        Fields of a kind share a run; a sequence has its own, and in it a lookup for each position.
         """
         kinds = {field: self.places.get(field, ("", 0))[0] for field in fields}
-        keys = [field if kinds[field] != "single" or field in self.id_rows else "single" for field in fields]
+        alone = {field for field in fields if field in self.id_rows or (pooling, kinds[field]) == ("sequence", "list")}
+        keys = [field if field in alone else kinds[field] for field in fields]
         runs = [[fields[at] for at in run] for _, run in groupby(range(len(fields)), key=keys.__getitem__)]
         return [
             (kinds[run[0]], len(run), [self.places[field][1] for field in run if kinds[field]], run[0]) for run in runs
@@ -168,20 +169,21 @@ class Preprocessor:
             for kind, count, places, field in runs:
                 own, stop = lengths[stop : stop + count], stop + count
                 if kind == "single":
-                    found = columns.single_ids[places]
-                    np.greater_equal(found, 0, out=own, casting="unsafe")
-                    found = found[found >= 0]
+                    rows = columns.single_ids[places]
+                    np.greater_equal(rows, 0, out=own, casting="unsafe")
+                    found = [rows[rows >= 0]]
+                elif kind and pooling == "sequence":
+                    starts, own[:] = self._positions(columns.lists, places[0], count)
+                    found = [columns.lists.values[places[0]][starts[own > 0]]]
                 elif kind:
-                    lists = both[kind]
-                    found, own[:] = lists.values[places[0]], counts[kind][places[0]]
-                    if pooling == "sequence":
-                        starts, there = self._positions(lists, places[0], count)
-                        own[:], found = there, found[starts[there]]
-                    elif lists.weights:
-                        weights.append(lists.weights[places[0]])
+                    lists, own[:] = both[kind], counts[kind][places]
+                    found = [lists.values[place] for place in places]
+                    weights += [lists.weights[place] for place in places if lists.weights]
                 else:
                     continue
-                ids.append(self._given_rows(field, found) if field in self.id_rows and pooling != "sequence" else found)
+                if field in self.id_rows and pooling != "sequence":
+                    found = [self._given_rows(field, each) for each in found]
+                ids += found
             np.cumsum(offsets, out=offsets)
             joined[pooling] = (
                 torch.from_numpy(np.concatenate([NONE, *ids], dtype=np.int64)),
