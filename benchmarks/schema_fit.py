@@ -110,7 +110,7 @@ def growth(folder: Path, rows: int, columns: int, what: str) -> float:
         size[what] *= factor
         log = write_log(folder / f"{what}.parquet", size["rows"], size["columns"], (size["distinct"],))
         schema = schema_of(size["columns"])
-        taken.append(min(seconds_of(lambda s=schema, log=log: fit(s, [log], folder / "fit")) for _ in range(2)))
+        taken.append(min(seconds_of(lambda s=schema, log=log: fit(s, [log], folder / "fit")) for _ in range(4)))
     return round(float(np.polyfit(np.log([1, 2, 4]), np.log(taken), 1)[0]), 2)
 
 
