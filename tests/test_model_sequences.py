@@ -228,7 +228,9 @@ def test_the_planner_counts_every_position_and_offers_what_runs(schema):
     assert plan().tables["item"].outputs == 9 and plan().tables["tags"].outputs == 1
     for kind in ("table_wise", "row_wise", "column_wise"):
         assert plan(sharding_types=(kind,)).tables["item"].sharding_type == kind
-    with pytest.raises(InputError, match=r"sharding_types \['data_parallel'\] .* a sequence reads this table; use one of table_wise"):
+    with pytest.raises(
+        InputError, match=r"sharding_types \['data_parallel'\] .* a sequence reads this table; use one of table_wise"
+    ):
         plan(sharding_types=("data_parallel",))
 
 
