@@ -111,7 +111,7 @@ def move(built, process, source, target=None):
     assert not notes, notes
     shards = shards_of(built.model, built.optimizer)
     if target is not None:
-        saver = Saver(CheckpointStorage(target), process, 20.0)
+        saver = Saver(CheckpointStorage(target), process, 20.0, folder=source.parents[1])
         saver.save(FIRST, shards, saved.manifest.extra, Keep(last=1))
         saver.finish()
     return shards
