@@ -5,7 +5,7 @@
 fit_share            processor seconds of pyarrow.parquet.read_table(use_threads=False) over those of a fit in one process, of a log whose
                      columns of ids have 100, 20,000 and up to 200,000 values
 stream_share         the same of ParquetFile.iter_batches, which reads in fit's pieces and keeps none
-two_workers          seconds of `mbcnet schema fit --workers 1` over those of `--workers 2`, starts included, on two cores; of 48 million rows
+two_workers          seconds of `mbcnet schema fit --workers 1` over those of `--workers 2`, starts included, on two cores; of 67 million rows
 pandas_, polars_     their reading and value_counts of the same columns, processor seconds over fit's; null where they are not installed
 rows, columns, distinct   fitted exponents of the seconds' growth
 peak_mib             of `mbcnet schema fit` in one process of a column of 20 million different values (--quick: one million), resident
@@ -47,7 +47,7 @@ def main() -> int:
     rows, files, columns, rounds = (65_536, 4, 24, 2) if args.quick else (1_048_576, 8, 24, 3)
     with tempfile.TemporaryDirectory() as name:
         figures = measure(Path(name), rows, files, columns, rounds)
-        figures["two_workers"] = two_workers(Path(name), 2 if args.quick else 48, columns)
+        figures["two_workers"] = two_workers(Path(name), 2 if args.quick else 64, columns)
         figures["peak_mib"] = peak_mib(Path(name), 1_000_000 if args.quick else 20_000_000)
         print_figures(figures, args.json)
     return 0
