@@ -3,6 +3,7 @@
 Run as a script with OMP_NUM_THREADS=1 (never fork a process whose OpenMP threads are running).
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.optim  # as the modules below: once, here, and not again in each rank
 from tiny_run import train
 
+import mbcnet_rec.run_training  # noqa: F401 (for the ranks)
 from mbcnet_rec.cli import main
+from mbcnet_rec.plugins import our_modules
 from mbcnet_rec.training.hooks import Hooks
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -63,6 +67,8 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     port, start = port or free_port(), time.monotonic()
     logs = [folder / f"rank_{rank}.log" for rank in range(world)]
+    our_modules()
+    gc.freeze()  # a rank that collected garbage would copy every page of what is imported
     ranks = [CONTEXT.Process(target=child, args=(rank, world, port, action, logs[rank])) for rank in range(world)]
     for each in ranks:
         each.start()

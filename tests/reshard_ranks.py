@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from forked_ranks import mbcnet, report, run_ranks
+from forked_ranks import report, run_ranks, training
 from parity_worker import plan_of
 from safetensors.torch import load_file
 from small_data import write_small
@@ -29,6 +29,7 @@ from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.config import load_config
 from mbcnet_rec.runtime.process import joined_process
+from mbcnet_rec.training.hooks import Hooks
 from sharding.bridge.blocks import table_rows
 
 LONG = sys.argv[2:] == ["long"]
@@ -131,8 +132,8 @@ def run_on(name, world, steps, *more):
         "optim.embedding.lr=0.01",
         *more,
     ]
-    args = ["train", "--config", str(CONFIG), "--resume", *(word for each in settings for word in ("--set", each))]
-    done = run_ranks(mbcnet(args), FOLDER / "logs" / name, world=world, limit=400)
+    action = training(CONFIG, settings, lambda rank: Hooks(), resume=True)
+    done = run_ranks(action, FOLDER / "logs" / name, world=world, limit=400)
     assert done["codes"] == [0] * world, done
     return FOLDER / name
 

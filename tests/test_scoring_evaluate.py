@@ -22,7 +22,9 @@ RANKING = ("ndcg@2", "recall@5", "hit_rate@2", "mrr")
 METRICS = [f"{name}{branch}" for name in NAMES for branch in BRANCHES]
 
 
-@pytest.mark.parametrize(("kind", "world"), [("table_wise", 2), ("row_wise", 2), ("row_wise", 4)])
+@pytest.mark.parametrize(
+    ("kind", "world"), [("table_wise", 2), ("row_wise", 2), pytest.param("row_wise", 4, marks=pytest.mark.long)]
+)
 def test_world_size_changes_nothing(runs, kind, world):
     one, more = evaluated(runs, f"{kind}_evaluate_1"), evaluated(runs, f"{kind}_evaluate_{world}")
     assert one["rows"] == more["rows"] == 2_000 and one["exact"] and one["auc"] > 0.75

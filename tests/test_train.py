@@ -171,6 +171,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(config, run, capfd):
     assert "--resume" in error and "--overwrite" in error and (run / "DONE").read_text() == before
 
 
+@pytest.mark.long
 def test_two_ranks_say_a_mistake_once(config, tmp_path):
     done = torchrun("train", "--config", str(config), "--set", "train.epochs=0")
     assert done.returncode == 2
