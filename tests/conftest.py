@@ -18,6 +18,8 @@ PATIENCE_SECONDS = 5.0  # threads and processes that are ending may take as long
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Threads that libraries keep for the whole process once they are used: they belong to no test.
 LIBRARY_THREADS = ("pytest_timeout", "execnet", "tqdm_monitor", "TMonitor", "fsspecIO", "asyncio_")
+# The second is forked_ranks.py's: it ends with this process.
+LIBRARY_PROCESSES = ("resource_tracker", "script_server.py")
 # pytest's own variables, and those that torch and matplotlib set on import
 LIBRARY_VARIABLES = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "TRITON_", "MPLBACKEND", "PYDEVD_", "TORCH_CPP_LOG_LEVEL")
 
@@ -32,7 +34,7 @@ def children() -> dict[int, str]:
                 found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text().replace("\0", " ")[:100]
         except (OSError, ValueError):  # it ended meanwhile
             continue
-    return {pid: line for pid, line in found.items() if "resource_tracker" not in line}
+    return {pid: line for pid, line in found.items() if not any(name in line for name in LIBRARY_PROCESSES)}
 
 
 def threads() -> dict[int, str]:

@@ -3,13 +3,16 @@
 Run as a script with OMP_NUM_THREADS=1 (never fork a process whose OpenMP threads are running).
 """
 
+import atexit
 import gc
 import json
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,6 +57,12 @@ def child(rank: int, world: int, port: int, action: Action, log: Path) -> None:
     sys.exit(code)
 
 
+def before_fork() -> None:
+    """Import what a rank would import; a rank that collected garbage would copy every page of what is imported."""
+    our_modules()
+    gc.freeze()
+
+
 def run_ranks(
     action: Action,
     folder: Path,
@@ -67,8 +76,7 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     port, start = port or free_port(), time.monotonic()
     logs = [folder / f"rank_{rank}.log" for rank in range(world)]
-    our_modules()
-    gc.freeze()  # a rank that collected garbage would copy every page of what is imported
+    before_fork()
     ranks = [CONTEXT.Process(target=child, args=(rank, world, port, action, logs[rank])) for rank in range(world)]
     for each in ranks:
         each.start()
@@ -93,11 +101,58 @@ def report(scenarios: dict[str, Callable[[], dict[str, Any]]], out: Path) -> Non
         out.write_text(json.dumps(results))
 
 
+class Server:
+    """The process of script_server.py, as this one sees it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (as long as the process)
+        atexit.register(self.end)
+
+    def run(self, script: Path, args: Sequence[str], variables: dict[str, str], timeout: float) -> tuple[int, str]:
+        """The exit code of a script and what it said. A script that takes too long is killed with all that it started."""
+        if self._process is None:
+            command = [sys.executable, str(Path(__file__).with_name("script_server.py"))]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+            self._process = subprocess.Popen(command, env=variables, start_new_session=True, **pipes)
+        assert self._process.stdin and self._process.stdout
+        self._words.seek(0)
+        self._words.truncate()
+        words = f"/proc/{os.getpid()}/fd/{self._words.fileno()}"
+        request = {"script": str(script), "args": args, "variables": variables, "folder": os.getcwd(), "words": words}
+        self._process.stdin.write(f"{json.dumps(request)}\n")
+        self._process.stdin.flush()
+        code = ""
+        try:
+            if select.select([self._process.stdout], [], [], timeout)[0]:
+                code = self._process.stdout.readline()
+        finally:
+            if not code:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self.end()
+        self._words.seek(0)
+        return int(code or -signal.SIGKILL), self._words.read()
+
+    def end(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin and self._process.stdout
+            self._process.stdin.close()
+            self._process.wait()
+            self._process.stdout.close()
+            self._process = None
+
+
+SERVER = Server()
+
+
 def run_script(name: str, *args: str, flags: Sequence[str] = (), timeout: float = 840) -> None:
-    """Run a script of this folder in a process of its own; for the tests, which must not fork themselves."""
+    """Run a script of this folder, which may fork ranks; for the tests, which must not fork themselves. With flags of Python it is started anew."""
     script = Path(__file__).with_name(name)
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(
-        [sys.executable, *flags, str(script), *args], env=env, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if flags:
+        command = [sys.executable, *flags, str(script), *args]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+        code, words = done.returncode, done.stderr
+    else:
+        code, words = SERVER.run(script, args, env, timeout)
+    assert code == 0, words[-3000:]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from forked_ranks import run_script
 from small_data import write_small
-from test_train import torchrun
 from tiny_run import lines_of
 from torch import nn
 
@@ -111,8 +111,8 @@ def pair(home) -> Path:
     """A run of the model with branches, on two ranks."""
     out = home / "pair"
     words = ["--config", str(home / "run.toml"), "--plugin", str(home / "mine.py")]
-    done = torchrun("train", *words, *settings("model.kind=pair", f"train.out={out}", *SHORT))
-    assert done.returncode == 0, done.stderr[-2000:]
+    words += settings("model.kind=pair", f"train.out={out}", *SHORT)
+    run_script("command_ranks.py", str(home / "logs"), "train", *words)
     return out
 
 

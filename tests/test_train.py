@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked_ranks import run_script
 from small_data import write_small
 from tiny_run import lines_of, train
 
@@ -30,9 +31,8 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(config) -> Path:
-    """A run of two processes, as the README starts it but without torchx."""
-    done = torchrun("train", "--config", str(config))
-    assert done.returncode == 0, done.stderr[-2000:]
+    """A run of two processes, as launchers start them."""
+    run_script("command_ranks.py", str(config.parent / "logs"), "train", "--config", str(config))
     return config.parent / "run"
 
 
