@@ -9,7 +9,8 @@ from torchrec.modules.crossnet import LowRankMixtureCrossNet
 from data.errors import InputError
 from data.schema import Table
 from mbcnet_rec.cpu import layers
-from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout, use_fast_layers
+from mbcnet_rec.cpu.fast_path import use_fast_layers
+from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout
 from mbcnet_rec.model.factorisation import FieldVectors
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
 from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, GroupedMLP, Regularisation

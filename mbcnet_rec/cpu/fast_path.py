@@ -14,9 +14,11 @@ from torch import nn
 from torchrec.distributed.model_parallel import DataParallelWrapper
 
 from data.stream import Batch
-from mbcnet_rec.cpu.layers import INTEL, use_fast_layers
+from mbcnet_rec.cpu.cross import FastCross, FastLowRankMixture
+from mbcnet_rec.cpu.layers import INTEL, Dropout, Linear
 from mbcnet_rec.cpu.rowwise_adagrad import use_compiled_update
 from mbcnet_rec.cpu.whole_adam import WholeAdam
+from mbcnet_rec.model.layers import MLP, Cross, LowRankMixture
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.training.optim import fused_adam
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline, train_pipeline
@@ -26,6 +28,8 @@ from sharding.plan.placement import Plan
 # Of glibc's mallopt. Blocks below the first size come from the heap; free memory below the second stays there.
 _MMAP_THRESHOLD, _MMAP_BYTES = -3, 256 * 2**20
 _TRIM_THRESHOLD, _TRIM_BYTES = -1, 2**31 - 1
+
+FAST = {nn.Linear: Linear, nn.Dropout: Dropout, LowRankMixture: FastLowRankMixture, Cross: FastCross}
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,15 @@ class FastPath:
         if self._alone and self.on:
             return PlainPipeline
         return partial(train_pipeline, prefetch=self.plan.prefetch, alone=self._alone)
+
+
+def use_fast_layers(model: nn.Module) -> None:
+    """Let the layers of a model's MLPs and cross networks compute so; parameters and their names stay."""
+    for owner in model.modules():
+        if isinstance(owner, MLP | Cross):
+            for layer in owner.modules():
+                # the new class adds no state to the old one
+                layer.__class__ = FAST.get(type(layer), type(layer))
 
 
 def keep_freed_memory() -> None:

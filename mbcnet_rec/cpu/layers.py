@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbcnet_rec.model.layers import MLP, Cross, LowRankMixture
-
 ONE_DNN_FROM = 2**16  # weights of a matrix; a call of oneDNN costs tens of microseconds before it multiplies
 _CPUS = Path("/proc/cpuinfo")
 # by name: measured rates would not choose the same in every run
@@ -16,25 +14,31 @@ INTEL = _CPUS.exists() and "GenuineIntel" in _CPUS.read_text(encoding="utf-8")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Map x to W x + b: F.linear, with float32 products by oneDNN where a step trains on a CPU that is not Intel's.
+    """Map x to W x + b: F.linear, with products by oneDNN where `one_dnn` says so and a step trains.
+
+    Half precision goes to oneDNN anyway. Evaluation and export keep F.linear. (B, n), (m, n), (m,) -> (B, m).
+    """
+    if torch.is_grad_enabled() and one_dnn(x, weight):
+        return _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-any-return]
+    return F.linear(x, weight, bias)
+
+
+def one_dnn(x: Tensor, weight: Tensor) -> bool:
+    """Whether the products of a layer are oneDNN's: of float32, from a size on, on a CPU that is not Intel's.
 
     MKL, which torch takes for float32, is at its best on its maker's CPUs only: on an AMD EPYC (Zen 4) its products of the
     paper's widest layer run at 112 to 145 GFLOP/s, oneDNN's at 178 to 188, and a step of the whole model is a tenth shorter. On an Intel
     Xeon (Emerald Rapids) MKL's run at 158 to 161, oneDNN's at 149, 110 and 127 forward, to the input and to the weights.
-    Half precision goes to oneDNN anyway. Evaluation and export keep F.linear. (B, n), (m, n), (m,) -> (B, m).
     """
-    if (
+    return (
         weight.numel() >= ONE_DNN_FROM
         and not INTEL
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
-    ):
-        return _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-any-return]
-    return F.linear(x, weight, bias)
+    )
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -69,6 +73,16 @@ def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return _product(gradient.t(), x.t())
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, n), (m, n) -> (B, m), outside autograd."""
+    return _product(x, weight) if one_dnn(x, weight) else x.mm(weight.t())
+
+
+def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of `product` to its weight: (B, m), (B, n), (m, n) -> (m, n)."""
+    return _weight_gradient(gradient, x) if one_dnn(x, weight) else gradient.t().mm(x)
+
+
 def bf16_in_hardware() -> bool:
     """Whether bf16 products pay on this CPU: AVX-512 on AMD's, AMX on Intel's. Without, a DNN trained at a seventh of float32's speed.
 
@@ -86,48 +100,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class FastLowRankMixture(LowRankMixture):
-    """LowRankMixture by `linear`, and from some rank on a product for each expert: twice as fast there."""
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """W x + b: (B, n), (m, n), (m,) -> (B, m)."""
-        return linear(x, weight, bias)
-
-    def expert_products(self, low: Tensor) -> Tensor:
-        """C_e x_e of each expert: (B, E, r) -> (B, E, r)."""
-        if self.c[0].numel() < ONE_DNN_FROM:
-            return super().expert_products(low)
-        pairs = zip(low.unbind(1), self.c.unbind(0), strict=True)
-        return torch.stack([linear(each, matrix) for each, matrix in pairs], dim=1)
-
-
-class _CrossTerm(torch.autograd.Function):
-    """x_0 * y + x in one pass; torch's own gradient of addcmul takes two passes more than this one."""
-
-    @staticmethod
-    def forward(ctx: Any, x_0: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x_0, y)
-        return torch.addcmul(x, x_0, y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_0, y = ctx.saved_tensors
-        return gradient * y, gradient * x_0, gradient
-
-
-class FastCross(Cross):
-    """Cross, each layer's sum and product in one pass over the batch where it trains."""
-
-    def forward(self, x_0: Tensor) -> Tensor:
-        """Map (B, N) to (B, N)."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x_0)
-        x = x_0
-        for layer in self.layers:
-            x = _CrossTerm.apply(x_0, layer(x), x)
-        return x
-
-
 class Dropout(nn.Dropout):
     """y = x m / (1 - p), each m 1 with probability 1 - p, else 0; the identity outside training. By `cheap_dropout`."""
 
@@ -136,18 +108,6 @@ class Dropout(nn.Dropout):
         if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
             return cheap_dropout(x, self.p)
         return super().forward(x)
-
-
-FAST = {nn.Linear: Linear, nn.Dropout: Dropout, LowRankMixture: FastLowRankMixture, Cross: FastCross}
-
-
-def use_fast_layers(model: nn.Module) -> None:
-    """Let the layers of a model's MLPs and cross networks compute so; parameters and their names stay."""
-    for owner in model.modules():
-        if isinstance(owner, MLP | Cross):
-            for layer in owner.modules():
-                # the new class adds no state to the old one
-                layer.__class__ = FAST.get(type(layer), type(layer))
 
 
 def cheap_dropout(x: Tensor, p: float) -> Tensor:

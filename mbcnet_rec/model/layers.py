@@ -164,19 +164,24 @@ class LowRankMixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N) to (B, N)."""
+        return F.linear(self.gated(F.linear(x, self.first())), self.last(), self.bias)
+
+    # mbcnet_rec/cpu has other ways to these products
+
+    def first(self) -> Tensor:
+        """V and G, (E r + E, N): one wide product for all experts and the gate instead of E + 1 thin ones; another one on the way back."""
+        return torch.cat([self.v.flatten(0, 1), self.gate])
+
+    def last(self) -> Tensor:
+        """U, (N, E r)."""
+        return self.u.transpose(0, 1).flatten(1)
+
+    def gated(self, projected: Tensor) -> Tensor:
+        """g_e tanh(C_e tanh(.)) of each expert: (B, E r + E) -> (B, E r)."""
         num_experts, low_rank, _ = self.v.shape
-        # One wide product for all experts and the gate instead of E + 1 thin ones; another one on the way back.
-        projected = self.product(x, torch.cat([self.v.flatten(0, 1), self.gate]))  # (B, E r + E)
         low, scores = projected.split([num_experts * low_rank, num_experts], dim=1)
         low = torch.tanh(low).unflatten(1, (num_experts, low_rank))  # (B, E, r)
-        gated = torch.tanh(self.expert_products(low)) * torch.softmax(scores, dim=1).unsqueeze(2)
-        return self.product(gated.flatten(1), self.u.transpose(0, 1).flatten(1), self.bias)
-
-    # mbcnet_rec/cpu has other ways to the numbers of these two
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """W x + b: (B, n), (m, n), (m,) -> (B, m)."""
-        return F.linear(x, weight, bias)
+        return (torch.tanh(self.expert_products(low)) * torch.softmax(scores, dim=1).unsqueeze(2)).flatten(1)
 
     def expert_products(self, low: Tensor) -> Tensor:
         """C_e x_e of each expert: (B, E, r) -> (B, E, r)."""
