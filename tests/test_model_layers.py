@@ -8,7 +8,7 @@ from torchrec.modules.crossnet import LowRankMixtureCrossNet
 
 from data.errors import InputError
 from data.schema import Table
-from mbcnet_rec.cpu import layers
+from mbcnet_rec.cpu import cross, layers
 from mbcnet_rec.cpu.fast_path import use_fast_layers
 from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout
 from mbcnet_rec.model.factorisation import FieldVectors
@@ -93,21 +93,29 @@ def test_linear_leaves_the_rest_to_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["low_rank_mixture", "full_rank"])
-def test_fast_cross_is_a_cross(kind):
-    """Values and the gradients of input and parameters; the first layer's input is x_0 itself."""
-    plain = Cross(CrossConfig(kind, 3, 2, 4), 9).double()
+@pytest.mark.parametrize("intel", [True, False])
+def test_fast_cross_is_a_cross(kind, intel, monkeypatch):
+    """Values and the gradients of input and parameters, by either library; the first layer's input is x_0 itself."""
+    monkeypatch.setattr(cross, "MANY", 1)
+    monkeypatch.setattr(layers, "INTEL", intel)
+    monkeypatch.setattr(layers, "ONE_DNN_FROM", 1)
+    monkeypatch.setattr(cross, "ONE_DNN_FROM", 1)
+    dtype, bound = (torch.float64, 1e-12) if intel else (torch.float32, 1e-5)  # oneDNN's products are of float32
+    plain = Cross(CrossConfig(kind, 3, 2, 4), 9).to(dtype)
+    for parameter in plain.parameters():  # no bias may hide at zero
+        parameter.data.normal_(std=0.5)
     fast = copy.deepcopy(plain)
     use_fast_layers(fast)
-    x = torch.randn(5, 9).double()
-    inputs, weight = [x.clone().requires_grad_() for _ in range(2)], torch.randn(5, 9).double()
+    x, weight = torch.randn(5, 9, dtype=dtype), torch.randn(5, 9, dtype=dtype)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [network(own) for network, own in zip((plain, fast), inputs, strict=True)]
-    assert type(fast) is not Cross and "Cross" in type(outputs[1].grad_fn).__name__
+    assert "CrossNetwork" in type(outputs[1].grad_fn).__name__
     for output in outputs:
         (output * weight).sum().backward()
-    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(*(own.grad for own in inputs), rtol=1e-12, atol=1e-12)
+    for found, wanted in [outputs, [own.grad for own in inputs]]:
+        torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
     for first, second in zip(plain.parameters(), fast.parameters(), strict=True):
-        torch.testing.assert_close(first.grad, second.grad, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(first.grad, second.grad, rtol=bound, atol=bound)
 
 
 def test_mlp_regularisation():

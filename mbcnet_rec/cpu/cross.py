@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from mbcnet_rec.cpu.layers import ONE_DNN_FROM, linear, one_dnn, product, weight_gradient
 from mbcnet_rec.model.layers import Cross, LowRankMixture
 
+MANY = 2**19  # numbers of (B, N): with fewer, Python's share is larger than what a pass costs
+
 
 class FastLowRankMixture(LowRankMixture):
     """LowRankMixture, from some rank on a product for each expert: twice as fast there."""
@@ -25,17 +27,13 @@ class FastCross(Cross):
 
     def forward(self, x_0: Tensor) -> Tensor:
         """Map (B, N) to (B, N)."""
-        if (
-            not torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
-            or x_0.device.type != "cpu"
-        ):
+        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x_0.device.type == "cpu"
+        if not trains or torch.is_autocast_enabled("cpu") or x_0.numel() < MANY:
             return super().forward(x_0)
         weights: list[Tensor | None] = []
         for layer in self.layers:
             if isinstance(layer, LowRankMixture):
-                weights += [layer.first(), layer.c, layer.last(), layer.bias]
+                weights += [layer.first(), layer.c, layer.u.transpose(0, 1).flatten(1), layer.bias]
             else:
                 weights += [None, None, layer.weight, layer.bias]  # pyright: ignore[reportArgumentType]
         return _CrossNetwork.apply(list(self.layers), x_0.contiguous(), *weights)

@@ -164,17 +164,13 @@ class LowRankMixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N) to (B, N)."""
-        return F.linear(self.gated(F.linear(x, self.first())), self.last(), self.bias)
+        return F.linear(self.gated(F.linear(x, self.first())), self.u.transpose(0, 1).flatten(1), self.bias)
 
     # mbcnet_rec/cpu has other ways to these products
 
     def first(self) -> Tensor:
         """V and G, (E r + E, N): one wide product for all experts and the gate instead of E + 1 thin ones; another one on the way back."""
         return torch.cat([self.v.flatten(0, 1), self.gate])
-
-    def last(self) -> Tensor:
-        """U, (N, E r)."""
-        return self.u.transpose(0, 1).flatten(1)
 
     def gated(self, projected: Tensor) -> Tensor:
         """g_e tanh(C_e tanh(.)) of each expert: (B, E r + E) -> (B, E r)."""
