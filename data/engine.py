@@ -46,11 +46,7 @@ HERE = Engine()  # this process
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process among those that torchrun has started.
-
-    Raises:
-        InputError: it has started none.
-    """
+    """This process among those that torchrun has started; InputError if it has started none."""
     try:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
@@ -270,11 +266,7 @@ def _on_ray(engine: Engine, run: Run, left: Mapping[Path, Any], held: bool, lost
 
 
 def import_ray() -> Any:
-    """Ray, which is optional.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """Ray, which is optional; InputError if it is not installed."""
     try:
         return importlib.import_module("ray")
     except ImportError:

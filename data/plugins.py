@@ -23,11 +23,7 @@ _SHA = "#sha256="
 
 @cache
 def entry_points(group: str) -> tuple[Any, ...]:
-    """What installed packages offer under a group, such as mbcnet.models.
-
-    Raises:
-        InputError: one cannot be loaded.
-    """
+    """What installed packages offer under a group, such as mbcnet.models; InputError if one cannot be loaded."""
     found = []
     for each in importlib.metadata.entry_points(group=group):
         try:

@@ -64,8 +64,7 @@ def write_whole(path: Path, text: str) -> None:
 def home_path(text: str, source: str) -> str:
     """Replace `~` or `~user` at the beginning, but no variable, by the home folder: the one rule for configs, --set and arguments.
 
-    Raises:
-        InputError: naming the `source`, if nobody knows that home folder.
+    InputError if nobody knows that home folder.
     """
     if not text.startswith("~") or os.path.lexists(text):
         return text

@@ -63,18 +63,15 @@ class Run:
     def predict(self, rows: Rows) -> np.ndarray:
         """Click probabilities (n,) float32, of several tasks (n, T), of an Arrow table, a DataFrame or columns of values, with float32 rows of tables in this process.
 
-        Raises:
-            ValueError: a column is missing, or a value is one that training would have refused.
+        ValueError if a column is missing, or a value is one that training would have refused.
         """
         return self._model.predict(rows)
 
     def evaluate(self, *data: str | Path, split: str = "test", by: Sequence[str] = ()) -> dict[str, Any]:
         """What `mbcnet evaluate --json` prints: each metric, its 95 % interval, and `slices` by the columns `by`.
 
-        `data`: files, folders, globs or URIs; none: the config's `split`. Empty on other ranks than the first.
-
-        Raises:
-            InputError: there are no rows, no such column, or a row is faulty.
+        `data`: files, folders, globs or URIs; none: the config's `split`. Empty on other ranks than the first. InputError if there are no
+        rows, no such column, or a row is faulty.
         """
         question = Question(split, tuple(map(str, data)), by=tuple(by))
         with opened_run(self.folder) as (run, process):
@@ -119,10 +116,8 @@ def stream(
 def train_step(config: RunConfig) -> Iterator[Callable[[Batch], Outputs]]:
     """Build and shard the model with its optimizers; gives a function that trains it on one batch and returns logits, loss and its terms.
 
-    Every rank enters, and calls it with its share of the same batch. `step.model` is the sharded objective. Nothing is written.
-
-    Raises:
-        InputError: the config, the schema and the plan do not fit together.
+    Every rank enters, and calls it with its share of the same batch. `step.model` is the sharded objective. Nothing is written. InputError
+    if the config, the schema and the plan do not fit together.
     """
     with joined_process(config.train.device) as process:
         built = build(config, load_schema(config.schema), process)

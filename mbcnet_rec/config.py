@@ -131,8 +131,7 @@ def _at_home(value: Any, key: str = "") -> Any:
 def apply_override(table: dict[str, Any], override: str) -> None:
     """Set one dotted key of a parsed TOML table in place; `key.path+=value` adds a value to a list.
 
-    Raises:
-        InputError: the override is not `key.path=value`, or its path leads through a value.
+    InputError if the override is not `key.path=value`, or its path leads through a value.
     """
     key, equals, text = override.partition("=")
     names = key.strip().split(".")

@@ -46,8 +46,7 @@ WORST = 5  # tables that the console names
 def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -> Day:
     """Score a day's rows: its `progressive` metrics, its `profile`, and `alarms`. Every rank calls it, with the lines of the days before.
 
-    Raises:
-        EvaluationStoppedError, InputError: as `Trainer.evaluate` does.
+    Raises as `Trainer.evaluate` does.
     """
     known = trained_rows(trainer.built, stream.schema)
     fields = [

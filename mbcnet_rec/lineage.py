@@ -37,8 +37,7 @@ def days_of(
 ) -> Days:
     """The days of the run whose checkpoint of `step` has the facts `run` (no step: a fresh start), with the one of these files. For rank 0.
 
-    Raises:
-        InputError: a file was trained already and `again` is not set, the last day is of other files and not done, or its end is lost.
+    InputError if a file was trained already and `again` is not set, the last day is of other files and not done, or its end is lost.
     """
     folder, files = config.run_folder, [list(mark) for mark in marks["train"]]
     lines = [] if step is None else read_days(folder)

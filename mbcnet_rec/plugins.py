@@ -27,8 +27,7 @@ def our_modules() -> tuple[ModuleType, ...]:
 def model_class(plugins: Sequence[str] = ()) -> type[ModelConfig]:
     """The class of [model] with the tables of every model that there is. `plugins`: as `data.plugins.pinned` gives them.
 
-    Raises:
-        InputError: a plug-in fails, or two have one name.
+    InputError if a plug-in fails, or two have one name.
     """
     files = [load_plugin(each) for each in plugins]
     models = (*offered([*our_modules()], ModelKind), *entry_points("mbcnet.models"), *offered(files, ModelKind))

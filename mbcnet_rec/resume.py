@@ -98,11 +98,8 @@ def agreed_schema(
 ) -> tuple[Schema, dict[str, str]]:
     """The schema to train with, and its `file_sums`: the config's, or where a run is resumed its own. Every rank calls it.
 
-    Every field of ids has a type: that which the schema says, else that of the training files.
-
-    Raises:
-        InputError: it is not there, or changed since; a rank has other vocabularies than rank 0; or with `allow_partial`, rows of a table
-            would belong to other values.
+    Every field of ids has a type: that which the schema says, else that of the training files. InputError if it is not there, or changed
+    since; if a rank has other vocabularies than rank 0; or with `allow_partial`, if rows of a table would belong to other values.
     """
 
     def find() -> tuple[Schema, dict[str, str]]:
@@ -198,10 +195,8 @@ def refuse_other_start(
 ) -> list[str]:
     """Refuse to resume where the saved position in the data means nothing; return notes on what else differs. For rank 0.
 
-    `begins`: another day, for which the position does not count.
-
-    Raises:
-        InputError: an option that fixes the order of the rows differs, or the training files do.
+    `begins`: another day, for which the position does not count. InputError if an option that fixes the order of the rows differs, or the
+    training files do.
     """
     if not run:
         return []

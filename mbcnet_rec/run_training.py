@@ -236,8 +236,7 @@ def _load(
 def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process) -> dict[str, ParquetStream]:
     """Open each split that the config names; every rank calls it. Reads footers only, so that faults show before anything is built.
 
-    Raises:
-        InputError: a path leads nowhere, or a file does not fit the schema.
+    InputError if a path leads nowhere, or a file does not fit the schema.
     """
     named = {
         "train": (config.train, config.train_options(seed)),

@@ -84,10 +84,8 @@ def check_files(
     """Check Parquet files against a schema: their footers, and with `full` every value, by an engine's tasks.
 
     Footers tell missing columns, wrong types, and ids and labels out of range where the writer left statistics. The full check tells
-    `progress` the number of rows checked so far. Faults above `max_faults` are only counted.
-
-    Raises:
-        InputError: `full` and the schema still says "fit", or a vocabulary cannot be read.
+    `progress` the number of rows checked so far. Faults above `max_faults` are only counted. InputError if `full` and the schema still says
+    "fit", or a vocabulary cannot be read.
     """
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(partial(_read_footer, schema, _ranges(schema)), files))

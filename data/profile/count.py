@@ -27,10 +27,8 @@ def table_2(
     """Read the label and ids of all rows; a line for each figure of Table 2.
 
     Users are the values of `user`, a field or column, or else of the schema's group column; items those of `item`, or else of a field that
-    is called as items are. A null is no id. `progress` is told the number of rows read so far.
-
-    Raises:
-        InputError: a file is damaged, or lacks a column.
+    is called as items are. A null is no id. `progress` is told the number of rows read so far. InputError if a file is damaged, or lacks a
+    column.
     """
     column_of = {each.name: each.source_column for each in schema.features}
     item = item or next((name for name in ITEM_NAMES if name in column_of), "")

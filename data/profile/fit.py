@@ -138,11 +138,7 @@ class CountUnit(NamedTuple):
 
 
 def count_unit(task: CountUnit) -> None:
-    """Count the values and measure the numbers of a unit.
-
-    Raises:
-        InputError: a file is damaged or was changed, or a value is no id.
-    """
+    """Count the values and measure the numbers of a unit; InputError if a file is damaged or was changed, or a value is no id."""
     limit = min(MAX_SAMPLE, MAX_SAMPLES // max(1, len(task.waiting)))
     samples = {each.name: RowSample(limit) for each in task.waiting if each.boundaries == FIT}
     moments = {each.name: Moments() for each in task.waiting if each.vocabulary != FIT and each.boundaries != FIT}
@@ -226,14 +222,12 @@ def fit_schema(
 ) -> Schema:
     """Replace every "fit" of a schema by what the files say.
 
-    Writes OUT/vocabulary/<table>.parquet, one column `value` in row order, and copies there the vocabularies that the schema names
-    already, so that OUT stands alone. `report` gets a line for each field whose fit says little (a constant, an empty column),
-    `progress` the number of rows read so far. Of torchrun's ranks only the first writes, and the others return the schema as it is.
+    Writes OUT/vocabulary/<table>.parquet, one column `value` in row order, and copies there the vocabularies that the schema names already,
+    so that OUT stands alone. `report` gets a line for each field whose fit says little (a constant, an empty column), `progress` the number
+    of rows read so far. Of torchrun's ranks only the first writes, and the others return the schema as it is.
 
-    The results of `engine`'s tasks lie beside `work`, for the same job to go on where it failed; by default in `out`.
-
-    Raises:
-        InputError: no file or no row, a file is damaged, or a column is missing.
+    The results of `engine`'s tasks lie beside `work`, for the same job to go on where it failed; by default in `out`. InputError if there
+    is no file or no row, a file is damaged, or a column is missing.
     """
     columns = column_sets(files, LIST_ATTEMPTS)
     for arrow_schema, file in columns.items():
@@ -325,8 +319,7 @@ def write_fitted(
 ) -> Schema:
     """Fit a schema and write OUT/schema.toml and OUT/vocabulary, whole or not at all; see `fit_schema`.
 
-    Raises:
-        InputError: see `fit_schema`; or `out` holds something, other than an earlier fit that `force` allows to replace.
+    InputError as there, or if `out` holds something other than an earlier fit that `force` allows to replace.
     """
     out = Path(out)
     held = {path.name for path in out.iterdir()} if out.is_dir() else {""} if out.exists() else set()

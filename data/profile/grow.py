@@ -38,11 +38,7 @@ Changes = dict[str, int]  # rows, admitted, expired, free, waiting
 
 
 def read_growth(folder: Path) -> dict[str, Any]:
-    """What growth.json of a fitted schema's folder says; of a schema without, that it has never grown.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """What growth.json of a fitted schema's folder says; of a schema without, that it has never grown. InputError if it is damaged."""
     nothing = {"day": 0, "files": [], "tables": {}}
     if not (folder / GROWTH).is_file():
         return nothing
@@ -62,9 +58,8 @@ def grow_fitted(
     Returns:
         For each table with a vocabulary what has changed; nothing where all files were counted before, which changes nothing.
 
-    Raises:
-        InputError: some of the files were counted before, or are damaged; `out` holds something else; the schema is not fitted, or its
-            vocabularies are not beside it.
+    InputError if some of the files were counted before, or are damaged; if `out` holds something else; or if the schema is not fitted, or
+    its vocabularies are not beside it.
     """
     schema.require_fitted()
     state, marks = read_growth(schema.folder), mark_files(files)

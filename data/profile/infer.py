@@ -60,11 +60,9 @@ def infer_schema(
 ) -> tuple[str, list[str]]:
     """Profile Parquet files as `profile_files` does, and write a schema.
 
-    Without a `label`, the column of 0 and 1 is guessed from names and values. Returns the schema file's text, which loads, and one
-    line for each suspicious column; nothing by torchrun's ranks but the first.
-
-    Raises:
-        InputError: no label is found, it holds other values than 0 and 1, a file is faulty, or no column can be a field.
+    Without a `label`, the column of 0 and 1 is guessed from names and values. Returns the schema file's text, which loads, and one line for
+    each suspicious column; nothing by torchrun's ranks but the first. InputError if no label is found, it holds other values than 0 and 1,
+    a file is faulty, or no column can be a field.
     """
     profile = profile_files(files, rows=rows, progress=progress, engine=engine, work=work)
     if not engine.is_first:
@@ -145,8 +143,7 @@ def _give_a_table(used: list[Proposal]) -> None:
 def find_roles(profile: Profile, label: str = "") -> Roles:
     """Find the label, time and grouping columns by name and check them by value.
 
-    Raises:
-        InputError: no label, or it has other values than 0 and 1.
+    InputError if there is no label, or it has other values than 0 and 1.
     """
     columns = profile.columns
     binary = [name for name, column in columns.items() if _is_binary(column) and name not in profile.missing]

@@ -218,10 +218,8 @@ def profile_files(
 ) -> Profile:
     """Read about so many `rows`, spread over the row groups of all files, or all if 0, and profile every column.
 
-    `progress` is told the number of rows read so far. The results of `engine`'s tasks lie beside `work`, by default in a folder of the system's.
-
-    Raises:
-        InputError: a file cannot be read, or two files give one column types that do not fit together.
+    `progress` is told the number of rows read so far. The results of `engine`'s tasks lie beside `work`, by default in a folder of the
+    system's. InputError if a file cannot be read, or two files give one column types that do not fit together.
     """
     profile, groups = _read_footers(files)
     if not profile.total_rows:

@@ -64,11 +64,7 @@ class Unit(NamedTuple):
 
 
 def units_of(files: Sequence[DataFile]) -> list[Unit]:
-    """Cut files, in their order, into units; those without rows are left out.
-
-    Raises:
-        InputError: a file cannot be read as Parquet.
-    """
+    """Cut files, in their order, into units; those without rows are left out. InputError if a file cannot be read as Parquet."""
 
     def footer(_: int, file: DataFile) -> list[tuple[int, int]]:
         with open_parquet(file) as parquet:
@@ -97,8 +93,7 @@ def batches_of(
 ) -> Iterator[tuple[Place, int, pa.RecordBatch]]:
     """Some columns of a unit, those that a file has, in pieces of a row group: where each is from, the number of its first row, and its rows.
 
-    Raises:
-        InputError: a file is damaged, or another one than when the job began.
+    InputError if a file is damaged, or another one than when the job began.
     """
     wanted = list(dict.fromkeys(columns))
     for span in unit.spans:

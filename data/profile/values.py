@@ -270,8 +270,7 @@ def shares_of(units: Iterable[Path]) -> tuple[list[tuple[Share, ...]], frozenset
 def merge(task: Merge) -> None:
     """Sum the counts of some shares and sort: values seen often enough, the most frequent first, and then the others, by value.
 
-    Raises:
-        InputError: no type of integers holds all values of an owner.
+    InputError if no type of integers holds all values of an owner.
     """
     found: dict[Share, list[pa.Table]] = {share: [] for share in task.shares}
     for path in task.units:

@@ -79,8 +79,7 @@ def convert(
 ) -> Converted:
     """Convert files; `out` appears when it is complete. Of torchrun's ranks only the first says what came of it.
 
-    Raises:
-        InputError: a file cannot be read, the types do not fit the schema, more rows are rejected than kept, or `out` holds something else.
+    InputError if a file cannot be read, the types do not fit the schema, more rows are rejected than kept, or `out` holds something else.
     """
     out, day = Path(out), request.day
     sources = find_sources(inputs)
@@ -223,8 +222,7 @@ class _Parts:
 def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
     """The rows of a Parquet file as columns of `types`; partition columns are filled from its path.
 
-    Raises:
-        InputError: the file is damaged, or a value is no day.
+    InputError if the file is damaged, or a value is no day.
     """
     partition = partition_of(source.file)
     with naming(source.file), open_parquet(source.file, pre_buffer=True) as parquet:
@@ -253,8 +251,7 @@ def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa
 def with_day(table: pa.Table, column: str) -> pa.Table:
     """Add the day of each row, null where it has none, as its column tells: dates, times, text or integers as conditions on time take them.
 
-    Raises:
-        FaultyValueError: a value tells none.
+    FaultyValueError if a value tells none.
     """
     if not column:
         return table

@@ -42,11 +42,7 @@ class Source(NamedTuple):
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """List the files that paths, globs, URIs and tables name, sorted by name within each.
-
-    Raises:
-        InputError: one names no file that could be converted.
-    """
+    """List the files that paths, globs, URIs and tables name, sorted by name within each; InputError if one names no file that could be converted."""
     found: dict[Any, Source] = {}
     for text in inputs:
         if is_snapshot(text):
@@ -79,10 +75,8 @@ def _kind_of(file: DataFile, is_named: bool) -> str:
 def types_of(sources: Sequence[Source], schema: Schema | None, given: Mapping[str, str], form: Form) -> pa.Schema:
     """The type of each column of all files, in the order in which they name them.
 
-    What the user gives comes first, then what the schema's fields want, then a type that holds what the files begin with.
-
-    Raises:
-        InputError: a file cannot be read, or the user names a column or type that is not there.
+    What the user gives comes first, then what the schema's fields want, then a type that holds what the files begin with. InputError if a
+    file cannot be read, or the user names a column or type that is not there.
     """
     files = [source.file for source in sources]
     firsts = for_each_file(

@@ -24,8 +24,7 @@ NULLS = ["", "NULL", "null", "nan", "NaN"]
 def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
     """Find a data set's files in a folder by patterns: globs, or alternatives separated by "|", of which the first that is there counts.
 
-    Raises:
-        InputError: a pattern finds nothing.
+    InputError if a pattern finds nothing.
     """
     found: dict[str, list[Path]] = {}
     for pattern in patterns:

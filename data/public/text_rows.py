@@ -71,8 +71,7 @@ class TextFile:
     ) -> Iterator[pa.Table]:
         """Yield the rows of the file as columns of `types`, as `make` takes them; without types those of the first block, in types of Arrow's choice.
 
-        Raises:
-            InputError: the file cannot be decompressed, or has no header.
+        InputError if the file cannot be decompressed, or has no header.
         """
         for line, block in self._blocks(FIRST_BYTES if types is None else BLOCK_BYTES):
             yield from self._readable([(line, block)], types, reject, make)

@@ -93,8 +93,7 @@ class Bounded:
     def __post_init__(self) -> None:
         """Refuse a value out of its bounds, or not one of its choices.
 
-        Raises:
-            InputError: naming the field, the value, what was wanted and how to fix it.
+        The InputError names the field, the value, what was wanted and how to fix it.
         """
         for name, choices in _choices(type(self)).items():
             value = getattr(self, name)

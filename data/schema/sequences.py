@@ -33,11 +33,7 @@ def lengths_of(features: Sequence[Feature]) -> dict[str, int]:
 
 
 def check_sequences(features: Sequence[Feature], source: str) -> None:
-    """Refuse sequences that contradict other fields.
-
-    Raises:
-        InputError: naming the field, the value, what was wanted and how to fix it.
-    """
+    """Refuse sequences that contradict other fields. The InputError names the field, the value, what was wanted and how to fix it."""
     named = {each.name: each for each in features}
     for each in features:
         problem = _problem(each, named) if each.is_sequence else ""

@@ -197,9 +197,7 @@ def warm_start(train: TrainConfig, built: Built, schema: Schema, process: Proces
 
     A table may have more rows here: the first ones are copied, so its ids must mean the same there (those of another hash size or another
     vocabulary do not, unless that one has only grown). Without `train.warm_start_tables` every table that both runs have is taken.
-
-    Raises:
-        InputError: no such run or table, a table is wider or longer there, or its rows are of other ids.
+    InputError if there is no such run or table, a table is wider or longer there, or its rows are of other ids.
     """
     other, where = Path(train.warm_start), f"train.warm_start = {train.warm_start!r}"
     theirs = train_config_of(other)

@@ -51,8 +51,7 @@ def _location(train: TrainConfig, folder: Path) -> str:
 def put_in_place(folder: Path, names: Collection[str], between: Callable[[], object]) -> None:
     """Make what lies in RUN/.new the run, in place of what lies under `names`; `between`: when the one is gone and the other not there.
 
-    Raises:
-        OSError: it cannot be moved; the earlier run is as it was.
+    OSError if it cannot be moved; the earlier run is as it was.
     """
     replaced, new = folder / REPLACED, folder / NEW
     try:

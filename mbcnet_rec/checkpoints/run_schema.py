@@ -46,11 +46,7 @@ def schema_text(schema: Schema) -> str:
 
 
 def file_sums(schema: Schema) -> dict[str, str]:
-    """Name in a run folder -> SHA-256, of what a run with this schema keeps.
-
-    Raises:
-        InputError: a vocabulary cannot be read.
-    """
+    """Name in a run folder -> SHA-256, of what a run with this schema keeps; InputError if a vocabulary cannot be read."""
     text = hashlib.sha256(schema_text(schema).encode()).hexdigest()
     return {SCHEMA: text} | {name: sha256_of(path) for name, path in _sources(schema).items()}
 
@@ -69,9 +65,7 @@ def _sources(schema: Schema) -> dict[str, Path]:
 def write_copy(schema: Schema, folder: Path, sums: Mapping[str, str]) -> None:
     """Write the copy of a schema whose `file_sums` were taken before it was read.
 
-    Raises:
-        InputError: a file has changed since.
-        OSError: the copy cannot be written.
+    InputError if a file has changed since, OSError if the copy cannot be written.
     """
     folder.mkdir(exist_ok=True)
     (folder / SCHEMA).write_text(schema_text(schema), encoding="utf-8")
@@ -102,10 +96,8 @@ def saved_run(manifest: Manifest, where: object) -> dict[str, Any]:
 def own_schema(folder: Path, storage: CheckpointStorage, step: int | None) -> Schema | None:
     """The schema of a run's checkpoint: of the run folder where its files are the checkpoint's, else of the checkpoint itself.
 
-    None without a checkpoint, and of the first versions, which kept no copy. The checkpoint's own lies in a folder that goes with this process.
-
-    Raises:
-        InputError: a file of the checkpoint is missing or damaged; or it has no copy, and the folder's is another.
+    None without a checkpoint, and of the first versions, which kept no copy. The checkpoint's own lies in a folder that goes with this
+    process. InputError if a file of the checkpoint is missing or damaged, or it has no copy and the folder's is another.
     """
     if step is None:
         return None
@@ -127,11 +119,7 @@ def own_schema(folder: Path, storage: CheckpointStorage, step: int | None) -> Sc
 
 
 def newest_schema(folder: Path) -> Schema:
-    """The schema of the newest checkpoint of the run in a folder; where there is none, that which lies there.
-
-    Raises:
-        InputError: see `own_schema`.
-    """
+    """The schema of the newest checkpoint of the run in a folder; where there is none, that which lies there. InputError as `own_schema`."""
     train = train_config_of(folder)
     storage = train and storage_of(train, folder)
     own = storage and own_schema(folder, storage, max(storage.steps(), default=None))
@@ -166,8 +154,7 @@ def _are_copied(files: Mapping[str, Any]) -> bool:
 def other_ids(before: Schema, now: Schema) -> dict[str, str]:
     """Tables of both schemas whose rows belong to other values: table -> why. A vocabulary that has only grown keeps its rows.
 
-    Raises:
-        InputError: a vocabulary cannot be read.
+    InputError if a vocabulary cannot be read.
     """
     values = [read_vocabularies(schema) for schema in (before, now)]
     names = {table.name for table in before.tables} & {table.name for table in now.tables}
@@ -178,8 +165,7 @@ def other_ids(before: Schema, now: Schema) -> dict[str, str]:
 def rows_begun_anew(before: Schema, now: Schema) -> dict[str, np.ndarray] | None:
     """Field with a vocabulary -> rows that have become another value's, or nobody's; None where the one schema is no growth of the other.
 
-    Raises:
-        InputError: a vocabulary cannot be read.
+    InputError if a vocabulary cannot be read.
     """
     known, values = (read_vocabularies(each) for each in (before, now))
     day, found = read_growth(before.folder)["day"], {}

@@ -139,8 +139,7 @@ class Saved:
     def __init__(self, folder: Path, *, hashed: bool = True) -> None:
         """Check the manifest and every header; with `hashed` also every file's SHA-256.
 
-        Raises:
-            InputError: the folder is not a complete checkpoint, or its manifest contradicts its files.
+        InputError if the folder is not a complete checkpoint, or its manifest contradicts its files.
         """
         self.folder = folder
         self.manifest = read_checkpoint(folder, hashed=hashed)
@@ -171,11 +170,7 @@ class Saved:
                 yield shard.entry, shard.read()
 
     def whole(self, name: str) -> Tensor:
-        """Return a tensor put together from its shards.
-
-        Raises:
-            InputError: it is missing or covered only in part.
-        """
+        """Return a tensor put together from its shards; InputError if it is missing or covered only in part."""
         shards = self._stored.get(name, [])
         shape = shards[0].entry.global_shape if shards else ()
         if not shards or sum(math.prod(shard.shape) for shard in shards) != math.prod(shape):
@@ -187,8 +182,7 @@ class Saved:
     def copy_into(self, shard: TensorShard, rank: int, world_size: int) -> None:
         """Fill a live shard, or those of its rows that a table has which was saved with fewer.
 
-        Raises:
-            InputError: the checkpoint covers it only in part.
+        InputError if the checkpoint covers it only in part.
         """
         if f"{shard.name}@0" not in self._stored:
             self._fill(shard.name, shard.tensor, shard.offsets)
@@ -245,8 +239,7 @@ def of_average(saved: Saved, shards: Iterable[TensorShard]) -> Iterator[TensorSh
 def load_shards(saved: Saved, shards: Iterable[TensorShard], rank: int, world_size: int) -> None:
     """Copy a checkpoint into live tensors of the same shapes, whatever world size and plan wrote it.
 
-    Raises:
-        InputError: a tensor is missing, has another shape, or is covered only in part.
+    InputError if a tensor is missing, has another shape, or is covered only in part.
     """
     for shard in shards:
         if saved.shapes.get(shard.name) != shard.global_shape:
@@ -289,8 +282,7 @@ def write_tensors(tensors: dict[str, Tensor], sink: BinaryIO | pa.NativeFile) ->
 def open_tensors(path: Path) -> Any:
     """Map a file into memory: `get_slice(name).get_shape()`, `get_tensor(name)`. The library checks that the header claims what the file has.
 
-    Raises:
-        InputError: it is not a safetensors file, or its header contradicts its size. Nothing of the claimed size was allocated.
+    InputError if it is not a safetensors file, or its header contradicts its size, of which nothing was allocated then.
     """
     try:
         return safe_open(path, framework="pt")

@@ -85,8 +85,7 @@ class CheckpointStorage:
     def copy(self, name: str, source: Path, sha256: str, before: str) -> None:
         """Put a file there: that of an earlier checkpoint, `before`, linked where the file system can, or else the source.
 
-        Raises:
-            InputError: the source is gone or has another sum.
+        InputError if the source is gone or has another sum.
         """
         if before:
             with suppress(OSError, pa.ArrowException):
@@ -103,8 +102,7 @@ class CheckpointStorage:
     def commit(self, step: int, manifest: bytes, names: Sequence[str]) -> None:
         """Make these files, in place of all others, the checkpoint of a step.
 
-        Raises:
-            CannotWriteError: a rank's file is missing, because its host has another disk.
+        CannotWriteError if a rank's file is missing, because its host has another disk.
         """
         there = self._names(step)
         for name in names:

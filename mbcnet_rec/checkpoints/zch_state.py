@@ -49,11 +49,7 @@ def history_shards(modules: Iterable[BucketedCollisions]) -> list[TensorShard]:
 
 
 def restore_history(saved: Saved, modules: Iterable[BucketedCollisions]) -> None:
-    """Restore what `history_shards` saved, on any number of ranks.
-
-    Raises:
-        InputError: the checkpoint does not hold it, or not in this form.
-    """
+    """Restore what `history_shards` saved, on any number of ranks; InputError if the checkpoint does not hold it, or not in this form."""
     for module in modules:
         for bucket in module.own_buckets:
             name = f"zch/{module.table.name}/{bucket.number}"
@@ -68,8 +64,7 @@ def restore_history(saved: Saved, modules: Iterable[BucketedCollisions]) -> None
 def check_rows(saved: Saved, model: nn.Module) -> None:
     """Refuse a mapping of ids to rows that training cannot have written. Call after it is loaded.
 
-    Raises:
-        InputError: a row is out of range or of two ids.
+    InputError if a row is out of range or of two ids.
     """
     for module in collisions_of(model):
         if not module.is_sound():

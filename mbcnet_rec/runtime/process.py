@@ -57,8 +57,7 @@ class Process:
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """Turn `auto`, `cpu` or `cuda` into this rank's device. The only GPU that a rank sees is its own; see `refuse_shared_gpu`.
 
-    Raises:
-        InputError: cuda is wanted and none is usable, or there are fewer GPUs than ranks on this host.
+    InputError if cuda is wanted and none is usable, or there are fewer GPUs than ranks on this host.
     """
     usable = torch.cuda.is_available()
     if wanted == "cuda" and not usable:
@@ -154,8 +153,7 @@ def quiet_libraries() -> Iterator[None]:
 def _on_this_host(ranks: Ranks, store: dist.Store) -> tuple[int, int]:
     """This rank's number among the ranks of its host, and how many they are; asked of the others where no variable says it.
 
-    Raises:
-        InputError: hosts have unequal numbers of ranks, or a host's ranks do not follow each other, as TorchRec takes for granted.
+    InputError if hosts have unequal numbers of ranks, or a host's ranks do not follow each other, as TorchRec takes for granted.
     """
     if ranks.local_rank is not None and ranks.local_world_size is not None:
         return ranks.local_rank, ranks.local_world_size
@@ -312,8 +310,7 @@ def vote(flags: Sequence[bool | Tensor], device: torch.device = CPU) -> list[int
 def wait_for_device(process: Process) -> None:
     """Wait until this rank's GPU has done what it was asked to. Every rank calls it.
 
-    Raises:
-        RuntimeError: a rank was lost meanwhile, so what the GPU has computed is not to be used.
+    RuntimeError if a rank was lost meanwhile, so what the GPU has computed is not to be used.
     """
     if process.device.type == "cuda":
         vote([torch.zeros((), dtype=torch.bool, device=process.device)], process.device)

@@ -78,8 +78,7 @@ Slices = dict[str, dict[str, Found]]  # column -> its value
 def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path | None = None) -> int:
     """Score the best checkpoints of two runs on the same rows; print what differs, and write a page. One call per rank.
 
-    Raises:
-        InputError: the runs do not score the same rows, or there is no group column for the clicks.
+    InputError if the runs do not score the same rows, or there is no group column for the clicks.
     """
     folders, question = (comparison.ours, comparison.theirs), comparison.question
     configs = [load_run(folder) for folder in folders]
@@ -288,10 +287,8 @@ def p_text(p: float) -> str:
 def run_arms(question: Question, label: str, key: str, command_line: str, *, as_json: bool, page: Path | None) -> int:
     """Print by how much the click rate of arm b differs from that of arm a, on all rows and by slice; and write a page.
 
-    `key`: by which the scorer split; empty: rows are taken as independent.
-
-    Raises:
-        InputError: no such file or column, an arm that is neither a nor b, or a label that is neither 0 nor 1.
+    `key`: by which the scorer split; empty: rows are taken as independent. InputError if there is no such file or column, an arm is neither
+    a nor b, or a label neither 0 nor 1.
     """
     files, by = resolve_files(question.data), question.by
     names: list[str] = list(dict.fromkeys([ARM, label, key or label, *by]))

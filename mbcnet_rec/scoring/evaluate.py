@@ -62,8 +62,7 @@ class Question:
 def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False) -> int:
     """Score a run's best checkpoint, print its metrics, and compare with what training logged. One call per rank.
 
-    Raises:
-        InputError: no such run, no checkpoint, no rows, or no such column.
+    InputError if there is no such run, no checkpoint, no rows, or no such column.
     """
     folder, split, data = Path(run_folder), question.split, question.data
     with opened_run(folder) as (run, process):
@@ -214,10 +213,8 @@ def count_slices(
     """Count every column's values over all ranks and choose the slices. Every rank calls it.
 
     `by` names the reader's extra columns, in their order, as the user did; `own` are this rank's chunks. Returns for each of `by` the names
-    of its slices, by falling frequency; REST, where there is one, is the last.
-
-    Raises:
-        InputError: on every rank, where a file is damaged or a column has more than MAX_VALUES values.
+    of its slices, by falling frequency; REST, where there is one, is the last. InputError on every rank if a file is damaged or a column
+    has more than MAX_VALUES values.
     """
     counts: list[Counter[str]] = [Counter() for _ in by]
     with agreed(process):

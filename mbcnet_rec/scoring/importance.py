@@ -40,8 +40,7 @@ def run_importance(
 ) -> int:
     """Permute each field and each group, print what is lost, keep it in RUN/importance.json, and write the report again.
 
-    Raises:
-        InputError: no rows, or rows of one class.
+    InputError if there are no rows, or rows of one class.
     """
     if process.world_size > 1:
         raise InputError("importance: wanted one process; start it without torchrun")

@@ -67,11 +67,7 @@ class Loaded:
 
 
 def load_model(folder: Path, *, verify: bool = True) -> Loaded:
-    """Load an artifact and score a row: a real one if it has one.
-
-    Raises:
-        InputError: it is no artifact, is damaged, or does not score.
-    """
+    """Load an artifact and score a row: a real one if it has one; InputError if it is no artifact, is damaged, or does not score."""
     try:
         file = folder / loader.MODEL
         model, check = loader.load(folder, verify=verify), read_json(folder / "check.json")
@@ -145,9 +141,8 @@ class Models:
     def switch(self, name: str | None, wait: bool = True) -> list[str]:
         """Let all workers serve another artifact, or what a delta makes of theirs; None: the one before. Returns what went wrong in workers.
 
-        Raises:
-            Refused: it lies elsewhere or cannot be served; what serves, serves on.
-            BlockingIOError: another change is under way, and `wait` is false.
+        Refused if it lies elsewhere or cannot be served: what serves, serves on. BlockingIOError if another change is under way, and `wait`
+        is false.
         """
         with (self.state / "lock").open("w") as lock:  # one change at a time, of all workers
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -166,8 +166,7 @@ def parse(
 ) -> Request:
     """Read a body by its content type, of `most` bytes once decompressed. `arms` are the split's key, share and seed; `more` goes into the Request.
 
-    Raises:
-        Refused: it cannot be read, or its fields are not the model's.
+    Refused if it cannot be read, or its fields are not the model's.
     """
     readers = {JSON: parse_json, ARROW: parse_arrow}
     kind = content_type.partition(";")[0].strip().lower()

@@ -23,11 +23,7 @@ STUCK_SECONDS = 60  # a worker that does not answer its parent for so long is st
 
 
 def run_server(options: Options) -> int:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Raises:
-        InputError: an artifact cannot be served, or the port cannot be had. No row was scored then.
-    """
+    """Serve until SIGTERM or Ctrl-C. InputError, before a row was scored, if an artifact cannot be served or the port cannot be had."""
     threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers)
     with tempfile.TemporaryDirectory(prefix="mbcnet_serve_") as name:
         state, stop = Path(name), threading.Event()

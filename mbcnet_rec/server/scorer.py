@@ -36,8 +36,7 @@ class Scorer:
     async def score(self, request: Request) -> tuple[np.ndarray, Loaded]:
         """Probabilities (rows, 1, and 1 for each branch if asked for; of each task), and the model that gave them.
 
-        Raises:
-            Refused: too many wait, it is too late, or a value is bad.
+        Refused if too many wait, it is too late, or a value is bad.
         """
         if len(self.waiting) >= self.options.queue:
             raise Refused(f"{self.options.queue} requests wait already; try again", 429, "queue")

@@ -17,11 +17,7 @@ KINDS = ("isotonic", "platt")
 
 
 def fit_calibration(kind: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """What model.json keeps of a fit to fused logits (n,) and labels (n,).
-
-    Raises:
-        InputError: the rows have one class, or rank the wrong way round.
-    """
+    """What model.json keeps of a fit to fused logits (n,) and labels (n,); InputError if the rows have one class, or rank the wrong way round."""
     if len(np.unique(labels)) < 2:
         raise InputError(
             "--calibrate: the validation rows are of one class; name others in data.valid, or leave it out"

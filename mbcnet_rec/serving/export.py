@@ -59,10 +59,8 @@ def run_export(
     """Export a run's best checkpoint, and compare the artifact with the float model on the test rows. In one process.
 
     Without branches all serve. `aot` compiles the dense part besides, for this machine's processor; None: where a C++ compiler is there.
-    `calibrate`: isotonic or platt. With `triton` the artifact is a version in a model repository of Triton.
-
-    Raises:
-        InputError: no such run, branches it has not, or `out` holds something else.
+    `calibrate`: isotonic or platt. With `triton` the artifact is a version in a model repository of Triton. InputError if there is no such
+    run, it lacks a branch, or `out` holds something else.
     """
     if is_uri(out):
         raise InputError(f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards")
@@ -115,8 +113,7 @@ def run_export(
 def run_delta(run_folder: str, since: str, out: str, *, overwrite: bool = False) -> int:
     """Export a run's best checkpoint as what it changes of an earlier artifact, with its type of rows and its branches.
 
-    Raises:
-        InputError: no such run or artifact, or `out` holds something else.
+    InputError if there is no such run or artifact, or `out` holds something else.
     """
     folder, parent, target = Path(run_folder), Path(since), Path(out)
     config = load_run(folder)
@@ -171,8 +168,7 @@ def score_split(
 ) -> tuple[list[Tensor], np.ndarray, dict[str, Any]]:
     """Fused logits of each model, what its tasks learn or the labels, and what was read: `rows`, `taken` and a row as `sample`.
 
-    Raises:
-        InputError: the rows are not there, or a value is faulty.
+    InputError if the rows are not there, or a value is faulty.
     """
     data, schema = weights.config.data, weights.schema
     where = getattr(data, f"{split}_where")
@@ -204,8 +200,7 @@ def score_split(
 def compare(served: serving.ServingModel, of_float: serving.ServingModel, weights: Weights) -> dict[str, Any]:
     """Score test rows, else validation rows, by the artifact and by the float model with all its branches.
 
-    Raises:
-        InputError: the rows are not there, or a value is faulty.
+    InputError if the rows are not there, or a value is faulty.
     """
     data = weights.config.data
     split = "test" if data.test else "valid" if data.valid else "train"

@@ -174,8 +174,7 @@ class ServingModel:
     def updated(self, delta: str | Path) -> "ServingModel":
         """The artifact that a delta leads to, byte for byte, in memory of its own; this one serves on.
 
-        Raises:
-            ValueError: the folder is not a delta, is damaged, or changes another artifact than this one.
+        ValueError if the folder is not a delta, is damaged, or changes another artifact than this one.
         """
         folder = Path(delta)
         try:
@@ -276,8 +275,7 @@ class ServingModel:
     def predict_parquet(self, path: str | Path, batch_rows: int = 4096) -> Iterator[np.ndarray]:
         """Yield the probabilities of a Parquet file's rows, in its order, `batch_rows` at a time.
 
-        Raises:
-            ValueError: a value is faulty, or Arrow ends before the file's last row (see `data.reading.row_groups`).
+        ValueError if a value is faulty, or Arrow ends before the file's last row (see `data.reading.row_groups`).
         """
         first_row = 0
         with pq.ParquetFile(path) as file:
@@ -359,11 +357,7 @@ def compile_graph(text: str) -> Callable[..., Tensor]:
 
 
 def resolve(call: str) -> Callable[..., Any]:
-    """Find a call by name: an overload of torch.ops.aten, or arithmetic on sizes.
-
-    Raises:
-        ValueError: it is neither, so it is not run.
-    """
+    """Find a call by name: an overload of torch.ops.aten, or arithmetic on sizes; ValueError if it is neither, so it is not run."""
     if own := ARITHMETIC.get(call) or DIRECT.get(call):
         return own
     namespace, _, rest = call.partition(".")

@@ -115,8 +115,7 @@ class Preprocessor:
     def part(self, columns: frozenset[str]) -> "Preprocessor":
         """The same for the fields that read these columns alone: the others' bags are empty, and their dense columns 0.
 
-        Raises:
-            InputError: a field's weights are among them and its values are not, or the other way round.
+        InputError if a field's weights are among them and its values are not, or the other way round.
         """
         if columns in self._parts:
             return self._parts[columns]
@@ -276,8 +275,7 @@ class Preprocessor:
 def array_of(column: Any, is_number: bool) -> pa.Array:
     """One column of a request as an array. `is_number`: integers and floats may stand side by side, since all become floats.
 
-    Raises:
-        TypeError, ValueError, OverflowError, pa.ArrowException: it is no column, or its values have no type in common.
+    Raises TypeError, ValueError, OverflowError or pa.ArrowException if it is no column, or its values have no type in common.
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()

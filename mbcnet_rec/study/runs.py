@@ -62,11 +62,7 @@ Train = Callable[[RunConfig, Watch | None], str]  # why it failed, or ""; see tr
 
 
 def dependencies(config: RunConfig, known: Known) -> dict[str, Any]:
-    """All that decides what a run of this config learns.
-
-    Raises:
-        InputError: the schema, a vocabulary, the data or the run of a warm start is missing.
-    """
+    """All that decides what a run of this config learns; InputError if the schema, a vocabulary, the data or the run of a warm start is missing."""
 
     def once(key: tuple[Any, ...], read: Callable[[], Any]) -> Any:
         if key not in known:
@@ -186,9 +182,8 @@ def run_key(config: RunConfig, known: Known | None = None) -> str:
 def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     """Train one run, with `watch` as run_training has it; what it prints goes to a file beside its folder. Return why it failed, or "".
 
-    Raises:
-        PreemptedError: this process got a stop request, which is no fault of the run.
-        CannotWriteError: the next run would not get further either.
+    PreemptedError if this process got a stop request, which is no fault of the run; CannotWriteError if the next run would not get further
+    either.
     """
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
