@@ -1,7 +1,6 @@
 """Whether a run may begin in its folder, from which step it continues, and what it writes there before its first step."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +10,10 @@ from data.plugins import PLUGINS, write_plugins
 from data.reading.storage import is_uri
 from data.schema import Schema
 from data.schema.transforms import FILE
+from data.stream import ParquetStream
 from data.whole_folder import NO_ROOM, write_whole
 from mbcnet_rec.checkpoints import run_folder
+from mbcnet_rec.checkpoints.compatibility import RowsAnew
 from mbcnet_rec.checkpoints.run_schema import BEFORE, COPIED, write_copy
 from mbcnet_rec.checkpoints.storage import BEST, CheckpointStorage, latest_step
 from mbcnet_rec.config import RunConfig, config_text
@@ -30,12 +31,6 @@ from sharding.plan.placement import Plan, plan_text
 _OWN = {run_folder.CONFIG, METRICS, run_folder.PLAN, DATA, LINEAGE, run_folder.DONE, RUN_ID, "report.html"}
 _OWN |= {*COPIED, run_folder.CHECKPOINTS, STACKS, FAULTS, PLUGINS, "tb"}
 LOST = "{}: is done, but has no checkpoint; bring one back, or begin anew with --overwrite"
-
-
-def refuse_contradiction(resume: bool, overwrite: bool) -> None:
-    """Raise InputError if a run is to be both continued and replaced."""
-    if resume and overwrite:
-        raise InputError("--resume with --overwrite: the one continues the run, the other replaces it; leave one out")
 
 
 def start_of(
@@ -121,21 +116,26 @@ def _check_storage(config: RunConfig, storage: CheckpointStorage, resume: bool, 
         )
 
 
-class Beginning(NamedTuple):
-    """What a run folder says of a run before its first step."""
+class Start(NamedTuple):
+    """Where a run begins, and with what."""
 
     config: RunConfig
-    schema: Schema
-    own: Schema  # that of the checkpoint: the same, unless its vocabularies have grown since
-    files: Mapping[str, str]  # of the schema, see checkpoints/run_schema.py
-    marks: Marks  # of its files
+    before: Before
+    own: Schema  # that of the checkpoint
+    schema: Schema  # the same, unless its vocabularies have grown since
+    files: dict[str, str]  # of the schema, see checkpoints/run_schema.py
+    marks: Marks  # of the streams' files
     days: Days
-    plan: Plan
+    streams: dict[str, ParquetStream]  # by split
+    day_rows: ParquetStream | None  # the training rows as they are scored before they are trained
+    anew: RowsAnew | None  # of tables that have grown
+    notes: list[str]  # for the user
 
 
-def open_folder(begun: Beginning, before: Before, *, overwrite: bool) -> None:
+def open_folder(start: Start, plan: Plan, *, overwrite: bool) -> None:
     """Write what a run begins with; a fresh one takes the place of an earlier run, and of what a start that died has left."""
-    config, folder, storage, fresh = begun.config, begun.config.run_folder, before.storage, before.step is None
+    config, before, folder = start.config, start.before, start.config.run_folder
+    storage, fresh = before.storage, before.step is None
     new, place = folder / run_folder.NEW, config.train.checkpoint_folder
     if place and not is_uri(place):  # so that it holds from every working directory
         config = replace(config, train=replace(config.train, checkpoint_folder=str(Path(place).absolute())))
@@ -143,23 +143,23 @@ def open_folder(begun: Beginning, before: Before, *, overwrite: bool) -> None:
     def remove_checkpoints() -> None:
         for step in storage.steps() if fresh else ():
             storage.remove(step)
-        if fresh or begun.days.begins:  # which is the best of the day before says nothing of this one
+        if fresh or start.days.begins:  # which is the best of the day before says nothing of this one
             storage.remove_note(BEST)
 
     with written(folder):
         run_folder.remove(new)
         new.mkdir(parents=True)
         write_whole(new / run_folder.CONFIG, config_text(config))
-        write_whole(new / run_folder.PLAN, plan_text(begun.plan))
-        write_whole(new / DATA, json.dumps(begun.marks) + "\n")
-        write_whole(new / LINEAGE, lineage_text(begun.days.lines))
+        write_whole(new / run_folder.PLAN, plan_text(plan))
+        write_whole(new / DATA, json.dumps(start.marks) + "\n")
+        write_whole(new / LINEAGE, lineage_text(start.days.lines))
         names = {run_folder.CONFIG, run_folder.PLAN, DATA, LINEAGE, PLUGINS}
-        transforms = [each[FILE] for each in begun.schema.transforms.values() if FILE in each]
-        write_plugins(new, [*begun.config.plugins, *transforms])
-        if fresh or begun.schema.folder.resolve() != folder.resolve():
-            write_copy(begun.schema, new, begun.files)
-            if before.step is not None and begun.own is not begun.schema and not storage.manifest(before.step).copies:
-                write_copy(begun.own, new / BEFORE, before.run["files"])
+        transforms = [each[FILE] for each in start.schema.transforms.values() if FILE in each]
+        write_plugins(new, [*start.config.plugins, *transforms])
+        if fresh or start.schema.folder.resolve() != folder.resolve():
+            write_copy(start.schema, new, start.files)
+            if before.step is not None and start.own is not start.schema and not storage.manifest(before.step).copies:
+                write_copy(start.own, new / BEFORE, before.run["files"])
             names |= {*COPIED}
         if fresh:
             write_whole(new / METRICS, "")

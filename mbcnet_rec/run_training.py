@@ -3,13 +3,12 @@
 RUN/config.toml  schema.toml  vocabulary/  data.json  plan.json  metrics.jsonl  checkpoints/step_N/  tb/  DONE
 """
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mbcnet_rec.resume as resuming
 from data.errors import InputError
@@ -20,7 +19,7 @@ from data.schema import Schema
 from data.stream import Batch, ParquetStream
 from data.whole_folder import write_whole
 from mbcnet_rec.build import build
-from mbcnet_rec.checkpoints.compatibility import RowsAnew, load_checked, warm_start
+from mbcnet_rec.checkpoints.compatibility import load_checked, warm_start
 from mbcnet_rec.checkpoints.run_folder import DONE, storage_of
 from mbcnet_rec.checkpoints.run_schema import rows_begun_anew
 from mbcnet_rec.checkpoints.shards import Saved
@@ -33,7 +32,7 @@ from mbcnet_rec.logs.mlflow import MlflowSink, require_client
 from mbcnet_rec.logs.progress import tell
 from mbcnet_rec.model.models import schema_with_wide
 from mbcnet_rec.report.page import shown, to_text
-from mbcnet_rec.run_start import Beginning, open_folder, refuse_contradiction, start_of
+from mbcnet_rec.run_start import Start, open_folder, start_of
 from mbcnet_rec.runtime.exits import StopRequest
 from mbcnet_rec.runtime.lock import locked_together
 from mbcnet_rec.runtime.process import Process, agreed, answer_of_first, joined_process
@@ -49,188 +48,208 @@ from mbcnet_rec.training.trainer import Trainer
 
 Teach = Callable[[Process, ParquetStream], ParquetStream]
 Report = Callable[[Path], object]
-log = logging.getLogger(__name__)
+
+
+class Asked(NamedTuple):
+    """How a start treats what the run folder holds."""
+
+    resume: bool = False  # continue from its latest whole checkpoint, if there is one
+    overwrite: bool = False  # replace its run, when everything that can be checked without training was checked
+    allow_partial: bool = False  # load what fits of a checkpoint of another model
+    # go on from its finished run with the config's training files, a day that it has not trained; or go on within that day
+    continues: bool = False
+    again: bool = False  # the same with files that were trained already
+    progressive: bool = False  # score the day's rows before the first of them is trained
 
 
 def run_training(
     config: RunConfig,
     *,
-    resume: bool = False,
-    overwrite: bool = False,
-    allow_partial: bool = False,
-    continues: bool = False,
-    again: bool = False,
-    progressive: bool = False,
     watch: Watch | None = None,
     teach: Teach | None = None,
     report: Report | None = None,
     hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
+    **asked: bool,
 ) -> int:
     """Train, evaluate the best checkpoint on the test rows, and fill the run folder. Every rank calls it.
 
     Args:
         config: of the run.
-        resume: continue from the latest whole checkpoint of the run folder, if there is one.
-        overwrite: replace an earlier run of the same folder, when everything that can be checked without training was checked.
-        allow_partial: load what fits of a checkpoint of another model.
-        continues: go on from the finished run of the folder with the config's training files, a day that it has not trained; or go on
-            within that day.
-        again: the same with files that were trained already.
-        progressive: score the day's rows before the first of them is trained.
         watch: is told of every evaluation; may end training there.
         teach: adds teachers' logits to the training rows; only for a model that has teachers, see teachers.py.
         report: writes the page of the finished run folder, see report/run_report.py; none is written without it.
         hooks: where tests inject faults.
+        asked: see Asked.
 
     Raises:
         InputError: the config, the schema, a row or the run folder is at fault.
         RunStoppedError: the run ends before its last step; see runtime/exits.py.
     """
+    settings, folder, how = config.train, config.run_folder, Asked(**asked)
     if config.model.teacher_kinds and teach is None:
         raise InputError(
             f"model.kind = {config.model.kind!r}: its teachers are trained first; start it by `mbcnet train`"
         )
-    refuse_contradiction(resume, overwrite)
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        resume, overwrite = not continues, False  # workers restarted after a fault continue from the last checkpoint
-    settings, folder = config.train, config.run_folder
+    if how.resume and how.overwrite:
+        raise InputError("--resume with --overwrite: the one continues the run, the other replaces it; leave one out")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # workers restarted after a fault
+        how = how._replace(resume=not how.continues, overwrite=False)
     require_client(settings.tracking)
+    folders, elsewhere = {"train.out": folder}, settings.checkpoint_folder
+    if elsewhere and not is_uri(elsewhere):
+        folders["train.checkpoint_folder"] = Path(elsewhere)
     with (
         StopRequest() as stop,
         joined_process(settings.device, settings.timeout_seconds) as process,
-        locked_together(process, "train", _own_folders(config)),
+        locked_together(process, "train", folders),
         Watchdog(process, folder, settings.stall_seconds, hooks.on_place) as watchdog,
     ):
-        if settings.cuda_graph and process.device.type != "cuda":
-            raise InputError(
-                f"train.cuda_graph = true: this run is on a {process.device.type}, wanted a GPU; use --set train.cuda_graph=false"
-            )
+        start = _find_start(config, how, process)
 
         def open_records(state: TrainState) -> Records:
-            sink = MlflowSink(config) if settings.tracking else None
+            sink = MlflowSink(start.config) if settings.tracking else None
             return Records(folder, state.step, sink, day=state.first_step)
 
-        storage = storage_of(settings, folder)
-        start = start_of(config, storage, process, resume or continues, overwrite)
-        if continues and start is None:
-            raise InputError(f"{folder}: holds no run with a checkpoint that could be continued; train it first")
-        before = resuming.earlier_start(config, storage, start, process)
-        config = resuming.with_versions(config, {} if continues else before.run, process)
-        own, files = resuming.agreed_schema(config, before, process, allow_partial=allow_partial)
-        streams = open_splits(config.data, settings.seed, own, process)
-        marks = answer_of_first(process, lambda: resuming.marks_of(streams, config.data.attempts))
-        days = answer_of_first(
-            process, lambda: days_of(config, start, before.run, marks, continues=continues, again=again)
-        )
-        day_rows: ParquetStream | None = None
-        if progressive:  # as the model of the days before reads them
-            options = config.data.eval_options(config.data.train_where)
-            day_rows = ParquetStream(streams["train"].files, own, options, process.rank, process.world_size)
-        schema, anew = own, None
-        if days.begins and (grown := resuming.grown_schema(config, own, before, process, continues=continues)):
-            schema, files = grown
-            anew = answer_of_first(process, lambda: rows_begun_anew(own, schema))
-            streams = open_splits(config.data, settings.seed, schema, process)
-            days.lines[-1]["growth"] = read_growth(schema.folder)["tables"]
-        train_rows, counts = streams["train"], _counts(streams)
-        facts = resuming.facts_of(config, files, marks) | {"day": len(days.lines)}
+        day, storage = {"day": len(start.days.lines)}, start.before.storage
+        facts = resuming.facts_of(start.config, start.files, start.marks) | day
         context = RunContext(process, folder, storage, stop, watchdog, open_records, watch, hooks, facts)
-        notes = answer_of_first(
-            process,
-            lambda: resuming.refuse_other_start(
-                config, before.run, marks, begins=days.begins, allow_partial=allow_partial
-            ),
-        )
-        built = build(config if start is None else resuming.with_own_plan(config), schema, process)
-        train_rows.on_rows = hooks.on_rows
-        if settings.cuda_graph:
-            replay_dense_arch(built.model)
-        if process.device.type == "cuda":
-            train_rows.on_batch = Batch.pin_memory
-        if teach is not None:
-            train_rows = teach(process, train_rows)
-        valid = partial(opened_again, streams["valid"]) if "valid" in streams else None
-        trainer = Trainer(settings, context, built, train_rows, valid)
-        if anew is not None:
-            tables = schema_with_wide(config.model, schema).tables
-            anew = {each.name: anew[name] for each in tables for name in each.feature_names if name in anew}
-        notes += [days.note] * bool(days.note)
-        notes += _load(config, schema, trainer, before, allow_partial, days.begins, anew)
-        if start is None or days.begins:
-            days.lines[-1]["first_step"] = trainer.state.step
-        # no rank writes into the folder before the files of an earlier run are out of the way
-        begun = Beginning(config, schema, own, files, marks, days, built.plan)
-        answer_of_first(process, lambda: open_folder(begun, before, overwrite=overwrite))
-        if process.is_first:
-            for note in notes:
-                tell(note)
-            tell(opening_line(config, schema, process, trainer.total_steps, start))
-            tell(f"data: {counts}")
-            if "growth" in days.lines[-1] and days.begins:
-                tell_growth(trainer, days.lines[-1]["growth"])
+        trainer = _build_trainer(start, how, context, teach)
+        _begin(start, trainer, overwrite=how.overwrite)
         watchdog.open_stacks()
-        if day_rows is not None and "profile" not in days.lines[-1]:
-            _score_day(config, trainer, day_rows, days.lines)
+        if start.day_rows is not None and "profile" not in start.days.lines[-1]:
+            _score_day(start.config, trainer, start.day_rows, start.days.lines)
         trainer.train()
-        shares = collisions(built, schema)
-        if process.is_first:  # before the test rows are scored: a log that is opened again begins at the test's line
-            tell_collisions(trainer, shares)
-        metrics: dict[str, Any] = {}
-        try:
-            metrics = _test(trainer, streams.get("test"))
-        except InputError as error:
-            trainer.faults.append(f"data.test: {error}")
-        if process.is_first:
-            with written(folder):
-                close_day(folder, days.lines, streams["train"].num_rows, trainer.state, metrics)
-                write_whole(folder / DONE, json_line({"step": trainer.state.step, **metrics}))
-            has_report = _reported(folder, report)
-            tell(closing_lines(config, schema, trainer, metrics, has_report))
-        if trainer.faults:
-            raise InputError(
-                f"{trainer.faults[0]}; the run is done and its model is whole: fix the rows, then `mbcnet evaluate {folder}`"
-            )
+        _finish(start, trainer, report)
     return 0
 
 
+def _find_start(config: RunConfig, how: Asked, process: Process) -> Start:
+    """Find where a run begins, and what its rows are; nothing is written or built yet. Every rank calls it."""
+    folder, storage = config.run_folder, storage_of(config.train, config.run_folder)
+    if config.train.cuda_graph and process.device.type != "cuda":
+        raise InputError(
+            f"train.cuda_graph = true: this run is on a {process.device.type}, wanted a GPU; use --set train.cuda_graph=false"
+        )
+    step = start_of(config, storage, process, how.resume or how.continues, how.overwrite)
+    if how.continues and step is None:
+        raise InputError(f"{folder}: holds no run with a checkpoint that could be continued; train it first")
+    before = resuming.earlier_start(config, storage, step, process)
+    config = resuming.with_versions(config, {} if how.continues else before.run, process)
+    own, files = resuming.agreed_schema(config, before, process, allow_partial=how.allow_partial)
+    streams = open_splits(config.data, config.train.seed, own, process)
+    marks = answer_of_first(process, lambda: resuming.marks_of(streams, config.data.attempts))
+    days = answer_of_first(
+        process, lambda: days_of(config, step, before.run, marks, continues=how.continues, again=how.again)
+    )
+    day_rows: ParquetStream | None = None
+    if how.progressive:  # as the model of the days before reads them
+        options = config.data.eval_options(config.data.train_where)
+        day_rows = ParquetStream(streams["train"].files, own, options, process.rank, process.world_size)
+    schema, anew = own, None
+    if days.begins and (grown := resuming.grown_schema(config, own, before, process, continues=how.continues)):
+        schema, files = grown
+        rows = answer_of_first(process, lambda: rows_begun_anew(own, schema)) or {}
+        tables = schema_with_wide(config.model, schema).tables
+        anew = {each.name: rows[name] for each in tables for name in each.feature_names if name in rows}
+        streams = open_splits(config.data, config.train.seed, schema, process)
+        days.lines[-1]["growth"] = read_growth(schema.folder)["tables"]
+    differences = {"begins": days.begins, "allow_partial": how.allow_partial}
+    notes = answer_of_first(process, lambda: resuming.refuse_other_start(config, before.run, marks, **differences))
+    notes += [days.note] * bool(days.note)
+    return Start(config, before, own, schema, files, marks, days, streams, day_rows, anew, notes)
+
+
+def _build_trainer(start: Start, how: Asked, context: RunContext, teach: Teach | None) -> Trainer:
+    """Build the model, and load what the run goes on from; what there is to say of that is added to the start's notes."""
+    config, process, valid = start.config, context.process, start.streams.get("valid")
+    built = build(config if start.before.step is None else resuming.with_own_plan(config), start.schema, process)
+    rows = start.streams["train"]
+    rows.on_rows = context.hooks.on_rows
+    if config.train.cuda_graph:
+        replay_dense_arch(built.model)
+    if process.device.type == "cuda":
+        rows.on_batch = Batch.pin_memory
+    if teach is not None:
+        rows = teach(process, rows)
+    again = None
+    if valid is not None:
+        again = partial(ParquetStream, valid.files, valid.schema, valid.options, process.rank, process.world_size)
+    trainer = Trainer(config.train, context, built, rows, again)
+    start.notes.extend(_load(start, trainer, allow_partial=how.allow_partial))
+    return trainer
+
+
+def _load(start: Start, trainer: Trainer, *, allow_partial: bool) -> list[str]:
+    """Load the checkpoint of a step, or for a fresh start the tables of a warm start; return what there is to say of it."""
+    config, before, process, notes = start.config, start.before, trainer.process, list[str]()
+    if before.step is not None:
+        with ExitStack() as fetched:
+            with agreed(process):
+                folder = fetched.enter_context(before.storage.fetched(before.step))
+                # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
+                saved = Saved(folder, hashed=before.storage.root is None)
+            try:
+                begins = start.days.begins
+                notes = trainer.restore(saved, begins_day=begins, allow_partial=allow_partial, anew=start.anew)
+            except InputError as error:
+                raise InputError(f"{error}{resuming.told_differences(before.run, config)}") from None
+        if not allow_partial and before.run.get("files") and (note := resuming.schema_note(config, start.schema)):
+            notes.append(note)
+    elif config.train.warm_start:
+        notes = [warm_start(config.train, trainer.built, start.schema, process)]
+    return notes
+
+
+def _begin(start: Start, trainer: Trainer, *, overwrite: bool) -> None:
+    """Write what the run folder says of a run before its first step, and tell what is about to be trained."""
+    day, process = start.days.lines[-1], trainer.process
+    if start.before.step is None or start.days.begins:
+        day["first_step"] = trainer.state.step
+    # no rank writes into the folder before the files of an earlier run are out of the way
+    answer_of_first(process, lambda: open_folder(start, trainer.built.plan, overwrite=overwrite))
+    if process.is_first:
+        for line in (
+            *start.notes,
+            opening_line(start, process, trainer.total_steps),
+            f"data: {_counts(start.streams)}",
+        ):
+            tell(line)
+        if "growth" in day and start.days.begins:
+            tell_growth(trainer, day["growth"])
+
+
+def _finish(start: Start, trainer: Trainer, report: Report | None) -> None:
+    """Score the test rows, close the day and the run, write its page, and tell what came of it."""
+    folder, process, metrics = start.config.run_folder, trainer.process, dict[str, Any]()
+    shares = collisions(trainer.built, start.schema)
+    if process.is_first:  # before the test rows are scored: a log that is opened again begins at the test's line
+        tell_collisions(trainer, shares)
+    try:
+        metrics = _test(trainer, start.streams.get("test"))
+    except InputError as error:
+        trainer.faults.append(f"data.test: {error}")
+    if process.is_first:
+        with written(folder):
+            close_day(folder, start.days.lines, start.streams["train"].num_rows, trainer.state, metrics)
+            write_whole(folder / DONE, json_line({"step": trainer.state.step, **metrics}))
+        has_report = _reported(folder, report)
+        tell(closing_lines(start.config, start.schema, trainer, metrics, has_report))
+    if trainer.faults:
+        raise InputError(
+            f"{trainer.faults[0]}; the run is done and its model is whole: fix the rows, then `mbcnet evaluate {folder}`"
+        )
+
+
 def _reported(folder: Path, report: Report | None) -> bool:
-    """Write the run's page and return whether it was written; a failure is a warning, since the run itself is done."""
+    """Write the run's page and return whether it was written; why not is a note, since the run itself is done."""
     if report is None:
         return False
     try:
         report(folder)
     except Exception as error:  # pictures are drawn by a library that can fail in many ways
-        log.warning("%s: its report was not written (%s: %s)", folder, type(error).__name__, error)
+        tell(f"note: {folder}: its report was not written ({type(error).__name__}: {error})")
         return False
     return True
-
-
-def _load(
-    config: RunConfig,
-    schema: Schema,
-    trainer: Trainer,
-    before: resuming.Before,
-    allow_partial: bool,
-    begins_day: bool,
-    anew: RowsAnew | None,
-) -> list[str]:
-    """Load the checkpoint of a step, or for a fresh start the tables of a warm start; return what there is to say of it."""
-    process, storage, notes = trainer.process, before.storage, list[str]()
-    if before.step is not None:
-        with ExitStack() as fetched:
-            with agreed(process):
-                folder = fetched.enter_context(storage.fetched(before.step))
-                # on a disk all ranks see the files that rank 0 has just verified; others have fetched their own
-                saved = Saved(folder, hashed=storage.root is None)
-            try:
-                notes = trainer.restore(saved, begins_day=begins_day, allow_partial=allow_partial, anew=anew)
-            except InputError as error:
-                raise InputError(f"{error}{resuming.told_differences(before.run, config)}") from None
-        if not allow_partial and before.run.get("files") and (note := resuming.schema_note(config, schema)):
-            notes.append(note)
-    elif config.train.warm_start:
-        notes = [warm_start(config.train, trainer.built, schema, process)]
-    return notes
 
 
 def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process) -> dict[str, ParquetStream]:
@@ -251,11 +270,6 @@ def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process)
         }
 
 
-def opened_again(stream: ParquetStream) -> ParquetStream:
-    """The same rows, from the first one."""
-    return ParquetStream(stream.files, stream.schema, stream.options, stream.rank, stream.world_size)
-
-
 def _counts(streams: Mapping[str, ParquetStream]) -> str:
     """How many rows and files each split has; what was left out beside several is said once."""
     told: set[DataFile] = set()
@@ -265,14 +279,6 @@ def _counts(streams: Mapping[str, ParquetStream]) -> str:
         told |= {*new.others}
         counts.append(f"{split} {stream.num_rows:,} rows of {files_in_words(new)}")
     return ", ".join(counts)
-
-
-def _own_folders(config: RunConfig) -> dict[str, Path]:
-    """The folders in which no other process may write meanwhile: of the run, and of its checkpoints where they lie elsewhere."""
-    folders, elsewhere = {"train.out": config.run_folder}, config.train.checkpoint_folder
-    if elsewhere and not is_uri(elsewhere):
-        folders["train.checkpoint_folder"] = Path(elsewhere)
-    return folders
 
 
 def _test(trainer: Trainer, stream: ParquetStream | None) -> dict[str, Any]:
@@ -314,11 +320,11 @@ def _score_day(config: RunConfig, trainer: Trainer, rows: ParquetStream, days: l
         tell(f"ALARM: {days[-1]['name']}: {alarm}")
 
 
-def opening_line(config: RunConfig, schema: Schema, process: Process, total_steps: int, start: int | None) -> str:
+def opening_line(start: Start, process: Process, total_steps: int) -> str:
     """What is about to be trained, on one line, and what to know of it, a line each."""
+    config, schema, device = start.config, start.schema, process.device.type
     rows = sum(table.num_embeddings for table in schema.tables)
-    begin = "from the start" if start is None else f"from step {start}"
-    device = process.device.type
+    begin = "from the start" if start.before.step is None else f"from step {start.before.step}"
     line = (
         f"{config.name}: {config.model.kind} on {len(schema.features)} fields of {schema.name}, "
         f"{len(schema.tables)} tables of {rows:,} rows, {process.world_size} processes on "

@@ -20,30 +20,7 @@ import pyarrow.parquet as pq
 
 from data.engine import HERE, Engine, run_tasks, write_result
 from data.errors import InputError
-from data.profile.units import (
-    LARGEST_FLOAT32,
-    Progress,
-    RowSample,
-    Unit,
-    batches_of,
-    results_folder,
-    row_hashes,
-    unheard,
-    units_of,
-)
-from data.profile.values import (
-    BY_COUNT,
-    BY_VALUE,
-    Counts,
-    Merge,
-    in_order,
-    merge,
-    merged,
-    read_rows,
-    result_writer,
-    shares_of,
-    write_row,
-)
+from data.profile import units, values
 from data.reading.column_types import check_columns, is_list, pinned
 from data.reading.columns import Place
 from data.reading.files import column_sets
@@ -125,14 +102,14 @@ def _buckets(feature: Feature, numbers: np.ndarray, say: Say) -> dict[str, Any]:
 def finite(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """The finite numbers of a column, float64; those beyond float32, which training refuses, are none."""
     numbers = column.drop_null().cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return numbers[np.abs(numbers) <= LARGEST_FLOAT32]
+    return numbers[np.abs(numbers) <= units.LARGEST_FLOAT32]
 
 
 class CountUnit(NamedTuple):
     """A task: what the fields that wait for a fit hold in a unit, written to `path`."""
 
     path: Path
-    unit: Unit
+    unit: units.Unit
     waiting: tuple[Feature, ...]
     tables: tuple[str, ...]  # the table of each field that waits
 
@@ -140,13 +117,13 @@ class CountUnit(NamedTuple):
 def count_unit(task: CountUnit) -> None:
     """Count the values and measure the numbers of a unit; InputError if a file is damaged or was changed, or a value is no id."""
     limit = min(MAX_SAMPLE, MAX_SAMPLES // max(1, len(task.waiting)))
-    samples = {each.name: RowSample(limit) for each in task.waiting if each.boundaries == FIT}
+    samples = {each.name: units.RowSample(limit) for each in task.waiting if each.boundaries == FIT}
     moments = {each.name: Moments() for each in task.waiting if each.vocabulary != FIT and each.boundaries != FIT}
-    with write_result(task.path) as draft, result_writer(draft) as writer:
-        write = partial(write_row, writer)
-        counts = Counts(write)
-        for place, first_row, rows in batches_of(task.unit, [each.source_column for each in task.waiting]):
-            hashes = row_hashes(first_row, rows.num_rows) if samples else np.zeros(0, np.uint64)
+    with write_result(task.path) as draft, values.result_writer(draft) as writer:
+        write = partial(values.write_row, writer)
+        counts = values.Counts(write)
+        for place, first_row, rows in units.batches_of(task.unit, [each.source_column for each in task.waiting]):
+            hashes = units.row_hashes(first_row, rows.num_rows) if samples else np.zeros(0, np.uint64)
             for feature, table in zip(task.waiting, task.tables, strict=True):
                 column = rows.column(feature.source_column)
                 if feature.vocabulary == FIT:
@@ -156,7 +133,7 @@ def count_unit(task: CountUnit) -> None:
                 else:
                     column = decoded(column).cast(pa.float64(), safe=False)
                     numbers = column.fill_null(np.nan).to_numpy(zero_copy_only=False)
-                    good = np.abs(numbers) <= LARGEST_FLOAT32
+                    good = np.abs(numbers) <= units.LARGEST_FLOAT32
                     samples[feature.name].add(hashes[good], pa.table({"number": numbers[good]}))
         counts.write()
         for name, found in moments.items():
@@ -181,32 +158,32 @@ def measure(
     files: Sequence[DataFile],
     folder: Path,
     engine: Engine,
-    progress: Progress,
+    progress: units.Progress,
 ) -> Measured:
     """Count and merge; the results lie in `folder`."""
-    units = units_of(files)
-    if not units:
+    cut = units.units_of(files)
+    if not cut:
         raise InputError(
             f"{files[0]} and {len(files) - 1} more files hold no rows: nothing to fit {waiting[0].name!r} on; name the training files"
         )
-    paths = [folder / f"unit-{unit.key()}.arrow" for unit in units]
+    paths = [folder / f"unit-{unit.key()}.arrow" for unit in cut]
     tables = tuple(each.table_name for each in waiting)
-    tasks = {path: CountUnit(path, unit, tuple(waiting), tables) for path, unit in zip(paths, units, strict=True)}
+    tasks = {path: CountUnit(path, unit, tuple(waiting), tables) for path, unit in zip(paths, cut, strict=True)}
     done = 0
     for path in run_tasks(engine, count_unit, tasks):
         done += tasks[path].unit.rows
         progress(done)
-    shares, unsigned = shares_of(paths)
+    shares, unsigned = values.shares_of(paths)
     counted = [each for each in waiting if each.vocabulary == FIT]
     field = {each.table_name: each.name for each in reversed(counted)}
     min_count = {name: min(each.min_count for each in counted if each.table_name == name) for name in field}
-    key = Unit(tuple(span for unit in units for span in unit.spans)).key()
+    key = units.Unit(tuple(span for unit in cut for span in unit.spans)).key()
     merges = [folder / f"merge-{key}-{number}.arrow" for number in range(len(shares))]
     jobs = {
-        path: Merge(path, own, tuple(paths), unsigned, min_count, field)
+        path: values.Merge(path, own, tuple(paths), unsigned, min_count, field)
         for path, own in zip(merges, shares, strict=True)
     }
-    for _ in run_tasks(engine, merge, jobs, last=True):
+    for _ in run_tasks(engine, values.merge, jobs, last=True):
         pass
     return Measured(paths, merges, min_count)
 
@@ -215,8 +192,8 @@ def fit_schema(
     schema: Schema,
     files: Sequence[DataFile],
     out: Path,
-    report: Say = unheard,
-    progress: Progress = unheard,
+    report: Say = units.unheard,
+    progress: units.Progress = units.unheard,
     engine: Engine = HERE,
     work: Path | None = None,
 ) -> Schema:
@@ -241,7 +218,7 @@ def fit_schema(
         return parse_schema(top, f"fit of schema {schema.name!r}", out)
     if not files:
         raise InputError(f"schema {schema.name!r}: no training file to fit {waiting[0].name!r} on; name at least one")
-    with results_folder(work or out / "fit", engine, schema_to_toml(schema)) as folder:
+    with units.results_folder(work or out / "fit", engine, schema_to_toml(schema)) as folder:
         found = measure(schema, waiting, files, folder, engine, progress)
         if engine.is_first:
             _write_fit(found, waiting, top, paths, out, report)
@@ -254,13 +231,13 @@ def _write_fit(
     """Set the keys that were measured in a schema file's entries, and write the vocabularies."""
     measured: dict[str, list[dict[str, pa.Array]]] = {}
     for path in found.units:
-        for owner, row in read_rows(path):
+        for owner, row in values.read_rows(path):
             measured.setdefault(owner, []).append(row)
-    values = merged(found.merges)
+    known = values.merged(found.merges)
     for feature in waiting:
         entry, rows = top["fields"][feature.name], measured.get(feature.name, [])
         if feature.boundaries == FIT:
-            sample = RowSample(min(MAX_SAMPLE, MAX_SAMPLES // len(waiting)))
+            sample = units.RowSample(min(MAX_SAMPLE, MAX_SAMPLES // len(waiting)))
             for row in rows:
                 if "hashes" in row:
                     sample.add(row["hashes"].to_numpy(), pa.table({"number": row["numbers"]}))
@@ -270,20 +247,22 @@ def _write_fit(
             entry |= _standard(feature, reduce(or_, moments), report)
         else:
             entry["vocabulary"], min_count = paths[feature.name], found.min_count[feature.table_name]
-            tables = values.get(feature.table_name, [])
+            tables = known.get(feature.table_name, [])
             kind = tables[0]["value"].type if tables else pa.int64() if feature.type != "text" else pa.string()
             kind = pa.string() if pa.types.is_large_string(kind) else kind
             runs: tuple[list[pa.Table], list[pa.Table]] = ([], [])
             for table in tables:
                 runs[table["count"][0].as_py() < min_count].append(table)
             size = write_rows(
-                out / paths[feature.name], (each.select(["value"]) for each in in_order(runs[0], BY_COUNT, kind)), kind
+                out / paths[feature.name],
+                (each.select(["value"]) for each in values.in_order(runs[0], values.BY_COUNT, kind)),
+                kind,
             )
             if runs[1]:
                 unseen = pa.scalar(0, pa.int32())
                 rare = (
                     each.append_column("seen", pa.repeat(unseen, len(each)))
-                    for each in in_order(runs[1], BY_VALUE, kind)
+                    for each in values.in_order(runs[1], values.BY_VALUE, kind)
                 )
                 write_rows(out / WAITING / Path(paths[feature.name]).name, rare, kind)
             sizes = top["tables"][feature.table] if feature.table else entry
@@ -313,8 +292,8 @@ def write_fitted(
     out: str | Path,
     *,
     force: bool = False,
-    report: Say = unheard,
-    progress: Progress = unheard,
+    report: Say = units.unheard,
+    progress: units.Progress = units.unheard,
     engine: Engine = HERE,
 ) -> Schema:
     """Fit a schema and write OUT/schema.toml and OUT/vocabulary, whole or not at all; see `fit_schema`.

@@ -19,18 +19,7 @@ from pyarrow import types as pt
 
 from data.engine import HERE, Engine, run_tasks, write_result
 from data.errors import InputError, first_line
-from data.profile.units import (
-    LARGEST_FLOAT32,
-    Progress,
-    RowSample,
-    Span,
-    Unit,
-    batches_of,
-    naming,
-    results_folder,
-    row_hashes,
-    unheard,
-)
+from data.profile import units
 from data.reading.column_types import is_list, is_number
 from data.reading.fingerprint import mark_files
 from data.reading.ids import WHOLE_BITS, as_ids, is_text
@@ -183,7 +172,7 @@ class ColumnProfile:
             self.distinct.add(hash_values(values))
         else:
             numbers = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
-            is_nan, is_good = np.isnan(numbers), np.abs(numbers) <= LARGEST_FLOAT32
+            is_nan, is_good = np.isnan(numbers), np.abs(numbers) <= units.LARGEST_FLOAT32
             self.bad += int((~is_good).sum())
             self.nan += int(is_nan.sum())
             numbers = numbers[is_good] + 0.0  # one zero, not two
@@ -212,7 +201,7 @@ def profile_files(
     files: Sequence[DataFile],
     *,
     rows: int = 0,
-    progress: Progress = unheard,
+    progress: units.Progress = units.unheard,
     engine: Engine = HERE,
     work: Path | None = None,
 ) -> Profile:
@@ -229,7 +218,7 @@ def profile_files(
     tasks = {}
     with (
         tempfile.TemporaryDirectory() as own,
-        results_folder(work or Path(own) / "infer", engine, "infer", rows) as folder,
+        units.results_folder(work or Path(own) / "infer", engine, "infer", rows) as folder,
     ):
         for unit in _units(_spread(groups, rows or profile.total_rows), len(schema)):
             path = folder / f"{unit.key(str(schema))}.arrow"
@@ -237,7 +226,7 @@ def profile_files(
         for path in run_tasks(engine, profile_unit, tasks, last=True):
             profile.rows += tasks[path].unit.rows
             progress(profile.rows)
-        sample = RowSample(sample_rows)
+        sample = units.RowSample(sample_rows)
         for path in tasks if engine.is_first else ():
             with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
                 part, found = reader.read_all(), json.loads(reader.schema.metadata[b"columns"])
@@ -252,7 +241,7 @@ class ProfileUnit(NamedTuple):
     """A task: what the columns of some row groups hold, written to `path`."""
 
     path: Path
-    unit: Unit
+    unit: units.Unit
     schema: pa.Schema
     sample_rows: int
 
@@ -260,14 +249,14 @@ class ProfileUnit(NamedTuple):
 def profile_unit(task: ProfileUnit) -> None:
     """Profile every column of a unit, and take a sample of its rows."""
     columns = {name: ColumnProfile(name, kind) for name, kind in zip(task.schema.names, task.schema.types, strict=True)}
-    sample = RowSample(task.sample_rows)
+    sample = units.RowSample(task.sample_rows)
     piece_rows = max(256, min(65_536, PIECE_CELLS // max(1, len(task.schema))))
-    for place, first_row, batch in batches_of(task.unit, task.schema.names, piece_rows):
+    for place, first_row, batch in units.batches_of(task.unit, task.schema.names, piece_rows):
         table = _conform(batch, task.schema, place.file)
         for name, column in columns.items():
             for chunk in table.column(name).chunks:
                 column.add(chunk)
-        sample.add(row_hashes(first_row, table.num_rows), table)
+        sample.add(units.row_hashes(first_row, table.num_rows), table)
     rows = sample.rows().append_column(HASH, pa.array(sample.hashes))
     found = {name: column.facts() for name, column in columns.items()}
     rows = rows.replace_schema_metadata({"columns": json.dumps(found)})
@@ -275,31 +264,31 @@ def profile_unit(task: ProfileUnit) -> None:
         writer.write_table(rows)
 
 
-def _units(groups: Sequence[Span], columns: int) -> Iterator[Unit]:
-    held: list[Span] = []
+def _units(groups: Sequence[units.Span], columns: int) -> Iterator[units.Unit]:
+    held: list[units.Span] = []
     for group in groups:
         held.append(group)
         if sum(each.rows for each in held) * columns >= UNIT_CELLS:
-            yield Unit(tuple(held))
+            yield units.Unit(tuple(held))
             held = []
     if held:
-        yield Unit(tuple(held))
+        yield units.Unit(tuple(held))
 
 
-def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[Span]]:
+def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[units.Span]]:
     """What the footers of all files say together, before any row is read; and the row groups that have rows, a span each."""
     found: dict[pa.Schema, DataFile] = {}
     seen: Counter[str] = Counter()
-    groups: list[Span] = []
+    groups: list[units.Span] = []
     total = 0
     for file, mark in zip(files, mark_files(files), strict=True):
-        with naming(file), open_parquet(file) as parquet:
+        with units.naming(file), open_parquet(file) as parquet:
             names, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
             counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         found.setdefault(names, file)
         seen.update(set(names.names))
         for index, count in enumerate(counts):
-            groups += [Span(file, mark, range(index, index + 1), total, count)] if count else []
+            groups += [units.Span(file, mark, range(index, index + 1), total, count)] if count else []
             total += count
     kinds: dict[str, pa.DataType] = {}
     unfit: dict[str, str] = {}
@@ -325,7 +314,7 @@ def _read_footers(files: Sequence[DataFile]) -> tuple[Profile, list[Span]]:
     return Profile(columns, unfit, schemas, total, len(files), missing), groups
 
 
-def _spread(groups: list[Span], rows: int) -> list[Span]:
+def _spread(groups: list[units.Span], rows: int) -> list[units.Span]:
     """Choose row groups evenly, and how many rows of each, so that about `rows` are read."""
     total = sum(group.rows for group in groups)
     if rows >= total:

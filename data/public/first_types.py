@@ -10,19 +10,10 @@ from pyarrow import types as pt
 from data.errors import InputError
 from data.profile.scan import joined_type, plain_type
 from data.public.text_rows import Form, TextFile, kind_of
+from data.reading import storage
 from data.reading.column_types import is_list
 from data.reading.fingerprint import FileMark
 from data.reading.snapshots import is_snapshot, open_snapshot
-from data.reading.storage import (
-    ENDINGS,
-    LIST_ATTEMPTS,
-    MAGIC,
-    DataFile,
-    for_each_file,
-    list_files,
-    open_parquet,
-    read_bytes,
-)
 from data.schema import Schema
 
 WHOLE, ZEROS = r"^-?[0-9]{1,20}$", r"^[+-]?0[0-9xX]"  # 007 and 0x1F are ids as text
@@ -32,7 +23,7 @@ GUESSES = (pa.float64(), pa.bool_(), pa.date32(), pa.timestamp("us"), pa.timesta
 class Source(NamedTuple):
     """A file to convert."""
 
-    file: DataFile
+    file: storage.DataFile
     kind: str  # csv, json or parquet
     field_ids: Mapping[str, bytes] | None = (
         None  # of an Iceberg table: a column's number, by which files of other names have it
@@ -52,7 +43,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
                 (snapshot.name, file): Source(file, "parquet", snapshot.field_ids, plain) for file in snapshot.files
             }
         else:
-            kinds = [(each, _kind_of(each.file, each.is_data)) for each in list_files(text)]
+            kinds = [(each, _kind_of(each.file, each.is_data)) for each in storage.list_files(text)]
             own = {each.identity: Source(each.file, kind) for each, kind in kinds if kind}
         if not own:
             raise InputError(
@@ -63,12 +54,12 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     return list(found.values())
 
 
-def _kind_of(file: DataFile, is_named: bool) -> str:
-    if file.name.lower().endswith(ENDINGS):
+def _kind_of(file: storage.DataFile, is_named: bool) -> str:
+    if file.name.lower().endswith(storage.ENDINGS):
         return "parquet"
     kind = kind_of(file)
     if not kind and is_named:  # by itself, whatever it is called
-        kind = "parquet" if read_bytes(file, 0, len(MAGIC)) == MAGIC else "csv"
+        kind = "parquet" if storage.read_bytes(file, 0, len(storage.MAGIC)) == storage.MAGIC else "csv"
     return kind
 
 
@@ -79,8 +70,8 @@ def types_of(sources: Sequence[Source], schema: Schema | None, given: Mapping[st
     file cannot be read, or the user names a column or type that is not there.
     """
     files = [source.file for source in sources]
-    firsts = for_each_file(
-        files, lambda number, _: _first_types(sources[number], form), "cannot be read", LIST_ATTEMPTS
+    firsts = storage.for_each_file(
+        files, lambda number, _: _first_types(sources[number], form), "cannot be read", storage.LIST_ATTEMPTS
     )
     types: dict[str, pa.DataType] = {}
     for field in (field for first in firsts for own in first for field in own):
@@ -99,7 +90,7 @@ def _first_types(source: Source, form: Form) -> list[pa.Schema]:
     if source.schema is not None:
         return [source.schema]
     if source.kind == "parquet":
-        with open_parquet(source.file) as parquet:
+        with storage.open_parquet(source.file) as parquet:
             return [parquet.schema_arrow.remove_metadata()]
     text = TextFile(source.file, form)
     tables = list(text.tables(None, lambda _: None))

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from data.errors import InputError
 from data.profile.fit import fit_schema
-from data.profile.scan import Progress, naming, unheard
+from data.profile.units import Progress, naming, unheard
 from data.public import click_logs, movielens
 from data.public.raw_files import Sources, Splits, digest, find_sources
 from data.reading.columns import Place

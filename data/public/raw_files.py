@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from data.errors import InputError, first_line
-from data.profile.scan import naming
+from data.profile.units import naming
 
 Sources = Mapping[str, list[Path]]  # a data set's file pattern -> the files found for it
 Splits = Iterator[tuple[str, pa.Table]]  # split, rows; a split's rows in order

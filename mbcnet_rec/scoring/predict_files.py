@@ -29,6 +29,7 @@ from mbcnet_rec.scoring.chunks import require_finite, score_chunks
 from mbcnet_rec.scoring.tasks import output_names
 from mbcnet_rec.scoring.trained_run import find_best, load_run, opened_run
 from mbcnet_rec.serving import loader
+from mbcnet_rec.serving.artifact import open_artifact
 
 BATCH_ROWS = 4096  # that an artifact scores at a time
 _HELD = ExitStack()  # what this process has opened for its tasks
@@ -88,7 +89,7 @@ def predict_files(
 def describe_weights(folder: Path) -> predict.Weights:
     """What a prediction must know of a run folder or an artifact."""
     if (folder / loader.MODEL).is_file():
-        model = _artifact(folder, verify=False)
+        model = open_artifact(folder, verify=False)
         branches = model.branches if model.branch_graph else ()
         outputs = output_names(model.tasks, branches)
         return predict.Weights(model.preprocess.schema, outputs, model.digest, 3, f"weights of {folder}")
@@ -121,7 +122,7 @@ def load_weights(folder: str) -> Loaded:
 
 
 def _load_artifact(folder: Path) -> Loaded:
-    model = _artifact(folder)
+    model = open_artifact(folder)
     graph = model.branch_graph or (lambda x: model.graph(x).reshape(len(x), -1))
 
     def score(job: predict.Job, reader: RowReader) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
@@ -138,10 +139,3 @@ def _load_artifact(folder: Path) -> Loaded:
         predict.write_chunk(job, job.chunks[0], score(job, reader), job.target(0))
 
     return Loaded(model.digest, model.preprocess.encoder, write)
-
-
-def _artifact(folder: Path, *, verify: bool = True) -> loader.ServingModel:
-    try:
-        return loader.load(folder, verify=verify)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from None

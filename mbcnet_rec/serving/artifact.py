@@ -213,6 +213,14 @@ def with_rows(exported: Exported, weights: Weights, rows: str) -> Exported:
     return dataclasses.replace(exported, spec=spec, rows=packed)
 
 
+def open_artifact(folder: Path, **how: bool) -> serving.ServingModel:
+    """Load an artifact as `serving.load` does; InputError if it is none, or damaged."""
+    try:
+        return serving.load(folder, **how)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
+
+
 def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
     """The branches to serve, in the model's order, none for models without; InputError if the model cannot serve these."""
     have = config.model.branch_names

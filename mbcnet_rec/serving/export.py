@@ -23,19 +23,11 @@ from mbcnet_rec.report.page import to_text
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.chunks import labelled_rows
 from mbcnet_rec.scoring.metrics import evaluate_predictions
+from mbcnet_rec.scoring.predict import refuse_remote
 from mbcnet_rec.scoring.tasks import by_task, joined
 from mbcnet_rec.scoring.trained_run import find_best, load_run
+from mbcnet_rec.serving import artifact
 from mbcnet_rec.serving import loader as serving
-from mbcnet_rec.serving.artifact import (
-    LOADER,
-    Exported,
-    Weights,
-    check_branches,
-    load_weights,
-    take_apart,
-    with_rows,
-    write_artifact,
-)
 from mbcnet_rec.serving.calibration import entropy_of, fit_calibration
 from mbcnet_rec.serving.delta import write_delta
 from mbcnet_rec.serving.latency import draw_requests
@@ -62,11 +54,10 @@ def run_export(
     `calibrate`: isotonic or platt. With `triton` the artifact is a version in a model repository of Triton. InputError if there is no such
     run, it lacks a branch, or `out` holds something else.
     """
-    if is_uri(out):
-        raise InputError(f"--out {out}: wanted a folder of this machine or a mounted one; copy it there afterwards")
+    refuse_remote(out)
     folder, target = Path(run_folder), Path(out)
     config = load_run(folder)
-    check_branches(config, branches)
+    artifact.check_branches(config, branches)
     if earlier_summary(target, serving.MODEL, "artifact") is not None and not overwrite:
         raise InputError(f"{target}: holds an artifact already; replace it with --overwrite, or choose another --out")
     if triton and not re.fullmatch(r"[1-9]\d*", target.absolute().name):
@@ -76,14 +67,14 @@ def run_export(
         raise InputError("--aot: no C++ compiler on this machine (g++ or clang++); install one, or leave it out")
     with joined_process("cpu") as process:
         run = find_best(config, folder, process)
-    weights = load_weights(run)
-    exported = with_rows(take_apart(weights, branches), weights, rows)
+    weights = artifact.load_weights(run)
+    exported = artifact.with_rows(artifact.take_apart(weights, branches), weights, rows)
     exported.spec["step"] = run.step
     _calibrate(exported, calibrate, weights)
     wanted = bool(compiler) if aot is None else aot
     if wanted:
         print("compiling the dense part for this processor: a minute or so (--no-aot leaves it out)", flush=True)
-    problem = write_artifact(exported, config, target, aot=wanted)
+    problem = artifact.write_artifact(exported, config, target, aot=wanted)
     if problem and aot:
         raise InputError(f"--aot: the compiler failed ({problem}); {target} is written without")
     if triton:
@@ -92,7 +83,7 @@ def run_export(
         facts = {"name": json.dumps(model.name), "tasks": len(exported.spec.get("tasks", "1"))}
         write_whole(model / "config.pbtxt", to_text("triton.pbtxt", **facts) + "\n")
     served = serving.load(target)
-    of_float = with_rows(take_apart(weights), weights, "fp32")
+    of_float = artifact.with_rows(artifact.take_apart(weights), weights, "fp32")
     of_float.spec["calibration"] = exported.spec.get("calibration")
     report: dict[str, Any] = size_report(target, of_float)
     if problem:
@@ -117,21 +108,18 @@ def run_delta(run_folder: str, since: str, out: str, *, overwrite: bool = False)
     """
     folder, parent, target = Path(run_folder), Path(since), Path(out)
     config = load_run(folder)
-    try:
-        before = serving.load(parent)
-    except (ValueError, OSError) as error:
-        raise InputError(f"--since {since}: {error}") from None
+    before = artifact.open_artifact(parent)
     if is_uri(out) or (earlier_summary(target, serving.DELTA, "delta") is not None and not overwrite):
         raise InputError(f"--out {out}: wanted a new folder of this machine; replace a delta with --overwrite")
     with joined_process("cpu") as process:
         run = find_best(config, folder, process)
-    weights = load_weights(run)
-    exported = with_rows(take_apart(weights, before.spec["branches"]), weights, before.spec["rows"])
+    weights = artifact.load_weights(run)
+    exported = artifact.with_rows(artifact.take_apart(weights, before.spec["branches"]), weights, before.spec["rows"])
     exported.spec["step"] = run.step
     _calibrate(exported, (before.spec.get("calibration") or {"kind": ""})["kind"], weights)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as whole:
-        write_artifact(exported, config, Path(whole) / "whole")
+        artifact.write_artifact(exported, config, Path(whole) / "whole")
         report = write_delta(before, parent, Path(whole) / "whole", target)
     print(
         f"{target}: from step {before.spec['step']} to {run.step}, {report['rows']:,} of {report['all_rows']:,} rows of tables, {report['freed']:,} freed, "
@@ -140,7 +128,7 @@ def run_delta(run_folder: str, since: str, out: str, *, overwrite: bool = False)
     return 0
 
 
-def size_report(out: Path, of_float: Exported) -> dict[str, Any]:
+def size_report(out: Path, of_float: artifact.Exported) -> dict[str, Any]:
     """Bytes of the artifact and of the same with float32 rows, and of each one's tables."""
     float_rows = sum(rows.nbytes for rows in of_float.rows.values())
     own_rows = (out / serving.TABLES).stat().st_size
@@ -153,7 +141,7 @@ def size_report(out: Path, of_float: Exported) -> dict[str, Any]:
     }
 
 
-def _calibrate(exported: Exported, kind: str, weights: Weights) -> None:
+def _calibrate(exported: artifact.Exported, kind: str, weights: artifact.Weights) -> None:
     """Fit on validation rows, as they will be served."""
     if kind:
         weights.schema.require_one_label(f"--calibrate {kind}")
@@ -164,7 +152,7 @@ def _calibrate(exported: Exported, kind: str, weights: Weights) -> None:
 
 
 def score_split(
-    models: Sequence[serving.ServingModel], weights: Weights, split: str
+    models: Sequence[serving.ServingModel], weights: artifact.Weights, split: str
 ) -> tuple[list[Tensor], np.ndarray, dict[str, Any]]:
     """Fused logits of each model, what its tasks learn or the labels, and what was read: `rows`, `taken` and a row as `sample`.
 
@@ -197,7 +185,7 @@ def score_split(
     return [torch.cat(own) for own in logits], y, {"rows": len(y), "taken": files_in_words(files), "sample": sample}
 
 
-def compare(served: serving.ServingModel, of_float: serving.ServingModel, weights: Weights) -> dict[str, Any]:
+def compare(served: serving.ServingModel, of_float: serving.ServingModel, weights: artifact.Weights) -> dict[str, Any]:
     """Score test rows, else validation rows, by the artifact and by the float model with all its branches.
 
     InputError if the rows are not there, or a value is faulty.
@@ -229,5 +217,11 @@ def _told(out: Path, spec: dict[str, Any], report: dict[str, Any]) -> str:
             pair = report.get(key), report.get(f"float_{key}")
             metrics += [(words, *pair)] if None not in pair else []
     return to_text(
-        "export.txt", out=out, spec=spec, report=report, metrics=metrics, compiled=serving.COMPILED, loader=LOADER
+        "export.txt",
+        out=out,
+        spec=spec,
+        report=report,
+        metrics=metrics,
+        compiled=serving.COMPILED,
+        loader=artifact.LOADER,
     )

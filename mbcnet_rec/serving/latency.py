@@ -24,7 +24,7 @@ from mbcnet_rec.config import RunConfig, load_config
 from mbcnet_rec.model.models import fit_widths, needs_wide
 from mbcnet_rec.report.page import Table, text_table
 from mbcnet_rec.serving import loader as serving
-from mbcnet_rec.serving.artifact import take_apart, untrained
+from mbcnet_rec.serving.artifact import open_artifact, take_apart, untrained
 from sharding.plan.constraints import ShardingConfig
 from sharding.search.candidates import pooling_factor
 
@@ -133,14 +133,6 @@ def run_latency(
     else:
         print("\n".join(latency_lines(folders, timings)))
     return 0
-
-
-def open_artifact(folder: Path, *, compiled: bool = False) -> serving.ServingModel:
-    """Load an artifact; InputError if it is none, or damaged."""
-    try:
-        return serving.load(folder, compiled=compiled)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from None
 
 
 def contestants(folders: Sequence[Path], beside: Sequence[str], *, compiled: bool) -> Models:
