@@ -22,7 +22,6 @@ from data.errors import InputError, first_line
 
 Run = Callable[[Any], object]
 Lost = Callable[[Path], object]
-ENGINES = ("local", "ray", "torchrun")
 LOST_WORKERS = 3  # that a task may cost before it is taken to be the cause
 LOOK_SECONDS = 0.2  # between looks for what other ranks have written
 
@@ -30,7 +29,7 @@ LOOK_SECONDS = 0.2  # between looks for what other ranks have written
 class Engine(NamedTuple):
     """Who runs tasks."""
 
-    name: str = "local"  # one of ENGINES
+    name: str = "local"  # or ray, or torchrun
     workers: int = 1  # processes of "local"; 1: this one
     address: str = "auto"  # of "ray": the cluster's
     cpus: float = 1  # that a task takes, of "local" as threads; 0: its share of this machine's, on "ray" one

@@ -45,7 +45,7 @@ class _Given(argparse.Action):
         shown = option_string or str(self.metavar or self.dest)
         if (not values and not several and isinstance(values, str)) or (several and "" in values):
             parser.error(f"{shown} is empty: give it a value, or leave it out")
-        if self._is_outside(values):
+        if isinstance(values, int | float) and not self.at_least <= values < self.below:
             end = f", and less than {self.below:,}" if self.below < math.inf else ""
             parser.error(f"{shown} {values}: wanted {self.at_least} or more{end}")
         if option_string and self.dest in parser.given:
@@ -55,9 +55,6 @@ class _Given(argparse.Action):
         parser.given.add(self.dest)
         values = [at_home(each, shown) for each in values] if several else at_home(values, shown)
         setattr(namespace, self.dest, values)
-
-    def _is_outside(self, value: object) -> bool:
-        return isinstance(value, int | float) and not self.at_least <= value < self.below
 
 
 def at_home(value: Any, shown: str) -> Any:

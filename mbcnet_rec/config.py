@@ -94,14 +94,9 @@ def earlier_options(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's TOML file and apply `key.path=value` overrides.
+    """Read a run's TOML file and apply overrides `key.path=value`, the value in TOML or a bare string.
 
-    Args:
-        path: the file.
-        overrides: each `a.b=v`; v is a TOML value, or a bare string.
-
-    Raises:
-        InputError: naming the file or override, the key's path, the value, what was wanted and the fix.
+    The InputError names the file or override, the key's path, the value, what was wanted and the fix.
     """
     table = read_toml(Path(path))
     if Path(path).name == RUN_FILES[0] and all((Path(path).parent / name).is_file() for name in RUN_FILES):

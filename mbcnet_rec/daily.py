@@ -25,7 +25,7 @@ from mbcnet_rec.checkpoints.compatibility import table_of
 from mbcnet_rec.config import RunConfig
 from mbcnet_rec.lineage import Day, days_done
 from mbcnet_rec.logs.progress import tell
-from mbcnet_rec.runtime.process import Process, max_over_ranks
+from mbcnet_rec.runtime.process import Process, max_over_ranks, sum_over_ranks
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.trainer import Trainer
 from sharding.bridge.blocks import initial_rows
@@ -94,10 +94,7 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
 
 
 def _summed(counts: Mapping[str, int], names: Sequence[str], process: Process) -> dict[str, int]:
-    found = torch.tensor([counts.get(name, 0) for name in names], dtype=torch.int64)
-    if process.world_size > 1:
-        torch.distributed.all_reduce(found)
-    return dict(zip(names, found.tolist(), strict=True))
+    return dict(zip(names, sum_over_ranks([counts.get(name, 0) for name in names], process), strict=True))
 
 
 def alarms(profile: Mapping[str, float], earlier: Sequence[Mapping[str, Any]], rows: int) -> list[str]:

@@ -55,10 +55,7 @@ def grow_fitted(
 ) -> dict[str, Changes]:
     """Count files, which nobody has counted before, and write the grown schema to OUT, which may be the folder that the schema is in.
 
-    Returns:
-        For each table with a vocabulary what has changed; nothing where all files were counted before, which changes nothing.
-
-    InputError if some of the files were counted before, or are damaged; if `out` holds something else; or if the schema is not fitted, or
+    Returns what has changed of each table with a vocabulary; nothing where all files were counted before, which changes nothing. InputError if some of the files were counted before, or are damaged; if `out` holds something else; or if the schema is not fitted, or
     its vocabularies are not beside it.
     """
     schema.require_fitted()

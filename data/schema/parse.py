@@ -32,15 +32,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def parse_dataclass(cls: type[T], table: Any, source: str, path: str = "") -> T:
     """Build dataclass `cls` from a TOML table, refusing unknown keys and wrong types.
 
-    Args:
-        cls: a frozen dataclass whose field types are int, float, bool, str, Literal, tuple[X, ...], dict[str, X],
-            X | None or further dataclasses.
-        table: what TOML gave.
-        source: the file's name, for messages.
-        path: dotted key of `table` inside the file, for messages.
-
-    Raises:
-        InputError: naming `source`, the key's path, the value, what was wanted and how to fix it.
+    Its fields are int, float, bool, str, Literal, tuple[X, ...], dict[str, X], X | None or further dataclasses. The InputError names the
+    file, `source`, the key, below `path` in it, the value, what was wanted and how to fix it.
     """
     where = f"{source}: {path}" if path else source
     if not isinstance(table, Mapping):

@@ -80,8 +80,8 @@ def write_synthetic(
 ) -> dict[str, Any]:
     """Write the log and return the content of OUT/synthetic.json.
 
-    The folder appears under its name only when it is complete. If it is there already with the same schema, rows, seed, days and
-    rows_per_file, nothing is written and the summary says `"already_there": true`; `force` replaces another synthetic log.
+    If it is there already with the same schema, rows, seed, days and rows_per_file, nothing is written and the summary says
+    `"already_there": true`; `force` replaces another synthetic log.
 
     The schema is pailitao_schema(...), or one with other sizes. Rows are spread evenly over the days, at least 3: one each for test
     and validation. A day of more than `rows_per_file` gets several files. `threads` blocks are made at a time, and `progress` is told

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import InputError, some_of
@@ -26,7 +25,7 @@ from mbcnet_rec.checkpoints.run_schema import other_ids, own_schema, saved_run
 from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, shards_of
 from mbcnet_rec.checkpoints.storage import best_step
 from mbcnet_rec.checkpoints.zch_state import check_rows, tables_of_other_ids, zch_table_of
-from mbcnet_rec.runtime.process import Process, agreed
+from mbcnet_rec.runtime.process import Process, agreed, from_all_ranks
 from mbcnet_rec.training.built import Built
 from mbcnet_rec.training.config import TrainConfig
 from sharding.bridge.allocated import purge_caches
@@ -156,11 +155,7 @@ def table_of(name: str) -> str:
 def all_shapes(shards: Iterable[TensorShard], process: Process) -> dict[str, Shape]:
     """Logical tensor -> shape over all ranks; a collective."""
     own = {shard.name: shard.global_shape for shard in shards}
-    if process.world_size == 1:
-        return own
-    gathered: list[Any] = [None] * process.world_size
-    dist.all_gather_object(gathered, own)
-    return {name: tuple(shape) for part in gathered for name, shape in part.items()}
+    return {name: tuple(shape) for part in from_all_ranks(own, process) for name, shape in part.items()}
 
 
 def load_checked(

@@ -4,12 +4,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from data.errors import InputError
 from mbcnet_rec.checkpoints.shards import Saved, Shape, TensorShard, whole_shard
-from mbcnet_rec.runtime.process import Process
+from mbcnet_rec.runtime.process import Process, sum_over_ranks
 from sharding.bridge.zch import BucketedCollisions, collisions_of
 
 _STATE = re.compile(r"_managed_collision_modules\.([^/]+)\.[^./]+$")
@@ -77,7 +76,7 @@ def zch_counters(modules: Sequence[BucketedCollisions], process: Process) -> dic
     """For each table: the share of its rows that have an id, and the ids that have got a row and lost it so far. Every rank calls it."""
     counts = [(module.used_rows(), sum(bucket.evictions for bucket in module.own_buckets)) for module in modules]
     values = {}
-    for module, (used, evictions) in zip(modules, _summed(counts, process), strict=True):
+    for module, (used, evictions) in zip(modules, sum_over_ranks(counts, process), strict=True):
         table = module.table
         values[f"zch_used/{table.name}"] = used / (table.num_embeddings - module.zch.buckets)
         values[f"zch_admissions/{table.name}"] = used + evictions
@@ -87,12 +86,5 @@ def zch_counters(modules: Sequence[BucketedCollisions], process: Process) -> dic
 
 def zch_unseen(modules: Sequence[BucketedCollisions], process: Process) -> dict[str, float]:
     """For each table, by its fields: the share without a row among the ids `looked_up` by all ranks. Every rank calls it."""
-    pairs = zip(modules, _summed([module.looked_up.tolist() for module in modules], process), strict=True)
+    pairs = zip(modules, sum_over_ranks([module.looked_up.tolist() for module in modules], process), strict=True)
     return {f"unseen/{'+'.join(each.table.feature_names)}": lost / max(1, ids) for each, (ids, lost) in pairs}
-
-
-def _summed(counts: Sequence[Sequence[int]], process: Process) -> list[list[int]]:
-    found = torch.tensor(counts, dtype=torch.int64)
-    if process.world_size > 1 and len(counts):
-        dist.all_reduce(found)
-    return found.tolist()

@@ -26,8 +26,7 @@ TIMINGS = ("samples_per_second", "step_seconds", "input_wait_share", "checkpoint
 class Records:
     """The log of a run, on rank 0. Lines of steps after the first one are dropped: a resumed run repeats them.
 
-    `day`: the step with which the day begins that is trained.
-    CannotWriteError if metrics.jsonl cannot be written, when the log is opened and by every method.
+    `day`: the step with which the day begins that is trained. When opened and by every method CannotWriteError if it cannot be written.
     """
 
     def __init__(self, folder: Path, first_step: int, sink: MlflowSink | None = None, *, day: int = 0) -> None:

@@ -254,9 +254,7 @@ def agreed(process: Process) -> Iterator[None]:
         yield
     except InputError as error:
         fault = str(error)
-    faults: list[Any] = [fault] * process.world_size
-    if process.world_size > 1:
-        dist.all_gather_object(faults, fault)
+    faults = from_all_ranks(fault, process)
     for rank, each in enumerate(faults):
         if each:
             raise InputError(each if set(faults) == {each} else f"rank {rank}: {each}")
@@ -333,6 +331,22 @@ def gather_rows(rows: np.ndarray, process: Process) -> np.ndarray | None:
     parts: list[Any] | None = [None] * process.world_size if process.is_first else None
     dist.gather_object(rows, parts, dst=0)
     return None if parts is None else np.concatenate(parts)
+
+
+def from_all_ranks(value: Any, process: Process) -> list[Any]:
+    """Return every rank's value on every rank, in rank order."""
+    values = [value] * process.world_size
+    if process.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(counts: Sequence[Any], process: Process) -> list[Any]:
+    """Add whole numbers, or rows of them, over all ranks. Every rank calls it."""
+    found = torch.tensor(counts, dtype=torch.int64)
+    if process.world_size > 1 and len(counts):
+        dist.all_reduce(found)
+    return found.tolist()
 
 
 def broadcast_value(value: Any, process: Process) -> Any:

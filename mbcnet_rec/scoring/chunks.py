@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from data.errors import InputError
 from data.reading.column_types import check_columns
@@ -26,6 +25,7 @@ from data.reading.selection import Selection
 from data.reading.storage import DataFile, for_each_file, open_parquet
 from data.schema import Schema
 from data.stream.batch import Batch, gather
+from mbcnet_rec.logs.progress import RowBar
 from mbcnet_rec.runtime.process import Process, agreed
 from mbcnet_rec.scoring.scorer import Scorer
 
@@ -145,9 +145,8 @@ def score_chunks(
             yield gather([(empty, 0, 0)], batch_rows, schema), None
 
     total = sum(chunk.num_rows for chunks in dealt for chunk in chunks)
-    shown = None if process.is_first and title else True
     with (
-        tqdm(total=total, unit="row", unit_scale=True, desc=title, disable=shown) as bar,
+        RowBar(title, total, shown=process.is_first and bool(title)) as bar,
         closing(scorer.score(batches())) as scored,
     ):
         for each in scored:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch.distributed as dist
 
 from data.errors import InputError
 from data.reading.conditions import select_files
@@ -28,7 +27,7 @@ from mbcnet_rec.checkpoints.run_folder import CONFIG
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.model.models import tasks_of
 from mbcnet_rec.report.page import Table, text_table, with_half
-from mbcnet_rec.runtime.process import Process, agreed
+from mbcnet_rec.runtime.process import Process, agreed, from_all_ranks
 from mbcnet_rec.scoring.chunks import Chunk, deal, labelled_rows, score_chunks
 from mbcnet_rec.scoring.metrics import NOT_KNOWN, Estimate, why_no_auc
 from mbcnet_rec.scoring.ranking import require_groups, title_of
@@ -227,12 +226,8 @@ def count_slices(
                         counter[value] += count
                     if len(counter) > MAX_VALUES:
                         raise InputError(f"--by {name}: more than {MAX_VALUES:,} different values; choose another")
-    everyone: list[Any] = [counts]
-    if process.world_size > 1 and by:
-        everyone = [None] * process.world_size
-        dist.all_gather_object(everyone, counts)
     slices = {}
-    for name, *each in zip(by, *everyone, strict=True):
+    for name, *each in zip(by, *(from_all_ranks(counts, process) if by else ()), strict=True):
         counter = sum(each, Counter())
         ordered = sorted(counter, key=lambda value: (-counter[value], value))  # equal ones by name
         slices[name] = ordered[:max_slices] + ([REST] if len(ordered) > max_slices else [])

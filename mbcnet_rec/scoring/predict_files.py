@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from data.engine import Engine, follow, meet, run_tasks
 from data.errors import InputError
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
+from mbcnet_rec.logs.progress import RowBar
 from mbcnet_rec.runtime.lock import locked
 from mbcnet_rec.runtime.process import CPU, Process
 from mbcnet_rec.runtime.ranks import alone
@@ -71,9 +71,7 @@ def predict_files(
         follow(engine, job.out / predict.CHUNKS)
         todo = sum(task.job.num_rows for path, task in tasks.items() if not is_done(path))
         try:
-            with tqdm(
-                total=job.num_rows, unit="row", unit_scale=True, desc="predict", disable=not engine.is_first
-            ) as bar:
+            with RowBar("predict", job.num_rows, shown=engine.is_first) as bar:
                 for path in run_tasks(engine, score_file, tasks, last=True, is_done=is_done, held=True):
                     bar.update(tasks[path].job.num_rows)
         finally:

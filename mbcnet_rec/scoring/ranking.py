@@ -78,12 +78,7 @@ def group_metrics(
     logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray, ks: Sequence[int]
 ) -> dict[str, Estimate]:
     """Gauc and each metric of `names_of` of rows in memory (B,); NaN if no group counts, or rows cannot be scored."""
-    value, influences = gauc_influence(logits, labels, group_ids)
-    found = {"gauc": Estimate(value, float(np.sqrt((influences**2).sum())) if len(influences) > 1 else math.nan)}
-    for name, values in ranking_values(logits, labels, group_ids, ks).items():
-        error = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else math.nan
-        found[name] = Estimate(float(values.mean()), error) if len(values) else NOT_KNOWN
-    return found
+    return group_estimates(group_sums(logits, labels, group_ids, ks))
 
 
 def group_sums(

@@ -53,15 +53,10 @@ def output_names(tasks: Sequence[str], branches: Sequence[str]) -> list[str]:
 
 
 class Judge:
-    """Says by one metric which of two evaluations is better.
+    """Says by one metric, by its name among those of all tasks, which of two evaluations is better.
 
-    Args:
-        key: the metric's name among those of all tasks.
-        tasks, branches: of the model.
-        ranking_k: places of rankings that are measured; None: there is no group column.
-
-    Raises:
-        InputError: there is no such metric, or it is neither better where it is higher nor where it is lower.
+    `ranking_k`: places of rankings that are measured; None: there is no group column. InputError if there is no such metric, or it is
+    neither better where it is higher nor where it is lower.
     """
 
     def __init__(

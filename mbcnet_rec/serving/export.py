@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.errors import InputError
 from data.reading.conditions import select_files
@@ -19,6 +18,7 @@ from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import is_uri
 from data.whole_folder import earlier_summary, write_whole
 from mbcnet_rec.logs.metrics_log import finite_or_none
+from mbcnet_rec.logs.progress import RowBar
 from mbcnet_rec.report.page import to_text
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.chunks import labelled_rows
@@ -168,7 +168,7 @@ def score_split(
     row_groups = (group for chunk in chunks for group in chunk.row_groups)
     batches = (batch for group in row_groups for batch in reader.scan(group, CHECK_BATCH))
     sample: dict[str, Any] = {}
-    with tqdm(total=left, unit="row", unit_scale=True, desc=split, disable=None) as bar:
+    with RowBar(split, left) as bar:
         for columns, raw in batches:
             sample = sample or raw.slice(0, 1).to_pydict()
             inputs, rows = models[0].preprocess.inputs(columns), min(left, columns.num_rows)

@@ -62,15 +62,10 @@ DTYPES = {
 
 
 def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> "ServingModel":
-    """Load an artifact.
+    """Load what `mbcnet export` wrote; ValueError if the folder is not an artifact, has another format, or is damaged.
 
-    Args:
-        folder: what `mbcnet export` wrote.
-        verify: compare every file's SHA-256 with model.json; reads all of each file once.
-        compiled: run the dense part that `mbcnet export --aot` compiled. It is machine code: load it from people you trust only.
-
-    Raises:
-        ValueError: the folder is not an artifact, has another format, or is damaged.
+    `verify` compares every file's SHA-256 with model.json, and so reads all of each file once. `compiled` runs the dense part that
+    `mbcnet export --aot` compiled. It is machine code: load it from people you trust only.
     """
     folder = Path(folder)
     try:
@@ -129,13 +124,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 class ServingModel:
     """Preprocessing, quantised tables and the dense part of one model, on a CPU.
 
-    Args:
-        spec: model.json.
-        schema: of the run.
-        rows: pooling -> all rows of its tables, (bytes,) uint8 as FBGEMM lays them out; "zch/TABLE" -> (2, n) int64, ascending hashes
-            of the ids that have a row, and the rows.
-        dense: weights of the graph.
-        vocabularies: names of vocabulary files -> values in row order.
+    `spec` is model.json, `rows` pooling -> all rows of its tables, (bytes,) uint8 as FBGEMM lays them out, and "zch/TABLE" -> (2, n) int64,
+    ascending hashes of the ids that have a row, and the rows. `dense` are the weights of the graph, `vocabularies` file -> values by row.
     """
 
     def __init__(
@@ -229,12 +219,8 @@ class ServingModel:
     def predict(self, rows: Rows) -> np.ndarray:
         """Return the click probability of each row, (B,) float32; of T tasks (B, T).
 
-        Args:
-            rows: column name -> list or array of values (None: missing; lists of lists for list columns), an Arrow table or
-                record batch, or a DataFrame. Columns that no field reads are ignored.
-
-        Raises:
-            ValueError: a column is missing or a value is one that training would have refused.
+        `rows`: column name -> list or array of values (None: missing; lists of lists for list columns), an Arrow table or record batch, or a
+        DataFrame. Columns that no field reads are ignored. ValueError if a column is missing or training would have refused a value.
         """
         return self._predict(rows, REQUEST, 0)
 
@@ -292,13 +278,9 @@ class ServingModel:
 def open_tables(
     tables: Sequence[Mapping[str, Any]], lookups: Sequence[tuple[str, int]], rows: str, pooling: str
 ) -> IntNBitTableBatchedEmbeddingBagsCodegen:
-    """Make FBGEMM's tables of one pooling, their rows still unset: `weights_host` has the size wanted.
+    """Make FBGEMM's tables of one pooling (see POOLING), their rows still unset: `weights_host` has the size wanted.
 
-    Args:
-        tables: TABLE_KEYS of each.
-        lookups: (field, index of its table), in the order of the output's columns.
-        rows: fp32, fp16, int8 or int4.
-        pooling: sum, mean, weighted (a weighted sum), or sequence.
+    `tables` have TABLE_KEYS; `lookups` are (field, index of its table), in the order of the output's columns; `rows` fp32, fp16, int8 or int4.
     """
     specs = [(*(each[key] for key in TABLE_KEYS), SparseType(rows), EmbeddingLocation.HOST) for each in tables]
     opened = IntNBitTableBatchedEmbeddingBagsCodegen(

@@ -20,7 +20,7 @@ from torch import Tensor
 if __name__ == "mbcnet_rec.serving.preprocess":
     from data.errors import InputError, first_line
     from data.reading.column_types import check_columns
-    from data.reading.columns import Columns, Lists, Place, offsets_of
+    from data.reading.columns import Columns, Place, offsets_of
     from data.reading.encode import Encoder
     from data.reading.ids import integers_of
     from data.reading.plain import Plain, PlainRows
@@ -28,7 +28,7 @@ if __name__ == "mbcnet_rec.serving.preprocess":
 else:  # in an artifact, which carries these files
     from .data.errors import InputError, first_line  # type: ignore[import-not-found]
     from .data.reading.column_types import check_columns  # type: ignore[import-not-found]
-    from .data.reading.columns import Columns, Lists, Place, offsets_of  # type: ignore[import-not-found]
+    from .data.reading.columns import Columns, Place, offsets_of  # type: ignore[import-not-found]
     from .data.reading.encode import Encoder  # type: ignore[import-not-found]
     from .data.reading.ids import integers_of  # type: ignore[import-not-found]
     from .data.reading.plain import Plain, PlainRows  # type: ignore[import-not-found]
@@ -172,8 +172,10 @@ class Preprocessor:
                     np.greater_equal(rows, 0, out=own, casting="unsafe")
                     found = [rows[rows >= 0]]
                 elif kind and pooling == "sequence":
-                    starts, own[:] = self._positions(columns.lists, places[0], count)
-                    found = [columns.lists.values[places[0]][starts[own > 0]]]
+                    # where the value at each position of each row's list stands, (L, B), and whether there is one
+                    begins, positions = columns.lists.offsets[places[0]], np.arange(count)[:, None]
+                    own[:] = positions < np.diff(begins)
+                    found = [columns.lists.values[places[0]][(begins[:-1] + positions)[own > 0]]]
                 elif kind:
                     lists, own[:] = both[kind], counts[kind][places]
                     found = [lists.values[place] for place in places]
@@ -200,12 +202,6 @@ class Preprocessor:
                     found[:, place] = np.diff(columns.lists.offsets[self.places[field][1]])
             dense = np.concatenate([dense, found], axis=1)
         return Inputs(joined, torch.from_numpy(dense))
-
-    def _positions(self, lists: Lists, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the value at each position of each row's list stands, (L, B), and whether there is one."""
-        offsets = lists.offsets[index]
-        positions = np.arange(count)[:, None]
-        return offsets[:-1] + positions, positions < np.diff(offsets)
 
     def _given_rows(self, field: str, hashed: np.ndarray) -> np.ndarray:
         """The row that training gave to each id of a table of encoding zch, or the last row of its bucket."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import mbcnet_rec.model
-from data.engine import LOST_WORKERS, Engine, follow, meet, run_tasks
+from data.engine import LOST_WORKERS, Engine, follow, meet, run_tasks, write_result
 from data.errors import InputError, some_of
 from data.reading.files import resolve_files
 from data.reading.fingerprint import mark_differences, mark_files
@@ -182,8 +182,7 @@ def run_key(config: RunConfig, known: Known | None = None) -> str:
 def train_one(config: RunConfig, watch: Watch | None = None) -> str:
     """Train one run, with `watch` as run_training has it; what it prints goes to a file beside its folder. Return why it failed, or "".
 
-    PreemptedError if this process got a stop request, which is no fault of the run; CannotWriteError if the next run would not get further
-    either.
+    PreemptedError and CannotWriteError are raised: they are no fault of the run, and the next would not get further either.
     """
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -308,10 +307,8 @@ def keep_row_scores(config: RunConfig) -> None:
     kept = {"outputs": np.array(["", *tally.branches]), "logits": rows.logits[some], "labels": rows.labels[some]}
     if rows.group_ids is not None:
         kept["groups"] = rows.group_ids[some]
-    draft = folder / f".{ROW_SCORES}.partial"
-    with draft.open("wb") as file:
+    with write_result(folder / ROW_SCORES) as draft, draft.open("wb") as file:
         np.savez(file, **kept)  # pyright: ignore[reportArgumentType]
-    os.replace(draft, folder / ROW_SCORES)
 
 
 def read_row_scores(config: RunConfig) -> RowScores | None:
