@@ -13,6 +13,7 @@ from data.errors import InputError
 from data.profile.check import WHOLE_FILE, CheckReport, check_files
 from data.profile.fit import write_fitted
 from data.profile.infer import infer_schema
+from data.profile.units import Work
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
 from data.reading.files import RowGroup
@@ -74,7 +75,7 @@ def test_good_files_have_no_fault(tmp_path):
     full, empty = write(tmp_path, "a", True), tmp_path / "b.parquet"
     pq.write_table(pq.read_table(full).slice(0, 0), empty, write_page_checksum=True)
     seen: list[int] = []
-    report = check_files([full, empty], schema_of(), full=True, progress=seen.append)
+    report = check_files([full, empty], schema_of(), full=True, work=Work(progress=seen.append))
     assert report == CheckReport([], 0, num_files=2, num_row_groups=5, num_rows=ROWS, empty_files=1)
     assert seen[-1] == ROWS
 

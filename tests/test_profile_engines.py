@@ -22,6 +22,7 @@ from data.profile import scan, units, values
 from data.profile.check import check_files
 from data.profile.fit import CountUnit, count_unit, write_fitted
 from data.profile.infer import infer_schema
+from data.profile.units import Work
 from data.profile.values import BY_COUNT, Counts, in_order
 from data.schema import load_schema
 from mbcnet_rec.cli import main
@@ -76,7 +77,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def fitted(log: Path, out: Path, engine: Engine = HERE) -> dict[str, bytes]:
-    write_fitted(load_schema(log / "s.toml"), files_of(log), out, engine=engine)
+    write_fitted(load_schema(log / "s.toml"), files_of(log), out, work=Work(engine))
     assert not out.with_name(f".{out.name}.work").exists()
     return bytes_of(out)
 
@@ -88,10 +89,10 @@ def test_one_process_several_and_other_merges_give_the_same_bytes(log, small, tm
     monkeypatch.setattr(values, "MERGE_ROWS", 500)
     assert one == fitted(log, tmp_path / "shared"), "many merges, each of a few buckets"
     text, _ = infer_schema(files_of(log))
-    assert text == infer_schema(files_of(log), engine=Engine("local", 2))[0]
+    assert text == infer_schema(files_of(log), work=Work(Engine("local", 2)))[0]
     schema = load_schema(tmp_path / "one" / "schema.toml")
     assert check_files(files_of(log), schema, full=True) == check_files(
-        files_of(log), schema, full=True, engine=Engine("local", 2)
+        files_of(log), schema, full=True, work=Work(Engine("local", 2))
     )
 
 
@@ -142,14 +143,14 @@ def test_a_job_that_ended_half_way_goes_on_with_what_is_missing(log, small, tmp_
 
     schema = load_schema(log / "s.toml")
     with pytest.raises(InputError, match="power"):
-        write_fitted(schema, files_of(log), tmp_path / "again", progress=ends)
+        write_fitted(schema, files_of(log), tmp_path / "again", work=Work(progress=ends))
     assert not (tmp_path / "again").exists() and len(results) > 1
     seen: dict[str, int] = {}
 
     def looks(rows: int) -> None:
         seen.update({path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".again.work/*/*")})
 
-    write_fitted(schema, files_of(log), tmp_path / "again", progress=looks)
+    write_fitted(schema, files_of(log), tmp_path / "again", work=Work(progress=looks))
     assert results.items() <= seen.items(), "what was done was not done again"
     assert bytes_of(tmp_path / "again") == one
 
@@ -169,7 +170,7 @@ def test_a_file_that_changes_under_the_job_is_refused(log, small, tmp_path):
 
     files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     with pytest.raises(InputError, match=r"b\.parquet: was changed while its rows were counted; run the command again"):
-        write_fitted(load_schema(log / "s.toml"), files, tmp_path / "out", progress=changes)
+        write_fitted(load_schema(log / "s.toml"), files, tmp_path / "out", work=Work(progress=changes))
     assert not (tmp_path / "out").exists()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.profile.fit import boundaries_of, write_fitted
+from data.profile.units import Work
 from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.schema import Schema, load_schema, parse_schema
@@ -46,7 +47,9 @@ def vocabulary(schema: Schema, name: str) -> list:
 
 def test_what_is_written_is_what_is_returned(train, tmp_path):
     seen: list[int] = []
-    fitted = write_fitted(schema_of(tmp_path, w=WORD, x=NUMBER), [train], tmp_path / "out", progress=seen.append)
+    fitted = write_fitted(
+        schema_of(tmp_path, w=WORD, x=NUMBER), [train], tmp_path / "out", work=Work(progress=seen.append)
+    )
     assert load_schema(tmp_path / "out" / "schema.toml") == fitted
     assert fitted.features[1].mean == 3.0 and fitted.features[1].std == pytest.approx(np.std([1, 2, 6]))
     assert vocabulary(fitted, "w") == ["b", "a"]

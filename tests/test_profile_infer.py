@@ -17,7 +17,7 @@ from data.profile.fit import write_fitted
 from data.profile.infer import infer_schema
 from data.profile.leaks import always_positive, column_auc
 from data.profile.scan import ColumnProfile, Distinct, profile_files
-from data.profile.units import RowSample, row_hashes
+from data.profile.units import RowSample, Work, row_hashes
 from data.reading.columns import Place
 from data.reading.encode import Encoder
 from data.reading.keys import splitmix64
@@ -190,7 +190,7 @@ def test_inferred_schema_is_fitted_and_encodes_its_files(files, tmp_path):
 def test_a_sample_is_spread_over_all_files(spread, rows, row_groups, files, monkeypatch):
     monkeypatch.setattr(profile, "SPREAD", spread)
     seen: list[int] = []
-    found = profile_files(files, rows=rows, progress=seen.append)
+    found = profile_files(files, rows=rows, work=Work(progress=seen.append))
     assert (found.rows, found.total_rows, seen[-1]) == (rows, ROWS, rows)
     moments = (found.sample["timestamp"].to_numpy() - 1_714_521_600) // 10
     assert {int(moment) // 500 for moment in moments} == set(row_groups)

@@ -14,6 +14,7 @@ import pytest
 
 from data.engine import HERE, Engine
 from data.errors import InputError
+from data.profile.units import Work
 from data.public import convert as converting
 from data.public import text_rows
 from data.public.convert import Request, convert
@@ -86,8 +87,8 @@ def test_every_row_comes_out_under_its_day_with_checksums(log, small, tmp_path):
 
 
 def test_two_processes_and_torchrun_write_the_same_bytes(log, small, tmp_path):
-    convert([str(log)], tmp_path / "one", Request(day="ts"), engine=HERE)
-    convert([str(log)], tmp_path / "two", Request(day="ts"), engine=Engine("local", 2))
+    convert([str(log)], tmp_path / "one", Request(day="ts"), Work(HERE))
+    convert([str(log)], tmp_path / "two", Request(day="ts"), Work(Engine("local", 2)))
     one = bytes_of(tmp_path / "one")
     # the workers of "two" are processes of their own, with blocks and row groups of the usual size
     assert one.keys() == bytes_of(tmp_path / "two").keys()
@@ -220,13 +221,13 @@ def test_a_conversion_that_ended_half_way_goes_on_with_what_is_missing(log, smal
             raise InputError("the power is gone")
 
     with pytest.raises(InputError, match="power"):
-        convert([str(log)], tmp_path / "out", Request(day="ts"), progress=look)
+        convert([str(log)], tmp_path / "out", Request(day="ts"), Work(progress=look))
     assert not (tmp_path / "out").exists()
-    convert([str(log)], tmp_path / "out", Request(day="ts"), progress=look)
+    convert([str(log)], tmp_path / "out", Request(day="ts"), Work(progress=look))
     assert seen[1].items() <= seen[-1].items() and len(seen[-1]) == 4, "what was done was not done again"
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "one")
     before = seen[:]
-    assert convert([str(log)], tmp_path / "out", Request(day="ts"), progress=look).rows == 1_009
+    assert convert([str(log)], tmp_path / "out", Request(day="ts"), Work(progress=look)).rows == 1_009
     assert seen == before, "a result that is there is not made again"
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.engine import HERE, Engine, run_tasks, write_result
+from data.engine import run_tasks, write_result
 from data.errors import InputError, first_line
-from data.profile.units import PIECE_CELLS, Progress, Unit, require_mark, results_folder, unheard, units_of, unreadable
+from data.profile.units import ALONE, PIECE_CELLS, Unit, Work, require_mark, results_folder, units_of, unreadable
 from data.reading.column_types import column_faults
 from data.reading.columns import Place
 from data.reading.encode import Encoder, read_groups
@@ -73,19 +73,12 @@ class _Footer:
 
 
 def check_files(
-    files: Sequence[DataFile],
-    schema: Schema,
-    *,
-    full: bool = False,
-    max_faults: int = 100,
-    progress: Progress = unheard,
-    engine: Engine = HERE,
+    files: Sequence[DataFile], schema: Schema, *, full: bool = False, max_faults: int = 100, work: Work = ALONE
 ) -> CheckReport:
     """Check Parquet files against a schema: their footers, and with `full` every value, by an engine's tasks.
 
-    Footers tell missing columns, wrong types, and ids and labels out of range where the writer left statistics. The full check tells
-    `progress` the number of rows checked so far. Faults above `max_faults` are only counted. InputError if `full` and the schema still says
-    "fit", or a vocabulary cannot be read.
+    Footers tell missing columns, wrong types, and ids and labels out of range where the writer left statistics. Faults above `max_faults`
+    are only counted. InputError if `full` and the schema still says "fit", or a vocabulary cannot be read.
     """
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(partial(_read_footer, schema, _ranges(schema)), files))
@@ -104,17 +97,17 @@ def check_files(
     Encoder(schema)  # whose faults are the schema's
     with tempfile.TemporaryDirectory() as own:
         # the other hosts see the folder in which the command was given
-        place = Path(own) if engine.name == "local" else Path.cwd()
-        with results_folder(place / "check", engine, schema_to_toml(schema)) as folder:
+        place = Path(own) if work.engine.name == "local" else Path.cwd()
+        with results_folder(place / "check", work.engine, schema_to_toml(schema)) as folder:
             tasks = {}
             for unit in units_of(list(columns)):
                 path = folder / f"{unit.key()}.json"
                 tasks[path] = CheckUnit(path, schema, unit, {span.file: columns[span.file] for span in unit.spans})
             done = 0
-            for path in run_tasks(engine, check_unit, tasks, last=True):
+            for path in run_tasks(work.engine, check_unit, tasks, last=True):
                 done += tasks[path].unit.rows
-                progress(done)
-            for path in tasks if engine.is_first else ():
+                work.progress(done)
+            for path in tasks if work.engine.is_first else ():
                 found = json.loads(path.read_text(encoding="utf-8"))
                 report.labels |= set(found["labels"])
                 faults = [Fault(*fault) for fault in found["faults"]]

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.engine import HERE, Engine, run_tasks, write_result
+from data.engine import run_tasks, write_result
 from data.errors import InputError
 from data.profile import units, values
 from data.reading.column_types import check_columns, is_list, pinned
@@ -152,14 +152,7 @@ class Measured(NamedTuple):
     min_count: dict[str, int]  # by table
 
 
-def measure(
-    schema: Schema,
-    waiting: Sequence[Feature],
-    files: Sequence[DataFile],
-    folder: Path,
-    engine: Engine,
-    progress: units.Progress,
-) -> Measured:
+def measure(waiting: Sequence[Feature], files: Sequence[DataFile], folder: Path, work: units.Work) -> Measured:
     """Count and merge; the results lie in `folder`."""
     cut = units.units_of(files)
     if not cut:
@@ -170,9 +163,9 @@ def measure(
     tables = tuple(each.table_name for each in waiting)
     tasks = {path: CountUnit(path, unit, tuple(waiting), tables) for path, unit in zip(paths, cut, strict=True)}
     done = 0
-    for path in run_tasks(engine, count_unit, tasks):
+    for path in run_tasks(work.engine, count_unit, tasks):
         done += tasks[path].unit.rows
-        progress(done)
+        work.progress(done)
     shares, unsigned = values.shares_of(paths)
     counted = [each for each in waiting if each.vocabulary == FIT]
     field = {each.table_name: each.name for each in reversed(counted)}
@@ -183,46 +176,38 @@ def measure(
         path: values.Merge(path, own, tuple(paths), unsigned, min_count, field)
         for path, own in zip(merges, shares, strict=True)
     }
-    for _ in run_tasks(engine, values.merge, jobs, last=True):
+    for _ in run_tasks(work.engine, values.merge, jobs, last=True):
         pass
     return Measured(paths, merges, min_count)
 
 
 def fit_schema(
-    schema: Schema,
-    files: Sequence[DataFile],
-    out: Path,
-    report: Say = units.unheard,
-    progress: units.Progress = units.unheard,
-    engine: Engine = HERE,
-    work: Path | None = None,
+    schema: Schema, files: Sequence[DataFile], out: Path, report: Say = units.unheard, work: units.Work = units.ALONE
 ) -> Schema:
     """Replace every "fit" of a schema by what the files say.
 
     Writes OUT/vocabulary/<table>.parquet, one column `value` in row order, and copies there the vocabularies that the schema names already,
-    so that OUT stands alone. `report` gets a line for each field whose fit says little (a constant, an empty column), `progress` the number
-    of rows read so far. Of torchrun's ranks only the first writes, and the others return the schema as it is.
-
-    The results of `engine`'s tasks lie beside `work`, for the same job to go on where it failed; by default in `out`. InputError if there
-    is no file or no row, a file is damaged, or a column is missing.
+    so that OUT stands alone. `report` gets a line for each field whose fit says little (a constant, an empty column). Of torchrun's ranks
+    only the first writes, and the others return the schema as it is. InputError if there is no file or no row, a file is damaged, or a
+    column is missing.
     """
     columns = column_sets(files, LIST_ATTEMPTS)
     for arrow_schema, file in columns.items():
         check_columns(arrow_schema, schema, str(file), has_label=False)
     schema = pinned(schema, columns)
     top, paths = schema_to_toml(schema), schema.own_vocabularies
-    if engine.is_first:
+    if work.engine.is_first:
         _copy_vocabularies(schema, top, out)
     waiting = [feature for feature in schema.features if not feature.is_fitted]
     if not waiting:
         return parse_schema(top, f"fit of schema {schema.name!r}", out)
     if not files:
         raise InputError(f"schema {schema.name!r}: no training file to fit {waiting[0].name!r} on; name at least one")
-    with units.results_folder(work or out / "fit", engine, schema_to_toml(schema)) as folder:
-        found = measure(schema, waiting, files, folder, engine, progress)
-        if engine.is_first:
+    with units.results_folder(work.place or out / "fit", work.engine, schema_to_toml(schema)) as folder:
+        found = measure(waiting, files, folder, work)
+        if work.engine.is_first:
             _write_fit(found, waiting, top, paths, out, report)
-    return parse_schema(top, f"fit of schema {schema.name!r}", out) if engine.is_first else schema
+    return parse_schema(top, f"fit of schema {schema.name!r}", out) if work.engine.is_first else schema
 
 
 def _write_fit(
@@ -293,8 +278,7 @@ def write_fitted(
     *,
     force: bool = False,
     report: Say = units.unheard,
-    progress: units.Progress = units.unheard,
-    engine: Engine = HERE,
+    work: units.Work = units.ALONE,
 ) -> Schema:
     """Fit a schema and write OUT/schema.toml and OUT/vocabulary, whole or not at all; see `fit_schema`.
 
@@ -308,10 +292,11 @@ def write_fitted(
         raise InputError(f"{out}: exists already; {fix}")
     if held and schema.folder.resolve() == out.resolve():
         raise InputError(f"{out}: holds the schema that is fitted, which would be replaced; choose another folder")
-    if not engine.is_first:
-        return fit_schema(schema, files, out, report, progress, engine, out)
+    work = work._replace(place=out)
+    if not work.engine.is_first:
+        return fit_schema(schema, files, out, report, work)
     with whole_folder(out) as folder:
-        fitted = fit_schema(schema, files, folder, report, progress, engine, out)
+        fitted = fit_schema(schema, files, folder, report, work)
         header = f"Fitted on {len(files)} training file(s) by mbcnet schema fit."
         (folder / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
         if (folder / VOCABULARY_FOLDER).is_dir():

@@ -22,7 +22,7 @@ from pyarrow import types as pt
 from data.engine import HERE
 from data.errors import InputError, first_line
 from data.profile.fit import GROWTH, WAITING, measure, write_rows
-from data.profile.units import Progress, results_folder, unheard
+from data.profile.units import Progress, Work, results_folder, unheard
 from data.profile.values import BY_COUNT, merged
 from data.reading.column_types import check_columns
 from data.reading.files import column_sets
@@ -112,7 +112,7 @@ def _counted(
     waiting = [dataclasses.replace(each, vocabulary=FIT) for each in fields]
     nothing = {each.table_name: pa.string() if each.type == "text" else pa.int64() for each in fields}
     with results_folder(folder / "fit", HERE) as results:
-        found = merged(measure(schema, waiting, files, results, HERE, progress).merges)
+        found = merged(measure(waiting, files, results, Work(progress=progress)).merges)
     counts = {}
     for name, kind in nothing.items():
         runs = found.get(name) or [pa.table({"value": pa.array([], kind), "count": pa.array([], pa.int64())})]

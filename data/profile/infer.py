@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
-from data.engine import HERE, Engine
 from data.errors import InputError
 from data.profile.leaks import always_positive, column_auc
 from data.profile.propose import BUCKETS, HASH_HEADROOM, NAMES, Proposal, holds_names, propose, two_digits
 from data.profile.scan import ColumnProfile, Profile, profile_files
-from data.profile.units import Progress, unheard
+from data.profile.units import ALONE, Work
 from data.reading.column_types import check_columns, column_faults, is_number
 from data.reading.ids import is_key
 from data.reading.storage import DataFile
@@ -49,14 +48,7 @@ class Roles:
 
 
 def infer_schema(
-    files: Sequence[DataFile],
-    *,
-    name: str = "inferred",
-    label: str = "",
-    rows: int = 0,
-    progress: Progress = unheard,
-    engine: Engine = HERE,
-    work: Path | None = None,
+    files: Sequence[DataFile], *, name: str = "inferred", label: str = "", rows: int = 0, work: Work = ALONE
 ) -> tuple[str, list[str]]:
     """Profile Parquet files as `profile_files` does, and write a schema.
 
@@ -64,8 +56,8 @@ def infer_schema(
     each suspicious column; nothing by torchrun's ranks but the first. InputError if no label is found, it holds other values than 0 and 1,
     a file is faulty, or no column can be a field.
     """
-    profile = profile_files(files, rows=rows, progress=progress, engine=engine, work=work)
-    if not engine.is_first:
+    profile = profile_files(files, rows, work)
+    if not work.engine.is_first:
         return "", []
     roles = find_roles(profile, label)
     labels = profile.sample[roles.label].combine_chunks().cast(pa.float64()).to_numpy(zero_copy_only=False)

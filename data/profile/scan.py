@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types as pt
 
-from data.engine import HERE, Engine, run_tasks, write_result
+from data.engine import run_tasks, write_result
 from data.errors import InputError, first_line
 from data.profile import units
 from data.reading.column_types import is_list, is_number
@@ -197,18 +197,10 @@ class Profile:
     sample: pa.Table = field(default_factory=lambda: pa.table({}))  # every k-th row read
 
 
-def profile_files(
-    files: Sequence[DataFile],
-    *,
-    rows: int = 0,
-    progress: units.Progress = units.unheard,
-    engine: Engine = HERE,
-    work: Path | None = None,
-) -> Profile:
+def profile_files(files: Sequence[DataFile], rows: int = 0, work: units.Work = units.ALONE) -> Profile:
     """Read about so many `rows`, spread over the row groups of all files, or all if 0, and profile every column.
 
-    `progress` is told the number of rows read so far. The results of `engine`'s tasks lie beside `work`, by default in a folder of the
-    system's. InputError if a file cannot be read, or two files give one column types that do not fit together.
+    InputError if a file cannot be read, or two files give one column types that do not fit together.
     """
     profile, groups = _read_footers(files)
     if not profile.total_rows:
@@ -218,22 +210,22 @@ def profile_files(
     tasks = {}
     with (
         tempfile.TemporaryDirectory() as own,
-        units.results_folder(work or Path(own) / "infer", engine, "infer", rows) as folder,
+        units.results_folder(work.place or Path(own) / "infer", work.engine, "infer", rows) as folder,
     ):
         for unit in _units(_spread(groups, rows or profile.total_rows), len(schema)):
             path = folder / f"{unit.key(str(schema))}.arrow"
             tasks[path] = ProfileUnit(path, unit, schema, sample_rows)
-        for path in run_tasks(engine, profile_unit, tasks, last=True):
+        for path in run_tasks(work.engine, profile_unit, tasks, last=True):
             profile.rows += tasks[path].unit.rows
-            progress(profile.rows)
+            work.progress(profile.rows)
         sample = units.RowSample(sample_rows)
-        for path in tasks if engine.is_first else ():
+        for path in tasks if work.engine.is_first else ():
             with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
                 part, found = reader.read_all(), json.loads(reader.schema.metadata[b"columns"])
             sample.add(part[HASH].to_numpy(), part.drop_columns([HASH]))
             for name, column in profile.columns.items():
                 column.join(found[name])
-        profile.sample = sample.rows() if engine.is_first else schema.empty_table()
+        profile.sample = sample.rows() if work.engine.is_first else schema.empty_table()
     return profile
 
 

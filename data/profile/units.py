@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data.engine import Engine, meet
+from data.engine import HERE, Engine, meet
 from data.errors import InputError, first_line
 from data.reading.columns import Place
 from data.reading.fingerprint import FileMark, mark_files
@@ -35,6 +35,17 @@ PIECE_CELLS = 8_000_000  # rows x columns decoded at a time
 
 def unheard(_: object) -> None:
     """Take no notice: the default of progress and of notes."""
+
+
+class Work(NamedTuple):
+    """How the tasks of a job run, who hears of the rows that are done, and beside which path the results lie."""
+
+    engine: Engine = HERE
+    progress: Progress = unheard
+    place: Path | None = None  # for the same job to go on where it failed; None: the job chooses
+
+
+ALONE = Work()
 
 
 class Span(NamedTuple):

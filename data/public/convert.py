@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types as pt
 
-from data.engine import HERE, Engine, meet, run_tasks
+from data.engine import HERE, meet, run_tasks
 from data.errors import InputError
 from data.profile.scan import as_plain
-from data.profile.units import BATCH_ROWS, Progress, naming, require_mark, results_folder, unheard
+from data.profile.units import ALONE, BATCH_ROWS, Work, naming, require_mark, results_folder
 from data.public.first_types import Source, find_sources, types_of
 from data.public.text_rows import FaultyValueError, Form, Reject, TextFile
 from data.reading.column_types import check_columns
@@ -74,14 +74,12 @@ class Converted(NamedTuple):
     unread: list[str]  # columns of JSON that no file's beginning has
 
 
-def convert(
-    inputs: Sequence[str], out: str | Path, request: Request, *, progress: Progress = unheard, engine: Engine = HERE
-) -> Converted:
+def convert(inputs: Sequence[str], out: str | Path, request: Request, work: Work = ALONE) -> Converted:
     """Convert files; `out` appears when it is complete. Of torchrun's ranks only the first says what came of it.
 
     InputError if a file cannot be read, the types do not fit the schema, more rows are rejected than kept, or `out` holds something else.
     """
-    out, day = Path(out), request.day
+    out, day, engine = Path(out), request.day, work.engine
     sources = find_sources(inputs)
     types = types_of(sources, request.schema, request.types, request.form)
     if day and day not in types.names:
@@ -104,7 +102,7 @@ def convert(
             tasks[own] = ConvertFile(own, number, source._replace(mark=mark), types, day, request.form)
         for own in run_tasks(engine, convert_file, tasks, last=True):
             rows += _found(own)["rows"]
-            progress(rows)
+            work.progress(rows)
         if not engine.is_first:
             return Converted(0, 0, 0, "", [])
         meet(engine, folder)  # no rank may still have to find that there is no result yet

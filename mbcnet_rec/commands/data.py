@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.errors import InputError
 from data.profile.check import WHOLE_FILE, check_files
+from data.profile.units import Work
 from data.public.convert import REJECTS, Request
 from data.public.convert import convert as convert_logs
 from data.public.prepare import prepare as prepare_public
@@ -60,7 +61,7 @@ def convert(args: argparse.Namespace) -> int:
     request = Request(args.day, load_schema(args.schema) if args.schema else None, given, form)
     engine = engine_of(args)
     with RowBar("convert", shown=engine.is_first) as bar:
-        made = convert_logs(args.paths, args.out, request, progress=bar.reach, engine=engine)
+        made = convert_logs(args.paths, args.out, request, Work(engine, bar.reach))
     if not engine.is_first:
         return 0
     print(f"{args.out}: {made.rows:,} rows" + (f" of {made.days} days" if args.day else ""))
@@ -80,9 +81,8 @@ def check(args: argparse.Namespace) -> int:
     files = resolve_files(args.paths)
     engine = engine_of(args)
     with RowBar("check", shown=args.full and engine.is_first) as bar:
-        report = check_files(
-            files, schema, full=args.full, max_faults=args.max_faults, progress=bar.reach, engine=engine
-        )
+        work = Work(engine, bar.reach)
+        report = check_files(files, schema, full=args.full, max_faults=args.max_faults, work=work)
     if not engine.is_first:
         return 0
     for file, faults in groupby(report.faults, lambda fault: fault.file):

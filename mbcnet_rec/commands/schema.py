@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from data.profile.count import table_2
 from data.profile.fit import write_fitted
 from data.profile.grow import grow_fitted, growth_lines
 from data.profile.infer import infer_schema
+from data.profile.units import Work
 from data.reading.files import files_in_words, resolve_files
 from data.schema import load_schema
 from data.schema.show import print_schema
@@ -26,15 +28,8 @@ def infer(args: argparse.Namespace) -> int:
     if out.exists() and not args.force:
         raise InputError(f"{out}: exists already; choose another file, or pass --force to replace it")
     with RowBar("infer", shown=engine.is_first) as bar:
-        text, suspicious = infer_schema(
-            files,
-            name=args.name or out.stem,
-            label=args.label,
-            rows=args.rows,
-            progress=bar.reach,
-            engine=engine,
-            work=out,
-        )
+        name, work = args.name or out.stem, Work(engine, bar.reach, out)
+        text, suspicious = infer_schema(files, name=name, label=args.label, rows=args.rows, work=work)
     if not engine.is_first:
         return 0
     write_whole(out, text)
@@ -67,10 +62,8 @@ def fit(args: argparse.Namespace) -> int:
         raise InputError("wanted -o FOLDER, where the fitted schema goes; add it")
     engine = engine_of(args)
     with RowBar("fit", shown=engine.is_first) as bar:
-        write_fitted(
-            schema, files, args.out, force=args.force, engine=engine,
-            report=lambda line: tqdm.write(line, file=sys.stderr), progress=bar.reach,
-        )  # fmt: skip
+        told, work = partial(tqdm.write, file=sys.stderr), Work(engine, bar.reach)
+        write_fitted(schema, files, args.out, force=args.force, report=told, work=work)
     if not engine.is_first:
         return 0
     print(f"{args.out}: schema.toml and vocabularies of {bar.rows:,} rows of {files_in_words(files)}")
