@@ -25,9 +25,8 @@ class Source(NamedTuple):
 
     file: storage.DataFile
     kind: str  # csv, json or parquet
-    field_ids: Mapping[str, bytes] | None = (
-        None  # of an Iceberg table: a column's number, by which files of other names have it
-    )
+    # of an Iceberg table: a column's number, by which files of other names have it
+    field_ids: Mapping[str, bytes] | None = None
     schema: pa.Schema | None = None  # of the table that it is a part of
     mark: FileMark = FileMark("", 0, "")
 
@@ -98,9 +97,8 @@ def _first_types(source: Source, form: Form) -> list[pa.Schema]:
         names = [pa.schema([(name, pa.null()) for name in text.names])]
         return names + [pa.schema([(name, _type_of(table[name])) for name in table.column_names]) for table in tables]
     types: dict[str, pa.DataType] = {}
-    for table in sorted(
-        tables, key=len, reverse=True
-    ):  # more than one where types do not go together: the more frequent counts
+    # more than one where types do not go together: the more frequent counts
+    for table in sorted(tables, key=len, reverse=True):
         for name in table.column_names:
             known, kind = types.get(name, pa.null()), _exact(table[name])
             joined = _joined(known, kind)

@@ -18,7 +18,9 @@ Splits = Iterator[tuple[str, pa.Table]]  # split, rows; a split's rows in order
 
 BLOCK_BYTES = 16 * 2**20
 WHOLE_DIGEST_BYTES = 256 * 2**20
-NULLS = ["", "NULL", "null", "nan", "NaN"]
+NULLS = {"null_values": ["", "NULL", "null", "nan", "NaN"]} | dict.fromkeys(
+    ("strings_can_be_null", "quoted_strings_can_be_null"), True
+)
 
 
 def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
@@ -73,13 +75,7 @@ def read_csv(
     InputError if the file cannot be read, a column is missing, a value is not of its type, or a label is another number.
     """
     reading = pa_csv.ReadOptions(block_size=BLOCK_BYTES, column_names=None if has_header else list(types))
-    converting = pa_csv.ConvertOptions(
-        column_types=dict(types),
-        include_columns=list(types),
-        null_values=NULLS,
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=True,
-    )
+    converting = pa_csv.ConvertOptions(column_types=dict(types), include_columns=list(types), **NULLS)
     parsing = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if delimiter == "," else False)
     try:
         with pa_csv.open_csv(path, reading, parsing, converting) as reader:

@@ -106,9 +106,8 @@ class TextFile:
         try:
             names = self._read_csv(line, None, header=True).column_names
         except pa.ArrowException as error:
-            raise InputError(
-                f"{self.file}: line 1 is no header ({first_line(error)}); fix it, or pass --names"
-            ) from None
+            fault = f"{self.file}: line 1 is no header ({first_line(error)}); fix it, or pass --names"
+            raise InputError(fault) from None
         if repeated := [name for name in names if names.count(name) > 1 or not name]:
             raise InputError(
                 f"{self.file}: the header names {repeated[0]!r} {names.count(repeated[0])} times; name each column once, or pass --names"
@@ -166,23 +165,15 @@ class TextFile:
 
     def _read_csv(self, block: bytes, types: pa.Schema | None, header: bool = False) -> pa.Table:
         lists = [field for field in types or () if is_list(field.type) and field.name in self.names]
-        kinds = (
-            dict.fromkeys(self.names, pa.string())
-            if types is None
-            else dict(zip(types.names, types.types, strict=True))
-        )
+        kinds = dict.fromkeys(self.names, pa.string())
+        if types is not None:
+            kinds = dict(zip(types.names, types.types, strict=True))
+        names = None if header else self.names
         table = pa_csv.read_csv(
             pa.BufferReader(block),
-            pa_csv.ReadOptions(
-                use_threads=False, block_size=len(block) + 1, column_names=None if header else self.names
-            ),
+            pa_csv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=names),
             pa_csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
-            pa_csv.ConvertOptions(
-                column_types=kinds | {field.name: pa.string() for field in lists},
-                null_values=NULLS,
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=True,
-            ),
+            pa_csv.ConvertOptions(column_types=kinds | {field.name: pa.string() for field in lists}, **NULLS),
         )
         for field in lists:
             place = table.column_names.index(field.name)

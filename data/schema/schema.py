@@ -77,9 +77,8 @@ class Schema:
     group_column: str = ""  # whose values group rows for GAUC; empty if none
     time_column: str = ""  # that orders rows; empty if none
     group_type: IdType = ""  # what the ids of the group column are, as a field's `type`
-    weight_column: str = (
-        ""  # of numbers above 0 by which training weighs each row's loss; empty if none. Metrics count each row once
-    )
+    # of numbers above 0 by which training weighs each row's loss; empty if none. Metrics count each row once
+    weight_column: str = ""
     folder: Path = Path()  # where relative vocabulary paths start
     transforms: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of others: name -> its entry
     tasks: tuple[str, ...] = ()  # label columns where there are several, `label` first; each is a task of its own

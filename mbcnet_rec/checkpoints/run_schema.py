@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -172,13 +173,11 @@ def rows_begun_anew(before: Schema, now: Schema) -> dict[str, np.ndarray] | None
     for old, new in zip(before.features, now.features, strict=True):
         if not new.vocabulary:
             continue
-        had, has = known[old.vocabulary], values[new.vocabulary]
-        if len(has) < len(had) or pt.is_integer(has.type) != pt.is_integer(had.type):
+        has = values[new.vocabulary]
+        had = _of_type(known[old.vocabulary], has.type)
+        if had is None or len(has) < len(had):
             return None
-        try:
-            had, has = had.cast(has.type), has[: len(had)]
-        except pa.ArrowInvalid:
-            return None
+        has = has[: len(had)]
         both_free = pc.and_(had.is_null(), has.is_null())
         places = np.flatnonzero(
             ~pc.or_(both_free, pc.fill_null(pc.equal(had, has), False)).to_numpy(zero_copy_only=False)
@@ -212,17 +211,16 @@ def _difference(schemas: Sequence[Schema], table: str, vocabularies: Sequence[Ma
         return f"num_embeddings {rows[0]:,} -> {rows[1]:,}, which divides the ids"
     if first.vocabulary and other.vocabulary:
         known, new = vocabularies[0][first.vocabulary], vocabularies[1][other.vocabulary]
-        return "" if _begins_with(new, known) else "another vocabulary"
+        begins = _of_type(new[: len(known)], known.type)
+        return "" if begins is not None and begins.equals(known) else "another vocabulary"
     return ""
 
 
-def _begins_with(values: pa.Array, first: pa.Array) -> bool:
-    if pt.is_integer(values.type) != pt.is_integer(first.type):
-        return False
-    try:  # integers of another width are the same values
-        return values[: len(first)].cast(first.type).equals(first)
-    except pa.ArrowInvalid:
-        return False
+def _of_type(values: pa.Array, kind: pa.DataType) -> pa.Array | None:
+    """Values of a vocabulary as another one's type; None where they can be none of its: integers of another width are the same values."""
+    with suppress(pa.ArrowInvalid):
+        return values.cast(kind) if pt.is_integer(values.type) == pt.is_integer(kind) else None
+    return None
 
 
 def _encoding(feature: Feature) -> str:

@@ -61,19 +61,28 @@ from mbcnet_serving import main
 sys.exit(main())
 """
 # What encodes rows, in training and in every artifact: files of `data` that import each other relatively and nothing else of ours
-ENCODER_FILES = (
+ENCODER_FILES = [
     "__init__.py",
     "errors.py",
     "plugins.py",
-    *(
-        f"schema/{name}.py"
-        for name in ("__init__", "bounds", "feature", "names", "parse", "schema", "sequences", "transforms")
-    ),
-    *(
-        f"reading/{name}.py"
-        for name in ("__init__", "column_types", "columns", "crosses", "encode", "ids", "keys", "numbers", "plain")
-    ),
-)
+    "schema/__init__.py",
+    "schema/bounds.py",
+    "schema/feature.py",
+    "schema/names.py",
+    "schema/parse.py",
+    "schema/schema.py",
+    "schema/sequences.py",
+    "schema/transforms.py",
+    "reading/__init__.py",
+    "reading/column_types.py",
+    "reading/columns.py",
+    "reading/crosses.py",
+    "reading/encode.py",
+    "reading/ids.py",
+    "reading/keys.py",
+    "reading/numbers.py",
+    "reading/plain.py",
+]
 DATA = Path(data.__file__).parent
 CHUNK_ROWS = 65_536  # quantised at a time
 
@@ -230,12 +239,7 @@ def check_branches(config: RunConfig, wanted: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in wanted if name not in have]
     if unknown:
         raise InputError(f"{where}: this run has no branch {unknown[0]!r}; it has {', '.join(have)}")
-    if (
-        wanted
-        and set(wanted) != set(have)
-        and len(set(wanted)) > 1
-        and getattr(config.model.own, "fusion", "") == "gated"
-    ):
+    if 1 < len(set(wanted)) < len(have) and getattr(config.model.own, "fusion", "") == "gated":
         raise InputError(f"{where}: fusion = 'gated' weighs all branches together; serve all of them or a single one")
     return tuple(name for name in have if not wanted or name in wanted)
 
