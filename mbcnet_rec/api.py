@@ -121,9 +121,8 @@ def train_step(config: RunConfig) -> Iterator[Callable[[Batch], Outputs]]:
     """
     with joined_process(config.train.device) as process:
         built = build(config, load_schema(config.schema), process)
-        pipeline = PlainPipeline(
-            CheckedStep(built.model, built.optimizer, autocast_of(config.train.autocast, process.device))
-        )
+        autocast = autocast_of(config.train.autocast, process.device)
+        pipeline = PlainPipeline(CheckedStep(built.model, built.optimizer, autocast))
 
         def step(batch: Batch) -> Outputs:
             return pipeline.progress(iter([batch.to(process.device)]))

@@ -41,11 +41,11 @@ class _Given(argparse.Action):
         self.at_least, self.below = at_least, below
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        several = isinstance(values, list | tuple)
+        several, is_number = isinstance(values, list | tuple), isinstance(values, int | float)
         shown = option_string or str(self.metavar or self.dest)
         if (not values and not several and isinstance(values, str)) or (several and "" in values):
             parser.error(f"{shown} is empty: give it a value, or leave it out")
-        if isinstance(values, int | float) and not self.at_least <= values < self.below:
+        if is_number and not self.at_least <= values < self.below:
             end = f", and less than {self.below:,}" if self.below < math.inf else ""
             parser.error(f"{shown} {values}: wanted {self.at_least} or more{end}")
         if option_string and self.dest in parser.given:

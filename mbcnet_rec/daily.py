@@ -120,16 +120,14 @@ def days_in(config: RunConfig) -> list[RunConfig]:
     for file in select_files(resolve_files(config.data.train), config.data.train_where, schema):
         days.setdefault(next(iter(partition_of(file).items()), None), []).append(str(file))
     where = tuple(each for each in config.data.train_where if each.split()[0] == schema.time_column)
-    return [
-        replace(config, data=replace(config.data, train=tuple(files), train_where=where)) for files in days.values()
-    ]
+    data = (replace(config.data, train=tuple(files), train_where=where) for files in days.values())
+    return [replace(config, data=each) for each in data]
 
 
 def train_days(config: RunConfig, train: Callable[..., int], *, resume: bool, overwrite: bool) -> int:
     """Train a config's days one after the other, each scored before it is trained; with `resume` from where an earlier start has come to."""
-    resume, overwrite = (
-        (True, False) if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else (resume, overwrite)
-    )
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        resume, overwrite = True, False
     done = days_done(config.run_folder) if resume else 0
     for number, day in enumerate(days_in(config)):
         if number >= done:
@@ -145,9 +143,8 @@ def trained_rows(built: Built, schema: Schema) -> dict[str, torch.Tensor]:
     names = {each.table_name for each in schema.features if each.is_hashed}
     state = built.model.state_dict() if names and not built.optim.embedding.l2 else {}
     tables = {name: table_of(name) for name in state if table_of(name) in names}
-    found = {
-        table: torch.zeros(min(state[name].size(0), HASHED_ROWS), dtype=torch.uint8) for name, table in tables.items()
-    }
+    sizes = {table: min(state[name].size(0), HASHED_ROWS) for name, table in tables.items()}
+    found = {table: torch.zeros(size, dtype=torch.uint8) for table, size in sizes.items()}
     std = built.optim.embedding.init_std
     for table, first, held, initial in initial_rows(state, tables, seed=built.seed, std=std, most=HASHED_ROWS):
         differs = (held.detach().cpu() != initial.to(held.dtype)).any(1)
@@ -185,9 +182,7 @@ def tell_collisions(trainer: Trainer, shares: Mapping[str, float]) -> None:
         records.add(trainer.state.step, "ids", dict(shares))
     by_table = {key.partition("/")[2]: value for key, value in shares.items() if key.startswith("collision/")}
     worst = sorted(by_table, key=lambda name: -by_table[name])[:WORST]
-    told = ", ".join(
-        f"{name} {by_table[name]:.1%} ({shares[f'hash_used/{name}']:.1%} of its rows used)" for name in worst
-    )
-    tell(
-        f"ids that share a row of a hash table with others{f', the worst of {len(by_table)}' * (len(by_table) > WORST)}: {told}"
-    )
+    used = {name: shares[f"hash_used/{name}"] for name in worst}
+    told = ", ".join(f"{name} {by_table[name]:.1%} ({used[name]:.1%} of its rows used)" for name in worst)
+    others = f", the worst of {len(by_table)}" if len(by_table) > WORST else ""
+    tell(f"ids that share a row of a hash table with others{others}: {told}")

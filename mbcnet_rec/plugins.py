@@ -54,7 +54,5 @@ def _named(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
         try:
             _ = each.config and each.config()
         except TypeError as error:
-            raise InputError(
-                f"{what} {each.name!r}: its config needs defaults for all fields ({error}); add them"
-            ) from None
+            raise InputError(f"{what} {each.name!r}: its config needs a default for each field ({error})") from None
     return tuple(by_name.values())

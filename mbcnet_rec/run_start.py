@@ -73,17 +73,14 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
     folder, source = config.run_folder, config.train.warm_start
     names, other = set(names_in(folder)), "choose another folder with --set train.out=FOLDER"
     # a run that died before it wrote its config has left some of its own
-    is_left = (
-        run_folder.CONFIG not in names and (resume or overwrite) and names <= _OWN | {f".{run_folder.CONFIG}.partial"}
-    )
+    ours = names <= _OWN | {f".{run_folder.CONFIG}.partial"}
+    is_left = ours and run_folder.CONFIG not in names and (resume or overwrite)
     if not names or is_left:
         return
     if run_folder.CONFIG not in names or not names & {run_folder.PLAN, METRICS}:
         raise InputError(f"{folder}: exists and holds no run; {other}")
     if not resume and not overwrite:
-        raise InputError(
-            f"{folder}: holds a run already; continue with --resume, replace it with --overwrite, or {other}"
-        )
+        raise InputError(f"{folder}: holds a run already; --resume continues it, --overwrite replaces it; or {other}")
     if overwrite and source and folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
         raise InputError(
             f"train.warm_start = {source!r}: --overwrite replaces this very run; {other}, or start from a copy of the run"

@@ -106,10 +106,8 @@ class ColumnProfile:
 
     def facts(self) -> dict[str, Any]:
         """What was counted, for JSON."""
-        counted = {
-            name: getattr(self, name) for name in (*ADDED, "low", "high", "is_integral", "min_length", "max_length")
-        }
-        return counted | {"hashes": self.distinct.smallest.tolist()}
+        names = (*ADDED, "low", "high", "is_integral", "min_length", "max_length")
+        return {name: getattr(self, name) for name in names} | {"hashes": self.distinct.smallest.tolist()}
 
     def join(self, facts: Mapping[str, Any]) -> None:
         """Take in what another has counted of other rows."""

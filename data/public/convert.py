@@ -206,9 +206,8 @@ class _Parts:
         rows = pa.concat_tables(self.held.pop(day))
         if day not in self.writers and len(rows):
             (self.folder / day).mkdir(exist_ok=True)
-            writer = pq.ParquetWriter(
-                self.folder / day / self.name, rows.schema, compression="zstd", write_page_checksum=True
-            )
+            path = self.folder / day / self.name
+            writer = pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True)
             self.writers[day] = self.stack.enter_context(writer)
         while len(rows) >= least:
             self.writers[day].write_table(rows.slice(0, ROW_GROUP_ROWS))
@@ -224,9 +223,8 @@ def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa
     """
     partition = partition_of(source.file)
     with naming(source.file), open_parquet(source.file, pre_buffer=True) as parquet:
-        ids = {
-            field.metadata[FIELD_ID]: field.name for field in parquet.schema_arrow if FIELD_ID in (field.metadata or {})
-        }
+        numbered = [field for field in parquet.schema_arrow if FIELD_ID in (field.metadata or {})]
+        ids = {field.metadata[FIELD_ID]: field.name for field in numbered}
         names = {name: ids.get(number) for name, number in source.field_ids.items()} if ids and source.field_ids else {}
         wanted = {name: names.get(name, name) for name in types.names}
         wanted = {name: own for name, own in wanted.items() if own and own in parquet.schema_arrow.names}
@@ -270,9 +268,8 @@ def _days(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
         if form.digits:
             values, kind = pc.utf8_slice_codeunits(values.cast(pa.string()), 0, 8), pa.string()
         elif form.name:
-            return (
-                pc.divide(values.cast(pa.int64()), 86_400 * NANOSECONDS // form.step).cast(pa.int32()).cast(pa.date32())
-            )
+            days = pc.divide(values.cast(pa.int64()), 86_400 * NANOSECONDS // form.step)
+            return days.cast(pa.int32()).cast(pa.date32())
         else:
             raise FaultyValueError(column, middle, NO_DAY)
     with suppress(pa.ArrowInvalid):

@@ -18,9 +18,8 @@ Splits = Iterator[tuple[str, pa.Table]]  # split, rows; a split's rows in order
 
 BLOCK_BYTES = 16 * 2**20
 WHOLE_DIGEST_BYTES = 256 * 2**20
-NULLS = {"null_values": ["", "NULL", "null", "nan", "NaN"]} | dict.fromkeys(
-    ("strings_can_be_null", "quoted_strings_can_be_null"), True
-)
+NULLS: dict[str, Any] = {"null_values": ["", "NULL", "null", "nan", "NaN"]}
+NULLS |= {"strings_can_be_null": True, "quoted_strings_can_be_null": True}
 
 
 def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:

@@ -141,9 +141,7 @@ class Schema:
         """Raise InputError where there are several labels; `what` takes one."""
         if self.tasks:
             found = ", ".join(self.tasks)
-            raise InputError(
-                f"{what}: takes one label, and schema {self.name!r} has {found}; use a schema of one of them"
-            )
+            raise InputError(f"{what}: takes one label, and schema {self.name!r} has {found}; use one of one label")
 
     @cached_property
     def own_vocabularies(self) -> dict[str, str]:
@@ -153,9 +151,8 @@ class Schema:
 
     def standing_alone(self) -> "Schema":
         """The same with every vocabulary at its place in a folder that has the schema and all its vocabularies."""
-        own = {
-            each.name: self.own_vocabularies[each.name] for each in self.features if each.vocabulary not in ("", FIT)
-        }
+        kept = [each for each in self.features if each.vocabulary not in ("", FIT)]
+        own = {each.name: self.own_vocabularies[each.name] for each in kept}
         features = (dataclasses.replace(each, vocabulary=own.get(each.name, each.vocabulary)) for each in self.features)
         return dataclasses.replace(self, features=tuple(features))
 
@@ -321,9 +318,7 @@ def _build_tables(features: list[Feature], shared: dict[str, _SharedTable], sour
                 raise InputError(f"{where}: field {first.name!r} has a table {own!r} too; rename one of the two fields")
     for name, table in shared.items():
         if name not in members:
-            raise InputError(
-                f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r} in one"
-            )
+            raise InputError(f"{source}: tables.{name}: no field uses this table; remove it or set table = {name!r}")
         problem = rows_problem(table, members[name], "table")
         if problem:
             raise InputError(f"{source}: tables.{name}.{problem}")

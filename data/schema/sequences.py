@@ -51,9 +51,7 @@ def check_sequences(features: Sequence[Feature], source: str) -> None:
 def _problem(feature: Feature, named: dict[str, Feature]) -> str:
     first = named.get(feature.beside, feature)
     if feature.beside and not (first.is_sequence and first is not feature and not first.beside):
-        return (
-            f"beside = {feature.beside!r}: wanted a field of kind 'sequence' that is not beside another one; change it"
-        )
+        return f"beside = {feature.beside!r}: wanted a field of kind 'sequence' that is not beside another; change it"
     if not feature.target:
         return ""
     if first.pooling not in ("target_attention", "transformer"):

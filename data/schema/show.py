@@ -38,9 +38,8 @@ def _field(schema: Schema, feature: Feature) -> tuple[object, ...]:
     if feature.kind == "vector":
         encoding = f"{feature.width} numbers" + (f" -> {feature.projection}" if feature.projection else "")
     elif feature.is_cross:
-        encoding = f"hash of {' x '.join(feature.of)}" + (
-            f", {feature.max_length} at most" if feature.max_length else ""
-        )
+        most = f", {feature.max_length} at most" if feature.max_length else ""
+        encoding = f"hash of {' x '.join(feature.of)}{most}"
     elif feature.is_unbounded:
         encoding = f"zch, {feature.eviction}"
     else:

@@ -179,9 +179,8 @@ def rows_begun_anew(before: Schema, now: Schema) -> dict[str, np.ndarray] | None
             return None
         has = has[: len(had)]
         both_free = pc.and_(had.is_null(), has.is_null())
-        places = np.flatnonzero(
-            ~pc.or_(both_free, pc.fill_null(pc.equal(had, has), False)).to_numpy(zero_copy_only=False)
-        )
+        is_same = pc.or_(both_free, pc.fill_null(pc.equal(had, has), False))
+        places = np.flatnonzero(~is_same.to_numpy(zero_copy_only=False))
         if len(places) and not (given_rows(now.folder / new.vocabulary)[places] > day).all():
             return None
         found[new.name] = places + FIRST_VOCABULARY_ROW

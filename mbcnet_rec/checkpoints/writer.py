@@ -129,9 +129,8 @@ class Saver:
                 self.storage.copy(place, self._folder / name, sha256, before)
             records = [record, *self._await_others(step)]
             manifest = manifest_bytes(self._process.world_size, extra, records, copies)
-            self.storage.commit(
-                step, manifest, [each["file"] for each in records] + [file for file, _ in copies.values()]
-            )
+            names = [each["file"] for each in records] + [file for file, _ in copies.values()]
+            self.storage.commit(step, manifest, names)
             self.hold(step, copies)
             self._tidy(step, keep)
             self.written_seconds = time.perf_counter() - start

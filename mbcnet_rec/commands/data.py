@@ -68,9 +68,8 @@ def convert(args: argparse.Namespace) -> int:
     if made.rejected:
         print(f"{made.rejected:,} rows rejected, see {args.out}/{REJECTS}; the first: {made.first}")
     if made.unread:
-        print(
-            f"left out, since no file begins with them: columns {', '.join(made.unread)}; name them by --schema or --type"
-        )
+        unread = ", ".join(made.unread)
+        print(f"left out, since no file begins with them: columns {unread}; name them by --schema or --type")
     print(f"next: mbcnet schema infer {args.out} -o schema.toml")
     return 0
 

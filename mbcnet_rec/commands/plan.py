@@ -76,9 +76,8 @@ def _publish(args: argparse.Namespace, assessment: Assessment) -> int:
         write_whole(args.html, html_page(assessment))
         say(f"wrote {args.html}")
     if args.output:
-        say(
-            f"wrote {args.output}; next: mbcnet plan show {args.output}, or mbcnet train --config RUN.toml --plan {args.output}"
-        )
+        then = f"mbcnet plan show {args.output}, or mbcnet train --config RUN.toml --plan {args.output}"
+        say(f"wrote {args.output}; next: {then}")
     return 0
 
 

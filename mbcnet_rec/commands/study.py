@@ -14,9 +14,8 @@ def study(args: argparse.Namespace) -> int:
         width = max(map(len, STUDIES))
         for study in STUDIES.values():
             reference = f"{study.reference}:"
-            print(
-                f"{study.name:<{width}}  {reference:<24} {study.question} ({len(study.variants + study.rivals)} rows)"
-            )
+            rows = len(study.variants + study.rivals)
+            print(f"{study.name:<{width}}  {reference:<24} {study.question} ({rows} rows)")
         return 0
     if args.name not in STUDIES:
         raise InputError(f"study {args.name!r}: wanted one of {', '.join(STUDIES)}; see `mbcnet study list`")

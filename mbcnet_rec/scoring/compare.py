@@ -247,9 +247,8 @@ def report_blocks(comparison: Comparison, everything: Found, slices: Slices, *, 
             what = f"{METRICS[name]} by {column}"
             caption = f"{what}: differences with 95 % intervals. Right of 0, {comparison.names[0]} is ahead; red: significant."
             blocks += [Picture(what, figures.intervals_figure(drawn), caption)] if drawn else []
-        lines = [
-            (name[:SHOWN_TEXT], f"{each.rows:,}", *map(_cell, each.metrics.values())) for name, each in values.items()
-        ]
+        cells = ((name, each.rows, map(_cell, each.metrics.values())) for name, each in values.items())
+        lines = [(name[:SHOWN_TEXT], f"{rows:,}", *own) for name, rows, own in cells]
         blocks.append(Table((f"by {column}", "rows", *titles.values()), tuple(lines)))
     return [*blocks, *map(Text, legend(comparison, everything, slices))]
 
@@ -268,9 +267,8 @@ def legend(comparison: Comparison, everything: Found, slices: Slices) -> list[st
     """What the tables' signs mean."""
     told, every = [], [everything, *(found for values in slices.values() for found in values.values())]
     if slices:
-        told.append(
-            f"*: p below {SIGNIFICANT} after Holm's correction for {len(every) - 1} slices. +- is half a 95 % interval."
-        )
+        test = f"p below {SIGNIFICANT} after Holm's correction for {len(every) - 1} slices"
+        told.append(f"*: {test}. +- is half a 95 % interval.")
     if not all(np.isfinite(each.high) for found in every for each in found.metrics.values()):
         told.append("-, or no interval: not defined; too few rows of a class, or too few groups.")
     if comparison.top:
@@ -297,9 +295,7 @@ def run_arms(question: Question, label: str, key: str, command_line: str, *, as_
         raise InputError(f"--log: {rows:,} rows; name fewer, or raise --exact-rows {question.exact_rows:,}")
     arms, in_arm = _codes([table[ARM] for table in tables])
     if odd := sorted({*arms} - {"a", "b"}):
-        raise InputError(
-            f"--log: column {ARM!r} = {odd[0]!r}: wanted a or b, as the scorer answers; leave other rows out"
-        )
+        raise InputError(f"--log: column {ARM!r} = {odd[0]!r}: wanted a or b, as the scorer answers; keep those only")
     in_b = np.asarray([name == "b" for name in arms], bool)[in_arm]
     labels = np.concatenate([_labels(table[label], file, label) for table, file in zip(tables, files, strict=True)])
     clusters = _codes([table[key] for table in tables])[1] if key else np.arange(rows)
@@ -312,9 +308,8 @@ def run_arms(question: Question, label: str, key: str, command_line: str, *, as_
             chosen[REST] = ~np.isin(places, common)
         slices[column] = {name: compare_arms(in_b[own], labels[own], clusters[own]) for name, own in chosen.items()}
     correct(slices)
-    taken = (
-        f"rows of one {key} are taken together" if key else "rows are taken as independent (--key names the split's)"
-    )
+    alone = "rows are taken as independent (--key names the split's)"
+    taken = f"rows of one {key} are taken together" if key else alone
     lines = [f"arm b less arm a on {rows:,} rows of {files_in_words(files)}; {taken}."]
     if key and (both := len(np.intersect1d(clusters[in_b], clusters[~in_b]))):
         lines.append(f"note: {both:,} values of {key} are in both arms: the split has changed, or is by another key")

@@ -299,9 +299,8 @@ def run_prediction(
                 begin(job, changed)
             if scorer is not None:
                 reader = RowReader(files, Encoder(run.schema, has_labels=False), extra=kept_of(job))
-                scored = score_chunks(
-                    scorer, reader, deal(todo, process.world_size), process, batch_rows, title="predict"
-                )
+                dealt = deal(todo, process.world_size)
+                scored = score_chunks(scorer, reader, dealt, process, batch_rows, title="predict")
                 write_chunks(job, scored, job.part)
             join_chunks(job, range(process.rank, len(job.outputs), process.world_size))
             any_rank(False)  # until every rank's files are there

@@ -168,9 +168,8 @@ def ranking_values(
         found[f"ndcg@{k}"] = gained / gains[np.minimum(all_positives, k)]
         taken, others = ties.among_first(k), rows - positives
         found[f"recall@{k}"] = ties.total(positives / rows * taken) / all_positives
-        none = (
-            factorial[others] - factorial[np.maximum(others - taken, 0)] - (factorial[rows] - factorial[rows - taken])
-        )
+        among_others = factorial[others] - factorial[np.maximum(others - taken, 0)]
+        none = among_others - (factorial[rows] - factorial[rows - taken])
         missed = np.where(taken > others, 0.0, np.exp(none))
         found[f"hit_rate@{k}"] = 1 - np.multiply.reduceat(missed, ties.first)
     leading = np.flatnonzero((positives > 0) & (ties.above(positives) == 0))  # a tie of each group

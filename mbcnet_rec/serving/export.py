@@ -197,9 +197,8 @@ def compare(served: serving.ServingModel, of_float: serving.ServingModel, weight
     for name, own in zip(("", "float_"), logits, strict=True):
         parts = by_task(served.tasks, own.numpy().reshape(len(own), -1), y)
         metrics = joined({part.task: evaluate_predictions(part.logits, part.labels, ()) for part in parts})
-        found |= {
-            f"{name}{key}": finite_or_none(metrics[key]) for key in metrics if key.startswith(("auc", "log_loss"))
-        }
+        kept = [key for key in metrics if key.startswith(("auc", "log_loss"))]
+        found |= {f"{name}{key}": finite_or_none(metrics[key]) for key in kept}
     p, q = (served.probabilities(own).astype(np.float64) for own in logits)
     if served.spec.get("calibration"):
         raw = evaluate_predictions(logits[0].numpy()[:, None], y, ())["ne"]

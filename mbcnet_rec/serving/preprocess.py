@@ -323,9 +323,7 @@ def _of_values(values: Sequence[Any], is_number: bool) -> pa.Array:
                 return integers
             if not is_number:
                 row = int(np.flatnonzero(bad)[0])
-                raise OverflowError(
-                    f"row {row} = {str(values[row])[:40]}: the column's integers need more than 64 bits"
-                )
+                raise OverflowError(f"row {row} = {str(values[row])[:40]}: the column's integers need over 64 bits")
         return pa.array([None if type(each) in missing else _as_float(each) for each in values], pa.float64())
     return pa.array(values)
 

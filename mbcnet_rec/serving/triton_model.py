@@ -30,9 +30,8 @@ class TritonPythonModel:
         given = [triton.get_input_tensor_by_name(each, "ROW").as_numpy().reshape(-1) for each in requests]
         try:
             scores = np.split(self._probabilities([*chain(*given)]), np.cumsum([len(each) for each in given])[:-1])
-            return [
-                triton.InferenceResponse([triton.Tensor("PROBABILITY", each.reshape(len(each), -1))]) for each in scores
-            ]
+            rows = [each.reshape(len(each), -1) for each in scores]
+            return [triton.InferenceResponse([triton.Tensor("PROBABILITY", each)]) for each in rows]
         except ValueError as error:
             if len(requests) > 1:  # whose it is shows when each is scored alone
                 return [answer for each in requests for answer in self.execute([each])]

@@ -57,9 +57,8 @@ def conduct(request: StudyRequest) -> int:
     if request.engine.name == "local":
         refuse_ranks("study")
     base = load_config(request.config, request.overrides)
-    study = with_models(
-        request.study, request.models, {name: kind.title or name for name, kind in base.model.kinds.items()}
-    )
+    titles = {name: kind.title or name for name, kind in base.model.kinds.items()}
+    study = with_models(request.study, request.models, titles)
     request = replace(request, study=study)
     if request.tuned is not None and not any((request.tuned / f"{kind}.toml").is_file() for kind in base.model.kinds):
         raise InputError(f"--tuned {request.tuned}: holds no KIND.toml; name a folder that `mbcnet tune --out` wrote")
@@ -100,9 +99,8 @@ def _train_and_report(request: StudyRequest, base: RunConfig, runs: Sequence[Run
     print(f"wrote {page}")
     print(f"next: open {page} in a browser; the runs are in {request.out / 'runs'}, and are not trained again")
     if runs and not done:
-        raise InputError(
-            f"none of {len(runs)} runs ended: {next(iter(failures.values()))[0]}; see {request.out}/runs/*.log"
-        )
+        first = next(iter(failures.values()))[0]
+        raise InputError(f"none of {len(runs)} runs ended: {first}; see {request.out}/runs/*.log")
     return 0
 
 

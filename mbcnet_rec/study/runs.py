@@ -94,9 +94,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if old == new:
             continue
         if part == "data":
-            found += [
-                f"data.{split}: {words}" for split in new if (words := mark_differences(old.get(split, []), new[split]))
-            ]
+            told = {split: mark_differences(old.get(split, []), each) for split, each in new.items()}
+            found += [f"data.{split}: {words}" for split, words in told.items() if words]
         elif isinstance(new, dict):
             prefix = "" if part == "config" else f"{part} "
             pairs = {key: (old.get(key, "none"), new.get(key, "none")) for key in {**old, **new}}

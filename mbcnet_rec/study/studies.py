@@ -96,9 +96,8 @@ def with_models(study: Study, models: Sequence[str], titles: Mapping[str, str]) 
     if study.rivals:
         rivals = tuple(row for row in chosen if row != MBCNET) if models else study.rivals
         names = tuple(each.name for each in rivals)
-        return replace(
-            study, variants=study.variants + rivals, rivals=rivals, reference_rows=names or study.reference_rows
-        )
+        against = names or study.reference_rows
+        return replace(study, variants=study.variants + rivals, rivals=rivals, reference_rows=against)
     if not models:
         return study
     if study.name == "table3":

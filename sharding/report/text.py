@@ -67,9 +67,8 @@ def report_lines(assessment: Assessment, *, full: bool = False) -> list[str]:
 def _rendered(file: str, **values: Any) -> str:
     """A template filled in, with numbers in the units of reports."""
     loader = jinja2.PackageLoader("sharding.report")
-    templates = jinja2.Environment(
-        loader=loader, autoescape=file.endswith(".html"), trim_blocks=not file.endswith(".html")
-    )
+    is_page = file.endswith(".html")
+    templates = jinja2.Environment(loader=loader, autoescape=is_page, trim_blocks=not is_page)
     templates.filters |= {"ms": ms, "gib": gib, "whole": "{:,.0f}".format}
     return templates.get_template(file).render(values)
 

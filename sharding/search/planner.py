@@ -112,9 +112,8 @@ def _search(task: Task, plan: Plan, options: Options, progress: Progress | None)
     """Let TorchRec choose among the candidates: table -> its placement with ranks."""
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     config, room = task.config, task.room()
-    topology = Topology(
-        plan.group_size, plan.device, room.hbm, room.ddr, ssd_cap=0, local_world_size=plan.local_group_size
-    )
+    local = plan.local_group_size
+    topology = Topology(plan.group_size, plan.device, room.hbm, room.ddr, ssd_cap=0, local_world_size=local)
     constraints = {name: _torchrec_constraints(each) for name, each in options.items()}
     estimators = [_Estimator(options, plan, task.cluster)]
     greedy = partial(GreedyProposer, threshold=PROPOSALS_WITHOUT_GAIN)
