@@ -43,7 +43,7 @@ class _Given(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         several, is_number = isinstance(values, list | tuple), isinstance(values, int | float)
         shown = option_string or str(self.metavar or self.dest)
-        if (not values and not several and isinstance(values, str)) or (several and "" in values):
+        if values == "" or (several and "" in values):
             parser.error(f"{shown} is empty: give it a value, or leave it out")
         if is_number and not self.at_least <= values < self.below:
             end = f", and less than {self.below:,}" if self.below < math.inf else ""
