@@ -41,11 +41,11 @@ class _Given(argparse.Action):
         self.at_least, self.below = at_least, below
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        several, is_number = isinstance(values, list | tuple), isinstance(values, int | float)
+        several = isinstance(values, list | tuple)
         shown = option_string or str(self.metavar or self.dest)
         if values == "" or (several and "" in values):
             parser.error(f"{shown} is empty: give it a value, or leave it out")
-        if is_number and not self.at_least <= values < self.below:
+        if self._is_outside(values):
             end = f", and less than {self.below:,}" if self.below < math.inf else ""
             parser.error(f"{shown} {values}: wanted {self.at_least} or more{end}")
         if option_string and self.dest in parser.given:
@@ -55,6 +55,9 @@ class _Given(argparse.Action):
         parser.given.add(self.dest)
         values = [at_home(each, shown) for each in values] if several else at_home(values, shown)
         setattr(namespace, self.dest, values)
+
+    def _is_outside(self, value: object) -> bool:
+        return isinstance(value, int | float) and not self.at_least <= value < self.below
 
 
 def at_home(value: Any, shown: str) -> Any:
