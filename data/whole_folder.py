@@ -62,10 +62,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def home_path(text: str, source: str) -> str:
-    """Replace `~` or `~user` at the beginning, but no variable, by the home folder: the one rule for configs, --set and arguments.
-
-    InputError if nobody knows that home folder.
-    """
+    """Replace `~` or `~user`, but no variable, by the home folder, in configs, --set and arguments; InputError if nobody knows that folder."""
     if not text.startswith("~") or os.path.lexists(text):
         return text
     found = os.path.expanduser(text)

@@ -139,10 +139,7 @@ def code_after_signal(signum: int, notes: Path) -> int:
 
 
 def run_workers(args: Namespace) -> RunResult:
-    """Start this host's workers and wait for them, as `torchrun` would with these arguments.
-
-    SignalException if this process was told to stop; the rendezvous stays open for the other hosts.
-    """
+    """Start this host's workers and wait, as `torchrun` would; SignalException if told to stop, with the rendezvous open for other hosts."""
     config, command, words = config_from_args(args)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
     parameters = RendezvousParameters(

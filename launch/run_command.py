@@ -28,10 +28,7 @@ FROM_IMAGES = ("kubernetes", "aws_batch", "local_docker")
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """False for torchx's lines about a local run: where its folder is, that it waits, and a failed run's status object.
-
-    What the workers print is no log record, and passes through untouched; so do torchx's own errors.
-    """
+    """False for torchx's lines on a local run: its folder, that it waits, a failed run's status; workers' prints and errors pass through."""
     return not isinstance(record.msg, specs.AppStatus) and record.levelno >= logging.WARNING
 
 

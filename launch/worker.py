@@ -40,10 +40,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def resumed(args: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """Arguments of a rank that may have been started before: it resumes, and never removes what it has trained.
-
-    torchelastic counts its restarts, Slurm its requeues, AWS Batch its attempts (from 1).
-    """
+    """A rank's arguments: if started before, by torchelastic, Slurm or AWS Batch, it resumes, and never removes what it has trained."""
     starts = ("TORCHELASTIC_RESTART_COUNT", 0), ("SLURM_RESTART_COUNT", 0), ("AWS_BATCH_JOB_ATTEMPT", 1)
     again = any(int(environ.get(name) or first) > first for name, first in starts)
     if not again or not args or args[0] != "train":

@@ -49,10 +49,7 @@ def build_lookups(schema: Schema, plan: Plan) -> list[Lookup]:
 
 
 def plan_of(config: RunConfig, schema: Schema, process: Process) -> Plan:
-    """The plan file that the config names, checked against this run, or a plan made now. For rank 0.
-
-    `schema` lacks the tables of a wide part. InputError if the file is faulty or for another run, or nothing fits.
-    """
+    """On rank 0, the plan file of the config, checked, or a plan made now; InputError if it is faulty or of another run, or nothing fits."""
     tables_schema, optimizer = schema_with_wide(config.model, schema), config.optim.embedding.name
     source, device = config.sharding.plan, process.device.type
     if not source:

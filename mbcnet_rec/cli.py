@@ -31,10 +31,7 @@ OURS = ("data", "sharding", "mbcnet_rec")
 
 
 class _Given(argparse.Action):
-    """Stores an argument's value. One that is a list adds up where it is given again; any other is refused then, as is an empty one.
-
-    A number outside of [at_least, below) is refused.
-    """
+    """Stores a value in [at_least, below); lists add up where they are given again, anything else given twice or empty is refused."""
 
     def __init__(self, *, at_least: float = -math.inf, below: float = math.inf, **words: Any) -> None:
         super().__init__(**words)
@@ -209,10 +206,7 @@ def readable(word: str) -> str:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run a command and print what ends it early as one line.
-
-    The exit code is 0, or 2 for a user's mistake, 130 after Ctrl-C; see runtime/exits.py for the others.
-    """
+    """Run a command and print what ends it early as one line; 0, 2 for a user's mistake, 130 after Ctrl-C, or one of runtime/exits.py."""
     try:
         return command()
     except InputError as error:

@@ -94,10 +94,7 @@ def earlier_options(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's TOML file and apply overrides `key.path=value`, the value in TOML or a bare string.
-
-    The InputError names the file or override, the key's path, the value, what was wanted and the fix.
-    """
+    """Read a run's TOML file and apply overrides `key.path=value`; the InputError names the file or override, key, value, and the fix."""
     table = read_toml(Path(path))
     if Path(path).name == RUN_FILES[0] and all((Path(path).parent / name).is_file() for name in RUN_FILES):
         earlier_options(table)
@@ -124,10 +121,7 @@ def _at_home(value: Any, key: str = "") -> Any:
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:
-    """Set one dotted key of a parsed TOML table in place; `key.path+=value` adds a value to a list.
-
-    InputError if the override is not `key.path=value`, or its path leads through a value.
-    """
+    """Set a dotted key of a parsed TOML table; `path+=value` adds to a list. InputError if it is no `path=value`, or leads through a value."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):

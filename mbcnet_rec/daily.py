@@ -44,10 +44,7 @@ WORST = 5  # tables that the console names
 
 
 def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -> Day:
-    """Score a day's rows: its `progressive` metrics, its `profile`, and `alarms`. Every rank calls it, with the lines of the days before.
-
-    Raises as `Trainer.evaluate` does.
-    """
+    """On every rank, a day's `progressive` metrics, `profile` and `alarms`, told the lines of days before; raises as `Trainer.evaluate` does."""
     known = trained_rows(trainer.built, stream.schema)
     fields = [
         each
@@ -136,10 +133,7 @@ def train_days(config: RunConfig, train: Callable[..., int], *, resume: bool, ov
 
 
 def trained_rows(built: Built, schema: Schema) -> dict[str, torch.Tensor]:
-    """Hash table -> (rows,) uint8, 1 where the values of one of its first `HASHED_ROWS` rows are not initial ones. Every rank calls it.
-
-    Empty with Adam's `l2`, which moves every row.
-    """
+    """On every rank, hash table -> uint8, 1 where one of its first `HASHED_ROWS` rows is not initial; empty with Adam's `l2`, which moves all."""
     names = {each.table_name for each in schema.features if each.is_hashed}
     state = built.model.state_dict() if names and not built.optim.embedding.l2 else {}
     tables = {name: table_of(name) for name in state if table_of(name) in names}

@@ -25,10 +25,7 @@ def our_modules() -> tuple[ModuleType, ...]:
 
 
 def model_class(plugins: Sequence[str] = ()) -> type[ModelConfig]:
-    """The class of [model] with the tables of every model that there is. `plugins`: as `data.plugins.pinned` gives them.
-
-    InputError if a plug-in fails, or two have one name.
-    """
+    """The class of [model] with the tables of every model, those of `plugins` (see `pinned`) too; InputError if one fails, or two have one name."""
     files = [load_plugin(each) for each in plugins]
     models = (*offered([*our_modules()], ModelKind), *entry_points("mbcnet.models"), *offered(files, ModelKind))
     branches = (*BRANCHES.values(), *entry_points("mbcnet.branches"), *offered(files, BranchKind))

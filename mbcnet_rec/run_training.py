@@ -253,10 +253,7 @@ def _reported(folder: Path, report: Report | None) -> bool:
 
 
 def open_splits(config: DataConfig, seed: int, schema: Schema, process: Process) -> dict[str, ParquetStream]:
-    """Open each split that the config names; every rank calls it. Reads footers only, so that faults show before anything is built.
-
-    InputError if a path leads nowhere, or a file does not fit the schema.
-    """
+    """On every rank, open the footers of each split; InputError if a path leads nowhere, or a file does not fit the schema."""
     named = {
         "train": (config.train, config.train_options(seed)),
         "valid": (config.valid, config.eval_options(config.valid_where)),

@@ -61,10 +61,7 @@ class Moments(NamedTuple):
 
 
 def boundaries_of(numbers: np.ndarray, num_buckets: int) -> list[float]:
-    """Unique quantiles, at most num_buckets - 1, each one a value that occurs.
-
-    The smallest value is no boundary, unless it is the only one: the bucket below it would stay empty.
-    """
+    """Unique quantiles that occur, at most num_buckets - 1, without the smallest value unless it is the only one: no bucket stays empty."""
     if not len(numbers):
         return [0.0]
     levels = np.arange(1, num_buckets) / num_buckets

@@ -133,10 +133,7 @@ def _give_a_table(used: list[Proposal]) -> None:
 
 
 def find_roles(profile: Profile, label: str = "") -> Roles:
-    """Find the label, time and grouping columns by name and check them by value.
-
-    InputError if there is no label, or it has other values than 0 and 1.
-    """
+    """Find the label, time and grouping columns by name; InputError if there is no label, or it has other values than 0 and 1."""
     columns = profile.columns
     binary = [name for name, column in columns.items() if _is_binary(column) and name not in profile.missing]
     if not label:

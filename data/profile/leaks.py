@@ -104,10 +104,7 @@ def _losses(rates: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def always_positive(column: pa.Array, labels: np.ndarray) -> tuple[str, int] | None:
-    """A value whose rows all have label 1 beyond luck, and its number of rows: the mark of an outcome, such as a purchase.
-
-    Luck is base_rate ** rows, so a base rate near 1 proves nothing. Lists are not looked into.
-    """
+    """A value of label 1 beyond luck, base_rate ** rows, such as a purchase, and its rows; lists are not looked into."""
     base = float(labels.mean())
     if not 0 < base < 1:
         return None

@@ -196,10 +196,7 @@ class Profile:
 
 
 def profile_files(files: Sequence[DataFile], rows: int = 0, work: units.Work = units.ALONE) -> Profile:
-    """Read about so many `rows`, spread over the row groups of all files, or all if 0, and profile every column.
-
-    InputError if a file cannot be read, or two files give one column types that do not fit together.
-    """
+    """Profile every column of about `rows` rows spread over all files, or of all if 0; InputError if one cannot be read, or types do not fit."""
     profile, groups = _read_footers(files)
     if not profile.total_rows:
         raise InputError(f"{files[0]} and {len(files) - 1} more files hold no rows; nothing can be inferred")

@@ -193,10 +193,7 @@ def row_hashes(first_row: int, rows: int) -> np.ndarray:
 
 @contextmanager
 def results_folder(out: Path, engine: Engine, *facts: Any) -> Iterator[Path]:
-    """The folder beside `out` of the results of a job's tasks, for `facts`: removed when the job is done.
-
-    It stays where the job fails after some tasks were done: the same command goes on there.
-    """
+    """The folder beside `out` of the results of a job's tasks, for `facts`: it stays where the job fails, and the same command goes on there."""
     folder = out.with_name(f".{out.name}.work")
     own = folder / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     own.mkdir(parents=True, exist_ok=True)

@@ -268,10 +268,7 @@ def shares_of(units: Iterable[Path]) -> tuple[list[tuple[Share, ...]], frozenset
 
 
 def merge(task: Merge) -> None:
-    """Sum the counts of some shares and sort: values seen often enough, the most frequent first, and then the others, by value.
-
-    InputError if no type of integers holds all values of an owner.
-    """
+    """Sum shares' counts and sort: frequent values by count, then the others by value; InputError if no integer type holds an owner's."""
     found: dict[Share, list[pa.Table]] = {share: [] for share in task.shares}
     for path in task.units:
         for owner, row in read_rows(path):
@@ -325,10 +322,7 @@ def merged(merges: Iterable[Path]) -> dict[str, list[pa.Table]]:
 
 
 def in_order(runs: Sequence[pa.Table], order: Order, kind: pa.DataType) -> Iterator[pa.Table]:
-    """Tables that are sorted, as the row groups of one that is: what they are does not tell how values were shared among merges.
-
-    `kind`: the values' type where there are none.
-    """
+    """Sorted tables as the row groups of one, however values were shared among merges; `kind`: the values' type where there are none."""
     schema = pa.schema([("value", kind), ("count", pa.int64())])
     held = schema.empty_table()
     for table in _joined(runs, order):

@@ -217,10 +217,7 @@ class _Parts:
 
 
 def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-    """The rows of a Parquet file as columns of `types`; partition columns are filled from its path.
-
-    InputError if the file is damaged, or a value is no day.
-    """
+    """A Parquet file's rows as columns of `types`, partition columns from its path; InputError if it is damaged, or a value is no day."""
     partition = partition_of(source.file)
     with naming(source.file), open_parquet(source.file, pre_buffer=True) as parquet:
         numbered = [field for field in parquet.schema_arrow if FIELD_ID in (field.metadata or {})]
@@ -245,10 +242,7 @@ def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa
 
 
 def with_day(table: pa.Table, column: str) -> pa.Table:
-    """Add the day of each row, null where it has none, as its column tells: dates, times, text or integers as conditions on time take them.
-
-    FaultyValueError if a value tells none.
-    """
+    """Add each row's day, null without one, of dates, times, text or integers as conditions on time take them; FaultyValueError if there is none."""
     if not column:
         return table
     values = table[column]

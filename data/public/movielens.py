@@ -65,10 +65,7 @@ def tag_history(tags: pa.Table) -> History:
 
 
 def derive(table: pa.Table, history: History) -> pa.Table:
-    """Add rated_hour, rated_weekday, title_words and tags_before to rows with timestamp, movie_id and title.
-
-    Tags are the latest distinct ones that the film had strictly before the rating, oldest first.
-    """
+    """Add hour, weekday, title's words and tags_before: the latest distinct ones of the film strictly before the rating, oldest first."""
     moments, movies, titles = (table[column].to_pylist() for column in ("timestamp", "movie_id", "title"))
     words = {title: WORD.findall(re.sub(YEAR_IN_TITLE, "", title or "").lower()) for title in set(titles)}
     tags = []

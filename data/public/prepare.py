@@ -101,10 +101,7 @@ def _aliexpress(sources: Sources) -> Splits:
 
 
 def _slots(sources: Sources) -> Splits:
-    """The slots sample is one file of ten rows, which exercises width, not quality.
-
-    Rows 4 and 5 validate and rows 8 and 9 test, so that each split has both labels; the other six train.
-    """
+    """One file of ten rows, which exercises width, not quality: rows 4 and 5 validate, 8 and 9 test, both labels each; six train."""
     table = _read(sources["all.parquet"][0])
     yield "train", pa.concat_tables([table.slice(0, 4), table.slice(6, 2)])
     yield "valid", table.slice(4, 2)

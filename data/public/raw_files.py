@@ -23,10 +23,7 @@ NULLS |= {"strings_can_be_null": True, "quoted_strings_can_be_null": True}
 
 
 def find_sources(name: str, src: Path, patterns: Sequence[str]) -> Sources:
-    """Find a data set's files in a folder by patterns: globs, or alternatives separated by "|", of which the first that is there counts.
-
-    InputError if a pattern finds nothing.
-    """
+    """Find files by patterns: globs, or alternatives separated by "|", of which the first that is there counts; InputError if one finds nothing."""
     found: dict[str, list[Path]] = {}
     for pattern in patterns:
         candidates = (sorted(path for path in src.glob(part) if path.is_file()) for part in pattern.split("|"))
@@ -129,10 +126,7 @@ def with_clock(rows: pa.Table, moments: pa.ChunkedArray, hour: str = "hour", wee
 
 
 def join(rows: pa.Table, column: str, table: pa.Table, key: str) -> pa.Table:
-    """Append a side table's other columns to rows, where `column` is its `key`; nulls where it lacks that key.
-
-    Of a repeated key the first row counts.
-    """
+    """Append a side table's other columns to rows where `column` is its `key`, of a repeated key the first; nulls where it lacks that key."""
     found = table.drop_columns([key]).take(pc.index_in(rows[column], table[key]))
     for name in found.column_names:
         rows = rows.append_column(name, found[name])

@@ -69,10 +69,7 @@ class TextFile:
     def tables(
         self, types: pa.Schema | None, reject: Callable[[Reject], object], make: Make = lambda table: table
     ) -> Iterator[pa.Table]:
-        """Yield the rows of the file as columns of `types`, as `make` takes them; without types those of the first block, in types of Arrow's choice.
-
-        InputError if the file cannot be decompressed, or has no header.
-        """
+        """Yield rows as `make` takes them, of `types`, or Arrow's choice for the first block; InputError if unpacking fails, or there is no header."""
         for line, block in self._blocks(FIRST_BYTES if types is None else BLOCK_BYTES):
             yield from self._readable([(line, block)], types, reject, make)
             if types is None:

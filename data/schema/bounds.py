@@ -91,10 +91,7 @@ class Bounded:
     """A dataclass that checks the bounds and the Literals of its fields when it is made."""
 
     def __post_init__(self) -> None:
-        """Refuse a value out of its bounds, or not one of its choices.
-
-        The InputError names the field, the value, what was wanted and how to fix it.
-        """
+        """Refuse a value out of its bounds or choices: the InputError names field, value, what was wanted and how to fix it."""
         for name, choices in _choices(type(self)).items():
             value = getattr(self, name)
             if value not in choices:

@@ -211,10 +211,7 @@ _DEFAULTS = {field.name: field.default for field in fields(Feature)}
 
 
 def feature_problem(feature: Feature, labels: Container[str], shared_tables: Container[str]) -> str:
-    """Return what is wrong with one field, as `key = value: wanted ...; how to fix it`, or an empty string.
-
-    `labels` are the schema's label columns, `shared_tables` are the names in its [tables].
-    """
+    """What is wrong with a field, as `key = value: wanted ...; how to fix it`, or ""; `labels`, `shared_tables`: the schema's names of both."""
     for role, column in (("column", feature.source_column), ("weights", feature.weights)):
         if column in labels:
             return f"{role} = {column!r}: this column is the label; a model must not see it; remove the field"

@@ -135,10 +135,7 @@ def _require_pailitao(schema: Schema) -> None:
 
 
 def draw_facts(world: World, day: np.ndarray, index: np.ndarray, stream: str = "row") -> Facts:
-    """Draw who saw what: everything that the truth and the columns are functions of.
-
-    `day` and `index`, the row's number within its day, are (n,) int64; `stream` is "pilot" for rows that are not written.
-    """
+    """Draw who saw what, of each `day` and `index` within it, both (n,) int64; `stream` is "pilot" for rows that are not written."""
     row = world.key(stream, day, index)
     users, items = world.sizes["user_id"], world.sizes["item_id"]
     user_rank = power_law_ranks(world.key("user", row), users, 0.5)

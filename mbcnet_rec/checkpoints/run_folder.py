@@ -49,10 +49,7 @@ def _location(train: TrainConfig, folder: Path) -> str:
 
 
 def put_in_place(folder: Path, names: Collection[str], between: Callable[[], object]) -> None:
-    """Make what lies in RUN/.new the run, in place of what lies under `names`; `between`: when the one is gone and the other not there.
-
-    OSError if it cannot be moved; the earlier run is as it was.
-    """
+    """Make RUN/.new the run in place of `names`, `between` when neither is there; OSError, and the earlier run as it was, if it cannot move."""
     replaced, new = folder / REPLACED, folder / NEW
     try:
         replaced.mkdir()

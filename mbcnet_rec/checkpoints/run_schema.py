@@ -64,10 +64,7 @@ def _sources(schema: Schema) -> dict[str, Path]:
 
 
 def write_copy(schema: Schema, folder: Path, sums: Mapping[str, str]) -> None:
-    """Write the copy of a schema whose `file_sums` were taken before it was read.
-
-    InputError if a file has changed since, OSError if the copy cannot be written.
-    """
+    """Copy a schema whose `file_sums` were taken before it was read; InputError if a file has changed since, OSError if it cannot be written."""
     folder.mkdir(exist_ok=True)
     (folder / SCHEMA).write_text(schema_text(schema), encoding="utf-8")
     if not _first_changed(schema.folder, {SCHEMA: sums[SCHEMA]}):  # a run's own, which another version may have written
@@ -153,10 +150,7 @@ def _are_copied(files: Mapping[str, Any]) -> bool:
 
 
 def other_ids(before: Schema, now: Schema) -> dict[str, str]:
-    """Tables of both schemas whose rows belong to other values: table -> why. A vocabulary that has only grown keeps its rows.
-
-    InputError if a vocabulary cannot be read.
-    """
+    """Tables of both schemas whose rows belong to other values, not only to more, and why; InputError if a vocabulary cannot be read."""
     values = [read_vocabularies(schema) for schema in (before, now)]
     names = {table.name for table in before.tables} & {table.name for table in now.tables}
     reasons = {name: _difference((before, now), name, values) for name in sorted(names)}
@@ -164,10 +158,7 @@ def other_ids(before: Schema, now: Schema) -> dict[str, str]:
 
 
 def rows_begun_anew(before: Schema, now: Schema) -> dict[str, np.ndarray] | None:
-    """Field with a vocabulary -> rows that have become another value's, or nobody's; None where the one schema is no growth of the other.
-
-    InputError if a vocabulary cannot be read.
-    """
+    """Field -> rows of its vocabulary that are another value's or nobody's now; None if this is no growth. InputError if one cannot be read."""
     known, values = (read_vocabularies(each) for each in (before, now))
     day, found = read_growth(before.folder)["day"], {}
     for old, new in zip(before.features, now.features, strict=True):

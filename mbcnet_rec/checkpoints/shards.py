@@ -137,10 +137,7 @@ class Saved:
     """A checkpoint on a disk, opened for reading: every size is checked, nothing is read yet."""
 
     def __init__(self, folder: Path, *, hashed: bool = True) -> None:
-        """Check the manifest and every header; with `hashed` also every file's SHA-256.
-
-        InputError if the folder is not a complete checkpoint, or its manifest contradicts its files.
-        """
+        """Check the manifest, every header and, `hashed`, each file's SHA-256; InputError if one is missing or contradicts another."""
         self.folder = folder
         self.manifest = read_checkpoint(folder, hashed=hashed)
         self.shapes: dict[str, Shape] = {}  # of logical tensors; per-rank ones stand under their plain names
@@ -180,10 +177,7 @@ class Saved:
         return target
 
     def copy_into(self, shard: TensorShard, rank: int, world_size: int) -> None:
-        """Fill a live shard, or those of its rows that a table has which was saved with fewer.
-
-        InputError if the checkpoint covers it only in part.
-        """
+        """Fill a live shard, or the rows that a table saved with fewer has; InputError if the checkpoint covers it only in part."""
         if f"{shard.name}@0" not in self._stored:
             self._fill(shard.name, shard.tensor, shard.offsets)
         elif world_size == self.manifest.world_size:
@@ -237,10 +231,7 @@ def of_average(saved: Saved, shards: Iterable[TensorShard]) -> Iterator[TensorSh
 
 
 def load_shards(saved: Saved, shards: Iterable[TensorShard], rank: int, world_size: int) -> None:
-    """Copy a checkpoint into live tensors of the same shapes, whatever world size and plan wrote it.
-
-    InputError if a tensor is missing, has another shape, or is covered only in part.
-    """
+    """Copy any world size's checkpoint into live tensors; InputError if one is missing, has another shape, or is covered only in part."""
     for shard in shards:
         if saved.shapes.get(shard.name) != shard.global_shape:
             found = saved.shapes.get(shard.name, "nothing")

@@ -83,10 +83,7 @@ class CheckpointStorage:
                     raise
 
     def copy(self, name: str, source: Path, sha256: str, before: str) -> None:
-        """Put a file there: that of an earlier checkpoint, `before`, linked where the file system can, or else the source.
-
-        InputError if the source is gone or has another sum.
-        """
+        """Link the file of an earlier checkpoint, `before`, where that can be, or copy the source; InputError if it is gone or has another sum."""
         if before:
             with suppress(OSError, pa.ArrowException):
                 if self.root is not None:
@@ -100,10 +97,7 @@ class CheckpointStorage:
             shutil.copyfileobj(file, sink)
 
     def commit(self, step: int, manifest: bytes, names: Sequence[str]) -> None:
-        """Make these files, in place of all others, the checkpoint of a step.
-
-        CannotWriteError if a rank's file is missing, because its host has another disk.
-        """
+        """Make these files alone the checkpoint of a step; CannotWriteError if a rank's file is missing, because its host has another disk."""
         there = self._names(step)
         for name in names:
             if name not in there:

@@ -61,10 +61,7 @@ def restore_history(saved: Saved, modules: Iterable[BucketedCollisions]) -> None
 
 
 def check_rows(saved: Saved, model: nn.Module) -> None:
-    """Refuse a mapping of ids to rows that training cannot have written. Call after it is loaded.
-
-    InputError if a row is out of range or of two ids.
-    """
+    """InputError if a loaded mapping is none that training writes: a row is out of range, or of two ids."""
     for module in collisions_of(model):
         if not module.is_sound():
             raise InputError(

@@ -63,10 +63,7 @@ def panels(count: int, height: float = 2.9) -> tuple[Figure, list[Axes]]:
 
 
 def intervals_figure(differences: Mapping[str, tuple[Sequence[float], bool]]) -> bytes:
-    """A difference and its 95 % interval for each name, from top to bottom.
-
-    `differences`: name -> value, low and high; and whether it is significant, and so red.
-    """
+    """Names from top to bottom with `differences`: value, low and high of its 95 % interval, and whether it is significant, and so red."""
     figure, (axis,) = panels(1, height=max(1.6, 0.28 * len(differences) + 0.8))
     for place, ((value, low, high), is_significant) in enumerate(differences.values()):
         tone = "#D55E00" if is_significant else "#0072B2"
@@ -122,10 +119,7 @@ def readable_range(means: Sequence[float]) -> tuple[float, float]:
 
 
 def curves_figure(plots: Sequence[tuple[str, Mapping[str, Sequence[Curve]]]], xlabel: str = "step") -> bytes:
-    """Curves over steps: thin for each seed, thick for their mean where all seeds have the step.
-
-    Each plot is a title and, for each line's name, a curve of each seed.
-    """
+    """Plots, each a title and a curve for each seed of each line's name: thin, and thick for their mean where all seeds have the step."""
     figure, axes = panels(len(plots))
     alike = len({tuple(lines) for _, lines in plots}) == 1  # then one legend below serves all panels
     for axis, (title, lines) in zip(axes, plots, strict=True):
@@ -185,10 +179,7 @@ def latents_figure(title: str, points: np.ndarray, names: Sequence[str], owner: 
 
 
 def categories_figure(names: Sequence[str], counts: Mapping[str, np.ndarray], base: np.ndarray) -> bytes:
-    """How often each category is among the samples that a branch learned best (Figure 7).
-
-    `counts`: branch -> samples of each category; `base`: samples expected if the choice were blind to categories.
-    """
+    """`counts`, branch -> how often each category is among the samples it learned best (Figure 7); `base`: expected of a blind choice."""
     figure, (axis,) = panels(1, height=3.6)
     width = 0.8 / len(counts)
     places = np.arange(len(names))

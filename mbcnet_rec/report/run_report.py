@@ -88,10 +88,7 @@ def branch_order(name: str) -> tuple[int, str]:
 
 
 def judged_line(lines: Lines, splits: Sequence[str] = ("test", "valid"), key: str = "auc") -> Mapping[str, Any] | None:
-    """What a run is judged by: its last line of test rows, else its best validation by `key`; None where neither was scored.
-
-    Where no validation has this metric, because it is not defined, the last one counts.
-    """
+    """A run's last line of test rows, else its best validation by `key`, or the last where none has it; None where neither was scored."""
     better = min if key.partition("/")[0] in LOWER else max
     for split in splits:
         found = lines.get(split, ())

@@ -104,10 +104,7 @@ def locked(folder: Path, what: str, *, silent_seconds: float = SILENT_SECONDS) -
 
 @contextmanager
 def locked_together(process: Process, what: str, folders: Mapping[str, Path]) -> Iterator[None]:
-    """`locked` for all ranks: rank 0 has the folders, and why it cannot have them is raised on every rank.
-
-    `folders`: what names it, such as a key of the config -> the folder.
-    """
+    """`locked` by rank 0 for all ranks, or its error on every rank; `folders`: what names it, such as a key of the config -> the folder."""
     with ExitStack() as held:
 
         def take() -> None:

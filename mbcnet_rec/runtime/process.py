@@ -306,10 +306,7 @@ def vote(flags: Sequence[bool | Tensor], device: torch.device = CPU) -> list[int
 
 
 def wait_for_device(process: Process) -> None:
-    """Wait until this rank's GPU has done what it was asked to. Every rank calls it.
-
-    RuntimeError if a rank was lost meanwhile, so what the GPU has computed is not to be used.
-    """
+    """Wait, on every rank, until this rank's GPU is done; RuntimeError if a rank was lost, so that what it has computed is not to be used."""
     if process.device.type == "cuda":
         vote([torch.zeros((), dtype=torch.bool, device=process.device)], process.device)
 
@@ -374,10 +371,7 @@ def answer_of_first(process: Process, ask: Callable[[], T]) -> T:
 
 @contextmanager
 def averaged_buffers(model: torch.nn.Module) -> Iterator[None]:
-    """Give every rank the mean of the ranks' floating-point buffers (running statistics of batch norm), and its own back on exit.
-
-    So what is evaluated, and when, does not change what is trained.
-    """
+    """Give every rank the mean of the ranks' floating-point buffers, and its own back on exit: evaluation does not change what is trained."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     own = [buffer.clone() for buffer in buffers]
     for buffer in buffers:

@@ -58,10 +58,7 @@ class ScoredRows(NamedTuple):
 def labelled_rows(
     files: Sequence[DataFile], schema: Schema, options: StreamOptions, extra: Sequence[str]
 ) -> tuple[RowReader, list[Chunk]]:
-    """Read all footers, and cut into chunks what the options keep of the files; `extra` columns are passed through.
-
-    InputError if a file is not a Parquet file, a column is missing or of a wrong type, or no row is left.
-    """
+    """Chunks of what the options keep of the files, with `extra` columns; InputError if a file or column is faulty, or no row is left."""
     selection = Selection(options, schema, files)
     row_groups = read_contents(files, schema, selection).row_groups
     return RowReader(files, Encoder(schema), selection, extra=extra), chunks_of(row_groups)

@@ -76,10 +76,7 @@ Slices = dict[str, dict[str, Found]]  # column -> its value
 
 
 def run_comparison(comparison: Comparison, *, as_json: bool = False, page: Path | None = None) -> int:
-    """Score the best checkpoints of two runs on the same rows; print what differs, and write a page. One call per rank.
-
-    InputError if the runs do not score the same rows, or there is no group column for the clicks.
-    """
+    """On every rank, score two runs' best checkpoints on the same rows, print, write a page; InputError if they score other rows or lack groups."""
     folders, question = (comparison.ours, comparison.theirs), comparison.question
     configs = [load_run(folder) for folder in folders]
     if not question.data:  # the same files for both

@@ -59,10 +59,7 @@ class Question:
 
 
 def run_evaluation(run_folder: str, question: Question, *, as_json: bool = False) -> int:
-    """Score a run's best checkpoint, print its metrics, and compare with what training logged. One call per rank.
-
-    InputError if there is no such run, no checkpoint, no rows, or no such column.
-    """
+    """On every rank, score a run's best checkpoint, print it beside what was logged; InputError if run, checkpoint, rows or column are missing."""
     folder, split, data = Path(run_folder), question.split, question.data
     with opened_run(folder) as (run, process):
         tally, files = score_rows(run, process, question)

@@ -38,10 +38,7 @@ Lost = dict[str, dict[str, list[float]]]  # name -> metric -> mean, low, high
 def run_importance(
     run: TrainedRun, process: Process, question: Question, rows: int, repeats: int, *, as_json: bool = False
 ) -> int:
-    """Permute each field and each group, print what is lost, keep it in RUN/importance.json, and write the report again.
-
-    InputError if there are no rows, or rows of one class.
-    """
+    """Permute each field and group; print and keep what is lost, and write the report again. InputError if rows are lacking, or of one class."""
     if process.world_size > 1:
         raise InputError("importance: wanted one process; start it without torchrun")
     run.schema.require_one_label("importance")

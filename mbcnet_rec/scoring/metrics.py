@@ -154,10 +154,7 @@ def _delta_error(a: float, b: float, var_a: float, var_b: float, cov: float, n: 
 
 
 class Histogram:
-    """Counts and moments of rows that are too many to keep: additive over batches and ranks.
-
-    The bins of the logit have equal width 2 * BIN_LIMIT / num_bins.
-    """
+    """Counts and moments of rows too many to keep, in bins of the logit 2 * BIN_LIMIT / num_bins wide: additive over batches and ranks."""
 
     def __init__(self, num_outputs: int, num_bins: int) -> None:
         self.num_bins = num_bins
@@ -230,10 +227,7 @@ def evaluate_predictions(logits: np.ndarray, labels: np.ndarray, names: tuple[st
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = RELIABILITY_BINS) -> list[list[float]]:
-    """Predicted against observed rates: cut rows, by rising prediction, into at most `bins` bins of equal size.
-
-    Logits (B,) of one output and labels (B,) -> for each bin: mean predicted probability, observed rate, rows.
-    """
+    """Logits (B,), labels (B,) -> of at most `bins` bins of equal size by rising prediction: mean probability, observed rate, rows."""
     if not can_be_scored(logits, labels):
         return []
     order = np.argsort(logits, kind="stable")

@@ -27,10 +27,7 @@ Influence = tuple[float, np.ndarray]  # the metric's value, and the influence on
 
 
 class Difference(NamedTuple):
-    """A difference of a metric over the same rows, its 95 % interval, the p of the two-sided test, and the two values. NaN: not defined.
-
-    `corrected`: p, corrected where the difference is one of several.
-    """
+    """A metric's difference over the same rows, its 95 % interval, two-sided p, and both values; NaN: not defined. `corrected`: p of several."""
 
     value: float
     low: float

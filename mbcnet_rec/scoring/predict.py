@@ -337,10 +337,7 @@ def kept_of(job: Job) -> list[str]:
 def kept_columns(
     files: Sequence[storage.DataFile], columns: Sequence[pa.Schema], keep: Sequence[str], default: Sequence[str]
 ) -> list[str]:
-    """Names of the columns to pass through: those of `keep`, or of `default` those that all files have.
-
-    InputError if a column is missing in a file or there twice, or has the name of an output.
-    """
+    """Columns to pass through: `keep`, or those of `default` in all files; InputError if one is missing, there twice, or an output's name."""
     names = list(dict.fromkeys(name for name in keep or default if name))
     for name in () if keep else tuple(names):
         without = [file for file, found in zip(files, columns, strict=True) if name not in found.names]
@@ -369,10 +366,7 @@ def write_chunks(job: Job, scored: Iterable[ScoredRows], place: Callable[[Chunk]
 
 
 def write_chunk(job: Job, chunk: Chunk, batches: Iterable[tuple[pa.RecordBatch, np.ndarray]], place: Path) -> None:
-    """Write a chunk's kept columns and probabilities (n, 1 + K) beside its place, and put it there with its last row.
-
-    Nothing is left of one that a faulty row cut short.
-    """
+    """Put a chunk's kept columns and probabilities (n, 1 + K) in place with its last row; a faulty row leaves nothing of it."""
     draft, num_rows = job.part(chunk).with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial"), 0
     draft.parent.mkdir(parents=True, exist_ok=True)
     held: list[pa.RecordBatch] = []

@@ -84,10 +84,7 @@ def group_metrics(
 def group_sums(
     logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray, ks: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """What `group_estimates` needs of rows (B,): gauc and each metric of `names_of` -> sums (6,) that add up over sets of whole groups.
-
-    NaN if there are rows that cannot be scored.
-    """
+    """Of rows (B,), the sums (6,) of gauc and each of `names_of`, which add up over sets of whole groups; NaN if rows cannot be scored."""
     if len(labels) and not can_be_scored(logits, labels):
         return {name: np.full(6, math.nan) for name in ("gauc", *names_of(ks))}
     found = {"gauc": _sums(*group_areas(logits, labels, group_ids))}

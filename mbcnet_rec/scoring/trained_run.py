@@ -47,10 +47,7 @@ class TrainedRun:
         return own_schema(self.folder, self.storage, self.step) or load_schema(self.config.schema)
 
     def build(self, process: Process) -> Built:
-        """Build the model on this world size, with the checkpoint's weights.
-
-        The run's plan is left aside where it was made for other ranks or to train on replicas: the tables are planned anew.
-        """
+        """Build the model with the checkpoint's weights, its tables planned anew where the plan was for other ranks or to train on replicas."""
         path = self.folder / PLAN
         plan = str(path) if self.config.sharding.plan and _fits(path, process) else ""
         sharding = replace(self.config.sharding, replicas=1, prefetch=False, plan=plan)

@@ -34,10 +34,7 @@ class Scorer:
         self.last_requests = 0
 
     async def score(self, request: Request) -> tuple[np.ndarray, Loaded]:
-        """Probabilities (rows, 1, and 1 for each branch if asked for; of each task), and the model that gave them.
-
-        Refused if too many wait, it is too late, or a value is bad.
-        """
+        """Probabilities (rows, 1 + branches asked for; of each task), and their model; Refused if too many wait, it is too late, or a value is bad."""
         if len(self.waiting) >= self.options.queue:
             raise Refused(f"{self.options.queue} requests wait already; try again", 429, "queue")
         loop = asyncio.get_running_loop()

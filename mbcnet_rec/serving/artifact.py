@@ -268,10 +268,7 @@ def pool_tables(tables: Sequence[Table], schema: Schema) -> tuple[Tables, Lookup
 
 
 def write_artifact(exported: Exported, config: RunConfig, out: Path, *, aot: bool = False) -> str:
-    """Write the folder anew; it appears by one rename. With `aot` the dense part is compiled by AOTInductor besides, for this processor.
-
-    Returns why it could not be compiled, or an empty string.
-    """
+    """Write the folder by one rename; with `aot` the dense part is compiled besides. Returns why it could not be compiled, or ""."""
     with whole_folder(out) as partial:
         save_file(exported.rows, partial / serving.TABLES)
         save_file({name: value.contiguous() for name, value in exported.dense.items()}, partial / serving.DENSE)

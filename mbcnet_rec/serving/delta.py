@@ -62,10 +62,7 @@ def write_delta(before: serving.ServingModel, parent: Path, child: Path, out: Pa
 
 
 def write_child(parent: Path, delta: Path, out: Path) -> None:
-    """Write the whole artifact that a delta leads to, as `mbcnet export` would: its model.json has the sums. check.json stays the parent's.
-
-    ValueError if the delta is damaged, or changes another artifact.
-    """
+    """Write the artifact that a delta leads to, the parent's check.json besides; ValueError if it is damaged, or of another artifact."""
     model = serving.load(parent, verify=False).updated(delta)
     with whole_folder(out) as partial:
         for source in (parent, delta):

@@ -102,10 +102,7 @@ def run_export(
 
 
 def run_delta(run_folder: str, since: str, out: str, *, overwrite: bool = False) -> int:
-    """Export a run's best checkpoint as what it changes of an earlier artifact, with its type of rows and its branches.
-
-    InputError if there is no such run or artifact, or `out` holds something else.
-    """
+    """Export what a run's best checkpoint changes of an artifact; InputError if either is missing, or `out` holds something else."""
     folder, parent, target = Path(run_folder), Path(since), Path(out)
     config = load_run(folder)
     before = artifact.open_artifact(parent)
@@ -154,10 +151,7 @@ def _calibrate(exported: artifact.Exported, kind: str, weights: artifact.Weights
 def score_split(
     models: Sequence[serving.ServingModel], weights: artifact.Weights, split: str
 ) -> tuple[list[Tensor], np.ndarray, dict[str, Any]]:
-    """Fused logits of each model, what its tasks learn or the labels, and what was read: `rows`, `taken` and a row as `sample`.
-
-    InputError if the rows are not there, or a value is faulty.
-    """
+    """Each model's fused logits, what its tasks learn or the labels, `rows`, `taken` and a `sample`; InputError if rows are missing or faulty."""
     data, schema = weights.config.data, weights.schema
     where = getattr(data, f"{split}_where")
     files = select_files(resolve_files(getattr(data, split)), where, schema)
@@ -186,10 +180,7 @@ def score_split(
 
 
 def compare(served: serving.ServingModel, of_float: serving.ServingModel, weights: artifact.Weights) -> dict[str, Any]:
-    """Score test rows, else validation rows, by the artifact and by the float model with all its branches.
-
-    InputError if the rows are not there, or a value is faulty.
-    """
+    """Score test rows, else validation rows, by the artifact and the float model with all branches; InputError if rows are missing or faulty."""
     data = weights.config.data
     split = "test" if data.test else "valid" if data.valid else "train"
     logits, y, found = score_split((served, of_float), weights, split)

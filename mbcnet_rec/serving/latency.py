@@ -114,10 +114,7 @@ def run_latency(
     compiled: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Time artifacts, and models of the kinds `beside` on the first one's tables; print the table, or one JSON object.
-
-    `compiled` also times what `mbcnet export` compiled. InputError if a folder is not an artifact.
-    """
+    """Time artifacts, and models of the kinds `beside` on the first one's tables; print a table or JSON. InputError if one is no artifact."""
     models = contestants([Path(folder) for folder in folders], beside, compiled=compiled)
     first = next(iter(models.values()))
     requests = {rows: draw_requests(first.preprocess.schema, first.vocabularies, rows) for rows in contest.rows}

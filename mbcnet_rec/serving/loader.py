@@ -162,10 +162,7 @@ class ServingModel:
         self.__dict__ = self.updated(delta).__dict__
 
     def updated(self, delta: str | Path) -> "ServingModel":
-        """The artifact that a delta leads to, byte for byte, in memory of its own; this one serves on.
-
-        ValueError if the folder is not a delta, is damaged, or changes another artifact than this one.
-        """
+        """The artifact that a delta leads to, in memory of its own, byte for byte; ValueError if the delta is damaged, or of another artifact."""
         folder = Path(delta)
         try:
             said = json.loads((folder / DELTA).read_text(encoding="utf-8"))
@@ -259,10 +256,7 @@ class ServingModel:
         return x if inputs.shared is None else x.add_(self.embed(inputs.shared)[inputs.owners])
 
     def predict_parquet(self, path: str | Path, batch_rows: int = 4096) -> Iterator[np.ndarray]:
-        """Yield the probabilities of a Parquet file's rows, in its order, `batch_rows` at a time.
-
-        ValueError if a value is faulty, or Arrow ends before the file's last row (see `data.reading.row_groups`).
-        """
+        """Yield the probabilities of a file's rows, `batch_rows` at a time; ValueError if a value is faulty, or Arrow ends before the last row."""
         first_row = 0
         with pq.ParquetFile(path) as file:
             known = [name for name in self.preprocess.columns if name in file.schema_arrow.names]

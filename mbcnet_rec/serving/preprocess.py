@@ -113,10 +113,7 @@ class Preprocessor:
         return any(any(each) and not all(each) for each in inside)
 
     def part(self, columns: frozenset[str]) -> "Preprocessor":
-        """The same for the fields that read these columns alone: the others' bags are empty, and their dense columns 0.
-
-        InputError if a field's weights are among them and its values are not, or the other way round.
-        """
+        """The same for fields of these columns alone, the others empty; InputError if weights come without their values, or the other way."""
         if columns in self._parts:
             return self._parts[columns]
         features, own, start = [], [], 0

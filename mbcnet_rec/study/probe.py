@@ -190,10 +190,7 @@ def nearer_to_cross(probe: Probe) -> np.ndarray:
 
 
 def dependence(losses: np.ndarray, categories: np.ndarray) -> tuple[float, float]:
-    """Whether the branch of a row's lowest loss (n, K) depends on its category (n,): chi-square above chance by row, and its p.
-
-    Categories with too few rows for the test are taken together.
-    """
+    """Whether the branch of a row's lowest loss (n, K) depends on its category (n,), rare ones as one: chi-square above chance by row, and p."""
     known = categories != MISSING
     table = np.asarray(stats.contingency.crosstab(categories[known], losses[known].argmin(1))[1])
     rows = table.sum()

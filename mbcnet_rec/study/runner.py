@@ -41,10 +41,7 @@ class StudyRequest:
 
 
 def variant_config(base: RunConfig, variant: Variant, tuned: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Make a variant's config from the base, or from KIND.toml in the folder `tuned`, if that is there, with the command's overrides.
-
-    InputError if its own overrides do not fit the config.
-    """
+    """A variant's config from the base, or KIND.toml in `tuned` with the command's overrides; InputError if its own overrides do not fit."""
     config = with_overrides(base, variant.overrides, f"variant {variant.name!r}")
     if tuned is not None and (tuned / f"{config.model.kind}.toml").is_file():
         winner = load_config(tuned / f"{config.model.kind}.toml", overrides)

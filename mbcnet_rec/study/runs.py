@@ -164,10 +164,7 @@ class Run:
 
 
 def place_run(config: RunConfig, seed: int, out: Path, known: Known | None = None) -> RunConfig:
-    """Give a config its seed and its folder under `out`/runs; InputError if the schema or the data files are missing.
-
-    A model with branches keeps an early checkpoint, that of the first line of the log.
-    """
+    """Give a config its seed, its folder in `out`/runs, and with branches an early checkpoint; InputError if schema or data are missing."""
     early = config.train.log_every if config.model.branch_names else 0
     config = replace(config, train=replace(config.train, seed=seed, out="", keep_step=early))
     return replace(config, train=replace(config.train, out=str(out / "runs" / run_key(config, known))))
@@ -291,10 +288,7 @@ class RowScores(NamedTuple):
 
 
 def keep_row_scores(config: RunConfig) -> None:
-    """Score the test rows of a finished run, or its validation rows where it has no others; too many to keep leave an empty file.
-
-    InputError if a score is not a number.
-    """
+    """Score a finished run's test rows, else its validation rows; too many leave an empty file. InputError if a score is not a number."""
     folder = config.run_folder
     with joined_process(config.train.device) as process:
         question = Question("test" if config.data.test else "valid")

@@ -79,10 +79,7 @@ class Assessment:
 
     @property
     def bound(self) -> float:
-        """Least seconds of the busiest rank over all ways to assign these shards to ranks.
-
-        bound = max(mean load, U + max of a movable shard), U: the load that row_wise and data_parallel tables put on every rank.
-        """
+        """Least seconds of the busiest rank however shards are assigned: max(mean load, U + max movable shard), U: of row_wise and data_parallel."""
         totals = {name: [shard.times.total for shard in shards] for name, shards in self.costs.items()}
         spread = [name for name, table in self.plan.tables.items() if table.sharding_type in UNIFORM]
         uniform = sum(min(totals[name]) for name in spread)

@@ -173,10 +173,7 @@ def _lookup_share(table: TablePlan, plan: Plan) -> float:
 
 
 def _slow_share(table: TablePlan) -> float:
-    """Share of row reads that go to host memory.
-
-    Ids follow a power law near 1 / rank, so a cache of the most frequent c of C rows misses 1 - ln(1 + c) / ln(1 + C) of them.
-    """
+    """Share of reads from host memory: ids follow a power law near 1 / rank, so a cache of c of C rows misses 1 - ln(1 + c) / ln(1 + C)."""
     if table.compute_kernel == "fused_uvm":
         return 1.0
     if table.compute_kernel != "fused_uvm_caching":
@@ -187,10 +184,7 @@ def _slow_share(table: TablePlan) -> float:
 
 
 def _all_to_all(sent_bytes: float, plan: Plan, cluster: Cluster) -> float:
-    """Seconds in which a rank sends (or gets) an equal part to each rank of the group; its own part stays.
-
-    A row_wise table's reduce-scatter of partial sums is of the same volume on every rank.
-    """
+    """Seconds in which a rank sends (or gets) an equal part to each other rank; a row_wise reduce-scatter has the same volume."""
     size, local = plan.group_size, plan.local_group_size
     return _link_seconds(cluster, sent_bytes * (local - 1) / size, sent_bytes * (size - local) / size)
 
@@ -221,10 +215,7 @@ class DoesNotFit(InputError):
 
 
 def find_shortage(options: Options, plan: Plan, cluster: Cluster, room: Room) -> DoesNotFit:
-    """What there is to say of these tables if no plan is found: by how many bytes which tables exceed the room of a rank.
-
-    Of the candidates for a table the smallest one counts.
-    """
+    """By how many bytes which tables exceed a rank's room where no plan is found; of a table's candidates the smallest counts."""
     memory, free = ("HBM", room.hbm) if plan.device == "cuda" else ("DDR", room.ddr)
     least = least_costs(options, plan, cluster, lambda cost: getattr(cost.bytes, memory.lower()))
     names = sorted(least, key=lambda name: -least[name][0])

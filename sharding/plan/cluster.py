@@ -108,10 +108,7 @@ def read_cluster(text: str) -> Cluster:
 
 
 def default_cluster(world_size: int, local_world_size: int, device: str) -> Cluster:
-    """The cluster of a run that names none. Nothing is measured, so that it is equal on every rank.
-
-    A rank on a CPU gets 16 GiB; on a GPU the H100's figures hold.
-    """
+    """The cluster of a run that names none, equal on every rank: 16 GiB for a rank on a CPU, the H100's figures for a GPU."""
     hosts = max(1, world_size // local_world_size)
     if device == "cuda":
         return read_cluster("h100-80g").resized(hosts, local_world_size)

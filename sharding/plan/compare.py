@@ -97,10 +97,7 @@ def check_plan(
 
 
 def constraint_differences(plan: Plan, config: ShardingConfig) -> list[str]:
-    """How a plan differs from what a run's [sharding] asks for by name; empty if it keeps to all of it.
-
-    A key that has its default value asks for nothing: the plan says what holds.
-    """
+    """How a plan differs from what a run's [sharding] asks for by name, which a default value does not; empty if it keeps to all of it."""
     usual = ShardingConfig()
     pairs = [
         (key, getattr(plan, key), getattr(config, key))

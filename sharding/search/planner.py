@@ -40,10 +40,7 @@ Constraints = dict[str, ParameterConstraints]
 
 
 def make_plan(task: Task, progress: Progress | None = None, rebalance: bool = True) -> Plan:
-    """Choose a placement for every table. Without `rebalance` TorchRec's plan is returned as it is.
-
-    InputError if a constraint names no table, or the dense part leaves no memory; DoesNotFit if nothing fits.
-    """
+    """Place every table, as TorchRec does without `rebalance`; InputError if a constraint names none, DoesNotFit if nothing fits."""
     check_constraints(task)
     plan, room, options = task.empty_plan(), task.room(), all_options(task)
     shortage = find_shortage(options, plan, task.cluster, room)
