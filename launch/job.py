@@ -117,11 +117,7 @@ class Job:
 
     @property
     def restarts(self) -> int:
-        """Restarts by torchelastic of the workers.
-
-        One host alone gains nothing: a fault there comes again. With --overwrite a host that comes back would remove what the
-        others have trained.
-        """
+        """Restarts by torchelastic: none on one host, whose fault comes again, nor with --overwrite, which would remove what the others trained."""
         return RESTARTS if self.shape.hosts > 1 and "--overwrite" not in self.args else 0
 
 

@@ -68,10 +68,9 @@ class Run:
         return self._model.predict(rows)
 
     def evaluate(self, *data: str | Path, split: str = "test", by: Sequence[str] = ()) -> dict[str, Any]:
-        """What `mbcnet evaluate --json` prints: each metric, its 95 % interval, and `slices` by the columns `by`.
+        """What `mbcnet evaluate --json` prints: each metric, its 95 % interval, and `slices` by the columns `by`; empty on further ranks.
 
-        `data`: files, folders, globs or URIs; none: the config's `split`. Empty on other ranks than the first. InputError if there are no
-        rows, no such column, or a row is faulty.
+        `data`: files, folders, globs or URIs, or the config's `split`. InputError if there are no rows, no such column, or a row is faulty.
         """
         question = Question(split, tuple(map(str, data)), by=tuple(by))
         with opened_run(self.folder) as (run, process):
@@ -114,10 +113,9 @@ def stream(
 
 @contextmanager
 def train_step(config: RunConfig) -> Iterator[Callable[[Batch], Outputs]]:
-    """Build and shard the model with its optimizers; gives a function that trains it on one batch and returns logits, loss and its terms.
+    """Build and shard the model; gives a function that trains it on this rank's share of a batch and returns logits, loss and its terms.
 
-    Every rank enters, and calls it with its share of the same batch. `step.model` is the sharded objective. Nothing is written. InputError
-    if the config, the schema and the plan do not fit together.
+    Every rank enters. `step.model` is the sharded objective. Nothing is written. InputError if config, schema and plan do not fit together.
     """
     with joined_process(config.train.device) as process:
         built = build(config, load_schema(config.schema), process)

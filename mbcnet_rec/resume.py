@@ -96,10 +96,9 @@ def with_versions(config: RunConfig, run: Mapping[str, Any], process: Process) -
 def agreed_schema(
     config: RunConfig, before: Before, process: Process, *, allow_partial: bool
 ) -> tuple[Schema, dict[str, str]]:
-    """The schema to train with, and its `file_sums`: the config's, or where a run is resumed its own. Every rank calls it.
+    """The schema to train with, every field of ids typed, and its `file_sums`: the config's, or a resumed run's own. Every rank calls it.
 
-    Every field of ids has a type: that which the schema says, else that of the training files. InputError if it is not there, or changed
-    since; if a rank has other vocabularies than rank 0; or with `allow_partial`, if rows of a table would belong to other values.
+    InputError if it is missing, changed, of other vocabularies than rank 0's; or with `allow_partial`, if rows would belong to other values.
     """
 
     def find() -> tuple[Schema, dict[str, str]]:
@@ -193,10 +192,9 @@ def start_differences(config: RunConfig, run: Mapping[str, Any], marks: Marks, a
 def refuse_other_start(
     config: RunConfig, run: Mapping[str, Any], marks: Marks, *, begins: bool, allow_partial: bool
 ) -> list[str]:
-    """Refuse to resume where the saved position in the data means nothing; return notes on what else differs. For rank 0.
+    """InputError on rank 0 if an option that fixes the rows' order, or the training files differ; returns notes on what else does.
 
-    `begins`: another day, for which the position does not count. InputError if an option that fixes the order of the rows differs, or the
-    training files do.
+    `begins`: another day, for which the position does not count.
     """
     if not run:
         return []

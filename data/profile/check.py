@@ -75,10 +75,9 @@ class _Footer:
 def check_files(
     files: Sequence[DataFile], schema: Schema, *, full: bool = False, max_faults: int = 100, work: Work = ALONE
 ) -> CheckReport:
-    """Check Parquet files against a schema: their footers, and with `full` every value, by an engine's tasks.
+    """Check Parquet files against a schema by an engine's tasks; InputError if `full` and it still says "fit", or a vocabulary cannot be read.
 
-    Footers tell missing columns, wrong types, and ids and labels out of range where the writer left statistics. Faults above `max_faults`
-    are only counted. InputError if `full` and the schema still says "fit", or a vocabulary cannot be read.
+    Footers tell missing columns, wrong types, and ids and labels out of range; `full` reads every value. Faults above `max_faults` are only counted.
     """
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(partial(_read_footer, schema, _ranges(schema)), files))

@@ -24,11 +24,9 @@ ITEM_NAMES = ("item_id", "item", "movie_id", "adgroup_id", "ad_id", "product_id"
 def table_2(
     files: Sequence[DataFile], schema: Schema, user: str = "", item: str = "", progress: Progress = unheard
 ) -> list[str]:
-    """Read the label and ids of all rows; a line for each figure of Table 2.
+    """Read the label and ids of all rows; a line for each figure of Table 2. InputError if a file is damaged, or lacks a column.
 
-    Users are the values of `user`, a field or column, or else of the schema's group column; items those of `item`, or else of a field that
-    is called as items are. A null is no id. `progress` is told the number of rows read so far. InputError if a file is damaged, or lacks a
-    column.
+    Users and items are the values of `user` and `item`, else of the group column and of a field that is called as items are. A null is no id.
     """
     column_of = {each.name: each.source_column for each in schema.features}
     item = item or next((name for name in ITEM_NAMES if name in column_of), "")

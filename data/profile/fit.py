@@ -181,12 +181,10 @@ def measure(waiting: Sequence[Feature], files: Sequence[DataFile], folder: Path,
 def fit_schema(
     schema: Schema, files: Sequence[DataFile], out: Path, report: Say = units.unheard, work: units.Work = units.ALONE
 ) -> Schema:
-    """Replace every "fit" of a schema by what the files say.
+    """Replace every "fit" of a schema by what the files say; InputError if there is no file or row, one is damaged, or a column is missing.
 
-    Writes OUT/vocabulary/<table>.parquet, one column `value` in row order, and copies there the vocabularies that the schema names already,
-    so that OUT stands alone. `report` gets a line for each field whose fit says little (a constant, an empty column). Of torchrun's ranks
-    only the first writes, and the others return the schema as it is. InputError if there is no file or no row, a file is damaged, or a
-    column is missing.
+    OUT stands alone: it gets vocabulary/<table>.parquet, one column `value` in row order, and those that the schema names already. Of torchrun's
+    ranks only the first writes. `report` is told each field whose fit says little (a constant, an empty column).
     """
     columns = column_sets(files, LIST_ATTEMPTS)
     for arrow_schema, file in columns.items():

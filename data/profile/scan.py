@@ -38,11 +38,10 @@ SPREAD = 64  # a sample is taken from at least so many row groups, if there are 
 
 
 class Distinct:
-    """The k smallest hashes seen (k minimum values; Bar-Yossef et al., 2002).
+    """The `size` = k smallest hashes seen, of 8 bytes each, in any order or grouping (k minimum values; Bar-Yossef et al., 2002).
 
-    Below k distinct values the count is exact. Above, with U_(k) the k-th smallest hash as a share of the hash range,
-    the estimate is (k - 1) / U_(k), whose standard error is about 1 / sqrt(k - 2): 1.6 % for k = 4096. The order and the
-    grouping of the input change nothing. `size` is k; each hash takes 8 bytes.
+    Below k distinct values the count is exact, else (k - 1) / U_(k), U_(k) the k-th smallest hash as a share of the hash range, with a standard
+    error of about 1 / sqrt(k - 2): 1.6 % for k = 4096.
     """
 
     def __init__(self, size: int = 4096) -> None:

@@ -63,10 +63,9 @@ def _kind_of(file: storage.DataFile, is_named: bool) -> str:
 
 
 def types_of(sources: Sequence[Source], schema: Schema | None, given: Mapping[str, str], form: Form) -> pa.Schema:
-    """The type of each column of all files, in the order in which they name them.
+    """Each column's type, in the files' order; InputError if a file cannot be read, or the user names a column or type that is not there.
 
-    What the user gives comes first, then what the schema's fields want, then a type that holds what the files begin with. InputError if a
-    file cannot be read, or the user names a column or type that is not there.
+    What the user gives comes first, then what the schema's fields want, then a type that holds what the files begin with.
     """
     files = [source.file for source in sources]
     firsts = storage.for_each_file(

@@ -46,9 +46,8 @@ class DataSet:
 
 
 def prepare(name: str, src: str | Path, out: str | Path, *, progress: Progress = unheard) -> Path:
-    """Write one of DATA_SETS, whose files lie in `src`, as this project reads it, and return `out`.
+    """Write one of DATA_SETS from `src` as this project reads it, unless `out` was made of the same files and schema; return `out`.
 
-    If `out` was prepared from the same files and schema already, nothing is written. `progress` is told the number of rows so far.
     InputError if the name is not known, a file or column is missing, a split is empty, or `out` holds something else.
     """
     if name not in DATA_SETS:
@@ -85,11 +84,7 @@ def _three_files(sources: Sources) -> Splits:
 
 
 def _aliexpress(sources: Sources) -> Splits:
-    """AliExpress' sample has no validation file: every fifth search of the training file becomes it.
-
-    Whole searches, because the rows of one search have one label; spread over the file, because it is
-    sorted by label.
-    """
+    """Every fifth search of the training file validates: whole searches, whose rows have one label, spread over a file sorted by label."""
     train = _read(sources["train.parquet"][0])
     require_columns("aliexpress", train, ("search_id",))
     searches = train["search_id"].to_pylist()
@@ -144,10 +139,9 @@ DATA_SETS = {
 def write_splits(
     folder: Path, schema: Schema, splits: Splits, row_group_rows: int, progress: Progress, file_rows: int = 8_000_000
 ) -> dict[str, Any]:
-    """Write FOLDER/{train,valid,test}/part-00000.parquet, ... with page checksums; return rows and label rate of each split.
+    """Write the schema's columns and time as FOLDER/{train,valid,test}/part-00000.parquet, ...; return each split's rows and label rate.
 
-    Of the rows the schema's columns are kept, and its time column. No more than a row group of each split waits in memory, and some pieces.
-    InputError if a column is missing, a label is not 0 or 1, or a split has no rows.
+    About a row group of each split waits in memory. InputError if a column is missing, a label is not 0 or 1, or a split has no rows.
     """
     columns = list(dict.fromkeys(name for name in (*schema.columns, schema.time_column) if name))
     rows, ones = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)

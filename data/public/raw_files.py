@@ -64,11 +64,9 @@ def count_lines(path: Path) -> int:
 def read_csv(
     path: Path, types: Mapping[str, pa.DataType], *, delimiter: str = ",", has_header: bool = True, label: str = ""
 ) -> Iterator[pa.Table]:
-    """Read a delimited file, compressed or not, in pieces of about 16 MB.
+    """Read a delimited file, compressed or not, in pieces of about 16 MB; InputError if it, a column, a value or a `label` of 0 and 1 is faulty.
 
-    `types` are those of the columns wanted, or without a header of all columns in order. Only values between commas may be quoted. A
-    column that is the `label` holds 0 and 1.
-    InputError if the file cannot be read, a column is missing, a value is not of its type, or a label is another number.
+    `types` are those of the columns wanted, or without a header of all columns in order. Only values between commas may be quoted.
     """
     reading = pa_csv.ReadOptions(block_size=BLOCK_BYTES, column_names=None if has_header else list(types))
     converting = pa_csv.ConvertOptions(column_types=dict(types), include_columns=list(types), **NULLS)

@@ -280,10 +280,9 @@ def _boundaries_problem(feature: Feature) -> str:
 
 
 def rows_problem(sizes: Any, users: Sequence[Feature], what: str) -> str:
-    """Return what is wrong with the sizes of a field or of an entry of [tables], or an empty string.
+    """What is wrong with the sizes of a "field" or "table", `what`, or an empty string; FBGEMM needs dims that are multiples of 4.
 
-    FBGEMM needs dims that are multiples of 4. As long as one of the `users`, the fields that look it up, waits for a fit, there may be 0
-    rows. `what` is "field" or "table", for the message.
+    As long as one of the `users`, the fields that look it up, waits for a fit, there may be 0 rows.
     """
     num_embeddings, embedding_dim = sizes.num_embeddings, sizes.embedding_dim
     if embedding_dim < 4 or embedding_dim % 4 or embedding_dim > MAX_EMBEDDING_DIM:

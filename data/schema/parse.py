@@ -30,10 +30,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_dataclass(cls: type[T], table: Any, source: str, path: str = "") -> T:
-    """Build dataclass `cls` from a TOML table, refusing unknown keys and wrong types.
+    """Build dataclass `cls` from a TOML table; the InputError names file, `source`, key, below `path`, value, what was wanted and the fix.
 
-    Its fields are int, float, bool, str, Literal, tuple[X, ...], dict[str, X], X | None or further dataclasses. The InputError names the
-    file, `source`, the key, below `path` in it, the value, what was wanted and how to fix it.
+    Its fields are int, float, bool, str, Literal, tuple[X, ...], dict[str, X], X | None or further dataclasses.
     """
     where = f"{source}: {path}" if path else source
     if not isinstance(table, Mapping):

@@ -61,8 +61,7 @@ LATENT_SOURCES = {
 def pailitao_schema(scale: Literal["paper", "demo"]) -> Schema:
     """Load the 192-field schema: with the paper's dims and true numbers of users and items (12 months), or narrow with small tables.
 
-    The paper names some fields and gives the totals (Tables 1 and 2); the rest is what an image-to-product search would log, chosen so
-    that the totals hold: 416 for the grouped fields, 44 numbers, 75 fields of 16 and 35 of 32.
+    The paper names some fields and the totals (Tables 1 and 2): 416 for the grouped, 44 numbers, 75 of 16 and 35 of 32; the rest is chosen to hold.
     """
     return load_schema(SCHEMAS[scale])
 

@@ -161,10 +161,9 @@ def all_shapes(shards: Iterable[TensorShard], process: Process) -> dict[str, Sha
 def load_checked(
     saved: Saved, built: Built, process: Process, *, allow_partial: bool = False, anew: RowsAnew | None = None
 ) -> list[str]:
-    """Load a checkpoint after a comparison; return what a partial load did, a line each. Every rank calls it.
+    """Load a checkpoint after a comparison, on every rank; with `anew` tables may have grown. Returns what a partial load did, a line each.
 
-    With `anew` the schema has grown: tables may be longer, and those rows stay as built. InputError if they differ and `allow_partial` is
-    not set, or no partial load bridges the difference.
+    InputError if they differ and `allow_partial` is not set, or no partial load bridges the difference.
     """
     init_states(built)
     shards = shards_of(built.model, built.optimizer)

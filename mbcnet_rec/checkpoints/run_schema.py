@@ -92,10 +92,9 @@ def saved_run(manifest: Manifest, where: object) -> dict[str, Any]:
 
 
 def own_schema(folder: Path, storage: CheckpointStorage, step: int | None) -> Schema | None:
-    """The schema of a run's checkpoint: of the run folder where its files are the checkpoint's, else of the checkpoint itself.
+    """The schema of a run's checkpoint, from the run folder where its files are the same; None without one, or of versions without a copy.
 
-    None without a checkpoint, and of the first versions, which kept no copy. The checkpoint's own lies in a folder that goes with this
-    process. InputError if a file of the checkpoint is missing or damaged, or it has no copy and the folder's is another.
+    Its own copy lies in a folder that goes with this process. InputError if a file is missing or damaged, or the folder's is another.
     """
     if step is None:
         return None

@@ -29,10 +29,9 @@ class Keep(NamedTuple):
 
 
 class Saver:
-    """Writes checkpoints of all ranks in the background, one at a time.
+    """Writes checkpoints of all ranks in the background, one at a time; rank 0 waits `timeout_seconds` for the others' files.
 
-    Rank 0 waits for the other ranks' files so long; `on_write` is called in the writing thread, before tensors are written. Files of the
-    run's `folder` that extra["run"]["files"] names, with their SHA-256, are in every checkpoint, too.
+    `on_write` is called in the writing thread first. The files of the run's `folder` in extra["run"]["files"] are in every checkpoint, too.
     """
 
     def __init__(
@@ -177,11 +176,7 @@ class Saver:
         return f"{self._token}/{step}/{rank}"
 
     def _tidy(self, step: int, keep: Keep) -> None:
-        """Note the best checkpoint and remove those that are neither recent nor good. Rank 0, after a commit of `step`.
-
-        Later ones did not verify when this run was started: they do not count, and are left alone until the run reaches their
-        steps.
-        """
+        """On rank 0, note the best checkpoint and remove those neither recent nor good; steps later than `step` did not verify and are left alone."""
         steps = [each for each in self.storage.steps() if each <= step]
         kept = {keep.step, *(step for _, step in keep.best)}
         if keep.best:

@@ -63,10 +63,9 @@ def this_process(what: str) -> Owner:
 
 @contextmanager
 def locked(folder: Path, what: str, *, silent_seconds: float = SILENT_SECONDS) -> Iterator[None]:
-    """Have a folder to oneself, which is made if need be; on exit LOCK is gone, and the folder too if it was made here and is empty.
+    """Have a folder to oneself, made if need be; on exit LOCK is gone, and an empty folder made here. Nested in the same process it does nothing.
 
-    Nested in a lock of the same process and folder it does nothing. `what` is the command. InputError if another process is at work there,
-    or no folder can be there; OSError if the disk is full.
+    `what` is the command. InputError if another process is at work there, or no folder can be there; OSError if the disk is full.
     """
     me, path = this_process(what), folder / LOCK
     made: list[Path] = []

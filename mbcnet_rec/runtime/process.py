@@ -93,8 +93,7 @@ def _too_few(local_rank: int, count: int) -> InputError:
 def joined_process(device: str = "auto", timeout_seconds: float = 600.0) -> Iterator[Process]:
     """Join the other ranks that a launcher started (see ranks.py), or be the only one; leave on exit.
 
-    A collective that a rank does not join fails on the others after `timeout_seconds`.
-    InputError if the launcher's variables are incomplete or contradict each other, or the device is not there.
+    A collective that lacks a rank fails after `timeout_seconds`. InputError if the launcher's variables or the device are faulty.
     """
     ranks = found_ranks()
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
@@ -281,10 +280,9 @@ def any_rank(flag: bool) -> bool:
 
 
 def vote(flags: Sequence[bool | Tensor], device: torch.device = CPU) -> list[int | None]:
-    """For each flag the lowest rank that sets it, None if none does; one collective, equal on every rank.
+    """For each flag the lowest rank that sets it, None if none does; one collective, equal on every rank. RuntimeError if a rank is lost.
 
-    Flags that are tensors of () lie on `device`. On cuda all goes over NCCL, and this host waits once, for the answer.
-    RuntimeError if a rank is lost; over NCCL that shows as an answer that lacks a rank.
+    Flags that are tensors of () lie on `device`. On cuda all goes over NCCL, and this host waits once; a lost rank shows in the answer.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [0 if flag else None for flag in flags]

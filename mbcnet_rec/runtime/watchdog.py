@@ -28,10 +28,9 @@ _COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|recv|broken pipe|
 
 
 class Watchdog:
-    """Watches this rank's steps while it is entered.
+    """Watches this rank's steps while entered: one that takes longer than `stall_seconds` has its stacks in FOLDER/stacks/rank_N.txt, once.
 
-    A step that takes longer than `stall_seconds` has its stacks written to FOLDER/stacks/rank_N.txt, once for each stall. `on_place` is
-    called with each place before it is noted.
+    `on_place` is called with each place before it is noted.
     """
 
     def __init__(

@@ -116,10 +116,9 @@ def score_chunks(
     *,
     title: str = "",
 ) -> Generator[ScoredRows, None, None]:
-    """Yield the scored batches of this rank's chunks in order, with a progress bar on rank 0 where it has a title.
+    """Yield this rank's scored batches of `batch_rows` rows in order; all ranks' chunks are `dealt`. With a title, rank 0 shows a bar.
 
-    Every rank calls it with all ranks' chunks, `dealt`; a batch has `batch_rows` rows of one rank. InputError on every rank, after the last
-    step, if a row of any rank was faulty or its score is not a number: its chunk was cut short.
+    InputError on every rank, after the last step, if any rank's row was faulty or its score is no number: its chunk was cut short.
     """
     faults: list[str] = []
     steps = max(sum(-(-part.stored_rows // batch_rows) for chunk in own for part in chunk.row_groups) for own in dealt)

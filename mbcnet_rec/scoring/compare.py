@@ -280,10 +280,9 @@ def p_text(p: float) -> str:
 
 
 def run_arms(question: Question, label: str, key: str, command_line: str, *, as_json: bool, page: Path | None) -> int:
-    """Print by how much the click rate of arm b differs from that of arm a, on all rows and by slice; and write a page.
+    """Print, by slice too, by how much arm b's click rate differs from arm a's, and write a page; rows of one `key` are taken together.
 
-    `key`: by which the scorer split; empty: rows are taken as independent. InputError if there is no such file or column, an arm is neither
-    a nor b, or a label neither 0 nor 1.
+    InputError if there is no such file or column, an arm is neither a nor b, or a label neither 0 nor 1.
     """
     files, by = resolve_files(question.data), question.by
     names: list[str] = list(dict.fromkeys([ARM, label, key or label, *by]))

@@ -206,11 +206,9 @@ def slice_columns(files: Sequence[DataFile], by: Sequence[str], schema: Schema) 
 def count_slices(
     by: Sequence[str], reader: RowReader, own: Sequence[Chunk], process: Process, max_slices: int = MAX_SLICES
 ) -> dict[str, list[str]]:
-    """Count every column's values over all ranks and choose the slices. Every rank calls it.
+    """For each extra column of `by`, the names of its slices by falling frequency, REST last, counted on every rank over its `own` chunks.
 
-    `by` names the reader's extra columns, in their order, as the user did; `own` are this rank's chunks. Returns for each of `by` the names
-    of its slices, by falling frequency; REST, where there is one, is the last. InputError on every rank if a file is damaged or a column
-    has more than MAX_VALUES values.
+    InputError on every rank if a file is damaged or a column has more than MAX_VALUES values.
     """
     counts: list[Counter[str]] = [Counter() for _ in by]
     with agreed(process):

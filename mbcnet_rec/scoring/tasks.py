@@ -53,10 +53,9 @@ def output_names(tasks: Sequence[str], branches: Sequence[str]) -> list[str]:
 
 
 class Judge:
-    """Says by one metric, by its name among those of all tasks, which of two evaluations is better.
+    """Says by one metric of all tasks which evaluation is better; InputError if there is none, or it is better neither high nor low.
 
-    `ranking_k`: places of rankings that are measured; None: there is no group column. InputError if there is no such metric, or it is
-    neither better where it is higher nor where it is lower.
+    `ranking_k`: places of rankings that are measured; None: there is no group column.
     """
 
     def __init__(

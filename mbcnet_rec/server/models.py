@@ -141,8 +141,7 @@ class Models:
     def switch(self, name: str | None, wait: bool = True) -> list[str]:
         """Let all workers serve another artifact, or what a delta makes of theirs; None: the one before. Returns what went wrong in workers.
 
-        Refused if it lies elsewhere or cannot be served: what serves, serves on. BlockingIOError if another change is under way, and `wait`
-        is false.
+        Refused, and what serves serves on, if it cannot be served; BlockingIOError if another change is under way without `wait`.
         """
         with (self.state / "lock").open("w") as lock:  # one change at a time, of all workers
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -197,10 +197,9 @@ def take_apart(
 
 
 def with_rows(exported: Exported, weights: Weights, rows: str) -> Exported:
-    """The same with its tables' rows packed as fp32, fp16, int8 or int4: a block of bytes for each pooling, laid out as FBGEMM reads it.
+    """The same with rows packed as fp32, fp16, int8 or int4: a block of bytes for each pooling, laid out as FBGEMM reads it.
 
-    int8 and int4 are row-wise: x ~ scale * q + bias, q of 8 or 4 bits, scale and bias float16, so the largest error of a
-    row is (max - min) / 2 / (2^bits - 1), plus float16's rounding.
+    int8, int4: x ~ scale * q + bias, q of 8 or 4 bits, both float16, so an error is at most (max - min) / 2 / (2^bits - 1) of a row, and rounding.
     """
     spec: dict[str, Any] = exported.spec | {"rows": rows}
     packed = {f"{serving.ZCH}{name}": pairs for name, pairs in weights.id_rows.items()}
@@ -249,10 +248,9 @@ Lookups = dict[str, list[tuple[str, int]]]  # pooling -> (field, index of its ta
 
 
 def pool_tables(tables: Sequence[Table], schema: Schema) -> tuple[Tables, Lookups]:
-    """Sort tables by pooling, which FBGEMM fixes for a whole group of them: those that sequences read stand last.
+    """Sort tables by pooling, which FBGEMM fixes for a group: in it those of lists last, so that the lookups of one id a row are joined.
 
-    Inside a group tables of lists stand behind others, so that the lookups of one id a row are joined at once. A field of a sequence
-    has a lookup for each position.
+    Those that sequences read stand last, with a lookup for each position.
     """
     pooled: Tables = {}
     lookups: Lookups = {}

@@ -64,8 +64,7 @@ DTYPES = {
 def load(folder: str | Path, *, verify: bool = True, compiled: bool = False) -> "ServingModel":
     """Load what `mbcnet export` wrote; ValueError if the folder is not an artifact, has another format, or is damaged.
 
-    `verify` compares every file's SHA-256 with model.json, and so reads all of each file once. `compiled` runs the dense part that
-    `mbcnet export --aot` compiled. It is machine code: load it from people you trust only.
+    `verify` reads all of each file once, for its SHA-256. `compiled` runs what `--aot` compiled, machine code: only from people you trust.
     """
     folder = Path(folder)
     try:
@@ -296,10 +295,9 @@ def rows_of(opened: IntNBitTableBatchedEmbeddingBagsCodegen, tables: Sequence[Ma
 
 
 def build_graph(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """Make the dense part, (B, N) -> (B,), from its straight list of ATen calls.
+    """Make the dense part, (B, N) -> (B,), from its straight list of ATen calls: one Python function, which drops what it needs no more.
 
-    torch.fx writes them as one Python function, which drops each value after its last use. In `spec`, arguments that are nodes read
-    {"node": name}, dtypes {"torch": name}.
+    In `spec`, arguments that are nodes read {"node": name}, dtypes {"torch": name}.
     """
     run = compile_graph(json.dumps(spec))
     values = [weights[name] for name in spec["weights"].values()]

@@ -59,10 +59,9 @@ class Probe:
 
 
 def probe_run(folder: Path, split: str, max_rows: int = 0, category: str = "", step: int | None = None) -> Probe:
-    """Run a trained MBCnet over the valid or test split, and read the ids of a categorical field if one is named.
+    """Run a trained MBCnet, its best checkpoint or that of `step`, over a split, to the batch that reaches `max_rows`; read a field's ids.
 
-    With `max_rows` it stops after the batch that reaches them; `step` is of the checkpoint, by default the best. InputError if there is no
-    such run, split or field, or the model has no branches.
+    InputError if there is no such run, split or field, or the model has no branches.
     """
     with opened_run(folder) as (run, process):
         run = run if step is None else replace(run, step=step)

@@ -222,10 +222,9 @@ def train_task(task: TrainTask) -> None:
 
 
 def train_all(runs: Sequence[Run], engine: Engine, train: Train = train_and_score) -> Iterator[tuple[Run, str]]:
-    """Train what is not done yet, each run a task of the engine; yield each when it ends, and why it failed or "". It raises as `train_one` does.
+    """Train what is not done, each run a task of the engine, once; yield each with why it failed or "", and go on. Raises as `train_one` does.
 
-    The same run wanted twice is trained once. A run that fails does not end the study: its row says so. 0 workers of the local engine are one
-    for each core, or a single one where runs take a GPU. Of torchrun's ranks only the first hears of the others' runs.
+    0 workers of the local engine: one a core, or a single one where runs take a GPU. Of torchrun's ranks only the first hears of the others' runs.
     """
     wanted = {run.folder.with_suffix(".ended"): run for run in runs}
     tasks = {path: TrainTask(run.config, train, path) for path, run in wanted.items()}
@@ -254,10 +253,9 @@ def train_all(runs: Sequence[Run], engine: Engine, train: Train = train_and_scor
 
 
 def scores(folder: Path, splits: Sequence[str] = ("test", "valid")) -> dict[str, Any]:
-    """Read what a finished run is judged by: its metrics on the test rows, else those of its best validation; NaN where not defined.
+    """What a finished run is judged by: test metrics, else its best validation's, NaN if not defined; InputError if there are no such rows.
 
-    With them `disagreement`, the mean over directed pairs and the log, of a run with branches; `dead`, the outputs that were so at the end; and
-    `note`, why there is no AUC, or "". InputError if these splits have no rows.
+    With them, of branches, the mean `disagreement` over pairs and the log, `dead` outputs at the end, and a `note` on why there is no AUC.
     """
     lines = read_metrics(folder)
     line = judged_line(lines, splits)

@@ -143,10 +143,9 @@ class TrialTask(NamedTuple):
 def tune_model(
     config: RunConfig, search: Search, kind: str, out: Path, train: runs.Train = runs.train_one, engine: Engine = HERE
 ) -> tuple[Path, FrozenTrial] | None:
-    """Run the trials of one model that are still missing, all with the config's seed; return the winner's config file, and its trial.
+    """Run a model's missing trials, all with the config's seed, in `out`; its winner's config file and trial, on torchrun's first rank.
 
-    The study, the trials' runs and the winner lie in `out`. None on torchrun's other ranks. InputError if earlier trials were of another
-    space, config, schema or data, or none came to an end.
+    InputError if earlier trials were of another space, config, schema or data, or none came to an end.
     """
     folder, known = out / "trials" / kind, {}
     if engine.is_first:
@@ -220,10 +219,9 @@ def base_config(config: RunConfig, kind: str, out: Path) -> RunConfig:
 
 
 def run_trial(task: TrialTask) -> None:
-    """Draw, train and score one trial, and write what came of it in words.
+    """Draw, train and score one trial, and write what came of it in words; an interrupted one is tried again, and the two count once.
 
-    A trial whose validation AUC lies below the median of those that have ended at the same evaluation is pruned. One that was interrupted
-    is tried again; the two count once.
+    It is pruned where its validation AUC lies below the median of those that have ended, at the same evaluation.
     """
     study = open_study(task.result.parent, task.base.model.kind)
     earlier = tries_of(study, task.number)
