@@ -67,8 +67,8 @@ class _CrossNetwork(torch.autograd.Function):
         layers = len(ctx.layers)
         weights, kept = saved[: 4 * layers], saved[4 * layers :]
         found: list[Tensor | None] = []
-        of_x, of_x_0 = gradient.contiguous(), None
-        of_y = torch.empty_like(of_x)
+        of_x, of_x_0 = gradient, None
+        of_y = torch.empty_like(x_0)  # one for all layers: memory in use is written faster than fresh
         for place in reversed(range(layers)):
             first, c, last, _ = weights[4 * place : 4 * place + 4]
             x, inner, y = kept[3 * place : 3 * place + 3]
