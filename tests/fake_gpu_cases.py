@@ -126,19 +126,29 @@ def model_step(settings: list[str], device: torch.device, autocast: bool) -> dic
     }
 
 
-def architectures() -> dict[str, Any]:
-    """Each variant on the fake device, and on a CPU."""
+def on_both(names: list[str], autocast: bool) -> dict[str, Any]:
+    """Variants on the fake device, and on a CPU."""
     device = CUDA if COMPILER else torch.device("meta")
     found = {}
-    for name, settings in VARIANTS.items():
-        for autocast in (True,) if " " in name else (False, True):
-            with FakeGPU() if COMPILER else contextlib.nullcontext():
-                on_gpu = model_step(settings, device, autocast)
-            found[f"{name}{', bf16' if autocast else ''}"] = [
-                on_gpu,
-                model_step(settings, torch.device("cpu"), autocast),
-            ]
+    for name in names:
+        settings = VARIANTS[name]
+        with FakeGPU() if COMPILER else contextlib.nullcontext():
+            on_gpu = model_step(settings, device, autocast)
+        on_cpu = model_step(settings, torch.device("cpu"), autocast)
+        found[f"{name}{', bf16' if autocast else ''}"] = [on_gpu, on_cpu]
     return found
+
+
+def architectures() -> dict[str, Any]:
+    """Each kind as it is by default, and what else a config may say of it under autocast."""
+    return on_both([each for each in VARIANTS if " " not in each], False) | on_both(
+        [each for each in VARIANTS if " " in each], True
+    )
+
+
+def in_bf16() -> dict[str, Any]:
+    """Each kind under autocast."""
+    return on_both([each for each in VARIANTS if " " not in each], True)
 
 
 def arch_of(settings: list[str], objective: bool = False) -> tuple[Any, Any]:
@@ -393,7 +403,9 @@ def cache_of(kernel: Any) -> list[list[int]]:
 
 
 def results_of(names: str) -> dict[str, Any]:
-    cases: tuple[Callable[[], Any], ...] = (architectures, streams, graphs, wrong_device, places, waits, taught, caches)
+    cases: tuple[Callable[[], Any], ...] = (
+        architectures, in_bf16, streams, graphs, wrong_device, places, waits, taught, caches,
+    )  # fmt: skip
     known = {each.__name__: each for each in cases}
     try:
         return {name: known[name]() for name in names.split(",")}

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,12 +125,17 @@ def evaluated(folder: Path, scenario: str) -> dict:
     return json.loads(found["words"][0].splitlines()[-1])
 
 
-def printed_by(*argv) -> tuple[int, str, str]:
-    """Run `mbcnet` in this process: exit code, and what it wrote to stdout and stderr."""
+def printed(action: Callable[[], int]) -> tuple[int, str, str]:
+    """The exit code that an action returns, and what it wrote to stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(each) for each in argv])
+        code = action()
     return code, out.getvalue(), err.getvalue()
+
+
+def printed_by(*argv) -> tuple[int, str, str]:
+    """Run `mbcnet` in this process: exit code, and what it wrote to stdout and stderr."""
+    return printed(lambda: main([str(each) for each in argv]))
 
 
 def artifact_of(runs: Path, kind: str = "row_wise", rows: str = "int8") -> Path:

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny_run
 from small_data import write_small
 
 import mbcnet_rec
@@ -62,8 +63,9 @@ def test_a_run_evaluates_and_has_its_metrics(run, config):
 
 def test_two_runs_in_one_process_do_not_disturb_each_other(run, config):
     """The same config gives the same weights before and after another model has trained in between."""
-    other = train(load_config(config, [f"train.out={config.parent / 'dnn'}", "model.kind=dnn", "train.seed=9", *SHORT]))
-    again = train(load_config(config, [f"train.out={config.parent / 'again'}", *SHORT]))
+    assert tiny_run.train(config, f"train.out={config.parent / 'dnn'}", "model.kind=dnn", "train.seed=9", *SHORT) == 0
+    assert tiny_run.train(config, f"train.out={config.parent / 'again'}", *SHORT) == 0
+    other, again = (Run.load(config.parent / name) for name in ("dnn", "again"))
     rows = pq.read_table(config.parent / "test.parquet")
     np.testing.assert_array_equal(run.predict(rows), again.predict(rows))
     assert np.abs(other.predict(rows) - run.predict(rows)).max() > 1e-4

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from small_data import SCHEMA, write_small
+from tiny_run import train
 
 from data.errors import InputError
 from data.schema import load_schema
@@ -23,8 +24,7 @@ STEPS = 6
 def config(tmp_path_factory):
     """A config whose run has trained STEPS steps."""
     config = write_small(tmp_path_factory.mktemp("compatibility"), train_rows=960, other_rows=96)
-    settings = ["--set", f"train.max_steps={STEPS}", "--set", "data.valid=[]", "--set", "data.test=[]"]
-    assert main(["train", "--config", str(config), *settings]) == 0
+    assert train(config, f"train.max_steps={STEPS}", "data.valid=[]", "data.test=[]") == 0
     return config
 
 
@@ -118,7 +118,7 @@ def test_the_command_line_refuses_and_loads_in_part(config, tmp_path, capfd):
     run = tmp_path / "run"
     settings = [f"train.out={run}", "data.valid=[]", "data.test=[]"]
     args = ["train", "--config", str(config), *(word for each in settings for word in ("--set", each))]
-    assert main([*args, "--set", "train.max_steps=2"]) == 0
+    assert train(config, *settings, "train.max_steps=2") == 0
     capfd.readouterr()
     more = ["--set", "train.max_steps=4", "--set", "optim.embedding.name=adagrad", "--resume"]
     assert main([*args, *more]) == 2

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_run import train
 
 from data.public.prepare import prepare
 from data.schema import load_schema
@@ -52,8 +53,8 @@ def test_real_data_trains(name, tmp_path, monkeypatch, capfd):
         pytest.skip(f"the real files are not here ({REAL[name]})")
     prepare(name, SHARED / REAL[name], tmp_path / "prepared" / name)
     monkeypatch.chdir(tmp_path)
-    short = ["--set", "train.max_steps=3", "--set", "train.eval_every=3", "--set", "train.log_every=1"]
-    assert main(["train", "--config", str(ROOT / f"mbcnet_rec/configs/{name}.toml"), *short]) == 0
+    short = ("train.max_steps=3", "train.eval_every=3", "train.log_every=1")
+    assert train(ROOT / f"mbcnet_rec/configs/{name}.toml", *short) == 0
     done = json.loads((tmp_path / "runs" / name / "DONE").read_text())
     assert done["step"] <= 3 and 0 < done["log_loss"] < 2
     schema = load_schema(tmp_path / "prepared" / name / "schema.toml")
@@ -65,8 +66,7 @@ def test_real_data_trains(name, tmp_path, monkeypatch, capfd):
 def test_demo_trains_on_small_data(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(["data", "synth", "--out", "prepared/demo", "--rows", "7000"]) == 0
-    demo = str(ROOT / "mbcnet_rec/configs/demo.toml")
-    assert main(["train", "--config", demo, "--set", "train.max_steps=4", "--set", "train.log_every=2"]) == 0
+    assert train(ROOT / "mbcnet_rec/configs/demo.toml", "train.max_steps=4", "train.log_every=2") == 0
     out = capfd.readouterr().out
     assert "best reachable" in out and "fused" in out and "efgc" in out
     assert "192 fields" in out and "run folder: runs/demo" in out

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_data import write_small
+from tiny_run import train
 
 from data.plugins import load_plugin, pinned
 from mbcnet_rec.cli import main
@@ -57,8 +58,8 @@ def test_a_new_model_is_a_skeleton_whose_test_passes_and_that_trains(tmp_path, m
     done = subprocess.run(own, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:]
     config = write_small(tmp_path)
-    words = ["--set", "train.max_steps=3", "--set", "train.eval_every=3", "--set", "model.kind=deep_gate"]
-    assert main(["train", "--config", str(config), "--plugin", "deep_gate.py", *words]) == 0
+    words = ("train.max_steps=3", "train.eval_every=3", "model.kind=deep_gate")
+    assert train(config, "plugins+=deep_gate.py", *words) == 0
     capfd.readouterr()
     for name, said in (("deep_gate", "exists already"), ("Deep", "small letters"), ("class", "small letters")):
         assert main(["model", "new", name]) == 2

@@ -23,12 +23,8 @@ NEEDS_COMPILER = pytest.mark.skipif(not COMPILER, reason="no C++ compiler for th
 SCRIPT = Path(__file__).with_name("fake_gpu_cases.py")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fake_gpu")
-    # two processes at once, so that both files of tests are done within half a minute; caches loads what waits has saved
-    halves = ["architectures,graphs", "streams,wrong_device,places,waits,taught,caches"]
-    command = [sys.executable, str(SCRIPT), str(folder), *(halves if COMPILER else ["architectures"])]
+def results_of(folder, *cases):
+    command = [sys.executable, str(SCRIPT), str(folder), *cases]
     done = subprocess.run(
         command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, timeout=840
     )
@@ -36,9 +32,27 @@ def found(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_every_model_steps_on_the_device_alone_and_computes_what_a_cpu_does(found):
-    assert len(found["architectures"]) == 30
-    for name, (gpu, cpu) in found["architectures"].items():
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    # two processes at once; caches loads what waits has saved
+    halves = ["architectures,graphs", "streams,wrong_device,places,waits,caches"]
+    return results_of(tmp_path_factory.mktemp("fake_gpu"), *(halves if COMPILER else ["architectures"]))
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    """Cases of the long lane."""
+    return results_of(tmp_path_factory.mktemp("fake_gpu"), "in_bf16", *(["taught"] if COMPILER else []))
+
+
+@pytest.mark.parametrize(
+    ("lane", "case", "count"),
+    [("found", "architectures", 17), pytest.param("more", "in_bf16", 13, marks=pytest.mark.long)],
+)
+def test_every_model_steps_on_the_device_alone_and_computes_what_a_cpu_does(request, lane, case, count):
+    steps = request.getfixturevalue(lane)[case]
+    assert len(steps) == count
+    for name, (gpu, cpu) in steps.items():
         assert gpu["devices"] == ["cuda:0" if COMPILER else "meta"], name
         assert gpu["dtypes"] == cpu["dtypes"] == ["torch.float32"], (
             f"{name}: losses and gradients stay float32 under autocast"
@@ -152,10 +166,11 @@ def test_a_step_on_one_gpu_waits_once_and_copies_no_pageable_memory(found):
     assert not any(steps[f"step {step}"]["pageable"] for step in (2, 3, 4, 5))
 
 
+@pytest.mark.long
 @NEEDS_COMPILER
-def test_teachers_on_one_gpu_make_no_step_wait(found):
+def test_teachers_on_one_gpu_make_no_step_wait(more):
     """Their logits stay on the device, where the student's batch is not copied again."""
-    steps = found["taught"]["steps"]
+    steps = more["taught"]["steps"]
     assert [waits_by_file(steps[f"step {step}"]) for step in (2, 3)] == [VERDICT, VERDICT]
     assert not any(steps[f"step {step}"]["pageable"] for step in (2, 3))
 

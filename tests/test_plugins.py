@@ -11,7 +11,7 @@ import pytest
 import torch
 from forked_ranks import run_script
 from small_data import write_small
-from tiny_run import lines_of
+from tiny_run import lines_of, train
 from torch import nn
 
 import mbcnet_rec
@@ -118,20 +118,17 @@ def pair(home) -> Path:
 
 def test_two_ranks_train_it_with_diagnostics_of_its_branches(pair):
     lines = lines_of(pair, timing=True)
-    train = next(line for line in lines if line["split"] == "train")
-    assert {"auc/thin", "log_loss/thick", "disagreement/thin>thick", "latent_norm/thin", "coteaching_loss"} <= set(
-        train
-    )
-    assert "gradient_share/thin" in train or any("thin" in key and "grad" in key for key in train), sorted(train)
+    keys = {*next(line for line in lines if line["split"] == "train")}
+    assert {"auc/thin", "log_loss/thick", "disagreement/thin>thick", "latent_norm/thin", "coteaching_loss"} <= keys
+    assert "gradient_share/thin" in keys or any("thin" in key and "grad" in key for key in keys), sorted(keys)
     assert (pair / "plugins" / "mine.py").read_text() == PLUGIN
     config = load_config(pair / "config.toml")
     assert config.model.own.branches == ("thin", "thick") and "#sha256=" in config.plugins[0]
 
 
 def test_it_resumes_and_is_scored_and_exported(pair, home, capfd):
-    config = str(home / "run.toml")
-    longer = settings("model.kind=pair", f"train.out={pair}", *SHORT[1:], "train.max_steps=12")
-    assert main(["train", "--config", config, "--plugin", str(home / "mine.py"), *longer, "--resume"]) == 0
+    longer = ("model.kind=pair", f"train.out={pair}", *SHORT[1:], "train.max_steps=12")
+    assert train(home / "run.toml", f"plugins+={home / 'mine.py'}", *longer, resume=True) == 0
     assert json.loads((pair / "DONE").read_text())["step"] == 12
     assert main(["evaluate", str(pair), "--json"]) == 0
     assert "auc/thin" in capfd.readouterr().out
@@ -164,25 +161,25 @@ def test_another_version_of_the_file_is_refused_and_the_runs_own_can_stand_in(pa
 
 
 def test_a_loss_of_ones_own_is_part_of_the_objective_and_of_the_log(home, capfd):
-    words = settings(f"train.out={home / 'focal'}", "model.kind=dnn", "model.losses.focal.weight=0.5", *SHORT)
-    assert main(["train", "--config", str(home / "run.toml"), "--plugin", str(home / "mine.py"), *words]) == 0
-    train = next(line for line in lines_of(home / "focal") if line["split"] == "train")
-    assert train["loss"] == pytest.approx(train["bce"] + train["focal"], rel=1e-5) and train["focal"] > 0
+    words = (f"train.out={home / 'focal'}", "model.kind=dnn", "model.losses.focal.weight=0.5", *SHORT)
+    assert train(home / "run.toml", f"plugins+={home / 'mine.py'}", *words) == 0
+    line = next(line for line in lines_of(home / "focal") if line["split"] == "train")
+    assert line["loss"] == pytest.approx(line["bce"] + line["focal"], rel=1e-5) and line["focal"] > 0
     capfd.readouterr()
     with pytest.raises(InputError, match=r"model\.losses\.focal\.gama is not a known key"):
         load_config(home / "run.toml", [f"plugins+={home / 'mine.py'}", "model.losses.focal.gama=1"])
 
 
 def test_a_branch_of_ones_own_trains_beside_ours(home, capfd):
-    words = settings(
+    words = (
         f"train.out={home / 'square'}",
         'model.mbcnet.branches=["cross","square"]',
         "model.mbcnet.square.scale=0.25",
         *SHORT,
     )
-    assert main(["train", "--config", str(home / "run.toml"), "--plugin", str(home / "mine.py"), *words]) == 0
-    train = next(line for line in lines_of(home / "square") if line["split"] == "train")
-    assert "auc/square" in train and "disagreement/cross>square" in train
+    assert train(home / "run.toml", f"plugins+={home / 'mine.py'}", *words) == 0
+    line = next(line for line in lines_of(home / "square") if line["split"] == "train")
+    assert "auc/square" in line and "disagreement/cross>square" in line
     assert load_config(home / "square" / "config.toml").model.mbcnet.square.scale == 0.25
     assert (
         main(["export", str(home / "square"), "--out", str(home / "squared"), "--no-aot", "--branches", "square"]) == 0

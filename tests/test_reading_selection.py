@@ -116,13 +116,14 @@ def rows_of_days(first, last):
     ids=str,
 )
 def test_whole_days(log, where, days):
-    _, files = log
+    kind, files = log
     if days is None:
         with pytest.raises(InputError, match="hold no rows that where"):
             kept(files, *where)
         return
     assert kept(files, *where) == rows_of_days(*days)
-    assert kept(files, *where, world_size=4, order="shuffled", workers=1) == rows_of_days(*days)
+    if kind == "seconds":  # who reads which rows does not depend on the type of a column
+        assert kept(files, *where, world_size=4, order="shuffled", workers=1) == rows_of_days(*days)
 
 
 def test_an_hour_within_a_row_group(log):
@@ -168,7 +169,7 @@ def test_int96_and_types_that_change_from_day_to_day(tmp_path):
     assert kept(files, "at >= last 4") == rows_of_days(6, 10)
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(
     st.sampled_from(["<", "<=", ">", ">=", "=", "!="]),
     st.integers(-2, 12),

@@ -135,7 +135,7 @@ def test_where_a_copy_was_changed_the_checkpoints_own_is_read(place, capfd, name
     assert f"warning: runs/r/{name}: is not that of the checkpoint of step 60" in capfd.readouterr().err
     assert main(["export", "runs/r", "--out", "served", "--no-aot"]) == 0
     assert path.exists() == (change != "gone"), "what only reads a run writes nothing there"
-    assert main(["train", "--config", "run.toml", "--resume", "--set", "train.epochs=4"]) == 0
+    assert train(Path("run.toml"), "train.epochs=4", resume=True) == 0
     assert path.read_bytes() == whole, "a run that goes on brings it back"
 
 

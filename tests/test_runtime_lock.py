@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -18,28 +18,53 @@ from data.errors import InputError
 from mbcnet_rec.cli import main
 from mbcnet_rec.runtime.lock import LOCK, locked, this_process
 
+# one process imports, and forks an owner for each folder, which it does not wait for
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from mbcnet_rec.runtime.lock import locked
-with locked(Path(sys.argv[1]), "train"):
-    print("held", flush=True)
-    time.sleep(100)
+for folder in sys.argv[1:]:
+    ours, theirs = os.pipe()
+    owner = os.fork()
+    if not owner:
+        with locked(Path(folder), "train"):
+            os.write(theirs, b"held")
+            time.sleep(100)
+    assert os.read(ours, 4) == b"held"
+    print(owner, flush=True)
+time.sleep(100)
 """
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Another process, and the folder that it has."""
+
+    pid: int
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def holders(tmp_path_factory):
+    """One for each test that wants one."""
+    folders = [tmp_path_factory.mktemp("held") / "run" for _ in range(4)]
+    command = [sys.executable, "-c", HOLD, *map(str, folders)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        found = [Holder(int(process.stdout.readline()), folder) for folder in folders]
+        yield iter(found)
+        for each in found:  # those that a test ended are zombies still
+            os.kill(each.pid, signal.SIGKILL)
+        process.kill()
+
+
 @pytest.fixture
-def holder(tmp_path):
-    """Another process, which has the folder tmp_path/run."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.communicate()
+def holder(holders):
+    return next(holders)
 
 
 def test_every_command_refuses_a_folder_in_use_and_changes_nothing(tmp_path, holder, capfd):
-    config, run = write_small(tmp_path, 200, 50), tmp_path / "run"
+    config, run = write_small(tmp_path, 200, 50), holder.run
     (tmp_path / "space.toml").write_text('[space]\n"optim.dense_lr" = { low = 1e-3, high = 1e-2 }\n')
     (run / "config.toml").write_text("mine")
     before = {path: path.read_text() for path in run.iterdir()}
@@ -64,16 +89,16 @@ def test_every_command_refuses_a_folder_in_use_and_changes_nothing(tmp_path, hol
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_a_dead_owner_is_followed_at_once(tmp_path, holder, capfd, end):
+def test_a_dead_owner_is_followed_at_once(holder, capfd, end):
     os.kill(holder.pid, end)  # not waited for: a zombie is dead too
     wait_for(lambda: "Z" in Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2], "it ends")
-    assert (tmp_path / "run" / LOCK).exists() == (end == signal.SIGKILL)
-    with locked(tmp_path / "run", "train"):
-        assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    assert (holder.run / LOCK).exists() == (end == signal.SIGKILL)
+    with locked(holder.run, "train"):
+        assert json.loads((holder.run / LOCK).read_text())["pid"] == os.getpid()
     assert (f"taken over from `mbcnet train`, process {holder.pid} " in capfd.readouterr().err) == (
         end == signal.SIGKILL
     )
-    assert not (tmp_path / "run" / LOCK).exists()
+    assert not (holder.run / LOCK).exists()
 
 
 def write_lock(folder, **changes):
@@ -88,8 +113,8 @@ def test_a_process_id_that_is_used_again_is_no_owner(tmp_path, capfd):
 
 
 def test_a_copy_of_a_folder_is_free(tmp_path, holder):
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    (tmp_path / "link").symlink_to(tmp_path / "run")
+    shutil.copytree(holder.run, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(holder.run)
     with locked(tmp_path / "copy", "train"):
         pass
     with pytest.raises(InputError, match="in use"), locked(tmp_path / "link", "train"):

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from small_data import write_small
+from tiny_run import train
 
 from data.errors import InputError
 from data.schema import format_schema, load_schema
@@ -63,9 +64,7 @@ def test_the_schema_keeps_what_it_says_and_its_text(schema, home, tmp_path):
 def test_training_scoring_and_serving_use_it(schema, home, tmp_path, capfd):
     run, test = tmp_path / "run", str(home / "test.parquet")
     words = (f"schema={schema}", f"train.out={run}", "model.kind=dnn", "train.max_steps=4", "train.eval_every=4")
-    assert (
-        main(["train", "--config", str(home / "run.toml"), *(part for word in words for part in ("--set", word))]) == 0
-    )
+    assert train(home / "run.toml", *words) == 0
     assert (run / "plugins" / "mine.py").read_text() == FILE
     assert main(["predict", str(run), "--data", test, "--out", str(tmp_path / "scores")]) == 0
     assert main(["export", str(run), "--out", str(tmp_path / "artifact"), "--rows", "fp32", "--no-aot"]) == 0

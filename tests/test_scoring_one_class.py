@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from serving_data import printed_by
+from serving_data import printed, printed_by
 from tiny_run import lines_of, make_run, train
 
 from mbcnet_rec.checkpoints.storage import CheckpointStorage, best_step
@@ -43,7 +43,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(home):
     run = home / "run"
-    code, out, err = printed_by("train", "--config", home / "tiny.toml", *sets(*EARLY, f"train.out={run}"))
+    code, out, err = printed(lambda: train(home / "tiny.toml", *EARLY, f"train.out={run}"))
     assert code == 0, err
     (home / "said").write_text(out + err)
     return run
@@ -108,19 +108,9 @@ def test_tune_and_study_say_the_true_cause(home):
 
 
 def test_training_rows_of_one_class_are_told(home):
-    code, _, err = printed_by(
-        "train",
-        "--config",
-        home / "tiny.toml",
-        *sets(
-            f"data.train=['{home}/rows/positive.parquet']",
-            "data.valid=[]",
-            "data.batch_size=12",
-            "train.log_every=1",
-            "train.epochs=2",
-            f"train.out={home}/ones",
-        ),
-    )
+    settings = ("data.valid=[]", "data.batch_size=12", "train.log_every=1", "train.epochs=2", f"train.out={home}/ones")
+    train_rows = f"data.train=['{home}/rows/positive.parquet']"
+    code, _, err = printed(lambda: train(home / "tiny.toml", train_rows, *settings))
     assert code == 0 and err.count("data.train: the rows are all of one class, label 1: nothing can be learned") == 1
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_data import write_small
+from tiny_run import train
 
 from data.errors import InputError
 from data.schema import load_schema
@@ -24,9 +25,9 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """An EnKD run, made by `mbcnet train`."""
+    """An EnKD run, as `mbcnet train` makes it."""
     path = write_small(tmp_path_factory.mktemp("enkd"), 1_500, 300)
-    assert main(["train", "--config", str(path), *(f"--set={each}" for each in SETTINGS)]) == 0
+    assert train(path, *SETTINGS) == 0
     return load_config(path, SETTINGS)
 
 
@@ -90,7 +91,7 @@ def test_the_student_logs_what_the_teachers_add_and_is_tested_without_them(confi
 def test_a_resumed_run_keeps_its_teachers(config, capfd):
     teachers = config.run_folder.with_name("run_teachers")
     before = {path: path.stat().st_mtime_ns for path in teachers.glob("*/DONE")}
-    assert main(["train", "--config", str(config.run_folder / "config.toml"), "--resume"]) == 0
+    assert train(config.run_folder / "config.toml", resume=True) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

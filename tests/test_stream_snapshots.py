@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_data import small_table, write_small
+from tiny_run import train
 
 from data.errors import InputError
 from data.reading.config import StreamOptions
@@ -15,7 +16,6 @@ from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import FileList
 from data.schema import load_schema
 from data.stream import ParquetStream
-from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 
 deltalake = pytest.importorskip("deltalake")
@@ -59,16 +59,16 @@ def test_a_version_is_its_files_and_no_others(table, tmp_path):
 
 
 def test_a_run_resumes_with_the_rows_that_it_began_with(table, tmp_path, capsys):
-    words = ["train", "--config", str(tmp_path / "run.toml"), "--set", f'data.train=["delta://{table}"]']
-    assert main([*words, "--set", "train.epochs=1"]) == 0
+    words = (tmp_path / "run.toml", f'data.train=["delta://{table}"]')
+    assert train(*words, "train.epochs=1") == 0
     append(table)
     capsys.readouterr()
-    assert main([*words, "--set", "train.epochs=2", "--resume"]) == 0
+    assert train(*words, "train.epochs=2", resume=True) == 0
     assert "train 600 rows of" in capsys.readouterr().out
     run = tmp_path / "run"
     assert load_config(run / "config.toml").data.train == (f"delta://{table}@0",)
     assert len(json.loads((run / "data.json").read_text())["train"]) == 2
-    assert main([*words, "--set", "train.epochs=1", "--overwrite"]) == 0
+    assert train(*words, "train.epochs=1", overwrite=True) == 0
     assert load_config(run / "config.toml").data.train == (f"delta://{table}@1",)
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from forked_ranks import run_script
 from small_data import write_small
+from tiny_run import train
 
 from mbcnet_rec.cli import main
 from sharding.plan.placement import read_plan
@@ -124,6 +125,5 @@ def test_the_planner_sees_the_tables_of_a_wide_model(small, tmp_path):
     assert main(["plan", "--config", str(wide), "--cluster", "1x1:cpu", "-o", str(plan)]) == 0
     assert {"wide_user", "wide_history"} <= read_plan(plan).tables.keys()
     assert main(["plan", "check", str(plan), "--config", str(wide)]) == 0
-    out = f"train.out={tmp_path}/run"
-    assert main(["train", "--config", str(wide), "--plan", str(plan), "--set", out]) == 0
+    assert train(wide, f"sharding.plan={plan}", f"train.out={tmp_path}/run") == 0
     assert (tmp_path / "run" / "plan.json").read_text() == plan.read_text()
