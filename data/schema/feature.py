@@ -30,70 +30,35 @@ MAX_WIDTH = 65_536  # of vectors and projections, and of buckets
 
 @dataclass(frozen=True)
 class Feature:
-    """One field of the log.
+    """One field of the log: the keys of its entry in [fields], which docs/data.md describes; 0 and "" say nothing.
 
-    Attributes:
-        kind: categorical (one id), multi_valued (a list of ids), weighted_multi_valued (a list of ids and a list of weights), sequence (a
-            list of ids in their order, the newest last, see sequences.py), numeric (one number), vector (a fixed-size list of numbers),
-            cross (the hashed combination of other fields' values, of no column).
-        column: the Parquet column, if it is not named like the field.
-        encoding: how a categorical value becomes a row: ids (integers in [0, num_embeddings)), vocabulary (a fitted list of values),
-            hash (64-bit hash, modulo num_embeddings - 1, plus 1), zch (TorchRec's zero-collision hash: an id that comes up in training
-            gets a row of its own, which it can lose to another one), gap (of a sequence: times since each event, in any unit; a gap g has
-            row 1 + floor(log2(1 + g)), at most the last row). For plain modulo, use ids with on_invalid = "modulo".
-        type: what hashed, zch and vocabulary ids are, "integer" or "text"; a column of the other type is converted (7 and "7" are one id).
-            Empty: as the training files say, or the vocabulary.
-        num_embeddings: rows of the field's table; 0 where a table or a fit says it.
-        embedding_dim: width of the field's table, a multiple of 4, at most 1024; 0 where a table says it.
-        table: name of the table, if fields share one; default: the field's own name (see `own_table`).
-        pooling: how a list's rows become one vector. Of a sequence also target_attention (each row's weight is what an MLP makes of it and
-            the target's row) or transformer (one encoder layer over the rows, then attention by the target, or without a target their mean).
-        max_length: how many values of a sequence are kept, the newest; of a cross of lists: combinations that a row keeps, the first ones,
-            0: none of its fields is a list.
-        target: the categorical field of the same table whose id a sequence's ids are compared with.
-        beside: the sequence whose events these values belong to, one value an event; its weights pool these rows too.
-        vocabulary: "fit", or a Parquet file (relative to the schema) with one column `value`, in row order.
-        min_count: values seen fewer times in training, over all days, read the out-of-vocabulary row.
-        expire_after: days, growths of a fit, after which a value that none of them had loses its row; 0: never.
-        eviction: of zch: whose row a new id gets when all are taken. distance_lfu: the fewest uses over steps since the last one;
-            lfu: the fewest uses; lru: the longest unused.
-        eviction_interval: of zch: steps from one admission of new ids to the next.
-        zch_buckets: of zch: parts of the table, each with its share of ids and rows; the number of ranks must divide it.
-        on_invalid: what an id outside [0, num_embeddings) does: error, null (as if missing) or modulo.
-        weights: the column of weights of a weighted_multi_valued field.
-        transform: of a numeric field. log1p is sign(x) * log(1 + |x|); standardise is (x - mean) / std; bucketise turns
-            the number into a row: 0 missing, 1 + the number of boundaries <= x.
-        mean, std: of standardise, "fit" or numbers.
-        boundaries: of bucketise, "fit" (quantiles of the training split) or ascending numbers.
-        num_buckets: how many buckets a fit of the boundaries makes at most.
-        width: length of a vector.
-        projection: columns that a learned linear map makes of a vector before it enters the branches; 0: it enters as it is.
-        pooling_factor: ids per row on average, for the planner; 0: not known. It changes no result.
-        cardinality: distinct values, for the planner; 0: not known. It changes no result.
-        of: the two or three fields whose values a cross combines, as they stand in the columns.
+    A sequence is an ordered list of ids, the newest last (sequences.py); a cross has no column. Rows by encoding: ids, the value itself;
+    vocabulary, its place there + 2; hash, 1 + hash mod (num_embeddings - 1); zch, one of its own, which it can lose to another id; gap, of times g
+    since an event, 1 + floor(log2(1 + g)) or the last. log1p is sign(x) log(1 + |x|), standardise (x - mean) / std, bucketise row 1 + the
+    number of boundaries <= x.
     """
 
     name: str
     kind: Kind
-    column: str = ""
+    column: str = ""  # if it is not named like the field
     encoding: Encoding = "ids"
-    type: IdType = ""
+    type: IdType = ""  # of hashed, zch and vocabulary ids; empty: as the training files say, or the vocabulary
     num_embeddings: int = 0
     embedding_dim: int = 0
-    table: str = ""
+    table: str = ""  # that fields share; empty: one of its own (see own_table)
     pooling: Pooling = "sum"
-    target: str = ""
-    beside: str = ""
-    vocabulary: str = ""
-    min_count: int = bounded(1, at_least=1, fix="use 1 to keep every value")
-    expire_after: int = bounded(0, at_least=0, fix="use 0 to keep every value")
-    eviction: Eviction = "distance_lfu"
+    target: str = ""  # the categorical field of the same table whose id a sequence's ids are compared with
+    beside: str = ""  # the sequence whose events these values belong to, one value an event
+    vocabulary: str = ""  # "fit", or a Parquet file (relative to the schema) with one column `value`, in row order
+    min_count: int = bounded(1, at_least=1, fix="use 1 to keep every value")  # rarer ones are out of vocabulary
+    expire_after: int = bounded(0, at_least=0, fix="use 0 to keep every value")  # growths without a value; 0: never
+    eviction: Eviction = "distance_lfu"  # whose row a new id of zch gets when all are taken
     eviction_interval: int = bounded(5, at_least=1, wanted="a number of steps, 1 or more", fix="use 5")
     zch_buckets: int = bounded(
         8, at_least=1, at_most=MAX_ZCH_BUCKETS, wanted=f"1 to {MAX_ZCH_BUCKETS}, a multiple of the number of ranks", fix="use 8"
     )  # fmt: skip
-    on_invalid: Literal["error", "null", "modulo"] = "error"
-    weights: str = ""
+    on_invalid: Literal["error", "null", "modulo"] = "error"  # what an id outside [0, num_embeddings) does
+    weights: str = ""  # the column of weights of a weighted_multi_valued field
     transform: str = "identity"  # a Transform, or one that others bring, see transforms.py
     mean: float | Literal["fit"] = 0.0
     std: float | Literal["fit"] = bounded(
@@ -107,9 +72,9 @@ class Feature:
     projection: int = bounded(
         0, at_least=0, at_most=MAX_WIDTH, wanted=f"a number of columns, 1 to {MAX_WIDTH}", fix="set it, or remove it"
     )  # fmt: skip
-    pooling_factor: float = bounded(0.0, at_least=0, fix="remove the minus")
-    cardinality: int = bounded(0, at_least=0, fix="remove the minus")
-    of: tuple[str, ...] = ()
+    pooling_factor: float = bounded(0.0, at_least=0, fix="remove the minus")  # ids per row, for the planner alone
+    cardinality: int = bounded(0, at_least=0, fix="remove the minus")  # distinct values, for the planner alone
+    of: tuple[str, ...] = ()  # the two or three fields whose values a cross combines, as they stand in the columns
     max_length: int = bounded(0, at_least=0, at_most=MAX_WIDTH, wanted=f"1 to {MAX_WIDTH}", fix="change it")
 
     @property

@@ -12,10 +12,7 @@ A schema is one TOML file, one line a field:
     [groups]
     taste = ["user_id", "tags", "image"]
 
-What a missing value (null) means, by kind: categorical "ids" and "zch" -> an empty bag, which looks up the zero vector; "vocabulary", "hash"
-and bucketised numerics -> row 0, which is learned; cross -> row 0, where any of its fields has no value; multi-valued -> an empty list, and a null inside a list is no value; a null weight -> 0;
-numeric -> 0 after the transform, which is the mean of a standardised one; vector -> zeros. A null label is an error; of several
-(`labels = ["click", "buy"]` instead of `label`) a null one says that the row tells nothing of that label.
+What a missing value (null) means for each kind of field, and which types a column may have, docs/data.md has in tables.
 A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary, row 2 + i the i-th value.
 """
 
