@@ -32,14 +32,11 @@ from torch.distributed.run import config_from_args, parse_args
 from launch.job import CANNOT_WRITE, EXIT_CODES, INTERRUPTED, LOGS, LOST_RANK, NON_FINITE, PREEMPTED, USER_MISTAKE
 from launch.worker import NOTES, signal_after_parent
 
-# torchx kills a local job 10 seconds after Ctrl-C; workers must be gone before.
-LOCAL_SHUTDOWN_SECONDS = 8
-# On a cluster workers may write a checkpoint for as long as the scheduler lets them.
-SHUTDOWN_SECONDS = 600
+LOCAL_SHUTDOWN_SECONDS = 8  # torchx kills a local job 10 seconds after Ctrl-C; workers must be gone before.
+SHUTDOWN_SECONDS = 600  # on a cluster workers may write a checkpoint for as long as the scheduler lets them
 # Codes with which a worker leaves after it has said why; 1 follows a traceback.
 REPORTED_CODES = (1, USER_MISTAKE, CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK, INTERRUPTED)
-# What would fail again at every start
-NO_RETRY_CODES = (USER_MISTAKE, NON_FINITE)
+NO_RETRY_CODES = (USER_MISTAKE, NON_FINITE)  # what would fail again at every start
 
 
 class Agent(LocalElasticAgent):

@@ -9,23 +9,17 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 
-# Where the workers begin; torchrun starts it once for each process.
-WORKER = "launch.worker"
+WORKER = "launch.worker"  # where the workers begin; torchrun starts it once for each process
 AGENT = "launch.agent"
-# Where a local job keeps the output of its ranks
-LOGS = "logs"
-# Between a stop request and the end: time for a checkpoint of the largest model
-GRACE_SECONDS = 300
-# As the Dockerfile's user
-USER_ID = 10001
+LOGS = "logs"  # where a local job keeps the output of its ranks
+GRACE_SECONDS = 300  # between a stop request and the end: time for a checkpoint of the largest model
+USER_ID = 10001  # as the Dockerfile's user
 # Kubernetes' securityContext of a pod: the image's user, to whom the volumes belong too
 POD_SECURITY = {"runAsNonRoot": True, "runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
 # Of this environment's programs. On a cluster with a shared file system it is right on every host.
 PROGRAMS = os.path.dirname(sys.executable)
-# A folder in which the launchers of a local job leave their exit codes
-EXIT_CODES = "LAUNCH_EXIT_CODES"
-# Key in the metadata of a torchx role: what we add to a scheduler's request is for our own jobs only
-OURS = "mbcnet"
+EXIT_CODES = "LAUNCH_EXIT_CODES"  # a folder in which the launchers of a local job leave their exit codes
+OURS = "mbcnet"  # key in the metadata of a torchx role: what we add to a scheduler's request is for our own jobs only
 # Exit codes of a worker, as in mbcnet_rec/runtime/exits.py
 USER_MISTAKE, CANNOT_WRITE, PREEMPTED, NON_FINITE, LOST_RANK, INTERRUPTED = 2, 74, 75, 76, 77, 130
 # How often torchelastic restarts the workers of a job of several hosts: when one is lost, the others continue from the checkpoint

@@ -15,10 +15,8 @@ from torchx.specs import AppDef, AppState, ReplicaStatus, Role, RoleStatus
 
 from launch.job import GRACE_SECONDS, OURS
 
-# A job shorter than so many times the warning would be warned as it starts.
-SHORTEST_WARNED = 6
-# JobName, which is ROLE-INDEX, and State of one replica
-Row = tuple[str, str]
+SHORTEST_WARNED = 6  # a job shorter than so many times the warning would be warned as it starts
+Row = tuple[str, str]  # JobName, which is ROLE-INDEX, and State of one replica
 
 
 def replicas_of(app_id: str) -> list[Row]:

@@ -29,12 +29,10 @@ from launch.job import INTERRUPTED, LOST_RANK, PREEMPTED
 COMMAND_LINE = "mbcnet_rec.cli"
 # The agent's folder for messages of its ranks: exit_RANK holds a rank's exit code, said_RANK what to print on the terminal.
 NOTES = "LAUNCH_NOTES"
-# Done, stopped with a checkpoint, stopped by Ctrl-C: no errors
-STOPPED = (0, PREEMPTED, INTERRUPTED)
+STOPPED = (0, PREEMPTED, INTERRUPTED)  # Done, stopped with a checkpoint, stopped by Ctrl-C: no errors
 # A rank's error after another rank has failed; the cause is the other rank's error.
 SECONDARY_ERROR = re.compile("Connection (closed|reset)|Broken pipe|remote process exited|NCCL|Timed out waiting")
-# How long a rank whose error is secondary waits for the rank with the cause to report it
-SECONDARY_WAIT_SECONDS = 2.0
+SECONDARY_WAIT_SECONDS = 2.0  # how long a rank whose error is secondary waits for the rank with the cause to report it
 CLAIM_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
 

@@ -39,8 +39,7 @@ TASTE = 4
 PAIR_LATENT = 3
 LOW_HALVES = np.uint64(0x0000FFFF0000FFFF)
 LOW_WORD = np.uint64(0xFFFFFFFF)
-# makes the sum of four 16-bit uniforms unit variance
-IRWIN_HALL_SCALE = 1.0 / (65536.0 * np.sqrt(4.0 / 12.0))
+IRWIN_HALL_SCALE = 1.0 / (65536.0 * np.sqrt(4.0 / 12.0))  # makes the sum of four 16-bit uniforms unit variance
 PIXEL_STEP = 16.0  # pixels are multiples of 1/16: exact in float32 and small in a file
 DRIFT_RADIANS_PER_DAY = np.pi / 56  # taste on day 14 correlates about 0.75 with taste on day 1
 

@@ -166,8 +166,7 @@ def task_of(args: argparse.Namespace) -> Task:
     task = Task(schema, config, cluster, batch, optimizer)
     if run is None:  # a config may bring tables of the model's own; the planner checks again
         check_constraints(task)
-    # torch: after every mistake that is seen without it
-    from mbcnet_rec.dense_cost import dense_cost
+    from mbcnet_rec.dense_cost import dense_cost  # torch: after every mistake that is seen without it
     from mbcnet_rec.model.models import schema_with_wide
     from mbcnet_rec.plugins import model_config
 

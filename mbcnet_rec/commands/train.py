@@ -33,8 +33,7 @@ def train(args: argparse.Namespace) -> int:
         if (named := config.sharding.plan) and named != args.plan:
             raise InputError(f"--plan {args.plan}: the config's sharding.plan is {named!r}; remove one of the two")
         config = replace(config, sharding=replace(config.sharding, plan=args.plan))
-    # imports torchrec: after every mistake that is seen without it
-    from mbcnet_rec.teachers import train_model
+    from mbcnet_rec.teachers import train_model  # imports torchrec: after every mistake that is seen without it
 
     how: dict[str, Any] = {name: getattr(args, name) for name in ("allow_partial", "again", "progressive")}
     how["report"] = _draw_report

@@ -26,8 +26,7 @@ EXPERIMENT = "mbcnet-rec"
 ANSWER_SECONDS = 10.0  # for the first answer
 CLOSE_SECONDS = 20.0  # for what is left to send when the run ends
 WAITING_LINES = 1000
-# MLflow takes so many in a request
-PARAMS_AT_ONCE = 100
+PARAMS_AT_ONCE = 100  # MLflow takes so many in a request
 
 
 def require_client(address: str) -> None:

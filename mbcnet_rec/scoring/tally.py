@@ -113,8 +113,7 @@ class Tally:
         self._keys = [np.zeros((0, has_groups + len(self.names)), np.int64)]  # group id, slices
         if not self.exact:
             self._everything = Histogram(1 + len(branches), NUM_BINS)
-            # ids of groups are hashes, so shares are about equal
-            shares = -(-num_rows // max(1, exact_rows))
+            shares = -(-num_rows // max(1, exact_rows))  # ids of groups are hashes, so shares are about equal
             self._groups = GroupShares(shares, ranking_k) if has_groups else None
             self._slices = [[Histogram(1 + len(branches), SLICE_BINS) for _ in names] for names in self.names.values()]
 

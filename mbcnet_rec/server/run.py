@@ -45,8 +45,7 @@ def run_server(options: Options) -> int:
         if not faults:
             with _listener(options) as listener:
                 (state / "metrics").mkdir()
-                # the workers read it when they start
-                os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(state / "metrics")
+                os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(state / "metrics")  # the workers read it when they start
                 config = uvicorn.Config(
                     functools.partial(build, replace(options, state=state, threads=threads)),
                     factory=True,

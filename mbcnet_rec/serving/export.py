@@ -194,8 +194,7 @@ def compare(served: serving.ServingModel, of_float: serving.ServingModel, weight
     if served.spec.get("calibration"):
         raw = evaluate_predictions(logits[0].numpy()[:, None], y, ())["ne"]
         found |= {"ne_before": finite_or_none(raw), "ne_after": finite_or_none(entropy_of(p, y))}
-    # what `mbcnet serve` compares traffic with
-    first = p.reshape(len(p), -1)[:, 0]
+    first = p.reshape(len(p), -1)[:, 0]  # what `mbcnet serve` compares traffic with
     found |= {"mean_score": float(first.mean()), "score_deviation": float(first.std())}
     return found | {"largest_probability_change": float(np.abs(p - q).max())}
 

@@ -32,8 +32,7 @@ class StudyRequest:
     overrides: tuple[str, ...] = ()  # changes of that config, `key.path=value`
     seeds: int = 3  # the config's own and those after it
     models: tuple[str, ...] = ()  # kinds to run; empty: the study's own
-    # folder of `mbcnet tune`, whose KIND.toml stands in for the config of that kind
-    tuned: Path | None = None
+    tuned: Path | None = None  # folder of `mbcnet tune`, whose KIND.toml stands in for the config of that kind
     category: str = ""  # the field of Figure 7; "": found by name
     out: Path = Path("studies")  # folder of the runs and the page
     engine: Engine = Engine(workers=0)  # who trains

@@ -48,8 +48,7 @@ class Study:
     reference: str  # where it is in the paper
     question: str
     variants: tuple[Variant, ...]
-    # each row is compared with the best of these other than itself
-    reference_rows: tuple[str, ...] = ()
+    reference_rows: tuple[str, ...] = ()  # each row is compared with the best of these other than itself
     claims: tuple[Claim, ...] = ()
     pictures: tuple[Picture, ...] = ("scores",)
     claimed: bool = True  # by the paper; else the claims are hopes, and the page calls them so

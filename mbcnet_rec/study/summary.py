@@ -66,8 +66,7 @@ class Row:
 
     name: str
     seeds: int  # that ended
-    # mean and standard deviation over seeds (n - 1 below); NaN for one seed's deviation
-    auc: tuple[float, float]
+    auc: tuple[float, float]  # mean and standard deviation over seeds (n - 1 below); NaN for one seed's deviation
     log_loss: tuple[float, float]
     against: str  # the row it is compared with; "" if there is none
     difference: Compared | None  # of AUC to that row

@@ -53,15 +53,13 @@ class ShardingConfig(Bounded):
     compute_kernels: tuple[KernelName, ...] = some(("fused",))
     tables: dict[str, TableConstraint] = field(default_factory=dict)
     data_type: DtypeName = "fp32"  # of the rows; optimizer state stays fp32
-    # memory of one rank that the planner may fill; 0: the cluster's
-    hbm_gib: float = bounded(0.0, at_least=0)
+    hbm_gib: float = bounded(0.0, at_least=0)  # memory of one rank that the planner may fill; 0: the cluster's
     ddr_gib: float = bounded(0.0, at_least=0)  # the same of host memory
     # share of that memory kept free, for CUDA's and NCCL's own buffers and fragments
     storage_reserve: float = bounded(0.1, at_least=0, below=1, fix="0.1 is usual")
     # share of rows cached in HBM by fused_uvm_caching
     cache_ratio: float = bounded(0.2, at_least=0, at_most=1, fix="0.2 is usual")
-    # mean ids a row of multi-valued fields that nobody measured
-    assumed_pooling_factor: float = bounded(10.0, above=0)
+    assumed_pooling_factor: float = bounded(10.0, above=0)  # mean ids a row of multi-valued fields that nobody measured
     forward_precision: DtypeName = "fp32"  # of pooled rows between ranks
     backward_precision: DtypeName = "fp32"  # of their gradients
     prefetch: bool = False  # fetch the next batch's cached rows during this one (fused_uvm_caching, cuda)
