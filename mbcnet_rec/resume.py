@@ -40,6 +40,7 @@ MEANINGS = ("model.mbcnet.top_activation", "model.mbcnet.branches", "plugins")
 PLACES = ("name", "schema", "data.train", "train.out", "train.checkpoint_folder")
 GROWING = frozenset({"num_embeddings", "min_count", "expire_after"})  # of fields with a vocabulary, from day to day
 SHOWN = 8
+Summed = tuple[Schema, dict[str, str]]  # and its `file_sums`
 FACTS = {"train": "data", "valid": "valid"}  # split -> where a checkpoint has the fingerprint of its files
 
 
@@ -93,15 +94,13 @@ def with_versions(config: RunConfig, run: Mapping[str, Any], process: Process) -
     return replace(config, data=replace(config.data, **found))
 
 
-def agreed_schema(
-    config: RunConfig, before: Before, process: Process, *, allow_partial: bool
-) -> tuple[Schema, dict[str, str]]:
+def agreed_schema(config: RunConfig, before: Before, process: Process, *, allow_partial: bool) -> Summed:
     """The schema to train with, every field of ids typed, and its `file_sums`: the config's, or a resumed run's own. Every rank calls it.
 
     InputError if it is missing, changed, of other vocabularies than rank 0's; or with `allow_partial`, if rows would belong to other values.
     """
 
-    def find() -> tuple[Schema, dict[str, str]]:
+    def find() -> Summed:
         if not allow_partial:
             try:
                 if own := own_schema(config.run_folder, before.storage, before.step):
@@ -117,9 +116,7 @@ def agreed_schema(
     return _on_this_host(config, process, before, *answer_of_first(process, find))
 
 
-def grown_schema(
-    config: RunConfig, own: Schema, before: Before, process: Process, *, continues: bool
-) -> tuple[Schema, dict[str, str]] | None:
+def grown_schema(config: RunConfig, own: Schema, before: Before, process: Process, *, continues: bool) -> Summed | None:
     """What a run's own schema has grown to for the day that begins, as `agreed_schema`; None where it has not. Every rank calls it.
 
     A day that had begun goes on with the copy in the run folder, or where that is lost with the config's schema.
@@ -127,7 +124,7 @@ def grown_schema(
     copy = config.run_folder / SCHEMA
     paths = [config.schema] if continues else [copy] if own.folder == copy.parent else [copy, config.schema]
 
-    def find() -> tuple[Schema, dict[str, str]] | None:
+    def find() -> Summed | None:
         found = (_grown(config, own, path) for path in paths)
         return next(((each, file_sums(each)) for each in found if each), None)
 
@@ -135,9 +132,7 @@ def grown_schema(
     return _on_this_host(config, process, before._replace(step=None), *found) if found else None
 
 
-def _on_this_host(
-    config: RunConfig, process: Process, before: Before, schema: Schema, sums: dict[str, str]
-) -> tuple[Schema, dict[str, str]]:
+def _on_this_host(config: RunConfig, process: Process, before: Before, schema: Schema, sums: dict[str, str]) -> Summed:
     """Rank 0's schema with vocabularies that this rank sees: another host may see checkpoints, or what the config names, and no run folder."""
     with agreed(process):
         if not (schema.folder / SCHEMA).is_file():

@@ -119,7 +119,8 @@ def check(args: argparse.Namespace) -> int:
         print("plan again with `mbcnet plan make`", file=sys.stderr)
     else:
         against = " and ".join([str(cluster), *filter(None, (args.schema, args.config))])
-        print(f"{args.plan}: fits {against}; the fullest rank holds {gib(assessment.fullest_bytes)}")
+        fullest = max(sum(assessment.memory(rank)) for rank in assessment.ranks)
+        print(f"{args.plan}: fits {against}; the fullest rank holds {gib(fullest)}")
     return 2 if problems else 0
 
 

@@ -115,11 +115,6 @@ class Assessment:
             return Room(rank.bytes.hbm + dense, rank.bytes.ddr)
         return Room(0, rank.bytes.ddr + dense)
 
-    @property
-    def fullest_bytes(self) -> int:
-        """Most memory of a rank, HBM and DDR together."""
-        return max(sum(self.memory(rank)) for rank in self.ranks)
-
 
 def assess(plan: Plan, cluster: Cluster) -> Assessment:
     """Add up what a plan costs on a cluster, with the dense part that it was made for."""
