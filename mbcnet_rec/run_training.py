@@ -71,19 +71,10 @@ def run_training(
     hooks: Hooks = Hooks(),  # noqa: B008 (frozen)
     **asked: bool,
 ) -> int:
-    """Train, evaluate the best checkpoint on the test rows, and fill the run folder. Every rank calls it.
+    """On every rank, train, evaluate the best checkpoint on the test rows and fill the run folder, treated as `asked` (see Asked).
 
-    Args:
-        config: of the run.
-        watch: is told of every evaluation; may end training there.
-        teach: adds teachers' logits to the training rows; only for a model that has teachers, see teachers.py.
-        report: writes the page of the finished run folder, see report/run_report.py; none is written without it.
-        hooks: where tests inject faults.
-        asked: see Asked.
-
-    Raises:
-        InputError: the config, the schema, a row or the run folder is at fault.
-        RunStoppedError: the run ends before its last step; see runtime/exits.py.
+    `watch` is told of every evaluation, and may end training there; `teach` adds teachers' logits to the rows (teachers.py); `report` writes the
+    folder's page; tests inject faults by `hooks`. InputError: config, schema, a row or the folder is at fault. RunStoppedError: see exits.py.
     """
     settings, folder, how = config.train, config.run_folder, Asked(**asked)
     if config.model.teacher_kinds and teach is None:
