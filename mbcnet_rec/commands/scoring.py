@@ -46,7 +46,7 @@ def predict(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     """Compare two runs on the same rows: paired differences of AUC, GAUC, log-loss and calibration with 95 % intervals, RUN_A less RUN_B.
 
-    With --expected-clicks also the clicks that either ranking would get. With --log and no runs the arms of `mbcnet serve --split`, b less a.
+    With --expected-clicks also the clicks that either ranking would get. With --log and no runs the click rates of `mbcnet serve --split`'s arms, b less a.
     """
     if bool(args.log) == bool(args.theirs) or (
         args.log and (args.ours or args.data or args.expected_clicks or args.ranking_k)
