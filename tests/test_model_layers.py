@@ -8,7 +8,7 @@ from torchrec.modules.crossnet import LowRankMixtureCrossNet
 
 from data.errors import InputError
 from data.schema import Table
-from mbcnet_rec.cpu import cross, layers
+from mbcnet_rec.cpu import cross, layers, mlp
 from mbcnet_rec.cpu.fast_path import use_fast_layers
 from mbcnet_rec.cpu.layers import Dropout, Linear, cheap_dropout
 from mbcnet_rec.model.factorisation import FieldVectors
@@ -116,6 +116,31 @@ def test_fast_cross_is_a_cross(kind, intel, monkeypatch):
         torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
     for first, second in zip(plain.parameters(), fast.parameters(), strict=True):
         torch.testing.assert_close(first.grad, second.grad, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("hidden", [(512, 7), (6,), (5, 512, 4)])
+@pytest.mark.parametrize("last_relu", [True, False])
+@pytest.mark.parametrize("learned", [True, False])
+def test_fast_mlp_is_an_mlp(hidden, last_relu, learned, monkeypatch):
+    """Values and the gradients of input and parameters; an input of no gradient gets none, and its columns may be some of a wider one's."""
+    monkeypatch.setattr(mlp, "MANY", 1)
+    monkeypatch.setattr(layers, "INTEL", True)
+    plain = MLP(9, hidden, last_relu=last_relu).double()
+    fast = copy.deepcopy(plain)
+    use_fast_layers(fast)
+    x, weight = torch.randn(6, 12).double()[:, 2:11], torch.randn(6, hidden[-1]).double()
+    inputs = [x.detach().requires_grad_(learned) for _ in range(2)]
+    outputs = [network(own) for network, own in zip((plain, fast), inputs, strict=True)]
+    assert "DenseLayers" in type(outputs[1].grad_fn).__name__ and outputs[1].is_contiguous()
+    for output in outputs:
+        (output * weight).sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    assert (inputs[1].grad is not None) == learned
+    if learned:
+        torch.testing.assert_close(*(own.grad for own in inputs), rtol=1e-12, atol=1e-12)
+    for first, second in zip(plain.parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(first.grad, second.grad, rtol=1e-12, atol=1e-12)
+        assert second.grad.is_contiguous()
 
 
 def test_mlp_regularisation():

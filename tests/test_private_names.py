@@ -51,6 +51,7 @@ USED = [  # file, what owns the name, the name
     ),
     ("sharding/bridge/one_process.py", LOOKUP, "_emb_modules"),
     ("sharding/bridge/one_process.py", DistributedModelParallel, "_dmp_wrapped_module"),
+    ("mbcnet_rec/cpu/mlp.py", torch, "_add_relu"),
     ("mbcnet_rec/cpu/whole_adam.py", torch, "_fused_adam_"),
     ("mbcnet_rec/cpu/whole_adam.py", torch, "_fused_adamw_"),
     ("mbcnet_rec/serving/artifact.py", torch, "_inductor"),

@@ -16,6 +16,7 @@ from torchrec.distributed.model_parallel import DataParallelWrapper
 from data.stream import Batch
 from mbcnet_rec.cpu.cross import FastCross, FastLowRankMixture
 from mbcnet_rec.cpu.layers import INTEL, Dropout, Linear
+from mbcnet_rec.cpu.mlp import FastMLP
 from mbcnet_rec.cpu.rowwise_adagrad import use_compiled_update
 from mbcnet_rec.cpu.whole_adam import WholeAdam
 from mbcnet_rec.model.layers import MLP, Cross, LowRankMixture
@@ -29,7 +30,7 @@ from sharding.plan.placement import Plan
 _MMAP_THRESHOLD, _MMAP_BYTES = -3, 256 * 2**20
 _TRIM_THRESHOLD, _TRIM_BYTES = -1, 2**31 - 1
 
-FAST = {nn.Linear: Linear, nn.Dropout: Dropout, LowRankMixture: FastLowRankMixture, Cross: FastCross}
+FAST = {nn.Linear: Linear, nn.Dropout: Dropout, MLP: FastMLP, LowRankMixture: FastLowRankMixture, Cross: FastCross}
 
 
 @dataclass(frozen=True)
