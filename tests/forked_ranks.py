@@ -145,14 +145,18 @@ class Server:
 SERVER = Server()
 
 
-def run_script(name: str, *args: str, flags: Sequence[str] = (), timeout: float = 840) -> None:
-    """Run a script of this folder, which may fork ranks; for the tests, which must not fork themselves. With flags of Python it is started anew."""
+def run_script(name: str, *args: str, flags: Sequence[str] = (), timeout: float = 840) -> str:
+    """Run a script of this folder, which may fork ranks; for the tests, which must not fork themselves. With flags of Python it is started anew.
+
+    Returns what the script said.
+    """
     script = Path(__file__).with_name(name)
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if flags:
         command = [sys.executable, *flags, str(script), *args]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
-        code, words = done.returncode, done.stderr
+        code, words = done.returncode, done.stdout + done.stderr
     else:
         code, words = SERVER.run(script, args, env, timeout)
     assert code == 0, words[-3000:]
+    return words

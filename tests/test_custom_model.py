@@ -43,6 +43,12 @@ def test_gdcn_is_its_formula_row_by_row():
     assert all(parameter.grad is not None for parameter in arch.parameters())
 
 
+def test_a_short_run_of_the_example(capfd):
+    load_plugin(pinned(str(EXAMPLE), "test")).main(rows=2_000, steps=2)
+    assert "test AUC 0." in capfd.readouterr().out
+
+
+@pytest.mark.long
 def test_the_example_runs(tmp_path):
     env = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=300, env=env)

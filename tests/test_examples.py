@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_script
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "minimal.py"
+
+
+def losses_in(words: str) -> list[float]:
+    return [float(number) for number in re.findall(r"^epoch .* ([\d.]+)$", words, re.M)]
 
 
 def losses(folder: Path, *launcher: str) -> list[float]:
@@ -18,13 +23,19 @@ def losses(folder: Path, *launcher: str) -> list[float]:
         [sys.executable, *launcher, str(EXAMPLE)], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return [float(number) for number in re.findall(r"([\d.]+)$", done.stdout, re.M)]
+    return losses_in(done.stdout)
 
 
 def learned(found: list[float]) -> bool:
     return len(found) == 5 and found[-1] < found[0] - 0.2
 
 
+def test_two_epochs_begin_to_learn(tmp_path):
+    found = losses_in(run_script("example_script.py", str(tmp_path), "2"))
+    assert len(found) == 2 and found[1] < found[0] - 0.05
+
+
+@pytest.mark.long
 def test_it_learns(tmp_path):
     assert learned(losses(tmp_path))
 

@@ -37,7 +37,7 @@ def run(argv):
         raise ValueError("row 7 is bad")
     dist.all_reduce(torch.ones(1))
 """
-    done = run_agent(tmp_path, crash)
+    done = run_agent(tmp_path, crash, processes=2)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1 and done.stderr.startswith("rank 1 failed:"), done.stderr
     assert done.stderr.splitlines()[-1] == "ValueError: row 7 is bad"

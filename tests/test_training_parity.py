@@ -12,7 +12,7 @@ def results(tmp_path_factory, request) -> dict[str, list[dict[str, np.ndarray]]]
     """Kind of plan -> what one process and what several came to."""
     folder = tmp_path_factory.mktemp("parity")
     worlds = (1, request.param)
-    run_script("parity_worker.py", str(write_small(folder, 2_870)), str(folder), *map(str, worlds))
+    run_script("parity_worker.py", str(write_small(folder, 1_430)), str(folder), *map(str, worlds))
     return {kind: [dict(np.load(folder / f"{kind}-{world}.npz")) for world in worlds] for kind in KINDS}
 
 
