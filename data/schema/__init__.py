@@ -3,17 +3,5 @@
 from .feature import FIRST_VOCABULARY_ROW, FIT, MISSING_ROW, OUT_OF_VOCABULARY_ROW, Feature
 from .schema import Schema, Table, Zch, format_schema, load_schema, parse_schema, schema_to_toml
 
-__all__ = [
-    "FIRST_VOCABULARY_ROW",
-    "FIT",
-    "MISSING_ROW",
-    "OUT_OF_VOCABULARY_ROW",
-    "Feature",
-    "Schema",
-    "Table",
-    "Zch",
-    "format_schema",
-    "load_schema",
-    "parse_schema",
-    "schema_to_toml",
-]
+__all__ = ["FIRST_VOCABULARY_ROW", "FIT", "MISSING_ROW", "OUT_OF_VOCABULARY_ROW", "Feature"]
+__all__ += ["Schema", "Table", "Zch", "format_schema", "load_schema", "parse_schema", "schema_to_toml"]

@@ -61,28 +61,10 @@ from mbcnet_serving import main
 sys.exit(main())
 """
 # What encodes rows, in training and in every artifact: files of `data` that import each other relatively and nothing else of ours
-ENCODER_FILES = [
-    "__init__.py",
-    "errors.py",
-    "plugins.py",
-    "schema/__init__.py",
-    "schema/bounds.py",
-    "schema/feature.py",
-    "schema/names.py",
-    "schema/parse.py",
-    "schema/schema.py",
-    "schema/sequences.py",
-    "schema/transforms.py",
-    "reading/__init__.py",
-    "reading/column_types.py",
-    "reading/columns.py",
-    "reading/crosses.py",
-    "reading/encode.py",
-    "reading/ids.py",
-    "reading/keys.py",
-    "reading/numbers.py",
-    "reading/plain.py",
-]
+_OF_SCHEMA = ("__init__", "bounds", "feature", "names", "parse", "schema", "sequences", "transforms")
+_OF_READING = ("__init__", "column_types", "columns", "crosses", "encode", "ids", "keys", "numbers", "plain")
+ENCODER_FILES = ["__init__.py", "errors.py", "plugins.py", *(f"schema/{each}.py" for each in _OF_SCHEMA)]
+ENCODER_FILES += [f"reading/{each}.py" for each in _OF_READING]
 DATA = Path(data.__file__).parent
 CHUNK_ROWS = 65_536  # quantised at a time
 
