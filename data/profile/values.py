@@ -34,18 +34,9 @@ TEXT_ROWS = 8  # integers that a merge could take in the place of one text
 STRETCH_ROWS = 1 << 20  # of a vocabulary that are sorted together, and of its file's row groups
 STEP_ROWS = 1 << 16  # of a merge that a stretch takes whole, or not
 KINDS = {"integer": pa.int64(), "unsigned": pa.uint64(), "text": pa.large_string()}
-# One row of a result. A unit's may also have what data/profile/fit.py measures of numbers.
-RESULT = pa.schema(
-    [
-        ("owner", pa.string()),
-        *((name, pa.large_list(kind)) for name, kind in KINDS.items()),
-        ("counts", pa.large_list(pa.int64())),
-        ("ends", pa.large_list(pa.int64())),
-        ("moments", pa.large_list(pa.float64())),
-        ("hashes", pa.large_list(pa.uint64())),
-        ("numbers", pa.large_list(pa.float64())),
-    ]
-)
+_LISTS = KINDS | {"counts": pa.int64(), "ends": pa.int64(), "moments": pa.float64(), "hashes": pa.uint64()}
+_LISTS |= {"numbers": pa.float64()}  # what data/profile/fit.py measures of them, of a unit
+RESULT = pa.schema({"owner": pa.string()} | {name: pa.large_list(each) for name, each in _LISTS.items()})  # one row
 Order = list[tuple[str, str]]
 BY_COUNT: Order = [("count", "descending"), ("value", "ascending")]
 BY_VALUE: Order = [("value", "ascending")]
