@@ -62,8 +62,6 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _Footer:
-    """What one file's footer says."""
-
     file: DataFile
     row_groups: list[int]  # rows of each
     columns: list[str]  # those of the schema that can be decoded
@@ -152,7 +150,6 @@ def _ranges(schema: Schema) -> Ranges:
 
 
 def _read_footer(schema: Schema, ranges: Ranges, file: DataFile) -> _Footer:
-    """Read and judge one file's footer."""
     try:
         with open_parquet(file, pre_buffer=True) as parquet:
             arrow_schema, metadata = parquet.schema_arrow, parquet.metadata

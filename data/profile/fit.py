@@ -46,7 +46,6 @@ class Moments(NamedTuple):
     squares: float = 0.0
 
     def __or__(self, other: "Moments") -> "Moments":
-        """Of both together."""
         count, gap = self.count + other.count, other.mean - self.mean
         if not self.count or not other.count:
             return self if self.count else other

@@ -118,7 +118,6 @@ def write_synthetic(
 def _write_days(
     world: planted.World, folder: Path, request: dict[str, Any], progress: Callable[[int], object], threads: int
 ) -> dict[str, Any]:
-    """Write every day's files; return each split's summary."""
     tallies = {split: Tally() for split in ("train", "valid", "test", "all")}
     split_of_day = {request["days"] - 1: "test", request["days"] - 2: "valid"}
     done = 0

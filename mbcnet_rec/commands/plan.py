@@ -65,7 +65,6 @@ def show(args: argparse.Namespace) -> int:
 
 
 def _publish(args: argparse.Namespace, assessment: Assessment) -> int:
-    """Write and print what was asked for."""
     if args.output:
         write_whole(args.output, plan_text(assessment.plan))
     if args.json:

@@ -19,7 +19,6 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _question(args: argparse.Namespace, data: Sequence[str]) -> "Question":
-    """Which rows, cut how."""
     from mbcnet_rec.scoring.evaluate import EXACT_ROWS, Question  # imports torchrec
 
     by, ks, exact_rows = tuple(dict.fromkeys(args.by)), tuple(args.ranking_k), args.exact_rows or EXACT_ROWS

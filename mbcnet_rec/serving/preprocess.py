@@ -333,7 +333,6 @@ def _as_float(number: Any) -> float:
 
 
 def _of_rows(rows: Sequence[Any], is_number: bool) -> pa.Array:
-    """A column of lists."""
     lengths = np.zeros(len(rows), np.int64)
     valid = np.zeros(len(rows), bool)
     for row, each in enumerate(rows):

@@ -51,7 +51,6 @@ class Range:
     log: bool = False  # draw evenly on the logarithm
 
     def __post_init__(self) -> None:
-        """Raise InputError where it is neither, or both."""
         has_range = self.low <= self.high and (self.low > 0 or not self.log)
         if bool(self.choices) == has_range:
             raise InputError(

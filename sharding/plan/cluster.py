@@ -42,7 +42,6 @@ class Cluster(Bounded):
     decode_values_per_second: float = bounded(MISSING, above=0)  # Parquet values that one core decodes
 
     def __post_init__(self) -> None:
-        """Raise unless the figures can be those of a machine."""
         super().__post_init__()
         if self.world_size > MAX_RANKS:
             raise InputError(

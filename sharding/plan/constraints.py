@@ -29,7 +29,6 @@ class TableConstraint(Bounded):
     cache_ratio: float = bounded(0.0, at_least=0, at_most=1, fix="0.2 is usual")
 
     def __post_init__(self) -> None:
-        """Raise unless every value is one that a table can have."""
         super().__post_init__()
         if self.min_partition % 4:
             raise InputError(
