@@ -173,11 +173,11 @@ class LowRankMixture(nn.Module):
         return torch.cat([self.v.flatten(0, 1), self.gate])
 
     def gated(self, projected: Tensor) -> Tensor:
-        """g_e tanh(C_e tanh(.)) of each expert: (B, E r + E) -> (B, E r)."""
+        """g_e tanh(C_e tanh(.)) of each expert, g = 1 of one alone: (B, E r + E) -> (B, E r)."""
         num_experts, low_rank, _ = self.v.shape
         low, scores = projected.split([num_experts * low_rank, num_experts], dim=1)
-        low = torch.tanh(low).unflatten(1, (num_experts, low_rank))  # (B, E, r)
-        return (torch.tanh(self.expert_products(low)) * torch.softmax(scores, dim=1).unsqueeze(2)).flatten(1)
+        low = torch.tanh(self.expert_products(torch.tanh(low).unflatten(1, (num_experts, low_rank))))  # (B, E, r)
+        return (low * torch.softmax(scores, dim=1).unsqueeze(2) if num_experts > 1 else low).flatten(1)
 
     def expert_products(self, low: Tensor) -> Tensor:
         """C_e x_e of each expert: (B, E, r) -> (B, E, r)."""
