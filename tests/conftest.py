@@ -24,15 +24,40 @@ LIBRARY_PROCESSES = ("resource_tracker", "script_server.py")
 LIBRARY_VARIABLES = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "TRITON_", "MPLBACKEND", "PYDEVD_", "TORCH_CPP_LOG_LEVEL")
 
 
+def started() -> set[int]:
+    """Processes whose parent is this one, zombies among them."""
+    found: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            found += (task / "children").read_text().split()
+        except OSError:  # the thread has ended, or the kernel was built without these lists
+            continue
+    return set(map(int, found))
+
+
+def started_by_scan() -> set[int]:
+    """The same where the kernel has no lists of children: every process is looked at."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(stat.parent.name))
+        except (OSError, ValueError):  # it ended meanwhile
+            continue
+    return found
+
+
+HAS_LISTS = Path(f"/proc/self/task/{os.getpid()}/children").exists()
+
+
 def children() -> dict[int, str]:
     """Processes that this process has started and that run: pid -> command line."""
     found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for pid in started() if HAS_LISTS else started_by_scan():
         try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == os.getpid() and state != "Z":
-                found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text().replace("\0", " ")[:100]
-        except (OSError, ValueError):  # it ended meanwhile
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:100]
+        except OSError:  # it ended meanwhile
             continue
     return {pid: line for pid, line in found.items() if not any(name in line for name in LIBRARY_PROCESSES)}
 

@@ -81,10 +81,6 @@ def loaded(*settings: str) -> Any:
     return config, load_schema(Path(config.schema))
 
 
-# with running statistics and loss weights that grow; and without branches, where logits are kept as they leave the model
-GRAPHED = ("mbcnet, five branches", "dnn")
-
-
 class Columns(nn.Module):
     """Stands in for the tables: one parameter for each tensor that a model reads."""
 
@@ -189,10 +185,20 @@ def streams() -> dict[str, Any]:
     return found | {"no wait": sum(gpu.races.values())}
 
 
-def graphs() -> dict[str, Any]:
+def graph_of_branches() -> dict[str, Any]:
+    """With running statistics and loss weights that grow."""
+    return in_graphs("mbcnet, five branches")
+
+
+def graph_of_one_network() -> dict[str, Any]:
+    """Without branches, where logits are kept as they leave the model."""
+    return in_graphs("dnn")
+
+
+def in_graphs(*names: str) -> dict[str, Any]:
     """Four steps of some variants, of which one is of a smaller batch, and an evaluation: by CUDA graphs, and without."""
     found = {}
-    for name in GRAPHED:
+    for name in names:
         settings = [*VARIANTS[name], "model.mbcnet.dropout=0.0"]
         with FakeGPU() as gpu, CUDA:
             runs = [graph_steps(settings, replayed, gpu) for replayed in (True, False)]
@@ -404,7 +410,7 @@ def cache_of(kernel: Any) -> list[list[int]]:
 
 def results_of(names: str) -> dict[str, Any]:
     cases: tuple[Callable[[], Any], ...] = (
-        architectures, in_bf16, streams, graphs, wrong_device, places, waits, taught, caches,
+        architectures, in_bf16, streams, graph_of_one_network, graph_of_branches, wrong_device, places, waits, taught, caches,
     )  # fmt: skip
     known = {each.__name__: each for each in cases}
     try:

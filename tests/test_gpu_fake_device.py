@@ -35,14 +35,16 @@ def results_of(folder, *cases):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     # two processes at once; caches loads what waits has saved
-    halves = ["architectures,graphs", "streams,wrong_device,places,waits,caches"]
+    halves = ["architectures,graph_of_one_network", "streams,wrong_device,places,waits,caches"]
     return results_of(tmp_path_factory.mktemp("fake_gpu"), *(halves if COMPILER else ["architectures"]))
 
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
     """Cases of the long lane."""
-    return results_of(tmp_path_factory.mktemp("fake_gpu"), "in_bf16", *(["taught"] if COMPILER else []))
+    return results_of(
+        tmp_path_factory.mktemp("fake_gpu"), "in_bf16", *(["taught,graph_of_branches"] if COMPILER else [])
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,9 +82,13 @@ def test_independent_parts_of_an_evaluation_s_graph_are_on_streams_that_wait_for
 
 
 @NEEDS_COMPILER
-def test_a_graph_of_the_dense_part_takes_the_plain_steps(found):
+@pytest.mark.parametrize(
+    ("lane", "case"),
+    [("found", "graph_of_one_network"), pytest.param("more", "graph_of_branches", marks=pytest.mark.long)],
+)
+def test_a_graph_of_the_dense_part_takes_the_plain_steps(request, lane, case):
     """Losses, logits that are kept, parameters and buffers bit for bit; a smaller batch is in no graph; a step calls fewer operators."""
-    for name, seen in found["graphs"].items():
+    for name, seen in request.getfixturevalue(lane)[case].items():
         assert all(seen["equal"]), name
         assert seen["replays"] == [2, 2, 1, 0], f"{name}: training forwards and backwards, evaluation forwards"
         assert seen["calls"][0] < seen["calls"][1], name

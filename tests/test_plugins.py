@@ -138,7 +138,22 @@ def test_it_resumes_and_is_scored_and_exported(pair, home, capfd):
     spec = json.loads((home / "artifact" / "model.json").read_text())
     assert spec["kind"] == "pair" and spec["branches"] == ["thin", "thick"]
     assert all(call["call"].startswith(("aten.", "torch.", "_operator", "getitem")) for call in spec["graph"]["calls"])
-    latency = ["bench", "latency", str(home / "artifact"), "--beside", "dnn", "--seconds", "0.1", "--json"]
+    latency = [
+        "bench",
+        "latency",
+        str(home / "artifact"),
+        "--beside",
+        "dnn",
+        "--seconds",
+        "0",
+        "--calls",
+        "3",
+        "--rows",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+    ]
     assert main(latency) == 0
     assert "pair" in capfd.readouterr().out
 

@@ -289,7 +289,7 @@ def reference_string_hash(text: str) -> int:
     return hashed
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(texts=st.lists(st.none() | st.text(max_size=30), max_size=20), skip=st.integers(0, 3), large=st.booleans())
 def test_string_hashes_are_their_definition(texts, skip, large):
     array = pa.array(texts, pa.large_string() if large else pa.string()).slice(min(skip, len(texts)))

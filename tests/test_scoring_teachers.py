@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from small_data import write_small
-from tiny_run import train
 
 from data.errors import InputError
 from data.schema import load_schema
@@ -14,7 +13,7 @@ from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
 from mbcnet_rec.run_training import open_splits, run_training
 from mbcnet_rec.runtime.process import joined_process
-from mbcnet_rec.teachers import TaughtStream, load_teacher, teacher_config
+from mbcnet_rec.teachers import TaughtStream, load_teacher, teacher_config, train_model
 
 SETTINGS = [
     "model.kind=enkd",
@@ -27,7 +26,7 @@ SETTINGS = [
 def config(tmp_path_factory):
     """An EnKD run, as `mbcnet train` makes it."""
     path = write_small(tmp_path_factory.mktemp("enkd"), 1_500, 300)
-    assert train(path, *SETTINGS) == 0
+    assert train_model(load_config(path, SETTINGS)) == 0
     return load_config(path, SETTINGS)
 
 
@@ -91,7 +90,7 @@ def test_the_student_logs_what_the_teachers_add_and_is_tested_without_them(confi
 def test_a_resumed_run_keeps_its_teachers(config, capfd):
     teachers = config.run_folder.with_name("run_teachers")
     before = {path: path.stat().st_mtime_ns for path in teachers.glob("*/DONE")}
-    assert train(config.run_folder / "config.toml", resume=True) == 0
+    assert train_model(load_config(config.run_folder / "config.toml"), resume=True) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

@@ -30,7 +30,7 @@ def test_side_by_side(artifact):
     for each in found["latency"]:
         assert each["calls"] == 20 and each["p99"] is None and 0 < each["p50"] <= each["p95"]
         assert min(each[part] for part in ("preprocess", "tables", "dense")) > 0
-    code, out, _ = printed_by(*argv)
+    code, out, _ = printed_by("bench", "latency", artifact, *shlex.split("--rows 16 --threads 1 --seconds 0 --calls 1"))
     assert code == 0 and "mbcnet over dcnv2" in out and "16 rows" in out
 
 

@@ -56,7 +56,7 @@ def global_batches(files, options, world_size, cursor=Cursor()):
 ORDERS = st.sampled_from(["shuffled", "partitioned", "chronological"])
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     order=ORDERS,
     share=st.integers(1, 4),

@@ -25,7 +25,7 @@ SHORT = ["--set", "train.max_steps=15", "--set", "train.eval_every=5", "--set", 
 def home(tmp_path_factory):
     """A folder with data, and two models trained with two seeds each by the command."""
     folder = tmp_path_factory.mktemp("study")
-    config = write_small(folder / "rows", 1_500, 400)
+    config = write_small(folder / "rows", 1_500, 200)
     args = ["table3", "--config", str(config), "--models", "mbcnet", "dnn", "--seeds", "2", "--workers", "1"]
     assert main(["study", *args, *SHORT, "--out", str(folder / "studies")]) == 0
     return folder
@@ -199,7 +199,7 @@ def test_complexity_needs_no_run(home, again):
 def test_probe_sees_what_the_run_was_tested_on(home):
     folder = folders_of(home, "mbcnet")[0]
     probe = probe_run(folder, "test", category="item")
-    assert probe.names == ("efgc", "cross", "deep") and probe.latents.shape == (3, 400, 8)
+    assert probe.names == ("efgc", "cross", "deep") and probe.latents.shape == (3, 200, 8)
     assert probe.log_loss().mean(0)[0] == pytest.approx(scores(folder)["log_loss"], abs=1e-6)
     assert np.allclose(probe.fused, probe.latents.mean(0), atol=1e-6), "fused by their mean"
     assert (probe.categories == MISSING).any() and probe.categories.max() < 60

@@ -28,7 +28,7 @@ from data.synthetic.planted import (
 )
 from data.synthetic.write import METADATA_KEY, Tally, make_block, write_synthetic
 
-ROWS, DAYS = 6_000, 6
+ROWS, DAYS = 3_000, 6
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def world(schema):
 @pytest.fixture(scope="module")
 def log(schema, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("synthetic") / "log"
-    write_synthetic(schema, out, rows=ROWS, days=DAYS, rows_per_file=700)
+    write_synthetic(schema, out, rows=ROWS, days=DAYS, rows_per_file=350)
     return out
 
 
@@ -64,7 +64,7 @@ def rows_of(folder: Path) -> pa.Table:
 
 
 def test_same_seed_same_bytes_whatever_the_threads(schema, log, tmp_path):
-    write_synthetic(schema, tmp_path, rows=ROWS, days=DAYS, rows_per_file=700, threads=1)
+    write_synthetic(schema, tmp_path, rows=ROWS, days=DAYS, rows_per_file=350, threads=1)
     one, two = ({file.relative_to(out): file.read_bytes() for file in files_of(out)} for out in (log, tmp_path))
     assert one == two and len(one) == 2 * DAYS
 
@@ -75,7 +75,7 @@ def test_layout_and_summary(schema, log):
     assert load_schema(log / "schema.toml").fingerprint() == schema.fingerprint()
     summary = json.loads((log / "synthetic.json").read_text())
     rows = {split: part["rows"] for split, part in summary["splits"].items()}
-    assert rows == {"train": 4000, "valid": 1000, "test": 1000, "all": 6000}
+    assert rows == {"train": 2000, "valid": 500, "test": 500, "all": 3000}
     assert summary["logit_variance_shares"] == SHARES
     assert sum(SHARES.values()) == pytest.approx(1.0)
 
@@ -155,7 +155,7 @@ def test_files_carry_checksums_and_their_own_scores(log):
     file = files_of(log)[0]
     metadata = pq.read_metadata(file)
     said = json.loads(metadata.metadata[METADATA_KEY.encode()])
-    assert said["rows"] == metadata.num_rows == 700
+    assert said["rows"] == metadata.num_rows == 350
     assert 0.7 < said["best_auc"] <= 1.0
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 4] ^= 1

@@ -50,10 +50,10 @@ def train(config: Path, *settings: str, **options: Any) -> int:
     """The exit code of `mbcnet train --config CONFIG --set SETTING ...`, which draws no report; options are run_training's."""
 
     def command() -> int:
-        from mbcnet_rec.teachers import train_model  # imports torchrec, which the launch tests do without
+        from mbcnet_rec.run_training import run_training  # imports torchrec, which the launch tests do without
 
         with plain_words():
-            return train_model(load_config(config, settings), **options)
+            return run_training(load_config(config, settings), **options)
 
     return exit_code(command)
 
