@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torchrec.modules.crossnet import LowRankMixtureCrossNet
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from data.errors import InputError
 from data.schema import Table
@@ -15,6 +17,7 @@ from mbcnet_rec.model.factorisation import FieldVectors
 from mbcnet_rec.model.input_layout import ALL, WIDE, InputLayout, wide_tables
 from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, GroupedMLP, Regularisation
 from mbcnet_rec.model.side_by_side import grouped_product
+from mbcnet_rec.model.sparse_arch import FeatureRegroup
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +144,27 @@ def test_fast_mlp_is_an_mlp(hidden, last_relu, learned, monkeypatch):
     for first, second in zip(plain.parameters(), fast.parameters(), strict=True):
         torch.testing.assert_close(first.grad, second.grad, rtol=1e-12, atol=1e-12)
         assert second.grad.is_contiguous()
+
+
+def test_columns_of_data_get_no_gradient(monkeypatch):
+    """The regroup says how many columns come before those of dense fields, and an MLP leaves the product for the others out: their gradient is 0."""
+    monkeypatch.setattr(mlp, "MANY", 1)
+    monkeypatch.setattr(layers, "INTEL", True)
+    model = nn.ModuleDict(
+        {"regroup": FeatureRegroup(InputLayout({"a": 4, "b": 8}, {"price": (0, 3)}, {})), "mlp": MLP(15, (5,))}
+    )
+    plain = copy.deepcopy(model["mlp"])
+    use_fast_layers(model)
+    for dense in (torch.randn(6, 3), torch.randn(6, 3, requires_grad=True)):
+        table = torch.randn(6, 12, requires_grad=True)
+        features = model["regroup"]([KeyedTensor(["a", "b"], [4, 8], table)], dense)[ALL]
+        features.retain_grad()
+        model["mlp"](features).sum().backward()
+        wanted = features.detach().requires_grad_()
+        plain(wanted).sum().backward()
+        learned = 15 if dense.requires_grad else 12
+        torch.testing.assert_close(features.grad[:, :learned], wanted.grad[:, :learned])
+        assert not features.grad[:, learned:].any() and torch.equal(table.grad, features.grad[:, :12])
 
 
 def test_mlp_regularisation():

@@ -16,11 +16,12 @@ from torchrec.distributed.model_parallel import DataParallelWrapper
 from data.stream import Batch
 from mbcnet_rec.cpu.cross import FastCross, FastLowRankMixture
 from mbcnet_rec.cpu.layers import INTEL, Dropout, Linear
-from mbcnet_rec.cpu.mlp import FastMLP
+from mbcnet_rec.cpu.mlp import FastMLP, FastRegroup
 from mbcnet_rec.cpu.rowwise_adagrad import use_compiled_update
 from mbcnet_rec.cpu.whole_adam import WholeAdam
 from mbcnet_rec.model.layers import MLP, Cross, LowRankMixture
 from mbcnet_rec.model.objective import Outputs
+from mbcnet_rec.model.sparse_arch import FeatureRegroup
 from mbcnet_rec.training.optim import fused_adam
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline, train_pipeline
 from sharding.bridge.one_process import NoCopies, shorten_lookups
@@ -76,8 +77,10 @@ class FastPath:
 
 
 def use_fast_layers(model: nn.Module) -> None:
-    """Let the layers of a model's MLPs and cross networks compute so; parameters and their names stay."""
+    """Let a model's regroup, MLPs and cross networks compute so; parameters and their names stay."""
     for owner in model.modules():
+        if isinstance(owner, FeatureRegroup):
+            owner.__class__ = FastRegroup
         if isinstance(owner, MLP | Cross):
             for layer in owner.modules():
                 # the new class adds no state to the old one

@@ -90,7 +90,7 @@ class FeatureRegroup(nn.Module):
             for name, (stream, keys) in members.items()
         }
         slices = layout.projected_slices() if layout.projections else layout.dense_slices
-        self._dense = {
+        self.dense_slices = {
             name: join_slices([slices[key] for key in keys if key in slices]) for name, (_, keys) in members.items()
         }
         self._raw = list(layout.dense_slices.items())
@@ -131,7 +131,7 @@ class FeatureRegroup(nn.Module):
         else:
             sparse = self._cuts.pieces([tensor.values() for tensor in keyed_tensors])
         groups = {}
-        for name, slices in self._dense.items():
+        for name, slices in self.dense_slices.items():
             pieces = sparse.get(name, [])
             if name == WIDE:
                 # The mean of 4 equal columns learns like one weight under any adaptive optimizer.
