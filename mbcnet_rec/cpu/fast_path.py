@@ -83,8 +83,10 @@ def use_fast_layers(model: nn.Module) -> None:
             owner.__class__ = FastRegroup
         if isinstance(owner, MLP | Cross):
             for layer in owner.modules():
-                # the new class adds no state to the old one
+                # the new class adds no parameter or buffer to the old one
                 layer.__class__ = FAST.get(type(layer), type(layer))
+                if isinstance(layer, FastMLP):
+                    layer.note_size()
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """Dense layers on an Intel CPU that trains: half as many passes over memory, and no gradient to columns of which nothing is learnt."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ MANY = 2**19  # numbers of the widest layer's output; with fewer there is little
 # Columns between the rows of a hidden layer whose width is a multiple of 512. Rows that start a multiple of 4 KiB apart share
 # their places in the cache: the narrow products of EFGC's groups take a twentieth longer.
 APART, CLASHING = 16, 512
-LEARNED = "learned_columns"  # an attribute of a tensor: so many of its first columns have a gradient that somebody wants
+LEARNED = (
+    "learned_columns"  # an attribute of a tensor: so many of its first columns have a gradient that somebody wants
+)
 
 
 class FastRegroup(FeatureRegroup):
@@ -23,34 +26,42 @@ class FastRegroup(FeatureRegroup):
     def forward(self, keyed_tensors: Sequence[Any], dense_features: Tensor) -> dict[str, Tensor]:
         """Regroup as FeatureRegroup does."""
         groups = super().forward(keyed_tensors, dense_features)
-        for name, group in groups.items():
-            learned = bool(self.projections) or dense_features.requires_grad
-            data = 0 if learned else sum(width for _, width in self.dense_slices[name])
-            setattr(group, LEARNED, group.shape[1] - data)
+        for name, slices in self.dense_slices.items() if not self.projections else ():
+            if slices and not dense_features.requires_grad:
+                setattr(groups[name], LEARNED, groups[name].shape[1] - sum([width for _, width in slices]))
         return groups
 
 
 class FastMLP(MLP):
-    """MLP, whose gradient is written by hand where it has nothing but dense layers and ReLU."""
+    """MLP, whose gradient is written by hand where it has nothing but dense layers and ReLU.
+
+    Attributes:
+        least_rows: with fewer in a batch it is torch's; see `note_size`.
+    """
+
+    least_rows: float
+
+    def note_size(self) -> None:
+        """Say what batches are large enough, so that a small one costs one comparison."""
+        dense = [layer for layer in self if isinstance(layer, nn.Linear)]
+        # elsewhere than on Intel's CPUs oneDNN's products are faster, which write no rows that lie apart
+        plain = layers.INTEL and dense and all(isinstance(layer, nn.Linear | nn.ReLU) for layer in self)
+        self.least_rows = MANY / max(layer.out_features for layer in dense) if plain else math.inf
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_features) to (B, hidden[-1])."""
-        dense = [layer for layer in self if isinstance(layer, nn.Linear)]
-        relus = sum(isinstance(layer, nn.ReLU) for layer in self)
         if (
-            not layers.INTEL  # elsewhere oneDNN's products are faster, which write no rows that lie apart
-            or not dense
-            or len(dense) + relus < len(self)
+            len(x) < self.least_rows
             or not torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or x.device.type != "cpu"
             or torch.is_autocast_enabled("cpu")
             or x.ndim != 2
-            or len(x) * max(layer.out_features for layer in dense) < MANY
         ):
             return super().forward(x)
+        dense = [layer for layer in self if isinstance(layer, nn.Linear)]
         parameters = [each for layer in dense for each in (layer.weight, layer.bias)]
-        return _DenseLayers.apply(relus, getattr(x, LEARNED, x.shape[1]), x, *parameters)  # type: ignore[no-any-return]
+        return _DenseLayers.apply(len(self) - len(dense), getattr(x, LEARNED, x.shape[1]), x, *parameters)  # type: ignore[no-any-return]
 
 
 class _DenseLayers(torch.autograd.Function):
