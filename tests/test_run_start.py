@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_run import lines_of, make_run, train
 
+from data.errors import InputError
 from mbcnet_rec.checkpoints.run_folder import CONFIG, NEW, REPLACED, put_in_place, recover
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.cli import main
@@ -43,7 +44,6 @@ MISTAKES = {
     "a warm start from nothing": ("train.warm_start=runs/none", "runs/none"),
     "optimizer": ("optim.embedding.name=adam", "adam"),
     "batch size": ("data.batch_size=50", "batch_size = 50"),
-    "teachers": ("model.kind=enkd", "its teachers are trained first"),
     "checkpoints": ("train.checkpoint_folder={run}/config.toml", "no folder can be there"),
 }
 
@@ -54,6 +54,13 @@ def test_a_mistake_leaves_the_earlier_run_as_it_was(tiny, run, capfd, mistake):
     before = contents(run)
     code = train(tiny, *SHORT, f"train.out={run}", setting.replace("{run}", str(run)), overwrite=True)
     assert code == 2 and words in capfd.readouterr().err.splitlines()[-1]
+    assert contents(run) == before
+
+
+def test_a_student_without_its_teachers_leaves_the_earlier_run_as_it_was(tiny, run):
+    before = contents(run)
+    with pytest.raises(InputError, match="its teachers are trained first"):
+        run_training(load_config(tiny, [*SHORT, f"train.out={run}", "model.kind=enkd"]), overwrite=True)
     assert contents(run) == before
 
 
