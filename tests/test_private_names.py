@@ -61,7 +61,7 @@ USED = [  # file, what owns the name, the name
     ("sharding/bridge/allocated.py", EBC, "_lookups"),
     ("sharding/bridge/blocks.py", DMPCollection, "_default_ctx"),
     ("sharding/bridge/blocks.py", KeyedOptimizerWrapper, "_optimizer"),
-    ("sharding/bridge/blocks.py", torch.distributed.distributed_c10d, "_abort_process_group"),
+    ("sharding/bridge/groups.py", torch.distributed.distributed_c10d, "_abort_process_group"),
     ("sharding/bridge/zch.py", MC, "_managed_collision_collection"),
     ("sharding/bridge/zch.py", MC, "_table_to_tbe_and_index"),
     ("sharding/bridge/zch.py", ShardedManagedCollisionCollection, "_table_to_offset"),

@@ -9,7 +9,7 @@ from data.errors import InputError
 from mbcnet_rec.runtime.exits import LostRankError
 from mbcnet_rec.runtime.process import Process, joined_process, refuse_shared_gpu, vote
 from mbcnet_rec.runtime.watchdog import Watchdog
-from sharding.bridge.blocks import leave_groups
+from sharding.bridge.groups import leave_groups
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from data.errors import InputError
 from mbcnet_rec.runtime.exits import LostRankError
 from mbcnet_rec.runtime.ranks import Ranks, found_ranks
-from sharding.bridge.blocks import leave_groups
+from sharding.bridge.groups import leave_groups
 
 T = TypeVar("T")
 CPU = torch.device("cpu")

@@ -68,7 +68,8 @@ def run_export(
     with joined_process("cpu") as process:
         run = find_best(config, folder, process)
     weights = artifact.load_weights(run)
-    exported = artifact.with_rows(artifact.take_apart(weights, branches), weights, rows)
+    parts = artifact.take_apart(weights, branches)
+    exported = artifact.with_rows(parts, weights, rows)
     exported.spec["step"] = run.step
     _calibrate(exported, calibrate, weights)
     wanted = bool(compiler) if aot is None else aot
@@ -83,7 +84,7 @@ def run_export(
         facts = {"name": json.dumps(model.name), "tasks": len(exported.spec.get("tasks", "1"))}
         write_whole(model / "config.pbtxt", to_text("triton.pbtxt", **facts) + "\n")
     served = serving.load(target)
-    of_float = artifact.with_rows(artifact.take_apart(weights), weights, "fp32")
+    of_float = artifact.with_rows(artifact.take_apart(weights) if branches else parts, weights, "fp32")
     of_float.spec["calibration"] = exported.spec.get("calibration")
     report: dict[str, Any] = size_report(target, of_float)
     if problem:

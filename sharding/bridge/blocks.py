@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.distributed.distributed_c10d import _abort_process_group
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
@@ -43,11 +42,6 @@ def is_copy(model: nn.Module) -> bool:
 def wrapped_optimizer(keyed: KeyedOptimizer) -> optim.Optimizer:
     """The torch optimizer that TorchRec's wrapper drives; the optimizer itself if there is no wrapper."""
     return keyed._optimizer if isinstance(keyed, KeyedOptimizerWrapper) else keyed
-
-
-def leave_groups(*, abort: bool = False) -> None:
-    """Leave all process groups; with `abort` at once, where NCCL would wait for a collective that another rank never joins."""
-    (_abort_process_group if abort else dist.destroy_process_group)()
 
 
 def table_rows(seed: int, table: str, start: int, stop: int, dim: int, std: float) -> Iterator[tuple[int, Tensor]]:
