@@ -1,4 +1,7 @@
-"""The scenarios of tests/test_model_sequences.py: runs on a log with histories, on one, two and four ranks, under each kind of plan."""
+"""The scenarios of tests/test_model_sequences.py: runs on a log with histories, on one, two and four ranks, under each kind of plan.
+
+sequence_ranks.py FOLDER WORLD [PLAN...]
+"""
 
 import shutil
 import sys
@@ -12,7 +15,7 @@ from tiny_run import lines_of
 from mbcnet_rec.checkpoints.shards import Saved
 from mbcnet_rec.training.hooks import Hooks
 
-FOLDER, WORLD = Path(sys.argv[1]), int(sys.argv[2])
+FOLDER, WORLD, CHOSEN = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 CONFIG = write_seen(FOLDER, train_rows=2_400, other_rows=200)
 STEPS = 12
 PLANS = {
@@ -74,6 +77,6 @@ def again(world):
 
 
 if __name__ == "__main__":
-    scenarios = {kind: lambda kind=kind: equal(kind) for kind in PLANS}
+    scenarios = {kind: lambda kind=kind: equal(kind) for kind in CHOSEN or PLANS}
     scenarios |= {"resumed": lambda: again(WORLD), "resharded": lambda: again(1)}
     report(scenarios, FOLDER / "results.json")

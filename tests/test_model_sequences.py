@@ -235,15 +235,21 @@ def test_the_planner_counts_every_position_and_offers_what_runs(schema):
         plan(sharding_types=("data_parallel",))
 
 
+# of the default lane, in which "per_branch" is MBCnet
+USUAL = ("row_wise", "column_wise", "per_branch")
+
+
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def ranks(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("ranks")
-    run_script("sequence_ranks.py", str(folder), str(request.param))
+    run_script("sequence_ranks.py", str(folder), str(request.param), *(USUAL if request.param == 2 else ()))
     return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("plan", ["table_wise", "row_wise", "column_wise", "wide", "per_branch"])
-def test_several_ranks_train_as_one(ranks, plan):
+def test_several_ranks_train_as_one(ranks, plan, request):
+    if request.node.callspec.params["ranks"] == 2 and plan not in USUAL:
+        pytest.skip("four ranks do it, in the long lane")
     one, many = ranks[plan]["losses"]
     np.testing.assert_allclose(many, one, rtol=1e-5)
     assert ranks[plan]["sequences"] >= 6, "rows and state of three tables"

@@ -56,6 +56,7 @@ def killed(marker: Path, once: bool, config, watch) -> str:
     return os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_two_workers_find_the_winner_that_one_process_finds(config, tmp_path):
     one = tune_model(config, SEARCH, "dnn", tmp_path / "one", trained)
     two = tune_model(config, SEARCH, "dnn", tmp_path / "two", trained, TWO)
