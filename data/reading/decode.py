@@ -8,7 +8,7 @@ stays near the windows that are in use, whatever the writer's row groups. Reader
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from data.reading.columns import Columns, Place
 from data.reading.config import StreamOptions
 from data.reading.encode import Encoder
 from data.reading.files import RowGroup
+from data.reading.ids import codes_of
 from data.reading.row_groups import stored_rows
 from data.reading.selection import Selection
 from data.reading.storage import DAMAGE, DataFile, open_parquet, read_or_name
@@ -196,6 +197,33 @@ def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.concat_batches(parts) if len(parts) > 1 else parts[0]  # which it would copy
 
 
+class _Together(Mapping[str, pa.Array]):
+    """The columns of record batches of one schema, joined one at a time when they are asked for, and in the cache when they are then read."""
+
+    def __init__(self, parts: Sequence[pa.RecordBatch]) -> None:
+        self.parts, self.places = parts, {name: place for place, name in enumerate(parts[0].schema.names)}
+        if any(part.schema != parts[0].schema for part in parts):
+            raise pa.ArrowInvalid("record batches of several schemas")
+
+    def __getitem__(self, name: str) -> pa.Array:
+        place = self.places[name]
+        columns = [part.column(place) for part in self.parts]
+        kind = columns[0].type
+        # Arrow joins dictionaries without a look at the codes, which a damaged file may have wrong
+        if pa.types.is_dictionary(kind):
+            for column in columns:
+                codes_of(column)
+        elif kind.num_fields and pa.types.is_dictionary(kind.field(0).type):
+            raise pa.ArrowNotImplementedError("lists of dictionary codes are not joined")
+        return pa.concat_arrays(columns)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
 class Memory:
     """Memory of windows that are no longer used, for the next ones: fresh pages cost as much as filling them."""
 
@@ -290,7 +318,10 @@ class Decoder:
             self.reading.pop(thread, None)
         rows = [part for row_group, _, _ in window.segments for part in parts[row_group]]
         permutation = None if seed is None else np.random.default_rng(seed).permutation(window.num_rows)
-        return self.reader.encoder.encode_all(rows, permutation, self.memory.empty)
+        encode = partial(self.reader.encoder.encode_all, permutation=permutation, allocate=self.memory.empty)
+        with suppress(InputError, pa.ArrowException):  # then the fault is found, and named, part by part
+            return encode(rows, joined=_Together([part for part, _ in rows]) if len(rows) > 1 else None)
+        return encode(rows)
 
 
 class _LaneRowGroup:

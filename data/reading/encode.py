@@ -86,16 +86,6 @@ class Encoder:
         self.single = [feature for feature in schema.sparse if feature.is_single]
         self.lists = [feature for feature in schema.sparse if not feature.is_single]
 
-    def _nulls(self, readers: Sequence["_Reader"]) -> Counter[str]:
-        found: Counter[str] = Counter()
-        for feature in self.schema.features:
-            if feature.is_cross:
-                continue
-            columns = (reader.columns[feature.source_column] for reader in readers)
-            if count := sum(column.null_count for column in columns):
-                found[feature.name] = count
-        return found
-
     def encode(self, rows: Rows, place: Place, plain: Plain | None = None) -> Columns:
         """Check and encode rows; see `encode_all`. `plain`: what is read of them already."""
         return self.encode_all([(rows, place)], plain=plain)
@@ -106,6 +96,7 @@ class Encoder:
         permutation: np.ndarray | None = None,
         allocate: Callable[..., np.ndarray] = np.empty,
         *,
+        joined: Rows | None = None,
         plain: Plain | None = None,
     ) -> Columns:
         """Check and encode the rows of several record batches.
@@ -114,6 +105,7 @@ class Encoder:
             parts: record batches and where they come from; none gives no rows.
             permutation: row i of the result is row permutation[i] of the parts in order.
             allocate: makes the matrix of single-valued ids, by shape and dtype.
+            joined: the rows of all parts, from which fields are read that cost more by the call than a copy does: all but plain ids.
             plain: fields of the only part that are read already; nothing is permuted then.
 
         Raises:
@@ -124,6 +116,7 @@ class Encoder:
         for rows, place in parts:
             readers.append(_Reader(self, rows, total, place, repaired))
             total = readers[-1].rows.stop
+        whole = readers if joined is None else [_Reader(self, joined, 0, parts[0][1], repaired)]
         done: Container[str] = ()
         if plain is not None:  # what is left may have no column
             done, total = plain.fields, plain.num_rows
@@ -135,48 +128,50 @@ class Encoder:
         def lists_of(features: Sequence[Feature]) -> Lists:
             read = plain.lists if plain is not None else {}
             fields = [
-                [read[each.name]]
-                if each.name in read
-                else [reader.list(each) for reader in readers] or [_no_lists(each)]
+                [read[each.name]] if each.name in read else [reader.list(each) for reader in whole] or [_no_lists(each)]
                 for each in features
             ]
             return join_lists(fields, permutation, total, self.permute)
 
         single_ids = allocate((len(self.single), total), self.id_dtype)
         in_order = np.empty(total, self.id_dtype)  # one field, before it is permuted
-        dense = np.zeros((total, self.dense_width), np.float32)
+        # field by field, and turned at the end: a number written into its row would fetch a cache line of its own
+        dense = np.zeros((self.dense_width, total), np.float32)
         labels = np.zeros((total, len(self.schema.tasks)) if self.schema.tasks else total, np.float32)
         groups = np.empty(total, np.int64) if self.has_labels and self.schema.group_column else None
         weights = np.empty(total, np.float32) if self.has_labels and self.schema.weight_column else None
         if plain is not None:
-            single_ids[plain.single_places], dense[:, plain.dense_columns] = plain.single_ids, plain.dense
+            single_ids[plain.single_places], dense[plain.dense_columns] = plain.single_ids, plain.dense.T
             readers[0].absent = set(plain.absent)
         for index in range(len(self.single)) if plain is None else plain.other_singles:
             feature = self.single[index]
             out = single_ids[index] if permutation is None else in_order
-            for reader in readers:
+            for reader in readers if feature.kind == "categorical" and feature.encoding == "ids" else whole:
                 reader.single(feature, out[reader.rows])
             if permutation is not None:
                 in_order.take(permutation, out=single_ids[index], mode="clip")
-        for reader in readers:
+        for reader in whole:
             if plain is None or len(plain.dense_columns) < self.dense_width:
-                reader.dense(dense[reader.rows], done)
+                reader.dense(dense[:, reader.rows], done)
             if self.has_labels:
                 reader.targets(labels, groups, weights)
-        absent = {name for reader in readers for name in reader.absent}
+        lists, weighted = lists_of(self.lists), lists_of(self.schema.weighted)
+        used = readers if joined is None else [*readers, *whole]
+        absent = {name for reader in used for name in reader.absent}
+        nulls = sum((reader.nulls for reader in used), Counter[str]())
         return Columns(
             single_ids=single_ids,
             absent=np.asarray(
                 [each.name in absent for each in self.single] if absent else [False] * len(self.single), bool
             ),
-            lists=lists_of(self.lists),
-            weighted_lists=lists_of(self.schema.weighted),
-            dense=dense,
+            lists=lists,
+            weighted_lists=weighted,
+            dense=np.ascontiguousarray(dense.T),
             labels=in_new_order(labels),
             group_ids=None if groups is None else in_new_order(groups),
             repaired=repaired,
             weights=None if weights is None else in_new_order(weights),
-            nulls=self._nulls(readers) if self.has_labels else None,
+            nulls=nulls if self.has_labels else None,
             order=permutation,
         )
 
@@ -206,7 +201,14 @@ class _Reader:
         )
         self.rows = slice(start, start + len(next(iter(self.columns.values()), ())))
         self.absent: set[str] = set()  # fields in which an ABSENT was written
+        self.nulls: Counter[str] = Counter()  # by field
         self.hashes: dict[str, Part] = {}  # of fields that crosses combine
+
+    def _column(self, feature: Feature) -> pa.Array:
+        column = self.columns[feature.source_column]
+        if column.null_count:
+            self.nulls[feature.name] = column.null_count
+        return column
 
     @_named
     def targets(self, labels: np.ndarray, groups: np.ndarray | None, weights: np.ndarray | None) -> None:
@@ -223,17 +225,17 @@ class _Reader:
 
     @_named
     def dense(self, out: np.ndarray, done: Container[str]) -> None:
-        """Fill (n, D) with numbers and vectors, but for fields that are done; missing ones are left 0."""
+        """Fill (D, n) with numbers and vectors, but for fields that are done; missing ones are left 0."""
         stop = 0
         for feature in self.encoder.schema.dense:
             start, stop = stop, stop + feature.dense_width
             if feature.name in done:
                 continue
-            column = self.columns[feature.source_column]
+            column = self._column(feature)
             if feature.kind == "vector":
-                write_vectors(column, feature, self.place, self.repaired, out[:, start:stop])
+                write_vectors(column, feature, self.place, self.repaired, out[start:stop])
             else:
-                write_numbers(column, feature, self.place, self.repaired, out[:, start], self.encoder.schema.transforms)
+                write_numbers(column, feature, self.place, self.repaired, out[start], self.encoder.schema.transforms)
 
     @_named
     def single(self, feature: Feature, out: np.ndarray) -> None:
@@ -241,7 +243,7 @@ class _Reader:
         if feature.is_cross:
             out[:] = self._cross(feature).values
             return
-        column = self.columns[feature.source_column]
+        column = self._column(feature)
         if feature.kind == "numeric":
             numbers, valid = read_numbers(column, feature, self.place, self.repaired)
             out[:] = buckets_of(numbers, np.asarray(feature.boundaries, np.float64))
@@ -258,7 +260,7 @@ class _Reader:
         """Read a list column; a null list is an empty one, a null inside a list is no value."""
         if feature.is_cross:
             return self._cross(feature)
-        column = as_lists(self.columns[feature.source_column])
+        column = as_lists(self._column(feature))
         offsets = list_offsets(column)
         if feature.is_sequence:
             return self._sequence(feature, column.flatten(), offsets)

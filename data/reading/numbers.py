@@ -47,12 +47,13 @@ def write_numbers(
 def signed_log(numbers: np.ndarray) -> np.ndarray:
     """log(1 + |x|) with the sign of x. In float64 it differs from log1p by less than 2^-52, and is vectorised."""
     negative = numbers.size > 0 and numbers.min() < 0
-    logs = np.log(np.add(1.0, np.abs(numbers) if negative else numbers, dtype=np.float64))
+    logs = np.add(1.0, np.abs(numbers, dtype=np.float64) if negative else numbers, dtype=np.float64)
+    np.log(logs, out=logs)
     return np.copysign(logs, numbers) if negative else logs
 
 
 def write_vectors(column: pa.Array, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray) -> None:
-    """Write the vectors of a field, (n, W); missing ones are left as they are."""
+    """Write the vectors of a field, (W, n); missing ones are left as they are."""
     lists = as_lists(column)
     present = is_valid(lists) if lists.null_count else slice(None)
     offsets = list_offsets(lists)
@@ -65,7 +66,7 @@ def write_vectors(column: pa.Array, feature: Feature, place: Place, repaired: Co
             "fix the file or the schema's width"
         )
     numbers, _ = read_numbers(lists.flatten(), feature, place, repaired, offsets)
-    out[present] = numbers.reshape(-1, feature.width)
+    out[:, present] = numbers.reshape(-1, feature.width).T
 
 
 def read_numbers(
@@ -73,11 +74,16 @@ def read_numbers(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Numbers, 0 where invalid, and their validity (None: all). NaN and infinity are errors, or missing if on_invalid = 'null'.
 
+    Integers of up to 32 bits stay what they are where none of their type is out of range; float64 holds all of them.
+
     `offsets`: of the lists that hold the numbers.
     """
     numbers, valid = _as_numpy(column)
     low, high = limits_of(feature)
     if numbers.dtype.kind in "iu":
+        ends = np.iinfo(numbers.dtype)
+        if numbers.itemsize <= 4 and low <= ends.min and ends.max <= high:
+            return numbers, valid
         # as float32, integers beyond 2^24 would lose digits before the transform
         numbers = numbers.astype(np.float64)
     # a NaN is the least and the largest, and in no range
@@ -133,6 +139,8 @@ def _wide_enough(numbers: np.ndarray, feature: Feature) -> np.ndarray:
 
 def buckets_of(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
     """1 + the number of boundaries <= x. Of many numbers, a few boundaries are faster compared one by one than searched."""
+    if numbers.dtype.kind in "iu":
+        numbers = numbers.astype(np.float64)
     if len(boundaries) > MOST_COMPARED or len(numbers) < LEAST_COMPARED:
         return np.searchsorted(boundaries, numbers, side="right") + 1
     if numbers.dtype == np.float32:

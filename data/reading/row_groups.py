@@ -40,13 +40,16 @@ def stored_rows(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the columns of row groups in batches of at most so many rows; pa.ArrowInvalid if they are not what the footer says."""
     rows, entries = 0, Counter[str]()
+    lists: list[str] | None = None
     for batch in parquet.iter_batches(batch_rows, list(groups), list(columns), use_threads):
         rows += batch.num_rows
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            if is_list(column.type) and not pt.is_nested(column.type.value_type):
-                offsets = list_offsets(column)
-                # a list without values has an entry too
-                entries[name] += int(offsets[-1]) + int(np.count_nonzero(offsets[1:] == offsets[:-1]))
+        if lists is None:
+            kinds = {field.name: field.type for field in batch.schema}
+            lists = [name for name, kind in kinds.items() if is_list(kind) and not pt.is_nested(kind.value_type)]
+        for name in lists:
+            offsets = list_offsets(batch.column(name))
+            # a list without values has an entry too
+            entries[name] += int(offsets[-1]) + int(np.count_nonzero(offsets[1:] == offsets[:-1]))
         yield batch
     footers = [parquet.metadata.row_group(group) for group in groups]
     if rows != (wanted := sum(footer.num_rows for footer in footers)):
@@ -87,9 +90,9 @@ def leaves_of(metadata: pq.FileMetaData, columns: Container[str]) -> list[int]:
 def columns_of_leaves(metadata: pq.FileMetaData) -> list[str]:
     """The column that each leaf column is a part of; a column's name may hold dots."""
     schema = metadata.schema.to_arrow_schema()
-    return [field.name for field in schema for _ in range(_num_leaves(field.type))]
+    return [name for name, kind in zip(schema.names, schema.types, strict=True) for _ in range(_num_leaves(kind))]
 
 
 def _num_leaves(kind: pa.DataType) -> int:
     """Leaf columns that a type is stored in. Their paths do not tell: `user.id` may be a column, or a part of the column `user`."""
-    return sum(_num_leaves(kind.field(place).type) for place in range(kind.num_fields)) or 1
+    return sum(_num_leaves(kind.field(place).type) for place in range(kind.num_fields)) if kind.num_fields else 1

@@ -113,8 +113,8 @@ def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = 
             group_ids[begin:end] = columns.group_ids[start:stop]
         begin = end
     size = len(first.single_ids) * num_rows
-    lengths = np.ones(size + list_lengths.size, np.int32)
-    lengths[size:] = list_lengths.reshape(-1)
+    lengths = np.empty(size + list_lengths.size, np.int32)
+    lengths[:size], lengths[size:] = 1, list_lengths.reshape(-1)
     ids = np.empty(size + sum(map(len, pieces)), np.int64)
     used = _copy_single(runs, ids, lengths[:size].reshape(len(first.single_ids), num_rows))
     ids = ids[: used + sum(map(len, pieces))]
@@ -151,22 +151,19 @@ def _copy_single(runs: Sequence[Run], ids: np.ndarray, lengths: np.ndarray) -> i
     num_fields, num_rows = lengths.shape
     edges = np.cumsum([0, *(stop - start for _, start, stop in runs)]).tolist()
     absent = np.any([columns.absent for columns, _, _ in runs], axis=0) | (edges[-1] < num_rows)
+    fields = np.flatnonzero(absent)
+    found = np.concatenate([columns.single_ids[fields, start:stop] for columns, start, stop in runs], axis=1)
+    present, no_ids = found >= 0, np.zeros(0, bool)
+    lengths[fields, : edges[-1]], lengths[fields, edges[-1] :] = present, 0
     used = copied = 0
-    for field in [*np.flatnonzero(absent).tolist(), num_fields]:
+    for field, own, kept in zip([*fields.tolist(), num_fields], [*found, no_ids], [*present, no_ids], strict=True):
         full = ids[used : used + (field - copied) * num_rows].reshape(field - copied, num_rows)
         for (columns, start, stop), begin, end in zip(runs, edges, edges[1:], strict=False):
             full[:, begin:end] = columns.single_ids[copied:field, start:stop]
         used += full.size
-        if field == num_fields:
-            break
-        lengths[field, edges[-1] :] = 0
-        for (columns, start, stop), begin, end in zip(runs, edges, edges[1:], strict=False):
-            found = columns.single_ids[field, start:stop]
-            present = lengths[field, begin:end] = found >= 0
-            some = found[present]
-            ids[used : used + len(some)] = some
-            used += len(some)
-        copied = field + 1
+        some = own[kept]
+        ids[used : used + len(some)] = some
+        used, copied = used + some.size, field + 1
     return used
 
 
