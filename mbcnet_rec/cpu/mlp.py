@@ -91,7 +91,7 @@ class _DenseLayers(torch.autograd.Function):
         hidden, weights = ctx.saved_tensors[: layers + 1], ctx.saved_tensors[layers + 1 :]
         found: list[Tensor] = []
         own: Tensor | None = None  # the gradient, once it is nobody else's
-        ones = gradient.new_ones(len(gradient))  # a product with it is a quarter faster than a sum over rows
+        ones = gradient.new_ones(len(gradient))  # a product with it is a tenth to a quarter faster than a sum over rows
         for place in reversed(range(layers)):
             if place < ctx.relus:
                 output = torch.empty_like(gradient) if own is None else own
