@@ -56,10 +56,11 @@ def children() -> dict[int, str]:
     for pid in started() if HAS_LISTS else started_by_scan():
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:100]
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
         except OSError:  # it ended meanwhile
             continue
-    return {pid: line for pid, line in found.items() if not any(name in line for name in LIBRARY_PROCESSES)}
+    # the whole line is searched: the clone may lie in a folder of any depth
+    return {pid: line[:100] for pid, line in found.items() if not any(name in line for name in LIBRARY_PROCESSES)}
 
 
 def threads() -> dict[int, str]:
