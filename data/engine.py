@@ -64,11 +64,19 @@ def run_tasks(
     held: bool = False,
     lost: Lost | None = None,
 ) -> Iterator[Path]:
-    """Run each task whose result is not there (`is_done`), and yield each result's path when it is, in no order.
+    """Run each task whose result is not there, and yield each result's path when it is, in no order.
 
-    `run`, a function of a module, writes a result whole or not at all (`write_result`) of what `tasks` has for its path. Only torchrun's first
-    rank goes on after the `last` tasks: others wait for no results but their own. `held`: `run` keeps what it loads for its process' next task
-    (on Ray, actors'). `lost` writes the result of a task given up, since it cost LOST_WORKERS workers; InputError without it, or a task's.
+    Args:
+        engine: who runs them.
+        run: a function of a module. Writes the result of a task whole or not at all (`write_result`).
+        tasks: path of the result -> what `run` takes; both can be pickled.
+        last: whether only torchrun's first rank goes on afterwards; the others then wait for no results but their own.
+        is_done: whether a result is there.
+        held: whether `run` keeps what it loads for the next task of its process: on Ray, tasks of actors then.
+        lost: writes the result of a task that has cost LOST_WORKERS workers, which is given up then.
+
+    Raises:
+        InputError: a task's, or workers were lost again and again and nobody wants to be told.
     """
     if engine.name == "torchrun":
         yield from _among_ranks(run, tasks, last, is_done)

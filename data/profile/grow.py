@@ -55,8 +55,8 @@ def grow_fitted(
 ) -> dict[str, Changes]:
     """Count files, which nobody has counted before, and write the grown schema to OUT, which may be the folder that the schema is in.
 
-    Returns what has changed of each table with a vocabulary; nothing where all files were counted before, which changes nothing. InputError if some of the files were counted before, or are damaged; if `out` holds something else; or if the schema is not fitted, or
-    its vocabularies are not beside it.
+    Returns what has changed of each table with a vocabulary, and nothing where all files were counted before. InputError if only some were,
+    a file is damaged, `out` holds something else, the schema is not fitted, or its vocabularies are not beside it.
     """
     schema.require_fitted()
     state, marks = read_growth(schema.folder), mark_files(files)

@@ -12,7 +12,7 @@ A schema is one TOML file, one line a field:
     [groups]
     taste = ["user_id", "tags", "image"]
 
-What a missing value (null) means for each kind of field, and which types a column may have, docs/data.md has in tables.
+docs/data.md has tables of what a missing value (null) means for each kind of field, and of the types that a column may have.
 A vocabulary of V values has V + 2 rows: row 0 missing, row 1 out of vocabulary, row 2 + i the i-th value.
 """
 

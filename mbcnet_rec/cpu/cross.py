@@ -1,4 +1,4 @@
-"""The cross network on a CPU that trains: fewer passes over (B, N) numbers, which cost a third of what its products cost."""
+"""The cross network on a CPU that trains: fewer passes over its (B, N) numbers than autograd makes."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ class FastLowRankMixture(LowRankMixture):
 
 
 class FastCross(Cross):
-    """Cross, whose whole gradient is written by hand: sums of gradients go where they are kept, and a layer's bias into its product."""
+    """Cross with a gradient written by hand: sums of gradients are taken in place, and a layer's bias is added to its product in place."""
 
     def forward(self, x_0: Tensor) -> Tensor:
         """Map (B, N) to (B, N)."""

@@ -1,4 +1,4 @@
-"""Dense layers on an Intel CPU that trains: half as many passes over memory, and no gradient to columns of which nothing is learnt."""
+"""Dense layers on an Intel CPU that trains: fewer passes over memory, and no gradient to the columns of dense fields, which are data."""
 
 import math
 from collections.abc import Sequence
@@ -15,9 +15,7 @@ MANY = 2**19  # numbers of the widest layer's output; with fewer there is little
 # Columns between the rows of a hidden layer whose width is a multiple of 512. Rows that start a multiple of 4 KiB apart share
 # their places in the cache: the narrow products of EFGC's groups take a twentieth longer.
 APART, CLASHING = 16, 512
-LEARNED = (
-    "learned_columns"  # an attribute of a tensor: so many of its first columns have a gradient that somebody wants
-)
+LEARNED = "learned_columns"  # attribute of a tensor: how many of its first columns want a gradient
 
 
 class FastRegroup(FeatureRegroup):

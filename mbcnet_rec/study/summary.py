@@ -179,8 +179,9 @@ def best_branch(scores: Scores) -> str:
 def judge_all(claims: Sequence[Claim], results: Results, measured: Mapping[str, Compared]) -> list[Judged]:
     """Say what the runs make of claims: each with a verdict, and its differences of AUC and log-loss, corrected for their number.
 
-    A claim that is not about AUC is judged by what was `measured` for it, of which more is in its favour. reproduced: the difference of AUC is above 0 and its corrected p below 0.05. contradicted: below 0, likewise. same direction: above 0
-    only. not reproduced: the rest. With one seed, or without row scores, there is no verdict; without runs of both the claim is not tested.
+    A claim that is not about AUC is judged by what was `measured` for it, of which more is in its favour. reproduced: the difference of AUC
+    is above 0 and its corrected p below 0.05. contradicted: below 0, likewise. same direction: above 0 only. not reproduced: the rest. With
+    one seed, or without row scores, there is no verdict; without runs of both the claim is not tested.
     """
     areas = [compare(results, one.better, one.worse, "auc") for one in claims]
     areas = [measured.get(one.measure) if one.measure else area for one, area in zip(claims, areas, strict=True)]
