@@ -7,6 +7,9 @@ fused rowwise Adagrad, Adam for the dense part. Every case is measured in turns 
 
 gemm_share                FLOPs of the step's matrices / its time / the machine's own rate of torch.mm, 2048 x 2048 x 2048, same threads
 gemm_share_of_faster      the same against the faster of torch.mm (MKL) and oneDNN, which the model's layers use on a CPU
+products_share            the same of a step's own matrix products run again one after the other, on the same tensors, and nothing else
+roof_share                the same of these products and of the bytes that the parts below cannot save, at the rate of a pass in place: what a
+                          step would reach whose every other operation costs nothing
 bf16_speedup              float32 step / step under bf16 autocast
 bf16_loss_difference      relative difference of the mean loss over the last tenth of --loss-steps steps, float32 against bf16; no row is seen twice
 float32_loss_difference   the same between two float32 runs whose dense weights differ by 1e-6 of themselves at first
@@ -60,6 +63,7 @@ from side_by_side import (
 )
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
@@ -138,11 +142,16 @@ def measure_steps(made: dict[str, Built], batch: Batch, seconds: float, clock: C
     product, product_flops = square_product()
     other_product = one_dnn_product()
     copying, copy_bytes = large_copy()
+    in_place = torch.ones(int(copy_bytes) // 8)
     parts, loop = part_cases(made["step"], batch)
+    with Products() as products:
+        training_step(made["step"], batch)()
     cases: dict[str, Callable[[], object]] = {
         "product": product,
         "oneDNN product": other_product or product,
         "copy": copying,
+        "pass in place": lambda: in_place.mul_(1.0),
+        "products alone": products.again,
         "bf16": training_step(made["step"], batch, autocast=True),
         "loop over groups": loop,
         **{name: training_step(built, batch) for name, built in made.items()},
@@ -154,9 +163,13 @@ def measure_steps(made: dict[str, Built], batch: Batch, seconds: float, clock: C
     faster = min(("product", "oneDNN product"), key=lambda name: statistics.median(times[name]))
     print_parts(times, parts, rate, bandwidth)
     share = flops / product_flops
+    passes = sum(size for _, _, size in parts.values()) / (in_place.nbytes * 2)
+    least = [a + passes * b for a, b in zip(times["products alone"], times["pass in place"], strict=True)]
     return {
         "gemm_share": share * ratio(times["product"], times["step"]),
         "gemm_share_of_faster": share * ratio(times[faster], times["step"]),
+        "products_share": share * ratio(times[faster], times["products alone"]),
+        "roof_share": share * ratio(times[faster], least),
         "bf16_speedup": ratio(times["step"], times["bf16"]),
         "cooperation_overhead": ratio(times["step"], times["two"]) - 1,
         "per_branch_step": ratio(times["slices"], times["step"]),
@@ -170,6 +183,27 @@ def measure_steps(made: dict[str, Built], batch: Batch, seconds: float, clock: C
         "samples_per_second": size / min(times["step"]),
         "rounds": len(times["step"]),
     }
+
+
+class Products(TorchDispatchMode):
+    """Notes the matrix products of what runs inside, and their operands, to run them again."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.overloadpacket.__name__ in self.NAMES:
+            self.calls.append(partial(op, *args, **(kwargs or {})))
+        return op(*args, **(kwargs or {}))
+
+    @torch.no_grad()
+    def again(self) -> None:
+        """Run all of them; what they make is let go."""
+        for call in self.calls:
+            call()
 
 
 Part = tuple[Callable[[], object], float, float]  # case, FLOPs of matrix products, bytes that cannot be saved
