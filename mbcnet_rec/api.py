@@ -61,9 +61,9 @@ class Run:
         return cls(Path(folder), load_run(Path(folder)))
 
     def predict(self, rows: Rows) -> np.ndarray:
-        """Click probabilities (n,) float32, of several tasks (n, T), of an Arrow table, a DataFrame or columns of values, with float32 rows of tables in this process.
+        """Click probabilities (n,) float32, of several tasks (n, T), of an Arrow table, a DataFrame or columns of values.
 
-        ValueError if a column is missing, or a value is one that training would have refused.
+        Rows of tables are float32, in this process. ValueError if a column is missing, or a value is one that training would have refused.
         """
         return self._model.predict(rows)
 

@@ -80,7 +80,8 @@ def parse_conditions(text: str) -> list[Condition]:
         if not match:
             raise InputError(
                 f"where = {text!r}: wanted NAME OP BOUND, for example 'ds < last 7', joined by 'and' or commas; OP is one of "
-                "= != < <= > >=; a name or bound with blanks needs quotes; for OR, IN or LIKE name files by globs in place of conditions, for BETWEEN write >= and <="
+                "= != < <= > >=; a name or bound with blanks needs quotes; for OR, IN or LIKE name files by globs in place of conditions, "
+                "for BETWEEN write >= and <="
             )
         part = match.groupdict()
         name = part["quoted"] or part["ticked"] or part["name"]

@@ -15,7 +15,8 @@ def export(args: argparse.Namespace) -> int:
     """
     if args.since and (args.rows or args.branches or args.aot or args.calibrate or args.triton):
         raise InputError(
-            "--since: a delta has the rows, branches and calibration of its artifact, and nothing compiled; leave --rows, --branches, --calibrate, --triton, --aot out"
+            "--since: a delta has the rows, branches and calibration of its artifact, and nothing compiled; leave --rows, --branches, "
+            "--calibrate, --triton, --aot out"
         )
     from mbcnet_rec.serving.export import run_delta, run_export  # imports torchrec
 

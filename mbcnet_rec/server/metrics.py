@@ -32,7 +32,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         ours: dict[str, Any] = {"registry": self.registry}
         recent: dict[str, Any] = ours | {"multiprocess_mode": "mostrecent"}
-        self.seconds = Histogram("mbcnet_seconds", "Parse and wait of a request, decode, lookup and dense of a pass, and the whole", ["stage"], buckets=SECONDS, **ours)  # fmt: skip
+        words = "Parse and wait of a request, decode, lookup and dense of a pass, and the whole"
+        self.seconds = Histogram("mbcnet_seconds", words, ["stage"], buckets=SECONDS, **ours)
         self.pass_rows = Histogram("mbcnet_pass_rows", "Rows of a pass", buckets=SIZES, **ours)
         self.pass_requests = Histogram("mbcnet_pass_requests", "Requests that shared a pass", buckets=SIZES, **ours)
         self.queue = Gauge("mbcnet_queue_requests", "Requests that wait", multiprocess_mode="livesum", **ours)

@@ -372,8 +372,8 @@ class Trainer:
             self.bar.say(f"step {state.step}: valid {judge.title} not defined, {log_loss}")
             if not self._told_no_auc:
                 self.bar.say(
-                    f"data.valid: {judge.why_none(metrics)}, so their {judge.title} is not defined: no checkpoint is better than another, the last one counts, and "
-                    "patience and plateau do not act; name validation rows with clicks and without"
+                    f"data.valid: {judge.why_none(metrics)}, so their {judge.title} is not defined: no checkpoint is better than another, "
+                    "the last one counts, and patience and plateau do not act; name validation rows with clicks and without"
                 )
             self._told_no_auc = True
         else:

@@ -1,4 +1,7 @@
-"""Where each table lives: the plan as a value and as a file that a person can review, the shards it gives every rank, what the dense part costs, and what no platform runs."""
+"""Where each table lives: the plan as a value and as a file that a person can review.
+
+With it: the shards it gives every rank, what the dense part costs, and what no platform runs.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

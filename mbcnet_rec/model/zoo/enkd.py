@@ -1,8 +1,8 @@
 """Distillation of several trained teachers into a student DNN, in the spirit of EnKD (Zhu et al., CIKM 2020).
 
 MBCnet's paper, our source, says of EnKD no more than that it distils an ensemble into a light student. Which teachers there are, the gate
-that weighs them row by row and the loss are our reading. The teachers' logits come from outside, as the last T columns of a training batch's dense features; who trains and runs the
-teachers is not the model's business.
+that weighs them row by row and the loss are our reading. The teachers' logits come from outside, as the last T columns of a training
+batch's dense features; who trains and runs the teachers is not the model's business.
 
 Shapes: B batch, T teachers.
 """
