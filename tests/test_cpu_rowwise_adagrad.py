@@ -1,4 +1,4 @@
-"""Proves that tables with second features look up the same rows and learn the same numbers, but for rounding, as FBGEMM's generated code."""
+"""Proves that tables with an update of our own look up the same rows and learn the same numbers, but for rounding, as with FBGEMM's generated code."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
-from mbcnet_rec.cpu.rowwise_adagrad import SecondFeatures
+from mbcnet_rec.cpu.rowwise_adagrad import OwnUpdate
 
 ROWS, BATCH = 50, 32
 WIDTHS = (4, 12, 8)
@@ -26,27 +26,49 @@ def tables(pooling: PoolingMode) -> SplitTableBatchedEmbeddingBagsCodegen:
 
 @pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_second_features_change_rounding_alone(pooling: PoolingMode, weighted: bool) -> None:
+def test_own_update_changes_rounding_alone(pooling: PoolingMode, weighted: bool) -> None:
     """Outputs of the first step are equal bit by bit; those after it, rows and Adagrad's state to float32's rounding."""
     if weighted and pooling == PoolingMode.MEAN:
         pytest.skip("FBGEMM has no mean of weighted rows")
-    plain, doubled = tables(pooling), tables(pooling)
-    doubled.register_forward_pre_hook(SecondFeatures(doubled), with_kwargs=True)
+    plain, own = tables(pooling), tables(pooling)
+    own.forward = OwnUpdate(own)
     draw = torch.Generator().manual_seed(1)
     for step in range(4):
         lengths = torch.randint(0, 4, (len(READS) * BATCH,), generator=draw)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         ids = torch.randint(0, ROWS, (int(offsets[-1]),), generator=draw)
         weights = torch.rand(len(ids), generator=draw) if weighted else None
-        outputs = [each(indices=ids, offsets=offsets, per_sample_weights=weights) for each in (plain, doubled)]
+        outputs = [each(indices=ids, offsets=offsets, per_sample_weights=weights) for each in (plain, own)]
         if step == 0:
             assert torch.equal(*outputs)
         torch.testing.assert_close(*outputs)
-        gradient = torch.randn(outputs[0].shape, generator=draw)
+        # columns of a wider one
+        gradient = torch.randn(BATCH, outputs[0].shape[1] + 5, generator=draw)[:, 3:-2]
         for output in outputs:
             output.backward(gradient)
-    for first, second in zip(plain.split_embedding_weights(), doubled.split_embedding_weights(), strict=True):
+    for first, second in zip(plain.split_embedding_weights(), own.split_embedding_weights(), strict=True):
         torch.testing.assert_close(first, second)
-    for first, second in zip(plain.split_optimizer_states(), doubled.split_optimizer_states(), strict=True):
+    for first, second in zip(plain.split_optimizer_states(), own.split_optimizer_states(), strict=True):
         torch.testing.assert_close(first[0], second[0])
         assert first[0].any()
+
+
+@pytest.mark.parametrize("wrong", [-1, ROWS])
+def test_an_id_without_a_row_is_refused(wrong: int) -> None:
+    """And neither read nor written elsewhere: FBGEMM's own check would say so and take row 0."""
+    kernel = tables(PoolingMode.SUM)
+    ids = torch.zeros(len(READS) * BATCH, dtype=torch.int64)
+    ids[40] = wrong
+    with pytest.raises(RuntimeError, match=f"out of bounds: {wrong}"):
+        OwnUpdate(kernel)(ids, torch.arange(len(ids) + 1))
+
+
+def test_a_row_without_gradient_stays() -> None:
+    """Also where no eps keeps its rate from being 0 / 0."""
+    kernel = tables(PoolingMode.SUM)
+    kernel.optimizer_args = kernel.optimizer_args._replace(eps=0.0)
+    before = kernel.weights_host.detach().clone()
+    ids = torch.zeros(len(READS) * BATCH, dtype=torch.int64)
+    output = OwnUpdate(kernel)(ids, torch.arange(len(ids) + 1))
+    output.backward(torch.zeros_like(output))
+    assert torch.equal(kernel.weights_host, before)

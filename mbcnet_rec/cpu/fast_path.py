@@ -17,7 +17,7 @@ from data.stream import Batch
 from mbcnet_rec.cpu.cross import FastCross, FastLowRankMixture
 from mbcnet_rec.cpu.layers import INTEL, Dropout, Linear
 from mbcnet_rec.cpu.mlp import FastMLP, FastRegroup
-from mbcnet_rec.cpu.rowwise_adagrad import use_compiled_update
+from mbcnet_rec.cpu.rowwise_adagrad import use_own_update
 from mbcnet_rec.cpu.whole_adam import WholeAdam
 from mbcnet_rec.model.layers import MLP, Cross, LowRankMixture
 from mbcnet_rec.model.objective import Outputs
@@ -56,7 +56,7 @@ class FastPath:
         if self._alone:
             shorten_lookups(sharded)
         if self.on and INTEL:
-            use_compiled_update(sharded)
+            use_own_update(sharded)
 
     @property
     def data_parallel_wrapper(self) -> DataParallelWrapper | None:
