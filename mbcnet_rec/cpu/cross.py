@@ -1,11 +1,14 @@
 """The cross network on a CPU that trains: fewer passes over its (B, N) numbers than autograd makes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from mbcnet_rec.cpu.layers import ONE_DNN_FROM, linear, one_dnn, product, weight_gradient
+from mbcnet_rec.cpu.loops import by_rows, cross_backward, cross_forward
 from mbcnet_rec.model.layers import Cross, LowRankMixture
 
 MANY = 2**19  # numbers of (B, N): with fewer, Python's share is larger than what a pass costs
@@ -23,20 +26,29 @@ class FastLowRankMixture(LowRankMixture):
 
 
 class FastCross(Cross):
-    """Cross with a gradient written by hand: sums of gradients are taken in place, and a layer's bias is added to its product in place."""
+    """Cross with a gradient written by hand: what is element by element takes one pass a layer, forward and back."""
 
     def forward(self, x_0: Tensor) -> Tensor:
         """Map (B, N) to (B, N)."""
-        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x_0.device.type == "cpu"
-        if not trains or torch.is_autocast_enabled("cpu") or x_0.numel() < MANY:
+        if (
+            x_0.numel() < MANY
+            or not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or x_0.device.type != "cpu"
+            or x_0.dtype not in (torch.float32, torch.float64)
+            or torch.is_autocast_enabled("cpu")
+            or not all(each.requires_grad for each in self.parameters())
+        ):
             return super().forward(x_0)
         weights: list[Tensor | None] = []
         for layer in self.layers:
             if isinstance(layer, LowRankMixture):
-                weights += [layer.first(), layer.c, layer.u.transpose(0, 1).flatten(1), layer.bias]
+                alone = len(layer.v) == 1  # the gate of one expert is 1 and learns nothing
+                first, gate = (layer.v.flatten(0, 1), layer.gate) if alone else (layer.first(), None)
+                weights += [first, layer.c, layer.u.transpose(0, 1).flatten(1), layer.bias, gate]
             else:
-                weights += [None, None, layer.weight, layer.bias]  # pyright: ignore[reportArgumentType]
-        return _CrossNetwork.apply(list(self.layers), x_0.contiguous(), *weights)
+                weights += [None, None, layer.weight, layer.bias, None]  # type: ignore[list-item]
+        return _CrossNetwork.apply(list(self.layers), x_0.contiguous(), *weights)  # type: ignore[no-any-return]
 
 
 class _CrossNetwork(torch.autograd.Function):
@@ -45,18 +57,19 @@ class _CrossNetwork(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layers: list[nn.Module], x_0: Tensor, *weights: Any) -> Tensor:
         x, kept, ctx.layers, ctx.graphs = x_0, [], layers, []
-        for place, layer in enumerate(layers):
-            first, _, last, bias = weights[4 * place : 4 * place + 4]
+        for layer, (first, _, last, bias, _) in zip(layers, batched(weights), strict=True):
             inner, graph = x, None
             if first is not None:
                 projected = product(x, first).requires_grad_()
                 with torch.enable_grad():  # what is narrow is autograd's
                     graph = (projected, layer.gated(projected))  # type: ignore[operator]
                 inner = graph[1].detach()
-            y = product(inner, last).add_(bias)
+            y = product(inner, last)
             kept += [x, inner, y]
             ctx.graphs.append(graph)
-            x = torch.addcmul(x, x_0, y)
+            following = torch.empty_like(x)
+            by_rows(cross_forward, len(x), *as_arrays(x, x_0, y, bias, following))
+            x = following
         ctx.save_for_backward(x_0, *weights, *kept)
         return x
 
@@ -64,27 +77,37 @@ class _CrossNetwork(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_0, *saved = ctx.saved_tensors
-        layers = len(ctx.layers)
-        weights, kept = saved[: 4 * layers], saved[4 * layers :]
+        count = len(ctx.layers)
+        weights, kept = batched(saved[: 5 * count]), batched(saved[5 * count :], 3)
         found: list[Tensor | None] = []
-        of_x, of_x_0 = gradient, None
-        of_y = torch.empty_like(x_0)  # one for all layers: memory in use is written faster than fresh
-        for place in reversed(range(layers)):
-            first, c, last, _ = weights[4 * place : 4 * place + 4]
-            x, inner, y = kept[3 * place : 3 * place + 3]
-            of_x_0 = of_x * y if of_x_0 is None else of_x_0.addcmul_(of_x, y)
-            torch.mul(of_x, x_0, out=of_y)
-            of_last, of_bias = weight_gradient(of_y, inner, last), of_y.sum(0)
-            of_first = of_c = None
-            of_product, weight = of_y, last
+        of_x = gradient = gradient.contiguous()
+        of_x_0 = torch.empty_like(x_0)
+        for place in reversed(range(count)):
+            (first, c, last, bias, gate), (x, inner, y) = weights[place], kept[place]
+            above, of_x = of_x, torch.empty_like(of_x) if of_x is gradient else of_x
+            ends = place == count - 1, place == 0
+            parts = by_rows(cross_backward, len(x), *as_arrays(above, x_0, y, bias, of_x_0, of_x), *ends)
+            increment_version(y)  # its memory holds its gradient now: a second backward pass is an error
+            of_product, weight, of_first, of_c = y, last, None, None
+            of_last = weight_gradient(y, inner, last)
             if first is not None:
-                of_inner = product(of_y, last.t())
+                of_inner = product(y, last.t())
                 of_product, of_c = torch.autograd.grad(ctx.graphs[place][1], (ctx.graphs[place][0], c), of_inner)
                 of_first, weight = weight_gradient(of_product, x, first), first
             if one_dnn(of_product, weight):
-                of_x = of_x + product(of_product, weight.t())
+                of_x += product(of_product, weight.t())
             else:
-                of_x = torch.addmm(of_x, of_product, weight, out=None if of_x is gradient else of_x)
-            found[:0] = [of_first, of_c, of_last, of_bias]
-        assert of_x_0 is not None
-        return (None, of_x_0.add_(of_x), *found)
+                of_x.addmm_(of_product, weight)
+            of_gate = None if gate is None else torch.zeros_like(gate)
+            found[:0] = [of_first, of_c, of_last, sum(map(torch.from_numpy, parts)), of_gate]
+        return (None, of_x, *found)
+
+
+def batched(each: Sequence[Any], size: int = 5) -> list[Sequence[Any]]:
+    """What a layer has, layer by layer."""
+    return [each[start : start + size] for start in range(0, len(each), size)]
+
+
+def as_arrays(*tensors: Tensor) -> list[Any]:
+    """Tensors as NumPy's arrays, which loops read and write."""
+    return [tensor.detach().numpy() for tensor in tensors]

@@ -4,14 +4,35 @@ Shapes: B batch, F features. Places in arrays are unsigned where it counts: of a
 and is not compiled to instructions on several numbers at once.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from numpy import uint64 as place
+from torch import Tensor
 
 from data.compiled import compiled
 
-Array = Any  # of NumPy's; of which types is said beside each function
+Array = Any  # of NumPy's: of float32, where nothing else is said
+ZERO = np.float32(0)
+
+
+def by_rows(loop: Callable[..., Any], rows: int, *arguments: Any) -> list[Any]:
+    """Run loop(first row, row after the last, *arguments) over all rows, on as many threads as torch's operations; what each returned."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [loop(0, rows, *arguments)]
+    bounds = [rows * number // threads for number in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda part: loop(*part, *arguments), pairwise(bounds)))
+
+
+def flat(tensor: Tensor) -> Array:
+    """The numbers of a (B, n) whose rows lie whole, one row after another: row b begins at b * tensor.stride(0)."""
+    return tensor.as_strided([(len(tensor) - 1) * tensor.stride(0) + tensor.shape[1]], [1]).numpy()
 
 
 @compiled
@@ -21,14 +42,9 @@ def update_rows(
 ) -> None:  # fmt: skip
     """Update the rows of tables by row-wise Adagrad: s += mean(g^2), row -= rate g / (sqrt(s) + eps), g the sum of a row's gradients in the batch.
 
-    Args:
-        rows, squares: of all tables, float32; changed.
-        starts: (2, F): where in them the table of each feature begins; features of one table are neighbours.
-        columns: (F + 1,): of the gradient, where each feature's begin.
-        ids, offsets: those of feature f and bag b are ids[offsets[f B + b] : offsets[f B + b + 1]].
-        gradient: float32; the first column of bag b stands at b * stride.
-        weights: of each id, float32; empty: all 1.
-        mean: whether a bag is the mean of its rows, not their sum.
+    `rows` and `squares` (s) of all tables are changed. `starts` (2, F) is where in them the table of each feature begins; features of one table are
+    neighbours. `columns` (F + 1,) is where in a row of `gradient` those of each feature begin; the gradient of bag b begins at b * `stride`. The `ids`
+    of feature f and bag b are those from offsets[f B + b] on. `weights` of each id; empty: all 1. `mean`: a bag is the mean of its rows, not their sum.
     """
     features = len(columns) - 1
     batch = (len(offsets) - 1) // features
@@ -91,3 +107,64 @@ def number_ids(ids: Array, begin: int, end: int, number: Array) -> Array:
             known += 1
         number[each] = slots[slot]
     return distinct[:known]
+
+
+@compiled
+def add_bias_relu(first: int, last: int, y: Array, stride: int, bias: Array) -> None:
+    """Set y to ReLU(y + bias), of rows that begin `stride` numbers apart."""
+    for row in range(first, last):
+        own = y[row * stride : row * stride + len(bias)]
+        for column in range(len(bias)):
+            number = own[column] + bias[column]
+            own[column] = ZERO if number < ZERO else number
+
+
+@compiled
+def relu_gradient(
+    first: int, last: int, gradient: Array, stride: int, hidden: Array, hidden_stride: int, of_y: Array, of_stride: int, width: int
+) -> Array:  # fmt: skip
+    """The gradient to y of hidden = ReLU(y); returned is its sum over these rows, the bias' gradient (width,). `of_y` may be `gradient`."""
+    of_bias = np.zeros(width, gradient.dtype)
+    for row in range(first, last):
+        given = gradient[row * stride : row * stride + width]
+        positive = hidden[row * hidden_stride : row * hidden_stride + width]
+        own = of_y[row * of_stride : row * of_stride + width]
+        for column in range(width):
+            number, above = given[column], positive[column]
+            own[column] = ZERO if above <= ZERO else number
+        for column in range(width):
+            of_bias[column] += own[column]
+    return of_bias
+
+
+@compiled
+def cross_forward(first: int, last: int, x: Array, x_0: Array, y: Array, bias: Array, following: Array) -> None:
+    """x_{l+1} = x_l + x_0 * (y + b), with y = U gated(..) of the layer: all (B, N), b (N,)."""
+    for row in range(first, last):
+        for column in range(len(bias)):
+            following[row, column] = x[row, column] + x_0[row, column] * (y[row, column] + bias[column])
+
+
+@compiled
+def cross_backward(
+    first: int, last: int, gradient: Array, x_0: Array, y: Array, bias: Array, of_x_0: Array, of_x: Array, topmost: bool, lowest: bool
+) -> Array:  # fmt: skip
+    """Gradients of `cross_forward` from that to x_{l+1}, (B, N): to y, in y's place; to the bias, returned (N,); to x_0, added to `of_x_0`.
+
+    To x: `gradient`, copied to `of_x` unless it is that. `of_x_0` has nothing yet in the `topmost` layer. x of the `lowest` layer is x_0:
+    what belongs to both ends in `of_x`.
+    """
+    of_bias = np.zeros_like(bias)
+    for row in range(first, last):
+        given, left, right = gradient[row], x_0[row], y[row]
+        direct, own = of_x_0[row], of_x[row]
+        for column in range(len(bias)):
+            new = given[column] * (right[column] + bias[column])
+            direct[column] = new if topmost else direct[column] + new
+        for column in range(len(bias)):
+            right[column] = given[column] * left[column]
+        for column in range(len(bias)):
+            of_bias[column] += right[column]
+        for column in range(len(bias)):
+            own[column] = given[column] + direct[column] if lowest else given[column]
+    return of_bias

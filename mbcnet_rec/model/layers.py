@@ -175,7 +175,7 @@ class LowRankMixture(nn.Module):
     def gated(self, projected: Tensor) -> Tensor:
         """g_e tanh(C_e tanh(.)) of each expert, g = 1 of one alone: (B, E r + E) -> (B, E r)."""
         num_experts, low_rank, _ = self.v.shape
-        low, scores = projected.split([num_experts * low_rank, num_experts], dim=1)
+        low, scores = projected.tensor_split([num_experts * low_rank], dim=1)
         low = torch.tanh(self.expert_products(torch.tanh(low).unflatten(1, (num_experts, low_rank))))  # (B, E, r)
         return (low * torch.softmax(scores, dim=1).unsqueeze(2) if num_experts > 1 else low).flatten(1)
 
