@@ -98,9 +98,9 @@ class BranchArch(nn.Module):
             partial(self.branches[name], {group: features[own] for group, own in self._reads[name].items()})
             for name in names
         ]
-        hidden = torch.stack(side_by_side(next(iter(features.values())).device, *calls))  # (K, B, H)
-        # Stacked over rows: one large product per layer of the top instead of K small ones.
-        return self.top(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        # One behind the other: one large product per layer of the top instead of K small ones.
+        hidden = torch.cat(side_by_side(next(iter(features.values())).device, *calls))  # (K B, H)
+        return self.top(hidden).unflatten(0, (len(names), -1))
 
 
 class MeanFusion(nn.Module):

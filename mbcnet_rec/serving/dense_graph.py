@@ -33,6 +33,9 @@ def graph_spec(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], d
     names |= signature.inputs_to_lifted_tensor_constants
     stored = {**program.state_dict, **program.constants}
     nodes = list(program.graph.nodes)
+    for node in nodes:
+        if node.target is torch.ops.aten.to.dtype and node.args[0].meta["val"].dtype == node.args[1]:  # type: ignore[union-attr]
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     output = next(node for node in nodes if node.op == "output").args[0][0]  # type: ignore[index]
     needed = {output}
     for node in reversed(nodes):  # which stand behind what they depend on

@@ -51,10 +51,13 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv")
 }
 # torch's own functions, where they are called in half the time that an operator object takes
-DIRECT = {
-    call: getattr(torch, call.split(".")[1])
-    for call in ("aten.addmm.default", "aten.mm.default", "aten.relu_.default", "aten.cat.default", "aten.mul.Tensor")
-}
+DIRECT: dict[str, Callable[..., Any]] = {
+    f"aten.{call}": getattr(torch, call.split(".")[0])
+    for call in (
+        "addmm.default", "cat.default", "flatten.using_ints", "mean.dim", "mm.default", "mul.Tensor", "narrow.default", "relu_.default",
+        "softmax.int", "split_with_sizes.default", "squeeze.dim", "stack.default", "tanh.default", "unflatten.int", "unsqueeze.default",
+    )
+} | {"aten.add_.Tensor": Tensor.add_}  # fmt: skip
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
