@@ -14,10 +14,10 @@ from torch import nn
 from torchrec.distributed.model_parallel import DataParallelWrapper
 
 from data.stream import Batch
+from mbcnet_rec.cpu.adagrad import use_own_update
 from mbcnet_rec.cpu.cross import FastCross, FastLowRankMixture
 from mbcnet_rec.cpu.layers import INTEL, Dropout, Linear
 from mbcnet_rec.cpu.mlp import FastMLP, FastRegroup
-from mbcnet_rec.cpu.rowwise_adagrad import use_own_update
 from mbcnet_rec.cpu.whole_adam import WholeAdam
 from mbcnet_rec.model.layers import MLP, Cross, LowRankMixture
 from mbcnet_rec.model.objective import Outputs

@@ -38,12 +38,12 @@ def flat(tensor: Tensor) -> Array:
 @compiled
 def update_rows(
     rows: Array, squares: Array, starts: Array, columns: Array, ids: Array, offsets: Array,
-    gradient: Array, stride: int, weights: Array, mean: bool, rate: float, eps: float,
+    gradient: Array, stride: int, weights: Array, mean: bool, rate: float, eps: float, whole: bool,
 ) -> None:  # fmt: skip
-    """Update the rows of tables by row-wise Adagrad: s += mean(g^2), row -= rate g / (sqrt(s) + eps), g the sum of a row's gradients in the batch.
+    """Update the rows of tables by Adagrad: s += g^2, row -= rate g / (sqrt(s) + eps), g the sum of a row's gradients in the batch.
 
-    `rows` and `squares` (s) of all tables are changed. `starts` (2, F) is where in them the table of each feature begins; features of one table are
-    neighbours. `columns` (F + 1,) is where in a row of `gradient` those of each feature begin; the gradient of bag b begins at b * `stride`. The `ids`
+    With `whole` each number of a row has its s, else a row has one: s += mean(g^2). `rows` and `squares` (s) of all tables are changed. `starts` (2, F)
+    is where in them the table of each feature begins; features of one table are neighbours. `columns` (F + 1,) is where in a row of `gradient` those of each feature begin; the gradient of bag b begins at b * `stride`. The `ids`
     of feature f and bag b are those from offsets[f B + b] on. `weights` of each id; empty: all 1. `mean`: a bag is the mean of its rows, not their sum.
     """
     features = len(columns) - 1
@@ -64,21 +64,48 @@ def update_rows(
                 for each in range(place(begin), place(end)):
                     weight = weights[each] if len(weights) else np.float32(1 / (end - begin) if mean else 1)
                     add_row(sums, place(number[each]) * width, gradient, of_bag, width, weight)
-        # one loop for what waits for memory at one place a row, one for what waits for rows: the processor waits for many at once
-        rates = np.empty(len(distinct), np.float32)
-        for each in range(place(len(distinct))):
-            square = np.float32(0)
-            for element in range(each * width, (each + place(1)) * width):
-                square += sums[element] * sums[element]
-            rates[each] = square / np.float32(width)
-        for each in range(place(len(distinct))):
-            state = place(starts[1, first] + distinct[each])
-            squares[state] += rates[each]
-            rates[each] = -rate / (np.sqrt(squares[state]) + eps) if squares[state] > 0 else 0
-        for each in range(place(len(distinct))):
-            row = place(starts[0, first]) + place(distinct[each]) * width
-            add_row(rows, row, sums, each * width, width, rates[each])
+        if whole:
+            for each in range(place(len(distinct))):
+                row = place(starts[0, first]) + place(distinct[each]) * width
+                state = place(starts[1, first]) + place(distinct[each]) * width
+                update_row(rows, row, squares, state, sums, each * width, width, np.float32(rate), np.float32(eps))
+        else:
+            update_by_mean(rows, squares, starts[:, first], distinct, sums, width, rate, eps)
         first = last
+
+
+@compiled
+def update_by_mean(
+    rows: Array, squares: Array, starts: Array, distinct: Array, sums: Array, width: int, rate: float, eps: float
+) -> None:  # fmt: skip
+    """Update a table's `distinct` rows by row-wise Adagrad from the sums of their gradients."""
+    # one loop for what waits for memory at one place a row, one for what waits for rows: the processor waits for many at once
+    rates = np.empty(len(distinct), np.float32)
+    for each in range(place(len(distinct))):
+        square = np.float32(0)
+        for element in range(each * width, (each + place(1)) * width):
+            square += sums[element] * sums[element]
+        rates[each] = square / np.float32(width)
+    for each in range(place(len(distinct))):
+        state = place(starts[1] + distinct[each])
+        squares[state] += rates[each]
+        rates[each] = -rate / (np.sqrt(squares[state]) + eps) if squares[state] > 0 else 0
+    for each in range(place(len(distinct))):
+        row = place(starts[0]) + place(distinct[each]) * width
+        add_row(rows, row, sums, each * width, width, rates[each])
+
+
+@compiled
+def update_row(
+    rows: Array, row: int, squares: Array, state: int, sums: Array, of: int, width: int, rate: float, eps: float
+) -> None:  # fmt: skip
+    """Update a row by Adagrad from the sum of its gradients: each begins at a place of its array and is `width` long."""
+    for column in range(width):
+        gradient = sums[of + column]
+        square = squares[state + column] + gradient * gradient
+        squares[state + column] = square
+        # np.divide knows infinity: a division would ask for 0 each time
+        rows[row + column] -= np.divide(rate * gradient, np.sqrt(square) + eps) if square > ZERO else ZERO
 
 
 @compiled

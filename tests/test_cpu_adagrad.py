@@ -6,17 +6,19 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
-from mbcnet_rec.cpu.rowwise_adagrad import OwnUpdate
+from mbcnet_rec.cpu.adagrad import OwnUpdate
 
 ROWS, BATCH = 50, 32
 WIDTHS = (4, 12, 8)
 READS = [0, 1, 1, 2]  # the second table has two features already
 
 
-def tables(pooling: PoolingMode) -> SplitTableBatchedEmbeddingBagsCodegen:
+def tables(
+    pooling: PoolingMode, optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD
+) -> SplitTableBatchedEmbeddingBagsCodegen:
     specs = [(ROWS, width, EmbeddingLocation.HOST, ComputeDevice.CPU) for width in WIDTHS]
     kernel = SplitTableBatchedEmbeddingBagsCodegen(
-        specs, READS, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.1, eps=1e-8, pooling_mode=pooling
+        specs, READS, optimizer=optimizer, learning_rate=0.1, eps=1e-8, pooling_mode=pooling
     )
     draw = torch.Generator().manual_seed(0)
     for table in kernel.split_embedding_weights():
@@ -26,11 +28,12 @@ def tables(pooling: PoolingMode) -> SplitTableBatchedEmbeddingBagsCodegen:
 
 @pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_own_update_changes_rounding_alone(pooling: PoolingMode, weighted: bool) -> None:
+@pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD])
+def test_own_update_changes_rounding_alone(pooling: PoolingMode, weighted: bool, optimizer: EmbOptimType) -> None:
     """Outputs of the first step are equal bit by bit; those after it, rows and Adagrad's state to float32's rounding."""
     if weighted and pooling == PoolingMode.MEAN:
         pytest.skip("FBGEMM has no mean of weighted rows")
-    plain, own = tables(pooling), tables(pooling)
+    plain, own = tables(pooling, optimizer), tables(pooling, optimizer)
     own.forward = OwnUpdate(own)
     draw = torch.Generator().manual_seed(1)
     for step in range(4):
@@ -63,9 +66,10 @@ def test_an_id_without_a_row_is_refused(wrong: int) -> None:
         OwnUpdate(kernel)(ids, torch.arange(len(ids) + 1))
 
 
-def test_a_row_without_gradient_stays() -> None:
+@pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD])
+def test_a_row_without_gradient_stays(optimizer: EmbOptimType) -> None:
     """Also where no eps keeps its rate from being 0 / 0."""
-    kernel = tables(PoolingMode.SUM)
+    kernel = tables(PoolingMode.SUM, optimizer)
     kernel.optimizer_args = kernel.optimizer_args._replace(eps=0.0)
     before = kernel.weights_host.detach().clone()
     ids = torch.zeros(len(READS) * BATCH, dtype=torch.int64)
