@@ -1,6 +1,6 @@
 """DCN-V2 (Wang et al., 2021): cross and deep network. Shapes: B batch, N flattened width of all fields."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data.schema.bounds import bounded
 from mbcnet_rec.model.input_layout import ALL, Embeddings, InputLayout
 from mbcnet_rec.model.kinds import ModelKind, ModelOutput, logits_only
-from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Logit
+from mbcnet_rec.model.layers import MLP, Cross, CrossConfig, Logit, without_autocast
 from mbcnet_rec.model.side_by_side import side_by_side
 from mbcnet_rec.model.zoo.dnn import DNNConfig
 
@@ -50,7 +50,14 @@ class DCNv2Arch(nn.Module):
         """Map "all" (B, N), or that of either network, to the logits."""
         x, y = features[self._cross], features[self._deep]
         both = side_by_side(x.device, lambda: self.cross(x), lambda: self.mlp(y))
-        return logits_only(self.logit(self.top(torch.cat(both, dim=1))))
+        return logits_only(self.logit(self.top(torch.cat(both, dim=1))) if self.top else self._sum(both))
+
+    def _sum(self, parts: Sequence[Tensor]) -> Tensor:
+        """The logit of parts (B, n_i) without a cat: that of its gradient would be as many copies."""
+        weights = self.logit.weight.view(-1).split([part.shape[1] for part in parts])
+        with without_autocast(parts[0].device.type):
+            products = [part.to(own.dtype).mv(own) for part, own in zip(parts, weights, strict=True)]
+            return sum(products, self.logit.bias)
 
 
 MODEL = ModelKind(
