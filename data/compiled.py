@@ -14,7 +14,8 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 def compiled(loop: Loop) -> Loop:
     """Compile a function of arrays and numbers, with Python's results: of integers without overflow checks, of floats to the last bit."""
+    compile: Any = numba.njit  # whose result is called as the function is
     try:
-        return numba.njit(loop, nogil=True, cache=True)
+        return compile(loop, nogil=True, cache=True)
     except RuntimeError:  # no folder to keep it in: compiled anew in each process
-        return numba.njit(loop, nogil=True)
+        return compile(loop, nogil=True)

@@ -16,7 +16,6 @@ from data.reading.column_types import check_columns
 from data.reading.columns import ABSENT, Place
 from data.reading.encode import Encoder
 from data.reading.keys import Vocabulary, hash_values, remainder, splitmix64
-from data.reading.numbers import LEAST_COMPARED, buckets_of
 from data.schema import FIRST_VOCABULARY_ROW, MISSING_ROW, OUT_OF_VOCABULARY_ROW, load_schema, parse_schema
 
 PLACE = Place("log.parquet", 3, 100)
@@ -347,11 +346,3 @@ def test_a_schema_that_still_waits_for_its_fit_is_refused():
     schema = load_schema(Path(__file__).parents[1] / "data" / "schemas" / "adult.toml")
     with pytest.raises(InputError, match="field 'age' still says 'fit'; run `mbcnet"):
         Encoder(schema)
-
-
-def test_numbers_of_float32_fall_into_the_buckets_of_boundaries_that_only_float64_holds():
-    boundaries = np.asarray([-1e300, -16777217.0, -0.1, 0.0, 1e-46, 0.1, 16777217.0, 1e300])
-    near = boundaries[1:-1].astype(np.float32)
-    numbers = np.concatenate([np.nextafter(near, np.float32(side)) for side in (-np.inf, np.inf)] + [near])
-    numbers = np.resize(numbers, LEAST_COMPARED)
-    assert np.array_equal(buckets_of(numbers, boundaries), np.searchsorted(boundaries, numbers, side="right") + 1)

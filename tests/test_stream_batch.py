@@ -41,8 +41,8 @@ def make_columns(seed: int, rows: int, dtype=np.int32, missing=True) -> Columns:
     return Columns(
         single_ids=ids,
         absent=np.asarray([False, missing, False]),
-        lists=join_lists([[make_ragged(draw, rows, False)] for _ in range(2)], None, rows),
-        weighted_lists=join_lists([[make_ragged(draw, rows, True)]], None, rows),
+        lists=join_lists([[make_ragged(draw, rows, False)] for _ in range(2)], rows),
+        weighted_lists=join_lists([[make_ragged(draw, rows, True)]], rows),
         dense=draw.random((rows, 2)).astype(np.float32),
         labels=draw.integers(0, 2, rows).astype(np.float32),
         group_ids=draw.integers(0, 9, rows),

@@ -8,7 +8,7 @@ which costs five times as much.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,9 +53,6 @@ class Ragged(NamedTuple):
     weights: np.ndarray | None  # float32, like values
 
 
-Permute = Callable[[Ragged, np.ndarray], Ragged]
-
-
 class Lists(NamedTuple):
     """List columns of the same rows: field l of row i holds values[l][offsets[l, i]:offsets[l, i + 1]]."""
 
@@ -72,13 +69,12 @@ class Columns:
     absent: np.ndarray  # (F,) bool: fields that hold an ABSENT
     lists: Lists
     weighted_lists: Lists
-    dense: np.ndarray  # (n, D) float32, in the order of reading: row order[i] of it belongs to row i
+    dense: np.ndarray  # (n, D) float32
     labels: np.ndarray  # (n,) float32; of several labels (n, T), NaN where null
     group_ids: np.ndarray | None  # (n,) int64
     repaired: Counter[str]  # by field: values that on_invalid = "null" or "modulo" changed
     weights: np.ndarray | None = None  # (n,) float32, of the schema's weight column
     nulls: Counter[str] | None = None  # by field: rows that have none, of columns of Arrow
-    order: np.ndarray | None = None  # (n,) int64; None: as they were read
 
     @property
     def num_rows(self) -> int:
@@ -86,14 +82,9 @@ class Columns:
         return len(self.labels)
 
 
-def join_lists(
-    fields: Sequence[Sequence[Ragged]], permutation: np.ndarray | None, rows: int, permute: Permute | None = None
-) -> Lists:
-    """Join each field's parts, n rows in all, and permute them: row i of the result is row permutation[i] of the parts together."""
-    joined = [_joined(parts) for parts in fields]
-    if permutation is not None:
-        assert permute is not None
-        joined = [permute(ragged, permutation) for ragged in joined]
+def join_lists(fields: Sequence[Sequence[Ragged]], rows: int) -> Lists:
+    """Join each field's parts, n rows in all."""
+    joined = [join(parts) for parts in fields]
     longest = max((len(ragged.values) for ragged in joined), default=0)
     offsets = np.zeros((len(fields), rows + 1), np.int32 if longest < 2**31 else np.int64)
     for field, ragged in enumerate(joined):
@@ -102,7 +93,8 @@ def join_lists(
     return Lists(tuple(ragged.values for ragged in joined), offsets, weights)
 
 
-def _joined(parts: Sequence[Ragged]) -> Ragged:
+def join(parts: Sequence[Ragged]) -> Ragged:
+    """Join parts of a field."""
     if len(parts) == 1:
         return parts[0]
     values, lengths, weights = zip(*parts, strict=True)

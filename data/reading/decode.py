@@ -5,11 +5,10 @@ permuted. Each lane reads its row groups in batches of a window's rows, and a ro
 stays near the windows that are in use, whatever the writer's row groups. Readers and decoders may be used by many threads.
 """
 
-import math
 import threading
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -24,12 +23,12 @@ from data.reading.columns import Columns, Place
 from data.reading.config import StreamOptions
 from data.reading.encode import Encoder
 from data.reading.files import RowGroup
-from data.reading.ids import codes_of
 from data.reading.row_groups import stored_rows
 from data.reading.selection import Selection
 from data.reading.storage import DAMAGE, DataFile, open_parquet, read_or_name
 
 IDLE_FILES, IDLE_COLUMN_CHUNKS = 64, 200_000  # of open files and their parsed footers: about 60 MB
+MOST_FREE_BLOCKS = 32
 Rows = tuple[pa.RecordBatch, Place]  # and where they come from
 
 
@@ -197,56 +196,31 @@ def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.concat_batches(parts) if len(parts) > 1 else parts[0]  # which it would copy
 
 
-class _Together(Mapping[str, pa.Array]):
-    """The columns of record batches of one schema, joined one at a time when they are asked for, and in the cache when they are then read."""
-
-    def __init__(self, parts: Sequence[pa.RecordBatch]) -> None:
-        self.parts, self.places = parts, {name: place for place, name in enumerate(parts[0].schema.names)}
-        if any(part.schema != parts[0].schema for part in parts):
-            raise pa.ArrowInvalid("record batches of several schemas")
-
-    def __getitem__(self, name: str) -> pa.Array:
-        place = self.places[name]
-        columns = [part.column(place) for part in self.parts]
-        kind = columns[0].type
-        # Arrow joins dictionaries without a look at the codes, which a damaged file may have wrong
-        if pa.types.is_dictionary(kind):
-            for column in columns:
-                codes_of(column)
-        elif kind.num_fields and pa.types.is_dictionary(kind.field(0).type):
-            raise pa.ArrowNotImplementedError("lists of dictionary codes are not joined")
-        return pa.concat_arrays(columns)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
 class Memory:
-    """Memory of windows that are no longer used, for the next ones: fresh pages cost as much as filling them."""
+    """Blocks of memory that are used again once nobody refers to what was made of them: fresh pages cost as much as filling them."""
 
     def __init__(self) -> None:
-        # two at most: windows come and go one at a time; threads may use both ends of a deque at once
-        self.free: deque[np.ndarray] = deque(maxlen=2)
+        # ends of a deque may be used by threads at once
+        self.free: deque[np.ndarray] = deque(maxlen=MOST_FREE_BLOCKS)
 
-    def empty(self, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """Return a matrix of undefined content."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        block = np.empty(0, np.uint8)
-        with suppress(IndexError):
-            block = self.free.pop()
-        if not size <= block.nbytes <= 2 * size:
-            block = np.empty(size, np.uint8)
-        return block[:size].view(dtype).reshape(shape)
+    def empty(self, shape: int | tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return an array of undefined content. Its block is free again when it, its views and its tensors are gone."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        block = self._block(size)
+        lease = np.frombuffer(block.data, np.uint8)  # which its views refer to, and not to the block
+        weakref.finalize(lease, self.free.append, block)
+        return lease[:size].view(dtype).reshape(shape)
 
-    def give_back(self, matrix: np.ndarray) -> None:
-        """Take back a matrix that is no longer read."""
-        block = matrix
-        while isinstance(block.base, np.ndarray):
-            block = block.base
-        self.free.append(block)
+    def _block(self, size: int) -> np.ndarray:
+        for _ in range(len(self.free)):
+            try:
+                block = self.free.pop()
+            except IndexError:  # other threads were faster
+                break
+            if size <= block.nbytes <= 2 * size:
+                return block
+            self.free.appendleft(block)
+        return np.empty(size + size // 8 + 1, np.uint8)  # the next batch may be longer
 
 
 class Window(NamedTuple):
@@ -318,10 +292,7 @@ class Decoder:
             self.reading.pop(thread, None)
         rows = [part for row_group, _, _ in window.segments for part in parts[row_group]]
         permutation = None if seed is None else np.random.default_rng(seed).permutation(window.num_rows)
-        encode = partial(self.reader.encoder.encode_all, permutation=permutation, allocate=self.memory.empty)
-        with suppress(InputError, pa.ArrowException):  # then the fault is found, and named, part by part
-            return encode(rows, joined=_Together([part for part, _ in rows]) if len(rows) > 1 else None)
-        return encode(rows)
+        return self.reader.encoder.encode_all(rows, permutation, self.memory.empty)
 
 
 class _LaneRowGroup:

@@ -18,7 +18,7 @@ from pyarrow import types as pt
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
 from ..schema.sequences import lengths_of
-from .columns import ABSENT, Columns, Lists, Permute, Place, Ragged, join_lists, offsets_of
+from .columns import ABSENT, Columns, Lists, Place, Ragged, join_lists, offsets_of
 from .crosses import Part, cross
 from .ids import as_lists, decoded, integers, is_id, is_valid, list_offsets, read_ids
 from .keys import hash_values, make_vocabularies, read_vocabularies, remainder, splitmix64, unbounded_ids
@@ -41,7 +41,7 @@ class Encoder:
     def __init__(
         self,
         schema: Schema,
-        permute: Permute | None = None,
+        assemble: "Callable[..., Assembly] | None" = None,
         *,
         vocabularies: Mapping[str, pa.Array] | None = None,
         has_labels: bool = True,
@@ -50,7 +50,7 @@ class Encoder:
 
         Args:
             schema: fitted.
-            permute: permutes the rows of a list field; needed where rows are permuted.
+            assemble: a kind of Assembly, which permutes rows; None: rows stay in their order.
             vocabularies: the schema's names of vocabulary files -> their values; None: read them from the schema's folder.
             has_labels: whether the rows have a label and a grouping column; without, labels are 0 and there are no groups.
 
@@ -58,7 +58,7 @@ class Encoder:
             InputError: the schema is not fitted, or a vocabulary cannot be read.
         """
         schema.require_fitted()
-        self.permute, self.has_labels = permute, has_labels
+        self.assemble, self.has_labels = assemble or Assembly, has_labels
         values = read_vocabularies(schema) if vocabularies is None else vocabularies
         self.vocabularies = make_vocabularies(schema, values)
         # what a field's ids are read as, "integer" or "text"; empty: as the type of their column says
@@ -96,7 +96,6 @@ class Encoder:
         permutation: np.ndarray | None = None,
         allocate: Callable[..., np.ndarray] = np.empty,
         *,
-        joined: Rows | None = None,
         plain: Plain | None = None,
     ) -> Columns:
         """Check and encode the rows of several record batches.
@@ -104,8 +103,7 @@ class Encoder:
         Args:
             parts: record batches and where they come from; none gives no rows.
             permutation: row i of the result is row permutation[i] of the parts in order.
-            allocate: makes the matrix of single-valued ids, by shape and dtype.
-            joined: the rows of all parts, from which fields are read that cost more by the call than a copy does: all but plain ids.
+            allocate: makes large arrays, by shape and dtype.
             plain: fields of the only part that are read already; nothing is permuted then.
 
         Raises:
@@ -114,51 +112,30 @@ class Encoder:
         repaired: Counter[str] = Counter()
         readers, total = [], 0
         for rows, place in parts:
-            readers.append(_Reader(self, rows, total, place, repaired))
+            readers.append(Reader(self, rows, total, place, repaired))
             total = readers[-1].rows.stop
-        whole = readers if joined is None else [_Reader(self, joined, 0, parts[0][1], repaired)]
         done: Container[str] = ()
         if plain is not None:  # what is left may have no column
             done, total = plain.fields, plain.num_rows
             readers[0].rows = slice(0, total)
-
-        def in_new_order(array: np.ndarray) -> np.ndarray:
-            return array if permutation is None else array.take(permutation, axis=0, mode="clip")
-
-        def lists_of(features: Sequence[Feature]) -> Lists:
-            read = plain.lists if plain is not None else {}
-            fields = [
-                [read[each.name]] if each.name in read else [reader.list(each) for reader in whole] or [_no_lists(each)]
-                for each in features
-            ]
-            return join_lists(fields, permutation, total, self.permute)
-
+        whole = self.assemble(self, readers, total, permutation, allocate)
         single_ids = allocate((len(self.single), total), self.id_dtype)
-        in_order = np.empty(total, self.id_dtype)  # one field, before it is permuted
-        # field by field, and turned at the end: a number written into its row would fetch a cache line of its own
-        dense = np.zeros((self.dense_width, total), np.float32)
         labels = np.zeros((total, len(self.schema.tasks)) if self.schema.tasks else total, np.float32)
         groups = np.empty(total, np.int64) if self.has_labels and self.schema.group_column else None
         weights = np.empty(total, np.float32) if self.has_labels and self.schema.weight_column else None
         if plain is not None:
-            single_ids[plain.single_places], dense[plain.dense_columns] = plain.single_ids, plain.dense.T
-            readers[0].absent = set(plain.absent)
+            single_ids[plain.single_places], readers[0].absent = plain.single_ids, set(plain.absent)
         for index in range(len(self.single)) if plain is None else plain.other_singles:
-            feature = self.single[index]
-            out = single_ids[index] if permutation is None else in_order
-            for reader in readers if feature.kind == "categorical" and feature.encoding == "ids" else whole:
-                reader.single(feature, out[reader.rows])
-            if permutation is not None:
-                in_order.take(permutation, out=single_ids[index], mode="clip")
-        for reader in whole:
-            if plain is None or len(plain.dense_columns) < self.dense_width:
-                reader.dense(dense[:, reader.rows], done)
-            if self.has_labels:
-                reader.targets(labels, groups, weights)
-        lists, weighted = lists_of(self.lists), lists_of(self.schema.weighted)
-        used = readers if joined is None else [*readers, *whole]
-        absent = {name for reader in used for name in reader.absent}
-        nulls = sum((reader.nulls for reader in used), Counter[str]())
+            whole.single(self.single[index], single_ids[index])
+        dense = whole.dense(done)
+        if plain is not None:
+            dense[:, plain.dense_columns] = plain.dense
+        for reader in readers if self.has_labels else ():
+            reader.targets(labels, groups, weights)
+        read = {} if plain is None else plain.lists
+        lists, weighted = whole.lists(self.lists, read), whole.lists(self.schema.weighted, read)
+        absent = {name for reader in readers for name in reader.absent}
+        nulls = sum((reader.nulls for reader in readers), Counter[str]())
         return Columns(
             single_ids=single_ids,
             absent=np.asarray(
@@ -166,21 +143,83 @@ class Encoder:
             ),
             lists=lists,
             weighted_lists=weighted,
-            dense=np.ascontiguousarray(dense.T),
-            labels=in_new_order(labels),
-            group_ids=None if groups is None else in_new_order(groups),
+            dense=dense,
+            labels=whole.reordered(labels),
+            group_ids=None if groups is None else whole.reordered(groups),
             repaired=repaired,
-            weights=None if weights is None else in_new_order(weights),
+            weights=None if weights is None else whole.reordered(weights),
             nulls=nulls if self.has_labels else None,
-            order=permutation,
         )
+
+
+class Assembly:
+    """How the rows of several record batches, n in all, become columns: here one after the other."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        readers: "Sequence[Reader]",
+        num_rows: int,
+        permutation: np.ndarray | None,
+        allocate: Callable[..., np.ndarray],
+    ) -> None:
+        self.encoder, self.readers, self.num_rows = encoder, readers, num_rows
+        self.permutation, self.allocate = permutation, allocate
+
+    def single(self, feature: Feature, out: np.ndarray) -> None:
+        """Write the ids of a single-valued field, (n,)."""
+        for reader in self.readers:
+            reader.single(feature, out[reader.rows])
+
+    def dense(self, done: Container[str]) -> np.ndarray:
+        """Read numbers and vectors, but for fields that are done: (n, D) float32, 0 where they are missing."""
+        dense = self.allocate((self.num_rows, self.encoder.dense_width), np.float32)
+        # field by field, and turned at the end: a number written into its row would fetch a cache line of its own
+        numbers = self.allocate((self.encoder.dense_width, self.num_rows), np.float32)
+        owners: list[int] = []
+        stop = 0
+        for feature in self.encoder.schema.dense:
+            start, stop = stop, stop + feature.dense_width
+            if feature.kind == "vector" and feature.name not in done:
+                vectors = np.zeros((self.num_rows, feature.width), np.float32)
+                for reader in self.readers:
+                    reader.dense(feature, vectors[reader.rows])
+                dense[:, start:stop] = self.reordered(vectors)
+            elif feature.name not in done:
+                self.number(feature, numbers[len(owners)])
+                owners.append(start)
+        self.turn(numbers[: len(owners)], np.asarray(owners, np.int64), dense)
+        return dense
+
+    def number(self, feature: Feature, out: np.ndarray) -> None:
+        """Write the numbers of a field, (n,), in the order of reading."""
+        for reader in self.readers:
+            reader.dense(feature, out[reader.rows])
+
+    def turn(self, columns: np.ndarray, owners: np.ndarray, dense: np.ndarray) -> None:
+        """Write numbers to their columns of (n, D)."""
+        dense[:, owners] = columns.T
+
+    def lists(self, features: Sequence[Feature], read: Mapping[str, Ragged]) -> Lists:
+        """Read list fields, but for those that are read already."""
+        fields = [
+            [read[each.name]]
+            if each.name in read
+            else [reader.list(each) for reader in self.readers] or [_no_lists(each)]
+            for each in features
+        ]
+        return join_lists(fields, self.num_rows)
+
+    def reordered(self, array: np.ndarray) -> np.ndarray:
+        """Rows that were read one after the other, in the order of the result."""
+        return array
 
 
 def _named(read: Callable[..., T]) -> Callable[..., T]:
     """Turn what Arrow raises on damaged values into one line that names file and row group."""
 
     @wraps(read)
-    def reads(self: "_Reader", *arguments: Any) -> T:
+    def reads(self: "Reader", *arguments: Any) -> T:
         try:
             return read(self, *arguments)
         except (pa.ArrowException, UnicodeError) as error:
@@ -191,7 +230,7 @@ def _named(read: Callable[..., T]) -> Callable[..., T]:
     return reads
 
 
-class _Reader:
+class Reader:
     """The columns of one record batch, read field by field. `rows`: where they go among the rows of all record batches."""
 
     def __init__(self, encoder: Encoder, rows: Rows, start: int, place: Place, repaired: Counter[str]) -> None:
@@ -224,18 +263,13 @@ class _Reader:
             weights[self.rows] = read_weights(columns[schema.weight_column], schema.weight_column, place)
 
     @_named
-    def dense(self, out: np.ndarray, done: Container[str]) -> None:
-        """Fill (D, n) with numbers and vectors, but for fields that are done; missing ones are left 0."""
-        stop = 0
-        for feature in self.encoder.schema.dense:
-            start, stop = stop, stop + feature.dense_width
-            if feature.name in done:
-                continue
-            column = self._column(feature)
-            if feature.kind == "vector":
-                write_vectors(column, feature, self.place, self.repaired, out[start:stop])
-            else:
-                write_numbers(column, feature, self.place, self.repaired, out[start], self.encoder.schema.transforms)
+    def dense(self, feature: Feature, out: np.ndarray) -> None:
+        """Write the numbers of a field, (n,), 0 where they are missing, or its vectors, (n, W); missing ones are left as they are."""
+        column = self._column(feature)
+        if feature.kind == "vector":
+            write_vectors(column, feature, self.place, self.repaired, out)
+        else:
+            write_numbers(column, feature, self.place, self.repaired, out, self.encoder.schema.transforms)
 
     @_named
     def single(self, feature: Feature, out: np.ndarray) -> None:

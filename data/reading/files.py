@@ -137,7 +137,10 @@ def read_contents(files: Sequence[DataFile], schema: Schema, selection: Selectio
         )
     selection.fix_span(footers)
     count = partial(_count_rows, selection, footers)
-    counted = for_each_file(files, count, "cannot be read while counting rows", attempts)
+    if selection.filters:
+        counted = for_each_file(files, count, "cannot be read while counting rows", attempts)
+    else:  # nothing is read
+        counted = [count(number, file) for number, file in enumerate(files)]
     row_groups = [row_group for groups, _ in counted for row_group in groups]
     if not row_groups:
         kept = f" that where = {list(selection.options.where)} and sampling keep" if selection.filters else ""

@@ -165,5 +165,5 @@ def list_offsets(column: pa.Array) -> np.ndarray:
     """(n + 1,) int32 or int64, from 0: where each row's values lie in `column.flatten()`."""
     if column.null_count == 0 and (pt.is_list(column.type) or pt.is_large_list(column.type)):
         offsets = column.offsets.to_numpy()
-        return offsets - offsets[0]
+        return offsets if offsets[0] == 0 else offsets - offsets[0]
     return offsets_of(integers(pc.list_value_length(column)))

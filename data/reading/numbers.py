@@ -18,7 +18,6 @@ from .ids import as_lists, decoded, is_valid, list_offsets
 
 LARGEST = float(np.finfo(np.float32).max)  # what the model takes
 LARGEST_DOUBLE, LEAST_NORMAL = float(np.finfo(np.float64).max), float(np.finfo(np.float32).tiny)
-MOST_COMPARED, LEAST_COMPARED = 32, 256  # boundaries, numbers
 
 
 def write_numbers(
@@ -26,11 +25,9 @@ def write_numbers(
 ) -> None:
     """Write the transformed numbers of a field, (n,); 0 where they are missing. `others`: the schema's transforms."""
     numbers, valid = read_numbers(column, feature, place, repaired)
-    if feature.transform == "log1p":
-        numbers = signed_log(numbers)
-    elif feature.transform == "standardise":
-        numbers = (_wide_enough(numbers, feature) - float(feature.mean)) / float(feature.std)
-    elif (transform := transform_of(others, feature)) is not None:
+    if (transform := transform_of(others, feature)) is None:
+        numbers = transformed(numbers, feature)
+    else:
         made = np.asarray(transform(numbers.astype(np.float64)), np.float64)
         if made.shape != numbers.shape:
             raise InputError(
@@ -44,6 +41,15 @@ def write_numbers(
     out[:] = numbers if valid is None else np.where(valid, numbers, 0.0)
 
 
+def transformed(numbers: np.ndarray, feature: Feature) -> np.ndarray:
+    """Numbers after a transform that every schema knows."""
+    if feature.transform == "log1p":
+        return signed_log(numbers)
+    if feature.transform == "standardise":
+        return (_wide_enough(numbers, feature) - float(feature.mean)) / float(feature.std)
+    return numbers
+
+
 def signed_log(numbers: np.ndarray) -> np.ndarray:
     """log(1 + |x|) with the sign of x. In float64 it differs from log1p by less than 2^-52, and is vectorised."""
     negative = numbers.size > 0 and numbers.min() < 0
@@ -53,7 +59,7 @@ def signed_log(numbers: np.ndarray) -> np.ndarray:
 
 
 def write_vectors(column: pa.Array, feature: Feature, place: Place, repaired: Counter[str], out: np.ndarray) -> None:
-    """Write the vectors of a field, (W, n); missing ones are left as they are."""
+    """Write the vectors of a field, (n, W); missing ones are left as they are."""
     lists = as_lists(column)
     present = is_valid(lists) if lists.null_count else slice(None)
     offsets = list_offsets(lists)
@@ -66,7 +72,7 @@ def write_vectors(column: pa.Array, feature: Feature, place: Place, repaired: Co
             "fix the file or the schema's width"
         )
     numbers, _ = read_numbers(lists.flatten(), feature, place, repaired, offsets)
-    out[:, present] = numbers.reshape(-1, feature.width).T
+    out[present] = numbers.reshape(-1, feature.width)
 
 
 def read_numbers(
@@ -78,7 +84,7 @@ def read_numbers(
 
     `offsets`: of the lists that hold the numbers.
     """
-    numbers, valid = _as_numpy(column)
+    numbers, valid = as_numpy(column)
     low, high = limits_of(feature)
     if numbers.dtype.kind in "iu":
         ends = np.iinfo(numbers.dtype)
@@ -107,7 +113,7 @@ def read_numbers(
     return np.where(good, numbers, 0.0), good if valid is None else valid & good
 
 
-def _as_numpy(column: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
+def as_numpy(column: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
     """Any column of numbers, 0 for nulls, and where they are not null (None: all)."""
     column = decoded(column)
     valid = is_valid(column) if column.null_count else None
@@ -138,27 +144,13 @@ def _wide_enough(numbers: np.ndarray, feature: Feature) -> np.ndarray:
 
 
 def buckets_of(numbers: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
-    """1 + the number of boundaries <= x. Of many numbers, a few boundaries are faster compared one by one than searched."""
-    if numbers.dtype.kind in "iu":
-        numbers = numbers.astype(np.float64)
-    if len(boundaries) > MOST_COMPARED or len(numbers) < LEAST_COMPARED:
-        return np.searchsorted(boundaries, numbers, side="right") + 1
-    if numbers.dtype == np.float32:
-        # x >= boundary where x >= the least float32 that is: half the bytes to compare
-        with np.errstate(over="ignore"):
-            near = boundaries.astype(np.float32)
-        boundaries = np.where(near < boundaries, np.nextafter(near, np.float32(np.inf)), near)
-    rows = np.ones(len(numbers), np.uint8)
-    above = np.empty(len(numbers), bool)
-    for boundary in boundaries:
-        np.greater_equal(numbers, boundary, out=above)
-        rows += above.view(np.uint8)
-    return rows
+    """1 + the number of boundaries <= x."""
+    return np.searchsorted(boundaries, numbers.astype(np.float64), side="right") + 1
 
 
 def read_weights(column: pa.Array, name: str, place: Place) -> np.ndarray:
     """Weights of rows, (n,) float32; InputError if one is null, or not a finite number above 0."""
-    weights, valid = _as_numpy(column)
+    weights, valid = as_numpy(column)
     weights = weights.astype(np.float32)
     bad = ~((weights > 0) & (weights <= LARGEST))
     if valid is not None:
@@ -171,7 +163,7 @@ def read_weights(column: pa.Array, name: str, place: Place) -> np.ndarray:
 
 def read_labels(column: pa.Array, name: str, place: Place, *, nulls: bool = False) -> np.ndarray:
     """Labels as a NumPy array of 0 and 1; InputError if a label is another number, or null. With `nulls` a null is NaN instead."""
-    labels, valid = _as_numpy(column)
+    labels, valid = as_numpy(column)
     if valid is not None and not nulls:
         raise InputError(
             f"{place.row(int(valid.argmin()))}, label {name!r} is null: wanted 0 or 1; drop the row or fix the file"

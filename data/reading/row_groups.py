@@ -65,7 +65,7 @@ def column_without_checksum(file: DataFile, metadata: pq.FileMetaData, columns: 
     The footer must have been proved for these columns.
     """
     index = first_row_group(metadata)
-    if index < 0:
+    if index < 0 or not columns:
         return ""
     owners = columns_of_leaves(metadata)
     for number in leaves_of(metadata, columns):

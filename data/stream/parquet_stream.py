@@ -12,13 +12,13 @@ from data.errors import InputError
 from data.reading.columns import Columns
 from data.reading.conditions import select_files
 from data.reading.config import StreamOptions
-from data.reading.decode import Decoder
+from data.reading.decode import Decoder, Memory
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
 from data.reading.selection import Selection
 from data.reading.storage import DataFile
 from data.schema import Schema
-from data.stream.batch import Batch, Run, gather, permuted_by_fbgemm
+from data.stream.batch import Batch, Run, gather
 from data.stream.order import (
     Cursor,
     first_uses,
@@ -28,6 +28,7 @@ from data.stream.order import (
     steps_per_epoch,
     windows_of_spans,
 )
+from data.stream.permuted import Permuted
 from data.stream.prefetch import TimeLimit, Workers, prefetched
 
 
@@ -61,7 +62,7 @@ class ParquetStream:
         self.files = select_files(files, options.where, schema)
         self.schema, self.options = schema, options
         self.rank, self.world_size = rank, world_size
-        self.encoder = Encoder(schema, permuted_by_fbgemm)
+        self.encoder = Encoder(schema, Permuted)
         self.selection = Selection(options, schema, self.files)
         self.row_groups, label_counts = read_contents(self.files, schema, self.selection)
         self.num_rows = sum(row_group.num_rows for row_group in self.row_groups)
@@ -151,19 +152,19 @@ class ParquetStream:
                     self.counters.update(decoded[index].repaired)
                     self.nulls.update(decoded[index].nulls or ())
                 runs = [(decoded[index], start - starts[index], stop - starts[index]) for index, start, stop in cuts]
-                yield self._batch(runs, step, Cursor(cursor.epoch, step + 1))
+                yield self._batch(runs, step, Cursor(cursor.epoch, step + 1), decoder.memory)
                 # A lane moves on and never back: what the next step does not use is never used again.
                 cuts = cuts_of(step + 1)
                 for index in decoded.keys() - {index for index, _, _ in cuts}:
-                    decoder.memory.give_back(decoded.pop(index).single_ids)
+                    del decoded[index]
 
-    def _batch(self, runs: list[Run], step: int, cursor: Cursor) -> Batch:
+    def _batch(self, runs: list[Run], step: int, cursor: Cursor, memory: Memory) -> Batch:
         """Join rows to this rank's batch of a step, padded where another rank has more rows."""
         per_rank = [sum(stop - start for start, stop in self._spans(step, rank)) for rank in range(self.world_size)]
         num_rows, real = max(per_rank), per_rank[self.rank]
         weight = self.world_size * num_rows / sum(per_rank)
         negative, positive = self.label_weights
-        batch = gather(runs or [(self.encoder.encode_all([]), 0, 0)], num_rows, self.schema, cursor)
+        batch = gather(runs or [(self.encoder.encode_all([]), 0, 0)], num_rows, self.schema, cursor, memory.empty)
         labels = batch.labels.numpy().reshape(num_rows, -1)[:, 0]  # of several labels no row has a weight by label
         batch.weights.numpy()[:real] *= np.where(labels[:real] == 1, weight * positive, weight * negative)
         return batch
