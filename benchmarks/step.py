@@ -270,11 +270,19 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
             20.0 * sum(map(looked_up_floats, pooled, (batch.sparse_features, batch.weighted_features))),
         ),
         "regroup": (lambda: backward(*regroup(pooled, batch.dense_features).values()), 0.0, 16.0 * rows * floats),
-        "EFGC groups": (lambda: backward(*efgc.crossing(groups)), flops(efgc.crossing), 0.0),
-        "EFGC reduction": (on_fresh(reduction, rows, reduction[0].in_features), flops(reduction), 0.0),
+        "EFGC groups": (
+            lambda: backward(*efgc.crossing(groups)),
+            flops(efgc.crossing),
+            layer_bytes(efgc.crossing, rows),
+        ),
+        "EFGC reduction": (
+            on_fresh(reduction, rows, reduction[0].in_features),
+            flops(reduction),
+            layer_bytes(reduction, rows),
+        ),
         "cross": (lambda: backward(cross(features)), flops(cross), cross_bytes),
-        "deep": (lambda: backward(deep(features)), flops(deep), 0.0),
-        "shared top, logits": (top, top_flops, 0.0),
+        "deep": (lambda: backward(deep(features)), flops(deep), layer_bytes(deep, rows)),
+        "shared top, logits": (top, top_flops, layer_bytes(dense.top, num_branches * rows)),
         # two products for each of the P matrices and each direction
         "losses": (lambda: losses(leaves, batch.labels, batch.weights)[0].backward(), 4 * flops(losses), 0.0),
         # reads parameter, gradient and two moments, writes all but the gradient
@@ -282,6 +290,11 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
     }
     fresh = partial(without_gradients, [*dense.parameters(), *losses.parameters()])
     return {name: (partial(fresh, part[0]), *part[1:]) for name, part in parts.items()}, partial(fresh, loop)
+
+
+def layer_bytes(module: nn.Module, rows: int) -> float:
+    """What the passes of dense layers beside products move: bias and ReLU read and write, ReLU's gradient reads two numbers and writes one."""
+    return 20.0 * rows * sum(layer.out_features for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def plain_mlp(mlp: nn.Sequential) -> nn.Sequential:
