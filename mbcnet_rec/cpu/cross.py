@@ -89,7 +89,9 @@ class _CrossNetwork(torch.autograd.Function):
             parts = by_rows(cross_backward, len(x), *as_arrays(above, x_0, y, bias, of_x_0, of_x), *ends)
             increment_version(y)  # its memory holds its gradient now: a second backward pass is an error
             of_product, weight, of_first, of_c = y, last, None, None
-            of_last = weight_gradient(y, inner, last)
+            # the narrow product is a quarter faster with MKL this way round
+            turned = first is not None and not one_dnn(y, last)
+            of_last = inner.t().mm(y).t() if turned else weight_gradient(y, inner, last)
             if first is not None:
                 of_inner = product(y, last.t())
                 of_product, of_c = torch.autograd.grad(ctx.graphs[place][1], (ctx.graphs[place][0], c), of_inner)

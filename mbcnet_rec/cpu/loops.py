@@ -186,12 +186,15 @@ def cross_backward(
         given, left, right = gradient[row], x_0[row], y[row]
         direct, own = of_x_0[row], of_x[row]
         for column in range(len(bias)):
-            new = given[column] * (right[column] + bias[column])
-            direct[column] = new if topmost else direct[column] + new
-        for column in range(len(bias)):
-            right[column] = given[column] * left[column]
+            number = given[column]  # `own` may be `given`
+            new = number * (right[column] + bias[column])
+            right[column] = number * left[column]
+            if not topmost:
+                new += direct[column]
+            if lowest:
+                own[column] = number + new
+            else:
+                direct[column], own[column] = new, number
         for column in range(len(bias)):
             of_bias[column] += right[column]
-        for column in range(len(bias)):
-            own[column] = given[column] + direct[column] if lowest else given[column]
     return of_bias

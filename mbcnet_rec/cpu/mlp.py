@@ -109,7 +109,7 @@ class _DenseLayers(torch.autograd.Function):
 
 def _bias_relu(y: Tensor, bias: Tensor) -> Tensor:
     """ReLU(y + b), in the place of y."""
-    if torch.get_num_threads() > 1:
+    if torch.get_num_threads() > 1 or y.numel() < MANY:
         return torch._add_relu(y, bias, out=y)
     add_bias_relu(0, len(y), flat(y), y.stride(0), bias.detach().numpy())
     return y
@@ -118,7 +118,7 @@ def _bias_relu(y: Tensor, bias: Tensor) -> Tensor:
 def _relu_backward(gradient: Tensor, hidden: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradient to y of hidden = ReLU(y + b), in the place of `own` if there is one, and that to b."""
     output = torch.empty_like(gradient) if own is None else own
-    if torch.get_num_threads() > 1:
+    if torch.get_num_threads() > 1 or output.numel() < MANY:
         torch.ops.aten.threshold_backward(gradient, hidden, 0, grad_input=output)
         return output, output.t().mv(output.new_ones(len(output)))  # a tenth to a quarter faster than a sum over rows
     gradient = gradient if gradient.stride(1) == 1 else gradient.contiguous()
