@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy import uint64 as place
-from torch import Tensor
 
 from data.compiled import compiled
 
@@ -28,11 +27,6 @@ def by_rows(loop: Callable[..., Any], rows: int, *arguments: Any) -> list[Any]:
     bounds = [rows * number // threads for number in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda part: loop(*part, *arguments), pairwise(bounds)))
-
-
-def flat(tensor: Tensor) -> Array:
-    """The numbers of a (B, n) whose rows lie whole, one row after another: row b begins at b * tensor.stride(0)."""
-    return tensor.as_strided([(len(tensor) - 1) * tensor.stride(0) + tensor.shape[1]], [1]).numpy()
 
 
 @compiled
@@ -134,34 +128,6 @@ def number_ids(ids: Array, begin: int, end: int, number: Array) -> Array:
             known += 1
         number[each] = slots[slot]
     return distinct[:known]
-
-
-@compiled
-def add_bias_relu(first: int, last: int, y: Array, stride: int, bias: Array) -> None:
-    """Set y to ReLU(y + bias), of rows that begin `stride` numbers apart."""
-    for row in range(first, last):
-        own = y[row * stride : row * stride + len(bias)]
-        for column in range(len(bias)):
-            number = own[column] + bias[column]
-            own[column] = ZERO if number < ZERO else number
-
-
-@compiled
-def relu_gradient(
-    first: int, last: int, gradient: Array, stride: int, hidden: Array, hidden_stride: int, of_y: Array, of_stride: int, width: int
-) -> Array:  # fmt: skip
-    """The gradient to y of hidden = ReLU(y); returned is its sum over these rows, the bias' gradient (width,). `of_y` may be `gradient`."""
-    of_bias = np.zeros(width, gradient.dtype)
-    for row in range(first, last):
-        given = gradient[row * stride : row * stride + width]
-        positive = hidden[row * hidden_stride : row * hidden_stride + width]
-        own = of_y[row * of_stride : row * of_stride + width]
-        for column in range(width):
-            number, above = given[column], positive[column]
-            own[column] = ZERO if above <= ZERO else number
-        for column in range(width):
-            of_bias[column] += own[column]
-    return of_bias
 
 
 @compiled
