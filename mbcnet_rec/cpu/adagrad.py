@@ -2,8 +2,8 @@
 
 FBGEMM generates the row-wise update as machine code, with instructions of SSE among those of AVX. Intel's processors wait at each, half a
 microsecond a row in all: 45 of 55 ms of a backward pass of 133 tables and 1,024 rows. Its code for a table that several features read takes a fifth
-of that, which the loop halves: it reads the gradient where it lies. Of 26 exact tables of 64 columns and 1,024 rows a backward pass takes
-7 ms instead of 18. State, parameters and the rate stay FBGEMM's.
+of that; with the loop, which reads the gradient where it lies, lookup and update together take .79 of what they take with that code. Of 26 exact
+tables of 64 columns and 1,024 rows a backward pass takes 7 ms instead of 18. State, parameters and the rate stay FBGEMM's.
 """
 
 from typing import Any
