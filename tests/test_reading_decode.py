@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from numbered_rows import make_schema, write_rows
 
 from data.reading.config import StreamOptions
-from data.reading.decode import Decoder, Memory, RowReader
+from data.reading.decode import Decoder, RowReader
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
 from data.reading.selection import Selection
@@ -87,19 +86,3 @@ def test_a_row_group_in_which_one_lane_ends_and_the_next_begins_is_read_once(tmp
     begun = first().single_ids[0].tolist()
     file.write_bytes(bytes(file.stat().st_size))  # in place: who has it open cannot read it again either
     assert begun + second().single_ids[0].tolist() == list(range(700))
-
-
-def test_memory_is_used_again_when_no_array_and_no_tensor_refers_to_it():
-    memory = Memory()
-    tensor = torch.from_numpy(memory.empty((4, 5), np.int64)[1:])
-    assert not memory.free
-    other = memory.empty((4, 5), np.int64)  # not the same block
-    other[:], tensor[:] = 1, 2
-    assert other.sum() == 20
-    view = tensor.view(-1)[3:]
-    del tensor
-    assert not memory.free
-    del view
-    assert len(memory.free) == 1
-    assert memory.empty(19, np.int64).base is not None and not memory.free
-    assert memory.empty(0, np.float32).shape == (0,)

@@ -6,7 +6,6 @@ stays near the windows that are in use, whatever the writer's row groups. Reader
 """
 
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -28,7 +27,6 @@ from data.reading.selection import Selection
 from data.reading.storage import DAMAGE, DataFile, open_parquet, read_or_name
 
 IDLE_FILES, IDLE_COLUMN_CHUNKS = 64, 200_000  # of open files and their parsed footers: about 60 MB
-MOST_FREE_BLOCKS = 32
 Rows = tuple[pa.RecordBatch, Place]  # and where they come from
 
 
@@ -196,33 +194,6 @@ def _joined(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.concat_batches(parts) if len(parts) > 1 else parts[0]  # which it would copy
 
 
-class Memory:
-    """Blocks of memory that are used again once nobody refers to what was made of them: fresh pages cost as much as filling them."""
-
-    def __init__(self) -> None:
-        # ends of a deque may be used by threads at once
-        self.free: deque[np.ndarray] = deque(maxlen=MOST_FREE_BLOCKS)
-
-    def empty(self, shape: int | tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Return an array of undefined content. Its block is free again when it, its views and its tensors are gone."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        block = self._block(size)
-        lease = np.frombuffer(block.data, np.uint8)  # which its views refer to, and not to the block
-        weakref.finalize(lease, self.free.append, block)
-        return lease[:size].view(dtype).reshape(shape)
-
-    def _block(self, size: int) -> np.ndarray:
-        for _ in range(len(self.free)):
-            try:
-                block = self.free.pop()
-            except IndexError:  # other threads were faster
-                break
-            if size <= block.nbytes <= 2 * size:
-                return block
-            self.free.appendleft(block)
-        return np.empty(size + size // 8 + 1, np.uint8)  # the next batch may be longer
-
-
 class Window(NamedTuple):
     """Neighbouring rows of one lane that are decoded, and in shuffled order permuted, together."""
 
@@ -243,7 +214,6 @@ class Decoder:
         on_rows: Callable[[], None] = lambda: None,
     ) -> None:
         self.reader, self.on_rows = RowReader(files, encoder, selection, dictionaries=True), on_rows
-        self.memory = Memory()
         self.reading: dict[int, str] = {}  # thread -> what it reads, for messages about stuck ones
         self._sources: dict[int, _LaneRowGroup] = {}  # lane -> the row group that it has come to
 
@@ -292,7 +262,7 @@ class Decoder:
             self.reading.pop(thread, None)
         rows = [part for row_group, _, _ in window.segments for part in parts[row_group]]
         permutation = None if seed is None else np.random.default_rng(seed).permutation(window.num_rows)
-        return self.reader.encoder.encode_all(rows, permutation, self.memory.empty)
+        return self.reader.encoder.encode_all(rows, permutation)
 
 
 class _LaneRowGroup:

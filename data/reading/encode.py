@@ -91,19 +91,13 @@ class Encoder:
         return self.encode_all([(rows, place)], plain=plain)
 
     def encode_all(
-        self,
-        parts: Sequence[tuple[Rows, Place]],
-        permutation: np.ndarray | None = None,
-        allocate: Callable[..., np.ndarray] = np.empty,
-        *,
-        plain: Plain | None = None,
+        self, parts: Sequence[tuple[Rows, Place]], permutation: np.ndarray | None = None, *, plain: Plain | None = None
     ) -> Columns:
         """Check and encode the rows of several record batches.
 
         Args:
             parts: record batches and where they come from; none gives no rows.
             permutation: row i of the result is row permutation[i] of the parts in order.
-            allocate: makes large arrays, by shape and dtype.
             plain: fields of the only part that are read already; nothing is permuted then.
 
         Raises:
@@ -118,8 +112,8 @@ class Encoder:
         if plain is not None:  # what is left may have no column
             done, total = plain.fields, plain.num_rows
             readers[0].rows = slice(0, total)
-        whole = self.assemble(self, readers, total, permutation, allocate)
-        single_ids = allocate((len(self.single), total), self.id_dtype)
+        whole = self.assemble(self, readers, total, permutation)
+        single_ids = np.empty((len(self.single), total), self.id_dtype)
         labels = np.zeros((total, len(self.schema.tasks)) if self.schema.tasks else total, np.float32)
         groups = np.empty(total, np.int64) if self.has_labels and self.schema.group_column else None
         weights = np.empty(total, np.float32) if self.has_labels and self.schema.weight_column else None
@@ -156,15 +150,10 @@ class Assembly:
     """How the rows of several record batches, n in all, become columns: here one after the other."""
 
     def __init__(
-        self,
-        encoder: Encoder,
-        readers: "Sequence[Reader]",
-        num_rows: int,
-        permutation: np.ndarray | None,
-        allocate: Callable[..., np.ndarray],
+        self, encoder: Encoder, readers: "Sequence[Reader]", num_rows: int, permutation: np.ndarray | None
     ) -> None:
         self.encoder, self.readers, self.num_rows = encoder, readers, num_rows
-        self.permutation, self.allocate = permutation, allocate
+        self.permutation = permutation
 
     def single(self, feature: Feature, out: np.ndarray) -> None:
         """Write the ids of a single-valued field, (n,)."""
@@ -173,9 +162,9 @@ class Assembly:
 
     def dense(self, done: Container[str]) -> np.ndarray:
         """Read numbers and vectors, but for fields that are done: (n, D) float32, 0 where they are missing."""
-        dense = self.allocate((self.num_rows, self.encoder.dense_width), np.float32)
+        dense = np.empty((self.num_rows, self.encoder.dense_width), np.float32)
         # field by field, and turned at the end: a number written into its row would fetch a cache line of its own
-        numbers = self.allocate((self.encoder.dense_width, self.num_rows), np.float32)
+        numbers = np.empty((self.encoder.dense_width, self.num_rows), np.float32)
         owners: list[int] = []
         stop = 0
         for feature in self.encoder.schema.dense:

@@ -96,17 +96,11 @@ def _empty_like(part: Any, device: torch.device) -> Any:
     return kind.empty_like(part, device=device)
 
 
-def gather(
-    runs: Sequence[Run],
-    num_rows: int,
-    schema: Schema,
-    cursor: Cursor = START,
-    allocate: Callable[..., np.ndarray] = np.empty,
-) -> Batch:
+def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = START) -> Batch:
     """Copy runs of rows (at least one run, which may be empty) into a batch of B = `num_rows`, padded by no ids, zeros, label 0, weight 0."""
     first = runs[0][0]
     pieces, _, list_lengths = _list_pieces([columns.lists for columns, _, _ in runs], runs, num_rows)
-    dense = allocate((num_rows, first.dense.shape[1]), np.float32)
+    dense = np.zeros((num_rows, first.dense.shape[1]), np.float32)
     labels, weights = np.zeros((num_rows, *first.labels.shape[1:]), np.float32), np.zeros(num_rows, np.float32)
     group_ids = None if first.group_ids is None else np.zeros(num_rows, np.int64)
     begin = 0
@@ -118,11 +112,10 @@ def gather(
         if group_ids is not None and columns.group_ids is not None:
             group_ids[begin:end] = columns.group_ids[start:stop]
         begin = end
-    dense[begin:] = 0
     size = len(first.single_ids) * num_rows
-    lengths = allocate(size + list_lengths.size, np.int32)
+    lengths = np.empty(size + list_lengths.size, np.int32)
     lengths[:size], lengths[size:] = 1, list_lengths.reshape(-1)
-    ids = allocate(size + sum(map(len, pieces)), np.int64)
+    ids = np.empty(size + sum(map(len, pieces)), np.int64)
     used = _copy_single(runs, ids, lengths[:size].reshape(len(first.single_ids), num_rows))
     ids = ids[: used + sum(map(len, pieces))]
     if pieces:

@@ -12,7 +12,7 @@ from data.errors import InputError
 from data.reading.columns import Columns
 from data.reading.conditions import select_files
 from data.reading.config import StreamOptions
-from data.reading.decode import Decoder, Memory
+from data.reading.decode import Decoder
 from data.reading.encode import Encoder
 from data.reading.files import read_contents
 from data.reading.selection import Selection
@@ -152,19 +152,19 @@ class ParquetStream:
                     self.counters.update(decoded[index].repaired)
                     self.nulls.update(decoded[index].nulls or ())
                 runs = [(decoded[index], start - starts[index], stop - starts[index]) for index, start, stop in cuts]
-                yield self._batch(runs, step, Cursor(cursor.epoch, step + 1), decoder.memory)
+                yield self._batch(runs, step, Cursor(cursor.epoch, step + 1))
                 # A lane moves on and never back: what the next step does not use is never used again.
                 cuts = cuts_of(step + 1)
                 for index in decoded.keys() - {index for index, _, _ in cuts}:
                     del decoded[index]
 
-    def _batch(self, runs: list[Run], step: int, cursor: Cursor, memory: Memory) -> Batch:
+    def _batch(self, runs: list[Run], step: int, cursor: Cursor) -> Batch:
         """Join rows to this rank's batch of a step, padded where another rank has more rows."""
         per_rank = [sum(stop - start for start, stop in self._spans(step, rank)) for rank in range(self.world_size)]
         num_rows, real = max(per_rank), per_rank[self.rank]
         weight = self.world_size * num_rows / sum(per_rank)
         negative, positive = self.label_weights
-        batch = gather(runs or [(self.encoder.encode_all([]), 0, 0)], num_rows, self.schema, cursor, memory.empty)
+        batch = gather(runs or [(self.encoder.encode_all([]), 0, 0)], num_rows, self.schema, cursor)
         labels = batch.labels.numpy().reshape(num_rows, -1)[:, 0]  # of several labels no row has a weight by label
         batch.weights.numpy()[:real] *= np.where(labels[:real] == 1, weight * positive, weight * negative)
         return batch

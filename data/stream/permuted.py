@@ -85,7 +85,7 @@ class Permuted(Assembly):
         for field, own in zip(fields, offsets, strict=True):
             for values in (field.values, field.weights):
                 if values is not None:
-                    permuted.append(self.allocate(len(values) + 4, values.dtype))
+                    permuted.append(np.empty(len(values) + 4, values.dtype))
                     permute_lists(values, field.lengths, self.order, starts, own, permuted[-1])
         found = [each[:-4] for each in permuted]
         every = 2 if features and features[0].is_weighted else 1
