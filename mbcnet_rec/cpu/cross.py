@@ -79,7 +79,7 @@ class _CrossNetwork(torch.autograd.Function):
         x_0, *saved = ctx.saved_tensors
         count = len(ctx.layers)
         weights, kept = batched(saved[: 5 * count]), batched(saved[5 * count :], 3)
-        found: list[Tensor | None] = []
+        found: list[Any] = []
         of_x = gradient = gradient.contiguous()
         of_x_0 = torch.empty_like(x_0)
         for place in reversed(range(count)):

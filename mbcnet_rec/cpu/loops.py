@@ -16,6 +16,7 @@ from numpy import uint64 as place
 from data.compiled import compiled
 
 Array = Any  # of NumPy's: of float32, where nothing else is said
+Number = Any  # NumPy's or Python's own
 ZERO = np.float32(0)
 
 
@@ -70,7 +71,7 @@ def update_rows(
 
 @compiled
 def update_by_mean(
-    rows: Array, squares: Array, starts: Array, distinct: Array, sums: Array, width: int, rate: float, eps: float
+    rows: Array, squares: Array, starts: Array, distinct: Array, sums: Array, width: Number, rate: float, eps: float
 ) -> None:  # fmt: skip
     """Update a table's `distinct` rows by row-wise Adagrad from the sums of their gradients."""
     # one loop for what waits for memory at one place a row, one for what waits for rows: the processor waits for many at once
@@ -91,7 +92,7 @@ def update_by_mean(
 
 @compiled
 def update_row(
-    rows: Array, row: int, squares: Array, state: int, sums: Array, of: int, width: int, rate: float, eps: float
+    rows: Array, row: Number, squares: Array, state: Number, sums: Array, of: Number, width: Number, rate: Number, eps: Number
 ) -> None:  # fmt: skip
     """Update a row by Adagrad from the sum of its gradients: each begins at a place of its array and is `width` long."""
     for column in range(width):
@@ -103,7 +104,7 @@ def update_row(
 
 
 @compiled
-def add_row(target: Array, to: int, source: Array, of: int, width: int, weight: float) -> None:
+def add_row(target: Array, to: Number, source: Array, of: Number, width: Number, weight: Number) -> None:
     """Add a row times a weight to another: each begins at a place of its array and is `width` long."""
     for column in range(width):
         target[to + column] += weight * source[of + column]
