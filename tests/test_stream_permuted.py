@@ -1,5 +1,6 @@
 """Proves that compiled loops read windows as the encoder reads them, permuted: good values, missing ones and those that it repairs."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from data.errors import InputError
 from data.reading.columns import Columns, Place
 from data.reading.encode import Encoder
 from data.schema import parse_schema
-from data.stream.loops import copy_checked, count_boundaries
+from data.stream.loops import copy_checked, count_boundaries, permute_lists
 from data.stream.permuted import Permuted
 
 ID = {"num_embeddings": 50, "embedding_dim": 4}
@@ -23,7 +24,7 @@ SCHEMA = parse_schema(
         "fields": {
             **{f"id{i}": {"kind": "categorical", **ID} for i in range(len(TYPES))},
             "missing": {"kind": "categorical", **ID},
-            "mended": {"kind": "categorical", "on_invalid": "modulo", **ID},
+            "wrapped": {"kind": "categorical", "on_invalid": "modulo", **ID},
             "hashed": {"kind": "categorical", "encoding": "hash", **ID},
             "bags": {"kind": "multi_valued", **ID},
             "holes": {"kind": "multi_valued", "on_invalid": "null", **ID},
@@ -62,7 +63,7 @@ def rows_of(count: int, seed: int) -> pa.RecordBatch:
     columns |= {
         "click": pa.array(draw.integers(0, 2, count), pa.int8()),
         "missing": some(draw.integers(0, 50, count), pa.int32()),
-        "mended": pa.array(draw.integers(-9, 60, count)),
+        "wrapped": pa.array(draw.integers(-9, 60, count)),
         "hashed": some(draw.integers(0, 10**12, count), pa.int64()),
         "bags": lists(0, 50, pa.int32()),
         "holes": lists(-9, 60, pa.int32(), 0.2),
@@ -126,6 +127,17 @@ def test_a_bad_value_is_named_as_the_encoder_names_it(field, value, said):
         return
     with pytest.raises(InputError, match=f"row group 4, row 113, field {said}"):
         encoder.encode_all(parts, order)
+
+
+@pytest.mark.parametrize("lengths", [[4, 3, 0, 2, 1], [1, 1, 0, 1], [2], [0, 9, 5]])
+def test_every_value_of_a_list_is_copied_also_where_four_at_once_would_read_behind_the_last(lengths):
+    ends = np.cumsum(lengths)
+    values = np.arange(ends[-1], dtype=np.int32)
+    for order in (np.arange(len(lengths), dtype=np.uint32), np.arange(len(lengths), dtype=np.uint32)[::-1].copy()):
+        out, starts, offsets = np.full(len(values) + 4, -1, np.int32), *np.empty((2, len(lengths) + 1), np.int32)
+        permute_lists(values, np.asarray(lengths), order, starts, offsets, out)
+        wanted = [values[ends[at] - lengths[at] : ends[at]].tolist() for at in order]
+        assert [out[low:high].tolist() for low, high in pairwise(offsets)] == wanted
 
 
 def test_no_number_outside_of_the_range_is_copied_as_good():

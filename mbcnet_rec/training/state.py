@@ -181,7 +181,8 @@ class Feed:
 def invalid_value_counts(stream: ParquetStream, order: Order, process: Process) -> dict[str, int]:
     """Field -> values that its `on_invalid` replaced, or rows that its `max_length` cut, since this start, where there are any.
 
-    Every rank calls it, and gets the counts of all ranks. In chronological order every rank decodes all rows, so there the count is one rank's and not the sum.
+    Every rank calls it, and gets the counts of all ranks. In chronological order every rank decodes all rows, so there the count is
+    one rank's and not the sum.
     """
     names = [feature.name for feature in stream.schema.features if feature.on_invalid != "error" or feature.max_length]
     counts = torch.tensor([stream.counters[name] for name in names], dtype=torch.int64)
