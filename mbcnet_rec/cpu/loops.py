@@ -37,9 +37,20 @@ def update_rows(
 ) -> None:  # fmt: skip
     """Update the rows of tables by Adagrad: s += g^2, row -= rate g / (sqrt(s) + eps), g the sum of a row's gradients in the batch.
 
-    With `whole` each number of a row has its s, else a row has one: s += mean(g^2). `rows` and `squares` (s) of all tables are changed. `starts` (2, F)
-    is where in them the table of each feature begins; features of one table are neighbours. `columns` (F + 1,) is where in a row of `gradient` those of each feature begin; the gradient of bag b begins at b * `stride`. The `ids`
-    of feature f and bag b are those from offsets[f B + b] on. `weights` of each id; empty: all 1. `mean`: a bag is the mean of its rows, not their sum.
+    Args:
+        rows: of all tables, one after the other; changed.
+        squares: the s, likewise; changed.
+        starts: (2, F): where in `rows` and in `squares` the table of each feature begins; features of one table are neighbours.
+        columns: (F + 1,): where in a row of the gradient the numbers of each feature begin, and the end of the last.
+        ids: of feature f and bag b those from offsets[f B + b] to offsets[f B + b + 1].
+        offsets: (F B + 1,).
+        gradient: to the output; the numbers of bag b begin at b * stride.
+        stride: from one bag's gradient to the next one's.
+        weights: of each id; empty: all 1.
+        mean: whether a bag is the mean of its rows, not their sum.
+        rate: Adagrad's learning rate.
+        eps: what it adds to the root.
+        whole: whether each number of a row has an s of its own; else a row has one, to which the mean of its g^2 is added.
     """
     features = len(columns) - 1
     batch = (len(offsets) - 1) // features
