@@ -9,6 +9,8 @@ WORKERS ?= 2
 READY := .venv/ready-$(SET)
 # One thread for each process: two ranks on two cores do not fight
 export OMP_NUM_THREADS ?= 1
+# Some images set it: then each of the tests' processes would compile every module of ours anew
+unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all check bench docs help

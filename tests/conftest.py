@@ -47,6 +47,8 @@ def started_by_scan() -> set[int]:
     return found
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs inherit it, and hand it on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 HAS_LISTS = Path(f"/proc/self/task/{os.getpid()}/children").exists()
 
 

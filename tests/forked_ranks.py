@@ -18,11 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.optim  # as the modules below: once, here, and not again in each rank
 from tiny_run import train
 
 import mbcnet_rec.run_training  # noqa: F401 (for the ranks)
+from data.stream.loops import count_boundaries
 from mbcnet_rec.cli import main
 from mbcnet_rec.plugins import our_modules
 from mbcnet_rec.training.hooks import Hooks
@@ -60,6 +62,7 @@ def child(rank: int, world: int, port: int, action: Action, log: Path) -> None:
 def before_fork() -> None:
     """Import what a rank would import; a rank that collected garbage would copy every page of what is imported."""
     our_modules()
+    count_boundaries(np.zeros(1), np.zeros(1), np.zeros(1, np.int32))
     gc.freeze()
 
 
@@ -151,12 +154,23 @@ def run_script(name: str, *args: str, flags: Sequence[str] = (), timeout: float 
     Returns what the script said.
     """
     script = Path(__file__).with_name(name)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if flags:
         command = [sys.executable, *flags, str(script), *args]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, env=script_variables(), capture_output=True, text=True, timeout=timeout)
         code, words = done.returncode, done.stdout + done.stderr
     else:
-        code, words = SERVER.run(script, args, env, timeout)
+        code, words = SERVER.run(script, args, script_variables(), timeout)
     assert code == 0, words[-3000:]
     return words
+
+
+def script_variables() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def run_code(code: str, *args: str, timeout: float = 120) -> tuple[int, str]:
+    """What `python -c CODE ARGS` would end with and say, in a process that has torch, torchrec and our modules imported but none of this one's state."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as script:
+        script.write(code)
+        script.flush()
+        return SERVER.run(Path(script.name), args, script_variables(), timeout)

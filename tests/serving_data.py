@@ -29,7 +29,7 @@ WIDER = {  # so that it learns enough for AUC to mean something
     "branch_dim = 16": "branch_dim = 32",
     "top = [16, 8]": "top = [32, 16]",
     "[model.mbcnet.deep]\nhidden = [32, 16]": "[model.mbcnet.deep]\nhidden = [32, 32]",
-    "log_every = 5\neval_every = 20": "log_every = 25\neval_every = 25\nepochs = 3\nranking_k = [2, 5]",
+    "log_every = 5\neval_every = 20": "log_every = 25\neval_every = 25\nepochs = 2\nranking_k = [2, 5]",
 }
 MORE_FIELDS = """
 shop    = { kind = "categorical", column = "shop_name", encoding = "hash", num_embeddings = 50, embedding_dim = 8 }

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_code
 from small_data import write_small
 from tiny_run import train
 
@@ -60,9 +61,9 @@ def test_a_new_model_is_a_skeleton_whose_test_passes_and_that_trains(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert main(["model", "new", "deep_gate"]) == 0
     assert len((tmp_path / "deep_gate.py").read_text().splitlines()) <= 40
-    own = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_deep_gate.py"]
-    done = subprocess.run(own, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-2000:]
+    own = "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'test_deep_gate.py']))"
+    code, said = run_code(own)
+    assert code == 0 and " passed" in said, said[-2000:]
     config = write_small(tmp_path)
     words = ("train.max_steps=3", "train.eval_every=3", "model.kind=deep_gate")
     assert train(config, "plugins+=deep_gate.py", *words) == 0

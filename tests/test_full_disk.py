@@ -1,13 +1,13 @@
 """Proves that a full disk ends every command that writes with code 74 and one line, leaves nothing half-written and keeps what was there."""
 
+import contextlib
 import errno
-import json
-import subprocess
-import sys
+import resource
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from serving_data import printed_by
 
 from data.errors import InputError
 from mbcnet_rec.runtime.exits import CANNOT_WRITE, no_room
@@ -18,15 +18,20 @@ COMMANDS = [
     ["data", "synth", "--rows", "4000", "--out", "synth"],
     ["plan", "make", "--schema", "s2.toml", "--cluster", "1x2:cpu", "-o", "plan.json"],
 ]
-SCRIPT = """
-import json, resource, sys
-from mbcnet_rec.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
-print(json.dumps([main(command) for command in json.loads(sys.argv[1])]))
-"""
 
 
-def test_no_command_leaves_half_a_file_on_a_full_disk(tmp_path):
+@contextlib.contextmanager
+def full_disk():
+    """No file of this process grows beyond 200 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_command_leaves_half_a_file_on_a_full_disk(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     rows = range(4000)
     columns = {
@@ -40,11 +45,11 @@ def test_no_command_leaves_half_a_file_on_a_full_disk(tmp_path):
     (tmp_path / "s2.toml").write_text(head + '"hash", num_embeddings = 50 }\n[groups]\ng = ["user"]\n')
     (tmp_path / "x.toml").write_text("of yesterday")
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(COMMANDS)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert json.loads(ended.stdout.splitlines()[-1]) == [CANNOT_WRITE] * len(COMMANDS), ended.stderr
-    said = [line for line in ended.stderr.splitlines() if line.startswith("mbcnet: ")]
+    monkeypatch.chdir(tmp_path)
+    with full_disk():
+        ended = [printed_by(*command) for command in COMMANDS]
+    assert [code for code, _, _ in ended] == [CANNOT_WRITE] * len(COMMANDS), ended
+    said = [line for _, _, words in ended for line in words.splitlines() if line.startswith("mbcnet: ")]
     assert len(said) == len(COMMANDS)
     for place, line in zip(("x.toml", "fitted", "synth", "plan.json"), said, strict=True):
         assert place in line and "cannot be written (File too large); free space or choose another place" in line

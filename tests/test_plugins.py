@@ -2,14 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from forked_ranks import run_script
+from forked_ranks import run_code, run_script
 from small_data import write_small
 from tiny_run import lines_of, train
 from torch import nn
@@ -110,9 +108,8 @@ def home(tmp_path_factory) -> Path:
 def pair(home) -> Path:
     """A run of the model with branches, on two ranks."""
     out = home / "pair"
-    words = ["--config", str(home / "run.toml"), "--plugin", str(home / "mine.py")]
-    words += settings("model.kind=pair", f"train.out={out}", *SHORT)
-    run_script("command_ranks.py", str(home / "logs"), "train", *words)
+    words = (f"plugins+={home / 'mine.py'}", "model.kind=pair", f"train.out={out}", *SHORT)
+    run_script("training_ranks.py", str(home / "logs"), str(home / "run.toml"), *words)
     return out
 
 
@@ -277,10 +274,11 @@ def test_a_file_of_the_zoo_is_found(tmp_path):
     text = GDCN.read_text()
     code = (
         "import sys; from mbcnet_rec.model import zoo; zoo.__path__.append(sys.argv[1]);"
-        "from mbcnet_rec.plugins import model_config; assert model_config('gdcn').own.num_layers == 3"
+        "from mbcnet_rec.plugins import model_config, our_modules; our_modules.cache_clear();"
+        "assert model_config('gdcn').own.num_layers == 3"
     )
     (tmp_path / "gdcn.py").write_text(text)
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
+    assert run_code(code, str(tmp_path)) == (0, "")
 
 
 def test_an_installed_package_offers_a_model_a_branch_and_a_loss(tmp_path):
@@ -297,10 +295,9 @@ def test_an_installed_package_offers_a_model_a_branch_and_a_loss(tmp_path):
         "from data.plugins import entry_points; print([len(entry_points(f'mbcnet.{g}')) for g in ('models', 'branches', 'losses')])"
     )
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"
-    told = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True).stdout
-    assert told.strip() == "[1, 1, 1]"
+    assert run_code(script) == (0, "[1, 1, 1]\n")
     (tmp_path / "theirs.py").write_text("1 / 0\n")
-    broken = subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT, capture_output=True, text=True)
+    code, broken = run_code(script)
     assert (
-        "package theirs: its entry point 'pair' of mbcnet.models cannot be loaded (ZeroDivisionError" in broken.stderr
+        code and "package theirs: its entry point 'pair' of mbcnet.models cannot be loaded (ZeroDivisionError" in broken
     )

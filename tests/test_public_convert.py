@@ -273,7 +273,7 @@ def test_ranks_that_come_late_are_waited_for(log, tmp_path):
     with subprocess.Popen(command, env=os.environ | first) as early:
         try:
             with pytest.raises(subprocess.TimeoutExpired):
-                early.wait(4)
+                early.wait(2)
             assert not (tmp_path / "out").exists(), "the second rank would take the result for an earlier one"
             subprocess.run(command, env=os.environ | second, check=True, timeout=60)
             assert early.wait(60) == 0

@@ -16,6 +16,7 @@ from tiny_run import train, wait_for
 
 from data.errors import InputError
 from mbcnet_rec.cli import main
+from mbcnet_rec.runtime import lock
 from mbcnet_rec.runtime.lock import LOCK, locked, this_process
 
 # one process imports, and forks an owner for each folder, which it does not wait for
@@ -63,7 +64,8 @@ def holder(holders):
     return next(holders)
 
 
-def test_every_command_refuses_a_folder_in_use_and_changes_nothing(tmp_path, holder, capfd):
+def test_every_command_refuses_a_folder_in_use_and_changes_nothing(tmp_path, holder, capfd, monkeypatch):
+    monkeypatch.setattr(lock, "ENDING_SECONDS", 0.01)  # this owner does not end
     config, run = write_small(tmp_path, 200, 50), holder.run
     (tmp_path / "space.toml").write_text('[space]\n"optim.dense_lr" = { low = 1e-3, high = 1e-2 }\n')
     (run / "config.toml").write_text("mine")

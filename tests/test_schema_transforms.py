@@ -1,11 +1,9 @@
 """Proves that a transform of one's own, a function in a file, is used in training, scoring and serving alike, and that its faults are named."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from forked_ranks import run_code
 from small_data import write_small
 from tiny_run import train
 
@@ -14,6 +12,8 @@ from data.schema import format_schema, load_schema
 from mbcnet_rec.cli import main
 from mbcnet_rec.serving import loader
 
+# `python FOLDER/mbcnet_serving.py FOLDER ROWS`
+PROGRAM = "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_path(f'{sys.argv[1]}/mbcnet_serving.py')"
 FILE = """
 from dataclasses import dataclass
 
@@ -75,9 +75,8 @@ def test_training_scoring_and_serving_use_it(schema, home, tmp_path, capfd):
     column = [feature.name for feature in model.preprocess.schema.dense].index("price")
     dense = model.preprocess(rows).dense.numpy()[:, column]
     np.testing.assert_allclose(dense, np.where(np.isnan(prices), 0, np.abs(prices) ** (1 / 3)), rtol=1e-6)
-    command = [sys.executable, str(tmp_path / "artifact" / "mbcnet_serving.py"), str(tmp_path / "artifact"), test]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, said = run_code(PROGRAM, str(tmp_path / "artifact"), test)
+    assert code == 0, said[-2000:]
     try:
         (home / "mine.py").write_text(FILE + "# other\n")
         capfd.readouterr()
