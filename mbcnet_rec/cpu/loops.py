@@ -4,13 +4,9 @@ Shapes: B batch, F features. Places in arrays are unsigned where it counts: of a
 and is not compiled to instructions on several numbers at once.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from numpy import uint64 as place
 
 from data.compiled import compiled
@@ -18,16 +14,6 @@ from data.compiled import compiled
 Array = Any  # of NumPy's: of float32, where nothing else is said
 Number = Any  # NumPy's or Python's own
 ZERO = np.float32(0)
-
-
-def by_rows(loop: Callable[..., Any], rows: int, *arguments: Any) -> list[Any]:
-    """Run loop(first row, row after the last, *arguments) over all rows, on as many threads as torch's operations; what each returned."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return [loop(0, rows, *arguments)]
-    bounds = [rows * number // threads for number in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda part: loop(*part, *arguments), pairwise(bounds)))
 
 
 @compiled
@@ -140,39 +126,3 @@ def number_ids(ids: Array, begin: int, end: int, number: Array) -> Array:
             known += 1
         number[each] = slots[slot]
     return distinct[:known]
-
-
-@compiled
-def cross_forward(first: int, last: int, x: Array, x_0: Array, y: Array, bias: Array, following: Array) -> None:
-    """x_{l+1} = x_l + x_0 * (y + b), with y = U gated(..) of the layer: all (B, N), b (N,)."""
-    for row in range(first, last):
-        for column in range(len(bias)):
-            following[row, column] = x[row, column] + x_0[row, column] * (y[row, column] + bias[column])
-
-
-@compiled
-def cross_backward(
-    first: int, last: int, gradient: Array, x_0: Array, y: Array, bias: Array, of_x_0: Array, of_x: Array, topmost: bool, lowest: bool
-) -> Array:  # fmt: skip
-    """Gradients of `cross_forward` from that to x_{l+1}, (B, N): to y, in y's place; to the bias, returned (N,); to x_0, added to `of_x_0`.
-
-    To x: `gradient`, copied to `of_x` unless it is that. `of_x_0` has nothing yet in the `topmost` layer. x of the `lowest` layer is x_0:
-    what belongs to both ends in `of_x`.
-    """
-    of_bias = np.zeros_like(bias)
-    for row in range(first, last):
-        given, left, right = gradient[row], x_0[row], y[row]
-        direct, own = of_x_0[row], of_x[row]
-        for column in range(len(bias)):
-            number = given[column]  # `own` may be `given`
-            new = number * (right[column] + bias[column])
-            right[column] = number * left[column]
-            if not topmost:
-                new += direct[column]
-            if lowest:
-                own[column] = number + new
-            else:
-                direct[column], own[column] = new, number
-        for column in range(len(bias)):
-            of_bias[column] += right[column]
-    return of_bias
