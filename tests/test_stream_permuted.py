@@ -112,6 +112,10 @@ def test_a_window_is_what_the_encoder_reads_in_another_order(shuffled):
         ("id3", 50, "'id3' = 50: wanted an id in"),
         ("logs", None, ""),
         ("price", np.inf, "'price' = inf: wanted a finite"),
+        ("image", [1.0, np.nan, 2.0], "'image' = nan: wanted a finite"),
+        ("bags", [49, 50], "'bags' = 50: wanted an id in"),
+        ("bags", None, ""),
+        ("by", [0.5] * 20, "'weighted': . values but 20 weights"),
     ],
 )
 def test_a_bad_value_is_named_as_the_encoder_names_it(field, value, said):

@@ -170,18 +170,21 @@ class Assembly:
         for feature in self.encoder.schema.dense:
             start, stop = stop, stop + feature.dense_width
             if feature.kind == "vector" and feature.name not in done:
-                vectors = np.zeros((self.num_rows, feature.width), np.float32)
-                for reader in self.readers:
-                    reader.dense(feature, vectors[reader.rows])
-                dense[:, start:stop] = self.reordered(vectors)
+                self.vector(feature, dense[:, start:stop])
             elif feature.name not in done:
                 self.number(feature, numbers[len(owners)])
                 owners.append(start)
         self.turn(numbers[: len(owners)], np.asarray(owners, np.int64), dense)
         return dense
 
+    def vector(self, feature: Feature, out: np.ndarray) -> None:
+        """Write the vectors of a field, (n, W)."""
+        out[:] = 0
+        for reader in self.readers:
+            reader.dense(feature, out[reader.rows])
+
     def number(self, feature: Feature, out: np.ndarray) -> None:
-        """Write the numbers of a field, (n,), in the order of reading."""
+        """Write the numbers of a field, (n,)."""
         for reader in self.readers:
             reader.dense(feature, out[reader.rows])
 

@@ -38,6 +38,14 @@ def permute(values: np.ndarray, order: np.ndarray, out: np.ndarray) -> None:
 
 
 @compiled
+def permute_rows(values: np.ndarray, order: np.ndarray, out: np.ndarray) -> None:
+    """The same of rows, (n, W)."""
+    for i in range(len(order)):
+        for w in range(values.shape[1]):
+            out[i, w] = values[order[i], w]
+
+
+@compiled
 def permute_lists(
     values: np.ndarray, lengths: np.ndarray, order: np.ndarray, starts: np.ndarray, offsets: np.ndarray, out: np.ndarray
 ) -> None:
@@ -63,9 +71,9 @@ def permute_lists(
 
 
 @compiled
-def turn(columns: np.ndarray, owners: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
-    """Write row c of `columns`, n numbers, to column owners[c] of (n, D), number i to row places[i]."""
-    for start in range(0, len(places), 16):  # a cache line of each column
+def turn(columns: np.ndarray, owners: np.ndarray, out: np.ndarray) -> None:
+    """Write row c of `columns`, n numbers, to column owners[c] of (n, D)."""
+    for start in range(0, len(out), 16):  # a cache line of each column
         for c in range(len(owners)):
-            for i in range(start, min(start + 16, len(places))):
-                out[places[i], owners[c]] = columns[c, i]
+            for i in range(start, min(start + 16, len(out))):
+                out[i, owners[c]] = columns[c, i]
