@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make demo       environment, synthetic data, a sharded two-process training run, its report"
-	@echo "make test       environment and the default tests: 5 to 6 minutes on two quiet cores"
+	@echo "make test       environment and the default tests: 4 to 5 minutes on two cores"
 	@echo "make test-all   the long tests too: every README command, all reshardings, Slurm, hosts that come and go"
 	@echo "make check      ruff, pyright, import-linter"
 	@echo "make docs       the documentation as a site in .site"

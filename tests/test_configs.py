@@ -46,7 +46,7 @@ def test_a_tuned_config_is_what_a_study_takes_for_its_model(path):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("adult", "slots") else pytest.param(name, marks=pytest.mark.long) for name in REAL]
+    "name", [name if name == "slots" else pytest.param(name, marks=pytest.mark.long) for name in REAL]
 )
 def test_real_data_trains(name, tmp_path, monkeypatch, capfd):
     if not (SHARED / REAL[name]).is_dir():

@@ -44,6 +44,7 @@ def test_gdcn_is_its_formula_row_by_row():
     assert all(parameter.grad is not None for parameter in arch.parameters())
 
 
+@pytest.mark.long
 def test_a_short_run_of_the_example(capfd):
     load_plugin(pinned(str(EXAMPLE), "test")).main(rows=2_000, steps=2)
     assert "test AUC 0." in capfd.readouterr().out

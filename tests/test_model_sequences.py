@@ -236,7 +236,7 @@ def test_the_planner_counts_every_position_and_offers_what_runs(schema):
 
 
 # of the default lane, in which "per_branch" is MBCnet
-USUAL = ("row_wise", "column_wise", "per_branch")
+USUAL = ("row_wise", "per_branch")
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])

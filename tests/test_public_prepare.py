@@ -46,7 +46,9 @@ def src(tmp_path) -> Path:
     return tmp_path / "src"
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name == "movielens_history" else name for name in REAL]
+)
 def test_real_files(name, tmp_path):
     folder, sizes = REAL[name]
     src = SHARED / folder

@@ -152,7 +152,9 @@ def test_every_request_failing_once_costs_time_and_no_row(proxy, failure):
         assert sum(group.num_rows for group in row_groups) == 40 and seen
 
 
-@pytest.mark.parametrize(("failure", "attempts"), [("throttle", 2), ("drop", 2), ("stall", 1)])
+@pytest.mark.parametrize(
+    ("failure", "attempts"), [("throttle", 2), ("drop", 2), pytest.param("stall", 1, marks=pytest.mark.long)]
+)
 def test_a_file_that_stays_out_of_reach_is_named_with_the_cause(proxy, failure, attempts):
     options = StreamOptions(16, 4, "chronological", workers=1, attempts=attempts)
     stream = ParquetStream(resolve_files(["s3://logs/shop"]), SCHEMA, options)

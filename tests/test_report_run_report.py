@@ -93,7 +93,7 @@ def test_less_is_shown_where_less_was_logged(lines, plan, there, not_there, tmp_
 
 
 def test_the_best_validation_is_that_of_the_metric_that_training_stops_by(tmp_path):
-    lines = [*LINES[:8], *(line("valid", step) | {"log_loss": step / 100} for step in (20, 40))]
+    lines = [*NO_BRANCHES[:8], *({**each, "log_loss": each["step"] / 100} for each in NO_BRANCHES[8:10])]
     for key, step in (("auc", 40), ("log_loss", 20)):
         run = write_run(tmp_path / key, lines)
         (run / "config.toml").write_text(f'[train]\nearly_stop = "{key}"\n')

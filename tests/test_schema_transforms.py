@@ -8,6 +8,7 @@ from small_data import write_small
 from tiny_run import train
 
 from data.errors import InputError
+from data.plugins import ALSO
 from data.schema import format_schema, load_schema
 from mbcnet_rec.cli import main
 from mbcnet_rec.serving import loader
@@ -61,7 +62,7 @@ def test_the_schema_keeps_what_it_says_and_its_text(schema, home, tmp_path):
     )
 
 
-def test_training_scoring_and_serving_use_it(schema, home, tmp_path, capfd):
+def test_training_scoring_and_serving_use_it(schema, home, tmp_path, monkeypatch, capfd):
     run, test = tmp_path / "run", str(home / "test.parquet")
     words = (f"schema={schema}", f"train.out={run}", "model.kind=dnn", "train.max_steps=4", "train.eval_every=4")
     assert train(home / "run.toml", *words) == 0
@@ -75,10 +76,12 @@ def test_training_scoring_and_serving_use_it(schema, home, tmp_path, capfd):
     column = [feature.name for feature in model.preprocess.schema.dense].index("price")
     dense = model.preprocess(rows).dense.numpy()[:, column]
     np.testing.assert_allclose(dense, np.where(np.isnan(prices), 0, np.abs(prices) ** (1 / 3)), rtol=1e-6)
-    code, said = run_code(PROGRAM, str(tmp_path / "artifact"), test)
-    assert code == 0, said[-2000:]
     try:
         (home / "mine.py").write_text(FILE + "# other\n")
+        monkeypatch.setenv(ALSO, str(tmp_path / "artifact" / "plugins" / "mine.py"))
+        code, said = run_code(PROGRAM, str(tmp_path / "artifact"), test)
+        assert code == 0, said[-2000:]
+        monkeypatch.delenv(ALSO)
         capfd.readouterr()
         assert main(["evaluate", str(run)]) == 2
         assert "another version" in (said := capfd.readouterr().err) and f"MBCNET_PLUGINS={run}/plugins/mine.py" in said

@@ -99,9 +99,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, name):
         "train.checkpoint_every=3",
         "train.epochs=3",
     ]
-    code, whole = run(config, tmp_path / "whole", *settings, "train.max_steps=14")
+    code, whole = run(config, tmp_path / "whole", *settings, "train.max_steps=14", "train.keep_last=9")
     assert code == 0
-    code, parts = run(config, tmp_path / "parts", *settings, "train.max_steps=14", "train.keep_last=9")
+    parts = shutil.copytree(whole, tmp_path / "parts")
     for step in (14, 12, 10, 9):
         shutil.rmtree(parts / f"checkpoints/step_{step}")
     assert steps_of(parts)[-1] == 6, "between the lines of steps 4 and 8, and between evaluations"
