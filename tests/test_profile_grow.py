@@ -332,6 +332,9 @@ def test_damaged_counts_are_refused_by_name(log, capfd):
     waiting.write_bytes(data)
     assert main(["schema", "fit", "--grow", "fit", "log/ds=2024-06-02"]) == 2
     assert "fit/vocabulary/waiting/user.parquet: cannot be read (" in capfd.readouterr().err
+    waiting.unlink()  # before any growth: counting would begin anew
+    assert main(["schema", "fit", "--grow", "fit", "log/ds=2024-06-02"]) == 2
+    assert "fit/vocabulary/waiting/user.parquet: cannot be read (" in capfd.readouterr().err
 
 
 @pytest.mark.long

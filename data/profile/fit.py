@@ -294,7 +294,8 @@ def write_fitted(
         header = f"Fitted on {len(files)} training file(s) by mbcnet schema fit."
         (folder / "schema.toml").write_text(format_schema(fitted, header), encoding="utf-8")
         if (folder / VOCABULARY_FOLDER).is_dir():
-            begun = {"day": 0, "files": mark_files(files), "tables": {}}
+            waiting = sorted(path.name for path in (folder / WAITING).glob("*"))
+            begun = {"day": 0, "files": mark_files(files), "tables": {}, "waiting": waiting}
             (folder / GROWTH).write_text(json.dumps(begun), encoding="utf-8")
     return load_schema(out / "schema.toml")
 

@@ -2,7 +2,8 @@
 
     vocabulary/TABLE.parquet          value (null: a free row), since, seen: the growths that gave the row away, and that have seen its value last
     vocabulary/waiting/TABLE.parquet  value, count, seen: values without a row
-    vocabulary/growth.json            day: the growths so far, files: the marks of all that was counted, tables: what the last one has changed
+    vocabulary/growth.json            day: the growths so far, files: the marks of all that was counted, tables: what the last one has changed,
+                                      waiting: of a fit, the names in waiting/ (a table without rare values has none yet)
 
 One process counts each file once, whoever trains on it: the rows depend on the files alone.
 """
@@ -39,7 +40,7 @@ Changes = dict[str, int]  # rows, admitted, expired, free, waiting
 
 def read_growth(folder: Path) -> dict[str, Any]:
     """What growth.json of a fitted schema's folder says; of a schema without, that it has never grown. InputError if it is damaged."""
-    nothing = {"day": 0, "files": [], "tables": {}}
+    nothing = {"day": 0, "files": [], "tables": {}, "waiting": []}
     if not (folder / GROWTH).is_file():
         return nothing
     try:
@@ -90,8 +91,8 @@ def grow_fitted(
             name, path = schema.own_vocabularies[users[0].name], schema.folder / users[0].vocabulary
             waiting = schema.folder / WAITING / Path(name).name
             rows = {"value": values[users[0].vocabulary]} | {name: given_rows(path, name) for name in (SINCE, SEEN)}
-            # without rare values the fit has written none, a growth always has
-            sightings = _read(waiting) if state["day"] or waiting.is_file() else None
+            there = state["day"] or waiting.name in state["waiting"] or waiting.is_file()  # a growth always writes it
+            sightings = _read(waiting) if there else None
             grown, left, changes[table] = _grown(pa.table(rows), sightings, found, users, day)
             write_rows(folder / name, [grown])
             write_rows(folder / WAITING / Path(name).name, [left])
