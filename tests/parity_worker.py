@@ -18,7 +18,7 @@ from mbcnet_rec.training.pipeline import CheckedStep
 from mbcnet_rec.training.trainer import average_terms, seed_step
 from sharding.plan.placement import Plan, TablePlan
 
-STEPS = 15
+STEPS = 10
 KINDS = ("table_wise", "row_wise", "table_row_wise", "data_parallel", "column_wise", "shared")
 # of all but the last one, which has table-row-wise shards
 OPTIONS = (

@@ -39,15 +39,15 @@ def test_only_the_chosen_fields_change(runs):
 
 def test_command(runs, tmp_path):
     run = shutil.copytree(runs / "row_wise", tmp_path / "run")
-    code, out, err = printed_by("importance", run, "--rows", "1000", "--repeats", "2", "--split", "test")
-    assert code == 0 and "AUC lost by EFGC" in out and "1,000 rows" in out, err
+    code, out, err = printed_by("importance", run, "--rows", "400", "--repeats", "2", "--split", "test")
+    assert code == 0 and "AUC lost by EFGC" in out and "400 rows" in out, err
     found = json.loads((run / "importance.json").read_text())
     schema = load_schema(runs / "schema.toml")
     assert (
         found["fields"].keys() == {each.name for each in schema.features}
         and found["groups"].keys() == schema.groups.keys()
     )
-    pq.write_table(pq.read_table(runs / "test.parquet").slice(0, 1000), tmp_path / "rows.parquet")
+    pq.write_table(pq.read_table(runs / "test.parquet").slice(0, 400), tmp_path / "rows.parquet")
     code, evaluated, _ = printed_by("evaluate", runs / "row_wise", "--data", tmp_path / "rows.parquet", "--json")
     assert found["before"]["auc"] == pytest.approx(json.loads(evaluated)["auc"], abs=1e-6)
     lost = {name: each["auc"] for name, each in found["fields"].items()}
