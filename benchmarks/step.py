@@ -8,8 +8,9 @@ fused rowwise Adagrad, Adam for the dense part. Every case is measured in turns 
 gemm_share                FLOPs of the step's matrices / its time / the machine's own rate of torch.mm, 2048 x 2048 x 2048, same threads
 gemm_share_of_faster      the same against the faster of torch.mm (MKL) and oneDNN, which the model's layers use on a CPU
 products_share            the same of a step's own matrix products run again one after the other, on the same tensors, and nothing else
-roof_share                the same of these products and of the bytes that the parts below cannot save, at the rate of a pass in place: what a
-                          step would reach whose every other operation costs nothing
+calls_share               step of 8 rows and layers 8 wide, which has the same calls and nothing to compute / step
+roof_share                the same of these products, of these calls and of the bytes that the parts below cannot save, at the rate of a pass in
+                          place: what a step would reach whose every other operation costs nothing
 bf16_speedup              float32 step / step under bf16 autocast
 bf16_loss_difference      relative difference of the mean loss over the last tenth of --loss-steps steps, float32 against bf16; no row is seen twice
 float32_loss_difference   the same between two float32 runs whose dense weights differ by 1e-6 of themselves at first
@@ -46,6 +47,7 @@ from paper_size import (
     looked_up_floats,
     matrix_flops,
     objective_of,
+    random_batch,
     read_batches,
     run_config,
     training_step,
@@ -71,13 +73,23 @@ from data.schema import Schema
 from data.stream import Batch
 from mbcnet_rec.build import build
 from mbcnet_rec.dense_cost import dense_cost
+from mbcnet_rec.model.branches import DeepConfig, EFGCConfig
 from mbcnet_rec.model.input_layout import ALL
+from mbcnet_rec.model.layers import CrossConfig
+from mbcnet_rec.model.mbcnet import MBCNetConfig
+from mbcnet_rec.plugins import model_config
 from mbcnet_rec.run_training import run_training
 from mbcnet_rec.runtime.process import Process, joined_process
 from mbcnet_rec.training.built import Built
 from sharding.plan.constraints import ShardingConfig
 
 LOSS_BATCH = 256
+FEW = 8  # rows, and widths of layers: nothing to compute
+NARROW = model_config(
+    mbcnet=MBCNetConfig(
+        efgc=EFGCConfig((FEW,) * 2), deep=DeepConfig((FEW,) * 5), branch_dim=FEW, top=(FEW,) * 3, cross=CrossConfig(low_rank=1)
+    )
+)  # fmt: skip
 LOG_EVERY, CHECKPOINT_EVERY = 20, 100  # steps; one checkpoint in 100 steps is more than a real run makes
 
 
@@ -120,13 +132,14 @@ def main() -> int:
                     "two": build(run(TWO_BRANCHES), schema, process),
                     "slices": build(run(PER_BRANCH), schema, process),
                     "slow": build(run(MBCNET, cpu_fast_path=False), schema, process),
+                    "calls": build(run(NARROW), schema, process),
                 }
                 shared, slices = (
                     dense_cost(model, schema, ShardingConfig()).forward_flops for model in (MBCNET, PER_BRANCH)
                 )
                 print(f"counted: {slices / 2e6:.2f} instead of {shared / 2e6:.2f} M multiply-adds forward")
                 figures |= {"per_branch_flops": slices / shared}
-                figures |= measure_steps(made, batch, seconds, args.clock)
+                figures |= measure_steps(made, batch, random_batch(schema, FEW), seconds, args.clock)
             if "losses" in args.only:
                 figures |= compare_losses(folder / "log", schema, process, loss_steps)
         if "trainer" in args.only:
@@ -136,7 +149,7 @@ def main() -> int:
     return 0
 
 
-def measure_steps(made: dict[str, Built], batch: Batch, seconds: float, clock: Clock) -> dict[str, Any]:
+def measure_steps(made: dict[str, Built], batch: Batch, few: Batch, seconds: float, clock: Clock) -> dict[str, Any]:
     """Time whole steps of models and the parts of the first in turns; print the table of parts."""
     size = len(batch.labels)
     product, product_flops = square_product()
@@ -155,6 +168,7 @@ def measure_steps(made: dict[str, Built], batch: Batch, seconds: float, clock: C
         "bf16": training_step(made["step"], batch, autocast=True),
         "loop over groups": loop,
         **{name: training_step(built, batch) for name, built in made.items()},
+        "calls": training_step(made["calls"], few),
         **{name: case for name, (case, _, _) in parts.items()},
     }
     times = take_turns(cases, seconds, clock)
@@ -164,11 +178,13 @@ def measure_steps(made: dict[str, Built], batch: Batch, seconds: float, clock: C
     print_parts(times, parts, rate, bandwidth)
     share = flops / product_flops
     passes = sum(size for _, _, size in parts.values()) / (in_place.nbytes * 2)
-    least = [a + passes * b for a, b in zip(times["products alone"], times["pass in place"], strict=True)]
+    walls = (times[name] for name in ("products alone", "pass in place", "calls"))
+    least = [a + passes * b + c for a, b, c in zip(*walls, strict=True)]
     return {
         "gemm_share": share * ratio(times["product"], times["step"]),
         "gemm_share_of_faster": share * ratio(times[faster], times["step"]),
         "products_share": share * ratio(times[faster], times["products alone"]),
+        "calls_share": ratio(times["calls"], times["step"]),
         "roof_share": share * ratio(times[faster], least),
         "bf16_speedup": ratio(times["step"], times["bf16"]),
         "cooperation_overhead": ratio(times["step"], times["two"]) - 1,
@@ -283,8 +299,12 @@ def part_cases(built: Built, batch: Batch) -> tuple[dict[str, Part], Callable[[]
         "cross": (lambda: backward(cross(features)), flops(cross), cross_bytes),
         "deep": (lambda: backward(deep(features)), flops(deep), layer_bytes(deep, rows)),
         "shared top, logits": (top, top_flops, layer_bytes(dense.top, num_branches * rows)),
-        # two products for each of the P matrices and each direction
-        "losses": (lambda: losses(leaves, batch.labels, batch.weights)[0].backward(), 4 * flops(losses), 0.0),
+        # two products for each of the P matrices and each direction; the norms read their rows, and their gradient reads and writes them
+        "losses": (
+            lambda: losses(leaves, batch.labels, batch.weights)[0].backward(),
+            4 * flops(losses),
+            2.0 * 12 * num_branches * (num_branches - 1) * output.latents[0].numel(),
+        ),
         # reads parameter, gradient and two moments, writes all but the gradient
         "dense Adam": (adam, 0.0, 7.0 * 4 * parameters),
     }
