@@ -28,6 +28,7 @@ CASES = {
     "as the paper": CrossConfig(),
     "one layer": CrossConfig(num_layers=1),
     "three layers, one expert": CrossConfig(num_layers=3, num_experts=1, low_rank=5),
+    "one wide expert": CrossConfig(num_experts=1, low_rank=cross.NARROW),
     "full rank": CrossConfig("full_rank", num_layers=3),
 }
 
