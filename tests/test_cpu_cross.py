@@ -33,25 +33,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradient_by_hand_is_autograds(monkeypatch: pytest.MonkeyPatch, case: str, threads: int) -> None:
+def test_the_gradient_by_hand_is_autograds(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Of every parameter, a gate that is always 1 included, and of the input; the gradient that comes in is left as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        inputs = torch.randn(ROWS, WIDTH)
-        gradient = torch.randn(ROWS, WIDTH)
-        kept = gradient.clone()
-        results = []
-        for network in networks(monkeypatch, CASES[case]):
-            x = inputs.clone().requires_grad_()
-            output = network(x)
-            output.backward(gradient)
-            named = {name: parameter.grad for name, parameter in network.named_parameters()}
-            results.append({"x": x.grad, "output": output.detach(), **named})
-    finally:
-        torch.set_num_threads(before)
+    inputs = torch.randn(ROWS, WIDTH)
+    gradient = torch.randn(ROWS, WIDTH)
+    kept = gradient.clone()
+    results = []
+    for network in networks(monkeypatch, CASES[case]):
+        x = inputs.clone().requires_grad_()
+        output = network(x)
+        output.backward(gradient)
+        named = {name: parameter.grad for name, parameter in network.named_parameters()}
+        results.append({"x": x.grad, "output": output.detach(), **named})
     assert torch.equal(gradient, kept)
     assert type(output.grad_fn).__name__ == "_CrossNetworkBackward"
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
@@ -67,7 +61,9 @@ def test_a_second_backward_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("how", ["frozen", "no grad", "bf16"])
-def test_what_the_loops_do_not_know_is_the_plain_networks(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_what_the_gradient_by_hand_does_not_know_is_the_plain_networks(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     """A frozen parameter, evaluation, autocast."""
     plain, fast = networks(monkeypatch, CrossConfig())
     x = torch.randn(ROWS, WIDTH, requires_grad=True)

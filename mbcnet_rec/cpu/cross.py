@@ -10,7 +10,8 @@ from mbcnet_rec.cpu.layers import ONE_DNN_FROM, linear, one_dnn, product, weight
 from mbcnet_rec.model.layers import Cross, LowRankMixture
 
 MANY = 2**19  # numbers of (B, N): with fewer, Python's share is larger than what a pass costs
-NARROW = 128  # columns: so narrow a product with a gradient is a quarter faster with MKL the other way round, and its transpose a small copy
+# Columns: MKL computes the gradient of a narrower matrix a quarter faster transposed, and to turn it back is a small copy.
+NARROW = 128
 
 
 class FastLowRankMixture(LowRankMixture):

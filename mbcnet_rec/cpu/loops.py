@@ -1,4 +1,4 @@
-"""Loops of a training step that pass over memory once, where torch's and FBGEMM's operations pass several times.
+"""The update of tables' rows by Adagrad, in loops that pass over memory once where FBGEMM's operations pass several times.
 
 Shapes: B batch, F features. Places in arrays are unsigned where it counts: of a signed one a loop asks at each use whether it counts from the end,
 and is not compiled to instructions on several numbers at once.
