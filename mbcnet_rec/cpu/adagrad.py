@@ -6,8 +6,10 @@ of that; with the loop, which reads the gradient where it lies, lookup and updat
 tables of 64 columns and 1,024 rows a backward pass takes 7 ms instead of 18. State, parameters and the rate stay FBGEMM's.
 """
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
@@ -15,9 +17,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import Tensor, nn
 
 from mbcnet_rec.cpu.loops import update_rows
+from mbcnet_rec.cpu.team import run_together
 from sharding.bridge.allocated import with_lookups
 
-MOST_THREADS = 4  # with more, the generated code, which uses them all, is as fast
+MOST_THREADS = 4  # more were not measured
+MANY = 2**17  # numbers of looked-up rows, half a millisecond's work; fewer are not worth a second thread
 
 
 def use_own_update(model: nn.Module) -> None:
@@ -41,6 +45,8 @@ class OwnUpdate:
         self.kernel, self._generated = kernel, kernel.forward
         self.starts = torch.stack([kernel.weights_offsets, kernel.momentum1_offsets]).numpy()
         self.columns = kernel.D_offsets.long().numpy()
+        # features of one table are neighbours: where each table's begin, and the end of the last
+        self.tables = np.flatnonzero(np.diff(self.starts[0], prepend=-1, append=-1))
 
     def __call__(
         self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None, **others: Any
@@ -50,6 +56,16 @@ class OwnUpdate:
             return self._generated(indices, offsets, per_sample_weights, **others)
         offsets = offsets.to(indices.dtype)
         return _Rows.apply(self, self.kernel.placeholder_autograd_tensor, indices, offsets, per_sample_weights)  # type: ignore[no-any-return]
+
+    def shares(self, offsets: np.ndarray) -> list[tuple[int, int]]:
+        """Split the features among torch's threads, whole tables each, by how many numbers their rows have: (first, past the last) of each."""
+        batch = (len(offsets) - 1) // (len(self.columns) - 1)
+        numbers = np.diff(offsets[::batch]) * np.diff(self.columns)
+        before = np.concatenate([[0], np.cumsum(numbers)])
+        threads = torch.get_num_threads() if before[-1] >= MANY else 1
+        cuts = np.searchsorted(before[self.tables], before[-1] * np.arange(1, threads) / threads)
+        edges = np.unique([0, *self.tables[cuts], self.tables[-1]]).tolist()
+        return list(zip(edges, edges[1:], strict=False))
 
 
 class _Rows(torch.autograd.Function):
@@ -73,9 +89,10 @@ class _Rows(torch.autograd.Function):
             gradient = gradient.contiguous()
         flat = gradient.as_strided([(len(gradient) - 1) * gradient.stride(0) + gradient.shape[1]], [1])
         weights = flat.new_empty(0) if ctx.weights is None else ctx.weights
-        update_rows(
-            kernel.weights_host.detach().numpy(), kernel.momentum1_host.detach().numpy(), ctx.update.starts, ctx.update.columns, indices.numpy(),
-            offsets.numpy(), flat.numpy(), gradient.stride(0), weights.numpy(), kernel.pooling_mode == PoolingMode.MEAN,
+        update = partial(
+            update_rows, kernel.weights_host.detach().numpy(), kernel.momentum1_host.detach().numpy(), ctx.update.starts, ctx.update.columns,
+            indices.numpy(), offsets.numpy(), flat.numpy(), gradient.stride(0), weights.numpy(), kernel.pooling_mode == PoolingMode.MEAN,
             kernel.get_learning_rate(), kernel.optimizer_args.eps, kernel.optimizer == EmbOptimType.EXACT_ADAGRAD,
         )  # fmt: skip
+        run_together([partial(update, *share) for share in ctx.update.shares(offsets.numpy())])
         return (None,) * 5

@@ -21,7 +21,7 @@ class FastLowRankMixture(LowRankMixture):
         """g_e tanh(C_e tanh(.)) of each expert: (B, E r + E), or of one without its gate (B, r), -> (B, E r)."""
         if projected.shape[1] > self.v.shape[1]:
             return super().gated(projected)
-        return torch.tanh(self.expert_products(torch.tanh(projected).unsqueeze(1))).flatten(1)
+        return torch.tanh(linear(torch.tanh(projected), self.c.flatten(0, 1)))
 
     def expert_products(self, low: Tensor) -> Tensor:
         """C_e x_e of each expert: (B, E, r) -> (B, E, r)."""
@@ -107,7 +107,7 @@ class _CrossNetwork(torch.autograd.Function):
             if place == 0:
                 of_x = of_x_0  # x_1 = x_0 * (y_0 + 1): all that comes down is in it
             elif of_x is gradient:
-                of_x = gradient.clone()
+                of_x = gradient.clone() if of_product is y else y.copy_(gradient)  # whose numbers were read for the last time
             if one_dnn(of_product, weight):
                 of_x += product(of_product, weight.t())
             else:

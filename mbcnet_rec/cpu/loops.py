@@ -19,7 +19,7 @@ ZERO = np.float32(0)
 @compiled
 def update_rows(
     rows: Array, squares: Array, starts: Array, columns: Array, ids: Array, offsets: Array,
-    gradient: Array, stride: int, weights: Array, mean: bool, rate: float, eps: float, whole: bool,
+    gradient: Array, stride: int, weights: Array, mean: bool, rate: float, eps: float, whole: bool, first: int, past: int,
 ) -> None:  # fmt: skip
     """Update the rows of tables by Adagrad: s += g^2, row -= rate g / (sqrt(s) + eps), g the sum of a row's gradients in the batch.
 
@@ -37,14 +37,14 @@ def update_rows(
         rate: Adagrad's learning rate.
         eps: what it adds to the root.
         whole: whether each number of a row has an s of its own; else a row has one, to which the mean of its g^2 is added.
+        first: the first feature whose table is updated; a table's first.
+        past: the feature after the last one; a table's first, or F.
     """
-    features = len(columns) - 1
-    batch = (len(offsets) - 1) // features
+    batch = (len(offsets) - 1) // (len(columns) - 1)
     number = np.empty(len(ids), np.int32)  # of each id: which of its table's distinct ones
-    first = 0
-    while first < features:
+    while first < past:
         last = first + 1
-        while last < features and starts[0, last] == starts[0, first]:
+        while last < past and starts[0, last] == starts[0, first]:
             last += 1
         distinct = number_ids(ids, offsets[first * batch], offsets[last * batch], number)
         width = place(columns[last] - columns[last - 1])
