@@ -1,12 +1,16 @@
 """Proves that tables with an update of our own look up the same rows and learn the same numbers, but for rounding, as with FBGEMM's generated code."""
 
+import threading
+
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
+from mbcnet_rec.cpu import adagrad
 from mbcnet_rec.cpu.adagrad import OwnUpdate
+from mbcnet_rec.cpu.team import run_together
 
 ROWS, BATCH = 50, 32
 WIDTHS = (4, 12, 8)
@@ -76,3 +80,42 @@ def test_a_row_without_gradient_stays(optimizer: EmbOptimType) -> None:
     output = OwnUpdate(kernel)(ids, torch.arange(len(ids) + 1))
     output.backward(torch.zeros_like(output))
     assert torch.equal(kernel.weights_host, before)
+
+
+@pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD])
+@pytest.mark.parametrize("batch", [0, BATCH])
+def test_threads_share_tables_and_change_nothing(
+    optimizer: EmbOptimType, batch: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Rows and state are equal bit by bit to those of one thread; no table is split."""
+    request.addfinalizer(lambda threads=torch.get_num_threads(): torch.set_num_threads(threads))
+    torch.set_num_threads(3)
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, ROWS, (len(READS) * batch,), generator=draw)
+    offsets = torch.arange(len(ids) + 1)
+    gradient = torch.randn(batch, sum(WIDTHS[table] for table in READS), generator=draw)
+    found, shares = [], []
+    for many in (2**17, 1):
+        monkeypatch.setattr(adagrad, "MANY", many)
+        kernel = tables(PoolingMode.SUM, optimizer)
+        own = OwnUpdate(kernel)
+        shares.append(own.shares(offsets.numpy()))
+        own(ids, offsets).backward(gradient)
+        found.append([kernel.weights_host.detach(), kernel.momentum1_host])
+    assert shares == [[(0, 4)], [(0, 3), (3, 4)] if batch else [(0, 4)]]
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
+
+
+def test_parts_run_at_the_same_time_and_tell_what_they_raise() -> None:
+    """Each waits for the other; the error of one is raised when both have ended."""
+    both, ended = threading.Barrier(2, timeout=60), list[int]()
+
+    def part(number: int) -> None:
+        both.wait()
+        ended.append(number)
+        if number:
+            raise ValueError("the second")
+
+    with pytest.raises(ValueError, match="the second"):
+        run_together([lambda: part(0), lambda: part(1)])
+    assert sorted(ended) == [0, 1]

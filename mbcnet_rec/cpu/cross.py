@@ -107,7 +107,9 @@ class _CrossNetwork(torch.autograd.Function):
             if place == 0:
                 of_x = of_x_0  # x_1 = x_0 * (y_0 + 1): all that comes down is in it
             elif of_x is gradient:
-                of_x = gradient.clone() if of_product is y else y.copy_(gradient)  # whose numbers were read for the last time
+                of_x = (
+                    gradient.clone() if of_product is y else y.copy_(gradient)
+                )  # whose numbers were read for the last time
             if one_dnn(of_product, weight):
                 of_x += product(of_product, weight.t())
             else:
