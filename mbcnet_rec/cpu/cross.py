@@ -15,13 +15,7 @@ NARROW = 128
 
 
 class FastLowRankMixture(LowRankMixture):
-    """LowRankMixture, from some rank on a product for each expert: twice as fast there. One expert's gate takes no part."""
-
-    def gated(self, projected: Tensor) -> Tensor:
-        """g_e tanh(C_e tanh(.)) of each expert: (B, E r + E), or of one without its gate (B, r), -> (B, E r)."""
-        if projected.shape[1] > self.v.shape[1]:
-            return super().gated(projected)
-        return torch.tanh(linear(torch.tanh(projected), self.c.flatten(0, 1)))
+    """LowRankMixture, from some rank on a product for each expert: twice as fast there."""
 
     def expert_products(self, low: Tensor) -> Tensor:
         """C_e x_e of each expert: (B, E, r) -> (B, E, r)."""
@@ -49,7 +43,7 @@ class FastCross(Cross):
         weights: list[Tensor | None] = []
         for layer in self.layers:
             if isinstance(layer, LowRankMixture):
-                alone = len(layer.v) == 1  # the gate of one expert is 1 and learns nothing
+                alone = len(layer.v) == 1  # its gate is 1, takes no part and learns nothing
                 first, gate = (layer.v.flatten(0, 1), layer.gate) if alone else (layer.first(), None)
                 weights += [first, layer.c, layer.u.transpose(0, 1).flatten(1), layer.bias, gate]
             else:
@@ -60,23 +54,27 @@ class FastCross(Cross):
 class _CrossNetwork(torch.autograd.Function):
     """x_{l+1} = x_l + x_0 * y_l, y_l = W_l gated(D_l x_l) + b_l; of full rank: W_l x_l + b_l. Of the first layer x_1 = x_0 * (y_0 + 1).
 
-    1 is added to the bias there, and of low rank the bias is one more column of W, so that neither takes a pass of its own.
+    1 is added to the bias there, and of low rank the bias is one more column of W, so that neither takes a pass of its own. Of the weights of
+    a layer (D, C, W, b, gate) the gate is there if it has one expert.
     """
 
     @staticmethod
     def forward(ctx: Any, layers: list[nn.Module], x_0: Tensor, *weights: Any) -> Tensor:
         x, kept, ctx.layers, ctx.graphs = x_0, [], layers, []
-        for place, (layer, (first, _, last, bias, _)) in enumerate(zip(layers, batched(weights), strict=True)):
-            inner, graph, bias = x, None, bias if place else bias + 1
+        for place, (layer, (first, c, last, bias, gate)) in enumerate(zip(layers, batched(weights), strict=True)):
+            inner, low, graph, bias = x, None, None, bias if place else bias + 1
             if first is None:
                 y = product(x, last).add_(bias)
             else:
-                projected = product(x, first).requires_grad_()
-                with torch.enable_grad():  # what is narrow is autograd's
-                    graph = (projected, layer.gated(projected))  # type: ignore[operator]
-                inner = torch.cat([graph[1].detach(), x.new_ones(len(x), 1)], dim=1)
+                projected, inner = product(x, first), x.new_ones(len(x), last.shape[1] + 1)
+                if gate is None:
+                    with torch.enable_grad():  # what is narrow is autograd's
+                        graph = (projected.requires_grad_(), layer.gated(projected))  # type: ignore[operator]
+                    inner[:, :-1] = graph[1].detach()
+                else:
+                    low = one_expert(projected, c[0], inner[:, :-1])
                 y = product(inner, torch.cat([last, bias.unsqueeze(1)], dim=1))
-            kept += [x, inner, y]
+            kept += [x, inner, y, low]
             ctx.graphs.append(graph)
             x = torch.addcmul(x, x_0, y) if place else x_0 * y
         ctx.save_for_backward(x_0, *weights, *kept)
@@ -87,11 +85,11 @@ class _CrossNetwork(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_0, *saved = ctx.saved_tensors
         count = len(ctx.layers)
-        weights, kept = batched(saved[: 5 * count]), batched(saved[5 * count :], 3)
+        weights, kept = batched(saved[: 5 * count]), batched(saved[5 * count :], 4)
         found: list[Any] = []
         of_x, of_x_0 = gradient, None
         for place in reversed(range(count)):
-            (first, c, last, _, gate), (x, inner, y) = weights[place], kept[place]
+            (first, c, last, _, gate), (x, inner, y, low) = weights[place], kept[place]
             of_x_0 = of_x * y if of_x_0 is None else of_x_0.addcmul_(of_x, y)
             torch.mul(of_x, x_0, out=y)  # to y, in its place: a second backward pass is an error
             if first is None:
@@ -102,20 +100,36 @@ class _CrossNetwork(torch.autograd.Function):
                 of_both = inner.t().mm(y).t() if turned else weight_gradient(y, inner, last)
                 of_last, of_bias = of_both[:, :-1], of_both[:, -1]
                 of_inner = product(y, last.t())
-                of_product, of_c = torch.autograd.grad(ctx.graphs[place][1], (ctx.graphs[place][0], c), of_inner)
+                if gate is None:
+                    of_product, of_c = torch.autograd.grad(ctx.graphs[place][1], (ctx.graphs[place][0], c), of_inner)
+                else:
+                    of_product, of_c = one_expert_gradient(of_inner, inner[:, :-1], low, c[0])
                 of_first, weight = weight_gradient(of_product, x, first), first
             if place == 0:
                 of_x = of_x_0  # x_1 = x_0 * (y_0 + 1): all that comes down is in it
             elif of_x is gradient:
-                of_x = (
-                    gradient.clone() if of_product is y else y.copy_(gradient)
-                )  # whose numbers were read for the last time
+                # y was read for the last time, unless the next product reads it
+                of_x = gradient.clone() if of_product is y else y.copy_(gradient)
             if one_dnn(of_product, weight):
                 of_x += product(of_product, weight.t())
             else:
                 of_x.addmm_(of_product, weight)
             found[:0] = [of_first, of_c, of_last, of_bias, None if gate is None else torch.zeros_like(gate)]
         return (None, of_x, *found)
+
+
+def one_expert(projected: Tensor, c: Tensor, output: Tensor) -> Tensor:
+    """Write tanh(C tanh(x)) to the output; return tanh(x), in the place of x. (B, r), (r, r), (B, r) -> (B, r)."""
+    torch.tanh(product(projected.tanh_(), c), out=output)
+    return projected
+
+
+def one_expert_gradient(gradient: Tensor, output: Tensor, low: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `one_expert` to x, (B, r), and to its C, (1, r, r), from that to its output, which is written over."""
+    tanh_gradient = torch.ops.aten.tanh_backward
+    tanh_gradient(gradient, output, grad_input=gradient)
+    of_low = product(gradient, c.t())
+    return tanh_gradient(of_low, low, grad_input=of_low), weight_gradient(gradient, low, c).unsqueeze(0)
 
 
 def batched(each: Sequence[Any], size: int = 5) -> list[Sequence[Any]]:
