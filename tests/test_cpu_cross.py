@@ -29,6 +29,7 @@ CASES = {
     "one layer": CrossConfig(num_layers=1),
     "three layers, one expert": CrossConfig(num_layers=3, num_experts=1, low_rank=5),
     "one wide expert": CrossConfig(num_experts=1, low_rank=cross.NARROW),
+    "two wide experts": CrossConfig(num_experts=2, low_rank=cross.NARROW // 2),
     "full rank": CrossConfig("full_rank", num_layers=3),
 }
 

@@ -10,7 +10,8 @@ from mbcnet_rec.cpu.layers import ONE_DNN_FROM, linear, one_dnn, product, weight
 from mbcnet_rec.model.layers import Cross, LowRankMixture
 
 MANY = 2**19  # numbers of (B, N): with fewer, Python's share is larger than what a pass costs
-# Columns: MKL computes the gradient of a narrower matrix a quarter faster transposed, and to turn it back is a small copy.
+# Columns of a last matrix. Of a narrower one the bias is one more column: a copy of it is less than a pass over (B, N). MKL computes its
+# gradient a quarter faster transposed, and to turn it back is a small copy.
 NARROW = 128
 
 
@@ -54,8 +55,8 @@ class FastCross(Cross):
 class _CrossNetwork(torch.autograd.Function):
     """x_{l+1} = x_l + x_0 * y_l, y_l = W_l gated(D_l x_l) + b_l; of full rank: W_l x_l + b_l. Of the first layer x_1 = x_0 * (y_0 + 1).
 
-    1 is added to the bias there, and of low rank the bias is one more column of W, so that neither takes a pass of its own. Of the weights of
-    a layer (D, C, W, b, gate) the gate is there if it has one expert.
+    1 is added to the bias there, and the bias may be one more column of W, so that neither takes a pass of its own. Of the weights of a layer,
+    (D, C, W, b, gate), the gate is there if it has one expert.
     """
 
     @staticmethod
@@ -63,17 +64,19 @@ class _CrossNetwork(torch.autograd.Function):
         x, kept, ctx.layers, ctx.graphs = x_0, [], layers, []
         for place, (layer, (first, c, last, bias, gate)) in enumerate(zip(layers, batched(weights), strict=True)):
             inner, low, graph, bias = x, None, None, bias if place else bias + 1
-            if first is None:
-                y = product(x, last).add_(bias)
-            else:
-                projected, inner = product(x, first), x.new_ones(len(x), last.shape[1] + 1)
+            if first is not None:
+                projected = product(x, first)
                 if gate is None:
                     with torch.enable_grad():  # what is narrow is autograd's
                         graph = (projected.requires_grad_(), layer.gated(projected))  # type: ignore[operator]
-                    inner[:, :-1] = graph[1].detach()
+                    inner = graph[1].detach()
                 else:
-                    low = one_expert(projected, c[0], inner[:, :-1])
+                    low, inner = one_expert(projected, c[0])
+            if narrow(first, last):
+                inner = torch.cat([inner, x.new_ones(len(x), 1)], dim=1)
                 y = product(inner, torch.cat([last, bias.unsqueeze(1)], dim=1))
+            else:
+                y = product(inner, last).add_(bias)
             kept += [x, inner, y, low]
             ctx.graphs.append(graph)
             x = torch.addcmul(x, x_0, y) if place else x_0 * y
@@ -92,18 +95,19 @@ class _CrossNetwork(torch.autograd.Function):
             (first, c, last, _, gate), (x, inner, y, low) = weights[place], kept[place]
             of_x_0 = of_x * y if of_x_0 is None else of_x_0.addcmul_(of_x, y)
             torch.mul(of_x, x_0, out=y)  # to y, in its place: a second backward pass is an error
+            if narrow(first, last):
+                of_both = weight_gradient(y, inner, last) if one_dnn(y, last) else inner.t().mm(y).t()
+                of_last, of_bias = of_both[:, :-1], of_both[:, -1]
+            else:
+                of_last, of_bias = weight_gradient(y, inner, last), y.t().mv(y.new_ones(len(y)))
             if first is None:
                 of_product, weight, of_first, of_c = y, last, None, None
-                of_last, of_bias = weight_gradient(y, x, last), y.sum(0)
             else:
-                turned = inner.shape[1] < NARROW and not one_dnn(y, last)
-                of_both = inner.t().mm(y).t() if turned else weight_gradient(y, inner, last)
-                of_last, of_bias = of_both[:, :-1], of_both[:, -1]
                 of_inner = product(y, last.t())
                 if gate is None:
                     of_product, of_c = torch.autograd.grad(ctx.graphs[place][1], (ctx.graphs[place][0], c), of_inner)
                 else:
-                    of_product, of_c = one_expert_gradient(of_inner, inner[:, :-1], low, c[0])
+                    of_product, of_c = one_expert_gradient(of_inner, low, inner[:, : last.shape[1]], c[0])
                 of_first, weight = weight_gradient(of_product, x, first), first
             if place == 0:
                 of_x = of_x_0  # x_1 = x_0 * (y_0 + 1): all that comes down is in it
@@ -118,14 +122,18 @@ class _CrossNetwork(torch.autograd.Function):
         return (None, of_x, *found)
 
 
-def one_expert(projected: Tensor, c: Tensor, output: Tensor) -> Tensor:
-    """Write tanh(C tanh(x)) to the output; return tanh(x), in the place of x. (B, r), (r, r), (B, r) -> (B, r)."""
-    torch.tanh(product(projected.tanh_(), c), out=output)
-    return projected
+def narrow(first: Tensor | None, last: Tensor) -> bool:
+    """Whether the bias of a layer is one more column of its last matrix."""
+    return first is not None and last.shape[1] < NARROW
 
 
-def one_expert_gradient(gradient: Tensor, output: Tensor, low: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `one_expert` to x, (B, r), and to its C, (1, r, r), from that to its output, which is written over."""
+def one_expert(projected: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """tanh(x), in the place of x, and tanh(C tanh(x)): (B, r), (r, r) -> (B, r), (B, r)."""
+    return projected.tanh_(), product(projected, c).tanh_()
+
+
+def one_expert_gradient(gradient: Tensor, low: Tensor, output: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to x, (B, r), and to C, (1, r, r), from that to the last of what `one_expert` gives, which is written over."""
     tanh_gradient = torch.ops.aten.tanh_backward
     tanh_gradient(gradient, output, grad_input=gradient)
     of_low = product(gradient, c.t())
