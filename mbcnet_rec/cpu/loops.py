@@ -10,10 +10,13 @@ import numpy as np
 from numpy import uint64 as place
 
 from data.compiled import compiled
+from mbcnet_rec.cpu.prefetch import prefetch
 
 Array = Any  # of NumPy's: of float32, where nothing else is said
 Number = Any  # NumPy's or Python's own
 ZERO = np.float32(0)
+LINE = place(16)  # of a cache
+AHEAD = place(8)  # rows: with 2 to 16 a batch of 26 tables takes .9 of its time
 
 
 @compiled
@@ -53,11 +56,15 @@ def update_rows(
             for bag in range(batch):
                 begin, end = offsets[feature * batch + bag], offsets[feature * batch + bag + 1]
                 of_bag = place(bag * stride + columns[feature])
+                fetch(gradient, of_bag + AHEAD * place(stride), width)
                 for each in range(place(begin), place(end)):
                     weight = weights[each] if len(weights) else np.float32(1 / (end - begin) if mean else 1)
                     add_row(sums, place(number[each]) * width, gradient, of_bag, width, weight)
         if whole:
             for each in range(place(len(distinct))):
+                coming = place(distinct[min(each + AHEAD, place(len(distinct) - 1))]) * width
+                fetch(rows, place(starts[0, first]) + coming, width)
+                fetch(squares, place(starts[1, first]) + coming, width)
                 row = place(starts[0, first]) + place(distinct[each]) * width
                 state = place(starts[1, first]) + place(distinct[each]) * width
                 update_row(rows, row, squares, state, sums, each * width, width, np.float32(rate), np.float32(eps))
@@ -83,6 +90,8 @@ def update_by_mean(
         squares[state] += rates[each]
         rates[each] = -rate / (np.sqrt(squares[state]) + eps) if squares[state] > 0 else 0
     for each in range(place(len(distinct))):
+        coming = place(distinct[min(each + AHEAD, place(len(distinct) - 1))])
+        fetch(rows, place(starts[0]) + coming * width, width)
         row = place(starts[0]) + place(distinct[each]) * width
         add_row(rows, row, sums, each * width, width, rates[each])
 
@@ -98,6 +107,13 @@ def update_row(
         squares[state + column] = square
         # np.divide knows infinity: a division would ask for 0 each time
         rows[row + column] -= np.divide(rate * gradient, np.sqrt(square) + eps) if square > ZERO else ZERO
+
+
+@compiled
+def fetch(array: Array, begin: Number, width: Number) -> None:
+    """Ask for the memory of a row, which begins at a place of the array and is `width` long."""
+    for column in range(place(0), width, LINE):
+        prefetch(array, begin + column)
 
 
 @compiled
