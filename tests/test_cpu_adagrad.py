@@ -1,6 +1,7 @@
 """Proves that tables with an update of our own look up the same rows and learn the same numbers, but for rounding, as with FBGEMM's generated code."""
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -82,14 +83,20 @@ def test_a_row_without_gradient_stays(optimizer: EmbOptimType) -> None:
     assert torch.equal(kernel.weights_host, before)
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD])
 @pytest.mark.parametrize("batch", [0, BATCH])
 def test_threads_share_tables_and_change_nothing(
-    optimizer: EmbOptimType, batch: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    optimizer: EmbOptimType, batch: int, three_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows and state are equal bit by bit to those of one thread; no table is split."""
-    request.addfinalizer(lambda threads=torch.get_num_threads(): torch.set_num_threads(threads))
-    torch.set_num_threads(3)
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(0, ROWS, (len(READS) * batch,), generator=draw)
     offsets = torch.arange(len(ids) + 1)
@@ -106,7 +113,7 @@ def test_threads_share_tables_and_change_nothing(
     assert all(torch.equal(*each) for each in zip(*found, strict=True))
 
 
-def test_parts_run_at_the_same_time_and_tell_what_they_raise() -> None:
+def test_parts_run_at_the_same_time_and_tell_what_they_raise(three_threads: None) -> None:
     """Each waits for the other; the error of one is raised when both have ended."""
     both, ended = threading.Barrier(2, timeout=60), list[int]()
 

@@ -22,7 +22,7 @@ from mbcnet_rec.cpu.loops import update_rows
 from mbcnet_rec.cpu.team import run_together
 from sharding.bridge.allocated import with_lookups
 
-MANY = 2**17  # numbers of looked-up rows, half a millisecond's work: fewer are not worth another thread
+MANY = 2**17  # numbers of looked-up rows, half a millisecond's work: with fewer for each thread, one does all
 
 
 def use_own_update(model: nn.Module) -> None:
@@ -63,7 +63,8 @@ class OwnUpdate:
         features = len(self.columns) - 1
         numbers = np.diff(offsets[np.arange(features + 1) * (len(offsets) // features)]) * np.diff(self.columns)
         before = np.concatenate([[0], np.cumsum(numbers)])
-        threads = max(1, min(torch.get_num_threads(), int(before[-1]) // MANY))
+        threads = torch.get_num_threads()
+        threads = threads if before[-1] >= MANY * threads else 1
         cuts = np.searchsorted(before[self.tables], before[-1] * np.arange(1, threads) / threads)
         edges = np.unique([0, *self.tables[cuts], self.tables[-1]]).tolist()
         return list(pairwise(edges))

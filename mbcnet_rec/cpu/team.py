@@ -10,9 +10,9 @@ _WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run_together(parts: Sequence[Callable[[], None]]) -> None:
-    """Run the parts, each on a thread of torch's; what one raises is raised here, once all have ended.
+    """Run the parts, one for each thread of torch's; what one raises is raised here, once all have ended.
 
-    To start them costs 0.1 ms each, most of it for Python's lock: a part pays if it takes longer, and lets go of the lock.
+    A thread's start costs 0.1 ms, most of it for Python's lock: parts pay if they take longer, and let go of the lock.
     """
     todo, errors = list(parts), list[BaseException]()
 
@@ -28,8 +28,8 @@ def run_together(parts: Sequence[Callable[[], None]]) -> None:
     if parallel is None:
         work()
     else:
-        # a name keeps the callback alive
+        # a name keeps the callback alive; 0: all threads, as torch does, for those left out would end and be started anew
         callback = _WORK(work)
-        parallel(callback, None, ctypes.c_uint(len(parts)), ctypes.c_uint(0))
+        parallel(callback, None, ctypes.c_uint(0), ctypes.c_uint(0))
     if errors:
         raise errors[0]
