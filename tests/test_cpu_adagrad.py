@@ -83,6 +83,22 @@ def test_a_row_without_gradient_stays(optimizer: EmbOptimType) -> None:
     assert torch.equal(kernel.weights_host, before)
 
 
+def test_a_table_may_be_alone() -> None:
+    """Its one share has every number of the batch."""
+    specs = [(ROWS, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)]
+    optimizer = EmbOptimType.EXACT_ADAGRAD
+    plain, own = (
+        SplitTableBatchedEmbeddingBagsCodegen(specs, optimizer=optimizer, learning_rate=0.1) for _ in range(2)
+    )
+    own.weights_host.detach().copy_(plain.weights_host.detach())
+    own.forward = OwnUpdate(own)
+    ids = torch.randint(0, ROWS, (BATCH,), generator=torch.Generator().manual_seed(1))
+    for kernel in (plain, own):
+        kernel(indices=ids, offsets=torch.arange(BATCH + 1)).sum().backward()
+    torch.testing.assert_close(own.weights_host, plain.weights_host)
+    assert own.forward.shares(torch.arange(BATCH + 1).numpy()) == [(0, 1)]
+
+
 @pytest.fixture
 def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -61,7 +61,7 @@ class OwnUpdate:
     def shares(self, offsets: np.ndarray) -> list[tuple[int, int]]:
         """Split the features among torch's threads, whole tables each, by how many numbers are looked up: (first, past the last) of each."""
         features = len(self.columns) - 1
-        numbers = np.diff(offsets[np.arange(features + 1) * (len(offsets) // features)]) * np.diff(self.columns)
+        numbers = np.diff(offsets[np.arange(features + 1) * ((len(offsets) - 1) // features)]) * np.diff(self.columns)
         before = np.concatenate([[0], np.cumsum(numbers)])
         threads = torch.get_num_threads()
         threads = threads if before[-1] >= MANY * threads else 1
