@@ -22,7 +22,7 @@ from mbcnet_rec.cpu.loops import update_rows
 from mbcnet_rec.cpu.team import run_together
 from sharding.bridge.allocated import with_lookups
 
-MANY = 2**17  # numbers of looked-up rows, half a millisecond's work: with fewer for each thread, one does all
+MANY = 2**17  # looked-up numbers per thread, about 0.5 ms of work; with fewer, one thread does everything
 
 
 def use_own_update(model: nn.Module) -> None:
@@ -59,7 +59,7 @@ class OwnUpdate:
         return _Rows.apply(self, self.kernel.placeholder_autograd_tensor, indices, offsets, per_sample_weights)  # type: ignore[no-any-return]
 
     def shares(self, offsets: np.ndarray) -> list[tuple[int, int]]:
-        """Split the features among torch's threads, whole tables each, by how many numbers are looked up: (first, past the last) of each."""
+        """Split the features into ranges (first, past the last), one for each of torch's threads: whole tables, about as many looked-up numbers in each."""
         features = len(self.columns) - 1
         numbers = np.diff(offsets[np.arange(features + 1) * ((len(offsets) - 1) // features)]) * np.diff(self.columns)
         before = np.concatenate([[0], np.cumsum(numbers)])

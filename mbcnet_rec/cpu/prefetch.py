@@ -1,4 +1,4 @@
-"""The processor's own instruction that asks for memory before a compiled loop reads it: rows of a large table lie where no pattern tells."""
+"""The prefetch instruction for compiled loops: the hardware cannot predict which rows of a large table come next."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 
 
 def _prefetch(_: Any, array: Any, place: Any) -> Any:
-    """Ask for the cache line of array[place], to be written to; the place need not exist."""
+    """Prefetch the cache line of array[place] for writing; an index past the end does no harm."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         numbers = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
@@ -26,4 +26,4 @@ def _prefetch(_: Any, array: Any, place: Any) -> Any:
     return types.void(array, place), code
 
 
-prefetch: Any = intrinsic(_prefetch)  # of an array and a place, in compiled loops alone
+prefetch: Any = intrinsic(_prefetch)  # prefetch(array, index), callable from compiled loops only

@@ -1,6 +1,7 @@
-"""Compiled loops on the threads that torch's operations run on, those of OpenMP.
+"""Runs compiled loops on the OpenMP threads that torch's operations use.
 
-Threads of our own would share the cores with them: they spin for the next operation. Half a loop on one took as long as the whole one alone.
+Threads of our own would compete with torch's, which spin while they wait for the next operation: a loop split over two threads of our own took as
+long as on one.
 """
 
 import ctypes
@@ -10,9 +11,9 @@ _WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run_together(parts: Sequence[Callable[[], None]]) -> None:
-    """Run the parts, one for each thread of torch's; what one raises is raised here, once all have ended.
+    """Run the parts in parallel on torch's threads; the first error of a part is raised once all parts have ended.
 
-    A thread's start costs 0.1 ms, most of it for Python's lock: parts pay if they take longer, and let go of the lock.
+    Each thread costs 0.1 ms to start, mostly waiting for the GIL, so a part should run longer than that and release the GIL.
     """
     todo, errors = list(parts), list[BaseException]()
 
@@ -23,12 +24,12 @@ def run_together(parts: Sequence[Callable[[], None]]) -> None:
             except BaseException as error:  # ctypes would print it and go on
                 errors.append(error)
 
-    # what the compiler makes of a parallel region; torch loads it for all
+    # the OpenMP library's entry point for a parallel region; torch loads that library into the global namespace
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if len(parts) > 1 else None
     if parallel is None:
         work()
     else:
-        # a name keeps the callback alive; 0: all threads, as torch does, for those left out would end and be started anew
+        # The name keeps the callback alive. 0 means all threads, as in torch's own regions: a smaller team would end the others, to be started anew.
         callback = _WORK(work)
         parallel(callback, None, ctypes.c_uint(0), ctypes.c_uint(0))
     if errors:
