@@ -5,6 +5,7 @@ Shapes: B rows of this rank, F single-valued sparse features, L list features, D
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -100,18 +101,20 @@ def gather(runs: Sequence[Run], num_rows: int, schema: Schema, cursor: Cursor = 
     """Copy runs of rows (at least one run, which may be empty) into a batch of B = `num_rows`, padded by no ids, zeros, label 0, weight 0."""
     first = runs[0][0]
     pieces, _, list_lengths = _list_pieces([columns.lists for columns, _, _ in runs], runs, num_rows)
-    dense = np.zeros((num_rows, first.dense.shape[1]), np.float32)
-    labels, weights = np.zeros((num_rows, *first.labels.shape[1:]), np.float32), np.zeros(num_rows, np.float32)
-    group_ids = None if first.group_ids is None else np.zeros(num_rows, np.int64)
-    begin = 0
-    for columns, start, stop in runs:
-        end = begin + stop - start
-        dense[begin:end] = columns.dense[start:stop]
-        labels[begin:end] = columns.labels[start:stop]
-        weights[begin:end] = 1.0 if columns.weights is None else columns.weights[start:stop]
-        if group_ids is not None and columns.group_ids is not None:
-            group_ids[begin:end] = columns.group_ids[start:stop]
-        begin = end
+    padding = num_rows - sum(stop - start for _, start, stop in runs)
+
+    def joined(name: str) -> np.ndarray:
+        parts = [getattr(columns, name)[start:stop] for columns, start, stop in runs]
+        zeros = [np.zeros((padding, *parts[0].shape[1:]), parts[0].dtype)] if padding else []
+        return np.concatenate([*parts, *zeros])
+
+    dense, labels = joined("dense"), joined("labels")
+    group_ids = None if first.group_ids is None else joined("group_ids")
+    if first.weights is None:
+        weights = np.ones(num_rows, np.float32)
+        weights[num_rows - padding :] = 0
+    else:
+        weights = joined("weights")
     size = len(first.single_ids) * num_rows
     lengths = np.empty(size + list_lengths.size, np.int32)
     lengths[:size], lengths[size:] = 1, list_lengths.reshape(-1)
@@ -149,9 +152,13 @@ def _copy_single(runs: Sequence[Run], ids: np.ndarray, lengths: np.ndarray) -> i
     Most fields have an id in every row: neighbouring ones are copied in one go.
     """
     num_fields, num_rows = lengths.shape
-    edges = np.cumsum([0, *(stop - start for _, start, stop in runs)]).tolist()
-    absent = np.any([columns.absent for columns, _, _ in runs], axis=0) | (edges[-1] < num_rows)
+    edges = [0, *accumulate(stop - start for _, start, stop in runs)]
+    absent = np.logical_or.reduce([columns.absent for columns, _, _ in runs]) | (edges[-1] < num_rows)
     fields = np.flatnonzero(absent)
+    if not len(fields):
+        parts = [columns.single_ids[:, start:stop] for columns, start, stop in runs]
+        np.concatenate(parts, axis=1, out=ids[: lengths.size].reshape(lengths.shape))
+        return lengths.size
     found = np.concatenate([columns.single_ids[fields, start:stop] for columns, start, stop in runs], axis=1)
     present, no_ids = found >= 0, np.zeros(0, bool)
     lengths[fields, : edges[-1]], lengths[fields, edges[-1] :] = present, 0

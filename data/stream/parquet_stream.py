@@ -165,8 +165,9 @@ class ParquetStream:
         weight = self.world_size * num_rows / sum(per_rank)
         negative, positive = self.label_weights
         batch = gather(runs or [(self.encoder.encode_all([]), 0, 0)], num_rows, self.schema, cursor)
-        labels = batch.labels.numpy().reshape(num_rows, -1)[:, 0]  # of several labels no row has a weight by label
-        batch.weights.numpy()[:real] *= np.where(labels[:real] == 1, weight * positive, weight * negative)
+        if (weight * negative, weight * positive) != (1.0, 1.0):
+            labels = batch.labels.numpy().reshape(num_rows, -1)[:, 0]  # of several labels no row has a weight by label
+            batch.weights.numpy()[:real] *= np.where(labels[:real] == 1, weight * positive, weight * negative)
         return batch
 
     def _spans(self, step: int, rank: int) -> list[tuple[int, int]]:

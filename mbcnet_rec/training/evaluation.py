@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data.stream import ParquetStream
 from mbcnet_rec.model.losses import Threshold, branch_pairs, disagreement_rates
@@ -32,7 +33,7 @@ class EvaluationStoppedError(Exception):
 def average_terms(outputs: list[Outputs]) -> dict[str, float]:
     """Average each loss term over steps and ranks."""
     names = list(outputs[0].terms)
-    stacked = torch.stack([torch.stack([each.terms[name] for name in names]) for each in outputs])
+    stacked = torch.stack([each.terms[name] for each in outputs for name in names]).view(len(outputs), -1)
     means = mean_over_ranks(stacked.double().mean(0).cpu())
     return dict(zip(names, means.tolist(), strict=True))
 
@@ -66,12 +67,11 @@ def dead_outputs(outputs: list[Outputs], names: Sequence[str]) -> list[str]:
     """
     if not outputs:
         return []
-    steps = []
-    for each in outputs:
-        real = each.weights > 0
-        logits = torch.stack([each.logits, -each.logits]).masked_fill(~real[:, None], -math.inf).amax(1).flatten()
-        steps.append(torch.cat([logits, real.sum()[None].to(logits.dtype)]))  # greatest and negated least logits, rows
-    found = max_over_ranks(torch.stack(steps).cpu())
+    logits = pad_sequence([each.logits for each in outputs], batch_first=True)  # (steps, B, 1 + K)
+    real = pad_sequence([each.weights for each in outputs], batch_first=True) > 0
+    bounds = torch.cat([logits, -logits], dim=2).masked_fill(~real.unsqueeze(2), -math.inf).amax(1)
+    # greatest and negated least logits, rows
+    found = max_over_ranks(torch.cat([bounds, real.sum(1, keepdim=True).to(bounds.dtype)], dim=1).cpu())
     highest, lowest = found[found[:, -1] > 1, :-1].unflatten(1, (2, -1)).unbind(1)  # (steps, 1 + K) each
     rounding = 4 * torch.finfo(found.dtype).eps * highest.abs()  # of equal rows in one product of matrices
     same = (highest + lowest <= rounding).all(0) & (len(highest) > 0)

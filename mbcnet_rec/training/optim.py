@@ -57,10 +57,8 @@ def build_optimizer(
     dense = {name: param for name, param in others.items() if name not in replicated}
     options: dict[str, Any] = {"lr": config.dense_lr, "eps": config.dense_eps}
     options |= {"weight_decay": config.weight_decay, "decoupled_weight_decay": True}  # AdamW
-    optimizers: list[Any] = [
-        ("fused", model.fused_optimizer),
-        ("dense", KeyedOptimizerWrapper(dense, lambda params: adam(params, **options))),
-    ]
+    optimizers: list[Any] = [("fused", model.fused_optimizer)] if sharded else []
+    optimizers.append(("dense", KeyedOptimizerWrapper(dense, lambda params: adam(params, **options))))
     if tables := {name: param for name, param in others.items() if name in replicated}:
         chosen: Any = adam if config.embedding.name == "adam" else TABLE_OPTIMIZERS[config.embedding.name]
         own = _options(config.embedding)

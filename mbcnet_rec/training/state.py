@@ -139,8 +139,8 @@ class Feed:
     def __init__(self, stream: ParquetStream, process: Process) -> None:
         self._stream = stream
         self._process = process
-        self._ahead: deque[tuple[Cursor, Tensor]] = deque()  # of batches that are not trained yet
-        self._counts = torch.zeros(2, dtype=torch.int64)
+        self._ahead: deque[tuple[Cursor, Tensor, Tensor]] = deque()  # of batches that are not trained yet
+        self._rows = self._clicks = torch.zeros((), dtype=torch.int64)
         self.waited = 0.0
         self._batches = self._endless()
 
@@ -155,8 +155,8 @@ class Feed:
             with blamed_on(self._process):
                 batch = next(self._batches)
             self.waited += time.perf_counter() - start
-            first = batch.labels.reshape(len(batch.labels), -1)[:, 0]  # of several labels
-            self._ahead.append((batch.cursor, torch.stack([(batch.weights > 0).sum(), first.nansum().long()])))
+            first = batch.labels if batch.labels.ndim == 1 else batch.labels[:, 0]  # of several labels
+            self._ahead.append((batch.cursor, batch.weights.count_nonzero(), first.nansum(dtype=torch.float64)))
             yield batch
 
     def close(self) -> None:
@@ -165,13 +165,15 @@ class Feed:
 
     def trained(self) -> Cursor:
         """Return the cursor behind the batch that was just trained."""
-        cursor, counts = self._ahead.popleft()
-        self._counts = self._counts.to(counts.device) + counts  # EnKD's batches are on the GPU already: no wait for it
+        cursor, rows, clicks = self._ahead.popleft()
+        # numbers without dimensions may be of two devices: EnKD's batches are on the GPU already, and nobody waits for it
+        self._rows, self._clicks = rows + self._rows, clicks + self._clicks
         return cursor
 
     def counts(self) -> tuple[int, int]:
         """Rows and clicks that all ranks have trained since the last call. Every rank calls it."""
-        counts, self._counts = self._counts.cpu(), torch.zeros(2, dtype=torch.int64)
+        counts = torch.tensor([int(self._rows), int(self._clicks)])
+        self._rows = self._clicks = torch.zeros((), dtype=torch.int64)
         if self._process.world_size > 1:
             dist.all_reduce(counts)
         rows, clicks = counts.tolist()
