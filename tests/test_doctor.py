@@ -110,7 +110,9 @@ def test_make_never_lays_one_set_over_the_other(tmp_path):
     (tmp_path / ".venv/of_the_cpu_set").touch()
     assert asked("gpu") == ["fake_python -m venv --clear .venv", pip.format("gpu")]
     assert sorted(each.name for each in (tmp_path / ".venv").iterdir()) == ["bin", "ready-gpu"]
-    (tmp_path / "requirements/gpu.txt").touch()
+    # a touch may fall into the same tick of the file system's clock
+    later = (tmp_path / ".venv/ready-gpu").stat().st_mtime + 1
+    os.utime(tmp_path / "requirements/gpu.txt", (later, later))
     assert asked("gpu") == [pip.format("gpu")], "the same set is brought up to date"
 
 
