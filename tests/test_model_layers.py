@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -195,6 +196,17 @@ def test_cheap_dropout_is_dropout(p):
     for apart in (1, 2, 3, 4, 401):
         together = (kept[apart:] * kept[:-apart]).mean()
         assert abs(float(together) - float(kept.mean()) ** 2) <= 3 * error
+
+
+def test_masks_are_made_of_splitmix64():
+    """Of its published output for seed 0; each 16 bits are known by the two neighbouring shares that keep and drop them."""
+    for place, value in enumerate((0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F), start=1):
+        for part in range(4):
+            bits = value >> 16 * part & 0xFFFF
+            masks = np.empty((2, 16), np.float32)
+            for mask, dropped in zip(masks, (bits, bits + 1), strict=True):
+                layers.draw_mask(0, dropped, 2.0, mask)
+            assert masks[:, 4 * place + part].tolist() == [2, 0]
 
 
 def test_dropout_follows_the_seed_and_keeps_the_dtype():
