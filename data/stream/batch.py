@@ -5,7 +5,6 @@ Shapes: B rows of this rank, F single-valued sparse features, L list features, D
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -152,22 +151,18 @@ def _copy_single(runs: Sequence[Run], ids: np.ndarray, lengths: np.ndarray) -> i
     Most fields have an id in every row: neighbouring ones are copied in one go.
     """
     num_fields, num_rows = lengths.shape
-    edges = [0, *accumulate(stop - start for _, start, stop in runs)]
-    absent = np.logical_or.reduce([columns.absent for columns, _, _ in runs]) | (edges[-1] < num_rows)
+    real = sum(stop - start for _, start, stop in runs)
+    absent = np.logical_or.reduce([columns.absent for columns, _, _ in runs]) | (real < num_rows)
     fields = np.flatnonzero(absent)
-    if not len(fields):
-        parts = [columns.single_ids[:, start:stop] for columns, start, stop in runs]
-        np.concatenate(parts, axis=1, out=ids[: lengths.size].reshape(lengths.shape))
-        return lengths.size
     found = np.concatenate([columns.single_ids[fields, start:stop] for columns, start, stop in runs], axis=1)
     present, no_ids = found >= 0, np.zeros(0, bool)
-    lengths[fields, : edges[-1]], lengths[fields, edges[-1] :] = present, 0
+    lengths[fields, :real], lengths[fields, real:] = present, 0
     used = copied = 0
     for field, own, kept in zip([*fields.tolist(), num_fields], [*found, no_ids], [*present, no_ids], strict=True):
-        full = ids[used : used + (field - copied) * num_rows].reshape(field - copied, num_rows)
-        for (columns, start, stop), begin, end in zip(runs, edges, edges[1:], strict=False):
-            full[:, begin:end] = columns.single_ids[copied:field, start:stop]
-        used += full.size
+        if field > copied:  # so there is no padding
+            full = ids[used : used + (field - copied) * num_rows].reshape(field - copied, num_rows)
+            np.concatenate([columns.single_ids[copied:field, start:stop] for columns, start, stop in runs], 1, full)
+            used += full.size
         some = own[kept]
         ids[used : used + len(some)] = some
         used, copied = used + some.size, field + 1

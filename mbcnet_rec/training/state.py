@@ -166,7 +166,7 @@ class Feed:
     def trained(self) -> Cursor:
         """Return the cursor behind the batch that was just trained."""
         cursor, rows, clicks = self._ahead.popleft()
-        # numbers without dimensions may be of two devices: EnKD's batches are on the GPU already, and nobody waits for it
+        # EnKD's batches are on the GPU already; torch adds scalars of two devices without waiting for it
         self._rows, self._clicks = rows + self._rows, clicks + self._clicks
         return cursor
 

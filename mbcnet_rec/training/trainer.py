@@ -277,7 +277,7 @@ class Trainer:
         if limit > 0 or self._logs_step:
             grads = [each.grad for each in self.built.dense if each.grad is not None]
             norm = self.window.grad_norm = get_total_norm(grads, foreach=True)
-            # On a GPU the host would wait for the norm; what is short enough is multiplied by 1 there.
+            # spares the multiplication by 1; on a GPU the host would have to wait for the norm
             short = norm.device.type == "cpu" and norm + 1e-6 <= limit
             if limit > 0 and not short:
                 clip_grads_with_norm_(self.built.dense, limit, norm.double(), foreach=True)
