@@ -3,8 +3,10 @@ and that damaged artifacts and paths elsewhere are refused while what serves, se
 """
 
 import json
+import os
 import re
 import shutil
+import threading
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +14,7 @@ from asgi_calls import serving
 from serving_data import artifact_of
 from tiny_run import wait_for
 
-from mbcnet_rec.server.models import load_model
+from mbcnet_rec.server.models import load_model, read_json, write_json
 from mbcnet_rec.serving import loader
 from mbcnet_rec.serving.delta import write_delta
 
@@ -56,6 +58,30 @@ def test_swap_and_rollback_under_load(folder, body, tmp_path):
                 assert each.json["probability"] == pytest.approx(found[name].tolist(), abs=1e-6)
         assert seen == {"fp32", "int8"}
         assert call("POST", "/models", {"rollback": True}).status == 409
+
+
+def test_swaps_and_a_worker_that_starts(folder, body, tmp_path, monkeypatch):
+    """It says that it is here before it reads what to load, and a swap waits for it: after the answer nothing has the model before."""
+    state, moved = tmp_path / "state", shutil.move(folder / "fp32", tmp_path / "moved")
+    monkeypatch.setattr("mbcnet_rec.server.app.START_SECONDS", 0.5)
+    own, other = (state / f"{pid}.json" for pid in (os.getpid(), os.getppid()))
+    with serving(folder / "fp32", state, wait=False, named=False, models=folder) as call:
+        wait_for(lambda: call("GET", "/health/live") and own.exists(), "not joined")
+        assert read_json(own)["number"] == -1
+        write_json(state / "wanted.json", {"number": 0, "chain": [str(folder / "fp32")], "before": []})
+        wait_for(lambda: call("GET", "/health/live") and "fp32" in read_json(own)["error"], "not tried")
+        assert call("POST", "/models", {"folder": "int8"}).status == 503, "its start may take the place of the other"
+        shutil.move(moved, folder / "fp32")
+        wait_for(lambda: call("GET", "/health/ready").status == 200, "not tried again")
+        write_json(other, {"number": -1, "error": ""})
+        ready = threading.Timer(0.5, write_json, (other, {"number": 1, "error": ""}))
+        ready.start()
+        swapped = call("POST", "/models", {"folder": "int8"})
+        assert read_json(other)["number"] == 1, "answered before"
+        ready.join()
+        assert (
+            swapped.json["model"] == load_model(folder / "int8").version == call("POST", "/score", body).json["model"]
+        )
 
 
 def test_models_elsewhere_are_refused(folder, body, tmp_path):

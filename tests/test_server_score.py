@@ -211,11 +211,12 @@ def test_a_compressed_stream_is_measured_before_it_is_unpacked(ask, table, expec
             assert ask("POST", "/score", body[:-cut], wanted).status == 400
 
 
-def test_live_before_the_artifact_is_checked(artifact, tmp_path):
+def test_live_before_the_artifact_is_checked(artifact, tmp_path, monkeypatch):
     """As run.py starts workers: what they shall serve is named when its check has ended."""
+    monkeypatch.setattr("mbcnet_rec.server.app.START_SECONDS", 0.5)
     with serving(artifact, tmp_path / "state", wait=False, named=False, models=tmp_path) as call:
         assert call("GET", "/health/live").status == 200 and call("GET", "/health/ready").status == 503
-        assert "being checked" in call("POST", "/models", {"folder": "x"}).json["error"]
+        assert "not loaded yet" in call("POST", "/models", {"folder": "x"}).json["error"]
         write_json(tmp_path / "state" / "wanted.json", {"number": 0, "chain": [str(artifact)], "before": []})
         wait_for(lambda: call("GET", "/health/ready").status == 200, "not loaded")
 

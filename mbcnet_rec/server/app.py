@@ -50,7 +50,7 @@ class Worker:
 
     async def keep_up(self) -> None:
         """Load the model, then follow what all workers shall serve."""
-        self.models.living()
+        self.models.join()
         step = self.models.start
         while True:
             try:
@@ -70,9 +70,7 @@ class Worker:
         arrived, headers, most = time.monotonic(), http.headers, self.options.max_rows
         _authorise(http, self.options.score_token)
         deadline = arrived + _seconds(headers.get("x-deadline-ms"))
-        # A worker that is new, since another was killed, takes requests before it has loaded what the others serve
-        while self.models.current is None and time.monotonic() < min(deadline, arrived + START_SECONDS):
-            await asyncio.sleep(FOLLOW_SECONDS)
+        await self.wait_for_start(deadline)
         loaded = self._loaded()
         branches = http.query_params.get("branches", "0")
         if branches not in ("0", "1") or (branches == "1" and loaded.model.branch_graph is None):
@@ -119,6 +117,7 @@ class Worker:
             name = given.get("folder") if isinstance(given, dict) else None
             if given != {"rollback": True} and (not isinstance(name, str) or given != {"folder": name}):
                 raise Refused('wanted {"folder": NAME}, of an artifact below --models, or {"rollback": true}')
+            await self.wait_for_start()
             faults = await asyncio.to_thread(self.models.switch, name)
         loaded = self.models.current
         found = {"model": loaded and loaded.version, "folder": loaded and str(loaded.folder), "faults": faults}
@@ -128,6 +127,12 @@ class Worker:
         """What the page shows: schema, how the artifact was checked, and a row."""
         _authorise(http, self.options.score_token)
         return JSONResponse(self._loaded().description())
+
+    async def wait_for_start(self, deadline: float = math.inf) -> None:
+        """Wait a while: a worker that is new, since another was killed, takes requests before it has loaded what the others serve."""
+        end = min(deadline, time.monotonic() + START_SECONDS)
+        while self.models.current is None and time.monotonic() < end:
+            await asyncio.sleep(FOLLOW_SECONDS)
 
     def _loaded(self) -> Loaded:
         if self.models.current is None:

@@ -112,6 +112,11 @@ class Models:
         self.number = -1
         self._failed: tuple[Any, ...] = ()
 
+    def join(self) -> None:
+        """Tell the other workers, before this one reads what it shall load, that it is here: a switch waits for it."""
+        self.living()
+        self._tell(self.number)
+
     def start(self) -> None:
         """Load what all serve. Raises InputError."""
         gc.freeze()  # a collection after a swap need not look at what is never replaced
@@ -127,15 +132,19 @@ class Models:
                 loaded = load_model(self._place(wanted["chain"]), verify=False)
                 self._take(replace(loaded, folder=Path(wanted["chain"][-1])), wanted["number"])
             except InputError as error:
-                self._take(None, wanted["number"], str(error))
+                self._tell(wanted["number"], str(error))
                 if self.current is None:
-                    raise
+                    raise  # and tries again
+                self.number = wanted["number"]
         if self.options.watch and self.current is not None:
             self._look()
 
-    def _take(self, loaded: Loaded | None, number: int, error: str = "") -> None:
-        self.current, self.number = loaded or self.current, number
+    def _take(self, loaded: Loaded, number: int) -> None:
+        self.current, self.number = loaded, number
         gc.collect()  # the old one's pages
+        self._tell(number)
+
+    def _tell(self, number: int, error: str = "") -> None:
         write_json(self.state / f"{os.getpid()}.json", {"number": number, "error": error})
 
     def switch(self, name: str | None, wait: bool = True) -> list[str]:
@@ -146,8 +155,8 @@ class Models:
         with (self.state / "lock").open("w") as lock:  # one change at a time, of all workers
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             wanted = read_json(self.state / "wanted.json")
-            if not wanted:
-                raise Refused("the artifact of the start is still being checked; ask /health/ready", 503, "start")
+            if not wanted or self.current is None:  # this worker's start would take the place of what it switches to
+                raise Refused("the model of the start is not loaded yet; ask /health/ready", 503, "start")
             number, chain, before = wanted["number"] + 1, wanted["chain"], wanted["before"]
             if name is None and not before:
                 raise Refused("there is no model before this one", 409, "model")
@@ -159,7 +168,7 @@ class Models:
             except InputError as error:
                 self._clear([chain, *before[-1:]])
                 raise Refused(str(error), 400, "model") from None
-            if wanted_chain == chain and self.current and loaded.version == self.current.version:
+            if wanted_chain == chain and loaded.version == self.current.version:
                 return []
             before = before[:-1] if folder is None else [*before, chain][-KEPT:]
             self._take(loaded, number)
