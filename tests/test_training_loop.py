@@ -136,13 +136,16 @@ def test_the_fast_path_of_a_cpu_takes_the_same_steps(config, tmp_path, name, mon
         outputs.append((tensors_of(folder, 30), lines_of(folder, "train")))
     (fast, fast_lines), (slow, slow_lines) = outputs
     assert fast.keys() == slow.keys()
+    # batch norm takes a layer's bias out again: its gradient is rounding alone, which Adam makes steps of
+    is_normed = "model.dnn.batch_norm=true" in one
+    unlike = re.compile(r"^window/" + (r"|mlp\.[036]\.bias$|running_mean" if is_normed else ""))
     for key, (shape, values) in fast.items():
         assert shape == slow[key][0], key
-        if not key.startswith("window/") and "int" not in key:
+        if "int" not in key and not unlike.search(key):
             ours, theirs = (
                 np.frombuffer(each, np.float32 if len(each) % 4 == 0 else np.uint8) for each in (values, slow[key][1])
             )
-            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=key)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 if is_normed else 1e-6, err_msg=key)
     assert [line["loss"] for line in fast_lines] == pytest.approx([line["loss"] for line in slow_lines], abs=1e-6)
 
 
