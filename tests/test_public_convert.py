@@ -149,10 +149,79 @@ def test_what_cannot_be_read_is_set_aside_by_file_line_column_and_value(block, t
     assert (tmp_path / "out/ds=__HIVE_DEFAULT_PARTITION__/part-00000.parquet").is_file()
 
 
+def test_a_quote_is_a_letter_between_tabs_and_takes_no_lines_between_commas(tmp_path):
+    """A value that begins with a quote would else reach to the next one, and the rows between would be gone."""
+    words = {n: f"q{n}" for n in range(2_000)} | {700: '"artsy', 1_500: '"foo" fighters'}
+    (tmp_path / "a.tsv").write_text("id\tquery\n" + "".join(f"{n}\t{word}\n" for n, word in words.items()))
+    assert convert([str(tmp_path / "a.tsv")], tmp_path / "tabs", Request()).rejected == 0
+    assert {row["id"]: row["query"] for row in rows_of(tmp_path / "tabs")} == words
+    words[300] = '"two\nlines"'
+    (tmp_path / "a.csv").write_text("id,query\n" + "".join(f"{n},{word}\n" for n, word in words.items()))
+    made = convert([str(tmp_path / "a.csv")], tmp_path / "commas", Request())
+    found = {row["id"]: row["query"] for row in rows_of(tmp_path / "commas")}
+    del words[700]
+    assert made.rows == 1_999 and found == words | {300: "two\nlines", 1_500: "foo fighters"}
+    assert rejects_of(tmp_path / "commas") == [("a.csv", 703, "", '700,"artsy')]
+
+
+def test_values_of_parquet_stay_what_they_are(tmp_path):
+    """What does not fit the type that all files, a schema or the user want ends it, and names file, row group, column and value; NaN is missing."""
+
+    def converted(given, *columns):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for number, column in enumerate(columns):
+            pq.write_table(pa.table({"x": column}), folder / f"{number}.parquet")
+        convert([str(folder)], tmp_path / f"{folder.name}_out", Request("", None, {"x": given} if given else {}))
+        return [row["x"] for row in rows_of(tmp_path / f"{folder.name}_out")]
+
+    assert converted("int64", [7.0, float("nan"), None]) == [7, None, None]
+    assert converted("", pa.array([1, 2**63 - 1]), pa.array([2**64 - 1], pa.uint64())) == [1, 2**63 - 1, 2**64 - 1]
+    assert converted("", pa.array([1_714_557_600_000_000_001], pa.timestamp("ns")), pa.array([0], pa.timestamp("us")))
+    for given, columns, words in (
+        ("int64", [[7.0, 7.5]], "double as int64: Float value 7.5"),
+        ("", [pa.array([-1]), pa.array([2**64 - 1], pa.uint64())], "int64 as uint64: Integer value -1 not in range"),
+        ("int16", [[300, 70_000]], "int64 as int16: Integer value 70000 not in range"),
+        ("list<int64>", [[[1.0], [2.5]]], "Float value 2.5"),
+    ):
+        with pytest.raises(InputError, match=rf"0.parquet, row group 0: column 'x': .*{words}"):
+            converted(given, *columns)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_folders_that_name_a_value_are_columns_of_their_files(kind, tmp_path):
+    """As Hive and Spark lay files; a column that the files have themselves is theirs, and the days of --day take the place of `ds`."""
+    for country, rows in (("US", [1, 2]), ("__HIVE_DEFAULT_PARTITION__", [3])):
+        folder = tmp_path / f"logs/ds=2024-05-01/country={country}/x=none"
+        folder.mkdir(parents=True)
+        table = pa.table({"x": rows, "t": ["2024-05-02"] * len(rows)})
+        if kind == "parquet":
+            pq.write_table(table, folder / "a.parquet")
+        else:
+            lines = [f"{row['x']},{row['t']}" if kind == "csv" else json.dumps(row) for row in table.to_pylist()]
+            (folder / f"a.{kind}").write_text("\n".join((["x,t"] if kind == "csv" else []) + lines) + "\n")
+    convert([str(tmp_path / "logs")], tmp_path / "out", Request(day="t"))
+    found = sorted(rows_of(tmp_path / "out"), key=lambda row: row["x"])
+    assert [(row["x"], row["country"]) for row in found] == [(1, "US"), (2, "US"), (3, None)]
+    assert "ds" not in found[0] and (tmp_path / "out/ds=2024-05-02").is_dir()
+    convert([str(tmp_path / "logs")], tmp_path / "same", Request(day="ds"))
+    assert [path.name for path in (tmp_path / "same").glob("ds=*")] == ["ds=2024-05-01"]
+
+
+def test_days_of_zoned_times_are_those_of_utc_whatever_the_format(tmp_path):
+    at = pa.array([1_716_580_800], pa.timestamp("s", "Asia/Shanghai"))  # 2024-05-25 04:00 there
+    pq.write_table(pa.table({"t": at}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("t\n2024-05-25T04:00:00+08:00\n")
+    for file in ("a.parquet", "a.csv"):
+        convert([str(tmp_path / file)], tmp_path / f"{file}_out", Request(day="t"))
+        assert [path.name for path in (tmp_path / f"{file}_out").glob("ds=*")] == ["ds=2024-05-24"]
+
+
 def test_json_lines_keep_lists_and_large_ids(tmp_path):
     rows = [
-        {"id": 2**64 - 1 - n, "tags": ["a", "b"][: n % 3], "at": 1_714_557_600_000 + n, "y": n % 2} for n in range(50)
-    ]
+        {"id": 2**64 - 1 - n, "tags": ["a", "b"][: n % 3], "signs": [2**62 + n, 2**63 + n][: n % 3], "at": 1_714_557_600_000 + n, "y": n % 2}
+        for n in range(50)
+    ]  # fmt: skip
     lines = [json.dumps(row) for row in rows]
     lines[7:7] = ["{broken", '{"id": "x", "tags": [], "at": 1714557600000, "y": 0}', ""]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -161,7 +230,7 @@ def test_json_lines_keep_lists_and_large_ids(tmp_path):
     assert rejects_of(tmp_path / "out") == [("a.jsonl", 8, "", "{broken"), ("a.jsonl", 9, "id", '"x"')]
     found = rows_of(tmp_path / "out")
     assert [row | {"new": None} for row in rows] == found[:50]
-    assert found[50] == {"id": 5, "tags": None, "at": 1_714_644_000_000, "y": None, "new": 1}
+    assert found[50] == {"id": 5, "tags": None, "signs": None, "at": 1_714_644_000_000, "y": None, "new": 1}
     assert (made.rows, made.days) == (51, 2)
 
 
@@ -190,14 +259,15 @@ def test_a_schema_tells_types_and_lists(tmp_path):
         "item": {"kind": "categorical", "encoding": "hash", "num_embeddings": 9, "embedding_dim": 4, "type": "text"},
         "seen": {"kind": "multi_valued", "num_embeddings": 99, "embedding_dim": 4, "pooling": "sum"},
         "price": {"kind": "numeric"},
+        "last": {"kind": "sequence", "num_embeddings": 9, "embedding_dim": 4, "max_length": 3, "pooling": "mean"},
     }
     schema = parse_schema({"name": "s", "label": "y", "groups": {}, "fields": fields}, "s.toml", tmp_path)
-    (tmp_path / "day_0").write_text("1;7^8;1;0\n2;;2;1\n3;7^x;3;1\n")
-    form = Form(";", ("item", "seen", "price", "y"), "^")
+    (tmp_path / "day_0").write_text("1;7^8;1;0;2^1\n2;;2;1;\n3;7^x;3;1;\n")
+    form = Form(";", ("item", "seen", "price", "y", "last"), "^")
     convert([str(tmp_path / "day_0")], tmp_path / "out", Request("", schema, {}, form))
     assert rows_of(tmp_path / "out") == [
-        {"item": "1", "seen": [7, 8], "price": 1.0, "y": 0},
-        {"item": "2", "seen": None, "price": 2.0, "y": 1},
+        {"item": "1", "seen": [7, 8], "price": 1.0, "y": 0, "last": [2, 1]},
+        {"item": "2", "seen": None, "price": 2.0, "y": 1, "last": None},
     ]
     assert rejects_of(tmp_path / "out") == [("day_0", 3, "seen", "7^x")]
 

@@ -375,15 +375,18 @@ def joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def as_plain(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    """The column as a plain type that holds its values; pa.ArrowException if one cannot become so."""
+    """The column as a plain type; pa.ArrowException if a value cannot become so. As an integer NaN is missing, and no other value changes."""
     if column.type == kind:
         return column
+    if pt.is_floating(column.type) and pt.is_integer(kind):
+        column = pc.if_else(pc.is_nan(column), None, column)
     if pt.is_list_view(column.type) or pt.is_large_list_view(column.type):
         # pyarrow 26 casts a view of lists to lists with an offset too few
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
         column = pa.LargeListArray.from_arrays(offsets, column.flatten(), mask=column.is_null())
-    return column.cast(kind, safe=False)
+    is_rounded = pt.is_floating(kind.value_type if is_list(kind) else kind)
+    return column.cast(options=pc.CastOptions(kind, allow_time_truncate=True, allow_float_truncate=is_rounded))
 
 
 def _is_whole(kind: pa.DataType) -> bool:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import types as pt
 
 from data.engine import HERE, meet, run_tasks
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.profile.scan import as_plain
 from data.profile.units import ALONE, BATCH_ROWS, Work, naming, require_mark, results_folder
 from data.public.first_types import Source, find_sources, types_of
@@ -81,7 +81,7 @@ def convert(inputs: Sequence[str], out: str | Path, request: Request, work: Work
     """
     out, day, engine = Path(out), request.day, work.engine
     sources = find_sources(inputs)
-    types = types_of(sources, request.schema, request.types, request.form)
+    types = types_of(sources, request.schema, request.types, request.form, {KEY} if day not in ("", KEY) else ())
     if day and day not in types.names:
         raise InputError(f"--day {day}: no such column; the files have {', '.join(types.names)}")
     if request.schema:
@@ -143,6 +143,7 @@ def convert_file(task: ConvertFile) -> None:
     """Write one file's parts, its rejects and what became of its rows."""
     source, types, day = task.source, task.types, task.day
     names = [name for name in types.names if not (name == KEY == day)]
+    partition = partition_of(source.file)
     found: dict[str, Any] = {"rows": 0, "rejected": 0, "first": ""}
     unread: set[str] = set()
 
@@ -154,10 +155,7 @@ def convert_file(task: ConvertFile) -> None:
 
     def make(table: pa.Table) -> pa.Table:
         unread.update(set(table.column_names) - set(types.names))
-        columns = [
-            table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
-            for field in types
-        ]
+        columns = [_column_of(table, field, partition.get(field.name, "")) for field in types]
         return with_day(pa.table(columns, schema=types), day)
 
     with (
@@ -169,7 +167,10 @@ def convert_file(task: ConvertFile) -> None:
         if source.kind == "parquet":
             tables = parquet_rows(source, types, make)
         else:
-            tables = TextFile(source.file, task.form).tables(types, reject, make)
+            text = TextFile(source.file, task.form)
+            # Arrow's reader of JSON would make nulls of those that the file has not
+            own = types if text.is_csv else pa.schema([field for field in types if field.name not in partition])
+            tables = text.tables(own, reject, make)
         for table in tables:
             found["rows"] += len(table)
             days = table[DAY].to_numpy(zero_copy_only=False) if day else np.zeros(len(table), "datetime64[D]")
@@ -180,6 +181,15 @@ def convert_file(task: ConvertFile) -> None:
         parts.end()
         require_mark(source.file, source.mark)
         (folder / FOUND).write_text(json.dumps(found | {"unread": sorted(unread)}), encoding="utf-8")
+
+
+def _column_of(table: pa.Table, field: pa.Field, folder: str) -> pa.ChunkedArray | pa.Array:
+    """The rows' own column; without one what a folder `column=value` on the way to the file says, or nulls."""
+    if field.name in table.column_names:
+        return table[field.name].cast(field.type)
+    if folder in HIVE_NULLS:
+        return pa.nulls(len(table), field.type)
+    return pa.repeat(pa.scalar(folder).cast(field.type), len(table))
 
 
 class _Parts:
@@ -217,8 +227,7 @@ class _Parts:
 
 
 def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-    """A Parquet file's rows as columns of `types`, partition columns from its path; InputError if it is damaged, or a value is no day."""
-    partition = partition_of(source.file)
+    """A Parquet file's rows as columns of `types`; InputError if it is damaged, or a value is not of its type, or no day."""
     with naming(source.file), open_parquet(source.file, pre_buffer=True) as parquet:
         numbered = [field for field in parquet.schema_arrow if FIELD_ID in (field.metadata or {})]
         ids = {field.metadata[FIELD_ID]: field.name for field in numbered}
@@ -227,18 +236,22 @@ def parquet_rows(source: Source, types: pa.Schema, make: Callable[[pa.Table], pa
         wanted = {name: own for name, own in wanted.items() if own and own in parquet.schema_arrow.names}
         for group in range(parquet.metadata.num_row_groups):
             for batch in stored_rows(parquet, [group], list(wanted.values()), BATCH_ROWS):
-                columns = {name: as_plain(batch.column(own), types.field(name).type) for name, own in wanted.items()}
-                for name in types.names:
-                    if name not in columns and partition.get(name, "") not in HIVE_NULLS:
-                        value = pa.scalar(partition[name]).cast(types.field(name).type)
-                        columns[name] = pa.repeat(value, batch.num_rows)
                 try:
-                    table = make(pa.table(columns))
-                except FaultyValueError as error:
-                    raise InputError(
-                        f"{source.file}, row group {group}: {error}; fix the file, or name another column"
-                    ) from None
+                    columns = {name: _as_type(batch, own, types.field(name)) for name, own in wanted.items()}
+                    # of no column a table would have no rows
+                    table = make(pa.table(columns) if columns else pa.Table.from_batches([batch.select([])]))
+                except pa.ArrowInvalid as error:
+                    words = "fix the file, or name another column or --type"
+                    raise InputError(f"{source.file}, row group {group}: {error}; {words}") from None
                 yield table
+
+
+def _as_type(batch: pa.RecordBatch, name: str, field: pa.Field) -> pa.Array:
+    column = batch.column(name)
+    try:
+        return as_plain(column, field.type)
+    except pa.ArrowException as error:
+        raise pa.ArrowInvalid(f"column {field.name!r}: {column.type} as {field.type}: {first_line(error)}") from None
 
 
 def with_day(table: pa.Table, column: str) -> pa.Table:
@@ -266,6 +279,8 @@ def _days(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
             return days.cast(pa.int32()).cast(pa.date32())
         else:
             raise FaultyValueError(column, middle, NO_DAY)
+    if pt.is_timestamp(kind) and kind.tz:  # else Arrow takes the zone's days
+        values = values.cast(pa.timestamp(kind.unit))
     with suppress(pa.ArrowInvalid):
         return (values.cast(pa.timestamp("us")) if is_text(kind) else values).cast(pa.date32(), safe=False)
     found: list[int | None] = []

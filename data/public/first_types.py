@@ -1,6 +1,6 @@
 """The files of a log that is to be converted, and the types of its columns: by what each file begins with, a schema, and the user."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -12,11 +12,12 @@ from data.profile.scan import joined_type, plain_type
 from data.public.text_rows import Form, TextFile, kind_of
 from data.reading import storage
 from data.reading.column_types import is_list
+from data.reading.conditions import HIVE_NULLS, partition_of
 from data.reading.fingerprint import FileMark
 from data.reading.snapshots import is_snapshot, open_snapshot
 from data.schema import Schema
 
-WHOLE, ZEROS = r"^-?[0-9]{1,20}$", r"^[+-]?0[0-9xX]"  # 007 and 0x1F are ids as text
+WHOLE, ZEROS = r"^-?[0-9]+$", r"^[+-]?0[0-9xX]"  # 007 and 0x1F are ids as text
 GUESSES = (pa.float64(), pa.bool_(), pa.date32(), pa.timestamp("us"), pa.timestamp("us", "UTC"))
 
 
@@ -62,10 +63,17 @@ def _kind_of(file: storage.DataFile, is_named: bool) -> str:
     return kind
 
 
-def types_of(sources: Sequence[Source], schema: Schema | None, given: Mapping[str, str], form: Form) -> pa.Schema:
+def types_of(
+    sources: Sequence[Source],
+    schema: Schema | None,
+    given: Mapping[str, str],
+    form: Form,
+    without: Collection[str] = (),
+) -> pa.Schema:
     """Each column's type, in the files' order; InputError if a file cannot be read, or the user names a column or type that is not there.
 
-    What the user gives comes first, then what the schema's fields want, then a type that holds what the files begin with.
+    What the user gives comes first, then what the schema's fields want, then a type that holds what the files begin with. Folders
+    `column=value` are columns too if no file has them itself, except for those `without` which the rows shall be.
     """
     files = [source.file for source in sources]
     firsts = storage.for_each_file(
@@ -74,6 +82,11 @@ def types_of(sources: Sequence[Source], schema: Schema | None, given: Mapping[st
     types: dict[str, pa.DataType] = {}
     for field in (field for first in firsts for own in first for field in own):
         types[field.name] = _joined(types.get(field.name, pa.null()), field.type)
+    folders: dict[str, pa.DataType] = {}
+    for name, value in (pair for file in files for pair in partition_of(file).items() if pair[0] not in without):
+        kind = pa.null() if value in HIVE_NULLS else _type_of(pa.chunked_array([[value]]))
+        folders[name] = _joined(folders.get(name, pa.null()), kind)
+    types |= {name: kind for name, kind in folders.items() if name not in types}
     types = {name: pa.string() if pt.is_null(kind) else kind for name, kind in types.items()}
     for column, kind in _wanted(schema, types).items() if schema else ():
         types[column] = kind
@@ -107,6 +120,8 @@ def _first_types(source: Source, form: Form) -> list[pa.Schema]:
 
 def _exact(column: pa.ChunkedArray) -> pa.DataType:
     """The type of a JSON column; ids of 64 bits are no doubles, which Arrow makes of those of 2^63 or more."""
+    if column.type == pa.list_(pa.float64()) and (item := _exact(pc.list_flatten(column))) == pa.uint64():
+        return pa.list_(item)
     if column.type == pa.float64() and len(numbers := column.drop_null()):
         is_id = pc.and_(pc.equal(pc.floor(numbers), numbers), pc.greater_equal(numbers, 0))
         if pc.all(is_id).as_py() and 2**63 <= pc.max(numbers).as_py() <= 2**64:
@@ -159,7 +174,7 @@ def _wanted(schema: Schema, types: Mapping[str, pa.DataType]) -> dict[str, pa.Da
             item = pa.string()
         elif (feature.type == "integer" or feature.encoding == "ids") and not pt.is_integer(item):
             item = pa.int64()
-        has_lists = feature.kind in ("multi_valued", "weighted_multi_valued", "vector")
+        has_lists = feature.kind in ("multi_valued", "weighted_multi_valued", "sequence", "vector")
         wanted[feature.source_column] = pa.list_(item) if has_lists else item
         if feature.weights in types:
             wanted[feature.weights] = pa.list_(pa.float64())

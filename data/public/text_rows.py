@@ -64,6 +64,9 @@ class TextFile:
         self.compression = next((kind for ending, kind in COMPRESSIONS.items() if name.endswith(ending)), "")
         self.is_csv = kind_of(file) != "json"
         self.delimiter = form.delimiter or ("\t" if ".tsv" in name else ",")
+        self.has_quotes = (
+            self.is_csv and self.delimiter != "\t"
+        )  # between tabs Hive, MySQL and awk write a quote as a letter
         self.names = list(form.names)
 
     def tables(
@@ -114,7 +117,7 @@ class TextFile:
     def _end_of_record(self, block: bytes) -> int:
         """Where the last record ends that is whole: at a line's end outside of quotes."""
         last = end = block.rfind(b"\n") + 1
-        quotes = block.count(b'"', 0, end) if self.is_csv else 0
+        quotes = block.count(b'"', 0, end) if self.has_quotes else 0
         while quotes % 2 and end:
             before = block.rfind(b"\n", 0, end - 1) + 1
             quotes -= block.count(b'"', before, end)
@@ -126,7 +129,7 @@ class TextFile:
         lines = block.replace(b"\r\n", b"\n").splitlines(keepends=True)
         found, start = [], 0
         while start < len(lines):
-            quotes, stop = lines[start].count(b'"') if self.is_csv else 0, start + 1
+            quotes, stop = lines[start].count(b'"') if self.has_quotes else 0, start + 1
             while quotes % 2 and stop < min(len(lines), start + LONGEST_RECORD):
                 quotes, stop = quotes + lines[stop].count(b'"'), stop + 1
             stop = start + 1 if quotes % 2 else stop
@@ -141,7 +144,10 @@ class TextFile:
         """The tables of records, in their order, without those that cannot be read. One alone may be a block of many."""
         block = b"".join(record for _, record in records)
         try:
-            table = make(self._read(block, types))
+            table = self._read(block, types)
+            if self.has_quotes and (len(table) != block.count(b"\n") or block.count(b'"') % 2):
+                self._check_quotes(block, len(table), types)
+            table = make(table)
         except pa.ArrowException as error:
             if len(records) == 1:
                 line = records[0][0]
@@ -153,6 +159,12 @@ class TextFile:
                 reject(self._reason(*records[0], types, error))
         else:
             yield table
+
+    def _check_quotes(self, block: bytes, rows: int, types: pa.Schema | None) -> None:
+        """Raise pa.ArrowInvalid if a quote that nothing closes has taken what follows it into its value."""
+        records = [record for _, record in self._records(block)]
+        if len(records) != rows or any(len(self._read(last * 2, types)) != 2 for last in records[-1:]):
+            raise pa.ArrowInvalid("a quote is not closed")
 
     def _read(self, block: bytes, types: pa.Schema | None) -> pa.Table:
         if self.is_csv:
@@ -169,7 +181,11 @@ class TextFile:
         table = pa_csv.read_csv(
             pa.BufferReader(block),
             pa_csv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=names),
-            pa_csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
+            pa_csv.ParseOptions(
+                delimiter=self.delimiter,
+                newlines_in_values=self.has_quotes,
+                quote_char='"' if self.has_quotes else False,
+            ),
             pa_csv.ConvertOptions(column_types=kinds | {field.name: pa.string() for field in lists}, **NULLS),
         )
         for field in lists:
